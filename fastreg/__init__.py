@@ -1,0 +1,7 @@
+"""Fused activation regularization (AR) and temporal activation regularization (TAR) for RNNs."""
+
+from fastreg.penalty import fused_ar_tar
+from fastreg.reference import ARTAR
+
+__version__ = "0.1.0"
+__all__ = ["ARTAR", "fused_ar_tar"]

@@ -1,0 +1,131 @@
+"""The penalty on CPU tensors, a block at a time, so that no temporary is as large as the input.
+
+Its functions take and give what those of `fastreg.kernels.penalty` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**19  # elements: smaller blocks lose to the cost of dispatch, larger ones leave the cache
+
+
+def forward(
+    raw: Tensor | None,
+    dropped: Tensor | None,
+    same: bool,
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    alpha: float,
+    beta: float,
+    ar_divisor: int,
+    tar_divisor: int,
+) -> tuple[Tensor, Tensor]:
+    """The penalty, (), and a vector of ar and tar. `sizes` is (outer, time, inner), none of them 0."""
+    dtype = _compute_dtype(raw, dropped)
+    raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
+    rows, changes = _Scratch(dtype), _Scratch(dtype)
+    ar = tar = 0.0
+    for outer, start, stop, inner in _blocks(sizes):
+        if raw is not None:
+            first = max(start - 1, 0)
+            block = rows.hold(raw[outer, first:stop, inner])
+            change = changes.shaped(block.shape[0], block.shape[1] - 1, block.shape[2])
+            tar += _square_sum(torch.sub(block[:, 1:], block[:, :-1], out=change))
+            if same:
+                ar += _square_sum(rows.hold(block[:, start - first :], contiguous=True))
+        if dropped is not None:
+            ar += _square_sum(rows.hold(dropped[outer, start:stop, inner], contiguous=True))
+    ar, tar = ar / ar_divisor, tar / tar_divisor
+    return torch.tensor(alpha * ar + beta * tar, dtype=dtype), torch.tensor([ar, tar], dtype=dtype)
+
+
+def backward(
+    grad: Tensor,
+    raw: Tensor | None,
+    dropped: Tensor | None,
+    grad_raw: Tensor | None,
+    grad_dropped: Tensor | None,
+    same: bool,
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    ar_factor: float,
+    tar_factor: float,
+) -> None:
+    """Fill `grad_raw` and `grad_dropped`; a tensor that needs no gradient is None, and so is its gradient."""
+    dtype = _compute_dtype(raw, dropped)
+    ar_scale, tar_scale = grad.item() * ar_factor, grad.item() * tar_factor
+    raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
+    grad_raw, grad_dropped = _view(grad_raw, sizes, strides[2]), _view(grad_dropped, sizes, strides[3])
+    rows, changes, slopes = _Scratch(dtype), _Scratch(dtype), _Scratch(dtype)
+    time = sizes[1]
+    for outer, start, stop, inner in _blocks(sizes):
+        if raw is not None and grad_raw is not None:
+            first, last = max(start - 1, 0), min(stop + 1, time)
+            block = rows.hold(raw[outer, first:last, inner])
+            # change[t] leads to step start + t, and to nothing where there is no such step
+            change = changes.shaped(block.shape[0], stop - start + 1, block.shape[2])
+            if start == 0:
+                change[:, 0] = 0
+            if stop == time:
+                change[:, -1] = 0
+            inside = change[:, int(start == 0) : change.shape[1] - int(stop == time)]
+            torch.sub(block[:, 1:], block[:, :-1], out=inside).mul_(tar_scale)
+            target = grad_raw[outer, start:stop, inner]
+            slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
+            torch.sub(change[:, :-1], change[:, 1:], out=slope)
+            if same:
+                slope.add_(block[:, start - first : stop - first], alpha=ar_scale)
+            if slope is not target:
+                target.copy_(slope)
+        if dropped is not None and grad_dropped is not None:
+            target = grad_dropped[outer, start:stop, inner]
+            torch.mul(dropped[outer, start:stop, inner], ar_scale, out=target)
+
+
+class _Scratch:
+    """Memory for one block at a time, in the dtype of the computation."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.memory = torch.empty(0, dtype=dtype)
+
+    def shaped(self, *shape: int) -> Tensor:
+        count = shape[0] * shape[1] * shape[2]
+        if self.memory.numel() < count:
+            self.memory = torch.empty(count, dtype=self.memory.dtype)
+        return self.memory[:count].view(shape)
+
+    def hold(self, block: Tensor, contiguous: bool = False) -> Tensor:
+        """`block` in the computation's dtype, and contiguous if asked: itself if it is, else a copy."""
+        if block.dtype == self.memory.dtype and (not contiguous or block.is_contiguous()):
+            return block
+        return self.shaped(*block.shape).copy_(block)
+
+
+def _blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, int, int, slice]]:
+    """Cover the view by blocks: sequences, first and last time step, units. Long axes are cut from the last."""
+    outer, time, inner = sizes
+    units = min(inner, BLOCK)
+    steps = min(time, max(BLOCK // units, 1))
+    sequences = min(outer, max(BLOCK // (units * steps), 1)) if steps == time and units == inner else 1
+    for sequence in range(0, outer, sequences):
+        for start in range(0, time, steps):
+            for unit in range(0, inner, units):
+                chosen = slice(sequence, sequence + sequences), slice(unit, unit + units)
+                yield chosen[0], start, min(start + steps, time), chosen[1]
+
+
+def _square_sum(block: Tensor) -> float:
+    flat = block.reshape(-1)
+    return torch.dot(flat, flat).item()
+
+
+def _view(x: Tensor | None, sizes: Sequence[int], strides: Sequence[int]) -> Tensor | None:
+    return None if x is None else x.detach().as_strided(tuple(sizes), (*strides, 1))
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32

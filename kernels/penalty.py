@@ -1,0 +1,266 @@
+"""AR and TAR: the forward and the backward kernel, each with the function that launches it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastreg.kernels.reduction import finish, ticket_for
+from fastreg.kernels.tiling import PROGRAMS, Plan, current_device, place, row
+
+
+@triton.jit(
+    do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
+        *("ticket", "raw_outer", "raw_time", "dropped_outer", "dropped_time"),
+        *("lanes", "inner", "time", "run", "runs"),
+    ]
+)
+def penalty_forward(
+    raw,
+    dropped,
+    penalty,
+    scratch,
+    ticket,
+    raw_outer,
+    raw_time,
+    dropped_outer,
+    dropped_time,
+    lanes,
+    inner,
+    time,
+    run,
+    runs,
+    alpha: tl.float64,
+    beta: tl.float64,
+    ar_scale: tl.float64,
+    tar_scale: tl.float64,
+    SAME: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Sum the squares of `dropped` and of the changes of `raw` over time, and combine them.
+
+    raw, dropped         (outer, time, inner), or None for a term that is off
+    penalty              () out in ACC: alpha * ar + beta * tar
+    scratch              (2 + 2 * programs,) in ACC: [0] and [1] out, ar and tar; then partial sums
+    ticket               (1,) int32, 0 before the launch and after it
+    *_outer, *_time      strides in elements; the inner axis is contiguous
+    lanes, inner, time   extents: outer * inner, inner, time
+    run, runs            time steps a run; runs that cover `time`
+    alpha, beta          coefficients
+    ar_scale, tar_scale  one over the divisors of the sums
+    SAME                 `dropped` is `raw`, given as `raw` alone: AR is on, too
+    ACC                  dtype of differences, squares and sums
+    ALIGN                elements that divide inner and every stride: the width of loads
+    INDEX                integer dtype that counts lanes and time steps
+    BLOCK, UNROLL        lanes a block; time steps that one turn of the loop loads
+    """
+    ar = tl.zeros((BLOCK,), ACC)
+    tar = tl.zeros((BLOCK,), ACC)
+    for item in range(tl.program_id(0), tl.cdiv(lanes, BLOCK) * runs, tl.num_programs(0)):
+        sequence, unit, present, start, stop = place(item, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+        first_pair = tl.maximum(start, 1)
+        if raw is not None:
+            raw_base = raw + sequence * tl.multiple_of(raw_outer, ALIGN) + unit
+            halo = present & (tl.full((BLOCK,), start, INDEX) > 0)
+            previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
+        if dropped is not None:
+            dropped_base = dropped + sequence * tl.multiple_of(dropped_outer, ALIGN) + unit
+        for turn in range(start, stop, UNROLL):
+            for i in tl.static_range(UNROLL):
+                step = tl.full((BLOCK,), turn + i, INDEX)
+                inside = present & (step < stop)
+                if raw is not None:
+                    at = row(raw_base, turn + i, raw_time, ALIGN)
+                    current = tl.load(at, mask=inside, other=0.0).to(ACC)
+                    change = tl.where(inside & (step >= first_pair), current - previous, 0.0)
+                    tar += change * change
+                    previous = current
+                    if SAME:
+                        ar += current * current
+                if dropped is not None:
+                    at = row(dropped_base, turn + i, dropped_time, ALIGN)
+                    kept = tl.load(at, mask=inside, other=0.0).to(ACC)
+                    ar += kept * kept
+    finish(tl.sum(ar), tl.sum(tar), penalty, scratch, ticket, alpha, beta, ar_scale, tar_scale)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("grad", "raw_outer", "raw_time", "dropped_outer", "dropped_time"),
+        *("grad_raw_outer", "grad_raw_time", "grad_dropped_outer", "grad_dropped_time"),
+        *("lanes", "inner", "time", "run"),
+    ]
+)
+def penalty_backward(
+    grad,
+    raw,
+    dropped,
+    grad_raw,
+    grad_dropped,
+    raw_outer,
+    raw_time,
+    dropped_outer,
+    dropped_time,
+    grad_raw_outer,
+    grad_raw_time,
+    grad_dropped_outer,
+    grad_dropped_time,
+    lanes,
+    inner,
+    time,
+    run,
+    ar_factor: tl.float64,
+    tar_factor: tl.float64,
+    SAME: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Write the gradients: `ar_factor * dropped`, and `tar_factor` times each change less the next, times grad.
+
+    grad                    () in ACC, the gradient of the penalty
+    raw, dropped            (outer, time, inner), or None where no gradient is asked for
+    grad_raw, grad_dropped  out, of the same shape and dtype, or None likewise
+    *_outer, *_time         strides in elements; the inner axis is contiguous
+    lanes, inner, time      extents: outer * inner, inner, time
+    run                     time steps a run
+    ar_factor, tar_factor   2 * alpha and 2 * beta over the divisors of the sums
+    SAME                    `dropped` is `raw`, given as `raw` alone: grad_raw takes both terms
+    ACC                     dtype of differences and products
+    ALIGN                   elements that divide inner and every stride: the width of loads and stores
+    INDEX                   integer dtype that counts lanes and time steps
+    BLOCK, UNROLL           lanes a block; time steps that one turn of the loop loads
+    """
+    item = tl.program_id(0)
+    sequence, unit, present, start, stop = place(item, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+    scale = tl.load(grad).to(ACC)
+    ar_scale = scale * tl.full((), ar_factor, ACC)
+    tar_scale = scale * tl.full((), tar_factor, ACC)
+    if raw is not None:
+        raw_base = raw + sequence * tl.multiple_of(raw_outer, ALIGN) + unit
+        grad_raw_base = grad_raw + sequence * tl.multiple_of(grad_raw_outer, ALIGN) + unit
+        halo = present & (tl.full((BLOCK,), start, INDEX) > 0)
+        previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
+        current = tl.load(row(raw_base, start, raw_time, ALIGN), mask=present, other=0.0).to(ACC)
+        arriving = tl.where(halo, current - previous, 0.0)
+    if dropped is not None:
+        dropped_base = dropped + sequence * tl.multiple_of(dropped_outer, ALIGN) + unit
+        grad_dropped_base = grad_dropped + sequence * tl.multiple_of(grad_dropped_outer, ALIGN) + unit
+    for turn in range(start, stop, UNROLL):
+        for i in tl.static_range(UNROLL):
+            step = tl.full((BLOCK,), turn + i, INDEX)
+            inside = present & (step < stop)
+            if raw is not None:
+                paired = inside & (step + 1 < time)
+                at = row(raw_base, turn + i + 1, raw_time, ALIGN)
+                following = tl.load(at, mask=paired, other=0.0).to(ACC)
+                leaving = tl.where(paired, following - current, 0.0)
+                slope = tar_scale * (arriving - leaving)
+                if SAME:
+                    slope += ar_scale * current
+                at = row(grad_raw_base, turn + i, grad_raw_time, ALIGN)
+                tl.store(at, slope.to(grad_raw.dtype.element_ty), mask=inside)
+                arriving = leaving
+                current = following
+            if dropped is not None:
+                at = row(dropped_base, turn + i, dropped_time, ALIGN)
+                kept = tl.load(at, mask=inside, other=0.0).to(ACC)
+                at = row(grad_dropped_base, turn + i, grad_dropped_time, ALIGN)
+                tl.store(at, (ar_scale * kept).to(grad_dropped.dtype.element_ty), mask=inside)
+
+
+def forward(
+    raw: Tensor | None,
+    dropped: Tensor | None,
+    same: bool,
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    alpha: float,
+    beta: float,
+    ar_divisor: int,
+    tar_divisor: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch `penalty_forward`.
+
+    `sizes` is (outer, time, inner), none of them 0; `strides` is (outer, time) for raw and for dropped. With
+    `same`, raw is dropped as well, and `dropped` is None. Returns the penalty, (), and a vector that begins
+    with ar and tar, in float32, or float64 if an input is.
+    """
+    x = raw if raw is not None else dropped
+    assert x is not None
+    plan = Plan(sizes, strides, (raw, dropped))
+    programs = min(plan.items, PROGRAMS)
+    penalty = torch.empty((), dtype=plan.dtype, device=x.device)
+    scratch = torch.empty(2 + 2 * programs, dtype=plan.dtype, device=x.device)
+    with current_device(x):
+        penalty_forward[(programs,)](
+            raw,
+            dropped,
+            penalty,
+            scratch,
+            ticket_for(x.device),
+            *strides[0],
+            *strides[1],
+            plan.lanes,
+            plan.inner,
+            plan.time,
+            plan.run,
+            plan.runs,
+            alpha,
+            beta,
+            1 / ar_divisor,
+            1 / tar_divisor,
+            SAME=same,
+            **plan.constants,
+        )
+    return penalty, scratch
+
+
+def backward(
+    grad: Tensor,
+    raw: Tensor | None,
+    dropped: Tensor | None,
+    grad_raw: Tensor | None,
+    grad_dropped: Tensor | None,
+    same: bool,
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    ar_factor: float,
+    tar_factor: float,
+) -> None:
+    """Launch `penalty_backward`, which fills `grad_raw` and `grad_dropped`.
+
+    A tensor that needs no gradient is None, and so is its gradient; `strides` is (outer, time) for raw,
+    dropped, grad_raw and grad_dropped. The factors are 2 * alpha and 2 * beta over the divisors.
+    """
+    plan = Plan(sizes, strides, (raw, dropped))
+    with current_device(grad):
+        penalty_backward[(plan.items,)](
+            grad,
+            raw,
+            dropped,
+            grad_raw,
+            grad_dropped,
+            *strides[0],
+            *strides[1],
+            *strides[2],
+            *strides[3],
+            plan.lanes,
+            plan.inner,
+            plan.time,
+            plan.run,
+            ar_factor,
+            tar_factor,
+            SAME=same,
+            **plan.constants,
+        )
