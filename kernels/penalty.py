@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels.reduction import finish, ticket_for
-from fastreg.kernels.tiling import PROGRAMS, Plan, current_device, place, row
+from fastreg.kernels.tiling import PROGRAMS, Plan, at, current_device, place, row
 
 
 @triton.jit(
     do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
         *("ticket", "raw_outer", "raw_time", "dropped_outer", "dropped_time"),
-        *("lanes", "inner", "time", "run", "runs"),
+        *("lanes", "inner", "time", "run", "blocks", "items"),
     ]
 )
 def penalty_forward(
@@ -33,7 +33,8 @@ def penalty_forward(
     inner,
     time,
     run,
-    runs,
+    blocks,
+    items,
     alpha: tl.float64,
     beta: tl.float64,
     ar_scale: tl.float64,
@@ -51,43 +52,44 @@ def penalty_forward(
     penalty              () out in ACC: alpha * ar + beta * tar
     scratch              (2 + 2 * programs,) in ACC: [0] and [1] out, ar and tar; then partial sums
     ticket               (1,) int32, 0 before the launch and after it
-    *_outer, *_time      strides in elements; the inner axis is contiguous
-    lanes, inner, time   extents: outer * inner, inner, time
-    run, runs            time steps a run; runs that cover `time`
+    *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
+    lanes, inner         outer * inner and inner, in units of ALIGN elements
+    time, run            time steps in all, and a run
+    blocks, items        blocks of lanes, and items of work: a block over a run each
     alpha, beta          coefficients
     ar_scale, tar_scale  one over the divisors of the sums
     SAME                 `dropped` is `raw`, given as `raw` alone: AR is on, too
     ACC                  dtype of differences, squares and sums
-    ALIGN                elements that divide inner and every stride: the width of loads
+    ALIGN                greatest power of two up to 16 that divides inner and every stride
     INDEX                integer dtype that counts lanes and time steps
     BLOCK, UNROLL        lanes a block; time steps that one turn of the loop loads
     """
     ar = tl.zeros((BLOCK,), ACC)
     tar = tl.zeros((BLOCK,), ACC)
-    for item in range(tl.program_id(0), tl.cdiv(lanes, BLOCK) * runs, tl.num_programs(0)):
-        sequence, unit, present, start, stop = place(item, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
         first_pair = tl.maximum(start, 1)
         if raw is not None:
-            raw_base = raw + sequence * tl.multiple_of(raw_outer, ALIGN) + unit
+            raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
             halo = present & (tl.full((BLOCK,), start, INDEX) > 0)
             previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
         if dropped is not None:
-            dropped_base = dropped + sequence * tl.multiple_of(dropped_outer, ALIGN) + unit
+            dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
         for turn in range(start, stop, UNROLL):
             for i in tl.static_range(UNROLL):
                 step = tl.full((BLOCK,), turn + i, INDEX)
                 inside = present & (step < stop)
                 if raw is not None:
-                    at = row(raw_base, turn + i, raw_time, ALIGN)
-                    current = tl.load(at, mask=inside, other=0.0).to(ACC)
+                    pointers = row(raw_base, turn + i, raw_time, ALIGN)
+                    current = tl.load(pointers, mask=inside, other=0.0).to(ACC)
                     change = tl.where(inside & (step >= first_pair), current - previous, 0.0)
                     tar += change * change
                     previous = current
                     if SAME:
                         ar += current * current
                 if dropped is not None:
-                    at = row(dropped_base, turn + i, dropped_time, ALIGN)
-                    kept = tl.load(at, mask=inside, other=0.0).to(ACC)
+                    pointers = row(dropped_base, turn + i, dropped_time, ALIGN)
+                    kept = tl.load(pointers, mask=inside, other=0.0).to(ACC)
                     ar += kept * kept
     finish(tl.sum(ar), tl.sum(tar), penalty, scratch, ticket, alpha, beta, ar_scale, tar_scale)
 
@@ -96,7 +98,7 @@ def penalty_forward(
     do_not_specialize=[
         *("grad", "raw_outer", "raw_time", "dropped_outer", "dropped_time"),
         *("grad_raw_outer", "grad_raw_time", "grad_dropped_outer", "grad_dropped_time"),
-        *("lanes", "inner", "time", "run"),
+        *("lanes", "inner", "time", "run", "blocks"),
     ]
 )
 def penalty_backward(
@@ -117,6 +119,7 @@ def penalty_backward(
     inner,
     time,
     run,
+    blocks,
     ar_factor: tl.float64,
     tar_factor: tl.float64,
     SAME: tl.constexpr,
@@ -131,52 +134,53 @@ def penalty_backward(
     grad                    () in ACC, the gradient of the penalty
     raw, dropped            (outer, time, inner), or None where no gradient is asked for
     grad_raw, grad_dropped  out, of the same shape and dtype, or None likewise
-    *_outer, *_time         strides in elements; the inner axis is contiguous
-    lanes, inner, time      extents: outer * inner, inner, time
-    run                     time steps a run
+    *_outer, *_time         strides in units of ALIGN elements; the inner axis is contiguous
+    lanes, inner            outer * inner and inner, in units of ALIGN elements
+    time, run               time steps in all, and a run
+    blocks                  blocks of lanes; a program takes one over one run
     ar_factor, tar_factor   2 * alpha and 2 * beta over the divisors of the sums
     SAME                    `dropped` is `raw`, given as `raw` alone: grad_raw takes both terms
     ACC                     dtype of differences and products
-    ALIGN                   elements that divide inner and every stride: the width of loads and stores
+    ALIGN                   greatest power of two up to 16 that divides inner and every stride
     INDEX                   integer dtype that counts lanes and time steps
     BLOCK, UNROLL           lanes a block; time steps that one turn of the loop loads
     """
     item = tl.program_id(0)
-    sequence, unit, present, start, stop = place(item, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+    sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
     scale = tl.load(grad).to(ACC)
     ar_scale = scale * tl.full((), ar_factor, ACC)
     tar_scale = scale * tl.full((), tar_factor, ACC)
     if raw is not None:
-        raw_base = raw + sequence * tl.multiple_of(raw_outer, ALIGN) + unit
-        grad_raw_base = grad_raw + sequence * tl.multiple_of(grad_raw_outer, ALIGN) + unit
+        raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
+        grad_raw_base = at(grad_raw, sequence, unit, grad_raw_outer, ALIGN)
         halo = present & (tl.full((BLOCK,), start, INDEX) > 0)
         previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
         current = tl.load(row(raw_base, start, raw_time, ALIGN), mask=present, other=0.0).to(ACC)
         arriving = tl.where(halo, current - previous, 0.0)
     if dropped is not None:
-        dropped_base = dropped + sequence * tl.multiple_of(dropped_outer, ALIGN) + unit
-        grad_dropped_base = grad_dropped + sequence * tl.multiple_of(grad_dropped_outer, ALIGN) + unit
+        dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
+        grad_dropped_base = at(grad_dropped, sequence, unit, grad_dropped_outer, ALIGN)
     for turn in range(start, stop, UNROLL):
         for i in tl.static_range(UNROLL):
             step = tl.full((BLOCK,), turn + i, INDEX)
             inside = present & (step < stop)
             if raw is not None:
                 paired = inside & (step + 1 < time)
-                at = row(raw_base, turn + i + 1, raw_time, ALIGN)
-                following = tl.load(at, mask=paired, other=0.0).to(ACC)
+                pointers = row(raw_base, turn + i + 1, raw_time, ALIGN)
+                following = tl.load(pointers, mask=paired, other=0.0).to(ACC)
                 leaving = tl.where(paired, following - current, 0.0)
                 slope = tar_scale * (arriving - leaving)
                 if SAME:
                     slope += ar_scale * current
-                at = row(grad_raw_base, turn + i, grad_raw_time, ALIGN)
-                tl.store(at, slope.to(grad_raw.dtype.element_ty), mask=inside)
+                pointers = row(grad_raw_base, turn + i, grad_raw_time, ALIGN)
+                tl.store(pointers, slope.to(grad_raw.dtype.element_ty), mask=inside)
                 arriving = leaving
                 current = following
             if dropped is not None:
-                at = row(dropped_base, turn + i, dropped_time, ALIGN)
-                kept = tl.load(at, mask=inside, other=0.0).to(ACC)
-                at = row(grad_dropped_base, turn + i, grad_dropped_time, ALIGN)
-                tl.store(at, (ar_scale * kept).to(grad_dropped.dtype.element_ty), mask=inside)
+                pointers = row(dropped_base, turn + i, dropped_time, ALIGN)
+                kept = tl.load(pointers, mask=inside, other=0.0).to(ACC)
+                pointers = row(grad_dropped_base, turn + i, grad_dropped_time, ALIGN)
+                tl.store(pointers, (ar_scale * kept).to(grad_dropped.dtype.element_ty), mask=inside)
 
 
 def forward(
@@ -209,13 +213,13 @@ def forward(
             penalty,
             scratch,
             ticket_for(x.device),
-            *strides[0],
-            *strides[1],
+            *plan.strides,
             plan.lanes,
             plan.inner,
             plan.time,
             plan.run,
-            plan.runs,
+            plan.blocks,
+            plan.items,
             alpha,
             beta,
             1 / ar_divisor,
@@ -251,14 +255,12 @@ def backward(
             dropped,
             grad_raw,
             grad_dropped,
-            *strides[0],
-            *strides[1],
-            *strides[2],
-            *strides[3],
+            *plan.strides,
             plan.lanes,
             plan.inner,
             plan.time,
             plan.run,
+            plan.blocks,
             ar_factor,
             tar_factor,
             SAME=same,

@@ -26,47 +26,59 @@ LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits
 
 
 @triton.jit
-def place(item, lanes, inner, time, run, ALIGN: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def place(item, blocks, lanes, inner, time, run, ALIGN: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """Where an item lies: sequence, unit and presence of its lanes, each (BLOCK,), and its run's bounds."""
-    lanes = tl.multiple_of(lanes, ALIGN)
-    inner = tl.multiple_of(inner, ALIGN)
-    blocks = tl.cdiv(lanes, BLOCK)
     lane = tl.cast(item % blocks, INDEX) * BLOCK + tl.arange(0, BLOCK)
+    width = tl.cast(inner, INDEX) * ALIGN
     start = tl.cast(item // blocks, INDEX) * run
-    return tl.cast(lane // inner, tl.int64), lane % inner, lane < lanes, start, tl.minimum(start + run, time)
+    present = lane < tl.cast(lanes, INDEX) * ALIGN
+    return tl.cast(lane // width, tl.int64), lane % width, present, start, tl.minimum(start + run, time)
+
+
+@triton.jit
+def at(x, sequence, unit, stride, ALIGN: tl.constexpr):
+    """Pointers to an item's lanes at time step 0."""
+    return x + sequence * stride * ALIGN + unit
 
 
 @triton.jit
 def row(base, step, stride, ALIGN: tl.constexpr):
-    """Pointers to time step `step` of a block of lanes."""
-    return base + tl.cast(step, tl.int64) * tl.multiple_of(stride, ALIGN)
+    """Pointers to an item's lanes at time step `step`."""
+    return base + tl.cast(step, tl.int64) * stride * ALIGN
 
 
 class Plan:
-    """How one launch is cut.
+    """How one launch is cut: what the kernels take by the names of these attributes.
 
-    `lanes`, `inner`, `time`, `run` and `runs` are the kernels' arguments of these names and `constants` their
-    compile-time ones; `items` counts the items of work; `dtype` is that of differences, squares and sums.
+    lanes, inner, strides  outer * inner, inner, and the strides given, one after the other, in units of ALIGN
+                           elements: what the compiler must know to make loads wide is in the multiplication
+    time, run              time steps in all, and a run
+    blocks, items          blocks of lanes; items of work, a block over a run each
+    constants              compile-time arguments: ACC, dtype of differences, squares and sums; ALIGN; INDEX,
+                           integer dtype that counts lanes and time steps; BLOCK, lanes a block; UNROLL, time
+                           steps that one turn of the loop loads
     """
 
     def __init__(self, sizes: Sequence[int], strides: Sequence[Sequence[int]], tensors: Sequence[Tensor | None]):
-        outer, self.time, self.inner = sizes
-        self.lanes = outer * self.inner
+        outer, self.time, inner = sizes
+        align = math.gcd(16, inner, *(stride for pair in strides for stride in pair))
+        self.lanes, self.inner = outer * inner // align, inner // align
+        self.strides = [stride // align for pair in strides for stride in pair]
         widest = max(x.itemsize for x in tensors if x is not None)
         block = THREADS * 16 // widest
-        blocks = triton.cdiv(self.lanes, block)
-        runs = max(1, min(PROGRAMS // blocks, self.time // SHORTEST_RUN))
+        self.blocks = triton.cdiv(outer * inner, block)
+        runs = max(1, min(PROGRAMS // self.blocks, self.time // SHORTEST_RUN))
         self.run = triton.cdiv(triton.cdiv(self.time, runs), UNROLL) * UNROLL
-        self.runs = triton.cdiv(self.time, self.run)
-        self.items = blocks * self.runs
+        self.items = self.blocks * triton.cdiv(self.time, self.run)
         self.dtype = torch.float64 if widest == 8 else torch.float32
         self.constants: dict[str, Any] = {
             "ACC": tl.float64 if widest == 8 else tl.float32,
-            "ALIGN": math.gcd(16, self.inner, *(stride for pair in strides for stride in pair)),
-            "INDEX": tl.int64 if self.lanes * self.time >= LARGE else tl.int32,
+            "ALIGN": align,
+            "INDEX": tl.int64 if outer * inner * self.time >= LARGE else tl.int32,
             "BLOCK": block,
             "UNROLL": UNROLL,
             "num_warps": WARPS,
+            "enable_fp_fusion": True,
         }
 
 
