@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels.reduction import finish, ticket_for
-from fastreg.kernels.tiling import PROGRAMS, Plan, at, current_device, place, row
+from fastreg.kernels.tiling import PROGRAMS, Plan, at, current_device, load_rows, place, row, within
 
 
 @triton.jit(
@@ -68,29 +68,27 @@ def penalty_forward(
     tar = tl.zeros((BLOCK,), ACC)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
-        first_pair = tl.maximum(start, 1)
         if raw is not None:
             raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
-            halo = present & (tl.full((BLOCK,), start, INDEX) > 0)
+            halo = within(present, 0, start, INDEX)
             previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
         if dropped is not None:
             dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
         for turn in range(start, stop, UNROLL):
+            if raw is not None:
+                raws = load_rows(raw_base, turn, stop, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
+            if dropped is not None:
+                droppeds = load_rows(dropped_base, turn, stop, dropped_time, present, ACC, ALIGN, INDEX, UNROLL)
             for i in tl.static_range(UNROLL):
-                step = tl.full((BLOCK,), turn + i, INDEX)
-                inside = present & (step < stop)
                 if raw is not None:
-                    pointers = row(raw_base, turn + i, raw_time, ALIGN)
-                    current = tl.load(pointers, mask=inside, other=0.0).to(ACC)
-                    change = tl.where(inside & (step >= first_pair), current - previous, 0.0)
+                    paired = within(present, turn + i, stop, INDEX) & within(present, 0, turn + i, INDEX)
+                    change = tl.where(paired, raws[i] - previous, 0.0)
                     tar += change * change
-                    previous = current
+                    previous = raws[i]
                     if SAME:
-                        ar += current * current
+                        ar += raws[i] * raws[i]
                 if dropped is not None:
-                    pointers = row(dropped_base, turn + i, dropped_time, ALIGN)
-                    kept = tl.load(pointers, mask=inside, other=0.0).to(ACC)
-                    ar += kept * kept
+                    ar += droppeds[i] * droppeds[i]
     finish(tl.sum(ar), tl.sum(tar), penalty, scratch, ticket, alpha, beta, ar_scale, tar_scale)
 
 
@@ -153,7 +151,7 @@ def penalty_backward(
     if raw is not None:
         raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
         grad_raw_base = at(grad_raw, sequence, unit, grad_raw_outer, ALIGN)
-        halo = present & (tl.full((BLOCK,), start, INDEX) > 0)
+        halo = within(present, 0, start, INDEX)
         previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
         current = tl.load(row(raw_base, start, raw_time, ALIGN), mask=present, other=0.0).to(ACC)
         arriving = tl.where(halo, current - previous, 0.0)
@@ -161,26 +159,26 @@ def penalty_backward(
         dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
         grad_dropped_base = at(grad_dropped, sequence, unit, grad_dropped_outer, ALIGN)
     for turn in range(start, stop, UNROLL):
+        if raw is not None:
+            followings = load_rows(raw_base, turn + 1, time, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
+        if dropped is not None:
+            droppeds = load_rows(dropped_base, turn, stop, dropped_time, present, ACC, ALIGN, INDEX, UNROLL)
         for i in tl.static_range(UNROLL):
-            step = tl.full((BLOCK,), turn + i, INDEX)
-            inside = present & (step < stop)
+            inside = within(present, turn + i, stop, INDEX)
             if raw is not None:
-                paired = inside & (step + 1 < time)
-                pointers = row(raw_base, turn + i + 1, raw_time, ALIGN)
-                following = tl.load(pointers, mask=paired, other=0.0).to(ACC)
-                leaving = tl.where(paired, following - current, 0.0)
+                paired = within(present, turn + i + 1, time, INDEX)
+                leaving = tl.where(paired, followings[i] - current, 0.0)
                 slope = tar_scale * (arriving - leaving)
                 if SAME:
                     slope += ar_scale * current
                 pointers = row(grad_raw_base, turn + i, grad_raw_time, ALIGN)
                 tl.store(pointers, slope.to(grad_raw.dtype.element_ty), mask=inside)
                 arriving = leaving
-                current = following
+                current = followings[i]
             if dropped is not None:
-                pointers = row(dropped_base, turn + i, dropped_time, ALIGN)
-                kept = tl.load(pointers, mask=inside, other=0.0).to(ACC)
+                slope = ar_scale * droppeds[i]
                 pointers = row(grad_dropped_base, turn + i, grad_dropped_time, ALIGN)
-                tl.store(pointers, (ar_scale * kept).to(grad_dropped.dtype.element_ty), mask=inside)
+                tl.store(pointers, slope.to(grad_dropped.dtype.element_ty), mask=inside)
 
 
 def forward(

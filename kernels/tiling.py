@@ -47,6 +47,27 @@ def row(base, step, stride, ALIGN: tl.constexpr):
     return base + tl.cast(step, tl.int64) * stride * ALIGN
 
 
+@triton.jit
+def within(present, step, stop, INDEX: tl.constexpr):
+    """Which of an item's lanes there are at time step `step`: none from `stop` on; (BLOCK,)."""
+    return present & (tl.full(present.shape, step, INDEX) < stop)
+
+
+@triton.jit
+def load_rows(
+    base, first, stop, stride, present, ACC: tl.constexpr, ALIGN: tl.constexpr, INDEX: tl.constexpr, UNROLL: tl.constexpr
+):
+    """UNROLL rows from time step `first` on, each (BLOCK,) in ACC, 0 where there is none.
+
+    All are asked for before the first is used: no store in between keeps the compiler from it.
+    """
+    rows = ()
+    for i in tl.static_range(UNROLL):
+        pointers = row(base, first + i, stride, ALIGN)
+        rows += (tl.load(pointers, mask=within(present, first + i, stop, INDEX), other=0.0).to(ACC),)
+    return rows
+
+
 class Plan:
     """How one launch is cut: what the kernels take by the names of these attributes.
 
