@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastreg.reference import compute_dtype
+
 BLOCK = 2**19  # elements: smaller blocks lose to the cost of dispatch, larger ones leave the cache
 
 
@@ -25,7 +27,7 @@ def forward(
     tar_divisor: int,
 ) -> tuple[Tensor, Tensor]:
     """The penalty, (), and a vector of ar and tar. `sizes` is (outer, time, inner), none of them 0."""
-    dtype = _compute_dtype(raw, dropped)
+    dtype = compute_dtype(raw, dropped)
     raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
     rows, squares = _Scratch(dtype), _Scratch(dtype)
     ar = tar = 0.0
@@ -58,11 +60,10 @@ def backward(
     tar_factor: float,
 ) -> None:
     """Fill `grad_raw` and `grad_dropped`; a tensor that needs no gradient is None, and so is its gradient."""
-    dtype = _compute_dtype(raw, dropped)
     ar_scale, tar_scale = grad.item() * ar_factor, grad.item() * tar_factor
     raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
     grad_raw, grad_dropped = _view(grad_raw, sizes, strides[2]), _view(grad_dropped, sizes, strides[3])
-    rows, changes, slopes = _Scratch(dtype), _Scratch(dtype), _Scratch(dtype)
+    rows, changes, slopes = _Scratch(grad.dtype), _Scratch(grad.dtype), _Scratch(grad.dtype)
     time = sizes[1]
     for outer, start, stop, inner in _blocks(sizes):
         if raw is not None and grad_raw is not None:
@@ -77,7 +78,7 @@ def backward(
             inside = change[:, int(start == 0) : change.shape[1] - int(stop == time)]
             torch.sub(block[:, 1:], block[:, :-1], out=inside).mul_(tar_scale)
             target = grad_raw[outer, start:stop, inner]
-            slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
+            slope = target if target.dtype == grad.dtype else slopes.shaped(*target.shape)
             torch.sub(change[:, :-1], change[:, 1:], out=slope)
             if same:
                 slope.add_(block[:, start - first : stop - first], alpha=ar_scale)
@@ -85,7 +86,11 @@ def backward(
                 target.copy_(slope)
         if dropped is not None and grad_dropped is not None:
             target = grad_dropped[outer, start:stop, inner]
-            torch.mul(dropped[outer, start:stop, inner], ar_scale, out=target)
+            block = dropped[outer, start:stop, inner]
+            if grad.dtype == torch.float32 or target.dtype == grad.dtype:  # mul works in float32 on half precision
+                torch.mul(block, ar_scale, out=target)
+            else:
+                target.copy_(slopes.hold(block).mul_(ar_scale))
 
 
 class _Scratch:
@@ -125,7 +130,3 @@ def _square_sum(block: Tensor, squares: Tensor) -> float:
 
 def _view(x: Tensor | None, sizes: Sequence[int], strides: Sequence[int]) -> Tensor | None:
     return None if x is None else x.detach().as_strided(tuple(sizes), (*strides, 1))
-
-
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32

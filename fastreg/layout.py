@@ -35,9 +35,7 @@ class Strides(NamedTuple):
     time: int = 0
 
 
-def canonical(
-    tensors: Sequence[Tensor | None], batch_first: bool
-) -> tuple[Sizes, list[Tensor | None], list[Strides]]:
+def canonical(tensors: Sequence[Tensor | None], batch_first: bool) -> tuple[Sizes, list[Tensor | None], list[Strides]]:
     """View tensors of one shape as `(outer, time, inner)`; copies only those whose hidden axis is not contiguous.
 
     `None` stays `None`, with strides of 0.
@@ -86,9 +84,7 @@ def check_options(batch_first: bool, lengths: object, reduction: str) -> None:
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
 
 
-def check_layers(
-    raw: object, dropped: object, alpha: float, beta: float
-) -> list[tuple[Tensor | None, Tensor | None]]:
+def check_layers(raw: object, dropped: object, alpha: float, beta: float) -> list[tuple[Tensor | None, Tensor | None]]:
     """Pair the layers of `raw` and `dropped`. A term whose coefficient is 0 is not looked at: its tensor is `None`."""
     raws = _layers("raw", raw) if beta else None
     droppeds = _layers("dropped", dropped) if alpha else None
@@ -99,9 +95,7 @@ def check_layers(
             )
         for (name, x), (other, y) in zip(raws, droppeds, strict=True):
             if x.shape != y.shape:
-                raise ValueError(
-                    f"{other}: expected the shape of {name}, {_shape(x)}, got {_shape(y)}"
-                )
+                raise ValueError(f"{other}: expected the shape of {name}, {_shape(x)}, got {_shape(y)}")
     named = (raws or []) + (droppeds or [])
     for name, x in named:
         if x.device != named[0][1].device:

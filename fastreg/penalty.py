@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
@@ -13,14 +14,15 @@ from fastreg import cpu
 from fastreg.layout import canonical, check_coefficient, check_layers, check_options
 from fastreg.reference import ARTAR, ar_tar, ar_tar_gradients, compute_dtype, divisors
 
-if find_spec("triton") is not None:
+RUNNERS: dict[str, ModuleType] = {"cpu": cpu}  # device type -> the module whose `forward` and `backward` run there
+if find_spec("triton") is not None:  # Triton has no build for some platforms
     from triton import knobs
 
     from fastreg.kernels import penalty as kernels
 
-    KERNEL_DEVICES = ("cpu", "cuda", "xpu") if knobs.runtime.interpret else ("cuda", "xpu")
-else:  # Triton has no build for this platform
-    KERNEL_DEVICES = ()
+    RUNNERS |= dict.fromkeys(("cuda", "xpu"), kernels)
+    if knobs.runtime.interpret:
+        RUNNERS["cpu"] = kernels
 
 if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
@@ -138,25 +140,23 @@ def _layer(
 
 def _plain(x: Tensor | None) -> Tensor | None:
     """`x` without a subclass that only decorates it; one with a dispatcher of its own stays as it is."""
-    if x is None or type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if x is None or type(x) is Tensor:
         return x
-    return x.as_subclass(Tensor)
+    dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
+    return x if dispatches else x.as_subclass(Tensor)
 
 
 def _fusable(x: Tensor) -> bool:
     """Whether `x` is memory that a kernel can read now; else it is for the formula, which torch sees through."""
     return (
-        type(x) is Tensor
-        and (x.device.type == "cpu" or x.device.type in KERNEL_DEVICES)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
+        and type(x) is Tensor
+        and x.device.type in RUNNERS
+        and not x.is_neg()
+        and torch._C._has_storage(x)
     )
-
-
-def _runner(x: Tensor) -> Any:
-    """The module whose `forward` and `backward` run where `x` is."""
-    return kernels if x.device.type in KERNEL_DEVICES else cpu
 
 
 def _forward(
@@ -173,7 +173,7 @@ def _forward(
     assert x is not None
     sizes, (raw, dropped), strides = canonical((raw, dropped), batch_first)
     elements, pairs = divisors(x, batch_first, reduction)
-    penalty, terms = _runner(x).forward(raw, dropped, same, sizes, strides, alpha, beta, elements, pairs)
+    penalty, terms = RUNNERS[x.device.type].forward(raw, dropped, same, sizes, strides, alpha, beta, elements, pairs)
     return (penalty, terms[0], terms[1]) if return_terms else (penalty,)
 
 
@@ -190,16 +190,15 @@ class _Penalty(Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        need_raw, need_dropped, *_ = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        need_raw, need_dropped = ctx.needs_input_grad[:2]
         raw, dropped = ctx.saved_tensors
         raw, dropped = raw if need_raw else None, dropped if need_dropped else None
         same, alpha, beta, batch_first, reduction, _ = ctx.options
-        if torch.is_grad_enabled():  # the gradient is to be differentiated: torch must see its formula
-            first, second = ar_tar_gradients(
-                grad, raw, raw if same else dropped, alpha, beta, batch_first, reduction
-            )
-            gradients = (first + second, None) if same else (first, second)
+        if torch.is_grad_enabled() or not _fusable(grad):  # torch must see the gradient's formula
+            gradients = ar_tar_gradients(grad, raw, dropped, same, alpha, beta, batch_first, reduction)
         else:
             gradients = _backward(grad, raw, dropped, same, alpha, beta, batch_first, reduction)
         return *gradients, *[None] * len(ctx.options)
@@ -222,7 +221,7 @@ def _backward(
     _, inputs, _ = canonical((raw, dropped), batch_first)
     outputs = [None if x is None else _gradient_of(x) for x in inputs]
     sizes, views, strides = canonical((*inputs, *outputs), batch_first)
-    _runner(x).backward(grad, *views, same, sizes, strides, 2 * alpha / elements, 2 * beta / pairs)
+    RUNNERS[x.device.type].backward(grad, *views, same, sizes, strides, 2 * alpha / elements, 2 * beta / pairs)
     return outputs[0], outputs[1]
 
 

@@ -66,23 +66,32 @@ def ar_tar_gradients(
     grad: Tensor,
     raw: Tensor | None,
     dropped: Tensor | None,
+    same: bool,
     alpha: float,
     beta: float,
     batch_first: bool,
     reduction: str,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The penalty's gradients for `raw` and `dropped`, themselves differentiable in `grad` and both tensors."""
+    """The penalty's gradients for `raw` and `dropped`, themselves differentiable in `grad` and both tensors.
+
+    With `same`, raw is dropped as well, and `dropped` is `None`: raw's gradient is that of both terms.
+    """
     given = raw if raw is not None else dropped
     assert given is not None
-    dtype = compute_dtype(raw, dropped)
     elements, pairs = divisors(given, batch_first, reduction)
-    grad_raw = grad_dropped = None
-    if dropped is not None:
-        grad_dropped = (grad * (2 * alpha / elements) * dropped.to(dtype)).to(dropped.dtype)
+    slope = grad_dropped = None
     if raw is not None:
         dim = time_dim(raw, batch_first)
-        change = raw.to(dtype).diff(dim=dim)
-        before_dim = [0, 0] * (raw.dim() - 1 - dim)  # pad() counts axes from the last
-        arriving, leaving = pad(change, [*before_dim, 1, 0]), pad(change, [*before_dim, 0, 1])
-        grad_raw = (grad * (2 * beta / pairs) * (arriving - leaving)).to(raw.dtype)
+        change = raw.to(grad.dtype).diff(dim=dim)
+        axes_after = [0, 0] * (raw.dim() - 1 - dim)  # pad() counts axes from the last
+        arriving, leaving = pad(change, [*axes_after, 1, 0]), pad(change, [*axes_after, 0, 1])
+        slope = grad * (2 * beta / pairs) * (arriving - leaving)
+    kept = raw if same else dropped
+    if kept is not None:
+        pull = grad * (2 * alpha / elements) * kept.to(grad.dtype)
+        if same and slope is not None:
+            slope = slope + pull
+        else:
+            grad_dropped = pull.to(kept.dtype)
+    grad_raw = None if raw is None or slope is None else slope.to(raw.dtype)
     return grad_raw, grad_dropped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels.reduction import finish, ticket_for
-from fastreg.kernels.tiling import PROGRAMS, Plan, at, current_device, load_rows, place, row, within
+from fastreg.kernels.tiling import Plan, at, current_device, load_rows, place, row, store_row, within
 
 
 @triton.jit(
@@ -171,14 +172,12 @@ def penalty_backward(
                 slope = tar_scale * (arriving - leaving)
                 if SAME:
                     slope += ar_scale * current
-                pointers = row(grad_raw_base, turn + i, grad_raw_time, ALIGN)
-                tl.store(pointers, slope.to(grad_raw.dtype.element_ty), mask=inside)
+                store_row(grad_raw_base, turn + i, grad_raw_time, slope, inside, ALIGN)
                 arriving = leaving
                 current = followings[i]
             if dropped is not None:
                 slope = ar_scale * droppeds[i]
-                pointers = row(grad_dropped_base, turn + i, grad_dropped_time, ALIGN)
-                tl.store(pointers, slope.to(grad_dropped.dtype.element_ty), mask=inside)
+                store_row(grad_dropped_base, turn + i, grad_dropped_time, slope, inside, ALIGN)
 
 
 def forward(
@@ -198,19 +197,18 @@ def forward(
     `same`, raw is dropped as well, and `dropped` is None. Returns the penalty, (), and a vector that begins
     with ar and tar, in float32, or float64 if an input is.
     """
-    x = raw if raw is not None else dropped
-    assert x is not None
-    plan = Plan(sizes, strides, (raw, dropped))
-    programs = min(plan.items, PROGRAMS)
-    penalty = torch.empty((), dtype=plan.dtype, device=x.device)
-    scratch = torch.empty(2 + 2 * programs, dtype=plan.dtype, device=x.device)
-    with current_device(x):
-        penalty_forward[(programs,)](
+    device = next(x.device for x in (raw, dropped) if x is not None)
+    dtype = reduce(torch.promote_types, [x.dtype for x in (raw, dropped) if x is not None], torch.float32)
+    plan = Plan(sizes, strides, (raw, dropped), dtype)
+    penalty = torch.empty((), dtype=dtype, device=device)
+    scratch = torch.empty(2 + 2 * plan.programs, dtype=dtype, device=device)
+    with current_device(device):
+        penalty_forward[(plan.programs,)](
             raw,
             dropped,
             penalty,
             scratch,
-            ticket_for(x.device),
+            ticket_for(device),
             *plan.strides,
             plan.lanes,
             plan.inner,
@@ -245,8 +243,8 @@ def backward(
     A tensor that needs no gradient is None, and so is its gradient; `strides` is (outer, time) for raw,
     dropped, grad_raw and grad_dropped. The factors are 2 * alpha and 2 * beta over the divisors.
     """
-    plan = Plan(sizes, strides, (raw, dropped))
-    with current_device(grad):
+    plan = Plan(sizes, strides, (raw, dropped), grad.dtype)
+    with current_device(grad.device):
         penalty_backward[(plan.items,)](
             grad,
             raw,

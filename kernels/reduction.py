@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-CHUNK = tl.constexpr(1024)  # partial sums that the last program loads at once
+CHUNK = tl.constexpr(512)  # partial sums that the last program loads at once
 RESERVE = 4096  # tickets a device: one for each stream and for each call captured in a CUDA graph
 
 _reserve: dict[torch.device, list[Tensor]] = {}

@@ -55,7 +55,15 @@ def within(present, step, stop, INDEX: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    base, first, stop, stride, present, ACC: tl.constexpr, ALIGN: tl.constexpr, INDEX: tl.constexpr, UNROLL: tl.constexpr
+    base,
+    first,
+    stop,
+    stride,
+    present,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """UNROLL rows from time step `first` on, each (BLOCK,) in ACC, 0 where there is none.
 
@@ -68,6 +76,15 @@ def load_rows(
     return rows
 
 
+@triton.jit
+def store_row(base, step, stride, values, there, ALIGN: tl.constexpr):
+    """Write one row, (BLOCK,), where `there`, in the dtype of the memory."""
+    dtype: tl.constexpr = base.dtype.scalar.element_ty
+    if dtype.primitive_bitwidth == 16:  # not every target goes from float64 to bfloat16 in one step
+        values = values.to(tl.float32)
+    tl.store(row(base, step, stride, ALIGN), values.to(dtype), mask=there)
+
+
 class Plan:
     """How one launch is cut: what the kernels take by the names of these attributes.
 
@@ -75,12 +92,19 @@ class Plan:
                            elements: what the compiler must know to make loads wide is in the multiplication
     time, run              time steps in all, and a run
     blocks, items          blocks of lanes; items of work, a block over a run each
+    programs               programs that share the items where a launch has at most PROGRAMS
     constants              compile-time arguments: ACC, dtype of differences, squares and sums; ALIGN; INDEX,
                            integer dtype that counts lanes and time steps; BLOCK, lanes a block; UNROLL, time
                            steps that one turn of the loop loads
     """
 
-    def __init__(self, sizes: Sequence[int], strides: Sequence[Sequence[int]], tensors: Sequence[Tensor | None]):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        tensors: Sequence[Tensor | None],
+        dtype: torch.dtype,
+    ):
         outer, self.time, inner = sizes
         align = math.gcd(16, inner, *(stride for pair in strides for stride in pair))
         self.lanes, self.inner = outer * inner // align, inner // align
@@ -91,9 +115,9 @@ class Plan:
         runs = max(1, min(PROGRAMS // self.blocks, self.time // SHORTEST_RUN))
         self.run = triton.cdiv(triton.cdiv(self.time, runs), UNROLL) * UNROLL
         self.items = self.blocks * triton.cdiv(self.time, self.run)
-        self.dtype = torch.float64 if widest == 8 else torch.float32
+        self.programs = min(self.items, PROGRAMS)
         self.constants: dict[str, Any] = {
-            "ACC": tl.float64 if widest == 8 else tl.float32,
+            "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
             "ALIGN": align,
             "INDEX": tl.int64 if outer * inner * self.time >= LARGE else tl.int32,
             "BLOCK": block,
@@ -103,6 +127,6 @@ class Plan:
         }
 
 
-def current_device(x: Tensor) -> AbstractContextManager[object]:
-    """Make `x`'s device the current one, where Triton launches."""
-    return torch.accelerator.device_index(None if x.device.type == "cpu" else x.device.index)
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the current one, where Triton launches."""
+    return torch.accelerator.device_index(None if device.type == "cpu" else device.index)

@@ -1,0 +1,112 @@
+"""The samples that the tests cross with what they check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def transposed(x: Tensor) -> Tensor:
+    """Batch and time swapped in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() == 3 else x
+
+
+def sliced(x: Tensor) -> Tensor:
+    """Part of a wider hidden axis, at an odd address."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
+    wide[..., 1:-2] = x
+    return wide[..., 1:-2]
+
+
+def every_other(x: Tensor) -> Tensor:
+    """Every other element of the hidden axis: no view with a contiguous inner axis exists."""
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def hidden_first(x: Tensor) -> Tensor:
+    """Dense, but the hidden axis is the slowest in memory."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def expanded(x: Tensor) -> Tensor:
+    """One sequence, repeated without memory of its own."""
+    return x[:1].expand_as(x)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One way to call `fused_ar_tar`. `shape` is that of the tensors given, whatever `batch_first`."""
+
+    shape: tuple[int, ...] = (3, 7, 12)
+    batch_first: bool = True
+    dtypes: tuple[torch.dtype, torch.dtype] = (FLOAT, FLOAT)
+    layouts: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = (contiguous, contiguous)
+    same: bool = False
+    alpha: float = 2.0
+    beta: float = 1.0
+    reduction: str = "mean"
+
+    def __str__(self) -> str:
+        dtypes = "+".join(dict.fromkeys(str(d).removeprefix("torch.") for d in self.dtypes))
+        layouts = "+".join(dict.fromkeys(f.__name__ for f in self.layouts))
+        parts = ["x".join(map(str, self.shape)), dtypes, layouts]
+        parts += [] if self.batch_first else ["time_first"]
+        parts += ["same"] if self.same else []
+        parts += [] if (self.alpha, self.beta) == (2.0, 1.0) else [f"alpha{self.alpha:g}", f"beta{self.beta:g}"]
+        return "-".join(parts + ([] if self.reduction == "mean" else [self.reduction]))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"batch_first": self.batch_first, "reduction": self.reduction}
+
+    @property
+    def time_dim(self) -> int:
+        return 1 if len(self.shape) == 3 and self.batch_first else 0
+
+    def leaves(self, device: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Raw and dropped as leaves that require gradients; one tensor twice if `same`."""
+        generator = torch.Generator().manual_seed(len(str(self)))
+        made: list[Tensor] = []
+        for own, layout in zip(self.dtypes, self.layouts, strict=True):
+            values = torch.randn(self.shape, generator=generator, dtype=DOUBLE).to(own).to(device, dtype or own)
+            made.append(layout(values).detach().requires_grad_())
+        return (made[0], made[0]) if self.same else (made[0], made[1])
+
+
+def _samples() -> Iterator[Sample]:
+    odd_sizes = [(3, 37, 401), (1, 5, 3), (2, 1, 7), (1, 1, 1), (4, 9, 1), (2, 2, 16), (5, 3), (1, 8), (1, 150, 2)]
+    for shape in odd_sizes:
+        yield Sample(shape)
+        yield Sample(shape, same=True, batch_first=False)
+    for dtype in (HALF, BF16, DOUBLE):
+        yield Sample((2, 19, 136), dtypes=(dtype, dtype))
+        yield Sample((2, 19, 136), dtypes=(dtype, dtype), same=True)
+    for dtypes in ((HALF, FLOAT), (BF16, HALF), (FLOAT, DOUBLE), (DOUBLE, BF16)):
+        yield Sample(dtypes=dtypes)
+    for layout in (transposed, sliced, every_other, hidden_first, expanded):
+        for batch_first in (True, False):
+            yield Sample(layouts=(layout, layout), batch_first=batch_first)
+        yield Sample(layouts=(layout, contiguous), same=True)
+        yield Sample(layouts=(contiguous, layout), dtypes=(BF16, FLOAT))
+    for alpha, beta in ((0.0, 1.0), (2.0, 0.0), (1e-4, 3.0), (2.0, 1e6)):
+        yield Sample(alpha=alpha, beta=beta)
+        yield Sample(alpha=alpha, beta=beta, same=True, batch_first=False)
+    yield Sample(reduction="sum")
+    yield Sample((4, 1, 6), reduction="sum", same=True)
+
+
+SAMPLES = list(dict.fromkeys(_samples()))
+# Numerical gradients take long, and memory that an element has to itself.
+SMALL = [s for s in SAMPLES if torch.Size(s.shape).numel() < 300 and expanded not in s.layouts]

@@ -1,0 +1,150 @@
+"""The kernels compiled for real GPUs by the offline compiler: width of loads, spills, and how often they compile.
+
+A stand-in driver takes the place of a GPU's: `fused_ar_tar` on CPU tensors compiles what it would launch there.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastreg import fused_ar_tar, penalty
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
+
+triton = pytest.importorskip("triton", reason="no Triton: nothing to compile")
+kernels = pytest.importorskip("fastreg.kernels.penalty")
+reduction = pytest.importorskip("fastreg.kernels.reduction")
+tiling = pytest.importorskip("fastreg.kernels.tiling")
+
+pytestmark = pytest.mark.skipif(
+    penalty.RUNNERS["cpu"] is kernels, reason="TRITON_INTERPRET=1 is set: the interpreter compiles nothing"
+)
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+BOTH = [kernels.penalty_forward, kernels.penalty_backward]
+
+
+class StandInDriver:
+    """Names a target, and takes launches without making them."""
+
+    def __init__(self, target: Any):
+        self.target, self.utils = target, self
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 2**16}
+
+    def load_binary(self, *arguments: Any) -> tuple[int, ...]:
+        return 0, 0, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *arguments: None
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    chosen = GPUTarget(*TARGETS[request.param])
+    monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
+    monkeypatch.setitem(penalty.RUNNERS, "cpu", kernels)
+    driver.set_active(StandInDriver(chosen))
+    yield chosen
+    driver.reset_active()
+    for kernel in BOTH:
+        kernel.device_caches.clear()
+
+
+def compiled(kernel: Any) -> list[Any]:
+    return list(kernel.device_caches[0][0].values())
+
+
+def run(dtypes: tuple[torch.dtype, torch.dtype], same: bool, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+    raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for dtype in dtypes)
+    fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0).backward()
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same", "two"])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF, DOUBLE], ids=str)
+def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, same: bool, tmp_path: Path) -> None:
+    if dtype in (HALF, DOUBLE) and target.arch != 90:
+        pytest.skip("float16 and float64 are compiled for sm_90 alone, to save time")
+    run((dtype, dtype), same)
+    rows = tiling.UNROLL * (1 if same else 2)
+    partial_sums = 2 * reduction.CHUNK.value // tiling.THREADS
+    for kernel, halos, other_loads, stores in (
+        (kernels.penalty_forward, 1, partial_sums, 0),
+        (kernels.penalty_backward, 2, 1, rows),
+    ):
+        (binary,) = compiled(kernel)
+        wide_loads, all_loads, wide_stores = (
+            count_nvidia(binary, tmp_path) if target.backend == "cuda" else count_amd(binary)
+        )
+        assert wide_loads == rows + halos
+        assert all_loads - wide_loads <= other_loads
+        assert wide_stores == stores
+
+
+def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
+    """Loads of 16 bytes, all loads, and stores of 16 bytes; no spills."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
+    accesses = re.findall(r"\b(ld|st)\.global(\S*)", binary.asm["ptx"])
+    wide = [kind for kind, rest in accesses if rest.endswith((".v4.b32", ".v2.b64"))]
+    return wide.count("ld"), [kind for kind, _ in accesses].count("ld"), wide.count("st")
+
+
+def count_amd(binary: Any) -> tuple[int, int, int]:
+    """The same for AMD."""
+    assembly = binary.asm["amdgcn"]
+    assert re.search(r"\.vgpr_spill_count: *0\b", assembly)
+    assert re.search(r"\.sgpr_spill_count: *0\b", assembly)
+    assert re.search(r"\.private_segment_fixed_size: *0\b", assembly)
+    loads, stores = (re.findall(rf"\b(?:buffer|global)_{kind}_(\w+)", assembly) for kind in ("load", "store"))
+    return loads.count("dwordx4"), len(loads), stores.count("dwordx4")
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("hidden", [400, 1150, 72, 401], ids="hidden{}".format)
+def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
+    """The sequence length differs from batch to batch, and the last batch is small."""
+    for time in range(1, 101):
+        run((FLOAT, FLOAT), same=False, shape=(4 if time % 3 else 3, time, hidden))
+    assert [len(compiled(kernel)) for kernel in BOTH] == [1, 1]
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
+    """Triton passes Python floats as float32 unless told otherwise."""
+    run((DOUBLE, DOUBLE), same=False)
+    for kernel in BOTH:
+        (binary,) = compiled(kernel)
+        scalars = [
+            ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_(scale|factor)", name)
+        ]
+        assert scalars
+        assert set(scalars) == {"fp64"}

@@ -1,0 +1,77 @@
+"""The blocked path: accuracy, the size of what it allocates, and the places where blocks meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastreg import cpu, fused_ar_tar, penalty
+from fastreg.reference import ar_tar
+from tests.samples import BF16, FLOAT
+
+pytestmark = pytest.mark.skipif(
+    penalty.RUNNERS["cpu"] is not cpu, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors"
+)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "constant", "heavy"])
+def test_error_of_a_large_sum(dtype: torch.dtype, kind: str) -> None:
+    """16.8 million elements, within 2e-6."""
+    x = torch.randn(64, 256, 1024, generator=torch.Generator().manual_seed(0))
+    x = {"normal": x, "constant": torch.full_like(x, 0.1), "heavy": x**3}[kind].to(dtype)
+    got = fused_ar_tar(x, x, 1.0, 1.0, return_terms=True)
+    for name, value, true in (
+        ("ar", got.ar, sum(part.double().square().sum() for part in x) / x.numel()),
+        ("tar", got.tar, sum(part.double().diff(dim=0).square().sum() for part in x) / (64 * 255 * 1024)),
+    ):
+        assert abs(value.double() - true) <= 2e-6 * true, name
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 500])
+@pytest.mark.parametrize("shape", [(3, 7, 12), (1, 90, 5), (2, 1, 9), (40, 3, 1)])
+@pytest.mark.parametrize("same", [True, False])
+def test_blocks_of_any_size_meet(
+    block: int, shape: tuple[int, ...], same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "BLOCK", block)
+    for dtype in (FLOAT, BF16):
+        xs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(1 if same else 2)]
+        ys = [x.detach().double().requires_grad_() for x in xs]
+        got = fused_ar_tar(xs[0], xs[-1], 2.0, 1.0)
+        want = ar_tar(ys[0], ys[-1], 2.0, 1.0, True, "mean").penalty
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+        for x, y in zip(torch.autograd.grad(got, xs), torch.autograd.grad(want, ys), strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=torch.finfo(dtype).eps, atol=1e-6 * y.abs().max().item())
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the bytes of each storage that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_no_temporary_is_as_large_as_the_input(dtype: torch.dtype) -> None:
+    raw, dropped = (torch.randn(32, 70, 1152).to(dtype).requires_grad_() for _ in range(2))
+    inputs = {x.untyped_storage().data_ptr() for x in (raw, dropped)}
+    with Allocations() as made:
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    with Allocations() as made_backward:
+        grads = torch.autograd.grad(got, (raw, dropped))
+    outputs = {x.untyped_storage().data_ptr() for x in grads}
+    sizes = [size for at, size in (made.sizes | made_backward.sizes).items() if at not in inputs | outputs]
+    assert max(sizes) <= 4 * 2 * cpu.BLOCK
+    assert max(sizes) < raw.nbytes

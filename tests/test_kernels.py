@@ -1,0 +1,174 @@
+"""The Triton kernels as they run: launches, the shared sum, streams, graphs, and sizes that stretch the indices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastreg import fused_ar_tar, penalty
+from fastreg.reference import ar_tar
+from tests.conftest import gpu
+
+kernels = pytest.importorskip("fastreg.kernels.penalty", reason="no Triton: the kernels did not run")
+reduction = pytest.importorskip("fastreg.kernels.reduction")
+tiling = pytest.importorskip("fastreg.kernels.tiling")
+
+INTERPRETED = penalty.RUNNERS["cpu"] is kernels
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU")
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def leaves(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    raw, dropped = torch.randn(2, *shape, dtype=dtype, device=device).unbind()
+    return raw.requires_grad_(), dropped.requires_grad_()
+
+
+def assert_right(raw: Tensor, dropped: Tensor, **options: Any) -> None:
+    """Penalty and gradients as the formula has them in float64."""
+    xs = [x.detach().double().requires_grad_() for x in (raw, dropped)]
+    want = ar_tar(*xs, 2.0, 1.0, options.get("batch_first", True), "mean").penalty
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    for x, y in zip(torch.autograd.grad(got, (raw, dropped)), torch.autograd.grad(want, xs), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6 * y.abs().max().item())
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, backward = Counted(kernels.penalty_forward), Counted(kernels.penalty_backward)
+    monkeypatch.setattr(kernels, "penalty_forward", forward)
+    monkeypatch.setattr(kernels, "penalty_backward", backward)
+    raw, dropped = leaves(device, 3, 70, 40)
+    got = fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0)
+    assert (forward.launches, backward.launches) == (1, 0)
+    got.backward()
+    assert (forward.launches, backward.launches) == (1, 1)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_the_device_sees_one_kernel_forward_and_one_backward(device: str) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    raw, dropped = leaves(device, 64, 70, 400)
+    grad = torch.ones((), device=device)
+    torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)
+    counts = []
+    with profile(activities=[ProfilerActivity.CUDA]) as forward:
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+        torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as backward:
+        torch.autograd.grad(got, (raw, dropped), grad)
+        torch.cuda.synchronize()
+    for record in (forward, backward):
+        counts.append([e.name for e in record.events() if e.device_type == torch.autograd.DeviceType.CUDA])
+    assert [len(names) for names in counts] == [1, 1], counts
+
+
+@pytest.mark.parametrize("programs", [1, 2, 5])
+def test_programs_share_the_items(programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "PROGRAMS", programs)
+    assert_right(*leaves(device, 4, 40, 600))
+    assert_right(*leaves(device, 4, 3, 600), batch_first=False)
+
+
+def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "SHORTEST_RUN", 4)
+    monkeypatch.setattr(tiling, "PROGRAMS", 2048)
+    time = 4 * (reduction.CHUNK.value + 3)
+    raw, dropped = leaves(device, 1, time, 1)
+    assert tiling.Plan((1, time, 1), [(1, 1)] * 2, (raw, dropped), torch.float32).programs > reduction.CHUNK.value
+    assert_right(raw, dropped)
+
+
+def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "LARGE", 0)
+    assert_right(*leaves(device, 3, 37, 401))
+    assert_right(*leaves(device, 5, 1, 1), batch_first=False)
+
+
+@pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16)])
+def test_offsets_past_31_bits(strides: tuple[int, int], device: str) -> None:
+    """Rows far apart in memory that is reserved but, on the CPU, hardly touched."""
+    shape = (3, 2, 8) if strides[0] > strides[1] else (2, 3, 8)
+    memory = torch.empty(2 * (2**31 + 8) + 64, dtype=torch.float16, device=device)
+    raw, dropped = (memory.as_strided(shape, (*strides, 1), offset) for offset in (0, 32))
+    for x in (raw, dropped):
+        x.copy_(torch.randn(shape))
+    assert_right(raw.detach().requires_grad_(), dropped.detach().requires_grad_())
+
+
+def test_tickets_are_back_at_zero(device: str) -> None:
+    for _ in range(3):
+        fused_ar_tar(*leaves(device, 3, 70, 40), 2.0, 1.0)
+    tickets = [ticket for (on, _), ticket in reduction._of_stream.items() if on.type == device]
+    assert tickets
+    assert all(ticket.item() == 0 for ticket in tickets)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_streams_do_not_share_a_ticket(device: str) -> None:
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    inputs = [tuple(x.detach() for x in leaves(device, 64, 128, 512)) for _ in streams]
+    want = [fused_ar_tar(*xs, 2.0, 1.0) for xs in inputs]
+    torch.cuda.synchronize()
+    got: list[list[Tensor]] = [[] for _ in streams]
+    for _ in range(50):
+        for stream, xs, results in zip(streams, inputs, got, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(fused_ar_tar(*xs, 2.0, 1.0))
+    torch.cuda.synchronize()
+    for expected, results in zip(want, got, strict=True):
+        assert all(torch.equal(x, expected) for x in results)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_graphs_replay_at_once(device: str) -> None:
+    """Two captured steps, forward and backward, replayed together on two streams with new inputs."""
+    captured = []
+    for _ in range(2):
+        raw, dropped = leaves(device, 64, 128, 512)
+        grad = torch.ones((), device=device)
+
+        def step(raw: Tensor = raw, dropped: Tensor = dropped, grad: Tensor = grad) -> list[Tensor]:
+            got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+            return [got.detach(), *torch.autograd.grad(got, (raw, dropped), grad)]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        captured.append((graph, results, raw, dropped, step, torch.cuda.Stream()))
+    for _ in range(20):
+        for *_, raw, dropped, _, _ in captured:
+            with torch.no_grad():
+                raw.normal_()
+                dropped.normal_()
+        torch.cuda.synchronize()
+        for graph, *_, stream in captured:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for _, results, *_, step, _ in captured:
+            assert all(torch.equal(x, y) for x, y in zip(results, step(), strict=True))

@@ -1,0 +1,86 @@
+"""The one view of every layout, and one test for each kind of bad argument."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fastreg import fused_ar_tar
+from fastreg.layout import canonical
+
+X = torch.randn(2, 5, 8)
+PACKED = pack_padded_sequence(X, torch.tensor([5, 3]), batch_first=True)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "batch_first", "sizes", "strides", "copied"),
+    [
+        ([X], True, (2, 5, 8), [(40, 8)], [False]),
+        ([X], False, (1, 2, 40), [(8, 40)], [False]),
+        ([X[0]], True, (1, 5, 8), [(8, 8)], [False]),
+        ([X[:1]], True, (1, 5, 8), [(8, 8)], [False]),
+        ([X.transpose(0, 1)], False, (2, 5, 8), [(40, 8)], [False]),
+        ([X, X.transpose(0, 1).contiguous().transpose(0, 1)], True, (2, 5, 8), [(40, 8), (8, 16)], [False, False]),
+        ([X[..., 1:7]], True, (2, 5, 6), [(40, 8)], [False]),
+        ([X[..., ::2]], True, (2, 5, 4), [(20, 4)], [True]),
+        ([X[..., :1]], True, (2, 5, 1), [(40, 8)], [False]),
+        ([X[:1].expand(3, 5, 8)], True, (3, 5, 8), [(0, 8)], [False]),
+        ([None, X], True, (2, 5, 8), [(0, 0), (40, 8)], [False, False]),
+    ],
+)
+def test_canonical(
+    tensors: Sequence[torch.Tensor | None], batch_first: bool, sizes: Any, strides: Any, copied: Sequence[bool]
+) -> None:
+    got_sizes, views, got_strides = canonical(tensors, batch_first)
+    assert got_sizes == sizes
+    assert got_strides == strides
+    assert [view is not x for view, x in zip(views, tensors, strict=True)] == copied
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((1, X, 2, 1), {}, TypeError, "raw: expected a tensor, or a list or tuple of tensors, got int"),
+        ((X, None, 2, 1), {}, TypeError, "dropped: expected a tensor, .* got NoneType .* only where alpha is 0"),
+        ((None, X, 2, 1), {}, TypeError, "raw: expected a tensor, .* got NoneType .* only where beta is 0"),
+        ((X.numpy(), X, 2, 1), {}, TypeError, "raw: expected a tensor, .* got ndarray"),
+        ((X.int(), X, 2, 1), {}, TypeError, "raw: expected float16, bfloat16, float32 or float64, got torch.int32"),
+        ((X, X.to(torch.complex64), 2, 1), {}, TypeError, "dropped: expected float16, .* got torch.complex64"),
+        ((X.to_sparse(), X, 2, 1), {}, TypeError, "raw: expected a dense .* got torch.sparse_coo"),
+        ((X[0, 0], X, 2, 1), {}, ValueError, r"raw: expected \(batch, time, hidden\), .* got \(8,\)"),
+        ((X, X[None], 2, 1), {}, ValueError, r"dropped: expected \(batch, time, hidden\), .* got \(1, 2, 5, 8\)"),
+        ((X, X[:, :4], 2, 1), {}, ValueError, r"dropped: expected the shape of raw, \(2, 5, 8\), got \(2, 4, 8\)"),
+        ((X, X.to("meta"), 2, 1), {}, ValueError, "dropped: expected a tensor on cpu, where raw is, got .* meta"),
+        (([X, X], [X], 2, 1), {}, ValueError, "raw and dropped: expected the same layers .* 2 layers and 1 layers"),
+        (([X], X, 2, 1), {}, ValueError, "raw and dropped: expected the same layers .* 1 layers and one tensor"),
+        (([], [], 2, 1), {}, ValueError, "raw: expected a tensor a layer, got an empty list"),
+        (([X, X], [X, X[..., :3]], 2, 1), {}, ValueError, r"dropped\[1\]: expected the shape of raw\[1\]"),
+        (([X, None], [X, X], 2, 1), {}, TypeError, r"raw\[1\]: expected a tensor, got NoneType"),
+        ((X, X, "2", 1), {}, TypeError, "alpha: expected a real number, got str"),
+        ((X, X, True, 1), {}, TypeError, "alpha: expected a real number, got bool"),
+        ((X, X, 2, torch.tensor(1.0)), {}, TypeError, "beta: expected a real number, got Tensor"),
+        ((X, X, -1, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
+        ((X, X, 2, float("nan")), {}, ValueError, "beta: expected a finite number of at least 0, got nan"),
+        ((X, X, 2, float("inf")), {}, ValueError, "beta: expected a finite number of at least 0, got inf"),
+        ((X, X, 2, 1), {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
+        ((X, X, 2, 1), {"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
+        ((X, X, 2, 1), {"lengths": torch.tensor([5, 3])}, NotImplementedError, "lengths: .* not supported yet"),
+        ((PACKED, PACKED, 2, 1), {}, NotImplementedError, "raw: PackedSequence is not supported yet"),
+        (([PACKED], [X], 2, 1), {}, NotImplementedError, r"raw\[0\]: PackedSequence is not supported yet"),
+    ],
+)
+def test_bad_arguments(arguments: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        fused_ar_tar(*arguments, **options)
+    assert re.match(message, str(raised.value)), str(raised.value)
+    assert type(raised.value) is error
+
+
+def test_numbers_that_are_not_float_are_coefficients() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert torch.equal(fused_ar_tar(X, X, numpy.float32(2), 1), fused_ar_tar(X, X, 2.0, 1.0))

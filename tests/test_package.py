@@ -1,0 +1,21 @@
+"""What importing the package gives, and what it leaves alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import fastreg
+
+
+def test_public_names() -> None:
+    assert sorted(fastreg.__all__) == ["ARTAR", "fused_ar_tar"]
+    assert all(hasattr(fastreg, name) for name in fastreg.__all__)
+    assert fastreg.__version__
+    assert fastreg.ARTAR._fields == ("penalty", "ar", "tar")
+
+
+def test_the_name_kernels_is_left_to_others() -> None:
+    """An unrelated distribution installs a top-level package of this name."""
+    code = "import sys, fastreg, fastreg.kernels.penalty; sys.exit('kernels' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

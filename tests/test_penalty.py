@@ -1,0 +1,372 @@
+"""`fused_ar_tar` against the formula in float64: values, gradients of any order, and what surrounds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastreg import ARTAR, fused_ar_tar, penalty
+from fastreg.reference import ar_tar
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, SMALL, Sample
+
+INTERPRETED = penalty.RUNNERS["cpu"] is not penalty.cpu
+
+by_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+by_small_sample = pytest.mark.parametrize("sample", SMALL, ids=str)
+
+
+def fused(sample: Sample, raw: Tensor | None, dropped: Tensor | None, **options: Any) -> Any:
+    return fused_ar_tar(raw, dropped, sample.alpha, sample.beta, **sample.options, **options)
+
+
+def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
+    """The formula, with terms that are off reading as 0."""
+    used = raw if sample.beta else None, dropped if sample.alpha else None
+    return ar_tar(*used, sample.alpha, sample.beta, sample.batch_first, sample.reduction)
+
+
+def in_float64(raw: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    first = raw.detach().double().requires_grad_()
+    return first, first if dropped is raw else dropped.detach().double().requires_grad_()
+
+
+def eps(*tensors: Tensor) -> float:
+    """The unit of rounding of the dtype that the penalty of these tensors is formed in."""
+    return torch.finfo(DOUBLE if any(x.dtype == DOUBLE for x in tensors) else FLOAT).eps
+
+
+def assert_gradient(got: Tensor, want: Tensor, largest: float, unit: float) -> None:
+    """Within a rounding of `got`'s dtype, and a few of the computation on terms as large as `largest`."""
+    if got.dtype in (HALF, BF16):  # rounded to by way of float32
+        unit = max(unit, torch.finfo(FLOAT).eps)
+    error = (got.double() - want).abs()
+    info = torch.finfo(got.dtype)
+    truncated = INTERPRETED and got.device.type == "cpu" and got.dtype == BF16  # the interpreter does not round to it
+    rounding = info.eps if truncated else info.eps / 2
+    allowed = rounding * want.abs() + 8 * unit * largest + info.smallest_normal * info.eps
+    assert (error <= allowed).all(), f"off by {(error / allowed).max():.3g} times what is allowed"
+
+
+@by_sample
+def test_value_and_terms(sample: Sample, device: str, poison: None) -> None:
+    raw, dropped = sample.leaves(device)
+    got = fused(sample, raw, dropped, return_terms=True)
+    want = truth(sample, *in_float64(raw, dropped))
+    unit = eps(raw if sample.beta else dropped, dropped if sample.alpha else raw)
+    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
+        assert x.shape == ()
+        assert x.dtype == (DOUBLE if unit < 1e-10 else FLOAT)
+        assert x.device == raw.device
+        torch.testing.assert_close(x.double(), y, rtol=8 * unit, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+    assert torch.equal(fused(sample, raw, dropped), got.penalty)
+    assert not got.ar.requires_grad
+    assert not got.tar.requires_grad
+
+
+@by_sample
+@pytest.mark.parametrize("frozen", ["neither", "raw", "dropped"])
+def test_gradients(sample: Sample, frozen: str, device: str, poison: None) -> None:
+    raw, dropped = sample.leaves(device)
+    if sample.same and frozen != "neither":
+        pytest.skip("one tensor: nothing else to freeze")
+    expected = in_float64(raw, dropped)
+    for kind, x in (("raw", raw), ("dropped", dropped)):
+        x.requires_grad_(kind != frozen)
+    got = fused(sample, raw, dropped)
+    (1000 * truth(sample, *expected).penalty).backward()
+    if not got.requires_grad:  # the only term is that of the frozen tensor
+        assert frozen == ("raw" if sample.beta else "dropped")
+        return
+    (1000 * got).backward()
+    for kind, x, y in (("raw", raw, expected[0]), ("dropped", dropped, expected[1])):
+        if kind == frozen or y.grad is None:
+            assert x.grad is None
+            continue
+        assert x.grad is not None
+        assert x.grad.dtype == x.dtype
+        # Changes of raw cancel: what is lost is relative to the terms, not to their difference.
+        in_tar, in_ar = kind == "raw" or sample.same, kind == "dropped" or sample.same
+        coefficients = 2 * 1000 * (4 * sample.beta * in_tar + sample.alpha * in_ar)
+        divisor = truth_divisor(sample) if sample.reduction == "mean" else 1
+        largest = coefficients * y.detach().abs().max().item() / divisor
+        assert_gradient(x.grad, y.grad, largest, eps(raw, dropped))
+
+
+def truth_divisor(sample: Sample) -> int:
+    """The smaller of the two divisors of the means."""
+    steps = sample.shape[sample.time_dim]
+    elements = torch.Size(sample.shape).numel()
+    return elements // steps * max(steps - 1, 1)
+
+
+@by_small_sample
+def test_gradcheck(sample: Sample, device: str) -> None:
+    leaves = sample.leaves(device, DOUBLE)
+    inputs = leaves[:1] if sample.same else leaves
+
+    def call(*xs: Tensor) -> Tensor:
+        return fused(sample, xs[0], xs[-1])
+
+    fast = torch.Size(sample.shape).numel() > 12
+    assert gradcheck(call, inputs, fast_mode=fast)
+    assert gradgradcheck(call, inputs, fast_mode=fast)
+
+
+@by_sample
+def test_repeats_bitwise(sample: Sample, device: str) -> None:
+    raw, dropped = sample.leaves(device)
+
+    def run() -> list[Tensor]:
+        raw.grad = dropped.grad = None
+        results = fused(sample, raw, dropped, return_terms=True)
+        results.penalty.backward()
+        return [*results, *(x.grad for x in (raw, dropped) if x.grad is not None)]
+
+    first = run()
+    for _ in range(2):
+        assert all(torch.equal(x, y) for x, y in zip(first, run(), strict=True))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    sizes=st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 70)),
+    dtypes=st.tuples(*[st.sampled_from([HALF, BF16, FLOAT, DOUBLE])] * 2),
+    batch_first=st.booleans(),
+    same=st.booleans(),
+    axes=st.permutations([0, 1, 2]),
+    coefficients=st.tuples(*[st.just(0.0) | st.floats(1e-6, 1e3)] * 2).filter(any),
+    reduction=st.sampled_from(["mean", "sum"]),
+    seed=st.integers(0, 2**32),
+)
+def test_drawn_cases(
+    sizes: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    batch_first: bool,
+    same: bool,
+    axes: list[int],
+    coefficients: tuple[float, float],
+    reduction: str,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    xs = [torch.randn(sizes, generator=generator, dtype=DOUBLE).to(d) for d in dtypes]
+    xs = [x.permute(axes).contiguous().permute([axes.index(i) for i in range(3)]).requires_grad_() for x in xs]
+    raw, dropped = (xs[0], xs[0]) if same else (xs[0], xs[1])
+    sample = Sample(sizes, batch_first, dtypes, same=same, reduction=reduction)
+    alpha, beta = coefficients
+    expected = in_float64(raw, dropped)
+    got = fused_ar_tar(raw, dropped, alpha, beta, **sample.options)
+    want = ar_tar(expected[0] if beta else None, expected[1] if alpha else None, alpha, beta, batch_first, reduction)
+    unit = eps(raw if beta else dropped, dropped if alpha else raw)
+    torch.testing.assert_close(got.double(), want.penalty, rtol=8 * unit, atol=1e-37)
+    got.backward()
+    want.penalty.backward()
+    divisor = truth_divisor(sample) if reduction == "mean" else 1
+    for x, y in zip((raw, dropped), expected, strict=True):
+        assert (x.grad is None) == (y.grad is None)
+        if x.grad is not None and y.grad is not None:
+            largest = 2 * (alpha + 4 * beta) * y.detach().abs().max().item() / divisor
+            assert_gradient(x.grad, y.grad, largest, unit)
+
+
+@by_small_sample
+def test_second_derivatives_in_a_nonlinear_loss(sample: Sample, device: str) -> None:
+    """A Hessian-vector product through the cube of a loss plus the penalty."""
+
+    def product(call: Any, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        loss = (sum(x.sin().mean() for x in leaves) + call(leaves[0], leaves[-1])) ** 3
+        slopes = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(slopes, leaves, directions)
+
+    leaves = sample.leaves(device, DOUBLE)[: 1 if sample.same else 2]
+    directions = [torch.rand_like(x) + 1 for x in leaves]
+    got = product(lambda r, d: fused(sample, r, d), leaves)
+    want = product(lambda r, d: truth(sample, r, d).penalty, leaves)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12 * y.abs().max().item())
+
+
+def test_raw_that_dropped_is_made_of_gets_both_gradients(device: str) -> None:
+    raw = torch.randn(3, 7, 12, dtype=DOUBLE, device=device, requires_grad=True)
+    mask = torch.randn_like(raw).detach()
+    got = torch.autograd.grad(fused_ar_tar(raw, raw * mask, 2.0, 1.0), raw)
+    want = torch.autograd.grad(ar_tar(raw, raw * mask, 2.0, 1.0, True, "mean").penalty, raw)
+    torch.testing.assert_close(got, want)
+
+
+def test_layers_add_up(device: str) -> None:
+    shapes = [(2, 5, 8), (2, 5, 3), (2, 5, 8)]
+    raws = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+    droppeds = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+    got = fused_ar_tar(raws, tuple(droppeds), 2.0, 1.0, return_terms=True)
+    each = [fused_ar_tar(r, d, 2.0, 1.0, return_terms=True) for r, d in zip(raws, droppeds, strict=True)]
+    for field in ARTAR._fields:
+        torch.testing.assert_close(getattr(got, field), torch.stack([getattr(e, field) for e in each]).sum())
+    leaves = [*raws, *droppeds]
+    want = torch.autograd.grad(sum(e.penalty for e in each), leaves)
+    torch.testing.assert_close(torch.autograd.grad(got.penalty, leaves), want)
+
+
+def test_a_term_that_is_off_is_not_read(device: str) -> None:
+    x = torch.randn(2, 5, 8, device=device)
+    bad = torch.full_like(x, torch.nan)
+    for unread in (None, bad, "not a tensor", torch.zeros(1, dtype=torch.int64)):
+        assert fused_ar_tar(x, unread, 0.0, 1.0).isfinite()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        assert fused_ar_tar(unread, x, 1.0, 0.0).isfinite()  # pyright: ignore[reportArgumentType, reportCallIssue]
+    both_off = fused_ar_tar(bad.double(), bad, 0, 0, return_terms=True)
+    assert all(x == 0 and x.dtype == DOUBLE and x.device == bad.device for x in both_off)
+    assert fused_ar_tar(None, None, 0, 0) == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0), (0, 0), (0, 4)])
+@pytest.mark.parametrize("same", [True, False])
+def test_empty_is_zero(shape: tuple[int, ...], same: bool, device: str) -> None:
+    raw = torch.randn(shape, device=device, requires_grad=True)
+    dropped = raw if same else torch.randn(shape, device=device, requires_grad=True)
+    results = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
+    assert all(x == 0 for x in results)
+    results.penalty.backward()
+    assert raw.grad is not None
+    assert raw.grad.shape == shape
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_not_finite_shows(value: float, step: int, device: str) -> None:
+    raw, dropped = torch.randn(2, 2, 7, 12, device=device).unbind()
+    raw[1, step, 5] = value
+    results = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
+    assert results.ar.isfinite()
+    assert not results.tar.isfinite()
+    assert results.tar.isnan() == (value != value)
+    assert not fused_ar_tar(dropped, raw, 2.0, 1.0).isfinite()
+
+
+def test_one_time_step_has_no_changes_whatever_its_values(device: str) -> None:
+    raw = torch.full((2, 1, 8), torch.inf, device=device, requires_grad=True)
+    got = fused_ar_tar(raw, None, 0.0, 1.0)
+    assert got == 0
+    got.backward()
+    assert torch.equal(raw.grad, torch.zeros_like(raw))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+def test_half_precision_differences_do_not_overflow(dtype: torch.dtype, device: str) -> None:
+    raw = torch.tensor([4e4, -4e4], dtype=dtype, device=device).repeat(4).reshape(1, 8, 1)
+    step = 2 * raw[0, 0, 0].double().item()
+    torch.testing.assert_close(fused_ar_tar(raw, raw, 0.0, 1.0).item(), step**2, rtol=1e-6, atol=0)
+
+
+def test_keeps_nothing_but_references_to_its_inputs(device: str) -> None:
+    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.data_ptr()), x)[1], lambda x: x):
+        fused_ar_tar(raw, dropped, 2.0, 1.0)
+    assert kept == [raw.data_ptr(), dropped.data_ptr()]
+
+
+def test_no_grad_builds_no_graph(device: str) -> None:
+    x = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    with torch.no_grad():
+        assert not fused_ar_tar(x, x, 2.0, 1.0).requires_grad
+    assert not fused_ar_tar(x.detach(), x.detach(), 2.0, 1.0).requires_grad
+
+
+def test_the_penalty_can_be_changed_in_place(device: str) -> None:
+    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
+    results = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
+    before = results.tar.clone()
+    results.penalty.mul_(2).backward()
+    want = torch.autograd.grad(2 * fused_ar_tar(raw, dropped, 2.0, 1.0), raw)[0]
+    torch.testing.assert_close(raw.grad, want)
+    assert torch.equal(results.tar, before)
+
+
+def test_inputs_changed_before_the_backward_are_an_error(device: str) -> None:
+    x = torch.randn(3, 7, 12, device=device, requires_grad=True).mul(1)
+    got = fused_ar_tar(x, x, 2.0, 1.0)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        got.backward()
+
+
+class Decorated(Tensor):
+    pass
+
+
+def test_a_subclass_gives_a_plain_result(device: str) -> None:
+    plain = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    x = plain.as_subclass(Decorated)
+    got = fused_ar_tar(x, x, 2.0, 1.0)
+    assert type(got) is Tensor
+    got.backward()
+    want = torch.autograd.grad(fused_ar_tar(plain, plain, 2.0, 1.0), plain)[0]
+    assert torch.equal(plain.grad, want)  # pyright: ignore[reportArgumentType]
+    assert type(fused_ar_tar(torch.nn.Parameter(plain), plain, 2.0, 1.0)) is Tensor
+
+
+def test_a_lazily_negated_tensor_gets_the_right_sign(device: str) -> None:
+    x = torch.view_as_complex(torch.randn(2, 3, 8, 2, device=device)).conj().imag
+    assert x.is_neg()
+    leaf = x.detach().requires_grad_()
+    fused_ar_tar(leaf, leaf, 2.0, 1.0).backward()
+    clone = x.resolve_neg().clone().requires_grad_()
+    fused_ar_tar(clone, clone, 2.0, 1.0).backward()
+    torch.testing.assert_close(leaf.grad, clone.grad)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_function_transforms(same: bool, device: str) -> None:
+    raw, dropped = torch.randn(2, 4, 3, 7, 12, device=device, dtype=DOUBLE).unbind()
+
+    def call(r: Tensor, d: Tensor) -> Tensor:
+        return fused_ar_tar(r, r if same else d, 2.0, 1.0)
+
+    def plain(r: Tensor, d: Tensor) -> Tensor:
+        return ar_tar(r, r if same else d, 2.0, 1.0, True, "mean").penalty
+
+    for transform in (lambda f: torch.func.vmap(torch.func.grad(f)), lambda f: torch.func.vmap(torch.func.hessian(f))):
+        torch.testing.assert_close(transform(call)(raw, dropped), transform(plain)(raw, dropped))
+    tangents = (torch.randn_like(raw), torch.randn_like(dropped))
+    torch.testing.assert_close(
+        torch.func.jvp(call, (raw[0], dropped[0]), (tangents[0][0], tangents[1][0])),
+        torch.func.jvp(plain, (raw[0], dropped[0]), (tangents[0][0], tangents[1][0])),
+    )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(raw[0], tangents[0][0])
+        got = torch.autograd.forward_ad.unpack_dual(call(dual, dropped[0])).tangent
+        want = torch.autograd.forward_ad.unpack_dual(plain(dual, dropped[0])).tangent
+    torch.testing.assert_close(got, want)
+
+
+def test_vectorized_jacobian_of_the_penalty_of_layers(device: str) -> None:
+    """Gradients batched by vmap reach the backward."""
+    raw = torch.randn(2, 3, 7, 12, device=device, dtype=DOUBLE)
+
+    def both(call: Any) -> Any:
+        return lambda x: torch.stack([call(x[0], x[0]), call(x[1], x[1])])
+
+    got = torch.autograd.functional.jacobian(both(lambda r, d: fused_ar_tar(r, d, 2.0, 1.0)), raw, vectorize=True)
+    plain = both(lambda r, d: ar_tar(r, d, 2.0, 1.0, True, "mean").penalty)
+    torch.testing.assert_close(got, torch.autograd.functional.jacobian(plain, raw))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_compiles_to_one_graph(same: bool, device: str) -> None:
+    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
+    leaves = (raw,) if same else (raw, dropped)
+
+    def call(*xs: Tensor) -> Tensor:
+        return fused_ar_tar(xs[0], xs[-1], 2.0, 1.0)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), call(*leaves))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(call(*leaves), leaves)
+    )

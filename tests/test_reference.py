@@ -1,0 +1,48 @@
+"""The formula itself, against loops written out, and its gradient against autograd's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from fastreg.reference import ar_tar, ar_tar_gradients
+from tests.samples import DOUBLE, SAMPLES, SMALL, Sample
+
+
+@pytest.mark.parametrize("sample", SMALL, ids=str)
+def test_formula_written_out(sample: Sample) -> None:
+    raw, dropped = (x.detach().movedim(sample.time_dim, 0).tolist() for x in sample.leaves("cpu", DOUBLE))
+
+    def flat(x: object) -> list[float]:
+        return [v for y in x for v in flat(y)] if isinstance(x, list) else [x]  # pyright: ignore[reportReturnType]
+
+    squares = [v * v for v in flat(dropped)]
+    changes = [
+        (b - a) ** 2
+        for now, after in zip(raw, raw[1:], strict=False)
+        for a, b in zip(flat(now), flat(after), strict=True)
+    ]
+    mean = sample.reduction == "mean"
+    ar = sum(squares) / (len(squares) if mean else 1)
+    tar = sum(changes) / (max(len(changes), 1) if mean else 1)
+    got = ar_tar(*sample.leaves("cpu", DOUBLE), sample.alpha, sample.beta, sample.batch_first, sample.reduction)
+    want = torch.tensor([sample.alpha * ar + sample.beta * tar, ar, tar], dtype=DOUBLE)
+    torch.testing.assert_close(torch.stack(got), want)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_gradients_are_those_of_autograd(sample: Sample) -> None:
+    leaves = sample.leaves("cpu", DOUBLE)
+    options = (sample.alpha, sample.beta, sample.batch_first, sample.reduction)
+    grad = torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)
+    raw, dropped = leaves[0], None if sample.same else leaves[1]
+    got = [g for g in ar_tar_gradients(grad, raw, dropped, sample.same, *options) if g is not None]
+    inputs = leaves[: len(got)]
+    torch.testing.assert_close(got, list(torch.autograd.grad(ar_tar(*leaves, *options).penalty, inputs, grad)))
+    if sample in SMALL:
+        assert gradcheck(
+            lambda g, *xs: ar_tar_gradients(g, xs[0], None if sample.same else xs[1], sample.same, *options)[0],
+            (grad, *inputs),
+            fast_mode=True,
+        )
