@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,10 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     chosen = GPUTarget(*TARGETS[request.param])
     monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
     monkeypatch.setitem(penalty.RUNNERS, "cpu", kernels)
-    driver.set_active(StandInDriver(chosen))
-    yield chosen
-    driver.reset_active()
+    monkeypatch.setattr(driver, "_active", StandInDriver(chosen))  # reset_active() wants a real one to go back to
     for kernel in BOTH:
-        kernel.device_caches.clear()
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    return chosen
 
 
 def compiled(kernel: Any) -> list[Any]:

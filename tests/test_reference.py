@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -18,11 +20,7 @@ def test_formula_written_out(sample: Sample) -> None:
         return [v for y in x for v in flat(y)] if isinstance(x, list) else [x]  # pyright: ignore[reportReturnType]
 
     squares = [v * v for v in flat(dropped)]
-    changes = [
-        (b - a) ** 2
-        for now, after in zip(raw, raw[1:], strict=False)
-        for a, b in zip(flat(now), flat(after), strict=True)
-    ]
+    changes = [(b - a) ** 2 for now, after in pairwise(raw) for a, b in zip(flat(now), flat(after), strict=True)]
     mean = sample.reduction == "mean"
     ar = sum(squares) / (len(squares) if mean else 1)
     tar = sum(changes) / (max(len(changes), 1) if mean else 1)

@@ -1,0 +1,63 @@
+# Every target builds and uses .venv by itself: python3 (3.10 or newer, with venv), git and make are enough.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+PYTEST = .venv/bin/python -m pytest
+KERNEL_TESTS = tests/test_penalty.py tests/test_kernels.py
+
+.PHONY: help demo test test-oldest-triton bench lint clean
+help:
+	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options)"
+	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
+	@echo "make bench   measure the penalty against the formula in plain PyTorch, on the GPU if there is one"
+	@echo "make lint    check style and types"
+	@echo "make clean   remove .venv and what the tools left"
+
+demo: .venv/demo
+	@echo "== demo: a word-level AWD-LSTM learns the King James text, with AR and TAR and without"
+	.venv/bin/python -m bench.demo $(ARGS)
+
+test: .venv/test
+	@echo "== 1 of 2: every test; CPU tensors take the blocked path, and the kernels are compiled for real GPUs"
+	$(PYTEST)
+	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS)
+
+# The interpreter of Triton 3.6 needs a NumPy that still turns arrays of one element into numbers.
+test-oldest-triton: .venv/test
+	@echo "== the kernels once more, with the oldest Triton supported"
+	.venv/bin/python -m venv .venv-oldest-triton
+	.venv-oldest-triton/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch 'triton==3.6.*' 'numpy<2.4' pytest hypothesis
+	.venv-oldest-triton/bin/python -m pytest tests/test_compiled.py
+	TRITON_INTERPRET=1 .venv-oldest-triton/bin/python -m pytest $(KERNEL_TESTS)
+
+bench: .venv/base
+	@echo "== the penalty, forward and backward, against the formula in plain PyTorch"
+	.venv/bin/python -m bench.penalty
+
+lint: .venv/lint
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+
+# Each stamp stands for fastreg installed with what one target needs.
+.venv/base: pyproject.toml
+	@echo "== building .venv (PyTorch is large: the first time takes minutes)"
+	@$(PYTHON) -m venv .venv || { echo "python3 lacks venv: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
+	$(PIP) --editable .
+	@touch $@
+
+.venv/demo: .venv/base
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+.venv/test: .venv/base
+	$(PIP) --editable '.[test,demo]'
+	@touch $@
+
+.venv/lint: .venv/test
+	$(PIP) --editable '.[lint]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-oldest-triton build *.egg-info .pytest_cache .ruff_cache .hypothesis
