@@ -25,8 +25,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def eager(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
     """AR and TAR as fastai's RNNRegularizer adds them to the loss."""
-    penalty = alpha * dropped.float().pow(2).mean()
-    return penalty + beta * (raw[:, 1:] - raw[:, :-1]).float().pow(2).mean()
+    ar = alpha * dropped.float().pow(2).mean() if alpha else 0.0
+    tar = beta * (raw[:, 1:] - raw[:, :-1]).float().pow(2).mean() if beta else 0.0
+    return torch.as_tensor(ar + tar)
 
 
 def milliseconds(calls: dict[str, Callable[..., Tensor]], leaves: tuple[Tensor, ...], rounds: int) -> list[float]:
