@@ -153,9 +153,10 @@ def test_drawn_cases(
     coefficients: tuple[float, float],
     reduction: str,
     seed: int,
+    device: str,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    xs = [torch.randn(sizes, generator=generator, dtype=DOUBLE).to(d) for d in dtypes]
+    xs = [torch.randn(sizes, generator=generator, dtype=DOUBLE).to(d).to(device) for d in dtypes]
     xs = [x.permute(axes).contiguous().permute([axes.index(i) for i in range(3)]).requires_grad_() for x in xs]
     raw, dropped = (xs[0], xs[0]) if same else (xs[0], xs[1])
     sample = Sample(sizes, batch_first, dtypes, same=same, reduction=reduction)
