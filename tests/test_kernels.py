@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreg import fused_ar_tar, penalty
 from fastreg.reference import ar_tar
@@ -65,6 +66,30 @@ def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatc
     assert (forward.launches, backward.launches) == (1, 1)
 
 
+class Calls(TorchDispatchMode):
+    """Notes the names of the operators called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [None, "raw", "dropped"])
+def test_the_backward_makes_only_the_gradients_that_are_needed(frozen: str | None, device: str) -> None:
+    raw, dropped = leaves(device, 3, 70, 40)
+    raw.requires_grad_(frozen != "raw")
+    dropped.requires_grad_(frozen != "dropped")
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True).penalty
+    with Calls() as calls:
+        torch.autograd.grad(got, [x for x in (raw, dropped) if x.requires_grad], torch.ones_like(got))
+    assert calls.names.count("aten::empty_like") == (2 if frozen is None else 1)
+    assert not any("zeros" in name for name in calls.names)  # for the terms, which get no gradient
+
+
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_the_device_sees_one_kernel_forward_and_one_backward(device: str) -> None:
     from torch.profiler import ProfilerActivity, profile
@@ -105,11 +130,11 @@ def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_right(*leaves(device, 5, 1, 1), batch_first=False)
 
 
-@pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16)])
+@pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16), (2**30 + 5, 9), (10, 2**30 + 3)])
 def test_offsets_past_31_bits(strides: tuple[int, int], device: str) -> None:
     """Rows far apart in memory that is reserved but, on the CPU, hardly touched."""
-    shape = (3, 2, 8) if strides[0] > strides[1] else (2, 3, 8)
-    memory = torch.empty(2 * (2**31 + 8) + 64, dtype=torch.float16, device=device)
+    shape = (4, 2, 8) if strides[0] > strides[1] else (2, 4, 8)
+    memory = torch.empty(3 * (2**31 + 8) + 64, dtype=torch.float16, device=device)
     raw, dropped = (memory.as_strided(shape, (*strides, 1), offset) for offset in (0, 32))
     for x in (raw, dropped):
         x.copy_(torch.randn(shape))
