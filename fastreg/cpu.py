@@ -29,20 +29,20 @@ def forward(
     """The penalty, (), and a vector of ar and tar. `sizes` is (outer, time, inner), none of them 0."""
     dtype = compute_dtype(raw, dropped)
     raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
-    rows, squares = _Scratch(dtype), _Scratch(dtype)
+    rows, squares = Scratch(dtype), Scratch(dtype)
     ar = tar = 0.0
-    for outer, start, stop, inner in _blocks(sizes):
+    for outer, start, stop, inner in blocks(sizes):
         if raw is not None:
             first = max(start - 1, 0)
             block = rows.hold(raw[outer, first:stop, inner])
             change = squares.shaped(block.shape[0], block.shape[1] - 1, block.shape[2])
-            tar += _square_sum(torch.sub(block[:, 1:], block[:, :-1], out=change), change)
+            tar += square_sum(torch.sub(block[:, 1:], block[:, :-1], out=change), change)
             if same:
                 block = block[:, start - first :]
-                ar += _square_sum(block, squares.shaped(*block.shape))
+                ar += square_sum(block, squares.shaped(*block.shape))
         if dropped is not None:
             block = rows.hold(dropped[outer, start:stop, inner])
-            ar += _square_sum(block, squares.shaped(*block.shape))
+            ar += square_sum(block, squares.shaped(*block.shape))
     ar, tar = ar / ar_divisor, tar / tar_divisor
     return torch.tensor(alpha * ar + beta * tar, dtype=dtype), torch.tensor([ar, tar], dtype=dtype)
 
@@ -63,25 +63,15 @@ def backward(
     ar_scale, tar_scale = grad.item() * ar_factor, grad.item() * tar_factor
     raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
     grad_raw, grad_dropped = _view(grad_raw, sizes, strides[2]), _view(grad_dropped, sizes, strides[3])
-    rows, changes, slopes = _Scratch(grad.dtype), _Scratch(grad.dtype), _Scratch(grad.dtype)
-    time = sizes[1]
-    for outer, start, stop, inner in _blocks(sizes):
+    rows, changes, slopes = Scratch(grad.dtype), Scratch(grad.dtype), Scratch(grad.dtype)
+    for outer, start, stop, inner in blocks(sizes):
         if raw is not None and grad_raw is not None:
-            first, last = max(start - 1, 0), min(stop + 1, time)
-            block = rows.hold(raw[outer, first:last, inner])
-            # change[t] leads to step start + t, and to nothing where there is no such step
-            change = changes.shaped(block.shape[0], stop - start + 1, block.shape[2])
-            if start == 0:
-                change[:, 0] = 0
-            if stop == time:
-                change[:, -1] = 0
-            inside = change[:, int(start == 0) : change.shape[1] - int(stop == time)]
-            torch.sub(block[:, 1:], block[:, :-1], out=inside).mul_(tar_scale)
+            change = change_of_rows(raw[outer, :, inner], start, stop, rows, changes).mul_(tar_scale)
             target = grad_raw[outer, start:stop, inner]
             slope = target if target.dtype == grad.dtype else slopes.shaped(*target.shape)
             torch.sub(change[:, :-1], change[:, 1:], out=slope)
             if same:
-                slope.add_(block[:, start - first : stop - first], alpha=ar_scale)
+                slope.add_(raw[outer, start:stop, inner], alpha=ar_scale)
             if slope is not target:
                 target.copy_(slope)
         if dropped is not None and grad_dropped is not None:
@@ -93,7 +83,7 @@ def backward(
                 target.copy_(slopes.hold(block).mul_(ar_scale))
 
 
-class _Scratch:
+class Scratch:
     """Memory for one block at a time, in the dtype of the computation."""
 
     def __init__(self, dtype: torch.dtype):
@@ -110,7 +100,7 @@ class _Scratch:
         return block if block.dtype == self.memory.dtype else self.shaped(*block.shape).copy_(block)
 
 
-def _blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, int, int, slice]]:
+def blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, int, int, slice]]:
     """Cover the view by blocks: sequences, first and last time step, units. Long axes are cut from the last."""
     outer, time, inner = sizes
     units = min(inner, BLOCK)
@@ -123,10 +113,32 @@ def _blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, int, int, slice]]:
                 yield chosen[0], start, min(start + steps, time), chosen[1]
 
 
-def _square_sum(block: Tensor, squares: Tensor) -> float:
+def square_sum(block: Tensor, squares: Tensor) -> float:
     # Not torch.dot: its plain running sums are off by up to 7e-5 over a block, sum()'s cascade by 4e-8.
     return torch.mul(block, block, out=squares).sum().item()
 
 
+def change_of_rows(x: Tensor, start: int, stop: int, rows: Scratch, changes: Scratch) -> Tensor:
+    """The changes that lead to the steps from `start` to `stop`, both included; 0 where one lacks a neighbour.
+
+    `x` is (sequences, time, units); gives (sequences, stop - start + 1, units), in memory of `changes`.
+    """
+    time = x.shape[1]
+    block = rows.hold(x[:, max(start - 1, 0) : min(stop + 1, time)])
+    change = changes.shaped(x.shape[0], stop - start + 1, x.shape[2])
+    if start == 0:
+        change[:, 0] = 0
+    if stop == time:
+        change[:, -1] = 0
+    inside = change[:, int(start == 0) : change.shape[1] - int(stop == time)]
+    torch.sub(block[:, 1:], block[:, :-1], out=inside)
+    return change
+
+
+def view_of(x: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """`x` as (outer, time, inner)."""
+    return x.detach().as_strided(tuple(sizes), (*strides, 1))
+
+
 def _view(x: Tensor | None, sizes: Sequence[int], strides: Sequence[int]) -> Tensor | None:
-    return None if x is None else x.detach().as_strided(tuple(sizes), (*strides, 1))
+    return None if x is None else view_of(x, sizes, strides)

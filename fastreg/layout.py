@@ -108,6 +108,48 @@ def check_layers(raw: object, dropped: object, alpha: float, beta: float) -> lis
     return list(zip(first, second, strict=True))
 
 
+def check_probability(p: float) -> float:
+    """The share of units that dropout drops, from 0 to below 1, as a float."""
+    p = check_coefficient("p", p)
+    if p >= 1:
+        raise ValueError(f"p: expected a probability below 1, got {p}")
+    return p
+
+
+def check_mask(mask: object, raw: Tensor, batch_first: bool) -> Tensor:
+    """A dropout mask for `raw`, expanded to its shape."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    one_row = list(raw.shape)
+    one_row[time_dim(raw, batch_first)] = 1
+    if mask.shape not in (raw.shape, torch.Size(one_row)):
+        raise ValueError(f"mask: expected shape {tuple(one_row)} or that of raw, {_shape(raw)}, got {_shape(mask)}")
+    if mask.dtype != raw.dtype:
+        raise TypeError(f"mask: expected the dtype of raw, {raw.dtype}, got {mask.dtype}")
+    if mask.device != raw.device:
+        raise ValueError(f"mask: expected a tensor on {raw.device}, where raw is, got one on {mask.device}")
+    if mask.requires_grad:
+        raise ValueError("mask: expected a tensor that requires no gradient, got one that does")
+    return mask.expand_as(raw)
+
+
+def check_tensor(name: str, x: object) -> Tensor:
+    if isinstance(x, PackedSequence):
+        raise NotImplementedError(f"{name}: PackedSequence is not supported yet, expected a padded tensor")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {x.layout}")
+    if x.dim() not in (2, 3):
+        raise ValueError(
+            f"{name}: expected (batch, time, hidden), (time, batch, hidden) with batch_first=False, "
+            f"or (time, hidden), got {_shape(x)}"
+        )
+    return x
+
+
 def _layers(name: str, value: object) -> list[tuple[str, Tensor]]:
     if isinstance(value, PackedSequence):
         raise NotImplementedError(f"{name}: PackedSequence is not supported yet, expected a padded tensor")
@@ -123,24 +165,7 @@ def _layers(name: str, value: object) -> list[tuple[str, Tensor]]:
             f"{name}: expected a tensor, or a list or tuple of tensors, got {type(value).__name__}"
             + (f" (it may be None only where {coefficient} is 0)" if value is None else "")
         )
-    return [(label, _check_tensor(label, x)) for label, x in layers]
-
-
-def _check_tensor(name: str, x: object) -> Tensor:
-    if isinstance(x, PackedSequence):
-        raise NotImplementedError(f"{name}: PackedSequence is not supported yet, expected a padded tensor")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got {x.layout}")
-    if x.dim() not in (2, 3):
-        raise ValueError(
-            f"{name}: expected (batch, time, hidden), (time, batch, hidden) with batch_first=False, "
-            f"or (time, hidden), got {_shape(x)}"
-        )
-    return x
+    return [(label, check_tensor(label, x)) for label, x in layers]
 
 
 def _shape(x: Tensor) -> str:

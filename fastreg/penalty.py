@@ -125,11 +125,11 @@ def _layer(
 ) -> tuple[Tensor, ...]:
     """The penalty of one layer, and its terms if asked for. A tensor that is `None` is a term that is off."""
     same = raw is dropped
-    raw = _plain(raw)
-    dropped = raw if same else _plain(dropped)
+    raw = plain(raw)
+    dropped = raw if same else plain(dropped)
     x = raw if raw is not None else dropped
     assert x is not None
-    if x.numel() == 0 or not _fusable(x) or not _fusable(dropped if dropped is not None else x):
+    if x.numel() == 0 or not fusable(x) or not fusable(dropped if dropped is not None else x):
         penalty, ar, tar = ar_tar(raw, dropped, alpha, beta, batch_first, reduction)
         return (penalty, ar.detach(), tar.detach()) if return_terms else (penalty,)
     arguments = (raw, None if same else dropped, same, alpha, beta, batch_first, reduction, return_terms)
@@ -138,7 +138,7 @@ def _layer(
     return _forward(*arguments)
 
 
-def _plain(x: Tensor | None) -> Tensor | None:
+def plain(x: Tensor | None) -> Tensor | None:
     """`x` without a subclass that only decorates it; one with a dispatcher of its own stays as it is."""
     if x is None or type(x) is Tensor:
         return x
@@ -146,7 +146,7 @@ def _plain(x: Tensor | None) -> Tensor | None:
     return x if dispatches else x.as_subclass(Tensor)
 
 
-def _fusable(x: Tensor) -> bool:
+def fusable(x: Tensor) -> bool:
     """Whether `x` is memory that a kernel can read now; else it is for the formula, which torch sees through."""
     return (
         not torch.compiler.is_compiling()
@@ -197,7 +197,7 @@ class _Penalty(Function):
         raw, dropped = ctx.saved_tensors
         raw, dropped = raw if need_raw else None, dropped if need_dropped else None
         same, alpha, beta, batch_first, reduction, _ = ctx.options
-        if torch.is_grad_enabled() or not _fusable(grad):  # torch must see the gradient's formula
+        if torch.is_grad_enabled() or not fusable(grad):  # torch must see the gradient's formula
             gradients = ar_tar_gradients(grad, raw, dropped, same, alpha, beta, batch_first, reduction)
         else:
             gradients = _backward(grad, raw, dropped, same, alpha, beta, batch_first, reduction)
@@ -219,13 +219,13 @@ def _backward(
     assert x is not None
     elements, pairs = divisors(x, batch_first, reduction)
     _, inputs, _ = canonical((raw, dropped), batch_first)
-    outputs = [None if x is None else _gradient_of(x) for x in inputs]
+    outputs = [None if x is None else gradient_of(x) for x in inputs]
     sizes, views, strides = canonical((*inputs, *outputs), batch_first)
     RUNNERS[x.device.type].backward(grad, *views, same, sizes, strides, 2 * alpha / elements, 2 * beta / pairs)
     return outputs[0], outputs[1]
 
 
-def _gradient_of(x: Tensor) -> Tensor:
+def gradient_of(x: Tensor) -> Tensor:
     """Memory for the gradient of `x`, in the order of its axes where the hidden axis is the innermost."""
     gradient = torch.empty_like(x)
     if gradient.stride(-1) == 1 or x.shape[-1] == 1:

@@ -77,12 +77,17 @@ def load_rows(
 
 
 @triton.jit
+def rounded(values, DTYPE: tl.constexpr):
+    """`values` in the dtype of some memory."""
+    if DTYPE.primitive_bitwidth == 16:  # not every target goes from float64 to bfloat16 in one step
+        values = values.to(tl.float32)
+    return values.to(DTYPE)
+
+
+@triton.jit
 def store_row(base, step, stride, values, there, ALIGN: tl.constexpr):
     """Write one row, (BLOCK,), where `there`, in the dtype of the memory."""
-    dtype: tl.constexpr = base.dtype.scalar.element_ty
-    if dtype.primitive_bitwidth == 16:  # not every target goes from float64 to bfloat16 in one step
-        values = values.to(tl.float32)
-    tl.store(row(base, step, stride, ALIGN), values.to(dtype), mask=there)
+    tl.store(row(base, step, stride, ALIGN), rounded(values, base.dtype.scalar.element_ty), mask=there)
 
 
 class Plan:

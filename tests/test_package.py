@@ -9,7 +9,7 @@ import fastreg
 
 
 def test_public_names() -> None:
-    assert sorted(fastreg.__all__) == ["ARTAR", "fused_ar_tar"]
+    assert sorted(fastreg.__all__) == ["ARTAR", "FusedRNNDropout", "fused_ar_tar", "fused_dropout_ar_tar"]
     assert all(hasattr(fastreg, name) for name in fastreg.__all__)
     assert fastreg.__version__
     assert fastreg.ARTAR._fields == ("penalty", "ar", "tar")

@@ -1,0 +1,84 @@
+"""Variational dropout and the penalty on CPU tensors, a block at a time.
+
+Its functions take and give what those of `fastreg.kernels.dropout` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastreg.cpu import Scratch, blocks, change_of_rows, square_sum, view_of
+from fastreg.reference import compute_dtype
+
+
+def forward(
+    raw: Tensor,
+    mask: Tensor,
+    dropped: Tensor,
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    alpha: float,
+    beta: float,
+    ar_divisor: int,
+    tar_divisor: int,
+) -> tuple[Tensor, Tensor]:
+    """Fill `dropped`; give the penalty, (), and a vector of ar and tar. `sizes` is (outer, time, inner), none 0."""
+    dtype = compute_dtype(raw)
+    raw, mask, dropped = (view_of(x, sizes, s) for x, s in zip((raw, mask, dropped), strides, strict=True))
+    rows, squares = Scratch(dtype), Scratch(dtype)
+    ar = tar = 0.0
+    for outer, start, stop, inner in blocks(sizes):
+        target = dropped[outer, start:stop, inner]
+        torch.mul(raw[outer, start:stop, inner], mask[outer, start:stop, inner], out=target)
+        if alpha:
+            block = rows.hold(target)
+            ar += square_sum(block, squares.shaped(*block.shape))
+        if beta:
+            block = rows.hold(raw[outer, max(start - 1, 0) : stop, inner])
+            change = squares.shaped(block.shape[0], block.shape[1] - 1, block.shape[2])
+            tar += square_sum(torch.sub(block[:, 1:], block[:, :-1], out=change), change)
+    ar, tar = ar / ar_divisor, tar / tar_divisor
+    return torch.tensor(alpha * ar + beta * tar, dtype=dtype), torch.tensor([ar, tar], dtype=dtype)
+
+
+def backward(
+    grad: Tensor | None,
+    raw: Tensor,
+    mask: Tensor,
+    grad_dropped: Tensor | None,
+    grad_raw: Tensor,
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    ar_factor: float,
+    tar_factor: float,
+) -> None:
+    """Fill `grad_raw`; the gradient of the penalty or of dropped is None where there is none."""
+    dtype = compute_dtype(raw)
+    scale = 0.0 if grad is None else grad.item()
+    ar_scale, tar_scale = scale * ar_factor, scale * tar_factor
+    with_ar, with_tar = grad is not None and ar_factor != 0, grad is not None and tar_factor != 0
+    raw, mask, grad_raw = (view_of(x, sizes, strides[i]) for i, x in ((0, raw), (1, mask), (3, grad_raw)))
+    arriving = None if grad_dropped is None else view_of(grad_dropped, sizes, strides[2])
+    rows, changes, slopes = Scratch(dtype), Scratch(dtype), Scratch(dtype)
+    for outer, start, stop, inner in blocks(sizes):
+        target = grad_raw[outer, start:stop, inner]
+        keep = mask[outer, start:stop, inner]
+        slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
+        if with_ar:
+            # rounded as dropped was, which is not kept
+            slope.copy_(raw[outer, start:stop, inner] * keep).mul_(ar_scale)
+            if arriving is not None:
+                slope.add_(arriving[outer, start:stop, inner])
+            slope.mul_(keep)
+        elif arriving is not None:
+            torch.mul(arriving[outer, start:stop, inner], keep, out=slope)
+        else:
+            slope.zero_()
+        if with_tar:
+            change = change_of_rows(raw[outer, :, inner], start, stop, rows, changes).mul_(tar_scale)
+            slope.add_(change[:, :-1]).sub_(change[:, 1:])
+        if slope is not target:
+            target.copy_(slope)

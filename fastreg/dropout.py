@@ -1,0 +1,234 @@
+"""`fused_dropout_ar_tar` and its module: what they check, what they launch, what the gradient is."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from fastreg import cpu, cpu_dropout
+from fastreg.layout import canonical, check_coefficient, check_mask, check_options, check_probability, check_tensor
+from fastreg.penalty import RUNNERS, fusable, fused_ar_tar, gradient_of, plain
+from fastreg.reference import ARTAR, ar_tar_gradients, divisors, time_dim
+
+
+@overload
+def fused_dropout_ar_tar(
+    raw: Tensor,
+    p: float,
+    alpha: float,
+    beta: float,
+    *,
+    training: bool = ...,
+    mask: Tensor | None = ...,
+    batch_first: bool = ...,
+    lengths: Tensor | None = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    return_terms: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def fused_dropout_ar_tar(
+    raw: Tensor,
+    p: float,
+    alpha: float,
+    beta: float,
+    *,
+    training: bool = ...,
+    mask: Tensor | None = ...,
+    batch_first: bool = ...,
+    lengths: Tensor | None = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    return_terms: Literal[True],
+) -> tuple[Tensor, ARTAR]: ...
+def fused_dropout_ar_tar(
+    raw: Tensor,
+    p: float,
+    alpha: float,
+    beta: float,
+    *,
+    training: bool = True,
+    mask: Tensor | None = None,
+    batch_first: bool = True,
+    lengths: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    return_terms: bool = False,
+) -> tuple[Tensor, Tensor | ARTAR]:
+    """Variational dropout of `raw`, and the penalty of `raw` and what is left of it, in the same pass.
+
+    Variational (locked) dropout drops a unit of a sequence at all its time steps: Gal and Ghahramani, "A
+    Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016). The mask is drawn from
+    torch's generator as fastai's `RNNDropout` draws it, so that one seed gives both the same. The penalty is
+    that of `fused_ar_tar`.
+
+    Args:
+        raw: the RNN's output: `(batch, time, hidden)`, or `(time, hidden)` for one sequence; float16, bfloat16,
+            float32 or float64, any strides.
+        p: the probability to drop a unit, from 0 to below 1.
+        alpha: coefficient of AR, finite and not negative.
+        beta: coefficient of TAR, finite and not negative.
+        training: with `False`, as with `p == 0` and no mask, nothing is dropped, and dropped is `raw` itself.
+        mask: a mask to use instead of drawing one, already scaled by `1 / (1 - p)`: `(batch, 1, hidden)` (with
+            `batch_first=False` `(1, batch, hidden)`), or of raw's shape; of raw's dtype and on its device. It
+            gets no gradient.
+        batch_first: `False` for `(time, batch, hidden)`.
+        lengths: reserved for padded batches; only `None` so far.
+        reduction: `"mean"` divides AR by the number of elements and TAR by that of changes; `"sum"` does not.
+        return_terms: also give the two terms.
+
+    Returns:
+        dropped, of raw's shape and dtype, and the penalty, 0-dim, float32 or for float64 inputs float64; with
+        `return_terms=True` an `ARTAR(penalty, ar, tar)` in its place.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+        NotImplementedError: for `lengths` and `PackedSequence`.
+    """
+    alpha, beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
+    p = check_probability(p)
+    check_options(batch_first, lengths, reduction)
+    check_tensor("raw", raw)
+    if mask is not None:
+        mask = check_mask(mask, raw, batch_first)
+    if not training or (p == 0 and mask is None):
+        penalty = fused_ar_tar(
+            raw, raw, alpha, beta, batch_first=batch_first, reduction=reduction, return_terms=return_terms
+        )
+        return raw, penalty
+    x = plain(raw)
+    if mask is None:
+        shape = list(x.shape)
+        shape[time_dim(x, batch_first)] = 1
+        mask = x.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(x)
+    if x.numel() == 0 or not fusable(x):
+        dropped = x * mask
+        penalty = fused_ar_tar(
+            x, dropped, alpha, beta, batch_first=batch_first, reduction=reduction, return_terms=return_terms
+        )
+        return dropped, penalty
+    arguments = (x, mask, alpha, beta, batch_first, reduction, return_terms)
+    if torch.is_grad_enabled() and x.requires_grad:
+        dropped, *results = _DropoutPenalty.apply(*arguments)
+    else:
+        dropped, *results = _forward(*arguments)
+    return dropped, ARTAR(*results) if return_terms else results[0]
+
+
+def _runner(x: Tensor) -> Any:
+    """The module whose `forward` and `backward` run where `x` is."""
+    if RUNNERS[x.device.type] is cpu:
+        return cpu_dropout
+    from fastreg.kernels import dropout as kernels
+
+    return kernels
+
+
+def _forward(
+    raw: Tensor, mask: Tensor, alpha: float, beta: float, batch_first: bool, reduction: str, return_terms: bool
+) -> tuple[Tensor, ...]:
+    _, inputs, _ = canonical((raw, mask), batch_first)
+    dropped = gradient_of(inputs[0])
+    sizes, views, strides = canonical((*inputs, dropped), batch_first)
+    elements, pairs = divisors(raw, batch_first, reduction)
+    penalty, terms = _runner(raw).forward(*views, sizes, strides, alpha, beta, elements, pairs)
+    return (dropped, penalty, terms[0], terms[1]) if return_terms else (dropped, penalty)
+
+
+class _DropoutPenalty(Function):
+    """Saves references to raw and to the mask, nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, mask: Tensor, *options: Any) -> Any:
+        ctx.save_for_backward(raw, mask)
+        ctx.options = options
+        ctx.set_materialize_grads(False)  # what has no gradient costs no zeros
+        results = _forward(raw, mask, *options)
+        ctx.mark_non_differentiable(*results[2:])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raw, mask = ctx.saved_tensors
+        alpha, beta, batch_first, reduction, _ = ctx.options
+        given = [x for x in (grad_dropped, grad) if x is not None]
+        if not given:
+            gradient = None
+        elif torch.is_grad_enabled() or not all(fusable(x) for x in given):  # torch must see the gradient's formula
+            gradient = _gradient_formula(grad_dropped, grad, raw, mask, alpha, beta, batch_first, reduction)
+        else:
+            elements, pairs = divisors(raw, batch_first, reduction)
+            _, inputs, _ = canonical((raw, mask, grad_dropped), batch_first)
+            assert inputs[0] is not None
+            gradient = gradient_of(inputs[0])
+            sizes, (x, keep, slope, target), strides = canonical((*inputs, gradient), batch_first)
+            factors = 2 * alpha / elements, 2 * beta / pairs
+            _runner(raw).backward(grad, x, keep, slope, target, sizes, strides, *factors)
+        return gradient, None, *[None] * len(ctx.options)
+
+
+def _gradient_formula(
+    grad_dropped: Tensor | None,
+    grad: Tensor | None,
+    raw: Tensor,
+    mask: Tensor,
+    alpha: float,
+    beta: float,
+    batch_first: bool,
+    reduction: str,
+) -> Tensor:
+    """The gradient of raw in plain PyTorch, itself differentiable in both gradients and in raw."""
+    through_mask, direct = grad_dropped, None
+    if grad is not None:
+        direct, ar = ar_tar_gradients(
+            grad, raw if beta else None, raw * mask if alpha else None, False, alpha, beta, batch_first, reduction
+        )
+        through_mask = ar if through_mask is None else through_mask if ar is None else through_mask + ar
+    parts = [x for x in (None if through_mask is None else through_mask * mask, direct) if x is not None]
+    return torch.stack(parts).sum(0) if parts else torch.zeros_like(raw)
+
+
+class FusedRNNDropout(nn.Module):
+    """Variational dropout that takes AR and TAR along, in the place of fastai's `RNNDropout` or a `LockedDropout`.
+
+    The penalty of the last forward in training waits in the module until `take()`. It is part of neither the
+    state dict nor a copy or pickle of the module.
+
+    Args:
+        p: the probability to drop a unit, from 0 to below 1.
+        alpha: coefficient of AR, finite and not negative.
+        beta: coefficient of TAR, finite and not negative.
+        batch_first: `False` for `(time, batch, hidden)`.
+    """
+
+    def __init__(self, p: float = 0.5, alpha: float = 0.0, beta: float = 0.0, *, batch_first: bool = True):
+        super().__init__()
+        self.p = check_probability(p)
+        self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
+        check_options(batch_first, None, "mean")
+        self.batch_first = batch_first
+        self._waiting: ARTAR | None = None
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Drop units of `raw`, `(batch, time, hidden)`, in training; give `raw` itself in evaluation."""
+        self._waiting = None
+        if not self.training:
+            return raw
+        dropped, self._waiting = fused_dropout_ar_tar(
+            raw, self.p, self.alpha, self.beta, batch_first=self.batch_first, return_terms=True
+        )
+        return dropped
+
+    def take(self) -> ARTAR | None:
+        """Hand out the penalty of the last forward, once; `None` if there is none or that was in evaluation."""
+        taken, self._waiting = self._waiting, None
+        return taken
+
+    def extra_repr(self) -> str:
+        """What `print(module)` shows."""
+        return f"p={self.p:g}, alpha={self.alpha:g}, beta={self.beta:g}" + (
+            "" if self.batch_first else ", batch_first=False"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_waiting": None}

@@ -1,0 +1,292 @@
+"""Variational dropout with AR and TAR in the same pass: forward and backward, each with the function that launches it.
+
+The forward reads raw and writes dropped, as dropout alone does, and takes the sums along. The backward reads raw
+and the gradient of dropped, and writes that of raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastreg.kernels.reduction import finish, ticket_for
+from fastreg.kernels.tiling import Plan, at, current_device, load_rows, place, rounded, row, store_row, within
+
+
+@triton.jit(
+    do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
+        *("ticket", "raw_outer", "raw_time", "mask_outer", "mask_time", "dropped_outer", "dropped_time"),
+        *("lanes", "inner", "time", "run", "blocks", "items"),
+    ]
+)
+def dropout_forward(
+    raw,
+    mask,
+    dropped,
+    penalty,
+    scratch,
+    ticket,
+    raw_outer,
+    raw_time,
+    mask_outer,
+    mask_time,
+    dropped_outer,
+    dropped_time,
+    lanes,
+    inner,
+    time,
+    run,
+    blocks,
+    items,
+    alpha: tl.float64,
+    beta: tl.float64,
+    ar_scale: tl.float64,
+    tar_scale: tl.float64,
+    AR: tl.constexpr,
+    TAR: tl.constexpr,
+    LOCKED: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Write `raw * mask`; sum its squares and those of the changes of `raw` over time.
+
+    raw                  (outer, time, inner)
+    mask                 the same shape, already scaled; one row for all time steps if LOCKED
+    dropped              (outer, time, inner) out
+    penalty              () out in ACC: alpha * ar + beta * tar
+    scratch              (2 + 2 * programs,) in ACC: [0] and [1] out, ar and tar; then partial sums
+    ticket               (1,) int32, 0 before the launch and after it
+    *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
+    lanes, inner         outer * inner and inner, in units of ALIGN elements
+    time, run            time steps in all, and a run
+    blocks, items        blocks of lanes, and items of work: a block over a run each
+    alpha, beta          coefficients
+    ar_scale, tar_scale  one over the divisors of the sums
+    AR, TAR              whether each term is on
+    LOCKED               the mask does not differ from time step to time step
+    ACC                  dtype of differences, products and sums
+    ALIGN                greatest power of two up to 16 that divides inner and every stride
+    INDEX                integer dtype that counts lanes and time steps
+    BLOCK, UNROLL        lanes a block; time steps that one turn of the loop loads
+    """
+    ar = tl.zeros((BLOCK,), ACC)
+    tar = tl.zeros((BLOCK,), ACC)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+        raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
+        mask_base = at(mask, sequence, unit, mask_outer, ALIGN)
+        dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
+        if LOCKED:
+            scale = tl.load(mask_base, mask=present, other=0.0).to(ACC)
+        if TAR:
+            halo = within(present, 0, start, INDEX)
+            previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
+        for turn in range(start, stop, UNROLL):
+            raws = load_rows(raw_base, turn, stop, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
+            if not LOCKED:
+                scales = load_rows(mask_base, turn, stop, mask_time, present, ACC, ALIGN, INDEX, UNROLL)
+            for i in tl.static_range(UNROLL):
+                inside = within(present, turn + i, stop, INDEX)
+                kept = rounded(raws[i] * (scale if LOCKED else scales[i]), dropped.dtype.element_ty)
+                store_row(dropped_base, turn + i, dropped_time, kept, inside, ALIGN)
+                if AR:
+                    square = kept.to(ACC) * kept.to(ACC)
+                    ar += tl.where(inside, square, 0.0)
+                if TAR:
+                    paired = inside & within(present, 0, turn + i, INDEX)
+                    change = tl.where(paired, raws[i] - previous, 0.0)
+                    tar += change * change
+                    previous = raws[i]
+    finish(tl.sum(ar), tl.sum(tar), penalty, scratch, ticket, alpha, beta, ar_scale, tar_scale)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("grad", "raw_outer", "raw_time", "mask_outer", "mask_time"),
+        *("grad_dropped_outer", "grad_dropped_time", "grad_raw_outer", "grad_raw_time"),
+        *("lanes", "inner", "time", "run", "blocks"),
+    ]
+)
+def dropout_backward(
+    grad,
+    raw,
+    mask,
+    grad_dropped,
+    grad_raw,
+    raw_outer,
+    raw_time,
+    mask_outer,
+    mask_time,
+    grad_dropped_outer,
+    grad_dropped_time,
+    grad_raw_outer,
+    grad_raw_time,
+    lanes,
+    inner,
+    time,
+    run,
+    blocks,
+    ar_factor: tl.float64,
+    tar_factor: tl.float64,
+    AR: tl.constexpr,
+    TAR: tl.constexpr,
+    LOCKED: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Write the gradient of `raw`: that of dropped and of AR through the mask, and that of TAR.
+
+    grad                   () in ACC, the gradient of the penalty; None where it has none, and AR and TAR are off
+    raw                    (outer, time, inner); read if AR or TAR
+    mask                   the same shape, already scaled; one row for all time steps if LOCKED
+    grad_dropped           (outer, time, inner), or None where dropped has no gradient
+    grad_raw               (outer, time, inner) out
+    *_outer, *_time        strides in units of ALIGN elements; the inner axis is contiguous
+    lanes, inner           outer * inner and inner, in units of ALIGN elements
+    time, run              time steps in all, and a run
+    blocks                 blocks of lanes; a program takes one over one run
+    ar_factor, tar_factor  2 * alpha and 2 * beta over the divisors of the sums
+    AR, TAR                whether each term is on
+    LOCKED                 the mask does not differ from time step to time step
+    ACC                    dtype of differences and products
+    ALIGN                  greatest power of two up to 16 that divides inner and every stride
+    INDEX                  integer dtype that counts lanes and time steps
+    BLOCK, UNROLL          lanes a block; time steps that one turn of the loop loads
+    """
+    item = tl.program_id(0)
+    sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+    mask_base = at(mask, sequence, unit, mask_outer, ALIGN)
+    grad_raw_base = at(grad_raw, sequence, unit, grad_raw_outer, ALIGN)
+    if LOCKED:
+        scale = tl.load(mask_base, mask=present, other=0.0).to(ACC)
+    if grad_dropped is not None:
+        grad_dropped_base = at(grad_dropped, sequence, unit, grad_dropped_outer, ALIGN)
+    if AR or TAR:
+        raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
+        current = tl.load(row(raw_base, start, raw_time, ALIGN), mask=present, other=0.0).to(ACC)
+        ar_scale = tl.load(grad).to(ACC) * tl.full((), ar_factor, ACC)
+        tar_scale = tl.load(grad).to(ACC) * tl.full((), tar_factor, ACC)
+    if TAR:
+        halo = within(present, 0, start, INDEX)
+        previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
+        arriving = tl.where(halo, current - previous, 0.0)
+    for turn in range(start, stop, UNROLL):
+        if AR or TAR:
+            followings = load_rows(raw_base, turn + 1, time, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
+        if not LOCKED:
+            scales = load_rows(mask_base, turn, stop, mask_time, present, ACC, ALIGN, INDEX, UNROLL)
+        if grad_dropped is not None:
+            arrived = load_rows(grad_dropped_base, turn, stop, grad_dropped_time, present, ACC, ALIGN, INDEX, UNROLL)
+        for i in tl.static_range(UNROLL):
+            slope = tl.zeros((BLOCK,), ACC)
+            keep = scale if LOCKED else scales[i]
+            if grad_dropped is not None:
+                slope += arrived[i]
+            if AR:
+                slope += ar_scale * rounded(current * keep, raw.dtype.element_ty).to(ACC)
+            slope *= keep
+            if TAR:
+                paired = within(present, turn + i + 1, time, INDEX)
+                leaving = tl.where(paired, followings[i] - current, 0.0)
+                slope += tar_scale * (arriving - leaving)
+                arriving = leaving
+            if AR or TAR:
+                current = followings[i]
+            store_row(grad_raw_base, turn + i, grad_raw_time, slope, within(present, turn + i, stop, INDEX), ALIGN)
+
+
+def forward(
+    raw: Tensor,
+    mask: Tensor,
+    dropped: Tensor,
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    alpha: float,
+    beta: float,
+    ar_divisor: int,
+    tar_divisor: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch `dropout_forward`, which fills `dropped`.
+
+    `sizes` is (outer, time, inner), none of them 0; `strides` is (outer, time) for raw, mask and dropped; a mask
+    that stands for all time steps has a time stride of 0. Returns the penalty, (), and a vector that begins with ar
+    and tar, in float32, or float64 if raw is.
+    """
+    dtype = torch.promote_types(raw.dtype, torch.float32)
+    plan = Plan(sizes, strides, (raw,), dtype)
+    penalty = torch.empty((), dtype=dtype, device=raw.device)
+    scratch = torch.empty(2 + 2 * plan.programs, dtype=dtype, device=raw.device)
+    with current_device(raw.device):
+        dropout_forward[(plan.programs,)](
+            raw,
+            mask,
+            dropped,
+            penalty,
+            scratch,
+            ticket_for(raw.device),
+            *plan.strides,
+            plan.lanes,
+            plan.inner,
+            plan.time,
+            plan.run,
+            plan.blocks,
+            plan.items,
+            alpha,
+            beta,
+            1 / ar_divisor,
+            1 / tar_divisor,
+            AR=alpha != 0,
+            TAR=beta != 0,
+            LOCKED=plan.time == 1 or strides[1][1] == 0,
+            **plan.constants,
+        )
+    return penalty, scratch
+
+
+def backward(
+    grad: Tensor | None,
+    raw: Tensor,
+    mask: Tensor,
+    grad_dropped: Tensor | None,
+    grad_raw: Tensor,
+    sizes: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    ar_factor: float,
+    tar_factor: float,
+) -> None:
+    """Launch `dropout_backward`, which fills `grad_raw`.
+
+    The gradient of the penalty or of dropped is None where there is none; `strides` is (outer, time) for raw, mask,
+    grad_dropped and grad_raw. The factors are 2 * alpha and 2 * beta over the divisors.
+    """
+    plan = Plan(sizes, strides, (raw,), torch.promote_types(raw.dtype, torch.float32))
+    with current_device(raw.device):
+        dropout_backward[(plan.items,)](
+            grad,
+            raw,
+            mask,
+            grad_dropped,
+            grad_raw,
+            *plan.strides,
+            plan.lanes,
+            plan.inner,
+            plan.time,
+            plan.run,
+            plan.blocks,
+            ar_factor,
+            tar_factor,
+            AR=grad is not None and ar_factor != 0,
+            TAR=grad is not None and tar_factor != 0,
+            LOCKED=plan.time == 1 or strides[1][1] == 0,
+            **plan.constants,
+        )

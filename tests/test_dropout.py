@@ -1,0 +1,239 @@
+"""`fused_dropout_ar_tar` and its module, against a mask multiplied in and the formula, in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar, penalty
+from fastreg.reference import ARTAR, ar_tar
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, SMALL, Sample
+
+INTERPRETED = penalty.RUNNERS["cpu"] is not penalty.cpu
+X = torch.randn(2, 5, 8)
+
+# Dropout makes the second tensor itself: a sample's is not used.
+one_tensor = [s for s in SAMPLES if s.dtypes[0] == s.dtypes[1] and not s.same and s.layouts[0] == s.layouts[1]]
+by_sample = pytest.mark.parametrize("sample", one_tensor, ids=str)
+by_small_sample = pytest.mark.parametrize("sample", [s for s in one_tensor if s in SMALL], ids=str)
+
+
+def mask_for(sample: Sample, raw: Tensor, full: bool, p: float = 0.4) -> Tensor:
+    shape = list(raw.shape)
+    if not full:
+        shape[sample.time_dim] = 1
+    return raw.detach().new_empty(shape).bernoulli_(1 - p).div_(1 - p)
+
+
+def fused(sample: Sample, raw: Tensor, mask: Tensor, **options: Any) -> Any:
+    return fused_dropout_ar_tar(raw, 0.4, sample.alpha, sample.beta, mask=mask, **sample.options, **options)
+
+
+def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
+    used = raw if sample.beta else None, dropped if sample.alpha else None
+    return ar_tar(*used, sample.alpha, sample.beta, sample.batch_first, sample.reduction)
+
+
+def roundoff(dtype: torch.dtype, device: str) -> float:
+    truncated = INTERPRETED and device == "cpu" and dtype == BF16  # the interpreter does not round to it
+    return torch.finfo(dtype).eps / (1 if truncated else 2)
+
+
+@by_sample
+@pytest.mark.parametrize("full", [False, True], ids=["locked", "full"])
+def test_values_and_gradient(sample: Sample, full: bool, device: str, poison: None) -> None:
+    raw, _ = sample.leaves(device)
+    mask = mask_for(sample, raw, full)
+    exact = raw.detach().double().requires_grad_()
+    product = exact * mask.double()
+    dropped, got = fused(sample, raw, mask, return_terms=True)
+    assert dropped.dtype == raw.dtype
+    unit = roundoff(raw.dtype, device)
+    torch.testing.assert_close(dropped.double(), product, rtol=unit, atol=0)
+    # AR is formed from dropped as it is returned, rounding included.
+    rounded = dropped.detach().double() + product - product.detach()
+    want = truth(sample, exact, rounded)
+    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
+        precision = torch.finfo(torch.promote_types(raw.dtype, FLOAT)).eps
+        torch.testing.assert_close(x.double(), y, rtol=8 * precision, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+    direction = torch.randn_like(raw)
+    ((dropped * direction).sum() + 1000 * got.penalty).backward()
+    ((product * direction.double()).sum() + 1000 * want.penalty).backward()
+    assert raw.grad is not None
+    assert exact.grad is not None
+    assert raw.grad.dtype == raw.dtype
+    largest = exact.grad.abs().max().item() + 1000 * 8 * sample.beta * (
+        exact.detach().abs().max().item() if sample.reduction == "sum" else 1
+    )
+    precision = torch.finfo(torch.promote_types(raw.dtype, FLOAT)).eps
+    allowed = 2 * unit * exact.grad.abs() + 8 * precision * largest
+    assert ((raw.grad.double() - exact.grad).abs() <= allowed).all()
+
+
+@by_small_sample
+@pytest.mark.parametrize("full", [False, True], ids=["locked", "full"])
+def test_gradcheck(sample: Sample, full: bool, device: str) -> None:
+    raw = sample.leaves(device, DOUBLE)[0]
+    mask = mask_for(sample, raw, full)
+    assert gradcheck(lambda x: fused(sample, x, mask), raw, fast_mode=True)
+    assert gradgradcheck(lambda x: fused(sample, x, mask), raw, fast_mode=True)
+
+
+@pytest.mark.parametrize("used", ["dropped", "penalty"])
+def test_either_output_may_go_unused(used: str, device: str) -> None:
+    sample = Sample()
+    raw = sample.leaves(device)[0]
+    mask = mask_for(sample, raw, False)
+    dropped, got = fused(sample, raw, mask)
+    (dropped.square().sum() if used == "dropped" else got).backward()
+    exact = raw.detach().double().requires_grad_()
+    product = exact * mask.double()
+    (product.square().sum() if used == "dropped" else truth(sample, exact, product).penalty).backward()
+    torch.testing.assert_close(raw.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 12), (7, 12)])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)
+def test_the_mask_is_drawn_as_fastai_draws_it(
+    shape: tuple[int, ...], batch_first: bool, dtype: torch.dtype, device: str
+) -> None:
+    raw = torch.ones(shape, dtype=dtype, device=device)
+    time = 1 if len(shape) == 3 and batch_first else 0
+    one_row = [1 if i == time else n for i, n in enumerate(shape)]
+    torch.manual_seed(3)
+    dropped, _ = fused_dropout_ar_tar(raw, 0.3, 2.0, 1.0, batch_first=batch_first)
+    torch.manual_seed(3)
+    mask = raw.new_empty(*one_row).bernoulli_(1 - 0.3).div_(1 - 0.3)
+    assert torch.equal(dropped, raw * mask)
+    assert len(dropped.unique()) == 2
+
+
+@pytest.mark.parametrize("options", [{"training": False, "p": 0.5}, {"p": 0}])
+def test_nothing_dropped_is_raw_itself(options: dict[str, Any], device: str) -> None:
+    raw = torch.randn(3, 7, 12, device=device)
+    dropped, got = fused_dropout_ar_tar(raw, alpha=2.0, beta=1.0, **options)
+    assert dropped is raw
+    assert torch.equal(got, fused_ar_tar(raw, raw, 2.0, 1.0))
+
+
+def test_repeats_bitwise(device: str) -> None:
+    sample = Sample((3, 37, 401))
+    raw = sample.leaves(device)[0]
+    mask = mask_for(sample, raw, False)
+
+    def run() -> list[Tensor]:
+        dropped, got = fused(sample, raw, mask)
+        return [dropped, got, *torch.autograd.grad(dropped.sum() + got, raw)]
+
+    first = run()
+    assert all(torch.equal(x, y) for x, y in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0)])
+def test_empty(shape: tuple[int, ...], device: str) -> None:
+    raw = torch.randn(shape, device=device, requires_grad=True)
+    dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
+    assert dropped.shape == shape
+    assert got == 0
+    (dropped.sum() + got).backward()
+
+
+def test_function_transforms(device: str) -> None:
+    raw = torch.randn(4, 3, 7, 12, device=device, dtype=DOUBLE)
+    mask = mask_for(Sample(), raw[0], False)
+
+    def call(x: Tensor) -> Tensor:
+        dropped, got = fused(Sample(), x, mask)
+        return dropped.sin().sum() * got
+
+    def plain(x: Tensor) -> Tensor:
+        return (x * mask).sin().sum() * ar_tar(x, x * mask, 2.0, 1.0, True, "mean").penalty
+
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(call))(raw), torch.func.vmap(torch.func.grad(plain))(raw)
+    )
+    torch.testing.assert_close(torch.func.hessian(call)(raw[0]), torch.func.hessian(plain)(raw[0]))
+
+
+def test_compiles_to_one_graph(device: str) -> None:
+    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    mask = mask_for(Sample(), raw, False)
+
+    def call(x: Tensor) -> Tensor:
+        dropped, got = fused(Sample(), x, mask)
+        return dropped.sin().sum() + got
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(raw), call(raw))
+    torch.testing.assert_close(torch.autograd.grad(compiled(raw), raw), torch.autograd.grad(call(raw), raw))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((None, 0.5, 2, 1), {}, TypeError, "raw: expected a tensor, got NoneType"),
+        (([X], 0.5, 2, 1), {}, TypeError, "raw: expected a tensor, got list"),
+        ((X.int(), 0.5, 2, 1), {}, TypeError, "raw: expected float16, .* got torch.int32"),
+        ((X, 1, 2, 1), {}, ValueError, "p: expected a probability below 1, got 1.0"),
+        ((X, -0.1, 2, 1), {}, ValueError, "p: expected a finite number of at least 0, got -0.1"),
+        ((X, "a", 2, 1), {}, TypeError, "p: expected a real number, got str"),
+        ((X, 0.5, -2, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -2.0"),
+        ((X, 0.5, 2, 1), {"mask": 1}, TypeError, "mask: expected a tensor, got int"),
+        ((X, 0.5, 2, 1), {"mask": X[:, :3]}, ValueError, r"mask: expected shape \(2, 1, 8\) or that of raw, .* got"),
+        ((X, 0.5, 2, 1), {"mask": X[:1], "batch_first": True}, ValueError, r"mask: expected shape \(2, 1, 8\)"),
+        ((X, 0.5, 2, 1), {"mask": X.double()}, TypeError, "mask: expected the dtype of raw, torch.float32, got"),
+        ((X, 0.5, 2, 1), {"mask": X.to("meta")}, ValueError, "mask: expected a tensor on cpu, .* got one on meta"),
+        ((X, 0.5, 2, 1), {"mask": X.clone().requires_grad_()}, ValueError, "mask: expected .* requires no gradient"),
+        ((X, 0.5, 2, 1), {"lengths": torch.tensor([5, 3])}, NotImplementedError, "lengths: .* not supported yet"),
+    ],
+)
+def test_bad_arguments(arguments: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        fused_dropout_ar_tar(*arguments, **options)
+    assert re.match(message, str(raised.value)), str(raised.value)
+
+
+class TestModule:
+    def test_penalty_waits_and_is_taken_once(self) -> None:
+        module = FusedRNNDropout(0.3, 2.0, 1.0)
+        torch.manual_seed(1)
+        dropped = module(X)
+        torch.manual_seed(1)
+        want_dropped, want = fused_dropout_ar_tar(X, 0.3, 2.0, 1.0, return_terms=True)
+        assert torch.equal(dropped, want_dropped)
+        taken = module.take()
+        assert taken is not None
+        assert all(torch.equal(x, y) for x, y in zip(taken, want, strict=True))
+        assert module.take() is None
+
+    def test_evaluation_gives_raw_and_no_penalty(self) -> None:
+        module = FusedRNNDropout(0.3, 2.0, 1.0)
+        module(X)
+        assert module.eval()(X) is X
+        assert module.take() is None
+
+    def test_copies_and_pickles_without_the_penalty(self) -> None:
+        module = FusedRNNDropout(0.3, 2.0, 1.0, batch_first=False)
+        module(X.clone().requires_grad_())
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert other.take() is None
+            assert (other.p, other.alpha, other.beta, other.batch_first) == (0.3, 2.0, 1.0, False)
+        assert module.take() is not None
+        assert module.state_dict() == {}
+
+    def test_repr(self) -> None:
+        assert repr(FusedRNNDropout(0.3, 2, 1)) == "FusedRNNDropout(p=0.3, alpha=2, beta=1)"
+
+    def test_bad_arguments(self) -> None:
+        with pytest.raises(ValueError, match=r"p: expected a probability below 1, got 1\.0"):
+            FusedRNNDropout(1.0)
+        with pytest.raises(TypeError, match="batch_first: expected True or False, got 0"):
+            FusedRNNDropout(0.1, batch_first=0)  # pyright: ignore[reportArgumentType]
