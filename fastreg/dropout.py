@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from fastreg import cpu, cpu_dropout
 from fastreg.layout import canonical, check_coefficient, check_mask, check_options, check_probability, check_tensor
-from fastreg.penalty import RUNNERS, fusable, fused_ar_tar, gradient_of, plain
+from fastreg.penalty import RUNNERS, empty_like, fusable, fused_ar_tar, plain
 from fastreg.reference import ARTAR, ar_tar_gradients, divisors, time_dim
 
 
@@ -128,7 +128,8 @@ def _forward(
     raw: Tensor, mask: Tensor, alpha: float, beta: float, batch_first: bool, reduction: str, return_terms: bool
 ) -> tuple[Tensor, ...]:
     _, inputs, _ = canonical((raw, mask), batch_first)
-    dropped = gradient_of(inputs[0])
+    assert inputs[0] is not None
+    dropped = empty_like(inputs[0])
     sizes, views, strides = canonical((*inputs, dropped), batch_first)
     elements, pairs = divisors(raw, batch_first, reduction)
     penalty, terms = _runner(raw).forward(*views, sizes, strides, alpha, beta, elements, pairs)
@@ -148,7 +149,9 @@ class _DropoutPenalty(Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *terms: None
+    ) -> Any:
         raw, mask = ctx.saved_tensors
         alpha, beta, batch_first, reduction, _ = ctx.options
         given = [x for x in (grad_dropped, grad) if x is not None]
@@ -160,7 +163,7 @@ class _DropoutPenalty(Function):
             elements, pairs = divisors(raw, batch_first, reduction)
             _, inputs, _ = canonical((raw, mask, grad_dropped), batch_first)
             assert inputs[0] is not None
-            gradient = gradient_of(inputs[0])
+            gradient = empty_like(inputs[0])
             sizes, (x, keep, slope, target), strides = canonical((*inputs, gradient), batch_first)
             factors = 2 * alpha / elements, 2 * beta / pairs
             _runner(raw).backward(grad, x, keep, slope, target, sizes, strides, *factors)

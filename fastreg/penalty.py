@@ -125,8 +125,8 @@ def _layer(
 ) -> tuple[Tensor, ...]:
     """The penalty of one layer, and its terms if asked for. A tensor that is `None` is a term that is off."""
     same = raw is dropped
-    raw = plain(raw)
-    dropped = raw if same else plain(dropped)
+    raw = None if raw is None else plain(raw)
+    dropped = raw if same else None if dropped is None else plain(dropped)
     x = raw if raw is not None else dropped
     assert x is not None
     if x.numel() == 0 or not fusable(x) or not fusable(dropped if dropped is not None else x):
@@ -138,9 +138,9 @@ def _layer(
     return _forward(*arguments)
 
 
-def plain(x: Tensor | None) -> Tensor | None:
+def plain(x: Tensor) -> Tensor:
     """`x` without a subclass that only decorates it; one with a dispatcher of its own stays as it is."""
-    if x is None or type(x) is Tensor:
+    if type(x) is Tensor:
         return x
     dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
     return x if dispatches else x.as_subclass(Tensor)
@@ -219,15 +219,15 @@ def _backward(
     assert x is not None
     elements, pairs = divisors(x, batch_first, reduction)
     _, inputs, _ = canonical((raw, dropped), batch_first)
-    outputs = [None if x is None else gradient_of(x) for x in inputs]
+    outputs = [None if x is None else empty_like(x) for x in inputs]
     sizes, views, strides = canonical((*inputs, *outputs), batch_first)
     RUNNERS[x.device.type].backward(grad, *views, same, sizes, strides, 2 * alpha / elements, 2 * beta / pairs)
     return outputs[0], outputs[1]
 
 
-def gradient_of(x: Tensor) -> Tensor:
-    """Memory for the gradient of `x`, in the order of its axes where the hidden axis is the innermost."""
-    gradient = torch.empty_like(x)
-    if gradient.stride(-1) == 1 or x.shape[-1] == 1:
-        return gradient
+def empty_like(x: Tensor) -> Tensor:
+    """Memory like that of `x`, in the order of its axes as long as the hidden axis is the innermost."""
+    memory = torch.empty_like(x)
+    if memory.stride(-1) == 1 or x.shape[-1] == 1:
+        return memory
     return torch.empty_like(x, memory_format=torch.contiguous_format)
