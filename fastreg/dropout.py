@@ -96,12 +96,12 @@ def fused_dropout_ar_tar(
             raw, raw, alpha, beta, batch_first=batch_first, reduction=reduction, return_terms=return_terms
         )
         return raw, penalty
-    x = plain(raw)
+    x, mask = plain(raw), None if mask is None else plain(mask)
     if mask is None:
         shape = list(x.shape)
         shape[time_dim(x, batch_first)] = 1
         mask = x.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(x)
-    if x.numel() == 0 or not fusable(x):
+    if x.numel() == 0 or not (fusable(x) and fusable(mask)):
         dropped = x * mask
         penalty = fused_ar_tar(
             x, dropped, alpha, beta, batch_first=batch_first, reduction=reduction, return_terms=return_terms

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastreg import fused_ar_tar, penalty
+from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 triton = pytest.importorskip("triton", reason="no Triton: nothing to compile")
 kernels = pytest.importorskip("fastreg.kernels.penalty")
+dropout_kernels = pytest.importorskip("fastreg.kernels.dropout")
 reduction = pytest.importorskip("fastreg.kernels.reduction")
 tiling = pytest.importorskip("fastreg.kernels.tiling")
 
@@ -31,7 +32,9 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-BOTH = [kernels.penalty_forward, kernels.penalty_backward]
+PENALTY = [kernels.penalty_forward, kernels.penalty_backward]
+DROPOUT = [dropout_kernels.dropout_forward, dropout_kernels.dropout_backward]
+PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
 
 
 class StandInDriver:
@@ -71,7 +74,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
     monkeypatch.setitem(penalty.RUNNERS, "cpu", kernels)
     monkeypatch.setattr(driver, "_active", StandInDriver(chosen))  # reset_active() wants a real one to go back to
-    for kernel in BOTH:
+    for kernel in PENALTY + DROPOUT:
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     return chosen
 
@@ -85,6 +88,19 @@ def run(dtypes: tuple[torch.dtype, torch.dtype], same: bool, shape: tuple[int, .
     fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0).backward()
 
 
+def run_dropout(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+    raw = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
+    torch.autograd.backward([dropped, got], [torch.ones_like(raw), torch.ones_like(got)])
+
+
+def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int) -> None:
+    count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary, folder)
+    assert count[0] == wide_loads
+    assert count[1] - count[0] <= other_loads
+    assert count[2] == wide_stores
+
+
 @pytest.mark.parametrize("same", [True, False], ids=["same", "two"])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF, DOUBLE], ids=str)
 def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, same: bool, tmp_path: Path) -> None:
@@ -92,18 +108,18 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, same: bool, t
         pytest.skip("float16 and float64 are compiled for sm_90 alone, to save time")
     run((dtype, dtype), same)
     rows = tiling.UNROLL * (1 if same else 2)
-    partial_sums = 2 * reduction.CHUNK.value // tiling.THREADS
-    for kernel, halos, other_loads, stores in (
-        (kernels.penalty_forward, 1, partial_sums, 0),
-        (kernels.penalty_backward, 2, 1, rows),
-    ):
-        (binary,) = compiled(kernel)
-        wide_loads, all_loads, wide_stores = (
-            count_nvidia(binary, tmp_path) if target.backend == "cuda" else count_amd(binary)
-        )
-        assert wide_loads == rows + halos
-        assert all_loads - wide_loads <= other_loads
-        assert wide_stores == stores
+    (forward,), (backward,) = map(compiled, PENALTY)
+    assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS, 0)
+    assert_accesses(backward, tmp_path, rows + 2, 1, rows)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_wide_loads_and_no_spills_with_dropout(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The mask is one more load for a whole run."""
+    run_dropout(dtype)
+    (forward,), (backward,) = map(compiled, DROPOUT)
+    assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS, tiling.UNROLL)
+    assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 1, tiling.UNROLL)
 
 
 def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
@@ -134,14 +150,16 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
     """The sequence length differs from batch to batch, and the last batch is small."""
     for time in range(1, 101):
         run((FLOAT, FLOAT), same=False, shape=(4 if time % 3 else 3, time, hidden))
-    assert [len(compiled(kernel)) for kernel in BOTH] == [1, 1]
+        run_dropout(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
+    assert [len(compiled(kernel)) for kernel in PENALTY + DROPOUT] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
     """Triton passes Python floats as float32 unless told otherwise."""
     run((DOUBLE, DOUBLE), same=False)
-    for kernel in BOTH:
+    run_dropout(DOUBLE)
+    for kernel in PENALTY + DROPOUT:
         (binary,) = compiled(kernel)
         scalars = [
             ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_(scale|factor)", name)
