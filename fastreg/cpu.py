@@ -44,7 +44,7 @@ def forward(
             block = rows.hold(dropped[outer, start:stop, inner])
             ar += square_sum(block, squares.shaped(*block.shape))
     ar, tar = ar / ar_divisor, tar / tar_divisor
-    return torch.tensor(alpha * ar + beta * tar, dtype=dtype), torch.tensor([ar, tar], dtype=dtype)
+    return result(alpha * ar + beta * tar, dtype), result([ar, tar], dtype)
 
 
 def backward(
@@ -87,12 +87,12 @@ class Scratch:
     """Memory for one block at a time, in the dtype of the computation."""
 
     def __init__(self, dtype: torch.dtype):
-        self.memory = torch.empty(0, dtype=dtype)
+        self.memory = torch.empty(0, dtype=dtype, device="cpu")
 
     def shaped(self, *shape: int) -> Tensor:
         count = shape[0] * shape[1] * shape[2]
         if self.memory.numel() < count:
-            self.memory = torch.empty(count, dtype=self.memory.dtype)
+            self.memory = torch.empty(count, dtype=self.memory.dtype, device="cpu")
         return self.memory[:count].view(shape)
 
     def hold(self, block: Tensor) -> Tensor:
@@ -133,6 +133,11 @@ def change_of_rows(x: Tensor, start: int, stop: int, rows: Scratch, changes: Scr
     inside = change[:, int(start == 0) : change.shape[1] - int(stop == time)]
     torch.sub(block[:, 1:], block[:, :-1], out=inside)
     return change
+
+
+def result(values: float | list[float], dtype: torch.dtype) -> Tensor:
+    """A tensor of numbers, on the CPU whatever the default device is."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def view_of(x: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:

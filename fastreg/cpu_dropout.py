@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastreg.cpu import Scratch, blocks, change_of_rows, square_sum, view_of
+from fastreg.cpu import Scratch, blocks, change_of_rows, result, square_sum, view_of
 from fastreg.reference import compute_dtype
 
 
@@ -41,7 +41,7 @@ def forward(
             change = squares.shaped(block.shape[0], block.shape[1] - 1, block.shape[2])
             tar += square_sum(torch.sub(block[:, 1:], block[:, :-1], out=change), change)
     ar, tar = ar / ar_divisor, tar / tar_divisor
-    return torch.tensor(alpha * ar + beta * tar, dtype=dtype), torch.tensor([ar, tar], dtype=dtype)
+    return result(alpha * ar + beta * tar, dtype), result([ar, tar], dtype)
 
 
 def backward(

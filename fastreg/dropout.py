@@ -87,7 +87,7 @@ def fused_dropout_ar_tar(
     """
     alpha, beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
     p = check_probability(p)
-    check_options(batch_first, lengths, reduction)
+    check_options(batch_first, lengths, reduction, return_terms)
     check_tensor("raw", raw)
     if mask is not None:
         mask = check_mask(mask, raw, batch_first)
@@ -208,7 +208,7 @@ class FusedRNNDropout(nn.Module):
         super().__init__()
         self.p = check_probability(p)
         self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
-        check_options(batch_first, None, "mean")
+        check_options(batch_first)
         self.batch_first = batch_first
         self._waiting: ARTAR | None = None
 

@@ -68,19 +68,25 @@ def check_coefficient(name: str, value: float) -> float:
     """A finite, non-negative real number, as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
-    value = float(value)
-    if not math.isfinite(value) or value < 0:
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
+    if not 0 <= value < math.inf:  # math.isfinite would break a compiled graph
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     return value
 
 
-def check_options(batch_first: bool, lengths: object, reduction: str) -> None:
+def check_options(
+    batch_first: bool, lengths: object = None, reduction: str = "mean", return_terms: bool = False
+) -> None:
     """The keyword arguments that say how to read the tensors and what to make of the sums."""
-    if not isinstance(batch_first, bool):
-        raise TypeError(f"batch_first: expected True or False, got {batch_first!r}")
+    for name, flag in (("batch_first", batch_first), ("return_terms", return_terms)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
     if lengths is not None:
         raise NotImplementedError("lengths: padded batches are not supported yet, expected None")
-    if reduction not in ("mean", "sum"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
 
 
@@ -137,11 +143,12 @@ def check_tensor(name: str, x: object) -> Tensor:
     if isinstance(x, PackedSequence):
         raise NotImplementedError(f"{name}: PackedSequence is not supported yet, expected a padded tensor")
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        hint = " (an RNN gives its output and its state: pass the output)" if isinstance(x, tuple) else ""
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got {x.layout}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {'nested' if x.is_nested else x.layout}")
     if x.dim() not in (2, 3):
         raise ValueError(
             f"{name}: expected (batch, time, hidden), (time, batch, hidden) with batch_first=False, "

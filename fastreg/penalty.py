@@ -94,7 +94,7 @@ def fused_ar_tar(
         NotImplementedError: for `lengths` and `PackedSequence`.
     """
     alpha, beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
-    check_options(batch_first, lengths, reduction)
+    check_options(batch_first, lengths, reduction, return_terms)
     layers = check_layers(raw, dropped, alpha, beta)
     if not layers:  # both terms are off
         zero = _zero_like(raw, dropped)
@@ -150,6 +150,8 @@ def fusable(x: Tensor) -> bool:
     """Whether `x` is memory that a kernel can read now; else it is for the formula, which torch sees through."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and type(x) is Tensor
@@ -178,11 +180,15 @@ def _forward(
 
 
 class _Penalty(Function):
-    """Saves references to its inputs, nothing else. With `same`, raw is dropped as well, and dropped is None."""
+    """Saves references to the inputs that need gradients, nothing else.
+
+    With `same`, raw is dropped as well, and dropped is None.
+    """
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor | None, dropped: Tensor | None, *options: Any) -> Any:
-        ctx.save_for_backward(raw, dropped)
+        need_raw, need_dropped = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(raw if need_raw else None, dropped if need_dropped else None)
         ctx.options = options
         ctx.set_materialize_grads(False)  # the terms get no gradients: no zeros in their place
         results = _forward(raw, dropped, *options)
@@ -193,9 +199,7 @@ class _Penalty(Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        need_raw, need_dropped = ctx.needs_input_grad[:2]
         raw, dropped = ctx.saved_tensors
-        raw, dropped = raw if need_raw else None, dropped if need_dropped else None
         same, alpha, beta, batch_first, reduction, _ = ctx.options
         if torch.is_grad_enabled() or not fusable(grad):  # torch must see the gradient's formula
             gradients = ar_tar_gradients(grad, raw, dropped, same, alpha, beta, batch_first, reduction)

@@ -28,7 +28,8 @@ def dropout_forward(
     mask,
     dropped,
     penalty,
-    scratch,
+    terms,
+    partials,
     ticket,
     raw_outer,
     raw_time,
@@ -61,7 +62,8 @@ def dropout_forward(
     mask                 the same shape, already scaled; one row for all time steps if LOCKED
     dropped              (outer, time, inner) out
     penalty              () out in ACC: alpha * ar + beta * tar
-    scratch              (2 + 2 * programs,) in ACC: [0] and [1] out, ar and tar; then partial sums
+    terms                (2,) out in ACC: ar and tar
+    partials             (2 * programs,) in ACC, memory for partial sums
     ticket               (1,) int32, 0 before the launch and after it
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner         outer * inner and inner, in units of ALIGN elements
@@ -88,7 +90,11 @@ def dropout_forward(
         if TAR:
             halo = within(present, 0, start, INDEX)
             previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
+        ar_run = tl.zeros((BLOCK,), ACC)
+        tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(start, stop, UNROLL):
+            ar_turn = tl.zeros((BLOCK,), ACC)
+            tar_turn = tl.zeros((BLOCK,), ACC)
             raws = load_rows(raw_base, turn, stop, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
             if not LOCKED:
                 scales = load_rows(mask_base, turn, stop, mask_time, present, ACC, ALIGN, INDEX, UNROLL)
@@ -98,13 +104,17 @@ def dropout_forward(
                 store_row(dropped_base, turn + i, dropped_time, kept, inside, ALIGN)
                 if AR:
                     square = kept.to(ACC) * kept.to(ACC)
-                    ar += tl.where(inside, square, 0.0)
+                    ar_turn += tl.where(inside, square, 0.0)
                 if TAR:
                     paired = inside & within(present, 0, turn + i, INDEX)
                     change = tl.where(paired, raws[i] - previous, 0.0)
-                    tar += change * change
+                    tar_turn += change * change
                     previous = raws[i]
-    finish(tl.sum(ar), tl.sum(tar), penalty, scratch, ticket, alpha, beta, ar_scale, tar_scale)
+            ar_run += ar_turn
+            tar_run += tar_turn
+        ar += ar_run
+        tar += tar_run
+    finish(tl.sum(ar), tl.sum(tar), penalty, terms, partials, ticket, alpha, beta, ar_scale, tar_scale)
 
 
 @triton.jit(
@@ -219,20 +229,22 @@ def forward(
     """Launch `dropout_forward`, which fills `dropped`.
 
     `sizes` is (outer, time, inner), none of them 0; `strides` is (outer, time) for raw, mask and dropped; a mask
-    that stands for all time steps has a time stride of 0. Returns the penalty, (), and a vector that begins with ar
-    and tar, in float32, or float64 if raw is.
+    that stands for all time steps has a time stride of 0. Returns the penalty, (), and ar and tar, (2,), in float32,
+    or float64 if raw is.
     """
     dtype = torch.promote_types(raw.dtype, torch.float32)
     plan = Plan(sizes, strides, (raw,), dtype)
     penalty = torch.empty((), dtype=dtype, device=raw.device)
-    scratch = torch.empty(2 + 2 * plan.programs, dtype=dtype, device=raw.device)
+    terms = torch.empty(2, dtype=dtype, device=raw.device)
+    partials = torch.empty(2 * plan.programs, dtype=dtype, device=raw.device)
     with current_device(raw.device):
         dropout_forward[(plan.programs,)](
             raw,
             mask,
             dropped,
             penalty,
-            scratch,
+            terms,
+            partials,
             ticket_for(raw.device),
             *plan.strides,
             plan.lanes,
@@ -250,7 +262,7 @@ def forward(
             LOCKED=plan.time == 1 or strides[1][1] == 0,
             **plan.constants,
         )
-    return penalty, scratch
+    return penalty, terms
 
 
 def backward(

@@ -24,7 +24,8 @@ def penalty_forward(
     raw,
     dropped,
     penalty,
-    scratch,
+    terms,
+    partials,
     ticket,
     raw_outer,
     raw_time,
@@ -51,7 +52,8 @@ def penalty_forward(
 
     raw, dropped         (outer, time, inner), or None for a term that is off
     penalty              () out in ACC: alpha * ar + beta * tar
-    scratch              (2 + 2 * programs,) in ACC: [0] and [1] out, ar and tar; then partial sums
+    terms                (2,) out in ACC: ar and tar
+    partials             (2 * programs,) in ACC, memory for partial sums
     ticket               (1,) int32, 0 before the launch and after it
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner         outer * inner and inner, in units of ALIGN elements
@@ -75,22 +77,30 @@ def penalty_forward(
             previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
         if dropped is not None:
             dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
+        ar_run = tl.zeros((BLOCK,), ACC)
+        tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(start, stop, UNROLL):
             if raw is not None:
                 raws = load_rows(raw_base, turn, stop, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
             if dropped is not None:
                 droppeds = load_rows(dropped_base, turn, stop, dropped_time, present, ACC, ALIGN, INDEX, UNROLL)
+            ar_turn = tl.zeros((BLOCK,), ACC)
+            tar_turn = tl.zeros((BLOCK,), ACC)
             for i in tl.static_range(UNROLL):
                 if raw is not None:
                     paired = within(present, turn + i, stop, INDEX) & within(present, 0, turn + i, INDEX)
                     change = tl.where(paired, raws[i] - previous, 0.0)
-                    tar += change * change
+                    tar_turn += change * change
                     previous = raws[i]
                     if SAME:
-                        ar += raws[i] * raws[i]
+                        ar_turn += raws[i] * raws[i]
                 if dropped is not None:
-                    ar += droppeds[i] * droppeds[i]
-    finish(tl.sum(ar), tl.sum(tar), penalty, scratch, ticket, alpha, beta, ar_scale, tar_scale)
+                    ar_turn += droppeds[i] * droppeds[i]
+            ar_run += ar_turn
+            tar_run += tar_turn
+        ar += ar_run
+        tar += tar_run
+    finish(tl.sum(ar), tl.sum(tar), penalty, terms, partials, ticket, alpha, beta, ar_scale, tar_scale)
 
 
 @triton.jit(
@@ -194,20 +204,22 @@ def forward(
     """Launch `penalty_forward`.
 
     `sizes` is (outer, time, inner), none of them 0; `strides` is (outer, time) for raw and for dropped. With
-    `same`, raw is dropped as well, and `dropped` is None. Returns the penalty, (), and a vector that begins
-    with ar and tar, in float32, or float64 if an input is.
+    `same`, raw is dropped as well, and `dropped` is None. Returns the penalty, (), and ar and tar, (2,), in
+    float32, or float64 if an input is.
     """
     device = next(x.device for x in (raw, dropped) if x is not None)
     dtype = reduce(torch.promote_types, [x.dtype for x in (raw, dropped) if x is not None], torch.float32)
     plan = Plan(sizes, strides, (raw, dropped), dtype)
     penalty = torch.empty((), dtype=dtype, device=device)
-    scratch = torch.empty(2 + 2 * plan.programs, dtype=dtype, device=device)
+    terms = torch.empty(2, dtype=dtype, device=device)
+    partials = torch.empty(2 * plan.programs, dtype=dtype, device=device)
     with current_device(device):
         penalty_forward[(plan.programs,)](
             raw,
             dropped,
             penalty,
-            scratch,
+            terms,
+            partials,
             ticket_for(device),
             *plan.strides,
             plan.lanes,
@@ -223,7 +235,7 @@ def forward(
             SAME=same,
             **plan.constants,
         )
-    return penalty, scratch
+    return penalty, terms
 
 
 def backward(

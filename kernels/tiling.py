@@ -21,6 +21,7 @@ THREADS = 128  # with a 16-byte load each a block of lanes is 2 KB of a row
 WARPS = THREADS // (64 if torch.version.hip else 32)
 UNROLL = 4  # rows in flight a thread: 64 bytes of each tensor, to hide the latency of memory
 SHORTEST_RUN = 16  # time steps: halo rows add at most 1/16 to the reads of raw, 1/8 in the backward
+LONGEST_RUN = 256  # time steps: float32 sums drift with their length, and a run's and a program's are kept apart
 PROGRAMS = 1024  # about 8 for each of an H100's 132 cores, all resident; more would only add halo rows
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always are
 
@@ -117,7 +118,8 @@ class Plan:
         widest = max(x.itemsize for x in tensors if x is not None)
         block = THREADS * 16 // widest
         self.blocks = triton.cdiv(outer * inner, block)
-        runs = max(1, min(PROGRAMS // self.blocks, self.time // SHORTEST_RUN))
+        runs = min(PROGRAMS // self.blocks, self.time // SHORTEST_RUN)
+        runs = max(runs, triton.cdiv(self.time, LONGEST_RUN))
         self.run = triton.cdiv(triton.cdiv(self.time, runs), UNROLL) * UNROLL
         self.items = self.blocks * triton.cdiv(self.time, self.run)
         self.programs = min(self.items, PROGRAMS)

@@ -14,6 +14,7 @@ from fastreg import fused_ar_tar
 from fastreg.layout import canonical
 
 X = torch.randn(2, 5, 8)
+JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
 PACKED = pack_padded_sequence(X, torch.tensor([5, 3]), batch_first=True)
 
 
@@ -61,6 +62,14 @@ def test_canonical(
         (([], [], 2, 1), {}, ValueError, "raw: expected a tensor a layer, got an empty list"),
         (([X, X], [X, X[..., :3]], 2, 1), {}, ValueError, r"dropped\[1\]: expected the shape of raw\[1\]"),
         (([X, None], [X, X], 2, 1), {}, TypeError, r"raw\[1\]: expected a tensor, got NoneType"),
+        (
+            ([X, (X, X)], [X, X], 2, 1),
+            {},
+            TypeError,
+            r"raw\[1\]: expected a tensor, got tuple \(an RNN gives",
+        ),
+        ((X, JAGGED, 2, 1), {}, TypeError, "dropped: expected a dense .* got nested"),
+        ((X, X, 10**400, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got inf"),
         ((X, X, "2", 1), {}, TypeError, "alpha: expected a real number, got str"),
         ((X, X, True, 1), {}, TypeError, "alpha: expected a real number, got bool"),
         ((X, X, 2, torch.tensor(1.0)), {}, TypeError, "beta: expected a real number, got Tensor"),
@@ -68,6 +77,8 @@ def test_canonical(
         ((X, X, 2, float("nan")), {}, ValueError, "beta: expected a finite number of at least 0, got nan"),
         ((X, X, 2, float("inf")), {}, ValueError, "beta: expected a finite number of at least 0, got inf"),
         ((X, X, 2, 1), {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
+        ((X, X, 2, 1), {"return_terms": "no"}, TypeError, "return_terms: expected True or False, got 'no'"),
+        ((X, X, 2, 1), {"reduction": X.numpy()}, ValueError, "reduction: expected 'mean' or 'sum', got array"),
         ((X, X, 2, 1), {"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
         ((X, X, 2, 1), {"lengths": torch.tensor([5, 3])}, NotImplementedError, "lengths: .* not supported yet"),
         ((PACKED, PACKED, 2, 1), {}, NotImplementedError, "raw: PackedSequence is not supported yet"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastreg import ARTAR, fused_ar_tar, penalty
 from fastreg.reference import ar_tar
@@ -272,6 +276,35 @@ def test_keeps_nothing_but_references_to_its_inputs(device: str) -> None:
     assert kept == [raw.data_ptr(), dropped.data_ptr()]
 
 
+def live_tensors() -> set[int]:
+    gc.collect()
+    return {id(x) for x in gc.get_objects() if issubclass(type(x), Tensor)}
+
+
+def test_makes_no_tensor_that_outlives_the_forward(device: str) -> None:
+    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
+    fused_ar_tar(raw, dropped, 2.0, 1.0)  # makes what is made once
+    before = live_tensors()
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    assert live_tensors() - before == {id(got)}
+
+
+def test_an_input_that_needs_no_gradient_is_not_kept(device: str) -> None:
+    dropped = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    raw = torch.randn(3, 7, 12, device=device)
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    raw.zero_()
+    gone = weakref.ref(raw)
+    del raw
+    assert gone() is None
+    (grad,) = torch.autograd.grad(got, dropped)
+    torch.testing.assert_close(grad, 4.0 * dropped / dropped.numel())
+    with torch.inference_mode():
+        raw = torch.randn(3, 7, 12, device=device)
+    fused_ar_tar(raw, dropped, 2.0, 1.0).backward()
+    assert torch.equal(dropped.grad, grad)  # pyright: ignore[reportArgumentType]
+
+
 def test_no_grad_builds_no_graph(device: str) -> None:
     x = torch.randn(3, 7, 12, device=device, requires_grad=True)
     with torch.no_grad():
@@ -356,6 +389,44 @@ def test_vectorized_jacobian_of_the_penalty_of_layers(device: str) -> None:
     got = torch.autograd.functional.jacobian(both(lambda r, d: fused_ar_tar(r, d, 2.0, 1.0)), raw, vectorize=True)
     plain = both(lambda r, d: ar_tar(r, d, 2.0, 1.0, True, "mean").penalty)
     torch.testing.assert_close(got, torch.autograd.functional.jacobian(plain, raw))
+
+
+def test_coefficients_may_change_in_a_compiled_graph(device: str) -> None:
+    x = torch.randn(3, 7, 12, device=device)
+    compiled = torch.compile(lambda a, b: fused_ar_tar(x, x, a, b), fullgraph=True, backend="aot_eager")
+    for alpha, beta in ((2.0, 1.0), (1.5, 1.0), (1.25, 0.5), (0.0, 0.25)):
+        torch.testing.assert_close(compiled(alpha, beta), fused_ar_tar(x, x, alpha, beta))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning"
+)  # of the checks of sizes, which a trace takes as they are
+def test_tracers_see_the_formula(device: str) -> None:
+    example, other = torch.randn(2, 2, 5, 8, device=device).unbind()
+
+    def call(x: Tensor) -> Tensor:
+        return fused_ar_tar(x, x * 1, 2.0, 1.0)
+
+    def slope(x: Tensor) -> Tensor:
+        return torch.autograd.grad(call(x), x)[0]
+
+    torch.testing.assert_close(torch.jit.trace(call, example)(other), call(other))  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(make_fx(call)(example)(other), call(other))
+    leaf = other.requires_grad_()
+    torch.testing.assert_close(make_fx(slope)(example.requires_grad_())(leaf), slope(leaf))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert call(example).shape == ()
+    torch.testing.assert_close(call(other), ar_tar(other, other, 2.0, 1.0, True, "mean").penalty)
+
+
+def test_the_default_device_is_not_asked(device: str) -> None:
+    x = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    want = fused_ar_tar(x, x, 2.0, 1.0, return_terms=True)
+    with torch.device("meta"):
+        got = fused_ar_tar(x, x, 2.0, 1.0, return_terms=True)
+        got.penalty.backward()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("same", [True, False])
