@@ -8,11 +8,19 @@ import sys
 import fastreg
 
 
+PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
+
+
 def test_public_names() -> None:
-    assert sorted(fastreg.__all__) == ["ARTAR", "FusedRNNDropout", "fused_ar_tar", "fused_dropout_ar_tar"]
+    assert sorted(fastreg.__all__) == PUBLIC
     assert all(hasattr(fastreg, name) for name in fastreg.__all__)
     assert fastreg.__version__
     assert fastreg.ARTAR._fields == ("penalty", "ar", "tar")
+
+
+def test_importing_fastreg_imports_no_framework() -> None:
+    code = "import sys, fastreg; sys.exit(bool({'fastai', 'lightning', 'pytorch_lightning'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_name_kernels_is_left_to_others() -> None:

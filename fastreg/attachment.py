@@ -1,0 +1,148 @@
+"""Capture by forward hooks: what an attached RNN and its dropout gave in a training step."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+
+class Part(NamedTuple):
+    """What one call of `fused_ar_tar` regularizes."""
+
+    raw: Any
+    dropped: Any
+    batch_first: bool
+
+
+class Owner(Protocol):
+    """What an attachment needs of the regularizer that made it."""
+
+    _attached: list[Attachment]
+
+
+@dataclass
+class _Capture:
+    """One run of an attached RNN."""
+
+    raw: Any
+    dropped: Any
+    nodes: frozenset[Any]  # of the autograd graph, where its outputs come from
+    grad_enabled: bool
+    weights: int  # their version: the graph of a run before an optimizer's step is of no use
+    versions: list[tuple[Tensor, int]]  # of the activations: shows a change in place
+
+
+class Attachment:
+    """The hooks on one RNN and its dropout, until `remove()`. In a copy of the model they do nothing."""
+
+    def __init__(self, owner: Owner, rnn: nn.LSTM | nn.GRU | nn.RNN, dropout: nn.Module | None) -> None:
+        self.rnn, self.dropout = rnn, dropout
+        self.captures: list[_Capture] = []
+        self._owner = weakref.ref(owner)  # without it, nobody would empty the captures
+        self._hooks = [rnn.register_forward_hook(self._after_rnn)]
+        if dropout is not None:
+            self._hooks.append(dropout.register_forward_hook(self._after_dropout, with_kwargs=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rnn": None, "dropout": None, "captures": [], "_owner": _nobody, "_hooks": []}
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off, and drop what they captured."""
+        for hook in self._hooks:
+            hook.remove()
+        self.captures.clear()
+        owner = self._owner()
+        if owner is not None and self in owner._attached:
+            owner._attached.remove(self)
+
+    def _after_rnn(self, rnn: nn.Module, _: Any, output: Any) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1  # torch.compile breaks its graph here, as it must
+        if self._owner() is None or in_backward or not rnn.training or torch.is_inference_mode_enabled():
+            return
+        raw, hidden = output
+        outputs = [_data(raw), *(hidden if is_list(hidden) else [hidden])]
+        capture = _Capture(
+            raw=raw,
+            dropped=raw if self.dropout is None else None,
+            nodes=frozenset(x.grad_fn for x in outputs) - {None},
+            grad_enabled=torch.is_grad_enabled(),
+            weights=sum(p._version for p in rnn.parameters()),
+            versions=[(outputs[0], outputs[0]._version)],
+        )
+        self.captures = [c for c in self.captures if c.nodes and c.weights == capture.weights] + [capture]
+
+    def _after_dropout(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for capture in self.captures:
+            raw, data = capture.raw, _data(capture.raw)
+            if any(x is raw or x is data for x in (*args, *kwargs.values())):
+                packed = isinstance(raw, PackedSequence) and isinstance(output, Tensor)
+                capture.dropped = raw._replace(data=output) if packed else output  # pyright: ignore
+                capture.versions.append((_data(output), _data(output)._version))
+
+    def parts(self, loss: Tensor) -> list[Part]:
+        """What this step's runs add to the loss."""
+        captures = self.captures
+        if len(captures) > 1 or not self.rnn.training:
+            latest = captures[-1:] if self.rnn.training else []
+            captures = [c for c in captures if _depends(loss, c.nodes)] or latest
+        for capture in captures:
+            self._check(capture, loss)
+        return [Part(c.raw, c.dropped, self.rnn.batch_first) for c in captures]
+
+    def _check(self, capture: _Capture, loss: Tensor) -> None:
+        rnn = type(self.rnn).__name__
+        if loss.requires_grad and not capture.grad_enabled:
+            raise RuntimeError(
+                f"on_backward_begin: the {rnn} ran without gradients, so that the penalty's would be lost. For "
+                "activation checkpointing pass use_reentrant=False; else run the model outside torch.no_grad()"
+            )
+        if capture.dropped is None:
+            raise RuntimeError(
+                f"on_backward_begin: the attached {type(self.dropout).__name__} did not get the output of the {rnn}: "
+                "something lies between them (packing, padding, a slice, another module), or the model was compiled "
+                "before attach(). Attach the module that takes that very tensor, or none, or use on_loss_begin"
+            )
+        if any(x._version != version for x, version in capture.versions):
+            raise RuntimeError(
+                f"on_backward_begin: the output of the {rnn} or of its dropout was changed in place after it was "
+                "captured; use Dropout(inplace=False), and no operation like relu_() on it"
+            )
+
+
+def _nobody() -> None:
+    """The owner of an attachment's copy."""
+
+
+def _data(x: Any) -> Tensor:
+    return x.data if isinstance(x, PackedSequence) else x
+
+
+def _depends(loss: Tensor, nodes: frozenset[Any]) -> bool:
+    """Whether the graph of `loss` has one of the nodes; the nearest are looked at first."""
+    queue: deque[Any] = deque([loss.grad_fn])
+    seen: set[Any] = {None}
+    while queue:
+        node = queue.popleft()
+        if node in nodes:
+            return True
+        if node not in seen:
+            seen.add(node)
+            queue.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def is_list(x: object) -> bool:
+    """Whether `x` is a list of layers, or the like: a PackedSequence is a tuple, too, but one tensor."""
+    return isinstance(x, (list, tuple)) and not isinstance(x, PackedSequence)

@@ -1,0 +1,127 @@
+"""`ActivationRegularization`: AR and TAR for PyTorch Lightning, as a callback; the module stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from fastreg.regularizer import RNNRegularizer
+
+if TYPE_CHECKING:
+    Callback: Any = object  # Lightning is not needed to check types
+else:
+    try:
+        from lightning.pytorch import Callback
+    except ImportError:
+        try:
+            from pytorch_lightning import Callback
+        except ImportError:
+            raise ImportError("fastreg.lightning: Lightning is not installed; pip install lightning") from None
+
+
+class ActivationRegularization(Callback):
+    """Adds `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
+
+    Lightning scales, accumulates and clips the sum as it would the loss. What the module itself logs stays free of
+    the penalties; `ar` and `tar` are logged beside it, as means over the steps of an epoch. If the module has a
+    `reset()`, it is called when an epoch of training or validation starts.
+
+        Trainer(callbacks=[ActivationRegularization(2.0, 1.0, rnn="encoder.lstm", dropout="drop")])
+
+    Args:
+        alpha, beta: the coefficients; a schedule may change `callback.regularizer.alpha` and `.beta`.
+        rnn: the attribute path of an `nn.LSTM`, `nn.GRU` or `nn.RNN`, or of several, from the first layer to the last.
+        dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or
+            `None`, an RNN.
+        layers: `"last"` or `"all"` of the RNNs, as for `RNNRegularizer`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; when a fit starts, a path that names no such module.
+        RuntimeError: the module optimizes by hand; in a step, as `RNNRegularizer.on_backward_begin`.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.0,
+        beta: float = 0.0,
+        *,
+        rnn: str | Sequence[str],
+        dropout: str | Sequence[str | None] | None = None,
+        layers: Literal["last", "all"] = "last",
+    ) -> None:
+        self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
+        self.rnns = [rnn] if isinstance(rnn, str) else list(rnn)
+        one_for_all = dropout is None or isinstance(dropout, str)
+        self.dropouts: list[Any] = [dropout] * len(self.rnns) if one_for_all else list(dropout or ())
+        if not self.rnns or len(self.dropouts) != len(self.rnns):
+            raise ValueError(
+                "rnn and dropout: expected a dropout, or None, for each RNN, "
+                f"got {len(self.rnns)} RNNs and {len(self.dropouts)} dropouts"
+            )
+        self._undo = ExitStack()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach to the modules and wrap `training_step`; by now `configure_model` has made the modules."""
+        if not pl_module.automatic_optimization:
+            raise RuntimeError(
+                "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
+                "a callback; use fastreg.RNNRegularizer in its training_step"
+            )
+        for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
+            after = None if dropout is None else _find(pl_module, "dropout", dropout)
+            self._undo.enter_context(self.regularizer.attach(_find(pl_module, "rnn", rnn), after))
+        training_step, own = pl_module.training_step, "training_step" in vars(pl_module)
+
+        @wraps(training_step)  # Lightning reads its signature
+        def regularized_step(*args: Any, **kwargs: Any) -> Any:
+            return self._regularize(pl_module, training_step(*args, **kwargs))
+
+        pl_module.training_step = regularized_step
+        if own:  # of a module that Lightning compiles
+            self._undo.callback(setattr, pl_module, "training_step", training_step)
+        else:
+            self._undo.callback(delattr, pl_module, "training_step")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        self._undo.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was: Lightning tears nothing down after an error."""
+        self._undo.close()
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Reset the hidden state."""
+        self.regularizer.on_epoch_begin(pl_module)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Reset the hidden state."""
+        self.regularizer.on_epoch_begin(pl_module)
+
+    def _regularize(self, pl_module: Any, output: Any) -> Any:
+        """What `training_step` returned, with the penalty in its loss."""
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor):  # None skips the step; the rest is for Lightning to refuse
+            self.regularizer.clear()
+            return output
+        total = self.regularizer.on_backward_begin(loss)
+        if total is not loss:  # else the RNNs are in evaluation
+            terms = {"ar": self.regularizer.ar, "tar": self.regularizer.tar}
+            pl_module.log_dict(terms, on_step=False, on_epoch=True, batch_size=1)
+        return output | {"loss": total} if isinstance(output, dict) else total
+
+
+def _find(pl_module: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> nn.Module:
+    modules = dict(pl_module.named_modules(remove_duplicate=False))
+    fits = {
+        "rnn": lambda module: isinstance(module, (nn.LSTM, nn.GRU, nn.RNN)),
+        "dropout": lambda module: "drop" in type(module).__name__.lower(),
+    }[kind]
+    if path not in modules or (kind == "rnn" and not fits(modules[path])):
+        candidates = ", ".join(repr(name) for name, module in modules.items() if fits(module)) or "none"
+        raise ValueError(f"{kind}: {type(pl_module).__name__} has no such module at {path!r}; candidates: {candidates}")
+    return modules[path]

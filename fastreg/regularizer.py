@@ -1,0 +1,237 @@
+"""`RNNRegularizer`: captures a training step's activations, by hand or by hooks, and adds the penalty to its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.optim import Optimizer
+
+from fastreg.attachment import Attachment, Part, is_list
+from fastreg.layout import check_coefficient
+from fastreg.penalty import fused_ar_tar
+from fastreg.reference import ARTAR
+
+
+class RNNRegularizer:
+    """Adds `alpha * AR + beta * TAR` to the loss of each training step.
+
+    The activations come with the model's output, as from AWD-LSTM and fastai's models:
+
+        decoded = regularizer.on_loss_begin(model(x))  # the model returns (decoded, raw, dropped)
+        loss = regularizer.on_backward_begin(criterion(decoded, y))
+
+    or by hooks, from a model that is left as it is:
+
+        regularizer.attach(model.lstm, model.dropout)  # once, before torch.compile
+        loss = regularizer.on_backward_begin(criterion(model(x), y))
+
+    Args:
+        alpha: coefficient of AR, finite and not negative; an attribute, which a schedule may change, like `beta`.
+        beta: coefficient of TAR, finite and not negative.
+        layers: `"last"` regularizes the last layer alone, as AWD-LSTM and fastai do; `"all"` every layer, as
+            Merity et al. (2017) write it: the penalties add up.
+        bptt: the usual number of time steps, for `scaled_lr`.
+
+    Attributes:
+        ar, tar: the terms of the last step, 0-dim, unscaled, detached, still on the device; `None` before the first.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.0,
+        beta: float = 0.0,
+        *,
+        layers: Literal["last", "all"] = "last",
+        bptt: int | None = None,
+    ) -> None:
+        if layers not in ("last", "all"):
+            raise ValueError(f"layers: expected 'last' or 'all', got {layers!r}")
+        self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
+        self.layers, self.bptt = layers, None if bptt is None else _check_steps("bptt", bptt)
+        self.ar: Tensor | None = None
+        self.tar: Tensor | None = None
+        self._given: Part | None = None
+        self._attached: list[Attachment] = []
+
+    def __repr__(self) -> str:
+        bptt = "" if self.bptt is None else f", bptt={self.bptt}"
+        return f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, has no captures and no hooks."""
+        return self.__dict__ | {"_given": None, "_attached": []}
+
+    def on_epoch_begin(self, model: object) -> None:
+        """Reset the model's hidden state, if it has a `reset()`, and drop any capture."""
+        self.clear()
+        reset = getattr(model, "reset", None)
+        if callable(reset):
+            reset()
+
+    def on_loss_begin(self, output: Any) -> Any:
+        """Keep `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
+
+        `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, a `PackedSequence`, or a list or tuple of
+        them, one a layer. Give time-first tensors as `raw.transpose(0, 1)`, which copies nothing. Another output
+        before `on_backward_begin` takes the place of the first.
+
+        Raises:
+            TypeError: the output is anything else.
+            RuntimeError: the activations already come from attached modules.
+        """
+        if self._attached:
+            raise RuntimeError("on_loss_begin: attached modules capture already; remove() them, or leave out the call")
+        if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
+            raise TypeError(
+                "on_loss_begin: expected (decoded, raw, dropped), where raw and dropped are tensors, or lists with a "
+                f"tensor a layer; got {_types(output)}. Let the model return (decoded, raw, dropped), or leave it "
+                "as it is and use attach(rnn, dropout) in place of on_loss_begin"
+            )
+        decoded, raw, dropped = output
+        if self.layers == "last" and is_list(raw):
+            raw, dropped = raw[-1], dropped[-1]
+        self._given = Part(raw, dropped, batch_first=True)
+        return decoded
+
+    def on_backward_begin(self, loss: Tensor) -> Tensor:
+        """The loss with the penalty of this step's captures added, a new tensor; `loss` itself is not changed.
+
+        No capture is held afterwards, whether or not an error is raised. Attached modules in evaluation add
+        nothing: with no others, `loss` is returned as it is.
+
+        Raises:
+            RuntimeError: nothing was captured, or what was cannot be right; the message says what to do.
+            TypeError, ValueError, NotImplementedError: `fused_ar_tar` refuses what was captured.
+        """
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
+        chosen = self._attached[-1:] if self.layers == "last" else self._attached
+        try:
+            parts = [part for one in chosen for part in one.parts(loss)] if chosen else [self._given]
+        finally:
+            self.clear()
+        total: ARTAR | None = None
+        for part in filter(None, parts):
+            raw, dropped, batch_first = part
+            terms = fused_ar_tar(raw, dropped, self.alpha, self.beta, batch_first=batch_first, return_terms=True)
+            terms = [x.to(loss.device) for x in terms]  # layers may live on several devices
+            total = ARTAR(*(terms if total is None else map(torch.add, total, terms)))
+        if total is not None:
+            self.ar, self.tar = total.ar, total.tar
+            return loss + total.penalty
+        if not chosen:
+            raise RuntimeError(
+                "on_backward_begin: nothing was captured; call on_loss_begin(output) before it in every step, or "
+                "attach(rnn, dropout) once"
+            )
+        if any(one.rnn.training for one in chosen):
+            names = ", ".join(dict.fromkeys(type(one.rnn).__name__ for one in chosen))
+            raise RuntimeError(
+                f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call. Call "
+                "the module, not its forward(); attach() before torch.compile: code compiled earlier runs no new hooks"
+            )
+        return loss
+
+    def clear(self) -> None:
+        """Drop any capture: on_epoch_begin does; after a step that failed, it frees its activations early."""
+        self._given = None
+        for one in self._attached:
+            one.captures.clear()
+
+    def attach(self, rnn: nn.Module, dropout: nn.Module | None = None) -> Attachment:
+        """Capture by forward hooks on an RNN and the dropout that follows it, instead of `on_loss_begin`.
+
+        The layout is read from the RNN; the output may be bidirectional, unbatched or a `PackedSequence`. Every
+        attached RNN is one layer (the last of its own `num_layers`), the one attached last being the last. Attach
+        before `torch.compile`, as hooks that come later do not fire in compiled code.
+
+        A step is what lies between two calls of `on_backward_begin`. An RNN that runs several times in it adds a
+        penalty for each run that the loss depends on; other runs, as of an earlier step that failed, are dropped.
+        Runs in evaluation, or inside a backward (activation checkpointing recomputes there), are not captured.
+
+        Args:
+            rnn: an `nn.LSTM`, `nn.GRU` or `nn.RNN`.
+            dropout: any module whose input is the very tensor that the RNN returns; what else it is used for does
+                not matter. Without it, dropped is raw.
+
+        Returns:
+            A handle with `remove()`; as a context manager it removes itself at the end.
+
+        Raises:
+            TypeError: an argument is anything else.
+            RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use.
+        """
+        for name, module in (("rnn", rnn), ("dropout", dropout)):
+            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+                raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
+        if not isinstance(rnn, (nn.LSTM, nn.GRU, nn.RNN)):
+            raise TypeError(f"rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got {type(rnn).__name__}")
+        if dropout is not None and not isinstance(dropout, nn.Module):
+            raise TypeError(f"dropout: expected an nn.Module or None, got {type(dropout).__name__}")
+        if self._given is not None:
+            raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
+        if any(one.rnn is rnn for one in self._attached):
+            raise RuntimeError("rnn: the module is attached already; remove() its attachment first")
+        self._attached.append(Attachment(self, rnn, dropout))
+        return self._attached[-1]
+
+    def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:
+        """For `with`: every group's lr times `seq_len / bptt`, and back as it was at the end, come what may.
+
+        After AWD-LSTM, where a batch of fewer time steps takes a smaller step. Schedulers step outside of it.
+
+        Raises:
+            TypeError, ValueError: `seq_len` is not a positive integer.
+            RuntimeError: the regularizer has no `bptt`.
+        """
+        if self.bptt is None:
+            raise RuntimeError("scaled_lr: the usual sequence length is not known; pass RNNRegularizer(..., bptt=...)")
+        return _scaled_lr(optimizer, _check_steps("seq_len", seq_len) / self.bptt)
+
+
+@contextmanager
+def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    before = [group["lr"] for group in optimizer.param_groups]
+    # A tensor is changed in place, as a captured graph reads it; groups may share it.
+    tensors = {id(lr): (lr, lr.clone()) for lr in before if isinstance(lr, Tensor)}
+    try:
+        for lr, _ in tensors.values():
+            lr.mul_(factor)
+        for group in optimizer.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] *= factor
+        yield
+    finally:
+        for lr, value in tensors.values():
+            lr.copy_(value)
+        for group, lr in zip(optimizer.param_groups, before, strict=False):
+            group["lr"] = lr
+
+
+def _check_steps(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected a positive integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value}")
+    return int(value)
+
+
+def _are_activations(raw: Any, dropped: Any) -> bool:
+    """Whether they are two tensors, or as many layers of them."""
+    if is_list(raw) and is_list(dropped) and len(raw) == len(dropped) > 0:
+        return all(isinstance(x, (Tensor, PackedSequence)) for x in (*raw, *dropped))
+    return all(isinstance(x, (Tensor, PackedSequence)) for x in (raw, dropped))
+
+
+def _types(output: Any) -> str:
+    inner = f" of {', '.join(type(x).__name__ for x in output) or 'nothing'}" if is_list(output) else ""
+    return type(output).__name__ + inner

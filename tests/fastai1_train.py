@@ -1,0 +1,257 @@
+"""Trains with the fastai v1 on the path, and saves what the adapter did: `fastai1_train.py RESULTS`.
+
+fastai v1 dates from 2018 to 2020; what it expects of Python, NumPy and packages that are not needed here is put in
+place first.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import gc
+import os
+import sys
+import tempfile
+import types
+import warnings
+import weakref
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+warnings.simplefilter("ignore")
+os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # load_learner unpickles a whole model
+
+
+def stub(name: str, **attributes: Any) -> None:
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(attributes)
+
+
+stub("pkg_resources", require=lambda *_: None)
+stub("pynvml")
+stub("spacy", load=None, blank=None)
+stub("spacy.symbols", ORTH=65)
+for kind in (int, float, object):
+    setattr(np, kind.__name__, kind)
+for kind in ("Iterable", "Iterator", "Sequence", "Mapping", "MutableMapping", "Collection", "Sized", "Callable"):
+    setattr(collections, kind, getattr(collections.abc, kind))
+array = np.array
+
+
+def ragged(x: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return array(x, *args, **kwargs)
+    except ValueError:
+        result = np.empty(len(x), dtype=object)
+        result[:] = x
+        return result
+
+
+np.array = ragged
+
+import torch  # noqa: E402
+from fastai import __version__ as release  # noqa: E402
+from fastai.callback import Callback, CallbackHandler  # noqa: E402
+from fastai.callbacks.fp16 import MixedPrecision  # noqa: E402
+from fastai.callbacks.rnn import RNNTrainer as Stock  # noqa: E402
+from fastai.text import TextLMDataBunch, Vocab, language_model_learner  # noqa: E402
+
+from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
+
+torch.set_num_threads(1)
+OLD = release in ("1.0.36", "1.0.42")
+TIME = 0 if release == "1.0.36" else 1
+ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
+
+
+class Written(RNNTrainer):
+    """The formula written out, where the stock callback does not compute it."""
+
+    _order = -5
+
+    def on_loss_begin(self, last_output: Any, **_: Any) -> Any:
+        self.captured = last_output[1][-1], last_output[2][-1]
+        return last_output[0] if OLD else {"last_output": last_output[0]}
+
+    def on_backward_begin(self, last_loss: torch.Tensor, **_: Any) -> Any:
+        raw, dropped = self.captured
+        steps = raw.unbind(TIME)
+        changes = torch.stack([b - a for a, b in pairwise(steps)])
+        loss = last_loss + self.alpha * dropped.pow(2).mean() + self.beta * changes.pow(2).mean()
+        return loss if OLD else {"last_loss": loss}
+
+
+def learner(alpha: float = ALPHA, beta: float = BETA) -> Any:
+    random = np.random.RandomState(0)
+    ids = [random.randint(2, 40, size) for size in random.randint(30, 60, 40)]
+    words = Vocab(["xxunk", "xxpad", *map(str, range(2, 40))])
+    torch.manual_seed(0)
+    np.random.seed(0)
+    data = TextLMDataBunch.from_ids(
+        tempfile.mkdtemp(), vocab=words, train_ids=ids[:30], valid_ids=ids[30:], bs=8, bptt=16
+    )
+    if OLD:
+        return language_model_learner(data, bptt=16, emb_sz=32, nh=48, nl=2, alpha=alpha, beta=beta)
+    from fastai.text import AWD_LSTM, awd_lstm_lm_config
+
+    config = {**awd_lstm_lm_config, "emb_sz": 32, "n_hid": 48, "n_layers": 2}
+    return language_model_learner(data, AWD_LSTM, config=config, pretrained=False, alpha=alpha, beta=beta)
+
+
+def scaled(learn: Any) -> Any:
+    """With the loss scale of mixed precision, its callback coming first, but a float32 model, to compare closely."""
+    learn.callbacks.insert(0, MixedPrecision(learn, 64.0, **({} if OLD else {"dynamic": False})))
+    return learn
+
+
+def with_trainer(trainer: type[RNNTrainer], bptt: int, adjust: bool) -> Any:
+    learn = learner()
+    learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, Stock)]
+    learn.callbacks.append(trainer(learn, bptt, ALPHA, BETA, adjust))
+    return learn
+
+
+def trained(learn: Any) -> torch.Tensor:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    learn.fit(2, 5e-3)
+    return torch.cat([p.detach().float().flatten() for p in learn.model.parameters()])
+
+
+def message(function: Any, *args: Any) -> str:
+    try:
+        function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+class Spy(Callback):
+    """What the optimizer steps with, and what the callbacks are given."""
+
+    def __init__(self, learn: Any) -> None:
+        self.learn, self.lengths, self.stepped, self.decays, self.between, self.outputs = learn, [], [], [], [], []
+        self.fails = False
+
+    def on_batch_begin(self, train: bool, last_input: Any, **_: Any) -> None:
+        if train:
+            self.lengths.append(last_input.shape[TIME])
+            self.between.append([group["lr"] for group in self.learn.opt.opt.param_groups])
+
+    def on_loss_begin(self, last_output: Any, **_: Any) -> None:
+        self.outputs.append(isinstance(last_output, torch.Tensor))
+
+    def on_backward_begin(self, last_loss: torch.Tensor, **_: Any) -> None:
+        if not self.stepped:
+            step = self.learn.opt.opt.step
+            self.learn.opt.opt.step = lambda *args: self.step(step, *args)
+
+    def step(self, step: Any, *args: Any) -> None:
+        self.stepped.append([group["lr"] for group in self.learn.opt.opt.param_groups])
+        self.decays.append(list(self.learn.opt._lr))
+        if self.fails:
+            raise ArithmeticError("the step failed")
+        step(*args)
+
+
+def held() -> dict[str, int]:
+    """Activations alive after a fit, after one that failed in each place, and after a validation."""
+    counts = {}
+    for what in ("fit", "loss", "step", "validate"):
+        learn, alive, failing = fuse(learner()), [], []
+        learn.model[0].register_forward_hook(lambda _m, _i, out, alive=alive: alive.extend(map(weakref.ref, out[0])))
+        criterion = learn.loss_func
+        if what == "loss":
+            learn.loss_func = lambda *args, failing=failing: failing[0]
+        if what == "validate":
+            learn.validate()
+        else:
+            spy = Spy(learn)
+            spy.fails = what == "step"
+            message(lambda learn=learn, spy=spy: learn.fit(1, callbacks=[spy]))
+        learn.loss_func = criterion
+        gc.collect()
+        counts[what] = sum(ref() is not None for ref in alive) if alive else -1
+    return counts
+
+
+def adjusted(fails: bool = False) -> dict[str, Any]:
+    """A fit at three lrs with `adjust`."""
+    learn = with_trainer(RNNTrainer, 20, adjust=True)
+    spy = Spy(learn)
+    spy.fails = fails
+    error = message(lambda: learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy]))
+    after = [group["lr"] for group in learn.opt.opt.param_groups]
+    return {**{k: getattr(spy, k) for k in ("lengths", "stepped", "decays", "between")}, "after": after, "error": error}
+
+
+def plain_model(reset: bool) -> str:
+    learn = fuse(learner())
+    learn.model = torch.nn.Sequential(learn.model[0].encoder, learn.model[1].decoder)
+    if reset:
+        learn.model.reset = lambda: None
+    return message(learn.fit, 1)
+
+
+def exported() -> dict[str, Any]:
+    learn = fuse(learner())
+    trainer = next(cb for cb in learn.callbacks if isinstance(cb, RNNTrainer))
+    trainer.on_loss_begin((torch.ones(2, 2, 2),) * 3)
+    if not hasattr(trainer, "get_state"):
+        return {}
+    state = trainer.get_state()
+    if OLD:
+        return {"state": state}
+    from fastai.basic_train import load_learner
+
+    learn.export()
+    again = load_learner(learn.path).rnn_trainer
+    return {"state": state, "loaded": (type(again).__name__, again.alpha, again.beta, again.bptt, again.adjust)}
+
+
+def results() -> dict[str, Any]:
+    beta = BETA if release != "1.0.42" else 0.0  # its TAR runs along the batch
+    fused, spied = fuse(learner()), fuse(learner())
+    place = [type(cb).__name__ for cb in learner().callbacks], [type(cb).__name__ for cb in fused.callbacks]
+    trainers = fused.callbacks[:]
+    spy = Spy(spied)
+    spied.fit(1, callbacks=[spy])
+    last = fused.callbacks[-1]
+    found = {
+        "release": release,
+        "dicts": hasattr(CallbackHandler, "_call_and_update"),
+        "stock": trained(learner(beta=beta)),
+        "stock fused": trained(fuse(learner(beta=beta))),
+        "written": trained(with_trainer(Written, 16, adjust=False)),
+        "fused": trained(fused),
+        "alpha only": trained(learner(beta=0.0)),
+        "beta only": trained(fuse(learner(alpha=0.0))),
+        "off": trained(learner(alpha=0.0, beta=0.0)),
+        "terms": (float(last.regularizer.ar), float(last.regularizer.tar)),
+        "place": place,
+        "idempotent": all(a is b for a, b in zip(trainers, fuse(fused).callbacks, strict=True)),
+        "attribute": getattr(fused, "rnn_trainer", last) is last,
+        "given": {"bptt": last.bptt, "alpha": last.alpha, "beta": last.beta, "adjust": last.adjust},
+        "outputs": spy.outputs,
+        "not adjusted": {tuple(lrs) for lrs in spy.stepped} == {tuple(spy.between[0])},
+        "adjusted": adjusted(),
+        "adjusted, failed": adjusted(fails=True),
+        "held": held(),
+        "exported": exported(),
+        "no reset": plain_model(reset=False),
+        "plain output": plain_model(reset=True),
+        "no bptt": message(RNNTrainer, fused, None),
+    }
+    nothing = learner()
+    nothing.callbacks = []
+    found["no trainer"] = message(fuse, nothing)
+    if release != "1.0.36":  # which halves the token ids, too
+        found["written, scaled"] = trained(scaled(with_trainer(Written, 16, adjust=False)))
+        found["fused, scaled"] = trained(scaled(fuse(learner())))
+    return found
+
+
+if __name__ == "__main__":
+    torch.save(results(), sys.argv[1])

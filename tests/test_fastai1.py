@@ -1,0 +1,120 @@
+"""`fastreg.fastai1` in real fastai v1 learners, each release in a process of its own (`fastai1_train.py`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+RELEASES = ("1.0.36", "1.0.42", "1.0.61")
+HERE = Path(__file__).parent
+INSTALLED = Path(sys.prefix, "fastai1")
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subprocess.Popen[str], Path]]:
+    """All releases at work at the same time."""
+    folder = tmp_path_factory.mktemp("fastai1")
+    started = {}
+    for release in RELEASES:
+        if (INSTALLED / release).is_dir():
+            path = os.pathsep.join([str(INSTALLED / release), str(HERE.parent)])
+            environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+            command = [sys.executable, str(HERE / "fastai1_train.py"), str(folder / release)]
+            with (folder / f"{release}.log").open("w") as log:
+                process = subprocess.Popen(
+                    command, env=environment, cwd=folder, text=True, stdout=log, stderr=subprocess.STDOUT
+                )
+            started[release] = process, folder / release
+    return started
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def found(request: pytest.FixtureRequest, trainings: dict[str, tuple[subprocess.Popen[str], Path]]) -> dict[str, Any]:
+    """What the process of one release found."""
+    release = request.param
+    if release not in trainings:
+        pytest.skip(f"fastai {release} is not installed in {INSTALLED}: run tests/frameworks.sh")
+    process, path = trainings[release]
+    assert process.wait(300) == 0, path.with_suffix(path.suffix + ".log").read_text()[-3000:]
+    results = torch.load(path, weights_only=False)
+    assert results["release"] == release
+    return results
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def test_the_weights_are_the_stock_ones(found: dict[str, Any]) -> None:
+    assert gap(found["stock"], found["stock fused"]) < 1e-5
+
+
+def test_the_weights_are_those_of_the_formula(found: dict[str, Any]) -> None:
+    assert gap(found["written"], found["fused"]) < 1e-5
+
+
+@pytest.mark.parametrize("less", ["off", "alpha only", "beta only"])
+def test_both_terms_show_in_the_weights(found: dict[str, Any], less: str) -> None:
+    assert gap(found[less], found["fused"]) > 1e-3
+    assert all(term > 0 for term in found["terms"])
+
+
+def test_the_loss_scale_scales_the_penalty_too(found: dict[str, Any]) -> None:
+    if found["release"] == "1.0.36":
+        pytest.skip("mixed precision of fastai 1.0.36 cannot train language models: it halves the token ids")
+    assert gap(found["written, scaled"], found["fused, scaled"]) < 1e-5
+
+
+def test_fuse_keeps_place_and_coefficients(found: dict[str, Any]) -> None:
+    bptt = None if found["release"] == "1.0.61" else 16
+    assert found["given"] == {"bptt": bptt, "alpha": 40.0, "beta": 30.0, "adjust": False}
+    assert found["place"][0] == found["place"][1] == ["RNNTrainer"]
+    assert found["attribute"]
+    assert found["idempotent"]
+    assert found["not adjusted"]
+
+
+def test_hooks_return_what_the_release_expects(found: dict[str, Any]) -> None:
+    assert found["dicts"] == (found["release"] == "1.0.61")
+    assert found["outputs"]
+    assert all(found["outputs"])  # the callbacks after it see the true output alone, in validation, too
+
+
+@pytest.mark.parametrize("which", ["adjusted", "adjusted, failed"])
+def test_adjust_scales_the_lr_for_the_step_alone(found: dict[str, Any], which: str) -> None:
+    fit = found[which]
+    base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
+    assert all(lrs == pytest.approx(base) for lrs in [*fit["between"], fit["after"]])
+    assert len(fit["lengths"]) == len(fit["stepped"]) > 0
+    for length, lrs, decay in zip(fit["lengths"], fit["stepped"], fit["decays"], strict=True):
+        assert lrs == pytest.approx([lr * length / 20 for lr in base])
+        assert decay == pytest.approx(lrs[::2])
+    assert any(length != 20 for length in fit["lengths"])
+    assert fit["error"] == ("no error" if which == "adjusted" else "ArithmeticError: the step failed")
+
+
+def test_nothing_is_held(found: dict[str, Any]) -> None:
+    assert found["held"] == {"fit": 0, "loss": 0, "step": 0, "validate": 0}
+
+
+def test_exports_hold_no_activations(found: dict[str, Any]) -> None:
+    if found["release"] == "1.0.36":  # exports no callbacks yet
+        assert found["exported"] == {}
+        return
+    assert found["exported"]["state"] == found["given"]
+    if found["release"] == "1.0.61":
+        assert found["exported"]["loaded"] == ("RNNTrainer", 40.0, 30.0, None, False)
+
+
+def test_errors_say_what_to_do(found: dict[str, Any]) -> None:
+    assert found["no reset"].startswith("TypeError: Sequential has no reset(), which RNNTrainer calls")
+    assert found["plain output"].startswith("TypeError: on_loss_begin: expected (decoded, raw, dropped)")
+    assert "got Tensor" in found["plain output"] or "got a Tensor" in found["plain output"]
+    assert found["no bptt"].startswith("ValueError: bptt: expected the usual number of time steps")
+    assert found["no trainer"].startswith("ValueError: fuse: the learner has no RNNTrainer; learn.callbacks.append")

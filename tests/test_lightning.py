@@ -1,0 +1,314 @@
+"""`ActivationRegularization` in real Lightning: the weights of a module that has the penalty written into its step."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    pl: Any = ...  # Lightning is not needed to check types
+else:
+    try:
+        import lightning.pytorch as pl
+    except ImportError:
+        missing = "Lightning is not installed: fastreg.lightning did not run"
+        pl = pytest.importorskip("pytorch_lightning", reason=missing)
+
+from fastreg.lightning import ActivationRegularization
+
+# Lightning's own, and those of what it imports
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
+ALPHA, BETA = 2.0, 1.0
+
+
+class Module(pl.LightningModule):
+    """A language model that knows nothing of fastreg."""
+
+    result: Callable[[Tensor], Any] = staticmethod(lambda loss: loss)
+    regularized = False  # by the formula written out
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"embedding": nn.Embedding(VOCABULARY, HIDDEN)})
+        self.encoder["lstm"] = nn.LSTM(HIDDEN, HIDDEN, batch_first=True)
+        self.drop = nn.Dropout(0.3)
+        self.decoder = nn.Linear(HIDDEN, VOCABULARY)
+        self.resets = 0
+        self.penalties: list[Tensor] = []
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        raw, _ = self.encoder["lstm"](self.drop(self.encoder["embedding"](batch)))
+        dropped = self.drop(raw)
+        loss = F.cross_entropy(self.decoder(dropped).flatten(0, 1), batch.flatten())
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=1)
+        raw, dropped = raw.float(), dropped.float()
+        ar, tar = dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()
+        self.penalties.append(torch.stack([ar, tar]).detach())
+        if self.regularized:
+            loss = loss + ALPHA * ar + BETA * tar
+        return self.result(loss)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.encoder["lstm"](self.encoder["embedding"](batch))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+class Formula(Module):
+    regularized = True
+
+
+def batches(count: int = 6) -> torch.utils.data.DataLoader[Any]:
+    ids = torch.randint(VOCABULARY, (count * BATCH, TIME), generator=torch.Generator().manual_seed(1))
+    return torch.utils.data.DataLoader(ids, batch_size=BATCH)  # pyright: ignore[reportArgumentType]
+
+
+def callback(alpha: float = ALPHA, beta: float = BETA, **options: Any) -> ActivationRegularization:
+    named: dict[str, Any] = {"rnn": "encoder.lstm", "dropout": "drop"}
+    return ActivationRegularization(alpha, beta, **(named | options))
+
+
+def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
+    torch.manual_seed(0)
+    defaults = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
+    trainer.fit(module, batches(), batches(1) if validate else None)
+    return trainer
+
+
+def made(kind: type[Module] = Module) -> Module:
+    torch.manual_seed(3)
+    return kind()
+
+
+def assert_same(module: nn.Module, other: nn.Module, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    for a, b in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1},
+        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+        {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
+    ],
+    ids=["plain", "accumulation", "accumulation+clipping", "clipping", "bf16+accumulation+clipping"],
+)
+def test_weights(options: dict[str, Any]) -> None:
+    module, written_out, without = made(), made(Formula), made()
+    fit(module, callback(), **options)
+    fit(written_out, **options)
+    fit(without, **options)
+    assert_same(module, written_out)
+    with pytest.raises(AssertionError):
+        assert_same(module, without, rtol=1e-3, atol=1e-4)
+
+
+def test_dict_and_skipped_steps() -> None:
+    def every_other(module: Module) -> Callable[[Tensor], Any]:
+        return lambda loss: {"loss": loss, "more": 1} if len(module.penalties) % 2 else None
+
+    module, written_out = made(), made(Formula)
+    module.result, written_out.result = every_other(module), every_other(written_out)
+    one, seen = callback(), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(outputs and outputs.get("more"))
+            assert one.regularizer._attached[0].captures == []
+
+    fit(module, one, Watch())
+    fit(written_out)
+    assert_same(module, written_out)
+    assert [bool(x) for x in seen] == [True, False] * 6
+
+
+def test_logs() -> None:
+    module, written_out = made(), made(Formula)
+    logged = fit(module, callback()).callback_metrics
+    want = fit(written_out).callback_metrics
+    epoch = torch.stack(module.penalties[6:]).mean(0)
+    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), epoch)
+    torch.testing.assert_close(logged["train_loss"], want["train_loss"])  # logged before the formula is added
+
+
+def test_the_module_is_left_as_it_was() -> None:
+    module = made()
+    one = callback()
+    for _ in range(2):  # and may be fitted again
+        fit(module, one, validate=True)
+        assert "training_step" not in vars(module)
+        assert not module.encoder["lstm"]._forward_hooks
+        assert not module.drop._forward_hooks
+        assert one.regularizer._attached == []
+    copy.deepcopy(one)
+    assert module.resets == 2 * (2 + 2)  # epochs of training and validation
+
+
+def test_a_step_of_the_instance_is_left_to_it() -> None:
+    module, written_out = made(), made(Formula)
+    module.training_step = own = partial(module.training_step, batch_idx=0)
+    fit(module, callback())
+    fit(written_out)
+    assert vars(module)["training_step"] is own
+    assert_same(module, written_out)
+
+
+def test_a_step_without_an_index() -> None:
+    class Short(Module):
+        def training_step(self, batch: Tensor) -> Any:  # pyright: ignore
+            return super().training_step(batch, 0)
+
+    module, written_out = made(Short), made(Formula)
+    fit(module, callback())
+    fit(written_out)
+    assert_same(module, written_out)
+
+
+def test_compiled_module() -> None:
+    class Quiet(Module):  # a step that logs compiles neither with the callback nor without
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            raw, _ = self.encoder["lstm"](self.encoder["embedding"](batch))
+            loss = F.cross_entropy(self.decoder(self.drop(raw)).flatten(0, 1), batch.flatten())
+            return loss + BETA * raw.diff(dim=1).pow(2).mean() if self.regularized else loss
+
+    class QuietFormula(Quiet):
+        regularized = True
+
+    module, written_out = made(Quiet), made(QuietFormula)
+    module.drop.p = written_out.drop.p = 0.0
+    torch._dynamo.reset()
+    fit(torch.compile(module, backend="eager"), callback(alpha=0.0))
+    torch._dynamo.reset()
+    fit(written_out)
+    assert_same(module, written_out)
+
+
+def test_the_module_is_left_as_it_was_after_an_error() -> None:
+    def fail(loss: Tensor) -> Any:
+        raise KeyError("in a step")
+
+    module = made()
+    module.result = fail
+    with pytest.raises(KeyError, match="in a step"):
+        fit(module, callback())
+    assert "training_step" not in vars(module)
+    assert not module.encoder["lstm"]._forward_hooks
+
+
+def test_rnns_in_evaluation_add_nothing() -> None:
+    class Frozen(Module):
+        def on_train_epoch_start(self) -> None:
+            self.encoder["lstm"].eval()
+
+    module, without = made(Frozen), made(Frozen)
+    logged = fit(module, callback()).callback_metrics
+    fit(without)
+    assert_same(module, without)
+    assert "ar" not in logged
+
+
+def test_several_rnns() -> None:
+    class Two(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            raw, _ = self.encoder["lstm"](self.encoder["embedding"](batch))
+            last, _ = self.second(self.drop(raw))
+            loss = F.cross_entropy(self.decoder(last).flatten(0, 1), batch.flatten())
+            if self.regularized:
+                loss = loss + BETA * (raw.diff(dim=1).pow(2).mean() + last.diff(dim=1).pow(2).mean())
+            return loss
+
+    class TwoFormula(Two):
+        regularized = True
+
+    module, written_out = made(Two), made(TwoFormula)
+    fit(module, callback(0.0, rnn=["encoder.lstm", "second"], dropout=["drop", None], layers="all"))
+    fit(written_out)
+    assert_same(module, written_out)
+
+
+def test_modules_made_late() -> None:
+    class Late(Formula):
+        regularized = False
+
+        def configure_model(self) -> None:
+            if not hasattr(self, "late"):
+                self.late = self.encoder["lstm"]
+
+    module, written_out = made(Late), made(Formula)
+    fit(module, callback(rnn="late"))
+    fit(written_out)
+    assert_same(module, written_out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rnn": "lstm"}, r"rnn: Module has no such module at 'lstm'; candidates: 'encoder\.lstm'$"),
+        ({"rnn": "decoder"}, r"rnn: Module has no such module at 'decoder'; candidates: 'encoder\.lstm'$"),
+        ({"dropout": "dropout"}, r"dropout: Module has no such module at 'dropout'; candidates: 'drop'$"),
+        ({"dropout": ["drop", "drop"]}, "got 1 RNNs and 2 dropouts"),
+        ({"rnn": []}, "got 0 RNNs"),
+        ({"layers": "first"}, "layers: expected 'last' or 'all'"),
+        ({"alpha": -1.0}, "alpha"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+    module = made()
+    with pytest.raises(ValueError, match=message):
+        fit(module, callback(**options))
+    assert not module.encoder["lstm"]._forward_hooks
+
+
+def test_wrong_dropout() -> None:
+    class Wrong(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Dropout(0.1)
+
+    with pytest.raises(RuntimeError, match="attached Dropout did not get the output of the LSTM"):
+        fit(made(Wrong), callback(dropout="other"))
+
+
+def test_manual_optimization() -> None:
+    module = made()
+    module.automatic_optimization = False
+    with pytest.raises(RuntimeError, match=r"automatic_optimization=False.*RNNRegularizer in its training_step"):
+        fit(module, callback())
+
+
+def test_without_lightning() -> None:
+    code = (
+        "import sys; sys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"
+        "try: import fastreg.lightning\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "fastreg.lightning: Lightning is not installed; pip install lightning"

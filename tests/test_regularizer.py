@@ -1,0 +1,783 @@
+"""`RNNRegularizer` in loops written by hand, against the formula written out; what it captures, and what it lets go."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.optim import SGD, Adam
+from torch.utils.checkpoint import checkpoint
+
+from fastreg.regularizer import RNNRegularizer
+from tests.samples import BF16, DOUBLE, FLOAT
+
+VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
+ALPHA, BETA = 2.0, 1.0
+
+
+def formula(raw: Tensor, dropped: Tensor, time: int) -> Tensor:
+    return ALPHA * dropped.pow(2).mean() + BETA * raw.diff(dim=time).pow(2).mean()
+
+
+class Model(nn.Module):
+    """A language model that knows nothing of fastreg. One dropout serves embeddings and output, as is common."""
+
+    def __init__(self, kind: Any = nn.LSTM, p: float = 0.3, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.rnn: Any = kind(HIDDEN, HIDDEN, **({"batch_first": True} | options))
+        self.dropout = nn.Dropout(p)
+        width = HIDDEN * (2 if self.rnn.bidirectional else 1)
+        self.decoder = nn.Linear(self.rnn.proj_size or width, VOCABULARY)
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raw, _ = self.rnn(self.dropout(self.embedding(x)))
+        dropped = self.dropout(raw)
+        return self.decoder(dropped), raw, dropped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activations(x)[0]
+
+
+class Stack(nn.Module):
+    """Layers of modules of their own, each with its dropout, as AWD-LSTM has them; gives the lists of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.rnns = nn.ModuleList(nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(3))
+        self.dropouts = nn.ModuleList(nn.Dropout(0.3) for _ in range(3))
+        self.decoder = nn.Linear(HIDDEN, VOCABULARY)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        dropped, raws, droppeds = self.embedding(x), [], []
+        for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
+            raw, _ = rnn(dropped)
+            dropped = dropout(raw)
+            raws.append(raw)
+            droppeds.append(dropped)
+        return self.decoder(dropped), raws, droppeds
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(0)
+    return make()
+
+
+def tokens(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randint(VOCABULARY, shape or (BATCH, TIME), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def criterion(decoded: Tensor, x: Tensor) -> Tensor:
+    return F.cross_entropy(decoded.flatten(0, -2), x.flatten())
+
+
+def train(model: nn.Module, loss_of: Callable[[Tensor], Tensor], x: Tensor, steps: int = 4) -> list[Tensor]:
+    """The weights after a few steps; dropout draws the same masks in every run."""
+    torch.manual_seed(2)
+    optimizer = SGD(model.parameters(), lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(x).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def assert_same(got: list[Tensor], want: list[Tensor], unlike: list[Tensor] | None = None) -> None:
+    """The same weights to rounding, where those without the penalty are not."""
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    if unlike is not None:
+        assert max((a - b).abs().max().item() for a, b in zip(want, unlike, strict=True)) > 1e-3
+
+
+def regularizer(**options: Any) -> RNNRegularizer:
+    return RNNRegularizer(ALPHA, BETA, **options)
+
+
+def attached(model: Model, **options: Any) -> RNNRegularizer:
+    made = regularizer(**options)
+    made.attach(model.rnn, model.dropout)
+    return made
+
+
+def penalty_of(reg: RNNRegularizer) -> Tensor:
+    """The penalty of what is captured now."""
+    return reg.on_backward_begin(torch.zeros(()))
+
+
+# The right weights
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "time"),
+    [
+        ({}, (BATCH, TIME), 1),
+        ({"batch_first": False}, (TIME, BATCH), 0),
+        ({"bidirectional": True}, (BATCH, TIME), 1),
+        ({"bidirectional": True, "batch_first": False, "num_layers": 2}, (TIME, BATCH), 0),
+        ({}, (TIME,), 0),
+        ({}, (1, TIME), 1),
+    ],
+    ids=["batch_first", "time_first", "bidirectional", "two_layers_time_first", "unbatched", "batch_of_one"],
+)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_hooks(kind: Any, options: dict[str, Any], shape: tuple[int, ...], time: int, device: str) -> None:
+    def fresh() -> Model:
+        return seeded(lambda: Model(kind, **options)).to(device)
+
+    x = tokens(*shape, device=device)
+    model = fresh()
+    reg = attached(model)
+    got = train(model, lambda x: reg.on_backward_begin(criterion(model(x), x)), x)
+
+    plain = fresh()
+
+    def written_out(x: Tensor) -> Tensor:
+        decoded, raw, dropped = plain.activations(x)
+        return criterion(decoded, x) + formula(raw, dropped, time)
+
+    without = fresh()
+    assert_same(got, train(plain, written_out, x), train(without, lambda x: criterion(without(x), x), x))
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_output(kind: type) -> None:
+    model, plain = seeded(Model), seeded(Model)
+    reg = regularizer()
+
+    def captured(x: Tensor) -> Tensor:
+        decoded = reg.on_loss_begin(kind(model.activations(x)))
+        return reg.on_backward_begin(criterion(decoded, x))
+
+    def written_out(x: Tensor) -> Tensor:
+        decoded, raw, dropped = plain.activations(x)
+        return criterion(decoded, x) + formula(raw, dropped, 1)
+
+    assert_same(train(model, captured, tokens()), train(plain, written_out, tokens()))
+
+
+@pytest.mark.parametrize("by_hooks", [False, True])
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_layers(layers: Any, by_hooks: bool) -> None:
+    model, plain, without = seeded(Stack), seeded(Stack), seeded(Stack)
+    reg = regularizer(layers=layers)
+    if by_hooks:
+        for rnn, dropout in zip(model.rnns, model.dropouts, strict=True):
+            reg.attach(rnn, dropout)
+
+    def captured(x: Tensor) -> Tensor:
+        output = model(x)
+        decoded = output[0] if by_hooks else reg.on_loss_begin(output)
+        return reg.on_backward_begin(criterion(decoded, x))
+
+    def written_out(x: Tensor) -> Tensor:
+        decoded, raws, droppeds = plain(x)
+        first = -1 if layers == "last" else 0
+        return criterion(decoded, x) + sum(
+            formula(r, d, 1) for r, d in zip(raws[first:], droppeds[first:], strict=True)
+        )
+
+    got = train(model, captured, tokens())
+    unlike = train(without, lambda x: criterion(without(x)[0], x), tokens())
+    assert_same(got, train(plain, written_out, tokens()), unlike)
+
+
+@pytest.mark.parametrize("by_hooks", [False, True])
+def test_loss_and_terms(by_hooks: bool) -> None:
+    model = seeded(Model)
+    reg = attached(model) if by_hooks else regularizer()
+    assert reg.ar is None
+    assert reg.tar is None
+    output = model.activations(tokens())
+    decoded, raw, dropped = output
+    if not by_hooks:
+        assert reg.on_loss_begin(output) is decoded
+    loss = criterion(decoded, tokens())
+    before = loss.item()
+    total = reg.on_backward_begin(loss)
+    assert total is not loss
+    assert loss.item() == before
+    assert isinstance(reg.ar, Tensor)
+    assert isinstance(reg.tar, Tensor)
+    torch.testing.assert_close(reg.ar, dropped.detach().pow(2).mean())
+    torch.testing.assert_close(reg.tar, raw.detach().diff(dim=1).pow(2).mean())
+    torch.testing.assert_close(total.detach(), before + ALPHA * reg.ar + BETA * reg.tar)
+    assert not reg.ar.requires_grad
+    assert not reg.tar.requires_grad
+
+
+def test_coefficients_may_change() -> None:
+    reg = RNNRegularizer()
+    raw = torch.ones(2, 3, 4)
+    reg.on_loss_begin((raw, raw, 2 * raw))
+    assert penalty_of(reg) == 0
+    assert reg.ar == 0
+    reg.alpha = 0.5
+    reg.on_loss_begin((raw, raw, 2 * raw))
+    assert penalty_of(reg) == 0.5 * 4
+    assert reg.ar == 4
+
+
+@pytest.mark.parametrize(("loss", "raw", "total"), [(BF16, BF16, FLOAT), (FLOAT, BF16, FLOAT), (FLOAT, DOUBLE, DOUBLE)])
+def test_dtypes(loss: torch.dtype, raw: torch.dtype, total: torch.dtype) -> None:
+    reg = regularizer()
+    x = torch.ones(2, 3, 4, dtype=raw)
+    reg.on_loss_begin((x, x, x))
+    assert reg.on_backward_begin(torch.ones((), dtype=loss)).dtype == total
+
+
+# What belongs to a step
+
+
+def test_every_run_of_a_step_counts() -> None:
+    model = seeded(lambda: Model(p=0.5))
+    reg = attached(model)
+    first, second = model.activations(tokens()), model.activations(tokens().flip(1))
+    loss = criterion(first[0], tokens()) + criterion(second[0], tokens())
+    want = formula(*first[1:], time=1) + formula(*second[1:], time=1)
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, want)
+
+
+def test_runs_that_the_loss_sees_by_their_last_state_alone_count() -> None:
+    rnn = seeded(lambda: nn.LSTM(HIDDEN, HIDDEN, batch_first=True))
+    reg = regularizer()
+    reg.attach(rnn)
+    runs = [rnn(torch.randn(BATCH, TIME, HIDDEN)) for _ in range(2)]
+    loss = (runs[0][1][0] - runs[1][1][0]).pow(2).mean()
+    want = sum(formula(raw, raw, 1) for raw, _ in runs)
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, want)
+
+
+@pytest.mark.parametrize("by_hooks", [False, True])
+def test_a_step_that_failed_leaves_nothing_behind(by_hooks: bool) -> None:
+    model = seeded(Model)
+    reg = attached(model) if by_hooks else regularizer()
+
+    def step(x: Tensor, fail: bool) -> None:
+        decoded, raw, dropped = output = model.activations(x)
+        if not by_hooks:
+            reg.on_loss_begin(output)
+        loss = criterion(decoded, x)
+        if fail:
+            raise KeyError("between capture and backward")
+        torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(raw, dropped, 1))
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            step(tokens(), fail=True)
+    step(tokens().flip(1), fail=False)
+
+
+def test_a_failed_step_is_not_seen_in_evaluation() -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    model(tokens())
+    model.eval()
+    loss = criterion(model(tokens()), tokens())
+    assert reg.on_backward_begin(loss) is loss
+
+
+def test_clear_and_on_epoch_begin_drop_captures() -> None:
+    model = seeded(Model)
+    for reg in (attached(model), regularizer()):
+        for drop in (reg.clear, lambda reg=reg: reg.on_epoch_begin(model)):
+            output = model.activations(tokens())
+            if not reg._attached:
+                reg.on_loss_begin(output)
+            drop()
+            with pytest.raises(RuntimeError, match="nothing was captured"):
+                penalty_of(reg)
+
+
+def test_evaluation_adds_nothing() -> None:
+    model = seeded(Model).eval()
+    reg = attached(model)
+    loss = criterion(model(tokens()), tokens())
+    assert reg.on_backward_begin(loss) is loss
+    assert reg.ar is None
+    model.train()
+    decoded, raw, dropped = model.activations(tokens())
+    model.eval()
+    model(tokens())  # another run, as for targets, between a run and its backward
+    loss = criterion(decoded, tokens())
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(raw, dropped, 1))
+
+
+def test_layers_in_evaluation_add_nothing() -> None:
+    model = seeded(Stack)
+    reg = regularizer(layers="all")
+    for rnn, dropout in zip(model.rnns, model.dropouts, strict=True):
+        reg.attach(rnn, dropout)
+    model.rnns[2].eval()
+    _, raws, droppeds = model(tokens())
+    want = formula(raws[0], droppeds[0], 1) + formula(raws[1], droppeds[1], 1)
+    torch.testing.assert_close(penalty_of(reg), want)
+    reg.layers = "last"
+    model(tokens())
+    assert penalty_of(reg) == 0
+
+
+def test_runs_without_gradients() -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    decoded, raw, dropped = model.activations(tokens())
+    with torch.no_grad():
+        model(tokens())
+    loss = criterion(decoded, tokens())
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(raw, dropped, 1))
+
+    with torch.no_grad():
+        decoded, raw, dropped = model.activations(tokens())
+        loss = criterion(decoded, tokens())
+        torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(raw, dropped, 1))
+        decoded = model(tokens())
+    with pytest.raises(RuntimeError, match="ran without gradients"):
+        reg.on_backward_begin(torch.zeros((), requires_grad=True))
+    with torch.inference_mode():
+        model(tokens())
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        penalty_of(reg)
+
+
+def test_a_frozen_rnn_is_no_error() -> None:
+    model = seeded(Model).requires_grad_(False)
+    model.decoder.requires_grad_(True)
+    reg = attached(model)
+    decoded, raw, dropped = model.activations(tokens())
+    loss = criterion(decoded, tokens())
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(raw, dropped, 1))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_loops_without_the_penalty_do_not_pile_up_activations(gradients: bool) -> None:
+    model = seeded(Model)
+    attached_regularizer = attached(model)
+    optimizer = Adam(model.parameters())
+    alive: list[weakref.ref[Tensor]] = []
+    for _ in range(4):
+        with torch.set_grad_enabled(gradients):
+            decoded, raw, _ = model.activations(tokens())
+        alive.append(weakref.ref(raw))
+        del raw
+        if gradients:
+            optimizer.zero_grad()
+            criterion(decoded, tokens()).backward()
+            optimizer.step()
+    gc.collect()
+    assert [ref() is not None for ref in alive] == [False, False, False, True]
+    attached_regularizer.clear()
+    assert alive[-1]() is None
+
+
+@pytest.mark.parametrize("by_hooks", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: bool) -> None:
+    model = seeded(Model)
+    reg = attached(model) if by_hooks else regularizer()
+    output = model.activations(tokens())
+    if not by_hooks:
+        reg.on_loss_begin(output)
+    refs = [weakref.ref(x) for x in output[1:]]
+    loss = criterion(output[0], tokens())
+    if fails:
+        reg.alpha = -1.0
+        with pytest.raises(ValueError, match="alpha"):
+            reg.on_backward_begin(loss)
+    else:
+        reg.on_backward_begin(loss).backward()
+    del output, loss
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+    reg.alpha = ALPHA
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        penalty_of(reg)
+
+
+def test_a_forgotten_regularizer_captures_nothing() -> None:
+    model = seeded(Model)
+    attachment = regularizer().attach(model.rnn, model.dropout)
+    gc.collect()
+    model(tokens())
+    assert attachment.captures == []
+
+
+# Checkpointing and compilation
+
+
+def test_checkpointing() -> None:
+    model, plain = seeded(Model), seeded(Model)
+    reg = attached(model)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return reg.on_backward_begin(criterion(checkpoint(model, x, use_reentrant=False), x))
+
+    def written_out(x: Tensor) -> Tensor:
+        decoded, raw, dropped = plain.activations(x)
+        return criterion(decoded, x) + formula(raw, dropped, 1)
+
+    assert_same(train(model, checkpointed, tokens()), train(plain, written_out, tokens()))
+    with pytest.raises(RuntimeError, match="nothing was captured"):  # not even by the recomputation
+        penalty_of(reg)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model = seeded(Model)
+    reg = attached(model)
+
+    def rest(embedded: Tensor) -> Tensor:
+        return model.decoder(model.dropout(model.rnn(embedded)[0]))
+
+    def decoded() -> Tensor:
+        return checkpoint(rest, model.embedding(tokens()), use_reentrant=True)
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        reg.on_backward_begin(criterion(decoded(), tokens()))
+    loss = criterion(decoded(), tokens())
+    reg.clear()
+    _, raw, dropped = model.activations(tokens())
+    loss.backward()  # recomputes, while a capture waits
+    assert len(reg._attached[0].captures) == 1
+    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
+
+
+@pytest.fixture
+def dynamo() -> Any:
+    torch._dynamo.reset()
+    yield torch._dynamo.config
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("allow_rnn", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_attached_before_compilation(backend: str, allow_rnn: bool, dynamo: Any) -> None:
+    model, plain = seeded(lambda: Model(p=0)), seeded(lambda: Model(p=0))
+    reg = attached(model)
+
+    def written_out(x: Tensor) -> Tensor:
+        decoded, raw, dropped = plain.activations(x)
+        return criterion(decoded, x) + formula(raw, dropped, 1)
+
+    with dynamo.patch(allow_rnn=allow_rnn):
+        compiled = torch.compile(model, backend=backend)
+        got = train(model, lambda x: reg.on_backward_begin(criterion(compiled(x), x)), tokens())
+    assert_same(got, train(plain, written_out, tokens()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_attached_after_a_compiled_run(dynamo: Any) -> None:
+    model = seeded(Model)
+    with dynamo.patch(allow_rnn=True):  # without it, torch leaves RNNs uncompiled
+        compiled = torch.compile(model, backend="eager")
+        compiled(tokens())
+        reg = attached(model)
+        loss = criterion(compiled(tokens()), tokens())
+        with pytest.raises(RuntimeError, match=r"attach\(\) before torch.compile"):
+            reg.on_backward_begin(loss)
+
+
+def test_compiled_modules_are_refused() -> None:
+    model = seeded(Model)
+    with pytest.raises(RuntimeError, match=r"rnn: .*compiled already; attach\(\) it before torch.compile"):
+        regularizer().attach(torch.compile(model.rnn, backend="eager"))  # pyright: ignore[reportArgumentType]
+    model.dropout.compile(backend="eager")
+    with pytest.raises(RuntimeError, match=r"dropout: .*compiled already"):
+        regularizer().attach(model.rnn, model.dropout)
+    assert not model.rnn._forward_hooks
+
+
+# The dropout
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_without_a_dropout_dropped_is_raw(p: float) -> None:
+    model = seeded(lambda: Model(p=p))
+    reg = regularizer()
+    reg.attach(model.rnn)
+    _, raw, dropped = model.activations(tokens())
+    assert (raw is dropped) == (p == 0)
+    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
+
+
+class ByKeyword(nn.Module):
+    def forward(self, *, input: Tensor) -> Tensor:
+        return 2 * input
+
+
+def test_any_module_may_be_the_dropout() -> None:
+    rnn, dropout = nn.GRU(HIDDEN, HIDDEN, batch_first=True), ByKeyword()
+    sequential = nn.Sequential(nn.Dropout(0.0), nn.Identity())
+    for module, factor in ((dropout, 2), (sequential, 1)):
+        reg = regularizer()
+        with reg.attach(rnn, module):
+            raw, _ = rnn(torch.randn(BATCH, TIME, HIDDEN))
+            module(input=raw)
+            torch.testing.assert_close(penalty_of(reg), formula(raw, factor * raw, 1))
+
+
+@pytest.mark.parametrize("between", [lambda x: x[:, 1:], torch.relu, lambda x: x.transpose(0, 1)])
+def test_a_dropout_that_did_not_get_the_output(between: Callable[[Tensor], Tensor]) -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    raw, _ = model.rnn(torch.randn(BATCH, TIME, HIDDEN))
+    loss = model.dropout(between(raw)).mean()
+    with pytest.raises(RuntimeError, match=r"attached Dropout did not get the output of the LSTM: something lies"):
+        reg.on_backward_begin(loss)
+
+
+@pytest.mark.parametrize("dropped_in_place", [False, True])
+def test_changes_in_place_are_refused(dropped_in_place: bool) -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    model.dropout.inplace = not dropped_in_place
+    _, _, dropped = model.activations(tokens())
+    if dropped_in_place:
+        dropped.relu_()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        penalty_of(reg)
+
+
+@pytest.mark.parametrize("how", ["packed", "data", "padded"])
+def test_packed_sequences(how: str) -> None:
+    model = seeded(Model)
+    packed = pack_padded_sequence(torch.randn(BATCH, TIME, HIDDEN), torch.tensor([7, 4, 2]), batch_first=True)
+    reg = attached(model)
+    raw, _ = model.rnn(packed)
+    assert isinstance(raw, PackedSequence)
+    if how == "padded":
+        model.dropout(pad_packed_sequence(raw)[0])
+        with pytest.raises(RuntimeError, match=r"did not get the output of the LSTM: .*packing, padding"):
+            penalty_of(reg)
+    elif how == "data":
+        dropped = model.dropout(raw.data)
+        (part,) = reg._attached[0].parts(torch.zeros(()))
+        assert part.raw is raw
+        assert isinstance(part.dropped, PackedSequence)
+        assert part.dropped.data is dropped
+        assert torch.equal(part.dropped.batch_sizes, raw.batch_sizes)
+    else:
+        reg = regularizer()
+        reg.attach(model.rnn.train())
+        raw, _ = model.rnn(packed)
+        (part,) = reg._attached[0].parts(torch.zeros(()))
+        assert part.raw is raw
+        assert part.dropped is raw
+    for layers in ("last", "all"):
+        reg = regularizer(layers=layers)
+        assert reg.on_loss_begin((0, [raw, raw], [raw, raw])) == 0
+        assert reg._given is not None
+        assert reg._given.raw is raw if layers == "last" else len(reg._given.raw) == 2
+
+
+# Handles, copies, hidden states
+
+
+def test_handles() -> None:
+    model = seeded(Model)
+    reg = regularizer()
+    with reg.attach(model.rnn, model.dropout) as handle:
+        model(tokens())
+        assert penalty_of(reg) > 0
+        model(tokens())
+    assert handle.captures == []
+    assert not model.rnn._forward_hooks
+    assert not model.dropout._forward_hooks
+    handle.remove()  # twice is once
+    output = model.activations(tokens())
+    reg.on_loss_begin(output)  # and is free for the other way
+    torch.testing.assert_close(penalty_of(reg), formula(*output[1:], time=1))
+    with pytest.raises(KeyError), reg.attach(model.rnn):
+        raise KeyError
+    assert not model.rnn._forward_hooks
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies(duplicate: Callable[[Any], Any]) -> None:
+    model = seeded(Model)
+    reg = attached(model, layers="all", bptt=70)
+    output = model.activations(tokens())
+    other = duplicate(reg)
+    assert repr(other) == repr(reg) == "RNNRegularizer(alpha=2.0, beta=1.0, layers='all', bptt=70)"
+    with pytest.raises(RuntimeError, match="nothing was captured; call on_loss_begin"):
+        penalty_of(other)
+    by_hand = regularizer()
+    by_hand.on_loss_begin(output)
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        penalty_of(duplicate(by_hand))
+    twin = duplicate(model)  # as for an average of weights
+    twin(tokens())
+    torch.testing.assert_close(penalty_of(reg), formula(*output[1:], time=1))
+    twin_reg = attached(twin)
+    output = twin.activations(tokens())
+    torch.testing.assert_close(penalty_of(twin_reg), formula(*output[1:], time=1))
+
+
+def test_on_epoch_begin_resets() -> None:
+    class Stateful(nn.Module):
+        resets = 0
+
+        def reset(self) -> None:
+            self.resets += 1
+
+    model = Stateful()
+    regularizer().on_epoch_begin(model)
+    assert model.resets == 1
+    regularizer().on_epoch_begin(nn.Linear(1, 1))
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_scaled_lr(fails: bool) -> None:
+    reg = RNNRegularizer(bptt=70)
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = SGD([{"params": weights[:1], "lr": 0.3}, {"params": weights[1:]}], lr=0.1)
+
+    def step() -> None:
+        with reg.scaled_lr(optimizer, 35):
+            assert [group["lr"] for group in optimizer.param_groups] == [0.15, 0.05]
+            for w in weights:
+                w.grad = torch.ones(1)
+            if fails:
+                raise KeyError
+            optimizer.step()
+
+    for _ in range(3):
+        if fails:
+            with pytest.raises(KeyError):
+                step()
+        else:
+            step()
+        assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.1]
+    moved = 0 if fails else 3
+    torch.testing.assert_close(torch.cat([*weights]).detach(), torch.tensor([1 - moved * 0.15, 1 - moved * 0.05]))
+
+
+def test_scaled_lr_of_tensors() -> None:
+    reg = RNNRegularizer(bptt=3)
+    lr = torch.tensor(0.1)
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = Adam([{"params": w} for w in weights], lr=lr)  # one tensor for both groups
+    groups = optimizer.param_groups
+    before = [group["lr"] for group in groups]
+    value = before[0].item()
+    with reg.scaled_lr(optimizer, 1):
+        assert [group["lr"].item() for group in groups] == pytest.approx([0.1 / 3] * 2)
+        assert all(group["lr"] is lr for group, lr in zip(groups, before, strict=True))
+    assert all(group["lr"] is lr and lr.item() == value for group, lr in zip(groups, before, strict=True))
+
+
+@pytest.mark.parametrize(("seq_len", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_sequence_lengths(seq_len: Any, error: type[Exception]) -> None:
+    optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(error, match="seq_len: expected a positive integer"):
+        RNNRegularizer(bptt=70).scaled_lr(optimizer, seq_len)
+    with pytest.raises(error, match="bptt: expected a positive integer"):
+        RNNRegularizer(bptt=seq_len)
+    with pytest.raises(RuntimeError, match=r"pass RNNRegularizer\(..., bptt="):
+        RNNRegularizer().scaled_lr(optimizer, 70)
+
+
+# Misuse
+
+
+def test_nothing_captured() -> None:
+    with pytest.raises(RuntimeError, match=r"call on_loss_begin\(output\) .* or attach\(rnn, dropout\)"):
+        penalty_of(regularizer())
+    model = seeded(Model)
+    reg = attached(model)
+    with pytest.raises(RuntimeError, match="the attached LSTM did not run"):
+        penalty_of(reg)
+    model.rnn.forward(torch.randn(BATCH, TIME, HIDDEN))
+    with pytest.raises(RuntimeError, match=r"Call the module, not its forward\(\)"):
+        penalty_of(reg)
+
+
+X = torch.ones(2, 3, 4)
+PACKED = pack_padded_sequence(X, torch.tensor([3, 2]), batch_first=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "came"),
+    [
+        (X, "Tensor"),
+        (None, "NoneType"),
+        ({"decoded": X}, "dict"),
+        ((X, X), "tuple of Tensor, Tensor"),
+        ([X, X, X, X], "list of Tensor, Tensor, Tensor, Tensor"),
+        ((), "tuple of nothing"),
+        ((X, X, None), "tuple of Tensor, Tensor, NoneType"),
+        ((X, X, (X, X)), "tuple of Tensor, Tensor, tuple"),
+        ((X, [X, X], [X]), "tuple of Tensor, list, list"),
+        ((X, [], []), "tuple of Tensor, list, list"),
+        ((X, [X], [1]), "tuple of Tensor, list, list"),
+        (PACKED, "PackedSequence"),
+    ],
+    ids=str,
+)
+def test_outputs_refused(output: Any, came: str) -> None:
+    reg = regularizer()
+    with pytest.raises(TypeError, match=r"expected \(decoded, raw, dropped\).* got (.*)\. Let the model") as error:
+        reg.on_loss_begin(output)
+    assert f"got {came}. Let the model return (decoded, raw, dropped)" in str(error.value)
+    assert "attach(rnn, dropout)" in str(error.value)
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        penalty_of(reg)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ((nn.Linear(1, 1), None), "rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got Linear"),
+        ((nn.LSTMCell(1, 1), None), "rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got LSTMCell"),
+        (("lstm", None), "rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got str"),
+        ((nn.LSTM(1, 1), 0.5), "dropout: expected an nn.Module or None, got float"),
+    ],
+)
+def test_modules_refused(modules: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        regularizer().attach(*modules)
+
+
+def test_one_way_to_capture() -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    with pytest.raises(RuntimeError, match="on_loss_begin: attached modules capture already"):
+        reg.on_loss_begin(model.activations(tokens()))
+    with pytest.raises(RuntimeError, match="rnn: the module is attached already"):
+        reg.attach(model.rnn)
+    reg = regularizer()
+    reg.on_loss_begin(model.activations(tokens()))
+    with pytest.raises(RuntimeError, match="attach: on_loss_begin captures already"):
+        reg.attach(model.rnn)
+
+
+def test_losses_refused() -> None:
+    with pytest.raises(TypeError, match="loss: expected a tensor, got float"):
+        regularizer().on_backward_begin(1.0)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": -1}, ValueError, "alpha"),
+        ({"beta": float("nan")}, ValueError, "beta"),
+        ({"alpha": "2"}, TypeError, "alpha"),
+        ({"layers": "first"}, ValueError, "layers: expected 'last' or 'all', got 'first'"),
+        ({"layers": 0}, ValueError, "layers: expected 'last' or 'all', got 0"),
+    ],
+)
+def test_arguments_refused(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RNNRegularizer(**options)
