@@ -2,21 +2,23 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
-KERNEL_TESTS = tests/test_penalty.py tests/test_kernels.py
+KERNEL_TESTS = tests/test_penalty.py tests/test_dropout.py tests/test_kernels.py
 
 .PHONY: help demo test test-oldest-triton bench lint clean
 help:
-	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options)"
+	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
+	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
 	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
 	@echo "make bench   measure the penalty against the formula in plain PyTorch, on the GPU if there is one"
 	@echo "make lint    check style and types"
 	@echo "make clean   remove .venv and what the tools left"
 
-demo: .venv/demo
+FRAMEWORK ?= none
+demo: .venv/demo $(if $(filter fastai,$(FRAMEWORK)),.venv/frameworks)
 	@echo "== demo: a word-level AWD-LSTM learns the King James text, with AR and TAR and without"
-	.venv/bin/python -m bench.demo $(ARGS)
+	.venv/bin/python -m bench.demo --framework $(FRAMEWORK) $(ARGS)
 
-test: .venv/test
+test: .venv/test .venv/frameworks
 	@echo "== 1 of 2: every test; CPU tensors take the blocked path, and the kernels are compiled for real GPUs"
 	$(PYTEST)
 	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter"
@@ -55,7 +57,13 @@ lint: .venv/lint
 	$(PIP) --editable '.[test,demo]'
 	@touch $@
 
-.venv/lint: .venv/test
+# fastai v2 and v1 and Lightning, which the adapters are tested against.
+.venv/frameworks: .venv/base tests/frameworks.sh
+	@echo "== installing fastai and Lightning"
+	@bash tests/frameworks.sh .venv
+	@touch $@
+
+.venv/lint: .venv/test .venv/frameworks
 	$(PIP) --editable '.[lint]'
 	@touch $@
 

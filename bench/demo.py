@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from bench.awd_lstm import AWDLSTM
 from bench.penalty import eager
-from fastreg import fused_ar_tar
+from fastreg import RNNRegularizer, fused_ar_tar
 
+WORDS = 450_000  # of a longer text, the first: two trainings in a minute or two on two cores
 VOCABULARY = 2000  # the most frequent words; <unk> is one of them
 UNKNOWN = 0  # its id
 BATCH, BPTT = 20, 70  # sequences side by side, and their usual number of time steps
@@ -91,7 +92,7 @@ class Corpus:
 
 def build_corpus(text: str, device: torch.device) -> Corpus:
     """Lowercase words and punctuation marks, by position split in training and validation."""
-    tokens = re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]", text.lower())
+    tokens = re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]", text.lower())[:WORDS]
     if len(tokens) < MIN_WORDS:
         raise ValueError(f"the text is too short: {len(tokens)} words, and at least {MIN_WORDS} are needed")
     split = len(tokens) - len(tokens) // VALIDATION
@@ -132,7 +133,7 @@ def train(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> 
     # else the layers saturate first to stand for the frequencies, and are slow to recover
     model.decoder.bias.data.copy_(corpus.log_frequencies())
     optimizer = Adam(model.parameters(), LEARNING_RATE)
-    label = f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
+    label = label_of(alpha, beta)
     print(f"\n{label}\n{HEADER}", flush=True)
     history, step_seconds = [], []
     words = epochs * (corpus.train.numel() - BATCH)
@@ -149,6 +150,22 @@ def train(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> 
     return Run(label, torch.cat(history), min(step_seconds))  # the first epoch may have compiled kernels
 
 
+def train_with_fastai(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> Run:
+    """The same through a fastai `Learner`, which prints its own table."""
+    from bench import fastai_demo
+
+    label = label_of(alpha, beta)
+    print(f"\n{label}, with fastai", flush=True)
+    rows, sizes = (corpus.train, corpus.valid), (EMBEDDING, HIDDEN)
+    settings = corpus.vocabulary, sizes, BPTT, (alpha, beta), epochs, seed, LEARNING_RATE, CLIP
+    return Run(label, *fastai_demo.train(rows, *settings))
+
+
+def label_of(alpha: float, beta: float) -> str:
+    """What a training is called in the tables and in the plot."""
+    return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
+
+
 def train_epoch(
     model: AWDLSTM, optimizer: Optimizer, rows: Tensor, alpha: float, beta: float, draw: random.Random, bar: tqdm
 ) -> Tensor:
@@ -157,23 +174,25 @@ def train_epoch(
     def length() -> int:
         return max(5, int(draw.gauss(BPTT if draw.random() < 0.95 else BPTT / 2, 5)))
 
+    regularizer = RNNRegularizer(alpha, beta, bptt=BPTT)
     model.train()
-    model.reset()
-    (group,) = optimizer.param_groups
+    regularizer.on_epoch_begin(model)
     steps = []
     for ids, following in batches(rows, length):
-        decoded, raw, dropped = model(ids)
+        output = model(ids)
+        decoded = regularizer.on_loss_begin(output)
         loss = F.cross_entropy(decoded.flatten(0, 1), following.flatten())
-        penalty, ar, tar = fused_ar_tar(raw, dropped, alpha, beta, return_terms=True)
-        if not (alpha and beta):  # a term that is off is not computed
-            _, ar, tar = fused_ar_tar(raw.detach(), dropped.detach(), 1, 1, return_terms=True)
         optimizer.zero_grad()
-        (loss + penalty).backward()
+        regularizer.on_backward_begin(loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        group["lr"] = LEARNING_RATE * ids.shape[1] / BPTT  # a short sequence is less to learn from
-        optimizer.step()
-        group["lr"] = LEARNING_RATE
-        steps.append(torch.stack([loss.detach(), ar, tar]))  # numbers would wait for the device
+        with regularizer.scaled_lr(optimizer, ids.shape[1]):  # a short sequence is less to learn from
+            optimizer.step()
+        _, raw, dropped = output
+        if alpha and beta:
+            measured = regularizer.ar, regularizer.tar
+        else:  # a term that is off is not computed
+            measured = fused_ar_tar(raw.detach(), dropped.detach(), 1, 1, return_terms=True)[1:]
+        steps.append(torch.stack([loss.detach(), *measured]))  # pyright: ignore[reportArgumentType]
         bar.update(ids.numel())
     return torch.stack(steps).cpu()
 
@@ -278,6 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--epochs", type=number(int, 1), default=2, help="passes over the text (default: %(default)s)")
     add("--seed", type=number(int, 0), default=1, help="seed of both trainings (default: %(default)s)")
     add("--device", help="a torch device (default: a GPU where there is one, else cpu)")
+    add("--framework", choices=["none", "fastai"], default="none", help="what trains (default: a loop by hand)")
     add("--plot", type=Path, default="demo.png", metavar="FILE", help="PNG to write (default: %(default)s)")
     args = parser.parse_args(arguments)
     try:
@@ -285,12 +305,15 @@ def main(arguments: list[str] | None = None) -> None:
         corpus = build_corpus(king_james() if args.text is None else read_text(args.text), device)
         if args.plot.is_dir() or not os.access(args.plot.parent, os.W_OK):
             raise ValueError(f"cannot write the plot to {args.plot}")
+        if args.framework == "fastai" and find_spec("fastai") is None:
+            raise ValueError("fastai is not installed: make demo FRAMEWORK=fastai installs it")
     except ValueError as error:
         parser.error(str(error))
 
     print(f"{corpus}\ntraining on {device}", flush=True)
     both = dict.fromkeys([(args.alpha, args.beta), (0.0, 0.0)])  # one, if they are the same
-    runs = [train(corpus, alpha, beta, args.epochs, args.seed) for alpha, beta in both]
+    trainer = train_with_fastai if args.framework == "fastai" else train
+    runs = [trainer(corpus, alpha, beta, args.epochs, args.seed) for alpha, beta in both]
     if len(runs) == 2:
         report_cost(args.alpha, args.beta, device, runs[0].step_seconds)
     plot(runs, args.plot)

@@ -150,7 +150,7 @@ def fusable(x: Tensor) -> bool:
     """Whether `x` is memory that a kernel can read now; else it is for the formula, which torch sees through."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0

@@ -67,8 +67,8 @@ def penalty_forward(
     INDEX                integer dtype that counts lanes and time steps
     BLOCK, UNROLL        lanes a block; time steps that one turn of the loop loads
     """
-    ar = tl.zeros((BLOCK,), ACC)
-    tar = tl.zeros((BLOCK,), ACC)
+    ar = tl.full((), 0.0, ACC)
+    tar = tl.full((), 0.0, ACC)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
         if raw is not None:
@@ -98,9 +98,9 @@ def penalty_forward(
                     ar_turn += droppeds[i] * droppeds[i]
             ar_run += ar_turn
             tar_run += tar_turn
-        ar += ar_run
-        tar += tar_run
-    finish(tl.sum(ar), tl.sum(tar), penalty, terms, partials, ticket, alpha, beta, ar_scale, tar_scale)
+        ar += tl.sum(ar_run)
+        tar += tl.sum(tar_run)
+    finish(ar, tar, penalty, terms, partials, ticket, alpha, beta, ar_scale, tar_scale)
 
 
 @triton.jit(

@@ -4,8 +4,6 @@
 # here. The releases of fastai v1 lie beside it in VENV/fastai1, each for a process of its own.
 set -euo pipefail
 venv=$1
-stamp=$venv/frameworks
-[ "$stamp" -nt "$0" ] && exit
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 
 "${pip[@]}" lightning torchvision scikit-learn pandas matplotlib requests pyyaml scipy packaging rich
@@ -15,4 +13,3 @@ for release in 1.0.61 1.0.42 1.0.36; do
     folder=$venv/fastai1/$release
     [ -d "$folder" ] || "${pip[@]}" --no-deps --target "$folder" "fastai==$release"
 done
-touch "$stamp"

@@ -7,7 +7,6 @@ import sys
 
 import fastreg
 
-
 PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
 
 
