@@ -4,12 +4,13 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
 KERNEL_TESTS = tests/test_penalty.py tests/test_dropout.py tests/test_kernels.py
 
-.PHONY: help demo test test-oldest-triton bench lint clean
+.PHONY: help demo test test-oldest-triton bench bench-compare lint clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
 	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
-	@echo "make bench   measure the penalty against the formula in plain PyTorch, on the GPU if there is one"
+	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README"
+	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
 	@echo "make lint    check style and types"
 	@echo "make clean   remove .venv and what the tools left"
 
@@ -33,9 +34,13 @@ test-oldest-triton: .venv/test
 	.venv-oldest-triton/bin/python -m pytest tests/test_compiled.py
 	TRITON_INTERPRET=1 .venv-oldest-triton/bin/python -m pytest $(KERNEL_TESTS)
 
-bench: .venv/base
-	@echo "== the penalty, forward and backward, against the formula in plain PyTorch"
-	.venv/bin/python -m bench.penalty
+bench: .venv/test
+	.venv/bin/python -m bench.run bench/results
+	.venv/bin/python -m bench.report
+
+bench-compare: .venv/test
+	.venv/bin/python -m bench.run .benchmarks
+	.venv/bin/python -m bench.compare .benchmarks
 
 lint: .venv/lint
 	.venv/bin/ruff check
@@ -54,7 +59,7 @@ lint: .venv/lint
 	@touch $@
 
 .venv/test: .venv/base
-	$(PIP) --editable '.[test,demo]'
+	$(PIP) --editable '.[test,demo,bench]'
 	@touch $@
 
 # fastai v2 and v1 and Lightning, which the adapters are tested against.
@@ -68,4 +73,4 @@ lint: .venv/lint
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest-triton build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest-triton .benchmarks build *.egg-info .pytest_cache .ruff_cache .hypothesis

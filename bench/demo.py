@@ -30,7 +30,7 @@ from torch.optim import Adam, Optimizer
 from tqdm import tqdm
 
 from bench.awd_lstm import AWDLSTM
-from bench.penalty import eager
+from bench.formulas import fastai
 from fastreg import RNNRegularizer, fused_ar_tar
 
 WORDS = 450_000  # of a longer text, the first: two trainings in a minute or two on two cores
@@ -222,7 +222,7 @@ def report_cost(alpha: float, beta: float, device: torch.device, step: float) ->
     shape = BATCH, BPTT, EMBEDDING
     raw, dropped = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
     inputs = [x for x, coefficient in ((raw, beta), (dropped, alpha)) if coefficient]
-    ways = {"eager": eager, "fastreg": fused_ar_tar}
+    ways = {"eager": fastai, "fastreg": fused_ar_tar}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, penalty in ways.items():

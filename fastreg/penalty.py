@@ -222,9 +222,8 @@ def _backward(
     x = raw if raw is not None else dropped
     assert x is not None
     elements, pairs = divisors(x, batch_first, reduction)
-    _, inputs, _ = canonical((raw, dropped), batch_first)
-    outputs = [None if x is None else empty_like(x) for x in inputs]
-    sizes, views, strides = canonical((*inputs, *outputs), batch_first)
+    outputs = [None if x is None else empty_like(x) for x in (raw, dropped)]
+    sizes, views, strides = canonical((raw, dropped, *outputs), batch_first)
     RUNNERS[x.device.type].backward(grad, *views, same, sizes, strides, 2 * alpha / elements, 2 * beta / pairs)
     return outputs[0], outputs[1]
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.stand_in import StandInDriver
 from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
@@ -35,34 +36,6 @@ TARGETS = {
 PENALTY = [kernels.penalty_forward, kernels.penalty_backward]
 DROPOUT = [dropout_kernels.dropout_forward, dropout_kernels.dropout_backward]
 PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
-
-
-class StandInDriver:
-    """Names a target, and takes launches without making them."""
-
-    def __init__(self, target: Any):
-        self.target, self.utils = target, self
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 2**16}
-
-    def load_binary(self, *arguments: Any) -> tuple[int, ...]:
-        return 0, 0, 0, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        pass
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        return lambda *arguments: None
 
 
 @pytest.fixture(params=TARGETS)

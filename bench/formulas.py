@@ -1,0 +1,20 @@
+"""AR and TAR as those who train with them write them: what fastreg is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fastai(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
+    """`(batch, time, hidden)`; what `RNNRegularizer.after_loss` of fastai 2.8 adds to the loss."""
+    ar = alpha * dropped.float().pow(2).mean() if alpha else 0.0
+    tar = beta * (raw[:, 1:] - raw[:, :-1]).float().pow(2).mean() if beta and len(raw) > 1 else 0.0
+    return torch.as_tensor(ar + tar)
+
+
+def awd_lstm_lm(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
+    """`(time, batch, hidden)`; what `train()` of salesforce/awd-lstm-lm adds to the loss."""
+    ar = alpha * dropped.pow(2).mean() if alpha else 0.0
+    tar = beta * (raw[1:] - raw[:-1]).pow(2).mean() if beta else 0.0
+    return torch.as_tensor(ar + tar)

@@ -1,0 +1,164 @@
+"""The timers. All of them wait for the device, and none of them counts a warm-up."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from bench.cases import Call
+
+WARM_UP = 4  # turns: the first compile, those after it may compile again
+LEAST, MOST = 7, 50  # rounds
+REPLAYS = 20
+COPY_BYTES = 2**30
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; the CPU is always done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def take_turns(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds a call of every peer, round by round.
+
+    In a round each peer has one turn, so that whatever else the machine does hits all alike, and every round another
+    begins. A turn on a GPU is 10 calls with one wait at the end, as in training; on a CPU one call. Every call
+    takes the next inputs. The rounds fill `seconds`, within limits.
+    """
+    number = itertools.count()
+    repeats = 10 if device == "cuda" else 1
+
+    def turn(call: Call) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call(next(number))
+        synchronize(device)
+        return (time.perf_counter() - start) / repeats
+
+    warm = [sum(turn(call) for call in calls.values()) * repeats for _ in range(WARM_UP)][-1]
+    rounds = min(max(int(seconds / warm), LEAST), MOST)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        for name in order:
+            times[name].append(turn(calls[name]))
+        order.append(order.pop(0))
+    gc.enable()
+    return times
+
+
+class Replay:
+    """A clock that stands still but for durations measured before.
+
+    pytest-benchmark runs one benchmark after the other. The peers of a case take turns instead, and each benchmark
+    then counts the rounds of its peer by this clock: it advances by one of them a round.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.durations: Iterator[float] = iter(())
+
+    def load(self, durations: Sequence[float]) -> None:
+        self.now, self.durations = 0.0, iter(durations)
+
+    def read(self) -> float:
+        return self.now
+
+    def advance(self) -> None:
+        self.now += next(self.durations)
+
+
+def kept_bytes(penalty: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
+    """Bytes that a forward keeps for the backward, beyond its inputs."""
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        result = penalty()
+    for x in inputs:
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    del result  # alive until here, so that no memory was handed out twice
+    return sum(kept.values())
+
+
+def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
+    """Device seconds a call, without launch gaps: a CUDA graph of one call for each of `numbers`, replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(numbers[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call(i) for i in numbers]  # kept: each call writes its gradients to memory of its own
+    times = []
+    for _ in range(REPLAYS + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    del results
+    return statistics.median(times[2:]) / len(numbers)
+
+
+def host_seconds(call: Call) -> float:
+    """Seconds until a call returns, the device idle before and its queue never full."""
+    times = []
+    for first in range(0, 100, 5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for i in range(first, first + 5):
+            call(i)
+        times.append((time.perf_counter() - start) / 5)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def launches(call: Call) -> int:
+    """Kernels, copies and fills that the device ran in one call."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        call(0)
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in record.events() or [])
+
+
+def peak_bytes(call: Call, backward: bool) -> int:
+    """Most memory that one call holds at a time, beyond its inputs and, of a backward, the gradients it gives."""
+    call(0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = call(0)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return peak - sum(x.nbytes for x in results) if backward else peak
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a large copy on the GPU reads and writes."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def copy(_: int) -> tuple[Tensor, ...]:
+        return (target.copy_(source),)
+
+    return 2 * source.nbytes / graph_seconds(copy, range(4))

@@ -1,0 +1,305 @@
+"""The benchmarks: timers against known work, peers against the reference, and what is rendered against the JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
+pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+
+from bench import cases, compare, report, run, timing
+from bench.formulas import awd_lstm_lm, fastai
+from fastreg import fused_ar_tar
+from fastreg.reference import ar_tar
+from tests.conftest import gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+CASE = cases.Case((3, 5, 8), torch.float32)
+
+
+@pytest.mark.parametrize(("formula", "batch_first"), [(fastai, True), (awd_lstm_lm, False)])
+def test_the_formulas_are_the_penalty(formula: Callable[..., Tensor], batch_first: bool) -> None:
+    raw, dropped = torch.randn(2, 4, 6, 5, dtype=torch.double)
+    tolerance = {"rtol": 1e-5, "atol": 0.0}
+    for alpha, beta in ((2.0, 1.0), (2.0, 0.0), (0.0, 1.0)):
+        want = ar_tar(raw, dropped, alpha, beta, batch_first, "mean").penalty
+        torch.testing.assert_close(formula(raw, dropped, alpha, beta), want, check_dtype=False, **tolerance)
+
+
+def test_known_work_takes_its_time() -> None:
+    def sleeper(seconds: float) -> cases.Call:
+        def call(_: int) -> tuple[Tensor, ...]:
+            time.sleep(seconds)
+            return ()
+
+        return call
+
+    times = timing.take_turns({"long": sleeper(0.03), "short": sleeper(0.01)}, "cpu", 0.0)
+    assert [len(seconds) for seconds in times.values()] == [timing.LEAST] * 2
+    assert 0.03 <= min(times["long"]) < 0.045
+    assert 0.01 <= min(times["short"]) < 0.025
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_known_work_takes_its_time_on_a_gpu(device: str) -> None:
+    def sleeper(cycles: int) -> cases.Call:
+        def call(_: int) -> tuple[Tensor, ...]:
+            torch.cuda._sleep(cycles)
+            return ()
+
+        return call
+
+    times = timing.take_turns({"long": sleeper(3_000_000), "short": sleeper(1_000_000)}, device, 0.5)
+    assert sorted(times["long"])[25] / sorted(times["short"])[25] == pytest.approx(3, rel=0.1)
+    assert timing.graph_seconds(sleeper(1_000_000), range(4)) == pytest.approx(sorted(times["short"])[25], rel=0.1)
+    assert timing.host_seconds(sleeper(1_000_000)) < sorted(times["short"])[25] / 3, "the host does not wait"
+    assert timing.launches(sleeper(1_000_000)) == 1
+
+
+def test_peers_take_turns_and_inputs_rotate() -> None:
+    seen: list[tuple[str, int]] = []
+    calls: dict[str, cases.Call] = {name: lambda i, name=name: (seen.append((name, i)), ())[1] for name in "abc"}
+    times = timing.take_turns(calls, "cpu", 0.0)
+    assert [number for _, number in seen] == list(range(len(seen))), "each call takes the next inputs"
+    rounds = "".join(name for name, _ in seen)[3 * timing.WARM_UP :]
+    assert rounds.startswith("abcbcacab")
+    assert all(len(seconds) * 3 == len(rounds) for seconds in times.values())
+
+
+def test_the_clock_replays_what_was_measured() -> None:
+    clock = timing.Replay()
+    clock.load([0.25, 0.5])
+    readings = [clock.read()]
+    for _ in range(2):
+        clock.advance()
+        readings.append(clock.read())
+    assert readings == [0.0, 0.25, 0.75]
+
+
+def test_kept_bytes() -> None:
+    raw, dropped = (torch.randn(4, 6, 5, requires_grad=True) for _ in range(2))
+    assert timing.kept_bytes(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped)) == 0
+    assert timing.kept_bytes(lambda: raw.exp(), (raw,)) == raw.nbytes
+    assert timing.kept_bytes(lambda: fastai(raw, dropped, 2.0, 1.0), (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
+
+
+def test_bytes_that_must_move() -> None:
+    one = 128 * 512 * 1024 * 2
+    large = (128, 512, 1024)
+    assert cases.Case(large, torch.bfloat16).bytes_moved == 6 * one
+    assert cases.Case(large, torch.bfloat16, backward=False).bytes_moved == 2 * one
+    assert cases.Case(large, torch.bfloat16, same=True).bytes_moved == 3 * one
+
+
+def test_a_gpu_runs_all_that_a_cpu_does() -> None:
+    everything = cases.penalty_cases("cuda")
+    assert len(set(everything)) == len(everything)
+    assert set(cases.penalty_cases("cpu")) < set(everything)
+    crossed = {(c.shape, c.dtype, c.batch_first, c.backward) for c in everything if not c.same}
+    assert len(crossed) == len(cases.SHAPES) * 3 * 2 * 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("backward", [True, False])
+def test_calls(backward: bool, same: bool) -> None:
+    case = cases.Case((3, 5, 8), torch.float32, batch_first=False, same=same, backward=backward)
+    sets = cases.input_sets(case, "cpu")
+    assert len(sets) == cases.MOST_SETS, "small inputs: as many as are allowed"
+    assert sets[0][0].shape == (5, 3, 8)
+    want, got = (
+        cases.call(penalty, case, sets)(1) for name, penalty in cases.peers(case).items() if name != "compiled"
+    )
+    assert len(got) == (2 if backward and not same else 1)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+class PretendGPU:
+    """In the place of `torch.cuda`'s functions: a replayed graph takes 6 ms, a call holds 3000 bytes."""
+
+    now = 0.0
+
+    def __init__(self, **_: Any):
+        self.at = 0.0
+
+    def __enter__(self) -> PretendGPU:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+
+    def record(self) -> None:
+        self.at = PretendGPU.now
+
+    def replay(self) -> None:
+        PretendGPU.now += 0.006
+
+    def elapsed_time(self, end: PretendGPU) -> float:
+        return 1e3 * (end.at - self.at)
+
+    def events(self) -> list[Any]:
+        kinds = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+        return [SimpleNamespace(device_type=kind) for kind in kinds]
+
+    @staticmethod
+    def install(patch: pytest.MonkeyPatch) -> None:
+        for name in ("Stream", "CUDAGraph", "Event", "current_stream"):
+            patch.setattr(torch.cuda, name, PretendGPU)
+        for name in ("stream", "graph"):
+            patch.setattr(torch.cuda, name, lambda _: PretendGPU())
+        for name in ("synchronize", "reset_peak_memory_stats"):
+            patch.setattr(torch.cuda, name, lambda: None)
+        patch.setattr(torch.cuda, "memory_allocated", lambda: 200)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda: 3200)
+
+
+def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import benchmarks
+
+    PretendGPU.install(monkeypatch)
+    monkeypatch.setattr(timing, "profile", lambda activities: PretendGPU())
+    monkeypatch.setattr(benchmarks, "copy_bandwidth", lambda: 1e6)
+    call = cases.call(fastai, CASE, cases.input_sets(CASE, "cpu"))
+    figures = benchmarks.gpu_figures(call, CASE, 3)
+    assert figures.pop("host_seconds") > 0
+    assert figures == pytest.approx(
+        {
+            "graph_warm_seconds": 0.002,
+            "graph_rotated_seconds": 0.002,
+            "bandwidth": 6 * 480 / 0.002,
+            "share_of_copy": 6 * 480 / 0.002 / 1e6,
+            "launches": 2,
+            "peak_bytes": 3000 - 2 * 480,
+        }
+    )
+    assert set(report.FIGURES) == {*figures, "host_seconds", "kept_bytes", "bytes_moved"}
+    times = timing.take_turns({"eager": call}, "cuda", 0.0)
+    assert len(times["eager"]) == timing.LEAST
+
+
+def made_up(folder: Path, speeds: list[float], device: str = "A CPU, 2 cores", **machine: Any) -> Path:
+    """A result in which fastreg is `speeds` times as fast as the eager formula, one a case, and one round is odd."""
+    benchmarks = []
+    gpu_figures = dict.fromkeys(report.FIGURES, 1.0)
+    for number, speed in enumerate(speeds):
+        info = {"shape": [number, 2, 3], "dtype": "float32", "layout": "batch first", "same": False}
+        for peer, seconds in (("eager", speed), ("compiled", 0.5), ("fastreg", 1.0)):
+            own = info | {"pass": report.BOTH, "peer": peer} | (gpu_figures if machine else {})
+            data = [seconds, seconds * 2, 100.0 if peer == "fastreg" else seconds]  # one round is slow for all
+            benchmarks.append({"group": f"case {number}", "extra_info": own, "stats": {"data": data}})
+    info = {"device": device, "torch": "1", "triton": "2", "python_version": "3", "threads": 2, "source": "s"} | machine
+    result = {"benchmarks": benchmarks, "machine_info": info, "commit_info": {"id": "0123456789abcdef", "dirty": False}}
+    folder.mkdir(exist_ok=True)
+    file = folder / run.file_name(result)
+    file.write_text(json.dumps(result))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("new", "status"), [([4.0, 2.0], 0), ([3.41, 1.71], 0), ([3.39, 2.0], 1), ([9.0, 1.6], 1), ([5.0], 0), ([3.0], 1)]
+)
+def test_the_guard(new: list[float], status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up(tmp_path / "old", [4.0, 2.0])
+    made_up(tmp_path / "new", new)
+    assert compare.main(tmp_path / "new", tmp_path / "old") == status
+    output = capsys.readouterr().out
+    assert f"{len(new)} cases compared" in output
+    assert ("committed" in output.splitlines()[-1]) == bool(status)
+
+
+def test_the_guard_wants_the_same_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up(tmp_path / "old", [4.0])
+    made_up(tmp_path / "new", [4.0], device="Another CPU")
+    assert compare.main(tmp_path / "new", tmp_path / "old") == 1
+    assert "nothing to compare with" in capsys.readouterr().out
+
+
+def test_a_report_of_a_cpu(tmp_path: Path) -> None:
+    result = report.load(made_up(tmp_path, [4.0, 2.0]))
+    part = report.readme_part([result])
+    assert "| (0, 2, 3), float32 | 4000 | 500 | 2000 | 4.0x | 0.5x |" in part
+    assert "float32 2.0x to 4.0x (target 2.5x: not met everywhere)" in part
+    assert "On a GPU: **not measured yet**" in part
+    assert "A CPU, 2 cores: PyTorch 1, Python 3, 2 threads" in part
+    assert "commit 0123456789, source s" in part
+
+
+def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(tmp_path, [4.0], device="A GPU", copy_bandwidth=3e12)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    report.main()
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert "a copy moves 3.00 TB/s" in readme
+    assert "| 4.0x | 0.5x | 100% | 1.0 |" in readme
+    assert "On a CPU: **not measured yet**" in readme
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("README.md", "a-gpu.json", "a-gpu.md", "a-gpu-speedup.svg", "a-gpu-roofline.svg")
+    }
+
+
+def test_what_is_committed_is_what_was_measured() -> None:
+    results = [report.load(file) for file in sorted(report.RESULTS.glob("*.json"))]
+    readme = report.README.read_text()
+    assert report.with_part(readme, report.readme_part(results)) == readme, "run `python -m bench.report`"
+    rendered = {f"{result.name}.json" for result in results}
+    for result in results:
+        table = report.RESULTS / f"{result.name}.md"
+        assert table.read_text() == report.full_table(result), "run `python -m bench.report`"
+        rendered.add(table.name)
+        for kind, _ in report.plots(result):
+            picture = report.RESULTS / f"{result.name}-{kind}.svg"
+            assert f"JSON {result.digest}" in picture.read_text(), "run `python -m bench.report`"
+            rendered.add(picture.name)
+    stray = {file.name for file in report.RESULTS.glob("*") if file.suffix in (".md", ".svg")} - rendered
+    assert not stray
+
+
+def test_nothing_is_measured_where_the_tests_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    failing = tmp_path / "test_failing.py"
+    failing.write_text("def test_failing():\n    assert 1 + 1 == 3\n")
+    for name in ("CPU_TESTS", "GPU_TESTS"):
+        monkeypatch.setattr(run, name, [str(failing)])
+    monkeypatch.setattr(pytest, "main", lambda _: pytest.fail("the benchmarks ran"))
+    assert run.main(tmp_path / "results") == 1
+    assert "nothing is measured" in capfd.readouterr().out
+    assert not (tmp_path / "results").exists()
+
+
+def test_pytest_benchmark_reads_a_result(tmp_path: Path) -> None:
+    """The smallest case as `make bench` runs it, and pytest-benchmark's own comparison of it."""
+    file = tmp_path / "result.json"
+    options = ["-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={file}"]
+    chosen = "64x70x400-float16-forward+backward"
+    command = [sys.executable, "-m", "pytest", *options, "-k", chosen, "bench/benchmarks.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    result = report.load(file)
+    assert [case.name for case in result.cases] == [chosen]
+    (case,) = result.cases
+    assert set(case.seconds) == {"eager", "compiled", "fastreg"}
+    assert len({len(seconds) for seconds in case.seconds.values()}) == 1
+    assert case.info["fastreg"]["kept_bytes"] == 0 < case.info["eager"]["kept_bytes"]
+    assert result.commit["id"]
+    assert report.full_table(result)
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(file), "--group-by=group"]
+    compared = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert compared.returncode == 0, compared.stderr
+    assert chosen in compared.stdout
