@@ -93,8 +93,6 @@ def dropout_forward(
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(start, stop, UNROLL):
-            ar_turn = tl.zeros((BLOCK,), ACC)
-            tar_turn = tl.zeros((BLOCK,), ACC)
             raws = load_rows(raw_base, turn, stop, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
             if not LOCKED:
                 scales = load_rows(mask_base, turn, stop, mask_time, present, ACC, ALIGN, INDEX, UNROLL)
@@ -104,14 +102,12 @@ def dropout_forward(
                 store_row(dropped_base, turn + i, dropped_time, kept, inside, ALIGN)
                 if AR:
                     square = kept.to(ACC) * kept.to(ACC)
-                    ar_turn += tl.where(inside, square, 0.0)
+                    ar_run += tl.where(inside, square, 0.0)
                 if TAR:
                     paired = inside & within(present, 0, turn + i, INDEX)
                     change = tl.where(paired, raws[i] - previous, 0.0)
-                    tar_turn += change * change
+                    tar_run += change * change
                     previous = raws[i]
-            ar_run += ar_turn
-            tar_run += tar_turn
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
     finish(ar, tar, penalty, terms, partials, ticket, alpha, beta, ar_scale, tar_scale)

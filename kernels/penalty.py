@@ -84,20 +84,16 @@ def penalty_forward(
                 raws = load_rows(raw_base, turn, stop, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
             if dropped is not None:
                 droppeds = load_rows(dropped_base, turn, stop, dropped_time, present, ACC, ALIGN, INDEX, UNROLL)
-            ar_turn = tl.zeros((BLOCK,), ACC)
-            tar_turn = tl.zeros((BLOCK,), ACC)
             for i in tl.static_range(UNROLL):
                 if raw is not None:
                     paired = within(present, turn + i, stop, INDEX) & within(present, 0, turn + i, INDEX)
                     change = tl.where(paired, raws[i] - previous, 0.0)
-                    tar_turn += change * change
+                    tar_run += change * change
                     previous = raws[i]
                     if SAME:
-                        ar_turn += raws[i] * raws[i]
+                        ar_run += raws[i] * raws[i]
                 if dropped is not None:
-                    ar_turn += droppeds[i] * droppeds[i]
-            ar_run += ar_turn
-            tar_run += tar_turn
+                    ar_run += droppeds[i] * droppeds[i]
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
     finish(ar, tar, penalty, terms, partials, ticket, alpha, beta, ar_scale, tar_scale)

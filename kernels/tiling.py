@@ -21,7 +21,7 @@ THREADS = 128  # with a 16-byte load each a block of lanes is 2 KB of a row
 WARPS = THREADS // (64 if torch.version.hip else 32)
 UNROLL = 4  # rows in flight a thread: 64 bytes of each tensor, to hide the latency of memory
 SHORTEST_RUN = 16  # time steps: halo rows add at most 1/16 to the reads of raw, 1/8 in the backward
-LONGEST_RUN = 256  # time steps: float32 sums drift with their length, and a run's and a program's are kept apart
+LONGEST_RUN = 128  # time steps: float32 sums drift with their length, and a run's and a program's are kept apart
 PROGRAMS = 1024  # about 8 for each of an H100's 132 cores, all resident; more would only add halo rows
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always are
 
