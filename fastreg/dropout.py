@@ -195,7 +195,8 @@ class FusedRNNDropout(nn.Module):
     """Variational dropout that takes AR and TAR along, in the place of fastai's `RNNDropout` or a `LockedDropout`.
 
     The penalty of the last forward in training waits in the module until `take()`. It is part of neither the
-    state dict nor a copy or pickle of the module.
+    state dict nor a copy or pickle of the module. Under activation checkpointing use `use_reentrant=False`: a reentrant
+    one runs the forward without gradients, and the penalty has none.
 
     Args:
         p: the probability to drop a unit, from 0 to below 1.
@@ -217,9 +218,11 @@ class FusedRNNDropout(nn.Module):
         self._waiting = None
         if not self.training:
             return raw
-        dropped, self._waiting = fused_dropout_ar_tar(
+        dropped, terms = fused_dropout_ar_tar(
             raw, self.p, self.alpha, self.beta, batch_first=self.batch_first, return_terms=True
         )
+        if torch._C._current_graph_task_id() == -1:  # else checkpointing recomputes, inside a backward
+            self._waiting = terms
         return dropped
 
     def take(self) -> ARTAR | None:

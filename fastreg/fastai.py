@@ -122,6 +122,8 @@ class RNNRegularizer(stock.RNNRegularizer):
         return [metric for metric in self.learn.metrics if metric not in self.columns]
 
     def _average(self, name: str) -> Any:
+        if self.learn is None:  # removed, after a fit that was cut off
+            return None
         validation = self.learn.recorder.train_metrics and not self.learn.training  # which has columns of its own
         return None if validation or not self.count else self.totals[name] / self.count
 

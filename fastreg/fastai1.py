@@ -53,6 +53,10 @@ class RNNTrainer(LearnerCallback):
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
 
+    def on_train_begin(self, **_: Any) -> None:
+        if any(isinstance(cb, stock.RNNTrainer) for cb in self.learn.callbacks):
+            raise ValueError("RNNTrainer: the learner has fastai's own as well; fuse(learn) instead of adding another")
+
     def on_epoch_begin(self, **_: Any) -> None:
         if not hasattr(self.learn.model, "reset"):
             raise TypeError(

@@ -116,10 +116,11 @@ def check_layers(raw: object, dropped: object, alpha: float, beta: float) -> lis
 
 def check_probability(p: float) -> float:
     """The share of units that dropout drops, from 0 to below 1, as a float."""
-    p = check_coefficient("p", p)
-    if p >= 1:
-        raise ValueError(f"p: expected a probability below 1, got {p}")
-    return p
+    if isinstance(p, bool) or not isinstance(p, Real):
+        raise TypeError(f"p: expected a real number, got {type(p).__name__}")
+    if not 0 <= p < 1:
+        raise ValueError(f"p: expected a probability from 0 to below 1, got {p}")
+    return float(p)
 
 
 def check_mask(mask: object, raw: Tensor, batch_first: bool) -> Tensor:

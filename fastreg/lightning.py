@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import wraps
+from copy import deepcopy
+from functools import partial, update_wrapper
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -54,6 +56,9 @@ class ActivationRegularization(Callback):
         layers: Literal["last", "all"] = "last",
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
+        for name, paths in (("rnn", rnn), ("dropout", dropout)):
+            if not (isinstance(paths, (str, list, tuple)) or (paths is None and name == "dropout")):
+                raise TypeError(f"{name}: expected an attribute path, or a list of them, got {type(paths).__name__}")
         self.rnns = [rnn] if isinstance(rnn, str) else list(rnn)
         one_for_all = dropout is None or isinstance(dropout, str)
         self.dropouts: list[Any] = [dropout] * len(self.rnns) if one_for_all else list(dropout or ())
@@ -75,12 +80,7 @@ class ActivationRegularization(Callback):
             after = None if dropout is None else _find(pl_module, "dropout", dropout)
             self._undo.enter_context(self.regularizer.attach(_find(pl_module, "rnn", rnn), after))
         training_step, own = pl_module.training_step, "training_step" in vars(pl_module)
-
-        @wraps(training_step)  # Lightning reads its signature
-        def regularized_step(*args: Any, **kwargs: Any) -> Any:
-            return self._regularize(pl_module, training_step(*args, **kwargs))
-
-        pl_module.training_step = regularized_step
+        pl_module.training_step = _RegularizedStep(training_step, partial(self._regularize, pl_module))
         if own:  # of a module that Lightning compiles
             self._undo.callback(setattr, pl_module, "training_step", training_step)
         else:
@@ -113,6 +113,25 @@ class ActivationRegularization(Callback):
             terms = {"ar": self.regularizer.ar, "tar": self.regularizer.tar}
             pl_module.log_dict(terms, on_step=False, on_epoch=True, batch_size=1)
         return output | {"loss": total} if isinstance(output, dict) else total
+
+
+class _RegularizedStep:
+    """`training_step` with the penalty in its loss. A copy or a pickle of the module gets its own plain step back."""
+
+    def __init__(self, step: Any, regularize: Callable[[Any], Any]) -> None:
+        update_wrapper(self, step)  # Lightning reads its signature
+        self.step, self.regularize = step, regularize
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.regularize(self.step(*args, **kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if not isinstance(self.step, MethodType):
+            return deepcopy(self.step, memo)
+        return MethodType(self.step.__func__, deepcopy(self.step.__self__, memo))
+
+    def __reduce__(self) -> Any:
+        return self.step.__reduce__() if isinstance(self.step, MethodType) else (partial, (self.step,))
 
 
 def _find(pl_module: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> nn.Module:

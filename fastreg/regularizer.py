@@ -114,6 +114,8 @@ class RNNRegularizer:
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:  # the penalty would be added to each
+            raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
         chosen = self._attached[-1:] if self.layers == "last" else self._attached
         try:
             parts = [part for one in chosen for part in one.parts(loss)] if chosen else [self._given]

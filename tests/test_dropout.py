@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar, penalty
 from fastreg.reference import ARTAR, ar_tar
@@ -182,8 +183,8 @@ def test_compiles_to_one_graph(device: str) -> None:
         ((None, 0.5, 2, 1), {}, TypeError, "raw: expected a tensor, got NoneType"),
         (([X], 0.5, 2, 1), {}, TypeError, "raw: expected a tensor, got list"),
         ((X.int(), 0.5, 2, 1), {}, TypeError, "raw: expected float16, .* got torch.int32"),
-        ((X, 1, 2, 1), {}, ValueError, "p: expected a probability below 1, got 1.0"),
-        ((X, -0.1, 2, 1), {}, ValueError, "p: expected a finite number of at least 0, got -0.1"),
+        ((X, 1, 2, 1), {}, ValueError, "p: expected a probability from 0 to below 1, got 1"),
+        ((X, -0.1, 2, 1), {}, ValueError, "p: expected a probability from 0 to below 1, got -0.1"),
         ((X, "a", 2, 1), {}, TypeError, "p: expected a real number, got str"),
         ((X, 0.5, -2, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -2.0"),
         ((X, 0.5, 2, 1), {"mask": 1}, TypeError, "mask: expected a tensor, got int"),
@@ -233,7 +234,15 @@ class TestModule:
         assert repr(FusedRNNDropout(0.3, 2, 1)) == "FusedRNNDropout(p=0.3, alpha=2, beta=1)"
 
     def test_bad_arguments(self) -> None:
-        with pytest.raises(ValueError, match=r"p: expected a probability below 1, got 1\.0"):
+        with pytest.raises(ValueError, match=r"p: expected a probability from 0 to below 1, got 1\.0"):
             FusedRNNDropout(1.0)
         with pytest.raises(TypeError, match="batch_first: expected True or False, got 0"):
             FusedRNNDropout(0.1, batch_first=0)  # pyright: ignore[reportArgumentType]
+
+    def test_recomputation_in_a_backward_leaves_no_penalty(self) -> None:
+        module, x = FusedRNNDropout(0.3, 2.0, 1.0), X.clone().requires_grad_()
+        dropped = checkpoint(lambda y: module(y * 1), x, use_reentrant=False)
+        taken = module.take()
+        assert taken is not None
+        (dropped.sum() + taken.penalty).backward()
+        assert module.take() is None

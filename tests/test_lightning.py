@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -312,3 +313,31 @@ def test_without_lightning() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "fastreg.lightning: Lightning is not installed; pip install lightning"
+
+
+class Snapshots(pl.Callback):
+    """Copies and pickles the module in the middle of a fit, as an average of weights does."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        pl_module.penalties.clear()
+        stored = io.BytesIO()
+        trainer_of, pl_module._trainer = pl_module._trainer, None
+        torch.save(pl_module, stored)
+        self.made = [copy.deepcopy(pl_module), torch.load(io.BytesIO(stored.getvalue()), weights_only=False)]
+        pl_module._trainer = trainer_of
+
+
+def test_a_copy_made_while_training_has_a_step_of_its_own() -> None:
+    snapshots = Snapshots()
+    fit(made(), callback(), snapshots, max_epochs=1)
+    for module in snapshots.made:
+        assert module.training_step.__self__ is module
+        before = [p.detach().clone() for p in module.parameters()]
+        fit(module, max_epochs=1)  # without the penalty
+        assert not all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{"rnn": 3}, {"rnn": None}, {"rnn": nn.LSTM(2, 2)}, {"dropout": 3}])
+def test_paths_are_strings(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(options))}: expected an attribute path, or a list of them, got"):
+        callback(**options)

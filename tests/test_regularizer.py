@@ -781,3 +781,12 @@ def test_losses_refused() -> None:
 def test_arguments_refused(options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         RNNRegularizer(**options)
+
+
+def test_a_loss_of_several_elements_is_refused() -> None:
+    """The penalty would be added to each."""
+    reg = RNNRegularizer(2.0, 1.0)
+    x = torch.randn(2, 3, 4)
+    reg.on_loss_begin((x, x, x))
+    with pytest.raises(ValueError, match=r"loss: expected one element, got shape \(6,\)"):
+        reg.on_backward_begin(torch.zeros(6))
