@@ -35,14 +35,11 @@ def forward(
         if raw is not None:
             first = max(start - 1, 0)
             block = rows.hold(raw[outer, first:stop, inner])
-            change = squares.shaped(block.shape[0], block.shape[1] - 1, block.shape[2])
-            tar += square_sum(torch.sub(block[:, 1:], block[:, :-1], out=change), change)
+            tar += change_square_sum(block, squares)
             if same:
-                block = block[:, start - first :]
-                ar += square_sum(block, squares.shaped(*block.shape))
+                ar += square_sum(block[:, start - first :], squares)
         if dropped is not None:
-            block = rows.hold(dropped[outer, start:stop, inner])
-            ar += square_sum(block, squares.shaped(*block.shape))
+            ar += square_sum(rows.hold(dropped[outer, start:stop, inner]), squares)
     ar, tar = ar / ar_divisor, tar / tar_divisor
     return result(alpha * ar + beta * tar, dtype), result([ar, tar], dtype)
 
@@ -113,9 +110,15 @@ def blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, int, int, slice]]:
                 yield chosen[0], start, min(start + steps, time), chosen[1]
 
 
-def square_sum(block: Tensor, squares: Tensor) -> float:
+def square_sum(block: Tensor, squares: Scratch) -> float:
     # Not torch.dot: its plain running sums are off by up to 7e-5 over a block, sum()'s cascade by 4e-8.
-    return torch.mul(block, block, out=squares).sum().item()
+    return torch.mul(block, block, out=squares.shaped(*block.shape)).sum().item()
+
+
+def change_square_sum(block: Tensor, squares: Scratch) -> float:
+    """The sum of the squared changes along time, axis 1."""
+    change = squares.shaped(block.shape[0], block.shape[1] - 1, block.shape[2])
+    return square_sum(torch.sub(block[:, 1:], block[:, :-1], out=change), squares)
 
 
 def change_of_rows(x: Tensor, start: int, stop: int, rows: Scratch, changes: Scratch) -> Tensor:

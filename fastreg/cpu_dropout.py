@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastreg.cpu import Scratch, blocks, change_of_rows, result, square_sum, view_of
+from fastreg.cpu import Scratch, blocks, change_of_rows, change_square_sum, result, square_sum, view_of
 from fastreg.reference import compute_dtype
 
 
@@ -34,12 +34,9 @@ def forward(
         target = dropped[outer, start:stop, inner]
         torch.mul(raw[outer, start:stop, inner], mask[outer, start:stop, inner], out=target)
         if alpha:
-            block = rows.hold(target)
-            ar += square_sum(block, squares.shaped(*block.shape))
+            ar += square_sum(rows.hold(target), squares)
         if beta:
-            block = rows.hold(raw[outer, max(start - 1, 0) : stop, inner])
-            change = squares.shaped(block.shape[0], block.shape[1] - 1, block.shape[2])
-            tar += square_sum(torch.sub(block[:, 1:], block[:, :-1], out=change), change)
+            tar += change_square_sum(rows.hold(raw[outer, max(start - 1, 0) : stop, inner]), squares)
     ar, tar = ar / ar_divisor, tar / tar_divisor
     return result(alpha * ar + beta * tar, dtype), result([ar, tar], dtype)
 

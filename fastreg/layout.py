@@ -66,8 +66,7 @@ def canonical(tensors: Sequence[Tensor | None], batch_first: bool) -> tuple[Size
 
 def check_coefficient(name: str, value: float) -> float:
     """A finite, non-negative real number, as a float."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
+    _check_real(name, value)
     try:
         value = float(value)
     except OverflowError:
@@ -116,8 +115,7 @@ def check_layers(raw: object, dropped: object, alpha: float, beta: float) -> lis
 
 def check_probability(p: float) -> float:
     """The share of units that dropout drops, from 0 to below 1, as a float."""
-    if isinstance(p, bool) or not isinstance(p, Real):
-        raise TypeError(f"p: expected a real number, got {type(p).__name__}")
+    _check_real("p", p)
     if not 0 <= p < 1:
         raise ValueError(f"p: expected a probability from 0 to below 1, got {p}")
     return float(p)
@@ -156,6 +154,11 @@ def check_tensor(name: str, x: object) -> Tensor:
             f"or (time, hidden), got {_shape(x)}"
         )
     return x
+
+
+def _check_real(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
 
 
 def _layers(name: str, value: object) -> list[tuple[str, Tensor]]:
