@@ -22,6 +22,7 @@ def forward(
     strides: Sequence[Sequence[int]],
     alpha: float,
     beta: float,
+    ar_of_raw: bool,
     ar_divisor: int,
     tar_divisor: int,
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,8 @@ def forward(
         target = dropped[outer, start:stop, inner]
         torch.mul(raw[outer, start:stop, inner], mask[outer, start:stop, inner], out=target)
         if alpha:
-            ar += square_sum(rows.hold(target), squares)
+            counted = raw[outer, start:stop, inner] if ar_of_raw else target
+            ar += square_sum(rows.hold(counted), squares)
         if beta:
             tar += change_square_sum(rows.hold(raw[outer, max(start - 1, 0) : stop, inner]), squares)
     ar, tar = ar / ar_divisor, tar / tar_divisor
@@ -49,6 +51,7 @@ def backward(
     grad_raw: Tensor,
     sizes: Sequence[int],
     strides: Sequence[Sequence[int]],
+    ar_of_raw: bool,
     ar_factor: float,
     tar_factor: float,
 ) -> None:
@@ -64,7 +67,7 @@ def backward(
         target = grad_raw[outer, start:stop, inner]
         keep = mask[outer, start:stop, inner]
         slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
-        if with_ar:
+        if with_ar and not ar_of_raw:
             # rounded as dropped was, which is not kept
             slope.copy_(raw[outer, start:stop, inner] * keep).mul_(ar_scale)
             if arriving is not None:
@@ -74,6 +77,8 @@ def backward(
             torch.mul(arriving[outer, start:stop, inner], keep, out=slope)
         else:
             slope.zero_()
+        if with_ar and ar_of_raw:
+            slope.add_(raw[outer, start:stop, inner], alpha=ar_scale)
         if with_tar:
             change = change_of_rows(raw[outer, :, inner], start, stop, rows, changes).mul_(tar_scale)
             slope.add_(change[:, :-1]).sub_(change[:, 1:])

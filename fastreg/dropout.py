@@ -85,17 +85,31 @@ def fused_dropout_ar_tar(
         TypeError, ValueError: an argument is not as described; the message names it.
         NotImplementedError: for `lengths` and `PackedSequence`.
     """
+    check_options(batch_first, lengths, reduction, return_terms)
+    dropped, results = _drop(raw, p, alpha, beta, training, mask, False, batch_first, reduction)
+    return dropped, results if return_terms else results.penalty
+
+
+def _drop(
+    raw: Tensor,
+    p: float,
+    alpha: float,
+    beta: float,
+    training: bool,
+    mask: Tensor | None,
+    ar_of_raw: bool,
+    batch_first: bool,
+    reduction: str,
+) -> tuple[Tensor, ARTAR]:
+    """What the function and the module do."""
     alpha, beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
     p = check_probability(p)
-    check_options(batch_first, lengths, reduction, return_terms)
     check_tensor("raw", raw)
     if mask is not None:
         mask = check_mask(mask, raw, batch_first)
+    options: Any = {"batch_first": batch_first, "reduction": reduction, "return_terms": True}
     if not training or (p == 0 and mask is None):
-        penalty = fused_ar_tar(
-            raw, raw, alpha, beta, batch_first=batch_first, reduction=reduction, return_terms=return_terms
-        )
-        return raw, penalty
+        return raw, fused_ar_tar(raw, raw, alpha, beta, **options)
     x, mask = plain(raw), None if mask is None else plain(mask)
     if mask is None:
         shape = list(x.shape)
@@ -103,16 +117,13 @@ def fused_dropout_ar_tar(
         mask = x.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(x)
     if x.numel() == 0 or not (fusable(x) and fusable(mask)):
         dropped = x * mask
-        penalty = fused_ar_tar(
-            x, dropped, alpha, beta, batch_first=batch_first, reduction=reduction, return_terms=return_terms
-        )
-        return dropped, penalty
-    arguments = (x, mask, alpha, beta, batch_first, reduction, return_terms)
+        return dropped, fused_ar_tar(x, x if ar_of_raw else dropped, alpha, beta, **options)
+    arguments = (x, mask, alpha, beta, ar_of_raw, batch_first, reduction)
     if torch.is_grad_enabled() and x.requires_grad:
         dropped, *results = _DropoutPenalty.apply(*arguments)
     else:
         dropped, *results = _forward(*arguments)
-    return dropped, ARTAR(*results) if return_terms else results[0]
+    return dropped, ARTAR(*results)
 
 
 def _runner(x: Tensor) -> Any:
@@ -125,15 +136,15 @@ def _runner(x: Tensor) -> Any:
 
 
 def _forward(
-    raw: Tensor, mask: Tensor, alpha: float, beta: float, batch_first: bool, reduction: str, return_terms: bool
+    raw: Tensor, mask: Tensor, alpha: float, beta: float, ar_of_raw: bool, batch_first: bool, reduction: str
 ) -> tuple[Tensor, ...]:
     _, inputs, _ = canonical((raw, mask), batch_first)
     assert inputs[0] is not None
     dropped = empty_like(inputs[0])
     sizes, views, strides = canonical((*inputs, dropped), batch_first)
     elements, pairs = divisors(raw, batch_first, reduction)
-    penalty, terms = _runner(raw).forward(*views, sizes, strides, alpha, beta, elements, pairs)
-    return (dropped, penalty, terms[0], terms[1]) if return_terms else (dropped, penalty)
+    penalty, terms = _runner(raw).forward(*views, sizes, strides, alpha, beta, ar_of_raw, elements, pairs)
+    return dropped, penalty, *terms.unbind()
 
 
 class _DropoutPenalty(Function):
@@ -153,12 +164,12 @@ class _DropoutPenalty(Function):
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *terms: None
     ) -> Any:
         raw, mask = ctx.saved_tensors
-        alpha, beta, batch_first, reduction, _ = ctx.options
+        alpha, beta, ar_of_raw, batch_first, reduction = ctx.options
         given = [x for x in (grad_dropped, grad) if x is not None]
         if not given:
             gradient = None
         elif torch.is_grad_enabled() or not all(fusable(x) for x in given):  # torch must see the gradient's formula
-            gradient = _gradient_formula(grad_dropped, grad, raw, mask, alpha, beta, batch_first, reduction)
+            gradient = _gradient_formula(grad_dropped, grad, raw, mask, *ctx.options)
         else:
             elements, pairs = divisors(raw, batch_first, reduction)
             _, inputs, _ = canonical((raw, mask, grad_dropped), batch_first)
@@ -166,7 +177,7 @@ class _DropoutPenalty(Function):
             gradient = empty_like(inputs[0])
             sizes, (x, keep, slope, target), strides = canonical((*inputs, gradient), batch_first)
             factors = 2 * alpha / elements, 2 * beta / pairs
-            _runner(raw).backward(grad, x, keep, slope, target, sizes, strides, *factors)
+            _runner(raw).backward(grad, x, keep, slope, target, sizes, strides, ar_of_raw, *factors)
         return gradient, None, *[None] * len(ctx.options)
 
 
@@ -177,18 +188,19 @@ def _gradient_formula(
     mask: Tensor,
     alpha: float,
     beta: float,
+    ar_of_raw: bool,
     batch_first: bool,
     reduction: str,
 ) -> Tensor:
     """The gradient of raw in plain PyTorch, itself differentiable in both gradients and in raw."""
-    through_mask, direct = grad_dropped, None
-    if grad is not None:
-        direct, ar = ar_tar_gradients(
-            grad, raw if beta else None, raw * mask if alpha else None, False, alpha, beta, batch_first, reduction
-        )
-        through_mask = ar if through_mask is None else through_mask if ar is None else through_mask + ar
-    parts = [x for x in (None if through_mask is None else through_mask * mask, direct) if x is not None]
-    return torch.stack(parts).sum(0) if parts else torch.zeros_like(raw)
+    masked, direct = [grad_dropped], []
+    if grad is not None and (alpha or beta):
+        counted = None if not alpha else raw if ar_of_raw else raw * mask
+        tar, ar = ar_tar_gradients(grad, raw if beta else None, counted, False, alpha, beta, batch_first, reduction)
+        direct.append(tar)
+        (direct if ar_of_raw else masked).append(ar)
+    parts = [x * mask for x in masked if x is not None] + [x for x in direct if x is not None]
+    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(raw)
 
 
 class FusedRNNDropout(nn.Module):
@@ -203,14 +215,30 @@ class FusedRNNDropout(nn.Module):
         alpha: coefficient of AR, finite and not negative.
         beta: coefficient of TAR, finite and not negative.
         batch_first: `False` for `(time, batch, hidden)`.
+        ar_of: what AR is the mean square of: `"dropped"`, as Merity et al. and fastai v2 have it, or `"raw"`, as
+            fastai v1 has it.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it. In a forward, as
+            `fused_dropout_ar_tar`.
     """
 
-    def __init__(self, p: float = 0.5, alpha: float = 0.0, beta: float = 0.0, *, batch_first: bool = True):
+    def __init__(
+        self,
+        p: float = 0.5,
+        alpha: float = 0.0,
+        beta: float = 0.0,
+        *,
+        batch_first: bool = True,
+        ar_of: Literal["dropped", "raw"] = "dropped",
+    ) -> None:
         super().__init__()
+        if ar_of not in ("dropped", "raw"):
+            raise ValueError(f"ar_of: expected 'dropped' or 'raw', got {ar_of!r}")
         self.p = check_probability(p)
         self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
         check_options(batch_first)
-        self.batch_first = batch_first
+        self.batch_first, self.ar_of = batch_first, ar_of
         self._waiting: ARTAR | None = None
 
     def forward(self, raw: Tensor) -> Tensor:
@@ -218,9 +246,8 @@ class FusedRNNDropout(nn.Module):
         self._waiting = None
         if not self.training:
             return raw
-        dropped, terms = fused_dropout_ar_tar(
-            raw, self.p, self.alpha, self.beta, batch_first=self.batch_first, return_terms=True
-        )
+        options = self.ar_of == "raw", self.batch_first, "mean"
+        dropped, terms = _drop(raw, self.p, self.alpha, self.beta, True, None, *options)
         if torch._C._current_graph_task_id() == -1:  # else checkpointing recomputes, inside a backward
             self._waiting = terms
         return dropped
@@ -232,9 +259,9 @@ class FusedRNNDropout(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
-        return f"p={self.p:g}, alpha={self.alpha:g}, beta={self.beta:g}" + (
-            "" if self.batch_first else ", batch_first=False"
-        )
+        extra = [] if self.batch_first else ["batch_first=False"]
+        extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
+        return ", ".join([f"p={self.p:g}, alpha={self.alpha:g}, beta={self.beta:g}", *extra])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_waiting": None}

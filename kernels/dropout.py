@@ -49,6 +49,7 @@ def dropout_forward(
     tar_scale: tl.float64,
     AR: tl.constexpr,
     TAR: tl.constexpr,
+    AR_OF_RAW: tl.constexpr,
     LOCKED: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -72,6 +73,7 @@ def dropout_forward(
     alpha, beta          coefficients
     ar_scale, tar_scale  one over the divisors of the sums
     AR, TAR              whether each term is on
+    AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
     LOCKED               the mask does not differ from time step to time step
     ACC                  dtype of differences, products and sums
     ALIGN                greatest power of two up to 16 that divides inner and every stride
@@ -101,8 +103,8 @@ def dropout_forward(
                 kept = rounded(raws[i] * (scale if LOCKED else scales[i]), dropped.dtype.element_ty)
                 store_row(dropped_base, turn + i, dropped_time, kept, inside, ALIGN)
                 if AR:
-                    square = kept.to(ACC) * kept.to(ACC)
-                    ar_run += tl.where(inside, square, 0.0)
+                    counted = raws[i] if AR_OF_RAW else kept.to(ACC)
+                    ar_run += tl.where(inside, counted * counted, 0.0)
                 if TAR:
                     paired = inside & within(present, 0, turn + i, INDEX)
                     change = tl.where(paired, raws[i] - previous, 0.0)
@@ -143,6 +145,7 @@ def dropout_backward(
     tar_factor: tl.float64,
     AR: tl.constexpr,
     TAR: tl.constexpr,
+    AR_OF_RAW: tl.constexpr,
     LOCKED: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -163,6 +166,7 @@ def dropout_backward(
     blocks                 blocks of lanes; a program takes one over one run
     ar_factor, tar_factor  2 * alpha and 2 * beta over the divisors of the sums
     AR, TAR                whether each term is on
+    AR_OF_RAW              AR is that of raw, as fastai v1 forms it, not that of dropped
     LOCKED                 the mask does not differ from time step to time step
     ACC                    dtype of differences and products
     ALIGN                  greatest power of two up to 16 that divides inner and every stride
@@ -198,9 +202,11 @@ def dropout_backward(
             keep = scale if LOCKED else scales[i]
             if grad_dropped is not None:
                 slope += arrived[i]
-            if AR:
+            if AR and not AR_OF_RAW:
                 slope += ar_scale * rounded(current * keep, raw.dtype.element_ty).to(ACC)
             slope *= keep
+            if AR and AR_OF_RAW:
+                slope += ar_scale * current
             if TAR:
                 paired = within(present, turn + i + 1, time, INDEX)
                 leaving = tl.where(paired, followings[i] - current, 0.0)
@@ -219,6 +225,7 @@ def forward(
     strides: Sequence[Sequence[int]],
     alpha: float,
     beta: float,
+    ar_of_raw: bool,
     ar_divisor: int,
     tar_divisor: int,
 ) -> tuple[Tensor, Tensor]:
@@ -255,6 +262,7 @@ def forward(
             1 / tar_divisor,
             AR=alpha != 0,
             TAR=beta != 0,
+            AR_OF_RAW=ar_of_raw,
             LOCKED=plan.time == 1 or strides[1][1] == 0,
             **plan.constants,
         )
@@ -269,6 +277,7 @@ def backward(
     grad_raw: Tensor,
     sizes: Sequence[int],
     strides: Sequence[Sequence[int]],
+    ar_of_raw: bool,
     ar_factor: float,
     tar_factor: float,
 ) -> None:
@@ -295,6 +304,7 @@ def backward(
             tar_factor,
             AR=grad is not None and ar_factor != 0,
             TAR=grad is not None and tar_factor != 0,
+            AR_OF_RAW=ar_of_raw,
             LOCKED=plan.time == 1 or strides[1][1] == 0,
             **plan.constants,
         )

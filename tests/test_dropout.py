@@ -87,6 +87,44 @@ def test_gradcheck(sample: Sample, full: bool, device: str) -> None:
     assert gradgradcheck(lambda x: fused(sample, x, mask), raw, fast_mode=True)
 
 
+@pytest.mark.parametrize("sample", [s for s in one_tensor if s.reduction == "mean"], ids=str)
+def test_ar_of_raw(sample: Sample, device: str, poison: None) -> None:
+    module = FusedRNNDropout(0.4, sample.alpha, sample.beta, batch_first=sample.batch_first, ar_of="raw")
+    raw, _ = sample.leaves(device)
+    torch.manual_seed(5)
+    mask = mask_for(sample, raw, False).double()
+    torch.manual_seed(5)
+    dropped = module(raw)
+    got = module.take()
+    assert got is not None
+    exact = raw.detach().double().requires_grad_()
+    want = truth(sample, exact, exact)
+    precision = torch.finfo(torch.promote_types(raw.dtype, FLOAT)).eps
+    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=8 * precision, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+    (dropped.sum() + 1000 * got.penalty).backward()
+    ((exact * mask).sum() + 1000 * want.penalty).backward()
+    assert raw.grad is not None
+    assert exact.grad is not None
+    allowed = 2 * roundoff(raw.dtype, device) * exact.grad.abs() + 64 * precision * exact.grad.abs().max()
+    assert ((raw.grad.double() - exact.grad).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("alpha", [2.0, 0.0])
+@pytest.mark.parametrize("beta", [1.0, 0.0])
+def test_second_derivatives_of_the_module(alpha: float, beta: float, device: str) -> None:
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5)
+        module = FusedRNNDropout(0.4, alpha, beta, ar_of="raw")
+        dropped, taken = module(x), module.take()
+        assert taken is not None
+        return dropped, taken.penalty
+
+    raw = torch.randn(2, 5, 8, dtype=DOUBLE, device=device, requires_grad=True)
+    assert gradcheck(call, raw, fast_mode=True)
+    assert gradgradcheck(call, raw, fast_mode=True)
+
+
 @pytest.mark.parametrize("used", ["dropped", "penalty"])
 def test_either_output_may_go_unused(used: str, device: str) -> None:
     sample = Sample()
@@ -232,12 +270,20 @@ class TestModule:
 
     def test_repr(self) -> None:
         assert repr(FusedRNNDropout(0.3, 2, 1)) == "FusedRNNDropout(p=0.3, alpha=2, beta=1)"
+        module = FusedRNNDropout(0.3, batch_first=False, ar_of="raw")
+        assert repr(module) == "FusedRNNDropout(p=0.3, alpha=0, beta=0, batch_first=False, ar_of='raw')"
 
     def test_bad_arguments(self) -> None:
         with pytest.raises(ValueError, match=r"p: expected a probability from 0 to below 1, got 1\.0"):
             FusedRNNDropout(1.0)
         with pytest.raises(TypeError, match="batch_first: expected True or False, got 0"):
             FusedRNNDropout(0.1, batch_first=0)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match="ar_of: expected 'dropped' or 'raw', got 'out'"):
+            FusedRNNDropout(0.1, ar_of="out")  # pyright: ignore[reportArgumentType]
+        module = FusedRNNDropout(0.1)
+        module.alpha = -1.0
+        with pytest.raises(ValueError, match=r"alpha: expected a finite number of at least 0, got -1\.0"):
+            module(X)
 
     def test_recomputation_in_a_backward_leaves_no_penalty(self) -> None:
         module, x = FusedRNNDropout(0.3, 2.0, 1.0), X.clone().requires_grad_()
