@@ -30,7 +30,7 @@ from fastreg.kernels import penalty as kernels
 from fastreg.kernels import tiling
 from fastreg.kernels.reduction import ticket_for
 from fastreg.layout import canonical, check_coefficient, check_layers, check_options
-from fastreg.reference import divisors
+from fastreg.reference import Steps, divisors
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MULTIPROCESSORS, REGISTERS, MOST_THREADS = 132, 65536, 2048  # of an H100, the last two of each multiprocessor
@@ -129,10 +129,10 @@ def host_rows() -> list[list[str]]:
     raw, dropped = (torch.zeros(4, 32, 64, requires_grad=True) for _ in range(2))
     plain = raw.detach(), dropped.detach()
     one = torch.ones(())
-    sizes, _, strides = canonical(plain, True)
+    sizes, _, strides = canonical(plain, Steps())
     gradients = torch.zeros_like(raw), torch.zeros_like(raw)
     four = *plain, *gradients
-    _, _, four_strides = canonical(four, True)
+    _, _, four_strides = canonical(four, Steps())
     cpu = torch.device("cpu")
 
     def forward() -> Tensor:
@@ -144,7 +144,7 @@ def host_rows() -> list[list[str]]:
     def checks() -> object:
         for name, value in (("alpha", 2.0), ("beta", 1.0)):
             check_coefficient(name, value)
-        check_options(True, None, "mean")
+        check_options(True, "mean")
         return check_layers(raw, dropped, 2.0, 1.0)
 
     def allocate() -> object:
@@ -155,10 +155,10 @@ def host_rows() -> list[list[str]]:
             ticket_for(cpu)
 
     def launch_forward() -> object:
-        return kernels.forward(*plain, False, sizes, strides, 2.0, 1.0, 1, 1)
+        return kernels.forward(*plain, False, sizes, strides, None, None, 2.0, 1.0, (1, 1))
 
     def launch_backward() -> object:
-        return kernels.backward(one, *plain, *gradients, False, sizes, four_strides, 1.0, 1.0)
+        return kernels.backward(one, *plain, *gradients, False, sizes, four_strides, None, None, None, 1.0, 1.0)
 
     def plan() -> object:
         return tiling.Plan(sizes, strides, plain, torch.float32)
@@ -171,8 +171,8 @@ def host_rows() -> list[list[str]]:
         "forward, no gradient needed": lambda: fused_ar_tar(*plain, 2.0, 1.0),
         "forward": forward,
         "checks of the arguments": checks,
-        "canonical() and divisors(), forward": lambda: (canonical(plain, True), divisors(raw, True, "mean")),
-        "canonical() and divisors(), backward": lambda: (canonical(four, True), divisors(raw, True, "mean")),
+        "canonical() and divisors(), forward": lambda: (canonical(plain, Steps()), divisors(raw, Steps(), "mean")),
+        "canonical() and divisors(), backward": lambda: (canonical(four, Steps()), divisors(raw, Steps(), "mean")),
         "Plan, forward": plan,
         "Plan, backward": plan_backward,
         "two allocations, forward": allocate,

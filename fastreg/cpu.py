@@ -6,11 +6,13 @@ Its functions take and give what those of `fastreg.kernels.penalty` do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastreg.reference import compute_dtype
+from fastreg.reference import compute_dtype, neighbours
 
 BLOCK = 2**19  # elements: smaller blocks lose to the cost of dispatch, larger ones leave the cache
 
@@ -21,17 +23,24 @@ def forward(
     same: bool,
     sizes: Sequence[int],
     strides: Sequence[Sequence[int]],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
     alpha: float,
     beta: float,
-    ar_divisor: int,
-    tar_divisor: int,
-) -> tuple[Tensor, Tensor]:
-    """The penalty, (), and a vector of ar and tar. `sizes` is (outer, time, inner), none of them 0."""
+    divisors: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The penalty, (), a vector of ar and tar, and without divisors one over those of the lengths.
+
+    `sizes` is (outer, time, inner), none of them 0.
+    """
     dtype = compute_dtype(raw, dropped)
+    if batch_sizes is not None:
+        ar, tar = _packed_sums(raw, dropped, same, batch_sizes, dtype)
+        return results(ar, tar, alpha, beta, divisors, sizes, None, dtype)
     raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
     rows, squares = Scratch(dtype), Scratch(dtype)
     ar = tar = 0.0
-    for outer, start, stop, inner in blocks(sizes):
+    for outer, start, stop, inner, _ in blocks(sizes, lengths):
         if raw is not None:
             first = max(start - 1, 0)
             block = rows.hold(raw[outer, first:stop, inner])
@@ -40,8 +49,7 @@ def forward(
                 ar += square_sum(block[:, start - first :], squares)
         if dropped is not None:
             ar += square_sum(rows.hold(dropped[outer, start:stop, inner]), squares)
-    ar, tar = ar / ar_divisor, tar / tar_divisor
-    return result(alpha * ar + beta * tar, dtype), result([ar, tar], dtype)
+    return results(ar, tar, alpha, beta, divisors, sizes, lengths, dtype)
 
 
 def backward(
@@ -53,17 +61,27 @@ def backward(
     same: bool,
     sizes: Sequence[int],
     strides: Sequence[Sequence[int]],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    scales: Tensor | None,
     ar_factor: float,
     tar_factor: float,
 ) -> None:
     """Fill `grad_raw` and `grad_dropped`; a tensor that needs no gradient is None, and so is its gradient."""
-    ar_scale, tar_scale = grad.item() * ar_factor, grad.item() * tar_factor
+    ar_scale, tar_scale = gradient_scales(grad, scales, ar_factor, tar_factor)
+    if batch_sizes is not None:
+        _fill_packed(raw, dropped, grad_raw, grad_dropped, same, batch_sizes, ar_scale, tar_scale, grad.dtype)
+        return
     raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
     grad_raw, grad_dropped = _view(grad_raw, sizes, strides[2]), _view(grad_dropped, sizes, strides[3])
     rows, changes, slopes = Scratch(grad.dtype), Scratch(grad.dtype), Scratch(grad.dtype)
-    for outer, start, stop, inner in blocks(sizes):
+    for behind in padding(lengths):
+        for gradient in (grad_raw, grad_dropped):
+            if gradient is not None:
+                gradient[behind] = 0
+    for outer, start, stop, inner, end in blocks(sizes, lengths):
         if raw is not None and grad_raw is not None:
-            change = change_of_rows(raw[outer, :, inner], start, stop, rows, changes).mul_(tar_scale)
+            change = change_of_rows(raw[outer, :end, inner], start, stop, rows, changes).mul_(tar_scale)
             target = grad_raw[outer, start:stop, inner]
             slope = target if target.dtype == grad.dtype else slopes.shaped(*target.shape)
             torch.sub(change[:, :-1], change[:, 1:], out=slope)
@@ -97,17 +115,37 @@ class Scratch:
         return block if block.dtype == self.memory.dtype else self.shaped(*block.shape).copy_(block)
 
 
-def blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, int, int, slice]]:
-    """Cover the view by blocks: sequences, first and last time step, units. Long axes are cut from the last."""
+class Block(NamedTuple):
+    """A part of the view: sequences, first time step and the one past the last, units, and where the sequences end."""
+
+    outer: slice
+    start: int
+    stop: int
+    inner: slice
+    end: int
+
+
+def blocks(sizes: Sequence[int], lengths: Tensor | None = None) -> Iterator[Block]:
+    """Cover the view, but for padding, by blocks. Long axes are cut from the last."""
     outer, time, inner = sizes
     units = min(inner, BLOCK)
-    steps = min(time, max(BLOCK // units, 1))
-    sequences = min(outer, max(BLOCK // (units * steps), 1)) if steps == time and units == inner else 1
-    for sequence in range(0, outer, sequences):
-        for start in range(0, time, steps):
-            for unit in range(0, inner, units):
-                chosen = slice(sequence, sequence + sequences), slice(unit, unit + units)
-                yield chosen[0], start, min(start + steps, time), chosen[1]
+    first = 0
+    for end, alike in groupby([time] * outer if lengths is None else lengths.tolist()):
+        past = first + len(list(alike))
+        steps = min(end, max(BLOCK // units, 1))
+        sequences = max(BLOCK // (units * steps), 1) if 0 < steps == end and units == inner else 1
+        for sequence in range(first, past, sequences):
+            for start in range(0, end, max(steps, 1)):
+                for unit in range(0, inner, units):
+                    chosen = slice(sequence, min(sequence + sequences, past)), slice(unit, unit + units)
+                    yield Block(chosen[0], start, min(start + steps, end), chosen[1], end)
+        first = past
+
+
+def padding(lengths: Tensor | None) -> Iterator[tuple[int, slice]]:
+    """What lies behind each sequence."""
+    for sequence, length in enumerate([] if lengths is None else lengths.tolist()):
+        yield sequence, slice(length, None)
 
 
 def square_sum(block: Tensor, squares: Scratch) -> float:
@@ -138,9 +176,93 @@ def change_of_rows(x: Tensor, start: int, stop: int, rows: Scratch, changes: Scr
     return change
 
 
-def result(values: float | list[float], dtype: torch.dtype) -> Tensor:
+def results(
+    ar: float,
+    tar: float,
+    alpha: float,
+    beta: float,
+    divisors: tuple[int, int] | None,
+    sizes: Sequence[int],
+    lengths: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a forward gives, of its sums."""
+    scales = None
+    if divisors is None:
+        assert lengths is not None
+        counts = lengths.tolist()
+        divisors = max(sum(counts) * sizes[2], 1), max(sum(max(n - 1, 0) for n in counts) * sizes[2], 1)
+        scales = _tensor([1 / n for n in divisors], dtype)
+    ar, tar = ar / divisors[0], tar / divisors[1]
+    return _tensor(alpha * ar + beta * tar, dtype), _tensor([ar, tar], dtype), scales
+
+
+def gradient_scales(
+    grad: Tensor | None, scales: Tensor | None, ar_factor: float, tar_factor: float
+) -> tuple[float, float]:
+    """What the gradients of the two sums are multiplied by."""
+    value = 0.0 if grad is None else grad.item()
+    ar, tar = (1.0, 1.0) if scales is None else scales.tolist()
+    return value * ar_factor * ar, value * tar_factor * tar
+
+
+def _tensor(values: float | list[float], dtype: torch.dtype) -> Tensor:
     """A tensor of numbers, on the CPU whatever the default device is."""
     return torch.tensor(values, dtype=dtype, device="cpu")
+
+
+def _packed_sums(
+    raw: Tensor | None, dropped: Tensor | None, same: bool, batch_sizes: Tensor, dtype: torch.dtype
+) -> tuple[float, float]:
+    """The sums of AR and TAR of packed rows."""
+    rows, squares = Scratch(dtype), Scratch(dtype)
+    ar = tar = 0.0
+    kept = raw if same else dropped
+    if kept is not None:
+        for chosen in _row_blocks(kept):
+            ar += square_sum(rows.hold(kept.detach()[None, chosen]), squares)
+    if raw is not None:
+        before, _, precedes, _ = neighbours(batch_sizes, raw.shape[0])
+        for chosen in _row_blocks(raw):
+            change = _packed_change(raw, chosen, before, precedes, dtype)
+            tar += square_sum(change[None], squares)
+    return ar, tar
+
+
+def _fill_packed(
+    raw: Tensor | None,
+    dropped: Tensor | None,
+    grad_raw: Tensor | None,
+    grad_dropped: Tensor | None,
+    same: bool,
+    batch_sizes: Tensor,
+    ar_scale: float,
+    tar_scale: float,
+    dtype: torch.dtype,
+) -> None:
+    """The gradients of packed rows."""
+    if raw is not None and grad_raw is not None:
+        before, after, precedes, follows = neighbours(batch_sizes, raw.shape[0])
+        for chosen in _row_blocks(raw):
+            slope = _packed_change(raw, chosen, before, precedes, dtype)
+            slope.add_(_packed_change(raw, chosen, after, follows, dtype)).mul_(tar_scale)
+            if same:
+                slope.add_(raw.detach()[chosen], alpha=ar_scale)
+            grad_raw[chosen] = slope
+    if dropped is not None and grad_dropped is not None:
+        for chosen in _row_blocks(dropped):
+            grad_dropped[chosen] = dropped.detach()[chosen].to(dtype) * ar_scale
+
+
+def _row_blocks(x: Tensor) -> Iterator[slice]:
+    rows = max(BLOCK // x.shape[1], 1)
+    return (slice(first, first + rows) for first in range(0, x.shape[0], rows))
+
+
+def _packed_change(x: Tensor, chosen: slice, other: Tensor, there: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a block of rows is more than each one's `other`, 0 where that is not there."""
+    change = x.detach()[chosen].to(dtype) - x.detach().index_select(0, other[chosen])
+    return change.masked_fill_(~there[chosen, None], 0)
 
 
 def view_of(x: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:

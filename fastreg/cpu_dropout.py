@@ -10,7 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastreg.cpu import Scratch, blocks, change_of_rows, change_square_sum, result, square_sum, view_of
+from fastreg.cpu import (
+    Scratch,
+    blocks,
+    change_of_rows,
+    change_square_sum,
+    gradient_scales,
+    padding,
+    results,
+    square_sum,
+    view_of,
+)
 from fastreg.reference import compute_dtype
 
 
@@ -20,18 +30,20 @@ def forward(
     dropped: Tensor,
     sizes: Sequence[int],
     strides: Sequence[Sequence[int]],
+    lengths: Tensor | None,
     alpha: float,
     beta: float,
     ar_of_raw: bool,
-    ar_divisor: int,
-    tar_divisor: int,
-) -> tuple[Tensor, Tensor]:
-    """Fill `dropped`; give the penalty, (), and a vector of ar and tar. `sizes` is (outer, time, inner), none 0."""
+    divisors: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fill `dropped`; give what `fastreg.cpu.forward` does."""
     dtype = compute_dtype(raw)
     raw, mask, dropped = (view_of(x, sizes, s) for x, s in zip((raw, mask, dropped), strides, strict=True))
     rows, squares = Scratch(dtype), Scratch(dtype)
     ar = tar = 0.0
-    for outer, start, stop, inner in blocks(sizes):
+    for behind in padding(lengths):
+        torch.mul(raw[behind], mask[behind], out=dropped[behind])
+    for outer, start, stop, inner, _ in blocks(sizes, lengths):
         target = dropped[outer, start:stop, inner]
         torch.mul(raw[outer, start:stop, inner], mask[outer, start:stop, inner], out=target)
         if alpha:
@@ -39,8 +51,7 @@ def forward(
             ar += square_sum(rows.hold(counted), squares)
         if beta:
             tar += change_square_sum(rows.hold(raw[outer, max(start - 1, 0) : stop, inner]), squares)
-    ar, tar = ar / ar_divisor, tar / tar_divisor
-    return result(alpha * ar + beta * tar, dtype), result([ar, tar], dtype)
+    return results(ar, tar, alpha, beta, divisors, sizes, lengths, dtype)
 
 
 def backward(
@@ -51,19 +62,22 @@ def backward(
     grad_raw: Tensor,
     sizes: Sequence[int],
     strides: Sequence[Sequence[int]],
+    lengths: Tensor | None,
+    scales: Tensor | None,
     ar_of_raw: bool,
     ar_factor: float,
     tar_factor: float,
 ) -> None:
     """Fill `grad_raw`; the gradient of the penalty or of dropped is None where there is none."""
     dtype = compute_dtype(raw)
-    scale = 0.0 if grad is None else grad.item()
-    ar_scale, tar_scale = scale * ar_factor, scale * tar_factor
+    ar_scale, tar_scale = gradient_scales(grad, scales, ar_factor, tar_factor)
     with_ar, with_tar = grad is not None and ar_factor != 0, grad is not None and tar_factor != 0
     raw, mask, grad_raw = (view_of(x, sizes, strides[i]) for i, x in ((0, raw), (1, mask), (3, grad_raw)))
     arriving = None if grad_dropped is None else view_of(grad_dropped, sizes, strides[2])
     rows, changes, slopes = Scratch(dtype), Scratch(dtype), Scratch(dtype)
-    for outer, start, stop, inner in blocks(sizes):
+    for behind in padding(lengths):
+        grad_raw[behind] = 0 if arriving is None else arriving[behind] * mask[behind]
+    for outer, start, stop, inner, end in blocks(sizes, lengths):
         target = grad_raw[outer, start:stop, inner]
         keep = mask[outer, start:stop, inner]
         slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
@@ -80,7 +94,7 @@ def backward(
         if with_ar and ar_of_raw:
             slope.add_(raw[outer, start:stop, inner], alpha=ar_scale)
         if with_tar:
-            change = change_of_rows(raw[outer, :, inner], start, stop, rows, changes).mul_(tar_scale)
+            change = change_of_rows(raw[outer, :end, inner], start, stop, rows, changes).mul_(tar_scale)
             slope.add_(change[:, :-1]).sub_(change[:, 1:])
         if slope is not target:
             target.copy_(slope)

@@ -9,9 +9,18 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fastreg import cpu, cpu_dropout
-from fastreg.layout import canonical, check_coefficient, check_mask, check_options, check_probability, check_tensor
-from fastreg.penalty import RUNNERS, empty_like, fusable, fused_ar_tar, plain
-from fastreg.reference import ARTAR, ar_tar_gradients, divisors, time_dim
+from fastreg.layout import (
+    canonical,
+    check_coefficient,
+    check_mask,
+    check_options,
+    check_probability,
+    check_steps,
+    check_tensor,
+    plain,
+)
+from fastreg.penalty import RUNNERS, empty_like, factors, fusable, fused_ar_tar, known_divisors
+from fastreg.reference import ARTAR, Steps, ar_tar_gradients, time_dim
 
 
 @overload
@@ -73,8 +82,10 @@ def fused_dropout_ar_tar(
             `batch_first=False` `(1, batch, hidden)`), or of raw's shape; of raw's dtype and on its device. It
             gets no gradient.
         batch_first: `False` for `(time, batch, hidden)`.
-        lengths: reserved for padded batches; only `None` so far.
-        reduction: `"mean"` divides AR by the number of elements and TAR by that of changes; `"sum"` does not.
+        lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`. Padding is dropped out like
+            all the rest, but counts in neither term.
+        reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
+            `"sum"` does not divide.
         return_terms: also give the two terms.
 
     Returns:
@@ -83,10 +94,9 @@ def fused_dropout_ar_tar(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
-        NotImplementedError: for `lengths` and `PackedSequence`.
     """
-    check_options(batch_first, lengths, reduction, return_terms)
-    dropped, results = _drop(raw, p, alpha, beta, training, mask, False, batch_first, reduction)
+    check_options(batch_first, reduction, return_terms)
+    dropped, results = _drop(raw, p, alpha, beta, training, mask, False, batch_first, lengths, reduction)
     return dropped, results if return_terms else results.penalty
 
 
@@ -99,6 +109,7 @@ def _drop(
     mask: Tensor | None,
     ar_of_raw: bool,
     batch_first: bool,
+    lengths: Tensor | None,
     reduction: str,
 ) -> tuple[Tensor, ARTAR]:
     """What the function and the module do."""
@@ -107,7 +118,9 @@ def _drop(
     check_tensor("raw", raw)
     if mask is not None:
         mask = check_mask(mask, raw, batch_first)
-    options: Any = {"batch_first": batch_first, "reduction": reduction, "return_terms": True}
+    steps = check_steps(raw, batch_first, lengths)
+    lengths = steps.lengths
+    options: Any = {"batch_first": batch_first, "lengths": lengths, "reduction": reduction, "return_terms": True}
     if not training or (p == 0 and mask is None):
         return raw, fused_ar_tar(raw, raw, alpha, beta, **options)
     x, mask = plain(raw), None if mask is None else plain(mask)
@@ -115,15 +128,15 @@ def _drop(
         shape = list(x.shape)
         shape[time_dim(x, batch_first)] = 1
         mask = x.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(x)
-    if x.numel() == 0 or not (fusable(x) and fusable(mask)):
+    if x.numel() == 0 or not all(fusable(y) for y in (x, mask, lengths) if y is not None):
         dropped = x * mask
         return dropped, fused_ar_tar(x, x if ar_of_raw else dropped, alpha, beta, **options)
-    arguments = (x, mask, alpha, beta, ar_of_raw, batch_first, reduction)
     if torch.is_grad_enabled() and x.requires_grad:
-        dropped, *results = _DropoutPenalty.apply(*arguments)
+        arguments = (x, mask, lengths, alpha, beta, ar_of_raw, batch_first, reduction)
+        dropped, penalty, terms = _DropoutPenalty.apply(*arguments)
     else:
-        dropped, *results = _forward(*arguments)
-    return dropped, ARTAR(*results)
+        dropped, penalty, terms, _ = _forward(x, mask, steps, alpha, beta, ar_of_raw, reduction)
+    return dropped, ARTAR(penalty, *terms.unbind())
 
 
 def _runner(x: Tensor) -> Any:
@@ -136,49 +149,61 @@ def _runner(x: Tensor) -> Any:
 
 
 def _forward(
-    raw: Tensor, mask: Tensor, alpha: float, beta: float, ar_of_raw: bool, batch_first: bool, reduction: str
-) -> tuple[Tensor, ...]:
-    _, inputs, _ = canonical((raw, mask), batch_first)
+    raw: Tensor, mask: Tensor, steps: Steps, alpha: float, beta: float, ar_of_raw: bool, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Dropped, the penalty, (), ar and tar, (2,), and, where the device found the divisors, one over them, (2,)."""
+    _, inputs, _ = canonical((raw, mask), steps)
     assert inputs[0] is not None
     dropped = empty_like(inputs[0])
-    sizes, views, strides = canonical((*inputs, dropped), batch_first)
-    elements, pairs = divisors(raw, batch_first, reduction)
-    penalty, terms = _runner(raw).forward(*views, sizes, strides, alpha, beta, ar_of_raw, elements, pairs)
-    return dropped, penalty, *terms.unbind()
+    sizes, views, strides = canonical((*inputs, dropped), steps)
+    divisors = known_divisors(raw, steps, reduction)
+    results = _runner(raw).forward(*views, sizes, strides, steps.lengths, alpha, beta, ar_of_raw, divisors)
+    return dropped, *results
 
 
 class _DropoutPenalty(Function):
-    """Saves references to raw and to the mask, nothing else."""
+    """Saves references to raw and to the mask, and two numbers where the divisors come from lengths."""
 
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, mask: Tensor, *options: Any) -> Any:
-        ctx.save_for_backward(raw, mask)
-        ctx.options = options
+    def forward(
+        ctx: Any,
+        raw: Tensor,
+        mask: Tensor,
+        lengths: Tensor | None,
+        alpha: float,
+        beta: float,
+        ar_of_raw: bool,
+        batch_first: bool,
+        reduction: str,
+    ) -> Any:
+        steps = Steps(batch_first, lengths)
+        dropped, penalty, terms, scales = _forward(raw, mask, steps, alpha, beta, ar_of_raw, reduction)
+        ctx.save_for_backward(raw, mask, lengths, scales)
+        ctx.options = alpha, beta, ar_of_raw, batch_first, reduction
         ctx.set_materialize_grads(False)  # what has no gradient costs no zeros
-        results = _forward(raw, mask, *options)
-        ctx.mark_non_differentiable(*results[2:])
-        return results
+        ctx.mark_non_differentiable(terms)
+        return dropped, penalty, terms
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *terms: None
     ) -> Any:
-        raw, mask = ctx.saved_tensors
+        raw, mask, lengths, scales = ctx.saved_tensors
         alpha, beta, ar_of_raw, batch_first, reduction = ctx.options
-        given = [x for x in (grad_dropped, grad) if x is not None]
-        if not given:
+        steps = Steps(batch_first, lengths)
+        arrived = [x for x in (grad_dropped, grad) if x is not None]
+        if not arrived:
             gradient = None
-        elif torch.is_grad_enabled() or not all(fusable(x) for x in given):  # torch must see the gradient's formula
-            gradient = _gradient_formula(grad_dropped, grad, raw, mask, *ctx.options)
+        elif torch.is_grad_enabled() or not all(fusable(x) for x in arrived):  # torch must see the gradient's formula
+            gradient = _gradient_formula(grad_dropped, grad, raw, mask, steps, alpha, beta, ar_of_raw, reduction)
         else:
-            elements, pairs = divisors(raw, batch_first, reduction)
-            _, inputs, _ = canonical((raw, mask, grad_dropped), batch_first)
+            _, inputs, _ = canonical((raw, mask, grad_dropped), steps)
             assert inputs[0] is not None
             gradient = empty_like(inputs[0])
-            sizes, (x, keep, slope, target), strides = canonical((*inputs, gradient), batch_first)
-            factors = 2 * alpha / elements, 2 * beta / pairs
-            _runner(raw).backward(grad, x, keep, slope, target, sizes, strides, ar_of_raw, *factors)
-        return gradient, None, *[None] * len(ctx.options)
+            sizes, views, strides = canonical((*inputs, gradient), steps)
+            scaled = factors(alpha, beta, known_divisors(raw, steps, reduction))
+            _runner(raw).backward(grad, *views, sizes, strides, lengths, scales, ar_of_raw, *scaled)
+        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _gradient_formula(
@@ -186,17 +211,17 @@ def _gradient_formula(
     grad: Tensor | None,
     raw: Tensor,
     mask: Tensor,
+    steps: Steps,
     alpha: float,
     beta: float,
     ar_of_raw: bool,
-    batch_first: bool,
     reduction: str,
 ) -> Tensor:
     """The gradient of raw in plain PyTorch, itself differentiable in both gradients and in raw."""
     masked, direct = [grad_dropped], []
     if grad is not None and (alpha or beta):
         counted = None if not alpha else raw if ar_of_raw else raw * mask
-        tar, ar = ar_tar_gradients(grad, raw if beta else None, counted, False, alpha, beta, batch_first, reduction)
+        tar, ar = ar_tar_gradients(grad, raw if beta else None, counted, False, alpha, beta, steps, reduction)
         direct.append(tar)
         (direct if ar_of_raw else masked).append(ar)
     parts = [x * mask for x in masked if x is not None] + [x for x in direct if x is not None]
@@ -246,7 +271,7 @@ class FusedRNNDropout(nn.Module):
         self._waiting = None
         if not self.training:
             return raw
-        options = self.ar_of == "raw", self.batch_first, "mean"
+        options = self.ar_of == "raw", self.batch_first, None, "mean"
         dropped, terms = _drop(raw, self.p, self.alpha, self.beta, True, None, *options)
         if torch._C._current_graph_task_id() == -1:  # else checkpointing recomputes, inside a backward
             self._waiting = terms

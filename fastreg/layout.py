@@ -1,7 +1,8 @@
 """What came in, checked, as the one view that the kernels and the CPU path know.
 
 Every layout is seen as `(outer, time, inner)` with a contiguous inner axis: `(batch, time, hidden)` is outer
-batch, inner hidden; a contiguous `(time, batch, hidden)` is outer 1, inner batch * hidden.
+batch, inner hidden; a contiguous `(time, batch, hidden)` is outer 1, inner batch * hidden. With lengths, or packed,
+outer is always batch.
 """
 
 from __future__ import annotations
@@ -13,11 +14,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.reference import time_dim
+from fastreg.reference import Steps, time_dim
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Layer(NamedTuple):
+    """One layer's tensors, `None` for a term that is off; if packed, their rows, and the `batch_sizes` of both."""
+
+    raw: Tensor | None
+    dropped: Tensor | None
+    batch_sizes: Tensor | None
 
 
 class Sizes(NamedTuple):
@@ -35,10 +46,10 @@ class Strides(NamedTuple):
     time: int = 0
 
 
-def canonical(tensors: Sequence[Tensor | None], batch_first: bool) -> tuple[Sizes, list[Tensor | None], list[Strides]]:
+def canonical(tensors: Sequence[Tensor | None], steps: Steps) -> tuple[Sizes, list[Tensor | None], list[Strides]]:
     """View tensors of one shape as `(outer, time, inner)`; copies only those whose hidden axis is not contiguous.
 
-    `None` stays `None`, with strides of 0.
+    `None` stays `None`, with strides of 0. Of packed rows both strides are those of the rows.
     """
     views: list[Tensor | None] = []
     strides: list[Strides] = []
@@ -52,14 +63,18 @@ def canonical(tensors: Sequence[Tensor | None], batch_first: bool) -> tuple[Size
         if hidden != 1 and x.stride(-1) != 1:
             x = x.contiguous()
         views.append(x)
-        if x.dim() == 2:
+        if steps.batch_sizes is not None:
+            batch, time = int(steps.batch_sizes[0]), len(steps.batch_sizes)
+            strides.append(Strides(x.stride(0), x.stride(0)))
+        elif x.dim() == 2:
             batch, time = 1, x.shape[0]
             strides.append(Strides(hidden, x.stride(0)))
         else:
-            axis = time_dim(x, batch_first)
+            axis = time_dim(x, steps.batch_first)
             batch, time = x.shape[1 - axis], x.shape[axis]
             strides.append(Strides(x.stride(1 - axis) if batch > 1 else hidden, x.stride(axis)))
-    if all(view is None or stride.outer == hidden for view, stride in zip(views, strides, strict=True)):
+    whole = steps.lengths is None and steps.batch_sizes is None
+    if whole and all(view is None or stride.outer == hidden for view, stride in zip(views, strides, strict=True)):
         return Sizes(1, time, batch * hidden), views, strides
     return Sizes(batch, time, hidden), views, strides
 
@@ -76,41 +91,64 @@ def check_coefficient(name: str, value: float) -> float:
     return value
 
 
-def check_options(
-    batch_first: bool, lengths: object = None, reduction: str = "mean", return_terms: bool = False
-) -> None:
+def check_options(batch_first: bool, reduction: str = "mean", return_terms: bool = False) -> None:
     """The keyword arguments that say how to read the tensors and what to make of the sums."""
     for name, flag in (("batch_first", batch_first), ("return_terms", return_terms)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected True or False, got {flag!r}")
-    if lengths is not None:
-        raise NotImplementedError("lengths: padded batches are not supported yet, expected None")
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
 
 
-def check_layers(raw: object, dropped: object, alpha: float, beta: float) -> list[tuple[Tensor | None, Tensor | None]]:
+def plain(x: Tensor) -> Tensor:
+    """`x` without a subclass that only decorates it; one with a dispatcher of its own stays as it is."""
+    if type(x) is Tensor:
+        return x
+    dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
+    return x if dispatches else x.as_subclass(Tensor)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether `x` is memory that can be read now: it is no stand-in, and nobody traces or transforms the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and type(x) is Tensor
+        and not x.is_neg()
+        and torch._C._has_storage(x)
+    )
+
+
+def check_layers(raw: object, dropped: object, alpha: float, beta: float) -> list[Layer]:
     """Pair the layers of `raw` and `dropped`. A term whose coefficient is 0 is not looked at: its tensor is `None`."""
     raws = _layers("raw", raw) if beta else None
     droppeds = _layers("dropped", dropped) if alpha else None
     if raws is not None and droppeds is not None:
-        if len(raws) != len(droppeds) or isinstance(raw, Tensor) != isinstance(dropped, Tensor):
+        if len(raws) != len(droppeds) or _is_list(raw) != _is_list(dropped):
             raise ValueError(
                 f"raw and dropped: expected the same layers in both, got {_count(raw)} and {_count(dropped)}"
             )
-        for (name, x), (other, y) in zip(raws, droppeds, strict=True):
+        for (name, x, sizes), (other, y, other_sizes) in zip(raws, droppeds, strict=True):
+            if (sizes is None) != (other_sizes is None):
+                kinds = ["a tensor" if s is None else "a PackedSequence" for s in (sizes, other_sizes)]
+                raise TypeError(f"{other}: expected {kinds[0]}, as {name} is, got {kinds[1]}")
             if x.shape != y.shape:
                 raise ValueError(f"{other}: expected the shape of {name}, {_shape(x)}, got {_shape(y)}")
-    named = (raws or []) + (droppeds or [])
+            if sizes is not None and other_sizes is not None and readable(sizes) and not sizes.equal(other_sizes):
+                raise ValueError(f"{other}: expected the batch_sizes of {name}, got others")
+    named = [(name, x) for name, x, _ in (raws or []) + (droppeds or [])]
     for name, x in named:
         if x.device != named[0][1].device:
             raise ValueError(
                 f"{name}: expected a tensor on {named[0][1].device}, where {named[0][0]} is, got one on {x.device}"
             )
     count = len(raws or droppeds or [])
-    first = [x for _, x in raws] if raws else [None] * count
-    second = [x for _, x in droppeds] if droppeds else [None] * count
-    return list(zip(first, second, strict=True))
+    first = [x for _, x, _ in raws] if raws else [None] * count
+    second = [x for _, x, _ in droppeds] if droppeds else [None] * count
+    return [Layer(x, y, sizes) for x, y, (_, _, sizes) in zip(first, second, raws or droppeds or [], strict=True)]
 
 
 def check_probability(p: float) -> float:
@@ -138,9 +176,36 @@ def check_mask(mask: object, raw: Tensor, batch_first: bool) -> Tensor:
     return mask.expand_as(raw)
 
 
+def check_steps(x: Tensor, batch_first: bool, lengths: object, batch_sizes: Tensor | None = None) -> Steps:
+    """Which time steps of `x` count. Lengths that are on the CPU already must be in range; they go where `x` is."""
+    if lengths is None:
+        return Steps(batch_first, None, batch_sizes)
+    if batch_sizes is not None:
+        raise ValueError("lengths: expected None, as a PackedSequence has lengths of its own")
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected an integer tensor, got {type(lengths).__name__}")
+    if lengths.dtype not in INTEGERS:
+        raise TypeError(f"lengths: expected an integer tensor, got one of {lengths.dtype}")
+    axis = time_dim(x, batch_first)
+    batch, time = 1 if x.dim() == 2 else x.shape[1 - axis], x.shape[axis]
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths: expected shape ({batch},), one length a sequence, got {_shape(lengths)}")
+    if x.device.type == "cpu" != lengths.device.type:
+        lengths = lengths.cpu()
+    lengths = plain(lengths)
+    # Values are looked at only where that waits for nothing, and where there are any.
+    if lengths.device.type == "cpu" and batch and readable(lengths):
+        least, most = (int(n) for n in lengths.aminmax())
+        if least < 0 or most > time:
+            raise ValueError(
+                f"lengths: expected from 0 to the {time} time steps there are, got {least if least < 0 else most}"
+            )
+    return Steps(batch_first, lengths.to(x.device, non_blocking=True))
+
+
 def check_tensor(name: str, x: object) -> Tensor:
     if isinstance(x, PackedSequence):
-        raise NotImplementedError(f"{name}: PackedSequence is not supported yet, expected a padded tensor")
+        raise TypeError(f"{name}: expected a tensor, got a PackedSequence; pad_packed_sequence gives one, and lengths")
     if not isinstance(x, Tensor):
         hint = " (an RNN gives its output and its state: pass the output)" if isinstance(x, tuple) else ""
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
@@ -161,10 +226,8 @@ def _check_real(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
 
 
-def _layers(name: str, value: object) -> list[tuple[str, Tensor]]:
-    if isinstance(value, PackedSequence):
-        raise NotImplementedError(f"{name}: PackedSequence is not supported yet, expected a padded tensor")
-    if isinstance(value, Tensor):
+def _layers(name: str, value: object) -> list[tuple[str, Tensor, Tensor | None]]:
+    if isinstance(value, (Tensor, PackedSequence)):
         layers: list[tuple[str, object]] = [(name, value)]
     elif isinstance(value, (list, tuple)):
         if not value:
@@ -173,15 +236,39 @@ def _layers(name: str, value: object) -> list[tuple[str, Tensor]]:
     else:
         coefficient = "beta" if name == "raw" else "alpha"
         raise TypeError(
-            f"{name}: expected a tensor, or a list or tuple of tensors, got {type(value).__name__}"
+            f"{name}: expected a tensor, a PackedSequence, or a list or tuple of them, got {type(value).__name__}"
             + (f" (it may be None only where {coefficient} is 0)" if value is None else "")
         )
-    return [(label, check_tensor(label, x)) for label, x in layers]
+    return [
+        (label, *_check_packed(label, x)) if isinstance(x, PackedSequence) else (label, check_tensor(label, x), None)
+        for label, x in layers
+    ]
+
+
+def _check_packed(name: str, x: PackedSequence) -> tuple[Tensor, Tensor]:
+    """The rows and the batch sizes; what does not fit would be read past its end."""
+    data = check_tensor(f"{name}.data", x.data)
+    if data.dim() != 2:
+        raise ValueError(f"{name}.data: expected (rows, hidden), got {_shape(data)}")
+    sizes = x.batch_sizes
+    if readable(sizes):
+        fits = sizes.dim() == 1 and sizes.numel() > 0 and int(sizes[-1]) > 0 and int(sizes.sum()) == data.shape[0]
+        if not fits or bool((sizes.diff() > 0).any()):
+            raise ValueError(
+                f"{name}.batch_sizes: expected sizes above 0 that never grow and add up to the {data.shape[0]} rows, "
+                f"got {sizes.tolist()}"
+            )
+    return data, sizes
 
 
 def _shape(x: Tensor) -> str:
     return f"{tuple(x.shape)}"
 
 
+def _is_list(value: object) -> bool:
+    """A PackedSequence is a tuple, too, but no list of layers."""
+    return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
+
+
 def _count(value: object) -> str:
-    return "one tensor" if isinstance(value, Tensor) else f"{len(value)} layers"  # pyright: ignore[reportArgumentType]
+    return f"{len(value)} layers" if _is_list(value) else "one tensor"  # pyright: ignore[reportArgumentType]

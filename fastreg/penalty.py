@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from fastreg import cpu
-from fastreg.layout import canonical, check_coefficient, check_layers, check_options
-from fastreg.reference import ARTAR, ar_tar, ar_tar_gradients, compute_dtype, divisors
+from fastreg.layout import canonical, check_coefficient, check_layers, check_options, check_steps, plain, readable
+from fastreg.reference import ARTAR, Steps, ar_tar, ar_tar_gradients, compute_dtype, divisors
 
 RUNNERS: dict[str, ModuleType] = {"cpu": cpu}  # device type -> the module whose `forward` and `backward` run there
 if find_spec("triton") is not None:  # Triton has no build for some platforms
@@ -27,7 +27,8 @@ if find_spec("triton") is not None:  # Triton has no build for some platforms
 if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
-    Activations: TypeAlias = Tensor | PackedSequence | list[Tensor] | tuple[Tensor, ...] | None
+    One: TypeAlias = Tensor | PackedSequence
+    Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
 
 @overload
@@ -73,16 +74,19 @@ def fused_ar_tar(
     elements the penalty is 0. It can be differentiated any number of times.
 
     Args:
-        raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, or a
-            list or tuple of such tensors, one a layer, whose penalties add up. float16, bfloat16, float32 or
-            float64, any strides. With `beta == 0` it is not looked at and may be `None`.
-        dropped: the RNN's output after dropout, of the same shape and on the same device; its dtype may differ,
-            and it may be `raw` itself. With `alpha == 0` it is not looked at and may be `None`.
+        raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, a
+            `PackedSequence`, or a list or tuple of them, one a layer, whose penalties add up. float16, bfloat16,
+            float32 or float64, any strides. With `beta == 0` it is not looked at and may be `None`.
+        dropped: the RNN's output after dropout, of the same shape, or packed as raw is, and on the same device; its
+            dtype may differ, and it may be `raw` itself. With `alpha == 0` it is not looked at and may be `None`.
         alpha: coefficient of AR, finite and not negative.
         beta: coefficient of TAR, finite and not negative.
         batch_first: `False` for `(time, batch, hidden)`.
-        lengths: reserved for padded batches; only `None` so far.
-        reduction: `"mean"` divides AR by the number of elements and TAR by that of changes; `"sum"` does not.
+        lengths: of padded sequences, how many time steps each has: integers, `(batch,)`. What lies behind them counts
+            in neither sums nor divisors, and its gradient is 0. Lengths on the CPU must be from 0 to the time steps
+            there are; on a device, where looking would have to wait for it, they count as the nearest of those.
+        reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
+            `"sum"` does not divide.
         return_terms: also give the two terms.
 
     Returns:
@@ -91,15 +95,17 @@ def fused_ar_tar(
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
-        NotImplementedError: for `lengths` and `PackedSequence`.
     """
     alpha, beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
-    check_options(batch_first, lengths, reduction, return_terms)
+    check_options(batch_first, reduction, return_terms)
     layers = check_layers(raw, dropped, alpha, beta)
     if not layers:  # both terms are off
         zero = _zero_like(raw, dropped)
         return ARTAR(zero, zero.clone(), zero.clone()) if return_terms else zero
-    results = [_layer(x, y, alpha, beta, batch_first, reduction, return_terms) for x, y in layers]
+    results = [
+        _layer(x, y, alpha, beta, check_steps(given(x, y), batch_first, lengths, sizes), reduction, return_terms)
+        for x, y, sizes in layers
+    ]
     penalty, *terms = results[0]
     for more, *more_terms in results[1:]:
         penalty = penalty + more
@@ -110,7 +116,7 @@ def fused_ar_tar(
 def _zero_like(*given: Any) -> Tensor:
     """0 where the activations are, if any were given at all."""
     layers = [x for value in given for x in (value if isinstance(value, (list, tuple)) else [value])]
-    tensors = [x for x in layers if isinstance(x, Tensor)]
+    tensors = [x for x in layers if isinstance(x, Tensor) and x.is_floating_point()]  # batch_sizes are none
     return torch.zeros((), dtype=compute_dtype(*tensors), device=tensors[0].device if tensors else None)
 
 
@@ -119,7 +125,7 @@ def _layer(
     dropped: Tensor | None,
     alpha: float,
     beta: float,
-    batch_first: bool,
+    steps: Steps,
     reduction: str,
     return_terms: bool,
 ) -> tuple[Tensor, ...]:
@@ -127,104 +133,119 @@ def _layer(
     same = raw is dropped
     raw = None if raw is None else plain(raw)
     dropped = raw if same else None if dropped is None else plain(dropped)
-    x = raw if raw is not None else dropped
-    assert x is not None
-    if x.numel() == 0 or not fusable(x) or not fusable(dropped if dropped is not None else x):
-        penalty, ar, tar = ar_tar(raw, dropped, alpha, beta, batch_first, reduction)
+    x = given(raw, dropped)
+    others = [y for y in (dropped, steps.lengths, steps.batch_sizes) if y is not None]
+    if x.numel() == 0 or not (fusable(x) and all(map(readable, others))):
+        penalty, ar, tar = ar_tar(raw, dropped, alpha, beta, steps, reduction)
         return (penalty, ar.detach(), tar.detach()) if return_terms else (penalty,)
-    arguments = (raw, None if same else dropped, same, alpha, beta, batch_first, reduction, return_terms)
-    if torch.is_grad_enabled() and (x.requires_grad or (dropped is not None and dropped.requires_grad)):
-        return _Penalty.apply(*arguments)
-    return _forward(*arguments)
+    dropped = None if same else dropped
+    options = same, alpha, beta, steps.batch_first, reduction
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (raw, dropped)):
+        penalty, terms = _Penalty.apply(raw, dropped, steps.lengths, steps.batch_sizes, *options)
+    else:
+        penalty, terms, _ = _forward(raw, dropped, steps, same, alpha, beta, reduction)
+    return (penalty, terms[0], terms[1]) if return_terms else (penalty,)
 
 
-def plain(x: Tensor) -> Tensor:
-    """`x` without a subclass that only decorates it; one with a dispatcher of its own stays as it is."""
-    if type(x) is Tensor:
-        return x
-    dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
-    return x if dispatches else x.as_subclass(Tensor)
+def given(*tensors: Tensor | None) -> Tensor:
+    """The first that is there."""
+    return next(x for x in tensors if x is not None)
 
 
 def fusable(x: Tensor) -> bool:
     """Whether `x` is memory that a kernel can read now; else it is for the formula, which torch sees through."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and type(x) is Tensor
-        and x.device.type in RUNNERS
-        and not x.is_neg()
-        and torch._C._has_storage(x)
-    )
+    return readable(x) and x.device.type in RUNNERS
+
+
+def known_divisors(x: Tensor, steps: Steps, reduction: str) -> tuple[int, int] | None:
+    """What the sums are divided by, as far as it is known here; lengths are for the device to add up."""
+    if reduction == "mean" and steps.lengths is not None:
+        return None
+    elements, pairs = divisors(x, steps, reduction)
+    return int(elements), int(pairs)
+
+
+def factors(alpha: float, beta: float, divisors: tuple[int, int] | None) -> tuple[float, float]:
+    """What the gradients of the sums are multiplied by, but for the incoming one."""
+    elements, pairs = divisors or (1, 1)
+    return 2 * alpha / elements, 2 * beta / pairs
 
 
 def _forward(
-    raw: Tensor | None,
-    dropped: Tensor | None,
-    same: bool,
-    alpha: float,
-    beta: float,
-    batch_first: bool,
-    reduction: str,
-    return_terms: bool,
-) -> tuple[Tensor, ...]:
-    x = raw if raw is not None else dropped
-    assert x is not None
-    sizes, (raw, dropped), strides = canonical((raw, dropped), batch_first)
-    elements, pairs = divisors(x, batch_first, reduction)
-    penalty, terms = RUNNERS[x.device.type].forward(raw, dropped, same, sizes, strides, alpha, beta, elements, pairs)
-    return (penalty, terms[0], terms[1]) if return_terms else (penalty,)
+    raw: Tensor | None, dropped: Tensor | None, steps: Steps, same: bool, alpha: float, beta: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The penalty, (), ar and tar, (2,), and, where the device found the divisors, one over them, (2,)."""
+    x = given(raw, dropped)
+    sizes, (raw, dropped), strides = canonical((raw, dropped), steps)
+    _, lengths, batch_sizes = steps
+    divisors = known_divisors(x, steps, reduction)
+    forward = RUNNERS[x.device.type].forward
+    return forward(raw, dropped, same, sizes, strides, lengths, batch_sizes, alpha, beta, divisors)
 
 
 class _Penalty(Function):
-    """Saves references to the inputs that need gradients, nothing else.
+    """Saves references to the inputs that need gradients, and two numbers where the divisors come from lengths.
 
     With `same`, raw is dropped as well, and dropped is None.
     """
 
     @staticmethod
-    def forward(ctx: Any, raw: Tensor | None, dropped: Tensor | None, *options: Any) -> Any:
+    def forward(
+        ctx: Any,
+        raw: Tensor | None,
+        dropped: Tensor | None,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        same: bool,
+        alpha: float,
+        beta: float,
+        batch_first: bool,
+        reduction: str,
+    ) -> Any:
+        steps = Steps(batch_first, lengths, batch_sizes)
+        penalty, terms, scales = _forward(raw, dropped, steps, same, alpha, beta, reduction)
         need_raw, need_dropped = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(raw if need_raw else None, dropped if need_dropped else None)
-        ctx.options = options
+        ctx.save_for_backward(
+            raw if need_raw else None, dropped if need_dropped else None, lengths, batch_sizes, scales
+        )
+        ctx.options = batch_first, same, alpha, beta, reduction
         ctx.set_materialize_grads(False)  # the terms get no gradients: no zeros in their place
-        results = _forward(raw, dropped, *options)
-        ctx.mark_non_differentiable(*results[1:])
-        return results
+        ctx.mark_non_differentiable(terms)
+        return penalty, terms
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        raw, dropped = ctx.saved_tensors
-        same, alpha, beta, batch_first, reduction, _ = ctx.options
+        raw, dropped, lengths, batch_sizes, scales = ctx.saved_tensors
+        batch_first, same, alpha, beta, reduction = ctx.options
+        steps = Steps(batch_first, lengths, batch_sizes)
         if torch.is_grad_enabled() or not fusable(grad):  # torch must see the gradient's formula
-            gradients = ar_tar_gradients(grad, raw, dropped, same, alpha, beta, batch_first, reduction)
+            gradients = ar_tar_gradients(grad, raw, dropped, same, alpha, beta, steps, reduction)
         else:
-            gradients = _backward(grad, raw, dropped, same, alpha, beta, batch_first, reduction)
-        return *gradients, *[None] * len(ctx.options)
+            gradients = _backward(grad, raw, dropped, steps, scales, same, alpha, beta, reduction)
+        return *gradients, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def _backward(
     grad: Tensor,
     raw: Tensor | None,
     dropped: Tensor | None,
+    steps: Steps,
+    scales: Tensor | None,
     same: bool,
     alpha: float,
     beta: float,
-    batch_first: bool,
     reduction: str,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the tensors that are not None."""
-    x = raw if raw is not None else dropped
-    assert x is not None
-    elements, pairs = divisors(x, batch_first, reduction)
+    x = given(raw, dropped)
     outputs = [None if x is None else empty_like(x) for x in (raw, dropped)]
-    sizes, views, strides = canonical((raw, dropped, *outputs), batch_first)
-    RUNNERS[x.device.type].backward(grad, *views, same, sizes, strides, 2 * alpha / elements, 2 * beta / pairs)
+    sizes, views, strides = canonical((raw, dropped, *outputs), steps)
+    _, lengths, batch_sizes = steps
+    scaled = factors(alpha, beta, known_divisors(x, steps, reduction))
+    backward = RUNNERS[x.device.type].backward
+    backward(grad, *views, same, sizes, strides, lengths, batch_sizes, scales, *scaled)
     return outputs[0], outputs[1]
 
 

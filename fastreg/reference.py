@@ -26,6 +26,18 @@ class ARTAR(NamedTuple):
     tar: Tensor
 
 
+class Steps(NamedTuple):
+    """Where a tensor has its time steps, and which of them count.
+
+    Padded sequences come with `lengths`, `(batch,)` integers on the tensors' device, which count as no less than 0
+    and no more than all steps. Packed ones, `(rows, hidden)` as in a `PackedSequence`, come with its `batch_sizes`.
+    """
+
+    batch_first: bool = True
+    lengths: Tensor | None = None
+    batch_sizes: Tensor | None = None
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that squares and sums are formed in: float64 if any tensor is, else float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
@@ -36,29 +48,89 @@ def time_dim(x: Tensor, batch_first: bool) -> int:
     return 1 if x.dim() == 3 and batch_first else 0
 
 
-def divisors(x: Tensor, batch_first: bool, reduction: str) -> tuple[int, int]:
-    """What the sums of AR and of TAR are divided by; never 0, so that an empty mean is 0 and not NaN."""
+def divisors(x: Tensor, steps: Steps, reduction: str) -> tuple[int | Tensor, int | Tensor]:
+    """What the sums of AR and of TAR are divided by; never 0, so that an empty mean is 0 and not NaN.
+
+    Of padded and packed sequences they are tensors, on the device of what they are found from.
+    """
     if reduction == "sum":
         return 1, 1
-    steps = x.shape[time_dim(x, batch_first)]
-    elements = x.numel()
-    pairs = elements // max(steps, 1) * max(steps - 1, 0)
+    elements, hidden = x.numel(), x.shape[-1]
+    if steps.batch_sizes is not None:
+        return max(elements, 1), (elements - steps.batch_sizes[0] * hidden).clamp(min=1)
+    time = x.shape[time_dim(x, steps.batch_first)]
+    if steps.lengths is not None:
+        lengths = steps.lengths.long().clamp(0, time)
+        counts = lengths.sum() * hidden, (lengths - 1).clamp(min=0).sum() * hidden
+        return counts[0].clamp(min=1), counts[1].clamp(min=1)
+    pairs = elements // max(time, 1) * max(time - 1, 0)
     return max(elements, 1), max(pairs, 1)
 
 
+def neighbours(batch_sizes: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each packed row the same sequence's one time step before and after, and whether there is one; `(rows,)`.
+
+    Where there is none, its index is that of some other row.
+    """
+    ends = batch_sizes.cumsum(0)
+    row = torch.arange(rows, device=batch_sizes.device)
+    step = torch.searchsorted(ends, row, right=True)
+    before = row - batch_sizes[(step - 1).clamp(min=0)]
+    after = row + batch_sizes[step]
+    follows = after < ends[(step + 1).clamp(max=len(ends) - 1)]
+    return before.clamp(min=0), after.clamp(max=rows - 1), step > 0, follows
+
+
+def changes(x: Tensor, steps: Steps) -> Tensor:
+    """The changes over time, one less than there are steps; of packed rows one each, 0 at the first step."""
+    if steps.batch_sizes is not None:
+        before, _, precedes, _ = neighbours(steps.batch_sizes, x.shape[0])
+        return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
+    dim = time_dim(x, steps.batch_first)
+    change = x.diff(dim=dim)
+    if steps.lengths is None:
+        return change
+    return torch.where(_counts(x, steps).narrow(dim, 1, change.shape[dim]), change, 0)
+
+
+def bends(x: Tensor, steps: Steps) -> Tensor:
+    """The change that leads to each step, less the one that leads from it; 0 where there is none."""
+    change = changes(x, steps)
+    if steps.batch_sizes is not None:
+        _, after, _, follows = neighbours(steps.batch_sizes, x.shape[0])
+        return change - torch.where(follows.to(x.device).unsqueeze(-1), change[after.to(x.device)], 0)
+    axes_after = [0, 0] * (x.dim() - 1 - time_dim(x, steps.batch_first))  # pad() counts axes from the last
+    return pad(change, [*axes_after, 1, 0]) - pad(change, [*axes_after, 0, 1])
+
+
+def counted(x: Tensor, steps: Steps) -> Tensor:
+    """`x`, with 0 in padding."""
+    return x if steps.lengths is None else torch.where(_counts(x, steps), x, 0)
+
+
+def _counts(x: Tensor, steps: Steps) -> Tensor:
+    """Whether a step is one of the sequence, no padding: `(batch, time, 1)`, or as the axes of `x` are."""
+    assert steps.lengths is not None
+    dim = time_dim(x, steps.batch_first)
+    within = torch.arange(x.shape[dim], device=x.device) < steps.lengths.unsqueeze(-1)
+    if x.dim() == 2:
+        return within.reshape(-1, 1)
+    return (within if dim == 1 else within.transpose(0, 1)).unsqueeze(-1)
+
+
 def ar_tar(
-    raw: Tensor | None, dropped: Tensor | None, alpha: float, beta: float, batch_first: bool, reduction: str
+    raw: Tensor | None, dropped: Tensor | None, alpha: float, beta: float, steps: Steps, reduction: str
 ) -> ARTAR:
     """The penalty of one layer. A tensor that is `None` is a term that is off; one of the two is not."""
     given = raw if raw is not None else dropped
     assert given is not None
     dtype = compute_dtype(raw, dropped)
-    elements, pairs = divisors(given, batch_first, reduction)
+    elements, pairs = divisors(given, steps, reduction)
     ar = tar = torch.zeros((), dtype=dtype, device=given.device)
     if dropped is not None:
-        ar = dropped.to(dtype).square().sum() / elements
+        ar = counted(dropped.to(dtype), steps).square().sum() / elements
     if raw is not None:
-        tar = raw.to(dtype).diff(dim=time_dim(raw, batch_first)).square().sum() / pairs
+        tar = changes(raw.to(dtype), steps).square().sum() / pairs
     return ARTAR(alpha * ar + beta * tar, ar, tar)
 
 
@@ -69,7 +141,7 @@ def ar_tar_gradients(
     same: bool,
     alpha: float,
     beta: float,
-    batch_first: bool,
+    steps: Steps,
     reduction: str,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The penalty's gradients for `raw` and `dropped`, themselves differentiable in `grad` and both tensors.
@@ -78,17 +150,13 @@ def ar_tar_gradients(
     """
     given = raw if raw is not None else dropped
     assert given is not None
-    elements, pairs = divisors(given, batch_first, reduction)
+    elements, pairs = divisors(given, steps, reduction)
     slope = grad_dropped = None
     if raw is not None:
-        dim = time_dim(raw, batch_first)
-        change = raw.to(grad.dtype).diff(dim=dim)
-        axes_after = [0, 0] * (raw.dim() - 1 - dim)  # pad() counts axes from the last
-        arriving, leaving = pad(change, [*axes_after, 1, 0]), pad(change, [*axes_after, 0, 1])
-        slope = grad * (2 * beta / pairs) * (arriving - leaving)
+        slope = counted(grad * (2 * beta) / pairs * bends(raw.to(grad.dtype), steps), steps)
     kept = raw if same else dropped
     if kept is not None:
-        pull = grad * (2 * alpha / elements) * kept.to(grad.dtype)
+        pull = counted(grad * (2 * alpha) / elements * counted(kept.to(grad.dtype), steps), steps)
         if same and slope is not None:
             slope = slope + pull
         else:

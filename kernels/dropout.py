@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels.reduction import finish, ticket_for
-from fastreg.kernels.tiling import Plan, at, current_device, load_rows, place, rounded, row, store_row, within
+from fastreg.kernels.tiling import Plan, at, current_device, ends, load_rows, place, rounded, row, store_row, within
 
 
 @triton.jit(
     do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
-        *("ticket", "raw_outer", "raw_time", "mask_outer", "mask_time", "dropped_outer", "dropped_time"),
+        *("ticket", "lengths", "raw_outer", "raw_time", "mask_outer", "mask_time", "dropped_outer", "dropped_time"),
         *("lanes", "inner", "time", "run", "blocks", "items"),
     ]
 )
@@ -29,8 +29,10 @@ def dropout_forward(
     dropped,
     penalty,
     terms,
+    scales,
     partials,
     ticket,
+    lengths,
     raw_outer,
     raw_time,
     mask_outer,
@@ -64,14 +66,16 @@ def dropout_forward(
     dropped              (outer, time, inner) out
     penalty              () out in ACC: alpha * ar + beta * tar
     terms                (2,) out in ACC: ar and tar
+    scales               (2,) out in ACC: one over the divisors, found from lengths; None where they are given
     partials             (2 * programs,) in ACC, memory for partial sums
     ticket               (1,) int32, 0 before the launch and after it
+    lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner         outer * inner and inner, in units of ALIGN elements
     time, run            time steps in all, and a run
     blocks, items        blocks of lanes, and items of work: a block over a run each
     alpha, beta          coefficients
-    ar_scale, tar_scale  one over the divisors of the sums
+    ar_scale, tar_scale  one over the divisors of the sums, where scales is None
     AR, TAR              whether each term is on
     AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
     LOCKED               the mask does not differ from time step to time step
@@ -87,37 +91,57 @@ def dropout_forward(
         raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
         mask_base = at(mask, sequence, unit, mask_outer, ALIGN)
         dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
+        last = time  # what lies behind it is padding
+        if lengths is not None:
+            last = ends(lengths, sequence, present, time, INDEX)
         if LOCKED:
             scale = tl.load(mask_base, mask=present, other=0.0).to(ACC)
         if TAR:
             halo = within(present, 0, start, INDEX)
-            previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
+            previous = tl.load(row(raw_base, start - 1, raw_time, None, ALIGN), mask=halo, other=0.0).to(ACC)
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(start, stop, UNROLL):
-            raws = load_rows(raw_base, turn, stop, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
+            raws = load_rows(raw_base, turn, stop, raw_time, None, present, ACC, ALIGN, INDEX, UNROLL)
             if not LOCKED:
-                scales = load_rows(mask_base, turn, stop, mask_time, present, ACC, ALIGN, INDEX, UNROLL)
+                masks = load_rows(mask_base, turn, stop, mask_time, None, present, ACC, ALIGN, INDEX, UNROLL)
             for i in tl.static_range(UNROLL):
                 inside = within(present, turn + i, stop, INDEX)
-                kept = rounded(raws[i] * (scale if LOCKED else scales[i]), dropped.dtype.element_ty)
-                store_row(dropped_base, turn + i, dropped_time, kept, inside, ALIGN)
+                kept = rounded(raws[i] * (scale if LOCKED else masks[i]), dropped.dtype.element_ty)
+                store_row(dropped_base, turn + i, dropped_time, None, kept, inside, ALIGN)
+                counts = inside & within(present, turn + i, last, INDEX)
                 if AR:
                     counted = raws[i] if AR_OF_RAW else kept.to(ACC)
-                    ar_run += tl.where(inside, counted * counted, 0.0)
+                    ar_run += tl.where(counts, counted * counted, 0.0)
                 if TAR:
-                    paired = inside & within(present, 0, turn + i, INDEX)
+                    paired = counts & within(present, 0, turn + i, INDEX)
                     change = tl.where(paired, raws[i] - previous, 0.0)
                     tar_run += change * change
                     previous = raws[i]
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
-    finish(ar, tar, penalty, terms, partials, ticket, alpha, beta, ar_scale, tar_scale)
+    finish(
+        ar,
+        tar,
+        penalty,
+        terms,
+        scales,
+        partials,
+        ticket,
+        lengths,
+        lanes // inner,
+        time,
+        inner * ALIGN,
+        alpha,
+        beta,
+        ar_scale,
+        tar_scale,
+    )
 
 
 @triton.jit(
     do_not_specialize=[
-        *("grad", "raw_outer", "raw_time", "mask_outer", "mask_time"),
+        *("grad", "scales", "lengths", "raw_outer", "raw_time", "mask_outer", "mask_time"),
         *("grad_dropped_outer", "grad_dropped_time", "grad_raw_outer", "grad_raw_time"),
         *("lanes", "inner", "time", "run", "blocks"),
     ]
@@ -128,6 +152,8 @@ def dropout_backward(
     mask,
     grad_dropped,
     grad_raw,
+    scales,
+    lengths,
     raw_outer,
     raw_time,
     mask_outer,
@@ -160,6 +186,8 @@ def dropout_backward(
     mask                   the same shape, already scaled; one row for all time steps if LOCKED
     grad_dropped           (outer, time, inner), or None where dropped has no gradient
     grad_raw               (outer, time, inner) out
+    scales                 (2,) in ACC, one over the divisors of the sums; None where the factors hold them
+    lengths                (outer,) integers, how many time steps of a sequence count in the sums; None if all do
     *_outer, *_time        strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner           outer * inner and inner, in units of ALIGN elements
     time, run              time steps in all, and a run
@@ -179,42 +207,54 @@ def dropout_backward(
     grad_raw_base = at(grad_raw, sequence, unit, grad_raw_outer, ALIGN)
     if LOCKED:
         scale = tl.load(mask_base, mask=present, other=0.0).to(ACC)
+    last = time  # what lies behind it is padding
+    if lengths is not None:
+        last = ends(lengths, sequence, present, time, INDEX)
     if grad_dropped is not None:
         grad_dropped_base = at(grad_dropped, sequence, unit, grad_dropped_outer, ALIGN)
     if AR or TAR:
         raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
-        current = tl.load(row(raw_base, start, raw_time, ALIGN), mask=present, other=0.0).to(ACC)
+        there = within(present, start, last, INDEX)
+        current = tl.load(row(raw_base, start, raw_time, None, ALIGN), mask=there, other=0.0).to(ACC)
         ar_scale = tl.load(grad).to(ACC) * tl.full((), ar_factor, ACC)
         tar_scale = tl.load(grad).to(ACC) * tl.full((), tar_factor, ACC)
+        if scales is not None:
+            ar_scale *= tl.load(scales)
+            tar_scale *= tl.load(scales + 1)
     if TAR:
-        halo = within(present, 0, start, INDEX)
-        previous = tl.load(row(raw_base, start - 1, raw_time, ALIGN), mask=halo, other=0.0).to(ACC)
+        halo = within(there, 0, start, INDEX)
+        previous = tl.load(row(raw_base, start - 1, raw_time, None, ALIGN), mask=halo, other=0.0).to(ACC)
         arriving = tl.where(halo, current - previous, 0.0)
     for turn in range(start, stop, UNROLL):
         if AR or TAR:
-            followings = load_rows(raw_base, turn + 1, time, raw_time, present, ACC, ALIGN, INDEX, UNROLL)
+            followings = load_rows(raw_base, turn + 1, last, raw_time, None, present, ACC, ALIGN, INDEX, UNROLL)
         if not LOCKED:
-            scales = load_rows(mask_base, turn, stop, mask_time, present, ACC, ALIGN, INDEX, UNROLL)
+            masks = load_rows(mask_base, turn, stop, mask_time, None, present, ACC, ALIGN, INDEX, UNROLL)
         if grad_dropped is not None:
-            arrived = load_rows(grad_dropped_base, turn, stop, grad_dropped_time, present, ACC, ALIGN, INDEX, UNROLL)
+            arrived = load_rows(
+                grad_dropped_base, turn, stop, grad_dropped_time, None, present, ACC, ALIGN, INDEX, UNROLL
+            )
         for i in tl.static_range(UNROLL):
             slope = tl.zeros((BLOCK,), ACC)
-            keep = scale if LOCKED else scales[i]
+            keep = scale if LOCKED else masks[i]
+            counts = within(present, turn + i, last, INDEX)
             if grad_dropped is not None:
                 slope += arrived[i]
             if AR and not AR_OF_RAW:
-                slope += ar_scale * rounded(current * keep, raw.dtype.element_ty).to(ACC)
+                pull = ar_scale * rounded(current * keep, raw.dtype.element_ty).to(ACC)
+                slope += tl.where(counts, pull, 0.0)
             slope *= keep
             if AR and AR_OF_RAW:
-                slope += ar_scale * current
+                slope += tl.where(counts, ar_scale * current, 0.0)
             if TAR:
-                paired = within(present, turn + i + 1, time, INDEX)
+                paired = within(present, turn + i + 1, last, INDEX)
                 leaving = tl.where(paired, followings[i] - current, 0.0)
-                slope += tar_scale * (arriving - leaving)
+                slope += tl.where(counts, tar_scale * (arriving - leaving), 0.0)
                 arriving = leaving
             if AR or TAR:
                 current = followings[i]
-            store_row(grad_raw_base, turn + i, grad_raw_time, slope, within(present, turn + i, stop, INDEX), ALIGN)
+            inside = within(present, turn + i, stop, INDEX)
+            store_row(grad_raw_base, turn + i, grad_raw_time, None, slope, inside, ALIGN)
 
 
 def forward(
@@ -223,22 +263,24 @@ def forward(
     dropped: Tensor,
     sizes: Sequence[int],
     strides: Sequence[Sequence[int]],
+    lengths: Tensor | None,
     alpha: float,
     beta: float,
     ar_of_raw: bool,
-    ar_divisor: int,
-    tar_divisor: int,
-) -> tuple[Tensor, Tensor]:
+    divisors: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch `dropout_forward`, which fills `dropped`.
 
     `sizes` is (outer, time, inner), none of them 0; `strides` is (outer, time) for raw, mask and dropped; a mask
-    that stands for all time steps has a time stride of 0. Returns the penalty, (), and ar and tar, (2,), in float32,
-    or float64 if raw is.
+    that stands for all time steps has a time stride of 0. `lengths`, (outer,), lies on the same device. Returns the
+    penalty, (), and ar and tar, (2,), in float32, or float64 if raw is; and, without divisors, one over those of the
+    lengths, (2,).
     """
     dtype = torch.promote_types(raw.dtype, torch.float32)
     plan = Plan(sizes, strides, (raw,), dtype)
     penalty = torch.empty((), dtype=dtype, device=raw.device)
     terms = torch.empty(2, dtype=dtype, device=raw.device)
+    scales = torch.empty(2, dtype=dtype, device=raw.device) if divisors is None else None
     partials = torch.empty(2 * plan.programs, dtype=dtype, device=raw.device)
     with current_device(raw.device):
         dropout_forward[(plan.programs,)](
@@ -247,8 +289,10 @@ def forward(
             dropped,
             penalty,
             terms,
+            scales,
             partials,
             ticket_for(raw.device),
+            lengths,
             *plan.strides,
             plan.lanes,
             plan.inner,
@@ -258,15 +302,14 @@ def forward(
             plan.items,
             alpha,
             beta,
-            1 / ar_divisor,
-            1 / tar_divisor,
+            *(1 / n for n in divisors or (1, 1)),
             AR=alpha != 0,
             TAR=beta != 0,
             AR_OF_RAW=ar_of_raw,
             LOCKED=plan.time == 1 or strides[1][1] == 0,
             **plan.constants,
         )
-    return penalty, terms
+    return penalty, terms, scales
 
 
 def backward(
@@ -277,6 +320,8 @@ def backward(
     grad_raw: Tensor,
     sizes: Sequence[int],
     strides: Sequence[Sequence[int]],
+    lengths: Tensor | None,
+    scales: Tensor | None,
     ar_of_raw: bool,
     ar_factor: float,
     tar_factor: float,
@@ -284,7 +329,8 @@ def backward(
     """Launch `dropout_backward`, which fills `grad_raw`.
 
     The gradient of the penalty or of dropped is None where there is none; `strides` is (outer, time) for raw, mask,
-    grad_dropped and grad_raw. The factors are 2 * alpha and 2 * beta over the divisors.
+    grad_dropped and grad_raw. The factors are 2 * alpha and 2 * beta, over the divisors where `scales`, what the
+    forward found, is None.
     """
     plan = Plan(sizes, strides, (raw,), torch.promote_types(raw.dtype, torch.float32))
     with current_device(raw.device):
@@ -294,6 +340,8 @@ def backward(
             mask,
             grad_dropped,
             grad_raw,
+            scales,
+            lengths,
             *plan.strides,
             plan.lanes,
             plan.inner,

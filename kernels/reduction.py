@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-CHUNK = tl.constexpr(512)  # partial sums that the last program loads at once
+from fastreg.kernels.tiling import ends
+
+CHUNK = tl.constexpr(512)  # partial sums, or lengths, that the last program loads at once
 RESERVE = 4096  # tickets a device: one for each stream and for each call captured in a CUDA graph
 
 _reserve: dict[torch.device, list[Tensor]] = {}
@@ -20,16 +22,34 @@ _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @triton.jit
-def finish(ar, tar, penalty, terms, partials, ticket, alpha, beta, ar_scale, tar_scale):
+def finish(
+    ar,
+    tar,
+    penalty,
+    terms,
+    scales,
+    partials,
+    ticket,
+    lengths,
+    sequences,
+    time,
+    hidden,
+    alpha,
+    beta,
+    ar_scale,
+    tar_scale,
+):
     """Add up the partial sums of all programs and write the penalty and its terms.
 
     ar, tar              scalars, this program's partial sums of squares
     penalty              () out: alpha * ar_scale * (sum of ar) + beta * tar_scale * (sum of tar)
     terms                (2,) out: the two scaled sums
+    scales               (2,) out: ar_scale and tar_scale as found from the lengths; None where they are given
     partials             (2 * programs,) memory for the partial sums
     ticket               (1,) int32, 0 before the launch and after it
+    lengths              (sequences,) integers, how many of `time` steps of `hidden` units count; None without scales
     alpha, beta          scalars, the coefficients
-    ar_scale, tar_scale  scalars, one over the divisors
+    ar_scale, tar_scale  scalars, one over the divisors; not looked at where scales is not None
     """
     programs = tl.num_programs(0)
     partial = partials + tl.program_id(0)
@@ -47,12 +67,30 @@ def finish(ar, tar, penalty, terms, partials, ticket, alpha, beta, ar_scale, tar
             # .cg: past the L1 cache, which other programs' stores do not reach
             ar_sums += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             tar_sums += tl.load(at + programs, mask=there, other=0.0, cache_modifier=".cg")
-        ar_mean = tl.sum(ar_sums) * tl.full((), ar_scale, dtype)
-        tar_mean = tl.sum(tar_sums) * tl.full((), tar_scale, dtype)
+        if scales is not None:
+            steps = tl.zeros((CHUNK,), tl.int64)
+            pairs = tl.zeros((CHUNK,), tl.int64)
+            for first in range(0, sequences, CHUNK):
+                length = ends(lengths, first + columns, first + columns < sequences, time, tl.int64)
+                steps += length
+                pairs += tl.maximum(length - 1, 0)
+            ar_mean = tl.sum(ar_sums) * one_over(tl.sum(steps) * hidden, scales, dtype)
+            tar_mean = tl.sum(tar_sums) * one_over(tl.sum(pairs) * hidden, scales + 1, dtype)
+        else:
+            ar_mean = tl.sum(ar_sums) * tl.full((), ar_scale, dtype)
+            tar_mean = tl.sum(tar_sums) * tl.full((), tar_scale, dtype)
         tl.store(terms, ar_mean)
         tl.store(terms + 1, tar_mean)
         tl.store(penalty, tl.full((), alpha, dtype) * ar_mean + tl.full((), beta, dtype) * tar_mean)
         tl.store(ticket, 0)
+
+
+@triton.jit
+def one_over(count, scale, dtype: tl.constexpr):
+    """One over a count, of which nothing is 1; written to memory, too."""
+    value = 1.0 / tl.maximum(count, 1).to(dtype)
+    tl.store(scale, value)
+    return value
 
 
 def ticket_for(device: torch.device) -> Tensor:

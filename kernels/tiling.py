@@ -37,20 +37,29 @@ def place(item, blocks, lanes, inner, time, run, ALIGN: tl.constexpr, INDEX: tl.
 
 
 @triton.jit
+def ends(lengths, sequence, present, time, INDEX: tl.constexpr):
+    """How many time steps each lane's sequence has, (BLOCK,): its length, from 0 to `time`."""
+    length = tl.load(lengths + sequence, mask=present, other=0).to(tl.int64)
+    return tl.minimum(tl.maximum(length, 0), time).to(INDEX)
+
+
+@triton.jit
 def at(x, sequence, unit, stride, ALIGN: tl.constexpr):
     """Pointers to an item's lanes at time step 0."""
     return x + sequence * stride * ALIGN + unit
 
 
 @triton.jit
-def row(base, step, stride, ALIGN: tl.constexpr):
-    """Pointers to an item's lanes at time step `step`."""
+def row(base, step, stride, offsets, ALIGN: tl.constexpr):
+    """Pointers to an item's lanes at time step `step`; where rows are packed, `offsets` tells where the step begins."""
+    if offsets is not None:
+        step = tl.load(offsets + 1 + step)
     return base + tl.cast(step, tl.int64) * stride * ALIGN
 
 
 @triton.jit
 def within(present, step, stop, INDEX: tl.constexpr):
-    """Which of an item's lanes there are at time step `step`: none from `stop` on; (BLOCK,)."""
+    """Which of an item's lanes there are at time step `step`: none from `stop`, theirs or all's, on; (BLOCK,)."""
     return present & (tl.full(present.shape, step, INDEX) < stop)
 
 
@@ -60,6 +69,7 @@ def load_rows(
     first,
     stop,
     stride,
+    offsets,
     present,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -72,7 +82,7 @@ def load_rows(
     """
     rows = ()
     for i in tl.static_range(UNROLL):
-        pointers = row(base, first + i, stride, ALIGN)
+        pointers = row(base, first + i, stride, offsets, ALIGN)
         rows += (tl.load(pointers, mask=within(present, first + i, stop, INDEX), other=0.0).to(ACC),)
     return rows
 
@@ -86,9 +96,9 @@ def rounded(values, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_row(base, step, stride, values, there, ALIGN: tl.constexpr):
+def store_row(base, step, stride, offsets, values, there, ALIGN: tl.constexpr):
     """Write one row, (BLOCK,), where `there`, in the dtype of the memory."""
-    tl.store(row(base, step, stride, ALIGN), rounded(values, base.dtype.scalar.element_ty), mask=there)
+    tl.store(row(base, step, stride, offsets, ALIGN), rounded(values, base.dtype.scalar.element_ty), mask=there)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -137,6 +147,19 @@ class Plan:
             "num_warps": WARPS,
             "enable_fp_fusion": True,
         }
+
+
+def table_of(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the kernels need to know of packed rows, in one copy to the device: offsets and lengths."""
+    time, sequences = len(batch_sizes), int(batch_sizes[0])
+    before = 1 + time + UNROLL  # entries at both ends that pointers are made from, but nothing is read by
+    table = torch.zeros(before + sequences, dtype=torch.int64, device="cpu")
+    torch.cumsum(batch_sizes[:-1], 0, out=table[2 : 1 + time])
+    positions = torch.arange(sequences, device="cpu")
+    # Batch sizes never grow, so that a sequence has as many steps as there are sizes above its position.
+    torch.searchsorted(-batch_sizes, -positions, out=table[before:])
+    table = table.to(device, non_blocking=True)
+    return table[:before], table[before:]
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:

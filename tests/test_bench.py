@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 from bench import cases, compare, report, run, timing
 from bench.formulas import awd_lstm_lm, fastai
 from fastreg import fused_ar_tar
-from fastreg.reference import ar_tar
+from fastreg.reference import Steps, ar_tar
 from tests.conftest import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ def test_the_formulas_are_the_penalty(formula: Callable[..., Tensor], batch_firs
     raw, dropped = torch.randn(2, 4, 6, 5, dtype=torch.double)
     tolerance = {"rtol": 1e-5, "atol": 0.0}
     for alpha, beta in ((2.0, 1.0), (2.0, 0.0), (0.0, 1.0)):
-        want = ar_tar(raw, dropped, alpha, beta, batch_first, "mean").penalty
+        want = ar_tar(raw, dropped, alpha, beta, Steps(batch_first), "mean").penalty
         torch.testing.assert_close(formula(raw, dropped, alpha, beta), want, check_dtype=False, **tolerance)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreg import cpu, fused_ar_tar, penalty
-from fastreg.reference import ar_tar
+from fastreg.reference import Steps, ar_tar
 from tests.samples import BF16, FLOAT
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def test_blocks_of_any_size_meet(
         xs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(1 if same else 2)]
         ys = [x.detach().double().requires_grad_() for x in xs]
         got = fused_ar_tar(xs[0], xs[-1], 2.0, 1.0)
-        want = ar_tar(ys[0], ys[-1], 2.0, 1.0, True, "mean").penalty
+        want = ar_tar(ys[0], ys[-1], 2.0, 1.0, Steps(), "mean").penalty
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
         for x, y in zip(torch.autograd.grad(got, xs), torch.autograd.grad(want, ys), strict=True):
             torch.testing.assert_close(x.double(), y, rtol=torch.finfo(dtype).eps, atol=1e-6 * y.abs().max().item())

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar, penalty
-from fastreg.reference import ARTAR, ar_tar
+from fastreg.reference import ARTAR, Steps, ar_tar
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, SMALL, Sample
 
 INTERPRETED = penalty.RUNNERS["cpu"] is not penalty.cpu
@@ -39,7 +39,7 @@ def fused(sample: Sample, raw: Tensor, mask: Tensor, **options: Any) -> Any:
 
 def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
     used = raw if sample.beta else None, dropped if sample.alpha else None
-    return ar_tar(*used, sample.alpha, sample.beta, sample.batch_first, sample.reduction)
+    return ar_tar(*used, sample.alpha, sample.beta, Steps(sample.batch_first), sample.reduction)
 
 
 def roundoff(dtype: torch.dtype, device: str) -> float:
@@ -194,7 +194,7 @@ def test_function_transforms(device: str) -> None:
         return dropped.sin().sum() * got
 
     def plain(x: Tensor) -> Tensor:
-        return (x * mask).sin().sum() * ar_tar(x, x * mask, 2.0, 1.0, True, "mean").penalty
+        return (x * mask).sin().sum() * ar_tar(x, x * mask, 2.0, 1.0, Steps(), "mean").penalty
 
     torch.testing.assert_close(
         torch.func.vmap(torch.func.grad(call))(raw), torch.func.vmap(torch.func.grad(plain))(raw)
@@ -231,7 +231,6 @@ def test_compiles_to_one_graph(device: str) -> None:
         ((X, 0.5, 2, 1), {"mask": X.double()}, TypeError, "mask: expected the dtype of raw, torch.float32, got"),
         ((X, 0.5, 2, 1), {"mask": X.to("meta")}, ValueError, "mask: expected a tensor on cpu, .* got one on meta"),
         ((X, 0.5, 2, 1), {"mask": X.clone().requires_grad_()}, ValueError, "mask: expected .* requires no gradient"),
-        ((X, 0.5, 2, 1), {"lengths": torch.tensor([5, 3])}, NotImplementedError, "lengths: .* not supported yet"),
     ],
 )
 def test_bad_arguments(arguments: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import fused_ar_tar, penalty
-from fastreg.reference import ar_tar
+from fastreg.reference import Steps, ar_tar
 from tests.conftest import gpu
 
 kernels = pytest.importorskip("fastreg.kernels.penalty", reason="no Triton: the kernels did not run")
@@ -34,7 +34,7 @@ def leaves(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> tupl
 def assert_right(raw: Tensor, dropped: Tensor, **options: Any) -> None:
     """Penalty and gradients as the formula has them in float64."""
     xs = [x.detach().double().requires_grad_() for x in (raw, dropped)]
-    want = ar_tar(*xs, 2.0, 1.0, options.get("batch_first", True), "mean").penalty
+    want = ar_tar(*xs, 2.0, 1.0, Steps(options.get("batch_first", True)), "mean").penalty
     got = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
     for x, y in zip(torch.autograd.grad(got, (raw, dropped)), torch.autograd.grad(want, xs), strict=True):
@@ -120,7 +120,7 @@ def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.Monk
     raw = torch.full((1, 2048, 3), 0.1, device=device)
     raw[:, ::2] *= -1
     got = fused_ar_tar(raw, raw, 1.0, 1.0, return_terms=True)
-    want = ar_tar(raw.double(), raw.double(), 1.0, 1.0, True, "mean")
+    want = ar_tar(raw.double(), raw.double(), 1.0, 1.0, Steps(), "mean")
     torch.testing.assert_close([x.double() for x in got], list(want), rtol=1e-6, atol=0)
 
 

@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import fused_ar_tar
 from fastreg.layout import canonical
+from fastreg.reference import Steps
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
-PACKED = pack_padded_sequence(X, torch.tensor([5, 3]), batch_first=True)
+LENGTHS = torch.tensor([5, 3])
+PACKED = pack_padded_sequence(X, LENGTHS, batch_first=True)
+OTHER = pack_padded_sequence(X, torch.tensor([4, 4]), batch_first=True)
+SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
+GROWING = PackedSequence(PACKED.data, PACKED.batch_sizes.flip(0))
+IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,7 @@ PACKED = pack_padded_sequence(X, torch.tensor([5, 3]), batch_first=True)
 def test_canonical(
     tensors: Sequence[torch.Tensor | None], batch_first: bool, sizes: Any, strides: Any, copied: Sequence[bool]
 ) -> None:
-    got_sizes, views, got_strides = canonical(tensors, batch_first)
+    got_sizes, views, got_strides = canonical(tensors, Steps(batch_first))
     assert got_sizes == sizes
     assert got_strides == strides
     assert [view is not x for view, x in zip(views, tensors, strict=True)] == copied
@@ -46,7 +52,7 @@ def test_canonical(
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((1, X, 2, 1), {}, TypeError, "raw: expected a tensor, or a list or tuple of tensors, got int"),
+        ((1, X, 2, 1), {}, TypeError, "raw: expected a tensor, a PackedSequence, or a list or tuple of them, got int"),
         ((X, None, 2, 1), {}, TypeError, "dropped: expected a tensor, .* got NoneType .* only where alpha is 0"),
         ((None, X, 2, 1), {}, TypeError, "raw: expected a tensor, .* got NoneType .* only where beta is 0"),
         ((X.numpy(), X, 2, 1), {}, TypeError, "raw: expected a tensor, .* got ndarray"),
@@ -80,9 +86,32 @@ def test_canonical(
         ((X, X, 2, 1), {"return_terms": "no"}, TypeError, "return_terms: expected True or False, got 'no'"),
         ((X, X, 2, 1), {"reduction": X.numpy()}, ValueError, "reduction: expected 'mean' or 'sum', got array"),
         ((X, X, 2, 1), {"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
-        ((X, X, 2, 1), {"lengths": torch.tensor([5, 3])}, NotImplementedError, "lengths: .* not supported yet"),
-        ((PACKED, PACKED, 2, 1), {}, NotImplementedError, "raw: PackedSequence is not supported yet"),
-        (([PACKED], [X], 2, 1), {}, NotImplementedError, r"raw\[0\]: PackedSequence is not supported yet"),
+        ((X, X, 2, 1), {"lengths": [5, 3]}, TypeError, "lengths: expected an integer tensor, got list"),
+        ((X, X, 2, 1), {"lengths": X[:, 0, 0]}, TypeError, "lengths: expected an integer tensor, got one of torch.fl"),
+        (
+            (X, X, 2, 1),
+            {"lengths": X[:, 0, 0] > 0},
+            TypeError,
+            "lengths: expected an integer tensor, got one of torch.",
+        ),
+        ((X, X, 2, 1), {"lengths": LENGTHS[:1]}, ValueError, r"lengths: expected shape \(2,\), one .*, got \(1,\)"),
+        ((X, X, 2, 1), {"lengths": LENGTHS[None]}, ValueError, r"lengths: expected shape \(2,\), .* got \(1, 2\)"),
+        ((X[0], X[0], 2, 1), {"lengths": LENGTHS}, ValueError, r"lengths: expected shape \(1,\), .* got \(2,\)"),
+        ((X, X, 2, 1), {"lengths": LENGTHS + 1}, ValueError, "lengths: expected from 0 to the 5 time steps .* got 6"),
+        ((X, X, 2, 1), {"lengths": LENGTHS - 4}, ValueError, "lengths: expected from 0 to the 5 time steps .* got -1"),
+        ((PACKED, PACKED, 2, 1), {"lengths": LENGTHS}, ValueError, "lengths: expected None, as a PackedSequence has"),
+        ((PACKED, PACKED.data, 2, 1), {}, TypeError, "dropped: expected a PackedSequence, as raw is, got a tensor"),
+        (
+            ([PACKED], [X], 2, 1),
+            {},
+            TypeError,
+            r"dropped\[0\]: expected a PackedSequence, as raw\[0\] is, got a tensor",
+        ),
+        ((PACKED, [PACKED], 2, 1), {}, ValueError, "raw and dropped: .* got one tensor and 1 layers"),
+        ((PACKED, OTHER, 2, 1), {}, ValueError, "dropped: expected the batch_sizes of raw, got others"),
+        ((SHORT, SHORT, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 .* add up to the 7 rows, got"),
+        ((GROWING, GROWING, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
+        ((IDS, IDS, 2, 1), {}, TypeError, "raw.data: expected float16, bfloat16, float32 or float64, got torch.int64"),
     ],
 )
 def test_bad_arguments(arguments: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastreg import ARTAR, fused_ar_tar, penalty
-from fastreg.reference import ar_tar
+from fastreg.reference import Steps, ar_tar
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, SMALL, Sample
 
 INTERPRETED = penalty.RUNNERS["cpu"] is not penalty.cpu
@@ -32,7 +32,7 @@ def fused(sample: Sample, raw: Tensor | None, dropped: Tensor | None, **options:
 def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
     """The formula, with terms that are off reading as 0."""
     used = raw if sample.beta else None, dropped if sample.alpha else None
-    return ar_tar(*used, sample.alpha, sample.beta, sample.batch_first, sample.reduction)
+    return ar_tar(*used, sample.alpha, sample.beta, Steps(sample.batch_first), sample.reduction)
 
 
 def in_float64(raw: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,9 @@ def test_drawn_cases(
     alpha, beta = coefficients
     expected = in_float64(raw, dropped)
     got = fused_ar_tar(raw, dropped, alpha, beta, **sample.options)
-    want = ar_tar(expected[0] if beta else None, expected[1] if alpha else None, alpha, beta, batch_first, reduction)
+    want = ar_tar(
+        expected[0] if beta else None, expected[1] if alpha else None, alpha, beta, Steps(batch_first), reduction
+    )
     unit = eps(raw if beta else dropped, dropped if alpha else raw)
     torch.testing.assert_close(got.double(), want.penalty, rtol=8 * unit, atol=1e-37)
     got.backward()
@@ -201,7 +203,7 @@ def test_raw_that_dropped_is_made_of_gets_both_gradients(device: str) -> None:
     raw = torch.randn(3, 7, 12, dtype=DOUBLE, device=device, requires_grad=True)
     mask = torch.randn_like(raw).detach()
     got = torch.autograd.grad(fused_ar_tar(raw, raw * mask, 2.0, 1.0), raw)
-    want = torch.autograd.grad(ar_tar(raw, raw * mask, 2.0, 1.0, True, "mean").penalty, raw)
+    want = torch.autograd.grad(ar_tar(raw, raw * mask, 2.0, 1.0, Steps(), "mean").penalty, raw)
     torch.testing.assert_close(got, want)
 
 
@@ -363,7 +365,7 @@ def test_function_transforms(same: bool, device: str) -> None:
         return fused_ar_tar(r, r if same else d, 2.0, 1.0)
 
     def plain(r: Tensor, d: Tensor) -> Tensor:
-        return ar_tar(r, r if same else d, 2.0, 1.0, True, "mean").penalty
+        return ar_tar(r, r if same else d, 2.0, 1.0, Steps(), "mean").penalty
 
     for transform in (lambda f: torch.func.vmap(torch.func.grad(f)), lambda f: torch.func.vmap(torch.func.hessian(f))):
         torch.testing.assert_close(transform(call)(raw, dropped), transform(plain)(raw, dropped))
@@ -387,7 +389,7 @@ def test_vectorized_jacobian_of_the_penalty_of_layers(device: str) -> None:
         return lambda x: torch.stack([call(x[0], x[0]), call(x[1], x[1])])
 
     got = torch.autograd.functional.jacobian(both(lambda r, d: fused_ar_tar(r, d, 2.0, 1.0)), raw, vectorize=True)
-    plain = both(lambda r, d: ar_tar(r, d, 2.0, 1.0, True, "mean").penalty)
+    plain = both(lambda r, d: ar_tar(r, d, 2.0, 1.0, Steps(), "mean").penalty)
     torch.testing.assert_close(got, torch.autograd.functional.jacobian(plain, raw))
 
 
@@ -417,7 +419,7 @@ def test_tracers_see_the_formula(device: str) -> None:
     torch.testing.assert_close(make_fx(slope)(example.requires_grad_())(leaf), slope(leaf))
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert call(example).shape == ()
-    torch.testing.assert_close(call(other), ar_tar(other, other, 2.0, 1.0, True, "mean").penalty)
+    torch.testing.assert_close(call(other), ar_tar(other, other, 2.0, 1.0, Steps(), "mean").penalty)
 
 
 def test_the_default_device_is_not_asked(device: str) -> None:

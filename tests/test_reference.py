@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from fastreg.reference import ar_tar, ar_tar_gradients
+from fastreg.reference import Steps, ar_tar, ar_tar_gradients
 from tests.samples import DOUBLE, SAMPLES, SMALL, Sample
 
 
@@ -24,7 +24,7 @@ def test_formula_written_out(sample: Sample) -> None:
     mean = sample.reduction == "mean"
     ar = sum(squares) / (len(squares) if mean else 1)
     tar = sum(changes) / (max(len(changes), 1) if mean else 1)
-    got = ar_tar(*sample.leaves("cpu", DOUBLE), sample.alpha, sample.beta, sample.batch_first, sample.reduction)
+    got = ar_tar(*sample.leaves("cpu", DOUBLE), sample.alpha, sample.beta, Steps(sample.batch_first), sample.reduction)
     want = torch.tensor([sample.alpha * ar + sample.beta * tar, ar, tar], dtype=DOUBLE)
     torch.testing.assert_close(torch.stack(got), want)
 
@@ -32,7 +32,7 @@ def test_formula_written_out(sample: Sample) -> None:
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_gradients_are_those_of_autograd(sample: Sample) -> None:
     leaves = sample.leaves("cpu", DOUBLE)
-    options = (sample.alpha, sample.beta, sample.batch_first, sample.reduction)
+    options = (sample.alpha, sample.beta, Steps(sample.batch_first), sample.reduction)
     grad = torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)
     raw, dropped = leaves[0], None if sample.same else leaves[1]
     got = [g for g in ar_tar_gradients(grad, raw, dropped, sample.same, *options) if g is not None]

@@ -1,0 +1,381 @@
+"""Padded and packed sequences, against a loop over the sequences in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
+from fastreg.reference import ARTAR
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, every_other, sliced, transposed
+
+ALPHA, BETA = 2.0, 3.0
+INTERPRETED = penalty.RUNNERS["cpu"] is not penalty.cpu
+BATCHES = {  # lengths, and the time steps there are
+    "some": ([5, 0, 9, 1, 2, 9], 9),
+    "full": ([7, 7, 7], 7),
+    "none": ([0, 0], 4),
+    "one step": ([1, 0, 1], 1),
+    "one row": ([3], 5),
+    "several runs": ([70, 17, 20, 21, 40], 70),  # a run has 20 steps
+    "many": ([n % 7 for n in range(70)], 6),
+}
+by_batch = pytest.mark.parametrize("batch", BATCHES)
+
+
+def truth(raw: Tensor, dropped: Tensor, lengths: list[int], reduction: str = "mean") -> ARTAR:
+    """Of `(batch, time, hidden)` tensors, one sequence after the other."""
+    sequences = [(r[:n].double(), d[:n].double()) for r, d, n in zip(raw, dropped, lengths, strict=True)]
+    squares = sum((d.square().sum() for _, d in sequences), torch.zeros(()))
+    changes = sum((r.diff(dim=0).square().sum() for r, _ in sequences), torch.zeros(()))
+    elements = sum(d.numel() for _, d in sequences)
+    pairs = sum(max(len(r) - 1, 0) * r.shape[1] for r, _ in sequences)
+    ar, tar = (squares / max(elements, 1), changes / max(pairs, 1)) if reduction == "mean" else (squares, changes)
+    return ARTAR(ALPHA * ar + BETA * tar, ar, tar)
+
+
+def padded(batch: str, hidden: int, *dtypes: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[int]]:
+    """`(batch, time, hidden)` tensors, with NaN and inf behind each sequence."""
+    lengths, time = BATCHES[batch]
+    tensors = [torch.randn(len(lengths), time, hidden, device=device).to(dtype) for dtype in dtypes]
+    for x in tensors:
+        for i, n in enumerate(lengths):
+            x[i, n:] = torch.nan
+            x[i, n + 1 :] = torch.inf
+    return tensors, lengths
+
+
+def exact(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_()
+
+
+def assert_terms(got: ARTAR, want: ARTAR, dtype: torch.dtype) -> None:
+    unit = torch.finfo(torch.promote_types(dtype, FLOAT)).eps
+    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
+        torch.testing.assert_close(x.double().cpu(), y.cpu(), rtol=8 * unit, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_gradient(got: Tensor | None, want: Tensor | None, lengths: list[int] | None = None) -> None:
+    assert got is not None
+    assert want is not None
+    unit = torch.finfo(got.dtype).eps * (2 if INTERPRETED and got.dtype == BF16 else 1)
+    largest = want.abs().max().item()
+    torch.testing.assert_close(got.double(), want, rtol=2 * unit, atol=1e-6 * largest if got.dtype != DOUBLE else 1e-15)
+    for x, n in zip(got, lengths or [], strict=False):
+        assert (x[n:] == 0).all()  # exactly
+
+
+LAYOUTS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
+    "batch first": (True, contiguous),
+    "time first": (False, contiguous),
+    "transposed": (True, transposed),
+    "sliced": (True, sliced),
+    "copied": (False, every_other),
+}
+
+
+@by_batch
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", [(FLOAT, FLOAT), (BF16, HALF), (DOUBLE, FLOAT)], ids=str)
+def test_lengths(batch: str, layout: str, dtypes: tuple[torch.dtype, torch.dtype], device: str, poison: None) -> None:
+    if layout not in ("batch first", "time first") and dtypes != (FLOAT, FLOAT):
+        pytest.skip("strides do not depend on the dtype")
+    (raw, dropped), lengths = padded(batch, 12, *dtypes, device=device)
+    batch_first, lay = LAYOUTS[layout]
+    x, y = (lay(v if batch_first else v.transpose(0, 1)).requires_grad_() for v in (raw, dropped))
+    got = fused_ar_tar(
+        x, y, ALPHA, BETA, batch_first=batch_first, lengths=torch.tensor(lengths, device=device), return_terms=True
+    )
+    wanted = exact(raw), exact(dropped)
+    want = truth(*wanted, lengths)
+    widest = DOUBLE if DOUBLE in dtypes else FLOAT
+    assert got.penalty.dtype == widest
+    assert_terms(got, want, widest)
+    (got.penalty * 100).backward()
+    (want.penalty * 100).backward()
+    for leaf, expected in zip((x, y), wanted, strict=True):
+        grad = leaf.grad if batch_first or leaf.grad is None else leaf.grad.transpose(0, 1)
+        assert_gradient(grad, expected.grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@by_batch
+def test_raw_is_dropped(batch: str, device: str, poison: None) -> None:
+    (raw,), lengths = padded(batch, 12, FLOAT, device=device)
+    raw.requires_grad_()
+    got = fused_ar_tar(raw, raw, ALPHA, BETA, lengths=torch.tensor(lengths), return_terms=True)
+    wanted = exact(raw)
+    want = truth(wanted, wanted, lengths)
+    assert_terms(got, want, FLOAT)
+    got.penalty.backward()
+    want.penalty.backward()
+    assert_gradient(raw.grad, wanted.grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_any_integers_with_any_stride(kind: torch.dtype, device: str) -> None:
+    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
+    table = torch.tensor([lengths, lengths], dtype=kind, device=device).t()
+    assert_terms(
+        fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=table[:, 1], return_terms=True),
+        truth(raw, dropped, lengths),
+        FLOAT,
+    )
+
+
+def test_one_sequence_and_sums_and_layers(device: str) -> None:
+    (raw, dropped), lengths = padded("one row", 12, FLOAT, FLOAT, device=device)
+    want = truth(raw, dropped, lengths, "sum")
+    options: Any = {"lengths": torch.tensor(lengths), "reduction": "sum", "return_terms": True}
+    assert_terms(fused_ar_tar(raw[0], dropped[0], ALPHA, BETA, **options), want, FLOAT)
+    twice = fused_ar_tar([raw, raw], [dropped, dropped], ALPHA, BETA, **options)
+    assert_terms(twice, ARTAR(*(2 * x for x in want)), FLOAT)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 0.0), (0.0, 3.0)])
+def test_one_term(alpha: float, beta: float, device: str) -> None:
+    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
+    for x in (raw, dropped):
+        x.requires_grad_()
+    used = raw if beta else None, dropped if alpha else None
+    got = fused_ar_tar(*used, alpha, beta, lengths=torch.tensor(lengths))
+    wanted = exact(raw), exact(dropped)
+    terms = truth(*wanted, lengths)
+    want = alpha * terms.ar + beta * terms.tar
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    got.backward()
+    want.backward()
+    one = 0 if beta else 1
+    assert_gradient((raw, dropped)[one].grad, wanted[one].grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # the interpreter's
+def test_a_gradient_of_inf_leaves_padding_at_0(device: str) -> None:
+    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
+    for x in (raw, dropped):
+        x.requires_grad_()
+    (fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=torch.tensor(lengths)) * torch.inf).backward()
+    for x in (raw, dropped):
+        assert x.grad is not None
+        assert not x.grad[0, 0].isfinite().any()
+        for grad, n in zip(x.grad, lengths, strict=True):
+            assert (grad[n:] == 0).all()
+
+
+def test_lengths_changed_before_the_backward_raise(device: str) -> None:
+    (raw,), lengths = padded("some", 12, FLOAT, device=device)
+    counts = torch.tensor(lengths, device=device)
+    got = fused_ar_tar(raw.requires_grad_(), raw, ALPHA, BETA, lengths=counts)
+    counts[0] = 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        got.backward()
+
+
+# -- packed -----------------------------------------------------------------------------------------------------------
+
+
+def pack(x: Tensor, lengths: list[int], sort: bool) -> PackedSequence:
+    order = sorted(lengths, reverse=True) if sort else lengths
+    rows = (
+        torch.tensor(sorted(range(len(lengths)), key=lambda i: -lengths[i]), device=x.device) if sort else slice(None)
+    )
+    return pack_padded_sequence(x[rows], torch.tensor(order), batch_first=True, enforce_sorted=sort)
+
+
+PACKABLE = [name for name, (lengths, _) in BATCHES.items() if min(lengths) > 0]
+
+
+@pytest.mark.parametrize("batch", PACKABLE)
+@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("dtypes", [(FLOAT, FLOAT), (BF16, HALF), (DOUBLE, FLOAT)], ids=str)
+@pytest.mark.parametrize("same", [False, True], ids=["two", "same"])
+def test_packed(
+    batch: str, sort: bool, dtypes: tuple[torch.dtype, torch.dtype], same: bool, device: str, poison: None
+) -> None:
+    (raw, dropped), lengths = padded(batch, 12, *dtypes, device=device)
+    wanted = exact(raw), exact(dropped)
+    want = truth(wanted[0], wanted[0 if same else 1], lengths)
+    leaves = raw.requires_grad_(), dropped.requires_grad_()
+    x, y = (pack(v, lengths, sort) for v in leaves)
+    got = fused_ar_tar(x, x if same else y, ALPHA, BETA, return_terms=True)
+    widest = DOUBLE if DOUBLE in (dtypes[:1] if same else dtypes) else FLOAT
+    assert_terms(got, want, widest)
+    (got.penalty * 100).backward()
+    (want.penalty * 100).backward()
+    for leaf, expected in list(zip(leaves, wanted, strict=True))[: 1 if same else 2]:
+        assert_gradient(leaf.grad, expected.grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("lay", [sliced, every_other], ids=lambda f: f.__name__)
+def test_packed_rows_with_strides(lay: Callable[[Tensor], Tensor], device: str, poison: None) -> None:
+    (raw, dropped), lengths = padded("several runs", 12, FLOAT, FLOAT, device=device)
+    packed = pack(raw, lengths, False), pack(dropped, lengths, False)
+    rows = [lay(x.data).requires_grad_() for x in packed]
+    got = fused_ar_tar(*(x._replace(data=d) for x, d in zip(packed, rows, strict=True)), ALPHA, BETA, return_terms=True)
+    assert_terms(got, truth(raw, dropped, lengths), FLOAT)
+    got.penalty.backward()
+    plain = [x.data.clone().requires_grad_() for x in packed]
+    fused_ar_tar(*(x._replace(data=d) for x, d in zip(packed, plain, strict=True)), ALPHA, BETA).backward()
+    for x, y in zip(rows, plain, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_packed_sums_and_layers(device: str) -> None:
+    (raw, dropped), lengths = padded("one row", 12, FLOAT, FLOAT, device=device)
+    x, y = (pack(v, lengths, True) for v in (raw, dropped))
+    want = truth(raw, dropped, lengths, "sum")
+    got = fused_ar_tar([x, x], [y, y], ALPHA, BETA, reduction="sum", return_terms=True)
+    assert_terms(got, ARTAR(*(2 * v for v in want)), FLOAT)
+    off = fused_ar_tar(x, y, 0.0, 0.0)
+    assert off == 0
+    assert off.dtype == FLOAT
+
+
+def test_the_packed_output_of_an_lstm(device: str) -> None:
+    lstm = torch.nn.LSTM(5, 8, batch_first=True).to(device)
+    lengths = torch.tensor([4, 7, 2])
+    x = torch.randn(3, 7, 5, device=device)
+    packed, _ = lstm(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+    unpacked = torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
+    by_rows = torch.autograd.grad(fused_ar_tar(packed, packed, ALPHA, BETA), list(lstm.parameters()), retain_graph=True)
+    by_lengths = torch.autograd.grad(
+        fused_ar_tar(unpacked, unpacked, ALPHA, BETA, lengths=lengths), list(lstm.parameters())
+    )
+    torch.testing.assert_close(by_rows, by_lengths)
+
+
+# -- derivatives, transforms, compilation -----------------------------------------------------------------------------
+
+
+def calls(device: str, dtype: torch.dtype = DOUBLE) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """Of each kind of batch a function and its inputs."""
+    lengths = torch.tensor([3, 0, 4, 1], device=device)
+    raw, dropped = (torch.randn(4, 4, 3, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+    sizes = torch.tensor([3, 3, 2, 1])
+    rows = tuple(torch.randn(9, 3, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+    mask = (torch.rand(4, 1, 3, device=device) > 0.5).to(dtype) * 2
+
+    def packed(x: Tensor, y: Tensor) -> Tensor:
+        return fused_ar_tar(PackedSequence(x, sizes), PackedSequence(y, sizes), ALPHA, BETA)
+
+    def dropout(x: Tensor) -> Tensor:
+        out, got = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=mask, lengths=lengths)
+        return out.sin().sum() + got
+
+    def same(x: Tensor) -> Tensor:
+        return fused_ar_tar(x, x, ALPHA, BETA, lengths=lengths)
+
+    return {
+        "lengths": (functools.partial(fused_ar_tar, alpha=ALPHA, beta=BETA, lengths=lengths), (raw, dropped)),
+        "same": (same, (raw,)),
+        "packed": (packed, rows),
+        "dropout": (dropout, (raw,)),
+    }
+
+
+KINDS = ["lengths", "same", "packed", "dropout"]
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@by_kind
+def test_gradcheck(kind: str, device: str) -> None:
+    call, inputs = calls(device)[kind]
+    assert gradcheck(call, inputs, fast_mode=True)
+    assert gradgradcheck(call, inputs, fast_mode=True)
+
+
+@by_kind
+def test_function_transforms(kind: str, device: str) -> None:
+    call, inputs = calls(device)[kind]
+    want = torch.autograd.grad(call(*inputs), inputs)
+    numbers = tuple(range(len(inputs)))
+    torch.testing.assert_close(torch.func.grad(call, numbers)(*inputs), want)
+    twice = torch.func.vmap(torch.func.grad(call, numbers))(*(torch.stack([x, x]) for x in inputs))
+    torch.testing.assert_close(twice, tuple(torch.stack([g, g]) for g in want))
+
+
+@by_kind
+def test_compiles_to_one_graph(kind: str, device: str) -> None:
+    call, inputs = calls(device, FLOAT)[kind]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), call(*inputs))
+    got = torch.autograd.grad(compiled(*inputs), inputs)
+    torch.testing.assert_close(got, torch.autograd.grad(call(*inputs), inputs))
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@by_batch
+@pytest.mark.parametrize(
+    ("dtype", "full", "batch_first"),
+    [(FLOAT, False, True), (FLOAT, True, True), (FLOAT, False, False), (HALF, False, True), (DOUBLE, True, False)],
+    ids=str,
+)
+def test_dropout(batch: str, dtype: torch.dtype, full: bool, batch_first: bool, device: str, poison: None) -> None:
+    (raw,), lengths = padded(batch, 12, dtype, device=device)
+    raw = raw.nan_to_num(7.0, 7.0)  # whatever is dropped is dropped everywhere
+    mask = (torch.rand(len(raw), raw.shape[1] if full else 1, 12, device=device) > 0.5).to(dtype) * 2
+    x, keep = (v if batch_first else v.transpose(0, 1).contiguous() for v in (raw, mask))
+    x.requires_grad_()
+    options: Any = {"lengths": torch.tensor(lengths), "mask": keep, "batch_first": batch_first}
+    dropped, got = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, return_terms=True, **options)
+    torch.testing.assert_close(dropped, x * keep)
+    wanted = exact(raw)
+    product = wanted * mask.double()
+    want = truth(wanted, product, lengths)
+    assert_terms(got, want, dtype)
+    direction = torch.randn_like(raw)
+    ((dropped * (direction if batch_first else direction.transpose(0, 1))).sum() + 10 * got.penalty).backward()
+    ((product * direction.double()).sum() + 10 * want.penalty).backward()
+    assert x.grad is not None
+    assert_gradient(x.grad if batch_first else x.grad.transpose(0, 1), wanted.grad)
+    (only,) = torch.autograd.grad(fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, **options)[1], x)
+    for grad, n in zip(only if batch_first else only.transpose(0, 1), lengths, strict=True):
+        assert (grad[n:] == 0).all()
+
+
+def test_dropout_off(device: str) -> None:
+    (raw,), lengths = padded("some", 12, FLOAT, device=device)
+    dropped, got = fused_dropout_ar_tar(
+        raw, 0.5, ALPHA, BETA, training=False, lengths=torch.tensor(lengths), return_terms=True
+    )
+    assert dropped is raw
+    assert_terms(got, truth(raw, raw, lengths), FLOAT)
+
+
+# -- on the device ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="the kernels do not run here")
+def test_lengths_that_cannot_be_looked_at_are_clamped() -> None:
+    from fastreg.kernels import penalty as kernels
+
+    device = "cpu" if INTERPRETED else "cuda"
+    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
+    given = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in lengths], device=device)
+    strides = [(9 * 12, 12)] * 2
+    got, terms, scales = kernels.forward(raw, dropped, False, (6, 9, 12), strides, given, None, ALPHA, BETA, None)
+    assert_terms(ARTAR(got, *terms), truth(raw, dropped, lengths), FLOAT)
+    assert scales is not None
+    assert scales.tolist() == pytest.approx([1 / (12 * sum(lengths)), 1 / (12 * (4 + 8 + 0 + 1 + 8))])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the real kernels did not run")
+def test_no_sync_for_lengths_on_the_device() -> None:
+    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device="cuda")
+    counts = torch.tensor(lengths, device="cuda")
+    raw.requires_grad_()
+    fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
