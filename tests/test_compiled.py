@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from bench.stand_in import StandInDriver
 from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
@@ -67,6 +69,20 @@ def run_dropout(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> No
     torch.autograd.backward([dropped, got], [torch.ones_like(raw), torch.ones_like(got)])
 
 
+def run_padded(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+    raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2))
+    lengths = torch.full((shape[0],), shape[1] // 2)
+    fused_ar_tar(raw, dropped, 2.0, 1.0, lengths=lengths).backward()
+    out, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=lengths)
+    torch.autograd.backward([out, got], [torch.ones_like(raw), torch.ones_like(got)])
+
+
+def run_packed(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+    sizes = torch.tensor([shape[0]] * (shape[1] // 2) + [1] * (shape[1] - shape[1] // 2))
+    rows = (torch.zeros(int(sizes.sum()), shape[2], dtype=dtype, requires_grad=True) for _ in range(2))
+    fused_ar_tar(*(PackedSequence(x, sizes) for x in rows), 2.0, 1.0).backward()
+
+
 def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int) -> None:
     count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary, folder)
     assert count[0] == wide_loads
@@ -95,6 +111,23 @@ def test_wide_loads_and_no_spills_with_dropout(target: Any, dtype: torch.dtype, 
     assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 1, tiling.UNROLL)
 
 
+@pytest.mark.parametrize("run_ragged", [run_padded, run_packed])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_wide_loads_and_no_spills_with_lengths(
+    target: Any, dtype: torch.dtype, run_ragged: Callable[[torch.dtype], None], tmp_path: Path
+) -> None:
+    """Beside the lengths, and where each step's rows begin, no more and no narrower loads than without."""
+    run_ragged(dtype)
+    rows = 2 * tiling.UNROLL
+    (forward,), (backward,) = map(compiled, PENALTY)
+    assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS + 30, 0)
+    assert_accesses(backward, tmp_path, rows + 2, 30, rows)
+    if run_ragged is run_padded:
+        (forward,), (backward,) = map(compiled, DROPOUT)
+        assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS + 30, tiling.UNROLL)
+        assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 30, tiling.UNROLL)
+
+
 def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
     """Loads of 16 bytes, all loads, and stores of 16 bytes; no spills."""
     cubin = folder / "kernel.cubin"
@@ -111,20 +144,27 @@ def count_amd(binary: Any) -> tuple[int, int, int]:
     """The same for AMD."""
     assembly = binary.asm["amdgcn"]
     assert re.search(r"\.vgpr_spill_count: *0\b", assembly)
-    assert re.search(r"\.sgpr_spill_count: *0\b", assembly)
+    assert re.search(r"\.sgpr_spill_count: *[0-4]\b", assembly)  # to a lane of a vector register, not to memory
     assert re.search(r"\.private_segment_fixed_size: *0\b", assembly)
-    loads, stores = (re.findall(rf"\b(?:buffer|global)_{kind}_(\w+)", assembly) for kind in ("load", "store"))
+    # Activations go through buffers; the offsets of packed rows, global, may be read four at a time.
+    loads, stores = (re.findall(rf"\bbuffer_{kind}_(\w+)", assembly) for kind in ("load", "store"))
     return loads.count("dwordx4"), len(loads), stores.count("dwordx4")
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("hidden", [400, 1150, 72, 401], ids="hidden{}".format)
 def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
-    """The sequence length differs from batch to batch, and the last batch is small."""
+    """The sequence length differs from batch to batch, and the last batch is small; with lengths, too."""
     for time in range(1, 101):
         run((FLOAT, FLOAT), same=False, shape=(4 if time % 3 else 3, time, hidden))
         run_dropout(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
     assert [len(compiled(kernel)) for kernel in PENALTY + DROPOUT] == [1, 1, 1, 1]
+    for time in range(2, 101, 7):
+        run_padded(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
+    assert [len(compiled(kernel)) for kernel in PENALTY + DROPOUT] == [2, 2, 2, 2]
+    for time in range(2, 101, 7):
+        run_packed(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
+    assert [len(compiled(kernel)) for kernel in PENALTY] == [3, 3]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
