@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -19,13 +20,14 @@ pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-bench
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
 from bench import cases, compare, report, run, timing
-from bench.formulas import awd_lstm_lm, fastai
+from bench.formulas import awd_lstm_lm, fastai, rnn_dropout
 from fastreg import fused_ar_tar
 from fastreg.reference import ar_tar
 from tests.conftest import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-CASE = cases.Case((3, 5, 8), torch.float32)
+CASE = cases.PenaltyCase((3, 5, 8), torch.float32)
+DROPOUT = cases.DropoutCase((3, 5, 8), torch.float32)
 
 
 @pytest.mark.parametrize(("formula", "batch_first"), [(fastai, True), (awd_lstm_lm, False)])
@@ -89,41 +91,91 @@ def test_the_clock_replays_what_was_measured() -> None:
 
 def test_kept_bytes() -> None:
     raw, dropped = (torch.randn(4, 6, 5, requires_grad=True) for _ in range(2))
-    assert timing.kept_bytes(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped)) == 0
-    assert timing.kept_bytes(lambda: raw.exp(), (raw,)) == raw.nbytes
-    assert timing.kept_bytes(lambda: fastai(raw, dropped, 2.0, 1.0), (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
+    assert timing.kept_bytes(lambda _: (fused_ar_tar(raw, dropped, 2.0, 1.0),), (raw, dropped)) == 0
+    assert timing.kept_bytes(lambda _: (raw.exp(),), (raw,)) == 0, "it is given anyway"
+    assert timing.kept_bytes(lambda _: (raw.exp().sum(),), (raw,)) == raw.nbytes
+    # what the backward gives lies nowhere that something kept did before
+    sets = [(raw, dropped)]
+    assert timing.kept_bytes(CASE.call(fastai, sets), (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
 
 
 def test_bytes_that_must_move() -> None:
     one = 128 * 512 * 1024 * 2
     large = (128, 512, 1024)
-    assert cases.Case(large, torch.bfloat16).bytes_moved == 6 * one
-    assert cases.Case(large, torch.bfloat16, backward=False).bytes_moved == 2 * one
-    assert cases.Case(large, torch.bfloat16, same=True).bytes_moved == 3 * one
+    assert cases.PenaltyCase(large, torch.bfloat16).bytes_moved("fastreg") == 6 * one
+    assert cases.PenaltyCase(large, torch.bfloat16, backward=False).bytes_moved("fastreg") == 2 * one
+    assert cases.PenaltyCase(large, torch.bfloat16, same=True).bytes_moved("fastreg") == 3 * one
+    dropout = cases.DropoutCase(large, torch.bfloat16)
+    assert [dropout.bytes_moved(peer) // one for peer in ("dropout alone", "eager", "fastreg")] == [4, 5, 5]
 
 
 def test_a_gpu_runs_all_that_a_cpu_does() -> None:
-    everything = cases.penalty_cases("cuda")
-    assert len(set(everything)) == len(everything)
-    assert set(cases.penalty_cases("cpu")) < set(everything)
-    crossed = {(c.shape, c.dtype, c.batch_first, c.backward) for c in everything if not c.same}
-    assert len(crossed) == len(cases.SHAPES) * 3 * 2 * 2
+    everything = cases.all_cases("cuda")
+    assert len({str(case) for case in everything}) == len(everything)
+    assert set(cases.all_cases("cpu")) < set(everything)
+    penalty = [case for case in everything if isinstance(case, cases.PenaltyCase) and not case.same]
+    assert len({(c.shape, c.dtype, c.batch_first, c.backward) for c in penalty}) == len(cases.SHAPES) * 3 * 2 * 2
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("backward", [True, False])
 def test_calls(backward: bool, same: bool) -> None:
-    case = cases.Case((3, 5, 8), torch.float32, batch_first=False, same=same, backward=backward)
+    case = cases.PenaltyCase((3, 5, 8), torch.float32, batch_first=False, same=same, backward=backward)
     sets = cases.input_sets(case, "cpu")
     assert len(sets) == cases.MOST_SETS, "small inputs: as many as are allowed"
     assert sets[0][0].shape == (5, 3, 8)
-    want, got = (
-        cases.call(penalty, case, sets)(1) for name, penalty in cases.peers(case).items() if name != "compiled"
-    )
+    want, got = (case.call(peer, sets)(1) for name, peer in case.peers().items() if name != "compiled")
     assert len(got) == (2 if backward and not same else 1)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one seed: compiled, too, where the compiler leaves the drawing to torch."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    case = cases.DropoutCase((3, 5, 8), dtype, batch_first)
+    sets = cases.input_sets(case, "cpu")
+    raw, slope = sets[1]
+    exact = raw.detach().double().requires_grad_()
+    torch.manual_seed(5)
+    product = exact * rnn_dropout(torch.ones_like(raw), cases.P, batch_first).double()
+    penalty = ar_tar(exact, product, cases.ALPHA, cases.BETA, batch_first, "mean").penalty
+    for name, call in cases.calls(case, sets).items():
+        torch.manual_seed(5)
+        dropped, gradient = call(1)
+        torch.manual_seed(5)
+        _, *penalties = case.peers()[name](raw)
+        assert len(penalties) == (0 if name.endswith("dropout alone") else 1)
+        loss = (product * slope).sum() + penalty * len(penalties)
+        (want,) = torch.autograd.grad(loss, exact, retain_graph=True)
+        got, wanted = (dropped, gradient, *penalties), (product, want, *[penalty] * len(penalties))
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            got, wanted, rtol=4 * eps, atol=eps, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every peer of a small one, without the compiler; nothing but the mask is kept, and by the formula the changes."""
+    from bench import benchmarks
+
+    monkeypatch.setattr(torch, "compile", lambda peer: peer)
+    monkeypatch.setitem(benchmarks.CASES, "small", DROPOUT)
+    monkeypatch.setattr(benchmarks, "DEVICE", "cpu")
+    monkeypatch.setattr(benchmarks, "SECONDS", 0.0)
+    measured = benchmarks.measure("small")
+    assert tuple(measured) == DROPOUT.PEERS
+    assert DROPOUT.PEERS[-1] == "fastreg", "a result that has fastreg is complete"
+    one, mask, changes = 3 * 5 * 8 * 4, 3 * 8 * 4, 3 * 4 * 8 * 4
+    for peer, (times, figures) in measured.items():
+        kept = mask + (changes if peer in ("eager", "compiled") else 0)
+        moved = one * (4 if peer.endswith("dropout alone") else 5)
+        assert figures == {"kept_bytes": kept, "bytes_moved": moved}, peer
+        assert len(times) == timing.LEAST
 
 
 class PretendGPU:
@@ -171,8 +223,8 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     PretendGPU.install(monkeypatch)
     monkeypatch.setattr(timing, "profile", lambda activities: PretendGPU())
     monkeypatch.setattr(benchmarks, "copy_bandwidth", lambda: 1e6)
-    call = cases.call(fastai, CASE, cases.input_sets(CASE, "cpu"))
-    figures = benchmarks.gpu_figures(call, CASE, 3)
+    call = CASE.call(fastai, cases.input_sets(CASE, "cpu"))
+    figures = benchmarks.gpu_figures(call, CASE.bytes_moved("eager"), 3)
     assert figures.pop("host_seconds") > 0
     assert figures == pytest.approx(
         {
