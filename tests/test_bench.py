@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -241,14 +241,23 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(times["eager"]) == timing.LEAST
 
 
-def made_up(folder: Path, speeds: list[float], device: str = "A CPU, 2 cores", **machine: Any) -> Path:
-    """A result in which fastreg is `speeds` times as fast as the eager formula, one a case, and one round is odd."""
+def made_up(
+    folder: Path, speeds: list[float], device: str = "A CPU, 2 cores", dropout: Sequence[Any] = (), **machine: Any
+) -> Path:
+    """A result in which fastreg is `speeds` times as fast as the eager formula, one a case, and one round is odd.
+
+    So it is for each shape in `dropout`, 4 times as fast and in 1.25 times the time of dropout alone.
+    """
     benchmarks = []
     gpu_figures = dict.fromkeys(report.FIGURES, 1.0)
-    for number, speed in enumerate(speeds):
-        info = {"shape": [number, 2, 3], "dtype": "float32", "layout": "batch first", "same": False}
-        for peer, seconds in (("eager", speed), ("compiled", 0.5), ("fastreg", 1.0)):
-            own = info | {"pass": report.BOTH, "peer": peer} | (gpu_figures if machine else {})
+    penalty = {"same": False, "pass": report.BOTH}
+    made = [(([number, 2, 3], penalty), {"eager": speed, "compiled": 0.5}) for number, speed in enumerate(speeds)]
+    after = dict.fromkeys(cases.DropoutCase.PEERS[:-1], 2.0) | {"dropout alone": 0.8, "eager": 4.0, "compiled": 0.5}
+    made += [((shape, {"pass": report.DROPOUT}), after) for shape in dropout]
+    for number, ((shape, kind), seconds_of) in enumerate(made):
+        info = {"shape": shape, "dtype": "float32", "layout": "batch first", **kind}
+        for peer, seconds in (seconds_of | {"fastreg": 1.0}).items():
+            own = info | {"peer": peer} | (gpu_figures if machine else {})
             data = [seconds, seconds * 2, 100.0 if peer == "fastreg" else seconds]  # one round is slow for all
             benchmarks.append({"group": f"case {number}", "extra_info": own, "stats": {"data": data}})
     info = {"device": device, "torch": "1", "triton": "2", "python_version": "3", "threads": 2, "source": "s"} | machine
@@ -286,10 +295,36 @@ def test_a_report_of_a_cpu(tmp_path: Path) -> None:
     assert "On a GPU: **not measured yet**" in part
     assert "A CPU, 2 cores: PyTorch 1, Python 3, 2 threads" in part
     assert "commit 0123456789, source s" in part
+    assert "Dropout" not in part
+
+
+def test_a_report_of_dropout(tmp_path: Path) -> None:
+    result = report.load(made_up(tmp_path, [4.0], dropout=[[64, 70, 400]]))
+    part = report.readme_part([result])
+    assert "| (64, 70, 400), float32 | 800 | 4000 | 2000 | 2000 | 1.25x | 4.0x | 0.5x |" in part
+    assert "fused, against dropout + eager: 4.0x to 4.0x (target 2.5x: met)" in part
+    assert "a-cpu-2-cores-dropout.svg" in part
+    assert len(result.of(report.BOTH)) == 1
+    shapes = [[64, 70, 400], [128, 512, 1024]]
+    result = report.load(made_up(tmp_path, [4.0], "A GPU", shapes, copy_bandwidth=3e12))
+    part = report.readme_part([result])
+    assert "| 1.25x | 4.0x | 0.5x | 100% | 1.0 |" in part
+    assert "at large shapes 1.25x to 1.25x (target under 1.3x: met)" in part
+    assert "at (64, 70, 400) 1.25x to 1.25x (target under 1x: not met everywhere)" in part
+    assert [kind for kind, *_ in report.plots(result)] == ["speedup", "dropout", "roofline"]
+
+
+def test_the_guard_minds_dropout_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up(tmp_path / "old", [4.0])
+    made_up(tmp_path / "new", [4.0], dropout=[[64, 70, 400]])
+    assert compare.main(tmp_path / "new", tmp_path / "old") == 0
+    assert "1 cases compared, 1 not committed" in capsys.readouterr().out
+    assert compare.main(tmp_path / "new", tmp_path / "new") == 0
+    assert "2 cases compared, 0 not committed" in capsys.readouterr().out
 
 
 def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up(tmp_path, [4.0], device="A GPU", copy_bandwidth=3e12)
+    made_up(tmp_path, [4.0], "A GPU", [[64, 70, 400]], copy_bandwidth=3e12)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
@@ -301,7 +336,7 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "| 4.0x | 0.5x | 100% | 1.0 |" in readme
     assert "On a CPU: **not measured yet**" in readme
     assert {file.name for file in tmp_path.iterdir()} == {
-        *("README.md", "a-gpu.json", "a-gpu.md", "a-gpu-speedup.svg", "a-gpu-roofline.svg")
+        *("README.md", "a-gpu.json", "a-gpu.md", "a-gpu-speedup.svg", "a-gpu-dropout.svg", "a-gpu-roofline.svg")
     }
 
 
@@ -314,7 +349,7 @@ def test_what_is_committed_is_what_was_measured() -> None:
         table = report.RESULTS / f"{result.name}.md"
         assert table.read_text() == report.full_table(result), "run `python -m bench.report`"
         rendered.add(table.name)
-        for kind, _ in report.plots(result):
+        for kind, *_ in report.plots(result):
             picture = report.RESULTS / f"{result.name}-{kind}.svg"
             assert f"JSON {result.digest}" in picture.read_text(), "run `python -m bench.report`"
             rendered.add(picture.name)
