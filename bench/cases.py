@@ -182,7 +182,8 @@ def all_cases(device: str) -> list[AnyCase]:
 
 def _gpu_cases() -> Iterator[AnyCase]:
     small, large = SHAPES[0], SHAPES[4]
-    for dtype, shape in product((torch.bfloat16, torch.float32), SHAPES):
+    # Each compiles 4 peers, and time is short: (80, 70, 400), so like the first, is left out.
+    for dtype, shape in product((torch.bfloat16, torch.float32), (*SHAPES[:2], *SHAPES[3:])):
         yield DropoutCase(shape, dtype)
         if shape == small:
             yield DropoutCase(shape, dtype, batch_first=False)
