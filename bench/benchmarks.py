@@ -14,9 +14,8 @@ import torch
 from bench import cases, timing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = {str(case): case for case in cases.penalty_cases(DEVICE)}
+CASES = {str(case): case for case in cases.all_cases(DEVICE)}
 STEP = cases.step(DEVICE)
-PEERS = ("eager", "compiled", "fastreg")
 SECONDS = 0.5 if DEVICE == "cuda" else 3.0  # of rounds a case
 REPLAY = timing.Replay()
 Measured = dict[str, tuple[list[float], dict[str, Any]]]  # of every peer: seconds a call, and other figures
@@ -24,33 +23,32 @@ Measured = dict[str, tuple[list[float], dict[str, Any]]]  # of every peer: secon
 
 @functools.lru_cache(maxsize=1)  # one case is measured at a time, and its inputs go when it is done
 def measure(name: str) -> Measured:
-    """All peers of a case of the penalty."""
+    """All peers of a case."""
     case = CASES[name]
     sets = cases.input_sets(case, DEVICE)
-    penalties = cases.peers(case)
-    calls = {peer: cases.call(penalty, case, sets) for peer, penalty in penalties.items()}
+    calls = cases.calls(case, sets)
     times = timing.take_turns(calls, DEVICE, SECONDS)
     measured: Measured = {}
-    for peer, penalty in penalties.items():
-        kept = timing.kept_bytes(functools.partial(penalty, *sets[0], cases.ALPHA, cases.BETA), sets[0])
-        figures: dict[str, Any] = {"kept_bytes": kept, "bytes_moved": case.bytes_moved}
+    for peer, call in calls.items():
+        moved = case.bytes_moved(peer)
+        figures: dict[str, Any] = {"kept_bytes": timing.kept_bytes(call, sets[0]), "bytes_moved": moved}
         if DEVICE == "cuda":
-            figures |= gpu_figures(calls[peer], case, len(sets))
+            figures |= gpu_figures(call, moved, len(sets))
         measured[peer] = times[peer], figures
     return measured
 
 
-def gpu_figures(call: cases.Call, case: cases.Case, sets: int) -> dict[str, Any]:
+def gpu_figures(call: cases.Call, moved: int, sets: int) -> dict[str, Any]:
     """What only a GPU has."""
     cold = timing.graph_seconds(call, range(sets))
-    bandwidth = case.bytes_moved / cold
+    bandwidth = moved / cold
     return {
         "graph_warm_seconds": timing.graph_seconds(call, [0] * sets),
         "graph_rotated_seconds": cold,
         "bandwidth": bandwidth,
         "share_of_copy": bandwidth / copy_bandwidth(),
         "launches": timing.launches(call),
-        "peak_bytes": timing.peak_bytes(call, case.backward),
+        "peak_bytes": timing.peak_bytes(call),
         "host_seconds": timing.host_seconds(call),
     }
 
@@ -74,23 +72,13 @@ def report(benchmark: Any, group: str, times: list[float], info: dict[str, Any])
 
 
 @pytest.mark.benchmark(timer=REPLAY.read)
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("name", CASES)
-def test_penalty(benchmark: Any, name: str, peer: str) -> None:
-    case = CASES[name]
-    times, figures = measure(name)[peer]
-    what = {
-        "shape": case.shape,
-        "dtype": f"{case.dtype}".removeprefix("torch."),
-        "layout": "batch first" if case.batch_first else "time first",
-        "same": case.same,
-        "pass": "forward + backward" if case.backward else "forward",
-        "peer": peer,
-    }
-    report(benchmark, name, times, what | figures)
-
-
-@pytest.mark.benchmark(timer=REPLAY.read)
 @pytest.mark.parametrize("peer", cases.STEP_PEERS)
 def test_training_step(benchmark: Any, peer: str) -> None:
     report(benchmark, str(STEP), measure_step()[peer], {"pass": "training step", "peer": peer})
+
+
+@pytest.mark.benchmark(timer=REPLAY.read)
+@pytest.mark.parametrize(("name", "peer"), [(name, peer) for name, case in CASES.items() for peer in case.PEERS])
+def test_case(benchmark: Any, name: str, peer: str) -> None:
+    times, figures = measure(name)[peer]
+    report(benchmark, name, times, CASES[name].info | {"peer": peer} | figures)

@@ -8,114 +8,218 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.awd_lstm import AWDLSTM
-from bench.formulas import awd_lstm_lm, fastai
-from fastreg import fused_ar_tar
+from bench.formulas import awd_lstm_lm, fastai, rnn_dropout
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
 
 Call = Callable[[int], tuple[Tensor, ...]]  # the number of the call chooses its inputs; gives what it made
+Peer = Callable[..., Any]  # what a case compares
 
 ALPHA, BETA = 2.0, 1.0
+P = 0.4  # AWD-LSTM's output dropout
 SHAPES = [(64, 70, 400), (64, 70, 1152), (80, 70, 400), (32, 512, 1024), (128, 512, 1024), (8, 4096, 2048)]
-LARGE = 2**25  # elements from which a case takes seconds a call on a CPU
 CPU_CACHE = 2**25  # bytes: more than most last-level caches give one process
 MOST_SETS = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """The penalty by itself. `shape` is (batch, time, hidden), whatever the order of axes in memory."""
+    """What all kinds share. `shape` is (batch, time, hidden), whatever the order of axes in memory.
+
+    A kind adds what it counts, its inputs, its peers and one call of them. Of its PEERS fastreg comes last, so that
+    a result that has fastreg has all of them.
+    """
 
     shape: tuple[int, int, int]
     dtype: torch.dtype
     batch_first: bool = True
+
+    def __str__(self) -> str:
+        parts = ["x".join(map(str, self.shape)), f"{self.dtype}".removeprefix("torch.")]
+        return "-".join(parts + ([] if self.batch_first else ["time_first"]))
+
+    @property
+    def info(self) -> dict[str, Any]:
+        layout = "batch first" if self.batch_first else "time first"
+        return {"shape": self.shape, "dtype": f"{self.dtype}".removeprefix("torch."), "layout": layout}
+
+    @property
+    def tensor_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def formula(self) -> Callable[..., Tensor]:
+        """That of whoever uses this layout."""
+        return fastai if self.batch_first else awd_lstm_lm
+
+    @property
+    def fused(self) -> Callable[..., Tensor]:
+        return functools.partial(fused_ar_tar, batch_first=self.batch_first)
+
+    def tensor(self, device: str) -> Tensor:
+        batch, time, hidden = self.shape
+        shape = (batch, time, hidden) if self.batch_first else (time, batch, hidden)
+        return torch.randn(shape, device=device).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class PenaltyCase(Case):
+    """The penalty by itself: the formula, the same compiled, and fastreg."""
+
+    PEERS: ClassVar = ("eager", "compiled", "fastreg")
     same: bool = False  # raw is dropped
     backward: bool = True
 
     def __str__(self) -> str:
-        parts = ["x".join(map(str, self.shape)), f"{self.dtype}".removeprefix("torch.")]
-        parts += [] if self.batch_first else ["time_first"]
-        parts += ["same"] if self.same else []
+        parts = [super().__str__(), *["same"] * self.same]
         return "-".join([*parts, "forward+backward" if self.backward else "forward"])
 
     @property
-    def input_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize * (1 if self.same else 2)
+    def info(self) -> dict[str, Any]:
+        return super().info | {"same": self.same, "pass": "forward + backward" if self.backward else "forward"}
 
     @property
-    def bytes_moved(self) -> int:
+    def input_bytes(self) -> int:
+        return self.tensor_bytes * (1 if self.same else 2)
+
+    def bytes_moved(self, peer: str) -> int:
         """The fewest: forward and backward each read every input once, and backward writes every gradient once."""
         return self.input_bytes * (3 if self.backward else 1)
 
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        """Raw and dropped."""
+        raw = self.tensor(device).requires_grad_()
+        return raw, raw if self.same else self.tensor(device).requires_grad_()
 
-def penalty_cases(device: str) -> list[Case]:
+    def peers(self) -> dict[str, Peer]:
+        return {"eager": self.formula, "compiled": torch.compile(self.formula), "fastreg": self.fused}
+
+    def call(self, penalty: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
+        """One call: forward as in training, the graph kept, or forward and backward."""
+        if not self.backward:
+            return lambda i: (penalty(*sets[i % len(sets)], ALPHA, BETA),)
+        one = torch.ones_like(penalty(*sets[0], ALPHA, BETA).detach())  # made here, not by each backward
+
+        def both(i: int) -> tuple[Tensor, ...]:
+            raw, dropped = sets[i % len(sets)]
+            leaves = (raw,) if self.same else (raw, dropped)
+            return torch.autograd.grad(penalty(raw, dropped, ALPHA, BETA), leaves, one)
+
+        return both
+
+
+@dataclass(frozen=True)
+class DropoutCase(Case):
+    """Variational dropout, forward and backward: alone, with the penalty after it, and with it in the same pass."""
+
+    PEERS: ClassVar = (
+        *("dropout alone", "eager", "fused_ar_tar"),
+        *("compiled dropout alone", "compiled", "compiled fused_ar_tar", "compiled fastreg", "fastreg"),
+    )
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-dropout-forward+backward"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return super().info | {"pass": "dropout, forward + backward"}
+
+    @property
+    def input_bytes(self) -> int:
+        return 2 * self.tensor_bytes
+
+    def bytes_moved(self, peer: str) -> int:
+        """The fewest: forward raw and dropped, backward both gradients, and raw again where there is a penalty."""
+        return self.tensor_bytes * (4 if "alone" in peer else 5)
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        """Raw, and the gradient of dropped, as from a decoder."""
+        return self.tensor(device).requires_grad_(), self.tensor(device)
+
+    def peers(self) -> dict[str, Peer]:
+        """Each gives dropped and, but for dropout alone, the penalty."""
+
+        def drop(raw: Tensor) -> Tensor:
+            return rnn_dropout(raw, P, self.batch_first)
+
+        def followed_by(penalty: Peer) -> Peer:
+            def both(raw: Tensor) -> tuple[Tensor, ...]:
+                dropped = drop(raw)
+                return dropped, penalty(raw, dropped, ALPHA, BETA)
+
+            return both
+
+        fused = functools.partial(fused_dropout_ar_tar, p=P, alpha=ALPHA, beta=BETA, batch_first=self.batch_first)
+        ways: list[Peer] = [lambda raw: (drop(raw),), followed_by(self.formula), followed_by(self.fused), fused]
+        compiled = [torch.compile(way) for way in ways]
+        return dict(zip(self.PEERS, (*ways[:-1], *compiled, fused), strict=True))
+
+    def call(self, peer: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
+        """One call, forward and backward. It gives dropped, too: in training the decoder has it all the while."""
+        ones = [torch.ones_like(penalty.detach()) for penalty in peer(sets[0][0])[1:]]
+
+        def both(i: int) -> tuple[Tensor, ...]:
+            raw, slope = sets[i % len(sets)]
+            results = peer(raw)
+            return results[0], *torch.autograd.grad(results, raw, [slope, *ones])
+
+        return both
+
+
+AnyCase = PenaltyCase | DropoutCase
+
+
+def all_cases(device: str) -> list[AnyCase]:
     """All cases on a GPU. A CPU takes a part of them, which shows the same in minutes: see the conditions."""
     return list(_gpu_cases() if device == "cuda" else _cpu_cases())
 
 
-def _gpu_cases() -> Iterator[Case]:
+def _gpu_cases() -> Iterator[AnyCase]:
     small, large = SHAPES[0], SHAPES[4]
+    # Each compiles 4 peers, and time is short: (80, 70, 400), so like the first, is left out.
+    for dtype, shape in product((torch.bfloat16, torch.float32), (*SHAPES[:2], *SHAPES[3:])):
+        yield DropoutCase(shape, dtype)
+        if shape == small:
+            yield DropoutCase(shape, dtype, batch_first=False)
+    yield DropoutCase(small, torch.float16)
+    # The most cases come last, and half precision at their end: the first to be missed where time runs out.
     for dtype, shape in product((torch.bfloat16, torch.float32, torch.float16), SHAPES):
         for batch_first, same in [(True, False), (False, False)] + [(True, True)] * (shape in (small, large)):
             for backward in (True, False):
-                yield Case(shape, dtype, batch_first, same, backward)
+                yield PenaltyCase(shape, dtype, batch_first, same, backward)
 
 
-def _cpu_cases() -> Iterator[Case]:
+def _cpu_cases() -> Iterator[AnyCase]:
     small = SHAPES[0]
     for shape, dtype in product(SHAPES[:5], (torch.float32, torch.bfloat16)):  # the last is as large as the fifth
-        yield Case(shape, dtype)
+        yield PenaltyCase(shape, dtype)
         if shape == small:
-            yield Case(shape, dtype, backward=False)
-            yield Case(shape, dtype, batch_first=False)
-            yield Case(shape, dtype, same=True)
-    yield Case(small, torch.float16)
+            yield PenaltyCase(shape, dtype, backward=False)
+            yield PenaltyCase(shape, dtype, batch_first=False)
+            yield PenaltyCase(shape, dtype, same=True)
+    yield PenaltyCase(small, torch.float16)
+    # With 8 peers the fifth would take minutes, and the fourth is larger than a cache, too.
+    for shape, dtype in product((small, SHAPES[1], SHAPES[3]), (torch.float32, torch.bfloat16)):
+        yield DropoutCase(shape, dtype)
 
 
-def peers(case: Case) -> dict[str, Callable[..., Tensor]]:
-    """The formula of whoever uses this layout, the same compiled, and fastreg."""
-    formula = fastai if case.batch_first else awd_lstm_lm
-    torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
-    return {
-        "eager": formula,
-        "compiled": torch.compile(formula),
-        "fastreg": functools.partial(fused_ar_tar, batch_first=case.batch_first),
-    }
-
-
-def input_sets(case: Case, device: str) -> list[tuple[Tensor, Tensor]]:
+def input_sets(case: AnyCase, device: str) -> list[tuple[Tensor, ...]]:
     """Inputs enough to find the cache cold when their turn comes again."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else CPU_CACHE
     count = min(max(2, math.ceil(2 * cache / case.input_bytes)), MOST_SETS)
-    batch, time, hidden = case.shape
-    shape = (batch, time, hidden) if case.batch_first else (time, batch, hidden)
-
-    def leaf() -> Tensor:
-        return torch.randn(shape, device=device).to(case.dtype).requires_grad_()
-
-    sets = []
-    for _ in range(count):
-        raw = leaf()
-        sets.append((raw, raw if case.same else leaf()))
-    return sets
+    return [case.inputs(device) for _ in range(count)]
 
 
-def call(penalty: Callable[..., Tensor], case: Case, sets: list[tuple[Tensor, Tensor]]) -> Call:
-    """One call: forward as in training, the graph kept, or forward and backward."""
-    if not case.backward:
-        return lambda i: (penalty(*sets[i % len(sets)], ALPHA, BETA),)
-    one = torch.ones_like(penalty(*sets[0], ALPHA, BETA).detach())  # made here, not by each backward
-
-    def both(i: int) -> tuple[Tensor, ...]:
-        raw, dropped = sets[i % len(sets)]
-        leaves = (raw,) if case.same else (raw, dropped)
-        return torch.autograd.grad(penalty(raw, dropped, ALPHA, BETA), leaves, one)
-
-    return both
+def calls(case: AnyCase, sets: list[tuple[Tensor, ...]]) -> dict[str, Call]:
+    """One call of every peer."""
+    torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
+    return {name: case.call(peer, sets) for name, peer in case.peers().items()}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def main(folder: Path, committed: Path = RESULTS) -> int:
         if not shared:
             print(f"bench.compare: {file.name} has no case of the committed one")
             return 1
-        print(f"bench.compare: {file.name}: {len(shared)} cases compared")
+        print(f"bench.compare: {file.name}: {len(shared)} cases compared, {len(new.cases) - len(shared)} not committed")
         lost += losses(old, new)
     print("\n".join(lost) or f"bench.compare: no case is slower by more than {ALLOWED:.0%}")
     return 1 if lost else 0

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_report_header() -> str:
-    of = len(benchmarks.cases.penalty_cases("cuda"))
-    return f"fastreg: {len(benchmarks.CASES)} of {of} cases of the penalty, and a training step, on {device_name()}"
+    of = len(benchmarks.cases.all_cases("cuda"))
+    return f"fastreg: {len(benchmarks.CASES)} of {of} cases, and a training step, on {device_name()}"
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""AR and TAR as those who train with them write them: what fastreg is measured against."""
+"""Dropout, AR and TAR as those who train with them write them: what fastreg is measured against."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def awd_lstm_lm(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tens
     ar = alpha * dropped.pow(2).mean() if alpha else 0.0
     tar = beta * (raw[1:] - raw[:-1]).pow(2).mean() if beta else 0.0
     return torch.as_tensor(ar + tar)
+
+
+def rnn_dropout(raw: Tensor, p: float, batch_first: bool = True) -> Tensor:
+    """What fastai's `RNNDropout` does in training, one mask for all time steps, and awd-lstm-lm's `LockedDropout`."""
+    shape = (len(raw), 1, raw.shape[2]) if batch_first else (1, *raw.shape[1:])
+    return raw * raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,16 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
 STEP = "training step"
 BOTH = "forward + backward"
+DROPOUT = "dropout, forward + backward"
 CPU_TARGETS = {"float32": 2.5, "bfloat16": 4.0}  # times the speed of the eager formula, forward + backward
+CPU_DROPOUT_TARGET = 2.5  # the same, both after dropout
+GPU_LARGE_LIMIT, GPU_SMALL_LIMIT = 1.3, 1.0  # times the time of dropout alone
+LARGE, SMALL = 2**25, [64, 70, 400]  # elements from which a shape is large, and the shape that is small
+DROPOUT_TITLE = """\
+Dropout, AR and TAR in one pass, `fused_dropout_ar_tar`, against fastai's `RNNDropout` alone, with the formula after it
+and with `fused_ar_tar` after it:
+"""
+GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of the JSON's extra_info: heading, unit, and what the unit is
     "kept_bytes": ("kept, MB", 1e6),
     "launches": ("launches", 1),
@@ -57,7 +68,7 @@ class Case:
         info = self.any_info
         if self.kind == STEP:
             return self.name
-        extra = [info["layout"]] * (info["layout"] != "batch first") + ["raw is dropped"] * info["same"]
+        extra = [info["layout"]] * (info["layout"] != "batch first") + ["raw is dropped"] * info.get("same", False)
         return ", ".join([f"({', '.join(map(str, info['shape']))})", info["dtype"], *extra])
 
     def milliseconds(self, peer: str) -> float:
@@ -71,6 +82,10 @@ class Case:
     def times_as_fast(self, peer: str, other: str) -> float:
         """The median, over the rounds, of how many times as fast `peer` was."""
         return statistics.median(b / a for a, b in zip(self.seconds[peer], self.seconds[other], strict=True))
+
+    def cost(self, peer: str) -> float:
+        """Of dropout with the penalty: how many times the time of dropout alone."""
+        return self.times_as_fast("dropout alone", peer)
 
 
 @dataclass
@@ -132,14 +147,31 @@ def where(result: Result) -> str:
 def penalty_table(result: Result) -> str:
     """Forward and backward: what a user saves."""
     head = ["shape and dtype", "eager, ms", "compiled, ms", "fastreg, ms", "against eager", "against compiled"]
-    rows = [head + (["of the copy bandwidth", "launches"] if result.on_gpu else [])]
+    rows = [head + GPU_HEAD * result.on_gpu]
     for case in result.of(BOTH):
         row = [case.label, *(number(case.milliseconds(peer)) for peer in ("eager", "compiled", "fastreg"))]
         row += [f"{case.times_as_fast('fastreg', other):.1f}x" for other in ("eager", "compiled")]
-        if result.on_gpu:
-            own = case.info["fastreg"]
-            row += [f"{own['share_of_copy']:.0%}", f"{own['launches']}"]
-        rows.append(row)
+        rows.append(row + (gpu_cells(case) if result.on_gpu else []))
+    return table(rows)
+
+
+def gpu_cells(case: Case) -> list[str]:
+    own = case.info["fastreg"]
+    return [f"{own['share_of_copy']:.0%}", f"{own['launches']}"]
+
+
+def dropout_table(result: Result) -> str:
+    """What the penalty costs whoever drops out anyway."""
+    head = ["shape and dtype", "dropout alone, ms", "+ eager, ms", "+ fused_ar_tar, ms", "fused, ms"]
+    head += ["fused / dropout alone", "against + eager", "against the best compiled"]
+    rows = [head + GPU_HEAD * result.on_gpu]
+    for case in result.of(DROPOUT):
+        peers = ("dropout alone", "eager", "fused_ar_tar", "fastreg")
+        row = [case.label, *(number(case.milliseconds(peer)) for peer in peers), f"{case.cost('fastreg'):.2f}x"]
+        compiled = ("compiled", "compiled fused_ar_tar", "compiled fastreg")
+        row += [f"{case.times_as_fast('fastreg', 'eager'):.1f}x"]
+        row += [f"{min(case.times_as_fast('fastreg', peer) for peer in compiled):.1f}x"]
+        rows.append(row + (gpu_cells(case) if result.on_gpu else []))
     return table(rows)
 
 
@@ -153,15 +185,37 @@ def step_table(result: Result) -> str:
     return table(rows)
 
 
+def speeds(cases: list[Case], target: float) -> str:
+    """How many times as fast as the eager formula fastreg is, and whether that meets the target everywhere."""
+    ratios = [case.times_as_fast("fastreg", "eager") for case in cases]
+    verdict = "met" if min(ratios) >= target else "not met everywhere"
+    return f"{min(ratios):.1f}x to {max(ratios):.1f}x (target {target:g}x: {verdict})"
+
+
+def costs(cases: list[Case], limit: float) -> str:
+    """The like for the time of dropout with the penalty over that of dropout alone."""
+    ratios = [case.cost("fastreg") for case in cases]
+    verdict = "met" if max(ratios) < limit else "not met everywhere"
+    return f"{min(ratios):.2f}x to {max(ratios):.2f}x (target under {limit:g}x: {verdict})"
+
+
 def lowest(result: Result) -> str:
     """Whether the targets for a CPU are met, as a sentence."""
-    parts = []
-    for dtype, target in CPU_TARGETS.items():
-        speeds = [c.times_as_fast("fastreg", "eager") for c in result.of(BOTH) if c.any_info["dtype"] == dtype]
-        if speeds:
-            verdict = "met" if min(speeds) >= target else "not met everywhere"
-            parts.append(f"{dtype} {min(speeds):.1f}x to {max(speeds):.1f}x (target {target:g}x: {verdict})")
+    by_dtype = {dtype: [c for c in result.of(BOTH) if c.any_info["dtype"] == dtype] for dtype in CPU_TARGETS}
+    parts = [f"{dtype} {speeds(cases, CPU_TARGETS[dtype])}" for dtype, cases in by_dtype.items() if cases]
     return f"Forward + backward against the eager formula: {'; '.join(parts)}.\n"
+
+
+def dropout_verdict(result: Result) -> str:
+    """Whether dropout with the penalty meets its targets, as a sentence."""
+    cases = result.of(DROPOUT)
+    if not result.on_gpu:
+        return f"Dropout and the penalty, fused, against dropout + eager: {speeds(cases, CPU_DROPOUT_TARGET)}.\n"
+    large = [case for case in cases if math.prod(case.any_info["shape"]) >= LARGE]
+    small = [case for case in cases if case.any_info["shape"] == SMALL]
+    groups = ("at large shapes", large, GPU_LARGE_LIMIT), ("at (64, 70, 400)", small, GPU_SMALL_LIMIT)
+    parts = [f"{name} {costs(group, limit)}" for name, group, limit in groups if group]
+    return f"Dropout and the penalty, fused, against dropout alone: {'; '.join(parts)}.\n"
 
 
 def full_table(result: Result) -> str:
@@ -186,8 +240,10 @@ def readme_part(results: list[Result]) -> str:
     for result in sorted(results, key=lambda result: (not result.on_gpu, result.name)):
         parts += [f"{where(result)}.\n", penalty_table(result)]
         parts += [] if result.on_gpu else [lowest(result)]
+        if result.of(DROPOUT):
+            parts += [DROPOUT_TITLE, dropout_table(result), dropout_verdict(result)]
         parts += [step_table(result)] if result.of(STEP) else []
-        pictures = [f"![{alt}](bench/results/{result.name}-{kind}.svg)" for kind, alt in plots(result)]
+        pictures = [f"![{alt}](bench/results/{result.name}-{kind}.svg)" for kind, alt, _ in plots(result)]
         parts += ["\n".join(pictures) + "\n", f"All cases: [{result.name}.md](bench/results/{result.name}.md).\n"]
     if not any(result.on_gpu for result in results):
         parts += ["On a GPU: **not measured yet**, none was at hand; `bench/on_gpu.sh` measures it.\n"]
@@ -203,23 +259,42 @@ def with_part(readme: str, part: str) -> str:
     return f"{before}{BEGIN}\n{part}\n{END}{after}"
 
 
-def plots(result: Result) -> list[tuple[str, str]]:
-    """Kind and description of every plot of a result."""
-    roofline = ("roofline", "Bandwidth reached against the size of the inputs, beside a copy's")
-    return [("speedup", "How many times as fast as its peers fastreg is, by shape"), *[roofline] * result.on_gpu]
+def plots(result: Result) -> list[tuple[str, str, Callable[[Result], Figure]]]:
+    """Kind and description of every plot of a result, and what draws it."""
+    drawn = [("speedup", "How many times as fast as its peers fastreg is, by shape", speedup_plot)]
+    if result.of(DROPOUT):
+        drawn.append(("dropout", "How many times the time of dropout alone it takes with the penalty", dropout_plot))
+    if result.on_gpu:
+        drawn.append(("roofline", "Bandwidth reached against the size of the inputs, beside a copy's", roofline_plot))
+    return drawn
 
 
 def speedup_plot(result: Result) -> Figure:
-    cases = result.of(BOTH)[::-1]
-    figure = Figure(figsize=(8, 1 + 0.3 * len(cases)), layout="constrained")
+    cases = result.of(BOTH)
+    peers = ("eager", "compiled")
+    bars = {f"against {peer}": [case.times_as_fast("fastreg", peer) for case in cases] for peer in peers}
+    return bar_plot(result, cases, bars, "times as fast, forward + backward", "%.1f")
+
+
+def dropout_plot(result: Result) -> Figure:
+    cases = result.of(DROPOUT)
+    peers = {"dropout + eager": "eager", "dropout + fused_ar_tar": "fused_ar_tar", "fused": "fastreg"}
+    bars = {label: [case.cost(peer) for case in cases] for label, peer in peers.items()}
+    return bar_plot(result, cases, bars, "times the time of dropout alone, forward + backward", "%.2f")
+
+
+def bar_plot(result: Result, cases: list[Case], bars: dict[str, list[float]], axis: str, form: str) -> Figure:
+    """A group of bars for each case, from top to bottom."""
+    figure = Figure(figsize=(8, 1 + 0.15 * len(bars) * len(cases)), layout="constrained")
     axes = figure.subplots()
-    for offset, other in ((0.2, "eager"), (-0.2, "compiled")):
-        speeds = [case.times_as_fast("fastreg", other) for case in cases]
-        bars = axes.barh([i + offset for i in range(len(cases))], speeds, 0.4, label=f"against {other}")
-        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+    height = 0.8 / len(bars)
+    for i, (label, lengths) in enumerate(bars.items()):
+        places = [case - 0.4 + height * (i + 0.5) for case in range(len(cases))]
+        axes.bar_label(axes.barh(places, lengths, height, label=label), fmt=form, padding=2, fontsize=7)
     axes.set_yticks(range(len(cases)), [case.label for case in cases])
+    axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel(f"times as fast, forward + backward\n{result.machine['device']}")
+    axes.set_xlabel(f"{axis}\n{result.machine['device']}")
     axes.legend(loc="lower right")
     return figure
 
@@ -253,9 +328,8 @@ def main() -> None:
     results = [load(file) for file in sorted(RESULTS.glob("*.json"))]
     for result in results:
         (RESULTS / f"{result.name}.md").write_text(full_table(result))
-        save(speedup_plot(result), RESULTS / f"{result.name}-speedup.svg", result.digest)
-        if result.on_gpu:
-            save(roofline_plot(result), RESULTS / f"{result.name}-roofline.svg", result.digest)
+        for kind, _, plot in plots(result):
+            save(plot(result), RESULTS / f"{result.name}-{kind}.svg", result.digest)
     part = readme_part(results)
     README.write_text(with_part(README.read_text(), part))
     print(part)

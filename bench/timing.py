@@ -6,7 +6,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -80,20 +80,19 @@ class Replay:
         self.now += next(self.durations)
 
 
-def kept_bytes(penalty: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
-    """Bytes that a forward keeps for the backward, beyond its inputs."""
-    kept: dict[int, int] = {}
+def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
+    """Bytes that a forward keeps for the backward, beyond its inputs and what it gives."""
+    kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no memory is handed out twice
 
     def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept[x.untyped_storage().data_ptr()] = x
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
-        result = penalty()
-    for x in inputs:
+        results = call(0)
+    for x in (*inputs, *results):
         kept.pop(x.untyped_storage().data_ptr(), None)
-    del result  # alive until here, so that no memory was handed out twice
-    return sum(kept.values())
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
@@ -141,16 +140,15 @@ def launches(call: Call) -> int:
     return sum(event.device_type.name == "CUDA" for event in record.events() or [])
 
 
-def peak_bytes(call: Call, backward: bool) -> int:
-    """Most memory that one call holds at a time, beyond its inputs and, of a backward, the gradients it gives."""
+def peak_bytes(call: Call) -> int:
+    """Most memory that one call holds at a time, beyond its inputs and what it gives."""
     call(0)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results = call(0)
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    return peak - sum(x.nbytes for x in results) if backward else peak
+    return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
 
 
 def copy_bandwidth() -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,14 @@ pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-bench
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
 from bench import cases, compare, report, run, timing
-from bench.formulas import awd_lstm_lm, fastai
+from bench.formulas import awd_lstm_lm, fastai, rnn_dropout
 from fastreg import fused_ar_tar
 from fastreg.reference import Steps, ar_tar
 from tests.conftest import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-CASE = cases.Case((3, 5, 8), torch.float32)
+CASE = cases.PenaltyCase((3, 5, 8), torch.float32)
+DROPOUT = cases.DropoutCase((3, 5, 8), torch.float32)
 
 
 @pytest.mark.parametrize(("formula", "batch_first"), [(fastai, True), (awd_lstm_lm, False)])
@@ -89,41 +91,91 @@ def test_the_clock_replays_what_was_measured() -> None:
 
 def test_kept_bytes() -> None:
     raw, dropped = (torch.randn(4, 6, 5, requires_grad=True) for _ in range(2))
-    assert timing.kept_bytes(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped)) == 0
-    assert timing.kept_bytes(lambda: raw.exp(), (raw,)) == raw.nbytes
-    assert timing.kept_bytes(lambda: fastai(raw, dropped, 2.0, 1.0), (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
+    assert timing.kept_bytes(lambda _: (fused_ar_tar(raw, dropped, 2.0, 1.0),), (raw, dropped)) == 0
+    assert timing.kept_bytes(lambda _: (raw.exp(),), (raw,)) == 0, "it is given anyway"
+    assert timing.kept_bytes(lambda _: (raw.exp().sum(),), (raw,)) == raw.nbytes
+    # what the backward gives lies nowhere that something kept did before
+    sets = [(raw, dropped)]
+    assert timing.kept_bytes(CASE.call(fastai, sets), (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
 
 
 def test_bytes_that_must_move() -> None:
     one = 128 * 512 * 1024 * 2
     large = (128, 512, 1024)
-    assert cases.Case(large, torch.bfloat16).bytes_moved == 6 * one
-    assert cases.Case(large, torch.bfloat16, backward=False).bytes_moved == 2 * one
-    assert cases.Case(large, torch.bfloat16, same=True).bytes_moved == 3 * one
+    assert cases.PenaltyCase(large, torch.bfloat16).bytes_moved("fastreg") == 6 * one
+    assert cases.PenaltyCase(large, torch.bfloat16, backward=False).bytes_moved("fastreg") == 2 * one
+    assert cases.PenaltyCase(large, torch.bfloat16, same=True).bytes_moved("fastreg") == 3 * one
+    dropout = cases.DropoutCase(large, torch.bfloat16)
+    assert [dropout.bytes_moved(peer) // one for peer in ("dropout alone", "eager", "fastreg")] == [4, 5, 5]
 
 
 def test_a_gpu_runs_all_that_a_cpu_does() -> None:
-    everything = cases.penalty_cases("cuda")
-    assert len(set(everything)) == len(everything)
-    assert set(cases.penalty_cases("cpu")) < set(everything)
-    crossed = {(c.shape, c.dtype, c.batch_first, c.backward) for c in everything if not c.same}
-    assert len(crossed) == len(cases.SHAPES) * 3 * 2 * 2
+    everything = cases.all_cases("cuda")
+    assert len({str(case) for case in everything}) == len(everything)
+    assert set(cases.all_cases("cpu")) < set(everything)
+    penalty = [case for case in everything if isinstance(case, cases.PenaltyCase) and not case.same]
+    assert len({(c.shape, c.dtype, c.batch_first, c.backward) for c in penalty}) == len(cases.SHAPES) * 3 * 2 * 2
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("backward", [True, False])
 def test_calls(backward: bool, same: bool) -> None:
-    case = cases.Case((3, 5, 8), torch.float32, batch_first=False, same=same, backward=backward)
+    case = cases.PenaltyCase((3, 5, 8), torch.float32, batch_first=False, same=same, backward=backward)
     sets = cases.input_sets(case, "cpu")
     assert len(sets) == cases.MOST_SETS, "small inputs: as many as are allowed"
     assert sets[0][0].shape == (5, 3, 8)
-    want, got = (
-        cases.call(penalty, case, sets)(1) for name, penalty in cases.peers(case).items() if name != "compiled"
-    )
+    want, got = (case.call(peer, sets)(1) for name, peer in case.peers().items() if name != "compiled")
     assert len(got) == (2 if backward and not same else 1)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one seed: compiled, too, where the compiler leaves the drawing to torch."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    case = cases.DropoutCase((3, 5, 8), dtype, batch_first)
+    sets = cases.input_sets(case, "cpu")
+    raw, slope = sets[1]
+    exact = raw.detach().double().requires_grad_()
+    torch.manual_seed(5)
+    product = exact * rnn_dropout(torch.ones_like(raw), cases.P, batch_first).double()
+    penalty = ar_tar(exact, product, cases.ALPHA, cases.BETA, batch_first, "mean").penalty
+    for name, call in cases.calls(case, sets).items():
+        torch.manual_seed(5)
+        dropped, gradient = call(1)
+        torch.manual_seed(5)
+        _, *penalties = case.peers()[name](raw)
+        assert len(penalties) == (0 if name.endswith("dropout alone") else 1)
+        loss = (product * slope).sum() + penalty * len(penalties)
+        (want,) = torch.autograd.grad(loss, exact, retain_graph=True)
+        got, wanted = (dropped, gradient, *penalties), (product, want, *[penalty] * len(penalties))
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            got, wanted, rtol=4 * eps, atol=eps, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every peer of a small one, without the compiler; nothing but the mask is kept, and by the formula the changes."""
+    from bench import benchmarks
+
+    monkeypatch.setattr(torch, "compile", lambda peer: peer)
+    monkeypatch.setitem(benchmarks.CASES, "small", DROPOUT)
+    monkeypatch.setattr(benchmarks, "DEVICE", "cpu")
+    monkeypatch.setattr(benchmarks, "SECONDS", 0.0)
+    measured = benchmarks.measure("small")
+    assert tuple(measured) == DROPOUT.PEERS
+    assert DROPOUT.PEERS[-1] == "fastreg", "a result that has fastreg is complete"
+    one, mask, changes = 3 * 5 * 8 * 4, 3 * 8 * 4, 3 * 4 * 8 * 4
+    for peer, (times, figures) in measured.items():
+        kept = mask + (changes if peer in ("eager", "compiled") else 0)
+        moved = one * (4 if peer.endswith("dropout alone") else 5)
+        assert figures == {"kept_bytes": kept, "bytes_moved": moved}, peer
+        assert len(times) == timing.LEAST
 
 
 class PretendGPU:
@@ -171,8 +223,8 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     PretendGPU.install(monkeypatch)
     monkeypatch.setattr(timing, "profile", lambda activities: PretendGPU())
     monkeypatch.setattr(benchmarks, "copy_bandwidth", lambda: 1e6)
-    call = cases.call(fastai, CASE, cases.input_sets(CASE, "cpu"))
-    figures = benchmarks.gpu_figures(call, CASE, 3)
+    call = CASE.call(fastai, cases.input_sets(CASE, "cpu"))
+    figures = benchmarks.gpu_figures(call, CASE.bytes_moved("eager"), 3)
     assert figures.pop("host_seconds") > 0
     assert figures == pytest.approx(
         {
@@ -189,14 +241,23 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(times["eager"]) == timing.LEAST
 
 
-def made_up(folder: Path, speeds: list[float], device: str = "A CPU, 2 cores", **machine: Any) -> Path:
-    """A result in which fastreg is `speeds` times as fast as the eager formula, one a case, and one round is odd."""
+def made_up(
+    folder: Path, speeds: list[float], device: str = "A CPU, 2 cores", dropout: Sequence[Any] = (), **machine: Any
+) -> Path:
+    """A result in which fastreg is `speeds` times as fast as the eager formula, one a case, and one round is odd.
+
+    So it is for each shape in `dropout`, 4 times as fast and in 1.25 times the time of dropout alone.
+    """
     benchmarks = []
     gpu_figures = dict.fromkeys(report.FIGURES, 1.0)
-    for number, speed in enumerate(speeds):
-        info = {"shape": [number, 2, 3], "dtype": "float32", "layout": "batch first", "same": False}
-        for peer, seconds in (("eager", speed), ("compiled", 0.5), ("fastreg", 1.0)):
-            own = info | {"pass": report.BOTH, "peer": peer} | (gpu_figures if machine else {})
+    penalty = {"same": False, "pass": report.BOTH}
+    made = [(([number, 2, 3], penalty), {"eager": speed, "compiled": 0.5}) for number, speed in enumerate(speeds)]
+    after = dict.fromkeys(cases.DropoutCase.PEERS[:-1], 2.0) | {"dropout alone": 0.8, "eager": 4.0, "compiled": 0.5}
+    made += [((shape, {"pass": report.DROPOUT}), after) for shape in dropout]
+    for number, ((shape, kind), seconds_of) in enumerate(made):
+        info = {"shape": shape, "dtype": "float32", "layout": "batch first", **kind}
+        for peer, seconds in (seconds_of | {"fastreg": 1.0}).items():
+            own = info | {"peer": peer} | (gpu_figures if machine else {})
             data = [seconds, seconds * 2, 100.0 if peer == "fastreg" else seconds]  # one round is slow for all
             benchmarks.append({"group": f"case {number}", "extra_info": own, "stats": {"data": data}})
     info = {"device": device, "torch": "1", "triton": "2", "python_version": "3", "threads": 2, "source": "s"} | machine
@@ -234,10 +295,36 @@ def test_a_report_of_a_cpu(tmp_path: Path) -> None:
     assert "On a GPU: **not measured yet**" in part
     assert "A CPU, 2 cores: PyTorch 1, Python 3, 2 threads" in part
     assert "commit 0123456789, source s" in part
+    assert "Dropout" not in part
+
+
+def test_a_report_of_dropout(tmp_path: Path) -> None:
+    result = report.load(made_up(tmp_path, [4.0], dropout=[[64, 70, 400]]))
+    part = report.readme_part([result])
+    assert "| (64, 70, 400), float32 | 800 | 4000 | 2000 | 2000 | 1.25x | 4.0x | 0.5x |" in part
+    assert "fused, against dropout + eager: 4.0x to 4.0x (target 2.5x: met)" in part
+    assert "a-cpu-2-cores-dropout.svg" in part
+    assert len(result.of(report.BOTH)) == 1
+    shapes = [[64, 70, 400], [128, 512, 1024]]
+    result = report.load(made_up(tmp_path, [4.0], "A GPU", shapes, copy_bandwidth=3e12))
+    part = report.readme_part([result])
+    assert "| 1.25x | 4.0x | 0.5x | 100% | 1.0 |" in part
+    assert "at large shapes 1.25x to 1.25x (target under 1.3x: met)" in part
+    assert "at (64, 70, 400) 1.25x to 1.25x (target under 1x: not met everywhere)" in part
+    assert [kind for kind, *_ in report.plots(result)] == ["speedup", "dropout", "roofline"]
+
+
+def test_the_guard_minds_dropout_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up(tmp_path / "old", [4.0])
+    made_up(tmp_path / "new", [4.0], dropout=[[64, 70, 400]])
+    assert compare.main(tmp_path / "new", tmp_path / "old") == 0
+    assert "1 cases compared, 1 not committed" in capsys.readouterr().out
+    assert compare.main(tmp_path / "new", tmp_path / "new") == 0
+    assert "2 cases compared, 0 not committed" in capsys.readouterr().out
 
 
 def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up(tmp_path, [4.0], device="A GPU", copy_bandwidth=3e12)
+    made_up(tmp_path, [4.0], "A GPU", [[64, 70, 400]], copy_bandwidth=3e12)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
@@ -249,7 +336,7 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "| 4.0x | 0.5x | 100% | 1.0 |" in readme
     assert "On a CPU: **not measured yet**" in readme
     assert {file.name for file in tmp_path.iterdir()} == {
-        *("README.md", "a-gpu.json", "a-gpu.md", "a-gpu-speedup.svg", "a-gpu-roofline.svg")
+        *("README.md", "a-gpu.json", "a-gpu.md", "a-gpu-speedup.svg", "a-gpu-dropout.svg", "a-gpu-roofline.svg")
     }
 
 
@@ -262,7 +349,7 @@ def test_what_is_committed_is_what_was_measured() -> None:
         table = report.RESULTS / f"{result.name}.md"
         assert table.read_text() == report.full_table(result), "run `python -m bench.report`"
         rendered.add(table.name)
-        for kind, _ in report.plots(result):
+        for kind, *_ in report.plots(result):
             picture = report.RESULTS / f"{result.name}-{kind}.svg"
             assert f"JSON {result.digest}" in picture.read_text(), "run `python -m bench.report`"
             rendered.add(picture.name)
