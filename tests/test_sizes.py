@@ -92,6 +92,24 @@ def one_row(shape: tuple[int, ...], time: int) -> list[int]:
     return [1 if axis == time else size for axis, size in enumerate(shape)]
 
 
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16)])
+def test_offsets_past_31_bits_with_dropout(strides: tuple[int, int], device: str) -> None:
+    """Rows far apart in memory, as in tests/test_kernels.py: of raw, a full mask, and dropped's gradient."""
+    shape = (4, 2, 8) if strides[0] > strides[1] else (2, 4, 8)
+    memory = torch.empty(3 * (2**31 + 8) + 128, dtype=HALF, device=device)
+    raw, mask, slope = (memory.as_strided(shape, (*strides, 1), offset) for offset in (0, 32, 64))
+    for x in (raw, mask, slope):
+        x.copy_(torch.randn(shape))
+    results = []
+    for x, keep, arriving in ([raw, mask, slope], [y.double() for y in (raw, mask, slope)]):
+        leaf = x.detach().requires_grad_()
+        dropped, got = fused_dropout_ar_tar(leaf, 0.5, 2.0, 1.0, mask=keep)
+        (gradient,) = torch.autograd.grad([dropped, got], leaf, [arriving, torch.ones_like(got)])
+        results.append([y.double() for y in (dropped.detach(), got.detach(), gradient)])
+    assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
 @blocked
 def test_more_elements_than_32_bits_count_in_blocks() -> None:
     """One sequence, seen so often, has the mean that it has alone."""
