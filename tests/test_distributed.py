@@ -190,5 +190,5 @@ def test_a_tensor_on_another_gpu_is_worked_on_there(device: str) -> None:
         both = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
     want = ar_tar(*xs, 2.0, 1.0, True, "mean").penalty
     assert all(x.device == torch.device(device) for x in (got, *gradients, *both))
-    assert_close(got.double(), want)
-    assert_close([x.double() for x in gradients], list(torch.autograd.grad(want, xs)))
+    assert_close(got.double(), want, rtol=1e-6, atol=0)
+    assert_close([x.double() for x in gradients], list(torch.autograd.grad(want, xs)), rtol=1e-5, atol=1e-6)
