@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
-KERNEL_TESTS = tests/test_penalty.py tests/test_dropout.py tests/test_padding.py tests/test_kernels.py
+KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty dropout padding kernels sizes))
 
 .PHONY: help demo test test-oldest-triton bench bench-compare lint clean
 help:

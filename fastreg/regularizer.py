@@ -71,9 +71,10 @@ class RNNRegularizer:
         return self.__dict__ | {"_given": None, "_attached": []}
 
     def on_epoch_begin(self, model: object) -> None:
-        """Reset the model's hidden state, if it has a `reset()`, and drop any capture."""
+        """Reset the model's hidden state, if it or the model it wraps has a `reset()`, and drop any capture."""
         self.clear()
-        reset = getattr(model, "reset", None)
+        inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
+        reset = getattr(model, "reset", None) or getattr(inner, "reset", None)
         if callable(reset):
             reset()
 

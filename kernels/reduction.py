@@ -6,6 +6,8 @@ partial sums, always in the same order, so the result does not depend on which p
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from fastreg.kernels.tiling import ends
 CHUNK = tl.constexpr(512)  # partial sums, or lengths, that the last program loads at once
 RESERVE = 4096  # tickets a device: one for each stream and for each call captured in a CUDA graph
 
+_lock = Lock()  # for the reserve: no thread draws from it before its zeros are there
 _reserve: dict[torch.device, list[Tensor]] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -103,15 +106,17 @@ def ticket_for(device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.zeros(1, dtype=torch.int32, device=device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        reserve = _reserve.get(device)
-        # With no reserve the graph zeroes a ticket at each replay, in one more node.
-        return reserve.pop() if reserve else torch.zeros(1, dtype=torch.int32, device=device)
+        with _lock:
+            reserve = _reserve.get(device)
+            # With no reserve the graph zeroes a ticket at each replay, in one more node.
+            return reserve.pop() if reserve else torch.zeros(1, dtype=torch.int32, device=device)
     stream = driver.active.get_current_stream(device.index)
     ticket = _of_stream.get((device, stream))
     if ticket is None:
-        reserve = _reserve.setdefault(device, [])
-        if not reserve:
-            reserve.extend(torch.zeros(RESERVE, dtype=torch.int32, device=device).split(1))
-            torch.accelerator.synchronize(device)  # once: other streams must see the zeros
-        ticket = _of_stream.setdefault((device, stream), reserve.pop())
+        with _lock:
+            reserve = _reserve.setdefault(device, [])
+            if not reserve:
+                reserve.extend(torch.zeros(RESERVE, dtype=torch.int32, device=device).split(1))
+                torch.accelerator.synchronize(device)  # once: other streams must see the zeros
+            ticket = _of_stream.setdefault((device, stream), reserve.pop())
     return ticket

@@ -143,7 +143,7 @@ def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monke
     exact = raw.detach().double().requires_grad_()
     torch.manual_seed(5)
     product = exact * rnn_dropout(torch.ones_like(raw), cases.P, batch_first).double()
-    penalty = ar_tar(exact, product, cases.ALPHA, cases.BETA, batch_first, "mean").penalty
+    penalty = ar_tar(exact, product, cases.ALPHA, cases.BETA, Steps(batch_first), "mean").penalty
     for name, call in cases.calls(case, sets).items():
         torch.manual_seed(5)
         dropped, gradient = call(1)

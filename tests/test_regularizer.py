@@ -633,6 +633,8 @@ def test_on_epoch_begin_resets() -> None:
     regularizer().on_epoch_begin(model)
     assert model.resets == 1
     regularizer().on_epoch_begin(nn.Linear(1, 1))
+    regularizer().on_epoch_begin(nn.DataParallel(model))  # like DistributedDataParallel, hides the model's attributes
+    assert model.resets == 2
 
 
 # The learning rate

@@ -1,0 +1,154 @@
+"""Threads at once, and other processes: forked, spawned, and what is sent to them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset
+
+from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, penalty
+from tests.conftest import gpu
+
+THREADS, TIMEOUT = 8, 60
+pytestmark = pytest.mark.skipif(
+    penalty.RUNNERS["cpu"] is not penalty.cpu, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread"
+)
+
+
+def step(raw: Tensor, dropped: Tensor) -> list[Tensor]:
+    """Values and gradients of both functions."""
+    raw, dropped = raw.detach().requires_grad_(), dropped.detach().requires_grad_()
+    terms = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
+    kept, other = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=dropped.detach())
+    gradients = torch.autograd.grad(terms.penalty + other + kept.sum(), (raw, dropped))
+    return [x.detach() for x in (*terms, kept, other, *gradients)]
+
+
+@pytest.mark.parametrize(
+    ("device", "streams"),
+    [("cpu", False), pytest.param("cuda", False, marks=gpu), pytest.param("cuda", True, marks=gpu)],
+    ids=["cpu", "one_stream", "a_stream_each"],
+)
+def test_threads_at_once_are_exact(device: str, streams: bool) -> None:
+    inputs = [torch.randn(2, 16, 70 + i, 200, device=device).unbind() for i in range(THREADS)]
+    want = [step(*xs) for xs in inputs]
+    if device == "cuda":
+        torch.cuda.synchronize()
+    together = threading.Barrier(THREADS, timeout=TIMEOUT)
+
+    def work(i: int) -> list[list[Tensor]]:
+        with torch.cuda.stream(torch.cuda.Stream()) if streams else nullcontext():
+            together.wait()
+            results = [step(*inputs[i]) for _ in range(20)]
+            if device == "cuda":
+                torch.cuda.current_stream().synchronize()
+        return results
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for expected, results in zip(want, pool.map(work, range(THREADS)), strict=True):
+            for result in results:
+                assert all(torch.equal(x, y) for x, y in zip(result, expected, strict=True))
+
+
+def test_threads_get_tickets_that_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams draw from one reserve, made by whichever thread comes first; its zeros must be there for all."""
+    reduction = pytest.importorskip("fastreg.kernels.reduction")
+    device, zeroed = torch.device("meta"), threading.Event()
+
+    class Driver:
+        def get_current_stream(self, _: Any) -> int:
+            return threading.get_ident()
+
+    class Drivers:
+        active = Driver()
+
+    def synchronize(_: Any) -> None:
+        zeroed.wait(0.2)  # others come by
+        zeroed.set()
+
+    for name, value in (("_reserve", {}), ("_of_stream", {}), ("RESERVE", THREADS), ("driver", Drivers)):
+        monkeypatch.setattr(reduction, name, value)
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    together = threading.Barrier(THREADS, timeout=TIMEOUT)
+
+    def draw(_: int) -> tuple[Tensor, bool]:
+        together.wait()
+        return reduction.ticket_for(device), zeroed.is_set()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        tickets, ready = zip(*pool.map(draw, range(THREADS)), strict=True)
+    assert all(ready)
+    assert len({x.storage_offset() for x in tickets}) == THREADS  # of one reserve
+
+
+class Steps(Dataset[list[Tensor]]):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(i)
+        return step(*torch.randn(2, 16, 70, 200, generator=generator).unbind())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # as a DataLoader does
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader(method: str) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this platform")
+    if method == "fork" and torch.cuda.is_available():
+        pytest.skip("with a GPU, torch refuses a backward in a forked process")
+    steps = Steps()
+    want = [steps[i] for i in range(3)]  # and the parent has used all that it hands down
+    options: Any = {"batch_size": None, "num_workers": 1, "timeout": TIMEOUT, "multiprocessing_context": method}
+    for got, expected in zip(DataLoader(steps, **options), want, strict=True):
+        assert_close(got, expected)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.dropout = nn.LSTM(4, 8, batch_first=True), FusedRNNDropout(0.5, 2.0, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.lstm(x)[0])
+
+
+def elsewhere(regularizer: RNNRegularizer, model: Model, x: Tensor, sent: ARTAR) -> ARTAR:
+    """What a process makes of what it was sent."""
+    assert model.dropout.take() is None  # what waits for the parent's loss
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        regularizer.on_backward_begin(torch.zeros(()))
+    regularizer.attach(model.lstm, model.dropout)
+    model(x)
+    loss = regularizer.on_backward_begin(torch.zeros(()))
+    loss.backward()
+    waiting = model.dropout.take()
+    assert waiting is not None
+    assert regularizer.ar is not None
+    assert regularizer.tar is not None
+    assert_close(waiting.penalty, loss)
+    assert_close(regularizer.tar, sent.tar)
+    return ARTAR(loss.detach(), regularizer.ar, regularizer.tar)
+
+
+def test_what_another_process_is_sent() -> None:
+    """The adapter and a module it is attached to, amid a step, and terms; terms come back."""
+    model, regularizer, x = Model(), RNNRegularizer(2.0, 1.0), torch.randn(3, 7, 4)
+    regularizer.attach(model.lstm, model.dropout)
+    model(x)
+    raw = model.lstm(x)[0].detach()
+    terms = fused_ar_tar(raw, raw, 2.0, 1.0, return_terms=True)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        got = pool.apply_async(elsewhere, (regularizer, model, x, terms)).get(TIMEOUT)
+    assert isinstance(got, ARTAR)
+    assert_close(got.tar, terms.tar)
+    assert_close(got.penalty, 2 * got.ar + got.tar)
+    assert model.dropout.take() is not None

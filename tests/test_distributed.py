@@ -1,0 +1,194 @@
+"""More than one process, or device: a batch in two halves gives the gradients of the whole.
+
+Two processes on the CPU make up the group; each test runs a function of this file in both.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.reference import Steps, ar_tar
+from tests.conftest import gpu
+
+TIMEOUT = 60  # seconds, for whatever waits: a group that hangs fails
+CPU = torch.device("cpu")
+
+
+def start(rank: int, meeting: str) -> None:
+    """What a process does first."""
+    torch.set_num_threads(1)
+    options: Any = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=TIMEOUT / 2)}
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", **options)
+
+
+@pytest.fixture(scope="module")
+def in_both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """Call a function in both processes; what fails in one of them fails the test."""
+    spawn, meeting = multiprocessing.get_context("spawn"), str(tmp_path_factory.mktemp("group") / "meeting")
+    with spawn.Pool(1) as first, spawn.Pool(1) as second:
+
+        def both(function: Callable[..., None], *arguments: tuple[Any, ...]) -> None:
+            calls = [p.apply_async(function, a) for p, a in zip((first, second), arguments, strict=True)]
+            for one in calls:
+                one.wait(TIMEOUT)
+            for one in calls:
+                one.get(0)
+
+        both(start, (0, meeting), (1, meeting))
+        yield lambda function, *arguments: both(function, arguments, arguments)
+
+
+class Masked(nn.Module):
+    """Dropout with a mask that comes with the batch."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask
+
+
+class LanguageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm = nn.Embedding(20, 6), nn.LSTM(6, 8, batch_first=True)
+        self.dropout, self.decoder = Masked(), nn.Linear(8, 20)
+        self.resets, self.fused = 0, False
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        raw, _ = self.lstm(self.embedding(tokens))
+        if self.fused:
+            dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
+            return self.decoder(dropped), got
+        dropped = self.dropout(raw, mask)
+        return self.decoder(dropped), raw, dropped
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def wrapped(model: LanguageModel, how: str) -> nn.Module:
+    if how == "DDP":
+        return DistributedDataParallel(model)
+    if how == "FSDP1":
+        return FullyShardedDataParallel(model, device_id=CPU, use_orig_params=True)
+    for module in (model.embedding, model.lstm, model.decoder, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    return model
+
+
+def train(how: str, penalty_by: str) -> None:
+    """Three steps on half of each batch, and in one process, by the formula, on all of it: the weights are the same."""
+    torch.manual_seed(0)
+    whole, model = LanguageModel(), LanguageModel()
+    model.load_state_dict(whole.state_dict())
+    model.fused = penalty_by == "dropout"
+    regularizer = RNNRegularizer(2.0, 1.0)
+    if penalty_by == "attach":
+        regularizer.attach(model.lstm, model.dropout)
+    outer = wrapped(model, how)
+    regularizer.on_epoch_begin(outer)
+    assert_close(model.resets, 1)
+    optimizers = [torch.optim.SGD(x.parameters(), 0.5) for x in (outer, whole)]
+    half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    for _ in range(3):
+        tokens, mask = torch.randint(20, (4, 8)), torch.empty(4, 1, 8).bernoulli_(0.5) * 2
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        output = outer(inputs[half], mask[half])
+        if penalty_by == "on_loss_begin":
+            regularizer.on_loss_begin(output)
+        loss = cross_entropy(output[0].flatten(0, 1), targets[half].flatten())
+        if penalty_by == "hand":
+            loss = loss + fused_ar_tar(*output[1:], 2.0, 1.0)
+        elif penalty_by == "dropout":
+            loss = loss + output[1]
+        else:
+            loss = regularizer.on_backward_begin(loss)
+        loss.backward()
+        decoded, raw, dropped = whole(inputs, mask)
+        loss = cross_entropy(decoded.flatten(0, 1), targets.flatten())
+        (loss + ar_tar(raw, dropped, 2.0, 1.0, Steps(), "mean").penalty).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    with FullyShardedDataParallel.summon_full_params(outer) if how == "FSDP1" else nullcontext():
+        for x, y in zip(model.parameters(), whole.parameters(), strict=True):
+            assert_close(x.full_tensor() if isinstance(x, DTensor) else x, y)
+
+
+@pytest.mark.parametrize("penalty_by", ["hand", "on_loss_begin", "attach", "dropout"])
+@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2"])
+def test_data_parallelism_trains_as_one_process_does(how: str, penalty_by: str, in_both: Callable[..., None]) -> None:
+    in_both(train, how, penalty_by)
+
+
+def full(x: Any) -> Tensor:
+    assert isinstance(x, DTensor)
+    return x.full_tensor()
+
+
+def check_dtensors(placement: Any, batch_first: bool) -> None:
+    """Sizes that do not divide by two, so that the ranks' means are not those of the whole."""
+    torch.manual_seed(0)
+    tensors = torch.randn(2, 5, 7, 3).unbind()
+    plain, spread = (
+        [split(x.clone()).requires_grad_() for x in tensors]
+        for split in (lambda x: x, lambda x: distribute_tensor(x, init_device_mesh("cpu", (2,)), [placement]))
+    )
+    options: Any = {"batch_first": batch_first, "return_terms": True}
+    want, got = (fused_ar_tar(*xs, 2.0, 1.0, **options) for xs in (plain, spread))
+    assert_close([full(x) for x in got], list(want))
+    gradients = torch.autograd.grad(got.penalty, spread)
+    assert_close([full(x) for x in gradients], list(torch.autograd.grad(want.penalty, plain)))
+
+    mask = torch.empty_like(tensors[0]).bernoulli_(0.5) * 2
+    masks = mask, distribute_tensor(mask, init_device_mesh("cpu", (2,)), [placement])
+    (dropped, want), (spread_dropped, got) = (
+        fused_dropout_ar_tar(xs[0], 0.5, 2.0, 1.0, mask=m, **options)
+        for xs, m in zip((plain, spread), masks, strict=True)
+    )
+    assert_close([full(x) for x in (spread_dropped, *got)], [dropped, *want])
+    (gradient,) = torch.autograd.grad(spread_dropped.sum() + got.penalty, spread[:1])
+    assert_close(full(gradient), *torch.autograd.grad(dropped.sum() + want.penalty, plain[:1]))
+
+    # A mask that is drawn is one mask, in whatever pieces.
+    module = FusedRNNDropout(0.5, 2.0, 1.0, batch_first=batch_first)
+    dropped, terms = full(module(spread[0])), module.take()
+    assert terms is not None
+    keep = (dropped != 0).movedim(1 if batch_first else 0, 0)
+    assert_close(keep, keep[:1].expand_as(keep))
+    assert_close(full(terms.penalty), fused_ar_tar(plain[0], dropped, 2.0, 1.0, batch_first=batch_first))
+
+
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "time_first"])
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Shard(2), Replicate()], ids=str)
+def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, in_both: Callable[..., None]) -> None:
+    in_both(check_dtensors, placement, batch_first)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda:1", marks=gpu)])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
+def test_a_tensor_on_another_gpu_is_worked_on_there(device: str) -> None:
+    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
+    xs = [x.detach().double().requires_grad_() for x in (raw, dropped)]
+    with torch.cuda.device(0):
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+        gradients = torch.autograd.grad(got, (raw, dropped))
+        both = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
+    want = ar_tar(*xs, 2.0, 1.0, Steps(), "mean").penalty
+    assert all(x.device == torch.device(device) for x in (got, *gradients, *both))
+    assert_close(got.double(), want, rtol=1e-6, atol=0)
+    assert_close([x.double() for x in gradients], list(torch.autograd.grad(want, xs)), rtol=1e-5, atol=1e-6)

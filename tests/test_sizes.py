@@ -1,0 +1,141 @@
+"""Sizes at the far ends: more elements than 32 bits count, long and thin activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
+from fastreg.reference import Steps, ar_tar
+from tests.conftest import gpu
+from tests.samples import HALF
+
+INTERPRETED = penalty.RUNNERS["cpu"] is not penalty.cpu
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU")
+blocked = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors")
+
+
+class LastPrograms:
+    """A kernel of which the interpreter runs the last two programs alone."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        def place(x: int, *_: int) -> None:
+            builder.grid_idx = grid[0] - 2 + x, 0, 0
+
+        def launch(*arguments: Any, **constants: Any) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(builder, "set_grid_idx", place)
+                self.kernel[(2,)](*arguments, **constants)
+
+        return launch
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
+def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device; the interpreter takes too long for such sizes, and runs the end of the backward alone."""
+    if request.param == "cpu":
+        from fastreg.kernels import dropout, penalty
+
+        for kernels, name in ((penalty, "penalty_backward"), (dropout, "dropout_backward")):
+            monkeypatch.setattr(kernels, name, LastPrograms(getattr(kernels, name)))
+            monkeypatch.setattr(kernels, "forward", lambda *_: (torch.zeros(()), torch.zeros(2)))
+    return request.param
+
+
+ALL = slice(None)
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["penalty", "dropout"])
+@pytest.mark.parametrize(
+    ("shape", "batch_first", "end"),
+    [
+        pytest.param((2**21 + 1, 8, 128), True, (slice(-4, None), ALL, ALL), id="batch"),
+        pytest.param((8, 2**21 + 1, 128), False, (ALL, slice(-4, None), ALL), id="time_first"),
+        pytest.param((1, 2**31 + 96, 1), True, (ALL, slice(-100, None), ALL), id="time"),
+        pytest.param((2**20 + 1, 1, 2**11), True, (slice(-1, None), ALL, slice(-512, None)), id="one_step"),
+    ],
+)
+def test_more_elements_than_32_bits_count(
+    shape: tuple[int, ...], batch_first: bool, end: tuple[slice, ...], dropout: bool, past_32_bits: str
+) -> None:
+    """All is 0 but the end, which has the gradient it would have alone. On the CPU hardly any memory is touched."""
+    device, time = past_32_bits, 1 if batch_first else 0
+    make = torch.empty if device == "cpu" else torch.zeros  # memory fresh from the system is 0
+    raw, mask = (make(*sizes, dtype=HALF, device=device) for sizes in (shape, one_row(shape, time)))
+    last, last_mask = raw[end], mask[tuple(ALL if i == time else s for i, s in enumerate(end))]
+    last.normal_()
+    last_mask.bernoulli_(0.5).mul_(2)
+    if last.shape[time] < shape[time]:
+        last.select(time, 0).zero_()  # as the row before it: no change leads there
+    alone = last.double().requires_grad_()
+    want = ar_tar(alone, alone * last_mask if dropout else alone, 2.0, 1.0, batch_first, "sum").penalty
+    options: Any = {"batch_first": batch_first, "reduction": "sum"}
+    if dropout:
+        got = fused_dropout_ar_tar(raw.requires_grad_(), 0.5, 2.0, 1.0, mask=mask, **options)[1]
+    else:
+        got = fused_ar_tar(raw.requires_grad_(), raw, 2.0, 1.0, **options)
+    if device != "cpu":
+        assert_close(got.double(), want, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(got, raw)
+    assert_close(gradient[end].double(), *torch.autograd.grad(want, alone), rtol=2e-3, atol=1e-3)
+
+
+def one_row(shape: tuple[int, ...], time: int) -> list[int]:
+    return [1 if axis == time else size for axis, size in enumerate(shape)]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16)])
+def test_offsets_past_31_bits_with_dropout(strides: tuple[int, int], device: str) -> None:
+    """Rows far apart in memory, as in tests/test_kernels.py: of raw, a full mask, and dropped's gradient."""
+    shape = (4, 2, 8) if strides[0] > strides[1] else (2, 4, 8)
+    memory = torch.empty(3 * (2**31 + 8) + 128, dtype=HALF, device=device)
+    raw, mask, slope = (memory.as_strided(shape, (*strides, 1), offset) for offset in (0, 32, 64))
+    for x in (raw, mask, slope):
+        x.copy_(torch.randn(shape))
+    results = []
+    for x, keep, arriving in ([raw, mask, slope], [y.double() for y in (raw, mask, slope)]):
+        leaf = x.detach().requires_grad_()
+        dropped, got = fused_dropout_ar_tar(leaf, 0.5, 2.0, 1.0, mask=keep)
+        (gradient,) = torch.autograd.grad([dropped, got], leaf, [arriving, torch.ones_like(got)])
+        results.append([y.double() for y in (dropped.detach(), got.detach(), gradient)])
+    assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@blocked
+def test_more_elements_than_32_bits_count_in_blocks() -> None:
+    """One sequence, seen so often, has the mean that it has alone."""
+    x = torch.randn(1, 64, 256)
+    many = x.expand(2**17 + 1, 64, 256)
+    assert_close(fused_ar_tar(many, many, 2.0, 1.0), fused_ar_tar(x, x, 2.0, 1.0), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=blocked), pytest.param("cuda", marks=gpu)])
+def test_ten_million_time_steps(device: str) -> None:
+    raw, dropped = (torch.randn(1, 10_000_000, 1, device=device, requires_grad=True) for _ in range(2))
+    xs = [x.detach().double().requires_grad_() for x in (raw, dropped)]
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
+    want = ar_tar(*xs, 2.0, 1.0, Steps(), "mean")
+    assert_close([x.double() for x in got], list(want), rtol=2e-6, atol=0)
+    gradients = torch.autograd.grad(got.penalty, (raw, dropped))
+    for x, y in zip(gradients, torch.autograd.grad(want.penalty, xs), strict=True):
+        assert_close(x.double(), y, rtol=1e-5, atol=1e-6 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=blocked), pytest.param("cuda", marks=gpu)])
+def test_ten_million_time_steps_with_dropout(device: str) -> None:
+    raw = torch.randn(1, 10_000_000, 1, device=device, requires_grad=True)
+    mask = torch.full((1, 1, 1), 2.0, device=device)
+    dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
+    assert torch.equal(dropped, 2 * raw)
+    want = fused_ar_tar(raw, 2 * raw, 2.0, 1.0)
+    assert_close(got, want, rtol=2e-6, atol=0)
+    assert_close(*(torch.autograd.grad(x, raw)[0] for x in (got, want)), rtol=1e-5, atol=1e-12)
