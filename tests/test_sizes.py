@@ -46,7 +46,7 @@ def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
         for kernels, name in ((penalty, "penalty_backward"), (dropout, "dropout_backward")):
             monkeypatch.setattr(kernels, name, LastPrograms(getattr(kernels, name)))
-            monkeypatch.setattr(kernels, "forward", lambda *_: (torch.zeros(()), torch.zeros(2)))
+            monkeypatch.setattr(kernels, "forward", lambda *_: (torch.zeros(()), torch.zeros(2), None))
     return request.param
 
 
@@ -76,7 +76,7 @@ def test_more_elements_than_32_bits_count(
     if last.shape[time] < shape[time]:
         last.select(time, 0).zero_()  # as the row before it: no change leads there
     alone = last.double().requires_grad_()
-    want = ar_tar(alone, alone * last_mask if dropout else alone, 2.0, 1.0, batch_first, "sum").penalty
+    want = ar_tar(alone, alone * last_mask if dropout else alone, 2.0, 1.0, Steps(batch_first), "sum").penalty
     options: Any = {"batch_first": batch_first, "reduction": "sum"}
     if dropout:
         got = fused_dropout_ar_tar(raw.requires_grad_(), 0.5, 2.0, 1.0, mask=mask, **options)[1]
