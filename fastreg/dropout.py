@@ -273,7 +273,8 @@ class FusedRNNDropout(nn.Module):
             return raw
         options = self.ar_of == "raw", self.batch_first, None, "mean"
         dropped, terms = _drop(raw, self.p, self.alpha, self.beta, True, None, *options)
-        if torch._C._current_graph_task_id() == -1:  # else checkpointing recomputes, inside a backward
+        # Inside a backward checkpointing recomputes. torch.compile cannot ask, and refuses to checkpoint this module.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._waiting = terms
         return dropped
 

@@ -165,7 +165,7 @@ def check_mask(mask: object, raw: Tensor, batch_first: bool) -> Tensor:
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
     one_row = list(raw.shape)
     one_row[time_dim(raw, batch_first)] = 1
-    if mask.shape not in (raw.shape, torch.Size(one_row)):
+    if mask.shape != raw.shape and list(mask.shape) != one_row:  # `in` would not compare symbolic sizes
         raise ValueError(f"mask: expected shape {tuple(one_row)} or that of raw, {_shape(raw)}, got {_shape(mask)}")
     if mask.dtype != raw.dtype:
         raise TypeError(f"mask: expected the dtype of raw, {raw.dtype}, got {mask.dtype}")

@@ -251,7 +251,11 @@ def _backward(
 
 def empty_like(x: Tensor) -> Tensor:
     """Memory like that of `x`, in the order of its axes as long as the hidden axis is the innermost."""
-    memory = torch.empty_like(x)
-    if memory.stride(-1) == 1 or x.shape[-1] == 1:
-        return memory
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    filled = torch.are_deterministic_algorithms_enabled()  # a pass over memory for nothing: all of it gets written
+    like = torch.empty_like(x, device="meta" if filled else x.device)
+    if like.stride(-1) != 1 and x.shape[-1] != 1:
+        like = torch.empty_like(like, memory_format=torch.contiguous_format)
+    if not filled:
+        return like
+    storage = torch.UntypedStorage(like.nbytes, device=x.device)  # which is never filled
+    return x.new_empty(0).set_(storage, 0, like.shape, like.stride())

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 class ARTAR(NamedTuple):
@@ -82,15 +81,15 @@ def neighbours(batch_sizes: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def changes(x: Tensor, steps: Steps) -> Tensor:
-    """The changes over time, one less than there are steps; of packed rows one each, 0 at the first step."""
+    """The change over time that leads to each step, 0 to the first."""
     if steps.batch_sizes is not None:
         before, _, precedes, _ = neighbours(steps.batch_sizes, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
+    # Not diff, which is shorter by one: torch.compile would make a case of its own of 2 steps, 1 change.
     dim = time_dim(x, steps.batch_first)
-    change = x.diff(dim=dim)
-    if steps.lengths is None:
-        return change
-    return torch.where(_counts(x, steps).narrow(dim, 1, change.shape[dim]), change, 0)
+    first = torch.arange(x.shape[dim], device=x.device) == 0
+    change = (x - x.roll(1, dim)).masked_fill(first.view(-1, *[1] * (x.dim() - 1 - dim)), 0)
+    return counted(change, steps)
 
 
 def bends(x: Tensor, steps: Steps) -> Tensor:
@@ -99,8 +98,7 @@ def bends(x: Tensor, steps: Steps) -> Tensor:
     if steps.batch_sizes is not None:
         _, after, _, follows = neighbours(steps.batch_sizes, x.shape[0])
         return change - torch.where(follows.to(x.device).unsqueeze(-1), change[after.to(x.device)], 0)
-    axes_after = [0, 0] * (x.dim() - 1 - time_dim(x, steps.batch_first))  # pad() counts axes from the last
-    return pad(change, [*axes_after, 1, 0]) - pad(change, [*axes_after, 0, 1])
+    return change - change.roll(-1, time_dim(x, steps.batch_first))  # the 0 of the first follows the last
 
 
 def counted(x: Tensor, steps: Steps) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastreg import penalty
+from fastreg import dropout, penalty
 
 gpu = [
     pytest.mark.gpu,
@@ -26,8 +26,11 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def poison() -> Iterator[None]:
-    """Fill memory from `torch.empty` with NaN, so that an element nobody wrote shows."""
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill memory from `torch.empty` and `empty_like` with NaN, so that an element nobody wrote shows."""
+    empty_like = penalty.empty_like
+    for module in (penalty, dropout):
+        monkeypatch.setattr(module, "empty_like", lambda x: empty_like(x).fill_(torch.nan))
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     yield

@@ -1,0 +1,467 @@
+"""At home in torch: compilers, autocast, transforms, checkpointing and modes, against the plain call."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, export
+from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.penalty import empty_like
+from fastreg.reference import Steps, ar_tar
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
+
+Call = Callable[[Tensor, Tensor], Any]
+
+
+def mask_for(x: Tensor) -> Tensor:
+    kept = torch.arange(8, device=x.device) % 3 > 0
+    return (1.5 * kept).to(x.dtype).expand(3, 1, 8)
+
+
+def lengths_for(x: Tensor) -> Tensor:
+    """All steps, all but one, and all but two."""
+    return (x.shape[1] - torch.arange(3, device=x.device)).clamp(min=0)
+
+
+def module_call(raw: Tensor, dropped: Tensor, ar_of: Any = "dropped") -> tuple[Tensor, ...]:
+    module = FusedRNNDropout(0.4, 2.0, 1.0, ar_of=ar_of)
+    out, taken = module(raw * dropped), module.take()
+    assert taken is not None
+    return out, *taken
+
+
+# Each takes raw and dropped, (3, time, 8), and gives tensors, those without a gradient last.
+CALLS: dict[str, Call] = {
+    "pair": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0),
+    "same": lambda r, d: fused_ar_tar(x := r + d, x, 2.0, 1.0),
+    "layers": lambda r, d: fused_ar_tar([r, r * d], (d, d), 2.0, 1.0, return_terms=True),
+    "alpha0": lambda r, d: fused_ar_tar(r, None, 0, 1.0) + fused_ar_tar(None, d, 2.0, 0, reduction="sum"),
+    "time_first": lambda r, d: fused_ar_tar(r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, batch_first=False),
+    "one_sequence": lambda r, d: fused_ar_tar(r[0], d[1], 2.0, 1.0),
+    "lengths": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, lengths=lengths_for(r)),
+    "mask": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r)),
+    "drawn": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, return_terms=True),
+    "evaluation": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, training=False),
+    "drawn_lengths": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, lengths=lengths_for(r)),
+    "module": module_call,
+    "module_of_raw": functools.partial(module_call, ar_of="raw"),
+}
+
+
+def calls(*names: str, but: tuple[str, ...] = ()) -> Any:
+    names = names or tuple(name for name in CALLS if name not in but)
+    return pytest.mark.parametrize("call", [CALLS[name] for name in names], ids=names)
+
+
+by_call, by_few = calls(), calls("pair", "mask")
+OTHERS = [call for name, call in CALLS.items() if name not in ("pair", "drawn", "drawn_lengths", "module_of_raw")]
+COMPILED = {
+    "pair": CALLS["pair"],
+    "drawn": CALLS["drawn"],
+    "others": functools.partial(lambda calls, r, d: [call(r, d) for call in calls], OTHERS),  # in one graph
+}
+by_compiled = pytest.mark.parametrize("call", COMPILED.values(), ids=COMPILED)
+
+
+def leaves(time: int = 5, dtype: torch.dtype = FLOAT, device: str = "cpu") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(time)
+    values = (torch.randn(3, time, 8, generator=generator, dtype=DOUBLE) for _ in range(2))
+    return [x.to(device, dtype).requires_grad_() for x in values]
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [x for part in results for x in flat(part)]
+
+
+def total(results: Any) -> Tensor:
+    return sum((x.sin().sum() for x in flat(results) if x.requires_grad), torch.zeros(()))
+
+
+def from_seed(call: Call, xs: list[Tensor]) -> Any:
+    torch.manual_seed(3)
+    return call(*xs)
+
+
+def everything(call: Call, xs: list[Tensor]) -> list[Tensor]:
+    """What a call gives, and the gradients of a loss made of it; from one seed."""
+    results = from_seed(call, xs)
+    gradients = torch.autograd.grad(total(results), xs, allow_unused=True, materialize_grads=True)
+    return [*flat(results), *gradients]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class TestCompile:
+    @by_compiled
+    def test_one_hundred_lengths_take_two_compilations(self, call: Call) -> None:
+        """From two steps on. A single step is a graph of its own: torch.compile takes any size of 1 for a constant."""
+        count: Counter[str] = Counter()
+
+        def counted(kind: str) -> Any:
+            return lambda graph, _: (count.update([kind]), make_boxed_func(graph.forward))[1]
+
+        backend = aot_autograd(fw_compiler=counted("forward"), bw_compiler=counted("backward"))
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        for time in (70, 50, 2, *range(3, 102)) if call is not COMPILED["others"] else (9, 12, 2, 3):
+            assert_close(everything(compiled, leaves(time)), everything(call, leaves(time)))
+        assert count == {"forward": 2, "backward": 2}
+        assert_close(everything(compiled, leaves(1)), everything(call, leaves(1)))
+        assert count == {"forward": 3, "backward": 3}
+
+    @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler for inductor")
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's
+    def test_inductor(self) -> None:
+        def call(r: Tensor, d: Tensor) -> Any:
+            return CALLS["pair"](r, d), CALLS["drawn"](r, d)
+
+        counter = CompileCounterWithBackend("inductor")
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+        with torch._inductor.config.patch(fallback_random=True):  # else it draws by a generator of its own
+            for time in (70, 2, 3, 101):
+                assert_close(everything(compiled, leaves(time)), everything(call, leaves(time)))
+        assert counter.frame_count == 1
+
+    @by_few
+    @pytest.mark.parametrize("marked", [True, False])
+    def test_dynamic_from_the_start(self, call: Call, marked: bool) -> None:
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=None if marked else True)
+        for time in (2, 70, 3):
+            xs = leaves(time)
+            if marked:
+                for x in xs:
+                    torch._dynamo.mark_dynamic(x, 1)
+            assert_close(everything(compiled, xs), everything(call, leaves(time)))
+        assert counter.frame_count == 1
+
+    def test_a_step_with_the_regularizer(self) -> None:
+        regularizer = RNNRegularizer(2.0, 1.0)
+
+        def step(r: Tensor, d: Tensor) -> Tensor:
+            decoded = regularizer.on_loss_begin((r.mean(), [r * d, r], [d, d]))
+            return regularizer.on_backward_begin(decoded)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        got, terms = everything(compiled, leaves()), (regularizer.ar, regularizer.tar)
+        assert_close(got, everything(step, leaves()))
+        assert_close(terms, (regularizer.ar, regularizer.tar))
+
+    def test_a_module_whose_penalty_is_taken_outside(self) -> None:
+        module = FusedRNNDropout(0.4, 2.0, 1.0)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert_close(
+            everything(lambda r, _: (compiled(r), module.take()), leaves()),
+            everything(lambda r, _: (module(r), module.take()), leaves()),
+        )
+        module.eval()
+        x = leaves()[0]
+        assert compiled(x) is x
+        assert module.take() is None
+
+    @by_few
+    def test_checkpointing_in_a_graph(self, call: Call) -> None:
+        def checkpointed(r: Tensor, d: Tensor) -> Tensor:
+            return checkpoint(lambda r, d: total(call(r.tanh(), d.tanh())), r, d, use_reentrant=False)
+
+        compiled = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
+        assert_close(everything(compiled, leaves()), everything(checkpointed, leaves()))
+
+    @by_compiled
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_export(self, call: Call, strict: bool) -> None:
+        class Module(nn.Module):
+            def forward(self, raw: Tensor, dropped: Tensor) -> Any:
+                return call(raw, dropped)
+
+        time = {1: Dim("time", min=2, max=512)}
+        program = export(Module(), tuple(leaves()), dynamic_shapes={"raw": time, "dropped": time}, strict=strict)
+        for steps in (2, 5, 70):
+            assert_close(everything(program.module(), leaves(steps)), everything(call, leaves(steps)))
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
+    @by_few
+    def test_jit_trace(self, call: Call) -> None:
+        traced = torch.jit.trace(call, tuple(leaves(5)))
+        assert_close(everything(traced, leaves(9)), everything(call, leaves(9)))  # pyright: ignore[reportArgumentType]
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
+    @pytest.mark.parametrize("around_backward", [True, False])
+    @by_few
+    def test_the_penalty_is_float32(self, call: Call, around_backward: bool, dtype: torch.dtype) -> None:
+        xs = leaves(dtype=dtype)
+        want = everything(call, leaves(dtype=dtype))
+        with torch.autocast("cpu", BF16):
+            results = call(*xs)
+            loss = total(results)
+            if around_backward:
+                loss.backward()
+        if not around_backward:
+            loss.backward()
+        got = [*flat(results), *(x.grad for x in xs)]
+        assert flat(results)[-1].dtype == FLOAT
+        assert [x.dtype for x in got] == [x.dtype for x in want]  # pyright: ignore[reportOptionalMemberAccess]
+        assert_close(got, want, rtol=0, atol=0)
+
+    def test_compiled(self) -> None:
+        layer = nn.Linear(8, 8)
+
+        def step(r: Tensor, d: Tensor) -> Any:
+            with torch.autocast("cpu", BF16):
+                raw = layer(r)
+                assert raw.dtype == BF16
+                return fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0), fused_ar_tar(raw, d, 2.0, 1.0)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        (got, first), second = compiled(*leaves())
+        assert [got.dtype, first.dtype, second.dtype] == [BF16, FLOAT, FLOAT]
+        assert_close(everything(compiled, leaves()), everything(step, leaves()), rtol=2e-2, atol=2e-2)
+
+    @by_few
+    def test_the_scaler_scales_and_sees_what_is_not_finite(self, call: Call) -> None:
+        want = everything(call, leaves())[-2:]
+        xs = [nn.Parameter(x) for x in leaves()]
+        optimizer = torch.optim.SGD(xs, 0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        scaler.scale(total(call(*xs))).backward()
+        assert all(torch.equal(x.grad, 2.0**16 * g) for x, g in zip(xs, want, strict=True))  # pyright: ignore
+        scaler.unscale_(optimizer)
+        assert all(torch.equal(x.grad, g) for x, g in zip(xs, want, strict=True))  # pyright: ignore
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**16
+        for count, value in enumerate((torch.inf, -torch.inf, torch.nan), 1):
+            optimizer.zero_grad()
+            with torch.no_grad():
+                xs[0][0, 2, 1] = value
+            before = [x.detach().clone() for x in xs]
+            scaler.scale(flat(call(*xs))[-1]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert scaler.get_scale() == 2.0 ** (16 - count)
+            assert_close(xs, before, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("scale", [1e3, 1e6, 1e9])
+    @pytest.mark.parametrize("dropout", [False, True])
+    def test_a_gradient_beyond_float16_is_infinite(self, dropout: bool, scale: float) -> None:
+        def slope(dtype: torch.dtype) -> Tensor:
+            x = leaves(dtype=HALF)[0].detach().to(dtype).requires_grad_()
+            mask = torch.full((3, 1, 8), 1.5, dtype=dtype)
+            penalty = fused_dropout_ar_tar(x, 0.4, 2.0, 1.0, mask=mask)[1] if dropout else fused_ar_tar(x, x, 2.0, 1.0)
+            return torch.autograd.grad(scale * penalty, x)[0].half()
+
+        got, want = slope(HALF), slope(DOUBLE)
+        assert want.isinf().any() == (scale > 1e3)
+        assert torch.equal(got.isinf(), want.isinf())
+        assert_close(got, want, rtol=1e-2, atol=1e-3 * scale if scale < 1e6 else 0)
+
+
+class TestTransforms:
+    """In float64, against the formula."""
+
+    @pytest.mark.parametrize("kind", ["vmap", "jacrev", "jvp", "hessian", "compiled vmap", "compiled jacrev"])
+    @pytest.mark.parametrize("name", ["pair", "dropout"])
+    def test_functional(self, name: str, kind: str) -> None:
+        def transform(f: Any, r: Tensor, d: Tensor) -> Any:
+            if "vmap" in kind:
+                return torch.func.vmap(torch.func.grad(f, (0, 1)))(torch.stack([r, d]), torch.stack([d, r + d]))
+            if kind == "jvp":
+                return torch.func.jvp(f, (r, d), (d, r))
+            if "jacrev" in kind:
+                return torch.func.jacrev(lambda r, d: torch.stack([f(r, d), f(d, r)]), (0, 1))(r, d)
+            return torch.func.hessian(f, (0, 1))(r, d)
+
+        def formula(r: Tensor, d: Tensor) -> Tensor:
+            raw, dropped = (r, d) if name == "pair" else (r * d, r * d * mask_for(r))
+            penalty = ar_tar(raw, dropped, 2.0, 1.0, Steps(), "mean").penalty
+            return penalty if name == "pair" else penalty * dropped.sin().sum()
+
+        def call(r: Tensor, d: Tensor) -> Tensor:
+            if name == "pair":
+                return fused_ar_tar(r, d, 2.0, 1.0)
+            dropped, penalty = fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r))
+            return penalty * dropped.sin().sum()
+
+        run = functools.partial(transform, call)
+        if "compiled" in kind:
+            run = torch.compile(run, fullgraph=True, backend="aot_eager")
+        r, d = (x.detach() for x in leaves(4, DOUBLE))
+        assert_close(run(r, d), transform(formula, r, d))
+
+    def test_functional_call(self) -> None:
+        module = nn.Sequential(nn.Linear(8, 8), FusedRNNDropout(0.4, 2.0, 1.0)).double()
+        x = leaves(dtype=DOUBLE)[0].detach()
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            torch.manual_seed(3)
+            out = torch.func.functional_call(module, parameters, x)
+            return out.sin().sum() + module[1].take().penalty  # pyright: ignore
+
+        parameters = dict(module.named_parameters())
+        got = torch.func.grad(loss)({k: v.detach() for k, v in parameters.items()})
+        assert_close(tuple(got.values()), torch.autograd.grad(loss(parameters), tuple(parameters.values())))
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class TestDeterministicMode:
+    """It fills memory from torch.empty, one more pass over it; that of dropped and the gradients is written anyway."""
+
+    @by_call
+    def test_the_same_bits(self, call: Call) -> None:
+        want = everything(call, leaves(70))
+        with deterministic():
+            got = everything(call, leaves(70))
+        assert_close(got, want, rtol=0, atol=0)
+
+    def test_what_gets_written_is_not_filled_before(self) -> None:
+        x = torch.zeros(2**25, 1, dtype=HALF)  # of such a size the system gives fresh memory, zeros
+        with deterministic():
+            assert torch.empty_like(x).isnan().all()
+            assert not empty_like(x).isnan().any()
+        x = transposed(torch.zeros(3, 7, 12))
+        with deterministic():
+            assert empty_like(x).stride() == x.stride()
+
+
+class TestSubclasses:
+    @calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # which draw a mask for each of the two
+    def test_a_wrapper_computes_on_what_it_wraps(self, call: Call) -> None:
+        halves = [leaves(), leaves(6)]
+        halves[1] = [x.detach()[:, :5].contiguous().requires_grad_() for x in halves[1]]
+        wrapped = [TwoTensor(*(x.detach() for x in pair)).requires_grad_() for pair in zip(*halves, strict=True)]
+        got = everything(call, wrapped)
+        assert all(type(x) is TwoTensor for x in got)
+        for part, xs in zip("ab", halves, strict=True):
+            assert_close([getattr(x, part) for x in got], everything(call, xs))
+
+    @by_call
+    @pytest.mark.parametrize("kind", ["meta", "fake", "functional"])
+    def test_tensors_without_data(self, call: Call, kind: str) -> None:
+        want = everything(call, leaves())
+        if kind == "meta":
+            got = everything(call, leaves(device="meta"))
+        elif kind == "fake":
+            with FakeTensorMode() as mode:
+                got = everything(call, [mode.from_tensor(x) for x in leaves()])
+        else:
+            torch.manual_seed(3)
+            got = flat(torch.func.functionalize(call)(*(x.detach() for x in leaves())))
+            assert_close(got, [x.detach() for x in want[: len(got)]])
+        assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in want[: len(got)]]
+
+    def test_a_decorated_tensor_gives_plain_results(self) -> None:
+        class Decorated(Tensor):
+            pass
+
+        raw = leaves()[0]
+        for mask in (None, mask_for(raw).as_subclass(Decorated)):
+            results = fused_dropout_ar_tar(raw.as_subclass(Decorated), 0.4, 2.0, 1.0, mask=mask, return_terms=True)
+            assert all(type(x) is Tensor for x in flat(results))
+
+
+class TestCheckpointing:
+    """Around a block that uses the penalty. Gradients are equal to the last bit, the kernels being the same."""
+
+    @staticmethod
+    def block(call: Call, r: Tensor, d: Tensor) -> Tensor:
+        return total(call(r.tanh() @ torch.eye(8), d.tanh()))
+
+    @calls(but=("module", "module_of_raw"))  # whose penalty is to be taken outside
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_checkpoint(self, call: Call, use_reentrant: bool) -> None:
+        block = functools.partial(self.block, call)
+        torch.manual_seed(3)
+        block(*(xs := leaves())).backward()
+        want = [x.grad for x in xs]
+        torch.manual_seed(3)
+        checkpoint(block, *(xs := leaves()), use_reentrant=use_reentrant).backward()  # pyright: ignore
+        assert_close([x.grad for x in xs], want, rtol=0, atol=0)
+
+    @by_few
+    def test_selective(self, call: Call) -> None:
+        block = functools.partial(self.block, call)
+        for policy in ([torch.ops.aten.mm.default], lambda *_, **__: CheckpointPolicy.PREFER_SAVE):
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+            selective = functools.partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
+            assert_close(everything(selective, leaves()), everything(block, leaves()))
+
+    @by_few
+    def test_offloading_and_a_second_backward(self, call: Call) -> None:
+        want = everything(call, leaves())[-2:]
+        xs = leaves()
+        with torch.autograd.graph.save_on_cpu():
+            loss = total(call(*xs))
+        for retain_graph in (True, False):
+            assert_close(list(torch.autograd.grad(loss, xs, retain_graph=retain_graph)), want, rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(loss, xs)
+
+    def test_a_mask_changed_before_the_backward_is_an_error(self) -> None:
+        mask = torch.ones(3, 1, 8)
+        _, penalty = fused_dropout_ar_tar(leaves()[0], 0.4, 2.0, 1.0, mask=mask)
+        mask.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            penalty.backward()
+
+
+class TestModes:
+    @by_call
+    def test_without_gradients(self, call: Call) -> None:
+        want = [x.detach() for x in flat(from_seed(call, leaves()))]
+        for mode in (torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)):
+            with mode():
+                got = flat(from_seed(call, leaves()))
+                assert not any(x.requires_grad for x in got)
+            assert_close(got, want, rtol=0, atol=0)
+        with torch.inference_mode():
+            xs = [x.detach().clone() for x in leaves()]
+        assert_close(flat(from_seed(call, xs)), want, rtol=0, atol=0)
+
+    @by_call
+    @pytest.mark.parametrize("default", [HALF, BF16, DOUBLE, torch.device("meta")], ids=str)
+    def test_defaults_are_not_asked(self, call: Call, default: Any) -> None:
+        want, xs = everything(call, leaves()), leaves()
+        dtype = torch.get_default_dtype()
+        try:
+            if isinstance(default, torch.dtype):
+                torch.set_default_dtype(default)
+            else:
+                torch.set_default_device(default)
+            results = from_seed(call, xs)
+            gradients = torch.autograd.grad(flat(results)[0].sin().sum(), xs, allow_unused=True, materialize_grads=True)
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(None)
+        assert_close(flat(results), want[:-2], rtol=0, atol=0)
+        assert all(x.dtype == FLOAT and x.device.type == "cpu" for x in gradients)
