@@ -24,7 +24,7 @@ COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
 CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and others see what they see
 # file -> tests/test_*.py in the order in which they run: those first that fail fast
 TESTS = {
-    "kernels/penalty.py": ["penalty", "kernels"],
+    "kernels/penalty.py": ["kernels", "penalty"],
     "kernels/dropout.py": ["dropout", "kernels"],
     "kernels/reduction.py": ["kernels", "penalty"],
     "kernels/tiling.py": ["kernels", "penalty"],
@@ -152,7 +152,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("raw always saved", "raw if need_raw else None", "raw"),
         ("zeros for the terms' gradients", "set_materialize_grads(False)", "set_materialize_grads(True)"),
         ("no double backward", "torch.is_grad_enabled() or ", ""),
-        ("batched gradients to the kernels", " or not fusable(grad)", ""),
+        ("batched gradients not left to the formula", " or not fusable(grad)", ""),
     ],
     ("fastreg/penalty.py", "_backward"): [
         ("factor 2 missing in AR", "2 * alpha", "alpha"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutants import MUTANTS, Mutant
+from tests.mutants import MUTANTS, TESTS, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_still_applies(mutant: Mutant) -> None:
     compile(mutant.source(), mutant.file, "exec")
+    assert mutant.file in TESTS
 
 
 def test_no_mutant_is_there_twice() -> None:
