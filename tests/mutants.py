@@ -93,10 +93,10 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("kernels/tiling.py", "place"): [
         ("one lane too few", "tl.cast(lanes, INDEX) * ALIGN", "tl.cast(lanes, INDEX) * ALIGN - 1"),
-        ("last run not cut at the end", "tl.minimum(start + run, time)", "start + run"),
+        ("runs cut one step short", "tl.minimum(start + run, time)", "tl.minimum(start + run - 1, time)"),
         ("sequence in 32 bits", "tl.cast(lane // width, tl.int64)", "lane // width"),
     ],
-    ("kernels/tiling.py", "within"): [("one step too many", "< stop", "<= stop")],
+    ("kernels/tiling.py", "within"): [("one step too few", "< stop", "< stop - 1")],
     ("kernels/tiling.py", "load_rows"): [
         ("computed in the input's dtype", "other=0.0).to(ACC)", "other=0.0)"),
     ],
