@@ -4,11 +4,12 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty dropout padding kernels sizes))
 
-.PHONY: help demo test test-oldest-triton bench bench-compare lint clean
+.PHONY: help demo test mutants test-oldest-triton bench bench-compare lint clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
 	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
+	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README"
 	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
 	@echo "make lint    check style and types"
@@ -24,6 +25,10 @@ test: .venv/test .venv/frameworks
 	$(PYTEST)
 	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS)
+
+mutants: .venv/test
+	@echo "== mutants: one wrong line after the other in a copy of the code; a test must fail on each (takes minutes)"
+	.venv/bin/python -m tests.mutants $(ARGS)
 
 # The interpreter of Triton 3.6 needs a NumPy that still turns arrays of one element into numbers.
 test-oldest-triton: .venv/test

@@ -8,27 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastreg import cpu, fused_ar_tar, penalty
+from fastreg import cpu, fused_ar_tar, fused_dropout_ar_tar, penalty
 from fastreg.reference import Steps, ar_tar
 from tests.samples import BF16, FLOAT
 
 pytestmark = pytest.mark.skipif(
     penalty.RUNNERS["cpu"] is not cpu, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors"
 )
-
-
-@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-@pytest.mark.parametrize("kind", ["normal", "constant", "heavy"])
-def test_error_of_a_large_sum(dtype: torch.dtype, kind: str) -> None:
-    """16.8 million elements, within 2e-6."""
-    x = torch.randn(64, 256, 1024, generator=torch.Generator().manual_seed(0))
-    x = {"normal": x, "constant": torch.full_like(x, 0.1), "heavy": x**3}[kind].to(dtype)
-    got = fused_ar_tar(x, x, 1.0, 1.0, return_terms=True)
-    for name, value, true in (
-        ("ar", got.ar, sum(part.double().square().sum() for part in x) / x.numel()),
-        ("tar", got.tar, sum(part.double().diff(dim=0).square().sum() for part in x) / (64 * 255 * 1024)),
-    ):
-        assert abs(value.double() - true) <= 2e-6 * true, name
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 500])
@@ -48,6 +34,31 @@ def test_blocks_of_any_size_meet(
             torch.testing.assert_close(x.double(), y, rtol=torch.finfo(dtype).eps, atol=1e-6 * y.abs().max().item())
 
 
+@pytest.mark.parametrize("block", [1, 7, 64, 500])
+@pytest.mark.parametrize("shape", [(3, 7, 12), (1, 90, 5), (2, 1, 9), (40, 3, 1)])
+@pytest.mark.parametrize("full", [False, True], ids=["locked", "full"])
+def test_blocks_of_any_size_meet_in_dropout(
+    block: int, shape: tuple[int, ...], full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "BLOCK", block)
+    for dtype in (FLOAT, BF16):
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        y = x.detach().double().requires_grad_()
+        mask = torch.rand(shape if full else (shape[0], 1, shape[2])).to(dtype)
+        dropped, got = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, mask=mask)
+        product = y * mask
+        rounded = dropped.detach().double() + product - product.detach()
+        want = ar_tar(y, rounded, 2.0, 1.0, Steps(), "mean").penalty
+        torch.testing.assert_close(dropped.double(), product, rtol=torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+        direction = torch.randn(shape).to(dtype)
+        (grad,) = torch.autograd.grad([dropped, got], x, [direction, torch.tensor(1.0)])
+        (true,) = torch.autograd.grad([product, want], y, [direction.double(), torch.tensor(1.0, dtype=y.dtype)])
+        torch.testing.assert_close(
+            grad.double(), true, rtol=torch.finfo(dtype).eps, atol=1e-6 * true.abs().max().item()
+        )
+
+
 class Allocations(TorchDispatchMode):
     """Notes the bytes of each storage that an operator makes."""
 
@@ -65,7 +76,11 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-def test_no_temporary_is_as_large_as_the_input(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shape", "block"), [((32, 70, 1152), cpu.BLOCK), ((2, 3, 5000), 500)])
+def test_no_temporary_is_as_large_as_the_input(
+    shape: tuple[int, ...], block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "BLOCK", block)
     made: list[Allocations] = []
 
     def watched(call: Any) -> Any:
@@ -78,10 +93,24 @@ def test_no_temporary_is_as_large_as_the_input(dtype: torch.dtype, monkeypatch: 
 
     for name in ("forward", "backward"):
         monkeypatch.setattr(cpu, name, watched(getattr(cpu, name)))
-    raw, dropped = (torch.randn(32, 70, 1152).to(dtype).requires_grad_() for _ in range(2))
+    raw, dropped = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     grads = torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped))
     assert len(made) == 2
     given = {x.untyped_storage().data_ptr() for x in (raw, dropped, *grads)}
     sizes = [size for allocations in made for at, size in allocations.sizes.items() if at not in given]
-    assert max(sizes) <= 4 * 2 * cpu.BLOCK
+    assert max(sizes) <= 4 * 3 * block  # of float32, with a row before and one after where a block is one row
     assert max(sizes) < raw.nbytes
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "constant", "heavy"])
+def test_error_of_a_large_sum(dtype: torch.dtype, kind: str) -> None:
+    """16.8 million elements, within 2e-6."""
+    x = torch.randn(64, 256, 1024, generator=torch.Generator().manual_seed(0))
+    x = {"normal": x, "constant": torch.full_like(x, 0.1), "heavy": x**3}[kind].to(dtype)
+    got = fused_ar_tar(x, x, 1.0, 1.0, return_terms=True)
+    for name, value, true in (
+        ("ar", got.ar, sum(part.double().square().sum() for part in x) / x.numel()),
+        ("tar", got.tar, sum(part.double().diff(dim=0).square().sum() for part in x) / (64 * 255 * 1024)),
+    ):
+        assert abs(value.double() - true) <= 2e-6 * true, name

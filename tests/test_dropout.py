@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar, penalty
@@ -56,6 +57,9 @@ def test_values_and_gradient(sample: Sample, full: bool, device: str, poison: No
     product = exact * mask.double()
     dropped, got = fused(sample, raw, mask, return_terms=True)
     assert dropped.dtype == raw.dtype
+    assert dropped.requires_grad
+    assert not got.ar.requires_grad
+    assert not got.tar.requires_grad
     unit = roundoff(raw.dtype, device)
     torch.testing.assert_close(dropped.double(), product, rtol=unit, atol=0)
     # AR is formed from dropped as it is returned, rounding included.
@@ -125,9 +129,26 @@ def test_second_derivatives_of_the_module(alpha: float, beta: float, device: str
     assert gradgradcheck(call, raw, fast_mode=True)
 
 
+@pytest.mark.parametrize("alpha", [2.0, 0.0])
+@pytest.mark.parametrize("beta", [1.0, 0.0])
+@pytest.mark.parametrize("ar_of", ["dropped", "raw"])
+def test_the_gradient_is_the_same_with_a_graph(ar_of: Any, alpha: float, beta: float, device: str) -> None:
+    """A wrong one would be so consistently: it is no matter to gradgradcheck."""
+    module = FusedRNNDropout(0.4, alpha, beta, ar_of=ar_of)
+    raw = torch.randn(3, 7, 12, dtype=DOUBLE, device=device, requires_grad=True)
+    dropped, taken = module(raw), module.take()
+    assert taken is not None
+    outputs, grads = [dropped, taken.penalty], [torch.randn_like(dropped), torch.full_like(taken.penalty, 1000)]
+    if not taken.penalty.requires_grad:
+        del outputs[1], grads[1]
+    want = torch.autograd.grad(outputs, raw, grads, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(outputs, raw, grads, create_graph=True), want)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 0.0])
 @pytest.mark.parametrize("used", ["dropped", "penalty"])
-def test_either_output_may_go_unused(used: str, device: str) -> None:
-    sample = Sample()
+def test_either_output_may_go_unused(used: str, alpha: float, device: str, poison: None) -> None:
+    sample = Sample(alpha=alpha)
     raw = sample.leaves(device)[0]
     mask = mask_for(sample, raw, False)
     dropped, got = fused(sample, raw, mask)
@@ -136,6 +157,41 @@ def test_either_output_may_go_unused(used: str, device: str) -> None:
     product = exact * mask.double()
     (product.square().sum() if used == "dropped" else truth(sample, exact, product).penalty).backward()
     torch.testing.assert_close(raw.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("used", ["dropped", "penalty"])
+def test_an_output_that_goes_unused_costs_no_zeros(used: str, device: str) -> None:
+    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
+    output = dropped if used == "dropped" else got
+    grad = torch.ones_like(output)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        torch.autograd.grad(output, raw, grad)
+    assert not any("zeros" in event.name for event in record.events())
+
+
+def test_the_gradient_of_ar_is_that_of_dropped_as_rounded(device: str) -> None:
+    """All products of halves are whole in float32: one rounding is left, and the gradient is exact."""
+    raw = torch.randn(3, 7, 12, device=device).half().requires_grad_()
+    mask = mask_for(Sample(), raw, False)
+    dropped, got = fused_dropout_ar_tar(raw, 0.4, 0.5, 0.0, mask=mask, reduction="sum")
+    got.backward()
+    assert torch.equal(raw.grad, (dropped.float() * mask.float()).half())  # pyright: ignore[reportArgumentType]
+
+
+def test_a_mask_is_used_whatever_p(device: str) -> None:
+    raw = torch.randn(3, 7, 12, device=device)
+    mask = mask_for(Sample(), raw, True)
+    dropped, got = fused_dropout_ar_tar(raw, 0, 2.0, 1.0, mask=mask)
+    assert torch.equal(dropped, raw * mask)
+    torch.testing.assert_close(got, fused_ar_tar(raw, dropped, 2.0, 1.0))
+
+
+def test_a_lazily_negated_mask_keeps_its_sign(device: str) -> None:
+    raw = torch.randn(3, 7, 12, device=device)
+    mask = torch._neg_view(mask_for(Sample(), raw, True))
+    dropped, _ = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask)
+    assert torch.equal(dropped, raw * mask.resolve_neg())
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 12), (7, 12)])
@@ -200,6 +256,17 @@ def test_function_transforms(device: str) -> None:
         torch.func.vmap(torch.func.grad(call))(raw), torch.func.vmap(torch.func.grad(plain))(raw)
     )
     torch.testing.assert_close(torch.func.hessian(call)(raw[0]), torch.func.hessian(plain)(raw[0]))
+
+
+def test_ar_of_raw_under_function_transforms(device: str) -> None:
+    module, raw = FusedRNNDropout(0.4, 2.0, 1.0, ar_of="raw"), torch.randn(3, 7, 12, device=device, dtype=DOUBLE)
+
+    def call(x: Tensor) -> Tensor:
+        module(x)
+        return module.take().penalty  # pyright: ignore[reportOptionalMemberAccess]
+
+    want = torch.func.grad(lambda x: ar_tar(x, x, 2.0, 1.0, Steps(), "mean").penalty)(raw)
+    torch.testing.assert_close(torch.func.grad(call)(raw), want)
 
 
 def test_compiles_to_one_graph(device: str) -> None:
@@ -286,7 +353,8 @@ class TestModule:
 
     def test_recomputation_in_a_backward_leaves_no_penalty(self) -> None:
         module, x = FusedRNNDropout(0.3, 2.0, 1.0), X.clone().requires_grad_()
-        dropped = checkpoint(lambda y: module(y * 1), x, use_reentrant=False)
+        # sin() comes last: a recomputation stops at the last tensor it needs
+        dropped = checkpoint(lambda y: module(y * 1).sin(), x, use_reentrant=False)
         taken = module.take()
         assert taken is not None
         (dropped.sum() + taken.penalty).backward()

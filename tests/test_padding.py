@@ -160,8 +160,11 @@ def test_a_gradient_of_inf_leaves_padding_at_0(device: str) -> None:
     (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
     for x in (raw, dropped):
         x.requires_grad_()
-    (fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=torch.tensor(lengths)) * torch.inf).backward()
-    for x in (raw, dropped):
+    alone = raw.detach().nan_to_num(7.0, 7.0).requires_grad_()
+    counts, mask = torch.tensor(lengths), torch.full((len(lengths), 1, 12), 2.0, device=device)
+    (fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts) * torch.inf).backward()
+    (fused_dropout_ar_tar(alone, 0.5, ALPHA, BETA, mask=mask, lengths=counts)[1] * torch.inf).backward()
+    for x in (raw, dropped, alone):
         assert x.grad is not None
         assert not x.grad[0, 0].isfinite().any()
         for grad, n in zip(x.grad, lengths, strict=True):
@@ -307,6 +310,15 @@ def test_compiles_to_one_graph(kind: str, device: str) -> None:
     torch.testing.assert_close(compiled(*inputs), call(*inputs))
     got = torch.autograd.grad(compiled(*inputs), inputs)
     torch.testing.assert_close(got, torch.autograd.grad(call(*inputs), inputs))
+
+
+def test_compiled_code_clamps_lengths(device: str) -> None:
+    """It cannot look at them."""
+    call = torch.compile(fused_ar_tar, fullgraph=True, backend="aot_eager")
+    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
+    given = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in lengths], device=device)
+    got = call(raw, dropped, ALPHA, BETA, lengths=given, return_terms=True)
+    assert_terms(got, truth(raw, dropped, lengths), FLOAT)
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------

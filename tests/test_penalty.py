@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
 
 from fastreg import ARTAR, fused_ar_tar, penalty
 from fastreg.reference import Steps, ar_tar
@@ -238,6 +239,7 @@ def test_empty_is_zero(shape: tuple[int, ...], same: bool, device: str) -> None:
     dropped = raw if same else torch.randn(shape, device=device, requires_grad=True)
     results = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
     assert all(x == 0 for x in results)
+    assert [x.requires_grad for x in results] == [True, False, False]
     results.penalty.backward()
     assert raw.grad is not None
     assert raw.grad.shape == shape
@@ -307,6 +309,20 @@ def test_an_input_that_needs_no_gradient_is_not_kept(device: str) -> None:
     assert torch.equal(dropped.grad, grad)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("frozen", [None, "raw", "dropped"])
+def test_the_backward_makes_only_the_gradients_that_are_needed(frozen: str | None, device: str) -> None:
+    raw, dropped = (torch.randn(3, 7, 12, device=device) for _ in range(2))
+    raw.requires_grad_(frozen != "raw")
+    dropped.requires_grad_(frozen != "dropped")
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True).penalty
+    grad = torch.ones_like(got)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        torch.autograd.grad(got, [x for x in (raw, dropped) if x.requires_grad], grad)
+    names = [event.name for event in record.events()]
+    assert names.count("aten::empty_like") == (2 if frozen is None else 1)
+    assert not any("zeros" in name for name in names)  # for the terms, which get no gradient
+
+
 def test_no_grad_builds_no_graph(device: str) -> None:
     x = torch.randn(3, 7, 12, device=device, requires_grad=True)
     with torch.no_grad():
@@ -355,6 +371,16 @@ def test_a_lazily_negated_tensor_gets_the_right_sign(device: str) -> None:
     clone = x.resolve_neg().clone().requires_grad_()
     fused_ar_tar(clone, clone, 2.0, 1.0).backward()
     torch.testing.assert_close(leaf.grad, clone.grad)
+
+
+@pytest.mark.parametrize("negated", ["raw", "dropped"])
+def test_one_lazily_negated_tensor_of_two(negated: str, device: str) -> None:
+    xs = {name: torch.randn(2, 3, 8, device=device) for name in ("raw", "dropped")}
+    xs[negated] = torch._neg_view(xs[negated])
+    leaves = [x.detach().requires_grad_() for x in xs.values()]
+    got = torch.autograd.grad(fused_ar_tar(*leaves, 2.0, 1.0), leaves)
+    plain = [x.resolve_neg().detach().requires_grad_() for x in xs.values()]
+    torch.testing.assert_close(got, torch.autograd.grad(fused_ar_tar(*plain, 2.0, 1.0), plain))
 
 
 @pytest.mark.parametrize("same", [True, False])

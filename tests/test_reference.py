@@ -44,3 +44,11 @@ def test_gradients_are_those_of_autograd(sample: Sample) -> None:
             (grad, *inputs),
             fast_mode=True,
         )
+
+
+def test_gradients_of_half_precision_are_formed_in_float32() -> None:
+    raw = torch.tensor([4e4, -4e4]).repeat(4).reshape(1, 8, 1)
+    got, want = (
+        ar_tar_gradients(torch.tensor(1.0), x, None, False, 0.0, 1.0, Steps(), "mean")[0] for x in (raw.half(), raw)
+    )
+    assert torch.equal(got, want.half())

@@ -1,0 +1,315 @@
+"""Proof of the tests: each mutant is one wrong place in a copy of the code, and some test must fail on it.
+
+    python -m tests.mutants [FILTER]    # only the mutants whose line of the table has FILTER in it
+
+Kernels are run by Triton's interpreter, one program after the other: what only a GPU shows (barriers, streams, caches)
+has no mutant here, nor has what no result depends on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
+CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and others see what they see
+# file -> tests/test_*.py in the order in which they run: those first that fail fast
+TESTS = {
+    "kernels/penalty.py": ["kernels", "padding", "penalty"],
+    "kernels/dropout.py": ["padding", "dropout", "kernels"],
+    "kernels/reduction.py": ["kernels", "padding", "penalty"],
+    "kernels/tiling.py": ["kernels", "padding", "penalty"],
+    "fastreg/cpu.py": ["cpu", "padding", "penalty"],
+    "fastreg/cpu_dropout.py": ["cpu", "padding", "dropout"],
+    "fastreg/penalty.py": ["padding", "penalty"],
+    "fastreg/dropout.py": ["padding", "dropout"],
+    "fastreg/reference.py": ["reference", "padding", "penalty"],
+    "fastreg/layout.py": ["padding", "penalty", "dropout"],
+}
+
+# (file, function or class) -> mutants: what is wrong, a text that occurs there exactly once, and what takes its place
+CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
+    ("kernels/penalty.py", "penalty_forward"): [
+        ("halo row dropped", "start - 1", "start"),
+        ("the first step is paired", " & within(present, 0, turn + i, INDEX)", ""),
+        ("steps past the end are paired", "within(present, turn + i, stops, INDEX) & ", ""),
+        ("AR left out where raw is dropped", "ar_run += raws[i] * raws[i]", "ar_run += 0"),
+        ("raw at dropped's time stride", "turn, stops, raw_time", "turn, stops, dropped_time"),
+        ("padding counted", "tl.minimum(ends(lengths, sequence, present, time, INDEX), stop)", "stop + 0 * unit"),
+        ("only the first item of a program", "items, tl.num_programs(0)", "1 + tl.program_id(0), tl.num_programs(0)"),
+    ],
+    ("kernels/penalty.py", "penalty_backward"): [
+        ("halo row after dropped", "turn + 1, last, raw_time", "turn + 1, stop, raw_time"),
+        ("leaving change off by one", "turn + i + 1, last", "turn + i, last"),
+        ("sign of leaving flipped", "arriving - leaving", "arriving + leaving"),
+        ("grad ignored", "tl.load(grad).to(ACC)", "tl.full((), 1.0, ACC)"),
+        ("alpha and beta exchanged", "ar_scale * droppeds[i]", "tar_scale * droppeds[i]"),
+        ("grad_raw at raw's stride", "turn + i, grad_raw_time", "turn + i, raw_time"),
+        ("last row not written", "turn + i, stops, INDEX)", "turn + i, stops - 1, INDEX)"),
+        ("pairs cross a sequence's end", "last = ends(lengths, sequence, present, time, INDEX)", "last = time + 0 * unit"),
+        ("padding not 0 where the scale is inf", "if lengths is not None:  # exactly", "if False:  # exactly"),
+        ("divisor from lengths left out", "tar_scale *= tl.load(scales + 1)", "tar_scale *= 1"),
+    ],
+    ("kernels/penalty.py", "forward"): [
+        ("float64 summed in float32", "(raw, dropped), dtype)", "(raw, dropped), torch.float32)"),
+    ],
+    ("kernels/penalty.py", "backward"): [
+        ("SAME always off", "SAME=same", "SAME=False"),
+    ],
+    ("kernels/dropout.py", "dropout_forward"): [
+        ("halo row dropped", "start - 1", "start"),
+        ("TAR of dropped", "previous = raws[i]", "previous = kept.to(ACC)"),
+        ("AR of what is not rounded", "else kept.to(ACC)", "else raws[i] * (scale if LOCKED else masks[i])"),
+        ("AR of raw ignored", "raws[i] if AR_OF_RAW else ", ""),
+        ("mask at its outer stride", "turn, stop, mask_time", "turn, stop, mask_outer"),
+        ("padding counted in AR", "tl.where(counts, counted", "tl.where(inside, counted"),
+        ("pairs cross a sequence's end", "paired = counts &", "paired = inside &"),
+        ("only the last item counts in AR", "ar += tl.sum(ar_run)", "ar = tl.sum(ar_run)"),
+    ],
+    ("kernels/dropout.py", "dropout_backward"): [
+        ("leaving change cut at the run", "turn + i + 1, last", "turn + i + 1, stop"),
+        ("sign of dropped's gradient flipped", "slope += arrived[i]", "slope -= arrived[i]"),
+        ("mask left out", "slope *= keep", "slope *= 1"),
+        ("dropped not rounded", "rounded(current * keep, raw.dtype.element_ty).to(ACC)", "current * keep"),
+        ("AR of raw through the mask", "if AR and AR_OF_RAW:", "if AR and not AR_OF_RAW:"),
+        ("AR in padding", "tl.where(counts, pull, 0.0)", "pull"),
+        ("TAR in padding", "tl.where(counts, tar_scale * (arriving - leaving), 0.0)", "tar_scale * (arriving - leaving)"),
+        ("dropped's gradient at raw's stride", "grad_dropped_time, None", "raw_time, None"),
+    ],
+    ("kernels/dropout.py", "forward"): [
+        ("LOCKED always", "plan.time == 1 or strides[1][1] == 0", "True"),
+        ("TAR always on", "TAR=beta != 0", "TAR=True"),
+    ],
+    ("kernels/dropout.py", "backward"): [
+        ("LOCKED always", "plan.time == 1 or strides[1][1] == 0", "True"),
+    ],
+    ("kernels/reduction.py", "finish"): [
+        ("ticket not put back", "tl.store(ticket, 0)", "tl.store(ticket, 1)"),
+        ("only the first chunk", "range(0, programs, CHUNK)", "range(0, CHUNK, CHUNK)"),
+        ("last program's sums left out", "columns < programs", "columns < programs - 1"),
+        ("float64 finished in float32", "dtype: tl.constexpr = ar.dtype", "dtype: tl.constexpr = tl.float32"),
+        ("sign of beta flipped", "+ tl.full((), beta", "- tl.full((), beta"),
+        ("padding in the divisor", "steps += length", "steps += time"),
+        ("pairs as many as steps", "tl.maximum(length - 1, 0)", "length"),
+        ("only the first lengths", "range(0, sequences, CHUNK)", "range(0, CHUNK, CHUNK)"),
+    ],
+    ("kernels/reduction.py", "one_over"): [("nothing divided by 0", "tl.maximum(count, 1)", "tl.maximum(count, 0)")],
+    ("kernels/tiling.py", "place"): [
+        ("one lane too few", "tl.cast(lanes, INDEX) * ALIGN", "tl.cast(lanes, INDEX) * ALIGN - 1"),
+        ("runs cut one step short", "tl.minimum(start + run, time)", "tl.minimum(start + run - 1, time)"),
+        ("sequence in 32 bits", "tl.cast(lane // width, tl.int64)", "lane // width"),
+    ],
+    ("kernels/tiling.py", "ends"): [("lengths not clamped", "tl.minimum(tl.maximum(length, 0), time)", "length")],
+    ("kernels/tiling.py", "row"): [("rows of the step before", "offsets + 1 + step", "offsets + step")],
+    ("kernels/tiling.py", "table_of"): [("sequences one step too long", "-positions, out", "-positions, right=True, out")],
+    ("kernels/tiling.py", "within"): [("one step too few", "< stop", "< stop - 1")],
+    ("kernels/tiling.py", "load_rows"): [
+        ("computed in the input's dtype", "other=0.0).to(ACC)", "other=0.0)"),
+    ],
+    ("kernels/tiling.py", "Plan"): [
+        ("ALIGN of inner alone", ", *(stride for pair in strides for stride in pair))", ")"),
+        ("runs as long as they come", "max(runs, ceil_div(self.time, LONGEST_RUN))", "max(runs, 1)"),
+        ("INDEX always 32 bits", "tl.int64 if outer", "tl.int32 if outer"),
+    ],
+    ("fastreg/cpu.py", "forward"): [
+        ("halo row dropped", "max(start - 1, 0)", "start"),
+        ("halo row counted in AR", "block[:, start - first :]", "block"),
+        ("dtype of raw alone", "compute_dtype(raw, dropped)", "compute_dtype(raw)"),
+    ],
+    ("fastreg/cpu.py", "backward"): [
+        ("sign flipped", "change[:, :-1], change[:, 1:]", "change[:, 1:], change[:, :-1]"),
+    ],
+    ("fastreg/cpu.py", "Scratch"): [
+        ("computed in the input's dtype", "block if block.dtype == self.memory.dtype else", "block if True else")
+    ],
+    ("fastreg/cpu.py", "blocks"): [
+        ("last sequences left out", "range(first, past, sequences)", "range(first, past - sequences + 1, sequences)"),
+        ("long rows not cut", "min(inner, BLOCK)", "inner"),
+    ],
+    ("fastreg/cpu.py", "padding"): [("one step not 0", "slice(length, None)", "slice(length + 1, None)")],
+    ("fastreg/cpu.py", "results"): [
+        ("divisors exchanged", "ar / divisors[0], tar / divisors[1]", "ar / divisors[1], tar / divisors[0]"),
+        ("padding in the divisor", "max(sum(counts) *", "max(len(counts) * sizes[1] *"),
+    ],
+    ("fastreg/cpu.py", "gradient_scales"): [
+        ("grad ignored", "grad.item()", "1.0"),
+        ("divisor from lengths left out", "value * tar_factor * tar", "value * tar_factor"),
+    ],
+    ("fastreg/cpu.py", "_packed_change"): [("changes across sequences", "~there[chosen, None]", "there[chosen, None] & False")],
+    ("fastreg/cpu.py", "_fill_packed"): [("sign of leaving flipped", "slope.add_(_packed", "slope.sub_(_packed")],
+    ("fastreg/cpu.py", "square_sum"): [
+        (
+            "a sum that drifts",
+            "torch.mul(block, block, out=squares.shaped(*block.shape)).sum()",
+            "torch.dot(block.flatten(), block.flatten())",
+        )
+    ],
+    ("fastreg/cpu_dropout.py", "forward"): [
+        ("halo row dropped", "max(start - 1, 0)", "start"),
+        ("padding not dropped out", "for behind in padding(lengths):", "for behind in padding(None):"),
+    ],
+    ("fastreg/cpu_dropout.py", "backward"): [
+        ("dropped not rounded", "start:stop, inner] * keep", "start:stop, inner].to(dtype) * keep"),
+        ("memory not cleared", "slope.zero_()", "pass"),
+        ("mask at raw's strides", "(1, mask)", "(0, mask)"),
+    ],
+    ("fastreg/penalty.py", "_layer"): [
+        ("a negated dropped to the kernels", "(dropped, steps.lengths", "(steps.lengths"),
+        ("the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
+    ],
+    ("fastreg/penalty.py", "known_divisors"): [("sums divided", 'reduction == "mean" and ', "")],
+    ("fastreg/layout.py", "readable"): [
+        ("always", "return (", "return True or ("),
+        ("under dispatch modes", "torch._C._len_torch_dispatch_stack() == 0", "True"),
+        ("under forward mode", "forward_ad._current_level < 0", "True"),
+        ("a negated tensor to the kernels", "not x.is_neg()", "True"),
+    ],
+    ("fastreg/penalty.py", "_Penalty"): [
+        ("needs of raw and dropped swapped", "need_raw, need_dropped =", "need_dropped, need_raw ="),
+        ("raw always saved", "raw if need_raw else None", "raw"),
+        ("zeros for the terms' gradients", "set_materialize_grads(False)", "set_materialize_grads(True)"),
+        ("no double backward", "torch.is_grad_enabled() or ", ""),
+        ("batched gradients not left to the formula", " or not fusable(grad)", ""),
+    ],
+    ("fastreg/penalty.py", "factors"): [
+        ("factor 2 missing in AR", "2 * alpha", "alpha"),
+        ("divisor off by one", "/ pairs", "/ (pairs + 1)"),
+    ],
+    ("fastreg/penalty.py", "empty_like"): [("order of axes kept anyway", "like.stride(-1) != 1 and", "False and")],
+    ("fastreg/dropout.py", "_drop"): [
+        ("a mask with p of 0 ignored", "p == 0 and mask is None", "p == 0"),
+        ("a negated mask to the kernels", "in (x, mask, lengths)", "in (x, lengths)"),
+        ("AR of raw ignored by the formula", "x if ar_of_raw else dropped", "dropped"),
+    ],
+    ("fastreg/dropout.py", "_DropoutPenalty"): [
+        ("saved tensors swapped", "save_for_backward(raw, mask,", "save_for_backward(mask, raw,"),
+        ("zeros where there is no gradient", "set_materialize_grads(False)", "set_materialize_grads(True)"),
+        ("terms differentiable", "ctx.mark_non_differentiable(terms)", "pass"),
+        ("AR of raw ignored", "scales, ar_of_raw, *scaled", "scales, False, *scaled"),
+    ],
+    ("fastreg/dropout.py", "_gradient_formula"): [
+        ("AR of raw through the mask", "(direct if ar_of_raw else masked)", "masked"),
+    ],
+    ("fastreg/dropout.py", "FusedRNNDropout"): [
+        ("recomputation leaves a penalty", "torch._C._current_graph_task_id() == -1", "True"),
+    ],
+    ("fastreg/reference.py", "divisors"): [
+        ("pairs as many as steps", "max(time - 1, 0)", "time"),
+        ("lengths not clamped", ".clamp(0, time)", ""),
+    ],
+    ("fastreg/reference.py", "neighbours"): [
+        ("a sequence goes on past its end", "after < ends", "after <= ends"),
+        ("before by the size of the same step", "(step - 1).clamp(min=0)", "step"),
+    ],
+    ("fastreg/reference.py", "changes"): [
+        ("TAR across sequences", "x.roll(1, dim)", "x.roll(1, 0)"),
+        ("pairs cross a sequence's end", "counted(change, steps)", "change"),
+    ],
+    ("fastreg/reference.py", "ar_tar_gradients"): [
+        ("halves subtracted in half", "bends(raw.to(grad.dtype)", "bends(raw"),
+        ("factor 2 missing in TAR", "2 * beta", "beta"),
+        ("grad ignored in AR", "pull = counted(grad * ", "pull = counted("),
+    ],
+    ("fastreg/layout.py", "canonical"): [
+        ("hidden axis read as it lies", "hidden != 1 and x.stride(-1) != 1", "False"),
+        ("outer stride for time", "else hidden, x.stride(axis))", "else hidden, x.stride(1 - axis))"),
+        ("always one sequence", "stride.outer == hidden for", "True for"),
+    ],
+}  # fmt: skip
+
+
+class Mutant(NamedTuple):
+    """One wrong place."""
+
+    file: str
+    where: str
+    what: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.where}: {self.what}"
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether the tests run it through the kernels: also a mutant elsewhere that says it is for them."""
+        return "kernels" in str(self)
+
+    def source(self) -> str:
+        """The whole file with the wrong place in it."""
+        text = (ROOT / self.file).read_text()
+        parts = re.split(rf"(?ms)^((?:def|class) {self.where}\b.*?(?=\n\n\n|\Z))", text)
+        if len(parts) != 3 or parts[1].count(self.old) != 1:
+            found = f"{parts[1].count(self.old)} times" if len(parts) == 3 else f"no {self.where}"
+            raise LookupError(f"{self}: expected {self.old!r} once in {self.where}, found {found}")
+        return parts[0] + parts[1].replace(self.old, self.new) + parts[2]
+
+
+MUTANTS = [Mutant(*place, *mutant) for place, mutants in CODE.items() for mutant in mutants]
+
+
+def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, limit: float | None = None) -> str:
+    """Run these tests on a copy with this source of `file`: what failed first, or "" if all passed."""
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-k", CHOSEN]
+    command += [f"tests/test_{name}.py" for name in names]
+    with tempfile.TemporaryDirectory() as copy:
+        subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), copy], check=True)
+        Path(copy, file).write_text(source)
+        try:
+            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return f"hanging for {limit:.0f} s"
+    if done.returncode < 0:
+        return f"a crash with signal {-done.returncode}"
+    if done.returncode > 1:
+        raise RuntimeError(f"{file}: pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.M)
+    return failed[1] if failed else ""
+
+
+def run_unmutated(interpret: bool) -> str:
+    """Run every test that any mutant is run against, on the code as it is."""
+    names = {name for mutant in MUTANTS if mutant.interpreted == interpret for name in TESTS[mutant.file]}
+    file = MUTANTS[0].file
+    return run_tests(interpret, names, file, (ROOT / file).read_text())
+
+
+def main(chosen: str = "") -> int | str:
+    """Run the mutants and print the table; 0, or a message if the tests or the list must be seen to."""
+    mutants = [mutant for mutant in MUTANTS if chosen in str(mutant)]
+    if not mutants:
+        return f"no mutant has {chosen!r} in its line"
+    try:
+        sources = [mutant.source() for mutant in mutants]
+    except LookupError as error:
+        return f"the list of mutants is stale: {error}"
+    began = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failed = [*filter(None, pool.map(run_unmutated, [True, False]))]
+        if failed:
+            return f"the code as it is fails: {', '.join(failed)}"
+        limit = 60 + 3 * (time.monotonic() - began)
+        print(f"the code as it is passes, {time.monotonic() - began:.0f} s", flush=True)
+        survivors = 0
+        results = pool.map(
+            lambda m, source: run_tests(m.interpreted, TESTS[m.file], m.file, source, limit), mutants, sources
+        )
+        for mutant, killer in zip(mutants, results, strict=True):
+            survivors += not killer
+            print(f"{mutant!s:75} {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
+    print(f"{len(mutants)} mutants in {time.monotonic() - began:.0f} s")
+    return f"{survivors} survived" if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))

@@ -1,0 +1,17 @@
+"""The list of mutants fits the code as it is. `make mutants` runs the tests on each."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.mutants import MUTANTS, TESTS, Mutant
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_still_applies(mutant: Mutant) -> None:
+    compile(mutant.source(), mutant.file, "exec")
+    assert mutant.file in TESTS
+
+
+def test_no_mutant_is_there_twice() -> None:
+    assert len({(m.file, m.where, m.old, m.new) for m in MUTANTS}) == len({*map(str, MUTANTS)}) == len(MUTANTS)
