@@ -55,7 +55,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("alpha and beta exchanged", "ar_scale * droppeds[i]", "tar_scale * droppeds[i]"),
         ("grad_raw at raw's stride", "turn + i, grad_raw_time", "turn + i, raw_time"),
         ("last row not written", "turn + i, stops, INDEX)", "turn + i, stops - 1, INDEX)"),
-        ("pairs cross a sequence's end", "last = ends(lengths, sequence, present, time, INDEX)", "last = time + 0 * unit"),
+        ("pairs cross a sequence's end", "ends(lengths, sequence, present, time, INDEX)", "time + 0 * unit"),
         ("padding not 0 where the scale is inf", "if lengths is not None:  # exactly", "if False:  # exactly"),
         ("divisor from lengths left out", "tar_scale *= tl.load(scales + 1)", "tar_scale *= 1"),
     ],
@@ -81,8 +81,8 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("mask left out", "slope *= keep", "slope *= 1"),
         ("dropped not rounded", "rounded(current * keep, raw.dtype.element_ty).to(ACC)", "current * keep"),
         ("AR of raw through the mask", "if AR and AR_OF_RAW:", "if AR and not AR_OF_RAW:"),
-        ("AR in padding", "tl.where(counts, pull, 0.0)", "pull"),
-        ("TAR in padding", "tl.where(counts, tar_scale * (arriving - leaving), 0.0)", "tar_scale * (arriving - leaving)"),
+        ("AR in padding", "counts, pull", "present, pull"),
+        ("TAR in padding", "counts, tar_scale", "present, tar_scale"),
         ("dropped's gradient at raw's stride", "grad_dropped_time, None", "raw_time, None"),
     ],
     ("kernels/dropout.py", "forward"): [
@@ -110,7 +110,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("kernels/tiling.py", "ends"): [("lengths not clamped", "tl.minimum(tl.maximum(length, 0), time)", "length")],
     ("kernels/tiling.py", "row"): [("rows of the step before", "offsets + 1 + step", "offsets + step")],
-    ("kernels/tiling.py", "table_of"): [("sequences one step too long", "-positions, out", "-positions, right=True, out")],
+    ("kernels/tiling.py", "table_of"): [("sequences too long", "-positions, out", "1 - positions, out")],
     ("kernels/tiling.py", "within"): [("one step too few", "< stop", "< stop - 1")],
     ("kernels/tiling.py", "load_rows"): [
         ("computed in the input's dtype", "other=0.0).to(ACC)", "other=0.0)"),
@@ -144,7 +144,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("grad ignored", "grad.item()", "1.0"),
         ("divisor from lengths left out", "value * tar_factor * tar", "value * tar_factor"),
     ],
-    ("fastreg/cpu.py", "_packed_change"): [("changes across sequences", "~there[chosen, None]", "there[chosen, None] & False")],
+    ("fastreg/cpu.py", "_packed_change"): [("across sequences", "~there[chosen, None]", "there[chosen, None] & False")],
     ("fastreg/cpu.py", "_fill_packed"): [("sign of leaving flipped", "slope.add_(_packed", "slope.sub_(_packed")],
     ("fastreg/cpu.py", "square_sum"): [
         (
