@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.awd_lstm import AWDLSTM
-from bench.formulas import awd_lstm_lm, fastai, rnn_dropout
+from bench.formulas import awd_lstm_lm, fastai, padded, rnn_dropout
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 
 Call = Callable[[int], tuple[Tensor, ...]]  # the number of the call chooses its inputs; gives what it made
@@ -172,7 +172,54 @@ class DropoutCase(Case):
         return both
 
 
-AnyCase = PenaltyCase | DropoutCase
+@dataclass(frozen=True)
+class PaddedCase(Case):
+    """The penalty of a batch of which half is padding, forward and backward: with lengths, and as if all counted."""
+
+    PEERS: ClassVar = ("without lengths", "eager", "compiled", "fastreg")
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-padded-forward+backward"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return super().info | {"pass": "padded, forward + backward"}
+
+    @property
+    def input_bytes(self) -> int:
+        return 2 * self.tensor_bytes
+
+    def bytes_moved(self, peer: str) -> int:
+        """The fewest: what counts is read twice, and every gradient written."""
+        return self.input_bytes * (3 if peer == "without lengths" else 2)
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        """Raw, dropped, and lengths from 0 to all time steps, in no order."""
+        batch, time, _ = self.shape
+        lengths = torch.linspace(0, time, batch).round().long()[torch.randperm(batch)]
+        return self.tensor(device).requires_grad_(), self.tensor(device).requires_grad_(), lengths.to(device)
+
+    def peers(self) -> dict[str, Peer]:
+        """Each takes raw, dropped and lengths."""
+        ways: list[Peer] = [
+            lambda raw, dropped, _: fused_ar_tar(raw, dropped, ALPHA, BETA),
+            lambda raw, dropped, lengths: padded(raw, dropped, lengths, ALPHA, BETA),
+            torch.compile(lambda raw, dropped, lengths: padded(raw, dropped, lengths, ALPHA, BETA)),
+            lambda raw, dropped, lengths: fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths),
+        ]
+        return dict(zip(self.PEERS, ways, strict=True))
+
+    def call(self, peer: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
+        one = torch.ones_like(peer(*sets[0]).detach())
+
+        def both(i: int) -> tuple[Tensor, ...]:
+            inputs = sets[i % len(sets)]
+            return torch.autograd.grad(peer(*inputs), inputs[:2], one)
+
+        return both
+
+
+AnyCase = PenaltyCase | DropoutCase | PaddedCase
 
 
 def all_cases(device: str) -> list[AnyCase]:
@@ -188,6 +235,8 @@ def _gpu_cases() -> Iterator[AnyCase]:
         if shape == small:
             yield DropoutCase(shape, dtype, batch_first=False)
     yield DropoutCase(small, torch.float16)
+    for shape, dtype in product((small, SHAPES[3], large), (torch.float32, torch.bfloat16)):
+        yield PaddedCase(shape, dtype)
     # The most cases come last, and half precision at their end: the first to be missed where time runs out.
     for dtype, shape in product((torch.bfloat16, torch.float32, torch.float16), SHAPES):
         for batch_first, same in [(True, False), (False, False)] + [(True, True)] * (shape in (small, large)):
@@ -207,6 +256,8 @@ def _cpu_cases() -> Iterator[AnyCase]:
     # With 8 peers the fifth would take minutes, and the fourth is larger than a cache, too.
     for shape, dtype in product((small, SHAPES[1], SHAPES[3]), (torch.float32, torch.bfloat16)):
         yield DropoutCase(shape, dtype)
+    for shape, dtype in product((small, SHAPES[3]), (torch.float32, torch.bfloat16)):
+        yield PaddedCase(shape, dtype)
 
 
 def input_sets(case: AnyCase, device: str) -> list[tuple[Tensor, ...]]:

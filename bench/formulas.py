@@ -13,6 +13,16 @@ def fastai(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
     return torch.as_tensor(ar + tar)
 
 
+def padded(raw: Tensor, dropped: Tensor, lengths: Tensor, alpha: float, beta: float) -> Tensor:
+    """`(batch, time, hidden)`; fastai's, with a mask that leaves out what lies behind each sequence."""
+    there = (torch.arange(raw.shape[1], device=raw.device) < lengths.unsqueeze(-1)).unsqueeze(-1)
+    hidden = raw.shape[-1]
+    ar = (dropped.float().pow(2) * there).sum() / (there.sum() * hidden)
+    changes = (raw[:, 1:] - raw[:, :-1]).float()
+    tar = (changes.pow(2) * there[:, 1:]).sum() / (there[:, 1:].sum() * hidden)
+    return alpha * ar + beta * tar
+
+
 def awd_lstm_lm(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
     """`(time, batch, hidden)`; what `train()` of salesforce/awd-lstm-lm adds to the loss."""
     ar = alpha * dropped.pow(2).mean() if alpha else 0.0

@@ -25,6 +25,7 @@ BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- en
 STEP = "training step"
 BOTH = "forward + backward"
 DROPOUT = "dropout, forward + backward"
+PADDED = "padded, forward + backward"
 CPU_TARGETS = {"float32": 2.5, "bfloat16": 4.0}  # times the speed of the eager formula, forward + backward
 CPU_DROPOUT_TARGET = 2.5  # the same, both after dropout
 GPU_LARGE_LIMIT, GPU_SMALL_LIMIT = 1.3, 1.0  # times the time of dropout alone
@@ -32,6 +33,9 @@ LARGE, SMALL = 2**25, [64, 70, 400]  # elements from which a shape is large, and
 DROPOUT_TITLE = """\
 Dropout, AR and TAR in one pass, `fused_dropout_ar_tar`, against fastai's `RNNDropout` alone, with the formula after it
 and with `fused_ar_tar` after it:
+"""
+PADDED_TITLE = """\
+Half of the batch padding: `fused_ar_tar` with `lengths`, without them, as if all counted, and the formula with a mask:
 """
 GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of the JSON's extra_info: heading, unit, and what the unit is
@@ -175,6 +179,19 @@ def dropout_table(result: Result) -> str:
     return table(rows)
 
 
+def padded_table(result: Result) -> str:
+    """What it costs to leave padding out."""
+    head = ["shape and dtype", "without lengths, ms", "eager, masked, ms", "compiled, masked, ms", "with lengths, ms"]
+    head += ["against without", "against eager", "against compiled"]
+    rows = [head + GPU_HEAD * result.on_gpu]
+    for case in result.of(PADDED):
+        others = ("without lengths", "eager", "compiled")
+        row = [case.label, *(number(case.milliseconds(peer)) for peer in (*others, "fastreg"))]
+        row += [f"{case.times_as_fast('fastreg', other):.1f}x" for other in others]
+        rows.append(row + (gpu_cells(case) if result.on_gpu else []))
+    return table(rows)
+
+
 def step_table(result: Result) -> str:
     """A training step by every peer, and what the penalty adds to the step without it."""
     rows = [["a training step", "ms", "against the eager formula"]]
@@ -242,6 +259,7 @@ def readme_part(results: list[Result]) -> str:
         parts += [] if result.on_gpu else [lowest(result)]
         if result.of(DROPOUT):
             parts += [DROPOUT_TITLE, dropout_table(result), dropout_verdict(result)]
+        parts += [PADDED_TITLE, padded_table(result)] if result.of(PADDED) else []
         parts += [step_table(result)] if result.of(STEP) else []
         pictures = [f"![{alt}](bench/results/{result.name}-{kind}.svg)" for kind, alt, _ in plots(result)]
         parts += ["\n".join(pictures) + "\n", f"All cases: [{result.name}.md](bench/results/{result.name}.md).\n"]

@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_TESTS = ["-m", "gpu", "tests"]
-CPU_TESTS = ["-m", "not gpu", "tests/test_cpu.py", "tests/test_penalty.py", "tests/test_dropout.py"]
+CPU_TESTS = ["-m", "not gpu", *(f"tests/test_{name}.py" for name in ("cpu", "penalty", "padding", "dropout"))]
 
 
 def file_name(result: dict) -> str:

@@ -178,6 +178,12 @@ def check_mask(mask: object, raw: Tensor, batch_first: bool) -> Tensor:
 
 def check_steps(x: Tensor, batch_first: bool, lengths: object, batch_sizes: Tensor | None = None) -> Steps:
     """Which time steps of `x` count. Lengths that are on the CPU already must be in range; they go where `x` is."""
+    on_cpu = batch_sizes is not None or (isinstance(lengths, Tensor) and lengths.device.type == "cpu")
+    if on_cpu and x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "lengths: expected them on the GPU, and no PackedSequence, while a CUDA graph is captured: the graph would "
+            "go on reading memory of the CPU that is gone"
+        )
     if lengths is None:
         return Steps(batch_first, None, batch_sizes)
     if batch_sizes is not None:

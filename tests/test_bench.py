@@ -159,6 +159,25 @@ def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monke
         )
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's
+def test_padded_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half is padding, and those that know of it leave it out."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    case = cases.PaddedCase((5, 8, 6), torch.float32)
+    sets = cases.input_sets(case, "cpu")
+    raw, dropped, lengths = sets[1]
+    assert lengths.sum() * 2 == 5 * 8
+    there = [(r[:n], d[:n]) for r, d, n in zip(raw, dropped, lengths.tolist(), strict=True)]
+    squares, pairs = torch.cat([d for _, d in there]).square(), torch.cat([r.diff(dim=0) for r, _ in there]).square()
+    want = torch.autograd.grad(cases.ALPHA * squares.mean() + cases.BETA * pairs.mean(), (raw, dropped))
+    calls = cases.calls(case, sets)
+    for peer in ("eager", "compiled", "fastreg"):
+        torch.testing.assert_close(calls[peer](1), want)
+    assert calls["without lengths"](1)[0].count_nonzero() > want[0].count_nonzero()
+    assert case.bytes_moved("fastreg") * 3 == case.bytes_moved("without lengths") * 2 == 2 * 6 * 240 * 4
+    assert case.PEERS[-1] == "fastreg", "a result that has fastreg is complete"
+
+
 def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every peer of a small one, without the compiler; nothing but the mask is kept, and by the formula the changes."""
     from bench import benchmarks
@@ -242,11 +261,17 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made_up(
-    folder: Path, speeds: list[float], device: str = "A CPU, 2 cores", dropout: Sequence[Any] = (), **machine: Any
+    folder: Path,
+    speeds: list[float],
+    device: str = "A CPU, 2 cores",
+    dropout: Sequence[Any] = (),
+    padded: Sequence[Any] = (),
+    **machine: Any,
 ) -> Path:
     """A result in which fastreg is `speeds` times as fast as the eager formula, one a case, and one round is odd.
 
-    So it is for each shape in `dropout`, 4 times as fast and in 1.25 times the time of dropout alone.
+    So it is for each shape in `dropout`, 4 times as fast and in 1.25 times the time of dropout alone, and for each in
+    `padded`, 3 times as fast as without lengths.
     """
     benchmarks = []
     gpu_figures = dict.fromkeys(report.FIGURES, 1.0)
@@ -254,6 +279,8 @@ def made_up(
     made = [(([number, 2, 3], penalty), {"eager": speed, "compiled": 0.5}) for number, speed in enumerate(speeds)]
     after = dict.fromkeys(cases.DropoutCase.PEERS[:-1], 2.0) | {"dropout alone": 0.8, "eager": 4.0, "compiled": 0.5}
     made += [((shape, {"pass": report.DROPOUT}), after) for shape in dropout]
+    seconds_padded = {"without lengths": 3.0, "eager": 4.0, "compiled": 0.5}
+    made += [((shape, {"pass": report.PADDED}), seconds_padded) for shape in padded]
     for number, ((shape, kind), seconds_of) in enumerate(made):
         info = {"shape": shape, "dtype": "float32", "layout": "batch first", **kind}
         for peer, seconds in (seconds_of | {"fastreg": 1.0}).items():
@@ -312,6 +339,12 @@ def test_a_report_of_dropout(tmp_path: Path) -> None:
     assert "at large shapes 1.25x to 1.25x (target under 1.3x: met)" in part
     assert "at (64, 70, 400) 1.25x to 1.25x (target under 1x: not met everywhere)" in part
     assert [kind for kind, *_ in report.plots(result)] == ["speedup", "dropout", "roofline"]
+
+
+def test_a_report_of_padding(tmp_path: Path) -> None:
+    part = report.readme_part([report.load(made_up(tmp_path, [4.0], padded=[[64, 70, 400]]))])
+    assert "Half of the batch padding" in part
+    assert "| (64, 70, 400), float32 | 3000 | 4000 | 500 | 2000 | 3.0x | 4.0x | 0.5x |" in part
 
 
 def test_the_guard_minds_dropout_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

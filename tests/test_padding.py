@@ -155,7 +155,7 @@ def test_one_term(alpha: float, beta: float, device: str) -> None:
     assert_gradient((raw, dropped)[one].grad, wanted[one].grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # the interpreter's
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's
 def test_a_gradient_of_inf_leaves_padding_at_0(device: str) -> None:
     (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
     for x in (raw, dropped):
@@ -377,6 +377,24 @@ def test_lengths_that_cannot_be_looked_at_are_clamped() -> None:
     assert_terms(ARTAR(got, *terms), truth(raw, dropped, lengths), FLOAT)
     assert scales is not None
     assert scales.tolist() == pytest.approx([1 / (12 * sum(lengths)), 1 / (12 * (4 + 8 + 0 + 1 + 8))])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the real kernels did not run")
+def test_a_graph_reads_lengths_on_the_device() -> None:
+    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device="cuda")
+    counts, other = torch.tensor(lengths, device="cuda"), [9, 9, 1, 2, 3, 4]
+    raw, dropped = (x.nan_to_num(7.0, 7.0) for x in (raw, dropped))
+    fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts, return_terms=True)
+        with pytest.raises(RuntimeError, match="lengths: expected them on the GPU"):
+            fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=torch.tensor(other))
+    for now in (lengths, other):
+        counts.copy_(torch.tensor(now))
+        graph.replay()
+        assert_terms(got, truth(raw, dropped, now), FLOAT)
 
 
 @pytest.mark.gpu
