@@ -26,7 +26,7 @@ class Part(NamedTuple):
     taken_of: tuple[float, ...] = ()  # the coefficients, and the versions of the activations
 
     @classmethod
-    def take(cls, dropout: FusedRNNDropout, raw: Tensor, dropped: Tensor) -> Part:
+    def take(cls, dropout: FusedRNNDropout, raw: Any, dropped: Any) -> Part:
         """The part of the dropout's last forward."""
         part = cls(raw, raw if dropout.ar_of == "raw" else dropped, dropout.batch_first, dropout.take())
         return part._replace(taken_of=part._state(dropout.alpha, dropout.beta))
@@ -120,7 +120,7 @@ class Attachment:
         )
         self.captures = [c for c in self.captures if c.nodes and c.weights == capture.weights] + [capture]
 
-    def _before_dropout(self, dropout: nn.Module, _: Any) -> None:
+    def _before_dropout(self, dropout: Any, _: Any) -> None:
         owner = self._owner()
         if owner is not None and dropout.training:
             dropout.alpha, dropout.beta = owner.alpha, owner.beta
@@ -155,8 +155,8 @@ class Attachment:
         rnn = type(self.rnn).__name__
         if loss.requires_grad and not capture.grad_enabled:
             raise RuntimeError(
-                f"on_backward_begin: the {rnn} or its dropout ran without gradients, so that the penalty's would be lost. "
-                "For activation checkpointing pass use_reentrant=False; else run the model outside torch.no_grad()"
+                f"on_backward_begin: the {rnn} or its dropout ran without gradients, so that the penalty's would "
+                "be lost. For activation checkpointing pass use_reentrant=False; else run both outside torch.no_grad()"
             )
         if capture.dropped is None:
             raise RuntimeError(
