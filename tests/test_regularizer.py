@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, attachment
 from fastreg.regularizer import RNNRegularizer
+from fastreg.stand_in import OutputDropout, link
 from tests.samples import BF16, DOUBLE, FLOAT
 
 VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
@@ -767,6 +768,40 @@ def test_copies_of_a_fused_dropout_follow_nobody(duplicate: Callable[[Any], Any]
     twin(tokens())
     assert twin.dropout.alpha == 0
     assert twin.dropout.take() is not None  # which the hooks of the first would have taken
+
+
+@pytest.mark.parametrize("changed", ["nothing", "dropped", "raw", "alpha"])
+def test_an_offer_is_taken_as_long_as_it_is_right(changed: str, formed: list[Any]) -> None:
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
+    link(nn.Sequential(dropout), reg)
+    raw = torch.randn(BATCH, TIME, HIDDEN)
+    dropped = dropout(raw)
+    if changed in ("dropped", "raw"):
+        {"dropped": dropped, "raw": raw}[changed].mul_(2)
+    elif changed == "alpha":
+        reg.alpha = 9.0
+    reg.on_loss_begin((0, raw, dropped))
+    want = reg.alpha * dropped.pow(2).mean() + BETA * raw.diff(dim=1).pow(2).mean()
+    torch.testing.assert_close(penalty_of(reg), want)
+    assert len(formed) == (changed != "nothing")
+
+
+def test_offers_are_not_held() -> None:
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
+    link(dropout, reg)
+    raw = torch.randn(BATCH, TIME, HIDDEN)
+    for drop in (reg.clear, lambda: dropout.eval()(raw), lambda: reg.on_loss_begin((0, raw, raw))):
+        dropout.train()(raw)
+        assert reg._offered is not None
+        drop()
+        assert reg._offered is None
+    with torch.inference_mode():
+        dropout.train()(raw)
+    assert reg._offered is None
+    assert copy.deepcopy(dropout).regularizer is None
+    link(dropout, None)
+    dropout(raw)
+    assert reg._offered is None
 
 
 # Handles, copies, hidden states
