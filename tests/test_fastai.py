@@ -381,20 +381,33 @@ class Interrupt(Callback):
             raise CancelFitException
 
 
-@pytest.mark.parametrize("what", ["fit", "interrupted", "validate", "get_preds", "lr_find"])
+class InterruptBeforeTheLoss(Callback):
+    order = 100
+
+    def after_pred(self) -> None:
+        if self.training and self.train_iter == 2:
+            raise CancelFitException
+
+
+CUTS = {"interrupted": Interrupt, "before the loss": InterruptBeforeTheLoss}
+
+
+@pytest.mark.parametrize("what", ["fit", *CUTS, "validate", "get_preds", "lr_find"])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_nothing_is_held(make: Callable[..., Learner], dropout: bool, what: str) -> None:
     learn, alive = fuse(make(), dropout), []
     learn.model[1].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[1:])))
     with learn.no_bar(), learn.no_logging():
-        if what in ("fit", "interrupted"):
-            learn.fit(1, cbs=[Interrupt()] if what == "interrupted" else [])
+        if what in ("fit", *CUTS):
+            learn.fit(1, cbs=[CUTS[what]()] if what in CUTS else [])
         elif what == "lr_find":
             learn.lr_find(num_it=8, show_plot=False, suggest_funcs=())
         else:
             getattr(learn, what)(**({"reorder": False} if what == "get_preds" else {}))
     if what == "interrupted":
         learn.loss_grad = None  # the learner's own: a graph that no backward freed
+    if dropout:
+        assert learn.model[1].output_dp.regularizer is None
     gc.collect()
     assert alive
     assert not [ref for ref in alive if ref() is not None]
