@@ -1,4 +1,4 @@
-"""Capture by forward hooks: what an attached RNN and its dropout gave in a training step."""
+"""What a training step gives to regularize, and its capture by forward hooks on an RNN and its dropout."""
 
 from __future__ import annotations
 
@@ -11,18 +11,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastreg.dropout import FusedRNNDropout
+from fastreg.penalty import fused_ar_tar
+from fastreg.reference import ARTAR
+
 
 class Part(NamedTuple):
-    """What one call of `fused_ar_tar` regularizes."""
+    """What one call of `fused_ar_tar` regularizes, and its penalty where a `FusedRNNDropout` took it along."""
 
     raw: Any
     dropped: Any
     batch_first: bool
+    taken: ARTAR | None = None
+    taken_of: tuple[float, ...] = ()  # the coefficients, and the versions of the activations
+
+    @classmethod
+    def take(cls, dropout: FusedRNNDropout, raw: Any, dropped: Any) -> Part:
+        """The part of the dropout's last forward."""
+        part = cls(raw, raw if dropout.ar_of == "raw" else dropped, dropout.batch_first, dropout.take())
+        return part._replace(taken_of=part._state(dropout.alpha, dropout.beta))
+
+    def penalty(self, alpha: float, beta: float) -> ARTAR:
+        """What was taken along, if that is still it, else formed now."""
+        if self.taken is not None and self.taken_of == self._state(alpha, beta):
+            return self.taken
+        return fused_ar_tar(self.raw, self.dropped, alpha, beta, batch_first=self.batch_first, return_terms=True)
+
+    def _state(self, alpha: float, beta: float) -> tuple[float, ...]:
+        return alpha, beta, _data(self.raw)._version, _data(self.dropped)._version
 
 
 class Owner(Protocol):
     """What an attachment needs of the regularizer that made it."""
 
+    alpha: float
+    beta: float
     _attached: list[Attachment]
 
 
@@ -36,6 +59,7 @@ class _Capture:
     grad_enabled: bool
     weights: int  # their version: the graph of a run before an optimizer's step is of no use
     versions: list[tuple[Tensor, int]]  # of the activations: shows a change in place
+    part: Part | None = None  # from a FusedRNNDropout
 
 
 class Attachment:
@@ -48,9 +72,14 @@ class Attachment:
         self._hooks = [rnn.register_forward_hook(self._after_rnn)]
         if dropout is not None:
             self._hooks.append(dropout.register_forward_hook(self._after_dropout, with_kwargs=True))
+        self._own: tuple[float, float] | None = None  # the coefficients that the dropout gets back
+        if isinstance(dropout, FusedRNNDropout):
+            self._hooks.append(dropout.register_forward_pre_hook(self._before_dropout))
+            shared = [one for one in owner._attached if one.dropout is dropout]
+            self._own = shared[0]._own if shared else (dropout.alpha, dropout.beta)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"rnn": None, "dropout": None, "captures": [], "_owner": _nobody, "_hooks": []}
+        return {"rnn": None, "dropout": None, "captures": [], "_owner": _nobody, "_hooks": [], "_own": None}
 
     def __enter__(self) -> Attachment:
         return self
@@ -59,13 +88,21 @@ class Attachment:
         self.remove()
 
     def remove(self) -> None:
-        """Take the hooks off, and drop what they captured."""
+        """Take the hooks off, drop what they captured, and give a `FusedRNNDropout` its own coefficients back."""
         for hook in self._hooks:
             hook.remove()
-        self.captures.clear()
+        self.clear()
+        if isinstance(self.dropout, FusedRNNDropout) and self._own is not None:
+            (self.dropout.alpha, self.dropout.beta), self._own = self._own, None
         owner = self._owner()
         if owner is not None and self in owner._attached:
             owner._attached.remove(self)
+
+    def clear(self) -> None:
+        """Drop what is captured."""
+        self.captures.clear()
+        if isinstance(self.dropout, FusedRNNDropout):
+            self.dropout.take()
 
     def _after_rnn(self, rnn: nn.Module, _: Any, output: Any) -> None:
         in_backward = torch._C._current_graph_task_id() != -1  # torch.compile breaks its graph here, as it must
@@ -83,6 +120,11 @@ class Attachment:
         )
         self.captures = [c for c in self.captures if c.nodes and c.weights == capture.weights] + [capture]
 
+    def _before_dropout(self, dropout: Any, _: Any) -> None:
+        owner = self._owner()
+        if owner is not None and dropout.training:
+            dropout.alpha, dropout.beta = owner.alpha, owner.beta
+
     def _after_dropout(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         for capture in self.captures:
             raw, data = capture.raw, _data(capture.raw)
@@ -90,6 +132,14 @@ class Attachment:
                 packed = isinstance(raw, PackedSequence) and isinstance(output, Tensor)
                 capture.dropped = raw._replace(data=output) if packed else output  # pyright: ignore
                 capture.versions.append((_data(output), _data(output)._version))
+                capture.grad_enabled &= torch.is_grad_enabled()
+                if isinstance(self.dropout, FusedRNNDropout):
+                    if packed:  # which it took for one sequence
+                        raise TypeError(
+                            "FusedRNNDropout: expected the RNN's output as a tensor, got the data of a PackedSequence, "
+                            "whose rows are of several sequences; use another dropout with packed sequences"
+                        )
+                    capture.part = Part.take(self.dropout, raw, output)
 
     def parts(self, loss: Tensor) -> list[Part]:
         """What this step's runs add to the loss."""
@@ -99,14 +149,14 @@ class Attachment:
             captures = [c for c in captures if _depends(loss, c.nodes)] or latest
         for capture in captures:
             self._check(capture, loss)
-        return [Part(c.raw, c.dropped, self.rnn.batch_first) for c in captures]
+        return [c.part or Part(c.raw, c.dropped, self.rnn.batch_first) for c in captures]
 
     def _check(self, capture: _Capture, loss: Tensor) -> None:
         rnn = type(self.rnn).__name__
         if loss.requires_grad and not capture.grad_enabled:
             raise RuntimeError(
-                f"on_backward_begin: the {rnn} ran without gradients, so that the penalty's would be lost. For "
-                "activation checkpointing pass use_reentrant=False; else run the model outside torch.no_grad()"
+                f"on_backward_begin: the {rnn} or its dropout ran without gradients, so that the penalty's would "
+                "be lost. For activation checkpointing pass use_reentrant=False; else run both outside torch.no_grad()"
             )
         if capture.dropped is None:
             raise RuntimeError(

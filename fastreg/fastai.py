@@ -1,25 +1,64 @@
 """fastai v2: the callbacks of `fastai.callback.rnn`, with AR and TAR fused and in the recorder's table.
 
-`fuse(learn)` swaps them into a learner; `rnn_cbs(alpha, beta)` stands in for fastai's own. `ModelResetter` stays.
+`fuse(learn)` swaps them into a learner, and `unfuse(learn)` fastai's back; `rnn_cbs(alpha, beta)` stands in for
+fastai's own. `ModelResetter` stays. A pickle of a learner, as `learn.export()` makes it, holds fastai's own classes.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from fastai.callback import rnn as stock
 from fastai.callback.core import Callback
+from fastai.imports import noop
 from fastai.learner import Learner, ValueMetric
+from fastai.text.models.awdlstm import RNNDropout
+from fastai.text.models.core import LinearDecoder
 from fastai.torch_core import find_bs
 
+from fastreg import stand_in
 from fastreg.regularizer import RNNRegularizer as Regularizer
 
-__all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs"]
+__all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
 
 
-class RNNCallback(stock.RNNCallback):
+class _Unfused:
+    """Pickled as fastai's own, so that exports load where fastreg is not installed; a deep copy stays what it is."""
+
+    def stock(self) -> Any:
+        """Fastai's own in its place."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.stock().__reduce_ex__(0)  # from protocol 2 on pickle wants an object of this very class
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = object.__new__(type(self))
+        state: Any = super().__reduce_ex__(4)[2]
+        vars(copied).update(deepcopy(state, memo))
+        return copied
+
+
+class OutputDropout(_Unfused, stand_in.OutputDropout):
+    """In the place of the `output_dp` of a `LinearDecoder`."""
+
+    def stock(self) -> Any:
+        """Fastai's own in its place."""
+        return self.original
+
+
+class _Column(_Unfused, ValueMetric):
+    """A term in the recorder's table."""
+
+    def stock(self) -> Any:
+        """An empty column, as no callback of fastai fills it."""
+        return ValueMetric(noop, self.name)
+
+
+class RNNCallback(_Unfused, stock.RNNCallback):
     """Hands on the true output; `raw_out` and `out`, `(batch, time, hidden)`, stay until the next batch.
 
     Raises:
@@ -42,6 +81,10 @@ class RNNCallback(stock.RNNCallback):
 
     after_fit = before_batch
 
+    def stock(self) -> Any:
+        """Fastai's own in its place."""
+        return _belonging(stock.RNNCallback(), self.learn)
+
     def after_pred(self) -> None:
         output = self.learn.pred
         if not (isinstance(output, (list, tuple)) and len(output) == 3):
@@ -53,7 +96,7 @@ class RNNCallback(stock.RNNCallback):
         super().after_pred()
 
 
-class RNNRegularizer(stock.RNNRegularizer):
+class RNNRegularizer(_Unfused, stock.RNNRegularizer):
     """Adds `alpha * AR + beta * TAR` to what is differentiated, `learn.loss_grad`; `learn.loss` stays free of it.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
@@ -69,14 +112,19 @@ class RNNRegularizer(stock.RNNRegularizer):
 
     def __init__(self, alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None) -> None:
         self.regularizer = Regularizer(alpha, beta, bptt=bptt)
-        self.columns = [ValueMetric(partial(self._average, name), name) for name in ("ar", "tar")]
+        self.columns = [_Column(partial(self._average, name), name) for name in ("ar", "tar")]
         self.totals, self.count = {}, 0  # of the terms, over the epoch's training batches
 
     alpha = property(lambda self: self.regularizer.alpha, lambda self, value: setattr(self.regularizer, "alpha", value))
     beta = property(lambda self: self.regularizer.beta, lambda self, value: setattr(self.regularizer, "beta", value))
 
+    def stock(self) -> Any:
+        """Fastai's own in its place, which knows no `bptt`."""
+        return _belonging(stock.RNNRegularizer(self.alpha, self.beta), self.learn)
+
     def before_fit(self) -> None:
         self._capture()
+        stand_in.link(self.learn.model, self.regularizer)
         self.totals = {}
         self.learn.metrics = [*self._other_metrics(), *self.columns]
 
@@ -111,6 +159,8 @@ class RNNRegularizer(stock.RNNRegularizer):
 
     def after_fit(self) -> None:
         self.learn.metrics = self._other_metrics()
+        self.regularizer.clear()
+        stand_in.link(self.learn.model, None)
 
     def _capture(self) -> Any:
         for cb in self.learn.cbs:
@@ -134,19 +184,65 @@ def rnn_cbs(alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None) -> l
     return [*cbs, RNNRegularizer(alpha, beta, bptt)] if alpha or beta or bptt is not None else cbs
 
 
-def fuse(learn: Learner) -> Learner:
+def fuse(learn: Learner, dropout: bool = False) -> Learner:
     """Swap fastai's `RNNCallback` and `RNNRegularizer` for this module's, in place, and return the learner.
 
     Coefficients and order stay. Subclasses of them are left alone, and so is what is fused already.
 
+    Args:
+        learn: the learner.
+        dropout: swap a language model's last dropout, too, the `RNNDropout` of its `LinearDecoder`, for a
+            `fastreg.FusedRNNDropout`, which takes the penalty along.
+
     Raises:
-        ValueError: the learner has no `RNNRegularizer`.
+        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout.
     """
     if not any(type(cb) in (stock.RNNRegularizer, RNNRegularizer) for cb in learn.cbs):
         raise ValueError("fuse: the learner has no RNNRegularizer; learn.add_cbs(fastreg.fastai.rnn_cbs(alpha, beta))")
-    for i, cb in enumerate(learn.cbs):
-        if type(cb) in (stock.RNNCallback, stock.RNNRegularizer):
-            fused = RNNCallback() if type(cb) is stock.RNNCallback else RNNRegularizer(cb.alpha, cb.beta)
-            learn.add_cb(fused)  # at the end, and as the learner's attribute of its name
-            learn.cbs[i], cb.learn = learn.cbs.pop(), None
+    decoders = _decoders(learn) if dropout else []
+    if dropout and not any(type(x.output_dp) in (RNNDropout, OutputDropout) for x in decoders):
+        raise ValueError(
+            "fuse: dropout=True takes the place of the RNNDropout of a LinearDecoder, which fastai's language models "
+            f"end with; {type(learn.model).__name__} has none, fuse(learn) fuses the callbacks alone"
+        )
+    for cb in list(learn.cbs):
+        if type(cb) is stock.RNNCallback:
+            _swap(learn, cb, RNNCallback())
+        elif type(cb) is stock.RNNRegularizer:
+            _swap(learn, cb, RNNRegularizer(cb.alpha, cb.beta))
+    cb = next(cb for cb in learn.cbs if type(cb) is RNNRegularizer)
+    for decoder in decoders:
+        if type(decoder.output_dp) is RNNDropout:
+            decoder.output_dp = OutputDropout(decoder.output_dp, alpha=cb.alpha, beta=cb.beta)
     return learn
+
+
+def unfuse(learn: Learner) -> Learner:
+    """Undo `fuse`, in place, and return the learner: fastai's callbacks and dropout are back, as they are now.
+
+    Coefficients and order stay; `bptt` is lost, as fastai has none. A learner that is not fused stays as it is.
+    """
+    for cb in list(learn.cbs):
+        if type(cb) is RNNRegularizer:
+            cb.after_fit()  # which a fit that was cut off left out
+        if type(cb) in (RNNCallback, RNNRegularizer):
+            _swap(learn, cb, cb.stock())
+    for decoder in _decoders(learn):
+        if type(decoder.output_dp) is OutputDropout:
+            decoder.output_dp = decoder.output_dp.original
+    return learn
+
+
+def _decoders(learn: Any) -> list[Any]:
+    return [module for module in learn.model.modules() if isinstance(module, LinearDecoder)]
+
+
+def _swap(learn: Any, old: Any, new: Callback) -> None:
+    learn.add_cb(new)  # at the end, and as the learner's attribute of its name
+    i = [cb is old for cb in learn.cbs].index(True)
+    learn.cbs[i], old.learn = learn.cbs.pop(), None
+
+
+def _belonging(cb: Callback, learn: Any) -> Callback:
+    cb.learn = learn
+    return cb

@@ -1,21 +1,29 @@
-"""fastai v1, 1.0.36 to 1.0.61: `RNNTrainer`, with AR and TAR fused; `fuse(learn)` swaps it into a learner."""
+"""fastai v1, 1.0.36 to 1.0.61: `RNNTrainer`, with AR and TAR fused.
+
+`fuse(learn)` swaps it into a learner, and `unfuse(learn)` fastai's back. `learn.export()` exports fastai's.
+"""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # fastai v1 and v2 have one name: where one is installed, the other is not.
 
 from __future__ import annotations
 
+import inspect
+import weakref
+from functools import partial
 from typing import Any
 
 from fastai import __version__
 from fastai.basic_train import Learner, LearnerCallback
 from fastai.callback import CallbackHandler
 from fastai.callbacks import rnn as stock
+from fastai.text.models import LinearDecoder, RNNDropout
 from torch import Tensor
 
 from fastreg.regularizer import RNNRegularizer
+from fastreg.stand_in import OutputDropout, link
 
-__all__ = ["RNNTrainer", "fuse"]
+__all__ = ["RNNTrainer", "fuse", "unfuse"]
 
 TIME_AXIS = 1 if tuple(map(int, __version__.split(".")[:3])) >= (1, 0, 38) else 0  # of batches and activations
 DICTS = hasattr(CallbackHandler, "_call_and_update")  # hooks return dicts, from 1.0.47 on
@@ -52,10 +60,13 @@ class RNNTrainer(LearnerCallback):
         self.lrs: list[float] | None = None  # while they are scaled
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
+        if hasattr(Learner, "export"):  # set here, as purge() makes callbacks anew and drops all else
+            learn.export = partial(_export, weakref.ref(learn))
 
     def on_train_begin(self, **_: Any) -> None:
         if any(isinstance(cb, stock.RNNTrainer) for cb in self.learn.callbacks):
             raise ValueError("RNNTrainer: the learner has fastai's own as well; fuse(learn) instead of adding another")
+        link(self.learn.model, self.regularizer)
 
     def on_epoch_begin(self, **_: Any) -> None:
         if not hasattr(self.learn.model, "reset"):
@@ -65,15 +76,18 @@ class RNNTrainer(LearnerCallback):
             )
         self.regularizer.on_epoch_begin(self.learn.model)
 
+    def on_batch_begin(self, **_: Any) -> None:
+        self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta
+
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
         regularizer = self.regularizer if train else RNNRegularizer()  # validation captures nothing
         decoded = regularizer.on_loss_begin(last_output)
-        if TIME_AXIS == 0:
-            regularizer.on_loss_begin(_batch_first(*last_output))
+        if regularizer._given is not None:
+            regularizer._given = regularizer._given._replace(batch_first=TIME_AXIS == 1)
         return {"last_output": decoded} if DICTS else decoded
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
-        self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta
+        self.on_batch_begin()  # the coefficients may have changed since
         loss = self.regularizer.on_backward_begin(last_loss)
         return {"last_loss": loss} if DICTS else loss
 
@@ -91,30 +105,77 @@ class RNNTrainer(LearnerCallback):
         """However training ended."""
         self.on_step_end()
         self.regularizer.clear()
+        link(self.learn.model, None)
 
 
-def _batch_first(decoded: Any, raw: Any, dropped: Any) -> tuple[Any, Any, Any]:
-    """The same with the last layers alone, as `(batch, time, hidden)` views; one tensor given twice stays one."""
-    last = [x[-1] if isinstance(x, (list, tuple)) else x for x in (raw, dropped)]
-    views = {id(x): x.transpose(0, 1) for x in last}
-    return decoded, *(views[id(x)] for x in last)
-
-
-def fuse(learn: Learner) -> Learner:
+def fuse(learn: Learner, dropout: bool = False) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
     Its coefficients and its place stay, and so does `adjust` in the releases that had it, without the lr compounding
     from step to step. Subclasses are left alone, and so is a learner that is fused already.
 
+    Args:
+        learn: the learner.
+        dropout: swap a language model's last dropout, too, the `RNNDropout` of its `LinearDecoder`, for a
+            `fastreg.FusedRNNDropout`, which takes the penalty along. As with fastai v1, AR is of its input.
+
     Raises:
-        ValueError: the learner has no `RNNTrainer`.
+        ValueError: the learner has no `RNNTrainer`, or its model no such dropout.
     """
     if not any(type(cb) in (stock.RNNTrainer, RNNTrainer) for cb in learn.callbacks):
         raise ValueError(
             "fuse: the learner has no RNNTrainer; learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
+    decoders = _decoders(learn) if dropout else []
+    if dropout and not any(type(x.output_dp) in (RNNDropout, OutputDropout) for x in decoders):
+        raise ValueError(
+            "fuse: dropout=True takes the place of the RNNDropout of a LinearDecoder, which fastai's language models "
+            f"end with; {type(learn.model).__name__} has none, fuse(learn) fuses the callback alone"
+        )
     for i, cb in enumerate(learn.callbacks):
         if type(cb) is stock.RNNTrainer:
             bptt, adjust = vars(cb).get("bptt"), vars(cb).get("adjust", False)
             learn.callbacks[i] = RNNTrainer(learn, bptt, cb.alpha, cb.beta, adjust)
+    cb = next(cb for cb in learn.callbacks if type(cb) is RNNTrainer)
+    options = {"alpha": cb.alpha, "beta": cb.beta, "batch_first": TIME_AXIS == 1, "ar_of": "raw"}
+    for decoder in decoders:
+        if type(decoder.output_dp) is RNNDropout:
+            decoder.output_dp = OutputDropout(decoder.output_dp, **options)
     return learn
+
+
+def unfuse(learn: Learner) -> Learner:
+    """Undo `fuse`, in place, and return the learner: fastai's callback and dropout are back, as they are now.
+
+    The coefficients and the place stay; `bptt` and `adjust` are lost in a release whose `RNNTrainer` has none. A
+    learner that is not fused stays as it is.
+    """
+    known = {"bptt", "alpha", "beta", "adjust"} & inspect.signature(stock.RNNTrainer).parameters.keys()
+    for i, cb in enumerate(learn.callbacks):
+        if type(cb) is RNNTrainer:
+            vars(learn).pop(cb.cb_name, None)  # its attribute, which 1.0.36 gives to LearnerCallbacks alone
+            learn.callbacks[i] = stock.RNNTrainer(learn, **{name: getattr(cb, name) for name in known})
+    for decoder in _decoders(learn):
+        if type(decoder.output_dp) is OutputDropout:
+            decoder.output_dp = decoder.output_dp.original
+    vars(learn).pop("export", None)
+    return learn
+
+
+def _decoders(learn: Learner) -> list[Any]:
+    return [module for module in learn.model.modules() if isinstance(module, LinearDecoder)]
+
+
+def _export(learn: Any, *args: Any, **kwargs: Any) -> Any:
+    """Fastai's `export` of the learner as `unfuse` leaves it, so that it loads where fastreg is not installed."""
+    learn = learn()
+    kind, attributes, callbacks = type(learn), dict(vars(learn)), list(learn.callbacks)
+    dropouts = [(decoder, decoder.output_dp) for decoder in _decoders(learn)]
+    unfuse(learn)
+    try:
+        return learn.export(*args, **kwargs)
+    finally:
+        for decoder, dropout in dropouts:
+            decoder.output_dp = dropout
+        if type(learn) is kind:  # else export(destroy=True) has left nothing of it
+            vars(learn).update(attributes, callbacks=callbacks)

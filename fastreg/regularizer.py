@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from fastreg.attachment import Attachment, Part, is_list
+from fastreg.dropout import FusedRNNDropout
 from fastreg.layout import check_coefficient
-from fastreg.penalty import fused_ar_tar
 from fastreg.reference import ARTAR
 
 
@@ -60,6 +60,7 @@ class RNNRegularizer:
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
         self._given: Part | None = None
+        self._offered: Part | None = None  # by a dropout in the model that the output may come from
         self._attached: list[Attachment] = []
 
     def __repr__(self) -> str:
@@ -68,7 +69,7 @@ class RNNRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, has no captures and no hooks."""
-        return self.__dict__ | {"_given": None, "_attached": []}
+        return self.__dict__ | {"_given": None, "_offered": None, "_attached": []}
 
     def on_epoch_begin(self, model: object) -> None:
         """Reset the model's hidden state, if it or the model it wraps has a `reset()`, and drop any capture."""
@@ -100,7 +101,9 @@ class RNNRegularizer:
         decoded, raw, dropped = output
         if self.layers == "last" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
-        self._given = Part(raw, dropped, batch_first=True)
+        offered, self._offered = self._offered, None
+        fits = offered is not None and offered.raw is raw and offered.dropped is dropped
+        self._given = offered if fits else Part(raw, dropped, batch_first=True)
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -124,8 +127,7 @@ class RNNRegularizer:
             self.clear()
         total: ARTAR | None = None
         for part in filter(None, parts):
-            raw, dropped, batch_first = part
-            terms = fused_ar_tar(raw, dropped, self.alpha, self.beta, batch_first=batch_first, return_terms=True)
+            terms = part.penalty(self.alpha, self.beta)
             terms = [x.to(loss.device) for x in terms]  # layers may live on several devices
             total = ARTAR(*(terms if total is None else map(torch.add, total, terms)))
         if total is not None:
@@ -146,9 +148,9 @@ class RNNRegularizer:
 
     def clear(self) -> None:
         """Drop any capture: on_epoch_begin does; after a step that failed, it frees its activations early."""
-        self._given = None
+        self._given = self._offered = None
         for one in self._attached:
-            one.captures.clear()
+            one.clear()
 
     def attach(self, rnn: nn.Module, dropout: nn.Module | None = None) -> Attachment:
         """Capture by forward hooks on an RNN and the dropout that follows it, instead of `on_loss_begin`.
@@ -164,13 +166,15 @@ class RNNRegularizer:
         Args:
             rnn: an `nn.LSTM`, `nn.GRU` or `nn.RNN`.
             dropout: any module whose input is the very tensor that the RNN returns; what else it is used for does
-                not matter. Without it, dropped is raw.
+                not matter. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty itself, with the
+                regularizer's coefficients in the place of its own until `remove()`.
 
         Returns:
             A handle with `remove()`; as a context manager it removes itself at the end.
 
         Raises:
             TypeError: an argument is anything else.
+            ValueError: a `FusedRNNDropout` has another layout than the RNN.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use.
         """
         for name, module in (("rnn", rnn), ("dropout", dropout)):
@@ -180,6 +184,11 @@ class RNNRegularizer:
             raise TypeError(f"rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got {type(rnn).__name__}")
         if dropout is not None and not isinstance(dropout, nn.Module):
             raise TypeError(f"dropout: expected an nn.Module or None, got {type(dropout).__name__}")
+        if isinstance(dropout, FusedRNNDropout) and dropout.batch_first != rnn.batch_first:
+            raise ValueError(
+                f"dropout: expected a FusedRNNDropout with batch_first={rnn.batch_first}, as the {type(rnn).__name__} "
+                f"has it, got batch_first={dropout.batch_first}"
+            )
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
         if any(one.rnn is rnn for one in self._attached):

@@ -58,7 +58,8 @@ from fastai.callbacks.fp16 import MixedPrecision  # noqa: E402
 from fastai.callbacks.rnn import RNNTrainer as Stock  # noqa: E402
 from fastai.text import TextLMDataBunch, Vocab, language_model_learner  # noqa: E402
 
-from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
+from fastreg import FusedRNNDropout, attachment  # noqa: E402
+from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = release in ("1.0.36", "1.0.42")
@@ -156,11 +157,11 @@ class Spy(Callback):
         step(*args)
 
 
-def held() -> dict[str, int]:
+def held(dropout: bool) -> dict[str, int]:
     """Activations alive after a fit, after one that failed in each place, and after a validation."""
     counts = {}
     for what in ("fit", "loss", "step", "validate"):
-        learn, alive, failing = fuse(learner()), [], []
+        learn, alive, failing = fuse(learner(), dropout), [], []
         learn.model[0].register_forward_hook(lambda _m, _i, out, alive=alive: alive.extend(map(weakref.ref, out[0])))
         criterion = learn.loss_func
         if what == "loss":
@@ -195,20 +196,124 @@ def plain_model(reset: bool) -> str:
     return message(learn.fit, 1)
 
 
+def named(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def without_fastreg(function: Any, *args: Any) -> Any:
+    """Call it where fastreg cannot be imported."""
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "fastreg"}
+    sys.modules.update(dict.fromkeys(ours))
+    try:
+        return function(*args)
+    finally:
+        sys.modules.update(ours)
+
+
 def exported() -> dict[str, Any]:
-    learn = fuse(learner())
+    learn = fuse(learner(), dropout=True)
     trainer = next(cb for cb in learn.callbacks if isinstance(cb, RNNTrainer))
     trainer.on_loss_begin((torch.ones(2, 2, 2),) * 3)
     if not hasattr(trainer, "get_state"):
         return {}
-    state = trainer.get_state()
-    if OLD:
-        return {"state": state}
-    from fastai.basic_train import load_learner
+    found = {"state": trainer.get_state()}
+    learn.fit(1)
+    tokens = torch.randint(2, 40, (4, 6))
+    for name in ["learner", "purged"][: 1 if OLD else 2]:
+        if name == "purged":
+            learn.purge()
+        fused = list(learn.callbacks), learn.model[1].output_dp, learn.rnn_trainer
+        learn.export(name)
+        now = list(learn.callbacks), learn.model[1].output_dp, learn.rnn_trainer
+        found[name, "kept"] = now == fused
+        found[name, "fused"] = [named(type(learn.callbacks[0])), named(type(learn.model[1].output_dp).__mro__[1])]
+        if OLD:  # whose load_learner knows no language models
+            state = without_fastreg(torch.load, learn.path / name)
+            model, kind, kept = state["model"], *next(iter(state["cb_state"].items()))
+            alpha, beta = kept["alpha"], kept["beta"]
+        else:
+            from fastai.basic_train import load_learner
 
-    learn.export()
-    again = load_learner(learn.path).rnn_trainer
-    return {"state": state, "loaded": (type(again).__name__, again.alpha, again.beta, again.bptt, again.adjust)}
+            again = without_fastreg(load_learner, learn.path, name)
+            model, kind = again.model, type(again.rnn_trainer)
+            alpha, beta = again.rnn_trainer.alpha, again.rnn_trainer.beta
+        found[name] = named(kind), named(type(model[1].output_dp)), alpha, beta
+        model.reset()
+        learn.model.reset()
+        found[name, "same"] = bool((model.eval()(tokens)[0] == learn.model.eval()(tokens)[0]).all())
+    if not OLD:
+        learn.export("gone", destroy=True)
+        found["destroyed"] = type(learn).__name__
+    return found
+
+
+class Off(Callback):
+    """A schedule that ends at 0."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_batch_begin(self, **_: Any) -> None:
+        self.trainer.alpha = self.trainer.beta = 0.0
+
+
+class Twice(Callback):
+    """Runs the model again, between its run and the loss."""
+
+    _order = -9
+
+    def __init__(self, learn: Any) -> None:
+        self.learn = learn
+
+    def on_loss_begin(self, train: bool, last_input: torch.Tensor, **_: Any) -> None:
+        if train:
+            generator = torch.get_rng_state()
+            hidden = self.learn.model[0].hidden
+            self.learn.model(last_input)
+            self.learn.model[0].hidden = hidden
+            torch.set_rng_state(generator)
+
+
+def fused_dropout() -> dict[str, Any]:
+    formed, form = [], attachment.fused_ar_tar
+
+    def counted(*args: Any, **options: Any) -> Any:
+        formed.append(None)
+        return form(*args, **options)
+
+    attachment.fused_ar_tar = counted
+    learn, expected = learner(), learner()
+    callback, dropout, old = type(learn.callbacks[0]), learn.model[1].output_dp, dict(vars(learn.callbacks[0]))
+    fused = fuse(fuse(learn), dropout=True)
+    module = fused.model[1].output_dp
+    found: dict[str, Any] = {"idempotent": fuse(fused, dropout=True).model[1].output_dp is module}
+    found["kind"] = isinstance(module, FusedRNNDropout), module.ar_of, module.batch_first
+    found["weights"], found["formed"] = trained(fused), len(formed)
+    found["terms"] = [float(x) for x in (fused.callbacks[-1].regularizer.ar, fused.callbacks[-1].regularizer.tar)]
+    x = torch.ones(2, 3, 32)
+    found["evaluation"] = module.eval()(x) is x
+    found["unfused"] = unfuse(fused) is fused and unfuse(fused) is fused
+    found["back"] = type(fused.callbacks[0]) is callback and fused.model[1].output_dp is dropout
+    found["attributes"] = (
+        "export" in vars(fused),
+        getattr(fused, "rnn_trainer", None) is getattr(expected, "rnn_trainer", None)
+        or fused.rnn_trainer is fused.callbacks[0],
+    )
+    now = dict(vars(fused.callbacks[0]))
+    found["coefficients"] = all(now[name] == old[name] for name in ("alpha", "beta", "bptt", "adjust") if name in old)
+    again = unfuse(fuse(learner(), dropout=True))
+    found["trained again"], found["expected again"] = trained(again), trained(expected)
+    off = fuse(learner(), dropout=True)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    off.fit(2, 5e-3, callbacks=[Off(off.callbacks[-1])])
+    found["off"] = torch.cat([p.detach().flatten() for p in off.model.parameters()])
+    twice = fuse(learner(), dropout=True)
+    twice.callbacks.append(Twice(twice))
+    formed.clear()
+    found["twice"], found["twice formed"] = trained(twice), len(formed)
+    attachment.fused_ar_tar = form
+    return found
 
 
 def results() -> dict[str, Any]:
@@ -237,7 +342,8 @@ def results() -> dict[str, Any]:
         "not adjusted": {tuple(lrs) for lrs in spy.stepped} == {tuple(spy.between[0])},
         "adjusted": adjusted(),
         "adjusted, failed": adjusted(fails=True),
-        "held": held(),
+        "held": [held(dropout=False), held(dropout=True)],
+        "fused dropout": fused_dropout(),
         "exported": exported(),
         "no reset": plain_model(reset=False),
         "plain output": plain_model(reset=True),
@@ -246,6 +352,9 @@ def results() -> dict[str, Any]:
     nothing = learner()
     nothing.callbacks = []
     found["no trainer"] = message(fuse, nothing)
+    other = learner()
+    other.model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    found["no dropout"] = message(fuse, other, True), type(other.callbacks[-1]) is Stock
     if release != "1.0.36":  # which halves the token ids, too
         found["written, scaled"] = trained(scaled(with_trainer(Written, 16, adjust=False)))
         found["fused, scaled"] = trained(scaled(fuse(learner())))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -28,12 +31,15 @@ with warnings.catch_warnings():
     from fastai.losses import CrossEntropyLossFlat
     from fastai.metrics import accuracy
     from fastai.optimizer import OptimWrapper
-    from fastai.text.data import LMDataLoader
+    from fastai.text.data import LMDataLoader, LMTensorText
     from fastai.text.learner import TextLearner, get_text_classifier, language_model_learner
     from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config
     from fastai.torch_core import set_seed
 
-    from fastreg.fastai import RNNCallback, RNNRegularizer, fuse, rnn_cbs
+    from fastreg import FusedRNNDropout, attachment
+    from fastreg import RNNRegularizer as Regularizer
+    from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
+    from fastreg.stand_in import link
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # fastai's own
 
@@ -75,6 +81,15 @@ def trained(learn: Learner, epochs: int = 2, **options: Any) -> Tensor:
     with learn.no_bar(), learn.no_logging():
         learn.fit(epochs, 5e-3, **options)
     return weights(learn)
+
+
+@pytest.fixture
+def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The penalties that are formed apart from the dropout."""
+    calls: list[Any] = []
+    form = attachment.fused_ar_tar
+    monkeypatch.setattr(attachment, "fused_ar_tar", lambda *args, **options: calls.append(0) or form(*args, **options))
+    return calls
 
 
 def weights(learn: Learner) -> Tensor:
@@ -137,18 +152,21 @@ def cpu_amp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.usefixtures("cpu_amp")
-def test_the_weights_are_the_stock_ones(make: Callable[..., Learner], setting: str) -> None:
+def test_the_weights_are_the_stock_ones(make: Callable[..., Learner], setting: str, formed: list[Any]) -> None:
     cbs = SETTINGS[setting]
     expected = trained(make(), cbs=cbs())
     close = 1e-3 if setting == "bf16" else 1e-5  # stock differences are rounded to bfloat16
+    assert gap(trained(fuse(make(), dropout=True), cbs=cbs()), expected) < close
+    assert formed == []  # all were the dropout's
     assert gap(trained(fuse(make()), cbs=cbs()), expected) < close
     assert gap(trained(by_hand(make(), *rnn_cbs(ALPHA, BETA)), cbs=cbs()), expected) < close
     for alpha, beta in ((0.0, 0.0), (ALPHA, 0.0), (0.0, BETA)):
         assert gap(trained(make(alpha, beta), cbs=cbs()), expected) > 5 * close
 
 
-def test_lr_find_is_the_stock_one(make: Callable[..., Learner]) -> None:
-    learners, losses = [make(), fuse(make())], []
+@pytest.mark.parametrize("dropout", [False, True])
+def test_lr_find_is_the_stock_one(make: Callable[..., Learner], dropout: bool) -> None:
+    learners, losses = [make(), fuse(make(), dropout)], []
     for learn in learners:
         before = weights(learn)
         set_seed(2)
@@ -187,16 +205,18 @@ def test_one_step_and_one_row(make: Callable[..., Learner], size: int, bs: int) 
     assert learn.dls.train.last_len == 1 or bs == 1
     trained(learn, cbs=Spy())
     assert torch.isfinite(weights(learn)).all()
+    assert gap(trained(fuse(make(size=size, bs=bs), dropout=True)), weights(learn)) < 1e-5
 
 
 # -- what is added, and what is shown ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "bs"), [(650, 8), (8 * 33 + 1, 8), (40, 1)], ids=["many", "one step", "one row"])
+@pytest.mark.parametrize("dropout", [False, True])
 def test_the_loss_stays_clean_and_the_penalty_is_differentiated(
-    make: Callable[..., Learner], size: int, bs: int
+    make: Callable[..., Learner], dropout: bool, size: int, bs: int
 ) -> None:
-    learn = fuse(make(size=size, bs=bs))
+    learn = fuse(make(size=size, bs=bs), dropout)
     learn.add_cb(Spy())
     trained(learn)
     for step in learn.spy.seen:
@@ -206,8 +226,9 @@ def test_the_loss_stays_clean_and_the_penalty_is_differentiated(
         assert (step["tar"] > 0) == (step["steps"] > 1)
 
 
-def test_terms_are_columns_of_every_log(make: Callable[..., Learner]) -> None:
-    learn = fuse(make(metrics=accuracy))
+@pytest.mark.parametrize("dropout", [False, True])
+def test_terms_are_columns_of_every_log(make: Callable[..., Learner], dropout: bool) -> None:
+    learn = fuse(make(metrics=accuracy), dropout)
     learn.add_cb(Spy())
     trained(learn, cbs=CSVLogger())
     names = ["epoch", "train_loss", "valid_loss", "accuracy", "ar", "tar", "time"]
@@ -247,8 +268,9 @@ def test_training_metrics(make: Callable[..., Learner]) -> None:
     assert table["valid_ar"] is table["valid_tar"] is None
 
 
-def test_validation_gives_what_it_gave(make: Callable[..., Learner]) -> None:
-    a, b = make(metrics=accuracy), fuse(make(metrics=accuracy))
+@pytest.mark.parametrize("dropout", [False, True])
+def test_validation_gives_what_it_gave(make: Callable[..., Learner], dropout: bool) -> None:
+    a, b = make(metrics=accuracy), fuse(make(metrics=accuracy), dropout)
     trained(a, 1)
     trained(b, 1)
     with a.no_bar(), b.no_bar():
@@ -262,6 +284,7 @@ def test_coefficients_may_change_while_training(make: Callable[..., Learner]) ->
             self.learn.rnn_regularizer.alpha = self.learn.rnn_regularizer.beta = 0.0
 
     assert gap(trained(fuse(make()), cbs=Off()), trained(make(0, 0))) < 1e-5
+    assert gap(trained(fuse(make(), dropout=True), cbs=Off()), trained(make(0, 0))) < 1e-5
 
 
 # -- the lr -----------------------------------------------------------------------------------------------------------
@@ -342,6 +365,14 @@ def test_a_cancelled_step_leaves_the_learner_as_it_was(make: Callable[..., Learn
 # -- what is held -----------------------------------------------------------------------------------------------------
 
 
+class Stop(Callback):
+    """Stops a fit as a user does, in the middle of training."""
+
+    def before_backward(self) -> None:
+        if self.train_iter == 2:
+            raise KeyboardInterrupt
+
+
 class Interrupt(Callback):
     order = 100
 
@@ -350,35 +381,113 @@ class Interrupt(Callback):
             raise CancelFitException
 
 
-@pytest.mark.parametrize("what", ["fit", "interrupted", "validate", "get_preds", "lr_find"])
-def test_nothing_is_held(make: Callable[..., Learner], what: str) -> None:
-    learn, alive = fuse(make()), []
+class InterruptBeforeTheLoss(Callback):
+    order = 100
+
+    def after_pred(self) -> None:
+        if self.training and self.train_iter == 2:
+            raise CancelFitException
+
+
+CUTS = {"interrupted": Interrupt, "before the loss": InterruptBeforeTheLoss}
+
+
+@pytest.mark.parametrize("what", ["fit", *CUTS, "validate", "get_preds", "lr_find"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_nothing_is_held(make: Callable[..., Learner], dropout: bool, what: str) -> None:
+    learn, alive = fuse(make(), dropout), []
     learn.model[1].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[1:])))
     with learn.no_bar(), learn.no_logging():
-        if what in ("fit", "interrupted"):
-            learn.fit(1, cbs=[Interrupt()] if what == "interrupted" else [])
+        if what in ("fit", *CUTS):
+            learn.fit(1, cbs=[CUTS[what]()] if what in CUTS else [])
         elif what == "lr_find":
             learn.lr_find(num_it=8, show_plot=False, suggest_funcs=())
         else:
             getattr(learn, what)(**({"reorder": False} if what == "get_preds" else {}))
     if what == "interrupted":
         learn.loss_grad = None  # the learner's own: a graph that no backward freed
+    if dropout:
+        assert learn.model[1].output_dp.regularizer is None
     gc.collect()
     assert alive
     assert not [ref for ref in alive if ref() is not None]
 
 
-def test_exported_learners(make: Callable[..., Learner]) -> None:
-    learn = fuse(make())
-    expected = trained(learn, 1)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_saved_weights(make: Callable[..., Learner], dropout: bool) -> None:
+    learn, frozen = fuse(make(), dropout), make()
+    for one in (learn, frozen):
+        one.freeze()
+    assert gap(trained(learn, 1), trained(frozen, 1)) < 1e-5
+    assert gap(weights(learn), trained(make(), 1)) > 1e-4
     learn.save("half way")
+    assert learn.model.state_dict().keys() == frozen.model.state_dict().keys()
+    assert gap(weights(make().load("half way")), weights(learn)) == 0
+    before = weights(learn)
+    trained(learn, 1)
+    assert gap(weights(learn.load("half way")), before) == 0
+    assert isinstance(learn.model[1].output_dp, FusedRNNDropout) == dropout
+
+
+LOAD = """
+import sys, types, warnings
+warnings.simplefilter("ignore")
+sys.modules["fastreg"] = None  # to import it fails
+file, module = sys.argv[1:]
+sys.modules[module.split(".")[0]] = sys.modules[module] = types.ModuleType(module)
+sys.modules[module].Ids = type("Ids", (list,), {})
+from fastai.learner import load_learner
+learn = load_learner(file)
+print(*(type(cb).__module__ + "." + type(cb).__name__ for cb in learn.cbs))
+print(type(learn.model[1].output_dp).__module__, learn.model[1].output_dp.p)
+print(learn.rnn_regularizer.alpha, learn.rnn_regularizer.beta, learn.rnn in list(learn.cbs))
+"""
+
+
+@pytest.mark.parametrize(("dropout", "interrupted"), [(False, False), (True, True)])
+def test_exports_load_without_fastreg(make: Callable[..., Learner], dropout: bool, interrupted: bool) -> None:
+    learn = fuse(make(), dropout)
+    expected = trained(learn, 1)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            trained(learn, 1, cbs=Stop())
+        expected = weights(learn)
+        learn.loss_grad = learn.pred = None  # the learner's own
+    cbs, module = list(learn.cbs), learn.model[1].output_dp
     learn.export("learner.pkl")
+    assert all(a is b for a, b in zip(learn.cbs, cbs, strict=True))
+    assert learn.model[1].output_dp is module
+
+    command = [sys.executable, "-c", LOAD, "learner.pkl", Ids.__module__]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=learn.path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kinds, dropped, coefficients = done.stdout.strip().split("\n")
+    assert [kind.split(".")[-1] for kind in kinds.split()] == [type(cb).__name__ for cb in cbs]
+    assert all(kind.startswith("fastai.") for kind in kinds.split())
+    assert dropped == f"fastai.text.models.awdlstm {make().model[1].output_dp.p}"
+    assert coefficients == f"{ALPHA} {BETA} True"
+
     again = load_learner(learn.path / "learner.pkl")
     assert gap(weights(again), expected) == 0
-    assert (again.rnn_regularizer.alpha, again.rnn_regularizer.beta) == (ALPHA, BETA)
-    assert again.rnn.raw_out is again.rnn.out is None
     again.dls = learn.dls
-    assert gap(trained(again, 1), trained(learn.load("half way"), 1, reset_opt=True)) < 1e-5
+    learn.save("now")
+    assert gap(trained(fuse(again, dropout), 1), trained(learn.load("now"), 1, reset_opt=True)) < 1e-5
+
+
+def test_deep_copies_stay_fused(make: Callable[..., Learner], formed: list[Any]) -> None:
+    learn = fuse(make(), dropout=True)
+    for rnn in learn.model[0].rnns:  # fastai's own, which no copy can be made of
+        rnn.module.weight_hh_l0 = rnn.module.weight_hh_l0.detach()
+    expected = trained(copy.deepcopy(learn))
+    assert gap(weights(learn), expected) > 0
+    for again in (copy.deepcopy(learn), learn):
+        assert type(again.model[1].output_dp) is OutputDropout
+        assert [type(cb) for cb in again.cbs] == [type(cb) for cb in learn.cbs]
+        assert again.rnn_regularizer in list(again.cbs)
+        assert again.rnn_regularizer.learn is again
+        assert gap(trained(again), expected) == 0
+        assert again.recorder.metric_names[-3:] == ["ar", "tar", "time"]
+    assert formed == []
 
 
 # -- fuse, and misuse -------------------------------------------------------------------------------------------------
@@ -405,6 +514,85 @@ def test_fuse_swaps_in_place(make: Callable[..., Learner]) -> None:
     assert old.learn is None
     before = list(learn.cbs)
     assert all(a is b for a, b in zip(fuse(learn).cbs, before, strict=True))
+
+
+def test_fuse_and_unfuse_the_dropout(make: Callable[..., Learner]) -> None:
+    learn = make()
+    original, kinds = learn.model[1].output_dp, [type(cb) for cb in learn.cbs]
+    fused = fuse(fuse(learn), dropout=True).model[1].output_dp
+    assert isinstance(fused, FusedRNNDropout)
+    assert (fused.p, fused.alpha, fused.beta, fused.ar_of) == (original.p, ALPHA, BETA, "dropped")
+    assert fuse(fuse(learn, dropout=True)).model[1].output_dp is fused
+    assert [type(x).__name__ for x in learn.model.modules()].count("RNNDropout") == 3  # the others, and no original
+    raw = torch.randn(2, 3, 24)
+    fused.eval()
+    assert fused(raw) is raw
+    learn.rnn_regularizer.alpha, fused.p = 3.0, 0.75
+    assert unfuse(learn) is learn
+    assert [type(cb) for cb in learn.cbs] == kinds
+    assert (learn.rnn_regularizer.alpha, learn.rnn_regularizer.beta) == (3.0, BETA)
+    assert learn.rnn_regularizer in list(learn.cbs)
+    assert learn.model[1].output_dp is original
+    assert (original.p, original.training) == (0.75, False)
+    before = list(learn.cbs)
+    assert all(a is b for a, b in zip(unfuse(learn).cbs, before, strict=True))
+    assert gap(trained(unfuse(fuse(make(), dropout=True))), trained(make())) == 0
+
+
+def test_unfuse_takes_the_columns_of_a_fit_that_was_cut_off(make: Callable[..., Learner]) -> None:
+    learn = fuse(make(metrics=accuracy), dropout=True)
+    with pytest.raises(KeyboardInterrupt):
+        trained(learn, cbs=Stop())
+    assert unfuse(learn).metrics.attrgot("name") == ["accuracy"]
+    assert learn.model[1].output_dp.training
+
+
+@pytest.mark.parametrize("p", [0.0, 0.6])
+def test_the_class_of_a_tensor_stays(make: Callable[..., Learner], p: float, formed: list[Any]) -> None:
+    learn, regularizer = make(), Regularizer(ALPHA, BETA)
+    learn.model[1].output_dp.p = p
+    link(fuse(learn, dropout=True).model, regularizer)
+    output = learn.model.train()(LMTensorText(torch.zeros(2, 3, dtype=torch.long)))
+    assert {type(x) for x in output} == {LMTensorText}
+    assert (output[1] is output[2]) == (p == 0)
+    regularizer.on_loss_begin(output)
+    assert regularizer.on_backward_begin(torch.zeros(())) > 0
+    assert formed == []
+
+
+class Again(Callback):
+    """Runs the model once more, between its run and the loss."""
+
+    order = 0
+
+    def after_pred(self) -> None:
+        if self.training:
+            state, hidden = torch.get_rng_state(), self.learn.model[0].hidden
+            self.learn.model(*self.xb)
+            torch.set_rng_state(state)
+            self.learn.model[0].hidden = hidden
+
+
+def test_a_run_before_the_loss_does_not_pass_for_the_step(make: Callable[..., Learner], formed: list[Any]) -> None:
+    assert gap(trained(fuse(make(), dropout=True), cbs=Again()), trained(make(), cbs=Again())) < 1e-5
+    assert len(formed) > 0
+
+
+def test_without_the_regularizer_no_penalty_is_added(make: Callable[..., Learner]) -> None:
+    learn = fuse(make(), dropout=True)
+    trained(learn, 1)
+    learn.model.load_state_dict(make().model.state_dict())
+    learn.opt = None
+    learn.remove_cb(RNNRegularizer)
+    assert gap(trained(learn), trained(make(0, 0))) < 1e-5
+
+
+def test_fuse_refuses_models_without_such_a_dropout(make: Callable[..., Learner]) -> None:
+    learn = Learner(make().dls, Model(True), CrossEntropyLossFlat(), cbs=stock.rnn_cbs(2, 1))
+    with pytest.raises(ValueError, match=r"dropout=True .* RNNDropout of a LinearDecoder, .*; Model has none"):
+        fuse(learn, dropout=True)
+    assert type(learn.rnn_regularizer) is stock.RNNRegularizer
+    assert unfuse(learn) is learn
 
 
 def test_subclasses_and_stock_captures_stay(make: Callable[..., Learner]) -> None:

@@ -100,16 +100,53 @@ def test_adjust_scales_the_lr_for_the_step_alone(found: dict[str, Any], which: s
 
 
 def test_nothing_is_held(found: dict[str, Any]) -> None:
-    assert found["held"] == {"fit": 0, "loss": 0, "step": 0, "validate": 0}
+    assert found["held"] == [{"fit": 0, "loss": 0, "step": 0, "validate": 0}] * 2
 
 
-def test_exports_hold_no_activations(found: dict[str, Any]) -> None:
-    if found["release"] == "1.0.36":  # exports no callbacks yet
-        assert found["exported"] == {}
+def test_exports_load_without_fastreg(found: dict[str, Any]) -> None:
+    exported = found["exported"]
+    if found["release"] == "1.0.36":  # has no exports yet
+        assert exported == {}
         return
-    assert found["exported"]["state"] == found["given"]
-    if found["release"] == "1.0.61":
-        assert found["exported"]["loaded"] == ("RNNTrainer", 40.0, 30.0, None, False)
+    assert exported["state"] == found["given"]
+    names = ["learner"] if found["release"] == "1.0.42" else ["learner", "purged"]
+    for name in names:
+        trainer, dropout, *coefficients = exported[name]
+        assert trainer == "fastai.callbacks.rnn.RNNTrainer"
+        assert dropout == "fastai.text.models.awd_lstm.RNNDropout"
+        assert coefficients == [40.0, 30.0]
+        assert exported[name, "same"]
+        assert exported[name, "kept"]  # the learner is as fused as it was
+        assert exported[name, "fused"] == ["fastreg.fastai1.RNNTrainer", "fastreg.dropout.FusedRNNDropout"]
+    assert exported.get("destroyed") == ("ZombieLearner" if len(names) == 2 else None)
+
+
+def test_the_fused_dropout_trains_the_stock_weights(found: dict[str, Any]) -> None:
+    fused = found["fused dropout"]
+    assert gap(fused["weights"], found["stock"]) < 1e-5
+    assert fused["formed"] == 0  # the dropout's own penalties were taken
+    assert fused["kind"] == (True, "raw", found["release"] != "1.0.36")
+    assert all(term > 0 for term in fused["terms"])
+    assert fused["idempotent"]
+    assert fused["evaluation"]
+
+
+def test_a_schedule_reaches_the_fused_dropout(found: dict[str, Any]) -> None:
+    assert gap(found["fused dropout"]["off"], found["off"]) < 1e-5
+
+
+def test_a_run_before_the_loss_does_not_pass_for_the_step(found: dict[str, Any]) -> None:
+    assert gap(found["fused dropout"]["twice"], found["stock"]) < 1e-5
+    assert found["fused dropout"]["twice formed"] > 0
+
+
+def test_unfuse_puts_back_what_was(found: dict[str, Any]) -> None:
+    fused = found["fused dropout"]
+    assert fused["unfused"]
+    assert fused["back"]
+    assert fused["coefficients"]
+    assert fused["attributes"] == (False, True)
+    assert gap(fused["trained again"], fused["expected again"]) == 0
 
 
 def test_errors_say_what_to_do(found: dict[str, Any]) -> None:
@@ -117,4 +154,8 @@ def test_errors_say_what_to_do(found: dict[str, Any]) -> None:
     assert found["plain output"].startswith("TypeError: on_loss_begin: expected (decoded, raw, dropped)")
     assert "got Tensor" in found["plain output"] or "got a Tensor" in found["plain output"]
     assert found["no bptt"].startswith("ValueError: bptt: expected the usual number of time steps")
+    error, untouched = found["no dropout"]
+    assert error.startswith("ValueError: fuse: dropout=True takes the place of the RNNDropout of a LinearDecoder")
+    assert "Sequential has none" in error
+    assert untouched
     assert found["no trainer"].startswith("ValueError: fuse: the learner has no RNNTrainer; learn.callbacks.append")

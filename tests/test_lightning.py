@@ -24,6 +24,7 @@ else:
         missing = "Lightning is not installed: fastreg.lightning did not run"
         pl = pytest.importorskip("pytorch_lightning", reason=missing)
 
+from fastreg import FusedRNNDropout, attachment
 from fastreg.lightning import ActivationRegularization
 
 # Lightning's own, and those of what it imports
@@ -126,6 +127,25 @@ def test_weights(options: dict[str, Any]) -> None:
     assert_same(module, written_out)
     with pytest.raises(AssertionError):
         assert_same(module, without, rtol=1e-3, atol=1e-4)
+
+
+def test_a_dropout_that_takes_the_penalty_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fused(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = FusedRNNDropout(0.3)
+
+    class FusedFormula(Fused):
+        regularized = True
+
+    module, written_out = made(Fused), made(FusedFormula)
+    monkeypatch.setattr(attachment, "fused_ar_tar", None)  # nothing is formed apart from the dropout
+    logged = fit(module, callback(), validate=True).callback_metrics
+    want = fit(written_out, validate=True).callback_metrics
+    assert_same(module, written_out)
+    torch.testing.assert_close(logged["train_loss"], want["train_loss"])
+    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), torch.stack(module.penalties[6:]).mean(0))
+    assert (module.drop.alpha, module.drop.beta) == (0, 0)  # its own, again
 
 
 def test_dict_and_skipped_steps() -> None:

@@ -17,7 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
+from fastreg import FusedRNNDropout, attachment
 from fastreg.regularizer import RNNRegularizer
+from fastreg.stand_in import OutputDropout, link
 from tests.samples import BF16, DOUBLE, FLOAT
 
 VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
@@ -31,11 +33,13 @@ def formula(raw: Tensor, dropped: Tensor, time: int) -> Tensor:
 class Model(nn.Module):
     """A language model that knows nothing of fastreg. One dropout serves embeddings and output, as is common."""
 
+    kind_of_dropout: Any = nn.Dropout
+
     def __init__(self, kind: Any = nn.LSTM, p: float = 0.3, **options: Any) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
         self.rnn: Any = kind(HIDDEN, HIDDEN, **({"batch_first": True} | options))
-        self.dropout = nn.Dropout(p)
+        self.dropout = dropout_like(self.kind_of_dropout, p, self.rnn)
         width = HIDDEN * (2 if self.rnn.bidirectional else 1)
         self.decoder = nn.Linear(self.rnn.proj_size or width, VOCABULARY)
 
@@ -48,14 +52,20 @@ class Model(nn.Module):
         return self.activations(x)[0]
 
 
+class Fused(Model):
+    kind_of_dropout = FusedRNNDropout
+
+
 class Stack(nn.Module):
     """Layers of modules of their own, each with its dropout, as AWD-LSTM has them; gives the lists of layers."""
+
+    kind_of_dropout: Any = nn.Dropout
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
         self.rnns = nn.ModuleList(nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(3))
-        self.dropouts = nn.ModuleList(nn.Dropout(0.3) for _ in range(3))
+        self.dropouts = nn.ModuleList(dropout_like(self.kind_of_dropout, 0.3, rnn) for rnn in self.rnns)
         self.decoder = nn.Linear(HIDDEN, VOCABULARY)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -66,6 +76,20 @@ class Stack(nn.Module):
             raws.append(raw)
             droppeds.append(dropped)
         return self.decoder(dropped), raws, droppeds
+
+
+def dropout_like(kind: Any, p: float, rnn: Any) -> nn.Module:
+    return kind(p, **({"batch_first": rnn.batch_first} if kind is FusedRNNDropout else {}))
+
+
+@pytest.fixture(params=[nn.Dropout, FusedRNNDropout])
+def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models with a plain dropout, and with one that takes the penalty along; alone it adds nothing."""
+    monkeypatch.setattr(Model, "kind_of_dropout", request.param)
+    monkeypatch.setattr(Stack, "kind_of_dropout", request.param)
+
+
+either = pytest.mark.usefixtures("either_dropout")
 
 
 def seeded(make: Callable[[], Any]) -> Any:
@@ -118,6 +142,7 @@ def penalty_of(reg: RNNRegularizer) -> Tensor:
 # The right weights
 
 
+@either
 @pytest.mark.parametrize(
     ("options", "shape", "time"),
     [
@@ -166,6 +191,7 @@ def test_output(kind: type) -> None:
     assert_same(train(model, captured, tokens()), train(plain, written_out, tokens()))
 
 
+@either
 @pytest.mark.parametrize("by_hooks", [False, True])
 @pytest.mark.parametrize("layers", ["last", "all"])
 def test_layers(layers: Any, by_hooks: bool) -> None:
@@ -192,6 +218,7 @@ def test_layers(layers: Any, by_hooks: bool) -> None:
     assert_same(got, train(plain, written_out, tokens()), unlike)
 
 
+@either
 @pytest.mark.parametrize("by_hooks", [False, True])
 def test_loss_and_terms(by_hooks: bool) -> None:
     model = seeded(Model)
@@ -239,6 +266,7 @@ def test_dtypes(loss: torch.dtype, raw: torch.dtype, total: torch.dtype) -> None
 # What belongs to a step
 
 
+@either
 def test_every_run_of_a_step_counts() -> None:
     model = seeded(lambda: Model(p=0.5))
     reg = attached(model)
@@ -258,6 +286,7 @@ def test_runs_that_the_loss_sees_by_their_last_state_alone_count() -> None:
     torch.testing.assert_close(reg.on_backward_begin(loss) - loss, want)
 
 
+@either
 @pytest.mark.parametrize("by_hooks", [False, True])
 def test_a_step_that_failed_leaves_nothing_behind(by_hooks: bool) -> None:
     model = seeded(Model)
@@ -278,6 +307,7 @@ def test_a_step_that_failed_leaves_nothing_behind(by_hooks: bool) -> None:
     step(tokens().flip(1), fail=False)
 
 
+@either
 def test_a_failed_step_is_not_seen_in_evaluation() -> None:
     model = seeded(Model)
     reg = attached(model)
@@ -299,6 +329,7 @@ def test_clear_and_on_epoch_begin_drop_captures() -> None:
                 penalty_of(reg)
 
 
+@either
 def test_evaluation_adds_nothing() -> None:
     model = seeded(Model).eval()
     reg = attached(model)
@@ -313,6 +344,7 @@ def test_evaluation_adds_nothing() -> None:
     torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(raw, dropped, 1))
 
 
+@either
 def test_layers_in_evaluation_add_nothing() -> None:
     model = seeded(Stack)
     reg = regularizer(layers="all")
@@ -327,6 +359,7 @@ def test_layers_in_evaluation_add_nothing() -> None:
     assert penalty_of(reg) == 0
 
 
+@either
 def test_runs_without_gradients() -> None:
     model = seeded(Model)
     reg = attached(model)
@@ -349,6 +382,7 @@ def test_runs_without_gradients() -> None:
         penalty_of(reg)
 
 
+@either
 def test_a_frozen_rnn_is_no_error() -> None:
     model = seeded(Model).requires_grad_(False)
     model.decoder.requires_grad_(True)
@@ -358,6 +392,7 @@ def test_a_frozen_rnn_is_no_error() -> None:
     torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(raw, dropped, 1))
 
 
+@either
 @pytest.mark.parametrize("gradients", [False, True])
 def test_loops_without_the_penalty_do_not_pile_up_activations(gradients: bool) -> None:
     model = seeded(Model)
@@ -379,6 +414,7 @@ def test_loops_without_the_penalty_do_not_pile_up_activations(gradients: bool) -
     assert alive[-1]() is None
 
 
+@either
 @pytest.mark.parametrize("by_hooks", [False, True])
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: bool) -> None:
@@ -389,6 +425,8 @@ def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: bool) -> None:
         reg.on_loss_begin(output)
     refs = [weakref.ref(x) for x in output[1:]]
     loss = criterion(output[0], tokens())
+    if isinstance(model.dropout, FusedRNNDropout) and not by_hooks:
+        model.dropout.take()  # it waits: nobody knows of it
     if fails:
         reg.alpha = -1.0
         with pytest.raises(ValueError, match="alpha"):
@@ -403,6 +441,7 @@ def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: bool) -> None:
         penalty_of(reg)
 
 
+@either
 def test_a_forgotten_regularizer_captures_nothing() -> None:
     model = seeded(Model)
     attachment = regularizer().attach(model.rnn, model.dropout)
@@ -414,6 +453,7 @@ def test_a_forgotten_regularizer_captures_nothing() -> None:
 # Checkpointing and compilation
 
 
+@either
 def test_checkpointing() -> None:
     model, plain = seeded(Model), seeded(Model)
     reg = attached(model)
@@ -430,6 +470,7 @@ def test_checkpointing() -> None:
         penalty_of(reg)
 
 
+@either
 def test_reentrant_checkpointing_is_refused() -> None:
     model = seeded(Model)
     reg = attached(model)
@@ -457,6 +498,7 @@ def dynamo() -> Any:
     torch._dynamo.reset()
 
 
+@either
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("allow_rnn", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -535,11 +577,12 @@ def test_a_dropout_that_did_not_get_the_output(between: Callable[[Tensor], Tenso
         reg.on_backward_begin(loss)
 
 
-@pytest.mark.parametrize("dropped_in_place", [False, True])
-def test_changes_in_place_are_refused(dropped_in_place: bool) -> None:
-    model = seeded(Model)
+@pytest.mark.parametrize(("dropped_in_place", "kind"), [(False, Model), (True, Model), (True, Fused)])
+def test_changes_in_place_are_refused(dropped_in_place: bool, kind: type[Model]) -> None:
+    model = seeded(kind)
     reg = attached(model)
-    model.dropout.inplace = not dropped_in_place
+    if not dropped_in_place:
+        model.dropout.inplace = True
     _, _, dropped = model.activations(tokens())
     if dropped_in_place:
         dropped.relu_()
@@ -579,9 +622,192 @@ def test_packed_sequences(how: str) -> None:
         assert reg._given.raw is raw if layers == "last" else len(reg._given.raw) == 2
 
 
+# A dropout that takes the penalty along
+
+
+@pytest.fixture
+def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The penalties that are formed apart from the dropout."""
+    calls: list[Any] = []
+    form = attachment.fused_ar_tar
+    monkeypatch.setattr(
+        attachment, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
+    )
+    return calls
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("ar_of", ["dropped", "raw"])
+def test_the_penalty_of_the_dropout_is_taken(batch_first: bool, ar_of: Any, formed: list[Any]) -> None:
+    model = seeded(lambda: Fused(batch_first=batch_first))
+    model.dropout.ar_of = ar_of
+    reg = attached(model)
+    _, raw, dropped = model.activations(tokens())
+    want = formula(raw, dropped if ar_of == "dropped" else raw, int(batch_first))
+    torch.testing.assert_close(penalty_of(reg), want)
+    assert formed == []
+    assert model.dropout.take() is None  # once
+
+
+def test_the_dropout_follows_the_coefficients(formed: list[Any]) -> None:
+    model = seeded(Fused)
+    model.dropout.alpha, model.dropout.beta = 0.25, 0.5
+    reg = regularizer()
+    with reg.attach(model.rnn, model.dropout):
+        for alpha, beta in ((0.0, 3.0), (3.0, 0.0), (0.0, 0.0)):
+            reg.alpha, reg.beta = alpha, beta
+            _, raw, dropped = model.activations(tokens())
+            want = alpha * dropped.pow(2).mean() + beta * raw.diff(dim=1).pow(2).mean()
+            torch.testing.assert_close(penalty_of(reg), want)
+            assert [bool(reg.ar), bool(reg.tar)] == [alpha > 0, beta > 0]
+        assert formed == []
+        _, raw, dropped = model.activations(tokens())
+        reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty is of these all the same
+        torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
+        assert len(formed) == 1
+    assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
+    _, raw, dropped = model.activations(tokens())
+    torch.testing.assert_close(
+        model.dropout.take().penalty, 0.25 * dropped.pow(2).mean() + 0.5 * raw.diff(dim=1).pow(2).mean()
+    )
+
+
+def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
+    rnns = seeded(lambda: [nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(2)])
+    dropout = FusedRNNDropout(0.3, 0.25, 0.5)
+    reg = regularizer(layers="all")
+    handles = [reg.attach(rnns[0], dropout)]
+    dropout(rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0])  # takes on the regularizer's coefficients
+    reg.clear()
+    handles.append(reg.attach(rnns[1], dropout))
+    raws = [rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0]]
+    droppeds = [dropout(raws[0])]
+    raws.append(rnns[1](droppeds[0])[0])
+    droppeds.append(dropout(raws[1]))
+    want = sum(formula(raw, dropped, 1) for raw, dropped in zip(raws, droppeds, strict=True))
+    torch.testing.assert_close(penalty_of(reg), want)
+    assert formed == []
+    for handle in handles:
+        handle.remove()
+    assert (dropout.alpha, dropout.beta) == (0.25, 0.5)
+    dropout.alpha = 4.0
+    handles[1].remove()  # twice is once
+    assert dropout.alpha == 4
+
+
+def test_two_regularizers_of_one_dropout() -> None:
+    """Each adds its own penalty, though the dropout forms but one."""
+    model = seeded(Fused)
+    one, other = attached(model), RNNRegularizer(3.0, 5.0)
+    other.attach(model.rnn, model.dropout)
+    _, raw, dropped = model.activations(tokens())
+    torch.testing.assert_close(penalty_of(one), formula(raw, dropped, 1))
+    torch.testing.assert_close(penalty_of(other), 3 * dropped.pow(2).mean() + 5 * raw.diff(dim=1).pow(2).mean())
+
+
+@pytest.mark.parametrize("off", ["evaluation", "p"])
+def test_a_fused_dropout_that_drops_nothing(off: str) -> None:
+    model = seeded(Fused)
+    reg = attached(model)
+    if off == "p":
+        model.dropout.p = 0.0
+    else:
+        model.dropout.eval()
+    _, raw, dropped = model.activations(tokens())
+    assert dropped is raw
+    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
+
+
+def test_nothing_waits_in_the_dropout_after_a_step_that_failed() -> None:
+    model = seeded(Fused)
+    reg = attached(model)
+    raw, _ = model.rnn(torch.randn(BATCH, TIME, HIDDEN))
+    loss = model.dropout(raw[:, 1:]).mean()
+    with pytest.raises(RuntimeError, match="attached FusedRNNDropout did not get the output of the LSTM"):
+        reg.on_backward_begin(loss)
+    assert model.dropout.take() is None
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_layouts_must_agree(batch_first: bool) -> None:
+    rnn, dropout = nn.GRU(HIDDEN, HIDDEN, batch_first=batch_first), FusedRNNDropout(batch_first=not batch_first)
+    message = f"dropout: expected .* batch_first={batch_first}, as the GRU has it, got batch_first={not batch_first}"
+    with pytest.raises(ValueError, match=message):
+        regularizer().attach(rnn, dropout)
+    assert not rnn._forward_hooks
+    assert not dropout._forward_pre_hooks
+
+
+@either
+def test_a_dropout_without_gradients_is_refused() -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    raw, _ = model.rnn(torch.randn(BATCH, TIME, HIDDEN))
+    with torch.no_grad():
+        model.dropout(raw)
+    with pytest.raises(RuntimeError, match="the LSTM or its dropout ran without gradients"):
+        reg.on_backward_begin(raw.mean())
+
+
+def test_a_fused_dropout_takes_no_packed_data() -> None:
+    model = seeded(Fused)
+    attached_regularizer = attached(model)
+    packed = pack_padded_sequence(torch.randn(BATCH, TIME, HIDDEN), torch.tensor([7, 4, 2]), batch_first=True)
+    raw, _ = model.rnn(packed)
+    with pytest.raises(TypeError, match=r"FusedRNNDropout: expected .* a tensor, got the data of a PackedSequence"):
+        model.dropout(raw.data)
+    attached_regularizer.clear()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_a_fused_dropout_follow_nobody(duplicate: Callable[[Any], Any]) -> None:
+    model = seeded(Fused)
+    reg = attached(model)
+    twin = duplicate(model)
+    reg.alpha = 7.0
+    twin(tokens())
+    assert twin.dropout.alpha == 0
+    assert twin.dropout.take() is not None  # which the hooks of the first would have taken
+
+
+@pytest.mark.parametrize("changed", ["nothing", "dropped", "raw", "alpha"])
+def test_an_offer_is_taken_as_long_as_it_is_right(changed: str, formed: list[Any]) -> None:
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
+    link(nn.Sequential(dropout), reg)
+    raw = torch.randn(BATCH, TIME, HIDDEN)
+    dropped = dropout(raw)
+    if changed in ("dropped", "raw"):
+        {"dropped": dropped, "raw": raw}[changed].mul_(2)
+    elif changed == "alpha":
+        reg.alpha = 9.0
+    reg.on_loss_begin((0, raw, dropped))
+    want = reg.alpha * dropped.pow(2).mean() + BETA * raw.diff(dim=1).pow(2).mean()
+    torch.testing.assert_close(penalty_of(reg), want)
+    assert len(formed) == (changed != "nothing")
+
+
+def test_offers_are_not_held() -> None:
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
+    link(dropout, reg)
+    raw = torch.randn(BATCH, TIME, HIDDEN)
+    for drop in (reg.clear, lambda: dropout.eval()(raw), lambda: reg.on_loss_begin((0, raw, raw))):
+        dropout.train()(raw)
+        assert reg._offered is not None
+        drop()
+        assert reg._offered is None
+    with torch.inference_mode():
+        dropout.train()(raw)
+    assert reg._offered is None
+    assert copy.deepcopy(dropout).regularizer is None
+    link(dropout, None)
+    dropout(raw)
+    assert reg._offered is None
+
+
 # Handles, copies, hidden states
 
 
+@either
 def test_handles() -> None:
     model = seeded(Model)
     reg = regularizer()
@@ -601,6 +827,7 @@ def test_handles() -> None:
     assert not model.rnn._forward_hooks
 
 
+@either
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies(duplicate: Callable[[Any], Any]) -> None:
     model = seeded(Model)

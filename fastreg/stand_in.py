@@ -1,0 +1,56 @@
+"""`OutputDropout`: a `FusedRNNDropout` in the place of the dropout that a framework's own model ends with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastreg.attachment import Part
+from fastreg.dropout import FusedRNNDropout
+from fastreg.regularizer import RNNRegularizer
+
+
+class OutputDropout(FusedRNNDropout):
+    """Offers its penalty to the regularizer it is linked to, which takes that if the model's output is of this forward.
+
+    Where it is not, or the coefficients have changed since, the regularizer forms the penalty itself. Copies and
+    pickles are not linked.
+    """
+
+    def __init__(self, original: Any, **options: Any) -> None:
+        super().__init__(original.p, **options)
+        self._original = (original,)  # in a tuple, as it is no part of the model now
+        self.regularizer: RNNRegularizer | None = None
+        self.train(original.training)
+
+    @property
+    def original(self) -> nn.Module:
+        """The module whose place it takes, in the same state."""
+        (original,) = self._original
+        original.p = self.p
+        return original.train(self.training)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """As `FusedRNNDropout`, with the coefficients of the regularizer."""
+        regularizer = self.regularizer
+        if regularizer is not None:
+            regularizer._offered = None
+            self.alpha, self.beta = regularizer.alpha, regularizer.beta
+        dropped = super().forward(raw)
+        if type(dropped) is not type(raw):
+            dropped = dropped.as_subclass(type(raw))  # as the original's product is
+        if regularizer is not None and self._waiting is not None and not torch.is_inference_mode_enabled():
+            regularizer._offered = Part.take(self, raw, dropped)
+        return dropped
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"regularizer": None}
+
+
+def link(model: nn.Module, regularizer: RNNRegularizer | None) -> None:
+    """Link each `OutputDropout` of the model to the regularizer, or to none."""
+    for module in model.modules():
+        if isinstance(module, OutputDropout):
+            module.regularizer = regularizer
