@@ -22,20 +22,22 @@ class Part(NamedTuple):
     raw: Any
     dropped: Any
     batch_first: bool
+    lengths: Tensor | None = None
     taken: ARTAR | None = None
     taken_of: tuple[float, ...] = ()  # the coefficients, and the versions of the activations
 
     @classmethod
     def take(cls, dropout: FusedRNNDropout, raw: Any, dropped: Any) -> Part:
         """The part of the dropout's last forward."""
-        part = cls(raw, raw if dropout.ar_of == "raw" else dropped, dropout.batch_first, dropout.take())
+        part = cls(raw, raw if dropout.ar_of == "raw" else dropped, dropout.batch_first, taken=dropout.take())
         return part._replace(taken_of=part._state(dropout.alpha, dropout.beta))
 
     def penalty(self, alpha: float, beta: float) -> ARTAR:
         """What was taken along, if that is still it, else formed now."""
         if self.taken is not None and self.taken_of == self._state(alpha, beta):
             return self.taken
-        return fused_ar_tar(self.raw, self.dropped, alpha, beta, batch_first=self.batch_first, return_terms=True)
+        options: Any = {"batch_first": self.batch_first, "lengths": self.lengths, "return_terms": True}
+        return fused_ar_tar(self.raw, self.dropped, alpha, beta, **options)
 
     def _state(self, alpha: float, beta: float) -> tuple[float, ...]:
         return alpha, beta, _data(self.raw)._version, _data(self.dropped)._version

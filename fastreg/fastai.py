@@ -11,13 +11,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from fastai.callback import rnn as stock
 from fastai.callback.core import Callback
 from fastai.imports import noop
 from fastai.learner import Learner, ValueMetric
 from fastai.text.models.awdlstm import RNNDropout
-from fastai.text.models.core import LinearDecoder
+from fastai.text.models.core import LinearDecoder, SentenceEncoder
 from fastai.torch_core import find_bs
+from torch import Tensor
 
 from fastreg import stand_in
 from fastreg.regularizer import RNNRegularizer as Regularizer
@@ -101,17 +103,22 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
     epoch's training batches by batch size. `bptt`, if given, has the optimizer step at its lr times `seq_len / bptt`,
-    as AWD-LSTM does; `seq_len` is the second size of the batch. `alpha` and `beta` may change while training.
+    as AWD-LSTM does; `seq_len` is the second size of the batch. `mask_padding` leaves out what a text classifier
+    masks, the padding of its batches, in sums and divisors; fastai counts it in. All three and `alpha` and `beta` may
+    change while training.
 
     Raises:
         RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations.
+        ValueError: `mask_padding` without a `SentenceEncoder` in the model, which has the mask.
         TypeError, ValueError: an argument is not what `fastreg.RNNRegularizer` takes.
     """
 
     learn: Any
 
-    def __init__(self, alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None) -> None:
-        self.regularizer = Regularizer(alpha, beta, bptt=bptt)
+    def __init__(
+        self, alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None, mask_padding: bool = False
+    ) -> None:
+        self.regularizer, self.mask_padding = Regularizer(alpha, beta, bptt=bptt), mask_padding
         self.columns = [_Column(partial(self._average, name), name) for name in ("ar", "tar")]
         self.totals, self.count = {}, 0  # of the terms, over the epoch's training batches
 
@@ -119,11 +126,13 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
     beta = property(lambda self: self.regularizer.beta, lambda self, value: setattr(self.regularizer, "beta", value))
 
     def stock(self) -> Any:
-        """Fastai's own in its place, which knows no `bptt`."""
+        """Fastai's own in its place, which knows neither `bptt` nor a mask."""
         return _belonging(stock.RNNRegularizer(self.alpha, self.beta), self.learn)
 
     def before_fit(self) -> None:
         self._capture()
+        if self.mask_padding:
+            self._encoder()
         stand_in.link(self.learn.model, self.regularizer)
         self.totals = {}
         self.learn.metrics = [*self._other_metrics(), *self.columns]
@@ -133,7 +142,12 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
 
     def after_loss(self) -> None:
         capture = self._capture()
-        self.regularizer.on_loss_begin((self.learn.pred, capture.raw_out, capture.out))
+        raw, out, lengths = capture.raw_out, capture.out, None
+        if self.mask_padding:
+            padding = self.learn.xb[0][:, -raw.shape[1] :] == self._encoder().pad_idx  # it may keep the end alone
+            aligned, lengths = _aligned(raw, padding)
+            raw, out = aligned, aligned if out is raw else _aligned(out, padding)[0]
+        self.regularizer.on_loss_begin((self.learn.pred, raw, out), lengths)
         self.learn.loss_grad = self.regularizer.on_backward_begin(self.learn.loss_grad)
         self.count += (size := find_bs(self.learn.yb))
         for name in self.totals:
@@ -168,6 +182,15 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
                 return cb
         raise RuntimeError("no RNNCallback captures the activations: add one, or all of rnn_cbs(alpha, beta) instead")
 
+    def _encoder(self) -> Any:
+        for module in self.learn.model.modules():
+            if isinstance(module, SentenceEncoder):
+                return module
+        raise ValueError(
+            "mask_padding: expected a model with a SentenceEncoder, as fastai's text classifiers have, got "
+            f"{type(self.learn.model).__name__}"
+        )
+
     def _other_metrics(self) -> list[Any]:
         return [metric for metric in self.learn.metrics if metric not in self.columns]
 
@@ -178,13 +201,27 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
         return None if validation or not self.count else self.totals[name] / self.count
 
 
-def rnn_cbs(alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None) -> list[Callback]:
+def _aligned(x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+    """`(batch, time, hidden)` with its sequences moved to the front, and their lengths.
+
+    Fastai pads a text by whole chunks before it, and by what is less than one behind it.
+    """
+    there = ~padding.as_subclass(Tensor)
+    steps = torch.arange(x.shape[1], device=x.device)
+    index = (steps + there.int().argmax(1, keepdim=True)) % x.shape[1]
+    return x.gather(1, index.unsqueeze(-1).expand_as(x)), there.sum(1)
+
+
+def rnn_cbs(
+    alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None, mask_padding: bool = False
+) -> list[Callback]:
     """The callbacks for RNN training, in the place of fastai's `rnn_cbs`; see `RNNRegularizer`."""
     cbs = [stock.ModelResetter(), RNNCallback()]
-    return [*cbs, RNNRegularizer(alpha, beta, bptt)] if alpha or beta or bptt is not None else cbs
+    wanted = alpha or beta or bptt is not None
+    return [*cbs, RNNRegularizer(alpha, beta, bptt, mask_padding)] if wanted else cbs
 
 
-def fuse(learn: Learner, dropout: bool = False) -> Learner:
+def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> Learner:
     """Swap fastai's `RNNCallback` and `RNNRegularizer` for this module's, in place, and return the learner.
 
     Coefficients and order stay. Subclasses of them are left alone, and so is what is fused already.
@@ -193,6 +230,7 @@ def fuse(learn: Learner, dropout: bool = False) -> Learner:
         learn: the learner.
         dropout: swap a language model's last dropout, too, the `RNNDropout` of its `LinearDecoder`, for a
             `fastreg.FusedRNNDropout`, which takes the penalty along.
+        mask_padding: leave the padding of a text classifier's batches out, which fastai counts in.
 
     Raises:
         ValueError: the learner has no `RNNRegularizer`, or its model no such dropout.
@@ -211,6 +249,7 @@ def fuse(learn: Learner, dropout: bool = False) -> Learner:
         elif type(cb) is stock.RNNRegularizer:
             _swap(learn, cb, RNNRegularizer(cb.alpha, cb.beta))
     cb = next(cb for cb in learn.cbs if type(cb) is RNNRegularizer)
+    cb.mask_padding = cb.mask_padding or mask_padding
     for decoder in decoders:
         if type(decoder.output_dp) is RNNDropout:
             decoder.output_dp = OutputDropout(decoder.output_dp, alpha=cb.alpha, beta=cb.beta)
@@ -220,7 +259,8 @@ def fuse(learn: Learner, dropout: bool = False) -> Learner:
 def unfuse(learn: Learner) -> Learner:
     """Undo `fuse`, in place, and return the learner: fastai's callbacks and dropout are back, as they are now.
 
-    Coefficients and order stay; `bptt` is lost, as fastai has none. A learner that is not fused stays as it is.
+    Coefficients and order stay; `bptt` and `mask_padding` are lost, as fastai has neither. A learner that is not
+    fused stays as it is.
     """
     for cb in list(learn.cbs):
         if type(cb) is RNNRegularizer:

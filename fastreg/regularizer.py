@@ -79,12 +79,13 @@ class RNNRegularizer:
         if callable(reset):
             reset()
 
-    def on_loss_begin(self, output: Any) -> Any:
+    def on_loss_begin(self, output: Any, lengths: Tensor | None = None) -> Any:
         """Keep `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
 
         `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, a `PackedSequence`, or a list or tuple of
         them, one a layer. Give time-first tensors as `raw.transpose(0, 1)`, which copies nothing. Another output
-        before `on_backward_begin` takes the place of the first.
+        before `on_backward_begin` takes the place of the first. Of a padded batch give the `lengths`, as to
+        `fused_ar_tar`.
 
         Raises:
             TypeError: the output is anything else.
@@ -102,8 +103,8 @@ class RNNRegularizer:
         if self.layers == "last" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
         offered, self._offered = self._offered, None
-        fits = offered is not None and offered.raw is raw and offered.dropped is dropped
-        self._given = offered if fits else Part(raw, dropped, batch_first=True)
+        fits = offered is not None and offered.raw is raw and offered.dropped is dropped and lengths is None
+        self._given = offered if fits else Part(raw, dropped, batch_first=True, lengths=lengths)
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class RNNRegularizer:
 
         Raises:
             RuntimeError: nothing was captured, or what was cannot be right; the message says what to do.
-            TypeError, ValueError, NotImplementedError: `fused_ar_tar` refuses what was captured.
+            TypeError, ValueError: `fused_ar_tar` refuses what was captured.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")

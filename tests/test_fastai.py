@@ -31,7 +31,7 @@ with warnings.catch_warnings():
     from fastai.losses import CrossEntropyLossFlat
     from fastai.metrics import accuracy
     from fastai.optimizer import OptimWrapper
-    from fastai.text.data import LMDataLoader, LMTensorText
+    from fastai.text.data import LMDataLoader, LMTensorText, TensorText, pad_chunk
     from fastai.text.learner import TextLearner, get_text_classifier, language_model_learner
     from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config
     from fastai.torch_core import set_seed
@@ -196,6 +196,52 @@ def test_text_classifiers(tmp_path: Path) -> None:
     trained(learn)
     assert learn.rnn_regularizer.regularizer.ar.item() == pytest.approx(learn.spy.seen[-1]["ar"], rel=1e-5)
     assert learn.recorder.metric_names[-4:] == ["accuracy", "ar", "tar", "time"]
+
+
+@pytest.mark.parametrize("max_len", [None, 16])
+def test_padding_of_text_classifiers(tmp_path: Path, max_len: int | None) -> None:
+    """Fastai pads by whole chunks before a text, and by the rest behind it; half of it all is padding here."""
+    sizes = [30, 29, 21, 17, 16, 9, 3, 1]
+    texts = [torch.randint(2, WORDS, (n,)) for n in sizes]
+    rows = [
+        (pad_chunk(TensorText(x), pad_idx=1, seq_len=8, pad_len=30), torch.tensor(i % 2)) for i, x in enumerate(texts)
+    ]
+
+    def learner() -> Learner:
+        set_seed(0)
+        dls = DataLoaders(DataLoader(rows, bs=8), DataLoader(rows, bs=8))
+        model = get_text_classifier(AWD_LSTM, WORDS, 2, seq_len=8, max_len=max_len, config=awd_lstm_clas_config | SMALL)
+        return TextLearner(dls, model, ALPHA, BETA, loss_func=CrossEntropyLossFlat(), path=tmp_path)
+
+    class Truth(Callback):
+        order = 100
+
+        def after_loss(self) -> None:
+            if self.training:
+                raw = self.learn.rnn.raw_out
+                masked = raw.detach().double()
+                there = torch.stack([row[0] for row in rows])[:, -raw.shape[1] :] != 1
+                texts = [x[t] for x, t in zip(masked, there, strict=True)]
+                self.ar = torch.cat(texts).square().mean().item()
+                self.tar = torch.cat([x.diff(dim=0) for x in texts]).square().mean().item()
+                (self.grad,) = torch.autograd.grad(self.learn.loss_grad - self.learn.loss, raw, retain_graph=True)
+                self.there = there
+
+    learn = fuse(learner(), mask_padding=True)
+    trained(learn, 1, cbs=(truth := Truth()))
+    assert learn.rnn_regularizer.regularizer.ar.item() == pytest.approx(truth.ar, rel=1e-5)
+    assert learn.rnn_regularizer.regularizer.tar.item() == pytest.approx(truth.tar, rel=1e-5)
+    assert (truth.grad[~truth.there] == 0).all()
+    assert truth.grad[truth.there].abs().sum() > 0
+    assert gap(trained(fuse(learner(), mask_padding=True)), trained(fuse(learner()))) > 1e-3
+
+
+def test_masked_padding_wants_a_text_classifier(make: Callable[..., Learner]) -> None:
+    with pytest.raises(
+        ValueError, match=r"mask_padding: expected a model with a SentenceEncoder, .* got SequentialRNN"
+    ):
+        trained(fuse(make(), mask_padding=True))
+    assert rnn_cbs(ALPHA, BETA, mask_padding=True)[-1].mask_padding  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(("size", "bs"), [(8 * 33 + 1, 8), (40, 1), (34, 1)], ids=["one step", "one row", "both"])

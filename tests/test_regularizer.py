@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
-from fastreg import FusedRNNDropout, attachment
+from fastreg import FusedRNNDropout, attachment, fused_ar_tar
 from fastreg.regularizer import RNNRegularizer
 from fastreg.stand_in import OutputDropout, link
 from tests.samples import BF16, DOUBLE, FLOAT
@@ -608,6 +608,7 @@ def test_packed_sequences(how: str) -> None:
         assert isinstance(part.dropped, PackedSequence)
         assert part.dropped.data is dropped
         assert torch.equal(part.dropped.batch_sizes, raw.batch_sizes)
+        assert penalty_of(reg) == fused_ar_tar(raw, part.dropped, reg.alpha, reg.beta)
     else:
         reg = regularizer()
         reg.attach(model.rnn.train())
@@ -615,11 +616,22 @@ def test_packed_sequences(how: str) -> None:
         (part,) = reg._attached[0].parts(torch.zeros(()))
         assert part.raw is raw
         assert part.dropped is raw
+        assert penalty_of(reg) == fused_ar_tar(raw, raw, reg.alpha, reg.beta)
     for layers in ("last", "all"):
         reg = regularizer(layers=layers)
         assert reg.on_loss_begin((0, [raw, raw], [raw, raw])) == 0
         assert reg._given is not None
         assert reg._given.raw is raw if layers == "last" else len(reg._given.raw) == 2
+
+
+def test_lengths_of_a_padded_batch() -> None:
+    raw, dropped = (torch.randn(BATCH, TIME, HIDDEN, requires_grad=True) for _ in range(2))
+    reg, lengths = regularizer(), torch.tensor([7, 4, 2])
+    reg.on_loss_begin((0, [raw], [dropped]), lengths)
+    assert penalty_of(reg) == fused_ar_tar(raw, dropped, reg.alpha, reg.beta, lengths=lengths)
+    reg.on_loss_begin((0, raw, dropped), lengths=lengths + 1)
+    with pytest.raises(ValueError, match="lengths: expected from 0 to the 7 time steps there are, got 8"):
+        penalty_of(reg)
 
 
 # A dropout that takes the penalty along
