@@ -312,6 +312,14 @@ def test_compiles_to_one_graph(kind: str, device: str) -> None:
     torch.testing.assert_close(got, torch.autograd.grad(call(*inputs), inputs))
 
 
+@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "unsorted"])
+def test_compiled_code_takes_a_packed_sequence(sort: bool, device: str) -> None:
+    (raw,), lengths = padded("several runs", 12, FLOAT, device=device)
+    packed = pack(raw, lengths, sort)
+    call = torch.compile(lambda x: fused_ar_tar(x, x, ALPHA, BETA), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(call(packed), fused_ar_tar(packed, packed, ALPHA, BETA))
+
+
 def test_compiled_code_clamps_lengths(device: str) -> None:
     """It cannot look at them."""
     call = torch.compile(fused_ar_tar, fullgraph=True, backend="aot_eager")
