@@ -21,7 +21,7 @@ from fastai.text.models.core import LinearDecoder, SentenceEncoder
 from fastai.torch_core import find_bs
 from torch import Tensor
 
-from fastreg import stand_in
+from fastreg import output_dropout
 from fastreg.regularizer import RNNRegularizer as Regularizer
 
 __all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
@@ -44,7 +44,7 @@ class _Unfused:
         return copied
 
 
-class OutputDropout(_Unfused, stand_in.OutputDropout):
+class OutputDropout(_Unfused, output_dropout.OutputDropout):
     """In the place of the `output_dp` of a `LinearDecoder`."""
 
     def stock(self) -> Any:
@@ -133,7 +133,7 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
         self._capture()
         if self.mask_padding:
             self._encoder()
-        stand_in.link(self.learn.model, self.regularizer)
+        output_dropout.link(self.learn.model, self.regularizer)
         self.totals = {}
         self.learn.metrics = [*self._other_metrics(), *self.columns]
 
@@ -174,7 +174,7 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
     def after_fit(self) -> None:
         self.learn.metrics = self._other_metrics()
         self.regularizer.clear()
-        stand_in.link(self.learn.model, None)
+        output_dropout.link(self.learn.model, None)
 
     def _capture(self) -> Any:
         for cb in self.learn.cbs:

@@ -20,8 +20,8 @@ from fastai.callbacks import rnn as stock
 from fastai.text.models import LinearDecoder, RNNDropout
 from torch import Tensor
 
+from fastreg.output_dropout import OutputDropout, link
 from fastreg.regularizer import RNNRegularizer
-from fastreg.stand_in import OutputDropout, link
 
 __all__ = ["RNNTrainer", "fuse", "unfuse"]
 

@@ -39,7 +39,7 @@ with warnings.catch_warnings():
     from fastreg import FusedRNNDropout, attachment
     from fastreg import RNNRegularizer as Regularizer
     from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
-    from fastreg.stand_in import link
+    from fastreg.output_dropout import link
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # fastai's own
 

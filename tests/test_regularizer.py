@@ -18,8 +18,8 @@ from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, attachment, fused_ar_tar
+from fastreg.output_dropout import OutputDropout, link
 from fastreg.regularizer import RNNRegularizer
-from fastreg.stand_in import OutputDropout, link
 from tests.samples import BF16, DOUBLE, FLOAT
 
 VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
