@@ -129,6 +129,13 @@ def test_any_integers_with_any_stride(kind: torch.dtype, device: str) -> None:
     )
 
 
+def test_more_sequences_than_are_added_at_once(device: str) -> None:
+    raw, dropped = (torch.randn(1100, 3, 1, device=device) for _ in range(2))
+    lengths = [n % 4 for n in range(1100)]
+    got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=torch.tensor(lengths), return_terms=True)
+    assert_terms(got, truth(raw, dropped, lengths), FLOAT)
+
+
 def test_one_sequence_and_sums_and_layers(device: str) -> None:
     (raw, dropped), lengths = padded("one row", 12, FLOAT, FLOAT, device=device)
     want = truth(raw, dropped, lengths, "sum")
