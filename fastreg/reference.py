@@ -76,7 +76,7 @@ def neighbours(batch_sizes: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, 
     step = torch.searchsorted(ends, row, right=True)
     before = row - batch_sizes[(step - 1).clamp(min=0)]
     after = row + batch_sizes[step]
-    follows = after < ends[(step + 1).clamp(max=len(ends) - 1)]
+    follows = after < ends[(step + 1).clamp(max=ends.shape[0] - 1)]
     return before.clamp(min=0), after.clamp(max=rows - 1), step > 0, follows
 
 
@@ -85,10 +85,12 @@ def changes(x: Tensor, steps: Steps) -> Tensor:
     if steps.batch_sizes is not None:
         before, _, precedes, _ = neighbours(steps.batch_sizes, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
-    # Not diff, which is shorter by one: torch.compile would make a case of its own of 2 steps, 1 change.
     dim = time_dim(x, steps.batch_first)
-    first = torch.arange(x.shape[dim], device=x.device) == 0
-    change = (x - x.roll(1, dim)).masked_fill(first.view(-1, *[1] * (x.dim() - 1 - dim)), 0)
+    if torch.compiler.is_compiling():  # which would make a case of its own of 2 steps, as they have 1 difference
+        first = torch.arange(x.shape[dim], device=x.device) == 0
+        change = (x - x.roll(1, dim)).masked_fill(first.view(-1, *[1] * (x.dim() - 1 - dim)), 0)
+    else:  # no tensor but x, which may be of a subclass that goes with no other
+        change = torch.cat([torch.zeros_like(x.narrow(dim, 0, min(x.shape[dim], 1))), x.diff(dim=dim)], dim)
     return counted(change, steps)
 
 
@@ -125,10 +127,12 @@ def ar_tar(
     dtype = compute_dtype(raw, dropped)
     elements, pairs = divisors(given, steps, reduction)
     ar = tar = torch.zeros((), dtype=dtype, device=given.device)
+    wide = None if raw is None else raw.to(dtype)  # once, so that its gradients add up in that dtype
     if dropped is not None:
-        ar = counted(dropped.to(dtype), steps).square().sum() / elements
-    if raw is not None:
-        tar = changes(raw.to(dtype), steps).square().sum() / pairs
+        kept = wide if wide is not None and dropped is raw else dropped.to(dtype)
+        ar = counted(kept, steps).square().sum() / elements
+    if wide is not None:
+        tar = changes(wide, steps).square().sum() / pairs
     return ARTAR(alpha * ar + beta * tar, ar, tar)
 
 
