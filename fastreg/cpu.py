@@ -6,8 +6,7 @@ Its functions take and give what those of `fastreg.kernels.penalty` do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,27 +74,26 @@ def backward(
     raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
     grad_raw, grad_dropped = _view(grad_raw, sizes, strides[2]), _view(grad_dropped, sizes, strides[3])
     rows, changes, slopes = Scratch(grad.dtype), Scratch(grad.dtype), Scratch(grad.dtype)
-    for behind in padding(lengths):
+    for behind in padding(sizes, lengths):
         for gradient in (grad_raw, grad_dropped):
             if gradient is not None:
                 gradient[behind] = 0
     for outer, start, stop, inner, end in blocks(sizes, lengths):
+        chosen = outer, slice(start, stop), inner
         if raw is not None and grad_raw is not None:
-            change = change_of_rows(raw[outer, :end, inner], start, stop, rows, changes).mul_(tar_scale)
-            target = grad_raw[outer, start:stop, inner]
-            slope = target if target.dtype == grad.dtype else slopes.shaped(*target.shape)
-            torch.sub(change[:, :-1], change[:, 1:], out=slope)
+            change = change_of_rows(raw[outer, :end, inner], start, stop, rows, changes)
+            slope, there = slopes.room(grad_raw, chosen, change[:, 1:].shape)
+            torch.sub(change[:, :-1], change[:, 1:], out=slope).mul_(tar_scale)
             if same:
-                slope.add_(raw[outer, start:stop, inner], alpha=ar_scale)
-            if slope is not target:
-                target.copy_(slope)
+                slope.add_(raw[chosen], alpha=ar_scale)
+            if not there:
+                put(grad_raw, chosen, slope)
         if dropped is not None and grad_dropped is not None:
-            target = grad_dropped[outer, start:stop, inner]
-            block = dropped[outer, start:stop, inner]
-            if grad.dtype == torch.float32 or target.dtype == grad.dtype:  # mul works in float32 on half precision
-                torch.mul(block, ar_scale, out=target)
-            else:
-                target.copy_(slopes.hold(block).mul_(ar_scale))
+            block = dropped[chosen]
+            slope, there = slopes.room(grad_dropped, chosen, block.shape)
+            torch.mul(block, ar_scale, out=slope)
+            if not there:
+                put(grad_dropped, chosen, slope)
 
 
 class Scratch:
@@ -110,15 +108,25 @@ class Scratch:
             self.memory = torch.empty(count, dtype=self.memory.dtype, device="cpu")
         return self.memory[:count].view(shape)
 
+    def room(self, x: Tensor, chosen: tuple[Any, ...], shape: Sequence[int]) -> tuple[Tensor, bool]:
+        """Memory to form `x[chosen]` in, and whether it is there: else it is to be copied."""
+        if isinstance(chosen[0], slice) and x.dtype == self.memory.dtype:
+            return x[chosen], True
+        return self.shaped(*shape), False
+
     def hold(self, block: Tensor) -> Tensor:
         """`block` in the computation's dtype: itself, or a copy."""
         return block if block.dtype == self.memory.dtype else self.shaped(*block.shape).copy_(block)
 
 
+def put(x: Tensor, chosen: tuple[Any, ...], values: Tensor) -> None:
+    x[chosen] = values if isinstance(chosen[0], slice) else values.to(x.dtype)  # only slices convert by themselves
+
+
 class Block(NamedTuple):
     """A part of the view: sequences, first time step and the one past the last, units, and where the sequences end."""
 
-    outer: slice
+    outer: slice | Tensor
     start: int
     stop: int
     inner: slice
@@ -127,25 +135,38 @@ class Block(NamedTuple):
 
 def blocks(sizes: Sequence[int], lengths: Tensor | None = None) -> Iterator[Block]:
     """Cover the view, but for padding, by blocks. Long axes are cut from the last."""
-    outer, time, inner = sizes
+    inner = sizes[2]
     units = min(inner, BLOCK)
-    first = 0
-    for end, alike in groupby([time] * outer if lengths is None else lengths.tolist()):
-        past = first + len(list(alike))
-        steps = min(end, max(BLOCK // units, 1))
-        sequences = max(BLOCK // (units * steps), 1) if 0 < steps == end and units == inner else 1
-        for sequence in range(first, past, sequences):
-            for start in range(0, end, max(steps, 1)):
+    for end, alike in _by_length(sizes, lengths):
+        steps = max(min(end, BLOCK // units), 1)
+        sequences = max(BLOCK // (units * steps), 1) if steps >= end and units == inner else 1
+        for first in range(0, len(alike), sequences):
+            outer = _together(alike[first : first + sequences])
+            for start in range(0, end, steps):
                 for unit in range(0, inner, units):
-                    chosen = slice(sequence, min(sequence + sequences, past)), slice(unit, unit + units)
-                    yield Block(chosen[0], start, min(start + steps, end), chosen[1], end)
-        first = past
+                    yield Block(outer, start, min(start + steps, end), slice(unit, unit + units), end)
 
 
-def padding(lengths: Tensor | None) -> Iterator[tuple[int, slice]]:
+def padding(sizes: Sequence[int], lengths: Tensor | None) -> Iterator[tuple[slice | Tensor, slice]]:
     """What lies behind each sequence."""
-    for sequence, length in enumerate([] if lengths is None else lengths.tolist()):
-        yield sequence, slice(length, None)
+    for end, alike in _by_length(sizes, lengths):
+        if end < sizes[1]:
+            yield _together(alike), slice(end, None)
+
+
+def _by_length(sizes: Sequence[int], lengths: Tensor | None) -> list[tuple[int, Any]]:
+    """The sequences of each length: many short ones would take long one after the other."""
+    if lengths is None:
+        return [(sizes[1], range(sizes[0]))]
+    values, order = lengths.sort(stable=True)
+    ends, counts = values.unique_consecutive(return_counts=True)
+    return list(zip(ends.tolist(), order.split(counts.tolist()), strict=True))
+
+
+def _together(sequences: Any) -> slice | Tensor:
+    """These, which are in order; a slice where none lies between them, as it makes a view and no copy."""
+    first, last = int(sequences[0]), int(sequences[-1])
+    return slice(first, last + 1) if last - first + 1 == len(sequences) else sequences
 
 
 def square_sum(block: Tensor, squares: Scratch) -> float:
@@ -201,9 +222,10 @@ def gradient_scales(
     grad: Tensor | None, scales: Tensor | None, ar_factor: float, tar_factor: float
 ) -> tuple[float, float]:
     """What the gradients of the two sums are multiplied by."""
-    value = 0.0 if grad is None else grad.item()
-    ar, tar = (1.0, 1.0) if scales is None else scales.tolist()
-    return value * ar_factor * ar, value * tar_factor * tar
+    if grad is None:
+        return 0.0, 0.0
+    ar, tar = grad.new_ones(2) if scales is None else scales
+    return (grad * ar_factor * ar).item(), (grad * tar_factor * tar).item()  # inf where that dtype has no such number
 
 
 def _tensor(values: float | list[float], dtype: torch.dtype) -> Tensor:

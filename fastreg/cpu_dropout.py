@@ -17,6 +17,7 @@ from fastreg.cpu import (
     change_square_sum,
     gradient_scales,
     padding,
+    put,
     results,
     square_sum,
     view_of,
@@ -41,14 +42,17 @@ def forward(
     raw, mask, dropped = (view_of(x, sizes, s) for x, s in zip((raw, mask, dropped), strides, strict=True))
     rows, squares = Scratch(dtype), Scratch(dtype)
     ar = tar = 0.0
-    for behind in padding(lengths):
-        torch.mul(raw[behind], mask[behind], out=dropped[behind])
+    for behind in padding(sizes, lengths):
+        dropped[behind] = raw[behind] * mask[behind]
     for outer, start, stop, inner, _ in blocks(sizes, lengths):
-        target = dropped[outer, start:stop, inner]
-        torch.mul(raw[outer, start:stop, inner], mask[outer, start:stop, inner], out=target)
+        chosen = outer, slice(start, stop), inner
+        if isinstance(outer, slice):
+            target = dropped[chosen]
+            torch.mul(raw[chosen], mask[chosen], out=target)
+        else:
+            target = dropped[chosen] = raw[chosen] * mask[chosen]
         if alpha:
-            counted = raw[outer, start:stop, inner] if ar_of_raw else target
-            ar += square_sum(rows.hold(counted), squares)
+            ar += square_sum(rows.hold(raw[chosen] if ar_of_raw else target), squares)
         if beta:
             tar += change_square_sum(rows.hold(raw[outer, max(start - 1, 0) : stop, inner]), squares)
     return results(ar, tar, alpha, beta, divisors, sizes, lengths, dtype)
@@ -75,26 +79,26 @@ def backward(
     raw, mask, grad_raw = (view_of(x, sizes, strides[i]) for i, x in ((0, raw), (1, mask), (3, grad_raw)))
     arriving = None if grad_dropped is None else view_of(grad_dropped, sizes, strides[2])
     rows, changes, slopes = Scratch(dtype), Scratch(dtype), Scratch(dtype)
-    for behind in padding(lengths):
+    for behind in padding(sizes, lengths):
         grad_raw[behind] = 0 if arriving is None else arriving[behind] * mask[behind]
     for outer, start, stop, inner, end in blocks(sizes, lengths):
-        target = grad_raw[outer, start:stop, inner]
-        keep = mask[outer, start:stop, inner]
-        slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
+        chosen = outer, slice(start, stop), inner
+        keep = mask[chosen]
+        slope, there = slopes.room(grad_raw, chosen, keep.shape)
         if with_ar and not ar_of_raw:
             # rounded as dropped was, which is not kept
-            slope.copy_(raw[outer, start:stop, inner] * keep).mul_(ar_scale)
+            slope.copy_(raw[chosen] * keep).mul_(ar_scale)
             if arriving is not None:
-                slope.add_(arriving[outer, start:stop, inner])
+                slope.add_(arriving[chosen])
             slope.mul_(keep)
         elif arriving is not None:
-            torch.mul(arriving[outer, start:stop, inner], keep, out=slope)
+            torch.mul(arriving[chosen], keep, out=slope)
         else:
             slope.zero_()
         if with_ar and ar_of_raw:
-            slope.add_(raw[outer, start:stop, inner], alpha=ar_scale)
+            slope.add_(raw[chosen], alpha=ar_scale)
         if with_tar:
             change = change_of_rows(raw[outer, :end, inner], start, stop, rows, changes).mul_(tar_scale)
             slope.add_(change[:, :-1]).sub_(change[:, 1:])
-        if slope is not target:
-            target.copy_(slope)
+        if not there:
+            put(grad_raw, chosen, slope)

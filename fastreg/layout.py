@@ -102,7 +102,7 @@ def check_options(batch_first: bool, reduction: str = "mean", return_terms: bool
 
 def plain(x: Tensor) -> Tensor:
     """`x` without a subclass that only decorates it; one with a dispatcher of its own stays as it is."""
-    if type(x) is Tensor:
+    if type(x) is Tensor or torch.compiler.is_compiling():  # which sees through one that only decorates
         return x
     dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
     return x if dispatches else x.as_subclass(Tensor)
@@ -127,7 +127,7 @@ def check_layers(raw: object, dropped: object, alpha: float, beta: float) -> lis
     raws = _layers("raw", raw) if beta else None
     droppeds = _layers("dropped", dropped) if alpha else None
     if raws is not None and droppeds is not None:
-        if len(raws) != len(droppeds) or _is_list(raw) != _is_list(dropped):
+        if len(raws) != len(droppeds) or is_list(raw) != is_list(dropped):
             raise ValueError(
                 f"raw and dropped: expected the same layers in both, got {_count(raw)} and {_count(dropped)}"
             )
@@ -163,6 +163,7 @@ def check_mask(mask: object, raw: Tensor, batch_first: bool) -> Tensor:
     """A dropout mask for `raw`, expanded to its shape."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    _check_dense("mask", mask)
     one_row = list(raw.shape)
     one_row[time_dim(raw, batch_first)] = 1
     if mask.shape != raw.shape and list(mask.shape) != one_row:  # `in` would not compare symbolic sizes
@@ -178,6 +179,10 @@ def check_mask(mask: object, raw: Tensor, batch_first: bool) -> Tensor:
 
 def check_steps(x: Tensor, batch_first: bool, lengths: object, batch_sizes: Tensor | None = None) -> Steps:
     """Which time steps of `x` count. Lengths that are on the CPU already must be in range; they go where `x` is."""
+    if lengths is None and batch_sizes is None:
+        return Steps(batch_first)
+    if hasattr(x, "to_local"):
+        raise TypeError("raw and dropped: expected no DTensor with lengths or packed; pass x.to_local() of each part")
     on_cpu = batch_sizes is not None or (isinstance(lengths, Tensor) and lengths.device.type == "cpu")
     if on_cpu and x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -188,17 +193,15 @@ def check_steps(x: Tensor, batch_first: bool, lengths: object, batch_sizes: Tens
         return Steps(batch_first, None, batch_sizes)
     if batch_sizes is not None:
         raise ValueError("lengths: expected None, as a PackedSequence has lengths of its own")
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths: expected an integer tensor, got {type(lengths).__name__}")
-    if lengths.dtype not in INTEGERS:
-        raise TypeError(f"lengths: expected an integer tensor, got one of {lengths.dtype}")
+    lengths = _check_integers("lengths", lengths)
     axis = time_dim(x, batch_first)
     batch, time = 1 if x.dim() == 2 else x.shape[1 - axis], x.shape[axis]
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape ({batch},), one length a sequence, got {_shape(lengths)}")
+    if lengths.device.type == "meta" != x.device.type:
+        raise ValueError(f"lengths: expected a tensor on {x.device}, or another device with memory, got one on meta")
     if x.device.type == "cpu" != lengths.device.type:
         lengths = lengths.cpu()
-    lengths = plain(lengths)
     # Values are looked at only where that waits for nothing, and where there are any.
     if lengths.device.type == "cpu" and batch and readable(lengths):
         least, most = (int(n) for n in lengths.aminmax())
@@ -206,7 +209,21 @@ def check_steps(x: Tensor, batch_first: bool, lengths: object, batch_sizes: Tens
             raise ValueError(
                 f"lengths: expected from 0 to the {time} time steps there are, got {least if least < 0 else most}"
             )
-    return Steps(batch_first, lengths.to(x.device, non_blocking=True))
+    return Steps(batch_first, lengths.to(x.device, non_blocking=True).contiguous())
+
+
+def _check_integers(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor, got {type(x).__name__}")
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected an integer tensor, got one of {x.dtype}")
+    return plain(_check_dense(name, x))
+
+
+def _check_dense(name: str, x: Tensor) -> Tensor:
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {'nested' if x.is_nested else x.layout}")
+    return x
 
 
 def check_tensor(name: str, x: object) -> Tensor:
@@ -217,8 +234,7 @@ def check_tensor(name: str, x: object) -> Tensor:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got {'nested' if x.is_nested else x.layout}")
+    _check_dense(name, x)
     if x.dim() not in (2, 3):
         raise ValueError(
             f"{name}: expected (batch, time, hidden), (time, batch, hidden) with batch_first=False, "
@@ -256,12 +272,15 @@ def _check_packed(name: str, x: PackedSequence) -> tuple[Tensor, Tensor]:
     data = check_tensor(f"{name}.data", x.data)
     if data.dim() != 2:
         raise ValueError(f"{name}.data: expected (rows, hidden), got {_shape(data)}")
-    sizes = x.batch_sizes
+    sizes = _check_integers(f"{name}.batch_sizes", x.batch_sizes)
+    if sizes.device.type not in ("cpu", "meta"):
+        raise ValueError(f"{name}.batch_sizes: expected a tensor on the CPU, got one on {sizes.device}")
+    sizes, rows = sizes.long().contiguous(), data.shape[0]
     if readable(sizes):
-        fits = sizes.dim() == 1 and sizes.numel() > 0 and int(sizes[-1]) > 0 and int(sizes.sum()) == data.shape[0]
-        if not fits or bool((sizes.diff() > 0).any()):
+        fits = sizes.dim() == 1 and sizes.numel() > 0 and int(sizes[-1]) > 0 and int(sizes[0]) <= rows
+        if not fits or int(sizes.sum()) != rows or bool((sizes.diff() > 0).any()):
             raise ValueError(
-                f"{name}.batch_sizes: expected sizes above 0 that never grow and add up to the {data.shape[0]} rows, "
+                f"{name}.batch_sizes: expected sizes above 0 that never grow and add up to the {rows} rows, "
                 f"got {sizes.tolist()}"
             )
     return data, sizes
@@ -271,10 +290,10 @@ def _shape(x: Tensor) -> str:
     return f"{tuple(x.shape)}"
 
 
-def _is_list(value: object) -> bool:
-    """A PackedSequence is a tuple, too, but no list of layers."""
+def is_list(value: object) -> bool:
+    """Whether `value` is a list of layers, or the like: a PackedSequence is a tuple, too, but one tensor."""
     return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
 
 
 def _count(value: object) -> str:
-    return f"{len(value)} layers" if _is_list(value) else "one tensor"  # pyright: ignore[reportArgumentType]
+    return f"{len(value)} layers" if is_list(value) else "one tensor"  # pyright: ignore[reportArgumentType]

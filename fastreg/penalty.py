@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.utils.rnn import PackedSequence
 
 from fastreg import cpu
-from fastreg.layout import canonical, check_coefficient, check_layers, check_options, check_steps, plain, readable
+from fastreg.layout import (
+    canonical,
+    check_coefficient,
+    check_layers,
+    check_options,
+    check_steps,
+    is_list,
+    plain,
+    readable,
+)
 from fastreg.reference import ARTAR, Steps, ar_tar, ar_tar_gradients, compute_dtype, divisors
 
 RUNNERS: dict[str, ModuleType] = {"cpu": cpu}  # device type -> the module whose `forward` and `backward` run there
@@ -25,8 +35,6 @@ if find_spec("triton") is not None:  # Triton has no build for some platforms
         RUNNERS["cpu"] = kernels
 
 if TYPE_CHECKING:
-    from torch.nn.utils.rnn import PackedSequence
-
     One: TypeAlias = Tensor | PackedSequence
     Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
@@ -115,8 +123,9 @@ def fused_ar_tar(
 
 def _zero_like(*given: Any) -> Tensor:
     """0 where the activations are, if any were given at all."""
-    layers = [x for value in given for x in (value if isinstance(value, (list, tuple)) else [value])]
-    tensors = [x for x in layers if isinstance(x, Tensor) and x.is_floating_point()]  # batch_sizes are none
+    layers = [x for value in given for x in (value if is_list(value) else [value])]
+    tensors = [x.data if isinstance(x, PackedSequence) else x for x in layers]
+    tensors = [x for x in tensors if isinstance(x, Tensor)]
     return torch.zeros((), dtype=compute_dtype(*tensors), device=tensors[0].device if tensors else None)
 
 

@@ -132,17 +132,17 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("computed in the input's dtype", "block if block.dtype == self.memory.dtype else", "block if True else")
     ],
     ("fastreg/cpu.py", "blocks"): [
-        ("last sequences left out", "range(first, past, sequences)", "range(first, past - sequences + 1, sequences)"),
+        ("last sequences left out", "len(alike), sequences)", "len(alike) - sequences + 1, sequences)"),
         ("long rows not cut", "min(inner, BLOCK)", "inner"),
     ],
-    ("fastreg/cpu.py", "padding"): [("one step not 0", "slice(length, None)", "slice(length + 1, None)")],
+    ("fastreg/cpu.py", "padding"): [("one step not 0", "slice(end, None)", "slice(end + 1, None)")],
     ("fastreg/cpu.py", "results"): [
         ("divisors exchanged", "ar / divisors[0], tar / divisors[1]", "ar / divisors[1], tar / divisors[0]"),
         ("padding in the divisor", "max(sum(counts) *", "max(len(counts) * sizes[1] *"),
     ],
     ("fastreg/cpu.py", "gradient_scales"): [
-        ("grad ignored", "grad.item()", "1.0"),
-        ("divisor from lengths left out", "value * tar_factor * tar", "value * tar_factor"),
+        ("grad ignored", "(grad * ar_factor", "(1.0 * ar_factor"),
+        ("divisor from lengths left out", "tar_factor * tar", "tar_factor"),
     ],
     ("fastreg/cpu.py", "_packed_change"): [("across sequences", "~there[chosen, None]", "there[chosen, None] & False")],
     ("fastreg/cpu.py", "_fill_packed"): [("sign of leaving flipped", "slope.add_(_packed", "slope.sub_(_packed")],
@@ -155,10 +155,10 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/cpu_dropout.py", "forward"): [
         ("halo row dropped", "max(start - 1, 0)", "start"),
-        ("padding not dropped out", "for behind in padding(lengths):", "for behind in padding(None):"),
+        ("padding not dropped out", "in padding(sizes, lengths):", "in padding(sizes, None):"),
     ],
     ("fastreg/cpu_dropout.py", "backward"): [
-        ("dropped not rounded", "start:stop, inner] * keep", "start:stop, inner].to(dtype) * keep"),
+        ("dropped not rounded", "raw[chosen] * keep", "raw[chosen].to(dtype) * keep"),
         ("memory not cleared", "slope.zero_()", "pass"),
         ("mask at raw's strides", "(1, mask)", "(0, mask)"),
     ],
@@ -219,6 +219,8 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("factor 2 missing in TAR", "2 * beta", "beta"),
         ("grad ignored in AR", "pull = counted(grad * ", "pull = counted("),
     ],
+    ("fastreg/layout.py", "check_steps"): [("lengths as they lie, to the kernels", ".contiguous())", ")")],
+    ("fastreg/layout.py", "_check_packed"): [("counted in few bits", "sizes.long()", "sizes")],
     ("fastreg/layout.py", "canonical"): [
         ("hidden axis read as it lies", "hidden != 1 and x.stride(-1) != 1", "False"),
         ("outer stride for time", "else hidden, x.stride(axis))", "else hidden, x.stride(1 - axis))"),

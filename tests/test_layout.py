@@ -21,6 +21,8 @@ PACKED = pack_padded_sequence(X, LENGTHS, batch_first=True)
 OTHER = pack_padded_sequence(X, torch.tensor([4, 4]), batch_first=True)
 SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
 GROWING = PackedSequence(PACKED.data, PACKED.batch_sizes.flip(0))
+HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
+WRAPPED = PackedSequence(PACKED.data[:1], torch.tensor([2**62 + 1, 2**62, 2**62, 2**62]))
 IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
 
 
@@ -99,6 +101,15 @@ def test_canonical(
         ((X[0], X[0], 2, 1), {"lengths": LENGTHS}, ValueError, r"lengths: expected shape \(1,\), .* got \(2,\)"),
         ((X, X, 2, 1), {"lengths": LENGTHS + 1}, ValueError, "lengths: expected from 0 to the 5 time steps .* got 6"),
         ((X, X, 2, 1), {"lengths": LENGTHS - 4}, ValueError, "lengths: expected from 0 to the 5 time steps .* got -1"),
+        ((X, X, 2, 1), {"lengths": LENGTHS.to("meta")}, ValueError, "lengths: expected a tensor on cpu, .* on meta"),
+        (
+            (X, X, 2, 1),
+            {"lengths": LENGTHS.to_sparse()},
+            TypeError,
+            "lengths: expected a dense .*, got torch.sparse_coo",
+        ),
+        ((HALVES, HALVES, 2, 1), {}, TypeError, "raw.batch_sizes: expected an integer tensor, got one of torch.float"),
+        ((WRAPPED, WRAPPED, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
         ((PACKED, PACKED, 2, 1), {"lengths": LENGTHS}, ValueError, "lengths: expected None, as a PackedSequence has"),
         ((PACKED, PACKED.data, 2, 1), {}, TypeError, "dropped: expected a PackedSequence, as raw is, got a tensor"),
         (

@@ -120,13 +120,11 @@ def test_raw_is_dropped(batch: str, device: str, poison: None) -> None:
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
 def test_any_integers_with_any_stride(kind: torch.dtype, device: str) -> None:
-    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
-    table = torch.tensor([lengths, lengths], dtype=kind, device=device).t()
-    assert_terms(
-        fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=table[:, 1], return_terms=True),
-        truth(raw, dropped, lengths),
-        FLOAT,
-    )
+    (raw, dropped), lengths = torch.randn(2, 6, 9, 12, device=device), BATCHES["some"][0]
+    table = torch.tensor([[1, n] for n in lengths], dtype=kind, device=device)
+    for given, want in ((table[:, 1], lengths), (table[:1, 0].expand(len(lengths)), [1] * len(lengths))):
+        got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=given, return_terms=True)
+        assert_terms(got, truth(raw, dropped, want), FLOAT)
 
 
 def test_more_sequences_than_are_added_at_once(device: str) -> None:
@@ -176,6 +174,16 @@ def test_a_gradient_of_inf_leaves_padding_at_0(device: str) -> None:
         assert not x.grad[0, 0].isfinite().any()
         for grad, n in zip(x.grad, lengths, strict=True):
             assert (grad[n:] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # the interpreter's
+def test_a_gradient_past_float32_is_inf(device: str) -> None:
+    (raw,), lengths = padded("full", 12, FLOAT, device=device)
+    for options in ({}, {"lengths": torch.tensor(lengths)}):
+        x = raw.clone().requires_grad_()
+        (fused_ar_tar(x, x, ALPHA, BETA, reduction="sum", **options) * 3e38).backward()
+        assert x.grad is not None
+        assert not x.grad.isfinite().any()
 
 
 def test_lengths_changed_before_the_backward_raise(device: str) -> None:
@@ -236,15 +244,26 @@ def test_packed_rows_with_strides(lay: Callable[[Tensor], Tensor], device: str, 
         torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_packed_with_few_bits(kind: torch.dtype, device: str) -> None:
+    (raw,) = (torch.randn(40, 4, 900, device=device, requires_grad=True),)
+    packed = pack(raw, [4] * 20 + [3] * 20, True)
+    few = packed._replace(batch_sizes=packed.batch_sizes.to(kind))
+    results = [fused_ar_tar(x, x, ALPHA, BETA) for x in (few, packed)]
+    assert torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(x, raw, retain_graph=True)[0] for x in results))
+
+
 def test_packed_sums_and_layers(device: str) -> None:
     (raw, dropped), lengths = padded("one row", 12, FLOAT, FLOAT, device=device)
     x, y = (pack(v, lengths, True) for v in (raw, dropped))
     want = truth(raw, dropped, lengths, "sum")
     got = fused_ar_tar([x, x], [y, y], ALPHA, BETA, reduction="sum", return_terms=True)
     assert_terms(got, ARTAR(*(2 * v for v in want)), FLOAT)
-    off = fused_ar_tar(x, y, 0.0, 0.0)
-    assert off == 0
-    assert off.dtype == FLOAT
+    for off in (fused_ar_tar(x, y, 0.0, 0.0), fused_ar_tar([x._replace(data=x.data.double())], None, 0.0, 0.0)):
+        assert off == 0
+        assert off.device == raw.device
+    assert off.dtype == DOUBLE
 
 
 def test_the_packed_output_of_an_lstm(device: str) -> None:
