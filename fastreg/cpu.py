@@ -5,13 +5,14 @@ Its functions take and give what those of `fastreg.kernels.penalty` do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastreg.reference import compute_dtype, neighbours
+from fastreg.reference import compute_dtype
 
 BLOCK = 2**19  # elements: smaller blocks lose to the cost of dispatch, larger ones leave the cache
 
@@ -33,13 +34,13 @@ def forward(
     `sizes` is (outer, time, inner), none of them 0.
     """
     dtype = compute_dtype(raw, dropped)
-    if batch_sizes is not None:
-        ar, tar = _packed_sums(raw, dropped, same, batch_sizes, dtype)
-        return results(ar, tar, alpha, beta, divisors, sizes, None, dtype)
+    if lengths is not None or batch_sizes is not None:
+        ar, tar = sums_of_rows(raw, raw if same else dropped, strides, Rows(sizes, lengths, batch_sizes), dtype)
+        return results(ar, tar, alpha, beta, divisors, sizes, lengths, dtype)
     raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
     rows, squares = Scratch(dtype), Scratch(dtype)
     ar = tar = 0.0
-    for outer, start, stop, inner, _ in blocks(sizes, lengths):
+    for outer, start, stop, inner in blocks(sizes):
         if raw is not None:
             first = max(start - 1, 0)
             block = rows.hold(raw[outer, first:stop, inner])
@@ -68,32 +69,33 @@ def backward(
 ) -> None:
     """Fill `grad_raw` and `grad_dropped`; a tensor that needs no gradient is None, and so is its gradient."""
     ar_scale, tar_scale = gradient_scales(grad, scales, ar_factor, tar_factor)
-    if batch_sizes is not None:
-        _fill_packed(raw, dropped, grad_raw, grad_dropped, same, batch_sizes, ar_scale, tar_scale, grad.dtype)
+    if lengths is not None or batch_sizes is not None:
+        for gradient in (grad_raw, grad_dropped):
+            if gradient is not None and lengths is not None:
+                gradient.zero_()
+        counted = Rows(sizes, lengths, batch_sizes)
+        _fill_rows(raw, dropped, grad_raw, grad_dropped, same, strides, counted, ar_scale, tar_scale, grad.dtype)
         return
     raw, dropped = _view(raw, sizes, strides[0]), _view(dropped, sizes, strides[1])
     grad_raw, grad_dropped = _view(grad_raw, sizes, strides[2]), _view(grad_dropped, sizes, strides[3])
     rows, changes, slopes = Scratch(grad.dtype), Scratch(grad.dtype), Scratch(grad.dtype)
-    for behind in padding(sizes, lengths):
-        for gradient in (grad_raw, grad_dropped):
-            if gradient is not None:
-                gradient[behind] = 0
-    for outer, start, stop, inner, end in blocks(sizes, lengths):
-        chosen = outer, slice(start, stop), inner
+    for outer, start, stop, inner in blocks(sizes):
         if raw is not None and grad_raw is not None:
-            change = change_of_rows(raw[outer, :end, inner], start, stop, rows, changes)
-            slope, there = slopes.room(grad_raw, chosen, change[:, 1:].shape)
+            change = change_of_rows(raw[outer, :, inner], start, stop, rows, changes)
+            target = grad_raw[outer, start:stop, inner]
+            slope = target if target.dtype == grad.dtype else slopes.shaped(*target.shape)
             torch.sub(change[:, :-1], change[:, 1:], out=slope).mul_(tar_scale)
             if same:
-                slope.add_(raw[chosen], alpha=ar_scale)
-            if not there:
-                put(grad_raw, chosen, slope)
+                slope.add_(raw[outer, start:stop, inner], alpha=ar_scale)
+            if slope is not target:
+                target.copy_(slope)
         if dropped is not None and grad_dropped is not None:
-            block = dropped[chosen]
-            slope, there = slopes.room(grad_dropped, chosen, block.shape)
-            torch.mul(block, ar_scale, out=slope)
-            if not there:
-                put(grad_dropped, chosen, slope)
+            target = grad_dropped[outer, start:stop, inner]
+            block = dropped[outer, start:stop, inner]
+            if grad.dtype == torch.float32 or target.dtype == grad.dtype:  # mul works in float32 on half precision
+                torch.mul(block, ar_scale, out=target)
+            else:
+                target.copy_(slopes.hold(block).mul_(ar_scale))
 
 
 class Scratch:
@@ -108,65 +110,22 @@ class Scratch:
             self.memory = torch.empty(count, dtype=self.memory.dtype, device="cpu")
         return self.memory[:count].view(shape)
 
-    def room(self, x: Tensor, chosen: tuple[Any, ...], shape: Sequence[int]) -> tuple[Tensor, bool]:
-        """Memory to form `x[chosen]` in, and whether it is there: else it is to be copied."""
-        if isinstance(chosen[0], slice) and x.dtype == self.memory.dtype:
-            return x[chosen], True
-        return self.shaped(*shape), False
-
     def hold(self, block: Tensor) -> Tensor:
         """`block` in the computation's dtype: itself, or a copy."""
         return block if block.dtype == self.memory.dtype else self.shaped(*block.shape).copy_(block)
 
 
-def put(x: Tensor, chosen: tuple[Any, ...], values: Tensor) -> None:
-    x[chosen] = values if isinstance(chosen[0], slice) else values.to(x.dtype)  # only slices convert by themselves
-
-
-class Block(NamedTuple):
-    """A part of the view: sequences, first time step and the one past the last, units, and where the sequences end."""
-
-    outer: slice | Tensor
-    start: int
-    stop: int
-    inner: slice
-    end: int
-
-
-def blocks(sizes: Sequence[int], lengths: Tensor | None = None) -> Iterator[Block]:
-    """Cover the view, but for padding, by blocks. Long axes are cut from the last."""
-    inner = sizes[2]
+def blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, int, int, slice]]:
+    """Cover the view by blocks: sequences, first and last time step, units. Long axes are cut from the last."""
+    outer, time, inner = sizes
     units = min(inner, BLOCK)
-    for end, alike in _by_length(sizes, lengths):
-        steps = max(min(end, BLOCK // units), 1)
-        sequences = max(BLOCK // (units * steps), 1) if steps >= end and units == inner else 1
-        for first in range(0, len(alike), sequences):
-            outer = _together(alike[first : first + sequences])
-            for start in range(0, end, steps):
-                for unit in range(0, inner, units):
-                    yield Block(outer, start, min(start + steps, end), slice(unit, unit + units), end)
-
-
-def padding(sizes: Sequence[int], lengths: Tensor | None) -> Iterator[tuple[slice | Tensor, slice]]:
-    """What lies behind each sequence."""
-    for end, alike in _by_length(sizes, lengths):
-        if end < sizes[1]:
-            yield _together(alike), slice(end, None)
-
-
-def _by_length(sizes: Sequence[int], lengths: Tensor | None) -> list[tuple[int, Any]]:
-    """The sequences of each length: many short ones would take long one after the other."""
-    if lengths is None:
-        return [(sizes[1], range(sizes[0]))]
-    values, order = lengths.sort(stable=True)
-    ends, counts = values.unique_consecutive(return_counts=True)
-    return list(zip(ends.tolist(), order.split(counts.tolist()), strict=True))
-
-
-def _together(sequences: Any) -> slice | Tensor:
-    """These, which are in order; a slice where none lies between them, as it makes a view and no copy."""
-    first, last = int(sequences[0]), int(sequences[-1])
-    return slice(first, last + 1) if last - first + 1 == len(sequences) else sequences
+    steps = min(time, max(BLOCK // units, 1))
+    sequences = min(outer, max(BLOCK // (units * steps), 1)) if steps == time and units == inner else 1
+    for sequence in range(0, outer, sequences):
+        for start in range(0, time, steps):
+            for unit in range(0, inner, units):
+                chosen = slice(sequence, sequence + sequences), slice(unit, unit + units)
+                yield chosen[0], start, min(start + steps, time), chosen[1]
 
 
 def square_sum(block: Tensor, squares: Scratch) -> float:
@@ -185,15 +144,18 @@ def change_of_rows(x: Tensor, start: int, stop: int, rows: Scratch, changes: Scr
 
     `x` is (sequences, time, units); gives (sequences, stop - start + 1, units), in memory of `changes`.
     """
-    time = x.shape[1]
-    block = rows.hold(x[:, max(start - 1, 0) : min(stop + 1, time)])
-    change = changes.shaped(x.shape[0], stop - start + 1, x.shape[2])
-    if start == 0:
+    block = rows.hold(x[:, max(start - 1, 0) : min(stop + 1, x.shape[1])])
+    return change_between(block, start == 0, stop == x.shape[1], changes)
+
+
+def change_between(block: Tensor, at_start: bool, at_end: bool, changes: Scratch) -> Tensor:
+    """The changes along time, axis 1, with a 0 before them at the start of all time, and one behind at the end."""
+    change = changes.shaped(block.shape[0], block.shape[1] - 1 + at_start + at_end, block.shape[2])
+    if at_start:
         change[:, 0] = 0
-    if stop == time:
+    if at_end:
         change[:, -1] = 0
-    inside = change[:, int(start == 0) : change.shape[1] - int(stop == time)]
-    torch.sub(block[:, 1:], block[:, :-1], out=inside)
+    torch.sub(block[:, 1:], block[:, :-1], out=change[:, int(at_start) : change.shape[1] - int(at_end)])
     return change
 
 
@@ -233,58 +195,111 @@ def _tensor(values: float | list[float], dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype, device="cpu")
 
 
-def _packed_sums(
-    raw: Tensor | None, dropped: Tensor | None, same: bool, batch_sizes: Tensor, dtype: torch.dtype
+class Found(NamedTuple):
+    """A tensor as (any, inner) rows, and the places in it of those that count."""
+
+    rows: Tensor
+    places: Tensor
+
+    def take(self, chosen: slice, scratch: Scratch) -> Tensor:
+        """Rows that count, (1, rows, inner), in memory of `scratch`."""
+        places = self.places[chosen]
+        if self.rows.dtype != scratch.memory.dtype:
+            return scratch.hold(self.rows.index_select(0, places)[None])
+        taken = scratch.shaped(1, len(places), self.rows.shape[1])
+        torch.index_select(self.rows, 0, places, out=taken[0])
+        return taken
+
+    def put(self, chosen: slice, values: Tensor) -> None:
+        """Write rows that count, (1, rows, inner)."""
+        self.rows.index_copy_(0, self.places[chosen], values[0].to(self.rows.dtype))
+
+
+class Rows:
+    """The rows that count of padded or packed tensors, one sequence after the other, to be gone through as one."""
+
+    def __init__(self, sizes: Sequence[int], lengths: Tensor | None, batch_sizes: Tensor | None = None):
+        self.inner, self.packed_at = sizes[2], None
+        if batch_sizes is not None:
+            self.packed_at = batch_sizes.cumsum(0) - batch_sizes
+            # Batch sizes never grow, so that a sequence has as many steps as there are sizes above its position.
+            lengths = torch.searchsorted(-batch_sizes, -torch.arange(sizes[0], device="cpu"))
+        assert lengths is not None
+        lengths = lengths.long()
+        first = lengths.cumsum(0) - lengths
+        self.sequence = torch.repeat_interleave(lengths)
+        self.count = len(self.sequence)
+        self.step = torch.arange(self.count, device="cpu") - first[self.sequence]
+        self.starts = first[lengths > 0]
+
+    def of(self, x: Tensor, strides: Sequence[int]) -> Found:
+        """Where they lie in `x`."""
+        if self.packed_at is not None:
+            return Found(x.detach(), self.packed_at[self.step] + self.sequence)
+        outer, time = strides
+        unit = math.gcd(outer, time) or 1  # rows begin at multiples of it, and may overlap
+        places = (self.sequence * outer + self.step * time) // unit
+        rows = int(places.max()) + 1 if self.count else 0
+        return Found(x.detach().as_strided((rows, self.inner), (unit, 1)), places)
+
+    def blocks(self) -> Iterator[slice]:
+        """Parts of the rows."""
+        rows = max(BLOCK // self.inner, 1)
+        return (slice(i, min(i + rows, self.count)) for i in range(0, self.count, rows))
+
+    def changes(self, x: Found, chosen: slice, taken: Scratch, changes: Scratch) -> Tensor:
+        """The changes that lead to these rows, and to the one after them, 0 to the first of a sequence."""
+        start, stop = chosen.start, chosen.stop
+        first, last = max(start - 1, 0), min(stop + 1, self.count)
+        change = change_between(x.take(slice(first, last), taken), start == 0, stop == self.count, changes)
+        begin, end = torch.searchsorted(self.starts, torch.tensor([start, stop + 1], device="cpu")).tolist()
+        return change.index_fill_(1, self.starts[begin:end] - start, 0)
+
+
+def sums_of_rows(
+    raw: Tensor | None, kept: Tensor | None, strides: Sequence[Sequence[int]], counted: Rows, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """The sums of AR and TAR of packed rows."""
-    rows, squares = Scratch(dtype), Scratch(dtype)
+    """The sum of the squares of the rows of `kept`, and that of the squared changes of those of `raw`."""
+    taken, changes, squares = Scratch(dtype), Scratch(dtype), Scratch(dtype)
     ar = tar = 0.0
-    kept = raw if same else dropped
     if kept is not None:
-        for chosen in _row_blocks(kept):
-            ar += square_sum(rows.hold(kept.detach()[None, chosen]), squares)
+        found = counted.of(kept, strides[0] if kept is raw else strides[1])
+        for chosen in counted.blocks():
+            ar += square_sum(found.take(chosen, taken), squares)
     if raw is not None:
-        before, _, precedes, _ = neighbours(batch_sizes, raw.shape[0])
-        for chosen in _row_blocks(raw):
-            change = _packed_change(raw, chosen, before, precedes, dtype)
-            tar += square_sum(change[None], squares)
+        found = counted.of(raw, strides[0])
+        for chosen in counted.blocks():
+            tar += square_sum(counted.changes(found, chosen, taken, changes)[:, :-1], squares)
     return ar, tar
 
 
-def _fill_packed(
+def _fill_rows(
     raw: Tensor | None,
     dropped: Tensor | None,
     grad_raw: Tensor | None,
     grad_dropped: Tensor | None,
     same: bool,
-    batch_sizes: Tensor,
+    strides: Sequence[Sequence[int]],
+    counted: Rows,
     ar_scale: float,
     tar_scale: float,
     dtype: torch.dtype,
 ) -> None:
-    """The gradients of packed rows."""
+    """The gradients of the rows that count."""
+    rows, changes, slopes = Scratch(dtype), Scratch(dtype), Scratch(dtype)
     if raw is not None and grad_raw is not None:
-        before, after, precedes, follows = neighbours(batch_sizes, raw.shape[0])
-        for chosen in _row_blocks(raw):
-            slope = _packed_change(raw, chosen, before, precedes, dtype)
-            slope.add_(_packed_change(raw, chosen, after, follows, dtype)).mul_(tar_scale)
+        source, target = counted.of(raw, strides[0]), counted.of(grad_raw, strides[2])
+        for chosen in counted.blocks():
+            change = counted.changes(source, chosen, rows, changes)
+            slope = slopes.shaped(*change[:, 1:].shape)
+            torch.sub(change[:, :-1], change[:, 1:], out=slope).mul_(tar_scale)
             if same:
-                slope.add_(raw.detach()[chosen], alpha=ar_scale)
-            grad_raw[chosen] = slope
+                slope.add_(source.take(chosen, rows), alpha=ar_scale)
+            target.put(chosen, slope)
     if dropped is not None and grad_dropped is not None:
-        for chosen in _row_blocks(dropped):
-            grad_dropped[chosen] = dropped.detach()[chosen].to(dtype) * ar_scale
-
-
-def _row_blocks(x: Tensor) -> Iterator[slice]:
-    rows = max(BLOCK // x.shape[1], 1)
-    return (slice(first, first + rows) for first in range(0, x.shape[0], rows))
-
-
-def _packed_change(x: Tensor, chosen: slice, other: Tensor, there: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a block of rows is more than each one's `other`, 0 where that is not there."""
-    change = x.detach()[chosen].to(dtype) - x.detach().index_select(0, other[chosen])
-    return change.masked_fill_(~there[chosen, None], 0)
+        source, target = counted.of(dropped, strides[1]), counted.of(grad_dropped, strides[3])
+        for chosen in counted.blocks():
+            target.put(chosen, source.take(chosen, rows).mul_(ar_scale))
 
 
 def view_of(x: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:

@@ -6,20 +6,21 @@ Its functions take and give what those of `fastreg.kernels.dropout` do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastreg.cpu import (
+    Rows,
     Scratch,
     blocks,
     change_of_rows,
     change_square_sum,
     gradient_scales,
-    padding,
-    put,
     results,
     square_sum,
+    sums_of_rows,
     view_of,
 )
 from fastreg.reference import compute_dtype
@@ -42,19 +43,18 @@ def forward(
     raw, mask, dropped = (view_of(x, sizes, s) for x, s in zip((raw, mask, dropped), strides, strict=True))
     rows, squares = Scratch(dtype), Scratch(dtype)
     ar = tar = 0.0
-    for behind in padding(sizes, lengths):
-        dropped[behind] = raw[behind] * mask[behind]
-    for outer, start, stop, inner, _ in blocks(sizes, lengths):
-        chosen = outer, slice(start, stop), inner
-        if isinstance(outer, slice):
-            target = dropped[chosen]
-            torch.mul(raw[chosen], mask[chosen], out=target)
-        else:
-            target = dropped[chosen] = raw[chosen] * mask[chosen]
-        if alpha:
-            ar += square_sum(rows.hold(raw[chosen] if ar_of_raw else target), squares)
-        if beta:
+    for outer, start, stop, inner in blocks(sizes):
+        target = dropped[outer, start:stop, inner]
+        torch.mul(raw[outer, start:stop, inner], mask[outer, start:stop, inner], out=target)
+        if alpha and lengths is None:
+            counted = raw[outer, start:stop, inner] if ar_of_raw else target
+            ar += square_sum(rows.hold(counted), squares)
+        if beta and lengths is None:
             tar += change_square_sum(rows.hold(raw[outer, max(start - 1, 0) : stop, inner]), squares)
+    if lengths is not None:
+        kept = None if not alpha else raw if ar_of_raw else dropped
+        used = strides[0], strides[0 if ar_of_raw else 2]
+        ar, tar = sums_of_rows(raw if beta else None, kept, used, Rows(sizes, lengths), dtype)
     return results(ar, tar, alpha, beta, divisors, sizes, lengths, dtype)
 
 
@@ -78,27 +78,58 @@ def backward(
     with_ar, with_tar = grad is not None and ar_factor != 0, grad is not None and tar_factor != 0
     raw, mask, grad_raw = (view_of(x, sizes, strides[i]) for i, x in ((0, raw), (1, mask), (3, grad_raw)))
     arriving = None if grad_dropped is None else view_of(grad_dropped, sizes, strides[2])
+    whole_ar, whole_tar = with_ar and lengths is None, with_tar and lengths is None
     rows, changes, slopes = Scratch(dtype), Scratch(dtype), Scratch(dtype)
-    for behind in padding(sizes, lengths):
-        grad_raw[behind] = 0 if arriving is None else arriving[behind] * mask[behind]
-    for outer, start, stop, inner, end in blocks(sizes, lengths):
-        chosen = outer, slice(start, stop), inner
-        keep = mask[chosen]
-        slope, there = slopes.room(grad_raw, chosen, keep.shape)
-        if with_ar and not ar_of_raw:
+    for outer, start, stop, inner in blocks(sizes):
+        target = grad_raw[outer, start:stop, inner]
+        keep = mask[outer, start:stop, inner]
+        slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
+        if whole_ar and not ar_of_raw:
             # rounded as dropped was, which is not kept
-            slope.copy_(raw[chosen] * keep).mul_(ar_scale)
+            slope.copy_(raw[outer, start:stop, inner] * keep).mul_(ar_scale)
             if arriving is not None:
-                slope.add_(arriving[chosen])
+                slope.add_(arriving[outer, start:stop, inner])
             slope.mul_(keep)
         elif arriving is not None:
-            torch.mul(arriving[chosen], keep, out=slope)
+            torch.mul(arriving[outer, start:stop, inner], keep, out=slope)
         else:
             slope.zero_()
-        if with_ar and ar_of_raw:
-            slope.add_(raw[chosen], alpha=ar_scale)
-        if with_tar:
-            change = change_of_rows(raw[outer, :end, inner], start, stop, rows, changes).mul_(tar_scale)
+        if whole_ar and ar_of_raw:
+            slope.add_(raw[outer, start:stop, inner], alpha=ar_scale)
+        if whole_tar:
+            change = change_of_rows(raw[outer, :, inner], start, stop, rows, changes).mul_(tar_scale)
             slope.add_(change[:, :-1]).sub_(change[:, 1:])
-        if not there:
-            put(grad_raw, chosen, slope)
+        if slope is not target:
+            target.copy_(slope)
+    if lengths is not None and (with_ar or with_tar):  # what is above is right for padding
+        tensors = raw, mask, grad_raw, arriving
+        places = strides[0], strides[1], strides[3], strides[2]
+        counted = Rows(sizes, lengths)
+        found = [None if x is None else counted.of(x, s) for x, s in zip(tensors, places, strict=True)]
+        _fill_rows(found, counted, ar_of_raw, ar_scale if with_ar else None, tar_scale if with_tar else None, dtype)
+
+
+def _fill_rows(
+    found: Sequence[Any],
+    counted: Rows,
+    ar_of_raw: bool,
+    ar_scale: float | None,
+    tar_scale: float | None,
+    dtype: torch.dtype,
+) -> None:
+    """The gradient of the rows that count; `found` are raw, mask, the gradient of raw, and that of dropped or None."""
+    raw, mask, target, arriving = found
+    rows, keeps, changes, slopes = Scratch(dtype), Scratch(dtype), Scratch(dtype), Scratch(dtype)
+    for chosen in counted.blocks():
+        keep = mask.take(chosen, keeps)
+        slope = slopes.shaped(*keep.shape).zero_() if arriving is None else arriving.take(chosen, slopes)
+        if ar_scale is not None and not ar_of_raw:
+            pull = raw.take(chosen, rows).mul_(keep).to(raw.rows.dtype)  # rounded as dropped was
+            slope.add_(pull, alpha=ar_scale)
+        slope.mul_(keep)
+        if ar_scale is not None and ar_of_raw:
+            slope.add_(raw.take(chosen, rows), alpha=ar_scale)
+        if tar_scale is not None:
+            change = counted.changes(raw, chosen, rows, changes).mul_(tar_scale)
+            slope.add_(change[:, :-1]).sub_(change[:, 1:])
+        target.put(chosen, slope)

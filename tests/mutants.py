@@ -132,10 +132,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("computed in the input's dtype", "block if block.dtype == self.memory.dtype else", "block if True else")
     ],
     ("fastreg/cpu.py", "blocks"): [
-        ("last sequences left out", "len(alike), sequences)", "len(alike) - sequences + 1, sequences)"),
+        ("last sequences left out", "range(0, outer, sequences)", "range(0, outer - sequences + 1, sequences)"),
         ("long rows not cut", "min(inner, BLOCK)", "inner"),
     ],
-    ("fastreg/cpu.py", "padding"): [("one step not 0", "slice(end, None)", "slice(end + 1, None)")],
     ("fastreg/cpu.py", "results"): [
         ("divisors exchanged", "ar / divisors[0], tar / divisors[1]", "ar / divisors[1], tar / divisors[0]"),
         ("padding in the divisor", "max(sum(counts) *", "max(len(counts) * sizes[1] *"),
@@ -144,8 +143,13 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("grad ignored", "(grad * ar_factor", "(1.0 * ar_factor"),
         ("divisor from lengths left out", "tar_factor * tar", "tar_factor"),
     ],
-    ("fastreg/cpu.py", "_packed_change"): [("across sequences", "~there[chosen, None]", "there[chosen, None] & False")],
-    ("fastreg/cpu.py", "_fill_packed"): [("sign of leaving flipped", "slope.add_(_packed", "slope.sub_(_packed")],
+    ("fastreg/cpu.py", "Rows"): [
+        ("sequences one step too long", "torch.arange(sizes[0], device", "torch.arange(-1, sizes[0] - 1, device"),
+        ("strides exchanged", "self.sequence * outer + self.step * time", "self.sequence * time + self.step * outer"),
+        ("halo row dropped", "max(start - 1, 0)", "start"),
+        ("changes across sequences", "self.starts[begin:end] - start, 0", "self.starts[begin:begin] - start, 0"),
+        ("a start at the block's edge missed", "[start, stop + 1]", "[start, stop]"),
+    ],
     ("fastreg/cpu.py", "square_sum"): [
         (
             "a sum that drifts",
@@ -155,10 +159,15 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/cpu_dropout.py", "forward"): [
         ("halo row dropped", "max(start - 1, 0)", "start"),
-        ("padding not dropped out", "in padding(sizes, lengths):", "in padding(sizes, None):"),
     ],
+    ("fastreg/cpu_dropout.py", "_fill_rows"): [
+        ("mask left out", "slope.mul_(keep)", "slope.mul_(1)"),
+        ("dropped not rounded", ".to(raw.rows.dtype)", ""),
+    ],
+    ("fastreg/cpu.py", "_fill_rows"): [
+        ("sign flipped", "change[:, :-1], change[:, 1:]", "change[:, 1:], change[:, :-1]")],
     ("fastreg/cpu_dropout.py", "backward"): [
-        ("dropped not rounded", "raw[chosen] * keep", "raw[chosen].to(dtype) * keep"),
+        ("dropped not rounded", "start:stop, inner] * keep", "start:stop, inner].to(dtype) * keep"),
         ("memory not cleared", "slope.zero_()", "pass"),
         ("mask at raw's strides", "(1, mask)", "(0, mask)"),
     ],
