@@ -453,7 +453,7 @@ def test_nothing_is_held(make: Callable[..., Learner], dropout: bool, what: str)
     if what == "interrupted":
         learn.loss_grad = None  # the learner's own: a graph that no backward freed
     if dropout:
-        assert learn.model[1].output_dp.regularizer is None
+        assert learn.model[1].output_dp.linked() is None
     gc.collect()
     assert alive
     assert not [ref for ref in alive if ref() is not None]
