@@ -59,3 +59,34 @@ def link(model: nn.Module, regularizer: RNNRegularizer | None) -> None:
     for module in model.modules():
         if isinstance(module, OutputDropout):
             module.linked = nobody if regularizer is None else weakref.ref(regularizer)
+
+
+def check_fuse(learn: object, kind: type, **flags: object) -> None:
+    """The arguments of `fuse` and `unfuse`."""
+    if not isinstance(learn, kind):
+        raise TypeError(f"learn: expected a {kind.__name__}, got {type(learn).__name__}")
+    check_flags(**flags)
+
+
+def check_flags(**flags: object) -> None:
+    """What is to be true or false."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+
+
+def swappable(model: Any, decoders: list[Any], original: type) -> list[Any]:
+    """The decoders that `fuse` gives another dropout.
+
+    Raises:
+        ValueError: there are none, and none that have it already.
+    """
+    kinds = [type(decoder.output_dp) for decoder in decoders]
+    if not any(kind is original or issubclass(kind, OutputDropout) for kind in kinds):
+        subclasses = [kind.__name__ for kind in kinds if issubclass(kind, original)]
+        what = f"{subclasses[0]} is a subclass, left alone" if subclasses else f"{type(model).__name__} has none"
+        raise ValueError(
+            "fuse: dropout=True takes the place of the RNNDropout of a LinearDecoder, which fastai's language models "
+            f"end with; {what}, and fuse(learn) does without"
+        )
+    return [decoder for decoder, kind in zip(decoders, kinds, strict=True) if kind is original]
