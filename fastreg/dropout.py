@@ -240,9 +240,9 @@ class Waiting(NamedTuple):
 class FusedRNNDropout(nn.Module):
     """Variational dropout that takes AR and TAR along, in the place of fastai's `RNNDropout` or a `LockedDropout`.
 
-    The penalty of the last forward in training waits in the module until `take()`. It is part of neither the
-    state dict nor a copy or pickle of the module. Under activation checkpointing use `use_reentrant=False`: a reentrant
-    one runs the forward without gradients, and the penalty has none.
+    The penalty of the last forward in training waits in the module until `take()`, with its input and output. It is
+    part of neither the state dict nor a copy or pickle of the module. Under activation checkpointing use
+    `use_reentrant=False`: a reentrant one runs the forward without gradients, and the penalty has none.
 
     Args:
         p: the probability to drop a unit, from 0 to below 1.

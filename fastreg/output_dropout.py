@@ -39,7 +39,9 @@ class OutputDropout(FusedRNNDropout):
         regularizer = self.linked()
         if regularizer is not None:
             regularizer._offered = None
-        if regularizer is None or not self.training or torch.is_inference_mode_enabled():
+        if not self.training:
+            return raw
+        if regularizer is None or torch.is_inference_mode_enabled():
             return self.original(raw)
         self._lent = regularizer.alpha, regularizer.beta
         dropped = super().forward(raw)
