@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.dropout import FusedRNNDropout
+from fastreg.dropout import FusedRNNDropout, Waiting
 from fastreg.penalty import fused_ar_tar
 from fastreg.reference import ARTAR
 
@@ -27,10 +27,14 @@ class Part(NamedTuple):
     taken_of: tuple[float, ...] = ()  # the coefficients, and the versions of the activations
 
     @classmethod
-    def take(cls, dropout: FusedRNNDropout, raw: Any, dropped: Any) -> Part:
-        """The part of the dropout's last forward."""
-        part = cls(raw, raw if dropout.ar_of == "raw" else dropped, dropout.batch_first, taken=dropout.take())
-        return part._replace(taken_of=part._state(dropout.alpha, dropout.beta))
+    def take(cls, dropout: FusedRNNDropout, waiting: Waiting | None, raw: Any, dropped: Any) -> Part:
+        """The part of a dropout that put out `dropped`, with what waited in it where that is of these very tensors."""
+        part = cls(raw, raw if dropout.ar_of == "raw" else dropped, dropout.batch_first)
+        if (
+            waiting is None or waiting.raw is not raw or waiting.dropped is not dropped
+        ):  # hooks and subclasses change it
+            return part
+        return part._replace(taken=waiting.terms, taken_of=part._state(*waiting.coefficients))
 
     def penalty(self, alpha: float, beta: float) -> ARTAR:
         """What was taken along, if that is still it, else formed now."""
@@ -70,18 +74,15 @@ class Attachment:
     def __init__(self, owner: Owner, rnn: nn.LSTM | nn.GRU | nn.RNN, dropout: nn.Module | None) -> None:
         self.rnn, self.dropout = rnn, dropout
         self.captures: list[_Capture] = []
-        self._owner = weakref.ref(owner)  # without it, nobody would empty the captures
+        self._owner = weakref.ref(owner, lambda _: self.clear())  # without it, nobody would empty the captures
         self._hooks = [rnn.register_forward_hook(self._after_rnn)]
         if dropout is not None:
             self._hooks.append(dropout.register_forward_hook(self._after_dropout, with_kwargs=True))
-        self._own: tuple[float, float] | None = None  # the coefficients that the dropout gets back
         if isinstance(dropout, FusedRNNDropout):
             self._hooks.append(dropout.register_forward_pre_hook(self._before_dropout))
-            shared = [one for one in owner._attached if one.dropout is dropout]
-            self._own = shared[0]._own if shared else (dropout.alpha, dropout.beta)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"rnn": None, "dropout": None, "captures": [], "_owner": _nobody, "_hooks": [], "_own": None}
+        return {"rnn": None, "dropout": None, "captures": [], "_owner": nobody, "_hooks": []}
 
     def __enter__(self) -> Attachment:
         return self
@@ -90,21 +91,19 @@ class Attachment:
         self.remove()
 
     def remove(self) -> None:
-        """Take the hooks off, drop what they captured, and give a `FusedRNNDropout` its own coefficients back."""
+        """Take the hooks off, and drop what they captured."""
         for hook in self._hooks:
             hook.remove()
         self.clear()
-        if isinstance(self.dropout, FusedRNNDropout) and self._own is not None:
-            (self.dropout.alpha, self.dropout.beta), self._own = self._own, None
-        owner = self._owner()
-        if owner is not None and self in owner._attached:
+        owner, self._owner = self._owner(), nobody
+        if owner is not None:
             owner._attached.remove(self)
 
     def clear(self) -> None:
         """Drop what is captured."""
         self.captures.clear()
         if isinstance(self.dropout, FusedRNNDropout):
-            self.dropout.take()
+            self.dropout._waiting = self.dropout._lent = None
 
     def _after_rnn(self, rnn: nn.Module, _: Any, output: Any) -> None:
         in_backward = torch._C._current_graph_task_id() != -1  # torch.compile breaks its graph here, as it must
@@ -125,9 +124,9 @@ class Attachment:
     def _before_dropout(self, dropout: Any, _: Any) -> None:
         owner = self._owner()
         if owner is not None and dropout.training:
-            dropout.alpha, dropout.beta = owner.alpha, owner.beta
+            dropout._lent = owner.alpha, owner.beta
 
-    def _after_dropout(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after_dropout(self, dropout: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         for capture in self.captures:
             raw, data = capture.raw, _data(capture.raw)
             if any(x is raw or x is data for x in (*args, *kwargs.values())):
@@ -135,13 +134,14 @@ class Attachment:
                 capture.dropped = raw._replace(data=output) if packed else output  # pyright: ignore
                 capture.versions.append((_data(output), _data(output)._version))
                 capture.grad_enabled &= torch.is_grad_enabled()
-                if isinstance(self.dropout, FusedRNNDropout):
-                    if packed:  # which it took for one sequence
+                if isinstance(dropout, FusedRNNDropout):
+                    waiting, dropout._waiting = dropout._waiting, None
+                    if packed and waiting is not None:  # it took the rows for one sequence
                         raise TypeError(
                             "FusedRNNDropout: expected the RNN's output as a tensor, got the data of a PackedSequence, "
                             "whose rows are of several sequences; use another dropout with packed sequences"
                         )
-                    capture.part = Part.take(self.dropout, raw, output)
+                    capture.part = Part.take(dropout, waiting, raw, capture.dropped)
 
     def parts(self, loss: Tensor) -> list[Part]:
         """What this step's runs add to the loss."""
@@ -173,8 +173,8 @@ class Attachment:
             )
 
 
-def _nobody() -> None:
-    """The owner of an attachment's copy."""
+def nobody() -> None:
+    """The owner of a copy, or of what was removed."""
 
 
 def _data(x: Any) -> Tensor:

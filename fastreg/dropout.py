@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -228,12 +228,21 @@ def _gradient_formula(
     return sum(parts[1:], parts[0]) if parts else torch.zeros_like(raw)
 
 
+class Waiting(NamedTuple):
+    """The penalty of a forward, and what it was formed of."""
+
+    terms: ARTAR
+    raw: Tensor
+    dropped: Tensor
+    coefficients: tuple[float, float]
+
+
 class FusedRNNDropout(nn.Module):
     """Variational dropout that takes AR and TAR along, in the place of fastai's `RNNDropout` or a `LockedDropout`.
 
-    The penalty of the last forward in training waits in the module until `take()`. It is part of neither the
-    state dict nor a copy or pickle of the module. Under activation checkpointing use `use_reentrant=False`: a reentrant
-    one runs the forward without gradients, and the penalty has none.
+    The penalty of the last forward in training waits in the module until `take()`, with its input and output. It is
+    part of neither the state dict nor a copy or pickle of the module. Under activation checkpointing use
+    `use_reentrant=False`: a reentrant one runs the forward without gradients, and the penalty has none.
 
     Args:
         p: the probability to drop a unit, from 0 to below 1.
@@ -264,24 +273,26 @@ class FusedRNNDropout(nn.Module):
         self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
         check_options(batch_first)
         self.batch_first, self.ar_of = batch_first, ar_of
-        self._waiting: ARTAR | None = None
+        self._waiting: Waiting | None = None
+        self._lent: tuple[float, float] | None = None  # coefficients of a regularizer, for one forward
 
     def forward(self, raw: Tensor) -> Tensor:
         """Drop units of `raw`, `(batch, time, hidden)`, in training; give `raw` itself in evaluation."""
-        self._waiting = None
+        coefficients = self._lent or (self.alpha, self.beta)
+        self._waiting = self._lent = None
         if not self.training:
             return raw
         options = self.ar_of == "raw", self.batch_first, None, "mean"
-        dropped, terms = _drop(raw, self.p, self.alpha, self.beta, True, None, *options)
+        dropped, terms = _drop(raw, self.p, *coefficients, True, None, *options)
         # Inside a backward checkpointing recomputes. torch.compile cannot ask, and refuses to checkpoint this module.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self._waiting = terms
+            self._waiting = Waiting(terms, raw, dropped, coefficients)
         return dropped
 
     def take(self) -> ARTAR | None:
         """Hand out the penalty of the last forward, once; `None` if there is none or that was in evaluation."""
-        taken, self._waiting = self._waiting, None
-        return taken
+        waiting, self._waiting = self._waiting, None
+        return None if waiting is None else waiting.terms
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
@@ -290,4 +301,4 @@ class FusedRNNDropout(nn.Module):
         return ", ".join([f"p={self.p:g}, alpha={self.alpha:g}, beta={self.beta:g}", *extra])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_waiting": None}
+        return {**self.__dict__, "_waiting": None, "_lent": None}

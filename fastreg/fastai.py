@@ -19,6 +19,7 @@ from fastai.learner import Learner, ValueMetric
 from fastai.text.models.awdlstm import RNNDropout
 from fastai.text.models.core import LinearDecoder, SentenceEncoder
 from fastai.torch_core import find_bs
+from fastcore.foundation import L
 from torch import Tensor
 
 from fastreg import output_dropout
@@ -60,17 +61,31 @@ class _Column(_Unfused, ValueMetric):
         return ValueMetric(noop, self.name)
 
 
+class _Metrics(_Unfused, L):
+    """A learner's metrics and the columns, while it is fitted: a fit that was cut off leaves them there."""
+
+    def stock(self) -> Any:
+        """The learner's own."""
+        return _others(self)
+
+
 class RNNCallback(_Unfused, stock.RNNCallback):
     """Hands on the true output; `raw_out` and `out`, `(batch, time, hidden)`, stay until the next batch.
 
     Raises:
         TypeError: the model cannot be reset, or returns anything else than `(decoded, raw, dropped)`.
+        RuntimeError: the learner has another `RNNCallback`, this module's or fastai's.
     """
 
     learn: Any
     raw_out = out = None
 
     def before_fit(self) -> None:
+        if sum(isinstance(cb, stock.RNNCallback) for cb in self.learn.cbs) > 1:
+            raise RuntimeError(
+                "the learner has more than one RNNCallback, and the first leaves the others no activations: keep one, "
+                "learn.remove_cb(learn.rnn)"
+            )
         resets = any(isinstance(cb, stock.ModelResetter) for cb in self.learn.cbs)
         if resets and not hasattr(self.learn.model, "reset"):
             raise TypeError(
@@ -85,7 +100,7 @@ class RNNCallback(_Unfused, stock.RNNCallback):
 
     def stock(self) -> Any:
         """Fastai's own in its place."""
-        return _belonging(stock.RNNCallback(), self.learn)
+        return _alike(stock.RNNCallback(), self)
 
     def after_pred(self) -> None:
         output = self.learn.pred
@@ -104,8 +119,8 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
     epoch's training batches by batch size. `bptt`, if given, has the optimizer step at its lr times `seq_len / bptt`,
     as AWD-LSTM does; `seq_len` is the second size of the batch. `mask_padding` leaves out what a text classifier
-    masks, the padding of its batches, in sums and divisors; fastai counts it in. All three and `alpha` and `beta` may
-    change while training.
+    masks, the padding of its batches, in sums and divisors; fastai counts it in. A pad id between other ids of a text
+    counts as a step. All three and `alpha` and `beta` may change while training.
 
     Raises:
         RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations.
@@ -118,6 +133,7 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
     def __init__(
         self, alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None, mask_padding: bool = False
     ) -> None:
+        output_dropout.check_flags(mask_padding=mask_padding)
         self.regularizer, self.mask_padding = Regularizer(alpha, beta, bptt=bptt), mask_padding
         self.columns = [_Column(partial(self._average, name), name) for name in ("ar", "tar")]
         self.totals, self.count = {}, 0  # of the terms, over the epoch's training batches
@@ -125,9 +141,14 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
     alpha = property(lambda self: self.regularizer.alpha, lambda self, value: setattr(self.regularizer, "alpha", value))
     beta = property(lambda self: self.regularizer.beta, lambda self, value: setattr(self.regularizer, "beta", value))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "learn" and value is None and self.learn is not None:  # removed, maybe after a fit that was cut off
+            output_dropout.link(self.learn.model, None)
+        super().__setattr__(name, value)
+
     def stock(self) -> Any:
         """Fastai's own in its place, which knows neither `bptt` nor a mask."""
-        return _belonging(stock.RNNRegularizer(self.alpha, self.beta), self.learn)
+        return _alike(stock.RNNRegularizer(self.alpha, self.beta), self)
 
     def before_fit(self) -> None:
         self._capture()
@@ -135,12 +156,14 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
             self._encoder()
         output_dropout.link(self.learn.model, self.regularizer)
         self.totals = {}
-        self.learn.metrics = [*self._other_metrics(), *self.columns]
+        self.learn.metrics = _Metrics([*_others(self.learn.metrics), *self.columns])
 
     def before_train(self) -> None:
         self.totals, self.count = {"ar": 0.0, "tar": 0.0}, 0
 
     def after_loss(self) -> None:
+        if not self.learn.training:  # with run_valid
+            return
         capture = self._capture()
         raw, out, lengths = capture.raw_out, capture.out, None
         if self.mask_padding:
@@ -172,7 +195,7 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
             self.after_fit()
 
     def after_fit(self) -> None:
-        self.learn.metrics = self._other_metrics()
+        self.learn.metrics = _others(self.learn.metrics)
         self.regularizer.clear()
         output_dropout.link(self.learn.model, None)
 
@@ -191,9 +214,6 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
             f"{type(self.learn.model).__name__}"
         )
 
-    def _other_metrics(self) -> list[Any]:
-        return [metric for metric in self.learn.metrics if metric not in self.columns]
-
     def _average(self, name: str) -> Any:
         if self.learn is None:  # removed, after a fit that was cut off
             return None
@@ -201,15 +221,21 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
         return None if validation or not self.count else self.totals[name] / self.count
 
 
+def _others(metrics: Any) -> Any:
+    return L(metric for metric in metrics if not isinstance(metric, _Column))
+
+
 def _aligned(x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
     """`(batch, time, hidden)` with its sequences moved to the front, and their lengths.
 
-    Fastai pads a text by whole chunks before it, and by what is less than one behind it.
+    Fastai pads a text by whole chunks before it, and by what is less than one behind it. The text goes from the first
+    step that is not padding to the last.
     """
-    there = ~padding.as_subclass(Tensor)
+    there = (~padding.as_subclass(Tensor)).int()
     steps = torch.arange(x.shape[1], device=x.device)
-    index = (steps + there.int().argmax(1, keepdim=True)) % x.shape[1]
-    return x.gather(1, index.unsqueeze(-1).expand_as(x)), there.sum(1)
+    first, behind = there.argmax(1), there.flip(1).argmax(1)
+    index = (steps + first.unsqueeze(1)) % x.shape[1]
+    return x.gather(1, index.unsqueeze(-1).expand_as(x)), (x.shape[1] - behind - first) * there.amax(1)
 
 
 def rnn_cbs(
@@ -217,14 +243,15 @@ def rnn_cbs(
 ) -> list[Callback]:
     """The callbacks for RNN training, in the place of fastai's `rnn_cbs`; see `RNNRegularizer`."""
     cbs = [stock.ModelResetter(), RNNCallback()]
-    wanted = alpha or beta or bptt is not None
-    return [*cbs, RNNRegularizer(alpha, beta, bptt, mask_padding)] if wanted else cbs
+    regularizer = RNNRegularizer(alpha, beta, bptt, mask_padding)  # checks the arguments
+    return [*cbs, regularizer] if alpha or beta or bptt is not None else cbs
 
 
 def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> Learner:
     """Swap fastai's `RNNCallback` and `RNNRegularizer` for this module's, in place, and return the learner.
 
-    Coefficients and order stay. Subclasses of them are left alone, and so is what is fused already.
+    Coefficients and order stay, and `run_train` and `run_valid`. Subclasses of them are left alone, and so is what is
+    fused already. Where an error is raised, nothing is swapped.
 
     Args:
         learn: the learner.
@@ -233,26 +260,35 @@ def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> L
         mask_padding: leave the padding of a text classifier's batches out, which fastai counts in.
 
     Raises:
-        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout.
+        TypeError: an argument is not as described.
+        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout, or what it has is out of range.
     """
-    if not any(type(cb) in (stock.RNNRegularizer, RNNRegularizer) for cb in learn.cbs):
-        raise ValueError("fuse: the learner has no RNNRegularizer; learn.add_cbs(fastreg.fastai.rnn_cbs(alpha, beta))")
-    decoders = _decoders(learn) if dropout else []
-    if dropout and not any(type(x.output_dp) in (RNNDropout, OutputDropout) for x in decoders):
+    output_dropout.check_fuse(learn, Learner, dropout=dropout, mask_padding=mask_padding)
+    regularizers = [cb for cb in learn.cbs if isinstance(cb, stock.RNNRegularizer)]
+    if not any(type(cb) in (stock.RNNRegularizer, RNNRegularizer) for cb in regularizers):
+        captured = any(isinstance(cb, stock.RNNCallback) for cb in learn.cbs)
+        advice = "add_cb(fastreg.fastai.RNNRegularizer" if captured else "add_cbs(fastreg.fastai.rnn_cbs"
         raise ValueError(
-            "fuse: dropout=True takes the place of the RNNDropout of a LinearDecoder, which fastai's language models "
-            f"end with; {type(learn.model).__name__} has none, fuse(learn) fuses the callbacks alone"
+            f"fuse: the learner's {type(regularizers[0]).__name__} is a subclass of RNNRegularizer, and left alone"
+            if regularizers
+            else f"fuse: the learner has no RNNRegularizer; learn.{advice}(alpha, beta))"
         )
-    for cb in list(learn.cbs):
+    decoders = output_dropout.swappable(learn.model, _decoders(learn), RNNDropout) if dropout else []
+    callbacks: list[tuple[Any, Any]] = []
+    for cb in learn.cbs:
         if type(cb) is stock.RNNCallback:
-            _swap(learn, cb, RNNCallback())
+            callbacks.append((cb, _alike(RNNCallback(), cb)))
         elif type(cb) is stock.RNNRegularizer:
-            _swap(learn, cb, RNNRegularizer(cb.alpha, cb.beta))
-    cb = next(cb for cb in learn.cbs if type(cb) is RNNRegularizer)
-    cb.mask_padding = cb.mask_padding or mask_padding
-    for decoder in decoders:
-        if type(decoder.output_dp) is RNNDropout:
-            decoder.output_dp = OutputDropout(decoder.output_dp, alpha=cb.alpha, beta=cb.beta)
+            callbacks.append((cb, _alike(RNNRegularizer(cb.alpha, cb.beta), cb)))
+    fused = [*learn.cbs, *(new for _, new in callbacks)]
+    regularizer = next(cb for cb in fused if type(cb) is RNNRegularizer)
+    options = {"alpha": regularizer.alpha, "beta": regularizer.beta}
+    dropouts = [OutputDropout(decoder.output_dp, **options) for decoder in decoders]
+    for old, new in callbacks:
+        _swap(learn, old, new)
+    for decoder, new in zip(decoders, dropouts, strict=True):
+        decoder.output_dp = new
+    regularizer.mask_padding = regularizer.mask_padding or mask_padding
     return learn
 
 
@@ -261,12 +297,17 @@ def unfuse(learn: Learner) -> Learner:
 
     Coefficients and order stay; `bptt` and `mask_padding` are lost, as fastai has neither. A learner that is not
     fused stays as it is.
+
+    Raises:
+        TypeError: `learn` is not a learner.
     """
+    output_dropout.check_fuse(learn, Learner)
     for cb in list(learn.cbs):
         if type(cb) is RNNRegularizer:
             cb.after_fit()  # which a fit that was cut off left out
         if type(cb) in (RNNCallback, RNNRegularizer):
             _swap(learn, cb, cb.stock())
+    learn.metrics = _others(learn.metrics)  # where the callback was removed after a fit that was cut off
     for decoder in _decoders(learn):
         if type(decoder.output_dp) is OutputDropout:
             decoder.output_dp = decoder.output_dp.original
@@ -283,6 +324,8 @@ def _swap(learn: Any, old: Any, new: Callback) -> None:
     learn.cbs[i], old.learn = learn.cbs.pop(), None
 
 
-def _belonging(cb: Callback, learn: Any) -> Callback:
-    cb.learn = learn
-    return cb
+def _alike(new: Callback, old: Callback) -> Callback:
+    """With the learner of the old one, and with what was set on it alone."""
+    names = {"learn", "order", "run_train", "run_valid"} & vars(old).keys()
+    vars(new).update({name: vars(old)[name] for name in names})
+    return new

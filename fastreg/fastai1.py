@@ -20,7 +20,7 @@ from fastai.callbacks import rnn as stock
 from fastai.text.models import LinearDecoder, RNNDropout
 from torch import Tensor
 
-from fastreg.output_dropout import OutputDropout, link
+from fastreg.output_dropout import OutputDropout, check_fuse, link, swappable
 from fastreg.regularizer import RNNRegularizer
 
 __all__ = ["RNNTrainer", "fuse", "unfuse"]
@@ -120,27 +120,28 @@ def fuse(learn: Learner, dropout: bool = False) -> Learner:
             `fastreg.FusedRNNDropout`, which takes the penalty along. As with fastai v1, AR is of its input.
 
     Raises:
-        ValueError: the learner has no `RNNTrainer`, or its model no such dropout.
+        TypeError: an argument is not as described.
+        ValueError: the learner has no `RNNTrainer`, or its model no such dropout, or what it has is out of range.
     """
-    if not any(type(cb) in (stock.RNNTrainer, RNNTrainer) for cb in learn.callbacks):
+    check_fuse(learn, Learner, dropout=dropout)
+    trainers = [cb for cb in learn.callbacks if isinstance(cb, (stock.RNNTrainer, RNNTrainer))]
+    cb = next((cb for cb in trainers if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
+    if cb is None:
         raise ValueError(
-            "fuse: the learner has no RNNTrainer; learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
+            f"fuse: the learner's {type(trainers[0]).__name__} is a subclass of RNNTrainer, and left alone"
+            if trainers
+            else "fuse: the learner has no RNNTrainer; "
+            "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
-    decoders = _decoders(learn) if dropout else []
-    if dropout and not any(type(x.output_dp) in (RNNDropout, OutputDropout) for x in decoders):
-        raise ValueError(
-            "fuse: dropout=True takes the place of the RNNDropout of a LinearDecoder, which fastai's language models "
-            f"end with; {type(learn.model).__name__} has none, fuse(learn) fuses the callback alone"
-        )
+    decoders = swappable(learn.model, _decoders(learn), RNNDropout) if dropout else []
+    options = {"alpha": cb.alpha, "beta": cb.beta, "batch_first": TIME_AXIS == 1, "ar_of": "raw"}
+    dropouts = [OutputDropout(decoder.output_dp, **options) for decoder in decoders]
     for i, cb in enumerate(learn.callbacks):
         if type(cb) is stock.RNNTrainer:
             bptt, adjust = vars(cb).get("bptt"), vars(cb).get("adjust", False)
             learn.callbacks[i] = RNNTrainer(learn, bptt, cb.alpha, cb.beta, adjust)
-    cb = next(cb for cb in learn.callbacks if type(cb) is RNNTrainer)
-    options = {"alpha": cb.alpha, "beta": cb.beta, "batch_first": TIME_AXIS == 1, "ar_of": "raw"}
-    for decoder in decoders:
-        if type(decoder.output_dp) is RNNDropout:
-            decoder.output_dp = OutputDropout(decoder.output_dp, **options)
+    for decoder, new in zip(decoders, dropouts, strict=True):
+        decoder.output_dp = new
     return learn
 
 
@@ -149,7 +150,11 @@ def unfuse(learn: Learner) -> Learner:
 
     The coefficients and the place stay; `bptt` and `adjust` are lost in a release whose `RNNTrainer` has none. A
     learner that is not fused stays as it is.
+
+    Raises:
+        TypeError: `learn` is not a learner.
     """
+    check_fuse(learn, Learner)
     known = {"bptt", "alpha", "beta", "adjust"} & inspect.signature(stock.RNNTrainer).parameters.keys()
     for i, cb in enumerate(learn.callbacks):
         if type(cb) is RNNTrainer:

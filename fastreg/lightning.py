@@ -29,8 +29,8 @@ class ActivationRegularization(Callback):
     """Adds `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
 
     Lightning scales, accumulates and clips the sum as it would the loss. What the module itself logs stays free of
-    the penalties; `ar` and `tar` are logged beside it, as means over the steps of an epoch. If the module has a
-    `reset()`, it is called when an epoch of training or validation starts.
+    the penalties; `ar` and `tar` are logged beside it, as means over the steps of an epoch, and over the callbacks
+    where there are several. If the module has a `reset()`, it is called when an epoch of training or validation starts.
 
         Trainer(callbacks=[ActivationRegularization(2.0, 1.0, rnn="encoder.lstm", dropout="drop")])
 
@@ -79,12 +79,13 @@ class ActivationRegularization(Callback):
         for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
             after = None if dropout is None else _find(pl_module, "dropout", dropout)
             self._undo.enter_context(self.regularizer.attach(_find(pl_module, "rnn", rnn), after))
-        training_step, own = pl_module.training_step, "training_step" in vars(pl_module)
-        pl_module.training_step = _RegularizedStep(training_step, partial(self._regularize, pl_module))
-        if own:  # of a module that Lightning compiles
-            self._undo.callback(setattr, pl_module, "training_step", training_step)
-        else:
-            self._undo.callback(delattr, pl_module, "training_step")
+        if not isinstance(
+            pl_module.training_step, _RegularizedStep
+        ):  # one for all callbacks, which may end in any order
+            pl_module.training_step = _RegularizedStep(pl_module)
+        regularize = partial(self._regularize, pl_module)
+        pl_module.training_step.regularize.append(regularize)
+        self._undo.callback(pl_module.training_step.remove, regularize)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was."""
@@ -118,12 +119,26 @@ class ActivationRegularization(Callback):
 class _RegularizedStep:
     """`training_step` with the penalty in its loss. A copy or a pickle of the module gets its own plain step back."""
 
-    def __init__(self, step: Any, regularize: Callable[[Any], Any]) -> None:
-        update_wrapper(self, step)  # Lightning reads its signature
-        self.step, self.regularize = step, regularize
+    def __init__(self, pl_module: Any) -> None:
+        self.own = "training_step" in vars(pl_module)  # of a module that Lightning compiles
+        self.step = pl_module.training_step
+        update_wrapper(self, self.step)  # Lightning reads its signature
+        self.pl_module = pl_module
+        self.regularize: list[Callable[[Any], Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.regularize(self.step(*args, **kwargs))
+        output = self.step(*args, **kwargs)
+        for regularize in self.regularize:
+            output = regularize(output)
+        return output
+
+    def remove(self, regularize: Callable[[Any], Any]) -> None:
+        """Leave out a callback's penalty; without any, the module gets its own step back."""
+        self.regularize.remove(regularize)
+        if not self.regularize:
+            del self.pl_module.training_step
+            if self.own:
+                self.pl_module.training_step = self.step
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if not isinstance(self.step, MethodType):

@@ -161,20 +161,21 @@ class RNNRegularizer:
         before `torch.compile`, as hooks that come later do not fire in compiled code.
 
         A step is what lies between two calls of `on_backward_begin`. An RNN that runs several times in it adds a
-        penalty for each run that the loss depends on; other runs, as of an earlier step that failed, are dropped.
-        Runs in evaluation, or inside a backward (activation checkpointing recomputes there), are not captured.
+        penalty for each run that the loss depends on; other runs, as of an earlier step that failed, are dropped. A
+        single run adds its penalty whether or not the loss depends on it. Runs in evaluation, or inside a backward
+        (activation checkpointing recomputes there), are not captured.
 
         Args:
             rnn: an `nn.LSTM`, `nn.GRU` or `nn.RNN`.
             dropout: any module whose input is the very tensor that the RNN returns; what else it is used for does
                 not matter. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty itself, with the
-                regularizer's coefficients in the place of its own until `remove()`.
+                regularizer's coefficients in the place of its own until `remove()`, and takes no packed data.
 
         Returns:
             A handle with `remove()`; as a context manager it removes itself at the end.
 
         Raises:
-            TypeError: an argument is anything else.
+            TypeError: an argument is anything else; in a step, a `FusedRNNDropout` is given packed data.
             ValueError: a `FusedRNNDropout` has another layout than the RNN.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use.
         """

@@ -355,6 +355,16 @@ def results() -> dict[str, Any]:
     other = learner()
     other.model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     found["no dropout"] = message(fuse, other, True), type(other.callbacks[-1]) is Stock
+    sub, class_of = learner(), type("Mine", (Stock,), {})
+    sub.callbacks[-1].__class__ = class_of
+    found["subclass"] = message(fuse, sub)
+    other = learner()
+    other.model[1].output_dp.__class__ = type("Dropped", (type(other.model[1].output_dp),), {})
+    found["subclass of the dropout"] = message(fuse, other, True)
+    found["types"] = [message(fuse, None), message(unfuse, None), message(fuse, learner(), 0.5)]
+    bad = learner()
+    bad.model[1].output_dp.p = 1.0
+    found["nothing swapped"] = message(fuse, bad, True), type(bad.callbacks[-1]) is Stock
     if release != "1.0.36":  # which halves the token ids, too
         found["written, scaled"] = trained(scaled(with_trainer(Written, 16, adjust=False)))
         found["fused, scaled"] = trained(scaled(fuse(learner())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import subprocess
 import sys
 import warnings
@@ -33,11 +34,12 @@ with warnings.catch_warnings():
     from fastai.optimizer import OptimWrapper
     from fastai.text.data import LMDataLoader, LMTensorText, TensorText, pad_chunk
     from fastai.text.learner import TextLearner, get_text_classifier, language_model_learner
-    from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config
+    from fastai.text.models.awdlstm import AWD_LSTM, RNNDropout, awd_lstm_clas_config, awd_lstm_lm_config
     from fastai.torch_core import set_seed
 
     from fastreg import FusedRNNDropout, attachment
     from fastreg import RNNRegularizer as Regularizer
+    from fastreg import fastai as adapter
     from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
     from fastreg.output_dropout import link
 
@@ -234,6 +236,16 @@ def test_padding_of_text_classifiers(tmp_path: Path, max_len: int | None) -> Non
     assert (truth.grad[~truth.there] == 0).all()
     assert truth.grad[truth.there].abs().sum() > 0
     assert gap(trained(fuse(learner(), mask_padding=True)), trained(fuse(learner()))) > 1e-3
+
+
+def test_masked_padding_goes_from_the_first_step_to_the_last() -> None:
+    """A pad id amid a text is a step of it."""
+    there = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]).bool()
+    x = torch.randn(4, 6, 2)
+    aligned, lengths = adapter._aligned(x, ~there)
+    assert lengths.tolist() == [4, 6, 0, 1]
+    for i, (start, stop) in {0: (1, 5), 1: (0, 6), 3: (5, 6)}.items():
+        assert torch.equal(aligned[i, : stop - start], x[i, start:stop])
 
 
 def test_masked_padding_wants_a_text_classifier(make: Callable[..., Learner]) -> None:
@@ -453,7 +465,7 @@ def test_nothing_is_held(make: Callable[..., Learner], dropout: bool, what: str)
     if what == "interrupted":
         learn.loss_grad = None  # the learner's own: a graph that no backward freed
     if dropout:
-        assert learn.model[1].output_dp.regularizer is None
+        assert learn.model[1].output_dp.linked() is None
     gc.collect()
     assert alive
     assert not [ref for ref in alive if ref() is not None]
@@ -487,6 +499,7 @@ learn = load_learner(file)
 print(*(type(cb).__module__ + "." + type(cb).__name__ for cb in learn.cbs))
 print(type(learn.model[1].output_dp).__module__, learn.model[1].output_dp.p)
 print(learn.rnn_regularizer.alpha, learn.rnn_regularizer.beta, learn.rnn in list(learn.cbs))
+print(len(learn.metrics))
 """
 
 
@@ -507,17 +520,19 @@ def test_exports_load_without_fastreg(make: Callable[..., Learner], dropout: boo
     command = [sys.executable, "-c", LOAD, "learner.pkl", Ids.__module__]
     done = subprocess.run(command, capture_output=True, text=True, cwd=learn.path)
     assert done.returncode == 0, done.stderr[-2000:]
-    kinds, dropped, coefficients = done.stdout.strip().split("\n")
+    kinds, dropped, coefficients, metrics = done.stdout.strip().split("\n")
     assert [kind.split(".")[-1] for kind in kinds.split()] == [type(cb).__name__ for cb in cbs]
     assert all(kind.startswith("fastai.") for kind in kinds.split())
     assert dropped == f"fastai.text.models.awdlstm {make().model[1].output_dp.p}"
     assert coefficients == f"{ALPHA} {BETA} True"
+    assert metrics == "0"  # no columns
 
     again = load_learner(learn.path / "learner.pkl")
     assert gap(weights(again), expected) == 0
     again.dls = learn.dls
     learn.save("now")
     assert gap(trained(fuse(again, dropout), 1), trained(learn.load("now"), 1, reset_opt=True)) < 1e-5
+    assert again.recorder.metric_names == ["epoch", "train_loss", "valid_loss", "ar", "tar", "time"]
 
 
 def test_deep_copies_stay_fused(make: Callable[..., Learner], formed: list[Any]) -> None:
@@ -593,6 +608,19 @@ def test_unfuse_takes_the_columns_of_a_fit_that_was_cut_off(make: Callable[..., 
     assert learn.model[1].output_dp.training
 
 
+def test_a_callback_removed_after_a_fit_that_was_cut_off(make: Callable[..., Learner]) -> None:
+    learn = fuse(make(metrics=accuracy), dropout=True)
+    orphan = learn.rnn_regularizer
+    with pytest.raises(KeyboardInterrupt):
+        trained(learn, cbs=Stop())
+    assert learn.model[1].output_dp.linked() is orphan.regularizer
+    learn.remove_cb(orphan)
+    assert learn.model[1].output_dp.linked() is None
+    assert copy.deepcopy(learn.metrics).attrgot("name") == ["accuracy", "ar", "tar"]
+    assert pickle.loads(pickle.dumps(learn.metrics)).attrgot("name") == ["accuracy"]
+    assert unfuse(learn).metrics.attrgot("name") == ["accuracy"]
+
+
 @pytest.mark.parametrize("p", [0.0, 0.6])
 def test_the_class_of_a_tensor_stays(make: Callable[..., Learner], p: float, formed: list[Any]) -> None:
     learn, regularizer = make(), Regularizer(ALPHA, BETA)
@@ -651,8 +679,81 @@ def test_subclasses_and_stock_captures_stay(make: Callable[..., Learner]) -> Non
 
 
 def test_fuse_refuses_a_learner_without_a_regularizer(make: Callable[..., Learner]) -> None:
-    with pytest.raises(ValueError, match=r"fuse: the learner has no RNNRegularizer; learn\.add_cbs\(.*rnn_cbs"):
-        fuse(make(0, 0))
+    learn, advice = make(0, 0), r"fuse: the learner has no RNNRegularizer; learn\."
+    with pytest.raises(ValueError, match=advice + r"add_cb\(fastreg\.fastai\.RNNRegularizer\(alpha, beta\)\)$"):
+        fuse(learn)
+    learn.add_cb(RNNRegularizer(ALPHA, BETA))
+    assert gap(trained(fuse(learn)), trained(make())) < 1e-5
+    with pytest.raises(ValueError, match=advice + r"add_cbs\(fastreg\.fastai\.rnn_cbs\(alpha, beta\)\)$"):
+        fuse(make(0, 0).remove_cb(stock.RNNCallback))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_fuse_names_the_subclass_that_it_leaves_alone(make: Callable[..., Learner], own: bool) -> None:
+    class Mine(RNNRegularizer if own else stock.RNNRegularizer):
+        pass
+
+    learn = by_hand(make(), *stock.rnn_cbs(), Mine(ALPHA, BETA))
+    with pytest.raises(ValueError, match=r"fuse: the learner's Mine is a subclass of RNNRegularizer, and left alone"):
+        fuse(learn)
+    assert type(learn.rnn) is stock.RNNCallback
+
+
+def test_fuse_names_the_dropout_that_it_leaves_alone(make: Callable[..., Learner]) -> None:
+    class Mine(RNNDropout):
+        pass
+
+    learn = make()
+    learn.model[1].output_dp = Mine(0.1)
+    with pytest.raises(ValueError, match=r"dropout=True takes the place of .*; Mine is a subclass, left alone, and"):
+        fuse(learn, dropout=True)
+
+
+@pytest.mark.parametrize("wrong", ["p", "alpha"])
+def test_fuse_swaps_all_or_nothing(make: Callable[..., Learner], wrong: str) -> None:
+    learn = make()
+    if wrong == "p":
+        learn.model[1].output_dp.p = 1.0
+    else:
+        learn.rnn_regularizer.alpha = -1.0
+    cbs, dropout = list(learn.cbs), learn.model[1].output_dp
+    with pytest.raises(ValueError, match=f"{wrong}: expected"):
+        fuse(learn, dropout=True)
+    assert all(a is b for a, b in zip(learn.cbs, cbs, strict=True))
+    assert all(cb.learn is learn for cb in cbs)
+    assert learn.rnn_regularizer in cbs
+    assert learn.model[1].output_dp is dropout
+
+
+def test_what_is_set_on_a_callback_stays(make: Callable[..., Learner]) -> None:
+    learn = make()
+    learn.rnn.order = 7
+    learn.rnn_regularizer.run_train, learn.rnn_regularizer.run_valid = False, True
+    for swap in (fuse, unfuse):
+        swap(learn)
+        assert (learn.rnn.order, learn.rnn_regularizer.order) == (7, stock.RNNRegularizer.order)
+        assert (learn.rnn_regularizer.run_train, learn.rnn_regularizer.run_valid) == (False, True)
+    learn.rnn.order = 0
+    assert gap(trained(fuse(learn)), trained(make(0, 0))) < 1e-5
+    learn = make()
+    learn.rnn_regularizer.run_valid = True  # and adds nothing to validation
+    assert gap(trained(fuse(learn)), trained(make())) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda learn: fuse(learn, dropout=0.5), "dropout: expected True or False, got 0.5"),
+        (lambda learn: fuse(learn, mask_padding="no"), "mask_padding: expected True or False, got 'no'"),
+        (lambda _: RNNRegularizer(1.0, mask_padding=1), "mask_padding: expected True or False, got 1"),
+        (lambda _: rnn_cbs(mask_padding="no"), "mask_padding: expected True or False, got 'no'"),
+        (lambda _: fuse(None), "learn: expected a Learner, got NoneType"),
+        (lambda learn: unfuse(learn.model), "learn: expected a Learner, got SequentialRNN"),
+    ],
+)
+def test_types_are_checked(make: Callable[..., Learner], call: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(make())
 
 
 class Model(nn.Module):
@@ -682,8 +783,15 @@ class Model(nn.Module):
         ),
         (Model(False), rnn_cbs(2, 1), TypeError, r"Model has no reset\(\), which ModelResetter calls: give it one"),
         (Model(True), [RNNRegularizer(2, 1)], RuntimeError, r"no RNNCallback captures the activations: add one"),
+        (
+            Model(True),
+            [*stock.rnn_cbs(), *rnn_cbs(2, 1)],
+            RuntimeError,
+            r"more than one RNNCallback, .*learn\.remove_cb",
+        ),
+        (Model(True), [*rnn_cbs(2, 1), RNNCallback()], RuntimeError, r"more than one RNNCallback, .*learn\.remove_cb"),
     ],
-    ids=["plain output", "no reset", "no capture"],
+    ids=["plain output", "no reset", "no capture", "two captures", "two of ours"],
 )
 def test_errors_say_what_to_do(
     make: Callable[..., Learner], model: nn.Module, cbs: list[Callback], error: type[Exception], match: str
@@ -691,6 +799,14 @@ def test_errors_say_what_to_do(
     learn = Learner(make().dls, model, CrossEntropyLossFlat(), cbs=cbs)
     with pytest.raises(error, match=match), learn.no_bar(), learn.no_logging():
         learn.fit(1)
+
+
+def test_the_advice_on_two_captures(make: Callable[..., Learner]) -> None:
+    learn = make(0, 0).add_cbs(rnn_cbs(ALPHA, BETA))
+    with pytest.raises(RuntimeError, match="more than one RNNCallback"):
+        trained(learn)
+    learn.remove_cb(learn.rnn)
+    assert gap(trained(learn), trained(make())) < 1e-5
 
 
 def test_models_without_state_need_no_resetter(make: Callable[..., Learner]) -> None:

@@ -275,6 +275,58 @@ def test_several_rnns() -> None:
     assert_same(module, written_out)
 
 
+class Pair(Module):
+    """Two RNNs, each the output of which is regularized with a beta of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        raw, _ = self.encoder["lstm"](self.encoder["embedding"](batch))
+        last, _ = self.second(raw)
+        loss = F.cross_entropy(self.decoder(last).flatten(0, 1), batch.flatten())
+        tars = [x.diff(dim=1).pow(2).mean() for x in (raw, last)]
+        self.penalties.append(torch.stack(tars).detach())
+        return loss + 3 * tars[0] + 5 * tars[1] if self.regularized else loss
+
+
+class PairFormula(Pair):
+    regularized = True
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_two_callbacks(own: bool) -> None:
+    module, written_out = made(Pair), made(PairFormula)
+    if own:
+        module.training_step = partial(module.training_step, batch_idx=0)
+    step = module.training_step
+    callbacks = [callback(0.0, 3.0, dropout=None), callback(0.0, 5.0, rnn="second", dropout=None)]
+    for _ in range(2):
+        logged = fit(module, *callbacks).callback_metrics
+        assert module.training_step == step
+        assert ("training_step" in vars(module)) == own
+        assert not module.encoder["lstm"]._forward_hooks
+        torch.testing.assert_close(logged["tar"], torch.stack(module.penalties[-6:]).mean())
+        fit(written_out)
+    assert_same(module, written_out)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_callbacks_end_in_any_order(order: tuple[int, int]) -> None:
+    module = made(Pair)
+    callbacks = [callback(dropout=None), callback(rnn="second", dropout=None)]
+    for one in callbacks:
+        one.on_fit_start(None, module)
+    first, last = (callbacks[i] for i in order)
+    first.teardown(None, module, "fit")
+    first.teardown(None, module, "fit")  # twice is once
+    assert "training_step" in vars(module)
+    last.teardown(None, module, "fit")
+    assert "training_step" not in vars(module)
+    assert not module.second._forward_hooks
+
+
 def test_modules_made_late() -> None:
     class Late(Formula):
         regularized = False

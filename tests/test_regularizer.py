@@ -689,7 +689,7 @@ def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
     dropout = FusedRNNDropout(0.3, 0.25, 0.5)
     reg = regularizer(layers="all")
     handles = [reg.attach(rnns[0], dropout)]
-    dropout(rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0])  # takes on the regularizer's coefficients
+    dropout(rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0])
     reg.clear()
     handles.append(reg.attach(rnns[1], dropout))
     raws = [rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0]]
@@ -715,6 +715,76 @@ def test_two_regularizers_of_one_dropout() -> None:
     _, raw, dropped = model.activations(tokens())
     torch.testing.assert_close(penalty_of(one), formula(raw, dropped, 1))
     torch.testing.assert_close(penalty_of(other), 3 * dropped.pow(2).mean() + 5 * raw.diff(dim=1).pow(2).mean())
+
+
+class Changed(FusedRNNDropout):
+    """Whose output is not what the dropout itself put out, or its input not what the RNN did."""
+
+    changed = "output"
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return super().forward(raw) * 1.5 if self.changed == "output" else super().forward(raw * 1.5)
+
+
+@pytest.mark.parametrize("how", ["hook", "output", "input"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_only_the_penalty_of_the_very_output_is_taken(how: str, batch_first: bool) -> None:
+    model = seeded(lambda: Fused(batch_first=batch_first))
+    if how == "hook":
+        model.dropout.register_forward_hook(lambda _m, _i, output: output * 2)
+    else:
+        model.dropout = Changed(0.3, batch_first=batch_first)
+        model.dropout.changed = how
+    reg = attached(model)
+    _, raw, dropped = model.activations(tokens())
+    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, int(batch_first)))
+    assert model.dropout.take() is None
+
+
+def test_an_attached_dropout_keeps_its_own_coefficients() -> None:
+    model = seeded(Fused)
+    model.dropout.alpha, model.dropout.beta = 0.25, 0.5
+    one, other = regularizer(), RNNRegularizer(3.0, 5.0)
+    handles = [reg.attach(model.rnn, model.dropout) for reg in (one, other)]
+
+    def own(dropout: FusedRNNDropout) -> bool:
+        """Whether a forward without hooks is of its own coefficients."""
+        raw = torch.randn(BATCH, TIME, HIDDEN)
+        dropped = dropout.forward(raw)
+        want = 0.25 * dropped.pow(2).mean() + 0.5 * raw.diff(dim=1).pow(2).mean()
+        taken = dropout.take()
+        return taken is not None and torch.isclose(taken.penalty, want).item() is True
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    model(tokens())
+    assert own(copy.deepcopy(model.dropout))
+    assert own(pickle.loads(pickle.dumps(model.dropout)))
+    assert own(model.dropout)
+    hook = model.dropout.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        model(tokens())
+    hook.remove()
+    assert own(copy.deepcopy(model.dropout))
+    for handle in handles:
+        handle.remove()
+        model(tokens())
+        assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
+    assert own(model.dropout)
+
+
+def test_a_forgotten_regularizer_leaves_the_dropout_as_it_was() -> None:
+    model = seeded(Fused)
+    model.dropout.alpha = 0.25
+    reg = attached(model)
+    alive = weakref.ref(model.activations(tokens())[1])
+    model.dropout(torch.randn(BATCH, TIME, HIDDEN))  # used for something else last
+    del reg
+    gc.collect()
+    assert model.dropout.alpha == 0.25
+    assert model.dropout.take() is None
+    assert alive() is None
 
 
 @pytest.mark.parametrize("off", ["evaluation", "p"])
@@ -769,6 +839,10 @@ def test_a_fused_dropout_takes_no_packed_data() -> None:
     with pytest.raises(TypeError, match=r"FusedRNNDropout: expected .* a tensor, got the data of a PackedSequence"):
         model.dropout(raw.data)
     attached_regularizer.clear()
+    model.dropout.eval()  # drops nothing, and takes no penalty
+    raw, _ = model.rnn(packed)
+    model.dropout(raw.data)
+    torch.testing.assert_close(penalty_of(attached_regularizer), fused_ar_tar(raw, raw, ALPHA, BETA))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -810,10 +884,33 @@ def test_offers_are_not_held() -> None:
     with torch.inference_mode():
         dropout.train()(raw)
     assert reg._offered is None
-    assert copy.deepcopy(dropout).regularizer is None
+    assert copy.deepcopy(dropout).linked() is None
     link(dropout, None)
     dropout(raw)
     assert reg._offered is None
+    assert dropout.take() is None
+
+
+@pytest.mark.parametrize("how", ["never linked", "unlinked", "regularizer gone"])
+def test_an_output_dropout_that_is_not_linked_is_its_original(how: str) -> None:
+    original = nn.Dropout(0.3)
+    reg, dropout = regularizer(), OutputDropout(original, alpha=0.25, beta=0.5)
+    if how != "never linked":
+        link(dropout, reg)
+        dropout(torch.randn(BATCH, TIME, HIDDEN))
+    if how == "unlinked":
+        link(dropout, None)
+    del reg
+    raw = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    torch.manual_seed(0)
+    dropped = dropout(raw)
+    torch.manual_seed(0)
+    assert torch.equal(dropped, original(raw))
+    assert dropout.take() is None
+    assert (dropout.alpha, dropout.beta) == (0.25, 0.5)
+    alive = weakref.ref(dropped)
+    del dropped
+    assert alive() is None
 
 
 # Handles, copies, hidden states
