@@ -17,18 +17,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def some_lengths(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.arange(shape[0]) * 5 % shape[1] + 1
+
+
 @pytest.mark.parametrize("block", [1, 7, 64, 500])
 @pytest.mark.parametrize("shape", [(3, 7, 12), (1, 90, 5), (2, 1, 9), (40, 3, 1)])
 @pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
 def test_blocks_of_any_size_meet(
-    block: int, shape: tuple[int, ...], same: bool, monkeypatch: pytest.MonkeyPatch
+    block: int, shape: tuple[int, ...], same: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "BLOCK", block)
+    lengths = some_lengths(shape) if padded else None
     for dtype in (FLOAT, BF16):
         xs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(1 if same else 2)]
         ys = [x.detach().double().requires_grad_() for x in xs]
-        got = fused_ar_tar(xs[0], xs[-1], 2.0, 1.0)
-        want = ar_tar(ys[0], ys[-1], 2.0, 1.0, Steps(), "mean").penalty
+        got = fused_ar_tar(xs[0], xs[-1], 2.0, 1.0, lengths=lengths)
+        want = ar_tar(ys[0], ys[-1], 2.0, 1.0, Steps(lengths=lengths), "mean").penalty
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
         for x, y in zip(torch.autograd.grad(got, xs), torch.autograd.grad(want, ys), strict=True):
             torch.testing.assert_close(x.double(), y, rtol=torch.finfo(dtype).eps, atol=1e-6 * y.abs().max().item())
@@ -37,26 +43,32 @@ def test_blocks_of_any_size_meet(
 @pytest.mark.parametrize("block", [1, 7, 64, 500])
 @pytest.mark.parametrize("shape", [(3, 7, 12), (1, 90, 5), (2, 1, 9), (40, 3, 1)])
 @pytest.mark.parametrize("full", [False, True], ids=["locked", "full"])
+@pytest.mark.parametrize("padded", [True, False])
 def test_blocks_of_any_size_meet_in_dropout(
-    block: int, shape: tuple[int, ...], full: bool, monkeypatch: pytest.MonkeyPatch
+    block: int, shape: tuple[int, ...], full: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "BLOCK", block)
+    lengths = some_lengths(shape) if padded else None
     for dtype in (FLOAT, BF16):
         x = torch.randn(shape).to(dtype).requires_grad_()
         y = x.detach().double().requires_grad_()
         mask = torch.rand(shape if full else (shape[0], 1, shape[2])).to(dtype)
-        dropped, got = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, mask=mask)
+        dropped, got = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, mask=mask, lengths=lengths)
         product = y * mask
         rounded = dropped.detach().double() + product - product.detach()
-        want = ar_tar(y, rounded, 2.0, 1.0, Steps(), "mean").penalty
+        want = ar_tar(y, rounded, 2.0, 1.0, Steps(lengths=lengths), "mean").penalty
         torch.testing.assert_close(dropped.double(), product, rtol=torch.finfo(dtype).eps, atol=0)
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
         direction = torch.randn(shape).to(dtype)
-        (grad,) = torch.autograd.grad([dropped, got], x, [direction, torch.tensor(1.0)])
-        (true,) = torch.autograd.grad([product, want], y, [direction.double(), torch.tensor(1.0, dtype=y.dtype)])
-        torch.testing.assert_close(
-            grad.double(), true, rtol=torch.finfo(dtype).eps, atol=1e-6 * true.abs().max().item()
-        )
+        # The penalty alone, too: beside the other gradient its own hardly counts.
+        for slope in (direction, torch.zeros(shape, dtype=dtype)):
+            (grad,) = torch.autograd.grad([dropped, got], x, [slope, torch.tensor(1.0)], retain_graph=True)
+            (true,) = torch.autograd.grad(
+                [product, want], y, [slope.double(), torch.tensor(1.0, dtype=y.dtype)], retain_graph=True
+            )
+            torch.testing.assert_close(
+                grad.double(), true, rtol=torch.finfo(dtype).eps, atol=1e-6 * true.abs().max().item()
+            )
 
 
 class Allocations(TorchDispatchMode):
