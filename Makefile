@@ -10,6 +10,7 @@ help:
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
 	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
 	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
+	@echo "make test-oldest-triton   run the kernels' tests with the oldest Triton supported"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README"
 	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
 	@echo "make lint    check style and types"

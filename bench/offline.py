@@ -29,7 +29,7 @@ from fastreg import fused_ar_tar, penalty
 from fastreg.kernels import penalty as kernels
 from fastreg.kernels import tiling
 from fastreg.kernels.reduction import ticket_for
-from fastreg.layout import canonical, check_coefficient, check_layers, check_options
+from fastreg.layout import canonical, check_coefficient, check_flags, check_layers, check_reduction
 from fastreg.reference import Steps, divisors
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -144,7 +144,8 @@ def host_rows() -> list[list[str]]:
     def checks() -> object:
         for name, value in (("alpha", 2.0), ("beta", 1.0)):
             check_coefficient(name, value)
-        check_options(True, "mean")
+        check_flags(batch_first=True, return_terms=False)
+        check_reduction("mean")
         return check_layers(raw, dropped, 2.0, 1.0)
 
     def allocate() -> object:

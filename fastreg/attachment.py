@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.dropout import FusedRNNDropout, Waiting
+from fastreg.layout import is_list
 from fastreg.penalty import fused_ar_tar
 from fastreg.reference import ARTAR
 
@@ -30,9 +31,8 @@ class Part(NamedTuple):
     def take(cls, dropout: FusedRNNDropout, waiting: Waiting | None, raw: Any, dropped: Any) -> Part:
         """The part of a dropout that put out `dropped`, with what waited in it where that is of these very tensors."""
         part = cls(raw, raw if dropout.ar_of == "raw" else dropped, dropout.batch_first)
-        if (
-            waiting is None or waiting.raw is not raw or waiting.dropped is not dropped
-        ):  # hooks and subclasses change it
+        # A hook or a subclass may have put another tensor in the place of what went in or came out.
+        if waiting is None or waiting.raw is not raw or waiting.dropped is not dropped:
             return part
         return part._replace(taken=waiting.terms, taken_of=part._state(*waiting.coefficients))
 
@@ -193,8 +193,3 @@ def _depends(loss: Tensor, nodes: frozenset[Any]) -> bool:
             seen.add(node)
             queue.extend(following for following, _ in node.next_functions)
     return False
-
-
-def is_list(x: object) -> bool:
-    """Whether `x` is a list of layers, or the like: a PackedSequence is a tuple, too, but one tensor."""
-    return isinstance(x, (list, tuple)) and not isinstance(x, PackedSequence)

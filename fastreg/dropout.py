@@ -12,9 +12,10 @@ from fastreg import cpu, cpu_dropout
 from fastreg.layout import (
     canonical,
     check_coefficient,
+    check_flags,
     check_mask,
-    check_options,
     check_probability,
+    check_reduction,
     check_steps,
     check_tensor,
     plain,
@@ -95,7 +96,8 @@ def fused_dropout_ar_tar(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    check_options(batch_first, reduction, return_terms)
+    check_flags(training=training, batch_first=batch_first, return_terms=return_terms)
+    check_reduction(reduction)
     dropped, results = _drop(raw, p, alpha, beta, training, mask, False, batch_first, lengths, reduction)
     return dropped, results if return_terms else results.penalty
 
@@ -271,7 +273,7 @@ class FusedRNNDropout(nn.Module):
             raise ValueError(f"ar_of: expected 'dropped' or 'raw', got {ar_of!r}")
         self.p = check_probability(p)
         self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
-        check_options(batch_first)
+        check_flags(batch_first=batch_first)
         self.batch_first, self.ar_of = batch_first, ar_of
         self._waiting: Waiting | None = None
         self._lent: tuple[float, float] | None = None  # coefficients of a regularizer, for one forward

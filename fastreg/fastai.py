@@ -23,6 +23,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from fastreg import output_dropout
+from fastreg.layout import check_flags
 from fastreg.regularizer import RNNRegularizer as Regularizer
 
 __all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
@@ -133,7 +134,7 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
     def __init__(
         self, alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None, mask_padding: bool = False
     ) -> None:
-        output_dropout.check_flags(mask_padding=mask_padding)
+        check_flags(mask_padding=mask_padding)
         self.regularizer, self.mask_padding = Regularizer(alpha, beta, bptt=bptt), mask_padding
         self.columns = [_Column(partial(self._average, name), name) for name in ("ar", "tar")]
         self.totals, self.count = {}, 0  # of the terms, over the epoch's training batches

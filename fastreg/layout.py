@@ -91,11 +91,14 @@ def check_coefficient(name: str, value: float) -> float:
     return value
 
 
-def check_options(batch_first: bool, reduction: str = "mean", return_terms: bool = False) -> None:
-    """The keyword arguments that say how to read the tensors and what to make of the sums."""
-    for name, flag in (("batch_first", batch_first), ("return_terms", return_terms)):
+def check_flags(**flags: object) -> None:
+    """What is to be true or false, by the names of the arguments."""
+    for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected True or False, got {flag!r}")
+
+
+def check_reduction(reduction: object) -> None:
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
 

@@ -79,9 +79,8 @@ class ActivationRegularization(Callback):
         for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
             after = None if dropout is None else _find(pl_module, "dropout", dropout)
             self._undo.enter_context(self.regularizer.attach(_find(pl_module, "rnn", rnn), after))
-        if not isinstance(
-            pl_module.training_step, _RegularizedStep
-        ):  # one for all callbacks, which may end in any order
+        # One for all callbacks, which may end in any order.
+        if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
         regularize = partial(self._regularize, pl_module)
         pl_module.training_step.regularize.append(regularize)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastreg.attachment import Part, nobody
 from fastreg.dropout import FusedRNNDropout
+from fastreg.layout import check_flags
 from fastreg.regularizer import RNNRegularizer
 
 
@@ -68,13 +69,6 @@ def check_fuse(learn: object, kind: type, **flags: object) -> None:
     if not isinstance(learn, kind):
         raise TypeError(f"learn: expected a {kind.__name__}, got {type(learn).__name__}")
     check_flags(**flags)
-
-
-def check_flags(**flags: object) -> None:
-    """What is to be true or false."""
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {flag!r}")
 
 
 def swappable(model: Any, decoders: list[Any], original: type) -> list[Any]:

@@ -15,8 +15,9 @@ from fastreg import cpu
 from fastreg.layout import (
     canonical,
     check_coefficient,
+    check_flags,
     check_layers,
-    check_options,
+    check_reduction,
     check_steps,
     is_list,
     plain,
@@ -105,7 +106,8 @@ def fused_ar_tar(
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     alpha, beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
-    check_options(batch_first, reduction, return_terms)
+    check_flags(batch_first=batch_first, return_terms=return_terms)
+    check_reduction(reduction)
     layers = check_layers(raw, dropped, alpha, beta)
     if not layers:  # both terms are off
         zero = _zero_like(raw, dropped)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.attachment import Attachment, Part, is_list
+from fastreg.attachment import Attachment, Part
 from fastreg.dropout import FusedRNNDropout
-from fastreg.layout import check_coefficient
+from fastreg.layout import check_coefficient, is_list
 from fastreg.reference import ARTAR
 
 

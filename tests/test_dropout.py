@@ -292,6 +292,7 @@ def test_compiles_to_one_graph(device: str) -> None:
         ((X, -0.1, 2, 1), {}, ValueError, "p: expected a probability from 0 to below 1, got -0.1"),
         ((X, "a", 2, 1), {}, TypeError, "p: expected a real number, got str"),
         ((X, 0.5, -2, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -2.0"),
+        ((X, 0.5, 2, 1), {"training": "no"}, TypeError, "training: expected True or False, got 'no'"),
         ((X, 0.5, 2, 1), {"mask": 1}, TypeError, "mask: expected a tensor, got int"),
         ((X, 0.5, 2, 1), {"mask": X[:, :3]}, ValueError, r"mask: expected shape \(2, 1, 8\) or that of raw, .* got"),
         ((X, 0.5, 2, 1), {"mask": X[:1], "batch_first": True}, ValueError, r"mask: expected shape \(2, 1, 8\)"),
