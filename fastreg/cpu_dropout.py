@@ -85,10 +85,14 @@ def backward(
         keep = mask[outer, start:stop, inner]
         slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
         if whole_ar and not ar_of_raw:
-            # rounded as dropped was, which is not kept
-            slope.copy_(raw[outer, start:stop, inner] * keep).mul_(ar_scale)
-            if arriving is not None:
-                slope.add_(arriving[outer, start:stop, inner])
+            if raw.dtype == dtype:
+                torch.mul(raw[outer, start:stop, inner], keep, out=slope)
+            else:  # rounded as dropped was, which is not kept
+                slope.copy_(raw[outer, start:stop, inner] * keep)
+            if arriving is None:
+                slope.mul_(ar_scale)
+            else:
+                torch.add(arriving[outer, start:stop, inner], slope, alpha=ar_scale, out=slope)
             slope.mul_(keep)
         elif arriving is not None:
             torch.mul(arriving[outer, start:stop, inner], keep, out=slope)
@@ -97,8 +101,8 @@ def backward(
         if whole_ar and ar_of_raw:
             slope.add_(raw[outer, start:stop, inner], alpha=ar_scale)
         if whole_tar:
-            change = change_of_rows(raw[outer, :, inner], start, stop, rows, changes).mul_(tar_scale)
-            slope.add_(change[:, :-1]).sub_(change[:, 1:])
+            change = change_of_rows(raw[outer, :, inner], start, stop, rows, changes)
+            slope.add_(change[:, :-1], alpha=tar_scale).sub_(change[:, 1:], alpha=tar_scale)
         if slope is not target:
             target.copy_(slope)
     if lengths is not None and (with_ar or with_tar):  # what is above is right for padding
@@ -130,6 +134,6 @@ def _fill_rows(
         if ar_scale is not None and ar_of_raw:
             slope.add_(raw.take(chosen, rows), alpha=ar_scale)
         if tar_scale is not None:
-            change = counted.changes(raw, chosen, rows, changes).mul_(tar_scale)
-            slope.add_(change[:, :-1]).sub_(change[:, 1:])
+            change = counted.changes(raw, chosen, rows, changes)
+            slope.add_(change[:, :-1], alpha=tar_scale).sub_(change[:, 1:], alpha=tar_scale)
         target.put(chosen, slope)
