@@ -130,6 +130,11 @@ class Attachment:
         for capture in self.captures:
             raw, data = capture.raw, _data(capture.raw)
             if any(x is raw or x is data for x in (*args, *kwargs.values())):
+                if not isinstance(output, (Tensor, PackedSequence)):
+                    raise TypeError(
+                        f"dropout: expected the attached {type(dropout).__name__} to return a tensor, got "
+                        f"{type(output).__name__}"
+                    )
                 packed = isinstance(raw, PackedSequence) and isinstance(output, Tensor)
                 capture.dropped = raw._replace(data=output) if packed else output  # pyright: ignore
                 capture.versions.append((_data(output), _data(output)._version))

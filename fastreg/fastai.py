@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,7 +70,34 @@ class _Metrics(_Unfused, L):
         return _others(self)
 
 
-class RNNCallback(_Unfused, stock.RNNCallback):
+class _Step(_Unfused):
+    """In the place of a learner's `_step`, for one step with the lr scaled; what raises before that leaves it there."""
+
+    def __init__(self, learn: Any, regularizer: Regularizer) -> None:
+        self.learn, self.regularizer = learn, regularizer
+
+    def stock(self) -> Any:
+        """The learner's own."""
+        return MethodType(type(self.learn)._step, self.learn)
+
+    def __call__(self) -> None:
+        del self.learn._step
+        opt: Any = self.learn.opt  # fastai's, of which only `hypers` can be changed, or a wrapper of PyTorch's
+        opt = getattr(opt, "opt", None) or SimpleNamespace(param_groups=opt.hypers)
+        with self.regularizer.scaled_lr(opt, self.learn.xb[0].shape[1]):
+            self.learn._step()
+
+
+class _Callback(_Unfused):
+    """One that may be removed in the middle of an event, which fastai then still calls it for."""
+
+    learn: Any
+
+    def __call__(self, event_name: str) -> Any:
+        return None if self.learn is None else super().__call__(event_name)  # pyright: ignore
+
+
+class RNNCallback(_Callback, stock.RNNCallback):
     """Hands on the true output; `raw_out` and `out`, `(batch, time, hidden)`, stay until the next batch.
 
     Raises:
@@ -78,7 +105,6 @@ class RNNCallback(_Unfused, stock.RNNCallback):
         RuntimeError: the learner has another `RNNCallback`, this module's or fastai's.
     """
 
-    learn: Any
     raw_out = out = None
 
     def before_fit(self) -> None:
@@ -114,22 +140,20 @@ class RNNCallback(_Unfused, stock.RNNCallback):
         super().after_pred()
 
 
-class RNNRegularizer(_Unfused, stock.RNNRegularizer):
+class RNNRegularizer(_Callback, stock.RNNRegularizer):
     """Adds `alpha * AR + beta * TAR` to what is differentiated, `learn.loss_grad`; `learn.loss` stays free of it.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
     epoch's training batches by batch size. `bptt`, if given, has the optimizer step at its lr times `seq_len / bptt`,
     as AWD-LSTM does; `seq_len` is the second size of the batch. `mask_padding` leaves out what a text classifier
     masks, the padding of its batches, in sums and divisors; fastai counts it in. A pad id between other ids of a text
-    counts as a step. All three and `alpha` and `beta` may change while training.
+    counts as a step. All four arguments are attributes that may change while training.
 
     Raises:
         RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations.
         ValueError: `mask_padding` without a `SentenceEncoder` in the model, which has the mask.
         TypeError, ValueError: an argument is not what `fastreg.RNNRegularizer` takes.
     """
-
-    learn: Any
 
     def __init__(
         self, alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None, mask_padding: bool = False
@@ -141,10 +165,12 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
 
     alpha = property(lambda self: self.regularizer.alpha, lambda self, value: setattr(self.regularizer, "alpha", value))
     beta = property(lambda self: self.regularizer.beta, lambda self, value: setattr(self.regularizer, "beta", value))
+    bptt = property(lambda self: self.regularizer.bptt, lambda self, value: setattr(self.regularizer, "bptt", value))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None and self.learn is not None:  # removed, maybe after a fit that was cut off
             output_dropout.link(self.learn.model, None)
+            self.after_batch()
         super().__setattr__(name, value)
 
     def stock(self) -> Any:
@@ -152,9 +178,10 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
         return _alike(stock.RNNRegularizer(self.alpha, self.beta), self)
 
     def before_fit(self) -> None:
+        self.after_batch()  # of a fit that was cut off
         self._capture()
         if self.mask_padding:
-            self._encoder()
+            _encoder(self.learn.model)
         output_dropout.link(self.learn.model, self.regularizer)
         self.totals = {}
         self.learn.metrics = _Metrics([*_others(self.learn.metrics), *self.columns])
@@ -168,7 +195,9 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
         capture = self._capture()
         raw, out, lengths = capture.raw_out, capture.out, None
         if self.mask_padding:
-            padding = self.learn.xb[0][:, -raw.shape[1] :] == self._encoder().pad_idx  # it may keep the end alone
+            padding = (
+                self.learn.xb[0][:, -raw.shape[1] :] == _encoder(self.learn.model).pad_idx
+            )  # it may keep the end alone
             aligned, lengths = _aligned(raw, padding)
             raw, out = aligned, aligned if out is raw else _aligned(out, padding)[0]
         self.regularizer.on_loss_begin((self.learn.pred, raw, out), lengths)
@@ -178,15 +207,10 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
             self.totals[name] += getattr(self.regularizer, name) * size
 
     def after_backward(self) -> None:
-        if self.regularizer.bptt is not None:
-            self.learn._step = self._step  # rather than events: none comes when the step raises
-
-    def _step(self) -> None:
-        del self.learn._step
-        opt: Any = self.learn.opt  # fastai's, of which only `hypers` can be changed, or a wrapper of PyTorch's
-        opt = getattr(opt, "opt", None) or SimpleNamespace(param_groups=opt.hypers)
-        with self.regularizer.scaled_lr(opt, self.learn.xb[0].shape[1]):
-            self.learn._step()
+        if self.bptt is not None:
+            self.learn._step = _Step(
+                self.learn, self.regularizer
+            )  # rather than events: none comes when the step raises
 
     def after_batch(self) -> None:
         vars(self.learn).pop("_step", None)  # the step was cancelled
@@ -206,20 +230,21 @@ class RNNRegularizer(_Unfused, stock.RNNRegularizer):
                 return cb
         raise RuntimeError("no RNNCallback captures the activations: add one, or all of rnn_cbs(alpha, beta) instead")
 
-    def _encoder(self) -> Any:
-        for module in self.learn.model.modules():
-            if isinstance(module, SentenceEncoder):
-                return module
-        raise ValueError(
-            "mask_padding: expected a model with a SentenceEncoder, as fastai's text classifiers have, got "
-            f"{type(self.learn.model).__name__}"
-        )
-
     def _average(self, name: str) -> Any:
         if self.learn is None:  # removed, after a fit that was cut off
             return None
         validation = self.learn.recorder.train_metrics and not self.learn.training  # which has columns of its own
         return None if validation or not self.count else self.totals[name] / self.count
+
+
+def _encoder(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, SentenceEncoder):
+            return module
+    raise ValueError(
+        "mask_padding: expected a model with a SentenceEncoder, as fastai's text classifiers have, got "
+        f"{type(model).__name__}"
+    )
 
 
 def _others(metrics: Any) -> Any:
@@ -262,7 +287,8 @@ def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> L
 
     Raises:
         TypeError: an argument is not as described.
-        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout, or what it has is out of range.
+        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout or mask, or what it has is out of
+            range.
     """
     output_dropout.check_fuse(learn, Learner, dropout=dropout, mask_padding=mask_padding)
     regularizers = [cb for cb in learn.cbs if isinstance(cb, stock.RNNRegularizer)]
@@ -274,6 +300,8 @@ def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> L
             if regularizers
             else f"fuse: the learner has no RNNRegularizer; learn.{advice}(alpha, beta))"
         )
+    if mask_padding:
+        _encoder(learn.model)
     decoders = output_dropout.swappable(learn.model, _decoders(learn), RNNDropout) if dropout else []
     callbacks: list[tuple[Any, Any]] = []
     for cb in learn.cbs:
@@ -297,7 +325,7 @@ def unfuse(learn: Learner) -> Learner:
     """Undo `fuse`, in place, and return the learner: fastai's callbacks and dropout are back, as they are now.
 
     Coefficients and order stay; `bptt` and `mask_padding` are lost, as fastai has neither. A learner that is not
-    fused stays as it is.
+    fused stays as it is. In a callback of a running fit, not between a batch's prediction and its loss.
 
     Raises:
         TypeError: `learn` is not a learner.

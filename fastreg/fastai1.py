@@ -53,6 +53,8 @@ class RNNTrainer(LearnerCallback):
     def __init__(
         self, learn: Learner, bptt: int | None, alpha: float = 0.0, beta: float = 0.0, adjust: bool = True
     ) -> None:
+        if not isinstance(learn, Learner):
+            raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
         super().__init__(learn)
         self.not_min = [*getattr(self, "not_min", []), "regularizer", "lrs"]
         self.bptt, self.alpha, self.beta, self.adjust = bptt, alpha, beta, adjust
@@ -66,6 +68,8 @@ class RNNTrainer(LearnerCallback):
     def on_train_begin(self, **_: Any) -> None:
         if any(isinstance(cb, stock.RNNTrainer) for cb in self.learn.callbacks):
             raise ValueError("RNNTrainer: the learner has fastai's own as well; fuse(learn) instead of adding another")
+        if sum(isinstance(cb, RNNTrainer) for cb in self.learn.callbacks) > 1:
+            raise ValueError("RNNTrainer: the learner has two of them, and the first takes the activations: keep one")
         link(self.learn.model, self.regularizer)
 
     def on_epoch_begin(self, **_: Any) -> None:

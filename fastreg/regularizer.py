@@ -117,12 +117,12 @@ class RNNRegularizer:
             RuntimeError: nothing was captured, or what was cannot be right; the message says what to do.
             TypeError, ValueError: `fused_ar_tar` refuses what was captured.
         """
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
-        if loss.numel() != 1:  # the penalty would be added to each
-            raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
         chosen = self._attached[-1:] if self.layers == "last" else self._attached
         try:
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
+            if loss.numel() != 1:  # the penalty would be added to each
+                raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
             parts = [part for one in chosen for part in one.parts(loss)] if chosen else [self._given]
         finally:
             self.clear()
@@ -142,8 +142,9 @@ class RNNRegularizer:
         if any(one.rnn.training for one in chosen):
             names = ", ".join(dict.fromkeys(type(one.rnn).__name__ for one in chosen))
             raise RuntimeError(
-                f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call. Call "
-                "the module, not its forward(); attach() before torch.compile: code compiled earlier runs no new hooks"
+                f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call, or "
+                "only in torch.inference_mode(). Call the module, not its forward(); attach() before torch.compile: "
+                "code compiled earlier runs no new hooks"
             )
         return loss
 
@@ -167,15 +168,17 @@ class RNNRegularizer:
 
         Args:
             rnn: an `nn.LSTM`, `nn.GRU` or `nn.RNN`.
-            dropout: any module whose input is the very tensor that the RNN returns; what else it is used for does
-                not matter. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty itself, with the
-                regularizer's coefficients in the place of its own until `remove()`, and takes no packed data.
+            dropout: any module whose input is the very tensor that the RNN returns, and whose output is a tensor; what
+                else it is used for does not matter. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty
+                itself, with the regularizer's coefficients in the place of its own until `remove()`, and takes no
+                packed data.
 
         Returns:
             A handle with `remove()`; as a context manager it removes itself at the end.
 
         Raises:
-            TypeError: an argument is anything else; in a step, a `FusedRNNDropout` is given packed data.
+            TypeError: an argument is anything else; in a step, the dropout returns anything else, or a
+                `FusedRNNDropout` is given packed data.
             ValueError: a `FusedRNNDropout` has another layout than the RNN.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use.
         """
@@ -183,7 +186,7 @@ class RNNRegularizer:
             if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
                 raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
         if not isinstance(rnn, (nn.LSTM, nn.GRU, nn.RNN)):
-            raise TypeError(f"rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got {type(rnn).__name__}")
+            raise TypeError(f"rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got {_path(type(rnn))}")
         if dropout is not None and not isinstance(dropout, nn.Module):
             raise TypeError(f"dropout: expected an nn.Module or None, got {type(dropout).__name__}")
         if isinstance(dropout, FusedRNNDropout) and dropout.batch_first != rnn.batch_first:
@@ -204,12 +207,14 @@ class RNNRegularizer:
         After AWD-LSTM, where a batch of fewer time steps takes a smaller step. Schedulers step outside of it.
 
         Raises:
-            TypeError, ValueError: `seq_len` is not a positive integer.
+            TypeError, ValueError: `optimizer` is none, or `seq_len` or `bptt` is not a positive integer.
             RuntimeError: the regularizer has no `bptt`.
         """
         if self.bptt is None:
             raise RuntimeError("scaled_lr: the usual sequence length is not known; pass RNNRegularizer(..., bptt=...)")
-        return _scaled_lr(optimizer, _check_steps("seq_len", seq_len) / self.bptt)
+        if not hasattr(optimizer, "param_groups"):  # wrappers of an optimizer have them, too
+            raise TypeError(f"optimizer: expected an optimizer with param_groups, got {type(optimizer).__name__}")
+        return _scaled_lr(optimizer, _check_steps("seq_len", seq_len) / _check_steps("bptt", self.bptt))
 
 
 @contextmanager
@@ -247,5 +252,12 @@ def _are_activations(raw: Any, dropped: Any) -> bool:
 
 
 def _types(output: Any) -> str:
-    inner = f" of {', '.join(type(x).__name__ for x in output) or 'nothing'}" if is_list(output) else ""
-    return type(output).__name__ + inner
+    if not is_list(output):
+        return type(output).__name__
+    kinds = [f"{type(x).__name__} of {len(x)}" if is_list(x) else type(x).__name__ for x in output]
+    return f"{type(output).__name__} of {', '.join(kinds) or 'nothing'}"
+
+
+def _path(kind: type) -> str:
+    """A class by its name, and by its module where it is another one of a known name."""
+    return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in ("LSTM", "GRU", "RNN") else kind.__name__

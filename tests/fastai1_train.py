@@ -349,6 +349,9 @@ def results() -> dict[str, Any]:
         "plain output": plain_model(reset=True),
         "no bptt": message(RNNTrainer, fused, None),
     }
+    two = fuse(learner())
+    two.callbacks.append(RNNTrainer(two, 16))
+    found["two trainers"] = message(two.fit, 1)
     nothing = learner()
     nothing.callbacks = []
     found["no trainer"] = message(fuse, nothing)
@@ -361,7 +364,8 @@ def results() -> dict[str, Any]:
     other = learner()
     other.model[1].output_dp.__class__ = type("Dropped", (type(other.model[1].output_dp),), {})
     found["subclass of the dropout"] = message(fuse, other, True)
-    found["types"] = [message(fuse, None), message(unfuse, None), message(fuse, learner(), 0.5)]
+    found["types"] = [message(f, None, *more) for f, *more in ((fuse,), (unfuse,), (RNNTrainer, 16))]
+    found["types"] += [message(fuse, learner(), 0.5)]
     bad = learner()
     bad.model[1].output_dp.p = 1.0
     found["nothing swapped"] = message(fuse, bad, True), type(bad.callbacks[-1]) is Stock

@@ -10,6 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,11 @@ def test_masked_padding_wants_a_text_classifier(make: Callable[..., Learner]) ->
     with pytest.raises(
         ValueError, match=r"mask_padding: expected a model with a SentenceEncoder, .* got SequentialRNN"
     ):
-        trained(fuse(make(), mask_padding=True))
+        trained(by_hand(make(), *rnn_cbs(ALPHA, BETA, mask_padding=True)))
+    learn = make()
+    with pytest.raises(ValueError, match="mask_padding: expected a model with a SentenceEncoder"):
+        fuse(learn, mask_padding=True)
+    assert type(learn.rnn_regularizer) is stock.RNNRegularizer
     assert rnn_cbs(ALPHA, BETA, mask_padding=True)[-1].mask_padding  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -382,6 +387,15 @@ def test_bptt_scales_the_lr_for_the_step_alone(make: Callable[..., Learner], wra
     assert all(lr == pytest.approx(5e-3) for step in learn.spy.seen for lr in step["lr"])
 
 
+def test_bptt_may_change_while_training(make: Callable[..., Learner]) -> None:
+    learn = by_hand(make(), *rnn_cbs(ALPHA, BETA, bptt=20))
+    learn.add_cb(Steps())
+    learn.rnn_regularizer.bptt = 8
+    trained(learn, 1)
+    assert learn.rnn_regularizer.bptt == 8
+    assert learn.steps.lrs[0] == pytest.approx(5e-3 * 16 / 8)
+
+
 def test_the_lr_scales_without_penalties(make: Callable[..., Learner]) -> None:
     learn = by_hand(make(), *rnn_cbs(bptt=20))
     learn.add_cbs([Spy(), Steps()])
@@ -426,9 +440,27 @@ def test_a_cancelled_step_leaves_the_learner_as_it_was(make: Callable[..., Learn
 class Stop(Callback):
     """Stops a fit as a user does, in the middle of training."""
 
-    def before_backward(self) -> None:
+    order = 100
+
+    def __init__(self, event: str = "before_backward") -> None:
+        setattr(self, event, self._stop)
+
+    def _stop(self) -> None:
         if self.train_iter == 2:
             raise KeyboardInterrupt
+
+
+class Remove(Callback):
+    """Does away with the regularizer once, in the middle of a fit."""
+
+    def __init__(self, event: str, remove: Callable[[Any], object]) -> None:
+        self.remove, self.regularizer = remove, None
+        setattr(self, event, self._remove)
+
+    def _remove(self) -> None:
+        if self.regularizer is None:
+            self.regularizer = self.learn.rnn_regularizer
+            self.remove(self.learn)
 
 
 class Interrupt(Callback):
@@ -503,13 +535,15 @@ print(len(learn.metrics))
 """
 
 
-@pytest.mark.parametrize(("dropout", "interrupted"), [(False, False), (True, True)])
-def test_exports_load_without_fastreg(make: Callable[..., Learner], dropout: bool, interrupted: bool) -> None:
+@pytest.mark.parametrize(("dropout", "interrupted"), [(False, None), (True, "before_backward"), (True, "before_step")])
+def test_exports_load_without_fastreg(make: Callable[..., Learner], dropout: bool, interrupted: str | None) -> None:
     learn = fuse(make(), dropout)
     expected = trained(learn, 1)
     if interrupted:
+        learn.rnn_regularizer.bptt = 16
         with pytest.raises(KeyboardInterrupt):
-            trained(learn, 1, cbs=Stop())
+            trained(learn, 1, cbs=Stop(interrupted))
+        assert ("_step" in vars(learn)) == (interrupted == "before_step")
         expected = weights(learn)
         learn.loss_grad = learn.pred = None  # the learner's own
     cbs, module = list(learn.cbs), learn.model[1].output_dp
@@ -531,6 +565,8 @@ def test_exports_load_without_fastreg(make: Callable[..., Learner], dropout: boo
     assert gap(weights(again), expected) == 0
     again.dls = learn.dls
     learn.save("now")
+    learn.rnn_regularizer.bptt = None  # as in the export
+    learn.model.zero_grad()
     assert gap(trained(fuse(again, dropout), 1), trained(learn.load("now"), 1, reset_opt=True)) < 1e-5
     assert again.recorder.metric_names == ["epoch", "train_loss", "valid_loss", "ar", "tar", "time"]
 
@@ -619,6 +655,43 @@ def test_a_callback_removed_after_a_fit_that_was_cut_off(make: Callable[..., Lea
     assert copy.deepcopy(learn.metrics).attrgot("name") == ["accuracy", "ar", "tar"]
     assert pickle.loads(pickle.dumps(learn.metrics)).attrgot("name") == ["accuracy"]
     assert unfuse(learn).metrics.attrgot("name") == ["accuracy"]
+
+
+def remove(learn: Any) -> None:
+    learn.remove_cb(learn.rnn_regularizer)
+
+
+EVENTS = ["before_fit", "before_batch", "before_step", "after_batch", "after_epoch", "after_fit"]
+
+
+@pytest.mark.parametrize(("undo", "event"), [*product([remove, unfuse], EVENTS), (remove, "after_pred")])
+def test_a_regularizer_that_goes_in_the_middle_of_an_event(
+    make: Callable[..., Learner], undo: Callable[[Any], object], event: str
+) -> None:
+    learn, other = fuse(make(), dropout=True), make()
+    trained(other, cbs=Remove(event, undo) if undo is remove else [])
+    gone = Remove(event, undo)
+    assert gap(trained(learn, cbs=gone), weights(other)) < 1e-5
+    assert type(gone.regularizer) is RNNRegularizer
+    assert gone.regularizer.learn is None
+    assert gone.regularizer not in list(learn.cbs)
+
+
+@pytest.mark.parametrize("undo", [unfuse, remove])
+def test_a_fit_cut_off_before_its_step(make: Callable[..., Learner], undo: Callable[[Any], object]) -> None:
+    learn = by_hand(make(), *rnn_cbs(ALPHA, BETA, bptt=20))
+    with pytest.raises(KeyboardInterrupt):
+        trained(learn, cbs=Stop("before_step"))
+    assert "_step" in vars(learn)
+    learn.rnn_regularizer.bptt = None
+    trained(learn, 1)
+    learn.rnn_regularizer.bptt = 20
+    with pytest.raises(KeyboardInterrupt):
+        trained(learn, cbs=Stop("before_step"))
+    undo(learn)
+    assert "_step" not in vars(learn)
+    before = weights(learn).clone()
+    assert gap(trained(learn, 1), before) > 0
 
 
 @pytest.mark.parametrize("p", [0.0, 0.6])

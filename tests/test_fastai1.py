@@ -161,7 +161,8 @@ def test_errors_say_what_to_do(found: dict[str, Any]) -> None:
     assert found["no trainer"].startswith("ValueError: fuse: the learner has no RNNTrainer; learn.callbacks.append")
     assert found["subclass"] == "ValueError: fuse: the learner's Mine is a subclass of RNNTrainer, and left alone"
     assert "Dropped is a subclass, left alone" in found["subclass of the dropout"]
-    learner = ["learn: expected a Learner, got NoneType"] * 2
+    assert found["two trainers"].startswith("ValueError: RNNTrainer: the learner has two of them")
+    learner = ["learn: expected a Learner, got NoneType"] * 3
     assert found["types"] == [f"TypeError: {x}" for x in (*learner, "dropout: expected True or False, got 0.5")]
     error, untouched = found["nothing swapped"]
     assert error.startswith("ValueError: p: expected a probability")

@@ -416,8 +416,8 @@ def test_loops_without_the_penalty_do_not_pile_up_activations(gradients: bool) -
 
 @either
 @pytest.mark.parametrize("by_hooks", [False, True])
-@pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: bool) -> None:
+@pytest.mark.parametrize("fails", [None, "alpha", "loss"])
+def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: str | None) -> None:
     model = seeded(Model)
     reg = attached(model) if by_hooks else regularizer()
     output = model.activations(tokens())
@@ -428,9 +428,9 @@ def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: bool) -> None:
     if isinstance(model.dropout, FusedRNNDropout) and not by_hooks:
         model.dropout.take()  # it waits: nobody knows of it
     if fails:
-        reg.alpha = -1.0
-        with pytest.raises(ValueError, match="alpha"):
-            reg.on_backward_begin(loss)
+        reg.alpha = -1.0 if fails == "alpha" else ALPHA
+        with pytest.raises(ValueError, match=fails):
+            reg.on_backward_begin(loss if fails == "alpha" else loss.expand(2))
     else:
         reg.on_backward_begin(loss).backward()
     del output, loss
@@ -1056,10 +1056,10 @@ PACKED = pack_padded_sequence(X, torch.tensor([3, 2]), batch_first=True)
         ([X, X, X, X], "list of Tensor, Tensor, Tensor, Tensor"),
         ((), "tuple of nothing"),
         ((X, X, None), "tuple of Tensor, Tensor, NoneType"),
-        ((X, X, (X, X)), "tuple of Tensor, Tensor, tuple"),
-        ((X, [X, X], [X]), "tuple of Tensor, list, list"),
-        ((X, [], []), "tuple of Tensor, list, list"),
-        ((X, [X], [1]), "tuple of Tensor, list, list"),
+        ((X, X, (X, X)), "tuple of Tensor, Tensor, tuple of 2"),
+        ((X, [X, X], [X]), "tuple of Tensor, list of 2, list of 1"),
+        ((X, [], []), "tuple of Tensor, list of 0, list of 0"),
+        ((X, [X], [1]), "tuple of Tensor, list of 1, list of 1"),
         (PACKED, "PackedSequence"),
     ],
     ids=str,
@@ -1080,12 +1080,31 @@ def test_outputs_refused(output: Any, came: str) -> None:
         ((nn.Linear(1, 1), None), "rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got Linear"),
         ((nn.LSTMCell(1, 1), None), "rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got LSTMCell"),
         (("lstm", None), "rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got str"),
+        ((type("LSTM", (nn.Module,), {"__module__": "own"})(), None), r"nn.GRU or nn.RNN, got own\.LSTM"),
         ((nn.LSTM(1, 1), 0.5), "dropout: expected an nn.Module or None, got float"),
     ],
 )
 def test_modules_refused(modules: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         regularizer().attach(*modules)
+
+
+def test_a_dropout_that_returns_no_tensor_is_refused() -> None:
+    model = nn.Sequential(nn.LSTM(1, 4), nn.Identity(), nn.LSTM(4, 4))
+    reg = regularizer()
+    reg.attach(model[0], model[2])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="dropout: expected the attached LSTM to return a tensor, got tuple"):
+        model[2](model[0](torch.zeros(2, 3, 1))[0])
+
+
+def test_an_optimizer_is_asked_for() -> None:
+    reg = RNNRegularizer(bptt=5)
+    for wrong in (None, [torch.optim.SGD([X], 0.1)]):
+        with pytest.raises(TypeError, match=r"optimizer: expected an optimizer .* got (NoneType|list)"):
+            reg.scaled_lr(wrong, 5)  # pyright: ignore[reportArgumentType]
+    reg.bptt = 0
+    with pytest.raises(ValueError, match="bptt: expected a positive integer, got 0"):
+        reg.scaled_lr(torch.optim.SGD([X], 0.1), 5)
 
 
 def test_one_way_to_capture() -> None:
