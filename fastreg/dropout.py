@@ -130,7 +130,7 @@ def _drop(
         shape = list(x.shape)
         shape[time_dim(x, batch_first)] = 1
         mask = x.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(x)
-    if x.numel() == 0 or not all(fusable(y) for y in (x, mask, lengths) if y is not None):
+    if not all(fusable(y) for y in (x, mask, lengths) if y is not None) or x.numel() == 0:
         dropped = x * mask
         return dropped, fused_ar_tar(x, x if ar_of_raw else dropped, alpha, beta, **options)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -85,7 +85,7 @@ def check_coefficient(name: str, value: float) -> float:
     try:
         value = float(value)
     except OverflowError:
-        value = math.inf
+        value = math.inf if value > 0 else -math.inf
     if not 0 <= value < math.inf:  # math.isfinite would break a compiled graph
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     return value
@@ -121,6 +121,7 @@ def readable(x: Tensor) -> bool:
         and forward_ad._current_level < 0
         and type(x) is Tensor
         and not x.is_neg()
+        and not x.is_meta
         and torch._C._has_storage(x)
     )
 
@@ -157,7 +158,7 @@ def check_layers(raw: object, dropped: object, alpha: float, beta: float) -> lis
 def check_probability(p: float) -> float:
     """The share of units that dropout drops, from 0 to below 1, as a float."""
     _check_real("p", p)
-    if not 0 <= p < 1:
+    if not 0 <= float(p) < 1:
         raise ValueError(f"p: expected a probability from 0 to below 1, got {p}")
     return float(p)
 
@@ -206,7 +207,7 @@ def check_steps(x: Tensor, batch_first: bool, lengths: object, batch_sizes: Tens
     if x.device.type == "cpu" != lengths.device.type:
         lengths = lengths.cpu()
     # Values are looked at only where that waits for nothing, and where there are any.
-    if lengths.device.type == "cpu" and batch and readable(lengths):
+    if lengths.device.type == "cpu" and readable(lengths) and batch:
         least, most = (int(n) for n in lengths.aminmax())
         if least < 0 or most > time:
             raise ValueError(
@@ -220,7 +221,10 @@ def _check_integers(name: str, x: object) -> Tensor:
         raise TypeError(f"{name}: expected an integer tensor, got {type(x).__name__}")
     if x.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected an integer tensor, got one of {x.dtype}")
-    return plain(_check_dense(name, x))
+    x = plain(_check_dense(name, x))
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()  # as a backward may keep it
 
 
 def _check_dense(name: str, x: Tensor) -> Tensor:
@@ -276,7 +280,7 @@ def _check_packed(name: str, x: PackedSequence) -> tuple[Tensor, Tensor]:
     if data.dim() != 2:
         raise ValueError(f"{name}.data: expected (rows, hidden), got {_shape(data)}")
     sizes = _check_integers(f"{name}.batch_sizes", x.batch_sizes)
-    if sizes.device.type not in ("cpu", "meta"):
+    if sizes.device.type != "cpu" and not (sizes.is_meta and data.is_meta):
         raise ValueError(f"{name}.batch_sizes: expected a tensor on the CPU, got one on {sizes.device}")
     sizes, rows = sizes.long().contiguous(), data.shape[0]
     if readable(sizes):

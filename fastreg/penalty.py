@@ -146,7 +146,7 @@ def _layer(
     dropped = raw if same else None if dropped is None else plain(dropped)
     x = given(raw, dropped)
     others = [y for y in (dropped, steps.lengths, steps.batch_sizes) if y is not None]
-    if x.numel() == 0 or not (fusable(x) and all(map(readable, others))):
+    if not (fusable(x) and all(map(readable, others))) or x.numel() == 0:
         penalty, ar, tar = ar_tar(raw, dropped, alpha, beta, steps, reduction)
         return (penalty, ar.detach(), tar.detach()) if return_terms else (penalty,)
     dropped = None if same else dropped

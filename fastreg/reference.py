@@ -8,7 +8,7 @@ Formulas: Merity, McCann and Socher, "Revisiting Activation Regularization for L
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,14 +56,18 @@ def divisors(x: Tensor, steps: Steps, reduction: str) -> tuple[int | Tensor, int
         return 1, 1
     elements, hidden = x.numel(), x.shape[-1]
     if steps.batch_sizes is not None:
-        return max(elements, 1), (elements - steps.batch_sizes[0] * hidden).clamp(min=1)
+        return _at_least_1(elements), _at_least_1(elements - steps.batch_sizes[0] * hidden)
     time = x.shape[time_dim(x, steps.batch_first)]
     if steps.lengths is not None:
         lengths = steps.lengths.long().clamp(0, time)
-        counts = lengths.sum() * hidden, (lengths - 1).clamp(min=0).sum() * hidden
-        return counts[0].clamp(min=1), counts[1].clamp(min=1)
-    pairs = elements // max(time, 1) * max(time - 1, 0)
-    return max(elements, 1), max(pairs, 1)
+        return _at_least_1(lengths.sum() * hidden), _at_least_1((lengths - 1).clamp(min=0).sum() * hidden)
+    time = _at_least_1(time)
+    return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
+
+
+def _at_least_1(count: Any) -> Any:
+    """Without a branch, which would stay in traced code as it went."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else torch.sym_max(count, 1)
 
 
 def neighbours(batch_sizes: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,11 +90,13 @@ def changes(x: Tensor, steps: Steps) -> Tensor:
         before, _, precedes, _ = neighbours(steps.batch_sizes, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
     dim = time_dim(x, steps.batch_first)
-    if torch.compiler.is_compiling():  # which would make a case of its own of 2 steps, as they have 1 difference
+    # A compiler would make a case of its own of 2 steps, as they have 1 difference.
+    if torch.compiler.is_compiling() and not hasattr(type(x), "__tensor_flatten__"):
         first = torch.arange(x.shape[dim], device=x.device) == 0
         change = (x - x.roll(1, dim)).masked_fill(first.view(-1, *[1] * (x.dim() - 1 - dim)), 0)
-    else:  # no tensor but x, which may be of a subclass that goes with no other
-        change = torch.cat([torch.zeros_like(x.narrow(dim, 0, min(x.shape[dim], 1))), x.diff(dim=dim)], dim)
+    else:  # no tensor but x, which may be of a subclass that goes with no other, as a DTensor
+        first = x[:, :1] if dim else x[:1]
+        change = torch.cat([torch.zeros_like(first), x.diff(dim=dim)], dim)
     return counted(change, steps)
 
 

@@ -243,7 +243,8 @@ def dropout_backward(
             if AR and not AR_OF_RAW:
                 pull = ar_scale * rounded(current * keep, raw.dtype.element_ty).to(ACC)
                 slope += tl.where(counts, pull, 0.0)
-            slope *= keep
+            if grad_dropped is not None or (AR and not AR_OF_RAW):  # else 0 * inf would be NaN
+                slope *= keep
             if AR and AR_OF_RAW:
                 slope += tl.where(counts, ar_scale * current, 0.0)
             if TAR:

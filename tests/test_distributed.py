@@ -5,6 +5,7 @@ Two processes on the CPU make up the group; each test runs a function of this fi
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
@@ -86,7 +87,7 @@ def wrapped(model: LanguageModel, how: str) -> nn.Module:
     if how == "FSDP1":
         return FullyShardedDataParallel(model, device_id=CPU, use_orig_params=True)
     for module in (model.embedding, model.lstm, model.decoder, model):
-        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(module, mesh=mesh())
     return model
 
 
@@ -140,13 +141,19 @@ def full(x: Any) -> Tensor:
     return x.full_tensor()
 
 
+@functools.cache
+def mesh() -> DeviceMesh:
+    """One for all tests: AOTAutograd does not compile the backward of a DTensor on a second one like it."""
+    return init_device_mesh("cpu", (2,))
+
+
 def check_dtensors(placement: Any, batch_first: bool) -> None:
     """Sizes that do not divide by two, so that the ranks' means are not those of the whole."""
     torch.manual_seed(0)
     tensors = torch.randn(2, 5, 7, 3).unbind()
     plain, spread = (
         [split(x.clone()).requires_grad_() for x in tensors]
-        for split in (lambda x: x, lambda x: distribute_tensor(x, init_device_mesh("cpu", (2,)), [placement]))
+        for split in (lambda x: x, lambda x: distribute_tensor(x, mesh(), [placement]))
     )
     options: Any = {"batch_first": batch_first, "return_terms": True}
     want, got = (fused_ar_tar(*xs, 2.0, 1.0, **options) for xs in (plain, spread))
@@ -155,7 +162,7 @@ def check_dtensors(placement: Any, batch_first: bool) -> None:
     assert_close([full(x) for x in gradients], list(torch.autograd.grad(want.penalty, plain)))
 
     mask = torch.empty_like(tensors[0]).bernoulli_(0.5) * 2
-    masks = mask, distribute_tensor(mask, init_device_mesh("cpu", (2,)), [placement])
+    masks = mask, distribute_tensor(mask, mesh(), [placement])
     (dropped, want), (spread_dropped, got) = (
         fused_dropout_ar_tar(xs[0], 0.5, 2.0, 1.0, mask=m, **options)
         for xs, m in zip((plain, spread), masks, strict=True)
@@ -163,6 +170,14 @@ def check_dtensors(placement: Any, batch_first: bool) -> None:
     assert_close([full(x) for x in (spread_dropped, *got)], [dropped, *want])
     (gradient,) = torch.autograd.grad(spread_dropped.sum() + got.penalty, spread[:1])
     assert_close(full(gradient), *torch.autograd.grad(dropped.sum() + want.penalty, plain[:1]))
+
+    def call(x: Any) -> Any:
+        return fused_ar_tar(x, x, 2.0, 1.0, batch_first=batch_first)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    want, got = call(plain[0]), compiled(spread[0])
+    assert_close(full(got), want)
+    assert_close(full(*torch.autograd.grad(got, spread[:1])), *torch.autograd.grad(want, plain[:1]))
 
     # A mask that is drawn is one mask, in whatever pieces.
     module = FusedRNNDropout(0.5, 2.0, 1.0, batch_first=batch_first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -290,6 +291,7 @@ def test_compiles_to_one_graph(device: str) -> None:
         ((X.int(), 0.5, 2, 1), {}, TypeError, "raw: expected float16, .* got torch.int32"),
         ((X, 1, 2, 1), {}, ValueError, "p: expected a probability from 0 to below 1, got 1"),
         ((X, -0.1, 2, 1), {}, ValueError, "p: expected a probability from 0 to below 1, got -0.1"),
+        ((X, Fraction(10**20 - 1, 10**20), 2, 1), {}, ValueError, "p: expected a probability from 0 to below 1, got 9"),
         ((X, "a", 2, 1), {}, TypeError, "p: expected a real number, got str"),
         ((X, 0.5, -2, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -2.0"),
         ((X, 0.5, 2, 1), {"training": "no"}, TypeError, "training: expected True or False, got 'no'"),

@@ -23,6 +23,7 @@ SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
 GROWING = PackedSequence(PACKED.data, PACKED.batch_sizes.flip(0))
 HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
 WRAPPED = PackedSequence(PACKED.data[:1], torch.tensor([2**62 + 1, 2**62, 2**62, 2**62]))
+AWAY = tuple.__new__(PackedSequence, (PACKED.data, PACKED.batch_sizes.to("meta"), None, None))
 IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
 
 
@@ -78,6 +79,7 @@ def test_canonical(
         ),
         ((X, JAGGED, 2, 1), {}, TypeError, "dropped: expected a dense .* got nested"),
         ((X, X, 10**400, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got inf"),
+        ((X, X, -(10**400), 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -inf"),
         ((X, X, "2", 1), {}, TypeError, "alpha: expected a real number, got str"),
         ((X, X, True, 1), {}, TypeError, "alpha: expected a real number, got bool"),
         ((X, X, 2, torch.tensor(1.0)), {}, TypeError, "beta: expected a real number, got Tensor"),
@@ -109,6 +111,7 @@ def test_canonical(
             "lengths: expected a dense .*, got torch.sparse_coo",
         ),
         ((HALVES, HALVES, 2, 1), {}, TypeError, "raw.batch_sizes: expected an integer tensor, got one of torch.float"),
+        ((AWAY, AWAY, 2, 1), {}, ValueError, "raw.batch_sizes: expected a tensor on the CPU, got one on meta"),
         ((WRAPPED, WRAPPED, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
         ((PACKED, PACKED, 2, 1), {"lengths": LENGTHS}, ValueError, "lengths: expected None, as a PackedSequence has"),
         ((PACKED, PACKED.data, 2, 1), {}, TypeError, "dropped: expected a PackedSequence, as raw is, got a tensor"),

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -201,10 +202,19 @@ class TestCompile:
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
+    @pytest.mark.parametrize("steps", [1, 5])
     @by_few
-    def test_jit_trace(self, call: Call) -> None:
-        traced = torch.jit.trace(call, tuple(leaves(5)))
-        assert_close(everything(traced, leaves(9)), everything(call, leaves(9)))  # pyright: ignore[reportArgumentType]
+    def test_jit_trace(self, call: Call, steps: int) -> None:
+        traced: Any = torch.jit.trace(call, tuple(leaves(steps)))
+        for others in (9, 1):
+            assert_close(everything(traced, leaves(others)), everything(call, leaves(others)))
+        assert_close(total(traced(*leaves(0))), total(call(*leaves(0))))
+
+    @by_few
+    def test_make_fx(self, call: Call) -> None:
+        graph = make_fx(call, tracing_mode="symbolic")(*(x.detach() for x in leaves(5)))
+        for others in (9, 1):
+            assert_close(everything(graph, leaves(others)), everything(call, leaves(others)))
 
 
 class TestAutocast:
