@@ -6,6 +6,7 @@ Its functions take and give what those of `fastreg.kernels.penalty` do.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -70,9 +71,6 @@ def backward(
     """Fill `grad_raw` and `grad_dropped`; a tensor that needs no gradient is None, and so is its gradient."""
     ar_scale, tar_scale = gradient_scales(grad, scales, ar_factor, tar_factor)
     if lengths is not None or batch_sizes is not None:
-        for gradient in (grad_raw, grad_dropped):
-            if gradient is not None and lengths is not None:
-                gradient.zero_()
         counted = Rows(sizes, lengths, batch_sizes)
         _fill_rows(raw, dropped, grad_raw, grad_dropped, same, strides, counted, ar_scale, tar_scale, grad.dtype)
         return
@@ -98,21 +96,44 @@ def backward(
                 target.copy_(slopes.hold(block).mul_(ar_scale))
 
 
+class Idle(threading.local):
+    """What the scratches of a thread leave to those of its next call."""
+
+    def __init__(self) -> None:
+        self.memory: list[Tensor] = []
+
+
+_idle = Idle()
+
+
 class Scratch:
-    """Memory for one block at a time, in the dtype of the computation."""
+    """Memory for one block at a time, in the dtype of the computation.
+
+    A thread keeps its own, a few MB in all. Fetched anew it would come from the system page by page, which takes longer
+    than the sums do, and freed it can make the allocator hand back the memory of the gradients as well.
+    """
 
     def __init__(self, dtype: torch.dtype):
-        self.memory = torch.empty(0, dtype=dtype, device="cpu")
+        self.dtype = dtype
+        self.memory = _idle.memory.pop() if _idle.memory else _bytes(0)
+
+    def __del__(self) -> None:
+        _idle.memory.append(self.memory)
 
     def shaped(self, *shape: int) -> Tensor:
-        count = shape[0] * shape[1] * shape[2]
-        if self.memory.numel() < count:
-            self.memory = torch.empty(count, dtype=self.memory.dtype, device="cpu")
-        return self.memory[:count].view(shape)
+        size = shape[0] * shape[1] * shape[2] * self.dtype.itemsize
+        if len(self.memory) < size:
+            self.memory = _bytes(size)
+        return self.memory[:size].view(self.dtype).view(shape)
 
     def hold(self, block: Tensor) -> Tensor:
         """`block` in the computation's dtype: itself, or a copy."""
-        return block if block.dtype == self.memory.dtype else self.shaped(*block.shape).copy_(block)
+        return block if block.dtype == self.dtype else self.shaped(*block.shape).copy_(block)
+
+
+@torch.inference_mode(False)  # in which memory can be written by later calls
+def _bytes(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, int, int, slice]]:
@@ -135,8 +156,8 @@ def square_sum(block: Tensor, squares: Scratch) -> float:
 
 def change_square_sum(block: Tensor, squares: Scratch) -> float:
     """The sum of the squared changes along time, axis 1."""
-    change = squares.shaped(block.shape[0], block.shape[1] - 1, block.shape[2])
-    return square_sum(torch.sub(block[:, 1:], block[:, :-1], out=change), squares)
+    squared = squares.shaped(block.shape[0], block.shape[1] - 1, block.shape[2])
+    return torch.ops.aten.mse_loss.out(block[:, 1:], block[:, :-1], 0, out=squared).sum().item()  # 0: no reduction
 
 
 def change_of_rows(x: Tensor, start: int, stop: int, rows: Scratch, changes: Scratch) -> Tensor:
@@ -200,26 +221,35 @@ class Found(NamedTuple):
 
     rows: Tensor
     places: Tensor
+    numbers: Tensor | None = None  # of each row, which of those that count it is, or how many they are: it is padding
 
     def take(self, chosen: slice, scratch: Scratch) -> Tensor:
         """Rows that count, (1, rows, inner), in memory of `scratch`."""
         places = self.places[chosen]
-        if self.rows.dtype != scratch.memory.dtype:
+        if self.rows.dtype != scratch.dtype:
             return scratch.hold(self.rows.index_select(0, places)[None])
         taken = scratch.shaped(1, len(places), self.rows.shape[1])
         torch.index_select(self.rows, 0, places, out=taken[0])
         return taken
 
     def put(self, chosen: slice, values: Tensor) -> None:
-        """Write rows that count, (1, rows, inner)."""
-        self.rows.index_copy_(0, self.places[chosen], values[0].to(self.rows.dtype))
+        """Write rows that count, (1, rows, inner), and with `numbers` one more, of 0, in the padding next to them."""
+        start, stop = chosen.start, chosen.stop
+        source = values[0].to(self.rows.dtype)
+        if self.numbers is None:
+            self.rows.index_copy_(0, self.places[chosen], source[: stop - start])
+        else:  # several times as fast
+            first = int(self.places[start]) if start else 0
+            end = int(self.places[stop]) if stop < len(self.places) else len(self.rows)
+            numbers = (self.numbers[first:end] - start).clamp_(max=stop - start)
+            torch.index_select(source, 0, numbers, out=self.rows[first:end])
 
 
 class Rows:
     """The rows that count of padded or packed tensors, one sequence after the other, to be gone through as one."""
 
     def __init__(self, sizes: Sequence[int], lengths: Tensor | None, batch_sizes: Tensor | None = None):
-        self.inner, self.packed_at = sizes[2], None
+        self.sizes, self.packed_at = sizes, None
         if batch_sizes is not None:
             self.packed_at = batch_sizes.cumsum(0) - batch_sizes
             # Batch sizes never grow, so that a sequence has as many steps as there are sizes above its position.
@@ -240,11 +270,22 @@ class Rows:
         unit = math.gcd(outer, time) or 1  # rows begin at multiples of it, and may overlap
         places = (self.sequence * outer + self.step * time) // unit
         rows = int(places.max()) + 1 if self.count else 0
-        return Found(x.detach().as_strided((rows, self.inner), (unit, 1)), places)
+        return Found(x.detach().as_strided((rows, self.sizes[2]), (unit, 1)), places)
+
+    def to_fill(self, x: Tensor, strides: Sequence[int]) -> Found:
+        """Where they lie in `x`, whose padding is to be 0, and is so now unless it is with the rows next to it."""
+        outer, time, inner = self.sizes
+        one_after_the_other = strides[1] == inner and (outer == 1 or strides[0] == time * inner)
+        if self.packed_at is None and self.count and one_after_the_other:
+            places = self.sequence * time + self.step
+            numbers = torch.full((outer * time,), self.count, device="cpu")
+            numbers[places] = torch.arange(self.count, device="cpu")
+            return Found(x.detach().as_strided((outer * time, inner), (inner, 1)), places, numbers)
+        return self.of(x if self.packed_at is not None else x.detach().zero_(), strides)
 
     def blocks(self) -> Iterator[slice]:
         """Parts of the rows."""
-        rows = max(BLOCK // self.inner, 1)
+        rows = max(BLOCK // self.sizes[2], 1)
         return (slice(i, min(i + rows, self.count)) for i in range(0, self.count, rows))
 
     def changes(self, x: Found, chosen: slice, taken: Scratch, changes: Scratch) -> Tensor:
@@ -288,18 +329,28 @@ def _fill_rows(
     """The gradients of the rows that count."""
     rows, changes, slopes = Scratch(dtype), Scratch(dtype), Scratch(dtype)
     if raw is not None and grad_raw is not None:
-        source, target = counted.of(raw, strides[0]), counted.of(grad_raw, strides[2])
+        source, target = counted.of(raw, strides[0]), counted.to_fill(grad_raw, strides[2])
         for chosen in counted.blocks():
             change = counted.changes(source, chosen, rows, changes)
-            slope = slopes.shaped(*change[:, 1:].shape)
-            torch.sub(change[:, :-1], change[:, 1:], out=slope).mul_(tar_scale)
+            slope = with_padding(slopes, change[:, 1:])
+            torch.sub(change[:, :-1], change[:, 1:], out=slope[:, :-1]).mul_(tar_scale)
             if same:
-                slope.add_(source.take(chosen, rows), alpha=ar_scale)
+                slope[:, :-1].add_(source.take(chosen, rows), alpha=ar_scale)
             target.put(chosen, slope)
     if dropped is not None and grad_dropped is not None:
-        source, target = counted.of(dropped, strides[1]), counted.of(grad_dropped, strides[3])
+        source, target = counted.of(dropped, strides[1]), counted.to_fill(grad_dropped, strides[3])
         for chosen in counted.blocks():
-            target.put(chosen, source.take(chosen, rows).mul_(ar_scale))
+            taken = source.take(chosen, rows)
+            slope = with_padding(slopes, taken)
+            torch.mul(taken, ar_scale, out=slope[:, :-1])
+            target.put(chosen, slope)
+
+
+def with_padding(scratch: Scratch, like: Tensor) -> Tensor:
+    """Memory for rows as those of `like`, (1, rows, inner), and for a row of 0 behind them."""
+    rows = scratch.shaped(1, like.shape[1] + 1, like.shape[2])
+    rows[:, -1] = 0
+    return rows
 
 
 def view_of(x: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:

@@ -78,6 +78,8 @@ def backward(
     with_ar, with_tar = grad is not None and ar_factor != 0, grad is not None and tar_factor != 0
     raw, mask, grad_raw = (view_of(x, sizes, strides[i]) for i, x in ((0, raw), (1, mask), (3, grad_raw)))
     arriving = None if grad_dropped is None else view_of(grad_dropped, sizes, strides[2])
+    if strides[1][1] == 0:  # one row for all time steps: in two dtypes a product takes twice as long
+        mask = mask[:, :1].to(dtype).expand_as(mask)
     whole_ar, whole_tar = with_ar and lengths is None, with_tar and lengths is None
     rows, changes, slopes = Scratch(dtype), Scratch(dtype), Scratch(dtype)
     for outer, start, stop, inner in blocks(sizes):
@@ -85,17 +87,16 @@ def backward(
         keep = mask[outer, start:stop, inner]
         slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
         if whole_ar and not ar_of_raw:
-            if raw.dtype == dtype:
-                torch.mul(raw[outer, start:stop, inner], keep, out=slope)
-            else:  # rounded as dropped was, which is not kept
-                slope.copy_(raw[outer, start:stop, inner] * keep)
+            torch.mul(slopes.hold(raw[outer, start:stop, inner]), keep, out=slope)
+            if slope is not target:  # rounded as dropped was, which is not kept
+                slope.copy_(target.copy_(slope))
             if arriving is None:
                 slope.mul_(ar_scale)
             else:
                 torch.add(arriving[outer, start:stop, inner], slope, alpha=ar_scale, out=slope)
             slope.mul_(keep)
         elif arriving is not None:
-            torch.mul(arriving[outer, start:stop, inner], keep, out=slope)
+            torch.mul(slopes.hold(arriving[outer, start:stop, inner]), keep, out=slope)
         else:
             slope.zero_()
         if whole_ar and ar_of_raw:
@@ -127,10 +128,12 @@ def _fill_rows(
     for chosen in counted.blocks():
         keep = mask.take(chosen, keeps)
         slope = slopes.shaped(*keep.shape).zero_() if arriving is None else arriving.take(chosen, slopes)
-        if ar_scale is not None and not ar_of_raw:
+        through_mask = ar_scale is not None and not ar_of_raw
+        if through_mask:
             pull = raw.take(chosen, rows).mul_(keep).to(raw.rows.dtype)  # rounded as dropped was
             slope.add_(pull, alpha=ar_scale)
-        slope.mul_(keep)
+        if through_mask or arriving is not None:  # else 0 * inf would be NaN
+            slope.mul_(keep)
         if ar_scale is not None and ar_of_raw:
             slope.add_(raw.take(chosen, rows), alpha=ar_scale)
         if tar_scale is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastreg import dropout, penalty
+from fastreg import cpu, dropout, penalty
 
 gpu = [
     pytest.mark.gpu,
@@ -20,6 +20,12 @@ def pytest_report_header() -> str:
     return f"fastreg: CPU tensors take {path}; GPU: {'yes' if torch.cuda.is_available() else 'none'}"
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What fails fails again, alone, too."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -28,6 +34,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill memory from `torch.empty` and `empty_like` with NaN, so that an element nobody wrote shows."""
+    monkeypatch.setattr(cpu, "_idle", cpu.Idle())
     empty_like = penalty.empty_like
     for module in (penalty, dropout):
         monkeypatch.setattr(module, "empty_like", lambda x: empty_like(x).fill_(torch.nan))

@@ -79,6 +79,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("leaving change cut at the run", "turn + i + 1, last", "turn + i + 1, stop"),
         ("sign of dropped's gradient flipped", "slope += arrived[i]", "slope -= arrived[i]"),
         ("mask left out", "slope *= keep", "slope *= 1"),
+        ("an infinite mask spoils TAR", "grad_dropped is not None or (AR and not AR_OF_RAW)", "True"),
         ("dropped not rounded", "rounded(current * keep, raw.dtype.element_ty).to(ACC)", "current * keep"),
         ("AR of raw through the mask", "if AR and AR_OF_RAW:", "if AR and not AR_OF_RAW:"),
         ("AR in padding", "counts, pull", "present, pull"),
@@ -129,7 +130,8 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("sign flipped", "change[:, :-1], change[:, 1:]", "change[:, 1:], change[:, :-1]"),
     ],
     ("fastreg/cpu.py", "Scratch"): [
-        ("computed in the input's dtype", "block if block.dtype == self.memory.dtype else", "block if True else")
+        ("computed in the input's dtype", "block if block.dtype == self.dtype else", "block if True else"),
+        ("memory not kept", "_idle.memory.append(self.memory)", "pass"),
     ],
     ("fastreg/cpu.py", "blocks"): [
         ("last sequences left out", "range(0, outer, sequences)", "range(0, outer - sequences + 1, sequences)"),
@@ -149,7 +151,16 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("halo row dropped", "max(start - 1, 0)", "start"),
         ("changes across sequences", "self.starts[begin:end] - start, 0", "self.starts[begin:begin] - start, 0"),
         ("a start at the block's edge missed", "[start, stop + 1]", "[start, stop]"),
+        ("padding not cleared", "x.detach().zero_()", "x.detach()"),
+        ("padding where there is none", " and (outer == 1 or strides[0] == time * inner)", ""),
     ],
+    ("fastreg/cpu.py", "Found"): [
+        ("padding gets a row that counts", "clamp_(max=stop - start)", "clamp_(max=stop - start - 1)"),
+        ("padding at the start left out", " if start else 0", ""),
+        ("padding at the end left out", " else len(self.rows)", " else int(self.places[stop - 1]) + 1"),
+        ("padding between blocks left out", "int(self.places[stop]) if", "int(self.places[stop - 1]) + 1 if"),
+    ],
+    ("fastreg/cpu.py", "with_padding"): [("memory not cleared", "rows[:, -1] = 0", "pass")],
     ("fastreg/cpu.py", "square_sum"): [
         (
             "a sum that drifts",
@@ -162,12 +173,14 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/cpu_dropout.py", "_fill_rows"): [
         ("mask left out", "slope.mul_(keep)", "slope.mul_(1)"),
+        ("an infinite mask spoils TAR", "through_mask or arriving is not None", "True"),
         ("dropped not rounded", ".to(raw.rows.dtype)", ""),
     ],
     ("fastreg/cpu.py", "_fill_rows"): [
         ("sign flipped", "change[:, :-1], change[:, 1:]", "change[:, 1:], change[:, :-1]")],
     ("fastreg/cpu_dropout.py", "backward"): [
-        ("dropped not rounded", "start:stop, inner] * keep", "start:stop, inner].to(dtype) * keep"),
+        ("dropped not rounded", "slope.copy_(target.copy_(slope))", "pass"),
+        ("one row of a full mask", "strides[1][1] == 0", "True"),
         ("memory not cleared", "slope.zero_()", "pass"),
         ("mask at raw's strides", "(1, mask)", "(0, mask)"),
     ],
@@ -212,7 +225,8 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("recomputation leaves a penalty", "torch._C._current_graph_task_id() == -1", "True"),
     ],
     ("fastreg/reference.py", "divisors"): [
-        ("pairs as many as steps", "max(time - 1, 0)", "time"),
+        ("pairs as many as steps", "(time - 1))", "time)"),
+        ("nothing divided by 0", "time = _at_least_1(time)", "pass"),
         ("lengths not clamped", ".clamp(0, time)", ""),
     ],
     ("fastreg/reference.py", "neighbours"): [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -93,6 +94,7 @@ def test_no_temporary_is_as_large_as_the_input(
     shape: tuple[int, ...], block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "BLOCK", block)
+    monkeypatch.setattr(cpu, "_idle", cpu.Idle())
     made: list[Allocations] = []
 
     def watched(call: Any) -> Any:
@@ -112,6 +114,26 @@ def test_no_temporary_is_as_large_as_the_input(
     sizes = [size for allocations in made for at, size in allocations.sizes.items() if at not in given]
     assert max(sizes) <= 4 * 3 * block  # of float32, with a row before and one after where a block is one row
     assert max(sizes) < raw.nbytes
+
+
+def test_a_thread_keeps_its_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever mode it was made in, and whoever asked for it: no more than one call needs."""
+    monkeypatch.setattr(cpu, "_idle", cpu.Idle())
+    kept: list[set[int]] = []
+    for mode in (torch.inference_mode, torch.enable_grad, torch.no_grad, *[torch.enable_grad] * 12):
+        for dtype in (BF16, FLOAT):
+            x = torch.randn(3, 7, 12).to(dtype).requires_grad_()
+            with mode():
+                dropped, penalty = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, lengths=torch.tensor([7, 2, 0]))
+                assert penalty.isfinite()
+            if penalty.requires_grad:
+                (dropped.sum() + penalty).backward()
+            del dropped, penalty
+        kept.append({x.data_ptr() for x in cpu._idle.memory})
+    assert kept[-1] == kept[-2]
+    assert 0 < len(kept[-1]) <= 8
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: cpu._idle.memory).result() == []
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
