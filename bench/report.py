@@ -37,6 +37,10 @@ and with `fused_ar_tar` after it:
 PADDED_TITLE = """\
 Half of the batch padding: `fused_ar_tar` with `lengths`, without them, as if all counted, and the formula with a mask:
 """
+STEP_TITLE = """\
+A training step of an AWD-LSTM, forward, loss, backward, clipping and SGD, in float32 (%s: layers and
+hidden units, size of the embedding, of the vocabulary, batch and time steps):
+"""
 GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of the JSON's extra_info: heading, unit, and what the unit is
     "kept_bytes": ("kept, MB", 1e6),
@@ -192,13 +196,12 @@ def padded_table(result: Result) -> str:
     return table(rows)
 
 
-def step_table(result: Result) -> str:
+def step_table(case: Case) -> str:
     """A training step by every peer, and what the penalty adds to the step without it."""
     rows = [["a training step", "ms", "against the eager formula"]]
-    for case in result.of(STEP):
-        for peer in case.seconds:
-            speed = "" if peer == "eager" else f"{case.times_as_fast(peer, 'eager'):.2f}x"
-            rows.append([peer, number(case.milliseconds(peer)), speed])
+    for peer in case.seconds:
+        speed = "" if peer == "eager" else f"{case.times_as_fast(peer, 'eager'):.2f}x"
+        rows.append([peer, number(case.milliseconds(peer)), speed])
     return table(rows)
 
 
@@ -260,7 +263,7 @@ def readme_part(results: list[Result]) -> str:
         if result.of(DROPOUT):
             parts += [DROPOUT_TITLE, dropout_table(result), dropout_verdict(result)]
         parts += [PADDED_TITLE, padded_table(result)] if result.of(PADDED) else []
-        parts += [step_table(result)] if result.of(STEP) else []
+        parts += [part for case in result.of(STEP) for part in (STEP_TITLE % case.name, step_table(case))]
         pictures = [f"![{alt}](bench/results/{result.name}-{kind}.svg)" for kind, alt, _ in plots(result)]
         parts += ["\n".join(pictures) + "\n", f"All cases: [{result.name}.md](bench/results/{result.name}.md).\n"]
     if not any(result.on_gpu for result in results):

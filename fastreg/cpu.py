@@ -114,26 +114,27 @@ class Scratch:
     """
 
     def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-        self.memory = _idle.memory.pop() if _idle.memory else _bytes(0)
+        self.kept = _idle.memory.pop() if _idle.memory else _doubles(0)
+        self.memory = self.kept.view(dtype)
 
     def __del__(self) -> None:
-        _idle.memory.append(self.memory)
+        _idle.memory.append(self.kept)
 
     def shaped(self, *shape: int) -> Tensor:
-        size = shape[0] * shape[1] * shape[2] * self.dtype.itemsize
-        if len(self.memory) < size:
-            self.memory = _bytes(size)
-        return self.memory[:size].view(self.dtype).view(shape)
+        count = shape[0] * shape[1] * shape[2]
+        if len(self.memory) < count:
+            self.kept = _doubles(-(-count * self.memory.itemsize // 8))
+            self.memory = self.kept.view(self.memory.dtype)
+        return self.memory[:count].view(shape)
 
     def hold(self, block: Tensor) -> Tensor:
         """`block` in the computation's dtype: itself, or a copy."""
-        return block if block.dtype == self.dtype else self.shaped(*block.shape).copy_(block)
+        return block if block.dtype == self.memory.dtype else self.shaped(*block.shape).copy_(block)
 
 
 @torch.inference_mode(False)  # in which memory can be written by later calls
-def _bytes(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
+def _doubles(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.float64, device="cpu")
 
 
 def blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, int, int, slice]]:
@@ -226,7 +227,7 @@ class Found(NamedTuple):
     def take(self, chosen: slice, scratch: Scratch) -> Tensor:
         """Rows that count, (1, rows, inner), in memory of `scratch`."""
         places = self.places[chosen]
-        if self.rows.dtype != scratch.dtype:
+        if self.rows.dtype != scratch.memory.dtype:
             return scratch.hold(self.rows.index_select(0, places)[None])
         taken = scratch.shaped(1, len(places), self.rows.shape[1])
         torch.index_select(self.rows, 0, places, out=taken[0])

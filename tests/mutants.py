@@ -130,8 +130,8 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("sign flipped", "change[:, :-1], change[:, 1:]", "change[:, 1:], change[:, :-1]"),
     ],
     ("fastreg/cpu.py", "Scratch"): [
-        ("computed in the input's dtype", "block if block.dtype == self.dtype else", "block if True else"),
-        ("memory not kept", "_idle.memory.append(self.memory)", "pass"),
+        ("computed in the input's dtype", "block if block.dtype == self.memory.dtype else", "block if True else"),
+        ("memory not kept", "_idle.memory.append(self.kept)", "pass"),
     ],
     ("fastreg/cpu.py", "blocks"): [
         ("last sequences left out", "range(0, outer, sequences)", "range(0, outer - sequences + 1, sequences)"),
