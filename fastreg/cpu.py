@@ -274,10 +274,9 @@ class Rows:
         return Found(x.detach().as_strided((rows, self.sizes[2]), (unit, 1)), places)
 
     def to_fill(self, x: Tensor, strides: Sequence[int]) -> Found:
-        """Where they lie in `x`, whose padding is to be 0, and is so now unless it is with the rows next to it."""
+        """Where they lie in `x`, which has no gaps, and whose padding is 0 now, or will be with the rows next to it."""
         outer, time, inner = self.sizes
-        one_after_the_other = strides[1] == inner and (outer == 1 or strides[0] == time * inner)
-        if self.packed_at is None and self.count and one_after_the_other:
+        if self.packed_at is None and self.count and strides[1] == inner:  # one sequence after the other
             places = self.sequence * time + self.step
             numbers = torch.full((outer * time,), self.count, device="cpu")
             numbers[places] = torch.arange(self.count, device="cpu")
