@@ -340,6 +340,13 @@ def test_gradcheck(kind: str, device: str) -> None:
 
 
 @by_kind
+def test_the_gradient_is_the_same_with_a_graph(kind: str, device: str) -> None:
+    call, inputs = calls(device)[kind]
+    got = torch.autograd.grad(call(*inputs), inputs, create_graph=True)
+    torch.testing.assert_close(got, torch.autograd.grad(call(*inputs), inputs))
+
+
+@by_kind
 def test_function_transforms(kind: str, device: str) -> None:
     call, inputs = calls(device)[kind]
     want = torch.autograd.grad(call(*inputs), inputs)
