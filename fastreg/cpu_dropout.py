@@ -78,13 +78,13 @@ def backward(
     with_ar, with_tar = grad is not None and ar_factor != 0, grad is not None and tar_factor != 0
     raw, mask, grad_raw = (view_of(x, sizes, strides[i]) for i, x in ((0, raw), (1, mask), (3, grad_raw)))
     arriving = None if grad_dropped is None else view_of(grad_dropped, sizes, strides[2])
-    if strides[1][1] == 0:  # one row for all time steps: in two dtypes a product takes twice as long
-        mask = mask[:, :1].to(dtype).expand_as(mask)
+    # One row for all time steps is cast beforehand: a product of two dtypes takes twice as long.
+    keeps = mask[:, :1].to(dtype).expand_as(mask) if strides[1][1] == 0 else mask
     whole_ar, whole_tar = with_ar and lengths is None, with_tar and lengths is None
     rows, changes, slopes = Scratch(dtype), Scratch(dtype), Scratch(dtype)
     for outer, start, stop, inner in blocks(sizes):
         target = grad_raw[outer, start:stop, inner]
-        keep = mask[outer, start:stop, inner]
+        keep = keeps[outer, start:stop, inner]
         slope = target if target.dtype == dtype else slopes.shaped(*target.shape)
         if whole_ar and not ar_of_raw:
             torch.mul(slopes.hold(raw[outer, start:stop, inner]), keep, out=slope)

@@ -414,6 +414,17 @@ def test_dropout(batch: str, dtype: torch.dtype, full: bool, batch_first: bool, 
         assert (grad[n:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
+def test_a_mask_that_is_part_of_another(dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(3, 7, 12, device=device).to(dtype).requires_grad_()
+    masks = (torch.rand(3, 4, 12, device=device) > 0.5).to(dtype) * 2
+    gradients = []
+    for mask in (masks[:, 2:3], masks[:, 2:3].contiguous()):
+        results = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=mask, lengths=torch.tensor([7, 3, 5]))
+        gradients += torch.autograd.grad(results, x, [torch.ones_like(y) for y in results])
+    assert torch.equal(*gradients)
+
+
 def test_dropout_off(device: str) -> None:
     (raw,), lengths = padded("some", 12, FLOAT, device=device)
     dropped, got = fused_dropout_ar_tar(
