@@ -217,6 +217,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("zeros where there is no gradient", "set_materialize_grads(False)", "set_materialize_grads(True)"),
         ("terms differentiable", "ctx.mark_non_differentiable(terms)", "pass"),
         ("AR of raw ignored", "scales, ar_of_raw, *scaled", "scales, False, *scaled"),
+        ("batched gradients not left to the formula", " or not all(fusable(x) for x in arrived)", ""),
     ],
     ("fastreg/dropout.py", "_gradient_formula"): [
         ("AR of raw through the mask", "(direct if ar_of_raw else masked)", "masked"),

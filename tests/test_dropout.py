@@ -242,6 +242,48 @@ def test_empty(shape: tuple[int, ...], device: str) -> None:
     (dropped.sum() + got).backward()
 
 
+def test_no_elements_with_lengths(device: str) -> None:
+    raw = torch.randn(0, 5, 8, device=device, requires_grad=True)
+    _, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=torch.zeros(0, dtype=torch.int64))
+    assert got == 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_gradient_of_dropped_alone_looks_at_no_activation(padded: bool, device: str) -> None:
+    raw = torch.full((2, 4, 3), torch.inf, device=device, requires_grad=True)
+    options: Any = {"lengths": torch.tensor([3, 1])} if padded else {}
+    dropped, _ = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=torch.full((2, 1, 3), 2.0, device=device), **options)
+    (gradient,) = torch.autograd.grad(dropped, raw, torch.ones_like(dropped))
+    assert (gradient == 2).all()
+
+
+def test_a_lazily_negated_gradient_keeps_its_sign(device: str) -> None:
+    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    dropped, _ = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=torch.full((3, 1, 12), 2.0, device=device))
+    (gradient,) = torch.autograd.grad(dropped, raw, torch._neg_view(torch.ones_like(raw)))
+    assert (gradient == -2).all()
+
+
+def test_both_terms_off(device: str) -> None:
+    raw = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    _, got = fused_dropout_ar_tar(raw, 0.5, 0, 0)
+    for graph in (False, True):
+        (gradient,) = torch.autograd.grad(got, raw, create_graph=graph, retain_graph=True)
+        assert (gradient == 0).all()
+
+
+def test_batched_gradients(device: str) -> None:
+    raw = torch.randn(2, 3, 7, 12, device=device, dtype=DOUBLE)
+    mask = mask_for(Sample(), raw[0], False)
+
+    def jacobian(penalty: Any) -> Any:
+        both = lambda x: torch.stack([penalty(x[0]), penalty(x[1])])  # noqa: E731
+        return torch.autograd.functional.jacobian(both, raw, vectorize=True)
+
+    plain = jacobian(lambda x: ar_tar(x, x * mask, 2.0, 1.0, Steps(), "mean").penalty)
+    torch.testing.assert_close(jacobian(lambda x: fused(Sample(), x, mask)[1]), plain)
+
+
 def test_function_transforms(device: str) -> None:
     raw = torch.randn(4, 3, 7, 12, device=device, dtype=DOUBLE)
     mask = mask_for(Sample(), raw[0], False)
@@ -296,6 +338,7 @@ def test_compiles_to_one_graph(device: str) -> None:
         ((X, 0.5, -2, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -2.0"),
         ((X, 0.5, 2, 1), {"training": "no"}, TypeError, "training: expected True or False, got 'no'"),
         ((X, 0.5, 2, 1), {"mask": 1}, TypeError, "mask: expected a tensor, got int"),
+        ((X, 0.5, 2, 1), {"mask": X.to_sparse()}, TypeError, "mask: expected a dense .* got torch.sparse_coo"),
         ((X, 0.5, 2, 1), {"mask": X[:, :3]}, ValueError, r"mask: expected shape \(2, 1, 8\) or that of raw, .* got"),
         ((X, 0.5, 2, 1), {"mask": X[:1], "batch_first": True}, ValueError, r"mask: expected shape \(2, 1, 8\)"),
         ((X, 0.5, 2, 1), {"mask": X.double()}, TypeError, "mask: expected the dtype of raw, torch.float32, got"),

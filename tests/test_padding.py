@@ -106,6 +106,12 @@ def test_lengths(batch: str, layout: str, dtypes: tuple[torch.dtype, torch.dtype
         assert_gradient(grad, expected.grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def test_one_row_of_memory_for_all(device: str) -> None:
+    row, lengths = torch.randn(1, 1, 12, device=device), torch.tensor([7, 0, 2])
+    got, want = (fused_ar_tar(x, x, ALPHA, BETA, lengths=lengths) for x in (row.expand(3, 7, 12), row.repeat(3, 7, 1)))
+    torch.testing.assert_close(got, want)
+
+
 @by_batch
 def test_raw_is_dropped(batch: str, device: str, poison: None) -> None:
     (raw,), lengths = padded(batch, 12, FLOAT, device=device)
@@ -194,6 +200,15 @@ def test_lengths_changed_before_the_backward_raise(device: str) -> None:
     counts[0] = 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         got.backward()
+
+
+def test_a_gradient_of_inf_leaves_padding_at_0_in_a_graph(device: str) -> None:
+    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
+    got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=torch.tensor([7, 0, 2])) * torch.inf
+    for x in torch.autograd.grad(got, (raw, dropped), create_graph=True):
+        assert not x[0, 0].isfinite().any()
+        assert not x[1].any()
+        assert not x[2, 2:].any()
 
 
 def test_lengths_made_in_inference_mode(device: str) -> None:

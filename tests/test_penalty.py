@@ -227,6 +227,7 @@ def test_a_term_that_is_off_is_not_read(device: str) -> None:
     for unread in (None, bad, "not a tensor", torch.zeros(1, dtype=torch.int64)):
         assert fused_ar_tar(x, unread, 0.0, 1.0).isfinite()  # pyright: ignore[reportArgumentType, reportCallIssue]
         assert fused_ar_tar(unread, x, 1.0, 0.0).isfinite()  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert fused_ar_tar(x.to("meta"), x, 0, 0).is_meta
     both_off = fused_ar_tar(bad.double(), bad, 0, 0, return_terms=True)
     assert all(x == 0 and x.dtype == DOUBLE and x.device == bad.device for x in both_off)
     assert fused_ar_tar(None, None, 0, 0) == 0

@@ -872,6 +872,57 @@ def test_an_offer_is_taken_as_long_as_it_is_right(changed: str, formed: list[Any
     assert len(formed) == (changed != "nothing")
 
 
+def test_an_offer_is_not_of_what_came_with_lengths_or_after_it() -> None:
+    raw, lengths = torch.randn(BATCH, TIME, HIDDEN), torch.full((BATCH,), 2)
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
+    link(dropout, reg)
+    dropped = dropout(raw)
+    reg.on_loss_begin((0, raw, dropped), lengths)
+    torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths))
+    dropped = 2 * dropout(raw)
+    reg.on_loss_begin((0, raw, dropped))
+    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
+
+
+def test_two_runs_before_their_dropouts() -> None:
+    for kind in (Model, Fused):
+        model = seeded(kind)
+        reg = attached(model)
+        raws = [model.rnn(torch.randn(BATCH, TIME, HIDDEN))[0] for _ in range(2)]
+        droppeds = [model.dropout(raw) for raw in raws]
+        loss = droppeds[0].mean() + droppeds[1].mean()
+        want = sum(formula(raw, dropped, 1) for raw, dropped in zip(raws, droppeds, strict=True))
+        torch.testing.assert_close(reg.on_backward_begin(loss) - loss, want)
+
+
+@pytest.mark.parametrize("run", [0, 1])
+def test_a_loss_depends_on_a_run_by_any_of_its_inputs(run: int) -> None:
+    rnn = seeded(lambda: nn.LSTM(HIDDEN, HIDDEN, batch_first=True))
+    reg = regularizer()
+    reg.attach(rnn)
+    runs = [rnn(torch.randn(BATCH, TIME, HIDDEN))[0] for _ in range(2)]
+    loss = torch.ones((), requires_grad=True) - runs[run].mean()
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(runs[run], runs[run], 1))
+
+
+def test_a_dropout_that_failed_gets_its_own_coefficients_back() -> None:
+    model = seeded(Fused)
+    model.dropout.alpha, model.dropout.beta = 0.25, 0.5
+    attachment = regularizer().attach(model.rnn, model.dropout)
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    hook, raw = model.dropout.register_forward_pre_hook(fail), torch.randn(BATCH, TIME, HIDDEN)
+    with pytest.raises(KeyError):
+        model.dropout(raw)
+    hook.remove()
+    attachment.remove()
+    dropped = model.dropout(raw)
+    want = 0.25 * dropped.pow(2).mean() + 0.5 * raw.diff(dim=1).pow(2).mean()
+    torch.testing.assert_close(model.dropout.take().penalty, want)
+
+
 def test_offers_are_not_held() -> None:
     reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
     link(dropout, reg)
@@ -879,6 +930,7 @@ def test_offers_are_not_held() -> None:
     for drop in (reg.clear, lambda: dropout.eval()(raw), lambda: reg.on_loss_begin((0, raw, raw))):
         dropout.train()(raw)
         assert reg._offered is not None
+        assert copy.deepcopy(reg)._offered is None
         drop()
         assert reg._offered is None
     with torch.inference_mode():
