@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,16 @@ def compiled(kernel: Any) -> list[Any]:
     return list(kernel.device_caches[0][0].values())
 
 
-def run(dtypes: tuple[torch.dtype, torch.dtype], same: bool, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+def run(
+    dtypes: tuple[torch.dtype, torch.dtype], same: bool, shape: tuple[int, ...] = (4, 70, 400), batch_first: bool = True
+) -> None:
     raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for dtype in dtypes)
-    fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0).backward()
+    fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0, batch_first=batch_first).backward()
 
 
-def run_dropout(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+def run_dropout(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), batch_first: bool = True) -> None:
     raw = torch.zeros(shape, dtype=dtype, requires_grad=True)
-    dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
+    dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, batch_first=batch_first)
     torch.autograd.backward([dropped, got], [torch.ones_like(raw), torch.ones_like(got)])
 
 
@@ -168,6 +171,14 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
     for time in range(2, 101, 7):
         run_packed(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
     assert [len(compiled(kernel)) for kernel in PENALTY] == [3, 3]
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_a_varying_batch_compiles_once_time_first(target: Any) -> None:
+    for time, batch in product((1, 2, 35, 70), (1, 3, 4, 17, 64)):
+        run((FLOAT, FLOAT), same=False, shape=(time, batch, 400), batch_first=False)
+        run_dropout(FLOAT, shape=(time, batch, 400), batch_first=False)
+    assert [len(compiled(kernel)) for kernel in PENALTY + DROPOUT] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
