@@ -38,8 +38,8 @@ PADDED_TITLE = """\
 Half of the batch padding: `fused_ar_tar` with `lengths`, without them, as if all counted, and the formula with a mask:
 """
 STEP_TITLE = """\
-A training step of an AWD-LSTM, forward, loss, backward, clipping and SGD, in float32 (%s: layers and
-hidden units, size of the embedding, of the vocabulary, batch and time steps):
+A training step of an AWD-LSTM, forward, loss, backward, clipping and SGD, in float32, of the size
+`%s` (layers and hidden units, embedding, vocabulary, batch and time steps):
 """
 GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of the JSON's extra_info: heading, unit, and what the unit is
