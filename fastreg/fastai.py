@@ -195,9 +195,8 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         capture = self._capture()
         raw, out, lengths = capture.raw_out, capture.out, None
         if self.mask_padding:
-            padding = (
-                self.learn.xb[0][:, -raw.shape[1] :] == _encoder(self.learn.model).pad_idx
-            )  # it may keep the end alone
+            ids = self.learn.xb[0][:, -raw.shape[1] :]  # the encoder may keep the end alone
+            padding = ids == _encoder(self.learn.model).pad_idx
             aligned, lengths = _aligned(raw, padding)
             raw, out = aligned, aligned if out is raw else _aligned(out, padding)[0]
         self.regularizer.on_loss_begin((self.learn.pred, raw, out), lengths)
@@ -207,10 +206,8 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
             self.totals[name] += getattr(self.regularizer, name) * size
 
     def after_backward(self) -> None:
-        if self.bptt is not None:
-            self.learn._step = _Step(
-                self.learn, self.regularizer
-            )  # rather than events: none comes when the step raises
+        if self.bptt is not None:  # rather than by events: none comes when the step raises
+            self.learn._step = _Step(self.learn, self.regularizer)
 
     def after_batch(self) -> None:
         vars(self.learn).pop("_step", None)  # the step was cancelled
