@@ -182,6 +182,18 @@ def test_a_varying_batch_compiles_once_time_first(target: Any) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tickets = iter(torch.zeros(6, dtype=torch.int32).split(1))
+    for module in (kernels, dropout_kernels):
+        monkeypatch.setattr(module, "ticket_for", lambda _: next(tickets))
+    for _ in range(3):
+        run((FLOAT, FLOAT), same=False)
+        run_dropout(FLOAT)
+    assert next(tickets, None) is None
+    assert [len(compiled(kernel)) for kernel in PENALTY + DROPOUT] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
     """Triton passes Python floats as float32 unless told otherwise."""
     run((DOUBLE, DOUBLE), same=False)

@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
-from fastreg import ARTAR, fused_ar_tar, penalty
+from fastreg import ARTAR, cpu, fused_ar_tar, penalty
 from fastreg.reference import Steps, ar_tar
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, SMALL, Sample
 
@@ -230,6 +230,8 @@ def test_a_term_that_is_off_is_not_read(device: str) -> None:
     assert fused_ar_tar(x.to("meta"), x, 0, 0).is_meta
     both_off = fused_ar_tar(bad.double(), bad, 0, 0, return_terms=True)
     assert all(x == 0 and x.dtype == DOUBLE and x.device == bad.device for x in both_off)
+    both_off.penalty.add_(1)
+    assert both_off.ar == both_off.tar == 0
     assert fused_ar_tar(None, None, 0, 0) == 0
 
 
@@ -449,9 +451,10 @@ def test_tracers_see_the_formula(device: str) -> None:
     torch.testing.assert_close(call(other), ar_tar(other, other, 2.0, 1.0, Steps(), "mean").penalty)
 
 
-def test_the_default_device_is_not_asked(device: str) -> None:
+def test_the_default_device_is_not_asked(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 5, 8, device=device, requires_grad=True)
     want = fused_ar_tar(x, x, 2.0, 1.0, return_terms=True)
+    monkeypatch.setattr(cpu, "_idle", cpu.Idle())
     with torch.device("meta"):
         got = fused_ar_tar(x, x, 2.0, 1.0, return_terms=True)
         got.penalty.backward()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from fastreg.reference import Steps, ar_tar, ar_tar_gradients
+from fastreg.reference import Steps, ar_tar, ar_tar_gradients, divisors
 from tests.samples import DOUBLE, SAMPLES, SMALL, Sample
 
 
@@ -52,3 +52,20 @@ def test_gradients_of_half_precision_are_formed_in_float32() -> None:
         ar_tar_gradients(torch.tensor(1.0), x, None, False, 0.0, 1.0, Steps(), "mean")[0] for x in (raw.half(), raw)
     )
     assert torch.equal(got, want.half())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8])
+def test_lengths_of_few_bits(kind: torch.dtype) -> None:
+    counts = divisors(torch.zeros(2, 3, 100), Steps(lengths=torch.tensor([0, 3], dtype=kind)), "mean")
+    assert [int(n) for n in counts] == [300, 200]
+
+
+def test_what_cancels_in_half_precision() -> None:
+    """Two gradients that float16 has no numbers for."""
+    x = torch.tensor([[[1.0], [1000.0]]]).half().requires_grad_()
+    options = 99900.0, 100.0, Steps(), "sum"
+    (gradient,) = torch.autograd.grad(ar_tar(x, x, *options).penalty, x)
+    assert gradient[0, 0] == 0
+    written_out, _ = ar_tar_gradients(torch.tensor(1.0), x, None, True, *options)
+    assert written_out is not None
+    assert written_out[0, 0] == 0

@@ -884,6 +884,15 @@ def test_an_offer_is_not_of_what_came_with_lengths_or_after_it() -> None:
     torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
 
 
+def test_an_rnn_in_evaluation_among_others_is_no_excuse() -> None:
+    model, reg = seeded(Stack), regularizer(layers="all")
+    for rnn, dropout in zip(model.rnns, model.dropouts, strict=True):
+        reg.attach(rnn, dropout)
+    model.rnns[2].eval()
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        penalty_of(reg)
+
+
 def test_two_runs_before_their_dropouts() -> None:
     for kind in (Model, Fused):
         model = seeded(kind)
