@@ -67,7 +67,9 @@ def divisors(x: Tensor, steps: Steps, reduction: str) -> tuple[int | Tensor, int
 
 def _at_least_1(count: Any) -> Any:
     """Without a branch, which would stay in traced code as it went."""
-    return count.clamp(min=1) if isinstance(count, Tensor) else torch.sym_max(count, 1)
+    if isinstance(count, Tensor):
+        return count.clamp(min=1)
+    return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # which takes ten times as long
 
 
 def neighbours(batch_sizes: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -893,15 +893,15 @@ def test_an_rnn_in_evaluation_among_others_is_no_excuse() -> None:
         penalty_of(reg)
 
 
+@either
 def test_two_runs_before_their_dropouts() -> None:
-    for kind in (Model, Fused):
-        model = seeded(kind)
-        reg = attached(model)
-        raws = [model.rnn(torch.randn(BATCH, TIME, HIDDEN))[0] for _ in range(2)]
-        droppeds = [model.dropout(raw) for raw in raws]
-        loss = droppeds[0].mean() + droppeds[1].mean()
-        want = sum(formula(raw, dropped, 1) for raw, dropped in zip(raws, droppeds, strict=True))
-        torch.testing.assert_close(reg.on_backward_begin(loss) - loss, want)
+    model = seeded(Model)
+    reg = attached(model)
+    raws = [model.rnn(torch.randn(BATCH, TIME, HIDDEN))[0] for _ in range(2)]
+    droppeds = [model.dropout(raw) for raw in raws]
+    loss = droppeds[0].mean() + droppeds[1].mean()
+    want = sum(formula(raw, dropped, 1) for raw, dropped in zip(raws, droppeds, strict=True))
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, want)
 
 
 @pytest.mark.parametrize("run", [0, 1])
