@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.dropout import FusedRNNDropout, Waiting
-from fastreg.layout import is_list
+from fastreg.arguments import is_list
 from fastreg.penalty import fused_ar_tar
-from fastreg.reference import ARTAR
+from fastreg.problem import ARTAR
+from fastreg.rnn_dropout import FusedRNNDropout, Waiting
 
 
 class Part(NamedTuple):

@@ -13,9 +13,48 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastreg.reference import compute_dtype
+from fastreg.kernels.view import Result, Sums, View
+from fastreg.problem import compute_dtype
 
 BLOCK = 2**19  # elements: smaller blocks lose to the cost of dispatch, larger ones leave the cache
+
+
+class Forward:
+    """Compute the penalty as `fastreg.kernels.penalty.Forward` does."""
+
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        self.view, self.sums, self.strides = view, sums, strides_of(view)
+
+    def __call__(
+        self, raw: Tensor | None, dropped: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None
+    ) -> Result:
+        sums, sizes = self.sums, self.view[:3]
+        options = self.strides, lengths, batch_sizes, sums.alpha, sums.beta, sums.divisors
+        return Result(*forward(raw, dropped, sums.ar_of_raw, sizes, *options))
+
+
+class Backward:
+    """Fill gradients as `fastreg.kernels.penalty.Backward` does."""
+
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        self.view, self.sums, self.strides = view, sums, strides_of(view)
+
+    def __call__(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor | None, Tensor | None],
+        gradients: tuple[Tensor | None, Tensor | None],
+        scales: Tensor | None,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+    ) -> None:
+        tensors = *inputs, *gradients, self.sums.ar_of_raw
+        backward(grad, *tensors, self.view[:3], self.strides, lengths, batch_sizes, scales, *self.sums.factors)
+
+
+def strides_of(view: View) -> list[tuple[int, int]]:
+    """Return the strides of each operand, of outer and of time."""
+    return [(0, 0) if x is None else (x.outer, x.time) for x in view.operands]
 
 
 def forward(
@@ -209,7 +248,8 @@ def gradient_scales(
     if grad is None:
         return 0.0, 0.0
     ar, tar = grad.new_ones(2) if scales is None else scales
-    return (grad * ar_factor * ar).item(), (grad * tar_factor * tar).item()  # inf where that dtype has no such number
+    # inf where that dtype has no such number; divided first, as together they may overflow
+    return (ar_factor * ar * grad).item(), (tar_factor * tar * grad).item()
 
 
 def _tensor(values: float | list[float], dtype: torch.dtype) -> Tensor:

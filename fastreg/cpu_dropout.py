@@ -20,10 +20,43 @@ from fastreg.cpu import (
     gradient_scales,
     results,
     square_sum,
+    strides_of,
     sums_of_rows,
     view_of,
 )
-from fastreg.reference import compute_dtype
+from fastreg.kernels.view import Result, Sums, View
+from fastreg.problem import compute_dtype
+
+
+class Forward:
+    """Fill `dropped` and compute the penalty as `fastreg.kernels.dropout.Forward` does."""
+
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        self.view, self.sums, self.strides = view, sums, strides_of(view)
+
+    def __call__(self, raw: Tensor, mask: Tensor, dropped: Tensor, lengths: Tensor | None) -> Result:
+        sums = self.sums
+        options = self.strides, lengths, sums.alpha, sums.beta, sums.ar_of_raw, sums.divisors
+        return Result(*forward(raw, mask, dropped, self.view[:3], *options))
+
+
+class Backward:
+    """Fill the gradient of raw as `fastreg.kernels.dropout.Backward` does."""
+
+    def __init__(self, view: View, sums: Sums, device: torch.device, penalized: bool) -> None:
+        self.view, self.sums, self.strides = view, sums, strides_of(view)
+
+    def __call__(
+        self,
+        upstream: tuple[Tensor | None, Tensor | None],
+        inputs: tuple[Tensor, Tensor],
+        gradient: Tensor,
+        scales: Tensor | None,
+        lengths: Tensor | None,
+    ) -> None:
+        grad_dropped, grad = upstream
+        options = self.strides, lengths, scales, self.sums.ar_of_raw
+        backward(grad, *inputs, grad_dropped, gradient, self.view[:3], *options, *self.sums.factors)
 
 
 def forward(

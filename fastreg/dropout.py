@@ -1,27 +1,31 @@
-"""`fused_dropout_ar_tar` and its module: what they check, what they launch, what the gradient is."""
+"""`fused_dropout_ar_tar`: from the arguments to the launch, and back to the gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
-from fastreg import cpu, cpu_dropout
-from fastreg.layout import (
-    canonical,
-    check_coefficient,
+from fastreg.arguments import (
     check_flags,
+    check_integers,
+    check_layer,
     check_mask,
     check_probability,
-    check_reduction,
-    check_steps,
+    check_problem,
     check_tensor,
     plain,
+    ready_lengths,
 )
-from fastreg.penalty import RUNNERS, empty_like, factors, fusable, fused_ar_tar, known_divisors
-from fastreg.reference import ARTAR, Steps, ar_tar_gradients, time_dim
+from fastreg.backends import Backend, backend_for, is_memory, observed, remembered
+from fastreg.kernels.view import Result
+from fastreg.penalty import penalty_of
+from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, time_dim
+from fastreg.reference import ar_tar, ar_tar_gradients
+from fastreg.view import Memory, Signature, allocate, like, memory_of, readable, signature_of, sums_of, view_of
 
 
 @overload
@@ -65,7 +69,7 @@ def fused_dropout_ar_tar(
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> tuple[Tensor, Tensor | ARTAR]:
-    """Variational dropout of `raw`, and the penalty of `raw` and what is left of it, in the same pass.
+    """Apply variational dropout to `raw`, and compute the penalty of `raw` and of what is left of it in the same pass.
 
     Variational (locked) dropout drops a unit of a sequence at all its time steps: Gal and Ghahramani, "A
     Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016). The mask is drawn from
@@ -87,7 +91,7 @@ def fused_dropout_ar_tar(
             all the rest, but counts in neither term.
         reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
             `"sum"` does not divide.
-        return_terms: also give the two terms.
+        return_terms: also return the two terms.
 
     Returns:
         dropped, of raw's shape and dtype, and the penalty, 0-dim, float32 or for float64 inputs float64; with
@@ -96,211 +100,192 @@ def fused_dropout_ar_tar(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    check_flags(training=training, batch_first=batch_first, return_terms=return_terms)
-    check_reduction(reduction)
-    dropped, results = _drop(raw, p, alpha, beta, training, mask, False, batch_first, lengths, reduction)
-    return dropped, results if return_terms else results.penalty
-
-
-def _drop(
-    raw: Tensor,
-    p: float,
-    alpha: float,
-    beta: float,
-    training: bool,
-    mask: Tensor | None,
-    ar_of_raw: bool,
-    batch_first: bool,
-    lengths: Tensor | None,
-    reduction: str,
-) -> tuple[Tensor, ARTAR]:
-    """What the function and the module do."""
-    alpha, beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
+    problem = check_problem(alpha, beta, batch_first, reduction)
+    check_flags(training=training, return_terms=return_terms)
     p = check_probability(p)
-    check_tensor("raw", raw)
+    layer = Layer(check_tensor("raw", raw), None, None if lengths is None else check_integers("lengths", lengths))
     if mask is not None:
+        check_layer(layer, problem)
         mask = check_mask(mask, raw, batch_first)
-    steps = check_steps(raw, batch_first, lengths)
-    lengths = steps.lengths
-    options: Any = {"batch_first": batch_first, "lengths": lengths, "reduction": reduction, "return_terms": True}
-    if not training or (p == 0 and mask is None):
-        return raw, fused_ar_tar(raw, raw, alpha, beta, **options)
-    x, mask = plain(raw), None if mask is None else plain(mask)
-    if mask is None:
-        shape = list(x.shape)
-        shape[time_dim(x, batch_first)] = 1
-        mask = x.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(x)
-    if not all(fusable(y) for y in (x, mask, lengths) if y is not None) or x.numel() == 0:
-        dropped = x * mask
-        return dropped, fused_ar_tar(x, x if ar_of_raw else dropped, alpha, beta, **options)
-    if torch.is_grad_enabled() and x.requires_grad:
-        arguments = (x, mask, lengths, alpha, beta, ar_of_raw, batch_first, reduction)
-        dropped, penalty, terms = _DropoutPenalty.apply(*arguments)
+    if training and (p > 0 or mask is not None):
+        dropped, results = dropout_and_penalty(layer, p if mask is None else mask, problem, return_terms)
     else:
-        dropped, penalty, terms, _ = _forward(x, mask, steps, alpha, beta, ar_of_raw, reduction)
-    return dropped, ARTAR(penalty, *terms.unbind())
+        dropped, results = raw, penalty_of(layer._replace(dropped=raw), problem, return_terms)
+    return dropped, ARTAR(*results) if return_terms else results[0]
 
 
-def _runner(x: Tensor) -> Any:
-    """The module whose `forward` and `backward` run where `x` is."""
-    if RUNNERS[x.device.type] is cpu:
-        return cpu_dropout
-    from fastreg.kernels import dropout as kernels
+def dropout_and_penalty(
+    layer: Layer, mask: Tensor | float, problem: Problem, return_terms: bool
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Apply a dropout mask to raw, and compute the penalty of one layer.
 
-    return kernels
+    Args:
+        layer: of raw, a dense tensor of any subclass, and of lengths; dropped is `None`.
+        mask: `(batch, 1, hidden)` expanded to the shape of raw, or of that shape; or the probability to drop a unit,
+            above 0, to draw one.
+        problem: what to compute.
+        return_terms: whether AR and TAR are wanted, too.
+
+    Returns:
+        dropped, and a tuple of the penalty, (), and where they are wanted AR and TAR, () and detached.
+
+    Raises:
+        TypeError, ValueError: the layer's tensors are not as `fused_dropout_ar_tar` wants them.
+    """
+    raw, _, lengths, _ = layer = layer._replace(raw=plain(layer.given))
+    mask = plain(mask) if isinstance(mask, Tensor) else mask
+    plan = None
+    if observed() or not all(is_memory(x) for x in (raw, mask, lengths) if isinstance(x, Tensor)):
+        check_layer(layer, problem)
+    else:
+        known = memory_of(mask) if isinstance(mask, Tensor) else None
+        plan = _plan_for(signature_of(layer), known, problem, backend_for(raw.device))
+    if not isinstance(mask, Tensor):
+        mask = _locked_mask(raw, mask, problem)
+    if lengths is not None:
+        layer = ready_lengths(layer, problem)
+    if plan is None:
+        dropped = raw * mask
+        penalty, ar, tar = ar_tar(layer._replace(dropped=dropped), problem)
+        return dropped, (penalty, ar.detach(), tar.detach()) if return_terms else (penalty,)
+    if torch.is_grad_enabled() and raw.requires_grad:
+        dropped, penalty, terms = _DropoutPenalty.apply(raw, mask, layer.lengths, plan)
+    else:
+        dropped, (penalty, terms, _) = plan.compute(raw, mask, layer.lengths)
+    return dropped, (penalty, *terms.unbind()) if return_terms else (penalty,)
 
 
-def _forward(
-    raw: Tensor, mask: Tensor, steps: Steps, alpha: float, beta: float, ar_of_raw: bool, reduction: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Dropped, the penalty, (), ar and tar, (2,), and, where the device found the divisors, one over them, (2,)."""
-    _, inputs, _ = canonical((raw, mask), steps)
-    assert inputs[0] is not None
-    dropped = empty_like(inputs[0])
-    sizes, views, strides = canonical((*inputs, dropped), steps)
-    divisors = known_divisors(raw, steps, reduction)
-    results = _runner(raw).forward(*views, sizes, strides, steps.lengths, alpha, beta, ar_of_raw, divisors)
-    return dropped, *results
+def _locked_mask(raw: Any, p: float, problem: Problem) -> Tensor:
+    """Draw a mask as fastai's `RNNDropout` does, of one row for all time steps, expanded to the shape of raw."""
+    shape = list(raw.shape)
+    shape[time_dim(raw, problem.batch_first)] = 1
+    return raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(raw)
+
+
+class _Plan(NamedTuple):
+    """How to drop units and compute the penalty of a layer: the problem, the code, memory for dropped, the launch."""
+
+    problem: Problem
+    backend: Backend
+    dropped: Memory
+    launch: Any  # a `Forward` of the backend
+
+    def compute(self, raw: Tensor, mask: Tensor, lengths: Tensor | None) -> tuple[Tensor, Result]:
+        """Launch the forward; return dropped and the penalty."""
+        dropped = allocate(self.dropped)
+        return dropped, self.launch(readable(raw), readable(mask), dropped, lengths)
+
+
+@remembered
+def _plan_for(signature: Signature, mask: Memory | None, problem: Problem, backend: Backend | None) -> _Plan | None:
+    """Check a layer's metadata and plan its forward; `None` where the plain formula computes it.
+
+    Without the memory of a mask the plan is for one that `_locked_mask` draws.
+    """
+    check_layer(signature, problem)
+    raw = signature.given
+    if backend is None or 0 in raw.shape:
+        return None
+    if mask is None:
+        drawn = _locked_mask(torch.empty(raw.shape, device="meta"), 0.5, problem)
+        mask = Memory(raw.shape, raw.dtype, raw.device, drawn.stride(), aligned=True)
+    dropped = like(raw)
+    view = view_of((raw, mask, dropped), signature, problem)
+    sums = sums_of(signature, problem, compute_dtype(raw))
+    return _Plan(problem, backend, dropped, backend.dropout.Forward(view, sums, raw.device))
+
+
+class _GradientPlan(NamedTuple):
+    """How to compute the gradient of raw: its memory, and the launch that fills it."""
+
+    gradient: Memory
+    launch: Any  # a `Backward` of the backend
+
+    def compute(
+        self, upstream: Sequence[Tensor | None], inputs: Sequence[Tensor], scales: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        """Allocate and launch the backward.
+
+        Args:
+            upstream: gradients of dropped and of the penalty, `None` where there is none.
+            inputs: raw and mask.
+            scales: those of the forward's result.
+            lengths: those of the forward.
+        """
+        gradient = allocate(self.gradient)
+        grad_dropped, grad = upstream
+        raw, mask = (readable(x) for x in inputs)
+        grad_dropped = None if grad_dropped is None else readable(grad_dropped)
+        self.launch((grad_dropped, grad), (raw, mask), gradient, scales, lengths)
+        return gradient
+
+
+@remembered
+def _gradient_plan_for(
+    signature: Signature, others: tuple[Memory, Memory | None], problem: Problem, backend: Backend, penalized: bool
+) -> _GradientPlan:
+    """Plan the backward for tensors that were saved, and for `others`, the mask and the gradient of dropped."""
+    raw, gradient = signature.given, like(signature.given)
+    view = view_of((raw, *others, gradient), signature, problem)
+    sums = sums_of(signature, problem, compute_dtype(raw))
+    return _GradientPlan(gradient, backend.dropout.Backward(view, sums, raw.device, penalized))
 
 
 class _DropoutPenalty(Function):
-    """Saves references to raw and to the mask, and two numbers where the divisors come from lengths."""
+    """Keep references to raw and to the mask, and two numbers where the divisors follow from lengths."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        raw: Tensor,
-        mask: Tensor,
-        lengths: Tensor | None,
-        alpha: float,
-        beta: float,
-        ar_of_raw: bool,
-        batch_first: bool,
-        reduction: str,
-    ) -> Any:
-        steps = Steps(batch_first, lengths)
-        dropped, penalty, terms, scales = _forward(raw, mask, steps, alpha, beta, ar_of_raw, reduction)
+    def forward(ctx: Any, raw: Tensor, mask: Tensor, lengths: Tensor | None, plan: _Plan) -> Any:
+        dropped, (penalty, terms, scales) = plan.compute(raw, mask, lengths)
         ctx.save_for_backward(raw, mask, lengths, scales)
-        ctx.options = alpha, beta, ar_of_raw, batch_first, reduction
+        ctx.plan = plan
         ctx.set_materialize_grads(False)  # what has no gradient costs no zeros
         ctx.mark_non_differentiable(terms)
         return dropped, penalty, terms
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *terms: None
+        ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, _: None
     ) -> Any:
         raw, mask, lengths, scales = ctx.saved_tensors
-        alpha, beta, ar_of_raw, batch_first, reduction = ctx.options
-        steps = Steps(batch_first, lengths)
-        arrived = [x for x in (grad_dropped, grad) if x is not None]
-        if not arrived:
+        layer, upstream, problem = Layer(raw, None, lengths), (grad_dropped, grad), ctx.plan.problem
+        if grad_dropped is None and grad is None:
             gradient = None
-        elif torch.is_grad_enabled() or not all(fusable(x) for x in arrived):  # torch must see the gradient's formula
-            gradient = _gradient_formula(grad_dropped, grad, raw, mask, steps, alpha, beta, ar_of_raw, reduction)
+        elif (
+            torch.is_grad_enabled()
+            or observed()
+            or not all(x is None or is_memory(x) for x in (raw, mask, lengths, *upstream))
+        ):
+            gradient = _gradient_formula(upstream, layer, mask, problem)  # which PyTorch must see
         else:
-            _, inputs, _ = canonical((raw, mask, grad_dropped), steps)
-            assert inputs[0] is not None
-            gradient = empty_like(inputs[0])
-            sizes, views, strides = canonical((*inputs, gradient), steps)
-            scaled = factors(alpha, beta, known_divisors(raw, steps, reduction))
-            _runner(raw).backward(grad, *views, sizes, strides, lengths, scales, ar_of_raw, *scaled)
-        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
+            others = memory_of(mask), None if grad_dropped is None else memory_of(grad_dropped)
+            plan = _gradient_plan_for(signature_of(layer), others, problem, ctx.plan.backend, grad is not None)
+            gradient = plan.compute(upstream, (raw, mask), scales, lengths)
+        return gradient, None, None, None
 
 
 def _gradient_formula(
-    grad_dropped: Tensor | None,
-    grad: Tensor | None,
-    raw: Tensor,
-    mask: Tensor,
-    steps: Steps,
-    alpha: float,
-    beta: float,
-    ar_of_raw: bool,
-    reduction: str,
+    upstream: tuple[Tensor | None, Tensor | None], layer: Layer, mask: Tensor, problem: Problem
 ) -> Tensor:
-    """The gradient of raw in plain PyTorch, itself differentiable in both gradients and in raw."""
-    masked, direct = [grad_dropped], []
-    if grad is not None and (alpha or beta):
-        counted = None if not alpha else raw if ar_of_raw else raw * mask
-        tar, ar = ar_tar_gradients(grad, raw if beta else None, counted, False, alpha, beta, steps, reduction)
-        direct.append(tar)
-        (direct if ar_of_raw else masked).append(ar)
-    parts = [x * mask for x in masked if x is not None] + [x for x in direct if x is not None]
-    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(raw)
-
-
-class Waiting(NamedTuple):
-    """The penalty of a forward, and what it was formed of."""
-
-    terms: ARTAR
-    raw: Tensor
-    dropped: Tensor
-    coefficients: tuple[float, float]
-
-
-class FusedRNNDropout(nn.Module):
-    """Variational dropout that takes AR and TAR along, in the place of fastai's `RNNDropout` or a `LockedDropout`.
-
-    The penalty of the last forward in training waits in the module until `take()`, with its input and output. It is
-    part of neither the state dict nor a copy or pickle of the module. Under activation checkpointing use
-    `use_reentrant=False`: a reentrant one runs the forward without gradients, and the penalty has none.
+    """Compute the gradient of raw in plain PyTorch, itself differentiable in both upstream gradients and in raw.
 
     Args:
-        p: the probability to drop a unit, from 0 to below 1.
-        alpha: coefficient of AR, finite and not negative.
-        beta: coefficient of TAR, finite and not negative.
-        batch_first: `False` for `(time, batch, hidden)`.
-        ar_of: what AR is the mean square of: `"dropped"`, as Merity et al. and fastai v2 have it, or `"raw"`, as
-            fastai v1 has it.
-
-    Raises:
-        TypeError, ValueError: an argument is not as described; the message names it. In a forward, as
-            `fused_dropout_ar_tar`.
+        upstream: gradients of dropped and of the penalty, of which one may be `None`.
+        layer: raw and lengths.
+        mask: of the shape of raw.
+        problem: what the forward computed.
     """
+    grad_dropped, grad = upstream
+    raw, dtype = layer.given, compute_dtype(layer.raw)
+    through_mask = None if grad_dropped is None else grad_dropped.to(dtype)
+    direct = None
+    if grad is not None:
+        direct, ar = ar_tar_gradients(grad, layer._replace(dropped=raw * mask), problem)
+        through_mask = _sum(through_mask, ar)
+    gradient = _sum(None if through_mask is None else through_mask * mask.to(dtype), direct)
+    return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)
 
-    def __init__(
-        self,
-        p: float = 0.5,
-        alpha: float = 0.0,
-        beta: float = 0.0,
-        *,
-        batch_first: bool = True,
-        ar_of: Literal["dropped", "raw"] = "dropped",
-    ) -> None:
-        super().__init__()
-        if ar_of not in ("dropped", "raw"):
-            raise ValueError(f"ar_of: expected 'dropped' or 'raw', got {ar_of!r}")
-        self.p = check_probability(p)
-        self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
-        check_flags(batch_first=batch_first)
-        self.batch_first, self.ar_of = batch_first, ar_of
-        self._waiting: Waiting | None = None
-        self._lent: tuple[float, float] | None = None  # coefficients of a regularizer, for one forward
 
-    def forward(self, raw: Tensor) -> Tensor:
-        """Drop units of `raw`, `(batch, time, hidden)`, in training; give `raw` itself in evaluation."""
-        coefficients = self._lent or (self.alpha, self.beta)
-        self._waiting = self._lent = None
-        if not self.training:
-            return raw
-        options = self.ar_of == "raw", self.batch_first, None, "mean"
-        dropped, terms = _drop(raw, self.p, *coefficients, True, None, *options)
-        # Inside a backward checkpointing recomputes. torch.compile cannot ask, and refuses to checkpoint this module.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self._waiting = Waiting(terms, raw, dropped, coefficients)
-        return dropped
-
-    def take(self) -> ARTAR | None:
-        """Hand out the penalty of the last forward, once; `None` if there is none or that was in evaluation."""
-        waiting, self._waiting = self._waiting, None
-        return None if waiting is None else waiting.terms
-
-    def extra_repr(self) -> str:
-        """What `print(module)` shows."""
-        extra = [] if self.batch_first else ["batch_first=False"]
-        extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
-        return ", ".join([f"p={self.p:g}, alpha={self.alpha:g}, beta={self.beta:g}", *extra])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_waiting": None, "_lent": None}
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """Add what there is."""
+    return x if y is None else y if x is None else x + y

@@ -23,7 +23,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from fastreg import output_dropout
-from fastreg.layout import check_flags
+from fastreg.arguments import check_flags
 from fastreg.regularizer import RNNRegularizer as Regularizer
 
 __all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastreg.arguments import check_flags
 from fastreg.attachment import Part, nobody
-from fastreg.dropout import FusedRNNDropout
-from fastreg.layout import check_flags
 from fastreg.regularizer import RNNRegularizer
+from fastreg.rnn_dropout import FusedRNNDropout
 
 
 class OutputDropout(FusedRNNDropout):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
+from fastreg.arguments import check_coefficient, is_list
 from fastreg.attachment import Attachment, Part
-from fastreg.dropout import FusedRNNDropout
-from fastreg.layout import check_coefficient, is_list
-from fastreg.reference import ARTAR
+from fastreg.problem import ARTAR
+from fastreg.rnn_dropout import FusedRNNDropout
 
 
 class RNNRegularizer:

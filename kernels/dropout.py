@@ -1,4 +1,4 @@
-"""Variational dropout with AR and TAR in the same pass: forward and backward, each with the function that launches it.
+"""Variational dropout with AR and TAR in the same pass: forward and backward, each with the object that launches it.
 
 The forward reads raw and writes dropped, as dropout alone does, and takes the sums along. The backward reads raw
 and the gradient of dropped, and writes that of raw.
@@ -6,15 +6,15 @@ and the gradient of dropped, and writes that of raw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreg.kernels.reduction import finish, ticket_for
-from fastreg.kernels.tiling import Plan, at, current_device, ends, load_rows, place, rounded, row, store_row, within
+from fastreg.kernels.launch import Launch
+from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, finish
+from fastreg.kernels.tiling import Rows, Tiling, at, ends, load_row, load_rows, place, rounded, store_row, within
+from fastreg.kernels.view import Result, Sums, View
 
 
 @triton.jit(
@@ -59,12 +59,19 @@ def dropout_forward(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Write `raw * mask`; sum its squares and those of the changes of `raw` over time.
+    """Apply a dropout mask and compute the penalty.
+
+        dropped[t] = raw[t] * mask[t]
+        ar = ar_scale * sum over t of dropped[t] ** 2
+        tar = tar_scale * sum over t > 0 of (raw[t] - raw[t - 1]) ** 2
+        penalty = alpha * ar + beta * tar
+
+    Padding is dropped out like all the rest, but counts in neither sum.
 
     raw                  (outer, time, inner)
     mask                 the same shape, already scaled; one row for all time steps if LOCKED
     dropped              (outer, time, inner) out
-    penalty              () out in ACC: alpha * ar + beta * tar
+    penalty              () out in ACC
     terms                (2,) out in ACC: ar and tar
     scales               (2,) out in ACC: one over the divisors, found from lengths; None where they are given
     partials             (2 * programs,) in ACC, memory for partial sums
@@ -87,56 +94,41 @@ def dropout_forward(
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
-        raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
-        mask_base = at(mask, sequence, unit, mask_outer, ALIGN)
-        dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
+        tile = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+        raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, None, ALIGN)
+        mask_rows = Rows(at(mask, tile, mask_outer, ALIGN), mask_time, None, ALIGN)
+        dropped_rows = Rows(at(dropped, tile, dropped_outer, ALIGN), dropped_time, None, ALIGN)
         last = time  # what lies behind it is padding
         if lengths is not None:
-            last = ends(lengths, sequence, present, time, INDEX)
+            last = ends(lengths, tile.sequence, tile.present, time, INDEX)
         if LOCKED:
-            scale = tl.load(mask_base, mask=present, other=0.0).to(ACC)
+            scale = load_row(mask_rows, 0, tile.present, ACC)
         if TAR:
-            halo = within(present, 0, start, INDEX)
-            previous = tl.load(row(raw_base, start - 1, raw_time, None, ALIGN), mask=halo, other=0.0).to(ACC)
+            previous = load_row(raw_rows, tile.start - 1, within(tile, 0, tile.start), ACC)
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
-        for turn in range(start, stop, UNROLL):
-            raws = load_rows(raw_base, turn, stop, raw_time, None, present, ACC, ALIGN, INDEX, UNROLL)
+        for turn in range(tile.start, tile.stop, UNROLL):
+            raws = load_rows(raw_rows, tile, turn, tile.stop, ACC, UNROLL)
             if not LOCKED:
-                masks = load_rows(mask_base, turn, stop, mask_time, None, present, ACC, ALIGN, INDEX, UNROLL)
+                masks = load_rows(mask_rows, tile, turn, tile.stop, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
-                inside = within(present, turn + i, stop, INDEX)
+                inside = within(tile, turn + i, tile.stop)
                 kept = rounded(raws[i] * (scale if LOCKED else masks[i]), dropped.dtype.element_ty)
-                store_row(dropped_base, turn + i, dropped_time, None, kept, inside, ALIGN)
-                counts = inside & within(present, turn + i, last, INDEX)
+                store_row(dropped_rows, turn + i, kept, inside)
+                counts = inside & within(tile, turn + i, last)
                 if AR:
-                    counted = raws[i] if AR_OF_RAW else kept.to(ACC)
-                    ar_run += tl.where(counts, counted * counted, 0.0)
+                    squared = raws[i] if AR_OF_RAW else kept.to(ACC)
+                    ar_run += tl.where(counts, squared * squared, 0.0)
                 if TAR:
-                    paired = counts & within(present, 0, turn + i, INDEX)
+                    paired = counts & within(tile, 0, turn + i)
                     change = tl.where(paired, raws[i] - previous, 0.0)
                     tar_run += change * change
                     previous = raws[i]
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
-    finish(
-        ar,
-        tar,
-        penalty,
-        terms,
-        scales,
-        partials,
-        ticket,
-        lengths,
-        lanes // inner,
-        time,
-        inner * ALIGN,
-        alpha,
-        beta,
-        ar_scale,
-        tar_scale,
-    )
+    outputs = Outputs(penalty, terms, scales)
+    extents = Extents(lengths, lanes // inner, time, inner * ALIGN)
+    finish(ar, tar, outputs, Scratch(partials, ticket), extents, Weights(alpha, beta, ar_scale, tar_scale))
 
 
 @triton.jit(
@@ -179,7 +171,13 @@ def dropout_backward(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Write the gradient of `raw`: that of dropped and of AR through the mask, and that of TAR.
+    """Write the gradient of `raw`.
+
+        grad_raw[t] = (grad_dropped[t] + grad * ar_factor * raw[t] * mask[t]) * mask[t]
+                      + grad * tar_factor * ((raw[t] - raw[t - 1]) - (raw[t + 1] - raw[t]))
+
+    A change to or from a step that a sequence does not have is 0. With AR_OF_RAW the term of AR is
+    `grad * ar_factor * raw[t]`, outside of the parentheses.
 
     grad                   () in ACC, the gradient of the penalty; None where it has none, and AR and TAR are off
     raw                    (outer, time, inner); read if AR or TAR
@@ -201,159 +199,131 @@ def dropout_backward(
     INDEX                  integer dtype that counts lanes and time steps
     BLOCK, UNROLL          lanes a block; time steps that one turn of the loop loads
     """
-    item = tl.program_id(0)
-    sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
-    mask_base = at(mask, sequence, unit, mask_outer, ALIGN)
-    grad_raw_base = at(grad_raw, sequence, unit, grad_raw_outer, ALIGN)
+    tile = place(tl.program_id(0), blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+    mask_rows = Rows(at(mask, tile, mask_outer, ALIGN), mask_time, None, ALIGN)
+    grad_raw_rows = Rows(at(grad_raw, tile, grad_raw_outer, ALIGN), grad_raw_time, None, ALIGN)
     if LOCKED:
-        scale = tl.load(mask_base, mask=present, other=0.0).to(ACC)
+        scale = load_row(mask_rows, 0, tile.present, ACC)
     last = time  # what lies behind it is padding
     if lengths is not None:
-        last = ends(lengths, sequence, present, time, INDEX)
+        last = ends(lengths, tile.sequence, tile.present, time, INDEX)
     if grad_dropped is not None:
-        grad_dropped_base = at(grad_dropped, sequence, unit, grad_dropped_outer, ALIGN)
+        grad_dropped_rows = Rows(at(grad_dropped, tile, grad_dropped_outer, ALIGN), grad_dropped_time, None, ALIGN)
     if AR or TAR:
-        raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
-        there = within(present, start, last, INDEX)
-        current = tl.load(row(raw_base, start, raw_time, None, ALIGN), mask=there, other=0.0).to(ACC)
-        ar_scale = tl.load(grad).to(ACC) * tl.full((), ar_factor, ACC)
-        tar_scale = tl.load(grad).to(ACC) * tl.full((), tar_factor, ACC)
-        if scales is not None:
+        raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, None, ALIGN)
+        there = within(tile, tile.start, last)
+        current = load_row(raw_rows, tile.start, there, ACC)
+        ar_scale = tl.full((), ar_factor, ACC)
+        tar_scale = tl.full((), tar_factor, ACC)
+        if scales is not None:  # before the upstream gradient: together they may overflow
             ar_scale *= tl.load(scales)
             tar_scale *= tl.load(scales + 1)
+        upstream = tl.load(grad).to(ACC)
+        ar_scale *= upstream
+        tar_scale *= upstream
     if TAR:
-        halo = within(there, 0, start, INDEX)
-        previous = tl.load(row(raw_base, start - 1, raw_time, None, ALIGN), mask=halo, other=0.0).to(ACC)
-        arriving = tl.where(halo, current - previous, 0.0)
-    for turn in range(start, stop, UNROLL):
+        halo = there & within(tile, 0, tile.start)
+        previous = load_row(raw_rows, tile.start - 1, halo, ACC)
+        change_to = tl.where(halo, current - previous, 0.0)
+    for turn in range(tile.start, tile.stop, UNROLL):
         if AR or TAR:
-            followings = load_rows(raw_base, turn + 1, last, raw_time, None, present, ACC, ALIGN, INDEX, UNROLL)
+            following = load_rows(raw_rows, tile, turn + 1, last, ACC, UNROLL)
         if not LOCKED:
-            masks = load_rows(mask_base, turn, stop, mask_time, None, present, ACC, ALIGN, INDEX, UNROLL)
+            masks = load_rows(mask_rows, tile, turn, tile.stop, ACC, UNROLL)
         if grad_dropped is not None:
-            arrived = load_rows(
-                grad_dropped_base, turn, stop, grad_dropped_time, None, present, ACC, ALIGN, INDEX, UNROLL
-            )
+            upstream_rows = load_rows(grad_dropped_rows, tile, turn, tile.stop, ACC, UNROLL)
         for i in tl.static_range(UNROLL):
-            slope = tl.zeros((BLOCK,), ACC)
+            gradient = tl.zeros((BLOCK,), ACC)
             keep = scale if LOCKED else masks[i]
-            counts = within(present, turn + i, last, INDEX)
+            counts = within(tile, turn + i, last)
             if grad_dropped is not None:
-                slope += arrived[i]
+                gradient += upstream_rows[i]
             if AR and not AR_OF_RAW:
-                pull = ar_scale * rounded(current * keep, raw.dtype.element_ty).to(ACC)
-                slope += tl.where(counts, pull, 0.0)
+                ar_gradient = ar_scale * rounded(current * keep, raw.dtype.element_ty).to(ACC)
+                gradient += tl.where(counts, ar_gradient, 0.0)
             if grad_dropped is not None or (AR and not AR_OF_RAW):  # else 0 * inf would be NaN
-                slope *= keep
+                gradient *= keep
             if AR and AR_OF_RAW:
-                slope += tl.where(counts, ar_scale * current, 0.0)
+                gradient += tl.where(counts, ar_scale * current, 0.0)
             if TAR:
-                paired = within(present, turn + i + 1, last, INDEX)
-                leaving = tl.where(paired, followings[i] - current, 0.0)
-                slope += tl.where(counts, tar_scale * (arriving - leaving), 0.0)
-                arriving = leaving
+                paired = within(tile, turn + i + 1, last)
+                change_from = tl.where(paired, following[i] - current, 0.0)
+                gradient += tl.where(counts, tar_scale * (change_to - change_from), 0.0)
+                change_to = change_from
             if AR or TAR:
-                current = followings[i]
-            inside = within(present, turn + i, stop, INDEX)
-            store_row(grad_raw_base, turn + i, grad_raw_time, None, slope, inside, ALIGN)
+                current = following[i]
+            store_row(grad_raw_rows, turn + i, gradient, within(tile, turn + i, tile.stop))
 
 
-def forward(
-    raw: Tensor,
-    mask: Tensor,
-    dropped: Tensor,
-    sizes: Sequence[int],
-    strides: Sequence[Sequence[int]],
-    lengths: Tensor | None,
-    alpha: float,
-    beta: float,
-    ar_of_raw: bool,
-    divisors: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launch `dropout_forward`, which fills `dropped`.
+class Forward:
+    """Launch `dropout_forward` for tensors of one layout.
 
-    `sizes` is (outer, time, inner), none of them 0; `strides` is (outer, time) for raw, mask and dropped; a mask
-    that stands for all time steps has a time stride of 0. `lengths`, (outer,), lies on the same device. Returns the
-    penalty, (), and ar and tar, (2,), in float32, or float64 if raw is; and, without divisors, one over those of the
-    lengths, (2,).
+    Args:
+        view: of raw, mask and dropped; a mask that is the same at all time steps has a time stride of 0.
+        sums: what to compute.
+        device: where the tensors are.
     """
-    dtype = torch.promote_types(raw.dtype, torch.float32)
-    plan = Plan(sizes, strides, (raw,), dtype)
-    penalty = torch.empty((), dtype=dtype, device=raw.device)
-    terms = torch.empty(2, dtype=dtype, device=raw.device)
-    scales = torch.empty(2, dtype=dtype, device=raw.device) if divisors is None else None
-    partials = torch.empty(2 * plan.programs, dtype=dtype, device=raw.device)
-    with current_device(raw.device):
-        dropout_forward[(plan.programs,)](
-            raw,
-            mask,
-            dropped,
-            penalty,
-            terms,
-            scales,
-            partials,
-            ticket_for(raw.device),
-            lengths,
-            *plan.strides,
-            plan.lanes,
-            plan.inner,
-            plan.time,
-            plan.run,
-            plan.blocks,
-            plan.items,
-            alpha,
-            beta,
-            *(1 / n for n in divisors or (1, 1)),
-            AR=alpha != 0,
-            TAR=beta != 0,
-            AR_OF_RAW=ar_of_raw,
-            LOCKED=plan.time == 1 or strides[1][1] == 0,
-            **plan.constants,
-        )
-    return penalty, terms, scales
+
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        tiling = Tiling(view, sums.dtype)
+        numbers = [tiling.lanes, tiling.inner, tiling.time, tiling.run, tiling.blocks, tiling.items]
+        weights = [sums.alpha, sums.beta, *sums.scales]
+        constants = {"AR": sums.alpha != 0, "TAR": sums.beta != 0, **_constants(view, sums), **tiling.constants}
+        self.launch = Launch(dropout_forward, tiling.programs, [*tiling.strides, *numbers, *weights], constants, device)
+        self.memory = SumMemory(sums, tiling.programs, device)
+
+    def __call__(self, raw: Tensor, mask: Tensor, dropped: Tensor, lengths: Tensor | None) -> Result:
+        """Fill `dropped` and compute the penalty.
+
+        Args:
+            raw, mask, dropped: tensors as in the view.
+            lengths: `(outer,)` integers on the same device, or `None` where all time steps count.
+        """
+        result, partials, ticket = self.memory.allocate()
+        self.launch(raw, mask, dropped, *result, partials, ticket, lengths)
+        return result
 
 
-def backward(
-    grad: Tensor | None,
-    raw: Tensor,
-    mask: Tensor,
-    grad_dropped: Tensor | None,
-    grad_raw: Tensor,
-    sizes: Sequence[int],
-    strides: Sequence[Sequence[int]],
-    lengths: Tensor | None,
-    scales: Tensor | None,
-    ar_of_raw: bool,
-    ar_factor: float,
-    tar_factor: float,
-) -> None:
-    """Launch `dropout_backward`, which fills `grad_raw`.
+class Backward:
+    """Launch `dropout_backward` for tensors of one layout.
 
-    The gradient of the penalty or of dropped is None where there is none; `strides` is (outer, time) for raw, mask,
-    grad_dropped and grad_raw. The factors are 2 * alpha and 2 * beta, over the divisors where `scales`, what the
-    forward found, is None.
+    Args:
+        view: of raw, mask, the gradient of dropped, whose operand is `None` where it has none, and that of raw.
+        sums: what the forward computed.
+        device: where the tensors are.
+        penalized: whether the penalty has an upstream gradient.
     """
-    plan = Plan(sizes, strides, (raw,), torch.promote_types(raw.dtype, torch.float32))
-    with current_device(raw.device):
-        dropout_backward[(plan.items,)](
-            grad,
-            raw,
-            mask,
-            grad_dropped,
-            grad_raw,
-            scales,
-            lengths,
-            *plan.strides,
-            plan.lanes,
-            plan.inner,
-            plan.time,
-            plan.run,
-            plan.blocks,
-            ar_factor,
-            tar_factor,
-            AR=grad is not None and ar_factor != 0,
-            TAR=grad is not None and tar_factor != 0,
-            AR_OF_RAW=ar_of_raw,
-            LOCKED=plan.time == 1 or strides[1][1] == 0,
-            **plan.constants,
-        )
+
+    def __init__(self, view: View, sums: Sums, device: torch.device, penalized: bool) -> None:
+        tiling = Tiling(view, sums.dtype)
+        numbers = [tiling.lanes, tiling.inner, tiling.time, tiling.run, tiling.blocks]
+        with_ar, with_tar = penalized and sums.alpha != 0, penalized and sums.beta != 0
+        constants = {"AR": with_ar, "TAR": with_tar, **_constants(view, sums), **tiling.constants}
+        arguments = [*tiling.strides, *numbers, *sums.factors]
+        self.launch = Launch(dropout_backward, tiling.items, arguments, constants, device)
+
+    def __call__(
+        self,
+        upstream: tuple[Tensor | None, Tensor | None],
+        inputs: tuple[Tensor, Tensor],
+        gradient: Tensor,
+        scales: Tensor | None,
+        lengths: Tensor | None,
+    ) -> None:
+        """Fill the gradient of raw.
+
+        Args:
+            upstream: the gradients of dropped, as in the view, and of the penalty, () in the dtype of the sums.
+            inputs: raw and mask as in the view.
+            gradient: that of raw, to be filled.
+            scales: those of the forward's result.
+            lengths: those of the forward.
+        """
+        grad_dropped, grad = upstream
+        self.launch(grad, *inputs, grad_dropped, gradient, scales, lengths)
+
+
+def _constants(view: View, sums: Sums) -> dict[str, bool]:
+    """Choose the variant of both kernels."""
+    mask = view.operands[1]
+    return {"AR_OF_RAW": sums.ar_of_raw, "LOCKED": view.time == 1 or (mask is not None and mask.time == 0)}

@@ -1,17 +1,16 @@
-"""AR and TAR: the forward and the backward kernel, each with the function that launches it."""
+"""AR and TAR: the forward and the backward kernel, each with the object that launches it."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from functools import reduce
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreg.kernels.reduction import finish, ticket_for
-from fastreg.kernels.tiling import Plan, at, current_device, ends, load_rows, place, row, store_row, table_of, within
+from fastreg.kernels.launch import Launch, table_of
+from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, finish
+from fastreg.kernels.tiling import Rows, Tiling, at, ends, load_row, load_rows, place, store_row, within
+from fastreg.kernels.view import Result, Sums, View
 
 
 @triton.jit(
@@ -44,17 +43,21 @@ def penalty_forward(
     beta: tl.float64,
     ar_scale: tl.float64,
     tar_scale: tl.float64,
-    SAME: tl.constexpr,
+    AR_OF_RAW: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Sum the squares of `dropped` and of the changes of `raw` over time, and combine them.
+    """Compute the penalty of activations.
 
-    raw, dropped         (outer, time, inner), or None for a term that is off
-    penalty              () out in ACC: alpha * ar + beta * tar
+        ar = ar_scale * sum over t of dropped[t] ** 2
+        tar = tar_scale * sum over t > 0 of (raw[t] - raw[t - 1]) ** 2
+        penalty = alpha * ar + beta * tar
+
+    raw, dropped         (outer, time, inner), or None where no term reads it
+    penalty              () out in ACC
     terms                (2,) out in ACC: ar and tar
     scales               (2,) out in ACC: one over the divisors, found from lengths; None where they are given
     partials             (2 * programs,) in ACC, memory for partial sums
@@ -67,7 +70,7 @@ def penalty_forward(
     blocks, items        blocks of lanes, and items of work: a block over a run each
     alpha, beta          coefficients
     ar_scale, tar_scale  one over the divisors of the sums, where scales is None
-    SAME                 `dropped` is `raw`, given as `raw` alone: AR is on, too
+    AR_OF_RAW            AR is that of raw, and dropped is None
     ACC                  dtype of differences, squares and sums
     ALIGN                greatest power of two up to 16 that divides inner and every stride
     INDEX                integer dtype that counts lanes and time steps
@@ -76,55 +79,40 @@ def penalty_forward(
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+        tile = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+        stop = tile.stop
         stops = stop
         if lengths is not None:
-            stops = tl.minimum(ends(lengths, sequence, present, time, INDEX), stop)
+            stops = tl.minimum(ends(lengths, tile.sequence, tile.present, time, INDEX), stop)
             stop = tl.max(stops)
         if raw is not None:
-            raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
-            halo = within(present, 0, start, INDEX) & within(present, start, stops, INDEX)
-            previous = tl.load(row(raw_base, start - 1, raw_time, offsets, ALIGN), mask=halo, other=0.0).to(ACC)
+            raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, offsets, ALIGN)
+            halo = within(tile, 0, tile.start) & within(tile, tile.start, stops)
+            previous = load_row(raw_rows, tile.start - 1, halo, ACC)
         if dropped is not None:
-            dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
+            dropped_rows = Rows(at(dropped, tile, dropped_outer, ALIGN), dropped_time, offsets, ALIGN)
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
-        for turn in range(start, stop, UNROLL):
+        for turn in range(tile.start, stop, UNROLL):
             if raw is not None:
-                raws = load_rows(raw_base, turn, stops, raw_time, offsets, present, ACC, ALIGN, INDEX, UNROLL)
+                raws = load_rows(raw_rows, tile, turn, stops, ACC, UNROLL)
             if dropped is not None:
-                droppeds = load_rows(
-                    dropped_base, turn, stops, dropped_time, offsets, present, ACC, ALIGN, INDEX, UNROLL
-                )
+                kept = load_rows(dropped_rows, tile, turn, stops, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
                 if raw is not None:
-                    paired = within(present, turn + i, stops, INDEX) & within(present, 0, turn + i, INDEX)
+                    paired = within(tile, turn + i, stops) & within(tile, 0, turn + i)
                     change = tl.where(paired, raws[i] - previous, 0.0)
                     tar_run += change * change
                     previous = raws[i]
-                    if SAME:
+                    if AR_OF_RAW:
                         ar_run += raws[i] * raws[i]
                 if dropped is not None:
-                    ar_run += droppeds[i] * droppeds[i]
+                    ar_run += kept[i] * kept[i]
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
-    finish(
-        ar,
-        tar,
-        penalty,
-        terms,
-        scales,
-        partials,
-        ticket,
-        lengths,
-        lanes // inner,
-        time,
-        inner * ALIGN,
-        alpha,
-        beta,
-        ar_scale,
-        tar_scale,
-    )
+    outputs = Outputs(penalty, terms, scales)
+    extents = Extents(lengths, lanes // inner, time, inner * ALIGN)
+    finish(ar, tar, outputs, Scratch(partials, ticket), extents, Weights(alpha, beta, ar_scale, tar_scale))
 
 
 @triton.jit(
@@ -158,16 +146,22 @@ def penalty_backward(
     blocks,
     ar_factor: tl.float64,
     tar_factor: tl.float64,
-    SAME: tl.constexpr,
+    AR_OF_RAW: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Write the gradients: `ar_factor * dropped`, and `tar_factor` times each change less the next, times grad.
+    """Write the gradients of the penalty.
 
-    grad                    () in ACC, the gradient of the penalty
+        grad_dropped[t] = grad * ar_factor * dropped[t]
+        grad_raw[t] = grad * tar_factor * ((raw[t] - raw[t - 1]) - (raw[t + 1] - raw[t]))
+
+    A change to or from a step that a sequence does not have is 0. With AR_OF_RAW grad_raw has `grad * ar_factor *
+    raw[t]` added.
+
+    grad                    () in ACC, the upstream gradient
     raw, dropped            (outer, time, inner), or None where no gradient is asked for
     grad_raw, grad_dropped  out, of the same shape and dtype, or None likewise
     scales                  (2,) in ACC, one over the divisors of the sums; None where the factors hold them
@@ -178,159 +172,135 @@ def penalty_backward(
     time, run               time steps in all, and a run
     blocks                  blocks of lanes; a program takes one over one run
     ar_factor, tar_factor   2 * alpha and 2 * beta over the divisors of the sums
-    SAME                    `dropped` is `raw`, given as `raw` alone: grad_raw takes both terms
+    AR_OF_RAW               AR is that of raw, and dropped is None
     ACC                     dtype of differences and products
     ALIGN                   greatest power of two up to 16 that divides inner and every stride
     INDEX                   integer dtype that counts lanes and time steps
     BLOCK, UNROLL           lanes a block; time steps that one turn of the loop loads
     """
-    item = tl.program_id(0)
-    sequence, unit, present, start, stop = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
-    scale = tl.load(grad).to(ACC)
-    ar_scale = scale * tl.full((), ar_factor, ACC)
-    tar_scale = scale * tl.full((), tar_factor, ACC)
-    if scales is not None:
+    tile = place(tl.program_id(0), blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+    ar_scale = tl.full((), ar_factor, ACC)
+    tar_scale = tl.full((), tar_factor, ACC)
+    if scales is not None:  # before the upstream gradient: together they may overflow
         ar_scale *= tl.load(scales)
         tar_scale *= tl.load(scales + 1)
+    upstream = tl.load(grad).to(ACC)
+    ar_scale *= upstream
+    tar_scale *= upstream
     last = time  # what lies behind it is padding, or not there
+    stop = tile.stop
     stops = stop
     if lengths is not None:
-        last = ends(lengths, sequence, present, time, INDEX)
+        last = ends(lengths, tile.sequence, tile.present, time, INDEX)
         if offsets is not None:  # there is no padding to fill
             stops = tl.minimum(last, stop)
             stop = tl.max(stops)
     if raw is not None:
-        raw_base = at(raw, sequence, unit, raw_outer, ALIGN)
-        grad_raw_base = at(grad_raw, sequence, unit, grad_raw_outer, ALIGN)
-        there = within(present, start, last, INDEX)
-        halo = within(there, 0, start, INDEX)
-        previous = tl.load(row(raw_base, start - 1, raw_time, offsets, ALIGN), mask=halo, other=0.0).to(ACC)
-        current = tl.load(row(raw_base, start, raw_time, offsets, ALIGN), mask=there, other=0.0).to(ACC)
-        arriving = tl.where(halo, current - previous, 0.0)
+        raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, offsets, ALIGN)
+        grad_raw_rows = Rows(at(grad_raw, tile, grad_raw_outer, ALIGN), grad_raw_time, offsets, ALIGN)
+        there = within(tile, tile.start, last)
+        halo = there & within(tile, 0, tile.start)
+        previous = load_row(raw_rows, tile.start - 1, halo, ACC)
+        current = load_row(raw_rows, tile.start, there, ACC)
+        change_to = tl.where(halo, current - previous, 0.0)
     if dropped is not None:
-        dropped_base = at(dropped, sequence, unit, dropped_outer, ALIGN)
-        grad_dropped_base = at(grad_dropped, sequence, unit, grad_dropped_outer, ALIGN)
-    for turn in range(start, stop, UNROLL):
+        dropped_rows = Rows(at(dropped, tile, dropped_outer, ALIGN), dropped_time, offsets, ALIGN)
+        grad_dropped_rows = Rows(at(grad_dropped, tile, grad_dropped_outer, ALIGN), grad_dropped_time, offsets, ALIGN)
+    for turn in range(tile.start, stop, UNROLL):
         if raw is not None:
-            followings = load_rows(raw_base, turn + 1, last, raw_time, offsets, present, ACC, ALIGN, INDEX, UNROLL)
+            following = load_rows(raw_rows, tile, turn + 1, last, ACC, UNROLL)
         if dropped is not None:
-            droppeds = load_rows(dropped_base, turn, last, dropped_time, offsets, present, ACC, ALIGN, INDEX, UNROLL)
+            kept = load_rows(dropped_rows, tile, turn, last, ACC, UNROLL)
         for i in tl.static_range(UNROLL):
-            inside = within(present, turn + i, stops, INDEX)
-            counts = within(present, turn + i, last, INDEX)
+            inside = within(tile, turn + i, stops)
+            counts = within(tile, turn + i, last)
             if raw is not None:
-                paired = within(present, turn + i + 1, last, INDEX)
-                leaving = tl.where(paired, followings[i] - current, 0.0)
-                slope = tar_scale * (arriving - leaving)
-                if SAME:
-                    slope += ar_scale * current
+                paired = within(tile, turn + i + 1, last)
+                change_from = tl.where(paired, following[i] - current, 0.0)
+                gradient = tar_scale * (change_to - change_from)
+                if AR_OF_RAW:
+                    gradient += ar_scale * current
                 if lengths is not None:  # exactly 0 in padding, even where the scale is inf or NaN
-                    slope = tl.where(counts, slope, 0.0)
-                store_row(grad_raw_base, turn + i, grad_raw_time, offsets, slope, inside, ALIGN)
-                arriving = leaving
-                current = followings[i]
+                    gradient = tl.where(counts, gradient, 0.0)
+                store_row(grad_raw_rows, turn + i, gradient, inside)
+                change_to = change_from
+                current = following[i]
             if dropped is not None:
-                slope = ar_scale * droppeds[i]
+                gradient = ar_scale * kept[i]
                 if lengths is not None:
-                    slope = tl.where(counts, slope, 0.0)
-                store_row(grad_dropped_base, turn + i, grad_dropped_time, offsets, slope, inside, ALIGN)
+                    gradient = tl.where(counts, gradient, 0.0)
+                store_row(grad_dropped_rows, turn + i, gradient, inside)
 
 
-def forward(
-    raw: Tensor | None,
-    dropped: Tensor | None,
-    same: bool,
-    sizes: Sequence[int],
-    strides: Sequence[Sequence[int]],
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    alpha: float,
-    beta: float,
-    divisors: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launch `penalty_forward`.
+class Forward:
+    """Launch `penalty_forward` for tensors of one layout.
 
-    `sizes` is (outer, time, inner), none of them 0; `strides` is (outer, time) for raw and for dropped. With
-    `same`, raw is dropped as well, and `dropped` is None. `lengths`, (outer,), lies on the same device, `batch_sizes`,
-    (time,), of packed rows on the CPU. Returns the penalty, (), and ar and tar, (2,), in float32, or float64 if an
-    input is; and, without divisors, one over those of the lengths, (2,).
+    Args:
+        view: of raw and dropped; the operand of one that no term reads is `None`.
+        sums: what to compute.
+        device: where the tensors are.
     """
-    device = next(x.device for x in (raw, dropped) if x is not None)
-    dtype = reduce(torch.promote_types, [x.dtype for x in (raw, dropped) if x is not None], torch.float32)
-    plan = Plan(sizes, strides, (raw, dropped), dtype)
-    penalty = torch.empty((), dtype=dtype, device=device)
-    terms = torch.empty(2, dtype=dtype, device=device)
-    scales = torch.empty(2, dtype=dtype, device=device) if divisors is None else None
-    partials = torch.empty(2 * plan.programs, dtype=dtype, device=device)
-    offsets, lengths = (None, lengths) if batch_sizes is None else table_of(batch_sizes, device)
-    with current_device(device):
-        penalty_forward[(plan.programs,)](
-            raw,
-            dropped,
-            penalty,
-            terms,
-            scales,
-            partials,
-            ticket_for(device),
-            lengths,
-            offsets,
-            *plan.strides,
-            plan.lanes,
-            plan.inner,
-            plan.time,
-            plan.run,
-            plan.blocks,
-            plan.items,
-            alpha,
-            beta,
-            *(1 / n for n in divisors or (1, 1)),
-            SAME=same,
-            **plan.constants,
-        )
-    return penalty, terms, scales
+
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        tiling = Tiling(view, sums.dtype)
+        numbers = [tiling.lanes, tiling.inner, tiling.time, tiling.run, tiling.blocks, tiling.items]
+        weights = [sums.alpha, sums.beta, *sums.scales]
+        constants = {"AR_OF_RAW": sums.ar_of_raw, **tiling.constants}
+        self.launch = Launch(penalty_forward, tiling.programs, [*tiling.strides, *numbers, *weights], constants, device)
+        self.memory = SumMemory(sums, tiling.programs, device)
+        self.device = device
+
+    def __call__(
+        self, raw: Tensor | None, dropped: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None
+    ) -> Result:
+        """Compute the penalty.
+
+        Args:
+            raw, dropped: tensors as in the view.
+            lengths: `(outer,)` integers on the same device, or `None` where all time steps count.
+            batch_sizes: `(time,)` int64 on the CPU where the rows are packed, else `None`.
+        """
+        offsets, lengths = (None, lengths) if batch_sizes is None else table_of(batch_sizes, self.device)
+        result, partials, ticket = self.memory.allocate()
+        self.launch(raw, dropped, *result, partials, ticket, lengths, offsets)
+        return result
 
 
-def backward(
-    grad: Tensor,
-    raw: Tensor | None,
-    dropped: Tensor | None,
-    grad_raw: Tensor | None,
-    grad_dropped: Tensor | None,
-    same: bool,
-    sizes: Sequence[int],
-    strides: Sequence[Sequence[int]],
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    scales: Tensor | None,
-    ar_factor: float,
-    tar_factor: float,
-) -> None:
-    """Launch `penalty_backward`, which fills `grad_raw` and `grad_dropped`.
+class Backward:
+    """Launch `penalty_backward` for tensors of one layout.
 
-    A tensor that needs no gradient is None, and so is its gradient; `strides` is (outer, time) for raw,
-    dropped, grad_raw and grad_dropped. The factors are 2 * alpha and 2 * beta, over the divisors where `scales`,
-    what the forward found, is None.
+    Args:
+        view: of raw, dropped and their gradients; the operand of one that needs no gradient is `None`, like that of
+            its gradient.
+        sums: what the forward computed.
+        device: where the tensors are.
     """
-    plan = Plan(sizes, strides, (raw, dropped), grad.dtype)
-    offsets, lengths = (None, lengths) if batch_sizes is None else table_of(batch_sizes, grad.device)
-    with current_device(grad.device):
-        penalty_backward[(plan.items,)](
-            grad,
-            raw,
-            dropped,
-            grad_raw,
-            grad_dropped,
-            scales,
-            lengths,
-            offsets,
-            *plan.strides,
-            plan.lanes,
-            plan.inner,
-            plan.time,
-            plan.run,
-            plan.blocks,
-            ar_factor,
-            tar_factor,
-            SAME=same,
-            **plan.constants,
-        )
+
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        tiling = Tiling(view, sums.dtype)
+        numbers = [tiling.lanes, tiling.inner, tiling.time, tiling.run, tiling.blocks]
+        constants = {"AR_OF_RAW": sums.ar_of_raw, **tiling.constants}
+        arguments = [*tiling.strides, *numbers, *sums.factors]
+        self.launch = Launch(penalty_backward, tiling.items, arguments, constants, device)
+        self.device = device
+
+    def __call__(
+        self,
+        grad: Tensor,
+        inputs: tuple[Tensor | None, Tensor | None],
+        gradients: tuple[Tensor | None, Tensor | None],
+        scales: Tensor | None,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+    ) -> None:
+        """Fill the gradients.
+
+        Args:
+            grad: the upstream gradient, () in the dtype of the sums.
+            inputs: raw and dropped as in the view.
+            gradients: theirs, to be filled.
+            scales: those of the forward's result.
+            lengths, batch_sizes: those of the forward.
+        """
+        offsets, lengths = (None, lengths) if batch_sizes is None else table_of(batch_sizes, self.device)
+        self.launch(grad, *inputs, *gradients, scales, lengths, offsets)

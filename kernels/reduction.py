@@ -1,4 +1,4 @@
-"""The one-launch, fixed-order sum that the forwards share.
+"""The sum in one launch and a fixed order that all forward kernels share.
 
 Every program leaves its partial sums in memory and takes a ticket. The one that draws the last ticket adds all
 partial sums, always in the same order, so the result does not depend on which program that was.
@@ -7,6 +7,7 @@ partial sums, always in the same order, so the result does not depend on which p
 from __future__ import annotations
 
 from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastreg.kernels.tiling import ends
+from fastreg.kernels.view import Result, Sums
 
 CHUNK = tl.constexpr(512)  # partial sums, or lengths, that the last program loads at once
 RESERVE = 4096  # tickets a device: one for each stream and for each call captured in a CUDA graph
@@ -24,80 +26,101 @@ _reserve: dict[torch.device, list[Tensor]] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 
-@triton.jit
-def finish(
-    ar,
-    tar,
-    penalty,
-    terms,
-    scales,
-    partials,
-    ticket,
-    lengths,
-    sequences,
-    time,
-    hidden,
-    alpha,
-    beta,
-    ar_scale,
-    tar_scale,
-):
-    """Add up the partial sums of all programs and write the penalty and its terms.
+class Outputs(NamedTuple):
+    """What a forward kernel writes, inside the kernel: pointers in ACC; `scales` may be None."""
 
-    ar, tar              scalars, this program's partial sums of squares
-    penalty              () out: alpha * ar_scale * (sum of ar) + beta * tar_scale * (sum of tar)
-    terms                (2,) out: the two scaled sums
-    scales               (2,) out: ar_scale and tar_scale as found from the lengths; None where they are given
-    partials             (2 * programs,) memory for the partial sums
-    ticket               (1,) int32, 0 before the launch and after it
-    lengths              (sequences,) integers, how many of `time` steps of `hidden` units count; None without scales
-    alpha, beta          scalars, the coefficients
-    ar_scale, tar_scale  scalars, one over the divisors; not looked at where scales is not None
+    penalty: Any
+    terms: Any
+    scales: Any
+
+
+class Scratch(NamedTuple):
+    """Memory that programs share, inside a kernel: `(2 * programs,)` partial sums in ACC, and a ticket, int32."""
+
+    partials: Any
+    ticket: Any
+
+
+class Extents(NamedTuple):
+    """What counts follow from, inside a kernel: lengths or None, how many, time steps in all, and the hidden size."""
+
+    lengths: Any
+    sequences: Any
+    time: Any
+    hidden: Any
+
+
+class Weights(NamedTuple):
+    """Numbers that the two sums are multiplied by, inside a kernel: coefficients, and one over the divisors."""
+
+    alpha: Any
+    beta: Any
+    ar_scale: Any
+    tar_scale: Any
+
+
+@triton.jit
+def finish(ar, tar, outputs, scratch, extents, weights):
+    """Add up the partial sums of all programs, in the last of them, and write the penalty and its terms.
+
+        terms = ar_scale * sum of ar, tar_scale * sum of tar
+        penalty = alpha * terms[0] + beta * terms[1]
+
+    ar, tar  scalars, this program's partial sums of squares
+    outputs  of which `scales`, where it is not None, receives one over the divisors that follow from the lengths; they
+             take the place of ar_scale and tar_scale
+    scratch  of which the ticket is 0 before the launch and after it
+    extents  of which the lengths are only read for `scales`
+    weights  alpha, beta, ar_scale, tar_scale
     """
     programs = tl.num_programs(0)
-    partial = partials + tl.program_id(0)
+    partial = scratch.partials + tl.program_id(0)
     tl.store(partial, ar)
     tl.store(partial + programs, tar)
     tl.debug_barrier()  # this program's stores come before its ticket, whichever threads make them
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1:
+    if tl.atomic_add(scratch.ticket, 1, sem="acq_rel") == programs - 1:
         dtype: tl.constexpr = ar.dtype
         columns = tl.arange(0, CHUNK)
         ar_sums = tl.zeros((CHUNK,), dtype)
         tar_sums = tl.zeros((CHUNK,), dtype)
         for first in range(0, programs, CHUNK):
             there = first + columns < programs
-            at = partials + first + columns
+            at = scratch.partials + first + columns
             # .cg: past the L1 cache, which other programs' stores do not reach
             ar_sums += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             tar_sums += tl.load(at + programs, mask=there, other=0.0, cache_modifier=".cg")
-        if scales is not None:
+        if outputs.scales is not None:
             steps = tl.zeros((CHUNK,), tl.int64)
             pairs = tl.zeros((CHUNK,), tl.int64)
-            for first in range(0, sequences, CHUNK):
-                length = ends(lengths, first + columns, first + columns < sequences, time, tl.int64)
+            for first in range(0, extents.sequences, CHUNK):
+                sequence = first + columns
+                length = ends(extents.lengths, sequence, sequence < extents.sequences, extents.time, tl.int64)
                 steps += length
                 pairs += tl.maximum(length - 1, 0)
-            ar_mean = tl.sum(ar_sums) * one_over(tl.sum(steps) * hidden, scales, dtype)
-            tar_mean = tl.sum(tar_sums) * one_over(tl.sum(pairs) * hidden, scales + 1, dtype)
+            ar_mean = tl.sum(ar_sums) * one_over(tl.sum(steps) * extents.hidden, outputs.scales, dtype)
+            tar_mean = tl.sum(tar_sums) * one_over(tl.sum(pairs) * extents.hidden, outputs.scales + 1, dtype)
         else:
-            ar_mean = tl.sum(ar_sums) * tl.full((), ar_scale, dtype)
-            tar_mean = tl.sum(tar_sums) * tl.full((), tar_scale, dtype)
-        tl.store(terms, ar_mean)
-        tl.store(terms + 1, tar_mean)
-        tl.store(penalty, tl.full((), alpha, dtype) * ar_mean + tl.full((), beta, dtype) * tar_mean)
-        tl.store(ticket, 0)
+            ar_mean = tl.sum(ar_sums) * tl.full((), weights.ar_scale, dtype)
+            tar_mean = tl.sum(tar_sums) * tl.full((), weights.tar_scale, dtype)
+        tl.store(outputs.terms, ar_mean)
+        tl.store(outputs.terms + 1, tar_mean)
+        penalty = tl.full((), weights.alpha, dtype) * ar_mean + tl.full((), weights.beta, dtype) * tar_mean
+        tl.store(outputs.penalty, penalty)
+        tl.store(scratch.ticket, 0)
 
 
 @triton.jit
 def one_over(count, scale, dtype: tl.constexpr):
-    """One over a count, of which nothing is 1; written to memory, too."""
+    """Compute one over a count, or 1 where it is 0, and write it to `scale`, too."""
     value = 1.0 / tl.maximum(count, 1).to(dtype)
     tl.store(scale, value)
     return value
 
 
 def ticket_for(device: torch.device) -> Tensor:
-    """A zeroed counter, int32, for a launch on the current stream of `device`; no two in flight share one.
+    """Return a zeroed counter, (1,) int32, for a launch on the current stream of `device`.
+
+    No two launches in flight share one.
 
     Launches on one stream run one after another and share a ticket, which each leaves at 0. A launch captured
     in a CUDA graph gets a ticket of its own: its replays may run beside anything but each other. On the CPU the
@@ -120,3 +143,23 @@ def ticket_for(device: torch.device) -> Tensor:
                 torch.accelerator.synchronize(device)  # once: other streams must see the zeros
             ticket = _of_stream.setdefault((device, stream), reserve.pop())
     return ticket
+
+
+class SumMemory:
+    """Allocate the memory that a forward kernel needs for its sums.
+
+    Args:
+        sums: what is computed.
+        programs: how many programs share the work.
+        device: where they run.
+    """
+
+    def __init__(self, sums: Sums, programs: int, device: torch.device) -> None:
+        self.options = {"dtype": sums.dtype, "device": device}
+        self.partials, self.with_scales, self.device = 2 * programs, sums.divisors is None, device
+
+    def allocate(self) -> tuple[Result, Tensor, Tensor]:
+        """Return the result to be written, memory for partial sums, and a ticket."""
+        scales = torch.empty(2, **self.options) if self.with_scales else None
+        result = Result(torch.empty((), **self.options), torch.empty(2, **self.options), scales)
+        return result, torch.empty(self.partials, **self.options), ticket_for(self.device)

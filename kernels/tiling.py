@@ -8,14 +8,13 @@ time steps. It keeps the previous row in registers, so each row is read once, pl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from fastreg.kernels.view import View
 
 THREADS = 128  # with a 16-byte load each a block of lanes is 2 KB of a row
 WARPS = THREADS // (64 if torch.version.hip else 32)
@@ -26,91 +25,117 @@ PROGRAMS = 1024  # about 8 for each of an H100's 132 cores, all resident; more w
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always are
 
 
+class Tile(NamedTuple):
+    """Where an item of work lies, inside a kernel.
+
+    sequence, unit  (BLOCK,) of each lane
+    present         (BLOCK,) whether there is such a lane
+    start, stop     bounds of the run of time steps, in the dtype that counts time steps
+    """
+
+    sequence: Any
+    unit: Any
+    present: Any
+    start: Any
+    stop: Any
+
+
+class Rows(NamedTuple):
+    """The memory of a tile's lanes, inside a kernel.
+
+    base     (BLOCK,) pointers at time step 0
+    stride   from one time step to the next, in units of ALIGN elements; of packed rows from one row to the next
+    offsets  entry `1 + step` is the packed row where a time step begins; None unless packed
+    ALIGN    compile-time constant
+    """
+
+    base: Any
+    stride: Any
+    offsets: Any
+    ALIGN: Any
+
+
 @triton.jit
 def place(item, blocks, lanes, inner, time, run, ALIGN: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
-    """Where an item lies: sequence, unit and presence of its lanes, each (BLOCK,), and its run's bounds."""
+    """Compute the tile of an item of work."""
     lane = tl.cast(item % blocks, INDEX) * BLOCK + tl.arange(0, BLOCK)
     width = tl.cast(inner, INDEX) * ALIGN
     start = tl.cast(item // blocks, INDEX) * run
     present = lane < tl.cast(lanes, INDEX) * ALIGN
-    return tl.cast(lane // width, tl.int64), lane % width, present, start, tl.minimum(start + run, time)
+    return Tile(tl.cast(lane // width, tl.int64), lane % width, present, start, tl.minimum(start + run, time))
 
 
 @triton.jit
 def ends(lengths, sequence, present, time, INDEX: tl.constexpr):
-    """How many time steps each lane's sequence has, (BLOCK,): its length, from 0 to `time`."""
+    """Load how many time steps each lane's sequence has, (BLOCK,): its length, from 0 to `time`."""
     length = tl.load(lengths + sequence, mask=present, other=0).to(tl.int64)
     return tl.minimum(tl.maximum(length, 0), time).to(INDEX)
 
 
 @triton.jit
-def at(x, sequence, unit, stride, ALIGN: tl.constexpr):
-    """Pointers to an item's lanes at time step 0."""
-    return x + sequence * stride * ALIGN + unit
+def at(x, tile, outer, ALIGN: tl.constexpr):
+    """Compute the pointers to a tile's lanes at time step 0, (BLOCK,); `outer` is in units of ALIGN elements."""
+    return x + tile.sequence * outer * ALIGN + tile.unit
 
 
 @triton.jit
-def row(base, step, stride, offsets, ALIGN: tl.constexpr):
-    """Pointers to an item's lanes at time step `step`; where rows are packed, `offsets` tells where the step begins."""
-    if offsets is not None:
-        step = tl.load(offsets + 1 + step)
-    return base + tl.cast(step, tl.int64) * stride * ALIGN
+def row(rows, step):
+    """Compute the pointers to the rows at time step `step`, (BLOCK,)."""
+    if rows.offsets is not None:
+        step = tl.load(rows.offsets + 1 + step)
+    # That offsets are multiples of ALIGN is what lets the compiler make loads wide. Multiplied last: a stride in 64 bits
+    # would take registers that some targets do not have left.
+    return rows.base + tl.cast(step, tl.int64) * rows.stride * rows.ALIGN
 
 
 @triton.jit
-def within(present, step, stop, INDEX: tl.constexpr):
-    """Which of an item's lanes there are at time step `step`: none from `stop`, theirs or all's, on; (BLOCK,)."""
-    return present & (tl.full(present.shape, step, INDEX) < stop)
+def within(tile, step, stop):
+    """Tell which lanes there are at time step `step`: none from `stop`, a lane's or everyone's, on; (BLOCK,)."""
+    return tile.present & (tl.full(tile.present.shape, step, tile.start.dtype) < stop)
 
 
 @triton.jit
-def load_rows(
-    base,
-    first,
-    stop,
-    stride,
-    offsets,
-    present,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    INDEX: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """UNROLL rows from time step `first` on, each (BLOCK,) in ACC, 0 where there is none.
+def load_row(rows, step, there, ACC: tl.constexpr):
+    """Load one row, (BLOCK,) in ACC, with 0 where not `there`."""
+    return tl.load(row(rows, step), mask=there, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_rows(rows, tile, first, stop, ACC: tl.constexpr, UNROLL: tl.constexpr):
+    """Load UNROLL rows from time step `first` on, each (BLOCK,) in ACC, with 0 from `stop` on.
 
     All are asked for before the first is used: no store in between keeps the compiler from it.
     """
-    rows = ()
+    loaded = ()
     for i in tl.static_range(UNROLL):
-        pointers = row(base, first + i, stride, offsets, ALIGN)
-        rows += (tl.load(pointers, mask=within(present, first + i, stop, INDEX), other=0.0).to(ACC),)
-    return rows
+        loaded += (load_row(rows, first + i, within(tile, first + i, stop), ACC),)
+    return loaded
 
 
 @triton.jit
 def rounded(values, DTYPE: tl.constexpr):
-    """`values` in the dtype of some memory."""
+    """Convert values to the dtype of some memory."""
     if DTYPE.primitive_bitwidth == 16:  # not every target goes from float64 to bfloat16 in one step
         values = values.to(tl.float32)
     return values.to(DTYPE)
 
 
 @triton.jit
-def store_row(base, step, stride, offsets, values, there, ALIGN: tl.constexpr):
+def store_row(rows, step, values, there):
     """Write one row, (BLOCK,), where `there`, in the dtype of the memory."""
-    tl.store(row(base, step, stride, offsets, ALIGN), rounded(values, base.dtype.scalar.element_ty), mask=there)
+    tl.store(row(rows, step), rounded(values, rows.base.dtype.scalar.element_ty), mask=there)
 
 
 def ceil_div(a: int, b: int) -> int:
-    """`a / b`, rounded up. `triton.cdiv` takes 2 us on the host, and a plan needs five."""
+    """Divide and round up; `triton.cdiv` is a jit function that takes 2 us on the host."""
     return -(-a // b)
 
 
-class Plan:
-    """How one launch is cut: what the kernels take by the names of these attributes.
+class Tiling:
+    """How one launch is cut: what kernels take by the names of these attributes.
 
-    lanes, inner, strides  outer * inner, inner, and the strides given, one after the other, in units of ALIGN
-                           elements: what the compiler must know to make loads wide is in the multiplication
+    lanes, inner, strides  outer * inner, inner, and the strides of each operand, one after the other, in units of
+                           ALIGN elements
     time, run              time steps in all, and a run
     blocks, items          blocks of lanes; items of work, a block over a run each
     programs               programs that share the items where a launch has at most PROGRAMS
@@ -119,18 +144,13 @@ class Plan:
                            steps that one turn of the loop loads
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        strides: Sequence[Sequence[int]],
-        tensors: Sequence[Tensor | None],
-        dtype: torch.dtype,
-    ):
-        outer, self.time, inner = sizes
-        align = math.gcd(16, inner, *(stride for pair in strides for stride in pair))
+    def __init__(self, view: View, dtype: torch.dtype) -> None:
+        outer, self.time, inner, operands = view
+        strides = [stride for x in operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
+        align = math.gcd(16, inner, *strides)
         self.lanes, self.inner = outer * inner // align, inner // align
-        self.strides = [stride // align for pair in strides for stride in pair]
-        widest = max(x.itemsize for x in tensors if x is not None)
+        self.strides = [stride // align for stride in strides]
+        widest = max(x.dtype.itemsize for x in operands if x is not None)
         block = THREADS * 16 // widest
         self.blocks = ceil_div(outer * inner, block)
         runs = min(PROGRAMS // self.blocks, self.time // SHORTEST_RUN)
@@ -147,21 +167,3 @@ class Plan:
             "num_warps": WARPS,
             "enable_fp_fusion": True,
         }
-
-
-def table_of(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the kernels need to know of packed rows, in one copy to the device: offsets and lengths."""
-    time, sequences = len(batch_sizes), int(batch_sizes[0])
-    before = 1 + time + UNROLL  # entries at both ends that pointers are made from, but nothing is read by
-    table = torch.zeros(before + sequences, dtype=torch.int64, device="cpu")
-    torch.cumsum(batch_sizes[:-1], 0, out=table[2 : 1 + time])
-    positions = torch.arange(sequences, device="cpu")
-    # Batch sizes never grow, so that a sequence has as many steps as there are sizes above its position.
-    torch.searchsorted(-batch_sizes, -positions, out=table[before:])
-    table = table.to(device, non_blocking=True)
-    return table[:before], table[before:]
-
-
-def current_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make `device` the current one, where Triton launches."""
-    return torch.accelerator.device_index(None if device.type == "cpu" else device.index)

@@ -8,6 +8,10 @@ import pytest
 import torch
 
 from fastreg import cpu, dropout, penalty
+from fastreg.backends import TRITON, backend_for, forget
+
+CPU = backend_for(torch.device("cpu"))
+INTERPRETED = CPU is not None and CPU is TRITON  # TRITON_INTERPRET=1 is set
 
 gpu = [
     pytest.mark.gpu,
@@ -16,14 +20,15 @@ gpu = [
 
 
 def pytest_report_header() -> str:
-    path = "the blocked PyTorch path" if penalty.RUNNERS["cpu"] is penalty.cpu else "the Triton kernels, interpreted"
+    path = "the plain formula" if CPU is None else CPU.name
     return f"fastreg: CPU tensors take {path}; GPU: {'yes' if torch.cuda.is_available() else 'none'}"
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """What fails fails again, alone, too."""
+def start() -> None:
+    """Start every test alike, so that what fails fails again, alone, too."""
     torch.manual_seed(0)
+    forget()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
@@ -33,11 +38,11 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill memory from `torch.empty` and `empty_like` with NaN, so that an element nobody wrote shows."""
+    """Fill memory from `torch.empty` and `allocate` with NaN, so that an element nobody wrote shows."""
     monkeypatch.setattr(cpu, "_idle", cpu.Idle())
-    empty_like = penalty.empty_like
+    allocate = penalty.allocate
     for module in (penalty, dropout):
-        monkeypatch.setattr(module, "empty_like", lambda x: empty_like(x).fill_(torch.nan))
+        monkeypatch.setattr(module, "allocate", lambda memory: allocate(memory).fill_(torch.nan))
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     yield

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.problem import Problem
+
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -79,6 +81,10 @@ class Sample:
         parts += ["same"] if self.same else []
         parts += [] if (self.alpha, self.beta) == (2.0, 1.0) else [f"alpha{self.alpha:g}", f"beta{self.beta:g}"]
         return "-".join(parts + ([] if self.reduction == "mean" else [self.reduction]))
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.alpha, self.beta, self.batch_first, self.reduction)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from bench.stand_in import StandInDriver
-from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.backends import Backend, cpu_tensors_by
+from tests.conftest import INTERPRETED
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 triton = pytest.importorskip("triton", reason="no Triton: nothing to compile")
@@ -27,9 +29,7 @@ dropout_kernels = pytest.importorskip("fastreg.kernels.dropout")
 reduction = pytest.importorskip("fastreg.kernels.reduction")
 tiling = pytest.importorskip("fastreg.kernels.tiling")
 
-pytestmark = pytest.mark.skipif(
-    penalty.RUNNERS["cpu"] is kernels, reason="TRITON_INTERPRET=1 is set: the interpreter compiles nothing"
-)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -42,17 +42,18 @@ PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, on
 
 
 @pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     chosen = GPUTarget(*TARGETS[request.param])
     monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
-    monkeypatch.setitem(penalty.RUNNERS, "cpu", kernels)
     monkeypatch.setattr(driver, "_active", StandInDriver(chosen))  # reset_active() wants a real one to go back to
     for kernel in PENALTY + DROPOUT:
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    return chosen
+    # A name of its own keeps what is remembered of launches apart: each test compiles anew.
+    with cpu_tensors_by(Backend(request.node.nodeid, kernels, dropout_kernels)):
+        yield chosen
 
 
 def compiled(kernel: Any) -> list[Any]:
@@ -184,8 +185,7 @@ def test_a_varying_batch_compiles_once_time_first(target: Any) -> None:
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tickets = iter(torch.zeros(6, dtype=torch.int32).split(1))
-    for module in (kernels, dropout_kernels):
-        monkeypatch.setattr(module, "ticket_for", lambda _: next(tickets))
+    monkeypatch.setattr(reduction, "ticket_for", lambda _: next(tickets))
     for _ in range(3):
         run((FLOAT, FLOAT), same=False)
         run_dropout(FLOAT)

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset
 
-from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, penalty
-from tests.conftest import gpu
+from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from tests.conftest import INTERPRETED, gpu
 
 THREADS, TIMEOUT = 8, 60
-pytestmark = pytest.mark.skipif(
-    penalty.RUNNERS["cpu"] is not penalty.cpu, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread"
-)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread")
 
 
 def step(raw: Tensor, dropped: Tensor) -> list[Tensor]:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastreg import cpu, fused_ar_tar, fused_dropout_ar_tar, penalty
-from fastreg.reference import Steps, ar_tar
+from fastreg import cpu, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.problem import Layer, Problem
+from fastreg.reference import ar_tar
+from tests.conftest import INTERPRETED
 from tests.samples import BF16, FLOAT
 
-pytestmark = pytest.mark.skipif(
-    penalty.RUNNERS["cpu"] is not cpu, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors"
-)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors")
 
 
 def some_lengths(shape: tuple[int, ...]) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_blocks_of_any_size_meet(
         xs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(1 if same else 2)]
         ys = [x.detach().double().requires_grad_() for x in xs]
         got = fused_ar_tar(xs[0], xs[-1], 2.0, 1.0, lengths=lengths)
-        want = ar_tar(ys[0], ys[-1], 2.0, 1.0, Steps(lengths=lengths), "mean").penalty
+        want = ar_tar(Layer(ys[0], ys[-1], lengths), Problem(2.0, 1.0)).penalty
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
         for x, y in zip(torch.autograd.grad(got, xs), torch.autograd.grad(want, ys), strict=True):
             torch.testing.assert_close(x.double(), y, rtol=torch.finfo(dtype).eps, atol=1e-6 * y.abs().max().item())
@@ -57,7 +57,7 @@ def test_blocks_of_any_size_meet_in_dropout(
         dropped, got = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, mask=mask, lengths=lengths)
         product = y * mask
         rounded = dropped.detach().double() + product - product.detach()
-        want = ar_tar(y, rounded, 2.0, 1.0, Steps(lengths=lengths), "mean").penalty
+        want = ar_tar(Layer(y, rounded, lengths), Problem(2.0, 1.0)).penalty
         torch.testing.assert_close(dropped.double(), product, rtol=torch.finfo(dtype).eps, atol=0)
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
         direction = torch.randn(shape).to(dtype)

@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.reference import Steps, ar_tar
+from fastreg.problem import Layer, Problem
+from fastreg.reference import ar_tar
 from tests.conftest import gpu
 
 TIMEOUT = 60  # seconds, for whatever waits: a group that hangs fails
@@ -121,7 +122,7 @@ def train(how: str, penalty_by: str) -> None:
         loss.backward()
         decoded, raw, dropped = whole(inputs, mask)
         loss = cross_entropy(decoded.flatten(0, 1), targets.flatten())
-        (loss + ar_tar(raw, dropped, 2.0, 1.0, Steps(), "mean").penalty).backward()
+        (loss + ar_tar(Layer(raw, dropped), Problem(2.0, 1.0)).penalty).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -203,7 +204,7 @@ def test_a_tensor_on_another_gpu_is_worked_on_there(device: str) -> None:
         got = fused_ar_tar(raw, dropped, 2.0, 1.0)
         gradients = torch.autograd.grad(got, (raw, dropped))
         both = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
-    want = ar_tar(*xs, 2.0, 1.0, Steps(), "mean").penalty
+    want = ar_tar(Layer(*xs), Problem(2.0, 1.0)).penalty
     assert all(x.device == torch.device(device) for x in (got, *gradients, *both))
     assert_close(got.double(), want, rtol=1e-6, atol=0)
     assert_close([x.double() for x in gradients], list(torch.autograd.grad(want, xs)), rtol=1e-5, atol=1e-6)

@@ -15,11 +15,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar, penalty
-from fastreg.reference import ARTAR, Steps, ar_tar
+from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.problem import ARTAR, Layer, Problem
+from fastreg.reference import ar_tar
+from tests.conftest import INTERPRETED
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, SMALL, Sample
 
-INTERPRETED = penalty.RUNNERS["cpu"] is not penalty.cpu
 X = torch.randn(2, 5, 8)
 
 # Dropout makes the second tensor itself: a sample's is not used.
@@ -41,7 +42,7 @@ def fused(sample: Sample, raw: Tensor, mask: Tensor, **options: Any) -> Any:
 
 def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
     used = raw if sample.beta else None, dropped if sample.alpha else None
-    return ar_tar(*used, sample.alpha, sample.beta, Steps(sample.batch_first), sample.reduction)
+    return ar_tar(Layer(*used), sample.problem)
 
 
 def roundoff(dtype: torch.dtype, device: str) -> float:
@@ -281,7 +282,7 @@ def test_batched_gradients(device: str) -> None:
         both = lambda x: torch.stack([penalty(x[0]), penalty(x[1])])  # noqa: E731
         return torch.autograd.functional.jacobian(both, raw, vectorize=True)
 
-    plain = jacobian(lambda x: ar_tar(x, x * mask, 2.0, 1.0, Steps(), "mean").penalty)
+    plain = jacobian(lambda x: ar_tar(Layer(x, x * mask), Problem(2.0, 1.0)).penalty)
     torch.testing.assert_close(jacobian(lambda x: fused(Sample(), x, mask)[1]), plain)
 
 
@@ -294,7 +295,7 @@ def test_function_transforms(device: str) -> None:
         return dropped.sin().sum() * got
 
     def plain(x: Tensor) -> Tensor:
-        return (x * mask).sin().sum() * ar_tar(x, x * mask, 2.0, 1.0, Steps(), "mean").penalty
+        return (x * mask).sin().sum() * ar_tar(Layer(x, x * mask), Problem(2.0, 1.0)).penalty
 
     torch.testing.assert_close(
         torch.func.vmap(torch.func.grad(call))(raw), torch.func.vmap(torch.func.grad(plain))(raw)
@@ -309,7 +310,7 @@ def test_ar_of_raw_under_function_transforms(device: str) -> None:
         module(x)
         return module.take().penalty  # pyright: ignore[reportOptionalMemberAccess]
 
-    want = torch.func.grad(lambda x: ar_tar(x, x, 2.0, 1.0, Steps(), "mean").penalty)(raw)
+    want = torch.func.grad(lambda x: ar_tar(Layer(x, x), Problem(2.0, 1.0)).penalty)(raw)
     torch.testing.assert_close(torch.func.grad(call)(raw), want)
 
 

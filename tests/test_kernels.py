@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
-from fastreg.reference import Steps, ar_tar
-from tests.conftest import gpu
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.kernels.view import Operand, View
+from fastreg.problem import Layer, Problem
+from fastreg.reference import ar_tar
+from tests.conftest import INTERPRETED, gpu
 
 kernels = pytest.importorskip("fastreg.kernels.penalty", reason="no Triton: the kernels did not run")
+launch = pytest.importorskip("fastreg.kernels.launch")
 reduction = pytest.importorskip("fastreg.kernels.reduction")
 tiling = pytest.importorskip("fastreg.kernels.tiling")
 
-INTERPRETED = penalty.RUNNERS["cpu"] is kernels
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU")
 
 
@@ -35,7 +37,7 @@ def leaves(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> tupl
 def assert_right(raw: Tensor, dropped: Tensor, **options: Any) -> None:
     """Penalty and gradients as the formula has them in float64."""
     xs = [x.detach().double().requires_grad_() for x in (raw, dropped)]
-    want = ar_tar(*xs, 2.0, 1.0, Steps(options.get("batch_first", True)), "mean").penalty
+    want = ar_tar(Layer(*xs), Problem(2.0, 1.0, options.get("batch_first", True))).penalty
     got = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
     for x, y in zip(torch.autograd.grad(got, (raw, dropped)), torch.autograd.grad(want, xs), strict=True):
@@ -44,27 +46,23 @@ def assert_right(raw: Tensor, dropped: Tensor, **options: Any) -> None:
         )
 
 
-class Counted:
-    """A kernel that counts its launches."""
-
-    def __init__(self, kernel: Any):
-        self.kernel, self.launches = kernel, 0
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.launches += 1
-        return self.kernel[grid]
-
-
 @pytest.mark.parametrize("same", [True, False])
 def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, backward = Counted(kernels.penalty_forward), Counted(kernels.penalty_backward)
-    monkeypatch.setattr(kernels, "penalty_forward", forward)
-    monkeypatch.setattr(kernels, "penalty_backward", backward)
+    launched = []
+    call = launch.Launch.__call__
+
+    def counted(self: Any, *tensors: Tensor | None) -> None:
+        launched.append(self.kernel)
+        call(self, *tensors)
+
+    monkeypatch.setattr(launch.Launch, "__call__", counted)
     raw, dropped = leaves(device, 3, 70, 40)
-    got = fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0)
-    assert (forward.launches, backward.launches) == (1, 0)
-    got.backward()
-    assert (forward.launches, backward.launches) == (1, 1)
+    for _ in range(2):  # planned, and remembered
+        got = fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0)
+        assert launched == [kernels.penalty_forward]
+        got.backward()
+        assert launched == [kernels.penalty_forward, kernels.penalty_backward]
+        launched.clear()
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
@@ -96,7 +94,7 @@ def test_programs_share_the_items_of_dropout(programs: int, device: str, monkeyp
     monkeypatch.setattr(tiling, "PROGRAMS", programs)
     raw, mask = leaves(device, 4, 40, 600)
     dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask.detach())
-    want = ar_tar(raw.double(), dropped.double(), 2.0, 1.0, Steps(), "mean").penalty
+    want = ar_tar(Layer(raw.double(), dropped.double()), Problem(2.0, 1.0)).penalty
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
@@ -106,7 +104,8 @@ def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pyt
         monkeypatch.setattr(reduction, "CHUNK", type(reduction.CHUNK)(16))
     time = tiling.UNROLL * (reduction.CHUNK.value + 3)
     raw, dropped = leaves(device, 1, time, 1)
-    assert tiling.Plan((1, time, 1), [(1, 1)] * 2, (raw, dropped), torch.float32).programs > reduction.CHUNK.value
+    view = View(1, time, 1, (Operand(torch.float32, 1, 1),) * 2)
+    assert tiling.Tiling(view, torch.float32).programs > reduction.CHUNK.value
     assert_right(raw, dropped)
 
 
@@ -116,7 +115,7 @@ def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.Monk
     raw = torch.full((1, 2048, 3), 0.1, device=device)
     raw[:, ::2] *= -1
     got = fused_ar_tar(raw, raw, 1.0, 1.0, return_terms=True)
-    want = ar_tar(raw.double(), raw.double(), 1.0, 1.0, Steps(), "mean")
+    want = ar_tar(Layer(raw.double(), raw.double()), Problem(1.0, 1.0))
     torch.testing.assert_close([x.double() for x in got], list(want), rtol=1e-6, atol=0)
 
 
@@ -129,8 +128,8 @@ def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("sizes", [(1, 1, 2**30), (2**15, 2**10, 2**5), (1, 2**30, 1), (2, 2**29 - 1, 1)])
 def test_large_sizes_are_counted_in_64_bits(sizes: tuple[int, int, int]) -> None:
     """What a launch would be told: memory as large is not needed."""
-    plan = tiling.Plan(sizes, [(sizes[2], sizes[2])], (torch.empty(0),), torch.float32)
-    assert str(plan.constants["INDEX"]) == ("int64" if math.prod(sizes) >= 2**30 else "int32")
+    cut = tiling.Tiling(View(*sizes, (Operand(torch.float32, sizes[2], sizes[2]),)), torch.float32)
+    assert str(cut.constants["INDEX"]) == ("int64" if math.prod(sizes) >= 2**30 else "int32")
 
 
 @pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16), (2**30 + 5, 9), (10, 2**30 + 3)])
@@ -146,7 +145,7 @@ def test_offsets_past_31_bits(strides: tuple[int, int], device: str) -> None:
 
 def test_a_launch_leaves_its_ticket_at_zero(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ticket = torch.zeros(1, dtype=torch.int32, device=device)
-    monkeypatch.setattr(kernels, "ticket_for", lambda _: ticket)
+    monkeypatch.setattr(reduction, "ticket_for", lambda _: ticket)
     for _ in range(2):
         assert_right(*leaves(device, 3, 70, 40))
         assert ticket == 0

@@ -11,8 +11,8 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import fused_ar_tar
-from fastreg.layout import canonical
-from fastreg.reference import Steps
+from fastreg.problem import Problem
+from fastreg.view import Signature, memory_of, readable, view_of
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
@@ -45,13 +45,15 @@ IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
         ([None, X], True, (2, 5, 8), [(0, 0), (40, 8)], [False, False]),
     ],
 )
-def test_canonical(
+def test_view(
     tensors: Sequence[torch.Tensor | None], batch_first: bool, sizes: Any, strides: Any, copied: Sequence[bool]
 ) -> None:
-    got_sizes, views, got_strides = canonical(tensors, Steps(batch_first))
-    assert got_sizes == sizes
-    assert got_strides == strides
-    assert [view is not x for view, x in zip(views, tensors, strict=True)] == copied
+    memories = [None if x is None else memory_of(x) for x in tensors]
+    first = next(x for x in memories if x is not None)
+    got = view_of(memories, Signature(first, None, None, None), Problem(2.0, 1.0, batch_first))
+    assert got[:3] == sizes
+    assert [(0, 0) if x is None else (x.outer, x.time) for x in got.operands] == strides
+    assert [x is not None and readable(x) is not x for x in tensors] == copied
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
-from fastreg.reference import ARTAR
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.kernels.view import Operand, Sums, View
+from fastreg.problem import ARTAR
+from tests.conftest import INTERPRETED
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, every_other, sliced, transposed
 
 ALPHA, BETA = 2.0, 3.0
-INTERPRETED = penalty.RUNNERS["cpu"] is not penalty.cpu
 BATCHES = {  # lengths, and the time steps there are
     "some": ([5, 0, 9, 1, 2, 9], 9),
     "full": ([7, 7, 7], 7),
@@ -459,11 +460,12 @@ def test_lengths_that_cannot_be_looked_at_are_clamped() -> None:
     device = "cpu" if INTERPRETED else "cuda"
     (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
     given = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in lengths], device=device)
-    strides = [(9 * 12, 12)] * 2
-    got, terms, scales = kernels.forward(raw, dropped, False, (6, 9, 12), strides, given, None, ALPHA, BETA, None)
-    assert_terms(ARTAR(got, *terms), truth(raw, dropped, lengths), FLOAT)
-    assert scales is not None
-    assert scales.tolist() == pytest.approx([1 / (12 * sum(lengths)), 1 / (12 * (4 + 8 + 0 + 1 + 8))])
+    view = View(6, 9, 12, (Operand(FLOAT, 9 * 12, 12),) * 2)
+    sums = Sums(FLOAT, ALPHA, BETA, divisors=None, ar_of_raw=False)
+    got = kernels.Forward(view, sums, raw.device)(raw, dropped, given, None)
+    assert_terms(ARTAR(got.penalty, *got.terms), truth(raw, dropped, lengths), FLOAT)
+    assert got.scales is not None
+    assert got.scales.tolist() == pytest.approx([1 / (12 * sum(lengths)), 1 / (12 * (4 + 8 + 0 + 1 + 8))])
 
 
 @pytest.mark.gpu

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from fastreg.reference import Steps, ar_tar, ar_tar_gradients, divisors
+from fastreg.problem import Layer, Problem, divisors
+from fastreg.reference import ar_tar, ar_tar_gradients
 from tests.samples import DOUBLE, SAMPLES, SMALL, Sample
 
 
@@ -22,9 +23,9 @@ def test_formula_written_out(sample: Sample) -> None:
     squares = [v * v for v in flat(dropped)]
     changes = [(b - a) ** 2 for now, after in pairwise(raw) for a, b in zip(flat(now), flat(after), strict=True)]
     mean = sample.reduction == "mean"
-    ar = sum(squares) / (len(squares) if mean else 1)
-    tar = sum(changes) / (max(len(changes), 1) if mean else 1)
-    got = ar_tar(*sample.leaves("cpu", DOUBLE), sample.alpha, sample.beta, Steps(sample.batch_first), sample.reduction)
+    ar = sum(squares) / (len(squares) if mean else 1) if sample.alpha else 0.0
+    tar = sum(changes) / (max(len(changes), 1) if mean else 1) if sample.beta else 0.0
+    got = ar_tar(Layer(*sample.leaves("cpu", DOUBLE)), sample.problem)
     want = torch.tensor([sample.alpha * ar + sample.beta * tar, ar, tar], dtype=DOUBLE)
     torch.testing.assert_close(torch.stack(got), want)
 
@@ -32,40 +33,41 @@ def test_formula_written_out(sample: Sample) -> None:
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_gradients_are_those_of_autograd(sample: Sample) -> None:
     leaves = sample.leaves("cpu", DOUBLE)
-    options = (sample.alpha, sample.beta, Steps(sample.batch_first), sample.reduction)
+    problem = sample.problem._replace(ar_of_raw=sample.same)
     grad = torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)
-    raw, dropped = leaves[0], None if sample.same else leaves[1]
-    got = [g for g in ar_tar_gradients(grad, raw, dropped, sample.same, *options) if g is not None]
-    inputs = leaves[: len(got)]
-    torch.testing.assert_close(got, list(torch.autograd.grad(ar_tar(*leaves, *options).penalty, inputs, grad)))
+    given = leaves[:1] if sample.same else leaves
+    written_out = ar_tar_gradients(grad, Layer(*given, *[None] * (2 - len(given))), problem)
+    got, inputs = zip(*((g, x) for g, x in zip(written_out, leaves, strict=True) if g is not None), strict=True)
+    torch.testing.assert_close(got, torch.autograd.grad(ar_tar(Layer(*leaves), problem).penalty, inputs, grad))
     if sample in SMALL:
+        first = 0 if written_out[0] is not None else 1
         assert gradcheck(
-            lambda g, *xs: ar_tar_gradients(g, xs[0], None if sample.same else xs[1], sample.same, *options)[0],
-            (grad, *inputs),
+            lambda g, *xs: ar_tar_gradients(g, Layer(*xs, *[None] * (2 - len(xs))), problem)[first],
+            (grad, *given),
             fast_mode=True,
         )
 
 
 def test_gradients_of_half_precision_are_formed_in_float32() -> None:
     raw = torch.tensor([4e4, -4e4]).repeat(4).reshape(1, 8, 1)
-    got, want = (
-        ar_tar_gradients(torch.tensor(1.0), x, None, False, 0.0, 1.0, Steps(), "mean")[0] for x in (raw.half(), raw)
-    )
-    assert torch.equal(got, want.half())
+    got, want = (ar_tar_gradients(torch.tensor(1.0), Layer(x, None), Problem(0.0, 1.0))[0] for x in (raw.half(), raw))
+    assert got is not None
+    assert want is not None
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int8])
 def test_lengths_of_few_bits(kind: torch.dtype) -> None:
-    counts = divisors(torch.zeros(2, 3, 100), Steps(lengths=torch.tensor([0, 3], dtype=kind)), "mean")
+    counts = divisors(Layer(torch.zeros(2, 3, 100), None, torch.tensor([0, 3], dtype=kind)), Problem(2.0, 1.0))
     assert [int(n) for n in counts] == [300, 200]
 
 
 def test_what_cancels_in_half_precision() -> None:
     """Two gradients that float16 has no numbers for."""
     x = torch.tensor([[[1.0], [1000.0]]]).half().requires_grad_()
-    options = 99900.0, 100.0, Steps(), "sum"
-    (gradient,) = torch.autograd.grad(ar_tar(x, x, *options).penalty, x)
+    problem = Problem(99900.0, 100.0, reduction="sum", ar_of_raw=True)
+    (gradient,) = torch.autograd.grad(ar_tar(Layer(x, None), problem).penalty, x)
     assert gradient[0, 0] == 0
-    written_out, _ = ar_tar_gradients(torch.tensor(1.0), x, None, True, *options)
+    written_out, _ = ar_tar_gradients(torch.tensor(1.0), Layer(x, None), problem)
     assert written_out is not None
     assert written_out[0, 0] == 0

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
-from fastreg.reference import Steps, ar_tar
-from tests.conftest import gpu
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.problem import Layer, Problem
+from fastreg.reference import ar_tar
+from tests.conftest import INTERPRETED, gpu
 from tests.samples import HALF
 
-INTERPRETED = penalty.RUNNERS["cpu"] is not penalty.cpu
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU")
 blocked = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors")
 
@@ -22,7 +22,7 @@ class LastPrograms:
     """A kernel of which the interpreter runs the last two programs alone."""
 
     def __init__(self, kernel: Any):
-        self.kernel = kernel
+        self.kernel, self.arg_names = kernel, kernel.arg_names
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         from triton.runtime.interpreter import interpreter_builder as builder
@@ -46,7 +46,7 @@ def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
         for kernels, name in ((penalty, "penalty_backward"), (dropout, "dropout_backward")):
             monkeypatch.setattr(kernels, name, LastPrograms(getattr(kernels, name)))
-            monkeypatch.setattr(kernels, "forward", lambda *_: (torch.zeros(()), torch.zeros(2), None))
+            monkeypatch.setattr(kernels, "Forward", lambda *_: lambda *_: (torch.zeros(()), torch.zeros(2), None))
     return request.param
 
 
@@ -76,7 +76,7 @@ def test_more_elements_than_32_bits_count(
     if last.shape[time] < shape[time]:
         last.select(time, 0).zero_()  # as the row before it: no change leads there
     alone = last.double().requires_grad_()
-    want = ar_tar(alone, alone * last_mask if dropout else alone, 2.0, 1.0, Steps(batch_first), "sum").penalty
+    want = ar_tar(Layer(alone, alone * last_mask if dropout else alone), Problem(2.0, 1.0, batch_first, "sum")).penalty
     options: Any = {"batch_first": batch_first, "reduction": "sum"}
     if dropout:
         got = fused_dropout_ar_tar(raw.requires_grad_(), 0.5, 2.0, 1.0, mask=mask, **options)[1]
@@ -123,7 +123,7 @@ def test_ten_million_time_steps(device: str) -> None:
     raw, dropped = (torch.randn(1, 10_000_000, 1, device=device, requires_grad=True) for _ in range(2))
     xs = [x.detach().double().requires_grad_() for x in (raw, dropped)]
     got = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
-    want = ar_tar(*xs, 2.0, 1.0, Steps(), "mean")
+    want = ar_tar(Layer(*xs), Problem(2.0, 1.0))
     assert_close([x.double() for x in got], list(want), rtol=2e-6, atol=0)
     gradients = torch.autograd.grad(got.penalty, (raw, dropped))
     for x, y in zip(gradients, torch.autograd.grad(want.penalty, xs), strict=True):

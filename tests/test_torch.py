@@ -23,8 +23,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.penalty import empty_like
-from fastreg.reference import Steps, ar_tar
+from fastreg.problem import Layer, Problem
+from fastreg.reference import ar_tar
+from fastreg.view import allocate, memory_of
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
 Call = Callable[[Tensor, Tensor], Any]
@@ -306,7 +307,7 @@ class TestTransforms:
 
         def formula(r: Tensor, d: Tensor) -> Tensor:
             raw, dropped = (r, d) if name == "pair" else (r * d, r * d * mask_for(r))
-            penalty = ar_tar(raw, dropped, 2.0, 1.0, Steps(), "mean").penalty
+            penalty = ar_tar(Layer(raw, dropped), Problem(2.0, 1.0)).penalty
             return penalty if name == "pair" else penalty * dropped.sin().sum()
 
         def call(r: Tensor, d: Tensor) -> Tensor:
@@ -358,10 +359,10 @@ class TestDeterministicMode:
         x = torch.zeros(2**25, 1, dtype=HALF)  # of such a size the system gives fresh memory, zeros
         with deterministic():
             assert torch.empty_like(x).isnan().all()
-            assert not empty_like(x).isnan().any()
+            assert not allocate(memory_of(x)).isnan().any()
         x = transposed(torch.zeros(3, 7, 12))
         with deterministic():
-            assert empty_like(x).stride() == x.stride()
+            assert allocate(memory_of(x)).stride() == x.stride()
 
 
 class TestSubclasses:

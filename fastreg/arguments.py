@@ -1,0 +1,322 @@
+"""Every check of an argument, and every message.
+
+What is wrong is a `TypeError` or a `ValueError` whose message names the argument, what was expected, and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastreg.backends import is_memory, observed
+from fastreg.problem import Layer, Problem, time_dim
+from fastreg.view import Signature
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+HINT = " (an RNN gives its output and its state: pass the output)"
+
+
+def check_problem(alpha: float, beta: float, batch_first: bool, reduction: str = "mean") -> Problem:
+    """Check coefficients, layout and reduction."""
+    alpha, beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
+    check_flags(batch_first=batch_first)
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    return Problem(alpha, beta, batch_first, reduction)
+
+
+def check_coefficient(name: str, value: Any) -> float:
+    """Check that `value` is a finite real number of at least 0, and return it as a float."""
+    compiling = torch.compiler.is_compiling()
+    if compiling and not isinstance(value, (bool, int, float, str, Tensor)) and hasattr(value, "item"):
+        value = value.item()  # a compiler takes a NumPy scalar for an array
+    elif type(value) is not float:
+        _check_real(name, value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf if value > 0 else -math.inf
+    if compiling:
+        from torch.fx.experimental.symbolic_shapes import guard_or_true  # which imports sympy
+
+        right = guard_or_true(value >= 0) and guard_or_true(value < math.inf)
+        if right:
+            torch._check(value >= 0)  # in the compiled code, where the value is only known there
+            torch._check(value < math.inf)
+    else:
+        right = 0 <= value < math.inf
+    if not right:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return value
+
+
+def check_probability(p: float) -> float:
+    """Check that `p`, the probability to drop a unit, is from 0 to below 1, and return it as a float."""
+    _check_real("p", p)
+    if not 0 <= float(p) < 1:
+        raise ValueError(f"p: expected a probability from 0 to below 1, got {p}")
+    return float(p)
+
+
+def check_flags(**flags: object) -> None:
+    """Check that arguments are true or false, given by their names."""
+    for name, flag in flags.items():
+        if flag is not True and flag is not False:
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+
+
+class Named(NamedTuple):
+    """An activation by the name that messages have for it; of packed rows with their batch sizes."""
+
+    name: str
+    tensor: Tensor
+    batch_sizes: Tensor | None
+
+
+def check_layers(raw: object, dropped: object, lengths: object, problem: Problem) -> list[Layer]:
+    """Pair the layers of `raw` and `dropped`; a term that is off is not looked at, and its tensor is `None`.
+
+    What depends on shapes, dtypes and devices of one layer is left to `check_layer`, which can be remembered.
+    """
+    raws = _named("raw", raw) if problem.with_tar else None
+    kept = _named("dropped", dropped) if problem.with_ar else None
+    if raws is None or kept is None:
+        pairs = [(x, None) for x in raws] if raws else [(None, y) for y in kept or []]
+    else:
+        if len(raws) != len(kept) or is_list(raw) != is_list(dropped):
+            raise ValueError(
+                f"raw and dropped: expected the same layers in both, got {_count(raw)} and {_count(dropped)}"
+            )
+        pairs = list(zip(raws, kept, strict=True))
+        for x, y in pairs:
+            _check_batch_sizes(x, y)
+    if not pairs:
+        return []
+    first = (raws or kept)[0]  # pyright: ignore[reportOptionalSubscript]
+    if lengths is not None:
+        if first.batch_sizes is not None:
+            raise ValueError("lengths: expected None, as a PackedSequence has lengths of its own")
+        lengths = check_integers("lengths", lengths)
+    if len(pairs) > 1:
+        for x in (*(raws or []), *(kept or [])):
+            _check_alike(x, first)
+    return [
+        Layer(None if x is None else x.tensor, None if y is None else y.tensor, lengths, first.batch_sizes)
+        for x, y in pairs
+    ]
+
+
+def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, str] = ("raw", "dropped")) -> None:
+    """Check the shapes, dtypes and devices of one layer's tensors, which may be given by their signature."""
+    first: tuple[str, Any] | None = None
+    for name, x in zip(names, layer[:2], strict=True):
+        if x is None:
+            continue
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+        if len(x.shape) not in (2, 3):
+            raise ValueError(
+                f"{name}: expected (batch, time, hidden), (time, batch, hidden) with batch_first=False, "
+                f"or (time, hidden), got {_shape(x)}"
+            )
+        if first is None:
+            first = name, x
+            continue
+        if x.shape != first[1].shape:
+            raise ValueError(f"{name}: expected the shape of {first[0]}, {_shape(first[1])}, got {_shape(x)}")
+        _check_device(name, x, *first)
+    if isinstance(layer, Layer) and hasattr(layer.given, "to_local") and layer[2:] != (None, None):
+        raise TypeError("raw and dropped: expected no DTensor with lengths or packed; pass x.to_local() of each part")
+    if layer.lengths is not None:
+        _check_lengths(layer.lengths, layer.given, problem)
+
+
+def _check_lengths(lengths: Any, x: Any, problem: Problem) -> None:
+    axis = time_dim(x, problem.batch_first)
+    batch = 1 if len(x.shape) == 2 else x.shape[1 - axis]
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths: expected shape ({batch},), one length a sequence, got {_shape(lengths)}")
+    if lengths.device.type == "meta" != x.device.type:
+        raise ValueError(f"lengths: expected a tensor on {x.device}, or another device with memory, got one on meta")
+
+
+def ready_lengths(layer: Layer, problem: Problem) -> Layer:
+    """Check the values of lengths that are on the CPU, and bring lengths to where the activations are.
+
+    Lengths on another device are not looked at, as that would wait for it.
+    """
+    lengths, x = layer.lengths, layer.given
+    on_cpu = layer.batch_sizes is not None or (lengths is not None and lengths.device.type == "cpu")
+    # A compiler cannot ask whether a CUDA graph is captured, and captures its own with inputs that it copies.
+    may_ask = x.device.type == "cuda" and not torch.compiler.is_compiling()
+    if on_cpu and may_ask and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "lengths: expected them on the GPU, and no PackedSequence, while a CUDA graph is captured: the graph would "
+            "go on reading memory of the CPU that is gone"
+        )
+    if lengths is None:
+        return layer
+    if x.device.type == "cpu" != lengths.device.type:
+        lengths = lengths.cpu()
+    if lengths.device.type == "cpu" and lengths.shape[0] and not observed() and is_memory(lengths):
+        time = x.shape[time_dim(x, problem.batch_first)]
+        least, most = (int(n) for n in lengths.aminmax())
+        if least < 0 or most > time:
+            raise ValueError(
+                f"lengths: expected from 0 to the {time} time steps there are, got {least if least < 0 else most}"
+            )
+    lengths = lengths.to(x.device, non_blocking=True).contiguous()
+    return Layer(layer.raw, layer.dropped, lengths, layer.batch_sizes)
+
+
+def check_integers(name: str, x: object) -> Tensor:
+    """Check for a dense tensor of integers; return it plain, as a copy if it is one that a backward may not keep."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor, got {type(x).__name__}")
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected an integer tensor, got one of {x.dtype}")
+    return keepable(plain(_check_dense(name, x)))
+
+
+def check_tensor(name: str, x: object) -> Tensor:
+    """Check for a dense tensor."""
+    if isinstance(x, PackedSequence):
+        raise TypeError(f"{name}: expected a tensor, got a PackedSequence; pad_packed_sequence gives one, and lengths")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{HINT if isinstance(x, tuple) else ''}")
+    return _check_dense(name, x)
+
+
+def check_mask(mask: object, raw: Tensor, batch_first: bool) -> Tensor:
+    """Check a dropout mask for `raw`, and return it expanded to its shape."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    _check_dense("mask", mask)
+    one_row = list(raw.shape)
+    one_row[time_dim(raw, batch_first)] = 1
+    if mask.shape != raw.shape and list(mask.shape) != one_row:  # `in` would not compare symbolic sizes
+        raise ValueError(f"mask: expected shape {tuple(one_row)} or that of raw, {_shape(raw)}, got {_shape(mask)}")
+    if mask.dtype != raw.dtype:
+        raise TypeError(f"mask: expected the dtype of raw, {raw.dtype}, got {mask.dtype}")
+    _check_device("mask", mask, "raw", raw)
+    if mask.requires_grad:
+        raise ValueError("mask: expected a tensor that requires no gradient, got one that does")
+    return keepable(plain(mask)).expand_as(raw)
+
+
+def plain(x: Tensor) -> Tensor:
+    """Return `x` without a subclass that only decorates it; one with a dispatcher of its own stays as it is."""
+    if type(x) is Tensor or torch.compiler.is_compiling():  # which sees through one that only decorates
+        return x
+    dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
+    return x if dispatches else x.as_subclass(Tensor)
+
+
+def keepable(x: Tensor) -> Tensor:
+    """Return a copy of a tensor made in inference mode, which a backward could not keep."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()
+
+
+def is_list(value: object) -> bool:
+    """Tell whether `value` is a list of layers, or the like: a PackedSequence is a tuple, too, but one tensor."""
+    return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
+
+
+def _named(name: str, value: object) -> Sequence[Named]:
+    """Name the activations of each layer."""
+    if isinstance(value, Tensor):
+        return (Named(name, _check_dense(name, value), None),)
+    if not isinstance(value, (list, tuple)):
+        coefficient = "beta" if name == "raw" else "alpha"
+        raise TypeError(
+            f"{name}: expected a tensor, a PackedSequence, or a list or tuple of them, got {type(value).__name__}"
+            + (f" (it may be None only where {coefficient} is 0)" if value is None else "")
+        )
+    if isinstance(value, PackedSequence):
+        return (_packed(name, value),)
+    if not value:
+        raise ValueError(f"{name}: expected a tensor a layer, got an empty {type(value).__name__}")
+    layers = [(f"{name}[{i}]", x) for i, x in enumerate(value)]
+    return [
+        _packed(label, x) if isinstance(x, PackedSequence) else Named(label, check_tensor(label, x), None)
+        for label, x in layers
+    ]
+
+
+def _packed(name: str, x: PackedSequence) -> Named:
+    """Check batch sizes, as what does not fit would be read past its end."""
+    data = check_tensor(f"{name}.data", x.data)
+    if data.dtype not in DTYPES:
+        raise TypeError(f"{name}.data: expected float16, bfloat16, float32 or float64, got {data.dtype}")
+    if data.dim() != 2:
+        raise ValueError(f"{name}.data: expected (rows, hidden), got {_shape(data)}")
+    sizes = check_integers(f"{name}.batch_sizes", x.batch_sizes)
+    if sizes.device.type != "cpu" and not (sizes.is_meta and data.is_meta):
+        raise ValueError(f"{name}.batch_sizes: expected a tensor on the CPU, got one on {sizes.device}")
+    sizes, rows = sizes.long().contiguous(), data.shape[0]
+    if not observed() and is_memory(sizes):
+        fits = sizes.dim() == 1 and sizes.numel() > 0 and int(sizes[-1]) > 0 and int(sizes[0]) <= rows
+        if not fits or int(sizes.sum()) != rows or bool((sizes.diff() > 0).any()):
+            raise ValueError(
+                f"{name}.batch_sizes: expected sizes above 0 that never grow and add up to the {rows} rows, "
+                f"got {sizes.tolist()}"
+            )
+    return Named(name, data, sizes)
+
+
+def _check_batch_sizes(x: Named, y: Named) -> None:
+    """Check that both are packed alike, or neither."""
+    if (x.batch_sizes is None) != (y.batch_sizes is None):
+        kinds = ["a tensor" if z.batch_sizes is None else "a PackedSequence" for z in (x, y)]
+        raise TypeError(f"{y.name}: expected {kinds[0]}, as {x.name} is, got {kinds[1]}")
+    if x.batch_sizes is None or y.batch_sizes is None or observed() or not is_memory(x.batch_sizes):
+        return
+    if not x.batch_sizes.equal(y.batch_sizes):
+        raise ValueError(f"{y.name}: expected the batch_sizes of {x.name}, got others")
+
+
+def _check_alike(x: Named, first: Named) -> None:
+    """Check that a layer has the device, batch and time steps of the first."""
+    _check_device(x.name, x.tensor, first.name, first.tensor)
+    _check_batch_sizes(first, x)
+    if first.batch_sizes is None and (x.tensor.dim(), x.tensor.shape[:-1]) != (
+        first.tensor.dim(),
+        first.tensor.shape[:-1],
+    ):
+        raise ValueError(
+            f"{x.name}: expected the batch and time steps of {first.name}, of shape {_shape(first.tensor)}, "
+            f"got {_shape(x.tensor)}{HINT}"
+        )
+
+
+def _check_device(name: str, x: Any, other: str, y: Any) -> None:
+    if x.device != y.device:
+        raise ValueError(f"{name}: expected a tensor on {y.device}, where {other} is, got one on {x.device}")
+
+
+def _check_dense(name: str, x: Tensor) -> Tensor:
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {'nested' if x.is_nested else x.layout}")
+    return x
+
+
+def _check_real(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
+
+
+def _shape(x: Any) -> str:
+    return f"{tuple(x.shape)}"
+
+
+def _count(value: object) -> str:
+    return f"{len(value)} layers" if is_list(value) else "one tensor"  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,94 @@
+"""Which code runs where, and when it is the plain formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastreg import cpu, cpu_dropout
+
+P, R = ParamSpec("P"), TypeVar("R")
+PLANS = 1024  # of each kind that are remembered: a few hundred sequence lengths, with and without gradients
+_forget: list[Callable[[], None]] = []
+
+
+def remembered(plan: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of metadata alone, such as shapes and coefficients, to be computed once for each."""
+    cached = lru_cache(PLANS)(plan)
+    _forget.append(cached.cache_clear)
+    return cached  # pyright: ignore[reportReturnType]
+
+
+def forget() -> None:
+    """Forget what all functions remember: for tests that change what plans are made from."""
+    for clear in _forget:
+        clear()
+
+
+class Backend(NamedTuple):
+    """Code for some devices: two modules, each with a `Forward` and a `Backward` like those of `fastreg.kernels`."""
+
+    name: str
+    penalty: ModuleType
+    dropout: ModuleType
+
+
+BLOCKED = Backend("the blocked PyTorch path", cpu, cpu_dropout)
+TRITON: Backend | None = None
+_interpreted = False
+if find_spec("triton") is not None:  # Triton has no build for some platforms
+    from triton import knobs
+
+    from fastreg.kernels import dropout, penalty
+
+    _interpreted = knobs.runtime.interpret
+    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), penalty, dropout)
+
+_cpu: Backend = TRITON if TRITON is not None and _interpreted else BLOCKED
+
+
+def backend_for(device: torch.device) -> Backend | None:
+    """Return the code that runs on a device, or `None` where that is the plain formula."""
+    if device.type == "cpu":
+        return _cpu
+    return TRITON if device.type in ("cuda", "xpu") else None
+
+
+@contextmanager
+def cpu_tensors_by(backend: Backend) -> Iterator[None]:
+    """Run CPU tensors by another backend inside of the block, in all threads: for tests and measurements."""
+    global _cpu
+    before, _cpu = _cpu, backend
+    try:
+        yield
+    finally:
+        _cpu = before
+
+
+def observed() -> bool:
+    """Tell whether something else than memory is computed on, so that PyTorch must see the formula."""
+    return (
+        torch.compiler.is_compiling()  # a compiler fuses the formula with its neighbours
+        or torch._C._is_tracing()  # torch.jit.trace records operators
+        or torch._C._len_torch_dispatch_stack() > 0  # a mode, such as FakeTensorMode, intercepts operators
+        or torch._C._are_functorch_transforms_active()  # vmap and grad transform operators
+        or forward_ad._current_level >= 0  # forward-mode derivatives are those of operators
+    )
+
+
+def is_memory(x: Tensor) -> bool:
+    """Tell whether a dense tensor is memory that holds its values as they are."""
+    return (
+        type(x) is Tensor  # a subclass has operators of its own
+        and not x.is_neg()  # the values of a negated view have the other sign in memory
+        and not x.is_meta  # a meta tensor has no values
+        and torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
+    )

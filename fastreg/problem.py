@@ -1,0 +1,112 @@
+"""What is asked for: activations, coefficients, and how the sums are divided."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ARTAR(NamedTuple):
+    """The penalty and its terms: three 0-dim tensors on the activations' device, without a sync.
+
+    `penalty` is `alpha * ar + beta * tar` and differentiable; `ar` and `tar` are unscaled and detached.
+    """
+
+    penalty: Tensor
+    ar: Tensor
+    tar: Tensor
+
+
+class Problem(NamedTuple):
+    """What to compute, whatever the activations are.
+
+    alpha, beta  coefficients of AR and TAR; a term whose coefficient is 0 is off
+    batch_first  3-dim activations are `(batch, time, hidden)`, else `(time, batch, hidden)`
+    reduction    `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide
+    ar_of_raw    AR is the mean square of raw, as fastai v1 forms it, or because dropped is raw itself
+    """
+
+    alpha: float
+    beta: float
+    batch_first: bool = True
+    reduction: str = "mean"
+    ar_of_raw: bool = False
+
+    @property
+    def with_ar(self) -> bool:
+        """Tell whether AR is on."""
+        return is_on(self.alpha)
+
+    @property
+    def with_tar(self) -> bool:
+        """Tell whether TAR is on."""
+        return is_on(self.beta)
+
+
+def is_on(coefficient: float) -> bool:
+    """Tell whether a term is on: a coefficient that a compiler does not know yet may be anything."""
+    if not torch.compiler.is_compiling():
+        return coefficient != 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # which imports sympy
+
+    return not guard_or_false(coefficient == 0)
+
+
+class Layer(NamedTuple):
+    """One layer's activations, and which of their time steps count.
+
+    raw, dropped  `(batch, time, hidden)`, `(time, batch, hidden)` or `(time, hidden)`, or packed rows, `(rows,
+                  hidden)`; `None` where no term reads it
+    lengths       `(batch,)` integers, which count as no less than 0 and no more than all time steps; `None` where all
+                  time steps count
+    batch_sizes   `(time,)` integers on the CPU, those of a `PackedSequence`; `None` unless packed
+    """
+
+    raw: Tensor | None
+    dropped: Tensor | None
+    lengths: Tensor | None = None
+    batch_sizes: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """Return raw, or dropped where raw is `None`."""
+        return self.raw if self.raw is not None else self.dropped  # pyright: ignore[reportReturnType]
+
+
+def compute_dtype(*tensors: Any) -> torch.dtype:
+    """Return the dtype that squares and sums are formed in: float64 if any tensor is, else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def time_dim(x: Any, batch_first: bool) -> int:
+    """Return the time axis of a `(batch, time, hidden)`, `(time, batch, hidden)` or `(time, hidden)` tensor."""
+    return 1 if len(x.shape) == 3 and batch_first else 0
+
+
+def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
+    """Count what AR and TAR are means over: elements, and pairs of neighbours in time; 1 and 1 for `"sum"`.
+
+    Neither is ever 0, so that an empty mean is 0 and not NaN. For padded and packed sequences they are tensors, on the
+    device of what they follow from.
+    """
+    if problem.reduction == "sum":
+        return 1, 1
+    shape = layer.given.shape
+    elements, hidden = layer.given.numel(), shape[-1]
+    if layer.batch_sizes is not None:
+        return _at_least_1(elements), _at_least_1(elements - layer.batch_sizes[0] * hidden)
+    time = shape[time_dim(layer.given, problem.batch_first)]
+    if layer.lengths is not None:
+        lengths = layer.lengths.long().clamp(0, time)
+        return _at_least_1(lengths.sum() * hidden), _at_least_1((lengths - 1).clamp(min=0).sum() * hidden)
+    time = _at_least_1(time)
+    return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
+
+
+def _at_least_1(count: Any) -> Any:
+    """Take the maximum with 1, without a branch, which traced code would keep as it went."""
+    if isinstance(count, Tensor):
+        return count.clamp(min=1)
+    return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # which takes ten times as long
