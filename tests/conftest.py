@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from fastreg import cpu, dropout, penalty
+from fastreg import FusedRNNDropout, attachment, cpu, dropout, penalty
 from fastreg.backends import TRITON, backend_for, forget
+from tests.language_model import Model, Stack
 
 CPU = backend_for(torch.device("cpu"))
 INTERPRETED = CPU is not None and CPU is TRITON  # TRITON_INTERPRET=1 is set
@@ -47,3 +50,21 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[nn.Dropout, FusedRNNDropout])
+def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the language models a plain dropout, and one that forms the penalty; alone it adds nothing."""
+    for model in (Model, Stack):
+        monkeypatch.setattr(model, "kind_of_dropout", request.param)
+
+
+@pytest.fixture
+def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """List the penalties that a regularizer forms, rather than takes from a dropout."""
+    calls: list[Any] = []
+    form = attachment.fused_ar_tar
+    monkeypatch.setattr(
+        attachment, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
+    )
+    return calls

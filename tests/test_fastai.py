@@ -38,7 +38,7 @@ with warnings.catch_warnings():
     from fastai.text.models.awdlstm import AWD_LSTM, RNNDropout, awd_lstm_clas_config, awd_lstm_lm_config
     from fastai.torch_core import set_seed
 
-    from fastreg import FusedRNNDropout, attachment
+    from fastreg import FusedRNNDropout
     from fastreg import RNNRegularizer as Regularizer
     from fastreg import fastai as adapter
     from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
@@ -84,15 +84,6 @@ def trained(learn: Learner, epochs: int = 2, **options: Any) -> Tensor:
     with learn.no_bar(), learn.no_logging():
         learn.fit(epochs, 5e-3, **options)
     return weights(learn)
-
-
-@pytest.fixture
-def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The penalties that are formed apart from the dropout."""
-    calls: list[Any] = []
-    form = attachment.fused_ar_tar
-    monkeypatch.setattr(attachment, "fused_ar_tar", lambda *args, **options: calls.append(0) or form(*args, **options))
-    return calls
 
 
 def weights(learn: Learner) -> Tensor:

@@ -1,0 +1,122 @@
+"""Small language models that the tests of `RNNRegularizer` train, and the loop that trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from fastreg import FusedRNNDropout, RNNRegularizer
+
+VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
+ALPHA, BETA = 2.0, 1.0
+
+either = pytest.mark.usefixtures("either_dropout")  # of tests/conftest.py
+
+
+def formula(raw: Tensor, dropped: Tensor, time: int) -> Tensor:
+    return ALPHA * dropped.pow(2).mean() + BETA * raw.diff(dim=time).pow(2).mean()
+
+
+class Model(nn.Module):
+    """A language model that knows nothing of fastreg. One dropout serves embeddings and output, as is common."""
+
+    kind_of_dropout: Any = nn.Dropout
+
+    def __init__(self, kind: Any = nn.LSTM, p: float = 0.3, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.rnn: Any = kind(HIDDEN, HIDDEN, **({"batch_first": True} | options))
+        self.dropout = dropout_like(self.kind_of_dropout, p, self.rnn)
+        width = HIDDEN * (2 if self.rnn.bidirectional else 1)
+        self.decoder = nn.Linear(self.rnn.proj_size or width, VOCABULARY)
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raw, _ = self.rnn(self.dropout(self.embedding(x)))
+        dropped = self.dropout(raw)
+        return self.decoder(dropped), raw, dropped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activations(x)[0]
+
+
+class Fused(Model):
+    kind_of_dropout = FusedRNNDropout
+
+
+class Stack(nn.Module):
+    """Layers of modules of their own, each with its dropout, as AWD-LSTM has them; gives the lists of layers."""
+
+    kind_of_dropout: Any = nn.Dropout
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
+        self.rnns = nn.ModuleList(nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(3))
+        self.dropouts = nn.ModuleList(dropout_like(self.kind_of_dropout, 0.3, rnn) for rnn in self.rnns)
+        self.decoder = nn.Linear(HIDDEN, VOCABULARY)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        dropped, raws, droppeds = self.embedding(x), [], []
+        for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
+            raw, _ = rnn(dropped)
+            dropped = dropout(raw)
+            raws.append(raw)
+            droppeds.append(dropped)
+        return self.decoder(dropped), raws, droppeds
+
+
+def dropout_like(kind: Any, p: float, rnn: Any) -> nn.Module:
+    return kind(p, **({"batch_first": rnn.batch_first} if kind is FusedRNNDropout else {}))
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(0)
+    return make()
+
+
+def tokens(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randint(VOCABULARY, shape or (BATCH, TIME), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def criterion(decoded: Tensor, x: Tensor) -> Tensor:
+    return F.cross_entropy(decoded.flatten(0, -2), x.flatten())
+
+
+def train(model: nn.Module, loss_of: Callable[[Tensor], Tensor], x: Tensor, steps: int = 4) -> list[Tensor]:
+    """The weights after a few steps; dropout draws the same masks in every run."""
+    torch.manual_seed(2)
+    optimizer = SGD(model.parameters(), lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(x).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def assert_same(got: list[Tensor], want: list[Tensor], unlike: list[Tensor] | None = None) -> None:
+    """The same weights to rounding, where those without the penalty are not."""
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    if unlike is not None:
+        assert max((a - b).abs().max().item() for a, b in zip(want, unlike, strict=True)) > 1e-3
+
+
+def regularizer(**options: Any) -> RNNRegularizer:
+    return RNNRegularizer(ALPHA, BETA, **options)
+
+
+def attached(model: Model, **options: Any) -> RNNRegularizer:
+    made = regularizer(**options)
+    made.attach(model.rnn, model.dropout)
+    return made
+
+
+def penalty_of(reg: RNNRegularizer) -> Tensor:
+    """The penalty of what is captured now."""
+    return reg.on_backward_begin(torch.zeros(()))

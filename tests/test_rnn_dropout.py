@@ -1,0 +1,327 @@
+"""A `FusedRNNDropout` that hands its penalty over to a regularizer, by hooks or by an offer."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fastreg import FusedRNNDropout, fused_ar_tar
+from fastreg.output_dropout import OutputDropout, link
+from fastreg.regularizer import RNNRegularizer
+from tests.language_model import (
+    ALPHA,
+    BATCH,
+    BETA,
+    HIDDEN,
+    TIME,
+    Fused,
+    attached,
+    formula,
+    penalty_of,
+    regularizer,
+    seeded,
+    tokens,
+)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("ar_of", ["dropped", "raw"])
+def test_the_penalty_of_the_dropout_is_taken(batch_first: bool, ar_of: Any, formed: list[Any]) -> None:
+    model = seeded(lambda: Fused(batch_first=batch_first))
+    model.dropout.ar_of = ar_of
+    reg = attached(model)
+    _, raw, dropped = model.activations(tokens())
+    want = formula(raw, dropped if ar_of == "dropped" else raw, int(batch_first))
+    torch.testing.assert_close(penalty_of(reg), want)
+    assert formed == []
+    assert model.dropout.take() is None  # once
+
+
+def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
+    rnns = seeded(lambda: [nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(2)])
+    dropout = FusedRNNDropout(0.3, 0.25, 0.5)
+    reg = regularizer(layers="all")
+    handles = [reg.attach(rnns[0], dropout)]
+    dropout(rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0])
+    reg.clear()
+    handles.append(reg.attach(rnns[1], dropout))
+    raws = [rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0]]
+    droppeds = [dropout(raws[0])]
+    raws.append(rnns[1](droppeds[0])[0])
+    droppeds.append(dropout(raws[1]))
+    want = sum(formula(raw, dropped, 1) for raw, dropped in zip(raws, droppeds, strict=True))
+    torch.testing.assert_close(penalty_of(reg), want)
+    assert formed == []
+    for handle in handles:
+        handle.remove()
+    assert (dropout.alpha, dropout.beta) == (0.25, 0.5)
+    dropout.alpha = 4.0
+    handles[1].remove()  # twice is once
+    assert dropout.alpha == 4
+
+
+def test_two_regularizers_of_one_dropout() -> None:
+    """Each adds its own penalty, though the dropout forms but one."""
+    model = seeded(Fused)
+    one, other = attached(model), RNNRegularizer(3.0, 5.0)
+    other.attach(model.rnn, model.dropout)
+    _, raw, dropped = model.activations(tokens())
+    torch.testing.assert_close(penalty_of(one), formula(raw, dropped, 1))
+    torch.testing.assert_close(penalty_of(other), 3 * dropped.pow(2).mean() + 5 * raw.diff(dim=1).pow(2).mean())
+
+
+class Changed(FusedRNNDropout):
+    """Whose output is not what the dropout itself put out, or its input not what the RNN did."""
+
+    changed = "output"
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return super().forward(raw) * 1.5 if self.changed == "output" else super().forward(raw * 1.5)
+
+
+@pytest.mark.parametrize("how", ["hook", "output", "input"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_only_the_penalty_of_the_very_output_is_taken(how: str, batch_first: bool) -> None:
+    model = seeded(lambda: Fused(batch_first=batch_first))
+    if how == "hook":
+        model.dropout.register_forward_hook(lambda _m, _i, output: output * 2)
+    else:
+        model.dropout = Changed(0.3, batch_first=batch_first)
+        model.dropout.changed = how
+    reg = attached(model)
+    _, raw, dropped = model.activations(tokens())
+    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, int(batch_first)))
+    assert model.dropout.take() is None
+
+
+@pytest.mark.parametrize("off", ["evaluation", "p"])
+def test_a_fused_dropout_that_drops_nothing(off: str) -> None:
+    model = seeded(Fused)
+    reg = attached(model)
+    if off == "p":
+        model.dropout.p = 0.0
+    else:
+        model.dropout.eval()
+    _, raw, dropped = model.activations(tokens())
+    assert dropped is raw
+    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
+
+
+# Whose coefficients
+
+
+def test_the_dropout_follows_the_coefficients(formed: list[Any]) -> None:
+    model = seeded(Fused)
+    model.dropout.alpha, model.dropout.beta = 0.25, 0.5
+    reg = regularizer()
+    with reg.attach(model.rnn, model.dropout):
+        for alpha, beta in ((0.0, 3.0), (3.0, 0.0), (0.0, 0.0)):
+            reg.alpha, reg.beta = alpha, beta
+            _, raw, dropped = model.activations(tokens())
+            want = alpha * dropped.pow(2).mean() + beta * raw.diff(dim=1).pow(2).mean()
+            torch.testing.assert_close(penalty_of(reg), want)
+            assert [bool(reg.ar), bool(reg.tar)] == [alpha > 0, beta > 0]
+        assert formed == []
+        _, raw, dropped = model.activations(tokens())
+        reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty is of these all the same
+        torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
+        assert len(formed) == 1
+    assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
+    _, raw, dropped = model.activations(tokens())
+    torch.testing.assert_close(
+        model.dropout.take().penalty, 0.25 * dropped.pow(2).mean() + 0.5 * raw.diff(dim=1).pow(2).mean()
+    )
+
+
+def test_an_attached_dropout_keeps_its_own_coefficients() -> None:
+    model = seeded(Fused)
+    model.dropout.alpha, model.dropout.beta = 0.25, 0.5
+    one, other = regularizer(), RNNRegularizer(3.0, 5.0)
+    handles = [reg.attach(model.rnn, model.dropout) for reg in (one, other)]
+
+    def own(dropout: FusedRNNDropout) -> bool:
+        """Whether a forward without hooks is of its own coefficients."""
+        raw = torch.randn(BATCH, TIME, HIDDEN)
+        dropped = dropout.forward(raw)
+        want = 0.25 * dropped.pow(2).mean() + 0.5 * raw.diff(dim=1).pow(2).mean()
+        taken = dropout.take()
+        return taken is not None and torch.isclose(taken.penalty, want).item() is True
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    model(tokens())
+    assert own(copy.deepcopy(model.dropout))
+    assert own(pickle.loads(pickle.dumps(model.dropout)))
+    assert own(model.dropout)
+    hook = model.dropout.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        model(tokens())
+    hook.remove()
+    assert own(copy.deepcopy(model.dropout))
+    for handle in handles:
+        handle.remove()
+        model(tokens())
+        assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
+    assert own(model.dropout)
+
+
+def test_a_dropout_that_failed_gets_its_own_coefficients_back() -> None:
+    model = seeded(Fused)
+    model.dropout.alpha, model.dropout.beta = 0.25, 0.5
+    attachment = regularizer().attach(model.rnn, model.dropout)
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    hook, raw = model.dropout.register_forward_pre_hook(fail), torch.randn(BATCH, TIME, HIDDEN)
+    with pytest.raises(KeyError):
+        model.dropout(raw)
+    hook.remove()
+    attachment.remove()
+    dropped = model.dropout(raw)
+    want = 0.25 * dropped.pow(2).mean() + 0.5 * raw.diff(dim=1).pow(2).mean()
+    torch.testing.assert_close(model.dropout.take().penalty, want)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_a_fused_dropout_follow_nobody(duplicate: Callable[[Any], Any]) -> None:
+    model = seeded(Fused)
+    reg = attached(model)
+    twin = duplicate(model)
+    reg.alpha = 7.0
+    twin(tokens())
+    assert twin.dropout.alpha == 0
+    assert twin.dropout.take() is not None  # which the hooks of the first would have taken
+
+
+# What is left behind, and what is refused
+
+
+def test_a_forgotten_regularizer_leaves_the_dropout_as_it_was() -> None:
+    model = seeded(Fused)
+    model.dropout.alpha = 0.25
+    reg = attached(model)
+    alive = weakref.ref(model.activations(tokens())[1])
+    model.dropout(torch.randn(BATCH, TIME, HIDDEN))  # used for something else last
+    del reg
+    gc.collect()
+    assert model.dropout.alpha == 0.25
+    assert model.dropout.take() is None
+    assert alive() is None
+
+
+def test_nothing_waits_in_the_dropout_after_a_step_that_failed() -> None:
+    model = seeded(Fused)
+    reg = attached(model)
+    raw, _ = model.rnn(torch.randn(BATCH, TIME, HIDDEN))
+    loss = model.dropout(raw[:, 1:]).mean()
+    with pytest.raises(RuntimeError, match="attached FusedRNNDropout did not get the output of the LSTM"):
+        reg.on_backward_begin(loss)
+    assert model.dropout.take() is None
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_layouts_must_agree(batch_first: bool) -> None:
+    rnn, dropout = nn.GRU(HIDDEN, HIDDEN, batch_first=batch_first), FusedRNNDropout(batch_first=not batch_first)
+    message = f"dropout: expected .* batch_first={batch_first}, as the GRU has it, got batch_first={not batch_first}"
+    with pytest.raises(ValueError, match=message):
+        regularizer().attach(rnn, dropout)
+    assert not rnn._forward_hooks
+    assert not dropout._forward_pre_hooks
+
+
+def test_a_fused_dropout_takes_no_packed_data() -> None:
+    model = seeded(Fused)
+    attached_regularizer = attached(model)
+    packed = pack_padded_sequence(torch.randn(BATCH, TIME, HIDDEN), torch.tensor([7, 4, 2]), batch_first=True)
+    raw, _ = model.rnn(packed)
+    with pytest.raises(TypeError, match=r"FusedRNNDropout: expected .* a tensor, got the data of a PackedSequence"):
+        model.dropout(raw.data)
+    attached_regularizer.clear()
+    model.dropout.eval()  # drops nothing, and takes no penalty
+    raw, _ = model.rnn(packed)
+    model.dropout(raw.data)
+    torch.testing.assert_close(penalty_of(attached_regularizer), fused_ar_tar(raw, raw, ALPHA, BETA))
+
+
+# Offers
+
+
+@pytest.mark.parametrize("changed", ["nothing", "dropped", "raw", "alpha"])
+def test_an_offer_is_taken_as_long_as_it_is_right(changed: str, formed: list[Any]) -> None:
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
+    link(nn.Sequential(dropout), reg)
+    raw = torch.randn(BATCH, TIME, HIDDEN)
+    dropped = dropout(raw)
+    if changed in ("dropped", "raw"):
+        {"dropped": dropped, "raw": raw}[changed].mul_(2)
+    elif changed == "alpha":
+        reg.alpha = 9.0
+    reg.on_loss_begin((0, raw, dropped))
+    want = reg.alpha * dropped.pow(2).mean() + BETA * raw.diff(dim=1).pow(2).mean()
+    torch.testing.assert_close(penalty_of(reg), want)
+    assert len(formed) == (changed != "nothing")
+
+
+def test_an_offer_is_not_of_what_came_with_lengths_or_after_it() -> None:
+    raw, lengths = torch.randn(BATCH, TIME, HIDDEN), torch.full((BATCH,), 2)
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
+    link(dropout, reg)
+    dropped = dropout(raw)
+    reg.on_loss_begin((0, raw, dropped), lengths)
+    torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths))
+    dropped = 2 * dropout(raw)
+    reg.on_loss_begin((0, raw, dropped))
+    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
+
+
+def test_offers_are_not_held() -> None:
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
+    link(dropout, reg)
+    raw = torch.randn(BATCH, TIME, HIDDEN)
+    for drop in (reg.clear, lambda: dropout.eval()(raw), lambda: reg.on_loss_begin((0, raw, raw))):
+        dropout.train()(raw)
+        assert reg._offered is not None
+        assert copy.deepcopy(reg)._offered is None
+        drop()
+        assert reg._offered is None
+    with torch.inference_mode():
+        dropout.train()(raw)
+    assert reg._offered is None
+    assert copy.deepcopy(dropout).linked() is None
+    link(dropout, None)
+    dropout(raw)
+    assert reg._offered is None
+    assert dropout.take() is None
+
+
+@pytest.mark.parametrize("how", ["never linked", "unlinked", "regularizer gone"])
+def test_an_output_dropout_that_is_not_linked_is_its_original(how: str) -> None:
+    original = nn.Dropout(0.3)
+    reg, dropout = regularizer(), OutputDropout(original, alpha=0.25, beta=0.5)
+    if how != "never linked":
+        link(dropout, reg)
+        dropout(torch.randn(BATCH, TIME, HIDDEN))
+    if how == "unlinked":
+        link(dropout, None)
+    del reg
+    raw = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    torch.manual_seed(0)
+    dropped = dropout(raw)
+    torch.manual_seed(0)
+    assert torch.equal(dropped, original(raw))
+    assert dropout.take() is None
+    assert (dropout.alpha, dropout.beta) == (0.25, 0.5)
+    alive = weakref.ref(dropped)
+    del dropped
+    assert alive() is None
