@@ -107,22 +107,20 @@ def fused_dropout_ar_tar(
     if mask is not None:
         check_layer(layer, problem)
         mask = check_mask(mask, raw, batch_first)
-    if training and (p > 0 or mask is not None):
-        dropped, results = dropout_and_penalty(layer, p if mask is None else mask, problem, return_terms)
-    else:
-        dropped, results = raw, penalty_of(layer._replace(dropped=raw), problem, return_terms)
+    used = 0.0 if not training else p if mask is None else mask
+    dropped, results = drop_and_penalize(layer, used, problem, return_terms)
     return dropped, ARTAR(*results) if return_terms else results[0]
 
 
-def dropout_and_penalty(
+def drop_and_penalize(
     layer: Layer, mask: Tensor | float, problem: Problem, return_terms: bool
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
         layer: of raw, a dense tensor of any subclass, and of lengths; dropped is `None`.
-        mask: `(batch, 1, hidden)` expanded to the shape of raw, or of that shape; or the probability to drop a unit,
-            above 0, to draw one.
+        mask: of the shape of raw, or expanded to it; or the probability to drop a unit, to draw one. With 0 nothing is
+            dropped, and dropped is raw itself.
         problem: what to compute.
         return_terms: whether AR and TAR are wanted, too.
 
@@ -132,6 +130,8 @@ def dropout_and_penalty(
     Raises:
         TypeError, ValueError: the layer's tensors are not as `fused_dropout_ar_tar` wants them.
     """
+    if not isinstance(mask, Tensor) and mask == 0:
+        return layer.given, penalty_of(layer._replace(dropped=layer.raw), problem, return_terms)
     raw, _, lengths, _ = layer = layer._replace(raw=plain(layer.given))
     mask = plain(mask) if isinstance(mask, Tensor) else mask
     plan = None

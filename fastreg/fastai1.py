@@ -30,7 +30,7 @@ DICTS = hasattr(CallbackHandler, "_call_and_update")  # hooks return dicts, from
 
 
 class RNNTrainer(LearnerCallback):
-    """Resets the model at each epoch, hands on its true output, and adds `alpha * AR + beta * TAR` to the loss.
+    """Add `alpha * AR + beta * TAR` to the loss, pass on the decoded output, and reset the model at each epoch.
 
     The terms of the last step are `regularizer.ar` and `regularizer.tar`. In a release whose models are time first
     (to 1.0.37) the activations are `(time, batch, hidden)`, else `(batch, time, hidden)`.
@@ -40,8 +40,8 @@ class RNNTrainer(LearnerCallback):
         bptt: the usual number of time steps.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
-        adjust: step the optimizer with its lr times `seq_len / bptt`; the lr is back as it was after the step, come
-            what may.
+        adjust: step the optimizer with its lr times `seq_len / bptt`; afterwards, also after an error, the lr is what
+            it was.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or there is no `bptt` to adjust to; while training,
@@ -84,10 +84,9 @@ class RNNTrainer(LearnerCallback):
         self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
-        regularizer = self.regularizer if train else RNNRegularizer()  # validation captures nothing
-        decoded = regularizer.on_loss_begin(last_output)
-        if regularizer._given is not None:
-            regularizer._given = regularizer._given._replace(batch_first=TIME_AXIS == 1)
+        decoded = self.regularizer.on_loss_begin(last_output, batch_first=TIME_AXIS == 1)
+        if not train:
+            self.regularizer.clear()  # no backward follows, which would use the capture
         return {"last_output": decoded} if DICTS else decoded
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
@@ -99,15 +98,14 @@ class RNNTrainer(LearnerCallback):
         if self.adjust and self.bptt is not None:
             opt = self.learn.opt
             factor = last_input.shape[TIME_AXIS] / self.bptt
-            self.lrs, opt.lr = opt._lr, [lr * factor for lr in opt._lr]  # fastai's own, which also scale the decay
+            self.lrs, opt.lr = opt._lr, [lr * factor for lr in opt._lr]  # these lrs also scale the weight decay
 
     def on_step_end(self, **_: Any) -> None:
         if self.lrs is not None:
             self.learn.opt.lr, self.lrs = self.lrs, None
 
     def on_train_end(self, **_: Any) -> None:
-        """However training ended."""
-        self.on_step_end()
+        self.on_step_end()  # after an error in a step, the lr is still scaled
         self.regularizer.clear()
         link(self.learn.model, None)
 
@@ -120,8 +118,8 @@ def fuse(learn: Learner, dropout: bool = False) -> Learner:
 
     Args:
         learn: the learner.
-        dropout: swap a language model's last dropout, too, the `RNNDropout` of its `LinearDecoder`, for a
-            `fastreg.FusedRNNDropout`, which takes the penalty along. As with fastai v1, AR is of its input.
+        dropout: also swap a language model's last dropout, the `RNNDropout` of its `LinearDecoder`, for a
+            `fastreg.FusedRNNDropout`, which forms the penalty in its own pass. As with fastai v1, AR is of its input.
 
     Raises:
         TypeError: an argument is not as described.
@@ -172,11 +170,12 @@ def unfuse(learn: Learner) -> Learner:
 
 
 def _decoders(learn: Learner) -> list[Any]:
+    """Return the modules that hold a language model's last dropout."""
     return [module for module in learn.model.modules() if isinstance(module, LinearDecoder)]
 
 
 def _export(learn: Any, *args: Any, **kwargs: Any) -> Any:
-    """Fastai's `export` of the learner as `unfuse` leaves it, so that it loads where fastreg is not installed."""
+    """Export the learner as `unfuse` leaves it, so that it loads where fastreg is not installed, and fuse it again."""
     learn = learn()
     kind, attributes, callbacks = type(learn), dict(vars(learn)), list(learn.callbacks)
     dropouts = [(decoder, decoder.output_dp) for decoder in _decoders(learn)]

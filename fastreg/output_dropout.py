@@ -1,59 +1,65 @@
-"""`OutputDropout`: a `FusedRNNDropout` in the place of the dropout that a framework's own model ends with."""
+"""`OutputDropout`: a `FusedRNNDropout` in the place of the dropout that a fastai model ends with.
+
+Both fastai adapters, v1's and v2's, swap it in and out by what is here; neither framework is imported.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastreg.arguments import check_flags
-from fastreg.attachment import Part, nobody
+from fastreg.attachment import nobody
 from fastreg.regularizer import RNNRegularizer
 from fastreg.rnn_dropout import FusedRNNDropout
 
 
 class OutputDropout(FusedRNNDropout):
-    """Offers its penalty to the regularizer it is linked to, which takes that if the model's output is of this forward.
+    """Apply a model's output dropout, and offer the penalty to the regularizer that it is linked to.
 
-    Where it is not, or the coefficients have changed since, the regularizer forms the penalty itself. One that is not
-    linked, as copies and pickles are not, nor any whose regularizer is gone, does what the original does.
+    The penalty is of that regularizer's coefficients. Without a link, as in a copy or a pickle, or where the
+    regularizer is gone, it does what the original does.
     """
 
     def __init__(self, original: Any, **options: Any) -> None:
         super().__init__(original.p, **options)
-        self._original = (original,)  # in a tuple, as it is no part of the model now
+        self._original = (original,)  # in a tuple, so that it is no module of the model now
         self.linked: Callable[[], RNNRegularizer | None] = nobody
         self.train(original.training)
 
     @property
     def original(self) -> nn.Module:
-        """The module whose place it takes, in the same state."""
+        """Return the module whose place it takes, with its own p and mode."""
         (original,) = self._original
         original.p = self.p
         return original.train(self.training)
 
     def forward(self, raw: Tensor) -> Tensor:
-        """As `FusedRNNDropout`, with the coefficients of the regularizer."""
+        """Drop units of `raw` in training, as the original does from the same seed; return `raw` in evaluation."""
         regularizer = self.linked()
         if regularizer is not None:
-            regularizer._offered = None
+            regularizer.offer(None)  # the model's output is no longer that of an earlier forward
         if not self.training:
             return raw
         if regularizer is None or torch.is_inference_mode_enabled():
             return self.original(raw)
-        self._lent = regularizer.alpha, regularizer.beta
+        self.use_once(regularizer.alpha, regularizer.beta)
         dropped = super().forward(raw)
-        waiting, self._waiting = self._waiting, None
-        if type(dropped) is not type(raw):
-            dropped = dropped.as_subclass(type(raw))  # as the original's product is
-        if waiting is not None:
-            regularizer._offered = Part.take(self, waiting._replace(dropped=dropped), raw, dropped)
+        formed = self.hand_over()
+        if type(dropped) is not type(raw):  # fastai's models pass on subclasses of tensors, and so does the original
+            dropped = dropped.as_subclass(type(raw))
+            if formed is not None and self.ar_of == "dropped":
+                formed = replace(formed, dropped=dropped)
+        regularizer.offer(formed)
         return dropped
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave the link out of a copy or a pickle."""
         return super().__getstate__() | {"linked": nobody}
 
 
@@ -65,17 +71,21 @@ def link(model: nn.Module, regularizer: RNNRegularizer | None) -> None:
 
 
 def check_fuse(learn: object, kind: type, **flags: object) -> None:
-    """The arguments of `fuse` and `unfuse`."""
+    """Check the arguments of `fuse` and `unfuse`.
+
+    Raises:
+        TypeError: `learn` is not of this kind, or a flag neither `True` nor `False`.
+    """
     if not isinstance(learn, kind):
         raise TypeError(f"learn: expected a {kind.__name__}, got {type(learn).__name__}")
     check_flags(**flags)
 
 
 def swappable(model: Any, decoders: list[Any], original: type) -> list[Any]:
-    """The decoders that `fuse` gives another dropout.
+    """Return the decoders whose dropout is the original, which `fuse` replaces.
 
     Raises:
-        ValueError: there are none, and none that have it already.
+        ValueError: no decoder has the original, and none has an `OutputDropout` already.
     """
     kinds = [type(decoder.output_dp) for decoder in decoders]
     if not any(kind is original or issubclass(kind, OutputDropout) for kind in kinds):

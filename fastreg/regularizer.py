@@ -1,4 +1,17 @@
-"""`RNNRegularizer`: captures a training step's activations, by hand or by hooks, and adds the penalty to its loss."""
+"""`RNNRegularizer`: captures a training step's activations, by hand or by hooks, and adds the penalty to its loss.
+
+The life of a capture. `on_loss_begin` captures the activations in a model's output; or, after `attach`, the hook on an
+RNN captures each of its runs in training, and the hook on the dropout completes it. `on_backward_begin` is the one
+consumer: it adds the penalty of what belongs to its loss, and then drops everything, also when it raises. What no
+`on_backward_begin` consumes is dropped by `clear`, by `on_epoch_begin`, by the next `on_loss_begin`, which takes its
+place, or by the next run of an attached RNN, if it has no graph or is from before an optimizer's step.
+
+A `FusedRNNDropout` forms the penalty ahead, in its forward, with the coefficients of the regularizer, and keeps it for
+one taker, until the next forward. The hook on an attached dropout takes it at once; an `OutputDropout` offers it, and
+`on_loss_begin` takes the offer. A capture holds it as its `terms`, if it was formed of the very tensors captured; and
+`on_backward_begin` uses it, if neither they nor the coefficients have changed since. Everywhere else the penalty is
+formed in `on_backward_begin`.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +25,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_coefficient, is_list
-from fastreg.attachment import Attachment, Part
+from fastreg.arguments import check_coefficient, check_flags, is_list
+from fastreg.attachment import Attachment
 from fastreg.problem import ARTAR
-from fastreg.rnn_dropout import FusedRNNDropout
+from fastreg.rnn_dropout import Activations, FusedRNNDropout
 
 
 class RNNRegularizer:
-    """Adds `alpha * AR + beta * TAR` to the loss of each training step.
+    """Add `alpha * AR + beta * TAR` to the loss of each training step.
 
     The activations come with the model's output, as from AWD-LSTM and fastai's models:
 
@@ -59,8 +72,8 @@ class RNNRegularizer:
         self.layers, self.bptt = layers, None if bptt is None else _check_steps("bptt", bptt)
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
-        self._given: Part | None = None
-        self._offered: Part | None = None  # by a dropout in the model that the output may come from
+        self._given: Activations | None = None
+        self._offered: Activations | None = None
         self._attached: list[Attachment] = []
 
     def __repr__(self) -> str:
@@ -68,7 +81,7 @@ class RNNRegularizer:
         return f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickle, has no captures and no hooks."""
+        """Leave captures and attachments out of a copy or a pickle."""
         return self.__dict__ | {"_given": None, "_offered": None, "_attached": []}
 
     def on_epoch_begin(self, model: object) -> None:
@@ -79,18 +92,22 @@ class RNNRegularizer:
         if callable(reset):
             reset()
 
-    def on_loss_begin(self, output: Any, lengths: Tensor | None = None) -> Any:
-        """Keep `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
+    def on_loss_begin(self, output: Any, lengths: Tensor | None = None, *, batch_first: bool = True) -> Any:
+        """Capture `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
 
-        `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, a `PackedSequence`, or a list or tuple of
-        them, one a layer. Give time-first tensors as `raw.transpose(0, 1)`, which copies nothing. Another output
-        before `on_backward_begin` takes the place of the first. Of a padded batch give the `lengths`, as to
-        `fused_ar_tar`.
+        Another output before `on_backward_begin` takes the place of the first.
+
+        Args:
+            output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, a
+                `PackedSequence`, or a list or tuple of them, one a layer.
+            lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`.
+            batch_first: `False` for `(time, batch, hidden)`.
 
         Raises:
-            TypeError: the output is anything else.
+            TypeError: an argument is not as described.
             RuntimeError: the activations already come from attached modules.
         """
+        check_flags(batch_first=batch_first)
         if self._attached:
             raise RuntimeError("on_loss_begin: attached modules capture already; remove() them, or leave out the call")
         if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
@@ -102,16 +119,18 @@ class RNNRegularizer:
         decoded, raw, dropped = output
         if self.layers == "last" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
-        offered, self._offered = self._offered, None
-        fits = offered is not None and offered.raw is raw and offered.dropped is dropped and lengths is None
-        self._given = offered if fits else Part(raw, dropped, batch_first=True, lengths=lengths)
+        self._given = Activations(raw, dropped, batch_first, lengths).or_formed(self._offered)
+        self._offered = None
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
-        """The loss with the penalty of this step's captures added, a new tensor; `loss` itself is not changed.
+        """Return the loss plus the penalty of this step's captures, a new tensor; `loss` itself is not changed.
 
         No capture is held afterwards, whether or not an error is raised. Attached modules in evaluation add
         nothing: with no others, `loss` is returned as it is.
+
+        Args:
+            loss: the training loss, a tensor of one element.
 
         Raises:
             RuntimeError: nothing was captured, or what was cannot be right; the message says what to do.
@@ -123,12 +142,14 @@ class RNNRegularizer:
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:  # the penalty would be added to each
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
-            parts = [part for one in chosen for part in one.parts(loss)] if chosen else [self._given]
+            captured = [one for attachment in chosen for one in attachment.activations(loss)]
+            if self._given is not None:
+                captured.append(self._given)
         finally:
             self.clear()
         total: ARTAR | None = None
-        for part in filter(None, parts):
-            terms = part.penalty(self.alpha, self.beta)
+        for activations in captured:
+            terms = activations.penalty(self.alpha, self.beta)
             terms = [x.to(loss.device) for x in terms]  # layers may live on several devices
             total = ARTAR(*(terms if total is None else map(torch.add, total, terms)))
         if total is not None:
@@ -139,8 +160,8 @@ class RNNRegularizer:
                 "on_backward_begin: nothing was captured; call on_loss_begin(output) before it in every step, or "
                 "attach(rnn, dropout) once"
             )
-        if any(one.rnn.training for one in chosen):
-            names = ", ".join(dict.fromkeys(type(one.rnn).__name__ for one in chosen))
+        if any(attachment.rnn.training for attachment in chosen):
+            names = ", ".join(dict.fromkeys(type(attachment.rnn).__name__ for attachment in chosen))
             raise RuntimeError(
                 f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call, or "
                 "only in torch.inference_mode(). Call the module, not its forward(); attach() before torch.compile: "
@@ -149,10 +170,17 @@ class RNNRegularizer:
         return loss
 
     def clear(self) -> None:
-        """Drop any capture: on_epoch_begin does; after a step that failed, it frees its activations early."""
+        """Drop any capture and offer: `on_epoch_begin` does; after a step that failed, this frees activations early."""
         self._given = self._offered = None
-        for one in self._attached:
-            one.clear()
+        for attachment in self._attached:
+            attachment.clear()
+
+    def offer(self, formed: Activations | None) -> None:
+        """Keep what a dropout has formed in place of an earlier offer, for `on_loss_begin` to take; `None` withdraws.
+
+        A dropout in the model calls this in every forward: the offer is taken if the model's output is of that forward.
+        """
+        self._offered = formed
 
     def attach(self, rnn: nn.Module, dropout: nn.Module | None = None) -> Attachment:
         """Capture by forward hooks on an RNN and the dropout that follows it, instead of `on_loss_begin`.
@@ -196,15 +224,23 @@ class RNNRegularizer:
             )
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
-        if any(one.rnn is rnn for one in self._attached):
+        if any(attachment.rnn is rnn for attachment in self._attached):
             raise RuntimeError("rnn: the module is attached already; remove() its attachment first")
         self._attached.append(Attachment(self, rnn, dropout))
         return self._attached[-1]
 
-    def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:
-        """For `with`: every group's lr times `seq_len / bptt`, and back as it was at the end, come what may.
+    def forget(self, attachment: Attachment) -> None:
+        """Leave an attachment out from now on; `attachment.remove()` calls this when it has taken its hooks off."""
+        self._attached.remove(attachment)
 
-        After AWD-LSTM, where a batch of fewer time steps takes a smaller step. Schedulers step outside of it.
+    def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:
+        """Scale every group's lr by `seq_len / bptt` within a `with`; restore it at the end, also after an error.
+
+        As in AWD-LSTM, a batch of fewer time steps takes a smaller step. Step schedulers outside the `with`.
+
+        Args:
+            optimizer: any object with `param_groups`.
+            seq_len: the number of time steps in this batch.
 
         Raises:
             TypeError, ValueError: `optimizer` is none, or `seq_len` or `bptt` is not a positive integer.
@@ -219,8 +255,9 @@ class RNNRegularizer:
 
 @contextmanager
 def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Scale the lr of every group, and restore it."""
     before = [group["lr"] for group in optimizer.param_groups]
-    # A tensor is changed in place, as a captured graph reads it; groups may share it.
+    # A captured CUDA graph reads the tensor, so it is changed in place; groups may share it, so each is scaled once.
     tensors = {id(lr): (lr, lr.clone()) for lr in before if isinstance(lr, Tensor)}
     try:
         for lr, _ in tensors.values():
@@ -237,6 +274,7 @@ def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
 
 
 def _check_steps(name: str, value: int) -> int:
+    """Check a number of time steps, and return it as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected a positive integer, got {type(value).__name__}")
     if value < 1:
@@ -245,13 +283,14 @@ def _check_steps(name: str, value: int) -> int:
 
 
 def _are_activations(raw: Any, dropped: Any) -> bool:
-    """Whether they are two tensors, or as many layers of them."""
+    """Return whether raw and dropped are two tensors, or two lists of as many layers."""
     if is_list(raw) and is_list(dropped) and len(raw) == len(dropped) > 0:
         return all(isinstance(x, (Tensor, PackedSequence)) for x in (*raw, *dropped))
     return all(isinstance(x, (Tensor, PackedSequence)) for x in (raw, dropped))
 
 
 def _types(output: Any) -> str:
+    """Describe a model's output by its types, for an error."""
     if not is_list(output):
         return type(output).__name__
     kinds = [f"{type(x).__name__} of {len(x)}" if is_list(x) else type(x).__name__ for x in output]
@@ -259,5 +298,5 @@ def _types(output: Any) -> str:
 
 
 def _path(kind: type) -> str:
-    """A class by its name, and by its module where it is another one of a known name."""
+    """Name a class, with its module where the name alone is that of a class of torch."""
     return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in ("LSTM", "GRU", "RNN") else kind.__name__

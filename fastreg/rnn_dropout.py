@@ -1,33 +1,82 @@
-"""`FusedRNNDropout`: variational dropout as a module, with the penalty."""
+"""`FusedRNNDropout`: variational dropout that forms the penalty in its own pass and keeps it until somebody takes it.
+
+A training loop takes the terms alone, by `take()`. A regularizer takes them with the activations they were formed of,
+by `hand_over()`, and so can tell whether they are still those of its step: see `fastreg.regularizer`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_coefficient, check_flags, check_probability, check_problem, check_tensor
-from fastreg.dropout import dropout_and_penalty
-from fastreg.penalty import penalty_of
+from fastreg.dropout import drop_and_penalize
+from fastreg.penalty import fused_ar_tar
 from fastreg.problem import ARTAR, Layer
 
 
-class Waiting(NamedTuple):
-    """The penalty of a forward, and what it was formed of."""
+@dataclass(frozen=True, eq=False)  # no NamedTuple: torch 2.11 fails to compile an attached dropout that makes one
+class Activations:
+    """Hold what one call of `fused_ar_tar` takes, and its result where a dropout has formed it already.
 
-    terms: ARTAR
-    raw: Tensor
-    dropped: Tensor
-    coefficients: tuple[float, float]
+    Attributes:
+        raw, dropped: as `fused_ar_tar` takes them; one object where AR is of raw.
+        batch_first, lengths: as `fused_ar_tar` takes them.
+        terms: the result, or `None`.
+        coefficients: alpha and beta, which `terms` was formed with.
+        versions: those of `raw` and `dropped` when `terms` was formed; a change in place raises a tensor's version.
+    """
+
+    raw: Any
+    dropped: Any
+    batch_first: bool
+    lengths: Tensor | None = None
+    terms: ARTAR | None = None
+    coefficients: tuple[float, float] | None = None
+    versions: tuple[int, int] | None = None
+
+    def with_versions(self) -> Activations:
+        """Return these activations with the versions that their tensors have now."""
+        return replace(self, versions=self._versions_now())
+
+    def or_formed(self, formed: Activations | None) -> Activations:
+        """Return `formed`, which spares a pass, if it is of these very tensors; else these activations."""
+        if (
+            formed is not None
+            and formed.raw is self.raw
+            and formed.dropped is self.dropped
+            and formed.batch_first == self.batch_first
+            and formed.lengths is self.lengths
+        ):
+            return formed
+        return self
+
+    def penalty(self, alpha: float, beta: float) -> ARTAR:
+        """Return the terms if they are of these coefficients and of unchanged tensors; else form the penalty now.
+
+        Raises:
+            TypeError, ValueError: as `fused_ar_tar`.
+        """
+        if self.terms is not None and self.coefficients == (alpha, beta) and self.versions == self._versions_now():
+            return self.terms
+        options: Any = {"batch_first": self.batch_first, "lengths": self.lengths, "return_terms": True}
+        return fused_ar_tar(self.raw, self.dropped, alpha, beta, **options)
+
+    def _versions_now(self) -> tuple[int, int]:
+        return tensor_of(self.raw)._version, tensor_of(self.dropped)._version
 
 
 class FusedRNNDropout(nn.Module):
-    """Variational dropout that takes AR and TAR along, in the place of fastai's `RNNDropout` or a `LockedDropout`.
+    """Apply variational dropout, and form AR and TAR in the same pass.
 
-    The penalty of the last forward in training waits in the module until `take()`, with its input and output. It is
-    part of neither the state dict nor a copy or pickle of the module. Under activation checkpointing use
-    `use_reentrant=False`: a reentrant one runs the forward without gradients, and the penalty has none.
+    It takes the place of fastai's `RNNDropout` or a `LockedDropout`. The penalty of the last forward in training stays
+    in the module until `take()`, with the forward's input and output. It is part of neither the state dict nor a copy
+    or pickle of the module. Under activation checkpointing use `use_reentrant=False`: a reentrant one runs the forward
+    without gradients, and the penalty has none.
 
     Args:
         p: the probability to drop a unit, from 0 to below 1.
@@ -58,36 +107,61 @@ class FusedRNNDropout(nn.Module):
         self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
         check_flags(batch_first=batch_first)
         self.batch_first, self.ar_of = batch_first, ar_of
-        self._waiting: Waiting | None = None
-        self._lent: tuple[float, float] | None = None  # coefficients of a regularizer, for one forward
+        self._formed: Activations | None = None
+        self._next_coefficients: tuple[float, float] | None = None
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Drop units of `raw`, `(batch, time, hidden)`, in training; give `raw` itself in evaluation."""
-        coefficients = self._lent or (self.alpha, self.beta)
-        self._waiting = self._lent = None
+        """Drop units of `raw`, `(batch, time, hidden)`, in training; return `raw` itself in evaluation."""
+        coefficients = self._next_coefficients or (self.alpha, self.beta)
+        self.clear()
         if not self.training:
             return raw
-        problem = check_problem(*coefficients, self.batch_first)._replace(ar_of_raw=self.ar_of == "raw")
+        ar_of_raw = self.ar_of == "raw"
+        problem = check_problem(*coefficients, self.batch_first)._replace(ar_of_raw=ar_of_raw)
         layer = Layer(check_tensor("raw", raw), None)
-        if self.p > 0:
-            dropped, terms = dropout_and_penalty(layer, self.p, problem, return_terms=True)
-        else:
-            dropped, terms = raw, penalty_of(layer._replace(dropped=raw), problem, return_terms=True)
-        # Inside a backward checkpointing recomputes. torch.compile cannot ask, and refuses to checkpoint this module.
+        dropped, results = drop_and_penalize(layer, check_probability(self.p), problem, return_terms=True)
+        # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
+        # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self._waiting = Waiting(ARTAR(*terms), raw, dropped, coefficients)
+            squared = raw if ar_of_raw else dropped
+            self._formed = Activations(raw, squared, self.batch_first, None, ARTAR(*results), coefficients)
         return dropped
 
     def take(self) -> ARTAR | None:
-        """Hand out the penalty of the last forward, once; `None` if there is none or that was in evaluation."""
-        waiting, self._waiting = self._waiting, None
-        return None if waiting is None else waiting.terms
+        """Return the penalty of the last forward, once; `None` if there is none or that was in evaluation."""
+        formed, self._formed = self._formed, None
+        return None if formed is None else formed.terms
+
+    def hand_over(self) -> Activations | None:
+        """Return the activations of the last forward with their penalty, once, where `take()` returns the penalty.
+
+        Call it right after the forward: what is changed in place from then on is noticed.
+        """
+        formed, self._formed = self._formed, None
+        return None if formed is None else formed.with_versions()
+
+    def use_once(self, alpha: float, beta: float) -> None:
+        """Form the penalty of the next forward, and of no other, with these coefficients.
+
+        The forward raises what is wrong with them.
+        """
+        self._next_coefficients = alpha, beta
+
+    def clear(self) -> None:
+        """Drop the penalty of the last forward, and the coefficients of `use_once`."""
+        self._formed = self._next_coefficients = None
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
+        """Describe the module's arguments for `print(module)`."""
         extra = [] if self.batch_first else ["batch_first=False"]
         extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
         return ", ".join([f"p={self.p:g}, alpha={self.alpha:g}, beta={self.beta:g}", *extra])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_waiting": None, "_lent": None}
+        """Leave the penalty of the last forward out of a copy or a pickle."""
+        return {**self.__dict__, "_formed": None, "_next_coefficients": None}
+
+
+def tensor_of(x: Tensor | PackedSequence) -> Tensor:
+    """Return the tensor itself, or the rows of a `PackedSequence`."""
+    return x.data if isinstance(x, PackedSequence) else x

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastreg import FusedRNNDropout, attachment, cpu, dropout, penalty
+from fastreg import FusedRNNDropout, cpu, dropout, penalty, rnn_dropout
 from fastreg.backends import TRITON, backend_for, forget
 from tests.language_model import Model, Stack
 
@@ -63,8 +63,8 @@ def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """List the penalties that a regularizer forms, rather than takes from a dropout."""
     calls: list[Any] = []
-    form = attachment.fused_ar_tar
+    form = rnn_dropout.fused_ar_tar
     monkeypatch.setattr(
-        attachment, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
+        rnn_dropout, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
     )
     return calls

@@ -50,7 +50,7 @@ class Fused(Model):
 
 
 class Stack(nn.Module):
-    """Layers of modules of their own, each with its dropout, as AWD-LSTM has them; gives the lists of layers."""
+    """Layers that are modules of their own, each with its dropout, as AWD-LSTM has them; returns the lists of them."""
 
     kind_of_dropout: Any = nn.Dropout
 
@@ -62,13 +62,13 @@ class Stack(nn.Module):
         self.decoder = nn.Linear(HIDDEN, VOCABULARY)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        dropped, raws, droppeds = self.embedding(x), [], []
+        dropped, all_raw, all_dropped = self.embedding(x), [], []
         for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
             raw, _ = rnn(dropped)
             dropped = dropout(raw)
-            raws.append(raw)
-            droppeds.append(dropped)
-        return self.decoder(dropped), raws, droppeds
+            all_raw.append(raw)
+            all_dropped.append(dropped)
+        return self.decoder(dropped), all_raw, all_dropped
 
 
 def dropout_like(kind: Any, p: float, rnn: Any) -> nn.Module:
@@ -89,7 +89,7 @@ def criterion(decoded: Tensor, x: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, loss_of: Callable[[Tensor], Tensor], x: Tensor, steps: int = 4) -> list[Tensor]:
-    """The weights after a few steps; dropout draws the same masks in every run."""
+    """Train for a few steps, with the same masks of dropout in every run, and return the weights."""
     torch.manual_seed(2)
     optimizer = SGD(model.parameters(), lr=0.5)
     for _ in range(steps):
@@ -100,7 +100,7 @@ def train(model: nn.Module, loss_of: Callable[[Tensor], Tensor], x: Tensor, step
 
 
 def assert_same(got: list[Tensor], want: list[Tensor], unlike: list[Tensor] | None = None) -> None:
-    """The same weights to rounding, where those without the penalty are not."""
+    """Assert that the weights are the same to rounding, and that those without the penalty are not."""
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     if unlike is not None:
@@ -118,5 +118,5 @@ def attached(model: Model, **options: Any) -> RNNRegularizer:
 
 
 def penalty_of(reg: RNNRegularizer) -> Tensor:
-    """The penalty of what is captured now."""
+    """Return the penalty of what is captured now."""
     return reg.on_backward_begin(torch.zeros(()))

@@ -98,7 +98,8 @@ def test_any_module_may_be_the_dropout() -> None:
 def test_packed_sequences(how: str) -> None:
     model = seeded(Model)
     packed = pack_padded_sequence(torch.randn(BATCH, TIME, HIDDEN), torch.tensor([7, 4, 2]), batch_first=True)
-    reg = attached(model)
+    reg = regularizer()
+    handle = reg.attach(model.rnn, model.dropout)
     raw, _ = model.rnn(packed)
     assert isinstance(raw, PackedSequence)
     if how == "padded":
@@ -107,25 +108,25 @@ def test_packed_sequences(how: str) -> None:
             penalty_of(reg)
     elif how == "data":
         dropped = model.dropout(raw.data)
-        (part,) = reg._attached[0].parts(torch.zeros(()))
-        assert part.raw is raw
-        assert isinstance(part.dropped, PackedSequence)
-        assert part.dropped.data is dropped
-        assert torch.equal(part.dropped.batch_sizes, raw.batch_sizes)
-        assert penalty_of(reg) == fused_ar_tar(raw, part.dropped, reg.alpha, reg.beta)
+        (captured,) = handle.activations(torch.zeros(()))
+        assert captured.raw is raw
+        assert isinstance(captured.dropped, PackedSequence)
+        assert captured.dropped.data is dropped
+        assert torch.equal(captured.dropped.batch_sizes, raw.batch_sizes)
+        assert penalty_of(reg) == fused_ar_tar(raw, captured.dropped, reg.alpha, reg.beta)
     else:
         reg = regularizer()
-        reg.attach(model.rnn.train())
+        handle = reg.attach(model.rnn.train())
         raw, _ = model.rnn(packed)
-        (part,) = reg._attached[0].parts(torch.zeros(()))
-        assert part.raw is raw
-        assert part.dropped is raw
+        (captured,) = handle.activations(torch.zeros(()))
+        assert captured.raw is raw
+        assert captured.dropped is raw
         assert penalty_of(reg) == fused_ar_tar(raw, raw, reg.alpha, reg.beta)
     for layers in ("last", "all"):
         reg = regularizer(layers=layers)
         assert reg.on_loss_begin((0, [raw, raw], [raw, raw])) == 0
-        assert reg._given is not None
-        assert reg._given.raw is raw if layers == "last" else len(reg._given.raw) == 2
+        count = 1 if layers == "last" else 2
+        assert penalty_of(reg) == fused_ar_tar([raw] * count, [raw] * count, reg.alpha, reg.beta)
 
 
 @either
@@ -155,10 +156,10 @@ def test_every_run_of_a_step_counts() -> None:
 def test_two_runs_before_their_dropouts() -> None:
     model = seeded(Model)
     reg = attached(model)
-    raws = [model.rnn(torch.randn(BATCH, TIME, HIDDEN))[0] for _ in range(2)]
-    droppeds = [model.dropout(raw) for raw in raws]
-    loss = droppeds[0].mean() + droppeds[1].mean()
-    want = sum(formula(raw, dropped, 1) for raw, dropped in zip(raws, droppeds, strict=True))
+    all_raw = [model.rnn(torch.randn(BATCH, TIME, HIDDEN))[0] for _ in range(2)]
+    all_dropped = [model.dropout(raw) for raw in all_raw]
+    loss = all_dropped[0].mean() + all_dropped[1].mean()
+    want = sum(formula(raw, dropped, 1) for raw, dropped in zip(all_raw, all_dropped, strict=True))
     torch.testing.assert_close(reg.on_backward_begin(loss) - loss, want)
 
 
@@ -237,8 +238,8 @@ def test_layers_in_evaluation_add_nothing() -> None:
     for rnn, dropout in zip(model.rnns, model.dropouts, strict=True):
         reg.attach(rnn, dropout)
     model.rnns[2].eval()
-    _, raws, droppeds = model(tokens())
-    want = formula(raws[0], droppeds[0], 1) + formula(raws[1], droppeds[1], 1)
+    _, all_raw, all_dropped = model(tokens())
+    want = formula(all_raw[0], all_dropped[0], 1) + formula(all_raw[1], all_dropped[1], 1)
     torch.testing.assert_close(penalty_of(reg), want)
     reg.layers = "last"
     model(tokens())
@@ -299,7 +300,8 @@ def test_checkpointing() -> None:
 @either
 def test_reentrant_checkpointing_is_refused() -> None:
     model = seeded(Model)
-    reg = attached(model)
+    reg = regularizer()
+    handle = reg.attach(model.rnn, model.dropout)
 
     def rest(embedded: Tensor) -> Tensor:
         return model.decoder(model.dropout(model.rnn(embedded)[0]))
@@ -313,7 +315,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
     reg.clear()
     _, raw, dropped = model.activations(tokens())
     loss.backward()  # recomputes, while a capture waits
-    assert len(reg._attached[0].captures) == 1
+    assert len(handle.captures) == 1
     torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
 
 

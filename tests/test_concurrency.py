@@ -139,7 +139,7 @@ def elsewhere(regularizer: RNNRegularizer, model: Model, x: Tensor, sent: ARTAR)
 def test_what_another_process_is_sent() -> None:
     """The adapter and a module it is attached to, amid a step, and terms; terms come back."""
     model, regularizer, x = Model(), RNNRegularizer(2.0, 1.0), torch.randn(3, 7, 4)
-    regularizer.attach(model.lstm, model.dropout)
+    handle = regularizer.attach(model.lstm, model.dropout)
     model(x)
     raw = model.lstm(x)[0].detach()
     terms = fused_ar_tar(raw, raw, 2.0, 1.0, return_terms=True)
@@ -148,4 +148,6 @@ def test_what_another_process_is_sent() -> None:
     assert isinstance(got, ARTAR)
     assert_close(got.tar, terms.tar)
     assert_close(got.penalty, 2 * got.ar + got.tar)
-    assert regularizer._attached[0].captures[0].part is not None
+    first, _ = handle.captures  # the parent's step goes on
+    assert first.activations is not None
+    assert first.activations.terms is not None

@@ -117,7 +117,7 @@ def test_exports_load_without_fastreg(found: dict[str, Any]) -> None:
         assert coefficients == [40.0, 30.0]
         assert exported[name, "same"]
         assert exported[name, "kept"]  # the learner is as fused as it was
-        assert exported[name, "fused"] == ["fastreg.fastai1.RNNTrainer", "fastreg.dropout.FusedRNNDropout"]
+        assert exported[name, "fused"] == ["fastreg.fastai1.RNNTrainer", "fastreg.rnn_dropout.FusedRNNDropout"]
     assert exported.get("destroyed") == ("ZombieLearner" if len(names) == 2 else None)
 
 

@@ -24,7 +24,7 @@ else:
         missing = "Lightning is not installed: fastreg.lightning did not run"
         pl = pytest.importorskip("pytorch_lightning", reason=missing)
 
-from fastreg import FusedRNNDropout, attachment
+from fastreg import FusedRNNDropout, rnn_dropout
 from fastreg.lightning import ActivationRegularization
 
 # Lightning's own, and those of what it imports
@@ -139,7 +139,7 @@ def test_a_dropout_that_takes_the_penalty_along(monkeypatch: pytest.MonkeyPatch)
         regularized = True
 
     module, written_out = made(Fused), made(FusedFormula)
-    monkeypatch.setattr(attachment, "fused_ar_tar", None)  # nothing is formed apart from the dropout
+    monkeypatch.setattr(rnn_dropout, "fused_ar_tar", None)  # nothing is formed apart from the dropout
     logged = fit(module, callback(), validate=True).callback_metrics
     want = fit(written_out, validate=True).callback_metrics
     assert_same(module, written_out)
@@ -159,7 +159,8 @@ def test_dict_and_skipped_steps() -> None:
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             seen.append(outputs and outputs.get("more"))
-            assert one.regularizer._attached[0].captures == []
+            with pytest.raises(RuntimeError, match="nothing was captured, the attached LSTM did not run"):
+                one.regularizer.on_backward_begin(torch.zeros(()))
 
     fit(module, one, Watch())
     fit(written_out)
@@ -184,7 +185,8 @@ def test_the_module_is_left_as_it_was() -> None:
         assert "training_step" not in vars(module)
         assert not module.encoder["lstm"]._forward_hooks
         assert not module.drop._forward_hooks
-        assert one.regularizer._attached == []
+        with pytest.raises(RuntimeError, match=r"nothing was captured; call on_loss_begin"):  # nothing is attached
+            one.regularizer.on_backward_begin(torch.zeros(()))
     copy.deepcopy(one)
     assert module.resets == 2 * (2 + 2)  # epochs of training and validation
 

@@ -71,10 +71,10 @@ def test_layers(layers: Any, by_hooks: bool) -> None:
         return reg.on_backward_begin(criterion(decoded, x))
 
     def written_out(x: Tensor) -> Tensor:
-        decoded, raws, droppeds = plain(x)
+        decoded, all_raw, all_dropped = plain(x)
         first = -1 if layers == "last" else 0
         return criterion(decoded, x) + sum(
-            formula(r, d, 1) for r, d in zip(raws[first:], droppeds[first:], strict=True)
+            formula(r, d, 1) for r, d in zip(all_raw[first:], all_dropped[first:], strict=True)
         )
 
     got = train(model, captured, tokens())
@@ -127,6 +127,18 @@ def test_dtypes(loss: torch.dtype, raw: torch.dtype, total: torch.dtype) -> None
     assert reg.on_backward_begin(torch.ones((), dtype=loss)).dtype == total
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_outputs_of_either_layout(batch_first: bool) -> None:
+    raw, dropped = (torch.randn(TIME, BATCH, HIDDEN) for _ in range(2))
+    reg, lengths = regularizer(), torch.full((TIME if batch_first else BATCH,), 2)
+    reg.on_loss_begin((0, raw, dropped), batch_first=batch_first)
+    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, int(batch_first)))
+    reg.on_loss_begin((0, [raw], [dropped]), lengths, batch_first=batch_first)
+    assert penalty_of(reg) == fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths, batch_first=batch_first)
+    with pytest.raises(TypeError, match="batch_first: expected True or False, got 0"):
+        reg.on_loss_begin((0, raw, dropped), batch_first=0)  # pyright: ignore[reportArgumentType]
+
+
 def test_lengths_of_a_padded_batch() -> None:
     raw, dropped = (torch.randn(BATCH, TIME, HIDDEN, requires_grad=True) for _ in range(2))
     reg, lengths = regularizer(), torch.tensor([7, 4, 2])
@@ -163,10 +175,10 @@ def test_a_step_that_failed_leaves_nothing_behind(by_hooks: bool) -> None:
 
 def test_clear_and_on_epoch_begin_drop_captures() -> None:
     model = seeded(Model)
-    for reg in (attached(model), regularizer()):
+    for reg, by_hooks in ((attached(model), True), (regularizer(), False)):
         for drop in (reg.clear, lambda reg=reg: reg.on_epoch_begin(model)):
             output = model.activations(tokens())
-            if not reg._attached:
+            if not by_hooks:
                 reg.on_loss_begin(output)
             drop()
             with pytest.raises(RuntimeError, match="nothing was captured"):

@@ -54,11 +54,11 @@ def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
     dropout(rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0])
     reg.clear()
     handles.append(reg.attach(rnns[1], dropout))
-    raws = [rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0]]
-    droppeds = [dropout(raws[0])]
-    raws.append(rnns[1](droppeds[0])[0])
-    droppeds.append(dropout(raws[1]))
-    want = sum(formula(raw, dropped, 1) for raw, dropped in zip(raws, droppeds, strict=True))
+    all_raw = [rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0]]
+    all_dropped = [dropout(all_raw[0])]
+    all_raw.append(rnns[1](all_dropped[0])[0])
+    all_dropped.append(dropout(all_raw[1]))
+    want = sum(formula(raw, dropped, 1) for raw, dropped in zip(all_raw, all_dropped, strict=True))
     torch.testing.assert_close(penalty_of(reg), want)
     assert formed == []
     for handle in handles:
@@ -116,7 +116,47 @@ def test_a_fused_dropout_that_drops_nothing(off: str) -> None:
     torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
 
 
+def test_activations_are_handed_over_once() -> None:
+    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN)
+    assert dropout.hand_over() is None
+    dropped = dropout(raw)
+    formed = dropout.hand_over()
+    assert formed is not None
+    assert formed.raw is raw
+    assert formed.dropped is dropped
+    assert formed.coefficients == (ALPHA, BETA)
+    torch.testing.assert_close(formed.penalty(ALPHA, BETA), formed.terms, rtol=0, atol=0)
+    torch.testing.assert_close(formed.penalty(ALPHA, BETA).penalty, formula(raw, dropped, 1))
+    for drop in (dropout.hand_over, dropout.take, dropout.clear, lambda: dropout.eval()(raw)):
+        dropout.train()(raw)
+        drop()
+        assert dropout.hand_over() is None
+        assert dropout.take() is None
+
+
 # Whose coefficients
+
+
+def test_coefficients_for_one_forward() -> None:
+    dropout, raw = FusedRNNDropout(0.3, 0.25, 0.5), torch.randn(BATCH, TIME, HIDDEN)
+
+    def assert_of(alpha: float, beta: float) -> None:
+        dropped, taken = dropout(raw), dropout.take()
+        assert taken is not None
+        torch.testing.assert_close(taken.penalty, alpha * dropped.pow(2).mean() + beta * raw.diff(dim=1).pow(2).mean())
+
+    dropout.use_once(3.0, 5.0)
+    assert_of(3.0, 5.0)
+    assert_of(0.25, 0.5)
+    for drop in (dropout.clear, lambda: dropout.eval()(raw)):
+        dropout.use_once(3.0, 5.0)
+        drop()
+        dropout.train()
+        assert_of(0.25, 0.5)
+    dropout.use_once(-1.0, 5.0)
+    with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0, got -1"):
+        dropout(raw)
+    assert_of(0.25, 0.5)
 
 
 def test_the_dropout_follows_the_coefficients(formed: list[Any]) -> None:
@@ -285,23 +325,53 @@ def test_an_offer_is_not_of_what_came_with_lengths_or_after_it() -> None:
     torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_offer_is_not_of_another_layout(batch_first: bool, formed: list[Any]) -> None:
+    raw, reg, dropout = torch.randn(BATCH, TIME, HIDDEN), regularizer(), OutputDropout(nn.Dropout(0.3))
+    link(dropout, reg)
+    dropped = dropout(raw)
+    reg.on_loss_begin((0, raw, dropped), batch_first=batch_first)
+    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, int(batch_first)))
+    assert len(formed) == (not batch_first)
+
+
+class Decorated(Tensor):
+    """A tensor with a name of its own, like fastai's."""
+
+
+@pytest.mark.parametrize("ar_of", ["dropped", "raw"])
+def test_an_offer_is_of_the_class_of_raw(ar_of: Any, formed: list[Any]) -> None:
+    raw = torch.randn(BATCH, TIME, HIDDEN).as_subclass(Decorated)
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3), ar_of=ar_of)
+    link(dropout, reg)
+    dropped = dropout(raw)
+    assert type(dropped) is Decorated
+    reg.on_loss_begin((0, raw, dropped if ar_of == "dropped" else raw))
+    plain, squared = (x.as_subclass(Tensor) for x in (raw, dropped if ar_of == "dropped" else raw))
+    torch.testing.assert_close(penalty_of(reg), formula(plain, squared, 1))
+    assert formed == []
+
+
 def test_offers_are_not_held() -> None:
     reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
     link(dropout, reg)
-    raw = torch.randn(BATCH, TIME, HIDDEN)
+    raw = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+
+    def dropped() -> weakref.ref[Tensor]:
+        """The output of a forward, which nothing but its offer holds."""
+        return weakref.ref(dropout.train()(raw))
+
     for drop in (reg.clear, lambda: dropout.eval()(raw), lambda: reg.on_loss_begin((0, raw, raw))):
-        dropout.train()(raw)
-        assert reg._offered is not None
-        assert copy.deepcopy(reg)._offered is None
+        offered = dropped()
+        assert offered() is not None
+        copy.deepcopy(reg)  # which a tensor that requires a gradient would not let
         drop()
-        assert reg._offered is None
+        assert offered() is None
     with torch.inference_mode():
-        dropout.train()(raw)
-    assert reg._offered is None
+        assert dropped()() is None
     assert copy.deepcopy(dropout).linked() is None
     link(dropout, None)
-    dropout(raw)
-    assert reg._offered is None
+    assert dropped()() is None
     assert dropout.take() is None
 
 
