@@ -1,7 +1,8 @@
 """fastai v2: the callbacks of `fastai.callback.rnn`, with AR and TAR fused and in the recorder's table.
 
-`fuse(learn)` swaps them into a learner, and `unfuse(learn)` fastai's back; `rnn_cbs(alpha, beta)` stands in for
-fastai's own. `ModelResetter` stays. A pickle of a learner, as `learn.export()` makes it, holds fastai's own classes.
+`fuse(learn)` swaps them into a learner, and `unfuse(learn)` swaps fastai's back; `rnn_cbs(alpha, beta)` replaces
+fastai's function of that name. `ModelResetter` stays. A pickle of a learner, as `learn.export()` makes it, holds
+fastai's own classes.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ __all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
 
 
 class _Unfused:
-    """Pickled as fastai's own, so that exports load where fastreg is not installed; a deep copy stays what it is."""
+    """Pickle an object as fastai's counterpart, so that exports load without fastreg; deep-copy it as it is."""
 
     def stock(self) -> Any:
-        """Fastai's own in its place."""
+        """Return fastai's counterpart of this object."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -47,49 +48,49 @@ class _Unfused:
 
 
 class OutputDropout(_Unfused, output_dropout.OutputDropout):
-    """In the place of the `output_dp` of a `LinearDecoder`."""
+    """Replace the `output_dp` of a `LinearDecoder`."""
 
     def stock(self) -> Any:
-        """Fastai's own in its place."""
+        """Return the dropout that was replaced."""
         return self.original
 
 
 class _Column(_Unfused, ValueMetric):
-    """A term in the recorder's table."""
+    """Show a term in the recorder's table."""
 
     def stock(self) -> Any:
-        """An empty column, as no callback of fastai fills it."""
+        """Return an empty column, as no callback of fastai fills it."""
         return ValueMetric(noop, self.name)
 
 
 class _Metrics(_Unfused, L):
-    """A learner's metrics and the columns, while it is fitted: a fit that was cut off leaves them there."""
+    """Hold a learner's metrics and the columns while it is fitted; a fit that was cut off leaves them there."""
 
     def stock(self) -> Any:
-        """The learner's own."""
+        """Return the learner's own metrics."""
         return _others(self)
 
 
 class _Step(_Unfused):
-    """In the place of a learner's `_step`, for one step with the lr scaled; what raises before that leaves it there."""
+    """Replace a learner's `_step` for one step with the lr scaled; an error before that step leaves it there."""
 
     def __init__(self, learn: Any, regularizer: Regularizer) -> None:
         self.learn, self.regularizer = learn, regularizer
 
     def stock(self) -> Any:
-        """The learner's own."""
+        """Return the learner's own step."""
         return MethodType(type(self.learn)._step, self.learn)
 
     def __call__(self) -> None:
         del self.learn._step
-        opt: Any = self.learn.opt  # fastai's, of which only `hypers` can be changed, or a wrapper of PyTorch's
+        opt: Any = self.learn.opt  # fastai's, which takes new values in `hypers` alone, or a wrapper of PyTorch's
         opt = getattr(opt, "opt", None) or SimpleNamespace(param_groups=opt.hypers)
         with self.regularizer.scaled_lr(opt, self.learn.xb[0].shape[1]):
             self.learn._step()
 
 
 class _Callback(_Unfused):
-    """One that may be removed in the middle of an event, which fastai then still calls it for."""
+    """Ignore the rest of an event in which the callback was removed: fastai goes on calling it."""
 
     learn: Any
 
@@ -98,7 +99,9 @@ class _Callback(_Unfused):
 
 
 class RNNCallback(_Callback, stock.RNNCallback):
-    """Hands on the true output; `raw_out` and `out`, `(batch, time, hidden)`, stay until the next batch.
+    """Capture raw and dropped, and pass on the decoded output.
+
+    `raw_out` and `out`, `(batch, time, hidden)`, stay until the next batch.
 
     Raises:
         TypeError: the model cannot be reset, or returns anything else than `(decoded, raw, dropped)`.
@@ -126,7 +129,7 @@ class RNNCallback(_Callback, stock.RNNCallback):
     after_fit = before_batch
 
     def stock(self) -> Any:
-        """Fastai's own in its place."""
+        """Return fastai's `RNNCallback`."""
         return _alike(stock.RNNCallback(), self)
 
     def after_pred(self) -> None:
@@ -141,7 +144,7 @@ class RNNCallback(_Callback, stock.RNNCallback):
 
 
 class RNNRegularizer(_Callback, stock.RNNRegularizer):
-    """Adds `alpha * AR + beta * TAR` to what is differentiated, `learn.loss_grad`; `learn.loss` stays free of it.
+    """Add `alpha * AR + beta * TAR` to what is differentiated, `learn.loss_grad`; leave `learn.loss` free of it.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
     epoch's training batches by batch size. `bptt`, if given, has the optimizer step at its lr times `seq_len / bptt`,
@@ -168,17 +171,18 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
     bptt = property(lambda self: self.regularizer.bptt, lambda self, value: setattr(self.regularizer, "bptt", value))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "learn" and value is None and self.learn is not None:  # removed, maybe after a fit that was cut off
+        if name == "learn" and value is None and self.learn is not None:
+            # The callback is being removed, and a fit that was cut off has not cleaned up.
             output_dropout.link(self.learn.model, None)
             self.after_batch()
         super().__setattr__(name, value)
 
     def stock(self) -> Any:
-        """Fastai's own in its place, which knows neither `bptt` nor a mask."""
+        """Return fastai's `RNNRegularizer`, which has neither `bptt` nor a mask."""
         return _alike(stock.RNNRegularizer(self.alpha, self.beta), self)
 
     def before_fit(self) -> None:
-        self.after_batch()  # of a fit that was cut off
+        self.after_batch()  # a fit that was cut off may have left its step
         self._capture()
         if self.mask_padding:
             _encoder(self.learn.model)
@@ -190,12 +194,12 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         self.totals, self.count = {"ar": 0.0, "tar": 0.0}, 0
 
     def after_loss(self) -> None:
-        if not self.learn.training:  # with run_valid
+        if not self.learn.training:  # a callback with run_valid is called in validation, too
             return
         capture = self._capture()
         raw, out, lengths = capture.raw_out, capture.out, None
         if self.mask_padding:
-            ids = self.learn.xb[0][:, -raw.shape[1] :]  # the encoder may keep the end alone
+            ids = self.learn.xb[0][:, -raw.shape[1] :]  # the encoder keeps the last `max_len` steps of a long text
             padding = ids == _encoder(self.learn.model).pad_idx
             aligned, lengths = _aligned(raw, padding)
             raw, out = aligned, aligned if out is raw else _aligned(out, padding)[0]
@@ -206,14 +210,14 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
             self.totals[name] += getattr(self.regularizer, name) * size
 
     def after_backward(self) -> None:
-        if self.bptt is not None:  # rather than by events: none comes when the step raises
+        if self.bptt is not None:  # an event after the step would not do: none comes when the step raises
             self.learn._step = _Step(self.learn, self.regularizer)
 
     def after_batch(self) -> None:
-        vars(self.learn).pop("_step", None)  # the step was cancelled
+        vars(self.learn).pop("_step", None)  # it is still there if the step was cancelled
 
     def before_validate(self) -> None:
-        if not self.totals:  # learn.validate() and the like: nothing was trained
+        if not self.totals:  # learn.validate() and the like train nothing, so that there are no terms to show
             self.after_fit()
 
     def after_fit(self) -> None:
@@ -222,19 +226,23 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         output_dropout.link(self.learn.model, None)
 
     def _capture(self) -> Any:
+        """Find the callback that captures the activations."""
         for cb in self.learn.cbs:
             if isinstance(cb, stock.RNNCallback):
                 return cb
         raise RuntimeError("no RNNCallback captures the activations: add one, or all of rnn_cbs(alpha, beta) instead")
 
     def _average(self, name: str) -> Any:
-        if self.learn is None:  # removed, after a fit that was cut off
+        """Average a term over the epoch's training batches; `None` where the table has no value to show."""
+        if self.learn is None:  # the callback was removed after a fit that was cut off
             return None
-        validation = self.learn.recorder.train_metrics and not self.learn.training  # which has columns of its own
+        # With train_metrics the table has columns of its own for the validation, which has no terms.
+        validation = self.learn.recorder.train_metrics and not self.learn.training
         return None if validation or not self.count else self.totals[name] / self.count
 
 
 def _encoder(model: Any) -> Any:
+    """Find the encoder of a text classifier, which knows the padding."""
     for module in model.modules():
         if isinstance(module, SentenceEncoder):
             return module
@@ -245,26 +253,27 @@ def _encoder(model: Any) -> Any:
 
 
 def _others(metrics: Any) -> Any:
+    """Return the metrics that are no column of a term."""
     return L(metric for metric in metrics if not isinstance(metric, _Column))
 
 
 def _aligned(x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """`(batch, time, hidden)` with its sequences moved to the front, and their lengths.
+    """Move the sequences of `(batch, time, hidden)` to the front, and return them with their lengths.
 
-    Fastai pads a text by whole chunks before it, and by what is less than one behind it. The text goes from the first
+    Fastai pads a text by whole chunks before it, and by less than a chunk behind it. The text goes from the first
     step that is not padding to the last.
     """
-    there = (~padding.as_subclass(Tensor)).int()
+    valid = (~padding.as_subclass(Tensor)).int()
+    leading, trailing = valid.argmax(1), valid.flip(1).argmax(1)
     steps = torch.arange(x.shape[1], device=x.device)
-    first, behind = there.argmax(1), there.flip(1).argmax(1)
-    index = (steps + first.unsqueeze(1)) % x.shape[1]
-    return x.gather(1, index.unsqueeze(-1).expand_as(x)), (x.shape[1] - behind - first) * there.amax(1)
+    index = (steps + leading.unsqueeze(1)) % x.shape[1]
+    return x.gather(1, index.unsqueeze(-1).expand_as(x)), (x.shape[1] - leading - trailing) * valid.amax(1)
 
 
 def rnn_cbs(
     alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None, mask_padding: bool = False
 ) -> list[Callback]:
-    """The callbacks for RNN training, in the place of fastai's `rnn_cbs`; see `RNNRegularizer`."""
+    """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments."""
     cbs = [stock.ModelResetter(), RNNCallback()]
     regularizer = RNNRegularizer(alpha, beta, bptt, mask_padding)  # checks the arguments
     return [*cbs, regularizer] if alpha or beta or bptt is not None else cbs
@@ -278,8 +287,8 @@ def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> L
 
     Args:
         learn: the learner.
-        dropout: swap a language model's last dropout, too, the `RNNDropout` of its `LinearDecoder`, for a
-            `fastreg.FusedRNNDropout`, which takes the penalty along.
+        dropout: also swap a language model's last dropout, the `RNNDropout` of its `LinearDecoder`, for a
+            `fastreg.FusedRNNDropout`, which forms the penalty in its own pass.
         mask_padding: leave the padding of a text classifier's batches out, which fastai counts in.
 
     Raises:
@@ -330,7 +339,7 @@ def unfuse(learn: Learner) -> Learner:
     output_dropout.check_fuse(learn, Learner)
     for cb in list(learn.cbs):
         if type(cb) is RNNRegularizer:
-            cb.after_fit()  # which a fit that was cut off left out
+            cb.after_fit()  # a fit that was cut off has left it out
         if type(cb) in (RNNCallback, RNNRegularizer):
             _swap(learn, cb, cb.stock())
     learn.metrics = _others(learn.metrics)  # where the callback was removed after a fit that was cut off
@@ -341,17 +350,19 @@ def unfuse(learn: Learner) -> Learner:
 
 
 def _decoders(learn: Any) -> list[Any]:
+    """Return the modules that hold a language model's last dropout."""
     return [module for module in learn.model.modules() if isinstance(module, LinearDecoder)]
 
 
 def _swap(learn: Any, old: Any, new: Callback) -> None:
-    learn.add_cb(new)  # at the end, and as the learner's attribute of its name
+    """Put the new callback in the place of the old one."""
+    learn.add_cb(new)  # fastai adds it at the end, and makes it the learner's attribute of its name
     i = [cb is old for cb in learn.cbs].index(True)
     learn.cbs[i], old.learn = learn.cbs.pop(), None
 
 
 def _alike(new: Callback, old: Callback) -> Callback:
-    """With the learner of the old one, and with what was set on it alone."""
+    """Give a new callback the old one's learner, and what was set on the old one itself rather than on its class."""
     names = {"learn", "order", "run_train", "run_valid"} & vars(old).keys()
     vars(new).update({name: vars(old)[name] for name in names})
     return new

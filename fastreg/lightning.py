@@ -26,7 +26,7 @@ else:
 
 
 class ActivationRegularization(Callback):
-    """Adds `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
+    """Add `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
 
     Lightning scales, accumulates and clips the sum as it would the loss. What the module itself logs stays free of
     the penalties; `ar` and `tar` are logged beside it, as means over the steps of an epoch, and over the callbacks
@@ -79,7 +79,7 @@ class ActivationRegularization(Callback):
         for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
             after = None if dropout is None else _find(pl_module, "dropout", dropout)
             self._undo.enter_context(self.regularizer.attach(_find(pl_module, "rnn", rnn), after))
-        # One for all callbacks, which may end in any order.
+        # All callbacks share one wrapper: they may end in any order, and only the last puts the step back.
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
         regularize = partial(self._regularize, pl_module)
@@ -87,11 +87,11 @@ class ActivationRegularization(Callback):
         self._undo.callback(pl_module.training_step.remove, regularize)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the module as it was."""
+        """Take off the hooks and the wrapper of `training_step`."""
         self._undo.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the module as it was: Lightning tears nothing down after an error."""
+        """Take off the hooks and the wrapper of `training_step`: Lightning tears nothing down after an error."""
         self._undo.close()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -103,23 +103,23 @@ class ActivationRegularization(Callback):
         self.regularizer.on_epoch_begin(pl_module)
 
     def _regularize(self, pl_module: Any, output: Any) -> Any:
-        """What `training_step` returned, with the penalty in its loss."""
+        """Add the penalty to the loss that `training_step` returned, and log the terms."""
         loss = output.get("loss") if isinstance(output, dict) else output
-        if not isinstance(loss, Tensor):  # None skips the step; the rest is for Lightning to refuse
+        if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
             self.regularizer.clear()
             return output
         total = self.regularizer.on_backward_begin(loss)
-        if total is not loss:  # else the RNNs are in evaluation
+        if total is not loss:  # it is, where the RNNs are in evaluation
             terms = {"ar": self.regularizer.ar, "tar": self.regularizer.tar}
             pl_module.log_dict(terms, on_step=False, on_epoch=True, batch_size=1)
         return output | {"loss": total} if isinstance(output, dict) else total
 
 
 class _RegularizedStep:
-    """`training_step` with the penalty in its loss. A copy or a pickle of the module gets its own plain step back."""
+    """Wrap `training_step` to add penalties to its loss; a copy or a pickle of the module has its own plain step."""
 
     def __init__(self, pl_module: Any) -> None:
-        self.own = "training_step" in vars(pl_module)  # of a module that Lightning compiles
+        self.own = "training_step" in vars(pl_module)  # it is where Lightning has compiled the module
         self.step = pl_module.training_step
         update_wrapper(self, self.step)  # Lightning reads its signature
         self.pl_module = pl_module
@@ -132,7 +132,7 @@ class _RegularizedStep:
         return output
 
     def remove(self, regularize: Callable[[Any], Any]) -> None:
-        """Leave out a callback's penalty; without any, the module gets its own step back."""
+        """Leave out a callback's penalty; after the last one, give the module its own step back."""
         self.regularize.remove(regularize)
         if not self.regularize:
             del self.pl_module.training_step
@@ -149,6 +149,11 @@ class _RegularizedStep:
 
 
 def _find(pl_module: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> nn.Module:
+    """Return the module at an attribute path.
+
+    Raises:
+        ValueError: there is none, or for `"rnn"` no RNN; the message lists the paths that would do.
+    """
     modules = dict(pl_module.named_modules(remove_duplicate=False))
     fits = {
         "rnn": lambda module: isinstance(module, (nn.LSTM, nn.GRU, nn.RNN)),
