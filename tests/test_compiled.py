@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bench.stand_in import StandInDriver
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.backends import Backend, cpu_tensors_by
+from fastreg.backends import Backend, cpu_tensors_by, forget
 from tests.conftest import INTERPRETED
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
@@ -54,6 +54,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     # A name of its own keeps what is remembered of launches apart: each test compiles anew.
     with cpu_tensors_by(Backend(request.node.nodeid, kernels, dropout_kernels)):
         yield chosen
+        forget()  # compiled code is freed by the driver that loaded it
 
 
 def compiled(kernel: Any) -> list[Any]:
