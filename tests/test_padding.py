@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -389,6 +391,14 @@ def test_compiled_code_takes_a_packed_sequence(sort: bool, device: str) -> None:
     torch.testing.assert_close(call(packed), fused_ar_tar(packed, packed, ALPHA, BETA))
 
 
+def test_compiled_code_for_a_gpu_takes_lengths_on_the_cpu() -> None:
+    """Fake tensors need no GPU, and dynamo cannot trace a question to the driver."""
+    call = torch.compile(fused_ar_tar, fullgraph=True, backend="eager")
+    with FakeTensorMode():
+        x = torch.empty(3, 4, 8, device="cuda")
+        assert call(x, x, ALPHA, BETA, lengths=torch.tensor([4, 2, 3])).device.type == "cuda"
+
+
 def test_compiled_code_clamps_lengths(device: str) -> None:
     """It cannot look at them."""
     call = torch.compile(fused_ar_tar, fullgraph=True, backend="aot_eager")
@@ -493,8 +503,10 @@ def test_no_sync_for_lengths_on_the_device() -> None:
     counts = torch.tensor(lengths, device="cuda")
     raw.requires_grad_()
     fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts).backward()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():  # it warns once, when the mode is set already
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+            torch.cuda.set_sync_debug_mode("error")
         fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
