@@ -131,8 +131,9 @@ def drop_and_penalize(
         TypeError, ValueError: the layer's tensors are not as `fused_dropout_ar_tar` wants them.
     """
     if not isinstance(mask, Tensor) and mask == 0:
-        return layer.given, penalty_of(layer._replace(dropped=layer.raw), problem, return_terms)
-    raw, _, lengths, _ = layer = layer._replace(raw=plain(layer.given))
+        return layer.given, penalty_of(Layer(layer.raw, layer.raw, layer.lengths), problem, return_terms)
+    raw, lengths = plain(layer.given), layer.lengths
+    layer = Layer(raw, None, lengths)
     mask = plain(mask) if isinstance(mask, Tensor) else mask
     plan = None
     if observed() or not all(is_memory(x) for x in (raw, mask, lengths) if isinstance(x, Tensor)):
@@ -146,7 +147,7 @@ def drop_and_penalize(
         layer = ready_lengths(layer, problem)
     if plan is None:
         dropped = raw * mask
-        penalty, ar, tar = ar_tar(layer._replace(dropped=dropped), problem)
+        penalty, ar, tar = ar_tar(Layer(raw, dropped, layer.lengths), problem)
         return dropped, (penalty, ar.detach(), tar.detach()) if return_terms else (penalty,)
     if torch.is_grad_enabled() and raw.requires_grad:
         dropped, penalty, terms = _DropoutPenalty.apply(raw, mask, layer.lengths, plan)
@@ -280,7 +281,7 @@ def _gradient_formula(
     through_mask = None if grad_dropped is None else grad_dropped.to(dtype)
     direct = None
     if grad is not None:
-        direct, ar = ar_tar_gradients(grad, layer._replace(dropped=raw * mask), problem)
+        direct, ar = ar_tar_gradients(grad, Layer(raw, raw * mask, layer.lengths), problem)
         through_mask = _sum(through_mask, ar)
     gradient = _sum(None if through_mask is None else through_mask * mask.to(dtype), direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)

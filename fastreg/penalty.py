@@ -129,7 +129,7 @@ def penalty_of(
     """
     raw, dropped, lengths, batch_sizes = layer
     if raw is not None and raw is dropped:
-        dropped, problem = None, problem._replace(ar_of_raw=True)
+        dropped, problem = None, problem.of_raw()
     layer = Layer(
         None if raw is None else plain(raw), None if dropped is None else plain(dropped), lengths, batch_sizes
     )

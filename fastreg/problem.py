@@ -34,6 +34,10 @@ class Problem(NamedTuple):
     reduction: str = "mean"
     ar_of_raw: bool = False
 
+    def of_raw(self) -> Problem:
+        """Return the same problem with AR of raw."""
+        return Problem(self.alpha, self.beta, self.batch_first, self.reduction, True)
+
     @property
     def with_ar(self) -> bool:
         """Tell whether AR is on."""

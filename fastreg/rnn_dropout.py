@@ -117,7 +117,8 @@ class FusedRNNDropout(nn.Module):
         if not self.training:
             return raw
         ar_of_raw = self.ar_of == "raw"
-        problem = check_problem(*coefficients, self.batch_first)._replace(ar_of_raw=ar_of_raw)
+        problem = check_problem(*coefficients, self.batch_first)
+        problem = problem.of_raw() if ar_of_raw else problem
         layer = Layer(check_tensor("raw", raw), None)
         dropped, results = drop_and_penalize(layer, check_probability(self.p), problem, return_terms=True)
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code

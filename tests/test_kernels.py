@@ -71,10 +71,10 @@ def test_the_device_sees_one_kernel_forward_and_one_backward(device: str) -> Non
     grad = torch.ones((), device=device)
     torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)
     counts = []
-    with profile(activities=[ProfilerActivity.CUDA]) as forward:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as forward:
         got = fused_ar_tar(raw, dropped, 2.0, 1.0)
         torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as backward:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as backward:
         torch.autograd.grad(got, (raw, dropped), grad)
         torch.cuda.synchronize()
     for record in (forward, backward):

@@ -325,7 +325,7 @@ def test_the_backward_makes_only_the_gradients_that_are_needed(
     made = []
     allocate = penalty.allocate
     monkeypatch.setattr(penalty, "allocate", lambda memory: made.append(memory) or allocate(memory))
-    with profile(activities=[ProfilerActivity.CPU]) as record:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
         torch.autograd.grad(got, [x for x in (raw, dropped) if x.requires_grad], grad)
     names = [event.name for event in record.events()]
     assert len(made) == (2 if frozen is None else 1)
