@@ -4,13 +4,13 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty dropout padding kernels sizes))
 
-.PHONY: help demo test mutants test-oldest-triton bench bench-compare lint clean
+.PHONY: help demo test mutants test-oldest bench bench-compare lint clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
 	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
 	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
-	@echo "make test-oldest-triton   run the kernels' tests with the oldest Triton supported"
+	@echo "make test-oldest   run all tests with the oldest PyTorch and Triton supported, in .venv-oldest"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README"
 	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
 	@echo "make lint    check style and types"
@@ -31,14 +31,11 @@ mutants: .venv/test
 	@echo "== mutants: one wrong line after the other in a copy of the code; a test must fail on each (takes minutes)"
 	.venv/bin/python -m tests.mutants $(ARGS)
 
-# The interpreter of Triton 3.6 needs a NumPy that still turns arrays of one element into numbers.
-test-oldest-triton: .venv/test
-	@echo "== the kernels once more, with the oldest Triton supported"
-	.venv/bin/python -m venv .venv-oldest-triton
-	.venv-oldest-triton/bin/python -m pip install --quiet --disable-pip-version-check \
-		torch 'triton==3.6.*' 'numpy<2.4' pytest hypothesis
-	.venv-oldest-triton/bin/python -m pytest tests/test_compiled.py
-	TRITON_INTERPRET=1 .venv-oldest-triton/bin/python -m pytest $(KERNEL_TESTS)
+test-oldest: .venv-oldest/test
+	@echo "== 1 of 2: every test once more, with the oldest releases supported"
+	.venv-oldest/bin/python -m pytest
+	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter"
+	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest $(KERNEL_TESTS)
 
 bench: .venv/test
 	.venv/bin/python -m bench.run bench/results
@@ -74,9 +71,18 @@ lint: .venv/lint
 	@bash tests/frameworks.sh .venv
 	@touch $@
 
+# The same for the oldest releases, which the constraints hold whatever else is installed.
+.venv-oldest/test: export PIP_CONSTRAINT = $(CURDIR)/tests/oldest.txt
+.venv-oldest/test: pyproject.toml tests/frameworks.sh tests/oldest.txt
+	@echo "== building .venv-oldest"
+	@$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,bench]'
+	@bash tests/frameworks.sh .venv-oldest
+	@touch $@
+
 .venv/lint: .venv/test .venv/frameworks
 	$(PIP) --editable '.[lint]'
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest-triton .benchmarks build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .benchmarks build *.egg-info .pytest_cache .ruff_cache .hypothesis
