@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 
 typedef uint8_t u8;
+typedef int8_t s8;
 typedef uint16_t u16;
 typedef uint32_t u32;
 typedef uint64_t u64;
@@ -136,11 +137,12 @@ static Place locate(Launch *l, const Warp *w, const Instruction *i, s32 lane, u6
     Program *p = w->program;
     if (address % bytes) refuse(l, w, lane, address, "a misaligned access");
     if (i->shared) {
-        if (address + bytes > (u64)m->shared) refuse(l, w, lane, address, "an access outside of shared memory");
+        if (address >= (u64)m->shared || (u64)bytes > m->shared - address)
+            refuse(l, w, lane, address, "an access outside of shared memory");
         return (Place){p->memory + address, address, p->shadow + address, bytes};
     }
     for (const Region *r = m->regions; r < m->regions + m->region_count; r++)
-        if (address >= r->begin && address + bytes <= r->end) {
+        if (address >= r->begin && address < r->end && (u64)bytes <= r->end - address) {
             u64 first = (address - r->begin) / r->granule, last = (address - r->begin + bytes - 1) / r->granule;
             return (Place){(u8 *)address, address, r->shadow + first, last - first + 1};
         }
@@ -169,7 +171,7 @@ static void touch(Launch *l, const Warp *w, s32 lane, const Place *place, s32 ac
 
 static u64 address_of(const u8 *registers, const Instruction *i, s32 lane) {
     const u8 *base = registers + i->operands[0];
-    return (i->shared ? ((const u32 *)base)[lane] : ((const u64 *)base)[lane]) + i->offset;
+    return i->shared ? (u32)(((const u32 *)base)[lane] + i->offset) : ((const u64 *)base)[lane] + i->offset;
 }
 
 static void put(u8 *registers, const Instruction *i, s32 lane, const u8 *from) {

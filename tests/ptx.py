@@ -24,6 +24,7 @@ import re
 import struct
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,12 +44,14 @@ LANES = 32
 RESIDENT = 8  # programs that run at once
 
 
-def use_kernels_for_cpu_tensors(patch: pytest.MonkeyPatch) -> None:
-    """Send CPU tensors to the Triton kernels. This is all that is known here of fastreg."""
+def use_kernels_for_cpu_tensors(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Send CPU tensors to the Triton kernels, and return these. This is all that is known here of fastreg."""
     from fastreg import penalty
+    from fastreg.kernels import dropout
     from fastreg.kernels import penalty as kernels
 
     patch.setitem(penalty.RUNNERS, "cpu", kernels)
+    return [kernels.penalty_forward, kernels.penalty_backward, dropout.dropout_forward, dropout.dropout_backward]
 
 
 class PTXError(RuntimeError):
@@ -135,6 +138,8 @@ def forms() -> dict[str, Form]:
     for source in integers:
         define(f"cvt.T.{source}", f"T {source}", "A", *integers)
         define(f"cvt.rn.T.{source}", f"T {source}", "A", "f32", "f64")
+    for byte in ("u8", "s8"):  # in a register of 16 bits
+        define(f"cvt.T.{byte}", "T b16", f"({byte})A", *integers)
     for half in HALVES:
         define(f"cvt.T.{half}", f"T {half}", "A", "f32", "f64")
         define(f"cvt.rn.{half}.f32", f"{half} f32", "A")
@@ -273,7 +278,7 @@ class Decoder:
         self.files = {number: path for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', text)}
         self.parameters: dict[str, tuple[int, int]] = {}  # offset and bytes
         self.parameter_bytes = 0
-        for parameter in parameters.split(","):
+        for parameter in filter(str.strip, parameters.split(",")):
             self.add_parameter(parameter.split())
         self.places: dict[str, tuple[int, int]] = {}  # registers: offset and bytes a lane
         self.file = 0
@@ -313,7 +318,8 @@ class Decoder:
     def add_registers(self, declared: str, size: int) -> None:
         name, count = re.fullmatch(r"(%?\w+)(?:<(\d+)>)?", declared).groups()  # pyright: ignore
         for register in [name] if count is None else [f"{name}{i}" for i in range(int(count))]:
-            self.places.setdefault(register, self.place(size))
+            if register not in self.places:  # else declared in another scope, too
+                self.places[register] = self.place(size)
 
     def constant(self, bits: int, size: int) -> int:
         key = bits % 2 ** (8 * size), size
@@ -396,9 +402,7 @@ class Decoder:
                 raise NotImplementedError("not all lanes take part")
             yield self.pure(name, operands[:3])
         elif base == "redux":
-            if (mask := self.operand(operands[2], 4)) != self.constant(-1, 4) and operands[2] not in self.places:
-                raise NotImplementedError(f"not all lanes take part: {mask}")
-            yield self.pure(name, operands[:2])
+            yield self.pure(name, operands[:2])  # the third is a mask of lanes, in a register: all
         else:
             yield self.pure(name, operands)
 
@@ -534,6 +538,7 @@ class Executor:
         self.random = random.Random(0)
         self.kernels: list[Kernel] = []
         self.launches = self.programs = self.steps = 0
+        self.switches: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
 
     def get_current_target(self) -> GPUTarget:
         return H100
@@ -560,6 +565,10 @@ class Executor:
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         if metadata.num_ctas != 1 or metadata.global_scratch_size or metadata.profile_scratch_size:
             raise NotImplementedError("clusters, or scratch memory")
+        for name, kind in source.signature.items():
+            value = source.constants.get((source.fn.arg_names.index(name),)) if kind == "constexpr" else "given"
+            if value is None or value == "given" or isinstance(value, bool):
+                self.switches[source.fn.__name__][name].add(str(value))
 
         def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
             _, _, _, *arguments = rest  # metadata and hooks of the launch
@@ -659,12 +668,13 @@ def explain(decoded: Decoder, fault: Any, tensors: list[Argument]) -> str:
 
 
 @contextmanager
-def executed() -> Iterator[Executor]:
-    """Have Triton compile for an H100 and run what it compiled on CPU tensors."""
-    executor = Executor()
+def executed(executor: Executor, kernels: Sequence[Any] = ()) -> Iterator[Executor]:
+    """Have Triton compile for an H100, and run on CPU tensors what it compiles; `kernels` are compiled anew."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends, "nvidia", Backend(compiler=H100Backend, driver=Executor))  # pyright: ignore
         patch.setattr(driver, "_active", executor)
+        for kernel in kernels:
+            patch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
         yield executor
 
 
@@ -683,17 +693,37 @@ def scrambled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return fresh
 
 
-@pytest.hookimpl(tryfirst=True)
+EXECUTOR, KERNELS = pytest.StashKey[Executor](), pytest.StashKey[list[Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ptx-sample",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run each N-th case of each test, and fail if a kernel did not run with each of its switches on and off",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    running = executed()
-    config.stash[EXECUTOR] = running.__enter__()
-    patch = pytest.MonkeyPatch()
-    use_kernels_for_cpu_tensors(patch)
+    patch, context = pytest.MonkeyPatch(), executed(Executor())
+    config.stash[EXECUTOR] = context.__enter__()
+    config.stash[KERNELS] = use_kernels_for_cpu_tensors(patch)
+    config.add_cleanup(lambda: context.__exit__(None, None, None))
     config.add_cleanup(patch.undo)
-    config.add_cleanup(lambda: running.__exit__(None, None, None))
 
 
-EXECUTOR = pytest.StashKey[Executor]()
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU, and what the sample has not drawn."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("gpu") is None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    every = config.getoption("ptx_sample") or 1
+    kept = {item for of_test in cases.values() for item in of_test[::every]}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)
@@ -704,9 +734,25 @@ def ptx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(torch, name, scrambled(getattr(torch, name)))
 
 
+def not_covered(run: Executor, kernels: list[Any]) -> list[str]:
+    """Name the kernels that did not run, and the switches that were never on or never off."""
+    missing = [kernel.__name__ for kernel in kernels if kernel.__name__ not in run.switches]
+    halves = ({"True"}, {"False"}, {"None"})
+    return missing + [f"{k}: {name}" for k, seen in run.switches.items() for name in seen if seen[name] in halves]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    missing = not_covered(config.stash[EXECUTOR], config.stash[KERNELS])
+    if config.getoption("ptx_sample") and missing and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     run = config.stash[EXECUTOR]
     terminalreporter.write_line(
         f"PTX: {len(run.kernels)} kernels as compiled for sm_90, {run.launches} launches, {run.programs} programs, "
         f"{run.steps / 1e6:.0f} million instructions of a warp"
     )
+    if missing := not_covered(run, config.stash[KERNELS]):
+        terminalreporter.write_line(f"PTX: never on, or never off: {', '.join(missing)}")

@@ -1,0 +1,426 @@
+"""The executor of PTX: its instructions, what it refuses, and that it notices what is wrong with a kernel."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastreg import fused_ar_tar
+from fastreg.reference import Steps, ar_tar
+
+triton = pytest.importorskip("triton", reason="no Triton: there is no PTX to run")
+import triton.language as tl  # noqa: E402
+
+from tests import ptx  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 is set: nothing is compiled"),
+    pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="the machine needs gcc on Linux"),
+]
+LANES, FLOAT = ptx.LANES, torch.float32
+
+
+@pytest.fixture
+def executor() -> Iterator[ptx.Executor]:
+    with ptx.executed(ptx.Executor(), [rows_added, last_adds]) as running:
+        yield running
+
+
+# -- instructions, from PTX written by hand ----------------------------------------------------------------------------
+
+
+def run(body: str, *tensors: Tensor, grid: int = 1, warps: int = 1, shared: int = 64, seed: int = 0) -> None:
+    """Run the body of a kernel that has %base0, %base1, ... as the addresses of tensors, and %lane as the thread's."""
+    parameters = ", ".join(f".param .u64 .ptr .global .align 1 p_{i}" for i in range(len(tensors)))
+    loads = "\n".join(f"ld.param.b64 %base{i}, [p_{i}];" for i in range(len(tensors)))
+    text = f"""
+.visible .entry hand_written({parameters})
+{{
+    .reg .pred %p<4>;
+    .reg .b16 %h<8>;
+    .reg .b32 %r<8>;
+    .reg .b32 %lane;
+    .reg .b64 %d<8>;
+    .reg .b64 %base<8>;
+    {loads}
+    mov.u32 %lane, %tid.x;
+{body}
+    ret;
+}}
+"""
+    executor = ptx.Executor()
+    executor.random.seed(seed)
+    kernel = ptx.Kernel(ptx.Decoder(text), shared)
+    executor.launch(kernel, grid, warps, [(f"x{i}", "*", x) for i, x in enumerate(tensors)])
+
+
+KINDS = {torch.int16: "b16", torch.int32: "b32", torch.int64: "b64"}
+KINDS |= {torch.float16: "b16", torch.bfloat16: "b16", torch.float32: "b32", torch.float64: "b64"}
+REGISTERS = {"b16": "%h", "b32": "%r", "b64": "%d"}
+
+
+def apply(instruction: str, result: torch.dtype, *inputs: Tensor) -> Tensor:
+    """What an instruction makes of inputs, (n,), in {0}, {1}, ...; n a multiple of the lanes of a warp."""
+    out = torch.zeros(len(inputs[0]), dtype=result)
+    body, registers = "", []
+    for i, x in enumerate([out, *inputs]):
+        kind = KINDS[x.dtype]
+        registers.append(f"{REGISTERS[kind]}{i}")
+        body += f"mov.u32 %r7, %ctaid.x; mad.lo.s32 %r7, %r7, {LANES}, %lane;"
+        body += f"mad.wide.u32 %base{i}, %r7, {x.itemsize}, %base{i};\n"
+        body += f"ld.global.{kind} {registers[i]}, [%base{i}];\n" if i else ""
+    body += instruction.format(*registers) + f"\nst.global.{KINDS[result]} [%base0], {registers[0]};\n"
+    run(body, out, *inputs, grid=len(out) // LANES)
+    return out
+
+
+ALL_HALVES = torch.arange(-(2**15), 2**15).short()
+I32, I64, F32, F64 = torch.int32, torch.int64, torch.float32, torch.float64
+LOWEST = -(2**31)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values + (0,) * (LANES - len(values)), dtype=I32)
+
+
+def floats(*values: float, dtype: torch.dtype = F32) -> Tensor:
+    return torch.tensor(values + (0.0,) * (LANES - len(values)), dtype=dtype)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_are_rounded_as_torch_rounds_them(half: torch.dtype) -> None:
+    name = {torch.float16: "f16", torch.bfloat16: "bf16"}[half]
+    every = ALL_HALVES.view(half)
+    torch.testing.assert_close(apply(f"cvt.f32.{name} {{0}}, {{1}};", F32, every), every.float(), equal_nan=True)
+    x = torch.cat([torch.randn(2**12) * 10.0**e for e in range(-12, 7)])
+    middles = (every.float() + every.float().nextafter(torch.tensor(torch.inf)).to(half).float()) / 2
+    x = torch.cat([x, middles, torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0]), torch.zeros(LANES - 5)])
+    got = apply(f"cvt.rn.{name}.f32 {{0}}, {{1}};", half, x)
+    torch.testing.assert_close(got, x.to(half), rtol=0, atol=0, equal_nan=True)
+    pair = apply(f"cvt.rn.{name}x2.f32 {{0}}, {{1}}, {{2}};", I32, x, x.flip(0)).view(half)
+    torch.testing.assert_close(pair[1::2], x.to(half), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(pair[::2], x.flip(0).to(half), rtol=0, atol=0, equal_nan=True)
+    y = every.roll(12345)
+    for sign, f in (("add", torch.add), ("mul", torch.mul), ("sub", torch.sub)):
+        torch.testing.assert_close(
+            apply(f"{sign}.{name} {{0}}, {{1}}, {{2}};", half, every, y), f(every, y), rtol=0, atol=0, equal_nan=True
+        )
+        both = apply(f"{sign}.{name}x2 {{0}}, {{1}}, {{2}};", I32, every.view(I32), y.view(I32)).view(half)
+        torch.testing.assert_close(both, f(every, y), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "inputs", "want"),
+    [
+        ("div.s32 {0}, {1}, {2};", [ints(7, -7, LOWEST), ints(-2, 2, -1)], ints(-3, -3, LOWEST)),
+        ("rem.s32 {0}, {1}, {2};", [ints(7, -7, LOWEST), ints(-2, 2, -1)], ints(1, -1, 0)),
+        ("shl.b32 {0}, {1}, {2};", [ints(1, 1, 1), ints(3, 31, 32)], ints(8, LOWEST, 0)),
+        ("shr.s32 {0}, {1}, {2};", [ints(-8, -8, -8), ints(1, 31, 99)], ints(-4, -1, -1)),
+        ("shr.u32 {0}, {1}, {2};", [ints(-8, 8, -8), ints(28, 1, 99)], ints(15, 4, 0)),
+        ("bfe.u32 {0}, {1}, 5, 2;", [ints(0x7F, 0x40, 31)], ints(3, 2, 0)),
+        ("mul.hi.s32 {0}, {1}, {2};", [ints(LOWEST, -1), ints(LOWEST, 1)], ints(2**30, -1)),
+        ("min.u32 {0}, {1}, {2};", [ints(-1, 3), ints(2, 2)], ints(2, 2)),
+        ("max.s32 {0}, {1}, {2};", [ints(-1, 3), ints(2, 2)], ints(2, 3)),
+        ("max.s16x2 {0}, {1}, 0;", [ints(-1, 0x7FFF8000)], ints(0, 0x7FFF0000)),
+        ("cvt.s64.s32 {0}, {1};", [ints(LOWEST, 5)], ints(LOWEST, 5).long()),
+        ("cvt.u64.u32 {0}, {1};", [ints(-1, 5)], ints(-1, 5).long() % 2**32),
+        ("cvt.s32.s8 {0}, {1};", [ints(0x1FF, 0x17F).short()], ints(-1, 127)),
+        ("mul.wide.s32 {0}, {1}, {2};", [ints(LOWEST, -1), ints(LOWEST, 1)], torch.tensor([2**62, -1] + [0] * 30)),
+        ("mad.wide.u32 {0}, {1}, 2, 1;", [ints(-1)], torch.tensor([2**33 - 1] + [1] * 31)),
+        ("fma.rn.f32 {0}, {1}, {1}, {2};", [floats(1 + 2**-12), floats(-1 - 2**-11)], floats(2**-24)),
+        ("sub.f32 {0}, {1}, {2};", [floats(1e30, 2**24), floats(1e30, -1)], floats(0, 2**24)),
+        ("min.f32 {0}, {1}, {2};", [floats(torch.nan, 1), floats(1, torch.nan)], floats(1, 1)),
+        ("cvt.rn.f32.f64 {0}, {1};", [floats(1 / 3, 1e300, dtype=F64)], floats(1 / 3, torch.inf)),
+        ("cvt.rn.f32.u64 {0}, {1};", [torch.tensor([-1] + [0] * 31)], floats(2.0**64)),
+        ("mov.b32 {{%h6, %h7}}, {1}; mov.b32 {0}, {{%h7, %h6}};", [ints(0x12345678)], ints(0x56781234)),
+        ("shfl.sync.bfly.b32 {0}, {1}, 16, 31, -1;", [torch.arange(32).int()], torch.arange(32).int() ^ 16),
+        ("redux.sync.add.s32 {0}, {1}, -1;", [torch.arange(32).int()], torch.full((32,), 496).int()),
+        ("redux.sync.max.s32 {0}, {1}, -1;", [-torch.arange(32).int()], torch.zeros(32).int()),
+        ("setp.lt.s32 %p1, {1}, 2; selp.b32 {0}, 1, 4, %p1;", [ints(1, 2, -1)], ints(1, 4, *[1] * 30)),
+        ("mov.b32 {0}, 7; setp.gt.s32 %p1, {1}, 0; @%p1 mov.b32 {0}, 1;", [ints(1, 2)], ints(1, 1, *[7] * 30)),
+        ("mov.b32 {0}, 7; setp.gt.s32 %p1, {1}, 0; @!%p1 mov.b32 {0}, 1;", [ints(1, 2)], ints(7, 7, *[1] * 30)),
+    ],
+    ids=lambda x: x.split(";")[0].split(" ")[0] if isinstance(x, str) else "",
+)
+def test_one_instruction(instruction: str, inputs: list[Tensor], want: Tensor) -> None:
+    got = apply(instruction, want.dtype, *inputs)
+    assert got[:3].tolist() == want[:3].tolist()
+    assert torch.equal(got, want) or not instruction.startswith("shfl")
+
+
+@pytest.mark.parametrize(("name", "of_nan"), [("lt", 0), ("ge", 0), ("eq", 0), ("ne", 0), ("neu", 1), ("ltu", 1)])
+def test_comparisons_with_nan(name: str, of_nan: int) -> None:
+    got = apply(f"setp.{name}.f32 %p1, {{1}}, {{1}}; selp.b32 {{0}}, 1, 0, %p1;", I32, floats(torch.nan))
+    assert got[0] == of_nan
+
+
+def test_an_unknown_instruction_is_named() -> None:
+    with pytest.raises(NotImplementedError, match=re.escape("cannot run `sin.approx.f32 %r1, %r2`")):
+        run("sin.approx.f32 %r1, %r2;")
+    with pytest.raises(NotImplementedError, match=re.escape("cannot run `ld.volatile.global.b32 %r1, [%base0]`")):
+        run("ld.volatile.global.b32 %r1, [%base0];", torch.zeros(32))
+    with pytest.raises(NotImplementedError, match=re.escape("%d1 has 8 bytes where 4 are expected")):
+        run("add.s32 %r1, %d1, 1;")
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+AT_LANE = "mad.wide.u32 %d0, %lane, 4, %base0;"
+MINE = "shl.b32 %r2, %lane, 2;"
+NEXT = "xor.b32 %r3, %r2, 128;"  # what a thread of the next warp has
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (f"{AT_LANE} ld.global.b32 %r1, [%d0+4];", "outside of the tensors .* thread 63, .* 256 bytes from .* x0"),
+        (f"{AT_LANE} ld.global.b32 %r1, [%d0+-4];", "outside of the tensors .* thread (0|32), "),
+        (f"{AT_LANE} st.global.b32 [%d0+4], %lane;", "outside of the tensors .*`st.global.b32"),
+        ("mov.b32 %r2, 64; ld.shared.b32 %r1, [%r2];", "outside of shared memory: `ld.shared.b32 %r1, "),
+        (f"{MINE} st.shared.b32 [%r2+-4], %lane;", "outside of shared memory"),
+        ("ld.global.v2.b32 {%r1, %r2}, [%base0+4];", "a misaligned access: `ld.global.v2.b32"),
+        ("ld.global.b64 %d1, [%base0+12];", "a misaligned access"),
+        ("st.shared.b32 [global_smem+2], %lane;", "a misaligned access"),
+        ("setp.lt.s32 %p1, %lane, 40; @%p1 bra $L; $L:", "a divergent branch: .* program 0, thread 32"),
+        ("setp.lt.s32 %p1, %lane, 40; @%p1 bar.sync 0;", "a divergent barrier: lanes of one warp"),
+        ("setp.lt.s32 %p1, %lane, 32; @%p1 bra $L; bar.sync 0;\n$L:", "a divergent barrier: part of the warps ended"),
+        (
+            "setp.lt.s32 %p1, %lane, 32; @%p1 bra $L; bar.sync 0; bra $M;\n$L:\nbar.sync 0;\n$M:",
+            "a divergent barrier: other warps wait at another one",
+        ),
+        ("setp.lt.s32 %p1, %lane, 40; @%p1 ret;", "a divergent return"),
+        ("st.global.b32 [%base0], %lane;", "a race: overwrites what another thread wrote: .*; the other: program 0"),
+        ("setp.eq.s32 %p1, %lane, 0; @%p1 st.global.b32 [%base0], 1; ld.global.b32 %r1, [%base0];", "a race: "),
+        (
+            f"{MINE} {NEXT} st.shared.b32 [%r2], 1; bar.sync 0; ld.shared.b32 %r1, [%r3]; st.shared.b32 [%r2], 2;",
+            "a race: (overwrites what another thread read|reads what another thread wrote)",
+        ),
+        (f"{MINE} {NEXT} st.shared.b32 [%r2], %lane; ld.shared.b32 %r1, [%r3];", "a race: "),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_refused(body: str, message: str, seed: int) -> None:
+    shared = 256 if "a race" in message or "st.shared.b32 [%r2+-4]" in body else 64
+    with pytest.raises(ptx.PTXError, match=message):
+        run(body.replace("; ", ";\n"), torch.zeros(64), warps=2, shared=shared, seed=seed)
+
+
+@pytest.mark.parametrize("order", ["acq_rel", "release", "acquire", "relaxed"])
+@pytest.mark.parametrize("scope", ["gpu", "cta"])
+@pytest.mark.parametrize("before", ["bar.sync 0;", ""], ids=["barrier", "no_barrier"])
+@pytest.mark.parametrize("after", ["bar.sync 0;", ""], ids=["barrier", "no_barrier"])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_orders_programs(order: str, scope: str, before: str, after: str, seed: int) -> None:
+    """Thread 32 stores, thread 0 draws a ticket, and thread 33 of the last program reads what all stored."""
+    body = f"""
+mov.u32 %r1, %ctaid.x;
+mad.wide.u32 %d0, %r1, 4, %base0;
+setp.eq.s32 %p1, %lane, 32;
+@%p1 st.global.b32 [%d0], 1;
+{before}
+setp.eq.s32 %p1, %lane, 0;
+mov.b32 %r2, 0;
+@%p1 atom.global.{scope}.{order}.add.u32 %r2, [%base1], 1;
+@%p1 st.shared.b32 [global_smem], %r2;
+bar.sync 0;
+ld.shared.b32 %r2, [global_smem];
+{after if after else "bar.sync 0;"}
+setp.ne.s32 %p1, %r2, 3;
+@%p1 bra $END;
+setp.eq.s32 %p1, %lane, 33;
+ld.global.b32 %r3, [%base0];
+@%p1 st.global.b32 [%base2], %r3;
+$END:
+"""
+    stored, ticket, out = torch.zeros(4, dtype=I32), torch.zeros(1, dtype=I32), torch.zeros(1, dtype=I32)
+    if order == "acq_rel" and scope == "gpu" and before:
+        run(body, stored, ticket, out, grid=4, warps=2, seed=seed)
+        assert (stored.tolist(), ticket.item(), out.item()) == ([1] * 4, 4, 1)
+    else:
+        with pytest.raises(ptx.PTXError, match="a race: reads what another thread wrote"):
+            run(body, stored, ticket, out, grid=4, warps=2, seed=seed)
+
+
+# -- kernels compiled by Triton, and mutants of them ------------------------------------------------------------------
+
+
+@triton.jit
+def rows_added(x, out, width, ROW: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Write to each row of out that of x, and SIGN times the one that lies ROW rows on."""
+    column = tl.arange(0, BLOCK)
+    at = x + tl.program_id(0) * width + column
+    there = column < width
+    value = tl.load(at, mask=there) + SIGN * tl.load(at + ROW * width, mask=there)
+    tl.store(out + tl.program_id(0) * width + column, value, mask=there)
+
+
+@pytest.mark.parametrize(("row", "sign"), [(0, 1.0), (1, 1.0), (-1, 1.0), (0, -1.0)])
+def test_a_read_one_row_off_and_a_flipped_sign(executor: ptx.Executor, row: int, sign: float) -> None:
+    """Right is twice each row."""
+    x = torch.randn(7, 5, 400)[1:-1].flatten(0, 1)  # amid other memory that belongs to the tensor that it is cut from
+    out = torch.full_like(x, torch.nan)
+    if row:
+        with pytest.raises(ptx.PTXError, match=r"outside of the tensors .*test_ptx.py:\d+\).* from the start of x"):
+            rows_added[(len(x),)](x, out, 400, row, sign, 512, enable_fp_fusion=True)
+    else:
+        rows_added[(len(x),)](x, out, 400, row, sign, 512, enable_fp_fusion=True)
+        assert torch.equal(out, 2 * x) is (sign == 1.0)
+
+
+def test_a_tensor_that_is_not_as_aligned_as_it_was_when_compiled(executor: ptx.Executor) -> None:
+    """The compiled kernel takes all arguments in order, constants included, and checks none."""
+    memory, out = torch.randn(4001), torch.empty(10, 400)
+    constants: Any = 400, 0, 1.0, 512
+    compiled = rows_added[(10,)](memory[:-1], out, *constants, enable_fp_fusion=True)
+    out.fill_(torch.nan)
+    compiled[(10, 1, 1)](memory[:-1], out, *constants)
+    assert torch.equal(out.flatten(), 2 * memory[:-1])
+    with pytest.raises(ptx.PTXError, match=r"a misaligned access: `.*ld.global.v4.b32"):
+        compiled[(10, 1, 1)](memory[1:], out, *constants)
+
+
+@triton.jit
+def last_adds(x, partials, ticket, out, BARRIER: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy a block to partials; the program that draws the last ticket adds all blocks up."""
+    element = tl.arange(0, BLOCK)
+    tl.store(partials + tl.program_id(0) * BLOCK + element, tl.load(x + tl.program_id(0) * BLOCK + element))
+    if BARRIER:
+        tl.debug_barrier()
+    if tl.atomic_add(ticket, 1, sem=ORDER) == tl.num_programs(0) - 1:
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for block in range(tl.num_programs(0)):
+            sums += tl.load(partials + block * BLOCK + element)
+        tl.store(out + element, sums)
+
+
+class Edited(ptx.Executor):
+    """Runs PTX that an edit has made a mutant of."""
+
+    def __init__(self, edit: Callable[[str], str]):
+        super().__init__()
+        self.edit = edit
+
+    def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        text = ptx.decode()
+        edited = self.edit(text)
+        assert edited != text
+        return super().load_binary(name, edited.encode(), shared, device)
+
+
+def without_barriers_before_the_ticket(text: str) -> str:
+    before, ticket, after = text.partition("atom.global")
+    return before.replace("bar.sync", "// bar.sync") + ticket + after
+
+
+def sums_of_blocks(barrier: bool, order: str) -> Any:
+    """Run `last_adds`, several times, and check what it gives. Returns the compiled kernel."""
+    x, ticket, out = torch.randn(20, 512), torch.zeros(1, dtype=I32), torch.empty(512)
+    for _ in range(3):
+        arguments = x, torch.full_like(x, torch.nan), ticket.zero_(), out.fill_(torch.nan), barrier, order, 512
+        compiled = last_adds[(20,)](*arguments, enable_fp_fusion=True)
+        torch.testing.assert_close(out, x.sum(0))
+    return compiled
+
+
+RACE = r"a race: reads what another thread wrote: .*test_ptx.py:\d+\).* of partials.* the other: program \d+, thread"
+
+
+def test_a_ticket_whose_order_or_barrier_is_missing(executor: ptx.Executor) -> None:
+    sums_of_blocks(True, "acq_rel")
+    for order in ("relaxed", "acquire", "release"):
+        with pytest.raises(ptx.PTXError, match=RACE):
+            sums_of_blocks(True, order)
+    mutant = ptx.executed(Edited(without_barriers_before_the_ticket), [last_adds])
+    with mutant, pytest.raises(ptx.PTXError, match=RACE):
+        sums_of_blocks(True, "acq_rel")
+
+
+def test_a_ticket_without_debug_barrier(executor: ptx.Executor) -> None:
+    """Triton 3.6 leaves the barrier to the kernel; 3.9 puts one before each atomic that releases."""
+    arguments = torch.empty(512), torch.empty(512), torch.zeros(1, dtype=I32), torch.empty(512), False, "acq_rel", 512
+    text = last_adds.warmup(*arguments, grid=(1,), enable_fp_fusion=True).asm["ptx"].decode()
+    if re.search(r"st\.global.*bar\.sync.*atom\.global", text, re.S):
+        sums_of_blocks(False, "acq_rel")
+    else:
+        with pytest.raises(ptx.PTXError, match=RACE):
+            sums_of_blocks(False, "acq_rel")
+
+
+# -- fastreg's kernels, and mutants of them ----------------------------------------------------------------------------
+
+
+def penalty_and_gradients() -> list[Tensor]:
+    """By the kernels, for activations that several programs share."""
+    raw, dropped = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0)).unbind()
+    penalty = fused_ar_tar(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 1.0)
+    return [penalty.detach(), *torch.autograd.grad(penalty, (raw, dropped))]
+
+
+def assert_right(results: list[Tensor]) -> None:
+    raw, dropped = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0)).double().unbind()
+    penalty = ar_tar(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 1.0, Steps(), "mean").penalty
+    wanted = penalty.detach(), *torch.autograd.grad(penalty, (raw, dropped))
+    for got, want in zip(results, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-9)
+
+
+def test_the_penalty_of_several_programs_and_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = ptx.Executor()
+    with ptx.executed(executor, ptx.use_kernels_for_cpu_tensors(monkeypatch)):
+        first, *more = [penalty_and_gradients() for _ in range(5)]
+    assert executor.launches == 10
+    assert executor.programs > 20
+    assert_right(first)
+    assert all(torch.equal(x, y) for again in more for x, y in zip(first, again, strict=True))
+
+
+def forward(edit: Callable[[str], str]) -> Callable[[str], str]:
+    """An edit of the kernel that has the ticket alone."""
+    return lambda text: edit(text) if "atom.global" in text else f"{text}//"
+
+
+@pytest.mark.parametrize(
+    ("mutant", "change_and_refusal"),
+    {
+        "relaxed": (forward(lambda text: text.replace("acq_rel", "relaxed")), "a race: reads what another thread"),
+        "within_the_program": (forward(lambda text: text.replace("global.gpu", "global.cta")), "a race: reads"),
+        "no_barriers": (forward(lambda text: text.replace("bar.sync", "// bar.sync")), "a race: "),
+        "no_barrier_after_the_ticket": (
+            forward(lambda text: re.sub(r"(atom\.global.*?)bar\.sync\s+0;", r"\1", text, count=1, flags=re.S)),
+            "a race: reads what another thread wrote: `ld.shared",
+        ),
+        "loads_off_by_a_vector": (
+            lambda text: re.sub(r"(ld\.global\.v4.*) \+ 0 \]", r"\1 + 16 ]", text),
+            "outside of the tensors",
+        ),
+        "loads_off_by_an_element": (
+            lambda text: re.sub(r"(ld\.global\.v4.*) \+ 0 \]", r"\1 + 4 ]", text),
+            "a misaligned access",
+        ),
+        "stores_off_by_a_vector": (
+            lambda text: re.sub(r"(st\.global\.v4.*) \+ 0 \]", r"\1 + 16 ]", f"{text}//"),
+            "outside of the tensors|a race: overwrites",
+        ),
+        "a_sign": (lambda text: text.replace("sub.f32", "add.f32", 1), None),
+        "a_mask": (lambda text: re.sub(r"@%p\d+ (ld\.global\.v4)", r"\1", text), "outside of the tensors"),
+    }.items(),
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_mutant_of_the_penalty(
+    mutant: str, change_and_refusal: tuple[Callable[[str], str], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, refusal = change_and_refusal
+    with ptx.executed(Edited(change), ptx.use_kernels_for_cpu_tensors(monkeypatch)):
+        if refusal is None:
+            with pytest.raises(AssertionError, match="not close"):
+                assert_right(penalty_and_gradients())
+        else:
+            with pytest.raises(ptx.PTXError, match=refusal):
+                penalty_and_gradients()
