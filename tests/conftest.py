@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ from fastreg.backends import TRITON, backend_for, forget
 from tests.language_model import Model, Stack
 
 CPU = backend_for(torch.device("cpu"))
-INTERPRETED = CPU is not None and CPU is TRITON  # TRITON_INTERPRET=1 is set
+KERNELS_ON_CPU = CPU is not None and CPU is TRITON
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slowly, and bfloat16 is cut off instead of rounded
 
 gpu = [
     pytest.mark.gpu,

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from bench.stand_in import StandInDriver
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import Backend, cpu_tensors_by, forget
-from tests.conftest import INTERPRETED
+from tests.conftest import KERNELS_ON_CPU
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 triton = pytest.importorskip("triton", reason="no Triton: nothing to compile")
@@ -29,7 +29,7 @@ dropout_kernels = pytest.importorskip("fastreg.kernels.dropout")
 reduction = pytest.importorskip("fastreg.kernels.reduction")
 tiling = pytest.importorskip("fastreg.kernels.tiling")
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
+pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),

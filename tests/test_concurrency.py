@@ -15,10 +15,10 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset
 
 from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from tests.conftest import INTERPRETED, gpu
+from tests.conftest import KERNELS_ON_CPU, gpu
 
 THREADS, TIMEOUT = 8, 60
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread")
+pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread")
 
 
 def step(raw: Tensor, dropped: Tensor) -> list[Tensor]:

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastreg import cpu, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
-from tests.conftest import INTERPRETED
+from tests.conftest import KERNELS_ON_CPU
 from tests.samples import BF16, FLOAT
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors")
+pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors")
 
 
 def some_lengths(shape: tuple[int, ...]) -> torch.Tensor:

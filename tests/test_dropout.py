@@ -46,7 +46,7 @@ def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
 
 
 def roundoff(dtype: torch.dtype, device: str) -> float:
-    truncated = INTERPRETED and device == "cpu" and dtype == BF16  # the interpreter does not round to it
+    truncated = INTERPRETED and device == "cpu" and dtype == BF16
     return torch.finfo(dtype).eps / (1 if truncated else 2)
 
 

@@ -14,14 +14,16 @@ from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels.view import Operand, View
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
-from tests.conftest import INTERPRETED, gpu
+from tests.conftest import INTERPRETED, KERNELS_ON_CPU, gpu
 
 kernels = pytest.importorskip("fastreg.kernels.penalty", reason="no Triton: the kernels did not run")
 launch = pytest.importorskip("fastreg.kernels.launch")
 reduction = pytest.importorskip("fastreg.kernels.reduction")
 tiling = pytest.importorskip("fastreg.kernels.tiling")
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU")
+interpreted = pytest.mark.skipif(
+    not KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU"
+)
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
@@ -100,7 +102,7 @@ def test_programs_share_the_items_of_dropout(programs: int, device: str, monkeyp
 
 def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "SHORTEST_RUN", tiling.UNROLL)
-    if device == "cpu":  # the interpreter takes its time
+    if INTERPRETED:
         monkeypatch.setattr(reduction, "CHUNK", type(reduction.CHUNK)(16))
     time = tiling.UNROLL * (reduction.CHUNK.value + 3)
     raw, dropped = leaves(device, 1, time, 1)

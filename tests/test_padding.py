@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels.view import Operand, Sums, View
 from fastreg.problem import ARTAR
-from tests.conftest import INTERPRETED
+from tests.conftest import INTERPRETED, KERNELS_ON_CPU
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, every_other, sliced, transposed
 
 ALPHA, BETA = 2.0, 3.0
@@ -463,11 +463,11 @@ def test_dropout_off(device: str) -> None:
 # -- on the device ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="the kernels do not run here")
+@pytest.mark.skipif(not KERNELS_ON_CPU and not torch.cuda.is_available(), reason="the kernels do not run here")
 def test_lengths_that_cannot_be_looked_at_are_clamped() -> None:
     from fastreg.kernels import penalty as kernels
 
-    device = "cpu" if INTERPRETED else "cuda"
+    device = "cpu" if KERNELS_ON_CPU else "cuda"
     (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
     given = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in lengths], device=device)
     view = View(6, 9, 12, (Operand(FLOAT, 9 * 12, 12),) * 2)

@@ -52,7 +52,7 @@ def assert_gradient(got: Tensor, want: Tensor, largest: float, unit: float) -> N
         unit = max(unit, torch.finfo(FLOAT).eps)
     error = (got.double() - want).abs()
     info = torch.finfo(got.dtype)
-    truncated = INTERPRETED and got.device.type == "cpu" and got.dtype == BF16  # the interpreter does not round to it
+    truncated = INTERPRETED and got.device.type == "cpu" and got.dtype == BF16
     rounding = info.eps if truncated else info.eps / 2
     allowed = rounding * want.abs() + 8 * unit * largest + info.smallest_normal * info.eps
     assert (error <= allowed).all(), f"off by {(error / allowed).max():.3g} times what is allowed"

@@ -394,7 +394,7 @@ def forward(edit: Callable[[str], str]) -> Callable[[str], str]:
         "no_barriers": (forward(lambda text: text.replace("bar.sync", "// bar.sync")), "a race: "),
         "no_barrier_after_the_ticket": (
             forward(lambda text: re.sub(r"(atom\.global.*?)bar\.sync\s+0;", r"\1", text, count=1, flags=re.S)),
-            "a race: reads what another thread wrote: `ld.shared",
+            "a race: .*(ld|st).shared",
         ),
         "loads_off_by_a_vector": (
             lambda text: re.sub(r"(ld\.global\.v4.*) \+ 0 \]", r"\1 + 16 ]", text),

@@ -11,11 +11,13 @@ from torch.testing import assert_close
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
-from tests.conftest import INTERPRETED, gpu
+from tests.conftest import KERNELS_ON_CPU, gpu
 from tests.samples import HALF
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU")
-blocked = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors")
+interpreted = pytest.mark.skipif(
+    not KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU"
+)
+blocked = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors")
 
 
 class LastPrograms:
