@@ -2,13 +2,16 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
+PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels penalty padding dropout))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty dropout padding kernels sizes))
 
-.PHONY: help demo test mutants test-oldest bench bench-compare lint clean
+.PHONY: help demo test test-ptx mutants test-oldest bench bench-compare lint clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
 	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
+	@echo "make test-ptx   run the kernels' tests on the CPU with the code that is compiled for an H100, on the newest Triton"
+	@echo "             supported and the oldest (ARGS=--ptx-sample=8 for each eighth case of each test)"
 	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
 	@echo "make test-oldest   run all tests with the oldest PyTorch and Triton supported, in .venv-oldest"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README"
@@ -26,6 +29,12 @@ test: .venv/test .venv/frameworks
 	$(PYTEST)
 	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS)
+
+test-ptx: .venv/test .venv-oldest/test
+	@echo "== 1 of 2: the kernels as compiled for an H100, run on the CPU instruction by instruction"
+	$(PYTEST) -p tests.ptx $(PTX_TESTS) $(ARGS)
+	@echo "== 2 of 2: the same with the oldest releases supported"
+	.venv-oldest/bin/python -m pytest -p tests.ptx $(PTX_TESTS) $(ARGS)
 
 mutants: .venv/test
 	@echo "== mutants: one wrong line after the other in a copy of the code; a test must fail on each (takes minutes)"

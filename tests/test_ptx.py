@@ -19,17 +19,18 @@ triton = pytest.importorskip("triton", reason="no Triton: there is no PTX to run
 import triton.language as tl  # noqa: E402
 
 from tests import ptx  # noqa: E402
+from tests.ptx.decoder import LANES, Decoder  # noqa: E402
+from tests.ptx.driver import Executor, Kernel, PTXError, executed  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 is set: nothing is compiled"),
     pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="the machine needs gcc on Linux"),
 ]
-LANES, FLOAT = ptx.LANES, torch.float32
 
 
 @pytest.fixture
-def executor() -> Iterator[ptx.Executor]:
-    with ptx.executed(ptx.Executor(), [rows_added, last_adds]) as running:
+def executor() -> Iterator[Executor]:
+    with executed(Executor(), [rows_added, last_adds]) as running:
         yield running
 
 
@@ -55,9 +56,9 @@ def run(body: str, *tensors: Tensor, grid: int = 1, warps: int = 1, shared: int 
     ret;
 }}
 """
-    executor = ptx.Executor()
+    executor = Executor()
     executor.random.seed(seed)
-    kernel = ptx.Kernel(ptx.Decoder(text), shared)
+    kernel = Kernel(Decoder(text), shared)
     executor.launch(kernel, grid, warps, [(f"x{i}", "*", x) for i, x in enumerate(tensors)])
 
 
@@ -208,7 +209,7 @@ NEXT = "xor.b32 %r3, %r2, 128;"  # what a thread of the next warp has
 @pytest.mark.parametrize("seed", range(3))
 def test_refused(body: str, message: str, seed: int) -> None:
     shared = 256 if "a race" in message or "st.shared.b32 [%r2+-4]" in body else 64
-    with pytest.raises(ptx.PTXError, match=message):
+    with pytest.raises(PTXError, match=message):
         run(body.replace("; ", ";\n"), torch.zeros(64), warps=2, shared=shared, seed=seed)
 
 
@@ -244,7 +245,7 @@ $END:
         run(body, stored, ticket, out, grid=4, warps=2, seed=seed)
         assert (stored.tolist(), ticket.item(), out.item()) == ([1] * 4, 4, 1)
     else:
-        with pytest.raises(ptx.PTXError, match="a race: reads what another thread wrote"):
+        with pytest.raises(PTXError, match="a race: reads what another thread wrote"):
             run(body, stored, ticket, out, grid=4, warps=2, seed=seed)
 
 
@@ -262,19 +263,19 @@ def rows_added(x, out, width, ROW: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.c
 
 
 @pytest.mark.parametrize(("row", "sign"), [(0, 1.0), (1, 1.0), (-1, 1.0), (0, -1.0)])
-def test_a_read_one_row_off_and_a_flipped_sign(executor: ptx.Executor, row: int, sign: float) -> None:
+def test_a_read_one_row_off_and_a_flipped_sign(executor: Executor, row: int, sign: float) -> None:
     """Right is twice each row."""
     x = torch.randn(7, 5, 400)[1:-1].flatten(0, 1)  # amid other memory that belongs to the tensor that it is cut from
     out = torch.full_like(x, torch.nan)
     if row:
-        with pytest.raises(ptx.PTXError, match=r"outside of the tensors .*test_ptx.py:\d+\).* from the start of x"):
+        with pytest.raises(PTXError, match=r"outside of the tensors .*test_ptx.py:\d+\).* from the start of x"):
             rows_added[(len(x),)](x, out, 400, row, sign, 512, enable_fp_fusion=True)
     else:
         rows_added[(len(x),)](x, out, 400, row, sign, 512, enable_fp_fusion=True)
         assert torch.equal(out, 2 * x) is (sign == 1.0)
 
 
-def test_a_tensor_that_is_not_as_aligned_as_it_was_when_compiled(executor: ptx.Executor) -> None:
+def test_a_tensor_that_is_not_as_aligned_as_it_was_when_compiled(executor: Executor) -> None:
     """The compiled kernel takes all arguments in order, constants included, and checks none."""
     memory, out = torch.randn(4001), torch.empty(10, 400)
     constants: Any = 400, 0, 1.0, 512
@@ -282,7 +283,7 @@ def test_a_tensor_that_is_not_as_aligned_as_it_was_when_compiled(executor: ptx.E
     out.fill_(torch.nan)
     compiled[(10, 1, 1)](memory[:-1], out, *constants)
     assert torch.equal(out.flatten(), 2 * memory[:-1])
-    with pytest.raises(ptx.PTXError, match=r"a misaligned access: `.*ld.global.v4.b32"):
+    with pytest.raises(PTXError, match=r"a misaligned access: `.*ld.global.v4.b32"):
         compiled[(10, 1, 1)](memory[1:], out, *constants)
 
 
@@ -300,7 +301,7 @@ def last_adds(x, partials, ticket, out, BARRIER: tl.constexpr, ORDER: tl.constex
         tl.store(out + element, sums)
 
 
-class Edited(ptx.Executor):
+class Edited(Executor):
     """Runs PTX that an edit has made a mutant of."""
 
     def __init__(self, edit: Callable[[str], str]):
@@ -332,24 +333,24 @@ def sums_of_blocks(barrier: bool, order: str) -> Any:
 RACE = r"a race: reads what another thread wrote: .*test_ptx.py:\d+\).* of partials.* the other: program \d+, thread"
 
 
-def test_a_ticket_whose_order_or_barrier_is_missing(executor: ptx.Executor) -> None:
+def test_a_ticket_whose_order_or_barrier_is_missing(executor: Executor) -> None:
     sums_of_blocks(True, "acq_rel")
     for order in ("relaxed", "acquire", "release"):
-        with pytest.raises(ptx.PTXError, match=RACE):
+        with pytest.raises(PTXError, match=RACE):
             sums_of_blocks(True, order)
-    mutant = ptx.executed(Edited(without_barriers_before_the_ticket), [last_adds])
-    with mutant, pytest.raises(ptx.PTXError, match=RACE):
+    mutant = executed(Edited(without_barriers_before_the_ticket), [last_adds])
+    with mutant, pytest.raises(PTXError, match=RACE):
         sums_of_blocks(True, "acq_rel")
 
 
-def test_a_ticket_without_debug_barrier(executor: ptx.Executor) -> None:
+def test_a_ticket_without_debug_barrier(executor: Executor) -> None:
     """Triton 3.6 leaves the barrier to the kernel; 3.9 puts one before each atomic that releases."""
     arguments = torch.empty(512), torch.empty(512), torch.zeros(1, dtype=I32), torch.empty(512), False, "acq_rel", 512
     text = last_adds.warmup(*arguments, grid=(1,), enable_fp_fusion=True).asm["ptx"].decode()
     if re.search(r"st\.global.*bar\.sync.*atom\.global", text, re.S):
         sums_of_blocks(False, "acq_rel")
     else:
-        with pytest.raises(ptx.PTXError, match=RACE):
+        with pytest.raises(PTXError, match=RACE):
             sums_of_blocks(False, "acq_rel")
 
 
@@ -372,8 +373,8 @@ def assert_right(results: list[Tensor]) -> None:
 
 
 def test_the_penalty_of_several_programs_and_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = ptx.Executor()
-    with ptx.executed(executor, ptx.use_kernels_for_cpu_tensors(monkeypatch)):
+    executor = Executor()
+    with executed(executor, ptx.use_kernels_for_cpu_tensors(monkeypatch)):
         first, *more = [penalty_and_gradients() for _ in range(5)]
     assert executor.launches == 10
     assert executor.programs > 20
@@ -417,10 +418,10 @@ def test_a_mutant_of_the_penalty(
     mutant: str, change_and_refusal: tuple[Callable[[str], str], str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change, refusal = change_and_refusal
-    with ptx.executed(Edited(change), ptx.use_kernels_for_cpu_tensors(monkeypatch)):
+    with executed(Edited(change), ptx.use_kernels_for_cpu_tensors(monkeypatch)):
         if refusal is None:
             with pytest.raises(AssertionError, match="not close"):
                 assert_right(penalty_and_gradients())
         else:
-            with pytest.raises(ptx.PTXError, match=refusal):
+            with pytest.raises(PTXError, match=refusal):
                 penalty_and_gradients()

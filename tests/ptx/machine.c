@@ -1,5 +1,5 @@
-// The machine that runs PTX after tests/ptx.py has decoded it. HANDLERS is a file that ptx.py writes: a function for each
-// instruction that works on registers alone, over the 32 lanes of a warp.
+// The machine that runs PTX after decoder.py has decoded it. HANDLERS is a file that machine.py writes: a function for
+// each instruction that works on registers alone, over the 32 lanes of a warp.
 //
 // A warp runs in lockstep until it waits at a barrier or ends; which warp runs next, of all programs that are resident,
 // is drawn at random. Memory has no caches and no store buffers. Instead each access is checked to be ordered after what
@@ -26,7 +26,7 @@ typedef float f32;
 typedef double f64;
 
 enum { LANES = 32, MANY = 0x7ff };  // MANY stands for several threads of one program
-enum { PURE, BRANCH, BARRIER, RETURN, PARAMETER, LOAD, STORE, ATOMIC_ADD, LOAD_MATRIX, STORE_MATRIX };  // as in ptx.py
+enum { PURE, BRANCH, BARRIER, RETURN, PARAMETER, LOAD, STORE, ATOMIC_ADD, LOAD_MATRIX, STORE_MATRIX };  // as in machine.py
 enum { READ, WRITE, REPEAT, ATOMIC };  // REPEAT writes what is there already
 enum { ACQUIRE = 1, RELEASE = 2 };
 
@@ -251,31 +251,32 @@ static s32 run(Launch *l, Warp *w) {
     u8 *registers = w->registers;
     for (;; w->at++) {
         const Instruction *i = &m->code[w->at];
-        const u8 *guard = i->guard < 0 ? NULL : registers + i->guard;
         u8 kept[8 * LANES];
+        u32 active = ~0u;  // a bit for each lane
+        if (i->guard >= 0) {
+            active = 0;
+            for (s32 lane = 0; lane < LANES; lane++)
+                active |= (u32)(!registers[i->guard + lane] == i->negated) << lane;
+        }
+        #define EACH for (s32 lane = 0; lane < LANES; lane++) if (active >> lane & 1)
         l->steps++;
-        #define ACTIVE(lane) (!guard || !guard[lane] == i->negated)
-        #define EACH for (s32 lane = 0; lane < LANES; lane++) if (ACTIVE(lane))
-        s32 active = 0;
-        if (!guard) active = LANES;
-        else EACH active++;
         switch (i->kind) {
         case PURE:
-            if (guard) memcpy(kept, registers + i->operands[0], i->width * LANES);
+            if (~active) memcpy(kept, registers + i->operands[0], i->width * LANES);
             HANDLER[i->handler](registers, i->operands);
-            for (s32 lane = 0; lane < LANES && guard; lane++)
-                if (!ACTIVE(lane))
+            for (s32 lane = 0; lane < LANES && ~active; lane++)
+                if (!(active >> lane & 1))
                     memcpy(registers + i->operands[0] + lane * i->width, kept + lane * i->width, i->width);
             break;
         case BRANCH:
-            if (active % LANES) refuse(l, w, 0, 0, "a divergent branch: lanes of one warp differ");
+            if (active && ~active) refuse(l, w, 0, 0, "a divergent branch: lanes of one warp differ");
             if (active) w->at = i->target - 1;
             break;
         case BARRIER:
-            if (active != LANES) refuse(l, w, 0, 0, "a divergent barrier: lanes of one warp differ");
+            if (~active) refuse(l, w, 0, 0, "a divergent barrier: lanes of one warp differ");
             return WAITS;
         case RETURN:
-            if (active % LANES) refuse(l, w, 0, 0, "a divergent return: lanes of one warp differ");
+            if (active && ~active) refuse(l, w, 0, 0, "a divergent return: lanes of one warp differ");
             if (active) return ENDED;
             break;
         case PARAMETER:
@@ -292,7 +293,7 @@ static s32 run(Launch *l, Warp *w) {
             break;
         case LOAD_MATRIX:
         case STORE_MATRIX:
-            if (active != LANES) refuse(l, w, 0, 0, "a divergent access to a matrix: lanes of one warp differ");
+            if (~active) refuse(l, w, 0, 0, "a divergent access to a matrix: lanes of one warp differ");
             matrix(l, w, i, i->kind == LOAD_MATRIX ? READ : WRITE);
             break;
         }
@@ -371,6 +372,7 @@ s64 launch(const Machine *m, Fault *fault) {
     for (Region *r = m->regions; r < m->regions + m->region_count; r++) {
         size_t size = ((r->end - r->begin) / r->granule + 1) * sizeof(Shadow);
         r->shadow = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (r->shadow == MAP_FAILED) abort();  // only what is touched takes memory
     }
     volatile s64 steps = -1;
     if (!setjmp(l.stop)) {

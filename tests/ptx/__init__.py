@@ -1,0 +1,112 @@
+"""Run the kernels as compiled for an H100 on CPU tensors, instruction by instruction: `pytest -p tests.ptx`.
+
+Triton compiles for sm_90 down to PTX, which is decoded and run by the machine in machine.c. What the machine
+refuses raises a `PTXError` that names the instruction, its line in the kernel's source, the program and the thread:
+
+- an access outside of the tensors that the kernel was given, or outside of its shared memory;
+- a misaligned access;
+- a branch, a barrier or a return that the lanes of a warp do not take together, and a barrier that not all warps reach;
+- a race: two accesses to the same memory, of which one writes, that neither barriers nor releases and acquires order.
+
+Warps run in an order that is drawn at random, and several programs at once. Registers and shared memory start as NaN,
+and so does what `torch.empty` gives while the plugin is on.
+
+It does not show what ptxas makes of the PTX, nor speed. Approximate instructions give exact results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ptx.driver import Executor, executed
+
+
+def use_kernels_for_cpu_tensors(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Send CPU tensors to the Triton kernels, and return these. This is all that is known here of fastreg."""
+    from fastreg import penalty
+    from fastreg.kernels import dropout
+    from fastreg.kernels import penalty as kernels
+
+    patch.setitem(penalty.RUNNERS, "cpu", kernels)
+    return [kernels.penalty_forward, kernels.penalty_backward, dropout.dropout_forward, dropout.dropout_backward]
+
+
+def scrambled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`torch.empty`, or its like, with NaN in the memory of CPU tensors that are not huge."""
+
+    def fresh(*arguments: Any, **options: Any) -> torch.Tensor:
+        x = make(*arguments, **options)
+        if x.device.type == "cpu" and x.nbytes < 2**26:
+            x.detach().fill_(torch.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max)
+        return x
+
+    return fresh
+
+
+EXECUTOR, KERNELS = pytest.StashKey[Executor](), pytest.StashKey[list[Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ptx-sample",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run each N-th case of each test, and fail if a kernel did not run with each of its switches on and off",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    patch, context = pytest.MonkeyPatch(), executed(Executor())
+    config.stash[EXECUTOR] = context.__enter__()
+    config.stash[KERNELS] = use_kernels_for_cpu_tensors(patch)
+    config.add_cleanup(lambda: context.__exit__(None, None, None))
+    config.add_cleanup(patch.undo)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU, and what the sample has not drawn."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("gpu") is None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    every = config.getoption("ptx_sample") or 1
+    kept = {item for of_test in cases.values() for item in of_test[::every]}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(autouse=True)
+def ptx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start each test with the same schedules, and with memory that holds nothing of use."""
+    request.config.stash[EXECUTOR].random.seed(0)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, scrambled(getattr(torch, name)))
+
+
+def not_covered(run: Executor, kernels: list[Any]) -> list[str]:
+    """Name the kernels that did not run, and the switches that were never on or never off."""
+    missing = [kernel.__name__ for kernel in kernels if kernel.__name__ not in run.switches]
+    halves = ({"True"}, {"False"}, {"None"})
+    return missing + [f"{k}: {name}" for k, seen in run.switches.items() for name in seen if seen[name] in halves]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    missing = not_covered(config.stash[EXECUTOR], config.stash[KERNELS])
+    if config.getoption("ptx_sample") and missing and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    run = config.stash[EXECUTOR]
+    terminalreporter.write_line(
+        f"PTX: {len(run.kernels)} kernels as compiled for sm_90, {run.launches} launches, {run.programs} programs, "
+        f"{run.steps / 1e6:.0f} million instructions of a warp"
+    )
+    if missing := not_covered(run, config.stash[KERNELS]):
+        terminalreporter.write_line(f"PTX: never on, or never off: {', '.join(missing)}")

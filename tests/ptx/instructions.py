@@ -1,0 +1,106 @@
+"""The instructions that work on registers alone: a table from which the machine's C is written."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Form(NamedTuple):
+    """The types of an instruction's result and operands, and the result as a C expression of A, B and C.
+
+    What ends in a semicolon works on whole warps instead: `d` is the result, `a`, `b` and `c` are the operands.
+    """
+
+    types: tuple[str, ...]
+    code: str
+
+
+SIZES = {"pred": 1} | {f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)}
+SIZES |= {"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "s16x2": 4, "u16x2": 4, "f32": 4, "f64": 8}  # bytes a lane
+HALVES = ("f16", "bf16")
+
+
+def forms() -> dict[str, Form]:
+    """List the instructions known."""
+    table: dict[str, Form] = {}
+
+    def define(name: str, types: str, code: str, *kinds: str) -> None:
+        """Enter an instruction, or, with kinds, one for each in place of T."""
+        for kind in kinds or ("T",):
+            table[name.replace("T", kind)] = Form(tuple(types.replace("T", kind).split()), code.replace("T", kind))
+
+    signed, unsigned, untyped = (tuple(f"{kind}{bits}" for bits in (16, 32, 64)) for kind in "sub")
+    integers = signed + unsigned
+    floats = ("f32", "f64", *HALVES)
+    packed = tuple(f"{kind}x2" for kind in HALVES)
+
+    for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
+        for rounding in ("", ".rn"):
+            define(f"{name}{rounding}.T", "T T T", f"A {sign} B", *floats, *packed)
+        define(f"{name}{'.lo' if name == 'mul' else ''}.T", "T T T", f"A {sign} B", *integers)
+    define("mad.lo.T", "T T T T", "A * B + C", *integers)
+    for kind, bits in (("s", 16), ("s", 32), ("u", 16), ("u", 32)):
+        wide = f"{kind}{2 * bits}"
+        define("mul.wide.T", f"{wide} T T", f"({wide})A * B", f"{kind}{bits}")
+        define("mad.wide.T", f"{wide} T T {wide}", f"({wide})A * B + C", f"{kind}{bits}")
+        define("mul.hi.T", "T T T", f"({wide})A * B >> {bits}", f"{kind}{bits}")
+    define("div.T", "T T T", "B == 0 ? -1 : B == -1 ? -A : A / B", *signed)
+    define("rem.T", "T T T", "B == 0 || B == -1 ? 0 : A % B", *signed)
+    define("div.T", "T T T", "B == 0 ? (T)-1 : A / B", *unsigned)
+    define("rem.T", "T T T", "B == 0 ? A : A % B", *unsigned)
+    define("div.full.T", "T T T", "A / B", "f32")
+    define("div.rn.T", "T T T", "A / B", "f32", "f64")
+    define("fma.rn.T", "T T T T", "fmaf(A, B, C)", "f32")
+    define("fma.rn.T", "T T T T", "fma(A, B, C)", "f64")
+    define("neg.T", "T T", "-A", *signed, *floats)
+    define("abs.T", "T T", "A < 0 ? -A : A", *signed)
+    define("abs.T", "T T", "fabs(A)", *floats)
+    for name, sign in (("min", "<"), ("max", ">")):
+        define(f"{name}.T", "T T T", f"A {sign} B ? A : B", *integers, "s16x2", "u16x2")
+        define(f"{name}.T", "T T T", f"A {sign} B || B != B ? A : B", *floats)
+    for name, sign in (("and", "&"), ("or", "|"), ("xor", "^")):
+        define(f"{name}.T", "T T T", f"A {sign} B", *untyped)
+        define(f"{name}.T", "T T T", f"!!A {sign} !!B", "pred")
+    define("not.T", "T T", "~A", *untyped)
+    define("not.T", "T T", "!A", "pred")
+    for bits in (16, 32, 64):
+        define("shl.T", "T T b32", f"B < {bits} ? A << B : 0", f"b{bits}")
+        define("shr.T", "T T b32", f"B < {bits} ? A >> B : 0", f"u{bits}", f"b{bits}")
+        define("shr.T", "T T b32", f"A >> (B < {bits} ? B : {bits - 1})", f"s{bits}")
+    define("bfe.T", "T T b32 b32", "B < 32 ? A >> B & (C < 32 ? (1u << C) - 1 : -1u) : 0", "u32")
+    define("selp.T", "T T T pred", "C ? A : B", *integers, *untyped, "f32", "f64")
+    define("mov.T", "T T", "A", *integers, *untyped, "f32", "f64", "pred")
+    for name, sign in (("eq", "=="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">=")):
+        define(f"setp.{name}.T", "pred T T", f"A {sign} B", *integers, *untyped, *floats)
+        define(f"setp.{name}u.T", "pred T T", f"A {sign} B || A != A || B != B", *floats)
+    define("setp.ne.T", "pred T T", "A != B", *integers, *untyped)
+    define("setp.ne.T", "pred T T", "A < B || A > B", *floats)
+    define("setp.neu.T", "pred T T", "A != B", *floats)
+    define("setp.nan.T", "pred T T", "A != A || B != B", *floats)
+    define("setp.num.T", "pred T T", "A == A && B == B", *floats)
+
+    for source in integers:
+        define(f"cvt.T.{source}", f"T {source}", "A", *integers)
+        define(f"cvt.rn.T.{source}", f"T {source}", "A", "f32", "f64")
+    for byte in ("u8", "s8"):  # in a register of 16 bits
+        define(f"cvt.T.{byte}", "T b16", f"({byte})A", *integers)
+    for half in HALVES:
+        define(f"cvt.T.{half}", f"T {half}", "A", "f32", "f64")
+        define(f"cvt.rn.{half}.f32", f"{half} f32", "A")
+        define(f"cvt.rn.{half}x2.f32", "b32 f32 f32", f"(b32)to_{half}(A) << 16 | to_{half}(B)")
+    define("cvt.f64.f32", "f64 f32", "A")
+    define("cvt.rn.f32.f64", "f32 f64", "A")
+    for whole, half in (("b32", "b16"), ("b64", "b32")):  # what `mov` between a register and two halves is made of
+        bits = half[1:]
+        define(f"join.{whole}", f"{whole} {half} {half}", f"A | ({whole})B << {bits}")
+        define(f"low.{whole}", f"{half} {whole}", "A")
+        define(f"high.{whole}", f"{half} {whole}", f"A >> {bits}")
+
+    define("shfl.sync.bfly.b32", "b32 b32 b32", "b32 x[LANES]; memcpy(x, a, sizeof x); EACH d[t] = x[t ^ b[t]];")
+    for name, step in (("add", "x + a[t]"), ("min", "a[t] < x ? a[t] : x"), ("max", "a[t] > x ? a[t] : x")):
+        fold = f"T x = a[0]; for (int t = 1; t < LANES; t++) x = {step}; EACH d[t] = x;"
+        define(f"redux.sync.{name}.T", "T T", fold, "s32", "u32")
+    return table
+
+
+FORMS = forms()
