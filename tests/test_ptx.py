@@ -162,6 +162,29 @@ def test_comparisons_with_nan(name: str, of_nan: int) -> None:
     assert got[0] == of_nan
 
 
+def test_matrices_in_shared_memory() -> None:
+    """Row i of 32 rows of 16 bytes is at 16 i; thread t has word t % 4 of row t / 4 of each matrix of 8 rows."""
+    out = torch.zeros(3, 4, LANES, dtype=I32)
+    four = "{%r0, %r1, %r2, %r3}"
+    store = "mad.wide.u32 %d0, %lane, 4, %base0; " + "".join(
+        f"st.global.b32 [%d0+{128 * i}], %r{i}; " for i in range(4)
+    )
+    body = f"""
+shl.b32 %r7, %lane, 4; shl.b32 %r0, %lane, 2; add.s32 %r1, %r0, 1; add.s32 %r2, %r0, 2; add.s32 %r3, %r0, 3;
+st.shared.v4.b32 [%r7], {four}; bar.sync 0;
+ldmatrix.sync.aligned.m8n8.x4.shared.b16 {four}, [%r7]; {store} bar.sync 0;
+stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r7], {four}; bar.sync 0;
+ld.shared.v4.b32 {four}, [%r7]; add.s64 %base0, %base0, 512; {store} bar.sync 0;
+ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {four}, [%r7]; add.s64 %base0, %base0, 512; {store}
+"""
+    run(body, out, shared=512)
+    words = torch.arange(128, dtype=I32)
+    assert torch.equal(out[0].flatten(), words)
+    assert torch.equal(out[1].T.flatten(), words)
+    halves = words.view(torch.int16).view(4, 8, 8)
+    assert torch.equal(out[2].flatten(), halves.transpose(1, 2).contiguous().flatten().view(I32))
+
+
 def test_an_unknown_instruction_is_named() -> None:
     with pytest.raises(NotImplementedError, match=re.escape("cannot run `sin.approx.f32 %r1, %r2`")):
         run("sin.approx.f32 %r1, %r2;")

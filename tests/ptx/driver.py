@@ -196,19 +196,17 @@ def regions(tensors: list[Argument]) -> list[Any]:
 
 
 def explain(decoded: Decoder, fault: Any, tensors: list[Argument]) -> str:
-    message = f"{fault.what.decode()}: {decoded.lines[fault.instruction]}, "
+    """Say what was refused, where in the code, for which thread, and where in memory."""
+    message = f"{decoded.name}: {fault.what.decode()}: {decoded.lines[fault.instruction]}, "
     message += f"program {fault.program}, thread {fault.thread}"
-    if fault.address:
-        message += f", address {fault.address:#x}"
-        near = [(max(x.begin - fault.address, fault.address - x.end + 1, 0), x) for x in tensors]
-        distance, nearest = min(near, default=(1 << 32, None))
-        if nearest is not None and distance < 1 << 32:
-            message += f", {fault.address - nearest.begin} bytes from the start of {nearest.name}"
-            message += f", which has {nearest.end - nearest.begin}"
+    if fault.address and tensors:
+        nearest = min(tensors, key=lambda x: max(x.begin - fault.address, fault.address - x.end))
+        message += f", address {fault.address:#x}, {fault.address - nearest.begin} bytes from the start of "
+        message += f"{nearest.name}, which has {nearest.end - nearest.begin}"
     if fault.other_program >= 0:
         its = f"thread {fault.other_thread}" if fault.other_thread >= 0 else "several threads"
         message += f"; the other: program {fault.other_program}, {its}"
-    return f"{decoded.name}: {message}"
+    return message
 
 
 @contextmanager

@@ -53,7 +53,7 @@ typedef void Handler(u8 *registers, const s32 *operands);
 typedef struct { u64 write, read; } Shadow;  // who last wrote and read a granule of memory: stamps, 0 for nobody
 typedef struct { u64 begin, end, granule; Shadow *shadow; } Region;  // memory of tensors
 typedef struct { s32 program, thread, previous; u32 barrier, now; } Release;  // `previous` of the same program, or -1
-typedef struct { char what[120]; s32 instruction, program, thread, other_program, other_thread; u64 address; } Fault;
+typedef struct { char what[120]; s32 instruction, program, thread, other_program, other_thread; u64 address; } Fault;  // address: or 0
 
 typedef struct {
     const Instruction *code;
@@ -92,7 +92,7 @@ static _Noreturn void refuse(Launch *l, const Warp *w, s32 lane, u64 address, co
     l->fault->instruction = w->at;
     l->fault->program = w->program->id;
     l->fault->thread = w->index * LANES + lane;
-    l->fault->address = address;
+    l->fault->address = l->machine->code[w->at].shared ? 0 : address;
     longjmp(l->stop, 1);
 }
 
