@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastreg import fused_ar_tar
-from fastreg.reference import Steps, ar_tar
+from fastreg.problem import Layer, Problem
+from fastreg.reference import ar_tar
 
 triton = pytest.importorskip("triton", reason="no Triton: there is no PTX to run")
 import triton.language as tl  # noqa: E402
@@ -389,15 +390,15 @@ def penalty_and_gradients() -> list[Tensor]:
 
 def assert_right(results: list[Tensor]) -> None:
     raw, dropped = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0)).double().unbind()
-    penalty = ar_tar(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 1.0, Steps(), "mean").penalty
+    penalty = ar_tar(Layer(raw.requires_grad_(), dropped.requires_grad_()), Problem(2.0, 1.0)).penalty
     wanted = penalty.detach(), *torch.autograd.grad(penalty, (raw, dropped))
     for got, want in zip(results, wanted, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-9)
 
 
-def test_the_penalty_of_several_programs_and_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_penalty_of_several_programs_and_schedules() -> None:
     executor = Executor()
-    with executed(executor, ptx.use_kernels_for_cpu_tensors(monkeypatch)):
+    with executed(executor, ptx.all_kernels()), ptx.kernels_take_cpu_tensors():
         first, *more = [penalty_and_gradients() for _ in range(5)]
     assert executor.launches == 10
     assert executor.programs > 20
@@ -437,11 +438,9 @@ def forward(edit: Callable[[str], str]) -> Callable[[str], str]:
     }.items(),
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_a_mutant_of_the_penalty(
-    mutant: str, change_and_refusal: tuple[Callable[[str], str], str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mutant_of_the_penalty(mutant: str, change_and_refusal: tuple[Callable[[str], str], str | None]) -> None:
     change, refusal = change_and_refusal
-    with executed(Edited(change), ptx.use_kernels_for_cpu_tensors(monkeypatch)):
+    with executed(Edited(change), ptx.all_kernels()), ptx.kernels_take_cpu_tensors():
         if refusal is None:
             with pytest.raises(AssertionError, match="not close"):
                 assert_right(penalty_and_gradients())

@@ -16,7 +16,8 @@ It does not show what ptxas makes of the PTX, nor speed. Approximate instruction
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -25,14 +26,22 @@ import torch
 from tests.ptx.driver import Executor, executed
 
 
-def use_kernels_for_cpu_tensors(patch: pytest.MonkeyPatch) -> list[Any]:
-    """Send CPU tensors to the Triton kernels, and return these. This is all that is known here of fastreg."""
-    from fastreg import penalty
-    from fastreg.kernels import dropout
-    from fastreg.kernels import penalty as kernels
+def all_kernels() -> list[Any]:
+    """Return the kernels of fastreg."""
+    from fastreg.kernels import dropout, penalty
 
-    patch.setitem(penalty.RUNNERS, "cpu", kernels)
-    return [kernels.penalty_forward, kernels.penalty_backward, dropout.dropout_forward, dropout.dropout_backward]
+    return [penalty.penalty_forward, penalty.penalty_backward, dropout.dropout_forward, dropout.dropout_backward]
+
+
+@contextmanager
+def kernels_take_cpu_tensors() -> Iterator[None]:
+    """Send CPU tensors to the Triton kernels, inside of `executed`; this is all that is known here of fastreg."""
+    from fastreg.backends import TRITON, cpu_tensors_by, forget
+
+    assert TRITON is not None
+    with cpu_tensors_by(TRITON):
+        yield
+    forget()  # compiled code is freed by the driver that loaded it
 
 
 def scrambled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -61,11 +70,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    patch, context = pytest.MonkeyPatch(), executed(Executor())
-    config.stash[EXECUTOR] = context.__enter__()
-    config.stash[KERNELS] = use_kernels_for_cpu_tensors(patch)
-    config.add_cleanup(lambda: context.__exit__(None, None, None))
-    config.add_cleanup(patch.undo)
+    stack = ExitStack()
+    config.stash[EXECUTOR] = stack.enter_context(executed(Executor()))
+    config.stash[KERNELS] = all_kernels()
+    stack.enter_context(kernels_take_cpu_tensors())
+    config.add_cleanup(stack.close)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -84,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def ptx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start each test with the same schedules, and with memory that holds nothing of use."""
     request.config.stash[EXECUTOR].random.seed(0)
-    for name in ("empty", "empty_like"):
+    for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, scrambled(getattr(torch, name)))
 
 
