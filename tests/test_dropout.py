@@ -181,6 +181,29 @@ def test_the_gradient_of_ar_is_that_of_dropped_as_rounded(device: str) -> None:
     assert torch.equal(raw.grad, (dropped.float() * mask.float()).half())  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # the interpreter's
+def test_half_precision_is_rounded_once(device: str) -> None:
+    """Two parts of the gradient that float16 has no numbers for, and that cancel."""
+    raw = torch.tensor([[[1.0], [1000.0]]], device=device).half().requires_grad_()
+    mask = torch.ones_like(raw, requires_grad=False)
+    gradients = []
+    for create_graph in (False, True):
+        _, penalty = fused_dropout_ar_tar(raw, 0.5, 99900.0, 100.0, mask=mask, reduction="sum")
+        gradients += torch.autograd.grad(penalty, raw, create_graph=create_graph)
+    assert gradients[0][0, 0] == 0
+    assert torch.equal(*gradients)
+
+
+def test_a_mask_made_in_inference_mode(device: str) -> None:
+    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    with torch.inference_mode():
+        mask = (torch.rand(3, 1, 12, device=device) < 0.5).float() * 2
+    dropped, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
+    (gradient,) = torch.autograd.grad(dropped.sum() + penalty, raw)
+    again, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask.clone())
+    assert torch.equal(gradient, *torch.autograd.grad(again.sum() + penalty, raw))
+
+
 def test_a_mask_is_used_whatever_p(device: str) -> None:
     raw = torch.randn(3, 7, 12, device=device)
     mask = mask_for(Sample(), raw, True)

@@ -76,6 +76,24 @@ def test_view(
         (([X, X], [X, X[..., :3]], 2, 1), {}, ValueError, r"dropped\[1\]: expected the shape of raw\[1\]"),
         (([X, None], [X, X], 2, 1), {}, TypeError, r"raw\[1\]: expected a tensor, got NoneType"),
         (
+            ((X, X[:, :1]), (X, X[:, :1]), 2, 1),
+            {},
+            ValueError,
+            r"raw\[1\]: expected the batch and time steps of raw\[0\], .* \(2, 5, 8\), got \(2, 1, 8\) \(an RNN gives",
+        ),
+        (
+            ([X, X[0]], [X, X[0]], 0, 1),
+            {},
+            ValueError,
+            r"raw\[1\]: expected the batch and time steps of raw\[0\], .* got \(5, 8\)",
+        ),
+        (
+            ([PACKED, OTHER], [PACKED, OTHER], 2, 1),
+            {},
+            ValueError,
+            r"raw\[1\]: expected the batch_sizes of raw\[0\], got others",
+        ),
+        (
             ([X, (X, X)], [X, X], 2, 1),
             {},
             TypeError,

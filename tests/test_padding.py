@@ -214,6 +214,23 @@ def test_a_gradient_of_inf_leaves_padding_at_0_in_a_graph(device: str) -> None:
         assert not x[2, 2:].any()
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_large_upstream_gradients_are_divided_first(dropout: bool, create_graph: bool, device: str) -> None:
+    """1e38 times `2 * alpha` is more than float32 holds; over the count of elements it is not."""
+    x = torch.full((2, 5, 8), 1e-30, device=device, requires_grad=True)
+    grad = torch.tensor(1e38, device=device)
+    gradients = []
+    for lengths in (None, torch.tensor([5, 5])):
+        if dropout:
+            _, penalty = fused_dropout_ar_tar(x, 0.5, 40.0, 40.0, mask=torch.ones_like(x[:, :1]), lengths=lengths)
+        else:
+            penalty = fused_ar_tar(x, x, 40.0, 40.0, lengths=lengths)
+        gradients += torch.autograd.grad(penalty, x, grad, create_graph=create_graph)
+    torch.testing.assert_close(gradients[0], torch.full_like(x, 1e38 * (1e-30 * (80 / 80))))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_lengths_made_in_inference_mode(device: str) -> None:
     with torch.inference_mode():
         lengths = torch.tensor([3, 1], device=device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import random
 import weakref
 from typing import Any
 
@@ -17,10 +19,23 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import ARTAR, cpu, fused_ar_tar, penalty
+from fastreg.backends import forget
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 from tests.conftest import INTERPRETED
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, SMALL, Sample
+from tests.samples import (
+    BF16,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    SAMPLES,
+    SMALL,
+    Sample,
+    contiguous,
+    every_other,
+    sliced,
+    transposed,
+)
 
 by_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 by_small_sample = pytest.mark.parametrize("sample", SMALL, ids=str)
@@ -332,6 +347,36 @@ def test_the_backward_makes_only_the_gradients_that_are_needed(
     assert not any("zeros" in name for name in names)  # for the terms, which get no gradient
 
 
+def test_a_call_that_is_remembered_is_as_one_that_is_not(device: str) -> None:
+    """Calls that differ in one thing each, over and over in any order: what one leaves must not reach another."""
+    shapes = [(3, 7, 12), (12, 7, 3), (3, 12, 7), (7, 12)]
+    dtypes = [(FLOAT, FLOAT), (HALF, HALF), (FLOAT, DOUBLE), (BF16, FLOAT)]
+    layouts = [contiguous, transposed, sliced, every_other]
+    coefficients = [(2.0, 1.0), (1.0, 2.0), (0.0, 1.0), (2.0, 0.0), (2, 1)]
+    choices = [shapes, dtypes, layouts, layouts, coefficients, [True, False], ["mean", "sum"]]
+    draw = random.Random(0)
+    plain = tuple(options[0] for options in choices)
+    calls = [(*plain[:i], other, *plain[i + 1 :]) for i, options in enumerate(choices) for other in options]
+    calls += [tuple(map(draw.choice, choices)) for _ in range(20)]
+
+    def results(call: Any) -> list[Tensor | None]:
+        shape, kinds, *both, (alpha, beta), batch_first, reduction = call
+        torch.manual_seed(0)
+        leaves = [f(torch.randn(shape, device=device).to(kind)) for kind, f in zip(kinds, both, strict=True)]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        got = fused_ar_tar(*leaves, alpha, beta, batch_first=batch_first, reduction=reduction, return_terms=True)
+        return [*got, *torch.autograd.grad(got.penalty, leaves, allow_unused=True)]
+
+    wanted = []
+    for call in calls:
+        forget()
+        wanted.append(results(call))
+    for i in draw.sample([*range(len(calls))] * 2, 2 * len(calls)):
+        for x, y in zip(results(calls[i]), wanted[i], strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or y is None or (torch.equal(x, y) and x.stride() == y.stride() and x.dtype == y.dtype)
+
+
 def test_no_grad_builds_no_graph(device: str) -> None:
     x = torch.randn(3, 7, 12, device=device, requires_grad=True)
     with torch.no_grad():
@@ -433,6 +478,37 @@ def test_coefficients_may_change_in_a_compiled_graph(device: str) -> None:
     compiled = torch.compile(lambda a, b: fused_ar_tar(x, x, a, b), fullgraph=True, backend="aot_eager")
     for alpha, beta in ((2.0, 1.0), (1.5, 1.0), (1.25, 0.5), (0.0, 0.25)):
         torch.testing.assert_close(compiled(alpha, beta), fused_ar_tar(x, x, alpha, beta))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int64"])
+def test_compiled_code_takes_numpy_scalars(kind: str, device: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    x = torch.randn(3, 7, 12, device=device)
+    number = getattr(numpy, kind)
+    torch.compiler.reset()  # the limit of compilations counts those of each kind
+    compiled = torch.compile(lambda x, a, b: fused_ar_tar(x, x, a, b), fullgraph=True, backend="aot_eager")
+    for alpha, beta in ((number(2), 1.0), (3.0, number(2)), (number(5), number(4))):
+        torch.testing.assert_close(compiled(x, alpha, beta), fused_ar_tar(x, x, float(alpha), float(beta)))
+
+
+def test_compiled_code_takes_a_number_that_it_reads_from_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler does not know it: both terms are on, and it is checked when the code runs."""
+    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+    x = torch.randn(3, 7, 12)
+    compiled = torch.compile(lambda x, a: fused_ar_tar(x, x, a.item(), 1.0), fullgraph=True, backend="aot_eager")
+    for alpha in (2.0, 0.0, 1.5):
+        torch.testing.assert_close(compiled(x, torch.tensor(alpha)), fused_ar_tar(x, x, alpha, 1.0))
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+            compiled(x, torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("wrong", [-1.0, math.inf, math.nan])
+def test_compiled_code_refuses_bad_coefficients(wrong: float) -> None:
+    x = torch.randn(3, 7, 12)
+    compiled = torch.compile(fused_ar_tar, backend="eager")
+    with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0"):
+        compiled(x, x, wrong, 1.0)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
