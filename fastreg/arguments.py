@@ -42,7 +42,7 @@ def check_coefficient(name: str, value: Any) -> float:
         try:
             value = float(value)
         except OverflowError:
-            value = math.inf if value > 0 else -math.inf
+            value = math.inf if value > 0 else -math.inf  # pyright: ignore[reportOperatorIssue]
     if compiling:
         from torch.fx.experimental.symbolic_shapes import guard_or_true  # which imports sympy
 
@@ -288,10 +288,7 @@ def _check_alike(x: Named, first: Named) -> None:
     """Check that a layer has the device, batch and time steps of the first."""
     _check_device(x.name, x.tensor, first.name, first.tensor)
     _check_batch_sizes(first, x)
-    if first.batch_sizes is None and (x.tensor.dim(), x.tensor.shape[:-1]) != (
-        first.tensor.dim(),
-        first.tensor.shape[:-1],
-    ):
+    if first.batch_sizes is None and x.tensor.shape[:-1] != first.tensor.shape[:-1]:
         raise ValueError(
             f"{x.name}: expected the batch and time steps of {first.name}, of shape {_shape(first.tensor)}, "
             f"got {_shape(x.tensor)}{HINT}"

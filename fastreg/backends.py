@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 
 from fastreg import cpu, cpu_dropout
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 PLANS = 1024  # of each kind that are remembered: a few hundred sequence lengths, with and without gradients
 _forget: list[Callable[[], None]] = []
 

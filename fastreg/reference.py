@@ -73,7 +73,7 @@ def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
         before, _, precedes, _ = neighbours(layer.batch_sizes, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
     dim = time_dim(x, problem.batch_first)
-    # A compiler would make a case of its own of 2 steps, as they have 1 difference. torch 2.11 cannot trace hasattr here.
+    # A compiler would make a case of its own of 2 steps, as they have 1 difference. (torch 2.11 cannot trace hasattr.)
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:
         first = torch.arange(x.shape[dim], device=x.device) == 0
         change = (x - x.roll(1, dim)).masked_fill(first.view(-1, *[1] * (x.dim() - 1 - dim)), 0)

@@ -276,7 +276,9 @@ class Forward:
         """Fill `dropped` and compute the penalty.
 
         Args:
-            raw, mask, dropped: tensors as in the view.
+            raw: as in the view.
+            mask: as in the view.
+            dropped: as in the view, to be filled.
             lengths: `(outer,)` integers on the same device, or `None` where all time steps count.
         """
         result, partials, ticket = self.memory.allocate()

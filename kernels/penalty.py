@@ -256,7 +256,8 @@ class Forward:
         """Compute the penalty.
 
         Args:
-            raw, dropped: tensors as in the view.
+            raw: as in the view.
+            dropped: as in the view.
             lengths: `(outer,)` integers on the same device, or `None` where all time steps count.
             batch_sizes: `(time,)` int64 on the CPU where the rows are packed, else `None`.
         """
@@ -300,7 +301,8 @@ class Backward:
             inputs: raw and dropped as in the view.
             gradients: theirs, to be filled.
             scales: those of the forward's result.
-            lengths, batch_sizes: those of the forward.
+            lengths: those of the forward.
+            batch_sizes: those of the forward.
         """
         offsets, lengths = (None, lengths) if batch_sizes is None else table_of(batch_sizes, self.device)
         self.launch(grad, *inputs, *gradients, scales, lengths, offsets)

@@ -83,7 +83,7 @@ def row(rows, step):
     """Compute the pointers to the rows at time step `step`, (BLOCK,)."""
     if rows.offsets is not None:
         step = tl.load(rows.offsets + 1 + step)
-    # That offsets are multiples of ALIGN is what lets the compiler make loads wide. Multiplied last: a stride in 64 bits
+    # That offsets are multiples of ALIGN lets the compiler make loads wide. ALIGN comes last, as a stride in 64 bits
     # would take registers that some targets do not have left.
     return rows.base + tl.cast(step, tl.int64) * rows.stride * rows.ALIGN
 

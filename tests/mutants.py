@@ -37,75 +37,84 @@ TESTS = {
     "fastreg/attachment.py": ["attachment", "rnn_dropout"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment"],
     "fastreg/reference.py": ["reference", "padding", "penalty"],
-    "fastreg/layout.py": ["padding", "penalty", "dropout"],
+    "fastreg/problem.py": ["reference", "padding", "penalty"],
+    "fastreg/arguments.py": ["layout", "padding", "penalty", "dropout"],
+    "fastreg/view.py": ["layout", "penalty", "padding", "dropout", "torch"],
+    "fastreg/backends.py": ["padding", "penalty", "dropout", "torch"],
+    "kernels/view.py": ["kernels", "padding"],
+    "kernels/launch.py": ["padding", "kernels"],
 }
 
 # (file, function or class) -> mutants: what is wrong, a text that occurs there exactly once, and what takes its place
 CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/penalty.py", "penalty_forward"): [
         ("halo row dropped", "start - 1", "start"),
-        ("the first step is paired", " & within(present, 0, turn + i, INDEX)", ""),
-        ("steps past the end are paired", "within(present, turn + i, stops, INDEX) & ", ""),
+        ("the first step is paired", " & within(tile, 0, turn + i)", ""),
+        ("steps past the end are paired", "within(tile, turn + i, stops) & ", ""),
         ("AR left out where raw is dropped", "ar_run += raws[i] * raws[i]", "ar_run += 0"),
-        ("raw at dropped's time stride", "turn, stops, raw_time", "turn, stops, dropped_time"),
-        ("padding counted", "tl.minimum(ends(lengths, sequence, present, time, INDEX), stop)", "stop + 0 * unit"),
+        ("raw at dropped's time stride", "raw_outer, ALIGN), raw_time", "raw_outer, ALIGN), dropped_time"),
+        ("padding counted", "ends(lengths, tile.sequence, tile.present, time, INDEX)", "(stop + 0 * tile.unit)"),
         ("only the first item of a program", "items, tl.num_programs(0)", "1 + tl.program_id(0), tl.num_programs(0)"),
     ],
     ("kernels/penalty.py", "penalty_backward"): [
-        ("halo row after dropped", "turn + 1, last, raw_time", "turn + 1, stop, raw_time"),
+        ("halo row after dropped", "tile, turn + 1, last", "tile, turn + 1, stop"),
         ("leaving change off by one", "turn + i + 1, last", "turn + i, last"),
-        ("sign of leaving flipped", "arriving - leaving", "arriving + leaving"),
+        ("sign of the change from a step flipped", "change_to - change_from", "change_to + change_from"),
         ("grad ignored", "tl.load(grad).to(ACC)", "tl.full((), 1.0, ACC)"),
-        ("alpha and beta exchanged", "ar_scale * droppeds[i]", "tar_scale * droppeds[i]"),
-        ("grad_raw at raw's stride", "turn + i, grad_raw_time", "turn + i, raw_time"),
-        ("last row not written", "turn + i, stops, INDEX)", "turn + i, stops - 1, INDEX)"),
-        ("pairs cross a sequence's end", "ends(lengths, sequence, present, time, INDEX)", "time + 0 * unit"),
+        ("alpha and beta exchanged", "ar_scale * kept[i]", "tar_scale * kept[i]"),
+        ("grad_raw at raw's stride", "grad_raw_outer, ALIGN), grad_raw_time", "grad_raw_outer, ALIGN), raw_time"),
+        ("last row not written", "inside = within(tile, turn + i, stops", "inside = within(tile, turn + i, stops - 1"),
+        ("pairs cross a sequence's end", "ends(lengths, tile.sequence, tile.present, time, INDEX)", "time"),
         ("padding not 0 where the scale is inf", "if lengths is not None:  # exactly", "if False:  # exactly"),
         ("divisor from lengths left out", "tar_scale *= tl.load(scales + 1)", "tar_scale *= 1"),
     ],
-    ("kernels/penalty.py", "forward"): [
-        ("float64 summed in float32", "(raw, dropped), dtype)", "(raw, dropped), torch.float32)"),
+    ("kernels/penalty.py", "Forward"): [
+        ("float64 summed in float32", "Tiling(view, sums.dtype)", "Tiling(view, torch.float32)"),
     ],
-    ("kernels/penalty.py", "backward"): [
-        ("SAME always off", "SAME=same", "SAME=False"),
+    ("kernels/penalty.py", "Backward"): [
+        ("AR_OF_RAW always off", '"AR_OF_RAW": sums.ar_of_raw', '"AR_OF_RAW": False'),
+    ],
+    ("kernels/view.py", "Sums"): [
+        ("kernels: factor 2 missing in AR", "2 * self.alpha", "self.alpha"),
+        ("kernels: divisor off by one", "self.beta / pairs", "self.beta / (pairs + 1)"),
+        ("kernels: scales exchanged", "1 / elements, 1 / pairs", "1 / pairs, 1 / elements"),
     ],
     ("kernels/dropout.py", "dropout_forward"): [
         ("halo row dropped", "start - 1", "start"),
         ("TAR of dropped", "previous = raws[i]", "previous = kept.to(ACC)"),
         ("AR of what is not rounded", "else kept.to(ACC)", "else raws[i] * (scale if LOCKED else masks[i])"),
         ("AR of raw ignored", "raws[i] if AR_OF_RAW else ", ""),
-        ("mask at its outer stride", "turn, stop, mask_time", "turn, stop, mask_outer"),
-        ("padding counted in AR", "tl.where(counts, counted", "tl.where(inside, counted"),
+        ("mask at its outer stride", "mask_outer, ALIGN), mask_time", "mask_outer, ALIGN), mask_outer"),
+        ("padding counted in AR", "tl.where(counts, squared", "tl.where(inside, squared"),
         ("pairs cross a sequence's end", "paired = counts &", "paired = inside &"),
         ("only the last item counts in AR", "ar += tl.sum(ar_run)", "ar = tl.sum(ar_run)"),
     ],
     ("kernels/dropout.py", "dropout_backward"): [
         ("leaving change cut at the run", "turn + i + 1, last", "turn + i + 1, stop"),
-        ("sign of dropped's gradient flipped", "slope += arrived[i]", "slope -= arrived[i]"),
-        ("mask left out", "slope *= keep", "slope *= 1"),
+        ("sign of dropped's gradient flipped", "gradient += upstream_rows[i]", "gradient -= upstream_rows[i]"),
+        ("mask left out", "gradient *= keep", "gradient *= 1"),
         ("an infinite mask spoils TAR", "grad_dropped is not None or (AR and not AR_OF_RAW)", "True"),
         ("dropped not rounded", "rounded(current * keep, raw.dtype.element_ty).to(ACC)", "current * keep"),
         ("AR of raw through the mask", "if AR and AR_OF_RAW:", "if AR and not AR_OF_RAW:"),
-        ("AR in padding", "counts, pull", "present, pull"),
-        ("TAR in padding", "counts, tar_scale", "present, tar_scale"),
+        ("AR in padding", "counts, ar_gradient", "tile.present, ar_gradient"),
+        ("TAR in padding", "counts, tar_scale", "tile.present, tar_scale"),
         ("dropped's gradient at raw's stride", "grad_dropped_time, None", "raw_time, None"),
     ],
-    ("kernels/dropout.py", "forward"): [
-        ("LOCKED always", "plan.time == 1 or strides[1][1] == 0", "True"),
-        ("TAR always on", "TAR=beta != 0", "TAR=True"),
+    ("kernels/dropout.py", "Forward"): [
+        ("TAR always on", '"TAR": sums.beta != 0', '"TAR": True'),
     ],
-    ("kernels/dropout.py", "backward"): [
-        ("LOCKED always", "plan.time == 1 or strides[1][1] == 0", "True"),
+    ("kernels/dropout.py", "_constants"): [
+        ("LOCKED always", "view.time == 1 or (mask is not None and mask.time == 0)", "True"),
     ],
     ("kernels/reduction.py", "finish"): [
-        ("ticket not put back", "tl.store(ticket, 0)", "tl.store(ticket, 1)"),
+        ("ticket not put back", "tl.store(scratch.ticket, 0)", "tl.store(scratch.ticket, 1)"),
         ("only the first chunk", "range(0, programs, CHUNK)", "range(0, CHUNK, CHUNK)"),
         ("last program's sums left out", "columns < programs", "columns < programs - 1"),
         ("float64 finished in float32", "dtype: tl.constexpr = ar.dtype", "dtype: tl.constexpr = tl.float32"),
-        ("sign of beta flipped", "+ tl.full((), beta", "- tl.full((), beta"),
-        ("padding in the divisor", "steps += length", "steps += time"),
+        ("sign of beta flipped", "+ tl.full((), weights.beta", "- tl.full((), weights.beta"),
+        ("padding in the divisor", "steps += length", "steps += extents.time"),
         ("pairs as many as steps", "tl.maximum(length - 1, 0)", "length"),
-        ("only the first lengths", "range(0, sequences, CHUNK)", "range(0, CHUNK, CHUNK)"),
+        ("only the first lengths", "range(0, extents.sequences, CHUNK)", "range(0, CHUNK, CHUNK)"),
     ],
     ("kernels/reduction.py", "one_over"): [("nothing divided by 0", "tl.maximum(count, 1)", "tl.maximum(count, 0)")],
     ("kernels/tiling.py", "place"): [
@@ -115,13 +124,13 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("kernels/tiling.py", "ends"): [("lengths not clamped", "tl.minimum(tl.maximum(length, 0), time)", "length")],
     ("kernels/tiling.py", "row"): [("rows of the step before", "offsets + 1 + step", "offsets + step")],
-    ("kernels/tiling.py", "table_of"): [("sequences too long", "-positions, out", "1 - positions, out")],
+    ("kernels/launch.py", "table_of"): [("sequences too long", "-positions, out", "1 - positions, out")],
     ("kernels/tiling.py", "within"): [("one step too few", "< stop", "< stop - 1")],
-    ("kernels/tiling.py", "load_rows"): [
+    ("kernels/tiling.py", "load_row"): [
         ("computed in the input's dtype", "other=0.0).to(ACC)", "other=0.0)"),
     ],
-    ("kernels/tiling.py", "Plan"): [
-        ("ALIGN of inner alone", ", *(stride for pair in strides for stride in pair))", ")"),
+    ("kernels/tiling.py", "Tiling"): [
+        ("ALIGN of inner alone", "16, inner, *strides)", "16, inner)"),
         ("runs as long as they come", "max(runs, ceil_div(self.time, LONGEST_RUN))", "max(runs, 1)"),
         ("INDEX always 32 bits", "tl.int64 if outer", "tl.int32 if outer"),
     ],
@@ -146,7 +155,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("padding in the divisor", "max(sum(counts) *", "max(len(counts) * sizes[1] *"),
     ],
     ("fastreg/cpu.py", "gradient_scales"): [
-        ("grad ignored", "(grad * ar_factor", "(1.0 * ar_factor"),
+        ("grad ignored", "(ar_factor * ar * grad)", "(ar_factor * ar * 1.0)"),
         ("divisor from lengths left out", "tar_factor * tar", "tar_factor"),
     ],
     ("fastreg/cpu.py", "Rows"): [
@@ -188,43 +197,69 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("memory not cleared", "slope.zero_()", "pass"),
         ("mask at raw's strides", "(1, mask)", "(0, mask)"),
     ],
-    ("fastreg/penalty.py", "_layer"): [
-        ("a negated dropped to the kernels", "(dropped, steps.lengths", "(steps.lengths"),
+    ("fastreg/penalty.py", "penalty_of"): [
+        ("a negated dropped to the kernels", "is_memory(x) for x in layer)", "is_memory(x) for x in layer[:1])"),
         ("the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
+        ("lengths not checked", "if lengths is not None or batch_sizes is not None", "if False"),
     ],
-    ("fastreg/penalty.py", "known_divisors"): [("sums divided", 'reduction == "mean" and ', "")],
-    ("fastreg/layout.py", "readable"): [
-        ("always", "return (", "return True or ("),
-        ("under dispatch modes", "torch._C._len_torch_dispatch_stack() == 0", "True"),
-        ("under forward mode", "forward_ad._current_level < 0", "True"),
+    ("fastreg/penalty.py", "_plan_for"): [
+        ("float64 summed in float32", "compute_dtype(*signature[:2])", "torch.float32")
+    ],
+    ("fastreg/view.py", "_known_divisors"): [
+        ("sums divided", 'problem.reduction == "sum"', "False"),
+        ("pairs as many as elements", "elements - first_steps", "elements"),
+    ],
+    ("fastreg/backends.py", "observed"): [
+        ("never", "return (", "return False and ("),
+        ("under dispatch modes", "torch._C._len_torch_dispatch_stack() > 0", "False"),
+        ("under forward mode", "forward_ad._current_level >= 0", "False"),
+    ],
+    ("fastreg/backends.py", "is_memory"): [
         ("a negated tensor to the kernels", "not x.is_neg()", "True"),
+        ("a subclass to the kernels", "type(x) is Tensor", "True"),
     ],
+    ("fastreg/view.py", "memory_of"): [
+        ("strides not remembered", "x.stride(), x", "torch.empty(x.shape, device='meta').stride(), x"),
+    ],
+    ("fastreg/view.py", "like"): [("order of axes kept anyway", "x.stride(-1) != 1 and", "False and")],
+    ("fastreg/view.py", "readable"): [("hidden axis read as it lies", "x.shape[-1] == 1 or x.stride(-1) == 1", "True")],
+    ("fastreg/view.py", "view_of"): [
+        ("outer stride for time", "outer, strides[time_axis]", "outer, outer"),
+        ("always one sequence", "x.outer == hidden for", "True for"),
+    ],
+    ("fastreg/arguments.py", "ready_lengths"): [
+        ("lengths as they lie, to the kernels", ".contiguous()", ""),
+        ("too long", "most > time", "False"),
+    ],
+    ("fastreg/arguments.py", "_packed"): [("counted in few bits", "sizes.long()", "sizes")],
+    ("fastreg/arguments.py", "_check_alike"): [
+        ("layers of other time steps", "x.tensor.shape[:-1] != first.tensor.shape[:-1]", "False"),
+    ],
+    ("fastreg/arguments.py", "keepable"): [("inference tensors kept", "return x.clone()", "return x")],
     ("fastreg/penalty.py", "_Penalty"): [
         ("needs of raw and dropped swapped", "need_raw, need_dropped =", "need_dropped, need_raw ="),
         ("raw always saved", "raw if need_raw else None", "raw"),
         ("zeros for the terms' gradients", "set_materialize_grads(False)", "set_materialize_grads(True)"),
         ("no double backward", "torch.is_grad_enabled() or ", ""),
-        ("batched gradients not left to the formula", " or not fusable(grad)", ""),
+        ("batched gradients not left to the formula", "in (grad, *layer))", "in layer)"),
     ],
-    ("fastreg/penalty.py", "factors"): [
-        ("factor 2 missing in AR", "2 * alpha", "alpha"),
-        ("divisor off by one", "/ pairs", "/ (pairs + 1)"),
+    ("fastreg/dropout.py", "fused_dropout_ar_tar"): [
+        ("a mask with p of 0 ignored", "p if mask is None else mask", "p if mask is None or p == 0 else mask"),
+        ("dropped in evaluation", "0.0 if not training else p", "p"),
     ],
-    ("fastreg/penalty.py", "empty_like"): [("order of axes kept anyway", "like.stride(-1) != 1 and", "False and")],
-    ("fastreg/dropout.py", "_drop"): [
-        ("a mask with p of 0 ignored", "p == 0 and mask is None", "p == 0"),
-        ("a negated mask to the kernels", "in (x, mask, lengths)", "in (x, lengths)"),
-        ("AR of raw ignored by the formula", "x if ar_of_raw else dropped", "dropped"),
+    ("fastreg/dropout.py", "drop_and_penalize"): [
+        ("a negated mask to the kernels", "in (raw, mask, lengths) if", "in (raw, lengths) if"),
+        ("terms of the formula not detached", "ar.detach(), tar.detach()", "ar, tar"),
     ],
     ("fastreg/dropout.py", "_DropoutPenalty"): [
         ("saved tensors swapped", "save_for_backward(raw, mask,", "save_for_backward(mask, raw,"),
         ("zeros where there is no gradient", "set_materialize_grads(False)", "set_materialize_grads(True)"),
         ("terms differentiable", "ctx.mark_non_differentiable(terms)", "pass"),
-        ("AR of raw ignored", "scales, ar_of_raw, *scaled", "scales, False, *scaled"),
-        ("batched gradients not left to the formula", " or not all(fusable(x) for x in arrived)", ""),
+        ("batched gradients not left to the formula", "(raw, mask, lengths, *upstream)", "(raw, mask, lengths)"),
     ],
     ("fastreg/dropout.py", "_gradient_formula"): [
-        ("AR of raw through the mask", "(direct if ar_of_raw else masked)", "masked"),
+        ("parts rounded before they are added", "grad_dropped.to(dtype)", "grad_dropped.to(raw.dtype)"),
+        ("mask left out", "through_mask * mask.to(dtype)", "through_mask"),
     ],
     ("fastreg/rnn_dropout.py", "Activations"): [
         ("terms of other coefficients", "self.coefficients == (alpha, beta) and ", ""),
@@ -277,7 +312,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("lr not restored", 'group["lr"] = lr', "pass"),
         ("tensor not restored", "lr.copy_(value)", "pass"),
     ],
-    ("fastreg/reference.py", "divisors"): [
+    ("fastreg/problem.py", "divisors"): [
         ("pairs as many as steps", "(time - 1))", "time)"),
         ("nothing divided by 0", "time = _at_least_1(time)", "pass"),
         ("lengths not clamped", ".clamp(0, time)", ""),
@@ -288,19 +323,12 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/reference.py", "changes"): [
         ("TAR across sequences", "x.roll(1, dim)", "x.roll(1, 0)"),
-        ("pairs cross a sequence's end", "counted(change, steps)", "change"),
+        ("pairs cross a sequence's end", "counted(change, layer, problem)", "change"),
     ],
     ("fastreg/reference.py", "ar_tar_gradients"): [
-        ("halves subtracted in half", "bends(raw.to(grad.dtype)", "bends(raw"),
-        ("factor 2 missing in TAR", "2 * beta", "beta"),
-        ("grad ignored in AR", "pull = counted(grad * ", "pull = counted("),
-    ],
-    ("fastreg/layout.py", "check_steps"): [("lengths as they lie, to the kernels", ".contiguous())", ")")],
-    ("fastreg/layout.py", "_check_packed"): [("counted in few bits", "sizes.long()", "sizes")],
-    ("fastreg/layout.py", "canonical"): [
-        ("hidden axis read as it lies", "hidden != 1 and x.stride(-1) != 1", "False"),
-        ("outer stride for time", "else hidden, x.stride(axis))", "else hidden, x.stride(1 - axis))"),
-        ("always one sequence", "stride.outer == hidden for", "True for"),
+        ("halves subtracted in half", "x.to(grad.dtype) for", "x for"),
+        ("factor 2 missing in TAR", "2 * problem.beta", "problem.beta"),
+        ("grad ignored in AR", "gradient = counted(grad * ", "gradient = counted("),
     ],
 }  # fmt: skip
 
