@@ -491,9 +491,9 @@ def test_compiled_code_takes_numpy_scalars(kind: str, device: str) -> None:
         torch.testing.assert_close(compiled(x, alpha, beta), fused_ar_tar(x, x, float(alpha), float(beta)))
 
 
-def test_compiled_code_takes_a_number_that_it_reads_from_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_compiled_code_takes_a_number_that_it_reads_from_a_tensor() -> None:
     """The compiler does not know it: both terms are on, and it is checked when the code runs."""
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
     x = torch.randn(3, 7, 12)
     compiled = torch.compile(lambda x, a: fused_ar_tar(x, x, a.item(), 1.0), fullgraph=True, backend="aot_eager")
     for alpha in (2.0, 0.0, 1.5):
