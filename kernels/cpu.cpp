@@ -1,0 +1,733 @@
+// AR and TAR on CPUs: the operations of penalty.py and dropout.py.
+//
+// Activations are seen as (outer, time, inner) with a contiguous inner axis. An item of work is a block of lanes
+// (positions on the inner axis) of one sequence over a run of time steps. It is walked along time, so that a row is
+// still in the cache when its neighbours need it and memory is read once. A program takes some of the items and keeps
+// its own sums; they are added up in the order of the programs, so a result depends neither on the number of threads
+// nor on which of them was faster.
+//
+// No header but those of the compiler: one build serves every Python and every torch.
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uintptr_t;
+
+constexpr int64_t BLOCK = 4096;          // lanes: with both neighbours a row of them stays in a cache of 64 KB
+constexpr int64_t ITEM = 1 << 16;        // elements: enough to hide what it costs to fetch an item
+constexpr int64_t COPIES = 2048;         // elements of a mask for several short rows
+constexpr int64_t PROGRAMS = 1024;       // at most, for each tensor
+constexpr int64_t SERIAL = 1 << 15;      // elements up to which a second thread costs more than it brings
+constexpr int64_t HUGE_PAGE = 1 << 21;   // bytes
+constexpr int64_t LARGE = 1 << 22;       // bytes of an output from which huge pages are asked for
+
+// ---- dtypes: half precision by its bits, which every compiler turns into vector code
+
+enum class Half : uint16_t {};  // not structures, whose copies some compilers do not turn into vector code
+enum class BFloat : uint16_t {};
+
+template <class To, class From>
+To bits_of(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+/// Convert an element to A, the dtype of the computation, float or double.
+template <class A>
+A wide(float x) {
+    return x;
+}
+template <class A>
+A wide(double x) {
+    return static_cast<A>(x);
+}
+template <class A>
+A wide(BFloat x) {
+    return bits_of<float>(static_cast<uint32_t>(x) << 16);
+}
+template <class A>
+A wide(Half x) {
+    const uint32_t magnitude = (static_cast<uint32_t>(x) & 0x7fff) << 13;  // its exponent is 112 too small
+    uint32_t bits = bits_of<uint32_t>(bits_of<float>(magnitude) * 0x1p112f);  // exact, subnormal numbers, too
+    bits |= magnitude >= 0x0f800000 ? 0x7f800000 : 0;                         // infinity and NaN
+    return bits_of<float>(bits | (static_cast<uint32_t>(x) & 0x8000) << 16);
+}
+
+/// Round a result to the dtype of some memory, to the nearest, ties to even.
+template <class T, class A>
+T rounded(A value) {
+    if constexpr (std::is_same_v<T, BFloat>) {
+        const uint32_t bits = bits_of<uint32_t>(static_cast<float>(value));
+        const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        return BFloat((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
+    } else if constexpr (std::is_same_v<T, Half>) {
+        const uint32_t bits = bits_of<uint32_t>(static_cast<float>(value));
+        const uint32_t magnitude = bits & 0x7fffffff;
+        // Below 2 ** -14 a half is a multiple of 2 ** -24, as a float between 0.5 and 1 is.
+        const uint32_t small = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - bits_of<uint32_t>(0.5f);
+        const uint32_t nearest = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+        const uint32_t normal = std::min(nearest, 0x7c00u) | uint32_t(magnitude > 0x7f800000) << 9;  // infinity, NaN
+        const uint32_t chosen = -uint32_t(magnitude < 113u << 23);  // a mask: a branch would keep the loop scalar
+        const uint32_t half = (small & chosen) | (normal & ~chosen);
+        return Half(half | (bits >> 16 & 0x8000));
+    } else {
+        return static_cast<T>(value);
+    }
+}
+
+// ---- what the host hands over: cpu.py has the same structures
+
+struct Sizes {
+    int64_t outer, time, inner;
+};
+
+struct Strides {  // in elements
+    int64_t outer, time;
+};
+
+/// Which time steps count, and what the sums are divided by.
+struct Steps {
+    double ar_divisor, tar_divisor;  // 0: the elements and the changes that count, of lengths
+    int32_t lengths;                 // bytes of one length, negative if it is signed; 0: all steps count
+    int32_t packed;                  // rows as in a PackedSequence: lengths are its batch sizes, and outer is not used
+};
+
+/// The metadata of a penalty: what stays the same from call to call.
+struct Penalty {
+    Sizes sizes;
+    Strides raw, dropped, grad_raw, grad_dropped;
+    Steps steps;
+    double alpha, beta;
+    int32_t raw_dtype, dropped_dtype, compute_dtype;
+    int32_t ar_of_raw;
+};
+
+/// Its memory. A pointer that is null is a term that is off, a gradient that nobody needs, or a value not asked for.
+struct PenaltyMemory {
+    const void *raw, *dropped;
+    void *grad_raw, *grad_dropped;
+    const void *lengths;  // (outer,), or batch sizes (time,) in int64
+    const void *grad;     // () in the dtype of the computation: the upstream gradient
+    void *assumed;        // () likewise: the upstream gradient that a forward wrote gradients for
+    void *results;        // (3,) likewise: penalty, ar and tar
+};
+
+/// The metadata of variational dropout with the penalty; `dropped` has the strides of its gradient in a backward.
+struct Dropout {
+    Sizes sizes;
+    Strides raw, mask, dropped, grad_raw;
+    Steps steps;
+    double alpha, beta;
+    int32_t dtype, compute_dtype;
+    int32_t ar, tar;    // whether each term is on
+    int32_t ar_of_raw;  // AR is that of raw, as fastai v1 forms it, not that of dropped
+};
+
+struct DropoutMemory {
+    const void *raw, *mask;
+    void *dropped, *grad_raw;
+    const void *lengths;
+    const void *grad;  // () in the dtype of the computation, or null: the penalty has no gradient
+    void *results;     // (3,) likewise
+};
+
+enum Dtype : int32_t { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
+
+// ---- how the work is cut
+
+/// A block of lanes of one sequence over a run of time steps.
+struct Item {
+    int64_t sequence, lane, lanes, start, stop;
+};
+
+/// The items of a view, and how many programs share them.
+struct Cut {
+    Sizes sizes;
+    int64_t blocks, run, runs, items, programs;
+
+    explicit Cut(Sizes given) : sizes(given) {
+        blocks = ceil_div(sizes.inner, BLOCK);
+        runs = ceil_div(sizes.time, std::max<int64_t>(ITEM / std::min(sizes.inner, BLOCK), 1));
+        run = ceil_div(sizes.time, runs);
+        items = sizes.outer * blocks * runs;
+        programs = std::min(items, PROGRAMS);
+    }
+
+    Item place(int64_t item) const {
+        const int64_t lane = item % blocks * BLOCK, start = item / blocks % runs * run;
+        return {item / blocks / runs, lane, std::min(BLOCK, sizes.inner - lane), start,
+                std::min(start + run, sizes.time)};
+    }
+
+    /// Whether rows of this stride lie one after the other, and an item has all lanes of each.
+    bool dense(Strides strides) const { return strides.time == sizes.inner && blocks == 1; }
+
+    int64_t elements() const { return sizes.outer * sizes.time * sizes.inner; }
+
+  private:
+    static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+};
+
+/// How far the sequences reach, read once a launch.
+class Ends {
+  public:
+    Ends(const Steps &given, Sizes sizes, const void *lengths) : steps(given), time(sizes.time), width(sizes.inner) {
+        if (steps.packed) {
+            const auto *batch_sizes = static_cast<const int64_t *>(lengths);
+            values.assign(batch_sizes, batch_sizes + time);
+            offsets.resize(time);
+            for (int64_t step = 1; step < time; ++step) offsets[step] = offsets[step - 1] + batch_sizes[step - 1];
+        } else if (steps.lengths) {
+            values.resize(sizes.outer);
+            int64_t counted = 0, pairs = 0;
+            for (int64_t i = 0; i < sizes.outer; ++i) {
+                values[i] = std::clamp<int64_t>(length(lengths, i), 0, time);
+                counted += values[i];
+                pairs += std::max<int64_t>(values[i] - 1, 0);
+            }
+            if (steps.ar_divisor == 0) {  // of nothing the mean is 0
+                steps.ar_divisor = std::max<int64_t>(counted * width, 1);
+                steps.tar_divisor = std::max<int64_t>(pairs * width, 1);
+            }
+        }
+    }
+
+    /// How many of an item's lanes count at a time step: no more than at the one before.
+    int64_t lanes(const Item &item, int64_t step) const {
+        if (step >= time) return 0;
+        if (steps.packed) {
+            const int64_t end = (values[step] - item.sequence) * width;
+            return std::clamp<int64_t>(end - item.lane, 0, item.lanes);
+        }
+        return step < last(item) ? item.lanes : 0;
+    }
+
+    /// How many time steps of an item's sequence count; not for packed rows, of which an item may have many.
+    int64_t last(const Item &item) const { return steps.lengths ? values[item.sequence] : time; }
+
+    /// The sizes of a view of tensors of these strides. Packed rows without gaps count as one sequence of many lanes.
+    Sizes view(Sizes sizes, std::initializer_list<Strides> all) const {
+        if (!steps.packed) return sizes;
+        for (Strides strides : all)
+            if (strides.time != width) return {values[0], time, width};
+        return {1, time, values[0] * width};
+    }
+
+    /// Where each time step of packed rows begins; null of others.
+    const int64_t *packed_at() const { return steps.packed ? offsets.data() : nullptr; }
+
+    Steps steps;
+
+  private:
+    int64_t length(const void *lengths, int64_t i) const {
+        switch (steps.lengths) {
+            case 1: return static_cast<const std::uint8_t *>(lengths)[i];
+            case -1: return static_cast<const std::int8_t *>(lengths)[i];
+            case -2: return static_cast<const std::int16_t *>(lengths)[i];
+            case -4: return static_cast<const int32_t *>(lengths)[i];
+            default: return static_cast<const int64_t *>(lengths)[i];
+        }
+    }
+
+    int64_t time, width;           // width: lanes of one sequence
+    std::vector<int64_t> values;   // lengths, or batch sizes
+    std::vector<int64_t> offsets;  // of packed rows: where a time step begins
+};
+
+/// A tensor as (outer, time, inner), or as packed rows.
+template <class T>
+struct View {
+    T *data;
+    Strides strides;
+    const int64_t *offsets;  // null unless packed
+
+    T *row(int64_t sequence, int64_t step, int64_t lane) const {
+        return data + sequence * strides.outer + (offsets ? offsets[step] : step) * strides.time + lane;
+    }
+};
+
+// ---- rows: the loops that become vector code
+
+struct Sums {
+    double ar = 0, tar = 0;
+
+    void operator+=(Sums more) {
+        ar += more.ar;
+        tar += more.tar;
+    }
+};
+
+/// What the gradients of the two sums are multiplied by.
+template <class A>
+struct Scales {
+    A ar, tar;
+};
+
+/// Call `lane(i, ar, tar)` for each lane of a row; give the sums of what it adds to `ar` and `tar`.
+///
+/// A cache line of lanes is a vector, whatever the processor has, and has its own sums in the dtype of the computation
+/// until they are added up in float64: the order of additions is the same in all builds, and for all that one call
+/// may be asked to do beside.
+template <class A, class T, class Lane>
+Sums over_lanes(int64_t lanes, Lane lane) {
+    constexpr int64_t VECTOR = 64 / sizeof(T), CHUNK = 64 * VECTOR;
+    Sums sums;
+    for (int64_t first = 0; first < lanes; first += CHUNK) {
+        const int64_t stop = std::min(first + CHUNK, lanes);
+        A ar[VECTOR] = {}, tar[VECTOR] = {};
+        int64_t i = first;
+        for (; i + VECTOR <= stop; i += VECTOR) {
+#pragma GCC ivdep
+            for (int64_t j = 0; j < VECTOR; ++j) lane(i + j, ar[j], tar[j]);
+        }
+#pragma GCC ivdep
+        for (int64_t j = 0; j < stop - i; ++j) lane(i + j, ar[j], tar[j]);
+        for (int64_t j = 0; j < VECTOR; ++j) sums += {double(ar[j]), double(tar[j])};
+    }
+    return sums;
+}
+
+enum Pass { SUM = 1, WRITE = 2, BOTH = 3 };  // form the sums, write the gradient
+
+/// Sum the squares of a row; write the gradient: `scale` times the row.
+template <class A, Pass PASS, class T>
+Sums squares(const T *row, T *grad, int64_t lanes, A scale) {
+    return over_lanes<A, T>(lanes, [=](int64_t i, A &ar, A &) {
+        const A value = wide<A>(row[i]);
+        if constexpr (PASS & SUM) ar += value * value;
+        if constexpr (PASS & WRITE) grad[i] = rounded<T>(scale * value);
+    });
+}
+
+/// A row and its neighbours in time, null where there is none.
+template <class T>
+struct Neighbours {
+    const T *previous, *current, *following;
+};
+
+/// Call `row(previous, current, following, arrives, leaves)`, the last two telling whether there are such neighbours.
+/// Where there are, as nearly everywhere, that is known to the compiler; a row that is missing is not read, but can be.
+template <bool LEAVES, class T, class Row>
+Sums with_neighbours(Neighbours<T> rows, Row row) {
+    const auto [previous, current, following] = rows;
+    if (previous && (following || !LEAVES)) return row(previous, current, following, std::true_type(), std::true_type());
+    return row(previous ? previous : current, current, following ? following : current, previous != nullptr,
+               following != nullptr);
+}
+
+/// Sum the squares of the changes that lead to a row, and with AR_OF_RAW those of the row; write the gradient.
+template <class A, Pass PASS, bool AR_OF_RAW, class T>
+Sums changes(Neighbours<T> rows, T *grad, int64_t lanes, Scales<A> scales) {
+    const auto row = [=](const T *previous, const T *current, const T *following, auto arrives, auto leaves) {
+        return over_lanes<A, T>(lanes, [=](int64_t i, A &ar, A &tar) {
+            const A value = wide<A>(current[i]);
+            const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
+            if constexpr (PASS & SUM) tar += arriving * arriving;
+            if constexpr (PASS & SUM && AR_OF_RAW) ar += value * value;
+            if constexpr (PASS & WRITE) {
+                const A leaving = leaves ? wide<A>(following[i]) - value : 0;
+                A slope = scales.tar * (arriving - leaving);
+                if constexpr (AR_OF_RAW) slope += scales.ar * value;
+                grad[i] = rounded<T>(slope);
+            }
+        });
+    };
+    return with_neighbours<(PASS & WRITE) != 0>(rows, row);
+}
+
+enum Ar { NONE, OF_DROPPED, OF_RAW };  // whether AR is on, and of what
+
+/// Write `raw * mask`; sum its squares, or those of raw, and those of the changes of raw that lead to the row.
+template <class A, Ar AR, bool TAR, class T>
+Sums drop(Neighbours<T> raw, const T *mask, T *dropped, int64_t lanes) {
+    const auto row = [=](const T *previous, const T *current, const T *, auto arrives, auto) {
+        return over_lanes<A, T>(lanes, [=](int64_t i, A &ar, A &tar) {
+            const A value = wide<A>(current[i]);
+            const T kept = rounded<T>(value * wide<A>(mask[i]));
+            dropped[i] = kept;
+            const A counted = AR == OF_RAW ? value : wide<A>(kept);
+            if constexpr (AR != NONE) ar += counted * counted;
+            const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
+            if constexpr (TAR) tar += arriving * arriving;
+        });
+    };
+    return with_neighbours<false>(raw, row);
+}
+
+/// Write the gradient of raw: that of dropped, if ARRIVED, and of AR through the mask, and that of TAR.
+template <class A, bool ARRIVED, Ar AR, bool TAR, class T>
+Sums undrop(Neighbours<T> raw, const T *mask, const T *grad_dropped, T *grad_raw, int64_t lanes, Scales<A> scales) {
+    const auto row = [=](const T *previous, const T *current, const T *following, auto arrives, auto leaves) {
+        return over_lanes<A, T>(lanes, [=](int64_t i, A &, A &) {
+            const A value = wide<A>(current[i]), keep = wide<A>(mask[i]);
+            A slope = 0;
+            if constexpr (ARRIVED) slope = wide<A>(grad_dropped[i]);
+            if constexpr (AR == OF_DROPPED) slope += scales.ar * wide<A>(rounded<T>(value * keep));
+            if constexpr (ARRIVED || AR == OF_DROPPED) slope *= keep;  // else 0 * inf would be NaN
+            if constexpr (AR == OF_RAW) slope += scales.ar * value;
+            if constexpr (TAR) {
+                const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
+                const A leaving = leaves ? wide<A>(following[i]) - value : 0;
+                slope += scales.tar * (arriving - leaving);
+            }
+            grad_raw[i] = rounded<T>(slope);
+        });
+    };
+    return with_neighbours<true>(raw, row);
+}
+
+// ---- from items to rows
+
+/// Lanes of a time step that are alike, or all lanes of several steps that lie one after the other.
+struct Span {
+    int64_t step, lane, lanes;
+    bool counts, arrives, leaves;  // whether they count, and whether the steps before and after do
+};
+
+/// Go through an item along time. Up to `merged` rows that are alike are taken together: more than one where rows lie
+/// one after the other in all tensors. `fill`: visit padding, too.
+template <class Visit>
+Sums along_time(const Item &item, const Ends &ends, int64_t merged, bool fill, Visit visit) {
+    Sums sums;
+    const auto part = [&](Span span) {
+        if (span.lanes) sums += visit(span);
+    };
+    int64_t steps;
+    for (int64_t step = item.start; step < item.stop; step += steps) {
+        const int64_t there = ends.lanes(item, step), leaving = ends.lanes(item, step + 1);
+        steps = std::min(merged, item.stop - step);
+        if (there == 0) {
+            if (!fill) break;
+            part({step, item.lane, steps * item.lanes, false, false, false});
+        } else if (steps > 1 && step > 0 && leaving > 0) {
+            steps = std::min(steps, ends.last(item) - 1 - step);
+            part({step, item.lane, steps * item.lanes, true, true, true});
+        } else {
+            steps = 1;
+            part({step, item.lane, leaving, true, step > 0, true});
+            part({step, item.lane + leaving, there - leaving, true, step > 0, false});
+            if (fill) part({step, item.lane + there, item.lanes - there, false, false, false});
+        }
+    }
+    return sums;
+}
+
+/// The rows of a span, and its neighbours as far as there are any.
+template <class T>
+Neighbours<T> rows_of(const View<const T> &x, int64_t sequence, const Span &span) {
+    return {span.arrives ? x.row(sequence, span.step - 1, span.lane) : nullptr, x.row(sequence, span.step, span.lane),
+            span.leaves ? x.row(sequence, span.step + 1, span.lane) : nullptr};
+}
+
+/// A mask as rows of its own: where one stands for all time steps, a span of several needs copies of it.
+template <class T>
+class MaskRows {
+  public:
+    MaskRows(const View<const T> &given, const Item &item) : mask(given), item(item) {}
+
+    const T *of(const Span &span) {
+        const T *row = mask.row(item.sequence, span.step, span.lane);
+        if (mask.strides.time || span.lanes <= item.lanes) return row;
+        for (; copied < span.lanes; copied += item.lanes) std::copy_n(row, item.lanes, copies + copied);
+        return copies;
+    }
+
+  private:
+    const View<const T> &mask;
+    const Item &item;
+    int64_t copied = 0;
+    T copies[COPIES];
+};
+
+using Walk = std::function<Sums(const Item &)>;
+
+/// Items, and what is to be done with one.
+struct Work {
+    Cut cut;
+    Walk walk;
+
+    /// Do a program's share of the items.
+    Sums program(int64_t number) const {
+        Sums sums;
+        const int64_t stop = (number + 1) * cut.items / cut.programs;
+        for (int64_t i = number * cut.items / cut.programs; i < stop; ++i) sums += walk(cut.place(i));
+        return sums;
+    }
+};
+
+// Threads of GNU OpenMP do not survive a fork: a region of more than one would wait for them forever.
+bool forked = false;
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+/// Do all work in one parallel region; give the sums, always added up in the same order.
+Sums run(const std::vector<Work> &works, int threads) {
+    int64_t programs = 0, elements = 0;
+    for (const Work &work : works) {
+        programs += work.cut.programs;
+        elements += work.cut.elements();
+    }
+    if (forked || elements <= SERIAL) threads = 1;
+    std::vector<Sums> partials(programs);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < programs; ++i) {
+        const int64_t first = works[0].cut.programs;
+        partials[i] = i < first ? works[0].program(i) : works[1].program(i - first);
+    }
+    Sums sums;
+    for (const Sums &partial : partials) sums += partial;
+    return sums;
+}
+
+/// Ask for huge pages where an output of many elements is about to be written, perhaps for the first time.
+template <class T>
+void advise(View<T> output, int64_t elements) {
+    const auto begin = reinterpret_cast<uintptr_t>(output.data), end = begin + elements * sizeof(T);
+    const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = end / HUGE_PAGE * HUGE_PAGE;
+    if (output.data && end - begin >= LARGE) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+}
+
+// ---- the numbers that a launch reads and writes, in the dtype of the computation
+
+double number(const void *from, int32_t dtype) {
+    return dtype == FLOAT64 ? *static_cast<const double *>(from) : *static_cast<const float *>(from);
+}
+
+void store(void *to, int64_t i, double value, int32_t dtype) {
+    if (dtype == FLOAT64)
+        static_cast<double *>(to)[i] = value;
+    else
+        static_cast<float *>(to)[i] = static_cast<float>(value);
+}
+
+/// Divide the sums and write the penalty and its terms.
+template <class Plan>
+void finish(const Plan &plan, const Ends &ends, Sums sums, void *results) {
+    const double ar = sums.ar / ends.steps.ar_divisor, tar = sums.tar / ends.steps.tar_divisor;
+    store(results, 0, plan.alpha * ar + plan.beta * tar, plan.compute_dtype);
+    store(results, 1, ar, plan.compute_dtype);
+    store(results, 2, tar, plan.compute_dtype);
+}
+
+/// What the gradients of the sums are multiplied by: rounded once, so that no factor on the way is too large.
+template <class A, class Plan>
+Scales<A> scales_of(const Plan &plan, const Ends &ends, const void *grad) {
+    if (!grad) return {0, 0};
+    const double upstream = number(grad, plan.compute_dtype);
+    return {static_cast<A>(upstream * (2 * plan.alpha / ends.steps.ar_divisor)),
+            static_cast<A>(upstream * (2 * plan.beta / ends.steps.tar_divisor))};
+}
+
+// ---- from values to types
+
+/// Call `f` with a value of the type of memory, and one of the type of the computation.
+template <class A = float, class F>
+Walk with_dtype(int32_t dtype, F f) {
+    switch (dtype) {
+        case FLOAT16: return f(Half(), A());
+        case BFLOAT16: return f(BFloat(), A());
+        case FLOAT32: return f(float(), A());
+        default: return f(double(), double());
+    }
+}
+
+/// Call `f` with `given` as a type: the one of VALUES that it is.
+template <auto... VALUES, class V, class F>
+Walk with(V given, F f) {
+    Walk walk;
+    (void)((given == VALUES && (walk = f(std::integral_constant<V, VALUES>()), true)) || ...);
+    return walk;
+}
+
+// ---- the penalty
+
+/// A tensor of the penalty, and the memory for its gradient; null where there is none.
+struct Operand {
+    const void *data;
+    void *grad;
+    Strides strides, grad_strides;
+    int32_t dtype;
+};
+
+/// Do a pass over a tensor. `choose(type, compute type, pass, use)` hands `use` what it does with a row: a function of
+/// the row and its neighbours, the gradient's row, and how many lanes they have. In padding the gradient is 0.
+template <class Choose>
+Work penalty_work(const Penalty &plan, const Operand &x, Pass pass, const Ends &ends, Choose choose) {
+    const bool packed = ends.packed_at(), writes = pass & WRITE;
+    const Cut cut(ends.view(plan.sizes, {x.strides, writes ? x.grad_strides : x.strides}));
+    const bool dense = !packed && cut.dense(x.strides) && (!writes || cut.dense(x.grad_strides));
+    const auto walk = [&](auto t, auto a) {
+        using T = decltype(t);
+        const View<const T> data{static_cast<const T *>(x.data), x.strides, ends.packed_at()};
+        const View<T> grad{static_cast<T *>(x.grad), x.grad_strides, ends.packed_at()};
+        if (writes) advise(grad, cut.elements());
+        return with<SUM, WRITE, BOTH>(pass, [&](auto known_pass) {
+            return choose(t, a, known_pass, [&](auto row) -> Walk {
+                return [=, &ends](const Item &item) {
+                    return along_time(item, ends, dense ? cut.run : 1, writes && !packed, [&](const Span &span) {
+                        T *out = writes ? grad.row(item.sequence, span.step, span.lane) : nullptr;
+                        if (span.counts) return row(rows_of(data, item.sequence, span), out, span.lanes);
+                        std::fill_n(out, span.lanes, T());
+                        return Sums();
+                    });
+                };
+            });
+        });
+    };
+    return {cut, plan.compute_dtype == FLOAT64 ? with_dtype<double>(x.dtype, walk) : with_dtype<float>(x.dtype, walk)};
+}
+
+/// Form the sums if asked to, and the gradients that have memory, if there is an upstream gradient.
+Sums penalty(const Penalty &plan, const PenaltyMemory &memory, const Ends &ends, bool sum, int threads) {
+    std::vector<Work> works;
+    const auto pass_over = [&](const void *data, const void *grad) {
+        return Pass(data ? (sum ? SUM : 0) | (grad && memory.grad ? WRITE : 0) : 0);
+    };
+    if (const Pass pass = pass_over(memory.raw, memory.grad_raw)) {
+        const Operand raw{memory.raw, memory.grad_raw, plan.raw, plan.grad_raw, plan.raw_dtype};
+        works.push_back(penalty_work(plan, raw, pass, ends, [&](auto t, auto a, auto known, auto use) {
+            using T = decltype(t);
+            using A = decltype(a);
+            const auto scales = scales_of<A>(plan, ends, memory.grad);
+            return with<false, true>(plan.ar_of_raw != 0, [&](auto ar_of_raw) {
+                return use([=](Neighbours<T> rows, T *grad, int64_t lanes) {
+                    return changes<A, decltype(known)::value, decltype(ar_of_raw)::value>(rows, grad, lanes, scales);
+                });
+            });
+        }));
+    }
+    if (const Pass pass = pass_over(memory.dropped, memory.grad_dropped)) {
+        const Operand dropped{memory.dropped, memory.grad_dropped, plan.dropped, plan.grad_dropped, plan.dropped_dtype};
+        works.push_back(penalty_work(plan, dropped, pass, ends, [&](auto t, auto a, auto known, auto use) {
+            using T = decltype(t);
+            using A = decltype(a);
+            const auto scales = scales_of<A>(plan, ends, memory.grad);
+            return use([=](Neighbours<T> rows, T *grad, int64_t lanes) {
+                return squares<A, decltype(known)::value>(rows.current, grad, lanes, scales.ar);
+            });
+        }));
+    }
+    return run(works, threads);
+}
+
+// ---- dropout with the penalty
+
+/// How many rows one call takes of those that lie one after the other, and that a mask for all of them is copied for.
+template <class T>
+int64_t merged(const Item &item, const View<const T> &mask) {
+    return mask.strides.time ? item.stop - item.start : std::max<int64_t>(COPIES / item.lanes, 1);
+}
+
+/// Whether AR is on, and of what.
+Ar ar_of(const Dropout &plan) { return !plan.ar ? NONE : plan.ar_of_raw ? OF_RAW : OF_DROPPED; }
+
+/// Drop units; sum up what counts.
+Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const Ends &ends, int threads) {
+    const Cut cut(plan.sizes);
+    const Walk walk = with_dtype(plan.dtype, [&](auto t, auto a) {
+        using T = decltype(t);
+        using A = decltype(a);
+        const View<const T> raw{static_cast<const T *>(memory.raw), plan.raw, nullptr};
+        const View<const T> mask{static_cast<const T *>(memory.mask), plan.mask, nullptr};
+        const View<T> dropped{static_cast<T *>(memory.dropped), plan.dropped, nullptr};
+        const bool dense = cut.dense(plan.raw) && cut.dense(plan.dropped) && (!plan.mask.time || cut.dense(plan.mask));
+        advise(dropped, cut.elements());
+        return with<NONE, OF_DROPPED, OF_RAW>(ar_of(plan), [&](auto ar) {
+            return with<false, true>(plan.tar != 0, [&](auto tar) -> Walk {
+                constexpr Ar AR = decltype(ar)::value;
+                constexpr bool TAR = decltype(tar)::value;
+                return [=, &ends](const Item &item) {
+                    MaskRows<T> masks(mask, item);
+                    return along_time(item, ends, dense ? merged(item, mask) : 1, true, [&](const Span &span) {
+                        const Neighbours<T> rows = rows_of(raw, item.sequence, span);
+                        T *out = dropped.row(item.sequence, span.step, span.lane);
+                        return span.counts ? drop<A, AR, TAR>(rows, masks.of(span), out, span.lanes)
+                                           : drop<A, NONE, false>(rows, masks.of(span), out, span.lanes);
+                    });
+                };
+            });
+        });
+    });
+    return run({{cut, walk}}, threads);
+}
+
+/// Write the gradient of raw.
+void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const Ends &ends, int threads) {
+    const Cut cut(plan.sizes);
+    const bool arrived = memory.dropped;
+    const Walk walk = with_dtype(plan.dtype, [&](auto t, auto a) {
+        using T = decltype(t);
+        using A = decltype(a);
+        const View<const T> raw{static_cast<const T *>(memory.raw), plan.raw, nullptr};
+        const View<const T> mask{static_cast<const T *>(memory.mask), plan.mask, nullptr};
+        const View<const T> grad_dropped{static_cast<const T *>(memory.dropped), plan.dropped, nullptr};
+        const View<T> grad_raw{static_cast<T *>(memory.grad_raw), plan.grad_raw, nullptr};
+        const bool dense = cut.dense(plan.raw) && cut.dense(plan.grad_raw) && (!arrived || cut.dense(plan.dropped)) &&
+                           (!plan.mask.time || cut.dense(plan.mask));
+        const auto scales = scales_of<A>(plan, ends, memory.grad);
+        advise(grad_raw, cut.elements());
+        return with<false, true>(arrived, [&](auto arrived_) {
+            return with<NONE, OF_DROPPED, OF_RAW>(memory.grad ? ar_of(plan) : NONE, [&](auto ar) {
+                return with<false, true>(memory.grad && plan.tar, [&](auto tar) -> Walk {
+                    constexpr bool ARRIVED = decltype(arrived_)::value, TAR = decltype(tar)::value;
+                    constexpr Ar AR = decltype(ar)::value;
+                    return [=, &ends](const Item &item) {
+                        MaskRows<T> masks(mask, item);
+                        return along_time(item, ends, dense ? merged(item, mask) : 1, true, [&](const Span &span) {
+                            const Neighbours<T> rows = rows_of(raw, item.sequence, span);
+                            const T *above = ARRIVED ? grad_dropped.row(item.sequence, span.step, span.lane) : nullptr;
+                            T *out = grad_raw.row(item.sequence, span.step, span.lane);
+                            return span.counts
+                                ? undrop<A, ARRIVED, AR, TAR>(rows, masks.of(span), above, out, span.lanes, scales)
+                                : undrop<A, ARRIVED, NONE, false>(rows, masks.of(span), above, out, span.lanes, scales);
+                        });
+                    };
+                });
+            });
+        });
+    });
+    run({{cut, walk}}, threads);
+}
+
+int64_t bytes_of(int32_t dtype) { return dtype == FLOAT64 ? sizeof(double) : sizeof(float); }
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+/// Write the penalty and its terms, and the gradients for the upstream gradient that is expected, if one is given.
+EXPORT void penalty_forward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
+    const Ends ends(plan->steps, plan->sizes, memory->lengths);
+    if (memory->grad) std::memcpy(memory->assumed, memory->grad, bytes_of(plan->compute_dtype));
+    finish(*plan, ends, penalty(*plan, *memory, ends, true, threads), memory->results);
+}
+
+/// Write the gradients, unless those that a forward wrote are right: `assumed` is null, or has its upstream gradient.
+/// Returns whether it wrote any. Bits are compared, so that 0 is not -0, and NaN is itself.
+EXPORT int penalty_backward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
+    if (memory->assumed && !std::memcmp(memory->assumed, memory->grad, bytes_of(plan->compute_dtype))) return 0;
+    const Ends ends(plan->steps, plan->sizes, memory->lengths);
+    penalty(*plan, *memory, ends, false, threads);
+    return 1;
+}
+
+/// Write `raw * mask`, and the penalty and its terms.
+EXPORT void dropout_forward(const Dropout *plan, const DropoutMemory *memory, int threads) {
+    const Ends ends(plan->steps, plan->sizes, memory->lengths);
+    finish(*plan, ends, dropout_forward(*plan, *memory, ends, threads), memory->results);
+}
+
+/// Write the gradient of raw, of the gradients of dropped and of the penalty, either of which may be null.
+EXPORT void dropout_backward(const Dropout *plan, const DropoutMemory *memory, int threads) {
+    dropout_backward(*plan, *memory, Ends(plan->steps, plan->sizes, memory->lengths), threads);
+}
