@@ -48,7 +48,7 @@ def check_coefficient(name: str, value: Any) -> float:
 
         right = guard_or_true(value >= 0) and guard_or_true(value < math.inf)
         if right:
-            torch._check(value >= 0)  # in the compiled code, where the value is only known there
+            torch._check(value * 1.0 >= 0)  # when the code runs; torch 2.11 drops a check of the value itself
             torch._check(value < math.inf)
     else:
         right = 0 <= value < math.inf

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
-from types import ModuleType
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastreg import cpu, cpu_dropout
+from fastreg.kernels import cpu
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,25 +34,31 @@ def forget() -> None:
 
 
 class Backend(NamedTuple):
-    """Code for some devices: two modules, each with a `Forward` and a `Backward` like those of `fastreg.kernels`."""
+    """Code for some devices: what it is, and the classes that launch it, of one interface in all backends."""
 
     name: str
-    penalty: ModuleType
-    dropout: ModuleType
+    penalty_forward: Any
+    penalty_backward: Any
+    dropout_forward: Any
+    dropout_backward: Any
 
 
-BLOCKED = Backend("the blocked PyTorch path", cpu, cpu_dropout)
+CPP: Backend | None = None
+if cpu.reason() is None:
+    CPP = Backend("the C++ kernels", cpu.PenaltyForward, cpu.PenaltyBackward, cpu.DropoutForward, cpu.DropoutBackward)
 TRITON: Backend | None = None
 _interpreted = False
 if find_spec("triton") is not None:  # Triton has no build for some platforms
     from triton import knobs
 
-    from fastreg.kernels import dropout, penalty
+    from fastreg.kernels.dropout import DropoutBackward, DropoutForward
+    from fastreg.kernels.penalty import PenaltyBackward, PenaltyForward
 
     _interpreted = knobs.runtime.interpret
-    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), penalty, dropout)
+    name = "the Triton kernels" + (", interpreted" if _interpreted else "")
+    TRITON = Backend(name, PenaltyForward, PenaltyBackward, DropoutForward, DropoutBackward)
 
-_cpu: Backend = TRITON if TRITON is not None and _interpreted else BLOCKED
+_cpu: Backend | None = TRITON if _interpreted else CPP
 
 
 def backend_for(device: torch.device) -> Backend | None:
@@ -64,14 +69,23 @@ def backend_for(device: torch.device) -> Backend | None:
 
 
 @contextmanager
-def cpu_tensors_by(backend: Backend) -> Iterator[None]:
-    """Run CPU tensors by another backend inside of the block, in all threads: for tests and measurements."""
+def cpu_tensors_by(backend: Backend | None) -> Iterator[None]:
+    """Run CPU tensors by another backend inside of the block, in all threads: for tests and measurements.
+
+    Args:
+        backend: the code to run, or `None` for the plain formula.
+    """
     global _cpu
     before, _cpu = _cpu, backend
     try:
         yield
     finally:
         _cpu = before
+
+
+def keeps_memory_low() -> bool:
+    """Tell whether what a forward saves is packed away, as under activation checkpointing and `save_on_cpu`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def observed() -> bool:

@@ -21,7 +21,7 @@ from fastreg.arguments import (
     ready_lengths,
 )
 from fastreg.backends import Backend, backend_for, is_memory, observed, remembered
-from fastreg.kernels.view import Result
+from fastreg.kernels.view import Found, Result
 from fastreg.penalty import penalty_of
 from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, time_dim
 from fastreg.reference import ar_tar, ar_tar_gradients
@@ -169,7 +169,7 @@ class _Plan(NamedTuple):
     problem: Problem
     backend: Backend
     dropped: Memory
-    launch: Any  # a `Forward` of the backend
+    launch: Any  # a `dropout_forward` of the backend
 
     def compute(self, raw: Tensor, mask: Tensor, lengths: Tensor | None) -> tuple[Tensor, Result]:
         """Launch the forward; return dropped and the penalty."""
@@ -193,31 +193,31 @@ def _plan_for(signature: Signature, mask: Memory | None, problem: Problem, backe
     dropped = like(raw)
     view = view_of((raw, mask, dropped), signature, problem)
     sums = sums_of(signature, problem, compute_dtype(raw))
-    return _Plan(problem, backend, dropped, backend.dropout.Forward(view, sums, raw.device))
+    return _Plan(problem, backend, dropped, backend.dropout_forward(view, sums, raw.device))
 
 
 class _GradientPlan(NamedTuple):
     """How to compute the gradient of raw: its memory, and the launch that fills it."""
 
     gradient: Memory
-    launch: Any  # a `Backward` of the backend
+    launch: Any  # a `dropout_backward` of the backend
 
     def compute(
-        self, upstream: Sequence[Tensor | None], inputs: Sequence[Tensor], scales: Tensor | None, lengths: Tensor | None
+        self, upstream: Sequence[Tensor | None], inputs: Sequence[Tensor], found: Found, lengths: Tensor | None
     ) -> Tensor:
         """Allocate and launch the backward.
 
         Args:
             upstream: gradients of dropped and of the penalty, `None` where there is none.
             inputs: raw and mask.
-            scales: those of the forward's result.
+            found: that of the forward's result.
             lengths: those of the forward.
         """
         gradient = allocate(self.gradient)
         grad_dropped, grad = upstream
         raw, mask = (readable(x) for x in inputs)
         grad_dropped = None if grad_dropped is None else readable(grad_dropped)
-        self.launch((grad_dropped, grad), (raw, mask), gradient, scales, lengths)
+        self.launch((grad_dropped, grad), (raw, mask), gradient, found, lengths)
         return gradient
 
 
@@ -229,7 +229,7 @@ def _gradient_plan_for(
     raw, gradient = signature.given, like(signature.given)
     view = view_of((raw, *others, gradient), signature, problem)
     sums = sums_of(signature, problem, compute_dtype(raw))
-    return _GradientPlan(gradient, backend.dropout.Backward(view, sums, raw.device, penalized))
+    return _GradientPlan(gradient, backend.dropout_backward(view, sums, raw.device, penalized))
 
 
 class _DropoutPenalty(Function):
@@ -237,8 +237,8 @@ class _DropoutPenalty(Function):
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, mask: Tensor, lengths: Tensor | None, plan: _Plan) -> Any:
-        dropped, (penalty, terms, scales) = plan.compute(raw, mask, lengths)
-        ctx.save_for_backward(raw, mask, lengths, scales)
+        dropped, (penalty, terms, found) = plan.compute(raw, mask, lengths)
+        ctx.save_for_backward(raw, mask, lengths, found.scales)
         ctx.plan = plan
         ctx.set_materialize_grads(False)  # what has no gradient costs no zeros
         ctx.mark_non_differentiable(terms)
@@ -261,7 +261,7 @@ class _DropoutPenalty(Function):
         else:
             others = memory_of(mask), None if grad_dropped is None else memory_of(grad_dropped)
             plan = _gradient_plan_for(signature_of(layer), others, problem, ctx.plan.backend, grad is not None)
-            gradient = plan.compute(upstream, (raw, mask), scales, lengths)
+            gradient = plan.compute(upstream, (raw, mask), Found(scales, None), lengths)
         return gradient, None, None, None
 
 

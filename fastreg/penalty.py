@@ -11,8 +11,8 @@ from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_flags, check_layer, check_layers, check_problem, is_list, plain, ready_lengths
-from fastreg.backends import Backend, backend_for, is_memory, observed, remembered
-from fastreg.kernels.view import Result
+from fastreg.backends import Backend, backend_for, is_memory, keeps_memory_low, observed, remembered
+from fastreg.kernels.view import Found, Result
 from fastreg.problem import ARTAR, Layer, Problem, compute_dtype
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.view import Memory, Signature, allocate, like, readable, signature_of, sums_of, view_of
@@ -133,72 +133,105 @@ def penalty_of(
     layer = Layer(
         None if raw is None else plain(raw), None if dropped is None else plain(dropped), lengths, batch_sizes
     )
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in layer[:2])
     plan = None
     if observed() or not all(x is None or is_memory(x) for x in layer):
         check_layer(layer, problem, names)
     else:
-        plan = _plan_for(signature_of(layer), problem, backend_for(layer.given.device), names)
+        plan = _plan_for(signature_of(layer), problem, backend_for(layer.given.device), needs, names)
     if lengths is not None or batch_sizes is not None:
         layer = ready_lengths(layer, problem)
     if plan is None:
         penalty, ar, tar = ar_tar(layer, problem)
         return (penalty, ar.detach(), tar.detach()) if return_terms else (penalty,)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in layer[:2]):
+    if any(needs):
         penalty, terms = _Penalty.apply(*layer, plan)
     else:
-        penalty, terms, _ = plan.compute(layer)
+        penalty, terms, _ = plan.compute(layer, plan.gradients)
     return (penalty, terms[0], terms[1]) if return_terms else (penalty,)
 
 
 class _Plan(NamedTuple):
-    """How to compute the penalty of a layer: the problem, the code, and its launch."""
+    """How to compute the penalty of a layer.
+
+    problem    what to compute
+    backend    by which code
+    launch     its `penalty_forward`
+    gradients  what that fills for the backward, beside raw and dropped; empty where it predicts none
+    """
 
     problem: Problem
     backend: Backend
-    launch: Any  # a `Forward` of the backend
+    launch: Any
+    gradients: tuple[Memory | None, ...]
 
-    def compute(self, layer: Layer) -> Result:
-        """Launch the forward."""
-        raw, dropped = (None if x is None else readable(x) for x in layer[:2])
-        return self.launch(raw, dropped, layer.lengths, layer.batch_sizes)
+    def compute(self, layer: Layer, gradients: Sequence[Tensor | None]) -> Result:
+        """Launch the forward, with memory for the gradients that it fills."""
+        inputs = [None if x is None else readable(x) for x in layer[:2]]
+        return self.launch((*inputs, *gradients), layer.lengths, layer.batch_sizes)
+
+    def allocate(self) -> tuple[Tensor | None, ...]:
+        """Allocate what the forward fills for the backward; nothing where memory is what counts."""
+        if keeps_memory_low():
+            return (None,) * len(self.gradients)
+        return tuple(None if x is None else allocate(x) for x in self.gradients)
 
 
 @remembered
-def _plan_for(signature: Signature, problem: Problem, backend: Backend | None, names: tuple[str, str]) -> _Plan | None:
+def _plan_for(
+    signature: Signature,
+    problem: Problem,
+    backend: Backend | None,
+    needs: tuple[bool, bool],
+    names: tuple[str, str],
+) -> _Plan | None:
     """Check a layer's metadata and plan its forward; `None` where the plain formula computes it."""
     check_layer(signature, problem, names)
     if backend is None or 0 in signature.given.shape:
         return None
+    gradients = ()
+    if backend.penalty_forward.predicts:
+        gradients = tuple(
+            like(x) if x is not None and need else None for x, need in zip(signature[:2], needs, strict=True)
+        )
+    view = view_of((*signature[:2], *gradients), signature, problem)
     sums = sums_of(signature, problem, compute_dtype(*signature[:2]))
-    view = view_of(signature[:2], signature, problem)
-    return _Plan(problem, backend, backend.penalty.Forward(view, sums, signature.given.device))
+    launch = backend.penalty_forward(view, sums, signature.given.device)
+    return _Plan(problem, backend, launch, gradients)
 
 
 class _GradientPlan(NamedTuple):
     """How to compute the gradients of a layer: their memory, and the launch that fills it."""
 
-    gradients: Sequence[Memory | None]
-    launch: Any  # a `Backward` of the backend
+    gradients: tuple[Memory | None, ...]
+    launch: Any  # a `penalty_backward` of the backend
 
-    def compute(self, grad: Tensor, layer: Layer, scales: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Allocate and launch the backward; `scales` are those of the forward's result."""
-        inputs = tuple(None if x is None else readable(x) for x in layer[:2])
-        gradients = tuple(None if x is None else allocate(x) for x in self.gradients)
-        self.launch(grad, inputs, gradients, scales, layer.lengths, layer.batch_sizes)
+    def compute(
+        self, grad: Tensor, layer: Layer, found: Found, gradients: tuple[Tensor | None, ...] | None
+    ) -> tuple[Tensor | None, ...]:
+        """Launch the backward, for gradients that the forward has filled, or for new memory."""
+        inputs = [None if x is None else readable(x) for x in layer[:2]]
+        if gradients is None or found.assumed is None:
+            gradients = tuple(None if x is None else allocate(x) for x in self.gradients)
+            found = Found(found.scales, None)
+        self.launch(grad, (*inputs, *gradients), found, layer.lengths, layer.batch_sizes)
         return gradients
 
 
 @remembered
 def _gradient_plan_for(signature: Signature, problem: Problem, backend: Backend, dtype: torch.dtype) -> _GradientPlan:
     """Plan the backward for the tensors that were saved."""
-    gradients = [None if x is None else like(x) for x in signature[:2]]
+    gradients = tuple(None if x is None else like(x) for x in signature[:2])
     view = view_of((*signature[:2], *gradients), signature, problem)
     sums = sums_of(signature, problem, dtype)
-    return _GradientPlan(gradients, backend.penalty.Backward(view, sums, signature.given.device))
+    return _GradientPlan(gradients, backend.penalty_backward(view, sums, signature.given.device))
 
 
 class _Penalty(Function):
-    """Keep references to the inputs that need gradients, and two numbers where the divisors follow from lengths."""
+    """Keep references to the inputs that need gradients, and what the forward has found for the backward.
+
+    Where the forward predicts gradients, they belong to the first backward; a second one computes them anew.
+    """
 
     @staticmethod
     def forward(
@@ -209,12 +242,13 @@ class _Penalty(Function):
         batch_sizes: Tensor | None,
         plan: _Plan,
     ) -> Any:
-        penalty, terms, scales = plan.compute(Layer(raw, dropped, lengths, batch_sizes))
+        gradients = plan.allocate()
+        penalty, terms, found = plan.compute(Layer(raw, dropped, lengths, batch_sizes), gradients)
         need_raw, need_dropped = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
-            raw if need_raw else None, dropped if need_dropped else None, lengths, batch_sizes, scales
+            raw if need_raw else None, dropped if need_dropped else None, lengths, batch_sizes, *found
         )
-        ctx.plan = plan
+        ctx.plan, ctx.gradients = plan, gradients or None
         ctx.set_materialize_grads(False)  # the terms get no gradients: no zeros in their place
         ctx.mark_non_differentiable(terms)
         return penalty, terms
@@ -223,13 +257,14 @@ class _Penalty(Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return (None,) * 5
-        *saved, scales = ctx.saved_tensors
+        *saved, scales, assumed = ctx.saved_tensors
         layer, problem = Layer(*saved), ctx.plan.problem
+        predicted, ctx.gradients = ctx.gradients, None
         if torch.is_grad_enabled() or observed() or not all(x is None or is_memory(x) for x in (grad, *layer)):
             # PyTorch must see the formula of the gradient.
             wide = ar_tar_gradients(grad, layer, problem)
             gradients = [None if g is None else g.to(x.dtype) for g, x in zip(wide, layer[:2], strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
         else:
             plan = _gradient_plan_for(signature_of(layer), problem, ctx.plan.backend, grad.dtype)
-            gradients = plan.compute(grad, layer, scales)
+            gradients = plan.compute(grad, layer, Found(scales, assumed), predicted)
         return *gradients, None, None, None

@@ -86,7 +86,7 @@ def view_of(tensors: Sequence[Memory | None], signature: Signature, problem: Pro
     whole = signature.lengths is None and signature.packed is None
     if whole and all(x is None or x.outer == hidden for x in operands):
         return View(1, time, batch * hidden, operands)
-    return View(batch, time, hidden, operands)
+    return View(batch, time, hidden, operands, packed=signature.packed is not None)
 
 
 def sums_of(signature: Signature, problem: Problem, dtype: torch.dtype) -> Sums:

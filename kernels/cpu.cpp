@@ -96,11 +96,10 @@ struct Strides {  // in elements
     int64_t outer, time;
 };
 
-/// Which time steps count, and what the sums are divided by.
+/// What the sums are divided by, and how lengths are given.
 struct Steps {
-    double ar_divisor, tar_divisor;  // 0: the elements and the changes that count, of lengths
-    int32_t lengths;                 // bytes of one length, negative if it is signed; 0: all steps count
-    int32_t packed;                  // rows as in a PackedSequence: lengths are its batch sizes, and outer is not used
+    double ar_divisor, tar_divisor;  // 0: the elements and the changes that lengths leave
+    int64_t packed;                  // rows as in a PackedSequence: lengths are its batch sizes, and outer is not used
 };
 
 /// The metadata of a penalty: what stays the same from call to call.
@@ -117,10 +116,10 @@ struct Penalty {
 struct PenaltyMemory {
     const void *raw, *dropped;
     void *grad_raw, *grad_dropped;
-    const void *lengths;  // (outer,), or batch sizes (time,) in int64
-    const void *grad;     // () in the dtype of the computation: the upstream gradient
-    void *assumed;        // () likewise: the upstream gradient that a forward wrote gradients for
-    void *results;        // (3,) likewise: penalty, ar and tar
+    const int64_t *lengths;   // (outer,), or batch sizes (time,); null: all steps count
+    const void *grad;         // () in the dtype of the computation: the upstream gradient
+    const void *assumed;      // () likewise: the upstream gradient that a forward wrote gradients for
+    void *penalty, *terms;    // (), and (2,) ar and tar, likewise
 };
 
 /// The metadata of variational dropout with the penalty; `dropped` has the strides of its gradient in a backward.
@@ -137,9 +136,9 @@ struct Dropout {
 struct DropoutMemory {
     const void *raw, *mask;
     void *dropped, *grad_raw;
-    const void *lengths;
-    const void *grad;  // () in the dtype of the computation, or null: the penalty has no gradient
-    void *results;     // (3,) likewise
+    const int64_t *lengths;
+    const void *grad;       // () in the dtype of the computation, or null: the penalty has no gradient
+    void *penalty, *terms;  // (), and (2,) ar and tar, likewise
 };
 
 enum Dtype : int32_t { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
@@ -182,17 +181,16 @@ struct Cut {
 /// How far the sequences reach, read once a launch.
 class Ends {
   public:
-    Ends(const Steps &given, Sizes sizes, const void *lengths) : steps(given), time(sizes.time), width(sizes.inner) {
+    Ends(const Steps &given, Sizes sizes, const int64_t *lengths) : steps(given), time(sizes.time), width(sizes.inner) {
         if (steps.packed) {
-            const auto *batch_sizes = static_cast<const int64_t *>(lengths);
-            values.assign(batch_sizes, batch_sizes + time);
+            values.assign(lengths, lengths + time);
             offsets.resize(time);
-            for (int64_t step = 1; step < time; ++step) offsets[step] = offsets[step - 1] + batch_sizes[step - 1];
-        } else if (steps.lengths) {
+            for (int64_t step = 1; step < time; ++step) offsets[step] = offsets[step - 1] + lengths[step - 1];
+        } else if (lengths) {
             values.resize(sizes.outer);
             int64_t counted = 0, pairs = 0;
             for (int64_t i = 0; i < sizes.outer; ++i) {
-                values[i] = std::clamp<int64_t>(length(lengths, i), 0, time);
+                values[i] = std::clamp<int64_t>(lengths[i], 0, time);
                 counted += values[i];
                 pairs += std::max<int64_t>(values[i] - 1, 0);
             }
@@ -214,7 +212,7 @@ class Ends {
     }
 
     /// How many time steps of an item's sequence count; not for packed rows, of which an item may have many.
-    int64_t last(const Item &item) const { return steps.lengths ? values[item.sequence] : time; }
+    int64_t last(const Item &item) const { return values.empty() ? time : values[item.sequence]; }
 
     /// The sizes of a view of tensors of these strides. Packed rows without gaps count as one sequence of many lanes.
     Sizes view(Sizes sizes, std::initializer_list<Strides> all) const {
@@ -230,18 +228,8 @@ class Ends {
     Steps steps;
 
   private:
-    int64_t length(const void *lengths, int64_t i) const {
-        switch (steps.lengths) {
-            case 1: return static_cast<const std::uint8_t *>(lengths)[i];
-            case -1: return static_cast<const std::int8_t *>(lengths)[i];
-            case -2: return static_cast<const std::int16_t *>(lengths)[i];
-            case -4: return static_cast<const int32_t *>(lengths)[i];
-            default: return static_cast<const int64_t *>(lengths)[i];
-        }
-    }
-
     int64_t time, width;           // width: lanes of one sequence
-    std::vector<int64_t> values;   // lengths, or batch sizes
+    std::vector<int64_t> values;   // lengths, or batch sizes; none: all steps count
     std::vector<int64_t> offsets;  // of packed rows: where a time step begins
 };
 
@@ -511,12 +499,12 @@ void store(void *to, int64_t i, double value, int32_t dtype) {
 }
 
 /// Divide the sums and write the penalty and its terms.
-template <class Plan>
-void finish(const Plan &plan, const Ends &ends, Sums sums, void *results) {
+template <class Plan, class Memory>
+void finish(const Plan &plan, const Ends &ends, Sums sums, const Memory &memory) {
     const double ar = sums.ar / ends.steps.ar_divisor, tar = sums.tar / ends.steps.tar_divisor;
-    store(results, 0, plan.alpha * ar + plan.beta * tar, plan.compute_dtype);
-    store(results, 1, ar, plan.compute_dtype);
-    store(results, 2, tar, plan.compute_dtype);
+    store(memory.penalty, 0, plan.alpha * ar + plan.beta * tar, plan.compute_dtype);
+    store(memory.terms, 0, ar, plan.compute_dtype);
+    store(memory.terms, 1, tar, plan.compute_dtype);
 }
 
 /// What the gradients of the sums are multiplied by: rounded once, so that no factor on the way is too large.
@@ -708,8 +696,7 @@ int64_t bytes_of(int32_t dtype) { return dtype == FLOAT64 ? sizeof(double) : siz
 /// Write the penalty and its terms, and the gradients for the upstream gradient that is expected, if one is given.
 EXPORT void penalty_forward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
     const Ends ends(plan->steps, plan->sizes, memory->lengths);
-    if (memory->grad) std::memcpy(memory->assumed, memory->grad, bytes_of(plan->compute_dtype));
-    finish(*plan, ends, penalty(*plan, *memory, ends, true, threads), memory->results);
+    finish(*plan, ends, penalty(*plan, *memory, ends, true, threads), *memory);
 }
 
 /// Write the gradients, unless those that a forward wrote are right: `assumed` is null, or has its upstream gradient.
@@ -724,7 +711,7 @@ EXPORT int penalty_backward(const Penalty *plan, const PenaltyMemory *memory, in
 /// Write `raw * mask`, and the penalty and its terms.
 EXPORT void dropout_forward(const Dropout *plan, const DropoutMemory *memory, int threads) {
     const Ends ends(plan->steps, plan->sizes, memory->lengths);
-    finish(*plan, ends, dropout_forward(*plan, *memory, ends, threads), memory->results);
+    finish(*plan, ends, dropout_forward(*plan, *memory, ends, threads), *memory);
 }
 
 /// Write the gradient of raw, of the gradients of dropped and of the penalty, either of which may be null.

@@ -1,172 +1,162 @@
 """The kernels of cpu.cpp, called with the addresses of CPU tensors.
 
 A plan holds the metadata of an operation as C knows it, and is built once; a call hands over addresses alone, and does
-not hold Python's lock. The library is built when the package is installed (see pyproject.toml), for each level of
-processors on its own; the best that was built and that runs here is loaded. It shares PyTorch's OpenMP runtime, as
-that is in the process first, and takes as many threads as PyTorch does.
+not hold Python's lock. The library is built when the package is installed (see setup.py), for each level of processors
+on its own; the best that was built and that runs here is loaded. It shares PyTorch's OpenMP runtime, as that is in the
+process first, and takes as many threads as PyTorch does.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastreg.kernels.view import Found, Result, Sums, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_LENGTHS = {torch.uint8: 1, torch.int8: -1, torch.int16: -2, torch.int32: -4, torch.int64: -8}
 _LEVELS = {"AVX512": ("_cpu_v4", "_cpu_v3", "_cpu"), "AVX2": ("_cpu_v3", "_cpu")}  # what PyTorch says runs here
 
 
-class Sizes(NamedTuple):
-    """Extents of a view, none of them 0; of packed rows `outer` is not used, and `inner` is the hidden size."""
+class PenaltyForward:
+    """Compute penalties of tensors of one layout, and the gradients that the backward is expected to ask for.
 
-    outer: int
-    time: int
-    inner: int
-
-
-class Rows(NamedTuple):
-    """How a tensor lies in memory: strides in elements; the inner axis is contiguous. Packed rows have one for both."""
-
-    dtype: torch.dtype
-    outer: int
-    time: int
-
-
-class Steps(NamedTuple):
-    """Which time steps count, and what the sums are divided by.
-
-    lengths   dtype of `(outer,)` lengths, any integers, which count as from 0 to `time`; None: all steps count
-    packed    the tensors are rows as in a `PackedSequence`, and lengths its `(time,)` batch sizes, int64
-    divisors  of AR and of TAR; None: the elements and the changes that lengths leave
+    Args:
+        view: of raw, dropped and their gradients; the operand of a tensor that no term reads is `None`, and so is that
+            of a gradient that is not wanted.
+        sums: what to compute.
+        device: the CPU.
     """
 
-    lengths: torch.dtype | None = None
-    packed: bool = False
-    divisors: tuple[float, float] | None = None
+    predicts = True
+
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        self.plan, self.dtype, self.function = _penalty(view, sums), sums.dtype, library().penalty_forward
+
+    def __call__(self, tensors: Sequence[Tensor | None], lengths: Tensor | None, batch_sizes: Tensor | None) -> Result:
+        """Compute the penalty, and fill the gradients for the upstream gradient of the last backward.
+
+        Args:
+            tensors: raw, dropped, and memory for their gradients, as in the view.
+            lengths: `(outer,)` integers, or `None` where all time steps count.
+            batch_sizes: `(time,)` int64 where the rows are packed, else `None`.
+        """
+        _, _, grad_raw, grad_dropped = tensors
+        assumed = None if grad_raw is None and grad_dropped is None else _expected[self.dtype]
+        penalty, terms = _empty((), self.dtype), _empty((2,), self.dtype)
+        steps = _steps(lengths, batch_sizes)
+        _call(self.function, self.plan, _PenaltyMemory, (*tensors, steps, assumed, None, penalty, terms))
+        return Result(penalty, terms, Found(None, assumed))
 
 
-class Terms(NamedTuple):
-    """The coefficients, and whether AR is that of raw."""
+class PenaltyBackward:
+    """Compute the gradients of penalties of tensors of one layout.
 
-    alpha: float
-    beta: float
-    ar_of_raw: bool = False
-
-
-class PenaltyRows(NamedTuple):
-    """How the tensors of the penalty lie in memory; None: there is none."""
-
-    raw: Rows | None = None
-    dropped: Rows | None = None
-    grad_raw: Rows | None = None
-    grad_dropped: Rows | None = None
-
-
-class DropoutRows(NamedTuple):
-    """How the tensors of dropout lie in memory, all of one dtype; a mask for all time steps has a time stride of 0."""
-
-    raw: Rows
-    mask: Rows
-    dropped: Rows | None = None  # in a backward its gradient, or None: it has none
-    grad_raw: Rows | None = None
-
-
-class PenaltyMemory(Structure):
-    """Addresses, of memory that lives as long as the call; None: there is none, and it is neither read nor written.
-
-    raw, dropped            (outer, time, inner); AR is that of dropped, or with `ar_of_raw` of raw, TAR that of raw
-    grad_raw, grad_dropped  likewise: out, their gradients
-    lengths                 (outer,) integers, or (time,) batch sizes
-    grad                    () in the dtype of the computation: the gradient of the penalty; in a forward the one to
-                            expect, or None, and no gradient is written
-    assumed                 () out of a forward with `grad`, a copy of it; of a backward in, or None: gradients that
-                            a forward wrote are not right
-    results                 (3,) out of a forward: penalty, ar and tar
+    Args:
+        view: of raw, dropped and their gradients; the operand of one that needs no gradient is `None`, like that of
+            its gradient.
+        sums: what the forward computed.
+        device: the CPU.
     """
 
-    _fields_ = [
-        (name, c_void_p)
-        for name in ("raw", "dropped", "grad_raw", "grad_dropped", "lengths", "grad", "assumed", "results")
-    ]
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        self.plan, self.dtype, self.function = _penalty(view, sums), sums.dtype, library().penalty_backward
+
+    def __call__(
+        self,
+        grad: Tensor,
+        tensors: Sequence[Tensor | None],
+        found: Found,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+    ) -> None:
+        """Fill the gradients, unless the forward has filled them for this very upstream gradient.
+
+        Args:
+            grad: the upstream gradient, () in the dtype of the sums.
+            tensors: raw, dropped, and memory for their gradients, as in the view.
+            found: that of the forward's result, if the memory is what that filled; else with `None` for `assumed`.
+            lengths: those of the forward.
+            batch_sizes: those of the forward.
+        """
+        steps = _steps(lengths, batch_sizes)
+        arguments = *tensors, steps, grad, found.assumed, None, None
+        if _call(self.function, self.plan, _PenaltyMemory, arguments):
+            # A new tensor, as other graphs refer to the old one. Threads may overwrite each other's: a wrong guess
+            # costs time alone.
+            _expected[self.dtype] = grad.detach().clone()
 
 
-class DropoutMemory(Structure):
-    """Addresses, as in `PenaltyMemory`.
+class DropoutForward:
+    """Apply dropout masks and compute penalties, for tensors of one layout.
 
-    raw, mask  (outer, time, inner), one row of the mask for all time steps where its time stride is 0
-    dropped    (outer, time, inner): out of a forward; of a backward its gradient, or None
-    grad_raw   (outer, time, inner): out of a backward
-    lengths    (outer,) integers
-    grad       () in the dtype of the computation, the gradient of the penalty in a backward, or None
-    results    (3,) out of a forward: penalty, ar and tar
+    Args:
+        view: of raw, mask and dropped; a mask that is the same at all time steps has a time stride of 0.
+        sums: what to compute.
+        device: the CPU.
     """
 
-    _fields_ = [(name, c_void_p) for name in ("raw", "mask", "dropped", "grad_raw", "lengths", "grad", "results")]
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        self.plan, self.dtype, self.function = _dropout(view, sums), sums.dtype, library().dropout_forward
+
+    def __call__(self, raw: Tensor, mask: Tensor, dropped: Tensor, lengths: Tensor | None) -> Result:
+        """Fill `dropped` and compute the penalty.
+
+        Args:
+            raw: as in the view.
+            mask: as in the view.
+            dropped: as in the view, to be filled.
+            lengths: `(outer,)` integers, or `None` where all time steps count.
+        """
+        penalty, terms = _empty((), self.dtype), _empty((2,), self.dtype)
+        arguments = raw, mask, dropped, None, _steps(lengths), None, penalty, terms
+        _call(self.function, self.plan, _DropoutMemory, arguments)
+        return Result(penalty, terms, Found(None, None))
 
 
-class PenaltyPlan:
-    """AR and TAR of tensors that lie in memory as `rows` says.
+class DropoutBackward:
+    """Compute the gradient of raw, for tensors of one layout.
 
-    Differences, squares and sums are formed in float32, or float64 where a tensor is; sums over rows in float64.
+    Args:
+        view: of raw, mask, the gradient of dropped, whose operand is `None` where it has none, and that of raw.
+        sums: what the forward computed.
+        device: the CPU.
+        penalized: whether the penalty has an upstream gradient.
     """
 
-    def __init__(self, sizes: Sizes, rows: PenaltyRows, steps: Steps, terms: Terms) -> None:
-        dtypes = [x.dtype for x in rows if x is not None]
-        self._plan = _Penalty(
-            sizes,
-            *(_strides(x) for x in rows),
-            _steps(steps),
-            terms.alpha,
-            terms.beta,
-            *(_DTYPES[x.dtype if x else torch.float32] for x in rows[:2]),
-            _DTYPES[torch.float64 if torch.float64 in dtypes else torch.float32],
-            terms.ar_of_raw,
-        )
-        self._library = library()
+    def __init__(self, view: View, sums: Sums, device: torch.device, penalized: bool) -> None:
+        self.plan, self.function = _dropout(view, sums), library().dropout_backward
 
-    def forward(self, memory: PenaltyMemory) -> None:
-        """Write the penalty and its terms, and the gradients for the upstream gradient expected, if one is given."""
-        self._library.penalty_forward(self._plan, byref(memory), torch.get_num_threads())
+    def __call__(
+        self,
+        upstream: tuple[Tensor | None, Tensor | None],
+        inputs: tuple[Tensor, Tensor],
+        gradient: Tensor,
+        found: Found,
+        lengths: Tensor | None,
+    ) -> None:
+        """Fill the gradient of raw.
 
-    def backward(self, memory: PenaltyMemory) -> bool:
-        """Write the gradients, unless they were written for this upstream gradient; tell whether it wrote any."""
-        return bool(self._library.penalty_backward(self._plan, byref(memory), torch.get_num_threads()))
-
-
-class DropoutPlan:
-    """Variational dropout with AR and TAR; a term whose coefficient is 0 is off."""
-
-    def __init__(self, sizes: Sizes, rows: DropoutRows, steps: Steps, terms: Terms) -> None:
-        self._plan = _Dropout(
-            sizes,
-            *(_strides(x) for x in rows),
-            _steps(steps),
-            terms.alpha,
-            terms.beta,
-            _DTYPES[rows.raw.dtype],
-            _DTYPES[torch.promote_types(rows.raw.dtype, torch.float32)],
-            terms.alpha != 0,
-            terms.beta != 0,
-            terms.ar_of_raw,
-        )
-        self._library = library()
-
-    def forward(self, memory: DropoutMemory) -> None:
-        """Write dropped, and the penalty and its terms."""
-        self._library.dropout_forward(self._plan, byref(memory), torch.get_num_threads())
-
-    def backward(self, memory: DropoutMemory) -> None:
-        """Write the gradient of raw."""
-        self._library.dropout_backward(self._plan, byref(memory), torch.get_num_threads())
+        Args:
+            upstream: the gradients of dropped, as in the view, and of the penalty, () in the dtype of the sums.
+            inputs: raw and mask as in the view.
+            gradient: that of raw, to be filled.
+            found: that of the forward's result.
+            lengths: those of the forward.
+        """
+        grad_dropped, grad = upstream
+        arguments = *inputs, grad_dropped, gradient, _steps(lengths), grad, None, None
+        _call(self.function, self.plan, _DropoutMemory, arguments)
 
 
 def reason() -> str | None:
-    """Why the kernels do not run here, or None: they do."""
+    """Return why the kernels do not run here, or `None`: they do."""
     try:
         library()
     except OSError as error:
@@ -176,7 +166,11 @@ def reason() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The library for this processor. Raises OSError where there is none."""
+    """Load the library for this processor.
+
+    Raises:
+        OSError: there is none.
+    """
     level = torch.backends.cpu.get_cpu_capability()
     for name in _LEVELS.get(level, ("_cpu",)):
         for path in Path(__file__).parent.glob(f"{name}.*"):
@@ -185,14 +179,19 @@ def library() -> ctypes.CDLL:
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name in ("penalty", "dropout"):
-        plan, memory = {"penalty": (_Penalty, PenaltyMemory), "dropout": (_Dropout, DropoutMemory)}[name]
+    """Tell ctypes what the functions take and return."""
+    for name, plan, memory in (("penalty", _Penalty, _PenaltyMemory), ("dropout", _Dropout, _DropoutMemory)):
         for direction in ("forward", "backward"):
             function = getattr(library, f"{name}_{direction}")
             function.argtypes = [POINTER(plan), POINTER(memory), c_int]
             function.restype = None
     library.penalty_backward.restype = c_int
     return library
+
+
+# The upstream gradient that is expected: that of the last backward, or 1. None of these tensors is ever written to.
+with torch.inference_mode(False):
+    _expected = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 class _Sizes(Structure):
@@ -204,33 +203,71 @@ class _Strides(Structure):
 
 
 class _Steps(Structure):
-    _fields_ = [("ar_divisor", c_double), ("tar_divisor", c_double), ("lengths", c_int32), ("packed", c_int32)]
+    _fields_ = [("ar_divisor", c_double), ("tar_divisor", c_double), ("packed", c_int64)]
 
 
 class _Penalty(Structure):
     _fields_ = [
         ("sizes", _Sizes),
-        *((name, _Strides) for name in PenaltyRows._fields),
+        *((name, _Strides) for name in ("raw", "dropped", "grad_raw", "grad_dropped")),
         ("steps", _Steps),
         *((name, c_double) for name in ("alpha", "beta")),
         *((name, c_int32) for name in ("raw_dtype", "dropped_dtype", "compute_dtype", "ar_of_raw")),
     ]
 
 
+class _PenaltyMemory(Structure):
+    _fields_ = [
+        (name, c_void_p)
+        for name in (*("raw", "dropped", "grad_raw", "grad_dropped", "lengths", "grad", "assumed", "penalty", "terms"),)
+    ]
+
+
 class _Dropout(Structure):
     _fields_ = [
         ("sizes", _Sizes),
-        *((name, _Strides) for name in DropoutRows._fields),
+        *((name, _Strides) for name in ("raw", "mask", "dropped", "grad_raw")),
         ("steps", _Steps),
         *((name, c_double) for name in ("alpha", "beta")),
         *((name, c_int32) for name in ("dtype", "compute_dtype", "ar", "tar", "ar_of_raw")),
     ]
 
 
-def _strides(rows: Rows | None) -> tuple[int, int]:
-    return (0, 0) if rows is None else (rows.outer, rows.time)
+class _DropoutMemory(Structure):
+    _fields_ = [
+        (name, c_void_p) for name in ("raw", "mask", "dropped", "grad_raw", "lengths", "grad", "penalty", "terms")
+    ]
 
 
-def _steps(steps: Steps) -> tuple[float, float, int, bool]:
-    lengths = 0 if steps.lengths is None else _LENGTHS[steps.lengths]
-    return *(steps.divisors or (0, 0)), lengths, steps.packed
+def _penalty(view: View, sums: Sums) -> _Penalty:
+    """Describe a penalty to C."""
+    operands = (*view.operands, None, None)[:4]
+    strides = [(0, 0) if x is None else (x.outer, x.time) for x in operands]
+    dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in operands[:2]]
+    steps = *(sums.divisors or (0, 0)), view.packed
+    return _Penalty(view[:3], *strides, steps, sums.alpha, sums.beta, *dtypes, _DTYPES[sums.dtype], sums.ar_of_raw)
+
+
+def _dropout(view: View, sums: Sums) -> _Dropout:
+    """Describe dropout to C."""
+    operands = (*view.operands, None)[:4]
+    strides = [(0, 0) if x is None else (x.outer, x.time) for x in operands]
+    dtypes = [_DTYPES[dtype] for x in operands[:1] if x is not None for dtype in (x.dtype, sums.dtype)]
+    steps = *(sums.divisors or (0, 0)), False
+    switches = sums.alpha != 0, sums.beta != 0, sums.ar_of_raw
+    return _Dropout(view[:3], *strides, steps, sums.alpha, sums.beta, *dtypes, *switches)
+
+
+def _steps(lengths: Tensor | None, batch_sizes: Tensor | None = None) -> Tensor | None:
+    """Return lengths or batch sizes as C reads them."""
+    return batch_sizes if lengths is None else lengths.long()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _call(function: Any, plan: Structure, memory: type[Structure], tensors: Sequence[Tensor | None]) -> int | None:
+    """Hand the addresses of tensors to C, which live as long as the call."""
+    addresses = memory(*(None if x is None else x.data_ptr() for x in tensors))
+    return function(byref(plan), byref(addresses), torch.get_num_threads())

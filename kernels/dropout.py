@@ -14,7 +14,7 @@ from torch import Tensor
 from fastreg.kernels.launch import Launch
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, finish
 from fastreg.kernels.tiling import Rows, Tiling, at, ends, load_row, load_rows, place, rounded, store_row, within
-from fastreg.kernels.view import Result, Sums, View
+from fastreg.kernels.view import Found, Result, Sums, View
 
 
 @triton.jit(
@@ -255,7 +255,7 @@ def dropout_backward(
             store_row(grad_raw_rows, turn + i, gradient, within(tile, turn + i, tile.stop))
 
 
-class Forward:
+class DropoutForward:
     """Launch `dropout_forward` for tensors of one layout.
 
     Args:
@@ -282,11 +282,11 @@ class Forward:
             lengths: `(outer,)` integers on the same device, or `None` where all time steps count.
         """
         result, partials, ticket = self.memory.allocate()
-        self.launch(raw, mask, dropped, *result, partials, ticket, lengths)
+        self.launch(raw, mask, dropped, result.penalty, result.terms, result.found.scales, partials, ticket, lengths)
         return result
 
 
-class Backward:
+class DropoutBackward:
     """Launch `dropout_backward` for tensors of one layout.
 
     Args:
@@ -309,7 +309,7 @@ class Backward:
         upstream: tuple[Tensor | None, Tensor | None],
         inputs: tuple[Tensor, Tensor],
         gradient: Tensor,
-        scales: Tensor | None,
+        found: Found,
         lengths: Tensor | None,
     ) -> None:
         """Fill the gradient of raw.
@@ -318,11 +318,11 @@ class Backward:
             upstream: the gradients of dropped, as in the view, and of the penalty, () in the dtype of the sums.
             inputs: raw and mask as in the view.
             gradient: that of raw, to be filled.
-            scales: those of the forward's result.
+            found: that of the forward's result.
             lengths: those of the forward.
         """
         grad_dropped, grad = upstream
-        self.launch(grad, *inputs, grad_dropped, gradient, scales, lengths)
+        self.launch(grad, *inputs, grad_dropped, gradient, found.scales, lengths)
 
 
 def _constants(view: View, sums: Sums) -> dict[str, bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 from fastreg.kernels.launch import Launch, table_of
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, finish
 from fastreg.kernels.tiling import Rows, Tiling, at, ends, load_row, load_rows, place, store_row, within
-from fastreg.kernels.view import Result, Sums, View
+from fastreg.kernels.view import Found, Result, Sums, View
 
 
 @triton.jit(
@@ -232,7 +234,7 @@ def penalty_backward(
                 store_row(grad_dropped_rows, turn + i, gradient, inside)
 
 
-class Forward:
+class PenaltyForward:
     """Launch `penalty_forward` for tensors of one layout.
 
     Args:
@@ -240,6 +242,8 @@ class Forward:
         sums: what to compute.
         device: where the tensors are.
     """
+
+    predicts = False  # it fills no gradients
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         tiling = Tiling(view, sums.dtype)
@@ -250,24 +254,22 @@ class Forward:
         self.memory = SumMemory(sums, tiling.programs, device)
         self.device = device
 
-    def __call__(
-        self, raw: Tensor | None, dropped: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None
-    ) -> Result:
+    def __call__(self, tensors: Sequence[Tensor | None], lengths: Tensor | None, batch_sizes: Tensor | None) -> Result:
         """Compute the penalty.
 
         Args:
-            raw: as in the view.
-            dropped: as in the view.
+            tensors: raw and dropped, as in the view.
             lengths: `(outer,)` integers on the same device, or `None` where all time steps count.
             batch_sizes: `(time,)` int64 on the CPU where the rows are packed, else `None`.
         """
         offsets, lengths = (None, lengths) if batch_sizes is None else table_of(batch_sizes, self.device)
         result, partials, ticket = self.memory.allocate()
-        self.launch(raw, dropped, *result, partials, ticket, lengths, offsets)
+        penalty, terms, found = result
+        self.launch(*tensors, penalty, terms, found.scales, partials, ticket, lengths, offsets)
         return result
 
 
-class Backward:
+class PenaltyBackward:
     """Launch `penalty_backward` for tensors of one layout.
 
     Args:
@@ -288,9 +290,8 @@ class Backward:
     def __call__(
         self,
         grad: Tensor,
-        inputs: tuple[Tensor | None, Tensor | None],
-        gradients: tuple[Tensor | None, Tensor | None],
-        scales: Tensor | None,
+        tensors: Sequence[Tensor | None],
+        found: Found,
         lengths: Tensor | None,
         batch_sizes: Tensor | None,
     ) -> None:
@@ -298,11 +299,10 @@ class Backward:
 
         Args:
             grad: the upstream gradient, () in the dtype of the sums.
-            inputs: raw and dropped as in the view.
-            gradients: theirs, to be filled.
-            scales: those of the forward's result.
+            tensors: raw, dropped and memory for their gradients, as in the view.
+            found: that of the forward's result.
             lengths: those of the forward.
             batch_sizes: those of the forward.
         """
         offsets, lengths = (None, lengths) if batch_sizes is None else table_of(batch_sizes, self.device)
-        self.launch(grad, *inputs, *gradients, scales, lengths, offsets)
+        self.launch(grad, *tensors, found.scales, lengths, offsets)

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastreg.kernels.tiling import ends
-from fastreg.kernels.view import Result, Sums
+from fastreg.kernels.view import Found, Result, Sums
 
 CHUNK = tl.constexpr(512)  # partial sums, or lengths, that the last program loads at once
 RESERVE = 4096  # tickets a device: one for each stream and for each call captured in a CUDA graph
@@ -162,7 +162,7 @@ class SumMemory:
         """Return the result to be written, memory for partial sums, and a ticket."""
         scales = self._empty(2) if self.with_scales else None
         penalty = torch.empty_strided((), (), **self.options)
-        return Result(penalty, self._empty(2), scales), self._empty(self.partials), ticket_for(self.device)
+        return Result(penalty, self._empty(2), Found(scales, None)), self._empty(self.partials), ticket_for(self.device)
 
     def _empty(self, count: int) -> Tensor:
         """Allocate a vector; `torch.empty` takes 1 us longer."""

@@ -27,6 +27,7 @@ class View(NamedTuple):
     time: int
     inner: int
     operands: tuple[Operand | None, ...]
+    packed: bool = False
 
 
 class Sums(NamedTuple):
@@ -57,14 +58,25 @@ class Sums(NamedTuple):
         return 2 * self.alpha / elements, 2 * self.beta / pairs
 
 
+class Found(NamedTuple):
+    """What a forward leaves to its backward.
+
+    scales   (2,): one over the divisors, where they follow from lengths that only the device knows; else None
+    assumed  (): the upstream gradient that the forward filled gradients for; None if it filled none
+    """
+
+    scales: Tensor | None
+    assumed: Tensor | None
+
+
 class Result(NamedTuple):
     """What a forward computes, in the dtype of the sums, on the device of the tensors.
 
     penalty  (): alpha * AR + beta * TAR
     terms    (2,): AR and TAR
-    scales   (2,): one over the divisors, where they follow from lengths; else None
+    found    for the backward
     """
 
     penalty: Tensor
     terms: Tensor
-    scales: Tensor | None
+    found: Found

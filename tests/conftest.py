@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastreg import FusedRNNDropout, cpu, dropout, penalty, rnn_dropout
+from fastreg import FusedRNNDropout, dropout, penalty, rnn_dropout
 from fastreg.backends import TRITON, backend_for, forget
 from tests.language_model import Model, Stack
 
@@ -44,7 +44,6 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill memory from `torch.empty` and `allocate` with NaN, so that an element nobody wrote shows."""
-    monkeypatch.setattr(cpu, "_idle", cpu.Idle())
     allocate = penalty.allocate
     for module in (penalty, dropout):
         monkeypatch.setattr(module, "allocate", lambda memory: allocate(memory).fill_(torch.nan))

@@ -28,8 +28,6 @@ TESTS = {
     "kernels/dropout.py": ["padding", "dropout", "kernels"],
     "kernels/reduction.py": ["kernels", "padding", "penalty"],
     "kernels/tiling.py": ["kernels", "padding", "penalty"],
-    "fastreg/cpu.py": ["cpu", "padding", "penalty"],
-    "fastreg/cpu_dropout.py": ["cpu", "padding", "dropout"],
     "fastreg/penalty.py": ["padding", "penalty"],
     "fastreg/dropout.py": ["padding", "dropout"],
     "fastreg/rnn_dropout.py": ["rnn_dropout", "attachment", "dropout"],
@@ -68,10 +66,10 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("padding not 0 where the scale is inf", "if lengths is not None:  # exactly", "if False:  # exactly"),
         ("divisor from lengths left out", "tar_scale *= tl.load(scales + 1)", "tar_scale *= 1"),
     ],
-    ("kernels/penalty.py", "Forward"): [
+    ("kernels/penalty.py", "PenaltyForward"): [
         ("float64 summed in float32", "Tiling(view, sums.dtype)", "Tiling(view, torch.float32)"),
     ],
-    ("kernels/penalty.py", "Backward"): [
+    ("kernels/penalty.py", "PenaltyBackward"): [
         ("AR_OF_RAW always off", '"AR_OF_RAW": sums.ar_of_raw', '"AR_OF_RAW": False'),
     ],
     ("kernels/view.py", "Sums"): [
@@ -100,7 +98,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("TAR in padding", "counts, tar_scale", "tile.present, tar_scale"),
         ("dropped's gradient at raw's stride", "grad_dropped_time, None", "raw_time, None"),
     ],
-    ("kernels/dropout.py", "Forward"): [
+    ("kernels/dropout.py", "DropoutForward"): [
         ("TAR always on", '"TAR": sums.beta != 0', '"TAR": True'),
     ],
     ("kernels/dropout.py", "_constants"): [
@@ -133,69 +131,6 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("ALIGN of inner alone", "16, inner, *strides)", "16, inner)"),
         ("runs as long as they come", "max(runs, ceil_div(self.time, LONGEST_RUN))", "max(runs, 1)"),
         ("INDEX always 32 bits", "tl.int64 if outer", "tl.int32 if outer"),
-    ],
-    ("fastreg/cpu.py", "forward"): [
-        ("halo row dropped", "max(start - 1, 0)", "start"),
-        ("halo row counted in AR", "block[:, start - first :]", "block"),
-        ("dtype of raw alone", "compute_dtype(raw, dropped)", "compute_dtype(raw)"),
-    ],
-    ("fastreg/cpu.py", "backward"): [
-        ("sign flipped", "change[:, :-1], change[:, 1:]", "change[:, 1:], change[:, :-1]"),
-    ],
-    ("fastreg/cpu.py", "Scratch"): [
-        ("computed in the input's dtype", "block if block.dtype == self.memory.dtype else", "block if True else"),
-        ("memory not kept", "_idle.memory.append(self.kept)", "pass"),
-    ],
-    ("fastreg/cpu.py", "blocks"): [
-        ("last sequences left out", "range(0, outer, sequences)", "range(0, outer - sequences + 1, sequences)"),
-        ("long rows not cut", "min(inner, BLOCK)", "inner"),
-    ],
-    ("fastreg/cpu.py", "results"): [
-        ("divisors exchanged", "ar / divisors[0], tar / divisors[1]", "ar / divisors[1], tar / divisors[0]"),
-        ("padding in the divisor", "max(sum(counts) *", "max(len(counts) * sizes[1] *"),
-    ],
-    ("fastreg/cpu.py", "gradient_scales"): [
-        ("grad ignored", "(ar_factor * ar * grad)", "(ar_factor * ar * 1.0)"),
-        ("divisor from lengths left out", "tar_factor * tar", "tar_factor"),
-    ],
-    ("fastreg/cpu.py", "Rows"): [
-        ("sequences one step too long", "torch.arange(sizes[0], device", "torch.arange(-1, sizes[0] - 1, device"),
-        ("strides exchanged", "self.sequence * outer + self.step * time", "self.sequence * time + self.step * outer"),
-        ("halo row dropped", "max(start - 1, 0)", "start"),
-        ("changes across sequences", "self.starts[begin:end] - start, 0", "self.starts[begin:begin] - start, 0"),
-        ("a start at the block's edge missed", "[start, stop + 1]", "[start, stop]"),
-        ("padding not cleared", "x.detach().zero_()", "x.detach()"),
-        ("any order of axes taken for one after the other", " and strides[1] == inner", ""),
-    ],
-    ("fastreg/cpu.py", "Found"): [
-        ("padding gets a row that counts", "clamp_(max=stop - start)", "clamp_(max=stop - start - 1)"),
-        ("padding at the start left out", " if start else 0", ""),
-        ("padding at the end left out", " else len(self.rows)", " else int(self.places[stop - 1]) + 1"),
-        ("padding between blocks left out", "int(self.places[stop]) if", "int(self.places[stop - 1]) + 1 if"),
-    ],
-    ("fastreg/cpu.py", "with_padding"): [("memory not cleared", "rows[:, -1] = 0", "pass")],
-    ("fastreg/cpu.py", "square_sum"): [
-        (
-            "a sum that drifts",
-            "torch.mul(block, block, out=squares.shaped(*block.shape)).sum()",
-            "torch.dot(block.flatten(), block.flatten())",
-        )
-    ],
-    ("fastreg/cpu_dropout.py", "forward"): [
-        ("halo row dropped", "max(start - 1, 0)", "start"),
-    ],
-    ("fastreg/cpu_dropout.py", "_fill_rows"): [
-        ("mask left out", "slope.mul_(keep)", "slope.mul_(1)"),
-        ("an infinite mask spoils TAR", "through_mask or arriving is not None", "True"),
-        ("dropped not rounded", ".to(raw.rows.dtype)", ""),
-    ],
-    ("fastreg/cpu.py", "_fill_rows"): [
-        ("sign flipped", "change[:, :-1], change[:, 1:]", "change[:, 1:], change[:, :-1]")],
-    ("fastreg/cpu_dropout.py", "backward"): [
-        ("dropped not rounded", "slope.copy_(target.copy_(slope))", "pass"),
-        ("one row of a full mask", "strides[1][1] == 0", "True"),
-        ("memory not cleared", "slope.zero_()", "pass"),
-        ("mask at raw's strides", "(1, mask)", "(0, mask)"),
     ],
     ("fastreg/penalty.py", "penalty_of"): [
         ("a negated dropped to the kernels", "is_memory(x) for x in layer)", "is_memory(x) for x in layer[:1])"),

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bench.stand_in import StandInDriver
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.backends import Backend, cpu_tensors_by, forget
+from fastreg.backends import TRITON, cpu_tensors_by, forget
 from tests.conftest import KERNELS_ON_CPU
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
@@ -51,8 +51,9 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(driver, "_active", StandInDriver(chosen))  # reset_active() wants a real one to go back to
     for kernel in PENALTY + DROPOUT:
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    assert TRITON is not None
     # A name of its own keeps what is remembered of launches apart: each test compiles anew.
-    with cpu_tensors_by(Backend(request.node.nodeid, kernels, dropout_kernels)):
+    with cpu_tensors_by(TRITON._replace(name=request.node.nodeid)):
         yield chosen
         forget()  # compiled code is freed by the driver that loaded it
 

@@ -489,10 +489,10 @@ def test_lengths_that_cannot_be_looked_at_are_clamped() -> None:
     given = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in lengths], device=device)
     view = View(6, 9, 12, (Operand(FLOAT, 9 * 12, 12),) * 2)
     sums = Sums(FLOAT, ALPHA, BETA, divisors=None, ar_of_raw=False)
-    got = kernels.Forward(view, sums, raw.device)(raw, dropped, given, None)
+    got = kernels.PenaltyForward(view, sums, raw.device)((raw, dropped), given, None)
     assert_terms(ARTAR(got.penalty, *got.terms), truth(raw, dropped, lengths), FLOAT)
-    assert got.scales is not None
-    assert got.scales.tolist() == pytest.approx([1 / (12 * sum(lengths)), 1 / (12 * (4 + 8 + 0 + 1 + 8))])
+    assert got.found.scales is not None
+    assert got.found.scales.tolist() == pytest.approx([1 / (12 * sum(lengths)), 1 / (12 * (4 + 8 + 0 + 1 + 8))])
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.kernels.view import Found, Result
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 from tests.conftest import KERNELS_ON_CPU, gpu
@@ -48,7 +49,10 @@ def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
         for kernels, name in ((penalty, "penalty_backward"), (dropout, "dropout_backward")):
             monkeypatch.setattr(kernels, name, LastPrograms(getattr(kernels, name)))
-            monkeypatch.setattr(kernels, "Forward", lambda *_: lambda *_: (torch.zeros(()), torch.zeros(2), None))
+        for forward in (penalty.PenaltyForward, dropout.DropoutForward):
+            monkeypatch.setattr(
+                forward, "__call__", lambda *_: Result(torch.zeros(()), torch.zeros(2), Found(None, None))
+            )
     return request.param
 
 

@@ -1,0 +1,171 @@
+"""Gradients that the forward writes for the upstream gradient it expects: right whatever upstream gradient comes."""
+
+from __future__ import annotations
+
+import math
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastreg import fused_ar_tar, penalty
+from fastreg.backends import backend_for
+from tests.conftest import INTERPRETED
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
+
+UPSTREAM = [1.0, 1.0, 0.5, 0.5, 65536.0, -2.0, 0.0, -0.0, -0.0, math.inf, math.nan, math.nan, 1e-30, 1.0]
+
+
+def leaves(device: str, dtype: torch.dtype = FLOAT) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    raw, dropped = (torch.randn(3, 7, 12, generator=generator).to(device, dtype).requires_grad_() for _ in range(2))
+    return raw, dropped
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def assert_same_bits(got: Any, want: Any) -> None:
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(bits(x), bits(y))
+
+
+def alone(call: Any, upstream: Tensor, inputs: Any) -> list[Tensor]:
+    """Gradients that nothing was expected of: in hooks none are written ahead."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        got = call()
+    return [*torch.autograd.grad(got, inputs, upstream)]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # the interpreter's
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE, HALF, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["two", "same", "lengths", "raw alone", "raw needs none"])
+def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, device: str) -> None:
+    raw, dropped = leaves(device, dtype)
+    if kind == "raw needs none":
+        raw = raw.detach()
+    second = {"same": raw, "raw alone": None}.get(kind, dropped)
+    options: Any = {"lengths": torch.tensor([7, 0, 3])} if kind == "lengths" else {}
+
+    def call() -> Tensor:
+        return fused_ar_tar(raw, second, 0.0 if second is None else 2.0, 1.0, **options)
+
+    inputs = [x for x in (raw, dropped) if x.requires_grad and (x is not dropped or second is dropped)]
+    for value in UPSTREAM:
+        grad = torch.tensor(value, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device)
+        want = alone(call, grad, inputs)
+        assert_same_bits(torch.autograd.grad(call(), inputs, grad), want)
+
+
+def test_a_second_backward_computes_anew(device: str) -> None:
+    """The first has given its gradients away, and whoever has them may change them."""
+    raw, dropped = leaves(device)
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    first = torch.autograd.grad(got, (raw, dropped), retain_graph=True)
+    want = [x.clone() for x in first]
+    for x in first:
+        x.zero_()
+    second = torch.autograd.grad(got, (raw, dropped), retain_graph=True)
+    assert_same_bits(second, want)
+    third = torch.autograd.grad(got, (raw, dropped))
+    assert_same_bits(third, want)
+    assert len({x.data_ptr() for x in (*first, *second, *third)}) == 6
+
+
+def test_graphs_in_flight(device: str) -> None:
+    """Each has memory of its own, and what it assumed, whatever comes in between."""
+    raw, dropped = leaves(device)
+    upstream = [torch.tensor(value, device=device) for value in (1.0, 3.0, 1.0, 5.0, 3.0)]
+    wanted = [alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped)) for grad in upstream]
+    graphs = []
+    for grad in upstream:
+        graphs.append(fused_ar_tar(raw, dropped, 2.0, 1.0))
+        torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)
+    gradients = [torch.autograd.grad(*x) for x in zip(graphs, [(raw, dropped)] * 5, upstream, strict=True)]
+    for got, want in zip(gradients, wanted, strict=True):
+        assert_same_bits(got, want)
+
+
+def test_an_upstream_gradient_that_is_changed_afterwards(device: str) -> None:
+    raw, dropped = leaves(device)
+    grad = torch.tensor(3.0, device=device)
+    torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)
+    grad.fill_(7.0)
+    want = alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped))
+    for _ in range(2):
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+        assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), want)
+
+
+def test_an_input_changed_in_place_is_an_error(device: str) -> None:
+    x = leaves(device)[0].mul(1)
+    got = fused_ar_tar(x, x, 2.0, 1.0)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        got.backward()
+
+
+def test_hooks_and_checkpoints_keep_no_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    allocate = penalty.allocate
+    monkeypatch.setattr(penalty, "allocate", lambda memory: made.append(memory) or allocate(memory))
+    raw, dropped = leaves(device)
+    want = torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped))
+    made.clear()
+    got = checkpoint(lambda r, d: fused_ar_tar(r, d, 2.0, 1.0), raw, dropped, use_reentrant=False)
+    assert isinstance(got, Tensor)
+    assert not made
+    assert_same_bits(torch.autograd.grad(got, (raw, dropped)), want)
+    with torch.autograd.graph.save_on_cpu():
+        made.clear()
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+        assert not made
+    assert_same_bits(torch.autograd.grad(got, (raw, dropped)), want)
+
+
+def test_what_is_expected_is_written_ahead(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upstream gradient of the last backward; a backward that is given it allocates nothing."""
+    backend = backend_for(torch.device(device))
+    if backend is None or not backend.penalty_forward.predicts:
+        pytest.skip("gradients are formed in the backward here")
+    made: list[Any] = []
+    allocate = penalty.allocate
+    monkeypatch.setattr(penalty, "allocate", lambda memory: made.append(memory) or allocate(memory))
+    raw, dropped = leaves(device)
+    grad = torch.tensor(3.0, device=device)
+    for _ in range(2):
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+        assert len(made) == 2
+        ahead = got.grad_fn.gradients  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        values = [x.clone() for x in ahead]
+        gradients = torch.autograd.grad(got, (raw, dropped), grad)
+        assert len(made) == 2
+        assert [x.data_ptr() for x in gradients] == [x.data_ptr() for x in ahead]
+        made.clear()
+    assert_same_bits(values, gradients)
+    with torch.no_grad():
+        fused_ar_tar(raw, dropped, 2.0, 1.0)
+    assert not made
+
+
+@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread")
+def test_threads_with_upstream_gradients_of_their_own(device: str) -> None:
+    raw, dropped = leaves(device)
+    upstream = [torch.tensor(value, device=device) for value in (1.0, 2.0, 3.0)]
+    wanted = [alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped)) for grad in upstream]
+
+    def run(seed: int) -> bool:
+        draw = random.Random(seed)
+        for _ in range(200):
+            i = draw.randrange(3)
+            got = torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), upstream[i])
+            assert_same_bits(got, wanted[i])
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
