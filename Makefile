@@ -5,7 +5,7 @@ PYTEST = .venv/bin/python -m pytest
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels penalty padding dropout))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty dropout padding kernels sizes))
 
-.PHONY: help demo test test-ptx mutants test-oldest bench bench-compare lint clean
+.PHONY: help demo test test-ptx mutants test-oldest test-fakegpu bench bench-compare lint clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-oldest   run all tests with the oldest PyTorch and Triton supported, in .venv-oldest"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README"
 	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
+	@echo "make test-fakegpu DIR=...   run bench/on_gpu.sh on a stand-in GPU whose kernels do nothing: see bench/NOTES.md"
 	@echo "make lint    check style and types"
 	@echo "make clean   remove .venv and what the tools left"
 
@@ -46,12 +47,21 @@ test-oldest: .venv-oldest/test
 	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter"
 	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest $(KERNEL_TESTS)
 
+# What fails is in the report.
 bench: .venv/test
-	.venv/bin/python -m bench.run bench/results
+	-.venv/bin/python -m bench.run test
+	-.venv/bin/python -m bench.run bench
 	.venv/bin/python -m bench.report
 
+# On a copy in DIR: times of kernels that do nothing must not reach bench/results.
+test-fakegpu:
+	rm -rf $(DIR)/checkout && mkdir $(DIR)/checkout
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -a --parents -t $(DIR)/checkout
+	. $(DIR)/env.sh && PYTHON=$(DIR)/venv/bin/python bash $(DIR)/checkout/bench/on_gpu.sh test || true
+	. $(DIR)/env.sh && PYTHON=$(DIR)/venv/bin/python bash $(DIR)/checkout/bench/on_gpu.sh bench
+
 bench-compare: .venv/test
-	.venv/bin/python -m bench.run .benchmarks
+	.venv/bin/python -m bench.run bench .benchmarks
 	.venv/bin/python -m bench.compare .benchmarks
 
 lint: .venv/lint

@@ -1,4 +1,4 @@
-"""The benchmarks, for pytest-benchmark; `python -m bench.run` runs them where the tests pass.
+"""The benchmarks, for pytest-benchmark: `python -m bench.run bench`.
 
 A case is a group, and each of its peers a benchmark. The first benchmark of a group measures all of them by turns.
 """
@@ -6,6 +6,7 @@ A case is a group, and each of its peers a benchmark. The first benchmark of a g
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import pytest
@@ -15,42 +16,73 @@ from bench import cases, timing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {str(case): case for case in cases.all_cases(DEVICE)}
-STEP = cases.step(DEVICE)
 SECONDS = 0.5 if DEVICE == "cuda" else 3.0  # of rounds a case
+STEP_SECONDS = 3 * SECONDS
 REPLAY = timing.Replay()
 Measured = dict[str, tuple[list[float], dict[str, Any]]]  # of every peer: seconds a call, and other figures
 
 
+def in_a_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
 @functools.lru_cache(maxsize=1)  # one case is measured at a time, and its inputs go when it is done
-def measure(name: str) -> Measured:
-    """All peers of a case."""
-    case = CASES[name]
+def measure(name: str, deadline: float) -> tuple[Measured, dict[str, str]]:
+    """Measure all peers of a case, and say of those that fail why. No case is begun after the deadline."""
+    if time.monotonic() > deadline:
+        pytest.skip("out of time")
+    try:
+        return measure_peers(CASES[name])
+    except Exception as error:
+        return {}, dict.fromkeys(CASES[name].PEERS, in_a_line(error))
+
+
+def measure_peers(case: cases.AnyCase) -> tuple[Measured, dict[str, str]]:
+    """Measure the peers whose first call works."""
     sets = cases.input_sets(case, DEVICE)
-    calls = cases.calls(case, sets)
-    times = timing.take_turns(calls, DEVICE, SECONDS)
+    torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
+    calls: dict[str, cases.Call] = {}
+    first: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for peer, way in case.peers().items():
+        began = time.perf_counter()
+        try:
+            calls[peer] = case.call(way, sets)
+            calls[peer](0)
+            timing.synchronize(DEVICE)
+        except Exception as error:
+            calls.pop(peer, None)
+            failed[peer] = in_a_line(error)
+        first[peer] = time.perf_counter() - began
+    times = timing.take_turns(calls, DEVICE, STEP_SECONDS if isinstance(case, cases.Step) else SECONDS)
     measured: Measured = {}
     for peer, call in calls.items():
-        moved = case.bytes_moved(peer)
-        figures: dict[str, Any] = {"kept_bytes": timing.kept_bytes(call, sets[0]), "bytes_moved": moved}
-        if DEVICE == "cuda":
-            figures |= gpu_figures(call, moved, len(sets))
+        figures: dict[str, Any] = {"first_seconds": first[peer]}
+        if not isinstance(case, cases.Step):
+            moved = case.bytes_moved(peer)
+            figures |= {"kept_bytes": timing.kept_bytes(call, sets[0]), "bytes_moved": moved}
+            if DEVICE == "cuda":
+                figures |= gpu_figures(call, moved, len(sets))
         measured[peer] = times[peer], figures
-    return measured
+    return measured, failed
 
 
 def gpu_figures(call: cases.Call, moved: int, sets: int) -> dict[str, Any]:
-    """What only a GPU has."""
-    cold = timing.graph_seconds(call, range(sets))
-    bandwidth = moved / cold
-    return {
-        "graph_warm_seconds": timing.graph_seconds(call, [0] * sets),
-        "graph_rotated_seconds": cold,
-        "bandwidth": bandwidth,
-        "share_of_copy": bandwidth / copy_bandwidth(),
-        "launches": timing.launches(call),
-        "peak_bytes": timing.peak_bytes(call),
-        "host_seconds": timing.host_seconds(call),
-    }
+    """Measure what only a GPU has."""
+    figures: dict[str, Any] = {"peak_bytes": timing.peak_bytes(call), "host_seconds": timing.host_seconds(call)}
+    try:
+        cold = timing.graph_seconds(call, range(sets))
+        figures |= {
+            "graph_warm_seconds": timing.graph_seconds(call, [0] * sets),
+            "graph_rotated_seconds": cold,
+            "bandwidth": moved / cold,
+            "share_of_copy": moved / cold / copy_bandwidth(),
+            "launches": timing.launches(call),
+        }
+    except RuntimeError as error:  # what cannot be captured has been timed, all the same
+        figures["no_graph"] = in_a_line(error)
+    return figures
 
 
 @functools.cache
@@ -58,27 +90,15 @@ def copy_bandwidth() -> float:
     return timing.copy_bandwidth()
 
 
-@functools.lru_cache(maxsize=1)
-def measure_step() -> dict[str, list[float]]:
-    return timing.take_turns(cases.step_calls(STEP, DEVICE), DEVICE, 3 * SECONDS)
-
-
-def report(benchmark: Any, group: str, times: list[float], info: dict[str, Any]) -> None:
-    """Hand what was measured to pytest-benchmark."""
-    benchmark.group = group
-    benchmark.extra_info |= info
-    REPLAY.load(times)
-    benchmark.pedantic(REPLAY.advance, rounds=len(times))
-
-
-@pytest.mark.benchmark(timer=REPLAY.read)
-@pytest.mark.parametrize("peer", cases.STEP_PEERS)
-def test_training_step(benchmark: Any, peer: str) -> None:
-    report(benchmark, str(STEP), measure_step()[peer], {"pass": "training step", "peer": peer})
-
-
 @pytest.mark.benchmark(timer=REPLAY.read)
 @pytest.mark.parametrize(("name", "peer"), [(name, peer) for name, case in CASES.items() for peer in case.PEERS])
-def test_case(benchmark: Any, name: str, peer: str) -> None:
-    times, figures = measure(name)[peer]
-    report(benchmark, name, times, CASES[name].info | {"peer": peer} | figures)
+def test_case(benchmark: Any, deadline: float, name: str, peer: str) -> None:
+    """Hand what was measured to pytest-benchmark."""
+    measured, failed = measure(name, deadline)
+    if peer in failed:
+        pytest.fail(failed[peer], pytrace=False)
+    times, figures = measured[peer]
+    benchmark.group = name
+    benchmark.extra_info |= CASES[name].info | {"peer": peer} | figures
+    REPLAY.load(times)
+    benchmark.pedantic(REPLAY.advance, rounds=len(times))

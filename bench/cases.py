@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -219,16 +218,82 @@ class PaddedCase(Case):
         return both
 
 
-AnyCase = PenaltyCase | DropoutCase | PaddedCase
+@dataclass(frozen=True)
+class Step:
+    """A whole training step of an AWD-LSTM: forward, loss, backward, clipping, SGD; float32.
+
+    Each peer trains a model of its own. The compiled ones hold the penalty inside what is compiled.
+    """
+
+    PEERS: ClassVar = ("no penalty", "eager", "fastreg", "compiled", "compiled fastreg")
+    batch: int
+    time: int
+    words: int
+    embedding: int
+    hidden: int
+    layers: int
+
+    def __str__(self) -> str:
+        return f"step-{self.layers}x{self.hidden}-embedding{self.embedding}-words{self.words}-{self.batch}x{self.time}"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"pass": "training step"}
+
+    @property
+    def input_bytes(self) -> int:
+        return self.batch * (self.time + 1) * 8
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        """The ids of a text."""
+        return (torch.randint(self.words, (self.batch, self.time + 1), device=device),)
+
+    def peers(self) -> dict[str, Peer]:
+        """Each takes a model and a text, and gives the loss."""
+
+        def loss_with(penalty: Peer | None) -> Peer:
+            def loss_of(model: AWDLSTM, text: Tensor) -> Tensor:
+                decoded, raw, dropped = model(text[:, :-1])
+                loss = F.cross_entropy(decoded.flatten(0, 1), text[:, 1:].flatten())
+                return loss if penalty is None else loss + penalty(raw, dropped, ALPHA, BETA)
+
+            return loss_of
+
+        ways = [loss_with(penalty) for penalty in (None, fastai, fused_ar_tar)]
+        return dict(zip(self.PEERS, (*ways, *map(torch.compile, ways[1:])), strict=True))
+
+    def call(self, peer: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
+        torch.manual_seed(0)
+        dropouts = {"word_p": 0.1, "input_p": 0.3, "weight_p": 0.5, "hidden_p": 0.25, "output_p": 0.4}
+        model = AWDLSTM(self.words, self.embedding, self.hidden, self.layers, **dropouts).to(sets[0][0].device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+        def call(i: int) -> tuple[Tensor, ...]:
+            optimizer.zero_grad()
+            loss = peer(model, *sets[i % len(sets)])
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+            optimizer.step()
+            return (loss.detach(),)
+
+        return call
+
+
+AnyCase = PenaltyCase | DropoutCase | PaddedCase | Step
 
 
 def all_cases(device: str) -> list[AnyCase]:
-    """All cases on a GPU. A CPU takes a part of them, which shows the same in minutes: see the conditions."""
-    return list(_gpu_cases() if device == "cuda" else _cpu_cases())
+    """All cases on a GPU, those first that are wanted most. A CPU takes a part of them, which shows the same."""
+    return list(dict.fromkeys(_gpu_cases() if device == "cuda" else _cpu_cases()))
 
 
 def _gpu_cases() -> Iterator[AnyCase]:
     small, large = SHAPES[0], SHAPES[4]
+    for shape, dtype in product((small, large), (torch.bfloat16, torch.float32)):
+        yield PenaltyCase(shape, dtype)
+        yield DropoutCase(shape, dtype)
+    # that of Merity et al. on the Penn Treebank, at fastai's batch
+    yield Step(batch=64, time=70, words=10000, embedding=400, hidden=1152, layers=3)
     # Each compiles 4 peers, and time is short: (80, 70, 400), so like the first, is left out.
     for dtype, shape in product((torch.bfloat16, torch.float32), (*SHAPES[:2], *SHAPES[3:])):
         yield DropoutCase(shape, dtype)
@@ -246,6 +311,7 @@ def _gpu_cases() -> Iterator[AnyCase]:
 
 def _cpu_cases() -> Iterator[AnyCase]:
     small = SHAPES[0]
+    yield Step(batch=20, time=70, words=2000, embedding=400, hidden=400, layers=2)  # takes a third of a second
     for shape, dtype in product(SHAPES[:5], (torch.float32, torch.bfloat16)):  # the last is as large as the fifth
         yield PenaltyCase(shape, dtype)
         if shape == small:
@@ -271,61 +337,3 @@ def calls(case: AnyCase, sets: list[tuple[Tensor, ...]]) -> dict[str, Call]:
     """One call of every peer."""
     torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
     return {name: case.call(peer, sets) for name, peer in case.peers().items()}
-
-
-@dataclass(frozen=True)
-class Step:
-    """A whole training step of an AWD-LSTM: forward, loss, backward, clipping, SGD; float32."""
-
-    batch: int
-    time: int
-    words: int
-    embedding: int
-    hidden: int
-    layers: int
-
-    def __str__(self) -> str:
-        return f"step-{self.layers}x{self.hidden}-embedding{self.embedding}-words{self.words}-{self.batch}x{self.time}"
-
-
-def step(device: str) -> Step:
-    """That of Merity et al. on the Penn Treebank, at fastai's batch; on a CPU a smaller one, of a third of a second."""
-    if device == "cuda":
-        return Step(batch=64, time=70, words=10000, embedding=400, hidden=1152, layers=3)
-    return Step(batch=20, time=70, words=2000, embedding=400, hidden=400, layers=2)
-
-
-STEP_PEERS = ("no penalty", "eager", "fastreg", "compiled", "compiled fastreg")
-
-
-def step_calls(case: Step, device: str) -> dict[str, Call]:
-    """Each peer trains a model of its own. The compiled ones hold the penalty inside what is compiled."""
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    dropouts = {"word_p": 0.1, "input_p": 0.3, "weight_p": 0.5, "hidden_p": 0.25, "output_p": 0.4}
-    model = AWDLSTM(case.words, case.embedding, case.hidden, case.layers, **dropouts).to(device)
-    text = torch.randint(case.words, (case.batch, case.time + 1), device=device)
-
-    def training_step(penalty: Callable[..., Tensor] | None, compiled: bool) -> Call:
-        own = copy.deepcopy(model)
-        optimizer = torch.optim.SGD(own.parameters(), lr=1.0)
-
-        def loss_of(ids: Tensor, following: Tensor) -> Tensor:
-            decoded, raw, dropped = own(ids)
-            loss = F.cross_entropy(decoded.flatten(0, 1), following.flatten())
-            return loss if penalty is None else loss + penalty(raw, dropped, ALPHA, BETA)
-
-        run = torch.compile(loss_of) if compiled else loss_of
-
-        def call(_: int) -> tuple[Tensor, ...]:
-            optimizer.zero_grad()
-            loss = run(text[:, :-1], text[:, 1:])
-            loss.backward()
-            nn.utils.clip_grad_norm_(own.parameters(), 0.25)
-            optimizer.step()
-            return (loss.detach(),)
-
-        return call
-
-    ways = [(None, False), (fastai, False), (fused_ar_tar, False), (fastai, True), (fused_ar_tar, True)]
-    return {name: training_step(*way) for name, way in zip(STEP_PEERS, ways, strict=True)}

@@ -1,58 +1,69 @@
-"""What a result says about where it was measured."""
+"""What a result says besides its figures: where it was measured, of which commit, and what is missing."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-from pathlib import Path
+import math
+import time
+from collections.abc import Generator
 from typing import Any
 
+import pytest
 import torch
 
-from bench import benchmarks
+from bench import benchmarks, machine
 
-ROOT = Path(__file__).resolve().parent.parent
+MISSING = pytest.StashKey[dict[str, dict[str, str]]]()  # case -> peer -> why it is not measured
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, default=math.inf, help="begin no case after them")
+    parser.addoption("--commit", default="", help="what is measured, where there is no git to tell")
 
 
 def pytest_report_header() -> str:
     of = len(benchmarks.cases.all_cases("cuda"))
-    return f"fastreg: {len(benchmarks.CASES)} of {of} cases, and a training step, on {device_name()}"
+    return f"fastreg: {len(benchmarks.CASES)} of {of} cases on {machine.device_name()}"
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    missing = session.config.stash[MISSING] = {}
+    for item in session.items:
+        values = item.callspec.params  # pyright: ignore[reportAttributeAccessIssue]
+        missing.setdefault(values["name"], {})[values["peer"]] = "not reached"
+
+
+@pytest.fixture(scope="session")
+def deadline(request: pytest.FixtureRequest) -> float:
+    if benchmarks.DEVICE == "cuda":
+        benchmarks.copy_bandwidth()  # now: nothing can be measured once a kernel has failed
+    return time.monotonic() + float(request.config.getoption("--seconds"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    values = item.callspec.params  # pyright: ignore[reportAttributeAccessIssue]
+    missing = item.config.stash[MISSING][values["name"]]
+    if call.when == "call" and call.excinfo is None:
+        del missing[values["peer"]]
+    elif call.excinfo is not None and call.excinfo.type is not KeyboardInterrupt:
+        missing[values["peer"]] = str(call.excinfo.value)
+    return report
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)  # the name of a machine is nobody's business
-    machine_info |= {
-        "device": device_name(),
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "source": source(),
-    }
+    machine_info |= machine.facts()
     if benchmarks.DEVICE == "cuda":
         machine_info["copy_bandwidth"] = benchmarks.copy_bandwidth()
     else:
         machine_info["threads"] = torch.get_num_threads()
 
 
-def device_name() -> str:
-    """The GPU's, or the processor's with its cores."""
-    if benchmarks.DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()} CPU, {os.cpu_count()} cores"
+def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]) -> None:
+    if config.getoption("--commit"):
+        commit_info["id"] = config.getoption("--commit")
 
 
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return "none"
-    return triton.__version__
-
-
-def source() -> str:
-    """A digest of what was measured, for where there is no git to tell the commit."""
-    files = sorted([*ROOT.glob("fastreg/*.py"), *ROOT.glob("kernels/*.py")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+def pytest_benchmark_update_json(config: Any, output_json: dict[str, Any]) -> None:
+    output_json["missing"] = {name: peers for name, peers in config.stash[MISSING].items() if peers}

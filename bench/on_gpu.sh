@@ -1,23 +1,28 @@
 #!/usr/bin/env bash
 # On a bare GPU machine (torch, triton, pytest, pytest-benchmark, hypothesis and matplotlib; nothing installed, this
-# checkout neither): the tests on the real kernels, then the benchmarks, then the report, in under ten minutes.
-# Results go to bench/results, and where $OUT is set, to it as well.
+# checkout neither), each well inside ten minutes:
+#     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
+#     bash bench/on_gpu.sh bench [COMMIT]    the benchmarks, the most wanted first, and the report
+# COMMIT says what the checkout is where git cannot. Results go to bench/results, and where $OUT is set, to it as well;
+# the outcome of the tests, bench/results/tests, has to be there for the report to tell it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-log=${OUT:-bench/results}/run.log
+what=${1:?test or bench}
+commit=${2:-$(git rev-parse HEAD 2> /dev/null)}
+log=${OUT:-.benchmarks}/$what.log
 mkdir -p "$(dirname "$log")"
 export PYTHONUNBUFFERED=1
-python3 -c "import torch, triton; print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__)" \
+python=${PYTHON:-python3}
+"$python" -c "import torch, triton; print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__)" \
   || exit 1
 start=$(mktemp)
-# Out of time, the benchmarks end where they are, and what was measured is kept.
-timeout --kill-after=30 530 python3 -m bench.run bench/results 2>&1 | tee "$log"
+# What begins by then ends in time. If not, SIGTERM ends it, and what there is is written.
+timeout --kill-after=20 540 "$python" -m bench.run "$what" bench/results --seconds=480 --commit="$commit" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
-[ -n "$(find bench/results -name '*.json' -newer "$start")" ] || exit 1
-python3 -m bench.report | tee -a "$log"
+[ "$what" = test ] || "$python" -m bench.report 2>&1 | tee -a "$log"
 if [ -n "${OUT:-}" ]; then
-  for json in $(find bench/results -name '*.json' -newer "$start"); do
-    cp "${json%.json}".json "${json%.json}".md "${json%.json}"-*.svg "$OUT"
+  for json in $(cd bench/results && find . -name '*.json' -newer "$start"); do
+    (cd bench/results && cp --parents "$json" $(find "${json%.json}.md" "${json%.json}"-*.svg 2> /dev/null) "$OUT")
   done
 fi
 exit "$status"

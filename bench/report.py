@@ -30,6 +30,7 @@ CPU_TARGETS = {"float32": 2.5, "bfloat16": 4.0}  # times the speed of the eager 
 CPU_DROPOUT_TARGET = 2.5  # the same, both after dropout
 GPU_LARGE_LIMIT, GPU_SMALL_LIMIT = 1.3, 1.0  # times the time of dropout alone
 LARGE, SMALL = 2**25, [64, 70, 400]  # elements from which a shape is large, and the shape that is small
+MOST_NAMES = 5  # of tests or cases in a sentence
 DROPOUT_TITLE = """\
 Dropout, AR and TAR in one pass, `fused_dropout_ar_tar`, against fastai's `RNNDropout` alone, with the formula after it
 and with `fused_ar_tar` after it:
@@ -43,6 +44,7 @@ A training step of an AWD-LSTM, forward, loss, backward, clipping and SGD, in fl
 """
 GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of the JSON's extra_info: heading, unit, and what the unit is
+    "first_seconds": ("first call, s", 1),
     "kept_bytes": ("kept, MB", 1e6),
     "launches": ("launches", 1),
     "peak_bytes": ("peak, MB", 1e6),
@@ -105,6 +107,8 @@ class Result:
     machine: dict[str, Any]
     commit: dict[str, Any]
     cases: list[Case]
+    missing: dict[str, dict[str, str]]  # case -> peer -> why it is not measured
+    tests: dict[str, Any] | None  # what `bench.run test` wrote
 
     @property
     def on_gpu(self) -> bool:
@@ -126,7 +130,10 @@ def load(file: Path) -> Result:
     complete = [name for name, peers in seconds.items() if {"eager", "fastreg", "compiled"} <= peers.keys()]
     cases = [Case(name, seconds[name], info[name]) for name in complete]
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Result(file.stem, digest, result["machine_info"], result["commit_info"], cases)
+    outcomes = file.parent / "tests" / file.name
+    tests = json.loads(outcomes.read_text()) if outcomes.exists() else None
+    machine, commit = result["machine_info"], result["commit_info"]
+    return Result(file.stem, digest, machine, commit, cases, result.get("missing", {}), tests)
 
 
 def number(x: float) -> str:
@@ -143,13 +150,44 @@ def where(result: Result) -> str:
     """The machine, the versions and the commit, in a line."""
     machine, commit = result.machine, result.commit
     dirty = " with changes" if commit.get("dirty") else ""
+    known = "unknown" if commit["id"] == "unversioned" else commit["id"][:10]
     parts = [f"PyTorch {machine['torch']}", f"Python {machine['python_version']}"]
     if result.on_gpu:
         parts += [f"Triton {machine['triton']}", f"a copy moves {machine['copy_bandwidth'] / 1e12:.2f} TB/s"]
     else:
         parts += [f"{machine['threads']} threads", "the system's allocator"]
-    parts += [f"commit {commit['id'][:10]}{dirty}", f"source {machine['source']}"]
+    parts += [f"commit {known}{dirty}", f"source {machine['source']}"]
     return f"{machine['device']}: {', '.join(parts)}"
+
+
+def caveats(result: Result) -> str:
+    """What became of the tests, and what could not be measured, a sentence each."""
+    sentences = [tests_outcome(result)]
+    reasons: dict[str, list[str]] = {}
+    for name, peers in result.missing.items():
+        for why in dict.fromkeys(peers.values()):
+            those = [peer for peer, reason in peers.items() if reason == why]
+            reasons.setdefault(why, []).append(name if len(those) > 1 else f"{name} ({those[0]})")
+    sentences += [f"Not measured ({why}): {some(names)}." for why, names in reasons.items()]
+    return "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
+
+
+def some(names: list[str]) -> str:
+    """The first few, and how many there are beside them."""
+    return ", ".join(names[:MOST_NAMES]) + f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
+
+
+def tests_outcome(result: Result) -> str:
+    """How many tests passed and which failed, on this device, and what compute-sanitizer found."""
+    if result.tests is None:
+        return "The tests on this device: no outcome is recorded."
+    files = result.tests["files"].values()
+    failed = [name for file in files for name in file["failed"]]
+    passed, skipped = (sum(file[kind] for file in files) for kind in ("passed", "skipped"))
+    parts = [f"{passed} passed", f"{skipped} skipped", f"failed: {some(failed)}" if failed else "none failed"]
+    parts += [f"{tool}: {verdict}" for tool, verdict in result.tests["sanitizers"].items()]
+    of = "" if result.tests["source"] == result.machine["source"] else f", of source {result.tests['source']}"
+    return f"The tests on this device{of}: {', '.join(parts)}."
 
 
 def penalty_table(result: Result) -> str:
@@ -164,8 +202,8 @@ def penalty_table(result: Result) -> str:
 
 
 def gpu_cells(case: Case) -> list[str]:
-    own = case.info["fastreg"]
-    return [f"{own['share_of_copy']:.0%}", f"{own['launches']}"]
+    own = case.info["fastreg"]  # without a graph it has neither
+    return [f"{own[key]:{form}}" if key in own else "" for key, form in (("share_of_copy", ".0%"), ("launches", ""))]
 
 
 def dropout_table(result: Result) -> str:
@@ -251,21 +289,23 @@ def full_table(result: Result) -> str:
             spread = f"{case.spread(peer):.0%}"
             rows.append([case.label, case.kind, peer, number(case.milliseconds(peer)), spread, speed, *cells])
     note = f"Rendered from {result.name}.json by `python -m bench.report`. Spread: the middle half of the rounds."
-    return f"{where(result)}\n\n{note}\n\n{table(rows)}"
+    return f"{where(result)}\n\n{caveats(result)}\n{note}\n\n{table(rows)}"
 
 
 def readme_part(results: list[Result]) -> str:
     """What stands between the README's markers."""
     parts = []
     for result in sorted(results, key=lambda result: (not result.on_gpu, result.name)):
-        parts += [f"{where(result)}.\n", penalty_table(result)]
-        parts += [] if result.on_gpu else [lowest(result)]
+        parts += [f"{where(result)}.\n", caveats(result)]
+        if result.of(BOTH):
+            parts += [penalty_table(result), *([] if result.on_gpu else [lowest(result)])]
         if result.of(DROPOUT):
             parts += [DROPOUT_TITLE, dropout_table(result), dropout_verdict(result)]
         parts += [PADDED_TITLE, padded_table(result)] if result.of(PADDED) else []
         parts += [part for case in result.of(STEP) for part in (STEP_TITLE % case.name, step_table(case))]
         pictures = [f"![{alt}](bench/results/{result.name}-{kind}.svg)" for kind, alt, _ in plots(result)]
-        parts += ["\n".join(pictures) + "\n", f"All cases: [{result.name}.md](bench/results/{result.name}.md).\n"]
+        parts += ["\n".join(pictures) + "\n"] if pictures else []
+        parts += [f"All cases: [{result.name}.md](bench/results/{result.name}.md).\n"]
     if not any(result.on_gpu for result in results):
         parts += ["On a GPU: **not measured yet**, none was at hand; `bench/on_gpu.sh` measures it.\n"]
     if all(result.on_gpu for result in results):
@@ -282,10 +322,12 @@ def with_part(readme: str, part: str) -> str:
 
 def plots(result: Result) -> list[tuple[str, str, Callable[[Result], Figure]]]:
     """Kind and description of every plot of a result, and what draws it."""
-    drawn = [("speedup", "How many times as fast as its peers fastreg is, by shape", speedup_plot)]
+    drawn = []
+    if result.of(BOTH):
+        drawn.append(("speedup", "How many times as fast as its peers fastreg is, by shape", speedup_plot))
     if result.of(DROPOUT):
         drawn.append(("dropout", "How many times the time of dropout alone it takes with the penalty", dropout_plot))
-    if result.on_gpu:
+    if result.on_gpu and result.of(BOTH):
         drawn.append(("roofline", "Bandwidth reached against the size of the inputs, beside a copy's", roofline_plot))
     return drawn
 
@@ -325,7 +367,8 @@ def roofline_plot(result: Result) -> Figure:
     axes = figure.subplots()
     for kind, marker in ((BOTH, "o"), ("forward", "^")):
         for peer in ("fastreg", "compiled", "eager"):
-            cases = sorted(result.of(kind), key=lambda case: case.any_info["bytes_moved"])
+            measured = [case for case in result.of(kind) if "bandwidth" in case.info[peer]]
+            cases = sorted(measured, key=lambda case: case.any_info["bytes_moved"])
             passes = 3 if kind == BOTH else 1
             sizes = [case.any_info["bytes_moved"] / passes / 1e6 for case in cases]
             reached = [case.info[peer]["bandwidth"] / 1e12 for case in cases]

@@ -1,57 +1,155 @@
-"""Measure on this machine: `python -m bench.run FOLDER` writes FOLDER/DEVICE.json.
+"""Test and measure on this machine: `python -m bench.run test` and then `python -m bench.run bench`.
 
-Nothing is measured where the tests of what would be measured fail.
+The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report puts together. What fails
+or is not reached is recorded beside what is known. Interrupted, or sent SIGTERM, either writes what there is.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import re
+import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-GPU_TESTS = ["-m", "gpu", "tests"]
-CPU_TESTS = ["-m", "not gpu", *(f"tests/test_{name}.py" for name in ("cpu", "penalty", "padding", "dropout"))]
+from bench import machine
+
+ROOT = machine.ROOT
+RESULTS = ROOT / "bench" / "results"
+# Those first that say most of the kernels; tests/test_bench.py knows which files there are.
+GPU_TESTS = "kernels", "penalty", "padding", "dropout", "bench", "sizes", "concurrency", "regularizer", "distributed"
+CPU_TESTS = "cpu", "penalty", "padding", "dropout"
+SANITIZERS = "memcheck", "racecheck"
+SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
+SANITIZER_SECONDS = 75
 
 
-def file_name(result: dict) -> str:
-    """Of a result: one file a device. What was there before is in git."""
-    return re.sub(r"[^a-z0-9]+", "-", result["machine_info"]["device"].lower()).strip("-") + ".json"
+def run_file(name: str, seconds: float) -> dict[str, Any]:
+    """Run one file of tests in a process of its own, on a GPU those for it, and count the outcomes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        report = Path(temporary, "report.xml")
+        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        options += ["-m", "gpu" if torch.cuda.is_available() else "not gpu"]
+        command = [sys.executable, "-m", "pytest", *options, f"tests/test_{name}.py"]
+        try:
+            status = subprocess.run(command, cwd=ROOT, timeout=None if math.isinf(seconds) else seconds).returncode
+            end = f"ended with status {status}"
+        except subprocess.TimeoutExpired:
+            end = "out of time"
+        if not report.exists():  # which pytest writes at its end
+            return {"passed": 0, "skipped": 0, "failed": [f"test_{name}.py: {end}"]}
+        tests = list(ElementTree.parse(report).iter("testcase"))
+    outcomes = Counter(outcome(test) for test in tests)
+    failed = [f"test_{name}.py::{test.get('name')}" for test in tests if outcome(test) == "failed"]
+    return {"passed": outcomes["passed"], "skipped": outcomes["skipped"], "failed": failed}
 
 
-def tests_pass() -> bool:
-    tests = GPU_TESTS if torch.cuda.is_available() else CPU_TESTS
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT).returncode == 0
+def outcome(test: ElementTree.Element) -> str:
+    if test.find("failure") is not None or test.find("error") is not None:
+        return "failed"
+    return "skipped" if test.find("skipped") is not None else "passed"
 
 
-def main(folder: Path) -> int:
-    print("== the tests of what is measured", flush=True)
-    if not tests_pass():
-        print("bench.run: the tests fail on this machine: nothing is measured")
-        return 1
-    print("== the benchmarks", flush=True)
+def sanitize(tool: str, seconds: float) -> str:
+    """Run a few tests under one tool of compute-sanitizer, and give its verdict."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if program is None:
+        return "compute-sanitizer is not there"
+    options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    command = [
+        program,
+        *options,
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        *SANITIZED,
+    ]
+    # Else torch's allocator hides a read or a write behind the end of a tensor.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds, **pipes)
+    except subprocess.TimeoutExpired:
+        return "out of time"
+    print(done.stdout, flush=True)
+    verdicts = [line.strip("= ") for line in done.stdout.splitlines() if "SUMMARY" in line]
+    return f"status {done.returncode}: {', '.join(verdicts) or 'no verdict'}"
+
+
+def test(folder: Path, commit: str, seconds: float) -> int:
+    """Run the tests of what is measured, file by file, and write their outcomes."""
+    on_gpu = torch.cuda.is_available()
+    end = time.monotonic() + seconds
+    files: dict[str, Any] = {}
+    sanitizers = dict.fromkeys(SANITIZERS, "not reached") if on_gpu else {}
+    result = machine.facts() | {"commit": commit, "files": files, "sanitizers": sanitizers}
+    reserved = SANITIZER_SECONDS * len(sanitizers)
+    try:
+        for name in GPU_TESTS if on_gpu else CPU_TESTS:
+            files[name] = {"passed": 0, "skipped": 0, "failed": [f"test_{name}.py: not reached"]}
+            if time.monotonic() < end - reserved:
+                print(f"== tests/test_{name}.py", flush=True)
+                files[name] = run_file(name, end - reserved - time.monotonic())
+        for tool in sanitizers:
+            print(f"== {tool}", flush=True)
+            sanitizers[tool] = sanitize(tool, SANITIZER_SECONDS)
+    except KeyboardInterrupt:
+        print("bench.run: interrupted", flush=True)
+    write(folder / "tests" / machine.file_name(result["device"]), json.dumps(result, indent=1) + "\n")
+    failed = [name for file in files.values() for name in file["failed"]]
+    print("\n".join(["bench.run: failed:", *failed]) if failed else "bench.run: no test failed")
+    print("".join(f"bench.run: {tool}: {verdict}\n" for tool, verdict in sanitizers.items()), end="", flush=True)
+    return 1 if failed else 0
+
+
+def bench(folder: Path, commit: str, seconds: float) -> int:
+    """Run the benchmarks, and write what pytest-benchmark gives."""
     with tempfile.TemporaryDirectory() as temporary:
         new = Path(temporary, "result.json")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # interrupted, pytest still writes what it has
         options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={new}"]
-        status = pytest.main([*options, f"{ROOT}/bench/benchmarks.py"])
+        limits = [f"--seconds={seconds}", f"--commit={commit}"]
+        status = pytest.main([*options, *limits, f"{ROOT}/bench/benchmarks.py"])
         if not new.exists() or new.stat().st_size == 0:
             print("bench.run: nothing was measured")
             return 1
         text = new.read_text()
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / file_name(json.loads(text))
-    file.write_text(text)
-    print(f"bench.run: wrote {file}")
+    write(folder / machine.file_name(json.loads(text)["machine_info"]["device"]), text)
     return int(status)
 
 
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    print(f"bench.run: wrote {file}", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
+    parser.add_argument("what", choices=["test", "bench"])
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default="", help="of the checkout, where there is no git to tell")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after them")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return (test if options.what == "test" else bench)(options.folder, options.commit, options.seconds)
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "bench" / "results")))
+    sys.exit(main(sys.argv[1:]))

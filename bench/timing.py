@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import statistics
@@ -11,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import Call
 
 WARM_UP = 4  # turns: the first compile, those after it may compile again
 LEAST, MOST = 7, 50  # rounds
 REPLAYS = 20
+CLOCK = 2e9  # cycles a second, at least about what a GPU makes; with fewer, it sleeps longer than it has to
 COPY_BYTES = 2**30
 
 
@@ -95,27 +96,42 @@ def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
-    """Device seconds a call, without launch gaps: a CUDA graph of one call for each of `numbers`, replayed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call(numbers[0])
-    torch.cuda.current_stream().wait_stream(stream)
+def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
+    """Record one call for each of `numbers` in a CUDA graph. The current stream stays so, even where that fails."""
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        call(numbers[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    # torch.cuda.graph leaves its stream behind where the end of the capture raises
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         results = [call(i) for i in numbers]  # kept: each call writes its gradients to memory of its own
+    del results
+    return graph
+
+
+def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
+    """Device seconds a call, without launch gaps: a CUDA graph of one call for each of `numbers`, replayed.
+
+    The device sleeps until the host has launched the replay: what that takes does not count.
+    """
+    graph = capture(call, numbers)
+    graph.replay()  # which instantiates it
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    graph.replay()
+    asleep = round(CLOCK * (1e-4 + 2 * (time.perf_counter() - began)))
     times = []
-    for _ in range(REPLAYS + 2):
+    for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(asleep)
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    del results
-    return statistics.median(times[2:]) / len(numbers)
+    return statistics.median(times) / len(numbers)
 
 
 def host_seconds(call: Call) -> float:
@@ -132,12 +148,13 @@ def host_seconds(call: Call) -> float:
 
 
 def launches(call: Call) -> int:
-    """Kernels, copies and fills that the device ran in one call."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
-        call(0)
-        torch.cuda.synchronize()
-    return sum(event.device_type.name == "CUDA" for event in record.events() or [])
+    """Count the kernels, copies and fills of one call: the nodes of its CUDA graph."""
+    graph, count = capture(call, [0]), ctypes.c_size_t()
+    # of the runtime that torch has loaded
+    status = ctypes.CDLL(None).cudaGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    if status:
+        raise RuntimeError(f"cudaGraphGetNodes: error {status}")
+    return count.value
 
 
 def peak_bytes(call: Call) -> int:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +24,7 @@ from torch import Tensor
 pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
-from bench import cases, compare, report, run, timing
+from bench import cases, compare, machine, report, run, timing
 from bench.formulas import awd_lstm_lm, fastai, rnn_dropout
 from fastreg import fused_ar_tar
 from fastreg.reference import Steps, ar_tar
@@ -68,7 +72,6 @@ def test_known_work_takes_its_time_on_a_gpu(device: str) -> None:
     assert statistics.median(times["long"]) / short == pytest.approx(3, rel=0.1)
     assert timing.graph_seconds(sleeper(200_000), range(4)) == pytest.approx(short, rel=0.1)
     assert timing.host_seconds(sleeper(200_000)) < short / 3, "the host does not wait"
-    assert timing.launches(sleeper(200_000)) == 1
 
 
 def test_peers_take_turns_and_inputs_rotate() -> None:
@@ -114,7 +117,12 @@ def test_bytes_that_must_move() -> None:
 def test_a_gpu_runs_all_that_a_cpu_does() -> None:
     everything = cases.all_cases("cuda")
     assert len({str(case) for case in everything}) == len(everything)
-    assert set(cases.all_cases("cpu")) < set(everything)
+    assert {case for case in cases.all_cases("cpu") if not isinstance(case, cases.Step)} < set(everything)
+    first = everything[:8]
+    assert {(type(c), c.shape) for c in first if not isinstance(c, cases.Step)} == set(
+        product((cases.PenaltyCase, cases.DropoutCase), ((64, 70, 400), (128, 512, 1024)))
+    )
+    assert isinstance(everything[8], cases.Step)
     penalty = [case for case in everything if isinstance(case, cases.PenaltyCase) and not case.same]
     assert len({(c.shape, c.dtype, c.batch_first, c.backward) for c in penalty}) == len(cases.SHAPES) * 3 * 2 * 2
 
@@ -188,21 +196,26 @@ def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(benchmarks.CASES, "small", DROPOUT)
     monkeypatch.setattr(benchmarks, "DEVICE", "cpu")
     monkeypatch.setattr(benchmarks, "SECONDS", 0.0)
-    measured = benchmarks.measure("small")
+    measured, failed = benchmarks.measure("small", math.inf)
+    assert not failed
     assert tuple(measured) == DROPOUT.PEERS
     assert DROPOUT.PEERS[-1] == "fastreg", "a result that has fastreg is complete"
     one, mask, changes = 3 * 5 * 8 * 4, 3 * 8 * 4, 3 * 4 * 8 * 4
     for peer, (times, figures) in measured.items():
         kept = mask + (changes if peer in ("eager", "compiled") else 0)
         moved = one * (4 if peer.endswith("dropout alone") else 5)
+        assert figures.pop("first_seconds") > 0
         assert figures == {"kept_bytes": kept, "bytes_moved": moved}, peer
         assert len(times) == timing.LEAST
 
 
 class PretendGPU:
-    """In the place of `torch.cuda`'s functions: a replayed graph takes 6 ms, a call holds 3000 bytes."""
+    """In the place of `torch.cuda`'s functions, a device that is busy until some time.
 
-    now = 0.0
+    The host launches a graph in 3 ms, and its replay takes 6 more; a graph has 2 nodes, and a call holds 3000 bytes.
+    """
+
+    busy_until = 0.0
 
     def __init__(self, **_: Any):
         self.at = 0.0
@@ -211,38 +224,52 @@ class PretendGPU:
         return self
 
     def __exit__(self, *_: object) -> None: ...
-    def wait_stream(self, _: Any) -> None: ...
+
+    @classmethod
+    def work(cls, seconds: float) -> None:
+        cls.busy_until = max(cls.busy_until, time.perf_counter()) + seconds
+
+    @classmethod
+    def synchronize(cls) -> None:
+        time.sleep(max(cls.busy_until - time.perf_counter(), 0))
 
     def record(self) -> None:
-        self.at = PretendGPU.now
+        self.work(0)
+        self.at = self.busy_until
 
     def replay(self) -> None:
-        PretendGPU.now += 0.006
+        time.sleep(0.003)
+        self.work(0.006)
 
     def elapsed_time(self, end: PretendGPU) -> float:
         return 1e3 * (end.at - self.at)
 
-    def events(self) -> list[Any]:
-        kinds = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
-        return [SimpleNamespace(device_type=kind) for kind in kinds]
+    def raw_cuda_graph(self) -> int:
+        return 0
 
     @staticmethod
-    def install(patch: pytest.MonkeyPatch) -> None:
+    def nodes(graph: Any, nodes: Any, count: Any) -> int:
+        count._obj.value = 2
+        return 0
+
+    @classmethod
+    def install(cls, patch: pytest.MonkeyPatch) -> None:
         for name in ("Stream", "CUDAGraph", "Event", "current_stream"):
-            patch.setattr(torch.cuda, name, PretendGPU)
+            patch.setattr(torch.cuda, name, cls)
         for name in ("stream", "graph"):
-            patch.setattr(torch.cuda, name, lambda _: PretendGPU())
-        for name in ("synchronize", "reset_peak_memory_stats"):
-            patch.setattr(torch.cuda, name, lambda: None)
+            patch.setattr(torch.cuda, name, lambda _: cls())
+        patch.setattr(torch.cuda, "synchronize", cls.synchronize)
+        patch.setattr(torch.cuda, "_sleep", lambda cycles: cls.work(cycles / timing.CLOCK))
+        patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
         patch.setattr(torch.cuda, "memory_allocated", lambda: 200)
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: 3200)
+        patch.setattr(timing.ctypes, "CDLL", lambda _: SimpleNamespace(cudaGraphGetNodes=cls.nodes))
 
 
 def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench import benchmarks
 
     PretendGPU.install(monkeypatch)
-    monkeypatch.setattr(timing, "profile", lambda activities: PretendGPU())
     monkeypatch.setattr(benchmarks, "copy_bandwidth", lambda: 1e6)
     call = CASE.call(fastai, cases.input_sets(CASE, "cpu"))
     figures = benchmarks.gpu_figures(call, CASE.bytes_moved("eager"), 3)
@@ -257,9 +284,60 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "peak_bytes": 3000 - 2 * 480,
         }
     )
-    assert set(report.FIGURES) == {*figures, "host_seconds", "kept_bytes", "bytes_moved"}
+    assert set(report.FIGURES) == {*figures, "host_seconds", "kept_bytes", "bytes_moved", "first_seconds"}
     times = timing.take_turns({"eager": call}, "cuda", 0.0)
     assert len(times["eager"]) == timing.LEAST
+
+
+def test_what_cannot_be_captured_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import benchmarks
+
+    def refuse(call: cases.Call, numbers: Sequence[int]) -> Any:
+        raise RuntimeError("no capture\nhere")
+
+    PretendGPU.install(monkeypatch)
+    monkeypatch.setattr(timing, "capture", refuse)
+    figures = benchmarks.gpu_figures(lambda _: (), 1, 3)
+    assert set(figures) == {"host_seconds", "peak_bytes", "no_graph"}
+    assert figures["no_graph"] == "RuntimeError: no capture"
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_a_failed_capture_leaves_no_stream_behind(device: str) -> None:
+    x = torch.ones(3, device=device)
+
+    def call(_: int) -> tuple[Tensor, ...]:
+        torch.cuda.default_stream().wait_stream(torch.cuda.current_stream())  # which no capture allows
+        return (x + 1,)
+
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        timing.capture(call, [0])
+    assert torch.cuda.current_stream() == before
+    assert timing.launches(lambda _: (x + 1,)) == 1
+
+
+LAUNCHES = {
+    cases.PenaltyCase: {"eager": 30, "compiled": 6, "fastreg": 2},
+    cases.DropoutCase: {"dropout alone": 4, "eager": 36, "compiled": 8, "fastreg": 4},
+    cases.PaddedCase: {"without lengths": 2, "eager": 44, "compiled": 10, "fastreg": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_launches(kind: Any, device: str) -> None:
+    """Those of forward and backward in bfloat16."""
+    case = kind((64, 70, 400), torch.bfloat16)
+    calls = cases.calls(case, cases.input_sets(case, device))
+    assert {peer: timing.launches(calls[peer]) for peer in LAUNCHES[kind]} == LAUNCHES[kind]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_launches_of_a_forward(device: str) -> None:
+    case = cases.PenaltyCase((64, 70, 400), torch.float32, backward=False)
+    assert timing.launches(cases.calls(case, cases.input_sets(case, device))["fastreg"]) == 1
 
 
 def made_up(
@@ -268,7 +346,7 @@ def made_up(
     device: str = "A CPU, 2 cores",
     dropout: Sequence[Any] = (),
     padded: Sequence[Any] = (),
-    **machine: Any,
+    **more: Any,
 ) -> Path:
     """A result in which fastreg is `speeds` times as fast as the eager formula, one a case, and one round is odd.
 
@@ -286,13 +364,13 @@ def made_up(
     for number, ((shape, kind), seconds_of) in enumerate(made):
         info = {"shape": shape, "dtype": "float32", "layout": "batch first", **kind}
         for peer, seconds in (seconds_of | {"fastreg": 1.0}).items():
-            own = info | {"peer": peer} | (gpu_figures if machine else {})
+            own = info | {"peer": peer} | (gpu_figures if more else {})
             data = [seconds, seconds * 2, 100.0 if peer == "fastreg" else seconds]  # one round is slow for all
             benchmarks.append({"group": f"case {number}", "extra_info": own, "stats": {"data": data}})
-    info = {"device": device, "torch": "1", "triton": "2", "python_version": "3", "threads": 2, "source": "s"} | machine
+    info = {"device": device, "torch": "1", "triton": "2", "python_version": "3", "threads": 2, "source": "s"} | more
     result = {"benchmarks": benchmarks, "machine_info": info, "commit_info": {"id": "0123456789abcdef", "dirty": False}}
     folder.mkdir(exist_ok=True)
-    file = folder / run.file_name(result)
+    file = folder / machine.file_name(device)
     file.write_text(json.dumps(result))
     return file
 
@@ -343,6 +421,43 @@ def test_a_report_of_dropout(tmp_path: Path) -> None:
     assert [kind for kind, *_ in report.plots(result)] == ["speedup", "dropout", "roofline"]
 
 
+def test_a_report_tells_what_became_of_the_tests(tmp_path: Path) -> None:
+    file = made_up(tmp_path, [4.0], "A GPU", copy_bandwidth=3e12)
+    assert "no outcome is recorded" in report.readme_part([report.load(file)])
+    (tmp_path / "tests").mkdir()
+    failed = [f"test_{number}" for number in range(7)]
+    files = {"some": {"passed": 3, "skipped": 1, "failed": failed}, "others": {"passed": 4, "skipped": 0, "failed": []}}
+    tests = {"source": "s", "commit": "", "files": files, "sanitizers": {"memcheck": "no verdict"}}
+    (tmp_path / "tests" / file.name).write_text(json.dumps(tests))
+    part = report.readme_part([report.load(file)])
+    those = "test_0, test_1, test_2, test_3, test_4 and 2 more"
+    assert f"this device: 7 passed, 1 skipped, failed: {those}, memcheck: no verdict." in part
+    (tmp_path / "tests" / file.name).write_text(json.dumps(tests | {"source": "other"}))
+    assert "The tests on this device, of source other: 7 passed" in report.readme_part([report.load(file)])
+
+
+def test_a_report_of_what_little_there_is(tmp_path: Path) -> None:
+    """No case of the penalty, and a peer that no graph could be made of."""
+    file = made_up(tmp_path, [], "A GPU", dropout=[[64, 70, 400]], copy_bandwidth=3e12)
+    text = json.loads(file.read_text())
+    for benchmark in text["benchmarks"]:
+        for key in ("bandwidth", "share_of_copy", "launches", "graph_warm_seconds", "graph_rotated_seconds"):
+            del benchmark["extra_info"][key]
+    file.write_text(json.dumps(text | {"commit_info": {"id": "unversioned"}}))
+    result = report.load(file)
+    assert "commit unknown, source s" in report.readme_part([result])
+    assert "(64, 70, 400), float32" in report.full_table(result)
+    assert [kind for kind, *_ in report.plots(result)] == ["dropout"]
+    penalty = json.loads(made_up(tmp_path / "penalty", [4.0], "A GPU", copy_bandwidth=3e12).read_text())["benchmarks"]
+    del penalty[-1]["extra_info"]["bandwidth"]
+    text["benchmarks"] += [benchmark | {"group": "penalty"} for benchmark in penalty]
+    file.write_text(json.dumps(text))
+    result = report.load(file)
+    assert [kind for kind, *_ in report.plots(result)] == ["speedup", "dropout", "roofline"]
+    for _, _, plot in report.plots(result):
+        assert plot(result).axes
+
+
 def test_a_report_of_padding(tmp_path: Path) -> None:
     part = report.readme_part([report.load(made_up(tmp_path, [4.0], padded=[[64, 70, 400]]))])
     assert "Half of the batch padding" in part
@@ -377,6 +492,7 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_is_committed_is_what_was_measured() -> None:
     results = [report.load(file) for file in sorted(report.RESULTS.glob("*.json"))]
+    assert not any("Fake" in result.machine["device"] for result in results), "kernels that do nothing take no time"
     readme = report.README.read_text()
     assert report.with_part(readme, report.readme_part(results)) == readme, "run `python -m bench.report`"
     rendered = {f"{result.name}.json" for result in results}
@@ -392,17 +508,119 @@ def test_what_is_committed_is_what_was_measured() -> None:
     assert not stray
 
 
-def test_nothing_is_measured_where_the_tests_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    failing = tmp_path / "test_failing.py"
-    failing.write_text("def test_failing():\n    assert 1 + 1 == 3\n")
+def test_failing_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(
+        "import pytest, torch\n"
+        "pytestmark = pytest.mark.gpu if torch.cuda.is_available() else []\n"
+        "def test_right(): pass\n"
+        "@pytest.mark.parametrize('x', [1, 2])\n"
+        "def test_wrong(x): assert x == 1\n"
+        "def test_left_out(): pytest.skip('why')\n"
+    )
+    (tmp_path / "tests" / "test_dying.py").write_text("import os\nos._exit(7)\n")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
     for name in ("CPU_TESTS", "GPU_TESTS"):
-        monkeypatch.setattr(run, name, [str(failing)])
-    monkeypatch.setattr(pytest, "main", lambda _: pytest.fail("the benchmarks ran"))
-    assert run.main(tmp_path / "results") == 1
-    assert "nothing is measured" in capfd.readouterr().out
-    assert not (tmp_path / "results").exists()
+        monkeypatch.setattr(run, name, ["some", "dying"])
+    monkeypatch.setattr(run, "SANITIZERS", ())
+    assert run.test(tmp_path / "results", "abc", 60.0) == 1
+    (file,) = (tmp_path / "results" / "tests").iterdir()
+    result = json.loads(file.read_text())
+    assert result["commit"] == "abc"
+    assert result["files"] == {
+        "some": {"passed": 2, "skipped": 1, "failed": ["test_some.py::test_wrong[2]"]},
+        "dying": {"passed": 0, "skipped": 0, "failed": ["test_dying.py: ended with status 7"]},
+    }
+    assert run.test(tmp_path / "results", "abc", -1.0) == 1
+    assert json.loads(file.read_text())["files"]["dying"]["failed"] == ["test_dying.py: not reached"]
+
+
+def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
+    on_gpu = {file.stem.removeprefix("test_") for file in ROOT.glob("tests/test_*.py") if runs_on_gpu(file)}
+    assert set(run.GPU_TESTS) == on_gpu
+
+
+def runs_on_gpu(file: Path) -> bool:
+    """Whether it marks a test, or a test in it takes the fixture that does."""
+    return bool(re.search(r"\bgpu\b(?!\.)|^def test_.*\bdevice\b", file.read_text(), re.MULTILINE))
+
+
+MEASURE = """
+import os, signal, sys, time, torch
+torch.compile = lambda way: way
+late, monotonic = [0], time.monotonic
+time.monotonic = lambda: monotonic() + late[0]
+from bench import cases, run
+
+class Slow(cases.PenaltyCase):
+    def peers(self):
+        late[0] = 10000
+        return super().peers()
+
+class Broken(cases.PenaltyCase):
+    def peers(self):
+        def broken(*_):
+            with open(f"{sys.argv[1]}/calls", "a") as calls:
+                print("a call of what is broken", file=calls)
+            raise ValueError("broken\\nindeed")
+        return super().peers() | {"compiled": broken}
+
+class Ended(cases.PenaltyCase):
+    def peers(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().peers()
+
+kinds = {"broken": Broken, "slow": Slow, "late": cases.PenaltyCase, "ended": Ended}
+made = [kinds[name]((2, 3, size), torch.float32) for size, name in enumerate(sys.argv[2].split(), 4)]
+cases.all_cases = lambda device: made
+from bench import benchmarks
+benchmarks.SECONDS = 0.0
+sys.exit(run.main(["bench", sys.argv[1], "--seconds=5000", "--commit=0123456789abcdef"]))
+"""
+
+
+def measured(folder: Path, kinds: str) -> report.Result:
+    command = [sys.executable, "-c", MEASURE, str(folder), kinds]
+    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, cwd=ROOT, capture_output=True, env=on_cpu)
+    (file,) = folder.glob("*.json")
+    return report.load(file)
+
+
+def test_what_is_not_measured_is_recorded(tmp_path: Path) -> None:
+    result = measured(tmp_path, "broken slow late")
+    broken, slow, late = (f"2x3x{hidden}-float32-forward+backward" for hidden in (4, 5, 6))
+    assert [case.name for case in result.cases] == [slow], "what was begun before the deadline is complete"
+    peers = cases.PenaltyCase.PEERS
+    late_peers = dict.fromkeys(peers, "out of time")
+    assert result.missing == {broken: {"compiled": "ValueError: broken"}, late: late_peers}
+    assert (tmp_path / "calls").read_text() == "a call of what is broken\n"
+    assert result.commit["id"] == "0123456789abcdef"
+    assert f"Not measured (ValueError: broken): {broken} (compiled)." in report.caveats(result)
+    assert f"Not measured (out of time): {late}." in report.caveats(result)
+
+
+def test_what_is_measured_is_written_on_sigterm(tmp_path: Path) -> None:
+    result = measured(tmp_path, "late ended late")
+    first, ended, last = (f"2x3x{hidden}-float32-forward+backward" for hidden in (4, 5, 6))
+    assert [case.name for case in result.cases] == [first]
+    assert result.missing == {name: dict.fromkeys(cases.PenaltyCase.PEERS, "not reached") for name in (ended, last)}
+
+
+def test_the_time_of_the_host() -> None:
+    """Measured with few calls, of launches that do nothing or of a GPU's."""
+    script = "from bench import host; host.WARM_UP, host.ROUNDS, host.CALLS = 1, 3, 2; host.main()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    result = json.loads(last)
+    assert result["shape"] == [64, 70, 400]
+    assert set(result["cases"]) == {"fused_ar_tar", "fused_dropout_ar_tar", "fused_ar_tar, lengths"}
+    for name, peers in result["cases"].items():
+        assert {"fastreg", "empty Function"} <= set(peers)
+        assert peers["fastreg"]["fastreg_times_as_fast"] == 1
+        assert 0 < peers["empty Function"]["own_us"] < peers["fastreg"]["own_us"]
+        assert any(line.startswith(f"| {name}: fastreg | ") for line in lines)
 
 
 def test_pytest_benchmark_reads_a_result(tmp_path: Path) -> None:
