@@ -36,7 +36,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def deadline(request: pytest.FixtureRequest) -> float:
     if benchmarks.DEVICE == "cuda":
         benchmarks.copy_bandwidth()  # now: nothing can be measured once a kernel has failed
-    return time.monotonic() + float(request.config.getoption("--seconds"))
+    seconds: Any = request.config.getoption("--seconds")
+    return time.monotonic() + seconds
 
 
 @pytest.hookimpl(wrapper=True)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -33,33 +34,46 @@ GPU_TESTS = "kernels", "penalty", "padding", "dropout", "bench", "sizes", "concu
 CPU_TESTS = "cpu", "penalty", "padding", "dropout"
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
-SANITIZER_SECONDS = 75
+FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; what hangs must not take the time of the others
+GRACE = 10
 
 
 def run_file(name: str, seconds: float) -> dict[str, Any]:
     """Run one file of tests in a process of its own, on a GPU those for it, and count the outcomes."""
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary, "report.xml")
-        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
         options += ["-m", "gpu" if torch.cuda.is_available() else "not gpu"]
-        command = [sys.executable, "-m", "pytest", *options, f"tests/test_{name}.py"]
+        tests = subprocess.Popen([sys.executable, "-m", "pytest", *options, f"tests/test_{name}.py"], cwd=ROOT)
         try:
-            status = subprocess.run(command, cwd=ROOT, timeout=None if math.isinf(seconds) else seconds).returncode
-            end = f"ended with status {status}"
+            end = f"ended with status {tests.wait(seconds)}"
         except subprocess.TimeoutExpired:
             end = "out of time"
+            tests.send_signal(signal.SIGINT)  # at which pytest reports what it has
+            with suppress(subprocess.TimeoutExpired):
+                tests.wait(GRACE)
+        finally:
+            tests.kill()  # does nothing to what has ended
         if not report.exists():  # which pytest writes at its end
-            return {"passed": 0, "skipped": 0, "failed": [f"test_{name}.py: {end}"]}
-        tests = list(ElementTree.parse(report).iter("testcase"))
-    outcomes = Counter(outcome(test) for test in tests)
-    failed = [f"test_{name}.py::{test.get('name')}" for test in tests if outcome(test) == "failed"]
+            return unfinished(name, end)
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    if end == "out of time":
+        del cases[-1:]  # the one that was interrupted, which looks as if it had passed
+    outcomes = Counter(map(outcome, cases))
+    failed = [f"test_{name}.py::{case.get('name')}" for case in cases if outcome(case) == "failed"]
+    failed += [f"test_{name}.py: {end}"] * (end == "out of time")
     return {"passed": outcomes["passed"], "skipped": outcomes["skipped"], "failed": failed}
 
 
-def outcome(test: ElementTree.Element) -> str:
-    if test.find("failure") is not None or test.find("error") is not None:
+def unfinished(name: str, why: str) -> dict[str, Any]:
+    """What is recorded of a file whose tests did not come to their end."""
+    return {"passed": 0, "skipped": 0, "failed": [f"test_{name}.py: {why}"]}
+
+
+def outcome(case: ElementTree.Element) -> str:
+    if case.find("failure") is not None or case.find("error") is not None:
         return "failed"
-    return "skipped" if test.find("skipped") is not None else "passed"
+    return "skipped" if case.find("skipped") is not None else "passed"
 
 
 def sanitize(tool: str, seconds: float) -> str:
@@ -97,16 +111,17 @@ def test(folder: Path, commit: str, seconds: float) -> int:
     """Run the tests of what is measured, file by file, and write their outcomes."""
     on_gpu = torch.cuda.is_available()
     end = time.monotonic() + seconds
-    files: dict[str, Any] = {}
+    names = GPU_TESTS if on_gpu else CPU_TESTS
+    files: dict[str, Any] = {name: unfinished(name, "not reached") for name in names}
     sanitizers = dict.fromkeys(SANITIZERS, "not reached") if on_gpu else {}
     result = machine.facts() | {"commit": commit, "files": files, "sanitizers": sanitizers}
-    reserved = SANITIZER_SECONDS * len(sanitizers)
+    reserved, most = (SANITIZER_SECONDS * len(sanitizers), FILE_SECONDS) if on_gpu else (0, math.inf)
     try:
-        for name in GPU_TESTS if on_gpu else CPU_TESTS:
-            files[name] = {"passed": 0, "skipped": 0, "failed": [f"test_{name}.py: not reached"]}
+        for name in names:
             if time.monotonic() < end - reserved:
                 print(f"== tests/test_{name}.py", flush=True)
-                files[name] = run_file(name, end - reserved - time.monotonic())
+                files[name] = unfinished(name, "interrupted")
+                files[name] = run_file(name, min(end - reserved - time.monotonic(), most))
         for tool in sanitizers:
             print(f"== {tool}", flush=True)
             sanitizers[tool] = sanitize(tool, SANITIZER_SECONDS)

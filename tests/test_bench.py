@@ -531,6 +531,8 @@ def test_failing_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "some": {"passed": 2, "skipped": 1, "failed": ["test_some.py::test_wrong[2]"]},
         "dying": {"passed": 0, "skipped": 0, "failed": ["test_dying.py: ended with status 7"]},
     }
+    (tmp_path / "tests" / "test_some.py").write_text("import time\ndef test_long(): time.sleep(60)\n")
+    assert run.run_file("some", 2.0) == {"passed": 0, "skipped": 0, "failed": ["test_some.py: out of time"]}
     assert run.test(tmp_path / "results", "abc", -1.0) == 1
     assert json.loads(file.read_text())["files"]["dying"]["failed"] == ["test_dying.py: not reached"]
 
