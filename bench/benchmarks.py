@@ -55,6 +55,8 @@ def measure_peers(case: cases.AnyCase) -> tuple[Measured, dict[str, str]]:
             calls.pop(peer, None)
             failed[peer] = in_a_line(error)
         first[peer] = time.perf_counter() - began
+    if not calls:
+        return {}, failed
     times = timing.take_turns(calls, DEVICE, STEP_SECONDS if isinstance(case, cases.Step) else SECONDS)
     measured: Measured = {}
     for peer, call in calls.items():

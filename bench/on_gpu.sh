@@ -17,7 +17,7 @@ python=${PYTHON:-python3}
   || exit 1
 start=$(mktemp)
 # What begins by then ends in time. If not, SIGTERM ends it, and what there is is written.
-timeout --kill-after=20 540 "$python" -m bench.run "$what" bench/results --seconds=480 --commit="$commit" 2>&1 | tee "$log"
+timeout --kill-after=20 540 "$python" -m bench.run "$what" bench/results --seconds=450 --commit="$commit" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
 [ "$what" = test ] || "$python" -m bench.report 2>&1 | tee -a "$log"
 if [ -n "${OUT:-}" ]; then

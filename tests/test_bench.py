@@ -567,12 +567,16 @@ class Broken(cases.PenaltyCase):
             raise ValueError("broken\\nindeed")
         return super().peers() | {"compiled": broken}
 
+class Dead(cases.PenaltyCase):
+    def call(self, peer, sets):
+        raise ValueError("dead")
+
 class Ended(cases.PenaltyCase):
     def peers(self):
         os.kill(os.getpid(), signal.SIGTERM)
         return super().peers()
 
-kinds = {"broken": Broken, "slow": Slow, "late": cases.PenaltyCase, "ended": Ended}
+kinds = {"broken": Broken, "dead": Dead, "slow": Slow, "late": cases.PenaltyCase, "ended": Ended}
 made = [kinds[name]((2, 3, size), torch.float32) for size, name in enumerate(sys.argv[2].split(), 4)]
 cases.all_cases = lambda device: made
 from bench import benchmarks
@@ -590,12 +594,15 @@ def measured(folder: Path, kinds: str) -> report.Result:
 
 
 def test_what_is_not_measured_is_recorded(tmp_path: Path) -> None:
-    result = measured(tmp_path, "broken slow late")
-    broken, slow, late = (f"2x3x{hidden}-float32-forward+backward" for hidden in (4, 5, 6))
+    result = measured(tmp_path, "broken dead slow late")
+    broken, dead, slow, late = (f"2x3x{hidden}-float32-forward+backward" for hidden in (4, 5, 6, 7))
     assert [case.name for case in result.cases] == [slow], "what was begun before the deadline is complete"
     peers = cases.PenaltyCase.PEERS
-    late_peers = dict.fromkeys(peers, "out of time")
-    assert result.missing == {broken: {"compiled": "ValueError: broken"}, late: late_peers}
+    assert result.missing == {
+        broken: {"compiled": "ValueError: broken"},
+        dead: dict.fromkeys(peers, "ValueError: dead"),
+        late: dict.fromkeys(peers, "out of time"),
+    }
     assert (tmp_path / "calls").read_text() == "a call of what is broken\n"
     assert result.commit["id"] == "0123456789abcdef"
     assert f"Not measured (ValueError: broken): {broken} (compiled)." in report.caveats(result)
