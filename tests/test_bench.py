@@ -537,6 +537,17 @@ def test_failing_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert json.loads(file.read_text())["files"]["dying"]["failed"] == ["test_dying.py: not reached"]
 
 
+def test_the_verdict_of_a_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\necho '=== ERROR SUMMARY: 2 errors'\nexit 9\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert run.sanitizer() == str(program)
+    assert run.sanitize(str(program), "memcheck", 10.0) == "status 9: ERROR SUMMARY: 2 errors"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    assert run.sanitize(str(program), "memcheck", 0.5) == "out of time"
+
+
 def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
     on_gpu = {file.stem.removeprefix("test_") for file in ROOT.glob("tests/test_*.py") if runs_on_gpu(file)}
     assert set(run.GPU_TESTS) == on_gpu
