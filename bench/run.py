@@ -35,7 +35,7 @@ CPU_TESTS = "cpu", "penalty", "padding", "dropout"
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
 FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; what hangs must not take the time of the others
-GRACE = 10
+GRACE = 20  # seconds for pytest to print what failed
 
 
 def run_file(name: str, seconds: float) -> dict[str, Any]:
