@@ -16,7 +16,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -50,17 +51,19 @@ class Empty(torch.autograd.Function):
         return ctx.gradients
 
 
-def launch_nothing() -> None:
+@contextmanager
+def launch_nothing() -> Iterator[None]:
     """Send CPU tensors to the Triton kernels, compiled for an H100, and their launches to a driver that makes none."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     from bench.stand_in import StandInDriver
-    from fastreg import penalty
-    from fastreg.kernels import penalty as kernels
+    from fastreg.backends import TRITON, cpu_tensors_by, forget
 
     driver._active = StandInDriver(GPUTarget("cuda", 90, 32))  # pyright: ignore[reportAttributeAccessIssue]
-    penalty.RUNNERS["cpu"] = kernels
+    with cpu_tensors_by(TRITON):
+        yield
+    forget()
 
 
 def calls_of(case: cases.AnyCase, peers: tuple[str, ...], device: str) -> dict[str, cases.Call]:
@@ -114,12 +117,11 @@ def figures(turns: Mapping[str, list[Turn]]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        launch_nothing()
     measured: dict[str, dict[str, dict[str, float]]] = {}
-    for name, (case, peers) in CASES.items():
-        calls = calls_of(case, peers if device == "cuda" else ("fastreg",), device)
-        measured[name] = figures(take_turns(calls, device))
+    with launch_nothing() if device == "cpu" else nullcontext():
+        for name, (case, peers) in CASES.items():
+            calls = calls_of(case, peers if device == "cuda" else ("fastreg",), device)
+            measured[name] = figures(take_turns(calls, device))
     rows = [["host, forward + backward", "us", "own us", "fastreg against it"]]
     for name, peers in measured.items():
         for peer, own in peers.items():

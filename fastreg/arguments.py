@@ -132,7 +132,7 @@ def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, st
         if x.shape != first[1].shape:
             raise ValueError(f"{name}: expected the shape of {first[0]}, {_shape(first[1])}, got {_shape(x)}")
         _check_device(name, x, *first)
-    if isinstance(layer, Layer) and hasattr(layer.given, "to_local") and layer[2:] != (None, None):
+    if isinstance(layer, Layer) and getattr(layer.given, "to_local", None) is not None and layer[2:] != (None, None):
         raise TypeError("raw and dropped: expected no DTensor with lengths or packed; pass x.to_local() of each part")
     if layer.lengths is not None:
         _check_lengths(layer.lengths, layer.given, problem)

@@ -85,7 +85,7 @@ def cpu_tensors_by(backend: Backend | None) -> Iterator[None]:
 
 def keeps_memory_low() -> bool:
     """Tell whether what a forward saves is packed away, as under activation checkpointing and `save_on_cpu`."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def observed() -> bool:

@@ -147,7 +147,7 @@ def penalty_of(
     if any(needs):
         penalty, terms = _Penalty.apply(*layer, plan)
     else:
-        penalty, terms, _ = plan.compute(layer, plan.gradients)
+        penalty, terms, _ = plan.compute(layer, [None] * len(plan.gradients))
     return (penalty, terms[0], terms[1]) if return_terms else (penalty,)
 
 
@@ -182,7 +182,7 @@ def _plan_for(
     signature: Signature,
     problem: Problem,
     backend: Backend | None,
-    needs: tuple[bool, bool],
+    needs: tuple[bool, ...],
     names: tuple[str, str],
 ) -> _Plan | None:
     """Check a layer's metadata and plan its forward; `None` where the plain formula computes it."""

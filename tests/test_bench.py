@@ -27,7 +27,8 @@ pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 from bench import cases, compare, machine, report, run, timing
 from bench.formulas import awd_lstm_lm, fastai, rnn_dropout
 from fastreg import fused_ar_tar
-from fastreg.reference import Steps, ar_tar
+from fastreg.problem import Layer, Problem
+from fastreg.reference import ar_tar
 from tests.conftest import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ def test_the_formulas_are_the_penalty(formula: Callable[..., Tensor], batch_firs
     raw, dropped = torch.randn(2, 4, 6, 5, dtype=torch.double)
     tolerance = {"rtol": 1e-5, "atol": 0.0}
     for alpha, beta in ((2.0, 1.0), (2.0, 0.0), (0.0, 1.0)):
-        want = ar_tar(raw, dropped, alpha, beta, Steps(batch_first), "mean").penalty
+        want = ar_tar(Layer(raw, dropped), Problem(alpha, beta, batch_first)).penalty
         torch.testing.assert_close(formula(raw, dropped, alpha, beta), want, check_dtype=False, **tolerance)
 
 
@@ -153,7 +154,7 @@ def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monke
     exact = raw.detach().double().requires_grad_()
     torch.manual_seed(5)
     product = exact * rnn_dropout(torch.ones_like(raw), cases.P, batch_first).double()
-    penalty = ar_tar(exact, product, cases.ALPHA, cases.BETA, Steps(batch_first), "mean").penalty
+    penalty = ar_tar(Layer(exact, product), Problem(cases.ALPHA, cases.BETA, batch_first)).penalty
     for name, call in cases.calls(case, sets).items():
         torch.manual_seed(5)
         dropped, gradient = call(1)
