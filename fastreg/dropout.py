@@ -20,7 +20,7 @@ from fastreg.arguments import (
     plain,
     ready_lengths,
 )
-from fastreg.backends import Backend, backend_for, is_memory, observed, remembered
+from fastreg.backends import Backend, are_memory, backend_for, observed, remembered
 from fastreg.kernels.view import Found, Result
 from fastreg.penalty import penalty_of
 from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, time_dim
@@ -136,7 +136,7 @@ def drop_and_penalize(
     layer = Layer(raw, None, lengths)
     mask = plain(mask) if isinstance(mask, Tensor) else mask
     plan = None
-    if observed() or not all(is_memory(x) for x in (raw, mask, lengths) if isinstance(x, Tensor)):
+    if observed() or not are_memory((raw, mask if isinstance(mask, Tensor) else None, lengths)):
         check_layer(layer, problem)
     else:
         known = memory_of(mask) if isinstance(mask, Tensor) else None
@@ -252,11 +252,7 @@ class _DropoutPenalty(Function):
         layer, upstream, problem = Layer(raw, None, lengths), (grad_dropped, grad), ctx.plan.problem
         if grad_dropped is None and grad is None:
             gradient = None
-        elif (
-            torch.is_grad_enabled()
-            or observed()
-            or not all(x is None or is_memory(x) for x in (raw, mask, lengths, *upstream))
-        ):
+        elif torch.is_grad_enabled() or observed() or not are_memory((raw, mask, lengths, *upstream)):
             gradient = _gradient_formula(upstream, layer, mask, problem)  # which PyTorch must see
         else:
             others = memory_of(mask), None if grad_dropped is None else memory_of(grad_dropped)

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_flags, check_layer, check_layers, check_problem, is_list, plain, ready_lengths
-from fastreg.backends import Backend, backend_for, is_memory, keeps_memory_low, observed, remembered
+from fastreg.backends import Backend, are_memory, backend_for, keeps_memory_low, observed, remembered
 from fastreg.kernels.view import Found, Result
 from fastreg.problem import ARTAR, Layer, Problem, compute_dtype
 from fastreg.reference import ar_tar, ar_tar_gradients
@@ -133,9 +133,12 @@ def penalty_of(
     layer = Layer(
         None if raw is None else plain(raw), None if dropped is None else plain(dropped), lengths, batch_sizes
     )
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in layer[:2])
+    raw, dropped, *_ = layer
+    needs = (False, False)
+    if torch.is_grad_enabled():
+        needs = raw is not None and raw.requires_grad, dropped is not None and dropped.requires_grad
     plan = None
-    if observed() or not all(x is None or is_memory(x) for x in layer):
+    if observed() or not are_memory(layer):
         check_layer(layer, problem, names)
     else:
         plan = _plan_for(signature_of(layer), problem, backend_for(layer.given.device), needs, names)
@@ -144,11 +147,13 @@ def penalty_of(
     if plan is None:
         penalty, ar, tar = ar_tar(layer, problem)
         return (penalty, ar.detach(), tar.detach()) if return_terms else (penalty,)
-    if any(needs):
-        penalty, terms = _Penalty.apply(*layer, plan)
-    else:
+    if needs == (False, False):
         penalty, terms, _ = plan.compute(layer, [None] * len(plan.gradients))
-    return (penalty, terms[0], terms[1]) if return_terms else (penalty,)
+        return (penalty, *terms.unbind()) if return_terms else (penalty,)
+    if not return_terms:  # an output more costs 3 us
+        return (_Penalty.apply(*layer, plan),)
+    penalty, terms = _PenaltyWithTerms.apply(*layer, plan)
+    return penalty, *terms.unbind()
 
 
 class _Plan(NamedTuple):
@@ -172,7 +177,7 @@ class _Plan(NamedTuple):
 
     def allocate(self) -> tuple[Tensor | None, ...]:
         """Allocate what the forward fills for the backward; nothing where memory is what counts."""
-        if keeps_memory_low():
+        if self.gradients and keeps_memory_low():
             return (None,) * len(self.gradients)
         return tuple(None if x is None else allocate(x) for x in self.gradients)
 
@@ -182,7 +187,7 @@ def _plan_for(
     signature: Signature,
     problem: Problem,
     backend: Backend | None,
-    needs: tuple[bool, ...],
+    needs: tuple[bool, bool],
     names: tuple[str, str],
 ) -> _Plan | None:
     """Check a layer's metadata and plan its forward; `None` where the plain formula computes it."""
@@ -242,25 +247,16 @@ class _Penalty(Function):
         batch_sizes: Tensor | None,
         plan: _Plan,
     ) -> Any:
-        gradients = plan.allocate()
-        penalty, terms, found = plan.compute(Layer(raw, dropped, lengths, batch_sizes), gradients)
-        need_raw, need_dropped = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(
-            raw if need_raw else None, dropped if need_dropped else None, lengths, batch_sizes, *found
-        )
-        ctx.plan, ctx.gradients = plan, gradients or None
-        ctx.set_materialize_grads(False)  # the terms get no gradients: no zeros in their place
-        ctx.mark_non_differentiable(terms)
-        return penalty, terms
+        return _compute(ctx, Layer(raw, dropped, lengths, batch_sizes), plan).penalty
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return (None,) * 5
         *saved, scales, assumed = ctx.saved_tensors
         layer, problem = Layer(*saved), ctx.plan.problem
         predicted, ctx.gradients = ctx.gradients, None
-        if torch.is_grad_enabled() or observed() or not all(x is None or is_memory(x) for x in (grad, *layer)):
+        if torch.is_grad_enabled() or observed() or not are_memory((grad, *layer)):
             # PyTorch must see the formula of the gradient.
             wide = ar_tar_gradients(grad, layer, problem)
             gradients = [None if g is None else g.to(x.dtype) for g, x in zip(wide, layer[:2], strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
@@ -268,3 +264,38 @@ class _Penalty(Function):
             plan = _gradient_plan_for(signature_of(layer), problem, ctx.plan.backend, grad.dtype)
             gradients = plan.compute(grad, layer, Found(scales, assumed), predicted)
         return *gradients, None, None, None
+
+
+class _PenaltyWithTerms(_Penalty):
+    """The same with AR and TAR, (2,), as a second result that has no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        raw: Tensor | None,
+        dropped: Tensor | None,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        plan: _Plan,
+    ) -> Any:
+        penalty, terms, _ = _compute(ctx, Layer(raw, dropped, lengths, batch_sizes), plan)
+        ctx.set_materialize_grads(False)  # no zeros in the place of a gradient of the terms
+        ctx.mark_non_differentiable(terms)
+        return penalty, terms
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Penalty.backward(ctx, grad)
+
+
+def _compute(ctx: Any, layer: Layer, plan: _Plan) -> Result:
+    """Launch a forward, and save what its backward needs."""
+    gradients = plan.allocate()
+    result = plan.compute(layer, gradients)
+    raw, dropped, lengths, batch_sizes = layer
+    need_raw, need_dropped = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(
+        raw if need_raw else None, dropped if need_dropped else None, lengths, batch_sizes, *result.found
+    )
+    ctx.plan, ctx.gradients = plan, gradients or None
+    return result

@@ -145,7 +145,7 @@ class Tiling:
     """
 
     def __init__(self, view: View, dtype: torch.dtype) -> None:
-        outer, self.time, inner, operands = view
+        outer, self.time, inner, operands, _ = view
         strides = [stride for x in operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
         align = math.gcd(16, inner, *strides)
         self.lanes, self.inner = outer * inner // align, inner // align
