@@ -22,7 +22,7 @@ namespace {
 
 using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uintptr_t;
 
-constexpr int64_t BLOCK = 4096;          // lanes: with both neighbours a row of them stays in a cache of 64 KB
+constexpr int64_t BLOCK = 4096;          // lanes: a row, its neighbours and its gradient stay in a cache of 64 KB
 constexpr int64_t ITEM = 1 << 16;        // elements: enough to hide what it costs to fetch an item
 constexpr int64_t COPIES = 2048;         // elements of a mask for several short rows
 constexpr int64_t PROGRAMS = 1024;       // at most, for each tensor
@@ -172,8 +172,6 @@ struct Cut {
     /// Whether rows of this stride lie one after the other, and an item has all lanes of each.
     bool dense(Strides strides) const { return strides.time == sizes.inner && blocks == 1; }
 
-    int64_t elements() const { return sizes.outer * sizes.time * sizes.inner; }
-
   private:
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
@@ -220,6 +218,11 @@ class Ends {
         for (Strides strides : all)
             if (strides.time != width) return {values[0], time, width};
         return {1, time, values[0] * width};
+    }
+
+    /// How many elements a tensor of these sizes has.
+    int64_t elements(Sizes sizes) const {
+        return steps.packed ? (offsets.back() + values.back()) * width : sizes.outer * sizes.time * sizes.inner;
     }
 
     /// Where each time step of packed rows begins; null of others.
@@ -459,11 +462,11 @@ bool forked = false;
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 /// Do all work in one parallel region; give the sums, always added up in the same order.
-Sums run(const std::vector<Work> &works, int threads) {
+Sums run(const std::vector<Work> &works, const Ends &ends, int threads) {
     int64_t programs = 0, elements = 0;
     for (const Work &work : works) {
         programs += work.cut.programs;
-        elements += work.cut.elements();
+        elements += ends.elements(work.cut.sizes);
     }
     if (forked || elements <= SERIAL) threads = 1;
     std::vector<Sums> partials(programs);
@@ -558,7 +561,7 @@ Work penalty_work(const Penalty &plan, const Operand &x, Pass pass, const Ends &
         using T = decltype(t);
         const View<const T> data{static_cast<const T *>(x.data), x.strides, ends.packed_at()};
         const View<T> grad{static_cast<T *>(x.grad), x.grad_strides, ends.packed_at()};
-        if (writes) advise(grad, cut.elements());
+        if (writes) advise(grad, ends.elements(cut.sizes));
         return with<SUM, WRITE, BOTH>(pass, [&](auto known_pass) {
             return choose(t, a, known_pass, [&](auto row) -> Walk {
                 return [=, &ends](const Item &item) {
@@ -605,7 +608,7 @@ Sums penalty(const Penalty &plan, const PenaltyMemory &memory, const Ends &ends,
             });
         }));
     }
-    return run(works, threads);
+    return run(works, ends, threads);
 }
 
 // ---- dropout with the penalty
@@ -629,7 +632,7 @@ Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const End
         const View<const T> mask{static_cast<const T *>(memory.mask), plan.mask, nullptr};
         const View<T> dropped{static_cast<T *>(memory.dropped), plan.dropped, nullptr};
         const bool dense = cut.dense(plan.raw) && cut.dense(plan.dropped) && (!plan.mask.time || cut.dense(plan.mask));
-        advise(dropped, cut.elements());
+        advise(dropped, ends.elements(cut.sizes));
         return with<NONE, OF_DROPPED, OF_RAW>(ar_of(plan), [&](auto ar) {
             return with<false, true>(plan.tar != 0, [&](auto tar) -> Walk {
                 constexpr Ar AR = decltype(ar)::value;
@@ -646,7 +649,7 @@ Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const End
             });
         });
     });
-    return run({{cut, walk}}, threads);
+    return run({{cut, walk}}, ends, threads);
 }
 
 /// Write the gradient of raw.
@@ -663,7 +666,7 @@ void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const En
         const bool dense = cut.dense(plan.raw) && cut.dense(plan.grad_raw) && (!arrived || cut.dense(plan.dropped)) &&
                            (!plan.mask.time || cut.dense(plan.mask));
         const auto scales = scales_of<A>(plan, ends, memory.grad);
-        advise(grad_raw, cut.elements());
+        advise(grad_raw, ends.elements(cut.sizes));
         return with<false, true>(arrived, [&](auto arrived_) {
             return with<NONE, OF_DROPPED, OF_RAW>(memory.grad ? ar_of(plan) : NONE, [&](auto ar) {
                 return with<false, true>(memory.grad && plan.tar, [&](auto tar) -> Walk {
@@ -684,7 +687,7 @@ void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const En
             });
         });
     });
-    run({{cut, walk}}, threads);
+    run({{cut, walk}}, ends, threads);
 }
 
 int64_t bytes_of(int32_t dtype) { return dtype == FLOAT64 ? sizeof(double) : sizeof(float); }
