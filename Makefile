@@ -26,7 +26,7 @@ demo: .venv/demo $(if $(filter fastai,$(FRAMEWORK)),.venv/frameworks)
 	.venv/bin/python -m bench.demo --framework $(FRAMEWORK) $(ARGS)
 
 test: .venv/test .venv/frameworks
-	@echo "== 1 of 2: every test; CPU tensors take the blocked path, and the kernels are compiled for real GPUs"
+	@echo "== 1 of 2: every test; CPU tensors take the C++ kernels, and the Triton kernels are compiled for real GPUs"
 	$(PYTEST)
 	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS)
@@ -42,10 +42,8 @@ mutants: .venv/test
 	.venv/bin/python -m tests.mutants $(ARGS)
 
 test-oldest: .venv-oldest/test
-	@echo "== 1 of 2: every test once more, with the oldest releases supported"
+	@echo "== every test once more, with the oldest releases supported (make test-ptx runs their kernels)"
 	.venv-oldest/bin/python -m pytest
-	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter"
-	TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest $(KERNEL_TESTS)
 
 # What fails is in the report.
 bench: .venv/test
@@ -71,9 +69,10 @@ lint: .venv/lint
 	.venv/bin/pyright
 
 # Each stamp stands for fastreg installed with what one target needs.
-.venv/base: pyproject.toml
+.venv/base: pyproject.toml setup.py kernels/cpu.cpp
 	@echo "== building .venv (PyTorch is large: the first time takes minutes)"
 	@$(PYTHON) -m venv .venv || { echo "python3 lacks venv: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
+	@echo "== installing fastreg and building its C++ kernels, if there is a C++ compiler"
 	$(PIP) --editable .
 	@touch $@
 
@@ -93,7 +92,7 @@ lint: .venv/lint
 
 # The same for the oldest releases, which the constraints hold whatever else is installed.
 .venv-oldest/test: export PIP_CONSTRAINT = $(CURDIR)/tests/oldest.txt
-.venv-oldest/test: pyproject.toml tests/frameworks.sh tests/oldest.txt
+.venv-oldest/test: pyproject.toml setup.py kernels/cpu.cpp tests/frameworks.sh tests/oldest.txt
 	@echo "== building .venv-oldest"
 	@$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,bench]'

@@ -5,16 +5,42 @@ All else is in pyproject.toml. Without a compiler that knows these options the i
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
 
-LEVELS = {"_cpu": [], "_cpu_v3": ["-march=x86-64-v3"], "_cpu_v4": ["-march=x86-64-v4"]}
+SOURCE = Path("kernels", "cpu.cpp")
+LEVELS = {"_cpu": [], "_cpu_v3": ["-march=x86-64-v3"]}
 OPTIONS = [
-    *("-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden"),
     "-ffp-contract=off",  # the same roundings in all builds
     *("-fno-math-errno", "-fno-trapping-math"),  # what nobody looks at, and keeps loops from vector code
     "-fno-unswitch-loops",  # loops that need it have copies already
 ]
+
+
+class Build(build_ext):
+    """Build with OpenMP where the compiler has it, and not again what an editable installation has built already."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one library."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        built = SOURCE.parent / target.name
+        sources = (SOURCE, Path(__file__))
+        if self.editable_mode and built.exists() and built.stat().st_mtime > max(x.stat().st_mtime for x in sources):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(built, target)
+            return
+        try:
+            super().build_extension(ext)
+        except BaseError:
+            for options in (ext.extra_compile_args, ext.extra_link_args):
+                options.remove("-fopenmp")
+            super().build_extension(ext)
 
 
 class Wheel(bdist_wheel):
@@ -29,8 +55,8 @@ setup(
     ext_modules=[
         Extension(
             f"fastreg.kernels.{name}",
-            ["kernels/cpu.cpp"],
-            extra_compile_args=[*level, *OPTIONS],
+            [str(SOURCE)],
+            extra_compile_args=["-fopenmp", *level, *OPTIONS],
             extra_link_args=["-fopenmp"],
             language="c++",
             py_limited_api=True,
@@ -39,5 +65,5 @@ setup(
         for name, level in LEVELS.items()
     ],
     options={"build_ext": {"parallel": True}},
-    cmdclass={"bdist_wheel": Wheel},
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

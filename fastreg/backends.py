@@ -68,6 +68,15 @@ def backend_for(device: torch.device) -> Backend | None:
     return TRITON if device.type in ("cuda", "xpu") else None
 
 
+def why_formula(device: torch.device) -> str:
+    """Say why a device without a backend takes the plain formula, and what would change that."""
+    if device.type == "cpu":
+        return str(cpu.reason())
+    if device.type in ("cuda", "xpu"):
+        return "Triton is not installed: install it"
+    return f"there are no kernels for {device.type}"
+
+
 @contextmanager
 def cpu_tensors_by(backend: Backend | None) -> Iterator[None]:
     """Run CPU tensors by another backend inside of the block, in all threads: for tests and measurements.

@@ -23,15 +23,19 @@ def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
     raw, dropped = layer.raw, layer.dropped
     dtype = compute_dtype(raw, dropped)
     elements, pairs = divisors(layer, problem)
-    ar = tar = torch.zeros((), dtype=dtype, device=layer.given.device)
+    ar = tar = penalty = torch.zeros((), dtype=dtype, device=layer.given.device)
     wide = None if raw is None else raw.to(dtype)  # once, so that its gradients add up in that dtype
     of_raw = problem.ar_of_raw or dropped is raw
     squared = wide if of_raw else None if dropped is None else dropped.to(dtype)
     if squared is not None and problem.with_ar:
-        ar = counted(squared, layer, problem).square().sum() / elements
+        total = counted(squared, layer, problem).square().sum()
+        penalty = penalty + total * _over(problem.alpha, elements, total)
+        ar = total / elements
     if wide is not None and problem.with_tar:
-        tar = changes(wide, layer, problem).square().sum() / pairs
-    return ARTAR(problem.alpha * ar + problem.beta * tar, ar, tar)
+        total = changes(wide, layer, problem).square().sum()
+        penalty = penalty + total * _over(problem.beta, pairs, total)
+        tar = total / pairs
+    return ARTAR(penalty, ar, tar)
 
 
 def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tensor | None, Tensor | None]:
@@ -62,9 +66,12 @@ def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tens
     return grad_raw, grad_dropped
 
 
-def _over(factor: float, count: int | Tensor, grad: Tensor) -> float | Tensor:
-    """Divide by a count in the dtype of the gradient, before that multiplies it: together they may overflow."""
-    return factor / (count.to(grad.device, grad.dtype) if isinstance(count, Tensor) else count)
+def _over(factor: float, count: int | Tensor, like: Tensor) -> float | Tensor:
+    """Divide by a count in the dtype of a tensor.
+
+    It comes before an upstream gradient multiplies the factor: together they may overflow.
+    """
+    return factor / (count.to(like.device, like.dtype) if isinstance(count, Tensor) else count)
 
 
 def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:

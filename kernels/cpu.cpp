@@ -485,7 +485,9 @@ template <class T>
 void advise(View<T> output, int64_t elements) {
     const auto begin = reinterpret_cast<uintptr_t>(output.data), end = begin + elements * sizeof(T);
     const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = end / HUGE_PAGE * HUGE_PAGE;
+#ifdef MADV_HUGEPAGE
     if (output.data && end - begin >= LARGE) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 // ---- the numbers that a launch reads and writes, in the dtype of the computation

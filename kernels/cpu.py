@@ -21,7 +21,7 @@ from torch import Tensor
 from fastreg.kernels.view import Found, Result, Sums, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_LEVELS = {"AVX512": ("_cpu_v4", "_cpu_v3", "_cpu"), "AVX2": ("_cpu_v3", "_cpu")}  # what PyTorch says runs here
+_LEVELS = dict.fromkeys(("AVX2", "AVX512"), ("_cpu_v3", "_cpu"))  # by what PyTorch says runs here
 
 
 class PenaltyForward:

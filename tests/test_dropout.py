@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.problem import ARTAR, Layer, Problem
 from fastreg.reference import ar_tar
-from tests.conftest import INTERPRETED
+from tests.conftest import INTERPRETED, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, SMALL, Sample
 
 X = torch.randn(2, 5, 8)
@@ -53,6 +53,8 @@ def roundoff(dtype: torch.dtype, device: str) -> float:
 @by_sample
 @pytest.mark.parametrize("full", [False, True], ids=["locked", "full"])
 def test_values_and_gradient(sample: Sample, full: bool, device: str, poison: None) -> None:
+    if sample.dtypes[0] in (HALF, BF16):
+        skip_on_formula(device)
     raw, _ = sample.leaves(device)
     mask = mask_for(sample, raw, full)
     exact = raw.detach().double().requires_grad_()
@@ -95,6 +97,8 @@ def test_gradcheck(sample: Sample, full: bool, device: str) -> None:
 
 @pytest.mark.parametrize("sample", [s for s in one_tensor if s.reduction == "mean"], ids=str)
 def test_ar_of_raw(sample: Sample, device: str, poison: None) -> None:
+    if sample.dtypes[0] in (HALF, BF16):
+        skip_on_formula(device)
     module = FusedRNNDropout(0.4, sample.alpha, sample.beta, batch_first=sample.batch_first, ar_of="raw")
     raw, _ = sample.leaves(device)
     torch.manual_seed(5)
@@ -163,6 +167,7 @@ def test_either_output_may_go_unused(used: str, alpha: float, device: str, poiso
 
 @pytest.mark.parametrize("used", ["dropped", "penalty"])
 def test_an_output_that_goes_unused_costs_no_zeros(used: str, device: str) -> None:
+    skip_on_formula(device)
     raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
     dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
     output = dropped if used == "dropped" else got
@@ -184,6 +189,7 @@ def test_the_gradient_of_ar_is_that_of_dropped_as_rounded(device: str) -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # the interpreter's
 def test_half_precision_is_rounded_once(device: str) -> None:
     """Two parts of the gradient that float16 has no numbers for, and that cancel."""
+    skip_on_formula(device)
     raw = torch.tensor([[[1.0], [1000.0]]], device=device).half().requires_grad_()
     mask = torch.ones_like(raw, requires_grad=False)
     gradients = []
@@ -290,6 +296,7 @@ def test_a_lazily_negated_gradient_keeps_its_sign(device: str) -> None:
 
 
 def test_both_terms_off(device: str) -> None:
+    skip_on_formula(device)
     raw = torch.randn(2, 5, 8, device=device, requires_grad=True)
     _, got = fused_dropout_ar_tar(raw, 0.5, 0, 0)
     for graph in (False, True):

@@ -26,6 +26,7 @@ from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 from fastreg.view import allocate, memory_of
+from tests.conftest import skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
 Call = Callable[[Tensor, Tensor], Any]
@@ -92,7 +93,8 @@ def flat(results: Any) -> list[Tensor]:
 
 
 def total(results: Any) -> Tensor:
-    return sum((x.sin().sum() for x in flat(results) if x.requires_grad), torch.zeros(()))
+    """A loss of all results, whose slope does not hang on the last digit of a sum of hundreds."""
+    return sum((x.div(100).sin().sum() for x in flat(results) if x.requires_grad), torch.zeros(()))
 
 
 def from_seed(call: Call, xs: list[Tensor]) -> Any:
@@ -278,6 +280,9 @@ class TestAutocast:
     @pytest.mark.parametrize("scale", [1e3, 1e6, 1e9])
     @pytest.mark.parametrize("dropout", [False, True])
     def test_a_gradient_beyond_float16_is_infinite(self, dropout: bool, scale: float) -> None:
+        if dropout:
+            skip_on_formula("cpu")
+
         def slope(dtype: torch.dtype) -> Tensor:
             x = leaves(dtype=HALF)[0].detach().to(dtype).requires_grad_()
             mask = torch.full((3, 1, 8), 1.5, dtype=dtype)

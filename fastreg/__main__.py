@@ -1,0 +1,86 @@
+"""Say what runs here: `python -m fastreg`. The exit code is 1 if a device's self-test fails."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fastreg import __version__, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.backends import backend_for, why_formula
+from fastreg.problem import Layer, Problem
+from fastreg.reference import ar_tar
+
+
+def main() -> int:
+    """Print versions, and for each device the code that it runs and the outcome of the self-test."""
+    print(f"fastreg {__version__}, Python {platform.python_version()}, torch {torch.__version__}, triton {triton()}")
+    failed = False
+    for device in devices():
+        backend = backend_for(device)
+        code = f"the plain formula ({why_formula(device)})" if backend is None else backend.name
+        try:
+            self_test(device)
+            outcome = "self-test passed"
+        except Exception as error:  # whatever a device's own libraries raise
+            failed = True
+            outcome = f"SELF-TEST FAILED: {type(error).__name__}: {str(error).strip()}"
+        print(f"{device}: {code}; {outcome}")
+    return int(failed)
+
+
+def triton() -> str:
+    """Return the version of Triton, which goes by several names."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def devices() -> Iterator[torch.device]:
+    """List the CPU, and each accelerator that there is."""
+    yield torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        for index in range(torch.accelerator.device_count()):
+            yield torch.device(accelerator.type, index)
+
+
+def self_test(device: torch.device) -> None:
+    """Compare values and gradients with the formula in float64.
+
+    Raises:
+        AssertionError: they differ by more than rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    raw, dropped, mask = torch.randn(3, 5, 40, 24, generator=generator, device="cpu").to(device)
+    lengths = torch.tensor([40, 0, 3, 17, 1], device="cpu").to(device)
+    for steps in (None, lengths):
+        leaves = (raw.clone().requires_grad_(), dropped.clone().requires_grad_())
+        exact = leaves
+        if device.type != "mps":  # which has no float64
+            exact = raw.double().requires_grad_(), dropped.double().requires_grad_()
+        got = fused_ar_tar(leaves[0], leaves[1], 2.0, 1.0, lengths=steps)
+        want = ar_tar(Layer(exact[0], exact[1], steps), Problem(2.0, 1.0)).penalty
+        compare([got, *torch.autograd.grad(got, leaves)], [want, *torch.autograd.grad(want, exact)])
+        kept, got = fused_dropout_ar_tar(leaves[0], 0.5, 2.0, 1.0, mask=mask, lengths=steps)
+        product = exact[0] * mask.to(exact[0].dtype)
+        want = ar_tar(Layer(exact[0], product, steps), Problem(2.0, 1.0)).penalty
+        results = [got, *torch.autograd.grad([got, kept.sum()], leaves[0])]
+        compare(results, [want, *torch.autograd.grad([want, product.sum()], exact[0])])
+
+
+def compare(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    """Compare in float64, to a few units of float32's last place."""
+    for x, y in zip(got, want, strict=True):
+        atol = 1e-6 * y.detach().abs().max().item()
+        torch.testing.assert_close(x.detach().cpu().double(), y.detach().cpu().double(), rtol=1e-5, atol=atol)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
