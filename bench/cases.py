@@ -22,6 +22,7 @@ Peer = Callable[..., Any]  # what a case compares
 
 ALPHA, BETA = 2.0, 1.0
 P = 0.4  # AWD-LSTM's output dropout
+DEMO = 20, 70, 96
 SHAPES = [(64, 70, 400), (64, 70, 1152), (80, 70, 400), (32, 512, 1024), (128, 512, 1024), (8, 4096, 2048)]
 CPU_CACHE = 2**25  # bytes: more than most last-level caches give one process
 MOST_SETS = 64
@@ -302,6 +303,7 @@ def _gpu_cases() -> Iterator[AnyCase]:
     yield DropoutCase(small, torch.float16)
     for shape, dtype in product((small, SHAPES[3], large), (torch.float32, torch.bfloat16)):
         yield PaddedCase(shape, dtype)
+    yield PenaltyCase(DEMO, torch.float32)
     # The most cases come last, and half precision at their end: the first to be missed where time runs out.
     for dtype, shape in product((torch.bfloat16, torch.float32, torch.float16), SHAPES):
         for batch_first, same in [(True, False), (False, False)] + [(True, True)] * (shape in (small, large)):
@@ -312,6 +314,7 @@ def _gpu_cases() -> Iterator[AnyCase]:
 def _cpu_cases() -> Iterator[AnyCase]:
     small = SHAPES[0]
     yield Step(batch=20, time=70, words=2000, embedding=400, hidden=400, layers=2)  # takes a third of a second
+    yield PenaltyCase(DEMO, torch.float32)
     for shape, dtype in product(SHAPES[:5], (torch.float32, torch.bfloat16)):  # the last is as large as the fifth
         yield PenaltyCase(shape, dtype)
         if shape == small:

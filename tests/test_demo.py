@@ -65,7 +65,9 @@ def test_trains_end_to_end(
     assert plain[-1][2] < float(unigram[1])
     assert 0 < regularized[-1][3] < plain[-1][3]
     assert 0 < regularized[-1][4] < plain[-1][4]
-    assert re.search(r"^  eager +\d+ us +[\d.]+% of the step\nfastreg +\d+ us", output, re.MULTILINE)
+    assert re.search(
+        r"^   eager +\d+ us +[\d.]+% of the step\ncompiled +\d+ us .*\n fastreg +\d+ us", output, re.MULTILINE
+    )
     assert f"plot: {tmp_path / 'plot.png'}" in output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
