@@ -124,7 +124,11 @@ def test_a_gpu_runs_all_that_a_cpu_does() -> None:
         product((cases.PenaltyCase, cases.DropoutCase), ((64, 70, 400), (128, 512, 1024)))
     )
     assert isinstance(everything[8], cases.Step)
-    penalty = [case for case in everything if isinstance(case, cases.PenaltyCase) and not case.same]
+    penalty = [
+        case
+        for case in everything
+        if isinstance(case, cases.PenaltyCase) and not case.same and case.shape in cases.SHAPES
+    ]
     assert len({(c.shape, c.dtype, c.batch_first, c.backward) for c in penalty}) == len(cases.SHAPES) * 3 * 2 * 2
 
 

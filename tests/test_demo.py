@@ -16,6 +16,9 @@ from torch import nn
 from bench import demo
 from bench.awd_lstm import AWDLSTM, EmbeddingDropout, LockedDropout, WeightDropLSTM
 
+# of modules that the compiler imports
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
