@@ -55,8 +55,10 @@ if find_spec("triton") is not None:  # Triton has no build for some platforms
     from fastreg.kernels.penalty import PenaltyBackward, PenaltyForward
 
     _interpreted = knobs.runtime.interpret
-    name = "the Triton kernels" + (", interpreted" if _interpreted else "")
-    TRITON = Backend(name, PenaltyForward, PenaltyBackward, DropoutForward, DropoutBackward)
+    TRITON = Backend(
+        "the Triton kernels" + (", interpreted" if _interpreted else ""),
+        *(PenaltyForward, PenaltyBackward, DropoutForward, DropoutBackward),
+    )
 
 _cpu: Backend | None = TRITON if _interpreted else CPP
 

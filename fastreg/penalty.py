@@ -255,7 +255,7 @@ class _Penalty(Function):
             return (None,) * 5
         *saved, scales, assumed = ctx.saved_tensors
         layer, problem = Layer(*saved), ctx.plan.problem
-        predicted, ctx.gradients = ctx.gradients, None
+        predicted = vars(ctx).pop("gradients", None)  # in one step, so that no two threads get them
         if torch.is_grad_enabled() or observed() or not are_memory((grad, *layer)):
             # PyTorch must see the formula of the gradient.
             wide = ar_tar_gradients(grad, layer, problem)

@@ -28,7 +28,7 @@ TESTS = {
     "kernels/dropout.py": ["padding", "dropout", "kernels"],
     "kernels/reduction.py": ["kernels", "padding", "penalty"],
     "kernels/tiling.py": ["kernels", "padding", "penalty"],
-    "fastreg/penalty.py": ["padding", "penalty"],
+    "fastreg/penalty.py": ["prediction", "padding", "penalty"],
     "fastreg/dropout.py": ["padding", "dropout"],
     "fastreg/rnn_dropout.py": ["rnn_dropout", "attachment", "dropout"],
     "fastreg/output_dropout.py": ["rnn_dropout"],
@@ -40,6 +40,8 @@ TESTS = {
     "fastreg/view.py": ["layout", "penalty", "padding", "dropout", "torch"],
     "fastreg/backends.py": ["padding", "penalty", "dropout", "torch"],
     "kernels/view.py": ["kernels", "padding"],
+    "kernels/cpu.cpp": ["cpu_kernels", "prediction", "padding", "penalty"],
+    "kernels/cpu.py": ["prediction", "cpu_kernels"],
     "kernels/launch.py": ["padding", "kernels"],
 }
 
@@ -132,10 +134,77 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("runs as long as they come", "max(runs, ceil_div(self.time, LONGEST_RUN))", "max(runs, 1)"),
         ("INDEX always 32 bits", "tl.int64 if outer", "tl.int32 if outer"),
     ],
+    ("kernels/cpu.cpp", "over_lanes"): [
+        ("the rest of a row left out", "j < stop - i; ++j", "j < stop - i - 1; ++j"),
+        ("summed in float32 from row to row", "    double ar = 0, tar = 0;", "    float ar = 0, tar = 0;"),
+    ],
+    ("kernels/cpu.cpp", "changes"): [
+        (
+            "sign of the change from a step flipped",
+            "scales.tar * (arriving - leaving);\n                if",
+            "scales.tar * (arriving + leaving);\n                if",
+        ),
+        (
+            "AR of raw left out of the gradient",
+            "slope += scales.ar * value;\n                grad",
+            "slope += 0;\n                grad",
+        ),
+    ],
+    ("kernels/cpu.cpp", "undrop"): [
+        ("dropped not rounded", "wide<A>(rounded<T>(value * keep))", "(value * keep)"),
+        ("an infinite mask spoils TAR", "if constexpr (ARRIVED || AR == OF_DROPPED) slope", "slope"),
+    ],
+    ("kernels/cpu.cpp", "along_time"): [
+        ("padding not filled", "if (!fill) break;", "break;"),
+        (
+            "the first step is paired",
+            "part({step, item.lane, leaving, true, step > 0, true});",
+            "part({step, item.lane, leaving, true, true, true});",
+        ),
+        ("pairs cross a sequence's end", "steps = std::min(steps, ends.last(item) - 1 - step);", ""),
+    ],
+    ("kernels/cpu.cpp", "Ends"): [
+        ("lengths not clamped", "std::clamp<int64_t>(lengths[i], 0, time)", "lengths[i]"),
+        ("pairs as many as steps", "pairs += std::max<int64_t>(values[i] - 1, 0);", "pairs += values[i];"),
+    ],
+    ("kernels/cpu.cpp", "rounded"): [
+        ("ties away from even", "(bits >> 16 & 1)) >> 16", "1) >> 16"),
+        ("NaN rounded to infinity", " | uint32_t(magnitude > 0x7f800000) << 9", ""),
+    ],
+    ("kernels/cpu.cpp", "penalty_backward"): [
+        (
+            "the comparison always true",
+            "!std::memcmp(memory->assumed, memory->grad, bytes_of(plan->compute_dtype))",
+            "true",
+        ),
+        ("compared in part", "memory->grad, bytes_of(plan->compute_dtype))", "memory->grad, 2)"),
+    ],
+    ("kernels/cpu.cpp", "scales_of"): [("factor 2 missing", "(2 * plan.beta /", "(plan.beta /")],
+    ("kernels/cpu.cpp", "Cut"): [
+        ("the last lanes left out", "ceil_div(sizes.inner, BLOCK)", "std::max<int64_t>(sizes.inner / BLOCK, 1)"),
+    ],
+    ("kernels/cpu.py", "PenaltyBackward"): [
+        (
+            "the prediction is changed in place",
+            "_expected[self.dtype] = grad.detach().clone()",
+            "_expected[self.dtype].copy_(grad.detach())",
+        ),
+        ("the prediction is the user's tensor", "grad.detach().clone()", "grad.detach()"),
+    ],
+    ("fastreg/penalty.py", "_GradientPlan"): [
+        ("what was assumed of other memory", "found = Found(found.scales, None)", "pass"),
+    ],
     ("fastreg/penalty.py", "penalty_of"): [
-        ("a negated dropped to the kernels", "is_memory(x) for x in layer)", "is_memory(x) for x in layer[:1])"),
+        ("a negated dropped to the kernels", "not are_memory(layer)", "not are_memory(layer[:1])"),
         ("the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
         ("lengths not checked", "if lengths is not None or batch_sizes is not None", "if False"),
+    ],
+    ("fastreg/penalty.py", "_PenaltyWithTerms"): [
+        ("zeros for the terms' gradients", "set_materialize_grads(False)", "set_materialize_grads(True)"),
+    ],
+    ("fastreg/penalty.py", "_compute"): [
+        ("needs of raw and dropped swapped", "need_raw, need_dropped =", "need_dropped, need_raw ="),
+        ("raw always saved", "raw if need_raw else None", "raw"),
     ],
     ("fastreg/penalty.py", "_plan_for"): [
         ("float64 summed in float32", "compute_dtype(*signature[:2])", "torch.float32")
@@ -172,18 +241,20 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/arguments.py", "keepable"): [("inference tensors kept", "return x.clone()", "return x")],
     ("fastreg/penalty.py", "_Penalty"): [
-        ("needs of raw and dropped swapped", "need_raw, need_dropped =", "need_dropped, need_raw ="),
-        ("raw always saved", "raw if need_raw else None", "raw"),
-        ("zeros for the terms' gradients", "set_materialize_grads(False)", "set_materialize_grads(True)"),
+        ("the buffers handed out twice", 'vars(ctx).pop("gradients", None)', "ctx.gradients"),
         ("no double backward", "torch.is_grad_enabled() or ", ""),
-        ("batched gradients not left to the formula", "in (grad, *layer))", "in layer)"),
+        ("batched gradients not left to the formula", "are_memory((grad, *layer))", "are_memory(layer)"),
     ],
     ("fastreg/dropout.py", "fused_dropout_ar_tar"): [
         ("a mask with p of 0 ignored", "p if mask is None else mask", "p if mask is None or p == 0 else mask"),
         ("dropped in evaluation", "0.0 if not training else p", "p"),
     ],
     ("fastreg/dropout.py", "drop_and_penalize"): [
-        ("a negated mask to the kernels", "in (raw, mask, lengths) if", "in (raw, lengths) if"),
+        (
+            "a negated mask to the kernels",
+            "(raw, mask if isinstance(mask, Tensor) else None, lengths)",
+            "(raw, lengths)",
+        ),
         ("terms of the formula not detached", "ar.detach(), tar.detach()", "ar, tar"),
     ],
     ("fastreg/dropout.py", "_DropoutPenalty"): [
@@ -283,11 +354,15 @@ class Mutant(NamedTuple):
     @property
     def interpreted(self) -> bool:
         """Whether the tests run it through the kernels: also a mutant elsewhere that says it is for them."""
-        return "kernels" in str(self)
+        return "kernels" in str(self) and "cpu" not in self.file
 
     def source(self) -> str:
         """The whole file with the wrong place in it."""
         text = (ROOT / self.file).read_text()
+        if self.file.endswith(".cpp"):
+            if text.count(self.old) != 1:
+                raise LookupError(f"{self}: expected {self.old!r} once, found {text.count(self.old)} times")
+            return text.replace(self.old, self.new)
         parts = re.split(rf"(?ms)^((?:def|class) {self.where}\b.*?(?=\n\n\n|\Z))", text)
         if len(parts) != 3 or parts[1].count(self.old) != 1:
             found = f"{parts[1].count(self.old)} times" if len(parts) == 3 else f"no {self.where}"
@@ -298,6 +373,14 @@ class Mutant(NamedTuple):
 MUTANTS = [Mutant(*place, *mutant) for place, mutants in CODE.items() for mutant in mutants]
 
 
+def build(file: Path) -> None:
+    """Build the C++ kernels in a copy, quickly, in the place of all that were built for the code as it is."""
+    for library in file.parent.glob("*.so"):
+        library.unlink()
+    options = ["-std=c++17", "-O1", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]
+    subprocess.run(["g++", *options, file.name, "-o", "_cpu.abi3.so"], cwd=file.parent, check=True)
+
+
 def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, limit: float | None = None) -> str:
     """Run these tests on a copy with this source of `file`: what failed first, or "" if all passed."""
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -306,6 +389,8 @@ def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, lim
     with tempfile.TemporaryDirectory() as copy:
         subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), copy], check=True)
         Path(copy, file).write_text(source)
+        if file.endswith(".cpp"):
+            build(Path(copy, file))
         try:
             done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
