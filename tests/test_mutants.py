@@ -9,7 +9,9 @@ from tests.mutants import MUTANTS, TESTS, Mutant
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_still_applies(mutant: Mutant) -> None:
-    compile(mutant.source(), mutant.file, "exec")
+    source = mutant.source()
+    if mutant.file.endswith(".py"):
+        compile(source, mutant.file, "exec")
     assert mutant.file in TESTS
 
 
