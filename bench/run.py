@@ -57,6 +57,7 @@ def run_file(name: str, seconds: float) -> dict[str, Any]:
                 tests.wait(GRACE)
         finally:
             tests.kill()  # does nothing to what has ended
+            tests.wait()
         if not report.exists():  # which pytest writes at its end
             return unfinished(name, end)
         cases = list(ElementTree.parse(report).iter("testcase"))
