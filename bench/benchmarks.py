@@ -1,6 +1,6 @@
 """The benchmarks, for pytest-benchmark: `python -m bench.run bench`.
 
-A case is a group, and each of its peers a benchmark. The first benchmark of a group measures all of them by turns.
+A case is a group, and each of its peers a benchmark. The first benchmark of a group measures all of them in turns.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastreg import __version__, fused_ar_tar, fused_dropout_ar_tar
+import fastreg
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import backend_for, why_formula
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
@@ -17,7 +18,8 @@ from fastreg.reference import ar_tar
 
 def main() -> int:
     """Print versions, and for each device the code that it runs and the outcome of the self-test."""
-    print(f"fastreg {__version__}, Python {platform.python_version()}, torch {torch.__version__}, triton {triton()}")
+    python = platform.python_version()
+    print(f"fastreg {fastreg.__version__}, Python {python}, torch {torch.__version__}, triton {triton()}")
     failed = False
     for device in devices():
         backend = backend_for(device)

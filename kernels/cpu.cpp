@@ -328,9 +328,9 @@ Sums changes(Neighbours<T> rows, T *grad, int64_t lanes, Scales<A> scales) {
             if constexpr (PASS & SUM && AR_OF_RAW) ar += value * value;
             if constexpr (PASS & WRITE) {
                 const A leaving = leaves ? wide<A>(following[i]) - value : 0;
-                A slope = scales.tar * (arriving - leaving);
-                if constexpr (AR_OF_RAW) slope += scales.ar * value;
-                grad[i] = rounded<T>(slope);
+                A gradient = scales.tar * (arriving - leaving);
+                if constexpr (AR_OF_RAW) gradient += scales.ar * value;
+                grad[i] = rounded<T>(gradient);
             }
         });
     };
@@ -358,21 +358,21 @@ Sums drop(Neighbours<T> raw, const T *mask, T *dropped, int64_t lanes) {
 
 /// Write the gradient of raw: that of dropped, if ARRIVED, and of AR through the mask, and that of TAR.
 template <class A, bool ARRIVED, Ar AR, bool TAR, class T>
-Sums undrop(Neighbours<T> raw, const T *mask, const T *grad_dropped, T *grad_raw, int64_t lanes, Scales<A> scales) {
+Sums drop_backward(Neighbours<T> raw, const T *mask, const T *grad_dropped, T *grad_raw, int64_t lanes, Scales<A> scales) {
     const auto row = [=](const T *previous, const T *current, const T *following, auto arrives, auto leaves) {
         return over_lanes<A, T>(lanes, [=](int64_t i, A &, A &) {
             const A value = wide<A>(current[i]), keep = wide<A>(mask[i]);
-            A slope = 0;
-            if constexpr (ARRIVED) slope = wide<A>(grad_dropped[i]);
-            if constexpr (AR == OF_DROPPED) slope += scales.ar * wide<A>(rounded<T>(value * keep));
-            if constexpr (ARRIVED || AR == OF_DROPPED) slope *= keep;  // else 0 * inf would be NaN
-            if constexpr (AR == OF_RAW) slope += scales.ar * value;
+            A gradient = 0;
+            if constexpr (ARRIVED) gradient = wide<A>(grad_dropped[i]);
+            if constexpr (AR == OF_DROPPED) gradient += scales.ar * wide<A>(rounded<T>(value * keep));
+            if constexpr (ARRIVED || AR == OF_DROPPED) gradient *= keep;  // else 0 * inf would be NaN
+            if constexpr (AR == OF_RAW) gradient += scales.ar * value;
             if constexpr (TAR) {
                 const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
                 const A leaving = leaves ? wide<A>(following[i]) - value : 0;
-                slope += scales.tar * (arriving - leaving);
+                gradient += scales.tar * (arriving - leaving);
             }
-            grad_raw[i] = rounded<T>(slope);
+            grad_raw[i] = rounded<T>(gradient);
         });
     };
     return with_neighbours<true>(raw, row);
@@ -681,8 +681,8 @@ void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const En
                             const T *above = ARRIVED ? grad_dropped.row(item.sequence, span.step, span.lane) : nullptr;
                             T *out = grad_raw.row(item.sequence, span.step, span.lane);
                             return span.counts
-                                ? undrop<A, ARRIVED, AR, TAR>(rows, masks.of(span), above, out, span.lanes, scales)
-                                : undrop<A, ARRIVED, NONE, false>(rows, masks.of(span), above, out, span.lanes, scales);
+                                ? drop_backward<A, ARRIVED, AR, TAR>(rows, masks.of(span), above, out, span.lanes, scales)
+                                : drop_backward<A, ARRIVED, NONE, false>(rows, masks.of(span), above, out, span.lanes, scales);
                         });
                     };
                 });

@@ -27,11 +27,8 @@ _LEVELS = dict.fromkeys(("AVX2", "AVX512"), ("_cpu_v3", "_cpu"))  # by what PyTo
 class PenaltyForward:
     """Compute penalties of tensors of one layout, and the gradients that the backward is expected to ask for.
 
-    Args:
-        view: of raw, dropped and their gradients; the operand of a tensor that no term reads is `None`, and so is that
-            of a gradient that is not wanted.
-        sums: what to compute.
-        device: the CPU.
+    It is built and called as `fastreg.kernels.penalty.PenaltyForward`, but for memory for the gradients: the view and
+    the tensors are those of raw, dropped, and the gradients of both, `None` for one that is not wanted.
     """
 
     predicts = True
@@ -40,13 +37,7 @@ class PenaltyForward:
         self.plan, self.dtype, self.function = _penalty(view, sums), sums.dtype, library().penalty_forward
 
     def __call__(self, tensors: Sequence[Tensor | None], lengths: Tensor | None, batch_sizes: Tensor | None) -> Result:
-        """Compute the penalty, and fill the gradients for the upstream gradient of the last backward.
-
-        Args:
-            tensors: raw, dropped, and memory for their gradients, as in the view.
-            lengths: `(outer,)` integers, or `None` where all time steps count.
-            batch_sizes: `(time,)` int64 where the rows are packed, else `None`.
-        """
+        """Compute the penalty, and fill the gradients for the upstream gradient of the last backward."""
         _, _, grad_raw, grad_dropped = tensors
         assumed = None if grad_raw is None and grad_dropped is None else _expected[self.dtype]
         penalty, terms = _empty((), self.dtype), _empty((2,), self.dtype)
@@ -58,11 +49,8 @@ class PenaltyForward:
 class PenaltyBackward:
     """Compute the gradients of penalties of tensors of one layout.
 
-    Args:
-        view: of raw, dropped and their gradients; the operand of one that needs no gradient is `None`, like that of
-            its gradient.
-        sums: what the forward computed.
-        device: the CPU.
+    It is built and called as `fastreg.kernels.penalty.PenaltyBackward`. Where `found` has an upstream gradient that the
+    forward assumed, the memory for the gradients is what that forward filled.
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
@@ -76,15 +64,7 @@ class PenaltyBackward:
         lengths: Tensor | None,
         batch_sizes: Tensor | None,
     ) -> None:
-        """Fill the gradients, unless the forward has filled them for this very upstream gradient.
-
-        Args:
-            grad: the upstream gradient, () in the dtype of the sums.
-            tensors: raw, dropped, and memory for their gradients, as in the view.
-            found: that of the forward's result, if the memory is what that filled; else with `None` for `assumed`.
-            lengths: those of the forward.
-            batch_sizes: those of the forward.
-        """
+        """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
         steps = _steps(lengths, batch_sizes)
         arguments = *tensors, steps, grad, found.assumed, None, None
         if _call(self.function, self.plan, _PenaltyMemory, arguments):
@@ -94,26 +74,13 @@ class PenaltyBackward:
 
 
 class DropoutForward:
-    """Apply dropout masks and compute penalties, for tensors of one layout.
-
-    Args:
-        view: of raw, mask and dropped; a mask that is the same at all time steps has a time stride of 0.
-        sums: what to compute.
-        device: the CPU.
-    """
+    """Apply dropout masks and compute penalties, as `fastreg.kernels.dropout.DropoutForward` does."""
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         self.plan, self.dtype, self.function = _dropout(view, sums), sums.dtype, library().dropout_forward
 
     def __call__(self, raw: Tensor, mask: Tensor, dropped: Tensor, lengths: Tensor | None) -> Result:
-        """Fill `dropped` and compute the penalty.
-
-        Args:
-            raw: as in the view.
-            mask: as in the view.
-            dropped: as in the view, to be filled.
-            lengths: `(outer,)` integers, or `None` where all time steps count.
-        """
+        """Fill `dropped` and compute the penalty."""
         penalty, terms = _empty((), self.dtype), _empty((2,), self.dtype)
         arguments = raw, mask, dropped, None, _steps(lengths), None, penalty, terms
         _call(self.function, self.plan, _DropoutMemory, arguments)
@@ -121,14 +88,7 @@ class DropoutForward:
 
 
 class DropoutBackward:
-    """Compute the gradient of raw, for tensors of one layout.
-
-    Args:
-        view: of raw, mask, the gradient of dropped, whose operand is `None` where it has none, and that of raw.
-        sums: what the forward computed.
-        device: the CPU.
-        penalized: whether the penalty has an upstream gradient.
-    """
+    """Compute the gradient of raw, as `fastreg.kernels.dropout.DropoutBackward` does."""
 
     def __init__(self, view: View, sums: Sums, device: torch.device, penalized: bool) -> None:
         self.plan, self.function = _dropout(view, sums), library().dropout_backward
@@ -141,15 +101,7 @@ class DropoutBackward:
         found: Found,
         lengths: Tensor | None,
     ) -> None:
-        """Fill the gradient of raw.
-
-        Args:
-            upstream: the gradients of dropped, as in the view, and of the penalty, () in the dtype of the sums.
-            inputs: raw and mask as in the view.
-            gradient: that of raw, to be filled.
-            found: that of the forward's result.
-            lengths: those of the forward.
-        """
+        """Fill the gradient of raw."""
         grad_dropped, grad = upstream
         arguments = *inputs, grad_dropped, gradient, _steps(lengths), grad, None, None
         _call(self.function, self.plan, _DropoutMemory, arguments)

@@ -146,13 +146,13 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         (
             "AR of raw left out of the gradient",
-            "slope += scales.ar * value;\n                grad",
-            "slope += 0;\n                grad",
+            "gradient += scales.ar * value;\n                grad",
+            "gradient += 0;\n                grad",
         ),
     ],
-    ("kernels/cpu.cpp", "undrop"): [
+    ("kernels/cpu.cpp", "drop_backward"): [
         ("dropped not rounded", "wide<A>(rounded<T>(value * keep))", "(value * keep)"),
-        ("an infinite mask spoils TAR", "if constexpr (ARRIVED || AR == OF_DROPPED) slope", "slope"),
+        ("an infinite mask spoils TAR", "if constexpr (ARRIVED || AR == OF_DROPPED) gradient", "gradient"),
     ],
     ("kernels/cpu.cpp", "along_time"): [
         ("padding not filled", "if (!fill) break;", "break;"),

@@ -26,3 +26,20 @@ def test_the_name_kernels_is_left_to_others() -> None:
     """An unrelated distribution installs a top-level package of this name."""
     code = "import sys, fastreg, fastreg.kernels.penalty; sys.exit('kernels' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_it_says_what_runs_here() -> None:
+    done = subprocess.run([sys.executable, "-m", "fastreg"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, cpu, *_ = done.stdout.splitlines()
+    assert f"fastreg {fastreg.__version__}" in first
+    assert "cpu: " in cpu
+    assert "self-test passed" in cpu
+
+
+def test_a_wrong_result_fails_the_self_test() -> None:
+    code = "import sys, fastreg.__main__ as m; m.fused_ar_tar = lambda r, d, a, b, lengths: (r.sum() + d.sum()); "
+    code += "sys.exit(m.main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "SELF-TEST FAILED: AssertionError" in done.stdout
