@@ -377,7 +377,7 @@ def build(file: Path) -> None:
     """Build the C++ kernels in a copy, quickly, in the place of all that were built for the code as it is."""
     for library in file.parent.glob("*.so"):
         library.unlink()
-    options = ["-std=c++17", "-O1", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]
+    options = ["-std=c++17", "-O1", "-w", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]
     subprocess.run(["g++", *options, file.name, "-o", "_cpu.abi3.so"], cwd=file.parent, check=True)
 
 
