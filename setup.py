@@ -38,6 +38,7 @@ class Build(build_ext):
         try:
             super().build_extension(ext)
         except BaseError:
+            target.unlink(missing_ok=True)  # what an earlier build has left
             for options in (ext.extra_compile_args, ext.extra_link_args):
                 options.remove("-fopenmp")
             super().build_extension(ext)

@@ -39,10 +39,7 @@ def check_coefficient(name: str, value: Any) -> float:
         value = value.item()  # a compiler takes a NumPy scalar for an array
     elif type(value) is not float:
         _check_real(name, value)
-        try:
-            value = float(value)
-        except OverflowError:
-            value = math.inf if value > 0 else -math.inf  # pyright: ignore[reportOperatorIssue]
+        value = _as_float(value)
     if compiling:
         from torch.fx.experimental.symbolic_shapes import guard_or_true  # which imports sympy
 
@@ -60,9 +57,10 @@ def check_coefficient(name: str, value: Any) -> float:
 def check_probability(p: float) -> float:
     """Check that `p`, the probability to drop a unit, is from 0 to below 1, and return it as a float."""
     _check_real("p", p)
-    if not 0 <= float(p) < 1:
+    value = _as_float(p)
+    if not 0 <= value < 1:
         raise ValueError(f"p: expected a probability from 0 to below 1, got {p}")
-    return float(p)
+    return value
 
 
 def check_flags(**flags: object) -> None:
@@ -262,9 +260,10 @@ def _packed(name: str, x: PackedSequence) -> Named:
     sizes = check_integers(f"{name}.batch_sizes", x.batch_sizes)
     if sizes.device.type != "cpu" and not (sizes.is_meta and data.is_meta):
         raise ValueError(f"{name}.batch_sizes: expected a tensor on the CPU, got one on {sizes.device}")
-    sizes, rows = sizes.long().contiguous(), data.shape[0]
+    # A copy, as kernels trust what was checked here, in the backward, too, and NumPy may share the memory.
+    sizes, rows = sizes.to(torch.int64, copy=True, memory_format=torch.contiguous_format), data.shape[0]
     if not observed() and is_memory(sizes):
-        fits = sizes.dim() == 1 and sizes.numel() > 0 and int(sizes[-1]) > 0 and int(sizes[0]) <= rows
+        fits = sizes.dim() == 1 and sizes.numel() > 0 and int(sizes.min()) > 0 and int(sizes.max()) <= rows
         if not fits or int(sizes.sum()) != rows or bool((sizes.diff() > 0).any()):
             raise ValueError(
                 f"{name}.batch_sizes: expected sizes above 0 that never grow and add up to the {rows} rows, "
@@ -309,6 +308,14 @@ def _check_dense(name: str, x: Tensor) -> Tensor:
 def _check_real(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
+
+
+def _as_float(value: Any) -> float:
+    """Convert a number; one that is too large to be a float is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _shape(x: Any) -> str:

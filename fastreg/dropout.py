@@ -131,7 +131,12 @@ def drop_and_penalize(
         TypeError, ValueError: the layer's tensors are not as `fused_dropout_ar_tar` wants them.
     """
     if not isinstance(mask, Tensor) and mask == 0:
-        return layer.given, penalty_of(Layer(layer.raw, layer.raw, layer.lengths), problem, return_terms)
+        raw = layer.given
+        if not problem.with_ar and not problem.with_tar:
+            check_layer(layer, problem)
+            return raw, torch.zeros(3, dtype=compute_dtype(raw), device=raw.device).unbind()
+        used = Layer(raw if problem.with_tar else None, raw if problem.with_ar else None, layer.lengths)
+        return raw, penalty_of(used, problem, return_terms)
     raw, lengths = plain(layer.given), layer.lengths
     layer = Layer(raw, None, lengths)
     mask = plain(mask) if isinstance(mask, Tensor) else mask

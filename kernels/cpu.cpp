@@ -698,6 +698,9 @@ int64_t bytes_of(int32_t dtype) { return dtype == FLOAT64 ? sizeof(double) : siz
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+/// What cpu.py compares with its own structures.
+EXPORT const int64_t structure_sizes[] = {sizeof(Penalty), sizeof(PenaltyMemory), sizeof(Dropout), sizeof(DropoutMemory)};
+
 /// Write the penalty and its terms, and the gradients for the upstream gradient that is expected, if one is given.
 EXPORT void penalty_forward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
     const Ends ends(plan->steps, plan->sizes, memory->lengths);

@@ -68,9 +68,10 @@ class PenaltyBackward:
         steps = _steps(lengths, batch_sizes)
         arguments = *tensors, steps, grad, found.assumed, None, None
         if _call(self.function, self.plan, _PenaltyMemory, arguments):
-            # A new tensor, as other graphs refer to the old one. Threads may overwrite each other's: a wrong guess
-            # costs time alone.
-            _expected[self.dtype] = grad.detach().clone()
+            # A new tensor, as other graphs refer to the old one, and one that graphs may keep. Threads may overwrite
+            # each other's: a wrong guess costs time alone.
+            with torch.inference_mode(False):
+                _expected[self.dtype] = grad.detach().clone()
 
 
 class DropoutForward:
@@ -126,12 +127,19 @@ def library() -> ctypes.CDLL:
     level = torch.backends.cpu.get_cpu_capability()
     for name in _LEVELS.get(level, ("_cpu",)):
         for path in Path(__file__).parent.glob(f"{name}.*"):
-            return _typed(ctypes.CDLL(str(path)))
+            return _typed(ctypes.CDLL(str(path)), path.name)
     raise OSError("the kernels for CPUs were not built: install the package where there is a C++ compiler")
 
 
-def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes what the functions take and return."""
+def _typed(library: ctypes.CDLL, name: str) -> ctypes.CDLL:
+    """Check that the library has these structures, and tell ctypes what its functions take and return."""
+    structures = _Penalty, _PenaltyMemory, _Dropout, _DropoutMemory
+    try:
+        sizes = list((c_int64 * len(structures)).in_dll(library, "structure_sizes"))
+    except ValueError:  # there is no such symbol
+        sizes = []
+    if sizes != [ctypes.sizeof(x) for x in structures]:
+        raise OSError(f"{name} was built from another version of the source: install the package again")
     for name, plan, memory in (("penalty", _Penalty, _PenaltyMemory), ("dropout", _Dropout, _DropoutMemory)):
         for direction in ("forward", "backward"):
             function = getattr(library, f"{name}_{direction}")

@@ -570,6 +570,9 @@ def test_without_a_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, 
     assert "not built" in (cpu.reason() or "")
     (tmp_path / "_cpu.abi3.so").write_text("no library")
     assert "_cpu.abi3.so" in (cpu.reason() or "")
+    subprocess.run(["g++", "-shared", "-x", "c", "/dev/null", "-o", tmp_path / "_cpu.abi3.so"], check=True)
+    cpu.library.cache_clear()
+    assert "built from another version" in (cpu.reason() or "")
     monkeypatch.undo()
     cpu.library.cache_clear()
     assert cpu.reason() is None

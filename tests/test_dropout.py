@@ -263,6 +263,21 @@ def test_repeats_bitwise(device: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, run(), strict=True))
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_a_term_that_is_off_is_not_looked_at_where_nothing_is_dropped(alpha: float, beta: float, device: str) -> None:
+    raw = torch.tensor([[1.0], [torch.inf], [2.0]], device=device, requires_grad=True)
+    dropped, got = fused_dropout_ar_tar(raw, 0.0, alpha, beta, return_terms=True)
+    want = fused_ar_tar(raw, raw, alpha, beta, return_terms=True)
+    assert dropped is raw
+    assert torch.equal(torch.stack(got), torch.stack(want))
+    assert (got.ar == 0) == (alpha == 0)
+    assert (got.tar == 0) == (beta == 0)
+    if alpha and not beta:
+        (gradient,) = torch.autograd.grad(got.penalty, raw)
+        assert torch.equal(gradient, *torch.autograd.grad(want.penalty, raw))
+        assert gradient[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0)])
 def test_empty(shape: tuple[int, ...], device: str) -> None:
     raw = torch.randn(shape, device=device, requires_grad=True)

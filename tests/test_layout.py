@@ -23,6 +23,9 @@ SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
 GROWING = PackedSequence(PACKED.data, PACKED.batch_sizes.flip(0))
 HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
 WRAPPED = PackedSequence(PACKED.data[:1], torch.tensor([2**62 + 1, 2**62, 2**62, 2**62]))
+WRAPPING = PackedSequence(  # a sum and differences that wrap to what would fit
+    torch.randn(24, 3), torch.tensor([2, -(2**62), -(2**63) + 10, 2**62, 1, -(2**62), -(2**63) + 10, 2**62, 1])
+)
 AWAY = tuple.__new__(PackedSequence, (PACKED.data, PACKED.batch_sizes.to("meta"), None, None))
 EMPTY_STEP, NEGATIVE = (PackedSequence(PACKED.data, torch.tensor(sizes)) for sizes in ([4, 4, 0], [8, 1, -1]))
 ROWS_OF_ROWS = tuple.__new__(PackedSequence, (PACKED.data[None], PACKED.batch_sizes, None, None))
@@ -148,6 +151,7 @@ def test_view(
         ((SHORT, SHORT, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 .* add up to the 7 rows, got"),
         ((GROWING, GROWING, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
         ((EMPTY_STEP, EMPTY_STEP, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
+        ((WRAPPING, WRAPPING, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
         ((NEGATIVE, NEGATIVE, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
         ((ROWS_OF_ROWS, ROWS_OF_ROWS, 2, 1), {}, ValueError, r"raw.data: expected \(rows, hidden\), got \(1, "),
         ((IDS, IDS, 2, 1), {}, TypeError, "raw.data: expected float16, bfloat16, float32 or float64, got torch.int64"),

@@ -232,6 +232,19 @@ def test_large_upstream_gradients_are_divided_first(dropout: bool, create_graph:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def test_batch_sizes_that_change_in_shared_memory(device: str) -> None:
+    """NumPy's writes raise no version: what was checked is what counts."""
+    numpy = pytest.importorskip("numpy")
+    sizes = numpy.array([3, 2, 1])
+    rows = torch.randn(6, 4, device=device, requires_grad=True)
+    packed = PackedSequence(rows, torch.from_numpy(sizes))
+    (want,) = torch.autograd.grad(fused_ar_tar(packed, None, 0.0, 1.0), rows, torch.tensor(5.0, device=device))
+    got = fused_ar_tar(packed, None, 0.0, 1.0)
+    sizes[:] = 10**8
+    (gradient,) = torch.autograd.grad(got, rows, torch.tensor(5.0, device=device))
+    assert torch.equal(gradient, want)
+
+
 def test_lengths_made_in_inference_mode(device: str) -> None:
     with torch.inference_mode():
         lengths = torch.tensor([3, 1], device=device)

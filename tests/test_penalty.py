@@ -354,6 +354,19 @@ def test_the_backward_makes_only_the_gradients_that_are_needed(
     assert not any("zeros" in name for name in names)  # for the terms, which get no gradient
 
 
+def test_zeros_without_memory(device: str) -> None:
+    """As autograd makes them: for an upstream gradient, and for activations."""
+    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    nothing = torch._efficientzerotensor((3, 7, 12), device=device)
+    (gradient,) = torch.autograd.grad(
+        fused_ar_tar(raw, raw, 2.0, 1.0), raw, torch._efficientzerotensor((), device=device)
+    )
+    assert not gradient.any()
+    (gradient,) = torch.autograd.grad(fused_ar_tar(raw, nothing, 2.0, 1.0), raw)
+    assert torch.equal(gradient, *torch.autograd.grad(fused_ar_tar(raw, None, 0.0, 1.0), raw))
+    assert fused_ar_tar(nothing, nothing, 2.0, 1.0) == 0
+
+
 def test_a_call_that_is_remembered_is_as_one_that_is_not(device: str) -> None:
     """Calls that differ in one thing each, over and over in any order: what one leaves must not reach another."""
     shapes = [(3, 7, 12), (12, 7, 3), (3, 12, 7), (7, 12)]

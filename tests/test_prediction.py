@@ -169,3 +169,14 @@ def test_threads_with_upstream_gradients_of_their_own(device: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, range(4)))
+
+
+def test_a_backward_in_inference_mode_leaves_later_steps_alone(device: str) -> None:
+    raw, dropped = leaves(device)
+    grad = torch.tensor(5.0, device=device)
+    want = torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    with torch.inference_mode():
+        torch.autograd.grad(got, (raw, dropped), torch.tensor(7.0, device=device))
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), want)
