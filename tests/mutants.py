@@ -235,7 +235,11 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("lengths as they lie, to the kernels", ".contiguous()", ""),
         ("too long", "most > time", "False"),
     ],
-    ("fastreg/arguments.py", "_packed"): [("counted in few bits", "sizes.to(torch.int64, copy", "sizes.to(sizes.dtype, copy")],
+    ("fastreg/arguments.py", "_packed"): [
+        ("counted in few bits", "sizes.to(torch.int64, copy", "sizes.to(sizes.dtype, copy"),
+        ("memory that others may write to", "copy=True", "copy=False"),
+        ("sums that wrap", "int(sizes.min()) > 0", "int(sizes[-1]) > 0"),
+    ],
     ("fastreg/arguments.py", "_check_alike"): [
         ("layers of other time steps", "x.tensor.shape[:-1] != first.tensor.shape[:-1]", "False"),
     ],

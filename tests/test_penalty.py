@@ -357,13 +357,11 @@ def test_the_backward_makes_only_the_gradients_that_are_needed(
 def test_zeros_without_memory(device: str) -> None:
     """As autograd makes them: for an upstream gradient, and for activations."""
     raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
-    nothing = torch._efficientzerotensor((3, 7, 12), device=device)
-    (gradient,) = torch.autograd.grad(
-        fused_ar_tar(raw, raw, 2.0, 1.0), raw, torch._efficientzerotensor((), device=device)
-    )
+    nothing, zero = (torch._efficientzerotensor(shape, device=device) for shape in ((3, 7, 12), ()))
+    (gradient,) = torch.autograd.grad(fused_ar_tar(raw, raw, 2.0, 1.0), raw, zero)
     assert not gradient.any()
     (gradient,) = torch.autograd.grad(fused_ar_tar(raw, nothing, 2.0, 1.0), raw)
-    assert torch.equal(gradient, *torch.autograd.grad(fused_ar_tar(raw, None, 0.0, 1.0), raw))
+    torch.testing.assert_close(gradient, *torch.autograd.grad(fused_ar_tar(raw, None, 0.0, 1.0), raw))
     assert fused_ar_tar(nothing, nothing, 2.0, 1.0) == 0
 
 
