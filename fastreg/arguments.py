@@ -117,8 +117,7 @@ def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, st
     for name, x in zip(names, layer[:2], strict=True):
         if x is None:
             continue
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+        _check_dtype(name, x)
         if len(x.shape) not in (2, 3):
             raise ValueError(
                 f"{name}: expected (batch, time, hidden), (time, batch, hidden) with batch_first=False, "
@@ -253,8 +252,7 @@ def _named(name: str, value: object) -> Sequence[Named]:
 def _packed(name: str, x: PackedSequence) -> Named:
     """Check batch sizes, as what does not fit would be read past its end."""
     data = check_tensor(f"{name}.data", x.data)
-    if data.dtype not in DTYPES:
-        raise TypeError(f"{name}.data: expected float16, bfloat16, float32 or float64, got {data.dtype}")
+    _check_dtype(f"{name}.data", data)
     if data.dim() != 2:
         raise ValueError(f"{name}.data: expected (rows, hidden), got {_shape(data)}")
     sizes = check_integers(f"{name}.batch_sizes", x.batch_sizes)
@@ -297,6 +295,11 @@ def _check_alike(x: Named, first: Named) -> None:
 def _check_device(name: str, x: Any, other: str, y: Any) -> None:
     if x.device != y.device:
         raise ValueError(f"{name}: expected a tensor on {y.device}, where {other} is, got one on {x.device}")
+
+
+def _check_dtype(name: str, x: Any) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def _check_dense(name: str, x: Tensor) -> Tensor:
