@@ -29,6 +29,15 @@ def pytest_report_header() -> str:
     return f"fastreg: CPU tensors take {path}; GPU: {'yes' if torch.cuda.is_available() else 'none'}"
 
 
+def pytest_configure() -> None:
+    """Leave LSTMs to PyTorch's own code where oneDNN has none in bfloat16, as on processors without AVX-512."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
+    except RuntimeError:
+        torch.backends.mkldnn.set_flags(_enabled=False)
+
+
 def skip_on_formula(device: str) -> None:
     """Skip what only kernels promise: the plain formula rounds when PyTorch does, and keeps what PyTorch keeps."""
     if device == "cpu" and CPU is None:
