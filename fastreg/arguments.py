@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.backends import is_memory, observed
-from fastreg.problem import Layer, Problem, time_dim
+from fastreg.problem import Coefficient, Layer, Problem, is_on, time_dim
 from fastreg.view import Signature
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,19 +23,39 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 HINT = " (an RNN gives its output and its state: pass the output)"
 
 
-def check_problem(alpha: float, beta: float, batch_first: bool, reduction: str = "mean") -> Problem:
+class Asked(NamedTuple):
+    """What a call asks for: a problem, and the coefficients that are tensors, `None` where the problem has a number."""
+
+    problem: Problem
+    alpha: Tensor | None
+    beta: Tensor | None
+
+
+def check_problem(
+    alpha: object, beta: object, batch_first: bool, reduction: str = "mean", measured: bool = False
+) -> Asked:
     """Check coefficients, layout and reduction."""
     alpha, beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
     check_flags(batch_first=batch_first)
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    return Problem(alpha, beta, batch_first, reduction)
+    alphas, betas = _split(alpha), _split(beta)
+    return Asked(Problem(alphas[0], betas[0], batch_first, reduction, measured), alphas[1], betas[1])
 
 
-def check_coefficient(name: str, value: Any) -> float:
-    """Check that `value` is a finite real number of at least 0, and return it as a float."""
+def _split(value: Coefficient) -> tuple[float | None, Tensor | None]:
+    return (None, value) if isinstance(value, Tensor) else (value, None)
+
+
+def check_coefficient(name: str, value: Any) -> Coefficient:
+    """Check a coefficient: a finite real number of at least 0, returned as a float, or a 0-dim tensor of such.
+
+    The value of a tensor that is not on the CPU is not looked at, as that would wait for its device.
+    """
+    if isinstance(value, Tensor):
+        return _check_scalar(name, value)
     compiling = torch.compiler.is_compiling()
-    if compiling and not isinstance(value, (bool, int, float, str, Tensor)) and hasattr(value, "item"):
+    if compiling and not isinstance(value, (bool, int, float, str)) and hasattr(value, "item"):
         value = value.item()  # a compiler takes a NumPy scalar for an array
     elif type(value) is not float:
         _check_real(name, value)
@@ -51,6 +71,19 @@ def check_coefficient(name: str, value: Any) -> float:
         right = 0 <= value < math.inf
     if not right:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return value
+
+
+def _check_scalar(name: str, value: Tensor) -> Tensor:
+    if value.shape != () or not value.dtype.is_floating_point:
+        raise ValueError(
+            f"{name}: expected a number or a 0-dim floating-point tensor, got {value.dtype} {_shape(value)}"
+        )
+    if value.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
+    value = keepable(plain(_check_dense(name, value)))
+    if value.device.type == "cpu" and not observed() and is_memory(value) and not 0 <= value.item() < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value.item()}")
     return value
 
 
@@ -78,13 +111,14 @@ class Named(NamedTuple):
     batch_sizes: Tensor | None
 
 
-def check_layers(raw: object, dropped: object, lengths: object, problem: Problem) -> list[Layer]:
-    """Pair the layers of `raw` and `dropped`; a term that is off is not looked at, and its tensor is `None`.
+def check_layers(raw: object, dropped: object, lengths: object, asked: Asked) -> list[Layer]:
+    """Pair the layers of `raw` and `dropped`; what no term reads is not looked at, and is `None`.
 
     What depends on shapes, dtypes and devices of one layer is left to `check_layer`, which can be remembered.
     """
-    raws = _named("raw", raw) if problem.with_tar else None
-    kept = _named("dropped", dropped) if problem.with_ar else None
+    problem, alpha, beta = asked
+    raws = _named("raw", raw) if _is_read(raw, problem.beta, problem.measured) else None
+    kept = _named("dropped", dropped) if _is_read(dropped, problem.alpha, problem.measured) else None
     if raws is None or kept is None:
         pairs = [(x, None) for x in raws] if raws else [(None, y) for y in kept or []]
     else:
@@ -105,10 +139,13 @@ def check_layers(raw: object, dropped: object, lengths: object, problem: Problem
     if len(pairs) > 1:
         for x in (*(raws or []), *(kept or [])):
             _check_alike(x, first)
-    return [
-        Layer(None if x is None else x.tensor, None if y is None else y.tensor, lengths, first.batch_sizes)
-        for x, y in pairs
-    ]
+    shared = lengths, first.batch_sizes, alpha, beta
+    return [Layer(None if x is None else x.tensor, None if y is None else y.tensor, *shared) for x, y in pairs]
+
+
+def _is_read(activations: object, coefficient: float | None, measured: bool) -> bool:
+    """Tell whether a term reads its activations: without any, one whose coefficient is 0 cannot be measured."""
+    return is_on(coefficient) or (measured and activations is not None)
 
 
 def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, str] = ("raw", "dropped")) -> None:
@@ -129,10 +166,13 @@ def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, st
         if x.shape != first[1].shape:
             raise ValueError(f"{name}: expected the shape of {first[0]}, {_shape(first[1])}, got {_shape(x)}")
         _check_device(name, x, *first)
-    if isinstance(layer, Layer) and getattr(layer.given, "to_local", None) is not None and layer[2:] != (None, None):
+    if isinstance(layer, Layer) and getattr(layer.given, "to_local", None) is not None and layer[2:4] != (None, None):
         raise TypeError("raw and dropped: expected no DTensor with lengths or packed; pass x.to_local() of each part")
     if layer.lengths is not None:
         _check_lengths(layer.lengths, layer.given, problem)
+    for name, x in ("alpha", layer.alpha), ("beta", layer.beta):
+        if x is not None:
+            _check_device(name, x, "the activations", layer.given)
 
 
 def _check_lengths(lengths: Any, x: Any, problem: Problem) -> None:
@@ -170,7 +210,7 @@ def ready_lengths(layer: Layer, problem: Problem) -> Layer:
                 f"lengths: expected from 0 to the {time} time steps there are, got {least if least < 0 else most}"
             )
     lengths = lengths.to(x.device, non_blocking=True).contiguous()
-    return Layer(layer.raw, layer.dropped, lengths, layer.batch_sizes)
+    return layer._replace(lengths=lengths)
 
 
 def check_integers(name: str, x: object) -> Tensor:

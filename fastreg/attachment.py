@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import is_list
+from fastreg.problem import Coefficient
 from fastreg.rnn_dropout import Activations, FusedRNNDropout, tensor_of
 
 
 class Owner(Protocol):
     """Declare what an attachment needs of the regularizer that made it."""
 
-    alpha: float
-    beta: float
+    alpha: Coefficient
+    beta: Coefficient
 
     def forget(self, attachment: Attachment) -> None:
         """Leave out an attachment that removes itself."""

@@ -21,9 +21,9 @@ from fastreg.arguments import (
     ready_lengths,
 )
 from fastreg.backends import Backend, are_memory, backend_for, observed, remembered
-from fastreg.kernels.view import Found, Result
+from fastreg.kernels.view import Result
 from fastreg.penalty import penalty_of
-from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, time_dim
+from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, time_dim
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.view import Memory, Signature, allocate, like, memory_of, readable, signature_of, sums_of, view_of
 
@@ -32,8 +32,8 @@ from fastreg.view import Memory, Signature, allocate, like, memory_of, readable,
 def fused_dropout_ar_tar(
     raw: Tensor,
     p: float,
-    alpha: float,
-    beta: float,
+    alpha: Coefficient,
+    beta: Coefficient,
     *,
     training: bool = ...,
     mask: Tensor | None = ...,
@@ -46,8 +46,8 @@ def fused_dropout_ar_tar(
 def fused_dropout_ar_tar(
     raw: Tensor,
     p: float,
-    alpha: float,
-    beta: float,
+    alpha: Coefficient,
+    beta: Coefficient,
     *,
     training: bool = ...,
     mask: Tensor | None = ...,
@@ -59,8 +59,8 @@ def fused_dropout_ar_tar(
 def fused_dropout_ar_tar(
     raw: Tensor,
     p: float,
-    alpha: float,
-    beta: float,
+    alpha: Coefficient,
+    beta: Coefficient,
     *,
     training: bool = True,
     mask: Tensor | None = None,
@@ -80,8 +80,10 @@ def fused_dropout_ar_tar(
         raw: the RNN's output: `(batch, time, hidden)`, or `(time, hidden)` for one sequence; float16, bfloat16,
             float32 or float64, any strides.
         p: the probability to drop a unit, from 0 to below 1.
-        alpha: coefficient of AR, finite and not negative.
-        beta: coefficient of TAR, finite and not negative.
+        alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
+            activations, which is read there, without a sync, and gets no gradient. So a schedule changes the tensor in
+            place, before the forward, also between replays of a CUDA graph.
+        beta: coefficient of TAR, likewise.
         training: with `False`, as with `p == 0` and no mask, nothing is dropped, and dropped is `raw` itself.
         mask: a mask to use instead of drawing one, already scaled by `1 / (1 - p)`: `(batch, 1, hidden)` (with
             `batch_first=False` `(1, batch, hidden)`), or of raw's shape; of raw's dtype and on its device. It
@@ -100,21 +102,20 @@ def fused_dropout_ar_tar(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    problem = check_problem(alpha, beta, batch_first, reduction)
+    asked = check_problem(alpha, beta, batch_first, reduction, return_terms)
     check_flags(training=training, return_terms=return_terms)
     p = check_probability(p)
-    layer = Layer(check_tensor("raw", raw), None, None if lengths is None else check_integers("lengths", lengths))
+    lengths = None if lengths is None else check_integers("lengths", lengths)
+    layer = Layer(check_tensor("raw", raw), None, lengths, None, asked.alpha, asked.beta)
     if mask is not None:
-        check_layer(layer, problem)
+        check_layer(layer, asked.problem)
         mask = check_mask(mask, raw, batch_first)
     used = 0.0 if not training else p if mask is None else mask
-    dropped, results = drop_and_penalize(layer, used, problem, return_terms)
+    dropped, results = drop_and_penalize(layer, used, asked.problem)
     return dropped, ARTAR(*results) if return_terms else results[0]
 
 
-def drop_and_penalize(
-    layer: Layer, mask: Tensor | float, problem: Problem, return_terms: bool
-) -> tuple[Tensor, Sequence[Tensor]]:
+def drop_and_penalize(layer: Layer, mask: Tensor | float, problem: Problem) -> tuple[Tensor, Sequence[Tensor]]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
@@ -122,10 +123,9 @@ def drop_and_penalize(
         mask: of the shape of raw, or expanded to it; or the probability to drop a unit, to draw one. With 0 nothing is
             dropped, and dropped is raw itself.
         problem: what to compute.
-        return_terms: whether AR and TAR are wanted, too.
 
     Returns:
-        dropped, and a tuple of the penalty, (), and where they are wanted AR and TAR, () and detached.
+        dropped, and a tuple of the penalty, (), and if the problem is measured AR and TAR, () and detached.
 
     Raises:
         TypeError, ValueError: the layer's tensors are not as `fused_dropout_ar_tar` wants them.
@@ -135,30 +135,30 @@ def drop_and_penalize(
         if not problem.with_ar and not problem.with_tar:
             check_layer(layer, problem)
             return raw, torch.zeros(3, dtype=compute_dtype(raw), device=raw.device).unbind()
-        used = Layer(raw if problem.with_tar else None, raw if problem.with_ar else None, layer.lengths)
-        return raw, penalty_of(used, problem, return_terms)
-    raw, lengths = plain(layer.given), layer.lengths
-    layer = Layer(raw, None, lengths)
+        used = layer._replace(raw=raw if problem.with_tar else None, dropped=raw if problem.with_ar else None)
+        return raw, penalty_of([used], problem)
+    raw = plain(layer.given)
+    layer = layer._replace(raw=raw)
     mask = plain(mask) if isinstance(mask, Tensor) else mask
     plan = None
-    if observed() or not are_memory((raw, mask if isinstance(mask, Tensor) else None, lengths)):
+    if observed() or not are_memory((*layer, mask if isinstance(mask, Tensor) else None)):
         check_layer(layer, problem)
     else:
         known = memory_of(mask) if isinstance(mask, Tensor) else None
         plan = _plan_for(signature_of(layer), known, problem, backend_for(raw.device))
     if not isinstance(mask, Tensor):
         mask = _locked_mask(raw, mask, problem)
-    if lengths is not None:
+    if layer.lengths is not None:
         layer = ready_lengths(layer, problem)
     if plan is None:
         dropped = raw * mask
-        penalty, ar, tar = ar_tar(Layer(raw, dropped, layer.lengths), problem)
-        return dropped, (penalty, ar.detach(), tar.detach()) if return_terms else (penalty,)
+        penalty, ar, tar = ar_tar(layer._replace(dropped=dropped), problem)
+        return dropped, (penalty, ar.detach(), tar.detach()) if problem.measured else (penalty,)
     if torch.is_grad_enabled() and raw.requires_grad:
-        dropped, penalty, terms = _DropoutPenalty.apply(raw, mask, layer.lengths, plan)
+        dropped, penalty, terms = _DropoutPenalty.apply(plan, mask, *layer)
     else:
-        dropped, (penalty, terms, _) = plan.compute(raw, mask, layer.lengths)
-    return dropped, (penalty, *terms.unbind()) if return_terms else (penalty,)
+        dropped, (penalty, terms, _) = plan.compute(layer, mask)
+    return dropped, (penalty, *terms.unbind()) if problem.measured else (penalty,)
 
 
 def _locked_mask(raw: Any, p: float, problem: Problem) -> Tensor:
@@ -176,10 +176,10 @@ class _Plan(NamedTuple):
     dropped: Memory
     launch: Any  # a `dropout_forward` of the backend
 
-    def compute(self, raw: Tensor, mask: Tensor, lengths: Tensor | None) -> tuple[Tensor, Result]:
+    def compute(self, layer: Layer, mask: Tensor) -> tuple[Tensor, Result]:
         """Launch the forward; return dropped and the penalty."""
         dropped = allocate(self.dropped)
-        return dropped, self.launch(readable(raw), readable(mask), dropped, lengths)
+        return dropped, self.launch((readable(layer.given), readable(mask), dropped), layer.values)
 
 
 @remembered
@@ -207,22 +207,12 @@ class _GradientPlan(NamedTuple):
     gradient: Memory
     launch: Any  # a `dropout_backward` of the backend
 
-    def compute(
-        self, upstream: Sequence[Tensor | None], inputs: Sequence[Tensor], found: Found, lengths: Tensor | None
-    ) -> Tensor:
-        """Allocate and launch the backward.
-
-        Args:
-            upstream: gradients of dropped and of the penalty, `None` where there is none.
-            inputs: raw and mask.
-            found: that of the forward's result.
-            lengths: those of the forward.
-        """
+    def compute(self, upstream: Sequence[Tensor | None], layer: Layer, mask: Tensor) -> Tensor:
+        """Allocate and launch the backward, for the gradients of dropped and of the penalty that there are."""
         gradient = allocate(self.gradient)
         grad_dropped, grad = upstream
-        raw, mask = (readable(x) for x in inputs)
         grad_dropped = None if grad_dropped is None else readable(grad_dropped)
-        self.launch((grad_dropped, grad), (raw, mask), gradient, found, lengths)
+        self.launch(grad, (readable(layer.given), readable(mask), grad_dropped, gradient), layer.values)
         return gradient
 
 
@@ -233,17 +223,19 @@ def _gradient_plan_for(
     """Plan the backward for tensors that were saved, and for `others`, the mask and the gradient of dropped."""
     raw, gradient = signature.given, like(signature.given)
     view = view_of((raw, *others, gradient), signature, problem)
-    sums = sums_of(signature, problem, compute_dtype(raw))
-    return _GradientPlan(gradient, backend.dropout_backward(view, sums, raw.device, penalized))
+    sums = sums_of(signature, problem.penalized(), compute_dtype(raw))
+    if not penalized:
+        sums = sums._replace(ar=False, tar=False)
+    return _GradientPlan(gradient, backend.dropout_backward(view, sums, raw.device))
 
 
 class _DropoutPenalty(Function):
-    """Keep references to raw and to the mask, and two numbers where the divisors follow from lengths."""
+    """Keep references to raw, to the mask, and to lengths and coefficients."""
 
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, mask: Tensor, lengths: Tensor | None, plan: _Plan) -> Any:
-        dropped, (penalty, terms, found) = plan.compute(raw, mask, lengths)
-        ctx.save_for_backward(raw, mask, lengths, found.scales)
+    def forward(ctx: Any, plan: _Plan, mask: Tensor, *tensors: Tensor | None) -> Any:
+        dropped, (penalty, terms, _) = plan.compute(Layer(*tensors), mask)
+        ctx.save_for_backward(mask, *tensors)
         ctx.plan = plan
         ctx.set_materialize_grads(False)  # what has no gradient costs no zeros
         ctx.mark_non_differentiable(terms)
@@ -253,17 +245,17 @@ class _DropoutPenalty(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, _: None
     ) -> Any:
-        raw, mask, lengths, scales = ctx.saved_tensors
-        layer, upstream, problem = Layer(raw, None, lengths), (grad_dropped, grad), ctx.plan.problem
+        mask, *tensors = ctx.saved_tensors
+        layer, upstream, problem = Layer(*tensors), (grad_dropped, grad), ctx.plan.problem
         if grad_dropped is None and grad is None:
             gradient = None
-        elif torch.is_grad_enabled() or observed() or not are_memory((raw, mask, lengths, *upstream)):
-            gradient = _gradient_formula(upstream, layer, mask, problem)  # which PyTorch must see
+        elif torch.is_grad_enabled() or observed() or not are_memory((mask, *tensors, *upstream)):
+            gradient = _gradient_formula(upstream, layer, mask, problem.penalized())  # which PyTorch must see
         else:
             others = memory_of(mask), None if grad_dropped is None else memory_of(grad_dropped)
             plan = _gradient_plan_for(signature_of(layer), others, problem, ctx.plan.backend, grad is not None)
-            gradient = plan.compute(upstream, (raw, mask), Found(scales, None), lengths)
-        return gradient, None, None, None
+            gradient = plan.compute(upstream, layer, mask)
+        return None, None, gradient, *(None,) * 5
 
 
 def _gradient_formula(
@@ -273,7 +265,7 @@ def _gradient_formula(
 
     Args:
         upstream: gradients of dropped and of the penalty, of which one may be `None`.
-        layer: raw and lengths.
+        layer: raw, lengths and coefficients.
         mask: of the shape of raw.
         problem: what the forward computed.
     """
@@ -282,7 +274,7 @@ def _gradient_formula(
     through_mask = None if grad_dropped is None else grad_dropped.to(dtype)
     direct = None
     if grad is not None:
-        direct, ar = ar_tar_gradients(grad, Layer(raw, raw * mask, layer.lengths), problem)
+        direct, ar = ar_tar_gradients(grad, layer._replace(dropped=raw * mask), problem)
         through_mask = _sum(through_mask, ar)
     gradient = _sum(None if through_mask is None else through_mask * mask.to(dtype), direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastreg import output_dropout
 from fastreg.arguments import check_flags
+from fastreg.problem import Coefficient, is_on
 from fastreg.regularizer import RNNRegularizer as Regularizer
 
 __all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
@@ -159,7 +160,7 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
     """
 
     def __init__(
-        self, alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None, mask_padding: bool = False
+        self, alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, mask_padding: bool = False
     ) -> None:
         check_flags(mask_padding=mask_padding)
         self.regularizer, self.mask_padding = Regularizer(alpha, beta, bptt=bptt), mask_padding
@@ -271,12 +272,12 @@ def _aligned(x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rnn_cbs(
-    alpha: float = 0.0, beta: float = 0.0, bptt: int | None = None, mask_padding: bool = False
+    alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, mask_padding: bool = False
 ) -> list[Callback]:
     """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments."""
     cbs = [stock.ModelResetter(), RNNCallback()]
     regularizer = RNNRegularizer(alpha, beta, bptt, mask_padding)  # checks the arguments
-    return [*cbs, regularizer] if alpha or beta or bptt is not None else cbs
+    return [*cbs, regularizer] if is_on(alpha) or is_on(beta) or bptt is not None else cbs
 
 
 def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> Learner:

@@ -21,6 +21,7 @@ from fastai.text.models import LinearDecoder, RNNDropout
 from torch import Tensor
 
 from fastreg.output_dropout import OutputDropout, check_fuse, link, swappable
+from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
 
 __all__ = ["RNNTrainer", "fuse", "unfuse"]
@@ -51,7 +52,7 @@ class RNNTrainer(LearnerCallback):
     _order = -1  # after the recorder (-10), before mixed precision (0, later 999) scales the loss
 
     def __init__(
-        self, learn: Learner, bptt: int | None, alpha: float = 0.0, beta: float = 0.0, adjust: bool = True
+        self, learn: Learner, bptt: int | None, alpha: Coefficient = 0.0, beta: Coefficient = 0.0, adjust: bool = True
     ) -> None:
         if not isinstance(learn, Learner):
             raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
+from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class ActivationRegularization(Callback):
 
     def __init__(
         self,
-        alpha: float = 0.0,
-        beta: float = 0.0,
+        alpha: Coefficient = 0.0,
+        beta: Coefficient = 0.0,
         *,
         rnn: str | Sequence[str],
         dropout: str | Sequence[str | None] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
@@ -12,8 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_flags, check_layer, check_layers, check_problem, is_list, plain, ready_lengths
 from fastreg.backends import Backend, are_memory, backend_for, keeps_memory_low, observed, remembered
-from fastreg.kernels.view import Found, Result
-from fastreg.problem import ARTAR, Layer, Problem, compute_dtype
+from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, is_on
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.view import Memory, Signature, allocate, like, readable, signature_of, sums_of, view_of
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def fused_ar_tar(
     raw: Activations,
     dropped: Activations,
-    alpha: float,
-    beta: float,
+    alpha: Coefficient,
+    beta: Coefficient,
     *,
     batch_first: bool = ...,
     lengths: Tensor | None = ...,
@@ -38,8 +38,8 @@ def fused_ar_tar(
 def fused_ar_tar(
     raw: Activations,
     dropped: Activations,
-    alpha: float,
-    beta: float,
+    alpha: Coefficient,
+    beta: Coefficient,
     *,
     batch_first: bool = ...,
     lengths: Tensor | None = ...,
@@ -49,8 +49,8 @@ def fused_ar_tar(
 def fused_ar_tar(
     raw: Activations,
     dropped: Activations,
-    alpha: float,
-    beta: float,
+    alpha: Coefficient,
+    beta: Coefficient,
     *,
     batch_first: bool = True,
     lengths: Tensor | None = None,
@@ -71,8 +71,10 @@ def fused_ar_tar(
             at and may be `None`.
         dropped: the RNN's output after dropout, of the same shape, or packed as raw is, and on the same device; its
             dtype may differ, and it may be `raw` itself. With `alpha == 0` it is not looked at and may be `None`.
-        alpha: coefficient of AR, finite and not negative.
-        beta: coefficient of TAR, finite and not negative.
+        alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
+            activations, which is read there, without a sync, and gets no gradient. So a schedule changes the tensor in
+            place, before the forward, also between replays of a CUDA graph.
+        beta: coefficient of TAR, likewise.
         batch_first: `False` for `(time, batch, hidden)`.
         lengths: of padded sequences, how many time steps each has: integers, `(batch,)`. What lies behind them counts
             in neither sums nor divisors, and its gradient is 0. Lengths on the CPU must be from 0 to the time steps
@@ -88,21 +90,17 @@ def fused_ar_tar(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    problem = check_problem(alpha, beta, batch_first, reduction)
+    asked = check_problem(alpha, beta, batch_first, reduction, return_terms)
     check_flags(return_terms=return_terms)
-    layers = check_layers(raw, dropped, lengths, problem)
+    layers = check_layers(raw, dropped, lengths, asked)
     if not layers:  # both terms are off
         zero = _zero_where(raw, dropped)
         return ARTAR(zero, zero.clone(), zero.clone()) if return_terms else zero
-    if len(layers) == 1 and not is_list(raw if problem.with_tar else dropped):
-        names = [("raw", "dropped")]
-    else:
+    names = [("raw", "dropped")]
+    if len(layers) > 1 or is_list(raw) or is_list(dropped):
         names = [(f"raw[{i}]", f"dropped[{i}]") for i in range(len(layers))]
-    results = [penalty_of(layer, problem, return_terms, x) for layer, x in zip(layers, names, strict=True)]
-    total = results[0]
-    for more in results[1:]:
-        total = [a + b for a, b in zip(total, more, strict=True)]
-    return ARTAR(*total) if return_terms else total[0]
+    results = penalty_of(layers, asked.problem, names)
+    return ARTAR(*results) if return_terms else results[0]
 
 
 def _zero_where(*given: Any) -> Tensor:
@@ -114,46 +112,60 @@ def _zero_where(*given: Any) -> Tensor:
 
 
 def penalty_of(
-    layer: Layer, problem: Problem, return_terms: bool, names: tuple[str, str] = ("raw", "dropped")
+    layers: Sequence[Layer], problem: Problem, names: Sequence[tuple[str, str]] = (("raw", "dropped"),)
 ) -> Sequence[Tensor]:
-    """Compute the penalty of one layer.
+    """Compute the penalty of layers, whose penalties add up.
 
     Args:
-        layer: dense tensors of any subclass; raw and dropped may be one tensor.
+        layers: dense tensors of any subclass, all with the same values; raw and dropped of a layer may be one tensor.
         problem: what to compute.
-        return_terms: whether AR and TAR are wanted, too.
-        names: those of raw and dropped in messages.
+        names: those of raw and dropped of each layer in messages.
 
     Returns:
-        The penalty, (), and where they are wanted AR and TAR, () and detached.
+        The penalty, (), and if the problem is measured AR and TAR, () and detached.
     """
-    raw, dropped, lengths, batch_sizes = layer
-    if raw is not None and raw is dropped:
-        dropped, problem = None, problem.of_raw()
-    layer = Layer(
-        None if raw is None else plain(raw), None if dropped is None else plain(dropped), lengths, batch_sizes
-    )
-    raw, dropped, *_ = layer
-    needs = (False, False)
-    if torch.is_grad_enabled():
-        needs = raw is not None and raw.requires_grad, dropped is not None and dropped.requires_grad
-    plan = None
-    if observed() or not are_memory(layer):
-        check_layer(layer, problem, names)
+    problems = tuple([problem.of_raw() if x.raw is x.dropped else problem for x in layers])
+    layers = [_plain(layer) for layer in layers]
+    plans = None
+    if observed() or not all([are_memory(layer) for layer in layers]):
+        for part in zip(layers, problems, names, strict=True):
+            check_layer(*part)
     else:
-        plan = _plan_for(signature_of(layer), problem, backend_for(layer.given.device), needs, names)
-    if lengths is not None or batch_sizes is not None:
-        layer = ready_lengths(layer, problem)
-    if plan is None:
-        penalty, ar, tar = ar_tar(layer, problem)
-        return (penalty, ar.detach(), tar.detach()) if return_terms else (penalty,)
-    if needs == (False, False):
-        penalty, terms, _ = plan.compute(layer, [None] * len(plan.gradients))
-        return (penalty, *terms.unbind()) if return_terms else (penalty,)
-    if not return_terms:  # an output more costs 3 us
-        return (_Penalty.apply(*layer, plan),)
-    penalty, terms = _PenaltyWithTerms.apply(*layer, plan)
-    return penalty, *terms.unbind()
+        signatures = tuple([signature_of(layer) for layer in layers])
+        needs = tuple([_needs(*part) for part in zip(layers, problems, strict=True)])
+        backend = backend_for(layers[0].given.device)
+        plans = _plans_for(signatures, problems, tuple(names), needs, backend, keeps_memory_low())
+    if layers[0].lengths is not None or layers[0].batch_sizes is not None:
+        lengths = ready_lengths(layers[0], problem).lengths
+        layers = [layer._replace(lengths=lengths) for layer in layers]
+    if plans is None:
+        results = [ar_tar(*part) for part in zip(layers, problems, strict=True)]
+        penalty, ar, tar = functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), results)
+        return (penalty, ar.detach(), tar.detach()) if problem.measured else (penalty,)
+    if all([plan.needs == (False, False) for plan in plans]):
+        result, _ = _compute(plans, layers)
+        return (result.penalty, *result.terms.unbind()) if problem.measured else (result.penalty,)
+    results = _Penalty.apply(plans, *layers[0].values, *[x for layer in layers for x in layer[:2]])
+    return (results[0], *results[1].unbind()) if problem.measured else (results,)
+
+
+def _plain(layer: Layer) -> Layer:
+    """Return a layer without subclasses that only decorate; where raw and dropped are one tensor, dropped is `None`."""
+    raw, dropped, *values = layer
+    dropped = None if dropped is None or dropped is raw else plain(dropped)
+    return Layer(None if raw is None else plain(raw), dropped, *values)
+
+
+def _needs(layer: Layer, problem: Problem) -> tuple[bool, bool]:
+    """Tell whether raw and dropped need gradients: a term that is only measured has none."""
+    if not torch.is_grad_enabled():
+        return False, False
+    raw, dropped, *_ = layer
+    ar, tar = is_on(problem.alpha), is_on(problem.beta)
+    return (
+        raw is not None and raw.requires_grad and (tar or (ar and problem.ar_of_raw)),
+        dropped is not None and dropped.requires_grad and ar,
+    )
 
 
 class _Plan(NamedTuple):
@@ -161,48 +173,62 @@ class _Plan(NamedTuple):
 
     problem    what to compute
     backend    by which code
+    needs      whether raw and dropped need gradients
     launch     its `penalty_forward`
-    gradients  what that fills for the backward, beside raw and dropped; empty where it predicts none
+    gradients  what that fills for the backward, beside raw and dropped
     """
 
     problem: Problem
     backend: Backend
+    needs: tuple[bool, bool]
     launch: Any
     gradients: tuple[Memory | None, ...]
 
-    def compute(self, layer: Layer, gradients: Sequence[Tensor | None]) -> Result:
-        """Launch the forward, with memory for the gradients that it fills."""
-        inputs = [None if x is None else readable(x) for x in layer[:2]]
-        return self.launch((*inputs, *gradients), layer.lengths, layer.batch_sizes)
 
-    def allocate(self) -> tuple[Tensor | None, ...]:
-        """Allocate what the forward fills for the backward; nothing where memory is what counts."""
-        if self.gradients and keeps_memory_low():
-            return (None,) * len(self.gradients)
-        return tuple(None if x is None else allocate(x) for x in self.gradients)
+class _Ahead(NamedTuple):
+    """Gradients that a forward has filled, and the upstream gradients that it assumed; `None` if it filled none."""
+
+    gradients: tuple[Tensor | None, ...]
+    assumed: Tensor | None
+
+
+def _compute(plans: Sequence[_Plan], layers: Sequence[Layer]) -> tuple[Any, list[_Ahead]]:
+    """Launch the forward of each layer, which adds its penalty to those before; return the last `Result`."""
+    result, ahead = None, []
+    for plan, layer in zip(plans, layers, strict=True):
+        inputs = [None if x is None else readable(x) for x in layer[:2]]
+        gradients = tuple([None if x is None else allocate(x) for x in plan.gradients])
+        result = plan.launch((*inputs, *gradients), layer.values, result)
+        ahead.append(_Ahead(gradients, result.assumed))
+    return result, ahead
 
 
 @remembered
-def _plan_for(
-    signature: Signature,
-    problem: Problem,
+def _plans_for(
+    signatures: tuple[Signature, ...],
+    problems: tuple[Problem, ...],
+    names: tuple[tuple[str, str], ...],
+    needs: tuple[tuple[bool, bool], ...],
     backend: Backend | None,
-    needs: tuple[bool, bool],
-    names: tuple[str, str],
-) -> _Plan | None:
-    """Check a layer's metadata and plan its forward; `None` where the plain formula computes it."""
-    check_layer(signature, problem, names)
-    if backend is None or 0 in signature.given.shape:
+    low_memory: bool,
+) -> tuple[_Plan, ...] | None:
+    """Check the layers' metadata and plan their forward; `None` where the plain formula computes it."""
+    for part in zip(signatures, problems, names, strict=True):
+        check_layer(*part)
+    if backend is None or any(0 in x.given.shape for x in signatures):
         return None
-    gradients = ()
-    if backend.penalty_forward.predicts:
-        gradients = tuple(
-            like(x) if x is not None and need else None for x, need in zip(signature[:2], needs, strict=True)
+    dtype = compute_dtype(*(x for signature in signatures for x in signature[:2]))
+    plans = []
+    for signature, problem, need in zip(signatures, problems, needs, strict=True):
+        filled = tuple(
+            like(x) if x is not None and needed and not low_memory else None
+            for x, needed in zip(signature[:2], need, strict=True)
         )
-    view = view_of((*signature[:2], *gradients), signature, problem)
-    sums = sums_of(signature, problem, compute_dtype(*signature[:2]))
-    launch = backend.penalty_forward(view, sums, signature.given.device)
-    return _Plan(problem, backend, launch, gradients)
+        view = view_of((*signature[:2], *filled), signature, problem)
+        sums = sums_of(signature, problem, dtype)._replace(adds=len(plans) > 0)
+        launch = backend.penalty_forward(view, sums, signature.given.device)
+        plans.append(_Plan(problem, backend, need, launch, filled))
+    return tuple(plans)
 
 
 class _GradientPlan(NamedTuple):
@@ -211,16 +237,13 @@ class _GradientPlan(NamedTuple):
     gradients: tuple[Memory | None, ...]
     launch: Any  # a `penalty_backward` of the backend
 
-    def compute(
-        self, grad: Tensor, layer: Layer, found: Found, gradients: tuple[Tensor | None, ...] | None
-    ) -> tuple[Tensor | None, ...]:
+    def compute(self, grad: Tensor, layer: Layer, ahead: _Ahead | None) -> tuple[Tensor | None, ...]:
         """Launch the backward, for gradients that the forward has filled, or for new memory."""
         inputs = [None if x is None else readable(x) for x in layer[:2]]
-        if gradients is None or found.assumed is None:
-            gradients = tuple(None if x is None else allocate(x) for x in self.gradients)
-            found = Found(found.scales, None)
-        self.launch(grad, (*inputs, *gradients), found, layer.lengths, layer.batch_sizes)
-        return gradients
+        if ahead is None or ahead.assumed is None:
+            ahead = _Ahead(tuple([None if x is None else allocate(x) for x in self.gradients]), None)
+        self.launch(grad, (*inputs, *ahead.gradients), layer.values, ahead.assumed)
+        return ahead.gradients
 
 
 @remembered
@@ -228,74 +251,48 @@ def _gradient_plan_for(signature: Signature, problem: Problem, backend: Backend,
     """Plan the backward for the tensors that were saved."""
     gradients = tuple(None if x is None else like(x) for x in signature[:2])
     view = view_of((*signature[:2], *gradients), signature, problem)
-    sums = sums_of(signature, problem, dtype)
+    sums = sums_of(signature, problem.penalized(), dtype)
     return _GradientPlan(gradients, backend.penalty_backward(view, sums, signature.given.device))
 
 
 class _Penalty(Function):
-    """Keep references to the inputs that need gradients, and what the forward has found for the backward.
+    """Keep references to the inputs that need gradients, and what the forward has filled for the backward.
 
-    Where the forward predicts gradients, they belong to the first backward; a second one computes them anew.
+    What it has filled belongs to the first backward; a second one computes gradients anew.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        raw: Tensor | None,
-        dropped: Tensor | None,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-        plan: _Plan,
-    ) -> Any:
-        return _compute(ctx, Layer(raw, dropped, lengths, batch_sizes), plan).penalty
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if grad is None:
-            return (None,) * 5
-        *saved, scales, assumed = ctx.saved_tensors
-        layer, problem = Layer(*saved), ctx.plan.problem
-        predicted = vars(ctx).pop("gradients", None)  # in one step, so that no two threads get them
-        if torch.is_grad_enabled() or observed() or not are_memory((grad, *layer)):
-            # PyTorch must see the formula of the gradient.
-            wide = ar_tar_gradients(grad, layer, problem)
-            gradients = [None if g is None else g.to(x.dtype) for g, x in zip(wide, layer[:2], strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
-        else:
-            plan = _gradient_plan_for(signature_of(layer), problem, ctx.plan.backend, grad.dtype)
-            gradients = plan.compute(grad, layer, Found(scales, assumed), predicted)
-        return *gradients, None, None, None
-
-
-class _PenaltyWithTerms(_Penalty):
-    """The same with AR and TAR, (2,), as a second result that has no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        raw: Tensor | None,
-        dropped: Tensor | None,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-        plan: _Plan,
-    ) -> Any:
-        penalty, terms, _ = _compute(ctx, Layer(raw, dropped, lengths, batch_sizes), plan)
+    def forward(ctx: Any, plans: Sequence[_Plan], *tensors: Tensor | None) -> Any:
+        result, ctx.ahead = _compute(plans, _layers(tensors))
+        needs = (True,) * 4 + tuple([need for plan in plans for need in plan.needs])
+        ctx.save_for_backward(*[x if need else None for x, need in zip(tensors, needs, strict=True)])
+        ctx.plans = plans
+        if not plans[0].problem.measured:  # an output more costs 3 us
+            return result.penalty
         ctx.set_materialize_grads(False)  # no zeros in the place of a gradient of the terms
-        ctx.mark_non_differentiable(terms)
-        return penalty, terms
+        ctx.mark_non_differentiable(result.terms)
+        return result.penalty, result.terms
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Penalty.backward(ctx, grad)
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved, plans = ctx.saved_tensors, ctx.plans
+        if grad is None:
+            return (None,) * (1 + len(saved))
+        ahead = vars(ctx).pop("ahead", [None] * len(plans))  # in one step, so that no two threads get it
+        formula = torch.is_grad_enabled() or observed() or not are_memory((grad, *saved))
+        gradients: list[Tensor | None] = []
+        for plan, layer, filled in zip(plans, _layers(saved), ahead, strict=True):
+            if plan.needs == (False, False):
+                gradients += None, None
+            elif formula:  # PyTorch must see that of the gradient
+                wide = ar_tar_gradients(grad, layer, plan.problem.penalized())
+                gradients += [None if g is None else g.to(x.dtype) for g, x in zip(wide, layer[:2], strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
+            else:
+                gradient_plan = _gradient_plan_for(signature_of(layer), plan.problem, plan.backend, grad.dtype)
+                gradients += gradient_plan.compute(grad, layer, filled)
+        return (None,) * 5 + tuple(gradients)
 
 
-def _compute(ctx: Any, layer: Layer, plan: _Plan) -> Result:
-    """Launch a forward, and save what its backward needs."""
-    gradients = plan.allocate()
-    result = plan.compute(layer, gradients)
-    raw, dropped, lengths, batch_sizes = layer
-    need_raw, need_dropped = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(
-        raw if need_raw else None, dropped if need_dropped else None, lengths, batch_sizes, *result.found
-    )
-    ctx.plan, ctx.gradients = plan, gradients or None
-    return result
+def _layers(tensors: Sequence[Tensor | None]) -> list[Layer]:
+    """Put together layers of the values that all have, and of raw and dropped of each."""
+    return [Layer(*tensors[i : i + 2], *tensors[:4]) for i in range(4, len(tensors), 2)]

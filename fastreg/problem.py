@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from fastreg.kernels.view import Values
+
+Coefficient: TypeAlias = float | Tensor  # of a term: a number, or a 0-dim tensor without a gradient
 
 
 class ARTAR(NamedTuple):
@@ -22,35 +26,43 @@ class ARTAR(NamedTuple):
 class Problem(NamedTuple):
     """What to compute, whatever the activations are.
 
-    alpha, beta  coefficients of AR and TAR; a term whose coefficient is 0 is off
+    alpha, beta  coefficients of AR and TAR; `None` for one that a layer has as a tensor
     batch_first  3-dim activations are `(batch, time, hidden)`, else `(time, batch, hidden)`
     reduction    `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide
+    measured     terms are wanted, so that one whose coefficient is 0 is formed, too; it has no gradient
     ar_of_raw    AR is the mean square of raw, as fastai v1 forms it, or because dropped is raw itself
     """
 
-    alpha: float
-    beta: float
+    alpha: float | None
+    beta: float | None
     batch_first: bool = True
     reduction: str = "mean"
+    measured: bool = False
     ar_of_raw: bool = False
 
     def of_raw(self) -> Problem:
         """Return the same problem with AR of raw."""
-        return Problem(self.alpha, self.beta, self.batch_first, self.reduction, True)
+        return self._replace(ar_of_raw=True)
+
+    def penalized(self) -> Problem:
+        """Return the problem of the penalty alone: what its gradient follows from."""
+        return self._replace(measured=False)
 
     @property
     def with_ar(self) -> bool:
-        """Tell whether AR is on."""
-        return is_on(self.alpha)
+        """Tell whether AR is formed."""
+        return self.measured or is_on(self.alpha)
 
     @property
     def with_tar(self) -> bool:
-        """Tell whether TAR is on."""
-        return is_on(self.beta)
+        """Tell whether TAR is formed."""
+        return self.measured or is_on(self.beta)
 
 
-def is_on(coefficient: float) -> bool:
-    """Tell whether a term is on: a coefficient that a compiler does not know yet may be anything."""
+def is_on(coefficient: Coefficient | None) -> bool:
+    """Tell whether a term is in the penalty: a coefficient that is a tensor, or not known yet, may be anything."""
+    if coefficient is None or isinstance(coefficient, Tensor):
+        return True
     if not torch.compiler.is_compiling():
         return coefficient != 0
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # which imports sympy
@@ -59,24 +71,32 @@ def is_on(coefficient: float) -> bool:
 
 
 class Layer(NamedTuple):
-    """One layer's activations, and which of their time steps count.
+    """One layer's activations, which of their time steps count, and coefficients that are tensors.
 
     raw, dropped  `(batch, time, hidden)`, `(time, batch, hidden)` or `(time, hidden)`, or packed rows, `(rows,
                   hidden)`; `None` where no term reads it
     lengths       `(batch,)` integers, which count as no less than 0 and no more than all time steps; `None` where all
                   time steps count
     batch_sizes   `(time,)` integers on the CPU, those of a `PackedSequence`; `None` unless packed
+    alpha, beta   `()` coefficients in a floating-point dtype; `None` where the problem has the number
     """
 
     raw: Tensor | None
     dropped: Tensor | None
     lengths: Tensor | None = None
     batch_sizes: Tensor | None = None
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
 
     @property
     def given(self) -> Tensor:
         """Return raw, or dropped where raw is `None`."""
         return self.raw if self.raw is not None else self.dropped  # pyright: ignore[reportReturnType]
+
+    @property
+    def values(self) -> Values:
+        """Return what kernels read beside the activations."""
+        return Values(*self[2:])
 
 
 def compute_dtype(*tensors: Any) -> torch.dtype:

@@ -8,10 +8,12 @@ Formulas: Merity, McCann and Socher, "Revisiting Activation Regularization for L
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, divisors, time_dim
+from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, divisors, is_on, time_dim
 
 
 def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
@@ -29,11 +31,13 @@ def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
     squared = wide if of_raw else None if dropped is None else dropped.to(dtype)
     if squared is not None and problem.with_ar:
         total = counted(squared, layer, problem).square().sum()
-        penalty = penalty + total * _over(problem.alpha, elements, total)
+        if is_on(problem.alpha):
+            penalty = penalty + total * _over(_coefficient(problem.alpha, layer.alpha, total), elements, total)
         ar = total / elements
     if wide is not None and problem.with_tar:
         total = changes(wide, layer, problem).square().sum()
-        penalty = penalty + total * _over(problem.beta, pairs, total)
+        if is_on(problem.beta):
+            penalty = penalty + total * _over(_coefficient(problem.beta, layer.beta, total), pairs, total)
         tar = total / pairs
     return ARTAR(penalty, ar, tar)
 
@@ -54,11 +58,13 @@ def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tens
     grad_raw = grad_dropped = None
     if raw is not None and problem.with_tar:
         difference = change_difference(raw, layer, problem)
-        grad_raw = counted(grad * _over(2 * problem.beta, pairs, grad) * difference, layer, problem)
+        factor = _over(2 * _coefficient(problem.beta, layer.beta, grad), pairs, grad)
+        grad_raw = counted(grad * factor * difference, layer, problem)
     squared = raw if problem.ar_of_raw else dropped
     if squared is not None and problem.with_ar:
         kept = counted(squared, layer, problem)
-        gradient = counted(grad * _over(2 * problem.alpha, elements, grad) * kept, layer, problem)
+        factor = _over(2 * _coefficient(problem.alpha, layer.alpha, grad), elements, grad)
+        gradient = counted(grad * factor * kept, layer, problem)
         if not problem.ar_of_raw:
             grad_dropped = gradient
         else:
@@ -66,7 +72,12 @@ def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tens
     return grad_raw, grad_dropped
 
 
-def _over(factor: float, count: int | Tensor, like: Tensor) -> float | Tensor:
+def _coefficient(number: float | None, tensor: Tensor | None, like: Tensor) -> Any:
+    """Return a coefficient: the number, or the tensor in the dtype of another."""
+    return number if tensor is None else tensor.to(like.dtype)
+
+
+def _over(factor: Any, count: int | Tensor, like: Tensor) -> float | Tensor:
     """Divide by a count in the dtype of a tensor.
 
     It comes before an upstream gradient multiplies the factor: together they may overflow.

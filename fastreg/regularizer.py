@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from fastreg.arguments import check_coefficient, check_flags, is_list
 from fastreg.attachment import Attachment
-from fastreg.problem import ARTAR
+from fastreg.problem import ARTAR, Coefficient
 from fastreg.rnn_dropout import Activations, FusedRNNDropout
 
 
@@ -45,8 +45,8 @@ class RNNRegularizer:
         loss = regularizer.on_backward_begin(criterion(model(x), y))
 
     Args:
-        alpha: coefficient of AR, finite and not negative; an attribute, which a schedule may change, like `beta`.
-        beta: coefficient of TAR, finite and not negative.
+        alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`.
+        beta: coefficient of TAR.
         layers: `"last"` regularizes the last layer alone, as AWD-LSTM and fastai do; `"all"` every layer, as
             Merity et al. (2017) write it: the penalties add up.
         bptt: the usual number of time steps, for `scaled_lr`.
@@ -60,15 +60,16 @@ class RNNRegularizer:
 
     def __init__(
         self,
-        alpha: float = 0.0,
-        beta: float = 0.0,
+        alpha: Coefficient = 0.0,
+        beta: Coefficient = 0.0,
         *,
         layers: Literal["last", "all"] = "last",
         bptt: int | None = None,
     ) -> None:
         if layers not in ("last", "all"):
             raise ValueError(f"layers: expected 'last' or 'all', got {layers!r}")
-        self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
+        self.alpha: Coefficient = check_coefficient("alpha", alpha)
+        self.beta: Coefficient = check_coefficient("beta", beta)
         self.layers, self.bptt = layers, None if bptt is None else _check_steps("bptt", bptt)
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastreg.arguments import check_coefficient, check_flags, check_probability, check_problem, check_tensor
 from fastreg.dropout import drop_and_penalize
 from fastreg.penalty import fused_ar_tar
-from fastreg.problem import ARTAR, Layer
+from fastreg.problem import ARTAR, Coefficient, Layer
 
 
 @dataclass(frozen=True, eq=False)  # no NamedTuple: torch 2.11 fails to compile an attached dropout that makes one
@@ -28,7 +28,7 @@ class Activations:
         batch_first, lengths: as `fused_ar_tar` takes them.
         terms: the result, or `None`.
         coefficients: alpha and beta, which `terms` was formed with.
-        versions: those of `raw` and `dropped` when `terms` was formed; a change in place raises a tensor's version.
+        versions: those of tensors when `terms` was formed; a change in place raises a tensor's version.
     """
 
     raw: Any
@@ -36,8 +36,8 @@ class Activations:
     batch_first: bool
     lengths: Tensor | None = None
     terms: ARTAR | None = None
-    coefficients: tuple[float, float] | None = None
-    versions: tuple[int, int] | None = None
+    coefficients: tuple[Coefficient, Coefficient] | None = None
+    versions: tuple[int, ...] | None = None
 
     def with_versions(self) -> Activations:
         """Return these activations with the versions that their tensors have now."""
@@ -55,19 +55,25 @@ class Activations:
             return formed
         return self
 
-    def penalty(self, alpha: float, beta: float) -> ARTAR:
+    def penalty(self, alpha: Coefficient, beta: Coefficient) -> ARTAR:
         """Return the terms if they are of these coefficients and of unchanged tensors; else form the penalty now.
 
         Raises:
             TypeError, ValueError: as `fused_ar_tar`.
         """
-        if self.terms is not None and self.coefficients == (alpha, beta) and self.versions == self._versions_now():
+        if self.terms is not None and self._with(alpha, beta) and self.versions == self._versions_now():
             return self.terms
         options: Any = {"batch_first": self.batch_first, "lengths": self.lengths, "return_terms": True}
         return fused_ar_tar(self.raw, self.dropped, alpha, beta, **options)
 
-    def _versions_now(self) -> tuple[int, int]:
-        return tensor_of(self.raw)._version, tensor_of(self.dropped)._version
+    def _with(self, *coefficients: Coefficient) -> bool:
+        """Tell whether the terms were formed with these coefficients: the same tensors, or equal numbers."""
+        pairs = zip(self.coefficients or (), coefficients, strict=True)
+        return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
+
+    def _versions_now(self) -> tuple[int, ...]:
+        tensors = [tensor_of(self.raw), tensor_of(self.dropped), *(self.coefficients or ())]
+        return tuple(x._version for x in tensors if isinstance(x, Tensor))
 
 
 class FusedRNNDropout(nn.Module):
@@ -80,8 +86,8 @@ class FusedRNNDropout(nn.Module):
 
     Args:
         p: the probability to drop a unit, from 0 to below 1.
-        alpha: coefficient of AR, finite and not negative.
-        beta: coefficient of TAR, finite and not negative.
+        alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`.
+        beta: coefficient of TAR.
         batch_first: `False` for `(time, batch, hidden)`.
         ar_of: what AR is the mean square of: `"dropped"`, as Merity et al. and fastai v2 have it, or `"raw"`, as
             fastai v1 has it.
@@ -94,8 +100,8 @@ class FusedRNNDropout(nn.Module):
     def __init__(
         self,
         p: float = 0.5,
-        alpha: float = 0.0,
-        beta: float = 0.0,
+        alpha: Coefficient = 0.0,
+        beta: Coefficient = 0.0,
         *,
         batch_first: bool = True,
         ar_of: Literal["dropped", "raw"] = "dropped",
@@ -108,7 +114,7 @@ class FusedRNNDropout(nn.Module):
         check_flags(batch_first=batch_first)
         self.batch_first, self.ar_of = batch_first, ar_of
         self._formed: Activations | None = None
-        self._next_coefficients: tuple[float, float] | None = None
+        self._next_coefficients: tuple[Coefficient, Coefficient] | None = None
 
     def forward(self, raw: Tensor) -> Tensor:
         """Drop units of `raw`, `(batch, time, hidden)`, in training; return `raw` itself in evaluation."""
@@ -117,10 +123,10 @@ class FusedRNNDropout(nn.Module):
         if not self.training:
             return raw
         ar_of_raw = self.ar_of == "raw"
-        problem = check_problem(*coefficients, self.batch_first)
+        problem, *tensors = check_problem(*coefficients, self.batch_first, measured=True)
         problem = problem.of_raw() if ar_of_raw else problem
-        layer = Layer(check_tensor("raw", raw), None)
-        dropped, results = drop_and_penalize(layer, check_probability(self.p), problem, return_terms=True)
+        layer = Layer(check_tensor("raw", raw), None, None, None, *tensors)
+        dropped, results = drop_and_penalize(layer, check_probability(self.p), problem)
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
@@ -141,7 +147,7 @@ class FusedRNNDropout(nn.Module):
         formed, self._formed = self._formed, None
         return None if formed is None else formed.with_versions()
 
-    def use_once(self, alpha: float, beta: float) -> None:
+    def use_once(self, alpha: Coefficient, beta: Coefficient) -> None:
         """Form the penalty of the next forward, and of no other, with these coefficients.
 
         The forward raises what is wrong with them.

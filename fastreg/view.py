@@ -34,6 +34,8 @@ class Signature(NamedTuple):
     dropped: Memory | None
     lengths: Memory | None
     packed: tuple[int, int] | None  # (batch, time)
+    alpha: Memory | None
+    beta: Memory | None
 
     @property
     def given(self) -> Memory:
@@ -48,12 +50,14 @@ def memory_of(x: Tensor) -> Memory:
 
 def signature_of(layer: Layer) -> Signature:
     """Describe the tensors of a layer, all of them plain and dense."""
-    raw, dropped, lengths, batch_sizes = layer
+    raw, dropped, lengths, batch_sizes, alpha, beta = layer
     return Signature(
         None if raw is None else memory_of(raw),
         None if dropped is None else memory_of(dropped),
         None if lengths is None else memory_of(lengths),
         None if batch_sizes is None else (int(batch_sizes[0]), len(batch_sizes)),
+        None if alpha is None else memory_of(alpha),
+        None if beta is None else memory_of(beta),
     )
 
 
@@ -91,7 +95,8 @@ def view_of(tensors: Sequence[Memory | None], signature: Signature, problem: Pro
 
 def sums_of(signature: Signature, problem: Problem, dtype: torch.dtype) -> Sums:
     """Tell a backend what to compute in `dtype`; no extent of the layer is 0."""
-    return Sums(dtype, problem.alpha, problem.beta, _known_divisors(signature, problem), problem.ar_of_raw)
+    terms = problem.with_ar, problem.with_tar, problem.ar_of_raw
+    return Sums(dtype, problem.alpha, problem.beta, *terms, _known_divisors(signature, problem))
 
 
 def _known_divisors(signature: Signature, problem: Problem) -> tuple[int, int] | None:

@@ -110,16 +110,18 @@ struct Penalty {
     double alpha, beta;
     int32_t raw_dtype, dropped_dtype, compute_dtype;
     int32_t ar_of_raw;
+    int32_t adds;  // the penalty and its terms are added to what is there
 };
 
 /// Its memory. A pointer that is null is a term that is off, a gradient that nobody needs, or a value not asked for.
 struct PenaltyMemory {
     const void *raw, *dropped;
     void *grad_raw, *grad_dropped;
-    const int64_t *lengths;   // (outer,), or batch sizes (time,); null: all steps count
-    const void *grad;         // () in the dtype of the computation: the upstream gradient
-    const void *assumed;      // () likewise: the upstream gradient that a forward wrote gradients for
-    void *penalty, *terms;    // (), and (2,) ar and tar, likewise
+    const void *grad;          // () in the dtype of the computation: the upstream gradient
+    const void *assumed;       // () likewise: the upstream gradient that a forward wrote gradients for
+    const int64_t *lengths;    // (outer,), or batch sizes (time,); null: all steps count
+    const void *alpha, *beta;  // () like grad; they take the place of the plan's, or null
+    void *penalty, *terms;     // (), and (2,) ar and tar, like grad
 };
 
 /// The metadata of variational dropout with the penalty; `dropped` has the strides of its gradient in a backward.
@@ -131,14 +133,16 @@ struct Dropout {
     int32_t dtype, compute_dtype;
     int32_t ar, tar;    // whether each term is on
     int32_t ar_of_raw;  // AR is that of raw, as fastai v1 forms it, not that of dropped
+    int32_t adds;       // as in the penalty
 };
 
 struct DropoutMemory {
     const void *raw, *mask;
     void *dropped, *grad_raw;
+    const void *grad;          // () in the dtype of the computation, or null: the penalty has no gradient
     const int64_t *lengths;
-    const void *grad;       // () in the dtype of the computation, or null: the penalty has no gradient
-    void *penalty, *terms;  // (), and (2,) ar and tar, likewise
+    const void *alpha, *beta;  // as in the penalty
+    void *penalty, *terms;
 };
 
 enum Dtype : int32_t { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
@@ -492,8 +496,8 @@ void advise(View<T> output, int64_t elements) {
 
 // ---- the numbers that a launch reads and writes, in the dtype of the computation
 
-double number(const void *from, int32_t dtype) {
-    return dtype == FLOAT64 ? *static_cast<const double *>(from) : *static_cast<const float *>(from);
+double number(const void *from, int32_t dtype, int64_t i = 0) {
+    return dtype == FLOAT64 ? static_cast<const double *>(from)[i] : static_cast<const float *>(from)[i];
 }
 
 void store(void *to, int64_t i, double value, int32_t dtype) {
@@ -503,22 +507,33 @@ void store(void *to, int64_t i, double value, int32_t dtype) {
         static_cast<float *>(to)[i] = static_cast<float>(value);
 }
 
+/// A coefficient: the one in memory, if there is one, else that of the plan.
+double coefficient(double planned, const void *at, int32_t dtype) { return at ? number(at, dtype) : planned; }
+
+/// Multiply a term by its coefficient; one that is 0 leaves it out, even if it is infinite or NaN.
+double weighted(double coefficient, double term) { return coefficient == 0 ? 0 : coefficient * term; }
+
 /// Divide the sums and write the penalty and its terms.
 template <class Plan, class Memory>
 void finish(const Plan &plan, const Ends &ends, Sums sums, const Memory &memory) {
+    const int32_t dtype = plan.compute_dtype;
     const double ar = sums.ar / ends.steps.ar_divisor, tar = sums.tar / ends.steps.tar_divisor;
-    store(memory.penalty, 0, plan.alpha * ar + plan.beta * tar, plan.compute_dtype);
-    store(memory.terms, 0, ar, plan.compute_dtype);
-    store(memory.terms, 1, tar, plan.compute_dtype);
+    const double penalty = weighted(coefficient(plan.alpha, memory.alpha, dtype), ar) +
+                           weighted(coefficient(plan.beta, memory.beta, dtype), tar);
+    store(memory.penalty, 0, penalty + (plan.adds ? number(memory.penalty, dtype) : 0), dtype);
+    store(memory.terms, 0, ar + (plan.adds ? number(memory.terms, dtype) : 0), dtype);
+    store(memory.terms, 1, tar + (plan.adds ? number(memory.terms, dtype, 1) : 0), dtype);
 }
 
 /// What the gradients of the sums are multiplied by: rounded once, so that no factor on the way is too large.
-template <class A, class Plan>
-Scales<A> scales_of(const Plan &plan, const Ends &ends, const void *grad) {
-    if (!grad) return {0, 0};
-    const double upstream = number(grad, plan.compute_dtype);
-    return {static_cast<A>(upstream * (2 * plan.alpha / ends.steps.ar_divisor)),
-            static_cast<A>(upstream * (2 * plan.beta / ends.steps.tar_divisor))};
+template <class A, class Plan, class Memory>
+Scales<A> scales_of(const Plan &plan, const Ends &ends, const Memory &memory) {
+    if (!memory.grad) return {0, 0};
+    const int32_t dtype = plan.compute_dtype;
+    const double upstream = number(memory.grad, dtype);
+    const double alpha = coefficient(plan.alpha, memory.alpha, dtype), beta = coefficient(plan.beta, memory.beta, dtype);
+    return {static_cast<A>(upstream * (2 * alpha / ends.steps.ar_divisor)),
+            static_cast<A>(upstream * (2 * beta / ends.steps.tar_divisor))};
 }
 
 // ---- from values to types
@@ -591,7 +606,7 @@ Sums penalty(const Penalty &plan, const PenaltyMemory &memory, const Ends &ends,
         works.push_back(penalty_work(plan, raw, pass, ends, [&](auto t, auto a, auto known, auto use) {
             using T = decltype(t);
             using A = decltype(a);
-            const auto scales = scales_of<A>(plan, ends, memory.grad);
+            const auto scales = scales_of<A>(plan, ends, memory);
             return with<false, true>(plan.ar_of_raw != 0, [&](auto ar_of_raw) {
                 return use([=](Neighbours<T> rows, T *grad, int64_t lanes) {
                     return changes<A, decltype(known)::value, decltype(ar_of_raw)::value>(rows, grad, lanes, scales);
@@ -604,7 +619,7 @@ Sums penalty(const Penalty &plan, const PenaltyMemory &memory, const Ends &ends,
         works.push_back(penalty_work(plan, dropped, pass, ends, [&](auto t, auto a, auto known, auto use) {
             using T = decltype(t);
             using A = decltype(a);
-            const auto scales = scales_of<A>(plan, ends, memory.grad);
+            const auto scales = scales_of<A>(plan, ends, memory);
             return use([=](Neighbours<T> rows, T *grad, int64_t lanes) {
                 return squares<A, decltype(known)::value>(rows.current, grad, lanes, scales.ar);
             });
@@ -667,7 +682,7 @@ void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const En
         const View<T> grad_raw{static_cast<T *>(memory.grad_raw), plan.grad_raw, nullptr};
         const bool dense = cut.dense(plan.raw) && cut.dense(plan.grad_raw) && (!arrived || cut.dense(plan.dropped)) &&
                            (!plan.mask.time || cut.dense(plan.mask));
-        const auto scales = scales_of<A>(plan, ends, memory.grad);
+        const auto scales = scales_of<A>(plan, ends, memory);
         advise(grad_raw, ends.elements(cut.sizes));
         return with<false, true>(arrived, [&](auto arrived_) {
             return with<NONE, OF_DROPPED, OF_RAW>(memory.grad ? ar_of(plan) : NONE, [&](auto ar) {

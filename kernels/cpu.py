@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Found, Result, Sums, View
+from fastreg.kernels.view import Result, Sums, Values, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _LEVELS = dict.fromkeys(("AVX2", "AVX512"), ("_cpu_v3", "_cpu"))  # by what PyTorch says runs here
@@ -31,42 +31,31 @@ class PenaltyForward:
     the tensors are those of raw, dropped, and the gradients of both, `None` for one that is not wanted.
     """
 
-    predicts = True
-
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         self.plan, self.dtype, self.function = _penalty(view, sums), sums.dtype, library().penalty_forward
 
-    def __call__(self, tensors: Sequence[Tensor | None], lengths: Tensor | None, batch_sizes: Tensor | None) -> Result:
+    def __call__(self, tensors: Sequence[Tensor | None], values: Values, before: Result | None = None) -> Result:
         """Compute the penalty, and fill the gradients for the upstream gradient of the last backward."""
         _, _, grad_raw, grad_dropped = tensors
         assumed = None if grad_raw is None and grad_dropped is None else _expected[self.dtype]
-        penalty, terms = _empty((), self.dtype), _empty((2,), self.dtype)
-        steps = _steps(lengths, batch_sizes)
-        _call(self.function, self.plan, _PenaltyMemory, (*tensors, steps, assumed, None, penalty, terms))
-        return Result(penalty, terms, Found(None, assumed))
+        penalty, terms, _ = before or _result(self.dtype)
+        read = _read(values, self.dtype)
+        _call(self.function, self.plan, _PenaltyMemory, (*tensors, assumed, None, *read, penalty, terms))
+        return Result(penalty, terms, assumed)
 
 
 class PenaltyBackward:
     """Compute the gradients of penalties of tensors of one layout.
 
-    It is built and called as `fastreg.kernels.penalty.PenaltyBackward`. Where `found` has an upstream gradient that the
-    forward assumed, the memory for the gradients is what that forward filled.
+    It is built and called as `fastreg.kernels.penalty.PenaltyBackward`.
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         self.plan, self.dtype, self.function = _penalty(view, sums), sums.dtype, library().penalty_backward
 
-    def __call__(
-        self,
-        grad: Tensor,
-        tensors: Sequence[Tensor | None],
-        found: Found,
-        lengths: Tensor | None,
-        batch_sizes: Tensor | None,
-    ) -> None:
+    def __call__(self, grad: Tensor, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
-        steps = _steps(lengths, batch_sizes)
-        arguments = *tensors, steps, grad, found.assumed, None, None
+        arguments = *tensors, grad, assumed, *_read(values, self.dtype), None, None
         if _call(self.function, self.plan, _PenaltyMemory, arguments):
             # A new tensor, as other graphs refer to the old one, and one that graphs may keep. Threads may overwrite
             # each other's: a wrong guess costs time alone.
@@ -80,31 +69,23 @@ class DropoutForward:
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         self.plan, self.dtype, self.function = _dropout(view, sums), sums.dtype, library().dropout_forward
 
-    def __call__(self, raw: Tensor, mask: Tensor, dropped: Tensor, lengths: Tensor | None) -> Result:
+    def __call__(self, tensors: Sequence[Tensor], values: Values) -> Result:
         """Fill `dropped` and compute the penalty."""
-        penalty, terms = _empty((), self.dtype), _empty((2,), self.dtype)
-        arguments = raw, mask, dropped, None, _steps(lengths), None, penalty, terms
+        result = _result(self.dtype)
+        arguments = *tensors, None, None, *_read(values, self.dtype), *result[:2]
         _call(self.function, self.plan, _DropoutMemory, arguments)
-        return Result(penalty, terms, Found(None, None))
+        return result
 
 
 class DropoutBackward:
     """Compute the gradient of raw, as `fastreg.kernels.dropout.DropoutBackward` does."""
 
-    def __init__(self, view: View, sums: Sums, device: torch.device, penalized: bool) -> None:
-        self.plan, self.function = _dropout(view, sums), library().dropout_backward
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        self.plan, self.dtype, self.function = _dropout(view, sums), sums.dtype, library().dropout_backward
 
-    def __call__(
-        self,
-        upstream: tuple[Tensor | None, Tensor | None],
-        inputs: tuple[Tensor, Tensor],
-        gradient: Tensor,
-        found: Found,
-        lengths: Tensor | None,
-    ) -> None:
+    def __call__(self, grad: Tensor | None, tensors: Sequence[Tensor | None], values: Values) -> None:
         """Fill the gradient of raw."""
-        grad_dropped, grad = upstream
-        arguments = *inputs, grad_dropped, gradient, _steps(lengths), grad, None, None
+        arguments = *tensors, grad, *_read(values, self.dtype), None, None
         _call(self.function, self.plan, _DropoutMemory, arguments)
 
 
@@ -172,14 +153,7 @@ class _Penalty(Structure):
         *((name, _Strides) for name in ("raw", "dropped", "grad_raw", "grad_dropped")),
         ("steps", _Steps),
         *((name, c_double) for name in ("alpha", "beta")),
-        *((name, c_int32) for name in ("raw_dtype", "dropped_dtype", "compute_dtype", "ar_of_raw")),
-    ]
-
-
-class _PenaltyMemory(Structure):
-    _fields_ = [
-        (name, c_void_p)
-        for name in (*("raw", "dropped", "grad_raw", "grad_dropped", "lengths", "grad", "assumed", "penalty", "terms"),)
+        *((name, c_int32) for name in ("raw_dtype", "dropped_dtype", "compute_dtype", "ar_of_raw", "adds")),
     ]
 
 
@@ -189,42 +163,53 @@ class _Dropout(Structure):
         *((name, _Strides) for name in ("raw", "mask", "dropped", "grad_raw")),
         ("steps", _Steps),
         *((name, c_double) for name in ("alpha", "beta")),
-        *((name, c_int32) for name in ("dtype", "compute_dtype", "ar", "tar", "ar_of_raw")),
+        *((name, c_int32) for name in ("dtype", "compute_dtype", "ar", "tar", "ar_of_raw", "adds")),
+    ]
+
+
+_READ_AND_WRITTEN = "lengths", "alpha", "beta", "penalty", "terms"
+
+
+class _PenaltyMemory(Structure):
+    _fields_ = [
+        (name, c_void_p)
+        for name in ("raw", "dropped", "grad_raw", "grad_dropped", "grad", "assumed", *_READ_AND_WRITTEN)
     ]
 
 
 class _DropoutMemory(Structure):
-    _fields_ = [
-        (name, c_void_p) for name in ("raw", "mask", "dropped", "grad_raw", "lengths", "grad", "penalty", "terms")
-    ]
+    _fields_ = [(name, c_void_p) for name in ("raw", "mask", "dropped", "grad_raw", "grad", *_READ_AND_WRITTEN)]
 
 
 def _penalty(view: View, sums: Sums) -> _Penalty:
     """Describe a penalty to C."""
-    operands = (*view.operands, None, None)[:4]
-    strides = [(0, 0) if x is None else (x.outer, x.time) for x in operands]
-    dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in operands[:2]]
-    steps = *(sums.divisors or (0, 0)), view.packed
-    return _Penalty(view[:3], *strides, steps, sums.alpha, sums.beta, *dtypes, _DTYPES[sums.dtype], sums.ar_of_raw)
+    dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in view.operands[:2]]
+    switches = sums.ar_of_raw and sums.ar, sums.adds
+    return _Penalty(*_described(view, sums), *dtypes, _DTYPES[sums.dtype], *switches)
 
 
 def _dropout(view: View, sums: Sums) -> _Dropout:
     """Describe dropout to C."""
-    operands = (*view.operands, None)[:4]
-    strides = [(0, 0) if x is None else (x.outer, x.time) for x in operands]
-    dtypes = [_DTYPES[dtype] for x in operands[:1] if x is not None for dtype in (x.dtype, sums.dtype)]
-    steps = *(sums.divisors or (0, 0)), False
-    switches = sums.alpha != 0, sums.beta != 0, sums.ar_of_raw
-    return _Dropout(view[:3], *strides, steps, sums.alpha, sums.beta, *dtypes, *switches)
+    dtypes = [_DTYPES[dtype] for x in view.operands[:1] if x is not None for dtype in (x.dtype, sums.dtype)]
+    return _Dropout(*_described(view, sums), *dtypes, sums.ar, sums.tar, sums.ar_of_raw, sums.adds)
 
 
-def _steps(lengths: Tensor | None, batch_sizes: Tensor | None = None) -> Tensor | None:
-    """Return lengths or batch sizes as C reads them."""
-    return batch_sizes if lengths is None else lengths.long()
+def _described(view: View, sums: Sums) -> tuple[Any, ...]:
+    """Return what both operations are described by: sizes, strides of four tensors, steps, and coefficients."""
+    strides = [(0, 0) if x is None else (x.outer, x.time) for x in (*view.operands, None)[:4]]
+    return view[:3], *strides, (*(sums.divisors or (0, 0)), view.packed), *sums.weights[:2]
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cpu")
+def _read(values: Values, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Return lengths or batch sizes and the coefficients as C reads them."""
+    lengths, batch_sizes, alpha, beta = values
+    steps = batch_sizes if lengths is None else lengths.long()
+    return steps, *(None if x is None else x.to(dtype) for x in (alpha, beta))
+
+
+def _result(dtype: torch.dtype) -> Result:
+    """Allocate the penalty and its terms."""
+    return Result(torch.empty((), dtype=dtype, device="cpu"), torch.empty((2,), dtype=dtype, device="cpu"), None)
 
 
 def _call(function: Any, plan: Structure, memory: type[Structure], tensors: Sequence[Tensor | None]) -> int | None:

@@ -6,20 +6,23 @@ and the gradient of dropped, and writes that of raw.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels.launch import Launch
-from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, finish
+from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, factors, finish
 from fastreg.kernels.tiling import Rows, Tiling, at, ends, load_row, load_rows, place, rounded, store_row, within
-from fastreg.kernels.view import Found, Result, Sums, View
+from fastreg.kernels.view import Result, Sums, Values, View
 
 
 @triton.jit(
     do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
-        *("ticket", "lengths", "raw_outer", "raw_time", "mask_outer", "mask_time", "dropped_outer", "dropped_time"),
+        *("partials", "ticket", "lengths", "alpha_at", "beta_at"),
+        *("raw_outer", "raw_time", "mask_outer", "mask_time", "dropped_outer", "dropped_time"),
         *("lanes", "inner", "time", "run", "blocks", "items"),
     ]
 )
@@ -27,12 +30,13 @@ def dropout_forward(
     raw,
     mask,
     dropped,
-    penalty,
-    terms,
-    scales,
     partials,
     ticket,
+    penalty,
+    terms,
     lengths,
+    alpha_at,
+    beta_at,
     raw_outer,
     raw_time,
     mask_outer,
@@ -53,6 +57,7 @@ def dropout_forward(
     TAR: tl.constexpr,
     AR_OF_RAW: tl.constexpr,
     LOCKED: tl.constexpr,
+    COUNT: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
@@ -71,21 +76,22 @@ def dropout_forward(
     raw                  (outer, time, inner)
     mask                 the same shape, already scaled; one row for all time steps if LOCKED
     dropped              (outer, time, inner) out
-    penalty              () out in ACC
-    terms                (2,) out in ACC: ar and tar
-    scales               (2,) out in ACC: one over the divisors, found from lengths; None where they are given
     partials             (2 * programs,) in ACC, memory for partial sums
     ticket               (1,) int32, 0 before the launch and after it
+    penalty              () out in ACC
+    terms                (2,) out in ACC: ar and tar
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
+    alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner         outer * inner and inner, in units of ALIGN elements
     time, run            time steps in all, and a run
     blocks, items        blocks of lanes, and items of work: a block over a run each
     alpha, beta          coefficients
-    ar_scale, tar_scale  one over the divisors of the sums, where scales is None
+    ar_scale, tar_scale  one over the divisors of the sums
     AR, TAR              whether each term is on
     AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
     LOCKED               the mask does not differ from time step to time step
+    COUNT                the divisors of the sums are counted from the lengths
     ACC                  dtype of differences, products and sums
     ALIGN                greatest power of two up to 16 that divides inner and every stride
     INDEX                integer dtype that counts lanes and time steps
@@ -126,16 +132,16 @@ def dropout_forward(
                     previous = raws[i]
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
-    outputs = Outputs(penalty, terms, scales)
-    extents = Extents(lengths, lanes // inner, time, inner * ALIGN)
-    finish(ar, tar, outputs, Scratch(partials, ticket), extents, Weights(alpha, beta, ar_scale, tar_scale))
+    weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
+    extents = Extents(lengths if COUNT else None, lanes // inner, time, inner * ALIGN)
+    finish(ar, tar, Outputs(penalty, terms, False), Scratch(partials, ticket), extents, weights)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("grad", "scales", "lengths", "raw_outer", "raw_time", "mask_outer", "mask_time"),
+        *("grad", "lengths", "alpha_at", "beta_at", "raw_outer", "raw_time", "mask_outer", "mask_time"),
         *("grad_dropped_outer", "grad_dropped_time", "grad_raw_outer", "grad_raw_time"),
-        *("lanes", "inner", "time", "run", "blocks"),
+        *("lanes", "inner", "time", "run", "blocks", "items"),
     ]
 )
 def dropout_backward(
@@ -144,8 +150,9 @@ def dropout_backward(
     mask,
     grad_dropped,
     grad_raw,
-    scales,
     lengths,
+    alpha_at,
+    beta_at,
     raw_outer,
     raw_time,
     mask_outer,
@@ -159,12 +166,16 @@ def dropout_backward(
     time,
     run,
     blocks,
-    ar_factor: tl.float64,
-    tar_factor: tl.float64,
+    items,
+    alpha: tl.float64,
+    beta: tl.float64,
+    ar_scale: tl.float64,
+    tar_scale: tl.float64,
     AR: tl.constexpr,
     TAR: tl.constexpr,
     AR_OF_RAW: tl.constexpr,
     LOCKED: tl.constexpr,
+    COUNT: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
@@ -173,86 +184,85 @@ def dropout_backward(
 ):
     """Write the gradient of `raw`.
 
-        grad_raw[t] = (grad_dropped[t] + grad * ar_factor * raw[t] * mask[t]) * mask[t]
-                      + grad * tar_factor * ((raw[t] - raw[t - 1]) - (raw[t + 1] - raw[t]))
+        grad_raw[t] = (grad_dropped[t] + grad * 2 * alpha * ar_scale * raw[t] * mask[t]) * mask[t]
+                      + grad * 2 * beta * tar_scale * ((raw[t] - raw[t - 1]) - (raw[t + 1] - raw[t]))
 
     A change to or from a step that a sequence does not have is 0. With AR_OF_RAW the term of AR is
-    `grad * ar_factor * raw[t]`, outside of the parentheses.
+    `grad * 2 * alpha * ar_scale * raw[t]`, outside of the parentheses.
 
-    grad                   () in ACC, the gradient of the penalty; None where it has none, and AR and TAR are off
-    raw                    (outer, time, inner); read if AR or TAR
-    mask                   the same shape, already scaled; one row for all time steps if LOCKED
-    grad_dropped           (outer, time, inner), or None where dropped has no gradient
-    grad_raw               (outer, time, inner) out
-    scales                 (2,) in ACC, one over the divisors of the sums; None where the factors hold them
-    lengths                (outer,) integers, how many time steps of a sequence count in the sums; None if all do
-    *_outer, *_time        strides in units of ALIGN elements; the inner axis is contiguous
-    lanes, inner           outer * inner and inner, in units of ALIGN elements
-    time, run              time steps in all, and a run
-    blocks                 blocks of lanes; a program takes one over one run
-    ar_factor, tar_factor  2 * alpha and 2 * beta over the divisors of the sums
-    AR, TAR                whether each term is on
-    AR_OF_RAW              AR is that of raw, as fastai v1 forms it, not that of dropped
-    LOCKED                 the mask does not differ from time step to time step
-    ACC                    dtype of differences and products
-    ALIGN                  greatest power of two up to 16 that divides inner and every stride
-    INDEX                  integer dtype that counts lanes and time steps
-    BLOCK, UNROLL          lanes a block; time steps that one turn of the loop loads
+    grad                 () in ACC, the gradient of the penalty; None where it has none, and AR and TAR are off
+    raw                  (outer, time, inner); read if AR or TAR
+    mask                 the same shape, already scaled; one row for all time steps if LOCKED
+    grad_dropped         (outer, time, inner), or None where dropped has no gradient
+    grad_raw             (outer, time, inner) out
+    lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
+    alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
+    *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
+    lanes, inner         outer * inner and inner, in units of ALIGN elements
+    time, run            time steps in all, and a run
+    blocks, items        blocks of lanes, and items of work: a block over a run each
+    alpha, beta          coefficients
+    ar_scale, tar_scale  one over the divisors of the sums
+    AR, TAR              whether each term is on
+    AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
+    LOCKED               the mask does not differ from time step to time step
+    COUNT                the divisors of the sums are counted from the lengths
+    ACC                  dtype of differences and products
+    ALIGN                greatest power of two up to 16 that divides inner and every stride
+    INDEX                integer dtype that counts lanes and time steps
+    BLOCK, UNROLL        lanes a block; time steps that one turn of the loop loads
     """
-    tile = place(tl.program_id(0), blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
-    mask_rows = Rows(at(mask, tile, mask_outer, ALIGN), mask_time, None, ALIGN)
-    grad_raw_rows = Rows(at(grad_raw, tile, grad_raw_outer, ALIGN), grad_raw_time, None, ALIGN)
-    if LOCKED:
-        scale = load_row(mask_rows, 0, tile.present, ACC)
-    last = time  # what lies behind it is padding
-    if lengths is not None:
-        last = ends(lengths, tile.sequence, tile.present, time, INDEX)
-    if grad_dropped is not None:
-        grad_dropped_rows = Rows(at(grad_dropped, tile, grad_dropped_outer, ALIGN), grad_dropped_time, None, ALIGN)
     if AR or TAR:
-        raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, None, ALIGN)
-        there = within(tile, tile.start, last)
-        current = load_row(raw_rows, tile.start, there, ACC)
-        ar_scale = tl.full((), ar_factor, ACC)
-        tar_scale = tl.full((), tar_factor, ACC)
-        if scales is not None:  # before the upstream gradient: together they may overflow
-            ar_scale *= tl.load(scales)
-            tar_scale *= tl.load(scales + 1)
-        upstream = tl.load(grad).to(ACC)
-        ar_scale *= upstream
-        tar_scale *= upstream
-    if TAR:
-        halo = there & within(tile, 0, tile.start)
-        previous = load_row(raw_rows, tile.start - 1, halo, ACC)
-        change_to = tl.where(halo, current - previous, 0.0)
-    for turn in range(tile.start, tile.stop, UNROLL):
-        if AR or TAR:
-            following = load_rows(raw_rows, tile, turn + 1, last, ACC, UNROLL)
-        if not LOCKED:
-            masks = load_rows(mask_rows, tile, turn, tile.stop, ACC, UNROLL)
+        weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
+        extents = Extents(lengths if COUNT else None, lanes // inner, time, inner * ALIGN)
+        ar_factor, tar_factor = factors(weights, extents, tl.load(grad))
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        tile = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+        mask_rows = Rows(at(mask, tile, mask_outer, ALIGN), mask_time, None, ALIGN)
+        grad_raw_rows = Rows(at(grad_raw, tile, grad_raw_outer, ALIGN), grad_raw_time, None, ALIGN)
+        if LOCKED:
+            scale = load_row(mask_rows, 0, tile.present, ACC)
+        last = time  # what lies behind it is padding
+        if lengths is not None:
+            last = ends(lengths, tile.sequence, tile.present, time, INDEX)
         if grad_dropped is not None:
-            upstream_rows = load_rows(grad_dropped_rows, tile, turn, tile.stop, ACC, UNROLL)
-        for i in tl.static_range(UNROLL):
-            gradient = tl.zeros((BLOCK,), ACC)
-            keep = scale if LOCKED else masks[i]
-            counts = within(tile, turn + i, last)
-            if grad_dropped is not None:
-                gradient += upstream_rows[i]
-            if AR and not AR_OF_RAW:
-                ar_gradient = ar_scale * rounded(current * keep, raw.dtype.element_ty).to(ACC)
-                gradient += tl.where(counts, ar_gradient, 0.0)
-            if grad_dropped is not None or (AR and not AR_OF_RAW):  # else 0 * inf would be NaN
-                gradient *= keep
-            if AR and AR_OF_RAW:
-                gradient += tl.where(counts, ar_scale * current, 0.0)
-            if TAR:
-                paired = within(tile, turn + i + 1, last)
-                change_from = tl.where(paired, following[i] - current, 0.0)
-                gradient += tl.where(counts, tar_scale * (change_to - change_from), 0.0)
-                change_to = change_from
+            grad_dropped_rows = Rows(at(grad_dropped, tile, grad_dropped_outer, ALIGN), grad_dropped_time, None, ALIGN)
+        if AR or TAR:
+            raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, None, ALIGN)
+            there = within(tile, tile.start, last)
+            current = load_row(raw_rows, tile.start, there, ACC)
+        if TAR:
+            halo = there & within(tile, 0, tile.start)
+            previous = load_row(raw_rows, tile.start - 1, halo, ACC)
+            change_to = tl.where(halo, current - previous, 0.0)
+        for turn in range(tile.start, tile.stop, UNROLL):
             if AR or TAR:
-                current = following[i]
-            store_row(grad_raw_rows, turn + i, gradient, within(tile, turn + i, tile.stop))
+                following = load_rows(raw_rows, tile, turn + 1, last, ACC, UNROLL)
+            if not LOCKED:
+                masks = load_rows(mask_rows, tile, turn, tile.stop, ACC, UNROLL)
+            if grad_dropped is not None:
+                upstream_rows = load_rows(grad_dropped_rows, tile, turn, tile.stop, ACC, UNROLL)
+            for i in tl.static_range(UNROLL):
+                gradient = tl.zeros((BLOCK,), ACC)
+                keep = scale if LOCKED else masks[i]
+                counts = within(tile, turn + i, last)
+                if grad_dropped is not None:
+                    gradient += upstream_rows[i]
+                if AR and not AR_OF_RAW:
+                    ar_gradient = ar_factor * rounded(current * keep, raw.dtype.element_ty).to(ACC)
+                    gradient += tl.where(counts, ar_gradient, 0.0)
+                if grad_dropped is not None or (AR and not AR_OF_RAW):  # else 0 * inf would be NaN
+                    gradient *= keep
+                if AR and AR_OF_RAW:
+                    gradient += tl.where(counts, ar_factor * current, 0.0)
+                if TAR:
+                    paired = within(tile, turn + i + 1, last)
+                    change_from = tl.where(paired, following[i] - current, 0.0)
+                    gradient += tl.where(counts, tar_factor * (change_to - change_from), 0.0)
+                    change_to = change_from
+                if AR or TAR:
+                    current = following[i]
+                store_row(grad_raw_rows, turn + i, gradient, within(tile, turn + i, tile.stop))
 
 
 class DropoutForward:
@@ -266,24 +276,20 @@ class DropoutForward:
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         tiling = Tiling(view, sums.dtype)
-        numbers = [tiling.lanes, tiling.inner, tiling.time, tiling.run, tiling.blocks, tiling.items]
-        weights = [sums.alpha, sums.beta, *sums.scales]
-        constants = {"AR": sums.alpha != 0, "TAR": sums.beta != 0, **_constants(view, sums), **tiling.constants}
-        self.launch = Launch(dropout_forward, tiling.programs, [*tiling.strides, *numbers, *weights], constants, device)
-        self.memory = SumMemory(sums, tiling.programs, device)
+        self.launch = Launch(dropout_forward, tiling, sums, _constants(view, sums), device)
+        self.memory = SumMemory(sums, 2 * tiling.programs, device)
 
-    def __call__(self, raw: Tensor, mask: Tensor, dropped: Tensor, lengths: Tensor | None) -> Result:
+    def __call__(self, tensors: Sequence[Tensor], values: Values) -> Result:
         """Fill `dropped` and compute the penalty.
 
         Args:
-            raw: as in the view.
-            mask: as in the view.
-            dropped: as in the view, to be filled.
-            lengths: `(outer,)` integers on the same device, or `None` where all time steps count.
+            tensors: raw, mask, and memory for dropped, as in the view.
+            values: lengths and coefficients, those that all calls have; rows are never packed.
         """
-        result, partials, ticket = self.memory.allocate()
-        self.launch(raw, mask, dropped, result.penalty, result.terms, result.found.scales, partials, ticket, lengths)
-        return result
+        penalty, terms, partials, ticket = self.memory.allocate(None)
+        lengths, _, alpha, beta = values
+        self.launch(*tensors, partials, ticket, penalty, terms, lengths, alpha, beta)
+        return Result(penalty, terms, None)
 
 
 class DropoutBackward:
@@ -291,41 +297,28 @@ class DropoutBackward:
 
     Args:
         view: of raw, mask, the gradient of dropped, whose operand is `None` where it has none, and that of raw.
-        sums: what the forward computed.
+        sums: what the forward computed; a term is off where the penalty has no upstream gradient.
         device: where the tensors are.
-        penalized: whether the penalty has an upstream gradient.
     """
 
-    def __init__(self, view: View, sums: Sums, device: torch.device, penalized: bool) -> None:
-        tiling = Tiling(view, sums.dtype)
-        numbers = [tiling.lanes, tiling.inner, tiling.time, tiling.run, tiling.blocks]
-        with_ar, with_tar = penalized and sums.alpha != 0, penalized and sums.beta != 0
-        constants = {"AR": with_ar, "TAR": with_tar, **_constants(view, sums), **tiling.constants}
-        arguments = [*tiling.strides, *numbers, *sums.factors]
-        self.launch = Launch(dropout_backward, tiling.items, arguments, constants, device)
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        self.launch = Launch(dropout_backward, Tiling(view, sums.dtype), sums, _constants(view, sums), device)
 
-    def __call__(
-        self,
-        upstream: tuple[Tensor | None, Tensor | None],
-        inputs: tuple[Tensor, Tensor],
-        gradient: Tensor,
-        found: Found,
-        lengths: Tensor | None,
-    ) -> None:
+    def __call__(self, grad: Tensor | None, tensors: Sequence[Tensor | None], values: Values) -> None:
         """Fill the gradient of raw.
 
         Args:
-            upstream: the gradients of dropped, as in the view, and of the penalty, () in the dtype of the sums.
-            inputs: raw and mask as in the view.
-            gradient: that of raw, to be filled.
-            found: that of the forward's result.
-            lengths: those of the forward.
+            grad: the upstream gradient of the penalty, () in the dtype of the sums, if it has one.
+            tensors: raw, mask, the gradient of dropped, and memory for that of raw, as in the view.
+            values: those of the forward.
         """
-        grad_dropped, grad = upstream
-        self.launch(grad, *inputs, grad_dropped, gradient, found.scales, lengths)
+        lengths, _, alpha, beta = values
+        self.launch(grad, *tensors, lengths, alpha, beta)
 
 
 def _constants(view: View, sums: Sums) -> dict[str, bool]:
     """Choose the variant of both kernels."""
     mask = view.operands[1]
-    return {"AR_OF_RAW": sums.ar_of_raw, "LOCKED": view.time == 1 or (mask is not None and mask.time == 0)}
+    locked = view.time == 1 or (mask is not None and mask.time == 0)
+    terms = {"AR": sums.ar, "TAR": sums.tar, "AR_OF_RAW": sums.ar_of_raw}
+    return {**terms, "LOCKED": locked, "COUNT": sums.divisors is None}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.tiling import UNROLL
+from fastreg.kernels.tiling import UNROLL, Tiling
+from fastreg.kernels.view import Sums
 
 
 class Launch:
@@ -21,19 +22,20 @@ class Launch:
 
     Args:
         kernel: a jit function, whose parameters are tensors, numbers and compile-time constants, in this order.
-        programs: how many programs to launch.
-        numbers: the arguments that follow the tensors.
-        constants: the compile-time arguments by name, and Triton's launch options.
+        tiling: how many programs to launch, and arguments that follow the tensors.
+        sums: the arguments after those.
+        constants: compile-time arguments by name, beside those of the tiling.
         device: where the tensors are.
     """
 
     def __init__(
-        self, kernel: Any, programs: int, numbers: Sequence[float], constants: dict[str, Any], device: torch.device
+        self, kernel: Any, tiling: Tiling, sums: Sums, constants: dict[str, Any], device: torch.device
     ) -> None:
-        self.kernel, self.grid, self.numbers, self.constants = kernel, (programs, 1, 1), tuple(numbers), constants
+        self.kernel, self.grid = kernel, (tiling.programs, 1, 1)
+        self.numbers, self.constants = (*tiling.numbers, *sums.weights), constants | tiling.constants
         self.index = None if device.type == "cpu" else device.index
         self.compiled: Any = None
-        constexprs = [constants[name] for name in kernel.arg_names if name in constants]
+        constexprs = [self.constants[name] for name in kernel.arg_names if name in self.constants]
         self.rest = (*self.numbers, *constexprs)  # what the compiled code takes after the tensors, all by position
 
     def __call__(self, *tensors: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The sum in one launch and a fixed order that all forward kernels share.
+"""The sum in one launch and a fixed order that all forward kernels share, and what sums are multiplied by.
 
 Every program leaves its partial sums in memory and takes a ticket. The one that draws the last ticket adds all
 partial sums, always in the same order, so the result does not depend on which program that was.
@@ -6,32 +6,30 @@ partial sums, always in the same order, so the result does not depend on which p
 
 from __future__ import annotations
 
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
+from fastreg.kernels.streams import PerStream
 from fastreg.kernels.tiling import ends
-from fastreg.kernels.view import Found, Result, Sums
+from fastreg.kernels.view import Result, Sums
 
-CHUNK = tl.constexpr(512)  # partial sums, or lengths, that the last program loads at once
-RESERVE = 4096  # tickets a device: one for each stream and for each call captured in a CUDA graph
-
-_lock = Lock()  # for the reserve: no thread draws from it before its zeros are there
-_reserve: dict[torch.device, list[Tensor]] = {}
-_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+CHUNK = tl.constexpr(512)  # partial sums, or lengths, that a program loads at once
+TICKETS = PerStream(torch.int32, 0)
 
 
 class Outputs(NamedTuple):
-    """What a forward kernel writes, inside the kernel: pointers in ACC; `scales` may be None."""
+    """What a forward kernel writes, inside the kernel: pointers in ACC to a scalar and to two terms.
+
+    With ADDS the results are added to what is there.
+    """
 
     penalty: Any
     terms: Any
-    scales: Any
+    ADDS: Any
 
 
 class Scratch(NamedTuple):
@@ -42,7 +40,10 @@ class Scratch(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """What counts follow from, inside a kernel: lengths or None, how many, time steps in all, and the hidden size."""
+    """What divisors are counted from, inside a kernel: lengths, how many, time steps in all, and the hidden size.
+
+    The lengths are None where the divisors are given.
+    """
 
     lengths: Any
     sequences: Any
@@ -51,12 +52,71 @@ class Extents(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Numbers that the two sums are multiplied by, inside a kernel: coefficients, and one over the divisors."""
+    """What the two sums are multiplied by, inside a kernel: float64 numbers, or where they are to be found.
+
+    alpha, beta          coefficients
+    alpha_at, beta_at    pointers to scalars that take the place of the coefficients, or None
+    ar_scale, tar_scale  one over the divisors, unless they are counted
+    """
 
     alpha: Any
     beta: Any
+    alpha_at: Any
+    beta_at: Any
     ar_scale: Any
     tar_scale: Any
+
+
+@triton.jit
+def coefficients(weights):
+    """Return alpha and beta, float64."""
+    alpha = tl.full((), weights.alpha, tl.float64)
+    beta = tl.full((), weights.beta, tl.float64)
+    if weights.alpha_at is not None:
+        alpha = tl.load(weights.alpha_at).to(tl.float64)
+    if weights.beta_at is not None:
+        beta = tl.load(weights.beta_at).to(tl.float64)
+    return alpha, beta
+
+
+@triton.jit
+def scales(weights, extents):
+    """Return one over the divisors of AR and of TAR, float64: as given, or counted from lengths."""
+    ar_scale = tl.full((), weights.ar_scale, tl.float64)
+    tar_scale = tl.full((), weights.tar_scale, tl.float64)
+    if extents.lengths is not None:
+        columns = tl.arange(0, CHUNK)
+        steps = tl.zeros((CHUNK,), tl.int64)
+        pairs = tl.zeros((CHUNK,), tl.int64)
+        for first in range(0, extents.sequences, CHUNK):
+            sequence = first + columns
+            length = ends(extents.lengths, sequence, sequence < extents.sequences, extents.time, tl.int64)
+            steps += length
+            pairs += tl.maximum(length - 1, 0)
+        ar_scale = one_over(tl.sum(steps) * extents.hidden)
+        tar_scale = one_over(tl.sum(pairs) * extents.hidden)
+    return ar_scale, tar_scale
+
+
+@triton.jit
+def one_over(count):
+    """Compute one over a count, float64, or 1 where it is 0."""
+    return 1.0 / tl.maximum(count, 1).to(tl.float64)
+
+
+@triton.jit
+def factors(weights, extents, upstream):
+    """Return what gradients of the two sums of squares are multiplied by, in the dtype of the upstream gradient.
+
+        2 * alpha * ar_scale * upstream, 2 * beta * tar_scale * upstream
+
+    The upstream gradient comes last: with a coefficient alone it may overflow.
+    """
+    alpha, beta = coefficients(weights)
+    ar_scale, tar_scale = scales(weights, extents)
+    ar_factor = (2 * alpha * ar_scale).to(upstream.dtype)
+    tar_factor = (2 * beta * tar_scale).to(upstream.dtype)
+    return ar_factor * upstream, tar_factor * upstream
 
 
 @triton.jit
@@ -64,14 +124,13 @@ def finish(ar, tar, outputs, scratch, extents, weights):
     """Add up the partial sums of all programs, in the last of them, and write the penalty and its terms.
 
         terms = ar_scale * sum of ar, tar_scale * sum of tar
-        penalty = alpha * terms[0] + beta * terms[1]
+        penalty = alpha * terms[0] + beta * terms[1], without a term whose coefficient is 0
 
     ar, tar  scalars, this program's partial sums of squares
-    outputs  of which `scales`, where it is not None, receives one over the divisors that follow from the lengths; they
-             take the place of ar_scale and tar_scale
+    outputs  where to
     scratch  of which the ticket is 0 before the launch and after it
-    extents  of which the lengths are only read for `scales`
-    weights  alpha, beta, ar_scale, tar_scale
+    extents  to count divisors
+    weights  coefficients and scales
     """
     programs = tl.num_programs(0)
     partial = scratch.partials + tl.program_id(0)
@@ -89,60 +148,32 @@ def finish(ar, tar, outputs, scratch, extents, weights):
             # .cg: past the L1 cache, which other programs' stores do not reach
             ar_sums += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             tar_sums += tl.load(at + programs, mask=there, other=0.0, cache_modifier=".cg")
-        if outputs.scales is not None:
-            steps = tl.zeros((CHUNK,), tl.int64)
-            pairs = tl.zeros((CHUNK,), tl.int64)
-            for first in range(0, extents.sequences, CHUNK):
-                sequence = first + columns
-                length = ends(extents.lengths, sequence, sequence < extents.sequences, extents.time, tl.int64)
-                steps += length
-                pairs += tl.maximum(length - 1, 0)
-            ar_mean = tl.sum(ar_sums) * one_over(tl.sum(steps) * extents.hidden, outputs.scales, dtype)
-            tar_mean = tl.sum(tar_sums) * one_over(tl.sum(pairs) * extents.hidden, outputs.scales + 1, dtype)
-        else:
-            ar_mean = tl.sum(ar_sums) * tl.full((), weights.ar_scale, dtype)
-            tar_mean = tl.sum(tar_sums) * tl.full((), weights.tar_scale, dtype)
+        alpha, beta = coefficients(weights)
+        ar_scale, tar_scale = scales(weights, extents)
+        ar_mean = tl.sum(ar_sums) * ar_scale.to(dtype)
+        tar_mean = tl.sum(tar_sums) * tar_scale.to(dtype)
+        penalty = weighted(alpha, ar_mean) + weighted(beta, tar_mean)
+        if outputs.ADDS:
+            penalty += tl.load(outputs.penalty)
+            ar_mean += tl.load(outputs.terms)
+            tar_mean += tl.load(outputs.terms + 1)
+        tl.store(outputs.penalty, penalty)
         tl.store(outputs.terms, ar_mean)
         tl.store(outputs.terms + 1, tar_mean)
-        penalty = tl.full((), weights.alpha, dtype) * ar_mean + tl.full((), weights.beta, dtype) * tar_mean
-        tl.store(outputs.penalty, penalty)
         tl.store(scratch.ticket, 0)
 
 
 @triton.jit
-def one_over(count, scale, dtype: tl.constexpr):
-    """Compute one over a count, or 1 where it is 0, and write it to `scale`, too."""
-    value = 1.0 / tl.maximum(count, 1).to(dtype)
-    tl.store(scale, value)
-    return value
+def weighted(coefficient, term):
+    """Multiply a term by its coefficient; one that is 0 leaves it out, even if it is infinite or NaN."""
+    return tl.where(coefficient == 0, 0.0, coefficient.to(term.dtype) * term)
 
 
 def ticket_for(device: torch.device) -> Tensor:
-    """Return a zeroed counter, (1,) int32, for a launch on the current stream of `device`.
-
-    No two launches in flight share one.
-
-    Launches on one stream run one after another and share a ticket, which each leaves at 0. A launch captured
-    in a CUDA graph gets a ticket of its own: its replays may run beside anything but each other. On the CPU the
-    interpreter may be cut off halfway, so nothing is left to the next launch.
-    """
-    if device.type == "cpu":
+    """Return a counter, (1,) int32 and 0, that no other launch in flight has; the launch leaves it at 0."""
+    if device.type == "cpu":  # the interpreter may be cut off halfway, so nothing is left to the next launch
         return torch.zeros(1, dtype=torch.int32, device=device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        with _lock:
-            reserve = _reserve.get(device)
-            # With no reserve the graph zeroes a ticket at each replay, in one more node.
-            return reserve.pop() if reserve else torch.zeros(1, dtype=torch.int32, device=device)
-    stream = driver.active.get_current_stream(device.index)
-    ticket = _of_stream.get((device, stream))
-    if ticket is None:
-        with _lock:
-            reserve = _reserve.setdefault(device, [])
-            if not reserve:
-                reserve.extend(torch.zeros(RESERVE, dtype=torch.int32, device=device).split(1))
-                torch.accelerator.synchronize(device)  # once: other streams must see the zeros
-            ticket = _of_stream.setdefault((device, stream), reserve.pop())
-    return ticket
+    return TICKETS.exclusive(device)
 
 
 class SumMemory:
@@ -150,19 +181,21 @@ class SumMemory:
 
     Args:
         sums: what is computed.
-        programs: how many programs share the work.
+        partials: how many numbers all programs leave in memory.
         device: where they run.
     """
 
-    def __init__(self, sums: Sums, programs: int, device: torch.device) -> None:
+    def __init__(self, sums: Sums, partials: int, device: torch.device) -> None:
         self.options = {"dtype": sums.dtype, "device": device}
-        self.partials, self.with_scales, self.device = 2 * programs, sums.divisors is None, device
+        self.partials, self.adds, self.device = partials, sums.adds, device
 
-    def allocate(self) -> tuple[Result, Tensor, Tensor]:
-        """Return the result to be written, memory for partial sums, and a ticket."""
-        scales = self._empty(2) if self.with_scales else None
-        penalty = torch.empty_strided((), (), **self.options)
-        return Result(penalty, self._empty(2), Found(scales, None)), self._empty(self.partials), ticket_for(self.device)
+    def allocate(self, before: Result | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return memory for the penalty and its terms, or that of the layers before; for partial sums; a ticket."""
+        if before is None:
+            penalty, terms = torch.empty_strided((), (), **self.options), self._empty(2)
+        else:
+            penalty, terms, _ = before
+        return penalty, terms, self._empty(self.partials), ticket_for(self.device)
 
     def _empty(self, count: int) -> Tensor:
         """Allocate a vector; `torch.empty` takes 1 us longer."""

@@ -132,36 +132,34 @@ def ceil_div(a: int, b: int) -> int:
 
 
 class Tiling:
-    """How one launch is cut: what kernels take by the names of these attributes.
+    """How one launch is cut: arguments that all kernels take.
 
-    lanes, inner, strides  outer * inner, inner, and the strides of each operand, one after the other, in units of
-                           ALIGN elements
-    time, run              time steps in all, and a run
-    blocks, items          blocks of lanes; items of work, a block over a run each
-    programs               programs that share the items where a launch has at most PROGRAMS
-    constants              compile-time arguments: ACC, dtype of differences, squares and sums; ALIGN; INDEX,
-                           integer dtype that counts lanes and time steps; BLOCK, lanes a block; UNROLL, time
-                           steps that one turn of the loop loads
+    numbers    strides of each operand, one after the other, and lanes, inner, time, run, blocks, items: outer * inner
+               and inner, like the strides in units of ALIGN elements; time steps in all, and a run; blocks of lanes;
+               items of work, a block over a run each
+    programs   programs that share the items
+    constants  compile-time arguments: ACC, dtype of differences, squares and sums; ALIGN; INDEX, integer dtype that
+               counts lanes and time steps; BLOCK, lanes a block; UNROLL, time steps that one turn of the loop loads
     """
 
     def __init__(self, view: View, dtype: torch.dtype) -> None:
-        outer, self.time, inner, operands, _ = view
+        outer, time, inner, operands, _ = view
         strides = [stride for x in operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
         align = math.gcd(16, inner, *strides)
-        self.lanes, self.inner = outer * inner // align, inner // align
-        self.strides = [stride // align for stride in strides]
         widest = max(x.dtype.itemsize for x in operands if x is not None)
         block = THREADS * 16 // widest
-        self.blocks = ceil_div(outer * inner, block)
-        runs = min(PROGRAMS // self.blocks, self.time // SHORTEST_RUN)
-        runs = max(runs, ceil_div(self.time, LONGEST_RUN))
-        self.run = ceil_div(ceil_div(self.time, runs), UNROLL) * UNROLL
-        self.items = self.blocks * ceil_div(self.time, self.run)
-        self.programs = min(self.items, PROGRAMS)
+        blocks = ceil_div(outer * inner, block)
+        runs = min(PROGRAMS // blocks, time // SHORTEST_RUN)
+        runs = max(runs, ceil_div(time, LONGEST_RUN))
+        run = ceil_div(ceil_div(time, runs), UNROLL) * UNROLL
+        items = blocks * ceil_div(time, run)
+        self.programs = min(items, PROGRAMS)
+        lanes = outer * inner // align
+        self.numbers = [*(stride // align for stride in strides), lanes, inner // align, time, run, blocks, items]
         self.constants: dict[str, Any] = {
             "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
             "ALIGN": align,
-            "INDEX": tl.int64 if outer * inner * self.time >= LARGE else tl.int32,
+            "INDEX": tl.int64 if outer * inner * time >= LARGE else tl.int32,
             "BLOCK": block,
             "UNROLL": UNROLL,
             "num_warps": WARPS,

@@ -34,39 +34,42 @@ class Sums(NamedTuple):
     """The two sums of squares, and what they are multiplied by.
 
     dtype        of differences, squares and sums, and of the penalty
-    alpha, beta  coefficients of AR and TAR; a term whose coefficient is 0 is off
-    divisors     of the two sums; None where they follow from lengths that are on the device
+    alpha, beta  coefficients of AR and TAR; None for one that each call brings as a tensor
+    ar, tar      whether each term is formed, or in a backward has a gradient
     ar_of_raw    AR is the mean square of raw, not of dropped
+    divisors     of the two sums; None where they follow from the lengths that each call brings
+    adds         the penalty and its terms are added to those of the layers before
     """
 
     dtype: torch.dtype
-    alpha: float
-    beta: float
-    divisors: tuple[int, int] | None
+    alpha: float | None
+    beta: float | None
+    ar: bool
+    tar: bool
     ar_of_raw: bool
+    divisors: tuple[int, int] | None
+    adds: bool = False
 
     @property
-    def scales(self) -> tuple[float, float]:
-        """One over the divisors, or 1 where they are not known here."""
+    def weights(self) -> tuple[float, float, float, float]:
+        """The coefficients, and one over the divisors; 1 in the place of what is not known here."""
         elements, pairs = self.divisors or (1, 1)
-        return 1 / elements, 1 / pairs
-
-    @property
-    def factors(self) -> tuple[float, float]:
-        """`2 * alpha` and `2 * beta`, over the divisors where they are known here."""
-        elements, pairs = self.divisors or (1, 1)
-        return 2 * self.alpha / elements, 2 * self.beta / pairs
+        alpha, beta = (1.0 if x is None else x for x in (self.alpha, self.beta))
+        return alpha, beta, 1 / elements, 1 / pairs
 
 
-class Found(NamedTuple):
-    """What a forward leaves to its backward.
+class Values(NamedTuple):
+    """What a call reads beside activations, each None where there is none.
 
-    scales   (2,): one over the divisors, where they follow from lengths that only the device knows; else None
-    assumed  (): the upstream gradient that the forward filled gradients for; None if it filled none
+    lengths      (outer,) integers on the device of the activations: how many time steps of a sequence count
+    batch_sizes  (time,) int64 on the CPU, those of packed rows
+    alpha, beta  () coefficients in a floating-point dtype, on the device of the activations
     """
 
-    scales: Tensor | None
-    assumed: Tensor | None
+    lengths: Tensor | None = None
+    batch_sizes: Tensor | None = None
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
 
 
 class Result(NamedTuple):
@@ -74,9 +77,9 @@ class Result(NamedTuple):
 
     penalty  (): alpha * AR + beta * TAR
     terms    (2,): AR and TAR
-    found    for the backward
+    assumed  the upstream gradients that gradients were written for, as the backward reads them; None if none were
     """
 
     penalty: Tensor
     terms: Tensor
-    found: Found
+    assumed: Tensor | None

@@ -24,13 +24,13 @@ COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
 CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and others see what they see
 # file -> tests/test_*.py in the order in which they run: those first that fail fast
 TESTS = {
-    "kernels/penalty.py": ["kernels", "padding", "penalty"],
+    "kernels/penalty.py": ["kernels", "prediction", "padding", "penalty"],
     "kernels/dropout.py": ["padding", "dropout", "kernels"],
-    "kernels/reduction.py": ["kernels", "padding", "penalty"],
+    "kernels/reduction.py": ["kernels", "coefficients", "padding", "penalty"],
     "kernels/tiling.py": ["kernels", "padding", "penalty"],
-    "fastreg/penalty.py": ["prediction", "padding", "penalty"],
+    "fastreg/penalty.py": ["prediction", "coefficients", "padding", "penalty"],
     "fastreg/dropout.py": ["padding", "dropout"],
-    "fastreg/rnn_dropout.py": ["rnn_dropout", "attachment", "dropout"],
+    "fastreg/rnn_dropout.py": ["coefficients", "rnn_dropout", "attachment", "dropout"],
     "fastreg/output_dropout.py": ["rnn_dropout"],
     "fastreg/attachment.py": ["attachment", "rnn_dropout"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment"],
@@ -40,43 +40,49 @@ TESTS = {
     "fastreg/view.py": ["layout", "penalty", "padding", "dropout", "torch"],
     "fastreg/backends.py": ["padding", "penalty", "dropout", "torch"],
     "kernels/view.py": ["kernels", "padding"],
-    "kernels/cpu.cpp": ["cpu_kernels", "prediction", "padding", "penalty"],
+    "kernels/cpu.cpp": ["coefficients", "cpu_kernels", "prediction", "padding", "penalty"],
     "kernels/cpu.py": ["prediction", "cpu_kernels"],
     "kernels/launch.py": ["padding", "kernels"],
 }
 
 # (file, function or class) -> mutants: what is wrong, a text that occurs there exactly once, and what takes its place
 CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
-    ("kernels/penalty.py", "penalty_forward"): [
-        ("halo row dropped", "start - 1", "start"),
-        ("the first step is paired", " & within(tile, 0, turn + i)", ""),
-        ("steps past the end are paired", "within(tile, turn + i, stops) & ", ""),
-        ("AR left out where raw is dropped", "ar_run += raws[i] * raws[i]", "ar_run += 0"),
-        ("raw at dropped's time stride", "raw_outer, ALIGN), raw_time", "raw_outer, ALIGN), dropped_time"),
-        ("padding counted", "ends(lengths, tile.sequence, tile.present, time, INDEX)", "(stop + 0 * tile.unit)"),
-        ("only the first item of a program", "items, tl.num_programs(0)", "1 + tl.program_id(0), tl.num_programs(0)"),
-    ],
-    ("kernels/penalty.py", "penalty_backward"): [
-        ("halo row after dropped", "tile, turn + 1, last", "tile, turn + 1, stop"),
-        ("leaving change off by one", "turn + i + 1, last", "turn + i, last"),
+    ("kernels/penalty.py", "penalty_kernel"): [
+        ("halo row dropped", "start - 1, halo", "start, halo"),
+        ("the first step is paired", "halo = there & within(tile, 0, tile.start)", "halo = there"),
+        ("halo row after dropped", "tile, turn + 1, seen", "tile, turn + 1, stop"),
+        ("leaving change off by one", "turn + i + 1, seen)", "turn + i, seen)"),
+        ("pairs cross a sequence's end", "turn + i + 1, seen)", "turn + i + 1, time)"),
         ("sign of the change from a step flipped", "change_to - change_from", "change_to + change_from"),
-        ("grad ignored", "tl.load(grad).to(ACC)", "tl.full((), 1.0, ACC)"),
-        ("alpha and beta exchanged", "ar_scale * kept[i]", "tar_scale * kept[i]"),
+        ("AR left out where raw is dropped", "ar_run += current * current", "ar_run += 0"),
+        ("AR left out of the gradient of raw", "gradient += ar_factor * current", "gradient += 0"),
+        ("alpha and beta exchanged", "ar_factor * kept[i]", "tar_factor * kept[i]"),
+        ("raw at dropped's time stride", "raw_outer, ALIGN), raw_time", "raw_outer, ALIGN), dropped_time"),
         ("grad_raw at raw's stride", "grad_raw_outer, ALIGN), grad_raw_time", "grad_raw_outer, ALIGN), raw_time"),
-        ("last row not written", "inside = within(tile, turn + i, stops", "inside = within(tile, turn + i, stops - 1"),
-        ("pairs cross a sequence's end", "ends(lengths, tile.sequence, tile.present, time, INDEX)", "time"),
-        ("padding not 0 where the scale is inf", "if lengths is not None:  # exactly", "if False:  # exactly"),
-        ("divisor from lengths left out", "tar_scale *= tl.load(scales + 1)", "tar_scale *= 1"),
+        ("padding counted", "ends(lengths, tile.sequence, tile.present, time, INDEX)", "(time + 0 * tile.unit)"),
+        ("padding not 0 where the factor is inf", "if lengths is not None:  # exactly", "if False:  # exactly"),
+        ("only the first item of a program", "range(program, items,", "range(program, program + 1,"),
+        ("last row not written", "counts = within(tile, turn + i, last", "counts = within(tile, turn + i, last - 1"),
+        ("padding not filled", "within(tile, turn + i, time) if padded else counts", "counts"),
+        ("grad ignored", "upstream = tl.load(grad)", "upstream = tl.full((), 1.0, ACC)"),
+        ("the comparison always true", "items *= differs", "items *= 0"),
+        ("one program alone writes anew", "items *= differs", "items = tl.where(program == 0, items * differs, 0)"),
+        ("the assumption not recorded", "tl.store(record, upstream)", "pass"),
+        ("what is expected not kept", "tl.store(expected, upstream, mask=program == 0)", "pass"),
+        ("lengths not counted anew", "sequences *= differs", "sequences *= 0"),
+    ],
+    ("kernels/penalty.py", "differ"): [
+        ("numbers compared, not bits", "x.to(BITS, bitcast=True) != y.to(BITS, bitcast=True)", "x != y"),
     ],
     ("kernels/penalty.py", "PenaltyForward"): [
         ("float64 summed in float32", "Tiling(view, sums.dtype)", "Tiling(view, torch.float32)"),
     ],
-    ("kernels/penalty.py", "PenaltyBackward"): [
-        ("AR_OF_RAW always off", '"AR_OF_RAW": sums.ar_of_raw', '"AR_OF_RAW": False'),
+    ("kernels/penalty.py", "_launch"): [
+        ("AR_OF_RAW always off", '"AR_OF_RAW": sums.ar_of_raw and sums.ar', '"AR_OF_RAW": False'),
+        ("layers do not add up", '"ADDS": sums.adds', '"ADDS": False'),
     ],
     ("kernels/view.py", "Sums"): [
-        ("kernels: factor 2 missing in AR", "2 * self.alpha", "self.alpha"),
-        ("kernels: divisor off by one", "self.beta / pairs", "self.beta / (pairs + 1)"),
+        ("kernels: divisor off by one", "1 / pairs", "1 / (pairs + 1)"),
         ("kernels: scales exchanged", "1 / elements, 1 / pairs", "1 / pairs, 1 / elements"),
     ],
     ("kernels/dropout.py", "dropout_forward"): [
@@ -97,13 +103,11 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("dropped not rounded", "rounded(current * keep, raw.dtype.element_ty).to(ACC)", "current * keep"),
         ("AR of raw through the mask", "if AR and AR_OF_RAW:", "if AR and not AR_OF_RAW:"),
         ("AR in padding", "counts, ar_gradient", "tile.present, ar_gradient"),
-        ("TAR in padding", "counts, tar_scale", "tile.present, tar_scale"),
+        ("TAR in padding", "counts, tar_factor", "tile.present, tar_factor"),
         ("dropped's gradient at raw's stride", "grad_dropped_time, None", "raw_time, None"),
     ],
-    ("kernels/dropout.py", "DropoutForward"): [
-        ("TAR always on", '"TAR": sums.beta != 0', '"TAR": True'),
-    ],
     ("kernels/dropout.py", "_constants"): [
+        ("TAR always on", '"TAR": sums.tar', '"TAR": True'),
         ("LOCKED always", "view.time == 1 or (mask is not None and mask.time == 0)", "True"),
     ],
     ("kernels/reduction.py", "finish"): [
@@ -111,7 +115,17 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("only the first chunk", "range(0, programs, CHUNK)", "range(0, CHUNK, CHUNK)"),
         ("last program's sums left out", "columns < programs", "columns < programs - 1"),
         ("float64 finished in float32", "dtype: tl.constexpr = ar.dtype", "dtype: tl.constexpr = tl.float32"),
-        ("sign of beta flipped", "+ tl.full((), weights.beta", "- tl.full((), weights.beta"),
+        ("sign of beta flipped", "+ weighted(beta", "- weighted(beta"),
+    ],
+    ("kernels/reduction.py", "weighted"): [("an infinite term of no weight", "coefficient == 0", "coefficient == -1")],
+    ("kernels/reduction.py", "coefficients"): [
+        ("coefficient in memory ignored", "weights.beta_at is not None", "False"),
+    ],
+    ("kernels/reduction.py", "factors"): [
+        ("factor 2 missing in AR", "(2 * alpha * ", "(alpha * "),
+        ("upstream gradient left out of TAR", "tar_factor * upstream", "tar_factor"),
+    ],
+    ("kernels/reduction.py", "scales"): [
         ("padding in the divisor", "steps += length", "steps += extents.time"),
         ("pairs as many as steps", "tl.maximum(length - 1, 0)", "length"),
         ("only the first lengths", "range(0, extents.sequences, CHUNK)", "range(0, CHUNK, CHUNK)"),
@@ -131,7 +145,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("kernels/tiling.py", "Tiling"): [
         ("ALIGN of inner alone", "16, inner, *strides)", "16, inner)"),
-        ("runs as long as they come", "max(runs, ceil_div(self.time, LONGEST_RUN))", "max(runs, 1)"),
+        ("runs as long as they come", "max(runs, ceil_div(time, LONGEST_RUN))", "max(runs, 1)"),
         ("INDEX always 32 bits", "tl.int64 if outer", "tl.int32 if outer"),
     ],
     ("kernels/cpu.cpp", "over_lanes"): [
@@ -179,7 +193,12 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         ("compared in part", "memory->grad, bytes_of(plan->compute_dtype))", "memory->grad, 2)"),
     ],
-    ("kernels/cpu.cpp", "scales_of"): [("factor 2 missing", "(2 * plan.beta /", "(plan.beta /")],
+    ("kernels/cpu.cpp", "scales_of"): [("factor 2 missing", "(2 * beta /", "(beta /")],
+    ("kernels/cpu.cpp", "coefficient"): [
+        ("coefficient in memory ignored", "return at ? number(at, dtype) : planned", "return planned"),
+    ],
+    ("kernels/cpu.cpp", "weighted"): [("an infinite term of no weight", "coefficient == 0 ? 0 :", "")],
+    ("kernels/cpu.cpp", "finish"): [("layers do not add up", "plan.adds ? number(memory.penalty, dtype) : 0", "0")],
     ("kernels/cpu.cpp", "Cut"): [
         ("the last lanes left out", "ceil_div(sizes.inner, BLOCK)", "std::max<int64_t>(sizes.inner / BLOCK, 1)"),
     ],
@@ -191,23 +210,32 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         ("the prediction is the user's tensor", "grad.detach().clone()", "grad.detach()"),
     ],
-    ("fastreg/penalty.py", "_GradientPlan"): [
-        ("what was assumed of other memory", "found = Found(found.scales, None)", "pass"),
-    ],
     ("fastreg/penalty.py", "penalty_of"): [
-        ("a negated dropped to the kernels", "not are_memory(layer)", "not are_memory(layer[:1])"),
+        ("a negated dropped to the kernels", "are_memory(layer) for", "are_memory(layer[:1]) for"),
         ("the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
-        ("lengths not checked", "if lengths is not None or batch_sizes is not None", "if False"),
+        ("lengths not checked", "if layers[0].lengths is not None or layers[0].batch_sizes is not None", "if False"),
     ],
-    ("fastreg/penalty.py", "_PenaltyWithTerms"): [
+    ("fastreg/penalty.py", "_needs"): [
+        ("a measured term has a gradient", "(tar or (ar and problem.ar_of_raw))", "True"),
+        ("gradients where there are none", "return False, False", "pass"),
+    ],
+    ("fastreg/penalty.py", "_Penalty"): [
         ("zeros for the terms' gradients", "set_materialize_grads(False)", "set_materialize_grads(True)"),
+        ("raw always saved", "x if need else None for x, need", "x for x, need"),
+        ("the buffers handed out twice", 'vars(ctx).pop("ahead",', 'vars(ctx).get("ahead",'),
+        ("no double backward", "torch.is_grad_enabled() or ", ""),
+        ("batched gradients not left to the formula", "are_memory((grad, *saved))", "are_memory(saved)"),
     ],
     ("fastreg/penalty.py", "_compute"): [
-        ("needs of raw and dropped swapped", "need_raw, need_dropped =", "need_dropped, need_raw ="),
-        ("raw always saved", "raw if need_raw else None", "raw"),
+        ("the last layer alone", "layer.values, result)", "layer.values, None)"),
     ],
-    ("fastreg/penalty.py", "_plan_for"): [
-        ("float64 summed in float32", "compute_dtype(*signature[:2])", "torch.float32")
+    ("fastreg/penalty.py", "_plans_for"): [
+        (
+            "float64 summed in float32",
+            "compute_dtype(*(x for signature in signatures for x in signature[:2]))",
+            "torch.float32",
+        ),
+        ("gradients ahead where memory is low", "and not low_memory", ""),
     ],
     ("fastreg/view.py", "_known_divisors"): [
         ("sums divided", 'problem.reduction == "sum"', "False"),
@@ -244,11 +272,6 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("layers of other time steps", "x.tensor.shape[:-1] != first.tensor.shape[:-1]", "False"),
     ],
     ("fastreg/arguments.py", "keepable"): [("inference tensors kept", "return x.clone()", "return x")],
-    ("fastreg/penalty.py", "_Penalty"): [
-        ("the buffers handed out twice", 'vars(ctx).pop("gradients", None)', "ctx.gradients"),
-        ("no double backward", "torch.is_grad_enabled() or ", ""),
-        ("batched gradients not left to the formula", "are_memory((grad, *layer))", "are_memory(layer)"),
-    ],
     ("fastreg/dropout.py", "fused_dropout_ar_tar"): [
         ("a mask with p of 0 ignored", "p if mask is None else mask", "p if mask is None or p == 0 else mask"),
         ("dropped in evaluation", "0.0 if not training else p", "p"),
@@ -256,23 +279,24 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/dropout.py", "drop_and_penalize"): [
         (
             "a negated mask to the kernels",
-            "(raw, mask if isinstance(mask, Tensor) else None, lengths)",
-            "(raw, lengths)",
+            "(*layer, mask if isinstance(mask, Tensor) else None)",
+            "layer",
         ),
         ("terms of the formula not detached", "ar.detach(), tar.detach()", "ar, tar"),
     ],
     ("fastreg/dropout.py", "_DropoutPenalty"): [
-        ("saved tensors swapped", "save_for_backward(raw, mask,", "save_for_backward(mask, raw,"),
+        ("mask and raw swapped", "mask, *tensors = ctx.saved_tensors", "*tensors, mask = ctx.saved_tensors"),
         ("zeros where there is no gradient", "set_materialize_grads(False)", "set_materialize_grads(True)"),
         ("terms differentiable", "ctx.mark_non_differentiable(terms)", "pass"),
-        ("batched gradients not left to the formula", "(raw, mask, lengths, *upstream)", "(raw, mask, lengths)"),
+        ("batched gradients not left to the formula", "(mask, *tensors, *upstream)", "(mask, *tensors)"),
     ],
     ("fastreg/dropout.py", "_gradient_formula"): [
         ("parts rounded before they are added", "grad_dropped.to(dtype)", "grad_dropped.to(raw.dtype)"),
         ("mask left out", "through_mask * mask.to(dtype)", "through_mask"),
     ],
     ("fastreg/rnn_dropout.py", "Activations"): [
-        ("terms of other coefficients", "self.coefficients == (alpha, beta) and ", ""),
+        ("terms of other coefficients", "self._with(alpha, beta) and ", ""),
+        ("terms from before a change of a coefficient", "*(self.coefficients or ())]", "]"),
         ("terms from before a change in place", " and self.versions == self._versions_now()", ""),
         ("terms of another raw", "and formed.raw is self.raw", ""),
         ("terms of another dropped", "and formed.dropped is self.dropped", ""),
@@ -337,7 +361,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/reference.py", "ar_tar_gradients"): [
         ("halves subtracted in half", "x.to(grad.dtype) for", "x for"),
-        ("factor 2 missing in TAR", "2 * problem.beta", "problem.beta"),
+        ("factor 2 missing in TAR", "2 * _coefficient(problem.beta", "_coefficient(problem.beta"),
         ("grad ignored in AR", "gradient = counted(grad * ", "gradient = counted("),
     ],
 }  # fmt: skip

@@ -36,7 +36,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-PENALTY = [kernels.penalty_forward, kernels.penalty_backward]
+PENALTY = [kernels.penalty_kernel]
 DROPOUT = [dropout_kernels.dropout_forward, dropout_kernels.dropout_backward]
 PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
 
@@ -58,15 +58,25 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         forget()  # compiled code is freed by the driver that loaded it
 
 
-def compiled(kernel: Any) -> list[Any]:
-    return list(kernel.device_caches[0][0].values())
+def compiled(kernel: Any, **constants: bool) -> list[Any]:
+    """The code of a kernel that was compiled with these constants among others."""
+    binaries = kernel.device_caches[0][0].values()
+    names = kernel.arg_names
+    return [x for x in binaries if all(x.src.constants[(names.index(k),)] == v for k, v in constants.items())]
+
+
+def compiled_penalty() -> Iterator[list[Any]]:
+    """The code of the penalty: in training, forward and backward."""
+    return (compiled(kernels.penalty_kernel, SUM=sums, WRITE=True) for sums in (True, False))
 
 
 def run(
     dtypes: tuple[torch.dtype, torch.dtype], same: bool, shape: tuple[int, ...] = (4, 70, 400), batch_first: bool = True
 ) -> None:
     raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for dtype in dtypes)
-    fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0, batch_first=batch_first).backward()
+    got = fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0, batch_first=batch_first)
+    if got.requires_grad:
+        got.backward()
 
 
 def run_dropout(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), batch_first: bool = True) -> None:
@@ -103,9 +113,13 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, same: bool, t
         pytest.skip("float16 and float64 are compiled for sm_90 alone, to save time")
     run((dtype, dtype), same)
     rows = tiling.UNROLL * (1 if same else 2)
-    (forward,), (backward,) = map(compiled, PENALTY)
-    assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS, 0)
-    assert_accesses(backward, tmp_path, rows + 2, 1, rows)
+    (forward,), (backward,) = compiled_penalty()
+    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 2, rows)
+    assert_accesses(backward, tmp_path, rows + 2, 2, rows)
+    with torch.no_grad():
+        run((dtype, dtype), same)
+    (forward,) = compiled(kernels.penalty_kernel, WRITE=False)
+    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS, 0)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
@@ -125,9 +139,9 @@ def test_wide_loads_and_no_spills_with_lengths(
     """Beside the lengths, and where each step's rows begin, no more and no narrower loads than without."""
     run_ragged(dtype)
     rows = 2 * tiling.UNROLL
-    (forward,), (backward,) = map(compiled, PENALTY)
-    assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS + 30, 0)
-    assert_accesses(backward, tmp_path, rows + 2, 30, rows)
+    (forward,), (backward,) = compiled_penalty()
+    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 40, rows)
+    assert_accesses(backward, tmp_path, rows + 2, 40, rows)
     if run_ragged is run_padded:
         (forward,), (backward,) = map(compiled, DROPOUT)
         assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS + 30, tiling.UNROLL)
@@ -167,13 +181,18 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
     for time in range(1, 101):
         run((FLOAT, FLOAT), same=False, shape=(4 if time % 3 else 3, time, hidden))
         run_dropout(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
-    assert [len(compiled(kernel)) for kernel in PENALTY + DROPOUT] == [1, 1, 1, 1]
+    assert counts() == [1, 1, 1, 1]
     for time in range(2, 101, 7):
         run_padded(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
-    assert [len(compiled(kernel)) for kernel in PENALTY + DROPOUT] == [2, 2, 2, 2]
+    assert counts() == [2, 2, 2, 2]
     for time in range(2, 101, 7):
         run_packed(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
-    assert [len(compiled(kernel)) for kernel in PENALTY] == [3, 3]
+    assert counts() == [3, 3, 2, 2]
+
+
+def counts() -> list[int]:
+    """How often each kernel was compiled: the penalty forward and backward, and dropout forward and backward."""
+    return [len(x) for x in (*compiled_penalty(), *map(compiled, DROPOUT))]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
@@ -181,7 +200,7 @@ def test_a_varying_batch_compiles_once_time_first(target: Any) -> None:
     for time, batch in product((1, 2, 35, 70), (1, 3, 4, 17, 64)):
         run((FLOAT, FLOAT), same=False, shape=(time, batch, 400), batch_first=False)
         run_dropout(FLOAT, shape=(time, batch, 400), batch_first=False)
-    assert [len(compiled(kernel)) for kernel in PENALTY + DROPOUT] == [1, 1, 1, 1]
+    assert counts() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
@@ -192,7 +211,7 @@ def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.
         run((FLOAT, FLOAT), same=False)
         run_dropout(FLOAT)
     assert next(tickets, None) is None
-    assert [len(compiled(kernel)) for kernel in PENALTY + DROPOUT] == [1, 1, 1, 1]
+    assert counts() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
@@ -201,9 +220,6 @@ def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
     run((DOUBLE, DOUBLE), same=False)
     run_dropout(DOUBLE)
     for kernel in PENALTY + DROPOUT:
-        (binary,) = compiled(kernel)
-        scalars = [
-            ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_(scale|factor)", name)
-        ]
-        assert scalars
-        assert set(scalars) == {"fp64"}
+        for binary in compiled(kernel):
+            scalars = [ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_scale", name)]
+            assert scalars == ["fp64"] * 4

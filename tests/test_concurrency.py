@@ -58,7 +58,7 @@ def test_threads_at_once_are_exact(device: str, streams: bool) -> None:
 
 def test_threads_get_tickets_that_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams draw from one reserve, made by whichever thread comes first; its zeros must be there for all."""
-    reduction = pytest.importorskip("fastreg.kernels.reduction")
+    streams = pytest.importorskip("fastreg.kernels.streams")
     device, zeroed = torch.device("meta"), threading.Event()
 
     class Driver:
@@ -72,19 +72,20 @@ def test_threads_get_tickets_that_are_ready(monkeypatch: pytest.MonkeyPatch) -> 
         zeroed.wait(0.2)  # others come by
         zeroed.set()
 
-    for name, value in (("_reserve", {}), ("_of_stream", {}), ("RESERVE", THREADS), ("driver", Drivers)):
-        monkeypatch.setattr(reduction, name, value)
+    for name, value in (("RESERVE", THREADS), ("driver", Drivers)):
+        monkeypatch.setattr(streams, name, value)
+    tickets = streams.PerStream(torch.int32, 0)
     monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
     together = threading.Barrier(THREADS, timeout=TIMEOUT)
 
     def draw(_: int) -> tuple[Tensor, bool]:
         together.wait()
-        return reduction.ticket_for(device), zeroed.is_set()
+        return tickets.exclusive(device), zeroed.is_set()
 
     with ThreadPoolExecutor(THREADS) as pool:
-        tickets, ready = zip(*pool.map(draw, range(THREADS)), strict=True)
+        drawn, ready = zip(*pool.map(draw, range(THREADS)), strict=True)
     assert all(ready)
-    assert len({x.storage_offset() for x in tickets}) == THREADS  # of one reserve
+    assert len({x.storage_offset() for x in drawn}) == THREADS  # of one reserve
 
 
 class Steps(Dataset[list[Tensor]]):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg.kernels import cpu
-from fastreg.kernels.view import Found, Operand, Result, Sums, View
+from fastreg.kernels.view import Operand, Result, Sums, Values, View
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=f"no C++ kernels here: {cpu.reason()}")
@@ -35,6 +35,10 @@ class Terms(NamedTuple):
     alpha: float
     beta: float
     ar_of_raw: bool = False
+
+    def sums(self, dtype: torch.dtype, divisors: tuple[int, int] | None) -> Sums:
+        on = self.alpha != 0, self.beta != 0
+        return Sums(dtype, self.alpha, self.beta, *on, self.ar_of_raw, divisors)
 
 
 # ---- layouts of a (batch, time, hidden) tensor, and the view that a kernel has of it
@@ -152,8 +156,8 @@ class Call:
         operands = tuple(operand(y) for y in (*self.tensors, *self.grads))
         self.view = View(*sizes, operands, self.packed)
         divisors = divisors if self.mean else (1, 1)
-        self.sums = Sums(self.dtype, self.terms.alpha, self.terms.beta, divisors, self.terms.ar_of_raw)
-        self.steps = (None, self.lengths) if self.packed else (self.lengths, None)
+        self.sums = self.terms.sums(self.dtype, divisors)
+        self.values = Values(None, self.lengths) if self.packed else Values(self.lengths)
 
     def number(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=self.dtype)
@@ -166,20 +170,19 @@ class Call:
             self.poison()
         else:
             grads = None, None
-        result = cpu.PenaltyForward(self.view, self.sums, CPU)((*self.tensors, *grads), *self.steps)
-        self.found = result.found
-        assert (result.found.assumed is None) == (expected is None)
+        result = cpu.PenaltyForward(self.view, self.sums, CPU)((*self.tensors, *grads), self.values)
+        self.assumed = result.assumed
+        assert (result.assumed is None) == (expected is None)
         return flat(result)
 
-    def backward(self, grad: float, found: Found | None = None) -> None:
-        given = found or Found(None, None)
+    def backward(self, grad: float, assumed: Tensor | None = None) -> None:
         upstream, tensors = self.number(grad), (*self.tensors, *self.grads)
-        cpu.PenaltyBackward(self.view, self.sums, CPU)(upstream, tensors, given, *self.steps)
+        cpu.PenaltyBackward(self.view, self.sums, CPU)(upstream, tensors, self.values, assumed)
 
     def rewrites(self, grad: float) -> bool:
         """Whether a backward writes the gradients that the forward has written."""
         self.poison()
-        self.backward(grad, self.found)
+        self.backward(grad, self.assumed)
         return any(x is not None and not x.isnan().all() for x in self.grads)
 
     def poison(self) -> None:
@@ -205,11 +208,11 @@ class Call:
                 assert_near(got, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
                 written.append(got.clone())
         assert self.forward(0.75).equal(results)
-        self.backward(0.75, self.found)
+        self.backward(0.75, self.assumed)
         assert all(x.equal(y) for x, y in zip([x for x in self.grads if x is not None], written, strict=True))
         assert not self.rewrites(0.75)
         assert self.forward(0.5).equal(results)
-        self.backward(0.75, self.found)
+        self.backward(0.75, self.assumed)
         assert all(x.equal(y) for x, y in zip([x for x in self.grads if x is not None], written, strict=True))
 
 
@@ -406,7 +409,7 @@ class Drop:
         self.dropped, self.grad_raw = poisoned_like(self.raw), poisoned_like(self.raw)
         counted = self.raw.numel(), max(self.raw[:, 1:].numel(), 1)
         divisors = counted if self.lengths is None else None
-        self.sums = Sums(self.dtype, self.terms.alpha, self.terms.beta, divisors, self.terms.ar_of_raw)
+        self.sums = self.terms.sums(self.dtype, divisors)
 
     def view(self, *others: Tensor | None) -> View:
         raw, mask, *rest = (operand(x) for x in (self.raw, self.mask, *others))
@@ -417,15 +420,14 @@ class Drop:
     def forward(self) -> Tensor:
         assert self.dropped is not None
         call = cpu.DropoutForward(self.view(self.dropped), self.sums, CPU)
-        return flat(call(self.raw, self.mask, self.dropped, self.lengths))
+        return flat(call((self.raw, self.mask, self.dropped), Values(self.lengths)))
 
     def backward(self, grad: float | None) -> Tensor:
         assert self.grad_raw is not None
         self.grad_raw.fill_(NAN)
-        upstream = self.arriving, None if grad is None else torch.tensor(grad, dtype=self.dtype)
-        view = self.view(self.arriving, self.grad_raw)
-        call = cpu.DropoutBackward(view, self.sums, CPU, penalized=grad is not None)
-        call(upstream, (self.raw, self.mask), self.grad_raw, Found(None, None), self.lengths)
+        upstream = None if grad is None else torch.tensor(grad, dtype=self.dtype)
+        call = cpu.DropoutBackward(self.view(self.arriving, self.grad_raw), self.sums, CPU)
+        call(upstream, (self.raw, self.mask, self.arriving, self.grad_raw), Values(self.lengths))
         return self.grad_raw
 
     def check(self) -> None:

@@ -41,8 +41,7 @@ def fused(sample: Sample, raw: Tensor, mask: Tensor, **options: Any) -> Any:
 
 
 def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
-    used = raw if sample.beta else None, dropped if sample.alpha else None
-    return ar_tar(Layer(*used), sample.problem)
+    return ar_tar(Layer(raw, dropped), sample.problem)
 
 
 def roundoff(dtype: torch.dtype, device: str) -> float:
@@ -266,16 +265,19 @@ def test_repeats_bitwise(device: str) -> None:
 @pytest.mark.parametrize(("alpha", "beta"), [(2.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_a_term_that_is_off_is_not_looked_at_where_nothing_is_dropped(alpha: float, beta: float, device: str) -> None:
     raw = torch.tensor([[1.0], [torch.inf], [2.0]], device=device, requires_grad=True)
-    dropped, got = fused_dropout_ar_tar(raw, 0.0, alpha, beta, return_terms=True)
-    want = fused_ar_tar(raw, raw, alpha, beta, return_terms=True)
+    dropped, got = fused_dropout_ar_tar(raw, 0.0, alpha, beta)
+    want = fused_ar_tar(raw, raw, alpha, beta)
     assert dropped is raw
-    assert torch.equal(torch.stack(got), torch.stack(want))
-    assert (got.ar == 0) == (alpha == 0)
-    assert (got.tar == 0) == (beta == 0)
+    assert torch.equal(got, want)
+    assert (got == 0) == (alpha == 0 == beta)
     if alpha and not beta:
-        (gradient,) = torch.autograd.grad(got.penalty, raw)
-        assert torch.equal(gradient, *torch.autograd.grad(want.penalty, raw))
+        (gradient,) = torch.autograd.grad(got, raw)
+        assert torch.equal(gradient, *torch.autograd.grad(want, raw))
         assert gradient[[0, 2]].isfinite().all()
+    _, measured = fused_dropout_ar_tar(raw, 0.0, alpha, beta, return_terms=True)
+    assert torch.equal(measured.penalty, got)
+    assert measured.ar.isinf()
+    assert measured.tar.isinf()
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0)])

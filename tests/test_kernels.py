@@ -53,17 +53,23 @@ def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatc
     call = launch.Launch.__call__
 
     def counted(self: Any, *tensors: Tensor | None) -> None:
-        launched.append(self.kernel)
+        launched.append((self.constants["SUM"], self.constants["WRITE"]))
         call(self, *tensors)
 
     monkeypatch.setattr(launch.Launch, "__call__", counted)
     raw, dropped = leaves(device, 3, 70, 40)
     for _ in range(2):  # planned, and remembered
         got = fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0)
-        assert launched == [kernels.penalty_forward]
+        assert launched == [(True, True)]
         got.backward()
-        assert launched == [kernels.penalty_forward, kernels.penalty_backward]
+        assert launched == [(True, True), (False, True)]
         launched.clear()
+    fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0)
+    assert launched == [(True, False)]
+    launched.clear()
+    layers = [raw, dropped, raw * 2]
+    fused_ar_tar(layers, layers[::-1], 2.0, 1.0).backward()
+    assert launched == [(True, True)] * 3 + [(False, True)] * 3
 
 
 @pytest.mark.parametrize("programs", [1, 2, 5])
@@ -139,7 +145,7 @@ def test_a_launch_leaves_its_ticket_at_zero(device: str, monkeypatch: pytest.Mon
 def test_tickets_are_back_at_zero(device: str) -> None:
     for _ in range(3):
         fused_ar_tar(*leaves(device, 3, 70, 40), 2.0, 1.0)
-    tickets = [ticket for (on, _), ticket in reduction._of_stream.items() if on.type == device]
+    tickets = [ticket for (on, _), ticket in reduction.TICKETS.of_stream.items() if on.type == device]
     assert tickets
     assert all(ticket.item() == 0 for ticket in tickets)
 

@@ -53,7 +53,7 @@ def test_view(
 ) -> None:
     memories = [None if x is None else memory_of(x) for x in tensors]
     first = next(x for x in memories if x is not None)
-    got = view_of(memories, Signature(first, None, None, None), Problem(2.0, 1.0, batch_first))
+    got = view_of(memories, Signature(first, None, None, None, None, None), Problem(2.0, 1.0, batch_first))
     assert got[:3] == sizes
     assert [(0, 0) if x is None else (x.outer, x.time) for x in got.operands] == strides
     assert [x is not None and readable(x) is not x for x in tensors] == copied
@@ -107,7 +107,11 @@ def test_view(
         ((X, X, -(10**400), 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -inf"),
         ((X, X, "2", 1), {}, TypeError, "alpha: expected a real number, got str"),
         ((X, X, True, 1), {}, TypeError, "alpha: expected a real number, got bool"),
-        ((X, X, 2, torch.tensor(1.0)), {}, TypeError, "beta: expected a real number, got Tensor"),
+        ((X, X, 2, torch.ones(1)), {}, ValueError, "beta: expected a number or a 0-dim floating-point tensor, got"),
+        ((X, X, torch.tensor(2), 1), {}, ValueError, "alpha: expected a number or a 0-dim floating-point tensor, got"),
+        ((X, X, 2, torch.tensor(1.0, requires_grad=True)), {}, ValueError, "beta: expected a tensor that requires no"),
+        ((X, X, torch.tensor(-1.0), 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
+        ((X, X, torch.tensor(1.0, device="meta"), 1), {}, ValueError, "alpha: expected a tensor on cpu, where the"),
         ((X, X, -1, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
         ((X, X, 2, float("nan")), {}, ValueError, "beta: expected a finite number of at least 0, got nan"),
         ((X, X, 2, float("inf")), {}, ValueError, "beta: expected a finite number of at least 0, got inf"),

@@ -130,9 +130,8 @@ def test_hooks_and_checkpoints_keep_no_gradients(device: str, monkeypatch: pytes
 
 def test_what_is_expected_is_written_ahead(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The upstream gradient of the last backward; a backward that is given it allocates nothing."""
-    backend = backend_for(torch.device(device))
-    if backend is None or not backend.penalty_forward.predicts:
-        pytest.skip("gradients are formed in the backward here")
+    if backend_for(torch.device(device)) is None:
+        pytest.skip("the plain formula runs here")
     made: list[Any] = []
     allocate = penalty.allocate
     monkeypatch.setattr(penalty, "allocate", lambda memory: made.append(memory) or allocate(memory))
@@ -141,7 +140,7 @@ def test_what_is_expected_is_written_ahead(device: str, monkeypatch: pytest.Monk
     for _ in range(2):
         got = fused_ar_tar(raw, dropped, 2.0, 1.0)
         assert len(made) == 2
-        ahead = got.grad_fn.gradients  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        (ahead, _), *_ = got.grad_fn.ahead  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         values = [x.clone() for x in ahead]
         gradients = torch.autograd.grad(got, (raw, dropped), grad)
         assert len(made) == 2

@@ -23,8 +23,8 @@ def test_formula_written_out(sample: Sample) -> None:
     squares = [v * v for v in flat(dropped)]
     changes = [(b - a) ** 2 for now, after in pairwise(raw) for a, b in zip(flat(now), flat(after), strict=True)]
     mean = sample.reduction == "mean"
-    ar = sum(squares) / (len(squares) if mean else 1) if sample.alpha else 0.0
-    tar = sum(changes) / (max(len(changes), 1) if mean else 1) if sample.beta else 0.0
+    ar = sum(squares) / (len(squares) if mean else 1)
+    tar = sum(changes) / (max(len(changes), 1) if mean else 1)
     got = ar_tar(Layer(*sample.leaves("cpu", DOUBLE)), sample.problem)
     want = torch.tensor([sample.alpha * ar + sample.beta * tar, ar, tar], dtype=DOUBLE)
     torch.testing.assert_close(torch.stack(got), want)
@@ -33,7 +33,7 @@ def test_formula_written_out(sample: Sample) -> None:
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_gradients_are_those_of_autograd(sample: Sample) -> None:
     leaves = sample.leaves("cpu", DOUBLE)
-    problem = sample.problem._replace(ar_of_raw=sample.same)
+    problem = sample.problem._replace(measured=False, ar_of_raw=sample.same)
     grad = torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)
     given = leaves[:1] if sample.same else leaves
     written_out = ar_tar_gradients(grad, Layer(*given, *[None] * (2 - len(given))), problem)

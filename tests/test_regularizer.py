@@ -112,7 +112,7 @@ def test_coefficients_may_change() -> None:
     raw = torch.ones(2, 3, 4)
     reg.on_loss_begin((raw, raw, 2 * raw))
     assert penalty_of(reg) == 0
-    assert reg.ar == 0
+    assert reg.ar == 4
     reg.alpha = 0.5
     reg.on_loss_begin((raw, raw, 2 * raw))
     assert penalty_of(reg) == 0.5 * 4

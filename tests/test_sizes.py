@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.kernels.view import Found, Result
+from fastreg.kernels.view import Result
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 from tests.conftest import KERNELS_ON_CPU, gpu
@@ -47,12 +47,10 @@ def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if request.param == "cpu":
         from fastreg.kernels import dropout, penalty
 
-        for kernels, name in ((penalty, "penalty_backward"), (dropout, "dropout_backward")):
+        for kernels, name in ((penalty, "penalty_kernel"), (dropout, "dropout_backward")):
             monkeypatch.setattr(kernels, name, LastPrograms(getattr(kernels, name)))
         for forward in (penalty.PenaltyForward, dropout.DropoutForward):
-            monkeypatch.setattr(
-                forward, "__call__", lambda *_: Result(torch.zeros(()), torch.zeros(2), Found(None, None))
-            )
+            monkeypatch.setattr(forward, "__call__", lambda *_: Result(torch.zeros(()), torch.zeros(2), None))
     return request.param
 
 

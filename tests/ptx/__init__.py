@@ -30,7 +30,7 @@ def all_kernels() -> list[Any]:
     """Return the kernels of fastreg."""
     from fastreg.kernels import dropout, penalty
 
-    return [penalty.penalty_forward, penalty.penalty_backward, dropout.dropout_forward, dropout.dropout_backward]
+    return [penalty.penalty_kernel, dropout.dropout_forward, dropout.dropout_backward]
 
 
 @contextmanager

@@ -1,0 +1,201 @@
+"""Coefficients that are tensors, read where the activations are: as right as numbers, and changed in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from tests.conftest import gpu
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
+
+Ways = dict[str, Callable[..., Any]]
+
+
+def penalty(raw: Tensor, dropped: Tensor, *coefficients: Any, **options: Any) -> tuple[Tensor, ...]:
+    return fused_ar_tar(raw, dropped, *coefficients, return_terms=True, **options)
+
+
+def packed(raw: Tensor, dropped: Tensor, *coefficients: Any) -> tuple[Tensor, ...]:
+    both = [pack_padded_sequence(x, [5, 3, 1], batch_first=True) for x in (raw, dropped)]
+    return fused_ar_tar(*both, *coefficients, return_terms=True)
+
+
+def dropout(raw: Tensor, dropped: Tensor, *coefficients: Any, **options: Any) -> tuple[Tensor, ...]:
+    mask = (dropped.detach()[:, :1] > 0).to(raw.dtype) * 2
+    return fused_dropout_ar_tar(raw, 0.5, *coefficients, mask=mask, return_terms=True, **options)[1]
+
+
+WAYS: Ways = {
+    "two": penalty,
+    "same": lambda raw, _, *coefficients: penalty(raw, raw, *coefficients),
+    "lengths": lambda *xs: penalty(*xs, lengths=torch.tensor([5, 0, 3])),
+    "packed": packed,
+    "layers": lambda raw, dropped, *coefficients: penalty([raw, dropped], [dropped, dropped], *coefficients),  # pyright: ignore[reportArgumentType]
+    "dropout": dropout,
+    "dropout, lengths": lambda *xs: dropout(*xs, lengths=torch.tensor([5, 0, 3])),
+    "nothing dropped": lambda raw, _, *coefficients: fused_dropout_ar_tar(raw, 0.0, *coefficients, return_terms=True)[
+        1
+    ],
+}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def leaves(device: str, dtype: torch.dtype = FLOAT) -> tuple[Tensor, Tensor]:
+    raw, dropped = torch.randn(2, 3, 5, 12, device=device, dtype=DOUBLE).to(dtype).unbind()
+    return raw.detach().requires_grad_(), dropped.detach().requires_grad_()
+
+
+def numbers(device: str, *values: float, dtype: torch.dtype = FLOAT) -> list[Tensor]:
+    return [torch.tensor(x, device=device, dtype=dtype) for x in values]
+
+
+def step(way: str, xs: tuple[Tensor, Tensor], *coefficients: Any) -> list[Tensor | None]:
+    """Penalty, terms and gradients."""
+    results = WAYS[way](*xs, *coefficients)
+    return [*results, *torch.autograd.grad(results[0], xs, allow_unused=True)]
+
+
+def assert_same(got: list[Tensor | None], want: list[Tensor | None]) -> None:
+    for x, y in zip(got, want, strict=True):
+        assert (x is y is None) or torch.equal(x, y)  # pyright: ignore[reportArgumentType]
+
+
+@ways
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, DOUBLE], ids=str)
+@pytest.mark.parametrize("kind", [FLOAT, HALF, DOUBLE], ids=str)
+def test_as_numbers(way: str, dtype: torch.dtype, kind: torch.dtype, device: str) -> None:
+    """Bit for bit; one of both may be a number."""
+    xs = leaves(device, dtype)
+    want = step(way, xs, 2.0, 0.75)
+    alpha, beta = numbers(device, 2.0, 0.75, dtype=kind)
+    for coefficients in ((alpha, beta), (2.0, beta), (alpha, 0.75)):
+        assert_same(step(way, xs, *coefficients), want)
+
+
+@ways
+def test_changed_in_place_between_steps(way: str, device: str) -> None:
+    xs = leaves(device)
+    alpha, beta = numbers(device, 0.0, 0.0)
+    for a, b in ((2.0, 1.0), (0.5, 3.0), (0.0, 1.0), (1.5, 0.0)):
+        alpha.fill_(a)
+        beta.fill_(b)
+        got, want = step(way, xs, alpha, beta), step(way, xs, a, b)
+        assert_same(got[:3], want[:3])
+        for x, y in zip(got[3:], want[3:], strict=True):
+            if x is not None:  # a number that is 0 leaves the gradient out
+                assert torch.equal(x, torch.zeros_like(x) if y is None else y)
+
+
+@ways
+def test_a_change_before_the_backward_is_an_error(way: str, device: str) -> None:
+    xs = leaves(device)
+    alpha, beta = numbers(device, 2.0, 1.0)
+    got = WAYS[way](*xs, alpha, beta)[0]
+    beta.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        got.backward()
+
+
+@ways
+def test_twice_differentiable(way: str, device: str) -> None:
+    xs = leaves(device, DOUBLE)
+    coefficients = numbers(device, 2.0, 0.75, dtype=DOUBLE)
+    assert gradcheck(lambda *x: WAYS[way](*x, *coefficients)[0], xs, fast_mode=True)
+    assert gradgradcheck(lambda *x: WAYS[way](*x, *coefficients)[0], xs, fast_mode=True)
+
+
+@pytest.mark.parametrize("way", ["two", "same", "lengths", "dropout"])
+def test_one_compiled_graph_for_all_values(way: str, device: str) -> None:
+    xs = leaves(device)
+    compiled = torch.compile(WAYS[way], fullgraph=True, backend="aot_eager")
+    alpha, beta = numbers(device, 1.0, 1.0)
+    for value in (2.0, 0.5, 0.0):
+        alpha.fill_(value)
+        with torch.compiler.set_stance("default" if value == 2 else "fail_on_recompile"):
+            got = compiled(*xs, alpha, beta)
+        torch.testing.assert_close([*got], [*WAYS[way](*xs, alpha, beta)])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's
+def test_an_infinite_term_of_no_weight(device: str) -> None:
+    raw = torch.tensor([[1.0], [torch.inf], [2.0]], device=device)
+    for coefficients in (numbers(device, 0.0, 0.0), (0.0, 0.0)):
+        got = fused_ar_tar(raw, raw, *coefficients, return_terms=True)
+        assert got.penalty == 0
+        assert got.ar == got.tar == torch.inf
+
+
+def test_tensors_of_inference_mode_and_subclasses(device: str) -> None:
+    class Decorated(Tensor):
+        pass
+
+    xs = leaves(device)
+    with torch.inference_mode():
+        alpha = torch.tensor(2.0, device=device)
+    beta = torch.tensor(1.0, device=device).as_subclass(Decorated)
+    assert_same(step("two", xs, alpha, beta), step("two", xs, 2.0, 1.0))
+
+
+def test_the_regularizer_and_the_module(device: str) -> None:
+    """A schedule changes what both have, in place."""
+    alpha, beta = numbers(device, 2.0, 1.0)
+    for module in (FusedRNNDropout(0.5, 1.0, 1.0), nn.Dropout(0.0)):
+        reg, rnn = RNNRegularizer(alpha, beta), nn.LSTM(4, 6, batch_first=True).to(device)
+        reg.attach(rnn, module)
+        for a in (2.0, 0.0, 3.0):
+            alpha.fill_(a)
+            beta.add_(1)
+            raw, _ = rnn(torch.ones(2, 5, 4, device=device))
+            dropped = module(raw)
+            got = reg.on_backward_begin(torch.zeros((), device=device))
+            assert_same([got, reg.ar, reg.tar], [*fused_ar_tar(raw, dropped, a, beta.item(), return_terms=True)])
+            got.backward()
+
+
+def test_a_penalty_formed_before_a_change_is_not_used(device: str) -> None:
+    alpha, beta = numbers(device, 2.0, 1.0)
+    module, raw = FusedRNNDropout(0.5, alpha, beta), torch.randn(2, 5, 4, device=device)
+    dropped = module(raw)
+    formed = module.hand_over()
+    assert formed is not None
+    assert formed.penalty(alpha, beta) is formed.terms
+    assert formed.penalty(alpha, 1.0) is not formed.terms
+    alpha.add_(1)
+    assert_same([*formed.penalty(alpha, beta)], [*fused_ar_tar(raw, dropped, 3.0, 1.0, return_terms=True)])
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("way", ["two", "dropout"])
+def test_a_graph_follows_a_schedule(way: str, device: str) -> None:
+    """The upstream gradient changes between replays, too, as a loss scale does; nothing waits for the device."""
+    xs = leaves(device)
+    alpha, beta, scale = numbers(device, 2.0, 1.0, 1.0)
+
+    def call() -> list[Tensor]:
+        results = WAYS[way](*xs, alpha, beta)
+        return [results[0].detach(), *torch.autograd.grad(results[0], xs[:1], scale)]
+
+    call()
+    try:
+        with warnings.catch_warnings():  # it warns once, when the mode is set already
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+            torch.cuda.set_sync_debug_mode("error")
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    for a, b, s in ((2.0, 1.0, 1.0), (0.5, 3.0, 1024.0), (0.5, 3.0, 1024.0), (0.0, 1.0, 512.0), (1.0, 0.0, 512.0)):
+        for x, value in zip((alpha, beta, scale), (a, b, s), strict=True):
+            x.fill_(value)
+        graph.replay()
+        assert_same([x.clone() for x in got], [*call()])
