@@ -63,14 +63,15 @@ def measure_peers(case: cases.AnyCase) -> tuple[Measured, dict[str, str]]:
         figures: dict[str, Any] = {"first_seconds": first[peer]}
         if not isinstance(case, cases.Step):
             moved = case.bytes_moved(peer)
-            figures |= {"kept_bytes": timing.kept_bytes(call, sets[0]), "bytes_moved": moved}
+            figures |= {"kept_bytes": timing.kept_bytes(call, sets[0]), "least_bytes": case.least_bytes}
+            figures |= {} if moved is None else {"bytes_moved": moved}
             if DEVICE == "cuda":
                 figures |= gpu_figures(call, moved, len(sets))
         measured[peer] = times[peer], figures
     return measured, failed
 
 
-def gpu_figures(call: cases.Call, moved: int, sets: int) -> dict[str, Any]:
+def gpu_figures(call: cases.Call, moved: int | None, sets: int) -> dict[str, Any]:
     """Measure what only a GPU has."""
     figures: dict[str, Any] = {"peak_bytes": timing.peak_bytes(call), "host_seconds": timing.host_seconds(call)}
     try:
@@ -78,10 +79,10 @@ def gpu_figures(call: cases.Call, moved: int, sets: int) -> dict[str, Any]:
         figures |= {
             "graph_warm_seconds": timing.graph_seconds(call, [0] * sets),
             "graph_rotated_seconds": cold,
-            "bandwidth": moved / cold,
-            "share_of_copy": moved / cold / copy_bandwidth(),
             "launches": timing.launches(call),
         }
+        if moved is not None:
+            figures |= {"bandwidth": moved / cold, "share_of_copy": moved / cold / copy_bandwidth()}
     except RuntimeError as error:  # what cannot be captured has been timed, all the same
         figures["no_graph"] = in_a_line(error)
     return figures

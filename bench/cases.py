@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,6 +55,15 @@ class Case:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
+    def least_bytes(self) -> int:
+        """What any way of computing the case moves at least: all inputs once in, and all results once out."""
+        raise NotImplementedError
+
+    def bytes_moved(self, peer: str) -> int | None:
+        """What a peer moves: of compiled code the least that passes of their own take, of eager formulas unknown."""
+        raise NotImplementedError
+
+    @property
     def formula(self) -> Callable[..., Tensor]:
         """That of whoever uses this layout."""
         return fastai if self.batch_first else awd_lstm_lm
@@ -70,27 +80,42 @@ class Case:
 
 @dataclass(frozen=True)
 class PenaltyCase(Case):
-    """The penalty by itself: the formula, the same compiled, and fastreg."""
+    """The penalty by itself: the formula, the same compiled, and fastreg.
+
+    With CHANGING every backward has another upstream gradient than the one before, which fastreg does not expect.
+    """
 
     PEERS: ClassVar = ("eager", "compiled", "fastreg")
     same: bool = False  # raw is dropped
     backward: bool = True
+    changing: bool = False
 
     def __str__(self) -> str:
         parts = [super().__str__(), *["same"] * self.same]
-        return "-".join([*parts, "forward+backward" if self.backward else "forward"])
+        parts += ["forward+backward" if self.backward else "forward", *["changing"] * self.changing]
+        return "-".join(parts)
 
     @property
     def info(self) -> dict[str, Any]:
-        return super().info | {"same": self.same, "pass": "forward + backward" if self.backward else "forward"}
+        kind = "forward + backward, changing" if self.changing else "forward + backward" if self.backward else "forward"
+        return super().info | {"same": self.same, "pass": kind}
 
     @property
     def input_bytes(self) -> int:
         return self.tensor_bytes * (1 if self.same else 2)
 
-    def bytes_moved(self, peer: str) -> int:
-        """The fewest: forward and backward each read every input once, and backward writes every gradient once."""
-        return self.input_bytes * (3 if self.backward else 1)
+    @property
+    def least_bytes(self) -> int:
+        """Every input is read once, and every gradient written once."""
+        return self.input_bytes * (2 if self.backward else 1)
+
+    def bytes_moved(self, peer: str) -> int | None:
+        """What is compiled reads the inputs again in the backward; fastreg does, and writes again, if it must."""
+        if peer == "eager":
+            return None
+        if not self.backward:
+            return self.input_bytes
+        return self.input_bytes * (3 if peer == "compiled" else 4 if self.changing else 2)
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
         """Raw and dropped."""
@@ -104,13 +129,15 @@ class PenaltyCase(Case):
         """One call: forward as in training, the graph kept, or forward and backward."""
         if not self.backward:
             return lambda i: (penalty(*sets[i % len(sets)], ALPHA, BETA),)
-        one = torch.ones_like(penalty(*sets[0], ALPHA, BETA).detach())  # made here, not by each backward
+        # Made here, not by each backward.
+        upstream = [torch.full_like(penalty(*sets[0], ALPHA, BETA).detach(), x) for x in (1, 1 + self.changing)]
 
         def both(i: int) -> tuple[Tensor, ...]:
             raw, dropped = sets[i % len(sets)]
             leaves = (raw,) if self.same else (raw, dropped)
-            return torch.autograd.grad(penalty(raw, dropped, ALPHA, BETA), leaves, one)
+            return torch.autograd.grad(penalty(raw, dropped, ALPHA, BETA), leaves, next(grads))
 
+        grads = itertools.cycle(upstream)
         return both
 
 
@@ -134,9 +161,16 @@ class DropoutCase(Case):
     def input_bytes(self) -> int:
         return 2 * self.tensor_bytes
 
-    def bytes_moved(self, peer: str) -> int:
-        """The fewest: forward raw and dropped, backward both gradients, and raw again where there is a penalty."""
-        return self.tensor_bytes * (4 if "alone" in peer else 5)
+    @property
+    def least_bytes(self) -> int:
+        """Raw and dropped in the forward, both gradients in the backward, and raw again for that of the penalty."""
+        return self.tensor_bytes * 5
+
+    def bytes_moved(self, peer: str) -> int | None:
+        """That of dropout alone goes without the penalty; `fused_ar_tar` and the sum of gradients come on top of it."""
+        passes = {"dropout alone": 4, "compiled dropout alone": 4, "fastreg": 5, "compiled": 5, "compiled fastreg": 5}
+        passes["fused_ar_tar"] = 4 + 4 + 6  # two gradients for raw, and one for dropped, are added to others
+        return self.tensor_bytes * passes[peer] if peer in passes else None
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
         """Raw, and the gradient of dropped, as from a decoder."""
@@ -189,9 +223,15 @@ class PaddedCase(Case):
     def input_bytes(self) -> int:
         return 2 * self.tensor_bytes
 
-    def bytes_moved(self, peer: str) -> int:
-        """The fewest: what counts is read twice, and every gradient written."""
-        return self.input_bytes * (3 if peer == "without lengths" else 2)
+    @property
+    def least_bytes(self) -> int:
+        """What counts, half of the inputs, is read, and every gradient written."""
+        return self.input_bytes * 3 // 2
+
+    def bytes_moved(self, peer: str) -> int | None:
+        """What is compiled reads all, once forward and once backward; without lengths all counts."""
+        moved = {"without lengths": 2 * self.input_bytes, "compiled": 3 * self.input_bytes, "fastreg": self.least_bytes}
+        return moved.get(peer)
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
         """Raw, dropped, and lengths from 0 to all time steps, in no order."""
@@ -304,6 +344,8 @@ def _gpu_cases() -> Iterator[AnyCase]:
     for shape, dtype in product((small, SHAPES[3], large), (torch.float32, torch.bfloat16)):
         yield PaddedCase(shape, dtype)
     yield PenaltyCase(DEMO, torch.float32)
+    for shape, dtype in product((large, small), (torch.bfloat16, torch.float32)):
+        yield PenaltyCase(shape, dtype, changing=True)
     # The most cases come last, and half precision at their end: the first to be missed where time runs out.
     for dtype, shape in product((torch.bfloat16, torch.float32, torch.float16), SHAPES):
         for batch_first, same in [(True, False), (False, False)] + [(True, True)] * (shape in (small, large)):
@@ -321,6 +363,7 @@ def _cpu_cases() -> Iterator[AnyCase]:
             yield PenaltyCase(shape, dtype, backward=False)
             yield PenaltyCase(shape, dtype, batch_first=False)
             yield PenaltyCase(shape, dtype, same=True)
+            yield PenaltyCase(shape, dtype, changing=True)
     yield PenaltyCase(small, torch.float16)
     # With 8 peers the fifth would take minutes, and the fourth is larger than a cache, too.
     for shape, dtype in product((small, SHAPES[1], SHAPES[3]), (torch.float32, torch.bfloat16)):

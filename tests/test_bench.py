@@ -105,14 +105,38 @@ def test_kept_bytes() -> None:
     assert timing.kept_bytes(CASE.call(fastai, sets), (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
 
 
-def test_bytes_that_must_move() -> None:
+@pytest.mark.parametrize(
+    ("options", "least", "moved"),
+    [
+        ({}, 4, {"eager": None, "compiled": 6, "fastreg": 4}),
+        ({"changing": True}, 4, {"eager": None, "compiled": 6, "fastreg": 8}),
+        ({"backward": False}, 2, {"eager": None, "compiled": 2, "fastreg": 2}),
+        ({"same": True}, 2, {"eager": None, "compiled": 3, "fastreg": 2}),
+    ],
+)
+def test_bytes_that_move(options: dict[str, Any], least: int, moved: dict[str, int | None]) -> None:
     one = 128 * 512 * 1024 * 2
-    large = (128, 512, 1024)
-    assert cases.PenaltyCase(large, torch.bfloat16).bytes_moved("fastreg") == 6 * one
-    assert cases.PenaltyCase(large, torch.bfloat16, backward=False).bytes_moved("fastreg") == 2 * one
-    assert cases.PenaltyCase(large, torch.bfloat16, same=True).bytes_moved("fastreg") == 3 * one
-    dropout = cases.DropoutCase(large, torch.bfloat16)
-    assert [dropout.bytes_moved(peer) // one for peer in ("dropout alone", "eager", "fastreg")] == [4, 5, 5]
+    case = cases.PenaltyCase((128, 512, 1024), torch.bfloat16, **options)
+    assert case.least_bytes == least * one
+    assert {peer: case.bytes_moved(peer) for peer in case.PEERS} == {k: v and v * one for k, v in moved.items()}
+
+
+def test_bytes_that_move_with_dropout() -> None:
+    dropout = cases.DropoutCase((128, 512, 1024), torch.bfloat16)
+    one = 128 * 512 * 1024 * 2
+    assert dropout.least_bytes == dropout.bytes_moved("fastreg") == 5 * one
+    assert dropout.bytes_moved("dropout alone") == 4 * one
+    assert dropout.bytes_moved("fused_ar_tar") == 14 * one
+    assert dropout.bytes_moved("eager") is None
+
+
+def test_upstream_gradients_that_change() -> None:
+    case = cases.PenaltyCase((3, 5, 8), torch.float32, changing=True)
+    sets = [case.inputs("cpu")]
+    call = case.call(case.fused, sets)
+    one, two, again = (call(0) for _ in range(3))
+    torch.testing.assert_close(two, tuple(2 * x for x in one))
+    assert all(torch.equal(x, y) for x, y in zip(one, again, strict=True))
 
 
 def test_a_gpu_runs_all_that_a_cpu_does() -> None:
@@ -189,7 +213,8 @@ def test_padded_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     for peer in ("eager", "compiled", "fastreg"):
         torch.testing.assert_close(calls[peer](1), want)
     assert calls["without lengths"](1)[0].count_nonzero() > want[0].count_nonzero()
-    assert case.bytes_moved("fastreg") * 3 == case.bytes_moved("without lengths") * 2 == 2 * 6 * 240 * 4
+    assert [case.bytes_moved(peer) for peer in case.PEERS] == [4 * 240 * 4, None, 6 * 240 * 4, 3 * 240 * 4]
+    assert case.least_bytes == 3 * 240 * 4
     assert case.PEERS[-1] == "fastreg", "a result that has fastreg is complete"
 
 
@@ -208,9 +233,10 @@ def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> 
     one, mask, changes = 3 * 5 * 8 * 4, 3 * 8 * 4, 3 * 4 * 8 * 4
     for peer, (times, figures) in measured.items():
         kept = mask + (changes if peer in ("eager", "compiled") else 0)
-        moved = one * (4 if peer.endswith("dropout alone") else 5)
+        moved = DROPOUT.bytes_moved(peer)
+        known = {} if moved is None else {"bytes_moved": moved}
         assert figures.pop("first_seconds") > 0
-        assert figures == {"kept_bytes": kept, "bytes_moved": moved}, peer
+        assert figures == {"kept_bytes": kept, "least_bytes": 5 * one, **known}, peer
         assert len(times) == timing.LEAST
 
 
@@ -277,7 +303,7 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     PretendGPU.install(monkeypatch)
     monkeypatch.setattr(benchmarks, "copy_bandwidth", lambda: 1e6)
     call = CASE.call(fastai, cases.input_sets(CASE, "cpu"))
-    figures = benchmarks.gpu_figures(call, CASE.bytes_moved("eager"), 3)
+    figures = benchmarks.gpu_figures(call, CASE.bytes_moved("compiled"), 3)
     assert figures.pop("host_seconds") > 0
     assert figures == pytest.approx(
         {
@@ -289,7 +315,9 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "peak_bytes": 3000 - 2 * 480,
         }
     )
-    assert set(report.FIGURES) == {*figures, "host_seconds", "kept_bytes", "bytes_moved", "first_seconds"}
+    more = {"host_seconds", "kept_bytes", "least_bytes", "bytes_moved", "first_seconds"}
+    assert set(report.FIGURES) == {*figures, *more}
+    assert {"bandwidth", "share_of_copy"} & {*benchmarks.gpu_figures(call, None, 3)} == set()
     times = timing.take_turns({"eager": call}, "cuda", 0.0)
     assert len(times["eager"]) == timing.LEAST
 
