@@ -341,6 +341,29 @@ def test_coefficients_may_change_while_training(make: Callable[..., Learner]) ->
     assert gap(trained(fuse(make(), dropout=True), cbs=Off()), trained(make(0, 0))) < 1e-5
 
 
+def test_coefficients_that_are_tensors(make: Callable[..., Learner]) -> None:
+    """A schedule changes them in place, from 0 on."""
+    alpha, beta = torch.zeros(2).unbind()
+
+    class Schedule(Callback):
+        def before_train(self) -> None:
+            alpha.fill_(ALPHA * (self.learn.epoch > 0))
+            beta.fill_(BETA * (self.learn.epoch > 0))
+
+    class Numbers(Callback):
+        def before_train(self) -> None:
+            regularizer = self.learn.rnn_regularizer
+            regularizer.alpha, regularizer.beta = ALPHA * (self.learn.epoch > 0), BETA * (self.learn.epoch > 0)
+
+    want = trained(by_hand(make(), *rnn_cbs(ALPHA, BETA)), cbs=Numbers())
+    for dropout in (False, True):
+        learn = fuse(by_hand(make(), *rnn_cbs(alpha, beta)), dropout=dropout)
+        assert gap(trained(learn, cbs=Schedule()), want) < 1e-5
+        for row in learn.recorder.values:
+            columns = dict(zip(learn.recorder.metric_names[1:], row, strict=False))
+            assert columns["ar"] > 0 < columns["tar"]
+
+
 # -- the lr -----------------------------------------------------------------------------------------------------------
 
 
