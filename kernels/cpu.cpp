@@ -16,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -176,54 +177,67 @@ struct Cut {
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
+/// Lanes of a time step that are alike, or all lanes of several steps that lie one after the other.
+struct Span {
+    int64_t step, lane, lanes;
+    bool counts, arrives, leaves;  // whether they count, and whether the steps before and after do
+};
+
 /// How far the sequences reach, read once a launch.
 class Ends {
   public:
-    Ends(const Steps &given, Sizes sizes, const int64_t *lengths) : steps(given), time(sizes.time), width(sizes.inner) {
+    /// `given` are lengths, or batch sizes of packed rows, or null: all steps count.
+    Ends(const Steps &steps, Sizes sizes, const int64_t *given)
+        : steps(steps), sizes(sizes), lengths(steps.packed ? given[0] : sizes.outer, sizes.time) {
         if (steps.packed) {
-            values.assign(lengths, lengths + time);
-            offsets.resize(time);
-            for (int64_t step = 1; step < time; ++step) offsets[step] = offsets[step - 1] + lengths[step - 1];
-        } else if (lengths) {
-            values.resize(sizes.outer);
-            int64_t counted = 0, pairs = 0;
-            for (int64_t i = 0; i < sizes.outer; ++i) {
-                values[i] = std::clamp<int64_t>(lengths[i], 0, time);
-                counted += values[i];
-                pairs += std::max<int64_t>(values[i] - 1, 0);
+            offsets.resize(sizes.time);
+            for (int64_t step = 1; step < sizes.time; ++step) offsets[step] = offsets[step - 1] + given[step - 1];
+            int64_t length = sizes.time;  // batch sizes do not grow, and so lengths do not
+            for (size_t i = 0; i < lengths.size(); ++i) {
+                while (given[length - 1] <= int64_t(i)) --length;
+                lengths[i] = length;
             }
-            if (steps.ar_divisor == 0) {  // of nothing the mean is 0
-                steps.ar_divisor = std::max<int64_t>(counted * width, 1);
-                steps.tar_divisor = std::max<int64_t>(pairs * width, 1);
-            }
+        } else if (given) {
+            for (int64_t i = 0; i < sizes.outer; ++i) lengths[i] = std::clamp<int64_t>(given[i], 0, sizes.time);
+        }
+        int64_t pairs = 0;
+        for (int64_t length : lengths) {
+            rows += length;
+            pairs += std::max<int64_t>(length - 1, 0);
+        }
+        if (steps.ar_divisor == 0) {  // of nothing the mean is 0
+            this->steps.ar_divisor = std::max<int64_t>(rows * sizes.inner, 1);
+            this->steps.tar_divisor = std::max<int64_t>(pairs * sizes.inner, 1);
         }
     }
 
-    /// How many of an item's lanes count at a time step: no more than at the one before.
-    int64_t lanes(const Item &item, int64_t step) const {
-        if (step >= time) return 0;
-        if (steps.packed) {
-            const int64_t end = (values[step] - item.sequence) * width;
-            return std::clamp<int64_t>(end - item.lane, 0, item.lanes);
-        }
-        return step < last(item) ? item.lanes : 0;
+    /// How many time steps the shortest and the longest of an item's sequences have.
+    std::pair<int64_t, int64_t> of(const Item &item) const {
+        const auto at = [&](int64_t lane) { return lengths.begin() + item.sequence + lane / sizes.inner; };
+        const auto [shortest, longest] = std::minmax_element(at(item.lane), at(item.lane + item.lanes - 1) + 1);
+        return {*shortest, *longest};
     }
 
-    /// How many time steps of an item's sequence count; not for packed rows, of which an item may have many.
-    int64_t last(const Item &item) const { return values.empty() ? time : values[item.sequence]; }
+    /// The lanes of an item that are alike at a time step, from this one on: those of one sequence or of several.
+    Span alike(const Item &item, int64_t step, int64_t lane) const {
+        const auto rest = [&](int64_t i) { return std::clamp<int64_t>(lengths[i] - step, 0, 2); };
+        const int64_t end = item.lane + item.lanes, first = lane / sizes.inner, left = rest(item.sequence + first);
+        int64_t past = first + 1;
+        while (past * sizes.inner < end && rest(item.sequence + past) == left) ++past;
+        return {step, lane, std::min(past * sizes.inner, end) - lane, left > 0, left > 0 && step > 0, left > 1};
+    }
 
-    /// The sizes of a view of tensors of these strides. Packed rows without gaps count as one sequence of many lanes.
-    Sizes view(Sizes sizes, std::initializer_list<Strides> all) const {
-        if (!steps.packed) return sizes;
+    /// The sizes of a view of tensors of these strides. Sequences that lie beside each other at each time step, as in
+    /// a batch with time first and in packed rows, count as one of many lanes.
+    Sizes view(std::initializer_list<Strides> all) const {
+        const int64_t outer = lengths.size();
         for (Strides strides : all)
-            if (strides.time != width) return {values[0], time, width};
-        return {1, time, values[0] * width};
+            if (strides.outer != sizes.inner) return {outer, sizes.time, sizes.inner};
+        return {1, sizes.time, outer * sizes.inner};
     }
 
-    /// How many elements a tensor of these sizes has.
-    int64_t elements(Sizes sizes) const {
-        return steps.packed ? (offsets.back() + values.back()) * width : sizes.outer * sizes.time * sizes.inner;
-    }
+    /// How many elements a tensor has.
+    int64_t elements() const { return (steps.packed ? rows : sizes.outer * sizes.time) * sizes.inner; }
 
     /// Where each time step of packed rows begins; null of others.
     const int64_t *packed_at() const { return steps.packed ? offsets.data() : nullptr; }
@@ -231,9 +245,10 @@ class Ends {
     Steps steps;
 
   private:
-    int64_t time, width;           // width: lanes of one sequence
-    std::vector<int64_t> values;   // lengths, or batch sizes; none: all steps count
+    Sizes sizes;                   // inner: lanes of one sequence
+    std::vector<int64_t> lengths;  // of each sequence
     std::vector<int64_t> offsets;  // of packed rows: where a time step begins
+    int64_t rows = 0;              // that count
 };
 
 /// A tensor as (outer, time, inner), or as packed rows.
@@ -380,35 +395,29 @@ Sums drop_backward(Neighbours<T> raw, const T *mask, const T *grad_dropped, T *g
 
 // ---- from items to rows
 
-/// Lanes of a time step that are alike, or all lanes of several steps that lie one after the other.
-struct Span {
-    int64_t step, lane, lanes;
-    bool counts, arrives, leaves;  // whether they count, and whether the steps before and after do
-};
-
 /// Go through an item along time. Up to `merged` rows that are alike are taken together: more than one where rows lie
 /// one after the other in all tensors. `fill`: visit padding, too.
 template <class Visit>
 Sums along_time(const Item &item, const Ends &ends, int64_t merged, bool fill, Visit visit) {
+    const auto [shortest, longest] = ends.of(item);
     Sums sums;
-    const auto part = [&](Span span) {
-        if (span.lanes) sums += visit(span);
-    };
     int64_t steps;
     for (int64_t step = item.start; step < item.stop; step += steps) {
-        const int64_t there = ends.lanes(item, step), leaving = ends.lanes(item, step + 1);
         steps = std::min(merged, item.stop - step);
-        if (there == 0) {
+        if (step >= longest) {
             if (!fill) break;
-            part({step, item.lane, steps * item.lanes, false, false, false});
-        } else if (steps > 1 && step > 0 && leaving > 0) {
-            steps = std::min(steps, ends.last(item) - 1 - step);
-            part({step, item.lane, steps * item.lanes, true, true, true});
+            sums += visit(Span{step, item.lane, steps * item.lanes, false, false, false});
+        } else if (step > 0 && step + 1 < shortest) {
+            steps = std::min(steps, shortest - 1 - step);
+            sums += visit(Span{step, item.lane, steps * item.lanes, true, true, true});
         } else {
             steps = 1;
-            part({step, item.lane, leaving, true, step > 0, true});
-            part({step, item.lane + leaving, there - leaving, true, step > 0, false});
-            if (fill) part({step, item.lane + there, item.lanes - there, false, false, false});
+            const int64_t end = item.lane + item.lanes;
+            for (int64_t lane = item.lane, lanes; lane < end; lane += lanes) {
+                const Span span = ends.alike(item, step, lane);
+                lanes = span.lanes;
+                if (span.counts || fill) sums += visit(span);
+            }
         }
     }
     return sums;
@@ -466,7 +475,7 @@ Sums run(const std::vector<Work> &works, const Ends &ends, int threads) {
     int64_t programs = 0, elements = 0;
     for (const Work &work : works) {
         programs += work.cut.programs;
-        elements += ends.elements(work.cut.sizes);
+        elements += ends.elements();
     }
     if (forked || elements <= SERIAL) threads = 1;
     std::vector<Sums> partials(programs);
@@ -557,13 +566,13 @@ struct Operand {
 template <class Choose>
 Work penalty_work(const Penalty &plan, const Operand &x, Pass pass, const Ends &ends, Choose choose) {
     const bool packed = ends.packed_at(), writes = pass & WRITE;
-    const Cut cut(ends.view(plan.sizes, {x.strides, writes ? x.grad_strides : x.strides}));
+    const Cut cut(ends.view({x.strides, writes ? x.grad_strides : x.strides}));
     const bool dense = !packed && cut.dense(x.strides) && (!writes || cut.dense(x.grad_strides));
     const auto walk = [&](auto t, auto a) {
         using T = decltype(t);
         const View<const T> data{static_cast<const T *>(x.data), x.strides, ends.packed_at()};
         const View<T> grad{static_cast<T *>(x.grad), x.grad_strides, ends.packed_at()};
-        if (writes) advise(grad, ends.elements(cut.sizes));
+        if (writes) advise(grad, ends.elements());
         return with<SUM, WRITE, BOTH>(pass, [&](auto known_pass) {
             return choose(t, a, known_pass, [&](auto row) -> Walk {
                 return [=, &ends](const Item &item) {
@@ -626,7 +635,7 @@ Ar ar_of(const Dropout &plan) { return !plan.ar ? NONE : plan.ar_of_raw ? OF_RAW
 
 /// Drop units; sum up what counts.
 Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const Ends &ends, int threads) {
-    const Cut cut(plan.sizes);
+    const Cut cut(ends.view({plan.raw, plan.mask, plan.dropped}));
     const Walk walk = with_dtype(plan.dtype, [&](auto t, auto a) {
         using T = decltype(t);
         using A = decltype(a);
@@ -634,7 +643,7 @@ Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const End
         const View<const T> mask{static_cast<const T *>(memory.mask), plan.mask, nullptr};
         const View<T> dropped{static_cast<T *>(memory.dropped), plan.dropped, nullptr};
         const bool dense = cut.dense(plan.raw) && cut.dense(plan.dropped) && (!plan.mask.time || cut.dense(plan.mask));
-        advise(dropped, ends.elements(cut.sizes));
+        advise(dropped, ends.elements());
         return with<NONE, OF_DROPPED, OF_RAW>(ar_of(plan), [&](auto ar) {
             return with<false, true>(plan.tar != 0, [&](auto tar) -> Walk {
                 constexpr Ar AR = decltype(ar)::value;
@@ -656,8 +665,8 @@ Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const End
 
 /// Write the gradient of raw.
 void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const Ends &ends, int threads) {
-    const Cut cut(plan.sizes);
     const bool arrived = memory.dropped;
+    const Cut cut(ends.view({plan.raw, plan.mask, arrived ? plan.dropped : plan.raw, plan.grad_raw}));
     const Walk walk = with_dtype(plan.dtype, [&](auto t, auto a) {
         using T = decltype(t);
         using A = decltype(a);
@@ -668,7 +677,7 @@ void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const En
         const bool dense = cut.dense(plan.raw) && cut.dense(plan.grad_raw) && (!arrived || cut.dense(plan.dropped)) &&
                            (!plan.mask.time || cut.dense(plan.mask));
         const auto scales = scales_of<A>(plan, ends, memory.grad);
-        advise(grad_raw, ends.elements(cut.sizes));
+        advise(grad_raw, ends.elements());
         return with<false, true>(arrived, [&](auto arrived_) {
             return with<NONE, OF_DROPPED, OF_RAW>(memory.grad ? ar_of(plan) : NONE, [&](auto ar) {
                 return with<false, true>(memory.grad && plan.tar, [&](auto tar) -> Walk {

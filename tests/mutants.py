@@ -156,16 +156,17 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("kernels/cpu.cpp", "along_time"): [
         ("padding not filled", "if (!fill) break;", "break;"),
-        (
-            "the first step is paired",
-            "part({step, item.lane, leaving, true, step > 0, true});",
-            "part({step, item.lane, leaving, true, true, true});",
-        ),
-        ("pairs cross a sequence's end", "steps = std::min(steps, ends.last(item) - 1 - step);", ""),
+        ("pairs cross a sequence's end", "std::min(steps, shortest - 1 - step)", "steps"),
+        ("the first step is among others", "step > 0 && step + 1 < shortest", "step + 1 < shortest"),
     ],
     ("kernels/cpu.cpp", "Ends"): [
-        ("lengths not clamped", "std::clamp<int64_t>(lengths[i], 0, time)", "lengths[i]"),
-        ("pairs as many as steps", "pairs += std::max<int64_t>(values[i] - 1, 0);", "pairs += values[i];"),
+        ("lengths not clamped", "std::clamp<int64_t>(given[i], 0, sizes.time)", "given[i]"),
+        ("pairs as many as steps", "pairs += std::max<int64_t>(length - 1, 0);", "pairs += length;"),
+        ("the first step is paired", "left > 0 && step > 0", "left > 0"),
+        ("the last step is paired with padding", "left > 1};", "left > 0};"),
+        ("sequences beside each other all alike", " && rest(item.sequence + past) == left", ""),
+        ("a sequence that an item begins with left out", "at(item.lane), at", "at(item.lane + item.lanes - 1), at"),
+        ("sequences apart taken for neighbours", "if (strides.outer != sizes.inner) return", "if (false) return"),
     ],
     ("kernels/cpu.cpp", "rounded"): [
         ("ties away from even", "(bits >> 16 & 1)) >> 16", "1) >> 16"),
