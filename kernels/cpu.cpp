@@ -59,7 +59,7 @@ A wide(BFloat x) {
 }
 template <class A>
 A wide(Half x) {
-    const uint32_t magnitude = (static_cast<uint32_t>(x) & 0x7fff) << 13;  // its exponent is 112 too small
+    const int32_t magnitude = (static_cast<int32_t>(x) & 0x7fff) << 13;  // its exponent is 112 too small
     uint32_t bits = bits_of<uint32_t>(bits_of<float>(magnitude) * 0x1p112f);  // exact, subnormal numbers, too
     bits |= magnitude >= 0x0f800000 ? 0x7f800000 : 0;                         // infinity and NaN
     return bits_of<float>(bits | (static_cast<uint32_t>(x) & 0x8000) << 16);
@@ -68,20 +68,20 @@ A wide(Half x) {
 /// Round a result to the dtype of some memory, to the nearest, ties to even.
 template <class T, class A>
 T rounded(A value) {
+    // The 16 bits are shifted down last: what came after would be done in vectors of 16 bits, with a detour for each.
     if constexpr (std::is_same_v<T, BFloat>) {
         const uint32_t bits = bits_of<uint32_t>(static_cast<float>(value));
-        const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        return BFloat((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
+        const uint32_t nearest = bits + 0x7fff + (bits >> 16 & 1);
+        return BFloat((value == value ? nearest : 0x7fc00000) >> 16);
     } else if constexpr (std::is_same_v<T, Half>) {
         const uint32_t bits = bits_of<uint32_t>(static_cast<float>(value));
-        const uint32_t magnitude = bits & 0x7fffffff;
+        const int32_t magnitude = bits & 0x7fffffff;  // signed, as most vectors compare and order no other
         // Below 2 ** -14 a half is a multiple of 2 ** -24, as a float between 0.5 and 1 is.
-        const uint32_t small = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - bits_of<uint32_t>(0.5f);
-        const uint32_t nearest = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-        const uint32_t normal = std::min(nearest, 0x7c00u) | uint32_t(magnitude > 0x7f800000) << 9;  // infinity, NaN
-        const uint32_t chosen = -uint32_t(magnitude < 113u << 23);  // a mask: a branch would keep the loop scalar
-        const uint32_t half = (small & chosen) | (normal & ~chosen);
-        return Half(half | (bits >> 16 & 0x8000));
+        const int32_t small = bits_of<int32_t>(bits_of<float>(magnitude) + 0.5f) - bits_of<int32_t>(0.5f);
+        const int32_t nearest = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112 << 23)) >> 13;
+        const int32_t finite = magnitude < 113 << 23 ? small : std::min(nearest, 0x7c00);
+        const uint32_t half = value == value ? finite : 0x7e00;
+        return Half((half << 16 | (bits & 0x80000000)) >> 16);
     } else {
         return static_cast<T>(value);
     }
@@ -295,6 +295,7 @@ Sums over_lanes(int64_t lanes, Lane lane) {
         int64_t i = first;
         for (; i + VECTOR <= stop; i += VECTOR) {
 #pragma GCC ivdep
+#pragma GCC unroll 1  // a loop that is unrolled first does not become vector code
             for (int64_t j = 0; j < VECTOR; ++j) lane(i + j, ar[j], tar[j]);
         }
 #pragma GCC ivdep
