@@ -10,6 +10,10 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#if defined(__AVX2__) && defined(__F16C__)
+#define X86_64_V3
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -19,22 +23,42 @@
 #include <utility>
 #include <vector>
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // no function that takes vectors is called from outside
+
 namespace {
 
 using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uintptr_t;
 
-constexpr int64_t BLOCK = 4096;          // lanes: a row, its neighbours and its gradient stay in a cache of 64 KB
+constexpr int64_t BLOCK = 8192;          // lanes: a row, its neighbours and its gradient stay in a cache of 256 KB
 constexpr int64_t ITEM = 1 << 16;        // elements: enough to hide what it costs to fetch an item
 constexpr int64_t COPIES = 2048;         // elements of a mask for several short rows
 constexpr int64_t PROGRAMS = 1024;       // at most, for each tensor
-constexpr int64_t SERIAL = 1 << 15;      // elements up to which a second thread costs more than it brings
+constexpr int64_t SERIAL = 1 << 17;      // elements up to which a second thread costs more than it brings
 constexpr int64_t HUGE_PAGE = 1 << 21;   // bytes
 constexpr int64_t LARGE = 1 << 22;       // bytes of an output from which huge pages are asked for
 
-// ---- dtypes: half precision by its bits, which every compiler turns into vector code
+// ---- vectors, in the compiler's own notation: it does not see all loops that could be vector code
 
-enum class Half : uint16_t {};  // not structures, whose copies some compilers do not turn into vector code
+#define INLINE __attribute__((always_inline))  // vectors stay in registers
+
+enum class Half : uint16_t {};
 enum class BFloat : uint16_t {};
+
+#ifdef X86_64_V3
+constexpr int64_t LANES = 8;  // of a vector: as many floats as the processor takes at once
+#else
+constexpr int64_t LANES = 4;
+#endif
+constexpr int64_t STEP = 16;          // lanes at a time, each with sums of its own: additions wait for few others
+constexpr int64_t CHUNK = 64 * STEP;  // lanes after which these are added up: float32 is exact enough until there
+
+template <class T>
+struct VectorOf {
+    using Element = std::conditional_t<std::is_enum_v<T>, uint16_t, T>;
+    typedef Element type __attribute__((vector_size(LANES * sizeof(T))));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
 
 template <class To, class From>
 To bits_of(From from) {
@@ -44,47 +68,97 @@ To bits_of(From from) {
     return to;
 }
 
-/// Convert an element to A, the dtype of the computation, float or double.
-template <class A>
-A wide(float x) {
-    return x;
-}
-template <class A>
-A wide(double x) {
-    return static_cast<A>(x);
-}
-template <class A>
-A wide(BFloat x) {
-    return bits_of<float>(static_cast<uint32_t>(x) << 16);
-}
-template <class A>
-A wide(Half x) {
-    const int32_t magnitude = (static_cast<int32_t>(x) & 0x7fff) << 13;  // its exponent is 112 too small
-    uint32_t bits = bits_of<uint32_t>(bits_of<float>(magnitude) * 0x1p112f);  // exact, subnormal numbers, too
-    bits |= magnitude >= 0x0f800000 ? 0x7f800000 : 0;                         // infinity and NaN
-    return bits_of<float>(bits | (static_cast<uint32_t>(x) & 0x8000) << 16);
+/// Convert 16 bits to 32, for which the compiler takes more instructions than one.
+inline INLINE Vector<uint32_t> widened(Vector<uint16_t> x) {
+#ifdef X86_64_V3
+    return bits_of<Vector<uint32_t>>(_mm256_cvtepu16_epi32(bits_of<__m128i>(x)));
+#else
+    return __builtin_convertvector(x, Vector<uint32_t>);
+#endif
 }
 
-/// Round a result to the dtype of some memory, to the nearest, ties to even.
-template <class T, class A>
-T rounded(A value) {
-    // The 16 bits are shifted down last: what came after would be done in vectors of 16 bits, with a detour for each.
+/// The same back, of numbers that 16 bits can hold.
+inline INLINE Vector<uint16_t> narrowed(Vector<uint32_t> x) {
+#ifdef X86_64_V3
+    const auto bits = bits_of<__m256i>(x);
+    return bits_of<Vector<uint16_t>>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+#else
+    return __builtin_convertvector(x, Vector<uint16_t>);
+#endif
+}
+
+/// Convert elements to A, the dtype of the computation, float or double.
+template <class A, class T>
+inline INLINE Vector<A> wide(const Vector<T> &x) {
     if constexpr (std::is_same_v<T, BFloat>) {
-        const uint32_t bits = bits_of<uint32_t>(static_cast<float>(value));
-        const uint32_t nearest = bits + 0x7fff + (bits >> 16 & 1);
-        return BFloat((value == value ? nearest : 0x7fc00000) >> 16);
+        return __builtin_convertvector(bits_of<Vector<float>>(widened(x) << 16), Vector<A>);
     } else if constexpr (std::is_same_v<T, Half>) {
-        const uint32_t bits = bits_of<uint32_t>(static_cast<float>(value));
-        const int32_t magnitude = bits & 0x7fffffff;  // signed, as most vectors compare and order no other
-        // Below 2 ** -14 a half is a multiple of 2 ** -24, as a float between 0.5 and 1 is.
-        const int32_t small = bits_of<int32_t>(bits_of<float>(magnitude) + 0.5f) - bits_of<int32_t>(0.5f);
-        const int32_t nearest = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112 << 23)) >> 13;
-        const int32_t finite = magnitude < 113 << 23 ? small : std::min(nearest, 0x7c00);
-        const uint32_t half = value == value ? finite : 0x7e00;
-        return Half((half << 16 | (bits & 0x80000000)) >> 16);
+#ifdef X86_64_V3
+        const auto value = bits_of<Vector<float>>(_mm256_cvtph_ps(bits_of<__m128i>(x)));
+#else
+        const auto half = bits_of<Vector<int32_t>>(widened(x));
+        const Vector<int32_t> magnitude = (half & 0x7fff) << 13;  // its exponent is 112 too small
+        auto bits = bits_of<Vector<int32_t>>(bits_of<Vector<float>>(magnitude) * 0x1p112f);  // exact, subnormal, too
+        bits |= (magnitude >= 0x0f800000) & 0x7f800000;  // infinity and NaN
+        const auto value = bits_of<Vector<float>>(bits | (half & 0x8000) << 16);
+#endif
+        return __builtin_convertvector(value, Vector<A>);
     } else {
-        return static_cast<T>(value);
+        return __builtin_convertvector(x, Vector<A>);
     }
+}
+
+/// Round results to the dtype of some memory, to the nearest, ties to even.
+template <class T, class A>
+inline INLINE Vector<T> rounded(const Vector<A> &results) {
+    if constexpr (std::is_same_v<T, BFloat>) {
+        const Vector<float> value = __builtin_convertvector(results, Vector<float>);
+        const auto bits = bits_of<Vector<uint32_t>>(value);
+        const Vector<uint32_t> nearest = bits + 0x7fff + (bits >> 16 & 1);
+        return narrowed((value == value ? nearest : Vector<uint32_t>{} + 0x7fc00000) >> 16);
+    } else if constexpr (std::is_same_v<T, Half>) {
+        const Vector<float> value = __builtin_convertvector(results, Vector<float>);
+#ifdef X86_64_V3
+        return bits_of<Vector<T>>(_mm256_cvtps_ph(bits_of<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+        const auto bits = bits_of<Vector<int32_t>>(value);
+        const Vector<int32_t> magnitude = bits & 0x7fffffff;
+        // Below 2 ** -14 a half is a multiple of 2 ** -24, as a float between 0.5 and 1 is.
+        const auto small = bits_of<Vector<int32_t>>(bits_of<Vector<float>>(magnitude) + 0.5f) - bits_of<int32_t>(0.5f);
+        const Vector<int32_t> nearest = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112 << 23)) >> 13;
+        const Vector<int32_t> normal = nearest < 0x7c00 ? nearest : 0x7c00;
+        const Vector<int32_t> ordered = magnitude < 113 << 23 ? small : normal;
+        const Vector<int32_t> half = value == value ? ordered : 0x7e00;
+        return narrowed(bits_of<Vector<uint32_t>>(half | (bits >> 16 & 0x8000)));
+#endif
+    } else {
+        return __builtin_convertvector(results, Vector<T>);
+    }
+}
+
+/// Where a row has the lanes of a vector, or fewer of them at its end.
+struct Whole {
+    int64_t first;
+    static constexpr int64_t lanes = LANES;
+};
+struct Part {
+    int64_t first, lanes;
+};
+
+/// Read lanes of a row; beyond its end are zeros.
+template <class A, class T, class At>
+inline INLINE Vector<A> read(const T *row, At at) {
+    Vector<T> x{};
+    std::memcpy(&x, row + at.first, at.lanes * sizeof(T));
+    return wide<A, T>(x);
+}
+
+/// Write lanes of a row; give what can be read there.
+template <class A, class T, class At>
+inline INLINE Vector<A> write(T *row, At at, const Vector<A> &results) {
+    const Vector<T> x = rounded<T, A>(results);
+    std::memcpy(row + at.first, &x, at.lanes * sizeof(T));
+    return wide<A, T>(x);
 }
 
 // ---- what the host hands over: cpu.py has the same structures
@@ -280,29 +354,38 @@ struct Scales {
     A ar, tar;
 };
 
-/// Call `lane(i, ar, tar)` for each lane of a row; give the sums of what it adds to `ar` and `tar`.
-///
-/// A cache line of lanes is a vector, whatever the processor has, and has its own sums in the dtype of the computation
-/// until they are added up in float64: the order of additions is the same in all builds, and for all that one call
-/// may be asked to do beside.
-template <class A, class T, class Lane>
-Sums over_lanes(int64_t lanes, Lane lane) {
-    constexpr int64_t VECTOR = 64 / sizeof(T), CHUNK = 64 * VECTOR;
+/// Add up the sums of the lanes of a step, those of a vector after those of another: in the same order in all builds.
+template <class A>
+inline INLINE double total(const Vector<A> (&parts)[STEP / LANES]) {
+    double sums[STEP];
+    for (int64_t j = 0; j < STEP; ++j) sums[j] = parts[j / LANES][j % LANES];
+    for (int64_t left = STEP / 2; left; left /= 2)
+        for (int64_t j = 0; j < left; ++j) sums[j] += sums[j + left];
+    return sums[0];
+}
+
+template <class A, class Lanes, size_t... J>
+Sums over_lanes(int64_t lanes, Lanes use, std::index_sequence<J...>) {
     Sums sums;
     for (int64_t first = 0; first < lanes; first += CHUNK) {
         const int64_t stop = std::min(first + CHUNK, lanes);
-        A ar[VECTOR] = {}, tar[VECTOR] = {};
+        Vector<A> ar[sizeof...(J)] = {}, tar[sizeof...(J)] = {};
         int64_t i = first;
-        for (; i + VECTOR <= stop; i += VECTOR) {
-#pragma GCC ivdep
-#pragma GCC unroll 1  // a loop that is unrolled first does not become vector code
-            for (int64_t j = 0; j < VECTOR; ++j) lane(i + j, ar[j], tar[j]);
-        }
-#pragma GCC ivdep
-        for (int64_t j = 0; j < stop - i; ++j) lane(i + j, ar[j], tar[j]);
-        for (int64_t j = 0; j < VECTOR; ++j) sums += {double(ar[j]), double(tar[j])};
+        for (; i + STEP <= stop; i += STEP) (use(Whole{i + int64_t(J) * LANES}, ar[J], tar[J]), ...);
+        const auto rest = [&](int64_t from) { return Part{from, std::clamp<int64_t>(stop - from, 0, LANES)}; };
+        if (i < stop) (use(rest(i + int64_t(J) * LANES), ar[J], tar[J]), ...);
+        sums += {total<A>(ar), total<A>(tar)};
     }
     return sums;
+}
+
+/// Call `use(at, ar, tar)` for all lanes of a row, a vector of them at a time; give the sums of what it adds.
+///
+/// These are in the dtype of the computation for a while, and then added up in float64. The order of additions is the
+/// same in all builds, and for all that one call may be asked to do beside.
+template <class A, class Lanes>
+Sums over_lanes(int64_t lanes, Lanes use) {
+    return over_lanes<A>(lanes, use, std::make_index_sequence<STEP / LANES>());
 }
 
 enum Pass { SUM = 1, WRITE = 2, BOTH = 3 };  // form the sums, write the gradient
@@ -310,10 +393,10 @@ enum Pass { SUM = 1, WRITE = 2, BOTH = 3 };  // form the sums, write the gradien
 /// Sum the squares of a row; write the gradient: `scale` times the row.
 template <class A, Pass PASS, class T>
 Sums squares(const T *row, T *grad, int64_t lanes, A scale) {
-    return over_lanes<A, T>(lanes, [=](int64_t i, A &ar, A &) {
-        const A value = wide<A>(row[i]);
+    return over_lanes<A>(lanes, [=](auto at, Vector<A> &ar, Vector<A> &) INLINE {
+        const Vector<A> value = read<A>(row, at);
         if constexpr (PASS & SUM) ar += value * value;
-        if constexpr (PASS & WRITE) grad[i] = rounded<T>(scale * value);
+        if constexpr (PASS & WRITE) write<A>(grad, at, scale * value);
     });
 }
 
@@ -337,16 +420,16 @@ Sums with_neighbours(Neighbours<T> rows, Row row) {
 template <class A, Pass PASS, bool AR_OF_RAW, class T>
 Sums changes(Neighbours<T> rows, T *grad, int64_t lanes, Scales<A> scales) {
     const auto row = [=](const T *previous, const T *current, const T *following, auto arrives, auto leaves) {
-        return over_lanes<A, T>(lanes, [=](int64_t i, A &ar, A &tar) {
-            const A value = wide<A>(current[i]);
-            const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
+        return over_lanes<A>(lanes, [=](auto at, Vector<A> &ar, Vector<A> &tar) INLINE {
+            const Vector<A> value = read<A>(current, at);
+            const Vector<A> arriving = arrives ? value - read<A>(previous, at) : Vector<A>{};
             if constexpr (PASS & SUM) tar += arriving * arriving;
             if constexpr (PASS & SUM && AR_OF_RAW) ar += value * value;
             if constexpr (PASS & WRITE) {
-                const A leaving = leaves ? wide<A>(following[i]) - value : 0;
-                A gradient = scales.tar * (arriving - leaving);
+                const Vector<A> leaving = leaves ? read<A>(following, at) - value : Vector<A>{};
+                Vector<A> gradient = scales.tar * (arriving - leaving);
                 if constexpr (AR_OF_RAW) gradient += scales.ar * value;
-                grad[i] = rounded<T>(gradient);
+                write<A>(grad, at, gradient);
             }
         });
     };
@@ -359,13 +442,12 @@ enum Ar { NONE, OF_DROPPED, OF_RAW };  // whether AR is on, and of what
 template <class A, Ar AR, bool TAR, class T>
 Sums drop(Neighbours<T> raw, const T *mask, T *dropped, int64_t lanes) {
     const auto row = [=](const T *previous, const T *current, const T *, auto arrives, auto) {
-        return over_lanes<A, T>(lanes, [=](int64_t i, A &ar, A &tar) {
-            const A value = wide<A>(current[i]);
-            const T kept = rounded<T>(value * wide<A>(mask[i]));
-            dropped[i] = kept;
-            const A counted = AR == OF_RAW ? value : wide<A>(kept);
+        return over_lanes<A>(lanes, [=](auto at, Vector<A> &ar, Vector<A> &tar) INLINE {
+            const Vector<A> value = read<A>(current, at);
+            const Vector<A> kept = write<A>(dropped, at, value * read<A>(mask, at));
+            const Vector<A> counted = AR == OF_RAW ? value : kept;
             if constexpr (AR != NONE) ar += counted * counted;
-            const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
+            const Vector<A> arriving = arrives ? value - read<A>(previous, at) : Vector<A>{};
             if constexpr (TAR) tar += arriving * arriving;
         });
     };
@@ -376,19 +458,19 @@ Sums drop(Neighbours<T> raw, const T *mask, T *dropped, int64_t lanes) {
 template <class A, bool ARRIVED, Ar AR, bool TAR, class T>
 Sums drop_backward(Neighbours<T> raw, const T *mask, const T *grad_dropped, T *grad_raw, int64_t lanes, Scales<A> scales) {
     const auto row = [=](const T *previous, const T *current, const T *following, auto arrives, auto leaves) {
-        return over_lanes<A, T>(lanes, [=](int64_t i, A &, A &) {
-            const A value = wide<A>(current[i]), keep = wide<A>(mask[i]);
-            A gradient = 0;
-            if constexpr (ARRIVED) gradient = wide<A>(grad_dropped[i]);
-            if constexpr (AR == OF_DROPPED) gradient += scales.ar * wide<A>(rounded<T>(value * keep));
+        return over_lanes<A>(lanes, [=](auto at, Vector<A> &, Vector<A> &) INLINE {
+            const Vector<A> value = read<A>(current, at), keep = read<A>(mask, at);
+            Vector<A> gradient{};
+            if constexpr (ARRIVED) gradient = read<A>(grad_dropped, at);
+            if constexpr (AR == OF_DROPPED) gradient += scales.ar * wide<A, T>(rounded<T, A>(value * keep));
             if constexpr (ARRIVED || AR == OF_DROPPED) gradient *= keep;  // else 0 * inf would be NaN
             if constexpr (AR == OF_RAW) gradient += scales.ar * value;
             if constexpr (TAR) {
-                const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
-                const A leaving = leaves ? wide<A>(following[i]) - value : 0;
+                const Vector<A> arriving = arrives ? value - read<A>(previous, at) : Vector<A>{};
+                const Vector<A> leaving = leaves ? read<A>(following, at) - value : Vector<A>{};
                 gradient += scales.tar * (arriving - leaving);
             }
-            grad_raw[i] = rounded<T>(gradient);
+            write<A>(grad_raw, at, gradient);
         });
     };
     return with_neighbours<true>(raw, row);

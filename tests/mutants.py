@@ -135,23 +135,25 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("INDEX always 32 bits", "tl.int64 if outer", "tl.int32 if outer"),
     ],
     ("kernels/cpu.cpp", "over_lanes"): [
-        ("the rest of a row left out", "j < stop - i; ++j", "j < stop - i - 1; ++j"),
+        ("the rest of a row left out", "if (i < stop) (use(", "if (i + 1 < stop) (use("),
         ("summed in float32 from row to row", "    double ar = 0, tar = 0;", "    float ar = 0, tar = 0;"),
+        ("summed in float32 over a whole row", "CHUNK = 64 * STEP", "CHUNK = 1 << 30"),
+        ("half of the sums left out", "left = STEP / 2; left; left /= 2", "left = STEP / 2; left > 1; left /= 2"),
     ],
     ("kernels/cpu.cpp", "changes"): [
         (
             "sign of the change from a step flipped",
-            "scales.tar * (arriving - leaving);\n                if",
-            "scales.tar * (arriving + leaving);\n                if",
+            "= scales.tar * (arriving - leaving);",
+            "= scales.tar * (arriving + leaving);",
         ),
         (
             "AR of raw left out of the gradient",
-            "gradient += scales.ar * value;\n                grad",
-            "gradient += 0;\n                grad",
+            "gradient += scales.ar * value;\n                write",
+            "gradient += 0;\n                write",
         ),
     ],
     ("kernels/cpu.cpp", "drop_backward"): [
-        ("dropped not rounded", "wide<A>(rounded<T>(value * keep))", "(value * keep)"),
+        ("dropped not rounded", "wide<A, T>(rounded<T, A>(value * keep))", "(value * keep)"),
         ("an infinite mask spoils TAR", "if constexpr (ARRIVED || AR == OF_DROPPED) gradient", "gradient"),
     ],
     ("kernels/cpu.cpp", "along_time"): [
@@ -169,8 +171,8 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("sequences apart taken for neighbours", "if (strides.outer != sizes.inner) return", "if (false) return"),
     ],
     ("kernels/cpu.cpp", "rounded"): [
-        ("ties away from even", "(bits >> 16 & 1)) >> 16", "1) >> 16"),
-        ("NaN rounded to infinity", " | uint32_t(magnitude > 0x7f800000) << 9", ""),
+        ("ties away from even", "bits + 0x7fff + (bits >> 16 & 1);", "bits + 0x7fff + 1;"),
+        ("NaN rounded to infinity", "value == value ? ordered : 0x7e00", "ordered"),
     ],
     ("kernels/cpu.cpp", "penalty_backward"): [
         (
