@@ -10,30 +10,55 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#if defined(__AVX2__) && defined(__F16C__)
+#define X86_64_V3
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <utility>
 #include <vector>
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // no function that takes vectors is called from outside
 
 namespace {
 
 using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uintptr_t;
 
-constexpr int64_t BLOCK = 4096;          // lanes: a row, its neighbours and its gradient stay in a cache of 64 KB
+constexpr int64_t BLOCK = 8192;          // lanes: a row, its neighbours and its gradient stay in a cache of 256 KB
 constexpr int64_t ITEM = 1 << 16;        // elements: enough to hide what it costs to fetch an item
 constexpr int64_t COPIES = 2048;         // elements of a mask for several short rows
 constexpr int64_t PROGRAMS = 1024;       // at most, for each tensor
-constexpr int64_t SERIAL = 1 << 15;      // elements up to which a second thread costs more than it brings
+constexpr int64_t SERIAL = 1 << 17;      // elements up to which a second thread costs more than it brings
 constexpr int64_t HUGE_PAGE = 1 << 21;   // bytes
 constexpr int64_t LARGE = 1 << 22;       // bytes of an output from which huge pages are asked for
 
-// ---- dtypes: half precision by its bits, which every compiler turns into vector code
+// ---- vectors, in the compiler's own notation: it does not see all loops that could be vector code
 
-enum class Half : uint16_t {};  // not structures, whose copies some compilers do not turn into vector code
+#define INLINE __attribute__((always_inline))  // vectors stay in registers
+
+enum class Half : uint16_t {};
 enum class BFloat : uint16_t {};
+
+#ifdef X86_64_V3
+constexpr int64_t LANES = 8;  // of a vector: as many floats as the processor takes at once
+#else
+constexpr int64_t LANES = 4;
+#endif
+constexpr int64_t STEP = 16;          // lanes at a time, each with sums of its own: additions wait for few others
+constexpr int64_t CHUNK = 64 * STEP;  // lanes after which these are added up: float32 is exact enough until there
+
+template <class T>
+struct VectorOf {
+    using Element = std::conditional_t<std::is_enum_v<T>, uint16_t, T>;
+    typedef Element type __attribute__((vector_size(LANES * sizeof(T))));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
 
 template <class To, class From>
 To bits_of(From from) {
@@ -43,47 +68,97 @@ To bits_of(From from) {
     return to;
 }
 
-/// Convert an element to A, the dtype of the computation, float or double.
-template <class A>
-A wide(float x) {
-    return x;
-}
-template <class A>
-A wide(double x) {
-    return static_cast<A>(x);
-}
-template <class A>
-A wide(BFloat x) {
-    return bits_of<float>(static_cast<uint32_t>(x) << 16);
-}
-template <class A>
-A wide(Half x) {
-    const uint32_t magnitude = (static_cast<uint32_t>(x) & 0x7fff) << 13;  // its exponent is 112 too small
-    uint32_t bits = bits_of<uint32_t>(bits_of<float>(magnitude) * 0x1p112f);  // exact, subnormal numbers, too
-    bits |= magnitude >= 0x0f800000 ? 0x7f800000 : 0;                         // infinity and NaN
-    return bits_of<float>(bits | (static_cast<uint32_t>(x) & 0x8000) << 16);
+/// Convert 16 bits to 32, for which the compiler takes more instructions than one.
+inline INLINE Vector<uint32_t> widened(Vector<uint16_t> x) {
+#ifdef X86_64_V3
+    return bits_of<Vector<uint32_t>>(_mm256_cvtepu16_epi32(bits_of<__m128i>(x)));
+#else
+    return __builtin_convertvector(x, Vector<uint32_t>);
+#endif
 }
 
-/// Round a result to the dtype of some memory, to the nearest, ties to even.
-template <class T, class A>
-T rounded(A value) {
+/// The same back, of numbers that 16 bits can hold.
+inline INLINE Vector<uint16_t> narrowed(Vector<uint32_t> x) {
+#ifdef X86_64_V3
+    const auto bits = bits_of<__m256i>(x);
+    return bits_of<Vector<uint16_t>>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+#else
+    return __builtin_convertvector(x, Vector<uint16_t>);
+#endif
+}
+
+/// Convert elements to A, the dtype of the computation, float or double.
+template <class A, class T>
+inline INLINE Vector<A> wide(const Vector<T> &x) {
     if constexpr (std::is_same_v<T, BFloat>) {
-        const uint32_t bits = bits_of<uint32_t>(static_cast<float>(value));
-        const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        return BFloat((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
+        return __builtin_convertvector(bits_of<Vector<float>>(widened(x) << 16), Vector<A>);
     } else if constexpr (std::is_same_v<T, Half>) {
-        const uint32_t bits = bits_of<uint32_t>(static_cast<float>(value));
-        const uint32_t magnitude = bits & 0x7fffffff;
-        // Below 2 ** -14 a half is a multiple of 2 ** -24, as a float between 0.5 and 1 is.
-        const uint32_t small = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - bits_of<uint32_t>(0.5f);
-        const uint32_t nearest = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-        const uint32_t normal = std::min(nearest, 0x7c00u) | uint32_t(magnitude > 0x7f800000) << 9;  // infinity, NaN
-        const uint32_t chosen = -uint32_t(magnitude < 113u << 23);  // a mask: a branch would keep the loop scalar
-        const uint32_t half = (small & chosen) | (normal & ~chosen);
-        return Half(half | (bits >> 16 & 0x8000));
+#ifdef X86_64_V3
+        const auto value = bits_of<Vector<float>>(_mm256_cvtph_ps(bits_of<__m128i>(x)));
+#else
+        const auto half = bits_of<Vector<int32_t>>(widened(x));
+        const Vector<int32_t> magnitude = (half & 0x7fff) << 13;  // its exponent is 112 too small
+        auto bits = bits_of<Vector<int32_t>>(bits_of<Vector<float>>(magnitude) * 0x1p112f);  // exact, subnormal, too
+        bits |= (magnitude >= 0x0f800000) & 0x7f800000;  // infinity and NaN
+        const auto value = bits_of<Vector<float>>(bits | (half & 0x8000) << 16);
+#endif
+        return __builtin_convertvector(value, Vector<A>);
     } else {
-        return static_cast<T>(value);
+        return __builtin_convertvector(x, Vector<A>);
     }
+}
+
+/// Round results to the dtype of some memory, to the nearest, ties to even.
+template <class T, class A>
+inline INLINE Vector<T> rounded(const Vector<A> &results) {
+    if constexpr (std::is_same_v<T, BFloat>) {
+        const Vector<float> value = __builtin_convertvector(results, Vector<float>);
+        const auto bits = bits_of<Vector<uint32_t>>(value);
+        const Vector<uint32_t> nearest = bits + 0x7fff + (bits >> 16 & 1);
+        return narrowed((value == value ? nearest : Vector<uint32_t>{} + 0x7fc00000) >> 16);
+    } else if constexpr (std::is_same_v<T, Half>) {
+        const Vector<float> value = __builtin_convertvector(results, Vector<float>);
+#ifdef X86_64_V3
+        return bits_of<Vector<T>>(_mm256_cvtps_ph(bits_of<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+        const auto bits = bits_of<Vector<int32_t>>(value);
+        const Vector<int32_t> magnitude = bits & 0x7fffffff;
+        // Below 2 ** -14 a half is a multiple of 2 ** -24, as a float between 0.5 and 1 is.
+        const auto small = bits_of<Vector<int32_t>>(bits_of<Vector<float>>(magnitude) + 0.5f) - bits_of<int32_t>(0.5f);
+        const Vector<int32_t> nearest = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112 << 23)) >> 13;
+        const Vector<int32_t> normal = nearest < 0x7c00 ? nearest : 0x7c00;
+        const Vector<int32_t> ordered = magnitude < 113 << 23 ? small : normal;
+        const Vector<int32_t> half = value == value ? ordered : 0x7e00;
+        return narrowed(bits_of<Vector<uint32_t>>(half | (bits >> 16 & 0x8000)));
+#endif
+    } else {
+        return __builtin_convertvector(results, Vector<T>);
+    }
+}
+
+/// Where a row has the lanes of a vector, or fewer of them at its end.
+struct Whole {
+    int64_t first;
+    static constexpr int64_t lanes = LANES;
+};
+struct Part {
+    int64_t first, lanes;
+};
+
+/// Read lanes of a row; beyond its end are zeros.
+template <class A, class T, class At>
+inline INLINE Vector<A> read(const T *row, At at) {
+    Vector<T> x{};
+    std::memcpy(&x, row + at.first, at.lanes * sizeof(T));
+    return wide<A, T>(x);
+}
+
+/// Write lanes of a row; give what can be read there.
+template <class A, class T, class At>
+inline INLINE Vector<A> write(T *row, At at, const Vector<A> &results) {
+    const Vector<T> x = rounded<T, A>(results);
+    std::memcpy(row + at.first, &x, at.lanes * sizeof(T));
+    return wide<A, T>(x);
 }
 
 // ---- what the host hands over: cpu.py has the same structures
@@ -180,54 +255,67 @@ struct Cut {
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
+/// Lanes of a time step that are alike, or all lanes of several steps that lie one after the other.
+struct Span {
+    int64_t step, lane, lanes;
+    bool counts, arrives, leaves;  // whether they count, and whether the steps before and after do
+};
+
 /// How far the sequences reach, read once a launch.
 class Ends {
   public:
-    Ends(const Steps &given, Sizes sizes, const int64_t *lengths) : steps(given), time(sizes.time), width(sizes.inner) {
+    /// `given` are lengths, or batch sizes of packed rows, or null: all steps count.
+    Ends(const Steps &steps, Sizes sizes, const int64_t *given)
+        : steps(steps), sizes(sizes), lengths(steps.packed ? given[0] : sizes.outer, sizes.time) {
         if (steps.packed) {
-            values.assign(lengths, lengths + time);
-            offsets.resize(time);
-            for (int64_t step = 1; step < time; ++step) offsets[step] = offsets[step - 1] + lengths[step - 1];
-        } else if (lengths) {
-            values.resize(sizes.outer);
-            int64_t counted = 0, pairs = 0;
-            for (int64_t i = 0; i < sizes.outer; ++i) {
-                values[i] = std::clamp<int64_t>(lengths[i], 0, time);
-                counted += values[i];
-                pairs += std::max<int64_t>(values[i] - 1, 0);
+            offsets.resize(sizes.time);
+            for (int64_t step = 1; step < sizes.time; ++step) offsets[step] = offsets[step - 1] + given[step - 1];
+            int64_t length = sizes.time;  // batch sizes do not grow, and so lengths do not
+            for (size_t i = 0; i < lengths.size(); ++i) {
+                while (given[length - 1] <= int64_t(i)) --length;
+                lengths[i] = length;
             }
-            if (steps.ar_divisor == 0) {  // of nothing the mean is 0
-                steps.ar_divisor = std::max<int64_t>(counted * width, 1);
-                steps.tar_divisor = std::max<int64_t>(pairs * width, 1);
-            }
+        } else if (given) {
+            for (int64_t i = 0; i < sizes.outer; ++i) lengths[i] = std::clamp<int64_t>(given[i], 0, sizes.time);
+        }
+        int64_t pairs = 0;
+        for (int64_t length : lengths) {
+            rows += length;
+            pairs += std::max<int64_t>(length - 1, 0);
+        }
+        if (steps.ar_divisor == 0) {  // of nothing the mean is 0
+            this->steps.ar_divisor = std::max<int64_t>(rows * sizes.inner, 1);
+            this->steps.tar_divisor = std::max<int64_t>(pairs * sizes.inner, 1);
         }
     }
 
-    /// How many of an item's lanes count at a time step: no more than at the one before.
-    int64_t lanes(const Item &item, int64_t step) const {
-        if (step >= time) return 0;
-        if (steps.packed) {
-            const int64_t end = (values[step] - item.sequence) * width;
-            return std::clamp<int64_t>(end - item.lane, 0, item.lanes);
-        }
-        return step < last(item) ? item.lanes : 0;
+    /// How many time steps the shortest and the longest of an item's sequences have.
+    std::pair<int64_t, int64_t> of(const Item &item) const {
+        const auto at = [&](int64_t lane) { return lengths.begin() + item.sequence + lane / sizes.inner; };
+        const auto [shortest, longest] = std::minmax_element(at(item.lane), at(item.lane + item.lanes - 1) + 1);
+        return {*shortest, *longest};
     }
 
-    /// How many time steps of an item's sequence count; not for packed rows, of which an item may have many.
-    int64_t last(const Item &item) const { return values.empty() ? time : values[item.sequence]; }
+    /// The lanes of an item that are alike at a time step, from this one on: those of one sequence or of several.
+    Span alike(const Item &item, int64_t step, int64_t lane) const {
+        const auto rest = [&](int64_t i) { return std::clamp<int64_t>(lengths[i] - step, 0, 2); };
+        const int64_t end = item.lane + item.lanes, first = lane / sizes.inner, left = rest(item.sequence + first);
+        int64_t past = first + 1;
+        while (past * sizes.inner < end && rest(item.sequence + past) == left) ++past;
+        return {step, lane, std::min(past * sizes.inner, end) - lane, left > 0, left > 0 && step > 0, left > 1};
+    }
 
-    /// The sizes of a view of tensors of these strides. Packed rows without gaps count as one sequence of many lanes.
-    Sizes view(Sizes sizes, std::initializer_list<Strides> all) const {
-        if (!steps.packed) return sizes;
+    /// The sizes of a view of tensors of these strides. Sequences that lie beside each other at each time step, as in
+    /// a batch with time first and in packed rows, count as one of many lanes.
+    Sizes view(std::initializer_list<Strides> all) const {
+        const int64_t outer = lengths.size();
         for (Strides strides : all)
-            if (strides.time != width) return {values[0], time, width};
-        return {1, time, values[0] * width};
+            if (strides.outer != sizes.inner) return {outer, sizes.time, sizes.inner};
+        return {1, sizes.time, outer * sizes.inner};
     }
 
-    /// How many elements a tensor of these sizes has.
-    int64_t elements(Sizes sizes) const {
-        return steps.packed ? (offsets.back() + values.back()) * width : sizes.outer * sizes.time * sizes.inner;
-    }
+    /// How many elements a tensor has.
+    int64_t elements() const { return (steps.packed ? rows : sizes.outer * sizes.time) * sizes.inner; }
 
     /// Where each time step of packed rows begins; null of others.
     const int64_t *packed_at() const { return steps.packed ? offsets.data() : nullptr; }
@@ -235,9 +323,10 @@ class Ends {
     Steps steps;
 
   private:
-    int64_t time, width;           // width: lanes of one sequence
-    std::vector<int64_t> values;   // lengths, or batch sizes; none: all steps count
+    Sizes sizes;                   // inner: lanes of one sequence
+    std::vector<int64_t> lengths;  // of each sequence
     std::vector<int64_t> offsets;  // of packed rows: where a time step begins
+    int64_t rows = 0;              // that count
 };
 
 /// A tensor as (outer, time, inner), or as packed rows.
@@ -269,28 +358,38 @@ struct Scales {
     A ar, tar;
 };
 
-/// Call `lane(i, ar, tar)` for each lane of a row; give the sums of what it adds to `ar` and `tar`.
-///
-/// A cache line of lanes is a vector, whatever the processor has, and has its own sums in the dtype of the computation
-/// until they are added up in float64: the order of additions is the same in all builds, and for all that one call
-/// may be asked to do beside.
-template <class A, class T, class Lane>
-Sums over_lanes(int64_t lanes, Lane lane) {
-    constexpr int64_t VECTOR = 64 / sizeof(T), CHUNK = 64 * VECTOR;
+/// Add up the sums of the lanes of a step, those of a vector after those of another: in the same order in all builds.
+template <class A>
+inline INLINE double total(const Vector<A> (&parts)[STEP / LANES]) {
+    double sums[STEP];
+    for (int64_t j = 0; j < STEP; ++j) sums[j] = parts[j / LANES][j % LANES];
+    for (int64_t left = STEP / 2; left; left /= 2)
+        for (int64_t j = 0; j < left; ++j) sums[j] += sums[j + left];
+    return sums[0];
+}
+
+template <class A, class Lanes, size_t... J>
+Sums over_lanes(int64_t lanes, Lanes use, std::index_sequence<J...>) {
     Sums sums;
     for (int64_t first = 0; first < lanes; first += CHUNK) {
         const int64_t stop = std::min(first + CHUNK, lanes);
-        A ar[VECTOR] = {}, tar[VECTOR] = {};
+        Vector<A> ar[sizeof...(J)] = {}, tar[sizeof...(J)] = {};
         int64_t i = first;
-        for (; i + VECTOR <= stop; i += VECTOR) {
-#pragma GCC ivdep
-            for (int64_t j = 0; j < VECTOR; ++j) lane(i + j, ar[j], tar[j]);
-        }
-#pragma GCC ivdep
-        for (int64_t j = 0; j < stop - i; ++j) lane(i + j, ar[j], tar[j]);
-        for (int64_t j = 0; j < VECTOR; ++j) sums += {double(ar[j]), double(tar[j])};
+        for (; i + STEP <= stop; i += STEP) (use(Whole{i + int64_t(J) * LANES}, ar[J], tar[J]), ...);
+        const auto rest = [&](int64_t from) { return Part{from, std::clamp<int64_t>(stop - from, 0, LANES)}; };
+        if (i < stop) (use(rest(i + int64_t(J) * LANES), ar[J], tar[J]), ...);
+        sums += {total<A>(ar), total<A>(tar)};
     }
     return sums;
+}
+
+/// Call `use(at, ar, tar)` for all lanes of a row, a vector of them at a time; give the sums of what it adds.
+///
+/// These are in the dtype of the computation for a while, and then added up in float64. The order of additions is the
+/// same in all builds, and for all that one call may be asked to do beside.
+template <class A, class Lanes>
+Sums over_lanes(int64_t lanes, Lanes use) {
+    return over_lanes<A>(lanes, use, std::make_index_sequence<STEP / LANES>());
 }
 
 enum Pass { SUM = 1, WRITE = 2, BOTH = 3 };  // form the sums, write the gradient
@@ -298,10 +397,10 @@ enum Pass { SUM = 1, WRITE = 2, BOTH = 3 };  // form the sums, write the gradien
 /// Sum the squares of a row; write the gradient: `scale` times the row.
 template <class A, Pass PASS, class T>
 Sums squares(const T *row, T *grad, int64_t lanes, A scale) {
-    return over_lanes<A, T>(lanes, [=](int64_t i, A &ar, A &) {
-        const A value = wide<A>(row[i]);
+    return over_lanes<A>(lanes, [=](auto at, Vector<A> &ar, Vector<A> &) INLINE {
+        const Vector<A> value = read<A>(row, at);
         if constexpr (PASS & SUM) ar += value * value;
-        if constexpr (PASS & WRITE) grad[i] = rounded<T>(scale * value);
+        if constexpr (PASS & WRITE) write<A>(grad, at, scale * value);
     });
 }
 
@@ -325,16 +424,16 @@ Sums with_neighbours(Neighbours<T> rows, Row row) {
 template <class A, Pass PASS, bool AR_OF_RAW, class T>
 Sums changes(Neighbours<T> rows, T *grad, int64_t lanes, Scales<A> scales) {
     const auto row = [=](const T *previous, const T *current, const T *following, auto arrives, auto leaves) {
-        return over_lanes<A, T>(lanes, [=](int64_t i, A &ar, A &tar) {
-            const A value = wide<A>(current[i]);
-            const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
+        return over_lanes<A>(lanes, [=](auto at, Vector<A> &ar, Vector<A> &tar) INLINE {
+            const Vector<A> value = read<A>(current, at);
+            const Vector<A> arriving = arrives ? value - read<A>(previous, at) : Vector<A>{};
             if constexpr (PASS & SUM) tar += arriving * arriving;
             if constexpr (PASS & SUM && AR_OF_RAW) ar += value * value;
             if constexpr (PASS & WRITE) {
-                const A leaving = leaves ? wide<A>(following[i]) - value : 0;
-                A gradient = scales.tar * (arriving - leaving);
+                const Vector<A> leaving = leaves ? read<A>(following, at) - value : Vector<A>{};
+                Vector<A> gradient = scales.tar * (arriving - leaving);
                 if constexpr (AR_OF_RAW) gradient += scales.ar * value;
-                grad[i] = rounded<T>(gradient);
+                write<A>(grad, at, gradient);
             }
         });
     };
@@ -347,13 +446,12 @@ enum Ar { NONE, OF_DROPPED, OF_RAW };  // whether AR is on, and of what
 template <class A, Ar AR, bool TAR, class T>
 Sums drop(Neighbours<T> raw, const T *mask, T *dropped, int64_t lanes) {
     const auto row = [=](const T *previous, const T *current, const T *, auto arrives, auto) {
-        return over_lanes<A, T>(lanes, [=](int64_t i, A &ar, A &tar) {
-            const A value = wide<A>(current[i]);
-            const T kept = rounded<T>(value * wide<A>(mask[i]));
-            dropped[i] = kept;
-            const A counted = AR == OF_RAW ? value : wide<A>(kept);
+        return over_lanes<A>(lanes, [=](auto at, Vector<A> &ar, Vector<A> &tar) INLINE {
+            const Vector<A> value = read<A>(current, at);
+            const Vector<A> kept = write<A>(dropped, at, value * read<A>(mask, at));
+            const Vector<A> counted = AR == OF_RAW ? value : kept;
             if constexpr (AR != NONE) ar += counted * counted;
-            const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
+            const Vector<A> arriving = arrives ? value - read<A>(previous, at) : Vector<A>{};
             if constexpr (TAR) tar += arriving * arriving;
         });
     };
@@ -364,19 +462,19 @@ Sums drop(Neighbours<T> raw, const T *mask, T *dropped, int64_t lanes) {
 template <class A, bool ARRIVED, Ar AR, bool TAR, class T>
 Sums drop_backward(Neighbours<T> raw, const T *mask, const T *grad_dropped, T *grad_raw, int64_t lanes, Scales<A> scales) {
     const auto row = [=](const T *previous, const T *current, const T *following, auto arrives, auto leaves) {
-        return over_lanes<A, T>(lanes, [=](int64_t i, A &, A &) {
-            const A value = wide<A>(current[i]), keep = wide<A>(mask[i]);
-            A gradient = 0;
-            if constexpr (ARRIVED) gradient = wide<A>(grad_dropped[i]);
-            if constexpr (AR == OF_DROPPED) gradient += scales.ar * wide<A>(rounded<T>(value * keep));
+        return over_lanes<A>(lanes, [=](auto at, Vector<A> &, Vector<A> &) INLINE {
+            const Vector<A> value = read<A>(current, at), keep = read<A>(mask, at);
+            Vector<A> gradient{};
+            if constexpr (ARRIVED) gradient = read<A>(grad_dropped, at);
+            if constexpr (AR == OF_DROPPED) gradient += scales.ar * wide<A, T>(rounded<T, A>(value * keep));
             if constexpr (ARRIVED || AR == OF_DROPPED) gradient *= keep;  // else 0 * inf would be NaN
             if constexpr (AR == OF_RAW) gradient += scales.ar * value;
             if constexpr (TAR) {
-                const A arriving = arrives ? value - wide<A>(previous[i]) : 0;
-                const A leaving = leaves ? wide<A>(following[i]) - value : 0;
+                const Vector<A> arriving = arrives ? value - read<A>(previous, at) : Vector<A>{};
+                const Vector<A> leaving = leaves ? read<A>(following, at) - value : Vector<A>{};
                 gradient += scales.tar * (arriving - leaving);
             }
-            grad_raw[i] = rounded<T>(gradient);
+            write<A>(grad_raw, at, gradient);
         });
     };
     return with_neighbours<true>(raw, row);
@@ -384,35 +482,29 @@ Sums drop_backward(Neighbours<T> raw, const T *mask, const T *grad_dropped, T *g
 
 // ---- from items to rows
 
-/// Lanes of a time step that are alike, or all lanes of several steps that lie one after the other.
-struct Span {
-    int64_t step, lane, lanes;
-    bool counts, arrives, leaves;  // whether they count, and whether the steps before and after do
-};
-
 /// Go through an item along time. Up to `merged` rows that are alike are taken together: more than one where rows lie
 /// one after the other in all tensors. `fill`: visit padding, too.
 template <class Visit>
 Sums along_time(const Item &item, const Ends &ends, int64_t merged, bool fill, Visit visit) {
+    const auto [shortest, longest] = ends.of(item);
     Sums sums;
-    const auto part = [&](Span span) {
-        if (span.lanes) sums += visit(span);
-    };
     int64_t steps;
     for (int64_t step = item.start; step < item.stop; step += steps) {
-        const int64_t there = ends.lanes(item, step), leaving = ends.lanes(item, step + 1);
         steps = std::min(merged, item.stop - step);
-        if (there == 0) {
+        if (step >= longest) {
             if (!fill) break;
-            part({step, item.lane, steps * item.lanes, false, false, false});
-        } else if (steps > 1 && step > 0 && leaving > 0) {
-            steps = std::min(steps, ends.last(item) - 1 - step);
-            part({step, item.lane, steps * item.lanes, true, true, true});
+            sums += visit(Span{step, item.lane, steps * item.lanes, false, false, false});
+        } else if (step > 0 && step + 1 < shortest) {
+            steps = std::min(steps, shortest - 1 - step);
+            sums += visit(Span{step, item.lane, steps * item.lanes, true, true, true});
         } else {
             steps = 1;
-            part({step, item.lane, leaving, true, step > 0, true});
-            part({step, item.lane + leaving, there - leaving, true, step > 0, false});
-            if (fill) part({step, item.lane + there, item.lanes - there, false, false, false});
+            const int64_t end = item.lane + item.lanes;
+            for (int64_t lane = item.lane, lanes; lane < end; lane += lanes) {
+                const Span span = ends.alike(item, step, lane);
+                lanes = span.lanes;
+                if (span.counts || fill) sums += visit(span);
+            }
         }
     }
     return sums;
@@ -470,7 +562,7 @@ Sums run(const std::vector<Work> &works, const Ends &ends, int threads) {
     int64_t programs = 0, elements = 0;
     for (const Work &work : works) {
         programs += work.cut.programs;
-        elements += ends.elements(work.cut.sizes);
+        elements += ends.elements();
     }
     if (forked || elements <= SERIAL) threads = 1;
     std::vector<Sums> partials(programs);
@@ -572,13 +664,13 @@ struct Operand {
 template <class Choose>
 Work penalty_work(const Penalty &plan, const Operand &x, Pass pass, const Ends &ends, Choose choose) {
     const bool packed = ends.packed_at(), writes = pass & WRITE;
-    const Cut cut(ends.view(plan.sizes, {x.strides, writes ? x.grad_strides : x.strides}));
+    const Cut cut(ends.view({x.strides, writes ? x.grad_strides : x.strides}));
     const bool dense = !packed && cut.dense(x.strides) && (!writes || cut.dense(x.grad_strides));
     const auto walk = [&](auto t, auto a) {
         using T = decltype(t);
         const View<const T> data{static_cast<const T *>(x.data), x.strides, ends.packed_at()};
         const View<T> grad{static_cast<T *>(x.grad), x.grad_strides, ends.packed_at()};
-        if (writes) advise(grad, ends.elements(cut.sizes));
+        if (writes) advise(grad, ends.elements());
         return with<SUM, WRITE, BOTH>(pass, [&](auto known_pass) {
             return choose(t, a, known_pass, [&](auto row) -> Walk {
                 return [=, &ends](const Item &item) {
@@ -641,7 +733,7 @@ Ar ar_of(const Dropout &plan) { return !plan.ar ? NONE : plan.ar_of_raw ? OF_RAW
 
 /// Drop units; sum up what counts.
 Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const Ends &ends, int threads) {
-    const Cut cut(plan.sizes);
+    const Cut cut(ends.view({plan.raw, plan.mask, plan.dropped}));
     const Walk walk = with_dtype(plan.dtype, [&](auto t, auto a) {
         using T = decltype(t);
         using A = decltype(a);
@@ -649,7 +741,7 @@ Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const End
         const View<const T> mask{static_cast<const T *>(memory.mask), plan.mask, nullptr};
         const View<T> dropped{static_cast<T *>(memory.dropped), plan.dropped, nullptr};
         const bool dense = cut.dense(plan.raw) && cut.dense(plan.dropped) && (!plan.mask.time || cut.dense(plan.mask));
-        advise(dropped, ends.elements(cut.sizes));
+        advise(dropped, ends.elements());
         return with<NONE, OF_DROPPED, OF_RAW>(ar_of(plan), [&](auto ar) {
             return with<false, true>(plan.tar != 0, [&](auto tar) -> Walk {
                 constexpr Ar AR = decltype(ar)::value;
@@ -671,8 +763,8 @@ Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const End
 
 /// Write the gradient of raw.
 void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const Ends &ends, int threads) {
-    const Cut cut(plan.sizes);
     const bool arrived = memory.dropped;
+    const Cut cut(ends.view({plan.raw, plan.mask, arrived ? plan.dropped : plan.raw, plan.grad_raw}));
     const Walk walk = with_dtype(plan.dtype, [&](auto t, auto a) {
         using T = decltype(t);
         using A = decltype(a);
@@ -683,7 +775,7 @@ void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const En
         const bool dense = cut.dense(plan.raw) && cut.dense(plan.grad_raw) && (!arrived || cut.dense(plan.dropped)) &&
                            (!plan.mask.time || cut.dense(plan.mask));
         const auto scales = scales_of<A>(plan, ends, memory);
-        advise(grad_raw, ends.elements(cut.sizes));
+        advise(grad_raw, ends.elements());
         return with<false, true>(arrived, [&](auto arrived_) {
             return with<NONE, OF_DROPPED, OF_RAW>(memory.grad ? ar_of(plan) : NONE, [&](auto ar) {
                 return with<false, true>(memory.grad && plan.tar, [&](auto tar) -> Walk {

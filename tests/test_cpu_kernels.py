@@ -491,6 +491,56 @@ def test_an_infinite_mask_spoils_no_term_that_does_not_pass_it() -> None:
     assert call.backward(1.0).isfinite().all()
 
 
+# ---- sequences beside each other at each time step: time first
+
+BESIDE = {  # the lengths of sequences of 9 time steps
+    "any": lambda i: i * 5 % 10,
+    "none": lambda _: 0,
+    "full": lambda _: 9,
+    "two alike": lambda i: i // 2 * 7 % 10,
+    "full or none": lambda i: i % 3 % 2 * 9,
+    "one step or two": lambda i: 1 + i % 2,
+    "the first alone": lambda i: 0 if i else 6,
+    "all but the first": lambda i: 9 if i else 6,
+}
+
+
+def lengths_beside(kind: str, batch: int) -> Tensor:
+    return torch.tensor([BESIDE[kind](i) for i in range(batch)])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize(("batch", "hidden"), [(1, 12), (7, 1), (33, 12), (50, 401), (3, 9000)])
+@pytest.mark.parametrize("kind", BESIDE)
+def test_lengths_time_first(kind: str, batch: int, hidden: int, dtype: torch.dtype) -> None:
+    """Blocks of lanes hold whole sequences, parts of one, or begin and end within one."""
+    lengths = lengths_beside(kind, batch)
+    penalty_call((batch, 9, hidden), (dtype, dtype), (time_first, time_first), lengths).check()
+
+
+@pytest.mark.parametrize("mask_layout", [None, batch_first, time_first], ids=["locked", "batch first", "time first"])
+@pytest.mark.parametrize(("batch", "hidden"), [(1, 12), (33, 12), (50, 401), (3, 9000)])
+@pytest.mark.parametrize("kind", BESIDE)
+def test_dropout_with_lengths_time_first(kind: str, batch: int, hidden: int, mask_layout: Any) -> None:
+    call = drop_call((batch, 9, hidden), FLOAT, time_first, mask_layout is not None, lengths_beside(kind, batch))
+    call.mask = call.mask if mask_layout is None else mask_layout(call.mask)
+    call.check()
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_gradients_of_padding_time_first_are_0(kind: str) -> None:
+    """Whatever is in it, and whatever the upstream gradient."""
+    lengths = lengths_beside(kind, 20)
+    for layouts in ((time_first, time_first), (time_first, sliced), (every_other_step, time_first)):
+        call = penalty_call((20, 9, 12), (FLOAT, BF16), layouts, lengths)
+        for grad in (1.0, math.inf, NAN):
+            call.poison()
+            call.backward(grad)
+            for x in call.grads:
+                assert x is not None
+                assert all(not one[length:].any() for one, length in zip(x, lengths.tolist(), strict=True))
+
+
 # ---- many cases, the same bits, threads and processes
 
 
@@ -515,11 +565,12 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("with_lengths", [False, True], ids=["whole", "lengths"])
-def test_the_same_bits_for_any_number_of_threads(with_lengths: bool) -> None:
+@pytest.mark.parametrize("layout", [batch_first, time_first], ids=lambda f: f.__name__)
+def test_the_same_bits_for_any_number_of_threads(layout: Any, with_lengths: bool) -> None:
     shape = (40, 90, 130)
     lengths = some_lengths(shape) if with_lengths else None
-    call = penalty_call(shape, (FLOAT, BF16), (batch_first, time_first), lengths)
-    drop = drop_call(shape, BF16, batch_first, False, lengths)
+    call = penalty_call(shape, (FLOAT, BF16), (batch_first, layout), lengths)
+    drop = drop_call(shape, BF16, layout, False, lengths)
     got: list[list[Tensor]] = []
     for number in (1, 2, 3, 8, 2):
         torch.set_num_threads(number)
