@@ -69,14 +69,13 @@ def assert_same(got: list[Tensor | None], want: list[Tensor | None]) -> None:
 
 
 @ways
-@pytest.mark.parametrize("dtype", [FLOAT, BF16, DOUBLE], ids=str)
-@pytest.mark.parametrize("kind", [FLOAT, HALF, DOUBLE], ids=str)
+@pytest.mark.parametrize(("dtype", "kind"), [(FLOAT, FLOAT), (FLOAT, HALF), (BF16, DOUBLE), (DOUBLE, FLOAT)], ids=str)
 def test_as_numbers(way: str, dtype: torch.dtype, kind: torch.dtype, device: str) -> None:
     """Bit for bit; one of both may be a number."""
     xs = leaves(device, dtype)
     want = step(way, xs, 2.0, 0.75)
     alpha, beta = numbers(device, 2.0, 0.75, dtype=kind)
-    for coefficients in ((alpha, beta), (2.0, beta), (alpha, 0.75)):
+    for coefficients in ((alpha, beta), (2.0, beta)):
         assert_same(step(way, xs, *coefficients), want)
 
 
@@ -84,7 +83,7 @@ def test_as_numbers(way: str, dtype: torch.dtype, kind: torch.dtype, device: str
 def test_changed_in_place_between_steps(way: str, device: str) -> None:
     xs = leaves(device)
     alpha, beta = numbers(device, 0.0, 0.0)
-    for a, b in ((2.0, 1.0), (0.5, 3.0), (0.0, 1.0), (1.5, 0.0)):
+    for a, b in ((2.0, 1.0), (0.0, 3.0), (1.5, 0.0)):
         alpha.fill_(a)
         beta.fill_(b)
         got, want = step(way, xs, alpha, beta), step(way, xs, a, b)
@@ -124,7 +123,6 @@ def test_one_compiled_graph_for_all_values(way: str, device: str) -> None:
         torch.testing.assert_close([*got], [*WAYS[way](*xs, alpha, beta)])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's
 def test_an_infinite_term_of_no_weight(device: str) -> None:
     raw = torch.tensor([[1.0], [torch.inf], [2.0]], device=device)
     for coefficients in (numbers(device, 0.0, 0.0), (0.0, 0.0)):

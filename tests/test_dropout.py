@@ -185,7 +185,6 @@ def test_the_gradient_of_ar_is_that_of_dropped_as_rounded(device: str) -> None:
     assert torch.equal(raw.grad, (dropped.float() * mask.float()).half())  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # the interpreter's
 def test_half_precision_is_rounded_once(device: str) -> None:
     """Two parts of the gradient that float16 has no numbers for, and that cancel."""
     skip_on_formula(device)
@@ -295,7 +294,6 @@ def test_no_elements_with_lengths(device: str) -> None:
     assert got == 0
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_gradient_of_dropped_alone_looks_at_no_activation(padded: bool, device: str) -> None:
     raw = torch.full((2, 4, 3), torch.inf, device=device, requires_grad=True)

@@ -170,7 +170,6 @@ def test_one_term(alpha: float, beta: float, device: str) -> None:
     assert_gradient((raw, dropped)[one].grad, wanted[one].grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's
 def test_a_gradient_of_inf_leaves_padding_at_0(device: str) -> None:
     (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
     for x in (raw, dropped):
@@ -186,7 +185,6 @@ def test_a_gradient_of_inf_leaves_padding_at_0(device: str) -> None:
             assert (grad[n:] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # the interpreter's
 def test_a_gradient_past_float32_is_inf(device: str) -> None:
     (raw,), lengths = padded("full", 12, FLOAT, device=device)
     for options in ({}, {"lengths": torch.tensor(lengths)}):
@@ -253,7 +251,6 @@ def test_lengths_made_in_inference_mode(device: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x), rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's
 @pytest.mark.parametrize("padded", [True, False])
 def test_an_infinite_mask_is_no_part_of_tar(padded: bool, device: str) -> None:
     raw = torch.randn(2, 4, 3, device=device, requires_grad=True)

@@ -17,7 +17,8 @@ from fastreg.backends import backend_for
 from tests.conftest import INTERPRETED
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
-UPSTREAM = [1.0, 1.0, 0.5, 0.5, 65536.0, -2.0, 0.0, -0.0, -0.0, math.inf, math.nan, math.nan, 1e-30, 1.0]
+UPSTREAM = [1.0, 1.0, 65536.0, -2.0, 0.0, -0.0, math.nan, math.nan]
+UPSTREAM += [] if INTERPRETED else [0.5, 0.5, -0.0, -0.0, math.inf, 1e-30, 1.0]  # which takes long
 
 
 def leaves(device: str, dtype: torch.dtype = FLOAT) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,6 @@ def alone(call: Any, upstream: Tensor, inputs: Any) -> list[Tensor]:
     return [*torch.autograd.grad(got, inputs, upstream)]
 
 
-@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # the interpreter's
 @pytest.mark.parametrize("dtype", [FLOAT, DOUBLE, HALF, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["two", "same", "lengths", "raw alone", "raw needs none"])
 def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, device: str) -> None:
