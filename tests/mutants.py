@@ -143,8 +143,8 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/cpu.cpp", "changes"): [
         (
             "sign of the change from a step flipped",
-            "= scales.tar * (arriving - leaving);",
-            "= scales.tar * (arriving + leaving);",
+            "gradient = scales.tar * (arriving - leaving);",
+            "gradient = scales.tar * (arriving + leaving);",
         ),
         (
             "AR of raw left out of the gradient",
