@@ -56,9 +56,9 @@ def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, de
         return fused_ar_tar(raw, second, 0.0 if second is None else 2.0, 1.0, **options)
 
     inputs = [x for x in (raw, dropped) if x.requires_grad and (x is not dropped or second is dropped)]
-    for value in UPSTREAM:
-        grad = torch.tensor(value, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device)
-        want = alone(call, grad, inputs)
+    upstream = [torch.tensor(x, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device) for x in UPSTREAM]
+    wanted = [alone(call, grad, inputs) for grad in upstream]  # before all, as each is what is expected after it
+    for grad, want in zip(upstream, wanted, strict=True):
         assert_same_bits(torch.autograd.grad(call(), inputs, grad), want)
 
 
