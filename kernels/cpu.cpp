@@ -33,7 +33,8 @@ constexpr int64_t BLOCK = 8192;          // lanes: a row, its neighbours and its
 constexpr int64_t ITEM = 1 << 16;        // elements: enough to hide what it costs to fetch an item
 constexpr int64_t COPIES = 2048;         // elements of a mask for several short rows
 constexpr int64_t PROGRAMS = 1024;       // at most, for each tensor
-constexpr int64_t SERIAL = 1 << 17;      // elements up to which a second thread costs more than it brings
+constexpr int64_t SERIAL = 3 << 17;      // elements up to which one thread is about as fast as two: a second may wait
+                                         // for a core that others use, 8 ms, and the first for it
 constexpr int64_t HUGE_PAGE = 1 << 21;   // bytes
 constexpr int64_t LARGE = 1 << 22;       // bytes of an output from which huge pages are asked for
 
