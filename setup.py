@@ -6,6 +6,7 @@ All else is in pyproject.toml. Without a compiler that knows these options the i
 from __future__ import annotations
 
 import shutil
+from copy import copy
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,13 +36,15 @@ class Build(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(built, target)
             return
+        own = copy(self)  # objects of its own: another level is compiled from the same source at the same time
+        own.build_temp = str(Path(self.build_temp, ext.name))
         try:
-            super().build_extension(ext)
+            build_ext.build_extension(own, ext)
         except BaseError:
             target.unlink(missing_ok=True)  # what an earlier build has left
             for options in (ext.extra_compile_args, ext.extra_link_args):
                 options.remove("-fopenmp")
-            super().build_extension(ext)
+            build_ext.build_extension(own, ext)
 
 
 class Wheel(bdist_wheel):

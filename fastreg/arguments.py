@@ -74,8 +74,14 @@ def check_coefficient(name: str, value: Any) -> Coefficient:
     return value
 
 
+def check_attribute(name: str, value: Any) -> Coefficient:
+    """Check a coefficient that is kept: a tensor stays the one that somebody may change in place."""
+    checked = check_coefficient(name, value)
+    return value if isinstance(value, Tensor) else checked
+
+
 def _check_scalar(name: str, value: Tensor) -> Tensor:
-    if value.shape != () or not value.dtype.is_floating_point:
+    if value.shape != () or value.dtype not in DTYPES:
         raise ValueError(
             f"{name}: expected a number or a 0-dim floating-point tensor, got {value.dtype} {_shape(value)}"
         )
@@ -172,7 +178,7 @@ def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, st
         _check_lengths(layer.lengths, layer.given, problem)
     for name, x in ("alpha", layer.alpha), ("beta", layer.beta):
         if x is not None:
-            _check_device(name, x, "the activations", layer.given)
+            _check_device(name, x, names[0] if layer.raw is not None else names[1], layer.given)
 
 
 def _check_lengths(lengths: Any, x: Any, problem: Problem) -> None:

@@ -68,12 +68,12 @@ def fused_ar_tar(
         raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, a
             `PackedSequence`, or a list or tuple of them, one a layer, whose penalties add up; all layers have the same
             batch and time steps. float16, bfloat16, float32 or float64, any strides. With `beta == 0` it is not looked
-            at and may be `None`.
+            at and may be `None`, unless terms are wanted and it is given: then it is measured.
         dropped: the RNN's output after dropout, of the same shape, or packed as raw is, and on the same device; its
-            dtype may differ, and it may be `raw` itself. With `alpha == 0` it is not looked at and may be `None`.
+            dtype may differ, and it may be `raw` itself. With `alpha == 0` likewise.
         alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
-            activations, which is read there, without a sync, and gets no gradient. So a schedule changes the tensor in
-            place, before the forward, also between replays of a CUDA graph.
+            activations, which is read there, without a sync, in the dtype of the computation, and gets no gradient. So
+            a schedule changes the tensor in place, before the forward, also between replays of a CUDA graph.
         beta: coefficient of TAR, likewise.
         batch_first: `False` for `(time, batch, hidden)`.
         lengths: of padded sequences, how many time steps each has: integers, `(batch,)`. What lies behind them counts
@@ -85,7 +85,8 @@ def fused_ar_tar(
 
     Returns:
         The penalty, a 0-dim tensor, float32, or float64 for float64 inputs. With `return_terms=True` an
-        `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are unscaled, detached, and 0 for a term that is off.
+        `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are unscaled and detached. A term whose coefficient is 0 is
+        measured, too, unless its activations are `None`: then it is 0.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
@@ -174,6 +175,7 @@ class _Plan(NamedTuple):
     problem    what to compute
     backend    by which code
     needs      whether raw and dropped need gradients
+    unread     the memory of raw and of dropped, `None` where the backward reads the tensor
     launch     its `penalty_forward`
     gradients  what that fills for the backward, beside raw and dropped
     """
@@ -181,6 +183,7 @@ class _Plan(NamedTuple):
     problem: Problem
     backend: Backend
     needs: tuple[bool, bool]
+    unread: tuple[Memory | None, ...]
     launch: Any
     gradients: tuple[Memory | None, ...]
 
@@ -227,7 +230,8 @@ def _plans_for(
         view = view_of((*signature[:2], *filled), signature, problem)
         sums = sums_of(signature, problem, dtype)._replace(adds=len(plans) > 0)
         launch = backend.penalty_forward(view, sums, signature.given.device)
-        plans.append(_Plan(problem, backend, need, launch, filled))
+        unread = tuple(None if needed else x for x, needed in zip(signature[:2], need, strict=True))
+        plans.append(_Plan(problem, backend, need, unread, launch, filled))
     return tuple(plans)
 
 
@@ -247,10 +251,13 @@ class _GradientPlan(NamedTuple):
 
 
 @remembered
-def _gradient_plan_for(signature: Signature, problem: Problem, backend: Backend, dtype: torch.dtype) -> _GradientPlan:
-    """Plan the backward for the tensors that were saved."""
+def _gradient_plan_for(
+    signature: Signature, unread: tuple[Memory | None, ...], problem: Problem, backend: Backend, dtype: torch.dtype
+) -> _GradientPlan:
+    """Plan the backward for the tensors that were saved, with the view that the forward had."""
     gradients = tuple(None if x is None else like(x) for x in signature[:2])
-    view = view_of((*signature[:2], *gradients), signature, problem)
+    inputs = tuple(y if x is None else x for x, y in zip(signature[:2], unread, strict=True))
+    view = view_of((*inputs, *gradients), signature, problem)
     sums = sums_of(signature, problem.penalized(), dtype)
     return _GradientPlan(gradients, backend.penalty_backward(view, sums, signature.given.device))
 
@@ -288,8 +295,10 @@ class _Penalty(Function):
                 wide = ar_tar_gradients(grad, layer, plan.problem.penalized())
                 gradients += [None if g is None else g.to(x.dtype) for g, x in zip(wide, layer[:2], strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
             else:
-                gradient_plan = _gradient_plan_for(signature_of(layer), plan.problem, plan.backend, grad.dtype)
-                gradients += gradient_plan.compute(grad, layer, filled)
+                saved_plan = _gradient_plan_for(
+                    signature_of(layer), plan.unread, plan.problem, plan.backend, grad.dtype
+                )
+                gradients += saved_plan.compute(grad, layer, filled)
         return (None,) * 5 + tuple(gradients)
 
 

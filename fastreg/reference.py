@@ -32,12 +32,12 @@ def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
     if squared is not None and problem.with_ar:
         total = counted(squared, layer, problem).square().sum()
         if is_on(problem.alpha):
-            penalty = penalty + total * _over(_coefficient(problem.alpha, layer.alpha, total), elements, total)
+            penalty = penalty + _weighted(total, _coefficient(problem.alpha, layer.alpha, total), elements)
         ar = total / elements
     if wide is not None and problem.with_tar:
         total = changes(wide, layer, problem).square().sum()
         if is_on(problem.beta):
-            penalty = penalty + total * _over(_coefficient(problem.beta, layer.beta, total), pairs, total)
+            penalty = penalty + _weighted(total, _coefficient(problem.beta, layer.beta, total), pairs)
         tar = total / pairs
     return ARTAR(penalty, ar, tar)
 
@@ -70,6 +70,12 @@ def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tens
         else:
             grad_raw = gradient if grad_raw is None else grad_raw + gradient
     return grad_raw, grad_dropped
+
+
+def _weighted(total: Tensor, coefficient: Any, count: int | Tensor) -> Tensor:
+    """Multiply a sum by its coefficient, over a count; one that is 0 leaves it out, even if it is infinite or NaN."""
+    weighted = total * _over(coefficient, count, total)
+    return torch.where(coefficient == 0, 0, weighted) if isinstance(coefficient, Tensor) else weighted
 
 
 def _coefficient(number: float | None, tensor: Tensor | None, like: Tensor) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_coefficient, check_flags, is_list
+from fastreg.arguments import check_attribute, check_flags, is_list
 from fastreg.attachment import Attachment
 from fastreg.problem import ARTAR, Coefficient
 from fastreg.rnn_dropout import Activations, FusedRNNDropout
@@ -68,8 +68,7 @@ class RNNRegularizer:
     ) -> None:
         if layers not in ("last", "all"):
             raise ValueError(f"layers: expected 'last' or 'all', got {layers!r}")
-        self.alpha: Coefficient = check_coefficient("alpha", alpha)
-        self.beta: Coefficient = check_coefficient("beta", beta)
+        self.alpha, self.beta = check_attribute("alpha", alpha), check_attribute("beta", beta)
         self.layers, self.bptt = layers, None if bptt is None else _check_steps("bptt", bptt)
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_coefficient, check_flags, check_probability, check_problem, check_tensor
+from fastreg.arguments import check_attribute, check_flags, check_probability, check_problem, check_tensor
 from fastreg.dropout import drop_and_penalize
 from fastreg.penalty import fused_ar_tar
 from fastreg.problem import ARTAR, Coefficient, Layer
@@ -73,7 +73,7 @@ class Activations:
 
     def _versions_now(self) -> tuple[int, ...]:
         tensors = [tensor_of(self.raw), tensor_of(self.dropped), *(self.coefficients or ())]
-        return tuple(x._version for x in tensors if isinstance(x, Tensor))
+        return tuple(x._version for x in tensors if isinstance(x, Tensor) and not x.is_inference())
 
 
 class FusedRNNDropout(nn.Module):
@@ -110,7 +110,7 @@ class FusedRNNDropout(nn.Module):
         if ar_of not in ("dropped", "raw"):
             raise ValueError(f"ar_of: expected 'dropped' or 'raw', got {ar_of!r}")
         self.p = check_probability(p)
-        self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
+        self.alpha, self.beta = check_attribute("alpha", alpha), check_attribute("beta", beta)
         check_flags(batch_first=batch_first)
         self.batch_first, self.ar_of = batch_first, ar_of
         self._formed: Activations | None = None
@@ -162,7 +162,8 @@ class FusedRNNDropout(nn.Module):
         """Describe the module's arguments for `print(module)`."""
         extra = [] if self.batch_first else ["batch_first=False"]
         extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
-        return ", ".join([f"p={self.p:g}, alpha={self.alpha:g}, beta={self.beta:g}", *extra])
+        alpha, beta = ("a tensor" if isinstance(x, Tensor) else f"{x:g}" for x in (self.alpha, self.beta))
+        return ", ".join([f"p={self.p:g}, alpha={alpha}, beta={beta}", *extra])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the penalty of the last forward out of a copy or a pickle."""

@@ -421,19 +421,22 @@ Sums with_neighbours(Neighbours<T> rows, Row row) {
                following != nullptr);
 }
 
-/// Sum the squares of the changes that lead to a row, and with AR_OF_RAW those of the row; write the gradient.
-template <class A, Pass PASS, bool AR_OF_RAW, class T>
+/// Which terms raw is in: TAR, AR as well, and either of both only to be measured, without a gradient.
+enum Terms { TAR_ALONE, BOTH_TERMS, AR_MEASURED, TAR_MEASURED };
+
+/// Sum the squares of the changes that lead to a row, and those of the row if AR is of raw; write the gradient.
+template <class A, Pass PASS, Terms TERMS, class T>
 Sums changes(Neighbours<T> rows, T *grad, int64_t lanes, Scales<A> scales) {
     const auto row = [=](const T *previous, const T *current, const T *following, auto arrives, auto leaves) {
         return over_lanes<A>(lanes, [=](auto at, Vector<A> &ar, Vector<A> &tar) INLINE {
             const Vector<A> value = read<A>(current, at);
             const Vector<A> arriving = arrives ? value - read<A>(previous, at) : Vector<A>{};
             if constexpr (PASS & SUM) tar += arriving * arriving;
-            if constexpr (PASS & SUM && AR_OF_RAW) ar += value * value;
+            if constexpr (PASS & SUM && TERMS != TAR_ALONE) ar += value * value;
             if constexpr (PASS & WRITE) {
                 const Vector<A> leaving = leaves ? read<A>(following, at) - value : Vector<A>{};
-                Vector<A> gradient = scales.tar * (arriving - leaving);
-                if constexpr (AR_OF_RAW) gradient += scales.ar * value;
+                Vector<A> gradient = TERMS == TAR_MEASURED ? scales.ar * value : scales.tar * (arriving - leaving);
+                if constexpr (TERMS == BOTH_TERMS) gradient += scales.ar * value;
                 write<A>(grad, at, gradient);
             }
         });
@@ -688,6 +691,12 @@ Work penalty_work(const Penalty &plan, const Operand &x, Pass pass, const Ends &
     return {cut, plan.compute_dtype == FLOAT64 ? with_dtype<double>(x.dtype, walk) : with_dtype<float>(x.dtype, walk)};
 }
 
+/// Which terms raw is in.
+Terms terms_of(const Penalty &plan) {
+    if (!plan.ar_of_raw) return TAR_ALONE;
+    return plan.alpha == 0 ? AR_MEASURED : plan.beta == 0 ? TAR_MEASURED : BOTH_TERMS;
+}
+
 /// Form the sums if asked to, and the gradients that have memory, if there is an upstream gradient.
 Sums penalty(const Penalty &plan, const PenaltyMemory &memory, const Ends &ends, bool sum, int threads) {
     std::vector<Work> works;
@@ -700,9 +709,9 @@ Sums penalty(const Penalty &plan, const PenaltyMemory &memory, const Ends &ends,
             using T = decltype(t);
             using A = decltype(a);
             const auto scales = scales_of<A>(plan, ends, memory);
-            return with<false, true>(plan.ar_of_raw != 0, [&](auto ar_of_raw) {
+            return with<TAR_ALONE, BOTH_TERMS, AR_MEASURED, TAR_MEASURED>(terms_of(plan), [&](auto terms) {
                 return use([=](Neighbours<T> rows, T *grad, int64_t lanes) {
-                    return changes<A, decltype(known)::value, decltype(ar_of_raw)::value>(rows, grad, lanes, scales);
+                    return changes<A, decltype(known)::value, decltype(terms)::value>(rows, grad, lanes, scales);
                 });
             });
         }));

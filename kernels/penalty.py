@@ -62,6 +62,8 @@ def penalty_kernel(
     SUM: tl.constexpr,
     WRITE: tl.constexpr,
     AR_OF_RAW: tl.constexpr,
+    BY_AR: tl.constexpr,
+    BY_TAR: tl.constexpr,
     ADDS: tl.constexpr,
     COUNT: tl.constexpr,
     ACC: tl.constexpr,
@@ -107,6 +109,7 @@ def penalty_kernel(
     alpha, beta             coefficients
     ar_scale, tar_scale     one over the divisors of the sums
     AR_OF_RAW               AR is that of raw, and dropped is None
+    BY_AR, BY_TAR           whether each term has a gradient; one that is only measured has none
     ADDS                    the penalty and its terms are added to what is there
     COUNT                   the divisors of the sums are counted from the lengths
     ACC                     dtype of differences, products and sums
@@ -176,9 +179,12 @@ def penalty_kernel(
                         if AR_OF_RAW:
                             ar_run += current * current
                     if grad_raw is not None:
-                        gradient = tar_factor * (change_to - change_from)
-                        if AR_OF_RAW:
-                            gradient += ar_factor * current
+                        if BY_TAR:
+                            gradient = tar_factor * (change_to - change_from)
+                            if AR_OF_RAW and BY_AR:  # fused here, as a compiler might choose the other product
+                                gradient = tl.fma(ar_factor, current, gradient)
+                        else:
+                            gradient = ar_factor * current
                         if padded:  # exactly 0 in padding, even where the factor is inf or NaN
                             gradient = tl.where(counts, gradient, 0.0)
                         store_row(grad_raw_rows, turn + i, gradient, inside)
@@ -242,8 +248,7 @@ class PenaltyBackward:
     """Compute the gradients of penalties of tensors of one layout.
 
     Args:
-        view: of raw, dropped and their gradients; the operand of one that needs no gradient is `None`, like that of
-            its gradient.
+        view: that of the forward, as a program of the same number must have the same items.
         sums: what the forward computed.
         device: where the tensors are.
     """
@@ -259,7 +264,7 @@ class PenaltyBackward:
 
         Args:
             grad: the upstream gradient, () in the dtype of the sums.
-            tensors: as in the view.
+            tensors: as in the view, but `None` for what has no gradient.
             values: those of the forward.
             assumed: that of the forward's result, if it has filled these gradients.
         """
@@ -270,8 +275,9 @@ class PenaltyBackward:
 
 def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) -> Launch:
     """Prepare a launch of the kernel in one of its ways."""
-    constants = {**switches, "AR_OF_RAW": sums.ar_of_raw and sums.ar, "ADDS": sums.adds, "COUNT": sums.divisors is None}
-    return Launch(penalty_kernel, tiling, sums, constants, device)
+    by = {"BY_AR": sums.alpha != 0, "BY_TAR": sums.beta != 0}
+    constants = {"AR_OF_RAW": sums.ar_of_raw and sums.ar, "ADDS": sums.adds, "COUNT": sums.divisors is None}
+    return Launch(penalty_kernel, tiling, sums, {**switches, **by, **constants}, device)
 
 
 def _steps(values: Values, device: torch.device) -> tuple[Tensor | None, ...]:

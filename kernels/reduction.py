@@ -68,14 +68,14 @@ class Weights(NamedTuple):
 
 
 @triton.jit
-def coefficients(weights):
-    """Return alpha and beta, float64."""
+def coefficients(weights, dtype: tl.constexpr):
+    """Return alpha and beta, float64; those in memory as the dtype of the computation has them."""
     alpha = tl.full((), weights.alpha, tl.float64)
     beta = tl.full((), weights.beta, tl.float64)
     if weights.alpha_at is not None:
-        alpha = tl.load(weights.alpha_at).to(tl.float64)
+        alpha = tl.load(weights.alpha_at).to(dtype).to(tl.float64)
     if weights.beta_at is not None:
-        beta = tl.load(weights.beta_at).to(tl.float64)
+        beta = tl.load(weights.beta_at).to(dtype).to(tl.float64)
     return alpha, beta
 
 
@@ -112,7 +112,7 @@ def factors(weights, extents, upstream):
 
     The upstream gradient comes last: with a coefficient alone it may overflow.
     """
-    alpha, beta = coefficients(weights)
+    alpha, beta = coefficients(weights, upstream.dtype)
     ar_scale, tar_scale = scales(weights, extents)
     ar_factor = (2 * alpha * ar_scale).to(upstream.dtype)
     tar_factor = (2 * beta * tar_scale).to(upstream.dtype)
@@ -148,7 +148,7 @@ def finish(ar, tar, outputs, scratch, extents, weights):
             # .cg: past the L1 cache, which other programs' stores do not reach
             ar_sums += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             tar_sums += tl.load(at + programs, mask=there, other=0.0, cache_modifier=".cg")
-        alpha, beta = coefficients(weights)
+        alpha, beta = coefficients(weights, dtype)
         ar_scale, tar_scale = scales(weights, extents)
         ar_mean = tl.sum(ar_sums) * ar_scale.to(dtype)
         tar_mean = tl.sum(tar_sums) * tar_scale.to(dtype)

@@ -55,7 +55,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("pairs cross a sequence's end", "turn + i + 1, seen)", "turn + i + 1, time)"),
         ("sign of the change from a step flipped", "change_to - change_from", "change_to + change_from"),
         ("AR left out where raw is dropped", "ar_run += current * current", "ar_run += 0"),
-        ("AR left out of the gradient of raw", "gradient += ar_factor * current", "gradient += 0"),
+        ("AR left out of the gradient of raw", "gradient = tl.fma(ar_factor, current, gradient)", "pass"),
         ("alpha and beta exchanged", "ar_factor * kept[i]", "tar_factor * kept[i]"),
         ("raw at dropped's time stride", "raw_outer, ALIGN), raw_time", "raw_outer, ALIGN), dropped_time"),
         ("grad_raw at raw's stride", "grad_raw_outer, ALIGN), grad_raw_time", "grad_raw_outer, ALIGN), raw_time"),
@@ -71,15 +71,17 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("what is expected not kept", "tl.store(expected, upstream, mask=program == 0)", "pass"),
         ("lengths not counted anew", "sequences *= differs", "sequences *= 0"),
     ],
+    ("kernels/penalty.py", "_launch"): [
+        ("AR_OF_RAW always off", '"AR_OF_RAW": sums.ar_of_raw and sums.ar', '"AR_OF_RAW": False'),
+        ("layers do not add up", '"ADDS": sums.adds', '"ADDS": False'),
+        ("a measured AR has a gradient", '"BY_AR": sums.alpha != 0', '"BY_AR": True'),
+        ("a measured TAR has a gradient", '"BY_TAR": sums.beta != 0', '"BY_TAR": True'),
+    ],
     ("kernels/penalty.py", "differ"): [
         ("numbers compared, not bits", "x.to(BITS, bitcast=True) != y.to(BITS, bitcast=True)", "x != y"),
     ],
     ("kernels/penalty.py", "PenaltyForward"): [
         ("float64 summed in float32", "Tiling(view, sums.dtype)", "Tiling(view, torch.float32)"),
-    ],
-    ("kernels/penalty.py", "_launch"): [
-        ("AR_OF_RAW always off", '"AR_OF_RAW": sums.ar_of_raw and sums.ar', '"AR_OF_RAW": False'),
-        ("layers do not add up", '"ADDS": sums.adds', '"ADDS": False'),
     ],
     ("kernels/view.py", "Sums"): [
         ("kernels: divisor off by one", "1 / pairs", "1 / (pairs + 1)"),
@@ -157,8 +159,8 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/cpu.cpp", "changes"): [
         (
             "sign of the change from a step flipped",
-            "gradient = scales.tar * (arriving - leaving);",
-            "gradient = scales.tar * (arriving + leaving);",
+            ": scales.tar * (arriving - leaving);",
+            ": scales.tar * (arriving + leaving);",
         ),
         (
             "AR of raw left out of the gradient",
@@ -231,6 +233,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/penalty.py", "_compute"): [
         ("the last layer alone", "layer.values, result)", "layer.values, None)"),
+    ],
+    ("fastreg/penalty.py", "_gradient_plan_for"): [
+        ("kernels: cut otherwise than the forward", "y if x is None else x for", "x for"),
     ],
     ("fastreg/penalty.py", "_plans_for"): [
         (

@@ -126,9 +126,10 @@ def test_one_compiled_graph_for_all_values(way: str, device: str) -> None:
 def test_an_infinite_term_of_no_weight(device: str) -> None:
     raw = torch.tensor([[1.0], [torch.inf], [2.0]], device=device)
     for coefficients in (numbers(device, 0.0, 0.0), (0.0, 0.0)):
-        got = fused_ar_tar(raw, raw, *coefficients, return_terms=True)
-        assert got.penalty == 0
-        assert got.ar == got.tar == torch.inf
+        for call in (fused_ar_tar, torch.compile(fused_ar_tar, backend="aot_eager")):
+            got = call(raw, raw, *coefficients, return_terms=True)
+            assert got.penalty == 0
+            assert got.ar == got.tar == torch.inf
 
 
 def test_tensors_of_inference_mode_and_subclasses(device: str) -> None:
@@ -140,6 +141,22 @@ def test_tensors_of_inference_mode_and_subclasses(device: str) -> None:
         alpha = torch.tensor(2.0, device=device)
     beta = torch.tensor(1.0, device=device).as_subclass(Decorated)
     assert_same(step("two", xs, alpha, beta), step("two", xs, 2.0, 1.0))
+
+
+def test_a_regularizer_keeps_the_very_tensor(device: str) -> None:
+    with torch.inference_mode():
+        alpha = torch.tensor(2.0, device=device)
+    reg, module = RNNRegularizer(alpha, 1.0), FusedRNNDropout(0.5, alpha, 1.0)
+    assert reg.alpha is module.alpha is alpha
+    raw = torch.randn(2, 5, 4, device=device, requires_grad=True)
+    with torch.inference_mode():
+        alpha.fill_(3.0)
+    reg.on_loss_begin((raw, raw, 2 * raw))
+    assert reg.on_backward_begin(torch.zeros((), device=device)) == fused_ar_tar(raw, 2 * raw, 3.0, 1.0)
+    module(raw)
+    formed = module.hand_over()
+    assert formed is not None
+    assert formed.penalty(alpha, 1.0) is formed.terms
 
 
 def test_the_regularizer_and_the_module(device: str) -> None:

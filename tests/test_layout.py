@@ -111,7 +111,7 @@ def test_view(
         ((X, X, torch.tensor(2), 1), {}, ValueError, "alpha: expected a number or a 0-dim floating-point tensor, got"),
         ((X, X, 2, torch.tensor(1.0, requires_grad=True)), {}, ValueError, "beta: expected a tensor that requires no"),
         ((X, X, torch.tensor(-1.0), 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
-        ((X, X, torch.tensor(1.0, device="meta"), 1), {}, ValueError, "alpha: expected a tensor on cpu, where the"),
+        ((X, X, torch.tensor(1.0, device="meta"), 1), {}, ValueError, "alpha: expected a tensor on cpu, where raw is"),
         ((X, X, -1, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
         ((X, X, 2, float("nan")), {}, ValueError, "beta: expected a finite number of at least 0, got nan"),
         ((X, X, 2, float("inf")), {}, ValueError, "beta: expected a finite number of at least 0, got inf"),

@@ -62,6 +62,36 @@ def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, de
         assert_same_bits(torch.autograd.grad(call(), inputs, grad), want)
 
 
+@pytest.mark.parametrize("which", ["raw", "dropped"])
+@pytest.mark.parametrize("dtypes", [(FLOAT, DOUBLE), (BF16, FLOAT), (DOUBLE, HALF)], ids=str)
+def test_one_gradient_of_two_dtypes(dtypes: Any, which: str, device: str) -> None:
+    """A program has the same items forward and backward, whatever the tensor that needs no gradient is like."""
+    raw = torch.zeros(64, 512, dtype=dtypes[0], device=device)
+    for start, lane in ((8, 0), (8, 1), (24, 0), (40, 256), (56, 257)):
+        raw[start:, lane] += 0.5
+    dropped = torch.ones(64, 512, dtype=dtypes[1], device=device)
+    leaf = (raw if which == "raw" else dropped).requires_grad_()
+    for value in (1.0, 0.5, 0.5, 0.25):
+        got = fused_ar_tar(raw, dropped, 1.0, 1.0, reduction="sum")
+        grad = torch.tensor(value, dtype=got.dtype, device=device)
+        (gradient,) = torch.autograd.grad(got, leaf, grad)
+        want = alone(lambda: fused_ar_tar(raw, dropped, 1.0, 1.0, reduction="sum"), grad, (leaf,))
+        torch.autograd.grad(fused_ar_tar(raw, dropped, 1.0, 1.0, reduction="sum"), leaf, 3 * grad)
+        assert_same_bits([gradient], want)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (1.0, 0.0)])
+def test_a_term_that_is_measured_has_no_part_in_the_gradient(alpha: float, beta: float, device: str) -> None:
+    """Where raw is dropped, too, and where the term is infinite."""
+    for values in ([1.0, math.inf, 1.0, 1.0, 2.0], [3e38, -3e38, 1.0, -1.0, -1.0], [-1.0] * 5):
+        x = torch.tensor(values, device=device).unsqueeze(1).requires_grad_()
+        for value in (1.0, -1.0, -1.0, 1e-5):
+            grad = torch.tensor(value, device=device)
+            want = alone(lambda x=x: fused_ar_tar(x, x, alpha, beta), grad, (x,))
+            measured = fused_ar_tar(x, x, alpha, beta, return_terms=True).penalty
+            assert_same_bits(torch.autograd.grad(measured, x, grad), want)
+
+
 def test_a_second_backward_computes_anew(device: str) -> None:
     """The first has given its gradients away, and whoever has them may change them."""
     raw, dropped = leaves(device)
