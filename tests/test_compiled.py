@@ -38,6 +38,7 @@ TARGETS = {
 }
 PENALTY = [kernels.penalty_kernel]
 DROPOUT = [dropout_kernels.dropout_forward, dropout_kernels.dropout_backward]
+OLDEST = triton.__version__.startswith("3.6.")
 PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
 
 
@@ -99,8 +100,10 @@ def run_packed(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> Non
     fused_ar_tar(*(PackedSequence(x, sizes) for x in rows), 2.0, 1.0).backward()
 
 
-def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int) -> None:
-    count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary, folder)
+def assert_accesses(
+    binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int, most_spilled: int = 0
+) -> None:
+    count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary, folder, most_spilled)
     assert count[0] == wide_loads
     assert count[1] - count[0] <= other_loads
     assert count[2] == wide_stores
@@ -140,7 +143,9 @@ def test_wide_loads_and_no_spills_with_lengths(
     run_ragged(dtype)
     rows = 2 * tiling.UNROLL
     (forward,), (backward,) = compiled_penalty()
-    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 40, rows)
+    # What Triton 3.6 makes of sums and gradients with padding, in half precision, spills 16 bytes on sm_90 and sm_100.
+    most_spilled = 16 if OLDEST and dtype == BF16 and run_ragged is run_padded else 0
+    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 40, rows, most_spilled)
     assert_accesses(backward, tmp_path, rows + 2, 40, rows)
     if run_ragged is run_padded:
         (forward,), (backward,) = map(compiled, DROPOUT)
@@ -148,13 +153,15 @@ def test_wide_loads_and_no_spills_with_lengths(
         assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 30, tiling.UNROLL)
 
 
-def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
-    """Loads of 16 bytes, all loads, and stores of 16 bytes; no spills."""
+def count_nvidia(binary: Any, folder: Path, most_spilled: int) -> tuple[int, int, int]:
+    """Loads of 16 bytes, all loads, and stores of 16 bytes; no spills, or no more bytes a thread than this."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
+    stack, local = (int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    assert stack <= most_spilled, usage
+    assert local == 0, usage
     accesses = re.findall(r"\b(ld|st)\.global(\S*)", binary.asm["ptx"])
     wide = [kind for kind, rest in accesses if rest.endswith((".v4.b32", ".v2.b64"))]
     return wide.count("ld"), [kind for kind, _ in accesses].count("ld"), wide.count("st")
