@@ -157,6 +157,7 @@ def finish(ar, tar, outputs, scratch, extents, weights):
             penalty += tl.load(outputs.penalty)
             ar_mean += tl.load(outputs.terms)
             tar_mean += tl.load(outputs.terms + 1)
+            tl.debug_barrier()  # every thread has read what one of them is about to overwrite
         tl.store(outputs.penalty, penalty)
         tl.store(outputs.terms, ar_mean)
         tl.store(outputs.terms + 1, tar_mean)
