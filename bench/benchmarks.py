@@ -64,7 +64,7 @@ def measure_peers(case: cases.AnyCase) -> tuple[Measured, dict[str, str]]:
         if not isinstance(case, cases.Step):
             moved = case.bytes_moved(peer)
             figures |= {"kept_bytes": timing.kept_bytes(call, sets[0]), "least_bytes": case.least_bytes}
-            figures |= {} if moved is None else {"bytes_moved": moved}
+            figures |= {} if moved is None else {"moved_bytes": moved}
             if DEVICE == "cuda":
                 figures |= gpu_figures(call, moved, len(sets))
         measured[peer] = times[peer], figures

@@ -56,7 +56,7 @@ FIGURES = {  # of the JSON's extra_info: heading, unit, and what the unit is
     "graph_warm_seconds": ("graph warm, us", 1e-6),
     "graph_rotated_seconds": ("graph rotated, us", 1e-6),
     "least_bytes": ("must move, MB", 1e6),
-    "bytes_moved": ("moves, MB", 1e6),
+    "moved_bytes": ("moves, MB", 1e6),
     "bandwidth": ("reached, GB/s", 1e9),
     "share_of_copy": ("of copy, %", 1e-2),
 }

@@ -234,7 +234,7 @@ def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> 
     for peer, (times, figures) in measured.items():
         kept = mask + (changes if peer in ("eager", "compiled") else 0)
         moved = DROPOUT.bytes_moved(peer)
-        known = {} if moved is None else {"bytes_moved": moved}
+        known = {} if moved is None else {"moved_bytes": moved}
         assert figures.pop("first_seconds") > 0
         assert figures == {"kept_bytes": kept, "least_bytes": 5 * one, **known}, peer
         assert len(times) == timing.LEAST
@@ -315,7 +315,7 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "peak_bytes": 3000 - 2 * 480,
         }
     )
-    more = {"host_seconds", "kept_bytes", "least_bytes", "bytes_moved", "first_seconds"}
+    more = {"host_seconds", "kept_bytes", "least_bytes", "moved_bytes", "first_seconds"}
     assert set(report.FIGURES) == {*figures, *more}
     assert {"bandwidth", "share_of_copy"} & {*benchmarks.gpu_figures(call, None, 3)} == set()
     times = timing.take_turns({"eager": call}, "cuda", 0.0)
