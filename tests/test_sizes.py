@@ -22,18 +22,20 @@ blocked = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: 
 
 
 class LastPrograms:
-    """A kernel of which the interpreter runs the last two programs alone."""
+    """A kernel of which the interpreter runs the last two items alone, as if each were a program."""
 
     def __init__(self, kernel: Any):
         self.kernel, self.arg_names = kernel, kernel.arg_names
 
-    def __getitem__(self, grid: tuple[int]) -> Any:
+    def __getitem__(self, _: object) -> Any:
         from triton.runtime.interpreter import interpreter_builder as builder
 
-        def place(x: int, *_: int) -> None:
-            builder.grid_idx = grid[0] - 2 + x, 0, 0
-
         def launch(*arguments: Any, **constants: Any) -> None:
+            items = arguments[self.arg_names.index("items")]
+
+            def place(x: int, *_: int) -> None:
+                builder.grid_dim, builder.grid_idx = (items, 1, 1), (items - 2 + x, 0, 0)
+
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(builder, "set_grid_idx", place)
                 self.kernel[(2,)](*arguments, **constants)
