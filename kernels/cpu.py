@@ -27,8 +27,7 @@ _LEVELS = dict.fromkeys(("AVX2", "AVX512"), ("_cpu_v3", "_cpu"))  # by what PyTo
 class PenaltyForward:
     """Compute penalties of tensors of one layout, and the gradients that the backward is expected to ask for.
 
-    It is built and called as `fastreg.kernels.penalty.PenaltyForward`, but for memory for the gradients: the view and
-    the tensors are those of raw, dropped, and the gradients of both, `None` for one that is not wanted.
+    It is built and called as `fastreg.kernels.penalty.PenaltyForward`.
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:

@@ -188,7 +188,7 @@ class SumMemory:
 
     def __init__(self, sums: Sums, partials: int, device: torch.device) -> None:
         self.options = {"dtype": sums.dtype, "device": device}
-        self.partials, self.adds, self.device = partials, sums.adds, device
+        self.partials, self.device = partials, device
 
     def allocate(self, before: Result | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return memory for the penalty and its terms, or that of the layers before; for partial sums; a ticket."""
