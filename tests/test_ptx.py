@@ -163,6 +163,18 @@ def test_comparisons_with_nan(name: str, of_nan: int) -> None:
     assert got[0] == of_nan
 
 
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+@pytest.mark.parametrize(("name", "compare"), [("eq", torch.eq), ("lt", torch.lt), ("neu", torch.ne)])
+def test_comparisons_of_pairs(kind: str, name: str, compare: Callable[[Tensor, Tensor], Tensor]) -> None:
+    half = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}[kind]
+    x = ALL_HALVES.view(half)
+    y = torch.where(ALL_HALVES % 3 == 0, x, x.roll(12345))
+    select = "selp.b32 {0}, 1, 0, %p1; @%p2 add.s32 {0}, {0}, 2;"
+    got = apply(f"setp.{name}.{kind} %p1|%p2, {{1}}, {{2}}; {select}", I32, x.view(I32), y.view(I32))
+    first, second = compare(x, y).int().view(-1, 2).unbind(1)
+    assert torch.equal(got, first + 2 * second)
+
+
 def test_matrices_in_shared_memory() -> None:
     """Row i of 32 rows of 16 bytes is at 16 i; thread t has word t % 4 of row t / 4 of each matrix of 8 rows."""
     out = torch.zeros(3, 4, LANES, dtype=I32)

@@ -159,6 +159,9 @@ class Decoder:
             for half, to in zip(("low", "high"), group(operands[0]), strict=True):
                 if to != "_":
                     yield self.pure(f"{half}.{parts[0]}", [to, operands[1]])
+        elif base == "setp" and "|" in operands[0]:
+            for half, to in zip(("low", "high"), operands[0].split("|"), strict=True):
+                yield self.pure(f"{half}.{name}", [to, *operands[1:]])
         elif base == "shfl":
             if operands[3:] not in (["31", "-1"], ["0x1f", "-1"]) or "|" in operands[0]:
                 raise NotImplementedError("not all lanes take part")

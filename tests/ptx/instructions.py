@@ -70,14 +70,18 @@ def forms() -> dict[str, Form]:
     define("bfe.T", "T T b32 b32", "B < 32 ? A >> B & (C < 32 ? (1u << C) - 1 : -1u) : 0", "u32")
     define("selp.T", "T T T pred", "C ? A : B", *integers, *untyped, "f32", "f64")
     define("mov.T", "T T", "A", *integers, *untyped, "f32", "f64", "pred")
-    for name, sign in (("eq", "=="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">=")):
-        define(f"setp.{name}.T", "pred T T", f"A {sign} B", *integers, *untyped, *floats)
-        define(f"setp.{name}u.T", "pred T T", f"A {sign} B || A != A || B != B", *floats)
+    orders = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+    comparisons = {name: f"A {sign} B" for name, sign in orders.items()}
+    for name, code in comparisons.items():
+        define(f"setp.{name}.T", "pred T T", code, *integers, *untyped)
     define("setp.ne.T", "pred T T", "A != B", *integers, *untyped)
-    define("setp.ne.T", "pred T T", "A < B || A > B", *floats)
-    define("setp.neu.T", "pred T T", "A != B", *floats)
-    define("setp.nan.T", "pred T T", "A != A || B != B", *floats)
-    define("setp.num.T", "pred T T", "A == A && B == B", *floats)
+    comparisons |= {f"{name}u": f"{code} || A != A || B != B" for name, code in comparisons.items()}
+    comparisons |= {"ne": "A < B || A > B", "neu": "A != B", "nan": "A != A || B != B", "num": "A == A && B == B"}
+    for name, code in comparisons.items():
+        define(f"setp.{name}.T", "pred T T", code, *floats)
+        for half, place in (("low", "2 * t"), ("high", "2 * t + 1")):  # what gives two predicates is made of
+            values = f"f32 A = from_T(a[{place}]), B = from_T(b[{place}]);"
+            define(f"{half}.setp.{name}.Tx2", "pred Tx2 Tx2", f"EACH {{ {values} d[t] = {code}; }};", *HALVES)
 
     for source in integers:
         define(f"cvt.T.{source}", f"T {source}", "A", *integers)
