@@ -117,7 +117,7 @@ class Named(NamedTuple):
     batch_sizes: Tensor | None
 
 
-def check_layers(raw: object, dropped: object, lengths: object, asked: Asked) -> list[Layer]:
+def check_layers(raw: object, dropped: object, steps: Steps, asked: Asked) -> list[Layer]:
     """Pair the layers of `raw` and `dropped`; what no term reads is not looked at, and is `None`.
 
     What depends on shapes, dtypes and devices of one layer is left to `check_layer`, which can be remembered.
@@ -138,15 +138,34 @@ def check_layers(raw: object, dropped: object, lengths: object, asked: Asked) ->
     if not pairs:
         return []
     first = (raws or kept)[0]  # pyright: ignore[reportOptionalSubscript]
-    if lengths is not None:
-        if first.batch_sizes is not None:
-            raise ValueError("lengths: expected None, as a PackedSequence has lengths of its own")
-        lengths = check_integers("lengths", lengths)
+    lengths, valid = steps
+    if first.batch_sizes is not None:
+        for name, given in ("lengths", lengths), ("valid", valid):
+            if given is not None:
+                raise ValueError(f"{name}: expected None, as a PackedSequence has lengths of its own")
     if len(pairs) > 1:
         for x in (*(raws or []), *(kept or [])):
             _check_alike(x, first)
-    shared = lengths, first.batch_sizes, alpha, beta
+    shared = lengths, first.batch_sizes, valid, None, alpha, beta
     return [Layer(None if x is None else x.tensor, None if y is None else y.tensor, *shared) for x, y in pairs]
+
+
+class Steps(NamedTuple):
+    """Which time steps count, as a call says it: the first so many of each sequence, or those that are marked."""
+
+    lengths: Tensor | None
+    valid: Tensor | None
+
+
+def check_steps(lengths: object, valid: object) -> Steps:
+    """Check lengths or marks of valid steps, of which a call has one at most."""
+    if lengths is not None and valid is not None:
+        raise ValueError("lengths and valid: expected one of them, got both")
+    marks = torch.bool, *INTEGERS
+    return Steps(
+        None if lengths is None else check_integers("lengths", lengths),
+        None if valid is None else _check_tensor_of("valid", valid, marks, "a bool or integer tensor"),
+    )
 
 
 def _is_read(activations: object, coefficient: float | None, measured: bool) -> bool:
@@ -172,38 +191,56 @@ def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, st
         if x.shape != first[1].shape:
             raise ValueError(f"{name}: expected the shape of {first[0]}, {_shape(first[1])}, got {_shape(x)}")
         _check_device(name, x, *first)
-    if isinstance(layer, Layer) and getattr(layer.given, "to_local", None) is not None and layer[2:4] != (None, None):
-        raise TypeError("raw and dropped: expected no DTensor with lengths or packed; pass x.to_local() of each part")
+    if isinstance(layer, Layer) and getattr(layer.given, "to_local", None) is not None and not layer.is_whole:
+        raise TypeError(
+            "raw and dropped: expected no DTensor with lengths or valid steps or packed; pass x.to_local() of each part"
+        )
     if layer.lengths is not None:
-        _check_lengths(layer.lengths, layer.given, problem)
+        _check_steps("lengths", layer.lengths, layer.given, problem)
+    if layer.valid is not None:
+        _check_steps("valid", layer.valid, layer.given, problem)
     for name, x in ("alpha", layer.alpha), ("beta", layer.beta):
         if x is not None:
             _check_device(name, x, names[0] if layer.raw is not None else names[1], layer.given)
 
 
-def _check_lengths(lengths: Any, x: Any, problem: Problem) -> None:
+def _check_steps(name: str, given: Any, x: Any, problem: Problem) -> None:
+    batch, time = _steps_of(x, problem)
+    if name == "lengths":
+        fits, expected = given.shape == (batch,), f"({batch},), one length a sequence"
+    else:
+        fits = given.shape == (batch, time) or (len(x.shape) == 2 and given.shape == (time,))
+        expected = f"({batch}, {time}), batch and time steps" + ("" if problem.batch_first else ", in every layout")
+    if not fits:
+        raise ValueError(f"{name}: expected shape {expected}, got {_shape(given)}")
+    if given.device.type == "meta" != x.device.type:
+        raise ValueError(f"{name}: expected a tensor on {x.device}, or another device with memory, got one on meta")
+
+
+def _steps_of(x: Any, problem: Problem) -> tuple[int, int]:
+    """Return how many sequences and time steps there are."""
     axis = time_dim(x, problem.batch_first)
-    batch = 1 if len(x.shape) == 2 else x.shape[1 - axis]
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths: expected shape ({batch},), one length a sequence, got {_shape(lengths)}")
-    if lengths.device.type == "meta" != x.device.type:
-        raise ValueError(f"lengths: expected a tensor on {x.device}, or another device with memory, got one on meta")
+    return 1 if len(x.shape) == 2 else x.shape[1 - axis], x.shape[axis]
 
 
-def ready_lengths(layer: Layer, problem: Problem) -> Layer:
-    """Check the values of lengths that are on the CPU, and bring lengths to where the activations are.
+def ready_steps(layer: Layer, problem: Problem) -> Layer:
+    """Check the values of lengths and valid steps that are on the CPU, and bring them to where the activations are.
 
-    Lengths on another device are not looked at, as that would wait for it.
+    Those on another device are not looked at, as that would wait for it.
     """
-    lengths, x = layer.lengths, layer.given
-    on_cpu = layer.batch_sizes is not None or (lengths is not None and lengths.device.type == "cpu")
+    lengths, valid, x = layer.lengths, layer.valid, layer.given
+    on_cpu = layer.batch_sizes is not None or any(
+        [given is not None and given.device.type == "cpu" for given in (lengths, valid)]
+    )
     # A compiler cannot ask whether a CUDA graph is captured, and captures its own with inputs that it copies.
     may_ask = x.device.type == "cuda" and not torch.compiler.is_compiling()
     if on_cpu and may_ask and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "lengths: expected them on the GPU, and no PackedSequence, while a CUDA graph is captured: the graph would "
-            "go on reading memory of the CPU that is gone"
+            f"{'lengths' if valid is None else 'valid'}: expected them on the GPU, and no PackedSequence, while a CUDA "
+            "graph is captured: the graph would go on reading memory of the CPU that is gone"
         )
+    if valid is not None:
+        return layer._replace(valid=_ready_valid(valid, x, problem))
     if lengths is None:
         return layer
     if x.device.type == "cpu" != lengths.device.type:
@@ -219,12 +256,29 @@ def ready_lengths(layer: Layer, problem: Problem) -> Layer:
     return layer._replace(lengths=lengths)
 
 
+def _ready_valid(valid: Tensor, x: Tensor, problem: Problem) -> Tensor:
+    """Check the values of valid steps that are on the CPU; return them as kernels read them."""
+    if x.device.type == "cpu" != valid.device.type:
+        valid = valid.cpu()
+    if valid.dtype != torch.bool:
+        if valid.device.type == "cpu" and valid.numel() and not observed() and is_memory(valid):
+            least, most = (int(n) for n in valid.aminmax())
+            if least < 0 or most > 1:
+                raise ValueError(f"valid: expected 0 or 1, got {least if least < 0 else most}")
+        valid = valid != 0
+    return valid.to(x.device, non_blocking=True).reshape(_steps_of(x, problem)).contiguous()
+
+
 def check_integers(name: str, x: object) -> Tensor:
     """Check for a dense tensor of integers; return it plain, as a copy if it is one that a backward may not keep."""
+    return _check_tensor_of(name, x, INTEGERS, "an integer tensor")
+
+
+def _check_tensor_of(name: str, x: object, dtypes: Sequence[torch.dtype], expected: str) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected an integer tensor, got {type(x).__name__}")
-    if x.dtype not in INTEGERS:
-        raise TypeError(f"{name}: expected an integer tensor, got one of {x.dtype}")
+        raise TypeError(f"{name}: expected {expected}, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {expected}, got one of {x.dtype}")
     return keepable(plain(_check_dense(name, x)))
 
 

@@ -11,14 +11,14 @@ from torch.autograd import Function
 
 from fastreg.arguments import (
     check_flags,
-    check_integers,
     check_layer,
     check_mask,
     check_probability,
     check_problem,
+    check_steps,
     check_tensor,
     plain,
-    ready_lengths,
+    ready_steps,
 )
 from fastreg.backends import Backend, are_memory, backend_for, observed, remembered
 from fastreg.kernels.view import Result
@@ -39,6 +39,7 @@ def fused_dropout_ar_tar(
     mask: Tensor | None = ...,
     batch_first: bool = ...,
     lengths: Tensor | None = ...,
+    valid: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -53,6 +54,7 @@ def fused_dropout_ar_tar(
     mask: Tensor | None = ...,
     batch_first: bool = ...,
     lengths: Tensor | None = ...,
+    valid: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> tuple[Tensor, ARTAR]: ...
@@ -66,6 +68,7 @@ def fused_dropout_ar_tar(
     mask: Tensor | None = None,
     batch_first: bool = True,
     lengths: Tensor | None = None,
+    valid: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> tuple[Tensor, Tensor | ARTAR]:
@@ -91,6 +94,8 @@ def fused_dropout_ar_tar(
         batch_first: `False` for `(time, batch, hidden)`.
         lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`. Padding is dropped out like
             all the rest, but counts in neither term.
+        valid: in the place of lengths, which time steps count, `(batch, time)` as for `fused_ar_tar`. The others are
+            dropped out like all the rest.
         reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
             `"sum"` does not divide.
         return_terms: also return the two terms.
@@ -105,8 +110,9 @@ def fused_dropout_ar_tar(
     asked = check_problem(alpha, beta, batch_first, reduction, return_terms)
     check_flags(training=training, return_terms=return_terms)
     p = check_probability(p)
-    lengths = None if lengths is None else check_integers("lengths", lengths)
-    layer = Layer(check_tensor("raw", raw), None, lengths, None, asked.alpha, asked.beta)
+    steps = check_steps(lengths, valid)
+    raw = check_tensor("raw", raw)
+    layer = Layer(raw, None, steps.lengths, valid=steps.valid, alpha=asked.alpha, beta=asked.beta)
     if mask is not None:
         check_layer(layer, asked.problem)
         mask = check_mask(mask, raw, batch_first)
@@ -119,7 +125,7 @@ def drop_and_penalize(layer: Layer, mask: Tensor | float, problem: Problem) -> t
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
-        layer: of raw, a dense tensor of any subclass, and of lengths; dropped is `None`.
+        layer: of raw, a dense tensor of any subclass, and of lengths or valid steps; dropped is `None`.
         mask: of the shape of raw, or expanded to it; or the probability to drop a unit, to draw one. With 0 nothing is
             dropped, and dropped is raw itself.
         problem: what to compute.
@@ -148,8 +154,8 @@ def drop_and_penalize(layer: Layer, mask: Tensor | float, problem: Problem) -> t
         plan = _plan_for(signature_of(layer), known, problem, backend_for(raw.device))
     if not isinstance(mask, Tensor):
         mask = _locked_mask(raw, mask, problem)
-    if layer.lengths is not None:
-        layer = ready_lengths(layer, problem)
+    if not layer.is_whole:
+        layer = ready_steps(layer, problem)
     if plan is None:
         dropped = raw * mask
         penalty, ar, tar = ar_tar(layer._replace(dropped=dropped), problem)
@@ -190,7 +196,7 @@ def _plan_for(signature: Signature, mask: Memory | None, problem: Problem, backe
     """
     check_layer(signature, problem)
     raw = signature.given
-    if backend is None or 0 in raw.shape:
+    if backend is None or 0 in raw.shape or signature.valid is not None:
         return None
     if mask is None:
         drawn = _locked_mask(torch.empty(raw.shape, device="meta"), 0.5, problem)
@@ -230,7 +236,7 @@ def _gradient_plan_for(
 
 
 class _DropoutPenalty(Function):
-    """Keep references to raw, to the mask, and to lengths and coefficients."""
+    """Keep references to raw, to the mask, and to what the layer has beside raw."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, mask: Tensor, *tensors: Tensor | None) -> Any:
@@ -255,7 +261,7 @@ class _DropoutPenalty(Function):
             others = memory_of(mask), None if grad_dropped is None else memory_of(grad_dropped)
             plan = _gradient_plan_for(signature_of(layer), others, problem, ctx.plan.backend, grad is not None)
             gradient = plan.compute(upstream, layer, mask)
-        return None, None, gradient, *(None,) * 5
+        return None, None, gradient, *(None,) * (len(tensors) - 1)
 
 
 def _gradient_formula(
@@ -265,7 +271,7 @@ def _gradient_formula(
 
     Args:
         upstream: gradients of dropped and of the penalty, of which one may be `None`.
-        layer: raw, lengths and coefficients.
+        layer: raw, which steps count, and coefficients.
         mask: of the shape of raw.
         problem: what the forward computed.
     """

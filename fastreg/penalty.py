@@ -11,8 +11,18 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_flags, check_layer, check_layers, check_problem, is_list, plain, ready_lengths
+from fastreg.arguments import (
+    check_flags,
+    check_layer,
+    check_layers,
+    check_problem,
+    check_steps,
+    is_list,
+    plain,
+    ready_steps,
+)
 from fastreg.backends import Backend, are_memory, backend_for, keeps_memory_low, observed, remembered
+from fastreg.kernels.view import Values
 from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, is_on
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.view import Memory, Signature, allocate, like, readable, signature_of, sums_of, view_of
@@ -20,6 +30,8 @@ from fastreg.view import Memory, Signature, allocate, like, readable, signature_
 if TYPE_CHECKING:
     One: TypeAlias = Tensor | PackedSequence
     Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
+
+VALUES = len(Values._fields)
 
 
 @overload
@@ -31,6 +43,7 @@ def fused_ar_tar(
     *,
     batch_first: bool = ...,
     lengths: Tensor | None = ...,
+    valid: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[False] = ...,
 ) -> Tensor: ...
@@ -43,6 +56,7 @@ def fused_ar_tar(
     *,
     batch_first: bool = ...,
     lengths: Tensor | None = ...,
+    valid: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> ARTAR: ...
@@ -54,6 +68,7 @@ def fused_ar_tar(
     *,
     batch_first: bool = True,
     lengths: Tensor | None = None,
+    valid: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> Tensor | ARTAR:
@@ -79,6 +94,10 @@ def fused_ar_tar(
         lengths: of padded sequences, how many time steps each has: integers, `(batch,)`. What lies behind them counts
             in neither sums nor divisors, and its gradient is 0. Lengths on the CPU must be from 0 to the time steps
             there are; on a device, where looking would have to wait for it, they count as the nearest of those.
+        valid: in the place of lengths, which time steps count, wherever they are: `(batch, time)` in every layout, bool
+            or integers, 1 and 0, such as an `attention_mask`. A change counts where both of its steps do. What does not
+            count is in neither sums nor divisors, and its gradient is 0. Integers on a device, where looking would have
+            to wait for it, count unless they are 0.
         reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
             `"sum"` does not divide.
         return_terms: also return the two terms.
@@ -93,7 +112,7 @@ def fused_ar_tar(
     """
     asked = check_problem(alpha, beta, batch_first, reduction, return_terms)
     check_flags(return_terms=return_terms)
-    layers = check_layers(raw, dropped, lengths, asked)
+    layers = check_layers(raw, dropped, check_steps(lengths, valid), asked)
     if not layers:  # both terms are off
         zero = _zero_where(raw, dropped)
         return ARTAR(zero, zero.clone(), zero.clone()) if return_terms else zero
@@ -136,9 +155,9 @@ def penalty_of(
         needs = tuple([_needs(*part) for part in zip(layers, problems, strict=True)])
         backend = backend_for(layers[0].given.device)
         plans = _plans_for(signatures, problems, tuple(names), needs, backend, keeps_memory_low())
-    if layers[0].lengths is not None or layers[0].batch_sizes is not None:
-        lengths = ready_lengths(layers[0], problem).lengths
-        layers = [layer._replace(lengths=lengths) for layer in layers]
+    if not layers[0].is_whole:
+        ready = ready_steps(layers[0], problem)
+        layers = [layer._replace(lengths=ready.lengths, valid=ready.valid) for layer in layers]
     if plans is None:
         results = [ar_tar(*part) for part in zip(layers, problems, strict=True)]
         penalty, ar, tar = functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), results)
@@ -218,7 +237,7 @@ def _plans_for(
     """Check the layers' metadata and plan their forward; `None` where the plain formula computes it."""
     for part in zip(signatures, problems, names, strict=True):
         check_layer(*part)
-    if backend is None or any(0 in x.given.shape for x in signatures):
+    if backend is None or any(0 in x.given.shape for x in signatures) or signatures[0].valid is not None:
         return None
     dtype = compute_dtype(*(x for signature in signatures for x in signature[:2]))
     plans = []
@@ -271,7 +290,7 @@ class _Penalty(Function):
     @staticmethod
     def forward(ctx: Any, plans: Sequence[_Plan], *tensors: Tensor | None) -> Any:
         result, ctx.ahead = _compute(plans, _layers(tensors))
-        needs = (True,) * 4 + tuple([need for plan in plans for need in plan.needs])
+        needs = (True,) * VALUES + tuple([need for plan in plans for need in plan.needs])
         ctx.save_for_backward(*[x if need else None for x, need in zip(tensors, needs, strict=True)])
         ctx.plans = plans
         if not plans[0].problem.measured:  # an output more costs 3 us
@@ -299,9 +318,9 @@ class _Penalty(Function):
                     signature_of(layer), plan.unread, plan.problem, plan.backend, grad.dtype
                 )
                 gradients += saved_plan.compute(grad, layer, filled)
-        return (None,) * 5 + tuple(gradients)
+        return (None,) * (1 + VALUES) + tuple(gradients)
 
 
 def _layers(tensors: Sequence[Tensor | None]) -> list[Layer]:
     """Put together layers of the values that all have, and of raw and dropped of each."""
-    return [Layer(*tensors[i : i + 2], *tensors[:4]) for i in range(4, len(tensors), 2)]
+    return [Layer(*tensors[i : i + 2], *tensors[:VALUES]) for i in range(VALUES, len(tensors), 2)]

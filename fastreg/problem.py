@@ -75,9 +75,11 @@ class Layer(NamedTuple):
 
     raw, dropped  `(batch, time, hidden)`, `(time, batch, hidden)` or `(time, hidden)`, or packed rows, `(rows,
                   hidden)`; `None` where no term reads it
-    lengths       `(batch,)` integers, which count as no less than 0 and no more than all time steps; `None` where all
-                  time steps count
+    lengths       `(batch,)` integers, which count as no less than 0 and no more than all time steps; `None` unless the
+                  first steps of each sequence count
     batch_sizes   `(time,)` integers on the CPU, those of a `PackedSequence`; `None` unless packed
+    valid         `(batch, time)` bool, which time steps count; `None` unless any may
+    counts        what a backend has counted of `valid`, or `None`
     alpha, beta   `()` coefficients in a floating-point dtype; `None` where the problem has the number
     """
 
@@ -85,6 +87,8 @@ class Layer(NamedTuple):
     dropped: Tensor | None
     lengths: Tensor | None = None
     batch_sizes: Tensor | None = None
+    valid: Tensor | None = None
+    counts: Tensor | None = None
     alpha: Tensor | None = None
     beta: Tensor | None = None
 
@@ -92,6 +96,11 @@ class Layer(NamedTuple):
     def given(self) -> Tensor:
         """Return raw, or dropped where raw is `None`."""
         return self.raw if self.raw is not None else self.dropped  # pyright: ignore[reportReturnType]
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether all time steps of all sequences count."""
+        return self.lengths is None and self.batch_sizes is None and self.valid is None
 
     @property
     def values(self) -> Values:
@@ -121,6 +130,9 @@ def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
     elements, hidden = layer.given.numel(), shape[-1]
     if layer.batch_sizes is not None:
         return _at_least_1(elements), _at_least_1(elements - layer.batch_sizes[0] * hidden)
+    if layer.valid is not None:
+        pairs = layer.valid[:, 1:] & layer.valid[:, :-1]
+        return _at_least_1(layer.valid.sum() * hidden), _at_least_1(pairs.sum() * hidden)
     time = shape[time_dim(layer.given, problem.batch_first)]
     if layer.lengths is not None:
         lengths = layer.lengths.long().clamp(0, time)

@@ -96,6 +96,8 @@ def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     if layer.batch_sizes is not None:
         before, _, precedes, _ = neighbours(layer.batch_sizes, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
+    if layer.valid is not None:  # both steps of a change count
+        layer = layer._replace(valid=layer.valid & layer.valid.roll(1, 1))
     dim = time_dim(x, problem.batch_first)
     # A compiler would make a case of its own of 2 steps, as they have 1 difference. (torch 2.11 cannot trace hasattr.)
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:
@@ -117,14 +119,17 @@ def change_difference(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
 
 
 def counted(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
-    """Replace padding by 0."""
-    if layer.lengths is None:
-        return x
+    """Replace what does not count by 0."""
     dim = time_dim(x, problem.batch_first)
-    within = torch.arange(x.shape[dim], device=x.device) < layer.lengths.unsqueeze(-1)
+    if layer.lengths is not None:
+        valid = torch.arange(x.shape[dim], device=x.device) < layer.lengths.unsqueeze(-1)
+    elif layer.valid is not None:
+        valid = layer.valid
+    else:
+        return x
     if x.dim() == 2:
-        return torch.where(within.reshape(-1, 1), x, 0)
-    return torch.where((within if dim == 1 else within.transpose(0, 1)).unsqueeze(-1), x, 0)
+        return torch.where(valid.reshape(-1, 1), x, 0)
+    return torch.where((valid if dim == 1 else valid.transpose(0, 1)).unsqueeze(-1), x, 0)
 
 
 def neighbours(batch_sizes: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -123,9 +123,9 @@ class FusedRNNDropout(nn.Module):
         if not self.training:
             return raw
         ar_of_raw = self.ar_of == "raw"
-        problem, *tensors = check_problem(*coefficients, self.batch_first, measured=True)
+        problem, alpha, beta = check_problem(*coefficients, self.batch_first, measured=True)
         problem = problem.of_raw() if ar_of_raw else problem
-        layer = Layer(check_tensor("raw", raw), None, None, None, *tensors)
+        layer = Layer(check_tensor("raw", raw), None, alpha=alpha, beta=beta)
         dropped, results = drop_and_penalize(layer, check_probability(self.p), problem)
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.

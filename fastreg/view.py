@@ -1,7 +1,7 @@
 """Any layout as one view `(outer, time, inner)` with a contiguous inner axis.
 
 `(batch, time, hidden)` is outer batch, inner hidden; a contiguous `(time, batch, hidden)` is outer 1, inner
-batch * hidden. With lengths, or packed, outer is always batch.
+batch * hidden. Where not all steps count, or packed, outer is always batch.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class Signature(NamedTuple):
     """The memories of a layer's tensors, `None` where the tensor is, and the extents of packed rows, if packed."""
 
     raw: Memory | None
-    dropped: Memory | None
-    lengths: Memory | None
-    packed: tuple[int, int] | None  # (batch, time)
-    alpha: Memory | None
-    beta: Memory | None
+    dropped: Memory | None = None
+    lengths: Memory | None = None
+    packed: tuple[int, int] | None = None  # (batch, time)
+    valid: Memory | None = None
+    alpha: Memory | None = None
+    beta: Memory | None = None
 
     @property
     def given(self) -> Memory:
@@ -50,12 +51,13 @@ def memory_of(x: Tensor) -> Memory:
 
 def signature_of(layer: Layer) -> Signature:
     """Describe the tensors of a layer, all of them plain and dense."""
-    raw, dropped, lengths, batch_sizes, alpha, beta = layer
+    raw, dropped, lengths, batch_sizes, valid, _, alpha, beta = layer
     return Signature(
         None if raw is None else memory_of(raw),
         None if dropped is None else memory_of(dropped),
         None if lengths is None else memory_of(lengths),
         None if batch_sizes is None else (int(batch_sizes[0]), len(batch_sizes)),
+        None if valid is None else memory_of(valid),
         None if alpha is None else memory_of(alpha),
         None if beta is None else memory_of(beta),
     )
@@ -87,7 +89,7 @@ def view_of(tensors: Sequence[Memory | None], signature: Signature, problem: Pro
         return Operand(x.dtype, outer, strides[time_axis])
 
     operands = tuple(None if x is None else operand(x) for x in tensors)
-    whole = signature.lengths is None and signature.packed is None
+    whole = signature.lengths is None and signature.packed is None and signature.valid is None
     if whole and all(x is None or x.outer == hidden for x in operands):
         return View(1, time, batch * hidden, operands)
     return View(batch, time, hidden, operands, packed=signature.packed is not None)
@@ -100,10 +102,10 @@ def sums_of(signature: Signature, problem: Problem, dtype: torch.dtype) -> Sums:
 
 
 def _known_divisors(signature: Signature, problem: Problem) -> tuple[int, int] | None:
-    """Count elements and pairs, as far as no lengths are to be looked at."""
+    """Count elements and pairs, as far as no lengths or valid steps are to be looked at."""
     if problem.reduction == "sum":
         return 1, 1
-    if signature.lengths is not None:
+    if signature.lengths is not None or signature.valid is not None:
         return None
     shape = signature.given.shape
     elements = math.prod(shape)

@@ -201,7 +201,7 @@ def _described(view: View, sums: Sums) -> tuple[Any, ...]:
 
 def _read(values: Values, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """Return lengths or batch sizes and the coefficients as C reads them."""
-    lengths, batch_sizes, alpha, beta = values
+    lengths, batch_sizes, _, _, alpha, beta = values
     steps = batch_sizes if lengths is None else lengths.long()
     return steps, *(None if x is None else x.to(dtype) for x in (alpha, beta))
 

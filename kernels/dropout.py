@@ -287,7 +287,7 @@ class DropoutForward:
             values: lengths and coefficients, those that all calls have; rows are never packed.
         """
         penalty, terms, partials, ticket = self.memory.allocate(None)
-        lengths, _, alpha, beta = values
+        lengths, _, _, _, alpha, beta = values
         self.launch(*tensors, partials, ticket, penalty, terms, lengths, alpha, beta)
         return Result(penalty, terms, None)
 
@@ -312,7 +312,7 @@ class DropoutBackward:
             tensors: raw, mask, the gradient of dropped, and memory for that of raw, as in the view.
             values: those of the forward.
         """
-        lengths, _, alpha, beta = values
+        lengths, _, _, _, alpha, beta = values
         self.launch(grad, *tensors, lengths, alpha, beta)
 
 

@@ -282,7 +282,7 @@ def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) 
 
 def _steps(values: Values, device: torch.device) -> tuple[Tensor | None, ...]:
     """Return what the kernel reads of time steps and coefficients, on the device: lengths, offsets, alpha, beta."""
-    lengths, batch_sizes, alpha, beta = values
+    lengths, batch_sizes, _, _, alpha, beta = values
     if batch_sizes is None:
         return lengths, None, alpha, beta
     offsets, lengths = table_of(batch_sizes, device)

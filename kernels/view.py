@@ -37,7 +37,7 @@ class Sums(NamedTuple):
     alpha, beta  coefficients of AR and TAR; None for one that each call brings as a tensor
     ar, tar      whether each term is formed, or in a backward has a gradient
     ar_of_raw    AR is the mean square of raw, not of dropped
-    divisors     of the two sums; None where they follow from the lengths that each call brings
+    divisors     of the two sums; None where they follow from lengths or valid steps that each call brings
     adds         the penalty and its terms are added to those of the layers before
     """
 
@@ -63,11 +63,15 @@ class Values(NamedTuple):
 
     lengths      (outer,) integers on the device of the activations: how many time steps of a sequence count
     batch_sizes  (time,) int64 on the CPU, those of packed rows
+    valid        (outer, time) contiguous bool on the device of the activations: which time steps count
+    counts       what a backend has counted of valid, if it wants to
     alpha, beta  () coefficients in a floating-point dtype, on the device of the activations
     """
 
     lengths: Tensor | None = None
     batch_sizes: Tensor | None = None
+    valid: Tensor | None = None
+    counts: Tensor | None = None
     alpha: Tensor | None = None
     beta: Tensor | None = None
 

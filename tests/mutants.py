@@ -218,7 +218,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/penalty.py", "penalty_of"): [
         ("a negated dropped to the kernels", "are_memory(layer) for", "are_memory(layer[:1]) for"),
         ("the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
-        ("lengths not checked", "if layers[0].lengths is not None or layers[0].batch_sizes is not None", "if False"),
+        ("lengths not checked", "if not layers[0].is_whole", "if False"),
     ],
     ("fastreg/penalty.py", "_needs"): [
         ("a measured term has a gradient", "(tar or (ar and problem.ar_of_raw))", "True"),
@@ -267,7 +267,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("outer stride for time", "outer, strides[time_axis]", "outer, outer"),
         ("always one sequence", "x.outer == hidden for", "True for"),
     ],
-    ("fastreg/arguments.py", "ready_lengths"): [
+    ("fastreg/arguments.py", "ready_steps"): [
         ("lengths as they lie, to the kernels", ".contiguous()", ""),
         ("too long", "most > time", "False"),
     ],

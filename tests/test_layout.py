@@ -53,7 +53,7 @@ def test_view(
 ) -> None:
     memories = [None if x is None else memory_of(x) for x in tensors]
     first = next(x for x in memories if x is not None)
-    got = view_of(memories, Signature(first, None, None, None, None, None), Problem(2.0, 1.0, batch_first))
+    got = view_of(memories, Signature(first), Problem(2.0, 1.0, batch_first))
     assert got[:3] == sizes
     assert [(0, 0) if x is None else (x.outer, x.time) for x in got.operands] == strides
     assert [x is not None and readable(x) is not x for x in tensors] == copied
