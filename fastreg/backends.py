@@ -34,30 +34,40 @@ def forget() -> None:
 
 
 class Backend(NamedTuple):
-    """Code for some devices: what it is, and the classes that launch it, of one interface in all backends."""
+    """Code for some devices: what it is, and the classes that launch it, of one interface in all backends.
+
+    `marks_of` prepares valid steps, once for all launches that read them.
+    """
 
     name: str
     penalty_forward: Any
     penalty_backward: Any
     dropout_forward: Any
     dropout_backward: Any
+    marks_of: Callable[[Tensor], Tensor | None]
 
 
 CPP: Backend | None = None
 if cpu.reason() is None:
-    CPP = Backend("the C++ kernels", cpu.PenaltyForward, cpu.PenaltyBackward, cpu.DropoutForward, cpu.DropoutBackward)
+    CPP = Backend(
+        "the C++ kernels",
+        *(cpu.PenaltyForward, cpu.PenaltyBackward, cpu.DropoutForward, cpu.DropoutBackward),
+        cpu.marks_of,
+    )
 TRITON: Backend | None = None
 _interpreted = False
 if find_spec("triton") is not None:  # Triton has no build for some platforms
     from triton import knobs
 
     from fastreg.kernels.dropout import DropoutBackward, DropoutForward
+    from fastreg.kernels.launch import marks_of
     from fastreg.kernels.penalty import PenaltyBackward, PenaltyForward
 
     _interpreted = knobs.runtime.interpret
     TRITON = Backend(
         "the Triton kernels" + (", interpreted" if _interpreted else ""),
         *(PenaltyForward, PenaltyBackward, DropoutForward, DropoutBackward),
+        marks_of,
     )
 
 _cpu: Backend | None = TRITON if _interpreted else CPP

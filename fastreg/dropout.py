@@ -156,6 +156,8 @@ def drop_and_penalize(layer: Layer, mask: Tensor | float, problem: Problem) -> t
         mask = _locked_mask(raw, mask, problem)
     if not layer.is_whole:
         layer = ready_steps(layer, problem)
+        if plan is not None and layer.valid is not None:
+            layer = layer._replace(marks=plan.backend.marks_of(layer.valid))
     if plan is None:
         dropped = raw * mask
         penalty, ar, tar = ar_tar(layer._replace(dropped=dropped), problem)
@@ -196,7 +198,7 @@ def _plan_for(signature: Signature, mask: Memory | None, problem: Problem, backe
     """
     check_layer(signature, problem)
     raw = signature.given
-    if backend is None or 0 in raw.shape or signature.valid is not None:
+    if backend is None or 0 in raw.shape:
         return None
     if mask is None:
         drawn = _locked_mask(torch.empty(raw.shape, device="meta"), 0.5, problem)

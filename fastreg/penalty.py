@@ -157,7 +157,8 @@ def penalty_of(
         plans = _plans_for(signatures, problems, tuple(names), needs, backend, keeps_memory_low())
     if not layers[0].is_whole:
         ready = ready_steps(layers[0], problem)
-        layers = [layer._replace(lengths=ready.lengths, valid=ready.valid) for layer in layers]
+        marks = None if plans is None or ready.valid is None else plans[0].backend.marks_of(ready.valid)
+        layers = [layer._replace(lengths=ready.lengths, valid=ready.valid, marks=marks) for layer in layers]
     if plans is None:
         results = [ar_tar(*part) for part in zip(layers, problems, strict=True)]
         penalty, ar, tar = functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), results)
@@ -237,7 +238,7 @@ def _plans_for(
     """Check the layers' metadata and plan their forward; `None` where the plain formula computes it."""
     for part in zip(signatures, problems, names, strict=True):
         check_layer(*part)
-    if backend is None or any(0 in x.given.shape for x in signatures) or signatures[0].valid is not None:
+    if backend is None or any(0 in x.given.shape for x in signatures):
         return None
     dtype = compute_dtype(*(x for signature in signatures for x in signature[:2]))
     plans = []

@@ -79,7 +79,7 @@ class Layer(NamedTuple):
                   first steps of each sequence count
     batch_sizes   `(time,)` integers on the CPU, those of a `PackedSequence`; `None` unless packed
     valid         `(batch, time)` bool, which time steps count; `None` unless any may
-    counts        what a backend has counted of `valid`, or `None`
+    marks         what a backend has made of `valid` for its launches, or `None`
     alpha, beta   `()` coefficients in a floating-point dtype; `None` where the problem has the number
     """
 
@@ -88,7 +88,7 @@ class Layer(NamedTuple):
     lengths: Tensor | None = None
     batch_sizes: Tensor | None = None
     valid: Tensor | None = None
-    counts: Tensor | None = None
+    marks: Tensor | None = None
     alpha: Tensor | None = None
     beta: Tensor | None = None
 

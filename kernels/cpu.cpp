@@ -27,7 +27,7 @@
 
 namespace {
 
-using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uintptr_t;
+using std::int32_t, std::int64_t, std::uint8_t, std::uint16_t, std::uint32_t, std::uintptr_t;
 
 constexpr int64_t BLOCK = 8192;          // lanes: a row, its neighbours and its gradient stay in a cache of 256 KB
 constexpr int64_t ITEM = 1 << 16;        // elements: enough to hide what it costs to fetch an item
@@ -174,7 +174,7 @@ struct Strides {  // in elements
 
 /// What the sums are divided by, and how lengths are given.
 struct Steps {
-    double ar_divisor, tar_divisor;  // 0: the elements and the changes that lengths leave
+    double ar_divisor, tar_divisor;  // 0: the elements and the changes that count
     int64_t packed;                  // rows as in a PackedSequence: lengths are its batch sizes, and outer is not used
 };
 
@@ -195,7 +195,8 @@ struct PenaltyMemory {
     void *grad_raw, *grad_dropped;
     const void *grad;          // () in the dtype of the computation: the upstream gradient
     const void *assumed;       // () likewise: the upstream gradient that a forward wrote gradients for
-    const int64_t *lengths;    // (outer,), or batch sizes (time,); null: all steps count
+    const int64_t *lengths;    // (outer,), or batch sizes (time,), or null
+    const uint8_t *valid;      // (outer, time), 1 where a step counts, or null; with neither all steps count
     const void *alpha, *beta;  // () like grad; they take the place of the plan's, or null
     void *penalty, *terms;     // (), and (2,) ar and tar, like grad
 };
@@ -216,8 +217,9 @@ struct DropoutMemory {
     const void *raw, *mask;
     void *dropped, *grad_raw;
     const void *grad;          // () in the dtype of the computation, or null: the penalty has no gradient
-    const int64_t *lengths;
-    const void *alpha, *beta;  // as in the penalty
+    const int64_t *lengths;    // this and the rest as in the penalty
+    const uint8_t *valid;
+    const void *alpha, *beta;
     void *penalty, *terms;
 };
 
@@ -256,18 +258,32 @@ struct Cut {
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
-/// Lanes of a time step that are alike, or all lanes of several steps that lie one after the other.
-struct Span {
-    int64_t step, lane, lanes;
-    bool counts, arrives, leaves;  // whether they count, and whether the steps before and after do
+/// Whether a time step of a sequence counts, and whether the changes that arrive at it and that leave it do.
+struct State {
+    bool counts, arrives, leaves;
+
+    bool operator==(const State &other) const {
+        return counts == other.counts && arrives == other.arrives && leaves == other.leaves;
+    }
 };
 
-/// How far the sequences reach, read once a launch.
-class Ends {
+/// A state, and the step before which it ends; that may be the very step where not all sequences of an item are in it.
+struct Stretch {
+    State state;
+    int64_t stop;
+};
+
+/// Lanes of a time step that are alike, or all lanes of several steps that lie one after the other.
+struct Span : State {
+    int64_t step, lane, lanes;
+};
+
+/// Which time steps count, read once a launch.
+class Counted {
   public:
-    /// `given` are lengths, or batch sizes of packed rows, or null: all steps count.
-    Ends(const Steps &steps, Sizes sizes, const int64_t *given)
-        : steps(steps), sizes(sizes), lengths(steps.packed ? given[0] : sizes.outer, sizes.time) {
+    /// `given` are lengths, or batch sizes of packed rows; `valid` are marks of steps; either or both are null.
+    Counted(const Steps &steps, Sizes sizes, const int64_t *given, const uint8_t *valid)
+        : steps(steps), sizes(sizes), valid(valid), lengths(steps.packed ? given[0] : sizes.outer, sizes.time) {
         if (steps.packed) {
             offsets.resize(sizes.time);
             for (int64_t step = 1; step < sizes.time; ++step) offsets[step] = offsets[step - 1] + given[step - 1];
@@ -280,9 +296,22 @@ class Ends {
             for (int64_t i = 0; i < sizes.outer; ++i) lengths[i] = std::clamp<int64_t>(given[i], 0, sizes.time);
         }
         int64_t pairs = 0;
-        for (int64_t length : lengths) {
-            rows += length;
-            pairs += std::max<int64_t>(length - 1, 0);
+        if (valid) {
+            ends.resize(sizes.outer * sizes.time);
+            for (int64_t i = 0; i < sizes.outer; ++i) {
+                int64_t end = sizes.time;
+                for (int64_t step = sizes.time; step-- > 0;) {
+                    if (step + 1 < end && marked(i, step) != marked(i, step + 1)) end = step + 1;
+                    ends[i * sizes.time + step] = end;
+                    rows += marked(i, step);
+                    pairs += marked(i, step) && step + 1 < end;
+                }
+            }
+        } else {
+            for (int64_t length : lengths) {
+                rows += length;
+                pairs += std::max<int64_t>(length - 1, 0);
+            }
         }
         if (steps.ar_divisor == 0) {  // of nothing the mean is 0
             this->steps.ar_divisor = std::max<int64_t>(rows * sizes.inner, 1);
@@ -290,20 +319,23 @@ class Ends {
         }
     }
 
-    /// How many time steps the shortest and the longest of an item's sequences have.
-    std::pair<int64_t, int64_t> of(const Item &item) const {
-        const auto at = [&](int64_t lane) { return lengths.begin() + item.sequence + lane / sizes.inner; };
-        const auto [shortest, longest] = std::minmax_element(at(item.lane), at(item.lane + item.lanes - 1) + 1);
-        return {*shortest, *longest};
+    /// The state that all sequences of an item are in from a time step on, or that of the first for no steps.
+    Stretch stretch(const Item &item, int64_t step) const {
+        const int64_t first = item.sequence + item.lane / sizes.inner;
+        const int64_t last = item.sequence + (item.lane + item.lanes - 1) / sizes.inner;
+        Stretch found{state(first, step), item.stop};
+        for (int64_t i = first; i <= last && found.stop > step; ++i)
+            found.stop = state(i, step) == found.state ? std::min(found.stop, until(i, step, found.state)) : step;
+        return found;
     }
 
     /// The lanes of an item that are alike at a time step, from this one on: those of one sequence or of several.
     Span alike(const Item &item, int64_t step, int64_t lane) const {
-        const auto rest = [&](int64_t i) { return std::clamp<int64_t>(lengths[i] - step, 0, 2); };
-        const int64_t end = item.lane + item.lanes, first = lane / sizes.inner, left = rest(item.sequence + first);
+        const int64_t end = item.lane + item.lanes, first = lane / sizes.inner;
+        const State found = state(item.sequence + first, step);
         int64_t past = first + 1;
-        while (past * sizes.inner < end && rest(item.sequence + past) == left) ++past;
-        return {step, lane, std::min(past * sizes.inner, end) - lane, left > 0, left > 0 && step > 0, left > 1};
+        while (past * sizes.inner < end && state(item.sequence + past, step) == found) ++past;
+        return {found, step, lane, std::min(past * sizes.inner, end) - lane};
     }
 
     /// The sizes of a view of tensors of these strides. Sequences that lie beside each other at each time step, as in
@@ -324,8 +356,31 @@ class Ends {
     Steps steps;
 
   private:
+    bool marked(int64_t sequence, int64_t step) const {
+        return valid ? valid[sequence * sizes.time + step] : step < lengths[sequence];
+    }
+
+    /// Where the steps end that count, or do not, as this one does.
+    int64_t end(int64_t sequence, int64_t step) const {
+        if (valid) return ends[sequence * sizes.time + step];
+        return step < lengths[sequence] ? lengths[sequence] : sizes.time;
+    }
+
+    State state(int64_t sequence, int64_t step) const {
+        const bool counts = marked(sequence, step);
+        return {counts, counts && step > 0 && marked(sequence, step - 1), counts && step + 1 < end(sequence, step)};
+    }
+
+    /// Where this state of a sequence ends: the first and the last of the steps that count are in states of their own.
+    int64_t until(int64_t sequence, int64_t step, State now) const {
+        if (now.counts && !now.arrives) return step + 1;
+        return end(sequence, step) - now.leaves;
+    }
+
     Sizes sizes;                   // inner: lanes of one sequence
-    std::vector<int64_t> lengths;  // of each sequence
+    const uint8_t *valid;          // (outer, time) marks, or null
+    std::vector<int64_t> ends;     // (outer, time) of marks: the next step that is marked otherwise
+    std::vector<int64_t> lengths;  // of each sequence, where there are no marks
     std::vector<int64_t> offsets;  // of packed rows: where a time step begins
     int64_t rows = 0;              // that count
 };
@@ -489,25 +544,23 @@ Sums drop_backward(Neighbours<T> raw, const T *mask, const T *grad_dropped, T *g
 /// Go through an item along time. Up to `merged` rows that are alike are taken together: more than one where rows lie
 /// one after the other in all tensors. `fill`: visit padding, too.
 template <class Visit>
-Sums along_time(const Item &item, const Ends &ends, int64_t merged, bool fill, Visit visit) {
-    const auto [shortest, longest] = ends.of(item);
+Sums along_time(const Item &item, const Counted &counted, int64_t merged, bool fill, Visit visit) {
     Sums sums;
-    int64_t steps;
-    for (int64_t step = item.start; step < item.stop; step += steps) {
-        steps = std::min(merged, item.stop - step);
-        if (step >= longest) {
-            if (!fill) break;
-            sums += visit(Span{step, item.lane, steps * item.lanes, false, false, false});
-        } else if (step > 0 && step + 1 < shortest) {
-            steps = std::min(steps, shortest - 1 - step);
-            sums += visit(Span{step, item.lane, steps * item.lanes, true, true, true});
-        } else {
-            steps = 1;
-            const int64_t end = item.lane + item.lanes;
-            for (int64_t lane = item.lane, lanes; lane < end; lane += lanes) {
-                const Span span = ends.alike(item, step, lane);
+    for (int64_t step = item.start; step < item.stop;) {
+        const auto [state, stop] = counted.stretch(item, step);
+        if (stop == step) {
+            for (int64_t lane = item.lane, lanes; lane < item.lane + item.lanes; lane += lanes) {
+                const Span span = counted.alike(item, step, lane);
                 lanes = span.lanes;
                 if (span.counts || fill) sums += visit(span);
+            }
+            ++step;
+        } else if (!state.counts && !fill) {
+            step = stop;
+        } else {
+            for (int64_t steps; step < stop; step += steps) {
+                steps = std::min(merged, stop - step);
+                sums += visit(Span{state, step, item.lane, steps * item.lanes});
             }
         }
     }
@@ -562,11 +615,11 @@ bool forked = false;
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 /// Do all work in one parallel region; give the sums, always added up in the same order.
-Sums run(const std::vector<Work> &works, const Ends &ends, int threads) {
+Sums run(const std::vector<Work> &works, const Counted &counted, int threads) {
     int64_t programs = 0, elements = 0;
     for (const Work &work : works) {
         programs += work.cut.programs;
-        elements += ends.elements();
+        elements += counted.elements();
     }
     if (forked || elements <= SERIAL) threads = 1;
     std::vector<Sums> partials(programs);
@@ -611,9 +664,9 @@ double weighted(double coefficient, double term) { return coefficient == 0 ? 0 :
 
 /// Divide the sums and write the penalty and its terms.
 template <class Plan, class Memory>
-void finish(const Plan &plan, const Ends &ends, Sums sums, const Memory &memory) {
+void finish(const Plan &plan, const Counted &counted, Sums sums, const Memory &memory) {
     const int32_t dtype = plan.compute_dtype;
-    const double ar = sums.ar / ends.steps.ar_divisor, tar = sums.tar / ends.steps.tar_divisor;
+    const double ar = sums.ar / counted.steps.ar_divisor, tar = sums.tar / counted.steps.tar_divisor;
     const double penalty = weighted(coefficient(plan.alpha, memory.alpha, dtype), ar) +
                            weighted(coefficient(plan.beta, memory.beta, dtype), tar);
     store(memory.penalty, 0, penalty + (plan.adds ? number(memory.penalty, dtype) : 0), dtype);
@@ -623,13 +676,13 @@ void finish(const Plan &plan, const Ends &ends, Sums sums, const Memory &memory)
 
 /// What the gradients of the sums are multiplied by: rounded once, so that no factor on the way is too large.
 template <class A, class Plan, class Memory>
-Scales<A> scales_of(const Plan &plan, const Ends &ends, const Memory &memory) {
+Scales<A> scales_of(const Plan &plan, const Counted &counted, const Memory &memory) {
     if (!memory.grad) return {0, 0};
     const int32_t dtype = plan.compute_dtype;
     const double upstream = number(memory.grad, dtype);
     const double alpha = coefficient(plan.alpha, memory.alpha, dtype), beta = coefficient(plan.beta, memory.beta, dtype);
-    return {static_cast<A>(upstream * (2 * alpha / ends.steps.ar_divisor)),
-            static_cast<A>(upstream * (2 * beta / ends.steps.tar_divisor))};
+    return {static_cast<A>(upstream * (2 * alpha / counted.steps.ar_divisor)),
+            static_cast<A>(upstream * (2 * beta / counted.steps.tar_divisor))};
 }
 
 // ---- from values to types
@@ -666,19 +719,19 @@ struct Operand {
 /// Do a pass over a tensor. `choose(type, compute type, pass, use)` hands `use` what it does with a row: a function of
 /// the row and its neighbours, the gradient's row, and how many lanes they have. In padding the gradient is 0.
 template <class Choose>
-Work penalty_work(const Penalty &plan, const Operand &x, Pass pass, const Ends &ends, Choose choose) {
-    const bool packed = ends.packed_at(), writes = pass & WRITE;
-    const Cut cut(ends.view({x.strides, writes ? x.grad_strides : x.strides}));
+Work penalty_work(const Penalty &plan, const Operand &x, Pass pass, const Counted &counted, Choose choose) {
+    const bool packed = counted.packed_at(), writes = pass & WRITE;
+    const Cut cut(counted.view({x.strides, writes ? x.grad_strides : x.strides}));
     const bool dense = !packed && cut.dense(x.strides) && (!writes || cut.dense(x.grad_strides));
     const auto walk = [&](auto t, auto a) {
         using T = decltype(t);
-        const View<const T> data{static_cast<const T *>(x.data), x.strides, ends.packed_at()};
-        const View<T> grad{static_cast<T *>(x.grad), x.grad_strides, ends.packed_at()};
-        if (writes) advise(grad, ends.elements());
+        const View<const T> data{static_cast<const T *>(x.data), x.strides, counted.packed_at()};
+        const View<T> grad{static_cast<T *>(x.grad), x.grad_strides, counted.packed_at()};
+        if (writes) advise(grad, counted.elements());
         return with<SUM, WRITE, BOTH>(pass, [&](auto known_pass) {
             return choose(t, a, known_pass, [&](auto row) -> Walk {
-                return [=, &ends](const Item &item) {
-                    return along_time(item, ends, dense ? cut.run : 1, writes && !packed, [&](const Span &span) {
+                return [=, &counted](const Item &item) {
+                    return along_time(item, counted, dense ? cut.run : 1, writes && !packed, [&](const Span &span) {
                         T *out = writes ? grad.row(item.sequence, span.step, span.lane) : nullptr;
                         if (span.counts) return row(rows_of(data, item.sequence, span), out, span.lanes);
                         std::fill_n(out, span.lanes, T());
@@ -698,17 +751,17 @@ Terms terms_of(const Penalty &plan) {
 }
 
 /// Form the sums if asked to, and the gradients that have memory, if there is an upstream gradient.
-Sums penalty(const Penalty &plan, const PenaltyMemory &memory, const Ends &ends, bool sum, int threads) {
+Sums penalty(const Penalty &plan, const PenaltyMemory &memory, const Counted &counted, bool sum, int threads) {
     std::vector<Work> works;
     const auto pass_over = [&](const void *data, const void *grad) {
         return Pass(data ? (sum ? SUM : 0) | (grad && memory.grad ? WRITE : 0) : 0);
     };
     if (const Pass pass = pass_over(memory.raw, memory.grad_raw)) {
         const Operand raw{memory.raw, memory.grad_raw, plan.raw, plan.grad_raw, plan.raw_dtype};
-        works.push_back(penalty_work(plan, raw, pass, ends, [&](auto t, auto a, auto known, auto use) {
+        works.push_back(penalty_work(plan, raw, pass, counted, [&](auto t, auto a, auto known, auto use) {
             using T = decltype(t);
             using A = decltype(a);
-            const auto scales = scales_of<A>(plan, ends, memory);
+            const auto scales = scales_of<A>(plan, counted, memory);
             return with<TAR_ALONE, BOTH_TERMS, AR_MEASURED, TAR_MEASURED>(terms_of(plan), [&](auto terms) {
                 return use([=](Neighbours<T> rows, T *grad, int64_t lanes) {
                     return changes<A, decltype(known)::value, decltype(terms)::value>(rows, grad, lanes, scales);
@@ -718,16 +771,16 @@ Sums penalty(const Penalty &plan, const PenaltyMemory &memory, const Ends &ends,
     }
     if (const Pass pass = pass_over(memory.dropped, memory.grad_dropped)) {
         const Operand dropped{memory.dropped, memory.grad_dropped, plan.dropped, plan.grad_dropped, plan.dropped_dtype};
-        works.push_back(penalty_work(plan, dropped, pass, ends, [&](auto t, auto a, auto known, auto use) {
+        works.push_back(penalty_work(plan, dropped, pass, counted, [&](auto t, auto a, auto known, auto use) {
             using T = decltype(t);
             using A = decltype(a);
-            const auto scales = scales_of<A>(plan, ends, memory);
+            const auto scales = scales_of<A>(plan, counted, memory);
             return use([=](Neighbours<T> rows, T *grad, int64_t lanes) {
                 return squares<A, decltype(known)::value>(rows.current, grad, lanes, scales.ar);
             });
         }));
     }
-    return run(works, ends, threads);
+    return run(works, counted, threads);
 }
 
 // ---- dropout with the penalty
@@ -742,8 +795,8 @@ int64_t merged(const Item &item, const View<const T> &mask) {
 Ar ar_of(const Dropout &plan) { return !plan.ar ? NONE : plan.ar_of_raw ? OF_RAW : OF_DROPPED; }
 
 /// Drop units; sum up what counts.
-Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const Ends &ends, int threads) {
-    const Cut cut(ends.view({plan.raw, plan.mask, plan.dropped}));
+Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const Counted &counted, int threads) {
+    const Cut cut(counted.view({plan.raw, plan.mask, plan.dropped}));
     const Walk walk = with_dtype(plan.dtype, [&](auto t, auto a) {
         using T = decltype(t);
         using A = decltype(a);
@@ -751,14 +804,14 @@ Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const End
         const View<const T> mask{static_cast<const T *>(memory.mask), plan.mask, nullptr};
         const View<T> dropped{static_cast<T *>(memory.dropped), plan.dropped, nullptr};
         const bool dense = cut.dense(plan.raw) && cut.dense(plan.dropped) && (!plan.mask.time || cut.dense(plan.mask));
-        advise(dropped, ends.elements());
+        advise(dropped, counted.elements());
         return with<NONE, OF_DROPPED, OF_RAW>(ar_of(plan), [&](auto ar) {
             return with<false, true>(plan.tar != 0, [&](auto tar) -> Walk {
                 constexpr Ar AR = decltype(ar)::value;
                 constexpr bool TAR = decltype(tar)::value;
-                return [=, &ends](const Item &item) {
+                return [=, &counted](const Item &item) {
                     MaskRows<T> masks(mask, item);
-                    return along_time(item, ends, dense ? merged(item, mask) : 1, true, [&](const Span &span) {
+                    return along_time(item, counted, dense ? merged(item, mask) : 1, true, [&](const Span &span) {
                         const Neighbours<T> rows = rows_of(raw, item.sequence, span);
                         T *out = dropped.row(item.sequence, span.step, span.lane);
                         return span.counts ? drop<A, AR, TAR>(rows, masks.of(span), out, span.lanes)
@@ -768,13 +821,13 @@ Sums dropout_forward(const Dropout &plan, const DropoutMemory &memory, const End
             });
         });
     });
-    return run({{cut, walk}}, ends, threads);
+    return run({{cut, walk}}, counted, threads);
 }
 
 /// Write the gradient of raw.
-void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const Ends &ends, int threads) {
+void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const Counted &counted, int threads) {
     const bool arrived = memory.dropped;
-    const Cut cut(ends.view({plan.raw, plan.mask, arrived ? plan.dropped : plan.raw, plan.grad_raw}));
+    const Cut cut(counted.view({plan.raw, plan.mask, arrived ? plan.dropped : plan.raw, plan.grad_raw}));
     const Walk walk = with_dtype(plan.dtype, [&](auto t, auto a) {
         using T = decltype(t);
         using A = decltype(a);
@@ -784,16 +837,16 @@ void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const En
         const View<T> grad_raw{static_cast<T *>(memory.grad_raw), plan.grad_raw, nullptr};
         const bool dense = cut.dense(plan.raw) && cut.dense(plan.grad_raw) && (!arrived || cut.dense(plan.dropped)) &&
                            (!plan.mask.time || cut.dense(plan.mask));
-        const auto scales = scales_of<A>(plan, ends, memory);
-        advise(grad_raw, ends.elements());
+        const auto scales = scales_of<A>(plan, counted, memory);
+        advise(grad_raw, counted.elements());
         return with<false, true>(arrived, [&](auto arrived_) {
             return with<NONE, OF_DROPPED, OF_RAW>(memory.grad ? ar_of(plan) : NONE, [&](auto ar) {
                 return with<false, true>(memory.grad && plan.tar, [&](auto tar) -> Walk {
                     constexpr bool ARRIVED = decltype(arrived_)::value, TAR = decltype(tar)::value;
                     constexpr Ar AR = decltype(ar)::value;
-                    return [=, &ends](const Item &item) {
+                    return [=, &counted](const Item &item) {
                         MaskRows<T> masks(mask, item);
-                        return along_time(item, ends, dense ? merged(item, mask) : 1, true, [&](const Span &span) {
+                        return along_time(item, counted, dense ? merged(item, mask) : 1, true, [&](const Span &span) {
                             const Neighbours<T> rows = rows_of(raw, item.sequence, span);
                             const T *above = ARRIVED ? grad_dropped.row(item.sequence, span.step, span.lane) : nullptr;
                             T *out = grad_raw.row(item.sequence, span.step, span.lane);
@@ -806,7 +859,7 @@ void dropout_backward(const Dropout &plan, const DropoutMemory &memory, const En
             });
         });
     });
-    run({{cut, walk}}, ends, threads);
+    run({{cut, walk}}, counted, threads);
 }
 
 int64_t bytes_of(int32_t dtype) { return dtype == FLOAT64 ? sizeof(double) : sizeof(float); }
@@ -820,26 +873,26 @@ EXPORT const int64_t structure_sizes[] = {sizeof(Penalty), sizeof(PenaltyMemory)
 
 /// Write the penalty and its terms, and the gradients for the upstream gradient that is expected, if one is given.
 EXPORT void penalty_forward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
-    const Ends ends(plan->steps, plan->sizes, memory->lengths);
-    finish(*plan, ends, penalty(*plan, *memory, ends, true, threads), *memory);
+    const Counted counted(plan->steps, plan->sizes, memory->lengths, memory->valid);
+    finish(*plan, counted, penalty(*plan, *memory, counted, true, threads), *memory);
 }
 
 /// Write the gradients, unless those that a forward wrote are right: `assumed` is null, or has its upstream gradient.
 /// Returns whether it wrote any. Bits are compared, so that 0 is not -0, and NaN is itself.
 EXPORT int penalty_backward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
     if (memory->assumed && !std::memcmp(memory->assumed, memory->grad, bytes_of(plan->compute_dtype))) return 0;
-    const Ends ends(plan->steps, plan->sizes, memory->lengths);
-    penalty(*plan, *memory, ends, false, threads);
+    const Counted counted(plan->steps, plan->sizes, memory->lengths, memory->valid);
+    penalty(*plan, *memory, counted, false, threads);
     return 1;
 }
 
 /// Write `raw * mask`, and the penalty and its terms.
 EXPORT void dropout_forward(const Dropout *plan, const DropoutMemory *memory, int threads) {
-    const Ends ends(plan->steps, plan->sizes, memory->lengths);
-    finish(*plan, ends, dropout_forward(*plan, *memory, ends, threads), *memory);
+    const Counted counted(plan->steps, plan->sizes, memory->lengths, memory->valid);
+    finish(*plan, counted, dropout_forward(*plan, *memory, counted, threads), *memory);
 }
 
 /// Write the gradient of raw, of the gradients of dropped and of the penalty, either of which may be null.
 EXPORT void dropout_backward(const Dropout *plan, const DropoutMemory *memory, int threads) {
-    dropout_backward(*plan, *memory, Ends(plan->steps, plan->sizes, memory->lengths), threads);
+    dropout_backward(*plan, *memory, Counted(plan->steps, plan->sizes, memory->lengths, memory->valid), threads);
 }

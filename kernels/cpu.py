@@ -88,6 +88,10 @@ class DropoutBackward:
         _call(self.function, self.plan, _DropoutMemory, arguments)
 
 
+def marks_of(valid: Tensor) -> None:
+    """Prepare nothing: each launch reads the valid steps themselves."""
+
+
 def reason() -> str | None:
     """Return why the kernels do not run here, or `None`: they do."""
     try:
@@ -166,7 +170,7 @@ class _Dropout(Structure):
     ]
 
 
-_READ_AND_WRITTEN = "lengths", "alpha", "beta", "penalty", "terms"
+_READ_AND_WRITTEN = "lengths", "valid", "alpha", "beta", "penalty", "terms"
 
 
 class _PenaltyMemory(Structure):
@@ -200,10 +204,10 @@ def _described(view: View, sums: Sums) -> tuple[Any, ...]:
 
 
 def _read(values: Values, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Return lengths or batch sizes and the coefficients as C reads them."""
-    lengths, batch_sizes, _, _, alpha, beta = values
+    """Return lengths or batch sizes, valid steps, and the coefficients as C reads them."""
+    lengths, batch_sizes, valid, _, alpha, beta = values
     steps = batch_sizes if lengths is None else lengths.long()
-    return steps, *(None if x is None else x.to(dtype) for x in (alpha, beta))
+    return steps, valid, *(None if x is None else x.to(dtype) for x in (alpha, beta))
 
 
 def _result(dtype: torch.dtype) -> Result:

@@ -15,13 +15,27 @@ from torch import Tensor
 
 from fastreg.kernels.launch import Launch
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, factors, finish
-from fastreg.kernels.tiling import Rows, Tiling, at, ends, load_row, load_rows, place, rounded, store_row, within
+from fastreg.kernels.tiling import (
+    Rows,
+    Tiling,
+    at,
+    ends,
+    load_row,
+    load_rows,
+    load_word,
+    marked,
+    place,
+    rounded,
+    store_row,
+    which,
+    within,
+)
 from fastreg.kernels.view import Result, Sums, Values, View
 
 
 @triton.jit(
     do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
-        *("partials", "ticket", "lengths", "alpha_at", "beta_at"),
+        *("partials", "ticket", "lengths", "marks", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "mask_outer", "mask_time", "dropped_outer", "dropped_time"),
         *("lanes", "inner", "time", "run", "blocks", "items"),
     ]
@@ -35,6 +49,7 @@ def dropout_forward(
     penalty,
     terms,
     lengths,
+    marks,
     alpha_at,
     beta_at,
     raw_outer,
@@ -81,6 +96,7 @@ def dropout_forward(
     penalty              () out in ACC
     terms                (2,) out in ACC: ar and tar
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
+    marks                of `mark_kernel`, which time steps count; None if all do, or those within lengths
     alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner         outer * inner and inner, in units of ALIGN elements
@@ -91,7 +107,7 @@ def dropout_forward(
     AR, TAR              whether each term is on
     AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
     LOCKED               the mask does not differ from time step to time step
-    COUNT                the divisors of the sums are counted from the lengths
+    COUNT                the divisors of the sums are counted, from lengths or in marks
     ACC                  dtype of differences, products and sums
     ALIGN                greatest power of two up to 16 that divides inner and every stride
     INDEX                integer dtype that counts lanes and time steps
@@ -114,32 +130,34 @@ def dropout_forward(
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(tile.start, tile.stop, UNROLL):
-            raws = load_rows(raw_rows, tile, turn, tile.stop, ACC, UNROLL)
+            word = load_word(marks, tile, turn, time, UNROLL)
+            inside = which(tile, None, turn, 0, tile.stop, UNROLL)
+            raws = load_rows(raw_rows, turn, inside, ACC, UNROLL)
             if not LOCKED:
-                masks = load_rows(mask_rows, tile, turn, tile.stop, ACC, UNROLL)
+                masks = load_rows(mask_rows, turn, inside, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
-                inside = within(tile, turn + i, tile.stop)
                 kept = rounded(raws[i] * (scale if LOCKED else masks[i]), dropped.dtype.element_ty)
-                store_row(dropped_rows, turn + i, kept, inside)
-                counts = inside & within(tile, turn + i, last)
+                store_row(dropped_rows, turn + i, kept, inside[i])
+                counts = marked(word, i, inside[i] & within(tile, turn + i, last))
                 if AR:
                     squared = raws[i] if AR_OF_RAW else kept.to(ACC)
                     ar_run += tl.where(counts, squared * squared, 0.0)
                 if TAR:
-                    paired = counts & within(tile, 0, turn + i)
+                    paired = marked(word, i - 1, counts & within(tile, 0, turn + i))
                     change = tl.where(paired, raws[i] - previous, 0.0)
                     tar_run += change * change
                     previous = raws[i]
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
-    extents = Extents(lengths if COUNT else None, lanes // inner, time, inner * ALIGN)
+    extents = Extents(lengths if COUNT else None, marks if COUNT else None, lanes // inner, time, inner * ALIGN)
     finish(ar, tar, Outputs(penalty, terms, False), Scratch(partials, ticket), extents, weights)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("grad", "lengths", "alpha_at", "beta_at", "raw_outer", "raw_time", "mask_outer", "mask_time"),
+        *("grad", "lengths", "marks", "alpha_at", "beta_at"),
+        *("raw_outer", "raw_time", "mask_outer", "mask_time"),
         *("grad_dropped_outer", "grad_dropped_time", "grad_raw_outer", "grad_raw_time"),
         *("lanes", "inner", "time", "run", "blocks", "items"),
     ]
@@ -151,6 +169,7 @@ def dropout_backward(
     grad_dropped,
     grad_raw,
     lengths,
+    marks,
     alpha_at,
     beta_at,
     raw_outer,
@@ -196,6 +215,7 @@ def dropout_backward(
     grad_dropped         (outer, time, inner), or None where dropped has no gradient
     grad_raw             (outer, time, inner) out
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
+    marks                of `mark_kernel`, which time steps count; None if all do, or those within lengths
     alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner         outer * inner and inner, in units of ALIGN elements
@@ -206,7 +226,7 @@ def dropout_backward(
     AR, TAR              whether each term is on
     AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
     LOCKED               the mask does not differ from time step to time step
-    COUNT                the divisors of the sums are counted from the lengths
+    COUNT                the divisors of the sums are counted, from lengths or in marks
     ACC                  dtype of differences and products
     ALIGN                greatest power of two up to 16 that divides inner and every stride
     INDEX                integer dtype that counts lanes and time steps
@@ -214,7 +234,7 @@ def dropout_backward(
     """
     if AR or TAR:
         weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
-        extents = Extents(lengths if COUNT else None, lanes // inner, time, inner * ALIGN)
+        extents = Extents(lengths if COUNT else None, marks if COUNT else None, lanes // inner, time, inner * ALIGN)
         ar_factor, tar_factor = factors(weights, extents, tl.load(grad))
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
@@ -227,42 +247,48 @@ def dropout_backward(
             last = ends(lengths, tile.sequence, tile.present, time, INDEX)
         if grad_dropped is not None:
             grad_dropped_rows = Rows(at(grad_dropped, tile, grad_dropped_outer, ALIGN), grad_dropped_time, None, ALIGN)
+        first = load_word(marks, tile, tile.start, time, UNROLL)
+        there = marked(first, 0, within(tile, tile.start, last))
         if AR or TAR:
             raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, None, ALIGN)
-            there = within(tile, tile.start, last)
             current = load_row(raw_rows, tile.start, there, ACC)
         if TAR:
-            halo = there & within(tile, 0, tile.start)
+            halo = there & marked(first, -1, within(tile, 0, tile.start))
             previous = load_row(raw_rows, tile.start - 1, halo, ACC)
             change_to = tl.where(halo, current - previous, 0.0)
         for turn in range(tile.start, tile.stop, UNROLL):
+            word = load_word(marks, tile, turn, time, UNROLL)
+            inside = which(tile, None, turn, 0, tile.stop, UNROLL)
+            here = which(tile, word, turn, 0, last, UNROLL)
+            ahead = which(tile, word, turn, 1, last, UNROLL)
             if AR or TAR:
-                following = load_rows(raw_rows, tile, turn + 1, last, ACC, UNROLL)
+                following = load_rows(raw_rows, turn + 1, ahead, ACC, UNROLL)
             if not LOCKED:
-                masks = load_rows(mask_rows, tile, turn, tile.stop, ACC, UNROLL)
+                masks = load_rows(mask_rows, turn, inside, ACC, UNROLL)
             if grad_dropped is not None:
-                upstream_rows = load_rows(grad_dropped_rows, tile, turn, tile.stop, ACC, UNROLL)
+                upstream_rows = load_rows(grad_dropped_rows, turn, inside, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
                 gradient = tl.zeros((BLOCK,), ACC)
                 keep = scale if LOCKED else masks[i]
-                counts = within(tile, turn + i, last)
                 if grad_dropped is not None:
                     gradient += upstream_rows[i]
                 if AR and not AR_OF_RAW:
                     ar_gradient = ar_factor * rounded(current * keep, raw.dtype.element_ty).to(ACC)
-                    gradient += tl.where(counts, ar_gradient, 0.0)
+                    gradient += tl.where(here[i], ar_gradient, 0.0)
                 if grad_dropped is not None or (AR and not AR_OF_RAW):  # else 0 * inf would be NaN
                     gradient *= keep
                 if AR and AR_OF_RAW:
-                    gradient += tl.where(counts, ar_factor * current, 0.0)
+                    gradient += tl.where(here[i], ar_factor * current, 0.0)
                 if TAR:
-                    paired = within(tile, turn + i + 1, last)
+                    paired = ahead[i]
+                    if marks is not None:
+                        paired &= here[i]
                     change_from = tl.where(paired, following[i] - current, 0.0)
-                    gradient += tl.where(counts, tar_factor * (change_to - change_from), 0.0)
+                    gradient += tl.where(here[i], tar_factor * (change_to - change_from), 0.0)
                     change_to = change_from
                 if AR or TAR:
                     current = following[i]
-                store_row(grad_raw_rows, turn + i, gradient, within(tile, turn + i, tile.stop))
+                store_row(grad_raw_rows, turn + i, gradient, inside[i])
 
 
 class DropoutForward:
@@ -287,8 +313,7 @@ class DropoutForward:
             values: lengths and coefficients, those that all calls have; rows are never packed.
         """
         penalty, terms, partials, ticket = self.memory.allocate(None)
-        lengths, _, _, _, alpha, beta = values
-        self.launch(*tensors, partials, ticket, penalty, terms, lengths, alpha, beta)
+        self.launch(*tensors, partials, ticket, penalty, terms, *_read(values))
         return Result(penalty, terms, None)
 
 
@@ -312,8 +337,13 @@ class DropoutBackward:
             tensors: raw, mask, the gradient of dropped, and memory for that of raw, as in the view.
             values: those of the forward.
         """
-        lengths, _, _, _, alpha, beta = values
-        self.launch(grad, *tensors, lengths, alpha, beta)
+        self.launch(grad, *tensors, *_read(values))
+
+
+def _read(values: Values) -> tuple[Tensor | None, ...]:
+    """Return what both kernels read of time steps and coefficients, from lengths to beta."""
+    lengths, _, _, marks, alpha, beta = values
+    return lengths, marks, alpha, beta
 
 
 def _constants(view: View, sums: Sums) -> dict[str, bool]:

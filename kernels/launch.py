@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.tiling import UNROLL, Tiling
+from fastreg.kernels.reduction import mark_kernel
+from fastreg.kernels.tiling import UNROLL, WARPS, Tiling, ceil_div
 from fastreg.kernels.view import Sums
 
 
@@ -51,6 +52,17 @@ class Launch:
             self.compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
         else:
             self.compiled[self.grid](*tensors, *self.rest)
+
+
+def marks_of(valid: Tensor) -> Tensor:
+    """Prepare valid steps, `(sequences, time)` bool, for all launches on their device: see `mark_kernel`."""
+    sequences, time = valid.shape
+    words = sequences * ceil_div(time, UNROLL)
+    marks = torch.empty_strided((2 + ceil_div(words, 8),), (1,), dtype=torch.int64, device=valid.device)
+    options = {"CHUNK": 2048, "UNROLL": UNROLL, "num_warps": 4 * WARPS, "enable_fp_fusion": True}
+    with torch.accelerator.device_index(valid.device.index):
+        mark_kernel[(1,)](valid.view(torch.int8), marks, sequences, time, **options)
+    return marks
 
 
 def table_of(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,20 @@ from torch import Tensor
 from fastreg.kernels.launch import Launch, table_of
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, factors, finish
 from fastreg.kernels.streams import PerStream
-from fastreg.kernels.tiling import Rows, Tiling, at, ends, load_row, load_rows, place, store_row, within
+from fastreg.kernels.tiling import (
+    Rows,
+    Tiling,
+    at,
+    ends,
+    load_row,
+    load_rows,
+    load_word,
+    marked,
+    place,
+    store_row,
+    which,
+    within,
+)
 from fastreg.kernels.view import Result, Sums, Values, View
 
 EXPECTED = {dtype: PerStream(dtype, 1) for dtype in (torch.float32, torch.float64)}
@@ -20,7 +33,7 @@ EXPECTED = {dtype: PerStream(dtype, 1) for dtype in (torch.float32, torch.float6
 
 @triton.jit(
     do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
-        *("grad", "expected", "partials", "ticket", "lengths", "offsets", "alpha_at", "beta_at"),
+        *("grad", "expected", "partials", "ticket", "lengths", "offsets", "marks", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "dropped_outer", "dropped_time"),
         *("grad_raw_outer", "grad_raw_time", "grad_dropped_outer", "grad_dropped_time"),
         *("lanes", "inner", "time", "run", "blocks", "items"),
@@ -39,6 +52,7 @@ def penalty_kernel(
     terms,
     lengths,
     offsets,
+    marks,
     alpha_at,
     beta_at,
     raw_outer,
@@ -101,6 +115,7 @@ def penalty_kernel(
     terms                   (2,) out in ACC: ar and tar
     lengths                 (outer,) integers, how many time steps of a sequence count; None if all do
     offsets                 (1 + time + UNROLL,) int64, None unless packed: `1 + step` has the row where a step begins
+    marks                   of `mark_kernel`, which time steps count; None if all do, or those within lengths
     alpha_at, beta_at       () coefficients that take the place of alpha and beta, or None
     *_outer, *_time         strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner            outer * inner and inner, in units of ALIGN elements
@@ -111,7 +126,7 @@ def penalty_kernel(
     AR_OF_RAW               AR is that of raw, and dropped is None
     BY_AR, BY_TAR           whether each term has a gradient; one that is only measured has none
     ADDS                    the penalty and its terms are added to what is there
-    COUNT                   the divisors of the sums are counted from the lengths
+    COUNT                   the divisors of the sums are counted, from lengths or in marks
     ACC                     dtype of differences, products and sums
     ALIGN                   greatest power of two up to 16 that divides inner and every stride
     INDEX                   integer dtype that counts lanes and time steps
@@ -121,7 +136,8 @@ def penalty_kernel(
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
     sequences = lanes // inner
     counted = lengths if COUNT else None
-    padded: tl.constexpr = lengths is not None and offsets is None
+    counts = marks if COUNT else None
+    padded: tl.constexpr = (lengths is not None and offsets is None) or marks is not None
     if WRITE:
         upstream = tl.load(grad)
         if partials is not None:
@@ -136,7 +152,8 @@ def penalty_kernel(
                 sequences *= differs
         if not SUM:
             tl.store(expected, upstream, mask=program == 0)
-        ar_factor, tar_factor = factors(weights, Extents(counted, sequences, time, inner * ALIGN), upstream)
+        extents = Extents(counted, counts, sequences, time, inner * ALIGN)
+        ar_factor, tar_factor = factors(weights, extents, upstream)
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
     for item in range(program, items, tl.num_programs(0)):
@@ -148,10 +165,11 @@ def penalty_kernel(
             if not (WRITE and padded):  # there is no padding to fill
                 stop = tl.minimum(stop, tl.max(last))
         seen = last if WRITE else tl.minimum(last, tile.stop)  # only gradients need the row behind a run
+        first = load_word(marks, tile, tile.start, time, UNROLL)
         if raw is not None:
             raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, offsets, ALIGN)
-            there = within(tile, tile.start, last)
-            halo = there & within(tile, 0, tile.start)
+            there = marked(first, 0, within(tile, tile.start, last))
+            halo = there & marked(first, -1, within(tile, 0, tile.start))
             current = load_row(raw_rows, tile.start, there, ACC)
             change_to = tl.where(halo, current - load_row(raw_rows, tile.start - 1, halo, ACC), 0.0)
         if dropped is not None:
@@ -164,15 +182,19 @@ def penalty_kernel(
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(tile.start, stop, UNROLL):
+            word = load_word(marks, tile, turn, time, UNROLL)
+            here = which(tile, word, turn, 0, last, UNROLL)
+            ahead = which(tile, word, turn, 1, seen, UNROLL)
             if raw is not None:
-                following = load_rows(raw_rows, tile, turn + 1, seen, ACC, UNROLL)
+                following = load_rows(raw_rows, turn + 1, ahead, ACC, UNROLL)
             if dropped is not None:
-                kept = load_rows(dropped_rows, tile, turn, last, ACC, UNROLL)
+                kept = load_rows(dropped_rows, turn, here, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
-                counts = within(tile, turn + i, last)
-                inside = within(tile, turn + i, time) if padded else counts
+                inside = within(tile, turn + i, time) if padded else here[i]
                 if raw is not None:
-                    paired = within(tile, turn + i + 1, seen)
+                    paired = ahead[i]
+                    if marks is not None:
+                        paired &= here[i]
                     change_from = tl.where(paired, following[i] - current, 0.0)
                     if SUM:
                         tar_run += change_to * change_to
@@ -186,7 +208,7 @@ def penalty_kernel(
                         else:
                             gradient = ar_factor * current
                         if padded:  # exactly 0 in padding, even where the factor is inf or NaN
-                            gradient = tl.where(counts, gradient, 0.0)
+                            gradient = tl.where(here[i], gradient, 0.0)
                         store_row(grad_raw_rows, turn + i, gradient, inside)
                     change_to = change_from
                     current = following[i]
@@ -196,13 +218,13 @@ def penalty_kernel(
                     if grad_dropped is not None:
                         gradient = ar_factor * kept[i]
                         if padded:
-                            gradient = tl.where(counts, gradient, 0.0)
+                            gradient = tl.where(here[i], gradient, 0.0)
                         store_row(grad_dropped_rows, turn + i, gradient, inside)
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
     if SUM:
         outputs = Outputs(penalty, terms, ADDS)
-        extents = Extents(counted, sequences, time, inner * ALIGN)
+        extents = Extents(counted, counts, sequences, time, inner * ALIGN)
         finish(ar, tar, outputs, Scratch(partials, ticket), extents, weights)
 
 
@@ -281,9 +303,9 @@ def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) 
 
 
 def _steps(values: Values, device: torch.device) -> tuple[Tensor | None, ...]:
-    """Return what the kernel reads of time steps and coefficients, on the device: lengths, offsets, alpha, beta."""
-    lengths, batch_sizes, _, _, alpha, beta = values
-    if batch_sizes is None:
-        return lengths, None, alpha, beta
-    offsets, lengths = table_of(batch_sizes, device)
-    return lengths, offsets, alpha, beta
+    """Return what the kernel reads of time steps and coefficients, on the device, from lengths to beta."""
+    lengths, batch_sizes, _, marks, alpha, beta = values
+    offsets = None
+    if batch_sizes is not None:
+        offsets, lengths = table_of(batch_sizes, device)
+    return lengths, offsets, marks, alpha, beta

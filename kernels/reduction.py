@@ -40,12 +40,17 @@ class Scratch(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """What divisors are counted from, inside a kernel: lengths, how many, time steps in all, and the hidden size.
+    """What divisors are counted from, inside a kernel; nothing where they are given.
 
-    The lengths are None where the divisors are given.
+    lengths    (sequences,) time steps that count, or None
+    marks      of `mark_kernel`, which has counted, or None
+    sequences  how many
+    time       time steps in all
+    hidden     elements a time step of a sequence
     """
 
     lengths: Any
+    marks: Any
     sequences: Any
     time: Any
     hidden: Any
@@ -81,7 +86,7 @@ def coefficients(weights, dtype: tl.constexpr):
 
 @triton.jit
 def scales(weights, extents):
-    """Return one over the divisors of AR and of TAR, float64: as given, or counted from lengths."""
+    """Return one over the divisors of AR and of TAR, float64: as given, or counted from lengths or in marks."""
     ar_scale = tl.full((), weights.ar_scale, tl.float64)
     tar_scale = tl.full((), weights.tar_scale, tl.float64)
     if extents.lengths is not None:
@@ -95,7 +100,48 @@ def scales(weights, extents):
             pairs += tl.maximum(length - 1, 0)
         ar_scale = one_over(tl.sum(steps) * extents.hidden)
         tar_scale = one_over(tl.sum(pairs) * extents.hidden)
+    if extents.marks is not None:
+        ar_scale = one_over(tl.load(extents.marks) * extents.hidden)
+        tar_scale = one_over(tl.load(extents.marks + 1) * extents.hidden)
     return ar_scale, tar_scale
+
+
+@triton.jit(do_not_specialize=["sequences", "time"])
+def mark_kernel(valid, marks, sequences, time, CHUNK: tl.constexpr, UNROLL: tl.constexpr):
+    """Prepare valid steps for other kernels, in one program: a word for each turn of their loops, and what counts.
+
+        bit k of words[s, j] = valid[s, UNROLL * j + k - 1], for k from 0 to UNROLL + 1
+        marks[0] = sum of valid[s, t], marks[1] = sum over t > 0 of valid[s, t] * valid[s, t - 1]
+
+    valid            (sequences, time) int8, 0 or 1
+    marks            (2,) int64 out, and behind it the words, uint8
+    sequences, time  extents
+    CHUNK            words that are formed at once
+    UNROLL           time steps that one turn loads
+    """
+    columns = tl.arange(0, CHUNK)
+    steps = tl.zeros((CHUNK,), tl.int32)
+    pairs = tl.zeros((CHUNK,), tl.int32)
+    turns = tl.cdiv(time, UNROLL)
+    words = (marks + 2).to(tl.pointer_type(tl.uint8), bitcast=True)
+    for first in range(0, tl.cast(sequences, tl.int64) * turns, CHUNK):
+        number = first + columns
+        sequence = number // turns
+        step = number % turns * UNROLL - 1
+        word = tl.zeros((CHUNK,), tl.int32)
+        before = tl.zeros((CHUNK,), tl.int32)
+        for k in tl.static_range(UNROLL + 2):
+            there = (sequence < sequences) & (step >= 0) & (step < time)
+            now = tl.load(valid + sequence * time + step, mask=there, other=0).to(tl.int32)
+            word |= now << k
+            if k > 0 and k <= UNROLL:
+                steps += now
+                pairs += now & before
+            before = now
+            step += 1
+        tl.store(words + number, word.to(tl.uint8), mask=sequence < sequences)
+    tl.store(marks, tl.sum(steps.to(tl.int64)))
+    tl.store(marks + 1, tl.sum(pairs.to(tl.int64)))
 
 
 @triton.jit

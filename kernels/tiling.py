@@ -95,20 +95,48 @@ def within(tile, step, stop):
 
 
 @triton.jit
+def load_word(marks, tile, turn, time, UNROLL: tl.constexpr):
+    """Load the marks of each lane's sequence for a turn of the loop, (BLOCK,); None if there are no marks."""
+    word = None
+    if marks is not None:
+        words = (marks + 2).to(tl.pointer_type(tl.uint8), bitcast=True)
+        sequence = tl.where(tile.present, tile.sequence, 0)  # a load that needs no mask is no branch on AMD
+        word = tl.load(words + sequence * tl.cdiv(time, UNROLL) + turn // UNROLL).to(tl.int32)
+    return word
+
+
+@triton.jit
+def marked(word, i: tl.constexpr, there):
+    """Tell which lanes that are `there` are marked at time step `i` of a turn; all of them if there are no marks."""
+    if word is not None:
+        there &= ((word >> (i + 1)) & 1) != 0
+    return there
+
+
+@triton.jit
+def which(tile, word, turn, OFFSET: tl.constexpr, stop, UNROLL: tl.constexpr):
+    """Tell which lanes count at the UNROLL time steps from `turn + OFFSET` on, each (BLOCK,): none from `stop` on."""
+    found = ()
+    for i in tl.static_range(OFFSET, OFFSET + UNROLL):
+        found += (marked(word, i, within(tile, turn + i, stop)),)
+    return found
+
+
+@triton.jit
 def load_row(rows, step, there, ACC: tl.constexpr):
     """Load one row, (BLOCK,) in ACC, with 0 where not `there`."""
     return tl.load(row(rows, step), mask=there, other=0.0).to(ACC)
 
 
 @triton.jit
-def load_rows(rows, tile, first, stop, ACC: tl.constexpr, UNROLL: tl.constexpr):
-    """Load UNROLL rows from time step `first` on, each (BLOCK,) in ACC, with 0 from `stop` on.
+def load_rows(rows, first, there, ACC: tl.constexpr, UNROLL: tl.constexpr):
+    """Load UNROLL rows from time step `first` on, each (BLOCK,) in ACC, with 0 where not `there`, of each row.
 
     All are asked for before the first is used: no store in between keeps the compiler from it.
     """
     loaded = ()
     for i in tl.static_range(UNROLL):
-        loaded += (load_row(rows, first + i, within(tile, first + i, stop), ACC),)
+        loaded += (load_row(rows, first + i, there[i], ACC),)
     return loaded
 
 

@@ -64,14 +64,14 @@ class Values(NamedTuple):
     lengths      (outer,) integers on the device of the activations: how many time steps of a sequence count
     batch_sizes  (time,) int64 on the CPU, those of packed rows
     valid        (outer, time) contiguous bool on the device of the activations: which time steps count
-    counts       what a backend has counted of valid, if it wants to
+    marks        what a backend's `marks_of` has made of valid
     alpha, beta  () coefficients in a floating-point dtype, on the device of the activations
     """
 
     lengths: Tensor | None = None
     batch_sizes: Tensor | None = None
     valid: Tensor | None = None
-    counts: Tensor | None = None
+    marks: Tensor | None = None
     alpha: Tensor | None = None
     beta: Tensor | None = None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from bench.stand_in import StandInDriver
@@ -86,12 +87,16 @@ def run_dropout(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), batch
     torch.autograd.backward([dropped, got], [torch.ones_like(raw), torch.ones_like(got)])
 
 
-def run_padded(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+def run_padded(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), **steps: Tensor) -> None:
+    steps = steps or {"lengths": torch.full((shape[0],), shape[1] // 2)}
     raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2))
-    lengths = torch.full((shape[0],), shape[1] // 2)
-    fused_ar_tar(raw, dropped, 2.0, 1.0, lengths=lengths).backward()
-    out, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=lengths)
+    fused_ar_tar(raw, dropped, 2.0, 1.0, **steps).backward()
+    out, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, **steps)
     torch.autograd.backward([out, got], [torch.ones_like(raw), torch.ones_like(got)])
+
+
+def run_marked(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+    run_padded(dtype, shape, valid=torch.ones(shape[:2], dtype=torch.bool))
 
 
 def run_packed(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
@@ -134,12 +139,12 @@ def test_wide_loads_and_no_spills_with_dropout(target: Any, dtype: torch.dtype, 
     assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 1, tiling.UNROLL)
 
 
-@pytest.mark.parametrize("run_ragged", [run_padded, run_packed])
+@pytest.mark.parametrize("run_ragged", [run_padded, run_packed, run_marked])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-def test_wide_loads_and_no_spills_with_lengths(
+def test_wide_loads_and_no_spills_where_not_all_steps_count(
     target: Any, dtype: torch.dtype, run_ragged: Callable[[torch.dtype], None], tmp_path: Path
 ) -> None:
-    """Beside the lengths, and where each step's rows begin, no more and no narrower loads than without."""
+    """Beside lengths, marks, and where each step's rows begin, no more and no narrower loads than without."""
     run_ragged(dtype)
     rows = 2 * tiling.UNROLL
     (forward,), (backward,) = compiled_penalty()
@@ -147,7 +152,7 @@ def test_wide_loads_and_no_spills_with_lengths(
     most_spilled = 16 if OLDEST and dtype == BF16 and run_ragged is run_padded else 0
     assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 40, rows, most_spilled)
     assert_accesses(backward, tmp_path, rows + 2, 40, rows)
-    if run_ragged is run_padded:
+    if run_ragged is not run_packed:
         (forward,), (backward,) = map(compiled, DROPOUT)
         assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS + 30, tiling.UNROLL)
         assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 30, tiling.UNROLL)
@@ -195,6 +200,9 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
     for time in range(2, 101, 7):
         run_packed(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
     assert counts() == [3, 3, 2, 2]
+    for time in range(2, 101, 7):
+        run_marked(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
+    assert counts() == [4, 4, 3, 3]
 
 
 def counts() -> list[int]:
