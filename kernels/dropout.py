@@ -19,15 +19,14 @@ from fastreg.kernels.tiling import (
     Rows,
     Tiling,
     at,
+    counts_at,
     ends,
     load_row,
     load_rows,
     load_word,
-    marked,
     place,
     rounded,
     store_row,
-    which,
     within,
 )
 from fastreg.kernels.view import Result, Sums, Values, View
@@ -131,19 +130,21 @@ def dropout_forward(
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(tile.start, tile.stop, UNROLL):
             word = load_word(marks, tile, turn, time, UNROLL)
-            inside = which(tile, None, turn, 0, tile.stop, UNROLL)
-            raws = load_rows(raw_rows, turn, inside, ACC, UNROLL)
+            raws = load_rows(raw_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
             if not LOCKED:
-                masks = load_rows(mask_rows, turn, inside, ACC, UNROLL)
+                masks = load_rows(mask_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
+                inside = within(tile, turn + i, tile.stop)
                 kept = rounded(raws[i] * (scale if LOCKED else masks[i]), dropped.dtype.element_ty)
-                store_row(dropped_rows, turn + i, kept, inside[i])
-                counts = marked(word, i, inside[i] & within(tile, turn + i, last))
+                store_row(dropped_rows, turn + i, kept, inside)
+                counts = inside & counts_at(tile, word, turn, i, last)
                 if AR:
                     squared = raws[i] if AR_OF_RAW else kept.to(ACC)
                     ar_run += tl.where(counts, squared * squared, 0.0)
                 if TAR:
-                    paired = marked(word, i - 1, counts & within(tile, 0, turn + i))
+                    paired = counts & within(tile, 0, turn + i)
+                    if marks is not None:
+                        paired &= counts_at(tile, word, turn, i - 1, last)
                     change = tl.where(paired, raws[i] - previous, 0.0)
                     tar_run += change * change
                     previous = raws[i]
@@ -248,47 +249,47 @@ def dropout_backward(
         if grad_dropped is not None:
             grad_dropped_rows = Rows(at(grad_dropped, tile, grad_dropped_outer, ALIGN), grad_dropped_time, None, ALIGN)
         first = load_word(marks, tile, tile.start, time, UNROLL)
-        there = marked(first, 0, within(tile, tile.start, last))
+        there = counts_at(tile, first, tile.start, 0, last)
         if AR or TAR:
             raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, None, ALIGN)
             current = load_row(raw_rows, tile.start, there, ACC)
         if TAR:
-            halo = there & marked(first, -1, within(tile, 0, tile.start))
+            halo = there & within(tile, 0, tile.start)
+            if marks is not None:
+                halo &= counts_at(tile, first, tile.start, -1, last)
             previous = load_row(raw_rows, tile.start - 1, halo, ACC)
             change_to = tl.where(halo, current - previous, 0.0)
         for turn in range(tile.start, tile.stop, UNROLL):
             word = load_word(marks, tile, turn, time, UNROLL)
-            inside = which(tile, None, turn, 0, tile.stop, UNROLL)
-            here = which(tile, word, turn, 0, last, UNROLL)
-            ahead = which(tile, word, turn, 1, last, UNROLL)
             if AR or TAR:
-                following = load_rows(raw_rows, turn + 1, ahead, ACC, UNROLL)
+                following = load_rows(raw_rows, tile, word, turn, 1, last, ACC, UNROLL)
             if not LOCKED:
-                masks = load_rows(mask_rows, turn, inside, ACC, UNROLL)
+                masks = load_rows(mask_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
             if grad_dropped is not None:
-                upstream_rows = load_rows(grad_dropped_rows, turn, inside, ACC, UNROLL)
+                upstream_rows = load_rows(grad_dropped_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
                 gradient = tl.zeros((BLOCK,), ACC)
                 keep = scale if LOCKED else masks[i]
+                counts = counts_at(tile, word, turn, i, last)
                 if grad_dropped is not None:
                     gradient += upstream_rows[i]
                 if AR and not AR_OF_RAW:
                     ar_gradient = ar_factor * rounded(current * keep, raw.dtype.element_ty).to(ACC)
-                    gradient += tl.where(here[i], ar_gradient, 0.0)
+                    gradient += tl.where(counts, ar_gradient, 0.0)
                 if grad_dropped is not None or (AR and not AR_OF_RAW):  # else 0 * inf would be NaN
                     gradient *= keep
                 if AR and AR_OF_RAW:
-                    gradient += tl.where(here[i], ar_factor * current, 0.0)
+                    gradient += tl.where(counts, ar_factor * current, 0.0)
                 if TAR:
-                    paired = ahead[i]
+                    paired = counts_at(tile, word, turn, i + 1, last)
                     if marks is not None:
-                        paired &= here[i]
+                        paired &= counts
                     change_from = tl.where(paired, following[i] - current, 0.0)
-                    gradient += tl.where(here[i], tar_factor * (change_to - change_from), 0.0)
+                    gradient += tl.where(counts, tar_factor * (change_to - change_from), 0.0)
                     change_to = change_from
                 if AR or TAR:
                     current = following[i]
-                store_row(grad_raw_rows, turn + i, gradient, inside[i])
+                store_row(grad_raw_rows, turn + i, gradient, within(tile, turn + i, tile.stop))
 
 
 class DropoutForward:

@@ -16,14 +16,13 @@ from fastreg.kernels.tiling import (
     Rows,
     Tiling,
     at,
+    counts_at,
     ends,
     load_row,
     load_rows,
     load_word,
-    marked,
     place,
     store_row,
-    which,
     within,
 )
 from fastreg.kernels.view import Result, Sums, Values, View
@@ -136,7 +135,7 @@ def penalty_kernel(
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
     sequences = lanes // inner
     counted = lengths if COUNT else None
-    counts = marks if COUNT else None
+    tallies = marks if COUNT else None
     padded: tl.constexpr = (lengths is not None and offsets is None) or marks is not None
     if WRITE:
         upstream = tl.load(grad)
@@ -152,7 +151,7 @@ def penalty_kernel(
                 sequences *= differs
         if not SUM:
             tl.store(expected, upstream, mask=program == 0)
-        extents = Extents(counted, counts, sequences, time, inner * ALIGN)
+        extents = Extents(counted, tallies, sequences, time, inner * ALIGN)
         ar_factor, tar_factor = factors(weights, extents, upstream)
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
@@ -168,8 +167,10 @@ def penalty_kernel(
         first = load_word(marks, tile, tile.start, time, UNROLL)
         if raw is not None:
             raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, offsets, ALIGN)
-            there = marked(first, 0, within(tile, tile.start, last))
-            halo = there & marked(first, -1, within(tile, 0, tile.start))
+            there = counts_at(tile, first, tile.start, 0, last)
+            halo = there & within(tile, 0, tile.start)
+            if marks is not None:
+                halo &= counts_at(tile, first, tile.start, -1, last)
             current = load_row(raw_rows, tile.start, there, ACC)
             change_to = tl.where(halo, current - load_row(raw_rows, tile.start - 1, halo, ACC), 0.0)
         if dropped is not None:
@@ -183,18 +184,17 @@ def penalty_kernel(
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(tile.start, stop, UNROLL):
             word = load_word(marks, tile, turn, time, UNROLL)
-            here = which(tile, word, turn, 0, last, UNROLL)
-            ahead = which(tile, word, turn, 1, seen, UNROLL)
             if raw is not None:
-                following = load_rows(raw_rows, turn + 1, ahead, ACC, UNROLL)
+                following = load_rows(raw_rows, tile, word, turn, 1, seen, ACC, UNROLL)
             if dropped is not None:
-                kept = load_rows(dropped_rows, turn, here, ACC, UNROLL)
+                kept = load_rows(dropped_rows, tile, word, turn, 0, last, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
-                inside = within(tile, turn + i, time) if padded else here[i]
+                counts = counts_at(tile, word, turn, i, last)
+                inside = within(tile, turn + i, time) if padded else counts
                 if raw is not None:
-                    paired = ahead[i]
+                    paired = counts_at(tile, word, turn, i + 1, seen)
                     if marks is not None:
-                        paired &= here[i]
+                        paired &= counts
                     change_from = tl.where(paired, following[i] - current, 0.0)
                     if SUM:
                         tar_run += change_to * change_to
@@ -208,7 +208,7 @@ def penalty_kernel(
                         else:
                             gradient = ar_factor * current
                         if padded:  # exactly 0 in padding, even where the factor is inf or NaN
-                            gradient = tl.where(here[i], gradient, 0.0)
+                            gradient = tl.where(counts, gradient, 0.0)
                         store_row(grad_raw_rows, turn + i, gradient, inside)
                     change_to = change_from
                     current = following[i]
@@ -218,13 +218,13 @@ def penalty_kernel(
                     if grad_dropped is not None:
                         gradient = ar_factor * kept[i]
                         if padded:
-                            gradient = tl.where(here[i], gradient, 0.0)
+                            gradient = tl.where(counts, gradient, 0.0)
                         store_row(grad_dropped_rows, turn + i, gradient, inside)
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
     if SUM:
         outputs = Outputs(penalty, terms, ADDS)
-        extents = Extents(counted, counts, sequences, time, inner * ALIGN)
+        extents = Extents(counted, tallies, sequences, time, inner * ALIGN)
         finish(ar, tar, outputs, Scratch(partials, ticket), extents, weights)
 
 

@@ -100,26 +100,19 @@ def load_word(marks, tile, turn, time, UNROLL: tl.constexpr):
     word = None
     if marks is not None:
         words = (marks + 2).to(tl.pointer_type(tl.uint8), bitcast=True)
-        sequence = tl.where(tile.present, tile.sequence, 0)  # a load that needs no mask is no branch on AMD
-        word = tl.load(words + sequence * tl.cdiv(time, UNROLL) + turn // UNROLL).to(tl.int32)
+        # A load that needs no mask is no branch on AMD, and pointers would take twice the registers of numbers.
+        sequence = tl.where(tile.present, tile.sequence, 0).to(tile.start.dtype)
+        word = tl.load(words + (sequence * tl.cdiv(time, UNROLL) + turn // UNROLL)).to(tl.int32)
     return word
 
 
 @triton.jit
-def marked(word, i: tl.constexpr, there):
-    """Tell which lanes that are `there` are marked at time step `i` of a turn; all of them if there are no marks."""
+def counts_at(tile, word, turn, i: tl.constexpr, stop):
+    """Tell which lanes count at time step `turn + i`, (BLOCK,): there, before `stop`, and marked if there are marks."""
+    there = within(tile, turn + i, stop)
     if word is not None:
         there &= ((word >> (i + 1)) & 1) != 0
     return there
-
-
-@triton.jit
-def which(tile, word, turn, OFFSET: tl.constexpr, stop, UNROLL: tl.constexpr):
-    """Tell which lanes count at the UNROLL time steps from `turn + OFFSET` on, each (BLOCK,): none from `stop` on."""
-    found = ()
-    for i in tl.static_range(OFFSET, OFFSET + UNROLL):
-        found += (marked(word, i, within(tile, turn + i, stop)),)
-    return found
 
 
 @triton.jit
@@ -129,14 +122,14 @@ def load_row(rows, step, there, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, first, there, ACC: tl.constexpr, UNROLL: tl.constexpr):
-    """Load UNROLL rows from time step `first` on, each (BLOCK,) in ACC, with 0 where not `there`, of each row.
+def load_rows(rows, tile, word, turn, OFFSET: tl.constexpr, stop, ACC: tl.constexpr, UNROLL: tl.constexpr):
+    """Load UNROLL rows from time step `turn + OFFSET` on, each (BLOCK,) in ACC, with 0 where lanes do not count.
 
     All are asked for before the first is used: no store in between keeps the compiler from it.
     """
     loaded = ()
-    for i in tl.static_range(UNROLL):
-        loaded += (load_row(rows, first + i, there[i], ACC),)
+    for i in tl.static_range(OFFSET, OFFSET + UNROLL):
+        loaded += (load_row(rows, turn + i, counts_at(tile, word, turn, i, stop), ACC),)
     return loaded
 
 
