@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.problem import ARTAR
-from tests.conftest import gpu, skip_on_formula
+from tests.conftest import INTERPRETED, gpu, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 from tests.test_padding import ALPHA, BETA, LAYOUTS, assert_gradient, assert_terms, exact
 
@@ -21,15 +21,16 @@ MASKS: dict[str, list[str]] = {  # a row a sequence, x for each step that counts
     "padding on the left": ["..xxxxx", "xxxxxxx", "......x", "....xxx"],
     "padding on both sides": [".xx....", "....xx.", "xx.....", ".xxxxx."],
     "holes": ["xx.xx.x", "x.x.x.x", ".xx..xx", "x......"],
-    "burn-in": [".....xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"] * 3,
+    "burn-in": [".....xxxxxxxxxxxx"] * 2,
     "nothing": ["....", "...."],
     "all": ["xxxxxxxxx"] * 3,
     "one step": ["x", ".", "x"],
     "one row": ["xx.xxx...x"],
-    "documents": ["x" * 19 + "." + "x" * 20 + ".." + "x" * 28, "." * 40 + "x" * 30, "x.." * 23 + "x", "x" * 70],
-    "many": [f"{n * 2654435761 % 2**16:016b}".replace("0", ".").replace("1", "x") for n in range(70)],
+    "several runs": ["x" * 19 + "." + "x" * 20, "." * 20 + "x" * 20, "xx." * 13 + "x"],  # a run has 20 steps
+    "many": [f"{n * 2654435761 % 2**5:05b}".replace("0", ".").replace("1", "x") for n in range(20)],
 }
-by_mask = pytest.mark.parametrize("mask", MASKS)
+# The interpreter takes seconds a case. Other masks run there as compiled code does, by tests.ptx.
+by_mask = pytest.mark.parametrize("mask", ["holes", "several runs"] if INTERPRETED else MASKS)
 
 
 def marks(mask: str, device: str = "cpu") -> Tensor:
@@ -145,7 +146,7 @@ def test_dropout(mask: str, full: bool, batch_first: bool, dtype: torch.dtype, d
     """What does not count is dropped out like the rest, and has the gradient of what it was dropped to alone."""
     valid = marks(mask, device)
     raw = torch.randn(*valid.shape, 12, device=device).to(dtype)
-    kept = torch.randn(len(raw), raw.shape[1] if full else 1, 12, device=device).to(dtype)
+    kept = (torch.rand(len(raw), raw.shape[1] if full else 1, 12, device=device) > 0.5).to(dtype) * 2  # exact products
     x, keep = ((v if batch_first else v.transpose(0, 1).contiguous()) for v in (raw, kept))
     x.requires_grad_()
     dropped, got = fused_dropout_ar_tar(
@@ -153,10 +154,7 @@ def test_dropout(mask: str, full: bool, batch_first: bool, dtype: torch.dtype, d
     )
     assert torch.equal(dropped, x * keep)
     wanted = exact(raw)
-    rounded = (raw * kept).double()
     product = wanted * kept.double()
-    # Values are those of the rounded product; the gradient passes through as if it had not been rounded.
-    product = product + (rounded - product).detach()
     want = truth(wanted, product, valid)
     assert_terms(got, want, dtype)
     upstream = torch.randn_like(dropped)
