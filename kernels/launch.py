@@ -57,8 +57,7 @@ class Launch:
 def marks_of(valid: Tensor) -> Tensor:
     """Prepare valid steps, `(sequences, time)` bool, for all launches on their device: see `mark_kernel`."""
     sequences, time = valid.shape
-    words = sequences * ceil_div(time, UNROLL)
-    marks = torch.empty_strided((2 + ceil_div(words, 8),), (1,), dtype=torch.int64, device=valid.device)
+    marks = torch.empty(16 + sequences * ceil_div(time, UNROLL), dtype=torch.uint8, device=valid.device)
     options = {"CHUNK": 2048, "UNROLL": UNROLL, "num_warps": 4 * WARPS, "enable_fp_fusion": True}
     with torch.accelerator.device_index(valid.device.index):
         mark_kernel[(1,)](valid.view(torch.int8), marks, sequences, time, **options)

@@ -101,8 +101,9 @@ def scales(weights, extents):
         ar_scale = one_over(tl.sum(steps) * extents.hidden)
         tar_scale = one_over(tl.sum(pairs) * extents.hidden)
     if extents.marks is not None:
-        ar_scale = one_over(tl.load(extents.marks) * extents.hidden)
-        tar_scale = one_over(tl.load(extents.marks + 1) * extents.hidden)
+        counts = extents.marks.to(tl.pointer_type(tl.int64), bitcast=True)
+        ar_scale = one_over(tl.load(counts) * extents.hidden)
+        tar_scale = one_over(tl.load(counts + 1) * extents.hidden)
     return ar_scale, tar_scale
 
 
@@ -110,11 +111,11 @@ def scales(weights, extents):
 def mark_kernel(valid, marks, sequences, time, CHUNK: tl.constexpr, UNROLL: tl.constexpr):
     """Prepare valid steps for other kernels, in one program: a word for each turn of their loops, and what counts.
 
+        counts = sum of valid[s, t], sum over t > 0 of valid[s, t] * valid[s, t - 1]
         bit k of words[s, j] = valid[s, UNROLL * j + k - 1], for k from 0 to UNROLL + 1
-        marks[0] = sum of valid[s, t], marks[1] = sum over t > 0 of valid[s, t] * valid[s, t - 1]
 
     valid            (sequences, time) int8, 0 or 1
-    marks            (2,) int64 out, and behind it the words, uint8
+    marks            uint8 out: the memory of (2,) int64 counts, and behind it that of the words, a byte each
     sequences, time  extents
     CHUNK            words that are formed at once
     UNROLL           time steps that one turn loads
@@ -123,7 +124,6 @@ def mark_kernel(valid, marks, sequences, time, CHUNK: tl.constexpr, UNROLL: tl.c
     steps = tl.zeros((CHUNK,), tl.int32)
     pairs = tl.zeros((CHUNK,), tl.int32)
     turns = tl.cdiv(time, UNROLL)
-    words = (marks + 2).to(tl.pointer_type(tl.uint8), bitcast=True)
     for first in range(0, tl.cast(sequences, tl.int64) * turns, CHUNK):
         number = first + columns
         sequence = number // turns
@@ -139,9 +139,10 @@ def mark_kernel(valid, marks, sequences, time, CHUNK: tl.constexpr, UNROLL: tl.c
                 pairs += now & before
             before = now
             step += 1
-        tl.store(words + number, word.to(tl.uint8), mask=sequence < sequences)
-    tl.store(marks, tl.sum(steps.to(tl.int64)))
-    tl.store(marks + 1, tl.sum(pairs.to(tl.int64)))
+        tl.store(marks + 16 + number, word.to(tl.uint8), mask=sequence < sequences)
+    counts = marks.to(tl.pointer_type(tl.int64), bitcast=True)
+    tl.store(counts, tl.sum(steps.to(tl.int64)))
+    tl.store(counts + 1, tl.sum(pairs.to(tl.int64)))
 
 
 @triton.jit

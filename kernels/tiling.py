@@ -99,10 +99,9 @@ def load_word(marks, tile, turn, time, UNROLL: tl.constexpr):
     """Load the marks of each lane's sequence for a turn of the loop, (BLOCK,); None if there are no marks."""
     word = None
     if marks is not None:
-        words = (marks + 2).to(tl.pointer_type(tl.uint8), bitcast=True)
         # A load that needs no mask is no branch on AMD, and pointers would take twice the registers of numbers.
         sequence = tl.where(tile.present, tile.sequence, 0).to(tile.start.dtype)
-        word = tl.load(words + (sequence * tl.cdiv(time, UNROLL) + turn // UNROLL)).to(tl.int32)
+        word = tl.load(marks + 16 + (sequence * tl.cdiv(time, UNROLL) + turn // UNROLL)).to(tl.int32)
     return word
 
 

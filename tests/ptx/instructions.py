@@ -86,8 +86,9 @@ def forms() -> dict[str, Form]:
     for source in integers:
         define(f"cvt.T.{source}", f"T {source}", "A", *integers)
         define(f"cvt.rn.T.{source}", f"T {source}", "A", "f32", "f64")
-    for byte in ("u8", "s8"):  # in a register of 16 bits
+    for byte in ("u8", "s8"):  # in a wider register
         define(f"cvt.T.{byte}", "T b16", f"({byte})A", *integers)
+        define(f"cvt.T.{byte}.b32", "T b32", f"({byte})A", *integers)
     for half in HALVES:
         define(f"cvt.T.{half}", f"T {half}", "A", "f32", "f64")
         define(f"cvt.rn.{half}.f32", f"{half} f32", "A")
@@ -100,6 +101,9 @@ def forms() -> dict[str, Form]:
         define(f"low.{whole}", f"{half} {whole}", "A")
         define(f"high.{whole}", f"{half} {whole}", f"A >> {bits}")
 
+    byte = "u64 x = (u64)b[t] << 32 | a[t]; u32 s = c[t] >> 4 * k, y = x >> 8 * (s & 7) & 255;"
+    chosen = f"for (int k = 0; k < 4; k++) {{ {byte} z |= (s & 8 ? y >> 7 ? 255u : 0 : y) << 8 * k; }}"
+    define("prmt.b32", "b32 b32 b32 b32", f"EACH {{ u32 z = 0; {chosen} d[t] = z; }};")
     define("shfl.sync.bfly.b32", "b32 b32 b32", "b32 x[LANES]; memcpy(x, a, sizeof x); EACH d[t] = x[t ^ b[t]];")
     for name, step in (("add", "x + a[t]"), ("min", "a[t] < x ? a[t] : x"), ("max", "a[t] > x ? a[t] : x")):
         fold = f"T x = a[0]; for (int t = 1; t < LANES; t++) x = {step}; EACH d[t] = x;"
