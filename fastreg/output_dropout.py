@@ -39,7 +39,7 @@ class OutputDropout(FusedRNNDropout):
         original.p = self.p
         return original.train(self.training)
 
-    def forward(self, raw: Tensor) -> Tensor:
+    def forward(self, raw: Tensor, p: float | None = None, *, valid: Tensor | None = None) -> Tensor:
         """Drop units of `raw` in training, as the original does from the same seed; return `raw` in evaluation."""
         regularizer = self.linked()
         if regularizer is not None:
@@ -47,9 +47,11 @@ class OutputDropout(FusedRNNDropout):
         if not self.training:
             return raw
         if regularizer is None or torch.is_inference_mode_enabled():
-            return self.original(raw)
+            original: Any = self.original
+            original.p = self.p if p is None else p
+            return original(raw)
         self.use_once(regularizer.alpha, regularizer.beta)
-        dropped = super().forward(raw)
+        dropped = super().forward(raw, p, valid=valid)
         formed = self.hand_over()
         if type(dropped) is not type(raw):  # fastai's models pass on subclasses of tensors, and so does the original
             dropped = dropped.as_subclass(type(raw))

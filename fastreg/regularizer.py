@@ -15,7 +15,7 @@ formed in `on_backward_begin`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from fastreg.arguments import check_attribute, check_flags, is_list
-from fastreg.attachment import Attachment
+from fastreg.attachment import Attachment, Source
 from fastreg.problem import ARTAR, Coefficient
 from fastreg.rnn_dropout import Activations, FusedRNNDropout
 
@@ -160,12 +160,13 @@ class RNNRegularizer:
                 "on_backward_begin: nothing was captured; call on_loss_begin(output) before it in every step, or "
                 "attach(rnn, dropout) once"
             )
-        if any(attachment.rnn.training for attachment in chosen):
-            names = ", ".join(dict.fromkeys(type(attachment.rnn).__name__ for attachment in chosen))
+        if any(attachment.source.module.training for attachment in chosen):
+            names = ", ".join(dict.fromkeys(type(attachment.source.module).__name__ for attachment in chosen))
             raise RuntimeError(
                 f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call, or "
-                "only in torch.inference_mode(). Call the module, not its forward(); attach() before torch.compile: "
-                "code compiled earlier runs no new hooks"
+                "only in torch.inference_mode(). Call the module, not its forward(): of a wrapper that calls the "
+                "forward() of a module inside it, as WeightDrop does, attach the wrapper. attach() before "
+                "torch.compile: code compiled earlier runs no new hooks"
             )
         return loss
 
@@ -182,51 +183,72 @@ class RNNRegularizer:
         """
         self._offered = formed
 
-    def attach(self, rnn: nn.Module, dropout: nn.Module | None = None) -> Attachment:
+    def attach(
+        self,
+        module: nn.Module,
+        dropout: nn.Module | None = None,
+        *,
+        output: Callable[[Any], Any] | None = None,
+        batch_first: bool | None = None,
+        valid: Callable[..., Tensor | None] | None = None,
+    ) -> Attachment:
         """Capture by forward hooks on an RNN and the dropout that follows it, instead of `on_loss_begin`.
 
-        The layout is read from the RNN; the output may be bidirectional, unbatched or a `PackedSequence`. Every
-        attached RNN is one layer (the last of its own `num_layers`), the one attached last being the last. Attach
-        before `torch.compile`, as hooks that come later do not fire in compiled code.
+        Every attached module is one layer (an `nn.LSTM` the last of its own `num_layers`), the one attached last being
+        the last. Attach before `torch.compile`, as hooks that come later do not fire in compiled code.
 
-        A step is what lies between two calls of `on_backward_begin`. An RNN that runs several times in it adds a
+        A step is what lies between two calls of `on_backward_begin`. A module that runs several times in it adds a
         penalty for each run that the loss depends on; other runs, as of an earlier step that failed, are dropped. A
         single run adds its penalty whether or not the loss depends on it. Runs in evaluation, or inside a backward
-        (activation checkpointing recomputes there), are not captured.
+        (activation checkpointing recomputes there), are not captured. Of runs before the latest nothing is kept when
+        all that was computed from what they returned is gone.
 
         Args:
-            rnn: an `nn.LSTM`, `nn.GRU` or `nn.RNN`.
-            dropout: any module whose input is the very tensor that the RNN returns, and whose output is a tensor; what
-                else it is used for does not matter. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty
-                itself, with the regularizer's coefficients in the place of its own until `remove()`, and takes no
-                packed data.
+            module: any module that runs over all time steps, and is called: where a wrapper calls the `forward` of a
+                module inside it, as the WeightDrop of AWD-LSTM does, it is the wrapper. Raw is what it returns, a
+                tensor or a `PackedSequence`, or the first of a tuple or list, or its `last_hidden_state`.
+            dropout: any module whose input is the very tensor that is raw, and whose output is a tensor; what else it
+                is used for does not matter. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty itself,
+                with the regularizer's coefficients in the place of its own until `remove()`, and takes no packed data.
+            output: picks raw from what the module returns, where it is anything else.
+            batch_first: `False` for `(time, batch, hidden)`. Read from the module where it has a `batch_first`, else
+                by default `True`.
+            valid: gets what the module is called with, `valid(*args, **kwargs)`, and returns the valid time steps, as
+                `fused_ar_tar` takes them, or `None` where all count.
 
         Returns:
             A handle with `remove()`; as a context manager it removes itself at the end.
 
         Raises:
-            TypeError: an argument is anything else; in a step, the dropout returns anything else, or a
-                `FusedRNNDropout` is given packed data.
-            ValueError: a `FusedRNNDropout` has another layout than the RNN.
-            RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use.
+            TypeError: an argument is anything else; in a step, raw cannot be told from what the module returns, the
+                dropout returns anything else, or a `FusedRNNDropout` is given packed data.
+            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or cannot be told; in a
+                step, raw is of one time step.
+            RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the module
+                is a replica of `DataParallel`.
         """
-        for name, module in (("rnn", rnn), ("dropout", dropout)):
-            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-                raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
-        if not isinstance(rnn, (nn.LSTM, nn.GRU, nn.RNN)):
-            raise TypeError(f"rnn: expected an nn.LSTM, nn.GRU or nn.RNN, got {_path(type(rnn))}")
-        if dropout is not None and not isinstance(dropout, nn.Module):
-            raise TypeError(f"dropout: expected an nn.Module or None, got {type(dropout).__name__}")
-        if isinstance(dropout, FusedRNNDropout) and dropout.batch_first != rnn.batch_first:
+        _check_module("module", module)
+        if isinstance(module, nn.RNNCellBase):
+            raise TypeError(
+                f"module: expected one that runs over all time steps, got {type(module).__name__}, which runs one; "
+                "attach the module that calls it"
+            )
+        if dropout is not None:
+            _check_module("dropout", dropout)
+        for name, function in (("output", output), ("valid", valid)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
+        batch_first = _layout_of(module, batch_first)
+        if isinstance(dropout, FusedRNNDropout) and dropout.batch_first != batch_first:
             raise ValueError(
-                f"dropout: expected a FusedRNNDropout with batch_first={rnn.batch_first}, as the {type(rnn).__name__} "
+                f"dropout: expected a FusedRNNDropout with batch_first={batch_first}, as the {type(module).__name__} "
                 f"has it, got batch_first={dropout.batch_first}"
             )
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
-        if any(attachment.rnn is rnn for attachment in self._attached):
-            raise RuntimeError("rnn: the module is attached already; remove() its attachment first")
-        self._attached.append(Attachment(self, rnn, dropout))
+        if any(attachment.source.module is module for attachment in self._attached):
+            raise RuntimeError("module: it is attached already; remove() its attachment first")
+        self._attached.append(Attachment(self, Source(module, dropout, output, batch_first, valid)))
         return self._attached[-1]
 
     def forget(self, attachment: Attachment) -> None:
@@ -297,6 +319,42 @@ def _types(output: Any) -> str:
     return f"{type(output).__name__} of {', '.join(kinds) or 'nothing'}"
 
 
-def _path(kind: type) -> str:
-    """Name a class, with its module where the name alone is that of a class of torch."""
-    return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in ("LSTM", "GRU", "RNN") else kind.__name__
+def _check_module(name: str, module: object) -> None:
+    """Check for a module whose hooks fire.
+
+    Raises:
+        TypeError: it is no module, or a scripted one.
+        RuntimeError: it is compiled.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{name}: expected a module that takes hooks, got a ScriptModule; let an nn.Module call it and return what "
+            "it returns, and attach that"
+        )
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
+
+
+def _layout_of(module: nn.Module, batch_first: bool | None) -> bool:
+    """Return whether a module returns `(batch, time, hidden)`.
+
+    Raises:
+        TypeError, ValueError: `batch_first` is no flag, or not that of the module, or not given and may be either.
+    """
+    name, own = type(module).__name__, getattr(module, "batch_first", None)
+    if batch_first is not None:
+        check_flags(batch_first=batch_first)
+    if isinstance(own, bool):
+        if batch_first not in (None, own):
+            raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {batch_first}")
+        return own
+    if batch_first is None:
+        for inner in module.modules():
+            if isinstance(inner, nn.RNNBase) and not inner.batch_first:
+                raise ValueError(
+                    f"batch_first: expected True or False, as the {name} does not have it, and may return (time, "
+                    f"batch, hidden) like the {type(inner).__name__} inside it, got None"
+                )
+    return batch_first is not False

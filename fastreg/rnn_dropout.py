@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_attribute, check_flags, check_probability, check_problem, check_tensor
+from fastreg.arguments import check_attribute, check_flags, check_probability, check_problem, check_steps, check_tensor
 from fastreg.dropout import drop_and_penalize
 from fastreg.penalty import fused_ar_tar
 from fastreg.problem import ARTAR, Coefficient, Layer
@@ -25,7 +25,7 @@ class Activations:
 
     Attributes:
         raw, dropped: as `fused_ar_tar` takes them; one object where AR is of raw.
-        batch_first, lengths: as `fused_ar_tar` takes them.
+        batch_first, lengths, valid: as `fused_ar_tar` takes them.
         terms: the result, or `None`.
         coefficients: alpha and beta, which `terms` was formed with.
         versions: those of tensors when `terms` was formed; a change in place raises a tensor's version.
@@ -35,6 +35,7 @@ class Activations:
     dropped: Any
     batch_first: bool
     lengths: Tensor | None = None
+    valid: Tensor | None = None
     terms: ARTAR | None = None
     coefficients: tuple[Coefficient, Coefficient] | None = None
     versions: tuple[int, ...] | None = None
@@ -51,6 +52,7 @@ class Activations:
             and formed.dropped is self.dropped
             and formed.batch_first == self.batch_first
             and formed.lengths is self.lengths
+            and formed.valid is self.valid
         ):
             return formed
         return self
@@ -63,8 +65,8 @@ class Activations:
         """
         if self.terms is not None and self._with(alpha, beta) and self.versions == self._versions_now():
             return self.terms
-        options: Any = {"batch_first": self.batch_first, "lengths": self.lengths, "return_terms": True}
-        return fused_ar_tar(self.raw, self.dropped, alpha, beta, **options)
+        steps: Any = {"batch_first": self.batch_first, "lengths": self.lengths, "valid": self.valid}
+        return fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
 
     def _with(self, *coefficients: Coefficient) -> bool:
         """Tell whether the terms were formed with these coefficients: the same tensors, or equal numbers."""
@@ -72,7 +74,7 @@ class Activations:
         return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
 
     def _versions_now(self) -> tuple[int, ...]:
-        tensors = [tensor_of(self.raw), tensor_of(self.dropped), *(self.coefficients or ())]
+        tensors = [tensor_of(self.raw), tensor_of(self.dropped), self.valid, *(self.coefficients or ())]
         return tuple(x._version for x in tensors if isinstance(x, Tensor) and not x.is_inference())
 
 
@@ -114,24 +116,34 @@ class FusedRNNDropout(nn.Module):
         check_flags(batch_first=batch_first)
         self.batch_first, self.ar_of = batch_first, ar_of
         self._formed: Activations | None = None
-        self._next_coefficients: tuple[Coefficient, Coefficient] | None = None
+        self._next: tuple[Coefficient, Coefficient, Tensor | None] | None = None
 
-    def forward(self, raw: Tensor) -> Tensor:
-        """Drop units of `raw`, `(batch, time, hidden)`, in training; return `raw` itself in evaluation."""
-        coefficients = self._next_coefficients or (self.alpha, self.beta)
+    def forward(self, raw: Tensor, p: float | None = None, *, valid: Tensor | None = None) -> Tensor:
+        """Drop units in training, and form the penalty; in evaluation return `raw` itself.
+
+        Args:
+            raw: the RNN's output: `(batch, time, hidden)`, or `(time, batch, hidden)` with `batch_first=False`, or
+                `(time, hidden)` for one sequence.
+            p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
+            valid: which time steps count, as for `fused_ar_tar`.
+        """
+        alpha, beta, steps = self._next or (self.alpha, self.beta, None)
         self.clear()
         if not self.training:
             return raw
+        valid = steps if valid is None else valid
         ar_of_raw = self.ar_of == "raw"
-        problem, alpha, beta = check_problem(*coefficients, self.batch_first, measured=True)
+        problem, *scalars = check_problem(alpha, beta, self.batch_first, measured=True)
         problem = problem.of_raw() if ar_of_raw else problem
-        layer = Layer(check_tensor("raw", raw), None, alpha=alpha, beta=beta)
-        dropped, results = drop_and_penalize(layer, check_probability(self.p), problem)
+        marks = check_steps(None, valid).valid
+        layer = Layer(check_tensor("raw", raw), None, valid=marks, alpha=scalars[0], beta=scalars[1])
+        dropped, results = drop_and_penalize(layer, check_probability(self.p if p is None else p), problem)
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             squared = raw if ar_of_raw else dropped
-            self._formed = Activations(raw, squared, self.batch_first, None, ARTAR(*results), coefficients)
+            terms, coefficients = ARTAR(*results), (alpha, beta)
+            self._formed = Activations(raw, squared, self.batch_first, None, valid, terms, coefficients)
         return dropped
 
     def take(self) -> ARTAR | None:
@@ -147,16 +159,16 @@ class FusedRNNDropout(nn.Module):
         formed, self._formed = self._formed, None
         return None if formed is None else formed.with_versions()
 
-    def use_once(self, alpha: Coefficient, beta: Coefficient) -> None:
-        """Form the penalty of the next forward, and of no other, with these coefficients.
+    def use_once(self, alpha: Coefficient, beta: Coefficient, valid: Tensor | None = None) -> None:
+        """Form the penalty of the next forward, and of no other, with these coefficients and valid steps.
 
-        The forward raises what is wrong with them.
+        The forward raises what is wrong with them. Valid steps that it gets itself go before these.
         """
-        self._next_coefficients = alpha, beta
+        self._next = alpha, beta, valid
 
     def clear(self) -> None:
-        """Drop the penalty of the last forward, and the coefficients of `use_once`."""
-        self._formed = self._next_coefficients = None
+        """Drop the penalty of the last forward, and what `use_once` was told."""
+        self._formed = self._next = None
 
     def extra_repr(self) -> str:
         """Describe the module's arguments for `print(module)`."""
@@ -167,7 +179,7 @@ class FusedRNNDropout(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the penalty of the last forward out of a copy or a pickle."""
-        return {**self.__dict__, "_formed": None, "_next_coefficients": None}
+        return {**self.__dict__, "_formed": None, "_next": None}
 
 
 def tensor_of(x: Tensor | PackedSequence) -> Tensor:

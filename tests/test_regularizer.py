@@ -365,7 +365,7 @@ def test_one_way_to_capture() -> None:
     reg = attached(model)
     with pytest.raises(RuntimeError, match="on_loss_begin: attached modules capture already"):
         reg.on_loss_begin(model.activations(tokens()))
-    with pytest.raises(RuntimeError, match="rnn: the module is attached already"):
+    with pytest.raises(RuntimeError, match="module: it is attached already"):
         reg.attach(model.rnn)
     reg = regularizer()
     reg.on_loss_begin(model.activations(tokens()))
