@@ -7,6 +7,7 @@ fastai's own classes.
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from functools import partial
 from types import MethodType, SimpleNamespace
@@ -234,12 +235,12 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         raise RuntimeError("no RNNCallback captures the activations: add one, or all of rnn_cbs(alpha, beta) instead")
 
     def _average(self, name: str) -> Any:
-        """Average a term over the epoch's training batches; `None` where the table has no value to show."""
+        """Average a term over the epoch's training batches; NaN, a number for loggers, where there is no value."""
         if self.learn is None:  # the callback was removed after a fit that was cut off
-            return None
+            return math.nan
         # With train_metrics the table has columns of its own for the validation, which has no terms.
         validation = self.learn.recorder.train_metrics and not self.learn.training
-        return None if validation or not self.count else self.totals[name] / self.count
+        return math.nan if validation or not self.count else self.totals[name] / self.count
 
 
 def _encoder(model: Any) -> Any:

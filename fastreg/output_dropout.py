@@ -39,7 +39,7 @@ class OutputDropout(FusedRNNDropout):
         original.p = self.p
         return original.train(self.training)
 
-    def forward(self, raw: Tensor, p: float | None = None, *, valid: Tensor | None = None) -> Tensor:
+    def forward(self, raw: Tensor, p: float | None = None, valid: Tensor | None = None) -> Tensor:
         """Drop units of `raw` in training, as the original does from the same seed; return `raw` in evaluation."""
         regularizer = self.linked()
         if regularizer is not None:

@@ -15,6 +15,8 @@ formed in `on_backward_begin`.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_attribute, check_flags, is_list
+from fastreg.arguments import check_attribute, check_flags, check_steps, is_list
 from fastreg.attachment import Attachment, Source
 from fastreg.problem import ARTAR, Coefficient
 from fastreg.rnn_dropout import Activations, FusedRNNDropout
@@ -75,6 +77,7 @@ class RNNRegularizer:
         self._given: Activations | None = None
         self._offered: Activations | None = None
         self._attached: list[Attachment] = []
+        self._sizes: tuple[int, int] | None = None  # of the last step, batch and time
 
     def __repr__(self) -> str:
         bptt = "" if self.bptt is None else f", bptt={self.bptt}"
@@ -92,7 +95,9 @@ class RNNRegularizer:
         if callable(reset):
             reset()
 
-    def on_loss_begin(self, output: Any, lengths: Tensor | None = None, *, batch_first: bool = True) -> Any:
+    def on_loss_begin(
+        self, output: Any, lengths: Tensor | None = None, *, valid: Tensor | None = None, batch_first: bool = True
+    ) -> Any:
         """Capture `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
 
         Another output before `on_backward_begin` takes the place of the first.
@@ -101,13 +106,17 @@ class RNNRegularizer:
             output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, a
                 `PackedSequence`, or a list or tuple of them, one a layer.
             lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`.
+            valid: in the place of lengths, which time steps count, `(batch, time)` as for `fused_ar_tar`.
             batch_first: `False` for `(time, batch, hidden)`.
 
         Raises:
             TypeError: an argument is not as described.
+            ValueError: both `lengths` and `valid` are given; or the shape of one, or of a decoded of one row a
+                sequence, shows that `batch_first` is wrong.
             RuntimeError: the activations already come from attached modules.
         """
         check_flags(batch_first=batch_first)
+        check_steps(lengths, valid)
         if self._attached:
             raise RuntimeError("on_loss_begin: attached modules capture already; remove() them, or leave out the call")
         if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
@@ -119,7 +128,8 @@ class RNNRegularizer:
         decoded, raw, dropped = output
         if self.layers == "last" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
-        self._given = Activations(raw, dropped, batch_first, lengths).or_formed(self._offered)
+        _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid)
+        self._given = Activations(raw, dropped, batch_first, lengths, valid).or_formed(self._offered)
         self._offered = None
         return decoded
 
@@ -136,6 +146,21 @@ class RNNRegularizer:
             RuntimeError: nothing was captured, or what was cannot be right; the message says what to do.
             TypeError, ValueError: `fused_ar_tar` refuses what was captured.
         """
+        terms = self.take(loss)
+        return loss if terms is None else loss + terms.penalty
+
+    def take(self, loss: Tensor) -> ARTAR | None:
+        """Return the penalty of this step's captures alone, once, in the place of `on_backward_begin`.
+
+        Args:
+            loss: the training loss, a tensor of one element, which tells the runs of this step from others.
+
+        Returns:
+            The penalty and its terms, on the device of the loss; `None` where attached modules are in evaluation.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: as `on_backward_begin`.
+        """
         chosen = self._attached[-1:] if self.layers == "last" else self._attached
         try:
             if not isinstance(loss, Tensor):
@@ -147,28 +172,14 @@ class RNNRegularizer:
                 captured.append(self._given)
         finally:
             self.clear()
-        total: ARTAR | None = None
-        for activations in captured:
-            terms = activations.penalty(self.alpha, self.beta)
-            terms = [x.to(loss.device) for x in terms]  # layers may live on several devices
-            total = ARTAR(*(terms if total is None else map(torch.add, total, terms)))
-        if total is not None:
-            self.ar, self.tar = total.ar, total.tar
-            return loss + total.penalty
-        if not chosen:
-            raise RuntimeError(
-                "on_backward_begin: nothing was captured; call on_loss_begin(output) before it in every step, or "
-                "attach(rnn, dropout) once"
-            )
-        if any(attachment.source.module.training for attachment in chosen):
-            names = ", ".join(dict.fromkeys(type(attachment.source.module).__name__ for attachment in chosen))
-            raise RuntimeError(
-                f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call, or "
-                "only in torch.inference_mode(). Call the module, not its forward(): of a wrapper that calls the "
-                "forward() of a module inside it, as WeightDrop does, attach the wrapper. attach() before "
-                "torch.compile: code compiled earlier runs no new hooks"
-            )
-        return loss
+        if not captured:
+            _check_evaluation([attachment.source.module for attachment in chosen])
+            return None
+        formed = [activations.penalty(self.alpha, self.beta) for activations in captured]
+        moved = [ARTAR(*(x.to(loss.device) for x in terms)) for terms in formed]  # layers may live on several devices
+        total = functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), moved)
+        self.ar, self.tar, self._sizes = total.ar, total.tar, captured[-1].sizes
+        return total
 
     def clear(self) -> None:
         """Drop any capture and offer: `on_epoch_begin` does; after a step that failed, this frees activations early."""
@@ -264,6 +275,9 @@ class RNNRegularizer:
             optimizer: any object with `param_groups`.
             seq_len: the number of time steps in this batch.
 
+        Warns:
+            UserWarning: `seq_len` is the batch size of the activations, and not their time steps.
+
         Raises:
             TypeError, ValueError: `optimizer` is none, or `seq_len` or `bptt` is not a positive integer.
             RuntimeError: the regularizer has no `bptt`.
@@ -272,7 +286,14 @@ class RNNRegularizer:
             raise RuntimeError("scaled_lr: the usual sequence length is not known; pass RNNRegularizer(..., bptt=...)")
         if not hasattr(optimizer, "param_groups"):  # wrappers of an optimizer have them, too
             raise TypeError(f"optimizer: expected an optimizer with param_groups, got {type(optimizer).__name__}")
-        return _scaled_lr(optimizer, _check_steps("seq_len", seq_len) / _check_steps("bptt", self.bptt))
+        steps = _check_steps("seq_len", seq_len)
+        if self._sizes is not None and steps == self._sizes[0] != self._sizes[1]:
+            warnings.warn(
+                f"scaled_lr: {steps} time steps, but the last activations were taken for {self._sizes[0]} sequences of "
+                f"{self._sizes[1]}: if they are (time, batch, hidden), say so by batch_first=False",
+                stacklevel=2,
+            )
+        return _scaled_lr(optimizer, steps / _check_steps("bptt", self.bptt))
 
 
 @contextmanager
@@ -317,6 +338,55 @@ def _types(output: Any) -> str:
         return type(output).__name__
     kinds = [f"{type(x).__name__} of {len(x)}" if is_list(x) else type(x).__name__ for x in output]
     return f"{type(output).__name__} of {', '.join(kinds) or 'nothing'}"
+
+
+def _check_evaluation(modules: list[nn.Module]) -> None:
+    """Check that nothing was captured because all attached modules are in evaluation.
+
+    Raises:
+        RuntimeError: they are not, or there are none.
+    """
+    if not modules:
+        raise RuntimeError(
+            "on_backward_begin: nothing was captured; call on_loss_begin(output) before it in every step, or "
+            "attach(rnn, dropout) once"
+        )
+    if any(module.training for module in modules):
+        names = ", ".join(dict.fromkeys(type(module).__name__ for module in modules))
+        raise RuntimeError(
+            f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call, or only "
+            "in torch.inference_mode(). Call the module, not its forward(): where a wrapper calls the forward() of a "
+            "module inside it, as WeightDrop does, attach the wrapper. attach() before torch.compile: code compiled "
+            "earlier runs no new hooks"
+        )
+
+
+def _check_layout(batch_first: bool, raw: Any, **others: Any) -> None:
+    """Check that nothing beside raw has the shape that it would have in the other layout alone.
+
+    Args:
+        batch_first: the layout of raw.
+        raw: the activations of a layer, or of several.
+        others: `decoded`, `lengths` and `valid`.
+
+    Raises:
+        ValueError: something has.
+    """
+    first = raw[0] if is_list(raw) else raw
+    if not isinstance(first, Tensor) or first.dim() != 3:
+        return
+    batch, time = first.shape[:2] if batch_first else first.shape[1::-1]
+    wrong = {"decoded": (time,), "lengths": (time,), "valid": (time, batch)}
+    right = {"decoded": (batch,), "lengths": (batch,), "valid": (batch, time)}
+    for name, x in others.items():
+        shape = getattr(x, "shape", ())
+        if name == "decoded":  # a row a sequence, as a classifier gives it, unless all time steps have one
+            shape = shape[:1] if len(shape) == 2 and batch != 1 else ()
+        if shape == wrong[name] != right[name]:
+            raise ValueError(
+                f"batch_first: expected {not batch_first}, as raw is {tuple(first.shape)} and {name} "
+                f"{tuple(x.shape)}, got {batch_first}"
+            )
 
 
 def _check_module(name: str, module: object) -> None:

@@ -6,6 +6,7 @@ by `hand_over()`, and so can tell whether they are still those of its step: see 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,10 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_attribute, check_flags, check_probability, check_problem, check_steps, check_tensor
+from fastreg.arguments import (
+    check_attribute,
+    check_flags,
+    check_probability,
+    check_problem,
+    check_steps,
+    check_tensor,
+    is_list,
+)
 from fastreg.dropout import drop_and_penalize
 from fastreg.penalty import fused_ar_tar
-from fastreg.problem import ARTAR, Coefficient, Layer
+from fastreg.problem import ARTAR, Coefficient, Layer, is_on
 
 
 @dataclass(frozen=True, eq=False)  # no NamedTuple: torch 2.11 fails to compile an attached dropout that makes one
@@ -39,6 +48,14 @@ class Activations:
     terms: ARTAR | None = None
     coefficients: tuple[Coefficient, Coefficient] | None = None
     versions: tuple[int, ...] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Return how many sequences of how many time steps there are; `None` where the shape does not tell."""
+        shape = tensor_of(self.raw[-1] if is_list(self.raw) else self.raw).shape
+        if len(shape) != 3:
+            return None
+        return (shape[0], shape[1]) if self.batch_first else (shape[1], shape[0])
 
     def with_versions(self) -> Activations:
         """Return these activations with the versions that their tensors have now."""
@@ -78,6 +95,23 @@ class Activations:
         return tuple(x._version for x in tensors if isinstance(x, Tensor) and not x.is_inference())
 
 
+@dataclass(frozen=True, eq=False)
+class Formed:
+    """Hold what a forward has formed.
+
+    Attributes:
+        activations: with their penalty.
+        terms: the penalty.
+        own: whether the coefficients are the module's own, so that it is its user who takes the penalty.
+        grad_enabled: whether gradients were enabled.
+    """
+
+    activations: Activations
+    terms: ARTAR
+    own: bool
+    grad_enabled: bool
+
+
 class FusedRNNDropout(nn.Module):
     """Apply variational dropout, and form AR and TAR in the same pass.
 
@@ -115,10 +149,11 @@ class FusedRNNDropout(nn.Module):
         self.alpha, self.beta = check_attribute("alpha", alpha), check_attribute("beta", beta)
         check_flags(batch_first=batch_first)
         self.batch_first, self.ar_of = batch_first, ar_of
-        self._formed: Activations | None = None
+        self._formed: Formed | None = None
         self._next: tuple[Coefficient, Coefficient, Tensor | None] | None = None
+        self._warned: frozenset[str] = frozenset()
 
-    def forward(self, raw: Tensor, p: float | None = None, *, valid: Tensor | None = None) -> Tensor:
+    def forward(self, raw: Tensor, p: float | None = None, valid: Tensor | None = None) -> Tensor:
         """Drop units in training, and form the penalty; in evaluation return `raw` itself.
 
         Args:
@@ -126,11 +161,38 @@ class FusedRNNDropout(nn.Module):
                 `(time, hidden)` for one sequence.
             p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
             valid: which time steps count, as for `fused_ar_tar`.
+
+        Warns:
+            UserWarning: nobody took the penalty of the last forward; once.
         """
+        if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+            if self.training:
+                raise RuntimeError(
+                    "FusedRNNDropout: TorchScript cannot form a penalty; call eval(), or do not script it"
+                )
+            return raw
+        else:  # which TorchScript does not compile
+            return self._drop(raw, p, valid)
+
+    def _drop(self, raw: Tensor, p: float | None, valid: Tensor | None) -> Tensor:
+        """Run the forward outside of TorchScript."""
         alpha, beta, steps = self._next or (self.alpha, self.beta, None)
+        untaken, own = self._formed, self._next is None
         self.clear()
         if not self.training:
             return raw
+        if untaken is not None and untaken.own and untaken.terms.penalty.requires_grad:
+            self._warn_once(
+                "the penalty of the last forward in training is dropped, as nobody took it: add take().penalty to the "
+                "loss after each forward, or attach() the module to a regularizer; where nothing is to be regularized, "
+                "use another dropout"
+            )
+        if own and getattr(self, "_is_replica", False) and (is_on(alpha) or is_on(beta)):
+            raise RuntimeError(
+                "FusedRNNDropout: DataParallel runs a replica on each device, whose penalty nobody can take. Use "
+                "DistributedDataParallel; or let the model return (decoded, raw, dropped), which DataParallel gathers, "
+                "for RNNRegularizer.on_loss_begin, with alpha and beta of this module 0"
+            )
         valid = steps if valid is None else valid
         ar_of_raw = self.ar_of == "raw"
         problem, *scalars = check_problem(alpha, beta, self.batch_first, measured=True)
@@ -143,13 +205,25 @@ class FusedRNNDropout(nn.Module):
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             squared = raw if ar_of_raw else dropped
             terms, coefficients = ARTAR(*results), (alpha, beta)
-            self._formed = Activations(raw, squared, self.batch_first, None, valid, terms, coefficients)
+            activations = Activations(raw, squared, self.batch_first, None, valid, terms, coefficients)
+            self._formed = Formed(activations, terms, own, torch.is_grad_enabled())
         return dropped
 
     def take(self) -> ARTAR | None:
-        """Return the penalty of the last forward, once; `None` if there is none or that was in evaluation."""
+        """Return the penalty of the last forward, once; `None` if there is none or that was in evaluation.
+
+        Warns:
+            UserWarning: the forward ran without gradients, and now they are enabled; once.
+        """
         formed, self._formed = self._formed, None
-        return None if formed is None else formed.terms
+        if formed is None:
+            return None
+        if torch.is_grad_enabled() and not formed.grad_enabled:
+            self._warn_once(
+                "the penalty has no gradient, as the forward ran without: for activation checkpointing pass "
+                "use_reentrant=False, else run the forward outside torch.no_grad()"
+            )
+        return formed.terms
 
     def hand_over(self) -> Activations | None:
         """Return the activations of the last forward with their penalty, once, where `take()` returns the penalty.
@@ -157,7 +231,7 @@ class FusedRNNDropout(nn.Module):
         Call it right after the forward: what is changed in place from then on is noticed.
         """
         formed, self._formed = self._formed, None
-        return None if formed is None else formed.with_versions()
+        return None if formed is None else formed.activations.with_versions()
 
     def use_once(self, alpha: Coefficient, beta: Coefficient, valid: Tensor | None = None) -> None:
         """Form the penalty of the next forward, and of no other, with these coefficients and valid steps.
@@ -169,6 +243,12 @@ class FusedRNNDropout(nn.Module):
     def clear(self) -> None:
         """Drop the penalty of the last forward, and what `use_once` was told."""
         self._formed = self._next = None
+
+    def _warn_once(self, message: str) -> None:
+        """Warn of something for the first time, in code that is not compiled."""
+        if message not in self._warned and not torch.compiler.is_compiling():
+            self._warned |= {message}
+            warnings.warn(f"FusedRNNDropout: {message}", stacklevel=3)
 
     def extra_repr(self) -> str:
         """Describe the module's arguments for `print(module)`."""

@@ -339,7 +339,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/rnn_dropout.py", "FusedRNNDropout"): [
         ("recomputation leaves a penalty", "torch._C._current_graph_task_id() == -1", "True"),
         ("evaluation leaves the last penalty", "        self.clear()\n", ""),
-        ("coefficients of one forward stay", "self._formed = self._next_coefficients = None", "self._formed = None"),
+        ("coefficients of one forward stay", "self._formed = self._next = None", "self._formed = None"),
         ("penalty in copies", '"_formed": None, ', ""),
         ("AR of raw ignored", "raw if ar_of_raw else dropped", "dropped"),
     ],

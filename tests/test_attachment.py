@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +20,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.optim import Adam
 from torch.utils.checkpoint import checkpoint
 
-from fastreg import fused_ar_tar
+from fastreg import FusedRNNDropout, fused_ar_tar
 from tests.language_model import (
+    ALPHA,
     BATCH,
+    BETA,
     HIDDEN,
     TIME,
     Fused,
@@ -137,6 +145,206 @@ def test_a_frozen_rnn_is_no_error() -> None:
     decoded, raw, dropped = model.activations(tokens())
     loss = criterion(decoded, tokens())
     torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(raw, dropped, 1))
+
+
+# Any module, and how its output is read
+
+
+class Own(nn.Module):
+    """A recurrent layer of one's own, without a `batch_first`; what it returns is up to the test."""
+
+    def __init__(self, give: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.weight, self.give = nn.Parameter(torch.randn(HIDDEN, HIDDEN)), give
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
+        steps = [torch.zeros_like(x[:, 0])]
+        for step in x.unbind(1):
+            steps.append(torch.tanh(step + steps[-1] @ self.weight))
+        return self.give(torch.stack(steps[1:], 1), steps[-1])
+
+
+class ModelOutput(dict):
+    """What a model of a library returns: fields by name, of which one is the last layer's output."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self["last_hidden_state"]
+
+
+@dataclass(frozen=True)
+class Fields:
+    states: list[Tensor]
+
+
+GIVES: dict[str, tuple[Any, Any, Callable[[Any], Tensor]]] = {
+    "tensor": (lambda raw, state: raw, None, lambda result: result),
+    "tuple": (lambda raw, state: (raw, {"state": state}), None, lambda result: result[0]),
+    "list": (lambda raw, state: [raw, state], None, lambda result: result[0]),
+    "model output": (
+        lambda raw, state: ModelOutput(states=(state,), last_hidden_state=raw),
+        None,
+        lambda result: result["last_hidden_state"],
+    ),
+    "picked": (
+        lambda raw, state: (state, Fields([state, raw])),
+        lambda result: result[1].states[-1],
+        lambda result: result[1].states[-1],
+    ),
+}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("give", GIVES)
+def test_raw_is_read_from_what_any_module_returns(give: str, p: float) -> None:
+    returned, output, raw_of = GIVES[give]
+    module, plain = seeded(lambda: Own(returned)), seeded(lambda: Own(returned))
+    dropout, x = nn.Dropout(p), torch.randn(BATCH, TIME, HIDDEN)
+    reg = regularizer()
+    reg.attach(module, dropout, output=output)
+
+    def captured(x: Tensor) -> Tensor:
+        return reg.on_backward_begin(dropout(raw_of(module(x))).mean())
+
+    def written_out(x: Tensor) -> Tensor:
+        raw = raw_of(plain(x))
+        dropped = dropout(raw)
+        return dropped.mean() + formula(raw, dropped, 1)
+
+    assert_same(train(module, captured, x), train(plain, written_out, x))
+
+
+class OutputAlone(nn.LSTM):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        return super().forward(input, hx)[0]
+
+
+@pytest.mark.parametrize("batch", [1, 2, BATCH])
+def test_an_lstm_that_returns_its_output_alone_keeps_its_batch(batch: int) -> None:
+    rnn, reg = OutputAlone(HIDDEN, HIDDEN, batch_first=True), regularizer()
+    reg.attach(rnn)
+    raw = rnn(torch.randn(batch, TIME, HIDDEN))
+    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
+
+
+class WeightDrop(nn.Module):
+    """Calls the inner module's `forward`, as AWD-LSTM's does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return self.module.forward(*args)
+
+
+class LockedDropout(nn.Module):
+    """Drops by a probability that comes with the call."""
+
+    def forward(self, x: Tensor, p: float) -> Tensor:
+        return x * (torch.rand_like(x[:1]) > p) / (1 - p)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_wrapper_is_attached_in_the_place_of_what_it_wraps(fused: bool) -> None:
+    rnn = WeightDrop(nn.LSTM(HIDDEN, HIDDEN))
+    locked = FusedRNNDropout(batch_first=False) if fused else LockedDropout()
+    reg = regularizer()
+    with reg.attach(rnn, locked, batch_first=False):
+        raw, _ = rnn(torch.randn(TIME, BATCH, HIDDEN))
+        dropped = locked(raw, 0.4)
+        assert (dropped == 0).any()
+        torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 0))
+    reg.attach(rnn.module)
+    rnn(torch.randn(TIME, BATCH, HIDDEN))
+    with pytest.raises(RuntimeError, match=r"wrapper calls the forward\(\) of a module inside .* attach the wrapper"):
+        penalty_of(reg)
+
+
+def test_the_layout_is_the_modules_or_the_arguments() -> None:
+    time_first = nn.LSTM(HIDDEN, HIDDEN)
+    with pytest.raises(ValueError, match="batch_first: expected False, as the LSTM has it, or None, got True"):
+        regularizer().attach(time_first, batch_first=True)
+    with pytest.raises(ValueError, match=r"batch_first: expected True or False, .* like the LSTM inside it, got None"):
+        regularizer().attach(WeightDrop(time_first))
+    with pytest.raises(TypeError, match="batch_first: expected True or False, got 1"):
+        regularizer().attach(Own(GIVES["tensor"][0]), batch_first=1)  # pyright: ignore[reportArgumentType]
+    assert not time_first._forward_hooks
+    own = Own(GIVES["tensor"][0])
+    for batch_first in (None, True, False):
+        reg = regularizer()
+        with reg.attach(own, batch_first=batch_first):
+            raw = own(torch.randn(BATCH, TIME, HIDDEN))
+            torch.testing.assert_close(penalty_of(reg), formula(raw, raw, int(batch_first is not False)))
+
+
+@pytest.mark.parametrize(
+    ("give", "options", "error", "message"),
+    [
+        (lambda raw, state: None, {}, TypeError, r"expected the Own to return a tensor .* got NoneType, .*output="),
+        (
+            lambda raw, state: ([raw], state),
+            {},
+            TypeError,
+            r"expected the Own to return a tensor .* got list, .*output=",
+        ),
+        (
+            lambda raw, state: raw,
+            {"output": str},
+            TypeError,
+            "output: expected the callable to pick a tensor .* got str",
+        ),
+        (lambda raw, state: state, {}, ValueError, r"from the Own, got \(3, 6\)\. If that is one time step, attach"),
+        (lambda raw, state: raw, {"valid": lambda x: 1}, TypeError, "valid: expected the callable .* None, got int"),
+    ],
+)
+def test_outputs_that_raw_cannot_be_read_from(
+    give: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    module = Own(give)
+    regularizer().attach(module, **options)
+    reg = regularizer()
+    reg.attach(module, **options)
+    with pytest.raises(error, match=message):
+        module(torch.randn(BATCH, TIME, HIDDEN))
+
+
+def test_one_sequence_of_a_module_of_ones_own_is_asked_for() -> None:
+    module, reg = nn.Linear(HIDDEN, HIDDEN), regularizer()
+    reg.attach(module, output=lambda result: result)
+    raw = module(torch.randn(TIME, HIDDEN))
+    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 0))
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+def test_valid_steps_come_from_what_the_module_is_called_with(kind: Any, formed: list[Any]) -> None:
+    module, dropout, reg = Own(GIVES["tensor"][0]), kind(0.4), regularizer()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    reg.attach(module, dropout, valid=lambda x, attention_mask=None: attention_mask)
+    for marks in (mask, mask.bool(), None):
+        raw = module(torch.randn(BATCH, TIME, HIDDEN), attention_mask=marks)
+        dropped = dropout(raw)
+        want = fused_ar_tar(raw, dropped, ALPHA, BETA, valid=marks)
+        torch.testing.assert_close(penalty_of(reg), want)
+        assert want != formula(raw, dropped, 1) or marks is None
+    assert len(formed) == (0 if kind is FusedRNNDropout else 3)
+
+
+def test_valid_steps_of_another_shape_are_refused() -> None:
+    module, reg = Own(GIVES["tensor"][0]), regularizer()
+    reg.attach(module, valid=lambda x, attention_mask: attention_mask)
+    module(torch.randn(BATCH, TIME, HIDDEN), attention_mask=torch.ones(TIME, BATCH, dtype=torch.bool))
+    with pytest.raises(ValueError, match="valid: expected"):
+        penalty_of(reg)
+
+
+def test_valid_steps_that_a_dropout_gets_itself_count() -> None:
+    rnn, dropout, reg = nn.GRU(HIDDEN, HIDDEN, batch_first=True), FusedRNNDropout(0.4), regularizer()
+    reg.attach(rnn, dropout)
+    mask = torch.rand(BATCH, TIME) < 0.7
+    raw, _ = rnn(torch.randn(BATCH, TIME, HIDDEN))
+    dropped = dropout(raw, valid=mask)
+    torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=mask))
 
 
 # Which runs belong to a step
@@ -275,6 +483,243 @@ def test_loops_without_the_penalty_do_not_pile_up_activations(gradients: bool) -
     assert [ref() is not None for ref in alive] == [False, False, False, True]
     attached_regularizer.clear()
     assert alive[-1]() is None
+
+
+# What a capture lasts for
+
+
+@either
+@pytest.mark.parametrize("gradients", [False, True])
+def test_forwards_that_nothing_follows_hold_one_run(gradients: bool) -> None:
+    model = seeded(Model)
+    reg = regularizer()
+    handle = reg.attach(model.rnn, model.dropout)
+    alive: list[weakref.ref[Tensor]] = []
+    for _ in range(100):
+        with torch.set_grad_enabled(gradients):
+            _, raw, _ = model.activations(tokens())
+        alive.append(weakref.ref(raw))
+        del raw, _
+        assert len(handle.runs) == len(handle.kept) == 1
+    assert [ref() is not None for ref in alive[:-1]] == [False] * 99
+    decoded, raw, dropped = model.activations(tokens())
+    loss = criterion(decoded, tokens())
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, formula(raw, dropped, 1))
+
+
+@either
+def test_a_penalty_from_a_later_epoch_on() -> None:
+    """The optimizer leaves no trace in the versions of the weights, and the loss lives until the next one."""
+    model, plain = seeded(Model), seeded(Model)
+    reg = regularizer()
+    handle = reg.attach(model.rnn, model.dropout)
+    counts: list[int] = []
+    for one in (model, plain):
+        torch.manual_seed(2)
+        optimizer = Adam(one.parameters(), fused=True)
+        for epoch in range(8):
+            decoded, raw, dropped = one.activations(tokens())
+            loss = criterion(decoded, tokens())
+            if epoch >= 5:
+                loss = reg.on_backward_begin(loss) if one is model else loss + formula(raw, dropped, 1)
+            counts.append(len(handle.runs))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            del decoded, raw, dropped
+    assert max(counts) <= 2
+    assert_same([*model.parameters()], [*plain.parameters()])
+
+
+@either
+def test_windows_of_one_sequence_in_a_step() -> None:
+    model, reg = seeded(lambda: Model(nn.GRU)), regularizer()
+    reg.attach(model.rnn, model.dropout)
+    state, losses, want = None, [], torch.zeros(())
+    for window in tokens(BATCH, 3 * TIME).split(TIME, 1):
+        raw, state = model.rnn(model.embedding(window), state)
+        dropped = model.dropout(raw)
+        losses.append(criterion(model.decoder(dropped), window))
+        want = want + formula(raw, dropped, 1)
+    loss = torch.stack(losses).sum()
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, want)
+
+
+@either
+def test_a_capture_goes_when_its_graph_does() -> None:
+    model, reg = seeded(Model), regularizer()
+    handle = reg.attach(model.rnn, model.dropout)
+    losses = [criterion(model(tokens()), tokens()) for _ in range(3)]
+    assert len(handle.runs) == 3
+    del losses[0]
+    assert len(handle.runs) == len(handle.kept) == 2
+    losses.clear()
+    assert len(handle.runs) == len(handle.kept) == 1
+
+
+def test_an_earlier_run_whose_dropped_is_gone_is_an_error() -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    runs = [model.rnn(torch.randn(BATCH, TIME, HIDDEN))[0] for _ in range(2)]
+    for raw in runs:
+        model.dropout(raw)
+    with pytest.raises(RuntimeError, match="what it returned for a run before the latest is gone"):
+        reg.on_backward_begin(runs[0].sum() + runs[1].sum())
+
+
+# Other hooks
+
+
+@either
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # the embedding's, for its integers
+@pytest.mark.parametrize("where", ["rnn", "dropout", "global"])
+def test_full_backward_hooks(where: str) -> None:
+    model, plain = seeded(Model), seeded(Model)
+    reg = attached(model)
+    calls: list[nn.Module] = []
+
+    def note(module: nn.Module, *_: Any) -> None:
+        calls.append(module)
+
+    if where == "global":
+        hooks = [nn.modules.module.register_module_full_backward_hook(note)]
+    else:
+        hooks = [getattr(one, where).register_full_backward_hook(note) for one in (model, plain)]
+
+    def captured(x: Tensor) -> Tensor:
+        return reg.on_backward_begin(criterion(model(x), x))
+
+    def written_out(x: Tensor) -> Tensor:
+        decoded, raw, dropped = plain.activations(x)
+        return criterion(decoded, x) + formula(raw, dropped, 1)
+
+    try:
+        assert_same(train(model, captured, tokens()), train(plain, written_out, tokens()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert model.rnn in calls or where == "dropout"
+
+
+@either
+@pytest.mark.parametrize("where", ["rnn", "dropout", "both"])
+@pytest.mark.parametrize("with_dropout", [False, True])
+def test_hooks_that_come_later_and_replace_an_output(where: str, with_dropout: bool) -> None:
+    model, reg = seeded(Model), regularizer()
+    reg.attach(model.rnn, model.dropout if with_dropout else None)
+    if where != "dropout":
+        model.rnn.register_forward_hook(lambda _m, _i, result: (result[0] * 2, result[1]))
+    if where != "rnn":
+        model.dropout.register_forward_hook(lambda _m, _i, result: result * 3)
+    decoded, raw, dropped = model.activations(tokens())
+    loss = criterion(decoded, tokens())
+    want = formula(raw, dropped if with_dropout else raw, 1)
+    torch.testing.assert_close(reg.on_backward_begin(loss) - loss, want)
+
+
+@either
+@pytest.mark.parametrize("count", [1, 100])
+def test_hooks_go_with_their_regularizer(count: int) -> None:
+    model = seeded(Model)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    regs = [attached(model) for _ in range(count)]
+    handles = [reg.attach(model.decoder) for reg in regs]
+    assert len(model.rnn._forward_hooks) == count
+    model(tokens())
+    regs.clear()
+    gc.collect()
+    for name, module in model.named_modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert set(vars(module)) == before[name]
+    assert not any(handle.runs for handle in handles)
+    with torch.no_grad():
+        x = torch.randn(2, HIDDEN)
+        assert torch.equal(
+            torch.jit.script(model.decoder)(x), model.decoder(x)
+        )  # which hooks would not let be scripted
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    """Which runs on each device, so that each penalty would count in full."""
+    module, reg = Own(GIVES["tensor"][0]), regularizer()
+    reg.attach(module)
+    replica = module._replicate_for_data_parallel()
+    replica.weight = module.weight.detach()
+    with pytest.raises(RuntimeError, match=r"attach: DataParallel runs a replica of the attached Own .* on_loss_begin"):
+        replica(torch.randn(BATCH, TIME, HIDDEN))
+    replica.eval()(torch.randn(BATCH, TIME, HIDDEN))
+
+
+# Copies and pickles
+
+
+LOAD = """
+import sys, torch
+sys.modules["fastreg"] = None  # an import of it fails
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[2:]:
+    model = torch.load(name, weights_only=False)
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks, name
+        assert not module._forward_hooks_with_kwargs and not module._forward_pre_hooks_with_kwargs, name
+        assert "__getstate__" not in vars(module), name
+    print(tuple(model(torch.zeros(2, 3, 4))[0].shape))
+"""
+
+
+def test_a_saved_model_loads_without_fastreg(tmp_path: Path) -> None:
+    rnn, dropout = nn.LSTM(4, 5, batch_first=True), nn.Dropout(0.3)
+    regs = [regularizer(), regularizer()]
+    for reg in regs:
+        reg.attach(rnn, dropout)
+    dropout(rnn(torch.zeros(2, 3, 4))[0])
+    for name, what in (("model", nn.Sequential(rnn)), ("module", rnn)):
+        torch.save(what, tmp_path / name)
+    paths = [str(tmp_path / name) for name in ("model", "module")]
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path), *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["(2, 3, 5)", "(2, 3, 5)"]
+    assert len(rnn._forward_hooks) == 2
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_copies_keep_the_hooks_of_others(duplicate: Callable[[Any], Any]) -> None:
+    rnn = OutputAlone(4, 5, batch_first=True)
+    rnn.register_forward_hook(double)
+    reg = regularizer()
+    handle = reg.attach(rnn)
+    twin = duplicate(rnn)
+    assert [*twin._forward_hooks.values()] == [double]
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), 2 * twin.forward(x))
+        assert not handle.runs
+        assert torch.equal(twin(x), rnn(x))
+    assert twin.state_dict().keys() == rnn.state_dict().keys()
+
+
+def double(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+class OwnState(OutputAlone):
+    """Pickles itself in a way of its own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "mark": 3}
+
+
+def test_modules_with_a_state_of_their_own_are_copied_with_it() -> None:
+    rnn, reg = OwnState(4, 5), regularizer()
+    reg.attach(rnn)
+    twin = copy.deepcopy(rnn)
+    assert twin.mark == 3
+    assert not twin._forward_hooks
 
 
 # Checkpointing and compilation

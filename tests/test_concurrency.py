@@ -141,7 +141,7 @@ def test_what_another_process_is_sent() -> None:
     """The adapter and a module it is attached to, amid a step, and terms; terms come back."""
     model, regularizer, x = Model(), RNNRegularizer(2.0, 1.0), torch.randn(3, 7, 4)
     handle = regularizer.attach(model.lstm, model.dropout)
-    model(x)
+    loss = model(x).sum()
     raw = model.lstm(x)[0].detach()
     terms = fused_ar_tar(raw, raw, 2.0, 1.0, return_terms=True)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -149,6 +149,5 @@ def test_what_another_process_is_sent() -> None:
     assert isinstance(got, ARTAR)
     assert_close(got.tar, terms.tar)
     assert_close(got.penalty, 2 * got.ar + got.tar)
-    first, _ = handle.captures  # the parent's step goes on
-    assert first.activations is not None
-    assert first.activations.terms is not None
+    (first,) = handle.activations(loss)  # the parent's step goes on
+    assert first.terms is not None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.optim import SGD, Adam
 
-from fastreg import FusedRNNDropout, fused_ar_tar
+from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar
 from fastreg.regularizer import RNNRegularizer
 from tests.language_model import (
     ALPHA,
@@ -149,6 +149,67 @@ def test_lengths_of_a_padded_batch() -> None:
         penalty_of(reg)
 
 
+def test_valid_steps_of_a_batch() -> None:
+    raw, dropped = (torch.randn(BATCH, TIME, HIDDEN, requires_grad=True) for _ in range(2))
+    reg, mask = regularizer(), torch.rand(BATCH, TIME) < 0.7
+    assert reg.on_loss_begin((0, [raw], [dropped]), valid=mask) == 0
+    assert penalty_of(reg) == fused_ar_tar(raw, dropped, ALPHA, BETA, valid=mask)
+    reg.on_loss_begin((0, raw.transpose(0, 1), dropped.transpose(0, 1)), valid=mask.long(), batch_first=False)
+    torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=mask))
+    with pytest.raises(ValueError, match="lengths and valid: expected one of them, got both"):
+        reg.on_loss_begin((0, raw, dropped), torch.full((BATCH,), 2), valid=mask)
+    with pytest.raises(TypeError, match="valid: expected"):
+        reg.on_loss_begin((0, raw, dropped), valid=0.5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    ("decoded", "options", "name"),
+    [
+        (torch.zeros(BATCH, 2), {}, "decoded"),
+        (None, {"lengths": torch.full((BATCH,), 2)}, "lengths"),
+        (None, {"valid": torch.ones(BATCH, TIME, dtype=torch.bool)}, "valid"),
+    ],
+)
+def test_shapes_that_show_another_layout(batch_first: bool, decoded: Any, options: Any, name: str) -> None:
+    sizes = (BATCH, TIME) if batch_first else (TIME, BATCH)
+    raw, reg = torch.randn(*sizes, HIDDEN), regularizer()
+    reg.on_loss_begin((decoded, raw, raw), batch_first=batch_first)
+    message = rf"batch_first: expected {batch_first}, as raw is .* and {name} \(3,.*got {not batch_first}"
+    with pytest.raises(ValueError, match=message):
+        reg.on_loss_begin((decoded, [raw], [raw]), batch_first=not batch_first, **options)
+
+
+@pytest.mark.parametrize("decoded", [torch.zeros(TIME, 2), torch.zeros(1, TIME, 2), torch.zeros(TIME)])
+def test_decoded_of_one_sequence_shows_no_layout(decoded: Tensor) -> None:
+    raw, reg = torch.randn(1, TIME, HIDDEN), regularizer()
+    reg.on_loss_begin((decoded, raw, raw))
+    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
+
+
+@either
+@pytest.mark.parametrize("by_hooks", [False, True])
+def test_the_penalty_alone(by_hooks: bool) -> None:
+    model = seeded(Model)
+    reg = attached(model) if by_hooks else regularizer()
+    _, raw, dropped = output = model.activations(tokens())
+    if not by_hooks:
+        reg.on_loss_begin(output)
+    loss = criterion(output[0], tokens())
+    terms = reg.take(loss)
+    assert isinstance(terms, ARTAR)
+    torch.testing.assert_close(terms.penalty, formula(raw, dropped, 1))
+    assert terms.penalty.requires_grad
+    assert (reg.ar, reg.tar) == (terms.ar, terms.tar)
+    with pytest.raises(RuntimeError, match="nothing was captured"):  # once
+        reg.take(loss)
+    with pytest.raises(TypeError, match="loss: expected a tensor, got NoneType"):
+        reg.take(None)  # pyright: ignore[reportArgumentType]
+    if by_hooks:
+        model.eval()
+        assert reg.take(criterion(model(tokens()), tokens())) is None
+
+
 # What a capture's life ends with
 
 
@@ -276,6 +337,20 @@ def test_scaled_lr(fails: bool) -> None:
         assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.1]
     moved = 0 if fails else 3
     torch.testing.assert_close(torch.cat([*weights]).detach(), torch.tensor([1 - moved * 0.15, 1 - moved * 0.05]))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_time_steps_that_are_the_batch_size_are_warned_of(batch_first: bool) -> None:
+    reg, optimizer = regularizer(bptt=70), SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    raw = torch.randn((BATCH, TIME, HIDDEN) if batch_first else (TIME, BATCH, HIDDEN))
+    for given in (batch_first, not batch_first):
+        reg.on_loss_begin((None, [raw], [raw]), batch_first=given)
+        penalty_of(reg)
+        if given is batch_first:
+            reg.scaled_lr(optimizer, TIME)
+        else:
+            with pytest.warns(UserWarning, match="scaled_lr: 7 time steps, but .* for 7 sequences of 3: .*batch_first"):
+                reg.scaled_lr(optimizer, TIME)
 
 
 def test_scaled_lr_of_tensors() -> None:

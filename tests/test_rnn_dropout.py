@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar
 from fastreg.output_dropout import OutputDropout, link
@@ -30,7 +31,10 @@ from tests.language_model import (
     regularizer,
     seeded,
     tokens,
+    unwanted,
 )
+
+pytestmark = unwanted
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -132,6 +136,96 @@ def test_activations_are_handed_over_once() -> None:
         drop()
         assert dropout.hand_over() is None
         assert dropout.take() is None
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_probability_and_valid_steps_of_one_call(batch_first: bool) -> None:
+    dropout, raw = FusedRNNDropout(0.0, ALPHA, BETA, batch_first=batch_first), torch.randn(4, 5, 600)
+    mask = torch.rand((4, 5) if batch_first else (5, 4)) < 0.7
+    dropped, taken = dropout(raw, 0.25, valid=mask), dropout.take()
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+    want = fused_ar_tar(raw, dropped, ALPHA, BETA, valid=mask, batch_first=batch_first, return_terms=True)
+    torch.testing.assert_close(taken, want)
+    assert dropout(raw) is raw  # by its own p
+    torch.testing.assert_close(dropout.take().penalty, formula(raw, raw, int(batch_first)))
+    with pytest.raises(ValueError, match="p: expected a probability from 0 to below 1, got 1"):
+        dropout(raw, 1.0)
+    with pytest.raises(TypeError, match="valid: expected"):
+        dropout(raw, valid=0.5)
+    assert dropout.eval()(raw, 0.25, valid=mask) is raw
+
+
+# What is lost
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_penalty_that_nobody_took_is_warned_of_once() -> None:
+    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    for _ in range(3):
+        dropout(raw)
+        dropout.take()
+    with torch.no_grad():
+        for _ in range(3):
+            dropout(raw)
+    for _ in range(3):
+        dropout.train()(raw)
+        dropout.eval()(raw)
+    dropout.train()(raw)
+    with pytest.warns(UserWarning, match=r"FusedRNNDropout: the penalty of the last forward .* add take\(\)\.penalty"):
+        dropout(raw)
+    dropout(raw)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_attached_dropout_warns_of_nothing() -> None:
+    model = seeded(Fused)
+    reg = attached(model)
+    for _ in range(3):
+        model(tokens())
+    penalty_of(reg)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_penalty_without_a_gradient_is_warned_of_once() -> None:
+    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+
+    def taken(use_reentrant: bool) -> Tensor:
+        checkpoint(dropout, raw, use_reentrant=use_reentrant)
+        terms = dropout.take()
+        assert terms is not None
+        return terms.penalty
+
+    assert taken(use_reentrant=False).requires_grad
+    with pytest.warns(UserWarning, match="FusedRNNDropout: the penalty has no gradient, .* pass use_reentrant=False"):
+        assert not taken(use_reentrant=True).requires_grad
+    taken(use_reentrant=True)
+    with torch.no_grad():
+        fresh = FusedRNNDropout(0.3, ALPHA, BETA)
+        fresh(raw)
+        fresh.take()
+
+
+def test_a_replica_of_data_parallel_has_no_penalty_to_take() -> None:
+    raw = torch.randn(BATCH, TIME, HIDDEN)
+    for alpha, refused in ((ALPHA, True), (0.0, False)):
+        replica = FusedRNNDropout(0.3, alpha)._replicate_for_data_parallel()
+        if refused:
+            with pytest.raises(RuntimeError, match=r"FusedRNNDropout: DataParallel runs a replica .*on_loss_begin"):
+                replica(raw)
+        else:
+            assert (replica(raw) == 0).any()
+
+
+def test_torch_script_runs_it_in_evaluation() -> None:
+    model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), FusedRNNDropout(0.3, ALPHA, BETA))
+    x = torch.randn(BATCH, TIME, HIDDEN)
+    model(x)
+    scripted = torch.jit.script(model.eval())
+    assert torch.equal(scripted(x), model(x))
+    with pytest.raises(torch.jit.Error, match=r"FusedRNNDropout: TorchScript cannot form a penalty; call eval\(\)"):
+        scripted.train()(x)
+    model.train()(x)
+    assert model[1].take() is not None  # which the scripted copy left alone
 
 
 # Whose coefficients
