@@ -9,8 +9,9 @@ from functools import partial, update_wrapper
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastreg.paths import check_paths
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
 
@@ -31,16 +32,21 @@ class ActivationRegularization(Callback):
 
     Lightning scales, accumulates and clips the sum as it would the loss. What the module itself logs stays free of
     the penalties; `ar` and `tar` are logged beside it, as means over the steps of an epoch, and over the callbacks
-    where there are several. If the module has a `reset()`, it is called when an epoch of training or validation starts.
+    where there are several. If the module has a `reset()`, it is called when an epoch of training or validation starts,
+    and when one of validation ends.
 
         Trainer(callbacks=[ActivationRegularization(2.0, 1.0, rnn="encoder.lstm", dropout="drop")])
 
     Args:
         alpha, beta: the coefficients; a schedule may change `callback.regularizer.alpha` and `.beta`.
-        rnn: the attribute path of an `nn.LSTM`, `nn.GRU` or `nn.RNN`, or of several, from the first layer to the last.
+        rnn: the attribute path of an RNN, any module that `RNNRegularizer.attach` takes, or of several, from the first
+            layer to the last.
         dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or
             `None`, an RNN.
         layers: `"last"` or `"all"` of the RNNs, as for `RNNRegularizer`.
+        output, batch_first: as for `RNNRegularizer.attach`.
+        valid: gets the batch, as `training_step` does, and returns the valid time steps, as `fused_ar_tar` takes them,
+            or `None` where all count.
 
     Raises:
         TypeError, ValueError: an argument is not as described; when a fit starts, a path that names no such module.
@@ -55,19 +61,16 @@ class ActivationRegularization(Callback):
         rnn: str | Sequence[str],
         dropout: str | Sequence[str | None] | None = None,
         layers: Literal["last", "all"] = "last",
+        output: Callable[[Any], Any] | None = None,
+        batch_first: bool | None = None,
+        valid: Callable[[Any], Tensor | None] | None = None,
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
-        for name, paths in (("rnn", rnn), ("dropout", dropout)):
-            if not (isinstance(paths, (str, list, tuple)) or (paths is None and name == "dropout")):
-                raise TypeError(f"{name}: expected an attribute path, or a list of them, got {type(paths).__name__}")
-        self.rnns = [rnn] if isinstance(rnn, str) else list(rnn)
-        one_for_all = dropout is None or isinstance(dropout, str)
-        self.dropouts: list[Any] = [dropout] * len(self.rnns) if one_for_all else list(dropout or ())
-        if not self.rnns or len(self.dropouts) != len(self.rnns):
-            raise ValueError(
-                "rnn and dropout: expected a dropout, or None, for each RNN, "
-                f"got {len(self.rnns)} RNNs and {len(self.dropouts)} dropouts"
-            )
+        self.paths = check_paths(rnn, dropout, output, batch_first)
+        if valid is not None and not callable(valid):
+            raise TypeError(f"valid: expected a function of the batch, or None, got {type(valid).__name__}")
+        self.valid = valid
+        self._batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -77,15 +80,14 @@ class ActivationRegularization(Callback):
                 "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
                 "a callback; use fastreg.RNNRegularizer in its training_step"
             )
-        for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
-            after = None if dropout is None else _find(pl_module, "dropout", dropout)
-            self._undo.enter_context(self.regularizer.attach(_find(pl_module, "rnn", rnn), after))
+        valid = None if self.valid is None else self._valid_steps
+        self._undo.enter_context(self.paths.attach(self.regularizer, pl_module, valid))
+        self._undo.callback(self.before_step, None)
         # All callbacks share one wrapper: they may end in any order, and only the last puts the step back.
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
-        regularize = partial(self._regularize, pl_module)
-        pl_module.training_step.regularize.append(regularize)
-        self._undo.callback(pl_module.training_step.remove, regularize)
+        pl_module.training_step.callbacks.append(self)
+        self._undo.callback(pl_module.training_step.remove, self)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take off the hooks and the wrapper of `training_step`."""
@@ -103,17 +105,30 @@ class ActivationRegularization(Callback):
         """Reset the hidden state."""
         self.regularizer.on_epoch_begin(pl_module)
 
-    def _regularize(self, pl_module: Any, output: Any) -> Any:
-        """Add the penalty to the loss that `training_step` returned, and log the terms."""
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Reset the hidden state, which within an epoch of training is not that of its next batch."""
+        self.regularizer.on_epoch_begin(pl_module)
+
+    def before_step(self, batch: Any) -> None:
+        """Note the batch, of which the step's valid time steps are."""
+        self._batch = batch
+
+    def after_step(self, pl_module: Any, output: Any) -> Any:
+        """Return what `training_step` returned with the penalty added to the loss, and log the terms."""
+        self._batch = None
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
             self.regularizer.clear()
             return output
-        total = self.regularizer.on_backward_begin(loss)
-        if total is not loss:  # it is, where the RNNs are in evaluation
-            terms = {"ar": self.regularizer.ar, "tar": self.regularizer.tar}
-            pl_module.log_dict(terms, on_step=False, on_epoch=True, batch_size=1)
+        terms = self.regularizer.take(loss)
+        if terms is None:  # the RNNs are in evaluation
+            return output
+        pl_module.log_dict({"ar": terms.ar, "tar": terms.tar}, on_step=False, on_epoch=True, batch_size=1)
+        total = loss + terms.penalty
         return output | {"loss": total} if isinstance(output, dict) else total
+
+    def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
+        return None if self.valid is None else self.valid(self._batch)
 
 
 class _RegularizedStep:
@@ -124,18 +139,20 @@ class _RegularizedStep:
         self.step = pl_module.training_step
         update_wrapper(self, self.step)  # Lightning reads its signature
         self.pl_module = pl_module
-        self.regularize: list[Callable[[Any], Any]] = []
+        self.callbacks: list[ActivationRegularization] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.step(*args, **kwargs)
-        for regularize in self.regularize:
-            output = regularize(output)
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        for callback in self.callbacks:
+            callback.before_step(batch)
+        output = self.step(batch, *args, **kwargs)
+        for callback in self.callbacks:
+            output = callback.after_step(self.pl_module, output)
         return output
 
-    def remove(self, regularize: Callable[[Any], Any]) -> None:
+    def remove(self, callback: ActivationRegularization) -> None:
         """Leave out a callback's penalty; after the last one, give the module its own step back."""
-        self.regularize.remove(regularize)
-        if not self.regularize:
+        self.callbacks.remove(callback)
+        if not self.callbacks:
             del self.pl_module.training_step
             if self.own:
                 self.pl_module.training_step = self.step
@@ -147,20 +164,3 @@ class _RegularizedStep:
 
     def __reduce__(self) -> Any:
         return self.step.__reduce__() if isinstance(self.step, MethodType) else (partial, (self.step,))
-
-
-def _find(pl_module: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> nn.Module:
-    """Return the module at an attribute path.
-
-    Raises:
-        ValueError: there is none, or for `"rnn"` no RNN; the message lists the paths that would do.
-    """
-    modules = dict(pl_module.named_modules(remove_duplicate=False))
-    fits = {
-        "rnn": lambda module: isinstance(module, (nn.LSTM, nn.GRU, nn.RNN)),
-        "dropout": lambda module: "drop" in type(module).__name__.lower(),
-    }[kind]
-    if path not in modules or (kind == "rnn" and not fits(modules[path])):
-        candidates = ", ".join(repr(name) for name, module in modules.items() if fits(module)) or "none"
-        raise ValueError(f"{kind}: {type(pl_module).__name__} has no such module at {path!r}; candidates: {candidates}")
-    return modules[path]

@@ -24,7 +24,7 @@ else:
         missing = "Lightning is not installed: fastreg.lightning did not run"
         pl = pytest.importorskip("pytorch_lightning", reason=missing)
 
-from fastreg import FusedRNNDropout, rnn_dropout
+from fastreg import FusedRNNDropout, fused_ar_tar, rnn_dropout
 from fastreg.lightning import ActivationRegularization
 
 # Lightning's own, and those of what it imports
@@ -188,7 +188,7 @@ def test_the_module_is_left_as_it_was() -> None:
         with pytest.raises(RuntimeError, match=r"nothing was captured; call on_loss_begin"):  # nothing is attached
             one.regularizer.on_backward_begin(torch.zeros(()))
     copy.deepcopy(one)
-    assert module.resets == 2 * (2 + 2)  # epochs of training and validation
+    assert module.resets == 2 * (2 + 2 + 2)  # epochs of training, and of validation before and after
 
 
 def test_a_step_of_the_instance_is_left_to_it() -> None:
@@ -347,7 +347,6 @@ def test_modules_made_late() -> None:
     ("options", "message"),
     [
         ({"rnn": "lstm"}, r"rnn: Module has no such module at 'lstm'; candidates: 'encoder\.lstm'$"),
-        ({"rnn": "decoder"}, r"rnn: Module has no such module at 'decoder'; candidates: 'encoder\.lstm'$"),
         ({"dropout": "dropout"}, r"dropout: Module has no such module at 'dropout'; candidates: 'drop'$"),
         ({"dropout": ["drop", "drop"]}, "got 1 RNNs and 2 dropouts"),
         ({"rnn": []}, "got 0 RNNs"),
@@ -409,6 +408,92 @@ def test_a_copy_made_while_training_has_a_step_of_its_own() -> None:
         before = [p.detach().clone() for p in module.parameters()]
         fit(module, max_epochs=1)  # without the penalty
         assert not all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+class Stateful(Module):
+    """Goes on from the hidden state of the last batch, as language models do."""
+
+    state: Any = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.state = None
+
+    def run(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        raw, state = self.encoder["lstm"](self.encoder["embedding"](batch), self.state)
+        self.state = tuple(x.detach() for x in state)
+        dropped = self.drop(raw)
+        return F.cross_entropy(self.decoder(dropped).flatten(0, 1), batch.flatten()), raw
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if batch_idx == 3:
+            assert self.state is None  # as validation has run
+        loss, raw = self.run(batch)
+        return loss + BETA * raw.diff(dim=1).pow(2).mean() if self.regularized else loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.run(batch[:1])
+
+
+def test_validation_within_an_epoch_leaves_no_hidden_state() -> None:
+    class StatefulFormula(Stateful):
+        regularized = True
+
+        def on_validation_epoch_start(self) -> None:
+            self.reset()
+
+        on_validation_epoch_end = on_train_epoch_start = on_validation_epoch_start
+
+    module, written_out = made(Stateful), made(StatefulFormula)
+    fit(module, callback(0.0), validate=True, val_check_interval=0.5)
+    fit(written_out, validate=True, val_check_interval=0.5)
+    assert_same(module, written_out)
+
+
+class Own(nn.Module):
+    """A recurrent layer of one's own, time first; its output is one of several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        raw, state = self.rnn.forward(x.transpose(0, 1))
+        return {"state": state, "raw": raw}
+
+
+def test_any_module_with_valid_steps_of_the_batch() -> None:
+    class Masked(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = Own()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            raw = self.own(self.encoder["embedding"](batch))["raw"]
+            dropped = self.drop(raw)
+            loss = F.cross_entropy(self.decoder(dropped).flatten(0, 1), batch.T.flatten())
+            if self.regularized:
+                loss = loss + fused_ar_tar(raw, dropped, ALPHA, BETA, valid=batch != 3, batch_first=False)
+            return loss
+
+    class MaskedFormula(Masked):
+        regularized = True
+
+    module, written_out, unmasked = made(Masked), made(MaskedFormula), made(Masked)
+    options: dict[str, Any] = {"rnn": "own", "output": lambda result: result["raw"], "batch_first": False}
+    one = callback(**options, valid=lambda batch: batch != 3)
+    fit(module, one)
+    fit(written_out)
+    fit(unmasked, callback(**options))
+    assert_same(module, written_out)
+    with pytest.raises(AssertionError):
+        assert_same(module, unmasked)
+    with pytest.raises(ValueError, match=r"batch_first: expected True or False, as the Own does not have it"):
+        fit(made(Masked), callback(rnn="own", output=options["output"]))
+    with pytest.raises(TypeError, match="valid: expected the callable to return a tensor or None, got int"):
+        fit(made(Masked), callback(**options, valid=lambda batch: 3))
+    with pytest.raises(TypeError, match="valid: expected a function of the batch, or None, got int"):
+        callback(valid=3)
 
 
 @pytest.mark.parametrize("options", [{"rnn": 3}, {"rnn": None}, {"rnn": nn.LSTM(2, 2)}, {"dropout": 3}])

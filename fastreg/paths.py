@@ -1,0 +1,91 @@
+"""`Paths`: the modules of a model that an adapter attaches a regularizer to, by their attribute paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from fastreg.regularizer import RNNRegularizer
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Name the modules of a model that `RNNRegularizer.attach` takes, from the first layer to the last.
+
+    Attributes:
+        rnns: the path of each module that gives raw.
+        dropouts: the path of the dropout of each, or `None`.
+        output, batch_first: as `RNNRegularizer.attach` takes them, for all.
+    """
+
+    rnns: tuple[str, ...]
+    dropouts: tuple[str | None, ...]
+    output: Callable[[Any], Any] | None = None
+    batch_first: bool | None = None
+
+    def attach(
+        self, regularizer: RNNRegularizer, model: nn.Module, valid: Callable[..., Tensor | None] | None = None
+    ) -> ExitStack:
+        """Attach the regularizer to the modules of a model, all or none, until the returned stack is closed.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`, or a path names no module.
+        """
+        options: Any = {"output": self.output, "batch_first": self.batch_first, "valid": valid}
+        attached = ExitStack()
+        try:
+            for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
+                after = None if dropout is None else _module_at(model, "dropout", dropout)
+                attached.enter_context(regularizer.attach(_module_at(model, "rnn", rnn), after, **options))
+        except BaseException:
+            attached.close()
+            raise
+        return attached
+
+
+def check_paths(
+    rnn: str | Sequence[str],
+    dropout: str | Sequence[str | None] | None,
+    output: Callable[[Any], Any] | None = None,
+    batch_first: bool | None = None,
+) -> Paths:
+    """Check the paths of modules, and of the dropouts behind them: one for all, or one or `None` a module.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    for name, paths in (("rnn", rnn), ("dropout", dropout)):
+        if not (isinstance(paths, (str, list, tuple)) or (paths is None and name == "dropout")):
+            raise TypeError(f"{name}: expected an attribute path, or a list of them, got {type(paths).__name__}")
+    rnns = (rnn,) if isinstance(rnn, str) else tuple(rnn)
+    one_for_all = dropout is None or isinstance(dropout, str)
+    dropouts: Any = (dropout,) * len(rnns) if one_for_all else tuple(dropout or ())
+    if not rnns or len(dropouts) != len(rnns):
+        raise ValueError(
+            "rnn and dropout: expected a dropout, or None, for each RNN, "
+            f"got {len(rnns)} RNNs and {len(dropouts)} dropouts"
+        )
+    return Paths(rnns, dropouts, output, batch_first)
+
+
+def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> nn.Module:
+    """Return the module at an attribute path.
+
+    Raises:
+        ValueError: there is none; the message lists paths that would do.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if path in modules:
+        return modules[path]
+    likely = [name for name, module in modules.items() if _is_likely(kind, module)]
+    candidates = ", ".join(map(repr, likely or [name for name in modules if name])) or "none"
+    raise ValueError(f"{kind}: {type(model).__name__} has no such module at {path!r}; candidates: {candidates}")
+
+
+def _is_likely(kind: str, module: nn.Module) -> bool:
+    """Tell whether a module looks like an RNN, or like a dropout."""
+    return isinstance(module, nn.RNNBase) if kind == "rnn" else "drop" in type(module).__name__.lower()
