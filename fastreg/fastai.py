@@ -3,17 +3,21 @@
 `fuse(learn)` swaps them into a learner, and `unfuse(learn)` swaps fastai's back; `rnn_cbs(alpha, beta)` replaces
 fastai's function of that name. `ModelResetter` stays. A pickle of a learner, as `learn.export()` makes it, holds
 fastai's own classes.
+
+A model that returns its output alone, which fastai's callbacks cannot regularize, is regularized by the paths of its
+modules: `fuse(learn, rnn="encoder.lstm", dropout="dropout")`, or `RNNRegularizer` with these arguments.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import Any
 
-import torch
 from fastai.callback import rnn as stock
 from fastai.callback.core import Callback
 from fastai.imports import noop
@@ -26,6 +30,7 @@ from torch import Tensor
 
 from fastreg import output_dropout
 from fastreg.arguments import check_flags
+from fastreg.paths import Paths, check_path
 from fastreg.problem import Coefficient, is_on
 from fastreg.regularizer import RNNRegularizer as Regularizer
 
@@ -136,13 +141,15 @@ class RNNCallback(_Callback, stock.RNNCallback):
 
     def after_pred(self) -> None:
         output = self.learn.pred
-        if not (isinstance(output, (list, tuple)) and len(output) == 3):
+        if isinstance(output, (list, tuple)) and len(output) == 3:
+            super().after_pred()
+        elif not any(isinstance(cb, RNNRegularizer) and cb.paths is not None for cb in self.learn.cbs):
             raise TypeError(
                 f"expected (decoded, raw, dropped) from the model, got a {type(output).__name__} from "
                 f"{type(self.learn.model).__name__}: let it return the RNN's output before and after dropout, too, as "
-                "fastai's language models and text classifiers do, or remove RNNCallback and RNNRegularizer"
+                "fastai's language models and text classifiers do; or leave it as it is, and name its modules: "
+                "fuse(learn, rnn=..., dropout=...); or remove RNNCallback and RNNRegularizer"
             )
-        super().after_pred()
 
 
 class RNNRegularizer(_Callback, stock.RNNRegularizer):
@@ -154,17 +161,40 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
     masks, the padding of its batches, in sums and divisors; fastai counts it in. A pad id between other ids of a text
     counts as a step. All four arguments are attributes that may change while training.
 
+    The activations are those that `RNNCallback` captures; or, of a model that returns its output alone, those of the
+    modules that are named here, without an `RNNCallback`.
+
+    Args:
+        rnn: the attribute path in the model of an RNN, any module that `fastreg.RNNRegularizer.attach` takes.
+        dropout: the path of the dropout that takes its output, or `None`.
+        output, batch_first: as for `attach`.
+        valid: gets the inputs of the batch, `valid(*learn.xb)`, and returns the valid time steps, as `fused_ar_tar`
+            takes them, or `None` where all count.
+
     Raises:
-        RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations.
-        ValueError: `mask_padding` without a `SentenceEncoder` in the model, which has the mask.
+        RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations, and no path is given.
+        ValueError: `mask_padding` without a `SentenceEncoder` in the model, which has the mask; or with `valid` or a
+            path.
         TypeError, ValueError: an argument is not what `fastreg.RNNRegularizer` takes.
     """
 
     def __init__(
-        self, alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, mask_padding: bool = False
+        self,
+        alpha: Coefficient = 0.0,
+        beta: Coefficient = 0.0,
+        bptt: int | None = None,
+        mask_padding: bool = False,
+        *,
+        rnn: str | None = None,
+        dropout: str | None = None,
+        output: Callable[[Any], Any] | None = None,
+        batch_first: bool | None = None,
+        valid: Callable[..., Tensor | None] | None = None,
     ) -> None:
         check_flags(mask_padding=mask_padding)
-        self.regularizer, self.mask_padding = Regularizer(alpha, beta, bptt=bptt), mask_padding
+        self.regularizer = Regularizer(alpha, beta, bptt=bptt)
+        self.hook(check_path(rnn, dropout, output, batch_first), valid, mask_padding)
+        self.attached = ExitStack()  # to the modules, during a fit
         self.columns = [_Column(partial(self._average, name), name) for name in ("ar", "tar")]
         self.totals, self.count = {}, 0  # of the terms, over the epoch's training batches
 
@@ -172,10 +202,25 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
     beta = property(lambda self: self.regularizer.beta, lambda self, value: setattr(self.regularizer, "beta", value))
     bptt = property(lambda self: self.regularizer.bptt, lambda self, value: setattr(self.regularizer, "bptt", value))
 
+    def hook(
+        self, paths: Paths | None, valid: Callable[..., Tensor | None] | None = None, mask_padding: bool = False
+    ) -> None:
+        """Take the activations of the modules at paths, or with `None` those of `RNNCallback`, and their valid steps.
+
+        Raises:
+            TypeError, ValueError: as the arguments of this class.
+        """
+        if valid is not None and not callable(valid):
+            raise TypeError(f"valid: expected a function of the batch's inputs, or None, got {type(valid).__name__}")
+        if mask_padding and not (paths is None and valid is None):
+            raise ValueError("mask_padding: expected False with rnn or valid, which tells the padding, got True")
+        self.paths, self.valid, self.mask_padding = paths, valid, mask_padding
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None and self.learn is not None:
             # The callback is being removed, and a fit that was cut off has not cleaned up.
             output_dropout.link(self.learn.model, None)
+            self.attached.close()
             self.after_batch()
         super().__setattr__(name, value)
 
@@ -185,7 +230,11 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
 
     def before_fit(self) -> None:
         self.after_batch()  # a fit that was cut off may have left its step
-        self._capture()
+        self.attached.close()
+        if self.paths is None:
+            self._capture()
+        else:
+            self.attached = self.paths.attach(self.regularizer, self.learn.model, self._valid_steps)
         if self.mask_padding:
             _encoder(self.learn.model)
         output_dropout.link(self.learn.model, self.regularizer)
@@ -198,18 +247,17 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
     def after_loss(self) -> None:
         if not self.learn.training:  # a callback with run_valid is called in validation, too
             return
-        capture = self._capture()
-        raw, out, lengths = capture.raw_out, capture.out, None
-        if self.mask_padding:
-            ids = self.learn.xb[0][:, -raw.shape[1] :]  # the encoder keeps the last `max_len` steps of a long text
-            padding = ids == _encoder(self.learn.model).pad_idx
-            aligned, lengths = _aligned(raw, padding)
-            raw, out = aligned, aligned if out is raw else _aligned(out, padding)[0]
-        self.regularizer.on_loss_begin((self.learn.pred, raw, out), lengths)
-        self.learn.loss_grad = self.regularizer.on_backward_begin(self.learn.loss_grad)
+        if self.paths is None:
+            raw, out = self._capture().raw_out, self._capture().out
+            valid = self.text(raw.shape[1]) if self.mask_padding else self._valid_steps()
+            self.regularizer.on_loss_begin((self.learn.pred, raw, out), valid=valid)
+        terms = self.regularizer.take(self.learn.loss_grad)
+        if terms is None:  # the modules are in evaluation
+            return
+        self.learn.loss_grad = self.learn.loss_grad + terms.penalty
         self.count += (size := find_bs(self.learn.yb))
         for name in self.totals:
-            self.totals[name] += getattr(self.regularizer, name) * size
+            self.totals[name] += getattr(terms, name) * size
 
     def after_backward(self) -> None:
         if self.bptt is not None:  # an event after the step would not do: none comes when the step raises
@@ -225,7 +273,18 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
     def after_fit(self) -> None:
         self.learn.metrics = _others(self.learn.metrics)
         self.regularizer.clear()
+        self.attached.close()
         output_dropout.link(self.learn.model, None)
+
+    def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
+        """Tell the valid steps of the batch, whatever an attached module is called with."""
+        return None if self.valid is None else self.valid(*self.learn.xb)
+
+    def text(self, steps: int) -> Tensor:
+        """Tell which steps of a batch are of its texts: each goes from the first that is not padding to the last."""
+        ids = self.learn.xb[0][:, -steps:]  # the encoder keeps the last `max_len` steps of a long text
+        there = (ids != _encoder(self.learn.model).pad_idx).as_subclass(Tensor)
+        return (there.cumsum(1) > 0) & (there.flip(1).cumsum(1).flip(1) > 0)
 
     def _capture(self) -> Any:
         """Find the callback that captures the activations."""
@@ -259,19 +318,6 @@ def _others(metrics: Any) -> Any:
     return L(metric for metric in metrics if not isinstance(metric, _Column))
 
 
-def _aligned(x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the sequences of `(batch, time, hidden)` to the front, and return them with their lengths.
-
-    Fastai pads a text by whole chunks before it, and by less than a chunk behind it. The text goes from the first
-    step that is not padding to the last.
-    """
-    valid = (~padding.as_subclass(Tensor)).int()
-    leading, trailing = valid.argmax(1), valid.flip(1).argmax(1)
-    steps = torch.arange(x.shape[1], device=x.device)
-    index = (steps + leading.unsqueeze(1)) % x.shape[1]
-    return x.gather(1, index.unsqueeze(-1).expand_as(x)), (x.shape[1] - leading - trailing) * valid.amax(1)
-
-
 def rnn_cbs(
     alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, mask_padding: bool = False
 ) -> list[Callback]:
@@ -281,7 +327,16 @@ def rnn_cbs(
     return [*cbs, regularizer] if is_on(alpha) or is_on(beta) or bptt is not None else cbs
 
 
-def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> Learner:
+def fuse(
+    learn: Learner,
+    dropout: bool | str = False,
+    mask_padding: bool = False,
+    *,
+    rnn: str | None = None,
+    output: Callable[[Any], Any] | None = None,
+    batch_first: bool | None = None,
+    valid: Callable[..., Tensor | None] | None = None,
+) -> Learner:
     """Swap fastai's `RNNCallback` and `RNNRegularizer` for this module's, in place, and return the learner.
 
     Coefficients and order stay, and `run_train` and `run_valid`. Subclasses of them are left alone, and so is what is
@@ -290,27 +345,41 @@ def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> L
     Args:
         learn: the learner.
         dropout: also swap a language model's last dropout, the `RNNDropout` of its `LinearDecoder`, for a
-            `fastreg.FusedRNNDropout`, which forms the penalty in its own pass.
+            `fastreg.FusedRNNDropout`, which forms the penalty in its own pass. With `rnn` the path of the dropout that
+            takes its output.
         mask_padding: leave the padding of a text classifier's batches out, which fastai counts in.
+        rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNRegularizer`.
+        output: likewise.
+        batch_first: likewise.
+        valid: likewise, also for a model that returns `(decoded, raw, dropped)`.
 
     Raises:
         TypeError: an argument is not as described.
-        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout or mask, or what it has is out of
-            range.
+        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout, mask or module, or what it has is
+            out of range.
     """
-    output_dropout.check_fuse(learn, Learner, dropout=dropout, mask_padding=mask_padding)
+    if dropout is True if rnn is not None else isinstance(dropout, str):
+        expected = "True or False without rnn" if rnn is None else "the path of a dropout, or False, with rnn"
+        raise TypeError(f"dropout: expected {expected}, got {dropout!r}")
+    path = dropout if isinstance(dropout, str) else None
+    output_dropout.check_fuse(learn, Learner, dropout=path is None and dropout, mask_padding=mask_padding)
+    paths = check_path(rnn, path, output, batch_first)
     regularizers = [cb for cb in learn.cbs if isinstance(cb, stock.RNNRegularizer)]
     if not any(type(cb) in (stock.RNNRegularizer, RNNRegularizer) for cb in regularizers):
-        captured = any(isinstance(cb, stock.RNNCallback) for cb in learn.cbs)
+        captured = paths is not None or any(isinstance(cb, stock.RNNCallback) for cb in learn.cbs)
         advice = "add_cb(fastreg.fastai.RNNRegularizer" if captured else "add_cbs(fastreg.fastai.rnn_cbs"
+        arguments = "alpha, beta" if paths is None else "alpha, beta, rnn=..., dropout=..."
         raise ValueError(
             f"fuse: the learner's {type(regularizers[0]).__name__} is a subclass of RNNRegularizer, and left alone"
             if regularizers
-            else f"fuse: the learner has no RNNRegularizer; learn.{advice}(alpha, beta))"
+            else f"fuse: the learner has no RNNRegularizer; learn.{advice}({arguments}))"
         )
     if mask_padding:
         _encoder(learn.model)
-    decoders = output_dropout.swappable(learn.model, _decoders(learn), RNNDropout) if dropout else []
+    if paths is not None:
+        model: Any = learn.model
+        paths.attach(Regularizer(), model).close()  # which raises what is wrong with them
+    decoders = output_dropout.swappable(learn.model, _decoders(learn), RNNDropout) if dropout is True else []
     callbacks: list[tuple[Any, Any]] = []
     for cb in learn.cbs:
         if type(cb) is stock.RNNCallback:
@@ -321,11 +390,12 @@ def fuse(learn: Learner, dropout: bool = False, mask_padding: bool = False) -> L
     regularizer = next(cb for cb in fused if type(cb) is RNNRegularizer)
     options = {"alpha": regularizer.alpha, "beta": regularizer.beta}
     dropouts = [OutputDropout(decoder.output_dp, **options) for decoder in decoders]
+    if mask_padding or paths is not None or valid is not None:
+        regularizer.hook(paths, valid, mask_padding)
     for old, new in callbacks:
         _swap(learn, old, new)
     for decoder, new in zip(decoders, dropouts, strict=True):
         decoder.output_dp = new
-    regularizer.mask_padding = regularizer.mask_padding or mask_padding
     return learn
 
 

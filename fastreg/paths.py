@@ -72,6 +72,27 @@ def check_paths(
     return Paths(rnns, dropouts, output, batch_first)
 
 
+def check_path(
+    rnn: str | None,
+    dropout: str | None,
+    output: Callable[[Any], Any] | None = None,
+    batch_first: bool | None = None,
+) -> Paths | None:
+    """Check the path of one module, which may be left out, with all that belongs to it.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    if rnn is not None:
+        if not isinstance(rnn, str):
+            raise TypeError(f"rnn: expected an attribute path or None, got {type(rnn).__name__}")
+        return check_paths(rnn, dropout, output, batch_first)
+    for name, value in (("dropout", dropout), ("output", output), ("batch_first", batch_first)):
+        if value is not None:
+            raise ValueError(f"{name}: expected None without rnn, the path of a module, got {value!r}")
+    return None
+
+
 def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> nn.Module:
     """Return the module at an attribute path.
 

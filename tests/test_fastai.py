@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,9 +40,8 @@ with warnings.catch_warnings():
     from fastai.text.models.awdlstm import AWD_LSTM, RNNDropout, awd_lstm_clas_config, awd_lstm_lm_config
     from fastai.torch_core import set_seed
 
-    from fastreg import FusedRNNDropout
+    from fastreg import FusedRNNDropout, fused_ar_tar
     from fastreg import RNNRegularizer as Regularizer
-    from fastreg import fastai as adapter
     from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
     from fastreg.output_dropout import link
 
@@ -232,12 +233,15 @@ def test_padding_of_text_classifiers(tmp_path: Path, max_len: int | None) -> Non
 
 def test_masked_padding_goes_from_the_first_step_to_the_last() -> None:
     """A pad id amid a text is a step of it."""
-    there = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]).bool()
-    x = torch.randn(4, 6, 2)
-    aligned, lengths = adapter._aligned(x, ~there)
-    assert lengths.tolist() == [4, 6, 0, 1]
+    there = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
+    model = get_text_classifier(AWD_LSTM, WORDS, 2, seq_len=8, config=awd_lstm_clas_config | SMALL)
+    regularizer = RNNRegularizer(mask_padding=True)
+    ids = TensorText(torch.where(there.bool(), 5, 1))
+    vars(regularizer)["learn"] = SimpleNamespace(model=model, xb=(ids,))
+    want = torch.zeros(4, 6, dtype=torch.bool)
     for i, (start, stop) in {0: (1, 5), 1: (0, 6), 3: (5, 6)}.items():
-        assert torch.equal(aligned[i, : stop - start], x[i, start:stop])
+        want[i, start:stop] = True
+    assert torch.equal(regularizer.text(6), want)
 
 
 def test_masked_padding_wants_a_text_classifier(make: Callable[..., Learner]) -> None:
@@ -260,6 +264,173 @@ def test_one_step_and_one_row(make: Callable[..., Learner], size: int, bs: int) 
     trained(learn, cbs=Spy())
     assert torch.isfinite(weights(learn)).all()
     assert gap(trained(fuse(make(size=size, bs=bs), dropout=True)), weights(learn)) < 1e-5
+
+
+# -- by the paths of modules, for models that return their output alone ------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A language model that knows nothing of AR and TAR."""
+
+    def __init__(self, size: int = 16) -> None:
+        super().__init__()
+        self.embedding, self.decoder = nn.Embedding(WORDS, size), nn.Linear(size, WORDS)
+        self.body = nn.ModuleDict({"rnn": nn.LSTM(size, size, batch_first=True), "dropout": RNNDropout(0.3)})
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raw, _ = self.body["rnn"](self.embedding(x))
+        dropped = self.body["dropout"](raw)
+        return self.decoder(dropped), raw, dropped
+
+    def forward(self, x: Tensor) -> Any:
+        return self.activations(x)[0]
+
+
+class Triple(Plain):
+    """The same model as fastai's callbacks want it."""
+
+    def reset(self) -> None: ...
+
+    def forward(self, x: Tensor) -> Any:
+        return self.activations(x)
+
+
+PATHS: dict[str, Any] = {"rnn": "body.rnn", "dropout": "body.dropout"}
+
+
+@pytest.fixture
+def of(make: Callable[..., Learner], tmp_path: Path) -> Callable[..., Learner]:
+    """Learners of models of one's own that are alike."""
+
+    def learner(kind: type[nn.Module], *cbs: Callback, **options: Any) -> Learner:
+        dls = make().dls
+        set_seed(5)
+        return Learner(dls, kind(), CrossEntropyLossFlat(), cbs=list(cbs), path=tmp_path, **options)
+
+    return learner
+
+
+@pytest.mark.parametrize("setting", ["plain", "accumulation and clip", "bf16"])
+@pytest.mark.usefixtures("cpu_amp")
+def test_modules_by_their_paths_train_the_stock_weights(of: Callable[..., Learner], setting: str) -> None:
+    cbs = SETTINGS[setting]
+    expected = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), cbs=cbs())
+    close = 1e-3 if setting == "bf16" else 1e-5
+    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS)), cbs=cbs()), expected) < close
+    assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **PATHS), cbs=cbs()), expected) < close
+    assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **PATHS), cbs=cbs()), expected) < close
+    with_capture = fuse(of(Plain, stock.RNNCallback(), stock.RNNRegularizer(ALPHA, BETA)), **PATHS)
+    assert gap(trained(with_capture, cbs=cbs()), expected) < close
+    assert gap(trained(of(Plain), cbs=cbs()), expected) > 5 * close
+
+
+def test_modules_by_their_paths_have_columns_and_no_hooks_afterwards(of: Callable[..., Learner]) -> None:
+    a, b = of(Triple, *rnn_cbs(ALPHA, BETA)), of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
+    for learn in (a, b):
+        trained(learn)
+        assert learn.recorder.metric_names == ["epoch", "train_loss", "valid_loss", "ar", "tar", "time"]
+    assert torch.tensor(b.recorder.values).flatten().tolist() == pytest.approx(
+        torch.tensor(a.recorder.values).flatten().tolist(), rel=1e-4
+    )
+    assert not any(module._forward_hooks for module in b.model.modules())
+
+
+def test_modules_by_their_paths_after_a_fit_that_was_cut_off(of: Callable[..., Learner]) -> None:
+    class Fail(Callback):
+        def after_loss(self) -> None:
+            raise KeyError
+
+    learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            trained(learn, cbs=Fail())
+        learn.remove_cb(Fail)
+    assert len(learn.model.body["rnn"]._forward_hooks) == 1
+    learn.remove_cb(RNNRegularizer)
+    assert not any(module._forward_hooks for module in learn.model.modules())
+
+
+def test_modules_by_their_paths_take_bptt(of: Callable[..., Learner]) -> None:
+    a, b = of(Triple, *rnn_cbs(ALPHA, BETA, 32)), of(Plain, RNNRegularizer(ALPHA, BETA, 32, **PATHS))
+    assert gap(trained(a), trained(b)) < 1e-6
+    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))), weights(b)) > 1e-3
+
+
+def test_valid_steps_of_the_batch(of: Callable[..., Learner]) -> None:
+    def marks(x: Tensor) -> Tensor:
+        return x % 3 != 0
+
+    class Written(Callback):
+        """The formula, and fastai's callbacks without coefficients."""
+
+        def after_loss(self) -> None:
+            if self.training:
+                raw, out, valid = self.learn.rnn.raw_out, self.learn.rnn.out, marks(self.xb[0])
+                options: Any = {"valid": valid}
+                self.learn.loss_grad = self.learn.loss_grad + fused_ar_tar(raw, out, ALPHA, BETA, **options)
+
+    expected = trained(of(Triple, stock.RNNCallback(), Written()))
+    by_path = of(Plain, RNNRegularizer(ALPHA, BETA, valid=marks, **PATHS))
+    assert gap(trained(by_path), expected) < 1e-5
+    assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), valid=marks, **PATHS)), expected) < 1e-5
+    assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), valid=marks)), expected) < 1e-5
+    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))), expected) > 1e-3
+
+
+def test_modules_in_evaluation_add_nothing(of: Callable[..., Learner]) -> None:
+    class Frozen(Callback):
+        def before_batch(self) -> None:
+            self.learn.model.body["rnn"].eval()
+
+    expected = trained(of(Plain), cbs=Frozen())
+    learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
+    assert gap(trained(learn, cbs=Frozen()), expected) == 0
+    assert math.isnan(learn.recorder.values[0][2])
+
+
+def test_exports_of_models_by_path_load_without_hooks(of: Callable[..., Learner]) -> None:
+    class Export(Callback):
+        def after_batch(self) -> None:
+            if self.training and self.iter == 2:
+                self.copied = pickle.loads(pickle.dumps(self.learn.model))
+
+    learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
+    trained(learn, cbs=(export := Export()))
+    assert not any(module._forward_hooks for module in export.copied.modules())
+    assert type(pickle.loads(pickle.dumps(learn.rnn_regularizer))) is stock.RNNRegularizer
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda learn: fuse(learn, rnn="rnn"), ValueError, r"no such module at 'rnn'; candidates: 'body\.rnn'"),
+        (
+            lambda learn: fuse(learn, rnn="body.rnn", dropout="drop"),
+            ValueError,
+            r"dropout: .* no such module at 'drop'; candidates: 'body\.dropout'",
+        ),
+        (lambda learn: fuse(learn, rnn="body.rnn", dropout=True), TypeError, "dropout: expected the path of a dropout"),
+        (lambda learn: fuse(learn, "body.dropout"), TypeError, "dropout: expected True or False without rnn, got 'bo"),
+        (lambda learn: fuse(learn, rnn=["body.rnn"]), TypeError, "rnn: expected an attribute path or None, got list"),
+        (lambda learn: fuse(learn, batch_first=True), ValueError, "batch_first: expected None without rnn"),
+        (lambda learn: fuse(learn, valid=3), TypeError, "valid: expected a function of the batch's inputs, or None"),
+        (lambda learn: RNNRegularizer(dropout="dropout"), ValueError, "dropout: expected None without rnn, the path"),
+        (lambda learn: RNNRegularizer(rnn="rnn", mask_padding=True), ValueError, "mask_padding: expected False with"),
+        (
+            lambda learn: fuse(learn.remove_cb(stock.RNNRegularizer), **PATHS),
+            ValueError,
+            r"add_cb\(fastreg\.fastai\.RNNRegularizer\(alpha, beta, rnn=\.\.\., dropout=\.\.\.\)\)",
+        ),
+    ],
+)
+def test_paths_are_checked(
+    of: Callable[..., Learner], call: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    learn = of(Plain, stock.RNNRegularizer(ALPHA, BETA))
+    with pytest.raises(error, match=message):
+        call(learn)
+    assert all(type(cb) is stock.RNNRegularizer for cb in learn.cbs if isinstance(cb, stock.RNNRegularizer))
+    assert not any(module._forward_hooks for module in learn.model.modules())
 
 
 # -- what is added, and what is shown ---------------------------------------------------------------------------------
@@ -319,7 +490,27 @@ def test_training_metrics(make: Callable[..., Learner]) -> None:
     trained(learn, 1)
     table = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0], strict=False))
     assert table["train_ar"] > 0 < table["train_tar"]
-    assert table["valid_ar"] is table["valid_tar"] is None
+    assert math.isnan(table["valid_ar"])
+    assert math.isnan(table["valid_tar"])
+
+
+def test_loggers_get_numbers_alone(make: Callable[..., Learner]) -> None:
+    """A `SummaryWriter` takes nothing else, as `TensorBoardCallback` gives it each column."""
+
+    class Numbers(Callback):
+        order = Recorder.order + 1
+
+        def after_epoch(self) -> None:
+            self.written = [float(x) for x in self.learn.recorder.log[2:-1]]
+
+    for validation in (True, False):
+        learn = fuse(make(metrics=accuracy))
+        learn.remove_cb(Recorder)
+        learn.add_cbs([Recorder(train_metrics=True, valid_metrics=validation), Numbers(), CSVLogger()])
+        trained(learn, 1)
+        rows = [line.split(",") for line in (learn.path / "history.csv").read_text().split()]
+        assert len(rows[0]) == len(rows[1]) == len(learn.numbers.written) + 3
+        assert "None" not in rows[1]
 
 
 @pytest.mark.parametrize("dropout", [False, True])
