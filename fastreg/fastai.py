@@ -358,11 +358,8 @@ def fuse(
         ValueError: the learner has no `RNNRegularizer`, or its model no such dropout, mask or module, or what it has is
             out of range.
     """
-    if dropout is True if rnn is not None else isinstance(dropout, str):
-        expected = "True or False without rnn" if rnn is None else "the path of a dropout, or False, with rnn"
-        raise TypeError(f"dropout: expected {expected}, got {dropout!r}")
-    path = dropout if isinstance(dropout, str) else None
-    output_dropout.check_fuse(learn, Learner, dropout=path is None and dropout, mask_padding=mask_padding)
+    path = output_dropout.check_fuse(learn, Learner, dropout, rnn)
+    check_flags(mask_padding=mask_padding)
     paths = check_path(rnn, path, output, batch_first)
     regularizers = [cb for cb in learn.cbs if isinstance(cb, stock.RNNRegularizer)]
     if not any(type(cb) in (stock.RNNRegularizer, RNNRegularizer) for cb in regularizers):
@@ -408,7 +405,7 @@ def unfuse(learn: Learner) -> Learner:
     Raises:
         TypeError: `learn` is not a learner.
     """
-    output_dropout.check_fuse(learn, Learner)
+    output_dropout.check_learner(learn, Learner)
     for cb in list(learn.cbs):
         if type(cb) is RNNRegularizer:
             cb.after_fit()  # a fit that was cut off has left it out

@@ -1,6 +1,9 @@
 """fastai v1, 1.0.36 to 1.0.61: `RNNTrainer`, with AR and TAR fused.
 
 `fuse(learn)` swaps it into a learner, and `unfuse(learn)` fastai's back. `learn.export()` exports fastai's.
+
+A model that returns its output alone is regularized by the paths of its modules: `fuse(learn, rnn="encoder.lstm",
+dropout="dropout")`, or `RNNTrainer` with these arguments.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -10,6 +13,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -20,7 +25,8 @@ from fastai.callbacks import rnn as stock
 from fastai.text.models import LinearDecoder, RNNDropout
 from torch import Tensor
 
-from fastreg.output_dropout import OutputDropout, check_fuse, link, swappable
+from fastreg.output_dropout import OutputDropout, check_fuse, check_learner, link, swappable
+from fastreg.paths import check_path
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
 
@@ -43,26 +49,51 @@ class RNNTrainer(LearnerCallback):
         beta: coefficient of TAR.
         adjust: step the optimizer with its lr times `seq_len / bptt`; afterwards, also after an error, the lr is what
             it was.
+        rnn: for a model that returns its output alone, the attribute path in it of an RNN, any module that
+            `fastreg.RNNRegularizer.attach` takes.
+        dropout: the path of the dropout that takes its output, or `None`.
+        output, batch_first: as for `attach`.
+        valid: gets the inputs of the batch, and returns the valid time steps, as `fused_ar_tar` takes them, or `None`
+            where all count.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or there is no `bptt` to adjust to; while training,
-            `TypeError` for a model that returns anything else than `(decoded, raw, dropped)`, or has no `reset()`.
+            without `rnn`, `TypeError` for a model that returns anything else than `(decoded, raw, dropped)`, or has no
+            `reset()`.
     """
 
     _order = -1  # after the recorder (-10), before mixed precision (0, later 999) scales the loss
 
     def __init__(
-        self, learn: Learner, bptt: int | None, alpha: Coefficient = 0.0, beta: Coefficient = 0.0, adjust: bool = True
+        self,
+        learn: Learner,
+        bptt: int | None,
+        alpha: Coefficient = 0.0,
+        beta: Coefficient = 0.0,
+        adjust: bool = True,
+        *,
+        rnn: str | None = None,
+        dropout: str | None = None,
+        output: Callable[[Any], Any] | None = None,
+        batch_first: bool | None = None,
+        valid: Callable[..., Tensor | None] | None = None,
     ) -> None:
         if not isinstance(learn, Learner):
             raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
         super().__init__(learn)
-        self.not_min = [*getattr(self, "not_min", []), "regularizer", "lrs"]
+        self.not_min = [*getattr(self, "not_min", []), "regularizer", "lrs", "paths", "attached", "batch"]
         self.bptt, self.alpha, self.beta, self.adjust = bptt, alpha, beta, adjust
         self.regularizer = RNNRegularizer(alpha, beta, bptt=bptt)
         self.lrs: list[float] | None = None  # while they are scaled
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
+        if valid is not None and not callable(valid):
+            raise TypeError(f"valid: expected a function of the batch's inputs, or None, got {type(valid).__name__}")
+        self.rnn, self.dropout, self.output = rnn, dropout, output  # by the names that purge() makes a callback with
+        self.batch_first, self.valid = batch_first, valid
+        self.paths = check_path(rnn, dropout, output, batch_first)
+        self.attached = ExitStack()  # to the modules, during a fit
+        self.batch: Any = None
         if hasattr(Learner, "export"):  # set here, as purge() makes callbacks anew and drops all else
             learn.export = partial(_export, weakref.ref(learn))
 
@@ -72,26 +103,33 @@ class RNNTrainer(LearnerCallback):
         if sum(isinstance(cb, RNNTrainer) for cb in self.learn.callbacks) > 1:
             raise ValueError("RNNTrainer: the learner has two of them, and the first takes the activations: keep one")
         link(self.learn.model, self.regularizer)
+        self.attached.close()  # a fit that was cut off may have left it
+        if self.paths is not None:
+            self.attached = self.paths.attach(self.regularizer, self.learn.model, self._valid_steps)
 
     def on_epoch_begin(self, **_: Any) -> None:
-        if not hasattr(self.learn.model, "reset"):
+        if self.paths is None and not hasattr(self.learn.model, "reset"):
             raise TypeError(
                 f"{type(self.learn.model).__name__} has no reset(), which RNNTrainer calls at each epoch: give it one "
                 "that zeroes the hidden state, even if there is none"
             )
         self.regularizer.on_epoch_begin(self.learn.model)
 
-    def on_batch_begin(self, **_: Any) -> None:
-        self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta
+    def on_batch_begin(self, last_input: Any, **_: Any) -> None:
+        self.batch = last_input
+        self._set_coefficients()
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
-        decoded = self.regularizer.on_loss_begin(last_output, batch_first=TIME_AXIS == 1)
+        decoded = last_output
+        if self.paths is None:
+            options: Any = {"valid": self._valid_steps() if train else None, "batch_first": TIME_AXIS == 1}
+            decoded = self.regularizer.on_loss_begin(last_output, **options)
         if not train:
             self.regularizer.clear()  # no backward follows, which would use the capture
         return {"last_output": decoded} if DICTS else decoded
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
-        self.on_batch_begin()  # the coefficients may have changed since
+        self._set_coefficients()
         loss = self.regularizer.on_backward_begin(last_loss)
         return {"last_loss": loss} if DICTS else loss
 
@@ -108,10 +146,29 @@ class RNNTrainer(LearnerCallback):
     def on_train_end(self, **_: Any) -> None:
         self.on_step_end()  # after an error in a step, the lr is still scaled
         self.regularizer.clear()
+        self.attached.close()
+        self.batch = None
         link(self.learn.model, None)
 
+    def _set_coefficients(self) -> None:
+        """Pass on the coefficients, which may have changed."""
+        self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta
 
-def fuse(learn: Learner, dropout: bool = False) -> Learner:
+    def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
+        """Tell the valid steps of the batch, whatever an attached module is called with."""
+        inputs = self.batch if isinstance(self.batch, (list, tuple)) else (self.batch,)
+        return None if self.valid is None else self.valid(*inputs)
+
+
+def fuse(
+    learn: Learner,
+    dropout: bool | str = False,
+    *,
+    rnn: str | None = None,
+    output: Callable[[Any], Any] | None = None,
+    batch_first: bool | None = None,
+    valid: Callable[..., Tensor | None] | None = None,
+) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
     Its coefficients and its place stay, and so does `adjust` in the releases that had it, without the lr compounding
@@ -121,12 +178,19 @@ def fuse(learn: Learner, dropout: bool = False) -> Learner:
         learn: the learner.
         dropout: also swap a language model's last dropout, the `RNNDropout` of its `LinearDecoder`, for a
             `fastreg.FusedRNNDropout`, which forms the penalty in its own pass. As with fastai v1, AR is of its input.
+            With `rnn` the path of the dropout that takes its output.
+        rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNTrainer`.
+        output: likewise.
+        batch_first: likewise.
+        valid: likewise, also for a model that returns `(decoded, raw, dropped)`.
 
     Raises:
         TypeError: an argument is not as described.
-        ValueError: the learner has no `RNNTrainer`, or its model no such dropout, or what it has is out of range.
+        ValueError: the learner has no `RNNTrainer`, or its model no such dropout or module, or what it has is out of
+            range.
     """
-    check_fuse(learn, Learner, dropout=dropout)
+    path = check_fuse(learn, Learner, dropout, rnn)
+    paths = check_path(rnn, path, output, batch_first)
     trainers = [cb for cb in learn.callbacks if isinstance(cb, (stock.RNNTrainer, RNNTrainer))]
     cb = next((cb for cb in trainers if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
     if cb is None:
@@ -136,13 +200,17 @@ def fuse(learn: Learner, dropout: bool = False) -> Learner:
             else "fuse: the learner has no RNNTrainer; "
             "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
-    decoders = swappable(learn.model, _decoders(learn), RNNDropout) if dropout else []
+    if paths is not None:
+        paths.attach(RNNRegularizer(), learn.model).close()  # which raises what is wrong with them
+    decoders = swappable(learn.model, _decoders(learn), RNNDropout) if dropout is True else []
+    named: Any = {"rnn": rnn, "dropout": path, "output": output, "batch_first": batch_first, "valid": valid}
     options = {"alpha": cb.alpha, "beta": cb.beta, "batch_first": TIME_AXIS == 1, "ar_of": "raw"}
     dropouts = [OutputDropout(decoder.output_dp, **options) for decoder in decoders]
+    given = paths is not None or valid is not None
     for i, cb in enumerate(learn.callbacks):
-        if type(cb) is stock.RNNTrainer:
+        if type(cb) is stock.RNNTrainer or (given and type(cb) is RNNTrainer):
             bptt, adjust = vars(cb).get("bptt"), vars(cb).get("adjust", False)
-            learn.callbacks[i] = RNNTrainer(learn, bptt, cb.alpha, cb.beta, adjust)
+            learn.callbacks[i] = RNNTrainer(learn, bptt, cb.alpha, cb.beta, adjust, **named)
     for decoder, new in zip(decoders, dropouts, strict=True):
         decoder.output_dp = new
     return learn
@@ -157,7 +225,7 @@ def unfuse(learn: Learner) -> Learner:
     Raises:
         TypeError: `learn` is not a learner.
     """
-    check_fuse(learn, Learner)
+    check_learner(learn, Learner)
     known = {"bptt", "alpha", "beta", "adjust"} & inspect.signature(stock.RNNTrainer).parameters.keys()
     for i, cb in enumerate(learn.callbacks):
         if type(cb) is RNNTrainer:

@@ -72,15 +72,31 @@ def link(model: nn.Module, regularizer: RNNRegularizer | None) -> None:
             module.linked = nobody if regularizer is None else weakref.ref(regularizer)
 
 
-def check_fuse(learn: object, kind: type, **flags: object) -> None:
-    """Check the arguments of `fuse` and `unfuse`.
+def check_learner(learn: object, kind: type) -> None:
+    """Check for a learner of this kind.
 
     Raises:
-        TypeError: `learn` is not of this kind, or a flag neither `True` nor `False`.
+        TypeError: it is anything else.
     """
     if not isinstance(learn, kind):
         raise TypeError(f"learn: expected a {kind.__name__}, got {type(learn).__name__}")
-    check_flags(**flags)
+
+
+def check_fuse(learn: object, kind: type, dropout: object, rnn: object) -> str | None:
+    """Check the learner that `fuse` gets, and its `dropout`: a flag, or with an `rnn` a path, which is returned.
+
+    Raises:
+        TypeError: `learn` is not of this kind, or `dropout` is neither.
+    """
+    check_learner(learn, kind)
+    if rnn is None:
+        check_flags(dropout=dropout)
+        return None
+    if isinstance(dropout, str):
+        return dropout
+    if dropout is not False and dropout is not None:
+        raise TypeError(f"dropout: expected with rnn the path of a dropout, or False, got {dropout!r}")
+    return None
 
 
 def swappable(model: Any, decoders: list[Any], original: type) -> list[Any]:

@@ -53,6 +53,7 @@ np.array = ragged
 
 import torch  # noqa: E402
 from fastai import __version__ as release  # noqa: E402
+from fastai.basic_train import Learner  # noqa: E402
 from fastai.callback import Callback, CallbackHandler  # noqa: E402
 from fastai.callbacks.fp16 import MixedPrecision  # noqa: E402
 from fastai.callbacks.rnn import RNNTrainer as Stock  # noqa: E402
@@ -121,9 +122,9 @@ def trained(learn: Any) -> torch.Tensor:
     return torch.cat([p.detach().float().flatten() for p in learn.model.parameters()])
 
 
-def message(function: Any, *args: Any) -> str:
+def message(function: Any, *args: Any, **options: Any) -> str:
     try:
-        function(*args)
+        function(*args, **options)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -194,6 +195,68 @@ def plain_model(reset: bool) -> str:
     if reset:
         learn.model.reset = lambda: None
     return message(learn.fit, 1)
+
+
+class Alone(torch.nn.Module):
+    """A language model that returns its output alone, and has no `reset()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.decoder = torch.nn.Embedding(40, 16), torch.nn.Linear(16, 40)
+        self.rnn, self.dropout = torch.nn.LSTM(16, 16, batch_first=TIME == 1), torch.nn.Dropout(0.3)
+
+    def activations(self, x: torch.Tensor) -> Any:
+        raw, _ = self.rnn(self.embedding(x))
+        dropped = self.dropout(raw)
+        return self.decoder(dropped).flatten(0, 1), [raw], [dropped]
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.activations(x)[0]
+
+
+class Together(Alone):
+    """The same model as fastai's callback wants it."""
+
+    def reset(self) -> None: ...
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.activations(x)
+
+
+def by_path() -> dict[str, Any]:
+    """Train models of one's own, by the formula, by the paths of modules, and with valid steps."""
+
+    def own(kind: Any, trainer: Any, *args: Any, **options: Any) -> Any:
+        of = learner()  # whose batches are always the same
+        torch.manual_seed(4)
+        made = Learner(of.data, kind(), loss_func=of.loss_func)
+        made.callbacks.append(trainer(made, *args, **options))
+        return made
+
+    def marks(x: torch.Tensor) -> torch.Tensor:
+        return (x % 3 != 0).transpose(0, TIME - 1)  # (batch, time)
+
+    paths: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
+    ours: Any = (RNNTrainer, 16, ALPHA, BETA, False)
+    adjust = {"adjust": False} if release == "1.0.36" else {}
+    stock = own(Alone, Stock, *([16] if OLD else []), alpha=ALPHA, beta=BETA, **adjust)
+    plain = own(Alone, *ours, **paths)
+    found = {
+        "written": trained(own(Together, Written, 16, ALPHA, BETA, False)),
+        "by path": trained(plain),
+        "fused": trained(fuse(stock, "dropout", rnn="rnn")),
+        "off": trained(own(Alone, RNNTrainer, 16, adjust=False, **paths)),
+        "valid": trained(own(Together, *ours, valid=marks)),
+        "valid by path": trained(own(Alone, *ours, valid=marks, **paths)),
+        "hooks": sum(len(module._forward_hooks) for module in plain.model.modules()),
+        "kept": plain.callbacks[-1].batch,
+        "no module": message(fuse, own(Alone, RNNTrainer, 16), "dropout", rnn="lstm"),
+        "no rnn": message(fuse, own(Alone, RNNTrainer, 16), "dropout"),
+    }
+    if hasattr(plain, "purge"):
+        plain.purge()
+        found["purged"] = trained(plain).isfinite().all().item(), plain.callbacks[-1].paths.rnns
+    return found
 
 
 def named(kind: type) -> str:
@@ -345,6 +408,7 @@ def results() -> dict[str, Any]:
         "held": [held(dropout=False), held(dropout=True)],
         "fused dropout": fused_dropout(),
         "exported": exported(),
+        "paths": by_path(),
         "no reset": plain_model(reset=False),
         "plain output": plain_model(reset=True),
         "no bptt": message(RNNTrainer, fused, None),

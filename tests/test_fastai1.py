@@ -108,7 +108,8 @@ def test_exports_load_without_fastreg(found: dict[str, Any]) -> None:
     if found["release"] == "1.0.36":  # has no exports yet
         assert exported == {}
         return
-    assert exported["state"] == found["given"]
+    by_path = dict.fromkeys(("rnn", "dropout", "output", "batch_first", "valid"))
+    assert exported["state"] == found["given"] | by_path
     names = ["learner"] if found["release"] == "1.0.42" else ["learner", "purged"]
     for name in names:
         trainer, dropout, *coefficients = exported[name]
@@ -147,6 +148,20 @@ def test_unfuse_puts_back_what_was(found: dict[str, Any]) -> None:
     assert fused["coefficients"]
     assert fused["attributes"] == (False, True)
     assert gap(fused["trained again"], fused["expected again"]) == 0
+
+
+def test_modules_by_their_paths_train_the_weights_of_the_formula(found: dict[str, Any]) -> None:
+    paths = found["paths"]
+    assert gap(paths["written"], paths["by path"]) < 1e-5
+    assert gap(paths["written"], paths["fused"]) < 1e-5
+    assert gap(paths["written"], paths["off"]) > 1e-3
+    assert gap(paths["valid"], paths["valid by path"]) < 1e-5
+    assert gap(paths["valid"], paths["written"]) > 1e-3
+    assert paths["hooks"] == 0
+    assert paths["kept"] is None
+    assert paths.get("purged", (True, ("rnn",))) == (True, ("rnn",))
+    assert paths["no module"].startswith("ValueError: rnn: Alone has no such module at 'lstm'; candidates: 'rnn'")
+    assert paths["no rnn"] == "TypeError: dropout: expected True or False, got 'dropout'"
 
 
 def test_errors_say_what_to_do(found: dict[str, Any]) -> None:
