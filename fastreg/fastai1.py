@@ -26,7 +26,7 @@ from fastai.text.models import LinearDecoder, RNNDropout
 from torch import Tensor
 
 from fastreg.output_dropout import OutputDropout, check_fuse, check_learner, link, swappable
-from fastreg.paths import check_path
+from fastreg.paths import Paths, check_path
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
 
@@ -81,7 +81,7 @@ class RNNTrainer(LearnerCallback):
         if not isinstance(learn, Learner):
             raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
         super().__init__(learn)
-        self.not_min = [*getattr(self, "not_min", []), "regularizer", "lrs", "paths", "attached", "batch"]
+        self.not_min = [*getattr(self, "not_min", []), "regularizer", "lrs", "attached", "batch"]
         self.bptt, self.alpha, self.beta, self.adjust = bptt, alpha, beta, adjust
         self.regularizer = RNNRegularizer(alpha, beta, bptt=bptt)
         self.lrs: list[float] | None = None  # while they are scaled
@@ -89,13 +89,18 @@ class RNNTrainer(LearnerCallback):
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
         if valid is not None and not callable(valid):
             raise TypeError(f"valid: expected a function of the batch's inputs, or None, got {type(valid).__name__}")
-        self.rnn, self.dropout, self.output = rnn, dropout, output  # by the names that purge() makes a callback with
+        check_path(rnn, dropout, output, batch_first)
+        self.rnn, self.dropout, self.output = rnn, dropout, output  # which purge() sets anew, after this
         self.batch_first, self.valid = batch_first, valid
-        self.paths = check_path(rnn, dropout, output, batch_first)
         self.attached = ExitStack()  # to the modules, during a fit
         self.batch: Any = None
         if hasattr(Learner, "export"):  # set here, as purge() makes callbacks anew and drops all else
             learn.export = partial(_export, weakref.ref(learn))
+
+    @property
+    def paths(self) -> Paths | None:
+        """Return the paths of the modules whose activations are regularized, or `None` for those in its output."""
+        return check_path(self.rnn, self.dropout, self.output, self.batch_first)
 
     def on_train_begin(self, **_: Any) -> None:
         if any(isinstance(cb, stock.RNNTrainer) for cb in self.learn.callbacks):
