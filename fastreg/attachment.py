@@ -4,10 +4,10 @@ The hook on the module starts a capture, with all that has to be known of the mo
 autograd graph, and the version of its output, which shows a later change in place. The hook on the dropout completes
 it. `fastreg.regularizer` tells when captures are used and when they are dropped.
 
-A capture lives as long as somebody can still use the run. Both hooks pass on views of the tensors that they see, and
-the autograd nodes of these views hold a token. When all that was computed from the views is gone, so is the token, and
-with it what was captured under it; the tokens of the latest run alone are held here as well. What is captured lies
-before the views in the graph, never behind them, where it would hold its own token.
+A capture lives as long as somebody can still use the run. Both hooks put a node of their own into the autograd graph,
+behind the tensors that they see, and the node holds a token. When all that was computed from these tensors is gone, so
+is the token, and with it what was captured under it; the tokens of the latest run alone are held here as well. What is
+captured lies before that node in the graph, never behind it, where it would hold its own token.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import plain
@@ -220,14 +221,14 @@ class Attachment:
         return self._undisturbed(self._complete, *args)
 
     def _go_last(self) -> None:
-        """Put the hooks behind those that were added later, and may return something else in the place of a result."""
+        """Put the hooks behind those added later, which may return something else in the place of a result."""
         for hook in self._last:
             hooks = hook.hooks_dict_ref()
             if hooks is not None and hook.id in hooks:
                 hooks.move_to_end(hook.id)
 
     def _capture(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
-        """Start the capture of a run, and return its result with views that hold the run's token."""
+        """Start the capture of a run, and return the result from a node in the graph that holds its token."""
         in_backward = torch._C._current_graph_task_id() != -1  # activation checkpointing runs the forward again
         if self._owner() is None or in_backward or not module.training or torch.is_inference_mode_enabled():
             return None
@@ -249,11 +250,11 @@ class Attachment:
         self.runs[token] = Run(raw, valid, nodes, torch.is_grad_enabled(), _version(rows))
         if source.dropout is None:
             self._keep(token, token, Activations(raw, raw, source.batch_first, valid=valid), rows)
-        views = _views(returned, token)
+        passed = _passed_on(returned, token)
         self._latest = [token]
-        if nodes and not views:
+        if nodes and not passed:
             self._unheld.append(token)
-        return _with(views, result)
+        return _with(passed, result)
 
     def _lend(self, dropout: nn.Module, args: Any, kwargs: Any) -> None:
         """Tell a `FusedRNNDropout` what to form the penalty with."""
@@ -263,7 +264,7 @@ class Attachment:
             dropout.use_once(owner.alpha, owner.beta, None if found is None else found[1].valid)
 
     def _complete(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
-        """Complete the capture of the run whose raw the dropout got, and return its result as a view with a token."""
+        """Complete the capture of the run whose raw the dropout got, and return the result likewise."""
         found = self._run_of(args, kwargs)
         if found is None:
             return None
@@ -295,12 +296,12 @@ class Attachment:
         activations = Activations(raw, dropped, batch_first, valid=valid).or_formed(formed)
         completed = Token()
         self._keep(token, completed, activations, rows)
-        views = _views([rows], completed)
+        passed = _passed_on([rows], completed)
         if token in self._latest:
             self._latest.append(completed)
-        elif not views:
+        elif not passed:
             self._unheld.append(completed)
-        return _with(views, result)
+        return _with(passed, result)
 
     # What was captured
 
@@ -400,22 +401,34 @@ def _items(x: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _views(tensors: list[Tensor], token: Token) -> dict[int, Tensor]:
-    """Return views of tensors that have a graph, by their ids, whose nodes in the graph hold the token."""
-    views = {}
-    for x in tensors:
-        if x.requires_grad and torch.is_grad_enabled() and is_memory(plain(x)) and not observed():
-            views[id(x)] = view = x.view_as(x)
-            node: Any = view.grad_fn
-            node.metadata["fastreg"] = token
-    return views
+class _Passed(Function):
+    """Pass tensors on, and hold a token for as long as the graph goes on from them."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Token, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.token = token
+        ctx.set_materialize_grads(False)
+        return tuple(x.detach() for x in tensors)  # no views, which detach_() and other changes in place would refuse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *grads
 
 
-def _with(views: dict[int, Tensor], x: Any) -> Any:
-    """Return a structure with views in the place of tensors; one that has none of these as it is."""
+def _passed_on(tensors: list[Tensor], token: Token) -> dict[int, Tensor]:
+    """Return the tensors that have a graph from a node that holds the token, by the ids of those given."""
+    if observed() or not torch.is_grad_enabled():
+        return {}
+    tensors = [x for x in tensors if x.requires_grad and is_memory(plain(x))]
+    passed = _Passed.apply(token, *tensors) if tensors else ()
+    return {id(old): new for old, new in zip(tensors, passed, strict=True)}
+
+
+def _with(passed: dict[int, Tensor], x: Any) -> Any:
+    """Return a structure with others in the place of tensors; one that has none of these as it is."""
     if isinstance(x, Tensor):
-        return views.get(id(x), x)
-    changed = {name: new for name, old in _items(x) if (new := _with(views, old)) is not old}
+        return passed.get(id(x), x)
+    changed = {name: new for name, old in _items(x) if (new := _with(passed, old)) is not old}
     if not changed:
         return x
     if isinstance(x, tuple):

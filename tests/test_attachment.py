@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.optim import Adam
+from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar
@@ -555,6 +555,42 @@ def test_a_capture_goes_when_its_graph_does() -> None:
     assert len(handle.runs) == len(handle.kept) == 2
     losses.clear()
     assert len(handle.runs) == len(handle.kept) == 1
+
+
+@either
+def test_a_state_may_be_cut_off_in_place() -> None:
+    """As training loops do that carry it from batch to batch."""
+    model, plain = seeded(Model), seeded(Model)
+    reg = attached(model)
+    for one in (model, plain):
+        torch.manual_seed(2)
+        optimizer, state = SGD(one.parameters(), lr=0.5), None
+        for _ in range(3):
+            raw, state = one.rnn(one.embedding(tokens()), state)
+            dropped = one.dropout(raw)
+            loss = criterion(one.decoder(dropped), tokens())
+            loss = reg.on_backward_begin(loss) if one is model else loss + formula(raw, dropped, 1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for x in state:
+                x.detach_()
+            state[0].mul_(2)
+    assert_same([*model.parameters()], [*plain.parameters()])
+
+
+def test_second_derivatives_of_an_attached_model() -> None:
+    model, plain = seeded(lambda: Model(nn.RNN, p=0.0)).double(), seeded(lambda: Model(nn.RNN, p=0.0)).double()
+    reg = attached(model)
+    decoded, raw, dropped = plain.activations(tokens())
+    losses = [reg.on_backward_begin(criterion(model(tokens()), tokens()))]
+    losses.append(criterion(decoded, tokens()) + formula(raw, dropped, 1))
+    second = []
+    for one, loss in zip((model, plain), losses, strict=True):
+        first = torch.autograd.grad(loss, [*one.parameters()], create_graph=True)
+        squares = torch.stack([x.square().sum() for x in first]).sum()
+        second.append(torch.autograd.grad(squares, [*one.parameters()]))
+    torch.testing.assert_close(*second)
 
 
 def test_an_earlier_run_whose_dropped_is_gone_is_an_error() -> None:
