@@ -1,10 +1,10 @@
 """`RNNRegularizer`: captures a training step's activations, by hand or by hooks, and adds the penalty to its loss.
 
 The life of a capture. `on_loss_begin` captures the activations in a model's output; or, after `attach`, the hook on an
-RNN captures each of its runs in training, and the hook on the dropout completes it. `on_backward_begin` is the one
-consumer: it adds the penalty of what belongs to its loss, and then drops everything, also when it raises. What no
-`on_backward_begin` consumes is dropped by `clear`, by `on_epoch_begin`, by the next `on_loss_begin`, which takes its
-place, or by the next run of an attached RNN, if it has no graph or is from before an optimizer's step.
+RNN captures each of its runs in training, and the hook on the dropout completes it. `take` is the one consumer, also
+for `on_backward_begin`: it forms the penalty of what belongs to its loss, and then drops everything, also when it
+raises. What no `take` consumes is dropped by `clear`, by `on_epoch_begin`, by the next `on_loss_begin`, which takes its
+place, or by the next run of an attached RNN, unless something that was computed from it is still there.
 
 A `FusedRNNDropout` forms the penalty ahead, in its forward, with the coefficients of the regularizer, and keeps it for
 one taker, until the next forward. The hook on an attached dropout takes it at once; an `OutputDropout` offers it, and

@@ -390,7 +390,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("captures stay", "finally:\n            self.clear()", "finally:\n            pass"),
         ("clear leaves hooks' captures", "            attachment.clear()", "            pass"),
         ("loss changed", "loss + terms.penalty", "loss.add_(terms.penalty)"),
-        ("last layer's penalty alone", "functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), moved)", "moved[-1]"),
+        ("last layer's penalty alone", "ARTAR(*map(torch.add, a, b))", "b"),
         ("captures in copies", '"_given": None, ', ""),
         ("removed attachment counts", "self._attached.remove(attachment)", "pass"),
     ],

@@ -750,6 +750,32 @@ class OwnState(OutputAlone):
         return {**vars(self), "mark": 3}
 
 
+class OwnCopy(OutputAlone):
+    """Copies itself in a way of its own, hooks and all."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnCopy:
+        made = memo[id(self)] = object.__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+
+def test_hooks_that_are_copied_do_nothing() -> None:
+    rnn, reg = OwnCopy(4, 5, batch_first=True), regularizer()
+    handle = reg.attach(rnn)
+    twin = copy.deepcopy(rnn)
+    assert torch.equal(twin(torch.ones(2, 3, 4)), twin.forward(torch.ones(2, 3, 4)))
+    assert not handle.runs
+    with torch.no_grad():
+        twin.weight_ih_l0.zero_()
+    again = pickle.loads(pickle.dumps(twin))
+    assert not again._forward_hooks
+    assert torch.equal(again.weight_ih_l0, twin.weight_ih_l0)
+    twin_reg = regularizer()
+    twin_reg.attach(twin)
+    raw = twin(torch.ones(2, 3, 4))
+    torch.testing.assert_close(penalty_of(twin_reg), formula(raw, raw, 1))
+
+
 def test_modules_with_a_state_of_their_own_are_copied_with_it() -> None:
     rnn, reg = OwnState(4, 5), regularizer()
     reg.attach(rnn)
