@@ -939,14 +939,16 @@ def test_a_dropout_that_did_not_get_the_output(between: Callable[[Tensor], Tenso
 
 
 @either
-def test_a_dropout_without_gradients_is_refused() -> None:
+@pytest.mark.parametrize("without", ["rnn", "dropout"])
+def test_a_run_of_either_without_gradients_is_refused(without: str) -> None:
     model = seeded(Model)
     reg = attached(model)
-    raw, _ = model.rnn(torch.randn(BATCH, TIME, HIDDEN))
-    with torch.no_grad():
+    with torch.set_grad_enabled(without != "rnn"):
+        raw, _ = model.rnn(torch.randn(BATCH, TIME, HIDDEN))
+    with torch.set_grad_enabled(without != "dropout"):
         model.dropout(raw)
     with pytest.raises(RuntimeError, match="the LSTM or its dropout ran without gradients"):
-        reg.on_backward_begin(raw.mean())
+        reg.on_backward_begin(model.decoder.weight.mean())
 
 
 @pytest.mark.parametrize(("dropped_in_place", "kind"), [(False, Model), (True, Model), (True, Fused)])

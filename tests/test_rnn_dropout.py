@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -158,8 +159,8 @@ def test_a_probability_and_valid_steps_of_one_call(batch_first: bool) -> None:
 # What is lost
 
 
-@pytest.mark.filterwarnings("error")
 def test_a_penalty_that_nobody_took_is_warned_of_once() -> None:
+    warnings.simplefilter("error")
     dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
     for _ in range(3):
         dropout(raw)
@@ -176,17 +177,17 @@ def test_a_penalty_that_nobody_took_is_warned_of_once() -> None:
     dropout(raw)
 
 
-@pytest.mark.filterwarnings("error")
 def test_an_attached_dropout_warns_of_nothing() -> None:
     model = seeded(Fused)
     reg = attached(model)
+    warnings.simplefilter("error")
     for _ in range(3):
         model(tokens())
     penalty_of(reg)
 
 
-@pytest.mark.filterwarnings("error")
 def test_a_penalty_without_a_gradient_is_warned_of_once() -> None:
+    warnings.simplefilter("error")
     dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
 
     def taken(use_reentrant: bool) -> Tensor:
@@ -407,13 +408,16 @@ def test_an_offer_is_taken_as_long_as_it_is_right(changed: str, formed: list[Any
     assert len(formed) == (changed != "nothing")
 
 
-def test_an_offer_is_not_of_what_came_with_lengths_or_after_it() -> None:
+def test_an_offer_is_not_of_what_came_with_padding_or_after_it() -> None:
     raw, lengths = torch.randn(BATCH, TIME, HIDDEN), torch.full((BATCH,), 2)
     reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
     link(dropout, reg)
     dropped = dropout(raw)
     reg.on_loss_begin((0, raw, dropped), lengths)
     torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths))
+    dropped, valid = dropout(raw), torch.arange(TIME).expand(BATCH, TIME) > 2
+    reg.on_loss_begin((0, raw, dropped), valid=valid)
+    torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=valid))
     dropped = 2 * dropout(raw)
     reg.on_loss_begin((0, raw, dropped))
     torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
