@@ -84,9 +84,9 @@ lint: .venv/lint
 	$(PIP) --editable '.[test,demo,bench]'
 	@touch $@
 
-# fastai v2 and v1 and Lightning, which the adapters are tested against.
+# fastai v2 and v1, Lightning and transformers, which the adapters are tested against.
 .venv/frameworks: .venv/base tests/frameworks.sh
-	@echo "== installing fastai and Lightning"
+	@echo "== installing fastai, Lightning and transformers"
 	@bash tests/frameworks.sh .venv
 	@touch $@
 

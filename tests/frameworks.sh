@@ -6,6 +6,7 @@ set -euo pipefail
 venv=$1
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 
+"${pip[@]}" 'transformers>=4.57,<6' 'accelerate<2'
 "${pip[@]}" lightning torchvision scikit-learn pandas matplotlib requests pyyaml scipy packaging rich
 "${pip[@]}" --no-deps fastai==2.8.12 fastcore fasttransform fastdownload cloudpickle beartype 'plum-dispatch<2.10' \
     fastprogress==1.0.3

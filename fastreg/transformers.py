@@ -1,0 +1,238 @@
+"""`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses; the model stays as it is.
+
+A `Trainer` divides the loss of a batch by the number of batches in the optimizer step, unless the loss is a share of
+the whole step's already, by `num_items_in_batch`. The penalty is always such a share: it is added where the loss enters
+its backward, behind any division, and weighed by how many of the step's valid time steps the batch has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastreg.paths import check_paths
+from fastreg.problem import Coefficient, is_on
+from fastreg.regularizer import RNNRegularizer
+
+if TYPE_CHECKING:
+    Trainer: Any = object  # transformers is not needed to check types
+    find_batch_size: Any = len
+else:
+    try:
+        from transformers import Trainer
+        from transformers.trainer_pt_utils import find_batch_size
+    except ImportError as error:
+        message = "fastreg.transformers: transformers does not work here; pip install transformers accelerate"
+        raise ImportError(message) from error
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """Return a batch's `"attention_mask"`, if it has one."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
+class RegularizedTrainer(Trainer):
+    """Train as `Trainer` does, with `alpha * AR + beta * TAR` of the named modules in the backward of each step.
+
+        trainer = RegularizedTrainer(model, args, train_dataset=data, alpha=2.0, beta=1.0, rnn="backbone.layers.23")
+
+    A subclass of `Trainer` goes behind it:
+
+        class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...
+
+    AR and TAR of an optimizer step are means over all valid time steps of its batches: in how many batches it is
+    accumulated does not matter, nor on how many processes, with `average_tokens_across_devices`. The loss that is
+    reported stays free of the penalty; `ar` and `tar` are logged beside it, as means over the optimizer steps since the
+    last log. Evaluation and prediction are those of `Trainer`.
+
+    Args:
+        args, kwargs: as for `Trainer`, or the subclass behind.
+        alpha, beta: the coefficients; a schedule may change `trainer.regularizer.alpha` and `.beta`.
+        rnn: the attribute path in the model, or in the one that PEFT wraps, of any module that `RNNRegularizer.attach`
+            takes, or of several, from the first layer to the last. The last block itself, as a rule: what the model
+            gives as its last hidden state lies behind a norm.
+        dropout: the path of the dropout that takes the module's output: one for every module, or a list with one, or
+            `None`, a module.
+        layers: `"last"` or `"all"` of the modules, as for `RNNRegularizer`.
+        output, batch_first: as for `RNNRegularizer.attach`.
+        valid: gets the batch, as `training_step` does, and returns the valid time steps, `(batch, time)`, as
+            `fused_ar_tar` takes them, or `None` where all count. By default they are the attention mask, if the batch
+            has one: a `Trainer` takes it out where the model's `forward` names none, unless
+            `remove_unused_columns=False`. With `None` all count.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or a path names no such module; in a step, what `valid`
+            returns is not as described.
+        RuntimeError: in a step, as `RNNRegularizer.on_backward_begin`, or the loss does not go through
+            `accelerator.backward`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        alpha: Coefficient = 0.0,
+        beta: Coefficient = 0.0,
+        rnn: str | Sequence[str],
+        dropout: str | Sequence[str | None] | None = None,
+        layers: Literal["last", "all"] = "last",
+        output: Callable[[Any], Any] | None = None,
+        batch_first: bool | None = None,
+        valid: Callable[[Any], Tensor | None] | None = attention_mask,
+        **kwargs: Any,
+    ) -> None:
+        self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
+        self.paths = check_paths(rnn, dropout, output, batch_first)
+        if valid is not None and not callable(valid):
+            raise TypeError(f"valid: expected a function of the batch, or None, got {type(valid).__name__}")
+        self.valid = valid
+        self._hooks: ExitStack | None = None
+        self._valid_now: Tensor | None = None  # of the batch in training
+        self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
+        self._sums: list[Any] = []  # since the last log: of AR, of TAR, and of the shares that they were weighed with
+        super().__init__(*args, **kwargs)
+        self._attach(self.model)  # shows a wrong path before any training
+        self._detach()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does, attached to the modules; no hook is left, also after an error."""
+        self._sums = []
+        with self._attached():
+            return super().train(*args, **kwargs)
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Make a model as `Trainer.call_model_init` does; while training, attach to it in place of the one before."""
+        model = super().call_model_init(*args, **kwargs)
+        if self._hooks is not None:
+            self._attach(model)
+        return model
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Fetch the batches of an optimizer step as `Trainer.get_batch_samples` does, and count their valid steps."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        over_processes = self.args.average_tokens_across_devices and self.args.world_size > 1
+        counted = len(batches) > (0 if over_processes else 1)
+        self._total = self._size_of(batches) if counted else None
+        if counted and over_processes:  # the mean, as gradients are averaged over the processes
+            self._total = self.accelerator.reduce(self._total, reduction="mean")
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Make a training step as `Trainer.training_step` does, with the penalty in its backward."""
+        shares = self._shares_of(inputs)
+        with self._attached(), self._weighed(inputs, shares), self._penalized(shares):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as `Trainer.log` does, with `ar` and `tar` beside the training loss."""
+        if "loss" in logs and self._sums:
+            sums = [torch.as_tensor(x, dtype=torch.float32, device=self.args.device) for x in self._sums]
+            ar, tar, ar_shares, tar_shares = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+            logs = {**logs, "ar": ar / (ar_shares or 1), "tar": tar / (tar_shares or 1)}  # 0 where nothing counts
+            self._sums = []
+        super().log(logs, *args, **kwargs)
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        """Attach to the modules of the model until the end, unless that is done already."""
+        if self._hooks is not None:
+            yield
+            return
+        try:
+            self._attach(self.model)
+            yield
+        finally:
+            self._detach()
+            self._total = None
+
+    def _attach(self, model: Any) -> None:
+        """Attach to the modules of a model, in place of those before."""
+        self._detach()
+        if self.args.torch_compile:  # code that was compiled before, of this model or another, runs no new hooks
+            torch.compiler.reset()
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT prefixes the paths
+        self._hooks = self.paths.attach(self.regularizer, inner, lambda *_, **__: self._valid_now)
+
+    def _detach(self) -> None:
+        if self._hooks is not None:
+            self._hooks.close()
+        self._hooks = None
+
+    @contextmanager
+    def _weighed(self, batch: Any, shares: tuple[Any, Any]) -> Iterator[None]:
+        """Give the regularizer the valid steps of a batch, and its shares of the coefficients."""
+        regularizer = self.regularizer
+        coefficients = regularizer.alpha, regularizer.beta
+        self._valid_now = self._valid_of(batch)
+        try:
+            regularizer.alpha, regularizer.beta = (
+                x * share if is_on(x) else x for x, share in zip(coefficients, shares, strict=True)
+            )
+            yield
+        finally:
+            regularizer.alpha, regularizer.beta = coefficients
+            regularizer.clear()
+            self._valid_now = None
+
+    @contextmanager
+    def _penalized(self, shares: tuple[Any, Any]) -> Iterator[None]:
+        """Add the penalty to the loss that `accelerator.backward` gets, and sum up the terms."""
+        accelerator = self.accelerator
+        own, backward, passed = vars(accelerator).get("backward"), accelerator.backward, False
+
+        def with_penalty(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal passed
+            terms, passed = self.regularizer.take(loss), True
+            if terms is not None:  # they are where the modules are in evaluation
+                loss = loss + terms.penalty
+                weighed = [terms.ar * shares[0], terms.tar * shares[1], *shares]
+                self._sums = [x + y for x, y in zip(self._sums or [0] * 4, weighed, strict=True)]
+            return backward(loss, *args, **kwargs)
+
+        accelerator.backward = with_penalty
+        try:
+            yield
+        finally:
+            del accelerator.backward
+            if own is not None:
+                accelerator.backward = own
+        if not passed:
+            raise RuntimeError(
+                "RegularizedTrainer: the loss did not go through accelerator.backward, where the penalty is added to "
+                "it; use fastreg.RNNRegularizer in compute_loss"
+            )
+
+    def _shares_of(self, batch: Any) -> tuple[Any, Any]:
+        """Return which share of the optimizer step's AR and of its TAR a batch has."""
+        if self._total is None:
+            share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+            return share, share
+        ar_share, tar_share = self._size_of([batch]) / self._total.clamp(min=1)
+        return ar_share, tar_share
+
+    def _size_of(self, batches: list[Any]) -> Tensor:
+        """Count the valid steps in batches and the pairs of neighbours among them, or examples for both: `(2,)`."""
+        masks = [mask.bool() for mask in map(self._valid_of, batches) if mask is not None]
+        if masks and len(masks) < len(batches):
+            raise ValueError(
+                "valid: expected a mask for each batch of an optimizer step, or for none, "
+                f"got {len(masks)} for {len(batches)} batches"
+            )
+        sizes = [torch.stack([mask.sum(), (mask[:, 1:] & mask[:, :-1]).sum()]) for mask in masks]
+        if not masks:
+            sizes = [torch.tensor([find_batch_size(batch) or 1] * 2) for batch in batches]
+        return torch.stack(sizes).sum(0).to(self.args.device, torch.float32)
+
+    def _valid_of(self, batch: Any) -> Tensor | None:
+        """Return a batch's valid steps, `(batch, time)`, if it tells them."""
+        mask = None if self.valid is None else self.valid(batch)
+        if not isinstance(mask, (Tensor, type(None))):
+            raise TypeError(f"valid: expected the function to return a tensor or None, got {type(mask).__name__}")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"valid: expected (batch, time), got shape {tuple(mask.shape)}; pass another function of the batch"
+            )
+        return mask
