@@ -173,7 +173,7 @@ class Attachment:
         for hook in (*self._first, *self._last):
             hook.remove()
         for module in self._modules():
-            if not any(map(_is_own, module._forward_hooks.values())):
+            if not any(map(_is_own, vars(module)["_forward_hooks"].values())):
                 vars(module).pop("__getstate__", None)
         self.clear()
         owner, self._owner = self._owner(), nobody
