@@ -187,6 +187,15 @@ def test_decoded_of_one_sequence_shows_no_layout(decoded: Tensor) -> None:
     torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_as_many_sequences_as_time_steps_show_no_layout(batch_first: bool) -> None:
+    raw, reg, valid = torch.randn(TIME, TIME, HIDDEN), regularizer(), torch.rand(TIME, TIME) < 0.7
+    options: Any
+    for options in ({}, {"valid": valid}, {"lengths": torch.full((TIME,), 3)}):
+        reg.on_loss_begin((torch.zeros(TIME, 2), raw, raw), batch_first=batch_first, **options)
+        assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first, **options)
+
+
 @either
 @pytest.mark.parametrize("by_hooks", [False, True])
 def test_the_penalty_alone(by_hooks: bool) -> None:
