@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fastai's own
     from fastai.callback.core import Callback
+    from fastai.callback.progress import ProgressCallback
     from fastai.callback.training import GradientClip
     from fastai.data.core import DataLoaders
     from fastai.text.data import LMDataLoader
@@ -21,6 +22,8 @@ with warnings.catch_warnings():
     from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
     from fastai.torch_core import set_seed
 
+from bench.corpus import BPTT, Corpus
+from bench.training import CLIP, EMBEDDING, HIDDEN, LAYERS, LEARNING_RATE
 from fastreg import fused_ar_tar
 from fastreg.fastai import fuse
 
@@ -48,36 +51,45 @@ class History(Callback):
         self.step_seconds.append((time.perf_counter() - self.start) / (len(self.steps) - self.first))
 
 
-def train(
-    rows: tuple[Tensor, Tensor],
-    vocabulary: int,
-    sizes: tuple[int, int],
-    bptt: int,
-    coefficients: tuple[float, float],
-    epochs: int,
-    seed: int,
-    lr: float,
-    clip: float,
-) -> tuple[Tensor, float]:
+class Table(Callback):
+    """A line for each epoch, its numbers below the names of what the `Recorder` keeps."""
+
+    order = 60  # after the Recorder, as fastai's progress bar
+
+    def before_fit(self) -> None:
+        learn: Any = self.learn
+        self.widths = [max(len(name), 10) for name in learn.recorder.metric_names]
+        learn.logger = self.row
+        self.row(learn.recorder.metric_names)
+
+    def row(self, values: Iterable[Any]) -> None:
+        cells = (f"{value:.6f}" if isinstance(value, float) else str(value) for value in values)
+        print(*(cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True)), flush=True)
+
+
+def train(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> tuple[Tensor, float]:
     """Train with fastai, which prints its own table, with the columns `ar` and `tar`.
 
-    `rows` are ids for training and validation, `(batch, time)`; `sizes` those of embedding and hidden layer. Gives
-    the loss without the penalties, AR and TAR of every step, `(steps, 3)`, and a step's seconds.
+    Returns:
+        The loss without the penalties, AR and TAR of every step, `(steps, 3)`, and a step's seconds.
     """
     set_seed(seed)
-    loaders = [LMDataLoader([x.flatten().cpu()], bs=len(x), seq_len=bptt, device=x.device) for x in rows]
-    dls: Any = DataLoaders(*loaders, device=rows[0].device)
-    dls.vocab = [str(i) for i in range(vocabulary)]
-    config = {**awd_lstm_lm_config, "emb_sz": sizes[0], "n_hid": sizes[1], "n_layers": 2}
-    alpha, beta = coefficients
+    rows = corpus.train, corpus.valid
+    loaders = [LMDataLoader([x.flatten().cpu()], bs=len(x), seq_len=BPTT, device=x.device) for x in rows]
+    dls: Any = DataLoaders(*loaders, device=corpus.train.device)
+    dls.vocab = [str(i) for i in range(corpus.vocabulary)]
+    config = {**awd_lstm_lm_config, "emb_sz": EMBEDDING, "n_hid": HIDDEN, "n_layers": LAYERS}
     learn = language_model_learner(
-        dls, AWD_LSTM, config=config, drop_mult=0.3, pretrained=False, alpha=alpha, beta=beta, cbs=GradientClip(clip)
+        dls, AWD_LSTM, config=config, drop_mult=0.3, pretrained=False, alpha=alpha, beta=beta, cbs=GradientClip(CLIP)
     )
     history = History()
     learn.add_cb(history)
+    if not sys.stdout.isatty():  # fastai's progress bar, which prints its table, is for a terminal
+        learn.remove_cb(ProgressCallback)
+        learn.add_cb(Table())
     if alpha or beta:
         fuse(learn)
-    with warnings.catch_warnings(), nullcontext() if sys.stdout.isatty() else learn.no_bar():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        learn.fit(epochs, lr)
+        learn.fit(epochs, LEARNING_RATE)
     return torch.stack(history.steps).cpu(), min(history.step_seconds)

