@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -15,8 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def device_name() -> str:
     """The GPU's, or the processor's with its cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def processor_name() -> str:
+    """The processor's with its cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -45,3 +49,14 @@ def source() -> str:
     """A digest of what is tested and measured."""
     files = sorted(file for pattern in ("fastreg/*.py", "kernels/*.py", "kernels/*.cpp") for file in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def commit() -> str:
+    """Name the commit of the checkout, and whether code differs from it; `unknown` where there is no git to tell."""
+    git = "git", "-C", str(ROOT)
+    try:
+        named = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], check=True, capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.cpp"], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return named.stdout.strip() + " with changes" * (changed.returncode != 0)

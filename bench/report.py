@@ -319,11 +319,11 @@ def readme_part(results: list[Result]) -> str:
     return "\n".join(parts)
 
 
-def with_part(readme: str, part: str) -> str:
-    """The README with `part` between its markers."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{part}\n{END}{after}"
+def with_part(readme: str, part: str, begin: str = BEGIN) -> str:
+    """The README with `part` between the marker `begin` and the next end."""
+    before, rest = readme.split(begin)
+    _, after = rest.split(END, 1)
+    return f"{before}{begin}\n{part}\n{END}{after}"
 
 
 def plots(result: Result) -> list[tuple[str, str, Callable[[Result], Figure]]]:

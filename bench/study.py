@@ -1,0 +1,167 @@
+"""Whether AR and TAR help: train the demo's AWD-LSTM with neither, each and both of them, over several seeds.
+
+`python -m bench.study` adds each finished training as a line to bench/results/study.jsonl and leaves out those that are
+there: interrupted, it goes on where it was. Then it renders the page and the plot beside it. All of it takes less than
+two hours on two cores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine, training
+from bench.corpus import BATCH, BPTT, MIN_WORDS, build_corpus, read_text
+from bench.options import Parser, number
+from bench.report import README, with_part
+from bench.study_report import COEFFICIENTS, COMMITTED, README_BEGIN, Run, Study, load, render, summary
+
+WORDS, EPOCHS = 90_000, 24  # few words, read often: where there is something to regularize
+SEEDS = [1, 2, 3, 4, 5]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trainings of a study share; `text` is a file, or `None` for the King James text."""
+
+    text: Path | None
+    words: int
+    epochs: int
+
+    def facts(self) -> dict[str, Any]:
+        """All that decides a training beside coefficients and seed."""
+        digest = hashlib.sha256(read_text(self.text).encode()).hexdigest()[:12]
+        facts = {"text": digest, "words": self.words, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
+        model = {"layers": training.LAYERS, "embedding": training.EMBEDDING, "hidden": training.HIDDEN}
+        return facts | model | training.DROPOUTS | {"Adam lr": training.LEARNING_RATE, "clip": training.CLIP}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training to come."""
+
+    setting: Setting
+    coefficients: tuple[float, float]
+    seed: int
+
+
+def places() -> dict[str, str]:
+    """What a run says about where it was trained: always on the processor, whatever else there is."""
+    return {**machine.facts(), "device": machine.processor_name(), "python": platform.python_version()}
+
+
+def train(job: Job, commit: str) -> Run:
+    """Train one model to the end, and evaluate it after every epoch."""
+    start = time.perf_counter()
+    setting, (alpha, beta) = job.setting, job.coefficients
+    corpus = build_corpus(read_text(setting.text), setting.words, torch.device("cpu"))
+    trained = training.Training(corpus, alpha, beta, job.seed)
+    epochs, valid_loss = [], []
+    for _ in range(setting.epochs):
+        epochs.append(trained.epoch(lambda _: None).mean(0).tolist())
+        valid_loss.append(training.evaluate(trained.model, corpus.valid))
+    train_loss, ar, tar = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
+    return Run(
+        alpha,
+        beta,
+        job.seed,
+        train_loss=train_loss,
+        valid_loss=[round(x, 6) for x in valid_loss],
+        ar=ar,
+        tar=tar,
+        final_train_loss=round(training.evaluate(trained.model, corpus.train), 6),
+        seconds=round(time.perf_counter() - start, 1),
+        settings=setting.facts(),
+        machine={**places(), "commit": commit},
+    )
+
+
+def missing(study: Study, setting: Setting, seeds: list[int]) -> list[Job]:
+    """The trainings that are still to be done, seed by seed; a `ValueError` where those there have other settings."""
+    facts = setting.facts()
+    for run in study.runs:
+        other = [name for name in facts | run.settings if facts.get(name) != run.settings.get(name)]
+        if other:
+            differ = ", ".join(f"{name} is {run.settings.get(name)} there, {facts.get(name)} now" for name in other)
+            raise ValueError(f"the results hold trainings of other settings ({differ}): name another file by --results")
+    done = {(run.coefficients, run.seed) for run in study.runs}
+    jobs = [Job(setting, coefficients, seed) for seed in seeds for coefficients in COEFFICIENTS]
+    return [job for job in jobs if (job.coefficients, job.seed) not in done]
+
+
+def train_all(jobs: list[Job], file: Path, workers: int) -> None:
+    """Train in processes of one thread each; append each result to `file`, and tell how much time is left."""
+    commit, start = machine.commit(), time.monotonic()
+    # A fresh process for each worker: GNU OpenMP hangs in the forks of a process that has used it.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+    with pool:
+        futures = [pool.submit(train, job, commit) for job in jobs]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                run = future.result()
+                with file.open("a") as lines:
+                    lines.write(json.dumps(asdict(run)) + "\n")
+                left = (time.monotonic() - start) / done * (len(jobs) - done)
+                print(
+                    f"{done:3} of {len(jobs)}: alpha {run.alpha:g}, beta {run.beta:g}, seed {run.seed}: validation "
+                    f"perplexity {run.final:.2f}, at best {run.best:.2f}; {run.seconds:.0f} s; "
+                    f"about {left / 60:.0f} minutes left",
+                    flush=True,
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train what is missing, and render; bad input ends it with one line and exit code 2."""
+    parser = Parser(prog="bench.study", description="Train with AR, with TAR, with both and without, over seeds.")
+    add = parser.add_argument
+    whole = number(int, 0)
+    add("--seeds", type=whole, nargs="+", default=SEEDS, metavar="SEED", help="default: %(default)s")
+    add("--words", type=number(int, MIN_WORDS), default=WORDS, help="of the text, the first (default: %(default)s)")
+    add("--epochs", type=number(int, 1), default=EPOCHS, help="passes over the text (default: %(default)s)")
+    add("--text", type=Path, metavar="FILE", help="UTF-8 text to train on (default: the King James text)")
+    cores = os.cpu_count() or 1
+    add("--workers", type=number(int, 1), default=cores, help="trainings at a time (default: a core each, %(default)s)")
+    add("--results", type=Path, default=COMMITTED, metavar="FILE", help="JSON lines to add to (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    setting = Setting(args.text, args.words, args.epochs)
+    file: Path = args.results
+    try:
+        if file.suffix != ".jsonl" or not os.access(file.parent, os.W_OK):
+            raise ValueError(f"--results must be a .jsonl file in a folder that can be written to, got {file}")
+        build_corpus(read_text(setting.text), setting.words, torch.device("cpu"))  # a text that is too short, now
+        study = load(file)
+        jobs = missing(study, setting, list(dict.fromkeys(args.seeds)))
+    except ValueError as error:
+        parser.error(str(error))
+    print(
+        f"{len(study.runs)} trainings are in {file}, {len(jobs)} are to be done, {args.workers} at a time", flush=True
+    )
+    try:
+        train_all(jobs, file, args.workers)
+    except KeyboardInterrupt:
+        print("bench.study: interrupted: what is finished is kept, and the same command goes on from there")
+        return 130
+    render(file)
+    study = load(file)
+    if file == COMMITTED:
+        README.write_text(with_part(README.read_text(), summary(study), README_BEGIN))
+    print(f"\n{summary(study)}\nwrote {file.with_suffix('.md')} and {file.with_suffix('.svg')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

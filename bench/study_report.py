@@ -1,0 +1,278 @@
+"""Tables and a plot from what bench.study trained: a page beside the JSON lines.
+
+Nothing in them is typed: tests/test_study.py fails when they disagree with what is committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bench.report import RESULTS, save, table
+
+COMMITTED = RESULTS / "study.jsonl"
+COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta of what is compared, first the baseline
+BASELINE = COEFFICIENTS[0]
+README_BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study -->\n"
+PAPER = """\
+## Beside the paper
+
+Merity, McCann and Socher, ["Revisiting Activation Regularization for Language RNNs"](https://arxiv.org/abs/1708.01009)
+(2017), report lower perplexity with AR, with TAR and with both on Penn Treebank and WikiText-2 (their Tables 1 and 2).
+The direction can be compared with the tables above. The size cannot, and their figures are not repeated here, because
+the settings differ:
+
+- the text: theirs have 10 and 25 times the words of this one, and larger vocabularies;
+- the model: theirs is larger by far, here two layers of 128 and 96 units fit two cores;
+- other dropout: theirs drops no recurrent weights, so that AR and TAR have more left to do; here DropConnect does part
+  of the work, at rates that are low for so small a model;
+- the optimizer and the length of training: here Adam with a constant learning rate and a fixed number of epochs;
+- the coefficients: theirs are searched for each data set, here they are AWD-LSTM's 2 and 1, and nothing was searched;
+- the seeds: theirs are single models, here each setting has several, whose spread is stated.
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. Losses are means of a word, in nats and without the penalties; lists have an item an epoch."""
+
+    alpha: float
+    beta: float
+    seed: int
+    train_loss: list[float]  # in training, with dropout and while the weights change
+    valid_loss: list[float]  # after the epoch, in evaluation
+    ar: list[float]
+    tar: list[float]
+    final_train_loss: float  # after the last epoch, in evaluation, as the validation loss is
+    seconds: float
+    settings: dict[str, Any]  # what all runs of a study share
+    machine: dict[str, str]
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        return self.alpha, self.beta
+
+    @property
+    def perplexities(self) -> list[float]:
+        return [math.exp(loss) for loss in self.valid_loss]
+
+    @property
+    def final(self) -> float:
+        """The validation perplexity after the last epoch."""
+        return self.perplexities[-1]
+
+    @property
+    def best(self) -> float:
+        """The lowest validation perplexity after any epoch."""
+        return min(self.perplexities)
+
+    @property
+    def best_epoch(self) -> int:
+        return self.perplexities.index(self.best) + 1
+
+    @property
+    def final_train(self) -> float:
+        """The perplexity of the training text after the last epoch, measured as that of the validation text."""
+        return math.exp(self.final_train_loss)
+
+    @property
+    def loss_gap(self) -> float:
+        """The generalization gap after the last epoch, in nats a word."""
+        return self.valid_loss[-1] - self.final_train_loss
+
+
+class Study:
+    """The runs of one file, sorted by coefficients and seed."""
+
+    def __init__(self, runs: Iterable[Run]):
+        self.runs = sorted(runs, key=lambda run: (COEFFICIENTS.index(run.coefficients), run.seed))
+
+    def of(self, coefficients: tuple[float, float]) -> list[Run]:
+        return [run for run in self.runs if run.coefficients == coefficients]
+
+    @property
+    def trained(self) -> list[tuple[float, float]]:
+        """The coefficients that there are runs of."""
+        return [coefficients for coefficients in COEFFICIENTS if self.of(coefficients)]
+
+    def pairs(self, coefficients: tuple[float, float]) -> list[tuple[Run, Run]]:
+        """Runs with the coefficients, and those without regularization of the same seeds."""
+        plain = {run.seed: run for run in self.of(BASELINE)}
+        return [(run, plain[run.seed]) for run in self.of(coefficients) if run.seed in plain]
+
+
+def load(file: Path) -> Study:
+    """Read a study's JSON lines; a `ValueError` names a line that is none."""
+    names = {field.name for field in fields(Run)}
+    runs = []
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            values = None
+        if not isinstance(values, dict) or values.keys() != names:
+            raise ValueError(f"{file}, line {number}: not a run of a study; delete the line to train it again")
+        runs.append(Run(**values))
+    return Study(runs)
+
+
+def label(coefficients: tuple[float, float]) -> str:
+    return "({:g}, {:g})".format(*coefficients)
+
+
+def average(values: list[float], form: str) -> str:
+    """The mean and, of two and more, its standard error."""
+    if len(values) < 2:
+        return f"{mean(values):{form}}"
+    return f"{mean(values):{form}} ± {stdev(values) / math.sqrt(len(values)):{form.removeprefix('+')}}"
+
+
+def averages_table(study: Study) -> str:
+    columns: dict[str, tuple[Callable[[Run], float], str]] = {
+        "validation perplexity, end": (lambda run: run.final, ".2f"),
+        "best": (lambda run: run.best, ".2f"),
+        "best epoch": (lambda run: run.best_epoch, ".1f"),
+        "training perplexity, end": (lambda run: run.final_train, ".2f"),
+        "gap in perplexity": (lambda run: run.final - run.final_train, ".2f"),
+        "gap in loss": (lambda run: run.loss_gap, ".3f"),
+        "AR": (lambda run: run.ar[-1], ".4f"),
+        "TAR": (lambda run: run.tar[-1], ".4f"),
+    }
+    rows = [["(alpha, beta)", "seeds", *columns]]
+    for coefficients in study.trained:
+        runs = study.of(coefficients)
+        cells = [average([value(run) for run in runs], form) for value, form in columns.values()]
+        rows.append([label(coefficients), str(len(runs)), *cells])
+    return table(rows)
+
+
+def differences(pairs: list[tuple[Run, Run]], value: Callable[[Run], float]) -> list[float]:
+    return [value(run) - value(plain) for run, plain in pairs]
+
+
+def lower(values: list[float]) -> str:
+    return f"{sum(x < 0 for x in values)} of {len(values)}"
+
+
+def paired_table(study: Study) -> str:
+    """Each seed's differences to its training without regularization."""
+    seeds = sorted({run.seed for run in study.of(BASELINE)})
+    rows = [["(alpha, beta)", "perplexity", *(f"seed {seed}" for seed in seeds), "mean", "lower in"]]
+    for coefficients in study.trained[1:]:
+        pairs = study.pairs(coefficients)
+        for name, value in (("end", lambda run: run.final), ("best", lambda run: run.best)):
+            of_seed = {run.seed: f"{value(run) - value(plain):+.2f}" for run, plain in pairs}
+            values = differences(pairs, value)
+            if values:
+                cells = [*(of_seed.get(seed, "") for seed in seeds), average(values, "+.2f"), lower(values)]
+                rows.append([label(coefficients), name, *cells])
+    return table(rows)
+
+
+def runs_table(study: Study) -> str:
+    head = ["(alpha, beta)", "seed", "validation perplexity, end", "best", "best epoch", "training perplexity, end"]
+    rows = [[*head, "gap in loss", "AR", "TAR", "seconds"]]
+    for run in study.runs:
+        row = [label(run.coefficients), str(run.seed), f"{run.final:.2f}", f"{run.best:.2f}", str(run.best_epoch)]
+        row += [f"{run.final_train:.2f}", f"{run.loss_gap:.3f}", f"{run.ar[-1]:.4f}", f"{run.tar[-1]:.4f}"]
+        rows.append([*row, f"{run.seconds:.0f}"])
+    return table(rows)
+
+
+def summary(study: Study) -> str:
+    """What came out, in a sentence for each pair of coefficients."""
+    sentences = []
+    for coefficients in study.trained[1:]:
+        pairs = study.pairs(coefficients)
+        final, best = (differences(pairs, value) for value in (lambda run: run.final, lambda run: run.best))
+        if final:
+            what = f"{average(final, '+.2f')} at the end (lower in {lower(final)} seeds)"
+            sentences.append(f"{label(coefficients)}: {what}, {average(best, '+.2f')} at best ({lower(best)}).")
+    plain = study.of(BASELINE)
+    if not plain:
+        return "No training without regularization: nothing to compare with.\n"
+    text = (
+        f"Validation perplexity without regularization: {average([run.final for run in plain], '.2f')} at the end, "
+        f"{average([run.best for run in plain], '.2f')} at best.\nWith (alpha, beta), against the same seed without, "
+        "mean and its standard error:\n"
+    )
+    return "\n".join([text, *(f"- {sentence}" for sentence in sentences)]) + "\n"
+
+
+def where(study: Study) -> str:
+    """What was trained, and where."""
+    settings = study.runs[0].settings
+    text = ", ".join(f"{name} {value}" for name, value in settings.items())
+    machines = {tuple(run.machine.items()): None for run in study.runs}
+    places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
+    return f"Settings: {text}.\n\nTrained on:\n\n{places}"
+
+
+def page(study: Study, name: str) -> str:
+    """The whole of the rendered page; `name` is that of its files, without the ending."""
+    parts = [
+        "# Do AR and TAR help?\n",
+        f"Rendered from {name}.jsonl by `python -m bench.study`, which trains what is missing there.\n",
+        summary(study),
+        where(study),
+        "Losses and perplexities are of a word and leave the penalties out. The gap is validation minus training, both "
+        "after the last epoch and in evaluation mode. AR and TAR are the last epoch's, in training. A seed has the "
+        "same first weights, dropout and sequence lengths with all coefficients, which makes pairs. ±: standard error.\n",
+        averages_table(study),
+        "Differences in validation perplexity to the training without regularization of the same seed:\n",
+        paired_table(study),
+        f"![Validation perplexity by epoch, and its difference to training without regularization]({name}.svg)\n",
+        PAPER,
+        "## All runs\n",
+        runs_table(study),
+    ]
+    return "\n".join(parts)
+
+
+def plot(study: Study) -> Figure:
+    """Validation perplexity by epoch, every seed faintly and the mean, and the paired differences' mean."""
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for i, coefficients in enumerate(study.trained):
+        runs, color = study.of(coefficients), f"C{i}"
+        epochs = range(1, len(runs[0].valid_loss) + 1)
+        curves = [run.perplexities for run in runs]
+        for curve in curves:
+            above.plot(epochs, curve, color=color, alpha=0.25, linewidth=0.7)
+        above.plot(
+            epochs, [mean(column) for column in zip(*curves, strict=True)], color=color, label=label(coefficients)
+        )
+        pairs = study.pairs(coefficients) if coefficients != BASELINE else []
+        gains = [[a - b for a, b in zip(run.perplexities, plain.perplexities, strict=True)] for run, plain in pairs]
+        if gains:
+            below.plot(epochs, [mean(column) for column in zip(*gains, strict=True)], color=color)
+        if len(gains) > 1:
+            errors = [stdev(column) / math.sqrt(len(column)) for column in zip(*gains, strict=True)]
+            middle = [mean(column) for column in zip(*gains, strict=True)]
+            low, high = ([m + sign * e for m, e in zip(middle, errors, strict=True)] for sign in (-1, 1))
+            below.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+    best = min(run.best for run in study.runs)
+    above.set_ylim(0.95 * best, 1.6 * best)  # the first epochs would hide the rest
+    above.set_ylabel("validation perplexity")
+    below.axhline(0, color="black", linewidth=0.8)
+    below.set_ylabel("difference to (0, 0) of the same seed,\nmean and standard error")
+    below.set_xlabel("epoch")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.legend(*above.get_legend_handles_labels(), title="(alpha, beta)", loc="outside upper center", ncols=4)
+    return figure
+
+
+def render(file: Path) -> None:
+    """Write the page and the plot beside the JSON lines."""
+    study = load(file)
+    file.with_suffix(".md").write_text(page(study, file.stem))
+    save(plot(study), file.with_suffix(".svg"), hashlib.sha256(file.read_bytes()).hexdigest()[:16])
