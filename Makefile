@@ -5,10 +5,11 @@ PYTEST = .venv/bin/python -m pytest
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout padding valid kernels sizes))
 
-.PHONY: help demo test test-ptx mutants test-oldest test-fakegpu bench bench-compare lint clean
+.PHONY: help demo study test test-ptx mutants test-oldest test-fakegpu bench bench-compare lint clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
+	@echo "make study   train it over several seeds, with AR, TAR, both and neither: adds what is missing in bench/results"
 	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
 	@echo "make test-ptx   run the kernels' tests on the CPU with the code that is compiled for an H100, on the newest Triton"
 	@echo "             supported and the oldest (ARGS=--ptx-sample=8 for each eighth case of each test)"
@@ -24,6 +25,10 @@ FRAMEWORK ?= none
 demo: .venv/demo $(if $(filter fastai,$(FRAMEWORK)),.venv/frameworks)
 	@echo "== demo: a word-level AWD-LSTM learns the King James text, with AR and TAR and without"
 	.venv/bin/python -m bench.demo --framework $(FRAMEWORK) $(ARGS)
+
+study: .venv/demo
+	@echo "== study: with AR, with TAR, with both and without, over seeds; less than two hours on two cores, if all is new"
+	.venv/bin/python -m bench.study $(ARGS)
 
 test: .venv/test .venv/frameworks
 	@echo "== 1 of 2: every test; CPU tensors take the C++ kernels, and the Triton kernels are compiled for real GPUs"

@@ -116,7 +116,7 @@ def train_all(jobs: list[Job], file: Path, workers: int) -> None:
                 print(
                     f"{done:3} of {len(jobs)}: alpha {run.alpha:g}, beta {run.beta:g}, seed {run.seed}: validation "
                     f"perplexity {run.final:.2f}, at best {run.best:.2f}; {run.seconds:.0f} s; "
-                    f"about {left / 60:.0f} minutes left",
+                    f"about {left / 60:.0f} min left",
                     flush=True,
                 )
         except BaseException:
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--results", type=Path, default=COMMITTED, metavar="FILE", help="JSON lines to add to (default: %(default)s)")
     args = parser.parse_args(arguments)
     setting = Setting(args.text, args.words, args.epochs)
-    file: Path = args.results
+    file: Path = args.results.resolve()
     try:
         if file.suffix != ".jsonl" or not os.access(file.parent, os.W_OK):
             raise ValueError(f"--results must be a .jsonl file in a folder that can be written to, got {file}")

@@ -22,21 +22,25 @@ COMMITTED = RESULTS / "study.jsonl"
 COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta of what is compared, first the baseline
 BASELINE = COEFFICIENTS[0]
 README_BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study -->\n"
+METHOD = """\
+Losses and perplexities are of a word and leave the penalties out. The gap is validation minus training, both after the
+last epoch and in evaluation mode. AR and TAR are the last epoch's means, in training. A seed has the same first
+weights, dropout masks and sequence lengths with all coefficients, which makes pairs. ±: the standard error of the mean.
+"""
 PAPER = """\
 ## Beside the paper
 
 Merity, McCann and Socher, ["Revisiting Activation Regularization for Language RNNs"](https://arxiv.org/abs/1708.01009)
-(2017), report lower perplexity with AR, with TAR and with both on Penn Treebank and WikiText-2 (their Tables 1 and 2).
-The direction can be compared with the tables above. The size cannot, and their figures are not repeated here, because
-the settings differ:
+(2017), report that AR and TAR improve language models on Penn Treebank and on WikiText-2 (Tables 1 and 2), as much as
+more complicated regularization. The direction can be compared with the tables here. The size was not: the figures of
+those tables were not at hand and are not quoted from memory. It would differ anyway, because the settings do:
 
-- the text: theirs have 10 and 25 times the words of this one, and larger vocabularies;
-- the model: theirs is larger by far, here two layers of 128 and 96 units fit two cores;
-- other dropout: theirs drops no recurrent weights, so that AR and TAR have more left to do; here DropConnect does part
-  of the work, at rates that are low for so small a model;
-- the optimizer and the length of training: here Adam with a constant learning rate and a fixed number of epochs;
-- the coefficients: theirs are searched for each data set, here they are AWD-LSTM's 2 and 1, and nothing was searched;
-- the seeds: theirs are single models, here each setting has several, whose spread is stated.
+- The text: this one is a tenth of Penn Treebank's training text and a twentieth of WikiText-2's, of one style.
+- The model: two layers of 128 and 96 units, so that 20 trainings fit two cores.
+- The other regularization: the paper's own LSTMs have none of their recurrent connections. Here DropConnect drops
+  recurrent weights, as in the AWD-LSTM that came after.
+- The training: Adam at one learning rate, for as many epochs in each case.
+- The coefficients: those of AWD-LSTM, 2 and 1. None was tuned, and neither was anything else.
 """
 
 
@@ -223,9 +227,7 @@ def page(study: Study, name: str) -> str:
         f"Rendered from {name}.jsonl by `python -m bench.study`, which trains what is missing there.\n",
         summary(study),
         where(study),
-        "Losses and perplexities are of a word and leave the penalties out. The gap is validation minus training, both "
-        "after the last epoch and in evaluation mode. AR and TAR are the last epoch's, in training. A seed has the "
-        "same first weights, dropout and sequence lengths with all coefficients, which makes pairs. ±: standard error.\n",
+        METHOD,
         averages_table(study),
         "Differences in validation perplexity to the training without regularization of the same seed:\n",
         paired_table(study),

@@ -1,0 +1,208 @@
+"""The study, end to end on a small text; its figures on made-up runs; what is committed against what is rendered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import corpus, demo, report, study, study_report
+from bench.study_report import COEFFICIENTS, Run, Study
+
+SMALL = ["--words", "7000", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = random.Random(0)
+    nouns = ["dog", "cat", "sun", "sea"]
+    sentences = [f"The {draw.choice(nouns)} saw the {draw.choice(nouns)}, and was glad." for _ in range(800)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(sentences), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def results(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of one seed."""
+    file = tmp_path_factory.mktemp("results") / "small.jsonl"
+    assert study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "2", *SMALL]) == 0
+    return file
+
+
+def test_a_study_trains_every_setting_and_renders_it(results: Path) -> None:
+    runs = study_report.load(results).runs
+    assert [run.coefficients for run in runs] == list(COEFFICIENTS)
+    for run in runs:
+        assert len(run.train_loss) == len(run.valid_loss) == len(run.ar) == len(run.tar) == 2
+        assert all(0 < value < 10 for value in (*run.train_loss, *run.valid_loss, run.final_train_loss))
+    plain, ar, tar, both = runs
+    assert ar.ar[-1] < plain.ar[-1], "AR keeps activations small"
+    assert both.ar[-1] < plain.ar[-1]
+    assert tar.tar[-1] < plain.tar[-1], "TAR keeps them slow"
+    page = results.with_suffix(".md").read_text()
+    assert study_report.page(study_report.load(results), "small") == page
+    assert page.count("| (2, 1) | 1 |") == 2, "among the means, of one seed, and among all runs"
+    digest = hashlib.sha256(results.read_bytes()).hexdigest()[:16]
+    assert f"JSON {digest}" in results.with_suffix(".svg").read_text()
+
+
+def test_a_study_goes_on_where_it_was(
+    results: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "resumed.jsonl"
+    first, _, third, _ = results.read_text().splitlines(keepends=True)
+    file.write_text(first + third)
+    study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL])
+    assert file.read_text().startswith(first + third), "what was there stays as it was"
+    assert "2 trainings are in" in (output := capsys.readouterr().out)
+    assert "2 of 2: " in output
+    assert "about 0 min left" in output
+
+    def outcomes(file: Path) -> list[tuple[object, ...]]:
+        runs = study_report.load(file).runs
+        return [(run.coefficients, run.train_loss, run.valid_loss, run.final_train_loss) for run in runs]
+
+    assert outcomes(file) == outcomes(results), "a seed decides everything"
+    before = file.read_text()
+    study.main(["--text", str(text), "--results", str(file), "--seeds", "1", *SMALL])
+    assert file.read_text() == before
+    assert "0 are to be done" in capsys.readouterr().out
+
+
+def test_a_study_trains_as_the_demo_does(results: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    words = corpus.build_corpus(corpus.read_text(text), 7000, torch.device("cpu"))
+    demo.train(words, 2.0, 1.0, epochs=2, seed=1)
+    torch.set_num_threads(threads)
+    printed = [line.split()[1:5] for line in capsys.readouterr().out.splitlines()[-2:]]
+    (run,) = study_report.load(results).of((2.0, 1.0))
+    columns = zip(run.train_loss, run.perplexities, run.ar, run.tar, strict=True)
+    assert printed == [[f"{loss:.4f}", f"{ppl:.2f}", f"{ar:.5f}", f"{tar:.5f}"] for loss, ppl, ar, tar in columns]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        study.main([*options])
+    assert stop.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("bench.study: error: ")
+    assert errors.count("\n") == 1
+    return errors
+
+
+def test_results_of_other_settings_are_not_mixed(results: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    errors = fails(capsys, "--text", str(text), "--results", str(results), "--words", "7200", "--epochs", "2")
+    assert "other settings (words is 7000 there, 7200 now): name another file by --results" in errors
+
+
+@pytest.mark.parametrize("line", ['{"alpha": 2.0, "be', '{"alpha": 2.0}', "[1, 2]"])
+def test_a_line_that_is_no_run_is_named(line: str, results: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cut.jsonl"
+    file.write_text(results.read_text().splitlines()[0] + "\n" + line)
+    with pytest.raises(ValueError, match=r"cut.jsonl, line 2: not a run of a study; delete the line"):
+        study_report.load(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "-1"], "argument --seeds: must be a whole number, 0 or more, got '-1'"),
+        (["--workers", "0"], "argument --workers: must be a whole number, 1 or more, got '0'"),
+        (["--words", "100"], "argument --words: must be a whole number, 7000 or more, got '100'"),
+        (["--results", "study.json"], "--results must be a .jsonl file"),
+        (["--results", "missing/study.jsonl"], "in a folder that can be written to"),
+        (["--text", "missing.txt"], "cannot read missing.txt"),
+    ],
+)
+def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = [] if "--results" in options else ["--results", str(tmp_path / "new.jsonl")]
+    assert message in fails(capsys, *results, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def made_up(coefficients: tuple[float, float], seed: int, perplexities: list[float]) -> Run:
+    """A run of those validation perplexities, with a training perplexity of 10 after the last epoch."""
+    losses = [math.log(perplexity) for perplexity in perplexities]
+    epochs = len(losses)
+    figures = {"train_loss": [3.0] * epochs, "ar": [0.1] * epochs, "tar": [0.2] * epochs, "seconds": 60.0}
+    facts = {"settings": {"words": 90}, "machine": {"device": "a processor"}}
+    return Run(*coefficients, seed, valid_loss=losses, final_train_loss=math.log(10), **figures, **facts)
+
+
+PLAIN, BOTH = (0.0, 0.0), (2.0, 1.0)
+MADE_UP = Study(
+    [
+        made_up(BOTH, 2, [25.0, 22.0, 26.0]),
+        made_up(BOTH, 1, [40.0, 28.0, 24.0]),
+        made_up(PLAIN, 1, [40.0, 30.0, 30.0]),
+        made_up(PLAIN, 2, [25.0, 20.0, 22.0]),
+        made_up(PLAIN, 3, [33.0, 28.0, 29.0]),
+    ]
+)
+
+
+def cells(table: str, *start: str) -> list[str]:
+    """The cells of the table's only row that begins with `start`."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    (row,) = [row for row in rows if row[: len(start)] == list(start)]
+    return row[len(start) :]
+
+
+def test_means_and_standard_errors() -> None:
+    table = study_report.averages_table(MADE_UP)
+    # ends 30, 22 and 29: a standard deviation of 4.359, and over the root of three 2.52
+    assert cells(table, "(0, 0)", "3")[:3] == ["27.00 ± 2.52", "26.00 ± 3.06", "2.0 ± 0.0"]
+    # at their best 24 in the third epoch and 22 in the second; 15 above training on average
+    assert cells(table, "(2, 1)", "2") == [
+        *("25.00 ± 1.00", "23.00 ± 1.00", "2.5 ± 0.5", "10.00 ± 0.00", "15.00 ± 1.00", "0.915 ± 0.040"),
+        *("0.1000 ± 0.0000", "0.2000 ± 0.0000"),
+    ]
+
+
+def test_pairs_are_of_one_seed() -> None:
+    table = study_report.paired_table(MADE_UP)
+    assert "| seed 1 | seed 2 | seed 3 | mean | lower in |" in table
+    assert cells(table, "(2, 1)", "end") == ["-6.00", "+4.00", "", "-1.00 ± 5.00", "1 of 2"]
+    assert cells(table, "(2, 1)", "best") == ["-6.00", "+2.00", "", "-2.00 ± 4.00", "1 of 2"]
+    summary = study_report.summary(MADE_UP)
+    assert "without regularization: 27.00 ± 2.52 at the end, 26.00 ± 3.06 at best" in summary
+    assert "(2, 1): -1.00 ± 5.00 at the end (lower in 1 of 2 seeds), -2.00 ± 4.00 at best (1 of 2)." in summary
+
+
+def test_one_seed_has_no_standard_error() -> None:
+    page = study_report.page(Study([made_up(PLAIN, 1, [30.0]), made_up(BOTH, 1, [24.0])]), "one")
+    assert "| (2, 1) | end | -6.00 | -6.00 | 1 of 1 |" in page
+
+
+def test_the_plot_shows_seeds_means_and_pairs() -> None:
+    above, below = study_report.plot(MADE_UP).axes
+    lines = [line.get_ydata() for line in above.lines]
+    assert len(lines) == 3 + 1 + 2 + 1
+    assert lines[-1] == pytest.approx([32.5, 25.0, 25.0]), "the mean of both"
+    assert below.lines[0].get_ydata() == pytest.approx([0.0, 0.0, -1.0]), "of pairs alone"
+
+
+def test_what_is_committed_is_what_was_studied() -> None:
+    files = sorted(report.RESULTS.glob("*.jsonl"))
+    assert study_report.COMMITTED in files
+    for file in files:
+        studied = study_report.load(file)
+        assert file.with_suffix(".md").read_text() == study_report.page(studied, file.stem), (
+            "run `python -m bench.study`"
+        )
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        assert f"JSON {digest}" in file.with_suffix(".svg").read_text(), "run `python -m bench.study`"
+        assert len({json.dumps(run.settings) for run in studied.runs}) == 1
+        for coefficients in COEFFICIENTS:
+            assert [run.seed for run in studied.of(coefficients)] == study.SEEDS
+    readme = report.README.read_text()
+    summary = study_report.summary(study_report.load(study_report.COMMITTED))
+    assert report.with_part(readme, summary, study_report.README_BEGIN) == readme, "run `python -m bench.study`"
