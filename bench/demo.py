@@ -24,10 +24,12 @@ from tqdm import tqdm
 from bench.corpus import BATCH, BPTT, Corpus, build_corpus, read_text
 from bench.formulas import fastai
 from bench.options import Parser, number
+from bench.study import WORDS, Setting
+from bench.study_report import COMMITTED, Study, after, load
 from bench.training import EMBEDDING, Training, evaluate
 from fastreg import fused_ar_tar
 
-WORDS = 450_000  # of a longer text, the first: two trainings in a minute or two on two cores
+EPOCHS = 16  # of bench.study's 24: two trainings in less than two minutes on two cores
 ROUNDS = 300  # calls that are timed
 HEADER = f"{'epoch':>5}  {'train loss':>10}  {'valid ppl':>9}  {'AR':>8}  {'TAR':>8}  {'seconds':>7}"
 
@@ -73,6 +75,17 @@ def train_with_fastai(corpus: Corpus, alpha: float, beta: float, epochs: int, se
 def label_of(alpha: float, beta: float) -> str:
     """What a training is called in the tables and in the plot."""
     return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
+
+
+def report_study(setting: Setting, coefficients: tuple[float, float]) -> None:
+    """Print what bench.study saw of a setting over its seeds, if it trained it."""
+    study = Study(run for run in load(COMMITTED).runs if setting.begins(run))
+    seen = after(study, coefficients, setting.epochs)
+    if seen:
+        print(
+            f"\none seed proves little: after epoch {setting.epochs} of the same training bench.study saw a difference in"
+        )
+        print(f"validation perplexity of {seen} (bench/results/study.md)")
 
 
 def report_cost(alpha: float, beta: float, device: torch.device, step: float) -> None:
@@ -148,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to train on (default: the King James text)")
     add("--alpha", type=number(float, 0), default=2.0, help="coefficient of AR (default: %(default)s)")
     add("--beta", type=number(float, 0), default=1.0, help="coefficient of TAR (default: %(default)s)")
-    add("--epochs", type=number(int, 1), default=2, help="passes over the text (default: %(default)s)")
+    add("--epochs", type=number(int, 1), default=EPOCHS, help="passes over the text (default: %(default)s)")
     add("--seed", type=number(int, 0), default=1, help="seed of both trainings (default: %(default)s)")
     add("--device", help="a torch device (default: a GPU where there is one, else cpu)")
     add("--framework", choices=["none", "fastai"], default="none", help="what trains (default: a loop by hand)")
@@ -169,6 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = train_with_fastai if args.framework == "fastai" else train
     runs = [trainer(corpus, alpha, beta, args.epochs, args.seed) for alpha, beta in both]
     if len(runs) == 2:
+        if args.framework == "none":  # fastai's model and loop are not those of the study
+            report_study(Setting(args.text, WORDS, args.epochs), (args.alpha, args.beta))
         report_cost(args.alpha, args.beta, device, runs[0].step_seconds)
     plot(runs, args.plot)
     print(f"\nplot: {args.plot.resolve()}")

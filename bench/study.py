@@ -46,6 +46,10 @@ class Setting:
         model = {"layers": training.LAYERS, "embedding": training.EMBEDDING, "hidden": training.HIDDEN}
         return facts | model | training.DROPOUTS | {"Adam lr": training.LEARNING_RATE, "clip": training.CLIP}
 
+    def begins(self, run: Run) -> bool:
+        """Whether a run's first epochs are a training of this setting."""
+        return self.epochs <= run.settings["epochs"] and self.facts() | {"epochs": 0} == run.settings | {"epochs": 0}
+
 
 @dataclass(frozen=True)
 class Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 from bench import corpus as texts
 from bench import demo, training
 from bench.awd_lstm import AWDLSTM, EmbeddingDropout, LockedDropout, WeightDropLSTM
+from bench.study import Setting
 
 # of modules that the compiler imports
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -99,6 +101,36 @@ def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: py
     assert tables(capsys.readouterr().out) == [[row]], "--seed is the training's seed"
 
 
+def test_tells_what_the_study_saw_of_the_same_training(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    studied = Setting(text, demo.WORDS, epochs=3).facts()
+    perplexities = {(0.0, 0.0): ([40, 30, 20], [36, 33, 31]), (2.0, 1.0): ([40, 28, 24], [36, 25, 28])}
+    lines = []
+    for (alpha, beta), of_seeds in perplexities.items():
+        for seed, values in enumerate(of_seeds, start=1):
+            losses = [math.log(value) for value in values]
+            figures = {"train_loss": losses, "valid_loss": losses, "ar": losses, "tar": losses, "final_train_loss": 1.0}
+            facts = {"seconds": 1.0, "settings": studied, "machine": {}}
+            lines.append(json.dumps({"alpha": alpha, "beta": beta, "seed": seed, **figures, **facts}) + "\n")
+    file = tmp_path / "study.jsonl"
+    file.write_text("".join(lines))
+    monkeypatch.setattr(demo, "COMMITTED", file)
+
+    def told(epochs: int, file: Path = text, alpha: float = 2.0) -> str:
+        demo.report_study(Setting(file, demo.WORDS, epochs), (alpha, 1.0))
+        return capsys.readouterr().out
+
+    assert (
+        "after epoch 2 of the same training bench.study saw a difference in\nvalidation perplexity of -5.00 ± 3.00"
+        in told(2)
+    )
+    assert "of +0.50 ± 3.50, lower in 1 of 2 seeds" in told(3), "the last epoch's, not the best's"
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text(encoding="utf-8").upper(), encoding="utf-8")
+    assert told(4) == told(2, file=other) == told(2, alpha=1.0) == "", "of another training the study saw nothing"
+
+
 @pytest.mark.parametrize("options", [("--alpha", "0"), ("--beta", "0")])
 def test_one_coefficient(text: Path, tmp_path: Path, options: tuple[str, str], capsys: pytest.CaptureFixture[str]):
     run(text, tmp_path / "plot.png", "--epochs", "1", *options)
@@ -159,6 +191,28 @@ def fails(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     assert errors.endswith("\n")
     assert errors.count("\n") == 1
     return errors
+
+
+def test_fastai_prints_a_table_where_there_is_no_terminal(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("fastai", reason="fastai is not installed")
+    run(text, tmp_path / "plot.png", "--framework", "fastai", "--epochs", "2", "--alpha", "0", "--beta", "0")
+    run(text, tmp_path / "plot.png", "--framework", "fastai", "--epochs", "2")
+    output = capsys.readouterr().out
+    assert "bench.study" not in output, "which did not train fastai's model"
+    parts = re.findall(r"with fastai\n(.*)\n(.*)\n(.*)\n", output)
+    assert [head.split() for head, _, _ in parts] == [
+        ["epoch", "train_loss", "valid_loss", "time"],
+        ["epoch", "train_loss", "valid_loss", "ar", "tar", "time"],
+        ["epoch", "train_loss", "valid_loss", "time"],
+    ]
+    for head, *rows in parts:
+        ends = [word.end() for word in re.finditer(r"\S+", head)]
+        for i, row in enumerate(rows):
+            assert [word.end() for word in re.finditer(r"\S+", row)] == ends, "numbers stand below their names"
+            assert row.split()[0] == str(i)
+            assert 0 < float(row.split()[1]) < 10
 
 
 @pytest.mark.parametrize(
