@@ -1,14 +1,14 @@
 """Tables and plots from what was measured: `python -m bench.report`.
 
-Of each bench/results/DEVICE.json it writes DEVICE.md, every case in a table, and plots; and it renders the README's
-part between its markers. Nothing in them is typed: tests/test_bench.py fails when they disagree with the JSON.
+Of each bench/results/DEVICE.json it writes DEVICE.md, every case in a table, and plots; and between the markers of
+README.md it renders the few figures that say most, between those of docs/performance.md all tables. Nothing in them is
+typed: tests/test_bench.py fails when they disagree with the JSON.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,17 +20,20 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
 STEP = "training step"
 BOTH = "forward + backward"
 CHANGING = "forward + backward, changing"
 DROPOUT = "dropout, forward + backward"
 PADDED = "padded, forward + backward"
-CPU_TARGETS = {"float32": 2.5, "bfloat16": 4.0}  # times the speed of the eager formula, forward + backward
-CPU_DROPOUT_TARGET = 2.5  # the same, both after dropout
-GPU_LARGE_LIMIT, GPU_SMALL_LIMIT = 1.3, 1.0  # times the time of dropout alone
-LARGE, SMALL = 2**25, [64, 70, 400]  # elements from which a shape is large, and the shape that is small
+HEADLINE = (  # of the README's table: kind, label, and what it is a case of
+    (BOTH, "(20, 70, 96), float32", "penalty"),
+    (BOTH, "(64, 70, 400), float32", "penalty"),
+    (BOTH, "(128, 512, 1024), bfloat16", "penalty"),
+    (DROPOUT, "(64, 70, 400), float32", "with dropout"),
+    (PADDED, "(64, 70, 400), float32", "with padding"),
+)
 MOST_NAMES = 5  # of tests or cases in a sentence
 DROPOUT_TITLE = """\
 Dropout, AR and TAR in one pass, `fused_dropout_ar_tar`, against fastai's `RNNDropout` alone, with the formula after it
@@ -248,37 +251,36 @@ def step_table(case: Case) -> str:
     return table(rows)
 
 
-def speeds(cases: list[Case], target: float) -> str:
-    """How many times as fast as the eager formula fastreg is, and whether that meets the target everywhere."""
-    ratios = [case.times_as_fast("fastreg", "eager") for case in cases]
-    verdict = "met" if min(ratios) >= target else "not met everywhere"
-    return f"{min(ratios):.1f}x to {max(ratios):.1f}x (target {target:g}x: {verdict})"
+def against(cases: list[Case], other: str, name: str) -> str:
+    """How many times as fast as a peer fastreg is, and in how many cases it is slower."""
+    ratios = [case.times_as_fast("fastreg", other) for case in cases]
+    slower = sum(ratio < 1 for ratio in ratios)
+    return f"{min(ratios):.1f}x to {max(ratios):.1f}x as fast as {name}" + f" (slower in {slower})" * (slower > 0)
 
 
-def costs(cases: list[Case], limit: float) -> str:
-    """The like for the time of dropout with the penalty over that of dropout alone."""
-    ratios = [case.cost("fastreg") for case in cases]
-    verdict = "met" if max(ratios) < limit else "not met everywhere"
-    return f"{min(ratios):.2f}x to {max(ratios):.2f}x (target under {limit:g}x: {verdict})"
-
-
-def lowest(result: Result) -> str:
-    """Whether the targets for a CPU are met, as a sentence."""
-    by_dtype = {dtype: [c for c in result.of(BOTH) if c.any_info["dtype"] == dtype] for dtype in CPU_TARGETS}
-    parts = [f"{dtype} {speeds(cases, CPU_TARGETS[dtype])}" for dtype, cases in by_dtype.items() if cases]
-    return f"Forward + backward against the eager formula: {'; '.join(parts)}.\n"
+def penalty_verdict(result: Result) -> str:
+    """How fast the penalty is, in a sentence."""
+    cases = result.of(BOTH)
+    peers = {"eager": "the eager formula", "compiled": "the same under `torch.compile`"}
+    speeds = ", ".join(against(cases, peer, name) for peer, name in peers.items())
+    return f"The penalty, forward + backward, in {len(cases)} cases: {speeds}.\n"
 
 
 def dropout_verdict(result: Result) -> str:
-    """Whether dropout with the penalty meets its targets, as a sentence."""
+    """How fast dropout with the penalty is, in a sentence."""
     cases = result.of(DROPOUT)
-    if not result.on_gpu:
-        return f"Dropout and the penalty, fused, against dropout + eager: {speeds(cases, CPU_DROPOUT_TARGET)}.\n"
-    large = [case for case in cases if math.prod(case.any_info["shape"]) >= LARGE]
-    small = [case for case in cases if case.any_info["shape"] == SMALL]
-    groups = ("at large shapes", large, GPU_LARGE_LIMIT), ("at (64, 70, 400)", small, GPU_SMALL_LIMIT)
-    parts = [f"{name} {costs(group, limit)}" for name, group, limit in groups if group]
-    return f"Dropout and the penalty, fused, against dropout alone: {'; '.join(parts)}.\n"
+    costs = [case.cost("fastreg") for case in cases]
+    return (
+        f"Dropout and the penalty in one pass, in {len(cases)} cases: "
+        f"{against(cases, 'eager', 'dropout and the eager formula')}, in {min(costs):.2f}x to {max(costs):.2f}x the "
+        "time of dropout alone.\n"
+    )
+
+
+def step_verdict(case: Case) -> str:
+    """What is left of that in a training step, in a sentence."""
+    times = ", ".join(f"{peer} {number(case.milliseconds(peer))} ms" for peer in case.seconds)
+    return f"A whole training step of an AWD-LSTM: {times}.\n"
 
 
 def full_table(result: Result) -> str:
@@ -297,31 +299,75 @@ def full_table(result: Result) -> str:
     return f"{where(result)}\n\n{caveats(result)}\n{note}\n\n{table(rows)}"
 
 
-def readme_part(results: list[Result]) -> str:
-    """What stands between the README's markers."""
+def in_order(results: list[Result]) -> list[Result]:
+    """Those of GPUs first."""
+    return sorted(results, key=lambda result: (not result.on_gpu, result.name))
+
+
+def not_measured(results: list[Result]) -> list[str]:
+    """A sentence for each kind of device that there is no result of."""
+    sentences = []
+    if not any(result.on_gpu for result in results):
+        sentences += ["On a GPU: **not measured yet**, none was at hand; `bench/on_gpu.sh` measures it.\n"]
+    if all(result.on_gpu for result in results):
+        sentences += ["On a CPU: **not measured yet**; `make bench` measures it.\n"]
+    return sentences
+
+
+def headline(results: list[Result]) -> str:
+    """The README's part: a table and a plot of one device, and what is faster than what, of all."""
+    ordered, parts = in_order(results), []
+    for result in ordered:
+        device = result.machine["device"]
+        parts += [f"{device}:\n" if result.on_gpu else f"{device}, {result.machine['threads']} threads:\n"]
+        parts += [headline_table(result)] if result is ordered[0] else []
+        verdicts = [penalty_verdict(result)] if result.of(BOTH) else []
+        verdicts += [dropout_verdict(result)] if result.of(DROPOUT) else []
+        verdicts += [step_verdict(case) for case in result.of(STEP)]
+        parts += ["".join(f"- {verdict}" for verdict in verdicts)]
+        parts += pictures(result, "")[:1] if result is ordered[0] else []
+    return "\n".join([*parts, *not_measured(results)])
+
+
+def headline_table(result: Result) -> str:
+    """Of those cases of `HEADLINE` that there are, what a user saves."""
+    rows = [["ms, forward + backward", "eager", "compiled", "fastreg", "against eager", "against compiled"]]
+    for kind, label, what in HEADLINE:
+        for case in result.of(kind):
+            if case.label == label:
+                times = [number(case.milliseconds(peer)) for peer in ("eager", "compiled", "fastreg")]
+                speeds = [f"{case.times_as_fast('fastreg', peer):.1f}x" for peer in ("eager", "compiled")]
+                rows.append([f"{what}, {label}", *times, *speeds])
+    return table(rows)
+
+
+def pictures(result: Result, root: str) -> list[str]:
+    """A line for each plot; `root` is the path to the checkout from where it stands."""
+    return [f"![{alt}]({root}bench/results/{result.name}-{kind}.svg)\n" for kind, alt, _ in plots(result)]
+
+
+def figures(results: list[Result]) -> str:
+    """The part of docs/performance.md: every table."""
     parts = []
-    for result in sorted(results, key=lambda result: (not result.on_gpu, result.name)):
+    for result in in_order(results):
         parts += [f"{where(result)}.\n", caveats(result)]
-        if result.of(BOTH):
-            parts += [penalty_table(result), *([] if result.on_gpu else [lowest(result)])]
+        parts += [penalty_table(result), penalty_verdict(result)] if result.of(BOTH) else []
         parts += [CHANGING_TITLE, penalty_table(result, CHANGING)] if result.of(CHANGING) else []
         if result.of(DROPOUT):
             parts += [DROPOUT_TITLE, dropout_table(result), dropout_verdict(result)]
         parts += [PADDED_TITLE, padded_table(result)] if result.of(PADDED) else []
         parts += [part for case in result.of(STEP) for part in (STEP_TITLE % case.name, step_table(case))]
-        pictures = [f"![{alt}](bench/results/{result.name}-{kind}.svg)" for kind, alt, _ in plots(result)]
-        parts += ["\n".join(pictures) + "\n"] if pictures else []
-        parts += [f"All cases: [{result.name}.md](bench/results/{result.name}.md).\n"]
-    if not any(result.on_gpu for result in results):
-        parts += ["On a GPU: **not measured yet**, none was at hand; `bench/on_gpu.sh` measures it.\n"]
-    if all(result.on_gpu for result in results):
-        parts += ["On a CPU: **not measured yet**; `make bench` measures it.\n"]
-    return "\n".join(parts)
+        parts += pictures(result, "../")
+        parts += [f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
+    return "\n".join([*parts, *not_measured(results)])
 
 
-def with_part(readme: str, part: str, begin: str = BEGIN) -> str:
-    """The README with `part` between the marker `begin` and the next end."""
-    before, rest = readme.split(begin)
+PAGES = {README: headline, PERFORMANCE: figures}  # what stands between the markers of each
+
+
+def with_part(page: str, part: str, begin: str = BEGIN) -> str:
+    """A page with `part` between the marker `begin` and the next end."""
+    before, rest = page.split(begin)
     _, after = rest.split(END, 1)
     return f"{before}{begin}\n{part}\n{END}{after}"
 
@@ -399,9 +445,9 @@ def main() -> None:
         (RESULTS / f"{result.name}.md").write_text(full_table(result))
         for kind, _, plot in plots(result):
             save(plot(result), RESULTS / f"{result.name}-{kind}.svg", result.digest)
-    part = readme_part(results)
-    README.write_text(with_part(README.read_text(), part))
-    print(part)
+    for page, part in PAGES.items():
+        page.write_text(with_part(page.read_text(), part(results)))
+    print(figures(results))
 
 
 if __name__ == "__main__":

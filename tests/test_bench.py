@@ -429,9 +429,10 @@ def test_the_guard_wants_the_same_device(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_report_of_a_cpu(tmp_path: Path) -> None:
     result = report.load(made_up(tmp_path, [4.0, 2.0]))
-    part = report.readme_part([result])
+    part = report.figures([result])
     assert "| (0, 2, 3), float32 | 4000 | 500 | 2000 | 4.0x | 0.5x |" in part
-    assert "float32 2.0x to 4.0x (target 2.5x: not met everywhere)" in part
+    assert "in 2 cases: 2.0x to 4.0x as fast as the eager formula, 0.5x to 0.5x as fast as" in part
+    assert "under `torch.compile` (slower in 2)." in part
     assert "On a GPU: **not measured yet**" in part
     assert "A CPU, 2 cores: PyTorch 1, Python 3, 2 threads" in part
     assert "commit 0123456789, source s" in part
@@ -440,33 +441,32 @@ def test_a_report_of_a_cpu(tmp_path: Path) -> None:
 
 def test_a_report_of_dropout(tmp_path: Path) -> None:
     result = report.load(made_up(tmp_path, [4.0], dropout=[[64, 70, 400]]))
-    part = report.readme_part([result])
+    part = report.figures([result])
     assert "| (64, 70, 400), float32 | 800 | 4000 | 2000 | 2000 | 1.25x | 4.0x | 0.5x |" in part
-    assert "fused, against dropout + eager: 4.0x to 4.0x (target 2.5x: met)" in part
-    assert "a-cpu-2-cores-dropout.svg" in part
+    assert "in 1 cases: 4.0x to 4.0x as fast as dropout and the eager formula, in 1.25x to" in part
+    assert "](../bench/results/a-cpu-2-cores-dropout.svg)" in part
     assert len(result.of(report.BOTH)) == 1
     shapes = [[64, 70, 400], [128, 512, 1024]]
     result = report.load(made_up(tmp_path, [4.0], "A GPU", shapes, copy_bandwidth=3e12))
-    part = report.readme_part([result])
+    part = report.figures([result])
     assert "| 1.25x | 4.0x | 0.5x | 100% | 1.0 |" in part
-    assert "at large shapes 1.25x to 1.25x (target under 1.3x: met)" in part
-    assert "at (64, 70, 400) 1.25x to 1.25x (target under 1x: not met everywhere)" in part
+    assert "in 2 cases: 4.0x to 4.0x as fast as dropout and the eager formula, in 1.25x" in part
     assert [kind for kind, *_ in report.plots(result)] == ["speedup", "dropout", "roofline"]
 
 
 def test_a_report_tells_what_became_of_the_tests(tmp_path: Path) -> None:
     file = made_up(tmp_path, [4.0], "A GPU", copy_bandwidth=3e12)
-    assert "no outcome is recorded" in report.readme_part([report.load(file)])
+    assert "no outcome is recorded" in report.figures([report.load(file)])
     (tmp_path / "tests").mkdir()
     failed = [f"test_{number}" for number in range(7)]
     files = {"some": {"passed": 3, "skipped": 1, "failed": failed}, "others": {"passed": 4, "skipped": 0, "failed": []}}
     tests = {"source": "s", "commit": "", "files": files, "sanitizers": {"memcheck": "no verdict"}}
     (tmp_path / "tests" / file.name).write_text(json.dumps(tests))
-    part = report.readme_part([report.load(file)])
+    part = report.figures([report.load(file)])
     those = "test_0, test_1, test_2, test_3, test_4 and 2 more"
     assert f"this device: 7 passed, 1 skipped, failed: {those}, memcheck: no verdict." in part
     (tmp_path / "tests" / file.name).write_text(json.dumps(tests | {"source": "other"}))
-    assert "The tests on this device, of source other: 7 passed" in report.readme_part([report.load(file)])
+    assert "The tests on this device, of source other: 7 passed" in report.figures([report.load(file)])
 
 
 def test_a_report_of_what_little_there_is(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_a_report_of_what_little_there_is(tmp_path: Path) -> None:
             del benchmark["extra_info"][key]
     file.write_text(json.dumps(text | {"commit_info": {"id": "unversioned"}}))
     result = report.load(file)
-    assert "commit unknown, source s" in report.readme_part([result])
+    assert "commit unknown, source s" in report.figures([result])
     assert "(64, 70, 400), float32" in report.full_table(result)
     assert [kind for kind, *_ in report.plots(result)] == ["dropout"]
     penalty = json.loads(made_up(tmp_path / "penalty", [4.0], "A GPU", copy_bandwidth=3e12).read_text())["benchmarks"]
@@ -492,7 +492,7 @@ def test_a_report_of_what_little_there_is(tmp_path: Path) -> None:
 
 
 def test_a_report_of_padding(tmp_path: Path) -> None:
-    part = report.readme_part([report.load(made_up(tmp_path, [4.0], padded=[[64, 70, 400]]))])
+    part = report.figures([report.load(made_up(tmp_path, [4.0], padded=[[64, 70, 400]]))])
     assert "Half of the batch padding" in part
     assert "| (64, 70, 400), float32 | 3000 | 4000 | 500 | 2000 | 3.0x | 4.0x | 0.5x |" in part
 
@@ -509,25 +509,55 @@ def test_the_guard_minds_dropout_too(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up(tmp_path, [4.0], "A GPU", [[64, 70, 400]], copy_bandwidth=3e12)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    readme, performance = tmp_path / "README.md", tmp_path / "performance.md"
+    monkeypatch.setattr(report, "PAGES", {readme: report.headline, performance: report.figures})
+    for page in (readme, performance):
+        page.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
     report.main()
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("before\n")
-    assert readme.endswith("after\n")
-    assert "a copy moves 3.00 TB/s" in readme
-    assert "| 4.0x | 0.5x | 100% | 1.0 |" in readme
-    assert "On a CPU: **not measured yet**" in readme
+    for text in (readme.read_text(), performance.read_text()):
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "old" not in text
+        assert "as fast as the eager formula" in text
+        assert "On a CPU: **not measured yet**" in text
+    assert "a copy moves 3.00 TB/s" in performance.read_text()
+    assert "| 4.0x | 0.5x | 100% | 1.0 |" in performance.read_text()
     assert {file.name for file in tmp_path.iterdir()} == {
-        *("README.md", "a-gpu.json", "a-gpu.md", "a-gpu-speedup.svg", "a-gpu-dropout.svg", "a-gpu-roofline.svg")
+        *("README.md", "performance.md", "a-gpu.json", "a-gpu.md"),
+        *("a-gpu-speedup.svg", "a-gpu-dropout.svg", "a-gpu-roofline.svg"),
     }
+
+
+def test_the_readme_shows_a_few_cases_of_one_device_and_says_where_fastreg_is_slower(tmp_path: Path) -> None:
+    shapes = [[64, 70, 400], [1, 2, 3]]
+    files = [made_up(tmp_path, [4.0, 0.8], dropout=shapes, padded=shapes), made_up(tmp_path, [3.0], "Another CPU")]
+    part = report.headline([report.load(file) for file in files])
+    assert part.startswith("A CPU, 2 cores, 2 threads:\n\n| ms, forward + backward |")
+    rows = [line for line in part.splitlines() if line.startswith("| ")][2:]
+    assert rows == [
+        "| with dropout, (64, 70, 400), float32 | 4000 | 500 | 2000 | 4.0x | 0.5x |",
+        "| with padding, (64, 70, 400), float32 | 4000 | 500 | 2000 | 4.0x | 0.5x |",
+    ]
+    assert (
+        "- The penalty, forward + backward, in 2 cases: 0.8x to 4.0x as fast as the eager formula (slower in 1" in part
+    )
+    assert "Another CPU, 2 threads:\n\n- The penalty, forward + backward, in 1 cases: 3.0x to 3.0x" in part
+    assert part.count("](bench/results/a-cpu-2-cores-speedup.svg)") == part.count("![") == 1
+    assert "On a GPU: **not measured yet**" in part
+
+
+def test_the_readme_of_a_training_step_names_every_peer() -> None:
+    info = {"pass": report.STEP}
+    case = report.Case("step", {"no penalty": [0.2], "eager": [0.25], "fastreg": [0.2051]}, {"eager": info})
+    assert report.step_verdict(case).endswith(" AWD-LSTM: no penalty 200 ms, eager 250 ms, fastreg 205 ms.\n")
 
 
 def test_what_is_committed_is_what_was_measured() -> None:
     results = [report.load(file) for file in sorted(report.RESULTS.glob("*.json"))]
     assert not any("Fake" in result.machine["device"] for result in results), "kernels that do nothing take no time"
-    readme = report.README.read_text()
-    assert report.with_part(readme, report.readme_part(results)) == readme, "run `python -m bench.report`"
+    for page, part in report.PAGES.items():
+        text = page.read_text()
+        assert report.with_part(text, part(results)) == text, "run `python -m bench.report`"
     rendered = {f"{result.name}.json" for result in results}
     for result in results:
         table = report.RESULTS / f"{result.name}.md"

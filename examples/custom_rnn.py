@@ -1,0 +1,75 @@
+"""Regularize an RNN of one's own by hooks, with padding on the left: `python examples/custom_rnn.py`, a few seconds.
+
+The model returns its output alone, and nothing in it knows of the regularizer. The sequences are the lines of this
+file, character by character.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastreg import FusedRNNDropout, RNNRegularizer
+
+BATCH, EPOCHS = 16, 10
+
+
+class MinimalGatedRNN(nn.Module):
+    """Run a minimal gated unit over all time steps: `(batch, time, hidden)` in and out."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.new = nn.Linear(2 * hidden, hidden), nn.Linear(2 * hidden, hidden)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        state, outputs = torch.zeros_like(x[:, 0]), []
+        for step, there in zip(x.unbind(1), mask.unbind(1), strict=True):
+            gate = torch.sigmoid(self.gate(torch.cat([step, state], 1))) * there[:, None]  # padding keeps the state
+            state = state + gate * (torch.tanh(self.new(torch.cat([step, state], 1))) - state)
+            outputs.append(state)
+        return torch.stack(outputs, 1)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, vocabulary: int, hidden: int = 48) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.rnn = MinimalGatedRNN(hidden)
+        self.dropout = FusedRNNDropout(0.2)  # any dropout will do; this one forms AR and TAR in its own pass
+        self.decoder = nn.Linear(hidden, vocabulary)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.decoder(self.dropout(self.rnn(self.embedding(ids), mask)))
+
+
+def padded_lines() -> tuple[Tensor, Tensor, int]:
+    """Return the ids of all lines, padded on the left with 0, the mask of what is no padding, and the vocabulary."""
+    text = Path(__file__).read_text()
+    characters = sorted(set(text))  # of which 0 is the line feed, which no line has in it
+    lines = [torch.tensor([characters.index(c) for c in line]) for line in text.splitlines() if len(line) > 1]
+    ids = nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_side="left")
+    return ids, ids != 0, len(characters)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    ids, mask, vocabulary = padded_lines()
+    model = LanguageModel(vocabulary)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    regularizer = RNNRegularizer(alpha=2.0, beta=1.0)
+    regularizer.attach(model.rnn, model.dropout, valid=lambda x, mask: mask)  # gets what the RNN is called with
+    for epoch in range(EPOCHS):
+        for batch in torch.randperm(len(ids)).split(BATCH):
+            inputs, targets, there = ids[batch, :-1], ids[batch, 1:], mask[batch]
+            decoded = model(inputs, there[:, :-1])
+            counts = there[:, :-1] & there[:, 1:]
+            loss = F.cross_entropy(decoded[counts], targets[counts])
+            optimizer.zero_grad()
+            regularizer.on_backward_begin(loss).backward()
+            optimizer.step()
+        print(f"epoch {epoch}  loss {loss:.3f}  ar {regularizer.ar:.4f}  tar {regularizer.tar:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Train a small Mamba with AR and TAR in Hugging Face's Trainer: `python examples/transformers_trainer.py`, on a CPU.
+
+The sequences are the lines of this file, character by character, padded on the left.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import MambaConfig, MambaForCausalLM, TrainingArguments, logging, set_seed
+
+from fastreg.transformers import RegularizedTrainer
+
+
+def examples_of(text: str, characters: list[str]) -> list[dict[str, torch.Tensor]]:
+    """Return an example a line: ids padded on the left, the mask of what is no padding, and labels."""
+    lines = [[characters.index(c) for c in line] for line in text.splitlines() if line]
+    longest = max(map(len, lines))
+    examples = []
+    for line in lines:
+        ids = torch.tensor([0] * (longest - len(line)) + line)
+        mask = torch.tensor([0] * (longest - len(line)) + [1] * len(line))
+        examples.append({"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask == 1, ids, -100)})
+    return examples
+
+
+def main() -> None:
+    set_seed(0)
+    logging.set_verbosity_error()
+    text = Path(__file__).read_text()
+    characters = sorted(set(text))
+    config = MambaConfig(vocab_size=len(characters), hidden_size=32, num_hidden_layers=2, state_size=8)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=3,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,  # changes nothing in the penalty
+            learning_rate=1e-2,
+            logging_steps=3,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+        )
+        trainer = RegularizedTrainer(
+            MambaForCausalLM(config),
+            arguments,
+            train_dataset=examples_of(text, characters),
+            alpha=2.0,
+            beta=1.0,
+            rnn="backbone.layers.1",  # the last block; the model's last hidden state lies behind a norm
+        )
+        trainer.train()  # logs ar and tar beside the loss
+
+
+if __name__ == "__main__":
+    main()
