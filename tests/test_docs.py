@@ -1,0 +1,214 @@
+"""The README and docs/: their Python runs as it stands there, and their links and commands exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"])
+RELEASE = "1.0.61"  # of fastai v1
+BATCH, TIME, HIDDEN, WORDS = 3, 7, 16, 11
+
+
+class Net(nn.Module):
+    """A language model that returns its output alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, HIDDEN)
+        self.lstm = nn.LSTM(HIDDEN, HIDDEN, batch_first=True)
+        self.dropout = nn.Dropout(0.3)
+        self.decoder = nn.Linear(HIDDEN, WORDS)
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raw, _ = self.lstm(self.embedding(x))
+        dropped = self.dropout(raw)
+        return self.decoder(dropped), raw, dropped
+
+    def forward(self, x: Tensor) -> Any:
+        return self.activations(x)[0]
+
+    def reset(self) -> None:
+        """Do nothing, as there is no state between batches."""
+
+
+class AWD(Net):
+    """The same, which returns `(decoded, raw, dropped)`."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.activations(x)
+
+
+def plain() -> dict[str, Any]:
+    """What snippets find that belongs to no framework."""
+    raw, dropped = torch.randn(2, BATCH, TIME, HIDDEN).unbind(0)
+    inputs, targets = torch.randint(WORDS, (2, BATCH, TIME)).unbind(0)
+    model = AWD()
+    lengths = torch.tensor([TIME, 2, 5])
+    names: dict[str, Any] = {"torch": torch, "cross_entropy": cross_entropy, "alpha": 2.0, "beta": 1.0, "epochs": 2}
+    names |= {"raw": raw.requires_grad_(), "dropped": dropped.requires_grad_(), "loss": torch.zeros(())}
+    names |= {"inputs": inputs, "targets": targets, "batches": [(inputs, targets)] * 2, "lengths": lengths}
+    names |= {"model": model, "optimizer": SGD(model.parameters(), 0.1), "net": Net()}
+    names |= {"loss_of": lambda decoded: cross_entropy(decoded.flatten(0, 1), targets.flatten())}
+    return names | {"embedded": torch.randn(BATCH, TIME, HIDDEN), "mask": torch.arange(TIME) >= lengths[:, None] - 2}
+
+
+def fastai() -> dict[str, Any]:
+    from fastai.callback import schedule  # noqa: F401  # which gives learners fit_one_cycle()
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from fastai.losses import CrossEntropyLossFlat
+    from fastai.text.data import LMDataLoader
+    from fastai.text.learner import language_model_learner
+    from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
+
+    dls = DataLoaders(*(LMDataLoader([torch.randint(WORDS, (200,))], bs=4, seq_len=8) for _ in range(2)))
+    dls.vocab = [str(i) for i in range(WORDS)]
+    options = {"config": awd_lstm_lm_config | {"emb_sz": 8, "n_hid": 12, "n_layers": 2}, "pretrained": False}
+    learn = language_model_learner(dls, AWD_LSTM, alpha=2.0, beta=1.0, **options)
+    return {"learn": learn, "plain": Learner(dls, Net(), loss_func=CrossEntropyLossFlat())}
+
+
+def lightning() -> dict[str, Any]:
+    from lightning import LightningModule, Trainer
+    from torch.utils.data import DataLoader
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+            self.lstm, self.dropout = self.net.lstm, self.net.dropout
+
+        def training_step(self, ids: Tensor) -> Tensor:
+            return cross_entropy(self.net(ids).flatten(0, 1), ids.flatten())
+
+        def configure_optimizers(self) -> Any:
+            return SGD(self.parameters(), 0.1)
+
+    loader = DataLoader(torch.randint(WORDS, (8, TIME)), batch_size=4)  # pyright: ignore[reportArgumentType]
+    return {"Trainer": Trainer, "module": Module(), "loader": loader}
+
+
+def transformers() -> dict[str, Any]:
+    from transformers import MambaConfig, MambaForCausalLM, TrainingArguments
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=8, num_hidden_layers=2, state_size=4))
+    args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(WORDS, (8, TIME))]
+    return {"mamba": mamba, "args": args, "data": data}
+
+
+SETUPS = {"fastai": fastai, "lightning": lightning, "transformers": transformers}
+V1 = "fastai1"  # which has a process of its own, as its package has the name of fastai
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def framework_of(snippet: str) -> str | None:
+    """The framework whose adapter a snippet imports, if any."""
+    found = re.search(r"fastreg\.(fastai|lightning|transformers)\b|import (fastai1)", snippet)
+    return found and (found[1] or found[2])
+
+
+RUNS = [
+    pytest.param(page, framework, id=f"{page.name}-{framework or 'plain'}")
+    for page in PAGES
+    for framework in dict.fromkeys(map(framework_of, snippets(page)))
+    if framework != V1
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+@pytest.mark.parametrize(("page", "framework"), RUNS)
+def test_snippets_run_in_order(
+    page: Path, framework: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = plain()
+    if framework is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pytest.importorskip(framework, reason=f"{framework} is not installed: run tests/frameworks.sh")
+            names |= SETUPS[framework]()
+    for snippet in snippets(page):
+        if framework_of(snippet) in (None, framework):
+            exec(compile(snippet, str(page), "exec"), names)
+
+
+def test_snippets_of_fastai_1_run(tmp_path: Path) -> None:
+    installed = Path(sys.prefix, V1, RELEASE)
+    if not installed.is_dir():
+        pytest.skip(f"fastai {RELEASE} is not installed in {installed}: run tests/frameworks.sh")
+    code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
+    assert code
+    start = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom fastai1_train import learner\n"
+    program = start + "".join(f"learn1 = learner()\n{snippet}" for snippet in code)
+    path = os.pathsep.join([str(installed), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_readme_replaces_the_formula_by_its_equal() -> None:
+    before, after = snippets(ROOT / "README.md")[:2]
+    losses = []
+    for snippet in (before, after):
+        torch.manual_seed(0)
+        names = plain()
+        exec(snippet, names)
+        losses.append(names["loss"])
+    torch.testing.assert_close(losses[1], losses[0])
+    assert losses[0] > 1
+
+
+def test_every_snippet_is_run_somewhere() -> None:
+    frameworks = {framework_of(snippet) for page in PAGES for snippet in snippets(page)}
+    assert frameworks == {None, V1, *SETUPS}
+    others = {page.name for page in ROOT.rglob("*.md") if snippets(page) and find_in_checkout(page)}
+    assert others <= {page.name for page in PAGES}
+
+
+def find_in_checkout(page: Path) -> bool:
+    """Whether a page is part of the checkout, and not of what is installed in it."""
+    return not any(part.startswith(".") for part in page.relative_to(ROOT).parts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"(?:`|^ {4})make\s([a-z][\w-]*)", page.read_text(), re.MULTILINE):
+        assert target in targets, f"{page.name}: make {target}"
+    for module in re.findall(r"python -m ((?:bench|tests|fastreg)[\w.]*)", page.read_text()):
+        assert find_spec(module) is not None, f"{page.name}: python -m {module}"
+    for file in re.findall(r"`((?:tests|bench|examples|fastreg|kernels)/[\w./]+)`", page.read_text()):
+        assert (ROOT / file).exists(), f"{page.name}: {file}"
