@@ -6,5 +6,5 @@ from fastreg.problem import ARTAR
 from fastreg.regularizer import RNNRegularizer
 from fastreg.rnn_dropout import FusedRNNDropout
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]

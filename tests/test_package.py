@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import fastreg
 
+ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
 
 
@@ -15,6 +18,14 @@ def test_public_names() -> None:
     assert all(hasattr(fastreg, name) for name in fastreg.__all__)
     assert fastreg.__version__
     assert fastreg.ARTAR._fields == ("penalty", "ar", "tar")
+
+
+def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> None:
+    declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    changes = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert changes is not None
+    assert fastreg.__version__ == declared[1] == changes[1]
 
 
 def test_importing_fastreg_imports_no_framework() -> None:
