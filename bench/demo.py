@@ -83,9 +83,9 @@ def report_study(setting: Setting, coefficients: tuple[float, float]) -> None:
     seen = after(study, coefficients, setting.epochs)
     if seen:
         print(
-            f"\none seed proves little: after epoch {setting.epochs} of the same training bench.study saw a difference in"
+            f"\none seed proves little: after epoch {setting.epochs} of the same training bench.study saw a difference "
         )
-        print(f"validation perplexity of {seen} (bench/results/study.md)")
+        print(f"in validation perplexity of {seen} (bench/results/study.md)")
 
 
 def report_cost(alpha: float, beta: float, device: torch.device, step: float) -> None:

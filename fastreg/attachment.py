@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import plain
@@ -246,15 +247,17 @@ class Attachment:
         valid = None if source.valid is None else source.valid(*args, **kwargs)
         if not isinstance(valid, (Tensor, type(None))):
             raise TypeError(f"valid: expected the callable to return a tensor or None, got {type(valid).__name__}")
-        token, nodes = Token(), frozenset(x.grad_fn for x in returned) - {None}
+        token = Token()
+        nodes = frozenset(get_gradient_edge(x).node for x in returned if x.requires_grad)  # also those of leaves
         self.runs[token] = Run(raw, valid, nodes, torch.is_grad_enabled(), _version(rows))
         if source.dropout is None:
             self._keep(token, token, Activations(raw, raw, source.batch_first, valid=valid), rows)
         passed = _passed_on(returned, token)
         self._latest = [token]
-        if nodes and not passed:
+        given_back = _with(passed, result)
+        if nodes and given_back is result:  # nothing that it returned can hold the token
             self._unheld.append(token)
-        return _with(passed, result)
+        return given_back
 
     def _lend(self, dropout: nn.Module, args: Any, kwargs: Any) -> None:
         """Tell a `FusedRNNDropout` what to form the penalty with."""
@@ -308,7 +311,8 @@ class Attachment:
     def _keep(self, run: Token, completed: Token, activations: Activations, output: Tensor) -> None:
         """Keep what to regularize of a run under a token."""
         run.completed = weakref.ref(completed)
-        self.kept[completed] = Kept(activations, output, torch.is_grad_enabled(), _version(output))
+        # Detached, as an output behind the node would hold its own token; the version is still that of both.
+        self.kept[completed] = Kept(activations, output.detach(), torch.is_grad_enabled(), _version(output))
 
     def _kept_of(self, token: Token) -> Kept | None:
         completed = token.completed()
@@ -433,7 +437,12 @@ def _with(passed: dict[int, Tensor], x: Any) -> Any:
         return x
     if isinstance(x, tuple):
         values = [changed.get(i, old) for i, old in enumerate(x)]
-        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
+        if type(x).__module__ == "torch.return_types":
+            return type(x)(values)
+        new = tuple.__new__(type(x), values)  # whatever its own constructor takes
+        if hasattr(x, "__dict__"):
+            vars(new).update(vars(x))
+        return new
     x = copy.copy(x)
     for name, new in changed.items():
         if isinstance(x, (dict, list)):

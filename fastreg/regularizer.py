@@ -212,7 +212,9 @@ class RNNRegularizer:
         penalty for each run that the loss depends on; other runs, as of an earlier step that failed, are dropped. A
         single run adds its penalty whether or not the loss depends on it. Runs in evaluation, or inside a backward
         (activation checkpointing recomputes there), are not captured. Of runs before the latest nothing is kept when
-        all that was computed from what they returned is gone.
+        all that was computed from what they returned is gone. The loss depends on a run by what the module returned: a
+        state that it keeps must be among that. Hooks on the tensors themselves, and `retain_grad()`, do not see the
+        gradient of the penalty.
 
         Args:
             module: any module that runs over all time steps, and is called: where a wrapper calls the `forward` of a

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
-from fastreg import FusedRNNDropout, fused_ar_tar
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
 from tests.language_model import (
     ALPHA,
     BATCH,
@@ -962,3 +962,74 @@ def test_changes_in_place_are_refused(dropped_in_place: bool, kind: type[Model])
         dropped.relu_()
     with pytest.raises(RuntimeError, match="changed in place"):
         penalty_of(reg)
+
+
+@pytest.mark.parametrize(
+    "dropout", [nn.Dropout(0.0), nn.Identity(), FusedRNNDropout(0.0)], ids=lambda x: type(x).__name__
+)
+def test_steps_without_a_penalty_leave_no_run_where_nothing_is_dropped(dropout: nn.Module) -> None:
+    rnn = nn.GRU(5, 6, batch_first=True)
+    regularizer = RNNRegularizer(2.0, 1.0)
+    attachment = regularizer.attach(rnn, dropout)
+    for _ in range(4):
+        dropout(rnn(torch.randn(2, 3, 5))[0]).sum().backward()
+    assert len(attachment.runs) == len(attachment.kept) == 1
+
+
+class Answer:
+    """What nobody can look into."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class Answering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(4, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(self.rnn(x)[0])
+
+
+def test_runs_that_return_what_nobody_can_look_into_all_count() -> None:
+    model, regularizer = Answering(), RNNRegularizer(2.0, 1.0)
+    regularizer.attach(model, output=lambda answer: answer.hidden)
+    first, second = model(torch.randn(2, 3, 4)).hidden, model(torch.randn(2, 3, 4)).hidden
+    got = regularizer.on_backward_begin((first + second).sum())
+    want = (first + second).sum() + sum(fused_ar_tar(x, x, 2.0, 1.0) for x in (first, second))
+    torch.testing.assert_close(got, want)
+
+
+def test_runs_that_return_leaves_all_count() -> None:
+    module, regularizer = nn.Identity(), RNNRegularizer(2.0, 1.0)
+    regularizer.attach(module)
+    leaves = [torch.randn(2, 3, 4, requires_grad=True) for _ in range(2)]
+    first, second = map(module, leaves)
+    got = regularizer.on_backward_begin((first + second).sum())
+    torch.testing.assert_close(got, (first + second).sum() + sum(fused_ar_tar(x, x, 2.0, 1.0) for x in leaves))
+
+
+class Pair(tuple[Tensor, Tensor]):
+    """A tuple that is made of its items one by one, and has something of its own."""
+
+    extra: str
+
+    def __new__(cls, first: Tensor, second: Tensor) -> Pair:
+        new = super().__new__(cls, (first, second))
+        new.extra = "kept"
+        return new
+
+
+def test_a_tuple_of_a_kind_of_its_own_stays_one() -> None:
+    class Pairing(Answering):
+        def forward(self, x: Tensor) -> Any:
+            return Pair(*self.rnn(x))
+
+    model = Pairing()
+    regularizer = RNNRegularizer(2.0, 1.0)
+    regularizer.attach(model)
+    pair = model(torch.randn(2, 3, 4))
+    assert type(pair) is Pair
+    assert pair.extra == "kept"
+    assert pair[0].requires_grad
