@@ -4,13 +4,16 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout padding valid kernels sizes))
+FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,reference layout coefficients prediction valid padding dropout \
+    penalty regularizer rnn_dropout attachment))
 
-.PHONY: help demo study test test-ptx mutants test-oldest test-fakegpu bench bench-compare lint clean
+.PHONY: help demo study test test-fast test-ptx mutants test-oldest test-fakegpu bench bench-compare lint clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
 	@echo "make study   train it over several seeds, with AR, TAR, both and neither: adds what is missing in bench/results"
 	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
+	@echo "make test-fast   run the essentials in less than a minute, for whoever changes a line"
 	@echo "make test-ptx   run the kernels' tests on the CPU with the code that is compiled for an H100, on the newest Triton"
 	@echo "             supported and the oldest (ARGS=--ptx-sample=8 for each eighth case of each test)"
 	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
@@ -31,10 +34,14 @@ study: .venv/demo
 	.venv/bin/python -m bench.study $(ARGS)
 
 test: .venv/test .venv/frameworks
-	@echo "== 1 of 2: every test; CPU tensors take the C++ kernels, and the Triton kernels are compiled for real GPUs"
+	@echo "== 1 of 2: every test, ten minutes on two cores: C++ kernels on the CPU, Triton kernels compiled for real GPUs"
 	$(PYTEST)
 	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter, but for numerical gradients"
 	TRITON_INTERPRET=1 $(PYTEST) -k "not gradcheck and not repeats_bitwise" $(KERNEL_TESTS)
+
+test-fast: .venv/test
+	@echo "== the essentials, less than a minute on two cores: make test runs every test"
+	$(PYTEST) -q -m "not gpu" -k "not compil and not gradcheck and not saved_model" $(FAST_TESTS)
 
 test-ptx: .venv/test .venv-oldest/test
 	@echo "== 1 of 2: the kernels as compiled for an H100, run on the CPU instruction by instruction"
