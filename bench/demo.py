@@ -83,7 +83,7 @@ def report_study(setting: Setting, coefficients: tuple[float, float]) -> None:
     seen = after(study, coefficients, setting.epochs)
     if seen:
         print(
-            f"\none seed proves little: after epoch {setting.epochs} of the same training bench.study saw a difference "
+            f"\none seed proves little: after epoch {setting.epochs} of the same training bench.study saw a difference"
         )
         print(f"in validation perplexity of {seen} (bench/results/study.md)")
 

@@ -32,15 +32,15 @@ PAPER = """\
 
 Merity, McCann and Socher, ["Revisiting Activation Regularization for Language RNNs"](https://arxiv.org/abs/1708.01009)
 (2017), report that AR and TAR improve language models on Penn Treebank and on WikiText-2 (Tables 1 and 2), as much as
-more complicated regularization. The direction can be compared with the tables here. The size was not: the figures of
-those tables were not at hand and are not quoted from memory. It would differ anyway, because the settings do:
+more complicated regularization. %s The size is not compared: the figures of their tables were not at hand, and
+none is quoted from memory. It would differ anyway, because the settings do:
 
-- The text: this one is a tenth of Penn Treebank's training text and a twentieth of WikiText-2's, of one style.
+- The text: this one is about a tenth of Penn Treebank's training text and a twentieth of WikiText-2's, of one style.
 - The model: two layers of 128 and 96 units, so that 20 trainings fit two cores.
 - The other regularization: the paper's own LSTMs have none of their recurrent connections. Here DropConnect drops
   recurrent weights, as in the AWD-LSTM that came after.
 - The training: Adam at one learning rate, for as many epochs in each case.
-- The coefficients: those of AWD-LSTM, 2 and 1. None was tuned, and neither was anything else.
+- The coefficients: those of AWD-LSTM, 2 and 1, without a search for others.
 """
 
 
@@ -56,7 +56,7 @@ class Run:
     ar: list[float]
     tar: list[float]
     final_train_loss: float  # after the last epoch, in evaluation, as the validation loss is
-    seconds: float
+    seconds: float  # by the clock, whatever else the machine was doing
     settings: dict[str, Any]  # what all runs of a study share
     machine: dict[str, str]
 
@@ -189,11 +189,10 @@ def paired_table(study: Study) -> str:
 
 def runs_table(study: Study) -> str:
     head = ["(alpha, beta)", "seed", "validation perplexity, end", "best", "best epoch", "training perplexity, end"]
-    rows = [[*head, "gap in loss", "AR", "TAR", "seconds"]]
+    rows = [[*head, "gap in loss", "AR", "TAR"]]
     for run in study.runs:
         row = [label(run.coefficients), str(run.seed), f"{run.final:.2f}", f"{run.best:.2f}", str(run.best_epoch)]
-        row += [f"{run.final_train:.2f}", f"{run.loss_gap:.3f}", f"{run.ar[-1]:.4f}", f"{run.tar[-1]:.4f}"]
-        rows.append([*row, f"{run.seconds:.0f}"])
+        rows.append([*row, f"{run.final_train:.2f}", f"{run.loss_gap:.3f}", f"{run.ar[-1]:.4f}", f"{run.tar[-1]:.4f}"])
     return table(rows)
 
 
@@ -217,6 +216,17 @@ def summary(study: Study) -> str:
     return "\n".join([text, *(f"- {sentence}" for sentence in sentences)]) + "\n"
 
 
+def direction(study: Study) -> str:
+    """Whether the means moved as the paper's figures did, in a sentence."""
+    means = {x: mean(differences(study.pairs(x), lambda run: run.final)) for x in study.trained[1:] if study.pairs(x)}
+    agree = [label(coefficients) for coefficients, difference in means.items() if difference < 0]
+    differ = [label(coefficients) for coefficients, difference in means.items() if difference >= 0]
+    parts = [
+        f"the mean perplexity is {word} with {', '.join(x)}" for word, x in (("lower", agree), ("not", differ)) if x
+    ]
+    return f"Here, at the end, {' and '.join(parts)}." if parts else "Here there is nothing to compare with."
+
+
 def where(study: Study) -> str:
     """What was trained, and where."""
     settings = study.runs[0].settings
@@ -238,7 +248,7 @@ def page(study: Study, name: str) -> str:
         "Differences in validation perplexity to the training without regularization of the same seed:\n",
         paired_table(study),
         f"![Validation perplexity by epoch, and its difference to training without regularization]({name}.svg)\n",
-        PAPER,
+        PAPER % direction(study),
         "## All runs\n",
         runs_table(study),
     ]

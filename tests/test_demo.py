@@ -122,7 +122,7 @@ def test_tells_what_the_study_saw_of_the_same_training(
         return capsys.readouterr().out
 
     assert (
-        "after epoch 2 of the same training bench.study saw a difference in\nvalidation perplexity of -5.00 ± 3.00"
+        "after epoch 2 of the same training bench.study saw a difference\nin validation perplexity of -5.00 ± 3.00"
         in told(2)
     )
     assert "of +0.50 ± 3.50, lower in 1 of 2 seeds" in told(3), "the last epoch's, not the best's"
