@@ -31,10 +31,10 @@ ROOT = machine.ROOT
 RESULTS = ROOT / "bench" / "results"
 # Those first that say most of the kernels; tests/test_bench.py knows which files there are.
 GPU_TESTS = (
-    *("kernels", "prediction", "coefficients", "bench", "penalty", "padding", "dropout"),
+    *("kernels", "prediction", "coefficients", "bench", "penalty", "padding", "valid", "dropout"),
     *("sizes", "concurrency", "attachment", "distributed"),
 )
-CPU_TESTS = "cpu", "cpu_kernels", "penalty", "prediction", "coefficients", "padding", "dropout"
+CPU_TESTS = "cpu", "cpu_kernels", "penalty", "prediction", "coefficients", "padding", "valid", "dropout"
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
 FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; what hangs must not take the time of the others

@@ -148,13 +148,14 @@ def test_wide_loads_and_no_spills_where_not_all_steps_count(
     run_ragged(dtype)
     rows = 2 * tiling.UNROLL
     (forward,), (backward,) = compiled_penalty()
-    # What Triton 3.6 makes of sums and gradients in half precision, with padding, spills 16 bytes on sm_90 and sm_100.
+    # What Triton 3.6 makes of bfloat16 with padding or marks spills up to 16 bytes on sm_90 and sm_100.
     most_spilled = 16 if OLDEST and dtype == BF16 and run_ragged is not run_packed else 0
     assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 40, rows, most_spilled)
     assert_accesses(backward, tmp_path, rows + 2, 40, rows)
     if run_ragged is not run_packed:
         (forward,), (backward,) = map(compiled, DROPOUT)
-        assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS + 30, tiling.UNROLL)
+        most_spilled = most_spilled if run_ragged is run_marked else 0
+        assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS + 30, tiling.UNROLL, most_spilled)
         assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 30, tiling.UNROLL)
 
 
