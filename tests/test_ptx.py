@@ -137,6 +137,7 @@ def test_halves_are_rounded_as_torch_rounds_them(half: torch.dtype) -> None:
         ("cvt.s32.s8 {0}, {1};", [ints(0x1FF, 0x17F)], ints(-1, 127)),
         ("prmt.b32 {0}, {1}, {2}, 0x3340U;", [ints(0x11223344), ints(0x55667788)], ints(0x11118844)),
         ("prmt.b32 {0}, {1}, {2}, 0xF741;", [ints(0x11223344), ints(-0x7A998878)], ints(-0x7A77CD)),
+        ("bfi.b32 {0}, {1}, {2}, 8, 4;", [ints(0x1AB, -1), ints(0x11111111, 0)], ints(0x11111B11, 0xF00)),
         ("mul.wide.s32 {0}, {1}, {2};", [ints(LOWEST, -1), ints(LOWEST, 1)], torch.tensor([2**62, -1] + [0] * 30)),
         ("mad.wide.u32 {0}, {1}, 2, 1;", [ints(-1)], torch.tensor([2**33 - 1] + [1] * 31)),
         ("fma.rn.f32 {0}, {1}, {1}, {2};", [floats(1 + 2**-12), floats(-1 - 2**-11)], floats(2**-24)),

@@ -168,6 +168,11 @@ class Decoder:
             yield self.pure(name, operands[:3])
         elif base == "redux":
             yield self.pure(name, operands[:2])  # the third is a register with the lanes that take part: all of a warp
+        elif base == "bfi":
+            at, count = map(int, operands[3:])
+            if at > 31:
+                raise NotImplementedError("bits beyond the register")
+            yield self.pure(name, [*operands[:3], str(at | count << 8)])
         elif base == "cvt" and parts[-1] in ("u8", "s8") and self.places[operands[1]][1] == 4:
             yield self.pure(f"{name}.b32", operands)
         else:

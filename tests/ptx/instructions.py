@@ -101,6 +101,9 @@ def forms() -> dict[str, Form]:
         define(f"low.{whole}", f"{half} {whole}", "A")
         define(f"high.{whole}", f"{half} {whole}", f"A >> {bits}")
 
+    # The third operand is where the bits go, and behind it how many there are.
+    bits = "u32 at = c[t] & 255, n = c[t] >> 8, mask = (n < 32 ? (1u << n) - 1 : -1u) << at;"
+    define("bfi.b32", "b32 b32 b32 b32", f"EACH {{ {bits} d[t] = b[t] & ~mask | a[t] << at & mask; }};")
     byte = "u64 x = (u64)b[t] << 32 | a[t]; u32 s = c[t] >> 4 * k, y = x >> 8 * (s & 7) & 255;"
     chosen = f"for (int k = 0; k < 4; k++) {{ {byte} z |= (s & 8 ? y >> 7 ? 255u : 0 : y) << 8 * k; }}"
     define("prmt.b32", "b32 b32 b32 b32", f"EACH {{ u32 z = 0; {chosen} d[t] = z; }};")
