@@ -58,7 +58,8 @@ def launch_nothing() -> Iterator[None]:
     from triton.runtime import driver
 
     from bench.stand_in import StandInDriver
-    from fastreg.backends import TRITON, cpu_tensors_by, forget
+    from fastreg.backends import TRITON, cpu_tensors_by
+    from fastreg.plans import forget
 
     driver._active = StandInDriver(GPUTarget("cuda", 90, 32))  # pyright: ignore[reportAttributeAccessIssue]
     with cpu_tensors_by(TRITON):

@@ -22,7 +22,8 @@ from bench.cases import SHAPES
 from bench.report import table
 from bench.stand_in import StandInDriver
 from fastreg import fused_ar_tar
-from fastreg.backends import TRITON, cpu_tensors_by, forget
+from fastreg.backends import TRITON, cpu_tensors_by
+from fastreg.plans import forget
 from fastreg.kernels import penalty as kernels
 from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, View

@@ -12,6 +12,7 @@ import torch
 import fastreg
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import backend_for, why_formula
+from fastreg.kernels.view import Values
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 
@@ -68,11 +69,11 @@ def self_test(device: torch.device) -> None:
         if device.type != "mps":  # which has no float64
             exact = raw.double().requires_grad_(), dropped.double().requires_grad_()
         got = fused_ar_tar(leaves[0], leaves[1], 2.0, 1.0, lengths=steps)
-        want = ar_tar(Layer(exact[0], exact[1], steps), Problem(2.0, 1.0)).penalty
+        want = ar_tar(Layer(exact[0], exact[1], Values(steps)), Problem(2.0, 1.0)).penalty
         compare([got, *torch.autograd.grad(got, leaves)], [want, *torch.autograd.grad(want, exact)])
         kept, got = fused_dropout_ar_tar(leaves[0], 0.5, 2.0, 1.0, mask=mask, lengths=steps)
         product = exact[0] * mask.to(exact[0].dtype)
-        want = ar_tar(Layer(exact[0], product, steps), Problem(2.0, 1.0)).penalty
+        want = ar_tar(Layer(exact[0], product, Values(steps)), Problem(2.0, 1.0)).penalty
         results = [got, *torch.autograd.grad([got, kept.sum()], leaves[0])]
         compare(results, [want, *torch.autograd.grad([want, product.sum()], exact[0])])
 

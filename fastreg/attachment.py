@@ -26,8 +26,8 @@ from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import plain
-from fastreg.backends import is_memory, observed
+from fastreg.prepare import plain
+from fastreg.torch_state import is_memory, observed
 from fastreg.problem import Coefficient
 from fastreg.rnn_dropout import Activations, FusedRNNDropout, tensor_of
 

@@ -10,22 +10,26 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastreg.arguments import (
-    check_flags,
     check_layer,
     check_mask,
+    check_options,
     check_probability,
-    check_problem,
     check_steps,
     check_tensor,
-    plain,
-    ready_steps,
 )
-from fastreg.backends import Backend, are_memory, backend_for, observed, remembered
-from fastreg.kernels.view import Result
+from fastreg.backends import Backend, backend_for
+from fastreg.kernels.view import NOTHING, Layout, Result, Values, allocate, layout_of
 from fastreg.penalty import penalty_of
-from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, time_dim
+from fastreg.plans import Plans, key_of
+from fastreg.prepare import keepable, plain, problem_of, values_of
+from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, time_dim
 from fastreg.reference import ar_tar, ar_tar_gradients
-from fastreg.view import Memory, Signature, allocate, like, memory_of, readable, signature_of, sums_of, view_of
+from fastreg.torch_state import are_memory, observed
+from fastreg.view import is_readable, like, readable, sums_of, view_of
+
+PLANS = Plans()
+KEEP = "a plan that drops nothing"
+BACKWARDS = 16  # of a plan that are kept: layouts of the gradient of dropped, with and without one of the penalty
 
 
 @overload
@@ -107,163 +111,177 @@ def fused_dropout_ar_tar(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    asked = check_problem(alpha, beta, batch_first, reduction, return_terms)
-    check_flags(training=training, return_terms=return_terms)
-    p = check_probability(p)
-    steps = check_steps(lengths, valid)
-    raw = check_tensor("raw", raw)
-    layer = Layer(raw, None, steps.lengths, valid=steps.valid, alpha=asked.alpha, beta=asked.beta)
-    if mask is not None:
-        check_layer(layer, asked.problem)
-        mask = check_mask(mask, raw, batch_first)
-    used = 0.0 if not training else p if mask is None else mask
-    dropped, results = drop_and_penalize(layer, used, asked.problem)
-    return dropped, ARTAR(*results) if return_terms else results[0]
+    call = Call(raw, None, plain(alpha), plain(beta), plain(lengths), plain(valid), batch_first, reduction, return_terms)
+    dropped, penalty, terms = drop_and_penalize(call, p, mask, training)
+    return dropped, penalty if terms is None else ARTAR(penalty, *terms)
 
 
-def drop_and_penalize(layer: Layer, mask: Tensor | float, problem: Problem) -> tuple[Tensor, Sequence[Tensor]]:
+def drop_and_penalize(
+    call: Call, p: Any, mask: Any = None, training: Any = True
+) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
-        layer: of raw, a dense tensor of any subclass, and of lengths or valid steps; dropped is `None`.
-        mask: of the shape of raw, or expanded to it; or the probability to drop a unit, to draw one. With 0 nothing is
-            dropped, and dropped is raw itself.
-        problem: what to compute.
+        call: of raw, of any subclass; dropped is `None`.
+        p, mask, training: as `fused_dropout_ar_tar` takes them.
 
     Returns:
-        dropped, and a tuple of the penalty, (), and if the problem is measured AR and TAR, () and detached.
+        dropped; the penalty, (); and if terms are wanted AR and TAR, () and detached.
 
     Raises:
-        TypeError, ValueError: the layer's tensors are not as `fused_dropout_ar_tar` wants them.
+        TypeError, ValueError: as `fused_dropout_ar_tar`.
     """
-    if not isinstance(mask, Tensor) and mask == 0:
-        raw = layer.given
-        if not problem.with_ar and not problem.with_tar:
-            check_layer(layer, problem)
-            return raw, torch.zeros(3, dtype=compute_dtype(raw), device=raw.device).unbind()
-        used = layer._replace(raw=raw if problem.with_tar else None, dropped=raw if problem.with_ar else None)
-        return raw, penalty_of([used], problem)
-    raw = plain(layer.given)
-    layer = layer._replace(raw=raw)
-    mask = plain(mask) if isinstance(mask, Tensor) else mask
-    plan = None
-    if observed() or not are_memory((*layer, mask if isinstance(mask, Tensor) else None)):
-        check_layer(layer, problem)
-    else:
-        known = memory_of(mask) if isinstance(mask, Tensor) else None
-        plan = _plan_for(signature_of(layer), known, problem, backend_for(raw.device))
-    if not isinstance(mask, Tensor):
-        mask = _locked_mask(raw, mask, problem)
-    if not layer.is_whole:
-        layer = ready_steps(layer, problem)
-        if plan is not None and layer.valid is not None:
-            layer = layer._replace(marks=plan.backend.marks_of(layer.valid))
+    given = call.raw
+    call = call._replace(raw=plain(given))
+    mask = plain(mask)
+    key = key_of(call, p, mask, training)
+    plan = None if key is None else PLANS.get(key)
     if plan is None:
-        dropped = raw * mask
-        penalty, ar, tar = ar_tar(layer._replace(dropped=dropped), problem)
-        return dropped, (penalty, ar.detach(), tar.detach()) if problem.measured else (penalty,)
-    if torch.is_grad_enabled() and raw.requires_grad:
-        dropped, penalty, terms = _DropoutPenalty.apply(plan, mask, *layer)
-    else:
-        dropped, (penalty, terms, _) = plan.compute(layer, mask)
-    return dropped, (penalty, *terms.unbind()) if problem.measured else (penalty,)
+        problem = _checked(call, p, mask, training)
+        if key is None:
+            if not training or (mask is None and p == 0):
+                return given, *penalty_of(call._replace(dropped=call.raw, ar_of_raw=False))
+            return _by_formula(call, problem, _mask_for(call.raw, p, mask, problem))
+        plan = _Plan(call, problem, mask) if training and (mask is not None or p != 0) else KEEP
+        PLANS.keep(key, plan)
+    if plan is KEEP:
+        return given, *penalty_of(call._replace(dropped=call.raw, ar_of_raw=False))
+    return plan(call, p, mask)
 
 
-def _locked_mask(raw: Any, p: float, problem: Problem) -> Tensor:
-    """Draw a mask as fastai's `RNNDropout` does, of one row for all time steps, expanded to the shape of raw."""
+def _checked(call: Call, p: Any, mask: Any, training: Any) -> Problem:
+    """Check the arguments, and return the problem."""
+    check_options(call, training=training, return_terms=call.measured)
+    check_probability(p)
+    check_steps(call.lengths, call.valid)
+    problem = problem_of(call)
+    raw = check_tensor("raw", call.raw)
+    check_layer(call, problem, ("raw", raw))
+    if mask is not None:
+        check_mask(mask, raw, call.batch_first)
+    return problem
+
+
+def _by_formula(
+    call: Call, problem: Problem, mask: Tensor
+) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
+    """Apply the mask and compute the penalty in plain PyTorch."""
+    dropped = call.raw * mask
+    penalty, ar, tar = ar_tar(Layer(call.raw, dropped, values_of(call, problem, call.raw)), problem)
+    return dropped, penalty, (ar.detach(), tar.detach()) if problem.measured else None
+
+
+def _mask_for(raw: Any, p: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    """Return a mask expanded to the shape of raw: the given one, or one drawn as fastai's `RNNDropout` draws it.
+
+    A drawn mask has one row for all time steps.
+    """
+    if mask is not None:
+        return keepable(mask).expand_as(raw)
     shape = list(raw.shape)
     shape[time_dim(raw, problem.batch_first)] = 1
     return raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(raw)
 
 
-class _Plan(NamedTuple):
-    """How to drop units and compute the penalty of a layer: the problem, the code, memory for dropped, the launch."""
+class _Plan:
+    """How to drop units and compute the penalty for calls of one key: by kernels, or by the formula."""
 
-    problem: Problem
-    backend: Backend
-    dropped: Memory
-    launch: Any  # a `dropout_forward` of the backend
+    def __init__(self, call: Call, problem: Problem, mask: Tensor | None) -> None:
+        self.problem, self.backend = problem, None if 0 in call.raw.shape else backend_for(call.raw.device)
+        if self.backend is None:
+            return
+        raw, values = call.raw, values_of(call, problem, call.raw)
+        layer = Layer(raw, None, values)
+        self.has_values = any(x is not None for x in values)
+        self.marks_of = None if values.valid is None else self.backend.marks_of
+        self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
+        if mask is None:
+            drawn = _mask_for(torch.empty(raw.shape, device="meta"), 0.5, None, problem)
+            masked = Layout(raw.shape, drawn.stride(), raw.dtype, raw.device, aligned=True)
+        else:
+            masked = layout_of(mask.expand_as(raw))
+        self.layouts = layout_of(raw), masked
+        self.copies = not all(map(is_readable, self.layouts))
+        self.dropped = like(self.layouts[0])
+        view = view_of((*self.layouts, self.dropped), layer, problem)
+        self.sums = sums_of(layer, problem, compute_dtype(raw))
+        self.forward = self.backend.dropout_forward(view, self.sums, raw.device)
+        self.backward: dict[Any, tuple[Layout, Any]] = {}
 
-    def compute(self, layer: Layer, mask: Tensor) -> tuple[Tensor, Result]:
+    def __call__(self, call: Call, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
+        """Return dropped; the penalty, (); and if terms are wanted AR and TAR, () and detached."""
+        mask = _mask_for(call.raw, float(p), mask, self.problem)
+        if self.backend is None:
+            return _by_formula(call, self.problem, mask)
+        values = NOTHING
+        if self.has_values:
+            values = values_of(call, self.problem, call.raw)
+            if self.marks_of is not None:
+                values = values._replace(marks=self.marks_of(values.valid))
+        if self.is_differentiable:
+            dropped, penalty, *terms = _apply(self, values, mask, call.raw)
+            return dropped, penalty, terms[0].unbind() if terms else None
+        dropped, (penalty, terms, _) = self.compute(call.raw, mask, values)
+        return dropped, penalty, None if terms is None else terms.unbind()
+
+    def compute(self, raw: Tensor, mask: Tensor, values: Values) -> tuple[Tensor, Result]:
         """Launch the forward; return dropped and the penalty."""
         dropped = allocate(self.dropped)
-        return dropped, self.launch((readable(layer.given), readable(mask), dropped), layer.values)
+        if self.copies:
+            raw, mask = readable(raw), readable(mask)
+        return dropped, self.forward((raw, mask, dropped), values)
 
-
-@remembered
-def _plan_for(signature: Signature, mask: Memory | None, problem: Problem, backend: Backend | None) -> _Plan | None:
-    """Check a layer's metadata and plan its forward; `None` where the plain formula computes it.
-
-    Without the memory of a mask the plan is for one that `_locked_mask` draws.
-    """
-    check_layer(signature, problem)
-    raw = signature.given
-    if backend is None or 0 in raw.shape:
-        return None
-    if mask is None:
-        drawn = _locked_mask(torch.empty(raw.shape, device="meta"), 0.5, problem)
-        mask = Memory(raw.shape, raw.dtype, raw.device, drawn.stride(), aligned=True)
-    dropped = like(raw)
-    view = view_of((raw, mask, dropped), signature, problem)
-    sums = sums_of(signature, problem, compute_dtype(raw))
-    return _Plan(problem, backend, dropped, backend.dropout_forward(view, sums, raw.device))
-
-
-class _GradientPlan(NamedTuple):
-    """How to compute the gradient of raw: its memory, and the launch that fills it."""
-
-    gradient: Memory
-    launch: Any  # a `dropout_backward` of the backend
-
-    def compute(self, upstream: Sequence[Tensor | None], layer: Layer, mask: Tensor) -> Tensor:
-        """Allocate and launch the backward, for the gradients of dropped and of the penalty that there are."""
-        gradient = allocate(self.gradient)
-        grad_dropped, grad = upstream
+    def gradient(self, upstream: Sequence[Tensor | None], layer: Layer, mask: Tensor) -> Tensor:
+        """Launch the backward, for the gradients of dropped and of the penalty that there are."""
+        raw, (grad_dropped, grad) = layer.given, upstream
+        layouts = layout_of(raw), layout_of(mask), None if grad_dropped is None else layout_of(grad_dropped)
+        key = *layouts, grad is None
+        backward = self.backward.get(key)
+        if backward is None:  # one for each layout of the gradient of dropped, and of tensors that a hook has changed
+            gradient = like(layouts[0])
+            sums = self.sums if grad is not None else self.sums._replace(ar=False, tar=False)
+            view = view_of((*layouts, gradient), layer, self.problem)
+            backward = gradient, self.backend.dropout_backward(view, sums, raw.device)  # pyright: ignore[reportOptionalMemberAccess]
+            if len(self.backward) < BACKWARDS:
+                self.backward[key] = backward
+        layout, launch = backward
+        gradient = allocate(layout)
         grad_dropped = None if grad_dropped is None else readable(grad_dropped)
-        self.launch(grad, (readable(layer.given), readable(mask), grad_dropped, gradient), layer.values)
+        launch(grad, (readable(raw), readable(mask), grad_dropped, gradient), layer.values)
         return gradient
 
 
-@remembered
-def _gradient_plan_for(
-    signature: Signature, others: tuple[Memory, Memory | None], problem: Problem, backend: Backend, penalized: bool
-) -> _GradientPlan:
-    """Plan the backward for tensors that were saved, and for `others`, the mask and the gradient of dropped."""
-    raw, gradient = signature.given, like(signature.given)
-    view = view_of((raw, *others, gradient), signature, problem)
-    sums = sums_of(signature, problem.penalized(), compute_dtype(raw))
-    if not penalized:
-        sums = sums._replace(ar=False, tar=False)
-    return _GradientPlan(gradient, backend.dropout_backward(view, sums, raw.device))
-
-
 class _DropoutPenalty(Function):
-    """Keep references to raw, to the mask, and to what the layer has beside raw."""
+    """Keep references to raw, to the mask, and to the values that the call reads."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, mask: Tensor, *tensors: Tensor | None) -> Any:
-        dropped, (penalty, terms, _) = plan.compute(Layer(*tensors), mask)
-        ctx.save_for_backward(mask, *tensors)
+    def forward(ctx: Any, plan: _Plan, values: Values, mask: Tensor, raw: Tensor) -> Any:
+        dropped, (penalty, terms, _) = plan.compute(raw, mask, values)
+        ctx.save_for_backward(raw, mask, *values) if plan.has_values else ctx.save_for_backward(raw, mask)
         ctx.plan = plan
-        ctx.set_materialize_grads(False)  # what has no gradient costs no zeros
+        ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
+        if terms is None:
+            return dropped, penalty
         ctx.mark_non_differentiable(terms)
         return dropped, penalty, terms
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, _: None
+        ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
-        mask, *tensors = ctx.saved_tensors
-        layer, upstream, problem = Layer(*tensors), (grad_dropped, grad), ctx.plan.problem
+        (raw, mask, *values), plan = ctx.saved_tensors, ctx.plan
+        layer, upstream = Layer(raw, None, Values(*values)), (grad_dropped, grad)
         if grad_dropped is None and grad is None:
             gradient = None
-        elif torch.is_grad_enabled() or observed() or not are_memory((mask, *tensors, *upstream)):
-            gradient = _gradient_formula(upstream, layer, mask, problem.penalized())  # which PyTorch must see
+        elif torch.is_grad_enabled() or observed() or not are_memory((raw, mask, *values, *upstream)):
+            gradient = _gradient_formula(upstream, layer, mask, plan.problem.penalized())  # which PyTorch must see
         else:
-            others = memory_of(mask), None if grad_dropped is None else memory_of(grad_dropped)
-            plan = _gradient_plan_for(signature_of(layer), others, problem, ctx.plan.backend, grad is not None)
-            gradient = plan.compute(upstream, layer, mask)
-        return None, None, gradient, *(None,) * (len(tensors) - 1)
+            gradient = plan.gradient(upstream, layer, mask)
+        return None, None, None, gradient
+
+
+# `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.
+_apply = super(Function, _DropoutPenalty).apply
 
 
 def _gradient_formula(
@@ -282,7 +300,7 @@ def _gradient_formula(
     through_mask = None if grad_dropped is None else grad_dropped.to(dtype)
     direct = None
     if grad is not None:
-        direct, ar = ar_tar_gradients(grad, layer._replace(dropped=raw * mask), problem)
+        direct, ar = ar_tar_gradients(grad, Layer(raw, raw * mask, layer.values), problem)
         through_mask = _sum(through_mask, ar)
     gradient = _sum(None if through_mask is None else through_mask * mask.to(dtype), direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)

@@ -1,4 +1,4 @@
-"""What is asked for: activations, coefficients, and how the sums are divided."""
+"""The records of a call: its arguments, its problem, its layers, its result."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.kernels.view import Values
+from fastreg.kernels.view import NOTHING, Values
 
 Coefficient: TypeAlias = float | Tensor  # of a term: a number, or a 0-dim tensor without a gradient
 
@@ -23,10 +24,28 @@ class ARTAR(NamedTuple):
     tar: Tensor
 
 
-class Problem(NamedTuple):
-    """What to compute, whatever the activations are.
+class Call(NamedTuple):
+    """The arguments of a call, unchanged but for subclasses that only decorate a tensor: see `fused_ar_tar`.
 
-    alpha, beta  coefficients of AR and TAR; `None` for one that a layer has as a tensor
+    `ar_of_raw` asks for AR of raw, as fastai v1 forms it.
+    """
+
+    raw: Any
+    dropped: Any
+    alpha: Any
+    beta: Any
+    lengths: Any = None
+    valid: Any = None
+    batch_first: Any = True
+    reduction: Any = "mean"
+    measured: Any = False
+    ar_of_raw: bool = False
+
+
+class Problem(NamedTuple):
+    """The terms of a penalty, for any activations.
+
+    alpha, beta  coefficients of AR and TAR; `None` for one that is a tensor
     batch_first  3-dim activations are `(batch, time, hidden)`, else `(time, batch, hidden)`
     reduction    `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide
     measured     terms are wanted, so that one whose coefficient is 0 is formed, too; it has no gradient
@@ -40,27 +59,30 @@ class Problem(NamedTuple):
     measured: bool = False
     ar_of_raw: bool = False
 
-    def of_raw(self) -> Problem:
-        """Return the same problem with AR of raw."""
-        return self._replace(ar_of_raw=True)
-
-    def penalized(self) -> Problem:
-        """Return the problem of the penalty alone: what its gradient follows from."""
-        return self._replace(measured=False)
-
     @property
     def with_ar(self) -> bool:
-        """Tell whether AR is formed."""
+        """Return whether AR is formed."""
         return self.measured or is_on(self.alpha)
 
     @property
     def with_tar(self) -> bool:
-        """Tell whether TAR is formed."""
+        """Return whether TAR is formed."""
         return self.measured or is_on(self.beta)
+
+    def penalized(self) -> Problem:
+        """Return the problem of the penalty alone, which its gradient follows from."""
+        return Problem(self.alpha, self.beta, self.batch_first, self.reduction, False, self.ar_of_raw)
+
+
+def problem_of(call: Call) -> Problem:
+    """Return the problem of checked arguments, which has no tensor."""
+    alpha = None if isinstance(call.alpha, Tensor) else call.alpha
+    beta = None if isinstance(call.beta, Tensor) else call.beta
+    return Problem(alpha, beta, call.batch_first, call.reduction, call.measured, call.ar_of_raw)
 
 
 def is_on(coefficient: Coefficient | None) -> bool:
-    """Tell whether a term is in the penalty: a coefficient that is a tensor, or not known yet, may be anything."""
+    """Return whether a term is in the penalty: a coefficient that is a tensor, or not known yet, may be anything."""
     if coefficient is None or isinstance(coefficient, Tensor):
         return True
     if not torch.compiler.is_compiling():
@@ -71,41 +93,21 @@ def is_on(coefficient: Coefficient | None) -> bool:
 
 
 class Layer(NamedTuple):
-    """One layer's activations, which of their time steps count, and coefficients that are tensors.
+    """One layer's activations, and the values that all layers share.
 
     raw, dropped  `(batch, time, hidden)`, `(time, batch, hidden)` or `(time, hidden)`, or packed rows, `(rows,
                   hidden)`; `None` where no term reads it
-    lengths       `(batch,)` integers, which count as no less than 0 and no more than all time steps; `None` unless the
-                  first steps of each sequence count
-    batch_sizes   `(time,)` integers on the CPU, those of a `PackedSequence`; `None` unless packed
-    valid         `(batch, time)` bool, which time steps count; `None` unless any may
-    marks         what a backend has made of `valid` for its launches, or `None`
-    alpha, beta   `()` coefficients in a floating-point dtype; `None` where the problem has the number
+    values        `valid` is `(batch, time)` here, and lengths are taken for no less than 0 and no more than all steps
     """
 
     raw: Tensor | None
     dropped: Tensor | None
-    lengths: Tensor | None = None
-    batch_sizes: Tensor | None = None
-    valid: Tensor | None = None
-    marks: Tensor | None = None
-    alpha: Tensor | None = None
-    beta: Tensor | None = None
+    values: Values = NOTHING
 
     @property
     def given(self) -> Tensor:
         """Return raw, or dropped where raw is `None`."""
         return self.raw if self.raw is not None else self.dropped  # pyright: ignore[reportReturnType]
-
-    @property
-    def is_whole(self) -> bool:
-        """Tell whether all time steps of all sequences count."""
-        return self.lengths is None and self.batch_sizes is None and self.valid is None
-
-    @property
-    def values(self) -> Values:
-        """Return what kernels read beside the activations."""
-        return Values(*self[2:])
 
 
 def compute_dtype(*tensors: Any) -> torch.dtype:
@@ -126,16 +128,16 @@ def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
     """
     if problem.reduction == "sum":
         return 1, 1
-    shape = layer.given.shape
+    shape, values = layer.given.shape, layer.values
     elements, hidden = layer.given.numel(), shape[-1]
-    if layer.batch_sizes is not None:
-        return _at_least_1(elements), _at_least_1(elements - layer.batch_sizes[0] * hidden)
-    if layer.valid is not None:
-        pairs = layer.valid[:, 1:] & layer.valid[:, :-1]
-        return _at_least_1(layer.valid.sum() * hidden), _at_least_1(pairs.sum() * hidden)
+    if values.batch_sizes is not None:
+        return _at_least_1(elements), _at_least_1(elements - values.batch_sizes[0] * hidden)
+    if values.valid is not None:
+        pairs = values.valid[:, 1:] & values.valid[:, :-1]
+        return _at_least_1(values.valid.sum() * hidden), _at_least_1(pairs.sum() * hidden)
     time = shape[time_dim(layer.given, problem.batch_first)]
-    if layer.lengths is not None:
-        lengths = layer.lengths.long().clamp(0, time)
+    if values.lengths is not None:
+        lengths = values.lengths.long().clamp(0, time)
         return _at_least_1(lengths.sum() * hidden), _at_least_1((lengths - 1).clamp(min=0).sum() * hidden)
     time = _at_least_1(time)
     return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
@@ -146,3 +148,23 @@ def _at_least_1(count: Any) -> Any:
     if isinstance(count, Tensor):
         return count.clamp(min=1)
     return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # which takes ten times as long
+
+
+def is_list(value: object) -> bool:
+    """Return whether `value` is a list or tuple of layers; a `PackedSequence` is a tuple, too, but one tensor."""
+    return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
+
+
+def rows_of(x: Any) -> Tensor:
+    """Return the tensor itself, or the rows of a `PackedSequence`."""
+    return x.data if isinstance(x, PackedSequence) else x
+
+
+def reads_raw(call: Call, problem: Problem) -> bool:
+    """Return whether a term reads raw: one whose coefficient is 0 is measured only if its activations are given."""
+    return is_on(problem.beta) or (problem.measured and call.raw is not None)
+
+
+def reads_dropped(call: Call, problem: Problem) -> bool:
+    """Return whether a term reads dropped, likewise."""
+    return is_on(problem.alpha) or (problem.measured and call.dropped is not None)

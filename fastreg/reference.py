@@ -1,7 +1,7 @@
 """The penalty in plain, differentiable PyTorch.
 
-The ground truth of every test, and the path for whatever the fused ones do not run: tracing, function
-transforms, double backward, devices without kernels.
+The ground truth of every test, and the path where no kernel runs: tracing, function transforms, double backward,
+devices without kernels.
 
 Formulas: Merity, McCann and Socher, "Revisiting Activation Regularization for Language RNNs" (2017).
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.kernels.view import Values
 from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, divisors, is_on, time_dim
 
 
@@ -32,12 +33,12 @@ def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
     if squared is not None and problem.with_ar:
         total = counted(squared, layer, problem).square().sum()
         if is_on(problem.alpha):
-            penalty = penalty + _weighted(total, _coefficient(problem.alpha, layer.alpha, total), elements)
+            penalty = penalty + _weighted(total, _coefficient(problem.alpha, layer.values.alpha, total), elements)
         ar = total / elements
     if wide is not None and problem.with_tar:
         total = changes(wide, layer, problem).square().sum()
         if is_on(problem.beta):
-            penalty = penalty + _weighted(total, _coefficient(problem.beta, layer.beta, total), pairs)
+            penalty = penalty + _weighted(total, _coefficient(problem.beta, layer.values.beta, total), pairs)
         tar = total / pairs
     return ARTAR(penalty, ar, tar)
 
@@ -47,23 +48,23 @@ def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tens
 
     Args:
         grad: the upstream gradient, 0-dim.
-        layer: with `None` in the place of a tensor that needs no gradient.
+        layer: with `None` for a tensor that needs no gradient.
         problem: with `ar_of_raw` raw's gradient is that of both terms.
 
     Returns:
         Two tensors in the dtype of `grad`, `None` where the tensor is.
     """
-    raw, dropped = (None if x is None else x.to(grad.dtype) for x in layer[:2])
+    raw, dropped = (None if x is None else x.to(grad.dtype) for x in (layer.raw, layer.dropped))
     elements, pairs = divisors(layer, problem)
     grad_raw = grad_dropped = None
     if raw is not None and problem.with_tar:
         difference = change_difference(raw, layer, problem)
-        factor = _over(2 * _coefficient(problem.beta, layer.beta, grad), pairs, grad)
+        factor = _over(2 * _coefficient(problem.beta, layer.values.beta, grad), pairs, grad)
         grad_raw = counted(grad * factor * difference, layer, problem)
     squared = raw if problem.ar_of_raw else dropped
     if squared is not None and problem.with_ar:
         kept = counted(squared, layer, problem)
-        factor = _over(2 * _coefficient(problem.alpha, layer.alpha, grad), elements, grad)
+        factor = _over(2 * _coefficient(problem.alpha, layer.values.alpha, grad), elements, grad)
         gradient = counted(grad * factor * kept, layer, problem)
         if not problem.ar_of_raw:
             grad_dropped = gradient
@@ -93,11 +94,12 @@ def _over(factor: Any, count: int | Tensor, like: Tensor) -> float | Tensor:
 
 def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     """Compute the change over time that leads to each step, 0 to the first."""
-    if layer.batch_sizes is not None:
-        before, _, precedes, _ = neighbours(layer.batch_sizes, x.shape[0])
+    values = layer.values
+    if values.batch_sizes is not None:
+        before, _, precedes, _ = neighbours(values.batch_sizes, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
-    if layer.valid is not None:  # both steps of a change count
-        layer = layer._replace(valid=layer.valid & layer.valid.roll(1, 1))
+    if values.valid is not None:  # both steps of a change count
+        layer = Layer(layer.raw, layer.dropped, Values(valid=values.valid & values.valid.roll(1, 1)))
     dim = time_dim(x, problem.batch_first)
     # A compiler would make a case of its own of 2 steps, as they have 1 difference. (torch 2.11 cannot trace hasattr.)
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:
@@ -111,20 +113,20 @@ def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
 
 def change_difference(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     """Subtract from the change that leads to each step the one that leads from it; 0 where there is none."""
-    change = changes(x, layer, problem)
-    if layer.batch_sizes is not None:
-        _, after, _, follows = neighbours(layer.batch_sizes, x.shape[0])
+    change, batch_sizes = changes(x, layer, problem), layer.values.batch_sizes
+    if batch_sizes is not None:
+        _, after, _, follows = neighbours(batch_sizes, x.shape[0])
         return change - torch.where(follows.to(x.device).unsqueeze(-1), change[after.to(x.device)], 0)
     return change - change.roll(-1, time_dim(x, problem.batch_first))  # the 0 of the first follows the last
 
 
 def counted(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     """Replace what does not count by 0."""
-    dim = time_dim(x, problem.batch_first)
-    if layer.lengths is not None:
-        valid = torch.arange(x.shape[dim], device=x.device) < layer.lengths.unsqueeze(-1)
-    elif layer.valid is not None:
-        valid = layer.valid
+    dim, values = time_dim(x, problem.batch_first), layer.values
+    if values.lengths is not None:
+        valid = torch.arange(x.shape[dim], device=x.device) < values.lengths.unsqueeze(-1)
+    elif values.valid is not None:
+        valid = values.valid
     else:
         return x
     if x.dim() == 2:

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_attribute, check_flags, check_steps, is_list
+from fastreg.arguments import check_coefficient, check_flags, check_steps
 from fastreg.attachment import Attachment, Source
-from fastreg.problem import ARTAR, Coefficient
+from fastreg.prepare import coefficient
+from fastreg.problem import ARTAR, Coefficient, is_list
 from fastreg.rnn_dropout import Activations, FusedRNNDropout
 
 
@@ -70,7 +71,9 @@ class RNNRegularizer:
     ) -> None:
         if layers not in ("last", "all"):
             raise ValueError(f"layers: expected 'last' or 'all', got {layers!r}")
-        self.alpha, self.beta = check_attribute("alpha", alpha), check_attribute("beta", beta)
+        check_coefficient("alpha", alpha)
+        check_coefficient("beta", beta)
+        self.alpha, self.beta = coefficient(alpha), coefficient(beta)
         self.layers, self.bptt = layers, None if bptt is None else _check_steps("bptt", bptt)
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None

@@ -14,18 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import (
-    check_attribute,
-    check_flags,
-    check_probability,
-    check_problem,
-    check_steps,
-    check_tensor,
-    is_list,
-)
+from fastreg.arguments import check_coefficient, check_flags, check_probability
 from fastreg.dropout import drop_and_penalize
 from fastreg.penalty import fused_ar_tar
-from fastreg.problem import ARTAR, Coefficient, Layer, is_on
+from fastreg.prepare import coefficient, plain
+from fastreg.problem import ARTAR, Call, Coefficient, is_list, is_on
 
 
 @dataclass(frozen=True, eq=False)  # no NamedTuple: torch 2.11 fails to compile an attached dropout that makes one
@@ -145,9 +138,11 @@ class FusedRNNDropout(nn.Module):
         super().__init__()
         if ar_of not in ("dropped", "raw"):
             raise ValueError(f"ar_of: expected 'dropped' or 'raw', got {ar_of!r}")
-        self.p = check_probability(p)
-        self.alpha, self.beta = check_attribute("alpha", alpha), check_attribute("beta", beta)
+        check_probability(p)
+        check_coefficient("alpha", alpha)
+        check_coefficient("beta", beta)
         check_flags(batch_first=batch_first)
+        self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
         self.batch_first, self.ar_of = batch_first, ar_of
         self._formed: Formed | None = None
         self._next: tuple[Coefficient, Coefficient, Tensor | None] | None = None
@@ -195,18 +190,18 @@ class FusedRNNDropout(nn.Module):
             )
         valid = steps if valid is None else valid
         ar_of_raw = self.ar_of == "raw"
-        problem, *scalars = check_problem(alpha, beta, self.batch_first, measured=True)
-        problem = problem.of_raw() if ar_of_raw else problem
-        marks = check_steps(None, valid).valid
-        layer = Layer(check_tensor("raw", raw), None, valid=marks, alpha=scalars[0], beta=scalars[1])
-        dropped, results = drop_and_penalize(layer, check_probability(self.p if p is None else p), problem)
+        call = Call(
+            *(raw, None, plain(alpha), plain(beta), None, plain(valid)),
+            *(self.batch_first, "mean", True, ar_of_raw),
+        )
+        dropped, penalty, terms = drop_and_penalize(call, self.p if p is None else p)
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             squared = raw if ar_of_raw else dropped
-            terms, coefficients = ARTAR(*results), (alpha, beta)
-            activations = Activations(raw, squared, self.batch_first, None, valid, terms, coefficients)
-            self._formed = Formed(activations, terms, own, torch.is_grad_enabled())
+            formed, coefficients = ARTAR(penalty, *(terms or ())), (alpha, beta)
+            activations = Activations(raw, squared, self.batch_first, None, valid, formed, coefficients)
+            self._formed = Formed(activations, formed, own, torch.is_grad_enabled())
         return dropped
 
     def take(self) -> ARTAR | None:

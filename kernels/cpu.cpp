@@ -670,6 +670,7 @@ void finish(const Plan &plan, const Counted &counted, Sums sums, const Memory &m
     const double penalty = weighted(coefficient(plan.alpha, memory.alpha, dtype), ar) +
                            weighted(coefficient(plan.beta, memory.beta, dtype), tar);
     store(memory.penalty, 0, penalty + (plan.adds ? number(memory.penalty, dtype) : 0), dtype);
+    if (!memory.terms) return;
     store(memory.terms, 0, ar + (plan.adds ? number(memory.terms, dtype) : 0), dtype);
     store(memory.terms, 1, tar + (plan.adds ? number(memory.terms, dtype, 1) : 0), dtype);
 }

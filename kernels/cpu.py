@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Result, Sums, Values, View
+from fastreg.kernels.view import Prediction, Result, Sums, Values, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _LEVELS = dict.fromkeys(("AVX2", "AVX512"), ("_cpu_v3", "_cpu"))  # by what PyTorch says runs here
@@ -32,15 +32,16 @@ class PenaltyForward:
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         self.plan, self.dtype, self.function = _penalty(view, sums), sums.dtype, library().penalty_forward
+        self.writes, self.measured = view.operands[2:] != (None, None), sums.measured
+        self.expected = Expected(sums.dtype)
 
     def __call__(self, tensors: Sequence[Tensor | None], values: Values, before: Result | None = None) -> Result:
         """Compute the penalty, and fill the gradients for the upstream gradient of the last backward."""
-        _, _, grad_raw, grad_dropped = tensors
-        assumed = None if grad_raw is None and grad_dropped is None else _expected[self.dtype]
-        penalty, terms, _ = before or _result(self.dtype)
+        assumed = self.expected.gradient if self.writes else None
+        penalty, terms, _ = before or _result(self.dtype, self.measured)
         read = _read(values, self.dtype)
         _call(self.function, self.plan, _PenaltyMemory, (*tensors, assumed, None, *read, penalty, terms))
-        return Result(penalty, terms, assumed)
+        return Result(penalty, terms, None if assumed is None else Prediction(assumed, self.expected))
 
 
 class PenaltyBackward:
@@ -52,14 +53,14 @@ class PenaltyBackward:
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         self.plan, self.dtype, self.function = _penalty(view, sums), sums.dtype, library().penalty_backward
 
-    def __call__(self, grad: Tensor, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None) -> None:
+    def __call__(
+        self, grad: Tensor, tensors: Sequence[Tensor | None], values: Values, prediction: Prediction | None
+    ) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
+        assumed = None if prediction is None else prediction.assumed
         arguments = *tensors, grad, assumed, *_read(values, self.dtype), None, None
-        if _call(self.function, self.plan, _PenaltyMemory, arguments):
-            # A new tensor, as other graphs refer to the old one, and one that graphs may keep. Threads may overwrite
-            # each other's: a wrong guess costs time alone.
-            with torch.inference_mode(False):
-                _expected[self.dtype] = grad.detach().clone()
+        if _call(self.function, self.plan, _PenaltyMemory, arguments) and prediction is not None:
+            prediction.expected.learn(grad)
 
 
 class DropoutForward:
@@ -67,11 +68,12 @@ class DropoutForward:
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         self.plan, self.dtype, self.function = _dropout(view, sums), sums.dtype, library().dropout_forward
+        self.measured = sums.measured
 
     def __call__(self, tensors: Sequence[Tensor], values: Values) -> Result:
         """Fill `dropped` and compute the penalty."""
-        result = _result(self.dtype)
-        arguments = *tensors, None, None, *_read(values, self.dtype), *result[:2]
+        result = _result(self.dtype, self.measured)
+        arguments = *tensors, None, None, *_read(values, self.dtype), result.penalty, result.terms
         _call(self.function, self.plan, _DropoutMemory, arguments)
         return result
 
@@ -133,9 +135,23 @@ def _typed(library: ctypes.CDLL, name: str) -> ctypes.CDLL:
     return library
 
 
-# The upstream gradient that is expected: that of the last backward, or 1. None of these tensors is ever written to.
-with torch.inference_mode(False):
-    _expected = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+class Expected:
+    """The upstream gradient that the next forward of a plan expects: that of the plan's last backward.
+
+    A new plan expects that of the last backward of any plan, and the first one expects 1. No tensor here is ever
+    written to, as graphs refer to it. Threads may overwrite each other's: a wrong guess costs time alone.
+    """
+
+    with torch.inference_mode(False):
+        latest = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.gradient = self.latest[dtype]
+
+    def learn(self, grad: Tensor) -> None:
+        """Expect this upstream gradient."""
+        with torch.inference_mode(False):
+            self.gradient = self.latest[grad.dtype] = grad.detach().clone()
 
 
 class _Sizes(Structure):
@@ -210,9 +226,10 @@ def _read(values: Values, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     return steps, valid, *(None if x is None else x.to(dtype) for x in (alpha, beta))
 
 
-def _result(dtype: torch.dtype) -> Result:
-    """Allocate the penalty and its terms."""
-    return Result(torch.empty((), dtype=dtype, device="cpu"), torch.empty((2,), dtype=dtype, device="cpu"), None)
+def _result(dtype: torch.dtype, measured: bool) -> Result:
+    """Allocate the penalty, and its terms if they are measured."""
+    terms = torch.empty((2,), dtype=dtype, device="cpu") if measured else None
+    return Result(torch.empty((), dtype=dtype, device="cpu"), terms, None)
 
 
 def _call(function: Any, plan: Structure, memory: type[Structure], tensors: Sequence[Tensor | None]) -> int | None:

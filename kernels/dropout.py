@@ -93,7 +93,7 @@ def dropout_forward(
     partials             (2 * programs,) in ACC, memory for partial sums
     ticket               (1,) int32, 0 before the launch and after it
     penalty              () out in ACC
-    terms                (2,) out in ACC: ar and tar
+    terms                (2,) out in ACC: ar and tar; None unless they are measured
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
     marks                of `mark_kernel`, which time steps count; None if all do, or those within lengths
     alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastreg.kernels.launch import Launch, table_of
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, factors, finish
-from fastreg.kernels.streams import PerStream
+from fastreg.kernels.streams import Expected
 from fastreg.kernels.tiling import (
     Rows,
     Tiling,
@@ -25,9 +25,7 @@ from fastreg.kernels.tiling import (
     store_row,
     within,
 )
-from fastreg.kernels.view import Result, Sums, Values, View
-
-EXPECTED = {dtype: PerStream(dtype, 1) for dtype in (torch.float32, torch.float64)}
+from fastreg.kernels.view import Prediction, Result, Sums, Values, View
 
 
 @triton.jit(
@@ -106,12 +104,13 @@ def penalty_kernel(
     raw, dropped            (outer, time, inner), or None where nothing that is asked for reads it
     grad_raw, grad_dropped  out, of the same shape and dtype, or None where no gradient is asked for
     grad                    () in ACC: the upstream gradient; with SUM the one that is expected; None without WRITE
-    expected                () out in ACC: the upstream gradient, for the next forward; None with SUM
+    expected                () out in ACC: the upstream gradient, for the next forward of the plan; None with SUM, and
+                            without partials
     partials                (3 * programs,) in ACC: partial sums of AR, of TAR, and assumed upstream gradients; None
                             where no forward has assumed any
-    ticket                  (1,) int32, 0 before the launch and after it; None without SUM, like penalty and terms
+    ticket                  (1,) int32, 0 before the launch and after it; None without SUM, like penalty
     penalty                 () out in ACC
-    terms                   (2,) out in ACC: ar and tar
+    terms                   (2,) out in ACC: ar and tar; None unless they are measured
     lengths                 (outer,) integers, how many time steps of a sequence count; None if all do
     offsets                 (1 + time + UNROLL,) int64, None unless packed: `1 + step` has the row where a step begins
     marks                   of `mark_kernel`, which time steps count; None if all do, or those within lengths
@@ -149,7 +148,7 @@ def penalty_kernel(
                 differs = differ(tl.load(record), upstream).to(tl.int32)
                 items *= differs
                 sequences *= differs
-        if not SUM:
+        if not SUM and expected is not None:
             tl.store(expected, upstream, mask=program == 0)
         extents = Extents(counted, tallies, sequences, time, inner * ALIGN)
         ar_factor, tar_factor = factors(weights, extents, upstream)
@@ -250,7 +249,7 @@ class PenaltyForward:
         tiling = Tiling(view, sums.dtype)
         self.launch = _launch(tiling, sums, device, SUM=True, WRITE=self.writes)
         self.memory = SumMemory(sums, 3 * tiling.programs, device)
-        self.device, self.expected = device, EXPECTED[sums.dtype]
+        self.device, self.expected = device, Expected(sums.dtype, device)
 
     def __call__(self, tensors: Sequence[Tensor | None], values: Values, before: Result | None = None) -> Result:
         """Compute the penalty, and fill the gradients for the upstream gradient of the last backward.
@@ -261,9 +260,9 @@ class PenaltyForward:
             before: the result of the layers before, to whose memory this one is added, if the sums say so.
         """
         penalty, terms, partials, ticket = self.memory.allocate(before)
-        expected = self.expected.current(self.device) if self.writes else None
+        expected = self.expected.memory() if self.writes else None
         self.launch(*tensors, expected, None, partials, ticket, penalty, terms, *_steps(values, self.device))
-        return Result(penalty, terms, partials if self.writes else None)
+        return Result(penalty, terms, Prediction(partials, self.expected) if self.writes else None)
 
 
 class PenaltyBackward:
@@ -279,20 +278,25 @@ class PenaltyBackward:
         tiling = Tiling(view, sums.dtype)
         # Code that compares is other code than that of a backward for which nothing was assumed.
         self.comparing, self.writing = (_launch(tiling, sums, device, SUM=False, WRITE=True) for _ in range(2))
-        self.device, self.expected = device, EXPECTED[sums.dtype]
+        self.device = device
 
-    def __call__(self, grad: Tensor, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None) -> None:
+    def __call__(
+        self, grad: Tensor, tensors: Sequence[Tensor | None], values: Values, prediction: Prediction | None
+    ) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient.
 
         Args:
             grad: the upstream gradient, () in the dtype of the sums.
             tensors: as in the view, but `None` for what has no gradient.
             values: those of the forward.
-            assumed: that of the forward's result, if it has filled these gradients.
+            prediction: that of the forward's result, if it has filled these gradients.
         """
-        launch = self.writing if assumed is None else self.comparing
-        expected = self.expected.current(self.device)
-        launch(*tensors, grad, expected, assumed, None, None, None, *_steps(values, self.device))
+        steps = _steps(values, self.device)
+        if prediction is None:
+            self.writing(*tensors, grad, None, None, None, None, None, *steps)
+        else:
+            expected = prediction.expected.learn()
+            self.comparing(*tensors, grad, expected, prediction.assumed, None, None, None, *steps)
 
 
 def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) -> Launch:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastreg.kernels.streams import PerStream
 from fastreg.kernels.tiling import ends
-from fastreg.kernels.view import Result, Sums
+from fastreg.kernels.view import Layout, Result, Sums, allocate
 
 CHUNK = tl.constexpr(512)  # partial sums, or lengths, that a program loads at once
 TICKETS = PerStream(torch.int32, 0)
@@ -202,12 +202,14 @@ def finish(ar, tar, outputs, scratch, extents, weights):
         penalty = weighted(alpha, ar_mean) + weighted(beta, tar_mean)
         if outputs.ADDS:
             penalty += tl.load(outputs.penalty)
-            ar_mean += tl.load(outputs.terms)
-            tar_mean += tl.load(outputs.terms + 1)
+            if outputs.terms is not None:
+                ar_mean += tl.load(outputs.terms)
+                tar_mean += tl.load(outputs.terms + 1)
             tl.debug_barrier()  # every thread has read what one of them is about to overwrite
         tl.store(outputs.penalty, penalty)
-        tl.store(outputs.terms, ar_mean)
-        tl.store(outputs.terms + 1, tar_mean)
+        if outputs.terms is not None:
+            tl.store(outputs.terms, ar_mean)
+            tl.store(outputs.terms + 1, tar_mean)
         tl.store(scratch.ticket, 0)
 
 
@@ -234,17 +236,16 @@ class SumMemory:
     """
 
     def __init__(self, sums: Sums, partials: int, device: torch.device) -> None:
-        self.options = {"dtype": sums.dtype, "device": device}
-        self.partials, self.device = partials, device
+        self.device, self.measured = device, sums.measured
+        shapes = torch.Size(), torch.Size([2]), torch.Size([partials])
+        self.penalty, self.terms, self.partials = (
+            Layout(shape, (1,) * len(shape), sums.dtype, device, aligned=True) for shape in shapes
+        )
 
-    def allocate(self, before: Result | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def allocate(self, before: Result | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Return memory for the penalty and its terms, or that of the layers before; for partial sums; a ticket."""
         if before is None:
-            penalty, terms = torch.empty_strided((), (), **self.options), self._empty(2)
+            penalty, terms = allocate(self.penalty), allocate(self.terms) if self.measured else None
         else:
             penalty, terms, _ = before
-        return penalty, terms, self._empty(self.partials), ticket_for(self.device)
-
-    def _empty(self, count: int) -> Tensor:
-        """Allocate a vector; `torch.empty` takes 1 us longer."""
-        return torch.empty_strided((count,), (1,), **self.options)
+        return penalty, terms, allocate(self.partials), ticket_for(self.device)

@@ -1,6 +1,7 @@
-"""Device memory that outlives a launch: an element for each stream, on which launches run one after another.
+"""Device memory that outlives a launch: tickets, an element for each stream, and expected upstream gradients, one a plan.
 
-Launches on different streams, and replays of CUDA graphs, may run at the same time.
+Launches on one stream run one after another. Launches on different streams, and replays of CUDA graphs, may run at the
+same time.
 """
 
 from __future__ import annotations
@@ -11,59 +12,101 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-RESERVE = 4096  # elements a device that are filled at once: for each stream, and each ticket of a CUDA graph
+RESERVE = 4096  # elements a device that are filled at once: for streams, for plans, and for tickets of CUDA graphs
 
 
-class PerStream:
+class Reserve:
     """Elements of device memory, (1,), that all begin with the same value.
+
+    They are never freed, as a CUDA graph may write to one in each replay.
 
     Args:
         dtype: of an element.
-        value: what it begins with.
+        value: the value that it begins with.
     """
 
     def __init__(self, dtype: torch.dtype, value: float) -> None:
         self.dtype, self.value = dtype, value
-        self._lock = Lock()  # no thread draws from the reserve before it is filled
-        self._reserve: dict[torch.device, list[Tensor]] = {}
-        self.of_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self._lock = Lock()  # no thread draws before the reserve is filled
+        self._free: dict[torch.device, list[Tensor]] = {}
+        self._filled: list[Tensor] = []
 
-    def current(self, device: torch.device) -> Tensor:
-        """Return the element of the current stream."""
-        stream = 0 if device.type == "cpu" else driver.active.get_current_stream(device.index)
-        found = self.of_stream.get((device, stream))
-        if found is None:
-            with self._lock:
-                found = self._draw(device, may_fill=not _is_captured(device))
-                if found is None:
-                    return self._new(1, device)  # which the graph fills at each replay
-                found = self.of_stream.setdefault((device, stream), found)
-        return found
+    def draw(self, device: torch.device) -> Tensor | None:
+        """Draw an element; `None` if there is none left while a CUDA graph is captured, which may not wait."""
+        with self._lock:
+            free = self._free.setdefault(device, [])
+            if not free and not is_captured(device):
+                self._filled.append(self.new(RESERVE, device))
+                free.extend(self._filled[-1].split(1))
+                if device.type != "cpu":
+                    torch.accelerator.synchronize(device)  # once: other streams must see the values
+            return free.pop() if free else None
+
+    def new(self, count: int, device: torch.device) -> Tensor:
+        """Allocate elements, which a CUDA graph that is captured fills in each replay."""
+        return torch.full((count,), self.value, dtype=self.dtype, device=device)
+
+
+class PerStream:
+    """An element of a reserve for each stream, and for each launch that a CUDA graph captures."""
+
+    def __init__(self, dtype: torch.dtype, value: float) -> None:
+        self._reserve = Reserve(dtype, value)
+        self.of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
     def exclusive(self, device: torch.device) -> Tensor:
         """Return the element of the current stream, or one for this launch alone where a CUDA graph is captured.
 
         A graph's replays may run at the same time as anything but each other.
         """
-        if not _is_captured(device):
-            return self.current(device)
-        with self._lock:
-            found = self._draw(device, may_fill=False)
-        return self._new(1, device) if found is None else found
-
-    def _draw(self, device: torch.device, may_fill: bool) -> Tensor | None:
-        """Draw from the reserve, while the lock is held; `None` if it is empty and may not be filled."""
-        reserve = self._reserve.setdefault(device, [])
-        if not reserve and may_fill:
-            reserve.extend(self._new(RESERVE, device).split(1))
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)  # once: other streams must see the values
-        return reserve.pop() if reserve else None
-
-    def _new(self, count: int, device: torch.device) -> Tensor:
-        return torch.full((count,), self.value, dtype=self.dtype, device=device)
+        if is_captured(device):
+            found = self._reserve.draw(device)
+            return self._reserve.new(1, device) if found is None else found
+        stream = 0 if device.type == "cpu" else driver.active.get_current_stream(device.index)
+        found = self.of_stream.get((device, stream))
+        if found is None:
+            drawn = self._reserve.draw(device)
+            found = self.of_stream.setdefault((device, stream), self._reserve.new(1, device) if drawn is None else drawn)
+        return found
 
 
-def _is_captured(device: torch.device) -> bool:
-    """Tell whether launches on the current stream are captured in a CUDA graph."""
+class Expected:
+    """The upstream gradient that the next forward of a plan expects: that of the plan's last backward.
+
+    A new plan expects that of the last backward of any plan on the device, and the first one expects 1.
+
+    Args:
+        dtype: of the upstream gradient.
+        device: where the plan runs.
+    """
+
+    _reserves: dict[torch.dtype, Reserve] = {dtype: Reserve(dtype, 1) for dtype in (torch.float32, torch.float64)}
+    _latest: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # noqa: RUF012
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._memory: Tensor | None = None
+
+    def memory(self) -> Tensor:
+        """Return the memory, (1,), which launches read and write."""
+        if self._memory is None:
+            reserve = self._reserves[self.dtype]
+            drawn = reserve.draw(self.device)
+            if drawn is None:
+                return reserve.new(1, self.device)  # the captured graph's own
+            latest = self._latest.get((self.device, self.dtype))
+            if latest is not None and not is_captured(self.device):
+                drawn.copy_(latest)
+            self._memory = drawn
+        return self._memory
+
+    def learn(self) -> Tensor:
+        """Return the memory for a backward, which writes its upstream gradient there."""
+        memory = self.memory()
+        self._latest[self.device, self.dtype] = memory
+        return memory
+
+
+def is_captured(device: torch.device) -> bool:
+    """Return whether launches on the current stream are captured in a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,11 +1,36 @@
-"""What every backend is told about its tensors and its sums, and what it returns."""
+"""The records that every backend shares: tensors' layouts, what the sums are, what a call reads and returns."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """All that views and compiled code depend on of a dense tensor, except its values."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    aligned: bool  # to 16 bytes
+
+
+def layout_of(x: Tensor) -> Layout:
+    """Describe a plain, dense tensor."""
+    return Layout(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+
+
+def allocate(layout: Layout) -> Tensor:
+    """Allocate memory that is not initialized, not even in deterministic mode: a kernel writes all of it."""
+    shape, stride, dtype, device, _ = layout
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    storage = torch.UntypedStorage(x.nbytes, device=device)  # PyTorch never fills a storage
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
 
 
 class Operand(NamedTuple):
@@ -38,6 +63,7 @@ class Sums(NamedTuple):
     ar, tar      whether each term is formed, or in a backward has a gradient
     ar_of_raw    AR is the mean square of raw, not of dropped
     divisors     of the two sums; None where they follow from lengths or valid steps that each call brings
+    measured     the terms are written beside the penalty
     adds         the penalty and its terms are added to those of the layers before
     """
 
@@ -48,23 +74,24 @@ class Sums(NamedTuple):
     tar: bool
     ar_of_raw: bool
     divisors: tuple[int, int] | None
+    measured: bool = True
     adds: bool = False
 
     @property
     def weights(self) -> tuple[float, float, float, float]:
-        """The coefficients, and one over the divisors; 1 in the place of what is not known here."""
+        """The coefficients, and one over the divisors; 1 for each that is not known here."""
         elements, pairs = self.divisors or (1, 1)
         alpha, beta = (1.0 if x is None else x for x in (self.alpha, self.beta))
         return alpha, beta, 1 / elements, 1 / pairs
 
 
 class Values(NamedTuple):
-    """What a call reads beside activations, each None where there is none.
+    """Tensors that a call reads beside activations, each None where there is none.
 
     lengths      (outer,) integers on the device of the activations: how many time steps of a sequence count
     batch_sizes  (time,) int64 on the CPU, those of packed rows
     valid        (outer, time) contiguous bool on the device of the activations: which time steps count
-    marks        what a backend's `marks_of` has made of valid
+    marks        the form that a backend's `marks_of` has given to valid
     alpha, beta  () coefficients in a floating-point dtype, on the device of the activations
     """
 
@@ -76,14 +103,28 @@ class Values(NamedTuple):
     beta: Tensor | None = None
 
 
+NOTHING = Values()
+
+
+class Prediction(NamedTuple):
+    """The upstream gradient that a forward wrote gradients for, and where the next forward of the plan finds its own.
+
+    assumed   memory that the backward compares the upstream gradient with
+    expected  of the backend: kept by the plan, and changed by a backward whose upstream gradient is another one
+    """
+
+    assumed: Tensor
+    expected: Any
+
+
 class Result(NamedTuple):
     """What a forward computes, in the dtype of the sums, on the device of the tensors.
 
-    penalty  (): alpha * AR + beta * TAR
-    terms    (2,): AR and TAR
-    assumed  the upstream gradients that gradients were written for, as the backward reads them; None if none were
+    penalty     (): alpha * AR + beta * TAR
+    terms       (2,): AR and TAR; None unless they are measured
+    prediction  what written gradients rest on; None if none were written
     """
 
     penalty: Tensor
-    terms: Tensor
-    assumed: Tensor | None
+    terms: Tensor | None
+    prediction: Prediction | None

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fastreg import FusedRNNDropout, dropout, penalty, rnn_dropout
-from fastreg.backends import TRITON, backend_for, forget
+from fastreg.backends import TRITON, backend_for
+from fastreg.plans import forget
 from tests.language_model import Model, Stack
 
 CPU = backend_for(torch.device("cpu"))

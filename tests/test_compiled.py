@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bench.stand_in import StandInDriver
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.backends import TRITON, cpu_tensors_by, forget
+from fastreg.backends import TRITON, cpu_tensors_by
+from fastreg.plans import forget
 from tests.conftest import KERNELS_ON_CPU
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 

@@ -11,8 +11,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import fused_ar_tar
-from fastreg.problem import Problem
-from fastreg.view import Signature, memory_of, readable, view_of
+from fastreg.kernels.view import layout_of
+from fastreg.problem import Layer, Problem
+from fastreg.view import readable, view_of
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
@@ -51,9 +52,9 @@ IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
 def test_view(
     tensors: Sequence[torch.Tensor | None], batch_first: bool, sizes: Any, strides: Any, copied: Sequence[bool]
 ) -> None:
-    memories = [None if x is None else memory_of(x) for x in tensors]
-    first = next(x for x in memories if x is not None)
-    got = view_of(memories, Signature(first), Problem(2.0, 1.0, batch_first))
+    layouts = [None if x is None else layout_of(x) for x in tensors]
+    first = next(x for x in tensors if x is not None)
+    got = view_of(layouts, Layer(first, None), Problem(2.0, 1.0, batch_first))
     assert got[:3] == sizes
     assert [(0, 0) if x is None else (x.outer, x.time) for x in got.operands] == strides
     assert [x is not None and readable(x) is not x for x in tensors] == copied

@@ -19,7 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import ARTAR, fused_ar_tar, penalty
-from fastreg.backends import TRITON, backend_for, forget
+from fastreg.backends import TRITON, backend_for
+from fastreg.plans import forget
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 from tests.conftest import INTERPRETED, skip_on_formula

@@ -170,7 +170,7 @@ def test_what_is_expected_is_written_ahead(device: str, monkeypatch: pytest.Monk
     for _ in range(2):
         got = fused_ar_tar(raw, dropped, 2.0, 1.0)
         assert len(made) == 2
-        (ahead, _), *_ = got.grad_fn.ahead  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        (_, ahead), *_ = got.grad_fn.ahead  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         values = [x.clone() for x in ahead]
         gradients = torch.autograd.grad(got, (raw, dropped), grad)
         assert len(made) == 2

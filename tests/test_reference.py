@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from fastreg.kernels.view import Values
 from fastreg.problem import Layer, Problem, divisors
 from fastreg.reference import ar_tar, ar_tar_gradients
 from tests.samples import DOUBLE, SAMPLES, SMALL, Sample
@@ -58,7 +59,7 @@ def test_gradients_of_half_precision_are_formed_in_float32() -> None:
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int8])
 def test_lengths_of_few_bits(kind: torch.dtype) -> None:
-    counts = divisors(Layer(torch.zeros(2, 3, 100), None, torch.tensor([0, 3], dtype=kind)), Problem(2.0, 1.0))
+    counts = divisors(Layer(torch.zeros(2, 3, 100), None, Values(torch.tensor([0, 3], dtype=kind))), Problem(2.0, 1.0))
     assert [int(n) for n in counts] == [300, 200]
 
 

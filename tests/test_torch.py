@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
-from fastreg.view import allocate, memory_of
+from fastreg.kernels.view import allocate, layout_of
 from tests.conftest import skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
@@ -364,10 +364,10 @@ class TestDeterministicMode:
         x = torch.zeros(2**25, 1, dtype=HALF)  # of such a size the system gives fresh memory, zeros
         with deterministic():
             assert torch.empty_like(x).isnan().all()
-            assert not allocate(memory_of(x)).isnan().any()
+            assert not allocate(layout_of(x)).isnan().any()
         x = transposed(torch.zeros(3, 7, 12))
         with deterministic():
-            assert allocate(memory_of(x)).stride() == x.stride()
+            assert allocate(layout_of(x)).stride() == x.stride()
 
 
 class TestSubclasses:

@@ -1,0 +1,164 @@
+"""The changes that a call makes to its arguments: subclasses, conversions, copies, moves to the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastreg.arguments import (
+    check_batch_sizes,
+    check_coefficient_value,
+    check_lengths_values,
+    check_not_captured,
+    check_same_batch_sizes,
+    check_valid_values,
+    steps_of,
+)
+from fastreg.kernels.view import Values
+from fastreg.problem import Call, Coefficient, Layer, Problem, is_list, reads_dropped, reads_raw, rows_of, time_dim
+
+
+def plain(x: Any) -> Any:
+    """Return a tensor without a subclass that only decorates it; one with a dispatcher of its own stays as it is.
+
+    Packed and listed tensors are replaced, too; everything else is returned unchanged.
+    """
+    if type(x) is Tensor or x is None or torch.compiler.is_compiling():  # a compiler sees through such a subclass
+        return x
+    if isinstance(x, Tensor):
+        dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
+        return x if dispatches else x.as_subclass(Tensor)
+    if isinstance(x, PackedSequence):
+        data = plain(x.data)
+        return x if data is x.data else x._replace(data=data)
+    return [plain(y) for y in x] if type(x) is list else tuple(plain(y) for y in x) if type(x) is tuple else x
+
+
+def plain_pair(raw: Any, dropped: Any) -> tuple[Any, Any]:
+    """Return raw and dropped without such subclasses; layers of both that are one tensor stay one."""
+    kept = plain(raw)
+    if dropped is raw:
+        return kept, kept
+    if is_list(raw) and is_list(dropped) and kept is not raw:
+        known = {id(x): y for x, y in zip(raw, kept, strict=True)}
+        return kept, type(dropped)(known[id(x)] if id(x) in known else plain(x) for x in dropped)
+    return kept, plain(dropped)
+
+
+def coefficient(value: Any) -> Coefficient:
+    """Convert a checked coefficient: a number to a float, a tensor to itself."""
+    if isinstance(value, (float, Tensor)):
+        return value
+    if torch.compiler.is_compiling() and not isinstance(value, int):
+        return value.item()  # a compiler takes a NumPy scalar for an array
+    return float(value) if not torch.compiler.is_compiling() else value
+
+
+def problem_of(call: Call) -> Problem:
+    """Return the problem of checked arguments, without coefficients that are tensors."""
+    alpha = None if isinstance(call.alpha, Tensor) else coefficient(call.alpha)
+    beta = None if isinstance(call.beta, Tensor) else coefficient(call.beta)
+    return Problem(alpha, beta, call.batch_first, call.reduction, call.measured, call.ar_of_raw)  # pyright: ignore[reportArgumentType]
+
+
+def parts_of(call: Call, problem: Problem, values: Values) -> list[tuple[Layer, Problem]]:
+    """Pair the layers of raw and dropped, `None` where no term reads one, and the problem of each pair.
+
+    Where dropped is raw itself it is `None`, too, and AR is that of raw.
+    """
+    raws = _tensors(call.raw) if reads_raw(call, problem) else None
+    kept = _tensors(call.dropped) if reads_dropped(call, problem) else None
+    if raws is None:
+        return [(Layer(None, y, values), problem) for y in kept or ()]
+    if kept is None:
+        return [(Layer(x, None, values), problem) for x in raws]
+    of_raw = Problem(problem.alpha, problem.beta, problem.batch_first, problem.reduction, problem.measured, True)
+    return [
+        (Layer(x, None, values), of_raw) if y is x else (Layer(x, y, values), problem)
+        for x, y in zip(raws, kept, strict=True)
+    ]
+
+
+def _tensors(activations: Any) -> list[Tensor]:
+    """Return the tensor of each layer."""
+    return [rows_of(x) for x in activations] if is_list(activations) else [rows_of(activations)]
+
+
+def packed_in(call: Call, problem: Problem) -> list[tuple[str, PackedSequence]]:
+    """Return the packed activations that a term reads, with their names."""
+    found = []
+    for name, given, read in ("raw", call.raw, reads_raw), ("dropped", call.dropped, reads_dropped):
+        if read(call, problem):
+            layers = [(f"{name}[{i}]", x) for i, x in enumerate(given)] if is_list(given) else [(name, given)]
+            found += [(label, x) for label, x in layers if isinstance(x, PackedSequence)]
+    return found
+
+
+def values_of(call: Call, problem: Problem, x: Tensor) -> Values:
+    """Check the values of coefficients, lengths and valid steps that are on the CPU, and bring them to activations `x`.
+
+    Values on another device are not looked at, as that would wait for it.
+    """
+    alpha, beta = _scalar("alpha", call.alpha), _scalar("beta", call.beta)
+    packed = packed_in(call, problem)
+    if packed:
+        check_not_captured("lengths", x.device)
+        return Values(batch_sizes=_batch_sizes(packed), alpha=alpha, beta=beta)
+    if call.valid is not None:
+        return Values(valid=_valid(call.valid, x, problem), alpha=alpha, beta=beta)
+    if call.lengths is not None:
+        return Values(_lengths(call.lengths, x, problem), alpha=alpha, beta=beta)
+    return Values(alpha=alpha, beta=beta)
+
+
+def _scalar(name: str, value: Any) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        return None
+    check_coefficient_value(name, value)
+    return keepable(value)
+
+
+def _batch_sizes(packed: list[tuple[str, PackedSequence]]) -> Tensor:
+    """Return a copy of the batch sizes: kernels trust them, in the backward, too, and NumPy may share the memory."""
+    (first_name, first), *others = packed
+    sizes = first.batch_sizes.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    check_batch_sizes(first_name, sizes, first.data.shape[0])
+    for name, x in others:
+        check_same_batch_sizes(name, x.batch_sizes, first_name, first.batch_sizes)
+        check_batch_sizes(name, sizes, x.data.shape[0])
+    return sizes
+
+
+def _lengths(lengths: Tensor, x: Tensor, problem: Problem) -> Tensor:
+    lengths = keepable(lengths)
+    if x.device.type == "cpu" != lengths.device.type:
+        lengths = lengths.cpu()
+    check_lengths_values(lengths, x.shape[time_dim(x, problem.batch_first)])
+    return moved("lengths", lengths, x.device).contiguous()
+
+
+def _valid(valid: Tensor, x: Tensor, problem: Problem) -> Tensor:
+    valid = keepable(valid)
+    if x.device.type == "cpu" != valid.device.type:
+        valid = valid.cpu()
+    check_valid_values(valid)
+    if valid.dtype != torch.bool:
+        valid = valid != 0
+    return moved("valid", valid, x.device).reshape(steps_of(x, problem)).contiguous()
+
+
+def moved(name: str, x: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device, without waiting for it."""
+    if x.device.type == "cpu":
+        check_not_captured(name, device)
+    return x.to(device, non_blocking=True)
+
+
+def keepable(x: Tensor) -> Tensor:
+    """Return a copy of a tensor made in inference mode, which a backward could not keep."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()

@@ -1,0 +1,59 @@
+"""What PyTorch is doing: tracing, transforming, capturing, packing saved tensors away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def observed() -> bool:
+    """Return whether PyTorch is tracing or transforming the call, so that it must see the formula."""
+    return (
+        torch.compiler.is_compiling()  # a compiler fuses the formula with its neighbours
+        or torch._C._is_tracing()  # torch.jit.trace records operators
+        or torch._C._len_torch_dispatch_stack() > 0  # a mode, such as FakeTensorMode, intercepts operators
+        or torch._C._are_functorch_transforms_active()  # vmap and grad transform operators
+        or forward_ad._current_level >= 0  # forward-mode derivatives are those of operators
+    )
+
+
+def is_memory(x: Tensor) -> bool:
+    """Return whether a dense tensor is memory that holds its values unchanged."""
+    return (
+        type(x) is Tensor  # a subclass has operators of its own
+        and not x.is_neg()  # the values of a negated view have the other sign in memory
+        and not x.is_meta  # a meta tensor has no values
+        and not torch._is_zerotensor(x)  # pyright: ignore[reportPrivateImportUsage] - zeros without memory
+        and torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
+    )
+
+
+def are_memory(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether all tensors that are given are memory."""
+    for x in tensors:  # noqa: SIM110 - a generator expression takes twice as long
+        if x is not None and not is_memory(x):
+            return False
+    return True
+
+
+def has_values(x: Tensor) -> bool:
+    """Return whether the values of a tensor can be looked at without waiting for a device."""
+    return x.device.type == "cpu" and x.numel() > 0 and not observed() and is_memory(x)
+
+
+def keeps_memory_low() -> bool:
+    """Return whether saved tensors are packed away, as under activation checkpointing and `save_on_cpu`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether operations on the current stream of a device are captured in a CUDA graph.
+
+    A compiler cannot ask, and captures its own graphs with inputs that it copies.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_current_stream_capturing()
