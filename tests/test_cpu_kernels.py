@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg.kernels import cpu
-from fastreg.kernels.view import Operand, Result, Sums, Values, View
+from fastreg.kernels.view import Operand, Prediction, Result, Sums, Values, View
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 pytestmark = pytest.mark.skipif(cpu.reason() is not None, reason=f"no C++ kernels here: {cpu.reason()}")
@@ -164,25 +164,27 @@ class Call:
 
     def forward(self, expected: float | None = None) -> Tensor:
         """Penalty, ar and tar, (3,); the gradients, too, for an upstream gradient that is expected."""
-        grads = self.grads
-        if expected is not None:  # that of the last backward
-            self.backward(expected)
-            self.poison()
-        else:
+        view, grads = self.view, self.grads
+        if expected is None:
             grads = None, None
-        result = cpu.PenaltyForward(self.view, self.sums, CPU)((*self.tensors, *grads), self.values)
-        self.assumed = result.assumed
-        assert (result.assumed is None) == (expected is None)
+            view = view._replace(operands=(*view.operands[:2], None, None))
+        launch = cpu.PenaltyForward(view, self.sums, CPU)
+        if expected is not None:
+            launch.expected.learn(self.number(expected))
+            self.poison()
+        result = launch((*self.tensors, *grads), self.values)
+        self.prediction = result.prediction
+        assert (result.prediction is None) == (expected is None)
         return flat(result)
 
-    def backward(self, grad: float, assumed: Tensor | None = None) -> None:
+    def backward(self, grad: float, prediction: Prediction | None = None) -> None:
         upstream, tensors = self.number(grad), (*self.tensors, *self.grads)
-        cpu.PenaltyBackward(self.view, self.sums, CPU)(upstream, tensors, self.values, assumed)
+        cpu.PenaltyBackward(self.view, self.sums, CPU)(upstream, tensors, self.values, prediction)
 
     def rewrites(self, grad: float) -> bool:
         """Whether a backward writes the gradients that the forward has written."""
         self.poison()
-        self.backward(grad, self.assumed)
+        self.backward(grad, self.prediction)
         return any(x is not None and not x.isnan().all() for x in self.grads)
 
     def poison(self) -> None:
@@ -208,11 +210,11 @@ class Call:
                 assert_near(got, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
                 written.append(got.clone())
         assert self.forward(0.75).equal(results)
-        self.backward(0.75, self.assumed)
+        self.backward(0.75, self.prediction)
         assert all(x.equal(y) for x, y in zip([x for x in self.grads if x is not None], written, strict=True))
         assert not self.rewrites(0.75)
         assert self.forward(0.5).equal(results)
-        self.backward(0.75, self.assumed)
+        self.backward(0.75, self.prediction)
         assert all(x.equal(y) for x, y in zip([x for x in self.grads if x is not None], written, strict=True))
 
 
