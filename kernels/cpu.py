@@ -21,6 +21,7 @@ from torch import Tensor
 from fastreg.kernels.view import Result, Sums, Values, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_DONE, _OUT_OF_MEMORY = 0, 2  # what C returns; 1 if there was nothing to do
 _LEVELS = dict.fromkeys(("AVX2", "AVX512"), ("_cpu_v3", "_cpu"))  # by what PyTorch says runs here
 
 
@@ -55,7 +56,7 @@ class PenaltyBackward:
     def __call__(self, grad: Tensor, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
         arguments = *tensors, grad, assumed, *_read(values, self.dtype), None, None
-        if _call(self.function, self.plan, _PenaltyMemory, arguments):
+        if _call(self.function, self.plan, _PenaltyMemory, arguments) == _DONE:
             # A new tensor, as other graphs refer to the old one, and one that graphs may keep. Threads may overwrite
             # each other's: a wrong guess costs time alone.
             with torch.inference_mode(False):
@@ -128,8 +129,7 @@ def _typed(library: ctypes.CDLL, name: str) -> ctypes.CDLL:
         for direction in ("forward", "backward"):
             function = getattr(library, f"{name}_{direction}")
             function.argtypes = [POINTER(plan), POINTER(memory), c_int]
-            function.restype = None
-    library.penalty_backward.restype = c_int
+            function.restype = c_int
     return library
 
 
@@ -215,7 +215,14 @@ def _result(dtype: torch.dtype) -> Result:
     return Result(torch.empty((), dtype=dtype, device="cpu"), torch.empty((2,), dtype=dtype, device="cpu"), None)
 
 
-def _call(function: Any, plan: Structure, memory: type[Structure], tensors: Sequence[Tensor | None]) -> int | None:
-    """Hand the addresses of tensors to C, which live as long as the call."""
+def _call(function: Any, plan: Structure, memory: type[Structure], tensors: Sequence[Tensor | None]) -> int:
+    """Hand the addresses of tensors to C, which live as long as the call; return what it has done.
+
+    Raises:
+        MemoryError: there was not enough for its bookkeeping.
+    """
     addresses = memory(*(None if x is None else x.data_ptr() for x in tensors))
-    return function(byref(plan), byref(addresses), torch.get_num_threads())
+    outcome = function(byref(plan), byref(addresses), torch.get_num_threads())
+    if outcome == _OUT_OF_MEMORY:
+        raise MemoryError("not enough memory to find out which time steps count")
+    return outcome
