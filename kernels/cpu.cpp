@@ -6,17 +6,16 @@
 // its own sums; they are added up in the order of the programs, so a result depends neither on the number of threads
 // nor on which of them was faster.
 //
-//     cpu_plans.h    what cpu.py hands over
-//     cpu_steps.h    which time steps count
+//     cpu_plans.h    the structures shared with cpu.py
+//     cpu_steps.h    lengths and marks: the time steps that count
 //     cpu_vectors.h  vectors, and the dtypes of memory
 //     cpu_rows.h     the formulas, row by row
 //     cpu_work.h     items, programs, threads
 //
-// No header but those of the compiler: one build serves every Python and every torch.
+// No header of Python or PyTorch is included: one build serves every version of both.
 
 #include <cstring>
-#include <initializer_list>
-#include <new>
+#include <exception>
 
 #include "cpu_plans.h"
 #include "cpu_rows.h"
@@ -25,7 +24,7 @@
 
 namespace {
 
-/// A coefficient: the one in memory, if there is one, else that of the plan.
+/// Return the coefficient in memory, if there is one, else that of the plan.
 double coefficient(double planned, const void *at, int32_t dtype) { return at ? number(at, dtype) : planned; }
 
 /// Multiply a term by its coefficient; one that is 0 leaves it out, even if it is infinite or NaN.
@@ -43,17 +42,18 @@ void finish(const Plan &plan, const Counted &counted, Partials sums, const Memor
     store(memory.terms, 1, tar + (plan.adds ? number(memory.terms, dtype, 1) : 0), dtype);
 }
 
-/// What the gradients of the sums are multiplied by: rounded once, so that no factor on the way is too large.
+/// Compute the factors of the gradients in float64: no intermediate factor overflows, and each is rounded once.
 template <class Plan, class Memory>
 Factors factors(const Plan &plan, const Counted &counted, const Memory &memory) {
     if (!memory.grad) return {0, 0};
     const int32_t dtype = plan.compute_dtype;
     const double upstream = number(memory.grad, dtype);
-    const double alpha = coefficient(plan.alpha, memory.alpha, dtype), beta = coefficient(plan.beta, memory.beta, dtype);
+    const double alpha = coefficient(plan.alpha, memory.alpha, dtype);
+    const double beta = coefficient(plan.beta, memory.beta, dtype);
     return {upstream * (2 * alpha / counted.steps.ar_divisor), upstream * (2 * beta / counted.steps.tar_divisor)};
 }
 
-/// Form the sums if asked to, and the gradients that have memory, if there is an upstream gradient.
+/// Form the sums, if `sum`; write the gradients that have memory, if there is an upstream gradient.
 Partials penalty(const Penalty &plan, const PenaltyMemory &memory, const Counted &counted, bool sum, int threads) {
     const Factors by = factors(plan, counted, memory);
     Pass passes[2];
@@ -78,10 +78,11 @@ Partials penalty(const Penalty &plan, const PenaltyMemory &memory, const Counted
     return run(passes, count, counted, threads);
 }
 
-/// Drop units; sum up what counts.
+/// Apply the mask, and form the sums.
 Partials dropout(const Dropout &plan, const DropoutMemory &memory, const Counted &counted, int threads) {
     const auto rows = [&](const void *base, Strides strides) { return Rows(base, strides, plan.dtype, nullptr); };
-    Pass pass(counted, rows(memory.raw, plan.raw), rows(memory.mask, plan.mask), {}, rows(memory.dropped, plan.dropped));
+    Pass pass(counted, rows(memory.raw, plan.raw), rows(memory.mask, plan.mask), {},
+              rows(memory.dropped, plan.dropped));
     const Flags flags = (plan.ar ? AR : 0) | (plan.ar && plan.ar_of_raw ? OF_RAW : 0) | (plan.tar ? TAR : 0);
     pass.code = dropout_code(plan.dtype, plan.compute_dtype, flags);
     pass.padding = dropout_code(plan.dtype, plan.compute_dtype, 0);
@@ -101,16 +102,16 @@ void dropout_gradient(const Dropout &plan, const DropoutMemory &memory, const Co
     run(&pass, 1, counted, threads);
 }
 
-/// What the functions below return.
+/// The values that the functions below return.
 enum Outcome : int { DONE = 0, NOTHING_TO_DO = 1, OUT_OF_MEMORY = 2 };
 
-/// Call `work(counted)`. No exception leaves the library, whose callers do not know them.
+/// Call `work(counted)`. No exception may leave the library: its callers are not C++.
 template <class Plan, class Memory, class Work>
 int guarded(const Plan &plan, const Memory &memory, Work work) {
     try {
         work(Counted(plan.steps, plan.sizes, memory.lengths, memory.valid));
         return DONE;
-    } catch (const std::bad_alloc &) {
+    } catch (const std::exception &) {  // there is no other than of memory
         return OUT_OF_MEMORY;
     }
 }
@@ -119,8 +120,9 @@ int guarded(const Plan &plan, const Memory &memory, Work work) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-/// What cpu.py compares with its own structures.
-EXPORT const int64_t structure_sizes[] = {sizeof(Penalty), sizeof(PenaltyMemory), sizeof(Dropout), sizeof(DropoutMemory)};
+/// The sizes that cpu.py compares with those of its own structures.
+EXPORT const int64_t structure_sizes[] = {sizeof(Penalty), sizeof(PenaltyMemory), sizeof(Dropout),
+                                          sizeof(DropoutMemory)};
 
 /// Write the penalty and its terms, and the gradients for the upstream gradient that is expected, if one is given.
 EXPORT int penalty_forward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
@@ -145,7 +147,7 @@ EXPORT int dropout_forward(const Dropout *plan, const DropoutMemory *memory, int
     });
 }
 
-/// Write the gradient of raw, of the gradients of dropped and of the penalty, either of which may be null.
+/// Write the gradient of raw. The gradients of dropped and of the penalty may each be null.
 EXPORT int dropout_backward(const Dropout *plan, const DropoutMemory *memory, int threads) {
     return guarded(*plan, *memory,
                    [=](const Counted &counted) { dropout_gradient(*plan, *memory, counted, threads); });

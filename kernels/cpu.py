@@ -21,7 +21,7 @@ from torch import Tensor
 from fastreg.kernels.view import Result, Sums, Values, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_DONE, _OUT_OF_MEMORY = 0, 2  # what C returns; 1 if there was nothing to do
+_DONE, _OUT_OF_MEMORY = 0, 2  # as C returns them; 1 if there was nothing to do
 _LEVELS = dict.fromkeys(("AVX2", "AVX512"), ("_cpu_v3", "_cpu"))  # by what PyTorch says runs here
 
 
@@ -216,13 +216,13 @@ def _result(dtype: torch.dtype) -> Result:
 
 
 def _call(function: Any, plan: Structure, memory: type[Structure], tensors: Sequence[Tensor | None]) -> int:
-    """Hand the addresses of tensors to C, which live as long as the call; return what it has done.
+    """Call C with the addresses of tensors, which live as long as the call; return the outcome.
 
     Raises:
-        MemoryError: there was not enough for its bookkeeping.
+        MemoryError: there is too little memory for the offsets of packed rows.
     """
     addresses = memory(*(None if x is None else x.data_ptr() for x in tensors))
     outcome = function(byref(plan), byref(addresses), torch.get_num_threads())
     if outcome == _OUT_OF_MEMORY:
-        raise MemoryError("not enough memory to find out which time steps count")
+        raise MemoryError("the kernels for CPUs found too little memory for lengths and offsets of sequences")
     return outcome

@@ -1,4 +1,4 @@
-// The structures that cpu.py hands over, which has the same, and the numbers that a launch reads and writes.
+// The structures that cpu.py fills, field by field like its own, and the numbers that a launch reads and writes.
 
 #pragma once
 
@@ -16,13 +16,13 @@ struct Strides {  // in elements
     int64_t outer, time;
 };
 
-/// What the sums are divided by, and how lengths are given.
+/// The divisors of the sums, and the form of the lengths.
 struct Steps {
     double ar_divisor, tar_divisor;  // 0: the elements and the changes that count
-    int64_t packed;                  // rows as in a PackedSequence: lengths are its batch sizes, and outer is not used
+    int64_t packed;                  // rows of a PackedSequence: lengths are its batch sizes, and outer is unused
 };
 
-/// The metadata of a penalty: what stays the same from call to call.
+/// The metadata of a penalty, the same in every call.
 struct Penalty {
     Sizes sizes;
     Strides raw, dropped, grad_raw, grad_dropped;
@@ -30,15 +30,15 @@ struct Penalty {
     double alpha, beta;
     int32_t raw_dtype, dropped_dtype, compute_dtype;
     int32_t ar_of_raw;
-    int32_t adds;  // the penalty and its terms are added to what is there
+    int32_t adds;  // the penalty and its terms are added to the values in memory
 };
 
-/// Its memory. A pointer that is null is a term that is off, a gradient that nobody needs, or a value not asked for.
+/// Its memory. A null pointer is a term that is off, a gradient that is not needed, or a value that is not asked for.
 struct PenaltyMemory {
     const void *raw, *dropped;
     void *grad_raw, *grad_dropped;
     const void *grad;          // () in the dtype of the computation: the upstream gradient
-    const void *assumed;       // () likewise: the upstream gradient that a forward wrote gradients for
+    const void *assumed;       // () like grad: the upstream gradient that a forward assumed, writing gradients
     const int64_t *lengths;    // (outer,), or batch sizes (time,), or null
     const uint8_t *valid;      // (outer, time), 1 where a step counts, or null; with neither all steps count
     const void *alpha, *beta;  // () like grad; they take the place of the plan's, or null

@@ -1,7 +1,7 @@
-// What is done with one row, or with several that lie one after the other: the formulas, in loops of vectors.
+// The formulas, applied to one row, or to several consecutive rows at once, in loops of vectors.
 //
-// Each formula is written once, with flags that turn its parts on. Flags that are common are known to the compiler, in a
-// copy of the loop for each set of them; for all other sets one copy tests the flags in the loop.
+// Each formula is written once, with flags that turn its parts on. Sets of flags that are common are known to the
+// compiler, in a copy of the loop for each; for all other sets one copy tests the flags in the loop.
 
 #pragma once
 
@@ -13,8 +13,8 @@
 
 namespace {
 
-constexpr int64_t STEP = 16;          // lanes at a time, each with sums of its own: additions wait for few others
-constexpr int64_t CHUNK = 64 * STEP;  // lanes after which these are added up: float32 is exact enough until there
+constexpr int64_t STEP = 16;          // lanes at a time, each with sums of its own, so that additions need not wait
+constexpr int64_t CHUNK = 64 * STEP;  // lanes that are summed in the dtype of the computation: float32 is exact enough
 
 /// Partial sums of the squares of AR and of TAR.
 struct Partials {
@@ -26,7 +26,7 @@ struct Partials {
     }
 };
 
-/// What the gradients of the two sums are multiplied by, in the precision of the computation.
+/// The factors of the gradients of the two sums; a loop rounds them to the dtype of the computation.
 struct Factors {
     double ar, tar;
 };
@@ -55,7 +55,7 @@ struct Pointers {
     }
 };
 
-/// The end of a row, too short for a step, copied to where zeros follow it.
+/// A copy of the end of a row, too short for a step, with zeros behind it.
 class Tail {
   public:
     Tail() = default;
@@ -64,7 +64,7 @@ class Tail {
         if (out) std::memcpy(out, written, bytes);
     }
 
-    /// Copy the last `size` bytes of all rows, of which a step has `step`.
+    /// Copy the last `size` bytes of all rows; a step has `step` bytes.
     __attribute__((noinline)) Pointers copy(Pointers rows, int64_t size, int64_t step) {
         const auto at = [=](char *to, const char *row) -> const char * {
             if (!row) return nullptr;
@@ -116,10 +116,10 @@ inline INLINE Partials over_lanes(Pointers rows, int64_t lanes, Use use, std::in
     return sums;
 }
 
-/// Call `use(rows, lane, ar, tar)` for all lanes of a row, a vector of them at a time; give the sums of what it adds.
+/// Call `use(rows, lane, ar, tar)` for all lanes of a row, a vector at a time; return the sums that it adds up.
 ///
-/// These are in the dtype of the computation for a while, and then added up in float64. The order of additions is the
-/// same in all builds, and for all that one call may be asked to do beside.
+/// A chunk is summed in the dtype of the computation, and the chunks in float64. The order of additions is the same in
+/// all builds, whichever gradients are written.
 template <class A, class T, class Use>
 inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, Use use) {
     return over_lanes<A, T>(rows, lanes, use, std::make_index_sequence<STEP / LANES>());
@@ -130,7 +130,7 @@ struct PenaltyRow {
     template <class A, class T, class F>
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
         const A ar_factor = factors.ar, tar_factor = factors.tar;
-        return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, Vector<A> &ar, Vector<A> &tar) INLINE {
+        return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
             const Vector<A> value = read<A, T>(at.current, lane);
             Vector<A> arriving{}, leaving{}, gradient{};
             if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
@@ -149,7 +149,7 @@ struct PenaltyRow {
 struct DropoutRow {
     template <class A, class T, class F>
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &, F flags) {
-        return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, Vector<A> &ar, Vector<A> &tar) INLINE {
+        return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
             const Vector<A> value = read<A, T>(at.current, lane);
             const Vector<A> kept = write<A, T>(at.out, lane, value * read<A, T>(at.mask, lane));
             const Vector<A> counted = flags & OF_RAW ? value : kept;
@@ -166,7 +166,7 @@ struct DropoutGradientRow {
     template <class A, class T, class F>
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
         const A ar_factor = factors.ar, tar_factor = factors.tar;
-        return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, Vector<A> &, Vector<A> &) INLINE {
+        return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &, auto &) INLINE {
             const Vector<A> value = read<A, T>(at.current, lane), keep = read<A, T>(at.mask, lane);
             const bool ar_of_dropped = (flags & (AR_GRAD | OF_RAW)) == AR_GRAD;
             Vector<A> gradient{}, arriving{}, leaving{};
@@ -184,7 +184,7 @@ struct DropoutGradientRow {
 
 // ---- from values to copies of the loops
 
-/// One copy of a formula's loop. It is told the flags even where it knows them.
+/// One copy of a formula's loop. A copy with known flags ignores its argument `flags`.
 using RowLoop = Partials (*)(const Pointers &rows, int64_t lanes, const Factors &factors, Flags flags);
 
 /// A formula with all flags but those of the neighbours, and its loops.
@@ -220,8 +220,8 @@ RowCode code_of(Flags flags, Factors factors) {
     return code;
 }
 
-/// Find the loops for the dtypes of memory and of the computation. A computation in float64 over other dtypes, which
-/// two tensors of different dtypes lead to, has no loops of its own for usual flags.
+/// Find the loops for the dtypes of memory and of the computation. Tensors of two dtypes, one of them float64, are rare:
+/// a computation in float64 over another dtype has no loops with known flags.
 template <class Formula, Flags... KNOWN>
 RowCode code_for(int32_t dtype, int32_t compute_dtype, Flags flags, Factors factors) {
     if (compute_dtype == FLOAT64) switch (dtype) {

@@ -1,4 +1,4 @@
-// Which time steps count, and which of them are alike.
+// The time steps that count, as lengths or marks of valid steps give them, and stretches of steps in one state.
 
 #pragma once
 
@@ -18,7 +18,7 @@ struct Tile {
     int64_t sequence, lane, lanes, start, stop;
 };
 
-/// Whether a time step of a sequence counts, and whether the changes that arrive at it and that leave it do.
+/// Whether a time step of a sequence counts, and whether the changes from the step before and to the step behind do.
 struct State {
     bool counts, arrives, leaves;
 
@@ -27,18 +27,18 @@ struct State {
     }
 };
 
-/// A state, and the step before which it ends; that may be the very step where not all sequences of a tile are in it.
+/// A state, and the step before which it ends: the first step itself where the sequences of a tile differ.
 struct Stretch {
     State state;
     int64_t stop;
 };
 
-/// Lanes of a time step that are alike, or all lanes of several steps that lie one after the other.
+/// Lanes of a time step in one state, or all lanes of several consecutive steps in it.
 struct Span : State {
     int64_t step, lane, lanes;
 };
 
-/// Which time steps count, as lengths, batch sizes and marks say.
+/// The time steps that count, from lengths, batch sizes or marks.
 class Counted {
   public:
     /// `given` are lengths, or batch sizes of packed rows; `valid` are marks of steps; either or both are null.
@@ -54,14 +54,14 @@ class Counted {
                 pairs += stop - step - 1;
             }
         }
-        if (steps.ar_divisor == 0) {  // of nothing the mean is 0
+        if (steps.ar_divisor == 0) {  // the mean of no elements is 0
             this->steps.ar_divisor = std::max<int64_t>(rows * sizes.inner, 1);
             this->steps.tar_divisor = std::max<int64_t>(pairs * sizes.inner, 1);
         }
     }
     Counted(const Counted &) = delete;
 
-    /// The state that all sequences of a tile are in from a time step on, or that of the first for no steps.
+    /// The state of all sequences of a tile from a time step on; no steps if the sequences differ.
     Stretch stretch(const Tile &tile, int64_t step) const {
         const int64_t first = tile.sequence + tile.lane / sizes.inner;
         const int64_t last = tile.sequence + (tile.lane + tile.lanes - 1) / sizes.inner;
@@ -71,7 +71,7 @@ class Counted {
         return found;
     }
 
-    /// The lanes of a tile that are alike at a time step, from this one on: those of one sequence or of several.
+    /// The lanes of a tile, from `lane` on, whose sequences are in one state at a time step.
     Span alike(const Tile &tile, int64_t step, int64_t lane) const {
         const int64_t end = tile.lane + tile.lanes, first = lane / sizes.inner;
         const State found = state(tile.sequence + first, step);
@@ -80,8 +80,8 @@ class Counted {
         return {found, step, lane, std::min(past * sizes.inner, end) - lane};
     }
 
-    /// The sizes of a view of tensors of these strides. Sequences that lie beside each other at each time step, as in
-    /// a batch with time first and in packed rows, count as one of many lanes.
+    /// The sizes of a view of tensors with the given strides. Sequences that are adjacent at each time step, as in
+    /// a batch with time first and in packed rows, are seen as one sequence of many lanes.
     template <size_t N>
     Sizes view(const Strides (&all)[N]) const {
         for (Strides strides : all)
@@ -120,7 +120,7 @@ class Counted {
         return valid ? valid[sequence * sizes.time + step] : step < length(sequence);
     }
 
-    /// Where the steps before `stop` end that count, or do not, as this one does.
+    /// Where the steps that are marked as `step` is end, at most `stop`.
     int64_t end(int64_t sequence, int64_t step, int64_t stop) const {
         if (valid) {
             const uint8_t *mark = valid + sequence * sizes.time + step;
@@ -141,7 +141,7 @@ class Counted {
     int64_t until(int64_t sequence, int64_t step, const Stretch &now) const {
         if (now.state.counts && !now.state.arrives) return step + 1;
         if (!now.state.leaves) return end(sequence, step, now.stop);
-        // One further, as the last step of those that count is not among them.
+        // The last step that counts is in another state: it ends the stretch one step early.
         const int64_t further = std::min(now.stop + 1, sizes.time);
         return std::min(end(sequence, step, further) - 1, now.stop);
     }

@@ -44,7 +44,7 @@ To bits_of(From from) {
     return to;
 }
 
-/// Convert 16 bits to 32, for which the compiler takes more instructions than one.
+/// Convert 16 bits to 32 by one instruction; the compiler takes several.
 inline INLINE Vector<uint32_t> widened(Vector<uint16_t> x) {
 #ifdef X86_64_V3
     return bits_of<Vector<uint32_t>>(_mm256_cvtepu16_epi32(bits_of<__m128i>(x)));
@@ -53,7 +53,7 @@ inline INLINE Vector<uint32_t> widened(Vector<uint16_t> x) {
 #endif
 }
 
-/// The same back, of numbers that 16 bits can hold.
+/// Convert 32 bits to 16, for numbers that 16 bits can hold.
 inline INLINE Vector<uint16_t> narrowed(Vector<uint32_t> x) {
 #ifdef X86_64_V3
     const auto bits = bits_of<__m256i>(x);
@@ -63,8 +63,8 @@ inline INLINE Vector<uint16_t> narrowed(Vector<uint32_t> x) {
 #endif
 }
 
-// Conversions of float16 are exact for subnormal numbers even where the processor takes those of float32 for 0
-// (`torch.set_flush_denormal`): F16C's instructions are, and no other step meets a subnormal float.
+// Conversions of float16 keep subnormal numbers even where the processor flushes those of float32 to 0
+// (`torch.set_flush_denormal`): F16C ignores that mode, and the other code computes with no subnormal float.
 
 /// Convert float16 to float32.
 inline INLINE Vector<float> floats(Vector<uint16_t> halves) {
@@ -74,7 +74,7 @@ inline INLINE Vector<float> floats(Vector<uint16_t> halves) {
     const auto half = bits_of<Vector<int32_t>>(widened(halves));
     const Vector<int32_t> magnitude = half & 0x7fff;
     const Vector<float> subnormal = __builtin_convertvector(magnitude, Vector<float>) * 0x1p-24f;
-    Vector<int32_t> bits = (magnitude << 13) + (112 << 23);  // the exponents are 112 apart
+    Vector<int32_t> bits = (magnitude << 13) + (112 << 23);  // the biases of the exponents differ by 112
     bits |= (magnitude >= 0x7c00) & 0x7f800000;              // infinity and NaN
     bits = magnitude < 0x400 ? bits_of<Vector<int32_t>>(subnormal) : bits;
     return bits_of<Vector<float>>(bits | (half & 0x8000) << 16);
@@ -124,7 +124,7 @@ inline INLINE Vector<T> rounded(const Vector<A> &results) {
     }
 }
 
-/// Read a vector of elements, the first of which is number `lane` of a row.
+/// Read the vector of elements that begins at `lane` of a row.
 template <class A, class T>
 inline INLINE Vector<A> read(const char *row, int64_t lane) {
     Vector<T> x;
@@ -132,7 +132,7 @@ inline INLINE Vector<A> read(const char *row, int64_t lane) {
     return wide<A, T>(x);
 }
 
-/// Write one; return the values as memory has them.
+/// Write a vector; return the values as memory has them.
 template <class A, class T>
 inline INLINE Vector<A> write(char *row, int64_t lane, const Vector<A> &results) {
     const Vector<T> x = rounded<T, A>(results);

@@ -1,4 +1,4 @@
-// How the work is cut into items, and walked along time by programs that share them.
+// The items of work, the walk over an item along time, and the programs that share the items.
 
 #pragma once
 
@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 8192;         // lanes: a row, its neighbours and its gradient stay in a cache of 256 KB
-constexpr int64_t ITEM = 1 << 16;       // elements: enough to hide what it costs to fetch an item
+constexpr int64_t ITEM = 1 << 16;       // elements: enough to hide the cost of fetching an item
 constexpr int64_t COPIES = 2048;        // elements of a mask for several short rows
 constexpr int64_t PROGRAMS = 1024;      // at most, for each tensor
 constexpr int64_t SERIAL = 3 << 17;     // elements below which waking a second thread costs more than it saves
@@ -73,7 +73,7 @@ struct Rows {
     }
 };
 
-/// A mask as rows of its own: where one stands for all time steps, a span of several needs copies of it.
+/// The rows of a mask. A single row for all time steps is copied for a span of several.
 class MaskRows {
   public:
     MaskRows(const Rows &rows, const Tile &tile) : rows(rows), tile(tile) {}
@@ -98,7 +98,7 @@ struct Pass {
     Tiling tiling;
     Rows x, mask, upstream, out;  // x: raw, or the only tensor
     bool dense, fill;             // in all tensors rows lie one after the other; padding is written to
-    RowCode code, padding;        // of rows that count and that do not; without a mask padding is filled with 0
+    RowCode code, padding;        // for rows that count and for padding; without a mask padding is filled with 0
 
     Pass() = default;
     Pass(const Counted &counted, const Rows &x, const Rows &mask, const Rows &upstream, const Rows &out)
@@ -122,7 +122,7 @@ struct Pass {
     }
 
   private:
-    /// Go through an item along time. Rows that are alike and lie one after the other are taken together.
+    /// Walk an item along time. Consecutive rows in one state are taken together.
     Partials along_time(const Tile &tile, const Counted &counted) const {
         Partials sums;
         MaskRows masks(mask, tile);
@@ -148,7 +148,7 @@ struct Pass {
         return sums;
     }
 
-    /// How many rows are taken together at most: one mask for all of them is copied only so often.
+    /// How many rows are taken together at most: a mask that is one row has room for so many copies.
     int64_t at_once(const Tile &tile) const {
         if (!dense) return 1;
         if (!mask.base || mask.strides.time) return tile.stop - tile.start;
@@ -171,7 +171,7 @@ struct Pass {
     }
 };
 
-/// Ask for huge pages where an output of many elements is about to be written, perhaps for the first time.
+/// Ask for huge pages for a large output, whose memory may be fresh.
 inline void advise([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t elements) {
 #ifdef MADV_HUGEPAGE
     const auto begin = reinterpret_cast<std::uintptr_t>(output.base), end = begin + elements * output.itemsize;
@@ -180,11 +180,11 @@ inline void advise([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t
 #endif
 }
 
-// Threads of GNU OpenMP do not survive a fork: a region of more than one would wait for them forever.
+// The threads of GNU OpenMP do not survive a fork: a parallel region would wait for them forever.
 bool forked = false;
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-/// Do all passes in one parallel region; give the sums, always added up in the same order.
+/// Run all passes in one parallel region; return the sums, added up in the order of the programs.
 inline Partials run(const Pass *passes, int64_t count, const Counted &counted, int threads) {
     if (count == 0) return {};
     for (int64_t i = 0; i < count; ++i) advise(passes[i].out, counted.elements());

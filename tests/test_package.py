@@ -22,7 +22,7 @@ def test_public_names() -> None:
 
 def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> None:
     declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    changes = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    changes = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert declared is not None
     assert changes is not None
     assert fastreg.__version__ == declared[1] == changes[1]
