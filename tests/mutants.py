@@ -301,6 +301,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("marks as they lie, to the kernels", ".contiguous()", ""),
         ("marks above 1", "most > 1", "False"),
     ],
+    ("fastreg/arguments.py", "_queued"): [
+        ("pinned memory that the caller refills", "elif x.is_pinned()", "elif False"),
+    ],
     ("fastreg/arguments.py", "_packed"): [
         ("counted in few bits", "sizes.to(torch.int64, copy", "sizes.to(sizes.dtype, copy"),
         ("memory that others may write to", "copy=True", "copy=False"),
