@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -38,9 +38,8 @@ from fastreg.view import (
     view_of,
 )
 
-if TYPE_CHECKING:
-    One: TypeAlias = Tensor | PackedSequence
-    Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
+One: TypeAlias = Tensor | PackedSequence
+Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
 VALUES = len(Values._fields)
 
@@ -71,6 +70,19 @@ def fused_ar_tar(
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> ARTAR: ...
+@overload
+def fused_ar_tar(
+    raw: Activations,
+    dropped: Activations,
+    alpha: Coefficient,
+    beta: Coefficient,
+    *,
+    batch_first: bool = ...,
+    lengths: Tensor | None = ...,
+    valid: Tensor | None = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    return_terms: bool,
+) -> Tensor | ARTAR: ...
 def fused_ar_tar(
     raw: Activations,
     dropped: Activations,

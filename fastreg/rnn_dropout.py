@@ -183,9 +183,9 @@ class FusedRNNDropout(nn.Module):
             return raw
         if untaken is not None and untaken.own and untaken.terms.penalty.requires_grad:
             self._warn_once(
-                "the penalty of the last forward in training is dropped, as nobody took it: add take().penalty to the "
-                "loss after each forward, or attach() the module to a regularizer; where nothing is to be regularized, "
-                "use another dropout"
+                "the penalty of the last forward in training is dropped, as nobody took it: add the penalty of take() "
+                "to the loss after each forward, or attach() the module to a regularizer; where nothing is to be "
+                "regularized, use another dropout"
             )
         if own and getattr(self, "_is_replica", False) and (is_on(alpha) or is_on(beta)):
             raise RuntimeError(
