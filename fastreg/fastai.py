@@ -254,7 +254,7 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         if self.paths is None:
             raw, out = self._capture().raw_out, self._capture().out
             valid = self.text(raw.shape[1]) if self.mask_padding else self._valid_steps()
-            self.regularizer.on_loss_begin((self.learn.pred, raw, out), valid=valid)
+            self.regularizer.on_loss_begin((self.learn.pred, raw, out), valid=valid, batch_first=True)
         terms = self.regularizer.take(self.learn.loss_grad)
         if terms is None:  # the modules are in evaluation
             return

@@ -393,7 +393,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/regularizer.py", "RNNRegularizer"): [
         ("first layer for last", "raw[-1], dropped[-1]", "raw[0], dropped[0]"),
         ("first attachment for last", "self._attached[-1:]", "self._attached[:1]"),
-        ("batch first always", "Activations(raw, dropped, batch_first,", "Activations(raw, dropped, True,"),
+        ("batch first always", "batch_first is not False, lengths, valid)", "True, lengths, valid)"),
         ("offer stays", "        self._offered = None\n        return", "        return"),
         ("captures stay", "finally:\n            self.clear()", "finally:\n            pass"),
         ("clear leaves hooks' captures", "            attachment.clear()", "            pass"),
@@ -404,7 +404,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/regularizer.py", "_check_layout"): [
         ("steps of one sequence for a batch", " and batch != 1", ""),
-        ("a layout that is right refused", " != right[name]", ""),
+        ("a layout that is right refused", "if batch == time:", "if False:"),
+        ("decoded of the other layout", "wrong, expected = batch_first is None,", "wrong, expected = False,"),
+        ("a stated layout refused", "wrong, expected = batch_first is None,", "wrong, expected = True,"),
     ],
     ("fastreg/regularizer.py", "_layout_of"): [
         ("layout of the module ignored", "isinstance(own, bool)", "False"),
