@@ -80,6 +80,7 @@ lint: .venv/lint
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
+	$(PYTEST) -q tests/test_typing.py
 
 # Each stamp stands for fastreg installed with what one target needs.
 .venv/base: pyproject.toml setup.py $(CPP)

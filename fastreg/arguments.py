@@ -252,8 +252,7 @@ def ready_steps(layer: Layer, problem: Problem) -> Layer:
             raise ValueError(
                 f"lengths: expected from 0 to the {time} time steps there are, got {least if least < 0 else most}"
             )
-    lengths = lengths.to(x.device, non_blocking=True).contiguous()
-    return layer._replace(lengths=lengths)
+    return layer._replace(lengths=_queued(lengths, x.device).contiguous())
 
 
 def _ready_valid(valid: Tensor, x: Tensor, problem: Problem) -> Tensor:
@@ -266,7 +265,21 @@ def _ready_valid(valid: Tensor, x: Tensor, problem: Problem) -> Tensor:
             if least < 0 or most > 1:
                 raise ValueError(f"valid: expected 0 or 1, got {least if least < 0 else most}")
         valid = valid != 0
-    return valid.to(x.device, non_blocking=True).reshape(_steps_of(x, problem)).contiguous()
+    return _queued(valid, x.device).reshape(_steps_of(x, problem)).contiguous()
+
+
+def _queued(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, which copies it when it has time.
+
+    The caller may refill pinned memory before that, so it is copied first. The copy is pinned, too: it is not freed
+    before the device has read it, and the host does not wait.
+    """
+    if x.device.type == "cpu" != device.type:
+        if observed():  # a compiler cannot ask whether memory is pinned
+            x = x.clone()
+        elif x.is_pinned():
+            x = torch.empty_like(x, pin_memory=True).copy_(x)
+    return x.to(device, non_blocking=True)
 
 
 def check_integers(name: str, x: object) -> Tensor:

@@ -25,7 +25,19 @@ from fastreg.kernels.view import Result
 from fastreg.penalty import penalty_of
 from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, time_dim
 from fastreg.reference import ar_tar, ar_tar_gradients
-from fastreg.view import Memory, Signature, allocate, like, memory_of, readable, signature_of, sums_of, view_of
+from fastreg.view import (
+    Memory,
+    Signature,
+    allocate,
+    check_saved,
+    like,
+    memory_of,
+    readable,
+    readable_values,
+    signature_of,
+    sums_of,
+    view_of,
+)
 
 
 @overload
@@ -58,6 +70,21 @@ def fused_dropout_ar_tar(
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> tuple[Tensor, ARTAR]: ...
+@overload
+def fused_dropout_ar_tar(
+    raw: Tensor,
+    p: float,
+    alpha: Coefficient,
+    beta: Coefficient,
+    *,
+    training: bool = ...,
+    mask: Tensor | None = ...,
+    batch_first: bool = ...,
+    lengths: Tensor | None = ...,
+    valid: Tensor | None = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    return_terms: bool,
+) -> tuple[Tensor, Tensor | ARTAR]: ...
 def fused_dropout_ar_tar(
     raw: Tensor,
     p: float,
@@ -220,7 +247,8 @@ class _GradientPlan(NamedTuple):
         gradient = allocate(self.gradient)
         grad_dropped, grad = upstream
         grad_dropped = None if grad_dropped is None else readable(grad_dropped)
-        self.launch(grad, (readable(layer.given), readable(mask), grad_dropped, gradient), layer.values)
+        tensors = readable(layer.given), readable(mask), grad_dropped, gradient
+        self.launch(grad, tensors, readable_values(layer.values))
         return gradient
 
 
@@ -260,6 +288,7 @@ class _DropoutPenalty(Function):
         elif torch.is_grad_enabled() or observed() or not are_memory((mask, *tensors, *upstream)):
             gradient = _gradient_formula(upstream, layer, mask, problem.penalized())  # which PyTorch must see
         else:
+            check_saved("raw", memory_of(layer.given), ctx.plan.dropped)
             others = memory_of(mask), None if grad_dropped is None else memory_of(grad_dropped)
             plan = _gradient_plan_for(signature_of(layer), others, problem, ctx.plan.backend, grad is not None)
             gradient = plan.compute(upstream, layer, mask)

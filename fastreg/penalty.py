@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -25,11 +25,21 @@ from fastreg.backends import Backend, are_memory, backend_for, keeps_memory_low,
 from fastreg.kernels.view import Values
 from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, is_on
 from fastreg.reference import ar_tar, ar_tar_gradients
-from fastreg.view import Memory, Signature, allocate, like, readable, signature_of, sums_of, view_of
+from fastreg.view import (
+    Memory,
+    Signature,
+    allocate,
+    check_saved,
+    like,
+    readable,
+    readable_values,
+    signature_of,
+    sums_of,
+    view_of,
+)
 
-if TYPE_CHECKING:
-    One: TypeAlias = Tensor | PackedSequence
-    Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
+One: TypeAlias = Tensor | PackedSequence
+Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
 VALUES = len(Values._fields)
 
@@ -60,6 +70,19 @@ def fused_ar_tar(
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> ARTAR: ...
+@overload
+def fused_ar_tar(
+    raw: Activations,
+    dropped: Activations,
+    alpha: Coefficient,
+    beta: Coefficient,
+    *,
+    batch_first: bool = ...,
+    lengths: Tensor | None = ...,
+    valid: Tensor | None = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    return_terms: bool,
+) -> Tensor | ARTAR: ...
 def fused_ar_tar(
     raw: Activations,
     dropped: Activations,
@@ -195,7 +218,7 @@ class _Plan(NamedTuple):
     problem    what to compute
     backend    by which code
     needs      whether raw and dropped need gradients
-    unread     the memory of raw and of dropped, `None` where the backward reads the tensor
+    inputs     the memory of raw and of dropped
     launch     its `penalty_forward`
     gradients  what that fills for the backward, beside raw and dropped
     """
@@ -203,7 +226,7 @@ class _Plan(NamedTuple):
     problem: Problem
     backend: Backend
     needs: tuple[bool, bool]
-    unread: tuple[Memory | None, ...]
+    inputs: tuple[Memory | None, ...]
     launch: Any
     gradients: tuple[Memory | None, ...]
 
@@ -250,8 +273,7 @@ def _plans_for(
         view = view_of((*signature[:2], *filled), signature, problem)
         sums = sums_of(signature, problem, dtype)._replace(adds=len(plans) > 0)
         launch = backend.penalty_forward(view, sums, signature.given.device)
-        unread = tuple(None if needed else x for x, needed in zip(signature[:2], need, strict=True))
-        plans.append(_Plan(problem, backend, need, unread, launch, filled))
+        plans.append(_Plan(problem, backend, need, (signature.raw, signature.dropped), launch, filled))
     return tuple(plans)
 
 
@@ -266,17 +288,19 @@ class _GradientPlan(NamedTuple):
         inputs = [None if x is None else readable(x) for x in layer[:2]]
         if ahead is None or ahead.assumed is None:
             ahead = _Ahead(tuple([None if x is None else allocate(x) for x in self.gradients]), None)
-        self.launch(grad, (*inputs, *ahead.gradients), layer.values, ahead.assumed)
+        self.launch(grad, (*inputs, *ahead.gradients), readable_values(layer.values), ahead.assumed)
         return ahead.gradients
 
 
 @remembered
 def _gradient_plan_for(
-    signature: Signature, unread: tuple[Memory | None, ...], problem: Problem, backend: Backend, dtype: torch.dtype
+    signature: Signature, before: tuple[Memory | None, ...], problem: Problem, backend: Backend, dtype: torch.dtype
 ) -> _GradientPlan:
-    """Plan the backward for the tensors that were saved, with the view that the forward had."""
+    """Plan the backward for the tensors that were saved; one that was not has the memory of the forward, `before`."""
+    for name, x, y in zip(("raw", "dropped"), signature[:2], before, strict=True):
+        check_saved(name, x, y)
     gradients = tuple(None if x is None else like(x) for x in signature[:2])
-    inputs = tuple(y if x is None else x for x, y in zip(signature[:2], unread, strict=True))
+    inputs = tuple(y if x is None else x for x, y in zip(signature[:2], before, strict=True))
     view = view_of((*inputs, *gradients), signature, problem)
     sums = sums_of(signature, problem.penalized(), dtype)
     return _GradientPlan(gradients, backend.penalty_backward(view, sums, signature.given.device))
@@ -316,8 +340,10 @@ class _Penalty(Function):
                 gradients += [None if g is None else g.to(x.dtype) for g, x in zip(wide, layer[:2], strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
             else:
                 saved_plan = _gradient_plan_for(
-                    signature_of(layer), plan.unread, plan.problem, plan.backend, grad.dtype
+                    signature_of(layer), plan.inputs, plan.problem, plan.backend, grad.dtype
                 )
+                if plan.gradients != saved_plan.gradients:  # the tensors were laid out anew since the forward
+                    filled = None
                 gradients += saved_plan.compute(grad, layer, filled)
         return (None,) * (1 + VALUES) + tuple(gradients)
 

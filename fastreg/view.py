@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Operand, Sums, View
+from fastreg.kernels.view import Operand, Sums, Values, View
 from fastreg.problem import Layer, Problem, time_dim
 
 
@@ -66,6 +66,24 @@ def signature_of(layer: Layer) -> Signature:
 def readable(x: Tensor) -> Tensor:
     """Return what kernels read: `x`, or a contiguous copy if its hidden axis is not contiguous."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def readable_values(values: Values) -> Values:
+    """Return what kernels read beside activations: contiguous tensors."""
+    return Values(*[None if x is None else x.contiguous() for x in values])
+
+
+def check_saved(name: str, saved: Memory | None, before: Memory | None) -> None:
+    """Check that a tensor kept its shape from forward to backward, as its `data` and unpacking hooks may change.
+
+    Raises:
+        RuntimeError: it has another shape.
+    """
+    if saved is not None and before is not None and saved.shape != before.shape:
+        raise RuntimeError(
+            f"{name}: expected the shape of the forward, {tuple(before.shape)}, got {tuple(saved.shape)} in the "
+            "backward, as its data was replaced, or a hook on saved tensors returned another"
+        )
 
 
 def view_of(tensors: Sequence[Memory | None], signature: Signature, problem: Problem) -> View:

@@ -260,11 +260,16 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("the buffers handed out twice", 'vars(ctx).pop("ahead",', 'vars(ctx).get("ahead",'),
         ("no double backward", "torch.is_grad_enabled() or ", ""),
         ("batched gradients not left to the formula", "are_memory((grad, *saved))", "are_memory(saved)"),
+        ("gradients ahead in a layout of before", "plan.gradients != saved_plan.gradients", "False"),
     ],
     ("fastreg/penalty.py", "_compute"): [
         ("the last layer alone", "layer.values, result)", "layer.values, None)"),
     ],
+    ("fastreg/penalty.py", "_GradientPlan"): [
+        ("lengths and marks with gaps", "readable_values(layer.values)", "layer.values"),
+    ],
     ("fastreg/penalty.py", "_gradient_plan_for"): [
+        ("another shape in the backward", "check_saved(name, x, y)", "pass"),
         ("kernels: cut otherwise than the forward", "y if x is None else x for", "x for"),
     ],
     ("fastreg/penalty.py", "_plans_for"): [
@@ -304,6 +309,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/arguments.py", "_ready_valid"): [
         ("marks as they lie, to the kernels", ".contiguous()", ""),
         ("marks above 1", "most > 1", "False"),
+    ],
+    ("fastreg/arguments.py", "_queued"): [
+        ("pinned memory that the caller refills", "elif x.is_pinned()", "elif False"),
     ],
     ("fastreg/arguments.py", "_packed"): [
         ("counted in few bits", "sizes.to(torch.int64, copy", "sizes.to(sizes.dtype, copy"),
@@ -355,7 +363,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("p of the call ignored", "self.p if p is None else p", "self.p"),
         ("an attached dropout warns", "untaken.own and ", ""),
         ("a penalty without a gradient warns", " and untaken.terms.penalty.requires_grad", ""),
-        ("a warning comes again", "self._warned |= {message}", "pass"),
+        ("a warning comes again", "self._warned += (message,)", "pass"),
     ],
     ("fastreg/output_dropout.py", "OutputDropout"): [
         ("offer of an earlier forward stays", "regularizer.offer(None)", "pass"),
@@ -394,7 +402,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/regularizer.py", "RNNRegularizer"): [
         ("first layer for last", "raw[-1], dropped[-1]", "raw[0], dropped[0]"),
         ("first attachment for last", "self._attached[-1:]", "self._attached[:1]"),
-        ("batch first always", "Activations(raw, dropped, batch_first,", "Activations(raw, dropped, True,"),
+        ("batch first always", "batch_first is not False, lengths, valid)", "True, lengths, valid)"),
         ("offer stays", "        self._offered = None\n        return", "        return"),
         ("captures stay", "finally:\n            self.clear()", "finally:\n            pass"),
         ("clear leaves hooks' captures", "            attachment.clear()", "            pass"),
@@ -405,7 +413,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/regularizer.py", "_check_layout"): [
         ("steps of one sequence for a batch", " and batch != 1", ""),
-        ("a layout that is right refused", " != right[name]", ""),
+        ("a layout that is right refused", "if batch == time:", "if False:"),
+        ("decoded of the other layout", "wrong, expected = batch_first is None,", "wrong, expected = False,"),
+        ("a stated layout refused", "wrong, expected = batch_first is None,", "wrong, expected = True,"),
     ],
     ("fastreg/regularizer.py", "_layout_of"): [
         ("layout of the module ignored", "isinstance(own, bool)", "False"),
