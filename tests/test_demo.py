@@ -19,9 +19,6 @@ from bench import demo, training
 from bench.awd_lstm import AWDLSTM, EmbeddingDropout, LockedDropout, WeightDropLSTM
 from bench.study import Setting
 
-# of modules that the compiler imports
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
