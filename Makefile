@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
+CPP = $(wildcard kernels/*.cpp kernels/*.h)
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout padding valid kernels sizes))
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,reference layout coefficients prediction valid padding dropout \
@@ -79,9 +80,10 @@ lint: .venv/lint
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
+	$(PYTEST) -q tests/test_typing.py
 
 # Each stamp stands for fastreg installed with what one target needs.
-.venv/base: pyproject.toml setup.py kernels/cpu.cpp
+.venv/base: pyproject.toml setup.py $(CPP)
 	@echo "== building .venv (PyTorch is large: the first time takes minutes)"
 	@$(PYTHON) -m venv .venv || { echo "python3 lacks venv: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
 	@echo "== installing fastreg and building its C++ kernels, if there is a C++ compiler"
@@ -104,7 +106,7 @@ lint: .venv/lint
 
 # The same for the oldest releases, which the constraints hold whatever else is installed.
 .venv-oldest/test: export PIP_CONSTRAINT = $(CURDIR)/tests/oldest.txt
-.venv-oldest/test: pyproject.toml setup.py kernels/cpu.cpp tests/frameworks.sh tests/oldest.txt
+.venv-oldest/test: pyproject.toml setup.py $(CPP) tests/frameworks.sh tests/oldest.txt
 	@echo "== building .venv-oldest"
 	@$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,bench]'

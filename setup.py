@@ -15,12 +15,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
 SOURCE = Path("kernels", "cpu.cpp")
+HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 LEVELS = {"_cpu": [], "_cpu_v3": ["-march=x86-64-v3"]}
 OPTIONS = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden"),
     "-ffp-contract=off",  # the same roundings in all builds
     *("-fno-math-errno", "-fno-trapping-math"),  # what nobody looks at, and keeps loops from vector code
-    "-fno-unswitch-loops",  # loops that need it have copies already
 ]
 
 
@@ -31,7 +31,7 @@ class Build(build_ext):
         """Build one library."""
         target = Path(self.get_ext_fullpath(ext.name))
         built = SOURCE.parent / target.name
-        sources = (SOURCE, Path(__file__))
+        sources = (SOURCE, *HEADERS, Path(__file__))
         if self.editable_mode and built.exists() and built.stat().st_mtime > max(x.stat().st_mtime for x in sources):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(built, target)
@@ -60,6 +60,7 @@ setup(
         Extension(
             f"fastreg.kernels.{name}",
             [str(SOURCE)],
+            depends=[str(header) for header in HEADERS],
             extra_compile_args=["-fopenmp", *level, *OPTIONS],
             extra_link_args=["-fopenmp"],
             language="c++",

@@ -23,10 +23,10 @@ from bench.report import table
 from bench.stand_in import StandInDriver
 from fastreg import fused_ar_tar
 from fastreg.backends import TRITON, cpu_tensors_by
-from fastreg.plans import forget
 from fastreg.kernels import penalty as kernels
 from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, View
+from fastreg.plans import forget
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MULTIPROCESSORS, REGISTERS, MOST_THREADS = 132, 65536, 2048  # of an H100, the last two of each multiprocessor

@@ -53,14 +53,15 @@ def _check_symbolic(name: str, value: Any) -> None:
     """Check a coefficient that may be symbolic: as far as it is known now, and when the compiled code runs."""
     from torch.fx.experimental.symbolic_shapes import guard_or_true  # which imports sympy
 
+    number: Any = value
     if not isinstance(value, (bool, int, float, str)) and hasattr(value, "item"):
-        value = value.item()  # a compiler takes a NumPy scalar for an array
+        number = value.item()  # a compiler takes a NumPy scalar for an array
     elif not isinstance(value, float):
         _check_real(name, value)
-    if not (guard_or_true(value >= 0) and guard_or_true(value < math.inf)):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    torch._check(value * 1.0 >= 0)  # torch 2.11 drops a check of the value itself
-    torch._check(value < math.inf)
+    if not (guard_or_true(number >= 0) and guard_or_true(number < math.inf)):
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {number}")
+    torch._check(number * 1.0 >= 0)  # torch 2.11 drops a check of the value itself
+    torch._check(number < math.inf)
 
 
 def _check_scalar(name: str, value: Tensor) -> None:
@@ -139,7 +140,7 @@ def check_activations(call: Call, problem: Problem) -> None:
 
 
 def check_layer(call: Call, problem: Problem, *tensors: tuple[str, Any]) -> None:
-    """Check the shapes, dtypes and devices of the tensors of one layer, given with their names, and what goes with it."""
+    """Check the shapes, dtypes and devices of the tensors of one layer, given with their names."""
     first_name, first = tensors[0][0], rows_of(tensors[0][1])
     for name, x in tensors:
         x = rows_of(x)
@@ -306,8 +307,8 @@ def check_not_captured(name: str, device: torch.device) -> None:
     """Check that no CUDA graph is captured that would read memory of the CPU in each replay."""
     if is_capturing(device):
         raise RuntimeError(
-            f"{name}: expected them on the GPU, and no PackedSequence, while a CUDA graph is captured: the replay would "
-            "read freed memory of the CPU"
+            f"{name}: expected them on the GPU, and no PackedSequence, while a CUDA graph is captured: the replay "
+            "would read freed memory of the CPU"
         )
 
 
@@ -330,7 +331,16 @@ def check_mask(mask: object, raw: Tensor, batch_first: bool) -> None:
         raise ValueError("mask: expected a tensor that requires no gradient, got one that does")
 
 
-# ---- what all tensors are checked for
+def check_saved(name: str, before: Any, saved: Any) -> None:
+    """Check that a tensor kept its shape from forward to backward, as its `data` and unpacking hooks may change."""
+    if saved is not None and saved.shape != before.shape:
+        raise RuntimeError(
+            f"{name}: expected the shape of the forward, {_shape(before)}, got {_shape(saved)} in the backward, as its "
+            "data was replaced, or a hook on saved tensors returned another"
+        )
+
+
+# ---- the checks of every tensor
 
 
 def _check_tensor_of(name: str, x: object, dtypes: Sequence[torch.dtype], expected: str) -> None:

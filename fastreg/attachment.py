@@ -27,9 +27,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.prepare import plain
-from fastreg.torch_state import is_memory, observed
 from fastreg.problem import Coefficient
 from fastreg.rnn_dropout import Activations, FusedRNNDropout, tensor_of
+from fastreg.torch_state import is_memory, observed
 
 HOOKS = (
     "_forward_hooks",

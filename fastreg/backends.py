@@ -13,6 +13,7 @@ from torch import Tensor
 from fastreg.kernels import cpu
 from fastreg.plans import forget
 
+
 class Backend(NamedTuple):
     """Code for some devices: what it is, and the classes that launch it, of one interface in all backends.
 

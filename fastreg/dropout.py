@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,21 +14,22 @@ from fastreg.arguments import (
     check_mask,
     check_options,
     check_probability,
+    check_saved,
     check_steps,
     check_tensor,
 )
-from fastreg.backends import Backend, backend_for
-from fastreg.kernels.view import NOTHING, Layout, Result, Values, allocate, layout_of
+from fastreg.backends import backend_for
+from fastreg.kernels.view import Layout, Result, Values, allocate, layout_of
 from fastreg.penalty import penalty_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import keepable, plain, problem_of, values_of
+from fastreg.prepare import Reader, keepable, plain, problem_of, values_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, time_dim
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, observed
-from fastreg.view import is_readable, like, readable, sums_of, view_of
+from fastreg.view import is_readable, like, readable, readable_values, sums_of, view_of
 
 PLANS = Plans()
-KEEP = "a plan that drops nothing"
+KEEP: Any = object()  # the plan of calls that drop nothing
 BACKWARDS = 16  # of a plan that are kept: layouts of the gradient of dropped, with and without one of the penalty
 
 
@@ -62,6 +63,21 @@ def fused_dropout_ar_tar(
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> tuple[Tensor, ARTAR]: ...
+@overload
+def fused_dropout_ar_tar(
+    raw: Tensor,
+    p: float,
+    alpha: Coefficient,
+    beta: Coefficient,
+    *,
+    training: bool = ...,
+    mask: Tensor | None = ...,
+    batch_first: bool = ...,
+    lengths: Tensor | None = ...,
+    valid: Tensor | None = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    return_terms: bool,
+) -> tuple[Tensor, Tensor | ARTAR]: ...
 def fused_dropout_ar_tar(
     raw: Tensor,
     p: float,
@@ -111,7 +127,9 @@ def fused_dropout_ar_tar(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    call = Call(raw, None, plain(alpha), plain(beta), plain(lengths), plain(valid), batch_first, reduction, return_terms)
+    call = Call(
+        raw, None, plain(alpha), plain(beta), plain(lengths), plain(valid), batch_first, reduction, return_terms
+    )
     dropped, penalty, terms = drop_and_penalize(call, p, mask, training)
     return dropped, penalty if terms is None else ARTAR(penalty, *terms)
 
@@ -123,7 +141,9 @@ def drop_and_penalize(
 
     Args:
         call: of raw, of any subclass; dropped is `None`.
-        p, mask, training: as `fused_dropout_ar_tar` takes them.
+        p: as `fused_dropout_ar_tar` takes it.
+        mask: as above.
+        training: as above.
 
     Returns:
         dropped; the penalty, (); and if terms are wanted AR and TAR, () and detached.
@@ -162,9 +182,7 @@ def _checked(call: Call, p: Any, mask: Any, training: Any) -> Problem:
     return problem
 
 
-def _by_formula(
-    call: Call, problem: Problem, mask: Tensor
-) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
+def _by_formula(call: Call, problem: Problem, mask: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
     """Apply the mask and compute the penalty in plain PyTorch."""
     dropped = call.raw * mask
     penalty, ar, tar = ar_tar(Layer(call.raw, dropped, values_of(call, problem, call.raw)), problem)
@@ -192,8 +210,7 @@ class _Plan:
             return
         raw, values = call.raw, values_of(call, problem, call.raw)
         layer = Layer(raw, None, values)
-        self.has_values = any(x is not None for x in values)
-        self.marks_of = None if values.valid is None else self.backend.marks_of
+        self.read = Reader(values, problem, self.backend.marks_of)
         self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
         if mask is None:
             drawn = _mask_for(torch.empty(raw.shape, device="meta"), 0.5, None, problem)
@@ -213,11 +230,7 @@ class _Plan:
         mask = _mask_for(call.raw, float(p), mask, self.problem)
         if self.backend is None:
             return _by_formula(call, self.problem, mask)
-        values = NOTHING
-        if self.has_values:
-            values = values_of(call, self.problem, call.raw)
-            if self.marks_of is not None:
-                values = values._replace(marks=self.marks_of(values.valid))
+        values = self.read(call, call.raw)
         if self.is_differentiable:
             dropped, penalty, *terms = _apply(self, values, mask, call.raw)
             return dropped, penalty, terms[0].unbind() if terms else None
@@ -238,6 +251,8 @@ class _Plan:
         key = *layouts, grad is None
         backward = self.backward.get(key)
         if backward is None:  # one for each layout of the gradient of dropped, and of tensors that a hook has changed
+            for name, x, y in zip(("raw", "mask"), self.layouts, layouts, strict=False):
+                check_saved(name, x, y)
             gradient = like(layouts[0])
             sums = self.sums if grad is not None else self.sums._replace(ar=False, tar=False)
             view = view_of((*layouts, gradient), layer, self.problem)
@@ -257,7 +272,7 @@ class _DropoutPenalty(Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, values: Values, mask: Tensor, raw: Tensor) -> Any:
         dropped, (penalty, terms, _) = plan.compute(raw, mask, values)
-        ctx.save_for_backward(raw, mask, *values) if plan.has_values else ctx.save_for_backward(raw, mask)
+        ctx.save_for_backward(raw, mask, *values) if plan.read.finds_any else ctx.save_for_backward(raw, mask)
         ctx.plan = plan
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
         if terms is None:
@@ -270,7 +285,7 @@ class _DropoutPenalty(Function):
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
         (raw, mask, *values), plan = ctx.saved_tensors, ctx.plan
-        layer, upstream = Layer(raw, None, Values(*values)), (grad_dropped, grad)
+        layer, upstream = Layer(raw, None, readable_values(values)), (grad_dropped, grad)
         if grad_dropped is None and grad is None:
             gradient = None
         elif torch.is_grad_enabled() or observed() or not are_memory((raw, mask, *values, *upstream)):
@@ -281,7 +296,7 @@ class _DropoutPenalty(Function):
 
 
 # `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.
-_apply = super(Function, _DropoutPenalty).apply
+_apply: Any = super(Function, _DropoutPenalty).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _gradient_formula(

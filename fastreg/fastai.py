@@ -18,14 +18,6 @@ from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import Any
 
-from fastai.callback import rnn as stock
-from fastai.callback.core import Callback
-from fastai.imports import noop
-from fastai.learner import Learner, ValueMetric
-from fastai.text.models.awdlstm import RNNDropout
-from fastai.text.models.core import LinearDecoder, SentenceEncoder
-from fastai.torch_core import find_bs
-from fastcore.foundation import L
 from torch import Tensor
 
 from fastreg import output_dropout
@@ -33,6 +25,18 @@ from fastreg.arguments import check_flags
 from fastreg.paths import Paths, check_path
 from fastreg.problem import Coefficient, is_on
 from fastreg.regularizer import RNNRegularizer as Regularizer
+
+try:
+    from fastai.callback import rnn as stock
+    from fastai.callback.core import Callback
+    from fastai.imports import noop
+    from fastai.learner import Learner, ValueMetric
+    from fastai.text.models.awdlstm import RNNDropout
+    from fastai.text.models.core import LinearDecoder, SentenceEncoder
+    from fastai.torch_core import find_bs
+    from fastcore.foundation import L
+except ImportError as error:
+    raise ImportError(f"fastreg.fastai: fastai 2 cannot be imported ({error}); pip install 'fastai>=2'") from error
 
 __all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
 
@@ -250,7 +254,7 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         if self.paths is None:
             raw, out = self._capture().raw_out, self._capture().out
             valid = self.text(raw.shape[1]) if self.mask_padding else self._valid_steps()
-            self.regularizer.on_loss_begin((self.learn.pred, raw, out), valid=valid)
+            self.regularizer.on_loss_begin((self.learn.pred, raw, out), valid=valid, batch_first=True)
         terms = self.regularizer.take(self.learn.loss_grad)
         if terms is None:  # the modules are in evaluation
             return

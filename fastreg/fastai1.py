@@ -18,17 +18,21 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from fastai import __version__
-from fastai.basic_train import Learner, LearnerCallback
-from fastai.callback import CallbackHandler
-from fastai.callbacks import rnn as stock
-from fastai.text.models import LinearDecoder, RNNDropout
 from torch import Tensor
 
 from fastreg.output_dropout import OutputDropout, check_fuse, check_learner, link, swappable
 from fastreg.paths import Paths, check_path
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
+
+try:
+    from fastai import __version__
+    from fastai.basic_train import Learner, LearnerCallback
+    from fastai.callback import CallbackHandler
+    from fastai.callbacks import rnn as stock
+    from fastai.text.models import LinearDecoder, RNNDropout
+except ImportError as error:
+    raise ImportError(f"fastreg.fastai1: fastai 1 cannot be imported ({error}); pip install 'fastai<2'") from error
 
 __all__ = ["RNNTrainer", "fuse", "unfuse"]
 

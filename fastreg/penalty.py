@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_activations, check_options, check_steps
+from fastreg.arguments import check_activations, check_options, check_saved, check_steps
 from fastreg.backends import Backend, backend_for
 from fastreg.kernels.view import NOTHING, Layout, Prediction, Result, Sums, Values, allocate, layout_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import parts_of, plain, plain_pair, problem_of, values_of
+from fastreg.prepare import Reader, parts_of, plain, plain_pair, problem_of, values_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
-from fastreg.view import is_readable, like, readable, sums_of, view_of
+from fastreg.view import is_readable, like, readable, readable_values, sums_of, view_of
 
-if TYPE_CHECKING:
-    One: TypeAlias = Tensor | PackedSequence
-    Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
+One: TypeAlias = Tensor | PackedSequence
+Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
 PLANS = Plans()
 
@@ -54,6 +53,19 @@ def fused_ar_tar(
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> ARTAR: ...
+@overload
+def fused_ar_tar(
+    raw: Activations,
+    dropped: Activations,
+    alpha: Coefficient,
+    beta: Coefficient,
+    *,
+    batch_first: bool = ...,
+    lengths: Tensor | None = ...,
+    valid: Tensor | None = ...,
+    reduction: Literal["mean", "sum"] = ...,
+    return_terms: bool,
+) -> Tensor | ARTAR: ...
 def fused_ar_tar(
     raw: Activations,
     dropped: Activations,
@@ -105,12 +117,14 @@ def fused_ar_tar(
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     raw, dropped = plain_pair(raw, dropped)
-    call = Call(raw, dropped, plain(alpha), plain(beta), plain(lengths), plain(valid), batch_first, reduction, return_terms)
+    call = Call(
+        raw, dropped, plain(alpha), plain(beta), plain(lengths), plain(valid), batch_first, reduction, return_terms
+    )
     penalty, terms = penalty_of(call)
     return penalty if terms is None else ARTAR(penalty, *terms)
 
 
-def penalty_of(call: Call) -> tuple[Tensor, Sequence[Tensor] | None]:
+def penalty_of(call: Call) -> tuple[Tensor, Sequence[Any] | None]:
     """Compute the penalty, (), and if terms are wanted AR and TAR, () and detached.
 
     Raises:
@@ -196,6 +210,8 @@ class _LayerPlan:
                 self.backward = self._plan_backward(layouts, layer)
             gradients, launch = self.backward
         else:  # a hook on saved tensors, or an assignment to `x.data`, has changed one
+            for name, x, y in zip(("raw", "dropped"), self.layouts, layouts, strict=True):
+                check_saved(name, x, y)
             read = [None if x is None else readable(x) for x in saved]
             (gradients, launch), prediction = self._plan_backward(layouts, layer), None
         if prediction is None:
@@ -243,9 +259,12 @@ class _Plan:
         backend, values = backend_for(given.device), values_of(call, problem, given)
         if backend is None:
             return
-        self.marks_of = None if values.valid is None else backend.marks_of
-        self.has_values = any(x is not None for x in values)
-        self.is_pair = len(parts) == 1 and parts[0][0].raw is call.raw and parts[0][0].dropped is call.dropped
+        self.read = Reader(values, problem, backend.marks_of)
+        first = parts[0][0]
+        is_alone = (first.raw is None or first.raw is call.raw) and (
+            first.dropped is None or first.dropped is call.dropped
+        )
+        self.reads = (first.raw is not None, first.dropped is not None) if is_alone else None
         dtype = compute_dtype(*[x for layer, _ in parts for x in (layer.raw, layer.dropped)])
         layers = [(Layer(layer.raw, layer.dropped, values), of) for layer, of in parts]
         self.layers = tuple(
@@ -261,15 +280,12 @@ class _Plan:
         """Compute the penalty, (), and if terms are wanted AR and TAR, () and detached."""
         if not self.layers:
             return _by_formula(call, self.problem)
-        values = NOTHING
-        if self.has_values:
-            values = values_of(call, self.problem, self._given(call))
-            if self.marks_of is not None:
-                values = values._replace(marks=self.marks_of(values.valid))
-        if self.is_pair:
-            tensors = [call.raw, call.dropped]
+        tensors: list[Any]
+        if self.reads is not None:  # tensors that are no lists, which are most calls
+            tensors = [call.raw if self.reads[0] else None, call.dropped if self.reads[1] else None]
         else:
             tensors = [x for layer, _ in parts_of(call, self.problem, NOTHING) for x in (layer.raw, layer.dropped)]
+        values = self.read(call, tensors[1] if tensors[0] is None else tensors[0])
         if not self.is_differentiable:
             result, _ = self.compute(tensors, values)
             return result.penalty, None if result.terms is None else result.terms.unbind()
@@ -286,12 +302,6 @@ class _Plan:
             ahead.append((result.prediction, filled))
         return result, ahead
 
-    @staticmethod
-    def _given(call: Call) -> Tensor:
-        """Return the rows of the first activations."""
-        given = call.dropped if call.raw is None else call.raw
-        return rows_of(given[0] if is_list(given) else given)
-
 
 class _Penalty(Function):
     """Keep references to the inputs that need gradients, and what the forward has filled for the backward.
@@ -303,7 +313,7 @@ class _Penalty(Function):
     def forward(ctx: Any, plan: _Plan, values: Values, *tensors: Tensor | None) -> Any:
         result, ctx.ahead = plan.compute(tensors, values)
         saved = [x if need else None for x, need in zip(tensors, plan.needs, strict=True)]
-        ctx.save_for_backward(*saved, *values) if plan.has_values else ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*saved, *values) if plan.read.finds_any else ctx.save_for_backward(*saved)
         ctx.plan = plan
         if result.terms is None:
             return result.penalty
@@ -317,7 +327,7 @@ class _Penalty(Function):
         count = len(plan.needs)
         if grad is None:
             return (None,) * (2 + count)
-        values = Values(*saved[count:])
+        values = readable_values(saved[count:])
         ahead = vars(ctx).pop("ahead", None) or [(None, ())] * len(plan.layers)  # in one step, for two threads
         formula = torch.is_grad_enabled() or observed() or not are_memory((grad, *saved))
         gradients: list[Tensor | None] = []
@@ -334,4 +344,4 @@ class _Penalty(Function):
 
 
 # `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.
-_apply = super(Function, _Penalty).apply
+_apply: Any = super(Function, _Penalty).apply  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from fastreg.arguments import (
     check_valid_values,
     steps_of,
 )
-from fastreg.kernels.view import Values
+from fastreg.kernels.view import NOTHING, Values
 from fastreg.problem import Call, Coefficient, Layer, Problem, is_list, reads_dropped, reads_raw, rows_of, time_dim
+from fastreg.torch_state import observed
 
 
 def plain(x: Any) -> Any:
@@ -114,6 +116,29 @@ def values_of(call: Call, problem: Problem, x: Tensor) -> Values:
     return Values(alpha=alpha, beta=beta)
 
 
+class Reader:
+    """Read the values of all calls of one plan, which have them in the same arguments.
+
+    Args:
+        values: those of one call.
+        problem: the terms.
+        marks_of: prepares valid steps for the launches of a backend.
+    """
+
+    def __init__(self, values: Values, problem: Problem, marks_of: Callable[[Tensor], Tensor | None]) -> None:
+        self.finds_any = any(x is not None for x in values)
+        self.problem, self.marks_of = problem, None if values.valid is None else marks_of
+
+    def __call__(self, call: Call, x: Tensor) -> Values:
+        """Check and read the values of a call, for activations `x`."""
+        if not self.finds_any:
+            return NOTHING
+        values = values_of(call, self.problem, x)
+        if values.valid is None or self.marks_of is None:
+            return values
+        return values._replace(marks=self.marks_of(values.valid))
+
+
 def _scalar(name: str, value: Any) -> Tensor | None:
     if not isinstance(value, Tensor):
         return None
@@ -137,7 +162,7 @@ def _lengths(lengths: Tensor, x: Tensor, problem: Problem) -> Tensor:
     if x.device.type == "cpu" != lengths.device.type:
         lengths = lengths.cpu()
     check_lengths_values(lengths, x.shape[time_dim(x, problem.batch_first)])
-    return moved("lengths", lengths, x.device).contiguous()
+    return _queued("lengths", lengths, x.device).contiguous()
 
 
 def _valid(valid: Tensor, x: Tensor, problem: Problem) -> Tensor:
@@ -147,13 +172,22 @@ def _valid(valid: Tensor, x: Tensor, problem: Problem) -> Tensor:
     check_valid_values(valid)
     if valid.dtype != torch.bool:
         valid = valid != 0
-    return moved("valid", valid, x.device).reshape(steps_of(x, problem)).contiguous()
+    return _queued("valid", valid, x.device).reshape(steps_of(x, problem)).contiguous()
 
 
-def moved(name: str, x: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor to a device, without waiting for it."""
+def _queued(name: str, x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting for the copy.
+
+    The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too:
+    it is not freed before the device has read it, and the host does not wait.
+    """
     if x.device.type == "cpu":
         check_not_captured(name, device)
+    if x.device.type == "cpu" != device.type:
+        if observed():  # a compiler cannot ask whether memory is pinned
+            x = x.clone()
+        elif x.is_pinned():
+            x = torch.empty_like(x, pin_memory=True).copy_(x)
     return x.to(device, non_blocking=True)
 
 

@@ -99,7 +99,12 @@ class RNNRegularizer:
             reset()
 
     def on_loss_begin(
-        self, output: Any, lengths: Tensor | None = None, *, valid: Tensor | None = None, batch_first: bool = True
+        self,
+        output: Any,
+        lengths: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        batch_first: bool | None = None,
     ) -> Any:
         """Capture `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
 
@@ -110,15 +115,17 @@ class RNNRegularizer:
                 `PackedSequence`, or a list or tuple of them, one a layer.
             lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`.
             valid: in the place of lengths, which time steps count, `(batch, time)` as for `fused_ar_tar`.
-            batch_first: `False` for `(time, batch, hidden)`.
+            batch_first: `False` for `(time, batch, hidden)`, as an `nn.LSTM` returns by default; `None` for
+                `True`, unless the shape of `decoded` leaves that in doubt.
 
         Raises:
             TypeError: an argument is not as described.
-            ValueError: both `lengths` and `valid` are given; or the shape of one, or of a decoded of one row a
-                sequence, shows that `batch_first` is wrong.
+            ValueError: both `lengths` and `valid` are given; or the shape of one or of `decoded` shows that
+                `batch_first` is wrong; or it is `None`, and raw is `(n, m, hidden)` and `decoded` `(m, n, classes)`.
             RuntimeError: the activations already come from attached modules.
         """
-        check_flags(batch_first=batch_first)
+        if batch_first is not None:
+            check_flags(batch_first=batch_first)
         check_steps(lengths, valid)
         if self._attached:
             raise RuntimeError("on_loss_begin: attached modules capture already; remove() them, or leave out the call")
@@ -132,7 +139,7 @@ class RNNRegularizer:
         if self.layers == "last" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
         _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid)
-        self._given = Activations(raw, dropped, batch_first, lengths, valid).or_formed(self._offered)
+        self._given = Activations(raw, dropped, batch_first is not False, lengths, valid).or_formed(self._offered)
         self._offered = None
         return decoded
 
@@ -366,32 +373,43 @@ def _check_evaluation(modules: list[nn.Module]) -> None:
         )
 
 
-def _check_layout(batch_first: bool, raw: Any, **others: Any) -> None:
+def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
     """Check that nothing beside raw has the shape that it would have in the other layout alone.
 
     Args:
-        batch_first: the layout of raw.
+        batch_first: the layout of raw; `None` for batch first by default.
         raw: the activations of a layer, or of several.
         others: `decoded`, `lengths` and `valid`.
 
     Raises:
-        ValueError: something has.
+        ValueError: something has; or `batch_first` is `None`, and raw and decoded have different layouts, of which
+            either may be time first.
     """
     first = raw[0] if is_list(raw) else raw
     if not isinstance(first, Tensor) or first.dim() != 3:
         return
-    batch, time = first.shape[:2] if batch_first else first.shape[1::-1]
-    wrong = {"decoded": (time,), "lengths": (time,), "valid": (time, batch)}
-    right = {"decoded": (batch,), "lengths": (batch,), "valid": (batch, time)}
+    batch, time = first.shape[:2] if batch_first is not False else first.shape[1::-1]
+    if batch == time:
+        return
     for name, x in others.items():
-        shape = getattr(x, "shape", ())
-        if name == "decoded":  # a row a sequence, as a classifier gives it, unless all time steps have one
-            shape = shape[:1] if len(shape) == 2 and batch != 1 else ()
-        if shape == wrong[name] != right[name]:
-            raise ValueError(
-                f"batch_first: expected {not batch_first}, as raw is {tuple(first.shape)} and {name} "
-                f"{tuple(x.shape)}, got {batch_first}"
-            )
+        shape, expected = tuple(getattr(x, "shape", ())), None
+        if name == "lengths":
+            wrong = shape == (time,)
+        elif name == "valid":
+            wrong = shape == (time, batch)
+        elif len(shape) == 2:  # a row a sequence, as a classifier gives it, unless all time steps have one
+            wrong = shape[0] == time and batch != 1
+        elif len(shape) == 3 and shape[:2] == (
+            time,
+            batch,
+        ):  # raw may be the one that is batch first, as for a CTC loss
+            wrong, expected = batch_first is None, "True or False"
+        else:  # the scores of each time step, (batch, classes, time), as cross_entropy takes them
+            wrong = len(shape) == 3 and shape[::2] == (time, batch)
+        if wrong:
+            expected = expected or batch_first is False
+            given = f"as raw is {tuple(first.shape)} and {name} {shape}, got {batch_first}"
+            raise ValueError(f"batch_first: expected {expected}, {given}")
 
 
 def _check_module(name: str, module: object) -> None:

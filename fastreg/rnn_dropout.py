@@ -146,7 +146,7 @@ class FusedRNNDropout(nn.Module):
         self.batch_first, self.ar_of = batch_first, ar_of
         self._formed: Formed | None = None
         self._next: tuple[Coefficient, Coefficient, Tensor | None] | None = None
-        self._warned: frozenset[str] = frozenset()
+        self._warned: tuple[str, ...] = ()
 
     def forward(self, raw: Tensor, p: float | None = None, valid: Tensor | None = None) -> Tensor:
         """Drop units in training, and form the penalty; in evaluation return `raw` itself.
@@ -178,9 +178,9 @@ class FusedRNNDropout(nn.Module):
             return raw
         if untaken is not None and untaken.own and untaken.terms.penalty.requires_grad:
             self._warn_once(
-                "the penalty of the last forward in training is dropped, as nobody took it: add take().penalty to the "
-                "loss after each forward, or attach() the module to a regularizer; where nothing is to be regularized, "
-                "use another dropout"
+                "the penalty of the last forward in training is dropped, as nobody took it: add the penalty of take() "
+                "to the loss after each forward, or attach() the module to a regularizer; where nothing is to be "
+                "regularized, use another dropout"
             )
         if own and getattr(self, "_is_replica", False) and (is_on(alpha) or is_on(beta)):
             raise RuntimeError(
@@ -242,7 +242,7 @@ class FusedRNNDropout(nn.Module):
     def _warn_once(self, message: str) -> None:
         """Warn of something for the first time, in code that is not compiled."""
         if message not in self._warned and not torch.compiler.is_compiling():
-            self._warned |= {message}
+            self._warned += (message,)
             warnings.warn(f"FusedRNNDropout: {message}", stacklevel=3)
 
     def extra_repr(self) -> str:

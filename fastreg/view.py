@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Layout, Operand, Sums, View
+from fastreg.kernels.view import NOTHING, Layout, Operand, Sums, Values, View
 from fastreg.problem import Layer, Problem, time_dim
 
 
@@ -25,6 +25,11 @@ def is_readable(x: Layout) -> bool:
 def readable(x: Tensor) -> Tensor:
     """Return `x`, or a contiguous copy if its hidden axis is not contiguous."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def readable_values(values: Sequence[Tensor | None]) -> Values:
+    """Return saved values as kernels read them: contiguous, whatever a hook on saved tensors has made of them."""
+    return Values(*[None if x is None else x.contiguous() for x in values]) if values else NOTHING
 
 
 def view_of(layouts: Sequence[Layout | None], layer: Layer, problem: Problem) -> View:

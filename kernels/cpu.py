@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Prediction, Result, Sums, Values, View
+from fastreg.kernels.view import NOTHING, Prediction, Result, Sums, Values, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_DONE, _OUT_OF_MEMORY = 0, 2  # as C returns them; 1 if there was nothing to do
 _LEVELS = dict.fromkeys(("AVX2", "AVX512"), ("_cpu_v3", "_cpu"))  # by what PyTorch says runs here
 
 
@@ -31,7 +33,7 @@ class PenaltyForward:
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.plan, self.dtype, self.function = _penalty(view, sums), sums.dtype, library().penalty_forward
+        self.launch, self.dtype = _Launch("penalty_forward", _penalty(view, sums)), sums.dtype
         self.writes, self.measured = view.operands[2:] != (None, None), sums.measured
         self.expected = Expected(sums.dtype)
 
@@ -39,8 +41,7 @@ class PenaltyForward:
         """Compute the penalty, and fill the gradients for the upstream gradient of the last backward."""
         assumed = self.expected.gradient if self.writes else None
         penalty, terms, _ = before or _result(self.dtype, self.measured)
-        read = _read(values, self.dtype)
-        _call(self.function, self.plan, _PenaltyMemory, (*tensors, assumed, None, *read, penalty, terms))
+        self.launch(*tensors, assumed, None, *_read(values, self.dtype), penalty, terms)
         return Result(penalty, terms, None if assumed is None else Prediction(assumed, self.expected))
 
 
@@ -51,15 +52,15 @@ class PenaltyBackward:
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.plan, self.dtype, self.function = _penalty(view, sums), sums.dtype, library().penalty_backward
+        self.launch, self.dtype = _Launch("penalty_backward", _penalty(view, sums)), sums.dtype
 
     def __call__(
         self, grad: Tensor, tensors: Sequence[Tensor | None], values: Values, prediction: Prediction | None
     ) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
         assumed = None if prediction is None else prediction.assumed
-        arguments = *tensors, grad, assumed, *_read(values, self.dtype), None, None
-        if _call(self.function, self.plan, _PenaltyMemory, arguments) and prediction is not None:
+        outcome = self.launch(*tensors, grad, assumed, *_read(values, self.dtype), None, None)
+        if outcome == _DONE and prediction is not None:
             prediction.expected.learn(grad)
 
 
@@ -67,14 +68,13 @@ class DropoutForward:
     """Apply dropout masks and compute penalties, as `fastreg.kernels.dropout.DropoutForward` does."""
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.plan, self.dtype, self.function = _dropout(view, sums), sums.dtype, library().dropout_forward
+        self.launch, self.dtype = _Launch("dropout_forward", _dropout(view, sums)), sums.dtype
         self.measured = sums.measured
 
     def __call__(self, tensors: Sequence[Tensor], values: Values) -> Result:
         """Fill `dropped` and compute the penalty."""
         result = _result(self.dtype, self.measured)
-        arguments = *tensors, None, None, *_read(values, self.dtype), result.penalty, result.terms
-        _call(self.function, self.plan, _DropoutMemory, arguments)
+        self.launch(*tensors, None, None, *_read(values, self.dtype), result.penalty, result.terms)
         return result
 
 
@@ -82,12 +82,11 @@ class DropoutBackward:
     """Compute the gradient of raw, as `fastreg.kernels.dropout.DropoutBackward` does."""
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.plan, self.dtype, self.function = _dropout(view, sums), sums.dtype, library().dropout_backward
+        self.launch, self.dtype = _Launch("dropout_backward", _dropout(view, sums)), sums.dtype
 
     def __call__(self, grad: Tensor | None, tensors: Sequence[Tensor | None], values: Values) -> None:
         """Fill the gradient of raw."""
-        arguments = *tensors, grad, *_read(values, self.dtype), None, None
-        _call(self.function, self.plan, _DropoutMemory, arguments)
+        self.launch(*tensors, grad, *_read(values, self.dtype), None, None)
 
 
 def marks_of(valid: Tensor) -> None:
@@ -119,19 +118,20 @@ def library() -> ctypes.CDLL:
 
 def _typed(library: ctypes.CDLL, name: str) -> ctypes.CDLL:
     """Check that the library has these structures, and tell ctypes what its functions take and return."""
-    structures = _Penalty, _PenaltyMemory, _Dropout, _DropoutMemory
+    plans = ctypes.sizeof(_Penalty), ctypes.sizeof(_Dropout)
+    memories = [len(names) * ctypes.sizeof(c_void_p) for names in (_PENALTY_MEMORY, _DROPOUT_MEMORY)]
+    expected = [plans[0], memories[0], plans[1], memories[1]]
     try:
-        sizes = list((c_int64 * len(structures)).in_dll(library, "structure_sizes"))
+        sizes = list((c_int64 * len(expected)).in_dll(library, "structure_sizes"))
     except ValueError:  # there is no such symbol
         sizes = []
-    if sizes != [ctypes.sizeof(x) for x in structures]:
+    if sizes != expected:
         raise OSError(f"{name} was built from another version of the source: install the package again")
-    for name, plan, memory in (("penalty", _Penalty, _PenaltyMemory), ("dropout", _Dropout, _DropoutMemory)):
+    for name, plan in (("penalty", _Penalty), ("dropout", _Dropout)):
         for direction in ("forward", "backward"):
             function = getattr(library, f"{name}_{direction}")
-            function.argtypes = [POINTER(plan), POINTER(memory), c_int]
-            function.restype = None
-    library.penalty_backward.restype = c_int
+            function.argtypes = [POINTER(plan), c_char_p, c_int]
+            function.restype = c_int
     return library
 
 
@@ -186,18 +186,10 @@ class _Dropout(Structure):
     ]
 
 
+# The tensors whose addresses C takes, in this order: PenaltyMemory and DropoutMemory there.
 _READ_AND_WRITTEN = "lengths", "valid", "alpha", "beta", "penalty", "terms"
-
-
-class _PenaltyMemory(Structure):
-    _fields_ = [
-        (name, c_void_p)
-        for name in ("raw", "dropped", "grad_raw", "grad_dropped", "grad", "assumed", *_READ_AND_WRITTEN)
-    ]
-
-
-class _DropoutMemory(Structure):
-    _fields_ = [(name, c_void_p) for name in ("raw", "mask", "dropped", "grad_raw", "grad", *_READ_AND_WRITTEN)]
+_PENALTY_MEMORY = "raw", "dropped", "grad_raw", "grad_dropped", "grad", "assumed", *_READ_AND_WRITTEN
+_DROPOUT_MEMORY = "raw", "mask", "dropped", "grad_raw", "grad", *_READ_AND_WRITTEN
 
 
 def _penalty(view: View, sums: Sums) -> _Penalty:
@@ -221,6 +213,8 @@ def _described(view: View, sums: Sums) -> tuple[Any, ...]:
 
 def _read(values: Values, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """Return lengths or batch sizes, valid steps, and the coefficients as C reads them."""
+    if values is NOTHING:
+        return None, None, None, None
     lengths, batch_sizes, valid, _, alpha, beta = values
     steps = batch_sizes if lengths is None else lengths.long()
     return steps, valid, *(None if x is None else x.to(dtype) for x in (alpha, beta))
@@ -232,7 +226,27 @@ def _result(dtype: torch.dtype, measured: bool) -> Result:
     return Result(torch.empty((), dtype=dtype, device="cpu"), terms, None)
 
 
-def _call(function: Any, plan: Structure, memory: type[Structure], tensors: Sequence[Tensor | None]) -> int | None:
-    """Hand the addresses of tensors to C, which live as long as the call."""
-    addresses = memory(*(None if x is None else x.data_ptr() for x in tensors))
-    return function(byref(plan), byref(addresses), torch.get_num_threads())
+class _Launch:
+    """A C function, with the plan that it takes in every call.
+
+    Args:
+        function: its name.
+        plan: the metadata.
+    """
+
+    def __init__(self, function: str, plan: _Penalty | _Dropout) -> None:
+        self.function, self.plan = getattr(library(), function), byref(plan)
+        memory = _PENALTY_MEMORY if isinstance(plan, _Penalty) else _DROPOUT_MEMORY
+        self.pack = Struct(f"{len(memory)}P").pack  # a third of the time of a ctypes structure
+
+    def __call__(self, *tensors: Tensor | None) -> int:
+        """Hand over the addresses of tensors, which live as long as the call; return the outcome.
+
+        Raises:
+            MemoryError: there is too little memory for the offsets of packed rows.
+        """
+        addresses = self.pack(*[0 if x is None else x.data_ptr() for x in tensors])
+        outcome = self.function(self.plan, addresses, torch.get_num_threads())
+        if outcome == _OUT_OF_MEMORY:
+            raise MemoryError("the kernels for CPUs found too little memory for lengths and offsets of sequences")
+        return outcome

@@ -1,4 +1,4 @@
-"""Device memory that outlives a launch: tickets, an element for each stream, and expected upstream gradients, one a plan.
+"""Device memory that outlives a launch: a ticket for each stream, an expected upstream gradient for each plan.
 
 Launches on one stream run one after another. Launches on different streams, and replays of CUDA graphs, may run at the
 same time.
@@ -7,6 +7,7 @@ same time.
 from __future__ import annotations
 
 from threading import Lock
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -66,7 +67,9 @@ class PerStream:
         found = self.of_stream.get((device, stream))
         if found is None:
             drawn = self._reserve.draw(device)
-            found = self.of_stream.setdefault((device, stream), self._reserve.new(1, device) if drawn is None else drawn)
+            found = self.of_stream.setdefault(
+                (device, stream), self._reserve.new(1, device) if drawn is None else drawn
+            )
         return found
 
 
@@ -80,8 +83,8 @@ class Expected:
         device: where the plan runs.
     """
 
-    _reserves: dict[torch.dtype, Reserve] = {dtype: Reserve(dtype, 1) for dtype in (torch.float32, torch.float64)}
-    _latest: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # noqa: RUF012
+    _reserves: ClassVar = {dtype: Reserve(dtype, 1) for dtype in (torch.float32, torch.float64)}
+    _latest: ClassVar[dict[tuple[torch.device, torch.dtype], Tensor]] = {}
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device

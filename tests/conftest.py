@@ -30,14 +30,8 @@ def pytest_report_header() -> str:
     return f"fastreg: CPU tensors take {path}; GPU: {'yes' if torch.cuda.is_available() else 'none'}"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Leave alone what only the machine makes of a test.
-
-    Triton's interpreter computes with NumPy, which warns of infinity and NaN, also where they are right. And oneDNN has
-    no LSTM in bfloat16 for processors without AVX-512: PyTorch's own code takes its place.
-    """
-    if INTERPRETED:
-        config.addinivalue_line("filterwarnings", "ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def pytest_configure() -> None:
+    """Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over."""
     try:
         with torch.autocast("cpu", torch.bfloat16):
             nn.LSTM(2, 2)(torch.zeros(1, 1, 2))

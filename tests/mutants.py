@@ -40,7 +40,10 @@ TESTS = {
     "fastreg/view.py": ["layout", "penalty", "padding", "dropout", "torch"],
     "fastreg/backends.py": ["padding", "penalty", "dropout", "torch"],
     "kernels/view.py": ["kernels", "padding"],
-    "kernels/cpu.cpp": ["coefficients", "valid", "cpu_kernels", "prediction", "padding", "penalty"],
+    **{
+        f"kernels/{name}": ["coefficients", "valid", "cpu_kernels", "prediction", "padding", "penalty"]
+        for name in ("cpu.cpp", "cpu_rows.h", "cpu_steps.h", "cpu_vectors.h", "cpu_work.h")
+    },
     "kernels/cpu.py": ["prediction", "cpu_kernels"],
     "kernels/launch.py": ["padding", "kernels"],
 }
@@ -164,52 +167,58 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("runs as long as they come", "max(runs, ceil_div(time, LONGEST_RUN))", "max(runs, 1)"),
         ("INDEX always 32 bits", "tl.int64 if outer", "tl.int32 if outer"),
     ],
-    ("kernels/cpu.cpp", "over_lanes"): [
-        ("the rest of a row left out", "if (i < stop) (use(", "if (i + 1 < stop) (use("),
+    ("kernels/cpu_rows.h", "over_lanes"): [
+        ("the rest of a row left out", "if (rest == 0) break;", "if (rest <= 1) break;"),
         ("summed in float32 from row to row", "    double ar = 0, tar = 0;", "    float ar = 0, tar = 0;"),
         ("summed in float32 over a whole row", "CHUNK = 64 * STEP", "CHUNK = 1 << 30"),
         ("half of the sums left out", "left = STEP / 2; left; left /= 2", "left = STEP / 2; left > 1; left /= 2"),
     ],
-    ("kernels/cpu.cpp", "changes"): [
+    ("kernels/cpu_rows.h", "Tail"): [
+        ("no zeros behind the end of a row", "std::memset(to, 0, step);", ""),
+        ("the end of a gradient is not written", "if (out) std::memcpy(out, written, bytes);", ""),
+    ],
+    ("kernels/cpu_rows.h", "PenaltyRow"): [
         (
             "sign of the change from a step flipped",
-            ": scales.tar * (arriving - leaving);",
-            ": scales.tar * (arriving + leaving);",
+            "gradient = tar_factor * (arriving - leaving);",
+            "gradient = tar_factor * (arriving + leaving);",
         ),
-        (
-            "AR of raw left out of the gradient",
-            "gradient += scales.ar * value;\n                write",
-            "gradient += 0;\n                write",
-        ),
+        ("AR of raw left out of the gradient", "TAR_GRAD ? gradient + ar_factor * value :", "TAR_GRAD ? gradient :"),
     ],
-    ("kernels/cpu.cpp", "drop_backward"): [
+    ("kernels/cpu_rows.h", "DropoutGradientRow"): [
         ("dropped not rounded", "wide<A, T>(rounded<T, A>(value * keep))", "(value * keep)"),
-        ("an infinite mask spoils TAR", "if constexpr (ARRIVED || AR == OF_DROPPED) gradient", "gradient"),
+        ("an infinite mask spoils TAR", "if (flags & UPSTREAM || ar_of_dropped) gradient", "gradient"),
     ],
-    ("kernels/cpu.cpp", "along_time"): [
+    ("kernels/cpu_rows.h", "RowCode"): [
+        ("the first row is among others", "TAR_GRAD) && rows.previous)", "TAR_GRAD))"),
+    ],
+    ("kernels/cpu_work.h", "along_time"): [
         ("padding not filled", "!state.counts && !fill", "!state.counts"),
         ("padding beside other sequences not filled", "if (span.counts || fill)", "if (span.counts)"),
     ],
-    ("kernels/cpu.cpp", "Counted"): [
-        ("lengths not clamped", "std::clamp<int64_t>(given[i], 0, sizes.time)", "given[i]"),
-        ("pairs as many as steps", "pairs += std::max<int64_t>(length - 1, 0);", "pairs += length;"),
-        ("pairs of marks as many as steps", "marked(i, step) && step + 1 < end;", "marked(i, step);"),
+    ("kernels/cpu_steps.h", "Counted"): [
+        ("lengths not clamped", "std::clamp<int64_t>(lengths[sequence], 0, sizes.time)", "lengths[sequence]"),
+        ("pairs as many as steps", "pairs += stop - step - 1;", "pairs += stop - step;"),
         ("steps before that do not count are paired", "step > 0 && marked(sequence, step - 1)", "step > 0"),
-        ("the last step is paired with padding", "counts && step + 1 < end(sequence, step)}", "counts}"),
-        ("sequences beside each other all alike", " && state(item.sequence + past, step) == found", ""),
-        ("sequences of an item all alike", "state(i, step) == found.state ?", "true ?"),
-        ("the first step is among others", "if (now.counts && !now.arrives) return step + 1;", ""),
-        ("the last step is among others", "end(sequence, step) - now.leaves", "end(sequence, step)"),
+        ("the last step is paired with padding", " && marked(sequence, step + 1)}", "}"),
+        ("sequences beside each other all alike", " && state(tile.sequence + past, step) == found", ""),
+        ("sequences of a tile all alike", "state(i, step) == found.state ?", "true ?"),
+        ("the first step is among others", "if (now.state.counts && !now.state.arrives) return step + 1;", ""),
+        ("the last step is among others", "end(sequence, step, further) - 1", "end(sequence, step, further)"),
         (
-            "a sequence that an item begins with left out",
-            "first = item.sequence + item.lane / sizes.inner;",
-            "first = item.sequence + (item.lane + item.lanes - 1) / sizes.inner;",
+            "a sequence that a tile begins with left out",
+            "first = tile.sequence + tile.lane / sizes.inner;",
+            "first = tile.sequence + (tile.lane + tile.lanes - 1) / sizes.inner;",
         ),
         ("sequences apart taken for neighbours", "if (strides.outer != sizes.inner) return", "if (false) return"),
+        ("marks read in advance only", "now.stop + 1, sizes.time", "now.stop, sizes.time"),
     ],
-    ("kernels/cpu.cpp", "rounded"): [
+    ("kernels/cpu_vectors.h", "rounded"): [
         ("ties away from even", "bits + 0x7fff + (bits >> 16 & 1);", "bits + 0x7fff + 1;"),
         ("NaN rounded to infinity", "value == value ? ordered : 0x7e00", "ordered"),
+    ],
+    ("kernels/cpu_vectors.h", "floats"): [
+        ("subnormal numbers taken for normal ones", "magnitude < 0x400 ?", "magnitude < 0 ?"),
     ],
     ("kernels/cpu.cpp", "penalty_backward"): [
         (
@@ -219,13 +228,13 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         ("compared in part", "memory->grad, bytes_of(plan->compute_dtype))", "memory->grad, 2)"),
     ],
-    ("kernels/cpu.cpp", "scales_of"): [("factor 2 missing", "(2 * beta /", "(beta /")],
+    ("kernels/cpu.cpp", "factors"): [("factor 2 missing", "(2 * beta /", "(beta /")],
     ("kernels/cpu.cpp", "coefficient"): [
         ("coefficient in memory ignored", "return at ? number(at, dtype) : planned", "return planned"),
     ],
     ("kernels/cpu.cpp", "weighted"): [("an infinite term of no weight", "coefficient == 0 ? 0 :", "")],
     ("kernels/cpu.cpp", "finish"): [("layers do not add up", "plan.adds ? number(memory.penalty, dtype) : 0", "0")],
-    ("kernels/cpu.cpp", "Cut"): [
+    ("kernels/cpu_work.h", "Tiling"): [
         ("the last lanes left out", "ceil_div(sizes.inner, BLOCK)", "std::max<int64_t>(sizes.inner / BLOCK, 1)"),
     ],
     ("kernels/cpu.py", "PenaltyBackward"): [
@@ -251,11 +260,16 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("the buffers handed out twice", 'vars(ctx).pop("ahead",', 'vars(ctx).get("ahead",'),
         ("no double backward", "torch.is_grad_enabled() or ", ""),
         ("batched gradients not left to the formula", "are_memory((grad, *saved))", "are_memory(saved)"),
+        ("gradients ahead in a layout of before", "plan.gradients != saved_plan.gradients", "False"),
     ],
     ("fastreg/penalty.py", "_compute"): [
         ("the last layer alone", "layer.values, result)", "layer.values, None)"),
     ],
+    ("fastreg/penalty.py", "_GradientPlan"): [
+        ("lengths and marks with gaps", "readable_values(layer.values)", "layer.values"),
+    ],
     ("fastreg/penalty.py", "_gradient_plan_for"): [
+        ("another shape in the backward", "check_saved(name, x, y)", "pass"),
         ("kernels: cut otherwise than the forward", "y if x is None else x for", "x for"),
     ],
     ("fastreg/penalty.py", "_plans_for"): [
@@ -295,6 +309,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/arguments.py", "_ready_valid"): [
         ("marks as they lie, to the kernels", ".contiguous()", ""),
         ("marks above 1", "most > 1", "False"),
+    ],
+    ("fastreg/arguments.py", "_queued"): [
+        ("pinned memory that the caller refills", "elif x.is_pinned()", "elif False"),
     ],
     ("fastreg/arguments.py", "_packed"): [
         ("counted in few bits", "sizes.to(torch.int64, copy", "sizes.to(sizes.dtype, copy"),
@@ -346,7 +363,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("p of the call ignored", "self.p if p is None else p", "self.p"),
         ("an attached dropout warns", "untaken.own and ", ""),
         ("a penalty without a gradient warns", " and untaken.terms.penalty.requires_grad", ""),
-        ("a warning comes again", "self._warned |= {message}", "pass"),
+        ("a warning comes again", "self._warned += (message,)", "pass"),
     ],
     ("fastreg/output_dropout.py", "OutputDropout"): [
         ("offer of an earlier forward stays", "regularizer.offer(None)", "pass"),
@@ -385,7 +402,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/regularizer.py", "RNNRegularizer"): [
         ("first layer for last", "raw[-1], dropped[-1]", "raw[0], dropped[0]"),
         ("first attachment for last", "self._attached[-1:]", "self._attached[:1]"),
-        ("batch first always", "Activations(raw, dropped, batch_first,", "Activations(raw, dropped, True,"),
+        ("batch first always", "batch_first is not False, lengths, valid)", "True, lengths, valid)"),
         ("offer stays", "        self._offered = None\n        return", "        return"),
         ("captures stay", "finally:\n            self.clear()", "finally:\n            pass"),
         ("clear leaves hooks' captures", "            attachment.clear()", "            pass"),
@@ -396,7 +413,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/regularizer.py", "_check_layout"): [
         ("steps of one sequence for a batch", " and batch != 1", ""),
-        ("a layout that is right refused", " != right[name]", ""),
+        ("a layout that is right refused", "if batch == time:", "if False:"),
+        ("decoded of the other layout", "wrong, expected = batch_first is None,", "wrong, expected = False,"),
+        ("a stated layout refused", "wrong, expected = batch_first is None,", "wrong, expected = True,"),
     ],
     ("fastreg/regularizer.py", "_layout_of"): [
         ("layout of the module ignored", "isinstance(own, bool)", "False"),
@@ -449,7 +468,7 @@ class Mutant(NamedTuple):
     def source(self) -> str:
         """The whole file with the wrong place in it."""
         text = (ROOT / self.file).read_text()
-        if self.file.endswith(".cpp"):
+        if self.file.endswith((".cpp", ".h")):
             if text.count(self.old) != 1:
                 raise LookupError(f"{self}: expected {self.old!r} once, found {text.count(self.old)} times")
             return text.replace(self.old, self.new)
@@ -463,12 +482,12 @@ class Mutant(NamedTuple):
 MUTANTS = [Mutant(*place, *mutant) for place, mutants in CODE.items() for mutant in mutants]
 
 
-def build(file: Path) -> None:
+def build(kernels: Path) -> None:
     """Build the C++ kernels in a copy, quickly, in the place of all that were built for the code as it is."""
-    for library in file.parent.glob("*.so"):
+    for library in kernels.glob("*.so"):
         library.unlink()
     options = ["-std=c++17", "-O1", "-w", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]
-    subprocess.run(["g++", *options, file.name, "-o", "_cpu.abi3.so"], cwd=file.parent, check=True)
+    subprocess.run(["g++", *options, "cpu.cpp", "-o", "_cpu.abi3.so"], cwd=kernels, check=True)
 
 
 def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, limit: float | None = None) -> str:
@@ -479,8 +498,8 @@ def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, lim
     with tempfile.TemporaryDirectory() as copy:
         subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), copy], check=True)
         Path(copy, file).write_text(source)
-        if file.endswith(".cpp"):
-            build(Path(copy, file))
+        if file.endswith((".cpp", ".h")):
+            build(Path(copy, "kernels"))
         try:
             done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:

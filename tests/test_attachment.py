@@ -834,7 +834,6 @@ def dynamo() -> Any:
 
 
 @either
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("allow_rnn", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_attached_before_compilation(backend: str, allow_rnn: bool, dynamo: Any) -> None:
@@ -851,7 +850,6 @@ def test_attached_before_compilation(backend: str, allow_rnn: bool, dynamo: Any)
     assert_same(got, train(plain, written_out, tokens()))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_attached_after_a_compiled_run(dynamo: Any) -> None:
     model = seeded(Model)
     with dynamo.patch(allow_rnn=True):  # without it, torch leaves RNNs uncompiled

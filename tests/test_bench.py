@@ -156,7 +156,6 @@ def test_a_gpu_runs_all_that_a_cpu_does() -> None:
     assert len({(c.shape, c.dtype, c.batch_first, c.backward) for c in penalty}) == len(cases.SHAPES) * 3 * 2 * 2
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("backward", [True, False])
 def test_calls(backward: bool, same: bool) -> None:
@@ -170,7 +169,6 @@ def test_calls(backward: bool, same: bool) -> None:
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +196,6 @@ def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monke
         )
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # the compiler's
 def test_padded_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half is padding, and those that know of it leave it out."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -357,7 +354,6 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("kind", LAUNCHES)
 def test_launches(kind: Any, device: str) -> None:

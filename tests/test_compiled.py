@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -40,7 +41,8 @@ TARGETS = {
 }
 PENALTY = [kernels.penalty_kernel]
 DROPOUT = [dropout_kernels.dropout_forward, dropout_kernels.dropout_backward]
-OLDEST = triton.__version__.startswith("3.6.")
+# Triton 3.9 spills nothing, releases before it up to so many bytes a thread, which are read once an item or a launch.
+MOST_SPILLED = 0 if Version(triton.__version__) >= Version("3.9") else 16
 PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
 
 
@@ -106,10 +108,8 @@ def run_packed(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> Non
     fused_ar_tar(*(PackedSequence(x, sizes) for x in rows), 2.0, 1.0).backward()
 
 
-def assert_accesses(
-    binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int, most_spilled: int = 0
-) -> None:
-    count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary, folder, most_spilled)
+def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int) -> None:
+    count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary, folder)
     assert count[0] == wide_loads
     assert count[1] - count[0] <= other_loads
     assert count[2] == wide_stores
@@ -149,26 +149,28 @@ def test_wide_loads_and_no_spills_where_not_all_steps_count(
     run_ragged(dtype)
     rows = 2 * tiling.UNROLL
     (forward,), (backward,) = compiled_penalty()
-    # What Triton 3.6 makes of bfloat16 with padding or marks spills up to 16 bytes on sm_90 and sm_100.
-    most_spilled = 16 if OLDEST and dtype == BF16 and run_ragged is not run_packed else 0
-    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 40, rows, most_spilled)
+    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 40, rows)
     assert_accesses(backward, tmp_path, rows + 2, 40, rows)
     if run_ragged is not run_packed:
         (forward,), (backward,) = map(compiled, DROPOUT)
-        most_spilled = most_spilled if run_ragged is run_marked else 0
-        assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS + 30, tiling.UNROLL, most_spilled)
+        assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS + 30, tiling.UNROLL)
         assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 30, tiling.UNROLL)
 
 
-def count_nvidia(binary: Any, folder: Path, most_spilled: int) -> tuple[int, int, int]:
-    """Loads of 16 bytes, all loads, and stores of 16 bytes; no spills, or no more bytes a thread than this."""
+def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
+    """Loads of 16 bytes, all loads, and stores of 16 bytes; nothing is spilled in each turn of the loop over rows."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    stack, local = (int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-    assert stack <= most_spilled, usage
-    assert local == 0, usage
+    dump = subprocess.run([tool, "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    stack, local = (int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", dump))
+    assert stack <= MOST_SPILLED
+    assert local == 0
+    code = {int(at, 16): instruction for at, instruction in re.findall(r"^\s+/\*(\w+)\*/\s+(.*?);", dump, re.M)}
+    jumps = [(at, int(to[1], 16)) for at, text in code.items() if (to := re.search(r"\bBRA\b.* 0x(\w+)", text))]
+    loops = ["\n".join(text for i, text in code.items() if to <= i <= at) for at, to in jumps if to < at]
+    turn = min((loop for loop in loops if re.search(r"\bLDG\S*\.128\b", loop)), key=len)
+    assert not re.search(r"\b(LDL|STL)\b", turn)
     accesses = re.findall(r"\b(ld|st)\.global(\S*)", binary.asm["ptx"])
     wide = [kind for kind, rest in accesses if rest.endswith((".v4.b32", ".v2.b64"))]
     return wide.count("ld"), [kind for kind, _ in accesses].count("ld"), wide.count("st")

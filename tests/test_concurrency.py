@@ -97,7 +97,6 @@ class Steps(Dataset[list[Tensor]]):
         return step(*torch.randn(2, 16, 70, 200, generator=generator).unbind())
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # as a DataLoader does
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_data_loader(method: str) -> None:
     if method not in multiprocessing.get_all_start_methods():

@@ -595,7 +595,6 @@ def in_a_fork(call: Call, want: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
     torch.set_num_threads(2)
     call = penalty_call((64, 70, 100), (FLOAT, FLOAT), (batch_first, batch_first), None)

@@ -19,9 +19,6 @@ from bench import demo, training
 from bench.awd_lstm import AWDLSTM, EmbeddingDropout, LockedDropout, WeightDropLSTM
 from bench.study import Setting
 
-# of modules that the compiler imports
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -87,6 +84,24 @@ def test_seed_decides_everything(text: Path):
     first, again, other = (demo.train(corpus, 2.0, 1.0, 1, seed).history for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
+
+
+def test_two_models_at_once_are_those_of_one_after_the_other(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    outputs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        run(text, tmp_path / f"{threads}.png", "--epochs", "2")
+        outputs.append(capsys.readouterr().out)
+        assert torch.get_num_threads() == 1, "each has one, and the penalty is timed by one"
+    assert ["at once" in output for output in outputs] == [False, True]
+    assert tables(outputs[0]) == tables(outputs[1])
+    assert [len(table) for table in tables(outputs[1])] == [2, 2]
+    assert re.findall(r"^(?:not )?regularized.*", outputs[0], re.MULTILINE) == re.findall(
+        r"^(?:not )?regularized.*", outputs[1], re.MULTILINE
+    )
+    assert (tmp_path / "2.png").stat().st_size > 0
 
 
 def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

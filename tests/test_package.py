@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fastreg
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +24,7 @@ def test_public_names() -> None:
 
 def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> None:
     declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    changes = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    changes = re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert declared is not None
     assert changes is not None
     assert fastreg.__version__ == declared[1] == changes[1]
@@ -32,6 +34,15 @@ def test_importing_fastreg_imports_no_framework() -> None:
     frameworks = {"fastai", "lightning", "pytorch_lightning", "transformers"}
     code = f"import sys, fastreg; sys.exit(bool({frameworks} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("adapter", "command"), [("fastai", "'fastai>=2'"), ("fastai1", "'fastai<2'")])
+def test_a_missing_fastai_says_how_to_install_it(adapter: str, command: str) -> None:
+    code = f"import sys; sys.modules['fastai'] = None\ntry: import fastreg.{adapter}\n"
+    code += "except ImportError as error: print(error)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"fastreg.{adapter}: ")
+    assert done.stdout.endswith(f"; pip install {command}\n")
 
 
 def test_the_name_kernels_is_left_to_others() -> None:

@@ -550,7 +550,6 @@ def test_compiled_code_refuses_bad_coefficients(wrong: float) -> None:
         compiled(x, x, wrong, 1.0)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning"
 )  # of the checks of sizes, which a trace takes as they are

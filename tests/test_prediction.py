@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastreg import fused_ar_tar, penalty
+from fastreg import fused_ar_tar, fused_dropout_ar_tar, penalty
 from fastreg.backends import backend_for
-from tests.conftest import INTERPRETED
+from tests.conftest import INTERPRETED, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 UPSTREAM = [1.0, 1.0, 65536.0, -2.0, 0.0, -0.0, math.nan, math.nan]
@@ -208,4 +208,69 @@ def test_a_backward_in_inference_mode_leaves_later_steps_alone(device: str) -> N
     with torch.inference_mode():
         torch.autograd.grad(got, (raw, dropped), torch.tensor(7.0, device=device))
     got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), want)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0], ids=["expected", "unexpected"])
+@pytest.mark.parametrize("second", ["raw itself", "dropped"])
+def test_a_tensor_laid_out_anew_before_the_backward(second: str, upstream: float, device: str) -> None:
+    """Its gradient was written ahead in the layout that the tensor had in the forward."""
+    raw, dropped = (x.detach().transpose(0, 1).requires_grad_() for x in leaves(device))
+    inputs = (raw,) if second == "raw itself" else (raw, dropped)
+    one, grad = torch.tensor(1.0, device=device), torch.tensor(upstream, device=device)
+    want = alone(lambda: fused_ar_tar(raw, inputs[-1], 2.0, 1.0), grad, inputs)
+    torch.autograd.grad(fused_ar_tar(raw, inputs[-1], 2.0, 1.0), inputs, one)  # expected from now on
+    got = fused_ar_tar(raw, inputs[-1], 2.0, 1.0)
+    for x in inputs:
+        x.data = x.data.contiguous()
+    assert_same_bits(torch.autograd.grad(got, inputs, grad), want)
+
+
+def test_a_tensor_of_another_shape_in_the_backward_is_an_error(device: str) -> None:
+    skip_on_formula(device)
+    raw, dropped = leaves(device)
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    raw.data = raw.data[:, :4]
+    with pytest.raises(RuntimeError, match=r"raw: expected the shape of the forward, \(3, 7, 12\), got \(3, 4, 12\)"):
+        got.backward()
+
+
+def laid_out_anew(x: Tensor) -> Tensor:
+    """Return a copy whose axes lie in the opposite order, and that has gaps between its elements."""
+    shape = [*x.shape[::-1], 2]
+    return x.new_empty(shape)[..., 0].permute(*reversed(range(x.dim()))).copy_(x)
+
+
+@pytest.mark.parametrize("steps", ["none", "lengths", "valid"])
+def test_hooks_that_lay_saved_tensors_out_anew(steps: str, device: str) -> None:
+    raw, dropped = leaves(device)
+    marks = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 1, 1]], dtype=torch.bool)
+    options: Any = {"none": {}, "lengths": {"lengths": torch.tensor([7, 0, 3])}, "valid": {"valid": marks}}[steps]
+    mask = torch.rand(3, 7, 12, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def both() -> list[Tensor]:
+        """Return gradients of the penalty alone, and with dropout, by a backward outside the hooks."""
+        penalty = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
+        out, other = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask, **options)
+        return [penalty, out.sum() + other]
+
+    want = [torch.autograd.grad(x, [raw, dropped], allow_unused=True) for x in both()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, laid_out_anew):
+        graphs = both()
+    got = [torch.autograd.grad(x, [raw, dropped], allow_unused=True) for x in graphs]
+    assert_same_bits(got[0], want[0])
+    assert_same_bits(got[1][:1], want[1][:1])
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0], ids=["expected", "unexpected"])
+def test_hooks_put_on_saved_tensors_after_the_forward(upstream: float, device: str) -> None:
+    """When gradients were written ahead already."""
+    skip_on_formula(device)
+    raw, dropped = leaves(device)
+    one, grad = torch.tensor(1.0, device=device), torch.tensor(upstream, device=device)
+    want = alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped))
+    torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), one)  # expected from now on
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    for saved in got.grad_fn._raw_saved_tensors[-2:]:  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        saved.register_hooks(lambda x: x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
     assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), want)

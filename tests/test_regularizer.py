@@ -167,6 +167,7 @@ def test_valid_steps_of_a_batch() -> None:
     ("decoded", "options", "name"),
     [
         (torch.zeros(BATCH, 2), {}, "decoded"),
+        (torch.zeros(BATCH, 2, TIME), {}, "decoded"),  # as cross_entropy takes it
         (None, {"lengths": torch.full((BATCH,), 2)}, "lengths"),
         (None, {"valid": torch.ones(BATCH, TIME, dtype=torch.bool)}, "valid"),
     ],
@@ -178,6 +179,29 @@ def test_shapes_that_show_another_layout(batch_first: bool, decoded: Any, option
     message = rf"batch_first: expected {batch_first}, as raw is .* and {name} \(3,.*got {not batch_first}"
     with pytest.raises(ValueError, match=message):
         reg.on_loss_begin((decoded, [raw], [raw]), batch_first=not batch_first, **options)
+
+
+@pytest.mark.parametrize("shape", [(TIME, BATCH), (BATCH, TIME)])
+def test_raw_and_decoded_of_two_layouts_want_batch_first(shape: tuple[int, int]) -> None:
+    """Either may be time first: raw as an nn.LSTM returns it by default, or decoded as a CTC loss takes it."""
+    raw, decoded, reg = torch.randn(*shape, HIDDEN), torch.zeros(*shape[::-1], 11), regularizer()
+    with pytest.raises(ValueError, match=r"batch_first: expected True or False, as raw is .* and decoded .*, got None"):
+        reg.on_loss_begin((decoded, [raw], [raw]))
+    for batch_first in (True, False):
+        reg.on_loss_begin((decoded, raw, raw), batch_first=batch_first)
+        assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first)
+
+
+@pytest.mark.parametrize("batch_first", [True, False, None])
+@pytest.mark.parametrize("size", [(), (11,), (BATCH,), (TIME,)])
+def test_decoded_of_the_layout_of_raw_is_taken(size: tuple[int, ...], batch_first: bool | None) -> None:
+    """Of any number of classes, with an axis for them or flattened."""
+    sizes = (TIME, BATCH) if batch_first is False else (BATCH, TIME)
+    raw, reg = torch.randn(*sizes, HIDDEN), regularizer()
+    flat = torch.zeros(BATCH * TIME, *size)
+    for decoded in (flat, flat.view(*sizes, *size)) if size else (flat,):
+        reg.on_loss_begin((decoded, raw, raw), batch_first=batch_first)
+        assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first is not False)
 
 
 @pytest.mark.parametrize("decoded", [torch.zeros(TIME, 2), torch.zeros(1, TIME, 2), torch.zeros(TIME)])
@@ -192,7 +216,8 @@ def test_as_many_sequences_as_time_steps_show_no_layout(batch_first: bool) -> No
     raw, reg, valid = torch.randn(TIME, TIME, HIDDEN), regularizer(), torch.rand(TIME, TIME) < 0.7
     options: Any
     for options in ({}, {"valid": valid}, {"lengths": torch.full((TIME,), 3)}):
-        reg.on_loss_begin((torch.zeros(TIME, 2), raw, raw), batch_first=batch_first, **options)
+        for decoded in (torch.zeros(TIME, 2), torch.zeros(TIME, 2, TIME), torch.zeros(TIME, TIME, 2)):
+            reg.on_loss_begin((decoded, raw, raw), batch_first=batch_first, **options)
         assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first, **options)
 
 

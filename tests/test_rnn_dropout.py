@@ -8,6 +8,8 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,7 +174,7 @@ def test_a_penalty_that_nobody_took_is_warned_of_once() -> None:
         dropout.train()(raw)
         dropout.eval()(raw)
     dropout.train()(raw)
-    with pytest.warns(UserWarning, match=r"FusedRNNDropout: the penalty of the last forward .* add take\(\)\.penalty"):
+    with pytest.warns(UserWarning, match=r"penalty of the last forward .* add the penalty of take\(\)"):
         dropout(raw)
     dropout(raw)
 
@@ -204,6 +206,18 @@ def test_a_penalty_without_a_gradient_is_warned_of_once() -> None:
         fresh = FusedRNNDropout(0.3, ALPHA, BETA)
         fresh(raw)
         fresh.take()
+
+
+def test_a_module_loads_from_a_file_of_weights_alone(tmp_path: Path) -> None:
+    """Where its class is allowed: it holds nothing else that `torch.load` refuses, before a warning and after."""
+    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    for expected in (nullcontext(), pytest.warns(UserWarning, match="nobody took it"), nullcontext()):
+        with expected:
+            dropout(raw)
+        torch.save(dropout, tmp_path / "dropout.pt")
+        with torch.serialization.safe_globals([FusedRNNDropout]):
+            loaded = torch.load(tmp_path / "dropout.pt", weights_only=True)
+        assert vars(loaded).keys() == vars(dropout).keys()
 
 
 def test_a_replica_of_data_parallel_has_no_penalty_to_take() -> None:

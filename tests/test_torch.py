@@ -23,9 +23,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.kernels.view import allocate, layout_of
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
-from fastreg.kernels.view import allocate, layout_of
 from tests.conftest import skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
@@ -134,7 +134,6 @@ class TestCompile:
         assert count == {"forward": 3, "backward": 3}
 
     @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler for inductor")
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's
     def test_inductor(self) -> None:
         def call(r: Tensor, d: Tensor) -> Any:
             return CALLS["pair"](r, d), CALLS["drawn"](r, d)
@@ -203,7 +202,6 @@ class TestCompile:
         for steps in (2, 5, 70):
             assert_close(everything(program.module(), leaves(steps)), everything(call, leaves(steps)))
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
     @pytest.mark.parametrize("steps", [1, 5])
     @by_few

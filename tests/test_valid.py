@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.overrides import TorchFunctionMode
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.problem import ARTAR
+from fastreg.prepare import values_of
+from fastreg.problem import ARTAR, Call, Problem
 from tests.conftest import INTERPRETED, gpu, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 from tests.test_padding import ALPHA, BETA, LAYOUTS, assert_gradient, assert_terms, exact
@@ -369,3 +371,48 @@ def test_no_sync_for_marks_on_the_device(device: str) -> None:
         fused_ar_tar(raw, raw, ALPHA, BETA, valid=valid.long()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Queue(TorchFunctionMode):
+    """Stand in for a GPU: CPU tensors say that they are pinned, and copies to a device wait for `read()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if function is Tensor.is_pinned:
+            return True
+        options.pop("pin_memory", None)
+        if function is Tensor.to and options.get("non_blocking"):
+            self.waiting.append(args[0])
+        return function(*args, **options)
+
+    def read(self) -> list[list[Any]]:
+        return [x.tolist() for x in self.waiting]
+
+
+@pytest.mark.parametrize("name", ["lengths", "valid"])
+def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone_by_a_stand_in_for_a_gpu(name: str) -> None:
+    given = torch.tensor([3, 1]) if name == "lengths" else marks("holes")[:2]
+    before, shape = given.tolist(), (2, len(MASKS["holes"][0]), 8)
+    x = torch.empty(shape, device="meta")
+    call = Call(x, x, ALPHA, BETA, **{name: given})
+    with Queue() as queue:
+        values_of(call, Problem(ALPHA, BETA), x)
+        given.zero_()
+        assert queue.read() == [before]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the real kernels did not run")
+@pytest.mark.parametrize("name", ["lengths", "valid"])
+def test_a_refilled_pinned_buffer_leaves_a_queued_step_alone(name: str) -> None:
+    x = torch.randn(4, 7, 8, device="cuda")
+    given = (torch.tensor([7, 0, 3, 5]) if name == "lengths" else marks("holes")).pin_memory()
+    want = fused_ar_tar(x, x, ALPHA, BETA, **{name: given.cuda()})
+    torch.cuda._sleep(2**30)
+    got = fused_ar_tar(x, x, ALPHA, BETA, **{name: given})
+    given.zero_()
+    torch.testing.assert_close(got, want)

@@ -37,7 +37,7 @@ def all_kernels() -> list[Any]:
 def kernels_take_cpu_tensors() -> Iterator[None]:
     """Send CPU tensors to the Triton kernels, inside of `executed`; this is all that is known here of fastreg."""
     from fastreg.backends import TRITON, cpu_tensors_by
-from fastreg.plans import forget
+    from fastreg.plans import forget
 
     assert TRITON is not None
     with cpu_tensors_by(TRITON):

@@ -1,0 +1,158 @@
+// The time steps that count, as lengths or marks of valid steps give them, and stretches of steps in one state.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu_plans.h"
+
+namespace {
+
+constexpr int64_t AHEAD = 1024;  // marks that are read in advance, so that the time taken is not quadratic
+
+/// Where an item of work lies: a block of lanes of one sequence over a run of time steps.
+struct Tile {
+    int64_t sequence, lane, lanes, start, stop;
+};
+
+/// Whether a time step of a sequence counts, and whether the changes from the step before and to the step behind do.
+struct State {
+    bool counts, arrives, leaves;
+
+    bool operator==(const State &other) const {
+        return counts == other.counts && arrives == other.arrives && leaves == other.leaves;
+    }
+};
+
+/// A state, and the step before which it ends: the first step itself where the sequences of a tile differ.
+struct Stretch {
+    State state;
+    int64_t stop;
+};
+
+/// Lanes of a time step in one state, or all lanes of several consecutive steps in it.
+struct Span : State {
+    int64_t step, lane, lanes;
+};
+
+/// The time steps that count, from lengths, batch sizes or marks.
+class Counted {
+  public:
+    /// `given` are lengths, or batch sizes of packed rows; `valid` are marks of steps; either or both are null.
+    Counted(const Steps &steps, Sizes sizes, const int64_t *given, const uint8_t *valid)
+        : steps(steps), sizes(sizes), valid(valid), lengths(given), outer(steps.packed ? given[0] : sizes.outer) {
+        if (steps.packed) unpack(given);
+        int64_t pairs = 0;
+        for (int64_t i = 0; i < outer; ++i) {
+            for (int64_t step = 0, stop; step < sizes.time; step = stop) {
+                stop = end(i, step, sizes.time);
+                if (!marked(i, step)) continue;
+                rows += stop - step;
+                pairs += stop - step - 1;
+            }
+        }
+        if (steps.ar_divisor == 0) {  // the mean of no elements is 0
+            this->steps.ar_divisor = std::max<int64_t>(rows * sizes.inner, 1);
+            this->steps.tar_divisor = std::max<int64_t>(pairs * sizes.inner, 1);
+        }
+    }
+    Counted(const Counted &) = delete;
+
+    /// The state of all sequences of a tile from a time step on; no steps if the sequences differ.
+    Stretch stretch(const Tile &tile, int64_t step) const {
+        const int64_t first = tile.sequence + tile.lane / sizes.inner;
+        const int64_t last = tile.sequence + (tile.lane + tile.lanes - 1) / sizes.inner;
+        Stretch found{state(first, step), valid ? std::min(tile.stop, step + AHEAD) : tile.stop};
+        for (int64_t i = first; i <= last && found.stop > step; ++i)
+            found.stop = state(i, step) == found.state ? until(i, step, found) : step;
+        return found;
+    }
+
+    /// The lanes of a tile, from `lane` on, whose sequences are in one state at a time step.
+    Span alike(const Tile &tile, int64_t step, int64_t lane) const {
+        const int64_t end = tile.lane + tile.lanes, first = lane / sizes.inner;
+        const State found = state(tile.sequence + first, step);
+        int64_t past = first + 1;
+        while (past * sizes.inner < end && state(tile.sequence + past, step) == found) ++past;
+        return {found, step, lane, std::min(past * sizes.inner, end) - lane};
+    }
+
+    /// The sizes of a view of tensors with the given strides. Sequences that are adjacent at each time step, as in
+    /// a batch with time first and in packed rows, are seen as one sequence of many lanes.
+    template <size_t N>
+    Sizes view(const Strides (&all)[N]) const {
+        for (Strides strides : all)
+            if (strides.outer != sizes.inner) return {outer, sizes.time, sizes.inner};
+        return {1, sizes.time, outer * sizes.inner};
+    }
+
+    /// How many elements a tensor has.
+    int64_t elements() const { return (steps.packed ? rows : outer * sizes.time) * sizes.inner; }
+
+    /// Where each time step of packed rows begins; null of others.
+    const int64_t *packed_at() const { return steps.packed ? offsets.data() : nullptr; }
+
+    Steps steps;
+
+  private:
+    /// Find where the rows of each time step begin, and the length of each sequence: batch sizes do not grow, and so
+    /// lengths do not.
+    void unpack(const int64_t *batch_sizes) {
+        offsets.resize(sizes.time);
+        for (int64_t step = 1; step < sizes.time; ++step) offsets[step] = offsets[step - 1] + batch_sizes[step - 1];
+        unpacked.resize(outer);
+        int64_t length = sizes.time;
+        for (int64_t i = 0; i < outer; ++i) {
+            while (batch_sizes[length - 1] <= i) --length;
+            unpacked[i] = length;
+        }
+        lengths = unpacked.data();
+    }
+
+    int64_t length(int64_t sequence) const {
+        return lengths ? std::clamp<int64_t>(lengths[sequence], 0, sizes.time) : sizes.time;
+    }
+
+    bool marked(int64_t sequence, int64_t step) const {
+        return valid ? valid[sequence * sizes.time + step] : step < length(sequence);
+    }
+
+    /// Where the steps that are marked as `step` is end, at most `stop`.
+    int64_t end(int64_t sequence, int64_t step, int64_t stop) const {
+        if (valid) {
+            const uint8_t *mark = valid + sequence * sizes.time + step;
+            const void *other = std::memchr(mark, !*mark, stop - step);
+            return other ? step + (static_cast<const uint8_t *>(other) - mark) : stop;
+        }
+        return step < length(sequence) ? std::min(length(sequence), stop) : stop;
+    }
+
+    State state(int64_t sequence, int64_t step) const {
+        const bool counts = marked(sequence, step);
+        return {counts, counts && step > 0 && marked(sequence, step - 1),
+                counts && step + 1 < sizes.time && marked(sequence, step + 1)};
+    }
+
+    /// Where a sequence leaves the state of a stretch: the first and the last of the steps that count are in states of
+    /// their own.
+    int64_t until(int64_t sequence, int64_t step, const Stretch &now) const {
+        if (now.state.counts && !now.state.arrives) return step + 1;
+        if (!now.state.leaves) return end(sequence, step, now.stop);
+        // The last step that counts is in another state: it ends the stretch one step early.
+        const int64_t further = std::min(now.stop + 1, sizes.time);
+        return std::min(end(sequence, step, further) - 1, now.stop);
+    }
+
+    Sizes sizes;                    // inner: lanes of one sequence
+    const uint8_t *valid;           // (outer, time) marks, or null
+    const int64_t *lengths;         // of each sequence, or null: where there are no marks
+    int64_t outer;                  // sequences
+    std::vector<int64_t> unpacked;  // lengths of packed rows
+    std::vector<int64_t> offsets;   // of packed rows: where a time step begins
+    int64_t rows = 0;               // that count
+};
+
+}  // namespace

@@ -1,0 +1,202 @@
+// The items of work, the walk over an item along time, and the programs that share the items.
+
+#pragma once
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu_plans.h"
+#include "cpu_rows.h"
+#include "cpu_steps.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 8192;         // lanes: a row, its neighbours and its gradient stay in a cache of 256 KB
+constexpr int64_t ITEM = 1 << 16;       // elements: enough to hide the cost of fetching an item
+constexpr int64_t COPIES = 2048;        // elements of a mask for several short rows
+constexpr int64_t PROGRAMS = 1024;      // at most, for each tensor
+constexpr int64_t SERIAL = 3 << 17;     // elements below which waking a second thread costs more than it saves
+constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
+constexpr int64_t LARGE = 1 << 22;      // bytes of an output from which huge pages are asked for
+
+/// The items of a view, and how many programs share them.
+struct Tiling {
+    Sizes sizes;
+    int64_t blocks, run, runs, items, programs;
+
+    Tiling() = default;
+    explicit Tiling(Sizes given) : sizes(given) {
+        blocks = ceil_div(sizes.inner, BLOCK);
+        runs = ceil_div(sizes.time, std::max<int64_t>(ITEM / std::min(sizes.inner, BLOCK), 1));
+        run = ceil_div(sizes.time, runs);
+        items = sizes.outer * blocks * runs;
+        programs = std::min(items, PROGRAMS);
+    }
+
+    Tile place(int64_t item) const {
+        const int64_t lane = item % blocks * BLOCK, start = item / blocks % runs * run;
+        return {item / blocks / runs, lane, std::min(BLOCK, sizes.inner - lane), start,
+                std::min(start + run, sizes.time)};
+    }
+
+    /// Whether rows of this stride lie one after the other, and an item has all lanes of each.
+    bool dense(Strides strides) const { return strides.time == sizes.inner && blocks == 1; }
+
+  private:
+    static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+};
+
+/// The rows of a tensor seen as (outer, time, inner), or of packed rows.
+struct Rows {
+    char *base = nullptr;  // null where there is no tensor
+    Strides strides{};
+    int32_t dtype = FLOAT32;
+    int64_t itemsize = 0;
+    const int64_t *offsets = nullptr;  // null unless packed
+
+    Rows() = default;
+    Rows(const void *base, Strides strides, int32_t dtype, const int64_t *offsets)
+        : base(static_cast<char *>(const_cast<void *>(base))),
+          strides(strides),
+          dtype(dtype),
+          itemsize(bytes_of(dtype)),
+          offsets(offsets) {}
+
+    char *row(int64_t sequence, int64_t step, int64_t lane) const {
+        if (!base) return nullptr;
+        return base + (sequence * strides.outer + (offsets ? offsets[step] : step) * strides.time + lane) * itemsize;
+    }
+};
+
+/// The rows of a mask. A single row for all time steps is copied for a span of several.
+class MaskRows {
+  public:
+    MaskRows(const Rows &rows, const Tile &tile) : rows(rows), tile(tile) {}
+
+    const char *of(const Span &span) {
+        const char *row = rows.row(tile.sequence, span.step, span.lane);
+        if (!row || rows.strides.time || span.lanes <= tile.lanes) return row;
+        for (; copied < span.lanes; copied += tile.lanes)
+            std::memcpy(copies + copied * rows.itemsize, row, tile.lanes * rows.itemsize);
+        return copies;
+    }
+
+  private:
+    const Rows &rows;
+    const Tile &tile;
+    int64_t copied = 0;
+    char copies[COPIES * sizeof(double)];
+};
+
+/// One walk over a tensor, and over those that are read and written beside it.
+struct Pass {
+    Tiling tiling;
+    Rows x, mask, upstream, out;  // x: raw, or the only tensor
+    bool dense, fill;             // in all tensors rows lie one after the other; padding is written to
+    RowCode code, padding;        // for rows that count and for padding; without a mask padding is filled with 0
+
+    Pass() = default;
+    Pass(const Counted &counted, const Rows &x, const Rows &mask, const Rows &upstream, const Rows &out)
+        : x(x), mask(mask), upstream(upstream), out(out) {
+        const auto or_x = [&](const Rows &rows) { return rows.base ? rows.strides : x.strides; };
+        const Strides all[] = {x.strides, or_x(mask), or_x(upstream), or_x(out)};
+        tiling = Tiling(counted.view(all));
+        dense = !counted.packed_at();
+        for (const Rows *rows : {&x, &upstream, &out}) dense = dense && (!rows->base || tiling.dense(rows->strides));
+        dense = dense && (!mask.base || !mask.strides.time || tiling.dense(mask.strides));
+        fill = out.base && !counted.packed_at();
+    }
+
+    /// Do a program's share of the items.
+    Partials program(int64_t number, const Counted &counted) const {
+        Partials sums;
+        const int64_t stop = (number + 1) * tiling.items / tiling.programs;
+        for (int64_t i = number * tiling.items / tiling.programs; i < stop; ++i)
+            sums += along_time(tiling.place(i), counted);
+        return sums;
+    }
+
+  private:
+    /// Walk an item along time. Consecutive rows in one state are taken together.
+    Partials along_time(const Tile &tile, const Counted &counted) const {
+        Partials sums;
+        MaskRows masks(mask, tile);
+        const int64_t merged = at_once(tile);
+        for (int64_t step = tile.start; step < tile.stop;) {
+            const auto [state, stop] = counted.stretch(tile, step);
+            if (stop == step) {
+                for (int64_t lane = tile.lane, lanes; lane < tile.lane + tile.lanes; lane += lanes) {
+                    const Span span = counted.alike(tile, step, lane);
+                    lanes = span.lanes;
+                    if (span.counts || fill) sums += visit(tile, span, masks);
+                }
+                ++step;
+            } else if (!state.counts && !fill) {
+                step = stop;
+            } else {
+                for (int64_t count; step < stop; step += count) {
+                    count = std::min(merged, stop - step);
+                    sums += visit(tile, Span{state, step, tile.lane, count * tile.lanes}, masks);
+                }
+            }
+        }
+        return sums;
+    }
+
+    /// How many rows are taken together at most: a mask that is one row has room for so many copies.
+    int64_t at_once(const Tile &tile) const {
+        if (!dense) return 1;
+        if (!mask.base || mask.strides.time) return tile.stop - tile.start;
+        return std::max<int64_t>(COPIES / tile.lanes, 1);
+    }
+
+    Partials visit(const Tile &tile, const Span &span, MaskRows &masks) const {
+        char *to = out.row(tile.sequence, span.step, span.lane);
+        if (!span.counts && !mask.base) {
+            std::memset(to, 0, span.lanes * out.itemsize);
+            return {};
+        }
+        const Pointers rows{span.arrives ? x.row(tile.sequence, span.step - 1, span.lane) : nullptr,
+                            x.row(tile.sequence, span.step, span.lane),
+                            span.leaves ? x.row(tile.sequence, span.step + 1, span.lane) : nullptr,
+                            masks.of(span),
+                            upstream.row(tile.sequence, span.step, span.lane),
+                            to};
+        return (span.counts ? code : padding)(rows, span.lanes);
+    }
+};
+
+/// Ask for huge pages for a large output, whose memory may be fresh.
+inline void advise([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t elements) {
+#ifdef MADV_HUGEPAGE
+    const auto begin = reinterpret_cast<std::uintptr_t>(output.base), end = begin + elements * output.itemsize;
+    const auto first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = end / HUGE_PAGE * HUGE_PAGE;
+    if (output.base && end - begin >= LARGE) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// The threads of GNU OpenMP do not survive a fork: a parallel region would wait for them forever.
+bool forked = false;
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+/// Run all passes in one parallel region; return the sums, added up in the order of the programs.
+inline Partials run(const Pass *passes, int64_t count, const Counted &counted, int threads) {
+    if (count == 0) return {};
+    for (int64_t i = 0; i < count; ++i) advise(passes[i].out, counted.elements());
+    const int64_t first = passes[0].tiling.programs, programs = first + (count > 1 ? passes[1].tiling.programs : 0);
+    if (forked || count * counted.elements() <= SERIAL) threads = 1;
+    std::vector<Partials> partials(programs);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < programs; ++i)
+        partials[i] = i < first ? passes[0].program(i, counted) : passes[1].program(i - first, counted);
+    Partials sums;
+    for (const Partials &more : partials) sums += more;
+    return sums;
+}
+
+}  // namespace
