@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastreg.kernels import cpu
 from fastreg.plans import forget
@@ -17,7 +16,7 @@ from fastreg.plans import forget
 class Backend(NamedTuple):
     """Code for some devices: what it is, and the classes that launch it, of one interface in all backends.
 
-    `marks_of` prepares valid steps, once for all launches that read them.
+    `marks` prepares valid steps, once for all launches of a call.
     """
 
     name: str
@@ -25,7 +24,7 @@ class Backend(NamedTuple):
     penalty_backward: Any
     dropout_forward: Any
     dropout_backward: Any
-    marks_of: Callable[[Tensor], Tensor | None]
+    marks: Any
 
 
 CPP: Backend | None = None
@@ -33,7 +32,7 @@ if cpu.reason() is None:
     CPP = Backend(
         "the C++ kernels",
         *(cpu.PenaltyForward, cpu.PenaltyBackward, cpu.DropoutForward, cpu.DropoutBackward),
-        cpu.marks_of,
+        cpu.Marks,
     )
 TRITON: Backend | None = None
 _interpreted = False
@@ -41,14 +40,14 @@ if find_spec("triton") is not None:  # Triton has no build for some platforms
     from triton import knobs
 
     from fastreg.kernels.dropout import DropoutBackward, DropoutForward
-    from fastreg.kernels.launch import marks_of
+    from fastreg.kernels.launch import Marks
     from fastreg.kernels.penalty import PenaltyBackward, PenaltyForward
 
     _interpreted = knobs.runtime.interpret
     TRITON = Backend(
         "the Triton kernels" + (", interpreted" if _interpreted else ""),
         *(PenaltyForward, PenaltyBackward, DropoutForward, DropoutBackward),
-        marks_of,
+        Marks,
     )
 
 _cpu: Backend | None = TRITON if _interpreted else CPP

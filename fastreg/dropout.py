@@ -210,7 +210,7 @@ class _Plan:
             return
         raw, values = call.raw, values_of(call, problem, call.raw)
         layer = Layer(raw, None, values)
-        self.read = Reader(values, problem, self.backend.marks_of)
+        self.read = Reader(values, problem, self.backend.marks, raw.device)
         self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
         if mask is None:
             drawn = _mask_for(torch.empty(raw.shape, device="meta"), 0.5, None, problem)

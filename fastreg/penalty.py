@@ -259,7 +259,7 @@ class _Plan:
         backend, values = backend_for(given.device), values_of(call, problem, given)
         if backend is None:
             return
-        self.read = Reader(values, problem, backend.marks_of)
+        self.read = Reader(values, problem, backend.marks, given.device)
         first = parts[0][0]
         is_alone = (first.raw is None or first.raw is call.raw) and (
             first.dropped is None or first.dropped is call.dropped

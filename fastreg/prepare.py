@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,21 +121,20 @@ class Reader:
     Args:
         values: those of one call.
         problem: the terms.
-        marks_of: prepares valid steps for the launches of a backend.
+        marks: class of the backend that prepares valid steps for its launches.
+        device: where the activations are.
     """
 
-    def __init__(self, values: Values, problem: Problem, marks_of: Callable[[Tensor], Tensor | None]) -> None:
-        self.finds_any = any(x is not None for x in values)
-        self.problem, self.marks_of = problem, None if values.valid is None else marks_of
+    def __init__(self, values: Values, problem: Problem, marks: Any, device: torch.device) -> None:
+        self.problem, self.finds_any = problem, any(x is not None for x in values)
+        self.mark = None if values.valid is None else marks(values.valid.shape, device)
 
     def __call__(self, call: Call, x: Tensor) -> Values:
         """Check and read the values of a call, for activations `x`."""
         if not self.finds_any:
             return NOTHING
         values = values_of(call, self.problem, x)
-        if values.valid is None or self.marks_of is None:
-            return values
-        return values._replace(marks=self.marks_of(values.valid))
+        return values if self.mark is None else values._replace(marks=self.mark(values.valid))
 
 
 def _scalar(name: str, value: Any) -> Tensor | None:

@@ -89,8 +89,14 @@ class DropoutBackward:
         self.launch(*tensors, grad, *_read(values, self.dtype), None, None)
 
 
-def marks_of(valid: Tensor) -> None:
-    """Prepare nothing: each launch reads the valid steps themselves."""
+class Marks:
+    """Prepare nothing for valid steps: each launch reads the steps themselves."""
+
+    def __init__(self, valid: torch.Size, device: torch.device) -> None:
+        pass
+
+    def __call__(self, valid: Tensor) -> None:
+        """Return nothing."""
 
 
 def reason() -> str | None:

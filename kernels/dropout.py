@@ -7,6 +7,7 @@ and the gradient of dropped, and writes that of raw.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -303,7 +304,7 @@ class DropoutForward:
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         tiling = Tiling(view, sums.dtype)
-        self.launch = Launch(dropout_forward, tiling, sums, _constants(view, sums), device)
+        self.launch = _launch(dropout_forward, tiling, view, sums, device)
         self.memory = SumMemory(sums, 2 * tiling.programs, device)
 
     def __call__(self, tensors: Sequence[Tensor], values: Values) -> Result:
@@ -328,7 +329,7 @@ class DropoutBackward:
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch = Launch(dropout_backward, Tiling(view, sums.dtype), sums, _constants(view, sums), device)
+        self.launch = _launch(dropout_backward, Tiling(view, sums.dtype), view, sums, device)
 
     def __call__(self, grad: Tensor | None, tensors: Sequence[Tensor | None], values: Values) -> None:
         """Fill the gradient of raw.
@@ -347,9 +348,10 @@ def _read(values: Values) -> tuple[Tensor | None, ...]:
     return lengths, marks, alpha, beta
 
 
-def _constants(view: View, sums: Sums) -> dict[str, bool]:
-    """Choose the variant of both kernels."""
+def _launch(kernel: Any, tiling: Tiling, view: View, sums: Sums, device: torch.device) -> Launch:
+    """Prepare a launch of either kernel, in the variant for this view and these sums."""
     mask = view.operands[1]
     locked = view.time == 1 or (mask is not None and mask.time == 0)
     terms = {"AR": sums.ar, "TAR": sums.tar, "AR_OF_RAW": sums.ar_of_raw}
-    return {**terms, "LOCKED": locked, "COUNT": sums.divisors is None}
+    constants = {**terms, "LOCKED": locked, "COUNT": sums.divisors is None, **tiling.constants}
+    return Launch(kernel, (*tiling.numbers, *sums.weights), constants, tiling.programs, device)

@@ -7,37 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from fastreg.kernels.reduction import mark_kernel
-from fastreg.kernels.tiling import UNROLL, WARPS, Tiling, ceil_div
-from fastreg.kernels.view import Sums
+from fastreg.kernels.tiling import UNROLL, WARPS, ceil_div
+from fastreg.kernels.view import Layout, allocate
 
 
 class Launch:
     """A kernel on one device, with the arguments that are the same in every call.
 
     The first call goes through Triton's JIT launcher, which finds or compiles the code for the tensors of that call.
-    Later calls launch that code directly, which takes 4 us of host time instead of 14 (Triton 3.6). So the tensors of
-    all calls must agree in what code depends on: their dtypes, which of them are aligned to 16 bytes, and which are
+    Later calls launch that code directly, which takes 3 us of host time instead of 14 (Triton 3.6). So the tensors of
+    all calls must agree in all that code depends on: their dtypes, which of them are aligned to 16 bytes, and which are
     `None`.
 
     Args:
         kernel: a jit function, whose parameters are tensors, numbers and compile-time constants, in this order.
-        tiling: how many programs to launch, and arguments that follow the tensors.
-        sums: the arguments after those.
-        constants: compile-time arguments by name, beside those of the tiling.
+        arguments: numbers that follow the tensors.
+        constants: compile-time arguments by name.
+        programs: how many to launch.
         device: where the tensors are.
     """
 
     def __init__(
-        self, kernel: Any, tiling: Tiling, sums: Sums, constants: dict[str, Any], device: torch.device
+        self, kernel: Any, arguments: Sequence[float], constants: dict[str, Any], programs: int, device: torch.device
     ) -> None:
-        self.kernel, self.grid = kernel, (tiling.programs, 1, 1)
-        self.numbers, self.constants = (*tiling.numbers, *sums.weights), constants | tiling.constants
+        self.kernel, self.numbers, self.constants = kernel, arguments, constants
+        self.grid = programs, 1, 1
         self.index = None if device.type == "cpu" else device.index
-        self.compiled: Any = None
-        constexprs = [self.constants[name] for name in kernel.arg_names if name in self.constants]
-        self.rest = (*self.numbers, *constexprs)  # what the compiled code takes after the tensors, all by position
+        self.run: Any = None  # the launcher of the compiled code
+        constexprs = [constants[name] for name in kernel.arg_names if name in constants]
+        self.rest = (*arguments, *constexprs)  # the compiled code takes all by position
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current stream of the device."""
@@ -47,21 +49,40 @@ class Launch:
             with torch.accelerator.device_index(self.index):  # Triton launches on the current device
                 self._launch(tensors)
 
-    def _launch(self, tensors: Sequence[Tensor | None]) -> None:
-        if self.compiled is None:  # the interpreter has no compiled code, and comes here every time
-            self.compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-        else:
-            self.compiled[self.grid](*tensors, *self.rest)
+    def _launch(self, tensors: tuple[Tensor | None, ...]) -> None:
+        if self.run is None:
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            if compiled is not None:  # the interpreter has no compiled code, and comes here every time
+                self.compiled, self.code = compiled, (compiled.function, compiled.packed_metadata)
+                self.run = compiled.run
+            return
+        stream, metadata = driver.active.get_current_stream(self.index or 0), None
+        before, after = _hook(knobs.runtime.launch_enter_hook), _hook(knobs.runtime.launch_exit_hook)
+        if before is not None:  # a profiler asks which kernel is launched
+            metadata = self.compiled.launch_metadata(self.grid, stream, *tensors, *self.rest)
+        self.run(*self.grid, stream, *self.code, metadata, before, after, *tensors, *self.rest)
 
 
-def marks_of(valid: Tensor) -> Tensor:
-    """Prepare valid steps, `(sequences, time)` bool, for all launches on their device: see `mark_kernel`."""
-    sequences, time = valid.shape
-    marks = torch.empty(16 + sequences * ceil_div(time, UNROLL), dtype=torch.uint8, device=valid.device)
-    options = {"CHUNK": 2048, "UNROLL": UNROLL, "num_warps": 4 * WARPS, "enable_fp_fusion": True}
-    with torch.accelerator.device_index(valid.device.index):
-        mark_kernel[(1,)](valid.view(torch.int8), marks, sequences, time, **options)
-    return marks
+def _hook(hook: Any) -> Any:
+    """Return a hook, or `None` for a chain without any (Triton 3.5), which the launcher would call in vain."""
+    return hook if getattr(hook, "calls", hook) else None
+
+
+class Marks:
+    """Prepare valid steps of one shape for all launches of a call: see `mark_kernel`."""
+
+    def __init__(self, valid: torch.Size, device: torch.device) -> None:
+        sequences, time = valid
+        constants = {"CHUNK": 2048, "UNROLL": UNROLL, "num_warps": 4 * WARPS, "enable_fp_fusion": True}
+        self.launch = Launch(mark_kernel, (sequences, time), constants, 1, device)
+        size = 16 + sequences * ceil_div(time, UNROLL)
+        self.marks = Layout(torch.Size([size]), (1,), torch.uint8, device, aligned=True)
+
+    def __call__(self, valid: Tensor) -> Tensor:
+        """Return the marks of valid steps, `(sequences, time)` bool."""
+        marks = allocate(self.marks)
+        self.launch(valid.view(torch.int8), marks)
+        return marks
 
 
 def table_of(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -301,9 +301,16 @@ class PenaltyBackward:
 
 def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) -> Launch:
     """Prepare a launch of the kernel in one of its ways."""
-    by = {"BY_AR": sums.alpha != 0, "BY_TAR": sums.beta != 0}
-    constants = {"AR_OF_RAW": sums.ar_of_raw and sums.ar, "ADDS": sums.adds, "COUNT": sums.divisors is None}
-    return Launch(penalty_kernel, tiling, sums, {**switches, **by, **constants}, device)
+    constants = {
+        **switches,
+        **tiling.constants,
+        "BY_AR": sums.alpha != 0,
+        "BY_TAR": sums.beta != 0,
+        "AR_OF_RAW": sums.ar_of_raw and sums.ar,
+        "ADDS": sums.adds,
+        "COUNT": sums.divisors is None,
+    }
+    return Launch(penalty_kernel, (*tiling.numbers, *sums.weights), constants, tiling.programs, device)
 
 
 def _steps(values: Values, device: torch.device) -> tuple[Tensor | None, ...]:
