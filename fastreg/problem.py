@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+import fastreg.installation  # noqa: F401 - refuses a package that is mixed up with another
 from fastreg.kernels.view import Values
 
 Coefficient: TypeAlias = float | Tensor  # of a term: a number, or a 0-dim tensor without a gradient

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from fastreg.kernels import cpu
+
 ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
 CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and others see what they see
@@ -487,6 +489,7 @@ def build(kernels: Path) -> None:
     for library in kernels.glob("*.so"):
         library.unlink()
     options = ["-std=c++17", "-O1", "-w", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]
+    options.append(f"-DSOURCES={cpu.sources(kernels)}")
     subprocess.run(["g++", *options, "cpu.cpp", "-o", "_cpu.abi3.so"], cwd=kernels, check=True)
 
 
