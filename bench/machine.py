@@ -12,6 +12,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Two ways of glibc's allocator, and what sets them before a process starts. By itself it returns large memory that is
+# freed to the system, and every temporary of an eager formula is fetched anew, a page fault every 4 KB.
+KEPT, AS_IT_IS = "memory kept", "system's allocator"
+ALLOCATORS = {
+    KEPT: {"MALLOC_TRIM_THRESHOLD_": "4073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"},
+    AS_IT_IS: {},
+}
 
 
 def device_name() -> str:
@@ -35,6 +42,12 @@ def file_name(device: str) -> str:
 def facts() -> dict[str, str]:
     """The device, the releases, and a digest of the source, for where there is no git to tell the commit."""
     return {"device": device_name(), "torch": torch.__version__, "triton": triton_version(), "source": source()}
+
+
+def allocator() -> str:
+    """Name the way in which this process allocates memory on the CPU."""
+    keeps = all(os.environ.get(name) == value for name, value in ALLOCATORS[KEPT].items())
+    return KEPT if keeps else AS_IT_IS
 
 
 def triton_version() -> str:
