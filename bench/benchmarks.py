@@ -25,7 +25,7 @@ Measured = dict[str, tuple[list[float], dict[str, Any]]]  # of every peer: secon
 
 def group_of(name: str) -> str:
     """Name a case as measured here; the plain name is that with memory kept, or on a GPU."""
-    return f"{name} ({ALLOCATOR})" if ALLOCATOR == machine.AS_IT_IS else name
+    return f"{name} ({ALLOCATOR})" if ALLOCATOR == machine.DEFAULT else name
 
 
 def in_a_line(error: Exception) -> str:

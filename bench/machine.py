@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# Two ways of glibc's allocator, and what sets them before a process starts. By itself it returns large memory that is
-# freed to the system, and every temporary of an eager formula is fetched anew, a page fault every 4 KB.
-KEPT, AS_IT_IS = "memory kept", "system's allocator"
+# Two settings of glibc's allocator, read when a process starts. By default it returns large blocks to the system, so
+# that every temporary of an eager formula is fetched anew, with a page fault every 4 KB.
+KEPT, DEFAULT = "memory kept", "default allocator"
 ALLOCATORS = {
     KEPT: {"MALLOC_TRIM_THRESHOLD_": "4073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"},
-    AS_IT_IS: {},
+    DEFAULT: {},
 }
 
 
@@ -47,7 +47,7 @@ def facts() -> dict[str, str]:
 def allocator() -> str:
     """Name the way in which this process allocates memory on the CPU."""
     keeps = all(os.environ.get(name) == value for name, value in ALLOCATORS[KEPT].items())
-    return KEPT if keeps else AS_IT_IS
+    return KEPT if keeps else DEFAULT
 
 
 def triton_version() -> str:

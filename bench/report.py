@@ -19,7 +19,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bench.machine import ALLOCATORS, AS_IT_IS, KEPT
+from bench.machine import ALLOCATORS, DEFAULT, KEPT
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -38,16 +38,16 @@ HEADLINE = (  # of the README's table: kind, label, and what it is a case of
     (PADDED, "(64, 70, 400), float32", "with padding"),
 )
 SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
-HOW = {  # what an allocator does, to follow on a machine's name
+HOW = {  # the setting of each allocator, after a machine's name
     KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
-    AS_IT_IS: "the system's allocator as it is, which fetches large temporaries anew in each call",
+    DEFAULT: "the system's default allocator, which fetches large temporaries anew in each call",
 }
 PEERS = "compiled", "eager"  # in the order of all tables
 SHAPE = "(batch, time, hidden), dtype"
 MOST_NAMES = 5  # of tests or cases in a sentence
 DROPOUT_TITLE = """\
 Dropout, AR and TAR in one pass, `fused_dropout_ar_tar`, against fastai's `RNNDropout` alone, with the formula after it
-and with `fused_ar_tar` after it, of which the best compiled is the fastest of all that `torch.compile` makes of them:
+and with `fused_ar_tar` after it. The best compiled is the fastest of the last three under `torch.compile`:
 """
 PENALTY_TITLE = """\
 AR and TAR, `fused_ar_tar`:
@@ -101,7 +101,7 @@ class Case:
 
     @property
     def allocator(self) -> str:
-        return self.any_info.get("allocator") or AS_IT_IS
+        return self.any_info.get("allocator") or DEFAULT
 
     @property
     def label(self) -> str:
@@ -146,14 +146,14 @@ class Result:
 
     @property
     def allocator(self) -> str:
-        """What the cases were measured with, where all of them were measured with one."""
-        return next((case.allocator for case in self.cases if case.allocator), AS_IT_IS)
+        """Return the allocator of the first case."""
+        return next((case.allocator for case in self.cases if case.allocator), DEFAULT)
 
     def of(self, kind: str) -> list[Case]:
         return [case for case in self.cases if case.kind == kind]
 
     def parts(self) -> list[Result]:
-        """Return what was measured on a CPU with each allocator, that with memory kept first; on a GPU all."""
+        """Split the cases of a CPU by allocator, memory kept first; those of a GPU stay together."""
         if self.on_gpu:
             return [self]
         parts = [[case for case in self.cases if case.allocator == allocator] for allocator in ALLOCATORS]
@@ -359,7 +359,7 @@ def not_measured(results: list[Result]) -> list[str]:
 
 
 def headline(results: list[Result]) -> str:
-    """The README's part: tables and a plot of one device, and what is faster than what, of all."""
+    """Render the README's part: tables and a plot of one device, and speeds in sentences for all."""
     ordered, parts = in_order(results), []
     for result in ordered:
         first, *others = result.parts()
@@ -410,7 +410,7 @@ def figures(results: list[Result]) -> str:
 
 
 def tables(result: Result) -> list[str]:
-    """Render every table of what was measured with one allocator, with its title."""
+    """Render every table for the cases of one allocator, with its title."""
     parts = [text for case in result.of(STEP) for text in (STEP_TITLE % case.label, step_table(case))]
     parts += [PENALTY_TITLE, penalty_table(result), penalty_verdict(result)] if result.of(BOTH) else []
     parts += [CHANGING_TITLE, penalty_table(result, CHANGING)] if result.of(CHANGING) else []
@@ -431,7 +431,7 @@ def with_part(page: str, part: str, begin: str = BEGIN) -> str:
 
 
 def plots(result: Result) -> list[tuple[str, str, Callable[[Result], Figure]]]:
-    """Kind and description of every plot of a result, and what draws it, of the first of its parts."""
+    """Return kind, description and drawing function of every plot, for the first part of a result."""
     result, *_ = result.parts()
     drawn = []
     if result.of(BOTH):
@@ -462,7 +462,7 @@ def bar_plot(result: Result, cases: list[Case], bars: dict[str, list[float]], te
     """A group of bars for each case, from top to bottom, that start at 1 on a log axis.
 
     Args:
-        result: what is measured with one allocator.
+        result: cases of one allocator.
         cases: of one kind.
         bars: of each legend entry the ends of its bars, one a case.
         texts: the title, the axis, and the format of a bar's label.

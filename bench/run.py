@@ -4,7 +4,7 @@ The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which 
 or is not reached is recorded beside what is known. Interrupted, or sent SIGTERM, either writes what there is.
 
 On a CPU `bench` measures twice, each time in a process of its own: with memory kept by the allocator, and with the
-system's allocator as it is. `measure` measures once, in this process.
+system's default. `measure` measures once, in this process.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test(folder: Path, commit: str, seconds: float) -> int:
 
 
 def measure(folder: Path, commit: str, seconds: float) -> int:
-    """Run the benchmarks in this process, and write what pytest-benchmark gives."""
+    """Run the benchmarks in this process, and write their result."""
     with tempfile.TemporaryDirectory() as temporary:
         new = Path(temporary, "result.json")
         options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={new}"]
@@ -188,7 +188,7 @@ def in_child(arguments: list[str], environment: dict[str, str]) -> int:
         return child.wait()
     except KeyboardInterrupt:
         child.terminate()
-        child.wait()  # it writes what there is
+        child.wait()  # until it has written its result
         raise
 
 

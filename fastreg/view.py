@@ -69,7 +69,7 @@ def readable(x: Tensor) -> Tensor:
 
 
 def readable_values(values: Values) -> Values:
-    """Return what kernels read beside activations: contiguous tensors."""
+    """Return contiguous lengths, marks and coefficients, as kernels read them."""
     return Values(*[None if x is None else x.contiguous() for x in values])
 
 

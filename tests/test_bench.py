@@ -455,7 +455,7 @@ def test_a_report_of_a_cpu(tmp_path: Path) -> None:
 
 def test_a_report_of_two_allocators_leads_with_memory_kept(tmp_path: Path) -> None:
     """Whichever was measured first, and says how."""
-    both = [machine.AS_IT_IS, machine.KEPT]
+    both = [machine.DEFAULT, machine.KEPT]
     result = report.load(made_up(tmp_path, [4.0], with_step=True, allocators=both[::-1]))
     turned = report.load(made_up(tmp_path / "turned", [4.0], allocators=both))
     assert [part.allocator for part in turned.parts()] == [part.allocator for part in result.parts()] == both[::-1]
@@ -463,7 +463,7 @@ def test_a_report_of_two_allocators_leads_with_memory_kept(tmp_path: Path) -> No
     assert kept.of(report.BOTH)[0].times_as_fast("fastreg", "eager") == 4
     assert as_it_is.of(report.BOTH)[0].times_as_fast("fastreg", "eager") == 8
     for part in (report.headline([result]), report.figures([result]), report.full_table(result)):
-        first, second = part.split(report.HOW[machine.AS_IT_IS])
+        first, second = part.split(report.HOW[machine.DEFAULT])
         assert "MALLOC_TRIM_THRESHOLD_=4073741824 MALLOC_MMAP_THRESHOLD_=1073741824" in first
         assert ("4.00x" in first) if "spread" in part else ("4.0x" in first)
         assert ("8.00x" in second) if "spread" in part else ("8.0x" in second)
@@ -471,7 +471,7 @@ def test_a_report_of_two_allocators_leads_with_memory_kept(tmp_path: Path) -> No
     assert page.index("a training step") < page.index("forward + backward")
     assert "| the model compiled | 3000 | 2500 | 3000 |\n| the model eager | 2000 | 3000 | 2000 |" in page
     (old,) = report.load(made_up(tmp_path / "old", [4.0], allocators=both[:1])).parts()
-    assert old.allocator == machine.AS_IT_IS
+    assert old.allocator == machine.DEFAULT
 
 
 def test_a_report_of_dropout(tmp_path: Path) -> None:
@@ -736,7 +736,7 @@ def measured(folder: Path, kinds: str) -> report.Result:
 
 def test_what_is_not_measured_is_recorded(tmp_path: Path) -> None:
     result = measured(tmp_path, "broken dead slow late")
-    broken, dead, slow, late = (f"2x3x{hidden}-float32-forward+backward ({machine.AS_IT_IS})" for hidden in range(4, 8))
+    broken, dead, slow, late = (f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in range(4, 8))
     assert [case.name for case in result.cases] == [slow], "what was begun before the deadline is complete"
     peers = cases.PenaltyCase.PEERS
     assert result.missing == {
@@ -752,7 +752,7 @@ def test_what_is_not_measured_is_recorded(tmp_path: Path) -> None:
 
 def test_what_is_measured_is_written_on_sigterm(tmp_path: Path) -> None:
     result = measured(tmp_path, "late ended late")
-    first, ended, last = (f"2x3x{hidden}-float32-forward+backward ({machine.AS_IT_IS})" for hidden in (4, 5, 6))
+    first, ended, last = (f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in (4, 5, 6))
     assert [case.name for case in result.cases] == [first]
     assert result.missing == {name: dict.fromkeys(cases.PenaltyCase.PEERS, "not reached") for name in (ended, last)}
 
@@ -788,7 +788,7 @@ write()
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_cpu_is_measured_by_a_process_for_each_allocator(interrupted: bool, tmp_path: Path) -> None:
-    """Each starts with its own environment; an interrupt ends the first, which writes what there is."""
+    """Each starts with its own environment; an interrupt ends the first, which still writes its result."""
     script = CHILD.replace("WAIT", f"{interrupted}")
     command = [sys.executable, "-c", CHILDREN, str(tmp_path), script]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
@@ -815,7 +815,7 @@ def test_an_allocator_keeps_memory_or_not() -> None:
         named, count = done.stdout.strip().rsplit(" ", 1)
         assert named == allocator
         faults[allocator] = int(count)
-    assert faults[machine.KEPT] < 2**24 // 4096 / 10 < faults[machine.AS_IT_IS]
+    assert faults[machine.KEPT] < 2**24 // 4096 / 10 < faults[machine.DEFAULT]
 
 
 def test_the_time_of_the_host() -> None:
@@ -839,7 +839,7 @@ def test_pytest_benchmark_reads_a_result(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     options = ["-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={file}"]
     chosen = "64x70x400-float16-forward+backward"
-    group = f"{chosen} ({machine.allocator()})" if machine.allocator() == machine.AS_IT_IS else chosen
+    group = f"{chosen} ({machine.allocator()})" if machine.allocator() == machine.DEFAULT else chosen
     command = [sys.executable, "-m", "pytest", *options, "-k", chosen, "bench/benchmarks.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
