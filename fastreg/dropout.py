@@ -248,7 +248,7 @@ class _GradientPlan(NamedTuple):
         grad_dropped, grad = upstream
         grad_dropped = None if grad_dropped is None else readable(grad_dropped)
         tensors = readable(layer.given), readable(mask), grad_dropped, gradient
-        self.launch(grad, tensors, readable_values(layer.values))
+        self.launch(grad, tensors, readable_values(layer))
         return gradient
 
 

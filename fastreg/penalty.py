@@ -278,17 +278,21 @@ def _plans_for(
 
 
 class _GradientPlan(NamedTuple):
-    """How to compute the gradients of a layer: their memory, and the launch that fills it."""
+    """How to compute the gradients of a layer: their memory, and the launch that fills it.
+
+    Where a tensor was laid out anew since the forward, gradients that the forward has filled do not fit.
+    """
 
     gradients: tuple[Memory | None, ...]
+    laid_out_anew: bool
     launch: Any  # a `penalty_backward` of the backend
 
     def compute(self, grad: Tensor, layer: Layer, ahead: _Ahead | None) -> tuple[Tensor | None, ...]:
         """Launch the backward, for gradients that the forward has filled, or for new memory."""
         inputs = [None if x is None else readable(x) for x in layer[:2]]
-        if ahead is None or ahead.assumed is None:
+        if ahead is None or ahead.assumed is None or self.laid_out_anew:
             ahead = _Ahead(tuple([None if x is None else allocate(x) for x in self.gradients]), None)
-        self.launch(grad, (*inputs, *ahead.gradients), readable_values(layer.values), ahead.assumed)
+        self.launch(grad, (*inputs, *ahead.gradients), readable_values(layer), ahead.assumed)
         return ahead.gradients
 
 
@@ -300,10 +304,11 @@ def _gradient_plan_for(
     for name, x, y in zip(("raw", "dropped"), signature[:2], before, strict=True):
         check_saved(name, x, y)
     gradients = tuple(None if x is None else like(x) for x in signature[:2])
+    filled = tuple(None if x is None or y is None else like(y) for x, y in zip(signature[:2], before, strict=True))
     inputs = tuple(y if x is None else x for x, y in zip(signature[:2], before, strict=True))
     view = view_of((*inputs, *gradients), signature, problem)
     sums = sums_of(signature, problem.penalized(), dtype)
-    return _GradientPlan(gradients, backend.penalty_backward(view, sums, signature.given.device))
+    return _GradientPlan(gradients, gradients != filled, backend.penalty_backward(view, sums, signature.given.device))
 
 
 class _Penalty(Function):
@@ -342,8 +347,6 @@ class _Penalty(Function):
                 saved_plan = _gradient_plan_for(
                     signature_of(layer), plan.inputs, plan.problem, plan.backend, grad.dtype
                 )
-                if plan.gradients != saved_plan.gradients:  # the tensors were laid out anew since the forward
-                    filled = None
                 gradients += saved_plan.compute(grad, layer, filled)
         return (None,) * (1 + VALUES) + tuple(gradients)
 

@@ -247,7 +247,7 @@ class FusedRNNDropout(nn.Module):
     def _warn_once(self, message: str) -> None:
         """Warn of something for the first time, in code that is not compiled."""
         if message not in self._warned and not torch.compiler.is_compiling():
-            self._warned += (message,)
+            self._warned = (*self._warned, message)  # of any kind: 0.2.0 pickled a frozenset
             warnings.warn(f"FusedRNNDropout: {message}", stacklevel=3)
 
     def extra_repr(self) -> str:

@@ -68,9 +68,10 @@ def readable(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def readable_values(values: Values) -> Values:
-    """Return what kernels read beside activations: contiguous tensors."""
-    return Values(*[None if x is None else x.contiguous() for x in values])
+def readable_values(layer: Layer) -> Values:
+    """Return contiguous lengths, marks and coefficients of a layer, as kernels read them."""
+    values = layer.values
+    return values if layer.is_whole else Values(*[None if x is None else x.contiguous() for x in values])
 
 
 def check_saved(name: str, saved: Memory | None, before: Memory | None) -> None:
