@@ -19,7 +19,8 @@ help:
 	@echo "             supported and the oldest (ARGS=--ptx-sample=8 for each eighth case of each test)"
 	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
 	@echo "make test-oldest   run all tests with the oldest PyTorch and Triton supported, in .venv-oldest"
-	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README"
+	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README:"
+	@echo "             ten minutes on two idle cores"
 	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
 	@echo "make test-fakegpu DIR=...   run bench/on_gpu.sh on a stand-in GPU whose kernels do nothing: see bench/NOTES.md"
 	@echo "make lint    check style and types"
@@ -60,7 +61,7 @@ test-oldest: .venv-oldest/test
 
 # What fails is in the report.
 bench: .venv/test
-	-.venv/bin/python -m bench.run test
+	@echo "== every case twice, with memory kept by the allocator and without: ten minutes on two idle cores"
 	-.venv/bin/python -m bench.run bench
 	.venv/bin/python -m bench.report
 

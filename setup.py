@@ -5,46 +5,62 @@ All else is in pyproject.toml. Without a compiler that knows these options the i
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 from copy import copy
+from hashlib import sha256
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import BaseError
 
 SOURCE = Path("kernels", "cpu.cpp")
 HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
-LEVELS = {"_cpu": [], "_cpu_v3": ["-march=x86-64-v3"]}
+LEVELS = {"_cpu": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS["_cpu_v3"] = ["-march=x86-64-v3"]
+# The same hash as in kernels/cpu.py: a library in a source tree is not loaded beside other sources than its own.
+SOURCES = sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))).hexdigest()[:16]
 OPTIONS = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden"),
     "-ffp-contract=off",  # the same roundings in all builds
-    *("-fno-math-errno", "-fno-trapping-math"),  # what nobody looks at, and keeps loops from vector code
+    f"-DSOURCES=0x{SOURCES}",
+    *("-fno-math-errno", "-fno-trapping-math"),  # errno and exceptions are unused, and prevent vectorization
 ]
 
 
 class Build(build_ext):
-    """Build with OpenMP where the compiler has it, and not again what an editable installation has built already."""
+    """Build with GNU OpenMP where the compiler has it, and leave the libraries in the source tree, too.
+
+    Python imports the package from the source tree wherever that is the current folder, installed or not.
+    """
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one library."""
+        """Build one library, unless an editable installation has built it from these sources."""
         target = Path(self.get_ext_fullpath(ext.name))
         built = SOURCE.parent / target.name
         sources = (SOURCE, *HEADERS, Path(__file__))
         if self.editable_mode and built.exists() and built.stat().st_mtime > max(x.stat().st_mtime for x in sources):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(built, target)
+            replace(target, built)
             return
         own = copy(self)  # objects of its own: another level is compiled from the same source at the same time
         own.build_temp = str(Path(self.build_temp, ext.name))
+        own.force = True
         try:
             build_ext.build_extension(own, ext)
+            shared = b"libgomp" in target.read_bytes()
         except BaseError:
-            target.unlink(missing_ok=True)  # what an earlier build has left
+            shared = False
+        if not shared:  # no OpenMP, or Clang's runtime, which must not stand beside PyTorch's
+            target.unlink(missing_ok=True)
             for options in (ext.extra_compile_args, ext.extra_link_args):
                 options.remove("-fopenmp")
             build_ext.build_extension(own, ext)
+        replace(built, target)
 
 
 class Wheel(bdist_wheel):
@@ -53,6 +69,23 @@ class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         """Name the platform alone."""
         return "py3", "none", super().get_tag()[2]
+
+
+class Source(sdist):
+    """Keep the link that makes a source tree importable."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Add the link, which setuptools leaves out."""
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, "fastreg", "kernels").symlink_to("../kernels")
+
+
+def replace(old: Path, new: Path) -> None:
+    """Put a copy in the place of a library that other processes may have loaded."""
+    old.parent.mkdir(parents=True, exist_ok=True)
+    beside = old.with_name(f"{old.name}.new")
+    shutil.copy2(new, beside)
+    os.replace(beside, old)
 
 
 setup(
@@ -70,5 +103,5 @@ setup(
         for name, level in LEVELS.items()
     ],
     options={"build_ext": {"parallel": True}},
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel, "sdist": Source},
 )

@@ -12,14 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, timing
+from bench import cases, machine, timing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ALLOCATOR = machine.allocator() if DEVICE == "cpu" else None
 CASES = {str(case): case for case in cases.all_cases(DEVICE)}
 SECONDS = 0.5 if DEVICE == "cuda" else 3.0  # of rounds a case
 STEP_SECONDS = 3 * SECONDS
 REPLAY = timing.Replay()
 Measured = dict[str, tuple[list[float], dict[str, Any]]]  # of every peer: seconds a call, and other figures
+
+
+def group_of(name: str) -> str:
+    """Name a case as measured here; the plain name is that with memory kept, or on a GPU."""
+    return f"{name} ({ALLOCATOR})" if ALLOCATOR == machine.DEFAULT else name
 
 
 def in_a_line(error: Exception) -> str:
@@ -67,6 +73,8 @@ def measure_peers(case: cases.AnyCase) -> tuple[Measured, dict[str, str]]:
             figures |= {} if moved is None else {"moved_bytes": moved}
             if DEVICE == "cuda":
                 figures |= gpu_figures(call, moved, len(sets))
+            else:
+                figures["page_faults"] = timing.page_faults(call)
         measured[peer] = times[peer], figures
     return measured, failed
 
@@ -101,7 +109,7 @@ def test_case(benchmark: Any, deadline: float, name: str, peer: str) -> None:
     if peer in failed:
         pytest.fail(failed[peer], pytrace=False)
     times, figures = measured[peer]
-    benchmark.group = name
-    benchmark.extra_info |= CASES[name].info | {"peer": peer} | figures
+    benchmark.group = group_of(name)
+    benchmark.extra_info |= CASES[name].info | {"peer": peer, "allocator": ALLOCATOR} | figures
     REPLAY.load(times)
     benchmark.pedantic(REPLAY.advance, rounds=len(times))

@@ -29,7 +29,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     missing = session.config.stash[MISSING] = {}
     for item in session.items:
         values = item.callspec.params  # pyright: ignore[reportAttributeAccessIssue]
-        missing.setdefault(values["name"], {})[values["peer"]] = "not reached"
+        missing.setdefault(benchmarks.group_of(values["name"]), {})[values["peer"]] = "not reached"
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def deadline(request: pytest.FixtureRequest) -> float:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     values = item.callspec.params  # pyright: ignore[reportAttributeAccessIssue]
-    missing = item.config.stash[MISSING][values["name"]]
+    missing = item.config.stash[MISSING][benchmarks.group_of(values["name"])]
     if call.when == "call" and call.excinfo is None:
         del missing[values["peer"]]
     elif call.excinfo is not None and call.excinfo.type is not KeyboardInterrupt:

@@ -12,6 +12,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Two settings of glibc's allocator, read when a process starts. By default it returns large blocks to the system, so
+# that every temporary of an eager formula is fetched anew, with a page fault every 4 KB.
+KEPT, DEFAULT = "memory kept", "default allocator"
+ALLOCATORS = {
+    KEPT: {"MALLOC_TRIM_THRESHOLD_": "4073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"},
+    DEFAULT: {},
+}
 
 
 def device_name() -> str:
@@ -35,6 +42,12 @@ def file_name(device: str) -> str:
 def facts() -> dict[str, str]:
     """The device, the releases, and a digest of the source, for where there is no git to tell the commit."""
     return {"device": device_name(), "torch": torch.__version__, "triton": triton_version(), "source": source()}
+
+
+def allocator() -> str:
+    """Name the way in which this process allocates memory on the CPU."""
+    keeps = all(os.environ.get(name) == value for name, value in ALLOCATORS[KEPT].items())
+    return KEPT if keeps else DEFAULT
 
 
 def triton_version() -> str:

@@ -11,12 +11,15 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from bench.machine import ALLOCATORS, DEFAULT, KEPT
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -34,10 +37,20 @@ HEADLINE = (  # of the README's table: kind, label, and what it is a case of
     (DROPOUT, "(64, 70, 400), float32", "with dropout"),
     (PADDED, "(64, 70, 400), float32", "with padding"),
 )
+SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
+HOW = {  # the setting of each allocator, after a machine's name
+    KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
+    DEFAULT: "the system's default allocator, which fetches large temporaries anew in each call",
+}
+PEERS = "compiled", "eager"  # in the order of all tables
+SHAPE = "(batch, time, hidden), dtype"
 MOST_NAMES = 5  # of tests or cases in a sentence
 DROPOUT_TITLE = """\
 Dropout, AR and TAR in one pass, `fused_dropout_ar_tar`, against fastai's `RNNDropout` alone, with the formula after it
-and with `fused_ar_tar` after it:
+and with `fused_ar_tar` after it. The best compiled is the fastest of the last three under `torch.compile`:
+"""
+PENALTY_TITLE = """\
+AR and TAR, `fused_ar_tar`:
 """
 CHANGING_TITLE = """\
 Every backward with another upstream gradient than the one before, which fastreg does not expect: the worst case.
@@ -49,9 +62,14 @@ STEP_TITLE = """\
 A training step of an AWD-LSTM, forward, loss, backward, clipping and SGD, in float32, of the size
 `%s` (layers and hidden units, embedding, vocabulary, batch and time steps):
 """
+STEP_PEERS = {  # row by row of its table: without AR and TAR, with the formula, with fastreg
+    "the model compiled": ("compiled no penalty", "compiled", "compiled fastreg"),
+    "the model eager": ("no penalty", "eager", "fastreg"),
+}
 GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of the JSON's extra_info: heading, unit, and what the unit is
     "first_seconds": ("first call, s", 1),
+    "page_faults": ("page faults", 1),
     "kept_bytes": ("kept, MB", 1e6),
     "launches": ("launches", 1),
     "peak_bytes": ("peak, MB", 1e6),
@@ -82,10 +100,14 @@ class Case:
         return next(iter(self.info.values()))
 
     @property
+    def allocator(self) -> str:
+        return self.any_info.get("allocator") or DEFAULT
+
+    @property
     def label(self) -> str:
         info = self.any_info
         if self.kind == STEP:
-            return self.name
+            return self.name.split(" ")[0]
         extra = [info["layout"]] * (info["layout"] != "batch first") + ["raw is dropped"] * info.get("same", False)
         return ", ".join([f"({', '.join(map(str, info['shape']))})", info["dtype"], *extra])
 
@@ -122,8 +144,20 @@ class Result:
     def on_gpu(self) -> bool:
         return "copy_bandwidth" in self.machine
 
+    @property
+    def allocator(self) -> str:
+        """Return the allocator of the first case."""
+        return next((case.allocator for case in self.cases if case.allocator), DEFAULT)
+
     def of(self, kind: str) -> list[Case]:
         return [case for case in self.cases if case.kind == kind]
+
+    def parts(self) -> list[Result]:
+        """Split the cases of a CPU by allocator, memory kept first; those of a GPU stay together."""
+        if self.on_gpu:
+            return [self]
+        parts = [[case for case in self.cases if case.allocator == allocator] for allocator in ALLOCATORS]
+        return [replace(self, cases=cases) for cases in parts if cases] or [self]
 
 
 def load(file: Path) -> Result:
@@ -163,21 +197,21 @@ def where(result: Result) -> str:
     if result.on_gpu:
         parts += [f"Triton {machine['triton']}", f"a copy moves {machine['copy_bandwidth'] / 1e12:.2f} TB/s"]
     else:
-        parts += [f"{machine['threads']} threads", "the system's allocator"]
+        parts += [f"{machine['threads']} threads"]
     parts += [f"commit {known}{dirty}", f"source {machine['source']}"]
     return f"{machine['device']}: {', '.join(parts)}"
 
 
 def caveats(result: Result) -> str:
     """What became of the tests, and what could not be measured, a sentence each."""
-    sentences = [tests_outcome(result)]
+    sentences = [tests_outcome(result)] * (result.on_gpu or result.tests is not None)  # a CPU's are `make test`
     reasons: dict[str, list[str]] = {}
     for name, peers in result.missing.items():
         for why in dict.fromkeys(peers.values()):
             those = [peer for peer, reason in peers.items() if reason == why]
             reasons.setdefault(why, []).append(name if len(those) > 1 else f"{name} ({those[0]})")
     sentences += [f"Not measured ({why}): {some(names)}." for why, names in reasons.items()]
-    return "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
+    return "".join(f"- {sentence}\n" for sentence in sentences)
 
 
 def some(names: list[str]) -> str:
@@ -200,11 +234,11 @@ def tests_outcome(result: Result) -> str:
 
 def penalty_table(result: Result, kind: str = BOTH) -> str:
     """Forward and backward: what a user saves."""
-    head = ["shape and dtype", "eager, ms", "compiled, ms", "fastreg, ms", "against eager", "against compiled"]
+    head = [SHAPE, "compiled, ms", "eager, ms", "fastreg, ms", "against compiled", "against eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
     for case in result.of(kind):
-        row = [case.label, *(number(case.milliseconds(peer)) for peer in ("eager", "compiled", "fastreg"))]
-        row += [f"{case.times_as_fast('fastreg', other):.1f}x" for other in ("eager", "compiled")]
+        row = [case.label, *(number(case.milliseconds(peer)) for peer in (*PEERS, "fastreg"))]
+        row += [f"{case.times_as_fast('fastreg', other):.1f}x" for other in PEERS]
         rows.append(row + (gpu_cells(case) if result.on_gpu else []))
     return table(rows)
 
@@ -216,26 +250,26 @@ def gpu_cells(case: Case) -> list[str]:
 
 def dropout_table(result: Result) -> str:
     """What the penalty costs whoever drops out anyway."""
-    head = ["shape and dtype", "dropout alone, ms", "+ eager, ms", "+ fused_ar_tar, ms", "fused, ms"]
-    head += ["fused / dropout alone", "against + eager", "against the best compiled"]
+    head = [SHAPE, "dropout alone, ms", "+ eager, ms", "+ fused_ar_tar, ms", "fused, ms"]
+    head += ["fused / dropout alone", "against the best compiled", "against + eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
     for case in result.of(DROPOUT):
         peers = ("dropout alone", "eager", "fused_ar_tar", "fastreg")
         row = [case.label, *(number(case.milliseconds(peer)) for peer in peers), f"{case.cost('fastreg'):.2f}x"]
         compiled = ("compiled", "compiled fused_ar_tar", "compiled fastreg")
-        row += [f"{case.times_as_fast('fastreg', 'eager'):.1f}x"]
         row += [f"{min(case.times_as_fast('fastreg', peer) for peer in compiled):.1f}x"]
+        row += [f"{case.times_as_fast('fastreg', 'eager'):.1f}x"]
         rows.append(row + (gpu_cells(case) if result.on_gpu else []))
     return table(rows)
 
 
 def padded_table(result: Result) -> str:
     """What it costs to leave padding out."""
-    head = ["shape and dtype", "without lengths, ms", "eager, masked, ms", "compiled, masked, ms", "with lengths, ms"]
-    head += ["against without", "against eager", "against compiled"]
+    head = [SHAPE, "without lengths, ms", "compiled, masked, ms", "eager, masked, ms", "with lengths, ms"]
+    head += ["against without", "against compiled", "against eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
     for case in result.of(PADDED):
-        others = ("without lengths", "eager", "compiled")
+        others = ("without lengths", *PEERS)
         row = [case.label, *(number(case.milliseconds(peer)) for peer in (*others, "fastreg"))]
         row += [f"{case.times_as_fast('fastreg', other):.1f}x" for other in others]
         rows.append(row + (gpu_cells(case) if result.on_gpu else []))
@@ -243,11 +277,10 @@ def padded_table(result: Result) -> str:
 
 
 def step_table(case: Case) -> str:
-    """A training step by every peer, and what the penalty adds to the step without it."""
-    rows = [["a training step", "ms", "against the eager formula"]]
-    for peer in case.seconds:
-        speed = "" if peer == "eager" else f"{case.times_as_fast(peer, 'eager'):.2f}x"
-        rows.append([peer, number(case.milliseconds(peer)), speed])
+    """A training step by every peer."""
+    rows = [["ms, a training step of an AWD-LSTM", "no penalty", "the formula", "fastreg"]]
+    for name, peers in STEP_PEERS.items():
+        rows.append([name, *(number(case.milliseconds(peer)) if peer in case.seconds else "" for peer in peers)])
     return table(rows)
 
 
@@ -255,13 +288,14 @@ def against(cases: list[Case], other: str, name: str) -> str:
     """How many times as fast as a peer fastreg is, and in how many cases it is slower."""
     ratios = [case.times_as_fast("fastreg", other) for case in cases]
     slower = sum(ratio < 1 for ratio in ratios)
-    return f"{min(ratios):.1f}x to {max(ratios):.1f}x as fast as {name}" + f" (slower in {slower})" * (slower > 0)
+    mean = f"geometric mean {statistics.geometric_mean(ratios):.1f}x" + f", slower in {slower}" * (slower > 0)
+    return f"{min(ratios):.1f}x to {max(ratios):.1f}x as fast as {name} ({mean})"
 
 
 def penalty_verdict(result: Result) -> str:
     """How fast the penalty is, in a sentence."""
     cases = result.of(BOTH)
-    peers = {"eager": "the eager formula", "compiled": "the same under `torch.compile`"}
+    peers = {"compiled": "the formula under `torch.compile`", "eager": "the eager formula"}
     speeds = ", ".join(against(cases, peer, name) for peer, name in peers.items())
     return f"The penalty, forward + backward, in {len(cases)} cases: {speeds}.\n"
 
@@ -271,32 +305,42 @@ def dropout_verdict(result: Result) -> str:
     cases = result.of(DROPOUT)
     costs = [case.cost("fastreg") for case in cases]
     return (
-        f"Dropout and the penalty in one pass, in {len(cases)} cases: "
-        f"{against(cases, 'eager', 'dropout and the eager formula')}, in {min(costs):.2f}x to {max(costs):.2f}x the "
-        "time of dropout alone.\n"
+        f"Dropout and the penalty in one pass, in {len(cases)} cases: {min(costs):.2f}x to {max(costs):.2f}x the time "
+        f"of dropout alone, {against(cases, 'eager', 'dropout and the eager formula')}.\n"
     )
 
 
 def step_verdict(case: Case) -> str:
-    """What is left of that in a training step, in a sentence."""
-    times = ", ".join(f"{peer} {number(case.milliseconds(peer))} ms" for peer in case.seconds)
-    return f"A whole training step of an AWD-LSTM: {times}.\n"
+    """How long a training step takes with each peer, in a sentence."""
+    peers = [peer for row in STEP_PEERS.values() for peer in row if peer in case.seconds]
+    times = ", ".join(f"{peer} {number(case.milliseconds(peer))} ms" for peer in peers)
+    return f"A training step of an AWD-LSTM: {times}.\n"
+
+
+def verdicts(result: Result) -> str:
+    """How fast all is, a sentence each."""
+    sentences = [penalty_verdict(result)] if result.of(BOTH) else []
+    sentences += [dropout_verdict(result)] if result.of(DROPOUT) else []
+    return "".join(f"- {sentence}" for sentence in sentences)
 
 
 def full_table(result: Result) -> str:
     """Every case and peer with all its figures."""
     figures = [key for key in FIGURES if any(key in info for case in result.cases for info in case.info.values())]
-    rows = [
-        ["case", "pass", "peer", "median, ms", "spread", "fastreg against it", *(FIGURES[key][0] for key in figures)]
-    ]
-    for case in result.cases:
-        for peer, info in case.info.items():
-            cells = [number(info[key] / FIGURES[key][1]) if key in info else "" for key in figures]
-            speed = f"{case.times_as_fast('fastreg', peer):.2f}x"
-            spread = f"{case.spread(peer):.0%}"
-            rows.append([case.label, case.kind, peer, number(case.milliseconds(peer)), spread, speed, *cells])
     note = f"Rendered from {result.name}.json by `python -m bench.report`. Spread: the middle half of the rounds."
-    return f"{where(result)}\n\n{caveats(result)}\n{note}\n\n{table(rows)}"
+    parts = [f"{where(result)}\n", *filter(None, [caveats(result)]), f"{note}\n"]
+    for part in result.parts():
+        head = ["case", "pass", "peer", "median, ms", "spread", "fastreg against it"]
+        rows = [head + [FIGURES[key][0] for key in figures]]
+        for case in part.cases:
+            for peer, info in case.info.items():
+                cells = [number(info[key] / FIGURES[key][1]) if key in info else "" for key in figures]
+                speed = f"{case.times_as_fast('fastreg', peer):.2f}x"
+                spread = f"{case.spread(peer):.0%}"
+                rows.append([case.label, case.kind, peer, number(case.milliseconds(peer)), spread, speed, *cells])
+        parts += [] if result.on_gpu else [f"With {HOW[part.allocator]}:\n"]
+        parts += [table(rows)]
+    return "\n".join(parts)
 
 
 def in_order(results: list[Result]) -> list[Result]:
@@ -315,28 +359,34 @@ def not_measured(results: list[Result]) -> list[str]:
 
 
 def headline(results: list[Result]) -> str:
-    """The README's part: a table and a plot of one device, and what is faster than what, of all."""
+    """Render the README's part: tables and a plot of one device, and speeds in sentences for all."""
     ordered, parts = in_order(results), []
     for result in ordered:
+        first, *others = result.parts()
         device = result.machine["device"]
-        parts += [f"{device}:\n" if result.on_gpu else f"{device}, {result.machine['threads']} threads:\n"]
-        parts += [headline_table(result)] if result is ordered[0] else []
-        verdicts = [penalty_verdict(result)] if result.of(BOTH) else []
-        verdicts += [dropout_verdict(result)] if result.of(DROPOUT) else []
-        verdicts += [step_verdict(case) for case in result.of(STEP)]
-        parts += ["".join(f"- {verdict}" for verdict in verdicts)]
+        whose = device if result.on_gpu else f"{device}, {result.machine['threads']} threads, {HOW[first.allocator]}"
+        parts += [f"{whose}:\n"]
+        if result is ordered[0]:
+            parts += [step_table(case) for case in first.of(STEP)]
+            parts += [headline_table(first)]
+        else:
+            parts += ["".join(f"- {step_verdict(case)}" for case in first.of(STEP))] * bool(first.of(STEP))
+        parts += [verdicts(first)]
+        for other in others:
+            steps = "".join(f"- {step_verdict(case)}" for case in other.of(STEP))
+            parts += [f"The same with {HOW[other.allocator]}:\n", steps + verdicts(other)]
         parts += pictures(result, "")[:1] if result is ordered[0] else []
     return "\n".join([*parts, *not_measured(results)])
 
 
 def headline_table(result: Result) -> str:
     """Of those cases of `HEADLINE` that there are, what a user saves."""
-    rows = [["ms, forward + backward", "eager", "compiled", "fastreg", "against eager", "against compiled"]]
+    rows = [[f"ms, forward + backward; {SHAPE}", *PEERS, "fastreg", *(f"against {peer}" for peer in PEERS)]]
     for kind, label, what in HEADLINE:
         for case in result.of(kind):
             if case.label == label:
-                times = [number(case.milliseconds(peer)) for peer in ("eager", "compiled", "fastreg")]
-                speeds = [f"{case.times_as_fast('fastreg', peer):.1f}x" for peer in ("eager", "compiled")]
+                times = [number(case.milliseconds(peer)) for peer in (*PEERS, "fastreg")]
+                speeds = [f"{case.times_as_fast('fastreg', peer):.1f}x" for peer in PEERS]
                 rows.append([f"{what}, {label}", *times, *speeds])
     return table(rows)
 
@@ -347,19 +397,27 @@ def pictures(result: Result, root: str) -> list[str]:
 
 
 def figures(results: list[Result]) -> str:
-    """The part of docs/performance.md: every table."""
+    """The part of docs/performance.md: every table, the whole step first."""
     parts = []
     for result in in_order(results):
-        parts += [f"{where(result)}.\n", caveats(result)]
-        parts += [penalty_table(result), penalty_verdict(result)] if result.of(BOTH) else []
-        parts += [CHANGING_TITLE, penalty_table(result, CHANGING)] if result.of(CHANGING) else []
-        if result.of(DROPOUT):
-            parts += [DROPOUT_TITLE, dropout_table(result), dropout_verdict(result)]
-        parts += [PADDED_TITLE, padded_table(result)] if result.of(PADDED) else []
-        parts += [part for case in result.of(STEP) for part in (STEP_TITLE % case.name, step_table(case))]
+        parts += [f"{where(result)}.\n", *filter(None, [caveats(result)])]
+        for part in result.parts():
+            parts += [] if result.on_gpu else [f"With {HOW[part.allocator]}.\n"]
+            parts += tables(part)
         parts += pictures(result, "../")
         parts += [f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
     return "\n".join([*parts, *not_measured(results)])
+
+
+def tables(result: Result) -> list[str]:
+    """Render every table for the cases of one allocator, with its title."""
+    parts = [text for case in result.of(STEP) for text in (STEP_TITLE % case.label, step_table(case))]
+    parts += [PENALTY_TITLE, penalty_table(result), penalty_verdict(result)] if result.of(BOTH) else []
+    parts += [CHANGING_TITLE, penalty_table(result, CHANGING)] if result.of(CHANGING) else []
+    if result.of(DROPOUT):
+        parts += [DROPOUT_TITLE, dropout_table(result), dropout_verdict(result)]
+    parts += [PADDED_TITLE, padded_table(result)] if result.of(PADDED) else []
+    return parts
 
 
 PAGES = {README: headline, PERFORMANCE: figures}  # what stands between the markers of each
@@ -373,7 +431,8 @@ def with_part(page: str, part: str, begin: str = BEGIN) -> str:
 
 
 def plots(result: Result) -> list[tuple[str, str, Callable[[Result], Figure]]]:
-    """Kind and description of every plot of a result, and what draws it."""
+    """Return kind, description and drawing function of every plot, for the first part of a result."""
+    result, *_ = result.parts()
     drawn = []
     if result.of(BOTH):
         drawn.append(("speedup", "How many times as fast as its peers fastreg is, by shape", speedup_plot))
@@ -386,31 +445,51 @@ def plots(result: Result) -> list[tuple[str, str, Callable[[Result], Figure]]]:
 
 def speedup_plot(result: Result) -> Figure:
     cases = result.of(BOTH)
-    peers = ("eager", "compiled")
-    bars = {f"against {peer}": [case.times_as_fast("fastreg", peer) for case in cases] for peer in peers}
-    return bar_plot(result, cases, bars, "times as fast, forward + backward", "%.1f")
+    bars = {f"against {peer}": [case.times_as_fast("fastreg", peer) for case in cases] for peer in PEERS}
+    title = "AR and TAR: how many times as fast as the formula fastreg is"
+    return bar_plot(result, cases, bars, (title, "times as fast, forward + backward", "%.1f"))
 
 
 def dropout_plot(result: Result) -> Figure:
     cases = result.of(DROPOUT)
     peers = {"dropout + eager": "eager", "dropout + fused_ar_tar": "fused_ar_tar", "fused": "fastreg"}
     bars = {label: [case.cost(peer) for case in cases] for label, peer in peers.items()}
-    return bar_plot(result, cases, bars, "times the time of dropout alone, forward + backward", "%.2f")
+    title = "Dropout with AR and TAR: how many times the time of dropout alone"
+    return bar_plot(result, cases, bars, (title, "times the time of dropout alone, forward + backward", "%.2f"))
 
 
-def bar_plot(result: Result, cases: list[Case], bars: dict[str, list[float]], axis: str, form: str) -> Figure:
-    """A group of bars for each case, from top to bottom."""
-    figure = Figure(figsize=(8, 1 + 0.15 * len(bars) * len(cases)), layout="constrained")
+def bar_plot(result: Result, cases: list[Case], bars: dict[str, list[float]], texts: tuple[str, str, str]) -> Figure:
+    """A group of bars for each case, from top to bottom, that start at 1 on a log axis.
+
+    Args:
+        result: cases of one allocator.
+        cases: of one kind.
+        bars: of each legend entry the ends of its bars, one a case.
+        texts: the title, the axis, and the format of a bar's label.
+    """
+    title, axis, form = texts
+    figure = Figure(figsize=(8, 1.6 + 0.15 * len(bars) * len(cases)), layout="constrained")
     axes = figure.subplots()
+    axes.set_xscale("log")
     height = 0.8 / len(bars)
-    for i, (label, lengths) in enumerate(bars.items()):
+    for i, (label, ends) in enumerate(bars.items()):
         places = [case - 0.4 + height * (i + 0.5) for case in range(len(cases))]
-        axes.bar_label(axes.barh(places, lengths, height, label=label), fmt=form, padding=2, fontsize=7)
+        drawn = axes.barh(places, [end - 1 for end in ends], height, left=1, label=label)
+        axes.bar_label(drawn, [form % end for end in ends], padding=2, fontsize=7)
+    least, most = min(1, *map(min, bars.values())), max(1, *map(max, bars.values()))
+    room = (most / least) ** 0.1 * 1.05  # for the labels
+    axes.set_xlim(least / room, most * room)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(cases)), [case.label for case in cases])
+    axes.set_ylabel(SHAPE)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel(f"{axis}\n{result.machine['device']}")
-    axes.legend(loc="lower right")
+    machine = result.machine["device"] if result.on_gpu else f"{result.machine['device']}, {result.allocator}"
+    axes.set_xlabel(f"{axis} (log scale)\n{machine}")
+    figure.suptitle(title, fontsize="medium")
+    figure.legend(loc="outside lower right", ncols=len(bars), fontsize=8)
     return figure
 
 
@@ -429,6 +508,7 @@ def roofline_plot(result: Result) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"inputs, MB\n{result.machine['device']}")
     axes.set_ylabel("bytes moved over time, TB/s")
+    figure.suptitle("Bandwidth reached, by the size of the inputs", fontsize="medium")
     axes.legend(fontsize=8)
     return figure
 
@@ -444,7 +524,7 @@ def main() -> None:
     for result in results:
         (RESULTS / f"{result.name}.md").write_text(full_table(result))
         for kind, _, plot in plots(result):
-            save(plot(result), RESULTS / f"{result.name}-{kind}.svg", result.digest)
+            save(plot(result.parts()[0]), RESULTS / f"{result.name}-{kind}.svg", result.digest)
     for page, part in PAGES.items():
         page.write_text(with_part(page.read_text(), part(results)))
     print(figures(results))

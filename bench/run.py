@@ -1,7 +1,10 @@
-"""Test and measure on this machine: `python -m bench.run test` and then `python -m bench.run bench`.
+"""Test and measure on this machine: `python -m bench.run test` and `python -m bench.run bench`.
 
 The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report puts together. What fails
 or is not reached is recorded beside what is known. Interrupted, or sent SIGTERM, either writes what there is.
+
+On a CPU `bench` measures twice, each time in a process of its own: with memory kept by the allocator, and with the
+system's default. `measure` measures once, in this process.
 """
 
 from __future__ import annotations
@@ -30,11 +33,10 @@ from bench import machine
 ROOT = machine.ROOT
 RESULTS = ROOT / "bench" / "results"
 # Those first that say most of the kernels; tests/test_bench.py knows which files there are.
-GPU_TESTS = (
+TESTS = (
     *("kernels", "prediction", "coefficients", "bench", "penalty", "padding", "valid", "dropout"),
     *("sizes", "concurrency", "attachment", "distributed"),
 )
-CPU_TESTS = "cpu", "cpu_kernels", "penalty", "prediction", "coefficients", "padding", "valid", "dropout"
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
 FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; what hangs must not take the time of the others
@@ -117,15 +119,14 @@ def test(folder: Path, commit: str, seconds: float) -> int:
     """Run the tests of what is measured, file by file, and write their outcomes."""
     on_gpu = torch.cuda.is_available()
     end = time.monotonic() + seconds
-    names = GPU_TESTS if on_gpu else CPU_TESTS
-    files: dict[str, Any] = {name: unfinished(name, "not reached") for name in names}
+    files: dict[str, Any] = {name: unfinished(name, "not reached") for name in TESTS}
     program = sanitizer()
     sanitizers = dict.fromkeys(SANITIZERS, "not reached" if program else "not there") if on_gpu else {}
     result = machine.facts() | {"commit": commit, "files": files, "sanitizers": sanitizers}
     reserved = SANITIZER_SECONDS * len(sanitizers) if program else 0
     most = FILE_SECONDS if on_gpu else math.inf
     try:
-        for name in names:
+        for name in TESTS:
             if time.monotonic() < end - reserved:
                 print(f"== tests/test_{name}.py", flush=True)
                 files[name] = unfinished(name, "interrupted")
@@ -144,8 +145,8 @@ def test(folder: Path, commit: str, seconds: float) -> int:
     return 1 if failed else 0
 
 
-def bench(folder: Path, commit: str, seconds: float) -> int:
-    """Run the benchmarks, and write what pytest-benchmark gives."""
+def measure(folder: Path, commit: str, seconds: float) -> int:
+    """Run the benchmarks in this process, and write their result."""
     with tempfile.TemporaryDirectory() as temporary:
         new = Path(temporary, "result.json")
         options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={new}"]
@@ -159,6 +160,44 @@ def bench(folder: Path, commit: str, seconds: float) -> int:
     return int(status)
 
 
+def bench(folder: Path, commit: str, seconds: float) -> int:
+    """Measure: on a CPU once for each allocator, in a process that starts with it, and put the results together."""
+    if torch.cuda.is_available():
+        return measure(folder, commit, seconds)
+    end, statuses, parts = time.monotonic() + seconds, [], []
+    with tempfile.TemporaryDirectory() as temporary, suppress(KeyboardInterrupt):
+        for left, (allocator, environment) in zip((2, 1), machine.ALLOCATORS.items(), strict=True):
+            print(f"== {allocator}", flush=True)
+            part = Path(temporary, allocator)
+            limits = [f"--seconds={(end - time.monotonic()) / left}", f"--commit={commit}"]
+            try:
+                statuses.append(in_child(["measure", str(part), *limits], environment))
+            finally:
+                parts += [json.loads(file.read_text()) for file in part.glob("*.json")]
+    if not parts:
+        return 1
+    write(folder / machine.file_name(parts[0]["machine_info"]["device"]), json.dumps(together(parts), indent=1) + "\n")
+    return max(statuses, default=0) if len(statuses) == len(machine.ALLOCATORS) else 1
+
+
+def in_child(arguments: list[str], environment: dict[str, str]) -> int:
+    """Run this module in a process of its own, and pass an interrupt on to it, once."""
+    command = [sys.executable, "-m", "bench.run", *arguments]
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()  # until it has written its result
+        raise
+
+
+def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put results of several processes into one."""
+    missing = {name: peers for part in parts for name, peers in part["missing"].items()}
+    return parts[0] | {"benchmarks": [one for part in parts for one in part["benchmarks"]], "missing": missing}
+
+
 def write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -167,13 +206,14 @@ def write(file: Path, text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
-    parser.add_argument("what", choices=["test", "bench"])
+    commands = {"test": test, "bench": bench, "measure": measure}
+    parser.add_argument("what", choices=commands)
     parser.add_argument("folder", nargs="?", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="of the checkout, where there is no git to tell")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after them")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return (test if options.what == "test" else bench)(options.folder, options.commit, options.seconds)
+    return commands[options.what](options.folder, options.commit, options.seconds)
 
 
 if __name__ == "__main__":

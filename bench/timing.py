@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+import resource
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bench.cases import Call
 
-WARM_UP = 4  # turns: the first compile, those after it may compile again
+WARM_UP = {"cuda": 4, "cpu": 2}  # turns, after a first call that compiles: the next may compile again
 LEAST, MOST = 7, 50  # rounds
 REPLAYS = 20
 CLOCK = 2e9  # cycles a second, at least about what a GPU makes; with fewer, it sleeps longer than it has to
@@ -46,7 +47,7 @@ def take_turns(calls: Mapping[str, Call], device: str, seconds: float) -> dict[s
         synchronize(device)
         return (time.perf_counter() - start) / repeats
 
-    warm = [sum(turn(call) for call in calls.values()) * repeats for _ in range(WARM_UP)][-1]
+    warm = [sum(turn(call) for call in calls.values()) * repeats for _ in range(WARM_UP[device])][-1]
     rounds = min(max(int(seconds / warm), LEAST), MOST)
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
@@ -94,6 +95,14 @@ def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
     for x in (*inputs, *results):
         kept.pop(x.untyped_storage().data_ptr(), None)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+def page_faults(call: Call) -> int:
+    """Count the pages of memory that one call gets from the system."""
+    call(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call(0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:

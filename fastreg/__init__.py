@@ -1,10 +1,18 @@
 """Fused activation regularization (AR) and temporal activation regularization (TAR) for RNNs."""
 
+__version__ = "0.2.0"
+__distribution__ = "fastreg-rnn"  # see fastreg/installation.py
+
+import sys
+import warnings
+
+if sys.argv[:1] == ["-m"]:  # `python -m fastreg` reports on the installation: a remark of PyTorch's would stand first
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+
 from fastreg.dropout import fused_dropout_ar_tar
 from fastreg.penalty import fused_ar_tar
 from fastreg.problem import ARTAR
 from fastreg.regularizer import RNNRegularizer
 from fastreg.rnn_dropout import FusedRNNDropout
 
-__version__ = "0.2.0"
 __all__ = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]

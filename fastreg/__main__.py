@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import fastreg
-from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.backends import backend_for, why_formula
+from fastreg.backends import CPP, backend_for, why_formula
+from fastreg.dropout import fused_dropout_ar_tar
+from fastreg.installation import FOLDER, remarks
+from fastreg.kernels import cpu
+from fastreg.penalty import fused_ar_tar
 from fastreg.kernels.view import Values
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
@@ -19,8 +24,13 @@ from fastreg.reference import ar_tar
 
 def main() -> int:
     """Print versions, and for each device the code that it runs and the outcome of the self-test."""
+    argparse.ArgumentParser(prog="python -m fastreg", description=__doc__).parse_args()
     python = platform.python_version()
-    print(f"fastreg {fastreg.__version__}, Python {python}, torch {torch.__version__}, triton {triton()}")
+    print(f"fastreg {fastreg.__version__}, Python {python}, torch {torch.__version__}, {triton()}")
+    print(f"imported from {FOLDER}", *remarks(), sep="; ")
+    if CPP is not None:
+        print(f"library for CPUs: {cpu.description()}")
+    warnings.simplefilter("ignore")  # the report says more
     failed = False
     for device in devices():
         backend = backend_for(device)
@@ -36,13 +46,13 @@ def main() -> int:
 
 
 def triton() -> str:
-    """Return the version of Triton, which goes by several names."""
-    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
+    """Return the name and version of Triton, which PyTorch's builds bring under several names."""
+    for name in (f"{prefix}triton{suffix}" for prefix in ("", "pytorch-") for suffix in ("", "-rocm", "-xpu")):
         try:
-            return version(name)
+            return f"{name} {version(name)}"
         except PackageNotFoundError:
             continue
-    return "not installed"
+    return "triton not installed"
 
 
 def devices() -> Iterator[torch.device]:

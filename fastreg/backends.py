@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -56,8 +58,16 @@ _cpu: Backend | None = TRITON if _interpreted else CPP
 def backend_for(device: torch.device) -> Backend | None:
     """Return the code that runs on a device, or `None` where that is the plain formula."""
     if device.type == "cpu":
+        if _cpu is CPP is None:
+            _warn_of_the_formula()
         return _cpu
     return TRITON if device.type in ("cuda", "xpu") else None
+
+
+@cache
+def _warn_of_the_formula() -> None:
+    """Warn once a process that calls on CPUs are slower than need be."""
+    warnings.warn(f"fastreg runs the plain formula on CPUs: {cpu.reason()}", stacklevel=2)
 
 
 def why_formula(device: torch.device) -> str:
@@ -65,7 +75,7 @@ def why_formula(device: torch.device) -> str:
     if device.type == "cpu":
         return str(cpu.reason())
     if device.type in ("cuda", "xpu"):
-        return "Triton is not installed: install it"
+        return "Triton is not installed: install fastreg-rnn[gpu]"
     return f"there are no kernels for {device.type}"
 
 

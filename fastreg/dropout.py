@@ -23,7 +23,7 @@ from fastreg.kernels.view import Layout, Result, Values, allocate, layout_of
 from fastreg.penalty import penalty_of
 from fastreg.plans import Plans, key_of
 from fastreg.prepare import Reader, keepable, plain, problem_of, values_of
-from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, time_dim
+from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, kept, time_dim
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, observed
 from fastreg.view import is_readable, like, readable, readable_values, sums_of, view_of
@@ -136,37 +136,33 @@ def fused_dropout_ar_tar(
 
 def drop_and_penalize(
     call: Call, p: Any, mask: Any = None, training: Any = True
-) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
+) -> tuple[Tensor | None, Tensor, Sequence[Tensor] | None]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
-        call: of raw, of any subclass; dropped is `None`.
+        call: of raw; dropped is `None`.
         p: as `fused_dropout_ar_tar` takes it.
         mask: as above.
         training: as above.
 
     Returns:
-        dropped; the penalty, (); and if terms are wanted AR and TAR, () and detached.
+        dropped, or `None` where nothing is dropped; the penalty, (); and if terms are wanted AR and TAR, () and
+        detached.
 
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
     """
-    given = call.raw
-    call = call._replace(raw=plain(given))
-    mask = plain(mask)
     key = key_of(call, p, mask, training)
     plan = None if key is None else PLANS.get(key)
     if plan is None:
-        problem = _checked(call, p, mask, training)
+        problem, drops = _checked(call, p, mask, training), training and (mask is not None or p != 0)
         if key is None:
-            if not training or (mask is None and p == 0):
-                return given, *penalty_of(call._replace(dropped=call.raw, ar_of_raw=False))
-            return _by_formula(call, problem, _mask_for(call.raw, p, mask, problem))
-        plan = _Plan(call, problem, mask) if training and (mask is not None or p != 0) else KEEP
+            if drops:
+                return _by_formula(call, problem, _mask_for(call.raw, p, mask, problem))
+            return None, *penalty_of(kept(call))
+        plan = _Plan(call, problem, mask) if drops else KEEP
         PLANS.keep(key, plan)
-    if plan is KEEP:
-        return given, *penalty_of(call._replace(dropped=call.raw, ar_of_raw=False))
-    return plan(call, p, mask)
+    return (None, *penalty_of(kept(call))) if plan is KEEP else plan(call, p, mask)
 
 
 def _checked(call: Call, p: Any, mask: Any, training: Any) -> Problem:
@@ -246,7 +242,7 @@ class _Plan:
 
     def gradient(self, upstream: Sequence[Tensor | None], layer: Layer, mask: Tensor) -> Tensor:
         """Launch the backward, for the gradients of dropped and of the penalty that there are."""
-        raw, (grad_dropped, grad) = layer.given, upstream
+        raw, (grad_dropped, grad) = layer.given(), upstream
         layouts = layout_of(raw), layout_of(mask), None if grad_dropped is None else layout_of(grad_dropped)
         key = *layouts, grad is None
         backward = self.backward.get(key)
@@ -311,7 +307,7 @@ def _gradient_formula(
         problem: what the forward computed.
     """
     grad_dropped, grad = upstream
-    raw, dtype = layer.given, compute_dtype(layer.raw)
+    raw, dtype = layer.given(), compute_dtype(layer.raw)
     through_mask = None if grad_dropped is None else grad_dropped.to(dtype)
     direct = None
     if grad is not None:

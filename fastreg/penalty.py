@@ -154,7 +154,7 @@ def _by_formula(call: Call, problem: Problem) -> tuple[Tensor, Sequence[Tensor] 
     parts = parts_of(call, problem, NOTHING)
     if not parts:
         return _zero(call)
-    values = values_of(call, problem, parts[0][0].given)
+    values = values_of(call, problem, parts[0][0].given())
     results = [ar_tar(Layer(layer.raw, layer.dropped, values), of) for layer, of in parts]
     penalty, ar, tar = reduce(lambda a, b: ARTAR(a.penalty + b.penalty, a.ar + b.ar, a.tar + b.tar), results)
     return penalty, (ar.detach(), tar.detach()) if problem.measured else None
@@ -187,7 +187,7 @@ class _LayerPlan:
         # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
         self.filled = (None, None) if keeps_memory_low() else self._gradients(self.layouts)
         view = view_of((*self.layouts, *self.filled), layer, problem)
-        self.forward = backend.penalty_forward(view, sums, layer.given.device)
+        self.forward = backend.penalty_forward(view, sums, layer.given().device)
         self.backward: Any = None  # made by the first backward
 
     def compute(
@@ -223,7 +223,7 @@ class _LayerPlan:
         """Return the layouts of the gradients, and a `penalty_backward` of the backend with the forward's view."""
         gradients = self._gradients(layouts)
         view = view_of((*layouts, *gradients), layer, self.problem)
-        return gradients, self.backend.penalty_backward(view, self.sums, layer.given.device)
+        return gradients, self.backend.penalty_backward(view, self.sums, layer.given().device)
 
     def _gradients(self, layouts: Sequence[Layout | None]) -> tuple[Layout | None, ...]:
         """Return the layouts of the gradients of raw and dropped, `None` for one that is not needed."""
@@ -253,9 +253,9 @@ class _Plan:
         self.problem = problem
         self.layers: tuple[_LayerPlan, ...] = ()
         parts = parts_of(call, problem, NOTHING)
-        if not parts or any(0 in layer.given.shape for layer, _ in parts):
+        if not parts or any(0 in layer.given().shape for layer, _ in parts):
             return
-        given = parts[0][0].given
+        given = parts[0][0].given()
         backend, values = backend_for(given.device), values_of(call, problem, given)
         if backend is None:
             return

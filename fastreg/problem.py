@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+import fastreg.installation  # noqa: F401 - refuses a package that is mixed up with another
 from fastreg.kernels.view import NOTHING, Values
 
 Coefficient: TypeAlias = float | Tensor  # of a term: a number, or a 0-dim tensor without a gradient
@@ -22,6 +23,9 @@ class ARTAR(NamedTuple):
     penalty: Tensor
     ar: Tensor
     tar: Tensor
+
+
+# torch 2.8 traces neither a slice, nor a property, nor `_replace` of a named tuple.
 
 
 class Call(NamedTuple):
@@ -42,6 +46,12 @@ class Call(NamedTuple):
     ar_of_raw: bool = False
 
 
+def kept(call: Call) -> Call:
+    """Return the call for a dropout that drops nothing: dropped is raw."""
+    raw, _, alpha, beta, lengths, valid, batch_first, reduction, measured, _ = call
+    return Call(raw, raw, alpha, beta, lengths, valid, batch_first, reduction, measured)
+
+
 class Problem(NamedTuple):
     """The terms of a penalty, for any activations.
 
@@ -59,12 +69,10 @@ class Problem(NamedTuple):
     measured: bool = False
     ar_of_raw: bool = False
 
-    @property
     def with_ar(self) -> bool:
         """Return whether AR is formed."""
         return self.measured or is_on(self.alpha)
 
-    @property
     def with_tar(self) -> bool:
         """Return whether TAR is formed."""
         return self.measured or is_on(self.beta)
@@ -104,7 +112,6 @@ class Layer(NamedTuple):
     dropped: Tensor | None
     values: Values = NOTHING
 
-    @property
     def given(self) -> Tensor:
         """Return raw, or dropped where raw is `None`."""
         return self.raw if self.raw is not None else self.dropped  # pyright: ignore[reportReturnType]
@@ -128,14 +135,15 @@ def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
     """
     if problem.reduction == "sum":
         return 1, 1
-    shape, values = layer.given.shape, layer.values
-    elements, hidden = layer.given.numel(), shape[-1]
+    shape, values = layer.given().shape, layer.values
+    elements, hidden = layer.given().numel(), shape[-1]
     if values.batch_sizes is not None:
         return _at_least_1(elements), _at_least_1(elements - values.batch_sizes[0] * hidden)
     if values.valid is not None:
-        pairs = values.valid[:, 1:] & values.valid[:, :-1]
+        later = torch.arange(values.valid.shape[1], device=values.valid.device) > 0
+        pairs = values.valid & values.valid.roll(1, 1) & later  # a compiler makes a case of its own of a size of 1
         return _at_least_1(values.valid.sum() * hidden), _at_least_1(pairs.sum() * hidden)
-    time = shape[time_dim(layer.given, problem.batch_first)]
+    time = shape[time_dim(layer.given(), problem.batch_first)]
     if values.lengths is not None:
         lengths = values.lengths.long().clamp(0, time)
         return _at_least_1(lengths.sum() * hidden), _at_least_1((lengths - 1).clamp(min=0).sum() * hidden)

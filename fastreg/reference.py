@@ -26,16 +26,16 @@ def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
     raw, dropped = layer.raw, layer.dropped
     dtype = compute_dtype(raw, dropped)
     elements, pairs = divisors(layer, problem)
-    ar = tar = penalty = torch.zeros((), dtype=dtype, device=layer.given.device)
+    ar = tar = penalty = torch.zeros((), dtype=dtype, device=layer.given().device)
     wide = None if raw is None else raw.to(dtype)  # once, so that its gradients add up in that dtype
     of_raw = problem.ar_of_raw or dropped is raw
     squared = wide if of_raw else None if dropped is None else dropped.to(dtype)
-    if squared is not None and problem.with_ar:
+    if squared is not None and problem.with_ar():
         total = counted(squared, layer, problem).square().sum()
         if is_on(problem.alpha):
             penalty = penalty + _weighted(total, _coefficient(problem.alpha, layer.values.alpha, total), elements)
         ar = total / elements
-    if wide is not None and problem.with_tar:
+    if wide is not None and problem.with_tar():
         total = changes(wide, layer, problem).square().sum()
         if is_on(problem.beta):
             penalty = penalty + _weighted(total, _coefficient(problem.beta, layer.values.beta, total), pairs)
@@ -57,12 +57,12 @@ def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tens
     raw, dropped = (None if x is None else x.to(grad.dtype) for x in (layer.raw, layer.dropped))
     elements, pairs = divisors(layer, problem)
     grad_raw = grad_dropped = None
-    if raw is not None and problem.with_tar:
+    if raw is not None and problem.with_tar():
         difference = change_difference(raw, layer, problem)
         factor = _over(2 * _coefficient(problem.beta, layer.values.beta, grad), pairs, grad)
         grad_raw = counted(grad * factor * difference, layer, problem)
     squared = raw if problem.ar_of_raw else dropped
-    if squared is not None and problem.with_ar:
+    if squared is not None and problem.with_ar():
         kept = counted(squared, layer, problem)
         factor = _over(2 * _coefficient(problem.alpha, layer.values.alpha, grad), elements, grad)
         gradient = counted(grad * factor * kept, layer, problem)

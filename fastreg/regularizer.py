@@ -382,8 +382,8 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
         others: `decoded`, `lengths` and `valid`.
 
     Raises:
-        ValueError: something has; or `batch_first` is `None`, and raw and decoded have different layouts, of which
-            either may be time first.
+        ValueError: something has; or `batch_first` is `None`, raw and decoded have different layouts, and either may
+            be time first.
     """
     first = raw[0] if is_list(raw) else raw
     if not isinstance(first, Tensor) or first.dim() != 3:

@@ -191,10 +191,11 @@ class FusedRNNDropout(nn.Module):
         valid = steps if valid is None else valid
         ar_of_raw = self.ar_of == "raw"
         call = Call(
-            *(raw, None, plain(alpha), plain(beta), None, plain(valid)),
+            *(plain(raw), None, plain(alpha), plain(beta), None, plain(valid)),
             *(self.batch_first, "mean", True, ar_of_raw),
         )
         dropped, penalty, terms = drop_and_penalize(call, self.p if p is None else p)
+        dropped = raw if dropped is None else dropped
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
@@ -242,7 +243,7 @@ class FusedRNNDropout(nn.Module):
     def _warn_once(self, message: str) -> None:
         """Warn of something for the first time, in code that is not compiled."""
         if message not in self._warned and not torch.compiler.is_compiling():
-            self._warned += (message,)
+            self._warned = (*self._warned, message)  # of any kind: 0.2.0 pickled a frozenset
             warnings.warn(f"FusedRNNDropout: {message}", stacklevel=3)
 
     def extra_repr(self) -> str:

@@ -37,9 +37,9 @@ def view_of(layouts: Sequence[Layout | None], layer: Layer, problem: Problem) ->
 
     One whose hidden axis is not contiguous is seen as its contiguous copy.
     """
-    shape, values = layer.given.shape, layer.values
+    shape, values = layer.given().shape, layer.values
     hidden = shape[-1]
-    time_axis = time_dim(layer.given, problem.batch_first)
+    time_axis = time_dim(layer.given(), problem.batch_first)
     if values.batch_sizes is not None:
         batch, time = int(values.batch_sizes[0]), len(values.batch_sizes)
         outer_axis = time_axis  # rows of one time step and time steps follow each other
@@ -61,7 +61,7 @@ def view_of(layouts: Sequence[Layout | None], layer: Layer, problem: Problem) ->
 
 def sums_of(layer: Layer, problem: Problem, dtype: torch.dtype, **switches: Any) -> Sums:
     """Describe to a backend what it computes in `dtype`; no extent of the layer is 0."""
-    terms = problem.with_ar, problem.with_tar, problem.ar_of_raw
+    terms = problem.with_ar(), problem.with_tar(), problem.ar_of_raw
     sums = Sums(dtype, problem.alpha, problem.beta, *terms, _known_divisors(layer, problem), problem.measured)
     return sums._replace(**switches)
 
@@ -70,14 +70,14 @@ def _known_divisors(layer: Layer, problem: Problem) -> tuple[int, int] | None:
     """Count elements and pairs, unless a kernel counts them from lengths or valid steps."""
     if problem.reduction == "sum":
         return 1, 1
-    values, shape = layer.values, layer.given.shape
+    values, shape = layer.values, layer.given().shape
     if values.lengths is not None or values.valid is not None:
         return None
     elements = math.prod(shape)
     if values.batch_sizes is not None:
         first_steps = int(values.batch_sizes[0]) * shape[-1]
     else:
-        first_steps = elements // shape[time_dim(layer.given, problem.batch_first)]
+        first_steps = elements // shape[time_dim(layer.given(), problem.batch_first)]
     return elements, max(elements - first_steps, 1)
 
 

@@ -125,6 +125,12 @@ int guarded(const Plan &plan, const Memory &memory, Work work) {
 EXPORT const int64_t structure_sizes[] = {sizeof(Penalty), sizeof(PenaltyMemory), sizeof(Dropout),
                                           sizeof(DropoutMemory)};
 
+/// The hash of the source that the library was built from.
+#ifndef SOURCES
+#define SOURCES 0
+#endif
+EXPORT const std::uint64_t sources = SOURCES;
+
 /// Write the penalty and its terms, and the gradients for the upstream gradient that is expected, if one is given.
 EXPORT int penalty_forward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
     return guarded(*plan, *memory, [=](const Counted &counted) {

@@ -1,17 +1,18 @@
 """The kernels of cpu.cpp, called with the addresses of CPU tensors.
 
-A plan holds the metadata of an operation as C knows it, and is built once; a call hands over addresses alone, and does
-not hold Python's lock. The library is built when the package is installed (see setup.py), for each level of processors
-on its own; the best that was built and that runs here is loaded. It shares PyTorch's OpenMP runtime, as that is in the
-process first, and takes as many threads as PyTorch does.
+A plan holds the metadata of an operation as C knows it, and is built once; a call hands over addresses alone, and
+releases the GIL. A library is built for each level of processors when the package is installed (see setup.py); the best
+one that runs here is loaded. It shares PyTorch's OpenMP runtime, which is loaded before it, and takes as many
+threads as PyTorch does.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -23,7 +24,8 @@ from fastreg.kernels.view import NOTHING, Prediction, Result, Sums, Values, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _DONE, _OUT_OF_MEMORY = 0, 2  # as C returns them; 1 if there was nothing to do
-_LEVELS = dict.fromkeys(("AVX2", "AVX512"), ("_cpu_v3", "_cpu"))  # by what PyTorch says runs here
+_LIBRARIES = {"_cpu_v3": "processors with AVX2", "_cpu": "all processors"}  # the best first
+_INSTALL = "install fastreg-rnn again"
 
 
 class PenaltyForward:
@@ -110,29 +112,58 @@ def reason() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """Load the library for this processor.
+    """Load the best library that runs here.
 
     Raises:
         OSError: there is none.
     """
-    level = torch.backends.cpu.get_cpu_capability()
-    for name in _LEVELS.get(level, ("_cpu",)):
-        for path in Path(__file__).parent.glob(f"{name}.*"):
-            return _typed(ctypes.CDLL(str(path)), path.name)
-    raise OSError("the kernels for CPUs were not built: install the package where there is a C++ compiler")
+    reasons = []
+    for name in _LIBRARIES:
+        for path in Path(__file__).parent.glob(f"{name}.*") if _runs_here(name) else ():
+            try:
+                return _checked(ctypes.CDLL(str(path)), path)
+            except OSError as error:
+                reasons.append(str(error))
+    raise OSError("; ".join(reasons) or f"the kernels were not built: {_INSTALL} where there is a C++ compiler")
 
 
-def _typed(library: ctypes.CDLL, name: str) -> ctypes.CDLL:
-    """Check that the library has these structures, and tell ctypes what its functions take and return."""
+def description() -> str:
+    """Describe the library that is loaded, and say why it is not a better one."""
+    path, (best, *_) = Path(library()._name), _LIBRARIES
+    name = path.name.partition(".")[0]
+    if name == best:
+        why = ""
+    elif _runs_here(best):
+        why = f"; no library for {_LIBRARIES[best]} was built"
+    else:
+        why = f"; by PyTorch's capability {torch.backends.cpu.get_cpu_capability()} this is none with AVX2"
+    return f"{path}, for {_LIBRARIES[name]}{why}"
+
+
+def sources(folder: Path) -> int:
+    """Hash the source of the libraries in a folder; an installed package has none, and the hash is that of nothing."""
+    files = sorted((*folder.glob("cpu.cpp"), *folder.glob("cpu_*.h")))
+    return int(sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16], 16)
+
+
+def _runs_here(name: str) -> bool:
+    """Return whether this processor is of the level of a library."""
+    return name == "_cpu" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
+    """Check that the library was built from this source, and declare its functions to ctypes."""
     plans = ctypes.sizeof(_Penalty), ctypes.sizeof(_Dropout)
     memories = [len(names) * ctypes.sizeof(c_void_p) for names in (_PENALTY_MEMORY, _DROPOUT_MEMORY)]
     expected = [plans[0], memories[0], plans[1], memories[1]]
     try:
-        sizes = list((c_int64 * len(expected)).in_dll(library, "structure_sizes"))
+        built = list((c_int64 * len(expected)).in_dll(library, "structure_sizes"))
+        built_from = c_uint64.in_dll(library, "sources").value
     except ValueError:  # there is no such symbol
-        sizes = []
-    if sizes != expected:
-        raise OSError(f"{name} was built from another version of the source: install the package again")
+        built, built_from = [], 0
+    is_source = (path.parent / "cpu.cpp").exists()
+    if built != expected or (is_source and built_from != sources(path.parent)):
+        raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
     for name, plan in (("penalty", _Penalty), ("dropout", _Dropout)):
         for direction in ("forward", "backward"):
             function = getattr(library, f"{name}_{direction}")

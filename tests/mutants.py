@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from fastreg.kernels import cpu
+
 ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
 CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and others see what they see
@@ -260,16 +262,16 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("the buffers handed out twice", 'vars(ctx).pop("ahead",', 'vars(ctx).get("ahead",'),
         ("no double backward", "torch.is_grad_enabled() or ", ""),
         ("batched gradients not left to the formula", "are_memory((grad, *saved))", "are_memory(saved)"),
-        ("gradients ahead in a layout of before", "plan.gradients != saved_plan.gradients", "False"),
     ],
     ("fastreg/penalty.py", "_compute"): [
         ("the last layer alone", "layer.values, result)", "layer.values, None)"),
     ],
     ("fastreg/penalty.py", "_GradientPlan"): [
-        ("lengths and marks with gaps", "readable_values(layer.values)", "layer.values"),
+        ("lengths and marks with gaps", "readable_values(layer)", "layer.values"),
     ],
     ("fastreg/penalty.py", "_gradient_plan_for"): [
         ("another shape in the backward", "check_saved(name, x, y)", "pass"),
+        ("gradients ahead in a layout of before", "gradients != filled", "False"),
         ("kernels: cut otherwise than the forward", "y if x is None else x for", "x for"),
     ],
     ("fastreg/penalty.py", "_plans_for"): [
@@ -363,7 +365,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("p of the call ignored", "self.p if p is None else p", "self.p"),
         ("an attached dropout warns", "untaken.own and ", ""),
         ("a penalty without a gradient warns", " and untaken.terms.penalty.requires_grad", ""),
-        ("a warning comes again", "self._warned += (message,)", "pass"),
+        ("a warning comes again", "self._warned = (*self._warned, message)", "pass"),
     ],
     ("fastreg/output_dropout.py", "OutputDropout"): [
         ("offer of an earlier forward stays", "regularizer.offer(None)", "pass"),
@@ -487,6 +489,7 @@ def build(kernels: Path) -> None:
     for library in kernels.glob("*.so"):
         library.unlink()
     options = ["-std=c++17", "-O1", "-w", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]
+    options.append(f"-DSOURCES={cpu.sources(kernels)}")
     subprocess.run(["g++", *options, "cpu.cpp", "-o", "_cpu.abi3.so"], cwd=kernels, check=True)
 
 

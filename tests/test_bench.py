@@ -24,6 +24,8 @@ from torch import Tensor
 pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 from bench import cases, compare, machine, report, run, timing
 from bench.formulas import awd_lstm_lm, fastai, rnn_dropout
 from fastreg import fused_ar_tar
@@ -80,7 +82,7 @@ def test_peers_take_turns_and_inputs_rotate() -> None:
     calls: dict[str, cases.Call] = {name: lambda i, name=name: (seen.append((name, i)), ())[1] for name in "abc"}
     times = timing.take_turns(calls, "cpu", 0.0)
     assert [number for _, number in seen] == list(range(len(seen))), "each call takes the next inputs"
-    rounds = "".join(name for name, _ in seen)[3 * timing.WARM_UP :]
+    rounds = "".join(name for name, _ in seen)[3 * timing.WARM_UP["cpu"] :]
     assert rounds.startswith("abcbcacab")
     assert all(len(seconds) * 3 == len(rounds) for seconds in times.values())
 
@@ -233,6 +235,7 @@ def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> 
         moved = DROPOUT.bytes_moved(peer)
         known = {} if moved is None else {"moved_bytes": moved}
         assert figures.pop("first_seconds") > 0
+        assert figures.pop("page_faults") >= 0
         assert figures == {"kept_bytes": kept, "least_bytes": 5 * one, **known}, peer
         assert len(times) == timing.LEAST
 
@@ -312,7 +315,7 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             "peak_bytes": 3000 - 2 * 480,
         }
     )
-    more = {"host_seconds", "kept_bytes", "least_bytes", "moved_bytes", "first_seconds"}
+    more = {"host_seconds", "kept_bytes", "least_bytes", "moved_bytes", "first_seconds", "page_faults"}
     assert set(report.FIGURES) == {*figures, *more}
     assert {"bandwidth", "share_of_copy"} & {*benchmarks.gpu_figures(call, None, 3)} == set()
     times = timing.take_turns({"eager": call}, "cuda", 0.0)
@@ -375,12 +378,14 @@ def made_up(
     device: str = "A CPU, 2 cores",
     dropout: Sequence[Any] = (),
     padded: Sequence[Any] = (),
+    with_step: bool = False,
+    allocators: Sequence[str] = (machine.KEPT,),
     **more: Any,
 ) -> Path:
     """A result in which fastreg is `speeds` times as fast as the eager formula, one a case, and one round is odd.
 
     So it is for each shape in `dropout`, 4 times as fast and in 1.25 times the time of dropout alone, and for each in
-    `padded`, 3 times as fast as without lengths.
+    `padded`, 3 times as fast as without lengths. By the second allocator everything but fastreg takes twice as long.
     """
     benchmarks = []
     gpu_figures = dict.fromkeys(report.FIGURES, 1.0)
@@ -390,12 +395,18 @@ def made_up(
     made += [((shape, {"pass": report.DROPOUT}), after) for shape in dropout]
     seconds_padded = {"without lengths": 3.0, "eager": 4.0, "compiled": 0.5}
     made += [((shape, {"pass": report.PADDED}), seconds_padded) for shape in padded]
-    for number, ((shape, kind), seconds_of) in enumerate(made):
-        info = {"shape": shape, "dtype": "float32", "layout": "batch first", **kind}
-        for peer, seconds in (seconds_of | {"fastreg": 1.0}).items():
-            own = info | {"peer": peer} | (gpu_figures if more else {})
-            data = [seconds, seconds * 2, 100.0 if peer == "fastreg" else seconds]  # one round is slow for all
-            benchmarks.append({"group": f"case {number}", "extra_info": own, "stats": {"data": data}})
+    step = dict.fromkeys(cases.Step.PEERS, 3.0) | {"no penalty": 2.0, "compiled": 2.5}
+    made += [(([0, 0, 0], {"pass": report.STEP}), step)] * with_step
+    for (slower, allocator), (number, ((shape, kind), seconds_of)) in product(
+        enumerate(allocators, 1), enumerate(made)
+    ):
+        info = {"shape": shape, "dtype": "float32", "layout": "batch first", "allocator": None if more else allocator}
+        name = "step-small" if kind["pass"] == report.STEP else f"case {number}"
+        for peer, seconds in (seconds_of | {"fastreg": 1.0 / slower}).items():
+            own = info | kind | {"peer": peer} | (gpu_figures if more else {})
+            data = [seconds * slower, seconds * slower * 2, 100.0 if peer == "fastreg" else seconds * slower]
+            group = name if allocator == machine.KEPT else f"{name} ({allocator})"
+            benchmarks.append({"group": group, "extra_info": own, "stats": {"data": data}})  # the last round is odd
     info = {"device": device, "torch": "1", "triton": "2", "python_version": "3", "threads": 2, "source": "s"} | more
     result = {"benchmarks": benchmarks, "machine_info": info, "commit_info": {"id": "0123456789abcdef", "dirty": False}}
     folder.mkdir(exist_ok=True)
@@ -426,27 +437,51 @@ def test_the_guard_wants_the_same_device(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_report_of_a_cpu(tmp_path: Path) -> None:
     result = report.load(made_up(tmp_path, [4.0, 2.0]))
     part = report.figures([result])
-    assert "| (0, 2, 3), float32 | 4000 | 500 | 2000 | 4.0x | 0.5x |" in part
-    assert "in 2 cases: 2.0x to 4.0x as fast as the eager formula, 0.5x to 0.5x as fast as" in part
-    assert "under `torch.compile` (slower in 2)." in part
+    assert "| (0, 2, 3), float32 | 500 | 4000 | 2000 | 0.5x | 4.0x |" in part
+    assert (
+        "in 2 cases: 0.5x to 0.5x as fast as the formula under `torch.compile` (geometric mean 0.5x, slower in" in part
+    )
+    assert "slower in 2), 2.0x to 4.0x as fast as the eager formula (geometric mean 2.8x)." in part
     assert "On a GPU: **not measured yet**" in part
     assert "A CPU, 2 cores: PyTorch 1, Python 3, 2 threads" in part
     assert "commit 0123456789, source s" in part
+    assert "The tests on this device" not in part, "they are those of make test"
     assert "Dropout" not in part
+
+
+def test_a_report_of_two_allocators_leads_with_memory_kept(tmp_path: Path) -> None:
+    """Whichever was measured first, and says how."""
+    both = [machine.DEFAULT, machine.KEPT]
+    result = report.load(made_up(tmp_path, [4.0], with_step=True, allocators=both[::-1]))
+    turned = report.load(made_up(tmp_path / "turned", [4.0], allocators=both))
+    assert [part.allocator for part in turned.parts()] == [part.allocator for part in result.parts()] == both[::-1]
+    kept, as_it_is = result.parts()
+    assert kept.of(report.BOTH)[0].times_as_fast("fastreg", "eager") == 4
+    assert as_it_is.of(report.BOTH)[0].times_as_fast("fastreg", "eager") == 8
+    for part in (report.headline([result]), report.figures([result]), report.full_table(result)):
+        first, second = part.split(report.HOW[machine.DEFAULT])
+        assert "MALLOC_TRIM_THRESHOLD_=4073741824 MALLOC_MMAP_THRESHOLD_=1073741824" in first
+        assert ("4.00x" in first) if "spread" in part else ("4.0x" in first)
+        assert ("8.00x" in second) if "spread" in part else ("8.0x" in second)
+    page = report.headline([result])
+    assert page.index("a training step") < page.index("forward + backward")
+    assert "| the model compiled | 3000 | 2500 | 3000 |\n| the model eager | 2000 | 3000 | 2000 |" in page
+    (old,) = report.load(made_up(tmp_path / "old", [4.0], allocators=both[:1])).parts()
+    assert old.allocator == machine.DEFAULT
 
 
 def test_a_report_of_dropout(tmp_path: Path) -> None:
     result = report.load(made_up(tmp_path, [4.0], dropout=[[64, 70, 400]]))
     part = report.figures([result])
-    assert "| (64, 70, 400), float32 | 800 | 4000 | 2000 | 2000 | 1.25x | 4.0x | 0.5x |" in part
-    assert "in 1 cases: 4.0x to 4.0x as fast as dropout and the eager formula, in 1.25x to" in part
+    assert "| (64, 70, 400), float32 | 800 | 4000 | 2000 | 2000 | 1.25x | 0.5x | 4.0x |" in part
+    assert "in 1 cases: 1.25x to 1.25x the time of dropout alone, 4.0x to 4.0x as fast as dropout and the" in part
     assert "](../bench/results/a-cpu-2-cores-dropout.svg)" in part
     assert len(result.of(report.BOTH)) == 1
     shapes = [[64, 70, 400], [128, 512, 1024]]
     result = report.load(made_up(tmp_path, [4.0], "A GPU", shapes, copy_bandwidth=3e12))
     part = report.figures([result])
-    assert "| 1.25x | 4.0x | 0.5x | 100% | 1.0 |" in part
-    assert "in 2 cases: 4.0x to 4.0x as fast as dropout and the eager formula, in 1.25x" in part
+    assert "| 1.25x | 0.5x | 4.0x | 100% | 1.0 |" in part
+    assert "in 2 cases: 1.25x to 1.25x the time of dropout alone, 4.0x to 4.0x as fast as dropout" in part
     assert [kind for kind, *_ in report.plots(result)] == ["speedup", "dropout", "roofline"]
 
 
@@ -490,7 +525,7 @@ def test_a_report_of_what_little_there_is(tmp_path: Path) -> None:
 def test_a_report_of_padding(tmp_path: Path) -> None:
     part = report.figures([report.load(made_up(tmp_path, [4.0], padded=[[64, 70, 400]]))])
     assert "Half of the batch padding" in part
-    assert "| (64, 70, 400), float32 | 3000 | 4000 | 500 | 2000 | 3.0x | 4.0x | 0.5x |" in part
+    assert "| (64, 70, 400), float32 | 3000 | 500 | 4000 | 2000 | 3.0x | 0.5x | 4.0x |" in part
 
 
 def test_the_guard_minds_dropout_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -517,7 +552,8 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert "as fast as the eager formula" in text
         assert "On a CPU: **not measured yet**" in text
     assert "a copy moves 3.00 TB/s" in performance.read_text()
-    assert "| 4.0x | 0.5x | 100% | 1.0 |" in performance.read_text()
+    assert "| 0.5x | 4.0x | 100% | 1.0 |" in performance.read_text()
+    assert "MALLOC" not in performance.read_text()
     assert {file.name for file in tmp_path.iterdir()} == {
         *("README.md", "performance.md", "a-gpu.json", "a-gpu.md"),
         *("a-gpu-speedup.svg", "a-gpu-dropout.svg", "a-gpu-roofline.svg"),
@@ -528,24 +564,53 @@ def test_the_readme_shows_a_few_cases_of_one_device_and_says_where_fastreg_is_sl
     shapes = [[64, 70, 400], [1, 2, 3]]
     files = [made_up(tmp_path, [4.0, 0.8], dropout=shapes, padded=shapes), made_up(tmp_path, [3.0], "Another CPU")]
     part = report.headline([report.load(file) for file in files])
-    assert part.startswith("A CPU, 2 cores, 2 threads:\n\n| ms, forward + backward |")
+    assert part.startswith("A CPU, 2 cores, 2 threads, freed memory kept for the next call by `MALLOC_TRIM")
     rows = [line for line in part.splitlines() if line.startswith("| ")][2:]
     assert rows == [
-        "| with dropout, (64, 70, 400), float32 | 4000 | 500 | 2000 | 4.0x | 0.5x |",
-        "| with padding, (64, 70, 400), float32 | 4000 | 500 | 2000 | 4.0x | 0.5x |",
+        "| with dropout, (64, 70, 400), float32 | 500 | 4000 | 2000 | 0.5x | 4.0x |",
+        "| with padding, (64, 70, 400), float32 | 500 | 4000 | 2000 | 0.5x | 4.0x |",
     ]
-    assert (
-        "- The penalty, forward + backward, in 2 cases: 0.8x to 4.0x as fast as the eager formula (slower in 1" in part
-    )
-    assert "Another CPU, 2 threads:\n\n- The penalty, forward + backward, in 1 cases: 3.0x to 3.0x" in part
+    assert "- The penalty, forward + backward, in 2 cases: 0.5x to 0.5x as fast as the formula under" in part
+    assert "0.8x to 4.0x as fast as the eager formula (geometric mean 1.8x, slower in 1)" in part
+    assert "Another CPU, 2 threads, " in part
+    assert ":\n\n- The penalty, forward + backward, in 1 cases: 0.5x to 0.5x as fast" in part
     assert part.count("](bench/results/a-cpu-2-cores-speedup.svg)") == part.count("![") == 1
     assert "On a GPU: **not measured yet**" in part
 
 
-def test_the_readme_of_a_training_step_names_every_peer() -> None:
+def test_a_training_step_names_every_peer() -> None:
     info = {"pass": report.STEP}
     case = report.Case("step", {"no penalty": [0.2], "eager": [0.25], "fastreg": [0.2051]}, {"eager": info})
     assert report.step_verdict(case).endswith(" AWD-LSTM: no penalty 200 ms, eager 250 ms, fastreg 205 ms.\n")
+    assert "| the model compiled |  |  |  |\n| the model eager | 200 | 250 | 205 |" in report.step_table(case)
+    assert {peer for row in report.STEP_PEERS.values() for peer in row} == set(cases.Step.PEERS)
+
+
+def test_the_readme_says_first_that_no_gpu_has_run_it_until_one_has() -> None:
+    results = [report.load(file) for file in report.RESULTS.glob("*.json")]
+    _, first, second, *_ = (ROOT / "README.md").read_text().split("\n\n")
+    assert first.startswith("Activation regularization (AR) and")
+    assert second.startswith("No GPU has run it yet") == (not any(result.on_gpu for result in results))
+
+
+@pytest.mark.parametrize("shapes", [1, 16])
+@pytest.mark.parametrize("kind", ["speedup", "dropout"])
+def test_a_plot_has_a_title_a_log_axis_and_labels_within_its_frame(kind: str, shapes: int, tmp_path: Path) -> None:
+    speeds = [4.0 * number for number in range(1, shapes + 1)]
+    result = report.load(made_up(tmp_path, speeds, dropout=[[n, 70, 400] for n in range(shapes)]))
+    (plot,) = [plot for name, _, plot in report.plots(result) if name == kind]
+    figure = plot(result)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    assert figure.get_suptitle()
+    assert axes.get_ylabel() == "(batch, time, hidden), dtype"
+    frame = axes.get_window_extent()
+    labels = [text.get_window_extent() for text in axes.texts]
+    assert len(labels) == shapes * (2 if kind == "speedup" else 3)
+    assert all(frame.x0 <= label.x0 and label.x1 <= frame.x1 for label in labels)
+    assert len([text for text in axes.get_xticklabels() if text.get_text() and text.get_visible()]) >= 2
 
 
 def test_what_is_committed_is_what_was_measured() -> None:
@@ -580,8 +645,7 @@ def test_failing_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     (tmp_path / "tests" / "test_dying.py").write_text("import os\nos._exit(7)\n")
     monkeypatch.setattr(run, "ROOT", tmp_path)
-    for name in ("CPU_TESTS", "GPU_TESTS"):
-        monkeypatch.setattr(run, name, ["some", "dying"])
+    monkeypatch.setattr(run, "TESTS", ["some", "dying"])
     monkeypatch.setattr(run, "SANITIZERS", ())
     assert run.test(tmp_path / "results", "abc", 60.0) == 1
     (file,) = (tmp_path / "results" / "tests").iterdir()
@@ -610,7 +674,7 @@ def test_the_verdict_of_a_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
     on_gpu = {file.stem.removeprefix("test_") for file in ROOT.glob("tests/test_*.py") if runs_on_gpu(file)}
-    assert set(run.GPU_TESTS) == on_gpu
+    assert set(run.TESTS) == on_gpu
 
 
 def runs_on_gpu(file: Path) -> bool:
@@ -618,6 +682,7 @@ def runs_on_gpu(file: Path) -> bool:
     return bool(re.search(r"(?<![\".])\bgpu\b(?![\".])|^def test_.*\bdevice\b", file.read_text(), re.MULTILINE))
 
 
+PIPES: Any = {"capture_output": True, "text": True, "check": True}
 MEASURE = """
 import os, signal, sys, time, torch
 torch.compile = lambda way: way
@@ -652,13 +717,14 @@ made = [kinds[name]((2, 3, size), torch.float32) for size, name in enumerate(sys
 cases.all_cases = lambda device: made
 from bench import benchmarks
 benchmarks.SECONDS = 0.0
-sys.exit(run.main(["bench", sys.argv[1], "--seconds=5000", "--commit=0123456789abcdef"]))
+sys.exit(run.main(["measure", sys.argv[1], "--seconds=5000", "--commit=0123456789abcdef"]))
 """
 
 
 def measured(folder: Path, kinds: str) -> report.Result:
     command = [sys.executable, "-c", MEASURE, str(folder), kinds]
-    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    on_cpu = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    on_cpu |= {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, cwd=ROOT, capture_output=True, env=on_cpu)
     (file,) = folder.glob("*.json")
     return report.load(file)
@@ -666,7 +732,7 @@ def measured(folder: Path, kinds: str) -> report.Result:
 
 def test_what_is_not_measured_is_recorded(tmp_path: Path) -> None:
     result = measured(tmp_path, "broken dead slow late")
-    broken, dead, slow, late = (f"2x3x{hidden}-float32-forward+backward" for hidden in (4, 5, 6, 7))
+    broken, dead, slow, late = (f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in range(4, 8))
     assert [case.name for case in result.cases] == [slow], "what was begun before the deadline is complete"
     peers = cases.PenaltyCase.PEERS
     assert result.missing == {
@@ -682,9 +748,70 @@ def test_what_is_not_measured_is_recorded(tmp_path: Path) -> None:
 
 def test_what_is_measured_is_written_on_sigterm(tmp_path: Path) -> None:
     result = measured(tmp_path, "late ended late")
-    first, ended, last = (f"2x3x{hidden}-float32-forward+backward" for hidden in (4, 5, 6))
+    first, ended, last = (f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in (4, 5, 6))
     assert [case.name for case in result.cases] == [first]
     assert result.missing == {name: dict.fromkeys(cases.PenaltyCase.PEERS, "not reached") for name in (ended, last)}
+
+
+CHILDREN = """
+import sys, torch
+from pathlib import Path
+from bench import run
+torch.cuda.is_available = lambda: False
+Popen = run.subprocess.Popen
+script = sys.argv[2]
+run.subprocess.Popen = lambda command, **options: Popen([sys.executable, "-c", script, *command[3:]], **options)
+sys.exit(run.main(["bench", sys.argv[1], "--commit=0123"]))
+"""
+CHILD = """
+import json, os, pathlib, signal, sys, time
+assert sys.argv[1] == "measure"
+folder = pathlib.Path(sys.argv[2])
+names = {name: os.environ.get(name) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
+def write(*_):
+    folder.mkdir()
+    benchmark = {"group": str(names), "extra_info": {"commit": sys.argv[4]}}
+    result = {"machine_info": {"device": "A CPU"}, "benchmarks": [benchmark], "missing": {str(names): {"eager": "why"}}}
+    (folder / "result.json").write_text(json.dumps(result))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, write)
+if WAIT:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+write()
+"""
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_cpu_is_measured_by_a_process_for_each_allocator(interrupted: bool, tmp_path: Path) -> None:
+    """Each starts with its own environment; an interrupt ends the first, which still writes its result."""
+    script = CHILD.replace("WAIT", f"{interrupted}")
+    command = [sys.executable, "-c", CHILDREN, str(tmp_path), script]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == interrupted, done.stderr
+    result = json.loads((tmp_path / "a-cpu.json").read_text())
+    kept = {"MALLOC_TRIM_THRESHOLD_": "4073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
+    environments = [kept] if interrupted else [kept, dict.fromkeys(kept)]
+    assert [benchmark["group"] for benchmark in result["benchmarks"]] == list(map(str, environments))
+    assert result["missing"] == {str(one): {"eager": "why"} for one in environments}
+    assert {benchmark["extra_info"]["commit"] for benchmark in result["benchmarks"]} == {"--commit=0123"}
+
+
+def test_an_allocator_keeps_memory_or_not() -> None:
+    """Where it is kept, a call gets no pages from the system."""
+    script = (
+        "import torch; from bench import machine, timing; x = torch.zeros(2**22)\n"
+        "print(machine.allocator(), timing.page_faults(lambda _: (x + 1,)))"
+    )
+    faults = {}
+    for allocator, environment in machine.ALLOCATORS.items():
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=inherited | environment, **PIPES)
+        named, count = done.stdout.strip().rsplit(" ", 1)
+        assert named == allocator
+        faults[allocator] = int(count)
+    assert faults[machine.KEPT] < 2**24 // 4096 / 10 < faults[machine.DEFAULT]
 
 
 def test_the_time_of_the_host() -> None:
@@ -708,11 +835,12 @@ def test_pytest_benchmark_reads_a_result(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     options = ["-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={file}"]
     chosen = "64x70x400-float16-forward+backward"
+    group = f"{chosen} ({machine.allocator()})" if machine.allocator() == machine.DEFAULT else chosen
     command = [sys.executable, "-m", "pytest", *options, "-k", chosen, "bench/benchmarks.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     result = report.load(file)
-    assert [case.name for case in result.cases] == [chosen]
+    assert [case.name for case in result.cases] == [group]
     (case,) = result.cases
     assert set(case.seconds) == {"eager", "compiled", "fastreg"}
     assert len({len(seconds) for seconds in case.seconds.values()}) == 1

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastreg
+import fastreg.__main__ as main
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
@@ -51,13 +57,184 @@ def test_the_name_kernels_is_left_to_others() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_it_says_what_runs_here() -> None:
-    done = subprocess.run([sys.executable, "-m", "fastreg"], capture_output=True, text=True)
+def python(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder, which it imports from first, and then from `PYTHONPATH`."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def install(clone: Path, site: Path, **environment: str) -> None:
+    """Install a clone into a folder, as `pip install .` does without an index."""
+    options = "--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"
+    done = python("-m", "pip", "install", *options, "--target", str(site), ".", folder=clone, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    first, cpu, *_ = done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source tree in which nothing has been built."""
+    folder = tmp_path_factory.mktemp("tree") / "clone"
+    folder.mkdir()
+    built = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("fastreg", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the clone has been installed."""
+    folder = tmp_path_factory.mktemp("site")
+    install(clone, folder)
+    return folder
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
+@needs_compiler
+def test_an_installation_runs_anywhere(site: Path, tmp_path: Path) -> None:
+    done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
+    assert f"imported from {site / 'fastreg'}\n" in done.stdout, done
+    assert "the C++ kernels; self-test passed" in done.stdout
+
+
+@needs_compiler
+def test_what_is_installed_runs_inside_of_the_clone(clone: Path, site: Path) -> None:
+    """There Python imports the clone itself, which has the libraries, too."""
+    done = python("-m", "fastreg", folder=clone, PYTHONPATH=str(site))
+    assert f"imported from {clone / 'fastreg'}; the installation in {site / 'fastreg'} is hidden" in done.stdout, done
+    assert "the C++ kernels; self-test passed" in done.stdout
+
+
+@needs_compiler
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")
+def test_the_level_is_named(site: Path, tmp_path: Path) -> None:
+    for capability, name, why in (("avx2", "_cpu_v3", "AVX2\n"), ("default", "_cpu", "capability DEFAULT")):
+        done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site), ATEN_CPU_CAPABILITY=capability)
+        line = next(line for line in done.stdout.splitlines(keepends=True) if line.startswith("library for CPUs"))
+        assert f"{site}/fastreg/kernels/{name}." in line
+        assert why in line
+
+
+@needs_compiler
+def test_a_library_of_other_sources_is_not_loaded(clone: Path, site: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "clone"
+    shutil.copytree(clone, copy, symlinks=True)
+    with (copy / "kernels" / "cpu_rows.h").open("a") as file:
+        file.write("// changed\n")
+    done = python("-m", "fastreg", folder=copy)
+    assert "built from another version of the source: install fastreg-rnn again" in done.stdout
+
+
+CALLS = """
+import torch, warnings
+from fastreg import fused_ar_tar
+x = torch.ones(2, 3, 4)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    values = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(x[:1], x[:1], 2.0, 1.0)]
+assert values == [2, 2], values
+print([str(warning.message) for warning in caught if warning.category is UserWarning])
+"""
+
+
+def test_without_a_compiler_the_first_call_warns(clone: Path, tmp_path: Path) -> None:
+    bare, site = tmp_path / "clone", tmp_path / "site"
+    shutil.copytree(clone, bare, symlinks=True, ignore=shutil.ignore_patterns("*.so", "build"))
+    install(bare, site, CC="false", CXX="false")
+    done = python("-c", CALLS, folder=tmp_path, PYTHONPATH=str(site))
+    assert done.stdout.count("runs the plain formula on CPUs") == 1, done
+    assert "where there is a C++ compiler" in done.stdout
+    done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0
+    assert "the plain formula (the kernels were not built: install" in done.stdout
+    assert not done.stderr
+
+
+def test_without_triton(tmp_path: Path) -> None:
+    """It is needed on GPUs alone."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as util, sys\n"
+        "find, sys.modules['triton'] = util.find_spec, None\n"
+        "util.find_spec = lambda name, package=None: None if name == 'triton' else find(name, package)\n"
+    )
+    done = python("-c", CALLS + "from fastreg.backends import TRITON\nprint(TRITON)", PYTHONPATH=str(tmp_path))
+    assert done.stdout.splitlines()[-1:] == ["None"], done
+
+
+@pytest.fixture
+def mixed_up(tmp_path: Path) -> Path:
+    """A folder into which the distribution called fastreg has been installed after ours."""
+    shutil.copytree(ROOT / "fastreg", tmp_path / "fastreg")
+    (tmp_path / "fastreg" / "__init__.py").write_text("def ols(): pass\n")
+    (tmp_path / "fastreg-1.2.dist-info").mkdir()
+    (tmp_path / "fastreg-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fastreg\nVersion: 1.2\n")
+    return tmp_path
+
+
+def test_a_package_that_is_mixed_up_with_another_says_so(mixed_up: Path) -> None:
+    code = "import importlib\nfor name in ('penalty', 'regularizer', 'fastai', 'transformers', '__main__'):\n"
+    code += "    try: importlib.import_module(f'fastreg.{name}')\n    except ImportError as error: print(error)"
+    done = python("-c", code, folder=mixed_up)
+    assert done.stdout.count(f"{mixed_up / 'fastreg' / '__init__.py'} is not the file of fastreg-rnn") == 5, done
+    assert done.stdout.count("pip uninstall fastreg fastreg-rnn") == 5
+    done = python("-m", "fastreg", folder=mixed_up)
+    assert done.returncode == 1
+    assert "is not the file of fastreg-rnn" in done.stderr.splitlines()[-1]
+
+
+def test_another_distribution_of_the_name_is_named(mixed_up: Path) -> None:
+    shutil.copy(ROOT / "fastreg" / "__init__.py", mixed_up / "fastreg")
+    done = python("-m", "fastreg", folder=mixed_up)
+    assert "the unrelated distribution 'fastreg' shares the name" in done.stdout, done
+
+
+def test_help() -> None:
+    done = python("-m", "fastreg", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: python -m fastreg")
+
+
+@pytest.mark.parametrize("name", ["triton", "triton-rocm", "triton-xpu", "pytorch-triton", "pytorch-triton-rocm"])
+def test_triton_by_any_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def version(asked: str) -> str:
+        if asked == name:
+            return "3.7"
+        raise PackageNotFoundError(asked)
+
+    monkeypatch.setattr(main, "version", version)
+    assert main.triton() == f"{name} 3.7"
+
+
+def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
+    """It has all files of the repository, and the link by which a source tree imports its kernels."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no repository")
+    for name in listed.stdout.splitlines():
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name, follow_symlinks=False)
+    done = python("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), folder=tmp_path / "tree")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive}
+    assert members["fastreg/kernels"].linkname == "../kernels"
+    assert {*listed.stdout.splitlines()} <= {*members}
+
+
+def test_it_says_what_runs_here() -> None:
+    done = python("-m", "fastreg")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr  # such as PyTorch's remark on NumPy
+    first, place, *rest = done.stdout.splitlines()
     assert f"fastreg {fastreg.__version__}" in first
-    assert "cpu: " in cpu
-    assert "self-test passed" in cpu
+    assert place.startswith(f"imported from {ROOT / 'fastreg'}")
+    (line,) = (line for line in rest if line.startswith("cpu: "))
+    assert "self-test passed" in line
 
 
 def test_a_wrong_result_fails_the_self_test() -> None:

@@ -18,7 +18,7 @@ import fastreg
 from tests.test_docs import ROOT, framework_of, snippets
 
 ADAPTERS = {"fastreg.fastai": "fastai", "fastreg.lightning": "lightning", "fastreg.transformers": "transformers"}
-# What the pages' code finds, with the types that it has for a user.
+# Names that the pages' code uses, with the types that a user's have.
 FOUND = """\
 import torch
 from collections.abc import Callable
