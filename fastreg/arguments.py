@@ -207,11 +207,13 @@ def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, st
 def _check_steps(name: str, given: Any, x: Any, problem: Problem) -> None:
     batch, time = _steps_of(x, problem)
     if name == "lengths":
-        fits, expected = given.shape == (batch,), f"({batch},), one length a sequence"
+        fits = given.shape == (batch,)
     else:
         fits = given.shape == (batch, time) or (len(x.shape) == 2 and given.shape == (time,))
-        expected = f"({batch}, {time}), batch and time steps" + ("" if problem.batch_first else ", in every layout")
-    if not fits:
+    if not fits:  # only now: compiled code keeps a size that goes into a message as a constant
+        expected = f"({batch},), one length a sequence"
+        if name == "valid":
+            expected = f"({batch}, {time}), batch and time steps" + ("" if problem.batch_first else ", in every layout")
         raise ValueError(f"{name}: expected shape {expected}, got {_shape(given)}")
     if given.device.type == "meta" != x.device.type:
         raise ValueError(f"{name}: expected a tensor on {x.device}, or another device with memory, got one on meta")

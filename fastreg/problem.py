@@ -131,7 +131,8 @@ def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
     if layer.batch_sizes is not None:
         return _at_least_1(elements), _at_least_1(elements - layer.batch_sizes[0] * hidden)
     if layer.valid is not None:
-        pairs = layer.valid[:, 1:] & layer.valid[:, :-1]
+        later = torch.arange(layer.valid.shape[1], device=layer.valid.device) > 0
+        pairs = layer.valid & layer.valid.roll(1, 1) & later  # a compiler makes a case of its own of a size of 1
         return _at_least_1(layer.valid.sum() * hidden), _at_least_1(pairs.sum() * hidden)
     time = shape[time_dim(layer.given, problem.batch_first)]
     if layer.lengths is not None:
