@@ -251,11 +251,11 @@ class TestCompile:
         shapes = {"raw": time, "dropped": time, "steps": time if "valid" in name else None}
         program = export(Module(), (*leaves(), steps_of(5)), dynamic_shapes=shapes, strict=strict)
         for count in (2, 5, 70):
-            steps = steps_of(count)
-            assert_close(
-                everything(functools.partial(program.module(), steps=steps), leaves(count)),
-                everything(functools.partial(STEPS_CALLS[name], steps=steps), leaves(count)),
+            got, want = (
+                everything(lambda r, d, call=call, steps=steps_of(count): call(r, d, steps), leaves(count))
+                for call in (program.module(), STEPS_CALLS[name])
             )
+            assert_close(got, want)
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
     @pytest.mark.parametrize("steps", [1, 5])
