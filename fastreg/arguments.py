@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.backends import is_memory, observed
-from fastreg.problem import Coefficient, Layer, Problem, is_on, time_dim
+from fastreg.problem import Coefficient, Layer, Problem, is_on, replaced, time_dim
 from fastreg.view import Signature
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -176,7 +176,7 @@ def _is_read(activations: object, coefficient: float | None, measured: bool) -> 
 def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, str] = ("raw", "dropped")) -> None:
     """Check the shapes, dtypes and devices of one layer's tensors, which may be given by their signature."""
     first: tuple[str, Any] | None = None
-    for name, x in zip(names, layer[:2], strict=True):
+    for name, x in zip(names, (layer.raw, layer.dropped), strict=True):
         if x is None:
             continue
         _check_dtype(name, x)
@@ -191,17 +191,17 @@ def check_layer(layer: Layer | Signature, problem: Problem, names: tuple[str, st
         if x.shape != first[1].shape:
             raise ValueError(f"{name}: expected the shape of {first[0]}, {_shape(first[1])}, got {_shape(x)}")
         _check_device(name, x, *first)
-    if isinstance(layer, Layer) and getattr(layer.given, "to_local", None) is not None and not layer.is_whole:
+    if isinstance(layer, Layer) and getattr(layer.given(), "to_local", None) is not None and not layer.is_whole():
         raise TypeError(
             "raw and dropped: expected no DTensor with lengths or valid steps or packed; pass x.to_local() of each part"
         )
     if layer.lengths is not None:
-        _check_steps("lengths", layer.lengths, layer.given, problem)
+        _check_steps("lengths", layer.lengths, layer.given(), problem)
     if layer.valid is not None:
-        _check_steps("valid", layer.valid, layer.given, problem)
+        _check_steps("valid", layer.valid, layer.given(), problem)
     for name, x in ("alpha", layer.alpha), ("beta", layer.beta):
         if x is not None:
-            _check_device(name, x, names[0] if layer.raw is not None else names[1], layer.given)
+            _check_device(name, x, names[0] if layer.raw is not None else names[1], layer.given())
 
 
 def _check_steps(name: str, given: Any, x: Any, problem: Problem) -> None:
@@ -230,7 +230,7 @@ def ready_steps(layer: Layer, problem: Problem) -> Layer:
 
     Those on another device are not looked at, as that would wait for it.
     """
-    lengths, valid, x = layer.lengths, layer.valid, layer.given
+    lengths, valid, x = layer.lengths, layer.valid, layer.given()
     on_cpu = layer.batch_sizes is not None or any(
         [given is not None and given.device.type == "cpu" for given in (lengths, valid)]
     )
@@ -242,7 +242,7 @@ def ready_steps(layer: Layer, problem: Problem) -> Layer:
             "graph is captured: the graph would go on reading memory of the CPU that is gone"
         )
     if valid is not None:
-        return layer._replace(valid=_ready_valid(valid, x, problem))
+        return replaced(layer, valid=_ready_valid(valid, x, problem))
     if lengths is None:
         return layer
     if x.device.type == "cpu" != lengths.device.type:
@@ -255,7 +255,7 @@ def ready_steps(layer: Layer, problem: Problem) -> Layer:
                 f"lengths: expected from 0 to the {time} time steps there are, got {least if least < 0 else most}"
             )
     lengths = lengths.to(x.device, non_blocking=True).contiguous()
-    return layer._replace(lengths=lengths)
+    return replaced(layer, lengths=lengths)
 
 
 def _ready_valid(valid: Tensor, x: Tensor, problem: Problem) -> Tensor:

@@ -23,7 +23,7 @@ from fastreg.arguments import (
 from fastreg.backends import Backend, are_memory, backend_for, observed, remembered
 from fastreg.kernels.view import Result
 from fastreg.penalty import penalty_of
-from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, time_dim
+from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, replaced, time_dim
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.view import Memory, Signature, allocate, like, memory_of, readable, signature_of, sums_of, view_of
 
@@ -137,14 +137,14 @@ def drop_and_penalize(layer: Layer, mask: Tensor | float, problem: Problem) -> t
         TypeError, ValueError: the layer's tensors are not as `fused_dropout_ar_tar` wants them.
     """
     if not isinstance(mask, Tensor) and mask == 0:
-        raw = layer.given
-        if not problem.with_ar and not problem.with_tar:
+        raw = layer.given()
+        if not problem.with_ar() and not problem.with_tar():
             check_layer(layer, problem)
             return raw, torch.zeros(3, dtype=compute_dtype(raw), device=raw.device).unbind()
-        used = layer._replace(raw=raw if problem.with_tar else None, dropped=raw if problem.with_ar else None)
+        used = replaced(layer, raw=raw if problem.with_tar() else None, dropped=raw if problem.with_ar() else None)
         return raw, penalty_of([used], problem)
-    raw = plain(layer.given)
-    layer = layer._replace(raw=raw)
+    raw = plain(layer.given())
+    layer = replaced(layer, raw=raw)
     mask = plain(mask) if isinstance(mask, Tensor) else mask
     plan = None
     if observed() or not are_memory((*layer, mask if isinstance(mask, Tensor) else None)):
@@ -154,13 +154,13 @@ def drop_and_penalize(layer: Layer, mask: Tensor | float, problem: Problem) -> t
         plan = _plan_for(signature_of(layer), known, problem, backend_for(raw.device))
     if not isinstance(mask, Tensor):
         mask = _locked_mask(raw, mask, problem)
-    if not layer.is_whole:
+    if not layer.is_whole():
         layer = ready_steps(layer, problem)
         if plan is not None and layer.valid is not None:
-            layer = layer._replace(marks=plan.backend.marks_of(layer.valid))
+            layer = replaced(layer, marks=plan.backend.marks_of(layer.valid))
     if plan is None:
         dropped = raw * mask
-        penalty, ar, tar = ar_tar(layer._replace(dropped=dropped), problem)
+        penalty, ar, tar = ar_tar(replaced(layer, dropped=dropped), problem)
         return dropped, (penalty, ar.detach(), tar.detach()) if problem.measured else (penalty,)
     if torch.is_grad_enabled() and raw.requires_grad:
         dropped, penalty, terms = _DropoutPenalty.apply(plan, mask, *layer)
@@ -187,7 +187,7 @@ class _Plan(NamedTuple):
     def compute(self, layer: Layer, mask: Tensor) -> tuple[Tensor, Result]:
         """Launch the forward; return dropped and the penalty."""
         dropped = allocate(self.dropped)
-        return dropped, self.launch((readable(layer.given), readable(mask), dropped), layer.values)
+        return dropped, self.launch((readable(layer.given()), readable(mask), dropped), layer.values())
 
 
 @remembered
@@ -197,7 +197,7 @@ def _plan_for(signature: Signature, mask: Memory | None, problem: Problem, backe
     Without the memory of a mask the plan is for one that `_locked_mask` draws.
     """
     check_layer(signature, problem)
-    raw = signature.given
+    raw = signature.given()
     if backend is None or 0 in raw.shape:
         return None
     if mask is None:
@@ -220,7 +220,7 @@ class _GradientPlan(NamedTuple):
         gradient = allocate(self.gradient)
         grad_dropped, grad = upstream
         grad_dropped = None if grad_dropped is None else readable(grad_dropped)
-        self.launch(grad, (readable(layer.given), readable(mask), grad_dropped, gradient), layer.values)
+        self.launch(grad, (readable(layer.given()), readable(mask), grad_dropped, gradient), layer.values())
         return gradient
 
 
@@ -229,7 +229,7 @@ def _gradient_plan_for(
     signature: Signature, others: tuple[Memory, Memory | None], problem: Problem, backend: Backend, penalized: bool
 ) -> _GradientPlan:
     """Plan the backward for tensors that were saved, and for `others`, the mask and the gradient of dropped."""
-    raw, gradient = signature.given, like(signature.given)
+    raw, gradient = signature.given(), like(signature.given())
     view = view_of((raw, *others, gradient), signature, problem)
     sums = sums_of(signature, problem.penalized(), compute_dtype(raw))
     if not penalized:
@@ -278,11 +278,11 @@ def _gradient_formula(
         problem: what the forward computed.
     """
     grad_dropped, grad = upstream
-    raw, dtype = layer.given, compute_dtype(layer.raw)
+    raw, dtype = layer.given(), compute_dtype(layer.raw)
     through_mask = None if grad_dropped is None else grad_dropped.to(dtype)
     direct = None
     if grad is not None:
-        direct, ar = ar_tar_gradients(grad, layer._replace(dropped=raw * mask), problem)
+        direct, ar = ar_tar_gradients(grad, replaced(layer, dropped=raw * mask), problem)
         through_mask = _sum(through_mask, ar)
     gradient = _sum(None if through_mask is None else through_mask * mask.to(dtype), direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)

@@ -23,7 +23,7 @@ from fastreg.arguments import (
 )
 from fastreg.backends import Backend, are_memory, backend_for, keeps_memory_low, observed, remembered
 from fastreg.kernels.view import Values
-from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, is_on
+from fastreg.problem import ARTAR, Coefficient, Layer, Problem, compute_dtype, is_on, replaced
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.view import Memory, Signature, allocate, like, readable, signature_of, sums_of, view_of
 
@@ -153,12 +153,12 @@ def penalty_of(
     else:
         signatures = tuple([signature_of(layer) for layer in layers])
         needs = tuple([_needs(*part) for part in zip(layers, problems, strict=True)])
-        backend = backend_for(layers[0].given.device)
+        backend = backend_for(layers[0].given().device)
         plans = _plans_for(signatures, problems, tuple(names), needs, backend, keeps_memory_low())
-    if not layers[0].is_whole:
+    if not layers[0].is_whole():
         ready = ready_steps(layers[0], problem)
         marks = None if plans is None or ready.valid is None else plans[0].backend.marks_of(ready.valid)
-        layers = [layer._replace(lengths=ready.lengths, valid=ready.valid, marks=marks) for layer in layers]
+        layers = [replaced(layer, lengths=ready.lengths, valid=ready.valid, marks=marks) for layer in layers]
     if plans is None:
         results = [ar_tar(*part) for part in zip(layers, problems, strict=True)]
         penalty, ar, tar = functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), results)
@@ -166,7 +166,7 @@ def penalty_of(
     if all([plan.needs == (False, False) for plan in plans]):
         result, _ = _compute(plans, layers)
         return (result.penalty, *result.terms.unbind()) if problem.measured else (result.penalty,)
-    results = _Penalty.apply(plans, *layers[0].values, *[x for layer in layers for x in layer[:2]])
+    results = _Penalty.apply(plans, *layers[0].values(), *[x for layer in layers for x in layer[:2]])
     return (results[0], *results[1].unbind()) if problem.measured else (results,)
 
 
@@ -221,7 +221,7 @@ def _compute(plans: Sequence[_Plan], layers: Sequence[Layer]) -> tuple[Any, list
     for plan, layer in zip(plans, layers, strict=True):
         inputs = [None if x is None else readable(x) for x in layer[:2]]
         gradients = tuple([None if x is None else allocate(x) for x in plan.gradients])
-        result = plan.launch((*inputs, *gradients), layer.values, result)
+        result = plan.launch((*inputs, *gradients), layer.values(), result)
         ahead.append(_Ahead(gradients, result.assumed))
     return result, ahead
 
@@ -238,7 +238,7 @@ def _plans_for(
     """Check the layers' metadata and plan their forward; `None` where the plain formula computes it."""
     for part in zip(signatures, problems, names, strict=True):
         check_layer(*part)
-    if backend is None or any(0 in x.given.shape for x in signatures):
+    if backend is None or any(0 in x.given().shape for x in signatures):
         return None
     dtype = compute_dtype(*(x for signature in signatures for x in signature[:2]))
     plans = []
@@ -249,7 +249,7 @@ def _plans_for(
         )
         view = view_of((*signature[:2], *filled), signature, problem)
         sums = sums_of(signature, problem, dtype)._replace(adds=len(plans) > 0)
-        launch = backend.penalty_forward(view, sums, signature.given.device)
+        launch = backend.penalty_forward(view, sums, signature.given().device)
         unread = tuple(None if needed else x for x, needed in zip(signature[:2], need, strict=True))
         plans.append(_Plan(problem, backend, need, unread, launch, filled))
     return tuple(plans)
@@ -266,7 +266,7 @@ class _GradientPlan(NamedTuple):
         inputs = [None if x is None else readable(x) for x in layer[:2]]
         if ahead is None or ahead.assumed is None:
             ahead = _Ahead(tuple([None if x is None else allocate(x) for x in self.gradients]), None)
-        self.launch(grad, (*inputs, *ahead.gradients), layer.values, ahead.assumed)
+        self.launch(grad, (*inputs, *ahead.gradients), layer.values(), ahead.assumed)
         return ahead.gradients
 
 
@@ -279,7 +279,7 @@ def _gradient_plan_for(
     inputs = tuple(y if x is None else x for x, y in zip(signature[:2], unread, strict=True))
     view = view_of((*inputs, *gradients), signature, problem)
     sums = sums_of(signature, problem.penalized(), dtype)
-    return _GradientPlan(gradients, backend.penalty_backward(view, sums, signature.given.device))
+    return _GradientPlan(gradients, backend.penalty_backward(view, sums, signature.given().device))
 
 
 class _Penalty(Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ class ARTAR(NamedTuple):
     penalty: Tensor
     ar: Tensor
     tar: Tensor
+
+
+Record = TypeVar("Record", "Problem", "Layer")
+
+
+def replaced(record: Record, **fields: Any) -> Record:
+    """Return a named tuple with other fields, as its `_replace` does.
+
+    torch 2.8 cannot trace `_replace`, nor a slice or a property of a named tuple.
+    """
+    kind = type(record)
+    return kind(**{**dict(zip(kind._fields, record, strict=True)), **fields})
 
 
 class Problem(NamedTuple):
@@ -42,18 +54,16 @@ class Problem(NamedTuple):
 
     def of_raw(self) -> Problem:
         """Return the same problem with AR of raw."""
-        return self._replace(ar_of_raw=True)
+        return replaced(self, ar_of_raw=True)
 
     def penalized(self) -> Problem:
         """Return the problem of the penalty alone: what its gradient follows from."""
-        return self._replace(measured=False)
+        return replaced(self, measured=False)
 
-    @property
     def with_ar(self) -> bool:
         """Tell whether AR is formed."""
         return self.measured or is_on(self.alpha)
 
-    @property
     def with_tar(self) -> bool:
         """Tell whether TAR is formed."""
         return self.measured or is_on(self.beta)
@@ -92,20 +102,17 @@ class Layer(NamedTuple):
     alpha: Tensor | None = None
     beta: Tensor | None = None
 
-    @property
     def given(self) -> Tensor:
         """Return raw, or dropped where raw is `None`."""
         return self.raw if self.raw is not None else self.dropped  # pyright: ignore[reportReturnType]
 
-    @property
     def is_whole(self) -> bool:
         """Tell whether all time steps of all sequences count."""
         return self.lengths is None and self.batch_sizes is None and self.valid is None
 
-    @property
     def values(self) -> Values:
         """Return what kernels read beside the activations."""
-        return Values(*self[2:])
+        return Values(self.lengths, self.batch_sizes, self.valid, self.marks, self.alpha, self.beta)
 
 
 def compute_dtype(*tensors: Any) -> torch.dtype:
@@ -126,15 +133,15 @@ def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
     """
     if problem.reduction == "sum":
         return 1, 1
-    shape = layer.given.shape
-    elements, hidden = layer.given.numel(), shape[-1]
+    shape = layer.given().shape
+    elements, hidden = layer.given().numel(), shape[-1]
     if layer.batch_sizes is not None:
         return _at_least_1(elements), _at_least_1(elements - layer.batch_sizes[0] * hidden)
     if layer.valid is not None:
         later = torch.arange(layer.valid.shape[1], device=layer.valid.device) > 0
         pairs = layer.valid & layer.valid.roll(1, 1) & later  # a compiler makes a case of its own of a size of 1
         return _at_least_1(layer.valid.sum() * hidden), _at_least_1(pairs.sum() * hidden)
-    time = shape[time_dim(layer.given, problem.batch_first)]
+    time = shape[time_dim(layer.given(), problem.batch_first)]
     if layer.lengths is not None:
         lengths = layer.lengths.long().clamp(0, time)
         return _at_least_1(lengths.sum() * hidden), _at_least_1((lengths - 1).clamp(min=0).sum() * hidden)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, divisors, is_on, time_dim
+from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, divisors, is_on, replaced, time_dim
 
 
 def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
@@ -25,16 +25,16 @@ def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
     raw, dropped = layer.raw, layer.dropped
     dtype = compute_dtype(raw, dropped)
     elements, pairs = divisors(layer, problem)
-    ar = tar = penalty = torch.zeros((), dtype=dtype, device=layer.given.device)
+    ar = tar = penalty = torch.zeros((), dtype=dtype, device=layer.given().device)
     wide = None if raw is None else raw.to(dtype)  # once, so that its gradients add up in that dtype
     of_raw = problem.ar_of_raw or dropped is raw
     squared = wide if of_raw else None if dropped is None else dropped.to(dtype)
-    if squared is not None and problem.with_ar:
+    if squared is not None and problem.with_ar():
         total = counted(squared, layer, problem).square().sum()
         if is_on(problem.alpha):
             penalty = penalty + _weighted(total, _coefficient(problem.alpha, layer.alpha, total), elements)
         ar = total / elements
-    if wide is not None and problem.with_tar:
+    if wide is not None and problem.with_tar():
         total = changes(wide, layer, problem).square().sum()
         if is_on(problem.beta):
             penalty = penalty + _weighted(total, _coefficient(problem.beta, layer.beta, total), pairs)
@@ -53,15 +53,15 @@ def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tens
     Returns:
         Two tensors in the dtype of `grad`, `None` where the tensor is.
     """
-    raw, dropped = (None if x is None else x.to(grad.dtype) for x in layer[:2])
+    raw, dropped = (None if x is None else x.to(grad.dtype) for x in (layer.raw, layer.dropped))
     elements, pairs = divisors(layer, problem)
     grad_raw = grad_dropped = None
-    if raw is not None and problem.with_tar:
+    if raw is not None and problem.with_tar():
         difference = change_difference(raw, layer, problem)
         factor = _over(2 * _coefficient(problem.beta, layer.beta, grad), pairs, grad)
         grad_raw = counted(grad * factor * difference, layer, problem)
     squared = raw if problem.ar_of_raw else dropped
-    if squared is not None and problem.with_ar:
+    if squared is not None and problem.with_ar():
         kept = counted(squared, layer, problem)
         factor = _over(2 * _coefficient(problem.alpha, layer.alpha, grad), elements, grad)
         gradient = counted(grad * factor * kept, layer, problem)
@@ -97,7 +97,7 @@ def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
         before, _, precedes, _ = neighbours(layer.batch_sizes, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
     if layer.valid is not None:  # both steps of a change count
-        layer = layer._replace(valid=layer.valid & layer.valid.roll(1, 1))
+        layer = replaced(layer, valid=layer.valid & layer.valid.roll(1, 1))
     dim = time_dim(x, problem.batch_first)
     # A compiler would make a case of its own of 2 steps, as they have 1 difference. (torch 2.11 cannot trace hasattr.)
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:

@@ -38,7 +38,6 @@ class Signature(NamedTuple):
     alpha: Memory | None = None
     beta: Memory | None = None
 
-    @property
     def given(self) -> Memory:
         """Return the memory of raw, or that of dropped where raw is `None`."""
         return self.raw if self.raw is not None else self.dropped  # pyright: ignore[reportReturnType]
@@ -73,9 +72,9 @@ def view_of(tensors: Sequence[Memory | None], signature: Signature, problem: Pro
 
     One whose hidden axis is not contiguous is seen as its contiguous copy.
     """
-    shape = signature.given.shape
+    shape = signature.given().shape
     hidden = shape[-1]
-    time_axis = time_dim(signature.given, problem.batch_first)
+    time_axis = time_dim(signature.given(), problem.batch_first)
     if signature.packed is not None:
         batch, time = signature.packed
         outer_axis = time_axis  # rows of one time step and time steps follow each other
@@ -97,7 +96,7 @@ def view_of(tensors: Sequence[Memory | None], signature: Signature, problem: Pro
 
 def sums_of(signature: Signature, problem: Problem, dtype: torch.dtype) -> Sums:
     """Tell a backend what to compute in `dtype`; no extent of the layer is 0."""
-    terms = problem.with_ar, problem.with_tar, problem.ar_of_raw
+    terms = problem.with_ar(), problem.with_tar(), problem.ar_of_raw
     return Sums(dtype, problem.alpha, problem.beta, *terms, _known_divisors(signature, problem))
 
 
@@ -107,12 +106,12 @@ def _known_divisors(signature: Signature, problem: Problem) -> tuple[int, int] |
         return 1, 1
     if signature.lengths is not None or signature.valid is not None:
         return None
-    shape = signature.given.shape
+    shape = signature.given().shape
     elements = math.prod(shape)
     if signature.packed is not None:
         first_steps = signature.packed[0] * shape[-1]
     else:
-        first_steps = elements // shape[time_dim(signature.given, problem.batch_first)]
+        first_steps = elements // shape[time_dim(signature.given(), problem.batch_first)]
     return elements, max(elements - first_steps, 1)
 
 
