@@ -31,6 +31,8 @@ def replaced(record: Record, **fields: Any) -> Record:
 
     torch 2.8 cannot trace `_replace`, nor a slice or a property of a named tuple.
     """
+    if not torch.compiler.is_compiling():
+        return record._replace(**fields)
     kind = type(record)
     return kind(**{**dict(zip(kind._fields, record, strict=True)), **fields})
 

@@ -251,8 +251,9 @@ class TestCompile:
         shapes = {"raw": time, "dropped": time, "steps": time if "valid" in name else None}
         program = export(Module(), (*leaves(), steps_of(5)), dynamic_shapes=shapes, strict=strict)
         for count in (2, 5, 70):
+            steps = steps_of(count)
             got, want = (
-                everything(lambda r, d, call=call, steps=steps_of(count): call(r, d, steps), leaves(count))
+                everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(count))
                 for call in (program.module(), STEPS_CALLS[name])
             )
             assert_close(got, want)
