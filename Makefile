@@ -3,6 +3,9 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
+# A process a core, four at most: each has PyTorch and the frameworks in memory.
+IN_PARALLEL = --numprocesses logical --maxprocesses 4
+ONE_THREAD = OMP_NUM_THREADS=1
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout padding valid kernels sizes))
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,reference layout coefficients prediction valid padding dropout \
@@ -36,10 +39,13 @@ study: .venv/demo
 	.venv/bin/python -m bench.study $(ARGS)
 
 test: .venv/test .venv/frameworks
-	@echo "== 1 of 2: every test, ten minutes on two cores: C++ kernels on the CPU, Triton kernels compiled for real GPUs"
-	$(PYTEST)
-	@echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter, but for numerical gradients"
-	TRITON_INTERPRET=1 $(PYTEST) -k "not gradcheck and not repeats_bitwise" $(KERNEL_TESTS)
+	@failed=0; \
+	echo "== 1 of 2: every test: C++ kernels on the CPU, Triton kernels compiled for real GPUs"; \
+	$(ONE_THREAD) $(PYTEST) $(IN_PARALLEL) || failed=1; \
+	echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter, but for numerical gradients"; \
+	$(ONE_THREAD) TRITON_INTERPRET=1 $(PYTEST) $(IN_PARALLEL) -k "not gradcheck and not repeats_bitwise" \
+	    $(KERNEL_TESTS) || failed=1; \
+	exit $$failed
 
 test-fast: .venv/test
 	@echo "== the essentials, less than a minute on two cores: make test runs every test"

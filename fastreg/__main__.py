@@ -16,8 +16,8 @@ from fastreg.backends import CPP, backend_for, why_formula
 from fastreg.dropout import fused_dropout_ar_tar
 from fastreg.installation import FOLDER, remarks
 from fastreg.kernels import cpu
-from fastreg.penalty import fused_ar_tar
 from fastreg.kernels.view import Values
+from fastreg.penalty import fused_ar_tar
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 

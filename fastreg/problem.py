@@ -48,8 +48,8 @@ class Call(NamedTuple):
 
 def kept(call: Call) -> Call:
     """Return the call for a dropout that drops nothing: dropped is raw."""
-    raw, _, alpha, beta, lengths, valid, batch_first, reduction, measured, _ = call
-    return Call(raw, raw, alpha, beta, lengths, valid, batch_first, reduction, measured)
+    options = call.lengths, call.valid, call.batch_first, call.reduction, call.measured
+    return Call(call.raw, call.raw, call.alpha, call.beta, *options)
 
 
 class Problem(NamedTuple):

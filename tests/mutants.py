@@ -250,7 +250,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/penalty.py", "penalty_of"): [
         ("a negated dropped to the kernels", "are_memory(layer) for", "are_memory(layer[:1]) for"),
         ("the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
-        ("lengths not checked", "if not layers[0].is_whole", "if False"),
+        ("lengths not checked", "if not layers[0].is_whole()", "if False"),
     ],
     ("fastreg/penalty.py", "_needs"): [
         ("a measured term has a gradient", "(tar or (ar and problem.ar_of_raw))", "True"),
@@ -264,7 +264,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("batched gradients not left to the formula", "are_memory((grad, *saved))", "are_memory(saved)"),
     ],
     ("fastreg/penalty.py", "_compute"): [
-        ("the last layer alone", "layer.values, result)", "layer.values, None)"),
+        ("the last layer alone", "layer.values(), result)", "layer.values(), None)"),
     ],
     ("fastreg/penalty.py", "_GradientPlan"): [
         ("lengths and marks with gaps", "readable_values(layer)", "layer.values"),

@@ -79,12 +79,21 @@ COMPILED = {
     "drawn": CALLS["drawn"],
     "others": functools.partial(lambda calls, r, d: [call(r, d) for call in calls], OTHERS),  # in one graph
 }
+STEPS_CALLS: dict[str, Any] = {
+    "lengths": lambda r, d, steps: fused_ar_tar(r, d, 2.0, 1.0, lengths=steps),
+    "valid": lambda r, d, steps: fused_ar_tar([r, d], [d, d], 2.0, 1.0, valid=steps, return_terms=True),
+    "valid_time_first": lambda r, d, steps: fused_ar_tar(
+        r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, valid=steps, batch_first=False
+    ),
+    "drawn_lengths": lambda r, d, steps: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, lengths=steps),
+    "drawn_valid": lambda r, d, steps: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, valid=steps),
+}
 by_compiled = pytest.mark.parametrize("call", COMPILED.values(), ids=COMPILED)
 
 
-def leaves(time: int = 5, dtype: torch.dtype = FLOAT, device: str = "cpu") -> list[Tensor]:
+def leaves(time: int = 5, dtype: torch.dtype = FLOAT, device: str = "cpu", batch: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(time)
-    values = (torch.randn(3, time, 8, generator=generator, dtype=DOUBLE) for _ in range(2))
+    values = (torch.randn(batch, time, 8, generator=generator, dtype=DOUBLE) for _ in range(2))
     return [x.to(device, dtype).requires_grad_() for x in values]
 
 
@@ -132,6 +141,31 @@ class TestCompile:
         assert count == {"forward": 2, "backward": 2}
         assert_close(everything(compiled, leaves(1)), everything(call, leaves(1)))
         assert count == {"forward": 3, "backward": 3}
+
+    @pytest.mark.parametrize(
+        "shapes",
+        [
+            [(3, 7), (3, 9), (3, 2), (3, 40)],
+            [(3, 7), (5, 7), (2, 7), (20, 7)],
+            [(3, 7), (5, 9), (2, 40), (30, 2), (4, 4)],
+        ],
+        ids=["lengths", "batches", "both"],
+    )
+    @pytest.mark.parametrize("name", STEPS_CALLS)
+    def test_steps_that_count_take_two_compilations(self, name: str, shapes: list[tuple[int, int]]) -> None:
+        """More would end at the limit of compilations, where code runs uncompiled for good."""
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(STEPS_CALLS[name], fullgraph=True, backend=counter)
+        for batch, time in shapes:
+            steps = torch.arange(batch) * 5 % (time + 1)
+            if "valid" in name:
+                steps = torch.arange(time) < steps[:, None]
+            got, want = (
+                everything(functools.partial(call, steps=steps), leaves(time, batch=batch))
+                for call in (compiled, STEPS_CALLS[name])
+            )
+            assert_close(got, want)
+        assert counter.frame_count == 2
 
     @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler for inductor")
     def test_inductor(self) -> None:
@@ -201,6 +235,28 @@ class TestCompile:
         program = export(Module(), tuple(leaves()), dynamic_shapes={"raw": time, "dropped": time}, strict=strict)
         for steps in (2, 5, 70):
             assert_close(everything(program.module(), leaves(steps)), everything(call, leaves(steps)))
+
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("name", STEPS_CALLS)
+    def test_export_with_steps_that_count(self, name: str, strict: bool) -> None:
+        class Module(nn.Module):
+            def forward(self, raw: Tensor, dropped: Tensor, steps: Tensor) -> Any:
+                return STEPS_CALLS[name](raw, dropped, steps)
+
+        def steps_of(time: int) -> Tensor:
+            lengths = torch.arange(3) * 5 % (time + 1)
+            return torch.arange(time) < lengths[:, None] if "valid" in name else lengths
+
+        time = {1: Dim("time", min=2, max=512)}
+        shapes = {"raw": time, "dropped": time, "steps": time if "valid" in name else None}
+        program = export(Module(), (*leaves(), steps_of(5)), dynamic_shapes=shapes, strict=strict)
+        for count in (2, 5, 70):
+            steps = steps_of(count)
+            got, want = (
+                everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(count))
+                for call in (program.module(), STEPS_CALLS[name])
+            )
+            assert_close(got, want)
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
     @pytest.mark.parametrize("steps", [1, 5])
