@@ -127,11 +127,10 @@ def fused_dropout_ar_tar(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    call = Call(
-        raw, None, plain(alpha), plain(beta), plain(lengths), plain(valid), batch_first, reduction, return_terms
-    )
-    dropped, penalty, terms = drop_and_penalize(call, p, mask, training)
-    return dropped, penalty if terms is None else ARTAR(penalty, *terms)
+    values = plain(alpha), plain(beta), plain(lengths), plain(valid)
+    call = Call(plain(raw), None, *values, batch_first, reduction, return_terms)
+    dropped, penalty, terms = drop_and_penalize(call, p, plain(mask), training)
+    return raw if dropped is None else dropped, penalty if terms is None else ARTAR(penalty, *terms)
 
 
 def drop_and_penalize(

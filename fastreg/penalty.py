@@ -117,9 +117,8 @@ def fused_ar_tar(
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     raw, dropped = plain_pair(raw, dropped)
-    call = Call(
-        raw, dropped, plain(alpha), plain(beta), plain(lengths), plain(valid), batch_first, reduction, return_terms
-    )
+    values = plain(alpha), plain(beta), plain(lengths), plain(valid)
+    call = Call(raw, dropped, *values, batch_first, reduction, return_terms)
     penalty, terms = penalty_of(call)
     return penalty if terms is None else ARTAR(penalty, *terms)
 
