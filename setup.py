@@ -49,7 +49,6 @@ class Build(build_ext):
             return
         own = copy(self)  # objects of its own: another level is compiled from the same source at the same time
         own.build_temp = str(Path(self.build_temp, ext.name))
-        own.force = True
         try:
             build_ext.build_extension(own, ext)
             shared = b"libgomp" in target.read_bytes()
@@ -93,7 +92,7 @@ setup(
         Extension(
             f"fastreg.kernels.{name}",
             [str(SOURCE)],
-            depends=[str(header) for header in HEADERS],
+            depends=["setup.py", *map(str, HEADERS)],
             extra_compile_args=["-fopenmp", *level, *OPTIONS],
             extra_link_args=["-fopenmp"],
             language="c++",

@@ -131,6 +131,13 @@ EXPORT const int64_t structure_sizes[] = {sizeof(Penalty), sizeof(PenaltyMemory)
 #endif
 EXPORT const std::uint64_t sources = SOURCES;
 
+/// Whether the library was built with OpenMP.
+#ifdef _OPENMP
+EXPORT const int32_t threaded = 1;
+#else
+EXPORT const int32_t threaded = 0;
+#endif
+
 /// Write the penalty and its terms, and the gradients for the upstream gradient that is expected, if one is given.
 EXPORT int penalty_forward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
     return guarded(*plan, *memory, [=](const Counted &counted) {

@@ -137,6 +137,8 @@ def description() -> str:
         why = f"; no library for {_LIBRARIES[best]} was built"
     else:
         why = f"; by PyTorch's capability {torch.backends.cpu.get_cpu_capability()} this is none with AVX2"
+    if not c_int32.in_dll(library(), "threaded"):
+        why += "; one thread, as its compiler has no GNU OpenMP"
     return f"{path}, for {_LIBRARIES[name]}{why}"
 
 

@@ -155,6 +155,17 @@ def test_without_a_compiler_the_first_call_warns(clone: Path, tmp_path: Path) ->
     assert not done.stderr
 
 
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no Clang")
+def test_clang_brings_no_second_openmp_runtime(clone: Path, tmp_path: Path) -> None:
+    bare, site = tmp_path / "clone", tmp_path / "site"
+    shutil.copytree(clone, bare, symlinks=True, ignore=shutil.ignore_patterns("*.so", "build"))
+    install(bare, site, CC="clang", CXX="clang++")
+    assert not any(b"libomp" in file.read_bytes() for file in site.glob("fastreg/kernels/*.so"))
+    done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
+    assert "one thread, as its compiler has no GNU OpenMP\n" in done.stdout, done
+    assert "the C++ kernels; self-test passed" in done.stdout
+
+
 def test_without_triton(tmp_path: Path) -> None:
     """It is needed on GPUs alone."""
     (tmp_path / "sitecustomize.py").write_text(
