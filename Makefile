@@ -3,15 +3,18 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
-# A process a core, four at most: each has PyTorch and the frameworks in memory.
-IN_PARALLEL = --numprocesses logical --maxprocesses 4
-ONE_THREAD = OMP_NUM_THREADS=1
+# Processes of pytest, one a core and four at most: each has PyTorch and the frameworks in memory.
+PARALLEL ?= --numprocesses logical --maxprocesses 4
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout padding valid kernels sizes))
-FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,reference layout coefficients prediction valid padding dropout \
-    penalty regularizer rnn_dropout attachment))
+CORE = reference layout coefficients prediction valid padding dropout penalty regularizer rnn_dropout attachment
+FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
+# Those that another release of PyTorch, Triton or a framework may break.
+VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) torch compiled ptx cpu concurrency distributed package \
+    fastai lightning transformers))
 
-.PHONY: help demo study test test-fast test-ptx mutants test-oldest test-fakegpu bench bench-compare lint wheel sdist clean
+.PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
+    test-oldest test-newest test-plain test-fakegpu bench bench-compare lint wheel sdist clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
@@ -21,7 +24,9 @@ help:
 	@echo "make test-ptx   run the kernels' tests on the CPU with the code that is compiled for an H100, on the newest Triton"
 	@echo "             supported and the oldest (ARGS=--ptx-sample=8 for each eighth case of each test)"
 	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
-	@echo "make test-oldest   run all tests with the oldest PyTorch and Triton supported, in .venv-oldest"
+	@echo "make test-oldest   run what a release may break with the oldest PyTorch and Triton supported, in .venv-oldest"
+	@echo "make test-newest   the same with the newest PyTorch, in .venv-newest"
+	@echo "make test-plain   run the core as on a processor without AVX-512"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README:"
 	@echo "             ten minutes on two idle cores"
 	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
@@ -41,22 +46,29 @@ study: .venv/demo
 	.venv/bin/python -m bench.study $(ARGS)
 
 test: .venv/test .venv/frameworks
-	@failed=0; \
-	echo "== 1 of 2: every test: C++ kernels on the CPU, Triton kernels compiled for real GPUs"; \
-	$(ONE_THREAD) $(PYTEST) $(IN_PARALLEL) || failed=1; \
-	echo "== 2 of 2: the same samples through the Triton kernels, run by Triton's interpreter, but for numerical gradients"; \
-	$(ONE_THREAD) TRITON_INTERPRET=1 $(PYTEST) $(IN_PARALLEL) -k "not gradcheck and not repeats_bitwise" \
-	    $(KERNEL_TESTS) || failed=1; \
-	exit $$failed
+	@$(MAKE) --no-print-directory --keep-going test-compiled test-interpreted
+
+test-compiled: .venv/test .venv/frameworks
+	@echo "== every test: C++ kernels on the CPU, Triton kernels compiled for real GPUs"
+	$(PYTEST) $(PARALLEL)
+
+test-interpreted: .venv/test
+	@echo "== the same samples through the Triton kernels, run by Triton's interpreter, but for numerical gradients"
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not gradcheck and not repeats_bitwise" $(KERNEL_TESTS)
 
 test-fast: .venv/test
 	@echo "== the essentials, less than a minute on two cores: make test runs every test"
 	$(PYTEST) -q -m "not gpu" -k "not compil and not gradcheck and not saved_model" $(FAST_TESTS)
 
-test-ptx: .venv/test .venv-oldest/test
-	@echo "== 1 of 2: the kernels as compiled for an H100, run on the CPU instruction by instruction"
+test-ptx:
+	@$(MAKE) --no-print-directory --keep-going test-ptx-newest test-ptx-oldest
+
+test-ptx-newest: .venv/test
+	@echo "== the kernels as compiled for an H100, run on the CPU instruction by instruction"
 	$(PYTEST) -p tests.ptx $(PTX_TESTS) $(ARGS)
-	@echo "== 2 of 2: the same with the oldest releases supported"
+
+test-ptx-oldest: .venv-oldest/test
+	@echo "== the same with the oldest releases supported"
 	.venv-oldest/bin/python -m pytest -p tests.ptx $(PTX_TESTS) $(ARGS)
 
 mutants: .venv/test
@@ -64,8 +76,18 @@ mutants: .venv/test
 	.venv/bin/python -m tests.mutants $(ARGS)
 
 test-oldest: .venv-oldest/test
-	@echo "== every test once more, with the oldest releases supported (make test-ptx runs their kernels)"
-	.venv-oldest/bin/python -m pytest
+	@echo "== what a release may break, with the oldest releases supported (make test-ptx runs their kernels)"
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
+
+test-newest: .venv-newest/test
+	@echo "== what a release may break, with the newest PyTorch; all other tests must at least be found"
+	.venv-newest/bin/python -m pytest --collect-only --quiet --quiet
+	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
+
+# PyTorch and oneDNN then run the code that they have for the least of processors, and oneDNN that for AVX2.
+test-plain: .venv/test
+	@echo "== the core on a processor without AVX-512, imitated"
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) -m "not gpu" $(FAST_TESTS)
 
 # What fails is in the report.
 bench: .venv/test
@@ -126,13 +148,16 @@ sdist: .venv/test
 	@bash tests/frameworks.sh .venv
 	@touch $@
 
-# The same for the oldest releases, which the constraints hold whatever else is installed.
+# The same for the oldest releases, which the constraints hold whatever else is installed, and for the newest ones, which
+# a constraint in pip's configuration must not hold back.
 .venv-oldest/test: export PIP_CONSTRAINT = $(CURDIR)/tests/oldest.txt
-.venv-oldest/test: pyproject.toml setup.py $(CPP) tests/frameworks.sh tests/oldest.txt
-	@echo "== building .venv-oldest"
-	@$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,bench]'
-	@bash tests/frameworks.sh .venv-oldest
+.venv-newest/test: export PIP_CONSTRAINT = /dev/null
+.venv-oldest/test .venv-newest/test: .venv-%/test: pyproject.toml setup.py $(CPP) tests/frameworks.sh \
+    tests/oldest.txt
+	@echo "== building .venv-$*"
+	@$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,bench]'
+	@bash tests/frameworks.sh .venv-$*
 	@touch $@
 
 .venv/wheel: .venv/base
@@ -144,4 +169,4 @@ sdist: .venv/test
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .benchmarks build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .benchmarks build *.egg-info .pytest_cache .ruff_cache .hypothesis

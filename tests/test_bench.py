@@ -241,12 +241,12 @@ def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class PretendGPU:
-    """In the place of `torch.cuda`'s functions, a device that is busy until some time.
+    """In the place of `torch.cuda`'s functions, a device that is busy until some time, by a clock of its own.
 
     The host launches a graph in 3 ms, and its replay takes 6 more; a graph has 2 nodes, and a call holds 3000 bytes.
     """
 
-    busy_until = 0.0
+    now = busy_until = 0.0
 
     def __init__(self, **_: Any):
         self.at = 0.0
@@ -258,18 +258,23 @@ class PretendGPU:
 
     @classmethod
     def work(cls, seconds: float) -> None:
-        cls.busy_until = max(cls.busy_until, time.perf_counter()) + seconds
+        cls.busy_until = max(cls.busy_until, cls.now) + seconds
+
+    @classmethod
+    def read(cls) -> float:
+        cls.now += 1e-6
+        return cls.now
 
     @classmethod
     def synchronize(cls) -> None:
-        time.sleep(max(cls.busy_until - time.perf_counter(), 0))
+        cls.now = max(cls.busy_until, cls.now)
 
     def record(self) -> None:
         self.work(0)
         self.at = self.busy_until
 
     def replay(self) -> None:
-        time.sleep(0.003)
+        PretendGPU.now += 0.003
         self.work(0.006)
 
     def elapsed_time(self, end: PretendGPU) -> float:
@@ -289,6 +294,7 @@ class PretendGPU:
             patch.setattr(torch.cuda, name, cls)
         for name in ("stream", "graph"):
             patch.setattr(torch.cuda, name, lambda _: cls())
+        patch.setattr(timing, "time", SimpleNamespace(perf_counter=cls.read))
         patch.setattr(torch.cuda, "synchronize", cls.synchronize)
         patch.setattr(torch.cuda, "_sleep", lambda cycles: cls.work(cycles / timing.CLOCK))
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)

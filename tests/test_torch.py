@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -134,7 +135,11 @@ class TestCompile:
         def counted(kind: str) -> Any:
             return lambda graph, _: (count.update([kind]), make_boxed_func(graph.forward))[1]
 
-        backend = aot_autograd(fw_compiler=counted("forward"), bw_compiler=counted("backward"))
+        backend = aot_autograd(
+            fw_compiler=counted("forward"),
+            bw_compiler=counted("backward"),
+            partition_fn=min_cut_rematerialization_partition,  # inductor's
+        )
         compiled = torch.compile(call, fullgraph=True, backend=backend)
         for time in (70, 50, 2, *range(3, 102)) if call is not COMPILED["others"] else (9, 12, 2, 3):
             assert_close(everything(compiled, leaves(time)), everything(call, leaves(time)))
