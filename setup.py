@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from copy import copy
 from hashlib import sha256
 from pathlib import Path
@@ -40,15 +41,15 @@ class Build(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one library, unless an editable installation has built it from these sources."""
+        """Build one library, unless an earlier editable installation has built it from these sources."""
         target = Path(self.get_ext_fullpath(ext.name))
         built = SOURCE.parent / target.name
-        sources = (SOURCE, *HEADERS, Path(__file__))
-        if self.editable_mode and built.exists() and built.stat().st_mtime > max(x.stat().st_mtime for x in sources):
+        if self.editable_mode and is_current(built):
             replace(target, built)
             return
         own = copy(self)  # objects of its own: another level is compiled from the same source at the same time
         own.build_temp = str(Path(self.build_temp, ext.name))
+        own.force = True  # the compiler may be another one
         try:
             build_ext.build_extension(own, ext)
             shared = b"libgomp" in target.read_bytes()
@@ -77,6 +78,13 @@ class Source(sdist):
         """Add the link, which setuptools leaves out."""
         super().make_release_tree(base_dir, files)
         Path(base_dir, "fastreg", "kernels").symlink_to("../kernels")
+
+
+def is_current(library: Path) -> bool:
+    """Return whether a library was built from these sources, with these options."""
+    if not library.exists() or library.stat().st_mtime < Path(__file__).stat().st_mtime:
+        return False
+    return int(SOURCES, 16).to_bytes(8, sys.byteorder) in library.read_bytes()
 
 
 def replace(old: Path, new: Path) -> None:
