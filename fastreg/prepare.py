@@ -40,6 +40,8 @@ def plain(x: Any) -> Any:
 
 def plain_pair(raw: Any, dropped: Any) -> tuple[Any, Any]:
     """Return raw and dropped without such subclasses; layers of both that are one tensor stay one."""
+    if torch.compiler.is_compiling():  # which cannot ask whether two lists are one
+        return raw, dropped
     kept = plain(raw)
     if dropped is raw:
         return kept, kept
