@@ -113,7 +113,7 @@ class Counted {
     }
 
     int64_t length(int64_t sequence) const {
-        return lengths ? std::clamp<int64_t>(lengths[sequence], 0, sizes.time) : sizes.time;
+        return lengths ? lengths[sequence] : sizes.time;  // which may be out of range: time steps are not
     }
 
     bool marked(int64_t sequence, int64_t step) const {

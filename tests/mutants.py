@@ -199,7 +199,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("padding beside other sequences not filled", "if (span.counts || fill)", "if (span.counts)"),
     ],
     ("kernels/cpu_steps.h", "Counted"): [
-        ("lengths not clamped", "std::clamp<int64_t>(lengths[sequence], 0, sizes.time)", "lengths[sequence]"),
+        ("lengths beyond the last step", "std::min(length(sequence), stop)", "length(sequence)"),
         ("pairs as many as steps", "pairs += stop - step - 1;", "pairs += stop - step;"),
         ("steps before that do not count are paired", "step > 0 && marked(sequence, step - 1)", "step > 0"),
         ("the last step is paired with padding", " && marked(sequence, step + 1)}", "}"),
@@ -213,7 +213,6 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
             "first = tile.sequence + (tile.lane + tile.lanes - 1) / sizes.inner;",
         ),
         ("sequences apart taken for neighbours", "if (strides.outer != sizes.inner) return", "if (false) return"),
-        ("marks read in advance only", "now.stop + 1, sizes.time", "now.stop, sizes.time"),
     ],
     ("kernels/cpu_vectors.h", "rounded"): [
         ("ties away from even", "bits + 0x7fff + (bits >> 16 & 1);", "bits + 0x7fff + 1;"),

@@ -224,7 +224,7 @@ def test_triton_by_any_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
     """It has all files of the repository, and the link by which a source tree imports its kernels."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
+    if listed.returncode or not listed.stdout:
         pytest.skip("this is no repository")
     for name in listed.stdout.splitlines():
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
