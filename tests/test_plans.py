@@ -1,0 +1,299 @@
+"""Plans: calls that differ in one fact have keys and results of their own, in whichever order they come."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.rnn import PackedSequence
+
+from fastreg import fused_ar_tar, fused_dropout_ar_tar, plans
+from fastreg.plans import Plans, forget, key_of
+from fastreg.problem import Call
+
+BATCH, TIME, HIDDEN = 3, 5, 8
+
+
+class Decorated(Tensor):
+    """A subclass without a dispatcher of its own."""
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def unaligned(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+
+
+def strided(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def gapped(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
+    return PackedSequence(x.reshape(-1, HIDDEN)[: sum(sizes)], torch.tensor(sizes))
+
+
+RAW, DROPPED, MASK = (
+    numbers(BATCH, TIME, HIDDEN),
+    numbers(BATCH, TIME, HIDDEN, seed=1),
+    numbers(BATCH, 1, HIDDEN, seed=2),
+)
+LENGTHS, VALID = torch.tensor([5, 0, 3]), numbers(BATCH, TIME, seed=3) > 0
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "hooks": lambda: saved_tensors_hooks(lambda x: x.clone(), lambda x: x),
+    "plain": nullcontext,
+}
+# Each changes one fact of the call below. A `mode` is no argument, but what the call runs in.
+PENALTY: dict[str, dict[str, Any]] = {
+    "shape": {"raw": RAW[:, :4], "dropped": DROPPED[:, :4]},
+    "another shape of as many elements": {"raw": RAW.reshape(5, 3, 8), "dropped": DROPPED.reshape(5, 3, 8)},
+    "strides of raw": {"raw": strided(RAW)},
+    "strides of dropped": {"dropped": strided(DROPPED)},
+    "hidden axis of raw": {"raw": gapped(RAW)},
+    "dtype of raw": {"raw": RAW.bfloat16()},
+    "dtype of dropped": {"dropped": DROPPED.double()},
+    "alignment of raw": {"raw": unaligned(RAW)},
+    "alignment of dropped": {"dropped": unaligned(DROPPED)},
+    "device": {"raw": RAW.to("meta"), "dropped": DROPPED.to("meta")},
+    "raw without a gradient": {"frozen": ("raw",)},
+    "dropped without a gradient": {"frozen": ("dropped",)},
+    "neither with a gradient": {"frozen": ("raw", "dropped")},
+    "one tensor": {"dropped": "raw"},
+    "no raw": {"raw": None, "beta": 0.0},
+    "a subclass": {"raw": RAW.as_subclass(Decorated)},
+    "a negated view": {"raw": torch._neg_view(-RAW)},
+    "a list": {"raw": [RAW], "dropped": [DROPPED]},
+    "a tuple": {"raw": (RAW,), "dropped": (DROPPED,)},
+    "two layers": {"raw": [RAW, DROPPED], "dropped": [DROPPED, RAW]},
+    "packed": {"raw": packed(RAW, [3, 2, 2]), "dropped": packed(DROPPED, [3, 2, 2])},
+    "packed otherwise": {"raw": packed(RAW, [3, 3, 1]), "dropped": packed(DROPPED, [3, 3, 1])},
+    "packed longer": {"raw": packed(RAW, [2, 2, 2, 1]), "dropped": packed(DROPPED, [2, 2, 2, 1])},
+    "alpha": {"alpha": 3.0},
+    "alpha of 0": {"alpha": 0.0},
+    "alpha as an integer": {"alpha": 2},
+    "alpha as a flag": {"alpha": True},
+    "alpha as a tensor": {"alpha": torch.tensor(2.0)},
+    "alpha as a tensor of 64 bits": {"alpha": torch.tensor(2.0, dtype=torch.float64)},
+    "beta": {"beta": 3.0},
+    "beta of 0": {"beta": 0.0},
+    "beta as a flag": {"beta": True},
+    "beta as a tensor": {"beta": torch.tensor(1.0)},
+    "lengths": {"lengths": LENGTHS},
+    "lengths of 32 bits": {"lengths": LENGTHS.int()},
+    "lengths out of range": {"lengths": LENGTHS + 1},
+    "valid": {"valid": VALID},
+    "valid as integers": {"valid": VALID.long()},
+    "valid transposed in memory": {"valid": strided(VALID)},
+    "time first": {"batch_first": False},
+    "batch_first as a number": {"batch_first": 1},
+    "a sum": {"reduction": "sum"},
+    "terms": {"return_terms": True},
+    "terms as a number": {"return_terms": 1},
+    "without gradients": {"mode": "no_grad"},
+    "inference mode": {"mode": "inference"},
+    "hooks on saved tensors": {"mode": "hooks"},
+}
+DROPOUT: dict[str, dict[str, Any]] = {
+    "shape": {"raw": RAW[:, :4]},
+    "strides": {"raw": strided(RAW)},
+    "dtype": {"raw": RAW.half()},
+    "alignment": {"raw": unaligned(RAW)},
+    "without a gradient": {"frozen": ("raw",)},
+    "p": {"p": 0.25},
+    "p of 0": {"p": 0.0},
+    "p as a flag": {"p": False},
+    "evaluation": {"training": False},
+    "training as a number": {"training": 1},
+    "a mask": {"mask": MASK},
+    "a mask of the shape of raw": {"mask": MASK.expand_as(RAW).contiguous()},
+    "a mask of another dtype": {"mask": MASK.double()},
+    "a mask with a gradient": {"mask": MASK.clone().requires_grad_()},
+    "alpha": {"alpha": 3.0},
+    "beta of 0": {"beta": 0.0},
+    "lengths": {"lengths": LENGTHS},
+    "valid": {"valid": VALID},
+    "time first": {"batch_first": False},
+    "a sum": {"reduction": "sum"},
+    "terms": {"return_terms": True},
+    "without gradients": {"mode": "no_grad"},
+}
+BASE = {
+    fused_ar_tar: {"raw": RAW, "dropped": DROPPED, "alpha": 2.0, "beta": 1.0},
+    fused_dropout_ar_tar: {"raw": RAW, "p": 0.5, "alpha": 2.0, "beta": 1.0},
+}
+CASES = [(fused_ar_tar, x) for x in PENALTY.values()] + [(fused_dropout_ar_tar, x) for x in DROPOUT.values()]
+IDS = [f"penalty, {name}" for name in PENALTY] + [f"dropout, {name}" for name in DROPOUT]
+
+
+def fresh(x: Any, frozen: bool, leaves: list[Tensor]) -> Any:
+    """Return detached copies with the same layout, which require a gradient unless they are frozen."""
+    if isinstance(x, PackedSequence):
+        return x._replace(data=fresh(x.data, frozen, leaves))
+    if isinstance(x, (list, tuple)):
+        return type(x)(fresh(y, frozen, leaves) for y in x)
+    if not isinstance(x, Tensor):
+        return x
+    leaf = x.detach().requires_grad_(not frozen)
+    leaves.append(leaf)
+    return leaf
+
+
+def outcome(function: Callable[..., Any], options: dict[str, Any]) -> list[Any]:
+    """Call the function; return what describes its results and gradients in full, or its error."""
+    options = dict(options)
+    mode, frozen, leaves = options.pop("mode", "plain"), options.pop("frozen", ()), []
+    same = options.get("dropped") == "raw" if isinstance(options.get("dropped"), str) else False
+    for name in ("raw", "dropped"):
+        if name in options and not (same and name == "dropped"):
+            options[name] = fresh(options[name], name in frozen, leaves)
+    if same:
+        options["dropped"] = options["raw"]
+    torch.manual_seed(0)
+    try:
+        with MODES[mode]():
+            results = function(**options)
+    except (TypeError, ValueError) as error:
+        return [type(error), str(error)]
+    results = [results] if isinstance(results, Tensor) else list(results)
+    flat = [y for x in results for y in (x if isinstance(x, tuple) else [x])]
+    described: list[Any] = [type(x) for x in results]
+    differentiable = [x for x in flat if x.requires_grad]
+    if differentiable and not flat[0].is_meta:
+        total = torch.stack([x.float().sum() for x in differentiable]).sum() * 3
+        wanted = [x for x in leaves if x.requires_grad]
+        flat = [*flat, *torch.autograd.grad(total, wanted, allow_unused=True)]
+    for x in flat:
+        described.append(x if x is None else (x.dtype, x.shape, x.stride(), x.requires_grad, str(x.device)))
+        described.append(None if x is None or x.is_meta else x.detach().double().flatten().tolist())
+    return described
+
+
+def call_of(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Return the key of a call, in its mode."""
+    options = dict(options)
+    mode, frozen = options.pop("mode", "plain"), options.pop("frozen", ())
+    raw = fresh(options.pop("raw"), "raw" in frozen, [])
+    dropped = options.pop("dropped", None)
+    dropped = raw if isinstance(dropped, str) else fresh(dropped, "dropped" in frozen, [])
+    alpha, beta, measured = options.pop("alpha"), options.pop("beta"), options.pop("return_terms", False)
+    more = [options.pop(name, default) for name, default in (("p", None), ("mask", None), ("training", True))]
+    call = Call(raw, dropped, alpha, beta, measured=measured, **options)
+    with MODES[mode]():
+        return key_of(call, *more) if function is fused_dropout_ar_tar else key_of(call)
+
+
+@pytest.mark.parametrize(("function", "change"), CASES, ids=IDS)
+def test_two_calls_that_differ_in_one_fact(function: Callable[..., Any], change: dict[str, Any]) -> None:
+    calls = BASE[function], BASE[function] | change
+    alone = []
+    for options in calls:
+        forget()
+        alone.append(outcome(function, options))
+    for order in ((0, 1), (1, 0)):
+        forget()
+        for i in (*order, *order):
+            assert outcome(function, calls[i]) == alone[i]
+
+
+@pytest.mark.parametrize(("function", "change"), CASES, ids=IDS)
+def test_keys_differ_in_one_fact(function: Callable[..., Any], change: dict[str, Any]) -> None:
+    base, other = BASE[function], BASE[function] | change
+    assert call_of(function, base) == call_of(function, base) is not None
+    assert call_of(function, other) != call_of(function, base)
+
+
+def test_values_are_looked_at_in_every_call() -> None:
+    """Lengths, marks and coefficients on the CPU are checked and read anew, though the plan is known."""
+    lengths, valid, alpha = LENGTHS.clone(), VALID.long(), torch.tensor(2.0)
+    calls = [{"lengths": lengths}, {"valid": valid}, {"alpha": alpha}]
+    before = [fused_ar_tar(**BASE[fused_ar_tar] | options) for options in calls]
+    lengths[0], valid[0], alpha[...] = 2, 0, 5.0
+    for options, old in zip(calls, before, strict=True):
+        new = fused_ar_tar(**BASE[fused_ar_tar] | options)
+        forget()
+        assert new == fused_ar_tar(**BASE[fused_ar_tar] | options) != old
+    lengths[0], valid[0, 0], alpha[...] = 9, 2, -1.0
+    for options, name in zip(calls, ("lengths", "valid", "alpha"), strict=True):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            fused_ar_tar(**BASE[fused_ar_tar] | options)
+
+
+def test_batch_sizes_are_looked_at_in_every_call() -> None:
+    x = packed(RAW, [3, 2, 2])
+    fused_ar_tar(x, x, 2.0, 1.0)
+    x.batch_sizes[2] = 3
+    with pytest.raises(ValueError, match=r"raw.batch_sizes: expected sizes above 0 that never grow"):
+        fused_ar_tar(x, x, 2.0, 1.0)
+
+
+def test_repeated_calls_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    keep = Plans.keep
+    monkeypatch.setattr(Plans, "keep", lambda self, key, plan: made.append(key) or keep(self, key, plan))
+    module = nn.Linear(HIDDEN, HIDDEN)
+    for seed in range(3):
+        raw = module(numbers(BATCH, TIME, HIDDEN, seed=seed))
+        fused_ar_tar(raw, raw * 2, 2.0, 1.0)
+        fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
+    assert len(made) == 2
+
+
+def test_plans_hold_no_tensors_of_the_caller() -> None:
+    raw, lengths, valid = numbers(BATCH, TIME, HIDDEN).requires_grad_(), LENGTHS.clone(), VALID.clone()
+    alpha, mask = torch.tensor(2.0), MASK.clone()
+    fused_ar_tar(raw, raw, alpha, 1.0, lengths=lengths).backward()
+    fused_ar_tar([raw, raw], [raw, raw], 2.0, 1.0, valid=valid).backward()
+    sum(x.sum() for x in fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)).backward()
+    alive = [weakref.ref(x) for x in (raw, lengths, valid, alpha, mask)]
+    del raw, lengths, valid, alpha, mask
+    gc.collect()
+    assert [x() for x in alive] == [None] * 5
+
+
+def test_the_memory_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "SIZE", 4)
+    kept = Plans()
+    for i in range(10):
+        kept.keep(i, str(i))
+    assert [kept.get(i) for i in range(10)] == [None] * 6 + ["6", "7", "8", "9"]
+
+
+def test_a_key_that_is_not_hashable_has_no_plan() -> None:
+    kept = Plans()
+    kept.keep([], "a plan")
+    assert kept.get([]) is None
+
+
+def test_threads_that_make_the_same_plan_at_once() -> None:
+    want = fused_ar_tar(**BASE[fused_ar_tar])
+    results: list[Tensor] = []
+    for _ in range(20):
+        forget()
+        barrier = threading.Barrier(4)
+
+        def run(barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            results.append(fused_ar_tar(**BASE[fused_ar_tar]))
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results) == 80
+    assert all(x.equal(want) for x in results)
