@@ -30,17 +30,19 @@ TESTS = {
     "kernels/dropout.py": ["padding", "valid", "dropout", "kernels"],
     "kernels/reduction.py": ["kernels", "coefficients", "valid", "padding", "penalty"],
     "kernels/tiling.py": ["kernels", "valid", "padding", "penalty"],
-    "fastreg/penalty.py": ["prediction", "coefficients", "padding", "penalty"],
-    "fastreg/dropout.py": ["padding", "dropout"],
+    "fastreg/penalty.py": ["plans", "prediction", "coefficients", "padding", "penalty"],
+    "fastreg/dropout.py": ["plans", "padding", "dropout"],
     "fastreg/rnn_dropout.py": ["coefficients", "rnn_dropout", "attachment", "dropout"],
     "fastreg/output_dropout.py": ["rnn_dropout"],
     "fastreg/attachment.py": ["attachment", "rnn_dropout"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment"],
     "fastreg/reference.py": ["reference", "valid", "padding", "penalty"],
     "fastreg/problem.py": ["reference", "valid", "padding", "penalty"],
-    "fastreg/arguments.py": ["layout", "valid", "padding", "penalty", "dropout"],
+    "fastreg/arguments.py": ["layout", "plans", "valid", "padding", "penalty", "dropout"],
     "fastreg/view.py": ["layout", "penalty", "padding", "dropout", "torch"],
-    "fastreg/backends.py": ["padding", "penalty", "dropout", "torch"],
+    "fastreg/plans.py": ["plans", "penalty", "torch"],
+    "fastreg/prepare.py": ["layout", "plans", "valid", "padding", "penalty", "dropout"],
+    "fastreg/torch_state.py": ["padding", "penalty", "dropout", "torch"],
     "kernels/view.py": ["kernels", "padding"],
     **{
         f"kernels/{name}": ["coefficients", "valid", "cpu_kernels", "prediction", "padding", "penalty"]
@@ -118,7 +120,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("TAR in padding", "counts, tar_factor", "tile.present, tar_factor"),
         ("dropped's gradient at raw's stride", "grad_dropped_time, None", "raw_time, None"),
     ],
-    ("kernels/dropout.py", "_constants"): [
+    ("kernels/dropout.py", "_launch"): [
         ("TAR always on", '"TAR": sums.tar', '"TAR": True'),
         ("LOCKED always", "view.time == 1 or (mask is not None and mask.time == 0)", "True"),
     ],
@@ -238,18 +240,16 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/cpu_work.h", "Tiling"): [
         ("the last lanes left out", "ceil_div(sizes.inner, BLOCK)", "std::max<int64_t>(sizes.inner / BLOCK, 1)"),
     ],
-    ("kernels/cpu.py", "PenaltyBackward"): [
+    ("kernels/cpu.py", "Expected"): [
         (
             "the prediction is changed in place",
-            "_expected[self.dtype] = grad.detach().clone()",
-            "_expected[self.dtype].copy_(grad.detach())",
+            "self.gradient = self.latest[grad.dtype] = grad.detach().clone()",
+            "self.gradient.copy_(grad.detach())",
         ),
         ("the prediction is the user's tensor", "grad.detach().clone()", "grad.detach()"),
     ],
-    ("fastreg/penalty.py", "penalty_of"): [
-        ("a negated dropped to the kernels", "are_memory(layer) for", "are_memory(layer[:1]) for"),
+    ("fastreg/penalty.py", "_by_formula"): [
         ("the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
-        ("lengths not checked", "if not layers[0].is_whole()", "if False"),
     ],
     ("fastreg/penalty.py", "_needs"): [
         ("a measured term has a gradient", "(tar or (ar and problem.ar_of_raw))", "True"),
@@ -262,84 +262,105 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("no double backward", "torch.is_grad_enabled() or ", ""),
         ("batched gradients not left to the formula", "are_memory((grad, *saved))", "are_memory(saved)"),
     ],
-    ("fastreg/penalty.py", "_compute"): [
-        ("the last layer alone", "layer.values(), result)", "layer.values(), None)"),
+    ("fastreg/penalty.py", "_Plan"): [
+        ("the last layer alone", "values, result)", "values, None)"),
+        ("float64 summed in float32", "compute_dtype(*[x for layer", "torch.float32 or (*[x for layer"),
     ],
-    ("fastreg/penalty.py", "_GradientPlan"): [
-        ("lengths and marks with gaps", "readable_values(layer)", "layer.values"),
-    ],
-    ("fastreg/penalty.py", "_gradient_plan_for"): [
+    ("fastreg/penalty.py", "_LayerPlan"): [
         ("another shape in the backward", "check_saved(name, x, y)", "pass"),
-        ("gradients ahead in a layout of before", "gradients != filled", "False"),
-        ("kernels: cut otherwise than the forward", "y if x is None else x for", "x for"),
-    ],
-    ("fastreg/penalty.py", "_plans_for"): [
-        (
-            "float64 summed in float32",
-            "compute_dtype(*(x for signature in signatures for x in signature[:2]))",
-            "torch.float32",
-        ),
-        ("gradients ahead where memory is low", "and not low_memory", ""),
+        ("gradients ahead in a layout of before", "if layouts == self.layouts:", "if True:"),
+        ("kernels: cut otherwise than the forward", "x if y is None else layout_of(y)", "y and layout_of(y)"),
+        ("gradients ahead where memory is low", "(None, None) if keeps_memory_low() else", ""),
+        ("a gap in the hidden axis", "if self.copies else tensors", "if False else tensors"),
     ],
     ("fastreg/view.py", "_known_divisors"): [
         ("sums divided", 'problem.reduction == "sum"', "False"),
         ("pairs as many as elements", "elements - first_steps", "elements"),
     ],
-    ("fastreg/backends.py", "observed"): [
+    ("fastreg/torch_state.py", "observed"): [
         ("never", "return (", "return False and ("),
         ("under dispatch modes", "torch._C._len_torch_dispatch_stack() > 0", "False"),
         ("under forward mode", "forward_ad._current_level >= 0", "False"),
     ],
-    ("fastreg/backends.py", "is_memory"): [
+    ("fastreg/torch_state.py", "is_memory"): [
         ("a negated tensor to the kernels", "not x.is_neg()", "True"),
         ("a subclass to the kernels", "type(x) is Tensor", "True"),
     ],
-    ("fastreg/view.py", "memory_of"): [
-        ("strides not remembered", "x.stride(), x", "torch.empty(x.shape, device='meta').stride(), x"),
-    ],
+    ("fastreg/view.py", "readable_values"): [("lengths and marks with gaps", "x.contiguous()", "x")],
     ("fastreg/view.py", "like"): [("order of axes kept anyway", "x.stride(-1) != 1 and", "False and")],
     ("fastreg/view.py", "readable"): [("hidden axis read as it lies", "x.shape[-1] == 1 or x.stride(-1) == 1", "True")],
     ("fastreg/view.py", "view_of"): [
         ("outer stride for time", "outer, strides[time_axis]", "outer, outer"),
         ("always one sequence", "x.outer == hidden for", "True for"),
     ],
-    ("fastreg/arguments.py", "ready_steps"): [
-        ("lengths as they lie, to the kernels", ".contiguous()", ""),
-        ("too long", "most > time", "False"),
-    ],
-    ("fastreg/arguments.py", "_ready_valid"): [
-        ("marks as they lie, to the kernels", ".contiguous()", ""),
-        ("marks above 1", "most > 1", "False"),
-    ],
-    ("fastreg/arguments.py", "_queued"): [
-        ("pinned memory that the caller refills", "elif x.is_pinned()", "elif False"),
-    ],
-    ("fastreg/arguments.py", "_packed"): [
-        ("counted in few bits", "sizes.to(torch.int64, copy", "sizes.to(sizes.dtype, copy"),
-        ("memory that others may write to", "copy=True", "copy=False"),
+    ("fastreg/arguments.py", "check_lengths_values"): [("too long", "most > time", "False")],
+    ("fastreg/arguments.py", "check_valid_values"): [("marks above 1", "most > 1", "False")],
+    ("fastreg/arguments.py", "check_batch_sizes"): [
+        ("counted in few bits", "sizes = sizes.to(torch.int64)", "sizes = sizes"),
         ("sums that wrap", "int(sizes.min()) > 0", "int(sizes[-1]) > 0"),
     ],
     ("fastreg/arguments.py", "_check_alike"): [
-        ("layers of other time steps", "x.tensor.shape[:-1] != first.tensor.shape[:-1]", "False"),
+        ("layers of other time steps", "x[1].shape[:-1] != first[1].shape[:-1]", "False"),
     ],
-    ("fastreg/arguments.py", "keepable"): [("inference tensors kept", "return x.clone()", "return x")],
-    ("fastreg/dropout.py", "fused_dropout_ar_tar"): [
-        ("a mask with p of 0 ignored", "p if mask is None else mask", "p if mask is None or p == 0 else mask"),
-        ("dropped in evaluation", "0.0 if not training else p", "p"),
+    ("fastreg/prepare.py", "_lengths"): [("lengths with gaps to the kernels", ".contiguous()", "")],
+    ("fastreg/prepare.py", "_valid"): [("marks with gaps to the kernels", ".contiguous()", "")],
+    ("fastreg/prepare.py", "_queued"): [
+        ("pinned memory that the caller refills", "elif x.is_pinned()", "elif False"),
     ],
+    ("fastreg/prepare.py", "_batch_sizes"): [
+        ("batch sizes in few bits", "to(torch.int64, copy", "to(first.batch_sizes.dtype, copy"),
+        ("memory that others may write to", "copy=True", "copy=False"),
+        ("batch sizes of one layer alone", "check_same_batch_sizes(name,", "bool((name,"),
+    ],
+    ("fastreg/prepare.py", "keepable"): [("inference tensors kept", "return x.clone()", "return x")],
+    ("fastreg/prepare.py", "plain_pair"): [("one tensor becomes two", "if dropped is raw:", "if False:")],
+    ("fastreg/plans.py", "_fact"): [
+        ("no shape", "return x.shape, x.stride()", "return x.stride()"),
+        ("no strides", "x.shape, x.stride(), x.dtype", "x.shape, x.dtype"),
+        ("no dtype", "x.stride(), x.dtype, x.device", "x.stride(), x.device"),
+        ("no device", "x.dtype, x.device, x", "x.dtype, x"),
+        ("no alignment", "x.device, x.data_ptr() % 16 == 0, ", "x.device, "),
+        ("whether a gradient is needed left out", "% 16 == 0, x.requires_grad", "% 16 == 0"),
+        ("packed rows like others", "return PackedSequence, _fact(x.data)", "return _fact(x.data), (_fact(x.data))"),
+        ("no number of sequences", "int(sizes[0]), len(sizes)", "len(sizes)"),
+        ("no number of time steps", "int(sizes[0]), len(sizes)", "int(sizes[0])"),
+        ("a flag like a number", "return type(x), x\n", "return x\n"),
+        ("tensors that are no memory", "if not is_memory(x):", "if False:"),
+    ],
+    ("fastreg/plans.py", "key_of"): [
+        ("one tensor like two", "raw is dropped or (type(raw) is not Tensor and _aliases(raw, dropped))", "False"),
+        ("no alpha", "alpha if type(alpha) is float else _fact(alpha), ", ""),
+        ("no beta", ", beta if type(beta) is float else _fact(beta)", ""),
+        ("no lengths", "lengths if lengths is None else _fact(lengths), ", ""),
+        ("no valid", ", valid if valid is None else _fact(valid)", ""),
+        ("no layout", "*(batch_first, type(batch_first), ", "*("),
+        ("no type of the layout", "batch_first, type(batch_first)", "batch_first"),
+        ("no reduction", "reduction, measured, type", "measured, type"),
+        ("no terms", "measured, type(measured), ar_of_raw", "ar_of_raw"),
+        ("no AR of raw", ", ar_of_raw)", ",)"),
+        ("no further arguments", "*[_fact(x) for x in more],", ""),
+        ("no grad mode", "torch.is_grad_enabled(), ", ""),
+        ("no hooks on saved tensors", ", keeps_memory_low()", ","),
+    ],
+    ("fastreg/plans.py", "Plans"): [("plans without end", "len(plans) >= SIZE", "False")],
     ("fastreg/dropout.py", "drop_and_penalize"): [
-        (
-            "a negated mask to the kernels",
-            "(*layer, mask if isinstance(mask, Tensor) else None)",
-            "layer",
-        ),
+        ("a mask with p of 0 ignored", "(mask is not None or p != 0)", "p != 0"),
+        ("dropped in evaluation", "training and (mask", "(mask"),
+    ],
+    ("fastreg/dropout.py", "_by_formula"): [
         ("terms of the formula not detached", "ar.detach(), tar.detach()", "ar, tar"),
     ],
+    ("fastreg/dropout.py", "_Plan"): [
+        ("one backward for all", "backward = self.backward.get(key)", "backward = next(iter(self.backward.values()), None)"),
+        ("another shape in the backward", "check_saved(name, x, y)", "pass"),
+        ("the penalty's gradient where there is none", "self.sums if grad is not None else", "self.sums if True else"),
+    ],
     ("fastreg/dropout.py", "_DropoutPenalty"): [
-        ("mask and raw swapped", "mask, *tensors = ctx.saved_tensors", "*tensors, mask = ctx.saved_tensors"),
+        ("mask and raw swapped", "(raw, mask, *values), plan = ctx", "(mask, raw, *values), plan = ctx"),
         ("zeros where there is no gradient", "set_materialize_grads(False)", "set_materialize_grads(True)"),
         ("terms differentiable", "ctx.mark_non_differentiable(terms)", "pass"),
-        ("batched gradients not left to the formula", "(mask, *tensors, *upstream)", "(mask, *tensors)"),
+        ("batched gradients not left to the formula", "(raw, mask, *values, *upstream)", "(raw, mask, *values)"),
+        ("no double backward", "torch.is_grad_enabled() or ", ""),
     ],
     ("fastreg/dropout.py", "_gradient_formula"): [
         ("parts rounded before they are added", "grad_dropped.to(dtype)", "grad_dropped.to(raw.dtype)"),
@@ -430,7 +451,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("pairs as many as steps", "(time - 1))", "time)"),
         ("nothing divided by 0", "time = _at_least_1(time)", "pass"),
         ("lengths not clamped", ".clamp(0, time)", ""),
-        ("pairs of marks as many as steps", "layer.valid[:, 1:] & layer.valid[:, :-1]", "layer.valid"),
+        ("pairs of marks as many as steps", "values.valid & values.valid.roll(1, 1) & later", "values.valid"),
     ],
     ("fastreg/reference.py", "neighbours"): [
         ("a sequence goes on past its end", "after < ends", "after <= ends"),
@@ -439,7 +460,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/reference.py", "changes"): [
         ("TAR across sequences", "x.roll(1, dim)", "x.roll(1, 0)"),
         ("pairs cross a sequence's end", "counted(change, layer, problem)", "change"),
-        ("pairs with a step that does not count", "layer.valid & layer.valid.roll(1, 1)", "layer.valid"),
+        ("pairs with a step that does not count", "values.valid & values.valid.roll(1, 1)", "values.valid"),
     ],
     ("fastreg/reference.py", "ar_tar_gradients"): [
         ("halves subtracted in half", "x.to(grad.dtype) for", "x for"),
