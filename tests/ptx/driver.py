@@ -98,7 +98,8 @@ class Executor:
         pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        if metadata.num_ctas != 1 or metadata.global_scratch_size or metadata.profile_scratch_size:
+        profiled = getattr(metadata, "profile_scratch_size", 0)  # not in Triton 3.4
+        if metadata.num_ctas != 1 or metadata.global_scratch_size or profiled:
             raise NotImplementedError("clusters, or scratch memory")
         for name, value in switches(source.signature.items(), source.constants):
             self.switches[source.fn.__name__][name].add(value)
