@@ -24,7 +24,7 @@ help:
 	@echo "make test-ptx   run the kernels' tests on the CPU with the code that is compiled for an H100, on the newest Triton"
 	@echo "             supported and the oldest (ARGS=--ptx-sample=8 for each eighth case of each test)"
 	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
-	@echo "make test-oldest   run what a release may break with the oldest PyTorch and Triton supported, in .venv-oldest"
+	@echo "make test-oldest   run the tests that a release may break with the oldest PyTorch and Triton supported, in .venv-oldest"
 	@echo "make test-newest   the same with the newest PyTorch, in .venv-newest"
 	@echo "make test-plain   run the core as on a processor without AVX-512"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README:"
@@ -76,11 +76,11 @@ mutants: .venv/test
 	.venv/bin/python -m tests.mutants $(ARGS)
 
 test-oldest: .venv-oldest/test
-	@echo "== what a release may break, with the oldest releases supported (make test-ptx runs their kernels)"
+	@echo "== tests that a release may break, with the oldest releases supported (make test-ptx runs their kernels)"
 	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
 
 test-newest: .venv-newest/test
-	@echo "== what a release may break, with the newest PyTorch; all other tests must at least be found"
+	@echo "== tests that a release may break, with the newest PyTorch; all other tests must at least be found"
 	.venv-newest/bin/python -m pytest --collect-only --quiet --quiet
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
 

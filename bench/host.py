@@ -61,7 +61,7 @@ def launch_nothing() -> Iterator[None]:
     from fastreg.backends import TRITON, cpu_tensors_by
     from fastreg.plans import forget
 
-    driver._active = StandInDriver(GPUTarget("cuda", 90, 32))  # pyright: ignore[reportAttributeAccessIssue]
+    driver.set_active(StandInDriver(GPUTarget("cuda", 90, 32)))  # pyright: ignore[reportArgumentType]
     with cpu_tensors_by(TRITON):
         yield
     forget()

@@ -114,7 +114,7 @@ def shape_row(shape: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
 
 
 def main() -> None:
-    driver._active = StandInDriver(GPUTarget("cuda", 90, 32))  # pyright: ignore[reportAttributeAccessIssue]
+    driver.set_active(StandInDriver(GPUTarget("cuda", 90, 32)))  # pyright: ignore[reportArgumentType]
     code = [["way", "dtype", "registers", "spilled", "wide loads", "instructions a byte", "fit", "in flight"]]
     cut = [["shape", "dtype", "items", "a multiprocessor", "runs", "halo reads of sums", "of gradients"]]
     for dtype in (torch.float32, torch.bfloat16):

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
+@contextmanager
+def active(driver: Any) -> Iterator[None]:
+    """Have Triton use a driver inside of the block. Its own `reset_active` wants a GPU's driver to go back to."""
+    from triton.runtime import driver as chosen
+
+    before = vars(chosen).copy()
+    chosen.set_active(driver)
+    try:
+        yield
+    finally:
+        vars(chosen).update(before)
+
+
 class StandInDriver:
-    """Names a target, and takes launches without making them. Set it as `triton.runtime.driver._active`."""
+    """Names a target, and takes launches without making them."""
 
     def __init__(self, target: Any):
         self.target, self.utils = target, self

@@ -16,8 +16,8 @@ import torch
 from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.runtime import driver
 
+from bench.stand_in import active
 from tests.ptx.decoder import LANES, Decoder
 from tests.ptx.machine import PTR, Fault, Instruction, Machine, Region, library
 
@@ -66,7 +66,7 @@ class Kernel:
 
 
 class Executor:
-    """A driver of Triton whose launches run PTX on CPU tensors. Set it as `triton.runtime.driver._active`."""
+    """A driver of Triton whose launches run PTX on CPU tensors."""
 
     def __init__(self) -> None:
         self.utils = self
@@ -98,7 +98,8 @@ class Executor:
         pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        if metadata.num_ctas != 1 or metadata.global_scratch_size or metadata.profile_scratch_size:
+        profiled = getattr(metadata, "profile_scratch_size", 0)  # not in Triton 3.4
+        if metadata.num_ctas != 1 or metadata.global_scratch_size or profiled:
             raise NotImplementedError("clusters, or scratch memory")
         for name, value in switches(source.signature.items(), source.constants):
             self.switches[source.fn.__name__][name].add(value)
@@ -212,9 +213,8 @@ def explain(decoded: Decoder, fault: Any, tensors: list[Argument]) -> str:
 @contextmanager
 def executed(executor: Executor, kernels: Sequence[Any] = ()) -> Iterator[Executor]:
     """Have Triton compile for an H100, and run on CPU tensors what it compiles; `kernels` are compiled anew."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, active(executor):
         patch.setitem(backends, "nvidia", Backend(compiler=H100Backend, driver=Executor))  # pyright: ignore
-        patch.setattr(driver, "_active", executor)
         for kernel in kernels:
             patch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
         yield executor
