@@ -310,7 +310,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/prepare.py", "_batch_sizes"): [
         ("batch sizes in few bits", "to(torch.int64, copy", "to(first.batch_sizes.dtype, copy"),
         ("memory that others may write to", "copy=True", "copy=False"),
-        ("batch sizes of one layer alone", "check_same_batch_sizes(name,", "bool((name,"),
+        ("batch sizes of one layer alone", "in others:", "in ():"),
     ],
     ("fastreg/prepare.py", "keepable"): [("inference tensors kept", "return x.clone()", "return x")],
     ("fastreg/prepare.py", "plain_pair"): [("one tensor becomes two", "if dropped is raw:", "if False:")],

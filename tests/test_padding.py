@@ -237,7 +237,8 @@ def test_batch_sizes_that_change_in_shared_memory(device: str) -> None:
     rows = torch.randn(6, 4, device=device, requires_grad=True)
     packed = PackedSequence(rows, torch.from_numpy(sizes))
     (want,) = torch.autograd.grad(fused_ar_tar(packed, None, 0.0, 1.0), rows, torch.tensor(5.0, device=device))
-    got = fused_ar_tar(packed, None, 0.0, 1.0)
+    torch.autograd.grad(fused_ar_tar(packed, None, 0.0, 1.0), rows, torch.tensor(7.0, device=device))
+    got = fused_ar_tar(packed, None, 0.0, 1.0)  # expects 7, so that the backward reads the sizes
     sizes[:] = 10**8
     (gradient,) = torch.autograd.grad(got, rows, torch.tensor(5.0, device=device))
     assert torch.equal(gradient, want)
