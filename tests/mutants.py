@@ -264,7 +264,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/penalty.py", "_Plan"): [
         ("the last layer alone", "values, result)", "values, None)"),
-        ("float64 summed in float32", "compute_dtype(*[x for layer", "torch.float32 or (*[x for layer"),
+        ("float64 summed in float32", "dtype = compute_dtype(", "dtype = torch.float32 or compute_dtype("),
     ],
     ("fastreg/penalty.py", "_LayerPlan"): [
         ("another shape in the backward", "check_saved(name, x, y)", "pass"),
@@ -351,7 +351,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("terms of the formula not detached", "ar.detach(), tar.detach()", "ar, tar"),
     ],
     ("fastreg/dropout.py", "_Plan"): [
-        ("one backward for all", "backward = self.backward.get(key)", "backward = next(iter(self.backward.values()), None)"),
+        ("one backward for all", "self.backward.get(key)", "next(iter(self.backward.values()), None)"),
         ("another shape in the backward", "check_saved(name, x, y)", "pass"),
         ("the penalty's gradient where there is none", "self.sums if grad is not None else", "self.sums if True else"),
     ],
