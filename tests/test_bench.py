@@ -378,6 +378,36 @@ def test_launches_of_a_forward(device: str) -> None:
     assert timing.launches(cases.calls(case, cases.input_sets(case, device))["fastreg"]) == 1
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_deterministic_mode_takes_no_more_launches(kind: Any, device: str) -> None:
+    """PyTorch fills memory from `torch.empty` in that mode, which would be a launch for each result."""
+    case = kind((64, 70, 400), torch.float32)
+    call = cases.calls(case, cases.input_sets(case, device))["fastreg"]
+    before = timing.launches(call)
+    torch.use_deterministic_algorithms(True)
+    try:
+        filled = 1 if kind is cases.DropoutCase else 0  # the mask, which PyTorch allocates
+        assert timing.launches(call) <= before + filled
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_valid_steps_take_one_launch_more(device: str) -> None:
+    raw, dropped = (torch.zeros(64, 70, 400, device=device, requires_grad=True) for _ in range(2))
+    valid, one = torch.ones(64, 70, dtype=torch.bool, device=device), torch.ones((), device=device)
+    counts = [
+        timing.launches(
+            lambda _, options=options: torch.autograd.grad(
+                fused_ar_tar(raw, dropped, 2.0, 1.0, **options), (raw, dropped), one
+            )
+        )
+        for options in ({}, {"valid": valid})
+    ]
+    assert counts == [2, 3]
+
+
 def made_up(
     folder: Path,
     speeds: list[float],
