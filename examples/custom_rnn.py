@@ -58,7 +58,8 @@ def main() -> None:
     model = LanguageModel(vocabulary)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     regularizer = RNNRegularizer(alpha=2.0, beta=1.0)
-    regularizer.attach(model.rnn, model.dropout, valid=lambda x, mask: mask)  # gets what the RNN is called with
+    # `valid` gets what the RNN is called with.
+    regularizer.attach(model.rnn, model.dropout, batch_first=True, valid=lambda x, mask: mask)
     for epoch in range(EPOCHS):
         for batch in torch.randperm(len(ids)).split(BATCH):
             inputs, targets, there = ids[batch, :-1], ids[batch, 1:], mask[batch]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, observed
 from fastreg.view import is_readable, like, readable, readable_values, sums_of, view_of
 
-PLANS = Plans()
+Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty, either of which may be None
+
+PLANS, ADDITIONS = Plans(), Plans()
 KEEP: Any = object()  # the plan of calls that drop nothing
 BACKWARDS = 16  # of a plan that are kept: layouts of the gradient of dropped, with and without one of the penalty
 
@@ -216,8 +218,8 @@ class _Plan:
         self.copies = not all(map(is_readable, self.layouts))
         self.dropped = like(self.layouts[0])
         view = view_of((*self.layouts, self.dropped), layer, problem)
-        self.sums = sums_of(layer, problem, compute_dtype(raw))
-        self.forward = self.backend.dropout_forward(view, self.sums, raw.device)
+        sums = sums_of(layer, problem, compute_dtype(raw))
+        self.forward = self.backend.dropout_forward(view, sums, raw.device)
         self.backward: dict[Any, tuple[Layout, Any]] = {}
 
     def __call__(self, call: Call, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
@@ -239,36 +241,115 @@ class _Plan:
             raw, mask = readable(raw), readable(mask)
         return dropped, self.forward((raw, mask, dropped), values)
 
-    def gradient(self, upstream: Sequence[Tensor | None], layer: Layer, mask: Tensor) -> Tensor:
+    def gradient(self, upstream: Upstreams, layer: Layer, mask: Tensor, problem: Problem) -> Tensor:
         """Launch the backward, for the gradients of dropped and of the penalty that there are."""
         raw, (grad_dropped, grad) = layer.given(), upstream
         layouts = layout_of(raw), layout_of(mask), None if grad_dropped is None else layout_of(grad_dropped)
-        key = *layouts, grad is None
+        key = *layouts, problem, grad is None
         backward = self.backward.get(key)
         if backward is None:  # one for each layout of the gradient of dropped, and of tensors that a hook has changed
             for name, x, y in zip(("raw", "mask"), self.layouts, layouts, strict=False):
                 check_saved(name, x, y)
-            gradient = like(layouts[0])
-            sums = self.sums if grad is not None else self.sums._replace(ar=False, tar=False)
-            view = view_of((*layouts, gradient), layer, self.problem)
-            backward = gradient, self.backend.dropout_backward(view, sums, raw.device)  # pyright: ignore[reportOptionalMemberAccess]
+            backward = _plan_backward(layouts, layer, problem, grad is not None)
             if len(self.backward) < BACKWARDS:
                 self.backward[key] = backward
-        layout, launch = backward
-        gradient = allocate(layout)
-        grad_dropped = None if grad_dropped is None else readable(grad_dropped)
-        launch(grad, (readable(raw), readable(mask), grad_dropped, gradient), layer.values)
-        return gradient
+        return _launch_backward(backward, upstream, layer, mask)
+
+
+def _plan_backward(
+    layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool
+) -> tuple[Layout, Any]:
+    """Return the layout of the gradient of raw, and a `dropout_backward` of the backend.
+
+    Args:
+        layouts: of raw, of the mask, and of the gradient of dropped, which arrives at raw where there is no mask.
+        layer: of raw.
+        problem: the terms.
+        is_penalized: whether the penalty has an upstream gradient.
+    """
+    raw, gradient = layer.given(), like(layouts[0])  # pyright: ignore[reportArgumentType]
+    sums = sums_of(layer, problem.penalized(), compute_dtype(raw))
+    sums = sums if is_penalized else sums._replace(ar=False, tar=False)
+    backend: Any = backend_for(raw.device)
+    return gradient, backend.dropout_backward(view_of((*layouts, gradient), layer, problem), sums, raw.device)
+
+
+def _launch_backward(backward: tuple[Layout, Any], upstream: Upstreams, layer: Layer, mask: Tensor | None) -> Tensor:
+    """Allocate the gradient of raw, and launch the backward."""
+    (layout, launch), (grad_dropped, grad) = backward, upstream
+    gradient = allocate(layout)
+    inputs = [None if x is None else readable(x) for x in (layer.given(), mask, grad_dropped)]
+    launch(grad, (*inputs, gradient), layer.values)
+    return gradient
+
+
+class Upstream(NamedTuple):
+    """The gradient of a penalty that a backward adds, and the coefficients of that penalty.
+
+    task         the backward, by its id in PyTorch's engine; `None` for every one
+    grad         (), the upstream gradient
+    problem      the terms
+    alpha, beta  coefficients that are tensors
+    """
+
+    task: int | None
+    grad: Tensor
+    problem: Problem
+    alpha: Tensor | None
+    beta: Tensor | None
+
+
+def carries(dropped: Tensor) -> bool:
+    """Return whether the node of a tensor is that of a fused dropout, which `node.carried = Upstream(...)` arms."""
+    return hasattr(dropped.grad_fn, "carried")
+
+
+def add_gradient(arrived: Tensor, upstream: Tensor, layer: Layer, problem: Problem) -> Tensor:
+    """Add the gradient of a penalty to the gradient that arrives at its activations, in one pass.
+
+    Args:
+        arrived: the gradient, of the shape and dtype of raw.
+        upstream: (), that of the penalty.
+        layer: of raw alone.
+        problem: of TAR, of AR of raw, or of both.
+    """
+    arrived, raw = plain(arrived), plain(layer.given())
+    dtype = compute_dtype(raw)
+    if upstream.dtype != dtype or upstream.device != raw.device:
+        upstream = upstream.to(raw.device, dtype)
+    if torch.is_grad_enabled() and not raw.requires_grad:
+        raise RuntimeError(
+            "attach: second derivatives need an activation that was freed; keep the output of the module and of its "
+            "dropout until the backward, or use on_loss_begin"
+        )
+    values = layer.values
+    layer = Layer(raw, None, values)
+    backend = None if arrived.numel() == 0 or values.batch_sizes is not None else backend_for(raw.device)
+    if torch.is_grad_enabled() or observed() or not are_memory((arrived, upstream, raw)) or backend is None:
+        wide, _ = ar_tar_gradients(upstream, layer, problem.penalized())  # which PyTorch must see, or packed rows
+        return arrived if wide is None else (arrived.to(dtype) + wide).to(arrived.dtype)
+    facts = [None if x is None else layout_of(x) for x in values]
+    key = *(layout_of(raw), layout_of(arrived), problem), *facts
+    backward = ADDITIONS.get(key)
+    if backward is None:
+        backward = _plan_backward((layout_of(raw), None, layout_of(arrived)), layer, problem, True)
+        ADDITIONS.keep(key, backward)
+    if values.valid is not None and values.marks is None:
+        layer = Layer(raw, None, values._replace(marks=backend.marks(values.valid.shape, raw.device)(values.valid)))
+    return _launch_backward(backward, (arrived, upstream), layer, None)
 
 
 class _DropoutPenalty(Function):
-    """Keep references to raw, to the mask, and to the values that the call reads."""
+    """Keep references to raw, to the mask, and to the values that the call reads.
+
+    `carried` is an upstream gradient of the penalty that does not come from the graph.
+    """
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, values: Values, mask: Tensor, raw: Tensor) -> Any:
         dropped, (penalty, terms, _) = plan.compute(raw, mask, values)
         ctx.save_for_backward(raw, mask, *values) if plan.read.finds_any else ctx.save_for_backward(raw, mask)
-        ctx.plan = plan
+        ctx.plan, ctx.carried = plan, None
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
         if terms is None:
             return dropped, penalty
@@ -279,14 +360,20 @@ class _DropoutPenalty(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
-        (raw, mask, *values), plan = ctx.saved_tensors, ctx.plan
-        layer, upstream = Layer(raw, None, readable_values(values)), (grad_dropped, grad)
+        (raw, mask, *values), plan, carried = ctx.saved_tensors, ctx.plan, ctx.carried
+        values, problem = readable_values(values), plan.problem
+        if carried is not None:
+            ctx.carried = carried if carried.task is None else None
+            if carried.task in (None, torch._C._current_graph_task_id()):
+                grad, problem = carried.grad.to(raw.device), carried.problem
+                values = values._replace(alpha=carried.alpha, beta=carried.beta)
+        layer, upstream = Layer(raw, None, values), (grad_dropped, grad)
         if grad_dropped is None and grad is None:
             gradient = None
         elif torch.is_grad_enabled() or observed() or not are_memory((raw, mask, *values, *upstream)):
-            gradient = _gradient_formula(upstream, layer, mask, plan.problem.penalized())  # which PyTorch must see
+            gradient = _gradient_formula(upstream, layer, mask, problem.penalized())  # which PyTorch must see
         else:
-            gradient = plan.gradient(upstream, layer, mask)
+            gradient = plan.gradient(upstream, layer, mask, problem)
         return None, None, None, gradient
 
 

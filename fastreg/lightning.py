@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -9,8 +10,10 @@ from functools import partial, update_wrapper
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
+from fastreg.arguments import check_flags
 from fastreg.paths import check_paths
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
@@ -31,9 +34,9 @@ class ActivationRegularization(Callback):
     """Add `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
 
     Lightning scales, accumulates and clips the sum as it would the loss. What the module itself logs stays free of
-    the penalties; `ar` and `tar` are logged beside it, as means over the steps of an epoch, and over the callbacks
-    where there are several. If the module has a `reset()`, it is called when an epoch of training or validation starts,
-    and when one of validation ends.
+    the penalties; `ar` and `tar` are logged beside it when an epoch of training ends, as means over its steps, and over
+    the callbacks where there are several. If the module has a `reset()`, it is called when an epoch of training or
+    validation starts, and when one of validation ends.
 
         Trainer(callbacks=[ActivationRegularization(2.0, 1.0, rnn="encoder.lstm", dropout="drop")])
 
@@ -43,10 +46,12 @@ class ActivationRegularization(Callback):
             layer to the last.
         dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or
             `None`, an RNN.
-        layers: `"last"` or `"all"` of the RNNs, as for `RNNRegularizer`.
+        layers: `"all"` of the RNNs, or the `"last"` alone.
         output, batch_first: as for `RNNRegularizer.attach`.
         valid: gets the batch, as `training_step` does, and returns the valid time steps, as `fused_ar_tar` takes them,
-            or `None` where all count.
+            or `None` where all count. One that takes more arguments, `valid(batch, *args, **kwargs)`, also gets what
+            the RNN is called with, run by run.
+        log: whether `ar` and `tar` are logged.
 
     Raises:
         TypeError, ValueError: an argument is not as described; when a fit starts, a path that names no such module.
@@ -60,16 +65,19 @@ class ActivationRegularization(Callback):
         *,
         rnn: str | Sequence[str],
         dropout: str | Sequence[str | None] | None = None,
-        layers: Literal["last", "all"] = "last",
+        layers: Literal["last", "all"] = "all",
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
-        valid: Callable[[Any], Tensor | None] | None = None,
+        valid: Callable[..., Tensor | None] | None = None,
+        log: bool = True,
     ) -> None:
+        check_flags(log=log)
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
         self.paths = check_paths(rnn, dropout, output, batch_first)
         if valid is not None and not callable(valid):
             raise TypeError(f"valid: expected a function of the batch, or None, got {type(valid).__name__}")
-        self.valid = valid
+        self.valid, self.logged = valid, log  # Lightning sets `log` itself
+        self._terms: Tensor | None = None  # the sums of AR and of TAR over the steps of the epoch, and their number
         self._batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
@@ -98,8 +106,16 @@ class ActivationRegularization(Callback):
         self._undo.close()
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reset the hidden state."""
+        """Reset the hidden state, and the sums of the terms."""
+        self._terms = None
         self.regularizer.on_epoch_begin(pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
+        if self._terms is not None:
+            ar, tar = self._terms[:2] / self._terms[2]
+            pl_module.log_dict({"ar": ar, "tar": tar}, on_step=False, on_epoch=True, batch_size=1)
+            self._terms = None
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the hidden state."""
@@ -114,7 +130,7 @@ class ActivationRegularization(Callback):
         self._batch = batch
 
     def after_step(self, pl_module: Any, output: Any) -> Any:
-        """Return what `training_step` returned with the penalty added to the loss, and log the terms."""
+        """Return what `training_step` returned with the penalty added to the loss, and sum up the terms."""
         self._batch = None
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
@@ -123,12 +139,25 @@ class ActivationRegularization(Callback):
         terms = self.regularizer.take(loss)
         if terms is None:  # the RNNs are in evaluation
             return output
-        pl_module.log_dict({"ar": terms.ar, "tar": terms.tar}, on_step=False, on_epoch=True, batch_size=1)
+        if self.logged:
+            step = torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)])
+            self._terms = step if self._terms is None else self._terms + step
         total = loss + terms.penalty
         return output | {"loss": total} if isinstance(output, dict) else total
 
-    def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
-        return None if self.valid is None else self.valid(self._batch)
+    def _valid_steps(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        if self.valid is None:
+            return None
+        return self.valid(self._batch, *args, **kwargs) if _takes_calls(self.valid) else self.valid(self._batch)
+
+
+def _takes_calls(valid: Callable[..., Any]) -> bool:
+    """Tell whether a function takes more than the batch."""
+    parameters = inspect.signature(valid).parameters.values()
+    required = [
+        x for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD) and x.default is x.empty
+    ]
+    return len(required) > 1 or any(x.kind is x.VAR_POSITIONAL for x in parameters)
 
 
 class _RegularizedStep:

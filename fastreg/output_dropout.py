@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastreg.arguments import check_flags
-from fastreg.attachment import nobody
+from fastreg.attachment import nothing
+from fastreg.capture import Captured, Mark, Run
+from fastreg.dropout import carries
 from fastreg.regularizer import RNNRegularizer
 from fastreg.rnn_dropout import FusedRNNDropout
 
 
 class OutputDropout(FusedRNNDropout):
-    """Apply a model's output dropout, and offer the penalty to the regularizer that it is linked to.
+    """Apply a model's output dropout, and have the regularizer that it is linked to capture its runs.
 
     The penalty is of that regularizer's coefficients. Without a link, as in a copy or a pickle, or where the
     regularizer is gone, it does what the original does.
@@ -29,7 +30,7 @@ class OutputDropout(FusedRNNDropout):
     def __init__(self, original: Any, **options: Any) -> None:
         super().__init__(original.p, **options)
         self._original = (original,)  # in a tuple, so that it is no module of the model now
-        self.linked: Callable[[], RNNRegularizer | None] = nobody
+        self.linked: Callable[[], RNNRegularizer | None] = nothing
         self.train(original.training)
 
     @property
@@ -43,33 +44,35 @@ class OutputDropout(FusedRNNDropout):
         """Drop units of `raw` in training, as the original does from the same seed; return `raw` in evaluation."""
         regularizer = self.linked()
         if regularizer is not None:
-            regularizer.offer(None)  # the model's output is no longer that of an earlier forward
+            regularizer.capture(None)  # the model's output is no longer that of an earlier forward
         if not self.training:
             return raw
         if regularizer is None or torch.is_inference_mode_enabled():
             original: Any = self.original
             original.p = self.p if p is None else p
             return original(raw)
-        self.use_once(regularizer.alpha, regularizer.beta)
         dropped = super().forward(raw, p, valid=valid)
-        formed = self.hand_over()
+        formed, self.formed = self.formed, None
         if type(dropped) is not type(raw):  # fastai's models pass on subclasses of tensors, and so does the original
             dropped = dropped.as_subclass(type(raw))
-            if formed is not None and self.ar_of == "dropped":
-                formed = replace(formed, dropped=dropped)
-        regularizer.offer(formed)
+        if formed is not None and carries(formed.dropped):
+            captured, fused = Captured(raw), Captured(dropped)
+            kept = captured if self.ar_of == "raw" else fused
+            run = Run(captured, kept, None, self.batch_first, valid, True, False, fused, formed.terms[1:])
+            Mark(run, fused, formed.dropped)
+            regularizer.capture(run)
         return dropped
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the link out of a copy or a pickle."""
-        return super().__getstate__() | {"linked": nobody}
+        return super().__getstate__() | {"linked": nothing}
 
 
 def link(model: nn.Module, regularizer: RNNRegularizer | None) -> None:
     """Link each `OutputDropout` of the model to the regularizer, or to none."""
     for module in model.modules():
         if isinstance(module, OutputDropout):
-            module.linked = nobody if regularizer is None else weakref.ref(regularizer)
+            module.linked = nothing if regularizer is None else weakref.ref(regularizer)
 
 
 def check_learner(learn: object, kind: type) -> None:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from fastreg.regularizer import RNNRegularizer
+from fastreg.regularizer import RNNRegularizer, layout_of
 
 
-@dataclass(frozen=True)
-class Paths:
+class Paths(NamedTuple):
     """Name the modules of a model that `RNNRegularizer.attach` takes, from the first layer to the last.
 
     Attributes:
         rnns: the path of each module that gives raw.
         dropouts: the path of the dropout of each, or `None`.
         output, batch_first: as `RNNRegularizer.attach` takes them, for all.
+        default_layout: `batch_first` of a module that it cannot be read from, or `None`: it has to be given.
     """
 
     rnns: tuple[str, ...]
     dropouts: tuple[str | None, ...]
     output: Callable[[Any], Any] | None = None
     batch_first: bool | None = None
+    default_layout: bool | None = None
 
     def attach(
         self, regularizer: RNNRegularizer, model: nn.Module, valid: Callable[..., Tensor | None] | None = None
@@ -35,12 +35,16 @@ class Paths:
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`, or a path names no module.
         """
-        options: Any = {"output": self.output, "batch_first": self.batch_first, "valid": valid}
         attached = ExitStack()
         try:
             for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
                 after = None if dropout is None else _module_at(model, "dropout", dropout)
-                attached.enter_context(regularizer.attach(_module_at(model, "rnn", rnn), after, **options))
+                module, layout = _module_at(model, "rnn", rnn), self.batch_first
+                inside = any(isinstance(x, nn.RNNBase) for x in module.modules())
+                if layout is None and layout_of(module) is None and not inside:
+                    layout = self.default_layout
+                options: Any = {"output": self.output, "batch_first": layout, "valid": valid}
+                attached.enter_context(regularizer.attach(module, after, **options))
         except BaseException:
             attached.close()
             raise

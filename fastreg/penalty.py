@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fastreg.arguments import check_activations, check_options, check_saved, che
 from fastreg.backends import Backend, backend_for
 from fastreg.kernels.view import NOTHING, Layout, Prediction, Result, Sums, Values, allocate, layout_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import Reader, parts_of, plain, plain_pair, problem_of, values_of
+from fastreg.prepare import Reader, packed_in, parts_of, plain, plain_pair, problem_of, values_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
@@ -137,6 +137,32 @@ def penalty_of(call: Call) -> tuple[Tensor, Sequence[Any] | None]:
         plan = _Plan(call, _checked(call))
         PLANS.keep(key, plan)
     return plan(call)
+
+
+class Measured(NamedTuple):
+    """The penalty of activations, and the layers and the problem that its gradient follows from."""
+
+    terms: ARTAR
+    layers: list[Layer]
+    problem: Problem
+
+
+def measure(call: Call) -> Measured:
+    """Compute the penalty of one layer or several, whose gradient may be added elsewhere.
+
+    A tensor that requires no gradient is summed and nothing else: `fastreg.dropout.add_gradient` adds the gradient of
+    the penalty of detached tensors.
+
+    Raises:
+        TypeError, ValueError: as `fused_ar_tar`.
+    """
+    penalty, terms = penalty_of(call)
+    problem = problem_of(call)
+    layers = [layer for layer, _ in parts_of(call, problem, NOTHING)]
+    if layers and (call.valid is not None or problem.alpha is None or problem.beta is None or packed_in(call, problem)):
+        values = values_of(call, problem, layers[0].given())
+        layers = [Layer(layer.raw, layer.dropped, values) for layer in layers]
+    return Measured(ARTAR(penalty, *(terms or ())), layers, problem)
 
 
 def _checked(call: Call) -> Problem:

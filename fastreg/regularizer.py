@@ -1,24 +1,21 @@
 """`RNNRegularizer`: captures a training step's activations, by hand or by hooks, and adds the penalty to its loss.
 
-The life of a capture. `on_loss_begin` captures the activations in a model's output; or, after `attach`, the hook on an
-RNN captures each of its runs in training, and the hook on the dropout completes it. `take` is the one consumer, also
-for `on_backward_begin`: it forms the penalty of what belongs to its loss, and then drops everything, also when it
-raises. What no `take` consumes is dropped by `clear`, by `on_epoch_begin`, by the next `on_loss_begin`, which takes its
-place, or by the next run of an attached RNN, unless something that was computed from it is still there.
+`on_loss_begin` captures the activations in a model's output. After `attach`, hooks capture the runs of a module, and
+the autograd graph keeps them. `take` is the one consumer, also for `on_backward_begin`: it forms the penalty of the
+activations in that output, or of the runs that its loss depends on, and then drops them, also when it raises.
 
-A `FusedRNNDropout` forms the penalty ahead, in its forward, with the coefficients of the regularizer, and keeps it for
-one taker, until the next forward. The hook on an attached dropout takes it at once; an `OutputDropout` offers it, and
-`on_loss_begin` takes the offer. A capture holds it as its `terms`, if it was formed of the very tensors captured; and
-`on_backward_begin` uses it, if neither they nor the coefficients have changed since. Everywhere else the penalty is
-formed in `on_backward_begin`.
+A `FusedRNNDropout` forms AR and TAR ahead, in its forward, and its node carries the gradient. The hook on an attached
+dropout puts them into the capture. An `OutputDropout` has the regularizer `capture` its run, and `on_loss_begin` uses
+it if the output is of its tensors. Terms formed ahead are used if their activations have not changed since.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
@@ -28,10 +25,45 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from fastreg.arguments import check_coefficient, check_flags, check_steps
-from fastreg.attachment import Attachment, Source
+from fastreg.attachment import Attachment, Source, nothing
+from fastreg.capture import Run, reach, sizes_of
+from fastreg.carry import penalty_of_runs
+from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient
-from fastreg.problem import ARTAR, Coefficient, is_list
-from fastreg.rnn_dropout import Activations, FusedRNNDropout
+from fastreg.problem import ARTAR, Coefficient, is_list, rows_of
+from fastreg.rnn_dropout import FusedRNNDropout
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Hold the activations in a model's output, as `fused_ar_tar` takes them.
+
+    Attributes:
+        raw, dropped, batch_first, lengths, valid: as `fused_ar_tar` takes them.
+        run: the run of a fused dropout that formed their terms, or `None`.
+    """
+
+    raw: Any
+    dropped: Any
+    batch_first: bool
+    lengths: Tensor | None
+    valid: Tensor | None
+    run: Run | None
+
+    def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> ARTAR:
+        """Compute the penalty, from the terms formed ahead if they are still right."""
+        if self.run is not None and not self.run.changed:
+            reached = reach(loss, [self.run])
+            if reached:
+                return penalty_of_runs([[self.run]], reached, loss, alpha, beta)
+        steps: Any = {"batch_first": self.batch_first, "lengths": self.lengths, "valid": self.valid}
+        terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
+        return ARTAR(*(x.to(loss.device) for x in terms))
+
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Return how many sequences of how many time steps there are; `None` where the shape does not tell."""
+        return sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.batch_first)
 
 
 class RNNRegularizer:
@@ -77,8 +109,8 @@ class RNNRegularizer:
         self.layers, self.bptt = layers, None if bptt is None else _check_steps("bptt", bptt)
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
-        self._given: Activations | None = None
-        self._offered: Activations | None = None
+        self._given: Given | None = None
+        self._captured: Callable[[], Run | None] = nothing
         self._attached: list[Attachment] = []
         self._sizes: tuple[int, int] | None = None  # of the last step, batch and time
 
@@ -88,7 +120,7 @@ class RNNRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave captures and attachments out of a copy or a pickle."""
-        return self.__dict__ | {"_given": None, "_offered": None, "_attached": []}
+        return self.__dict__ | {"_given": None, "_captured": nothing, "_attached": []}
 
     def on_epoch_begin(self, model: object) -> None:
         """Reset the model's hidden state, if it or the model it wraps has a `reset()`, and drop any capture."""
@@ -139,8 +171,15 @@ class RNNRegularizer:
         if self.layers == "last" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
         _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid)
-        self._given = Activations(raw, dropped, batch_first is not False, lengths, valid).or_formed(self._offered)
-        self._offered = None
+        first = batch_first is not False
+        run, self._captured = self._captured(), nothing
+        if run is not None and not (
+            run.raw.itself() is raw
+            and run.squared.itself() is dropped
+            and (run.batch_first, run.valid, lengths) == (first, valid, None)
+        ):
+            run = None
+        self._given = Given(raw, dropped, first, lengths, valid, run)
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -171,38 +210,53 @@ class RNNRegularizer:
         Raises:
             RuntimeError, TypeError, ValueError: as `on_backward_begin`.
         """
-        chosen = self._attached[-1:] if self.layers == "last" else self._attached
+        chosen = [x for x in self._attached if self.carries(x) and x.source.scale is None]
+        if self._attached and not chosen:
+            raise RuntimeError("on_backward_begin: attach(..., in_backward=...) adds the penalty already; leave it out")
         try:
             if not isinstance(loss, Tensor):
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:  # the penalty would be added to each
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
-            captured = [one for attachment in chosen for one in attachment.activations(loss)]
-            if self._given is not None:
-                captured.append(self._given)
+            total, self._sizes = self._form(loss, chosen)
         finally:
-            self.clear()
-        if not captured:
+            self._given, self._captured = None, nothing
+        if total is None:
             _check_evaluation([attachment.source.module for attachment in chosen])
             return None
-        formed = [activations.penalty(self.alpha, self.beta) for activations in captured]
-        moved = [ARTAR(*(x.to(loss.device) for x in terms)) for terms in formed]  # layers may live on several devices
-        total = functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), moved)
-        self.ar, self.tar, self._sizes = total.ar, total.tar, captured[-1].sizes
+        self.ar, self.tar = total.ar, total.tar
         return total
 
+    def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR | None, tuple[int, int] | None]:
+        """Return the penalty of a loss, `None` without anything captured, and the sizes of the last activations."""
+        if self._given is not None:
+            return self._given.penalty(loss, self.alpha, self.beta), self._given.sizes
+        reached = reach(loss, [run for attachment in attached for run in attachment.runs.values()])
+        chosen = [(attachment, attachment.chosen(reached)) for attachment in attached]
+        runs = [run for _, some in chosen for run in some]
+        try:
+            for attachment, some in chosen:
+                attachment.check(some, loss, reached)
+            if not runs:
+                return None, self._sizes
+            groups = [group for attachment, some in chosen for group in attachment.joined(some)]
+            return penalty_of_runs(groups, reached, loss, self.alpha, self.beta), runs[-1].sizes
+        finally:
+            for attachment in self._attached:
+                attachment.settle({*runs})
+
     def clear(self) -> None:
-        """Drop any capture and offer: `on_epoch_begin` does; after a step that failed, this frees activations early."""
-        self._given = self._offered = None
+        """Drop any capture: `on_epoch_begin` does; after a step that failed, this frees activations early."""
+        self._given, self._captured = None, nothing
         for attachment in self._attached:
             attachment.clear()
 
-    def offer(self, formed: Activations | None) -> None:
-        """Keep what a dropout has formed in place of an earlier offer, for `on_loss_begin` to take; `None` withdraws.
+    def capture(self, run: Run | None) -> None:
+        """Note the run of a dropout in the model, for `on_loss_begin`; `None` for a forward that forms no terms.
 
-        A dropout in the model calls this in every forward: the offer is taken if the model's output is of that forward.
+        The graph keeps the run, and `on_loss_begin` uses it if the model's output is of its tensors.
         """
-        self._offered = formed
+        self._captured = nothing if run is None else weakref.ref(run)
 
     def attach(
         self,
@@ -212,19 +266,20 @@ class RNNRegularizer:
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[..., Tensor | None] | None = None,
+        stepwise: bool = False,
+        in_backward: bool | float | Tensor = False,
     ) -> Attachment:
         """Capture by forward hooks on an RNN and the dropout that follows it, instead of `on_loss_begin`.
 
         Every attached module is one layer (an `nn.LSTM` the last of its own `num_layers`), the one attached last being
         the last. Attach before `torch.compile`, as hooks that come later do not fire in compiled code.
 
-        A step is what lies between two calls of `on_backward_begin`. A module that runs several times in it adds a
-        penalty for each run that the loss depends on; other runs, as of an earlier step that failed, are dropped. A
-        single run adds its penalty whether or not the loss depends on it. Runs in evaluation, or inside a backward
-        (activation checkpointing recomputes there), are not captured. Of runs before the latest nothing is kept when
-        all that was computed from what they returned is gone. The loss depends on a run by what the module returned: a
-        state that it keeps must be among that. Hooks on the tensors themselves, and `retain_grad()`, do not see the
-        gradient of the penalty.
+        Those runs count that the loss of `on_backward_begin` depends on, however many there are, each once. A run
+        without a graph, as of a frozen module, counts if it is the latest. Where the loss depends on no run, the latest
+        counts, as long as its output is kept. Runs in evaluation, or inside a backward (activation checkpointing
+        recomputes there), are not captured. The autograd graph keeps each capture, and frees it with itself. Nothing
+        that the model returns is replaced: the penalty's gradient is added to the gradient that arrives at raw and at
+        dropped, before their other hooks see it.
 
         Args:
             module: any module that runs over all time steps, and is called: where a wrapper calls the `forward` of a
@@ -234,10 +289,17 @@ class RNNRegularizer:
                 is used for does not matter. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty itself,
                 with the regularizer's coefficients in the place of its own until `remove()`, and takes no packed data.
             output: picks raw from what the module returns, where it is anything else.
-            batch_first: `False` for `(time, batch, hidden)`. Read from the module where it has a `batch_first`, else
-                by default `True`.
+            batch_first: `False` for `(time, batch, hidden)`. Read from the module where it has a `batch_first`, or
+                where it has an `nn.LSTM` or the like inside with `batch_first=True`; else it has to be given.
             valid: gets what the module is called with, `valid(*args, **kwargs)`, and returns the valid time steps, as
-                `fused_ar_tar` takes them, or `None` where all count.
+                `fused_ar_tar` takes them, or `None` where all count. The valid steps that a
+                `FusedRNNDropout` is called with go before these.
+            stepwise: the module runs once a time step, or a few: the runs of a step are joined along time, in the order
+                of the calls. A cell, such as an `nn.GRUCell`, may be attached then.
+            in_backward: add the penalty's gradient in every backward through the module's output, without
+                `on_backward_begin`, for a trainer that keeps its loss to itself: `True` for an upstream gradient of 1,
+                or that gradient, a number or a 0-dim tensor, such as a loss scale or 1 over the accumulation steps.
+                `ar` and `tar` are those of the latest run of each such module.
 
         Returns:
             A handle with `remove()`; as a context manager it removes itself at the end.
@@ -245,23 +307,30 @@ class RNNRegularizer:
         Raises:
             TypeError: an argument is anything else; in a step, raw cannot be told from what the module returns, the
                 dropout returns anything else, or a `FusedRNNDropout` is given packed data.
-            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or cannot be told; in a
-                step, raw is of one time step.
+            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or cannot be told;
+                `stepwise` together with `in_backward`; in a step, raw is of one time step.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the module
                 is a replica of `DataParallel`.
         """
         _check_module("module", module)
-        if isinstance(module, nn.RNNCellBase):
+        check_flags(stepwise=stepwise)
+        scale: Coefficient | None = None
+        if in_backward is not False:
+            check_coefficient("in_backward", 1.0 if in_backward is True else in_backward)
+            scale = coefficient(1.0 if in_backward is True else in_backward)
+        if stepwise and scale is not None:
+            raise ValueError("stepwise: expected False with in_backward, which sees one run at a time, got True")
+        if isinstance(module, nn.RNNCellBase) and not stepwise:
             raise TypeError(
                 f"module: expected one that runs over all time steps, got {type(module).__name__}, which runs one; "
-                "attach the module that calls it"
+                "attach the module that calls it, or attach(..., stepwise=True)"
             )
         if dropout is not None:
             _check_module("dropout", dropout)
         for name, function in (("output", output), ("valid", valid)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
-        batch_first = _layout_of(module, batch_first)
+        batch_first = _layout_of(module, batch_first, stepwise)
         if isinstance(dropout, FusedRNNDropout) and dropout.batch_first != batch_first:
             raise ValueError(
                 f"dropout: expected a FusedRNNDropout with batch_first={batch_first}, as the {type(module).__name__} "
@@ -271,8 +340,18 @@ class RNNRegularizer:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
         if any(attachment.source.module is module for attachment in self._attached):
             raise RuntimeError("module: it is attached already; remove() its attachment first")
-        self._attached.append(Attachment(self, Source(module, dropout, output, batch_first, valid)))
+        source = Source(module, dropout, output, batch_first, valid, stepwise, scale)
+        self._attached.append(Attachment(self, source))
         return self._attached[-1]
+
+    def carries(self, attachment: Attachment) -> bool:
+        """Tell whether the runs of an attachment are regularized: `layers="last"` leaves out all but the last."""
+        return self.layers == "all" or attachment is self._attached[-1]
+
+    def note(self) -> None:
+        """Keep the terms of the latest run of each attachment that adds its penalty in the backward."""
+        terms = [x.terms for x in self._attached if x.terms is not None and self.carries(x)]
+        self.ar, self.tar = torch.stack([x.ar for x in terms]).sum(), torch.stack([x.tar for x in terms]).sum()
 
     def forget(self, attachment: Attachment) -> None:
         """Leave an attachment out from now on; `attachment.remove()` calls this when it has taken its hooks off."""
@@ -369,7 +448,8 @@ def _check_evaluation(modules: list[nn.Module]) -> None:
             f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call, or only "
             "in torch.inference_mode(). Call the module, not its forward(): where a wrapper calls the forward() of a "
             "module inside it, as WeightDrop does, attach the wrapper. attach() before torch.compile: code compiled "
-            "earlier runs no new hooks"
+            "earlier runs no new hooks. A copy of a module, by deepcopy or pickle, has no hooks: attach it, too. Keep "
+            "the output of the module until here: its graph keeps the capture"
         )
 
 
@@ -430,24 +510,33 @@ def _check_module(name: str, module: object) -> None:
         raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
 
 
-def _layout_of(module: nn.Module, batch_first: bool | None) -> bool:
+def layout_of(module: nn.Module) -> bool | None:
+    """Return whether a module returns `(batch, time, hidden)`, as far as it can be read from it."""
+    own = getattr(module, "batch_first", None)
+    if isinstance(own, bool):
+        return own
+    inner = [x.batch_first for x in module.modules() if isinstance(x, nn.RNNBase)]
+    return True if inner and all(inner) else None
+
+
+def _layout_of(module: nn.Module, batch_first: bool | None, stepwise: bool) -> bool:
     """Return whether a module returns `(batch, time, hidden)`.
 
     Raises:
         TypeError, ValueError: `batch_first` is no flag, or not that of the module, or not given and may be either.
     """
     name, own = type(module).__name__, getattr(module, "batch_first", None)
-    if batch_first is not None:
-        check_flags(batch_first=batch_first)
-    if isinstance(own, bool):
-        if batch_first not in (None, own):
-            raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {batch_first}")
-        return own
     if batch_first is None:
-        for inner in module.modules():
-            if isinstance(inner, nn.RNNBase) and not inner.batch_first:
-                raise ValueError(
-                    f"batch_first: expected True or False, as the {name} does not have it, and may return (time, "
-                    f"batch, hidden) like the {type(inner).__name__} inside it, got None"
-                )
-    return batch_first is not False
+        read = True if isinstance(module, nn.RNNCellBase) and stepwise else layout_of(module)
+        if read is None:
+            inner = [type(x).__name__ for x in module.modules() if isinstance(x, nn.RNNBase)]
+            why = f", and may return (time, batch, hidden) like the {inner[0]} inside it" if inner else ""
+            raise ValueError(
+                "batch_first: expected True for (batch, time, hidden) or False for (time, batch, hidden), as the "
+                f"{name} does not have it{why}, got None"
+            )
+        return read
+    check_flags(batch_first=batch_first)
+    if isinstance(own, bool) and batch_first is not own:
+        raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {batch_first}")
+    return batch_first

@@ -26,7 +26,7 @@ def is_memory(x: Tensor) -> bool:
         type(x) is Tensor  # a subclass has operators of its own
         and not x.is_neg()  # the values of a negated view have the other sign in memory
         and not x.is_meta  # a meta tensor has no values
-        and not x._is_zerotensor()  # pyright: ignore[reportAttributeAccessIssue] - zeros without memory
+        and not torch._is_zerotensor(x)  # pyright: ignore[reportPrivateImportUsage] - zeros without memory
         and torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
     )
 

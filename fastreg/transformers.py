@@ -7,8 +7,10 @@ its backward, behind any division, and weighed by how many of the step's valid t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -57,12 +59,16 @@ class RegularizedTrainer(Trainer):
             gives as its last hidden state lies behind a norm.
         dropout: the path of the dropout that takes the module's output: one for every module, or a list with one, or
             `None`, a module.
-        layers: `"last"` or `"all"` of the modules, as for `RNNRegularizer`.
-        output, batch_first: as for `RNNRegularizer.attach`.
+        layers: `"all"` of the modules, or the `"last"` alone.
+        output, batch_first: as for `RNNRegularizer.attach`; a module whose layout cannot be read is taken for
+            `(batch, time, hidden)`, as models of transformers have it.
         valid: gets the batch, as `training_step` does, and returns the valid time steps, `(batch, time)`, as
             `fused_ar_tar` takes them, or `None` where all count. By default they are the attention mask, if the batch
             has one: a `Trainer` takes it out where the model's `forward` names none, unless
             `remove_unused_columns=False`. With `None` all count.
+
+    Warns:
+        UserWarning: the examples have an attention mask, which the `Trainer` takes out, so that padding would count.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or a path names no such module; in a step, what `valid`
@@ -78,14 +84,14 @@ class RegularizedTrainer(Trainer):
         beta: Coefficient = 0.0,
         rnn: str | Sequence[str],
         dropout: str | Sequence[str | None] | None = None,
-        layers: Literal["last", "all"] = "last",
+        layers: Literal["last", "all"] = "all",
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[[Any], Tensor | None] | None = attention_mask,
         **kwargs: Any,
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
-        self.paths = check_paths(rnn, dropout, output, batch_first)
+        self.paths = check_paths(rnn, dropout, output, batch_first)._replace(default_layout=True)
         if valid is not None and not callable(valid):
             raise TypeError(f"valid: expected a function of the batch, or None, got {type(valid).__name__}")
         self.valid = valid
@@ -100,6 +106,7 @@ class RegularizedTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, attached to the modules; no hook is left, also after an error."""
         self._sums = []
+        self._warn_of_lost_masks()
         with self._attached():
             return super().train(*args, **kwargs)
 
@@ -153,8 +160,22 @@ class RegularizedTrainer(Trainer):
         self._detach()
         if self.args.torch_compile:  # code that was compiled before, of this model or another, runs no new hooks
             torch.compiler.reset()
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT prefixes the paths
-        self._hooks = self.paths.attach(self.regularizer, inner, lambda *_, **__: self._valid_now)
+        self._hooks = self.paths.attach(self.regularizer, _inner(model), lambda *_, **__: self._valid_now)
+
+    def _warn_of_lost_masks(self) -> None:
+        """Warn where the default `valid` will find no mask, as the `Trainer` takes it out of the batches."""
+        if self.valid is not attention_mask or not self.args.remove_unused_columns:
+            return
+        data: Any = self.train_dataset
+        example = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
+        columns = getattr(data, "column_names", None) or (example if isinstance(example, Mapping) else ())
+        if "attention_mask" in columns and "attention_mask" not in signature(_inner(self.model).forward).parameters:
+            warnings.warn(
+                f"RegularizedTrainer: padding counts in AR and TAR, as the forward of {type(self.model).__name__} "
+                "takes no attention_mask, and the Trainer takes it out of the batches: pass another valid, or None "
+                "where all time steps count, or let the forward take the mask",
+                stacklevel=3,
+            )
 
     def _detach(self) -> None:
         if self._hooks is not None:
@@ -236,3 +257,8 @@ class RegularizedTrainer(Trainer):
                 f"valid: expected (batch, time), got shape {tuple(mask.shape)}; pass another function of the batch"
             )
         return mask
+
+
+def _inner(model: Any) -> Any:
+    """Return the model that PEFT wraps, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

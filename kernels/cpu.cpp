@@ -96,7 +96,7 @@ void dropout_gradient(const Dropout &plan, const DropoutMemory &memory, const Co
     Pass pass(counted, rows(memory.raw, plan.raw), rows(memory.mask, plan.mask), rows(memory.dropped, plan.dropped),
               rows(memory.grad_raw, plan.grad_raw));
     const Factors by = factors(plan, counted, memory);
-    const Flags upstream = memory.dropped ? UPSTREAM : 0;
+    const Flags upstream = (memory.dropped ? UPSTREAM : 0) | (memory.mask ? 0 : UNMASKED);
     const Flags ar = plan.ar ? AR_GRAD | (plan.ar_of_raw ? OF_RAW : 0) : 0, tar = plan.tar ? TAR_GRAD : 0;
     pass.code = dropout_gradient_code(plan.dtype, plan.compute_dtype, upstream | (memory.grad ? ar | tar : 0), by);
     pass.padding = dropout_gradient_code(plan.dtype, plan.compute_dtype, upstream, by);

@@ -129,7 +129,7 @@ def library() -> ctypes.CDLL:
 
 def description() -> str:
     """Describe the library that is loaded, and say why it is not a better one."""
-    path, (best, *_) = Path(library()._name), _LIBRARIES
+    path, (best, *_) = library().path, _LIBRARIES
     name = path.name.partition(".")[0]
     if name == best:
         why = ""
@@ -171,6 +171,7 @@ def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
             function = getattr(library, f"{name}_{direction}")
             function.argtypes = [POINTER(plan), c_char_p, c_int]
             function.restype = c_int
+    library.path = path  # pyright: ignore[reportAttributeAccessIssue]
     return library
 
 

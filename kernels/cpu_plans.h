@@ -58,7 +58,7 @@ struct Dropout {
 };
 
 struct DropoutMemory {
-    const void *raw, *mask;
+    const void *raw, *mask;  // in a backward no mask, where `dropped` is a gradient that arrives at raw
     void *dropped, *grad_raw;
     const void *grad;          // () in the dtype of the computation, or null: the penalty has no gradient
     const int64_t *lengths;    // this and the rest as in the penalty

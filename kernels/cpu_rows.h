@@ -42,6 +42,7 @@ constexpr Flags UPSTREAM = 32;  // dropped has a gradient
 constexpr Flags ARRIVES = 64;   // the change from the row before counts
 constexpr Flags LEAVES = 128;   // and that to the row behind
 constexpr Flags INSIDE = ARRIVES | LEAVES;
+constexpr Flags UNMASKED = 256;  // the gradient passes no mask
 
 /// Where a row begins in each tensor, and the rows before and behind it; null where there is none.
 struct Pointers {
@@ -161,18 +162,21 @@ struct DropoutRow {
     }
 };
 
-/// Write the gradient of raw: that of dropped and of AR through the mask, and that of TAR.
+/// Write the gradient of raw: that of dropped and of AR through the mask, and that of TAR. Without a mask, add those of
+/// AR of raw and of TAR to a gradient that arrives at raw.
 struct DropoutGradientRow {
     template <class A, class T, class F>
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
         const A ar_factor = factors.ar, tar_factor = factors.tar;
         return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &, auto &) INLINE {
-            const Vector<A> value = read<A, T>(at.current, lane), keep = read<A, T>(at.mask, lane);
+            const Vector<A> value = read<A, T>(at.current, lane);
             const bool ar_of_dropped = (flags & (AR_GRAD | OF_RAW)) == AR_GRAD;
-            Vector<A> gradient{}, arriving{}, leaving{};
+            Vector<A> gradient{}, keep{}, arriving{}, leaving{};
+            if (!(flags & UNMASKED)) keep = read<A, T>(at.mask, lane);
             if (flags & UPSTREAM) gradient = read<A, T>(at.upstream, lane);
             if (ar_of_dropped) gradient += ar_factor * wide<A, T>(rounded<T, A>(value * keep));
-            if (flags & UPSTREAM || ar_of_dropped) gradient *= keep;  // else 0 * inf would be NaN
+            // Where nothing has passed the mask, 0 * inf would be NaN.
+            if (!(flags & UNMASKED) && (flags & UPSTREAM || ar_of_dropped)) gradient *= keep;
             if (flags & AR_GRAD && flags & OF_RAW) gradient += ar_factor * value;
             if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
             if (flags & LEAVES) leaving = read<A, T>(at.following, lane) - value;
@@ -250,7 +254,9 @@ RowCode dropout_code(int32_t dtype, int32_t compute_dtype, Flags flags) {
 
 RowCode dropout_gradient_code(int32_t dtype, int32_t compute_dtype, Flags flags, Factors factors) {
     return code_for<DropoutGradientRow, UPSTREAM, UPSTREAM | AR_GRAD, UPSTREAM | TAR_GRAD | INSIDE,
-                    UPSTREAM | AR_GRAD | TAR_GRAD | INSIDE, UPSTREAM | AR_GRAD | OF_RAW | TAR_GRAD | INSIDE>(
+                    UPSTREAM | AR_GRAD | TAR_GRAD | INSIDE, UPSTREAM | AR_GRAD | OF_RAW | TAR_GRAD | INSIDE,
+                    UNMASKED | UPSTREAM | AR_GRAD | OF_RAW, UNMASKED | UPSTREAM | TAR_GRAD | INSIDE,
+                    UNMASKED | UPSTREAM | AR_GRAD | OF_RAW | TAR_GRAD | INSIDE>(
         dtype, compute_dtype, flags, factors);
 }
 

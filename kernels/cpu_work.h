@@ -98,7 +98,7 @@ struct Pass {
     Tiling tiling;
     Rows x, mask, upstream, out;  // x: raw, or the only tensor
     bool dense, fill;             // in all tensors rows lie one after the other; padding is written to
-    RowCode code, padding;        // for rows that count and for padding; without a mask padding is filled with 0
+    RowCode code, padding;        // for rows that count and for padding, which is 0 where nothing else is written to it
 
     Pass() = default;
     Pass(const Counted &counted, const Rows &x, const Rows &mask, const Rows &upstream, const Rows &out)
@@ -157,7 +157,7 @@ struct Pass {
 
     Partials visit(const Tile &tile, const Span &span, MaskRows &masks) const {
         char *to = out.row(tile.sequence, span.step, span.lane);
-        if (!span.counts && !mask.base) {
+        if (!span.counts && !mask.base && !upstream.base) {
             std::memset(to, 0, span.lanes * out.itemsize);
             return {};
         }

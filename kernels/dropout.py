@@ -209,11 +209,12 @@ def dropout_backward(
                       + grad * 2 * beta * tar_scale * ((raw[t] - raw[t - 1]) - (raw[t + 1] - raw[t]))
 
     A change to or from a step that a sequence does not have is 0. With AR_OF_RAW the term of AR is
-    `grad * 2 * alpha * ar_scale * raw[t]`, outside of the parentheses.
+    `grad * 2 * alpha * ar_scale * raw[t]`, outside of the parentheses. Without a mask, which goes with AR_OF_RAW,
+    grad_dropped is a gradient that arrives at raw, and the penalty's is added to it.
 
     grad                 () in ACC, the gradient of the penalty; None where it has none, and AR and TAR are off
     raw                  (outer, time, inner); read if AR or TAR
-    mask                 the same shape, already scaled; one row for all time steps if LOCKED
+    mask                 the same shape, already scaled; one row for all time steps if LOCKED; None for a mask of 1
     grad_dropped         (outer, time, inner), or None where dropped has no gradient
     grad_raw             (outer, time, inner) out
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
@@ -240,10 +241,11 @@ def dropout_backward(
         ar_factor, tar_factor = factors(weights, extents, tl.load(grad))
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
-        mask_rows = Rows(at(mask, tile, mask_outer, ALIGN), mask_time, None, ALIGN)
         grad_raw_rows = Rows(at(grad_raw, tile, grad_raw_outer, ALIGN), grad_raw_time, None, ALIGN)
-        if LOCKED:
-            scale = load_row(mask_rows, 0, tile.present, ACC)
+        if mask is not None:
+            mask_rows = Rows(at(mask, tile, mask_outer, ALIGN), mask_time, None, ALIGN)
+            if LOCKED:
+                scale = load_row(mask_rows, 0, tile.present, ACC)
         last = time  # what lies behind it is padding
         if lengths is not None:
             last = ends(lengths, tile.sequence, tile.present, time, INDEX)
@@ -264,20 +266,22 @@ def dropout_backward(
             word = load_word(marks, tile, turn, time, UNROLL)
             if AR or TAR:
                 following = load_rows(raw_rows, tile, word, turn, 1, last, ACC, UNROLL)
-            if not LOCKED:
+            if mask is not None and not LOCKED:
                 masks = load_rows(mask_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
             if grad_dropped is not None:
                 upstream_rows = load_rows(grad_dropped_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
                 gradient = tl.zeros((BLOCK,), ACC)
-                keep = scale if LOCKED else masks[i]
+                if mask is not None:
+                    keep = scale if LOCKED else masks[i]
                 counts = counts_at(tile, word, turn, i, last)
                 if grad_dropped is not None:
                     gradient += upstream_rows[i]
                 if AR and not AR_OF_RAW:
                     ar_gradient = ar_factor * rounded(current * keep, raw.dtype.element_ty).to(ACC)
                     gradient += tl.where(counts, ar_gradient, 0.0)
-                if grad_dropped is not None or (AR and not AR_OF_RAW):  # else 0 * inf would be NaN
+                # Where nothing has passed the mask, 0 * inf would be NaN.
+                if mask is not None and (grad_dropped is not None or (AR and not AR_OF_RAW)):
                     gradient *= keep
                 if AR and AR_OF_RAW:
                     gradient += tl.where(counts, ar_factor * current, 0.0)
@@ -323,7 +327,8 @@ class DropoutBackward:
     """Launch `dropout_backward` for tensors of one layout.
 
     Args:
-        view: of raw, mask, the gradient of dropped, whose operand is `None` where it has none, and that of raw.
+        view: of raw, mask, the gradient of dropped, and that of raw. Without a mask, whose operand is `None`, the
+            gradient of dropped is one that arrives at raw; without a gradient of dropped its operand is `None`.
         sums: what the forward computed; a term is off where the penalty has no upstream gradient.
         device: where the tensors are.
     """
@@ -351,7 +356,7 @@ def _read(values: Values) -> tuple[Tensor | None, ...]:
 def _launch(kernel: Any, tiling: Tiling, view: View, sums: Sums, device: torch.device) -> Launch:
     """Prepare a launch of either kernel, in the variant for this view and these sums."""
     mask = view.operands[1]
-    locked = view.time == 1 or (mask is not None and mask.time == 0)
+    locked = view.time == 1 or mask is None or mask.time == 0
     terms = {"AR": sums.ar, "TAR": sums.tar, "AR_OF_RAW": sums.ar_of_raw}
     constants = {**terms, "LOCKED": locked, "COUNT": sums.divisors is None, **tiling.constants}
     return Launch(kernel, (*tiling.numbers, *sums.weights), constants, tiling.programs, device)

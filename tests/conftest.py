@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastreg import FusedRNNDropout, dropout, penalty, rnn_dropout
+from fastreg import FusedRNNDropout, carry, dropout, penalty, regularizer
 from fastreg.backends import TRITON, backend_for
 from fastreg.plans import forget
 from tests.language_model import Model, Stack
@@ -80,8 +80,10 @@ def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """List the penalties that a regularizer forms, rather than takes from a dropout."""
     calls: list[Any] = []
-    form = rnn_dropout.fused_ar_tar
+
+    measure, form = carry.measure, regularizer.fused_ar_tar
+    monkeypatch.setattr(carry, "measure", lambda call: (calls.append(call), measure(call))[1])
     monkeypatch.setattr(
-        rnn_dropout, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
+        regularizer, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
     )
     return calls

@@ -59,7 +59,7 @@ from fastai.callbacks.fp16 import MixedPrecision  # noqa: E402
 from fastai.callbacks.rnn import RNNTrainer as Stock  # noqa: E402
 from fastai.text import TextLMDataBunch, Vocab, language_model_learner  # noqa: E402
 
-from fastreg import FusedRNNDropout, rnn_dropout  # noqa: E402
+from fastreg import FusedRNNDropout, regularizer  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
 
 torch.set_num_threads(1)
@@ -338,13 +338,13 @@ class Twice(Callback):
 
 
 def fused_dropout() -> dict[str, Any]:
-    formed, form = [], rnn_dropout.fused_ar_tar
+    formed, form = [], regularizer.fused_ar_tar
 
     def counted(*args: Any, **options: Any) -> Any:
         formed.append(None)
         return form(*args, **options)
 
-    rnn_dropout.fused_ar_tar = counted
+    regularizer.fused_ar_tar = counted
     learn, expected = learner(), learner()
     callback, dropout, old = type(learn.callbacks[0]), learn.model[1].output_dp, dict(vars(learn.callbacks[0]))
     fused = fuse(fuse(learn), dropout=True)
@@ -375,7 +375,7 @@ def fused_dropout() -> dict[str, Any]:
     twice.callbacks.append(Twice(twice))
     formed.clear()
     found["twice"], found["twice formed"] = trained(twice), len(formed)
-    rnn_dropout.fused_ar_tar = form
+    regularizer.fused_ar_tar = form
     return found
 
 

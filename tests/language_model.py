@@ -123,6 +123,19 @@ def attached(model: Model, **options: Any) -> RNNRegularizer:
     return made
 
 
-def penalty_of(reg: RNNRegularizer) -> Tensor:
-    """Return the penalty of what is captured now."""
-    return reg.on_backward_begin(torch.zeros(()))
+def penalty_of(reg: RNNRegularizer, *outputs: Tensor) -> Tensor:
+    """Return the penalty of what is captured now, for a loss of 0 that depends on these outputs of the model."""
+    loss = torch.zeros(())
+    for x in outputs:
+        loss = loss + 0 * x.sum()
+    return reg.on_backward_begin(loss)
+
+
+def check_gradients(model: nn.Module, got: Tensor, want: Tensor) -> None:
+    """Check a penalty and its gradients, those that hooks add, against those of autograd."""
+    torch.testing.assert_close(got, want)
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    gradients = [torch.autograd.grad(x, parameters, **options) for x in (got, want)]
+    torch.testing.assert_close(*gradients)
+    assert any(x.abs().max() > 0 for x in gradients[1])

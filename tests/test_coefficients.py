@@ -153,10 +153,6 @@ def test_a_regularizer_keeps_the_very_tensor(device: str) -> None:
         alpha.fill_(3.0)
     reg.on_loss_begin((raw, raw, 2 * raw))
     assert reg.on_backward_begin(torch.zeros((), device=device)) == fused_ar_tar(raw, 2 * raw, 3.0, 1.0)
-    module(raw)
-    formed = module.hand_over()
-    assert formed is not None
-    assert formed.penalty(alpha, 1.0) is formed.terms
 
 
 def test_the_regularizer_and_the_module(device: str) -> None:
@@ -176,16 +172,22 @@ def test_the_regularizer_and_the_module(device: str) -> None:
             got.backward()
 
 
-def test_a_penalty_formed_before_a_change_is_not_used(device: str) -> None:
-    alpha, beta = numbers(device, 2.0, 1.0)
-    module, raw = FusedRNNDropout(0.5, alpha, beta), torch.randn(2, 5, 4, device=device)
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+def test_the_coefficients_of_a_step_are_those_of_its_loss(kind: Any, device: str) -> None:
+    (alpha,) = numbers(device, 2.0)
+    reg, rnn, module = RNNRegularizer(alpha, 1.0), nn.LSTM(4, 6, batch_first=True).to(device), kind(0.5)
+    reg.attach(rnn, module)
+    raw, _ = rnn(torch.ones(2, 5, 4, device=device))
     dropped = module(raw)
-    formed = module.hand_over()
-    assert formed is not None
-    assert formed.penalty(alpha, beta) is formed.terms
-    assert formed.penalty(alpha, 1.0) is not formed.terms
     alpha.add_(1)
-    assert_same([*formed.penalty(alpha, beta)], [*fused_ar_tar(raw, dropped, 3.0, 1.0, return_terms=True)])
+    loss = reg.on_backward_begin(0 * dropped.sum())
+    want = fused_ar_tar(raw, dropped, 3.0, 1.0)
+    torch.testing.assert_close(loss, want)
+    gradients = [torch.autograd.grad(x, [*rnn.parameters()], retain_graph=True) for x in (loss, want)]
+    torch.testing.assert_close(*gradients)
+    alpha.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])

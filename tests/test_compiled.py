@@ -59,10 +59,11 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     for kernel in PENALTY + DROPOUT:
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     assert TRITON is not None
-    # A name of its own keeps what is remembered of launches apart: each test compiles anew.
-    with active(StandInDriver(chosen)), cpu_tensors_by(TRITON._replace(name=request.node.nodeid)):
+    with active(StandInDriver(chosen)), cpu_tensors_by(TRITON):
         yield chosen
-        forget()  # compiled code is freed by the driver that loaded it
+        forget()
+        for kernel in PENALTY + DROPOUT:
+            kernel.device_caches.clear()  # compiled code is freed by the driver that loaded it
 
 
 def compiled(kernel: Any, **constants: bool) -> list[Any]:

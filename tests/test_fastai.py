@@ -315,7 +315,11 @@ def of(make: Callable[..., Learner], tmp_path: Path) -> Callable[..., Learner]:
 def test_modules_by_their_paths_train_the_stock_weights(of: Callable[..., Learner], setting: str) -> None:
     cbs = SETTINGS[setting]
     expected = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), cbs=cbs())
-    close = 1e-3 if setting == "bf16" else 1e-5
+    close = 1e-5
+    if setting == "bf16":  # autograd rounds wherever it adds gradients, hooks once: neither is further from float32
+        exact = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)))
+        close = 1.2 * gap(expected, exact)
+        expected = exact
     assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS)), cbs=cbs()), expected) < close
     assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **PATHS), cbs=cbs()), expected) < close
     assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **PATHS), cbs=cbs()), expected) < close
@@ -911,8 +915,8 @@ def test_the_class_of_a_tensor_stays(make: Callable[..., Learner], p: float, for
     assert {type(x) for x in output} == {LMTensorText}
     assert (output[1] is output[2]) == (p == 0)
     regularizer.on_loss_begin(output)
-    assert regularizer.on_backward_begin(torch.zeros(())) > 0
-    assert formed == []
+    assert regularizer.on_backward_begin(0 * output[0].as_subclass(Tensor).sum()) > 0
+    assert len(formed) == (p == 0)  # a dropout that drops nothing has no node that carries the penalty
 
 
 class Again(Callback):

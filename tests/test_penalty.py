@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import random
 import weakref
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastreg import ARTAR, fused_ar_tar, penalty
 from fastreg.backends import TRITON, backend_for
-from fastreg.plans import forget
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 from tests.conftest import INTERPRETED, skip_on_formula
@@ -32,10 +30,6 @@ from tests.samples import (
     SAMPLES,
     SMALL,
     Sample,
-    contiguous,
-    every_other,
-    sliced,
-    transposed,
 )
 
 by_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -384,36 +378,6 @@ def test_zeros_without_memory(device: str) -> None:
     (gradient,) = torch.autograd.grad(fused_ar_tar(raw, nothing, 2.0, 1.0), raw)
     torch.testing.assert_close(gradient, *torch.autograd.grad(fused_ar_tar(raw, None, 0.0, 1.0), raw))
     assert fused_ar_tar(nothing, nothing, 2.0, 1.0) == 0
-
-
-def test_a_call_that_is_remembered_is_as_one_that_is_not(device: str) -> None:
-    """Calls that differ in one thing each, over and over in any order: what one leaves must not reach another."""
-    shapes = [(3, 7, 12), (12, 7, 3), (3, 12, 7), (7, 12)]
-    dtypes = [(FLOAT, FLOAT), (HALF, HALF), (FLOAT, DOUBLE), (BF16, FLOAT)]
-    layouts = [contiguous, transposed, sliced, every_other]
-    coefficients = [(2.0, 1.0), (1.0, 2.0), (0.0, 1.0), (2.0, 0.0), (2, 1)]
-    choices = [shapes, dtypes, layouts, layouts, coefficients, [True, False], ["mean", "sum"]]
-    draw = random.Random(0)
-    plain = tuple(options[0] for options in choices)
-    calls = [(*plain[:i], other, *plain[i + 1 :]) for i, options in enumerate(choices) for other in options]
-    calls += [tuple(map(draw.choice, choices)) for _ in range(20)]
-
-    def results(call: Any) -> list[Tensor | None]:
-        shape, kinds, *both, (alpha, beta), batch_first, reduction = call
-        torch.manual_seed(0)
-        leaves = [f(torch.randn(shape, device=device).to(kind)) for kind, f in zip(kinds, both, strict=True)]
-        leaves = [x.detach().requires_grad_() for x in leaves]
-        got = fused_ar_tar(*leaves, alpha, beta, batch_first=batch_first, reduction=reduction, return_terms=True)
-        return [*got, *torch.autograd.grad(got.penalty, leaves, allow_unused=True)]
-
-    wanted = []
-    for call in calls:
-        forget()
-        wanted.append(results(call))
-    for i in draw.sample([*range(len(calls))] * 2, 2 * len(calls)):
-        for x, y in zip(results(calls[i]), wanted[i], strict=True):
-            assert (x is None) == (y is None)
-            assert x is None or y is None or (torch.equal(x, y) and x.stride() == y.stride() and x.dtype == y.dtype)
 
 
 def test_no_grad_builds_no_graph(device: str) -> None:

@@ -29,6 +29,7 @@ from tests.language_model import (
     TIME,
     Fused,
     attached,
+    check_gradients,
     formula,
     penalty_of,
     regularizer,
@@ -48,13 +49,13 @@ def test_the_penalty_of_the_dropout_is_taken(batch_first: bool, ar_of: Any, form
     reg = attached(model)
     _, raw, dropped = model.activations(tokens())
     want = formula(raw, dropped if ar_of == "dropped" else raw, int(batch_first))
-    torch.testing.assert_close(penalty_of(reg), want)
+    check_gradients(model, penalty_of(reg, dropped), want)
     assert formed == []
     assert model.dropout.take() is None  # once
 
 
 def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
-    rnns = seeded(lambda: [nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(2)])
+    rnns = seeded(lambda: nn.ModuleList(nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(2)))
     dropout = FusedRNNDropout(0.3, 0.25, 0.5)
     reg = regularizer(layers="all")
     handles = [reg.attach(rnns[0], dropout)]
@@ -65,8 +66,8 @@ def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
     all_dropped = [dropout(all_raw[0])]
     all_raw.append(rnns[1](all_dropped[0])[0])
     all_dropped.append(dropout(all_raw[1]))
-    want = sum(formula(raw, dropped, 1) for raw, dropped in zip(all_raw, all_dropped, strict=True))
-    torch.testing.assert_close(penalty_of(reg), want)
+    want = formula(all_raw[0], all_dropped[0], 1) + formula(all_raw[1], all_dropped[1], 1)
+    check_gradients(rnns, penalty_of(reg, all_dropped[1]), want)
     assert formed == []
     for handle in handles:
         handle.remove()
@@ -82,8 +83,9 @@ def test_two_regularizers_of_one_dropout() -> None:
     one, other = attached(model), RNNRegularizer(3.0, 5.0)
     other.attach(model.rnn, model.dropout)
     _, raw, dropped = model.activations(tokens())
-    torch.testing.assert_close(penalty_of(one), formula(raw, dropped, 1))
-    torch.testing.assert_close(penalty_of(other), 3 * dropped.pow(2).mean() + 5 * raw.diff(dim=1).pow(2).mean())
+    check_gradients(model, penalty_of(one, dropped), formula(raw, dropped, 1))
+    want = 3 * dropped.pow(2).mean() + 5 * raw.diff(dim=1).pow(2).mean()
+    check_gradients(model, penalty_of(other, dropped), want)
 
 
 class Changed(FusedRNNDropout):
@@ -106,7 +108,7 @@ def test_only_the_penalty_of_the_very_output_is_taken(how: str, batch_first: boo
         model.dropout.changed = how
     reg = attached(model)
     _, raw, dropped = model.activations(tokens())
-    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, int(batch_first)))
+    check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, int(batch_first)))
     assert model.dropout.take() is None
 
 
@@ -120,25 +122,7 @@ def test_a_fused_dropout_that_drops_nothing(off: str) -> None:
         model.dropout.eval()
     _, raw, dropped = model.activations(tokens())
     assert dropped is raw
-    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
-
-
-def test_activations_are_handed_over_once() -> None:
-    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN)
-    assert dropout.hand_over() is None
-    dropped = dropout(raw)
-    formed = dropout.hand_over()
-    assert formed is not None
-    assert formed.raw is raw
-    assert formed.dropped is dropped
-    assert formed.coefficients == (ALPHA, BETA)
-    torch.testing.assert_close(formed.penalty(ALPHA, BETA), formed.terms, rtol=0, atol=0)
-    torch.testing.assert_close(formed.penalty(ALPHA, BETA).penalty, formula(raw, dropped, 1))
-    for drop in (dropout.hand_over, dropout.take, dropout.clear, lambda: dropout.eval()(raw)):
-        dropout.train()(raw)
-        drop()
-        assert dropout.hand_over() is None
-        assert dropout.take() is None
+    check_gradients(model, penalty_of(reg, raw), formula(raw, raw, 1))
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -183,9 +167,9 @@ def test_an_attached_dropout_warns_of_nothing() -> None:
     model = seeded(Fused)
     reg = attached(model)
     warnings.simplefilter("error")
-    for _ in range(3):
+    for _ in range(2):
         model(tokens())
-    penalty_of(reg)
+    penalty_of(reg, model(tokens()))
 
 
 def test_a_penalty_without_a_gradient_is_warned_of_once() -> None:
@@ -246,28 +230,6 @@ def test_torch_script_runs_it_in_evaluation() -> None:
 # Whose coefficients
 
 
-def test_coefficients_for_one_forward() -> None:
-    dropout, raw = FusedRNNDropout(0.3, 0.25, 0.5), torch.randn(BATCH, TIME, HIDDEN)
-
-    def assert_of(alpha: float, beta: float) -> None:
-        dropped, taken = dropout(raw), dropout.take()
-        assert taken is not None
-        torch.testing.assert_close(taken.penalty, alpha * dropped.pow(2).mean() + beta * raw.diff(dim=1).pow(2).mean())
-
-    dropout.use_once(3.0, 5.0)
-    assert_of(3.0, 5.0)
-    assert_of(0.25, 0.5)
-    for drop in (dropout.clear, lambda: dropout.eval()(raw)):
-        dropout.use_once(3.0, 5.0)
-        drop()
-        dropout.train()
-        assert_of(0.25, 0.5)
-    dropout.use_once(-1.0, 5.0)
-    with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0, got -1"):
-        dropout(raw)
-    assert_of(0.25, 0.5)
-
-
 def test_the_dropout_follows_the_coefficients(formed: list[Any]) -> None:
     model = seeded(Fused)
     model.dropout.alpha, model.dropout.beta = 0.25, 0.5
@@ -277,13 +239,13 @@ def test_the_dropout_follows_the_coefficients(formed: list[Any]) -> None:
             reg.alpha, reg.beta = alpha, beta
             _, raw, dropped = model.activations(tokens())
             want = alpha * dropped.pow(2).mean() + beta * raw.diff(dim=1).pow(2).mean()
-            torch.testing.assert_close(penalty_of(reg), want)
+            torch.testing.assert_close(penalty_of(reg, dropped), want)
             torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
         assert formed == []
         _, raw, dropped = model.activations(tokens())
         reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty is of these all the same
-        torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
-        assert len(formed) == 1
+        check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, 1))
+        assert formed == []
     assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
     _, raw, dropped = model.activations(tokens())
     torch.testing.assert_close(
@@ -403,47 +365,49 @@ def test_a_fused_dropout_takes_no_packed_data() -> None:
     torch.testing.assert_close(penalty_of(attached_regularizer), fused_ar_tar(raw, raw, ALPHA, BETA))
 
 
-# Offers
+# The dropout that a model ends with
 
 
 @pytest.mark.parametrize("changed", ["nothing", "dropped", "raw", "alpha"])
-def test_an_offer_is_taken_as_long_as_it_is_right(changed: str, formed: list[Any]) -> None:
+def test_terms_formed_ahead_are_used_as_long_as_they_are_right(changed: str, formed: list[Any]) -> None:
     reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
     link(nn.Sequential(dropout), reg)
-    raw = torch.randn(BATCH, TIME, HIDDEN)
+    raw = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
     dropped = dropout(raw)
     if changed in ("dropped", "raw"):
-        {"dropped": dropped, "raw": raw}[changed].mul_(2)
+        with torch.no_grad():
+            {"dropped": dropped, "raw": raw}[changed].mul_(2)
     elif changed == "alpha":
         reg.alpha = 9.0
     reg.on_loss_begin((0, raw, dropped))
     want = reg.alpha * dropped.pow(2).mean() + BETA * raw.diff(dim=1).pow(2).mean()
-    torch.testing.assert_close(penalty_of(reg), want)
-    assert len(formed) == (changed != "nothing")
+    torch.testing.assert_close(penalty_of(reg, dropped), want)
+    assert len(formed) == (changed in ("dropped", "raw"))
 
 
-def test_an_offer_is_not_of_what_came_with_padding_or_after_it() -> None:
-    raw, lengths = torch.randn(BATCH, TIME, HIDDEN), torch.full((BATCH,), 2)
+def test_terms_formed_ahead_are_not_of_what_came_with_padding_or_after_it() -> None:
+    raw, lengths = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True), torch.full((BATCH,), 2)
     reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
     link(dropout, reg)
     dropped = dropout(raw)
     reg.on_loss_begin((0, raw, dropped), lengths)
-    torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths))
+    torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths))
     dropped, valid = dropout(raw), torch.arange(TIME).expand(BATCH, TIME) > 2
     reg.on_loss_begin((0, raw, dropped), valid=valid)
-    torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=valid))
+    torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=valid))
     dropped = 2 * dropout(raw)
     reg.on_loss_begin((0, raw, dropped))
-    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, 1))
+    torch.testing.assert_close(penalty_of(reg, dropped), formula(raw, dropped, 1))
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_an_offer_is_not_of_another_layout(batch_first: bool, formed: list[Any]) -> None:
-    raw, reg, dropout = torch.randn(BATCH, TIME, HIDDEN), regularizer(), OutputDropout(nn.Dropout(0.3))
+def test_terms_formed_ahead_are_not_of_another_layout(batch_first: bool, formed: list[Any]) -> None:
+    raw, reg = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True), regularizer()
+    dropout = OutputDropout(nn.Dropout(0.3))
     link(dropout, reg)
     dropped = dropout(raw)
     reg.on_loss_begin((0, raw, dropped), batch_first=batch_first)
-    torch.testing.assert_close(penalty_of(reg), formula(raw, dropped, int(batch_first)))
+    torch.testing.assert_close(penalty_of(reg, dropped), formula(raw, dropped, int(batch_first)))
     assert len(formed) == (not batch_first)
 
 
@@ -452,33 +416,37 @@ class Decorated(Tensor):
 
 
 @pytest.mark.parametrize("ar_of", ["dropped", "raw"])
-def test_an_offer_is_of_the_class_of_raw(ar_of: Any, formed: list[Any]) -> None:
-    raw = torch.randn(BATCH, TIME, HIDDEN).as_subclass(Decorated)
+def test_terms_formed_ahead_are_of_the_class_of_raw(ar_of: Any, formed: list[Any]) -> None:
+    leaf = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    raw = leaf.as_subclass(Decorated)
     reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3), ar_of=ar_of)
     link(dropout, reg)
     dropped = dropout(raw)
     assert type(dropped) is Decorated
     reg.on_loss_begin((0, raw, dropped if ar_of == "dropped" else raw))
     plain, squared = (x.as_subclass(Tensor) for x in (raw, dropped if ar_of == "dropped" else raw))
-    torch.testing.assert_close(penalty_of(reg), formula(plain, squared, 1))
+    got, want = penalty_of(reg, dropped.as_subclass(Tensor)), formula(plain, squared, 1)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*[torch.autograd.grad(x, leaf, retain_graph=True) for x in (got, want)])
     assert formed == []
 
 
-def test_offers_are_not_held() -> None:
+def test_runs_of_an_output_dropout_go_with_their_graph() -> None:
     reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
     link(dropout, reg)
     raw = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
 
     def dropped() -> weakref.ref[Tensor]:
-        """The output of a forward, which nothing but its offer holds."""
+        """The output of a forward, which nothing holds."""
         return weakref.ref(dropout.train()(raw))
 
-    for drop in (reg.clear, lambda: dropout.eval()(raw), lambda: reg.on_loss_begin((0, raw, raw))):
-        offered = dropped()
-        assert offered() is not None
+    assert dropped()() is None
+    for drop in (lambda _: reg.clear(), lambda _: dropout.eval()(raw), lambda x: reg.on_loss_begin((0, raw, x))):
+        kept = dropout.train()(raw)
+        assert reg._captured() is not None
         copy.deepcopy(reg)  # which a tensor that requires a gradient would not let
-        drop()
-        assert offered() is None
+        drop(kept)
+        assert reg._captured() is None
     with torch.inference_mode():
         assert dropped()() is None
     assert copy.deepcopy(dropout).linked() is None

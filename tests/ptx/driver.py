@@ -217,4 +217,8 @@ def executed(executor: Executor, kernels: Sequence[Any] = ()) -> Iterator[Execut
         patch.setitem(backends, "nvidia", Backend(compiler=H100Backend, driver=Executor))  # pyright: ignore
         for kernel in kernels:
             patch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-        yield executor
+        try:
+            yield executor
+        finally:
+            for kernel in kernels:
+                kernel.device_caches.clear()  # compiled code is freed by the driver that loaded it

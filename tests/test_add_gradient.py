@@ -1,0 +1,77 @@
+"""`add_gradient`: the gradient of a penalty added to one that arrives, against the formula in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from fastreg.dropout import add_gradient
+from fastreg.kernels.view import Values
+from fastreg.problem import Layer, divisors
+from fastreg.reference import ar_tar_gradients, counted
+from tests.conftest import INTERPRETED, skip_on_formula
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
+
+ONE_TENSOR = [s for s in SAMPLES if s.dtypes[0] == s.dtypes[1] and not s.same and s.layouts[0] == s.layouts[1]]
+
+
+def expanded_number(x: Tensor) -> Tensor:
+    """As `sum()` gives it to all elements."""
+    return x.flatten()[:1].reshape([1] * x.dim()).expand_as(x)
+
+
+def steps_of(sample: Sample, kind: str, device: str) -> dict[str, Any]:
+    """Lengths or valid steps for a sample, as a layer has them."""
+    batch = 1 if len(sample.shape) == 2 else sample.shape[1 - sample.time_dim]
+    time = sample.shape[sample.time_dim]
+    generator = torch.Generator().manual_seed(1)
+    if kind == "lengths" and len(sample.shape) == 3:
+        return {"lengths": torch.randint(0, time + 1, (batch,), generator=generator).to(device)}
+    if kind == "valid":
+        return {"valid": (torch.rand(batch, time, generator=generator) < 0.7).to(device)}
+    return {}
+
+
+@pytest.mark.parametrize("sample", ONE_TENSOR, ids=str)
+@pytest.mark.parametrize("terms", ["both", "ar", "tar"])
+@pytest.mark.parametrize("steps", ["all", "lengths", "valid"])
+def test_the_sum(sample: Sample, terms: str, steps: str, device: str, poison: None) -> None:
+    dtype = sample.dtypes[0]
+    if dtype in (HALF, BF16):
+        skip_on_formula(device)
+    raw = sample.leaves(device)[0].detach()
+    problem = sample.problem._replace(ar_of_raw=True)
+    problem = problem._replace(alpha=0.0 if terms == "tar" else 2.0, beta=0.0 if terms == "ar" else 1.5)
+    layer = Layer(raw, None, Values(**steps_of(sample, steps, device)))
+    padding = counted(torch.ones_like(raw), layer, problem) == 0
+    if sample.layouts[0].__name__ not in ("expanded", "overlapping"):  # whose elements share memory
+        raw.masked_fill_(padding, torch.inf)
+    upstream = torch.tensor(300.0, device=device, dtype=torch.promote_types(dtype, FLOAT))
+    for arrange in (torch.clone, sample.layouts[0], expanded_number):
+        arrived = arrange(torch.randn(raw.shape, device=device).to(dtype))
+        with torch.no_grad():  # as in a backward
+            got = add_gradient(arrived, upstream, layer, problem)
+        penalty, _ = ar_tar_gradients(upstream.double(), layer._replace(raw=raw.double()), problem.penalized())
+        assert penalty is not None
+        assert got.dtype == dtype
+        assert torch.equal(got[padding], arrived[padding])
+        unit = torch.finfo(dtype).eps / (1 if INTERPRETED and device == "cpu" and dtype == BF16 else 2)
+        # Four products at most are rounded before they cancel.
+        coefficients: Any = problem.alpha, problem.beta
+        factors = [300 * 2 * c / n for c, n in zip(coefficients, divisors(layer, problem), strict=True)]
+        largest = 4 * float(max(factors)) * torch.where(padding, 0, raw).double().abs().max().item()
+        precision = torch.finfo(torch.promote_types(dtype, FLOAT)).eps
+        torch.testing.assert_close(got.double(), arrived.double() + penalty, rtol=unit, atol=4 * precision * largest)
+
+
+def test_it_is_differentiable_where_pytorch_sees_it(device: str) -> None:
+    problem = ONE_TENSOR[0].problem._replace(ar_of_raw=True)
+    raw, arrived = (torch.randn(2, 3, 4, device=device, dtype=DOUBLE, requires_grad=True) for _ in range(2))
+    upstream = torch.tensor(2.0, device=device, dtype=DOUBLE, requires_grad=True)
+    assert gradcheck(lambda a, u, r: add_gradient(a, u, Layer(r, None), problem), (arrived, upstream, raw))
+    with pytest.raises(RuntimeError, match="second derivatives need an activation that was freed"):
+        add_gradient(arrived, upstream, Layer(raw.detach(), None), problem)

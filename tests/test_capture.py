@@ -1,0 +1,770 @@
+"""Captures in the autograd graph, and the gradients that hooks add: against autograd, in steps of every kind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
+from tests.language_model import (
+    ALPHA,
+    BATCH,
+    BETA,
+    HIDDEN,
+    TIME,
+    Model,
+    attached,
+    check_gradients,
+    criterion,
+    either,
+    formula,
+    penalty_of,
+    regularizer,
+    seeded,
+    tokens,
+)
+
+
+def gru() -> nn.GRU:
+    return seeded(lambda: nn.GRU(HIDDEN, HIDDEN, batch_first=True))
+
+
+def inputs() -> Tensor:
+    return torch.randn(BATCH, TIME, HIDDEN)
+
+
+# The result of a module is left alone
+
+
+class Cut(nn.Module):
+    """Returns its output, and a view that a caller changes in place."""
+
+    batch_first = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Any:
+        raw = self.linear(x)
+        return raw, raw[:, -1]
+
+
+def test_a_view_that_is_returned_stays_one() -> None:
+    """Without a penalty in the step, too: a change through the view changes the output."""
+    module, reg = seeded(Cut), regularizer()
+    x = inputs()
+    gradients = []
+    for hooked in (False, True):
+        with reg.attach(module) if hooked else reg.attach(Cut()):
+            raw, last = module(x)
+            last.mul_(3)
+            gradients.append(torch.autograd.grad(raw.square().sum(), [*module.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+class Opaque:
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+@dataclass
+class Partly:
+    hidden: Tensor
+    unset: Tensor = field(init=False)
+
+
+class Uncopyable(list[Any]):
+    def __copy__(self) -> Any:
+        raise TypeError("no copies")
+
+    __deepcopy__ = __reduce_ex__ = __copy__  # pyright: ignore[reportAssignmentType]
+
+
+def cyclic(hidden: Tensor) -> Any:
+    result: list[Any] = [hidden]
+    result.append(result)
+    return result
+
+
+RETURNED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "opaque": (Opaque, lambda result: result.hidden),
+    "a field that is not set": (Partly, lambda result: result.hidden),
+    "a list of itself": (cyclic, lambda result: result[0]),
+    "no copies": (lambda hidden: Uncopyable([hidden]), lambda result: result[0]),
+}
+
+
+class Returning(nn.Module):
+    batch_first = True
+
+    def __init__(self, give: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.rnn, self.give = gru(), give
+
+    def forward(self, x: Tensor, *_: Any) -> Any:
+        return self.give(self.rnn(x)[0])
+
+
+@pytest.mark.parametrize("what", RETURNED)
+def test_a_result_of_any_kind(what: str) -> None:
+    give, pick = RETURNED[what]
+    module, reg = Returning(give), regularizer()
+    reg.attach(module, output=pick)
+    result = module(inputs())
+    raw = pick(result)
+    check_gradients(module, penalty_of(reg, raw), formula(raw, raw, 1))
+
+
+def test_arguments_that_contain_themselves() -> None:
+    module, reg = Returning(lambda hidden: (hidden, hidden.sum())), regularizer()
+    reg.attach(module)
+    raw, _ = module(inputs(), cyclic(inputs()))
+    check_gradients(module, penalty_of(reg, raw), formula(raw, raw, 1))
+
+
+@pytest.mark.parametrize("give", [Opaque, lambda hidden: (hidden, hidden[:, -1])])
+def test_runs_go_with_their_graph_whatever_is_returned(give: Any) -> None:
+    def pick(result: Any) -> Tensor:
+        return result.hidden if isinstance(result, Opaque) else result[0]
+
+    module, reg = Returning(give), regularizer()
+    handle = reg.attach(module, output=pick)
+    alive = []
+    for _ in range(50):
+        result = module(inputs())
+        alive.append(weakref.ref(pick(result)))
+        del result
+        assert len(handle.runs) == 0
+    assert len(handle.runs) == 0
+    assert not any(ref() is not None for ref in alive)
+
+
+# Which runs a loss depends on, and how
+
+
+def check_twins(got: Tensor, module: nn.Module, want: Tensor, twin: nn.Module) -> None:
+    """Check a loss and its gradients against those of a twin, whose graph keeps nothing of the module's."""
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(x, [*y.parameters()]) for x, y in ((got, module), (want, twin))]
+    torch.testing.assert_close(*gradients)
+
+
+def test_two_runs_of_a_frozen_module_with_a_trainable_dropout() -> None:
+    rnn, dropout, reg = gru().requires_grad_(False), nn.Linear(HIDDEN, HIDDEN), regularizer()
+    reg.attach(rnn, dropout)
+    runs = [rnn(inputs())[0] for _ in range(2)]
+    dropped = [dropout(raw) for raw in runs]
+    want = torch.stack([formula(r, d, 1) for r, d in zip(runs, dropped, strict=True)]).sum()
+    check_gradients(dropout, penalty_of(reg, *dropped), want)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.0)])
+def test_a_loss_that_depends_on_a_run_by_its_state_alone(kind: Any, batch_first: bool, dropout: Any) -> None:
+    rnn, twin = (seeded(lambda: kind(HIDDEN, HIDDEN, batch_first=batch_first)) for _ in range(2))
+    reg, x, losses = regularizer(), inputs(), []
+    reg.attach(rnn, dropout)
+    for one in (rnn, twin):
+        raw, state = one(x)
+        if dropout is not None:
+            dropout(raw)
+        losses.append((state[0] if isinstance(state, tuple) else state).sum())
+        if one is twin:
+            losses[1] = losses[1] + formula(raw, raw, int(batch_first))
+    check_twins(reg.on_backward_begin(losses[0]), rnn, losses[1], twin)
+
+
+def test_several_runs_by_their_states_alone() -> None:
+    rnn, twin, reg, losses = gru(), gru(), regularizer(), []
+    reg.attach(rnn)
+    xs = [inputs() for _ in range(3)]
+    for one in (rnn, twin):
+        runs = [one(x) for x in xs]
+        losses.append(runs[0][1].sum() + runs[2][1].sum() + runs[2][0].sum())
+        if one is twin:
+            losses[1] = losses[1] + formula(runs[0][0], runs[0][0], 1) + formula(runs[2][0], runs[2][0], 1)
+    check_twins(reg.on_backward_begin(losses[0]), rnn, losses[1], twin)
+
+
+class Passing(nn.Module):
+    """Returns its input beside its output, and a state that the output is computed from."""
+
+    batch_first = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = gru()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state = self.rnn(x)[0]
+        return torch.tanh(state), state, x
+
+
+def test_a_loss_does_not_depend_on_a_run_by_its_input() -> None:
+    module, reg = Passing(), regularizer()
+    reg.attach(module)
+    inner = nn.Linear(HIDDEN, HIDDEN)
+    first, second = module(inner(inputs())), module(inner(inputs()))
+    loss = first[2].sum() + second[0].sum()
+    check_gradients(module, reg.on_backward_begin(loss), loss + formula(second[0], second[0], 1))
+
+
+def test_a_module_that_returns_its_input_beside_its_output() -> None:
+    rnn, reg = gru(), regularizer()
+    module = Returning(lambda hidden: hidden)
+    module.forward = lambda x: (rnn(x)[0], x)
+    reg.attach(module)
+    raw, _ = module(nn.Linear(HIDDEN, HIDDEN)(inputs()))
+    check_gradients(rnn, penalty_of(reg, raw), formula(raw, raw, 1))
+
+
+def test_a_state_that_the_output_is_computed_from() -> None:
+    """The latest run counts by it alone; it does not hold the output of an earlier run in a circle."""
+    module, twin, reg = Passing(), Passing(), regularizer()
+    handle, x = reg.attach(module), inputs()
+    alive = []
+    for _ in range(3):
+        raw, state, _ = module(x)
+        alive.append(weakref.ref(raw))
+        loss = state.sum()
+        del raw, state
+        assert len(handle.runs) == 1
+    raw, state, _ = twin(x)
+    check_twins(reg.on_backward_begin(loss), module, state.sum() + formula(raw, raw, 1), twin)
+    del loss
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_outputs_of_one_node() -> None:
+    """Such as an LSTM's output and state on a GPU: the latest run alone holds its output."""
+    module, reg = Returning(lambda hidden: (2 * hidden).chunk(2, -1)), regularizer()
+    reg.attach(module)
+    alive = []
+    for _ in range(3):
+        raw, other = module(inputs())
+        alive.append(weakref.ref(raw))
+        del raw
+    assert [ref() is not None for ref in alive] == [False, False, True]
+    reg.on_backward_begin(other.sum()).backward()
+    del other
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_a_coefficient_of_0_leaves_infinity_out() -> None:
+    module, dropout, reg = nn.Linear(HIDDEN, HIDDEN), FusedRNNDropout(0.5), RNNRegularizer(torch.tensor(0.0), 0.0)
+    reg.attach(module, dropout, batch_first=True)
+    with torch.no_grad():
+        module.weight.fill_(torch.inf)
+    loss = dropout(module(inputs().abs())).nan_to_num(0, 0, 0).sum()
+    assert reg.on_backward_begin(loss) == 0
+    assert reg.ar is not None
+    assert not reg.ar.isfinite()
+
+
+@either
+def test_each_loss_takes_its_own_runs() -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    (first, raw, dropped), (second, raw_2, dropped_2) = (model.activations(tokens()) for _ in range(2))
+    losses = [criterion(x, tokens()) for x in (first, second)]
+    for loss, run in ((losses[1], (raw_2, dropped_2)), (losses[0], (raw, dropped))):
+        check_gradients(model, reg.on_backward_begin(loss), loss + formula(*run, time=1))
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        reg.on_backward_begin(losses[0])
+
+
+@either
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_penalty_is_added_in_the_backward_of_its_own_loss(alone: bool) -> None:
+    """And in no other that passes the same tensors, before or after, also where a backward ends before them."""
+    model = seeded(Model)
+    reg = attached(model)
+    decoded, raw, dropped = model.activations(tokens())
+    loss, other = criterion(decoded, tokens()), decoded.square().mean()
+    parameters = [*model.parameters()]
+
+    def gradients(x: Tensor, among: list[Any] = parameters) -> Any:
+        return torch.autograd.grad(x, among, retain_graph=True)
+
+    penalty, terms = formula(raw, dropped, 1), reg.take(loss)
+    assert terms is not None
+    total = terms.penalty if alone else loss + terms.penalty
+    want = gradients(penalty if alone else loss + penalty, [x for x in parameters[:-2]])
+    plain = gradients(other)
+    for _ in range(2):
+        torch.testing.assert_close(gradients(other), plain)
+        torch.testing.assert_close(gradients(total, parameters[:-2]), want)
+        gradients(total, parameters[-2:])  # the decoder's, before which the backward ends
+    torch.testing.assert_close(gradients(other), plain)
+    torch.testing.assert_close(gradients(other + total, parameters[:-2])[0], want[0] + plain[0])
+
+
+@either
+def test_a_backward_that_failed_leaves_nothing_armed() -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    decoded, _, dropped = model.activations(tokens())
+    loss, other = criterion(decoded, tokens()), decoded.square().mean()
+    want = torch.autograd.grad(other, [*model.parameters()], retain_graph=True)
+
+    def fail(_: Tensor) -> None:
+        raise KeyError
+
+    hook, total = dropped.register_hook(fail), reg.on_backward_begin(loss)
+    with pytest.raises(KeyError):
+        total.backward(retain_graph=True)
+    hook.remove()
+    torch.testing.assert_close(torch.autograd.grad(other, [*model.parameters()], retain_graph=True), want)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_of_others_see_the_whole_gradient(when: str) -> None:
+    """As if autograd had added the penalty's: those of the module itself, which come first, too."""
+
+    class Clipped(nn.Module):
+        batch_first = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = gru()
+
+        def forward(self, x: Tensor) -> Tensor:
+            raw, _ = self.rnn(x)
+            if when == "before":
+                raw.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+            return raw
+
+    module, reg = Clipped(), regularizer()
+    reg.attach(module)
+    raw = module(inputs())
+    raw.retain_grad()
+    if when == "after":
+        raw.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    seen = []
+    for loss in (reg.on_backward_begin(raw.sum()), raw.sum() + formula(raw, raw, 1)):
+        module.zero_grad()
+        raw.grad = None
+        loss.backward(retain_graph=True)
+        seen.append([raw.grad, *(x.grad.clone() for x in module.parameters() if x.grad is not None)])
+    torch.testing.assert_close(*seen)
+    torch.testing.assert_close(seen[0][0].abs().max(), torch.tensor(0.01))
+
+
+@either
+def test_no_activation_is_kept_after_the_backward() -> None:
+    """Also while the loss is."""
+    model = seeded(Model)
+    reg = attached(model)
+    decoded, raw, dropped = model.activations(tokens())
+    memory = [weakref.ref(x.untyped_storage()) for x in (raw, dropped)]
+    loss = reg.on_backward_begin(criterion(decoded, tokens()))
+    del raw, dropped
+    loss.backward()
+    assert [x() for x in memory] == [None, None]
+    del decoded
+    assert loss.grad_fn is not None
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+def test_a_gradient_that_is_none_is_an_error(kind: Any) -> None:
+    class Lost(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor) -> None:
+            return None
+
+    rnn, dropout, reg = gru(), kind(0.3), regularizer()
+    reg.attach(rnn, dropout)
+    raw, _ = rnn(inputs())
+    dropped = dropout(raw)
+    total = reg.on_backward_begin(Lost.apply(dropped))
+    if kind is FusedRNNDropout:  # whose node forms the whole gradient
+        check_gradients(rnn, total, formula(raw, dropped, 1) + dropped.sum().detach())
+        return
+    with pytest.raises(RuntimeError, match="a tensor that the loss depends on got no gradient"):
+        total.backward()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_that_is_trained_is_told_of_its_hooks(duplicate: Any) -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    twin = duplicate(model)
+    with pytest.raises(RuntimeError, match="A copy of a module, by deepcopy or pickle, has no hooks: attach it, too"):
+        reg.on_backward_begin(criterion(twin(tokens()), tokens()))
+
+
+# Valid steps of both
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("given", ["attach", "dropout", "both"])
+def test_valid_steps_of_the_dropout_go_before_those_of_the_module(given: str, p: float) -> None:
+    rnn, dropout, reg = gru(), FusedRNNDropout(p), regularizer()
+    of_module, of_dropout = torch.rand(2, BATCH, TIME) < 0.7
+    reg.attach(rnn, dropout, valid=None if given == "dropout" else lambda *_: of_module)
+    raw, _ = rnn(inputs())
+    dropped = dropout(raw) if given == "attach" else dropout(raw, valid=of_dropout)
+    valid = of_module if given == "attach" else of_dropout
+    check_gradients(rnn, penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=valid))
+
+
+# One time step a run
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.4), FusedRNNDropout(0.4)], ids=["none", "plain", "fused"])
+@pytest.mark.parametrize("used", ["all", "the last"])
+def test_runs_of_one_time_step_are_joined(batch_first: bool, dropout: Any, used: str) -> None:
+    if isinstance(dropout, FusedRNNDropout):
+        dropout.batch_first = batch_first
+    rnn, reg = seeded(lambda: nn.GRU(HIDDEN, HIDDEN, batch_first=batch_first)), regularizer()
+    reg.attach(rnn, dropout, stepwise=True)
+    x, state, raws, kept = inputs(), None, [], []
+    axis = int(batch_first)
+    for step in x.split(1, axis):
+        raw, state = rnn(step, state)
+        raws.append(raw)
+        kept.append(raw if dropout is None else dropout(raw))
+    loss = torch.cat(kept).square().mean() if used == "all" else kept[-1].sum()
+    want = loss + formula(torch.cat(raws, axis), torch.cat(kept, axis), axis)
+    check_gradients(rnn, reg.on_backward_begin(loss), want)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
+def test_cells(kind: Any) -> None:
+    cell, reg = seeded(lambda: kind(HIDDEN, HIDDEN)), regularizer()
+    marks = torch.rand(TIME, BATCH) < 0.7
+    reg.attach(cell, stepwise=True, valid=lambda *_: marks[len(raws)])
+    state, raws = None, []
+    for step in inputs().unbind(1):
+        state = cell(step, state)
+        raws.append(state[0] if isinstance(state, tuple) else state)
+    loss, raw = torch.stack(raws).mean(), torch.stack(raws, 1)
+    want = loss + fused_ar_tar(raw, raw, ALPHA, BETA, valid=marks.t())
+    check_gradients(cell, reg.on_backward_begin(loss), want)
+
+
+def test_runs_of_one_time_step_that_are_not_joined_are_an_error() -> None:
+    rnn, reg = gru(), regularizer()
+    reg.attach(rnn)
+    state, losses = None, []
+    for step in inputs().split(1, 1):
+        raw, state = rnn(step, state)
+        losses.append(raw.mean())
+    with pytest.raises(
+        RuntimeError, match=r"GRU ran 7 times, over one time step each, .* attach\(\.\.\., stepwise=True"
+    ):
+        reg.on_backward_begin(torch.stack(losses).sum())
+    raw, _ = rnn(inputs()[:, :1])
+    torch.testing.assert_close(penalty_of(reg, raw), ALPHA * raw.square().mean())  # one run may be of one step
+
+
+def test_stepwise_takes_no_packed_sequences_and_no_in_backward() -> None:
+    rnn, reg = gru(), regularizer()
+    with pytest.raises(ValueError, match="stepwise: expected False with in_backward"):
+        reg.attach(rnn, stepwise=True, in_backward=True)
+    with pytest.raises(TypeError, match="stepwise: expected True or False, got 1"):
+        reg.attach(rnn, stepwise=1)  # pyright: ignore[reportArgumentType]
+    reg.attach(rnn, stepwise=True)
+    with pytest.raises(TypeError, match="a tensor with stepwise=True, got PackedSequence"):
+        rnn(nn.utils.rnn.pack_sequence([torch.randn(3, HIDDEN)]))
+
+
+# In every backward
+
+
+@either
+@pytest.mark.parametrize("scale", [True, 3.0, torch.tensor(3.0)], ids=str)
+def test_a_penalty_in_every_backward(scale: Any) -> None:
+    model, plain = seeded(Model), seeded(Model)
+    reg = regularizer()
+    reg.attach(model.rnn, model.dropout, in_backward=scale)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        loss = criterion(model(tokens()), tokens())
+        torch.manual_seed(seed)
+        decoded, raw, dropped = plain.activations(tokens())
+        want = criterion(decoded, tokens()) + float(scale) * formula(raw, dropped, 1)
+        expected = torch.autograd.grad(want, [*plain.parameters()])
+        for _ in range(2):
+            got = torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)
+            torch.testing.assert_close(got, expected)
+        torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
+        with pytest.raises(RuntimeError, match=r"in_backward=.* adds the penalty already; leave it out"):
+            reg.on_backward_begin(loss)
+
+
+def test_a_penalty_in_every_backward_frees_its_activations() -> None:
+    model, reg = seeded(Model), regularizer()
+    reg.attach(model.rnn, model.dropout, in_backward=True)
+    decoded, raw, dropped = model.activations(tokens())
+    memory = [weakref.ref(x.untyped_storage()) for x in (raw, dropped)]
+    loss = criterion(decoded, tokens())
+    del raw, dropped, decoded
+    loss.backward()
+    assert [x() for x in memory] == [None, None]
+
+
+def test_the_upstream_gradient_of_every_backward_is_checked() -> None:
+    with pytest.raises(ValueError, match="in_backward: expected a finite number of at least 0, got -1"):
+        regularizer().attach(gru(), in_backward=-1)
+    with pytest.raises(TypeError, match="in_backward: expected a real number, got str"):
+        regularizer().attach(gru(), in_backward="1")  # pyright: ignore[reportArgumentType]
+
+
+# Compiled autograd
+
+
+class Own(nn.Module):
+    """Whose backward compiled autograd takes: it fails on PyTorch's own RNNs."""
+
+    batch_first = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)).cumsum(1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+def test_compiled_autograd(kind: Any) -> None:
+    module, dropout, reg = seeded(Own), kind(0.3), regularizer()
+    reg.attach(module, dropout)
+    raw = module(inputs())
+    dropped = dropout(raw)
+    loss = dropped.sin().mean()
+    want = torch.autograd.grad(loss + formula(raw, dropped, 1), [*module.parameters()], retain_graph=True)
+    total = reg.on_backward_begin(loss)
+    torch._dynamo.reset()
+    from torch._dynamo import compiled_autograd
+
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        total.backward()
+    torch._dynamo.reset()
+    torch.testing.assert_close([x.grad for x in module.parameters()], [*want])
+
+
+# Scaled losses, function transforms
+
+
+@either
+def test_a_gradient_scaler_and_accumulated_steps() -> None:
+    model, plain = seeded(Model), seeded(Model)
+    reg, scaler = attached(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for one in (model, plain):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            decoded, raw, dropped = one.activations(tokens())
+            loss = criterion(decoded, tokens())
+            loss = reg.on_backward_begin(loss) if one is model else loss + formula(raw, dropped, 1)
+            (scaler.scale(loss / 2) if one is model else loss / 2).backward()
+    got, want = ([x.grad for x in one.parameters()] for one in (model, plain))
+    torch.testing.assert_close([x / 1024 for x in got if x is not None], want)
+
+
+def test_function_transforms() -> None:
+    rnn, reg, x = seeded(lambda: nn.RNN(HIDDEN, HIDDEN, batch_first=True)), regularizer(), inputs()
+    reg.attach(rnn)
+
+    def loss(parameters: dict[str, Tensor], hooks: bool) -> Tensor:
+        raw, _ = torch.func.functional_call(rnn, parameters, (x,))
+        return reg.on_backward_begin(raw.sum()) if hooks else raw.sum() + formula(raw, raw, 1)
+
+    parameters = {name: x.detach() for name, x in rnn.named_parameters()}
+    got, want = (torch.func.grad(loss)(parameters, hooks) for hooks in (True, False))
+    torch.testing.assert_close(got, want)
+
+
+# Random steps
+
+
+class Play:
+    """Random steps of training, each against the formula."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        torch.manual_seed(seed)
+        self.layers: Any = self.random.choice(["last", "all"])
+        self.reg = RNNRegularizer(ALPHA, BETA, layers=self.layers)
+        self.rnns = [nn.GRU(3, 4, batch_first=True), nn.LSTM(3, 4), Scan()]
+        self.random.shuffle(self.rnns)
+        self.rnns = self.rnns[: self.random.randint(1, 3)]
+        kinds: list[Any] = [
+            None,
+            nn.Dropout(0.4),
+            nn.Dropout(0.0),
+            FusedRNNDropout(0.4),
+            FusedRNNDropout(0.4, ar_of="raw"),
+        ]
+        self.dropouts = [self.random.choice(kinds) for _ in self.rnns]
+        for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
+            if isinstance(dropout, FusedRNNDropout):
+                dropout.batch_first = rnn.batch_first
+            self.reg.attach(rnn, dropout)
+        self.frozen = self.random.random() < 0.1
+        if self.frozen:
+            self.rnns[0].requires_grad_(False)
+        self.parameters = [x for rnn in self.rnns for x in rnn.parameters() if x.requires_grad]
+        self.free = torch.randn(3, requires_grad=True)
+        self.runs: list[dict[str, Any]] = []
+        self.latest: dict[int, dict[str, Any]] = {}
+        self.count = 0
+
+    def run(self) -> None:
+        """Run a module and its dropout, in training or evaluation, with gradients or without."""
+        i = self.random.randrange(len(self.rnns))
+        rnn, dropout = self.rnns[i], self.dropouts[i]
+        training, grad = self.random.random() < 0.85, self.random.random() < 0.9
+        for module in (rnn, dropout):
+            if module is not None:
+                module.train(training)
+        with torch.set_grad_enabled(grad):
+            raw, state = rnn(torch.randn(2, 5, 3))
+            dropped = raw if dropout is None else dropout(raw)
+        state = state[0] if isinstance(state, tuple) else state
+        run = {"i": i, "raw": raw, "dropped": dropped, "state": state, "grad": grad, "axis": int(rnn.batch_first)}
+        of_raw = isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw"
+        run["squared"] = raw if of_raw else dropped
+        if training:
+            self.runs.append(run)
+            self.latest[i] = run
+            self.count += 1
+
+    def loss(self) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Return a loss, and the runs that it depends on."""
+        loss, used = self.free.square().sum(), []
+        for run in self.runs:
+            if run["grad"] and self.random.random() < 0.6:
+                part = self.random.choice(["raw", "dropped", "state", "dropped", "dropped"])
+                if run[part].requires_grad:
+                    loss = loss + self.random.choice([torch.sin, torch.square, torch.abs])(run[part]).mean()
+                    used.append(run)
+        return loss, used
+
+    def expected(self, used: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+        """Return the runs that count, and whether they are an error."""
+        chosen = range(len(self.rnns)) if self.layers == "all" else [len(self.rnns) - 1]
+        reached = [run for run in used if run["i"] in chosen and not run.get("taken")]
+        counted = []
+        for i in chosen:
+            own = [run for run in reached if run["i"] == i]
+            latest = self.latest.get(i) if self.rnns[i].training else None
+            if not own and latest is not None and not (reached and latest["raw"].requires_grad):
+                own = [latest]
+            counted += own
+        wrong = any(not run["grad"] for run in counted)
+        return counted, wrong or (not counted and any(self.rnns[i].training for i in chosen))
+
+    def step(self) -> None:
+        """Take the penalty of a loss, and compare all gradients with those of the formula."""
+        loss, used = self.loss()
+        other, _ = self.loss()
+        counted, wrong = self.expected(used)
+        kind = self.random.random()
+        if kind < 0.05:
+            with pytest.raises(ValueError, match="loss: expected one element"):
+                self.reg.on_backward_begin(loss.expand(2))
+            return
+        for run in counted:
+            run["taken"] = True
+        self.latest.clear()
+        if wrong:
+            with pytest.raises(RuntimeError, match=r"ran without gradients|nothing was captured"):
+                self.reg.on_backward_begin(loss)
+            return
+        total = self.reg.on_backward_begin(loss) if kind < 0.6 else self.added(loss)
+        want = loss
+        for run in counted:
+            tar = run["raw"].diff(dim=run["axis"]).pow(2).mean()
+            want = want + ALPHA * run["squared"].pow(2).mean() + BETA * tar
+        torch.testing.assert_close(total, want)
+        variables = [*self.parameters, self.free]
+        for _ in range(self.random.randint(1, 4)):
+            some = self.random.sample(variables, self.random.randint(1, len(variables)))
+            choice = self.random.random()
+            if choice < 0.25:
+                self.same(other, other, some)
+            elif choice < 0.4:
+                self.same(3 * total + other, 3 * want + other, some)
+            elif choice < 0.5:
+                self.fails(total)
+            else:
+                self.same(total, want, some)
+
+    def added(self, loss: Tensor) -> Tensor:
+        terms = self.reg.take(loss)
+        return loss if terms is None else loss + terms.penalty
+
+    def same(self, got: Tensor, want: Tensor, among: list[Tensor]) -> None:
+        options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+        by_hooks = torch.autograd.grad(got, among, **options)
+        torch.testing.assert_close(by_hooks, torch.autograd.grad(want, among, **options), rtol=1e-4, atol=1e-6)
+
+    def fails(self, total: Tensor) -> None:
+        """Run a backward that fails somewhere."""
+        hooked = [run["raw"] for run in self.runs if run["raw"].requires_grad]
+        if not hooked:
+            return
+
+        def fail(_: Tensor) -> None:
+            raise KeyError
+
+        hook = self.random.choice(hooked).register_hook(fail)
+        try:
+            torch.autograd.grad(total, [*self.parameters, self.free], retain_graph=True, allow_unused=True)
+        except KeyError:
+            pass
+        finally:
+            hook.remove()
+
+    def play(self, steps: int) -> None:
+        for _ in range(steps):
+            choice = self.random.random()
+            if choice < 0.5:
+                self.run()
+            elif choice < 0.9:
+                self.step()
+            elif choice < 0.95:
+                self.reg.clear()
+                self.latest.clear()
+                for run in self.runs:
+                    run["taken"] = True
+            elif self.runs:
+                self.runs.pop(self.random.randrange(len(self.runs)))
+
+
+class Scan(nn.Module):
+    """A recurrent module of one's own."""
+
+    batch_first = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raw = torch.tanh(self.linear(x)).cumsum(1)
+        return raw, raw[:, -1]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_steps(seed: int) -> None:
+    Play(seed).play(14)
