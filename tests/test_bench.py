@@ -38,6 +38,12 @@ CASE = cases.PenaltyCase((3, 5, 8), torch.float32)
 DROPOUT = cases.DropoutCase((3, 5, 8), torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def benchmarks_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a child measure: pytest-benchmark turns itself off in the processes of pytest-xdist."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.mark.parametrize(("formula", "batch_first"), [(fastai, True), (awd_lstm_lm, False)])
 def test_the_formulas_are_the_penalty(formula: Callable[..., Tensor], batch_first: bool) -> None:
     raw, dropped = torch.randn(2, 4, 6, 5, dtype=torch.double)
