@@ -6,7 +6,6 @@ A stand-in driver takes the place of a GPU's: `fused_ar_tar` on CPU tensors comp
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -53,8 +52,6 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     from triton.backends.compiler import GPUTarget
 
     chosen = GPUTarget(*TARGETS[request.param])
-    if chosen.backend == "hip" and Version(triton.__version__) < Version("3.5") and shutil.which("ld.lld") is None:
-        pytest.skip("Triton 3.4 links code for AMD with ROCm's ld.lld, which is not here")
     monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
     for kernel in PENALTY + DROPOUT:
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))

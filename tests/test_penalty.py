@@ -483,12 +483,6 @@ def test_coefficients_may_change_in_a_compiled_graph(device: str) -> None:
         torch.testing.assert_close(compiled(alpha, beta), fused_ar_tar(x, x, alpha, beta))
 
 
-by_compilers_that_read_numbers = pytest.mark.skipif(
-    torch.__version__.startswith("2.8."), reason="PyTorch 2.8 cannot trace numbers of NumPy, nor some of tensors"
-)
-
-
-@by_compilers_that_read_numbers
 @pytest.mark.parametrize("kind", ["float32", "float64", "int64"])
 def test_compiled_code_takes_numpy_scalars(kind: str, device: str) -> None:
     numpy = pytest.importorskip("numpy")
@@ -500,7 +494,6 @@ def test_compiled_code_takes_numpy_scalars(kind: str, device: str) -> None:
         torch.testing.assert_close(compiled(x, alpha, beta), fused_ar_tar(x, x, float(alpha), float(beta)))
 
 
-@by_compilers_that_read_numbers
 @torch._dynamo.config.patch(capture_scalar_outputs=True)
 def test_compiled_code_takes_a_number_that_it_reads_from_a_tensor() -> None:
     """The compiler does not know it: both terms are on, and it is checked when the code runs."""
