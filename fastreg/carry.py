@@ -78,14 +78,21 @@ class _Carry(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         task, saved, width = torch._C._current_graph_task_id(), ctx.saved_tensors, 1 + len(Values._fields)
         carriers = ctx.carriers
-        for i, carrier in enumerate(carriers):
-            raw, *values = saved[i * width : (i + 1) * width]
-            carrier.arm(task, grad, Layer(raw, None, Values(*values)))
+        layers = [Layer(saved[i], None, Values(*saved[i + 1 : i + width])) for i in range(0, len(saved), width)]
+        # Compiled autograd cannot trace how functions are stored in carriers.
+        arm: Any = torch.compiler.disable(_arm) if torch.compiler.is_compiling() else _arm
+        arm(carriers, task, grad, layers)
         if not torch.compiler.is_compiling():  # which takes no callbacks
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_disarm, carriers))
         shape, dtype, device = ctx.loss
         # Zeros, so that gradients pass where the carriers wait for them, even if the penalty alone is differentiated.
         return None, torch.zeros(shape, dtype=dtype, device=device), grad
+
+
+def _arm(carriers: Sequence[Carrier], task: int, grad: Tensor, layers: Sequence[Layer]) -> None:
+    """Arm carriers for this backward, with the layers whose tensors were saved."""
+    for carrier, layer in zip(carriers, layers, strict=True):
+        carrier.arm(task, grad, layer)
 
 
 def _disarm(carriers: Sequence[Carrier]) -> None:
