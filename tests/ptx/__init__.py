@@ -50,7 +50,7 @@ def scrambled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
     def fresh(*arguments: Any, **options: Any) -> torch.Tensor:
         x = make(*arguments, **options)
-        if x.device.type == "cpu" and x.nbytes < 2**26:
+        if type(x) is torch.Tensor and x.device.type == "cpu" and x.nbytes < 2**26:  # a compiler's have no memory
             x.detach().fill_(torch.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max)
         return x
 
