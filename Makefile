@@ -22,7 +22,7 @@ help:
 	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
 	@echo "make test-fast   run the essentials in less than a minute, for whoever changes a line"
 	@echo "make test-ptx   run the kernels' tests on the CPU with the code that is compiled for an H100, on the newest Triton"
-	@echo "             supported and the oldest (ARGS=--ptx-sample=6 for each eighth case of each test)"
+	@echo "             supported and the oldest (ARGS=--ptx-sample=6 for each sixth case of each test)"
 	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
 	@echo "make test-oldest   run the tests that a release may break with the oldest PyTorch and Triton supported, in .venv-oldest"
 	@echo "make test-newest   the same with the newest PyTorch, in .venv-newest"
