@@ -330,12 +330,14 @@ def add_gradient(arrived: Tensor, upstream: Tensor, layer: Layer, problem: Probl
         return arrived if wide is None else (arrived.to(dtype) + wide).to(arrived.dtype)
     facts = [None if x is None else layout_of(x) for x in values]
     key = *(layout_of(raw), layout_of(arrived), problem), *facts
-    backward = ADDITIONS.get(key)
-    if backward is None:
-        backward = _plan_backward((layout_of(raw), None, layout_of(arrived)), layer, problem, True)
-        ADDITIONS.keep(key, backward)
-    if values.valid is not None and values.marks is None:
-        layer = Layer(raw, None, values._replace(marks=backend.marks(values.valid.shape, raw.device)(values.valid)))
+    plan = ADDITIONS.get(key)
+    if plan is None:
+        mark = None if values.valid is None else backend.marks(values.valid.shape, raw.device)
+        plan = _plan_backward((layout_of(raw), None, layout_of(arrived)), layer, problem, True), mark
+        ADDITIONS.keep(key, plan)
+    backward, mark = plan
+    if mark is not None and values.marks is None:
+        layer = Layer(raw, None, values._replace(marks=mark(values.valid)))
     return _launch_backward(backward, (arrived, upstream), layer, None)
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_activations, check_options, check_saved, check_steps
 from fastreg.backends import Backend, backend_for
-from fastreg.kernels.view import NOTHING, Layout, Prediction, Result, Sums, Values, allocate, layout_of
+from fastreg.kernels.view import Layout, Prediction, Result, Sums, Values, allocate, layout_of
 from fastreg.plans import Plans, key_of
 from fastreg.prepare import Reader, packed_in, parts_of, plain, plain_pair, problem_of, values_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
@@ -158,7 +158,7 @@ def measure(call: Call) -> Measured:
     """
     penalty, terms = penalty_of(call)
     problem = problem_of(call)
-    layers = [layer for layer, _ in parts_of(call, problem, NOTHING)]
+    layers = [layer for layer, _ in parts_of(call, problem)]
     if layers and (call.valid is not None or problem.alpha is None or problem.beta is None or packed_in(call, problem)):
         values = values_of(call, problem, layers[0].given())
         layers = [Layer(layer.raw, layer.dropped, values) for layer in layers]
@@ -176,7 +176,7 @@ def _checked(call: Call) -> Problem:
 
 def _by_formula(call: Call, problem: Problem) -> tuple[Tensor, Sequence[Tensor] | None]:
     """Compute the penalty in plain PyTorch."""
-    parts = parts_of(call, problem, NOTHING)
+    parts = parts_of(call, problem)
     if not parts:
         return _zero(call)
     values = values_of(call, problem, parts[0][0].given())
@@ -277,7 +277,7 @@ class _Plan:
     def __init__(self, call: Call, problem: Problem) -> None:
         self.problem = problem
         self.layers: tuple[_LayerPlan, ...] = ()
-        parts = parts_of(call, problem, NOTHING)
+        parts = parts_of(call, problem)
         if not parts or any(0 in layer.given().shape for layer, _ in parts):
             return
         given = parts[0][0].given()
@@ -309,7 +309,7 @@ class _Plan:
         if self.reads is not None:  # tensors that are no lists, which are most calls
             tensors = [call.raw if self.reads[0] else None, call.dropped if self.reads[1] else None]
         else:
-            tensors = [x for layer, _ in parts_of(call, self.problem, NOTHING) for x in (layer.raw, layer.dropped)]
+            tensors = [x for layer, _ in parts_of(call, self.problem) for x in (layer.raw, layer.dropped)]
         values = self.read(call, tensors[1] if tensors[0] is None else tensors[0])
         if not self.is_differentiable:
             result, _ = self.compute(tensors, values)

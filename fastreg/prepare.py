@@ -67,7 +67,7 @@ def problem_of(call: Call) -> Problem:
     return Problem(alpha, beta, call.batch_first, call.reduction, call.measured, call.ar_of_raw)  # pyright: ignore[reportArgumentType]
 
 
-def parts_of(call: Call, problem: Problem, values: Values) -> list[tuple[Layer, Problem]]:
+def parts_of(call: Call, problem: Problem) -> list[tuple[Layer, Problem]]:
     """Pair the layers of raw and dropped, `None` where no term reads one, and the problem of each pair.
 
     Where dropped is raw itself it is `None`, too, and AR is that of raw.
@@ -75,14 +75,11 @@ def parts_of(call: Call, problem: Problem, values: Values) -> list[tuple[Layer, 
     raws = _tensors(call.raw) if reads_raw(call, problem) else None
     kept = _tensors(call.dropped) if reads_dropped(call, problem) else None
     if raws is None:
-        return [(Layer(None, y, values), problem) for y in kept or ()]
+        return [(Layer(None, y), problem) for y in kept or ()]
     if kept is None:
-        return [(Layer(x, None, values), problem) for x in raws]
+        return [(Layer(x, None), problem) for x in raws]
     of_raw = Problem(problem.alpha, problem.beta, problem.batch_first, problem.reduction, problem.measured, True)
-    return [
-        (Layer(x, None, values), of_raw) if y is x else (Layer(x, y, values), problem)
-        for x, y in zip(raws, kept, strict=True)
-    ]
+    return [(Layer(x, None), of_raw) if y is x else (Layer(x, y), problem) for x, y in zip(raws, kept, strict=True)]
 
 
 def _tensors(activations: Any) -> list[Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +58,10 @@ def view_of(layouts: Sequence[Layout | None], layer: Layer, problem: Problem) ->
     return View(batch, time, hidden, operands, packed=values.batch_sizes is not None)
 
 
-def sums_of(layer: Layer, problem: Problem, dtype: torch.dtype, **switches: Any) -> Sums:
+def sums_of(layer: Layer, problem: Problem, dtype: torch.dtype) -> Sums:
     """Describe to a backend what it computes in `dtype`; no extent of the layer is 0."""
     terms = problem.with_ar(), problem.with_tar(), problem.ar_of_raw
-    sums = Sums(dtype, problem.alpha, problem.beta, *terms, _known_divisors(layer, problem), problem.measured)
-    return sums._replace(**switches)
+    return Sums(dtype, problem.alpha, problem.beta, *terms, _known_divisors(layer, problem), problem.measured)
 
 
 def _known_divisors(layer: Layer, problem: Problem) -> tuple[int, int] | None:
