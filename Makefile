@@ -5,8 +5,8 @@ PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
 # Processes of pytest, one a core and four at most: each has PyTorch and the frameworks in memory.
 PARALLEL ?= --numprocesses logical --maxprocesses 4
-PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout add_gradient))
-KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout add_gradient padding valid kernels sizes))
+PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout addition))
+KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout addition padding valid kernels sizes))
 CORE = reference layout coefficients prediction valid padding dropout penalty regularizer rnn_dropout attachment capture
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 # Those that another release of PyTorch, Triton or a framework may break.

@@ -36,6 +36,7 @@ HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )  # the attributes of a module that name the hooks of its forward
+ROOM = 64  # runs to note before those whose graphs are gone are looked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +95,14 @@ class Attachment:
     """Hold the hooks on a module and its dropout until `remove()`. A copy of the model has none.
 
     Attributes:
-        runs: those that are captured and not taken yet, in the order of the calls.
         terms: those of the latest run that adds its penalty in the backward, or `None`.
     """
 
     def __init__(self, owner: RNNRegularizer, source: Source) -> None:
         self.source = source
-        self.runs: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
         self.terms: ARTAR | None = None
-        self._count = 0
+        self._runs: list[weakref.ref[Run]] = []
+        self._room = ROOM
         self._held: list[Any] = []  # the latest run, and its tensors, where no graph can keep them
         self._without_graph = WeakTensorKeyDictionary()  # runs, by their raw, until their dropout has run
         self._latest: Callable[[], Run | None] = nothing
@@ -120,9 +120,9 @@ class Attachment:
         """Leave everything out of a copy or a pickle: a copied model's hooks must not reach this regularizer."""
         inert = {
             "source": None,
-            "runs": {},
             "terms": None,
-            "_count": 0,
+            "_runs": [],
+            "_room": ROOM,
             "_held": [],
             "_without_graph": None,
             "_first": [],
@@ -148,17 +148,25 @@ class Attachment:
         if owner is not None:
             owner.forget(self)
 
+    @property
+    def runs(self) -> list[Run]:
+        """Return the runs that are captured and not taken yet, in the order of the calls."""
+        return [run for ref in self._runs if (run := ref()) is not None]
+
     def clear(self) -> None:
         """Drop all captures."""
-        self.settle(list(self.runs.values()))
+        self.settle(self.runs)
 
     def settle(self, runs: Collection[Run]) -> None:
         """Drop own runs that were taken, and the latest, which only the next loss may take without depending on it."""
-        for key, run in list(self.runs.items()):
+        left = []
+        for ref in self._runs:
+            run = ref()
             if run in runs:
-                self.runs.pop(key, None)
                 run.drop()
-        self._held, self._latest = [], nothing
+            elif run is not None:
+                left.append(ref)
+        self._runs, self._held, self._latest = left, [], nothing
 
     def chosen(self, reached: Reached) -> list[Run]:
         """Return the runs that a loss reaches.
@@ -166,7 +174,7 @@ class Attachment:
         If there are none, return the latest run, where it has no graph to be reached by, or the loss reaches no run of
         any module; but no run in evaluation.
         """
-        runs = [run for run in self.runs.values() if run in reached]
+        runs = [run for run in self.runs if run in reached]
         latest = self._latest() if self.source.module.training else None
         if not runs and latest is not None and not (reached and latest.carriers):
             return [latest]
@@ -235,10 +243,10 @@ class Attachment:
         """Put the hooks behind those added later, which may replace a result; give a fused dropout its valid steps."""
         if self._owner() is None:  # in a copy
             return None
-        for hook in self._last:
-            hooks = hook.hooks_dict_ref()
-            if hooks is not None and hook.id in hooks and next(reversed(hooks)) != hook.id:
-                hooks.move_to_end(hook.id)
+        hooks = module._forward_hooks
+        own = self._last[-1 if module is self.source.dropout else 0].id
+        if own in hooks and next(reversed(hooks)) != own:
+            hooks.move_to_end(own)
         if module is not self.source.dropout or self.source.valid is None:
             return None
         found = self._run_of(args, kwargs)
@@ -266,12 +274,19 @@ class Attachment:
         dropped = captured if source.dropout is None else None
         is_step = source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase)
         run = Run(captured, dropped, packed, source.batch_first, valid, torch.is_grad_enabled(), is_step)
-        self._count += 1
-        self.runs[self._count], self._latest, self._held = run, weakref.ref(run), []
+        self._note(run)
         self._mark(run, captured, rows)
         self._mark_others(run, rows, (args, kwargs), result)
         if dropped is not None:
             self._carry(run)
+
+    def _note(self, run: Run) -> None:
+        """Take a run for the latest, which its graph will keep, and forget runs whose graphs are gone."""
+        if len(self._runs) >= self._room:
+            self._runs = [ref for ref in self._runs if ref() is not None]
+            self._room = 2 * len(self._runs) + ROOM
+        self._latest, self._held = weakref.ref(run), []
+        self._runs.append(self._latest)
 
     def _mark(self, run: Run, captured: Captured, x: Tensor) -> None:
         """Have the graph keep a run, and hook its tensor; hold one without a graph, or that PyTorch transforms."""
@@ -363,7 +378,7 @@ class Attachment:
         for x in given:  # mostly
             if latest is not None and latest.raw.itself() is x:
                 return latest, x
-        for run in reversed(list(self.runs.values())):
+        for run in reversed(self.runs):
             for x in given:
                 if _is_same(x, run.raw.data):
                     return run, x

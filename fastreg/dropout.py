@@ -30,7 +30,7 @@ from fastreg.view import is_readable, like, readable, readable_values, sums_of, 
 
 Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty, either of which may be None
 
-PLANS, ADDITIONS = Plans(), Plans()
+PLANS = Plans()
 KEEP: Any = object()  # the plan of calls that drop nothing
 BACKWARDS = 16  # of a plan that are kept: layouts of the gradient of dropped, with and without one of the penalty
 
@@ -160,10 +160,16 @@ def drop_and_penalize(
         if key is None:
             if drops:
                 return _by_formula(call, problem, _mask_for(call.raw, p, mask, problem))
-            return None, *penalty_of(kept(call))
+            return _penalize(call)
         plan = _Plan(call, problem, mask) if drops else KEEP
         PLANS.keep(key, plan)
-    return (None, *penalty_of(kept(call))) if plan is KEEP else plan(call, p, mask)
+    return _penalize(call) if plan is KEEP else plan(call, p, mask)
+
+
+def _penalize(call: Call) -> tuple[None, Tensor, Sequence[Tensor] | None]:
+    """Compute the penalty where nothing is dropped."""
+    computed = penalty_of(kept(call))
+    return None, computed.penalty, computed.terms
 
 
 def _checked(call: Call, p: Any, mask: Any, training: Any) -> Problem:
@@ -250,13 +256,13 @@ class _Plan:
         if backward is None:  # one for each layout of the gradient of dropped, and of tensors that a hook has changed
             for name, x, y in zip(("raw", "mask"), self.layouts, layouts, strict=False):
                 check_saved(name, x, y)
-            backward = _plan_backward(layouts, layer, problem, grad is not None)
+            backward = plan_backward(layouts, layer, problem, grad is not None)
             if len(self.backward) < BACKWARDS:
                 self.backward[key] = backward
-        return _launch_backward(backward, upstream, layer, mask)
+        return launch_backward(backward, upstream, layer, mask)
 
 
-def _plan_backward(
+def plan_backward(
     layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool
 ) -> tuple[Layout, Any]:
     """Return the layout of the gradient of raw, and a `dropout_backward` of the backend.
@@ -274,7 +280,9 @@ def _plan_backward(
     return gradient, backend.dropout_backward(view_of((*layouts, gradient), layer, problem), sums, raw.device)
 
 
-def _launch_backward(backward: tuple[Layout, Any], upstream: Upstreams, layer: Layer, mask: Tensor | None) -> Tensor:
+def launch_backward(
+    backward: tuple[Layout, Any], upstream: Upstreams, layer: Layer, mask: Tensor | None = None
+) -> Tensor:
     """Allocate the gradient of raw, and launch the backward."""
     (layout, launch), (grad_dropped, grad) = backward, upstream
     gradient = allocate(layout)
@@ -302,43 +310,6 @@ class Upstream(NamedTuple):
 def carries(dropped: Tensor) -> bool:
     """Return whether the node of a tensor is that of a fused dropout, which `node.carried = Upstream(...)` arms."""
     return hasattr(dropped.grad_fn, "carried")
-
-
-def add_gradient(arrived: Tensor, upstream: Tensor, layer: Layer, problem: Problem) -> Tensor:
-    """Add the gradient of a penalty to the gradient that arrives at its activations, in one pass.
-
-    Args:
-        arrived: the gradient, of the shape and dtype of raw.
-        upstream: (), that of the penalty.
-        layer: of raw alone.
-        problem: of TAR, of AR of raw, or of both.
-    """
-    arrived, raw = plain(arrived), plain(layer.given())
-    dtype = compute_dtype(raw)
-    if upstream.dtype != dtype or upstream.device != raw.device:
-        upstream = upstream.to(raw.device, dtype)
-    if torch.is_grad_enabled() and not raw.requires_grad:
-        raise RuntimeError(
-            "attach: second derivatives need an activation that was freed; keep the output of the module and of its "
-            "dropout until the backward, or use on_loss_begin"
-        )
-    values = layer.values
-    layer = Layer(raw, None, values)
-    backend = None if arrived.numel() == 0 or values.batch_sizes is not None else backend_for(raw.device)
-    if torch.is_grad_enabled() or observed() or not are_memory((arrived, upstream, raw)) or backend is None:
-        wide, _ = ar_tar_gradients(upstream, layer, problem.penalized())  # which PyTorch must see, or packed rows
-        return arrived if wide is None else (arrived.to(dtype) + wide).to(arrived.dtype)
-    facts = [None if x is None else layout_of(x) for x in values]
-    key = *(layout_of(raw), layout_of(arrived), problem), *facts
-    plan = ADDITIONS.get(key)
-    if plan is None:
-        mark = None if values.valid is None else backend.marks(values.valid.shape, raw.device)
-        plan = _plan_backward((layout_of(raw), None, layout_of(arrived)), layer, problem, True), mark
-        ADDITIONS.keep(key, plan)
-    backward, mark = plan
-    if mark is not None and values.marks is None:
-        layer = Layer(raw, None, values._replace(marks=mark(values.valid)))
-    return _launch_backward(backward, (arrived, upstream), layer, None)
 
 
 class _DropoutPenalty(Function):

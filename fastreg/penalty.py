@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_activations, check_options, check_saved, check_steps
 from fastreg.backends import Backend, backend_for
-from fastreg.kernels.view import Layout, Prediction, Result, Sums, Values, allocate, layout_of
+from fastreg.kernels.view import NOTHING, Layout, Prediction, Result, Sums, Values, allocate, layout_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import Reader, packed_in, parts_of, plain, plain_pair, problem_of, values_of
+from fastreg.prepare import Reader, parts_of, plain, plain_pair, problem_of, values_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
@@ -119,12 +119,30 @@ def fused_ar_tar(
     raw, dropped = plain_pair(raw, dropped)
     values = plain(alpha), plain(beta), plain(lengths), plain(valid)
     call = Call(raw, dropped, *values, batch_first, reduction, return_terms)
-    penalty, terms = penalty_of(call)
-    return penalty if terms is None else ARTAR(penalty, *terms)
+    computed = penalty_of(call)
+    return computed.penalty if computed.terms is None else ARTAR(computed.penalty, *computed.terms)
 
 
-def penalty_of(call: Call) -> tuple[Tensor, Sequence[Any] | None]:
-    """Compute the penalty, (), and if terms are wanted AR and TAR, () and detached.
+class Computed(NamedTuple):
+    """The penalty of a call, and what its gradient follows from.
+
+    penalty  ()
+    terms    AR and TAR, () and detached; `None` unless they are wanted
+    values   as they were read, for activations of one layer or of all
+    problem  the problem of the call
+    """
+
+    penalty: Tensor
+    terms: Sequence[Any] | None
+    values: Values
+    problem: Problem
+
+
+def penalty_of(call: Call) -> Computed:
+    """Compute the penalty of one layer or of several.
+
+    A tensor that requires no gradient is summed and nothing else: `fastreg.addition` adds the gradient of
+    the penalty of detached tensors.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
@@ -139,32 +157,6 @@ def penalty_of(call: Call) -> tuple[Tensor, Sequence[Any] | None]:
     return plan(call)
 
 
-class Measured(NamedTuple):
-    """The penalty of activations, and the layers and the problem that its gradient follows from."""
-
-    terms: ARTAR
-    layers: list[Layer]
-    problem: Problem
-
-
-def measure(call: Call) -> Measured:
-    """Compute the penalty of one layer or several, whose gradient may be added elsewhere.
-
-    A tensor that requires no gradient is summed and nothing else: `fastreg.dropout.add_gradient` adds the gradient of
-    the penalty of detached tensors.
-
-    Raises:
-        TypeError, ValueError: as `fused_ar_tar`.
-    """
-    penalty, terms = penalty_of(call)
-    problem = problem_of(call)
-    layers = [layer for layer, _ in parts_of(call, problem)]
-    if layers and (call.valid is not None or problem.alpha is None or problem.beta is None or packed_in(call, problem)):
-        values = values_of(call, problem, layers[0].given())
-        layers = [Layer(layer.raw, layer.dropped, values) for layer in layers]
-    return Measured(ARTAR(penalty, *(terms or ())), layers, problem)
-
-
 def _checked(call: Call) -> Problem:
     """Check the arguments, and return the problem."""
     check_options(call, return_terms=call.measured)
@@ -174,15 +166,15 @@ def _checked(call: Call) -> Problem:
     return problem
 
 
-def _by_formula(call: Call, problem: Problem) -> tuple[Tensor, Sequence[Tensor] | None]:
+def _by_formula(call: Call, problem: Problem) -> Computed:
     """Compute the penalty in plain PyTorch."""
     parts = parts_of(call, problem)
     if not parts:
-        return _zero(call)
+        return Computed(*_zero(call), NOTHING, problem)
     values = values_of(call, problem, parts[0][0].given())
     results = [ar_tar(Layer(layer.raw, layer.dropped, values), of) for layer, of in parts]
     penalty, ar, tar = reduce(lambda a, b: ARTAR(a.penalty + b.penalty, a.ar + b.ar, a.tar + b.tar), results)
-    return penalty, (ar.detach(), tar.detach()) if problem.measured else None
+    return Computed(penalty, (ar.detach(), tar.detach()) if problem.measured else None, values, problem)
 
 
 def _zero(call: Call) -> tuple[Tensor, Sequence[Tensor] | None]:
@@ -301,8 +293,8 @@ class _Plan:
         self.needs = [need for layer in self.layers for need in layer.needs]
         self.is_differentiable = any(self.needs)
 
-    def __call__(self, call: Call) -> tuple[Tensor, Sequence[Tensor] | None]:
-        """Compute the penalty, (), and if terms are wanted AR and TAR, () and detached."""
+    def __call__(self, call: Call) -> Computed:
+        """Compute the penalty of a call."""
         if not self.layers:
             return _by_formula(call, self.problem)
         tensors: list[Any]
@@ -312,12 +304,12 @@ class _Plan:
             tensors = [x for layer, _ in parts_of(call, self.problem) for x in (layer.raw, layer.dropped)]
         values = self.read(call, tensors[1] if tensors[0] is None else tensors[0])
         if not self.is_differentiable:
-            result, _ = self.compute(tensors, values)
-            return result.penalty, None if result.terms is None else result.terms.unbind()
-        if not self.problem.measured:  # an output more costs 3 us
-            return _apply(self, values, *tensors), None
-        penalty, terms = _apply(self, values, *tensors)
-        return penalty, terms.unbind()
+            penalty, terms, _ = self.compute(tensors, values)[0]
+        elif self.problem.measured:
+            penalty, terms = _apply(self, values, *tensors)
+        else:  # an output more costs 3 us
+            penalty, terms = _apply(self, values, *tensors), None
+        return Computed(penalty, None if terms is None else terms.unbind(), values, self.problem)
 
     def compute(self, tensors: Sequence[Tensor | None], values: Values) -> tuple[Any, list[Any]]:
         """Launch the forward of each layer; return the last result, and a prediction and filled gradients of each."""

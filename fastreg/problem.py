@@ -82,13 +82,6 @@ class Problem(NamedTuple):
         return Problem(self.alpha, self.beta, self.batch_first, self.reduction, False, self.ar_of_raw)
 
 
-def problem_of(call: Call) -> Problem:
-    """Return the problem of checked arguments, which has no tensor."""
-    alpha = None if isinstance(call.alpha, Tensor) else call.alpha
-    beta = None if isinstance(call.beta, Tensor) else call.beta
-    return Problem(alpha, beta, call.batch_first, call.reduction, call.measured, call.ar_of_raw)
-
-
 def is_on(coefficient: Coefficient | None) -> bool:
     """Return whether a term is in the penalty: a coefficient that is a tensor, or not known yet, may be anything."""
     if coefficient is None or isinstance(coefficient, Tensor):
@@ -119,7 +112,10 @@ class Layer(NamedTuple):
 
 def compute_dtype(*tensors: Any) -> torch.dtype:
     """Return the dtype that squares and sums are formed in: float64 if any tensor is, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    for x in tensors:  # a generator expression takes twice as long
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def time_dim(x: Any, batch_first: bool) -> int:

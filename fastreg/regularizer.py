@@ -231,7 +231,7 @@ class RNNRegularizer:
         """Return the penalty of a loss, `None` without anything captured, and the sizes of the last activations."""
         if self._given is not None:
             return self._given.penalty(loss, self.alpha, self.beta), self._given.sizes
-        reached = reach(loss, [run for attachment in attached for run in attachment.runs.values()])
+        reached = reach(loss, [run for attachment in attached for run in attachment.runs])
         chosen = [(attachment, attachment.chosen(reached)) for attachment in attached]
         runs = [run for _, some in chosen for run in some]
         try:

@@ -27,14 +27,15 @@ CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and others 
 # file -> tests/test_*.py in the order in which they run: those first that fail fast
 TESTS = {
     "kernels/penalty.py": ["kernels", "prediction", "padding", "valid", "penalty"],
-    "kernels/dropout.py": ["padding", "valid", "dropout", "add_gradient", "kernels"],
+    "kernels/dropout.py": ["padding", "valid", "dropout", "addition", "kernels"],
     "kernels/reduction.py": ["kernels", "coefficients", "valid", "padding", "penalty"],
     "kernels/tiling.py": ["kernels", "valid", "padding", "penalty"],
     "fastreg/penalty.py": ["plans", "prediction", "coefficients", "padding", "penalty"],
-    "fastreg/dropout.py": ["plans", "padding", "dropout", "add_gradient", "attachment"],
+    "fastreg/dropout.py": ["plans", "padding", "dropout", "addition", "attachment"],
     "fastreg/rnn_dropout.py": ["coefficients", "rnn_dropout", "attachment", "dropout"],
     "fastreg/output_dropout.py": ["rnn_dropout"],
     "fastreg/capture.py": ["capture", "attachment"],
+    "fastreg/addition.py": ["addition", "capture"],
     "fastreg/carry.py": ["capture", "coefficients", "attachment"],
     "fastreg/attachment.py": ["capture", "attachment", "rnn_dropout"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment", "capture"],
@@ -409,7 +410,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("dropout without gradients", "run.grad_enabled &= torch.is_grad_enabled()", "pass"),
         ("steps that are not joined", "and not self.source.stepwise and all", "and False and all"),
         ("changes in place", "if run.changed:", "if False:"),
-        ("hooks before those added later", "hooks.move_to_end(hook.id)", "pass"),
+        ("hooks before those added later", "hooks.move_to_end(own)", "pass"),
     ],
     ("fastreg/attachment.py", "_tensors"): [
         ("a structure that contains itself", "if id(x) not in seen:", "if True:"),
@@ -437,17 +438,24 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/carry.py", "Carrier"): [
         ("a graph in a circle", "if not torch.is_grad_enabled() or task is None:", "if True:"),
+        ("saved activations of another layout", "if layout_of(raw) != addition.layout:", "if False:"),
     ],
-    ("fastreg/carry.py", "_measured"): [
+    ("fastreg/carry.py", "_of_one_tensor"): [
         ("AR's coefficient with TAR", "problem._replace(alpha=0.0)", "problem"),
-        ("TAR's coefficient with AR", "problem._replace(beta=0.0, ar_of_raw=True)", "problem._replace(ar_of_raw=True)"),
+        ("TAR's coefficient with AR", "of_both._replace(beta=0.0)", "of_both"),
     ],
     ("fastreg/carry.py", "_weighted"): [
         ("a tensor of 0 lets infinity through", "torch.where(factor == 0, 0, factor * term)", "factor * term"),
     ],
-    ("fastreg/dropout.py", "add_gradient"): [
-        ("second derivatives of what was freed", "torch.is_grad_enabled() and not raw.requires_grad", "False"),
+    ("fastreg/addition.py", "addition_for"): [
+        ("a tensor that is no memory", "is_memory(raw) and not observed()", "True"),
+    ],
+    ("fastreg/addition.py", "Addition"): [
+        ("second derivatives of what was freed", "torch.is_grad_enabled() and not layer.given().requires_grad", "False"),
         ("packed rows in the kernel", " or values.batch_sizes is not None", ""),
+        ("the first gradient's strides", "key = arrived.stride(), arrived.dtype", "key = arrived.dtype"),
+        ("the first gradient's alignment", ", arrived.data_ptr() % 16 == 0", ""),
+        ("an upstream gradient of another dtype", "if upstream.dtype != self.dtype or", "if"),
     ],
     ("fastreg/attachment.py", "_state_without_hooks"): [
         ("hooks in copies", " if i not in ids", ""),
