@@ -1,7 +1,7 @@
-"""The penalty of captured runs: its sums now, and its gradient added in the backward where gradients arrive anyway.
+"""The penalty of captured runs: sums in the forward, gradients added in the backward to those that arrive.
 
-`penalty_of_runs` puts one node, `_Carry`, between the penalty and the loss. Its backward runs before any node of the
-loss's graph, and arms the runs with the upstream gradient for this backward.
+`penalty_of_runs` puts one node, `_Carry`, between the penalty and the loss. Its backward runs before the nodes of the
+loss's graph, and hands the upstream gradient to the runs for this backward.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, is_on
 
 
 class Carrier(NamedTuple):
-    """Where a backward adds the gradient of a penalty: at tensors, or in the node of a fused dropout.
+    """The place where a backward adds the gradient of a penalty: tensors, or the node of a fused dropout.
 
     problem   the terms
-    addition  how it is added at tensors
-    at        the tensors that a gradient arrives at, `None` for one that it is not to be added to
-    split     splits a gradient for several tensors, which joined along time are one activation; `None` for one tensor
-    node      the node, where there are no tensors
+    addition  the operation on the gradient of a tensor
+    at        the tensors, `None` for a tensor that is left out
+    split     splits the gradient of several tensors, which joined along time are one activation; `None` for one tensor
+    node      the node; `None` if there are tensors
     """
 
     problem: Problem
@@ -48,7 +48,7 @@ class Carrier(NamedTuple):
             return
         if layout_of(raw) != addition.layout:  # a hook on saved tensors has changed it
             addition = addition_for(layer, self.problem)
-        if not torch.is_grad_enabled() or task is None:  # its graph would close a circle, if the backward failed
+        if not torch.is_grad_enabled() or task is None:  # its graph would close a cycle, if the backward failed
             layer = Layer(raw.detach(), None, values)
         if self.split is None:
             adds = [functools.partial(addition, grad, layer)]
@@ -60,7 +60,7 @@ class Carrier(NamedTuple):
                 captured.arm(task, add)
 
     def disarm(self) -> None:
-        """Add nothing in later backwards, where this one ended before it came by."""
+        """Drop a gradient that was armed and not used, as a later backward would add it."""
         for captured in self.at:
             if captured is not None:
                 captured.armed = None
@@ -68,7 +68,7 @@ class Carrier(NamedTuple):
             self.node.carried = None
 
 
-Carried: TypeAlias = list[tuple[Carrier, Layer]]  # with the activation; a layer of a node has coefficients alone
+Carried: TypeAlias = list[tuple[Carrier, Layer]]  # the layer of a node has coefficients alone
 
 
 class _Carry(Function):
@@ -92,13 +92,13 @@ class _Carry(Function):
         for i, at in enumerate(ctx.values):
             start, width = len(carriers) + i * len(NOTHING), len(NOTHING)
             layers[at] = Layer(layers[at].raw, None, Values(*saved[start : start + width]))
-        if torch.compiler.is_compiling():  # compiled autograd, which cannot trace hooks that change, nor callbacks
+        if torch.compiler.is_compiling():  # compiled autograd traces neither changing hooks nor callbacks
             torch.compiler.disable(_arm)(carriers, task, grad, layers)
         else:
             _arm(carriers, task, grad, layers)
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_disarm, carriers))
         shape, dtype, device = ctx.loss
-        # Zeros, so that gradients pass where the carriers wait for them, even if the penalty alone is differentiated.
+        # Zeros let a gradient arrive at the carriers even if the penalty alone is differentiated.
         return None, torch.zeros(shape, dtype=dtype, device=device), grad
 
 
@@ -119,8 +119,8 @@ def penalty_of_runs(
     """Compute the penalty of runs, whose gradient is added in the backward of the loss.
 
     Args:
-        groups: runs that joined along time are one activation, or one run.
-        reached: the marks by which the loss depends on them.
+        groups: lists of runs; the runs of one list are joined along time into one activation.
+        reached: the marks of the runs in the graph of the loss.
         loss: the loss.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
@@ -140,7 +140,7 @@ def penalty_of_runs(
         else:
             part = _part(group, nodes)
             alike.setdefault(part.kind or i, []).append(part)
-    for parts in alike.values():  # in one call, which allocates and checks once
+    for parts in alike.values():  # one call for all allocates and checks once
         terms, some = _measured(parts, alpha, beta)
         formed.append(terms)
         carried += some
@@ -157,7 +157,7 @@ def carry_always(run: Run, node: Any, alpha: Coefficient, beta: Coefficient, sca
 
     Args:
         run: the run, complete.
-        node: that of the fused dropout that has formed the terms, or `None`.
+        node: the node of the fused dropout that computed the terms, or `None`.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
         scale: the upstream gradient.
@@ -175,7 +175,7 @@ def carry_always(run: Run, node: Any, alpha: Coefficient, beta: Coefficient, sca
 
 
 def _of_node(run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carried]:
-    """Weigh the terms that a fused dropout has formed; its node carries their gradient."""
+    """Weight the terms that a fused dropout computed; its node carries their gradient."""
     call = Call(
         None, None, plain(alpha), plain(beta), None, None, run.batch_first, "mean", True, run.dropped is run.raw
     )
@@ -186,12 +186,12 @@ def _of_node(run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> tupl
 
 
 class _Part(NamedTuple):
-    """An activation to form the penalty of.
+    """An activation of the penalty.
 
-    kind          of its memory, by which several are summed in one call; `None` for one that has steps of its own
+    kind          the shape, device and dtypes that activations of one call share; `None` for one with valid steps
     raw, dropped  as `fused_ar_tar` takes them
-    group         the runs that are joined in it
-    nodes         those of its tensors that the gradient is added to
+    group         the runs that are joined in the activation
+    nodes         the nodes of the tensors to whose gradients the penalty's gradient is added
     """
 
     kind: Any
@@ -202,7 +202,7 @@ class _Part(NamedTuple):
 
 
 def _part(group: Sequence[Run], nodes: dict[Captured, Any]) -> _Part:
-    """Join the tensors of runs: without a graph, unless autograd has to lead the gradient to one."""
+    """Join the tensors of runs, detached unless autograd has to propagate the gradient."""
 
     def summed(of: Callable[[Run], Captured]) -> Any:
         tensors = [(run, of(run)) for run in group]
@@ -220,7 +220,7 @@ def _part(group: Sequence[Run], nodes: dict[Captured, Any]) -> _Part:
 
 
 def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carried]:
-    """Compute the penalty of parts of a kind, and list where its gradient is to be added."""
+    """Compute the penalty of parts of one kind, and list the carriers of its gradient."""
     first = parts[0].group
     raw: Any = parts[0].raw if len(parts) == 1 else [x.raw for x in parts]
     dropped: Any = parts[0].dropped if len(parts) == 1 else [x.dropped for x in parts]
@@ -247,7 +247,7 @@ def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> 
 
 @functools.lru_cache(64)
 def _of_one_tensor(problem: Problem) -> tuple[Problem | None, Problem | None, Problem | None]:
-    """Split a problem: AR and TAR of raw, TAR, and AR of the tensor that is squared; `None` for one that is off."""
+    """Split a problem into AR and TAR of raw, TAR, and AR of the squared tensor; `None` for a term that is off."""
     of_both = problem._replace(ar_of_raw=True)
     of_tar = problem._replace(alpha=0.0) if is_on(problem.beta) else None
     of_ar = of_both._replace(beta=0.0) if is_on(problem.alpha) else None
@@ -255,7 +255,7 @@ def _of_one_tensor(problem: Problem) -> tuple[Problem | None, Problem | None, Pr
 
 
 def _carried(part: _Part, tensors: Sequence[Captured], values: Values, problem: Problem | None) -> Carried:
-    """List where the gradient of a term is to be added, if it has one."""
+    """List the carrier of the gradient of a term, if the term has one."""
     group, at = part.group, [x if x in part.nodes else None for x in tensors]
     if problem is None or not any(at):
         return []
@@ -274,20 +274,20 @@ def _axis(run: Run, dims: int) -> int:
 
 
 def _joined(run: Run, tensors: Sequence[Tensor]) -> Tensor:
-    """Join tensors along time, all of them like that of a run."""
+    """Join tensors of one layout along time."""
     if run.is_step:
         return torch.stack(tensors, _axis(run, tensors[0].dim()))  # pyright: ignore[reportArgumentType]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, _axis(run, tensors[0].dim()))  # pyright: ignore
 
 
 def _split(run: Run, shapes: Sequence[torch.Size], x: Tensor) -> Sequence[Tensor]:
-    """Split what `_joined` has joined."""
+    """Split a tensor as `_joined` has joined it."""
     axis = _axis(run, len(shapes[0]))
     return x.unbind(axis) if run.is_step else x.split([shape[axis] for shape in shapes], axis)
 
 
 def _valid(group: Sequence[Run]) -> Tensor | None:
-    """Join the valid steps of runs; all steps count of a run that has none."""
+    """Join the valid steps of runs; a run without a mask counts in full."""
     known = next((x.valid for x in group if x.valid is not None), None)
     if known is None or (len(group) == 1 and not group[0].is_step):
         return known
@@ -296,7 +296,7 @@ def _valid(group: Sequence[Run]) -> Tensor | None:
 
 
 def _weighted(terms: tuple[Tensor, ...], alpha: Coefficient, beta: Coefficient) -> ARTAR:
-    """Weigh AR and TAR; a coefficient of 0 leaves its term out, even if that is infinite or NaN."""
+    """Weight AR and TAR; a coefficient of 0 leaves its term out, even an infinite term or NaN."""
     ar, tar = terms
     penalty = torch.zeros_like(ar)
     for coefficient, term in ((alpha, ar), (beta, tar)):

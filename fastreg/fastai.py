@@ -42,7 +42,7 @@ __all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
 
 
 class _Unfused:
-    """Pickle an object as fastai's counterpart, so that exports load without fastreg; deep-copy it as it is."""
+    """Pickle an object as fastai's counterpart, so that exports load without fastreg; deep-copy it unchanged."""
 
     def stock(self) -> Any:
         """Return fastai's counterpart of this object."""
@@ -157,13 +157,13 @@ class RNNCallback(_Callback, stock.RNNCallback):
 
 
 class RNNRegularizer(_Callback, stock.RNNRegularizer):
-    """Add `alpha * AR + beta * TAR` to what is differentiated, `learn.loss_grad`; leave `learn.loss` free of it.
+    """Add `alpha * AR + beta * TAR` to `learn.loss_grad`, which is differentiated; leave `learn.loss` unchanged.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
     epoch's training batches by batch size. `bptt`, if given, has the optimizer step at its lr times `seq_len / bptt`,
-    as AWD-LSTM does; `seq_len` is the second size of the batch. `mask_padding` leaves out what a text classifier
-    masks, the padding of its batches, in sums and divisors; fastai counts it in. A pad id between other ids of a text
-    counts as a step. All four arguments are attributes that may change while training.
+    as AWD-LSTM does; `seq_len` is the second size of the batch. `mask_padding` leaves the padding of a text
+    classifier's batches out of sums and divisors; fastai counts it in. A pad id between other ids of a text counts as a
+    step. All four arguments are attributes that may change while training.
 
     The activations are those that `RNNCallback` captures; or, of a model that returns its output alone, those of the
     modules that are named here, without an `RNNCallback`.
@@ -222,7 +222,7 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None and self.learn is not None:
-            # The callback is being removed, and a fit that was cut off has not cleaned up.
+            # The callback is removed, and an interrupted fit has not cleaned up.
             output_dropout.link(self.learn.model, None)
             self.attached.close()
             self.after_batch()
@@ -281,17 +281,17 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         output_dropout.link(self.learn.model, None)
 
     def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
-        """Tell the valid steps of the batch, whatever an attached module is called with."""
+        """Return the valid steps of the batch, whatever the arguments of an attached module."""
         return None if self.valid is None else self.valid(*self.learn.xb)
 
     def text(self, steps: int) -> Tensor:
-        """Tell which steps of a batch are of its texts: each goes from the first that is not padding to the last."""
+        """Return the mask of a batch's texts: each reaches from its first step that is not padding to its last."""
         ids = self.learn.xb[0][:, -steps:]  # the encoder keeps the last `max_len` steps of a long text
         there = (ids != _encoder(self.learn.model).pad_idx).as_subclass(Tensor)
         return (there.cumsum(1) > 0) & (there.flip(1).cumsum(1).flip(1) > 0)
 
     def _capture(self) -> Any:
-        """Find the callback that captures the activations."""
+        """Return the callback that captures the activations."""
         for cb in self.learn.cbs:
             if isinstance(cb, stock.RNNCallback):
                 return cb
@@ -307,7 +307,7 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
 
 
 def _encoder(model: Any) -> Any:
-    """Find the encoder of a text classifier, which knows the padding."""
+    """Return the encoder of a text classifier, which knows the pad id."""
     for module in model.modules():
         if isinstance(module, SentenceEncoder):
             return module
@@ -318,7 +318,7 @@ def _encoder(model: Any) -> Any:
 
 
 def _others(metrics: Any) -> Any:
-    """Return the metrics that are no column of a term."""
+    """Return the metrics without the columns `ar` and `tar`."""
     return L(metric for metric in metrics if not isinstance(metric, _Column))
 
 
@@ -343,8 +343,8 @@ def fuse(
 ) -> Learner:
     """Swap fastai's `RNNCallback` and `RNNRegularizer` for this module's, in place, and return the learner.
 
-    Coefficients and order stay, and `run_train` and `run_valid`. Subclasses of them are left alone, and so is what is
-    fused already. Where an error is raised, nothing is swapped.
+    The new callbacks keep coefficients, order, `run_train` and `run_valid`. Subclasses and fused callbacks are left
+    unchanged. If an error is raised, nothing is swapped.
 
     Args:
         learn: the learner.
@@ -353,14 +353,15 @@ def fuse(
             takes its output.
         mask_padding: leave the padding of a text classifier's batches out, which fastai counts in.
         rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNRegularizer`.
-        output: likewise.
-        batch_first: likewise.
-        valid: likewise, also for a model that returns `(decoded, raw, dropped)`.
+        output: picks raw from the module's output, as for `attach`.
+        batch_first: whether raw is `(batch, time, hidden)`, as for `attach`.
+        valid: takes the inputs of the batch, and returns the valid time steps; also for a model that returns
+            `(decoded, raw, dropped)`.
 
     Raises:
         TypeError: an argument is not as described.
-        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout, mask or module, or what it has is
-            out of range.
+        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout, mask or module, or a coefficient
+            is out of range.
     """
     path = output_dropout.check_fuse(learn, Learner, dropout, rnn)
     check_flags(mask_padding=mask_padding)
@@ -379,7 +380,7 @@ def fuse(
         _encoder(learn.model)
     if paths is not None:
         model: Any = learn.model
-        paths.attach(Regularizer(), model).close()  # which raises what is wrong with them
+        paths.attach(Regularizer(), model).close()  # a wrong path raises before anything is swapped
     decoders = output_dropout.swappable(learn.model, _decoders(learn), RNNDropout) if dropout is True else []
     callbacks: list[tuple[Any, Any]] = []
     for cb in learn.cbs:
@@ -401,10 +402,10 @@ def fuse(
 
 
 def unfuse(learn: Learner) -> Learner:
-    """Undo `fuse`, in place, and return the learner: fastai's callbacks and dropout are back, as they are now.
+    """Undo `fuse`, in place, and return the learner with fastai's callbacks and dropout in their current state.
 
     Coefficients and order stay; `bptt` and `mask_padding` are lost, as fastai has neither. A learner that is not
-    fused stays as it is. In a callback of a running fit, not between a batch's prediction and its loss.
+    fused is returned unchanged. A callback of a running fit may call it, but not between a prediction and its loss.
 
     Raises:
         TypeError: `learn` is not a learner.
@@ -412,7 +413,7 @@ def unfuse(learn: Learner) -> Learner:
     output_dropout.check_learner(learn, Learner)
     for cb in list(learn.cbs):
         if type(cb) is RNNRegularizer:
-            cb.after_fit()  # a fit that was cut off has left it out
+            cb.after_fit()  # a fit that was cut off has not called it
         if type(cb) in (RNNCallback, RNNRegularizer):
             _swap(learn, cb, cb.stock())
     learn.metrics = _others(learn.metrics)  # where the callback was removed after a fit that was cut off
@@ -428,14 +429,14 @@ def _decoders(learn: Any) -> list[Any]:
 
 
 def _swap(learn: Any, old: Any, new: Callback) -> None:
-    """Put the new callback in the place of the old one."""
+    """Replace the old callback by the new one."""
     learn.add_cb(new)  # fastai adds it at the end, and makes it the learner's attribute of its name
     i = [cb is old for cb in learn.cbs].index(True)
     learn.cbs[i], old.learn = learn.cbs.pop(), None
 
 
 def _alike(new: Callback, old: Callback) -> Callback:
-    """Give a new callback the old one's learner, and what was set on the old one itself rather than on its class."""
+    """Give a new callback the old one's learner and the attributes that were set on the old instance."""
     names = {"learn", "order", "run_train", "run_valid"} & vars(old).keys()
     vars(new).update({name: vars(old)[name] for name in names})
     return new

@@ -51,8 +51,7 @@ class RNNTrainer(LearnerCallback):
         bptt: the usual number of time steps.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
-        adjust: step the optimizer with its lr times `seq_len / bptt`; afterwards, also after an error, the lr is what
-            it was.
+        adjust: scale the lr of the optimizer step by `seq_len / bptt`, and restore it, also after an error.
         rnn: for a model that returns its output alone, the attribute path in it of an RNN, any module that
             `fastreg.RNNRegularizer.attach` takes.
         dropout: the path of the dropout that takes its output, or `None`.
@@ -164,7 +163,7 @@ class RNNTrainer(LearnerCallback):
         self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta
 
     def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
-        """Tell the valid steps of the batch, whatever an attached module is called with."""
+        """Return the valid steps of the batch, whatever the arguments of an attached module."""
         inputs = self.batch if isinstance(self.batch, (list, tuple)) else (self.batch,)
         return None if self.valid is None else self.valid(*inputs)
 
@@ -180,8 +179,8 @@ def fuse(
 ) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
-    Its coefficients and its place stay, and so does `adjust` in the releases that had it, without the lr compounding
-    from step to step. Subclasses are left alone, and so is a learner that is fused already.
+    The new callback keeps coefficients, order and, in the releases that had it, `adjust`, without the lr compounding
+    from step to step. Subclasses and fused learners are left unchanged.
 
     Args:
         learn: the learner.
@@ -189,13 +188,14 @@ def fuse(
             `fastreg.FusedRNNDropout`, which forms the penalty in its own pass. As with fastai v1, AR is of its input.
             With `rnn` the path of the dropout that takes its output.
         rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNTrainer`.
-        output: likewise.
-        batch_first: likewise.
-        valid: likewise, also for a model that returns `(decoded, raw, dropped)`.
+        output: picks raw from the module's output, as for `attach`.
+        batch_first: whether raw is `(batch, time, hidden)`, as for `attach`.
+        valid: takes the inputs of the batch, and returns the valid time steps; also for a model that returns
+            `(decoded, raw, dropped)`.
 
     Raises:
         TypeError: an argument is not as described.
-        ValueError: the learner has no `RNNTrainer`, or its model no such dropout or module, or what it has is out of
+        ValueError: the learner has no `RNNTrainer`, or its model no such dropout or module, or a coefficient is out of
             range.
     """
     path = check_fuse(learn, Learner, dropout, rnn)
@@ -210,7 +210,7 @@ def fuse(
             "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
     if paths is not None:
-        paths.attach(RNNRegularizer(), learn.model).close()  # which raises what is wrong with them
+        paths.attach(RNNRegularizer(), learn.model).close()  # a wrong path raises before anything is swapped
     decoders = swappable(learn.model, _decoders(learn), RNNDropout) if dropout is True else []
     named: Any = {"rnn": rnn, "dropout": path, "output": output, "batch_first": batch_first, "valid": valid}
     options = {"alpha": cb.alpha, "beta": cb.beta, "batch_first": TIME_AXIS == 1, "ar_of": "raw"}
@@ -226,10 +226,10 @@ def fuse(
 
 
 def unfuse(learn: Learner) -> Learner:
-    """Undo `fuse`, in place, and return the learner: fastai's callback and dropout are back, as they are now.
+    """Undo `fuse`, in place, and return the learner with fastai's callback and dropout in their current state.
 
-    The coefficients and the place stay; `bptt` and `adjust` are lost in a release whose `RNNTrainer` has none. A
-    learner that is not fused stays as it is.
+    The coefficients and the order stay; `bptt` and `adjust` are lost in a release whose `RNNTrainer` has none. A
+    learner that is not fused is returned unchanged.
 
     Raises:
         TypeError: `learn` is not a learner.
@@ -263,5 +263,5 @@ def _export(learn: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         for decoder, dropout in dropouts:
             decoder.output_dp = dropout
-        if type(learn) is kind:  # else export(destroy=True) has left nothing of it
+        if type(learn) is kind:  # export(destroy=True) changes the type
             vars(learn).update(attributes, callbacks=callbacks)

@@ -74,7 +74,7 @@ class RNNRegularizer:
         decoded = regularizer.on_loss_begin(model(x))  # the model returns (decoded, raw, dropped)
         loss = regularizer.on_backward_begin(criterion(decoded, y))
 
-    or by hooks, from a model that is left as it is:
+    or by hooks, from an unchanged model:
 
         regularizer.attach(model.lstm, model.dropout)  # once, before torch.compile
         loss = regularizer.on_backward_begin(criterion(model(x), y))
@@ -146,7 +146,7 @@ class RNNRegularizer:
             output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, a
                 `PackedSequence`, or a list or tuple of them, one a layer.
             lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`.
-            valid: in the place of lengths, which time steps count, `(batch, time)` as for `fused_ar_tar`.
+            valid: instead of lengths, which time steps count, `(batch, time)` as for `fused_ar_tar`.
             batch_first: `False` for `(time, batch, hidden)`, as an `nn.LSTM` returns by default; `None` for
                 `True`, unless the shape of `decoded` leaves that in doubt.
 
@@ -185,21 +185,21 @@ class RNNRegularizer:
     def on_backward_begin(self, loss: Tensor) -> Tensor:
         """Return the loss plus the penalty of this step's captures, a new tensor; `loss` itself is not changed.
 
-        No capture is held afterwards, whether or not an error is raised. Attached modules in evaluation add
-        nothing: with no others, `loss` is returned as it is.
+        Captures are dropped, also if an error is raised. Attached modules in evaluation add nothing: if all are, `loss`
+        itself is returned.
 
         Args:
             loss: the training loss, a tensor of one element.
 
         Raises:
-            RuntimeError: nothing was captured, or what was cannot be right; the message says what to do.
-            TypeError, ValueError: `fused_ar_tar` refuses what was captured.
+            RuntimeError: nothing was captured, or a capture cannot be right; the message names the remedy.
+            TypeError, ValueError: `fused_ar_tar` refuses a captured tensor.
         """
         terms = self.take(loss)
         return loss if terms is None else loss + terms.penalty
 
     def take(self, loss: Tensor) -> ARTAR | None:
-        """Return the penalty of this step's captures alone, once, in the place of `on_backward_begin`.
+        """Return the penalty of this step's captures, once, instead of calling `on_backward_begin`.
 
         Args:
             loss: the training loss, a tensor of one element, which tells the runs of this step from others.
@@ -228,7 +228,7 @@ class RNNRegularizer:
         return total
 
     def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR | None, tuple[int, int] | None]:
-        """Return the penalty of a loss, `None` without anything captured, and the sizes of the last activations."""
+        """Return the penalty for a loss, `None` without captures, and the sizes of the last activations."""
         if self._given is not None:
             return self._given.penalty(loss, self.alpha, self.beta), self._given.sizes
         reached = reach(loss, [run for attachment in attached for run in attachment.runs])
@@ -274,30 +274,30 @@ class RNNRegularizer:
         Every attached module is one layer (an `nn.LSTM` the last of its own `num_layers`), the one attached last being
         the last. Attach before `torch.compile`, as hooks that come later do not fire in compiled code.
 
-        Those runs count that the loss of `on_backward_begin` depends on, however many there are, each once. A run
-        without a graph, as of a frozen module, counts if it is the latest. Where the loss depends on no run, the latest
-        counts, as long as its output is kept. Runs in evaluation, or inside a backward (activation checkpointing
-        recomputes there), are not captured. The autograd graph keeps each capture, and frees it with itself. Nothing
-        that the model returns is replaced: the penalty's gradient is added to the gradient that arrives at raw and at
-        dropped, before their other hooks see it.
+        Every run that the loss of `on_backward_begin` depends on counts once. A run without a graph, as of a frozen
+        module, counts if it is the latest. If the loss depends on no run, the latest counts, as long as its output is
+        kept. Runs in evaluation, or inside a backward (activation checkpointing recomputes there), are not captured.
+        The autograd graph owns each capture: freeing the graph frees the capture. No output of the model is replaced:
+        the penalty's gradient is added to the gradients that arrive at raw and at dropped, before their other hooks
+        see them.
 
         Args:
-            module: any module that runs over all time steps, and is called: where a wrapper calls the `forward` of a
-                module inside it, as the WeightDrop of AWD-LSTM does, it is the wrapper. Raw is what it returns, a
-                tensor or a `PackedSequence`, or the first of a tuple or list, or its `last_hidden_state`.
-            dropout: any module whose input is the very tensor that is raw, and whose output is a tensor; what else it
-                is used for does not matter. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty itself,
-                with the regularizer's coefficients in the place of its own until `remove()`, and takes no packed data.
-            output: picks raw from what the module returns, where it is anything else.
+            module: any module that runs over all time steps and is called. Where a wrapper calls the `forward` of a
+                module inside it, as the WeightDrop of AWD-LSTM does, attach the wrapper. Raw is its output, a tensor
+                or a `PackedSequence`, or the first item of a tuple or list, or its `last_hidden_state`.
+            dropout: any module whose input is raw, the same tensor, and whose output is a tensor; it may have other
+                uses in the model. Without it, dropped is raw. A `FusedRNNDropout` computes the penalty itself, with the
+                regularizer's coefficients instead of its own until `remove()`, and takes no packed data.
+            output: picks raw from any other output of the module.
             batch_first: `False` for `(time, batch, hidden)`. Read from the module where it has a `batch_first`, or
                 where it has an `nn.LSTM` or the like inside with `batch_first=True`; else it has to be given.
-            valid: gets what the module is called with, `valid(*args, **kwargs)`, and returns the valid time steps, as
-                `fused_ar_tar` takes them, or `None` where all count. The valid steps that a
-                `FusedRNNDropout` is called with go before these.
+            valid: takes the arguments of the module's forward, `valid(*args, **kwargs)`, and returns the valid time
+                steps, as `fused_ar_tar` takes them, or `None` if all count. Valid steps that a `FusedRNNDropout` is
+                called with take precedence.
             stepwise: the module runs once a time step, or a few: the runs of a step are joined along time, in the order
                 of the calls. A cell, such as an `nn.GRUCell`, may be attached then.
             in_backward: add the penalty's gradient in every backward through the module's output, without
-                `on_backward_begin`, for a trainer that keeps its loss to itself: `True` for an upstream gradient of 1,
+                `on_backward_begin`, for a trainer that does not expose its loss: `True` for an upstream gradient of 1,
                 or that gradient, a number or a 0-dim tensor, such as a loss scale or 1 over the accumulation steps.
                 `ar` and `tar` are those of the latest run of each such module.
 
@@ -305,9 +305,9 @@ class RNNRegularizer:
             A handle with `remove()`; as a context manager it removes itself at the end.
 
         Raises:
-            TypeError: an argument is anything else; in a step, raw cannot be told from what the module returns, the
-                dropout returns anything else, or a `FusedRNNDropout` is given packed data.
-            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or cannot be told;
+            TypeError: an argument is not as described; in a step, the module's output does not show which tensor is
+                raw, the dropout returns no tensor, or a `FusedRNNDropout` is given packed data.
+            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or has to be given;
                 `stepwise` together with `in_backward`; in a step, raw is of one time step.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the module
                 is a replica of `DataParallel`.
@@ -345,7 +345,7 @@ class RNNRegularizer:
         return self._attached[-1]
 
     def carries(self, attachment: Attachment) -> bool:
-        """Tell whether the runs of an attachment are regularized: `layers="last"` leaves out all but the last."""
+        """Return whether the runs of an attachment are regularized: `layers="last"` leaves out all but the last."""
         return self.layers == "all" or attachment is self._attached[-1]
 
     def note(self) -> None:

@@ -1,8 +1,8 @@
-"""`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses; the model stays as it is.
+"""`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses, without changes to the model.
 
-A `Trainer` divides the loss of a batch by the number of batches in the optimizer step, unless the loss is a share of
-the whole step's already, by `num_items_in_batch`. The penalty is always such a share: it is added where the loss enters
-its backward, behind any division, and weighed by how many of the step's valid time steps the batch has.
+A `Trainer` divides the loss of a batch by the number of batches in the optimizer step, unless the loss is already
+normalized by `num_items_in_batch`. The penalty is added after this division, where the loss enters its backward, and
+weighted by the batch's share of the valid time steps of the optimizer step.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class RegularizedTrainer(Trainer):
         args, kwargs: as for `Trainer`, or the subclass behind.
         alpha, beta: the coefficients; a schedule may change `trainer.regularizer.alpha` and `.beta`.
         rnn: the attribute path in the model, or in the one that PEFT wraps, of any module that `RNNRegularizer.attach`
-            takes, or of several, from the first layer to the last. The last block itself, as a rule: what the model
-            gives as its last hidden state lies behind a norm.
+            takes, or of several, from the first layer to the last. Usually the last block: the model's last hidden
+            state comes after a norm.
         dropout: the path of the dropout that takes the module's output: one for every module, or a list with one, or
             `None`, a module.
         layers: `"all"` of the modules, or the `"last"` alone.
@@ -64,11 +64,11 @@ class RegularizedTrainer(Trainer):
             `(batch, time, hidden)`, as models of transformers have it.
         valid: gets the batch, as `training_step` does, and returns the valid time steps, `(batch, time)`, as
             `fused_ar_tar` takes them, or `None` where all count. By default they are the attention mask, if the batch
-            has one: a `Trainer` takes it out where the model's `forward` names none, unless
+            has one: a `Trainer` removes it if the model's `forward` has no such parameter, unless
             `remove_unused_columns=False`. With `None` all count.
 
     Warns:
-        UserWarning: the examples have an attention mask, which the `Trainer` takes out, so that padding would count.
+        UserWarning: the `Trainer` removes the examples' attention mask, so that padding counts.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or a path names no such module; in a step, what `valid`
@@ -156,14 +156,14 @@ class RegularizedTrainer(Trainer):
             self._total = None
 
     def _attach(self, model: Any) -> None:
-        """Attach to the modules of a model, in place of those before."""
+        """Attach to the modules of a model instead of the modules before."""
         self._detach()
-        if self.args.torch_compile:  # code that was compiled before, of this model or another, runs no new hooks
+        if self.args.torch_compile:  # compiled code runs no hooks that were added later
             torch.compiler.reset()
         self._hooks = self.paths.attach(self.regularizer, _inner(model), lambda *_, **__: self._valid_now)
 
     def _warn_of_lost_masks(self) -> None:
-        """Warn where the default `valid` will find no mask, as the `Trainer` takes it out of the batches."""
+        """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
         if self.valid is not attention_mask or not self.args.remove_unused_columns:
             return
         data: Any = self.train_dataset
@@ -207,7 +207,7 @@ class RegularizedTrainer(Trainer):
         def with_penalty(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal passed
             terms, passed = self.regularizer.take(loss), True
-            if terms is not None:  # they are where the modules are in evaluation
+            if terms is not None:  # `None`: the modules are in evaluation
                 loss = loss + terms.penalty
                 weighed = [terms.ar * shares[0], terms.tar * shares[1], *shares]
                 self._sums = [x + y for x, y in zip(self._sums or [0] * 4, weighed, strict=True)]
@@ -227,7 +227,7 @@ class RegularizedTrainer(Trainer):
             )
 
     def _shares_of(self, batch: Any) -> tuple[Any, Any]:
-        """Return which share of the optimizer step's AR and of its TAR a batch has."""
+        """Return the shares of a batch in AR and in TAR of the optimizer step."""
         if self._total is None:
             share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
             return share, share
@@ -235,7 +235,7 @@ class RegularizedTrainer(Trainer):
         return ar_share, tar_share
 
     def _size_of(self, batches: list[Any]) -> Tensor:
-        """Count the valid steps in batches and the pairs of neighbours among them, or examples for both: `(2,)`."""
+        """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
         masks = [mask.bool() for mask in map(self._valid_of, batches) if mask is not None]
         if masks and len(masks) < len(batches):
             raise ValueError(
@@ -248,7 +248,7 @@ class RegularizedTrainer(Trainer):
         return torch.stack(sizes).sum(0).to(self.args.device, torch.float32)
 
     def _valid_of(self, batch: Any) -> Tensor | None:
-        """Return a batch's valid steps, `(batch, time)`, if it tells them."""
+        """Return the valid steps of a batch, `(batch, time)`, or `None`."""
         mask = None if self.valid is None else self.valid(batch)
         if not isinstance(mask, (Tensor, type(None))):
             raise TypeError(f"valid: expected the function to return a tensor or None, got {type(mask).__name__}")
