@@ -357,7 +357,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("one backward for all", "self.backward.get(key)", "next(iter(self.backward.values()), None)"),
         ("another shape in the backward", "check_saved(name, x, y)", "pass"),
     ],
-    ("fastreg/dropout.py", "_plan_backward"): [
+    ("fastreg/dropout.py", "plan_backward"): [
         ("the penalty's gradient where there is none", "sums if is_penalized else", "sums if True else"),
     ],
     ("fastreg/dropout.py", "_DropoutPenalty"): [
