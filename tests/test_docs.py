@@ -1,12 +1,14 @@
-"""The README and docs/: their Python runs as it stands there, and their links and commands exist."""
+"""The README, docs/ and docstrings: their Python runs as it stands there, and their links and commands exist."""
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import subprocess
 import sys
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -151,19 +153,80 @@ def test_snippets_run_in_order(
 
 
 def test_snippets_of_fastai_1_run(tmp_path: Path) -> None:
+    code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
+    assert code
+    run_beside_fastai_1("".join(f"learn1 = learner()\n{snippet}" for snippet in code), tmp_path)
+
+
+def run_beside_fastai_1(program: str, folder: Path) -> None:
+    """Run a program in a process of its own, where `learner()` makes a small learner of fastai v1."""
     installed = Path(sys.prefix, V1, RELEASE)
     if not installed.is_dir():
         pytest.skip(f"fastai {RELEASE} is not installed in {installed}: run tests/frameworks.sh")
-    code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
-    assert code
     start = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom fastai1_train import learner\n"
-    program = start + "".join(f"learn1 = learner()\n{snippet}" for snippet in code)
     path = os.pathsep.join([str(installed), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    command = [sys.executable, "-c", start + program]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def public_names(module: str) -> list[str]:
+    """Return the public names of which docs/api.md shows the docstrings."""
+    return re.findall(rf"^::: {re.escape(module)}\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+
+
+class Checker(doctest.OutputChecker):
+    """Accept any output where an example shows none: the progress of a fit, a learner that is returned."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+def failures_of_examples(module: str, names: list[str], found: dict[str, Any]) -> list[str]:
+    """Run the examples of the docstrings of a module, with some names given; return the names that have failed."""
+    failed, owner = [], import_module(module)
+    for name in names:
+        tests = doctest.DocTestFinder(recurse=False).find(getattr(owner, name), f"{module}.{name}", globs={**found})
+        assert any(test.examples for test in tests), f"{module}.{name} has no example"
+        if any(doctest.DocTestRunner(Checker()).run(test).failed for test in tests):
+            failed.append(name)
+    return failed
+
+
+def setup_of(module: str) -> dict[str, Any]:
+    """Return the names that the examples of a module may use, beside its own."""
+    framework = module.rpartition(".")[2]
+    if framework not in SETUPS:
+        return {}
+    pytest.importorskip(framework, reason=f"{framework} is not installed: run tests/frameworks.sh")
+    return {framework: import_module(framework)} | SETUPS[framework]()
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+@pytest.mark.parametrize("module", ["fastreg", *(f"fastreg.{framework}" for framework in SETUPS)])
+def test_examples_of_docstrings_run(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = public_names(module)
+    for name in names:  # each with a model of its own
+        given = {"torch": torch} | setup_of(module) | vars(import_module(module))
+        assert not failures_of_examples(module, [name], given)
+    assert names
+    assert set(names) == set(getattr(import_module(module), "__all__", names))
+
+
+def test_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> None:
+    names = public_names("fastreg.fastai1")
+    assert len(names) == 3
+    run_beside_fastai_1(
+        f"sys.path.insert(0, {str(ROOT)!r})\nfrom fastreg import fastai1\n"
+        "from tests.test_docs import failures_of_examples\n"
+        f"for name in {names}:\n"
+        "    own = {'learn1': learner()} | vars(fastai1)\n"
+        "    assert not failures_of_examples('fastreg.fastai1', [name], own)\n",
+        tmp_path,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_readme_replaces_the_formula_by_its_equal() -> None:
