@@ -11,6 +11,7 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,10 @@ def plain() -> dict[str, Any]:
     names |= {"inputs": inputs, "targets": targets, "batches": [(inputs, targets)] * 2, "lengths": lengths}
     names |= {"model": model, "optimizer": SGD(model.parameters(), 0.1), "net": Net()}
     names |= {"loss_of": lambda decoded: cross_entropy(decoded.flatten(0, 1), targets.flatten())}
+    # of awd-lstm-lm's main.py
+    layers = [list(torch.randn(2, TIME, BATCH, HIDDEN, requires_grad=True)) for _ in range(2)]
+    names |= {"rnn_hs": layers[0], "dropped_rnn_hs": layers[1], "raw_loss": torch.zeros(())}
+    names |= {"args": SimpleNamespace(alpha=2.0, beta=1.0)}
     return names | {"embedded": torch.randn(BATCH, TIME, HIDDEN), "mask": torch.arange(TIME) >= lengths[:, None] - 2}
 
 
@@ -109,11 +114,13 @@ def transformers() -> dict[str, Any]:
 
     mamba = MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=8, num_hidden_layers=2, state_size=4))
     args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
+    args.alpha, args.beta = 2.0, 1.0  # those of awd-lstm-lm are `args`, too
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(WORDS, (8, TIME))]
     return {"mamba": mamba, "args": args, "data": data}
 
 
-SETUPS = {"fastai": fastai, "lightning": lightning, "transformers": transformers}
+ADAPTERS = {"fastai": fastai, "lightning": lightning, "transformers": transformers}
+SETUPS = ADAPTERS | {"sb3_contrib": dict}  # the latter has no adapter
 V1 = "fastai1"  # which has a process of its own, as its package has the name of fastai
 
 
@@ -122,9 +129,9 @@ def snippets(page: Path) -> list[str]:
 
 
 def framework_of(snippet: str) -> str | None:
-    """The framework whose adapter a snippet imports, if any."""
-    found = re.search(r"fastreg\.(fastai|lightning|transformers)\b|import (fastai1)", snippet)
-    return found and (found[1] or found[2])
+    """Return the framework that a snippet imports, or whose adapter it imports, if any."""
+    found = re.search(r"fastreg\.(fastai|lightning|transformers)\b|import (fastai1)|from (sb3_contrib)", snippet)
+    return found and found[found.lastindex or 0]
 
 
 RUNS = [
@@ -197,14 +204,14 @@ def failures_of_examples(module: str, names: list[str], found: dict[str, Any]) -
 def setup_of(module: str) -> dict[str, Any]:
     """Return the names that the examples of a module may use, beside its own."""
     framework = module.rpartition(".")[2]
-    if framework not in SETUPS:
+    if framework not in ADAPTERS:
         return {}
     pytest.importorskip(framework, reason=f"{framework} is not installed: run tests/frameworks.sh")
-    return {framework: import_module(framework)} | SETUPS[framework]()
+    return {framework: import_module(framework)} | ADAPTERS[framework]()
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize("module", ["fastreg", *(f"fastreg.{framework}" for framework in SETUPS)])
+@pytest.mark.parametrize("module", ["fastreg", *(f"fastreg.{framework}" for framework in ADAPTERS)])
 def test_examples_of_docstrings_run(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -239,6 +246,13 @@ def test_the_readme_replaces_the_formula_by_its_equal() -> None:
         losses.append(names["loss"])
     torch.testing.assert_close(losses[1], losses[0])
     assert losses[0] > 1
+
+
+def test_the_figures_of_the_study_are_those_of_its_report() -> None:
+    report = (ROOT / "bench" / "results" / "study.md").read_text()
+    quoted = re.findall(r"^- \(\d.*\)$", (ROOT / "docs" / "coefficients.md").read_text(), re.MULTILINE)
+    assert len(quoted) == 2
+    assert all(figure in report for figure in quoted)
 
 
 def test_every_snippet_is_run_somewhere() -> None:
