@@ -119,7 +119,7 @@ PAGES = $(wildcard *.md docs/*.md docs/*.png bench/*.md bench/results/*.md bench
 docs: .venv/docs
 	rm -rf build/docs build/site
 	mkdir -p build/docs
-	cp --parents $(PAGES) LICENSE build/docs
+	cp --parents $(PAGES) LICENSE CITATION.cff build/docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet  # the theme announces its successor
 
 # PyTorch has an OpenMP runtime: a second one, in the wheel, would start threads of its own.
