@@ -94,40 +94,49 @@ def fused_dropout_ar_tar(
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> tuple[Tensor, Tensor | ARTAR]:
-    """Apply variational dropout to `raw`, and compute the penalty of `raw` and of what is left of it in the same pass.
+    """Apply variational dropout to `raw`, and compute the penalty of `raw` and `dropped` in the same pass.
 
     Variational (locked) dropout drops a unit of a sequence at all its time steps: Gal and Ghahramani, "A
-    Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016). The mask is drawn from
-    torch's generator as fastai's `RNNDropout` draws it, so that one seed gives both the same. The penalty is
-    that of `fused_ar_tar`.
+    Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016). The mask equals that of
+    fastai's `RNNDropout` for the same seed. The penalty is that of `fused_ar_tar`.
 
     Args:
         raw: the RNN's output: `(batch, time, hidden)`, or `(time, hidden)` for one sequence; float16, bfloat16,
             float32 or float64, any strides.
         p: the probability to drop a unit, from 0 to below 1.
-        alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
-            activations, which is read there, without a sync, and gets no gradient. So a schedule changes the tensor in
-            place, before the forward, also between replays of a CUDA graph.
-        beta: coefficient of TAR, likewise.
-        training: with `False`, as with `p == 0` and no mask, nothing is dropped, and dropped is `raw` itself.
+        alpha: coefficient of AR, as for `fused_ar_tar`.
+        beta: coefficient of TAR, as for `fused_ar_tar`.
+        training: with `False`, or with `p == 0` and no mask, nothing is dropped, and dropped is `raw` itself.
         mask: a mask to use instead of drawing one, already scaled by `1 / (1 - p)`: `(batch, 1, hidden)` (with
-            `batch_first=False` `(1, batch, hidden)`), or of raw's shape; of raw's dtype and on its device. It
+            `batch_first=False` `(1, batch, hidden)`), or the shape of raw; in the dtype of raw and on its device. It
             gets no gradient.
         batch_first: `False` for `(time, batch, hidden)`.
-        lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`. Padding is dropped out like
-            all the rest, but counts in neither term.
-        valid: in the place of lengths, which time steps count, `(batch, time)` as for `fused_ar_tar`. The others are
-            dropped out like all the rest.
-        reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
+        lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`. Padding is dropped out like
+            any other step, but counts in neither term.
+        valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`. The others are dropped
+            out like any other step.
+        reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
 
     Returns:
-        dropped, of raw's shape and dtype, and the penalty, 0-dim, float32 or for float64 inputs float64; with
-        `return_terms=True` an `ARTAR(penalty, ar, tar)` in its place.
+        dropped, in the shape and dtype of raw, and the penalty, 0-dim, float32, or float64 for float64 inputs. With
+            `return_terms=True` an `ARTAR(penalty, ar, tar)` instead of the penalty.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it.
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: an argument has the wrong shape, device or value; the message names it.
+
+    Examples:
+        >>> raw = torch.randn(4, 10, 16, requires_grad=True)
+        >>> dropped, penalty = fused_dropout_ar_tar(raw, 0.4, alpha=2.0, beta=1.0)
+        >>> (dropped.sum() + penalty).backward()
+
+        A unit is dropped at all time steps or at none:
+
+        >>> steps_dropped = (dropped == 0).sum(1)
+        >>> bool(((steps_dropped == 0) | (steps_dropped == 10)).all())
+        True
     """
     values = plain(alpha), plain(beta), plain(lengths), plain(valid)
     call = Call(plain(raw), None, *values, batch_first, reduction, return_terms)

@@ -115,8 +115,12 @@ class RNNCallback(_Callback, stock.RNNCallback):
     `raw_out` and `out`, `(batch, time, hidden)`, stay until the next batch.
 
     Raises:
-        TypeError: the model cannot be reset, or returns anything else than `(decoded, raw, dropped)`.
+        TypeError: the model has no `reset()`, or does not return `(decoded, raw, dropped)`.
         RuntimeError: the learner has another `RNNCallback`, this module's or fastai's.
+
+    Examples:
+        >>> learn.remove_cb(fastai.callback.rnn.RNNCallback).add_cb(RNNCallback())
+        >>> learn.fit(1)
     """
 
     raw_out = out = None
@@ -157,29 +161,39 @@ class RNNCallback(_Callback, stock.RNNCallback):
 
 
 class RNNRegularizer(_Callback, stock.RNNRegularizer):
-    """Add `alpha * AR + beta * TAR` to `learn.loss_grad`, which is differentiated; leave `learn.loss` unchanged.
+    """Add `alpha * AR + beta * TAR` to `learn.loss_grad`, which is differentiated, but not to `learn.loss`.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
-    epoch's training batches by batch size. `bptt`, if given, has the optimizer step at its lr times `seq_len / bptt`,
-    as AWD-LSTM does; `seq_len` is the second size of the batch. `mask_padding` leaves the padding of a text
-    classifier's batches out of sums and divisors; fastai counts it in. A pad id between other ids of a text counts as a
-    step. All four arguments are attributes that may change while training.
+    epoch's training batches by batch size. The first four arguments are attributes that may change during training.
 
-    The activations are those that `RNNCallback` captures; or, of a model that returns its output alone, those of the
-    modules that are named here, without an `RNNCallback`.
+    The activations are those that `RNNCallback` captures. For a model that returns its output alone, name its modules
+    by `rnn` and `dropout`, and leave the `RNNCallback` out.
 
     Args:
-        rnn: the attribute path in the model of an RNN, any module that `fastreg.RNNRegularizer.attach` takes.
+        alpha: coefficient of AR.
+        beta: coefficient of TAR.
+        bptt: the usual number of time steps: each optimizer step runs at `lr * seq_len / bptt`, as in AWD-LSTM, where
+            `seq_len` is the second size of the batch.
+        mask_padding: leave the padding of a text classifier's batches out of sums and divisors; fastai counts it. A
+            pad id between other ids of a text counts as a step.
+        rnn: the attribute path of an RNN in the model, any module that `fastreg.RNNRegularizer.attach` takes.
         dropout: the path of the dropout that takes its output, or `None`.
-        output, batch_first: as for `attach`.
-        valid: gets the inputs of the batch, `valid(*learn.xb)`, and returns the valid time steps, as `fused_ar_tar`
-            takes them, or `None` where all count.
+        output: as for `attach`.
+        batch_first: as for `attach`.
+        valid: a function of the inputs of the batch, `valid(*learn.xb)`, that returns the mask of valid time steps, as
+            `fused_ar_tar` takes it, or `None` where all steps count.
 
     Raises:
         RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations, and no path is given.
-        ValueError: `mask_padding` without a `SentenceEncoder` in the model, which has the mask; or with `valid` or a
-            path.
-        TypeError, ValueError: an argument is not what `fastreg.RNNRegularizer` takes.
+        ValueError: `mask_padding` without a `SentenceEncoder` in the model, or with `valid` or a path; or
+            `fastreg.RNNRegularizer` refuses the value of an argument.
+        TypeError: `fastreg.RNNRegularizer` refuses the type of an argument.
+
+    Examples:
+        >>> plain.add_cb(RNNRegularizer(alpha=2.0, beta=1.0, rnn="lstm", dropout="dropout"))
+        >>> plain.fit(1)
+        >>> plain.recorder.metric_names
+        ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
 
     def __init__(
@@ -325,7 +339,12 @@ def _others(metrics: Any) -> Any:
 def rnn_cbs(
     alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, mask_padding: bool = False
 ) -> list[Callback]:
-    """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments."""
+    """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments.
+
+    Examples:
+        >>> [type(cb).__name__ for cb in rnn_cbs(alpha=2.0, beta=1.0)]
+        ['ModelResetter', 'RNNCallback', 'RNNRegularizer']
+    """
     cbs = [stock.ModelResetter(), RNNCallback()]
     regularizer = RNNRegularizer(alpha, beta, bptt, mask_padding)  # checks the arguments
     return [*cbs, regularizer] if is_on(alpha) or is_on(beta) or bptt is not None else cbs
@@ -343,8 +362,8 @@ def fuse(
 ) -> Learner:
     """Swap fastai's `RNNCallback` and `RNNRegularizer` for this module's, in place, and return the learner.
 
-    The new callbacks keep coefficients, order, `run_train` and `run_valid`. Subclasses and fused callbacks are left
-    unchanged. If an error is raised, nothing is swapped.
+    The new callbacks have the coefficients, `order`, `run_train` and `run_valid` of the old ones. Subclasses of
+    fastai's callbacks, and learners that are fused already, stay unchanged. After an error nothing is swapped.
 
     Args:
         learn: the learner.
@@ -353,15 +372,19 @@ def fuse(
             takes its output.
         mask_padding: leave the padding of a text classifier's batches out, which fastai counts in.
         rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNRegularizer`.
-        output: picks raw from the module's output, as for `attach`.
-        batch_first: whether raw is `(batch, time, hidden)`, as for `attach`.
-        valid: takes the inputs of the batch, and returns the valid time steps; also for a model that returns
-            `(decoded, raw, dropped)`.
+        output: as for `RNNRegularizer`.
+        batch_first: as for `RNNRegularizer`.
+        valid: as for `RNNRegularizer`, also for a model that returns `(decoded, raw, dropped)`.
 
     Raises:
-        TypeError: an argument is not as described.
-        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout, mask or module, or a coefficient
-            is out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: the learner has no `RNNRegularizer`, or its model lacks the dropout, the mask or the module, or a
+            value of these is out of range.
+
+    Examples:
+        >>> fuse(learn).fit(1)
+        >>> learn.recorder.metric_names
+        ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
     path = output_dropout.check_fuse(learn, Learner, dropout, rnn)
     check_flags(mask_padding=mask_padding)
@@ -402,13 +425,19 @@ def fuse(
 
 
 def unfuse(learn: Learner) -> Learner:
-    """Undo `fuse`, in place, and return the learner with fastai's callbacks and dropout in their current state.
+    """Undo `fuse`, in place, and return the learner with fastai's callbacks and dropout.
 
-    Coefficients and order stay; `bptt` and `mask_padding` are lost, as fastai has neither. A learner that is not
-    fused is returned unchanged. A callback of a running fit may call it, but not between a prediction and its loss.
+    They keep the present coefficients and order; `bptt` and `mask_padding` are lost, as fastai has neither. A learner
+    that is not fused stays unchanged. In a callback of a running fit, do not call this between a batch's prediction
+    and its loss.
 
     Raises:
         TypeError: `learn` is not a learner.
+
+    Examples:
+        >>> unfuse(fuse(learn)).fit(1)
+        >>> learn.recorder.metric_names
+        ['epoch', 'train_loss', 'valid_loss', 'time']
     """
     output_dropout.check_learner(learn, Learner)
     for cb in list(learn.cbs):

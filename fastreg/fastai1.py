@@ -51,18 +51,25 @@ class RNNTrainer(LearnerCallback):
         bptt: the usual number of time steps.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
-        adjust: scale the lr of the optimizer step by `seq_len / bptt`, and restore it, also after an error.
+        adjust: step the optimizer at `lr * seq_len / bptt`; the lr is restored afterwards, also after an error.
         rnn: for a model that returns its output alone, the attribute path in it of an RNN, any module that
             `fastreg.RNNRegularizer.attach` takes.
         dropout: the path of the dropout that takes its output, or `None`.
-        output, batch_first: as for `attach`.
-        valid: gets the inputs of the batch, and returns the valid time steps, as `fused_ar_tar` takes them, or `None`
-            where all count.
+        output: as for `attach`.
+        batch_first: as for `attach`.
+        valid: a function of the inputs of the batch that returns the mask of valid time steps, as `fused_ar_tar` takes
+            it, or `None` where all steps count.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or there is no `bptt` to adjust to; while training,
-            without `rnn`, `TypeError` for a model that returns anything else than `(decoded, raw, dropped)`, or has no
-            `reset()`.
+        TypeError: an argument has the wrong type; in training without `rnn`, the model does not return
+            `(decoded, raw, dropped)`, or has no `reset()`.
+        ValueError: an argument has the wrong value, or there is no `bptt` to adjust to.
+
+    Examples:
+        >>> learn1.callbacks = [RNNTrainer(learn1, bptt=16, alpha=2.0, beta=1.0)]
+        >>> learn1.fit(1)
+        >>> bool(learn1.callbacks[0].regularizer.ar > 0)
+        True
     """
 
     _order = -1  # after the recorder (-10), before mixed precision (0, later 999) scales the loss
@@ -179,8 +186,9 @@ def fuse(
 ) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
-    The new callback keeps coefficients, order and, in the releases that had it, `adjust`, without the lr compounding
-    from step to step. Subclasses and fused learners are left unchanged.
+    The new `RNNTrainer` has the coefficients and the position of the old one, and its `adjust` in the releases that
+    have it; the lr no longer compounds from step to step. Subclasses, and learners that are fused already, stay
+    unchanged.
 
     Args:
         learn: the learner.
@@ -188,15 +196,19 @@ def fuse(
             `fastreg.FusedRNNDropout`, which forms the penalty in its own pass. As with fastai v1, AR is of its input.
             With `rnn` the path of the dropout that takes its output.
         rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNTrainer`.
-        output: picks raw from the module's output, as for `attach`.
-        batch_first: whether raw is `(batch, time, hidden)`, as for `attach`.
-        valid: takes the inputs of the batch, and returns the valid time steps; also for a model that returns
-            `(decoded, raw, dropped)`.
+        output: as for `RNNTrainer`.
+        batch_first: as for `RNNTrainer`.
+        valid: as for `RNNTrainer`, also for a model that returns `(decoded, raw, dropped)`.
 
     Raises:
-        TypeError: an argument is not as described.
-        ValueError: the learner has no `RNNTrainer`, or its model no such dropout or module, or a coefficient is out of
-            range.
+        TypeError: an argument has the wrong type.
+        ValueError: the learner has no `RNNTrainer`, or its model lacks the dropout or the module, or a value of these
+            is out of range.
+
+    Examples:
+        >>> fuse(learn1).fit(1)
+        >>> bool(learn1.callbacks[-1].regularizer.tar > 0)
+        True
     """
     path = check_fuse(learn, Learner, dropout, rnn)
     paths = check_path(rnn, path, output, batch_first)
@@ -226,13 +238,17 @@ def fuse(
 
 
 def unfuse(learn: Learner) -> Learner:
-    """Undo `fuse`, in place, and return the learner with fastai's callback and dropout in their current state.
+    """Undo `fuse`, in place, and return the learner with fastai's callback and dropout.
 
-    The coefficients and the order stay; `bptt` and `adjust` are lost in a release whose `RNNTrainer` has none. A
-    learner that is not fused is returned unchanged.
+    The callback keeps the present coefficients and its position; `bptt` and `adjust` are lost in a release whose
+    `RNNTrainer` has none. A learner that is not fused stays unchanged.
 
     Raises:
         TypeError: `learn` is not a learner.
+
+    Examples:
+        >>> type(unfuse(fuse(learn1)).callbacks[-1]).__module__
+        'fastai.callbacks.rnn'
     """
     check_learner(learn, Learner)
     known = {"bptt", "alpha", "beta", "adjust"} & inspect.signature(stock.RNNTrainer).parameters.keys()

@@ -33,29 +33,37 @@ else:
 class ActivationRegularization(Callback):
     """Add `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
 
-    Lightning scales, accumulates and clips the sum as it would the loss. What the module itself logs stays free of
-    the penalties; `ar` and `tar` are logged beside it when an epoch of training ends, as means over its steps, and over
-    the callbacks where there are several. If the module has a `reset()`, it is called when an epoch of training or
+    Lightning scales, accumulates and clips the sum as it would the loss. The loss that the module logs is free of the
+    penalty. `ar` and `tar` are logged beside it when an epoch of training ends, as means over its steps, and over the
+    callbacks where there are several. If the module has a `reset()`, it is called when an epoch of training or
     validation starts, and when one of validation ends.
 
-        Trainer(callbacks=[ActivationRegularization(2.0, 1.0, rnn="encoder.lstm", dropout="drop")])
-
     Args:
-        alpha, beta: the coefficients; a schedule may change `callback.regularizer.alpha` and `.beta`.
+        alpha: coefficient of AR; a schedule may change `callback.regularizer.alpha`.
+        beta: coefficient of TAR; a schedule may change `callback.regularizer.beta`.
         rnn: the attribute path of an RNN, any module that `RNNRegularizer.attach` takes, or of several, from the first
             layer to the last.
         dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or
             `None`, an RNN.
         layers: `"all"` of the RNNs, or the `"last"` alone.
-        output, batch_first: as for `RNNRegularizer.attach`.
-        valid: gets the batch, as `training_step` does, and returns the valid time steps, as `fused_ar_tar` takes them,
-            or `None` where all count. One that takes more arguments, `valid(batch, *args, **kwargs)`, also gets what
-            the RNN is called with, run by run.
+        output: as for `RNNRegularizer.attach`.
+        batch_first: as for `RNNRegularizer.attach`.
+        valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
+            `fused_ar_tar` takes it, or `None` where all steps count. A function of more arguments, `valid(batch, *args,
+            **kwargs)`, also gets the arguments of the RNN, run by run.
         log: whether `ar` and `tar` are logged.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; when a fit starts, a path that names no such module.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has the wrong value; when a fit starts, a path names no such module.
         RuntimeError: the module optimizes by hand; in a step, as `RNNRegularizer.on_backward_begin`.
+
+    Examples:
+        >>> callback = ActivationRegularization(2.0, 1.0, rnn="lstm", dropout="dropout")
+        >>> trainer = Trainer(callbacks=[callback], max_epochs=1)
+        >>> trainer.fit(module, loader)
+        >>> sorted(trainer.callback_metrics)
+        ['ar', 'tar']
     """
 
     def __init__(

@@ -80,41 +80,54 @@ def fused_ar_tar(
 ) -> Tensor | ARTAR:
     """Compute activation and temporal activation regularization, to be added to the loss.
 
-    The penalty is `alpha * AR + beta * TAR`, `AR = mean(dropped ** 2)` and `TAR = mean((raw[t + 1] - raw[t]) ** 2)`,
-    after Merity, McCann and Socher, "Revisiting Activation Regularization for Language RNNs" (2017). Differences,
-    squares and sums are formed in float32, or float64 where an input is float64. One time step has no changes: its TAR
-    is 0. Without any elements the penalty is 0. It can be differentiated any number of times.
+    The penalty is `alpha * AR + beta * TAR`, with `AR = mean(dropped ** 2)` and `TAR = mean((raw[t + 1] - raw[t]) **
+    2)`, after Merity, McCann and Socher, "Revisiting Activation Regularization for Language RNNs" (2017). Differences,
+    squares and sums are formed in float32, or in float64 where an input is float64. A single time step has a TAR of 0,
+    and an empty tensor a penalty of 0. The penalty can be differentiated any number of times.
 
     Args:
         raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, a
             `PackedSequence`, or a list or tuple of them, one a layer, whose penalties add up; all layers have the same
-            batch and time steps. float16, bfloat16, float32 or float64, any strides. With `beta == 0` it is not looked
-            at and may be `None`, unless terms are wanted and it is given: then it is measured.
-        dropped: the RNN's output after dropout, of the same shape, or packed as raw is, and on the same device; its
-            dtype may differ, and it may be `raw` itself. With `alpha == 0` likewise.
+            batch and time steps. float16, bfloat16, float32 or float64, any strides. With `beta == 0` it is not read
+            and may be `None`; with `return_terms=True` it is measured if it is given.
+        dropped: the RNN's output after dropout: the shape of raw, or packed as raw is, on the same device. Its dtype
+            may differ, and it may be `raw` itself. With `alpha == 0` it is not read and may be `None`.
         alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
-            activations, which is read there, without a sync, in the dtype of the computation, and gets no gradient. So
-            a schedule changes the tensor in place, before the forward, also between replays of a CUDA graph.
-        beta: coefficient of TAR, likewise.
+            activations. A tensor is read on the device, without a sync, and gets no gradient. A schedule may change it
+            in place before each forward, also between replays of a CUDA graph.
+        beta: coefficient of TAR, as for alpha.
         batch_first: `False` for `(time, batch, hidden)`.
-        lengths: of padded sequences, how many time steps each has: integers, `(batch,)`. What lies behind them counts
-            in neither sums nor divisors, and its gradient is 0. Lengths on the CPU must be from 0 to the time steps
-            there are; on a device, where looking would have to wait for it, they count as the nearest of those.
-        valid: in the place of lengths, which time steps count, wherever they are: `(batch, time)` in every layout, bool
-            or integers, 1 and 0, such as an `attention_mask`. A change counts where both of its steps do. What does not
-            count is in neither sums nor divisors, and its gradient is 0. Integers on a device, where looking would have
-            to wait for it, count unless they are 0.
-        reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
+        lengths: the number of time steps of each padded sequence: integers, `(batch,)`. Padding counts in neither sums
+            nor divisors, and its gradient is 0. On the CPU lengths outside of 0 to the number of time steps are an
+            error; on other devices they are clamped, because a check would wait for the device.
+        valid: a mask of the time steps that count, instead of lengths: `(batch, time)` in every layout, bool or
+            integers 0 and 1, such as an `attention_mask`. A change counts where both of its steps do. Other steps count
+            in neither sums nor divisors, and their gradient is 0. On the CPU other integers are an error; on other
+            devices they count as 1.
+        reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
 
     Returns:
         The penalty, a 0-dim tensor, float32, or float64 for float64 inputs. With `return_terms=True` an
-        `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are unscaled and detached. A term whose coefficient is 0 is
-        measured, too, unless its activations are `None`: then it is 0.
+            `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are unscaled and detached. A term whose coefficient is 0 is
+            measured, too; it is 0 where its activations are `None`.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it.
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: an argument has the wrong shape, device or value; the message names it.
+
+    Examples:
+        >>> rnn = torch.nn.LSTM(8, 16, batch_first=True)
+        >>> raw, _ = rnn(torch.randn(4, 10, 8))
+        >>> dropped = torch.nn.functional.dropout(raw, 0.4)
+        >>> fused_ar_tar(raw, dropped, alpha=2.0, beta=1.0).backward()
+
+        Leave the padding out:
+
+        >>> lengths = torch.tensor([10, 7, 3, 1])
+        >>> terms = fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0, lengths=lengths, return_terms=True)
+        >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
     """
     raw, dropped = plain_pair(raw, dropped)
     values = plain(alpha), plain(beta), plain(lengths), plain(valid)

@@ -15,9 +15,18 @@ Coefficient: TypeAlias = float | Tensor  # of a term: a number, or a 0-dim tenso
 
 
 class ARTAR(NamedTuple):
-    """The penalty and its terms: three 0-dim tensors on the activations' device, without a sync.
+    """Hold the penalty and its terms: three 0-dim tensors on the activations' device.
 
-    `penalty` is `alpha * ar + beta * tar` and differentiable; `ar` and `tar` are unscaled and detached.
+    Attributes:
+        penalty: `alpha * ar + beta * tar`, differentiable.
+        ar: AR without its coefficient, detached.
+        tar: TAR without its coefficient, detached.
+
+    Examples:
+        >>> raw = torch.tensor([[[0.0], [1.0], [3.0]]])
+        >>> penalty, ar, tar = fused_ar_tar(raw, raw, alpha=2.0, beta=1.0, return_terms=True)
+        >>> print(f"{penalty:.3f} = 2 * {ar:.3f} + {tar:.3f}")
+        9.167 = 2 * 3.333 + 2.500
     """
 
     penalty: Tensor

@@ -40,41 +40,47 @@ def attention_mask(batch: Any) -> Tensor | None:
 class RegularizedTrainer(Trainer):
     """Train as `Trainer` does, with `alpha * AR + beta * TAR` of the named modules in the backward of each step.
 
-        trainer = RegularizedTrainer(model, args, train_dataset=data, alpha=2.0, beta=1.0, rnn="backbone.layers.23")
+    Combine it with a subclass of `Trainer` by inheriting from both, this class first:
+    `class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...`.
 
-    A subclass of `Trainer` goes behind it:
-
-        class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...
-
-    AR and TAR of an optimizer step are means over all valid time steps of its batches: in how many batches it is
-    accumulated does not matter, nor on how many processes, with `average_tokens_across_devices`. The loss that is
-    reported stays free of the penalty; `ar` and `tar` are logged beside it, as means over the optimizer steps since the
-    last log. Evaluation and prediction are those of `Trainer`.
+    AR and TAR of an optimizer step are means over all valid time steps of its batches, however many batches are
+    accumulated, and with `average_tokens_across_devices` on however many processes. The reported loss is free of the
+    penalty; `ar` and `tar` are logged beside it, as means over the optimizer steps since the last log. Evaluation and
+    prediction are those of `Trainer`.
 
     Args:
-        args, kwargs: as for `Trainer`, or the subclass behind.
-        alpha, beta: the coefficients; a schedule may change `trainer.regularizer.alpha` and `.beta`.
-        rnn: the attribute path in the model, or in the one that PEFT wraps, of any module that `RNNRegularizer.attach`
-            takes, or of several, from the first layer to the last. Usually the last block: the model's last hidden
-            state comes after a norm.
+        *args: as for `Trainer`, or the other base class.
+        **kwargs: as for `Trainer`, or the other base class.
+        alpha: coefficient of AR; a schedule may change `trainer.regularizer.alpha`.
+        beta: coefficient of TAR; a schedule may change `trainer.regularizer.beta`.
+        rnn: the attribute path of a module in the model, or in the model that PEFT wraps: any module that
+            `RNNRegularizer.attach` takes. Or a list of paths, from the first layer to the last. Name the last block
+            rather than the model, whose last hidden state is the output of a norm.
         dropout: the path of the dropout that takes the module's output: one for every module, or a list with one, or
             `None`, a module.
         layers: `"all"` of the modules, or the `"last"` alone.
-        output, batch_first: as for `RNNRegularizer.attach`; a module whose layout cannot be read is taken for
-            `(batch, time, hidden)`, as models of transformers have it.
-        valid: gets the batch, as `training_step` does, and returns the valid time steps, `(batch, time)`, as
-            `fused_ar_tar` takes them, or `None` where all count. By default they are the attention mask, if the batch
-            has one: a `Trainer` removes it if the model's `forward` has no such parameter, unless
-            `remove_unused_columns=False`. With `None` all count.
+        output: as for `RNNRegularizer.attach`.
+        batch_first: as for `RNNRegularizer.attach`, but `True` where the layout cannot be read from the module.
+        valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
+            time)`, as `fused_ar_tar` takes it, or `None` where all steps count. The default returns the attention mask
+            of the batch, if it has one: a `Trainer` removes the mask where the model's `forward` has no such argument,
+            unless `remove_unused_columns=False`. With `None` all steps count.
 
     Warns:
-        UserWarning: the `Trainer` removes the examples' attention mask, so that padding counts.
+        UserWarning: the examples have an attention mask, which the `Trainer` removes, so that padding counts.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or a path names no such module; in a step, what `valid`
-            returns is not as described.
+        TypeError: an argument, or the result of `valid`, has the wrong type.
+        ValueError: an argument, or the result of `valid`, has the wrong value or shape, or a path names no such module.
         RuntimeError: in a step, as `RNNRegularizer.on_backward_begin`, or the loss does not go through
             `accelerator.backward`.
+
+    Examples:
+        >>> options = {"alpha": 2.0, "beta": 1.0, "rnn": "backbone.layers.1"}  # the last of two blocks
+        >>> trainer = RegularizedTrainer(mamba, args, train_dataset=data, **options)
+        >>> result = trainer.train()
+        >>> result.global_step
+        2
     """
 
     def __init__(
