@@ -48,10 +48,10 @@ TESTS = {
     "fastreg/torch_state.py": ["padding", "penalty", "dropout", "torch"],
     "kernels/view.py": ["kernels", "padding"],
     **{
-        f"kernels/{name}": ["coefficients", "valid", "cpu_kernels", "prediction", "padding", "penalty"]
+        f"kernels/{name}": ["cpu", "coefficients", "valid", "prediction", "padding", "dropout", "penalty"]
         for name in ("cpu.cpp", "cpu_rows.h", "cpu_steps.h", "cpu_vectors.h", "cpu_work.h")
     },
-    "kernels/cpu.py": ["prediction", "cpu_kernels"],
+    "kernels/cpu.py": ["prediction", "cpu"],
     "kernels/launch.py": ["padding", "kernels"],
 }
 
