@@ -85,7 +85,8 @@ class ActivationRegularization(Callback):
         if valid is not None and not callable(valid):
             raise TypeError(f"valid: expected a function of the batch, or None, got {type(valid).__name__}")
         self.valid, self.logged = valid, log  # Lightning sets `log` itself
-        self._terms: Tensor | None = None  # the sums of AR and of TAR over the steps of the epoch, and their number
+        self._terms: Tensor | None = None  # the sums of AR and of TAR over the steps of the epoch
+        self._steps = 0  # the number of those steps
         self._batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
@@ -115,13 +116,13 @@ class ActivationRegularization(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the hidden state, and the sums of the terms."""
-        self._terms = None
+        self._terms, self._steps = None, 0
         self.regularizer.on_epoch_begin(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
         if self._terms is not None:
-            ar, tar = self._terms[:2] / self._terms[2]
+            ar, tar = self._terms / self._steps
             pl_module.log_dict({"ar": ar, "tar": tar}, on_step=False, on_epoch=True, batch_size=1)
             self._terms = None
 
@@ -148,8 +149,9 @@ class ActivationRegularization(Callback):
         if terms is None:  # the RNNs are in evaluation
             return output
         if self.logged:
-            step = torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)])
+            step = torch.stack([terms.ar, terms.tar])
             self._terms = step if self._terms is None else self._terms + step
+            self._steps += 1
         total = loss + terms.penalty
         return output | {"loss": total} if isinstance(output, dict) else total
 
