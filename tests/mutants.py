@@ -451,7 +451,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("a tensor that is no memory", "is_memory(raw) and not observed()", "True"),
     ],
     ("fastreg/addition.py", "Addition"): [
-        ("second derivatives of what was freed", "torch.is_grad_enabled() and not layer.given().requires_grad", "False"),
+        ("derivatives of freed activations", "torch.is_grad_enabled() and not layer.given().requires_grad", "False"),
         ("packed rows in the kernel", " or values.batch_sizes is not None", ""),
         ("the first gradient's strides", "key = arrived.stride(), arrived.dtype", "key = arrived.dtype"),
         ("the first gradient's alignment", ", arrived.data_ptr() % 16 == 0", ""),
