@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastreg.backends import backend_for
-from fastreg.dropout import launch_backward, plan_backward
+from fastreg.dropout import BACKWARDS, launch_backward, plan_backward
 from fastreg.kernels.view import NOTHING, layout_of
 from fastreg.plans import Plans
 from fastreg.prepare import plain
@@ -73,7 +73,8 @@ class Addition:
         backward = self.backwards.get(key)
         if backward is None:
             backward = plan_backward((self.layout, None, layout_of(arrived)), layer, self.problem, True)
-            self.backwards[key] = backward
+            if len(self.backwards) < BACKWARDS:
+                self.backwards[key] = backward
         if self.mark is not None:
             layer = Layer(layer.raw, None, layer.values._replace(marks=self.mark(layer.values.valid)))
         return launch_backward(backward, (arrived, upstream), layer)
