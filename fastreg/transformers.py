@@ -1,4 +1,4 @@
-"""`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses; the model stays as it is.
+"""`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses; the model needs no change.
 
 A `Trainer` divides the loss of a batch by the number of batches in the optimizer step, unless the loss is a share of
 the whole step's already, by `num_items_in_batch`. The penalty is always such a share: it is added where the loss enters
