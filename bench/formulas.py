@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ALPHA, BETA = 2.0, 1.0  # the coefficients of AWD-LSTM
+
 
 def fastai(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
     """`(batch, time, hidden)`; what `RNNRegularizer.after_loss` of fastai 2.8 adds to the loss."""
