@@ -43,8 +43,14 @@ def alone(call: Any, upstream: Tensor, inputs: Any) -> list[Tensor]:
     return [*torch.autograd.grad(got, inputs, upstream)]
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE, HALF, BF16], ids=str)
-@pytest.mark.parametrize("kind", ["two", "same", "lengths", "raw alone", "raw needs none"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *[("two", dtype) for dtype in (FLOAT, DOUBLE, HALF, BF16)],
+        *[(kind, FLOAT) for kind in ("same", "lengths", "raw alone", "raw needs none")],
+    ],
+    ids=str,
+)
 def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, device: str) -> None:
     raw, dropped = leaves(device, dtype)
     if kind == "raw needs none":
@@ -71,7 +77,7 @@ def test_one_gradient_of_two_dtypes(dtypes: Any, which: str, device: str) -> Non
         raw[start:, lane] += 0.5
     dropped = torch.ones(64, 512, dtype=dtypes[1], device=device)
     leaf = (raw if which == "raw" else dropped).requires_grad_()
-    for value in (1.0, 0.5, 0.5, 0.25):
+    for value in (1.0, 0.5) if INTERPRETED else (1.0, 0.5, 0.5, 0.25):
         got = fused_ar_tar(raw, dropped, 1.0, 1.0, reduction="sum")
         grad = torch.tensor(value, dtype=got.dtype, device=device)
         (gradient,) = torch.autograd.grad(got, leaf, grad)
