@@ -1,4 +1,4 @@
-"""Build the kernels for CPUs, once for each level of processors, of which the best that runs is loaded.
+"""Build the kernels for CPUs, once for each level of processors; the best level that runs is loaded.
 
 All else is in pyproject.toml. Without a compiler that knows these options the installation goes on without kernels.
 """
@@ -64,7 +64,7 @@ class Build(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """One wheel serves every Python: the libraries use nothing of it."""
+    """One wheel serves every Python, as the libraries do not use it."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Name the platform alone."""
@@ -88,7 +88,7 @@ def is_current(library: Path) -> bool:
 
 
 def replace(old: Path, new: Path) -> None:
-    """Put a copy in the place of a library that other processes may have loaded."""
+    """Replace a library by a copy, as other processes may have loaded it."""
     old.parent.mkdir(parents=True, exist_ok=True)
     beside = old.with_name(f"{old.name}.new")
     shutil.copy2(new, beside)

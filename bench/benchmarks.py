@@ -39,7 +39,7 @@ def in_a_line(error: Exception) -> str:
 
 @functools.lru_cache(maxsize=1)  # one case is measured at a time, and its inputs go when it is done
 def measure(name: str, deadline: float) -> tuple[Measured, dict[str, str]]:
-    """Measure all peers of a case, and say of those that fail why. No case is begun after the deadline."""
+    """Measure all peers of a case, and record the errors of peers that fail. No case starts after the deadline."""
     if time.monotonic() > deadline:
         pytest.skip("out of time")
     try:
@@ -105,7 +105,7 @@ def figures_of(
 
 
 def gpu_figures(call: cases.Call, moved: int | None, sets: int) -> dict[str, Any]:
-    """Measure what only a GPU has."""
+    """Measure the figures that only a GPU has."""
     figures: dict[str, Any] = {"peak_bytes": timing.peak_bytes(call, "cuda"), "host_seconds": timing.host_seconds(call)}
     try:
         cold = timing.graph_seconds(call, range(sets))
@@ -116,7 +116,7 @@ def gpu_figures(call: cases.Call, moved: int | None, sets: int) -> dict[str, Any
         }
         if moved is not None:
             figures |= {"bandwidth": moved / cold, "share_of_copy": moved / cold / copy_bandwidth()}
-    except RuntimeError as error:  # what cannot be captured has been timed, all the same
+    except RuntimeError as error:  # a peer that cannot be captured has been timed already
         figures["no_graph"] = in_a_line(error)
     return figures
 
@@ -129,7 +129,7 @@ def copy_bandwidth() -> float:
 @pytest.mark.benchmark(timer=REPLAY.read)
 @pytest.mark.parametrize(("name", "peer"), [(name, peer) for name, case in CASES.items() for peer in case.PEERS])
 def test_case(benchmark: Any, deadline: float, name: str, peer: str) -> None:
-    """Hand what was measured to pytest-benchmark."""
+    """Pass the measurements to pytest-benchmark."""
     measured, failed = measure(name, deadline)
     if peer in failed:
         pytest.fail(failed[peer], pytrace=False)

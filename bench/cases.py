@@ -1,4 +1,4 @@
-"""What is measured: cases, the peers that take turns in each, and one call of each peer."""
+"""Benchmark cases, the peers that take turns in each, and one call of each peer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.steps import AWDLSTMStep, LightningStep, LSTMStep, MambaStep, MinGRUS
 from bench.timing import Call
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 
-Peer = Callable[..., Any]  # what a case compares
+Peer = Callable[..., Any]  # one of the implementations that a case compares
 
 P = 0.4  # AWD-LSTM's output dropout
 DEMO = 20, 70, 96
@@ -30,7 +30,7 @@ MOST_SETS = 64
 
 @dataclass(frozen=True)
 class Case:
-    """What all kinds share. `shape` is (batch, time, hidden), whatever the order of axes in memory.
+    """The base of all cases. `shape` is (batch, time, hidden), whatever the order of axes in memory.
 
     A kind adds what it counts, its inputs, its peers and one call of them. Of its PEERS fastreg comes last, so that
     a result that has fastreg has all of them.
@@ -55,16 +55,16 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """What any way of computing the case moves at least: all inputs once in, and all results once out."""
+        """Return the bytes that any implementation moves at least: all inputs read once, all results written once."""
         raise NotImplementedError
 
     def bytes_moved(self, peer: str) -> int | None:
-        """What a peer moves: of compiled code the least that passes of their own take, of eager formulas unknown."""
+        """Return the bytes that a peer moves: for compiled code those of separate passes; `None` for eager formulas."""
         raise NotImplementedError
 
     @property
     def formula(self) -> Callable[..., Tensor]:
-        """That of whoever uses this layout."""
+        """Return the formula as users of this layout write it."""
         return fastai if self.batch_first else awd_lstm_lm
 
     @property
@@ -109,7 +109,7 @@ class PenaltyCase(Case):
         return self.input_bytes * (2 if self.backward else 1)
 
     def bytes_moved(self, peer: str) -> int | None:
-        """What is compiled reads the inputs again in the backward; fastreg does, and writes again, if it must."""
+        """Compiled code reads the inputs again in the backward; fastreg only after a wrong prediction."""
         if peer == "eager":
             return None
         if not self.backward:
@@ -166,7 +166,7 @@ class DropoutCase(Case):
         return self.tensor_bytes * 5
 
     def bytes_moved(self, peer: str) -> int | None:
-        """That of dropout alone goes without the penalty; `fused_ar_tar` and the sum of gradients come on top of it."""
+        """Dropout alone goes without the penalty; `fused_ar_tar` and the sum of gradients are added to it."""
         passes = {"dropout alone": 4, "compiled dropout alone": 4, "fastreg": 5, "compiled": 5, "compiled fastreg": 5}
         passes["fused_ar_tar"] = 4 + 4 + 6  # two gradients for raw, and one for dropped, are added to others
         return self.tensor_bytes * passes[peer] if peer in passes else None
@@ -207,7 +207,7 @@ class DropoutCase(Case):
 
 @dataclass(frozen=True)
 class PaddedCase(Case):
-    """The penalty of a batch of which half is padding, forward and backward: with lengths, and as if all counted."""
+    """The penalty of a batch that is half padding, forward and backward: with lengths, and without."""
 
     PEERS: ClassVar = ("without lengths", "eager", "compiled", "fastreg")
 
@@ -224,11 +224,11 @@ class PaddedCase(Case):
 
     @property
     def least_bytes(self) -> int:
-        """What counts, half of the inputs, is read, and every gradient written."""
+        """The valid half of the inputs is read, and every gradient is written."""
         return self.input_bytes * 3 // 2
 
     def bytes_moved(self, peer: str) -> int | None:
-        """What is compiled reads all, once forward and once backward; without lengths all counts."""
+        """Compiled code reads all inputs, once forward and once backward; without lengths all steps count."""
         moved = {"without lengths": 2 * self.input_bytes, "compiled": 3 * self.input_bytes, "fastreg": self.least_bytes}
         return moved.get(peer)
 

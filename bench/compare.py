@@ -1,6 +1,6 @@
 """Whether fastreg lost: `python -m bench.compare FOLDER` fails when a result there is worse than the committed one.
 
-What counts is how many times as fast as the eager formula fastreg is, measured in turns: another machine of the same
+The measure is how many times as fast as the eager formula fastreg is, measured in turns: another machine of the same
 kind, or a busier one, changes that least.
 """
 

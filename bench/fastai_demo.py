@@ -52,7 +52,7 @@ class History(Callback):
 
 
 class Table(Callback):
-    """A line for each epoch, its numbers below the names of what the `Recorder` keeps."""
+    """Print a line for each epoch, its numbers below the names of the `Recorder`."""
 
     order = 60  # after the Recorder, as fastai's progress bar
 

@@ -39,7 +39,7 @@ INPUTS = 4
 
 
 class Empty(torch.autograd.Function):
-    """What autograd itself takes: two tensors in, a scalar out, two gradients back."""
+    """Measure autograd alone: two tensors in, a scalar out, two gradients back."""
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, dropped: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tables and plots from what was measured: `python -m bench.report`.
+"""Tables and plots of the measurements: `python -m bench.report`.
 
 Of each bench/results/DEVICE.json it writes DEVICE.md, every case in a table, and plots; and between the markers of
 README.md it renders the few figures that say most, between those of docs/performance.md all tables. Nothing in them is
@@ -31,7 +31,7 @@ BOTH = "forward + backward"
 CHANGING = "forward + backward, changing"
 DROPOUT = "dropout, forward + backward"
 PADDED = "padded, forward + backward"
-HEADLINE = (  # of the README's table: kind, label, and what it is a case of
+HEADLINE = (  # of the README's table: kind, label, and case
     (BOTH, "(20, 70, 96), float32", "penalty"),
     (BOTH, "(64, 70, 400), float32", "penalty"),
     (BOTH, "(128, 512, 1024), bfloat16", "penalty"),
@@ -63,10 +63,10 @@ STEP_TITLE = """\
 A training step, forward, loss, backward, clipping and SGD, in float32, %s:
 """
 ADDED_TITLE = """\
-What fastreg adds to the step, over what the compiled formula adds and, after the semicolon, over what the formula adds:
+The cost of fastreg in the step, over that of the compiled formula and, after the semicolon, of the formula:
 """
 PEAK_TITLE = """\
-Most memory that a step holds beyond the model, MB, and what the penalty adds to it:
+Peak memory of a step beyond the model, MB, and the additional memory of the penalty:
 """
 STEP_PEERS = {  # heading of each peer's column
     "no penalty": "without",
@@ -78,7 +78,7 @@ STEP_PEERS = {  # heading of each peer's column
 }
 OURS = list(STEP_PEERS)[3:]
 GPU_HEAD = ["of the copy bandwidth", "launches"]
-FIGURES = {  # of the JSON's extra_info: heading, unit, and what the unit is
+FIGURES = {  # of the JSON's extra_info: heading, unit, and meaning of the unit
     "first_seconds": ("first call, s", 1),
     "page_faults": ("page faults", 1),
     "kept_bytes": ("kept, MB", 1e6),
@@ -141,7 +141,7 @@ class Case:
         return [1e3 * x for x in (self.seconds[peer] if on_gpu else self.info[peer]["own_seconds"])]
 
     def added(self, peer: str) -> tuple[float, float]:
-        """What a peer adds to a step without penalty, in ms: the mean over the rounds, and its standard error."""
+        """Return the time that a peer adds to a step, in ms: the mean over the rounds, and its standard error."""
         pairs = zip(self.step_milliseconds(peer), self.step_milliseconds("no penalty"), strict=True)
         differences = [with_it - without for with_it, without in pairs]
         return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
@@ -157,7 +157,7 @@ class Case:
 
 @dataclass
 class Result:
-    """What one JSON file of pytest-benchmark says."""
+    """The contents of one JSON file of pytest-benchmark."""
 
     name: str
     digest: str
@@ -230,7 +230,7 @@ def where(result: Result) -> str:
 
 
 def caveats(result: Result) -> str:
-    """What became of the tests, and what could not be measured, a sentence each."""
+    """Return the outcome of the tests, and the cases that could not be measured, a sentence each."""
     sentences = [tests_outcome(result)] * (result.on_gpu or result.tests is not None)  # a CPU's are `make test`
     reasons: dict[str, list[str]] = {}
     for name, peers in result.missing.items():
@@ -247,7 +247,7 @@ def some(names: list[str]) -> str:
 
 
 def tests_outcome(result: Result) -> str:
-    """How many tests passed and which failed, on this device, and what compute-sanitizer found."""
+    """Return how many tests passed and which failed on this device, and the findings of compute-sanitizer."""
     if result.tests is None:
         return "The tests on this device: no outcome is recorded."
     files = result.tests["files"].values()
@@ -260,7 +260,7 @@ def tests_outcome(result: Result) -> str:
 
 
 def penalty_table(result: Result, kind: str = BOTH) -> str:
-    """Forward and backward: what a user saves."""
+    """Render the time of forward and backward, and the speedup."""
     head = [SHAPE, "compiled, ms", "eager, ms", "fastreg, ms", "against compiled", "against eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
     for case in result.of(kind):
@@ -276,7 +276,7 @@ def gpu_cells(case: Case) -> list[str]:
 
 
 def dropout_table(result: Result) -> str:
-    """What the penalty costs whoever drops out anyway."""
+    """Render the cost of the penalty beside a dropout that is there anyway."""
     head = [SHAPE, "dropout alone, ms", "+ eager, ms", "+ fused_ar_tar, ms", "fused, ms"]
     head += ["fused / dropout alone", "against the best compiled", "against + eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
@@ -291,7 +291,7 @@ def dropout_table(result: Result) -> str:
 
 
 def padded_table(result: Result) -> str:
-    """What it costs to leave padding out."""
+    """Render the cost of leaving padding out."""
     head = [SHAPE, "without lengths, ms", "compiled, masked, ms", "eager, masked, ms", "with lengths, ms"]
     head += ["against without", "against compiled", "against eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
@@ -304,7 +304,7 @@ def padded_table(result: Result) -> str:
 
 
 def step_table(result: Result) -> str:
-    """What a training step takes, and what each way of adding the penalty adds to it."""
+    """Render the time of a training step, and the time that each way of the penalty adds."""
     rows = [["ms a training step, and what the penalty adds; (batch, time, hidden)", *STEP_PEERS.values()]]
     for case in result.of(STEP):
         without = statistics.mean(case.step_milliseconds("no penalty"))
@@ -316,7 +316,7 @@ def step_table(result: Result) -> str:
 
 
 def added_table(result: Result) -> str:
-    """What fastreg adds over what the formula adds; and the whole step with `attach`."""
+    """Render the cost of fastreg over that of the formula, and the whole step with `attach`."""
     rows = [["added, over compiled; over formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
     for case in result.of(STEP):
         others = [case.added(peer)[0] for peer in PEERS]
@@ -330,7 +330,7 @@ def added_table(result: Result) -> str:
 
 
 def peak_table(result: Result) -> str:
-    """The peak memory of a step, and what each way of adding the penalty adds to it."""
+    """Render the peak memory of a step, and the memory that each way of the penalty adds."""
     rows = [["peak memory of a step", "without, MB", *list(STEP_PEERS.values())[1:]]]
     for case in result.of(STEP):
         peaks = {peer: info["peak_bytes"] for peer, info in case.info.items() if "peak_bytes" in info}
@@ -341,7 +341,7 @@ def peak_table(result: Result) -> str:
 
 
 def step_tables(result: Result) -> list[str]:
-    """Render all that is known of the training steps of one allocator, with titles."""
+    """Render the training steps of one allocator, with titles."""
     if not result.of(STEP):
         return []
     timed = "time of the clock" if result.on_gpu else f"the process's own time on one thread, {result.allocator}"
@@ -437,7 +437,7 @@ def headline(results: list[Result]) -> str:
 
 
 def headline_table(result: Result) -> str:
-    """Of those cases of `HEADLINE` that there are, what a user saves."""
+    """Render the speedup in the measured cases of `HEADLINE`."""
     rows = [[f"ms, forward + backward; {SHAPE}", *PEERS, "fastreg", *(f"against {peer}" for peer in PEERS)]]
     for kind, label, what in HEADLINE:
         for case in result.of(kind):
@@ -477,7 +477,7 @@ def tables(result: Result) -> list[str]:
     return parts
 
 
-PAGES = {README: headline, PERFORMANCE: figures}  # what stands between the markers of each
+PAGES = {README: headline, PERFORMANCE: figures}  # the text between the markers of each
 
 
 def with_part(page: str, part: str, begin: str = BEGIN) -> str:

@@ -1,7 +1,7 @@
 """Test and measure on this machine: `python -m bench.run test` and `python -m bench.run bench`.
 
-The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report puts together. What fails
-or is not reached is recorded beside what is known. Interrupted, or sent SIGTERM, either writes what there is.
+The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report joins. Cases that fail
+or are not reached are recorded, too. Interrupted, or after SIGTERM, either command writes the results so far.
 `python -m bench.run bench .benchmarks --only step` measures the training steps alone and prints their tables: three
 minutes on an idle core.
 
@@ -41,8 +41,8 @@ TESTS = (
 )
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
-FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; what hangs must not take the time of the others
-GRACE = 20  # seconds for pytest to print what failed
+FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; a file that hangs must leave time for the others
+GRACE = 20  # seconds for pytest to print its failures
 
 
 def run_file(name: str, seconds: float) -> dict[str, Any]:
@@ -56,11 +56,11 @@ def run_file(name: str, seconds: float) -> dict[str, Any]:
             end = f"ended with status {tests.wait(seconds)}"
         except subprocess.TimeoutExpired:
             end = "out of time"
-            tests.send_signal(signal.SIGINT)  # at which pytest reports what it has
+            tests.send_signal(signal.SIGINT)  # pytest reports its results so far
             with suppress(subprocess.TimeoutExpired):
                 tests.wait(GRACE)
         finally:
-            tests.kill()  # does nothing to what has ended
+            tests.kill()  # does nothing after the end
             tests.wait()
         if not report.exists():  # which pytest writes at its end
             return unfinished(name, end)
@@ -74,7 +74,7 @@ def run_file(name: str, seconds: float) -> dict[str, Any]:
 
 
 def unfinished(name: str, why: str) -> dict[str, Any]:
-    """What is recorded of a file whose tests did not come to their end."""
+    """Return the record of a file whose tests did not end."""
     return {"passed": 0, "skipped": 0, "failed": [f"test_{name}.py: {why}"]}
 
 
@@ -118,7 +118,7 @@ def sanitize(program: str, tool: str, seconds: float) -> str:
 
 
 def test(folder: Path, commit: str, seconds: float) -> int:
-    """Run the tests of what is measured, file by file, and write their outcomes."""
+    """Run the tests of the measured code, file by file, and write their outcomes."""
     on_gpu = torch.cuda.is_available()
     end = time.monotonic() + seconds
     files: dict[str, Any] = {name: unfinished(name, "not reached") for name in TESTS}

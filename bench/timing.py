@@ -1,4 +1,4 @@
-"""The timers. All of them wait for the device, and none of them counts a warm-up."""
+"""The timers. All wait for the device, and leave out a warm-up."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-Call = Callable[[int], tuple[Tensor, ...]]  # the number of the call chooses its inputs; gives what it made
+Call = Callable[[int], tuple[Tensor, ...]]  # the number of the call chooses its inputs; returns the results
 
 WARM_UP = 4, 1  # turns on a GPU and on a CPU, after calls that compile
 LEAST, MOST = 5, 50  # rounds
 REPLAYS = 20
-CLOCK = 2e9  # cycles a second, at least about what a GPU makes; with fewer, it sleeps longer than it has to
+CLOCK = 2e9  # cycles a second, about those of the slowest GPU; a slower clock sleeps longer than it has to
 COPY_BYTES = 2**30
 
 
@@ -106,7 +106,7 @@ class Replay:
 
 
 def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
-    """Bytes that a forward keeps for the backward, beyond its inputs and what it gives."""
+    """Return the bytes that a forward keeps for the backward, beyond its inputs and results."""
     kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no memory is handed out twice
 
     def keep(x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
 def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
     """Device seconds a call, without launch gaps: a CUDA graph of one call for each of `numbers`, replayed.
 
-    The device sleeps until the host has launched the replay: what that takes does not count.
+    The device sleeps until the host has launched the replay, so that the launch is not counted.
     """
     graph = capture(call, numbers)
     graph.replay()  # which instantiates it
@@ -190,7 +190,7 @@ def launches(call: Call) -> int:
 
 
 def peak_bytes(call: Call, device: str) -> int | None:
-    """Most memory that one call holds at a time, beyond its inputs and what it gives; `None` if it cannot be told.
+    """Return the peak memory of one call beyond its inputs and results; `None` if the system does not count it.
 
     On a CPU PyTorch's profiler tells it, but of the calling thread alone.
     """

@@ -2,8 +2,8 @@
 
     python -m tests.mutants [FILTER]    # only the mutants whose line of the table has FILTER in it
 
-Kernels are run by Triton's interpreter, one program after the other: what only a GPU shows (barriers, streams, caches)
-has no mutant here, nor has what no result depends on.
+Kernels are run by Triton's interpreter, one program after the other: faults that only a GPU shows (barriers, streams,
+caches) have no mutant here, nor have lines that no result depends on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastreg.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
-CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and others see what they see
+CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and other tests find the same faults
 # file -> tests/test_*.py in the order in which they run: those first that fail fast
 TESTS = {
     "kernels/penalty.py": ["kernels", "prediction", "padding", "valid", "penalty"],
@@ -55,7 +55,7 @@ TESTS = {
     "kernels/launch.py": ["padding", "kernels"],
 }
 
-# (file, function or class) -> mutants: what is wrong, a text that occurs there exactly once, and what takes its place
+# (file, function or class) -> mutants: the fault, a text that occurs there exactly once, and its replacement
 CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/penalty.py", "penalty_kernel"): [
         ("halo row dropped", "start - 1, halo", "start, halo"),
@@ -550,7 +550,7 @@ MUTANTS = [Mutant(*place, *mutant) for place, mutants in CODE.items() for mutant
 
 
 def build(kernels: Path) -> None:
-    """Build the C++ kernels in a copy, quickly, in the place of all that were built for the code as it is."""
+    """Build the C++ kernels in a copy, quickly, instead of those of the unchanged code."""
     for library in kernels.glob("*.so"):
         library.unlink()
     options = ["-std=c++17", "-O1", "-w", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]
@@ -559,7 +559,7 @@ def build(kernels: Path) -> None:
 
 
 def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, limit: float | None = None) -> str:
-    """Run these tests on a copy with this source of `file`: what failed first, or "" if all passed."""
+    """Run these tests on a copy with this source of `file`; return the first failure, or "" if all passed."""
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-k", CHOSEN]
     command += [f"tests/test_{name}.py" for name in names]
@@ -581,7 +581,7 @@ def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, lim
 
 
 def run_unmutated(interpret: bool) -> str:
-    """Run every test that any mutant is run against, on the code as it is."""
+    """Run every test of any mutant on the unchanged code."""
     names = {name for mutant in MUTANTS if mutant.interpreted == interpret for name in TESTS[mutant.file]}
     file = MUTANTS[0].file
     return run_tests(interpret, names, file, (ROOT / file).read_text())

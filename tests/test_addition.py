@@ -36,7 +36,7 @@ def steps_of(sample: Sample, kind: str, device: str) -> dict[str, Any]:
     return {}
 
 
-# Each sample with each of the terms, and with each of the steps that count, but not with all pairs of these.
+# Each sample with each of the terms, and with each of the steps that count, but not with all pairs.
 CASES = [
     (sample, terms, steps)
     for i, sample in enumerate(ONE_TENSOR)

@@ -1,4 +1,4 @@
-"""The benchmarks: timers against known work, peers against the reference, and what is rendered against the JSON."""
+"""The benchmarks: timers against known work, peers against the reference, and rendered tables against the JSON."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_kept_bytes() -> None:
     assert timing.kept_bytes(lambda _: (fused_ar_tar(raw, dropped, 2.0, 1.0),), (raw, dropped)) == 0
     assert timing.kept_bytes(lambda _: (raw.exp(),), (raw,)) == 0, "it is given anyway"
     assert timing.kept_bytes(lambda _: (raw.exp().sum(),), (raw,)) == raw.nbytes
-    # what the backward gives lies nowhere that something kept did before
+    # the backward's results are not in the memory of tensors that were kept before
     sets = [(raw, dropped)]
     assert timing.kept_bytes(CASE.call(fastai, sets), (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
 
@@ -219,7 +219,7 @@ def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monke
 
 
 def test_padded_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half is padding, and those that know of it leave it out."""
+    """Half is padding, and peers with lengths leave it out."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     case = cases.PaddedCase((5, 8, 6), torch.float32)
     sets = cases.input_sets(case, "cpu")
@@ -850,7 +850,7 @@ class Broken(cases.PenaltyCase):
     def peers(self):
         def broken(*_):
             with open(f"{sys.argv[1]}/calls", "a") as calls:
-                print("a call of what is broken", file=calls)
+                print("a call of broken code", file=calls)
             raise ValueError("broken\\nindeed")
         return super().peers() | {"compiled": broken}
 
@@ -982,7 +982,7 @@ def test_the_time_of_the_host() -> None:
 
 
 def test_pytest_benchmark_reads_a_result(tmp_path: Path) -> None:
-    """The smallest case as `make bench` runs it, and pytest-benchmark's own comparison of it."""
+    """The smallest case as `make bench` runs it, and pytest-benchmark's own comparison."""
     file = tmp_path / "result.json"
     options = ["-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={file}"]
     chosen = "64x70x400-float16-forward+backward"

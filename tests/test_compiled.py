@@ -1,6 +1,6 @@
 """The kernels compiled for real GPUs by the offline compiler: width of loads, spills, and how often they compile.
 
-A stand-in driver takes the place of a GPU's: `fused_ar_tar` on CPU tensors compiles what it would launch there.
+A stand-in driver replaces that of a GPU: `fused_ar_tar` on CPU tensors compiles the kernels that it would launch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, on
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     from triton.backends.compiler import GPUTarget
 
-    # Triton 3.4 does not bring the linker for AMD, whose result no test reads: this one copies what it should link.
+    # Triton 3.4 does not bring the linker for AMD, whose result no test reads: this one copies its input.
     linker = tmp_path / "lld"
     linker.write_text('#!/bin/sh\n[ "$1" = --version ] || cp "$4" "$6"\n')
     linker.chmod(0o755)

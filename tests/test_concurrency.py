@@ -1,4 +1,4 @@
-"""Threads at once, and other processes: forked, spawned, and what is sent to them."""
+"""Threads at once, and other processes: forked, spawned, and objects sent to them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_workers_of_a_data_loader(method: str) -> None:
     if method == "fork" and torch.cuda.is_available():
         pytest.skip("with a GPU, torch refuses a backward in a forked process")
     steps = Steps()
-    want = [steps[i] for i in range(3)]  # and the parent has used all that it hands down
+    want = [steps[i] for i in range(3)]  # and the parent has used each kernel before the fork
     options: Any = {"batch_size": None, "num_workers": 1, "timeout": TIMEOUT, "multiprocessing_context": method}
     for got, expected in zip(DataLoader(steps, **options), want, strict=True):
         assert_close(got, expected)
@@ -120,8 +120,8 @@ class Model(nn.Module):
 
 
 def elsewhere(regularizer: RNNRegularizer, model: Model, x: Tensor, sent: ARTAR) -> ARTAR:
-    """What a process makes of what it was sent."""
-    assert model.dropout.take() is None  # what waits for the parent's loss
+    """Use a model that was sent to a process."""
+    assert model.dropout.take() is None  # the penalty waits for the parent's loss
     with pytest.raises(RuntimeError, match="nothing was captured"):
         regularizer.on_backward_begin(torch.zeros(()))
     regularizer.attach(model.lstm, model.dropout)

@@ -1,4 +1,4 @@
-"""What importing the package gives, and what it leaves alone."""
+"""The import of the package: its names, and the modules that it does not import."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def assert_gradient(got: Tensor | None, want: Tensor | None, lengths: list[int] 
     assert got is not None
     assert want is not None
     unit = torch.finfo(got.dtype).eps * (2 if INTERPRETED and got.dtype == BF16 else 1)
-    # Where the parts of a gradient cancel, what is left is off by what they were rounded by.
+    # Where the parts of a gradient cancel, the rest has the rounding error of the parts.
     part = 8 * torch.finfo(torch.promote_types(got.dtype, FLOAT)).eps * want.abs().max().item()
     torch.testing.assert_close(got.double(), want, rtol=2 * unit, atol=part)
     for x, n in zip(got, lengths or [], strict=False):
@@ -231,7 +231,7 @@ def test_large_upstream_gradients_are_divided_first(dropout: bool, create_graph:
 
 
 def test_batch_sizes_that_change_in_shared_memory(device: str) -> None:
-    """NumPy's writes raise no version: what was checked is what counts."""
+    """NumPy's writes raise no version: the checked values count."""
     numpy = pytest.importorskip("numpy")
     sizes = numpy.array([3, 2, 1])
     rows = torch.randn(6, 4, device=device, requires_grad=True)

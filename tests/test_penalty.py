@@ -1,4 +1,4 @@
-"""`fused_ar_tar` against the formula in float64: values, gradients of any order, and what surrounds them."""
+"""`fused_ar_tar` against the formula in float64: values, gradients of any order, and the function around them."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def in_float64(raw: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eps(*tensors: Tensor) -> float:
-    """The unit of rounding of the dtype that the penalty of these tensors is formed in."""
+    """Return the unit of rounding of the dtype that the penalty is computed in."""
     return torch.finfo(DOUBLE if any(x.dtype == DOUBLE for x in tensors) else FLOAT).eps
 
 
 def assert_gradient(got: Tensor, want: Tensor, largest: float, unit: float) -> None:
     """Within a rounding of `got`'s dtype, and a few of the computation on terms as large as `largest`."""
-    if got.dtype in (HALF, BF16):  # rounded to by way of float32
+    if got.dtype in (HALF, BF16):  # rounded through float32
         unit = max(unit, torch.finfo(FLOAT).eps)
     error = (got.double() - want).abs()
     info = torch.finfo(got.dtype)
@@ -108,7 +108,7 @@ def test_gradients(sample: Sample, frozen: str, device: str, poison: None) -> No
             continue
         assert x.grad is not None
         assert x.grad.dtype == x.dtype
-        # Changes of raw cancel: what is lost is relative to the terms, not to their difference.
+        # Changes of raw cancel: the error is relative to the terms, not to their difference.
         in_tar, in_ar = kind == "raw" or sample.same, kind == "dropped" or sample.same
         coefficients = 2 * 1000 * (4 * sample.beta * in_tar + sample.alpha * in_ar)
         divisor = truth_divisor(sample) if sample.reduction == "mean" else 1
@@ -252,7 +252,7 @@ def test_a_term_that_is_off_is_not_read(device: str) -> None:
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (2.0, 0.0), (0.0, 0.0)])
 def test_terms_are_measured_where_a_coefficient_is_zero(alpha: float, beta: float, same: bool, device: str) -> None:
-    """A schedule that starts at 0 shows what there is. The penalty and the gradients are as without the term."""
+    """A schedule that starts at 0 shows the term. The penalty and the gradients are those without it."""
     raw = torch.randn(2, 5, 8, device=device, requires_grad=True)
     dropped = raw if same else torch.randn(2, 5, 8, device=device, requires_grad=True)
     got = fused_ar_tar(raw, dropped, alpha, beta, return_terms=True)
@@ -324,10 +324,10 @@ def live_tensors() -> set[int]:
 
 
 def test_no_tensor_but_gradients_outlives_a_step(device: str) -> None:
-    """Gradients are there from the forward on, and on a GPU a record of the upstream gradient assumed."""
+    """The forward fills the gradients, and on a GPU a record of the assumed upstream gradient."""
     skip_on_formula(device)
     raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
-    torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped))  # makes what is made once
+    torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped))  # makes the plans and reserves
     before = live_tensors()
     got = fused_ar_tar(raw, dropped, 2.0, 1.0)
     early = live_tensors() - before - {id(got)}
@@ -520,7 +520,7 @@ def test_compiled_code_refuses_bad_coefficients(wrong: float) -> None:
 
 @pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning"
-)  # of the checks of sizes, which a trace takes as they are
+)  # of the checks of sizes, which a trace makes constants
 def test_tracers_see_the_formula(device: str) -> None:
     example, other = torch.randn(2, 2, 5, 8, device=device).unbind()
 

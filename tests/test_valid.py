@@ -145,7 +145,7 @@ def test_steps_at_the_front_are_those_of_lengths_to_the_last_bit(
 @pytest.mark.parametrize("full", [True, False], ids=["full mask", "locked mask"])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, DOUBLE], ids=str)
 def test_dropout(mask: str, full: bool, batch_first: bool, dtype: torch.dtype, device: str, poison: None) -> None:
-    """What does not count is dropped out like the rest, and has the gradient of what it was dropped to alone."""
+    """An invalid step is dropped out like the others, and has the gradient of its dropped value alone."""
     valid = marks(mask, device)
     raw = torch.randn(*valid.shape, 12, device=device).to(dtype)
     kept = (torch.rand(len(raw), raw.shape[1] if full else 1, 12, device=device) > 0.5).to(dtype) * 2  # exact products
