@@ -248,6 +248,23 @@ def test_the_readme_replaces_the_formula_by_its_equal() -> None:
     assert losses[0] > 1
 
 
+def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
+    from fastreg import fused_ar_tar
+
+    page = (ROOT / "docs" / "coefficients.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| `(w \*[^|]*)` \| `([^|`]*)`(.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, TIME, HIDDEN, dtype=torch.float64)
+    names = {"x": x, "w": 3.0, "dt": 0.1, "hidden": HIDDEN, "time": TIME}
+    for term, formula, remark in rows:
+        coefficient = eval(formula, names)
+        alpha, beta = (0.0, coefficient) if "diff" in term else (coefficient, 0.0)
+        reduction = "sum" if 'reduction="sum"' in remark else "mean"
+        penalty = fused_ar_tar(x, x, alpha, beta, reduction=reduction)
+        torch.testing.assert_close(penalty, eval(term, names), msg=term)
+
+
 def test_the_figures_of_the_study_are_those_of_its_report() -> None:
     report = (ROOT / "bench" / "results" / "study.md").read_text()
     quoted = re.findall(r"^- \(\d.*\)$", (ROOT / "docs" / "coefficients.md").read_text(), re.MULTILINE)
