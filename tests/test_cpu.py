@@ -88,7 +88,7 @@ def test_too_little_memory_is_an_error() -> None:
             assert forward([x, x, None, None], values).penalty == 2
 
 
-@pytest.mark.parametrize("level", ["default", "avx2"])
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
 def test_float16_keeps_its_subnormal_numbers(level: str) -> None:
     """Every finite number, copied and divided by 4, where the processor is told to flush those of float32."""
     code = """

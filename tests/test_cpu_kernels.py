@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 import os
+import platform
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -389,6 +391,87 @@ def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
         there = ~want.isnan()
         assert got.signbit()[there].equal(want.signbit()[there])
+
+
+@pytest.fixture
+def at_each_level(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], list[Tensor]]], None]:
+    """Compare, to the last bit, what a function returns with each library that this processor runs."""
+
+    def compare(results: Callable[[], list[Tensor]]) -> None:
+        found = {}
+        for path in cpu.runnable():
+            monkeypatch.setattr(cpu, "library", functools.partial(cpu.opened, path))
+            found[path.name] = [x.clone() for x in results()]
+        name, want = found.popitem()
+        for other, got in found.items():
+            for x, y in zip(got, want, strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=f"{other} and {name} differ")
+
+    return compare
+
+
+def test_all_libraries_are_built() -> None:
+    """On x86-64 one for each level, of which those up to the level of the processor run."""
+    levels = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert len(cpu.runnable()) == levels[torch.backends.cpu.get_cpu_capability()]
+        assert cpu.library().path == cpu.runnable()[0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout", "ar_of_raw", "with_lengths"), CASES, ids=named)
+def test_levels_agree(
+    shape: Any, dtype: torch.dtype, layout: Any, ar_of_raw: bool, with_lengths: bool, at_each_level: Any
+) -> None:
+    """Each is right, and all give the same bits."""
+    lengths = some_lengths(shape) if with_lengths else None
+    call = penalty_call(shape, (dtype, dtype), (layout, layout), lengths, ar_of_raw=ar_of_raw)
+    drop = drop_call(shape, dtype, layout, with_lengths, lengths, ar_of_raw=ar_of_raw)
+
+    def results() -> list[Tensor]:
+        call.poison()
+        call.check()
+        drop.check()
+        sums = call.forward(0.75), drop.forward()
+        return [*sums, *(x for x in (*call.grads, drop.dropped, drop.backward(0.75)) if x is not None)]
+
+    at_each_level(results)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize("flush", [False, True])
+def test_levels_round_alike(dtype: torch.dtype, flush: bool, at_each_level: Any) -> None:
+    """Subnormal numbers, ties, infinity and NaN, whatever bits NaN has."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, -1)
+    call = Call(None, every, Terms(0.5, 0.0), mean=False)
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(FLOAT).item()
+
+    def results() -> list[Tensor]:
+        found = []
+        for scale in (1.0, -1.0, 1 + 2**-8, 1.5, 1 / 3, 2.0**-9, 7e-5, 255.0, 1e38, nan):
+            assert torch.set_flush_denormal(flush)
+            call.backward(scale)
+            torch.set_flush_denormal(False)
+            assert call.grads[1] is not None
+            found.append(call.grads[1].clone())
+        assert found[-1].isnan().all()
+        return found
+
+    at_each_level(results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [2048, 2047])
+def test_levels_agree_on_outputs_beyond_the_caches(dtype: torch.dtype, hidden: int, at_each_level: Any) -> None:
+    """Gradients of 32 MB and more together, at addresses that are aligned and others."""
+    time = -(-(2**25) // (2 * 2 * 2040 * dtype.itemsize))
+    call = Call(values((2, time, hidden), dtype), values((2, time, hidden), dtype), Terms(2.0, 1.0))
+
+    def results() -> list[Tensor]:
+        return [call.forward(0.75), *(x for x in call.grads if x is not None)]
+
+    at_each_level(results)
+    call.poison()
+    call.check()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
