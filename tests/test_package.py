@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastreg.kernels import cpu
-
 import fastreg
 import fastreg.__main__ as main
+from fastreg.kernels import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
