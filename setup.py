@@ -23,7 +23,7 @@ SOURCE = Path("kernels", "cpu.cpp")
 HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 LEVELS = {"_cpu": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS["_cpu_v3"] = ["-march=x86-64-v3"]
+    LEVELS |= {f"_cpu_v{level}": [f"-march=x86-64-v{level}"] for level in (3, 4)}
 # The same hash as in kernels/cpu.py: a library in a source tree is not loaded beside other sources than its own.
 SOURCES = sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))).hexdigest()[:16]
 OPTIONS = [

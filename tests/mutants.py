@@ -187,13 +187,13 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/cpu_rows.h", "PenaltyRow"): [
         (
             "sign of the change from a step flipped",
-            "gradient = tar_factor * (arriving - leaving);",
-            "gradient = tar_factor * (arriving + leaving);",
+            "gradient = (arriving - leaving) * tar_factor;",
+            "gradient = (arriving + leaving) * tar_factor;",
         ),
-        ("AR of raw left out of the gradient", "TAR_GRAD ? gradient + ar_factor * value :", "TAR_GRAD ? gradient :"),
+        ("AR of raw left out of the gradient", "TAR_GRAD ? gradient + value * ar_factor :", "TAR_GRAD ? gradient :"),
     ],
     ("kernels/cpu_rows.h", "DropoutGradientRow"): [
-        ("dropped not rounded", "wide<A, T>(rounded<T, A>(value * keep))", "(value * keep)"),
+        ("dropped not rounded", "rounded<A, T>(value * keep)", "(value * keep)"),
         ("an infinite mask spoils TAR", "&& (flags & UPSTREAM || ar_of_dropped)) gradient", ") gradient"),
     ],
     ("kernels/cpu_rows.h", "RowCode"): [
@@ -220,7 +220,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("sequences apart taken for neighbours", "if (strides.outer != sizes.inner) return", "if (false) return"),
     ],
     ("kernels/cpu_vectors.h", "rounded"): [
-        ("ties away from even", "bits + 0x7fff + (bits >> 16 & 1);", "bits + 0x7fff + 1;"),
+        ("ties away from even", "bits + 0x7fff + (bits >> 16 & 1);", "bits + 0x8000;"),
         ("NaN rounded to infinity", "value == value ? ordered : 0x7e00", "ordered"),
     ],
     ("kernels/cpu_vectors.h", "floats"): [

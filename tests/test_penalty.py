@@ -518,9 +518,7 @@ def test_compiled_code_refuses_bad_coefficients(wrong: float) -> None:
         compiled(x, x, wrong, 1.0)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning"
-)  # of the checks of sizes, which a trace makes constants
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes, which a trace makes constants
 def test_tracers_see_the_formula(device: str) -> None:
     example, other = torch.randn(2, 2, 5, 8, device=device).unbind()
 
