@@ -182,6 +182,8 @@ class Tiling:
         align = math.gcd(16, inner, *strides)
         widest = max(x.dtype.itemsize for x in operands if x is not None)
         block = THREADS * 16 // widest
+        if align * widest < 8:  # narrow loads need a pointer each, and twice the registers
+            block //= 2
         blocks = ceil_div(outer * inner, block)
         runs = min(PROGRAMS // blocks, time // SHORTEST_RUN)
         runs = max(runs, ceil_div(time, LONGEST_RUN))
