@@ -94,7 +94,7 @@ def dropout_forward(
     mask                 the same shape, already scaled; one row for all time steps if LOCKED
     dropped              (outer, time, inner) out
     partials             (2 * programs,) in ACC, memory for partial sums
-    ticket               (1,) int32, 0 before the launch and after it
+    ticket               (1,) int32, as `finish` wants it
     penalty              () out in ACC
     terms                (2,) out in ACC: ar and tar; None unless they are measured
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
@@ -323,7 +323,7 @@ class DropoutForward:
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         tiling = Tiling(view, sums.dtype)
         self.launch = _launch(dropout_forward, tiling, view, sums, device)
-        self.memory = SumMemory(sums, 2 * tiling.programs, device)
+        self.memory = SumMemory(sums, tiling.programs, device)
 
     def __call__(self, tensors: Sequence[Tensor], values: Values) -> Result:
         """Fill `dropped` and compute the penalty.

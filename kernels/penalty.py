@@ -110,7 +110,7 @@ def penalty_kernel(
                             without partials
     partials                (3 * programs,) in ACC: partial sums of AR, of TAR, and assumed upstream gradients; None
                             where no forward has assumed any
-    ticket                  (1,) int32, 0 before the launch and after it; None without SUM, like penalty
+    ticket                  (1,) int32, as `finish` wants it; None without SUM, like penalty
     penalty                 () out in ACC
     terms                   (2,) out in ACC: ar and tar; None unless they are measured
     lengths                 (outer,) integers, how many time steps of a sequence count; None if all do
@@ -253,7 +253,7 @@ class PenaltyForward:
         self.writes = view.operands[2:] != (None, None)
         tiling = Tiling(view, sums.dtype)
         self.launch = _launch(tiling, sums, device, SUM=True, WRITE=self.writes)
-        self.memory = SumMemory(sums, 3 * tiling.programs, device)
+        self.memory = SumMemory(sums, tiling.programs, device)
         self.device, self.expected = device, Expected(sums.dtype, device)
 
     def __call__(self, tensors: Sequence[Tensor | None], values: Values, before: Result | None = None) -> Result:

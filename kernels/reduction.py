@@ -194,7 +194,7 @@ def finish(ar, tar, outputs, scratch, extents, weights):
 
     ar, tar  scalars, this program's partial sums of squares
     outputs  where to
-    scratch  of which the ticket is 0 before the launch and after it
+    scratch  of which the ticket is a multiple of the number of programs before the launch and after it
     extents  to count divisors
     weights  coefficients and scales
     """
@@ -203,7 +203,7 @@ def finish(ar, tar, outputs, scratch, extents, weights):
     tl.store(partial, ar)
     tl.store(partial + programs, tar)
     tl.debug_barrier()  # this program's stores come before its ticket, whichever threads make them
-    if tl.atomic_add(scratch.ticket, 1, sem="acq_rel") == programs - 1:
+    if (tl.atomic_add(scratch.ticket, 1, sem="acq_rel") + 1) % programs == 0:
         dtype: tl.constexpr = ar.dtype
         columns = tl.arange(0, CHUNK)
         ar_sums = tl.zeros((CHUNK,), dtype)
@@ -229,7 +229,7 @@ def finish(ar, tar, outputs, scratch, extents, weights):
         if outputs.terms is not None:
             tl.store(outputs.terms, ar_mean)
             tl.store(outputs.terms + 1, tar_mean)
-        tl.store(scratch.ticket, 0)
+        tl.atomic_add(scratch.ticket, 0 - programs, sem="relaxed")  # not 0, which would undo what others have drawn
 
 
 @triton.jit
@@ -238,11 +238,14 @@ def weighted(coefficient, term):
     return tl.where(coefficient == 0, 0.0, coefficient.to(term.dtype) * term)
 
 
-def ticket_for(device: torch.device) -> Tensor:
-    """Return a counter, (1,) int32 and 0, that no other launch in flight has; the launch leaves it at 0."""
+def ticket_for(device: torch.device, programs: int) -> Tensor:
+    """Return a counter, (1,) int32, for a launch of so many programs on the current stream; the launch leaves it at 0.
+
+    docs/kernels.md says why launches that share it, on streams of one handle, can not spoil it for those after them.
+    """
     if device.type == "cpu":  # the interpreter may be cut off halfway, so nothing is left to the next launch
         return torch.zeros(1, dtype=torch.int32, device=device)
-    return TICKETS.exclusive(device)
+    return TICKETS.exclusive(device, programs)
 
 
 class SumMemory:
@@ -250,13 +253,13 @@ class SumMemory:
 
     Args:
         sums: what is computed.
-        partials: how many numbers all programs leave in memory.
+        programs: of a launch, each of which leaves up to three numbers in memory.
         device: where they run.
     """
 
-    def __init__(self, sums: Sums, partials: int, device: torch.device) -> None:
-        self.device, self.measured = device, sums.measured
-        shapes = torch.Size(), torch.Size([2]), torch.Size([partials])
+    def __init__(self, sums: Sums, programs: int, device: torch.device) -> None:
+        self.device, self.programs, self.measured = device, programs, sums.measured
+        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * programs])
         self.penalty, self.terms, self.partials = (
             Layout(shape, (1,) * len(shape), sums.dtype, device, aligned=True) for shape in shapes
         )
@@ -267,4 +270,4 @@ class SumMemory:
             penalty, terms = allocate(self.penalty), allocate(self.terms) if self.measured else None
         else:
             penalty, terms, _ = before
-        return penalty, terms, allocate(self.partials), ticket_for(self.device)
+        return penalty, terms, allocate(self.partials), ticket_for(self.device, self.programs)

@@ -127,7 +127,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("LOCKED always", "view.time == 1 or mask is None or mask.time == 0", "True"),
     ],
     ("kernels/reduction.py", "finish"): [
-        ("ticket not put back", "tl.store(scratch.ticket, 0)", "tl.store(scratch.ticket, 1)"),
+        ("ticket not put back", "tl.atomic_add(scratch.ticket, 0 - programs", "tl.atomic_add(scratch.ticket, 1"),
+        ("ticket set to 0", "atomic_add(scratch.ticket, 0 - programs", "atomic_xchg(scratch.ticket, 0"),
+        ("tickets from 0 alone", "+ 1) % programs == 0", "+ 1) == programs"),
         ("only the first chunk", "range(0, programs, CHUNK)", "range(0, CHUNK, CHUNK)"),
         ("last program's sums left out", "columns < programs", "columns < programs - 1"),
         ("float64 finished in float32", "dtype: tl.constexpr = ar.dtype", "dtype: tl.constexpr = tl.float32"),
