@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from fastreg.kernels.reduction import mark_kernel
-from fastreg.kernels.tiling import UNROLL, WARPS, ceil_div
+from fastreg.kernels.reduction import CHUNK, FEW, count_kernel
+from fastreg.kernels.tiling import LARGE, UNROLL, WARPS, ceil_div
 from fastreg.kernels.view import Layout, allocate
 
 
@@ -69,20 +70,25 @@ def _hook(hook: Any) -> Any:
 
 
 class Marks:
-    """Prepare valid steps of one shape for all launches of a call: see `mark_kernel`."""
+    """Count valid steps of one shape once for all launches of a call, unless each launch counts them sooner itself."""
 
     def __init__(self, valid: torch.Size, device: torch.device) -> None:
-        sequences, time = valid
-        constants = {"CHUNK": 2048, "UNROLL": UNROLL, "num_warps": 4 * WARPS, "enable_fp_fusion": True}
-        self.launch = Launch(mark_kernel, (sequences, time), constants, 1, device)
-        size = 16 + sequences * ceil_div(time, UNROLL)
-        self.marks = Layout(torch.Size([size]), (1,), torch.uint8, device, aligned=True)
+        total = valid.numel()
+        programs = 0 if total <= FEW.value else min(ceil_div(total, FEW.value // 2), CHUNK.value)
+        constants = {"INDEX": tl.int64 if total >= LARGE else tl.int32, "num_warps": WARPS, "enable_fp_fusion": True}
+        self.launch = Launch(count_kernel, (total, valid[1]), constants, programs, device) if programs else None
+        self.counts = Layout(torch.Size([16 * programs]), (1,), torch.bool, device, aligned=True)
 
     def __call__(self, valid: Tensor) -> Tensor:
-        """Return the marks of valid steps, `(sequences, time)` bool."""
-        marks = allocate(self.marks)
-        self.launch(valid.view(torch.int8), marks)
-        return marks
+        """Return counts of valid steps, `(sequences, time)` bool; or `valid`, for kernels that will not look at counts.
+
+        The dtype is the same in either case, as kernels are compiled for it.
+        """
+        if self.launch is None:
+            return valid
+        counts = allocate(self.counts)
+        self.launch(valid, counts)
+        return counts
 
 
 def table_of(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

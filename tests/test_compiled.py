@@ -236,7 +236,7 @@ def test_a_varying_batch_compiles_once_time_first(target: Any) -> None:
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tickets = iter(torch.zeros(6, dtype=torch.int32).split(1))
-    monkeypatch.setattr(reduction, "ticket_for", lambda _: next(tickets))
+    monkeypatch.setattr(reduction, "ticket_for", lambda *_: next(tickets))
     for _ in range(3):
         run((FLOAT, FLOAT), same=False)
         run_dropout(FLOAT)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -80,12 +81,43 @@ def test_threads_get_tickets_that_are_ready(monkeypatch: pytest.MonkeyPatch) -> 
 
     def draw(_: int) -> tuple[Tensor, bool]:
         together.wait()
-        return tickets.exclusive(device), zeroed.is_set()
+        return tickets.exclusive(device, 1), zeroed.is_set()
 
     with ThreadPoolExecutor(THREADS) as pool:
         drawn, ready = zip(*pool.map(draw, range(THREADS)), strict=True)
     assert all(ready)
     assert len({x.storage_offset() for x in drawn}) == THREADS  # of one reserve
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_capture_is_that_of_the_device_of_the_tensors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is captured on one device, whether it is the current one or not."""
+    streams = pytest.importorskip("fastreg.kernels.streams")
+    if not hasattr(getattr(torch, kind), "is_current_stream_capturing"):
+        pytest.skip(f"this PyTorch has no graphs for {kind}")
+    current = [0]
+
+    @contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current[0])
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(f"torch.{kind}.is_current_stream_capturing", lambda: current[0] == 1)
+    for current[0] in (0, 1):
+        assert [streams.is_captured(torch.device(kind, i)) for i in (0, 1)] == [False, True]
+    assert not streams.is_captured(torch.device("cpu"))
+
+
+def test_launches_of_other_numbers_of_programs_share_no_ticket() -> None:
+    """Each counts modulo its own number."""
+    streams = pytest.importorskip("fastreg.kernels.streams")
+    tickets = streams.PerStream(torch.int32, 0)
+    cpu = torch.device("cpu")
+    assert tickets.exclusive(cpu, 3) is tickets.exclusive(cpu, 3)
+    assert tickets.exclusive(cpu, 3).data_ptr() != tickets.exclusive(cpu, 4).data_ptr()
 
 
 class Steps(Dataset[list[Tensor]]):

@@ -133,19 +133,26 @@ def test_offsets_past_31_bits(strides: tuple[int, int], device: str) -> None:
     assert_right(raw.detach().requires_grad_(), dropped.detach().requires_grad_())
 
 
-def test_a_launch_leaves_its_ticket_at_zero(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticket = torch.zeros(1, dtype=torch.int32, device=device)
-    monkeypatch.setattr(reduction, "ticket_for", lambda _: ticket)
+@pytest.mark.parametrize("launches", [0, 1, 2])
+def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have drawn all their numbers from it, and not put it back."""
+    ticket, begins = torch.zeros(1, dtype=torch.int32, device=device), []
+
+    def ticket_for(_: torch.device, programs: int) -> Tensor:
+        begins.append(launches * programs)
+        return ticket.fill_(launches * programs)
+
+    monkeypatch.setattr(reduction, "ticket_for", ticket_for)
     for _ in range(2):
         assert_right(*leaves(device, 3, 70, 40))
-        assert ticket == 0
+        assert ticket == begins[-1]
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_tickets_are_back_at_zero(device: str) -> None:
     for _ in range(3):
         fused_ar_tar(*leaves(device, 3, 70, 40), 2.0, 1.0)
-    tickets = [ticket for (on, _), ticket in reduction.TICKETS.of_stream.items() if on.type == device]
+    tickets = [ticket for (on, *_), ticket in reduction.TICKETS.of_stream.items() if on.type == device]
     assert tickets
     assert all(ticket.item() == 0 for ticket in tickets)
 

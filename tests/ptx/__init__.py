@@ -51,7 +51,10 @@ def scrambled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def fresh(*arguments: Any, **options: Any) -> torch.Tensor:
         x = make(*arguments, **options)
         if type(x) is torch.Tensor and x.device.type == "cpu" and x.nbytes < 2**26:  # a compiler's have no memory
-            x.detach().fill_(torch.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max)
+            wrong = (
+                True if x.dtype == torch.bool else torch.iinfo(x.dtype).max if not x.is_floating_point() else torch.nan
+            )
+            x.detach().fill_(wrong)
         return x
 
     return fresh
