@@ -1,6 +1,8 @@
 # Every target builds and uses .venv by itself: python3 (3.10 or newer, with venv), git and make are enough.
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# Modules are compiled when a test imports them: of all that is installed those are few.
+INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
+PIP = .venv/bin/python $(INSTALL)
 PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
 # Processes of pytest, one a core and four at most: each has PyTorch and the frameworks in memory.
@@ -9,9 +11,15 @@ PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficie
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout add_gradient padding valid kernels sizes))
 CORE = reference layout coefficients prediction valid padding dropout penalty regularizer rnn_dropout attachment capture
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
-# Those that another release of PyTorch, Triton or a framework may break.
-VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) torch compiled ptx cpu concurrency distributed package \
+# Those that another release of PyTorch or a framework may break, and those that another Triton may. The newest Triton is
+# in .venv, too.
+VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) torch concurrency distributed package \
     fastai lightning transformers))
+TRITON_TESTS = $(addprefix tests/test_,$(addsuffix .py,compiled ptx))
+# Those that run what another processor has other code for.
+PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction valid padding dropout penalty transformers))
+# Those that run no kernel, but the formula: derivatives of second order, and what is traced.
+NO_KERNEL = gradcheck or twice_differentiable or second_derivatives or transforms or compil
 
 .PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench bench-compare lint wheel sdist clean
@@ -26,7 +34,7 @@ help:
 	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
 	@echo "make test-oldest   run the tests that a release may break with the oldest PyTorch and Triton supported, in .venv-oldest"
 	@echo "make test-newest   the same with the newest PyTorch, in .venv-newest"
-	@echo "make test-plain   run the core as on a processor without AVX-512"
+	@echo "make test-plain   run what a processor without AVX-512 has other code for"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README:"
 	@echo "             ten minutes on two idle cores"
 	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
@@ -53,8 +61,8 @@ test-compiled: .venv/test .venv/frameworks
 	$(PYTEST) $(PARALLEL)
 
 test-interpreted: .venv/test
-	@echo "== the same samples through the Triton kernels, run by Triton's interpreter, but for numerical gradients"
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not gradcheck and not repeats_bitwise" $(KERNEL_TESTS)
+	@echo "== the same samples through the Triton kernels, run by Triton's interpreter, but for what runs the formula"
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not ($(NO_KERNEL) or repeats_bitwise)" $(KERNEL_TESTS)
 
 test-fast: .venv/test
 	@echo "== the essentials, less than a minute on two cores: make test runs every test"
@@ -77,7 +85,7 @@ mutants: .venv/test
 
 test-oldest: .venv-oldest/test
 	@echo "== tests that a release may break, with the oldest releases supported (make test-ptx runs their kernels)"
-	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(TRITON_TESTS)
 
 test-newest: .venv-newest/test
 	@echo "== tests that a release may break, with the newest PyTorch; all other tests must at least be found"
@@ -85,9 +93,10 @@ test-newest: .venv-newest/test
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
 
 # PyTorch and oneDNN then run the code that they have for the least of processors, and oneDNN that for AVX2.
-test-plain: .venv/test
-	@echo "== the core on a processor without AVX-512, imitated"
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) -m "not gpu" $(FAST_TESTS)
+test-plain: .venv/test .venv/frameworks
+	@echo "== the kernels and models in bfloat16 on a processor without AVX-512, imitated"
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) -m "not gpu" \
+	    -k "not ($(NO_KERNEL)) and (bfloat16 or not transformers)" $(PLAIN_TESTS)
 
 # What fails is in the report.
 bench: .venv/test
@@ -156,7 +165,7 @@ sdist: .venv/test
     tests/oldest.txt
 	@echo "== building .venv-$*"
 	@$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,bench]'
+	.venv-$*/bin/python $(INSTALL) --editable '.[test,demo,bench]'
 	@bash tests/frameworks.sh .venv-$*
 	@touch $@
 
