@@ -1,6 +1,8 @@
 # Each target builds the environment that it needs in .venv: python3 (3.10 or newer, with venv), git and make are enough.
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# Python compiles modules when they are imported; most installed modules never are.
+INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
+PIP = .venv/bin/python $(INSTALL)
 PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
 # Processes of pytest: one for each core, at most four, as each loads PyTorch and the frameworks.
@@ -9,9 +11,15 @@ PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficie
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout addition padding valid kernels sizes))
 CORE = reference layout coefficients prediction valid padding dropout penalty regularizer rnn_dropout attachment capture
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
-# Tests that another release of PyTorch, Triton or a framework may break.
-VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) torch compiled ptx cpu concurrency distributed package \
+# Tests that another release of PyTorch or a framework may break, and tests that another Triton may break. The newest Triton
+# is in .venv, too.
+VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) torch concurrency distributed package \
     fastai lightning transformers))
+TRITON_TESTS = $(addprefix tests/test_,$(addsuffix .py,compiled ptx))
+# Tests of code that depends on the processor.
+PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction valid padding dropout penalty transformers))
+# Tests of the formula alone: derivatives of second order, and traced code.
+NO_KERNEL = gradcheck or twice_differentiable or second_derivatives or transforms or compil
 
 .PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench bench-compare lint docs wheel sdist clean
@@ -26,7 +34,7 @@ help:
 	@echo "make mutants test the tests: break a copy of the code, one line at a time; a test must fail (ARGS=cpu.py for some)"
 	@echo "make test-oldest   run the tests that a release may break, with the oldest PyTorch and Triton, in .venv-oldest"
 	@echo "make test-newest   run them with the newest PyTorch, in .venv-newest"
-	@echo "make test-plain   run the core as on a processor without AVX-512"
+	@echo "make test-plain   run the kernels as on a processor without AVX-512"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
 	@echo "             tables of the README and docs: ten minutes on two idle cores"
 	@echo "make bench-compare   measure, and fail if fastreg is slower than in the committed result of this device"
@@ -54,8 +62,8 @@ test-compiled: .venv/test .venv/frameworks
 	$(PYTEST) $(PARALLEL)
 
 test-interpreted: .venv/test
-	@echo "== the same samples through the Triton kernels in Triton's interpreter, without numerical gradients"
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not gradcheck and not repeats_bitwise" $(KERNEL_TESTS)
+	@echo "== the same samples through the Triton kernels in Triton's interpreter, without tests that run the formula"
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not ($(NO_KERNEL) or repeats_bitwise)" $(KERNEL_TESTS)
 
 test-fast: .venv/test
 	@echo "== the essential tests, less than a minute on two cores; make test runs all"
@@ -78,7 +86,7 @@ mutants: .venv/test
 
 test-oldest: .venv-oldest/test
 	@echo "== tests that a release may break, with the oldest supported releases (make test-ptx runs their kernels)"
-	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(TRITON_TESTS)
 
 test-newest: .venv-newest/test
 	@echo "== tests that a release may break, with the newest PyTorch; all other tests are collected only"
@@ -86,9 +94,10 @@ test-newest: .venv-newest/test
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
 
 # These variables select PyTorch's code for the simplest processor, and oneDNN's for AVX2.
-test-plain: .venv/test
-	@echo "== the core as on a processor without AVX-512"
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) -m "not gpu" $(FAST_TESTS)
+test-plain: .venv/test .venv/frameworks
+	@echo "== the kernels, and models in bfloat16, as on a processor without AVX-512"
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) -m "not gpu" \
+	    -k "not ($(NO_KERNEL)) and (bfloat16 or not transformers)" $(PLAIN_TESTS)
 
 # The report contains the failures.
 bench: .venv/test
@@ -164,7 +173,7 @@ sdist: .venv/test
     tests/oldest.txt
 	@echo "== building .venv-$*"
 	@$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,bench]'
+	.venv-$*/bin/python $(INSTALL) --editable '.[test,demo,bench]'
 	@bash tests/frameworks.sh .venv-$*
 	@touch $@
 
