@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastreg.kernels import tiling
 from fastreg.kernels.launch import Launch, table_of
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, factors, finish
 from fastreg.kernels.streams import Expected
@@ -27,6 +28,8 @@ from fastreg.kernels.tiling import (
     within,
 )
 from fastreg.kernels.view import Prediction, Result, Sums, Values, View
+
+THREADS = tl.constexpr(tiling.THREADS)
 
 
 @triton.jit(
@@ -138,13 +141,11 @@ def penalty_kernel(
     sequences = lanes // inner
     padded: tl.constexpr = (lengths is not None and offsets is None) or valid is not None
     if WRITE:
-        upstream = tl.load(grad)
+        upstream = load_once(grad) if SUM else tl.load(grad)
         if partials is not None:
             record = partials + 2 * tl.num_programs(0) + program
             if SUM:
                 tl.store(record, upstream)
-                tl.debug_barrier()  # each thread has loaded what is expected by itself, and goes by one of them
-                upstream = tl.load(record)
             else:
                 differs = differ(tl.load(record), upstream).to(tl.int32)
                 items *= differs
@@ -230,6 +231,15 @@ def penalty_kernel(
         outputs = Outputs(penalty, terms, ADDS)
         extents = Extents(lengths if COUNT else None, valid if COUNT else None, counted, sequences, time, inner * ALIGN)
         finish(ar, tar, outputs, Scratch(partials, ticket), extents, weights)
+
+
+@triton.jit
+def load_once(x):
+    """Load a scalar by one thread of the program, which the others, that may find another, get from it."""
+    BITS: tl.constexpr = tl.int64 if x.dtype.element_ty == tl.float64 else tl.int32
+    thread = tl.arange(0, THREADS)
+    bits = tl.load(x.to(tl.pointer_type(BITS), bitcast=True) + 0 * thread, mask=thread == 0, other=0)
+    return tl.sum(bits).to(x.dtype.element_ty, bitcast=True)
 
 
 @triton.jit

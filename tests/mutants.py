@@ -76,7 +76,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("only the first item of a program", "range(program, items,", "range(program, program + 1,"),
         ("last row not written", "marks, i, turn + i, last)", "marks, i, turn + i, last - 1)"),
         ("padding not filled", "within(tile, turn + i, time) if padded else counts", "counts"),
-        ("grad ignored", "upstream = tl.load(grad)", "upstream = tl.full((), 1.0, ACC)"),
+        ("grad ignored", "upstream = load_once(grad) if SUM else tl.load(grad)", "upstream = tl.full((), 1.0, ACC)"),
         ("the comparison always true", "items *= differs", "items *= 0"),
         ("one program alone writes anew", "items *= differs", "items = tl.where(program == 0, items * differs, 0)"),
         ("the assumption not recorded", "tl.store(record, upstream)", "pass"),
