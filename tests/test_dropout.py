@@ -331,23 +331,6 @@ def test_batched_gradients(device: str) -> None:
     torch.testing.assert_close(jacobian(lambda x: fused(Sample(), x, mask)[1]), plain)
 
 
-def test_function_transforms(device: str) -> None:
-    raw = torch.randn(4, 3, 7, 12, device=device, dtype=DOUBLE)
-    mask = mask_for(Sample(), raw[0], False)
-
-    def call(x: Tensor) -> Tensor:
-        dropped, got = fused(Sample(), x, mask)
-        return dropped.sin().sum() * got
-
-    def plain(x: Tensor) -> Tensor:
-        return (x * mask).sin().sum() * ar_tar(Layer(x, x * mask), Problem(2.0, 1.0)).penalty
-
-    torch.testing.assert_close(
-        torch.func.vmap(torch.func.grad(call))(raw), torch.func.vmap(torch.func.grad(plain))(raw)
-    )
-    torch.testing.assert_close(torch.func.hessian(call)(raw[0]), torch.func.hessian(plain)(raw[0]))
-
-
 def test_ar_of_raw_under_function_transforms(device: str) -> None:
     module, raw = FusedRNNDropout(0.4, 2.0, 1.0, ar_of="raw"), torch.randn(3, 7, 12, device=device, dtype=DOUBLE)
 
@@ -357,19 +340,6 @@ def test_ar_of_raw_under_function_transforms(device: str) -> None:
 
     want = torch.func.grad(lambda x: ar_tar(Layer(x, x), Problem(2.0, 1.0)).penalty)(raw)
     torch.testing.assert_close(torch.func.grad(call)(raw), want)
-
-
-def test_compiles_to_one_graph(device: str) -> None:
-    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
-    mask = mask_for(Sample(), raw, False)
-
-    def call(x: Tensor) -> Tensor:
-        dropped, got = fused(Sample(), x, mask)
-        return dropped.sin().sum() + got
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(raw), call(raw))
-    torch.testing.assert_close(torch.autograd.grad(compiled(raw), raw), torch.autograd.grad(call(raw), raw))
 
 
 @pytest.mark.parametrize(

@@ -404,15 +404,6 @@ def test_function_transforms(kind: str, device: str) -> None:
     torch.testing.assert_close(twice, tuple(torch.stack([g, g]) for g in want))
 
 
-@by_kind
-def test_compiles_to_one_graph(kind: str, device: str) -> None:
-    call, inputs = calls(device, FLOAT)[kind]
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), call(*inputs))
-    got = torch.autograd.grad(compiled(*inputs), inputs)
-    torch.testing.assert_close(got, torch.autograd.grad(call(*inputs), inputs))
-
-
 @pytest.mark.parametrize("sort", [True, False], ids=["sorted", "unsorted"])
 def test_compiled_code_takes_a_packed_sequence(sort: bool, device: str) -> None:
     (raw,), lengths = padded("several runs", 12, FLOAT, device=device)

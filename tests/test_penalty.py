@@ -13,9 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import ARTAR, fused_ar_tar, penalty
@@ -445,30 +443,6 @@ def test_one_lazily_negated_tensor_of_two(negated: str, device: str) -> None:
     torch.testing.assert_close(got, torch.autograd.grad(fused_ar_tar(*plain, 2.0, 1.0), plain))
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_function_transforms(same: bool, device: str) -> None:
-    raw, dropped = torch.randn(2, 4, 3, 7, 12, device=device, dtype=DOUBLE).unbind()
-
-    def call(r: Tensor, d: Tensor) -> Tensor:
-        return fused_ar_tar(r, r if same else d, 2.0, 1.0)
-
-    def plain(r: Tensor, d: Tensor) -> Tensor:
-        return ar_tar(Layer(r, r if same else d), Problem(2.0, 1.0)).penalty
-
-    for transform in (lambda f: torch.func.vmap(torch.func.grad(f)), lambda f: torch.func.vmap(torch.func.hessian(f))):
-        torch.testing.assert_close(transform(call)(raw, dropped), transform(plain)(raw, dropped))
-    tangents = (torch.randn_like(raw), torch.randn_like(dropped))
-    torch.testing.assert_close(
-        torch.func.jvp(call, (raw[0], dropped[0]), (tangents[0][0], tangents[1][0])),
-        torch.func.jvp(plain, (raw[0], dropped[0]), (tangents[0][0], tangents[1][0])),
-    )
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(raw[0], tangents[0][0])
-        got = torch.autograd.forward_ad.unpack_dual(call(dual, dropped[0])).tangent
-        want = torch.autograd.forward_ad.unpack_dual(plain(dual, dropped[0])).tangent
-    torch.testing.assert_close(got, want)
-
-
 def test_vectorized_jacobian_of_the_penalty_of_layers(device: str) -> None:
     """Gradients batched by vmap reach the backward."""
     raw = torch.randn(2, 3, 7, 12, device=device, dtype=DOUBLE)
@@ -522,46 +496,3 @@ def test_compiled_code_refuses_bad_coefficients(wrong: float) -> None:
     compiled = torch.compile(fused_ar_tar, backend="eager")
     with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0"):
         compiled(x, x, wrong, 1.0)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes, which a trace makes constants
-def test_tracers_see_the_formula(device: str) -> None:
-    example, other = torch.randn(2, 2, 5, 8, device=device).unbind()
-
-    def call(x: Tensor) -> Tensor:
-        return fused_ar_tar(x, x * 1, 2.0, 1.0)
-
-    def slope(x: Tensor) -> Tensor:
-        return torch.autograd.grad(call(x), x)[0]
-
-    torch.testing.assert_close(torch.jit.trace(call, example)(other), call(other))  # pyright: ignore[reportCallIssue]
-    torch.testing.assert_close(make_fx(call)(example)(other), call(other))
-    leaf = other.requires_grad_()
-    torch.testing.assert_close(make_fx(slope)(example.requires_grad_())(leaf), slope(leaf))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        assert call(example).shape == ()
-    torch.testing.assert_close(call(other), ar_tar(Layer(other, other), Problem(2.0, 1.0)).penalty)
-
-
-def test_the_default_device_is_not_asked(device: str) -> None:
-    x = torch.randn(2, 5, 8, device=device, requires_grad=True)
-    want = fused_ar_tar(x, x, 2.0, 1.0, return_terms=True)
-    with torch.device("meta"):
-        got = fused_ar_tar(x, x, 2.0, 1.0, return_terms=True)
-        got.penalty.backward()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_compiles_to_one_graph(same: bool, device: str) -> None:
-    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
-    leaves = (raw,) if same else (raw, dropped)
-
-    def call(*xs: Tensor) -> Tensor:
-        return fused_ar_tar(xs[0], xs[-1], 2.0, 1.0)
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*leaves), call(*leaves))
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(call(*leaves), leaves)
-    )

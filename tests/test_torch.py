@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
@@ -357,26 +358,29 @@ class TestAutocast:
 class TestTransforms:
     """In float64, against the formula."""
 
-    @pytest.mark.parametrize("kind", ["vmap", "jacrev", "jvp", "hessian", "compiled vmap", "compiled jacrev"])
-    @pytest.mark.parametrize("name", ["pair", "dropout"])
+    @pytest.mark.parametrize("kind", ["vmap", "jacrev", "jvp", "dual", "hessian", "compiled vmap", "compiled jacrev"])
+    @pytest.mark.parametrize("name", ["pair", "same", "dropout"])
     def test_functional(self, name: str, kind: str) -> None:
         def transform(f: Any, r: Tensor, d: Tensor) -> Any:
             if "vmap" in kind:
                 return torch.func.vmap(torch.func.grad(f, (0, 1)))(torch.stack([r, d]), torch.stack([d, r + d]))
             if kind == "jvp":
                 return torch.func.jvp(f, (r, d), (d, r))
+            if kind == "dual":
+                with forward_ad.dual_level():
+                    return forward_ad.unpack_dual(f(forward_ad.make_dual(r, d), d)).tangent
             if "jacrev" in kind:
                 return torch.func.jacrev(lambda r, d: torch.stack([f(r, d), f(d, r)]), (0, 1))(r, d)
             return torch.func.hessian(f, (0, 1))(r, d)
 
         def formula(r: Tensor, d: Tensor) -> Tensor:
-            raw, dropped = (r, d) if name == "pair" else (r * d, r * d * mask_for(r))
+            raw, dropped = {"pair": (r, d), "same": (r, r)}.get(name, (r * d, r * d * mask_for(r)))
             penalty = ar_tar(Layer(raw, dropped), Problem(2.0, 1.0)).penalty
-            return penalty if name == "pair" else penalty * dropped.sin().sum()
+            return penalty * dropped.sin().sum() if name == "dropout" else penalty
 
         def call(r: Tensor, d: Tensor) -> Tensor:
-            if name == "pair":
-                return fused_ar_tar(r, d, 2.0, 1.0)
+            if name != "dropout":
+                return fused_ar_tar(r, d if name == "pair" else r, 2.0, 1.0)
             dropped, penalty = fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r))
             return penalty * dropped.sin().sum()
 

@@ -274,23 +274,6 @@ def test_gradcheck(dropout: bool, device: str) -> None:
     assert gradgradcheck(call, (raw, other))
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_compiles_to_one_graph(dropout: bool, device: str) -> None:
-    valid = marks("holes", device)
-    raw, other = (torch.randn(*valid.shape, 8, device=device, requires_grad=True) for _ in range(2))
-
-    def call(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
-        if not dropout:
-            return fused_ar_tar(x, y, ALPHA, BETA, valid=valid)
-        return fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=y.detach(), valid=valid)[1]
-
-    got, want = torch.compile(call, fullgraph=True, backend="aot_eager")(raw, other, valid), call(raw, other, valid)
-    torch.testing.assert_close(got, want)
-    for x, y in zip(*(torch.autograd.grad(p, (raw, other), allow_unused=True) for p in (got, want)), strict=True):
-        if y is not None:
-            torch.testing.assert_close(x, y)
-
-
 def test_function_transforms(device: str) -> None:
     valid = marks("holes", device)
     raw = torch.randn(3, *valid.shape, 4, device=device)
