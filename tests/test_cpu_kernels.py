@@ -6,7 +6,6 @@ import functools
 import math
 import multiprocessing
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -410,12 +410,27 @@ def at_each_level(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], lis
     return compare
 
 
-def test_all_libraries_are_built() -> None:
-    """On x86-64 one for each level, of which those up to the level of the processor run."""
-    levels = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}
-    if platform.machine() in ("x86_64", "AMD64"):
-        assert len(cpu.runnable()) == levels[torch.backends.cpu.get_cpu_capability()]
-        assert cpu.library().path == cpu.runnable()[0]  # pyright: ignore[reportAttributeAccessIssue]
+@pytest.mark.parametrize(
+    ("capability", "level", "names"),
+    [
+        ("AVX512", 4, ["_cpu_v4", "_cpu_v3", "_cpu"]),
+        ("AVX512", 3, ["_cpu_v3", "_cpu"]),
+        ("AVX512", 1, ["_cpu"]),
+        ("AVX2", 4, ["_cpu_v3", "_cpu"]),
+        ("DEFAULT", 4, ["_cpu"]),
+        ("SVE256", 0, ["_cpu"]),
+    ],
+)
+def test_libraries_that_are_loaded(
+    capability: str, level: int, names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """None that the processor does not run or that PyTorch's capability forbids, and the best first."""
+    for name in ("_cpu", "_cpu_v3", "_cpu_v4"):
+        (tmp_path / f"{name}.abi3.so").touch()
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    monkeypatch.setattr(cpu, "processor_level", lambda: level)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert [path.name.partition(".")[0] for path in cpu.runnable()] == names
 
 
 @pytest.mark.parametrize(("shape", "dtype", "layout", "ar_of_raw", "with_lengths"), CASES, ids=named)
@@ -462,9 +477,9 @@ def test_levels_round_alike(dtype: torch.dtype, flush: bool, at_each_level: Any)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [2048, 2047])
 def test_levels_agree_on_outputs_beyond_the_caches(dtype: torch.dtype, hidden: int, at_each_level: Any) -> None:
-    """Gradients of 32 MB and more together, at addresses that are aligned and others."""
-    time = -(-(2**25) // (2 * 2 * 2040 * dtype.itemsize))
-    call = Call(values((2, time, hidden), dtype), values((2, time, hidden), dtype), Terms(2.0, 1.0))
+    """Gradients of 8 MB and more together, in rows whose addresses are aligned, and others."""
+    time = 2**23 // (2 * 2040 * dtype.itemsize) + 1
+    call = Call(values((1, time, hidden), dtype), values((1, time, hidden), dtype), Terms(2.0, 1.0))
 
     def results() -> list[Tensor]:
         return [call.forward(0.75), *(x for x in call.grads if x is not None)]
