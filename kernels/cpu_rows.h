@@ -116,12 +116,13 @@ class Totals {
     double sums[STEP] = {};
 };
 
-/// Call `use(rows, lane, ar, tar)` for all lanes of a row, a pair of vectors at a time; return the sums that it adds up.
+/// Call `use(rows, lane, ar, tar)` for all lanes of a row, a pair of vectors at a time; return the sums that it adds
+/// up, those of AR and of TAR that `flags` have.
 ///
 /// A chunk is summed in the dtype of the computation, and the chunks in float64. The order of additions is the same in
 /// all builds, whichever gradients are written.
-template <class A, class T, class Use>
-inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, Use use) {
+template <class A, class T, class F, class Use>
+inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, F flags, Use use) {
     constexpr int64_t PAIRS = STEP / PAIR;
     Totals ar_sums, tar_sums;
     Tail tail;
@@ -138,11 +139,11 @@ inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, Use use) 
             whole = STEP;
             rest = 0;
         }
-        ar_sums.add(ar);
-        tar_sums.add(tar);
+        if (flags & AR) ar_sums.add(ar);
+        if (flags & TAR) tar_sums.add(tar);
     }
     tail.finish();
-    return {ar_sums.total<T>(), tar_sums.total<T>()};
+    return {flags & AR ? ar_sums.total<T>() : 0, flags & TAR ? tar_sums.total<T>() : 0};
 }
 
 /// Sum the squares of a row and of the changes that lead to it; write the gradient of both.
@@ -150,7 +151,7 @@ struct PenaltyRow {
     template <class A, class T, class F>
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
         const A ar_factor = factors.ar, tar_factor = factors.tar;
-        return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
+        return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
             const Pair<A> value = read<A, T>(at.current, lane);
             Pair<A> arriving{}, leaving{}, gradient{};
             if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
@@ -169,10 +170,9 @@ struct PenaltyRow {
 struct DropoutRow {
     template <class A, class T, class F>
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &, F flags) {
-        return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
+        return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
             const Pair<A> value = read<A, T>(at.current, lane);
-            const Pair<A> kept = rounded<A, T>(value * read<A, T>(at.mask, lane));
-            write<A, T>(at.out, lane, kept, at.streams);
+            const Pair<A> kept = write<A, T>(at.out, lane, value * read<A, T>(at.mask, lane), at.streams);
             const Pair<A> counted = flags & OF_RAW ? value : kept;
             Pair<A> arriving{};
             if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
@@ -188,7 +188,7 @@ struct DropoutGradientRow {
     template <class A, class T, class F>
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
         const A ar_factor = factors.ar, tar_factor = factors.tar;
-        return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &, auto &) INLINE {
+        return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &, auto &) INLINE {
             const Pair<A> value = read<A, T>(at.current, lane);
             const bool ar_of_dropped = (flags & (AR_GRAD | OF_RAW)) == AR_GRAD;
             Pair<A> gradient{}, keep{}, arriving{}, leaving{};

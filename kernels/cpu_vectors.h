@@ -1,4 +1,4 @@
-// Pairs of vectors in the compiler's own notation, as it does not vectorize all loops by itself, and the dtypes of memory.
+// Vectors in the compiler's own notation, as it does not vectorize all loops by itself, and the dtypes of memory.
 
 #pragma once
 
@@ -113,9 +113,10 @@ struct Memory {
     static INLINE Pair<T> read(const char *from) {
         return {load<Vector<T>>(from), load<Vector<T>>(from + sizeof(Vector<T>))};
     }
-    static INLINE void write(char *to, const Pair<T> &x, bool streams) {
+    static INLINE Pair<T> write(char *to, const Pair<T> &x, bool streams) {
         save(to, x.first, streams);
         save(to + sizeof(x.first), x.second, streams);
+        return x;
     }
     static INLINE Pair<T> rounded(const Pair<T> &x) { return x; }
 };
@@ -133,8 +134,10 @@ struct Memory<BFloat> : Split {
         const auto both = load<Vector<uint32_t>>(from);
         return {bits_of<Vector<float>>(both << 16), bits_of<Vector<float>>(both & UPPER)};
     }
-    static INLINE void write(char *to, const Pair<float> &x, bool streams) {
-        save(to, nearest(x.first) >> 16 | (nearest(x.second) & UPPER), streams);
+    static INLINE Pair<float> write(char *to, const Pair<float> &x, bool streams) {
+        const Vector<uint32_t> first = nearest(x.first), second = nearest(x.second) & UPPER;
+        save(to, first >> 16 | second, streams);
+        return {bits_of<Vector<float>>(first & UPPER), bits_of<Vector<float>>(second)};
     }
     static INLINE Pair<float> rounded(const Pair<float> &x) {
         return {bits_of<Vector<float>>(nearest(x.first) & UPPER), bits_of<Vector<float>>(nearest(x.second) & UPPER)};
@@ -143,8 +146,8 @@ struct Memory<BFloat> : Split {
   private:
     static constexpr uint32_t UPPER = 0xffff0000;  // the bits of a float that are those of a bfloat16
 
-    /// Round in the upper bits; the lower ones are any. NaN keeps its upper bits: it comes from an element of 16 bits, from a factor or from an operation, all of which
-    /// leave the lower bits 0, so that nothing is carried.
+    /// Round in the upper bits; the lower ones are any. NaN keeps its upper bits: it comes from an element of 16 bits,
+    /// from a factor or from an operation, all of which leave the lower bits 0, so that nothing is carried.
     static INLINE Vector<uint32_t> nearest(Vector<float> value) {
         const auto bits = bits_of<Vector<uint32_t>>(value);
         return bits + 0x7fff + (bits >> 16 & 1);
@@ -164,9 +167,11 @@ struct Memory<Half> {
     static INLINE Pair<float> read(const char *from) {
         return {floats(load<Vector<uint16_t>>(from)), floats(load<Vector<uint16_t>>(from + sizeof(Vector<uint16_t>)))};
     }
-    static INLINE void write(char *to, const Pair<float> &x, bool streams) {
-        save(to, halves(x.first), streams);
-        save(to + sizeof(Vector<uint16_t>), halves(x.second), streams);
+    static INLINE Pair<float> write(char *to, const Pair<float> &x, bool streams) {
+        const Vector<uint16_t> first = halves(x.first), second = halves(x.second);
+        save(to, first, streams);
+        save(to + sizeof(first), second, streams);
+        return {floats(first), floats(second)};
     }
     static INLINE Pair<float> rounded(const Pair<float> &x) {
         return {floats(halves(x.first)), floats(halves(x.second))};
@@ -198,7 +203,11 @@ struct Memory<Half> : Split {
         const auto both = load<Vector<uint32_t>>(from);
         return {floats(both & 0xffff), floats(both >> 16)};
     }
-    static INLINE void write(char *to, const Pair<float> &x, bool streams) { save(to, halves(x.first) | halves(x.second) << 16, streams); }
+    static INLINE Pair<float> write(char *to, const Pair<float> &x, bool streams) {
+        const Vector<uint32_t> first = halves(x.first), second = halves(x.second);
+        save(to, first | second << 16, streams);
+        return {floats(first), floats(second)};
+    }
     static INLINE Pair<float> rounded(const Pair<float> &x) {
         return {floats(halves(x.first)), floats(halves(x.second))};
     }
@@ -246,10 +255,11 @@ inline INLINE Pair<A> rounded(const Pair<A> &results) {
     return converted<A>(Memory<T>::rounded(converted<typename Memory<T>::Near>(results)));
 }
 
-/// Write a pair of vectors, past the caches if it `streams`.
+/// Write a pair of vectors, past the caches if it `streams`; return the values as memory has them.
 template <class A, class T>
-inline INLINE void write(char *row, int64_t lane, const Pair<A> &results, bool streams) {
-    Memory<T>::write(row + lane * sizeof(T), converted<typename Memory<T>::Near>(results), streams);
+inline INLINE Pair<A> write(char *row, int64_t lane, const Pair<A> &results, bool streams) {
+    using Near = typename Memory<T>::Near;
+    return converted<A>(Memory<T>::write(row + lane * sizeof(T), converted<Near>(results), streams));
 }
 
 }  // namespace

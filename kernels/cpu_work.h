@@ -23,7 +23,7 @@ constexpr int64_t PROGRAMS = 1024;      // at most, for each tensor
 constexpr int64_t SERIAL = 3 << 17;     // elements below which waking a second thread costs more than it saves
 constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
 constexpr int64_t LARGE = 1 << 22;      // bytes of an output from which huge pages are asked for
-constexpr int64_t STREAMED = 1 << 25;   // bytes of all outputs from which they are written past the caches
+constexpr int64_t STREAMED = 1 << 23;   // bytes of all outputs from which they are written past the caches
 
 /// The items of a view, and how many programs share them.
 struct Tiling {

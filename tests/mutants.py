@@ -229,6 +229,16 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("ties away from even", "bits + 0x7fff + (bits >> 16 & 1);", "bits + 0x8000;"),
         ("NaN rounded to infinity", "value == value ? ordered : 0x7e00", "ordered"),
     ],
+    ("kernels/cpu_vectors.h", "write"): [
+        (
+            "dropped as it was before rounding",
+            "return {bits_of<Vector<float>>(first & UPPER), bits_of<Vector<float>>(second)};",
+            "return x;",
+        ),
+    ],
+    ("kernels/cpu_work.h", "visit"): [
+        ("vectors streamed to any address", "streams && bits_of<std::uintptr_t>(to) % ALIGNED == 0", "streams"),
+    ],
     ("kernels/cpu_vectors.h", "floats"): [
         ("subnormal numbers taken for normal ones", "magnitude < 0x400 ?", "magnitude < 0 ?"),
     ],
@@ -240,7 +250,10 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ),
         ("compared in part", "memory->grad, bytes_of(plan->compute_dtype))", "memory->grad, 2)"),
     ],
-    ("kernels/cpu.cpp", "factors"): [("factor 2 missing", "(2 * beta /", "(beta /")],
+    ("kernels/cpu.cpp", "factors"): [
+        ("factor 2 missing", "(2 * beta /", "(beta /"),
+        ("a NaN of any bits", "return x == x ? x : std::nan(\"\");", "return x;"),
+    ],
     ("kernels/cpu.cpp", "coefficient"): [
         ("coefficient in memory ignored", "return at ? number(at, dtype) : planned", "return planned"),
     ],
@@ -248,6 +261,10 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/cpu.cpp", "finish"): [("layers do not add up", "plan.adds ? number(memory.penalty, dtype) : 0", "0")],
     ("kernels/cpu_work.h", "Tiling"): [
         ("the last lanes left out", "ceil_div(sizes.inner, BLOCK)", "std::max<int64_t>(sizes.inner / BLOCK, 1)"),
+    ],
+    ("kernels/cpu.py", "runnable"): [
+        ("the processor is not asked", "min(_allowed_level(), processor_level())", "_allowed_level()"),
+        ("PyTorch is not asked", "min(_allowed_level(), processor_level())", "processor_level()"),
     ],
     ("kernels/cpu.py", "Expected"): [
         (

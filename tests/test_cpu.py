@@ -6,7 +6,6 @@ import functools
 import math
 import multiprocessing
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -236,12 +235,27 @@ def at_each_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[AtEachLevel]:
     forget()
 
 
-def test_a_library_is_built_for_each_level() -> None:
-    """On x86-64; those up to the level of the processor run."""
-    levels = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}
-    if platform.machine() in ("x86_64", "AMD64"):
-        assert len(cpu.runnable()) == levels[torch.backends.cpu.get_cpu_capability()]
-        assert cpu.library().path == cpu.runnable()[0]  # pyright: ignore[reportAttributeAccessIssue]
+@pytest.mark.parametrize(
+    ("capability", "level", "names"),
+    [
+        ("AVX512", 4, ["_cpu_v4", "_cpu_v3", "_cpu"]),
+        ("AVX512", 3, ["_cpu_v3", "_cpu"]),
+        ("AVX512", 1, ["_cpu"]),
+        ("AVX2", 4, ["_cpu_v3", "_cpu"]),
+        ("DEFAULT", 4, ["_cpu"]),
+        ("SVE256", 0, ["_cpu"]),
+    ],
+)
+def test_libraries_that_are_loaded(
+    capability: str, level: int, names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those that the processor runs and PyTorch's capability allows, the best first."""
+    for name in ("_cpu", "_cpu_v3", "_cpu_v4"):
+        (tmp_path / f"{name}.abi3.so").touch()
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    monkeypatch.setattr(cpu, "processor_level", lambda: level)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert [path.name.partition(".")[0] for path in cpu.runnable()] == names
 
 
 @pytest.mark.parametrize("hidden", [1, 33, 401, 4500])
@@ -273,12 +287,12 @@ def test_levels_round_alike(dtype: torch.dtype, flush: bool, at_each_level: AtEa
     at_each_level(results)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [2048, 2047])
 def test_levels_agree_on_outputs_beyond_the_caches(dtype: torch.dtype, hidden: int, at_each_level: AtEachLevel) -> None:
-    """Gradients of 32 MB and more together, at addresses that are aligned and others."""
-    time = -(-(2**25) // (2 * 2 * 2040 * dtype.itemsize))
-    raw, dropped = (values((2, time, hidden), dtype).requires_grad_() for _ in range(2))
+    """Gradients of 8 MB and more together, in rows whose addresses are aligned, and others."""
+    time = 2**23 // (2 * 2040 * dtype.itemsize) + 1
+    raw, dropped = (values((1, time, hidden), dtype).requires_grad_() for _ in range(2))
 
     def results() -> list[Tensor]:
         penalty = fused_ar_tar(raw, dropped, ALPHA, BETA)

@@ -16,7 +16,6 @@ import torch
 
 import fastreg
 import fastreg.__main__ as main
-from fastreg.kernels import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
@@ -145,16 +144,6 @@ def test_a_level_that_was_not_built_is_named(site: Path, tmp_path: Path) -> None
     line = library_line(part, tmp_path)
     assert f"{part}/fastreg/kernels/_cpu_v3." in line
     assert "no library for processors with AVX-512 was built from these sources" in line
-
-
-def test_no_library_is_loaded_that_the_processor_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever PyTorch's capability says."""
-    if cpu.reason() is not None:
-        pytest.skip("no C++ kernels here")
-    built = {path.name.partition(".")[0] for path in cpu.runnable()}
-    for level, names in ((4, built), (3, built - {"_cpu_v4"}), (1, {"_cpu"}), (0, {"_cpu"})):
-        monkeypatch.setattr(cpu, "processor_level", lambda level=level: level)
-        assert {path.name.partition(".")[0] for path in cpu.runnable()} == names
 
 
 def library_line(site: Path, folder: Path, **environment: str) -> str:
