@@ -1,7 +1,8 @@
 """Figures of the kernels that need no GPU: `python -m bench.offline`.
 
 Read from code compiled for an H100: registers, width of loads, instructions a byte, and, from the launch's plan,
-programs a multiprocessor and halo rows for each shape. bench/NOTES.md draws the conclusions; `bench.host`
+programs a multiprocessor and halo rows for each shape. Calculated: the share of a copy's bandwidth that forward and
+backward together should reach. bench/NOTES.md draws the conclusions; `bench.host`
 measures the time on the host.
 """
 
@@ -31,6 +32,8 @@ from fastreg.plans import forget
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MULTIPROCESSORS, REGISTERS, MOST_THREADS = 132, 65536, 2048  # of an H100, the last two of each multiprocessor
 BANDWIDTH, LATENCY = 3.35e12, 0.7e-6  # bytes a second by the datasheet; seconds, about, that a busy memory takes
+COPY = {"H100": 3.0e12, "H200": 4.3e12, "B200": 7.0e12}  # bytes a second, both ways together; the last one is a guess
+FORWARD, BACKWARD = 4.6e-6, 2.5e-6  # seconds beyond the traffic: trips to memory in a row, and the ticket
 
 
 def compile_all(dtype: torch.dtype, same: bool) -> dict[str, Any]:
@@ -113,15 +116,32 @@ def shape_row(shape: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
     ]
 
 
+def share_row(shape: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
+    """Predict the share of a copy's bandwidth on each device, of a forward that writes gradients and its backward.
+
+    Both tensors are read and both gradients written once, and raw's halo rows are read again. Only traffic counts, and
+    the time that each launch takes beside it; not the last, half empty wave of programs, nor what the L2 cache has.
+    """
+    batch, time_steps, hidden = shape
+    operand = Operand(dtype, time_steps * hidden, hidden)
+    *_, blocks, items = tiling.Tiling(View(batch, time_steps, hidden, (operand,) * 4), torch.float32).numbers
+    tensor = batch * time_steps * hidden * dtype.itemsize
+    halo = 2 * (items // blocks - 1) / time_steps * tensor
+    shares = [(4 * tensor / copy) / ((4 * tensor + halo) / copy + FORWARD + BACKWARD) for copy in COPY.values()]
+    return [f"{shape}", f"{dtype}".removeprefix("torch."), f"{tensor / 1e6:.0f}", *[f"{share:.0%}" for share in shares]]
+
+
 def main() -> None:
     driver.set_active(StandInDriver(GPUTarget("cuda", 90, 32)))  # pyright: ignore[reportArgumentType]
     code = [["way", "dtype", "registers", "spilled", "wide loads", "instructions a byte", "fit", "in flight"]]
     cut = [["shape", "dtype", "items", "a multiprocessor", "runs", "halo reads of sums", "of gradients"]]
+    shares = [["shape", "dtype", "MB a tensor", *COPY]]
     for dtype in (torch.float32, torch.bfloat16):
         for same in (False, True):
             code += [code_row(name, binary, dtype, same) for name, binary in compile_all(dtype, same).items()]
         cut += [shape_row(shape, dtype) for shape in SHAPES]
-    print(table(code), table(cut), sep="\n")
+        shares += [share_row(shape, dtype) for shape in SHAPES]
+    print(table(code), table(cut), table(shares), sep="\n")
 
 
 if __name__ == "__main__":
