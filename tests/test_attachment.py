@@ -987,7 +987,7 @@ def test_steps_without_a_penalty_leave_no_run_where_nothing_is_dropped(dropout: 
 
 
 class Answer:
-    """An opaque object."""
+    """An opaque object, which hides its tensor from attach."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
@@ -1002,7 +1002,7 @@ class Answering(nn.Module):
         return Answer(self.rnn(x)[0])
 
 
-def test_runs_that_return_what_nobody_can_look_into_all_count() -> None:
+def test_runs_that_return_an_opaque_object_all_count() -> None:
     model, regularizer = Answering(), RNNRegularizer(2.0, 1.0)
     regularizer.attach(model, output=lambda answer: answer.hidden)
     first, second = model(torch.randn(2, 3, 4)).hidden, model(torch.randn(2, 3, 4)).hidden

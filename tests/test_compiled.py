@@ -123,8 +123,8 @@ def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int
 @pytest.mark.parametrize("same", [True, False], ids=["same", "two"])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF, DOUBLE], ids=str)
 def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, same: bool, tmp_path: Path) -> None:
-    if dtype in (HALF, DOUBLE) and target.arch != 90:
-        pytest.skip("float16 and float64 are compiled for sm_90 alone, to save time")
+    if (same or dtype in (HALF, DOUBLE)) and target.arch != 90:
+        pytest.skip("one tensor for both, float16 and float64 are compiled for sm_90 alone, to save time")
     run((dtype, dtype), same)
     rows = tiling.UNROLL * (1 if same else 2)
     (forward,), (backward,) = compiled_penalty()
@@ -151,6 +151,8 @@ def test_wide_loads_and_no_spills_where_not_all_steps_count(
     target: Any, dtype: torch.dtype, run_ragged: Callable[[torch.dtype], None], tmp_path: Path
 ) -> None:
     """Beside lengths, marks, and where each step's rows begin, no more and no narrower loads than without."""
+    if dtype == FLOAT and target.arch != 90:
+        pytest.skip("float32, which has fewer elements in a load, is compiled for sm_90 alone, to save time")
     if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and run_ragged is not run_padded:
         pytest.skip("without buffer operations, loads of activations look like those of marks and offsets")
     run_ragged(dtype)
@@ -209,6 +211,8 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
         run((FLOAT, FLOAT), same=False, shape=(4 if time % 3 else 3, time, hidden))
         run_dropout(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
     assert counts() == [1, 1, 1, 1]
+    if hidden in (72, 1150):  # which differ from 400 in the alignment of rows alone
+        return
     for time in LENGTHS:
         run_padded(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
     assert counts() == [2, 2, 2, 2]

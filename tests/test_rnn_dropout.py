@@ -145,7 +145,7 @@ def test_a_probability_and_valid_steps_of_one_call(batch_first: bool) -> None:
 # Lost penalties
 
 
-def test_a_penalty_that_nobody_took_is_warned_of_once() -> None:
+def test_an_untaken_penalty_warns_once() -> None:
     warnings.simplefilter("error")
     dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
     for _ in range(3):
@@ -305,7 +305,7 @@ def test_a_dropout_that_failed_gets_its_own_coefficients_back() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_of_a_fused_dropout_follow_nobody(duplicate: Callable[[Any], Any]) -> None:
+def test_copies_of_a_fused_dropout_follow_no_regularizer(duplicate: Callable[[Any], Any]) -> None:
     model = seeded(Fused)
     reg = attached(model)
     twin = duplicate(model)
