@@ -63,10 +63,10 @@ STEP_TITLE = """\
 A training step, forward, loss, backward, clipping and SGD, in float32, %s:
 """
 ADDED_TITLE = """\
-What fastreg adds to the step, over what the compiled formula adds and, after the semicolon, over what the formula adds:
+The time that fastreg adds to the step, over that of the compiled formula; over that of the formula:
 """
 PEAK_TITLE = """\
-Most memory that a step holds beyond the model, MB, and what the penalty adds to it:
+Peak memory of a step beyond the model, and the memory that the penalty adds:
 """
 STEP_PEERS = {  # heading of each peer's column
     "no penalty": "without",
@@ -141,7 +141,7 @@ class Case:
         return [1e3 * x for x in (self.seconds[peer] if on_gpu else self.info[peer]["own_seconds"])]
 
     def added(self, peer: str) -> tuple[float, float]:
-        """What a peer adds to a step without penalty, in ms: the mean over the rounds, and its standard error."""
+        """Return the time that a peer adds to a step, in ms: the mean over the rounds, and its standard error."""
         pairs = zip(self.step_milliseconds(peer), self.step_milliseconds("no penalty"), strict=True)
         differences = [with_it - without for with_it, without in pairs]
         return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
@@ -304,8 +304,8 @@ def padded_table(result: Result) -> str:
 
 
 def step_table(result: Result) -> str:
-    """What a training step takes, and what each way of adding the penalty adds to it."""
-    rows = [["ms a training step, and what the penalty adds; (batch, time, hidden)", *STEP_PEERS.values()]]
+    """Render the time of each training step, and the time that each way of adding the penalty adds."""
+    rows = [["ms a training step, and the time that the penalty adds; (batch, time, hidden)", *STEP_PEERS.values()]]
     for case in result.of(STEP):
         without = statistics.mean(case.step_milliseconds("no penalty"))
         digits = 1 if without > 100 else 2 if without > 10 else 3
@@ -316,7 +316,7 @@ def step_table(result: Result) -> str:
 
 
 def added_table(result: Result) -> str:
-    """What fastreg adds over what the formula adds; and the whole step with `attach`."""
+    """Render the time that fastreg adds, over that of the formula, and the whole step with `attach`."""
     rows = [["added, over compiled; over formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
     for case in result.of(STEP):
         others = [case.added(peer)[0] for peer in PEERS]
@@ -330,7 +330,7 @@ def added_table(result: Result) -> str:
 
 
 def peak_table(result: Result) -> str:
-    """The peak memory of a step, and what each way of adding the penalty adds to it."""
+    """Render the peak memory of each step, and the memory that each way of adding the penalty adds."""
     rows = [["peak memory of a step", "without, MB", *list(STEP_PEERS.values())[1:]]]
     for case in result.of(STEP):
         peaks = {peer: info["peak_bytes"] for peer, info in case.info.items() if "peak_bytes" in info}
@@ -341,7 +341,7 @@ def peak_table(result: Result) -> str:
 
 
 def step_tables(result: Result) -> list[str]:
-    """Render all that is known of the training steps of one allocator, with titles."""
+    """Render the tables of training steps for one allocator, with titles."""
     if not result.of(STEP):
         return []
     timed = "time of the clock" if result.on_gpu else f"the process's own time on one thread, {result.allocator}"

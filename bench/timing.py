@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-Call = Callable[[int], tuple[Tensor, ...]]  # the number of the call chooses its inputs; gives what it made
+Call = Callable[[int], tuple[Tensor, ...]]  # the number of the call chooses its inputs; returns the results
 
 WARM_UP = 4, 1  # turns on a GPU and on a CPU, after calls that compile
 LEAST, MOST = 5, 50  # rounds
@@ -190,7 +190,7 @@ def launches(call: Call) -> int:
 
 
 def peak_bytes(call: Call, device: str) -> int | None:
-    """Most memory that one call holds at a time, beyond its inputs and what it gives; `None` if it cannot be told.
+    """Return the peak memory of one call beyond its inputs and results; `None` if it cannot be told.
 
     On a CPU PyTorch's profiler tells it, but of the calling thread alone.
     """
