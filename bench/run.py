@@ -1,9 +1,9 @@
 """Test and measure on this machine: `python -m bench.run test` and `python -m bench.run bench`.
 
-The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report joins. Cases that fail
-or are not reached are recorded, too. Interrupted, or after SIGTERM, either command writes the results so far.
-`python -m bench.run bench .benchmarks --only step` measures the training steps alone and prints their tables: three
-minutes on an idle core.
+The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report puts together. What fails
+or is not reached is recorded beside what is known. Interrupted, or sent SIGTERM, either writes what there is.
+`python -m bench.run bench --only step` measures the training steps alone, prints their tables and writes to
+.benchmarks: three minutes on an idle core.
 
 On a CPU `bench` measures twice, each time in a process of its own: with memory kept by the allocator, and with the
 system's default. `measure` measures once, in this process.
@@ -211,16 +211,18 @@ def write(file: Path, text: str) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
     parser.add_argument("what", choices=["test", "bench", "measure"])
-    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS)
+    parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--commit", default="", help="of the checkout, where there is no git to tell")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after them")
     parser.add_argument("--only", default="", help="benchmark the cases of this name alone, as pytest's -k")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Some of the cases must not take the place of all.
+    folder = options.folder or (ROOT / ".benchmarks" if options.only else RESULTS)
     if options.what == "test":
-        return test(options.folder, options.commit, options.seconds)
+        return test(folder, options.commit, options.seconds)
     command = bench if options.what == "bench" else measure
-    return command(options.folder, options.commit, options.seconds, options.only)
+    return command(folder, options.commit, options.seconds, options.only)
 
 
 if __name__ == "__main__":

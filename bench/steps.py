@@ -29,7 +29,7 @@ WITHOUT = "no penalty"
 class Net(nn.Module):
     """A model in training: `(batch, keep)` to the loss.
 
-    `keep` is called with raw and dropped of each regularized layer by those who need them in hand.
+    The model calls `keep` with raw and dropped of each regularized layer.
 
     Attributes:
         pairs: RNN and dropout of each regularized layer, for `attach`.
@@ -136,8 +136,8 @@ class Way(NamedTuple):
     """How the penalty is added.
 
     Attributes:
-        start: makes of a model, once, the function that adds the penalty to its loss.
-        in_hand: whether that function takes the activations, which the model then returns.
+        start: returns, for a model, the function that adds the penalty to its loss.
+        in_hand: whether that function takes the activations, which are kept for it.
         fused: whether the dropout is a `FusedRNNDropout`.
     """
 

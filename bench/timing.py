@@ -190,7 +190,7 @@ def launches(call: Call) -> int:
 
 
 def peak_bytes(call: Call, device: str) -> int | None:
-    """Return the peak memory of one call beyond its inputs and results; `None` if the system does not count it.
+    """Return the peak memory of one call beyond its inputs and results; `None` if it cannot be told.
 
     On a CPU PyTorch's profiler tells it, but of the calling thread alone.
     """

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_known_work_takes_its_time() -> None:
     assert [len(rounds) for rounds in turns.values()] == [timing.LEAST] * 2
     assert 0.03 <= min(turn.wall for turn in turns["long"]) < 0.045
     assert 0.01 <= min(turn.wall for turn in turns["short"]) < 0.025
-    assert max(turn.own for turn in turns["long"]) < 0.01, "who sleeps takes no time of the processor"
+    assert max(turn.own for turn in turns["long"]) < 0.01, "sleeping takes no time of the processor"
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
@@ -980,6 +981,16 @@ def test_the_time_of_the_host() -> None:
         assert peers["fastreg"]["fastreg_times_as_fast"] == 1
         assert 0 < peers["empty Function"]["own_us"] < peers["fastreg"]["own_us"]
         assert any(line.startswith(f"| {name}: fastreg | ") for line in lines)
+
+
+def test_a_part_of_the_cases_does_not_take_the_place_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+    monkeypatch.setattr(run, "bench", lambda folder, *options: folders.append(folder) or 0)
+    handler = signal.getsignal(signal.SIGTERM)
+    for options in ([], ["--only=step"], ["here", "--only=step"]):
+        assert run.main(["bench", *options]) == 0
+    signal.signal(signal.SIGTERM, handler)
+    assert folders == [ROOT / "bench" / "results", ROOT / ".benchmarks", Path("here")]
 
 
 def test_pytest_benchmark_reads_a_result(tmp_path: Path) -> None:
