@@ -24,7 +24,7 @@ NO_KERNEL = gradcheck or twice_differentiable or second_derivatives or transform
 .PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench bench-compare lint docs wheel sdist clean
 help:
-	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot both (ARGS='--epochs 1' for options,"
+	@echo "make demo    train an AWD-LSTM with and without TAR, and plot both (ARGS='--epochs 1' for options,"
 	@echo "             FRAMEWORK=fastai for a fastai Learner)"
 	@echo "make study   train it with several seeds, with AR, TAR, both and neither; runs that bench/results has are not repeated"
 	@echo "make test    run all tests: CPU, interpreted kernels, kernels compiled offline, kernels on a GPU if there is one"
@@ -100,7 +100,7 @@ test-plain: .venv/test .venv/frameworks
 	    -k "not ($(NO_KERNEL)) and (bfloat16 or not transformers)" $(PLAIN_TESTS)
 
 # The report contains the failures.
-bench: .venv/test
+bench: .venv/test .venv/frameworks
 	@echo "== every case twice, with memory kept by the allocator and without: ten minutes on two idle cores"
 	-.venv/bin/python -m bench.run bench
 	.venv/bin/python -m bench.report
@@ -113,7 +113,7 @@ test-fakegpu:
 	    export TRITON_CACHE_DIR=$(DIR)/checkout/.triton TORCHINDUCTOR_CACHE_DIR=$(DIR)/checkout/.inductor; \
 	    bash $(DIR)/checkout/bench/on_gpu.sh $$what ); done
 
-bench-compare: .venv/test
+bench-compare: .venv/test .venv/frameworks
 	.venv/bin/python -m bench.run bench .benchmarks
 	.venv/bin/python -m bench.compare .benchmarks
 
