@@ -338,7 +338,7 @@ class Attachment:
             and _is_same(formed.raw, given)
             and _is_same(formed.dropped, rows)
             and formed.valid is run.valid
-            and formed.batch_first == run.batch_first
+            and formed.time_at == run.batch_first
             and not self.source.stepwise
             and carries(formed.dropped)
         ):

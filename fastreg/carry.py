@@ -164,7 +164,8 @@ def carry_always(run: Run, node: Any, alpha: Coefficient, beta: Coefficient, sca
 def _of_node(run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carrier]:
     """Weigh the terms that a fused dropout has formed; its node carries their gradient."""
     call = Call(
-        None, None, plain(alpha), plain(beta), None, None, run.batch_first, "mean", True, run.dropped is run.raw
+        *(None, None, plain(alpha), plain(beta), None, None, None),
+        *(run.batch_first, "mean", True, run.dropped is run.raw),
     )
     check_options(call)
     tensors = [x if isinstance(x, Tensor) else None for x in (call.alpha, call.beta)]
@@ -215,7 +216,7 @@ def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> 
     valid, batch_first = _valid(first.group), first.group[0].batch_first
     raw, dropped = plain_pair(raw, dropped)
     terms, layers, problem = measure(
-        Call(raw, dropped, plain(alpha), plain(beta), None, plain(valid), batch_first, "mean", True)
+        Call(raw, dropped, plain(alpha), plain(beta), None, plain(valid), None, batch_first, "mean", True)
     )
     carriers = []
     for part, layer in zip(parts, layers, strict=True):

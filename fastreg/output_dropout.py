@@ -40,7 +40,9 @@ class OutputDropout(FusedRNNDropout):
         original.p = self.p
         return original.train(self.training)
 
-    def forward(self, raw: Tensor, p: float | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, raw: Tensor, p: float | None = None, valid: Tensor | None = None, starts: Tensor | None = None
+    ) -> Tensor:
         """Drop units of `raw` in training, as the original does from the same seed; return `raw` in evaluation."""
         regularizer = self.linked()
         if regularizer is not None:
@@ -51,7 +53,7 @@ class OutputDropout(FusedRNNDropout):
             original: Any = self.original
             original.p = self.p if p is None else p
             return original(raw)
-        dropped = super().forward(raw, p, valid=valid)
+        dropped = super().forward(raw, p, valid, starts)
         formed, self.formed = self.formed, None
         if type(dropped) is not type(raw):  # fastai's models pass on subclasses of tensors, and so does the original
             dropped = dropped.as_subclass(type(raw))

@@ -15,11 +15,11 @@ from fastreg.arguments import check_activations, check_options, check_saved, che
 from fastreg.backends import Backend, backend_for
 from fastreg.kernels.view import Layout, Prediction, Result, Sums, Values, allocate, layout_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import Reader, packed_in, parts_of, plain, plain_pair, problem_of, values_of
+from fastreg.prepare import Reader, packed_in, parts_of, plain, plain_pair, problem_of, time_given, values_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
-from fastreg.view import is_readable, like, readable, readable_values, sums_of, view_of
+from fastreg.view import Fold, fold_of, readable_values, sums_of, view_of
 
 One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
@@ -34,9 +34,11 @@ def fused_ar_tar(
     alpha: Coefficient,
     beta: Coefficient,
     *,
-    batch_first: bool = ...,
+    batch_first: bool | None = ...,
+    time_dim: int | None = ...,
     lengths: Tensor | None = ...,
     valid: Tensor | None = ...,
+    starts: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[False] = ...,
 ) -> Tensor: ...
@@ -47,9 +49,11 @@ def fused_ar_tar(
     alpha: Coefficient,
     beta: Coefficient,
     *,
-    batch_first: bool = ...,
+    batch_first: bool | None = ...,
+    time_dim: int | None = ...,
     lengths: Tensor | None = ...,
     valid: Tensor | None = ...,
+    starts: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> ARTAR: ...
@@ -60,9 +64,11 @@ def fused_ar_tar(
     alpha: Coefficient,
     beta: Coefficient,
     *,
-    batch_first: bool = ...,
+    batch_first: bool | None = ...,
+    time_dim: int | None = ...,
     lengths: Tensor | None = ...,
     valid: Tensor | None = ...,
+    starts: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: bool,
 ) -> Tensor | ARTAR: ...
@@ -72,9 +78,11 @@ def fused_ar_tar(
     alpha: Coefficient,
     beta: Coefficient,
     *,
-    batch_first: bool = True,
+    batch_first: bool | None = None,
+    time_dim: int | None = None,
     lengths: Tensor | None = None,
     valid: Tensor | None = None,
+    starts: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> Tensor | ARTAR:
@@ -86,9 +94,9 @@ def fused_ar_tar(
     is 0. Without any elements the penalty is 0. It can be differentiated any number of times.
 
     Args:
-        raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, a
-            `PackedSequence`, or a list or tuple of them, one a layer, whose penalties add up; all layers have the same
-            batch and time steps. float16, bfloat16, float32 or float64, any strides. With `beta == 0` it is not looked
+        raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, any tensor
+            with `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer, whose penalties add up; all
+            layers have the same batch and time steps. float16, bfloat16, float32 or float64, any strides. With `beta == 0` it is not looked
             at and may be `None`, unless terms are wanted and it is given: then it is measured.
         dropped: the RNN's output after dropout, of the same shape, or packed as raw is, and on the same device; its
             dtype may differ, and it may be `raw` itself. With `alpha == 0` likewise.
@@ -96,7 +104,10 @@ def fused_ar_tar(
             activations, which is read there, without a sync, in the dtype of the computation, and gets no gradient. So
             a schedule changes the tensor in place, before the forward, also between replays of a CUDA graph.
         beta: coefficient of TAR, likewise.
-        batch_first: `False` for `(time, batch, hidden)`.
+        batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
+        time_dim: in the place of batch_first, the axis of time of tensors of one or more axes, negative from the end:
+            2 for `(batch, channels, time, height, width)`. The batch is the first of the other axes; with `time_dim=0`
+            two axes are `(time, hidden)`.
         lengths: of padded sequences, how many time steps each has: integers, `(batch,)`. What lies behind them counts
             in neither sums nor divisors, and its gradient is 0. Lengths on the CPU must be from 0 to the time steps
             there are; on a device, where looking would have to wait for it, they count as the nearest of those.
@@ -104,6 +115,9 @@ def fused_ar_tar(
             or integers, 1 and 0, such as an `attention_mask`. A change counts where both of its steps do. What does not
             count is in neither sums nor divisors, and its gradient is 0. Integers on a device, where looking would have
             to wait for it, count unless they are 0.
+        starts: the time steps at which a segment starts, such as an episode, or a document in a stream: marks like
+            those of valid, and beside lengths or valid. The change into such a step does not count; the step does, and
+            so does the change that leads from it. A `PackedSequence` takes none.
         reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
             `"sum"` does not divide.
         return_terms: also return the two terms.
@@ -117,8 +131,8 @@ def fused_ar_tar(
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     raw, dropped = plain_pair(raw, dropped)
-    values = plain(alpha), plain(beta), plain(lengths), plain(valid)
-    call = Call(raw, dropped, *values, batch_first, reduction, return_terms)
+    values = plain(alpha), plain(beta), plain(lengths), plain(valid), plain(starts)
+    call = Call(raw, dropped, *values, time_given(batch_first, time_dim), reduction, return_terms)
     penalty, terms = penalty_of(call)
     return penalty if terms is None else ARTAR(penalty, *terms)
 
@@ -159,7 +173,8 @@ def measure(call: Call) -> Measured:
     penalty, terms = penalty_of(call)
     problem = problem_of(call)
     layers = [layer for layer, _ in parts_of(call, problem)]
-    if layers and (call.valid is not None or problem.alpha is None or problem.beta is None or packed_in(call, problem)):
+    steps = call.valid is not None or call.starts is not None or packed_in(call, problem)
+    if layers and (steps or problem.alpha is None or problem.beta is None):
         values = values_of(call, problem, layers[0].given())
         layers = [Layer(layer.raw, layer.dropped, values) for layer in layers]
     return Measured(ARTAR(penalty, *(terms or ())), layers, problem)
@@ -168,7 +183,7 @@ def measure(call: Call) -> Measured:
 def _checked(call: Call) -> Problem:
     """Check the arguments, and return the problem."""
     check_options(call, return_terms=call.measured)
-    check_steps(call.lengths, call.valid)
+    check_steps(call.lengths, call.valid, call.starts)
     problem = problem_of(call)
     check_activations(call, problem)
     return problem
@@ -199,6 +214,7 @@ class _LayerPlan:
     problem  the terms
     needs    whether raw and dropped need gradients
     layouts  of raw and dropped, `None` for a tensor that no term reads
+    fold     how their axes fold
     copies   whether kernels read a contiguous copy of raw or dropped
     filled   layouts of the gradients that the forward fills for the backward
     forward  a `penalty_forward` of the backend
@@ -208,10 +224,11 @@ class _LayerPlan:
         self.problem, self.backend, self.sums = problem, backend, sums
         self.needs = _needs(layer, problem)
         self.layouts = tuple([None if x is None else layout_of(x) for x in (layer.raw, layer.dropped)])
-        self.copies = not all(x is None or is_readable(x) for x in self.layouts)
+        self.fold = fold_of(self.layouts, layer, problem)
+        self.copies = not all(x is None or self.fold.fits(x) for x in self.layouts)
         # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
-        self.filled = (None, None) if keeps_memory_low() else self._gradients(self.layouts)
-        view = view_of((*self.layouts, *self.filled), layer, problem)
+        self.filled = (None, None) if keeps_memory_low() else self._gradients(self.layouts, self.fold)
+        view = view_of((*self.layouts, *self.filled), self.fold, layer.values)
         self.forward = backend.penalty_forward(view, sums, layer.given().device)
         self.backward: Any = None  # made by the first backward
 
@@ -232,31 +249,32 @@ class _LayerPlan:
         if layouts == self.layouts:
             read = self._read(saved)
             if self.backward is None:
-                self.backward = self._plan_backward(layouts, layer)
+                self.backward = self._plan_backward(layouts, layer, self.fold)
             gradients, launch = self.backward
         else:  # a hook on saved tensors, or an assignment to `x.data`, has changed one
             for name, x, y in zip(("raw", "dropped"), self.layouts, layouts, strict=True):
                 check_saved(name, x, y)
-            read = [None if x is None else readable(x) for x in saved]
-            (gradients, launch), prediction = self._plan_backward(layouts, layer), None
+            fold = fold_of(layouts, layer, self.problem)
+            read = [fold.read(x) for x in saved]
+            (gradients, launch), prediction = self._plan_backward(layouts, layer, fold), None
         if prediction is None:
             filled = [None if x is None else allocate(x) for x in gradients]
         launch(grad, (*read, *filled), layer.values, prediction)
         return filled
 
-    def _plan_backward(self, layouts: Sequence[Layout | None], layer: Layer) -> tuple[Any, Any]:
+    def _plan_backward(self, layouts: Sequence[Layout | None], layer: Layer, fold: Fold) -> tuple[Any, Any]:
         """Return the layouts of the gradients, and a `penalty_backward` of the backend with the forward's view."""
-        gradients = self._gradients(layouts)
-        view = view_of((*layouts, *gradients), layer, self.problem)
+        gradients = self._gradients(layouts, fold)
+        view = view_of((*layouts, *gradients), fold, layer.values)
         return gradients, self.backend.penalty_backward(view, self.sums, layer.given().device)
 
-    def _gradients(self, layouts: Sequence[Layout | None]) -> tuple[Layout | None, ...]:
+    def _gradients(self, layouts: Sequence[Layout | None], fold: Fold) -> tuple[Layout | None, ...]:
         """Return the layouts of the gradients of raw and dropped, `None` for one that is not needed."""
-        return tuple([like(x) if x is not None and need else None for x, need in zip(layouts, self.needs, strict=True)])
+        return tuple([fold.like(x) if x is not None and need else None for x, need in zip(layouts, self.needs, strict=True)])
 
     def _read(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return the tensors as kernels read them."""
-        return [None if x is None else readable(x) for x in tensors] if self.copies else tensors
+        return [self.fold.read(x) for x in tensors] if self.copies else tensors
 
 
 def _needs(layer: Layer, problem: Problem) -> tuple[bool, bool]:

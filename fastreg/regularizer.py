@@ -29,8 +29,8 @@ from fastreg.attachment import Attachment, Source, nothing
 from fastreg.capture import Run, reach, sizes_of
 from fastreg.carry import penalty_of_runs
 from fastreg.penalty import fused_ar_tar
-from fastreg.prepare import coefficient
-from fastreg.problem import ARTAR, Coefficient, is_list, rows_of
+from fastreg.prepare import coefficient, time_given
+from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
 from fastreg.rnn_dropout import FusedRNNDropout
 
 
@@ -39,15 +39,17 @@ class Given:
     """Hold the activations in a model's output, as `fused_ar_tar` takes them.
 
     Attributes:
-        raw, dropped, batch_first, lengths, valid: as `fused_ar_tar` takes them.
+        raw, dropped, lengths, valid, starts: as `fused_ar_tar` takes them.
+        time_at: `batch_first`, a bool, or `time_dim`, an int.
         run: the run of a fused dropout that formed their terms, or `None`.
     """
 
     raw: Any
     dropped: Any
-    batch_first: bool
+    time_at: bool | int
     lengths: Tensor | None
     valid: Tensor | None
+    starts: Tensor | None
     run: Run | None
 
     def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> ARTAR:
@@ -56,14 +58,15 @@ class Given:
             reached = reach(loss, [self.run])
             if reached:
                 return penalty_of_runs([[self.run]], reached, loss, alpha, beta)
-        steps: Any = {"batch_first": self.batch_first, "lengths": self.lengths, "valid": self.valid}
+        steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
+        steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
         terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
         return ARTAR(*(x.to(loss.device) for x in terms))
 
     @property
     def sizes(self) -> tuple[int, int] | None:
         """Return how many sequences of how many time steps there are; `None` where the shape does not tell."""
-        return sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.batch_first)
+        return sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.time_at)
 
 
 class RNNRegularizer:
@@ -136,19 +139,23 @@ class RNNRegularizer:
         lengths: Tensor | None = None,
         *,
         valid: Tensor | None = None,
+        starts: Tensor | None = None,
         batch_first: bool | None = None,
+        time_dim: int | None = None,
     ) -> Any:
         """Capture `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
 
         Another output before `on_backward_begin` takes the place of the first.
 
         Args:
-            output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, a
-                `PackedSequence`, or a list or tuple of them, one a layer.
+            output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, any
+                tensors with `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer.
             lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`.
             valid: in the place of lengths, which time steps count, `(batch, time)` as for `fused_ar_tar`.
+            starts: the time steps at which a segment starts, likewise.
             batch_first: `False` for `(time, batch, hidden)`, as an `nn.LSTM` returns by default; `None` for
                 `True`, unless the shape of `decoded` leaves that in doubt.
+            time_dim: in the place of batch_first, the axis of time, as for `fused_ar_tar`.
 
         Raises:
             TypeError: an argument is not as described.
@@ -156,9 +163,8 @@ class RNNRegularizer:
                 `batch_first` is wrong; or it is `None`, and raw is `(n, m, hidden)` and `decoded` `(m, n, classes)`.
             RuntimeError: the activations already come from attached modules.
         """
-        if batch_first is not None:
-            check_flags(batch_first=batch_first)
-        check_steps(lengths, valid)
+        time_at = time_given(batch_first, time_dim)
+        check_steps(lengths, valid, starts)
         if self._attached:
             raise RuntimeError("on_loss_begin: attached modules capture already; remove() them, or leave out the call")
         if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
@@ -170,16 +176,16 @@ class RNNRegularizer:
         decoded, raw, dropped = output
         if self.layers == "last" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
-        _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid)
-        first = batch_first is not False
+        if time_dim is None:
+            _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid, starts=starts)
         run, self._captured = self._captured(), nothing
         if run is not None and not (
             run.raw.itself() is raw
             and run.squared.itself() is dropped
-            and (run.batch_first, run.valid, lengths) == (first, valid, None)
+            and (time_dim_of(run.batch_first), run.valid, lengths) == (time_dim_of(time_at), valid, None)
         ):
             run = None
-        self._given = Given(raw, dropped, first, lengths, valid, run)
+        self._given = Given(raw, dropped, time_at, lengths, valid, starts, run)
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -459,7 +465,7 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
     Args:
         batch_first: the layout of raw; `None` for batch first by default.
         raw: the activations of a layer, or of several.
-        others: `decoded`, `lengths` and `valid`.
+        others: `decoded`, `lengths`, `valid` and `starts`.
 
     Raises:
         ValueError: something has; or `batch_first` is `None`, raw and decoded have different layouts, and either may
@@ -475,7 +481,7 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
         shape, expected = tuple(getattr(x, "shape", ())), None
         if name == "lengths":
             wrong = shape == (time,)
-        elif name == "valid":
+        elif name in ("valid", "starts"):
             wrong = shape == (time, batch)
         elif len(shape) == 2:  # a row a sequence, as a classifier gives it, unless all time steps have one
             wrong = shape[0] == time and batch != 1

@@ -255,7 +255,7 @@ def _read(values: Values, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """Return lengths or batch sizes, valid steps, and the coefficients as C reads them."""
     if values is NOTHING:
         return None, None, None, None
-    lengths, batch_sizes, valid, _, alpha, beta = values
+    lengths, batch_sizes, valid, _, alpha, beta, _ = values
     steps = batch_sizes if lengths is None else lengths.long()
     return steps, valid, *(None if x is None else x.to(dtype) for x in (alpha, beta))
 

@@ -349,7 +349,7 @@ class DropoutBackward:
 
 def _read(values: Values) -> tuple[Tensor | None, ...]:
     """Return what both kernels read of time steps and coefficients, from lengths to beta."""
-    lengths, _, _, marks, alpha, beta = values
+    lengths, _, _, marks, alpha, beta, _ = values
     return lengths, marks, alpha, beta
 
 

@@ -315,7 +315,7 @@ def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) 
 
 def _steps(values: Values, device: torch.device) -> tuple[Tensor | None, ...]:
     """Return what the kernel reads of time steps and coefficients, on the device, from lengths to beta."""
-    lengths, batch_sizes, _, marks, alpha, beta = values
+    lengths, batch_sizes, _, marks, alpha, beta, _ = values
     offsets = None
     if batch_sizes is not None:
         offsets, lengths = table_of(batch_sizes, device)

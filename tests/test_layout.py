@@ -11,9 +11,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import fused_ar_tar
-from fastreg.kernels.view import layout_of
+from fastreg.kernels.view import NOTHING, layout_of
 from fastreg.problem import Layer, Problem
-from fastreg.view import readable, view_of
+from fastreg.view import fold_of, view_of
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
@@ -44,7 +44,7 @@ IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
         ([X, X.transpose(0, 1).contiguous().transpose(0, 1)], True, (2, 5, 8), [(40, 8), (8, 16)], [False, False]),
         ([X[..., 1:7]], True, (2, 5, 6), [(40, 8)], [False]),
         ([X[..., ::2]], True, (2, 5, 4), [(20, 4)], [True]),
-        ([X[..., :1]], True, (2, 5, 1), [(40, 8)], [False]),
+        ([X[..., :1]], True, (1, 5, 2), [(2, 2)], [True]),
         ([X[:1].expand(3, 5, 8)], True, (3, 5, 8), [(0, 8)], [False]),
         ([None, X], True, (2, 5, 8), [(0, 0), (40, 8)], [False, False]),
     ],
@@ -54,10 +54,11 @@ def test_view(
 ) -> None:
     layouts = [None if x is None else layout_of(x) for x in tensors]
     first = next(x for x in tensors if x is not None)
-    got = view_of(layouts, Layer(first, None), Problem(2.0, 1.0, batch_first))
+    fold = fold_of(layouts, Layer(first, None), Problem(2.0, 1.0, -2 if batch_first else 0))
+    got = view_of(layouts, fold, NOTHING)
     assert got[:3] == sizes
     assert [(0, 0) if x is None else (x.outer, x.time) for x in got.operands] == strides
-    assert [x is not None and readable(x) is not x for x in tensors] == copied
+    assert [x is not None and fold.read(x) is not x for x in tensors] == copied
 
 
 @pytest.mark.parametrize(

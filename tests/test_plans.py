@@ -192,7 +192,8 @@ def call_of(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     dropped = raw if isinstance(dropped, str) else fresh(dropped, "dropped" in frozen, [])
     alpha, beta, measured = options.pop("alpha"), options.pop("beta"), options.pop("return_terms", False)
     more = [options.pop(name, default) for name, default in (("p", None), ("mask", None), ("training", True))]
-    call = Call(raw, dropped, alpha, beta, measured=measured, **options)
+    time_at = options.pop("time_dim", options.pop("batch_first", True))
+    call = Call(raw, dropped, alpha, beta, time_at=time_at, measured=measured, **options)
     with MODES[mode]():
         return key_of(call, *more) if function is fused_dropout_ar_tar else key_of(call)
 
