@@ -360,7 +360,7 @@ def add_gradient(arrived: Tensor, upstream: Tensor, layer: Layer, problem: Probl
         ADDITIONS.keep(key, plan)
     backward, mark = plan
     if mark is not None and values.marks is None:
-        layer = Layer(raw, None, values._replace(marks=mark(values.valid)))
+        layer = Layer(raw, None, values._replace(marks=mark(values.valid, values.starts)))
     return _launch_backward(backward, (arrived, upstream), layer, None)
 
 

@@ -163,7 +163,7 @@ class Reader:
         if not self.finds_any:
             return NOTHING
         values = values_of(call, self.problem, x)
-        return values if self.mark is None else values._replace(marks=self.mark(values.valid))
+        return values if self.mark is None else values._replace(marks=self.mark(values.valid, values.starts))
 
 
 def _scalar(name: str, value: Any) -> Tensor | None:

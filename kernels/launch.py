@@ -78,8 +78,10 @@ class Marks:
         size = 16 + sequences * ceil_div(time, UNROLL)
         self.marks = Layout(torch.Size([size]), (1,), torch.uint8, device, aligned=True)
 
-    def __call__(self, valid: Tensor) -> Tensor:
+    def __call__(self, valid: Tensor, starts: Tensor | None) -> Tensor:
         """Return the marks of valid steps, `(sequences, time)` bool."""
+        if starts is not None:
+            raise NotImplementedError
         marks = allocate(self.marks)
         self.launch(valid.view(torch.int8), marks)
         return marks

@@ -18,6 +18,7 @@ from fastreg.view import fold_of, view_of
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
 LENGTHS = torch.tensor([5, 3])
+STARTS = torch.tensor([[1, 0, 0, 1, 0]] * 2) > 0
 PACKED = pack_padded_sequence(X, LENGTHS, batch_first=True)
 OTHER = pack_padded_sequence(X, torch.tensor([4, 4]), batch_first=True)
 SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
@@ -118,6 +119,34 @@ def test_view(
         ((X, X, 2, float("nan")), {}, ValueError, "beta: expected a finite number of at least 0, got nan"),
         ((X, X, 2, float("inf")), {}, ValueError, "beta: expected a finite number of at least 0, got inf"),
         ((X, X, 2, 1), {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
+        ((X, X, 2, 1), {"time_dim": 3}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got 3"),
+        ((X, X, 2, 1), {"time_dim": -4}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got -4"),
+        ((X.sum(), X, 2, 1), {"time_dim": 0}, ValueError, r"time_dim: expected an axis of raw, of shape \(\), got 0"),
+        ((X, X, 2, 1), {"time_dim": 1.0}, TypeError, "time_dim: expected an int, the axis of time, got float"),
+        ((X, X, 2, 1), {"time_dim": True}, TypeError, "time_dim: expected an int, the axis of time, got bool"),
+        ((X, X, 2, 1), {"time_dim": 1, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
+        ((X[None], X[None], 2, 1), {}, ValueError, r"raw: expected \(batch, time, hidden\), .* or time_dim, got"),
+        ((PACKED, PACKED, 2, 1), {"time_dim": 1}, ValueError, "time_dim: expected 0 or None with a PackedSequence"),
+        (([X, X[0]], [X, X[0]], 2, 1), {"time_dim": 0}, ValueError, r"raw\[1\]: expected the batch and time steps of"),
+        (
+            ([X, X.movedim(2, 1)], [X, X.movedim(2, 1)], 2, 1),
+            {"time_dim": -1},
+            ValueError,
+            r"raw\[1\]: expected the batch and time steps of raw\[0\]",
+        ),
+        ((X, X, 2, 1), {"starts": STARTS[0]}, ValueError, r"starts: expected shape \(2, 5\), batch and time steps, got"),
+        ((X, X, 2, 1), {"starts": STARTS.t()}, ValueError, r"starts: expected shape \(2, 5\), .*, got \(5, 2\)"),
+        (
+            (X[None], X[None], 2, 1),
+            {"starts": STARTS, "time_dim": 2},
+            ValueError,
+            r"starts: expected shape \(1, 5\), batch and time steps, got \(2, 5\)",
+        ),
+        ((X, X, 2, 1), {"starts": [0]}, TypeError, "starts: expected a bool or integer tensor, got list"),
+        ((X, X, 2, 1), {"starts": STARTS.float()}, TypeError, "starts: expected a bool or integer .* torch.float32"),
+        ((X, X, 2, 1), {"starts": STARTS.int() * 2}, ValueError, "starts: expected 0 or 1, got 2"),
+        ((X, X, 2, 1), {"starts": STARTS.to("meta")}, ValueError, "starts: expected a tensor on cpu, .* on meta"),
+        ((PACKED, PACKED, 2, 1), {"starts": STARTS}, ValueError, "starts: expected None with a PackedSequence"),
         ((X, X, 2, 1), {"return_terms": "no"}, TypeError, "return_terms: expected True or False, got 'no'"),
         ((X, X, 2, 1), {"reduction": X.numpy()}, ValueError, "reduction: expected 'mean' or 'sum', got array"),
         ((X, X, 2, 1), {"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),

@@ -1,0 +1,238 @@
+"""Any axis of time, memory order, marks and starts, drawn at random, against the formulas in float64.
+
+    python -m tests.test_axes COUNT [FIRST]    # as many cases, and those that are wrong
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.kernels.view import layout_of
+from fastreg.prepare import values_of
+from fastreg.problem import Call, Layer, Problem
+from fastreg.view import NARROW, fold_of, view_of
+from tests.conftest import INTERPRETED, skip_on_formula
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
+
+CASES = 20 if INTERPRETED else 400
+
+
+@dataclass
+class Case:
+    """A call drawn from a seed. `steps` and `changes` are `(batch, time)`: which count."""
+
+    shape: list[int]
+    axis: int
+    raw: Tensor
+    dropped: Tensor
+    options: dict[str, Any]
+    coefficients: tuple[float, float]
+    steps: Tensor
+    changes: Tensor
+    described: str
+
+
+def memory(values: Tensor, draw: random.Random, expands: bool) -> tuple[Tensor, str]:
+    """Lay out values in any order of axes, with gaps of NaN, every other element, or one row for all."""
+    dims = values.dim()
+    order = draw.sample(range(dims), dims)
+    wide = [n + (draw.choice([0, 0, 0, 1, 3])) for n in values.shape]
+    step = [draw.choice([1, 1, 1, 1, 2]) for _ in values.shape]
+    held = torch.full([wide[axis] * step[axis] for axis in order], torch.nan, dtype=values.dtype)
+    x = held.permute([order.index(axis) for axis in range(dims)])
+    for axis in range(dims):
+        first = draw.randint(0, wide[axis] - values.shape[axis])
+        x = x.narrow(axis, first * step[axis], values.shape[axis] * step[axis])
+        x = x[(slice(None),) * axis + (slice(None, None, step[axis]),)]
+    x.copy_(values)
+    if expands:
+        axis = draw.randrange(dims)
+        x = x.narrow(axis, 0, 1).expand(values.shape)
+    return x.detach(), f"order {order} wide {wide} step {step}" + (" expanded" if expands else "")
+
+
+def drawn(seed: int) -> Case:
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    dims = draw.choice([1, 2, 3, 3, 3, 4, 5])
+    shape = [draw.choice([1, 2, 3, 4, 5, 8]) for _ in range(dims)]
+    axis = draw.randrange(dims)
+    shape[axis] = draw.choice([1, 2, 3, 5, 7, 20, 41, NARROW, 100 if dims < 4 else 9])
+    if draw.random() < 0.2:
+        shape[draw.randrange(dims)] = draw.choice([16, 33])
+    batch = 0 if axis else 1 if dims > 2 else None
+    sequences, time = 1 if batch is None else shape[batch], shape[axis]
+    kinds = [FLOAT, FLOAT, BF16, HALF, DOUBLE]
+    dtype = draw.choice(kinds)
+    dtypes = dtype, dtype if draw.random() < 0.7 else draw.choice(kinds)
+    steps = torch.ones(sequences, time, dtype=torch.bool)
+    options: dict[str, Any] = {"time_dim": axis - draw.choice([0, dims])}
+    which = draw.choice(["none", "none", "lengths", "valid"])
+    if which == "lengths":
+        lengths = torch.tensor([draw.randint(0, time) for _ in range(sequences)])
+        options["lengths"], steps = lengths, torch.arange(time) < lengths[:, None]
+    elif which == "valid":
+        steps = torch.rand(sequences, time, generator=generator) < draw.choice([0.5, 0.9, 1.0])
+        options["valid"] = draw.choice([lambda x: x, lambda x: x.long(), lambda x: x.t().contiguous().t()])(steps)
+    starts = torch.zeros(sequences, time, dtype=torch.bool)
+    if draw.random() < 0.5:
+        starts = torch.rand(sequences, time, generator=generator) < draw.choice([0.05, 0.3, 1.0])
+        given = starts if batch is not None or draw.random() < 0.5 else starts[0]
+        options["starts"] = given if draw.random() < 0.7 else given.int()
+    changes = steps.clone()
+    changes[:, 1:] &= steps[:, :-1] & ~starts[:, 1:]
+    changes[:, 0] = False
+    options["reduction"] = draw.choice(["mean", "mean", "sum"])
+    along = across(steps, len(shape), axis)
+    tensors, texts = [], []
+    for own in dtypes:
+        values = torch.randn(shape, generator=generator, dtype=DOUBLE).to(own)
+        if draw.random() < 0.8:  # what does not count may be anything
+            values = torch.where(along, values, torch.tensor(draw.choice([torch.nan, torch.inf]), dtype=own))
+        expands = draw.random() < 0.05 and steps.all().item() is True
+        x, text = memory(values, draw, bool(expands))
+        tensors.append(x)
+        texts.append(text)
+    raw, dropped = tensors
+    if draw.random() < 0.3:
+        dropped = raw
+    coefficients = draw.choice([(2.0, 1.0), (2.0, 1.0), (0.0, 1.5), (2.0, 0.0)])
+    shown = {name: value.shape if isinstance(value, Tensor) else value for name, value in options.items()}
+    described = f"seed {seed}: {shape} axis {axis} {dtypes} {shown} {coefficients} {texts}"
+    return Case(shape, axis, raw, dropped, options, coefficients, steps, changes, described)
+
+
+def across(marks: Tensor, dims: int, axis: int) -> Tensor:
+    """See `(batch, time)` marks along the axes of activations."""
+    if axis == 0:
+        marks = marks.t() if dims > 2 else marks[0]
+        return marks.reshape(*marks.shape, *[1] * (dims - marks.dim()))
+    return marks.reshape(marks.shape[0], *[1] * (axis - 1), marks.shape[1], *[1] * (dims - axis - 1))
+
+
+def truth(case: Case, raw: Tensor, dropped: Tensor) -> ARTAR:
+    """The formulas, of float64 tensors."""
+    dims, axis = len(case.shape), case.axis
+    steps, changes = across(case.steps, dims, axis), across(case.changes, dims, axis)
+    change = (raw - raw.roll(1, axis)).where(changes, 0)
+    ar, tar = dropped.where(steps, 0).square().sum(), change.square().sum()
+    if case.options["reduction"] == "mean":
+        ar = ar / max(steps.expand(case.shape).sum().item(), 1)
+        tar = tar / max(changes.expand(case.shape).sum().item(), 1)
+    alpha, beta = case.coefficients
+    return ARTAR(alpha * ar + beta * tar, ar, tar)
+
+
+def exact(x: Tensor) -> Tensor:
+    """The values of a tensor in float64, finite, as a leaf."""
+    return x.detach().double().nan_to_num(0.0, 0.0, 0.0).requires_grad_()
+
+
+def check_terms(case: Case, got: ARTAR, want: ARTAR, dtype: torch.dtype) -> None:
+    unit = torch.finfo(torch.promote_types(dtype, FLOAT)).eps
+    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
+        torch.testing.assert_close(
+            x.double(), y.detach(), rtol=16 * unit, atol=0, msg=lambda m, n=name: f"{case.described}\n{n}: {m}"
+        )
+
+
+def check_gradient(case: Case, got: Tensor, parts: list[Tensor], rounding: float = 0.0) -> None:
+    """Compare with the sum of parts, which may cancel; `rounding` is that of the largest part that is rounded first."""
+    want = sum(parts, torch.zeros_like(got, dtype=DOUBLE))
+    unit = torch.finfo(got.dtype).eps * (2 if INTERPRETED and got.dtype == BF16 else 1)
+    computed = torch.finfo(torch.promote_types(got.dtype, FLOAT)).eps * sum(x.abs().max().item() for x in parts)
+    tiny = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(
+        got.double(),
+        want,
+        rtol=2 * unit,
+        atol=8 * computed + 2 * unit * rounding + tiny,
+        msg=lambda m: f"{case.described}\ngradient: {m}",
+    )
+
+
+def gradients_of(terms: ARTAR, case: Case, scale: float, x: Tensor) -> list[Tensor]:
+    """The gradients of `scale` times AR and TAR, each with its coefficient; `0` of one that does not depend on `x`."""
+    weighted = [scale * factor * term for factor, term in zip(case.coefficients, terms[1:], strict=True)]
+    found = [torch.autograd.grad(y, x, retain_graph=True, allow_unused=True)[0] for y in weighted]
+    return [torch.zeros_like(x) if y is None else y for y in found]
+
+
+def check_penalty(seed: int) -> None:
+    case = drawn(seed)
+    same = case.dropped is case.raw
+    leaves = [case.raw.requires_grad_(), case.dropped.requires_grad_()]
+    alpha, beta = case.coefficients
+    wanted = [exact(case.raw), exact(case.dropped)]
+    if same:
+        wanted[1] = wanted[0]
+    want = truth(case, *wanted)
+    dtype = torch.promote_types(case.raw.dtype, case.dropped.dtype)
+    got = fused_ar_tar(*leaves, alpha, beta, return_terms=True, **case.options)
+    check_terms(case, got, want, DOUBLE if dtype == DOUBLE else FLOAT)
+    inputs, exacts = (leaves[:1], wanted[:1]) if same else (leaves, wanted)
+    for scale in (100, 100, 300):  # an upstream gradient that is expected, and others; small ones underflow in float16
+        penalty = fused_ar_tar(*leaves, alpha, beta, **case.options)
+        gradients = torch.autograd.grad(penalty * scale, inputs, allow_unused=True)
+        counts = across(case.steps, len(case.shape), case.axis)
+        for gradient, exactly, leaf in zip(gradients, exacts, inputs, strict=True):
+            found = torch.zeros_like(leaf) if gradient is None else gradient
+            check_gradient(case, found, gradients_of(want, case, scale, exactly))
+            assert (found.masked_select(~counts.expand(found.shape)) == 0).all(), case.described  # exactly
+
+
+def check_dropout(seed: int) -> None:
+    case = drawn(seed)
+    draw = random.Random(-seed)
+    raw = case.raw.requires_grad_()
+    one = list(case.shape)
+    one[case.axis] = 1
+    mask = ((torch.rand(draw.choice([one, case.shape])) < 0.6) / 0.6).to(raw.dtype)
+    mask, _ = memory(mask, draw, expands=False)
+    arriving, _ = memory(torch.randn(case.shape).to(raw.dtype), draw, expands=draw.random() < 0.2)
+    alpha, beta = case.coefficients
+    values, exact_mask = exact(raw), mask.double()
+    want = truth(case, values, (raw.detach() * mask).double().nan_to_num(0.0, 0.0, 0.0))
+    dropped, got = fused_dropout_ar_tar(raw, 0.4, alpha, beta, mask=mask, return_terms=True, **case.options)
+    assert torch.equal(dropped.nan_to_num(), (raw * mask).nan_to_num()), case.described
+    dtype = DOUBLE if raw.dtype == DOUBLE else FLOAT
+    check_terms(case, got, want, dtype)
+    (gradient,) = torch.autograd.grad([dropped, got.penalty], raw, [arriving, torch.full_like(got.penalty, 100)])
+    ar, tar = gradients_of(truth(case, values, values * exact_mask), case, 100, values)
+    check_gradient(case, gradient, [ar, tar, arriving.double() * exact_mask], (ar * 1.7).abs().max().item())
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_penalty_of_any_axes(seed: int) -> None:
+    check_penalty(seed)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_dropout_of_any_axes(seed: int) -> None:
+    check_dropout(seed)
+
+
+def main() -> None:
+    count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    wrong = 0
+    for seed in range(first, first + count):
+        for check in (check_penalty, check_dropout):
+            try:
+                check(seed)
+            except Exception as error:
+                wrong += 1
+                print(f"{check.__name__}: {str(error)[:1500]}\n")
+    print(f"{count} cases, each as a penalty and with dropout: {wrong} wrong")
+
+
+if __name__ == "__main__":
+    main()
