@@ -38,16 +38,16 @@ TESTS = {
     "fastreg/carry.py": ["capture", "coefficients", "attachment"],
     "fastreg/attachment.py": ["capture", "attachment", "rnn_dropout"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment", "capture"],
-    "fastreg/reference.py": ["reference", "valid", "padding", "penalty"],
-    "fastreg/problem.py": ["reference", "valid", "padding", "penalty"],
+    "fastreg/reference.py": ["reference", "valid", "padding", "axes", "penalty"],
+    "fastreg/problem.py": ["reference", "valid", "padding", "axes", "penalty"],
     "fastreg/arguments.py": ["layout", "plans", "valid", "padding", "penalty", "dropout"],
-    "fastreg/view.py": ["layout", "penalty", "padding", "dropout", "torch"],
+    "fastreg/view.py": ["layout", "axes", "penalty", "padding", "dropout", "torch"],
     "fastreg/plans.py": ["plans", "penalty", "torch"],
-    "fastreg/prepare.py": ["layout", "plans", "valid", "padding", "penalty", "dropout"],
+    "fastreg/prepare.py": ["layout", "plans", "valid", "padding", "axes", "penalty", "dropout"],
     "fastreg/torch_state.py": ["padding", "penalty", "dropout", "torch"],
     "kernels/view.py": ["kernels", "padding"],
     **{
-        f"kernels/{name}": ["coefficients", "valid", "cpu_kernels", "prediction", "padding", "penalty"]
+        f"kernels/{name}": ["coefficients", "valid", "cpu_kernels", "prediction", "padding", "axes", "penalty"]
         for name in ("cpu.cpp", "cpu_rows.h", "cpu_steps.h", "cpu_vectors.h", "cpu_work.h")
     },
     "kernels/cpu.py": ["prediction", "cpu_kernels"],
@@ -205,12 +205,15 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/cpu_steps.h", "Counted"): [
         ("lengths beyond the last step", "std::min(length(sequence), stop)", "length(sequence)"),
         ("pairs as many as steps", "pairs += stop - step - 1;", "pairs += stop - step;"),
-        ("steps before that do not count are paired", "step > 0 && marked(sequence, step - 1)", "step > 0"),
-        ("the last step is paired with padding", " && marked(sequence, step + 1)}", "}"),
+        ("steps before that do not count are paired", " && marked(sequence, step - 1) &&", " &&"),
+        ("the last step is paired with padding", " && marked(sequence, step) && ", " && "),
+        ("starts among the pairs", "if (starts) pairs -=", "if (false) pairs -="),
+        ("changes into starts", "!(starts && starts[at(sequence, step)])", "true"),
+        ("a stretch goes on past a start", "if (starts) last =", "if (false) last ="),
         ("sequences beside each other all alike", " && state(tile.sequence + past, step) == found", ""),
         ("sequences of a tile all alike", "state(i, step) == found.state ?", "true ?"),
-        ("the first step is among others", "if (now.state.counts && !now.state.arrives) return step + 1;", ""),
-        ("the last step is among others", "end(sequence, step, further) - 1", "end(sequence, step, further)"),
+        ("the first step is among others", "if (!now.state.arrives || !now.state.leaves) return step + 1;", ""),
+        ("the last step is among others", "return std::min(last - 1, now.stop)", "return std::min(last, now.stop)"),
         (
             "a sequence that a tile begins with left out",
             "first = tile.sequence + tile.lane / sizes.inner;",
@@ -289,23 +292,45 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("a subclass to the kernels", "type(x) is Tensor", "True"),
     ],
     ("fastreg/view.py", "readable_values"): [("lengths and marks with gaps", "x.contiguous()", "x")],
-    ("fastreg/view.py", "like"): [("order of axes kept anyway", "x.stride(-1) != 1 and", "False and")],
-    ("fastreg/view.py", "readable"): [("hidden axis read as it lies", "x.shape[-1] == 1 or x.stride(-1) == 1", "True")],
-    ("fastreg/view.py", "view_of"): [
-        ("outer stride for time", "outer, strides[time_axis]", "outer, outer"),
-        ("always one sequence", "x.outer == hidden for", "True for"),
+    ("fastreg/view.py", "Fold"): [
+        ("order of axes kept anyway", "if self.fits(layout):", "if True:"),
+        ("inner axes with gaps", "self._joined(x.stride, self.inner) == (1, True)", "True"),
+        ("outer axes with gaps", "self._joined(x.stride, self.outer)[1] and", ""),
+        ("all read as it lies", "if x is None or self.fits(", "if True or self.fits("),
+        ("a repeated time step copied again and again", "if x.stride(self.time) == 0:", "if False:"),
+        ("outer stride for time", ", stride[self.time])", ", stride[self.outer[-1] if self.outer else self.time])"),
+        ("rows of packed sequences without a stride", "self.time if self.packed else ", ""),
     ],
+    ("fastreg/view.py", "fold_of"): [
+        ("sequences folded where not all of their steps count", "if fold.outer == sequences", "if True"),
+        ("few steps in a row read as they lie", "shape[time] < NARROW", "False"),
+        ("steps apart read as they lie", "any(x.stride[time] != 1 for x in given)", "False"),
+        ("all copied", "sum(not fold.fits(x) for x in given)", "0"),
+        ("a row repeated for all taken for the innermost", "layout.stride[axis] != 0, ", ""),
+    ],
+    ("fastreg/view.py", "view_of"): [("always one sequence", "x.outer == inner for", "True for")],
     ("fastreg/arguments.py", "check_lengths_values"): [("too long", "most > time", "False")],
-    ("fastreg/arguments.py", "check_valid_values"): [("marks above 1", "most > 1", "False")],
+    ("fastreg/arguments.py", "check_marks_values"): [("marks above 1", "most > 1", "False")],
     ("fastreg/arguments.py", "check_batch_sizes"): [
         ("counted in few bits", "sizes = sizes.to(torch.int64)", "sizes = sizes"),
         ("sums that wrap", "int(sizes.min()) > 0", "int(sizes[-1]) > 0"),
     ],
     ("fastreg/arguments.py", "_check_alike"): [
-        ("layers of other time steps", "x[1].shape[:-1] != first[1].shape[:-1]", "False"),
+        ("layers of other time steps", "not _are_alike(x[1], first[1], problem)", "False"),
     ],
+    ("fastreg/arguments.py", "_are_alike"): [("layers of other batches", "batch == other_batch and", "")],
+    ("fastreg/arguments.py", "_check_axes"): [
+        ("any axis of packed rows", "packed and call.time_at % dims", "False"),
+        ("an axis too far", "-dims <= call.time_at < dims", "-dims <= call.time_at <= dims"),
+    ],
+    ("fastreg/arguments.py", "check_time"): [("a flag for an axis", "isinstance(time_dim, bool) or", "")],
+
     ("fastreg/prepare.py", "_lengths"): [("lengths with gaps to the kernels", ".contiguous()", "")],
-    ("fastreg/prepare.py", "_valid"): [("marks with gaps to the kernels", ".contiguous()", "")],
+    ("fastreg/prepare.py", "_marks"): [("marks with gaps to the kernels", ".contiguous()", "")],
+    ("fastreg/prepare.py", "values_of"): [
+        ("lengths ignored beside starts", "if lengths is not None:", "if False:"),
+        ("marks ignored beside starts", "if valid is None:", "if True:"),
+    ],
     ("fastreg/prepare.py", "_queued"): [
         ("pinned memory that the caller refills", "elif x.is_pinned()", "elif False"),
     ],
@@ -335,8 +360,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("no beta", ", beta if type(beta) is float else _fact(beta)", ""),
         ("no lengths", "lengths if lengths is None else _fact(lengths), ", ""),
         ("no valid", ", valid if valid is None else _fact(valid)", ""),
-        ("no layout", "*(batch_first, type(batch_first), ", "*("),
-        ("no type of the layout", "batch_first, type(batch_first)", "batch_first"),
+        ("no starts", "starts if starts is None else _fact(starts), ", ""),
+        ("no axis of time", "time_at, type(time_at), ", ""),
+        ("no type of the axis", "time_at, type(time_at)", "time_at"),
         ("no reduction", "reduction, measured, type", "measured, type"),
         ("no terms", "measured, type(measured), ar_of_raw", "ar_of_raw"),
         ("no AR of raw", ", ar_of_raw)", ",)"),
@@ -460,7 +486,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/regularizer.py", "RNNRegularizer"): [
         ("first layer for last", "raw[-1], dropped[-1]", "raw[0], dropped[0]"),
         ("first attachment for last", "is self._attached[-1]", "is self._attached[0]"),
-        ("batch first always", "Given(raw, dropped, first,", "Given(raw, dropped, True,"),
+        ("batch first always", "Given(raw, dropped, time_at,", "Given(raw, dropped, True,"),
         ("run of another output", "run.squared.itself() is dropped", "True"),
         ("captures stay", "attachment.settle({*runs})", "pass"),
         ("clear leaves hooks' captures", "            attachment.clear()", "            pass"),
@@ -488,8 +514,16 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("pairs as many as steps", "(time - 1))", "time)"),
         ("nothing divided by 0", "time = _at_least_1(time)", "pass"),
         ("lengths not clamped", ".clamp(0, time)", ""),
-        ("pairs of marks as many as steps", "values.valid & values.valid.roll(1, 1) & later", "values.valid"),
+        ("pairs of marks as many as steps", "changing(values) & later", "values.valid"),
+        ("a change into the first step from the last", "changing(values) & later", "changing(values)"),
+        ("elements of one axis alone", "hidden = hidden * x.shape[axis]", "hidden = x.shape[axis]"),
     ],
+    ("fastreg/problem.py", "changing"): [
+        ("starts ignored", "pairs & ~starts", "pairs"),
+        ("pairs with a step that does not count", "valid & valid.roll(1, 1)", "valid"),
+    ],
+    ("fastreg/problem.py", "batch_axis"): [("sequences without an axis", "1 if len(x.shape) > 2 else None", "None")],
+
     ("fastreg/reference.py", "neighbours"): [
         ("a sequence goes on past its end", "after < ends", "after <= ends"),
         ("before by the size of the same step", "(step - 1).clamp(min=0)", "step"),
@@ -497,8 +531,10 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/reference.py", "changes"): [
         ("TAR across sequences", "x.roll(1, dim)", "x.roll(1, 0)"),
         ("pairs cross a sequence's end", "counted(change, layer, problem)", "change"),
-        ("pairs with a step that does not count", "values.valid & values.valid.roll(1, 1)", "values.valid"),
+        ("pairs with a step that does not count", "changing(values)", "values.valid"),
     ],
+    ("fastreg/reference.py", "counted"): [("marks across sequences", "valid.transpose(0, 1)", "valid.reshape(x.shape[:2])")],
+
     ("fastreg/reference.py", "ar_tar_gradients"): [
         ("halves subtracted in half", "x.to(grad.dtype) for", "x for"),
         ("factor 2 missing in TAR", "2 * _coefficient(problem.beta", "_coefficient(problem.beta"),

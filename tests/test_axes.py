@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import random
-import re
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
@@ -219,6 +219,149 @@ def test_penalty_of_any_axes(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(CASES))
 def test_dropout_of_any_axes(seed: int) -> None:
     check_dropout(seed)
+
+
+@pytest.mark.parametrize(
+    ("memory_order", "axis", "sizes", "copied"),
+    [
+        ("batch channels time height width", 2, (6, 5, 28), False),
+        ("batch time channels height width", 2, (2, 5, 84), False),
+        ("time batch channels height width", 2, (1, 5, 168), False),
+        ("channels batch time height width", -3, (6, 5, 28), False),
+        ("batch time height width channels", 2, (2, 5, 84), False),
+        ("time width batch height channels", 2, (1, 5, 168), False),
+        ("batch height time channels width", 2, (8, 5, 21), False),
+        ("batch channels height width time", 2, (2, 5, 84), True),  # a lane would be a sequence of one element
+    ],
+)
+def test_axes_fold_without_a_copy(memory_order: str, axis: int, sizes: tuple[int, ...], copied: bool) -> None:
+    names = ["batch", "channels", "time", "height", "width"]
+    order = [names.index(name) for name in memory_order.split()]
+    shape = [2, 3, 5, 4, 7]
+    x = torch.randn([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(5)])
+    layout, layer = layout_of(x), Layer(x, None)
+    fold = fold_of([layout], layer, Problem(0.0, 1.0, axis))
+    assert view_of([layout], fold, layer.values)[:3] == sizes
+    assert (fold.read(x) is not x) == copied
+    assert copied or fold.like(layout).stride == x.stride()
+
+
+@pytest.mark.parametrize("given", ["lengths", "valid", "starts"])
+def test_steps_of_more_axes_have_sequences_of_the_first(given: str) -> None:
+    """Marks are by batch and time: memory in which other axes come between them is copied."""
+    x, marks = torch.randn(2, 3, 5, 4), torch.ones(2, 5) > 0
+    call = Call(x, x, 2.0, 1.0, **{given: torch.tensor([5, 3]) if given == "lengths" else marks}, time_at=2)
+    problem = Problem(2.0, 1.0, 2)
+    layer = Layer(x, None, values_of(call, problem, x))
+    fold = fold_of([layout_of(x)], layer, problem)
+    assert view_of([layout_of(x)], fold, layer.values)[:3] == (2, 5, 12)
+    assert fold.read(x) is not x
+
+
+@pytest.mark.parametrize("time", [2, 17, NARROW])
+def test_time_alone_in_memory(time: int) -> None:
+    """Few steps in a row are copied; many are read as they lie, on the CPU."""
+    x = torch.randn(2, 3, time)
+    fold = fold_of([layout_of(x)], Layer(x, None), Problem(2.0, 1.0, -1))
+    assert (fold.read(x) is not x) == (time < NARROW)
+    elsewhere = fold_of([layout_of(x)], Layer(x.to("meta"), None), Problem(2.0, 1.0, -1))
+    assert elsewhere.read(x) is not x
+
+
+def test_a_copied_mask_of_one_row_still_is() -> None:
+    raw, mask = torch.randn(2, 3, 40, 5), torch.randn(5, 1, 3, 2).permute(3, 2, 1, 0).expand(2, 3, 40, 5)
+    layouts = layout_of(raw), layout_of(mask)
+    fold = fold_of(layouts, Layer(raw, None), Problem(2.0, 1.0, 2))
+    assert fold.read(raw) is raw
+    got = fold.read(mask)
+    assert got is not mask
+    assert got.stride(2) == 0
+    assert torch.equal(got, mask)
+
+
+def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
+    skip_on_formula(device)
+    x = torch.randn(4, 7, 3, 2, 5, device=device).movedim(2, 1).requires_grad_()  # (batch, channels, time, ...)
+    leaf = x.detach().requires_grad_()
+    fused_ar_tar(leaf, leaf, 2.0, 1.0, time_dim=2).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.stride() == leaf.stride()
+    dropped, penalty = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
+    assert dropped.stride() == x.stride()
+    (gradient,) = torch.autograd.grad(dropped.sum() + penalty, x)
+    assert gradient.stride() == x.stride()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_batch_first_is_one_of_two_axes(batch_first: bool, device: str) -> None:
+    x, starts = torch.randn(3, 7, 5, device=device), torch.rand(3, 7, device=device) < 0.3
+    starts = starts if batch_first else torch.rand(7, 3, device=device) < 0.3
+    want = fused_ar_tar(x, x, 2.0, 1.0, batch_first=batch_first, starts=starts)
+    axis = 1 if batch_first else 0
+    for time_dim in (axis, axis - 3):
+        assert torch.equal(fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, starts=starts), want)
+
+
+def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
+    x = torch.ones(4, 3, 9, 2, device=device)
+    dropped, _ = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
+    assert torch.equal(dropped, dropped[:, :, :1].expand_as(x))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+
+
+def test_the_module(device: str) -> None:
+    module = FusedRNNDropout(0.5, 2.0, 1.0, time_dim=-1)
+    assert "time_dim=-1" in repr(module)
+    x, starts = torch.randn(4, 3, 9, device=device), torch.rand(4, 9, device=device) < 0.3
+    valid = torch.rand(4, 9, device=device) < 0.7
+    torch.manual_seed(1)
+    dropped = module(x, valid=valid, starts=starts)
+    taken = module.take()
+    assert taken is not None
+    want = fused_ar_tar(x, dropped, 2.0, 1.0, time_dim=2, valid=valid, starts=starts)
+    torch.testing.assert_close(taken.penalty, want)
+    torch.manual_seed(1)
+    other = FusedRNNDropout(0.5, 2.0, 1.0)
+    turned = other(x.transpose(1, 2), None, valid, starts)
+    last = other.take()
+    assert last is not None
+    torch.testing.assert_close(last.tar, taken.tar)
+    assert turned.shape == (4, 9, 3)
+    with pytest.raises(ValueError, match="batch_first and time_dim: expected one of them, got both"):
+        FusedRNNDropout(batch_first=True, time_dim=1)
+    with pytest.raises(TypeError, match="time_dim: expected an int"):
+        FusedRNNDropout(time_dim="1")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("time_dim", [1, 2])
+def test_second_derivatives(time_dim: int, device: str) -> None:
+    x = torch.randn(2, 4, 3, dtype=DOUBLE, device=device).requires_grad_()
+    starts = torch.rand(2, x.shape[time_dim], device=device) < 0.4
+    options: dict[str, Any] = {"time_dim": time_dim, "starts": starts}
+    assert gradcheck(lambda r: fused_ar_tar(r, r * 2, 2.0, 1.0, **options), x)
+    assert gradgradcheck(lambda r: fused_ar_tar(r, r * 2, 2.0, 1.0, **options), x)
+    mask = torch.rand_like(x).detach()
+    assert gradgradcheck(lambda r: fused_dropout_ar_tar(r, 0.5, 2.0, 1.0, mask=mask, **options), x)
+
+
+def test_a_start_is_no_hole(device: str) -> None:
+    """Two documents in a row are worth what they are worth apart; the first step of the second counts."""
+    x, y = (torch.randn(1, n, 5, device=device) for n in (4, 6))
+    starts = torch.zeros(1, 10, dtype=torch.bool, device=device)
+    starts[0, 4] = True
+    whole = fused_ar_tar(torch.cat([x, y], 1), None, 0.0, 1.0, starts=starts, reduction="sum")
+    parts = sum(fused_ar_tar(z, None, 0.0, 1.0, reduction="sum") for z in (x, y))
+    torch.testing.assert_close(whole, parts)
+    whole = fused_ar_tar(None, torch.cat([x, y], 1), 1.0, 0.0, starts=starts)
+    torch.testing.assert_close(whole, torch.cat([x, y], 1).square().mean())
+
+
+def test_lengths_of_a_packed_sequence_are_those_of_padding_with_starts(device: str) -> None:
+    x, lengths = torch.randn(3, 7, 5, device=device), torch.tensor([7, 2, 4])
+    none = torch.zeros(3, 7, dtype=torch.bool, device=device)
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    want = fused_ar_tar(packed, packed, 2.0, 1.0)
+    torch.testing.assert_close(fused_ar_tar(x, x, 2.0, 1.0, lengths=lengths, starts=none), want)
 
 
 def main() -> None:
