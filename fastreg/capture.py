@@ -1,9 +1,9 @@
 """Captures of attached modules, kept by the autograd graph, and the hooks that carry their penalty.
 
-A forward hook puts a `Mark` on the autograd node of each tensor that is regularized, in `node.metadata`, so that a
-capture lives and dies with the graph. A mark holds the tensor detached: the tensor itself would hold its node, in a
-circle through C++ that is never freed. `reach` searches the graph of a loss for marks. A mark is also a hook of its
-tensor: once `fastreg.carry` has armed it, it adds the penalty's gradient to the gradient that arrives there.
+A forward hook puts a `Mark` on the autograd node of each regularized tensor, in `node.metadata`, so that the graph owns
+the capture. A mark holds the tensor detached: the tensor itself would hold its node, a reference cycle through C++ that
+is never collected. `reach` searches the graph of a loss for marks. A mark is also a hook of its tensor: after
+`fastreg.carry` has armed it, it adds the penalty's gradient to the gradient that arrives there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Captured:
         itself: a weak reference to the tensor.
         needs: whether it requires a gradient.
         version: its version when it was captured.
-        armed: the backward, by its id, or `None` for every one, that adds the penalty's gradient, and how; `None`
-            unless one does.
+        armed: the id of the backward that adds the penalty's gradient, `None` for every backward, and the function
+            that adds it; `None` while no backward does.
     """
 
     __slots__ = ("armed", "data", "itself", "needs", "version")
@@ -45,7 +45,7 @@ class Captured:
         self.armed: tuple[int | None, Callable[[Tensor], Tensor]] | None = None
 
     def arm(self, task: int | None, add: Callable[[Tensor], Tensor]) -> None:
-        """Add a gradient in a backward, beside one that it adds already."""
+        """Add a gradient in a backward, besides a gradient that it already adds."""
         before = self.armed
         if before is not None and before[0] == task:
             self.armed = task, lambda gradient: add(before[1](gradient))
@@ -59,14 +59,14 @@ class Run:
 
     Attributes:
         raw: the module's output.
-        dropped: the tensor that AR is of: the dropout's output, or raw; `None` before the dropout has run.
+        dropped: the tensor that AR squares: the dropout's output, or raw; `None` before the dropout has run.
         packed: the `PackedSequence` that raw is the data of, or `None`.
         batch_first: the layout.
         valid: the valid steps, or `None`.
         grad_enabled: whether gradients were enabled in the module and in its dropout.
         is_step: whether raw is one time step, without an axis of time.
         fused: the output of a fused dropout, whose node carries the whole penalty, or `None`.
-        terms: AR and TAR, which that dropout has formed.
+        terms: AR and TAR as that dropout computed them.
         marks: weak references to the marks.
     """
 
@@ -83,12 +83,12 @@ class Run:
 
     @property
     def squared(self) -> Captured:
-        """Return the tensor that AR is of, of a run that is complete."""
+        """Return the tensor that AR squares, of a complete run."""
         return self.raw if self.dropped is None else self.dropped
 
     @property
     def carriers(self) -> list[Captured]:
-        """Return the tensors where a gradient has to arrive for the penalty's to be added to it."""
+        """Return the tensors to whose gradients the penalty's gradient is added."""
         if self.fused is not None:
             return [self.fused]
         return [x for x in dict.fromkeys((self.raw, self.dropped)) if x is not None and x.needs]
@@ -105,28 +105,28 @@ class Run:
 
     @property
     def changed(self) -> bool:
-        """Tell whether a tensor was changed in place since it was captured."""
+        """Return whether a tensor was changed in place since it was captured."""
         return any(x is not None and _version(x.data) != x.version for x in (self.raw, self.dropped, self.fused))
 
     def lost(self, reached: Collection[Captured | None]) -> Captured | None:
-        """Return a tensor that needs a gradient, and was freed before a loss reached it, or `None`."""
+        """Return a tensor that needs a gradient, was freed, and is not in the graph of the loss; else `None`."""
         if not torch.is_grad_enabled() or (self.fused is not None and self.fused in reached):
             return None
         parts = [x for x in (self.raw, self.dropped) if x is not None and x.needs and x not in reached]
         return next((x for x in parts if not self.tensor_of(x).requires_grad), None)
 
     def tensor_of(self, captured: Captured) -> Tensor:
-        """Return a tensor of this run with its graph if it is still there, else without."""
+        """Return a tensor of this run, with its graph if that is alive, else detached."""
         if (x := captured.itself()) is None and captured is self.raw:
             x = next((mark.kept for mark in [mark() for mark in self.marks] if mark and mark.kept is not None), None)
         return captured.data if x is None else x
 
     def of(self, rows: Tensor) -> Any:
-        """Return rows as raw was given: packed, or as a tensor."""
+        """Return rows in the form of raw: packed, or as a tensor."""
         return rows if self.packed is None else self.packed._replace(data=rows)
 
     def drop(self) -> None:
-        """Free the tensors, but no gradient that is armed."""
+        """Free the tensors, but keep armed gradients."""
         for x in (self.raw, self.dropped, self.fused):
             if x is not None:
                 x.data = EMPTY
@@ -159,7 +159,7 @@ class Mark:
         self.run, self.captured, self.number, self.kept = run, captured, x.output_nr, kept
         run.marks.append(weakref.ref(self))
         node: Any = x.grad_fn
-        if node is not None:  # a leaf has no node that lasts: its hooks are looked through
+        if node is not None:  # a leaf has no lasting node: `reach` looks at its hooks
             node.metadata.setdefault(KEY, []).append(self)
 
     def hook(self, x: Tensor) -> None:
@@ -169,7 +169,7 @@ class Mark:
         if hooks is not None and len(hooks) > 1:
             others = dict(hooks)
             own = {handle.id: others.pop(handle.id)}
-            hooks.clear()  # PyTorch takes them in the order of insertion
+            hooks.clear()  # PyTorch calls them in the order of insertion
             hooks.update(own | others)
 
     def __call__(self, gradient: Tensor | None) -> Tensor | None:
@@ -179,7 +179,7 @@ class Mark:
         task, add = captured.armed
         if task is not None or not keeps_graph():
             captured.armed = None
-        if task not in (None, torch._C._current_graph_task_id()):  # of a backward that failed
+        if task not in (None, torch._C._current_graph_task_id()):  # armed by a backward that failed
             return None
         if gradient is None:
             raise RuntimeError(
@@ -190,7 +190,7 @@ class Mark:
 
 
 def _version(x: Tensor) -> int:
-    """Return how often a tensor was changed in place, as far as torch counts."""
+    """Return how often a tensor was changed in place; PyTorch does not count that of inference tensors."""
     return 0 if x.is_inference() else x._version
 
 
@@ -198,9 +198,9 @@ Reached: TypeAlias = dict[Run, list[tuple[Mark, Any]]]  # the marks of each run,
 
 
 def reach(loss: Tensor, runs: Sequence[Run]) -> Reached:
-    """Find the marks of runs, and their nodes, that the graph of a loss reaches, the nearest first.
+    """Return the marks of runs in the graph of a loss, and their nodes, the nearest first.
 
-    The search ends where nothing is left to be found.
+    The search is breadth first, and stops when every tensor is found.
     """
     left = {x for run in runs for x in run.carriers}
     wanted, found = set(runs), {}
@@ -232,7 +232,7 @@ def _marks_of_leaf(node: Any) -> list[Mark]:
 
 
 def are_before(node: Any, others: Sequence[Any]) -> set[Any]:
-    """Return those of other nodes that a node is, or was computed from."""
+    """Return which of the other nodes a node equals or was computed from."""
     wanted, found = set(others), set()
     if node is None:
         return found

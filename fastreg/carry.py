@@ -1,62 +1,66 @@
-"""The penalty of captured runs: its sums now, and its gradient added in the backward where gradients arrive anyway.
+"""The penalty of captured runs: sums in the forward, gradients added in the backward to those that arrive.
 
-`penalty_of_runs` puts one node, `_Carry`, between the penalty and the loss. Its backward runs before any node of the
-loss's graph, and arms the runs with the upstream gradient for this backward.
+`penalty_of_runs` puts one node, `_Carry`, between the penalty and the loss. Its backward runs before the nodes of the
+loss's graph, and hands the upstream gradient to the runs for this backward.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastreg.addition import Addition, addition_for
 from fastreg.arguments import check_options
 from fastreg.capture import Captured, Reached, Run
-from fastreg.dropout import Upstream, add_gradient
-from fastreg.kernels.view import Values
-from fastreg.penalty import measure
+from fastreg.dropout import Upstream
+from fastreg.kernels.view import NOTHING, Values, layout_of
+from fastreg.penalty import penalty_of
 from fastreg.prepare import plain, plain_pair, problem_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, is_on
 
 
 class Carrier(NamedTuple):
-    """Where a backward adds the gradient of a penalty: at tensors, or in the node of a fused dropout.
+    """The place where a backward adds the gradient of a penalty: tensors, or the node of a fused dropout.
 
-    at       the tensors that a gradient arrives at, `None` for one that it is not to be added to
-    split    splits a gradient for several tensors, which joined along time are one activation; `None` for one tensor
-    node     the node, where there are no tensors
-    layer    the activation, as `add_gradient` takes it; for a node, coefficients alone
-    problem  the problem of the penalty
+    problem   the terms
+    addition  the operation on the gradient of a tensor
+    at        the tensors, `None` for a tensor that is left out
+    split     splits the gradient of several tensors, which joined along time are one activation; `None` for one tensor
+    node      the node; `None` if there are tensors
     """
 
-    at: Sequence[Captured | None]
-    split: Callable[[Tensor], Sequence[Tensor]] | None
-    node: Any
-    layer: Layer
     problem: Problem
+    addition: Addition | None = None
+    at: Sequence[Captured | None] = ()
+    split: Callable[[Tensor], Sequence[Tensor]] | None = None
+    node: Any = None
 
     def arm(self, task: int | None, grad: Tensor, layer: Layer) -> None:
-        """Add the gradient in this backward, or for `None` in every one, for a layer whose tensors were saved."""
-        if layer.raw is None:
-            self.node.carried = Upstream(task, grad, self.problem, layer.values.alpha, layer.values.beta)
+        """Add the gradient of a layer's penalty in this backward, or for `None` in every one."""
+        raw, values, addition = layer.raw, layer.values, self.addition
+        if raw is None or addition is None:
+            self.node.carried = Upstream(task, grad, self.problem, values.alpha, values.beta)
             return
-        if not torch.is_grad_enabled() or task is None:  # its graph would close a circle, if the backward failed
-            layer = layer._replace(raw=layer.raw.detach())
+        if layout_of(raw) != addition.layout:  # a hook on saved tensors has changed it
+            addition = addition_for(layer, self.problem)
+        if not torch.is_grad_enabled() or task is None:  # its graph would close a cycle, if the backward failed
+            layer = Layer(raw.detach(), None, values)
         if self.split is None:
-            adds = [functools.partial(add_gradient, upstream=grad, layer=layer, problem=self.problem)]
+            adds = [functools.partial(addition, grad, layer)]
         else:
-            whole = add_gradient(torch.zeros_like(layer.given()), grad, layer, self.problem)
+            whole = addition(grad, layer, torch.zeros_like(raw))
             adds = [functools.partial(torch.add, piece) for piece in self.split(whole)]
         for captured, add in zip(self.at, adds, strict=True):
             if captured is not None:
                 captured.arm(task, add)
 
     def disarm(self) -> None:
-        """Add nothing in later backwards, where this one ended before it came by."""
+        """Drop a gradient that was armed and not used, as a later backward would add it."""
         for captured in self.at:
             if captured is not None:
                 captured.armed = None
@@ -64,28 +68,37 @@ class Carrier(NamedTuple):
             self.node.carried = None
 
 
+Carried: TypeAlias = list[tuple[Carrier, Layer]]  # the layer of a node has coefficients alone
+
+
 class _Carry(Function):
     """Return the penalty; in the backward, arm its carriers."""
 
     @staticmethod
-    def forward(ctx: Any, carriers: Sequence[Carrier], loss: Tensor, penalty: Tensor) -> Tensor:
-        ctx.carriers = [x._replace(layer=Layer(None, None)) for x in carriers]
-        ctx.save_for_backward(*[x for carrier in carriers for x in (carrier.layer.raw, *carrier.layer.values)])
+    def forward(ctx: Any, carried: Carried, loss: Tensor, penalty: Tensor) -> Tensor:
+        ctx.carriers = [carrier for carrier, _ in carried]
+        # Carriers of one call share their values.
+        ctx.values = [i for i, (_, layer) in enumerate(carried) if layer.values is not NOTHING]
+        ctx.save_for_backward(
+            *[layer.raw for _, layer in carried], *[x for i in ctx.values for x in carried[i][1].values]
+        )
         ctx.loss = loss.shape, loss.dtype, loss.device
         return penalty.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        task, saved, width = torch._C._current_graph_task_id(), ctx.saved_tensors, 1 + len(Values._fields)
-        carriers = ctx.carriers
-        layers = [Layer(saved[i], None, Values(*saved[i + 1 : i + width])) for i in range(0, len(saved), width)]
-        # Compiled autograd cannot trace how functions are stored in carriers.
-        arm: Any = torch.compiler.disable(_arm) if torch.compiler.is_compiling() else _arm
-        arm(carriers, task, grad, layers)
-        if not torch.compiler.is_compiling():  # which takes no callbacks
+        task, saved, carriers = torch._C._current_graph_task_id(), ctx.saved_tensors, ctx.carriers
+        layers = [Layer(raw, None) for raw in saved[: len(carriers)]]
+        for i, at in enumerate(ctx.values):
+            start, width = len(carriers) + i * len(NOTHING), len(NOTHING)
+            layers[at] = Layer(layers[at].raw, None, Values(*saved[start : start + width]))
+        if torch.compiler.is_compiling():  # compiled autograd traces neither changing hooks nor callbacks
+            torch.compiler.disable(_arm)(carriers, task, grad, layers)
+        else:
+            _arm(carriers, task, grad, layers)
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_disarm, carriers))
         shape, dtype, device = ctx.loss
-        # Zeros, so that gradients pass where the carriers wait for them, even if the penalty alone is differentiated.
+        # Zeros let a gradient arrive at the carriers even if the penalty alone is differentiated.
         return None, torch.zeros(shape, dtype=dtype, device=device), grad
 
 
@@ -106,8 +119,8 @@ def penalty_of_runs(
     """Compute the penalty of runs, whose gradient is added in the backward of the loss.
 
     Args:
-        groups: runs that joined along time are one activation, or one run.
-        reached: the marks by which the loss depends on them.
+        groups: lists of runs; the runs of one list are joined along time into one activation.
+        reached: the marks of the runs in the graph of the loss.
         loss: the loss.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
@@ -115,26 +128,27 @@ def penalty_of_runs(
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    carriers: list[Carrier] = []
+    carried: Carried = []
     formed: list[ARTAR] = []
     alike: dict[Any, list[_Part]] = {}
     for i, group in enumerate(groups):
         nodes = {mark.captured: node for run in group for mark, node in reached.get(run, ()) if mark.captured}
         if group[0].fused is not None and group[0].fused in nodes:
-            terms, carrier = _of_node(group[0], nodes[group[0].fused], alpha, beta)
+            terms, some = _of_node(group[0], nodes[group[0].fused], alpha, beta)
             formed.append(terms)
-            carriers.append(carrier)
+            carried += some
         else:
             part = _part(group, nodes)
             alike.setdefault(part.kind or i, []).append(part)
-    for parts in alike.values():  # in one call, which allocates and checks once
+    for parts in alike.values():  # one call for all allocates and checks once
         terms, some = _measured(parts, alpha, beta)
         formed.append(terms)
-        carriers += some
-    moved = [ARTAR(*(x.to(loss.device) for x in terms)) for terms in formed]  # layers may live on several devices
-    total = functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), moved)
-    if carriers and torch.is_grad_enabled():
-        total = total._replace(penalty=_Carry.apply(carriers, loss, total.penalty))
+        carried += some
+    if len(formed) > 1 or formed[0].penalty.device != loss.device:  # layers may live on several devices
+        formed = [ARTAR(*(x.to(loss.device) for x in terms)) for terms in formed]
+    total = functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), formed)
+    if carried and torch.is_grad_enabled():
+        return ARTAR(_Carry.apply(carried, loss, total.penalty), total.ar, total.tar)
     return total
 
 
@@ -143,43 +157,42 @@ def carry_always(run: Run, node: Any, alpha: Coefficient, beta: Coefficient, sca
 
     Args:
         run: the run, complete.
-        node: that of the fused dropout that has formed the terms, or `None`.
+        node: the node of the fused dropout that computed the terms, or `None`.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
         scale: the upstream gradient.
     """
     if run.fused is not None:
-        terms, carrier = _of_node(run, node, alpha, beta)
-        carriers = [carrier]
+        terms, carried = _of_node(run, node, alpha, beta)
     else:
-        terms, carriers = _measured([_part([run], dict.fromkeys(run.carriers))], alpha, beta)
+        terms, carried = _measured([_part([run], dict.fromkeys(run.carriers))], alpha, beta)
     grad = scale
     if not isinstance(grad, Tensor):
         grad = torch.full((), grad, dtype=terms.penalty.dtype, device=terms.penalty.device)
-    for carrier in carriers:
-        carrier.arm(None, grad, carrier.layer)
+    for carrier, layer in carried:
+        carrier.arm(None, grad, layer)
     return terms
 
 
-def _of_node(run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carrier]:
-    """Weigh the terms that a fused dropout has formed; its node carries their gradient."""
+def _of_node(run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carried]:
+    """Weight the terms that a fused dropout computed; its node carries their gradient."""
     call = Call(
         *(None, None, plain(alpha), plain(beta), None, None, None),
         *(run.batch_first, "mean", True, run.dropped is run.raw),
     )
     check_options(call)
     tensors = [x if isinstance(x, Tensor) else None for x in (call.alpha, call.beta)]
-    layer, problem = Layer(None, None, Values(alpha=tensors[0], beta=tensors[1])), problem_of(call)
-    return _weighted(run.terms, alpha, beta), Carrier((), None, node, layer, problem)
+    layer = Layer(None, None, Values(alpha=tensors[0], beta=tensors[1]))
+    return _weighted(run.terms, alpha, beta), [(Carrier(problem_of(call), node=node), layer)]
 
 
 class _Part(NamedTuple):
-    """An activation to form the penalty of.
+    """An activation of the penalty.
 
-    kind          of its memory, by which several are summed in one call; `None` for one that has steps of its own
+    kind          the shape, device and dtypes that activations of one call share; `None` for one with valid steps
     raw, dropped  as `fused_ar_tar` takes them
-    group         the runs that are joined in it
-    nodes         those of its tensors that the gradient is added to
+    group         the runs that are joined in the activation
+    nodes         the nodes of the tensors to whose gradients the penalty's gradient is added
     """
 
     kind: Any
@@ -190,7 +203,7 @@ class _Part(NamedTuple):
 
 
 def _part(group: Sequence[Run], nodes: dict[Captured, Any]) -> _Part:
-    """Join the tensors of runs: without a graph, unless autograd has to lead the gradient to one."""
+    """Join the tensors of runs, detached unless autograd has to propagate the gradient."""
 
     def summed(of: Callable[[Run], Captured]) -> Any:
         tensors = [(run, of(run)) for run in group]
@@ -207,40 +220,53 @@ def _part(group: Sequence[Run], nodes: dict[Captured, Any]) -> _Part:
     return _Part(kind, raw, dropped, group, nodes)
 
 
-def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, list[Carrier]]:
-    """Compute the penalty of parts of a kind, and list where its gradient is to be added."""
-    first = parts[0]
-    raw, dropped = (
-        (first.raw, first.dropped) if len(parts) == 1 else ([x.raw for x in parts], [x.dropped for x in parts])
-    )
-    valid, batch_first = _valid(first.group), first.group[0].batch_first
+def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carried]:
+    """Compute the penalty of parts of one kind, and list the carriers of its gradient."""
+    first = parts[0].group
+    raw: Any = parts[0].raw if len(parts) == 1 else [x.raw for x in parts]
+    dropped: Any = parts[0].dropped if len(parts) == 1 else [x.dropped for x in parts]
     raw, dropped = plain_pair(raw, dropped)
-    terms, layers, problem = measure(
-        Call(raw, dropped, plain(alpha), plain(beta), None, plain(valid), None, batch_first, "mean", True)
+    valid = plain(_valid(first))
+    computed = penalty_of(
+        Call(raw, dropped, plain(alpha), plain(beta), None, valid, None, first[0].batch_first, "mean", True)
     )
-    carriers = []
-    for part, layer in zip(parts, layers, strict=True):
+    of_both, of_tar, of_ar = _of_one_tensor(computed.problem)
+    values = computed.values
+    carried: Carried = []
+    for part in parts:
+        raws = [x.raw for x in part.group]
         if part.raw is part.dropped:
-            carriers += _carriers(part, [x.raw for x in part.group], layer.values, problem._replace(ar_of_raw=True))
-        else:
-            of_tar = layer.values._replace(alpha=None), problem._replace(alpha=0.0)
-            carriers += _carriers(part, [x.raw for x in part.group], *of_tar)
-            of_ar = layer.values._replace(beta=None), problem._replace(beta=0.0, ar_of_raw=True)
-            carriers += _carriers(part, [x.squared for x in part.group], *of_ar)
-    return terms, carriers
+            carried += _carried(part, raws, values, of_both)
+            continue
+        if of_tar is not None:
+            carried += _carried(part, raws, values if values.alpha is None else values._replace(alpha=None), of_tar)
+        if of_ar is not None:
+            squared = [x.squared for x in part.group]
+            carried += _carried(part, squared, values if values.beta is None else values._replace(beta=None), of_ar)
+    return ARTAR(computed.penalty, *(computed.terms or ())), carried
 
 
-def _carriers(part: _Part, tensors: Sequence[Captured], values: Values, problem: Problem) -> list[Carrier]:
-    """List where the gradient of a term is to be added, if it has one."""
+@functools.lru_cache(64)
+def _of_one_tensor(problem: Problem) -> tuple[Problem | None, Problem | None, Problem | None]:
+    """Split a problem into AR and TAR of raw, TAR, and AR of the squared tensor; `None` for a term that is off."""
+    of_both = problem._replace(ar_of_raw=True)
+    of_tar = problem._replace(alpha=0.0) if is_on(problem.beta) else None
+    of_ar = of_both._replace(beta=0.0) if is_on(problem.alpha) else None
+    return (of_both if of_tar or of_ar else None), of_tar, of_ar
+
+
+def _carried(part: _Part, tensors: Sequence[Captured], values: Values, problem: Problem | None) -> Carried:
+    """List the carrier of the gradient of a term, if the term has one."""
     group, at = part.group, [x if x in part.nodes else None for x in tensors]
-    if not any(at) or not (is_on(problem.alpha) or is_on(problem.beta)):
+    if problem is None or not any(at):
         return []
     found = [run.tensor_of(x) for run, x in zip(group, tensors, strict=True)]
-    if not all(x.requires_grad for x in found):  # second derivatives need the graphs of all
+    if not all([x.requires_grad for x in found]):  # second derivatives need the graphs of all
         found = [x.data for x in tensors]
     one = len(group) == 1 and not group[0].is_step
     split = None if one else functools.partial(_split, group[0], [x.shape for x in found])
-    return [Carrier(at, split, None, Layer(_joined(group[0], found), None, values), problem)]
+    layer = Layer(plain(_joined(group[0], found)), None, values)
+    return [(Carrier(problem, addition_for(layer, problem), at, split), layer)]
 
 
 def _axis(run: Run, dims: int) -> int:
@@ -249,20 +275,20 @@ def _axis(run: Run, dims: int) -> int:
 
 
 def _joined(run: Run, tensors: Sequence[Tensor]) -> Tensor:
-    """Join tensors along time, all of them like that of a run."""
+    """Join tensors of one layout along time."""
     if run.is_step:
         return torch.stack(tensors, _axis(run, tensors[0].dim()))  # pyright: ignore[reportArgumentType]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, _axis(run, tensors[0].dim()))  # pyright: ignore
 
 
 def _split(run: Run, shapes: Sequence[torch.Size], x: Tensor) -> Sequence[Tensor]:
-    """Split what `_joined` has joined."""
+    """Split a tensor as `_joined` has joined it."""
     axis = _axis(run, len(shapes[0]))
     return x.unbind(axis) if run.is_step else x.split([shape[axis] for shape in shapes], axis)
 
 
 def _valid(group: Sequence[Run]) -> Tensor | None:
-    """Join the valid steps of runs; all steps count of a run that has none."""
+    """Join the valid steps of runs; a run without a mask counts in full."""
     known = next((x.valid for x in group if x.valid is not None), None)
     if known is None or (len(group) == 1 and not group[0].is_step):
         return known
@@ -271,7 +297,7 @@ def _valid(group: Sequence[Run]) -> Tensor | None:
 
 
 def _weighted(terms: tuple[Tensor, ...], alpha: Coefficient, beta: Coefficient) -> ARTAR:
-    """Weigh AR and TAR; a coefficient of 0 leaves its term out, even if that is infinite or NaN."""
+    """Weight AR and TAR; a coefficient of 0 leaves its term out, even an infinite term or NaN."""
     ar, tar = terms
     penalty = torch.zeros_like(ar)
     for coefficient, term in ((alpha, ar), (beta, tar)):

@@ -30,7 +30,7 @@ from fastreg.view import Fold, fold_of, readable_values, sums_of, view_of
 
 Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty, either of which may be None
 
-PLANS, ADDITIONS = Plans(), Plans()
+PLANS = Plans()
 KEEP: Any = object()  # the plan of calls that drop nothing
 BACKWARDS = 16  # of a plan that are kept: layouts of the gradient of dropped, with and without one of the penalty
 
@@ -102,42 +102,51 @@ def fused_dropout_ar_tar(
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> tuple[Tensor, Tensor | ARTAR]:
-    """Apply variational dropout to `raw`, and compute the penalty of `raw` and of what is left of it in the same pass.
+    """Apply variational dropout to `raw`, and compute the penalty of `raw` and `dropped` in the same pass.
 
     Variational (locked) dropout drops a unit of a sequence at all its time steps: Gal and Ghahramani, "A
-    Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016). The mask is drawn from
-    torch's generator as fastai's `RNNDropout` draws it, so that one seed gives both the same. The penalty is
-    that of `fused_ar_tar`.
+    Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016). The mask equals that of
+    fastai's `RNNDropout` for the same seed. The penalty is that of `fused_ar_tar`.
 
     Args:
         raw: the RNN's output: `(batch, time, hidden)`, or `(time, hidden)` for one sequence, or any tensor with
             `time_dim`; float16, bfloat16, float32 or float64, any strides.
         p: the probability to drop a unit, from 0 to below 1.
-        alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
-            activations, which is read there, without a sync, and gets no gradient. So a schedule changes the tensor in
-            place, before the forward, also between replays of a CUDA graph.
-        beta: coefficient of TAR, likewise.
-        training: with `False`, as with `p == 0` and no mask, nothing is dropped, and dropped is `raw` itself.
+        alpha: coefficient of AR, as for `fused_ar_tar`.
+        beta: coefficient of TAR, as for `fused_ar_tar`.
+        training: with `False`, or with `p == 0` and no mask, nothing is dropped, and dropped is `raw` itself.
         mask: a mask to use instead of drawing one, already scaled by `1 / (1 - p)`: `(batch, 1, hidden)` (with
-            `batch_first=False` `(1, batch, hidden)`), or of raw's shape; of raw's dtype and on its device. It
+            `batch_first=False` `(1, batch, hidden)`), or the shape of raw; in the dtype of raw and on its device. It
             gets no gradient.
         batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
-        time_dim: in the place of batch_first, the axis of time, as for `fused_ar_tar`.
-        lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`. Padding is dropped out like
-            all the rest, but counts in neither term.
-        valid: in the place of lengths, which time steps count, `(batch, time)` as for `fused_ar_tar`. The others are
-            dropped out like all the rest.
-        starts: the time steps at which a segment starts, as for `fused_ar_tar`.
-        reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
+        time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
+        lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`. Padding is dropped out like
+            any other step, but counts in neither term.
+        valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`. The others are dropped
+            out like any other step.
+        starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
+        reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
 
     Returns:
-        dropped, of raw's shape and dtype, and the penalty, 0-dim, float32 or for float64 inputs float64; with
-        `return_terms=True` an `ARTAR(penalty, ar, tar)` in its place.
+        dropped, in the shape and dtype of raw, and the penalty, 0-dim, float32, or float64 for float64 inputs. With
+            `return_terms=True` an `ARTAR(penalty, ar, tar)` instead of the penalty.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it.
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: an argument has the wrong shape, device or value; the message names it.
+
+    Examples:
+        >>> raw = torch.randn(4, 10, 16, requires_grad=True)
+        >>> dropped, penalty = fused_dropout_ar_tar(raw, 0.4, alpha=2.0, beta=1.0)
+        >>> (dropped.sum() + penalty).backward()
+
+        A unit is dropped at all time steps or at none:
+
+        >>> steps_dropped = (dropped == 0).sum(1)
+        >>> bool(((steps_dropped == 0) | (steps_dropped == 10)).all())
+        True
     """
     values = plain(alpha), plain(beta), plain(lengths), plain(valid), plain(starts)
     call = Call(plain(raw), None, *values, time_given(batch_first, time_dim), reduction, return_terms)
@@ -170,10 +179,16 @@ def drop_and_penalize(
         if key is None:
             if drops:
                 return _by_formula(call, problem, _mask_for(call.raw, p, mask, problem))
-            return None, *penalty_of(kept(call))
+            return _penalize(call)
         plan = _Plan(call, problem, mask) if drops else KEEP
         PLANS.keep(key, plan)
-    return (None, *penalty_of(kept(call))) if plan is KEEP else plan(call, p, mask)
+    return _penalize(call) if plan is KEEP else plan(call, p, mask)
+
+
+def _penalize(call: Call) -> tuple[None, Tensor, Sequence[Tensor] | None]:
+    """Compute the penalty where nothing is dropped."""
+    computed = penalty_of(kept(call))
+    return None, computed.penalty, computed.terms
 
 
 def _checked(call: Call, p: Any, mask: Any, training: Any) -> Problem:
@@ -231,7 +246,7 @@ class _Plan:
         view = view_of((*self.layouts, self.dropped), self.fold, values)
         sums = sums_of(layer, problem, compute_dtype(raw))
         self.forward = self.backend.dropout_forward(view, sums, raw.device)
-        self.backward: dict[Any, _Backward] = {}
+        self.backward: dict[Any, Backward] = {}
 
     def __call__(self, call: Call, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
         """Return dropped; the penalty, (); and if terms are wanted AR and TAR, () and detached."""
@@ -261,13 +276,13 @@ class _Plan:
         if backward is None:  # one for each layout of the gradient of dropped, and of tensors that a hook has changed
             for name, x, y in zip(("raw", "mask"), self.layouts, layouts, strict=False):
                 check_saved(name, x, y)
-            backward = _plan_backward(layouts, layer, problem, grad is not None)
+            backward = plan_backward(layouts, layer, problem, grad is not None)
             if len(self.backward) < BACKWARDS:
                 self.backward[key] = backward
-        return _launch_backward(backward, upstream, layer, mask)
+        return launch_backward(backward, upstream, layer, mask)
 
 
-class _Backward(NamedTuple):
+class Backward(NamedTuple):
     """The layout of the gradient of raw, how axes fold, whether any tensor is copied, and the launch of a backend."""
 
     gradient: Layout
@@ -276,9 +291,9 @@ class _Backward(NamedTuple):
     launch: Any
 
 
-def _plan_backward(
+def plan_backward(
     layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool
-) -> _Backward:
+) -> Backward:
     """Plan a `dropout_backward` of the backend.
 
     Args:
@@ -293,10 +308,10 @@ def _plan_backward(
     sums = sums_of(layer, problem.penalized(), compute_dtype(raw))
     sums = sums if is_penalized else sums._replace(ar=False, tar=False)
     backend: Any = backend_for(raw.device)
-    return _Backward(gradient, fold, copies, backend.dropout_backward(view, sums, raw.device))
+    return Backward(gradient, fold, copies, backend.dropout_backward(view, sums, raw.device))
 
 
-def _launch_backward(backward: _Backward, upstream: Upstreams, layer: Layer, mask: Tensor | None) -> Tensor:
+def launch_backward(backward: Backward, upstream: Upstreams, layer: Layer, mask: Tensor | None = None) -> Tensor:
     """Allocate the gradient of raw, and launch the backward."""
     grad_dropped, grad = upstream
     gradient, inputs = allocate(backward.gradient), (layer.given(), mask, grad_dropped)
@@ -325,43 +340,6 @@ class Upstream(NamedTuple):
 def carries(dropped: Tensor) -> bool:
     """Return whether the node of a tensor is that of a fused dropout, which `node.carried = Upstream(...)` arms."""
     return hasattr(dropped.grad_fn, "carried")
-
-
-def add_gradient(arrived: Tensor, upstream: Tensor, layer: Layer, problem: Problem) -> Tensor:
-    """Add the gradient of a penalty to the gradient that arrives at its activations, in one pass.
-
-    Args:
-        arrived: the gradient, of the shape and dtype of raw.
-        upstream: (), that of the penalty.
-        layer: of raw alone.
-        problem: of TAR, of AR of raw, or of both.
-    """
-    arrived, raw = plain(arrived), plain(layer.given())
-    dtype = compute_dtype(raw)
-    if upstream.dtype != dtype or upstream.device != raw.device:
-        upstream = upstream.to(raw.device, dtype)
-    if torch.is_grad_enabled() and not raw.requires_grad:
-        raise RuntimeError(
-            "attach: second derivatives need an activation that was freed; keep the output of the module and of its "
-            "dropout until the backward, or use on_loss_begin"
-        )
-    values = layer.values
-    layer = Layer(raw, None, values)
-    backend = None if arrived.numel() == 0 or values.batch_sizes is not None else backend_for(raw.device)
-    if torch.is_grad_enabled() or observed() or not are_memory((arrived, upstream, raw)) or backend is None:
-        wide, _ = ar_tar_gradients(upstream, layer, problem.penalized())  # which PyTorch must see, or packed rows
-        return arrived if wide is None else (arrived.to(dtype) + wide).to(arrived.dtype)
-    facts = [None if x is None else layout_of(x) for x in values]
-    key = *(layout_of(raw), layout_of(arrived), problem), *facts
-    plan = ADDITIONS.get(key)
-    if plan is None:
-        mark = None if values.valid is None else backend.marks(values.valid.shape, raw.device)
-        plan = _plan_backward((layout_of(raw), None, layout_of(arrived)), layer, problem, True), mark
-        ADDITIONS.keep(key, plan)
-    backward, mark = plan
-    if mark is not None and values.marks is None:
-        layer = Layer(raw, None, values._replace(marks=mark(values.valid, values.starts)))
-    return _launch_backward(backward, (arrived, upstream), layer, None)
 
 
 class _DropoutPenalty(Function):

@@ -42,7 +42,7 @@ __all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
 
 
 class _Unfused:
-    """Pickle an object as fastai's counterpart, so that exports load without fastreg; deep-copy it as it is."""
+    """Pickle an object as fastai's counterpart, so that exports load without fastreg; deep-copy it unchanged."""
 
     def stock(self) -> Any:
         """Return fastai's counterpart of this object."""
@@ -115,8 +115,12 @@ class RNNCallback(_Callback, stock.RNNCallback):
     `raw_out` and `out`, `(batch, time, hidden)`, stay until the next batch.
 
     Raises:
-        TypeError: the model cannot be reset, or returns anything else than `(decoded, raw, dropped)`.
+        TypeError: the model has no `reset()`, or does not return `(decoded, raw, dropped)`.
         RuntimeError: the learner has another `RNNCallback`, this module's or fastai's.
+
+    Examples:
+        >>> learn.remove_cb(fastai.callback.rnn.RNNCallback).add_cb(RNNCallback())
+        >>> learn.fit(1)
     """
 
     raw_out = out = None
@@ -157,29 +161,39 @@ class RNNCallback(_Callback, stock.RNNCallback):
 
 
 class RNNRegularizer(_Callback, stock.RNNRegularizer):
-    """Add `alpha * AR + beta * TAR` to what is differentiated, `learn.loss_grad`; leave `learn.loss` free of it.
+    """Add `alpha * AR + beta * TAR` to `learn.loss_grad`, which is differentiated, but not to `learn.loss`.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
-    epoch's training batches by batch size. `bptt`, if given, has the optimizer step at its lr times `seq_len / bptt`,
-    as AWD-LSTM does; `seq_len` is the second size of the batch. `mask_padding` leaves out what a text classifier
-    masks, the padding of its batches, in sums and divisors; fastai counts it in. A pad id between other ids of a text
-    counts as a step. All four arguments are attributes that may change while training.
+    epoch's training batches by batch size. The first four arguments are attributes that may change during training.
 
-    The activations are those that `RNNCallback` captures; or, of a model that returns its output alone, those of the
-    modules that are named here, without an `RNNCallback`.
+    The activations are those that `RNNCallback` captures. For a model that returns its output alone, name its modules
+    by `rnn` and `dropout`, and leave the `RNNCallback` out.
 
     Args:
-        rnn: the attribute path in the model of an RNN, any module that `fastreg.RNNRegularizer.attach` takes.
+        alpha: coefficient of AR.
+        beta: coefficient of TAR.
+        bptt: the usual number of time steps: each optimizer step runs at `lr * seq_len / bptt`, as in AWD-LSTM, where
+            `seq_len` is the second size of the batch.
+        mask_padding: leave the padding of a text classifier's batches out of sums and divisors; fastai counts it. A
+            pad id between other ids of a text counts as a step.
+        rnn: the attribute path of an RNN in the model, any module that `fastreg.RNNRegularizer.attach` takes.
         dropout: the path of the dropout that takes its output, or `None`.
-        output, batch_first: as for `attach`.
-        valid: gets the inputs of the batch, `valid(*learn.xb)`, and returns the valid time steps, as `fused_ar_tar`
-            takes them, or `None` where all count.
+        output: as for `attach`.
+        batch_first: as for `attach`.
+        valid: a function of the inputs of the batch, `valid(*learn.xb)`, that returns the mask of valid time steps, as
+            `fused_ar_tar` takes it, or `None` where all steps count.
 
     Raises:
         RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations, and no path is given.
-        ValueError: `mask_padding` without a `SentenceEncoder` in the model, which has the mask; or with `valid` or a
-            path.
-        TypeError, ValueError: an argument is not what `fastreg.RNNRegularizer` takes.
+        ValueError: `mask_padding` without a `SentenceEncoder` in the model, or with `valid` or a path; or
+            `fastreg.RNNRegularizer` refuses the value of an argument.
+        TypeError: `fastreg.RNNRegularizer` refuses the type of an argument.
+
+    Examples:
+        >>> plain.add_cb(RNNRegularizer(alpha=2.0, beta=1.0, rnn="lstm", dropout="dropout"))
+        >>> plain.fit(1)
+        >>> plain.recorder.metric_names
+        ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
 
     def __init__(
@@ -222,7 +236,7 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None and self.learn is not None:
-            # The callback is being removed, and a fit that was cut off has not cleaned up.
+            # The callback is removed, and an interrupted fit has not cleaned up.
             output_dropout.link(self.learn.model, None)
             self.attached.close()
             self.after_batch()
@@ -281,17 +295,17 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         output_dropout.link(self.learn.model, None)
 
     def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
-        """Tell the valid steps of the batch, whatever an attached module is called with."""
+        """Return the valid steps of the batch, whatever the arguments of an attached module."""
         return None if self.valid is None else self.valid(*self.learn.xb)
 
     def text(self, steps: int) -> Tensor:
-        """Tell which steps of a batch are of its texts: each goes from the first that is not padding to the last."""
+        """Return the mask of a batch's texts: each reaches from its first step that is not padding to its last."""
         ids = self.learn.xb[0][:, -steps:]  # the encoder keeps the last `max_len` steps of a long text
         there = (ids != _encoder(self.learn.model).pad_idx).as_subclass(Tensor)
         return (there.cumsum(1) > 0) & (there.flip(1).cumsum(1).flip(1) > 0)
 
     def _capture(self) -> Any:
-        """Find the callback that captures the activations."""
+        """Return the callback that captures the activations."""
         for cb in self.learn.cbs:
             if isinstance(cb, stock.RNNCallback):
                 return cb
@@ -307,7 +321,7 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
 
 
 def _encoder(model: Any) -> Any:
-    """Find the encoder of a text classifier, which knows the padding."""
+    """Return the encoder of a text classifier, which knows the pad id."""
     for module in model.modules():
         if isinstance(module, SentenceEncoder):
             return module
@@ -318,14 +332,19 @@ def _encoder(model: Any) -> Any:
 
 
 def _others(metrics: Any) -> Any:
-    """Return the metrics that are no column of a term."""
+    """Return the metrics without the columns `ar` and `tar`."""
     return L(metric for metric in metrics if not isinstance(metric, _Column))
 
 
 def rnn_cbs(
     alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, mask_padding: bool = False
 ) -> list[Callback]:
-    """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments."""
+    """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments.
+
+    Examples:
+        >>> [type(cb).__name__ for cb in rnn_cbs(alpha=2.0, beta=1.0)]
+        ['ModelResetter', 'RNNCallback', 'RNNRegularizer']
+    """
     cbs = [stock.ModelResetter(), RNNCallback()]
     regularizer = RNNRegularizer(alpha, beta, bptt, mask_padding)  # checks the arguments
     return [*cbs, regularizer] if is_on(alpha) or is_on(beta) or bptt is not None else cbs
@@ -343,8 +362,8 @@ def fuse(
 ) -> Learner:
     """Swap fastai's `RNNCallback` and `RNNRegularizer` for this module's, in place, and return the learner.
 
-    Coefficients and order stay, and `run_train` and `run_valid`. Subclasses of them are left alone, and so is what is
-    fused already. Where an error is raised, nothing is swapped.
+    The new callbacks have the coefficients, `order`, `run_train` and `run_valid` of the old ones. Subclasses of
+    fastai's callbacks, and learners that are fused already, stay unchanged. After an error nothing is swapped.
 
     Args:
         learn: the learner.
@@ -353,14 +372,19 @@ def fuse(
             takes its output.
         mask_padding: leave the padding of a text classifier's batches out, which fastai counts in.
         rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNRegularizer`.
-        output: likewise.
-        batch_first: likewise.
-        valid: likewise, also for a model that returns `(decoded, raw, dropped)`.
+        output: as for `RNNRegularizer`.
+        batch_first: as for `RNNRegularizer`.
+        valid: as for `RNNRegularizer`, also for a model that returns `(decoded, raw, dropped)`.
 
     Raises:
-        TypeError: an argument is not as described.
-        ValueError: the learner has no `RNNRegularizer`, or its model no such dropout, mask or module, or what it has is
-            out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: the learner has no `RNNRegularizer`, or its model lacks the dropout, the mask or the module, or a
+            value of these is out of range.
+
+    Examples:
+        >>> fuse(learn).fit(1)
+        >>> learn.recorder.metric_names
+        ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
     path = output_dropout.check_fuse(learn, Learner, dropout, rnn)
     check_flags(mask_padding=mask_padding)
@@ -379,7 +403,7 @@ def fuse(
         _encoder(learn.model)
     if paths is not None:
         model: Any = learn.model
-        paths.attach(Regularizer(), model).close()  # which raises what is wrong with them
+        paths.attach(Regularizer(), model).close()  # a wrong path raises before anything is swapped
     decoders = output_dropout.swappable(learn.model, _decoders(learn), RNNDropout) if dropout is True else []
     callbacks: list[tuple[Any, Any]] = []
     for cb in learn.cbs:
@@ -401,18 +425,24 @@ def fuse(
 
 
 def unfuse(learn: Learner) -> Learner:
-    """Undo `fuse`, in place, and return the learner: fastai's callbacks and dropout are back, as they are now.
+    """Undo `fuse`, in place, and return the learner with fastai's callbacks and dropout.
 
-    Coefficients and order stay; `bptt` and `mask_padding` are lost, as fastai has neither. A learner that is not
-    fused stays as it is. In a callback of a running fit, not between a batch's prediction and its loss.
+    They keep the present coefficients and order; `bptt` and `mask_padding` are lost, as fastai has neither. A learner
+    that is not fused stays unchanged. In a callback of a running fit, do not call this between a batch's prediction
+    and its loss.
 
     Raises:
         TypeError: `learn` is not a learner.
+
+    Examples:
+        >>> unfuse(fuse(learn)).fit(1)
+        >>> learn.recorder.metric_names
+        ['epoch', 'train_loss', 'valid_loss', 'time']
     """
     output_dropout.check_learner(learn, Learner)
     for cb in list(learn.cbs):
         if type(cb) is RNNRegularizer:
-            cb.after_fit()  # a fit that was cut off has left it out
+            cb.after_fit()  # a fit that was cut off has not called it
         if type(cb) in (RNNCallback, RNNRegularizer):
             _swap(learn, cb, cb.stock())
     learn.metrics = _others(learn.metrics)  # where the callback was removed after a fit that was cut off
@@ -428,14 +458,14 @@ def _decoders(learn: Any) -> list[Any]:
 
 
 def _swap(learn: Any, old: Any, new: Callback) -> None:
-    """Put the new callback in the place of the old one."""
+    """Replace the old callback by the new one."""
     learn.add_cb(new)  # fastai adds it at the end, and makes it the learner's attribute of its name
     i = [cb is old for cb in learn.cbs].index(True)
     learn.cbs[i], old.learn = learn.cbs.pop(), None
 
 
 def _alike(new: Callback, old: Callback) -> Callback:
-    """Give a new callback the old one's learner, and what was set on the old one itself rather than on its class."""
+    """Give a new callback the old one's learner and the attributes that were set on the old instance."""
     names = {"learn", "order", "run_train", "run_valid"} & vars(old).keys()
     vars(new).update({name: vars(old)[name] for name in names})
     return new

@@ -51,19 +51,25 @@ class RNNTrainer(LearnerCallback):
         bptt: the usual number of time steps.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
-        adjust: step the optimizer with its lr times `seq_len / bptt`; afterwards, also after an error, the lr is what
-            it was.
+        adjust: step the optimizer at `lr * seq_len / bptt`; the lr is restored afterwards, also after an error.
         rnn: for a model that returns its output alone, the attribute path in it of an RNN, any module that
             `fastreg.RNNRegularizer.attach` takes.
         dropout: the path of the dropout that takes its output, or `None`.
-        output, batch_first: as for `attach`.
-        valid: gets the inputs of the batch, and returns the valid time steps, as `fused_ar_tar` takes them, or `None`
-            where all count.
+        output: as for `attach`.
+        batch_first: as for `attach`.
+        valid: a function of the inputs of the batch that returns the mask of valid time steps, as `fused_ar_tar` takes
+            it, or `None` where all steps count.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or there is no `bptt` to adjust to; while training,
-            without `rnn`, `TypeError` for a model that returns anything else than `(decoded, raw, dropped)`, or has no
-            `reset()`.
+        TypeError: an argument has the wrong type; in training without `rnn`, the model does not return
+            `(decoded, raw, dropped)`, or has no `reset()`.
+        ValueError: an argument has the wrong value, or there is no `bptt` to adjust to.
+
+    Examples:
+        >>> learn1.callbacks = [RNNTrainer(learn1, bptt=16, alpha=2.0, beta=1.0)]
+        >>> learn1.fit(1)
+        >>> bool(learn1.callbacks[0].regularizer.ar > 0)
+        True
     """
 
     _order = -1  # after the recorder (-10), before mixed precision (0, later 999) scales the loss
@@ -164,7 +170,7 @@ class RNNTrainer(LearnerCallback):
         self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta
 
     def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
-        """Tell the valid steps of the batch, whatever an attached module is called with."""
+        """Return the valid steps of the batch, whatever the arguments of an attached module."""
         inputs = self.batch if isinstance(self.batch, (list, tuple)) else (self.batch,)
         return None if self.valid is None else self.valid(*inputs)
 
@@ -180,8 +186,9 @@ def fuse(
 ) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
-    Its coefficients and its place stay, and so does `adjust` in the releases that had it, without the lr compounding
-    from step to step. Subclasses are left alone, and so is a learner that is fused already.
+    The new `RNNTrainer` has the coefficients and the position of the old one, and its `adjust` in the releases that
+    have it; the lr no longer compounds from step to step. Subclasses, and learners that are fused already, stay
+    unchanged.
 
     Args:
         learn: the learner.
@@ -189,14 +196,19 @@ def fuse(
             `fastreg.FusedRNNDropout`, which forms the penalty in its own pass. As with fastai v1, AR is of its input.
             With `rnn` the path of the dropout that takes its output.
         rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNTrainer`.
-        output: likewise.
-        batch_first: likewise.
-        valid: likewise, also for a model that returns `(decoded, raw, dropped)`.
+        output: as for `RNNTrainer`.
+        batch_first: as for `RNNTrainer`.
+        valid: as for `RNNTrainer`, also for a model that returns `(decoded, raw, dropped)`.
 
     Raises:
-        TypeError: an argument is not as described.
-        ValueError: the learner has no `RNNTrainer`, or its model no such dropout or module, or what it has is out of
-            range.
+        TypeError: an argument has the wrong type.
+        ValueError: the learner has no `RNNTrainer`, or its model lacks the dropout or the module, or a value of these
+            is out of range.
+
+    Examples:
+        >>> fuse(learn1).fit(1)
+        >>> bool(learn1.callbacks[-1].regularizer.tar > 0)
+        True
     """
     path = check_fuse(learn, Learner, dropout, rnn)
     paths = check_path(rnn, path, output, batch_first)
@@ -210,7 +222,7 @@ def fuse(
             "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
     if paths is not None:
-        paths.attach(RNNRegularizer(), learn.model).close()  # which raises what is wrong with them
+        paths.attach(RNNRegularizer(), learn.model).close()  # a wrong path raises before anything is swapped
     decoders = swappable(learn.model, _decoders(learn), RNNDropout) if dropout is True else []
     named: Any = {"rnn": rnn, "dropout": path, "output": output, "batch_first": batch_first, "valid": valid}
     options = {"alpha": cb.alpha, "beta": cb.beta, "batch_first": TIME_AXIS == 1, "ar_of": "raw"}
@@ -226,13 +238,17 @@ def fuse(
 
 
 def unfuse(learn: Learner) -> Learner:
-    """Undo `fuse`, in place, and return the learner: fastai's callback and dropout are back, as they are now.
+    """Undo `fuse`, in place, and return the learner with fastai's callback and dropout.
 
-    The coefficients and the place stay; `bptt` and `adjust` are lost in a release whose `RNNTrainer` has none. A
-    learner that is not fused stays as it is.
+    The callback keeps the present coefficients and its position; `bptt` and `adjust` are lost in a release whose
+    `RNNTrainer` has none. A learner that is not fused stays unchanged.
 
     Raises:
         TypeError: `learn` is not a learner.
+
+    Examples:
+        >>> type(unfuse(fuse(learn1)).callbacks[-1]).__module__
+        'fastai.callbacks.rnn'
     """
     check_learner(learn, Learner)
     known = {"bptt", "alpha", "beta", "adjust"} & inspect.signature(stock.RNNTrainer).parameters.keys()
@@ -263,5 +279,5 @@ def _export(learn: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         for decoder, dropout in dropouts:
             decoder.output_dp = dropout
-        if type(learn) is kind:  # else export(destroy=True) has left nothing of it
+        if type(learn) is kind:  # export(destroy=True) changes the type
             vars(learn).update(attributes, callbacks=callbacks)

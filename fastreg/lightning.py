@@ -33,29 +33,37 @@ else:
 class ActivationRegularization(Callback):
     """Add `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
 
-    Lightning scales, accumulates and clips the sum as it would the loss. What the module itself logs stays free of
-    the penalties; `ar` and `tar` are logged beside it when an epoch of training ends, as means over its steps, and over
-    the callbacks where there are several. If the module has a `reset()`, it is called when an epoch of training or
+    Lightning scales, accumulates and clips the sum as it would the loss. The loss that the module logs is free of the
+    penalty. `ar` and `tar` are logged beside it when an epoch of training ends, as means over its steps, and over the
+    callbacks where there are several. If the module has a `reset()`, it is called when an epoch of training or
     validation starts, and when one of validation ends.
 
-        Trainer(callbacks=[ActivationRegularization(2.0, 1.0, rnn="encoder.lstm", dropout="drop")])
-
     Args:
-        alpha, beta: the coefficients; a schedule may change `callback.regularizer.alpha` and `.beta`.
+        alpha: coefficient of AR; a schedule may change `callback.regularizer.alpha`.
+        beta: coefficient of TAR; a schedule may change `callback.regularizer.beta`.
         rnn: the attribute path of an RNN, any module that `RNNRegularizer.attach` takes, or of several, from the first
             layer to the last.
         dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or
             `None`, an RNN.
         layers: `"all"` of the RNNs, or the `"last"` alone.
-        output, batch_first: as for `RNNRegularizer.attach`.
-        valid: gets the batch, as `training_step` does, and returns the valid time steps, as `fused_ar_tar` takes them,
-            or `None` where all count. One that takes more arguments, `valid(batch, *args, **kwargs)`, also gets what
-            the RNN is called with, run by run.
+        output: as for `RNNRegularizer.attach`.
+        batch_first: as for `RNNRegularizer.attach`.
+        valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
+            `fused_ar_tar` takes it, or `None` where all steps count. A function of more arguments, `valid(batch, *args,
+            **kwargs)`, also gets the arguments of the RNN, run by run.
         log: whether `ar` and `tar` are logged.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; when a fit starts, a path that names no such module.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has the wrong value; when a fit starts, a path names no such module.
         RuntimeError: the module optimizes by hand; in a step, as `RNNRegularizer.on_backward_begin`.
+
+    Examples:
+        >>> callback = ActivationRegularization(2.0, 1.0, rnn="lstm", dropout="dropout")
+        >>> trainer = Trainer(callbacks=[callback], max_epochs=1)
+        >>> trainer.fit(module, loader)
+        >>> sorted(trainer.callback_metrics)
+        ['ar', 'tar']
     """
 
     def __init__(
@@ -77,7 +85,8 @@ class ActivationRegularization(Callback):
         if valid is not None and not callable(valid):
             raise TypeError(f"valid: expected a function of the batch, or None, got {type(valid).__name__}")
         self.valid, self.logged = valid, log  # Lightning sets `log` itself
-        self._terms: Tensor | None = None  # the sums of AR and of TAR over the steps of the epoch, and their number
+        self._terms: Tensor | None = None  # the sums of AR and of TAR over the steps of the epoch
+        self._steps = 0  # the number of those steps
         self._batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
@@ -107,13 +116,13 @@ class ActivationRegularization(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the hidden state, and the sums of the terms."""
-        self._terms = None
+        self._terms, self._steps = None, 0
         self.regularizer.on_epoch_begin(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
         if self._terms is not None:
-            ar, tar = self._terms[:2] / self._terms[2]
+            ar, tar = self._terms / self._steps
             pl_module.log_dict({"ar": ar, "tar": tar}, on_step=False, on_epoch=True, batch_size=1)
             self._terms = None
 
@@ -140,8 +149,9 @@ class ActivationRegularization(Callback):
         if terms is None:  # the RNNs are in evaluation
             return output
         if self.logged:
-            step = torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)])
+            step = torch.stack([terms.ar, terms.tar])
             self._terms = step if self._terms is None else self._terms + step
+            self._steps += 1
         total = loss + terms.penalty
         return output | {"loss": total} if isinstance(output, dict) else total
 

@@ -1,6 +1,6 @@
-"""`OutputDropout`: a `FusedRNNDropout` in the place of the dropout that a fastai model ends with.
+"""`OutputDropout`: a `FusedRNNDropout` that replaces the last dropout of a fastai model.
 
-Both fastai adapters, v1's and v2's, swap it in and out by what is here; neither framework is imported.
+Both fastai adapters, v1's and v2's, use this module to swap it in and out; it imports neither framework.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fastreg.rnn_dropout import FusedRNNDropout
 class OutputDropout(FusedRNNDropout):
     """Apply a model's output dropout, and have the regularizer that it is linked to capture its runs.
 
-    The penalty is of that regularizer's coefficients. Without a link, as in a copy or a pickle, or where the
-    regularizer is gone, it does what the original does.
+    The coefficients are those of the regularizer. Without a link, as in a copy or a pickle, or after the regularizer
+    was freed, the module drops units as the original does.
     """
 
     def __init__(self, original: Any, **options: Any) -> None:
         super().__init__(original.p, **options)
-        self._original = (original,)  # in a tuple, so that it is no module of the model now
+        self._original = (original,)  # a tuple hides it from the model's list of modules
         self.linked: Callable[[], RNNRegularizer | None] = nothing
         self.train(original.training)
 
@@ -46,7 +46,7 @@ class OutputDropout(FusedRNNDropout):
         """Drop units of `raw` in training, as the original does from the same seed; return `raw` in evaluation."""
         regularizer = self.linked()
         if regularizer is not None:
-            regularizer.capture(None)  # the model's output is no longer that of an earlier forward
+            regularizer.capture(None)  # an earlier forward's output is out of date
         if not self.training:
             return raw
         if regularizer is None or torch.is_inference_mode_enabled():
@@ -55,7 +55,7 @@ class OutputDropout(FusedRNNDropout):
             return original(raw)
         dropped = super().forward(raw, p, valid, starts)
         formed, self.formed = self.formed, None
-        if type(dropped) is not type(raw):  # fastai's models pass on subclasses of tensors, and so does the original
+        if type(dropped) is not type(raw):  # fastai's models keep subclasses of tensors, as the original dropout does
             dropped = dropped.as_subclass(type(raw))
         if formed is not None and carries(formed.dropped):
             captured, fused = Captured(raw), Captured(dropped)

@@ -18,7 +18,7 @@ class Paths(NamedTuple):
         rnns: the path of each module that gives raw.
         dropouts: the path of the dropout of each, or `None`.
         output, batch_first: as `RNNRegularizer.attach` takes them, for all.
-        default_layout: `batch_first` of a module that it cannot be read from, or `None`: it has to be given.
+        default_layout: `batch_first` for a module that has no such attribute; `None` if it has to be given.
     """
 
     rnns: tuple[str, ...]
@@ -82,7 +82,7 @@ def check_path(
     output: Callable[[Any], Any] | None = None,
     batch_first: bool | None = None,
 ) -> Paths | None:
-    """Check the path of one module, which may be left out, with all that belongs to it.
+    """Check the optional path of one module and the arguments that describe it.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -101,7 +101,7 @@ def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> 
     """Return the module at an attribute path.
 
     Raises:
-        ValueError: there is none; the message lists paths that would do.
+        ValueError: the model has no module at this path; the message lists candidates.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if path in modules:
@@ -112,5 +112,5 @@ def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> 
 
 
 def _is_likely(kind: str, module: nn.Module) -> bool:
-    """Tell whether a module looks like an RNN, or like a dropout."""
+    """Return whether a module looks like an RNN, or like a dropout."""
     return isinstance(module, nn.RNNBase) if kind == "rnn" else "drop" in type(module).__name__.lower()

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_activations, check_options, check_saved, check_steps
 from fastreg.backends import Backend, backend_for
-from fastreg.kernels.view import Layout, Prediction, Result, Sums, Values, allocate, layout_of
+from fastreg.kernels.view import NOTHING, Layout, Prediction, Result, Sums, Values, allocate, layout_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import Reader, packed_in, parts_of, plain, plain_pair, problem_of, time_given, values_of
+from fastreg.prepare import Reader, parts_of, plain, plain_pair, problem_of, time_given, values_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
@@ -88,57 +88,88 @@ def fused_ar_tar(
 ) -> Tensor | ARTAR:
     """Compute activation and temporal activation regularization, to be added to the loss.
 
-    The penalty is `alpha * AR + beta * TAR`, `AR = mean(dropped ** 2)` and `TAR = mean((raw[t + 1] - raw[t]) ** 2)`,
-    after Merity, McCann and Socher, "Revisiting Activation Regularization for Language RNNs" (2017). Differences,
-    squares and sums are formed in float32, or float64 where an input is float64. One time step has no changes: its TAR
-    is 0. Without any elements the penalty is 0. It can be differentiated any number of times.
+    The penalty is `alpha * AR + beta * TAR`, with `AR = mean(dropped ** 2)` and `TAR = mean((raw[t + 1] - raw[t]) **
+    2)`, after Merity, McCann and Socher, "Revisiting Activation Regularization for Language RNNs" (2017). Differences,
+    squares and sums are formed in float32, or in float64 where an input is float64. A single time step has a TAR of 0,
+    and an empty tensor a penalty of 0. The penalty can be differentiated any number of times.
 
     Args:
         raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, any tensor
             with `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer, whose penalties add up; all
-            layers have the same batch and time steps. float16, bfloat16, float32 or float64, any strides. With `beta == 0` it is not looked
-            at and may be `None`, unless terms are wanted and it is given: then it is measured.
-        dropped: the RNN's output after dropout, of the same shape, or packed as raw is, and on the same device; its
-            dtype may differ, and it may be `raw` itself. With `alpha == 0` likewise.
+            layers have the same batch and time steps. float16, bfloat16, float32 or float64, any strides. With `beta == 0` it is not read
+            and may be `None`; with `return_terms=True` it is measured if it is given.
+        dropped: the RNN's output after dropout: the shape of raw, or packed as raw is, on the same device. Its dtype
+            may differ, and it may be `raw` itself. With `alpha == 0` it is not read and may be `None`.
         alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
-            activations, which is read there, without a sync, in the dtype of the computation, and gets no gradient. So
-            a schedule changes the tensor in place, before the forward, also between replays of a CUDA graph.
-        beta: coefficient of TAR, likewise.
+            activations. A tensor is read on the device, without a sync, and gets no gradient. A schedule may change it
+            in place before each forward, also between replays of a CUDA graph.
+        beta: coefficient of TAR, as for alpha.
         batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
-        time_dim: in the place of batch_first, the axis of time of tensors of one or more axes, negative from the end:
-            2 for `(batch, channels, time, height, width)`. The batch is the first of the other axes; with `time_dim=0`
-            two axes are `(time, hidden)`.
-        lengths: of padded sequences, how many time steps each has: integers, `(batch,)`. What lies behind them counts
-            in neither sums nor divisors, and its gradient is 0. Lengths on the CPU must be from 0 to the time steps
-            there are; on a device, where looking would have to wait for it, they count as the nearest of those.
-        valid: in the place of lengths, which time steps count, wherever they are: `(batch, time)` in every layout, bool
-            or integers, 1 and 0, such as an `attention_mask`. A change counts where both of its steps do. What does not
-            count is in neither sums nor divisors, and its gradient is 0. Integers on a device, where looking would have
-            to wait for it, count unless they are 0.
-        starts: the time steps at which a segment starts, such as an episode, or a document in a stream: marks like
-            those of valid, and beside lengths or valid. The change into such a step does not count; the step does, and
-            so does the change that leads from it. A `PackedSequence` takes none.
-        reduction: `"mean"` divides AR by the number of elements and TAR by that of changes, padding not counted;
+        time_dim: the axis of time, instead of batch_first, of tensors of one or more axes, negative from the end: 2 for
+            `(batch, channels, time, height, width)`. The batch is the first of the other axes; two axes with
+            `time_dim=0` are `(time, hidden)`.
+        lengths: the number of time steps of each padded sequence: integers, `(batch,)`. Padding counts in neither sums
+            nor divisors, and its gradient is 0. On the CPU lengths outside of 0 to the number of time steps are an
+            error; on other devices they are clamped, because a check would wait for the device.
+        valid: a mask of the time steps that count, instead of lengths: `(batch, time)` in every layout, bool or
+            integers 0 and 1, such as an `attention_mask`. A change counts where both of its steps do. Other steps count
+            in neither sums nor divisors, and their gradient is 0. On the CPU other integers are an error; on other
+            devices they count as 1.
+        starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream:
+            `(batch, time)` in every layout, like valid, and beside lengths or valid. The change into such a step does not
+            count; the step itself does, in AR and in the change that follows. It goes with no `PackedSequence`.
+        reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
 
     Returns:
         The penalty, a 0-dim tensor, float32, or float64 for float64 inputs. With `return_terms=True` an
-        `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are unscaled and detached. A term whose coefficient is 0 is
-        measured, too, unless its activations are `None`: then it is 0.
+            `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are unscaled and detached. A term whose coefficient is 0 is
+            measured, too; it is 0 where its activations are `None`.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it.
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: an argument has the wrong shape, device or value; the message names it.
+
+    Examples:
+        >>> rnn = torch.nn.LSTM(8, 16, batch_first=True)
+        >>> raw, _ = rnn(torch.randn(4, 10, 8))
+        >>> dropped = torch.nn.functional.dropout(raw, 0.4)
+        >>> fused_ar_tar(raw, dropped, alpha=2.0, beta=1.0).backward()
+
+        Leave the padding out:
+
+        >>> lengths = torch.tensor([10, 7, 3, 1])
+        >>> terms = fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0, lengths=lengths, return_terms=True)
+        >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
     """
     raw, dropped = plain_pair(raw, dropped)
     values = plain(alpha), plain(beta), plain(lengths), plain(valid), plain(starts)
     call = Call(raw, dropped, *values, time_given(batch_first, time_dim), reduction, return_terms)
-    penalty, terms = penalty_of(call)
-    return penalty if terms is None else ARTAR(penalty, *terms)
+    computed = penalty_of(call)
+    return computed.penalty if computed.terms is None else ARTAR(computed.penalty, *computed.terms)
 
 
-def penalty_of(call: Call) -> tuple[Tensor, Sequence[Any] | None]:
-    """Compute the penalty, (), and if terms are wanted AR and TAR, () and detached.
+class Computed(NamedTuple):
+    """The penalty of a call, and what its gradient follows from.
+
+    penalty  ()
+    terms    AR and TAR, () and detached; `None` unless they are wanted
+    values   as they were read, for activations of one layer or of all
+    problem  the problem of the call
+    """
+
+    penalty: Tensor
+    terms: Sequence[Any] | None
+    values: Values
+    problem: Problem
+
+
+def penalty_of(call: Call) -> Computed:
+    """Compute the penalty of one layer or of several.
+
+    A tensor that requires no gradient is summed and nothing else: `fastreg.addition` adds the gradient of
+    the penalty of detached tensors.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
@@ -153,33 +184,6 @@ def penalty_of(call: Call) -> tuple[Tensor, Sequence[Any] | None]:
     return plan(call)
 
 
-class Measured(NamedTuple):
-    """The penalty of activations, and the layers and the problem that its gradient follows from."""
-
-    terms: ARTAR
-    layers: list[Layer]
-    problem: Problem
-
-
-def measure(call: Call) -> Measured:
-    """Compute the penalty of one layer or several, whose gradient may be added elsewhere.
-
-    A tensor that requires no gradient is summed and nothing else: `fastreg.dropout.add_gradient` adds the gradient of
-    the penalty of detached tensors.
-
-    Raises:
-        TypeError, ValueError: as `fused_ar_tar`.
-    """
-    penalty, terms = penalty_of(call)
-    problem = problem_of(call)
-    layers = [layer for layer, _ in parts_of(call, problem)]
-    steps = call.valid is not None or call.starts is not None or packed_in(call, problem)
-    if layers and (steps or problem.alpha is None or problem.beta is None):
-        values = values_of(call, problem, layers[0].given())
-        layers = [Layer(layer.raw, layer.dropped, values) for layer in layers]
-    return Measured(ARTAR(penalty, *(terms or ())), layers, problem)
-
-
 def _checked(call: Call) -> Problem:
     """Check the arguments, and return the problem."""
     check_options(call, return_terms=call.measured)
@@ -189,15 +193,15 @@ def _checked(call: Call) -> Problem:
     return problem
 
 
-def _by_formula(call: Call, problem: Problem) -> tuple[Tensor, Sequence[Tensor] | None]:
+def _by_formula(call: Call, problem: Problem) -> Computed:
     """Compute the penalty in plain PyTorch."""
     parts = parts_of(call, problem)
     if not parts:
-        return _zero(call)
+        return Computed(*_zero(call), NOTHING, problem)
     values = values_of(call, problem, parts[0][0].given())
     results = [ar_tar(Layer(layer.raw, layer.dropped, values), of) for layer, of in parts]
     penalty, ar, tar = reduce(lambda a, b: ARTAR(a.penalty + b.penalty, a.ar + b.ar, a.tar + b.tar), results)
-    return penalty, (ar.detach(), tar.detach()) if problem.measured else None
+    return Computed(penalty, (ar.detach(), tar.detach()) if problem.measured else None, values, problem)
 
 
 def _zero(call: Call) -> tuple[Tensor, Sequence[Tensor] | None]:
@@ -319,8 +323,8 @@ class _Plan:
         self.needs = [need for layer in self.layers for need in layer.needs]
         self.is_differentiable = any(self.needs)
 
-    def __call__(self, call: Call) -> tuple[Tensor, Sequence[Tensor] | None]:
-        """Compute the penalty, (), and if terms are wanted AR and TAR, () and detached."""
+    def __call__(self, call: Call) -> Computed:
+        """Compute the penalty of a call."""
         if not self.layers:
             return _by_formula(call, self.problem)
         tensors: list[Any]
@@ -330,12 +334,12 @@ class _Plan:
             tensors = [x for layer, _ in parts_of(call, self.problem) for x in (layer.raw, layer.dropped)]
         values = self.read(call, tensors[1] if tensors[0] is None else tensors[0])
         if not self.is_differentiable:
-            result, _ = self.compute(tensors, values)
-            return result.penalty, None if result.terms is None else result.terms.unbind()
-        if not self.problem.measured:  # an output more costs 3 us
-            return _apply(self, values, *tensors), None
-        penalty, terms = _apply(self, values, *tensors)
-        return penalty, terms.unbind()
+            penalty, terms, _ = self.compute(tensors, values)[0]
+        elif self.problem.measured:
+            penalty, terms = _apply(self, values, *tensors)
+        else:  # an output more costs 3 us
+            penalty, terms = _apply(self, values, *tensors), None
+        return Computed(penalty, None if terms is None else terms.unbind(), values, self.problem)
 
     def compute(self, tensors: Sequence[Tensor | None], values: Values) -> tuple[Any, list[Any]]:
         """Launch the forward of each layer; return the last result, and a prediction and filled gradients of each."""

@@ -15,9 +15,18 @@ Coefficient: TypeAlias = float | Tensor  # of a term: a number, or a 0-dim tenso
 
 
 class ARTAR(NamedTuple):
-    """The penalty and its terms: three 0-dim tensors on the activations' device, without a sync.
+    """Hold the penalty and its terms: three 0-dim tensors on the activations' device.
 
-    `penalty` is `alpha * ar + beta * tar` and differentiable; `ar` and `tar` are unscaled and detached.
+    Attributes:
+        penalty: `alpha * ar + beta * tar`, differentiable.
+        ar: AR without its coefficient, detached.
+        tar: TAR without its coefficient, detached.
+
+    Examples:
+        >>> raw = torch.tensor([[[0.0], [1.0], [3.0]]])
+        >>> penalty, ar, tar = fused_ar_tar(raw, raw, alpha=2.0, beta=1.0, return_terms=True)
+        >>> print(f"{penalty:.3f} = 2 * {ar:.3f} + {tar:.3f}")
+        9.167 = 2 * 3.333 + 2.500
     """
 
     penalty: Tensor
@@ -83,13 +92,6 @@ class Problem(NamedTuple):
         return Problem(self.alpha, self.beta, self.time_dim, self.reduction, False, self.ar_of_raw)
 
 
-def problem_of(call: Call) -> Problem:
-    """Return the problem of checked arguments, which has no tensor."""
-    alpha = None if isinstance(call.alpha, Tensor) else call.alpha
-    beta = None if isinstance(call.beta, Tensor) else call.beta
-    return Problem(alpha, beta, time_dim_of(call.time_at), call.reduction, call.measured, call.ar_of_raw)
-
-
 def time_dim_of(time_at: bool | int) -> int:
     """Return the axis of time, negative from the end, of `batch_first` or of the axis itself."""
     return -2 if time_at is True else int(time_at)
@@ -124,7 +126,10 @@ class Layer(NamedTuple):
 
 def compute_dtype(*tensors: Any) -> torch.dtype:
     """Return the dtype that squares and sums are formed in: float64 if any tensor is, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    for x in tensors:  # a generator expression takes twice as long
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def time_axis(x: Any, problem: Problem) -> int:

@@ -26,17 +26,19 @@ def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
     raw, dropped = layer.raw, layer.dropped
     dtype = compute_dtype(raw, dropped)
     elements, pairs = divisors(layer, problem)
-    ar = tar = penalty = torch.zeros((), dtype=dtype, device=layer.given().device)
+    # A sum of a DTensor is the parts of all ranks, which torch 2.8 multiplies by the number that an earlier sum was
+    # multiplied by; added to 0 it is whole.
+    zero = ar = tar = penalty = torch.zeros((), dtype=dtype, device=layer.given().device)
     wide = None if raw is None else raw.to(dtype)  # once, so that its gradients add up in that dtype
     of_raw = problem.ar_of_raw or dropped is raw
     squared = wide if of_raw else None if dropped is None else dropped.to(dtype)
     if squared is not None and problem.with_ar():
-        total = counted(squared, layer, problem).square().sum()
+        total = zero + counted(squared, layer, problem).square().sum()
         if is_on(problem.alpha):
             penalty = penalty + _weighted(total, _coefficient(problem.alpha, layer.values.alpha, total), elements)
         ar = total / elements
     if wide is not None and problem.with_tar():
-        total = changes(wide, layer, problem).square().sum()
+        total = zero + changes(wide, layer, problem).square().sum()
         if is_on(problem.beta):
             penalty = penalty + _weighted(total, _coefficient(problem.beta, layer.values.beta, total), pairs)
         tar = total / pairs

@@ -72,15 +72,8 @@ class Given:
 class RNNRegularizer:
     """Add `alpha * AR + beta * TAR` to the loss of each training step.
 
-    The activations come with the model's output, as from AWD-LSTM and fastai's models:
-
-        decoded = regularizer.on_loss_begin(model(x))  # the model returns (decoded, raw, dropped)
-        loss = regularizer.on_backward_begin(criterion(decoded, y))
-
-    or by hooks, from a model that is left as it is:
-
-        regularizer.attach(model.lstm, model.dropout)  # once, before torch.compile
-        loss = regularizer.on_backward_begin(criterion(model(x), y))
+    A model may return its activations with its output, as AWD-LSTM and fastai's models do: `on_loss_begin` captures
+    them. Hooks capture them from any other model, which needs no change: `attach`.
 
     Args:
         alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`.
@@ -90,10 +83,30 @@ class RNNRegularizer:
         bptt: the usual number of time steps, for `scaled_lr`.
 
     Attributes:
-        ar, tar: the terms of the last step, 0-dim, unscaled, detached, still on the device; `None` before the first.
+        ar: AR of the last step, 0-dim, unscaled, detached, still on the device; `None` before the first step.
+        tar: TAR of the last step, as for ar.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it.
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: an argument has the wrong value; the message names it.
+
+    Examples:
+        A model that returns `(decoded, raw, dropped)`:
+
+        >>> regularizer = RNNRegularizer(alpha=2.0, beta=1.0)
+        >>> decoded, raw, dropped = torch.randn(3, 4, 10, 16, requires_grad=True).unbind(0)
+        >>> decoded = regularizer.on_loss_begin((decoded, raw, dropped))
+        >>> regularizer.on_backward_begin(decoded.square().mean()).backward()
+
+        A model that returns its output alone:
+
+        >>> lstm, dropout = torch.nn.LSTM(8, 16, batch_first=True), torch.nn.Dropout(0.4)
+        >>> hooked = RNNRegularizer(alpha=2.0, beta=1.0)
+        >>> attached = hooked.attach(lstm, dropout)
+        >>> decoded = dropout(lstm(torch.randn(4, 10, 8))[0])
+        >>> hooked.on_backward_begin(decoded.square().mean()).backward()
+        >>> print(f"{hooked.ar:.1f}")
+        0.0
     """
 
     def __init__(
@@ -145,17 +158,17 @@ class RNNRegularizer:
     ) -> Any:
         """Capture `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
 
-        Another output before `on_backward_begin` takes the place of the first.
+        A second call before `on_backward_begin` replaces the first capture.
 
         Args:
             output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, any
                 tensors with `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer.
-            lengths: of padded sequences, how many time steps each has, as for `fused_ar_tar`.
-            valid: in the place of lengths, which time steps count, `(batch, time)` as for `fused_ar_tar`.
-            starts: the time steps at which a segment starts, likewise.
+            lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`.
+            valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`.
+            starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
             batch_first: `False` for `(time, batch, hidden)`, as an `nn.LSTM` returns by default; `None` for
                 `True`, unless the shape of `decoded` leaves that in doubt.
-            time_dim: in the place of batch_first, the axis of time, as for `fused_ar_tar`.
+            time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
 
         Raises:
             TypeError: an argument is not as described.
@@ -191,21 +204,22 @@ class RNNRegularizer:
     def on_backward_begin(self, loss: Tensor) -> Tensor:
         """Return the loss plus the penalty of this step's captures, a new tensor; `loss` itself is not changed.
 
-        No capture is held afterwards, whether or not an error is raised. Attached modules in evaluation add
-        nothing: with no others, `loss` is returned as it is.
+        No capture is held afterwards, whether or not an error is raised. Attached modules in evaluation add nothing:
+        where all of them are in evaluation, `loss` itself is returned.
 
         Args:
             loss: the training loss, a tensor of one element.
 
         Raises:
-            RuntimeError: nothing was captured, or what was cannot be right; the message says what to do.
-            TypeError, ValueError: `fused_ar_tar` refuses what was captured.
+            RuntimeError: nothing was captured, or the capture cannot be right; the message gives the remedy.
+            TypeError: `fused_ar_tar` refuses the type of a captured tensor.
+            ValueError: `fused_ar_tar` refuses the shape, device or value of a captured tensor.
         """
         terms = self.take(loss)
         return loss if terms is None else loss + terms.penalty
 
     def take(self, loss: Tensor) -> ARTAR | None:
-        """Return the penalty of this step's captures alone, once, in the place of `on_backward_begin`.
+        """Return the penalty of this step's captures alone, once, instead of calling `on_backward_begin`.
 
         Args:
             loss: the training loss, a tensor of one element, which tells the runs of this step from others.
@@ -214,7 +228,9 @@ class RNNRegularizer:
             The penalty and its terms, on the device of the loss; `None` where attached modules are in evaluation.
 
         Raises:
-            RuntimeError, TypeError, ValueError: as `on_backward_begin`.
+            RuntimeError: as `on_backward_begin`.
+            TypeError: as `on_backward_begin`.
+            ValueError: as `on_backward_begin`.
         """
         chosen = [x for x in self._attached if self.carries(x) and x.source.scale is None]
         if self._attached and not chosen:
@@ -234,10 +250,10 @@ class RNNRegularizer:
         return total
 
     def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR | None, tuple[int, int] | None]:
-        """Return the penalty of a loss, `None` without anything captured, and the sizes of the last activations."""
+        """Return the penalty for a loss, `None` without captures, and the sizes of the last activations."""
         if self._given is not None:
             return self._given.penalty(loss, self.alpha, self.beta), self._given.sizes
-        reached = reach(loss, [run for attachment in attached for run in attachment.runs.values()])
+        reached = reach(loss, [run for attachment in attached for run in attachment.runs])
         chosen = [(attachment, attachment.chosen(reached)) for attachment in attached]
         runs = [run for _, some in chosen for run in some]
         try:
@@ -277,33 +293,33 @@ class RNNRegularizer:
     ) -> Attachment:
         """Capture by forward hooks on an RNN and the dropout that follows it, instead of `on_loss_begin`.
 
-        Every attached module is one layer (an `nn.LSTM` the last of its own `num_layers`), the one attached last being
-        the last. Attach before `torch.compile`, as hooks that come later do not fire in compiled code.
+        Every attached module is one layer (an `nn.LSTM` the last of its own `num_layers`), in the order of the calls of
+        `attach`. Attach before `torch.compile`: compiled code runs no hook that was added later.
 
-        Those runs count that the loss of `on_backward_begin` depends on, however many there are, each once. A run
-        without a graph, as of a frozen module, counts if it is the latest. Where the loss depends on no run, the latest
-        counts, as long as its output is kept. Runs in evaluation, or inside a backward (activation checkpointing
-        recomputes there), are not captured. The autograd graph keeps each capture, and frees it with itself. Nothing
-        that the model returns is replaced: the penalty's gradient is added to the gradient that arrives at raw and at
-        dropped, before their other hooks see it.
+        Each run that the loss of `on_backward_begin` depends on counts once. A run without a graph, as of a frozen
+        module, counts if it is the latest. Where the loss depends on no run, the latest run counts if its output still
+        exists. Runs in evaluation, and recomputation inside a backward (activation checkpointing), are not captured.
+        The autograd graph owns the captures: freeing the graph frees them. The model's output is not replaced: the
+        penalty's gradient is added to the gradient of raw and of dropped, before their other hooks run.
 
         Args:
-            module: any module that runs over all time steps, and is called: where a wrapper calls the `forward` of a
-                module inside it, as the WeightDrop of AWD-LSTM does, it is the wrapper. Raw is what it returns, a
-                tensor or a `PackedSequence`, or the first of a tuple or list, or its `last_hidden_state`.
-            dropout: any module whose input is the very tensor that is raw, and whose output is a tensor; what else it
-                is used for does not matter. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty itself,
-                with the regularizer's coefficients in the place of its own until `remove()`, and takes no packed data.
-            output: picks raw from what the module returns, where it is anything else.
+            module: any module that runs over all time steps. Its `__call__` has to run: where a wrapper calls the
+                `forward` of a module inside it, as the WeightDrop of AWD-LSTM does, attach the wrapper. Raw is its
+                output if that is a tensor or a `PackedSequence`, the first element of a tuple or list, or
+                `last_hidden_state`.
+            dropout: any module that gets the very tensor raw as its input, and returns a tensor. It may be used
+                elsewhere, too. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty itself, with the
+                coefficients of the regularizer until `remove()`, and takes no packed data.
+            output: a function that picks raw from any other output of the module.
             batch_first: `False` for `(time, batch, hidden)`. Read from the module where it has a `batch_first`, or
                 where it has an `nn.LSTM` or the like inside with `batch_first=True`; else it has to be given.
-            valid: gets what the module is called with, `valid(*args, **kwargs)`, and returns the valid time steps, as
-                `fused_ar_tar` takes them, or `None` where all count. The valid steps that a
-                `FusedRNNDropout` is called with go before these.
-            stepwise: the module runs once a time step, or a few: the runs of a step are joined along time, in the order
-                of the calls. A cell, such as an `nn.GRUCell`, may be attached then.
+            valid: a function of the module's arguments, `valid(*args, **kwargs)`, that returns the mask of valid time
+                steps, as `fused_ar_tar` takes it, or `None` where all steps count. A mask that a `FusedRNNDropout` is
+                called with takes precedence.
+            stepwise: the module runs once for each time step, or for a few: the runs of a training step are joined
+                along time, in the order of the calls. A cell, such as an `nn.GRUCell`, may be attached then.
             in_backward: add the penalty's gradient in every backward through the module's output, without
-                `on_backward_begin`, for a trainer that keeps its loss to itself: `True` for an upstream gradient of 1,
+                `on_backward_begin`, for a trainer that does not expose its loss: `True` for an upstream gradient of 1,
                 or that gradient, a number or a 0-dim tensor, such as a loss scale or 1 over the accumulation steps.
                 `ar` and `tar` are those of the latest run of each such module.
 
@@ -311,10 +327,10 @@ class RNNRegularizer:
             A handle with `remove()`; as a context manager it removes itself at the end.
 
         Raises:
-            TypeError: an argument is anything else; in a step, raw cannot be told from what the module returns, the
-                dropout returns anything else, or a `FusedRNNDropout` is given packed data.
-            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or cannot be told;
-                `stepwise` together with `in_backward`; in a step, raw is of one time step.
+            TypeError: an argument has the wrong type; in a step, the module's output holds no raw, the dropout returns
+                no tensor, or a `FusedRNNDropout` gets packed data.
+            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or is missing;
+                `stepwise` together with `in_backward`; in a step, raw has one time step.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the module
                 is a replica of `DataParallel`.
         """
@@ -351,7 +367,7 @@ class RNNRegularizer:
         return self._attached[-1]
 
     def carries(self, attachment: Attachment) -> bool:
-        """Tell whether the runs of an attachment are regularized: `layers="last"` leaves out all but the last."""
+        """Return whether the runs of an attachment are regularized: `layers="last"` leaves out all but the last."""
         return self.layers == "all" or attachment is self._attached[-1]
 
     def note(self) -> None:
@@ -376,7 +392,8 @@ class RNNRegularizer:
             UserWarning: `seq_len` is the batch size of the activations, and not their time steps.
 
         Raises:
-            TypeError, ValueError: `optimizer` is none, or `seq_len` or `bptt` is not a positive integer.
+            TypeError: `optimizer` has no `param_groups`, or `seq_len` or `bptt` is no integer.
+            ValueError: `seq_len` or `bptt` is not positive.
             RuntimeError: the regularizer has no `bptt`.
         """
         if self.bptt is None:

@@ -44,23 +44,32 @@ class Formed:
 class FusedRNNDropout(nn.Module):
     """Apply variational dropout, and form AR and TAR in the same pass.
 
-    It takes the place of fastai's `RNNDropout` or a `LockedDropout`. The penalty of the last forward in training stays
-    in the module until `take()`, with the forward's input and output. It is part of neither the state dict nor a copy
-    or pickle of the module. Under activation checkpointing use `use_reentrant=False`: a reentrant one runs the forward
-    without gradients, and the penalty has none.
+    It replaces fastai's `RNNDropout` or a `LockedDropout`. The module keeps the penalty of its last forward in
+    training, and the input and output of that forward, until `take()`. State dicts, copies and pickles leave them out.
+    Under activation checkpointing pass `use_reentrant=False`: a reentrant checkpoint runs the forward without
+    gradients, and the penalty then has none.
 
     Args:
         p: the probability to drop a unit, from 0 to below 1.
         alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`.
         beta: coefficient of TAR.
         batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
-        time_dim: in the place of batch_first, the axis of time, as for `fused_ar_tar`.
-        ar_of: what AR is the mean square of: `"dropped"`, as Merity et al. and fastai v2 have it, or `"raw"`, as
-            fastai v1 has it.
+        time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
+        ar_of: the tensor that AR is the mean square of: `"dropped"`, as in Merity et al. and fastai v2, or `"raw"`, as
+            in fastai v1.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it. In a forward, as
-            `fused_dropout_ar_tar`.
+        TypeError: an argument has the wrong type; the message names it. A forward raises as `fused_dropout_ar_tar`.
+        ValueError: an argument has the wrong value; the message names it.
+
+    Examples:
+        >>> rnn, dropout = torch.nn.GRU(8, 16, batch_first=True), FusedRNNDropout(0.4, alpha=2.0, beta=1.0)
+        >>> raw, _ = rnn(torch.randn(4, 10, 8))
+        >>> dropped = dropout(raw)
+        >>> loss = dropped.square().mean()  # the loss of a model
+        >>> if (terms := dropout.take()) is not None:  # there is none in evaluation
+        ...     loss = loss + terms.penalty
+        >>> loss.backward()
     """
 
     time_dim = None  # of a module that an earlier version has pickled
@@ -95,11 +104,11 @@ class FusedRNNDropout(nn.Module):
             raw: the RNN's output: `(batch, time, hidden)`, or `(time, batch, hidden)` with `batch_first=False`, or
                 `(time, hidden)` for one sequence, or any tensor with `time_dim`.
             p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
-            valid: which time steps count, as for `fused_ar_tar`.
-            starts: the time steps at which a segment starts, likewise.
+            valid: a mask of the time steps that count, as for `fused_ar_tar`.
+            starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
 
         Warns:
-            UserWarning: nobody took the penalty of the last forward; once.
+            UserWarning: the penalty of the last forward was not taken; once.
         """
         if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
             if self.training:
@@ -142,7 +151,7 @@ class FusedRNNDropout(nn.Module):
         return dropped
 
     def take(self) -> ARTAR | None:
-        """Return the penalty of the last forward, once; `None` if there is none or that was in evaluation.
+        """Return the penalty of the last forward, once; `None` after a forward in evaluation and after a `take()`.
 
         Warns:
             UserWarning: the forward ran without gradients, and now they are enabled; once.

@@ -1,8 +1,8 @@
-"""`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses; the model stays as it is.
+"""`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses, without changes to the model.
 
-A `Trainer` divides the loss of a batch by the number of batches in the optimizer step, unless the loss is a share of
-the whole step's already, by `num_items_in_batch`. The penalty is always such a share: it is added where the loss enters
-its backward, behind any division, and weighed by how many of the step's valid time steps the batch has.
+A `Trainer` divides the loss of a batch by the number of batches in the optimizer step, unless the loss is already
+normalized by `num_items_in_batch`. The penalty is added after this division, where the loss enters its backward, and
+weighted by the batch's share of the valid time steps of the optimizer step.
 """
 
 from __future__ import annotations
@@ -40,41 +40,47 @@ def attention_mask(batch: Any) -> Tensor | None:
 class RegularizedTrainer(Trainer):
     """Train as `Trainer` does, with `alpha * AR + beta * TAR` of the named modules in the backward of each step.
 
-        trainer = RegularizedTrainer(model, args, train_dataset=data, alpha=2.0, beta=1.0, rnn="backbone.layers.23")
+    Combine it with a subclass of `Trainer` by inheriting from both, this class first:
+    `class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...`.
 
-    A subclass of `Trainer` goes behind it:
-
-        class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...
-
-    AR and TAR of an optimizer step are means over all valid time steps of its batches: in how many batches it is
-    accumulated does not matter, nor on how many processes, with `average_tokens_across_devices`. The loss that is
-    reported stays free of the penalty; `ar` and `tar` are logged beside it, as means over the optimizer steps since the
-    last log. Evaluation and prediction are those of `Trainer`.
+    AR and TAR of an optimizer step are means over all valid time steps of its batches, however many batches are
+    accumulated, and with `average_tokens_across_devices` on however many processes. The reported loss is free of the
+    penalty; `ar` and `tar` are logged beside it, as means over the optimizer steps since the last log. Evaluation and
+    prediction are those of `Trainer`.
 
     Args:
-        args, kwargs: as for `Trainer`, or the subclass behind.
-        alpha, beta: the coefficients; a schedule may change `trainer.regularizer.alpha` and `.beta`.
-        rnn: the attribute path in the model, or in the one that PEFT wraps, of any module that `RNNRegularizer.attach`
-            takes, or of several, from the first layer to the last. The last block itself, as a rule: what the model
-            gives as its last hidden state lies behind a norm.
+        *args: as for `Trainer`, or the other base class.
+        **kwargs: as for `Trainer`, or the other base class.
+        alpha: coefficient of AR; a schedule may change `trainer.regularizer.alpha`.
+        beta: coefficient of TAR; a schedule may change `trainer.regularizer.beta`.
+        rnn: the attribute path of a module in the model, or in the model that PEFT wraps: any module that
+            `RNNRegularizer.attach` takes. Or a list of paths, from the first layer to the last. Name the last block
+            rather than the model, whose last hidden state is the output of a norm.
         dropout: the path of the dropout that takes the module's output: one for every module, or a list with one, or
             `None`, a module.
         layers: `"all"` of the modules, or the `"last"` alone.
-        output, batch_first: as for `RNNRegularizer.attach`; a module whose layout cannot be read is taken for
-            `(batch, time, hidden)`, as models of transformers have it.
-        valid: gets the batch, as `training_step` does, and returns the valid time steps, `(batch, time)`, as
-            `fused_ar_tar` takes them, or `None` where all count. By default they are the attention mask, if the batch
-            has one: a `Trainer` takes it out where the model's `forward` names none, unless
-            `remove_unused_columns=False`. With `None` all count.
+        output: as for `RNNRegularizer.attach`.
+        batch_first: as for `RNNRegularizer.attach`, but `True` where the layout cannot be read from the module.
+        valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
+            time)`, as `fused_ar_tar` takes it, or `None` where all steps count. The default returns the attention mask
+            of the batch, if it has one: a `Trainer` removes the mask where the model's `forward` has no such argument,
+            unless `remove_unused_columns=False`. With `None` all steps count.
 
     Warns:
-        UserWarning: the examples have an attention mask, which the `Trainer` takes out, so that padding would count.
+        UserWarning: the examples have an attention mask, which the `Trainer` removes, so that padding counts.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or a path names no such module; in a step, what `valid`
-            returns is not as described.
+        TypeError: an argument, or the result of `valid`, has the wrong type.
+        ValueError: an argument, or the result of `valid`, has the wrong value or shape, or a path names no such module.
         RuntimeError: in a step, as `RNNRegularizer.on_backward_begin`, or the loss does not go through
             `accelerator.backward`.
+
+    Examples:
+        >>> options = {"alpha": 2.0, "beta": 1.0, "rnn": "backbone.layers.1"}  # the last of two blocks
+        >>> trainer = RegularizedTrainer(mamba, args, train_dataset=data, **options)
+        >>> result = trainer.train()
+        >>> result.global_step
+        2
     """
 
     def __init__(
@@ -156,14 +162,14 @@ class RegularizedTrainer(Trainer):
             self._total = None
 
     def _attach(self, model: Any) -> None:
-        """Attach to the modules of a model, in place of those before."""
+        """Attach to the modules of a model instead of the modules before."""
         self._detach()
-        if self.args.torch_compile:  # code that was compiled before, of this model or another, runs no new hooks
+        if self.args.torch_compile:  # compiled code runs no hooks that were added later
             torch.compiler.reset()
         self._hooks = self.paths.attach(self.regularizer, _inner(model), lambda *_, **__: self._valid_now)
 
     def _warn_of_lost_masks(self) -> None:
-        """Warn where the default `valid` will find no mask, as the `Trainer` takes it out of the batches."""
+        """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
         if self.valid is not attention_mask or not self.args.remove_unused_columns:
             return
         data: Any = self.train_dataset
@@ -207,7 +213,7 @@ class RegularizedTrainer(Trainer):
         def with_penalty(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal passed
             terms, passed = self.regularizer.take(loss), True
-            if terms is not None:  # they are where the modules are in evaluation
+            if terms is not None:  # `None`: the modules are in evaluation
                 loss = loss + terms.penalty
                 weighed = [terms.ar * shares[0], terms.tar * shares[1], *shares]
                 self._sums = [x + y for x, y in zip(self._sums or [0] * 4, weighed, strict=True)]
@@ -227,7 +233,7 @@ class RegularizedTrainer(Trainer):
             )
 
     def _shares_of(self, batch: Any) -> tuple[Any, Any]:
-        """Return which share of the optimizer step's AR and of its TAR a batch has."""
+        """Return the shares of a batch in AR and in TAR of the optimizer step."""
         if self._total is None:
             share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
             return share, share
@@ -235,7 +241,7 @@ class RegularizedTrainer(Trainer):
         return ar_share, tar_share
 
     def _size_of(self, batches: list[Any]) -> Tensor:
-        """Count the valid steps in batches and the pairs of neighbours among them, or examples for both: `(2,)`."""
+        """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
         masks = [mask.bool() for mask in map(self._valid_of, batches) if mask is not None]
         if masks and len(masks) < len(batches):
             raise ValueError(
@@ -248,7 +254,7 @@ class RegularizedTrainer(Trainer):
         return torch.stack(sizes).sum(0).to(self.args.device, torch.float32)
 
     def _valid_of(self, batch: Any) -> Tensor | None:
-        """Return a batch's valid steps, `(batch, time)`, if it tells them."""
+        """Return the valid steps of a batch, `(batch, time)`, or `None`."""
         mask = None if self.valid is None else self.valid(batch)
         if not isinstance(mask, (Tensor, type(None))):
             raise TypeError(f"valid: expected the function to return a tensor or None, got {type(mask).__name__}")

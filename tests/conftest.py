@@ -81,8 +81,8 @@ def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """List the penalties that a regularizer forms, rather than takes from a dropout."""
     calls: list[Any] = []
 
-    measure, form = carry.measure, regularizer.fused_ar_tar
-    monkeypatch.setattr(carry, "measure", lambda call: (calls.append(call), measure(call))[1])
+    measure, form = carry.penalty_of, regularizer.fused_ar_tar
+    monkeypatch.setattr(carry, "penalty_of", lambda call: (calls.append(call), measure(call))[1])
     monkeypatch.setattr(
         regularizer, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
     )

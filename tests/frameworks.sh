@@ -10,6 +10,7 @@ pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" lightning torchvision scikit-learn pandas matplotlib requests pyyaml scipy packaging rich
 "${pip[@]}" --no-deps fastai==2.8.12 fastcore fasttransform fastdownload cloudpickle beartype 'plum-dispatch<2.10' \
     fastprogress==1.0.3
+"${pip[@]}" --no-deps stable-baselines3 sb3-contrib gymnasium farama-notifications  # for docs/migration.md
 for release in 1.0.61 1.0.42 1.0.36; do
     folder=$venv/fastai1/$release
     [ -d "$folder" ] || "${pip[@]}" --no-deps --target "$folder" "fastai==$release"

@@ -27,14 +27,15 @@ CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and others 
 # file -> tests/test_*.py in the order in which they run: those first that fail fast
 TESTS = {
     "kernels/penalty.py": ["kernels", "prediction", "padding", "valid", "penalty"],
-    "kernels/dropout.py": ["padding", "valid", "dropout", "add_gradient", "kernels"],
+    "kernels/dropout.py": ["padding", "valid", "dropout", "addition", "kernels"],
     "kernels/reduction.py": ["kernels", "coefficients", "valid", "padding", "penalty"],
     "kernels/tiling.py": ["kernels", "valid", "padding", "penalty"],
     "fastreg/penalty.py": ["plans", "prediction", "coefficients", "padding", "penalty"],
-    "fastreg/dropout.py": ["plans", "padding", "dropout", "add_gradient", "attachment"],
+    "fastreg/dropout.py": ["plans", "padding", "dropout", "addition", "attachment"],
     "fastreg/rnn_dropout.py": ["coefficients", "rnn_dropout", "attachment", "dropout"],
     "fastreg/output_dropout.py": ["rnn_dropout"],
     "fastreg/capture.py": ["capture", "attachment"],
+    "fastreg/addition.py": ["addition", "capture"],
     "fastreg/carry.py": ["capture", "coefficients", "attachment"],
     "fastreg/attachment.py": ["capture", "attachment", "rnn_dropout"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment", "capture"],
@@ -47,10 +48,10 @@ TESTS = {
     "fastreg/torch_state.py": ["padding", "penalty", "dropout", "torch"],
     "kernels/view.py": ["kernels", "padding"],
     **{
-        f"kernels/{name}": ["coefficients", "valid", "cpu_kernels", "prediction", "padding", "axes", "penalty"]
+        f"kernels/{name}": ["cpu", "coefficients", "valid", "prediction", "padding", "axes", "dropout", "penalty"]
         for name in ("cpu.cpp", "cpu_rows.h", "cpu_steps.h", "cpu_vectors.h", "cpu_work.h")
     },
-    "kernels/cpu.py": ["prediction", "cpu_kernels"],
+    "kernels/cpu.py": ["prediction", "cpu"],
     "kernels/launch.py": ["padding", "kernels"],
 }
 
@@ -382,7 +383,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("one backward for all", "self.backward.get(key)", "next(iter(self.backward.values()), None)"),
         ("another shape in the backward", "check_saved(name, x, y)", "pass"),
     ],
-    ("fastreg/dropout.py", "_plan_backward"): [
+    ("fastreg/dropout.py", "plan_backward"): [
         ("the penalty's gradient where there is none", "sums if is_penalized else", "sums if True else"),
     ],
     ("fastreg/dropout.py", "_DropoutPenalty"): [
@@ -435,7 +436,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("dropout without gradients", "run.grad_enabled &= torch.is_grad_enabled()", "pass"),
         ("steps that are not joined", "and not self.source.stepwise and all", "and False and all"),
         ("changes in place", "if run.changed:", "if False:"),
-        ("hooks before those added later", "hooks.move_to_end(hook.id)", "pass"),
+        ("hooks before those added later", "hooks.move_to_end(own)", "pass"),
     ],
     ("fastreg/attachment.py", "_tensors"): [
         ("a structure that contains itself", "if id(x) not in seen:", "if True:"),
@@ -463,17 +464,24 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/carry.py", "Carrier"): [
         ("a graph in a circle", "if not torch.is_grad_enabled() or task is None:", "if True:"),
+        ("saved activations of another layout", "if layout_of(raw) != addition.layout:", "if False:"),
     ],
-    ("fastreg/carry.py", "_measured"): [
+    ("fastreg/carry.py", "_of_one_tensor"): [
         ("AR's coefficient with TAR", "problem._replace(alpha=0.0)", "problem"),
-        ("TAR's coefficient with AR", "problem._replace(beta=0.0, ar_of_raw=True)", "problem._replace(ar_of_raw=True)"),
+        ("TAR's coefficient with AR", "of_both._replace(beta=0.0)", "of_both"),
     ],
     ("fastreg/carry.py", "_weighted"): [
         ("a tensor of 0 lets infinity through", "torch.where(factor == 0, 0, factor * term)", "factor * term"),
     ],
-    ("fastreg/dropout.py", "add_gradient"): [
-        ("second derivatives of what was freed", "torch.is_grad_enabled() and not raw.requires_grad", "False"),
+    ("fastreg/addition.py", "addition_for"): [
+        ("a tensor that is no memory", "is_memory(raw) and not observed()", "True"),
+    ],
+    ("fastreg/addition.py", "Addition"): [
+        ("derivatives of freed activations", "torch.is_grad_enabled() and not layer.given().requires_grad", "False"),
         ("packed rows in the kernel", " or values.batch_sizes is not None", ""),
+        ("the first gradient's strides", "key = arrived.stride(), arrived.dtype", "key = arrived.dtype"),
+        ("the first gradient's alignment", ", arrived.data_ptr() % 16 == 0", ""),
+        ("an upstream gradient of another dtype", "if upstream.dtype != self.dtype or", "if"),
     ],
     ("fastreg/attachment.py", "_state_without_hooks"): [
         ("hooks in copies", " if i not in ids", ""),

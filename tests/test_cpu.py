@@ -1,25 +1,213 @@
-"""CPU tensors in all: memory, and the error of large sums."""
+"""The C++ kernels: steps that lie in their blocks in every way, rounding, memory, threads and processes."""
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import CPP
 from fastreg.kernels import cpu
 from fastreg.kernels.view import Operand, Sums, Values, View
+from fastreg.problem import ARTAR, Layer, Problem
+from fastreg.reference import ar_tar
 from tests.conftest import CPU
-from tests.samples import BF16, FLOAT
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, sliced, transposed
 
 pytestmark = pytest.mark.skipif(
     CPU is not CPP or CPP is None, reason="the C++ kernels do not take the CPU tensors here"
 )
+
+DTYPES = (FLOAT, DOUBLE, BF16, HALF)
+ALPHA, BETA = 2.0, 3.0
+TERMS = Problem(ALPHA, BETA, measured=True)
+
+
+def every_other_step(x: Tensor) -> Tensor:
+    """Rows of a sequence with others between them."""
+    wide = x.new_full((len(x), 2 * x.shape[1], x.shape[2]), torch.nan)
+    wide[:, ::2] = x
+    return wide[:, ::2]
+
+
+Layout = Callable[[Tensor], Tensor]
+LAYOUTS: tuple[Layout, ...] = (contiguous, transposed, sliced, every_other_step)
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=DOUBLE).to(dtype)
+
+
+def leaf(x: Tensor, lengths: Tensor | None, layout: Layout) -> Tensor:
+    """A leaf of a layout, with NaN behind the end of each sequence."""
+    for one, length in zip(x, [] if lengths is None else lengths.tolist(), strict=False):
+        one[length:] = torch.nan
+    return layout(x).detach().requires_grad_()
+
+
+def exact(x: Tensor) -> Tensor:
+    return x.detach().to(DOUBLE).requires_grad_()
+
+
+def assert_terms(got: ARTAR, want: ARTAR) -> None:
+    unit = torch.finfo(got.penalty.dtype).eps
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.to(DOUBLE), y, rtol=8 * unit, atol=0)
+
+
+def assert_near(got: Tensor, want: Tensor) -> None:
+    """To one rounding of its dtype, and a few of the largest elements', which smaller ones may be differences of."""
+    info = torch.finfo(got.dtype)
+    computed = torch.finfo(DOUBLE if got.dtype == DOUBLE else FLOAT).eps
+    atol = 8 * computed * want.abs().max().item() + info.smallest_normal * info.eps  # the step of subnormal numbers
+    torch.testing.assert_close(got.to(DOUBLE), want, rtol=info.eps, atol=atol)
+
+
+def assert_padding_is_0(gradient: Tensor, lengths: Tensor | None) -> None:
+    for one, length in zip(gradient, [] if lengths is None else lengths.tolist(), strict=False):
+        assert not one[length:].any()
+
+
+def check(raw: Tensor, dropped: Tensor, lengths: Tensor | None = None) -> None:
+    """The penalty, its terms and gradients; the latter for an upstream gradient that comes again, and for another."""
+    xs = (raw,) if dropped is raw else (raw, dropped)
+    doubles = [exact(x) for x in xs]
+    want = ar_tar(Layer(doubles[0], doubles[-1], Values(lengths)), TERMS)
+    gradients = torch.autograd.grad(want.penalty, doubles)
+    for upstream in (100.0, 100.0, -300.0):
+        got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths, return_terms=True)
+        assert_terms(got, want)
+        for x, y in zip(torch.autograd.grad(got.penalty, xs, torch.full_like(got.penalty, upstream)), gradients):
+            assert_near(x, upstream * y)
+            assert_padding_is_0(x, lengths)
+
+
+def check_dropout(raw: Tensor, mask: Tensor, lengths: Tensor | None = None) -> None:
+    """Dropped and the penalty of both, with gradients of both, of the penalty alone, and of dropped alone."""
+    double = exact(raw)
+    product = double * mask.to(DOUBLE)
+    dropped, got = fused_dropout_ar_tar(raw, 0.5, ALPHA, BETA, mask=mask, lengths=lengths, return_terms=True)
+    assert dropped.equal((raw.to(got.ar.dtype) * mask.to(got.ar.dtype)).to(raw.dtype))
+    rounded = product + (dropped.detach().to(DOUBLE) - product).detach()
+    want = ar_tar(Layer(double, rounded, Values(lengths)), TERMS)
+    assert_terms(got, want)
+    arriving, upstream = values(raw.shape, raw.dtype) / raw.shape[2], torch.full_like(got.penalty, 100)
+    (of_penalty,) = torch.autograd.grad(want.penalty, double)
+    of_dropped = arriving.to(DOUBLE) * mask.to(DOUBLE)
+    for outputs, grads, expected in (
+        ([dropped, got.penalty], [arriving, upstream], of_dropped + 100 * of_penalty),
+        ([got.penalty], [upstream], 100 * of_penalty),
+        ([dropped], [arriving], of_dropped),
+    ):
+        (gradient,) = torch.autograd.grad(outputs, raw, grads, retain_graph=True)
+        assert_near(gradient, expected)
+    assert_padding_is_0(torch.autograd.grad(got.penalty, raw)[0], lengths)
+
+
+STEPS_OF: dict[str, Callable[[int], int]] = {  # the lengths of sequences of 9 time steps
+    "any": lambda i: i * 5 % 10,
+    "none": lambda _: 0,
+    "full": lambda _: 9,
+    "pairs_alike": lambda i: i // 2 * 7 % 10,
+    "full_or_none": lambda i: i % 3 % 2 * 9,
+    "one_or_two": lambda i: 1 + i % 2,
+    "first_alone": lambda i: 0 if i else 6,
+    "all_but_first": lambda i: 9 if i else 6,
+}
+
+
+@pytest.mark.parametrize("layout", [transposed, contiguous], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("batch", "hidden"), [(1, 12), (7, 1), (33, 12), (50, 401), (3, 9000)])
+@pytest.mark.parametrize("kind", STEPS_OF)
+@pytest.mark.usefixtures("poison")
+def test_lengths_of_sequences_in_one_block(kind: str, batch: int, hidden: int, layout: Layout) -> None:
+    """Blocks of lanes hold whole sequences, parts of one, or begin and end within one."""
+    lengths = torch.tensor([STEPS_OF[kind](i) for i in range(batch)])
+    shape, dtype = (batch, 9, hidden), (FLOAT, BF16)[batch % 2]
+    raw, dropped = (leaf(values(shape, d), lengths, layout) for d in (dtype, FLOAT))
+    check(raw, dropped, lengths)
+    raw = layout(values(shape, FLOAT)).requires_grad_()
+    for size, mask_layout in ((1, contiguous), (9, contiguous), (9, transposed)):
+        check_dropout(raw, mask_layout(values((batch, size, hidden), FLOAT).abs()), lengths)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.usefixtures("poison")
+def test_random_cases(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(6):
+        hidden = draw.choice([1, 2, 12, 31, 32, 33, 64, 200, 401, 4500])
+        times = [1, 2, 3, 9] + [33, 130, 300] * (hidden < 100)
+        shape = draw.choice([1, 2, 3, 17] + [70] * (hidden < 100)), draw.choice(times), hidden
+        dtypes, layouts = draw.choices(DTYPES, k=2), draw.choices(LAYOUTS, k=2)
+        lengths = torch.tensor([draw.randint(0, shape[1]) for _ in range(shape[0])])
+        lengths = draw.choice([None, lengths])
+        raw, dropped = (leaf(values(shape, d), lengths, lay) for d, lay in zip(dtypes, layouts, strict=True))
+        check(raw, raw if draw.random() < 0.3 else dropped, lengths)
+        raw = layouts[0](values(shape, dtypes[0])).requires_grad_()
+        mask = values((shape[0], draw.choice([1, shape[1]]), hidden), dtypes[0]).abs()
+        check_dropout(raw, layouts[1](mask), lengths)
+
+
+@pytest.mark.parametrize("hidden", [1, 12, 401, 3000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poison")
+def test_packed_rows(dtype: torch.dtype, hidden: int) -> None:
+    lengths = torch.tensor([3, 7, 1, 7, 4, 6])
+    packed = [pack_padded_sequence(values((6, 7, hidden), dtype), lengths, True, False) for _ in range(2)]
+    sizes = packed[0].batch_sizes
+    for layout in (contiguous, sliced):
+        raw, dropped = (layout(x.data).requires_grad_() for x in packed)
+        for xs in ((raw, dropped), (raw,)):
+            doubles = [exact(x) for x in xs]
+            want = ar_tar(Layer(doubles[0], doubles[-1], Values(batch_sizes=sizes)), TERMS)
+            both = PackedSequence(xs[0], sizes), PackedSequence(xs[-1], sizes)
+            got = fused_ar_tar(*both, ALPHA, BETA, return_terms=True)
+            assert_terms(got, want)
+            for x, y in zip(*(torch.autograd.grad(100 * p, q) for p, q in ((got[0], xs), (want[0], doubles)))):
+                assert_near(x, y)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinity_and_nan_spread_as_in_the_formula(dtype: torch.dtype, value: float) -> None:
+    raw, dropped = values((2, 5, 40), dtype), values((2, 5, 40), dtype)
+    raw[0, 0, 3] = raw[1, 2, 5] = raw[1, 4, 39] = dropped[0, 1, 1] = value
+    xs = [x.requires_grad_() for x in (raw, dropped)]
+    doubles = [exact(x) for x in xs]
+    got, want = fused_ar_tar(*xs, ALPHA, BETA, return_terms=True), ar_tar(Layer(*doubles), TERMS)
+    torch.testing.assert_close([x.double() for x in got], list(want), equal_nan=True)
+    for x, y in zip(torch.autograd.grad(got.penalty, xs), torch.autograd.grad(want.penalty, doubles), strict=True):
+        assert x.isfinite().equal(y.isfinite())
+        assert x.isnan().equal(y.isnan())
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+    """All of them, times numbers that lead to ties, to subnormal numbers and to infinity."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, -1).requires_grad_()
+    for scale in (1.0, -1.0, 1 + 2**-8, 1 + 2**-11, 1.5, 3.0, 1 / 3, 2.0**-9, 3 * 2.0**-15, 7e-5, 255.0, 1e4, 1e38):
+        (got,) = torch.autograd.grad(
+            fused_ar_tar(None, every, 0.5, 0.0, reduction="sum"), every, torch.tensor(float(scale))
+        )
+        want = (every.detach().float() * torch.tensor(scale)).to(dtype)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        there = ~want.isnan()
+        assert got.signbit()[there].equal(want.signbit()[there])
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -118,3 +306,85 @@ def test_error_of_a_large_sum(dtype: torch.dtype, kind: str) -> None:
         ("tar", got.tar, sum(part.double().diff(dim=0).square().sum() for part in x) / (64 * 255 * 1024)),
     ):
         assert abs(value.double() - true) <= 2e-6 * true, name
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def step(raw: Tensor, dropped: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+    """The penalty, dropped and gradients of either operation."""
+    got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths)
+    kept, penalty = fused_dropout_ar_tar(
+        raw, 0.5, ALPHA, BETA, mask=dropped.detach()[:, :1].to(raw.dtype), lengths=lengths
+    )
+    (gradient,) = torch.autograd.grad([kept, penalty], raw, [torch.ones_like(kept), torch.ones_like(penalty)])
+    return [got, *torch.autograd.grad(got, (raw, dropped)), kept, penalty, gradient]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("lengths", [None, torch.arange(40) * 5 % 91], ids=["whole", "lengths"])
+@pytest.mark.parametrize("layout", [contiguous, transposed], ids=lambda f: f.__name__)
+def test_the_same_bits_for_any_number_of_threads(layout: Layout, lengths: Tensor | None) -> None:
+    raw, dropped = (layout(values((40, 90, 130), d)).requires_grad_() for d in (FLOAT, BF16))
+    got: list[list[Tensor]] = []
+    for number in (1, 2, 3, 8, 2):
+        torch.set_num_threads(number)
+        got.append(step(raw, dropped, lengths))
+    for others in got[1:]:
+        assert all(x.equal(y) for x, y in zip(got[0], others, strict=True))
+
+
+def test_calls_from_many_threads_at_once() -> None:
+    inputs = [[values((8, 90, 65), FLOAT).requires_grad_() for _ in range(2)] for _ in range(8)]
+    want = [step(*xs) for xs in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda xs: [step(*xs) for _ in range(20)], inputs))
+    for repeats, expected in zip(got, want, strict=True):
+        assert all(x.equal(y) for results in repeats for x, y in zip(results, expected, strict=True))
+
+
+def in_a_fork(raw: Tensor, dropped: Tensor, want: Tensor) -> None:
+    os._exit(0 if fused_ar_tar(raw, dropped, ALPHA, BETA).equal(want) else 1)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
+    torch.set_num_threads(2)
+    raw, dropped = (values((64, 70, 100), FLOAT) for _ in range(2))
+    want = fused_ar_tar(raw, dropped, ALPHA, BETA)
+    child = multiprocessing.get_context("fork").Process(target=in_a_fork, args=(raw, dropped, want))
+    child.start()
+    child.join(60)
+    hangs = child.is_alive()
+    child.kill()
+    assert not hangs
+    assert child.exitcode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime() -> None:
+    code = (
+        "import torch\nfrom fastreg.kernels import cpu\ncpu.library()\n"
+        "paths = {line.split()[-1] for line in open('/proc/self/maps') if '.so' in line}\n"
+        "paths = {path for path in paths if 'omp' in path.rpartition('/')[2]}\n"
+        "assert len(paths) == 1, paths"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_a_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    cpu.library.cache_clear()
+    assert "not built" in (cpu.reason() or "")
+    (tmp_path / "_cpu.abi3.so").write_text("no library")
+    assert "_cpu.abi3.so" in (cpu.reason() or "")
+    subprocess.run(["g++", "-shared", "-x", "c", "/dev/null", "-o", tmp_path / "_cpu.abi3.so"], check=True)
+    cpu.library.cache_clear()
+    assert "built from another version" in (cpu.reason() or "")
+    monkeypatch.undo()
+    cpu.library.cache_clear()
+    assert cpu.reason() is None

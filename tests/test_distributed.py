@@ -1,4 +1,4 @@
-"""More than one process, or device: a batch in two halves gives the gradients of the whole.
+"""More than one process, or device: the gradients are those of the formula written out.
 
 Two processes on the CPU make up the group; each test runs a function of this file in both.
 """
@@ -93,26 +93,26 @@ def wrapped(model: LanguageModel, how: str) -> nn.Module:
 
 
 def train(how: str, penalty_by: str) -> None:
-    """Three steps on half of each batch, and in one process, by the formula, on all of it: the weights are the same."""
+    """Three steps on half of each batch, and the same with the formula written out: the weights are the same."""
     torch.manual_seed(0)
-    whole, model = LanguageModel(), LanguageModel()
-    model.load_state_dict(whole.state_dict())
+    model, plain = LanguageModel(), LanguageModel()
+    plain.load_state_dict(model.state_dict())
     model.fused = penalty_by == "dropout"
     regularizer = RNNRegularizer(2.0, 1.0)
     if penalty_by == "attach":
         regularizer.attach(model.lstm, model.dropout)
-    outer = wrapped(model, how)
+    outer, plain_outer = wrapped(model, how), wrapped(plain, how)
     regularizer.on_epoch_begin(outer)
     assert_close(model.resets, 1)
-    optimizers = [torch.optim.SGD(x.parameters(), 0.5) for x in (outer, whole)]
+    optimizers = [torch.optim.SGD(x.parameters(), 0.5) for x in (outer, plain_outer)]
     half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     for _ in range(3):
-        tokens, mask = torch.randint(20, (4, 8)), torch.empty(4, 1, 8).bernoulli_(0.5) * 2
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        output = outer(inputs[half], mask[half])
+        tokens, mask = torch.randint(20, (4, 8))[half], (torch.empty(4, 1, 8).bernoulli_(0.5) * 2)[half]
+        inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
+        output = outer(inputs, mask)
         if penalty_by == "on_loss_begin":
             regularizer.on_loss_begin(output)
-        loss = cross_entropy(output[0].flatten(0, 1), targets[half].flatten())
+        loss = cross_entropy(output[0].flatten(0, 1), targets)
         if penalty_by == "hand":
             loss = loss + fused_ar_tar(*output[1:], 2.0, 1.0)
         elif penalty_by == "dropout":
@@ -120,20 +120,24 @@ def train(how: str, penalty_by: str) -> None:
         else:
             loss = regularizer.on_backward_begin(loss)
         loss.backward()
-        decoded, raw, dropped = whole(inputs, mask)
-        loss = cross_entropy(decoded.flatten(0, 1), targets.flatten())
+        decoded, raw, dropped = plain_outer(inputs, mask)
+        loss = cross_entropy(decoded.flatten(0, 1), targets)
         (loss + ar_tar(Layer(raw, dropped), Problem(2.0, 1.0)).penalty).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    assert_close(weights(outer, how), weights(plain_outer, how))
+
+
+def weights(outer: nn.Module, how: str) -> list[Tensor]:
+    """All parameters, whole."""
     with FullyShardedDataParallel.summon_full_params(outer) if how == "FSDP1" else nullcontext():
-        for x, y in zip(model.parameters(), whole.parameters(), strict=True):
-            assert_close(x.full_tensor() if isinstance(x, DTensor) else x, y)
+        return [x.full_tensor() if isinstance(x, DTensor) else x.detach().clone() for x in outer.parameters()]
 
 
 @pytest.mark.parametrize("penalty_by", ["hand", "on_loss_begin", "attach", "dropout"])
 @pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2"])
-def test_data_parallelism_trains_as_one_process_does(how: str, penalty_by: str, in_both: Callable[..., None]) -> None:
+def test_data_parallelism_trains_as_with_the_formula(how: str, penalty_by: str, in_both: Callable[..., None]) -> None:
     in_both(train, how, penalty_by)
 
 

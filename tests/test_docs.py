@@ -1,14 +1,17 @@
-"""The README and docs/: their Python runs as it stands there, and their links and commands exist."""
+"""The README, docs/ and docstrings: their Python runs as it stands there, and their links and commands exist."""
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import subprocess
 import sys
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +66,10 @@ def plain() -> dict[str, Any]:
     names |= {"inputs": inputs, "targets": targets, "batches": [(inputs, targets)] * 2, "lengths": lengths}
     names |= {"model": model, "optimizer": SGD(model.parameters(), 0.1), "net": Net()}
     names |= {"loss_of": lambda decoded: cross_entropy(decoded.flatten(0, 1), targets.flatten())}
+    # of awd-lstm-lm's main.py
+    layers = [list(torch.randn(2, TIME, BATCH, HIDDEN, requires_grad=True)) for _ in range(2)]
+    names |= {"rnn_hs": layers[0], "dropped_rnn_hs": layers[1], "raw_loss": torch.zeros(())}
+    names |= {"args": SimpleNamespace(alpha=2.0, beta=1.0)}
     return names | {"embedded": torch.randn(BATCH, TIME, HIDDEN), "mask": torch.arange(TIME) >= lengths[:, None] - 2}
 
 
@@ -107,11 +114,13 @@ def transformers() -> dict[str, Any]:
 
     mamba = MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=8, num_hidden_layers=2, state_size=4))
     args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
+    args.alpha, args.beta = 2.0, 1.0  # those of awd-lstm-lm are `args`, too
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(WORDS, (8, TIME))]
     return {"mamba": mamba, "args": args, "data": data}
 
 
-SETUPS = {"fastai": fastai, "lightning": lightning, "transformers": transformers}
+ADAPTERS = {"fastai": fastai, "lightning": lightning, "transformers": transformers}
+SETUPS = ADAPTERS | {"sb3_contrib": dict}  # the latter has no adapter
 V1 = "fastai1"  # which has a process of its own, as its package has the name of fastai
 
 
@@ -120,9 +129,9 @@ def snippets(page: Path) -> list[str]:
 
 
 def framework_of(snippet: str) -> str | None:
-    """The framework whose adapter a snippet imports, if any."""
-    found = re.search(r"fastreg\.(fastai|lightning|transformers)\b|import (fastai1)", snippet)
-    return found and (found[1] or found[2])
+    """Return the framework that a snippet imports, or whose adapter it imports, if any."""
+    found = re.search(r"fastreg\.(fastai|lightning|transformers)\b|import (fastai1)|from (sb3_contrib)", snippet)
+    return found and found[found.lastindex or 0]
 
 
 RUNS = [
@@ -151,19 +160,80 @@ def test_snippets_run_in_order(
 
 
 def test_snippets_of_fastai_1_run(tmp_path: Path) -> None:
+    code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
+    assert code
+    run_beside_fastai_1("".join(f"learn1 = learner()\n{snippet}" for snippet in code), tmp_path)
+
+
+def run_beside_fastai_1(program: str, folder: Path) -> None:
+    """Run a program in a process of its own, where `learner()` makes a small learner of fastai v1."""
     installed = Path(sys.prefix, V1, RELEASE)
     if not installed.is_dir():
         pytest.skip(f"fastai {RELEASE} is not installed in {installed}: run tests/frameworks.sh")
-    code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
-    assert code
     start = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom fastai1_train import learner\n"
-    program = start + "".join(f"learn1 = learner()\n{snippet}" for snippet in code)
     path = os.pathsep.join([str(installed), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    command = [sys.executable, "-c", start + program]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def public_names(module: str) -> list[str]:
+    """Return the public names of which docs/api.md shows the docstrings."""
+    return re.findall(rf"^::: {re.escape(module)}\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+
+
+class Checker(doctest.OutputChecker):
+    """Accept any output where an example shows none: the progress of a fit, a learner that is returned."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+def failures_of_examples(module: str, names: list[str], found: dict[str, Any]) -> list[str]:
+    """Run the examples of the docstrings of a module, with some names given; return the names that have failed."""
+    failed, owner = [], import_module(module)
+    for name in names:
+        tests = doctest.DocTestFinder(recurse=False).find(getattr(owner, name), f"{module}.{name}", globs={**found})
+        assert any(test.examples for test in tests), f"{module}.{name} has no example"
+        if any(doctest.DocTestRunner(Checker()).run(test).failed for test in tests):
+            failed.append(name)
+    return failed
+
+
+def setup_of(module: str) -> dict[str, Any]:
+    """Return the names that the examples of a module may use, beside its own."""
+    framework = module.rpartition(".")[2]
+    if framework not in ADAPTERS:
+        return {}
+    pytest.importorskip(framework, reason=f"{framework} is not installed: run tests/frameworks.sh")
+    return {framework: import_module(framework)} | ADAPTERS[framework]()
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+@pytest.mark.parametrize("module", ["fastreg", *(f"fastreg.{framework}" for framework in ADAPTERS)])
+def test_examples_of_docstrings_run(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = public_names(module)
+    for name in names:  # each with a model of its own
+        given = {"torch": torch} | setup_of(module) | vars(import_module(module))
+        assert not failures_of_examples(module, [name], given)
+    assert names
+    assert set(names) == set(getattr(import_module(module), "__all__", names))
+
+
+def test_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> None:
+    names = public_names("fastreg.fastai1")
+    assert len(names) == 3
+    run_beside_fastai_1(
+        f"sys.path.insert(0, {str(ROOT)!r})\nfrom fastreg import fastai1\n"
+        "from tests.test_docs import failures_of_examples\n"
+        f"for name in {names}:\n"
+        "    own = {'learn1': learner()} | vars(fastai1)\n"
+        "    assert not failures_of_examples('fastreg.fastai1', [name], own)\n",
+        tmp_path,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_readme_replaces_the_formula_by_its_equal() -> None:
@@ -176,6 +246,13 @@ def test_the_readme_replaces_the_formula_by_its_equal() -> None:
         losses.append(names["loss"])
     torch.testing.assert_close(losses[1], losses[0])
     assert losses[0] > 1
+
+
+def test_the_figures_of_the_study_are_those_of_its_report() -> None:
+    report = (ROOT / "bench" / "results" / "study.md").read_text()
+    quoted = re.findall(r"^- \(\d.*\)$", (ROOT / "docs" / "coefficients.md").read_text(), re.MULTILINE)
+    assert len(quoted) == 2
+    assert all(figure in report for figure in quoted)
 
 
 def test_every_snippet_is_run_somewhere() -> None:

@@ -1,7 +1,8 @@
-"""Each script of examples/ as its reader would start it: it ends well, learns, and shows AR and TAR."""
+"""Each script and notebook of examples/ as its reader would start it: it ends well, learns, and shows AR and TAR."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -20,12 +21,14 @@ SCRIPTS = {
     "lightning_lm.py": ("lightning", r"loss ([\d.]+)"),
     "transformers_trainer.py": ("transformers", r"'loss': '?([\d.]+)"),
 }
+NOTEBOOK = "fastai_lm.ipynb"
 
 
 def test_every_example_is_run_and_in_the_readme() -> None:
-    assert {file.name for file in (ROOT / "examples").glob("*.py")} == SCRIPTS.keys()
+    files = {file.name for file in (ROOT / "examples").iterdir() if file.is_file()}
+    assert files == {*SCRIPTS, NOTEBOOK}
     readme = (ROOT / "README.md").read_text()
-    assert all(f"(examples/{script})" in readme for script in SCRIPTS)
+    assert all(f"(examples/{file})" in readme for file in files)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -44,3 +47,26 @@ def test_an_example_learns(script: str, tmp_path: Path) -> None:
     assert re.search(r"\bar\b", output)
     assert re.search(r"\btar\b", output)
     assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
+
+
+def test_the_notebook_runs_and_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in ("fastai", "bible", "nbclient"):
+        pytest.importorskip(module, reason=f"{module} is not installed: run tests/frameworks.sh")
+    import nbformat
+    from nbclient import NotebookClient
+
+    for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(ROOT / "examples" / NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs before a commit"
+    seen = "print([learn.recorder.metric_names, *learn.recorder.values])"
+    notebook.cells.append(nbformat.v4.new_code_cell(f"for learn in (plain, regularized):\n    {seen}"))
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (shown,) = notebook.cells[-1].outputs
+    plain, regularized = ([[*row] for row in ast.literal_eval(line)] for line in shown["text"].splitlines())
+    assert plain[0] == ["epoch", "train_loss", "valid_loss", "perplexity", "time"]
+    assert regularized[0] == ["epoch", "train_loss", "valid_loss", "perplexity", "ar", "tar", "time"]
+    for _, first, *_, last in (plain, regularized):
+        assert last[2] < first[2] / 2
+    assert all(ar > 0 and tar > 0 for *_, ar, tar in regularized[1:])

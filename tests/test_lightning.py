@@ -144,7 +144,7 @@ def test_a_dropout_that_takes_the_penalty_along(monkeypatch: pytest.MonkeyPatch)
         regularized = True
 
     module, written_out = made(Fused), made(FusedFormula)
-    monkeypatch.setattr(carry, "measure", None)  # nothing is formed apart from the dropout
+    monkeypatch.setattr(carry, "penalty_of", None)  # nothing is formed apart from the dropout
     logged = fit(module, callback(), validate=True).callback_metrics
     want = fit(written_out, validate=True).callback_metrics
     assert_same(module, written_out)

@@ -34,6 +34,9 @@ def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> 
     assert declared is not None
     assert changes is not None
     assert fastreg.__version__ == declared[1] == changes[1]
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited is not None
+    assert cited[1] == declared[1]
 
 
 def test_importing_fastreg_imports_no_framework() -> None:

@@ -521,6 +521,16 @@ class TestCheckpointing:
             penalty.backward()
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class TestModes:
     @by_call
     def test_without_gradients(self, call: Call) -> None:
@@ -538,16 +548,8 @@ class TestModes:
     @pytest.mark.parametrize("default", [HALF, BF16, DOUBLE, torch.device("meta")], ids=str)
     def test_defaults_are_not_asked(self, call: Call, default: Any) -> None:
         want, xs = everything(call, leaves()), leaves()
-        dtype = torch.get_default_dtype()
-        try:
-            if isinstance(default, torch.dtype):
-                torch.set_default_dtype(default)
-            else:
-                torch.set_default_device(default)
+        with default if isinstance(default, torch.device) else default_dtype(default):
             results = from_seed(call, xs)
             gradients = torch.autograd.grad(flat(results)[0].sin().sum(), xs, allow_unused=True, materialize_grads=True)
-        finally:
-            torch.set_default_dtype(dtype)
-            torch.set_default_device(None)
         assert_close(flat(results), want[:-2], rtol=0, atol=0)
         assert all(x.dtype == FLOAT and x.device.type == "cpu" for x in gradients)

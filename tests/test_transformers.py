@@ -452,7 +452,7 @@ def test_dropout(make: Callable[[], Any], arguments: Any) -> None:
 
 def test_a_dropout_that_takes_the_penalty_along(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"rnn": "lstm", "dropout": "dropout", "valid": None}
-    monkeypatch.setattr(carry, "measure", None)  # nothing is formed apart from the dropout
+    monkeypatch.setattr(carry, "penalty_of", None)  # nothing is formed apart from the dropout
     trainer = fit(FusedModel, arguments(), **options)
     assert_same(trainer, fit(FusedModel, arguments(), Formula, **options))
     fit(FusedModel, arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3), **options)

@@ -1,0 +1,90 @@
+"""`Addition`: adds the gradient of a penalty to the gradient that arrives at its activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreg.backends import backend_for
+from fastreg.dropout import BACKWARDS, launch_backward, plan_backward
+from fastreg.kernels.view import NOTHING, layout_of
+from fastreg.plans import Plans
+from fastreg.prepare import plain
+from fastreg.problem import Layer, Problem, compute_dtype
+from fastreg.reference import ar_tar_gradients
+from fastreg.torch_state import are_memory, is_memory, observed
+
+PLANS = Plans()
+
+
+def addition_for(layer: Layer, problem: Problem) -> Addition:
+    """Return how to add the gradient of a penalty.
+
+    Args:
+        layer: of raw alone, without a subclass that only decorates it.
+        problem: of TAR, of AR of raw, or of both.
+    """
+    raw, values = layer.given(), layer.values
+    facts = () if values is NOTHING else tuple([None if x is None else layout_of(x) for x in values])
+    key = layout_of(raw), problem, facts, is_memory(raw) and not observed()
+    addition = PLANS.get(key)
+    if addition is None:
+        addition = Addition(layer, problem, is_formula=not key[-1])
+        PLANS.keep(key, addition)
+    return addition
+
+
+class Addition:
+    """Add the gradient of a penalty to the gradient that arrives at its activations, in one pass.
+
+    Attributes:
+        problem: the terms.
+        layout: of the activations.
+    """
+
+    def __init__(self, layer: Layer, problem: Problem, is_formula: bool) -> None:
+        raw, values = layer.given(), layer.values
+        self.problem, self.layout, self.dtype = problem, layout_of(raw), compute_dtype(raw)
+        # The kernels of dropout take no packed rows.
+        is_formula = is_formula or raw.numel() == 0 or values.batch_sizes is not None
+        self.backend: Any = None if is_formula else backend_for(raw.device)
+        self.backwards: dict[Any, Any] = {}  # by the layout of the gradient that arrives
+        has_marks = self.backend is not None and values.valid is not None and values.marks is None
+        self.mark = self.backend.marks(values.valid.shape, raw.device) if has_marks else None
+
+    def __call__(self, upstream: Tensor, layer: Layer, arrived: Tensor) -> Tensor:
+        """Return the sum of both gradients.
+
+        Args:
+            upstream: (), the upstream gradient of the penalty.
+            layer: of raw, in the layout above.
+            arrived: the gradient, of the shape and dtype of raw.
+
+        Raises:
+            RuntimeError: a second derivative is wanted of activations that have no graph.
+        """
+        if upstream.dtype != self.dtype or upstream.device != self.layout.device:
+            upstream = upstream.to(self.layout.device, self.dtype)
+        if self.backend is None or torch.is_grad_enabled() or observed() or not are_memory((arrived, upstream)):
+            return self._by_formula(upstream, layer, plain(arrived))
+        key = arrived.stride(), arrived.dtype, arrived.data_ptr() % 16 == 0
+        backward = self.backwards.get(key)
+        if backward is None:
+            backward = plan_backward((self.layout, None, layout_of(arrived)), layer, self.problem, True)
+            if len(self.backwards) < BACKWARDS:
+                self.backwards[key] = backward
+        if self.mark is not None:
+            layer = Layer(layer.raw, None, layer.values._replace(marks=self.mark(layer.values.valid, layer.values.starts)))
+        return launch_backward(backward, (arrived, upstream), layer)
+
+    def _by_formula(self, upstream: Tensor, layer: Layer, arrived: Tensor) -> Tensor:
+        """Return the sum in plain PyTorch, which it sees."""
+        if torch.is_grad_enabled() and not layer.given().requires_grad:
+            raise RuntimeError(
+                "attach: second derivatives need an activation that was freed; keep the output of the module and of "
+                "its dropout until the backward, or use on_loss_begin"
+            )
+        wide, _ = ar_tar_gradients(upstream, layer, self.problem.penalized())
+        return arrived if wide is None else (arrived.to(wide.dtype) + wide).to(arrived.dtype)
