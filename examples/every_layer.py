@@ -1,7 +1,7 @@
 """AR and TAR on every layer of a stack of minGRUs: `python examples/every_layer.py`, a few seconds on a CPU.
 
-A minGRU (Feng et al., "Were RNNs All We Needed?", 2024) has no loop over time: its states are a scan of gates that depend
-on the input alone, as in Mamba. No layer knows of the regularizer. The text is this file, character by character.
+A minGRU (Feng et al., "Were RNNs All We Needed?", 2024) has no loop over time: its states are a scan over gates of the
+input alone, as in Mamba. No layer knows of the regularizer. The text is this file, character by character.
 """
 
 from pathlib import Path

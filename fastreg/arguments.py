@@ -152,7 +152,9 @@ def check_activations(call: Call, problem: Problem) -> None:
             if given is not None:
                 raise ValueError(f"{name}: expected None, as a PackedSequence has lengths of its own")
         if call.starts is not None:
-            raise ValueError("starts: expected None with a PackedSequence; pad_packed_sequence gives tensors and lengths")
+            raise ValueError(
+                "starts: expected None with a PackedSequence; pad_packed_sequence gives a tensor, and lengths"
+            )
     if len(layers) > 1:
         for x in (*(raws or []), *(kept or [])):
             _check_alike(x, first, problem)
@@ -174,8 +176,8 @@ def check_layer(call: Call, problem: Problem, *tensors: tuple[str, Any]) -> None
     is_whole = call.lengths is None and call.valid is None and call.starts is None and not packed
     if not is_whole and getattr(first, "to_local", None) is not None:
         raise TypeError(
-            "raw and dropped: expected no DTensor with lengths, valid steps or starts, or packed; pass x.to_local() of each "
-            "part"
+            "raw and dropped: expected no DTensor with lengths, valid steps or starts, or packed; pass x.to_local() of "
+            "each part"
         )
     for name, given in ("lengths", call.lengths), ("valid", call.valid), ("starts", call.starts):
         if given is not None:
@@ -318,7 +320,8 @@ def _check_steps_of(name: str, given: Tensor, x: Any, problem: Problem) -> None:
     if not fits:  # a message specializes sizes in compiled code, so that only a wrong shape may form one
         expected = f"({batch},), one length a sequence"
         if name != "lengths":
-            expected = f"({batch}, {time}), batch and time steps" + (", in every layout" if problem.time_dim == 0 else "")
+            layout = ", in every layout" if problem.time_dim == 0 else ""
+            expected = f"({batch}, {time}), batch and time steps{layout}"
         raise ValueError(f"{name}: expected shape {expected}, got {_shape(given)}")
     if given.device.type == "meta" != x.device.type:
         raise ValueError(f"{name}: expected a tensor on {x.device}, or another device with memory, got one on meta")

@@ -291,9 +291,7 @@ class Backward(NamedTuple):
     launch: Any
 
 
-def plan_backward(
-    layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool
-) -> Backward:
+def plan_backward(layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool) -> Backward:
     """Plan a `dropout_backward` of the backend.
 
     Args:

@@ -60,7 +60,7 @@ class OutputDropout(FusedRNNDropout):
         if formed is not None and carries(formed.dropped):
             captured, fused = Captured(raw), Captured(dropped)
             kept = captured if self.ar_of == "raw" else fused
-            run = Run(captured, kept, None, self.batch_first, valid, True, False, fused, formed.terms[1:])
+            run = Run(captured, kept, None, formed.time_at, valid, starts, True, False, fused, formed.terms[1:])
             Mark(run, fused, formed.dropped)
             regularizer.capture(run)
         return dropped

@@ -96,8 +96,8 @@ def fused_ar_tar(
     Args:
         raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, any tensor
             with `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer, whose penalties add up; all
-            layers have the same batch and time steps. float16, bfloat16, float32 or float64, any strides. With `beta == 0` it is not read
-            and may be `None`; with `return_terms=True` it is measured if it is given.
+            layers have the same batch and time steps. float16, bfloat16, float32 or float64, any strides. With
+            `beta == 0` it is not read and may be `None`; with `return_terms=True` it is measured if it is given.
         dropped: the RNN's output after dropout: the shape of raw, or packed as raw is, on the same device. Its dtype
             may differ, and it may be `raw` itself. With `alpha == 0` it is not read and may be `None`.
         alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
@@ -116,8 +116,8 @@ def fused_ar_tar(
             in neither sums nor divisors, and their gradient is 0. On the CPU other integers are an error; on other
             devices they count as 1.
         starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream:
-            `(batch, time)` in every layout, like valid, and beside lengths or valid. The change into such a step does not
-            count; the step itself does, in AR and in the change that follows. It goes with no `PackedSequence`.
+            `(batch, time)` in every layout, like valid, and beside lengths or valid. The change into such a step does
+            not count; the step itself does, in AR and in the change that follows. It goes with no `PackedSequence`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
@@ -274,7 +274,9 @@ class _LayerPlan:
 
     def _gradients(self, layouts: Sequence[Layout | None], fold: Fold) -> tuple[Layout | None, ...]:
         """Return the layouts of the gradients of raw and dropped, `None` for one that is not needed."""
-        return tuple([fold.like(x) if x is not None and need else None for x, need in zip(layouts, self.needs, strict=True)])
+        return tuple(
+            [fold.like(x) if x is not None and need else None for x, need in zip(layouts, self.needs, strict=True)]
+        )
 
     def _read(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return the tensors as kernels read them."""

@@ -74,7 +74,8 @@ def key_of(call: Call, *more: Any) -> Any:
             raw is dropped or (type(raw) is not Tensor and _aliases(raw, dropped)),
             *(alpha if type(alpha) is float else _fact(alpha), beta if type(beta) is float else _fact(beta)),
             *(lengths if lengths is None else _fact(lengths), valid if valid is None else _fact(valid)),
-            *(starts if starts is None else _fact(starts), time_at, type(time_at), reduction, measured, type(measured), ar_of_raw),
+            *(starts if starts is None else _fact(starts), time_at, type(time_at)),
+            *(reduction, measured, type(measured), ar_of_raw),
             *[_fact(x) for x in more],
             *(torch.is_grad_enabled(), keeps_memory_low()),
         )

@@ -195,7 +195,10 @@ class RNNRegularizer:
         if run is not None and not (
             run.raw.itself() is raw
             and run.squared.itself() is dropped
-            and (time_dim_of(run.batch_first), run.valid, lengths) == (time_dim_of(time_at), valid, None)
+            and run.valid is valid
+            and run.starts is starts
+            and lengths is None
+            and time_dim_of(run.time_at) == time_dim_of(time_at)
         ):
             run = None
         self._given = Given(raw, dropped, time_at, lengths, valid, starts, run)
@@ -287,7 +290,9 @@ class RNNRegularizer:
         *,
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
+        time_dim: int | None = None,
         valid: Callable[..., Tensor | None] | None = None,
+        starts: Callable[..., Tensor | None] | None = None,
         stepwise: bool = False,
         in_backward: bool | float | Tensor = False,
     ) -> Attachment:
@@ -313,9 +318,12 @@ class RNNRegularizer:
             output: a function that picks raw from any other output of the module.
             batch_first: `False` for `(time, batch, hidden)`. Read from the module where it has a `batch_first`, or
                 where it has an `nn.LSTM` or the like inside with `batch_first=True`; else it has to be given.
+            time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
             valid: a function of the module's arguments, `valid(*args, **kwargs)`, that returns the mask of valid time
                 steps, as `fused_ar_tar` takes it, or `None` where all steps count. A mask that a `FusedRNNDropout` is
                 called with takes precedence.
+            starts: a function of the module's arguments that returns the mask of the time steps at which a segment
+                starts, or `None`, likewise.
             stepwise: the module runs once for each time step, or for a few: the runs of a training step are joined
                 along time, in the order of the calls. A cell, such as an `nn.GRUCell`, may be attached then.
             in_backward: add the penalty's gradient in every backward through the module's output, without
@@ -329,8 +337,9 @@ class RNNRegularizer:
         Raises:
             TypeError: an argument has the wrong type; in a step, the module's output holds no raw, the dropout returns
                 no tensor, or a `FusedRNNDropout` gets packed data.
-            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or is missing;
-                `stepwise` together with `in_backward`; in a step, raw has one time step.
+            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or is missing; `time_dim`
+                is not that of its `FusedRNNDropout`; `stepwise` together with `in_backward` or `time_dim`; in a step,
+                raw has one time step.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the module
                 is a replica of `DataParallel`.
         """
@@ -349,20 +358,21 @@ class RNNRegularizer:
             )
         if dropout is not None:
             _check_module("dropout", dropout)
-        for name, function in (("output", output), ("valid", valid)):
+        for name, function in (("output", output), ("valid", valid), ("starts", starts)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
-        batch_first = _layout_of(module, batch_first, stepwise)
-        if isinstance(dropout, FusedRNNDropout) and dropout.batch_first != batch_first:
-            raise ValueError(
-                f"dropout: expected a FusedRNNDropout with batch_first={batch_first}, as the {type(module).__name__} "
-                f"has it, got batch_first={dropout.batch_first}"
-            )
+        time_at = (
+            time_given(batch_first, time_dim) if time_dim is not None else _layout_of(module, batch_first, stepwise)
+        )
+        if stepwise and time_dim is not None:
+            raise ValueError(f"time_dim: expected None with stepwise, whose runs have their own layout, got {time_dim}")
+        if isinstance(dropout, FusedRNNDropout):
+            _check_dropout(dropout, time_at, module)
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
         if any(attachment.source.module is module for attachment in self._attached):
             raise RuntimeError("module: it is attached already; remove() its attachment first")
-        source = Source(module, dropout, output, batch_first, valid, stepwise, scale)
+        source = Source(module, dropout, output, time_at, valid, starts, stepwise, scale)
         self._attached.append(Attachment(self, source))
         return self._attached[-1]
 
@@ -531,6 +541,21 @@ def _check_module(name: str, module: object) -> None:
         )
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
+
+
+def _check_dropout(dropout: FusedRNNDropout, time_at: bool | int, module: nn.Module) -> None:
+    """Check that a dropout looks for time where the module has it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    own = dropout.batch_first if dropout.time_dim is None else dropout.time_dim
+    if (type(own), own) != (type(time_at), time_at):
+        got = f"batch_first={dropout.batch_first}" if dropout.time_dim is None else f"time_dim={dropout.time_dim}"
+        expected = f"time_dim={time_at}"
+        if isinstance(time_at, bool):
+            expected = f"batch_first={time_at}, as the {type(module).__name__} has it"
+        raise ValueError(f"dropout: expected a FusedRNNDropout with {expected}, got {got}")
 
 
 def layout_of(module: nn.Module) -> bool | None:

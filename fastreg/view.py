@@ -1,14 +1,15 @@
 """Any layout as one view `(outer, time, inner)` with a contiguous inner axis.
 
 Axes that lie one after the other in memory fold to one: `(batch, time, hidden)` is outer batch, inner hidden; a
-contiguous `(time, batch, hidden)` is outer 1, inner batch * hidden; a contiguous `(batch, channels, time, height, width)`
-is outer batch * channels, inner height * width. Where not all steps count, or packed, outer is always batch.
+contiguous `(time, batch, hidden)` is outer 1, inner batch * hidden; a contiguous `(batch, channels, time, width)` is
+outer batch * channels, inner width. Where not all steps count, or packed, outer is always batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ class Fold(NamedTuple):
         """Return the stride of axes as one, 1 of none, and whether they lie in memory as one."""
         if not axes:
             return 1, True
-        pairs = zip(axes, axes[1:], strict=False)
+        pairs = pairwise(axes)
         return stride[axes[-1]], all(stride[a] == stride[b] * self.shape[b] for a, b in pairs)
 
 

@@ -362,7 +362,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("no lengths", "lengths if lengths is None else _fact(lengths), ", ""),
         ("no valid", ", valid if valid is None else _fact(valid)", ""),
         ("no starts", "starts if starts is None else _fact(starts), ", ""),
-        ("no axis of time", "time_at, type(time_at), ", ""),
+        ("no axis of time", ", time_at, type(time_at)", ""),
         ("no type of the axis", "time_at, type(time_at)", "time_at"),
         ("no reduction", "reduction, measured, type", "measured, type"),
         ("no terms", "measured, type(measured), ar_of_raw", "ar_of_raw"),
@@ -424,8 +424,11 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("inputs taken for outputs", "if id(x) not in inputs]", "]"),
         ("raw closes a circle", "None if x.grad_fn in before else rows", "rows"),
         ("raw is not kept for a state", "None if x.grad_fn in before else rows", "None"),
-        ("steps that do not count, in a dropout", '"valid": found[0].valid', '"valid": None'),
-        ("steps that a dropout gets itself", "run.valid if own is None else own", "run.valid"),
+        ("steps that do not count, in a dropout", "found[0].valid if valid is None", "None if valid is None"),
+        ("starts, in a dropout", "found[0].starts if starts is None", "None if starts is None"),
+        ("steps that a dropout gets itself", "run.valid if valid is None else valid", "run.valid"),
+        ("starts that a dropout gets itself", "run.starts if starts is None else starts", "run.starts"),
+        ("terms of other starts", "and formed.starts is run.starts", ""),
         ("terms of another input", "and _is_same(formed.raw, given)", ""),
         ("terms of another output", "and _is_same(formed.dropped, rows)", ""),
         ("terms of other steps", "and formed.valid is run.valid", ""),
@@ -541,7 +544,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("pairs cross a sequence's end", "counted(change, layer, problem)", "change"),
         ("pairs with a step that does not count", "changing(values)", "values.valid"),
     ],
-    ("fastreg/reference.py", "counted"): [("marks across sequences", "valid.transpose(0, 1)", "valid.reshape(x.shape[:2])")],
+    ("fastreg/reference.py", "counted"): [
+        ("marks across sequences", "valid.transpose(0, 1)", "valid.reshape(x.shape[:2])"),
+    ],
 
     ("fastreg/reference.py", "ar_tar_gradients"): [
         ("halves subtracted in half", "x.to(grad.dtype) for", "x for"),

@@ -1,6 +1,6 @@
 """Any axis of time, memory order, marks and starts, drawn at random, against the formulas in float64.
 
-    python -m tests.test_axes COUNT [FIRST]    # as many cases, and those that are wrong
+python -m tests.test_axes COUNT [FIRST]    # as many cases, and those that are wrong
 """
 
 from __future__ import annotations
@@ -177,11 +177,11 @@ def check_penalty(seed: int) -> None:
         wanted[1] = wanted[0]
     want = truth(case, *wanted)
     dtype = torch.promote_types(case.raw.dtype, case.dropped.dtype)
-    got = fused_ar_tar(*leaves, alpha, beta, return_terms=True, **case.options)
+    got = fused_ar_tar(leaves[0], leaves[1], alpha, beta, return_terms=True, **case.options)
     check_terms(case, got, want, DOUBLE if dtype == DOUBLE else FLOAT)
     inputs, exacts = (leaves[:1], wanted[:1]) if same else (leaves, wanted)
     for scale in (100, 100, 300):  # an upstream gradient that is expected, and others; small ones underflow in float16
-        penalty = fused_ar_tar(*leaves, alpha, beta, **case.options)
+        penalty = fused_ar_tar(leaves[0], leaves[1], alpha, beta, **case.options)
         gradients = torch.autograd.grad(penalty * scale, inputs, allow_unused=True)
         counts = across(case.steps, len(case.shape), case.axis)
         for gradient, exactly, leaf in zip(gradients, exacts, inputs, strict=True):
@@ -250,7 +250,8 @@ def test_axes_fold_without_a_copy(memory_order: str, axis: int, sizes: tuple[int
 def test_steps_of_more_axes_have_sequences_of_the_first(given: str) -> None:
     """Marks are by batch and time: memory in which other axes come between them is copied."""
     x, marks = torch.randn(2, 3, 5, 4), torch.ones(2, 5) > 0
-    call = Call(x, x, 2.0, 1.0, **{given: torch.tensor([5, 3]) if given == "lengths" else marks}, time_at=2)
+    steps: dict[str, Any] = {given: torch.tensor([5, 3]) if given == "lengths" else marks}
+    call = Call(x, x, 2.0, 1.0, **steps, time_at=2)
     problem = Problem(2.0, 1.0, 2)
     layer = Layer(x, None, values_of(call, problem, x))
     fold = fold_of([layout_of(x)], layer, problem)

@@ -134,7 +134,12 @@ def test_view(
             ValueError,
             r"raw\[1\]: expected the batch and time steps of raw\[0\]",
         ),
-        ((X, X, 2, 1), {"starts": STARTS[0]}, ValueError, r"starts: expected shape \(2, 5\), batch and time steps, got"),
+        (
+            (X, X, 2, 1),
+            {"starts": STARTS[0]},
+            ValueError,
+            r"starts: expected shape \(2, 5\), batch and time steps, got",
+        ),
         ((X, X, 2, 1), {"starts": STARTS.t()}, ValueError, r"starts: expected shape \(2, 5\), .*, got \(5, 2\)"),
         (
             (X[None], X[None], 2, 1),
