@@ -418,7 +418,7 @@ def test_axes_that_do_not_fit_are_refused(options: Any, error: type[Exception], 
 def test_an_axis_that_is_not_there_is_refused() -> None:
     module, reg = Convolution(), regularizer()
     reg.attach(module, time_dim=4)
-    with pytest.raises(ValueError, match="time_dim: expected an axis of raw, .*, from -4 to 3, got 4"):
+    with pytest.raises(ValueError, match=r"time_dim: expected an axis of raw, .*, from -4 to 3, got 4"):
         reg.on_backward_begin(module(torch.randn(BATCH, 2, TIME, 5)).mean())
 
 
