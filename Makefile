@@ -1,41 +1,49 @@
-# Every target builds and uses .venv by itself: python3 (3.10 or newer, with venv), git and make are enough.
+# Each target builds the environment that it needs in .venv: python3 (3.10 or newer, with venv), git and make are enough.
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# Python compiles modules when they are imported; most installed modules never are.
+INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
+PIP = .venv/bin/python $(INSTALL)
 PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
-# Processes of pytest, one a core and four at most: each has PyTorch and the frameworks in memory.
+# Processes of pytest: one for each core, at most four, as each loads PyTorch and the frameworks.
 PARALLEL ?= --numprocesses logical --maxprocesses 4
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid dropout addition))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout addition padding valid kernels sizes))
 CORE = reference layout coefficients prediction valid padding dropout penalty regularizer rnn_dropout attachment capture
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
-# Those that another release of PyTorch, Triton or a framework may break.
-VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) torch compiled ptx cpu concurrency distributed package \
+# Tests that another release of PyTorch or a framework may break, and tests that another Triton may break. The newest Triton
+# is in .venv, too.
+VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) torch concurrency distributed package \
     fastai lightning transformers))
+TRITON_TESTS = $(addprefix tests/test_,$(addsuffix .py,compiled ptx))
+# Tests of code that depends on the processor.
+PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction valid padding dropout penalty transformers))
+# Tests of the formula alone: derivatives of second order, and traced code.
+NO_KERNEL = gradcheck or twice_differentiable or second_derivatives or transforms or compil
 
 .PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench bench-compare lint docs wheel sdist clean
 help:
-	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot it (ARGS='--epochs 1' for options;"
-	@echo "             FRAMEWORK=fastai for the same through a fastai Learner)"
-	@echo "make study   train it over several seeds, with AR, TAR, both and neither: adds what is missing in bench/results"
-	@echo "make test    run all tests: CPU path, interpreted kernels, kernels compiled offline, real ones on a GPU"
-	@echo "make test-fast   run the essentials in less than a minute, for whoever changes a line"
-	@echo "make test-ptx   run the kernels' tests on the CPU with the code that is compiled for an H100, on the newest Triton"
-	@echo "             supported and the oldest (ARGS=--ptx-sample=6 for each sixth case of each test)"
-	@echo "make mutants prove the tests: each of many wrong lines in a copy of the code must fail one (ARGS=cpu.py for some)"
-	@echo "make test-oldest   run the tests that a release may break with the oldest PyTorch and Triton supported, in .venv-oldest"
-	@echo "make test-newest   the same with the newest PyTorch, in .venv-newest"
-	@echo "make test-plain   run the core as on a processor without AVX-512"
-	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, for the README:"
-	@echo "             ten minutes on two idle cores"
-	@echo "make bench-compare   the same, and fail where fastreg lost against the committed result of this device"
-	@echo "make test-fakegpu DIR=...   run bench/on_gpu.sh on a stand-in GPU whose kernels do nothing: see bench/NOTES.md"
+	@echo "make demo    train an AWD-LSTM with and without AR and TAR, and plot both (ARGS='--epochs 1' for options,"
+	@echo "             FRAMEWORK=fastai for a fastai Learner)"
+	@echo "make study   train it with several seeds, with AR, TAR, both and neither; runs that bench/results has are not repeated"
+	@echo "make test    run all tests: CPU, interpreted kernels, kernels compiled offline, kernels on a GPU if there is one"
+	@echo "make test-fast   run the essential tests, less than a minute: after each change"
+	@echo "make test-ptx   run the kernels' tests on the CPU, with the code compiled for an H100 by the newest and the oldest"
+	@echo "             Triton (ARGS=--ptx-sample=6 for every sixth case of each test)"
+	@echo "make mutants test the tests: break a copy of the code, one line at a time; a test must fail (ARGS=cpu.py for some)"
+	@echo "make test-oldest   run the tests that a release may break, with the oldest PyTorch and Triton, in .venv-oldest"
+	@echo "make test-newest   run them with the newest PyTorch, in .venv-newest"
+	@echo "make test-plain   run the kernels as on a processor without AVX-512"
+	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
+	@echo "             tables of the README and docs: ten minutes on two idle cores"
+	@echo "make bench-compare   measure, and fail if fastreg is slower than in the committed result of this device"
+	@echo "make test-fakegpu DIR=...   run bench/on_gpu.sh on a stand-in for a GPU: see bench/NOTES.md"
 	@echo "make lint    check style and types"
 	@echo "make docs    build the documentation site in build/site, and check its links"
-	@echo "make wheel   build the wheel for every Linux and Python in dist/ (.ci/wheel PYTHON... tries it in bare environments)"
+	@echo "make wheel   build the wheel in dist/, for all versions of Python (.ci/wheel PYTHON... tests it)"
 	@echo "make sdist   build the source distribution in dist/, and run some of its tests in it"
-	@echo "make clean   remove .venv and what the tools left"
+	@echo "make clean   remove the environments, caches and build folders"
 
 FRAMEWORK ?= none
 demo: .venv/demo $(if $(filter fastai,$(FRAMEWORK)),.venv/frameworks)
@@ -43,7 +51,7 @@ demo: .venv/demo $(if $(filter fastai,$(FRAMEWORK)),.venv/frameworks)
 	.venv/bin/python -m bench.demo --framework $(FRAMEWORK) $(ARGS)
 
 study: .venv/demo
-	@echo "== study: with AR, with TAR, with both and without, over seeds; less than two hours on two cores, if all is new"
+	@echo "== study: with AR, TAR, both and neither, several seeds; less than two hours on two cores from scratch"
 	.venv/bin/python -m bench.study $(ARGS)
 
 test: .venv/test .venv/frameworks
@@ -54,11 +62,11 @@ test-compiled: .venv/test .venv/frameworks
 	$(PYTEST) $(PARALLEL)
 
 test-interpreted: .venv/test
-	@echo "== the same samples through the Triton kernels, run by Triton's interpreter, but for numerical gradients"
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not gradcheck and not repeats_bitwise" $(KERNEL_TESTS)
+	@echo "== the same samples through the Triton kernels in Triton's interpreter, without tests that run the formula"
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not ($(NO_KERNEL) or repeats_bitwise)" $(KERNEL_TESTS)
 
 test-fast: .venv/test
-	@echo "== the essentials, less than a minute on two cores: make test runs every test"
+	@echo "== the essential tests, less than a minute on two cores; make test runs all"
 	$(PYTEST) -q -m "not gpu" -k "not compil and not gradcheck and not saved_model" $(FAST_TESTS)
 
 test-ptx:
@@ -69,34 +77,35 @@ test-ptx-newest: .venv/test
 	$(PYTEST) -p tests.ptx $(PTX_TESTS) $(ARGS)
 
 test-ptx-oldest: .venv-oldest/test
-	@echo "== the same with the oldest releases supported"
+	@echo "== the kernels as compiled by the oldest supported releases, run on the CPU instruction by instruction"
 	.venv-oldest/bin/python -m pytest -p tests.ptx $(PTX_TESTS) $(ARGS)
 
 mutants: .venv/test
-	@echo "== mutants: one wrong line after the other in a copy of the code; a test must fail on each (takes minutes)"
+	@echo "== mutants: a copy of the code with one wrong line at a time; a test must fail on each (takes minutes)"
 	.venv/bin/python -m tests.mutants $(ARGS)
 
 test-oldest: .venv-oldest/test
-	@echo "== tests that a release may break, with the oldest releases supported (make test-ptx runs their kernels)"
-	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
+	@echo "== tests that a release may break, with the oldest supported releases (make test-ptx runs their kernels)"
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(TRITON_TESTS)
 
 test-newest: .venv-newest/test
-	@echo "== tests that a release may break, with the newest PyTorch; all other tests must at least be found"
+	@echo "== tests that a release may break, with the newest PyTorch; all other tests are collected only"
 	.venv-newest/bin/python -m pytest --collect-only --quiet --quiet
 	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
 
-# PyTorch and oneDNN then run the code that they have for the least of processors, and oneDNN that for AVX2.
-test-plain: .venv/test
-	@echo "== the core on a processor without AVX-512, imitated"
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) -m "not gpu" $(FAST_TESTS)
+# These variables select PyTorch's code for the simplest processor, and oneDNN's for AVX2.
+test-plain: .venv/test .venv/frameworks
+	@echo "== the kernels, and models in bfloat16, as on a processor without AVX-512"
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) -m "not gpu" \
+	    -k "not ($(NO_KERNEL)) and (bfloat16 or not transformers)" $(PLAIN_TESTS)
 
-# What fails is in the report.
+# The report contains the failures.
 bench: .venv/test
 	@echo "== every case twice, with memory kept by the allocator and without: ten minutes on two idle cores"
 	-.venv/bin/python -m bench.run bench
 	.venv/bin/python -m bench.report
 
-# On a copy in DIR: times of kernels that do nothing must not reach bench/results. Its device memory is the host's.
+# In a copy in DIR, as times of kernels that do nothing must not reach bench/results. Device memory is host memory there.
 test-fakegpu:
 	rm -rf $(DIR)/checkout && mkdir $(DIR)/checkout
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -a --parents -t $(DIR)/checkout
@@ -122,7 +131,7 @@ docs: .venv/docs
 	cp --parents $(PAGES) LICENSE CITATION.cff build/docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet  # the theme announces its successor
 
-# PyTorch has an OpenMP runtime: a second one, in the wheel, would start threads of its own.
+# PyTorch brings an OpenMP runtime. A second one in the wheel would start threads of its own.
 wheel: .venv/wheel
 	rm -rf build dist/*.whl
 	.venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels .
@@ -135,7 +144,7 @@ sdist: .venv/test
 	cd build/sdist && ../../.venv/bin/python setup.py --quiet build_ext && \
 	    ../../.venv/bin/python -m pytest -q -k "not gradcheck" $(addprefix tests/test_,reference.py layout.py mutants.py cpu.py)
 
-# Each stamp stands for fastreg installed with what one target needs.
+# Each stamp records that fastreg is installed with the packages that one target needs.
 .venv/base: pyproject.toml setup.py $(CPP)
 	@echo "== building .venv (PyTorch is large: the first time takes minutes)"
 	@$(PYTHON) -m venv .venv || { echo "python3 lacks venv: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
@@ -151,21 +160,20 @@ sdist: .venv/test
 	$(PIP) --editable '.[test,demo,bench]'
 	@touch $@
 
-# fastai v2 and v1, Lightning and transformers, which the adapters are tested against.
+# The frameworks that the adapters are tested against.
 .venv/frameworks: .venv/base tests/frameworks.sh
 	@echo "== installing fastai, Lightning and transformers"
 	@bash tests/frameworks.sh .venv
 	@touch $@
 
-# The same for the oldest releases, which the constraints hold whatever else is installed, and for the newest ones, which
-# a constraint in pip's configuration must not hold back.
+# The oldest releases are pinned by constraints. For the newest ones, constraints in pip's configuration are turned off.
 .venv-oldest/test: export PIP_CONSTRAINT = $(CURDIR)/tests/oldest.txt
 .venv-newest/test: export PIP_CONSTRAINT = /dev/null
 .venv-oldest/test .venv-newest/test: .venv-%/test: pyproject.toml setup.py $(CPP) tests/frameworks.sh \
     tests/oldest.txt
 	@echo "== building .venv-$*"
 	@$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,bench]'
+	.venv-$*/bin/python $(INSTALL) --editable '.[test,demo,bench]'
 	@bash tests/frameworks.sh .venv-$*
 	@touch $@
 

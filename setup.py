@@ -1,4 +1,4 @@
-"""Build the kernels for CPUs, once for each level of processors, of which the best that runs is loaded.
+"""Build the kernels for CPUs, once for each level of processors; the best level that runs is loaded.
 
 All else is in pyproject.toml. Without a compiler that knows these options the installation goes on without kernels.
 """
@@ -23,7 +23,7 @@ SOURCE = Path("kernels", "cpu.cpp")
 HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 LEVELS = {"_cpu": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    LEVELS["_cpu_v3"] = ["-march=x86-64-v3"]
+    LEVELS |= {f"_cpu_v{level}": [f"-march=x86-64-v{level}"] for level in (3, 4)}
 # The same hash as in kernels/cpu.py: a library in a source tree is not loaded beside other sources than its own.
 SOURCES = sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))).hexdigest()[:16]
 OPTIONS = [
@@ -64,7 +64,7 @@ class Build(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """One wheel serves every Python: the libraries use nothing of it."""
+    """One wheel serves every Python, as the libraries do not use it."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Name the platform alone."""
@@ -88,7 +88,7 @@ def is_current(library: Path) -> bool:
 
 
 def replace(old: Path, new: Path) -> None:
-    """Put a copy in the place of a library that other processes may have loaded."""
+    """Replace a library by a copy, as other processes may have loaded it."""
     old.parent.mkdir(parents=True, exist_ok=True)
     beside = old.with_name(f"{old.name}.new")
     shutil.copy2(new, beside)

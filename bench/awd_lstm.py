@@ -58,7 +58,7 @@ class WeightDropLSTM(nn.Module):
         weights = [w_ih, F.dropout(w_hh, self.p, self.training), b_ih, b_hh]
         with warnings.catch_warnings():  # cuDNN's, that fresh weights do not lie in one piece: they cannot
             warnings.filterwarnings("ignore", "RNN module weights")
-            # what nn.LSTM calls, with has_biases, num_layers, dropout, train, bidirectional, batch_first
+            # the call of nn.LSTM, with has_biases, num_layers, dropout, train, bidirectional, batch_first
             output, h, c = torch.lstm(x, state, weights, True, 1, 0.0, self.training, False, True)
         return output, (h, c)
 
@@ -96,7 +96,7 @@ class AWDLSTM(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the hidden state: what comes next does not follow on what came before."""
+        """Reset the hidden state, as the next batch does not continue the last one."""
         self.states: list[State | None] = [None] * len(self.rnns)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,7 @@ class AWDLSTM(nn.Module):
 
         Returns:
             The logits of the next word, `(batch, time, words)`, and the last layer's output before and after
-            its dropout, both `(batch, time, embedding)`: what TAR and AR are formed from.
+            its dropout, both `(batch, time, embedding)`, for TAR and AR.
         """
         dropped = self.dropouts[0](self.encoder(ids))
         raw = dropped

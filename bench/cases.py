@@ -1,4 +1,4 @@
-"""What is measured: cases, the peers that take turns in each, and one call of each peer."""
+"""Benchmark cases, the peers that take turns in each, and one call of each peer."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from itertools import product
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from bench.awd_lstm import AWDLSTM
-from bench.formulas import awd_lstm_lm, fastai, padded, rnn_dropout
+from bench.formulas import ALPHA, BETA, awd_lstm_lm, fastai, padded, rnn_dropout
+from bench.machine import DEFAULT, KEPT
+from bench.steps import AWDLSTMStep, LightningStep, LSTMStep, MambaStep, MinGRUStep, Step
+from bench.timing import Call
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 
-Call = Callable[[int], tuple[Tensor, ...]]  # the number of the call chooses its inputs; gives what it made
-Peer = Callable[..., Any]  # what a case compares
+Peer = Callable[..., Any]  # one of the implementations that a case compares
 
-ALPHA, BETA = 2.0, 1.0
 P = 0.4  # AWD-LSTM's output dropout
 DEMO = 20, 70, 96
 SHAPES = [(64, 70, 400), (64, 70, 1152), (80, 70, 400), (32, 512, 1024), (128, 512, 1024), (8, 4096, 2048)]
@@ -31,7 +30,7 @@ MOST_SETS = 64
 
 @dataclass(frozen=True)
 class Case:
-    """What all kinds share. `shape` is (batch, time, hidden), whatever the order of axes in memory.
+    """The base of all cases. `shape` is (batch, time, hidden), whatever the order of axes in memory.
 
     A kind adds what it counts, its inputs, its peers and one call of them. Of its PEERS fastreg comes last, so that
     a result that has fastreg has all of them.
@@ -56,16 +55,16 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """What any way of computing the case moves at least: all inputs once in, and all results once out."""
+        """Return the bytes that any implementation moves at least: all inputs read once, all results written once."""
         raise NotImplementedError
 
     def bytes_moved(self, peer: str) -> int | None:
-        """What a peer moves: of compiled code the least that passes of their own take, of eager formulas unknown."""
+        """Return the bytes that a peer moves: for compiled code those of separate passes; `None` for eager formulas."""
         raise NotImplementedError
 
     @property
     def formula(self) -> Callable[..., Tensor]:
-        """That of whoever uses this layout."""
+        """Return the formula as users of this layout write it."""
         return fastai if self.batch_first else awd_lstm_lm
 
     @property
@@ -110,7 +109,7 @@ class PenaltyCase(Case):
         return self.input_bytes * (2 if self.backward else 1)
 
     def bytes_moved(self, peer: str) -> int | None:
-        """What is compiled reads the inputs again in the backward; fastreg does, and writes again, if it must."""
+        """Compiled code reads the inputs again in the backward; fastreg only after a wrong prediction."""
         if peer == "eager":
             return None
         if not self.backward:
@@ -167,7 +166,7 @@ class DropoutCase(Case):
         return self.tensor_bytes * 5
 
     def bytes_moved(self, peer: str) -> int | None:
-        """That of dropout alone goes without the penalty; `fused_ar_tar` and the sum of gradients come on top of it."""
+        """Dropout alone goes without the penalty; `fused_ar_tar` and the sum of gradients are added to it."""
         passes = {"dropout alone": 4, "compiled dropout alone": 4, "fastreg": 5, "compiled": 5, "compiled fastreg": 5}
         passes["fused_ar_tar"] = 4 + 4 + 6  # two gradients for raw, and one for dropped, are added to others
         return self.tensor_bytes * passes[peer] if peer in passes else None
@@ -208,7 +207,7 @@ class DropoutCase(Case):
 
 @dataclass(frozen=True)
 class PaddedCase(Case):
-    """The penalty of a batch of which half is padding, forward and backward: with lengths, and as if all counted."""
+    """The penalty of a batch that is half padding, forward and backward: with lengths, and without."""
 
     PEERS: ClassVar = ("without lengths", "eager", "compiled", "fastreg")
 
@@ -225,11 +224,11 @@ class PaddedCase(Case):
 
     @property
     def least_bytes(self) -> int:
-        """What counts, half of the inputs, is read, and every gradient written."""
+        """The valid half of the inputs is read, and every gradient is written."""
         return self.input_bytes * 3 // 2
 
     def bytes_moved(self, peer: str) -> int | None:
-        """What is compiled reads all, once forward and once backward; without lengths all counts."""
+        """Compiled code reads all inputs, once forward and once backward; without lengths all steps count."""
         moved = {"without lengths": 2 * self.input_bytes, "compiled": 3 * self.input_bytes, "fastreg": self.least_bytes}
         return moved.get(peer)
 
@@ -259,73 +258,20 @@ class PaddedCase(Case):
         return both
 
 
-@dataclass(frozen=True)
-class Step:
-    """A whole training step of an AWD-LSTM: forward, loss, backward, clipping, SGD; float32.
-
-    Each peer trains a model of its own. The compiled ones hold the penalty inside what is compiled.
-    """
-
-    PEERS: ClassVar = ("no penalty", "eager", "fastreg", "compiled no penalty", "compiled", "compiled fastreg")
-    batch: int
-    time: int
-    words: int
-    embedding: int
-    hidden: int
-    layers: int
-
-    def __str__(self) -> str:
-        return f"step-{self.layers}x{self.hidden}-embedding{self.embedding}-words{self.words}-{self.batch}x{self.time}"
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return {"pass": "training step"}
-
-    @property
-    def input_bytes(self) -> int:
-        return self.batch * (self.time + 1) * 8
-
-    def inputs(self, device: str) -> tuple[Tensor, ...]:
-        """The ids of a text."""
-        return (torch.randint(self.words, (self.batch, self.time + 1), device=device),)
-
-    def peers(self) -> dict[str, Peer]:
-        """Each takes a model and a text, and gives the loss."""
-
-        def loss_with(penalty: Peer | None) -> Peer:
-            def loss_of(model: AWDLSTM, text: Tensor) -> Tensor:
-                decoded, raw, dropped = model(text[:, :-1])
-                loss = F.cross_entropy(decoded.flatten(0, 1), text[:, 1:].flatten())
-                return loss if penalty is None else loss + penalty(raw, dropped, ALPHA, BETA)
-
-            return loss_of
-
-        ways = [loss_with(penalty) for penalty in (None, fastai, fused_ar_tar)]
-        return dict(zip(self.PEERS, (*ways, *map(torch.compile, ways)), strict=True))
-
-    def call(self, peer: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
-        torch.manual_seed(0)
-        dropouts = {"word_p": 0.1, "input_p": 0.3, "weight_p": 0.5, "hidden_p": 0.25, "output_p": 0.4}
-        model = AWDLSTM(self.words, self.embedding, self.hidden, self.layers, **dropouts).to(sets[0][0].device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-
-        def call(i: int) -> tuple[Tensor, ...]:
-            optimizer.zero_grad()
-            loss = peer(model, *sets[i % len(sets)])
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.25)
-            optimizer.step()
-            return (loss.detach(),)
-
-        return call
-
-
 AnyCase = PenaltyCase | DropoutCase | PaddedCase | Step
 
 
-def all_cases(device: str) -> list[AnyCase]:
-    """All cases on a GPU, those first that are wanted most. A CPU takes a part of them, which shows the same."""
-    return list(dict.fromkeys(_gpu_cases() if device == "cuda" else _cpu_cases()))
+def all_cases(device: str, allocator: str | None = KEPT) -> list[AnyCase]:
+    """All cases on a GPU, those first that are wanted most. A CPU takes a part of them, which shows the same.
+
+    Of the training steps, the default allocator takes the one alone that fetches the most memory for its time.
+    """
+    made = list(dict.fromkeys(_gpu_cases() if device == "cuda" else _cpu_cases()))
+    return [case for case in made if allocator != DEFAULT or case == STACK or not isinstance(case, Step)]
+
+
+STACK = MinGRUStep((4, 256, 256))
+SMALL_STEPS = LSTMStep((8, 10, 16)), LSTMStep((16, 35, 60)), MambaStep((4, 64, 64)), LightningStep((16, 35, 60))
 
 
 def _gpu_cases() -> Iterator[AnyCase]:
@@ -334,7 +280,8 @@ def _gpu_cases() -> Iterator[AnyCase]:
         yield PenaltyCase(shape, dtype)
         yield DropoutCase(shape, dtype)
     # that of Merity et al. on the Penn Treebank, at fastai's batch
-    yield Step(batch=64, time=70, words=10000, embedding=400, hidden=1152, layers=3)
+    yield AWDLSTMStep((64, 70, 400), words=10000, hidden=1152, layers=3)
+    yield from (STACK, MinGRUStep((16, 512, 512)), *SMALL_STEPS)
     # Each compiles 4 peers, and time is short: (80, 70, 400), so like the first, is left out.
     for dtype, shape in product((torch.bfloat16, torch.float32), (*SHAPES[:2], *SHAPES[3:])):
         yield DropoutCase(shape, dtype)
@@ -355,7 +302,9 @@ def _gpu_cases() -> Iterator[AnyCase]:
 
 def _cpu_cases() -> Iterator[AnyCase]:
     small = SHAPES[0]
-    yield Step(batch=20, time=70, words=2000, embedding=400, hidden=400, layers=2)  # takes a third of a second
+    yield from (STACK, MinGRUStep((4, 512, 512)))
+    yield AWDLSTMStep((20, 70, 400), words=2000, hidden=400, layers=2)  # takes a third of a second
+    yield from SMALL_STEPS
     yield PenaltyCase(DEMO, torch.float32)
     for shape, dtype in product(SHAPES[:5], (torch.float32, torch.bfloat16)):  # the last is as large as the fifth
         yield PenaltyCase(shape, dtype)

@@ -1,6 +1,6 @@
 """Whether fastreg lost: `python -m bench.compare FOLDER` fails when a result there is worse than the committed one.
 
-What counts is how many times as fast as the eager formula fastreg is, measured in turns: another machine of the same
+The measure is how many times as fast as the eager formula fastreg is, measured in turns: another machine of the same
 kind, or a busier one, changes that least.
 """
 
@@ -16,10 +16,10 @@ ALLOWED = 0.15  # of the committed ratio
 
 def losses(committed: Result, new: Result) -> list[str]:
     """A line for each case whose ratio fell by more than is allowed."""
-    before = {case.name: case.times_as_fast("fastreg", "eager") for case in committed.cases}
+    before = {case.name: case.times_as_fast(case.ours, "eager") for case in committed.cases}
     lines = []
     for case in new.cases:
-        ratio = case.times_as_fast("fastreg", "eager")
+        ratio = case.times_as_fast(case.ours, "eager")
         if case.name in before and ratio < before[case.name] * (1 - ALLOWED):
             lines.append(f"{case.name}: {ratio:.2f}x the eager formula's speed, {before[case.name]:.2f}x committed")
     return lines

@@ -1,4 +1,4 @@
-"""What a result says besides its figures: where it was measured, of which commit, and what is missing."""
+"""Facts of a result besides its figures: the machine, the commit, and the missing cases."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node", None)  # the name of a machine is nobody's business
+    machine_info.pop("node", None)  # the name of a machine is private
     machine_info |= machine.facts()
     if benchmarks.DEVICE == "cuda":
         machine_info["copy_bandwidth"] = benchmarks.copy_bandwidth()

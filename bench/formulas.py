@@ -1,9 +1,11 @@
-"""Dropout, AR and TAR as those who train with them write them: what fastreg is measured against."""
+"""Dropout, AR and TAR as users write them, the baselines of the measurements."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+ALPHA, BETA = 2.0, 1.0  # the coefficients of AWD-LSTM
 
 
 def fastai(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
@@ -14,7 +16,7 @@ def fastai(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 def padded(raw: Tensor, dropped: Tensor, lengths: Tensor, alpha: float, beta: float) -> Tensor:
-    """`(batch, time, hidden)`; fastai's, with a mask that leaves out what lies behind each sequence."""
+    """`(batch, time, hidden)`; fastai's, with a mask that leaves out the padding behind each sequence."""
     there = (torch.arange(raw.shape[1], device=raw.device) < lengths.unsqueeze(-1)).unsqueeze(-1)
     hidden = raw.shape[-1]
     ar = (dropped.float().pow(2) * there).sum() / (there.sum() * hidden)
@@ -31,6 +33,6 @@ def awd_lstm_lm(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tens
 
 
 def rnn_dropout(raw: Tensor, p: float, batch_first: bool = True) -> Tensor:
-    """What fastai's `RNNDropout` does in training, one mask for all time steps, and awd-lstm-lm's `LockedDropout`."""
+    """Drop units with one mask for all time steps, as fastai's `RNNDropout` and awd-lstm-lm's `LockedDropout`."""
     shape = (len(raw), 1, raw.shape[2]) if batch_first else (1, *raw.shape[1:])
     return raw * raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p)

@@ -18,14 +18,14 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import cases, machine
 from bench.report import number, table
-from bench.timing import synchronize
+from bench.timing import Turn, synchronize
 
 SHAPE = (64, 70, 400)
 CASES: dict[str, tuple[cases.AnyCase, tuple[str, ...]]] = {
@@ -39,7 +39,7 @@ INPUTS = 4
 
 
 class Empty(torch.autograd.Function):
-    """What autograd itself takes: two tensors in, a scalar out, two gradients back."""
+    """Measure autograd alone: two tensors in, a scalar out, two gradients back."""
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, dropped: Tensor) -> Tensor:
@@ -75,13 +75,6 @@ def calls_of(case: cases.AnyCase, peers: tuple[str, ...], device: str) -> dict[s
     raw, dropped = (torch.zeros(SHAPE, device=device, requires_grad=True) for _ in range(2))
     one = torch.ones((), device=device)
     return calls | {EMPTY: lambda _: torch.autograd.grad(Empty.apply(raw, dropped), (raw, dropped), one)}
-
-
-class Turn(NamedTuple):
-    """Seconds a call of one turn."""
-
-    wall: float
-    own: float  # of the process, all threads together
 
 
 def take_turns(calls: Mapping[str, cases.Call], device: str) -> dict[str, list[Turn]]:

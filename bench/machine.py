@@ -1,4 +1,4 @@
-"""What a result says about where it was measured, and of what."""
+"""Facts about the machine and the commit of a result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def processor_name() -> str:
 
 
 def file_name(device: str) -> str:
-    """Of a result: one file a device. What was there before is in git."""
+    """Return the file of a result: one a device. Git keeps earlier results."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
@@ -59,7 +59,7 @@ def triton_version() -> str:
 
 
 def source() -> str:
-    """A digest of what is tested and measured."""
+    """Return a digest of the code that is tested and measured."""
     files = sorted(file for pattern in ("fastreg/*.py", "kernels/*.py", "kernels/*.cpp") for file in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 

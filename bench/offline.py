@@ -1,7 +1,7 @@
-"""What can be said of the kernels without a GPU: `python -m bench.offline`.
+"""Figures of the kernels that need no GPU: `python -m bench.offline`.
 
 Read from code compiled for an H100: registers, width of loads, instructions a byte, and, from the launch's plan,
-programs a multiprocessor and halo rows for each shape. bench/NOTES.md says what was learned from it; `bench.host`
+programs a multiprocessor and halo rows for each shape. bench/NOTES.md draws the conclusions; `bench.host`
 measures the time on the host.
 """
 
@@ -50,7 +50,7 @@ def code_row(name: str, binary: Any, dtype: torch.dtype, same: bool) -> list[str
     """Describe the code of one kernel.
 
     Registers, bytes spilled, loads of 16 bytes in the inner loop, its instructions for each byte that a thread moves,
-    programs that fit on a multiprocessor, and what they have in flight, over what Little's law asks.
+    programs that fit on a multiprocessor, and their bytes in flight over those that Little's law asks for.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind: type[int] | type[float], least: int) -> Callable[[str], float]:
     """A parser of finite numbers from `least` up."""
-    below = 2**63 if kind is int else math.inf  # what a seed may be
+    below = 2**63 if kind is int else math.inf  # the range of a seed
 
     what = "a whole number" if kind is int else "a finite number"
 

@@ -1,4 +1,4 @@
-"""Tables and plots from what was measured: `python -m bench.report`.
+"""Tables and plots of the measurements: `python -m bench.report`.
 
 Of each bench/results/DEVICE.json it writes DEVICE.md, every case in a table, and plots; and between the markers of
 README.md it renders the few figures that say most, between those of docs/performance.md all tables. Nothing in them is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,12 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
-STEP = "training step"
+STEP = "step"
 BOTH = "forward + backward"
 CHANGING = "forward + backward, changing"
 DROPOUT = "dropout, forward + backward"
 PADDED = "padded, forward + backward"
-HEADLINE = (  # of the README's table: kind, label, and what it is a case of
+HEADLINE = (  # of the README's table: kind, label, and case
     (BOTH, "(20, 70, 96), float32", "penalty"),
     (BOTH, "(64, 70, 400), float32", "penalty"),
     (BOTH, "(128, 512, 1024), bfloat16", "penalty"),
@@ -59,15 +60,25 @@ PADDED_TITLE = """\
 Half of the batch padding: `fused_ar_tar` with `lengths`, without them, as if all counted, and the formula with a mask:
 """
 STEP_TITLE = """\
-A training step of an AWD-LSTM, forward, loss, backward, clipping and SGD, in float32, of the size
-`%s` (layers and hidden units, embedding, vocabulary, batch and time steps):
+A training step, forward, loss, backward, clipping and SGD, in float32, %s:
 """
-STEP_PEERS = {  # row by row of its table: without AR and TAR, with the formula, with fastreg
-    "the model compiled": ("compiled no penalty", "compiled", "compiled fastreg"),
-    "the model eager": ("no penalty", "eager", "fastreg"),
+ADDED_TITLE = """\
+The cost of fastreg in the step, over that of the compiled formula and, after the semicolon, of the formula:
+"""
+PEAK_TITLE = """\
+Peak memory of a step beyond the model, MB, and the additional memory of the penalty:
+"""
+STEP_PEERS = {  # heading of each peer's column
+    "no penalty": "without",
+    "eager": "formula",
+    "compiled": "compiled",
+    "fused_ar_tar": "`fused_ar_tar`",
+    "attach": "`attach`",
+    "FusedRNNDropout": "`FusedRNNDropout`",
 }
+OURS = list(STEP_PEERS)[3:]
 GPU_HEAD = ["of the copy bandwidth", "launches"]
-FIGURES = {  # of the JSON's extra_info: heading, unit, and what the unit is
+FIGURES = {  # of the JSON's extra_info: heading, unit, and meaning of the unit
     "first_seconds": ("first call, s", 1),
     "page_faults": ("page faults", 1),
     "kept_bytes": ("kept, MB", 1e6),
@@ -104,10 +115,15 @@ class Case:
         return self.any_info.get("allocator") or DEFAULT
 
     @property
+    def ours(self) -> str:
+        """Name the peer whose speed is compared."""
+        return "attach" if self.kind == STEP else "fastreg"
+
+    @property
     def label(self) -> str:
         info = self.any_info
         if self.kind == STEP:
-            return self.name.split(" ")[0]
+            return f"{info['model']}, ({', '.join(map(str, info['shape']))})"
         extra = [info["layout"]] * (info["layout"] != "batch first") + ["raw is dropped"] * info.get("same", False)
         return ", ".join([f"({', '.join(map(str, info['shape']))})", info["dtype"], *extra])
 
@@ -118,6 +134,17 @@ class Case:
         """The middle half of the rounds, over their median."""
         first, middle, third = statistics.quantiles(self.seconds[peer], n=4)
         return (third - first) / middle
+
+    def step_milliseconds(self, peer: str) -> list[float]:
+        """A step's time, round by round: on a CPU the process's own, which other programs do not lengthen."""
+        on_gpu = self.any_info["allocator"] is None
+        return [1e3 * x for x in (self.seconds[peer] if on_gpu else self.info[peer]["own_seconds"])]
+
+    def added(self, peer: str) -> tuple[float, float]:
+        """Return the time that a peer adds to a step, in ms: the mean over the rounds, and its standard error."""
+        pairs = zip(self.step_milliseconds(peer), self.step_milliseconds("no penalty"), strict=True)
+        differences = [with_it - without for with_it, without in pairs]
+        return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
     def times_as_fast(self, peer: str, other: str) -> float:
         """The median, over the rounds, of how many times as fast `peer` was."""
@@ -130,7 +157,7 @@ class Case:
 
 @dataclass
 class Result:
-    """What one JSON file of pytest-benchmark says."""
+    """The contents of one JSON file of pytest-benchmark."""
 
     name: str
     digest: str
@@ -169,13 +196,13 @@ def load(file: Path) -> Result:
         peer = benchmark["extra_info"]["peer"]
         seconds.setdefault(benchmark["group"], {})[peer] = benchmark["stats"]["data"]
         info.setdefault(benchmark["group"], {})[peer] = benchmark["extra_info"]
-    complete = [name for name, peers in seconds.items() if {"eager", "fastreg", "compiled"} <= peers.keys()]
-    cases = [Case(name, seconds[name], info[name]) for name in complete]
+    missing = result.get("missing", {})
+    cases = [Case(name, peers, info[name]) for name, peers in seconds.items() if name not in missing]
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     outcomes = file.parent / "tests" / file.name
     tests = json.loads(outcomes.read_text()) if outcomes.exists() else None
     machine, commit = result["machine_info"], result["commit_info"]
-    return Result(file.stem, digest, machine, commit, cases, result.get("missing", {}), tests)
+    return Result(file.stem, digest, machine, commit, cases, missing, tests)
 
 
 def number(x: float) -> str:
@@ -203,7 +230,7 @@ def where(result: Result) -> str:
 
 
 def caveats(result: Result) -> str:
-    """What became of the tests, and what could not be measured, a sentence each."""
+    """Return the outcome of the tests, and the cases that could not be measured, a sentence each."""
     sentences = [tests_outcome(result)] * (result.on_gpu or result.tests is not None)  # a CPU's are `make test`
     reasons: dict[str, list[str]] = {}
     for name, peers in result.missing.items():
@@ -220,7 +247,7 @@ def some(names: list[str]) -> str:
 
 
 def tests_outcome(result: Result) -> str:
-    """How many tests passed and which failed, on this device, and what compute-sanitizer found."""
+    """Return how many tests passed and which failed on this device, and the findings of compute-sanitizer."""
     if result.tests is None:
         return "The tests on this device: no outcome is recorded."
     files = result.tests["files"].values()
@@ -233,7 +260,7 @@ def tests_outcome(result: Result) -> str:
 
 
 def penalty_table(result: Result, kind: str = BOTH) -> str:
-    """Forward and backward: what a user saves."""
+    """Render the time of forward and backward, and the speedup."""
     head = [SHAPE, "compiled, ms", "eager, ms", "fastreg, ms", "against compiled", "against eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
     for case in result.of(kind):
@@ -249,7 +276,7 @@ def gpu_cells(case: Case) -> list[str]:
 
 
 def dropout_table(result: Result) -> str:
-    """What the penalty costs whoever drops out anyway."""
+    """Render the cost of the penalty beside a dropout that is there anyway."""
     head = [SHAPE, "dropout alone, ms", "+ eager, ms", "+ fused_ar_tar, ms", "fused, ms"]
     head += ["fused / dropout alone", "against the best compiled", "against + eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
@@ -264,7 +291,7 @@ def dropout_table(result: Result) -> str:
 
 
 def padded_table(result: Result) -> str:
-    """What it costs to leave padding out."""
+    """Render the cost of leaving padding out."""
     head = [SHAPE, "without lengths, ms", "compiled, masked, ms", "eager, masked, ms", "with lengths, ms"]
     head += ["against without", "against compiled", "against eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
@@ -276,12 +303,50 @@ def padded_table(result: Result) -> str:
     return table(rows)
 
 
-def step_table(case: Case) -> str:
-    """A training step by every peer."""
-    rows = [["ms, a training step of an AWD-LSTM", "no penalty", "the formula", "fastreg"]]
-    for name, peers in STEP_PEERS.items():
-        rows.append([name, *(number(case.milliseconds(peer)) if peer in case.seconds else "" for peer in peers)])
+def step_table(result: Result) -> str:
+    """Render the time of a training step, and the time that each way of the penalty adds."""
+    rows = [["ms a training step, and what the penalty adds; (batch, time, hidden)", *STEP_PEERS.values()]]
+    for case in result.of(STEP):
+        without = statistics.mean(case.step_milliseconds("no penalty"))
+        digits = 1 if without > 100 else 2 if without > 10 else 3
+        added = [case.added(peer) if peer in case.seconds else None for peer in list(STEP_PEERS)[1:]]
+        cells = ["" if x is None else f"{x[0]:+.{digits}f} ± {x[1]:.{digits}f}" for x in added]
+        rows.append([case.label, number(without), *cells])
     return table(rows)
+
+
+def added_table(result: Result) -> str:
+    """Render the cost of fastreg over that of the formula, and the whole step with `attach`."""
+    rows = [["added, over compiled; over formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
+    for case in result.of(STEP):
+        others = [case.added(peer)[0] for peer in PEERS]
+        cells = [
+            "; ".join(f"{case.added(peer)[0] / other:.2f}x" for other in others) if peer in case.seconds else ""
+            for peer in OURS
+        ]
+        steps = zip(case.step_milliseconds("attach"), case.step_milliseconds("eager"), strict=True)
+        rows.append([case.label, *cells, f"{statistics.median(a / b for a, b in steps):.3f}x"])
+    return table(rows)
+
+
+def peak_table(result: Result) -> str:
+    """Render the peak memory of a step, and the memory that each way of the penalty adds."""
+    rows = [["peak memory of a step", "without, MB", *list(STEP_PEERS.values())[1:]]]
+    for case in result.of(STEP):
+        peaks = {peer: info["peak_bytes"] for peer, info in case.info.items() if "peak_bytes" in info}
+        if without := peaks.pop("no penalty", 0):
+            cells = [f"{peaks[peer] / without - 1:+.1%}" if peer in peaks else "" for peer in list(STEP_PEERS)[1:]]
+            rows.append([case.label, number(without / 1e6), *cells])
+    return table(rows)
+
+
+def step_tables(result: Result) -> list[str]:
+    """Render the training steps of one allocator, with titles."""
+    if not result.of(STEP):
+        return []
+    timed = "time of the clock" if result.on_gpu else f"the process's own time on one thread, {result.allocator}"
+    parts = [STEP_TITLE % timed, step_table(result), ADDED_TITLE, added_table(result)]
+    return [*parts, PEAK_TITLE, peak_table(result)]
 
 
 def against(cases: list[Case], other: str, name: str) -> str:
@@ -310,13 +375,6 @@ def dropout_verdict(result: Result) -> str:
     )
 
 
-def step_verdict(case: Case) -> str:
-    """How long a training step takes with each peer, in a sentence."""
-    peers = [peer for row in STEP_PEERS.values() for peer in row if peer in case.seconds]
-    times = ", ".join(f"{peer} {number(case.milliseconds(peer))} ms" for peer in peers)
-    return f"A training step of an AWD-LSTM: {times}.\n"
-
-
 def verdicts(result: Result) -> str:
     """How fast all is, a sentence each."""
     sentences = [penalty_verdict(result)] if result.of(BOTH) else []
@@ -327,15 +385,16 @@ def verdicts(result: Result) -> str:
 def full_table(result: Result) -> str:
     """Every case and peer with all its figures."""
     figures = [key for key in FIGURES if any(key in info for case in result.cases for info in case.info.values())]
-    note = f"Rendered from {result.name}.json by `python -m bench.report`. Spread: the middle half of the rounds."
+    note = f"Rendered from {result.name}.json by `python -m bench.report`. Spread: the middle half of the rounds. "
+    note += "Against it: how many times as fast fastreg is, `attach` in a training step."
     parts = [f"{where(result)}\n", *filter(None, [caveats(result)]), f"{note}\n"]
     for part in result.parts():
-        head = ["case", "pass", "peer", "median, ms", "spread", "fastreg against it"]
+        head = ["case", "pass", "peer", "median, ms", "spread", "against it"]
         rows = [head + [FIGURES[key][0] for key in figures]]
         for case in part.cases:
             for peer, info in case.info.items():
                 cells = [number(info[key] / FIGURES[key][1]) if key in info else "" for key in figures]
-                speed = f"{case.times_as_fast('fastreg', peer):.2f}x"
+                speed = f"{case.times_as_fast(case.ours, peer):.2f}x"
                 spread = f"{case.spread(peer):.0%}"
                 rows.append([case.label, case.kind, peer, number(case.milliseconds(peer)), spread, speed, *cells])
         parts += [] if result.on_gpu else [f"With {HOW[part.allocator]}:\n"]
@@ -366,21 +425,19 @@ def headline(results: list[Result]) -> str:
         device = result.machine["device"]
         whose = device if result.on_gpu else f"{device}, {result.machine['threads']} threads, {HOW[first.allocator]}"
         parts += [f"{whose}:\n"]
-        if result is ordered[0]:
-            parts += [step_table(case) for case in first.of(STEP)]
-            parts += [headline_table(first)]
-        else:
-            parts += ["".join(f"- {step_verdict(case)}" for case in first.of(STEP))] * bool(first.of(STEP))
+        parts += [step_table(first)] * bool(first.of(STEP))
+        parts += [headline_table(first)] * (result is ordered[0])
         parts += [verdicts(first)]
         for other in others:
-            steps = "".join(f"- {step_verdict(case)}" for case in other.of(STEP))
-            parts += [f"The same with {HOW[other.allocator]}:\n", steps + verdicts(other)]
+            parts += [f"The same with {HOW[other.allocator]}:\n"]
+            parts += [step_table(other)] * bool(other.of(STEP))
+            parts += [verdicts(other)]
         parts += pictures(result, "")[:1] if result is ordered[0] else []
     return "\n".join([*parts, *not_measured(results)])
 
 
 def headline_table(result: Result) -> str:
-    """Of those cases of `HEADLINE` that there are, what a user saves."""
+    """Render the speedup in the measured cases of `HEADLINE`."""
     rows = [[f"ms, forward + backward; {SHAPE}", *PEERS, "fastreg", *(f"against {peer}" for peer in PEERS)]]
     for kind, label, what in HEADLINE:
         for case in result.of(kind):
@@ -411,7 +468,7 @@ def figures(results: list[Result]) -> str:
 
 def tables(result: Result) -> list[str]:
     """Render every table for the cases of one allocator, with its title."""
-    parts = [text for case in result.of(STEP) for text in (STEP_TITLE % case.label, step_table(case))]
+    parts = step_tables(result)
     parts += [PENALTY_TITLE, penalty_table(result), penalty_verdict(result)] if result.of(BOTH) else []
     parts += [CHANGING_TITLE, penalty_table(result, CHANGING)] if result.of(CHANGING) else []
     if result.of(DROPOUT):
@@ -420,7 +477,7 @@ def tables(result: Result) -> list[str]:
     return parts
 
 
-PAGES = {README: headline, PERFORMANCE: figures}  # what stands between the markers of each
+PAGES = {README: headline, PERFORMANCE: figures}  # the text between the markers of each
 
 
 def with_part(page: str, part: str, begin: str = BEGIN) -> str:

@@ -1,7 +1,9 @@
 """Test and measure on this machine: `python -m bench.run test` and `python -m bench.run bench`.
 
-The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report puts together. What fails
-or is not reached is recorded beside what is known. Interrupted, or sent SIGTERM, either writes what there is.
+The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report joins. Cases that fail
+or are not reached are recorded, too. Interrupted, or after SIGTERM, either command writes the results so far.
+`python -m bench.run bench .benchmarks --only step` measures the training steps alone and prints their tables: three
+minutes on an idle core.
 
 On a CPU `bench` measures twice, each time in a process of its own: with memory kept by the allocator, and with the
 system's default. `measure` measures once, in this process.
@@ -28,19 +30,19 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from bench import machine
+from bench import machine, report
 
 ROOT = machine.ROOT
 RESULTS = ROOT / "bench" / "results"
 # Those first that say most of the kernels; tests/test_bench.py knows which files there are.
 TESTS = (
-    *("kernels", "prediction", "coefficients", "bench", "penalty", "padding", "valid", "dropout"),
-    *("sizes", "concurrency", "attachment", "addition", "distributed"),
+    *("kernels", "prediction", "coefficients", "bench", "penalty", "dropout", "sizes", "concurrency"),
+    *("attachment", "addition", "distributed", "padding", "valid"),
 )
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
-FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; what hangs must not take the time of the others
-GRACE = 20  # seconds for pytest to print what failed
+FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; a file that hangs must leave time for the others
+GRACE = 20  # seconds for pytest to print its failures
 
 
 def run_file(name: str, seconds: float) -> dict[str, Any]:
@@ -54,11 +56,11 @@ def run_file(name: str, seconds: float) -> dict[str, Any]:
             end = f"ended with status {tests.wait(seconds)}"
         except subprocess.TimeoutExpired:
             end = "out of time"
-            tests.send_signal(signal.SIGINT)  # at which pytest reports what it has
+            tests.send_signal(signal.SIGINT)  # pytest reports its results so far
             with suppress(subprocess.TimeoutExpired):
                 tests.wait(GRACE)
         finally:
-            tests.kill()  # does nothing to what has ended
+            tests.kill()  # does nothing after the end
             tests.wait()
         if not report.exists():  # which pytest writes at its end
             return unfinished(name, end)
@@ -72,7 +74,7 @@ def run_file(name: str, seconds: float) -> dict[str, Any]:
 
 
 def unfinished(name: str, why: str) -> dict[str, Any]:
-    """What is recorded of a file whose tests did not come to their end."""
+    """Return the record of a file whose tests did not end."""
     return {"passed": 0, "skipped": 0, "failed": [f"test_{name}.py: {why}"]}
 
 
@@ -116,7 +118,7 @@ def sanitize(program: str, tool: str, seconds: float) -> str:
 
 
 def test(folder: Path, commit: str, seconds: float) -> int:
-    """Run the tests of what is measured, file by file, and write their outcomes."""
+    """Run the tests of the measured code, file by file, and write their outcomes."""
     on_gpu = torch.cuda.is_available()
     end = time.monotonic() + seconds
     files: dict[str, Any] = {name: unfinished(name, "not reached") for name in TESTS}
@@ -145,31 +147,33 @@ def test(folder: Path, commit: str, seconds: float) -> int:
     return 1 if failed else 0
 
 
-def measure(folder: Path, commit: str, seconds: float) -> int:
-    """Run the benchmarks in this process, and write their result."""
+def measure(folder: Path, commit: str, seconds: float, only: str) -> int:
+    """Run the benchmarks in this process, write their result, and print the tables of training steps."""
     with tempfile.TemporaryDirectory() as temporary:
         new = Path(temporary, "result.json")
         options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={new}"]
-        limits = [f"--seconds={seconds}", f"--commit={commit}"]
+        limits = [f"--seconds={seconds}", f"--commit={commit}", "-k", only]
         status = pytest.main([*options, *limits, f"{ROOT}/bench/benchmarks.py"])
         if not new.exists() or new.stat().st_size == 0:
             print("bench.run: nothing was measured")
             return 1
         text = new.read_text()
-    write(folder / machine.file_name(json.loads(text)["machine_info"]["device"]), text)
+    file = folder / machine.file_name(json.loads(text)["machine_info"]["device"])
+    write(file, text)
+    print("\n".join(report.step_tables(report.load(file))), flush=True)
     return int(status)
 
 
-def bench(folder: Path, commit: str, seconds: float) -> int:
+def bench(folder: Path, commit: str, seconds: float, only: str) -> int:
     """Measure: on a CPU once for each allocator, in a process that starts with it, and put the results together."""
     if torch.cuda.is_available():
-        return measure(folder, commit, seconds)
+        return measure(folder, commit, seconds, only)
     end, statuses, parts = time.monotonic() + seconds, [], []
     with tempfile.TemporaryDirectory() as temporary, suppress(KeyboardInterrupt):
         for left, (allocator, environment) in zip((2, 1), machine.ALLOCATORS.items(), strict=True):
             print(f"== {allocator}", flush=True)
             part = Path(temporary, allocator)
-            limits = [f"--seconds={(end - time.monotonic()) / left}", f"--commit={commit}"]
+            limits = [f"--seconds={(end - time.monotonic()) / left}", f"--commit={commit}", f"--only={only}"]
             try:
                 statuses.append(in_child(["measure", str(part), *limits], environment))
             finally:
@@ -206,14 +210,17 @@ def write(file: Path, text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
-    commands = {"test": test, "bench": bench, "measure": measure}
-    parser.add_argument("what", choices=commands)
+    parser.add_argument("what", choices=["test", "bench", "measure"])
     parser.add_argument("folder", nargs="?", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="of the checkout, where there is no git to tell")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after them")
+    parser.add_argument("--only", default="", help="benchmark the cases of this name alone, as pytest's -k")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return commands[options.what](options.folder, options.commit, options.seconds)
+    if options.what == "test":
+        return test(options.folder, options.commit, options.seconds)
+    command = bench if options.what == "bench" else measure
+    return command(options.folder, options.commit, options.seconds, options.only)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ SEEDS = [1, 2, 3, 4, 5]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all trainings of a study share; `text` is a file, or `None` for the King James text."""
+    """Settings of all trainings of a study; `text` is a file, or `None` for the King James text."""
 
     text: Path | None
     words: int
@@ -61,7 +61,7 @@ class Job:
 
 
 def places() -> dict[str, str]:
-    """What a run says about where it was trained: always on the processor, whatever else there is."""
+    """Return the machine of a run: always the processor, even if there is a GPU."""
     return {**machine.facts(), "device": machine.processor_name(), "python": platform.python_version()}
 
 
@@ -129,7 +129,7 @@ def train_all(jobs: list[Job], file: Path, workers: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train what is missing, and render; bad input ends it with one line and exit code 2."""
+    """Train the missing runs, and render; bad input ends with one line and exit code 2."""
     parser = Parser(prog="bench.study", description="Train with AR, with TAR, with both and without, over seeds.")
     add = parser.add_argument
     whole = number(int, 0)

@@ -1,6 +1,6 @@
-"""Tables and a plot from what bench.study trained: a page beside the JSON lines.
+"""Tables and a plot of the runs of bench.study: a page beside the JSON lines.
 
-Nothing in them is typed: tests/test_study.py fails when they disagree with what is committed.
+Nothing in them is typed: tests/test_study.py fails when they disagree with the committed ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from bench.report import RESULTS, save, table
 
 COMMITTED = RESULTS / "study.jsonl"
-COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta of what is compared, first the baseline
+COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta of each setting, first the baseline
 BASELINE = COEFFICIENTS[0]
 README_BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study -->\n"
 METHOD = """\
@@ -57,7 +57,7 @@ class Run:
     tar: list[float]
     final_train_loss: float  # after the last epoch, in evaluation, as the validation loss is
     seconds: float  # by the clock, whatever else the machine was doing
-    settings: dict[str, Any]  # what all runs of a study share
+    settings: dict[str, Any]  # of all runs of a study
     machine: dict[str, str]
 
     @property
@@ -163,7 +163,7 @@ def differences(pairs: list[tuple[Run, Run]], value: Callable[[Run], float]) -> 
 
 
 def after(study: Study, coefficients: tuple[float, float], epoch: int) -> str:
-    """What regularization did to the validation perplexity by the end of an epoch; empty where no pair tells it."""
+    """Return the effect on the validation perplexity by the end of an epoch; empty without a pair of runs."""
     values = differences(study.pairs(coefficients), lambda run: run.perplexities[epoch - 1])
     return f"{average(values, '+.2f')}, lower in {lower(values)} seeds" if values else ""
 
@@ -197,7 +197,7 @@ def runs_table(study: Study) -> str:
 
 
 def summary(study: Study) -> str:
-    """What came out, in a sentence for each pair of coefficients."""
+    """Return the result, in a sentence for each pair of coefficients."""
     sentences = []
     for coefficients in study.trained[1:]:
         pairs = study.pairs(coefficients)
@@ -228,7 +228,7 @@ def direction(study: Study) -> str:
 
 
 def where(study: Study) -> str:
-    """What was trained, and where."""
+    """Return the settings and the machine of the trainings."""
     settings = study.runs[0].settings
     text = ", ".join(f"{name} {value}" for name, value in settings.items())
     machines = {tuple(run.machine.items()): None for run in study.runs}

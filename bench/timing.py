@@ -1,4 +1,4 @@
-"""The timers. All of them wait for the device, and none of them counts a warm-up."""
+"""The timers. All wait for the device, and leave out a warm-up."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import itertools
 import resource
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import Call
+Call = Callable[[int], tuple[Tensor, ...]]  # the number of the call chooses its inputs; returns the results
 
-WARM_UP = {"cuda": 4, "cpu": 2}  # turns, after a first call that compiles: the next may compile again
-LEAST, MOST = 7, 50  # rounds
+WARM_UP = 4, 1  # turns on a GPU and on a CPU, after calls that compile
+LEAST, MOST = 5, 50  # rounds
 REPLAYS = 20
-CLOCK = 2e9  # cycles a second, at least about what a GPU makes; with fewer, it sleeps longer than it has to
+CLOCK = 2e9  # cycles a second, about those of the slowest GPU; a slower clock sleeps longer than it has to
 COPY_BYTES = 2**30
 
 
@@ -27,38 +30,58 @@ def synchronize(device: str) -> None:
     """Wait for the device; the CPU is always done."""
     if device == "cuda":
         torch.cuda.synchronize()
+    elif device != "cpu":
+        torch.accelerator.synchronize()
 
 
-def take_turns(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds a call of every peer, round by round.
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch compute on so many threads of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Turn(NamedTuple):
+    """Seconds a call of one turn."""
+
+    wall: float
+    own: float  # of the process, all threads together, in which other programs do not count
+
+
+def take_turns(calls: Mapping[str, Call], device: str, seconds: float, repeats: int) -> dict[str, list[Turn]]:
+    """Measure every peer, round by round.
 
     In a round each peer has one turn, so that whatever else the machine does hits all alike, and every round another
-    begins. A turn on a GPU is 10 calls with one wait at the end, as in training; on a CPU one call. Every call
-    takes the next inputs. The rounds fill `seconds`, within limits.
+    begins. A turn is `repeats` calls with one wait for the device at the end, as in training. Every call takes the next
+    inputs. The rounds fill `seconds`, within limits.
     """
     number = itertools.count()
-    repeats = 10 if device == "cuda" else 1
 
-    def turn(call: Call) -> float:
+    def turn(call: Call) -> Turn:
         synchronize(device)
-        start = time.perf_counter()
+        wall, own = time.perf_counter(), time.process_time()
         for _ in range(repeats):
             call(next(number))
         synchronize(device)
-        return (time.perf_counter() - start) / repeats
+        own, wall = time.process_time() - own, time.perf_counter() - wall
+        return Turn(wall / repeats, own / repeats)
 
-    warm = [sum(turn(call) for call in calls.values()) * repeats for _ in range(WARM_UP[device])][-1]
+    warm = [sum(turn(call).wall for call in calls.values()) * repeats for _ in range(WARM_UP[device == "cpu"])][-1]
     rounds = min(max(int(seconds / warm), LEAST), MOST)
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    turns: dict[str, list[Turn]] = {name: [] for name in calls}
     order = list(calls)
     gc.collect()
     gc.disable()
     for _ in range(rounds):
         for name in order:
-            times[name].append(turn(calls[name]))
+            turns[name].append(turn(calls[name]))
         order.append(order.pop(0))
     gc.enable()
-    return times
+    return turns
 
 
 class Replay:
@@ -83,7 +106,7 @@ class Replay:
 
 
 def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
-    """Bytes that a forward keeps for the backward, beyond its inputs and what it gives."""
+    """Return the bytes that a forward keeps for the backward, beyond its inputs and results."""
     kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no memory is handed out twice
 
     def keep(x: Tensor) -> Tensor:
@@ -122,7 +145,7 @@ def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
 def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
     """Device seconds a call, without launch gaps: a CUDA graph of one call for each of `numbers`, replayed.
 
-    The device sleeps until the host has launched the replay: what that takes does not count.
+    The device sleeps until the host has launched the replay, so that the launch is not counted.
     """
     graph = capture(call, numbers)
     graph.replay()  # which instantiates it
@@ -166,15 +189,32 @@ def launches(call: Call) -> int:
     return count.value
 
 
-def peak_bytes(call: Call) -> int:
-    """Most memory that one call holds at a time, beyond its inputs and what it gives."""
+def peak_bytes(call: Call, device: str) -> int | None:
+    """Return the peak memory of one call beyond its inputs and results; `None` if the system does not count it.
+
+    On a CPU PyTorch's profiler tells it, but of the calling thread alone.
+    """
     call(0)
+    if device == "cpu":
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            results = call(0)
+        held = list(itertools.accumulate(allocations(profiled)))
+        return max(held) - sum(x.nbytes for x in results) if held else None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results = call(0)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
+
+
+def allocations(profiled: profile) -> list[int]:
+    """Bytes that were allocated, or with a minus freed, in order."""
+    if profiled.profiler is None or profiled.profiler.kineto_results is None:
+        return []
+    recorded: list[Any] = profiled.profiler.kineto_results.events()
+    events = [event for event in recorded if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def copy_bandwidth() -> float:

@@ -1,7 +1,7 @@
-"""Regularize an RNN of one's own by hooks, with padding on the left: `python examples/custom_rnn.py`, a few seconds.
+"""Regularize a custom RNN by hooks, with padding on the left: `python examples/custom_rnn.py`, a few seconds.
 
-The model returns its output alone, and nothing in it knows of the regularizer. The sequences are the lines of this
-file, character by character.
+The model returns its output alone, and does not depend on the regularizer. The sequences are the lines of this file,
+character by character.
 """
 
 from pathlib import Path
@@ -24,8 +24,8 @@ class MinimalGatedRNN(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         state, outputs = torch.zeros_like(x[:, 0]), []
-        for step, there in zip(x.unbind(1), mask.unbind(1), strict=True):
-            gate = torch.sigmoid(self.gate(torch.cat([step, state], 1))) * there[:, None]  # padding keeps the state
+        for step, is_valid in zip(x.unbind(1), mask.unbind(1), strict=True):
+            gate = torch.sigmoid(self.gate(torch.cat([step, state], 1))) * is_valid[:, None]  # padding keeps the state
             state = state + gate * (torch.tanh(self.new(torch.cat([step, state], 1))) - state)
             outputs.append(state)
         return torch.stack(outputs, 1)
@@ -36,7 +36,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
         self.rnn = MinimalGatedRNN(hidden)
-        self.dropout = FusedRNNDropout(0.2)  # any dropout will do; this one forms AR and TAR in its own pass
+        self.dropout = FusedRNNDropout(0.2)  # any dropout works; this one forms AR and TAR in its own pass
         self.decoder = nn.Linear(hidden, vocabulary)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ class LanguageModel(nn.Module):
 
 
 def padded_lines() -> tuple[Tensor, Tensor, int]:
-    """Return the ids of all lines, padded on the left with 0, the mask of what is no padding, and the vocabulary."""
+    """Return the ids of all lines, padded on the left with 0, the mask of valid steps, and the vocabulary size."""
     text = Path(__file__).read_text()
-    characters = sorted(set(text))  # of which 0 is the line feed, which no line has in it
+    characters = sorted(set(text))  # the first is the line feed, which no line contains
     lines = [torch.tensor([characters.index(c) for c in line]) for line in text.splitlines() if len(line) > 1]
     ids = nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_side="left")
     return ids, ids != 0, len(characters)
@@ -58,13 +58,13 @@ def main() -> None:
     model = LanguageModel(vocabulary)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     regularizer = RNNRegularizer(alpha=2.0, beta=1.0)
-    # `valid` gets what the RNN is called with.
+    # `valid` gets the arguments of the RNN.
     regularizer.attach(model.rnn, model.dropout, batch_first=True, valid=lambda x, mask: mask)
     for epoch in range(EPOCHS):
         for batch in torch.randperm(len(ids)).split(BATCH):
-            inputs, targets, there = ids[batch, :-1], ids[batch, 1:], mask[batch]
-            decoded = model(inputs, there[:, :-1])
-            counts = there[:, :-1] & there[:, 1:]
+            inputs, targets, is_valid = ids[batch, :-1], ids[batch, 1:], mask[batch]
+            decoded = model(inputs, is_valid[:, :-1])
+            counts = is_valid[:, :-1] & is_valid[:, 1:]
             loss = F.cross_entropy(decoded[counts], targets[counts])
             optimizer.zero_grad()
             regularizer.on_backward_begin(loss).backward()

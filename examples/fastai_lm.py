@@ -21,7 +21,7 @@ def main() -> None:
     dls.vocab = characters
     config = {**awd_lstm_lm_config, "emb_sz": 32, "n_hid": 64, "n_layers": 2}
     learn = language_model_learner(dls, AWD_LSTM, config=config, pretrained=False, alpha=2.0, beta=1.0)
-    fuse(learn, dropout=True)  # its callbacks and its last dropout; the table gets the columns ar and tar
+    fuse(learn, dropout=True)  # swaps the callbacks and the last dropout; the table gets the columns ar and tar
     learn.fit(5, 1e-2)
 
 

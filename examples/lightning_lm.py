@@ -17,7 +17,7 @@ BATCH, STEPS, EPOCHS = 8, 40, 10
 
 
 class LanguageModel(LightningModule):
-    """Log its own loss; nothing in it knows of the regularizer."""
+    """Predict the next character, and log the loss. The module does not depend on the regularizer."""
 
     def __init__(self, vocabulary: int, hidden: int = 64) -> None:
         super().__init__()

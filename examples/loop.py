@@ -1,4 +1,4 @@
-"""Train an LSTM language model with AR and TAR in a loop by hand: `python examples/loop.py`, a few seconds on a CPU.
+"""Train an LSTM language model with AR and TAR in a plain loop: `python examples/loop.py`, a few seconds on a CPU.
 
 The text is this file, character by character.
 """
@@ -49,7 +49,7 @@ def main() -> None:
         for start in range(0, rows.shape[1] - 1, BPTT):
             inputs = rows[:, :-1][:, start : start + BPTT]
             targets = rows[:, 1:][:, start : start + BPTT]
-            decoded = regularizer.on_loss_begin(model(inputs))  # keeps raw and dropped
+            decoded = regularizer.on_loss_begin(model(inputs))  # captures raw and dropped
             loss = F.cross_entropy(decoded.flatten(0, 1), targets.flatten())
             optimizer.zero_grad()
             regularizer.on_backward_begin(loss).backward()  # the loss with AR and TAR

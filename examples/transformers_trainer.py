@@ -13,7 +13,7 @@ from fastreg.transformers import RegularizedTrainer
 
 
 def examples_of(text: str, characters: list[str]) -> list[dict[str, torch.Tensor]]:
-    """Return an example a line: ids padded on the left, the mask of what is no padding, and labels."""
+    """Return one example for each line: ids padded on the left, the mask of valid steps, and labels."""
     lines = [[characters.index(c) for c in line] for line in text.splitlines() if line]
     longest = max(map(len, lines))
     examples = []
@@ -35,7 +35,7 @@ def main() -> None:
             output_dir=folder,
             num_train_epochs=3,
             per_device_train_batch_size=8,
-            gradient_accumulation_steps=2,  # changes nothing in the penalty
+            gradient_accumulation_steps=2,  # does not change the penalty
             learning_rate=1e-2,
             logging_steps=3,
             save_strategy="no",
@@ -48,7 +48,7 @@ def main() -> None:
             train_dataset=examples_of(text, characters),
             alpha=2.0,
             beta=1.0,
-            rnn="backbone.layers.1",  # the last block; the model's last hidden state lies behind a norm
+            rnn="backbone.layers.1",  # the last block; the model's last hidden state is the output of a norm
         )
         trainer.train()  # logs ar and tar beside the loss
 

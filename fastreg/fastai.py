@@ -387,8 +387,8 @@ def fuse(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the learner has no `RNNRegularizer`, or its model lacks the dropout, the mask or the module, or a
-            value of these is out of range.
+        ValueError: the learner has no `RNNRegularizer`, or its model lacks the dropout, the mask or the module, or an
+            attribute of the dropout or regularizer is out of range.
 
     Examples:
         >>> fuse(learn).fit(1)

@@ -208,8 +208,8 @@ def fuse(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the learner has no `RNNTrainer`, or its model lacks the dropout or the module, or a value of these
-            is out of range.
+        ValueError: the learner has no `RNNTrainer`, or its model lacks the dropout or the module, or an attribute of
+            the dropout or trainer is out of range.
 
     Examples:
         >>> fuse(learn1).fit(1)

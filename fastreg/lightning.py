@@ -1,4 +1,4 @@
-"""`ActivationRegularization`: AR and TAR for PyTorch Lightning, as a callback; the module stays as it is."""
+"""`ActivationRegularization`: AR and TAR for PyTorch Lightning, as a callback; the module needs no change."""
 
 from __future__ import annotations
 

@@ -88,14 +88,15 @@ def fused_ar_tar(
 ) -> Tensor | ARTAR:
     """Compute activation and temporal activation regularization, to be added to the loss.
 
-    The penalty is `alpha * AR + beta * TAR`, with `AR = mean(dropped ** 2)` and `TAR = mean((raw[t + 1] - raw[t]) **
-    2)`, after Merity, McCann and Socher, "Revisiting Activation Regularization for Language RNNs" (2017). Differences,
-    squares and sums are formed in float32, or in float64 where an input is float64. A single time step has a TAR of 0,
-    and an empty tensor a penalty of 0. The penalty can be differentiated any number of times.
+    The penalty is `alpha * AR + beta * TAR`, with `AR = mean(dropped ** 2)` and
+    `TAR = mean((raw[t + 1] - raw[t]) ** 2)`, after Merity, McCann and Socher, "Revisiting Activation Regularization for
+    Language RNNs" (2017). Differences, squares and sums are formed in float32, or in float64 where an input is float64.
+    A single time step has a TAR of 0, and an empty tensor a penalty of 0. The penalty can be differentiated any number
+    of times.
 
     Args:
         raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, any tensor
-            with `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer, whose penalties add up; all
+            with `time_dim`, a `PackedSequence`, or a list or tuple with one for each layer, whose penalties add up; all
             layers have the same batch and time steps. float16, bfloat16, float32 or float64, any strides. With
             `beta == 0` it is not read and may be `None`; with `return_terms=True` it is measured if it is given.
         dropped: the RNN's output after dropout: the shape of raw, or packed as raw is, on the same device. Its dtype

@@ -105,8 +105,8 @@ class RNNRegularizer:
         >>> attached = hooked.attach(lstm, dropout)
         >>> decoded = dropout(lstm(torch.randn(4, 10, 8))[0])
         >>> hooked.on_backward_begin(decoded.square().mean()).backward()
-        >>> print(f"{hooked.ar:.1f}")
-        0.0
+        >>> bool(hooked.ar > 0), bool(hooked.tar > 0)
+        (True, True)
     """
 
     def __init__(

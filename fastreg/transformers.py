@@ -1,4 +1,4 @@
-"""`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses, without changes to the model.
+"""`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses; the model needs no change.
 
 A `Trainer` divides the loss of a batch by the number of batches in the optimizer step, unless the loss is already
 normalized by `num_items_in_batch`. The penalty is added after this division, where the loss enters its backward, and

@@ -14,6 +14,11 @@
 //
 // No header of Python or PyTorch is included: one build serves every version of both.
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
+#include <cmath>
 #include <cstring>
 #include <exception>
 
@@ -47,11 +52,13 @@ void finish(const Plan &plan, const Counted &counted, Partials sums, const Memor
 template <class Plan, class Memory>
 Factors factors(const Plan &plan, const Counted &counted, const Memory &memory) {
     if (!memory.grad) return {0, 0};
+    const auto plain = [](double x) { return x == x ? x : std::nan(""); };  // a NaN that survives any rounding
     const int32_t dtype = plan.compute_dtype;
     const double upstream = number(memory.grad, dtype);
     const double alpha = coefficient(plan.alpha, memory.alpha, dtype);
     const double beta = coefficient(plan.beta, memory.beta, dtype);
-    return {upstream * (2 * alpha / counted.steps.ar_divisor), upstream * (2 * beta / counted.steps.tar_divisor)};
+    return {plain(upstream * (2 * alpha / counted.steps.ar_divisor)),
+            plain(upstream * (2 * beta / counted.steps.tar_divisor))};
 }
 
 /// Form the sums, if `sum`; write the gradients that have memory, if there is an upstream gradient.
@@ -137,6 +144,24 @@ EXPORT const int32_t threaded = 1;
 #else
 EXPORT const int32_t threaded = 0;
 #endif
+
+/// Return the highest level of x86-64 that the processor and the system run; 0 elsewhere. cpu.py asks the library that
+/// all processors run before it loads another one.
+EXPORT int processor_level() {
+#ifdef __x86_64__
+    unsigned int eax, ebx, features, extended, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &features, &edx) || !__get_cpuid(0x80000001, &eax, &ebx, &extended, &edx)) return 1;
+    const bool moves = features & bit_F16C && features & bit_MOVBE && extended & bit_LZCNT;
+    __builtin_cpu_init();
+#define HAS __builtin_cpu_supports
+    if (!moves || !HAS("avx2") || !HAS("bmi") || !HAS("bmi2") || !HAS("fma")) return 1;
+    const bool v4 = HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") && HAS("avx512vl");
+#undef HAS
+    return v4 ? 4 : 3;
+#else
+    return 0;
+#endif
+}
 
 /// Write the penalty and its terms, and the gradients for the upstream gradient that is expected, if one is given.
 EXPORT int penalty_forward(const Penalty *plan, const PenaltyMemory *memory, int threads) {

@@ -9,7 +9,7 @@ threads as PyTorch does.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from hashlib import sha256
@@ -24,7 +24,13 @@ from fastreg.kernels.view import NOTHING, Prediction, Result, Sums, Values, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _DONE, _OUT_OF_MEMORY = 0, 2  # as C returns them; 1 if there was nothing to do
-_LIBRARIES = {"_cpu_v3": "processors with AVX2", "_cpu": "all processors"}  # the best first
+# The libraries, the best first: the level of x86-64 that each needs, and the processors that have it.
+_LIBRARIES = {
+    "_cpu_v4": (4, "processors with AVX-512"),
+    "_cpu_v3": (3, "processors with AVX2"),
+    "_cpu": (0, "all processors"),
+}
+_CAPABILITIES = {"AVX512": 4, "AVX2": 3}  # PyTorch's, as such levels
 _INSTALL = "install fastreg-rnn again"
 
 
@@ -118,39 +124,69 @@ def library() -> ctypes.CDLL:
         OSError: there is none.
     """
     reasons = []
-    for name in _LIBRARIES:
-        for path in Path(__file__).parent.glob(f"{name}.*") if _runs_here(name) else ():
-            try:
-                return _checked(ctypes.CDLL(str(path)), path)
-            except OSError as error:
-                reasons.append(str(error))
+    for path in runnable():
+        try:
+            return opened(path)
+        except OSError as error:
+            reasons.append(str(error))
     raise OSError("; ".join(reasons) or f"the kernels were not built: {_INSTALL} where there is a C++ compiler")
+
+
+def runnable() -> list[Path]:
+    """List the files of the libraries that the processor runs and PyTorch's capability allows, the best first."""
+    highest = min(_allowed_level(), processor_level())
+    return [path for name, (level, _) in _LIBRARIES.items() if level <= highest for path in _files(name)]
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """Load and check a library that the processor runs."""
+    return _checked(ctypes.CDLL(str(path)), path)
 
 
 def description() -> str:
     """Describe the library that is loaded, and say why it is not a better one."""
-    path, (best, *_) = library().path, _LIBRARIES
-    name = path.name.partition(".")[0]
-    if name == best:
-        why = ""
-    elif _runs_here(best):
-        why = f"; no library for {_LIBRARIES[best]} was built"
-    else:
-        why = f"; by PyTorch's capability {torch.backends.cpu.get_cpu_capability()} this is none with AVX2"
+    path = library().path
+    loaded, processors = _LIBRARIES[path.name.partition(".")[0]]
+    better = [library for library in _LIBRARIES.values() if library[0] > loaded]
+    why = f"; {_why_not(*better[-1])}" if better else ""
     if not c_int32.in_dll(library(), "threaded"):
         why += "; one thread, as its compiler has no GNU OpenMP"
-    return f"{path}, for {_LIBRARIES[name]}{why}"
+    return f"{path}, for {processors}{why}"
+
+
+def _why_not(level: int, processors: str) -> str:
+    """Say why a better library is not loaded."""
+    if level > processor_level():
+        return f"this is none of the {processors}"
+    if level > _allowed_level():
+        return f"by PyTorch's capability {torch.backends.cpu.get_cpu_capability()} this is none of the {processors}"
+    return f"no library for {processors} was built from these sources"
+
+
+def _allowed_level() -> int:
+    """Return the level that PyTorch itself uses, which `ATEN_CPU_CAPABILITY` limits."""
+    return _CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def processor_level() -> int:
+    """Ask the processor for its level, through the library that all processors run; 0 without that library."""
+    for path in _files("_cpu"):
+        try:
+            return opened(path).processor_level()
+        except OSError:
+            continue
+    return 0
+
+
+def _files(name: str) -> Iterable[Path]:
+    """List the files of a library."""
+    return Path(__file__).parent.glob(f"{name}.*")
 
 
 def sources(folder: Path) -> int:
     """Hash the source of the libraries in a folder; an installed package has none, and the hash is that of nothing."""
     files = sorted((*folder.glob("cpu.cpp"), *folder.glob("cpu_*.h")))
     return int(sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16], 16)
-
-
-def _runs_here(name: str) -> bool:
-    """Return whether this processor is of the level of a library."""
-    return name == "_cpu" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:

@@ -6,14 +6,13 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "cpu_plans.h"
 #include "cpu_vectors.h"
 
 namespace {
 
-constexpr int64_t STEP = 16;          // lanes at a time, each with sums of its own, so that additions need not wait
+constexpr int64_t STEP = 32;          // lanes at a time, each with sums of its own, so that additions need not wait
 constexpr int64_t CHUNK = 64 * STEP;  // lanes that are summed in the dtype of the computation: float32 is exact enough
 
 /// Partial sums of the squares of AR and of TAR.
@@ -49,22 +48,17 @@ struct Pointers {
     const char *previous, *current, *following;
     const char *mask, *upstream;  // the gradient of dropped
     char *out;
+    bool streams;  // out is written past the caches
 
     Pointers after(int64_t bytes) const {
         const auto at = [=](auto *row) { return row ? row + bytes : nullptr; };
-        return {at(previous), at(current), at(following), at(mask), at(upstream), at(out)};
+        return {at(previous), at(current), at(following), at(mask), at(upstream), at(out), streams};
     }
 };
 
 /// A copy of the end of a row, too short for a step, with zeros behind it.
 class Tail {
   public:
-    Tail() = default;
-    Tail(const Tail &) = delete;
-    ~Tail() {
-        if (out) std::memcpy(out, written, bytes);
-    }
-
     /// Copy the last `size` bytes of all rows; a step has `step` bytes.
     __attribute__((noinline)) Pointers copy(Pointers rows, int64_t size, int64_t step) {
         const auto at = [=](char *to, const char *row) -> const char * {
@@ -75,8 +69,15 @@ class Tail {
         };
         bytes = size;
         out = rows.out;
-        return {at(copies[0], rows.previous), at(copies[1], rows.current),  at(copies[2], rows.following),
-                at(copies[3], rows.mask),     at(copies[4], rows.upstream), out ? written : nullptr};
+        return {at(copies[0], rows.previous), at(copies[1], rows.current),
+                at(copies[2], rows.following), at(copies[3], rows.mask),
+                at(copies[4], rows.upstream),  out ? written : nullptr,
+                false};
+    }
+
+    /// Write to the end of the row, if it was copied.
+    void finish() const {
+        if (out) std::memcpy(out, written, bytes);
     }
 
   private:
@@ -86,44 +87,62 @@ class Tail {
     int64_t bytes;
 };
 
-/// Add up the sums of the lanes of a step, those of a vector after those of another: in the same order in all builds.
-template <class A>
-inline INLINE double total(const Vector<A> (&parts)[STEP / LANES]) {
-    double sums[STEP];
-    for (int64_t j = 0; j < STEP; ++j) sums[j] = parts[j / LANES][j % LANES];
-    for (int64_t left = STEP / 2; left; left /= 2)
-        for (int64_t j = 0; j < left; ++j) sums[j] += sums[j + left];
-    return sums[0];
-}
-
-template <class A, class T, class Use, size_t... J>
-inline INLINE Partials over_lanes(Pointers rows, int64_t lanes, Use use, std::index_sequence<J...>) {
-    Partials sums;
-    Tail tail;
-    for (int64_t left = lanes; left > 0; left -= CHUNK) {
-        Vector<A> ar[sizeof...(J)] = {}, tar[sizeof...(J)] = {};
-        const int64_t count = std::min(left, CHUNK);
-        int64_t whole = count / STEP * STEP, rest = count - whole;
-        for (;;) {  // a second time for the tail, so that the compiler needs no second copy of the loop
-            for (int64_t i = 0; i < whole; i += STEP) (use(rows, i + int64_t(J) * LANES, ar[J], tar[J]), ...);
-            rows = rows.after(whole * sizeof(T));
-            if (rest == 0) break;
-            rows = tail.copy(rows, rest * sizeof(T), STEP * sizeof(T));
-            whole = STEP;
-            rest = 0;
+/// Sums of the lanes of a step, in float64.
+class Totals {
+  public:
+    /// Add those of a chunk.
+    template <class A>
+    INLINE void add(const Pair<A> (&parts)[STEP / PAIR]) {
+        for (int64_t j = 0; j < STEP / PAIR; ++j) {
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                sums[j * PAIR + lane] += parts[j].first[lane];
+                sums[j * PAIR + LANES + lane] += parts[j].second[lane];
+            }
         }
-        sums += {total<A>(ar), total<A>(tar)};
     }
-    return sums;
-}
 
-/// Call `use(rows, lane, ar, tar)` for all lanes of a row, a vector at a time; return the sums that it adds up.
+    /// Add them up in the order of their positions in memory: the same in all builds.
+    template <class T>
+    __attribute__((noinline)) double total() const {
+        double by_position[STEP];
+        for (int64_t j = 0; j < STEP; ++j)
+            by_position[j / PAIR * PAIR + position<T>(j % PAIR / LANES, j % LANES)] = sums[j];
+        for (int64_t left = STEP / 2; left; left /= 2)
+            for (int64_t j = 0; j < left; ++j) by_position[j] += by_position[j + left];
+        return by_position[0];
+    }
+
+  private:
+    double sums[STEP] = {};
+};
+
+/// Call `use(rows, lane, ar, tar)` for all lanes of a row, a pair of vectors at a time; return the sums that it adds up.
 ///
 /// A chunk is summed in the dtype of the computation, and the chunks in float64. The order of additions is the same in
 /// all builds, whichever gradients are written.
 template <class A, class T, class Use>
 inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, Use use) {
-    return over_lanes<A, T>(rows, lanes, use, std::make_index_sequence<STEP / LANES>());
+    constexpr int64_t PAIRS = STEP / PAIR;
+    Totals ar_sums, tar_sums;
+    Tail tail;
+    for (int64_t done = 0; done < lanes; done += CHUNK) {
+        Pair<A> ar[PAIRS] = {}, tar[PAIRS] = {};
+        Pointers now = rows.after(done * sizeof(T));
+        int64_t whole = std::min(lanes - done, CHUNK) / STEP * STEP, rest = std::min(lanes - done, CHUNK) - whole;
+        for (;;) {  // a second time for the tail, so that the compiler needs no second copy of the loop
+            for (int64_t lane = 0; lane < whole; lane += STEP)
+#pragma GCC unroll 1  // more copies of the formula are no faster, and take long to compile
+                for (int64_t j = 0; j < PAIRS; ++j) use(now, lane + j * PAIR, ar[j], tar[j]);
+            if (rest == 0) break;
+            now = tail.copy(now.after(whole * sizeof(T)), rest * sizeof(T), STEP * sizeof(T));
+            whole = STEP;
+            rest = 0;
+        }
+        ar_sums.add(ar);
+        tar_sums.add(tar);
+    }
+    tail.finish();
+    return {ar_sums.total<T>(), tar_sums.total<T>()};
 }
 
 /// Sum the squares of a row and of the changes that lead to it; write the gradient of both.
@@ -132,16 +151,16 @@ struct PenaltyRow {
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
         const A ar_factor = factors.ar, tar_factor = factors.tar;
         return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
-            const Vector<A> value = read<A, T>(at.current, lane);
-            Vector<A> arriving{}, leaving{}, gradient{};
+            const Pair<A> value = read<A, T>(at.current, lane);
+            Pair<A> arriving{}, leaving{}, gradient{};
             if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
             if (flags & AR) ar += value * value;
             if (flags & TAR) tar += arriving * arriving;
             if (!(flags & (AR_GRAD | TAR_GRAD))) return;
             if (flags & LEAVES) leaving = read<A, T>(at.following, lane) - value;
-            if (flags & TAR_GRAD) gradient = tar_factor * (arriving - leaving);
-            if (flags & AR_GRAD) gradient = flags & TAR_GRAD ? gradient + ar_factor * value : ar_factor * value;
-            write<A, T>(at.out, lane, gradient);
+            if (flags & TAR_GRAD) gradient = (arriving - leaving) * tar_factor;
+            if (flags & AR_GRAD) gradient = flags & TAR_GRAD ? gradient + value * ar_factor : value * ar_factor;
+            write<A, T>(at.out, lane, gradient, at.streams);
         });
     }
 };
@@ -151,10 +170,11 @@ struct DropoutRow {
     template <class A, class T, class F>
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &, F flags) {
         return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
-            const Vector<A> value = read<A, T>(at.current, lane);
-            const Vector<A> kept = write<A, T>(at.out, lane, value * read<A, T>(at.mask, lane));
-            const Vector<A> counted = flags & OF_RAW ? value : kept;
-            Vector<A> arriving{};
+            const Pair<A> value = read<A, T>(at.current, lane);
+            const Pair<A> kept = rounded<A, T>(value * read<A, T>(at.mask, lane));
+            write<A, T>(at.out, lane, kept, at.streams);
+            const Pair<A> counted = flags & OF_RAW ? value : kept;
+            Pair<A> arriving{};
             if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
             if (flags & AR) ar += counted * counted;
             if (flags & TAR) tar += arriving * arriving;
@@ -169,19 +189,19 @@ struct DropoutGradientRow {
     static Partials run(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
         const A ar_factor = factors.ar, tar_factor = factors.tar;
         return over_lanes<A, T>(rows, lanes, [=](const Pointers &at, int64_t lane, auto &, auto &) INLINE {
-            const Vector<A> value = read<A, T>(at.current, lane);
+            const Pair<A> value = read<A, T>(at.current, lane);
             const bool ar_of_dropped = (flags & (AR_GRAD | OF_RAW)) == AR_GRAD;
-            Vector<A> gradient{}, keep{}, arriving{}, leaving{};
+            Pair<A> gradient{}, keep{}, arriving{}, leaving{};
             if (!(flags & UNMASKED)) keep = read<A, T>(at.mask, lane);
             if (flags & UPSTREAM) gradient = read<A, T>(at.upstream, lane);
-            if (ar_of_dropped) gradient += ar_factor * wide<A, T>(rounded<T, A>(value * keep));
+            if (ar_of_dropped) gradient += rounded<A, T>(value * keep) * ar_factor;
             // Where nothing has passed the mask, 0 * inf would be NaN.
             if (!(flags & UNMASKED) && (flags & UPSTREAM || ar_of_dropped)) gradient *= keep;
-            if (flags & AR_GRAD && flags & OF_RAW) gradient += ar_factor * value;
+            if (flags & AR_GRAD && flags & OF_RAW) gradient += value * ar_factor;
             if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
             if (flags & LEAVES) leaving = read<A, T>(at.following, lane) - value;
-            if (flags & TAR_GRAD) gradient += tar_factor * (arriving - leaving);
-            write<A, T>(at.out, lane, gradient);
+            if (flags & TAR_GRAD) gradient += (arriving - leaving) * tar_factor;
+            write<A, T>(at.out, lane, gradient, at.streams);
         });
     }
 };

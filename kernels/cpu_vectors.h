@@ -1,12 +1,18 @@
-// Vectors in the compiler's own notation, as it does not vectorize all loops by itself, and the dtypes of memory.
+// Pairs of vectors in the compiler's own notation, as it does not vectorize all loops by itself, and the dtypes of memory.
 
 #pragma once
 
 #if defined(__AVX2__) && defined(__F16C__)
 #define X86_64_V3
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define X86_64_V4
+#endif
+#endif
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -22,11 +28,15 @@ using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t;
 enum class Half : uint16_t {};
 enum class BFloat : uint16_t {};
 
-#ifdef X86_64_V3
-constexpr int64_t LANES = 8;  // of a vector: as many floats as the processor takes at once
+#if defined(X86_64_V4)
+constexpr int64_t LANES = 16;  // of a vector: as many floats as the processor takes at once
+#elif defined(X86_64_V3)
+constexpr int64_t LANES = 8;
 #else
 constexpr int64_t LANES = 4;
 #endif
+constexpr int64_t PAIR = 2 * LANES;
+constexpr int64_t ALIGNED = LANES * sizeof(float);  // bytes of the vectors that are streamed
 
 template <class T>
 struct VectorOf {
@@ -37,107 +47,209 @@ template <class T>
 using Vector = typename VectorOf<T>::type;
 
 template <class To, class From>
-To bits_of(From from) {
+inline INLINE To bits_of(const From &from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
     std::memcpy(&to, &from, sizeof(to));
     return to;
 }
 
-/// Convert 16 bits to 32 by one instruction; the compiler takes several.
-inline INLINE Vector<uint32_t> widened(Vector<uint16_t> x) {
-#ifdef X86_64_V3
-    return bits_of<Vector<uint32_t>>(_mm256_cvtepu16_epi32(bits_of<__m128i>(x)));
-#else
-    return __builtin_convertvector(x, Vector<uint32_t>);
+/// Two vectors of the dtype of the computation, float or double: as many elements as are read and written at a time.
+template <class A>
+struct Pair {
+    Vector<A> first, second;
+
+    INLINE Pair operator+(const Pair &other) const { return {first + other.first, second + other.second}; }
+    INLINE Pair operator-(const Pair &other) const { return {first - other.first, second - other.second}; }
+    INLINE Pair operator*(const Pair &other) const { return {first * other.first, second * other.second}; }
+    INLINE Pair operator*(A factor) const { return {first * factor, second * factor}; }
+    INLINE void operator+=(const Pair &other) { *this = *this + other; }
+    INLINE void operator*=(const Pair &other) { *this = *this * other; }
+};
+
+template <class To, class From>
+inline INLINE Pair<To> converted(const Pair<From> &x) {
+    return {__builtin_convertvector(x.first, Vector<To>), __builtin_convertvector(x.second, Vector<To>)};
+}
+
+template <class V>
+inline INLINE V load(const char *from) {
+    V x;
+    std::memcpy(&x, from, sizeof(x));
+    return x;
+}
+
+/// Write a vector. One that `streams` goes past the caches: it must be aligned, and `fence` must follow.
+template <class V>
+inline INLINE void save(char *to, const V &x, bool streams) {
+#if defined(X86_64_V4)
+    if constexpr (sizeof(V) == ALIGNED)
+        if (streams) return _mm512_stream_ps(reinterpret_cast<float *>(to), bits_of<__m512>(x));
+#elif defined(X86_64_V3)
+    if constexpr (sizeof(V) == ALIGNED)
+        if (streams) return _mm256_stream_ps(reinterpret_cast<float *>(to), bits_of<__m256>(x));
+#elif defined(__SSE2__)
+    if constexpr (sizeof(V) == ALIGNED)
+        if (streams) return _mm_stream_ps(reinterpret_cast<float *>(to), bits_of<__m128>(x));
+#endif
+    std::memcpy(to, &x, sizeof(x));
+}
+
+/// Let other threads see all that was streamed before they see anything that is written after it.
+inline void fence() {
+#ifdef __SSE2__
+    _mm_sfence();
 #endif
 }
 
-/// Convert 32 bits to 16, for numbers that 16 bits can hold.
-inline INLINE Vector<uint16_t> narrowed(Vector<uint32_t> x) {
-#ifdef X86_64_V3
-    const auto bits = bits_of<__m256i>(x);
-    return bits_of<Vector<uint16_t>>(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
-#else
-    return __builtin_convertvector(x, Vector<uint16_t>);
-#endif
-}
+// ---- the dtypes of memory: how each is read, written and rounded to, to the nearest, ties to even
 
-// Conversions of float16 keep subnormal numbers even where the processor flushes those of float32 to 0
-// (`torch.set_flush_denormal`): F16C ignores that mode, and the other code computes with no subnormal float.
+/// float and double
+template <class T>
+struct Memory {
+    using Near = T;                         // the dtype that it is converted from and to
+    static constexpr bool is_split = false;  // see Split
 
-/// Convert float16 to float32.
-inline INLINE Vector<float> floats(Vector<uint16_t> halves) {
-#ifdef X86_64_V3
-    return bits_of<Vector<float>>(_mm256_cvtph_ps(bits_of<__m128i>(halves)));
-#else
-    const auto half = bits_of<Vector<int32_t>>(widened(halves));
-    const Vector<int32_t> magnitude = half & 0x7fff;
-    const Vector<float> subnormal = __builtin_convertvector(magnitude, Vector<float>) * 0x1p-24f;
-    Vector<int32_t> bits = (magnitude << 13) + (112 << 23);  // the biases of the exponents differ by 112
-    bits |= (magnitude >= 0x7c00) & 0x7f800000;              // infinity and NaN
-    bits = magnitude < 0x400 ? bits_of<Vector<int32_t>>(subnormal) : bits;
-    return bits_of<Vector<float>>(bits | (half & 0x8000) << 16);
-#endif
-}
-
-/// Round float32 to float16.
-inline INLINE Vector<uint16_t> halves(Vector<float> value) {
-#ifdef X86_64_V3
-    return bits_of<Vector<uint16_t>>(_mm256_cvtps_ph(bits_of<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
-#else
-    const auto bits = bits_of<Vector<int32_t>>(value);
-    const Vector<int32_t> magnitude = bits & 0x7fffffff;
-    // Below 2 ** -14 a half is a multiple of 2 ** -24, as a float between 0.5 and 1 is.
-    const auto small = bits_of<Vector<int32_t>>(bits_of<Vector<float>>(magnitude) + 0.5f) - bits_of<int32_t>(0.5f);
-    const Vector<int32_t> nearest = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112 << 23)) >> 13;
-    const Vector<int32_t> normal = nearest < 0x7c00 ? nearest : 0x7c00;
-    const Vector<int32_t> ordered = magnitude < 113 << 23 ? small : normal;
-    const Vector<int32_t> half = value == value ? ordered : 0x7e00;
-    return narrowed(bits_of<Vector<uint32_t>>(half | (bits >> 16 & 0x8000)));
-#endif
-}
-
-/// Convert elements to A, the dtype of the computation, float or double.
-template <class A, class T>
-inline INLINE Vector<A> wide(const Vector<T> &x) {
-    if constexpr (std::is_same_v<T, BFloat>)
-        return __builtin_convertvector(bits_of<Vector<float>>(widened(x) << 16), Vector<A>);
-    else if constexpr (std::is_same_v<T, Half>)
-        return __builtin_convertvector(floats(x), Vector<A>);
-    else
-        return __builtin_convertvector(x, Vector<A>);
-}
-
-/// Round results to the dtype of some memory, to the nearest, ties to even.
-template <class T, class A>
-inline INLINE Vector<T> rounded(const Vector<A> &results) {
-    if constexpr (std::is_same_v<T, BFloat>) {
-        const Vector<float> value = __builtin_convertvector(results, Vector<float>);
-        const auto bits = bits_of<Vector<uint32_t>>(value);
-        const Vector<uint32_t> nearest = bits + 0x7fff + (bits >> 16 & 1);
-        return narrowed((value == value ? nearest : Vector<uint32_t>{} + 0x7fc00000) >> 16);
-    } else if constexpr (std::is_same_v<T, Half>) {
-        return halves(__builtin_convertvector(results, Vector<float>));
-    } else {
-        return __builtin_convertvector(results, Vector<T>);
+    static INLINE Pair<T> read(const char *from) {
+        return {load<Vector<T>>(from), load<Vector<T>>(from + sizeof(Vector<T>))};
     }
+    static INLINE void write(char *to, const Pair<T> &x, bool streams) {
+        save(to, x.first, streams);
+        save(to + sizeof(x.first), x.second, streams);
+    }
+    static INLINE Pair<T> rounded(const Pair<T> &x) { return x; }
+};
+
+/// Two elements of 16 bits are taken as the halves of 32 bits: the first vector of a pair has the elements at even
+/// positions, the second those at odd ones. No instruction has to move elements from lane to lane.
+struct Split {
+    using Near = float;
+    static constexpr bool is_split = true;
+};
+
+template <>
+struct Memory<BFloat> : Split {
+    static INLINE Pair<float> read(const char *from) {
+        const auto both = load<Vector<uint32_t>>(from);
+        return {bits_of<Vector<float>>(both << 16), bits_of<Vector<float>>(both & UPPER)};
+    }
+    static INLINE void write(char *to, const Pair<float> &x, bool streams) {
+        save(to, nearest(x.first) >> 16 | (nearest(x.second) & UPPER), streams);
+    }
+    static INLINE Pair<float> rounded(const Pair<float> &x) {
+        return {bits_of<Vector<float>>(nearest(x.first) & UPPER), bits_of<Vector<float>>(nearest(x.second) & UPPER)};
+    }
+
+  private:
+    static constexpr uint32_t UPPER = 0xffff0000;  // the bits of a float that are those of a bfloat16
+
+    /// Round in the upper bits; the lower ones are any. NaN keeps its upper bits: it comes from an element of 16 bits, from a factor or from an operation, all of which
+    /// leave the lower bits 0, so that nothing is carried.
+    static INLINE Vector<uint32_t> nearest(Vector<float> value) {
+        const auto bits = bits_of<Vector<uint32_t>>(value);
+        return bits + 0x7fff + (bits >> 16 & 1);
+    }
+};
+
+// float16 keeps subnormal numbers even where the processor flushes those of float32 to 0 (`torch.set_flush_denormal`):
+// F16C ignores that mode, and the other code computes with no subnormal float.
+
+#ifdef X86_64_V3
+
+template <>
+struct Memory<Half> {
+    using Near = float;
+    static constexpr bool is_split = false;
+
+    static INLINE Pair<float> read(const char *from) {
+        return {floats(load<Vector<uint16_t>>(from)), floats(load<Vector<uint16_t>>(from + sizeof(Vector<uint16_t>)))};
+    }
+    static INLINE void write(char *to, const Pair<float> &x, bool streams) {
+        save(to, halves(x.first), streams);
+        save(to + sizeof(Vector<uint16_t>), halves(x.second), streams);
+    }
+    static INLINE Pair<float> rounded(const Pair<float> &x) {
+        return {floats(halves(x.first)), floats(halves(x.second))};
+    }
+
+  private:
+#ifdef X86_64_V4
+    static INLINE Vector<float> floats(Vector<uint16_t> half) {
+        return bits_of<Vector<float>>(_mm512_cvtph_ps(bits_of<__m256i>(half)));
+    }
+    static INLINE Vector<uint16_t> halves(Vector<float> value) {
+        return bits_of<Vector<uint16_t>>(_mm512_cvtps_ph(bits_of<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+    }
+#else
+    static INLINE Vector<float> floats(Vector<uint16_t> half) {
+        return bits_of<Vector<float>>(_mm256_cvtph_ps(bits_of<__m128i>(half)));
+    }
+    static INLINE Vector<uint16_t> halves(Vector<float> value) {
+        return bits_of<Vector<uint16_t>>(_mm256_cvtps_ph(bits_of<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+};
+
+#else
+
+template <>
+struct Memory<Half> : Split {
+    static INLINE Pair<float> read(const char *from) {
+        const auto both = load<Vector<uint32_t>>(from);
+        return {floats(both & 0xffff), floats(both >> 16)};
+    }
+    static INLINE void write(char *to, const Pair<float> &x, bool streams) { save(to, halves(x.first) | halves(x.second) << 16, streams); }
+    static INLINE Pair<float> rounded(const Pair<float> &x) {
+        return {floats(halves(x.first)), floats(halves(x.second))};
+    }
+
+  private:
+    static INLINE Vector<float> floats(Vector<uint32_t> halves) {
+        const auto half = bits_of<Vector<int32_t>>(halves);
+        const Vector<int32_t> magnitude = half & 0x7fff;
+        const Vector<float> subnormal = __builtin_convertvector(magnitude, Vector<float>) * 0x1p-24f;
+        Vector<int32_t> bits = (magnitude << 13) + (112 << 23);  // the biases of the exponents differ by 112
+        bits |= (magnitude >= 0x7c00) & 0x7f800000;              // infinity and NaN
+        bits = magnitude < 0x400 ? bits_of<Vector<int32_t>>(subnormal) : bits;
+        return bits_of<Vector<float>>(bits | (half & 0x8000) << 16);
+    }
+    static INLINE Vector<uint32_t> halves(Vector<float> value) {
+        const auto bits = bits_of<Vector<int32_t>>(value);
+        const Vector<int32_t> magnitude = bits & 0x7fffffff;
+        // Below 2 ** -14 a half is a multiple of 2 ** -24, as a float between 0.5 and 1 is.
+        const auto small = bits_of<Vector<int32_t>>(bits_of<Vector<float>>(magnitude) + 0.5f) - bits_of<int32_t>(0.5f);
+        const Vector<int32_t> nearest = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112 << 23)) >> 13;
+        const Vector<int32_t> normal = nearest < 0x7c00 ? nearest : 0x7c00;
+        const Vector<int32_t> ordered = magnitude < 113 << 23 ? small : normal;
+        const Vector<int32_t> half = value == value ? ordered : 0x7e00;
+        return bits_of<Vector<uint32_t>>(half | (bits >> 16 & 0x8000));
+    }
+};
+
+#endif
+
+/// Find the position in memory of an element of a pair.
+template <class T>
+constexpr int64_t position(int64_t vector, int64_t lane) {
+    return Memory<T>::is_split ? 2 * lane + vector : vector * LANES + lane;
 }
 
-/// Read the vector of elements that begins at `lane` of a row.
+/// Read the pair of vectors that begins at `lane` of a row, as A, the dtype of the computation.
 template <class A, class T>
-inline INLINE Vector<A> read(const char *row, int64_t lane) {
-    Vector<T> x;
-    std::memcpy(&x, row + lane * sizeof(T), sizeof(x));
-    return wide<A, T>(x);
+inline INLINE Pair<A> read(const char *row, int64_t lane) {
+    return converted<A>(Memory<T>::read(row + lane * sizeof(T)));
 }
 
-/// Write a vector; return the values as memory has them.
+/// Round results as `write` does.
 template <class A, class T>
-inline INLINE Vector<A> write(char *row, int64_t lane, const Vector<A> &results) {
-    const Vector<T> x = rounded<T, A>(results);
-    std::memcpy(row + lane * sizeof(T), &x, sizeof(x));
-    return wide<A, T>(x);
+inline INLINE Pair<A> rounded(const Pair<A> &results) {
+    return converted<A>(Memory<T>::rounded(converted<typename Memory<T>::Near>(results)));
+}
+
+/// Write a pair of vectors, past the caches if it `streams`.
+template <class A, class T>
+inline INLINE void write(char *row, int64_t lane, const Pair<A> &results, bool streams) {
+    Memory<T>::write(row + lane * sizeof(T), converted<typename Memory<T>::Near>(results), streams);
 }
 
 }  // namespace

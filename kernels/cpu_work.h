@@ -23,6 +23,7 @@ constexpr int64_t PROGRAMS = 1024;      // at most, for each tensor
 constexpr int64_t SERIAL = 3 << 17;     // elements below which waking a second thread costs more than it saves
 constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
 constexpr int64_t LARGE = 1 << 22;      // bytes of an output from which huge pages are asked for
+constexpr int64_t STREAMED = 1 << 25;   // bytes of all outputs from which they are written past the caches
 
 /// The items of a view, and how many programs share them.
 struct Tiling {
@@ -98,6 +99,7 @@ struct Pass {
     Tiling tiling;
     Rows x, mask, upstream, out;  // x: raw, or the only tensor
     bool dense, fill;             // in all tensors rows lie one after the other; padding is written to
+    bool streams = false;         // out is written past the caches
     RowCode code, padding;        // for rows that count and for padding, which is 0 where nothing else is written to it
 
     Pass() = default;
@@ -118,6 +120,7 @@ struct Pass {
         const int64_t stop = (number + 1) * tiling.items / tiling.programs;
         for (int64_t i = number * tiling.items / tiling.programs; i < stop; ++i)
             sums += along_time(tiling.place(i), counted);
+        if (streams) fence();
         return sums;
     }
 
@@ -166,7 +169,8 @@ struct Pass {
                             span.leaves ? x.row(tile.sequence, span.step + 1, span.lane) : nullptr,
                             masks.of(span),
                             upstream.row(tile.sequence, span.step, span.lane),
-                            to};
+                            to,
+                            streams && bits_of<std::uintptr_t>(to) % ALIGNED == 0};
         return (span.counts ? code : padding)(rows, span.lanes);
     }
 };
@@ -185,9 +189,14 @@ bool forked = false;
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 /// Run all passes in one parallel region; return the sums, added up in the order of the programs.
-inline Partials run(const Pass *passes, int64_t count, const Counted &counted, int threads) {
+inline Partials run(Pass *passes, int64_t count, const Counted &counted, int threads) {
     if (count == 0) return {};
-    for (int64_t i = 0; i < count; ++i) advise(passes[i].out, counted.elements());
+    int64_t written = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        advise(passes[i].out, counted.elements());
+        if (passes[i].out.base) written += counted.elements() * passes[i].out.itemsize;
+    }
+    for (int64_t i = 0; i < count; ++i) passes[i].streams = passes[i].out.base && written >= STREAMED;
     const int64_t first = passes[0].tiling.programs, programs = first + (count > 1 ? passes[1].tiling.programs : 0);
     if (forked || count * counted.elements() <= SERIAL) threads = 1;
     std::vector<Partials> partials(programs);

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreg.kernels.launch import Launch
+from fastreg.kernels.launch import Launch, marks_of
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, factors, finish
 from fastreg.kernels.tiling import (
     Rows,
@@ -22,9 +22,12 @@ from fastreg.kernels.tiling import (
     at,
     counts_at,
     ends,
+    is_valid,
+    joined,
+    load_mark,
+    load_marks,
     load_row,
     load_rows,
-    load_word,
     place,
     rounded,
     store_row,
@@ -35,7 +38,7 @@ from fastreg.kernels.view import Result, Sums, Values, View
 
 @triton.jit(
     do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
-        *("partials", "ticket", "lengths", "marks", "alpha_at", "beta_at"),
+        *("partials", "ticket", "lengths", "valid", "counted", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "mask_outer", "mask_time", "dropped_outer", "dropped_time"),
         *("lanes", "inner", "time", "run", "blocks", "items"),
     ]
@@ -49,7 +52,8 @@ def dropout_forward(
     penalty,
     terms,
     lengths,
-    marks,
+    valid,
+    counted,
     alpha_at,
     beta_at,
     raw_outer,
@@ -92,11 +96,12 @@ def dropout_forward(
     mask                 the same shape, already scaled; one row for all time steps if LOCKED
     dropped              (outer, time, inner) out
     partials             (2 * programs,) in ACC, memory for partial sums
-    ticket               (1,) int32, 0 before the launch and after it
+    ticket               (1,) int32, as `finish` wants it
     penalty              () out in ACC
     terms                (2,) out in ACC: ar and tar; None unless they are measured
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
-    marks                of `mark_kernel`, which time steps count; None if all do, or those within lengths
+    valid                (outer, time) marks, which time steps count; None if all do, or those within lengths
+    counted              of `count_kernel`, where it has counted them; with valid alone
     alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner         outer * inner and inner, in units of ALIGN elements
@@ -107,7 +112,7 @@ def dropout_forward(
     AR, TAR              whether each term is on
     AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
     LOCKED               the mask does not differ from time step to time step
-    COUNT                the divisors of the sums are counted, from lengths or in marks
+    COUNT                the divisors of the sums are counted, from lengths or valid
     ACC                  dtype of differences, products and sums
     ALIGN                greatest power of two up to 16 that divides inner and every stride
     INDEX                integer dtype that counts lanes and time steps
@@ -127,38 +132,42 @@ def dropout_forward(
             scale = load_row(mask_rows, 0, tile.present, ACC)
         if TAR:
             previous = load_row(raw_rows, tile.start - 1, within(tile, 0, tile.start), ACC)
+        mark = load_mark(valid, tile, tile.start - 1, time)
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(tile.start, tile.stop, UNROLL):
-            word = load_word(marks, tile, turn, time, UNROLL)
-            raws = load_rows(raw_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
+            marks = load_marks(valid, tile, mark, turn, time, UNROLL)
+            if valid is not None:
+                mark = marks[UNROLL]
+            raws = load_rows(raw_rows, tile, (), turn, 0, tile.stop, ACC, UNROLL)
             if not LOCKED:
-                masks = load_rows(mask_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
+                masks = load_rows(mask_rows, tile, (), turn, 0, tile.stop, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
                 inside = within(tile, turn + i, tile.stop)
                 kept = rounded(raws[i] * (scale if LOCKED else masks[i]), dropped.dtype.element_ty)
                 store_row(dropped_rows, turn + i, kept, inside)
-                counts = inside & counts_at(tile, word, turn, i, last)
+                counts = inside & counts_at(tile, marks, i + 1, turn + i, last)
                 if AR:
                     squared = raws[i] if AR_OF_RAW else kept.to(ACC)
                     ar_run += tl.where(counts, squared * squared, 0.0)
                 if TAR:
                     paired = counts & within(tile, 0, turn + i)
-                    if marks is not None:
-                        paired &= counts_at(tile, word, turn, i - 1, last)
+                    if valid is not None:
+                        paired = joined(paired, marks[i], marks[i + 1])
                     change = tl.where(paired, raws[i] - previous, 0.0)
                     tar_run += change * change
                     previous = raws[i]
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
-    extents = Extents(lengths if COUNT else None, marks if COUNT else None, lanes // inner, time, inner * ALIGN)
+    sequences = lanes // inner
+    extents = Extents(lengths if COUNT else None, valid if COUNT else None, counted, sequences, time, inner * ALIGN)
     finish(ar, tar, Outputs(penalty, terms, False), Scratch(partials, ticket), extents, weights)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("grad", "lengths", "marks", "alpha_at", "beta_at"),
+        *("grad", "lengths", "valid", "counted", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "mask_outer", "mask_time"),
         *("grad_dropped_outer", "grad_dropped_time", "grad_raw_outer", "grad_raw_time"),
         *("lanes", "inner", "time", "run", "blocks", "items"),
@@ -171,7 +180,8 @@ def dropout_backward(
     grad_dropped,
     grad_raw,
     lengths,
-    marks,
+    valid,
+    counted,
     alpha_at,
     beta_at,
     raw_outer,
@@ -218,7 +228,8 @@ def dropout_backward(
     grad_dropped         (outer, time, inner), or None where dropped has no gradient
     grad_raw             (outer, time, inner) out
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
-    marks                of `mark_kernel`, which time steps count; None if all do, or those within lengths
+    valid                (outer, time) marks, which time steps count; None if all do, or those within lengths
+    counted              of `count_kernel`, where it has counted them; with valid alone
     alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner         outer * inner and inner, in units of ALIGN elements
@@ -229,7 +240,7 @@ def dropout_backward(
     AR, TAR              whether each term is on
     AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
     LOCKED               the mask does not differ from time step to time step
-    COUNT                the divisors of the sums are counted, from lengths or in marks
+    COUNT                the divisors of the sums are counted, from lengths or valid
     ACC                  dtype of differences and products
     ALIGN                greatest power of two up to 16 that divides inner and every stride
     INDEX                integer dtype that counts lanes and time steps
@@ -237,7 +248,8 @@ def dropout_backward(
     """
     if AR or TAR:
         weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
-        extents = Extents(lengths if COUNT else None, marks if COUNT else None, lanes // inner, time, inner * ALIGN)
+        sequences = lanes // inner
+        extents = Extents(lengths if COUNT else None, valid if COUNT else None, counted, sequences, time, inner * ALIGN)
         ar_factor, tar_factor = factors(weights, extents, tl.load(grad))
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
@@ -251,30 +263,34 @@ def dropout_backward(
             last = ends(lengths, tile.sequence, tile.present, time, INDEX)
         if grad_dropped is not None:
             grad_dropped_rows = Rows(at(grad_dropped, tile, grad_dropped_outer, ALIGN), grad_dropped_time, None, ALIGN)
-        first = load_word(marks, tile, tile.start, time, UNROLL)
-        there = counts_at(tile, first, tile.start, 0, last)
+        mark = load_mark(valid, tile, tile.start, time)
+        there = within(tile, tile.start, last)
+        if valid is not None:
+            there &= is_valid(mark)
         if AR or TAR:
             raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, None, ALIGN)
             current = load_row(raw_rows, tile.start, there, ACC)
         if TAR:
             halo = there & within(tile, 0, tile.start)
-            if marks is not None:
-                halo &= counts_at(tile, first, tile.start, -1, last)
+            if valid is not None:
+                halo = joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)
             previous = load_row(raw_rows, tile.start - 1, halo, ACC)
             change_to = tl.where(halo, current - previous, 0.0)
         for turn in range(tile.start, tile.stop, UNROLL):
-            word = load_word(marks, tile, turn, time, UNROLL)
+            marks = load_marks(valid, tile, mark, turn + 1, time, UNROLL)
+            if valid is not None:
+                mark = marks[UNROLL]
             if AR or TAR:
-                following = load_rows(raw_rows, tile, word, turn, 1, last, ACC, UNROLL)
+                following = load_rows(raw_rows, tile, marks, turn, 1, last, ACC, UNROLL)
             if mask is not None and not LOCKED:
-                masks = load_rows(mask_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
+                masks = load_rows(mask_rows, tile, (), turn, 0, tile.stop, ACC, UNROLL)
             if grad_dropped is not None:
-                upstream_rows = load_rows(grad_dropped_rows, tile, None, turn, 0, tile.stop, ACC, UNROLL)
+                upstream_rows = load_rows(grad_dropped_rows, tile, (), turn, 0, tile.stop, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
                 gradient = tl.zeros((BLOCK,), ACC)
                 if mask is not None:
                     keep = scale if LOCKED else masks[i]
-                counts = counts_at(tile, word, turn, i, last)
+                counts = counts_at(tile, marks, i, turn + i, last)
                 if grad_dropped is not None:
                     gradient += upstream_rows[i]
                 if AR and not AR_OF_RAW:
@@ -286,9 +302,9 @@ def dropout_backward(
                 if AR and AR_OF_RAW:
                     gradient += tl.where(counts, ar_factor * current, 0.0)
                 if TAR:
-                    paired = counts_at(tile, word, turn, i + 1, last)
-                    if marks is not None:
-                        paired &= counts
+                    paired = counts_at(tile, marks, i + 1, turn + i + 1, last)
+                    if valid is not None:
+                        paired = joined(paired, marks[i], marks[i + 1])
                     change_from = tl.where(paired, following[i] - current, 0.0)
                     gradient += tl.where(counts, tar_factor * (change_to - change_from), 0.0)
                     change_to = change_from
@@ -309,7 +325,7 @@ class DropoutForward:
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
         tiling = Tiling(view, sums.dtype)
         self.launch = _launch(dropout_forward, tiling, view, sums, device)
-        self.memory = SumMemory(sums, 2 * tiling.programs, device)
+        self.memory = SumMemory(sums, tiling.programs, device)
 
     def __call__(self, tensors: Sequence[Tensor], values: Values) -> Result:
         """Fill `dropped` and compute the penalty.
@@ -349,8 +365,7 @@ class DropoutBackward:
 
 def _read(values: Values) -> tuple[Tensor | None, ...]:
     """Return what both kernels read of time steps and coefficients, from lengths to beta."""
-    lengths, _, _, marks, alpha, beta, _ = values
-    return lengths, marks, alpha, beta
+    return values.lengths, *marks_of(values), values.alpha, values.beta
 
 
 def _launch(kernel: Any, tiling: Tiling, view: View, sums: Sums, device: torch.device) -> Launch:

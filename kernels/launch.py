@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from fastreg.kernels.reduction import mark_kernel
-from fastreg.kernels.tiling import UNROLL, WARPS, ceil_div
-from fastreg.kernels.view import Layout, allocate
+from fastreg.kernels.reduction import CHUNK, FEW, count_kernel
+from fastreg.kernels.tiling import LARGE, UNROLL, WARPS, ceil_div
+from fastreg.kernels.view import Layout, Values, allocate
 
 
 class Launch:
@@ -69,22 +70,44 @@ def _hook(hook: Any) -> Any:
 
 
 class Marks:
-    """Prepare valid steps of one shape for all launches of a call: see `mark_kernel`."""
+    """Count valid steps of one shape once for all launches of a call, unless each launch counts them sooner itself."""
 
     def __init__(self, valid: torch.Size, device: torch.device) -> None:
-        sequences, time = valid
-        constants = {"CHUNK": 2048, "UNROLL": UNROLL, "num_warps": 4 * WARPS, "enable_fp_fusion": True}
-        self.launch = Launch(mark_kernel, (sequences, time), constants, 1, device)
-        size = 16 + sequences * ceil_div(time, UNROLL)
-        self.marks = Layout(torch.Size([size]), (1,), torch.uint8, device, aligned=True)
+        total = valid.numel()
+        programs = 0 if total <= FEW.value else min(ceil_div(total, FEW.value // 2), CHUNK.value)
+        constants = {"INDEX": tl.int64 if total >= LARGE else tl.int32, "num_warps": WARPS, "enable_fp_fusion": True}
+        self.launch = Launch(count_kernel, (total, valid[1]), constants, programs, device) if programs else None
+        self.counts = Layout(torch.Size([16 * programs]), (1,), torch.bool, device, aligned=True)
 
     def __call__(self, valid: Tensor, starts: Tensor | None) -> Tensor:
-        """Return the marks of valid steps, `(sequences, time)` bool."""
+        """Return counts of valid steps, `(sequences, time)` bool; or `valid`, for kernels that will not look at counts.
+
+        The dtype is the same in either case, as kernels are compiled for it. With starts, marks of both follow the
+        counts.
+        """
+        marks, counts = valid, self.counts
         if starts is not None:
-            raise NotImplementedError
-        marks = allocate(self.marks)
-        self.launch(valid.view(torch.int8), marks)
-        return marks
+            counts = counts._replace(shape=torch.Size([counts.shape[0] + valid.numel()]), dtype=torch.int8)
+        elif self.launch is None:
+            return valid
+        counts = allocate(counts)
+        if starts is not None:
+            marks = counts[-valid.numel() :]
+            torch.add(valid.view(torch.int8), starts.view(torch.int8), alpha=2, out=marks.view(valid.shape))
+        if self.launch is not None:
+            self.launch(marks, counts)
+        return counts
+
+
+def marks_of(values: Values) -> tuple[Tensor | None, Tensor | None]:
+    """Return what kernels read of valid steps and starts: marks, `(sequences, time)`, and their counts.
+
+    Marks are valid itself, bool; or with starts int8, of which bit 0 is valid and bit 1 a start.
+    """
+    valid, counts = values.valid, values.marks
+    if values.starts is None or valid is None or counts is None:
+        return valid, counts
+    return counts[-valid.numel() :], counts
 
 
 def table_of(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreg.kernels.launch import Launch, table_of
+from fastreg.kernels import tiling
+from fastreg.kernels.launch import Launch, marks_of, table_of
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, factors, finish
 from fastreg.kernels.streams import Expected
 from fastreg.kernels.tiling import (
@@ -18,19 +19,24 @@ from fastreg.kernels.tiling import (
     at,
     counts_at,
     ends,
+    is_valid,
+    joined,
+    load_mark,
+    load_marks,
     load_row,
     load_rows,
-    load_word,
     place,
     store_row,
     within,
 )
 from fastreg.kernels.view import Prediction, Result, Sums, Values, View
 
+THREADS = tl.constexpr(tiling.THREADS)
+
 
 @triton.jit(
     do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
-        *("grad", "expected", "partials", "ticket", "lengths", "offsets", "marks", "alpha_at", "beta_at"),
+        *("grad", "expected", "partials", "ticket", "lengths", "offsets", "valid", "counted", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "dropped_outer", "dropped_time"),
         *("grad_raw_outer", "grad_raw_time", "grad_dropped_outer", "grad_dropped_time"),
         *("lanes", "inner", "time", "run", "blocks", "items"),
@@ -49,7 +55,8 @@ def penalty_kernel(
     terms,
     lengths,
     offsets,
-    marks,
+    valid,
+    counted,
     alpha_at,
     beta_at,
     raw_outer,
@@ -108,12 +115,13 @@ def penalty_kernel(
                             without partials
     partials                (3 * programs,) in ACC: partial sums of AR, of TAR, and assumed upstream gradients; None
                             where no forward has assumed any
-    ticket                  (1,) int32, 0 before the launch and after it; None without SUM, like penalty
+    ticket                  (1,) int32, as `finish` wants it; None without SUM, like penalty
     penalty                 () out in ACC
     terms                   (2,) out in ACC: ar and tar; None unless they are measured
     lengths                 (outer,) integers, how many time steps of a sequence count; None if all do
     offsets                 (1 + time + UNROLL,) int64, None unless packed: `1 + step` has the row where a step begins
-    marks                   of `mark_kernel`, which time steps count; None if all do, or those within lengths
+    valid                   (outer, time) marks, which time steps count; None if all do, or those within lengths
+    counted                 of `count_kernel`, where it has counted them; with valid alone
     alpha_at, beta_at       () coefficients that take the place of alpha and beta, or None
     *_outer, *_time         strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner            outer * inner and inner, in units of ALIGN elements
@@ -124,7 +132,7 @@ def penalty_kernel(
     AR_OF_RAW               AR is that of raw, and dropped is None
     BY_AR, BY_TAR           whether each term has a gradient; one that is only measured has none
     ADDS                    the penalty and its terms are added to what is there
-    COUNT                   the divisors of the sums are counted, from lengths or in marks
+    COUNT                   the divisors of the sums are counted, from lengths or valid
     ACC                     dtype of differences, products and sums
     ALIGN                   greatest power of two up to 16 that divides inner and every stride
     INDEX                   integer dtype that counts lanes and time steps
@@ -133,24 +141,20 @@ def penalty_kernel(
     program = tl.program_id(0)
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
     sequences = lanes // inner
-    counted = lengths if COUNT else None
-    tallies = marks if COUNT else None
-    padded: tl.constexpr = (lengths is not None and offsets is None) or marks is not None
+    padded: tl.constexpr = (lengths is not None and offsets is None) or valid is not None
     if WRITE:
-        upstream = tl.load(grad)
+        upstream = load_once(grad) if SUM else tl.load(grad)
         if partials is not None:
             record = partials + 2 * tl.num_programs(0) + program
             if SUM:
                 tl.store(record, upstream)
-                tl.debug_barrier()  # each thread has loaded what is expected by itself, and goes by one of them
-                upstream = tl.load(record)
             else:
                 differs = differ(tl.load(record), upstream).to(tl.int32)
                 items *= differs
                 sequences *= differs
         if not SUM and expected is not None:
             tl.store(expected, upstream, mask=program == 0)
-        extents = Extents(counted, tallies, sequences, time, inner * ALIGN)
+        extents = Extents(lengths if COUNT else None, valid if COUNT else None, counted, sequences, time, inner * ALIGN)
         ar_factor, tar_factor = factors(weights, extents, upstream)
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
@@ -163,13 +167,15 @@ def penalty_kernel(
             if not (WRITE and padded):  # there is no padding to fill
                 stop = tl.minimum(stop, tl.max(last))
         seen = last if WRITE else tl.minimum(last, tile.stop)  # only gradients need the row behind a run
-        first = load_word(marks, tile, tile.start, time, UNROLL)
+        mark = load_mark(valid, tile, tile.start, time)
         if raw is not None:
             raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, offsets, ALIGN)
-            there = counts_at(tile, first, tile.start, 0, last)
+            there = within(tile, tile.start, last)
+            if valid is not None:
+                there &= is_valid(mark)
             halo = there & within(tile, 0, tile.start)
-            if marks is not None:
-                halo &= counts_at(tile, first, tile.start, -1, last)
+            if valid is not None:
+                halo = joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)
             current = load_row(raw_rows, tile.start, there, ACC)
             change_to = tl.where(halo, current - load_row(raw_rows, tile.start - 1, halo, ACC), 0.0)
         if dropped is not None:
@@ -182,18 +188,20 @@ def penalty_kernel(
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(tile.start, stop, UNROLL):
-            word = load_word(marks, tile, turn, time, UNROLL)
+            marks = load_marks(valid, tile, mark, turn + 1, time, UNROLL)
+            if valid is not None:
+                mark = marks[UNROLL]
             if raw is not None:
-                following = load_rows(raw_rows, tile, word, turn, 1, seen, ACC, UNROLL)
+                following = load_rows(raw_rows, tile, marks, turn, 1, seen, ACC, UNROLL)
             if dropped is not None:
-                kept = load_rows(dropped_rows, tile, word, turn, 0, last, ACC, UNROLL)
+                kept = load_rows(dropped_rows, tile, marks, turn, 0, last, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
-                counts = counts_at(tile, word, turn, i, last)
+                counts = counts_at(tile, marks, i, turn + i, last)
                 inside = within(tile, turn + i, time) if padded else counts
                 if raw is not None:
-                    paired = counts_at(tile, word, turn, i + 1, seen)
-                    if marks is not None:
-                        paired &= counts
+                    paired = counts_at(tile, marks, i + 1, turn + i + 1, seen)
+                    if valid is not None:
+                        paired = joined(paired, marks[i], marks[i + 1])
                     change_from = tl.where(paired, following[i] - current, 0.0)
                     if SUM:
                         tar_run += change_to * change_to
@@ -223,8 +231,17 @@ def penalty_kernel(
         tar += tl.sum(tar_run)
     if SUM:
         outputs = Outputs(penalty, terms, ADDS)
-        extents = Extents(counted, tallies, sequences, time, inner * ALIGN)
+        extents = Extents(lengths if COUNT else None, valid if COUNT else None, counted, sequences, time, inner * ALIGN)
         finish(ar, tar, outputs, Scratch(partials, ticket), extents, weights)
+
+
+@triton.jit
+def load_once(x):
+    """Load a scalar by one thread of the program, which the others, that may find another, get from it."""
+    BITS: tl.constexpr = tl.int64 if x.dtype.element_ty == tl.float64 else tl.int32
+    thread = tl.arange(0, THREADS)
+    bits = tl.load(x.to(tl.pointer_type(BITS), bitcast=True) + 0 * thread, mask=thread == 0, other=0)
+    return tl.sum(bits).to(x.dtype.element_ty, bitcast=True)
 
 
 @triton.jit
@@ -248,7 +265,7 @@ class PenaltyForward:
         self.writes = view.operands[2:] != (None, None)
         tiling = Tiling(view, sums.dtype)
         self.launch = _launch(tiling, sums, device, SUM=True, WRITE=self.writes)
-        self.memory = SumMemory(sums, 3 * tiling.programs, device)
+        self.memory = SumMemory(sums, tiling.programs, device)
         self.device, self.expected = device, Expected(sums.dtype, device)
 
     def __call__(self, tensors: Sequence[Tensor | None], values: Values, before: Result | None = None) -> Result:
@@ -315,8 +332,7 @@ def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) 
 
 def _steps(values: Values, device: torch.device) -> tuple[Tensor | None, ...]:
     """Return what the kernel reads of time steps and coefficients, on the device, from lengths to beta."""
-    lengths, batch_sizes, _, marks, alpha, beta, _ = values
-    offsets = None
-    if batch_sizes is not None:
-        offsets, lengths = table_of(batch_sizes, device)
-    return lengths, offsets, marks, alpha, beta
+    lengths, offsets = values.lengths, None
+    if values.batch_sizes is not None:
+        offsets, lengths = table_of(values.batch_sizes, device)
+    return lengths, offsets, *marks_of(values), values.alpha, values.beta

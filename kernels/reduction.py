@@ -14,10 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels.streams import PerStream
-from fastreg.kernels.tiling import ends
+from fastreg.kernels.tiling import as_mark, ends, is_valid, joined
 from fastreg.kernels.view import Layout, Result, Sums, allocate
 
-CHUNK = tl.constexpr(512)  # partial sums, or lengths, that a program loads at once
+CHUNK = tl.constexpr(512)  # partial sums, lengths, sequences, or counts that a program loads at once
+STEPS = tl.constexpr(1024)  # valid steps that a program loads at once
+FEW = tl.constexpr(8192)  # valid steps up to which each program counts all of them: 64 a thread
 TICKETS = PerStream(torch.int32, 0)
 
 
@@ -40,17 +42,19 @@ class Scratch(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """What divisors are counted from, inside a kernel; nothing where they are given.
+    """What divisors are counted from, inside a kernel; neither lengths nor valid where they are given.
 
     lengths    (sequences,) time steps that count, or None
-    marks      of `mark_kernel`, which has counted, or None
-    sequences  how many
+    valid      (sequences, time) marks of time steps that count, or None
+    counted    of `count_kernel`, where it has counted valid
+    sequences  how many; 0 where nothing is to be read
     time       time steps in all
     hidden     elements a time step of a sequence
     """
 
     lengths: Any
-    marks: Any
+    valid: Any
+    counted: Any
     sequences: Any
     time: Any
     hidden: Any
@@ -85,64 +89,79 @@ def coefficients(weights, dtype: tl.constexpr):
 
 
 @triton.jit
+def count(valid, start, stop, time):
+    """Count valid steps from number `start` to `stop` of all sequences' together, and changes between two of them.
+
+    Returns:
+        steps, pairs, int64.
+    """
+    columns = tl.arange(0, STEPS)
+    steps = tl.zeros((STEPS,), tl.int32)
+    pairs = tl.zeros((STEPS,), tl.int32)
+    for first in range(start, stop, STEPS):
+        at = first + columns
+        now = as_mark(tl.load(valid + at, mask=at < stop, other=0), valid)
+        before = as_mark(tl.load(valid + (at - 1), mask=(at > 0) & (at < stop), other=0), valid)
+        steps += is_valid(now).to(tl.int32)
+        pairs += joined(is_valid(now), before, now).to(tl.int32)
+    # Between the sequences there is no change. A division for each of them takes less time than one for each step.
+    number = tl.arange(0, CHUNK)
+    between = tl.zeros((CHUNK,), tl.int32)
+    sequences = tl.cdiv(stop, time)
+    for first in range(tl.maximum(tl.cdiv(start, time), 1), sequences, CHUNK):
+        there = first + number < sequences
+        at = (first + number) * time
+        now = as_mark(tl.load(valid + at, mask=there, other=0), valid)
+        before = as_mark(tl.load(valid + (at - 1), mask=there, other=0), valid)
+        between += joined(is_valid(now), before, now).to(tl.int32)
+    return tl.sum(steps.to(tl.int64)), tl.sum(pairs.to(tl.int64)) - tl.sum(between.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["valid", "total", "time"])
+def count_kernel(valid, counts, total, time, INDEX: tl.constexpr):
+    """Count valid steps, a share in each program.
+
+    valid   (sequences, time) marks
+    counts  memory out of (2, programs) int64: steps, and pairs of steps that follow each other
+    total   steps of all sequences
+    time    steps of a sequence
+    INDEX   integer dtype that counts steps
+    """
+    programs = tl.num_programs(0)
+    share = tl.cast(tl.cdiv(total, programs), INDEX)
+    start = tl.program_id(0) * share
+    steps, pairs = count(valid, start, tl.minimum(start + share, total), time)
+    counts = counts.to(tl.pointer_type(tl.int64), bitcast=True) + tl.program_id(0)
+    tl.store(counts, steps)
+    tl.store(counts + programs, pairs)
+
+
+@triton.jit
 def scales(weights, extents):
-    """Return one over the divisors of AR and of TAR, float64: as given, or counted from lengths or in marks."""
+    """Return one over the divisors of AR and of TAR, float64: as given, or counted from lengths or valid steps."""
     ar_scale = tl.full((), weights.ar_scale, tl.float64)
     tar_scale = tl.full((), weights.tar_scale, tl.float64)
+    columns = tl.arange(0, CHUNK)
     if extents.lengths is not None:
-        columns = tl.arange(0, CHUNK)
-        steps = tl.zeros((CHUNK,), tl.int64)
-        pairs = tl.zeros((CHUNK,), tl.int64)
+        lane_steps = tl.zeros((CHUNK,), tl.int64)
+        lane_pairs = tl.zeros((CHUNK,), tl.int64)
         for first in range(0, extents.sequences, CHUNK):
             sequence = first + columns
             length = ends(extents.lengths, sequence, sequence < extents.sequences, extents.time, tl.int64)
-            steps += length
-            pairs += tl.maximum(length - 1, 0)
-        ar_scale = one_over(tl.sum(steps) * extents.hidden)
-        tar_scale = one_over(tl.sum(pairs) * extents.hidden)
-    if extents.marks is not None:
-        counts = extents.marks.to(tl.pointer_type(tl.int64), bitcast=True)
-        ar_scale = one_over(tl.load(counts) * extents.hidden)
-        tar_scale = one_over(tl.load(counts + 1) * extents.hidden)
+            lane_steps += length
+            lane_pairs += tl.maximum(length - 1, 0)
+        ar_scale = one_over(tl.sum(lane_steps) * extents.hidden)
+        tar_scale = one_over(tl.sum(lane_pairs) * extents.hidden)
+    if extents.valid is not None:
+        total = tl.cast(extents.sequences, tl.int64) * extents.time
+        parts = tl.where(total <= FEW, 0, tl.minimum(tl.cdiv(total, FEW // 2), CHUNK)).to(tl.int32)
+        steps, pairs = count(extents.valid, 0, tl.where(parts == 0, total, 0).to(tl.int32), extents.time)
+        counted = extents.counted.to(tl.pointer_type(tl.int64), bitcast=True) + columns
+        steps += tl.sum(tl.load(counted, mask=columns < parts, other=0))
+        pairs += tl.sum(tl.load(counted + parts, mask=columns < parts, other=0))
+        ar_scale = one_over(steps * extents.hidden)
+        tar_scale = one_over(pairs * extents.hidden)
     return ar_scale, tar_scale
-
-
-@triton.jit(do_not_specialize=["sequences", "time"])
-def mark_kernel(valid, marks, sequences, time, CHUNK: tl.constexpr, UNROLL: tl.constexpr):
-    """Prepare valid steps for other kernels, in one program: a word for each turn of their loops, and what counts.
-
-        counts = sum of valid[s, t], sum over t > 0 of valid[s, t] * valid[s, t - 1]
-        bit k of words[s, j] = valid[s, UNROLL * j + k - 1], for k from 0 to UNROLL + 1
-
-    valid            (sequences, time) int8, 0 or 1
-    marks            uint8 out: the memory of (2,) int64 counts, and behind it that of the words, a byte each
-    sequences, time  extents
-    CHUNK            words that are formed at once
-    UNROLL           time steps that one turn loads
-    """
-    columns = tl.arange(0, CHUNK)
-    steps = tl.zeros((CHUNK,), tl.int32)
-    pairs = tl.zeros((CHUNK,), tl.int32)
-    turns = tl.cdiv(time, UNROLL)
-    for first in range(0, tl.cast(sequences, tl.int64) * turns, CHUNK):
-        number = first + columns
-        sequence = number // turns
-        step = number % turns * UNROLL - 1
-        word = tl.zeros((CHUNK,), tl.int32)
-        before = tl.zeros((CHUNK,), tl.int32)
-        for k in tl.static_range(UNROLL + 2):
-            there = (sequence < sequences) & (step >= 0) & (step < time)
-            now = tl.load(valid + sequence * time + step, mask=there, other=0).to(tl.int32)
-            word |= now << k
-            if k > 0 and k <= UNROLL:
-                steps += now
-                pairs += now & before
-            before = now
-            step += 1
-        tl.store(marks + 16 + number, word.to(tl.uint8), mask=sequence < sequences)
-    counts = marks.to(tl.pointer_type(tl.int64), bitcast=True)
-    tl.store(counts, tl.sum(steps.to(tl.int64)))
-    tl.store(counts + 1, tl.sum(pairs.to(tl.int64)))
 
 
 @triton.jit
@@ -175,7 +194,7 @@ def finish(ar, tar, outputs, scratch, extents, weights):
 
     ar, tar  scalars, this program's partial sums of squares
     outputs  where to
-    scratch  of which the ticket is 0 before the launch and after it
+    scratch  of which the ticket is a multiple of the number of programs before the launch and after it
     extents  to count divisors
     weights  coefficients and scales
     """
@@ -184,7 +203,7 @@ def finish(ar, tar, outputs, scratch, extents, weights):
     tl.store(partial, ar)
     tl.store(partial + programs, tar)
     tl.debug_barrier()  # this program's stores come before its ticket, whichever threads make them
-    if tl.atomic_add(scratch.ticket, 1, sem="acq_rel") == programs - 1:
+    if (tl.atomic_add(scratch.ticket, 1, sem="acq_rel") + 1) % programs == 0:
         dtype: tl.constexpr = ar.dtype
         columns = tl.arange(0, CHUNK)
         ar_sums = tl.zeros((CHUNK,), dtype)
@@ -210,7 +229,7 @@ def finish(ar, tar, outputs, scratch, extents, weights):
         if outputs.terms is not None:
             tl.store(outputs.terms, ar_mean)
             tl.store(outputs.terms + 1, tar_mean)
-        tl.store(scratch.ticket, 0)
+        tl.atomic_add(scratch.ticket, 0 - programs, sem="relaxed")  # not 0, which would undo what others have drawn
 
 
 @triton.jit
@@ -219,11 +238,14 @@ def weighted(coefficient, term):
     return tl.where(coefficient == 0, 0.0, coefficient.to(term.dtype) * term)
 
 
-def ticket_for(device: torch.device) -> Tensor:
-    """Return a counter, (1,) int32 and 0, that no other launch in flight has; the launch leaves it at 0."""
+def ticket_for(device: torch.device, programs: int) -> Tensor:
+    """Return a counter, (1,) int32, for a launch of so many programs on the current stream; the launch leaves it at 0.
+
+    docs/kernels.md says why launches that share it, on streams of one handle, can not spoil it for those after them.
+    """
     if device.type == "cpu":  # the interpreter may be cut off halfway, so nothing is left to the next launch
         return torch.zeros(1, dtype=torch.int32, device=device)
-    return TICKETS.exclusive(device)
+    return TICKETS.exclusive(device, programs)
 
 
 class SumMemory:
@@ -231,13 +253,13 @@ class SumMemory:
 
     Args:
         sums: what is computed.
-        partials: how many numbers all programs leave in memory.
+        programs: of a launch, each of which leaves up to three numbers in memory.
         device: where they run.
     """
 
-    def __init__(self, sums: Sums, partials: int, device: torch.device) -> None:
-        self.device, self.measured = device, sums.measured
-        shapes = torch.Size(), torch.Size([2]), torch.Size([partials])
+    def __init__(self, sums: Sums, programs: int, device: torch.device) -> None:
+        self.device, self.programs, self.measured = device, programs, sums.measured
+        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * programs])
         self.penalty, self.terms, self.partials = (
             Layout(shape, (1,) * len(shape), sums.dtype, device, aligned=True) for shape in shapes
         )
@@ -248,4 +270,4 @@ class SumMemory:
             penalty, terms = allocate(self.penalty), allocate(self.terms) if self.measured else None
         else:
             penalty, terms, _ = before
-        return penalty, terms, allocate(self.partials), ticket_for(self.device)
+        return penalty, terms, allocate(self.partials), ticket_for(self.device, self.programs)

@@ -1,4 +1,4 @@
-"""Device memory that outlives a launch: a ticket for each stream, an expected upstream gradient for each plan.
+"""Device memory that outlives a launch: tickets for each stream, an expected upstream gradient for each plan.
 
 Launches on one stream run one after another. Launches on different streams, and replays of CUDA graphs, may run at the
 same time.
@@ -49,14 +49,14 @@ class Reserve:
 
 
 class PerStream:
-    """An element of a reserve for each stream, and for each launch that a CUDA graph captures."""
+    """An element of a reserve for each stream and number of programs, and for each launch that a graph captures."""
 
     def __init__(self, dtype: torch.dtype, value: float) -> None:
         self._reserve = Reserve(dtype, value)
-        self.of_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self.of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
 
-    def exclusive(self, device: torch.device) -> Tensor:
-        """Return the element of the current stream, or one for this launch alone where a CUDA graph is captured.
+    def exclusive(self, device: torch.device, programs: int) -> Tensor:
+        """Return the element of the current stream for launches of so many programs, or one for a captured launch.
 
         A graph's replays may run at the same time as anything but each other.
         """
@@ -64,12 +64,11 @@ class PerStream:
             found = self._reserve.draw(device)
             return self._reserve.new(1, device) if found is None else found
         stream = 0 if device.type == "cpu" else driver.active.get_current_stream(device.index)
-        found = self.of_stream.get((device, stream))
+        key = device, stream, programs
+        found = self.of_stream.get(key)
         if found is None:
             drawn = self._reserve.draw(device)
-            found = self.of_stream.setdefault(
-                (device, stream), self._reserve.new(1, device) if drawn is None else drawn
-            )
+            found = self.of_stream.setdefault(key, self._reserve.new(1, device) if drawn is None else drawn)
         return found
 
 
@@ -111,5 +110,12 @@ class Expected:
 
 
 def is_captured(device: torch.device) -> bool:
-    """Return whether launches on the current stream are captured in a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Return whether launches on a device's current stream are captured in a graph."""
+    # PyTorch has had graphs for XPU since 2.12.
+    is_capturing = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    if is_capturing is None:
+        return False
+    if device.index is None or device.index == torch.accelerator.current_device_index():
+        return is_capturing()
+    with torch.accelerator.device_index(device.index):  # PyTorch asks the current device
+        return is_capturing()

@@ -95,22 +95,63 @@ def within(tile, step, stop):
 
 
 @triton.jit
-def load_word(marks, tile, turn, time, UNROLL: tl.constexpr):
-    """Load the marks of each lane's sequence for a turn of the loop, (BLOCK,); None if there are no marks."""
-    word = None
-    if marks is not None:
+def load_mark(valid, tile, step, time):
+    """Load the mark of each lane's sequence at time step `step`, (BLOCK,); None if there are no marks.
+
+    Steps that a sequence does not have are those next to them.
+    """
+    mark = None
+    if valid is not None:
         # A load that needs no mask is no branch on AMD, and pointers would take twice the registers of numbers.
         sequence = tl.where(tile.present, tile.sequence, 0).to(tile.start.dtype)
-        word = tl.load(marks + 16 + (sequence * tl.cdiv(time, UNROLL) + turn // UNROLL)).to(tl.int32)
-    return word
+        mark = as_mark(tl.load(valid + (sequence * time + tl.minimum(tl.maximum(step, 0), time - 1))), valid)
+    return mark
 
 
 @triton.jit
-def counts_at(tile, word, turn, i: tl.constexpr, stop):
-    """Tell which lanes count at time step `turn + i`, (BLOCK,): there, before `stop`, and marked if there are marks."""
-    there = within(tile, turn + i, stop)
-    if word is not None:
-        there &= ((word >> (i + 1)) & 1) != 0
+def as_mark(loaded, valid):
+    """Return marks as loaded from `valid`: bool, or with starts int8, of which bit 0 is valid and bit 1 a start."""
+    mark = loaded
+    if valid.dtype.element_ty == tl.int1:
+        mark = loaded != 0
+    return mark
+
+
+@triton.jit
+def is_valid(mark):
+    """Tell whether marked steps count."""
+    counts = mark
+    if mark.dtype != tl.int1:
+        counts = (mark & 1) != 0
+    return counts
+
+
+@triton.jit
+def joined(there, before, now):
+    """Tell whether the change between two marked steps counts, of which the second counts where it is `there`."""
+    there &= is_valid(before)
+    if now.dtype != tl.int1:
+        there &= (now & 2) == 0
+    return there
+
+
+@triton.jit
+def load_marks(valid, tile, mark, step, time, UNROLL: tl.constexpr):
+    """Load the marks of UNROLL steps from time step `step` on, behind that of the step before; () without marks."""
+    marks = ()
+    if valid is not None:
+        marks = (mark,)
+        for i in tl.static_range(UNROLL):
+            marks += (load_mark(valid, tile, step + i, time),)
+    return marks
+
+
+@triton.jit
+def counts_at(tile, marks, i: tl.constexpr, step, stop):
+    """Tell which lanes count at time step `step`, (BLOCK,): there, before `stop`, and marked in mark i."""
+    there = within(tile, step, stop)
+    if len(marks) > 0:
+        there &= is_valid(marks[i])
     return there
 
 
@@ -121,14 +162,14 @@ def load_row(rows, step, there, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, tile, word, turn, OFFSET: tl.constexpr, stop, ACC: tl.constexpr, UNROLL: tl.constexpr):
+def load_rows(rows, tile, marks, turn, OFFSET: tl.constexpr, stop, ACC: tl.constexpr, UNROLL: tl.constexpr):
     """Load UNROLL rows from time step `turn + OFFSET` on, each (BLOCK,) in ACC, with 0 where lanes do not count.
 
     All are asked for before the first is used: no store in between keeps the compiler from it.
     """
     loaded = ()
     for i in tl.static_range(OFFSET, OFFSET + UNROLL):
-        loaded += (load_row(rows, turn + i, counts_at(tile, word, turn, i, stop), ACC),)
+        loaded += (load_row(rows, turn + i, counts_at(tile, marks, i, turn + i, stop), ACC),)
     return loaded
 
 
@@ -168,6 +209,8 @@ class Tiling:
         align = math.gcd(16, inner, *strides)
         widest = max(x.dtype.itemsize for x in operands if x is not None)
         block = THREADS * 16 // widest
+        if align * widest < 8:  # narrow loads need a pointer each, and twice the registers
+            block //= 2
         blocks = ceil_div(outer * inner, block)
         runs = min(PROGRAMS // blocks, time // SHORTEST_RUN)
         runs = max(runs, ceil_div(time, LONGEST_RUN))

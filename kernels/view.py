@@ -91,7 +91,7 @@ class Values(NamedTuple):
     lengths      (outer,) integers on the device of the activations: how many time steps of a sequence count
     batch_sizes  (time,) int64 on the CPU, those of packed rows
     valid        (outer, time) contiguous bool on the device of the activations: which time steps count
-    marks        the form that a backend's `Marks` has given to valid
+    marks        counts of valid, or whatever else a backend's `Marks` has made of it
     alpha, beta  () coefficients in a floating-point dtype, on the device of the activations
     starts       like valid, which is there, too: the steps at which a segment starts, into which no change counts
     """

@@ -1,4 +1,4 @@
-"""Where the tests run, and what they run in."""
+"""Devices, fixtures and settings of the tests."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def pytest_configure() -> None:
 
 
 def skip_on_formula(device: str) -> None:
-    """Skip what only kernels promise: the plain formula rounds when PyTorch does, and keeps what PyTorch keeps."""
+    """Skip a promise of the kernels alone: the plain formula rounds when PyTorch does, and keeps what PyTorch keeps."""
     if device == "cpu" and CPU is None:
         pytest.skip("the C++ kernels were not built: CPU tensors take the plain formula")
 
 
 @pytest.fixture(autouse=True)
 def start() -> None:
-    """Start every test alike, so that what fails fails again, alone, too."""
+    """Seed every test, so that a failure repeats, also alone."""
     torch.manual_seed(0)
     forget()
 
@@ -59,7 +59,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill memory from `torch.empty` and `allocate` with NaN, so that an element nobody wrote shows."""
+    """Fill memory from `torch.empty` and `allocate` with NaN, so that an unwritten element shows."""
     allocate = penalty.allocate
     for module in (penalty, dropout):
         monkeypatch.setattr(module, "allocate", lambda memory: allocate(memory).fill_(torch.nan))

@@ -1,6 +1,6 @@
-"""Trains with the fastai v1 on the path, and saves what the adapter did: `fastai1_train.py RESULTS`.
+"""Train with the fastai v1 on the path, and save the results of the adapter: `fastai1_train.py RESULTS`.
 
-fastai v1 dates from 2018 to 2020; what it expects of Python, NumPy and packages that are not needed here is put in
+fastai v1 dates from 2018 to 2020; the parts of Python, NumPy and other packages that it expects are put in
 place first.
 """
 
@@ -131,7 +131,7 @@ def message(function: Any, *args: Any, **options: Any) -> str:
 
 
 class Spy(Callback):
-    """What the optimizer steps with, and what the callbacks are given."""
+    """Record the lr of each optimizer step, and the arguments of the callbacks."""
 
     def __init__(self, learn: Any) -> None:
         self.learn, self.lengths, self.stepped, self.decays, self.between, self.outputs = learn, [], [], [], [], []

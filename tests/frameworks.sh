@@ -4,7 +4,7 @@
 # here. The releases of fastai v1 lie beside it in VENV/fastai1, each for a process of its own.
 set -euo pipefail
 venv=$1
-pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
 
 "${pip[@]}" 'transformers>=4.57,<6' 'accelerate<2'
 "${pip[@]}" lightning torchvision scikit-learn pandas matplotlib requests pyyaml scipy packaging rich

@@ -16,7 +16,7 @@ from fastreg import FusedRNNDropout, RNNRegularizer
 VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
 ALPHA, BETA = 2.0, 1.0
 
-# A dropout that serves the embeddings, too, forms a penalty there that nobody wants.
+# A dropout that serves the embeddings, too, forms an unwanted penalty there.
 unwanted = pytest.mark.filterwarnings("ignore:FusedRNNDropout. the penalty of the last forward:UserWarning")
 
 
@@ -124,7 +124,7 @@ def attached(model: Model, **options: Any) -> RNNRegularizer:
 
 
 def penalty_of(reg: RNNRegularizer, *outputs: Tensor) -> Tensor:
-    """Return the penalty of what is captured now, for a loss of 0 that depends on these outputs of the model."""
+    """Return the penalty of the current captures, for a loss of 0 that depends on these outputs of the model."""
     loss = torch.zeros(())
     for x in outputs:
         loss = loss + 0 * x.sum()

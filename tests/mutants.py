@@ -2,8 +2,8 @@
 
     python -m tests.mutants [FILTER]    # only the mutants whose line of the table has FILTER in it
 
-Kernels are run by Triton's interpreter, one program after the other: what only a GPU shows (barriers, streams, caches)
-has no mutant here, nor has what no result depends on.
+Kernels are run by Triton's interpreter, one program after the other: faults that only a GPU shows (barriers, streams,
+caches) have no mutant here, nor have lines that no result depends on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastreg.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
-CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and others see what they see
+CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and other tests find the same faults
 # file -> tests/test_*.py in the order in which they run: those first that fail fast
 TESTS = {
     "kernels/penalty.py": ["kernels", "prediction", "padding", "valid", "penalty"],
@@ -55,16 +55,16 @@ TESTS = {
     "kernels/launch.py": ["padding", "kernels"],
 }
 
-# (file, function or class) -> mutants: what is wrong, a text that occurs there exactly once, and what takes its place
+# (file, function or class) -> mutants: the fault, a text that occurs there exactly once, and its replacement
 CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/penalty.py", "penalty_kernel"): [
         ("halo row dropped", "start - 1, halo", "start, halo"),
         ("the first step is paired", "halo = there & within(tile, 0, tile.start)", "halo = there"),
         ("halo row after dropped", "turn, 1, seen, ACC", "turn, 1, stop, ACC"),
-        ("leaving change off by one", "turn, i + 1, seen)", "turn, i, seen)"),
-        ("pairs cross a sequence's end", "turn, i + 1, seen)", "turn, i + 1, time)"),
-        ("pairs with a step before that does not count", "paired &= counts", "pass"),
-        ("a halo row that does not count", "halo &= counts_at(tile, first, tile.start, -1, last)", "pass"),
+        ("leaving change off by one", "i + 1, turn + i + 1, seen)", "i, turn + i, seen)"),
+        ("pairs cross a sequence's end", "turn + i + 1, seen)", "turn + i + 1, time)"),
+        ("pairs with a step before that does not count", "joined(paired, marks[i], marks[i + 1])", "paired"),
+        ("a halo row that does not count", "halo = joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)", "pass"),
         ("sign of the change from a step flipped", "change_to - change_from", "change_to + change_from"),
         ("AR left out where raw is dropped", "ar_run += current * current", "ar_run += 0"),
         ("AR left out of the gradient of raw", "gradient = tl.fma(ar_factor, current, gradient)", "pass"),
@@ -74,9 +74,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("padding counted", "ends(lengths, tile.sequence, tile.present, time, INDEX)", "(time + 0 * tile.unit)"),
         ("padding not 0 where the factor is inf", "if padded:  # exactly", "if False:  # exactly"),
         ("only the first item of a program", "range(program, items,", "range(program, program + 1,"),
-        ("last row not written", "counts_at(tile, word, turn, i, last)", "counts_at(tile, word, turn, i, last - 1)"),
+        ("last row not written", "marks, i, turn + i, last)", "marks, i, turn + i, last - 1)"),
         ("padding not filled", "within(tile, turn + i, time) if padded else counts", "counts"),
-        ("grad ignored", "upstream = tl.load(grad)", "upstream = tl.full((), 1.0, ACC)"),
+        ("grad ignored", "upstream = load_once(grad) if SUM else tl.load(grad)", "upstream = tl.full((), 1.0, ACC)"),
         ("the comparison always true", "items *= differs", "items *= 0"),
         ("one program alone writes anew", "items *= differs", "items = tl.where(program == 0, items * differs, 0)"),
         ("the assumption not recorded", "tl.store(record, upstream)", "pass"),
@@ -100,20 +100,20 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("kernels: scales exchanged", "1 / elements, 1 / pairs", "1 / pairs, 1 / elements"),
     ],
     ("kernels/dropout.py", "dropout_forward"): [
-        ("halo row dropped", "start - 1", "start"),
+        ("halo row dropped", "raw_rows, tile.start - 1", "raw_rows, tile.start"),
         ("TAR of dropped", "previous = raws[i]", "previous = kept.to(ACC)"),
         ("AR of what is not rounded", "else kept.to(ACC)", "else raws[i] * (scale if LOCKED else masks[i])"),
         ("AR of raw ignored", "raws[i] if AR_OF_RAW else ", ""),
         ("mask at its outer stride", "mask_outer, ALIGN), mask_time", "mask_outer, ALIGN), mask_outer"),
         ("padding counted in AR", "tl.where(counts, squared", "tl.where(inside, squared"),
         ("pairs cross a sequence's end", "paired = counts &", "paired = inside &"),
-        ("pairs with a step that does not count", "paired &= counts_at(tile, word, turn, i - 1, last)", "pass"),
+        ("pairs with a step that does not count", "joined(paired, marks[i], marks[i + 1])", "paired"),
         ("only the last item counts in AR", "ar += tl.sum(ar_run)", "ar = tl.sum(ar_run)"),
     ],
     ("kernels/dropout.py", "dropout_backward"): [
-        ("leaving change cut at the run", "turn, i + 1, last", "turn, i + 1, tile.stop"),
-        ("pairs with a step before that does not count", "paired &= counts", "pass"),
-        ("a halo row that does not count", "halo &= counts_at(tile, first, tile.start, -1, last)", "pass"),
+        ("leaving change cut at the run", "turn + i + 1, last", "turn + i + 1, tile.stop"),
+        ("pairs with a step before that does not count", "joined(paired, marks[i], marks[i + 1])", "paired"),
+        ("a halo row that does not count", "halo = joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)", "pass"),
         ("sign of dropped's gradient flipped", "gradient += upstream_rows[i]", "gradient -= upstream_rows[i]"),
         ("mask left out", "gradient *= keep", "gradient *= 1"),
         ("an infinite mask spoils TAR", "grad_dropped is not None or (AR and not AR_OF_RAW)", "True"),
@@ -128,7 +128,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("LOCKED always", "view.time == 1 or mask is None or mask.time == 0", "True"),
     ],
     ("kernels/reduction.py", "finish"): [
-        ("ticket not put back", "tl.store(scratch.ticket, 0)", "tl.store(scratch.ticket, 1)"),
+        ("ticket not put back", "tl.atomic_add(scratch.ticket, 0 - programs", "tl.atomic_add(scratch.ticket, 1"),
+        ("ticket set to 0", "atomic_add(scratch.ticket, 0 - programs", "atomic_xchg(scratch.ticket, 0"),
+        ("tickets from 0 alone", "+ 1) % programs == 0", "+ 1) == programs"),
         ("only the first chunk", "range(0, programs, CHUNK)", "range(0, CHUNK, CHUNK)"),
         ("last program's sums left out", "columns < programs", "columns < programs - 1"),
         ("float64 finished in float32", "dtype: tl.constexpr = ar.dtype", "dtype: tl.constexpr = tl.float32"),
@@ -143,16 +145,20 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("upstream gradient left out of TAR", "tar_factor * upstream", "tar_factor"),
     ],
     ("kernels/reduction.py", "scales"): [
-        ("padding in the divisor", "steps += length", "steps += extents.time"),
+        ("padding in the divisor", "lane_steps += length", "lane_steps += extents.time"),
         ("pairs as many as steps", "tl.maximum(length - 1, 0)", "length"),
         ("only the first lengths", "range(0, extents.sequences, CHUNK)", "range(0, CHUNK, CHUNK)"),
+        ("pairs of one program alone", "counted + parts, mask=columns < parts", "counted + parts, mask=columns < 1"),
     ],
-    ("kernels/reduction.py", "mark_kernel"): [
-        ("a sequence begins with the end of another", "(step >= 0) & ", ""),
-        ("the step behind a turn left out", "static_range(UNROLL + 2)", "static_range(UNROLL + 1)"),
-        ("pairs as many as steps", "pairs += now & before", "pairs += now"),
-        ("steps counted by two turns", "k > 0 and k <= UNROLL", "k > 0"),
-        ("only the first words", "range(0, tl.cast(sequences, tl.int64) * turns, CHUNK)", "range(0, CHUNK, CHUNK)"),
+    ("kernels/reduction.py", "count"): [
+        ("pairs as many as steps", "pairs += joined(is_valid(now), before, now).to(tl.int32)", "pairs += is_valid(now).to(tl.int32)"),
+        ("only the first steps", "range(start, stop, STEPS)", "range(start, start + STEPS, STEPS)"),
+        ("pairs of two sequences", "between += joined(is_valid(now), before, now).to(tl.int32)", "pass"),
+        ("pairs of the first sequences alone", "1), sequences, CHUNK)", "1), 2, CHUNK)"),
+    ],
+    ("kernels/reduction.py", "count_kernel"): [
+        ("shares that overlap", "start + share, total", "start + share + 1, total"),
+        ("pairs in the place of steps", "counts + programs, pairs", "counts, pairs"),
     ],
     ("kernels/reduction.py", "one_over"): [("nothing divided by 0", "tl.maximum(count, 1)", "tl.maximum(count, 0)")],
     ("kernels/tiling.py", "place"): [
@@ -160,9 +166,16 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("runs cut one step short", "tl.minimum(start + run, time)", "tl.minimum(start + run - 1, time)"),
         ("sequence in 32 bits", "tl.cast(lane // width, tl.int64)", "lane // width"),
     ],
+    ("kernels/tiling.py", "joined"): [
+        ("changes into starts", "there &= (now & 2) == 0", "pass"),
+        ("pairs with a step that does not count", "there &= is_valid(before)", "pass"),
+    ],
+    ("kernels/tiling.py", "is_valid"): [("starts for valid steps", "mark & 1", "mark & 2")],
+    ("kernels/launch.py", "Marks"): [("starts that are valid steps", "alpha=2", "alpha=1")],
+    ("kernels/launch.py", "marks_of"): [("starts ignored", "counts[-valid.numel() :], counts", "valid, counts")],
     ("kernels/tiling.py", "ends"): [("lengths not clamped", "tl.minimum(tl.maximum(length, 0), time)", "length")],
-    ("kernels/tiling.py", "counts_at"): [("marks of the step before", "word >> (i + 1)", "word >> i")],
-    ("kernels/tiling.py", "load_word"): [("marks of the first sequence", "sequence * tl.cdiv", "0 * tl.cdiv")],
+    ("kernels/tiling.py", "load_mark"): [("marks of the first sequence", "sequence * time", "0 * time")],
+    ("kernels/tiling.py", "load_marks"): [("marks of one step alone", "step + i, time", "step, time")],
     ("kernels/tiling.py", "row"): [("rows of the step before", "offsets + 1 + step", "offsets + step")],
     ("kernels/launch.py", "table_of"): [("sequences too long", "-positions, out", "1 - positions, out")],
     ("kernels/tiling.py", "within"): [("one step too few", "< stop", "< stop - 1")],
@@ -187,13 +200,13 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/cpu_rows.h", "PenaltyRow"): [
         (
             "sign of the change from a step flipped",
-            "gradient = tar_factor * (arriving - leaving);",
-            "gradient = tar_factor * (arriving + leaving);",
+            "gradient = (arriving - leaving) * tar_factor;",
+            "gradient = (arriving + leaving) * tar_factor;",
         ),
-        ("AR of raw left out of the gradient", "TAR_GRAD ? gradient + ar_factor * value :", "TAR_GRAD ? gradient :"),
+        ("AR of raw left out of the gradient", "TAR_GRAD ? gradient + value * ar_factor :", "TAR_GRAD ? gradient :"),
     ],
     ("kernels/cpu_rows.h", "DropoutGradientRow"): [
-        ("dropped not rounded", "wide<A, T>(rounded<T, A>(value * keep))", "(value * keep)"),
+        ("dropped not rounded", "rounded<A, T>(value * keep)", "(value * keep)"),
         ("an infinite mask spoils TAR", "&& (flags & UPSTREAM || ar_of_dropped)) gradient", ") gradient"),
     ],
     ("kernels/cpu_rows.h", "RowCode"): [
@@ -223,7 +236,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("sequences apart taken for neighbours", "if (strides.outer != sizes.inner) return", "if (false) return"),
     ],
     ("kernels/cpu_vectors.h", "rounded"): [
-        ("ties away from even", "bits + 0x7fff + (bits >> 16 & 1);", "bits + 0x7fff + 1;"),
+        ("ties away from even", "bits + 0x7fff + (bits >> 16 & 1);", "bits + 0x8000;"),
         ("NaN rounded to infinity", "value == value ? ordered : 0x7e00", "ordered"),
     ],
     ("kernels/cpu_vectors.h", "floats"): [
@@ -591,7 +604,7 @@ MUTANTS = [Mutant(*place, *mutant) for place, mutants in CODE.items() for mutant
 
 
 def build(kernels: Path) -> None:
-    """Build the C++ kernels in a copy, quickly, in the place of all that were built for the code as it is."""
+    """Build the C++ kernels in a copy, quickly, instead of those of the unchanged code."""
     for library in kernels.glob("*.so"):
         library.unlink()
     options = ["-std=c++17", "-O1", "-w", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]
@@ -600,7 +613,7 @@ def build(kernels: Path) -> None:
 
 
 def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, limit: float | None = None) -> str:
-    """Run these tests on a copy with this source of `file`: what failed first, or "" if all passed."""
+    """Run these tests on a copy with this source of `file`; return the first failure, or "" if all passed."""
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-k", CHOSEN]
     command += [f"tests/test_{name}.py" for name in names]
@@ -622,7 +635,7 @@ def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, lim
 
 
 def run_unmutated(interpret: bool) -> str:
-    """Run every test that any mutant is run against, on the code as it is."""
+    """Run every test of any mutant on the unchanged code."""
     names = {name for mutant in MUTANTS if mutant.interpreted == interpret for name in TESTS[mutant.file]}
     file = MUTANTS[0].file
     return run_tests(interpret, names, file, (ROOT / file).read_text())

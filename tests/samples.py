@@ -1,4 +1,4 @@
-"""The samples that the tests cross with what they check."""
+"""The samples that the tests cross with their checks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def amid(x: Tensor) -> Tensor:
 
 
 def overlapping(x: Tensor) -> Tensor:
-    """Sequences that share memory, each one element further along; its axes cannot be told apart by strides."""
+    """Sequences that share memory, each one element further along; its axes have the same stride."""
     steps, hidden = x.shape[-2:]
     return x.flatten()[: 2 * steps + hidden + len(x)].contiguous().as_strided(x.shape, (1, 2, 1))
 

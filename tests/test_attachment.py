@@ -145,7 +145,7 @@ def test_a_frozen_rnn_is_no_error() -> None:
 
 
 class Own(nn.Module):
-    """A recurrent layer of one's own, without a `batch_first`; what it returns is up to the test."""
+    """A recurrent layer of one's own, without a `batch_first`; the test chooses its output."""
 
     def __init__(self, give: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Own(nn.Module):
 
 
 class ModelOutput(dict):
-    """What a model of a library returns: fields by name, of which one is the last layer's output."""
+    """The output of a library's model: fields by name, one the last layer's output."""
 
     @property
     def last_hidden_state(self) -> Tensor:
@@ -584,7 +584,7 @@ def test_loops_without_the_penalty_do_not_pile_up_activations(gradients: bool) -
     assert alive[-1]() is None
 
 
-# What a capture lasts for
+# The lifetime of a capture
 
 
 @either
@@ -807,7 +807,7 @@ def test_a_replica_of_data_parallel_is_refused() -> None:
 
 LOAD = """
 import sys, torch
-sys.modules["fastreg"] = None  # an import of it fails
+sys.modules["fastreg"] = None  # an import fails
 sys.path.insert(0, sys.argv[1])
 for name in sys.argv[2:]:
     model = torch.load(name, weights_only=False)
@@ -1091,7 +1091,7 @@ def test_steps_without_a_penalty_leave_no_run_where_nothing_is_dropped(dropout: 
 
 
 class Answer:
-    """What nobody can look into."""
+    """An opaque object."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden

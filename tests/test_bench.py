@@ -1,4 +1,4 @@
-"""The benchmarks: timers against known work, peers against the reference, and what is rendered against the JSON."""
+"""The benchmarks: timers against known work, peers against the reference, and rendered tables against the JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from bench import cases, compare, machine, report, run, timing
+from bench import cases, compare, machine, report, run, steps, timing
 from bench.formulas import awd_lstm_lm, fastai, rnn_dropout
 from fastreg import fused_ar_tar
 from fastreg.problem import Layer, Problem
@@ -61,10 +61,11 @@ def test_known_work_takes_its_time() -> None:
 
         return call
 
-    times = timing.take_turns({"long": sleeper(0.03), "short": sleeper(0.01)}, "cpu", 0.0)
-    assert [len(seconds) for seconds in times.values()] == [timing.LEAST] * 2
-    assert 0.03 <= min(times["long"]) < 0.045
-    assert 0.01 <= min(times["short"]) < 0.025
+    turns = timing.take_turns({"long": sleeper(0.03), "short": sleeper(0.01)}, "cpu", 0.0, repeats=2)
+    assert [len(rounds) for rounds in turns.values()] == [timing.LEAST] * 2
+    assert 0.03 <= min(turn.wall for turn in turns["long"]) < 0.045
+    assert 0.01 <= min(turn.wall for turn in turns["short"]) < 0.025
+    assert max(turn.own for turn in turns["long"]) < 0.01, "who sleeps takes no time of the processor"
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
@@ -76,9 +77,9 @@ def test_known_work_takes_its_time_on_a_gpu(device: str) -> None:
 
         return call
 
-    times = timing.take_turns({"long": sleeper(600_000), "short": sleeper(200_000)}, device, 0.5)
-    short = statistics.median(times["short"])
-    assert statistics.median(times["long"]) / short == pytest.approx(3, rel=0.1)
+    turns = timing.take_turns({"long": sleeper(600_000), "short": sleeper(200_000)}, device, 0.5, repeats=10)
+    short = statistics.median(turn.wall for turn in turns["short"])
+    assert statistics.median(turn.wall for turn in turns["long"]) / short == pytest.approx(3, rel=0.1)
     assert timing.graph_seconds(sleeper(200_000), range(4)) == pytest.approx(short, rel=0.1)
     assert timing.host_seconds(sleeper(200_000)) < short / 3, "the host does not wait"
 
@@ -86,11 +87,11 @@ def test_known_work_takes_its_time_on_a_gpu(device: str) -> None:
 def test_peers_take_turns_and_inputs_rotate() -> None:
     seen: list[tuple[str, int]] = []
     calls: dict[str, cases.Call] = {name: lambda i, name=name: (seen.append((name, i)), ())[1] for name in "abc"}
-    times = timing.take_turns(calls, "cpu", 0.0)
+    turns = timing.take_turns(calls, "cpu", 0.0, repeats=1)
     assert [number for _, number in seen] == list(range(len(seen))), "each call takes the next inputs"
-    rounds = "".join(name for name, _ in seen)[3 * timing.WARM_UP["cpu"] :]
+    rounds = "".join(name for name, _ in seen)[3 * timing.WARM_UP[1] :]
     assert rounds.startswith("abcbcacab")
-    assert all(len(seconds) * 3 == len(rounds) for seconds in times.values())
+    assert all(len(of_peer) * 3 == len(rounds) for of_peer in turns.values())
 
 
 def test_the_clock_replays_what_was_measured() -> None:
@@ -108,9 +109,19 @@ def test_kept_bytes() -> None:
     assert timing.kept_bytes(lambda _: (fused_ar_tar(raw, dropped, 2.0, 1.0),), (raw, dropped)) == 0
     assert timing.kept_bytes(lambda _: (raw.exp(),), (raw,)) == 0, "it is given anyway"
     assert timing.kept_bytes(lambda _: (raw.exp().sum(),), (raw,)) == raw.nbytes
-    # what the backward gives lies nowhere that something kept did before
+    # the backward's results are not in the memory of tensors that were kept before
     sets = [(raw, dropped)]
     assert timing.kept_bytes(CASE.call(fastai, sets), (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
+
+
+def test_peak_bytes() -> None:
+    x = torch.randn(100, 10)
+
+    def call(_: int) -> tuple[Tensor, ...]:
+        return (x.exp().add(1).exp(),)  # two temporaries at a time, and one of them with the result
+
+    assert timing.peak_bytes(call, "cpu") == pytest.approx(x.nbytes, abs=64), "and a few numbers"
+    assert timing.peak_bytes(lambda _: (), "cpu") is None
 
 
 @pytest.mark.parametrize(
@@ -150,12 +161,15 @@ def test_upstream_gradients_that_change() -> None:
 def test_a_gpu_runs_all_that_a_cpu_does() -> None:
     everything = cases.all_cases("cuda")
     assert len({str(case) for case in everything}) == len(everything)
-    assert {case for case in cases.all_cases("cpu") if not isinstance(case, cases.Step)} < set(everything)
+    assert {case for case in cases.all_cases("cpu") if not isinstance(case, steps.Step)} < set(everything)
+    by_default = [x for x in cases.all_cases("cpu", machine.DEFAULT) if isinstance(x, steps.Step)]
+    assert by_default == [steps.MinGRUStep((4, 256, 256))]
     first = everything[:8]
-    assert {(type(c), c.shape) for c in first if not isinstance(c, cases.Step)} == set(
+    assert {(type(c), c.shape) for c in first if not isinstance(c, steps.Step)} == set(
         product((cases.PenaltyCase, cases.DropoutCase), ((64, 70, 400), (128, 512, 1024)))
     )
-    assert isinstance(everything[8], cases.Step)
+    kinds = {type(x) for x in cases.all_cases("cpu") if isinstance(x, steps.Step)}
+    assert {type(x) for x in everything[8:15]} == kinds
     penalty = [
         case
         for case in everything
@@ -205,7 +219,7 @@ def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monke
 
 
 def test_padded_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half is padding, and those that know of it leave it out."""
+    """Half is padding, and peers with lengths leave it out."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     case = cases.PaddedCase((5, 8, 6), torch.float32)
     sets = cases.input_sets(case, "cpu")
@@ -221,6 +235,80 @@ def test_padded_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [case.bytes_moved(peer) for peer in case.PEERS] == [4 * 240 * 4, None, 6 * 240 * 4, 3 * 240 * 4]
     assert case.least_bytes == 3 * 240 * 4
     assert case.PEERS[-1] == "fastreg", "a result that has fastreg is complete"
+
+
+STEPS = (
+    steps.MinGRUStep((2, 5, 4)),
+    steps.LSTMStep((3, 6, 4)),
+    steps.AWDLSTMStep((3, 6, 4), words=9, hidden=5, layers=2),
+    steps.MambaStep((2, 5, 8)),
+    steps.LightningStep((3, 6, 4)),
+)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.MODEL)
+def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(
+    step: steps.Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one seed: the losses of two steps, or the weights after them, but for the step without penalty."""
+    if isinstance(step, steps.MambaStep):
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    if isinstance(step, steps.LightningStep):
+        pytest.importorskip("lightning", reason="Lightning is not installed")
+    monkeypatch.setattr(torch, "compile", lambda way, **options: way)
+    monkeypatch.setattr(steps, "P", 0.4)
+    monkeypatch.setattr(steps, "LEARNING_RATE", 1.0)
+    nets, net = [], type(step).net
+    monkeypatch.setattr(type(step), "net", lambda *options: nets.append(net(*options)) or nets[-1])
+    torch.manual_seed(1)
+    sets = [step.inputs("cpu")]
+    weights, losses = {}, {}
+    for name, way in step.peers().items():
+        call = step.call(way, sets)
+        torch.manual_seed(2)
+        losses[name] = [call(i) for i in range(2)]
+        weights[name] = torch.cat([x.detach().flatten() for x in nets[-1].parameters()])
+    assert tuple(weights) == step.PEERS
+    without, want = weights.pop(steps.WITHOUT), weights["eager"]
+    for name, got in weights.items():
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(losses[name], losses["eager"], rtol=1e-5, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(without, want, rtol=1e-3, atol=1e-5)
+
+
+def test_an_error_of_a_training_in_turns_is_that_of_the_call() -> None:
+    pytest.importorskip("lightning", reason="Lightning is not installed")
+    step = steps.LightningStep((3, 6, 4))
+    broken = (torch.tensor([[99, 99]]),)  # no such word
+    call = step.call(step.peers()[steps.WITHOUT], [step.inputs("cpu"), broken])
+    call(0)
+    with pytest.raises(IndexError):
+        call(1)
+
+
+def test_what_a_step_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread, rounds of the process's own time, and the peak memory."""
+    from bench import benchmarks
+
+    step, threads = steps.LSTMStep((3, 6, 4)), []
+    seen = steps.LSTM.forward
+    monkeypatch.setattr(
+        steps.LSTM, "forward", lambda *options: threads.append(torch.get_num_threads()) or seen(*options)
+    )
+    monkeypatch.setattr(torch, "compile", lambda way, **options: way)
+    monkeypatch.setitem(benchmarks.CASES, "small step", step)
+    monkeypatch.setattr(benchmarks, "DEVICE", "cpu")
+    monkeypatch.setattr(benchmarks, "STEP_SHARE", 0.0)
+    before = torch.get_num_threads()
+    measured, failed = benchmarks.measure("small step", math.inf)
+    assert not failed
+    assert tuple(measured) == step.PEERS
+    assert set(threads) == {1}
+    assert torch.get_num_threads() == before
+    for times, figures in measured.values():
+        assert len(times) == len(figures["own_seconds"]) == timing.LEAST
+        assert figures["peak_bytes"] > 3 * 6 * 4 * 4
 
 
 def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +388,7 @@ class PretendGPU:
             patch.setattr(torch.cuda, name, cls)
         for name in ("stream", "graph"):
             patch.setattr(torch.cuda, name, lambda _: cls())
-        patch.setattr(timing, "time", SimpleNamespace(perf_counter=cls.read))
+        patch.setattr(timing, "time", SimpleNamespace(perf_counter=cls.read, process_time=cls.read))
         patch.setattr(torch.cuda, "synchronize", cls.synchronize)
         patch.setattr(torch.cuda, "_sleep", lambda cycles: cls.work(cycles / timing.CLOCK))
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
@@ -330,8 +418,8 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"host_seconds", "kept_bytes", "least_bytes", "moved_bytes", "first_seconds", "page_faults"}
     assert set(report.FIGURES) == {*figures, *more}
     assert {"bandwidth", "share_of_copy"} & {*benchmarks.gpu_figures(call, None, 3)} == set()
-    times = timing.take_turns({"eager": call}, "cuda", 0.0)
-    assert len(times["eager"]) == timing.LEAST
+    turns = timing.take_turns({"eager": call}, "cuda", 0.0, repeats=1)
+    assert len(turns["eager"]) == timing.LEAST
 
 
 def test_what_cannot_be_captured_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,9 +488,10 @@ def test_deterministic_mode_takes_no_more_launches(kind: Any, device: str) -> No
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-def test_valid_steps_take_one_launch_more(device: str) -> None:
-    raw, dropped = (torch.zeros(64, 70, 400, device=device, requires_grad=True) for _ in range(2))
-    valid, one = torch.ones(64, 70, dtype=torch.bool, device=device), torch.ones((), device=device)
+@pytest.mark.parametrize(("batch", "more"), [(64, 0), (128, 1)])
+def test_valid_steps_take_one_launch_more_beyond_8192(batch: int, more: int, device: str) -> None:
+    raw, dropped = (torch.zeros(batch, 70, 400, device=device, requires_grad=True) for _ in range(2))
+    valid, one = torch.ones(batch, 70, dtype=torch.bool, device=device), torch.ones((), device=device)
     counts = [
         timing.launches(
             lambda _, options=options: torch.autograd.grad(
@@ -411,7 +500,7 @@ def test_valid_steps_take_one_launch_more(device: str) -> None:
         )
         for options in ({}, {"valid": valid})
     ]
-    assert counts == [2, 3]
+    assert counts == [2, 2 + more]
 
 
 def made_up(
@@ -437,15 +526,18 @@ def made_up(
     made += [((shape, {"pass": report.DROPOUT}), after) for shape in dropout]
     seconds_padded = {"without lengths": 3.0, "eager": 4.0, "compiled": 0.5}
     made += [((shape, {"pass": report.PADDED}), seconds_padded) for shape in padded]
-    step = dict.fromkeys(cases.Step.PEERS, 3.0) | {"no penalty": 2.0, "compiled": 2.5}
-    made += [(([0, 0, 0], {"pass": report.STEP}), step)] * with_step
+    step = dict.fromkeys(steps.Step.PEERS, 3.0) | {"no penalty": 2.0, "compiled": 2.5}
+    made += [(([4, 5, 6], {"pass": report.STEP, "model": "GRU"}), step)] * with_step
     for (slower, allocator), (number, ((shape, kind), seconds_of)) in product(
         enumerate(allocators, 1), enumerate(made)
     ):
         info = {"shape": shape, "dtype": "float32", "layout": "batch first", "allocator": None if more else allocator}
         name = "step-small" if kind["pass"] == report.STEP else f"case {number}"
-        for peer, seconds in (seconds_of | {"fastreg": 1.0 / slower}).items():
+        ours = {} if kind["pass"] == report.STEP else {"fastreg": 1.0 / slower}
+        for peer, seconds in (seconds_of | ours).items():
             own = info | kind | {"peer": peer} | (gpu_figures if more else {})
+            if kind["pass"] == report.STEP:
+                own |= {"own_seconds": [seconds / 10, seconds / 10 + 0.02], "peak_bytes": seconds * 1e6}
             data = [seconds * slower, seconds * slower * 2, 100.0 if peer == "fastreg" else seconds * slower]
             group = name if allocator == machine.KEPT else f"{name} ({allocator})"
             benchmarks.append({"group": group, "extra_info": own, "stats": {"data": data}})  # the last round is odd
@@ -507,7 +599,7 @@ def test_a_report_of_two_allocators_leads_with_memory_kept(tmp_path: Path) -> No
         assert ("8.00x" in second) if "spread" in part else ("8.0x" in second)
     page = report.headline([result])
     assert page.index("a training step") < page.index("forward + backward")
-    assert "| the model compiled | 3000 | 2500 | 3000 |\n| the model eager | 2000 | 3000 | 2000 |" in page
+    assert page.count("| GRU, (4, 5, 6) | 210 | +100.0 ± 0.0 | +50.0 ± 0.0 | +100.0 ± 0.0 |") == 2
     (old,) = report.load(made_up(tmp_path / "old", [4.0], allocators=both[:1])).parts()
     assert old.allocator == machine.DEFAULT
 
@@ -620,12 +712,30 @@ def test_the_readme_shows_a_few_cases_of_one_device_and_says_where_fastreg_is_sl
     assert "On a GPU: **not measured yet**" in part
 
 
-def test_a_training_step_names_every_peer() -> None:
-    info = {"pass": report.STEP}
-    case = report.Case("step", {"no penalty": [0.2], "eager": [0.25], "fastreg": [0.2051]}, {"eager": info})
-    assert report.step_verdict(case).endswith(" AWD-LSTM: no penalty 200 ms, eager 250 ms, fastreg 205 ms.\n")
-    assert "| the model compiled |  |  |  |\n| the model eager | 200 | 250 | 205 |" in report.step_table(case)
-    assert {peer for row in report.STEP_PEERS.values() for peer in row} == set(cases.Step.PEERS)
+def made_up_step(seconds: dict[str, list[float]], **info: Any) -> report.Result:
+    """A result of a training step alone, whose peers took these seconds."""
+    common = {"pass": report.STEP, "model": "GRU", "shape": [4, 5, 6], "allocator": machine.KEPT} | info
+    of_peers = {peer: common | {"own_seconds": rounds} for peer, rounds in seconds.items()}
+    case = report.Case("step", {peer: [9.0 * x for x in rounds] for peer, rounds in seconds.items()}, of_peers)
+    return report.Result("", "", {}, {}, [case], {}, None)
+
+
+def test_what_is_added_to_a_step_is_a_mean_of_pairs() -> None:
+    """A busy round counts for both; on a CPU the process's own time counts, on a GPU that of the clock."""
+    seconds = {"no penalty": [0.1, 0.2], "eager": [0.13, 0.25], "compiled": [0.12, 0.22], "attach": [0.11, 0.21]}
+    result = made_up_step(seconds)
+    assert report.step_table(result).splitlines()[-1] == (
+        "| GRU, (4, 5, 6) | 150 | +40.0 ± 10.0 | +20.0 ± 0.0 |  | +10.0 ± 0.0 |  |"
+    )
+    assert report.added_table(result).splitlines()[-1] == "| GRU, (4, 5, 6) |  | 0.50x; 0.25x |  | 0.843x |"
+    assert report.peak_table(result).count("\n") == 2, "nothing is known of it"
+    assert "| 1350 | +360.0 ± 90.0 | " in report.step_table(made_up_step(seconds, allocator=None))
+    assert list(report.STEP_PEERS) == list(steps.Step.PEERS)
+
+
+def test_the_peak_memory_of_a_step_is_told_beside_that_without_penalty(tmp_path: Path) -> None:
+    (result,) = report.load(made_up(tmp_path, [], with_step=True)).parts()
+    assert "| GRU, (4, 5, 6) | 2 | +50.0% | +25.0% | +50.0% | +50.0% | +50.0% |" in report.peak_table(result)
 
 
 def test_the_readme_says_first_that_no_gpu_has_run_it_until_one_has() -> None:
@@ -741,7 +851,7 @@ class Broken(cases.PenaltyCase):
     def peers(self):
         def broken(*_):
             with open(f"{sys.argv[1]}/calls", "a") as calls:
-                print("a call of what is broken", file=calls)
+                print("a call of broken code", file=calls)
             raise ValueError("broken\\nindeed")
         return super().peers() | {"compiled": broken}
 
@@ -756,7 +866,7 @@ class Ended(cases.PenaltyCase):
 
 kinds = {"broken": Broken, "dead": Dead, "slow": Slow, "late": cases.PenaltyCase, "ended": Ended}
 made = [kinds[name]((2, 3, size), torch.float32) for size, name in enumerate(sys.argv[2].split(), 4)]
-cases.all_cases = lambda device: made
+cases.all_cases = lambda *_: made
 from bench import benchmarks
 benchmarks.SECONDS = 0.0
 sys.exit(run.main(["measure", sys.argv[1], "--seconds=5000", "--commit=0123456789abcdef"]))
@@ -873,7 +983,7 @@ def test_the_time_of_the_host() -> None:
 
 
 def test_pytest_benchmark_reads_a_result(tmp_path: Path) -> None:
-    """The smallest case as `make bench` runs it, and pytest-benchmark's own comparison of it."""
+    """The smallest case as `make bench` runs it, and pytest-benchmark's own comparison."""
     file = tmp_path / "result.json"
     options = ["-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={file}"]
     chosen = "64x70x400-float16-forward+backward"

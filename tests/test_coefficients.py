@@ -156,7 +156,7 @@ def test_a_regularizer_keeps_the_very_tensor(device: str) -> None:
 
 
 def test_the_regularizer_and_the_module(device: str) -> None:
-    """A schedule changes what both have, in place."""
+    """A schedule changes the tensor that both share, in place."""
     alpha, beta = numbers(device, 2.0, 1.0)
     for module in (FusedRNNDropout(0.5, 1.0, 1.0), nn.Dropout(0.0)):
         reg, rnn = RNNRegularizer(alpha, beta), nn.LSTM(4, 6, batch_first=True).to(device)

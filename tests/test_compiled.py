@@ -1,6 +1,6 @@
 """The kernels compiled for real GPUs by the offline compiler: width of loads, spills, and how often they compile.
 
-A stand-in driver takes the place of a GPU's: `fused_ar_tar` on CPU tensors compiles what it would launch there.
+A stand-in driver replaces that of a GPU: `fused_ar_tar` on CPU tensors compiles the kernels that it would launch.
 """
 
 from __future__ import annotations
@@ -48,9 +48,14 @@ PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, on
 
 
 @pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     from triton.backends.compiler import GPUTarget
 
+    # Triton 3.4 does not bring the linker for AMD, whose result no test reads: this one copies its input.
+    linker = tmp_path / "lld"
+    linker.write_text('#!/bin/sh\n[ "$1" = --version ] || cp "$4" "$6"\n')
+    linker.chmod(0o755)
+    monkeypatch.setenv("TRITON_HIP_LLD_PATH", str(linker))
     chosen = GPUTarget(*TARGETS[request.param])
     monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
     for kernel in PENALTY + DROPOUT:
@@ -146,6 +151,8 @@ def test_wide_loads_and_no_spills_where_not_all_steps_count(
     target: Any, dtype: torch.dtype, run_ragged: Callable[[torch.dtype], None], tmp_path: Path
 ) -> None:
     """Beside lengths, marks, and where each step's rows begin, no more and no narrower loads than without."""
+    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and run_ragged is not run_padded:
+        pytest.skip("without buffer operations, loads of activations look like those of marks and offsets")
     run_ragged(dtype)
     rows = 2 * tiling.UNROLL
     (forward,), (backward,) = compiled_penalty()
@@ -181,12 +188,16 @@ def count_amd(binary: Any) -> tuple[int, int, int]:
     assembly = binary.asm["amdgcn"]
     assert re.search(r"\.vgpr_spill_count: *0\b", assembly)
     assert re.search(r"\.private_segment_fixed_size: *0\b", assembly)
+    # Activations go through buffers, but by default not before Triton 3.5; the offsets of packed rows, global, may be
+    # read four at a time.
+    kind = "buffer" if triton.knobs.amd.use_buffer_ops else "global"
     # Scalars that are needed once an item may wait in lanes of a vector register, but none that is needed in each turn.
-    loops = re.findall(r"^(\.LBB\w+):((?:(?!^\.LBB).)*)\bs_cbranch_\w+ \1$", assembly, re.M | re.S)
-    (turn,) = (loop for _, loop in loops if "buffer_load_dwordx4" in loop)
+    labels = {found[1]: found.start() for found in re.finditer(r"^(\.LBB\w+):", assembly, re.M)}
+    jumps = [(found.start(), labels[found[1]]) for found in re.finditer(r"\bs_c?branch\w* (\.LBB\w+)", assembly)]
+    loops = [assembly[to:at] for at, to in jumps if to < at]
+    turn = min((loop for loop in loops if f"{kind}_load_dwordx4" in loop), key=len)
     assert "lane_b32" not in turn
-    # Activations go through buffers; the offsets of packed rows, global, may be read four at a time.
-    loads, stores = (re.findall(rf"\bbuffer_{kind}_(\w+)", assembly) for kind in ("load", "store"))
+    loads, stores = (re.findall(rf"\b{kind}_{access}_(\w+)", assembly) for access in ("load", "store"))
     return loads.count("dwordx4"), len(loads), stores.count("dwordx4")
 
 
@@ -225,7 +236,7 @@ def test_a_varying_batch_compiles_once_time_first(target: Any) -> None:
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tickets = iter(torch.zeros(6, dtype=torch.int32).split(1))
-    monkeypatch.setattr(reduction, "ticket_for", lambda _: next(tickets))
+    monkeypatch.setattr(reduction, "ticket_for", lambda *_: next(tickets))
     for _ in range(3):
         run((FLOAT, FLOAT), same=False)
         run_dropout(FLOAT)

@@ -1,11 +1,12 @@
-"""Threads at once, and other processes: forked, spawned, and what is sent to them."""
+"""Threads at once, and other processes: forked, spawned, and objects sent to them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -80,12 +81,43 @@ def test_threads_get_tickets_that_are_ready(monkeypatch: pytest.MonkeyPatch) -> 
 
     def draw(_: int) -> tuple[Tensor, bool]:
         together.wait()
-        return tickets.exclusive(device), zeroed.is_set()
+        return tickets.exclusive(device, 1), zeroed.is_set()
 
     with ThreadPoolExecutor(THREADS) as pool:
         drawn, ready = zip(*pool.map(draw, range(THREADS)), strict=True)
     assert all(ready)
     assert len({x.storage_offset() for x in drawn}) == THREADS  # of one reserve
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_capture_is_that_of_the_device_of_the_tensors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is captured on one device, whether it is the current one or not."""
+    streams = pytest.importorskip("fastreg.kernels.streams")
+    if not hasattr(getattr(torch, kind), "is_current_stream_capturing"):
+        pytest.skip(f"this PyTorch has no graphs for {kind}")
+    current = [0]
+
+    @contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current[0])
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(f"torch.{kind}.is_current_stream_capturing", lambda: current[0] == 1)
+    for current[0] in (0, 1):
+        assert [streams.is_captured(torch.device(kind, i)) for i in (0, 1)] == [False, True]
+    assert not streams.is_captured(torch.device("cpu"))
+
+
+def test_launches_of_other_numbers_of_programs_share_no_ticket() -> None:
+    """Each counts modulo its own number."""
+    streams = pytest.importorskip("fastreg.kernels.streams")
+    tickets = streams.PerStream(torch.int32, 0)
+    cpu = torch.device("cpu")
+    assert tickets.exclusive(cpu, 3) is tickets.exclusive(cpu, 3)
+    assert tickets.exclusive(cpu, 3).data_ptr() != tickets.exclusive(cpu, 4).data_ptr()
 
 
 class Steps(Dataset[list[Tensor]]):
@@ -104,7 +136,7 @@ def test_workers_of_a_data_loader(method: str) -> None:
     if method == "fork" and torch.cuda.is_available():
         pytest.skip("with a GPU, torch refuses a backward in a forked process")
     steps = Steps()
-    want = [steps[i] for i in range(3)]  # and the parent has used all that it hands down
+    want = [steps[i] for i in range(3)]  # and the parent has used each kernel before the fork
     options: Any = {"batch_size": None, "num_workers": 1, "timeout": TIMEOUT, "multiprocessing_context": method}
     for got, expected in zip(DataLoader(steps, **options), want, strict=True):
         assert_close(got, expected)
@@ -120,8 +152,8 @@ class Model(nn.Module):
 
 
 def elsewhere(regularizer: RNNRegularizer, model: Model, x: Tensor, sent: ARTAR) -> ARTAR:
-    """What a process makes of what it was sent."""
-    assert model.dropout.take() is None  # what waits for the parent's loss
+    """Use a model that was sent to a process."""
+    assert model.dropout.take() is None  # the penalty waits for the parent's loss
     with pytest.raises(RuntimeError, match="nothing was captured"):
         regularizer.on_backward_begin(torch.zeros(()))
     regularizer.attach(model.lstm, model.dropout)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 import os
+import platform
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import CPP
 from fastreg.kernels import cpu
 from fastreg.kernels.view import Operand, Sums, Values, View
+from fastreg.plans import forget
 from fastreg.problem import ARTAR, Layer, Problem
 from fastreg.reference import ar_tar
 from tests.conftest import CPU
@@ -91,7 +93,9 @@ def check(raw: Tensor, dropped: Tensor, lengths: Tensor | None = None) -> None:
     for upstream in (100.0, 100.0, -300.0):
         got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths, return_terms=True)
         assert_terms(got, want)
-        for x, y in zip(torch.autograd.grad(got.penalty, xs, torch.full_like(got.penalty, upstream)), gradients):
+        for x, y in zip(
+            torch.autograd.grad(got.penalty, xs, torch.full_like(got.penalty, upstream)), gradients, strict=True
+        ):
             assert_near(x, upstream * y)
             assert_padding_is_0(x, lengths)
 
@@ -178,7 +182,9 @@ def test_packed_rows(dtype: torch.dtype, hidden: int) -> None:
             both = PackedSequence(xs[0], sizes), PackedSequence(xs[-1], sizes)
             got = fused_ar_tar(*both, ALPHA, BETA, return_terms=True)
             assert_terms(got, want)
-            for x, y in zip(*(torch.autograd.grad(100 * p, q) for p, q in ((got[0], xs), (want[0], doubles)))):
+            for x, y in zip(
+                *(torch.autograd.grad(100 * p, q) for p, q in ((got[0], xs), (want[0], doubles))), strict=True
+            ):
                 assert_near(x, y)
 
 
@@ -208,6 +214,79 @@ def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
         there = ~want.isnan()
         assert got.signbit()[there].equal(want.signbit()[there])
+
+
+AtEachLevel = Callable[[Callable[[], list[Tensor]]], None]
+
+
+@pytest.fixture
+def at_each_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[AtEachLevel]:
+    """Compare, to the last bit, the results of a function with each library that this processor runs."""
+
+    def compare(results: Callable[[], list[Tensor]]) -> None:
+        found = {}
+        for path in cpu.runnable():
+            monkeypatch.setattr(cpu, "library", functools.partial(cpu.opened, path))
+            forget()
+            found[path.name] = results()
+        name, want = found.popitem()
+        for other, got in found.items():
+            for x, y in zip(got, want, strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True, msg=f"{other} and {name} differ")
+
+    yield compare
+    forget()
+
+
+def test_a_library_is_built_for_each_level() -> None:
+    """On x86-64; those up to the level of the processor run."""
+    levels = {"DEFAULT": 1, "AVX2": 2, "AVX512": 3}
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert len(cpu.runnable()) == levels[torch.backends.cpu.get_cpu_capability()]
+        assert cpu.library().path == cpu.runnable()[0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("hidden", [1, 33, 401, 4500])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [contiguous, transposed], ids=lambda f: f.__name__)
+def test_levels_agree(layout: Layout, dtype: torch.dtype, hidden: int, at_each_level: AtEachLevel) -> None:
+    shape, other = (7, 9, hidden), FLOAT if dtype == BF16 else dtype
+    for lengths in (None, torch.arange(7) * 5 % 10):
+        raw, dropped = (leaf(values(shape, d), lengths, layout) for d in (dtype, other))
+        at_each_level(lambda raw=raw, dropped=dropped, lengths=lengths: step(raw, dropped, lengths))
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize("flush", [False, True])
+def test_levels_round_alike(dtype: torch.dtype, flush: bool, at_each_level: AtEachLevel) -> None:
+    """Subnormal numbers, ties, infinity and NaN, whatever bits NaN has."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, -1).requires_grad_()
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(FLOAT).item()
+    scales = [torch.tensor(x) for x in (1.0, -1.0, 1 + 2**-8, 1.5, 1 / 3, 2.0**-9, 7e-5, 255.0, 1e38, nan)]
+
+    def results() -> list[Tensor]:
+        penalty = fused_ar_tar(None, every, 0.5, 0.0, reduction="sum")
+        assert torch.set_flush_denormal(flush)
+        found = [torch.autograd.grad(penalty, every, scale, retain_graph=True)[0] for scale in scales]
+        torch.set_flush_denormal(False)
+        assert found[-1].isnan().all()
+        return found
+
+    at_each_level(results)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("hidden", [2048, 2047])
+def test_levels_agree_on_outputs_beyond_the_caches(dtype: torch.dtype, hidden: int, at_each_level: AtEachLevel) -> None:
+    """Gradients of 32 MB and more together, at addresses that are aligned and others."""
+    time = -(-(2**25) // (2 * 2 * 2040 * dtype.itemsize))
+    raw, dropped = (values((2, time, hidden), dtype).requires_grad_() for _ in range(2))
+
+    def results() -> list[Tensor]:
+        penalty = fused_ar_tar(raw, dropped, ALPHA, BETA)
+        return [penalty, *torch.autograd.grad(penalty, (raw, dropped))]
+
+    at_each_level(results)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -276,7 +355,7 @@ def test_too_little_memory_is_an_error() -> None:
             assert forward([x, x, None, None], values).penalty == 2
 
 
-@pytest.mark.parametrize("level", ["default", "avx2"])
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
 def test_float16_keeps_its_subnormal_numbers(level: str) -> None:
     """Every finite number, copied and divided by 4, where the processor is told to flush those of float32."""
     code = """

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from bench import corpus as texts
 from bench import demo, training
 from bench.awd_lstm import AWDLSTM, EmbeddingDropout, LockedDropout, WeightDropLSTM
+from bench.steps import AWDLSTMStep, MinGRUStep
 from bench.study import Setting
+from bench.study_report import after
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +29,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time steps that take little, and few of them."""
+    small = AWDLSTMStep((2, 3, 4), words=9, hidden=4, layers=2), MinGRUStep((2, 3, 4))
+    monkeypatch.setattr(demo, "STEPS", small)
+    monkeypatch.setattr(demo, "STEP_SECONDS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +69,7 @@ def test_trains_end_to_end(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(training, "LEARNING_RATE", 0.01)  # there are few steps to learn in
-    run(text, tmp_path / "plot.png", "--epochs", "3")
+    run(text, tmp_path / "plot.png", "--epochs", "3", "--alpha", "2", "--beta", "1")
     output = capsys.readouterr().out
     assert demo.HEADER.split() == ["epoch", "train", "loss", "valid", "ppl", "AR", "TAR", "seconds"]
     regularized, plain = tables(output)
@@ -72,9 +83,11 @@ def test_trains_end_to_end(
     assert plain[-1][2] < float(unigram[1])
     assert 0 < regularized[-1][3] < plain[-1][3]
     assert 0 < regularized[-1][4] < plain[-1][4]
-    assert re.search(
-        r"^   eager +\d+ us +[\d.]+% of the step\ncompiled +\d+ us .*\n fastreg +\d+ us", output, re.MULTILINE
-    )
+    assert re.search(r"^ +without +formula +compiled +attach +FusedRNNDropout$", output, re.MULTILINE)
+    times = re.findall(r"^(?:AWD-LSTM|8 minGRU layers) \(2, 3, 4\)(?: +[\d.]+){5}$", output, re.MULTILINE)
+    assert len(times) == 2
+    ends = f"validation perplexity after epoch 3: {regularized[-1][2]:.2f} regularized, {plain[-1][2]:.2f} not"
+    assert ends in output
     assert f"plot: {tmp_path / 'plot.png'}" in output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -110,7 +123,7 @@ def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: py
     ((row,),) = tables(output)
     assert row[3] > 0, "AR is measured"
     assert row[4] > 0, "TAR is measured"
-    assert "eager" not in output
+    assert "FusedRNNDropout" not in output
     assert (tmp_path / "plot.png").exists()
     demo.train(read(text), 0.0, 0.0, 1, seed=5)
     assert tables(capsys.readouterr().out) == [[row]], "--seed is the training's seed"
@@ -133,26 +146,59 @@ def test_tells_what_the_study_saw_of_the_same_training(
     monkeypatch.setattr(demo, "COMMITTED", file)
 
     def told(epochs: int, file: Path = text, alpha: float = 2.0) -> str:
-        demo.report_study(Setting(file, demo.WORDS, epochs), (alpha, 1.0))
+        study = demo.studied(Setting(file, demo.WORDS, epochs))
+        runs = [demo.Run(coefficients, torch.rand(6, 3), [9.0] * epochs) for coefficients in ((alpha, 1.0), (0.0, 0.0))]
+        demo.report_outcome(runs, study)
+        demo.plot(runs, study, tmp_path / "plot.png")
         return capsys.readouterr().out
 
-    assert (
-        "after epoch 2 of the same training bench.study saw a difference\nin validation perplexity of -5.00 ± 3.00"
-        in told(2)
-    )
-    assert "of +0.50 ± 3.50, lower in 1 of 2 seeds" in told(3), "the last epoch's, not the best's"
+    assert "the difference is -5.00 ± 3.00, lower in 2 of 2 seeds" in told(2)
+    assert "the difference is +0.50 ± 3.50, lower in 1 of 2 seeds" in told(3), "the last epoch's, not the best's"
     other = tmp_path / "other.txt"
     other.write_text(text.read_text(encoding="utf-8").upper(), encoding="utf-8")
-    assert told(4) == told(2, file=other) == told(2, alpha=1.0) == "", "of another training the study saw nothing"
+    for untold in (told(4), told(2, file=other), told(2, alpha=1.0)):
+        assert "difference" not in untold, "of another training the study saw nothing"
 
 
-@pytest.mark.parametrize("options", [("--alpha", "0"), ("--beta", "0")])
-def test_one_coefficient(text: Path, tmp_path: Path, options: tuple[str, str], capsys: pytest.CaptureFixture[str]):
+def test_the_plot_shows_the_seeds_of_the_study_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Validation perplexity of this run, and faintly behind it that of each seed with the same coefficients."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **options: figures.append(self) or save(self, *a, **options)
+    )
+    study = demo.studied(Setting(None, demo.WORDS, 3))
+    runs = [demo.Run(coefficients, torch.rand(60, 3), [30.0, 20.0, 10.0]) for coefficients in ((0.0, 1.0), (0.0, 0.0))]
+    demo.plot(runs, study, tmp_path / "plot.png")
+    first, *others = figures[0].axes
+    assert first.get_ylabel() == "validation perplexity"
+    assert len(others) == 3
+    assert [line.get_label() for line in first.lines if not line.get_label().startswith("_")] == [x.label for x in runs]
+    seeds = [list(line.get_ydata()) for line in first.lines if line.get_label().startswith("_")]
+    assert seeds == [run.perplexities for coefficients in ((0.0, 1.0), (0.0, 0.0)) for run in study.of(coefficients)]
+    assert len(seeds) == 10
+    assert after(study, (0.0, 1.0), len(study.runs[0].perplexities)) in first.get_title()
+
+
+def test_without_a_compiler_the_other_ways_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refuse(*arguments):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: refuse)
+    demo.StepTimes(torch.device("cpu")).report()
+    output = capsys.readouterr().out
+    assert output.count("the compiled formula is not measured: RuntimeError") == 2
+    assert re.search(r"^8 minGRU layers \(2, 3, 4\)(?: +[\d.]+){4}$", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("options", [("--alpha", "0"), ("--beta", "0", "--alpha", "2")])
+def test_one_coefficient(text: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
     run(text, tmp_path / "plot.png", "--epochs", "1", *options)
     output = capsys.readouterr().out
     assert re.search(rf"^regularized \(.*{options[0][2:]}=0[,)]", output, re.MULTILINE)
     assert all(value > 0 for table in tables(output) for row in table for value in row)
-    assert "eager" in output
+    assert "FusedRNNDropout" in output
 
 
 def test_learning_rate_follows_the_sequence_length(text: Path, monkeypatch: pytest.MonkeyPatch):
@@ -216,6 +262,9 @@ def test_fastai_prints_a_table_where_there_is_no_terminal(
     run(text, tmp_path / "plot.png", "--framework", "fastai", "--epochs", "2")
     output = capsys.readouterr().out
     assert "bench.study" not in output, "which did not train fastai's model"
+    (ppl,) = re.findall(r"after epoch 2: [\d.]+ regularized, ([\d.]+) not", output)
+    last = float(re.findall(r"^ +1 +[\d.]+ +([\d.]+) ", output, re.MULTILINE)[-1])
+    assert float(ppl) == pytest.approx(math.exp(last), rel=1e-3)
     parts = re.findall(r"with fastai\n(.*)\n(.*)\n(.*)\n", output)
     assert [head.split() for head, _, _ in parts] == [
         ["epoch", "train_loss", "valid_loss", "time"],

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def start(rank: int, meeting: str) -> None:
-    """What a process does first."""
+    """Initialize a process."""
     torch.set_num_threads(1)
     options: Any = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=TIMEOUT / 2)}
     dist.init_process_group("gloo", init_method=f"file://{meeting}", **options)
@@ -41,7 +41,7 @@ def start(rank: int, meeting: str) -> None:
 
 @pytest.fixture(scope="module")
 def in_both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    """Call a function in both processes; what fails in one of them fails the test."""
+    """Call a function in both processes; a failure in one of them fails the test."""
     spawn, meeting = multiprocessing.get_context("spawn"), str(tmp_path_factory.mktemp("group") / "meeting")
     with spawn.Pool(1) as first, spawn.Pool(1) as second:
 

@@ -56,7 +56,7 @@ class AWD(Net):
 
 
 def plain() -> dict[str, Any]:
-    """What snippets find that belongs to no framework."""
+    """Return the names that all snippets may use."""
     raw, dropped = torch.randn(2, BATCH, TIME, HIDDEN).unbind(0)
     inputs, targets = torch.randint(WORDS, (2, BATCH, TIME)).unbind(0)
     model = AWD()
@@ -179,7 +179,7 @@ def run_beside_fastai_1(program: str, folder: Path) -> None:
 
 
 def public_names(module: str) -> list[str]:
-    """Return the public names of which docs/api.md shows the docstrings."""
+    """Return the names of a module that docs/api.md documents."""
     return re.findall(rf"^::: {re.escape(module)}\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
 
 
@@ -202,7 +202,7 @@ def failures_of_examples(module: str, names: list[str], found: dict[str, Any]) -
 
 
 def setup_of(module: str) -> dict[str, Any]:
-    """Return the names that the examples of a module may use, beside its own."""
+    """Return the names that the examples of a module may use in addition to its own."""
     framework = module.rpartition(".")[2]
     if framework not in ADAPTERS:
         return {}
@@ -248,6 +248,23 @@ def test_the_readme_replaces_the_formula_by_its_equal() -> None:
     assert losses[0] > 1
 
 
+def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
+    from fastreg import fused_ar_tar
+
+    page = (ROOT / "docs" / "coefficients.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| `(w \*[^|]*)` \| `([^|`]*)`(.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, TIME, HIDDEN, dtype=torch.float64)
+    names = {"x": x, "w": 3.0, "dt": 0.1, "hidden": HIDDEN, "time": TIME}
+    for term, formula, remark in rows:
+        coefficient = eval(formula, names)
+        alpha, beta = (0.0, coefficient) if "diff" in term else (coefficient, 0.0)
+        reduction = "sum" if 'reduction="sum"' in remark else "mean"
+        penalty = fused_ar_tar(x, x, alpha, beta, reduction=reduction)
+        torch.testing.assert_close(penalty, eval(term, names), msg=term)
+
+
 def test_the_figures_of_the_study_are_those_of_its_report() -> None:
     report = (ROOT / "bench" / "results" / "study.md").read_text()
     quoted = re.findall(r"^- \(\d.*\)$", (ROOT / "docs" / "coefficients.md").read_text(), re.MULTILINE)
@@ -263,7 +280,7 @@ def test_every_snippet_is_run_somewhere() -> None:
 
 
 def find_in_checkout(page: Path) -> bool:
-    """Whether a page is part of the checkout, and not of what is installed in it."""
+    """Return whether a page is part of the checkout, and not of an environment inside it."""
     return not any(part.startswith(".") for part in page.relative_to(ROOT).parts)
 
 

@@ -65,7 +65,7 @@ def test_values_and_gradient(sample: Sample, full: bool, device: str, poison: No
     assert not got.tar.requires_grad
     unit = roundoff(raw.dtype, device)
     torch.testing.assert_close(dropped.double(), product, rtol=unit, atol=0)
-    # AR is formed from dropped as it is returned, rounding included.
+    # AR is formed from the returned dropped, rounding included.
     rounded = dropped.detach().double() + product - product.detach()
     want = truth(sample, exact, rounded)
     for name, x, y in zip(ARTAR._fields, got, want, strict=True):

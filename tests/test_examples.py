@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# script -> the framework that it needs, and what precedes a loss in its output
+# script -> the framework that it needs, and the pattern of a loss in its output
 SCRIPTS = {
     "loop.py": (None, r"loss ([\d.]+)"),
     "custom_rnn.py": (None, r"loss ([\d.]+)"),

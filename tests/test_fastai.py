@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Learner]:
-    """Language model learners that are alike."""
+    """Language model learners with equal weights."""
 
     def learner(alpha: float = ALPHA, beta: float = BETA, size: int = 650, bs: int = 8, **options: Any) -> Learner:
         set_seed(0)
@@ -76,7 +76,7 @@ def make(tmp_path: Path) -> Callable[..., Learner]:
 
 
 def by_hand(learn: Learner, *cbs: Callback) -> Learner:
-    """The learner with these callbacks in the place of the stock ones."""
+    """Return the learner with these callbacks instead of the stock ones."""
     return learn.remove_cbs([stock.RNNRegularizer, stock.RNNCallback, stock.ModelResetter]).add_cbs(list(cbs))
 
 
@@ -103,7 +103,7 @@ class Ids(list):
 
 
 class Spy(Callback):
-    """What every training step looks like to a callback that runs last."""
+    """Record every training step as a callback that runs last sees it."""
 
     order = 100
 
@@ -195,7 +195,7 @@ def test_text_classifiers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_len", [None, 16])
 def test_padding_of_text_classifiers(tmp_path: Path, max_len: int | None) -> None:
-    """Fastai pads by whole chunks before a text, and by the rest behind it; half of it all is padding here."""
+    """Fastai pads by whole chunks before a text, and by the rest behind it; half of the batch is padding here."""
     sizes = [30, 29, 21, 17, 16, 9, 3, 1]
     texts = [torch.randint(2, WORDS, (n,)) for n in sizes]
     rows = [
@@ -232,7 +232,7 @@ def test_padding_of_text_classifiers(tmp_path: Path, max_len: int | None) -> Non
 
 
 def test_masked_padding_goes_from_the_first_step_to_the_last() -> None:
-    """A pad id amid a text is a step of it."""
+    """A pad id amid a text is a step of the text."""
     there = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]])
     model = get_text_classifier(AWD_LSTM, WORDS, 2, seq_len=8, config=awd_lstm_clas_config | SMALL)
     regularizer = RNNRegularizer(mask_padding=True)
@@ -300,7 +300,7 @@ PATHS: dict[str, Any] = {"rnn": "body.rnn", "dropout": "body.dropout"}
 
 @pytest.fixture
 def of(make: Callable[..., Learner], tmp_path: Path) -> Callable[..., Learner]:
-    """Learners of models of one's own that are alike."""
+    """Learners of custom models with equal weights."""
 
     def learner(kind: type[nn.Module], *cbs: Callback, **options: Any) -> Learner:
         dls = make().dls
@@ -444,7 +444,7 @@ def test_paths_are_checked(
     assert not any(module._forward_hooks for module in learn.model.modules())
 
 
-# -- what is added, and what is shown ---------------------------------------------------------------------------------
+# -- the penalty and the columns --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "bs"), [(650, 8), (8 * 33 + 1, 8), (40, 1)], ids=["many", "one step", "one row"])
@@ -650,7 +650,7 @@ def test_a_cancelled_step_leaves_the_learner_as_it_was(make: Callable[..., Learn
     assert gap(accumulated, trained(make(**whole), cbs=GradientAccumulation(16))) < 1e-5
 
 
-# -- what is held -----------------------------------------------------------------------------------------------------
+# -- lifetimes --------------------------------------------------------------------------------------------------------
 
 
 class Stop(Callback):

@@ -36,7 +36,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subpr
 
 @pytest.fixture(scope="module", params=RELEASES)
 def found(request: pytest.FixtureRequest, trainings: dict[str, tuple[subprocess.Popen[str], Path]]) -> dict[str, Any]:
-    """What the process of one release found."""
+    """The results of the process of one release."""
     release = request.param
     if release not in trainings:
         pytest.skip(f"fastai {release} is not installed in {INSTALLED}: run tests/frameworks.sh")

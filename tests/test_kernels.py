@@ -117,14 +117,14 @@ def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2**30), (2**15, 2**10, 2**5), (1, 2**30, 1), (2, 2**29 - 1, 1)])
 def test_large_sizes_are_counted_in_64_bits(sizes: tuple[int, int, int]) -> None:
-    """What a launch would be told: memory as large is not needed."""
+    """Return the arguments of a launch, without the memory that a real one needs."""
     cut = tiling.Tiling(View(*sizes, (Operand(torch.float32, sizes[2], sizes[2]),)), torch.float32)
     assert str(cut.constants["INDEX"]) == ("int64" if math.prod(sizes) >= 2**30 else "int32")
 
 
 @pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16), (2**30 + 5, 9), (10, 2**30 + 3)])
 def test_offsets_past_31_bits(strides: tuple[int, int], device: str) -> None:
-    """Rows far apart in memory that is reserved but, on the CPU, hardly touched."""
+    """Rows with large strides in memory that is reserved but, on the CPU, hardly touched."""
     shape = (4, 2, 8) if strides[0] > strides[1] else (2, 4, 8)
     memory = torch.empty(3 * (2**31 + 8) + 64, dtype=torch.float16, device=device)
     raw, dropped = (memory.as_strided(shape, (*strides, 1), offset) for offset in (0, 32))
@@ -133,19 +133,26 @@ def test_offsets_past_31_bits(strides: tuple[int, int], device: str) -> None:
     assert_right(raw.detach().requires_grad_(), dropped.detach().requires_grad_())
 
 
-def test_a_launch_leaves_its_ticket_at_zero(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticket = torch.zeros(1, dtype=torch.int32, device=device)
-    monkeypatch.setattr(reduction, "ticket_for", lambda _: ticket)
+@pytest.mark.parametrize("launches", [0, 1, 2])
+def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have drawn all their numbers from it, and not put it back."""
+    ticket, begins = torch.zeros(1, dtype=torch.int32, device=device), []
+
+    def ticket_for(_: torch.device, programs: int) -> Tensor:
+        begins.append(launches * programs)
+        return ticket.fill_(launches * programs)
+
+    monkeypatch.setattr(reduction, "ticket_for", ticket_for)
     for _ in range(2):
         assert_right(*leaves(device, 3, 70, 40))
-        assert ticket == 0
+        assert ticket == begins[-1]
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_tickets_are_back_at_zero(device: str) -> None:
     for _ in range(3):
         fused_ar_tar(*leaves(device, 3, 70, 40), 2.0, 1.0)
-    tickets = [ticket for (on, _), ticket in reduction.TICKETS.of_stream.items() if on.type == device]
+    tickets = [ticket for (on, *_), ticket in reduction.TICKETS.of_stream.items() if on.type == device]
     assert tickets
     assert all(ticket.item() == 0 for ticket in tickets)
 

@@ -25,7 +25,7 @@ SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
 GROWING = PackedSequence(PACKED.data, PACKED.batch_sizes.flip(0))
 HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
 WRAPPED = PackedSequence(PACKED.data[:1], torch.tensor([2**62 + 1, 2**62, 2**62, 2**62]))
-WRAPPING = PackedSequence(  # a sum and differences that wrap to what would fit
+WRAPPING = PackedSequence(  # a sum and differences that wrap to valid values
     torch.randn(24, 3), torch.tensor([2, -(2**62), -(2**63) + 10, 2**62, 1, -(2**62), -(2**63) + 10, 2**62, 1])
 )
 AWAY = tuple.__new__(PackedSequence, (PACKED.data, PACKED.batch_sizes.to("meta"), None, None))

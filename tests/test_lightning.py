@@ -27,7 +27,7 @@ else:
 from fastreg import FusedRNNDropout, carry, fused_ar_tar
 from fastreg.lightning import ActivationRegularization
 
-# Lightning's own, and those of what it imports
+# Lightning's own, and those of its imports
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -144,7 +144,7 @@ def test_a_dropout_that_takes_the_penalty_along(monkeypatch: pytest.MonkeyPatch)
         regularized = True
 
     module, written_out = made(Fused), made(FusedFormula)
-    monkeypatch.setattr(carry, "penalty_of", None)  # nothing is formed apart from the dropout
+    monkeypatch.setattr(carry, "penalty_of", None)  # the dropout alone forms terms
     logged = fit(module, callback(), validate=True).callback_metrics
     want = fit(written_out, validate=True).callback_metrics
     assert_same(module, written_out)
@@ -287,7 +287,7 @@ def test_several_rnns() -> None:
 
 
 class Pair(Module):
-    """Two RNNs, each the output of which is regularized with a beta of its own."""
+    """Two RNNs, whose outputs are regularized with different betas."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The list of mutants fits the code as it is. `make mutants` runs the tests on each."""
+"""The list of mutants fits the code. `make mutants` runs the tests on each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What importing the package gives, and what it leaves alone."""
+"""The import of the package: its names, and the modules that it does not import."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 
 import fastreg
 import fastreg.__main__ as main
+from fastreg.kernels import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
@@ -84,6 +85,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=built)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
+    setup = folder / "setup.py"
+    assert setup.read_text().count('"-O3"') == 1
+    setup.write_text(setup.read_text().replace('"-O3"', '"-O0"'))  # which compiles in a third of the time
     return folder
 
 
@@ -116,11 +120,47 @@ def test_what_is_installed_runs_inside_of_the_clone(clone: Path, site: Path) -> 
 @needs_compiler
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")
 def test_the_level_is_named(site: Path, tmp_path: Path) -> None:
-    for capability, name, why in (("avx2", "_cpu_v3", "AVX2\n"), ("default", "_cpu", "capability DEFAULT")):
-        done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site), ATEN_CPU_CAPABILITY=capability)
-        line = next(line for line in done.stdout.splitlines(keepends=True) if line.startswith("library for CPUs"))
+    """With the reason for which it is not a better one."""
+    levels = {
+        "avx512": ("_cpu_v4", "for processors with AVX-512\n"),
+        "avx2": ("_cpu_v3", "by PyTorch's capability AVX2 this is none of the processors with AVX-512\n"),
+        "default": ("_cpu", "by PyTorch's capability DEFAULT this is none of the processors with AVX2\n"),
+    }
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        del levels["avx512"]
+        levels["avx2"] = "_cpu_v3", "this is none of the processors with AVX-512\n"
+    for capability, (name, why) in levels.items():
+        line = library_line(site, tmp_path, ATEN_CPU_CAPABILITY=capability)
         assert f"{site}/fastreg/kernels/{name}." in line
         assert why in line
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs AVX-512")
+def test_a_level_that_was_not_built_is_named(site: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(site, part)
+    for library in part.glob("fastreg/kernels/_cpu_v4.*"):
+        library.unlink()
+    line = library_line(part, tmp_path)
+    assert f"{part}/fastreg/kernels/_cpu_v3." in line
+    assert "no library for processors with AVX-512 was built from these sources" in line
+
+
+def test_no_library_is_loaded_that_the_processor_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever PyTorch's capability says."""
+    if cpu.reason() is not None:
+        pytest.skip("no C++ kernels here")
+    built = {path.name.partition(".")[0] for path in cpu.runnable()}
+    for level, names in ((4, built), (3, built - {"_cpu_v4"}), (1, {"_cpu"}), (0, {"_cpu"})):
+        monkeypatch.setattr(cpu, "processor_level", lambda level=level: level)
+        assert {path.name.partition(".")[0] for path in cpu.runnable()} == names
+
+
+def library_line(site: Path, folder: Path, **environment: str) -> str:
+    """What `python -m fastreg` says of the library."""
+    done = python("-m", "fastreg", folder=folder, PYTHONPATH=str(site), **environment)
+    return next(line for line in done.stdout.splitlines(keepends=True) if line.startswith("library for CPUs"))
 
 
 @needs_compiler

@@ -58,7 +58,7 @@ MODES: dict[str, Callable[[], Any]] = {
     "hooks": lambda: saved_tensors_hooks(lambda x: x.clone(), lambda x: x),
     "plain": nullcontext,
 }
-# Each changes one fact of the call below. A `mode` is no argument, but what the call runs in.
+# Each changes one fact of the call below. A `mode` is no argument, but the context of the call.
 PENALTY: dict[str, dict[str, Any]] = {
     "shape": {"raw": RAW[:, :4], "dropped": DROPPED[:, :4]},
     "another shape of as many elements": {"raw": RAW.reshape(5, 3, 8), "dropped": DROPPED.reshape(5, 3, 8)},
@@ -163,7 +163,7 @@ def fresh(x: Any, frozen: bool, leaves: list[Tensor]) -> Any:
 
 
 def outcome(function: Callable[..., Any], options: dict[str, Any]) -> list[Any]:
-    """Call the function; return what describes its results and gradients in full, or its error."""
+    """Call the function; return a full description of its results and gradients, or its error."""
     options = dict(options)
     mode, frozen, leaves = options.pop("mode", "plain"), options.pop("frozen", ()), []
     same = options.get("dropped") == "raw" if isinstance(options.get("dropped"), str) else False

@@ -43,8 +43,14 @@ def alone(call: Any, upstream: Tensor, inputs: Any) -> list[Tensor]:
     return [*torch.autograd.grad(got, inputs, upstream)]
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE, HALF, BF16], ids=str)
-@pytest.mark.parametrize("kind", ["two", "same", "lengths", "raw alone", "raw needs none"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *[("two", dtype) for dtype in (FLOAT, DOUBLE, HALF, BF16)],
+        *[(kind, FLOAT) for kind in ("same", "lengths", "raw alone", "raw needs none")],
+    ],
+    ids=str,
+)
 def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, device: str) -> None:
     raw, dropped = leaves(device, dtype)
     if kind == "raw needs none":
@@ -57,7 +63,7 @@ def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, de
 
     inputs = [x for x in (raw, dropped) if x.requires_grad and (x is not dropped or second is dropped)]
     upstream = [torch.tensor(x, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device) for x in UPSTREAM]
-    wanted = [alone(call, grad, inputs) for grad in upstream]  # before all, as each is what is expected after it
+    wanted = [alone(call, grad, inputs) for grad in upstream]  # before all others, as each is expected after it
     for grad, want in zip(upstream, wanted, strict=True):
         assert_same_bits(torch.autograd.grad(call(), inputs, grad), want)
 
@@ -71,7 +77,7 @@ def test_one_gradient_of_two_dtypes(dtypes: Any, which: str, device: str) -> Non
         raw[start:, lane] += 0.5
     dropped = torch.ones(64, 512, dtype=dtypes[1], device=device)
     leaf = (raw if which == "raw" else dropped).requires_grad_()
-    for value in (1.0, 0.5, 0.5, 0.25):
+    for value in (1.0, 0.5) if INTERPRETED else (1.0, 0.5, 0.5, 0.25):
         got = fused_ar_tar(raw, dropped, 1.0, 1.0, reduction="sum")
         grad = torch.tensor(value, dtype=got.dtype, device=device)
         (gradient,) = torch.autograd.grad(got, leaf, grad)
@@ -93,7 +99,7 @@ def test_a_term_that_is_measured_has_no_part_in_the_gradient(alpha: float, beta:
 
 
 def test_a_second_backward_computes_anew(device: str) -> None:
-    """The first has given its gradients away, and whoever has them may change them."""
+    """The first has given its gradients away, and the caller may change them."""
     raw, dropped = leaves(device)
     got = fused_ar_tar(raw, dropped, 2.0, 1.0)
     first = torch.autograd.grad(got, (raw, dropped), retain_graph=True)
@@ -108,7 +114,7 @@ def test_a_second_backward_computes_anew(device: str) -> None:
 
 
 def test_graphs_in_flight(device: str) -> None:
-    """Each has memory of its own, and what it assumed, whatever comes in between."""
+    """Each has memory of its own and its own assumption, whatever runs in between."""
     raw, dropped = leaves(device)
     upstream = [torch.tensor(value, device=device) for value in (1.0, 3.0, 1.0, 5.0, 3.0)]
     wanted = [alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped)) for grad in upstream]

@@ -1,4 +1,4 @@
-"""The executor of PTX: its instructions, what it refuses, and that it notices what is wrong with a kernel."""
+"""The executor of PTX: its instructions, the code it refuses, and the faults it finds in a kernel."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ REGISTERS = {"b16": "%h", "b32": "%r", "b64": "%d"}
 
 
 def apply(instruction: str, result: torch.dtype, *inputs: Tensor) -> Tensor:
-    """What an instruction makes of inputs, (n,), in {0}, {1}, ...; n a multiple of the lanes of a warp."""
+    """Return the result of an instruction for inputs, (n,), in {0}, {1}, ...; n a multiple of the lanes of a warp."""
     out = torch.zeros(len(inputs[0]), dtype=result)
     body, registers = "", []
     for i, x in enumerate([out, *inputs]):
@@ -211,11 +211,11 @@ def test_an_unknown_instruction_is_named() -> None:
         run("add.s32 %r1, %d1, 1;")
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- refused code -----------------------------------------------------------------------------------------------------
 
 AT_LANE = "mad.wide.u32 %d0, %lane, 4, %base0;"
 MINE = "shl.b32 %r2, %lane, 2;"
-NEXT = "xor.b32 %r3, %r2, 128;"  # what a thread of the next warp has
+NEXT = "xor.b32 %r3, %r2, 128;"  # the value of a thread of the next warp
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_refused(body: str, message: str, seed: int) -> None:
 @pytest.mark.parametrize("after", ["bar.sync 0;", ""], ids=["barrier", "no_barrier"])
 @pytest.mark.parametrize("seed", range(2))
 def test_what_orders_programs(order: str, scope: str, before: str, after: str, seed: int) -> None:
-    """Thread 32 stores, thread 0 draws a ticket, and thread 33 of the last program reads what all stored."""
+    """Thread 32 stores, thread 0 draws a ticket, and thread 33 of the last program reads all stored values."""
     body = f"""
 mov.u32 %r1, %ctaid.x;
 mad.wide.u32 %d0, %r1, 4, %base0;
@@ -361,7 +361,7 @@ def without_barriers_before_the_ticket(text: str) -> str:
 
 
 def sums_of_blocks(barrier: bool, order: str) -> Any:
-    """Run `last_adds`, several times, and check what it gives. Returns the compiled kernel."""
+    """Run `last_adds`, several times, and check its result. Return the compiled kernel."""
     x, ticket, out = torch.randn(20, 512), torch.zeros(1, dtype=I32), torch.empty(512)
     for _ in range(3):
         arguments = x, torch.full_like(x, torch.nan), ticket.zero_(), out.fill_(torch.nan), barrier, order, 512

@@ -1,4 +1,4 @@
-"""`RNNRegularizer` in a training loop: what it captures, adds, drops and refuses."""
+"""`RNNRegularizer` in a training loop: captures, penalties, lifetimes and errors."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_the_penalty_alone(by_hooks: bool) -> None:
         assert reg.take(criterion(model(tokens()), tokens())) is None
 
 
-# What a capture's life ends with
+# The end of a capture
 
 
 @either
@@ -297,7 +297,7 @@ def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: str | None) -> No
     refs = [weakref.ref(x) for x in output[1:]]
     loss = criterion(output[0], tokens())
     if isinstance(model.dropout, FusedRNNDropout) and not by_hooks:
-        model.dropout.take()  # it waits: nobody knows of it
+        model.dropout.take()  # the penalty waits to be taken
     if fails:
         reg.alpha = -1.0 if fails == "alpha" else ALPHA
         with pytest.raises(ValueError, match=fails):

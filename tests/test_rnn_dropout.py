@@ -89,7 +89,7 @@ def test_two_regularizers_of_one_dropout() -> None:
 
 
 class Changed(FusedRNNDropout):
-    """Whose output is not what the dropout itself put out, or its input not what the RNN did."""
+    """Hooks that replace the output of the dropout, or its input."""
 
     changed = "output"
 
@@ -142,7 +142,7 @@ def test_a_probability_and_valid_steps_of_one_call(batch_first: bool) -> None:
     assert dropout.eval()(raw, 0.25, valid=mask) is raw
 
 
-# What is lost
+# Lost penalties
 
 
 def test_a_penalty_that_nobody_took_is_warned_of_once() -> None:
@@ -243,7 +243,7 @@ def test_the_dropout_follows_the_coefficients(formed: list[Any]) -> None:
             torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
         assert formed == []
         _, raw, dropped = model.activations(tokens())
-        reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty is of these all the same
+        reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty has these coefficients all the same
         check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, 1))
         assert formed == []
     assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
@@ -315,7 +315,7 @@ def test_copies_of_a_fused_dropout_follow_nobody(duplicate: Callable[[Any], Any]
     assert twin.dropout.take() is not None  # which the hooks of the first would have taken
 
 
-# What is left behind, and what is refused
+# Copies, states and errors
 
 
 def test_a_forgotten_regularizer_leaves_the_dropout_as_it_was() -> None:

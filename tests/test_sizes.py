@@ -22,7 +22,7 @@ blocked = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: 
 
 
 class LastPrograms:
-    """A kernel of which the interpreter runs the last two items alone, as if each were a program."""
+    """Have the interpreter run the last two items of a kernel alone, as if each were a program."""
 
     def __init__(self, kernel: Any):
         self.kernel, self.arg_names = kernel, kernel.arg_names
@@ -103,7 +103,7 @@ def one_row(shape: tuple[int, ...], time: int) -> list[int]:
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16)])
 def test_offsets_past_31_bits_with_dropout(strides: tuple[int, int], device: str) -> None:
-    """Rows far apart in memory, as in tests/test_kernels.py: of raw, a full mask, and dropped's gradient."""
+    """Rows with large strides, as in tests/test_kernels.py: of raw, a full mask, and dropped's gradient."""
     shape = (4, 2, 8) if strides[0] > strides[1] else (2, 4, 8)
     memory = torch.empty(3 * (2**31 + 8) + 128, dtype=HALF, device=device)
     raw, mask, slope = (memory.as_strided(shape, (*strides, 1), offset) for offset in (0, 32, 64))

@@ -1,4 +1,4 @@
-"""The study, end to end on a small text; its figures on made-up runs; what is committed against what is rendered."""
+"""The study, end to end on a small text; its figures on made-up runs; the committed page against the rendered one."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: p
 
 
 def made_up(coefficients: tuple[float, float], seed: int, perplexities: list[float]) -> Run:
-    """A run of those validation perplexities, with a training perplexity of 10 after the last epoch."""
+    """Return a run with these validation perplexities, with a training perplexity of 10 after the last epoch."""
     losses = [math.log(perplexity) for perplexity in perplexities]
     epochs = len(losses)
     figures = {"train_loss": [3.0] * epochs, "ar": [0.1] * epochs, "tar": [0.2] * epochs, "seconds": 60.0}

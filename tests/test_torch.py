@@ -124,7 +124,7 @@ def from_seed(call: Call, xs: list[Tensor]) -> Any:
 
 
 def everything(call: Call, xs: list[Tensor]) -> list[Tensor]:
-    """What a call gives, and the gradients of a loss made of it; from one seed."""
+    """Return the results of a call, and the gradients of a loss made of them; from one seed."""
     results = from_seed(call, xs)
     gradients = torch.autograd.grad(total(results), xs, allow_unused=True, materialize_grads=True)
     return [*flat(results), *gradients]
@@ -431,7 +431,7 @@ class TestDeterministicMode:
         assert_close(got, want, rtol=0, atol=0)
 
     def test_what_gets_written_is_not_filled_before(self) -> None:
-        x = torch.zeros(2**25, 1, dtype=HALF)  # of such a size the system gives fresh memory, zeros
+        x = torch.zeros(2**25, 1, dtype=HALF)  # for this size the system allocates fresh memory, zeros
         with deterministic():
             assert torch.empty_like(x).isnan().all()
             assert not allocate(layout_of(x)).isnan().any()

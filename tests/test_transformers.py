@@ -31,7 +31,7 @@ from fastreg import FusedRNNDropout, carry  # noqa: E402
 from fastreg.attachment import Attachment  # noqa: E402
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 
-# transformers' own, and those of what it imports
+# transformers' own, and those of its imports
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -159,14 +159,14 @@ def arguments_in(folder: str, **options: Any) -> Any:
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Return what makes `TrainingArguments`, which in some releases change the environment for all that come later."""
+    """Return a maker of `TrainingArguments`, which in some releases change the environment for later ones."""
     with mock.patch.dict(os.environ):
         yield partial(arguments_in, str(tmp_path))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_collections() -> Iterator[None]:
-    """Spare the garbage collection that each training starts with all that the imports made."""
+    """Freeze the objects of the imports, which the garbage collection of each training would visit."""
     gc.collect()
     gc.freeze()
     yield
@@ -180,7 +180,7 @@ def made(make: Callable[[], Any]) -> Any:
 
 
 def trainer_of(make: Callable[[], Any], args: Any, kind: Any = RegularizedTrainer, **options: Any) -> Any:
-    """Make a trainer of a model from its seed; the regularized ones and the formula get what they need."""
+    """Make a trainer of a model from its seed; the regularized ones and the formula get their own arguments."""
     if issubclass(kind, RegularizedTrainer):
         options = {"alpha": ALPHA, "beta": BETA} | options
     if issubclass(kind, (RegularizedTrainer, Formula)):
@@ -239,7 +239,7 @@ def test_coefficients_of_zero_change_nothing(make: Callable[[], Any], arguments:
 
 
 def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Compute the loss as users of `compute_loss_func` do: divided by what all batches of the step have."""
+    """Compute the loss as users of `compute_loss_func` do: divided by the tokens of all batches of the step."""
     total = F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
     return total / num_items_in_batch
 
@@ -474,7 +474,7 @@ def test_dropout(make: Callable[[], Any], arguments: Any) -> None:
 
 def test_a_dropout_that_takes_the_penalty_along(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"rnn": "lstm", "dropout": "dropout", "valid": None}
-    monkeypatch.setattr(carry, "penalty_of", None)  # nothing is formed apart from the dropout
+    monkeypatch.setattr(carry, "penalty_of", None)  # the dropout alone forms terms
     trainer = fit(FusedModel, arguments(), **options)
     assert_same(trainer, fit(FusedModel, arguments(), Formula, **options))
     fit(FusedModel, arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3), **options)

@@ -117,6 +117,26 @@ def test_terms_alone_and_sums(mask: str, ar_of_raw: bool, coefficients: tuple[fl
             assert_gradient(gradient, torch.zeros_like(gradient, dtype=DOUBLE) if exactly is None else exactly)
 
 
+@pytest.mark.parametrize("shape", [(4096, 2), (911, 9), (8193, 1)], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_many_steps_are_counted(shape: tuple[int, int], fused: bool, device: str) -> None:
+    """Up to 8192 steps are counted by each program of a launch, and more by a launch of their own."""
+    valid = (torch.arange(shape[0] * shape[1], device=device) % 37 % 5 > 0).view(shape)
+    x = torch.randn(*shape, 2, device=device, requires_grad=True)
+    if fused:
+        _, got = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=torch.ones_like(x), valid=valid, return_terms=True)
+    else:
+        got = fused_ar_tar(x, x, ALPHA, BETA, valid=valid, return_terms=True)
+    wide = x.detach().double().requires_grad_()
+    paired = valid[:, 1:] & valid[:, :-1]
+    ar = wide[valid].square().sum() / (2 * valid.sum())
+    tar = (wide[:, 1:] - wide[:, :-1])[paired].square().sum() / (2 * paired.sum()).clamp(min=1)
+    assert_terms(got, ARTAR(ALPHA * ar + BETA * tar, ar, tar), FLOAT)
+    (want,) = torch.autograd.grad(ALPHA * ar + BETA * tar, wide)
+    (gradient,) = torch.autograd.grad(got.penalty, x)
+    assert_gradient(gradient, want)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 def test_steps_at_the_front_are_those_of_lengths_to_the_last_bit(
@@ -145,7 +165,7 @@ def test_steps_at_the_front_are_those_of_lengths_to_the_last_bit(
 @pytest.mark.parametrize("full", [True, False], ids=["full mask", "locked mask"])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, DOUBLE], ids=str)
 def test_dropout(mask: str, full: bool, batch_first: bool, dtype: torch.dtype, device: str, poison: None) -> None:
-    """What does not count is dropped out like the rest, and has the gradient of what it was dropped to alone."""
+    """An invalid step is dropped out like the others, and has the gradient of its dropped value alone."""
     valid = marks(mask, device)
     raw = torch.randn(*valid.shape, 12, device=device).to(dtype)
     kept = (torch.rand(len(raw), raw.shape[1] if full else 1, 12, device=device) > 0.5).to(dtype) * 2  # exact products

@@ -1,17 +1,17 @@
 """Run the kernels as compiled for an H100 on CPU tensors, instruction by instruction: `pytest -p tests.ptx`.
 
-Triton compiles for sm_90 down to PTX, which is decoded and run by the machine in machine.c. What the machine
-refuses raises a `PTXError` that names the instruction, its line in the kernel's source, the program and the thread:
+Triton compiles for sm_90 down to PTX, which is decoded and run by the machine in machine.c. A fault raises a
+`PTXError` that names the instruction, its line in the kernel's source, the program and the thread:
 
 - an access outside of the tensors that the kernel was given, or outside of its shared memory;
 - a misaligned access;
 - a branch, a barrier or a return that the lanes of a warp do not take together, and a barrier that not all warps reach;
-- a race: two accesses to the same memory, of which one writes, that neither barriers nor releases and acquires order.
+- a race: two accesses to the same memory, one a write, that neither barriers nor releases and acquires order.
 
 Warps run in an order that is drawn at random, and several programs at once. Registers and shared memory start as NaN,
-and so does what `torch.empty` gives while the plugin is on.
+and so does memory of `torch.empty` while the plugin is on.
 
-It does not show what ptxas makes of the PTX, nor speed. Approximate instructions give exact results.
+It shows neither the code that ptxas makes of the PTX, nor speed. Approximate instructions give exact results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def all_kernels() -> list[Any]:
 
 @contextmanager
 def kernels_take_cpu_tensors() -> Iterator[None]:
-    """Send CPU tensors to the Triton kernels, inside of `executed`; this is all that is known here of fastreg."""
+    """Send CPU tensors to the Triton kernels, inside of `executed`, the only part that knows fastreg."""
     from fastreg.backends import TRITON, cpu_tensors_by
     from fastreg.plans import forget
 
@@ -51,7 +51,10 @@ def scrambled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def fresh(*arguments: Any, **options: Any) -> torch.Tensor:
         x = make(*arguments, **options)
         if type(x) is torch.Tensor and x.device.type == "cpu" and x.nbytes < 2**26:  # a compiler's have no memory
-            x.detach().fill_(torch.nan if x.dtype.is_floating_point else torch.iinfo(x.dtype).max)
+            wrong = (
+                True if x.dtype == torch.bool else torch.iinfo(x.dtype).max if not x.is_floating_point() else torch.nan
+            )
+            x.detach().fill_(wrong)
         return x
 
     return fresh
@@ -79,7 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU, and what the sample has not drawn."""
+    """Leave out tests that need a GPU, and tests that the sample has not drawn."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("gpu") is None:

@@ -1,4 +1,4 @@
-"""From the text of PTX to what the machine runs."""
+"""Decode the text of PTX into the instructions of the machine."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Decoder:
         return self.constants[key]
 
     def image(self) -> bytes:
-        """What the register file holds behind the registers; the machine fills in the special registers."""
+        """Return the constants behind the registers; the machine fills in the special registers."""
         image = bytearray(self.file - self.registers)
         for (bits, size), offset in self.constants.items():
             start = offset - self.registers

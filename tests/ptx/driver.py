@@ -1,4 +1,4 @@
-"""A driver for Triton that compiles for an H100 and runs what it compiled on CPU tensors."""
+"""A driver for Triton that compiles for an H100 and runs the code on CPU tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class H100Backend(CUDABackend):
         del stages["cubin"]
 
     def hash(self) -> str:
-        return f"ptx-{super().hash()}"  # the cache on disk must not mix up what lacks a cubin
+        return f"ptx-{super().hash()}"  # the cache on disk must tell code without a cubin apart
 
 
 class Argument(NamedTuple):
@@ -151,7 +151,7 @@ class Executor:
 
 
 def switches(signature: Any, constants: dict[Any, Any], path: tuple[int, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Names of what a kernel may be compiled with or without, and "True" and "False", or "given" and "None"."""
+    """Return the switches of a kernel, with "True" and "False", or "given" and "None"."""
     for i, (name, kind) in enumerate(signature):
         if isinstance(kind, tuple):
             yield from switches([(f"{name}[{j}]", k) for j, k in enumerate(kind)], constants, (*path, i))
@@ -162,7 +162,7 @@ def switches(signature: Any, constants: dict[Any, Any], path: tuple[int, ...] = 
 
 
 def flat(signature: Any, arguments: Any) -> Iterator[tuple[str, str, Any]]:
-    """Names, types and values of what is not constant, tuples taken apart."""
+    """Return names, types and values of the arguments that are not constant, tuples flattened."""
     for (name, kind), value in zip(signature, arguments, strict=True):
         if isinstance(kind, tuple):
             yield from flat([(f"{name}[{i}]", k) for i, k in enumerate(kind)], value)
@@ -197,7 +197,7 @@ def regions(tensors: list[Argument]) -> list[Any]:
 
 
 def explain(decoded: Decoder, fault: Any, tensors: list[Argument]) -> str:
-    """Say what was refused, where in the code, for which thread, and where in memory."""
+    """Describe a fault: its kind, its place in the code, the thread, and the address."""
     message = f"{decoded.name}: {fault.what.decode()}: {decoded.lines[fault.instruction]}, "
     message += f"program {fault.program}, thread {fault.thread}"
     if fault.address and tensors:
@@ -212,7 +212,7 @@ def explain(decoded: Decoder, fault: Any, tensors: list[Argument]) -> str:
 
 @contextmanager
 def executed(executor: Executor, kernels: Sequence[Any] = ()) -> Iterator[Executor]:
-    """Have Triton compile for an H100, and run on CPU tensors what it compiles; `kernels` are compiled anew."""
+    """Have Triton compile for an H100, and run the code on CPU tensors; `kernels` are compiled anew."""
     with pytest.MonkeyPatch.context() as patch, active(executor):
         patch.setitem(backends, "nvidia", Backend(compiler=H100Backend, driver=Executor))  # pyright: ignore
         for kernel in kernels:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 class Form(NamedTuple):
     """The types of an instruction's result and operands, and the result as a C expression of A, B and C.
 
-    What ends in a semicolon works on whole warps instead: `d` is the result, `a`, `b` and `c` are the operands.
+    Code that ends in a semicolon works on whole warps instead: `d` is the result, `a`, `b` and `c` are the operands.
     """
 
     types: tuple[str, ...]
@@ -79,7 +79,7 @@ def forms() -> dict[str, Form]:
     comparisons |= {"ne": "A < B || A > B", "neu": "A != B", "nan": "A != A || B != B", "num": "A == A && B == B"}
     for name, code in comparisons.items():
         define(f"setp.{name}.T", "pred T T", code, *floats)
-        for half, place in (("low", "2 * t"), ("high", "2 * t + 1")):  # what gives two predicates is made of
+        for half, place in (("low", "2 * t"), ("high", "2 * t + 1")):  # an instruction with two predicates is made of
             values = f"f32 A = from_T(a[{place}]), B = from_T(b[{place}]);"
             define(f"{half}.setp.{name}.Tx2", "pred Tx2 Tx2", f"EACH {{ {values} d[t] = {code}; }};", *HALVES)
 

@@ -22,7 +22,7 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 
 I32, U32, I64, U64, PTR = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
-# As in machine.c, which says what the fields are.
+# As in machine.c, which describes the fields.
 Instruction = structure(
     "Instruction",
     **dict.fromkeys(("kind", "handler", "guard", "negated"), I32),
@@ -71,7 +71,7 @@ def handler(name: str) -> str:
 
 @cache
 def library() -> ctypes.CDLL:
-    """Compile the machine, once for each version of it, and load it."""
+    """Compile the machine, once for each version, and load it."""
     ivdep = '_Pragma("GCC ivdep")'
     handlers = [
         "typedef u8 b8; typedef u16 b16; typedef u32 b32; typedef u64 b64;",

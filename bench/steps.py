@@ -1,0 +1,323 @@
+"""Training steps of recurrent models, without AR and TAR and with them in each way there is to add them.
+
+A step is forward, loss, backward, clipping and SGD, in float32. Each peer trains a model of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.awd_lstm import AWDLSTM, LockedDropout
+from bench.formulas import ALPHA, BETA, fastai
+from bench.timing import Call
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
+
+Activations = list[tuple[Tensor, Tensor]]  # raw and dropped of each regularized layer
+Add = Callable[[Tensor, Activations], Tensor]  # returns the loss with the penalty
+P = 0.1  # of the dropout whose output is regularized
+WORDS = 50  # of small models
+LEARNING_RATE, CLIP = 0.01, 0.25
+WITHOUT = "no penalty"
+
+
+class Net(nn.Module):
+    """A model in training: `(batch, keep)` to the loss.
+
+    `keep` is called with raw and dropped of each regularized layer by those who need them in hand.
+
+    Attributes:
+        pairs: RNN and dropout of each regularized layer, for `attach`.
+    """
+
+    pairs: Sequence[tuple[nn.Module, nn.Module | None]]
+
+
+class MinGRU(nn.Module):
+    """A minimal GRU, `(batch, time, hidden)`, as a parallel scan of logarithms.
+
+    Feng et al., "Were RNNs All We Needed?" (2024), appendix B.
+    """
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.gate_and_new = nn.Linear(hidden, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, new = self.gate_and_new(x).chunk(2, -1)
+        decays = (-F.softplus(gate)).cumsum(1)
+        new = torch.where(new >= 0, (F.relu(new) + 0.5).log(), -F.softplus(-new))
+        return (decays + (new - F.softplus(-gate) - decays).logcumsumexp(1)).exp()
+
+
+class MinGRUStack(Net):
+    """Residual layers of a minimal GRU, all of them regularized; learns to predict a sequence."""
+
+    def __init__(self, hidden: int, layers: int, dropout: Callable[[], nn.Module]):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(layers))
+        self.rnns = nn.ModuleList(MinGRU(hidden) for _ in range(layers))
+        self.dropouts = nn.ModuleList(dropout() for _ in range(layers))
+        self.pairs = list(zip(self.rnns, self.dropouts, strict=True))
+
+    def forward(self, batch: tuple[Tensor, Tensor], keep: Callable[[Tensor, Tensor], object]) -> Tensor:
+        x, target = batch
+        for norm, rnn, dropout in zip(self.norms, self.rnns, self.dropouts, strict=True):
+            raw = rnn(norm(x))
+            dropped = dropout(raw)
+            keep(raw, dropped)
+            x = x + dropped
+        return F.mse_loss(x, target)
+
+
+class LSTM(Net):
+    """A language model of one LSTM."""
+
+    def __init__(self, hidden: int, dropout: Callable[[], nn.Module]):
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, hidden)
+        self.rnn = nn.LSTM(hidden, hidden, batch_first=True)
+        self.dropout = dropout()
+        self.decoder = nn.Linear(hidden, WORDS)
+        self.pairs = [(self.rnn, self.dropout)]
+
+    def forward(self, batch: tuple[Tensor], keep: Callable[[Tensor, Tensor], object]) -> Tensor:
+        (text,) = batch
+        raw, _ = self.rnn(self.embedding(text[:, :-1]))
+        dropped = self.dropout(raw)
+        keep(raw, dropped)
+        return F.cross_entropy(self.decoder(dropped).flatten(0, 1), text[:, 1:].flatten())
+
+
+class AWDLSTMNet(Net):
+    """An AWD-LSTM, whose last layer is regularized."""
+
+    def __init__(self, model: AWDLSTM, dropout: Callable[[], nn.Module]):
+        super().__init__()
+        model.dropouts[-1] = dropout()
+        self.model, self.pairs = model, [(model.rnns[-1], model.dropouts[-1])]
+
+    def forward(self, batch: tuple[Tensor], keep: Callable[[Tensor, Tensor], object]) -> Tensor:
+        (text,) = batch
+        decoded, raw, dropped = self.model(text[:, :-1])
+        keep(raw, dropped)
+        return F.cross_entropy(decoded.flatten(0, 1), text[:, 1:].flatten())
+
+
+class MambaNet(Net):
+    """A Mamba of Hugging Face, whose first block is regularized; its output is raw, and dropped as well."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        from transformers import MambaConfig, MambaForCausalLM
+
+        config = MambaConfig(vocab_size=WORDS, hidden_size=hidden, num_hidden_layers=2, state_size=8)
+        self.model: Any = MambaForCausalLM(config)
+        block = self.model.backbone.layers[0]
+        block.register_forward_hook(lambda module, args, output: self.keep(output, output))
+        self.pairs = [(block, None)]
+
+    def forward(self, batch: tuple[Tensor], keep: Callable[[Tensor, Tensor], object]) -> Tensor:
+        (text,) = batch
+        self.keep = keep
+        return self.model(text, labels=text, use_cache=False).loss
+
+
+def forget(raw: Tensor, dropped: Tensor) -> None:
+    """Keep no activations."""
+
+
+class Way(NamedTuple):
+    """How the penalty is added.
+
+    Attributes:
+        start: makes of a model, once, the function that adds the penalty to its loss.
+        in_hand: whether that function takes the activations, which the model then returns.
+        fused: whether the dropout is a `FusedRNNDropout`.
+    """
+
+    start: Callable[[Net], Add]
+    in_hand: bool = False
+    fused: bool = False
+
+
+def by(penalty: Callable[..., Tensor]) -> Way:
+    """Add a formula for each layer."""
+    return Way(
+        lambda net: lambda loss, layers: loss + sum(penalty(*layer, ALPHA, BETA) for layer in layers), in_hand=True
+    )
+
+
+def by_call(net: Net) -> Add:
+    """Add `fused_ar_tar` of all layers."""
+
+    def add(loss: Tensor, layers: Activations) -> Tensor:
+        raw, dropped = map(list, zip(*layers, strict=True))
+        return loss + fused_ar_tar(raw, dropped, ALPHA, BETA)
+
+    return add
+
+
+def by_hooks(net: Net) -> Add:
+    """Attach a regularizer."""
+    regularizer = RNNRegularizer(ALPHA, BETA, layers="all")
+    for rnn, dropout in net.pairs:
+        regularizer.attach(rnn, dropout, batch_first=True)
+    return lambda loss, _: regularizer.on_backward_begin(loss)
+
+
+def by_dropout(net: Net) -> Add:
+    """Take the penalty from each fused dropout."""
+    dropouts: list[Any] = [dropout for _, dropout in net.pairs]
+    return lambda loss, _: loss + sum(dropout.take().penalty for dropout in dropouts)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of a model; `shape` is that of raw, (batch, time, hidden)."""
+
+    PEERS: ClassVar[tuple[str, ...]] = (WITHOUT, "eager", "compiled", "fused_ar_tar", "attach", "FusedRNNDropout")
+    MODEL: ClassVar[str]
+    SECONDS: ClassVar[float] = 6  # of rounds, on a CPU
+    shape: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return f"step-{'-'.join(self.MODEL.split())}-{'x'.join(map(str, self.shape))}"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"pass": "step", "model": self.MODEL, "shape": self.shape}
+
+    @property
+    def input_bytes(self) -> int:
+        return self.shape[0] * (self.shape[1] + 1) * 8
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        """The ids of a text."""
+        return (torch.randint(WORDS, (self.shape[0], self.shape[1] + 1), device=device),)
+
+    def net(self, dropout: Callable[[], nn.Module]) -> Net:
+        raise NotImplementedError
+
+    def peers(self) -> dict[str, Any]:
+        ways = {
+            WITHOUT: Way(lambda net: lambda loss, _: loss),
+            "eager": by(fastai),
+            "compiled": by(torch.compile(fastai, dynamic=False)),
+            "fused_ar_tar": Way(by_call, in_hand=True),
+            "attach": Way(by_hooks),
+            "FusedRNNDropout": Way(by_dropout, fused=True),
+        }
+        return {name: ways[name] for name in self.PEERS}
+
+    def call(self, peer: Any, sets: list[tuple[Tensor, ...]]) -> Call:
+        torch.manual_seed(0)
+        net = self.net(lambda: FusedRNNDropout(P, ALPHA, BETA) if peer.fused else LockedDropout(P))
+        net.to(sets[0][0].device)
+        add = peer.start(net)
+        optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
+
+        def call(i: int) -> tuple[Tensor, ...]:
+            layers: Activations = []
+            keep = (lambda *layer: layers.append(layer)) if peer.in_hand else forget
+            optimizer.zero_grad()
+            loss = add(net(sets[i % len(sets)], keep), layers)
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+            optimizer.step()
+            return (loss.detach(),)
+
+        return call
+
+
+@dataclass(frozen=True)
+class MinGRUStep(Step):
+    """Eight residual layers, AR and TAR on each."""
+
+    MODEL: ClassVar = "8 minGRU layers"
+    SECONDS: ClassVar = 30
+
+    @property
+    def input_bytes(self) -> int:
+        return 2 * self.shape[0] * self.shape[1] * self.shape[2] * 4
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        return torch.randn(self.shape, device=device), torch.randn(self.shape, device=device)
+
+    def net(self, dropout: Callable[[], nn.Module]) -> Net:
+        return MinGRUStack(self.shape[2], 8, dropout)
+
+
+@dataclass(frozen=True)
+class LSTMStep(Step):
+    MODEL: ClassVar = "LSTM"
+
+    def net(self, dropout: Callable[[], nn.Module]) -> Net:
+        return LSTM(self.shape[2], dropout)
+
+
+@dataclass(frozen=True)
+class AWDLSTMStep(Step):
+    """An AWD-LSTM with tied weights: its last layer is as wide as the embedding."""
+
+    MODEL: ClassVar = "AWD-LSTM"
+    SECONDS: ClassVar = 15
+    words: int
+    hidden: int
+    layers: int
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        return (torch.randint(self.words, (self.shape[0], self.shape[1] + 1), device=device),)
+
+    def net(self, dropout: Callable[[], nn.Module]) -> Net:
+        ps = {"word_p": 0.1, "input_p": 0.3, "weight_p": 0.5, "hidden_p": 0.25, "output_p": P}
+        return AWDLSTMNet(AWDLSTM(self.words, self.shape[2], self.hidden, self.layers, **ps), dropout)
+
+
+@dataclass(frozen=True)
+class MambaStep(Step):
+    """The block is its own output: no dropout follows that could be fused."""
+
+    PEERS: ClassVar = (WITHOUT, "eager", "compiled", "fused_ar_tar", "attach")
+    MODEL: ClassVar = "Hugging Face Mamba"
+
+    def net(self, dropout: Callable[[], nn.Module]) -> Net:
+        return MambaNet(self.shape[2])
+
+
+@dataclass(frozen=True)
+class LightningStep(LSTMStep):
+    """A training of a small LSTM in Lightning, where every way logs AR and TAR once an epoch.
+
+    `attach` is the callback, and `FusedRNNDropout` the callback with that dropout; the others are written by hand.
+    """
+
+    MODEL: ClassVar = "LSTM in Lightning"
+
+    def peers(self) -> dict[str, Any]:
+        terms = {"eager": terms_of, "compiled": torch.compile(terms_of, dynamic=False), "fused_ar_tar": fused_terms}
+        return {name: (terms.get(name), name) for name in self.PEERS}
+
+    def call(self, peer: Any, sets: list[tuple[Tensor, ...]]) -> Call:
+        from bench.lightning_step import in_turns
+
+        terms, name = peer
+        torch.manual_seed(0)
+        net = self.net(lambda: FusedRNNDropout(P) if name == "FusedRNNDropout" else LockedDropout(P))
+        return in_turns(net, terms, sets, regularized=name in ("attach", "FusedRNNDropout"))
+
+
+def terms_of(raw: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the penalty, AR and TAR by the formula."""
+    ar, tar = dropped.pow(2).mean(), (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
+    return ALPHA * ar + BETA * tar, ar, tar
+
+
+def fused_terms(raw: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the penalty, AR and TAR by `fused_ar_tar`."""
+    return fused_ar_tar(raw, dropped, ALPHA, BETA, return_terms=True)
