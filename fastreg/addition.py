@@ -76,7 +76,9 @@ class Addition:
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = backward
         if self.mark is not None:
-            layer = Layer(layer.raw, None, layer.values._replace(marks=self.mark(layer.values.valid)))
+            layer = Layer(
+                layer.raw, None, layer.values._replace(marks=self.mark(layer.values.valid, layer.values.starts))
+            )
         return launch_backward(backward, (arrived, upstream), layer)
 
     def _by_formula(self, upstream: Tensor, layer: Layer, arrived: Tensor) -> Tensor:

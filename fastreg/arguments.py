@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.problem import Call, Problem, is_list, reads_dropped, reads_raw, rows_of, time_dim
+from fastreg.problem import (
+    Call,
+    Problem,
+    batch_axis,
+    is_list,
+    reads_dropped,
+    reads_raw,
+    rows_of,
+    steps_of,
+    time_axis,
+)
 from fastreg.torch_state import has_values, is_capturing
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,10 +37,9 @@ HINT = " (an RNN gives its output and its state: pass the output)"
 
 
 def check_options(call: Call, **flags: object) -> None:
-    """Check the coefficients, the layout, the reduction, and other flags by their names."""
+    """Check the coefficients, the reduction, and flags by their names."""
     check_coefficient("alpha", call.alpha)
     check_coefficient("beta", call.beta)
-    check_flags(batch_first=call.batch_first)
     if not isinstance(call.reduction, str) or call.reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {call.reduction!r}")
     check_flags(**flags)
@@ -95,6 +104,16 @@ def check_flags(**flags: object) -> None:
             raise TypeError(f"{name}: expected True or False, got {flag!r}")
 
 
+def check_time(batch_first: object, time_dim: object) -> None:
+    """Check that at most one of both says where time is, and its type."""
+    if batch_first is not None:
+        if time_dim is not None:
+            raise ValueError("batch_first and time_dim: expected one of them, got both")
+        check_flags(batch_first=batch_first)
+    elif time_dim is not None and (isinstance(time_dim, bool) or not isinstance(time_dim, Integral)):
+        raise TypeError(f"time_dim: expected an int, the axis of time, got {type(time_dim).__name__}")
+
+
 def _check_real(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
@@ -132,9 +151,13 @@ def check_activations(call: Call, problem: Problem) -> None:
         for name, given in ("lengths", call.lengths), ("valid", call.valid):
             if given is not None:
                 raise ValueError(f"{name}: expected None, as a PackedSequence has lengths of its own")
+        if call.starts is not None:
+            raise ValueError(
+                "starts: expected None with a PackedSequence; pad_packed_sequence gives a tensor, and lengths"
+            )
     if len(layers) > 1:
         for x in (*(raws or []), *(kept or [])):
-            _check_alike(x, first)
+            _check_alike(x, first, problem)
     for layer in layers:
         check_layer(call, problem, *layer)
 
@@ -145,25 +168,39 @@ def check_layer(call: Call, problem: Problem, *tensors: tuple[str, Any]) -> None
     for name, x in tensors:
         x = rows_of(x)
         _check_dtype(name, x)
-        if len(x.shape) not in (2, 3):
-            raise ValueError(
-                f"{name}: expected (batch, time, hidden), (time, batch, hidden) with batch_first=False, "
-                f"or (time, hidden), got {_shape(x)}"
-            )
+        _check_axes(name, x, call, isinstance(tensors[0][1], PackedSequence))
         if x.shape != first.shape:
             raise ValueError(f"{name}: expected the shape of {first_name}, {_shape(first)}, got {_shape(x)}")
         _check_device(name, x, first_name, first)
     packed = isinstance(tensors[0][1], PackedSequence)
-    is_whole = call.lengths is None and call.valid is None and not packed
+    is_whole = call.lengths is None and call.valid is None and call.starts is None and not packed
     if not is_whole and getattr(first, "to_local", None) is not None:
         raise TypeError(
-            "raw and dropped: expected no DTensor with lengths or valid steps or packed; pass x.to_local() of each part"
+            "raw and dropped: expected no DTensor with lengths, valid steps or starts, or packed; pass x.to_local() of "
+            "each part"
         )
-    if call.lengths is not None or call.valid is not None:
-        _check_steps_of(call, first, problem)
+    for name, given in ("lengths", call.lengths), ("valid", call.valid), ("starts", call.starts):
+        if given is not None:
+            _check_steps_of(name, given, first, problem)
     for name, x in ("alpha", call.alpha), ("beta", call.beta):
         if isinstance(x, Tensor):
             _check_device(name, x, first_name, first)
+
+
+def _check_axes(name: str, x: Any, call: Call, packed: bool) -> None:
+    """Check that activations, or packed rows, have an axis of time where the call says."""
+    dims = len(x.shape)
+    if type(call.time_at) is not int:
+        if dims not in (2, 3):
+            raise ValueError(
+                f"{name}: expected (batch, time, hidden), (time, batch, hidden) with batch_first=False, "
+                f"or (time, hidden), or time_dim, got {_shape(x)}"
+            )
+    elif not -dims <= call.time_at < dims:
+        axes = f", from {-dims} to {dims - 1}" if dims else ""
+        raise ValueError(f"time_dim: expected an axis of {name}, of shape {_shape(x)}{axes}, got {call.time_at}")
+    elif packed and call.time_at % dims:
+        raise ValueError(f"time_dim: expected 0 or None with a PackedSequence, got {call.time_at}")
 
 
 def _named(name: str, value: Any, coefficient: str) -> list[tuple[str, Any]]:
@@ -237,52 +274,57 @@ def check_same_batch_sizes(name: str, x: Tensor, other: str, y: Tensor) -> None:
         raise ValueError(f"{name}: expected the batch_sizes of {other}, got others")
 
 
-def _check_alike(x: tuple[str, Any], first: tuple[str, Any]) -> None:
+def _check_alike(x: tuple[str, Any], first: tuple[str, Any], problem: Problem) -> None:
     """Check that a layer has the device, batch and time steps of the first."""
     _check_device(x[0], rows_of(x[1]), first[0], rows_of(first[1]))
     _check_packed_alike(*x, *first)
-    if isinstance(x[1], Tensor) and x[1].shape[:-1] != first[1].shape[:-1]:
+    if isinstance(x[1], Tensor) and not _are_alike(x[1], first[1], problem):
         raise ValueError(
             f"{x[0]}: expected the batch and time steps of {first[0]}, of shape {_shape(first[1])}, "
             f"got {_shape(x[1])}{HINT}"
         )
 
 
+def _are_alike(x: Any, y: Any, problem: Problem) -> bool:
+    """Return whether layers have the same batch and time steps, as far as they have an axis of time."""
+    dims = len(x.shape)
+    if dims != len(y.shape) or not dims or not -dims <= problem.time_dim < dims:
+        return dims == len(y.shape)
+    (batch, time), (other_batch, other_time) = steps_of(x, problem), steps_of(y, problem)
+    return batch == other_batch and time == other_time
+
+
 # ---- which time steps count
 
 
-def check_steps(lengths: object, valid: object) -> None:
-    """Check lengths and valid steps: at most one of them, and its dtype."""
+def check_steps(lengths: object, valid: object, starts: object) -> None:
+    """Check lengths, valid steps and starts: at most one of the first two, and their dtypes."""
     if lengths is not None and valid is not None:
         raise ValueError("lengths and valid: expected one of them, got both")
     if lengths is not None:
         _check_tensor_of("lengths", lengths, INTEGERS, "an integer tensor")
     if valid is not None:
         _check_tensor_of("valid", valid, (torch.bool, *INTEGERS), "a bool or integer tensor")
+    if starts is not None:
+        _check_tensor_of("starts", starts, (torch.bool, *INTEGERS), "a bool or integer tensor")
 
 
-def _check_steps_of(call: Call, x: Any, problem: Problem) -> None:
-    """Check the shape and the device of lengths or valid steps against those of a layer."""
+def _check_steps_of(name: str, given: Tensor, x: Any, problem: Problem) -> None:
+    """Check the shape and the device of lengths, valid steps or starts against those of a layer."""
     batch, time = steps_of(x, problem)
-    name, given = ("valid", call.valid) if call.lengths is None else ("lengths", call.lengths)
-    if call.lengths is not None:
+    if name == "lengths":
         fits = given.dim() == 1 and given.shape[0] == batch
     else:
-        fits = len(x.shape) == 2 and given.dim() == 1 and given.shape[0] == time
+        fits = batch_axis(x, problem) is None and given.dim() == 1 and given.shape[0] == time
         fits = fits or (given.dim() == 2 and given.shape[0] == batch and given.shape[1] == time)
     if not fits:  # a message specializes sizes in compiled code, so that only a wrong shape may form one
         expected = f"({batch},), one length a sequence"
-        if call.lengths is None:
-            expected = f"({batch}, {time}), batch and time steps" + ("" if problem.batch_first else ", in every layout")
+        if name != "lengths":
+            layout = ", in every layout" if problem.time_dim == 0 else ""
+            expected = f"({batch}, {time}), batch and time steps{layout}"
         raise ValueError(f"{name}: expected shape {expected}, got {_shape(given)}")
     if given.device.type == "meta" != x.device.type:
         raise ValueError(f"{name}: expected a tensor on {x.device}, or another device with memory, got one on meta")
-
-
-def steps_of(x: Any, problem: Problem) -> tuple[int, int]:
-    """Return how many sequences and time steps activations have that are not packed."""
-    axis = time_dim(x, problem.batch_first)
-    return 1 if len(x.shape) == 2 else x.shape[1 - axis], x.shape[axis]
 
 
 def check_lengths_values(lengths: Tensor, time: int) -> None:
@@ -295,12 +337,12 @@ def check_lengths_values(lengths: Tensor, time: int) -> None:
             )
 
 
-def check_valid_values(valid: Tensor) -> None:
-    """Check the values of valid steps on the CPU, likewise."""
-    if valid.dtype != torch.bool and has_values(valid):
-        least, most = (int(n) for n in valid.aminmax())
+def check_marks_values(name: str, marks: Tensor) -> None:
+    """Check the values of valid steps or starts on the CPU, likewise."""
+    if marks.dtype != torch.bool and has_values(marks):
+        least, most = (int(n) for n in marks.aminmax())
         if least < 0 or most > 1:
-            raise ValueError(f"valid: expected 0 or 1, got {least if least < 0 else most}")
+            raise ValueError(f"{name}: expected 0 or 1, got {least if least < 0 else most}")
 
 
 def check_not_captured(name: str, device: torch.device) -> None:
@@ -315,13 +357,13 @@ def check_not_captured(name: str, device: torch.device) -> None:
 # ---- masks
 
 
-def check_mask(mask: object, raw: Tensor, batch_first: bool) -> None:
+def check_mask(mask: object, raw: Tensor, problem: Problem) -> None:
     """Check a dropout mask for `raw`: of one row for all time steps, or of raw's shape."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
     _check_dense("mask", mask)
     one_row = list(raw.shape)
-    one_row[time_dim(raw, batch_first)] = 1
+    one_row[time_axis(raw, problem)] = 1
     if mask.shape != raw.shape and list(mask.shape) != one_row:  # `in` would not compare symbolic sizes
         raise ValueError(f"mask: expected shape {tuple(one_row)} or that of raw, {_shape(raw)}, got {_shape(mask)}")
     if mask.dtype != raw.dtype:

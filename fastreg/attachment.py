@@ -22,7 +22,7 @@ from fastreg.capture import Captured, Mark, Reached, Run, are_before
 from fastreg.carry import carry_always
 from fastreg.dropout import carries
 from fastreg.prepare import plain
-from fastreg.problem import ARTAR, Coefficient, rows_of
+from fastreg.problem import ARTAR, Coefficient, rows_of, time_dim_of
 from fastreg.rnn_dropout import FusedRNNDropout
 from fastreg.torch_state import is_memory, observed
 
@@ -47,8 +47,9 @@ class Source:
         module: the module that returns raw.
         dropout: the module that computes dropped from raw; `None` where dropped is raw.
         output: picks raw from the module's output; `None` if raw is that output, or its first item.
-        batch_first: whether raw is `(batch, time, hidden)`.
+        time_at: `batch_first`, a bool, or `time_dim`, an int.
         valid: takes the arguments of the module's forward, and returns the valid steps, or `None` if all are valid.
+        starts: likewise returns the steps at which segments start, or `None`.
         stepwise: whether the runs of a step are joined along time.
         scale: the upstream gradient of the penalty in every backward; `None` to take that of the loss.
     """
@@ -56,8 +57,9 @@ class Source:
     module: nn.Module
     dropout: nn.Module | None
     output: Callable[[Any], Any] | None
-    batch_first: bool
+    time_at: bool | int
     valid: Callable[..., Tensor | None] | None
+    starts: Callable[..., Tensor | None] | None
     stepwise: bool
     scale: Coefficient | None
 
@@ -80,7 +82,8 @@ class Source:
             raise TypeError(f"{where} a tensor or a PackedSequence, got {type(raw).__name__}{advice}")
         if self.stepwise and isinstance(raw, PackedSequence):
             raise TypeError(f"{where} a tensor with stepwise=True, got PackedSequence")
-        runs_over_time = self.stepwise or self.output is not None or isinstance(self.module, nn.RNNBase)
+        runs_over_time = self.stepwise or not isinstance(self.time_at, bool)
+        runs_over_time = runs_over_time or self.output is not None or isinstance(self.module, nn.RNNBase)
         if isinstance(raw, Tensor) and raw.dim() == 2 and not runs_over_time:
             raise ValueError(
                 f"attach: expected (batch, time, hidden) or (time, batch, hidden) from the {name}, got "
@@ -247,11 +250,16 @@ class Attachment:
         own = self._last[-1 if module is self.source.dropout else 0].id
         if own in hooks and next(reversed(hooks)) != own:
             hooks.move_to_end(own)
-        if module is not self.source.dropout or self.source.valid is None:
+        if module is not self.source.dropout or self.source.valid is self.source.starts is None:
             return None
-        found = self._run_of(args, kwargs)
-        own = type(module).forward is FusedRNNDropout.forward and _steps_given(args, kwargs) is None
-        return (args, {**kwargs, "valid": found[0].valid}) if own and found is not None else None
+        found = self._run_of(args, kwargs) if type(module).forward is FusedRNNDropout.forward else None
+        if found is None:
+            return None
+        valid, starts = _marks_given(args, kwargs)
+        args, kwargs = args[:2], kwargs.copy()
+        kwargs["valid"] = found[0].valid if valid is None else valid
+        kwargs["starts"] = found[0].starts if starts is None else starts
+        return args, kwargs
 
     def _capture(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Start the capture of a run."""
@@ -267,13 +275,15 @@ class Attachment:
         source = self.source
         raw = source.raw_of(result)
         valid = None if source.valid is None else source.valid(*args, **kwargs)
-        if not isinstance(valid, (Tensor, type(None))):
-            raise TypeError(f"valid: expected the callable to return a tensor or None, got {type(valid).__name__}")
+        starts = None if source.starts is None else source.starts(*args, **kwargs)
+        for name, marks in ("valid", valid), ("starts", starts):
+            if not isinstance(marks, (Tensor, type(None))):
+                raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(marks).__name__}")
         rows, captured = rows_of(raw), Captured(rows_of(raw))
         packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
         dropped = captured if source.dropout is None else None
         is_step = source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase)
-        run = Run(captured, dropped, packed, source.batch_first, valid, torch.is_grad_enabled(), is_step)
+        run = Run(captured, dropped, packed, source.time_at, valid, starts, torch.is_grad_enabled(), is_step)
         self._note(run)
         self._mark(run, captured, rows)
         self._mark_others(run, rows, (args, kwargs), result)
@@ -331,8 +341,9 @@ class Attachment:
                 f"{type(result).__name__}"
             )
         if isinstance(dropout, FusedRNNDropout):
-            own = _steps_given(args, kwargs)
-            run.valid = run.valid if own is None else own
+            valid, starts = _marks_given(args, kwargs)
+            run.valid = run.valid if valid is None else valid
+            run.starts = run.starts if starts is None else starts
         run.grad_enabled &= torch.is_grad_enabled()
         rows = rows_of(result)
         if rows is given:  # the dropout dropped nothing
@@ -353,7 +364,8 @@ class Attachment:
             and _is_same(formed.raw, given)
             and _is_same(formed.dropped, rows)
             and formed.valid is run.valid
-            and formed.batch_first == run.batch_first
+            and formed.starts is run.starts
+            and time_dim_of(formed.time_at) == time_dim_of(run.time_at)
             and not self.source.stepwise
             and carries(formed.dropped)
         ):
@@ -405,9 +417,10 @@ def _state_without_hooks(module: nn.Module) -> Any:
     return {name: value for name, value in state.items() if name != "__getstate__"} | others
 
 
-def _steps_given(args: Any, kwargs: Any) -> Tensor | None:
-    """Return the valid steps that a `FusedRNNDropout` was called with."""
-    return args[2] if len(args) > 2 else kwargs.get("valid")
+def _marks_given(args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the valid steps and the starts that a `FusedRNNDropout` was called with."""
+    valid = args[2] if len(args) > 2 else kwargs.get("valid")
+    return valid, args[3] if len(args) > 3 else kwargs.get("starts")
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:

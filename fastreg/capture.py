@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastreg.problem import time_dim_of
+
 KEY = "fastreg"  # of the marks in a node's metadata
 EMPTY = torch.empty(0)
 number_of = methodcaller("_sequence_nr")  # of a node, in the order in which a thread made them
@@ -61,8 +63,9 @@ class Run:
         raw: the module's output.
         dropped: the tensor that AR squares: the dropout's output, or raw; `None` before the dropout has run.
         packed: the `PackedSequence` that raw is the data of, or `None`.
-        batch_first: the layout.
+        time_at: `batch_first`, a bool, or `time_dim`, an int.
         valid: the valid steps, or `None`.
+        starts: the steps at which segments start, or `None`.
         grad_enabled: whether gradients were enabled in the module and in its dropout.
         is_step: whether raw is one time step, without an axis of time.
         fused: the output of a fused dropout, whose node carries the whole penalty, or `None`.
@@ -73,8 +76,9 @@ class Run:
     raw: Captured
     dropped: Captured | None
     packed: PackedSequence | None
-    batch_first: bool
+    time_at: bool | int
     valid: Tensor | None
+    starts: Tensor | None
     grad_enabled: bool
     is_step: bool = False
     fused: Captured | None = None
@@ -96,12 +100,13 @@ class Run:
     @property
     def sizes(self) -> tuple[int, int] | None:
         """Return how many sequences of how many time steps there are; `None` where the shape does not tell."""
-        return sizes_of(self.raw.data, self.batch_first)
+        return sizes_of(self.raw.data, self.time_at)
 
     @property
     def steps(self) -> int:
         """Return how many time steps there are, or packed rows."""
-        return 1 if self.is_step else self.raw.data.shape[1 if self.raw.data.dim() == 3 and self.batch_first else 0]
+        shape, axis = self.raw.data.shape, time_dim_of(self.time_at)
+        return 1 if self.is_step else shape[axis] if -len(shape) <= axis < len(shape) else 0
 
     @property
     def changed(self) -> bool:
@@ -135,11 +140,12 @@ class Run:
                 mark.kept = None
 
 
-def sizes_of(x: Tensor, batch_first: bool) -> tuple[int, int] | None:
+def sizes_of(x: Tensor, time_at: bool | int) -> tuple[int, int] | None:
     """Return how many sequences of how many time steps an activation has; `None` where its shape does not tell."""
     if x.dim() != 3:
         return None
-    return (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
+    time_dim = time_dim_of(time_at)
+    return x.shape[0 if time_dim % 3 else 1], x.shape[time_dim]
 
 
 class Mark:

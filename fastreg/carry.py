@@ -177,7 +177,8 @@ def carry_always(run: Run, node: Any, alpha: Coefficient, beta: Coefficient, sca
 def _of_node(run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carried]:
     """Weight the terms that a fused dropout computed; its node carries their gradient."""
     call = Call(
-        None, None, plain(alpha), plain(beta), None, None, run.batch_first, "mean", True, run.dropped is run.raw
+        *(None, None, plain(alpha), plain(beta), None, None, None),
+        *(run.time_at, "mean", True, run.dropped is run.raw),
     )
     check_options(call)
     tensors = [x if isinstance(x, Tensor) else None for x in (call.alpha, call.beta)]
@@ -214,8 +215,9 @@ def _part(group: Sequence[Run], nodes: dict[Captured, Any]) -> _Part:
     raw = summed(lambda run: run.raw)
     dropped = raw if all(x.dropped is x.raw for x in group) else summed(lambda run: run.squared)
     kind = None
-    if first.packed is None and all(x.valid is None for x in group):
-        kind = raw.shape[:-1], raw.device, raw.dtype, dropped.dtype, first.batch_first
+    if first.packed is None and all(x.valid is None and x.starts is None for x in group):
+        shape = raw.shape[:-1] if isinstance(first.time_at, bool) else raw.shape
+        kind = shape, raw.device, raw.dtype, dropped.dtype, first.time_at, type(first.time_at)
     return _Part(kind, raw, dropped, group, nodes)
 
 
@@ -225,10 +227,11 @@ def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> 
     raw: Any = parts[0].raw if len(parts) == 1 else [x.raw for x in parts]
     dropped: Any = parts[0].dropped if len(parts) == 1 else [x.dropped for x in parts]
     raw, dropped = plain_pair(raw, dropped)
-    valid = plain(_valid(first))
-    computed = penalty_of(
-        Call(raw, dropped, plain(alpha), plain(beta), None, valid, first[0].batch_first, "mean", True)
+    marks = (
+        plain(_joined_marks(first, [x.valid for x in first], 1)),
+        plain(_joined_marks(first, [x.starts for x in first], 0)),
     )
+    computed = penalty_of(Call(raw, dropped, plain(alpha), plain(beta), None, *marks, first[0].time_at, "mean", True))
     of_both, of_tar, of_ar = _of_one_tensor(computed.problem)
     values = computed.values
     carried: Carried = []
@@ -270,7 +273,7 @@ def _carried(part: _Part, tensors: Sequence[Captured], values: Values, problem: 
 
 def _axis(run: Run, dims: int) -> int:
     """Return the time axis of runs joined along time."""
-    return 1 if dims + run.is_step == 3 and run.batch_first else 0
+    return 1 if dims + run.is_step == 3 and run.time_at else 0
 
 
 def _joined(run: Run, tensors: Sequence[Tensor]) -> Tensor:
@@ -286,12 +289,12 @@ def _split(run: Run, shapes: Sequence[torch.Size], x: Tensor) -> Sequence[Tensor
     return x.unbind(axis) if run.is_step else x.split([shape[axis] for shape in shapes], axis)
 
 
-def _valid(group: Sequence[Run]) -> Tensor | None:
-    """Join the valid steps of runs; a run without a mask counts in full."""
-    known = next((x.valid for x in group if x.valid is not None), None)
+def _joined_marks(group: Sequence[Run], marks: Sequence[Tensor | None], default: int) -> Tensor | None:
+    """Join the valid steps of runs, or their starts; those of a run without any are the default."""
+    known = next((x for x in marks if x is not None), None)
     if known is None or (len(group) == 1 and not group[0].is_step):
         return known
-    each = [torch.ones_like(known) if x.valid is None else x.valid for x in group]
+    each = [torch.full_like(known, default) if x is None else x for x in marks]
     return torch.stack(each, -1) if group[0].is_step and known.dim() < 2 else torch.cat(each, -1)
 
 

@@ -22,11 +22,11 @@ from fastreg.backends import backend_for
 from fastreg.kernels.view import Layout, Result, Values, allocate, layout_of
 from fastreg.penalty import penalty_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import Reader, keepable, plain, problem_of, values_of
-from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, kept, time_dim
+from fastreg.prepare import Reader, keepable, plain, problem_of, time_given, values_of
+from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, kept, time_axis
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, observed
-from fastreg.view import is_readable, like, readable, readable_values, sums_of, view_of
+from fastreg.view import Fold, fold_of, readable_values, sums_of, view_of
 
 Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty, either of which may be None
 
@@ -44,9 +44,11 @@ def fused_dropout_ar_tar(
     *,
     training: bool = ...,
     mask: Tensor | None = ...,
-    batch_first: bool = ...,
+    batch_first: bool | None = ...,
+    time_dim: int | None = ...,
     lengths: Tensor | None = ...,
     valid: Tensor | None = ...,
+    starts: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -59,9 +61,11 @@ def fused_dropout_ar_tar(
     *,
     training: bool = ...,
     mask: Tensor | None = ...,
-    batch_first: bool = ...,
+    batch_first: bool | None = ...,
+    time_dim: int | None = ...,
     lengths: Tensor | None = ...,
     valid: Tensor | None = ...,
+    starts: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> tuple[Tensor, ARTAR]: ...
@@ -74,9 +78,11 @@ def fused_dropout_ar_tar(
     *,
     training: bool = ...,
     mask: Tensor | None = ...,
-    batch_first: bool = ...,
+    batch_first: bool | None = ...,
+    time_dim: int | None = ...,
     lengths: Tensor | None = ...,
     valid: Tensor | None = ...,
+    starts: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: bool,
 ) -> tuple[Tensor, Tensor | ARTAR]: ...
@@ -88,9 +94,11 @@ def fused_dropout_ar_tar(
     *,
     training: bool = True,
     mask: Tensor | None = None,
-    batch_first: bool = True,
+    batch_first: bool | None = None,
+    time_dim: int | None = None,
     lengths: Tensor | None = None,
     valid: Tensor | None = None,
+    starts: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> tuple[Tensor, Tensor | ARTAR]:
@@ -101,8 +109,8 @@ def fused_dropout_ar_tar(
     fastai's `RNNDropout` for the same seed. The penalty is that of `fused_ar_tar`.
 
     Args:
-        raw: the RNN's output: `(batch, time, hidden)`, or `(time, hidden)` for one sequence; float16, bfloat16,
-            float32 or float64, any strides.
+        raw: the RNN's output: `(batch, time, hidden)`, or `(time, hidden)` for one sequence, or any tensor with
+            `time_dim`; float16, bfloat16, float32 or float64, any strides.
         p: the probability to drop a unit, from 0 to below 1.
         alpha: coefficient of AR, as for `fused_ar_tar`.
         beta: coefficient of TAR, as for `fused_ar_tar`.
@@ -110,11 +118,13 @@ def fused_dropout_ar_tar(
         mask: a mask to use instead of drawing one, already scaled by `1 / (1 - p)`: `(batch, 1, hidden)` (with
             `batch_first=False` `(1, batch, hidden)`), or the shape of raw; in the dtype of raw and on its device. It
             gets no gradient.
-        batch_first: `False` for `(time, batch, hidden)`.
+        batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
+        time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
         lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`. Padding is dropped out like
             any other step, but counts in neither term.
         valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`. The others are dropped
             out like any other step.
+        starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
@@ -138,8 +148,8 @@ def fused_dropout_ar_tar(
         >>> bool(((steps_dropped == 0) | (steps_dropped == 10)).all())
         True
     """
-    values = plain(alpha), plain(beta), plain(lengths), plain(valid)
-    call = Call(plain(raw), None, *values, batch_first, reduction, return_terms)
+    values = plain(alpha), plain(beta), plain(lengths), plain(valid), plain(starts)
+    call = Call(plain(raw), None, *values, time_given(batch_first, time_dim), reduction, return_terms)
     dropped, penalty, terms = drop_and_penalize(call, p, plain(mask), training)
     return raw if dropped is None else dropped, penalty if terms is None else ARTAR(penalty, *terms)
 
@@ -185,12 +195,12 @@ def _checked(call: Call, p: Any, mask: Any, training: Any) -> Problem:
     """Check the arguments, and return the problem."""
     check_options(call, training=training, return_terms=call.measured)
     check_probability(p)
-    check_steps(call.lengths, call.valid)
+    check_steps(call.lengths, call.valid, call.starts)
     problem = problem_of(call)
     raw = check_tensor("raw", call.raw)
     check_layer(call, problem, ("raw", raw))
     if mask is not None:
-        check_mask(mask, raw, call.batch_first)
+        check_mask(mask, raw, problem)
     return problem
 
 
@@ -209,7 +219,7 @@ def _mask_for(raw: Any, p: float, mask: Tensor | None, problem: Problem) -> Tens
     if mask is not None:
         return keepable(mask).expand_as(raw)
     shape = list(raw.shape)
-    shape[time_dim(raw, problem.batch_first)] = 1
+    shape[time_axis(raw, problem)] = 1
     return raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(raw)
 
 
@@ -230,12 +240,13 @@ class _Plan:
         else:
             masked = layout_of(mask.expand_as(raw))
         self.layouts = layout_of(raw), masked
-        self.copies = not all(map(is_readable, self.layouts))
-        self.dropped = like(self.layouts[0])
-        view = view_of((*self.layouts, self.dropped), layer, problem)
+        self.fold = fold_of(self.layouts, layer, problem)
+        self.copies = not all(map(self.fold.fits, self.layouts))
+        self.dropped = self.fold.like(self.layouts[0])
+        view = view_of((*self.layouts, self.dropped), self.fold, values)
         sums = sums_of(layer, problem, compute_dtype(raw))
         self.forward = self.backend.dropout_forward(view, sums, raw.device)
-        self.backward: dict[Any, tuple[Layout, Any]] = {}
+        self.backward: dict[Any, Backward] = {}
 
     def __call__(self, call: Call, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
         """Return dropped; the penalty, (); and if terms are wanted AR and TAR, () and detached."""
@@ -253,7 +264,7 @@ class _Plan:
         """Launch the forward; return dropped and the penalty."""
         dropped = allocate(self.dropped)
         if self.copies:
-            raw, mask = readable(raw), readable(mask)
+            raw, mask = self.fold.read(raw), self.fold.read(mask)
         return dropped, self.forward((raw, mask, dropped), values)
 
     def gradient(self, upstream: Upstreams, layer: Layer, mask: Tensor, problem: Problem) -> Tensor:
@@ -271,10 +282,17 @@ class _Plan:
         return launch_backward(backward, upstream, layer, mask)
 
 
-def plan_backward(
-    layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool
-) -> tuple[Layout, Any]:
-    """Return the layout of the gradient of raw, and a `dropout_backward` of the backend.
+class Backward(NamedTuple):
+    """The layout of the gradient of raw, how axes fold, whether any tensor is copied, and the launch of a backend."""
+
+    gradient: Layout
+    fold: Fold
+    copies: bool
+    launch: Any
+
+
+def plan_backward(layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool) -> Backward:
+    """Plan a `dropout_backward` of the backend.
 
     Args:
         layouts: of raw, of the mask, and of the gradient of dropped, which arrives at raw where there is no mask.
@@ -282,21 +300,22 @@ def plan_backward(
         problem: the terms.
         is_penalized: whether the penalty has an upstream gradient.
     """
-    raw, gradient = layer.given(), like(layouts[0])  # pyright: ignore[reportArgumentType]
+    raw, fold = layer.given(), fold_of(layouts, layer, problem)
+    gradient, copies = fold.like(layout_of(raw)), not all(x is None or fold.fits(x) for x in layouts)
+    view = view_of((*layouts, gradient), fold, layer.values)
     sums = sums_of(layer, problem.penalized(), compute_dtype(raw))
     sums = sums if is_penalized else sums._replace(ar=False, tar=False)
     backend: Any = backend_for(raw.device)
-    return gradient, backend.dropout_backward(view_of((*layouts, gradient), layer, problem), sums, raw.device)
+    return Backward(gradient, fold, copies, backend.dropout_backward(view, sums, raw.device))
 
 
-def launch_backward(
-    backward: tuple[Layout, Any], upstream: Upstreams, layer: Layer, mask: Tensor | None = None
-) -> Tensor:
+def launch_backward(backward: Backward, upstream: Upstreams, layer: Layer, mask: Tensor | None = None) -> Tensor:
     """Allocate the gradient of raw, and launch the backward."""
-    (layout, launch), (grad_dropped, grad) = backward, upstream
-    gradient = allocate(layout)
-    inputs = [None if x is None else readable(x) for x in (layer.given(), mask, grad_dropped)]
-    launch(grad, (*inputs, gradient), layer.values)
+    grad_dropped, grad = upstream
+    gradient, inputs = allocate(backward.gradient), (layer.given(), mask, grad_dropped)
+    if backward.copies:
+        inputs = [backward.fold.read(x) for x in inputs]
+    backward.launch(grad, (*inputs, gradient), layer.values)
     return gradient
 
 

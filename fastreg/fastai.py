@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastreg import output_dropout
 from fastreg.arguments import check_flags
-from fastreg.paths import Paths, check_path
+from fastreg.paths import Paths, check_marks, check_path
 from fastreg.problem import Coefficient, is_on
 from fastreg.regularizer import RNNRegularizer as Regularizer
 
@@ -182,6 +182,7 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         batch_first: as for `attach`.
         valid: a function of the inputs of the batch, `valid(*learn.xb)`, that returns the mask of valid time steps, as
             `fused_ar_tar` takes it, or `None` where all steps count.
+        starts: likewise a function that returns the mask of the time steps at which a segment starts, or `None`.
 
     Raises:
         RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations, and no path is given.
@@ -208,10 +209,11 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[..., Tensor | None] | None = None,
+        starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
         check_flags(mask_padding=mask_padding)
         self.regularizer = Regularizer(alpha, beta, bptt=bptt)
-        self.hook(check_path(rnn, dropout, output, batch_first), valid, mask_padding)
+        self.hook(check_path(rnn, dropout, output, batch_first), valid, starts, mask_padding)
         self.attached = ExitStack()  # to the modules, during a fit
         self.columns = [_Column(partial(self._average, name), name) for name in ("ar", "tar")]
         self.totals, self.count = {}, 0  # of the terms, over the epoch's training batches
@@ -221,18 +223,21 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
     bptt = property(lambda self: self.regularizer.bptt, lambda self, value: setattr(self.regularizer, "bptt", value))
 
     def hook(
-        self, paths: Paths | None, valid: Callable[..., Tensor | None] | None = None, mask_padding: bool = False
+        self,
+        paths: Paths | None,
+        valid: Callable[..., Tensor | None] | None = None,
+        starts: Callable[..., Tensor | None] | None = None,
+        mask_padding: bool = False,
     ) -> None:
-        """Take the activations of the modules at paths, or with `None` those of `RNNCallback`, and their valid steps.
+        """Take the activations of the modules at paths, or with `None` those of `RNNCallback`, and masks of steps.
 
         Raises:
             TypeError, ValueError: as the arguments of this class.
         """
-        if valid is not None and not callable(valid):
-            raise TypeError(f"valid: expected a function of the batch's inputs, or None, got {type(valid).__name__}")
+        check_marks("the batch's inputs", valid=valid, starts=starts)
         if mask_padding and not (paths is None and valid is None):
             raise ValueError("mask_padding: expected False with rnn or valid, which tells the padding, got True")
-        self.paths, self.valid, self.mask_padding = paths, valid, mask_padding
+        self.paths, self.valid, self.starts, self.mask_padding = paths, valid, starts, mask_padding
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None and self.learn is not None:
@@ -252,7 +257,8 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         if self.paths is None:
             self._capture()
         else:
-            self.attached = self.paths.attach(self.regularizer, self.learn.model, self._valid_steps)
+            marks = partial(self._marks, self.valid), partial(self._marks, self.starts)
+            self.attached = self.paths.attach(self.regularizer, self.learn.model, *marks)
         if self.mask_padding:
             _encoder(self.learn.model)
         output_dropout.link(self.learn.model, self.regularizer)
@@ -267,8 +273,9 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
             return
         if self.paths is None:
             raw, out = self._capture().raw_out, self._capture().out
-            valid = self.text(raw.shape[1]) if self.mask_padding else self._valid_steps()
-            self.regularizer.on_loss_begin((self.learn.pred, raw, out), valid=valid, batch_first=True)
+            valid = self.text(raw.shape[1]) if self.mask_padding else self._marks(self.valid)
+            options: Any = {"valid": valid, "starts": self._marks(self.starts), "batch_first": True}
+            self.regularizer.on_loss_begin((self.learn.pred, raw, out), **options)
         terms = self.regularizer.take(self.learn.loss_grad)
         if terms is None:  # the modules are in evaluation
             return
@@ -294,9 +301,9 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         self.attached.close()
         output_dropout.link(self.learn.model, None)
 
-    def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
-        """Return the valid steps of the batch, whatever the arguments of an attached module."""
-        return None if self.valid is None else self.valid(*self.learn.xb)
+    def _marks(self, function: Callable[..., Tensor | None] | None, *_: Any, **__: Any) -> Tensor | None:
+        """Return the valid steps of the batch, or its starts, whatever the arguments of an attached module."""
+        return None if function is None else function(*self.learn.xb)
 
     def text(self, steps: int) -> Tensor:
         """Return the mask of a batch's texts: each reaches from its first step that is not padding to its last."""
@@ -359,6 +366,7 @@ def fuse(
     output: Callable[[Any], Any] | None = None,
     batch_first: bool | None = None,
     valid: Callable[..., Tensor | None] | None = None,
+    starts: Callable[..., Tensor | None] | None = None,
 ) -> Learner:
     """Swap fastai's `RNNCallback` and `RNNRegularizer` for this module's, in place, and return the learner.
 
@@ -375,6 +383,7 @@ def fuse(
         output: as for `RNNRegularizer`.
         batch_first: as for `RNNRegularizer`.
         valid: as for `RNNRegularizer`, also for a model that returns `(decoded, raw, dropped)`.
+        starts: likewise.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -415,8 +424,8 @@ def fuse(
     regularizer = next(cb for cb in fused if type(cb) is RNNRegularizer)
     options = {"alpha": regularizer.alpha, "beta": regularizer.beta}
     dropouts = [OutputDropout(decoder.output_dp, **options) for decoder in decoders]
-    if mask_padding or paths is not None or valid is not None:
-        regularizer.hook(paths, valid, mask_padding)
+    if mask_padding or paths is not None or valid is not None or starts is not None:
+        regularizer.hook(paths, valid, starts, mask_padding)
     for old, new in callbacks:
         _swap(learn, old, new)
     for decoder, new in zip(decoders, dropouts, strict=True):

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from fastreg.output_dropout import OutputDropout, check_fuse, check_learner, link, swappable
-from fastreg.paths import Paths, check_path
+from fastreg.paths import Paths, check_marks, check_path
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
 
@@ -59,6 +59,7 @@ class RNNTrainer(LearnerCallback):
         batch_first: as for `attach`.
         valid: a function of the inputs of the batch that returns the mask of valid time steps, as `fused_ar_tar` takes
             it, or `None` where all steps count.
+        starts: likewise a function that returns the mask of the time steps at which a segment starts, or `None`.
 
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model does not return
@@ -87,6 +88,7 @@ class RNNTrainer(LearnerCallback):
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[..., Tensor | None] | None = None,
+        starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
         if not isinstance(learn, Learner):
             raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
@@ -97,11 +99,10 @@ class RNNTrainer(LearnerCallback):
         self.lrs: list[float] | None = None  # while they are scaled
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
-        if valid is not None and not callable(valid):
-            raise TypeError(f"valid: expected a function of the batch's inputs, or None, got {type(valid).__name__}")
+        check_marks("the batch's inputs", valid=valid, starts=starts)
         check_path(rnn, dropout, output, batch_first)
         self.rnn, self.dropout, self.output = rnn, dropout, output  # which purge() sets anew, after this
-        self.batch_first, self.valid = batch_first, valid
+        self.batch_first, self.valid, self.starts = batch_first, valid, starts
         self.attached = ExitStack()  # to the modules, during a fit
         self.batch: Any = None
         if hasattr(Learner, "export"):  # set here, as purge() makes callbacks anew and drops all else
@@ -120,7 +121,8 @@ class RNNTrainer(LearnerCallback):
         link(self.learn.model, self.regularizer)
         self.attached.close()  # a fit that was cut off may have left it
         if self.paths is not None:
-            self.attached = self.paths.attach(self.regularizer, self.learn.model, self._valid_steps)
+            marks = partial(self._marks, "valid"), partial(self._marks, "starts")
+            self.attached = self.paths.attach(self.regularizer, self.learn.model, *marks)
 
     def on_epoch_begin(self, **_: Any) -> None:
         if self.paths is None and not hasattr(self.learn.model, "reset"):
@@ -137,7 +139,8 @@ class RNNTrainer(LearnerCallback):
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
         decoded = last_output
         if self.paths is None:
-            options: Any = {"valid": self._valid_steps() if train else None, "batch_first": TIME_AXIS == 1}
+            options: Any = {name: self._marks(name) if train else None for name in ("valid", "starts")}
+            options["batch_first"] = TIME_AXIS == 1
             decoded = self.regularizer.on_loss_begin(last_output, **options)
         if not train:
             self.regularizer.clear()  # no backward follows, which would use the capture
@@ -169,10 +172,11 @@ class RNNTrainer(LearnerCallback):
         """Pass on the coefficients, which may have changed."""
         self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta
 
-    def _valid_steps(self, *_: Any, **__: Any) -> Tensor | None:
-        """Return the valid steps of the batch, whatever the arguments of an attached module."""
+    def _marks(self, name: str, *_: Any, **__: Any) -> Tensor | None:
+        """Return the valid steps of the batch, or its starts, whatever the arguments of an attached module."""
         inputs = self.batch if isinstance(self.batch, (list, tuple)) else (self.batch,)
-        return None if self.valid is None else self.valid(*inputs)
+        function = getattr(self, name)
+        return None if function is None else function(*inputs)
 
 
 def fuse(
@@ -183,6 +187,7 @@ def fuse(
     output: Callable[[Any], Any] | None = None,
     batch_first: bool | None = None,
     valid: Callable[..., Tensor | None] | None = None,
+    starts: Callable[..., Tensor | None] | None = None,
 ) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
@@ -199,6 +204,7 @@ def fuse(
         output: as for `RNNTrainer`.
         batch_first: as for `RNNTrainer`.
         valid: as for `RNNTrainer`, also for a model that returns `(decoded, raw, dropped)`.
+        starts: likewise.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -224,10 +230,11 @@ def fuse(
     if paths is not None:
         paths.attach(RNNRegularizer(), learn.model).close()  # a wrong path raises before anything is swapped
     decoders = swappable(learn.model, _decoders(learn), RNNDropout) if dropout is True else []
-    named: Any = {"rnn": rnn, "dropout": path, "output": output, "batch_first": batch_first, "valid": valid}
+    named: Any = {"rnn": rnn, "dropout": path, "output": output, "batch_first": batch_first}
+    named |= {"valid": valid, "starts": starts}
     options = {"alpha": cb.alpha, "beta": cb.beta, "batch_first": TIME_AXIS == 1, "ar_of": "raw"}
     dropouts = [OutputDropout(decoder.output_dp, **options) for decoder in decoders]
-    given = paths is not None or valid is not None
+    given = paths is not None or valid is not None or starts is not None
     for i, cb in enumerate(learn.callbacks):
         if type(cb) is stock.RNNTrainer or (given and type(cb) is RNNTrainer):
             bptt, adjust = vars(cb).get("bptt"), vars(cb).get("adjust", False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreg.arguments import check_flags
-from fastreg.paths import check_paths
+from fastreg.paths import check_marks, check_paths
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
 
@@ -51,6 +51,7 @@ class ActivationRegularization(Callback):
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
             `fused_ar_tar` takes it, or `None` where all steps count. A function of more arguments, `valid(batch, *args,
             **kwargs)`, also gets the arguments of the RNN, run by run.
+        starts: likewise a function that returns the mask of the time steps at which a segment starts, or `None`.
         log: whether `ar` and `tar` are logged.
 
     Raises:
@@ -77,14 +78,14 @@ class ActivationRegularization(Callback):
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[..., Tensor | None] | None = None,
+        starts: Callable[..., Tensor | None] | None = None,
         log: bool = True,
     ) -> None:
         check_flags(log=log)
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
         self.paths = check_paths(rnn, dropout, output, batch_first)
-        if valid is not None and not callable(valid):
-            raise TypeError(f"valid: expected a function of the batch, or None, got {type(valid).__name__}")
-        self.valid, self.logged = valid, log  # Lightning sets `log` itself
+        check_marks("the batch", valid=valid, starts=starts)
+        self.valid, self.starts, self.logged = valid, starts, log  # Lightning sets `log` itself
         self._terms: Tensor | None = None  # the sums of AR and of TAR over the steps of the epoch
         self._steps = 0  # the number of those steps
         self._batch: Any = None  # of the step that runs
@@ -97,8 +98,8 @@ class ActivationRegularization(Callback):
                 "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
                 "a callback; use fastreg.RNNRegularizer in its training_step"
             )
-        valid = None if self.valid is None else self._valid_steps
-        self._undo.enter_context(self.paths.attach(self.regularizer, pl_module, valid))
+        marks = [None if x is None else partial(self._marks, x) for x in (self.valid, self.starts)]
+        self._undo.enter_context(self.paths.attach(self.regularizer, pl_module, *marks))
         self._undo.callback(self.before_step, None)
         # All callbacks share one wrapper: they may end in any order, and only the last puts the step back.
         if not isinstance(pl_module.training_step, _RegularizedStep):
@@ -155,15 +156,14 @@ class ActivationRegularization(Callback):
         total = loss + terms.penalty
         return output | {"loss": total} if isinstance(output, dict) else total
 
-    def _valid_steps(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        if self.valid is None:
-            return None
-        return self.valid(self._batch, *args, **kwargs) if _takes_calls(self.valid) else self.valid(self._batch)
+    def _marks(self, function: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
+        """Return the valid steps of the batch, or its starts."""
+        return function(self._batch, *args, **kwargs) if _takes_calls(function) else function(self._batch)
 
 
-def _takes_calls(valid: Callable[..., Any]) -> bool:
+def _takes_calls(function: Callable[..., Any]) -> bool:
     """Tell whether a function takes more than the batch."""
-    parameters = inspect.signature(valid).parameters.values()
+    parameters = inspect.signature(function).parameters.values()
     required = [
         x for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD) and x.default is x.empty
     ]

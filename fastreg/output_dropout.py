@@ -40,7 +40,9 @@ class OutputDropout(FusedRNNDropout):
         original.p = self.p
         return original.train(self.training)
 
-    def forward(self, raw: Tensor, p: float | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, raw: Tensor, p: float | None = None, valid: Tensor | None = None, starts: Tensor | None = None
+    ) -> Tensor:
         """Drop units of `raw` in training, as the original does from the same seed; return `raw` in evaluation."""
         regularizer = self.linked()
         if regularizer is not None:
@@ -51,14 +53,14 @@ class OutputDropout(FusedRNNDropout):
             original: Any = self.original
             original.p = self.p if p is None else p
             return original(raw)
-        dropped = super().forward(raw, p, valid=valid)
+        dropped = super().forward(raw, p, valid, starts)
         formed, self.formed = self.formed, None
         if type(dropped) is not type(raw):  # fastai's models keep subclasses of tensors, as the original dropout does
             dropped = dropped.as_subclass(type(raw))
         if formed is not None and carries(formed.dropped):
             captured, fused = Captured(raw), Captured(dropped)
             kept = captured if self.ar_of == "raw" else fused
-            run = Run(captured, kept, None, self.batch_first, valid, True, False, fused, formed.terms[1:])
+            run = Run(captured, kept, None, formed.time_at, valid, starts, True, False, fused, formed.terms[1:])
             Mark(run, fused, formed.dropped)
             regularizer.capture(run)
         return dropped

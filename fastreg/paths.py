@@ -28,7 +28,11 @@ class Paths(NamedTuple):
     default_layout: bool | None = None
 
     def attach(
-        self, regularizer: RNNRegularizer, model: nn.Module, valid: Callable[..., Tensor | None] | None = None
+        self,
+        regularizer: RNNRegularizer,
+        model: nn.Module,
+        valid: Callable[..., Tensor | None] | None = None,
+        starts: Callable[..., Tensor | None] | None = None,
     ) -> ExitStack:
         """Attach the regularizer to the modules of a model, all or none, until the returned stack is closed.
 
@@ -43,7 +47,7 @@ class Paths(NamedTuple):
                 inside = any(isinstance(x, nn.RNNBase) for x in module.modules())
                 if layout is None and layout_of(module) is None and not inside:
                     layout = self.default_layout
-                options: Any = {"output": self.output, "batch_first": layout, "valid": valid}
+                options: Any = {"output": self.output, "batch_first": layout, "valid": valid, "starts": starts}
                 attached.enter_context(regularizer.attach(module, after, **options))
         except BaseException:
             attached.close()
@@ -95,6 +99,17 @@ def check_path(
         if value is not None:
             raise ValueError(f"{name}: expected None without rnn, the path of a module, got {value!r}")
     return None
+
+
+def check_marks(of: str, **functions: object) -> None:
+    """Check functions that return masks of time steps, by their names.
+
+    Raises:
+        TypeError: one is neither callable nor `None`.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: expected a function of {of}, or None, got {type(function).__name__}")
 
 
 def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> nn.Module:

@@ -15,11 +15,11 @@ from fastreg.arguments import check_activations, check_options, check_saved, che
 from fastreg.backends import Backend, backend_for
 from fastreg.kernels.view import NOTHING, Layout, Prediction, Result, Sums, Values, allocate, layout_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import Reader, parts_of, plain, plain_pair, problem_of, values_of
+from fastreg.prepare import Reader, parts_of, plain, plain_pair, problem_of, time_given, values_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
-from fastreg.view import is_readable, like, readable, readable_values, sums_of, view_of
+from fastreg.view import Fold, fold_of, readable_values, sums_of, view_of
 
 One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
@@ -34,9 +34,11 @@ def fused_ar_tar(
     alpha: Coefficient,
     beta: Coefficient,
     *,
-    batch_first: bool = ...,
+    batch_first: bool | None = ...,
+    time_dim: int | None = ...,
     lengths: Tensor | None = ...,
     valid: Tensor | None = ...,
+    starts: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[False] = ...,
 ) -> Tensor: ...
@@ -47,9 +49,11 @@ def fused_ar_tar(
     alpha: Coefficient,
     beta: Coefficient,
     *,
-    batch_first: bool = ...,
+    batch_first: bool | None = ...,
+    time_dim: int | None = ...,
     lengths: Tensor | None = ...,
     valid: Tensor | None = ...,
+    starts: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> ARTAR: ...
@@ -60,9 +64,11 @@ def fused_ar_tar(
     alpha: Coefficient,
     beta: Coefficient,
     *,
-    batch_first: bool = ...,
+    batch_first: bool | None = ...,
+    time_dim: int | None = ...,
     lengths: Tensor | None = ...,
     valid: Tensor | None = ...,
+    starts: Tensor | None = ...,
     reduction: Literal["mean", "sum"] = ...,
     return_terms: bool,
 ) -> Tensor | ARTAR: ...
@@ -72,9 +78,11 @@ def fused_ar_tar(
     alpha: Coefficient,
     beta: Coefficient,
     *,
-    batch_first: bool = True,
+    batch_first: bool | None = None,
+    time_dim: int | None = None,
     lengths: Tensor | None = None,
     valid: Tensor | None = None,
+    starts: Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> Tensor | ARTAR:
@@ -87,17 +95,20 @@ def fused_ar_tar(
     of times.
 
     Args:
-        raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, a
-            `PackedSequence`, or a list or tuple with one for each layer, whose penalties add up; all layers have the
-            same batch and time steps. float16, bfloat16, float32 or float64, any strides. With `beta == 0` it is not
-            read and may be `None`; with `return_terms=True` it is measured if it is given.
+        raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, any tensor
+            with `time_dim`, a `PackedSequence`, or a list or tuple with one for each layer, whose penalties add up; all
+            layers have the same batch and time steps. float16, bfloat16, float32 or float64, any strides. With
+            `beta == 0` it is not read and may be `None`; with `return_terms=True` it is measured if it is given.
         dropped: the RNN's output after dropout: the shape of raw, or packed as raw is, on the same device. Its dtype
             may differ, and it may be `raw` itself. With `alpha == 0` it is not read and may be `None`.
         alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
             activations. A tensor is read on the device, without a sync, and gets no gradient. A schedule may change it
             in place before each forward, also between replays of a CUDA graph.
         beta: coefficient of TAR, as for alpha.
-        batch_first: `False` for `(time, batch, hidden)`.
+        batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
+        time_dim: the axis of time, instead of batch_first, of tensors of one or more axes, negative from the end: 2 for
+            `(batch, channels, time, height, width)`. The batch is the first of the other axes; two axes with
+            `time_dim=0` are `(time, hidden)`.
         lengths: the number of time steps of each padded sequence: integers, `(batch,)`. Padding counts in neither sums
             nor divisors, and its gradient is 0. On the CPU lengths outside of 0 to the number of time steps are an
             error; on other devices they are clamped, because a check would wait for the device.
@@ -105,6 +116,9 @@ def fused_ar_tar(
             integers 0 and 1, such as an `attention_mask`. A change counts where both of its steps do. Other steps count
             in neither sums nor divisors, and their gradient is 0. On the CPU other integers are an error; on other
             devices they count as 1.
+        starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream:
+            `(batch, time)` in every layout, like valid, and beside lengths or valid. The change into such a step does
+            not count; the step itself does, in AR and in the change that follows. It goes with no `PackedSequence`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
@@ -131,8 +145,8 @@ def fused_ar_tar(
         >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
     """
     raw, dropped = plain_pair(raw, dropped)
-    values = plain(alpha), plain(beta), plain(lengths), plain(valid)
-    call = Call(raw, dropped, *values, batch_first, reduction, return_terms)
+    values = plain(alpha), plain(beta), plain(lengths), plain(valid), plain(starts)
+    call = Call(raw, dropped, *values, time_given(batch_first, time_dim), reduction, return_terms)
     computed = penalty_of(call)
     return computed.penalty if computed.terms is None else ARTAR(computed.penalty, *computed.terms)
 
@@ -174,7 +188,7 @@ def penalty_of(call: Call) -> Computed:
 def _checked(call: Call) -> Problem:
     """Check the arguments, and return the problem."""
     check_options(call, return_terms=call.measured)
-    check_steps(call.lengths, call.valid)
+    check_steps(call.lengths, call.valid, call.starts)
     problem = problem_of(call)
     check_activations(call, problem)
     return problem
@@ -205,6 +219,7 @@ class _LayerPlan:
     problem  the terms
     needs    whether raw and dropped need gradients
     layouts  of raw and dropped, `None` for a tensor that no term reads
+    fold     how their axes fold
     copies   whether kernels read a contiguous copy of raw or dropped
     filled   layouts of the gradients that the forward fills for the backward
     forward  a `penalty_forward` of the backend
@@ -214,10 +229,11 @@ class _LayerPlan:
         self.problem, self.backend, self.sums = problem, backend, sums
         self.needs = _needs(layer, problem)
         self.layouts = tuple([None if x is None else layout_of(x) for x in (layer.raw, layer.dropped)])
-        self.copies = not all(x is None or is_readable(x) for x in self.layouts)
+        self.fold = fold_of(self.layouts, layer, problem)
+        self.copies = not all(x is None or self.fold.fits(x) for x in self.layouts)
         # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
-        self.filled = (None, None) if keeps_memory_low() else self._gradients(self.layouts)
-        view = view_of((*self.layouts, *self.filled), layer, problem)
+        self.filled = (None, None) if keeps_memory_low() else self._gradients(self.layouts, self.fold)
+        view = view_of((*self.layouts, *self.filled), self.fold, layer.values)
         self.forward = backend.penalty_forward(view, sums, layer.given().device)
         self.backward: Any = None  # made by the first backward
 
@@ -238,31 +254,34 @@ class _LayerPlan:
         if layouts == self.layouts:
             read = self._read(saved)
             if self.backward is None:
-                self.backward = self._plan_backward(layouts, layer)
+                self.backward = self._plan_backward(layouts, layer, self.fold)
             gradients, launch = self.backward
         else:  # a hook on saved tensors, or an assignment to `x.data`, has changed one
             for name, x, y in zip(("raw", "dropped"), self.layouts, layouts, strict=True):
                 check_saved(name, x, y)
-            read = [None if x is None else readable(x) for x in saved]
-            (gradients, launch), prediction = self._plan_backward(layouts, layer), None
+            fold = fold_of(layouts, layer, self.problem)
+            read = [fold.read(x) for x in saved]
+            (gradients, launch), prediction = self._plan_backward(layouts, layer, fold), None
         if prediction is None:
             filled = [None if x is None else allocate(x) for x in gradients]
         launch(grad, (*read, *filled), layer.values, prediction)
         return filled
 
-    def _plan_backward(self, layouts: Sequence[Layout | None], layer: Layer) -> tuple[Any, Any]:
+    def _plan_backward(self, layouts: Sequence[Layout | None], layer: Layer, fold: Fold) -> tuple[Any, Any]:
         """Return the layouts of the gradients, and a `penalty_backward` of the backend with the forward's view."""
-        gradients = self._gradients(layouts)
-        view = view_of((*layouts, *gradients), layer, self.problem)
+        gradients = self._gradients(layouts, fold)
+        view = view_of((*layouts, *gradients), fold, layer.values)
         return gradients, self.backend.penalty_backward(view, self.sums, layer.given().device)
 
-    def _gradients(self, layouts: Sequence[Layout | None]) -> tuple[Layout | None, ...]:
+    def _gradients(self, layouts: Sequence[Layout | None], fold: Fold) -> tuple[Layout | None, ...]:
         """Return the layouts of the gradients of raw and dropped, `None` for one that is not needed."""
-        return tuple([like(x) if x is not None and need else None for x, need in zip(layouts, self.needs, strict=True)])
+        return tuple(
+            [fold.like(x) if x is not None and need else None for x, need in zip(layouts, self.needs, strict=True)]
+        )
 
     def _read(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Return the tensors as kernels read them."""
-        return [None if x is None else readable(x) for x in tensors] if self.copies else tensors
+        return [self.fold.read(x) for x in tensors] if self.copies else tensors
 
 
 def _needs(layer: Layer, problem: Problem) -> tuple[bool, bool]:

@@ -67,14 +67,15 @@ def key_of(call: Call, *more: Any) -> Any:
     """
     if observed():
         return None
-    raw, dropped, alpha, beta, lengths, valid, batch_first, reduction, measured, ar_of_raw = call
+    raw, dropped, alpha, beta, lengths, valid, starts, time_at, reduction, measured, ar_of_raw = call
     try:
         key = (
             *(raw if raw is None else _fact(raw), dropped if dropped is None else _fact(dropped)),
             raw is dropped or (type(raw) is not Tensor and _aliases(raw, dropped)),
             *(alpha if type(alpha) is float else _fact(alpha), beta if type(beta) is float else _fact(beta)),
             *(lengths if lengths is None else _fact(lengths), valid if valid is None else _fact(valid)),
-            *(batch_first, type(batch_first), reduction, measured, type(measured), ar_of_raw),
+            *(starts if starts is None else _fact(starts), time_at, type(time_at)),
+            *(reduction, measured, type(measured), ar_of_raw),
             *[_fact(x) for x in more],
             *(torch.is_grad_enabled(), keeps_memory_low()),
         )

@@ -12,13 +12,24 @@ from fastreg.arguments import (
     check_batch_sizes,
     check_coefficient_value,
     check_lengths_values,
+    check_marks_values,
     check_not_captured,
     check_same_batch_sizes,
-    check_valid_values,
-    steps_of,
+    check_time,
 )
 from fastreg.kernels.view import NOTHING, Values
-from fastreg.problem import Call, Coefficient, Layer, Problem, is_list, reads_dropped, reads_raw, rows_of, time_dim
+from fastreg.problem import (
+    Call,
+    Coefficient,
+    Layer,
+    Problem,
+    is_list,
+    reads_dropped,
+    reads_raw,
+    rows_of,
+    steps_of,
+    time_dim_of,
+)
 from fastreg.torch_state import observed
 
 
@@ -53,6 +64,18 @@ def plain_pair(raw: Any, dropped: Any) -> tuple[Any, Any]:
     return kept, plain(dropped)
 
 
+def time_given(batch_first: Any, time_dim: Any) -> bool | int:
+    """Return where time is: `batch_first`, `True` by default, or the axis as an int.
+
+    Raises:
+        TypeError, ValueError: either is of another type, or both are given.
+    """
+    if time_dim is None and (batch_first is None or batch_first is True):
+        return True
+    check_time(batch_first, time_dim)
+    return False if time_dim is None else int(time_dim)
+
+
 def coefficient(value: Any) -> Coefficient:
     """Convert a checked coefficient: a number to a float, a tensor to itself."""
     if isinstance(value, (float, Tensor)):
@@ -66,7 +89,8 @@ def problem_of(call: Call) -> Problem:
     """Return the problem of checked arguments, without coefficients that are tensors."""
     alpha = None if isinstance(call.alpha, Tensor) else coefficient(call.alpha)
     beta = None if isinstance(call.beta, Tensor) else coefficient(call.beta)
-    return Problem(alpha, beta, call.batch_first, call.reduction, call.measured, call.ar_of_raw)  # pyright: ignore[reportArgumentType]
+    time_dim = time_dim_of(call.time_at)
+    return Problem(alpha, beta, time_dim, call.reduction, call.measured, call.ar_of_raw)  # pyright: ignore[reportArgumentType]
 
 
 def parts_of(call: Call, problem: Problem) -> list[tuple[Layer, Problem]]:
@@ -80,7 +104,7 @@ def parts_of(call: Call, problem: Problem) -> list[tuple[Layer, Problem]]:
         return [(Layer(None, y), problem) for y in kept or ()]
     if kept is None:
         return [(Layer(x, None), problem) for x in raws]
-    of_raw = Problem(problem.alpha, problem.beta, problem.batch_first, problem.reduction, problem.measured, True)
+    of_raw = Problem(problem.alpha, problem.beta, problem.time_dim, problem.reduction, problem.measured, True)
     return [(Layer(x, None), of_raw) if y is x else (Layer(x, y), problem) for x, y in zip(raws, kept, strict=True)]
 
 
@@ -109,11 +133,17 @@ def values_of(call: Call, problem: Problem, x: Tensor) -> Values:
     if packed:
         check_not_captured("lengths", x.device)
         return Values(batch_sizes=_batch_sizes(packed), alpha=alpha, beta=beta)
-    if call.valid is not None:
-        return Values(valid=_valid(call.valid, x, problem), alpha=alpha, beta=beta)
-    if call.lengths is not None:
-        return Values(_lengths(call.lengths, x, problem), alpha=alpha, beta=beta)
-    return Values(alpha=alpha, beta=beta)
+    valid = None if call.valid is None else _marks("valid", call.valid, x, problem)
+    lengths = None if call.lengths is None else _lengths(call.lengths, x, problem)
+    if call.starts is None:
+        return Values(lengths, valid=valid, alpha=alpha, beta=beta)
+    if valid is None:  # starts go with marks of the steps that count
+        sequences, time = steps_of(x, problem)
+        valid = torch.ones((), dtype=torch.bool, device=x.device)
+        if lengths is not None:
+            valid = torch.arange(time, device=x.device) < lengths.unsqueeze(-1)
+        valid = valid.expand(sequences, time).contiguous()
+    return Values(valid=valid, alpha=alpha, beta=beta, starts=_marks("starts", call.starts, x, problem))
 
 
 class Reader:
@@ -135,7 +165,7 @@ class Reader:
         if not self.finds_any:
             return NOTHING
         values = values_of(call, self.problem, x)
-        return values if self.mark is None else values._replace(marks=self.mark(values.valid))
+        return values if self.mark is None else values._replace(marks=self.mark(values.valid, values.starts))
 
 
 def _scalar(name: str, value: Any) -> Tensor | None:
@@ -160,18 +190,18 @@ def _lengths(lengths: Tensor, x: Tensor, problem: Problem) -> Tensor:
     lengths = keepable(lengths)
     if x.device.type == "cpu" != lengths.device.type:
         lengths = lengths.cpu()
-    check_lengths_values(lengths, x.shape[time_dim(x, problem.batch_first)])
+    check_lengths_values(lengths, steps_of(x, problem)[1])
     return _queued("lengths", lengths, x.device).contiguous()
 
 
-def _valid(valid: Tensor, x: Tensor, problem: Problem) -> Tensor:
-    valid = keepable(valid)
-    if x.device.type == "cpu" != valid.device.type:
-        valid = valid.cpu()
-    check_valid_values(valid)
-    if valid.dtype != torch.bool:
-        valid = valid != 0
-    return _queued("valid", valid, x.device).reshape(steps_of(x, problem)).contiguous()
+def _marks(name: str, marks: Tensor, x: Tensor, problem: Problem) -> Tensor:
+    marks = keepable(marks)
+    if x.device.type == "cpu" != marks.device.type:
+        marks = marks.cpu()
+    check_marks_values(name, marks)
+    if marks.dtype != torch.bool:
+        marks = marks != 0
+    return _queued(name, marks, x.device).reshape(steps_of(x, problem)).contiguous()
 
 
 def _queued(name: str, x: Tensor, device: torch.device) -> Tensor:

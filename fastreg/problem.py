@@ -40,7 +40,7 @@ class ARTAR(NamedTuple):
 class Call(NamedTuple):
     """The arguments of a call, unchanged but for subclasses that only decorate a tensor: see `fused_ar_tar`.
 
-    `ar_of_raw` asks for AR of raw, as fastai v1 forms it.
+    `time_at` is `batch_first`, a bool, or `time_dim`, an int. `ar_of_raw` asks for AR of raw, as fastai v1 forms it.
     """
 
     raw: Any
@@ -49,7 +49,8 @@ class Call(NamedTuple):
     beta: Any
     lengths: Any = None
     valid: Any = None
-    batch_first: Any = True
+    starts: Any = None
+    time_at: Any = True
     reduction: Any = "mean"
     measured: Any = False
     ar_of_raw: bool = False
@@ -57,7 +58,7 @@ class Call(NamedTuple):
 
 def kept(call: Call) -> Call:
     """Return the call for a dropout that drops nothing: dropped is raw."""
-    options = call.lengths, call.valid, call.batch_first, call.reduction, call.measured
+    options = call.lengths, call.valid, call.starts, call.time_at, call.reduction, call.measured
     return Call(call.raw, call.raw, call.alpha, call.beta, *options)
 
 
@@ -65,7 +66,7 @@ class Problem(NamedTuple):
     """The terms of a penalty, for any activations.
 
     alpha, beta  coefficients of AR and TAR; `None` for one that is a tensor
-    batch_first  3-dim activations are `(batch, time, hidden)`, else `(time, batch, hidden)`
+    time_dim     the axis of time, negative from the end: -2 is that of `(batch, time, hidden)` and `(time, hidden)`
     reduction    `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide
     measured     terms are wanted, so that one whose coefficient is 0 is formed, too; it has no gradient
     ar_of_raw    AR is the mean square of raw, as fastai v1 forms it, or because dropped is raw itself
@@ -73,7 +74,7 @@ class Problem(NamedTuple):
 
     alpha: float | None
     beta: float | None
-    batch_first: bool = True
+    time_dim: int = -2
     reduction: str = "mean"
     measured: bool = False
     ar_of_raw: bool = False
@@ -88,7 +89,12 @@ class Problem(NamedTuple):
 
     def penalized(self) -> Problem:
         """Return the problem of the penalty alone, which its gradient follows from."""
-        return Problem(self.alpha, self.beta, self.batch_first, self.reduction, False, self.ar_of_raw)
+        return Problem(self.alpha, self.beta, self.time_dim, self.reduction, False, self.ar_of_raw)
+
+
+def time_dim_of(time_at: bool | int) -> int:
+    """Return the axis of time, negative from the end, of `batch_first` or of the axis itself."""
+    return -2 if time_at is True else int(time_at)
 
 
 def is_on(coefficient: Coefficient | None) -> bool:
@@ -105,8 +111,7 @@ def is_on(coefficient: Coefficient | None) -> bool:
 class Layer(NamedTuple):
     """One layer's activations, and the values that all layers share.
 
-    raw, dropped  `(batch, time, hidden)`, `(time, batch, hidden)` or `(time, hidden)`, or packed rows, `(rows,
-                  hidden)`; `None` where no term reads it
+    raw, dropped  activations with an axis of time, or packed rows, `(rows, hidden)`; `None` where no term reads it
     values        `valid` is `(batch, time)` here, and lengths are taken for no less than 0 and no more than all steps
     """
 
@@ -127,9 +132,22 @@ def compute_dtype(*tensors: Any) -> torch.dtype:
     return torch.float32
 
 
-def time_dim(x: Any, batch_first: bool) -> int:
-    """Return the time axis of a `(batch, time, hidden)`, `(time, batch, hidden)` or `(time, hidden)` tensor."""
-    return 1 if len(x.shape) == 3 and batch_first else 0
+def time_axis(x: Any, problem: Problem) -> int:
+    """Return the axis of time, from the front; that of packed rows is the axis of rows."""
+    return problem.time_dim % len(x.shape)
+
+
+def batch_axis(x: Any, problem: Problem) -> int | None:
+    """Return the axis of sequences: the first beside time; `None` of `(time, hidden)` and `(time,)`."""
+    if time_axis(x, problem) > 0:
+        return 0
+    return 1 if len(x.shape) > 2 else None
+
+
+def steps_of(x: Any, problem: Problem) -> tuple[Any, Any]:
+    """Return how many sequences and time steps activations have that are not packed."""
+    batch = batch_axis(x, problem)
+    return 1 if batch is None else x.shape[batch], x.shape[time_axis(x, problem)]
 
 
 def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
@@ -140,20 +158,33 @@ def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
     """
     if problem.reduction == "sum":
         return 1, 1
-    shape, values = layer.given().shape, layer.values
-    elements, hidden = layer.given().numel(), shape[-1]
+    x, values = layer.given(), layer.values
+    elements = x.numel()
     if values.batch_sizes is not None:
-        return _at_least_1(elements), _at_least_1(elements - values.batch_sizes[0] * hidden)
+        return _at_least_1(elements), _at_least_1(elements - values.batch_sizes[0] * x.shape[-1])
+    time, hidden = x.shape[time_axis(x, problem)], 1  # elements of one time step of a sequence
+    for axis in range(len(x.shape)):
+        if axis not in (time_axis(x, problem), batch_axis(x, problem)):
+            hidden = hidden * x.shape[axis]
     if values.valid is not None:
         later = torch.arange(values.valid.shape[1], device=values.valid.device) > 0
-        pairs = values.valid & values.valid.roll(1, 1) & later  # a compiler makes a case of its own of a size of 1
+        pairs = changing(values) & later  # a compiler makes a case of its own of a size of 1
         return _at_least_1(values.valid.sum() * hidden), _at_least_1(pairs.sum() * hidden)
-    time = shape[time_dim(layer.given(), problem.batch_first)]
     if values.lengths is not None:
         lengths = values.lengths.long().clamp(0, time)
         return _at_least_1(lengths.sum() * hidden), _at_least_1((lengths - 1).clamp(min=0).sum() * hidden)
     time = _at_least_1(time)
     return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
+
+
+def changing(values: Values) -> Tensor:
+    """Tell into which of valid steps changes count, `(batch, time)`: both steps do, and no segment starts between them.
+
+    The first time step, which no change leads to, is not to be looked at.
+    """
+    valid, starts = values.valid, values.starts
+    pairs = valid & valid.roll(1, 1)  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
+    return pairs if starts is None else pairs & ~starts
 
 
 def _at_least_1(count: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreg.kernels.view import Values
-from fastreg.problem import ARTAR, Layer, Problem, compute_dtype, divisors, is_on, time_dim
+from fastreg.problem import ARTAR, Layer, Problem, batch_axis, changing, compute_dtype, divisors, is_on, time_axis
 
 
 def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
@@ -101,14 +101,14 @@ def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
         before, _, precedes, _ = neighbours(values.batch_sizes, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
     if values.valid is not None:  # both steps of a change count
-        layer = Layer(layer.raw, layer.dropped, Values(valid=values.valid & values.valid.roll(1, 1)))
-    dim = time_dim(x, problem.batch_first)
+        layer = Layer(layer.raw, layer.dropped, Values(valid=changing(values)))
+    dim = time_axis(x, problem)
     # A compiler would make a case of its own of 2 steps, as they have 1 difference. (torch 2.11 cannot trace hasattr.)
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:
         first = torch.arange(x.shape[dim], device=x.device) == 0
         change = (x - x.roll(1, dim)).masked_fill(first.view(-1, *[1] * (x.dim() - 1 - dim)), 0)
     else:  # no tensor but x, which may be of a subclass that goes with no other, as a DTensor
-        first = x[:, :1] if dim else x[:1]
+        first = x[(slice(None),) * dim + (slice(1),)]
         change = torch.cat([torch.zeros_like(first), x.diff(dim=dim)], dim)
     return counted(change, layer, problem)
 
@@ -119,21 +119,26 @@ def change_difference(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     if batch_sizes is not None:
         _, after, _, follows = neighbours(batch_sizes, x.shape[0])
         return change - torch.where(follows.to(x.device).unsqueeze(-1), change[after.to(x.device)], 0)
-    return change - change.roll(-1, time_dim(x, problem.batch_first))  # the 0 of the first follows the last
+    return change - change.roll(-1, time_axis(x, problem))  # the 0 of the first follows the last
 
 
 def counted(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     """Replace what does not count by 0."""
-    dim, values = time_dim(x, problem.batch_first), layer.values
+    time, batch, values = time_axis(x, problem), batch_axis(x, problem), layer.values
     if values.lengths is not None:
-        valid = torch.arange(x.shape[dim], device=x.device) < values.lengths.unsqueeze(-1)
+        valid = torch.arange(x.shape[time], device=x.device) < values.lengths.unsqueeze(-1)
     elif values.valid is not None:
         valid = values.valid
     else:
         return x
-    if x.dim() == 2:
-        return torch.where(valid.reshape(-1, 1), x, 0)
-    return torch.where((valid if dim == 1 else valid.transpose(0, 1)).unsqueeze(-1), x, 0)
+    if batch is None:
+        valid = valid.reshape(-1)
+    elif batch > time:
+        valid = valid.transpose(0, 1)
+    for axis in range(x.dim()):
+        if axis not in (time, batch):
+            valid = valid.unsqueeze(axis)
+    return torch.where(valid, x, 0)
 
 
 def neighbours(batch_sizes: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

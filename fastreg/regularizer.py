@@ -29,8 +29,8 @@ from fastreg.attachment import Attachment, Source, nothing
 from fastreg.capture import Run, reach, sizes_of
 from fastreg.carry import penalty_of_runs
 from fastreg.penalty import fused_ar_tar
-from fastreg.prepare import coefficient
-from fastreg.problem import ARTAR, Coefficient, is_list, rows_of
+from fastreg.prepare import coefficient, time_given
+from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
 from fastreg.rnn_dropout import FusedRNNDropout
 
 
@@ -39,15 +39,17 @@ class Given:
     """Hold the activations in a model's output, as `fused_ar_tar` takes them.
 
     Attributes:
-        raw, dropped, batch_first, lengths, valid: as `fused_ar_tar` takes them.
+        raw, dropped, lengths, valid, starts: as `fused_ar_tar` takes them.
+        time_at: `batch_first`, a bool, or `time_dim`, an int.
         run: the run of a fused dropout that formed their terms, or `None`.
     """
 
     raw: Any
     dropped: Any
-    batch_first: bool
+    time_at: bool | int
     lengths: Tensor | None
     valid: Tensor | None
+    starts: Tensor | None
     run: Run | None
 
     def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> ARTAR:
@@ -56,14 +58,15 @@ class Given:
             reached = reach(loss, [self.run])
             if reached:
                 return penalty_of_runs([[self.run]], reached, loss, alpha, beta)
-        steps: Any = {"batch_first": self.batch_first, "lengths": self.lengths, "valid": self.valid}
+        steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
+        steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
         terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
         return ARTAR(*(x.to(loss.device) for x in terms))
 
     @property
     def sizes(self) -> tuple[int, int] | None:
         """Return how many sequences of how many time steps there are; `None` where the shape does not tell."""
-        return sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.batch_first)
+        return sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.time_at)
 
 
 class RNNRegularizer:
@@ -149,19 +152,23 @@ class RNNRegularizer:
         lengths: Tensor | None = None,
         *,
         valid: Tensor | None = None,
+        starts: Tensor | None = None,
         batch_first: bool | None = None,
+        time_dim: int | None = None,
     ) -> Any:
         """Capture `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
 
         A second call before `on_backward_begin` replaces the first capture.
 
         Args:
-            output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, a
-                `PackedSequence`, or a list or tuple of them, one a layer.
+            output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, any
+                tensors with `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer.
             lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`.
             valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`.
+            starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
             batch_first: `False` for `(time, batch, hidden)`, as an `nn.LSTM` returns by default; `None` for
                 `True`, unless the shape of `decoded` leaves that in doubt.
+            time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
 
         Raises:
             TypeError: an argument is not as described.
@@ -169,9 +176,8 @@ class RNNRegularizer:
                 `batch_first` is wrong; or it is `None`, and raw is `(n, m, hidden)` and `decoded` `(m, n, classes)`.
             RuntimeError: the activations already come from attached modules.
         """
-        if batch_first is not None:
-            check_flags(batch_first=batch_first)
-        check_steps(lengths, valid)
+        time_at = time_given(batch_first, time_dim)
+        check_steps(lengths, valid, starts)
         if self._attached:
             raise RuntimeError("on_loss_begin: attached modules capture already; remove() them, or leave out the call")
         if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
@@ -183,16 +189,19 @@ class RNNRegularizer:
         decoded, raw, dropped = output
         if self.layers == "last" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
-        _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid)
-        first = batch_first is not False
+        if time_dim is None:
+            _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid, starts=starts)
         run, self._captured = self._captured(), nothing
         if run is not None and not (
             run.raw.itself() is raw
             and run.squared.itself() is dropped
-            and (run.batch_first, run.valid, lengths) == (first, valid, None)
+            and run.valid is valid
+            and run.starts is starts
+            and lengths is None
+            and time_dim_of(run.time_at) == time_dim_of(time_at)
         ):
             run = None
-        self._given = Given(raw, dropped, first, lengths, valid, run)
+        self._given = Given(raw, dropped, time_at, lengths, valid, starts, run)
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -281,7 +290,9 @@ class RNNRegularizer:
         *,
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
+        time_dim: int | None = None,
         valid: Callable[..., Tensor | None] | None = None,
+        starts: Callable[..., Tensor | None] | None = None,
         stepwise: bool = False,
         in_backward: bool | float | Tensor = False,
     ) -> Attachment:
@@ -307,9 +318,12 @@ class RNNRegularizer:
             output: a function that picks raw from any other output of the module.
             batch_first: `False` for `(time, batch, hidden)`. Read from the module where it has a `batch_first`, or
                 where it has an `nn.LSTM` or the like inside with `batch_first=True`; else it has to be given.
+            time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
             valid: a function of the module's arguments, `valid(*args, **kwargs)`, that returns the mask of valid time
                 steps, as `fused_ar_tar` takes it, or `None` where all steps count. A mask that a `FusedRNNDropout` is
                 called with takes precedence.
+            starts: a function of the module's arguments that returns the mask of the time steps at which a segment
+                starts, or `None`, likewise.
             stepwise: the module runs once for each time step, or for a few: the runs of a training step are joined
                 along time, in the order of the calls. A cell, such as an `nn.GRUCell`, may be attached then.
             in_backward: add the penalty's gradient in every backward through the module's output, without
@@ -323,8 +337,9 @@ class RNNRegularizer:
         Raises:
             TypeError: an argument has the wrong type; in a step, the module's output holds no raw, the dropout returns
                 no tensor, or a `FusedRNNDropout` gets packed data.
-            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or is missing;
-                `stepwise` together with `in_backward`; in a step, raw has one time step.
+            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or is missing; `time_dim`
+                is not that of its `FusedRNNDropout`; `stepwise` together with `in_backward` or `time_dim`; in a step,
+                raw has one time step.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the module
                 is a replica of `DataParallel`.
         """
@@ -343,20 +358,21 @@ class RNNRegularizer:
             )
         if dropout is not None:
             _check_module("dropout", dropout)
-        for name, function in (("output", output), ("valid", valid)):
+        for name, function in (("output", output), ("valid", valid), ("starts", starts)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
-        batch_first = _layout_of(module, batch_first, stepwise)
-        if isinstance(dropout, FusedRNNDropout) and dropout.batch_first != batch_first:
-            raise ValueError(
-                f"dropout: expected a FusedRNNDropout with batch_first={batch_first}, as the {type(module).__name__} "
-                f"has it, got batch_first={dropout.batch_first}"
-            )
+        time_at = (
+            time_given(batch_first, time_dim) if time_dim is not None else _layout_of(module, batch_first, stepwise)
+        )
+        if stepwise and time_dim is not None:
+            raise ValueError(f"time_dim: expected None with stepwise, whose runs have their own layout, got {time_dim}")
+        if isinstance(dropout, FusedRNNDropout):
+            _check_dropout(dropout, time_at, module)
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
         if any(attachment.source.module is module for attachment in self._attached):
             raise RuntimeError("module: it is attached already; remove() its attachment first")
-        source = Source(module, dropout, output, batch_first, valid, stepwise, scale)
+        source = Source(module, dropout, output, time_at, valid, starts, stepwise, scale)
         self._attached.append(Attachment(self, source))
         return self._attached[-1]
 
@@ -476,7 +492,7 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
     Args:
         batch_first: the layout of raw; `None` for batch first by default.
         raw: the activations of a layer, or of several.
-        others: `decoded`, `lengths` and `valid`.
+        others: `decoded`, `lengths`, `valid` and `starts`.
 
     Raises:
         ValueError: something has; or `batch_first` is `None`, raw and decoded have different layouts, and either may
@@ -492,7 +508,7 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
         shape, expected = tuple(getattr(x, "shape", ())), None
         if name == "lengths":
             wrong = shape == (time,)
-        elif name == "valid":
+        elif name in ("valid", "starts"):
             wrong = shape == (time, batch)
         elif len(shape) == 2:  # a row a sequence, as a classifier gives it, unless all time steps have one
             wrong = shape[0] == time and batch != 1
@@ -525,6 +541,21 @@ def _check_module(name: str, module: object) -> None:
         )
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
+
+
+def _check_dropout(dropout: FusedRNNDropout, time_at: bool | int, module: nn.Module) -> None:
+    """Check that a dropout looks for time where the module has it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    own = dropout.batch_first if dropout.time_dim is None else dropout.time_dim
+    if (type(own), own) != (type(time_at), time_at):
+        got = f"batch_first={dropout.batch_first}" if dropout.time_dim is None else f"time_dim={dropout.time_dim}"
+        expected = f"time_dim={time_at}"
+        if isinstance(time_at, bool):
+            expected = f"batch_first={time_at}, as the {type(module).__name__} has it"
+        raise ValueError(f"dropout: expected a FusedRNNDropout with {expected}, got {got}")
 
 
 def layout_of(module: nn.Module) -> bool | None:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastreg.arguments import check_coefficient, check_flags, check_probability
+from fastreg.arguments import check_coefficient, check_probability
 from fastreg.dropout import drop_and_penalize
-from fastreg.prepare import coefficient, plain
+from fastreg.prepare import coefficient, plain, time_given
 from fastreg.problem import ARTAR, Call, Coefficient, is_on
 
 
@@ -26,7 +26,7 @@ class Formed:
     Attributes:
         terms: the penalty, and its terms.
         raw, dropped: the input and the output.
-        valid, batch_first: which time steps count, and the layout.
+        valid, starts, time_at: which time steps count, where segments start, and where time is.
         grad_enabled: whether gradients were enabled.
         claimed: whether a regularizer is attached, so that the module's user is not to take it.
     """
@@ -35,7 +35,8 @@ class Formed:
     raw: Tensor
     dropped: Tensor
     valid: Tensor | None
-    batch_first: bool
+    starts: Tensor | None
+    time_at: bool | int
     grad_enabled: bool
     claimed: bool = False
 
@@ -52,7 +53,8 @@ class FusedRNNDropout(nn.Module):
         p: the probability to drop a unit, from 0 to below 1.
         alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`.
         beta: coefficient of TAR.
-        batch_first: `False` for `(time, batch, hidden)`.
+        batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
+        time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
         ar_of: the tensor that AR is the mean square of: `"dropped"`, as in Merity et al. and fastai v2, or `"raw"`, as
             in fastai v1.
 
@@ -70,13 +72,16 @@ class FusedRNNDropout(nn.Module):
         >>> loss.backward()
     """
 
+    time_dim = None  # of a module that an earlier version has pickled
+
     def __init__(
         self,
         p: float = 0.5,
         alpha: Coefficient = 0.0,
         beta: Coefficient = 0.0,
         *,
-        batch_first: bool = True,
+        batch_first: bool | None = None,
+        time_dim: int | None = None,
         ar_of: Literal["dropped", "raw"] = "dropped",
     ) -> None:
         super().__init__()
@@ -85,20 +90,22 @@ class FusedRNNDropout(nn.Module):
         check_probability(p)
         check_coefficient("alpha", alpha)
         check_coefficient("beta", beta)
-        check_flags(batch_first=batch_first)
         self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
-        self.batch_first, self.ar_of = batch_first, ar_of
+        self.batch_first, self.time_dim, self.ar_of = time_given(batch_first, time_dim) is not False, time_dim, ar_of
         self.formed: Formed | None = None  # by the last forward, until `take()`, or the hook of a regularizer, takes it
         self._warned: tuple[str, ...] = ()
 
-    def forward(self, raw: Tensor, p: float | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, raw: Tensor, p: float | None = None, valid: Tensor | None = None, starts: Tensor | None = None
+    ) -> Tensor:
         """Drop units in training, and form the penalty; in evaluation return `raw` itself.
 
         Args:
             raw: the RNN's output: `(batch, time, hidden)`, or `(time, batch, hidden)` with `batch_first=False`, or
-                `(time, hidden)` for one sequence.
+                `(time, hidden)` for one sequence, or any tensor with `time_dim`.
             p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
             valid: a mask of the time steps that count, as for `fused_ar_tar`.
+            starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
 
         Warns:
             UserWarning: the penalty of the last forward was not taken; once.
@@ -110,9 +117,9 @@ class FusedRNNDropout(nn.Module):
                 )
             return raw
         else:  # which TorchScript does not compile
-            return self._drop(raw, p, valid)
+            return self._drop(raw, p, valid, starts)
 
-    def _drop(self, raw: Tensor, p: float | None, valid: Tensor | None) -> Tensor:
+    def _drop(self, raw: Tensor, p: float | None, valid: Tensor | None, starts: Tensor | None) -> Tensor:
         """Run the forward outside of TorchScript."""
         untaken, self.formed = self.formed, None
         if not self.training:
@@ -129,9 +136,10 @@ class FusedRNNDropout(nn.Module):
                 "DistributedDataParallel; or let the model return (decoded, raw, dropped), which DataParallel gathers, "
                 "for RNNRegularizer.on_loss_begin, with alpha and beta of this module 0"
             )
+        time_at = self.batch_first if self.time_dim is None else self.time_dim
         call = Call(
-            *(plain(raw), None, plain(self.alpha), plain(self.beta), None, plain(valid)),
-            *(self.batch_first, "mean", True, self.ar_of == "raw"),
+            *(plain(raw), None, plain(self.alpha), plain(self.beta), None, plain(valid), plain(starts)),
+            *(time_at, "mean", True, self.ar_of == "raw"),
         )
         dropped, penalty, terms = drop_and_penalize(call, self.p if p is None else p)
         dropped = raw if dropped is None else dropped
@@ -139,7 +147,7 @@ class FusedRNNDropout(nn.Module):
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             formed, grad_enabled = ARTAR(penalty, *(terms or ())), torch.is_grad_enabled()
-            self.formed = Formed(formed, raw, dropped, valid, self.batch_first, grad_enabled)
+            self.formed = Formed(formed, raw, dropped, valid, starts, time_at, grad_enabled)
         return dropped
 
     def take(self) -> ARTAR | None:
@@ -166,7 +174,8 @@ class FusedRNNDropout(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the module's arguments for `print(module)`."""
-        extra = [] if self.batch_first else ["batch_first=False"]
+        extra = [] if self.batch_first or self.time_dim is not None else ["batch_first=False"]
+        extra += [] if self.time_dim is None else [f"time_dim={self.time_dim}"]
         extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
         alpha, beta = ("a tensor" if isinstance(x, Tensor) else f"{x:g}" for x in (self.alpha, self.beta))
         return ", ".join([f"p={self.p:g}, alpha={alpha}, beta={beta}", *extra])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastreg.paths import check_paths
+from fastreg.paths import check_marks, check_paths
 from fastreg.problem import Coefficient, is_on
 from fastreg.regularizer import RNNRegularizer
 
@@ -65,6 +65,8 @@ class RegularizedTrainer(Trainer):
             time)`, as `fused_ar_tar` takes it, or `None` where all steps count. The default returns the attention mask
             of the batch, if it has one: a `Trainer` removes the mask where the model's `forward` has no such argument,
             unless `remove_unused_columns=False`. With `None` all steps count.
+        starts: a function of the batch that returns the mask of the time steps at which a segment starts, such as a
+            document of a packed row, `(batch, time)`, as `fused_ar_tar` takes it, or `None`.
 
     Warns:
         UserWarning: the examples have an attention mask, which the `Trainer` removes, so that padding counts.
@@ -94,15 +96,16 @@ class RegularizedTrainer(Trainer):
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[[Any], Tensor | None] | None = attention_mask,
+        starts: Callable[[Any], Tensor | None] | None = None,
         **kwargs: Any,
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
         self.paths = check_paths(rnn, dropout, output, batch_first)._replace(default_layout=True)
-        if valid is not None and not callable(valid):
-            raise TypeError(f"valid: expected a function of the batch, or None, got {type(valid).__name__}")
-        self.valid = valid
+        check_marks("the batch", valid=valid, starts=starts)
+        self.valid, self.starts = valid, starts
         self._hooks: ExitStack | None = None
         self._valid_now: Tensor | None = None  # of the batch in training
+        self._starts_now: Tensor | None = None  # likewise
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
         self._sums: list[Any] = []  # since the last log: of AR, of TAR, and of the shares that they were weighed with
         super().__init__(*args, **kwargs)
@@ -166,7 +169,8 @@ class RegularizedTrainer(Trainer):
         self._detach()
         if self.args.torch_compile:  # compiled code runs no hooks that were added later
             torch.compiler.reset()
-        self._hooks = self.paths.attach(self.regularizer, _inner(model), lambda *_, **__: self._valid_now)
+        marks = lambda *_, **__: self._valid_now, lambda *_, **__: self._starts_now
+        self._hooks = self.paths.attach(self.regularizer, _inner(model), *marks)
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
@@ -193,7 +197,7 @@ class RegularizedTrainer(Trainer):
         """Give the regularizer the valid steps of a batch, and its shares of the coefficients."""
         regularizer = self.regularizer
         coefficients = regularizer.alpha, regularizer.beta
-        self._valid_now = self._valid_of(batch)
+        self._valid_now, self._starts_now = self._marks_of(batch)
         try:
             regularizer.alpha, regularizer.beta = (
                 x * share if is_on(x) else x for x, share in zip(coefficients, shares, strict=True)
@@ -202,7 +206,7 @@ class RegularizedTrainer(Trainer):
         finally:
             regularizer.alpha, regularizer.beta = coefficients
             regularizer.clear()
-            self._valid_now = None
+            self._valid_now = self._starts_now = None
 
     @contextmanager
     def _penalized(self, shares: tuple[Any, Any]) -> Iterator[None]:
@@ -242,27 +246,37 @@ class RegularizedTrainer(Trainer):
 
     def _size_of(self, batches: list[Any]) -> Tensor:
         """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
-        masks = [mask.bool() for mask in map(self._valid_of, batches) if mask is not None]
-        if masks and len(masks) < len(batches):
-            raise ValueError(
-                "valid: expected a mask for each batch of an optimizer step, or for none, "
-                f"got {len(masks)} for {len(batches)} batches"
-            )
-        sizes = [torch.stack([mask.sum(), (mask[:, 1:] & mask[:, :-1]).sum()]) for mask in masks]
-        if not masks:
-            sizes = [torch.tensor([find_batch_size(batch) or 1] * 2) for batch in batches]
+        marks = [self._marks_of(batch) for batch in batches]
+        for name, given in zip(("valid", "starts"), zip(*marks, strict=True), strict=True):
+            count = sum(mask is not None for mask in given)
+            if 0 < count < len(batches):
+                raise ValueError(
+                    f"{name}: expected a mask for each batch of an optimizer step, or for none, "
+                    f"got {count} for {len(batches)} batches"
+                )
+        sizes = []
+        for batch, (valid, starts) in zip(batches, marks, strict=True):
+            if valid is None and starts is None:
+                sizes.append(torch.tensor([find_batch_size(batch) or 1] * 2))
+                continue
+            mask = (valid if valid is not None else torch.ones_like(starts)).bool()  # pyright: ignore[reportArgumentType]
+            pairs = mask[:, 1:] & mask[:, :-1]
+            if starts is not None:
+                pairs = pairs & ~starts[:, 1:].to(pairs.device, torch.bool)
+            sizes.append(torch.stack([mask.sum(), pairs.sum()]))
         return torch.stack(sizes).sum(0).to(self.args.device, torch.float32)
 
-    def _valid_of(self, batch: Any) -> Tensor | None:
-        """Return the valid steps of a batch, `(batch, time)`, or `None`."""
-        mask = None if self.valid is None else self.valid(batch)
-        if not isinstance(mask, (Tensor, type(None))):
-            raise TypeError(f"valid: expected the function to return a tensor or None, got {type(mask).__name__}")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(
-                f"valid: expected (batch, time), got shape {tuple(mask.shape)}; pass another function of the batch"
-            )
-        return mask
+    def _marks_of(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Return the valid steps of a batch and its starts, `(batch, time)` or `None`."""
+        valid, starts = (None if x is None else x(batch) for x in (self.valid, self.starts))
+        for name, mask in ("valid", valid), ("starts", starts):
+            if not isinstance(mask, (Tensor, type(None))):
+                raise TypeError(f"{name}: expected the function to return a tensor or None, got {type(mask).__name__}")
+            if mask is not None and mask.dim() != 2:
+                raise ValueError(
+                    f"{name}: expected (batch, time), got shape {tuple(mask.shape)}; pass another function of the batch"
+                )
+        return valid, starts
 
 
 def _inner(model: Any) -> Any:

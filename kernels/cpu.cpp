@@ -117,7 +117,7 @@ enum Outcome : int { DONE = 0, NOTHING_TO_DO = 1, OUT_OF_MEMORY = 2 };
 template <class Plan, class Memory, class Work>
 int guarded(const Plan &plan, const Memory &memory, Work work) {
     try {
-        work(Counted(plan.steps, plan.sizes, memory.lengths, memory.valid));
+        work(Counted(plan.steps, plan.sizes, memory.lengths, memory.valid, memory.starts));
         return DONE;
     } catch (const std::exception &) {  // there is no other than of memory
         return OUT_OF_MEMORY;

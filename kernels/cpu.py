@@ -103,7 +103,7 @@ class Marks:
     def __init__(self, valid: torch.Size, device: torch.device) -> None:
         pass
 
-    def __call__(self, valid: Tensor) -> None:
+    def __call__(self, valid: Tensor, starts: Tensor | None) -> None:
         """Return nothing."""
 
 
@@ -263,7 +263,7 @@ class _Dropout(Structure):
 
 
 # The tensors whose addresses C takes, in this order: PenaltyMemory and DropoutMemory there.
-_READ_AND_WRITTEN = "lengths", "valid", "alpha", "beta", "penalty", "terms"
+_READ_AND_WRITTEN = "lengths", "valid", "starts", "alpha", "beta", "penalty", "terms"
 _PENALTY_MEMORY = "raw", "dropped", "grad_raw", "grad_dropped", "grad", "assumed", *_READ_AND_WRITTEN
 _DROPOUT_MEMORY = "raw", "mask", "dropped", "grad_raw", "grad", *_READ_AND_WRITTEN
 
@@ -288,12 +288,12 @@ def _described(view: View, sums: Sums) -> tuple[Any, ...]:
 
 
 def _read(values: Values, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Return lengths or batch sizes, valid steps, and the coefficients as C reads them."""
+    """Return lengths or batch sizes, valid steps, starts, and the coefficients as C reads them."""
     if values is NOTHING:
-        return None, None, None, None
-    lengths, batch_sizes, valid, _, alpha, beta = values
+        return None, None, None, None, None
+    lengths, batch_sizes, valid, _, alpha, beta, starts = values
     steps = batch_sizes if lengths is None else lengths.long()
-    return steps, valid, *(None if x is None else x.to(dtype) for x in (alpha, beta))
+    return steps, valid, starts, *(None if x is None else x.to(dtype) for x in (alpha, beta))
 
 
 def _result(dtype: torch.dtype, measured: bool) -> Result:

@@ -41,6 +41,7 @@ struct PenaltyMemory {
     const void *assumed;       // () like grad: the upstream gradient that a forward assumed, writing gradients
     const int64_t *lengths;    // (outer,), or batch sizes (time,), or null
     const uint8_t *valid;      // (outer, time), 1 where a step counts, or null; with neither all steps count
+    const uint8_t *starts;     // (outer, time), 1 where no change leads to a step, or null; with valid alone
     const void *alpha, *beta;  // () like grad; they take the place of the plan's, or null
     void *penalty, *terms;     // (), and (2,) ar and tar, like grad
 };
@@ -62,7 +63,7 @@ struct DropoutMemory {
     void *dropped, *grad_raw;
     const void *grad;          // () in the dtype of the computation, or null: the penalty has no gradient
     const int64_t *lengths;    // this and the rest as in the penalty
-    const uint8_t *valid;
+    const uint8_t *valid, *starts;
     const void *alpha, *beta;
     void *penalty, *terms;
 };

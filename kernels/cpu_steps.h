@@ -1,4 +1,4 @@
-// The time steps that count, as lengths or marks of valid steps give them, and stretches of steps in one state.
+// The time steps that count, as lengths or marks of valid steps and starts give them, and stretches of steps in one state.
 
 #pragma once
 
@@ -41,9 +41,15 @@ struct Span : State {
 /// The time steps that count, from lengths, batch sizes or marks.
 class Counted {
   public:
-    /// `given` are lengths, or batch sizes of packed rows; `valid` are marks of steps; either or both are null.
-    Counted(const Steps &steps, Sizes sizes, const int64_t *given, const uint8_t *valid)
-        : steps(steps), sizes(sizes), valid(valid), lengths(given), outer(steps.packed ? given[0] : sizes.outer) {
+    /// `given` are lengths, or batch sizes of packed rows; `valid` are marks of steps; either or both are null. `starts`
+    /// are marks of the steps that no change leads to, or null; they go with `valid`.
+    Counted(const Steps &steps, Sizes sizes, const int64_t *given, const uint8_t *valid, const uint8_t *starts)
+        : steps(steps),
+          sizes(sizes),
+          valid(valid),
+          starts(starts),
+          lengths(given),
+          outer(steps.packed ? given[0] : sizes.outer) {
         if (steps.packed) unpack(given);
         int64_t pairs = 0;
         for (int64_t i = 0; i < outer; ++i) {
@@ -52,6 +58,7 @@ class Counted {
                 if (!marked(i, step)) continue;
                 rows += stop - step;
                 pairs += stop - step - 1;
+                if (starts) pairs -= std::count(starts + at(i, step) + 1, starts + at(i, stop), uint8_t(1));
             }
         }
         if (steps.ar_divisor == 0) {  // the mean of no elements is 0
@@ -116,38 +123,52 @@ class Counted {
         return lengths ? lengths[sequence] : sizes.time;  // which may be out of range: time steps are not
     }
 
+    /// The place of a time step in marks.
+    int64_t at(int64_t sequence, int64_t step) const { return sequence * sizes.time + step; }
+
     bool marked(int64_t sequence, int64_t step) const {
-        return valid ? valid[sequence * sizes.time + step] : step < length(sequence);
+        return valid ? valid[at(sequence, step)] : step < length(sequence);
+    }
+
+    /// Whether the change that leads to a time step counts; to the step behind the last none does.
+    bool joined(int64_t sequence, int64_t step) const {
+        return step > 0 && step < sizes.time && marked(sequence, step) && marked(sequence, step - 1) &&
+               !(starts && starts[at(sequence, step)]);
     }
 
     /// Where the steps that are marked as `step` is end, at most `stop`.
     int64_t end(int64_t sequence, int64_t step, int64_t stop) const {
         if (valid) {
-            const uint8_t *mark = valid + sequence * sizes.time + step;
-            const void *other = std::memchr(mark, !*mark, stop - step);
-            return other ? step + (static_cast<const uint8_t *>(other) - mark) : stop;
+            const uint8_t *mark = valid + at(sequence, step);
+            return step + find(mark, !*mark, stop - step);
         }
         return step < length(sequence) ? std::min(length(sequence), stop) : stop;
     }
 
+    /// How many of `count` marks come before the first that is `mark`: all if there is none.
+    static int64_t find(const uint8_t *marks, uint8_t mark, int64_t count) {
+        const void *found = std::memchr(marks, mark, count);
+        return found ? static_cast<const uint8_t *>(found) - marks : count;
+    }
+
     State state(int64_t sequence, int64_t step) const {
-        const bool counts = marked(sequence, step);
-        return {counts, counts && step > 0 && marked(sequence, step - 1),
-                counts && step + 1 < sizes.time && marked(sequence, step + 1)};
+        return {marked(sequence, step), joined(sequence, step), joined(sequence, step + 1)};
     }
 
     /// Where a sequence leaves the state of a stretch: the first and the last of the steps that count are in states of
-    /// their own.
+    /// their own, and so are those of a segment.
     int64_t until(int64_t sequence, int64_t step, const Stretch &now) const {
-        if (now.state.counts && !now.state.arrives) return step + 1;
-        if (!now.state.leaves) return end(sequence, step, now.stop);
-        // The last step that counts is in another state: it ends the stretch one step early.
-        const int64_t further = std::min(now.stop + 1, sizes.time);
-        return std::min(end(sequence, step, further) - 1, now.stop);
+        if (!now.state.counts) return end(sequence, step, now.stop);
+        if (!now.state.arrives || !now.state.leaves) return step + 1;
+        // The last step is in another state: it ends the stretch one step early.
+        int64_t last = end(sequence, step, std::min(now.stop + 1, sizes.time));
+        if (starts) last = step + 1 + find(starts + at(sequence, step) + 1, 1, last - step - 1);
+        return std::min(last - 1, now.stop);
     }
 
     Sizes sizes;                    // inner: lanes of one sequence
     const uint8_t *valid;           // (outer, time) marks, or null
+    const uint8_t *starts;          // likewise
     const int64_t *lengths;         // of each sequence, or null: where there are no marks
     int64_t outer;                  // sequences
     std::vector<int64_t> unpacked;  // lengths of packed rows

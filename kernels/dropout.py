@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreg.kernels.launch import Launch
+from fastreg.kernels.launch import Launch, marks_of
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, factors, finish
 from fastreg.kernels.tiling import (
     Rows,
@@ -22,6 +22,8 @@ from fastreg.kernels.tiling import (
     at,
     counts_at,
     ends,
+    is_valid,
+    joined,
     load_mark,
     load_marks,
     load_row,
@@ -98,7 +100,7 @@ def dropout_forward(
     penalty              () out in ACC
     terms                (2,) out in ACC: ar and tar; None unless they are measured
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
-    valid                (outer, time) bool, which time steps count; None if all do, or those within lengths
+    valid                (outer, time) marks, which time steps count; None if all do, or those within lengths
     counted              of `count_kernel`, where it has counted them; with valid alone
     alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
@@ -151,7 +153,7 @@ def dropout_forward(
                 if TAR:
                     paired = counts & within(tile, 0, turn + i)
                     if valid is not None:
-                        paired &= marks[i]
+                        paired = joined(paired, marks[i], marks[i + 1])
                     change = tl.where(paired, raws[i] - previous, 0.0)
                     tar_run += change * change
                     previous = raws[i]
@@ -226,7 +228,7 @@ def dropout_backward(
     grad_dropped         (outer, time, inner), or None where dropped has no gradient
     grad_raw             (outer, time, inner) out
     lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
-    valid                (outer, time) bool, which time steps count; None if all do, or those within lengths
+    valid                (outer, time) marks, which time steps count; None if all do, or those within lengths
     counted              of `count_kernel`, where it has counted them; with valid alone
     alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
     *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
@@ -264,14 +266,14 @@ def dropout_backward(
         mark = load_mark(valid, tile, tile.start, time)
         there = within(tile, tile.start, last)
         if valid is not None:
-            there &= mark
+            there &= is_valid(mark)
         if AR or TAR:
             raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, None, ALIGN)
             current = load_row(raw_rows, tile.start, there, ACC)
         if TAR:
             halo = there & within(tile, 0, tile.start)
             if valid is not None:
-                halo &= load_mark(valid, tile, tile.start - 1, time)
+                halo = joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)
             previous = load_row(raw_rows, tile.start - 1, halo, ACC)
             change_to = tl.where(halo, current - previous, 0.0)
         for turn in range(tile.start, tile.stop, UNROLL):
@@ -302,7 +304,7 @@ def dropout_backward(
                 if TAR:
                     paired = counts_at(tile, marks, i + 1, turn + i + 1, last)
                     if valid is not None:
-                        paired &= counts
+                        paired = joined(paired, marks[i], marks[i + 1])
                     change_from = tl.where(paired, following[i] - current, 0.0)
                     gradient += tl.where(counts, tar_factor * (change_to - change_from), 0.0)
                     change_to = change_from
@@ -363,8 +365,7 @@ class DropoutBackward:
 
 def _read(values: Values) -> tuple[Tensor | None, ...]:
     """Return what both kernels read of time steps and coefficients, from lengths to beta."""
-    lengths, _, valid, counts, alpha, beta = values
-    return lengths, valid, counts, alpha, beta
+    return values.lengths, *marks_of(values), values.alpha, values.beta
 
 
 def _launch(kernel: Any, tiling: Tiling, view: View, sums: Sums, device: torch.device) -> Launch:

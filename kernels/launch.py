@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from fastreg.kernels.reduction import CHUNK, FEW, count_kernel
 from fastreg.kernels.tiling import LARGE, UNROLL, WARPS, ceil_div
-from fastreg.kernels.view import Layout, allocate
+from fastreg.kernels.view import Layout, Values, allocate
 
 
 class Launch:
@@ -79,16 +79,35 @@ class Marks:
         self.launch = Launch(count_kernel, (total, valid[1]), constants, programs, device) if programs else None
         self.counts = Layout(torch.Size([16 * programs]), (1,), torch.bool, device, aligned=True)
 
-    def __call__(self, valid: Tensor) -> Tensor:
+    def __call__(self, valid: Tensor, starts: Tensor | None) -> Tensor:
         """Return counts of valid steps, `(sequences, time)` bool; or `valid`, for kernels that will not look at counts.
 
-        The dtype is the same in either case, as kernels are compiled for it.
+        The dtype is the same in either case, as kernels are compiled for it. With starts, marks of both follow the
+        counts.
         """
-        if self.launch is None:
+        marks, counts = valid, self.counts
+        if starts is not None:
+            counts = counts._replace(shape=torch.Size([counts.shape[0] + valid.numel()]), dtype=torch.int8)
+        elif self.launch is None:
             return valid
-        counts = allocate(self.counts)
-        self.launch(valid, counts)
+        counts = allocate(counts)
+        if starts is not None:
+            marks = counts[-valid.numel() :]
+            torch.add(valid.view(torch.int8), starts.view(torch.int8), alpha=2, out=marks.view(valid.shape))
+        if self.launch is not None:
+            self.launch(marks, counts)
         return counts
+
+
+def marks_of(values: Values) -> tuple[Tensor | None, Tensor | None]:
+    """Return what kernels read of valid steps and starts: marks, `(sequences, time)`, and their counts.
+
+    Marks are valid itself, bool; or with starts int8, of which bit 0 is valid and bit 1 a start.
+    """
+    valid, counts = values.valid, values.marks
+    if values.starts is None or valid is None or counts is None:
+        return valid, counts
+    return counts[-valid.numel() :], counts
 
 
 def table_of(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

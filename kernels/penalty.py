@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels import tiling
-from fastreg.kernels.launch import Launch, table_of
+from fastreg.kernels.launch import Launch, marks_of, table_of
 from fastreg.kernels.reduction import Extents, Outputs, Scratch, SumMemory, Weights, factors, finish
 from fastreg.kernels.streams import Expected
 from fastreg.kernels.tiling import (
@@ -19,6 +19,8 @@ from fastreg.kernels.tiling import (
     at,
     counts_at,
     ends,
+    is_valid,
+    joined,
     load_mark,
     load_marks,
     load_row,
@@ -118,7 +120,7 @@ def penalty_kernel(
     terms                   (2,) out in ACC: ar and tar; None unless they are measured
     lengths                 (outer,) integers, how many time steps of a sequence count; None if all do
     offsets                 (1 + time + UNROLL,) int64, None unless packed: `1 + step` has the row where a step begins
-    valid                   (outer, time) bool, which time steps count; None if all do, or those within lengths
+    valid                   (outer, time) marks, which time steps count; None if all do, or those within lengths
     counted                 of `count_kernel`, where it has counted them; with valid alone
     alpha_at, beta_at       () coefficients that take the place of alpha and beta, or None
     *_outer, *_time         strides in units of ALIGN elements; the inner axis is contiguous
@@ -170,10 +172,10 @@ def penalty_kernel(
             raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, offsets, ALIGN)
             there = within(tile, tile.start, last)
             if valid is not None:
-                there &= mark
+                there &= is_valid(mark)
             halo = there & within(tile, 0, tile.start)
             if valid is not None:
-                halo &= load_mark(valid, tile, tile.start - 1, time)
+                halo = joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)
             current = load_row(raw_rows, tile.start, there, ACC)
             change_to = tl.where(halo, current - load_row(raw_rows, tile.start - 1, halo, ACC), 0.0)
         if dropped is not None:
@@ -199,7 +201,7 @@ def penalty_kernel(
                 if raw is not None:
                     paired = counts_at(tile, marks, i + 1, turn + i + 1, seen)
                     if valid is not None:
-                        paired &= counts
+                        paired = joined(paired, marks[i], marks[i + 1])
                     change_from = tl.where(paired, following[i] - current, 0.0)
                     if SUM:
                         tar_run += change_to * change_to
@@ -330,8 +332,7 @@ def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) 
 
 def _steps(values: Values, device: torch.device) -> tuple[Tensor | None, ...]:
     """Return what the kernel reads of time steps and coefficients, on the device, from lengths to beta."""
-    lengths, batch_sizes, valid, counts, alpha, beta = values
-    offsets = None
-    if batch_sizes is not None:
-        offsets, lengths = table_of(batch_sizes, device)
-    return lengths, offsets, valid, counts, alpha, beta
+    lengths, offsets = values.lengths, None
+    if values.batch_sizes is not None:
+        offsets, lengths = table_of(values.batch_sizes, device)
+    return lengths, offsets, *marks_of(values), values.alpha, values.beta

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels.streams import PerStream
-from fastreg.kernels.tiling import ends
+from fastreg.kernels.tiling import as_mark, ends, is_valid, joined
 from fastreg.kernels.view import Layout, Result, Sums, allocate
 
 CHUNK = tl.constexpr(512)  # partial sums, lengths, sequences, or counts that a program loads at once
@@ -45,7 +45,7 @@ class Extents(NamedTuple):
     """What divisors are counted from, inside a kernel; neither lengths nor valid where they are given.
 
     lengths    (sequences,) time steps that count, or None
-    valid      (sequences, time) bool, which time steps count, or None
+    valid      (sequences, time) marks of time steps that count, or None
     counted    of `count_kernel`, where it has counted valid
     sequences  how many; 0 where nothing is to be read
     time       time steps in all
@@ -100,10 +100,10 @@ def count(valid, start, stop, time):
     pairs = tl.zeros((STEPS,), tl.int32)
     for first in range(start, stop, STEPS):
         at = first + columns
-        now = (tl.load(valid + at, mask=at < stop, other=0) != 0).to(tl.int32)
-        before = (tl.load(valid + (at - 1), mask=(at > 0) & (at < stop), other=0) != 0).to(tl.int32)
-        steps += now
-        pairs += now & before
+        now = as_mark(tl.load(valid + at, mask=at < stop, other=0), valid)
+        before = as_mark(tl.load(valid + (at - 1), mask=(at > 0) & (at < stop), other=0), valid)
+        steps += is_valid(now).to(tl.int32)
+        pairs += joined(is_valid(now), before, now).to(tl.int32)
     # Between the sequences there is no change. A division for each of them takes less time than one for each step.
     number = tl.arange(0, CHUNK)
     between = tl.zeros((CHUNK,), tl.int32)
@@ -111,9 +111,9 @@ def count(valid, start, stop, time):
     for first in range(tl.maximum(tl.cdiv(start, time), 1), sequences, CHUNK):
         there = first + number < sequences
         at = (first + number) * time
-        now = (tl.load(valid + at, mask=there, other=0) != 0).to(tl.int32)
-        before = (tl.load(valid + (at - 1), mask=there, other=0) != 0).to(tl.int32)
-        between += now & before
+        now = as_mark(tl.load(valid + at, mask=there, other=0), valid)
+        before = as_mark(tl.load(valid + (at - 1), mask=there, other=0), valid)
+        between += joined(is_valid(now), before, now).to(tl.int32)
     return tl.sum(steps.to(tl.int64)), tl.sum(pairs.to(tl.int64)) - tl.sum(between.to(tl.int64))
 
 
@@ -121,7 +121,7 @@ def count(valid, start, stop, time):
 def count_kernel(valid, counts, total, time, INDEX: tl.constexpr):
     """Count valid steps, a share in each program.
 
-    valid   (sequences, time) bool
+    valid   (sequences, time) marks
     counts  memory out of (2, programs) int64: steps, and pairs of steps that follow each other
     total   steps of all sequences
     time    steps of a sequence

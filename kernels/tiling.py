@@ -96,7 +96,7 @@ def within(tile, step, stop):
 
 @triton.jit
 def load_mark(valid, tile, step, time):
-    """Load whether each lane's sequence is marked at time step `step`, (BLOCK,); None if there are no marks.
+    """Load the mark of each lane's sequence at time step `step`, (BLOCK,); None if there are no marks.
 
     Steps that a sequence does not have are those next to them.
     """
@@ -104,8 +104,35 @@ def load_mark(valid, tile, step, time):
     if valid is not None:
         # A load that needs no mask is no branch on AMD, and pointers would take twice the registers of numbers.
         sequence = tl.where(tile.present, tile.sequence, 0).to(tile.start.dtype)
-        mark = tl.load(valid + (sequence * time + tl.minimum(tl.maximum(step, 0), time - 1))) != 0
+        mark = as_mark(tl.load(valid + (sequence * time + tl.minimum(tl.maximum(step, 0), time - 1))), valid)
     return mark
+
+
+@triton.jit
+def as_mark(loaded, valid):
+    """Return marks as loaded from `valid`: bool, or with starts int8, of which bit 0 is valid and bit 1 a start."""
+    mark = loaded
+    if valid.dtype.element_ty == tl.int1:
+        mark = loaded != 0
+    return mark
+
+
+@triton.jit
+def is_valid(mark):
+    """Tell whether marked steps count."""
+    counts = mark
+    if mark.dtype != tl.int1:
+        counts = (mark & 1) != 0
+    return counts
+
+
+@triton.jit
+def joined(there, before, now):
+    """Tell whether the change between two marked steps counts, of which the second counts where it is `there`."""
+    there &= is_valid(before)
+    if now.dtype != tl.int1:
+        there &= (now & 2) == 0
+    return there
 
 
 @triton.jit
@@ -124,7 +151,7 @@ def counts_at(tile, marks, i: tl.constexpr, step, stop):
     """Tell which lanes count at time step `step`, (BLOCK,): there, before `stop`, and marked in mark i."""
     there = within(tile, step, stop)
     if len(marks) > 0:
-        there &= marks[i]
+        there &= is_valid(marks[i])
     return there
 
 

@@ -93,6 +93,7 @@ class Values(NamedTuple):
     valid        (outer, time) contiguous bool on the device of the activations: which time steps count
     marks        counts of valid, or whatever else a backend's `Marks` has made of it
     alpha, beta  () coefficients in a floating-point dtype, on the device of the activations
+    starts       like valid, which is there, too: the steps at which a segment starts, into which no change counts
     """
 
     lengths: Tensor | None = None
@@ -101,6 +102,7 @@ class Values(NamedTuple):
     marks: Tensor | None = None
     alpha: Tensor | None = None
     beta: Tensor | None = None
+    starts: Tensor | None = None
 
 
 NOTHING = Values()

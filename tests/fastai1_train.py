@@ -236,6 +236,9 @@ def by_path() -> dict[str, Any]:
     def marks(x: torch.Tensor) -> torch.Tensor:
         return (x % 3 != 0).transpose(0, TIME - 1)  # (batch, time)
 
+    def starts(x: torch.Tensor) -> torch.Tensor:
+        return (x % 4 == 1).transpose(0, TIME - 1)
+
     paths: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
     ours: Any = (RNNTrainer, 16, ALPHA, BETA, False)
     adjust = {"adjust": False} if release == "1.0.36" else {}
@@ -248,6 +251,8 @@ def by_path() -> dict[str, Any]:
         "off": trained(own(Alone, RNNTrainer, 16, adjust=False, **paths)),
         "valid": trained(own(Together, *ours, valid=marks)),
         "valid by path": trained(own(Alone, *ours, valid=marks, **paths)),
+        "starts": trained(own(Together, *ours, starts=starts)),
+        "starts by path": trained(own(Alone, *ours, starts=starts, **paths)),
         "hooks": sum(len(module._forward_hooks) for module in plain.model.modules()),
         "kept": plain.callbacks[-1].batch,
         "no module": message(fuse, own(Alone, RNNTrainer, 16), "dropout", rnn="lstm"),

@@ -84,7 +84,7 @@ class Sample:
 
     @property
     def problem(self) -> Problem:
-        return Problem(self.alpha, self.beta, self.batch_first, self.reduction, measured=True)
+        return Problem(self.alpha, self.beta, -2 if self.batch_first else 0, self.reduction, measured=True)
 
     @property
     def options(self) -> dict[str, Any]:

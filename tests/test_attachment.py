@@ -325,6 +325,110 @@ def test_valid_steps_come_from_what_the_module_is_called_with(kind: Any, formed:
     assert len(formed) == (0 if kind is FusedRNNDropout else 3)
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+def test_starts_come_from_what_the_module_is_called_with(kind: Any, in_backward: bool, formed: list[Any]) -> None:
+    module, dropout, reg = Own(GIVES["tensor"][0]), kind(0.4), regularizer()
+    starts, mask = torch.rand(2, BATCH, TIME) < 0.3
+    options: Any = {"starts": lambda x, attention_mask=None: starts, "valid": lambda x, attention_mask=None: mask}
+    x, parameters = torch.randn(BATCH, TIME, HIDDEN), [*module.parameters()]
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
+        raw = module(x)
+        return raw, dropout(raw)
+
+    for given in ({"starts": options["starts"]}, options):
+        with reg.attach(module, dropout, batch_first=True, in_backward=in_backward, **given):
+            _, dropped = run()
+            loss = dropped.mean() if in_backward else reg.on_backward_begin(dropped.mean())
+            got = torch.autograd.grad(loss, parameters)
+        raw, dropped = run()
+        if isinstance(dropout, FusedRNNDropout):
+            dropout.take()
+        want = fused_ar_tar(raw, dropped, ALPHA, BETA, starts=starts, valid=mask if "valid" in given else None)
+        torch.testing.assert_close(got, torch.autograd.grad(dropped.mean() + want, parameters))
+        torch.testing.assert_close(ALPHA * reg.ar + BETA * reg.tar, want.detach())  # pyright: ignore[reportOptionalOperand]
+    assert len(formed) == (0 if kind is FusedRNNDropout else 2)
+
+
+def test_starts_that_a_dropout_gets_itself_count(formed: list[Any]) -> None:
+    rnn, dropout, reg = nn.GRU(HIDDEN, HIDDEN, batch_first=True), FusedRNNDropout(0.4), regularizer()
+    starts, others = torch.rand(2, BATCH, TIME) < 0.3
+    reg.attach(rnn, dropout, starts=lambda *_: others)
+    for args, kwargs in (((), {"starts": starts}), ((None, None, starts), {})):
+        raw, _ = rnn(torch.randn(BATCH, TIME, HIDDEN))
+        dropped = dropout(raw, *args, **kwargs)
+        torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, starts=starts))
+    assert not formed
+
+
+class Convolution(nn.Module):
+    """Gives `(batch, channels, time, width)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(2, 3, (1, 3), padding=(0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("time_dim", [2, -2])
+@pytest.mark.parametrize("kind", [None, nn.Dropout, FusedRNNDropout])
+def test_any_axis_of_time(kind: Any, time_dim: int, formed: list[Any]) -> None:
+    module, reg = Convolution(), regularizer(layers="all")
+    other = Convolution()
+    dropout = None if kind is None else kind(0.4, **({"time_dim": time_dim} if kind is FusedRNNDropout else {}))
+    reg.attach(module, dropout, time_dim=time_dim)
+    reg.attach(other, time_dim=time_dim)
+    raw = module(torch.randn(BATCH, 2, TIME, 5))
+    dropped = raw if dropout is None else dropout(raw)
+    more = other(torch.randn(BATCH, 2, TIME + 1, 5))
+    want = fused_ar_tar(raw, dropped, ALPHA, BETA, time_dim=2) + fused_ar_tar(more, more, ALPHA, BETA, time_dim=2)
+    parameters = [*module.parameters(), *other.parameters()]
+    loss = dropped.mean() + more.mean()
+    expected = torch.autograd.grad(loss + want, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(reg.on_backward_begin(loss), parameters), expected)
+    assert len(formed) == (1 if kind is FusedRNNDropout else 2)  # runs of other time steps in a call of their own
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"time_dim": 2, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of them, got both"),
+        ({"time_dim": "2"}, TypeError, "time_dim: expected an int"),
+        ({"time_dim": 2, "stepwise": True}, ValueError, "time_dim: expected None with stepwise"),
+        ({"time_dim": 2, "dropout": FusedRNNDropout(0.4)}, ValueError, ".*with time_dim=2, got batch_first=True"),
+        ({"time_dim": 1, "dropout": FusedRNNDropout(0.4)}, ValueError, ".*with time_dim=1, got batch_first=True"),
+        ({"time_dim": 2, "dropout": FusedRNNDropout(0.4, time_dim=1)}, ValueError, ".*with time_dim=2, got time_dim=1"),
+        (
+            {"batch_first": True, "dropout": FusedRNNDropout(time_dim=1)},
+            ValueError,
+            ".*batch_first=True, .* time_dim=1",
+        ),
+        ({"batch_first": True, "starts": 3}, TypeError, "starts: expected a callable or None, got int"),
+    ],
+)
+def test_axes_that_do_not_fit_are_refused(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        regularizer().attach(Convolution(), **options)
+
+
+def test_an_axis_that_is_not_there_is_refused() -> None:
+    module, reg = Convolution(), regularizer()
+    reg.attach(module, time_dim=4)
+    with pytest.raises(ValueError, match=r"time_dim: expected an axis of raw, .*, from -4 to 3, got 4"):
+        reg.on_backward_begin(module(torch.randn(BATCH, 2, TIME, 5)).mean())
+
+
+def test_starts_that_are_no_tensor_are_refused() -> None:
+    module, reg = Own(GIVES["tensor"][0]), regularizer()
+    reg.attach(module, batch_first=True, starts=lambda *_, **__: [0])
+    with pytest.raises(TypeError, match="starts: expected the callable to return a tensor or None, got list"):
+        module(torch.randn(BATCH, TIME, HIDDEN))
+
+
 def test_valid_steps_of_another_shape_are_refused() -> None:
     module, reg = Own(GIVES["tensor"][0]), regularizer()
     reg.attach(module, batch_first=True, valid=lambda x, attention_mask: attention_mask)

@@ -50,7 +50,7 @@ def test_the_formulas_are_the_penalty(formula: Callable[..., Tensor], batch_firs
     raw, dropped = torch.randn(2, 4, 6, 5, dtype=torch.double)
     tolerance = {"rtol": 1e-5, "atol": 0.0}
     for alpha, beta in ((2.0, 1.0), (2.0, 0.0), (0.0, 1.0)):
-        want = ar_tar(Layer(raw, dropped), Problem(alpha, beta, batch_first)).penalty
+        want = ar_tar(Layer(raw, dropped), Problem(alpha, beta, -2 if batch_first else 0)).penalty
         torch.testing.assert_close(formula(raw, dropped, alpha, beta), want, check_dtype=False, **tolerance)
 
 
@@ -203,7 +203,7 @@ def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monke
     exact = raw.detach().double().requires_grad_()
     torch.manual_seed(5)
     product = exact * rnn_dropout(torch.ones_like(raw), cases.P, batch_first).double()
-    penalty = ar_tar(Layer(exact, product), Problem(cases.ALPHA, cases.BETA, batch_first)).penalty
+    penalty = ar_tar(Layer(exact, product), Problem(cases.ALPHA, cases.BETA, -2 if batch_first else 0)).penalty
     for name, call in cases.calls(case, sets).items():
         torch.manual_seed(5)
         dropped, gradient = call(1)

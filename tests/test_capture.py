@@ -449,13 +449,16 @@ def test_runs_of_one_time_step_are_joined(batch_first: bool, dropout: Any, used:
 def test_cells(kind: Any) -> None:
     cell, reg = seeded(lambda: kind(HIDDEN, HIDDEN)), regularizer()
     marks = torch.rand(TIME, BATCH) < 0.7
-    reg.attach(cell, stepwise=True, valid=lambda *_: marks[len(raws)])
+    starts = torch.rand(TIME, BATCH) < 0.3
+    some = lambda *_: None if len(raws) == 2 else starts[len(raws)]  # noqa: E731 - no start where there are none
+    reg.attach(cell, stepwise=True, valid=lambda *_: marks[len(raws)], starts=some)
     state, raws = None, []
     for step in inputs().unbind(1):
         state = cell(step, state)
         raws.append(state[0] if isinstance(state, tuple) else state)
     loss, raw = torch.stack(raws).mean(), torch.stack(raws, 1)
-    want = loss + fused_ar_tar(raw, raw, ALPHA, BETA, valid=marks.t())
+    starts[2] = False
+    want = loss + fused_ar_tar(raw, raw, ALPHA, BETA, valid=marks.t(), starts=starts.t())
     check_gradients(cell, reg.on_backward_begin(loss), want)
 
 

@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "loop.py": (None, r"loss ([\d.]+)"),
     "custom_rnn.py": (None, r"loss ([\d.]+)"),
+    "every_layer.py": (None, r"loss ([\d.]+)"),
+    "jepa.py": (None, r"loss ([\d.]+)"),
+    "recurrent_policy.py": (None, r"missed ([\d.]+)"),
     "fastai_lm.py": ("fastai", r"(?m)^.*?\b\d +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +\d\d:\d\d"),
     "lightning_lm.py": ("lightning", r"loss ([\d.]+)"),
     "transformers_trainer.py": ("transformers", r"'loss': '?([\d.]+)"),

@@ -363,21 +363,25 @@ def test_valid_steps_of_the_batch(of: Callable[..., Learner]) -> None:
     def marks(x: Tensor) -> Tensor:
         return x % 3 != 0
 
+    def starts(x: Tensor) -> Tensor:
+        return x % 4 == 1
+
     class Written(Callback):
         """The formula, and fastai's callbacks without coefficients."""
 
         def after_loss(self) -> None:
             if self.training:
                 raw, out, valid = self.learn.rnn.raw_out, self.learn.rnn.out, marks(self.xb[0])
-                options: Any = {"valid": valid}
+                options: Any = {"valid": valid, "starts": starts(self.xb[0])}
                 self.learn.loss_grad = self.learn.loss_grad + fused_ar_tar(raw, out, ALPHA, BETA, **options)
 
     expected = trained(of(Triple, stock.RNNCallback(), Written()))
-    by_path = of(Plain, RNNRegularizer(ALPHA, BETA, valid=marks, **PATHS))
+    both: Any = {"valid": marks, "starts": starts}
+    by_path = of(Plain, RNNRegularizer(ALPHA, BETA, **both, **PATHS))
     assert gap(trained(by_path), expected) < 1e-5
-    assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), valid=marks, **PATHS)), expected) < 1e-5
-    assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), valid=marks)), expected) < 1e-5
-    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))), expected) > 1e-3
+    assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **both, **PATHS)), expected) < 1e-5
+    assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **both)), expected) < 1e-5
+    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, valid=marks, **PATHS))), expected) > 1e-3
 
 
 def test_modules_in_evaluation_add_nothing(of: Callable[..., Learner]) -> None:

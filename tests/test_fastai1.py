@@ -108,7 +108,7 @@ def test_exports_load_without_fastreg(found: dict[str, Any]) -> None:
     if found["release"] == "1.0.36":  # has no exports yet
         assert exported == {}
         return
-    by_path = dict.fromkeys(("rnn", "dropout", "output", "batch_first", "valid"))
+    by_path = dict.fromkeys(("rnn", "dropout", "output", "batch_first", "valid", "starts"))
     assert exported["state"] == found["given"] | by_path
     names = ["learner"] if found["release"] == "1.0.42" else ["learner", "purged"]
     for name in names:
@@ -157,6 +157,8 @@ def test_modules_by_their_paths_train_the_weights_of_the_formula(found: dict[str
     assert gap(paths["written"], paths["off"]) > 1e-3
     assert gap(paths["valid"], paths["valid by path"]) < 1e-5
     assert gap(paths["valid"], paths["written"]) > 1e-3
+    assert gap(paths["starts"], paths["starts by path"]) < 1e-5
+    assert gap(paths["starts"], paths["written"]) > 1e-4
     assert paths["hooks"] == 0
     assert paths["kept"] is None
     assert paths.get("purged", (True, ("rnn",))) == (True, ("rnn",))

@@ -38,7 +38,7 @@ def leaves(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> tupl
 def assert_right(raw: Tensor, dropped: Tensor, **options: Any) -> None:
     """Penalty and gradients as the formula has them in float64."""
     xs = [x.detach().double().requires_grad_() for x in (raw, dropped)]
-    want = ar_tar(Layer(*xs), Problem(2.0, 1.0, options.get("batch_first", True))).penalty
+    want = ar_tar(Layer(*xs), Problem(2.0, 1.0, -2 if options.get("batch_first", True) else 0)).penalty
     got = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
     for x, y in zip(torch.autograd.grad(got, (raw, dropped)), torch.autograd.grad(want, xs), strict=True):

@@ -11,13 +11,14 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import fused_ar_tar
-from fastreg.kernels.view import layout_of
+from fastreg.kernels.view import NOTHING, layout_of
 from fastreg.problem import Layer, Problem
-from fastreg.view import readable, view_of
+from fastreg.view import fold_of, view_of
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
 LENGTHS = torch.tensor([5, 3])
+STARTS = torch.tensor([[1, 0, 0, 1, 0]] * 2) > 0
 PACKED = pack_padded_sequence(X, LENGTHS, batch_first=True)
 OTHER = pack_padded_sequence(X, torch.tensor([4, 4]), batch_first=True)
 SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
@@ -44,7 +45,7 @@ IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
         ([X, X.transpose(0, 1).contiguous().transpose(0, 1)], True, (2, 5, 8), [(40, 8), (8, 16)], [False, False]),
         ([X[..., 1:7]], True, (2, 5, 6), [(40, 8)], [False]),
         ([X[..., ::2]], True, (2, 5, 4), [(20, 4)], [True]),
-        ([X[..., :1]], True, (2, 5, 1), [(40, 8)], [False]),
+        ([X[..., :1]], True, (1, 5, 2), [(2, 2)], [True]),
         ([X[:1].expand(3, 5, 8)], True, (3, 5, 8), [(0, 8)], [False]),
         ([None, X], True, (2, 5, 8), [(0, 0), (40, 8)], [False, False]),
     ],
@@ -54,10 +55,11 @@ def test_view(
 ) -> None:
     layouts = [None if x is None else layout_of(x) for x in tensors]
     first = next(x for x in tensors if x is not None)
-    got = view_of(layouts, Layer(first, None), Problem(2.0, 1.0, batch_first))
+    fold = fold_of(layouts, Layer(first, None), Problem(2.0, 1.0, -2 if batch_first else 0))
+    got = view_of(layouts, fold, NOTHING)
     assert got[:3] == sizes
     assert [(0, 0) if x is None else (x.outer, x.time) for x in got.operands] == strides
-    assert [x is not None and readable(x) is not x for x in tensors] == copied
+    assert [x is not None and fold.read(x) is not x for x in tensors] == copied
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,39 @@ def test_view(
         ((X, X, 2, float("nan")), {}, ValueError, "beta: expected a finite number of at least 0, got nan"),
         ((X, X, 2, float("inf")), {}, ValueError, "beta: expected a finite number of at least 0, got inf"),
         ((X, X, 2, 1), {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
+        ((X, X, 2, 1), {"time_dim": 3}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got 3"),
+        ((X, X, 2, 1), {"time_dim": -4}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got -4"),
+        ((X.sum(), X, 2, 1), {"time_dim": 0}, ValueError, r"time_dim: expected an axis of raw, of shape \(\), got 0"),
+        ((X, X, 2, 1), {"time_dim": 1.0}, TypeError, "time_dim: expected an int, the axis of time, got float"),
+        ((X, X, 2, 1), {"time_dim": True}, TypeError, "time_dim: expected an int, the axis of time, got bool"),
+        ((X, X, 2, 1), {"time_dim": 1, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
+        ((X[None], X[None], 2, 1), {}, ValueError, r"raw: expected \(batch, time, hidden\), .* or time_dim, got"),
+        ((PACKED, PACKED, 2, 1), {"time_dim": 1}, ValueError, "time_dim: expected 0 or None with a PackedSequence"),
+        (([X, X[0]], [X, X[0]], 2, 1), {"time_dim": 0}, ValueError, r"raw\[1\]: expected the batch and time steps of"),
+        (
+            ([X, X.movedim(2, 1)], [X, X.movedim(2, 1)], 2, 1),
+            {"time_dim": -1},
+            ValueError,
+            r"raw\[1\]: expected the batch and time steps of raw\[0\]",
+        ),
+        (
+            (X, X, 2, 1),
+            {"starts": STARTS[0]},
+            ValueError,
+            r"starts: expected shape \(2, 5\), batch and time steps, got",
+        ),
+        ((X, X, 2, 1), {"starts": STARTS.t()}, ValueError, r"starts: expected shape \(2, 5\), .*, got \(5, 2\)"),
+        (
+            (X[None], X[None], 2, 1),
+            {"starts": STARTS, "time_dim": 2},
+            ValueError,
+            r"starts: expected shape \(1, 5\), batch and time steps, got \(2, 5\)",
+        ),
+        ((X, X, 2, 1), {"starts": [0]}, TypeError, "starts: expected a bool or integer tensor, got list"),
+        ((X, X, 2, 1), {"starts": STARTS.float()}, TypeError, "starts: expected a bool or integer .* torch.float32"),
+        ((X, X, 2, 1), {"starts": STARTS.int() * 2}, ValueError, "starts: expected 0 or 1, got 2"),
+        ((X, X, 2, 1), {"starts": STARTS.to("meta")}, ValueError, "starts: expected a tensor on cpu, .* on meta"),
+        ((PACKED, PACKED, 2, 1), {"starts": STARTS}, ValueError, "starts: expected None with a PackedSequence"),
         ((X, X, 2, 1), {"return_terms": "no"}, TypeError, "return_terms: expected True or False, got 'no'"),
         ((X, X, 2, 1), {"reduction": X.numpy()}, ValueError, "reduction: expected 'mean' or 'sum', got array"),
         ((X, X, 2, 1), {"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),

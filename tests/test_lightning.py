@@ -482,7 +482,9 @@ def test_any_module_with_valid_steps_of_the_batch() -> None:
             dropped = self.drop(raw)
             loss = F.cross_entropy(self.decoder(dropped).flatten(0, 1), batch.T.flatten())
             if self.regularized:
-                loss = loss + fused_ar_tar(raw, dropped, ALPHA, BETA, valid=batch != 3, batch_first=False)
+                loss = loss + fused_ar_tar(
+                    raw, dropped, ALPHA, BETA, valid=batch != 3, starts=batch == 2, batch_first=False
+                )
             return loss
 
     class MaskedFormula(Masked):
@@ -490,10 +492,10 @@ def test_any_module_with_valid_steps_of_the_batch() -> None:
 
     module, written_out, unmasked = made(Masked), made(MaskedFormula), made(Masked)
     options: dict[str, Any] = {"rnn": "own", "output": lambda result: result["raw"], "batch_first": False}
-    one = callback(**options, valid=lambda batch: batch != 3)
+    one = callback(**options, valid=lambda batch: batch != 3, starts=lambda batch: batch == 2)
     fit(module, one)
     fit(written_out)
-    fit(unmasked, callback(**options))
+    fit(unmasked, callback(**options, valid=lambda batch: batch != 3))
     assert_same(module, written_out)
     with pytest.raises(AssertionError):
         assert_same(module, unmasked)
@@ -501,8 +503,9 @@ def test_any_module_with_valid_steps_of_the_batch() -> None:
         fit(made(Masked), callback(rnn="own", output=options["output"]))
     with pytest.raises(TypeError, match="valid: expected the callable to return a tensor or None, got int"):
         fit(made(Masked), callback(**options, valid=lambda batch: 3))
-    with pytest.raises(TypeError, match="valid: expected a function of the batch, or None, got int"):
-        callback(valid=3)
+    for name in ("valid", "starts"):
+        with pytest.raises(TypeError, match=f"{name}: expected a function of the batch, or None, got int"):
+            callback(**{name: 3})
 
 
 def test_valid_steps_of_what_the_rnn_is_called_with() -> None:

@@ -182,7 +182,7 @@ def test_drawn_cases(
     got = fused_ar_tar(raw, dropped, alpha, beta, **sample.options)
     want = ar_tar(
         Layer(expected[0] if beta else None, expected[1] if alpha else None),
-        Problem(alpha, beta, batch_first, reduction),
+        Problem(alpha, beta, -2 if batch_first else 0, reduction),
     )
     unit = eps(raw if beta else dropped, dropped if alpha else raw)
     torch.testing.assert_close(got.double(), want.penalty, rtol=8 * unit, atol=1e-37)

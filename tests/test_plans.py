@@ -51,7 +51,7 @@ RAW, DROPPED, MASK = (
     numbers(BATCH, TIME, HIDDEN, seed=1),
     numbers(BATCH, 1, HIDDEN, seed=2),
 )
-LENGTHS, VALID = torch.tensor([5, 0, 3]), numbers(BATCH, TIME, seed=3) > 0
+LENGTHS, VALID, STARTS = torch.tensor([5, 0, 3]), *(numbers(BATCH, TIME, seed=seed) > 0 for seed in (3, 4))
 MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
@@ -99,8 +99,15 @@ PENALTY: dict[str, dict[str, Any]] = {
     "valid": {"valid": VALID},
     "valid as integers": {"valid": VALID.long()},
     "valid transposed in memory": {"valid": strided(VALID)},
+    "starts": {"starts": STARTS},
+    "starts as integers": {"starts": STARTS.long()},
+    "starts and valid": {"starts": STARTS, "valid": VALID},
+    "starts and lengths": {"starts": STARTS, "lengths": LENGTHS},
     "time first": {"batch_first": False},
     "batch_first as a number": {"batch_first": 1},
+    "time last": {"time_dim": -1},
+    "time in front": {"time_dim": 0},
+    "time_dim out of range": {"time_dim": 3},
     "a sum": {"reduction": "sum"},
     "terms": {"return_terms": True},
     "terms as a number": {"return_terms": 1},
@@ -127,7 +134,9 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "beta of 0": {"beta": 0.0},
     "lengths": {"lengths": LENGTHS},
     "valid": {"valid": VALID},
+    "starts": {"starts": STARTS},
     "time first": {"batch_first": False},
+    "time last": {"time_dim": 2},
     "a sum": {"reduction": "sum"},
     "terms": {"return_terms": True},
     "without gradients": {"mode": "no_grad"},
@@ -192,7 +201,8 @@ def call_of(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     dropped = raw if isinstance(dropped, str) else fresh(dropped, "dropped" in frozen, [])
     alpha, beta, measured = options.pop("alpha"), options.pop("beta"), options.pop("return_terms", False)
     more = [options.pop(name, default) for name, default in (("p", None), ("mask", None), ("training", True))]
-    call = Call(raw, dropped, alpha, beta, measured=measured, **options)
+    time_at = options.pop("time_dim", options.pop("batch_first", True))
+    call = Call(raw, dropped, alpha, beta, time_at=time_at, measured=measured, **options)
     with MODES[mode]():
         return key_of(call, *more) if function is fused_dropout_ar_tar else key_of(call)
 
@@ -219,16 +229,16 @@ def test_keys_differ_in_one_fact(function: Callable[..., Any], change: dict[str,
 
 def test_values_are_looked_at_in_every_call() -> None:
     """Lengths, marks and coefficients on the CPU are checked and read anew, though the plan is known."""
-    lengths, valid, alpha = LENGTHS.clone(), VALID.long(), torch.tensor(2.0)
-    calls = [{"lengths": lengths}, {"valid": valid}, {"alpha": alpha}]
+    lengths, valid, starts, alpha = LENGTHS.clone(), VALID.long(), STARTS.long(), torch.tensor(2.0)
+    calls = [{"lengths": lengths}, {"valid": valid}, {"starts": starts}, {"alpha": alpha}]
     before = [fused_ar_tar(**BASE[fused_ar_tar] | options) for options in calls]
-    lengths[0], valid[0], alpha[...] = 2, 0, 5.0
+    lengths[0], valid[0], starts[...], alpha[...] = 2, 0, 1 - starts, 5.0
     for options, old in zip(calls, before, strict=True):
         new = fused_ar_tar(**BASE[fused_ar_tar] | options)
         forget()
         assert new == fused_ar_tar(**BASE[fused_ar_tar] | options) != old
-    lengths[0], valid[0, 0], alpha[...] = 9, 2, -1.0
-    for options, name in zip(calls, ("lengths", "valid", "alpha"), strict=True):
+    lengths[0], valid[0, 0], starts[0, 0], alpha[...] = 9, 2, -1, -1.0
+    for options, name in zip(calls, ("lengths", "valid", "starts", "alpha"), strict=True):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             fused_ar_tar(**BASE[fused_ar_tar] | options)
 

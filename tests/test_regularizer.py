@@ -154,6 +154,11 @@ def test_valid_steps_of_a_batch() -> None:
     reg, mask = regularizer(), torch.rand(BATCH, TIME) < 0.7
     assert reg.on_loss_begin((0, [raw], [dropped]), valid=mask) == 0
     assert penalty_of(reg) == fused_ar_tar(raw, dropped, ALPHA, BETA, valid=mask)
+    starts = torch.rand(BATCH, TIME) < 0.3
+    reg.on_loss_begin((0, raw, dropped), valid=mask, starts=starts)
+    assert penalty_of(reg) == fused_ar_tar(raw, dropped, ALPHA, BETA, valid=mask, starts=starts)
+    reg.on_loss_begin((0, raw.movedim(1, 2), dropped.movedim(1, 2)), starts=starts, time_dim=-1)
+    torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, starts=starts))
     reg.on_loss_begin((0, raw.transpose(0, 1), dropped.transpose(0, 1)), valid=mask.long(), batch_first=False)
     torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=mask))
     with pytest.raises(ValueError, match="lengths and valid: expected one of them, got both"):

@@ -82,7 +82,9 @@ def test_more_elements_than_32_bits_count(
     if last.shape[time] < shape[time]:
         last.select(time, 0).zero_()  # as the row before it: no change leads there
     alone = last.double().requires_grad_()
-    want = ar_tar(Layer(alone, alone * last_mask if dropout else alone), Problem(2.0, 1.0, batch_first, "sum")).penalty
+    want = ar_tar(
+        Layer(alone, alone * last_mask if dropout else alone), Problem(2.0, 1.0, -2 if batch_first else 0, "sum")
+    ).penalty
     options: Any = {"batch_first": batch_first, "reduction": "sum"}
     if dropout:
         got = fused_dropout_ar_tar(raw.requires_grad_(), 0.5, 2.0, 1.0, mask=mask, **options)[1]

@@ -58,6 +58,7 @@ CALLS: dict[str, Call] = {
     "layers": lambda r, d: fused_ar_tar([r, r * d], (d, d), 2.0, 1.0, return_terms=True),
     "alpha0": lambda r, d: fused_ar_tar(r, None, 0, 1.0) + fused_ar_tar(None, d, 2.0, 0, reduction="sum"),
     "time_first": lambda r, d: fused_ar_tar(r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, batch_first=False),
+    "channels": lambda r, d: fused_ar_tar(r.transpose(1, 2), d.transpose(1, 2), 2.0, 1.0, time_dim=-1),
     "one_sequence": lambda r, d: fused_ar_tar(r[0], d[1], 2.0, 1.0),
     "lengths": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, lengths=lengths_for(r)),
     "mask": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r)),
@@ -88,6 +89,16 @@ STEPS_CALLS: dict[str, Any] = {
         r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, valid=steps, batch_first=False
     ),
     "drawn_lengths": lambda r, d, steps: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, lengths=steps),
+    "valid_starts": lambda r, d, steps: fused_ar_tar(r, d, 2.0, 1.0, starts=steps, valid=~steps | (r[..., 0] > -1)),
+    "starts_of_channels": lambda r, d, steps: fused_ar_tar(
+        r.transpose(1, 2).unsqueeze(-1), d.transpose(1, 2).unsqueeze(-1), 2.0, 1.0, time_dim=2, starts=steps
+    ),
+    "lengths_starts": lambda r, d, steps: fused_ar_tar(
+        r, d, 2.0, 1.0, lengths=steps, starts=torch.arange(r.shape[1]) % 3 == (steps % 3).unsqueeze(1)
+    ),
+    "drawn_starts": lambda r, d, steps: fused_dropout_ar_tar(
+        r.movedim(1, -1) * d.movedim(1, -1), 0.4, 2.0, 1.0, time_dim=-1, starts=steps
+    ),
     "drawn_valid": lambda r, d, steps: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, valid=steps),
 }
 TWO_STEPS_CALLS = ("lengths", "drawn_valid")  # for what depends on a function and its argument, but not on their pair
@@ -164,7 +175,7 @@ class TestCompile:
         compiled = torch.compile(STEPS_CALLS[name], fullgraph=True, backend=counter)
         for batch, time in shapes:
             steps = torch.arange(batch) * 5 % (time + 1)
-            if "valid" in name:
+            if "valid" in name or name in ("starts_of_channels", "drawn_starts"):
                 steps = torch.arange(time) < steps[:, None]
             got, want = (
                 everything(functools.partial(call, steps=steps), leaves(time, batch=batch))

@@ -123,10 +123,14 @@ class Formula(transformers.Trainer):
         for layer in self.layers:
             raw, dropped = [(x[0] if isinstance(x, tuple) else x).float() for x in map(outputs.get, layer)]
             mask = torch.ones(raw.shape[:2], dtype=torch.bool) if mask is None else mask
-            ar, tar = dropped[mask].pow(2).mean(), raw.diff(dim=1)[mask[:, 1:] & mask[:, :-1]].pow(2).mean()
+            ar, tar = dropped[mask].pow(2).mean(), raw.diff(dim=1)[self.pairs_of(inputs, mask)].pow(2).mean()
             self.terms.append(torch.stack([ar, tar]).detach())
             loss = loss + ALPHA * ar + BETA * tar
         return loss
+
+    def pairs_of(self, inputs: Any, mask: Tensor) -> Tensor:
+        """The changes that count, `(batch, time - 1)`."""
+        return mask[:, 1:] & mask[:, :-1]
 
 
 def labelled(batch: Any) -> Tensor:
@@ -256,6 +260,24 @@ def test_accumulation_changes_nothing(make: Callable[[], Any], loss: Any, count:
     in_parts = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3)
     assert_same(fit(make, in_parts, **options), whole)
     assert_same(fit(make, arguments(), Formula, **options), whole)
+
+
+@pytest.mark.parametrize("valid", [labelled, None], ids=["valid", "no valid"])
+def test_starts_are_left_out_of_shares(valid: Any, arguments: Any) -> None:
+    """The pairs of neighbours that a batch is weighted by are those of its own segments."""
+
+    def starts(batch: Any) -> Tensor:
+        return batch["input_ids"] % 3 == 0
+
+    class Segments(Formula):
+        def pairs_of(self, inputs: Any, mask: Tensor) -> Tensor:
+            return super().pairs_of(inputs, mask) & ~starts(inputs)[:, 1:]
+
+    whole = fit(mamba, arguments(), valid=valid, starts=starts)
+    in_parts = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    assert_same(fit(mamba, in_parts, valid=valid, starts=starts), whole)
+    assert_same(fit(mamba, arguments(), Segments, valid=valid), whole)
+    assert_different(fit(mamba, arguments(), valid=valid), whole)
 
 
 def test_batches_without_a_mask_count_by_their_examples(arguments: Any) -> None:

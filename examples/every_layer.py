@@ -1,0 +1,73 @@
+"""AR and TAR on every layer of a stack of minGRUs: `python examples/every_layer.py`, a few seconds on a CPU.
+
+A minGRU (Feng et al., "Were RNNs All We Needed?", 2024) has no loop over time: its states are a scan over gates of the
+input alone, as in Mamba. No layer knows of the regularizer. The text is this file, character by character.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastreg import FusedRNNDropout, RNNRegularizer
+
+LAYERS, HIDDEN, BATCH, TIME, EPOCHS = 3, 64, 8, 60, 8
+
+
+class MinGRU(nn.Module):
+    """Compute `h[t] = (1 - z[t]) * h[t - 1] + z[t] * v[t]` for all time steps at once: `(batch, time, hidden)`."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.new = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, new = self.gate(x), self.new(x)
+        log_kept = -F.softplus(gate).cumsum(1)  # of log(1 - z)
+        log_new = -F.softplus(-gate) + torch.where(new >= 0, (new.relu() + 0.5).log(), -F.softplus(-new))
+        return (log_kept + (log_new - log_kept).logcumsumexp(1)).exp()
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, HIDDEN)
+        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(LAYERS))
+        self.rnns = nn.ModuleList(MinGRU(HIDDEN) for _ in range(LAYERS))
+        self.dropouts = nn.ModuleList(FusedRNNDropout(0.1) for _ in range(LAYERS))  # any dropout will do
+        self.decoder = nn.Linear(HIDDEN, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for norm, rnn, dropout in zip(self.norms, self.rnns, self.dropouts, strict=True):
+            x = x + dropout(rnn(norm(x)))
+        return self.decoder(x)
+
+
+def train(alpha: float, beta: float) -> None:
+    torch.manual_seed(0)
+    text = Path(__file__).read_text()
+    characters = sorted(set(text))
+    ids = torch.tensor([characters.index(character) for character in text])
+    rows = ids[: len(ids) // BATCH * BATCH].view(BATCH, -1)
+    model = LanguageModel(len(characters))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    regularizer = RNNRegularizer(alpha, beta, layers="all")
+    for rnn, dropout in zip(model.rnns, model.dropouts, strict=True):
+        regularizer.attach(rnn, dropout, batch_first=True)
+    print(f"alpha {alpha:g}, beta {beta:g}: ar and tar of {LAYERS} layers, added up")
+    for epoch in range(EPOCHS):
+        for start in range(0, rows.shape[1] - 1, TIME):
+            inputs = rows[:, :-1][:, start : start + TIME]
+            targets = rows[:, 1:][:, start : start + TIME]
+            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+            optimizer.zero_grad()
+            regularizer.on_backward_begin(loss).backward()
+            optimizer.step()
+        print(f"epoch {epoch:2}  loss {loss:.3f}  ar {regularizer.ar:.4f}  tar {regularizer.tar:.4f}")
+
+
+if __name__ == "__main__":
+    train(0.0, 0.0)  # ar and tar are measured, and weigh nothing
+    train(0.1, 0.3)  # both stay lower, for much the same loss

@@ -1,0 +1,82 @@
+"""A recurrent policy over episodes, with TAR that stops at their starts: `python examples/recurrent_policy.py`.
+
+Environments run on: an episode ends at any time step, and the next one starts in the same row of the rollout. The policy
+resets its state there, and the change into a start is none that a regularizer should keep small: `starts` leaves it out,
+and only it. Each episode shows a cue at its first step alone; the policy is rewarded while it still acts on it. It takes
+a few seconds on a CPU.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastreg import RNNRegularizer, fused_ar_tar
+
+CUES, HIDDEN, ROWS, TIME, UPDATES = 3, 32, 32, 24, 160
+
+
+class ResettingGRU(nn.Module):
+    """Run a GRU over a rollout, `(batch, time, features)`, from a state of zeros at each start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(CUES + 1, HIDDEN)
+
+    def forward(self, observations: Tensor, starts: Tensor) -> Tensor:
+        state, states = observations.new_zeros(len(observations), HIDDEN), []
+        for seen, first in zip(observations.unbind(1), starts.unbind(1), strict=True):
+            state = self.cell(seen, state * ~first[:, None])
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+class Policy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.actor, self.critic = ResettingGRU(), nn.Linear(HIDDEN, CUES), nn.Linear(HIDDEN, 1)
+
+    def forward(self, observations: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.rnn(observations, starts)
+        return self.actor(states), self.critic(states).squeeze(-1)
+
+
+def rollout() -> tuple[Tensor, Tensor, Tensor]:
+    """Return observations, the starts of episodes, and the cue of each step's episode."""
+    starts = torch.rand(ROWS, TIME) < 0.15
+    starts[:, 0] = True
+    episode = starts.cumsum(1) - 1
+    cues = torch.randint(CUES, (ROWS, TIME)).gather(1, episode)
+    shown = F.one_hot(cues, CUES) * starts[..., None]
+    return torch.cat([shown + 0.3 * torch.randn(ROWS, TIME, CUES), starts[..., None]], -1), starts, cues
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    policy = Policy()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
+    regularizer = RNNRegularizer(alpha=0.01, beta=0.1)
+    # `starts` gets what the RNN is called with. The backward adds the penalty's gradient: no loss has to be changed.
+    regularizer.attach(policy.rnn, batch_first=True, starts=lambda observations, starts: starts, in_backward=True)
+    print(f"guessing misses {1 - 1 / CUES:.2f} of the cues")
+    for update in range(UPDATES):
+        observations, starts, cues = rollout()
+        scores, values = policy(observations, starts)
+        chosen = torch.distributions.Categorical(logits=scores)
+        actions = chosen.sample()
+        rewards = (actions == cues).float()
+        advantages = rewards - values
+        gain = (chosen.log_prob(actions) * advantages.detach()).mean() + 0.01 * chosen.entropy().mean()
+        optimizer.zero_grad()
+        (0.5 * advantages.square().mean() - gain).backward()
+        optimizer.step()
+        if update % 40 == 0 or update == UPDATES - 1:
+            missed = 1 - rewards.mean()
+            print(f"update {update:3}  missed {missed:.2f}  ar {regularizer.ar:.4f}  tar {regularizer.tar:.4f}")
+    with torch.no_grad():
+        states = policy.rnn(observations, starts)
+        across = fused_ar_tar(states, states, 0.0, 1.0)
+        print(f"tar {fused_ar_tar(states, states, 0.0, 1.0, starts=starts):.4f}, and {across:.4f} with changes into starts")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Any axis of time, memory order, marks and starts, drawn at random, against the formulas in float64.
+
+python -m tests.test_axes COUNT [FIRST]    # as many cases, and those that are wrong
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.kernels.view import layout_of
+from fastreg.prepare import values_of
+from fastreg.problem import Call, Layer, Problem
+from fastreg.view import NARROW, fold_of, view_of
+from tests.conftest import INTERPRETED, skip_on_formula
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
+
+CASES = 20 if INTERPRETED else 400
+
+
+@dataclass
+class Case:
+    """A call drawn from a seed. `steps` and `changes` are `(batch, time)`: which count."""
+
+    shape: list[int]
+    axis: int
+    raw: Tensor
+    dropped: Tensor
+    options: dict[str, Any]
+    coefficients: tuple[float, float]
+    steps: Tensor
+    changes: Tensor
+    described: str
+
+
+def memory(values: Tensor, draw: random.Random, expands: bool) -> tuple[Tensor, str]:
+    """Lay out values in any order of axes, with gaps of NaN, every other element, or one row for all."""
+    dims = values.dim()
+    order = draw.sample(range(dims), dims)
+    wide = [n + (draw.choice([0, 0, 0, 1, 3])) for n in values.shape]
+    step = [draw.choice([1, 1, 1, 1, 2]) for _ in values.shape]
+    held = torch.full([wide[axis] * step[axis] for axis in order], torch.nan, dtype=values.dtype)
+    x = held.permute([order.index(axis) for axis in range(dims)])
+    for axis in range(dims):
+        first = draw.randint(0, wide[axis] - values.shape[axis])
+        x = x.narrow(axis, first * step[axis], values.shape[axis] * step[axis])
+        x = x[(slice(None),) * axis + (slice(None, None, step[axis]),)]
+    x.copy_(values)
+    if expands:
+        axis = draw.randrange(dims)
+        x = x.narrow(axis, 0, 1).expand(values.shape)
+    return x.detach(), f"order {order} wide {wide} step {step}" + (" expanded" if expands else "")
+
+
+def drawn(seed: int) -> Case:
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    dims = draw.choice([1, 2, 3, 3, 3, 4, 5])
+    shape = [draw.choice([1, 2, 3, 4, 5, 8]) for _ in range(dims)]
+    axis = draw.randrange(dims)
+    shape[axis] = draw.choice([1, 2, 3, 5, 7, 20, 41, NARROW, 100 if dims < 4 else 9])
+    if draw.random() < 0.2:
+        shape[draw.randrange(dims)] = draw.choice([16, 33])
+    batch = 0 if axis else 1 if dims > 2 else None
+    sequences, time = 1 if batch is None else shape[batch], shape[axis]
+    kinds = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # which the interpreter cuts off
+    dtype = draw.choice(kinds)
+    dtypes = dtype, dtype if draw.random() < 0.7 else draw.choice(kinds)
+    steps = torch.ones(sequences, time, dtype=torch.bool)
+    options: dict[str, Any] = {"time_dim": axis - draw.choice([0, dims])}
+    which = draw.choice(["none", "none", "lengths", "valid"])
+    if which == "lengths":
+        lengths = torch.tensor([draw.randint(0, time) for _ in range(sequences)])
+        options["lengths"], steps = lengths, torch.arange(time) < lengths[:, None]
+    elif which == "valid":
+        steps = torch.rand(sequences, time, generator=generator) < draw.choice([0.5, 0.9, 1.0])
+        options["valid"] = draw.choice([lambda x: x, lambda x: x.long(), lambda x: x.t().contiguous().t()])(steps)
+    starts = torch.zeros(sequences, time, dtype=torch.bool)
+    if draw.random() < 0.5:
+        starts = torch.rand(sequences, time, generator=generator) < draw.choice([0.05, 0.3, 1.0])
+        given = starts if batch is not None or draw.random() < 0.5 else starts[0]
+        options["starts"] = given if draw.random() < 0.7 else given.int()
+    changes = steps.clone()
+    changes[:, 1:] &= steps[:, :-1] & ~starts[:, 1:]
+    changes[:, 0] = False
+    options["reduction"] = draw.choice(["mean", "mean", "sum"])
+    along = across(steps, len(shape), axis)
+    tensors, texts = [], []
+    for own in dtypes:
+        values = torch.randn(shape, generator=generator, dtype=DOUBLE).to(own)
+        if draw.random() < 0.8:  # what does not count may be anything
+            values = torch.where(along, values, torch.tensor(draw.choice([torch.nan, torch.inf]), dtype=own))
+        expands = draw.random() < 0.05 and steps.all().item() is True
+        x, text = memory(values, draw, bool(expands))
+        tensors.append(x)
+        texts.append(text)
+    raw, dropped = tensors
+    if draw.random() < 0.3:
+        dropped = raw
+    coefficients = draw.choice([(2.0, 1.0), (2.0, 1.0), (0.0, 1.5), (2.0, 0.0)])
+    shown = {name: value.shape if isinstance(value, Tensor) else value for name, value in options.items()}
+    described = f"seed {seed}: {shape} axis {axis} {dtypes} {shown} {coefficients} {texts}"
+    return Case(shape, axis, raw, dropped, options, coefficients, steps, changes, described)
+
+
+def across(marks: Tensor, dims: int, axis: int) -> Tensor:
+    """See `(batch, time)` marks along the axes of activations."""
+    if axis == 0:
+        marks = marks.t() if dims > 2 else marks[0]
+        return marks.reshape(*marks.shape, *[1] * (dims - marks.dim()))
+    return marks.reshape(marks.shape[0], *[1] * (axis - 1), marks.shape[1], *[1] * (dims - axis - 1))
+
+
+def truth(case: Case, raw: Tensor, dropped: Tensor) -> ARTAR:
+    """The formulas, of float64 tensors."""
+    dims, axis = len(case.shape), case.axis
+    steps, changes = across(case.steps, dims, axis), across(case.changes, dims, axis)
+    change = (raw - raw.roll(1, axis)).where(changes, 0)
+    ar, tar = dropped.where(steps, 0).square().sum(), change.square().sum()
+    if case.options["reduction"] == "mean":
+        ar = ar / max(steps.expand(case.shape).sum().item(), 1)
+        tar = tar / max(changes.expand(case.shape).sum().item(), 1)
+    alpha, beta = case.coefficients
+    return ARTAR(alpha * ar + beta * tar, ar, tar)
+
+
+def exact(x: Tensor) -> Tensor:
+    """The values of a tensor in float64, finite, as a leaf."""
+    return x.detach().double().nan_to_num(0.0, 0.0, 0.0).requires_grad_()
+
+
+def check_terms(case: Case, got: ARTAR, want: ARTAR, dtype: torch.dtype) -> None:
+    unit = torch.finfo(torch.promote_types(dtype, FLOAT)).eps
+    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
+        torch.testing.assert_close(
+            x.double(), y.detach(), rtol=16 * unit, atol=0, msg=lambda m, n=name: f"{case.described}\n{n}: {m}"
+        )
+
+
+def check_gradient(case: Case, got: Tensor, parts: list[Tensor], rounding: float = 0.0) -> None:
+    """Compare with the sum of parts, which may cancel; `rounding` is that of the largest part that is rounded first."""
+    want = sum(parts, torch.zeros_like(got, dtype=DOUBLE))
+    unit = torch.finfo(got.dtype).eps * (2 if INTERPRETED and got.dtype == BF16 else 1)
+    computed = torch.finfo(torch.promote_types(got.dtype, FLOAT)).eps * sum(x.abs().max().item() for x in parts)
+    tiny = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(
+        got.double(),
+        want,
+        rtol=2 * unit,
+        atol=8 * computed + 2 * unit * rounding + tiny,
+        msg=lambda m: f"{case.described}\ngradient: {m}",
+    )
+
+
+def gradients_of(terms: ARTAR, case: Case, scale: float, x: Tensor) -> list[Tensor]:
+    """The gradients of `scale` times AR and TAR, each with its coefficient; `0` of one that does not depend on `x`."""
+    weighted = [scale * factor * term for factor, term in zip(case.coefficients, terms[1:], strict=True)]
+    found = [torch.autograd.grad(y, x, retain_graph=True, allow_unused=True)[0] for y in weighted]
+    return [torch.zeros_like(x) if y is None else y for y in found]
+
+
+def check_penalty(seed: int) -> None:
+    case = drawn(seed)
+    same = case.dropped is case.raw
+    leaves = [case.raw.requires_grad_(), case.dropped.requires_grad_()]
+    alpha, beta = case.coefficients
+    wanted = [exact(case.raw), exact(case.dropped)]
+    if same:
+        wanted[1] = wanted[0]
+    want = truth(case, *wanted)
+    dtype = torch.promote_types(case.raw.dtype, case.dropped.dtype)
+    got = fused_ar_tar(leaves[0], leaves[1], alpha, beta, return_terms=True, **case.options)
+    check_terms(case, got, want, DOUBLE if dtype == DOUBLE else FLOAT)
+    inputs, exacts = (leaves[:1], wanted[:1]) if same else (leaves, wanted)
+    for scale in (100, 100, 300):  # an upstream gradient that is expected, and others; small ones underflow in float16
+        penalty = fused_ar_tar(leaves[0], leaves[1], alpha, beta, **case.options)
+        gradients = torch.autograd.grad(penalty * scale, inputs, allow_unused=True)
+        counts = across(case.steps, len(case.shape), case.axis)
+        for gradient, exactly, leaf in zip(gradients, exacts, inputs, strict=True):
+            found = torch.zeros_like(leaf) if gradient is None else gradient
+            check_gradient(case, found, gradients_of(want, case, scale, exactly))
+            assert (found.masked_select(~counts.expand(found.shape)) == 0).all(), case.described  # exactly
+
+
+def check_dropout(seed: int) -> None:
+    case = drawn(seed)
+    draw = random.Random(-seed)
+    raw = case.raw.requires_grad_()
+    one = list(case.shape)
+    one[case.axis] = 1
+    mask = ((torch.rand(draw.choice([one, case.shape])) < 0.6) / 0.6).to(raw.dtype)
+    mask, _ = memory(mask, draw, expands=False)
+    arriving, _ = memory(torch.randn(case.shape).to(raw.dtype), draw, expands=draw.random() < 0.2)
+    alpha, beta = case.coefficients
+    values, exact_mask = exact(raw), mask.double()
+    want = truth(case, values, (raw.detach() * mask).double().nan_to_num(0.0, 0.0, 0.0))
+    dropped, got = fused_dropout_ar_tar(raw, 0.4, alpha, beta, mask=mask, return_terms=True, **case.options)
+    assert torch.equal(dropped.nan_to_num(), (raw * mask).nan_to_num()), case.described
+    dtype = DOUBLE if raw.dtype == DOUBLE else FLOAT
+    check_terms(case, got, want, dtype)
+    (gradient,) = torch.autograd.grad([dropped, got.penalty], raw, [arriving, torch.full_like(got.penalty, 100)])
+    ar, tar = gradients_of(truth(case, values, values * exact_mask), case, 100, values)
+    check_gradient(case, gradient, [ar, tar, arriving.double() * exact_mask], (ar * 1.7).abs().max().item())
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_penalty_of_any_axes(seed: int) -> None:
+    check_penalty(seed)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_dropout_of_any_axes(seed: int) -> None:
+    check_dropout(seed)
+
+
+@pytest.mark.parametrize(
+    ("memory_order", "axis", "sizes", "copied"),
+    [
+        ("batch channels time height width", 2, (6, 5, 28), False),
+        ("batch time channels height width", 2, (2, 5, 84), False),
+        ("time batch channels height width", 2, (1, 5, 168), False),
+        ("channels batch time height width", -3, (6, 5, 28), False),
+        ("batch time height width channels", 2, (2, 5, 84), False),
+        ("time width batch height channels", 2, (1, 5, 168), False),
+        ("batch height time channels width", 2, (8, 5, 21), False),
+        ("batch channels height width time", 2, (2, 5, 84), True),  # a lane would be a sequence of one element
+    ],
+)
+def test_axes_fold_without_a_copy(memory_order: str, axis: int, sizes: tuple[int, ...], copied: bool) -> None:
+    names = ["batch", "channels", "time", "height", "width"]
+    order = [names.index(name) for name in memory_order.split()]
+    shape = [2, 3, 5, 4, 7]
+    x = torch.randn([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(5)])
+    layout, layer = layout_of(x), Layer(x, None)
+    fold = fold_of([layout], layer, Problem(0.0, 1.0, axis))
+    assert view_of([layout], fold, layer.values)[:3] == sizes
+    assert (fold.read(x) is not x) == copied
+    assert copied or fold.like(layout).stride == x.stride()
+
+
+@pytest.mark.parametrize("given", ["lengths", "valid", "starts"])
+def test_steps_of_more_axes_have_sequences_of_the_first(given: str) -> None:
+    """Marks are by batch and time: memory in which other axes come between them is copied."""
+    x, marks = torch.randn(2, 3, 5, 4), torch.ones(2, 5) > 0
+    steps: dict[str, Any] = {given: torch.tensor([5, 3]) if given == "lengths" else marks}
+    call = Call(x, x, 2.0, 1.0, **steps, time_at=2)
+    problem = Problem(2.0, 1.0, 2)
+    layer = Layer(x, None, values_of(call, problem, x))
+    fold = fold_of([layout_of(x)], layer, problem)
+    assert view_of([layout_of(x)], fold, layer.values)[:3] == (2, 5, 12)
+    assert fold.read(x) is not x
+
+
+@pytest.mark.parametrize("time", [2, 17, NARROW])
+def test_time_alone_in_memory(time: int) -> None:
+    """Few steps in a row are copied; many are read as they lie, on the CPU."""
+    x = torch.randn(2, 3, time)
+    fold = fold_of([layout_of(x)], Layer(x, None), Problem(2.0, 1.0, -1))
+    assert (fold.read(x) is not x) == (time < NARROW)
+    elsewhere = fold_of([layout_of(x)], Layer(x.to("meta"), None), Problem(2.0, 1.0, -1))
+    assert elsewhere.read(x) is not x
+
+
+def test_a_copied_mask_of_one_row_still_is() -> None:
+    raw, mask = torch.randn(2, 3, 40, 5), torch.randn(5, 1, 3, 2).permute(3, 2, 1, 0).expand(2, 3, 40, 5)
+    layouts = layout_of(raw), layout_of(mask)
+    fold = fold_of(layouts, Layer(raw, None), Problem(2.0, 1.0, 2))
+    assert fold.read(raw) is raw
+    got = fold.read(mask)
+    assert got is not mask
+    assert got.stride(2) == 0
+    assert torch.equal(got, mask)
+
+
+def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
+    skip_on_formula(device)
+    x = torch.randn(4, 7, 3, 2, 5, device=device).movedim(2, 1).requires_grad_()  # (batch, channels, time, ...)
+    leaf = x.detach().requires_grad_()
+    fused_ar_tar(leaf, leaf, 2.0, 1.0, time_dim=2).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.stride() == leaf.stride()
+    dropped, penalty = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
+    assert dropped.stride() == x.stride()
+    (gradient,) = torch.autograd.grad(dropped.sum() + penalty, x)
+    assert gradient.stride() == x.stride()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_batch_first_is_one_of_two_axes(batch_first: bool, device: str) -> None:
+    x, starts = torch.randn(3, 7, 5, device=device), torch.rand(3, 7, device=device) < 0.3
+    starts = starts if batch_first else torch.rand(7, 3, device=device) < 0.3
+    want = fused_ar_tar(x, x, 2.0, 1.0, batch_first=batch_first, starts=starts)
+    axis = 1 if batch_first else 0
+    for time_dim in (axis, axis - 3):
+        assert torch.equal(fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, starts=starts), want)
+
+
+def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
+    x = torch.ones(4, 3, 9, 2, device=device)
+    dropped, _ = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
+    assert torch.equal(dropped, dropped[:, :, :1].expand_as(x))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+
+
+def test_the_module(device: str) -> None:
+    module = FusedRNNDropout(0.5, 2.0, 1.0, time_dim=-1)
+    assert "time_dim=-1" in repr(module)
+    x, starts = torch.randn(4, 3, 9, device=device), torch.rand(4, 9, device=device) < 0.3
+    valid = torch.rand(4, 9, device=device) < 0.7
+    torch.manual_seed(1)
+    dropped = module(x, valid=valid, starts=starts)
+    taken = module.take()
+    assert taken is not None
+    want = fused_ar_tar(x, dropped, 2.0, 1.0, time_dim=2, valid=valid, starts=starts)
+    torch.testing.assert_close(taken.penalty, want)
+    torch.manual_seed(1)
+    other = FusedRNNDropout(0.5, 2.0, 1.0)
+    turned = other(x.transpose(1, 2), None, valid, starts)
+    last = other.take()
+    assert last is not None
+    torch.testing.assert_close(last.tar, taken.tar)
+    assert turned.shape == (4, 9, 3)
+    with pytest.raises(ValueError, match="batch_first and time_dim: expected one of them, got both"):
+        FusedRNNDropout(batch_first=True, time_dim=1)
+    with pytest.raises(TypeError, match="time_dim: expected an int"):
+        FusedRNNDropout(time_dim="1")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("time_dim", [1, 2])
+def test_second_derivatives(time_dim: int, device: str) -> None:
+    x = torch.randn(2, 4, 3, dtype=DOUBLE, device=device).requires_grad_()
+    starts = torch.rand(2, x.shape[time_dim], device=device) < 0.4
+    options: dict[str, Any] = {"time_dim": time_dim, "starts": starts}
+    assert gradcheck(lambda r: fused_ar_tar(r, r * 2, 2.0, 1.0, **options), x)
+    assert gradgradcheck(lambda r: fused_ar_tar(r, r * 2, 2.0, 1.0, **options), x)
+    mask = torch.rand_like(x).detach()
+    assert gradgradcheck(lambda r: fused_dropout_ar_tar(r, 0.5, 2.0, 1.0, mask=mask, **options), x)
+
+
+def test_a_start_is_no_hole(device: str) -> None:
+    """Two documents in a row are worth what they are worth apart; the first step of the second counts."""
+    x, y = (torch.randn(1, n, 5, device=device) for n in (4, 6))
+    starts = torch.zeros(1, 10, dtype=torch.bool, device=device)
+    starts[0, 4] = True
+    whole = fused_ar_tar(torch.cat([x, y], 1), None, 0.0, 1.0, starts=starts, reduction="sum")
+    parts = sum(fused_ar_tar(z, None, 0.0, 1.0, reduction="sum") for z in (x, y))
+    torch.testing.assert_close(whole, parts)
+    whole = fused_ar_tar(None, torch.cat([x, y], 1), 1.0, 0.0, starts=starts)
+    torch.testing.assert_close(whole, torch.cat([x, y], 1).square().mean())
+
+
+def test_lengths_of_a_packed_sequence_are_those_of_padding_with_starts(device: str) -> None:
+    x, lengths = torch.randn(3, 7, 5, device=device), torch.tensor([7, 2, 4])
+    none = torch.zeros(3, 7, dtype=torch.bool, device=device)
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    want = fused_ar_tar(packed, packed, 2.0, 1.0)
+    torch.testing.assert_close(fused_ar_tar(x, x, 2.0, 1.0, lengths=lengths, starts=none), want)
+
+
+def main() -> None:
+    count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    wrong = 0
+    for seed in range(first, first + count):
+        for check in (check_penalty, check_dropout):
+            try:
+                check(seed)
+            except Exception as error:
+                wrong += 1
+                print(f"{check.__name__}: {str(error)[:1500]}\n")
+    print(f"{count} cases, each as a penalty and with dropout: {wrong} wrong")
+
+
+if __name__ == "__main__":
+    main()
