@@ -116,7 +116,7 @@ def test_what_is_installed_runs_inside_of_the_clone(clone: Path, site: Path) -> 
 @needs_compiler
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")
 def test_the_level_is_named(site: Path, tmp_path: Path) -> None:
-    for capability, name, why in (("avx2", "_cpu_v3", "AVX2\n"), ("default", "_cpu", "capability DEFAULT")):
+    for capability, name, why in (("avx2", "_cpu_v3", "AVX2\n"), ("default", "_cpu", "this is none with AVX2")):
         done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site), ATEN_CPU_CAPABILITY=capability)
         line = next(line for line in done.stdout.splitlines(keepends=True) if line.startswith("library for CPUs"))
         assert f"{site}/fastreg/kernels/{name}." in line
