@@ -123,7 +123,7 @@ def test_the_level_is_named(site: Path, tmp_path: Path) -> None:
     levels = {
         "avx512": ("_cpu_v4", "for processors with AVX-512\n"),
         "avx2": ("_cpu_v3", "by PyTorch's capability AVX2 this is none of the processors with AVX-512\n"),
-        "default": ("_cpu", "by PyTorch's capability DEFAULT this is none of the processors with AVX2\n"),
+        "default": ("_cpu", "this is none of the processors with AVX2\n"),
     }
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         del levels["avx512"]
