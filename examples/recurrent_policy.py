@@ -75,7 +75,9 @@ def main() -> None:
     with torch.no_grad():
         states = policy.rnn(observations, starts)
         across = fused_ar_tar(states, states, 0.0, 1.0)
-        print(f"tar {fused_ar_tar(states, states, 0.0, 1.0, starts=starts):.4f}, and {across:.4f} with changes into starts")
+        print(
+            f"tar {fused_ar_tar(states, states, 0.0, 1.0, starts=starts):.4f}, and {across:.4f} with changes into starts"
+        )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from fastreg.kernels.tiling import (
     load_rows,
     place,
     rounded,
+    row,
     store_row,
     within,
 )
@@ -145,7 +146,7 @@ def dropout_forward(
             for i in tl.static_range(UNROLL):
                 inside = within(tile, turn + i, tile.stop)
                 kept = rounded(raws[i] * (scale if LOCKED else masks[i]), dropped.dtype.element_ty)
-                store_row(dropped_rows, turn + i, kept, inside)
+                store_row(dropped_rows, row(dropped_rows, turn), turn, i, kept, inside)
                 counts = inside & counts_at(tile, marks, i + 1, turn + i, last)
                 if AR:
                     squared = raws[i] if AR_OF_RAW else kept.to(ACC)
@@ -310,7 +311,7 @@ def dropout_backward(
                     change_to = change_from
                 if AR or TAR:
                     current = following[i]
-                store_row(grad_raw_rows, turn + i, gradient, within(tile, turn + i, tile.stop))
+                store_row(grad_raw_rows, row(grad_raw_rows, turn), turn, i, gradient, within(tile, turn + i, tile.stop))
 
 
 class DropoutForward:

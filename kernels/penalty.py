@@ -26,6 +26,7 @@ from fastreg.kernels.tiling import (
     load_row,
     load_rows,
     place,
+    row,
     store_row,
     within,
 )
@@ -189,6 +190,10 @@ def penalty_kernel(
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(tile.start, stop, UNROLL):
             marks = load_marks(valid, tile, mark, turn + 1, time, UNROLL)
+            if grad_raw is not None:
+                grad_raw_first = row(grad_raw_rows, turn)
+            if grad_dropped is not None:
+                grad_dropped_first = row(grad_dropped_rows, turn)
             if valid is not None:
                 mark = marks[UNROLL]
             if raw is not None:
@@ -216,7 +221,7 @@ def penalty_kernel(
                             gradient = ar_factor * current
                         if padded:  # exactly 0 in padding, even where the factor is inf or NaN
                             gradient = tl.where(counts, gradient, 0.0)
-                        store_row(grad_raw_rows, turn + i, gradient, inside)
+                        store_row(grad_raw_rows, grad_raw_first, turn, i, gradient, inside)
                     change_to = change_from
                     current = following[i]
                 if dropped is not None:
@@ -226,7 +231,7 @@ def penalty_kernel(
                         gradient = ar_factor * kept[i]
                         if padded:
                             gradient = tl.where(counts, gradient, 0.0)
-                        store_row(grad_dropped_rows, turn + i, gradient, inside)
+                        store_row(grad_dropped_rows, grad_dropped_first, turn, i, gradient, inside)
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
     if SUM:

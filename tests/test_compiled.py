@@ -43,6 +43,8 @@ PENALTY = [kernels.penalty_kernel]
 DROPOUT = [dropout_kernels.dropout_forward, dropout_kernels.dropout_backward]
 # Triton 3.9 spills nothing, releases before it up to so many bytes a thread, which are read once an item or a launch.
 MOST_SPILLED = 0 if Version(triton.__version__) >= Version("3.9") else 16
+# Of sum and write on sm_90, which decide how many programs a multiprocessor holds.
+MOST_REGISTERS = {(650, FLOAT): 128, (650, BF16): 96, (401, FLOAT): 96, (401, BF16): 144}
 LENGTHS = (2, 3, 7, 15, 16, 17, 32, 33, 64, 70, 100)  # Triton compiles anew for 1 and for multiples of 16, unless told
 PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
 
@@ -166,15 +168,52 @@ def test_wide_loads_and_no_spills_where_not_all_steps_count(
         assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 30, tiling.UNROLL)
 
 
-def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
-    """Loads of 16 bytes, all loads, and stores of 16 bytes; nothing is spilled in each turn of the loop over rows."""
+@pytest.mark.parametrize("hidden", [650, 401], ids="hidden{}".format)  # 1150 takes the code of 650
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_no_spills_with_narrow_loads(target: Any, dtype: torch.dtype, hidden: int, tmp_path: Path) -> None:
+    if dtype == FLOAT and target.arch != 90:
+        pytest.skip("float32, which takes fewer registers, is compiled for sm_90 alone, to save time")
+    shape = 4, 70, hidden
+    run((dtype, dtype), same=False, shape=shape)
+    run_dropout(dtype, shape)
+    if target.arch == 90:
+        ((forward,), _) = compiled_penalty()
+        registers = re.findall(r"REG:(\d+)", usage_of(forward, tmp_path))
+        assert int(registers[0]) <= MOST_REGISTERS[hidden, dtype]
+    for run_ragged in (run_padded, run_packed, run_marked):
+        run_ragged(dtype, shape)
+    binaries = [binary for kernel in PENALTY + DROPOUT for binary in compiled(kernel)]
+    assert len(binaries) == 2 * 4 + 2 * 3
+    for binary in binaries:
+        if "amdgcn" in binary.asm:
+            assert_no_spills_amd(binary.asm["amdgcn"])
+        else:
+            assert_no_spills_nvidia(usage_of(binary, tmp_path))
+
+
+def usage_of(binary: Any, folder: Path) -> str:
+    """What cuobjdump says of registers and memory of a thread, and the instructions."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    dump = subprocess.run([tool, "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, "-res-usage", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+
+
+def assert_no_spills_nvidia(dump: str) -> None:
     stack, local = (int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", dump))
     assert stack <= MOST_SPILLED
     assert local == 0
+
+
+def assert_no_spills_amd(assembly: str) -> None:
+    assert re.search(r"\.vgpr_spill_count: *0\b", assembly)
+    assert re.search(r"\.private_segment_fixed_size: *0\b", assembly)
+
+
+def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
+    """Loads of 16 bytes, all loads, and stores of 16 bytes; nothing is spilled in each turn of the loop over rows."""
+    dump = usage_of(binary, folder)
+    assert_no_spills_nvidia(dump)
     code = {int(at, 16): instruction for at, instruction in re.findall(r"^\s+/\*(\w+)\*/\s+(.*?);", dump, re.M)}
     jumps = [(at, int(to[1], 16)) for at, text in code.items() if (to := re.search(r"\bBRA\b.* 0x(\w+)", text))]
     loops = ["\n".join(text for i, text in code.items() if to <= i <= at) for at, to in jumps if to < at]
@@ -188,8 +227,7 @@ def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
 def count_amd(binary: Any) -> tuple[int, int, int]:
     """The same for AMD."""
     assembly = binary.asm["amdgcn"]
-    assert re.search(r"\.vgpr_spill_count: *0\b", assembly)
-    assert re.search(r"\.private_segment_fixed_size: *0\b", assembly)
+    assert_no_spills_amd(assembly)
     # Activations go through buffers, but by default not before Triton 3.5; the offsets of packed rows, global, may be
     # read four at a time.
     kind = "buffer" if triton.knobs.amd.use_buffer_ops else "global"
