@@ -32,7 +32,7 @@ MOST_SETS = 64
 class Case:
     """The base of all cases. `shape` is (batch, time, hidden), whatever the order of axes in memory.
 
-    A kind adds what it counts, its inputs, its peers and one call of them. Of its PEERS fastreg comes last, so that
+    A kind adds its counts, its inputs, its peers and one call of each peer. fastreg is the last of its PEERS, so that
     a result that has fastreg has all of them.
     """
 

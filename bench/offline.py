@@ -120,7 +120,7 @@ def share_row(shape: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
     """Predict the share of a copy's bandwidth on each device, of a forward that writes gradients and its backward.
 
     Both tensors are read and both gradients written once, and raw's halo rows are read again. Only traffic counts, and
-    the time that each launch takes beside it; not the last, half empty wave of programs, nor what the L2 cache has.
+    the time that each launch takes beside it; not the last, half empty wave of programs, nor hits in the L2 cache.
     """
     batch, time_steps, hidden = shape
     operand = Operand(dtype, time_steps * hidden, hidden)

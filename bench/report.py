@@ -276,7 +276,7 @@ def gpu_cells(case: Case) -> list[str]:
 
 
 def dropout_table(result: Result) -> str:
-    """Render the cost of the penalty beside a dropout that is there anyway."""
+    """Render the cost of the penalty beside a dropout that the model has anyway."""
     head = [SHAPE, "dropout alone, ms", "+ eager, ms", "+ fused_ar_tar, ms", "fused, ms"]
     head += ["fused / dropout alone", "against the best compiled", "against + eager"]
     rows = [head + GPU_HEAD * result.on_gpu]

@@ -1,7 +1,7 @@
 """Test and measure on this machine: `python -m bench.run test` and `python -m bench.run bench`.
 
-The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report puts together. What fails
-or is not reached is recorded beside what is known. Interrupted, or sent SIGTERM, either writes what there is.
+The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report joins. Failed and
+missing cases are recorded, too. Interrupted, or sent SIGTERM, either command writes its results so far.
 `python -m bench.run bench --only step` measures the training steps alone, prints their tables and writes to
 .benchmarks: three minutes on an idle core.
 

@@ -1,8 +1,8 @@
 """Whether AR and TAR help: train the demo's AWD-LSTM with neither, each and both of them, over several seeds.
 
 `python -m bench.study` adds each finished training as a line to bench/results/study.jsonl and leaves out those that are
-there: interrupted, it goes on where it was. Then it renders the page and the plot beside it. All of it takes less than
-two hours on two cores.
+there: interrupted, it goes on where it was. Then it renders the page and the plot beside it. The whole study takes less
+than two hours on two cores.
 """
 
 from __future__ import annotations

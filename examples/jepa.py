@@ -1,8 +1,8 @@
 """A tiny JEPA of a moving dot, without TAR and with it: `python examples/jepa.py`, a few seconds on a CPU.
 
 A joint embedding predictive architecture learns to predict the representation of the next frame, not its pixels; a loss
-of variance and covariance (VICReg) keeps representations apart. Predicted representations are `(batch, channels, time,
-height, width)`, and TAR, over the third axis, keeps neighbours in time close. eb_jepa adds the same term,
+of variance and covariance (VICReg) keeps representations distinct. Predicted representations are `(batch, channels,
+time, height, width)`, and TAR, over the third axis, keeps neighbours in time close. eb_jepa adds the same term,
 `(x[1:] - x[:-1]).pow(2).mean()` along time.
 """
 

@@ -1,9 +1,9 @@
 """A recurrent policy over episodes, with TAR that stops at their starts: `python examples/recurrent_policy.py`.
 
-Environments run on: an episode ends at any time step, and the next one starts in the same row of the rollout. The policy
-resets its state there, and the change into a start is none that a regularizer should keep small: `starts` leaves it out,
-and only it. Each episode shows a cue at its first step alone; the policy is rewarded while it still acts on it. It takes
-a few seconds on a CPU.
+An episode ends at any time step, and the next one starts in the same row of the rollout. The policy resets its state
+there, and TAR should not penalize the change into a start: `starts` leaves out this change and no other. Each episode
+shows a cue at its first step alone; the policy is rewarded as long as it acts on the cue. The example takes a few
+seconds on a CPU.
 """
 
 import torch
@@ -55,7 +55,7 @@ def main() -> None:
     policy = Policy()
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
     regularizer = RNNRegularizer(alpha=0.01, beta=0.1)
-    # `starts` gets what the RNN is called with. The backward adds the penalty's gradient: no loss has to be changed.
+    # `starts` gets the arguments of the RNN. The backward adds the penalty's gradient: no loss has to be changed.
     regularizer.attach(policy.rnn, batch_first=True, starts=lambda observations, starts: starts, in_backward=True)
     print(f"guessing misses {1 - 1 / CUES:.2f} of the cues")
     for update in range(UPDATES):
@@ -75,9 +75,8 @@ def main() -> None:
     with torch.no_grad():
         states = policy.rnn(observations, starts)
         across = fused_ar_tar(states, states, 0.0, 1.0)
-        print(
-            f"tar {fused_ar_tar(states, states, 0.0, 1.0, starts=starts):.4f}, and {across:.4f} with changes into starts"
-        )
+        within = fused_ar_tar(states, states, 0.0, 1.0, starts=starts)
+        print(f"tar {within:.4f}, and {across:.4f} with changes into starts")
 
 
 if __name__ == "__main__":

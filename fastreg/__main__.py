@@ -1,4 +1,4 @@
-"""Say what runs here: `python -m fastreg`. The exit code is 1 if a device's self-test fails."""
+"""Print the code that runs on each device: `python -m fastreg`. The exit code is 1 if a device's self-test fails."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every check of an argument, and every message; a check raises, and changes nothing.
 
-A `TypeError` or a `ValueError` names the argument, what was expected, and what came. Checks of metadata run when a plan
-is made, those of values in every call.
+A `TypeError` or a `ValueError` names the argument, and the expected and the given value. Checks of metadata run when a
+plan is made, those of values in every call.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_options(call: Call, **flags: object) -> None:
 
 
 def check_coefficient(name: str, value: Any) -> None:
-    """Check a coefficient: a finite real number of at least 0, or a 0-dim tensor of such."""
+    """Check a coefficient: a finite real number of at least 0, or a 0-dim tensor with one."""
     if isinstance(value, Tensor):
         _check_scalar(name, value)
     elif not torch.compiler.is_compiling():
@@ -59,7 +59,7 @@ def check_coefficient(name: str, value: Any) -> None:
 
 
 def _check_symbolic(name: str, value: Any) -> None:
-    """Check a coefficient that may be symbolic: as far as it is known now, and when the compiled code runs."""
+    """Check a coefficient that may be symbolic: during tracing as far as possible, else when the compiled code runs."""
     from torch.fx.experimental.symbolic_shapes import guard_or_true  # which imports sympy
 
     number: Any = value
@@ -338,7 +338,7 @@ def check_lengths_values(lengths: Tensor, time: int) -> None:
 
 
 def check_marks_values(name: str, marks: Tensor) -> None:
-    """Check the values of valid steps or starts on the CPU, likewise."""
+    """Check the values of valid steps or starts on the CPU; on another device the check would wait for it."""
     if marks.dtype != torch.bool and has_values(marks):
         least, most = (int(n) for n in marks.aminmax())
         if least < 0 or most > 1:

@@ -49,7 +49,7 @@ class Source:
         output: picks raw from the module's output; `None` if raw is that output, or its first item.
         time_at: `batch_first`, a bool, or `time_dim`, an int.
         valid: takes the arguments of the module's forward, and returns the valid steps, or `None` if all are valid.
-        starts: likewise returns the steps at which segments start, or `None`.
+        starts: takes the same arguments, and returns the steps at which segments start, or `None`.
         stepwise: whether the runs of a step are joined along time.
         scale: the upstream gradient of the penalty in every backward; `None` to take that of the loss.
     """

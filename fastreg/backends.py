@@ -16,7 +16,7 @@ from fastreg.plans import forget
 
 
 class Backend(NamedTuple):
-    """Code for some devices: what it is, and the classes that launch it, of one interface in all backends.
+    """Code for some devices: its name, and the classes that launch it, with one interface in all backends.
 
     `marks` prepares valid steps, once for all launches of a call.
     """
@@ -71,7 +71,7 @@ def _warn_of_the_formula() -> None:
 
 
 def why_formula(device: torch.device) -> str:
-    """Say why a device without a backend takes the plain formula, and what would change that."""
+    """Explain why a device without a backend takes the plain formula, and name the remedy."""
     if device.type == "cpu":
         return str(cpu.reason())
     if device.type in ("cuda", "xpu"):

@@ -28,7 +28,7 @@ from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, observed
 from fastreg.view import Fold, fold_of, readable_values, sums_of, view_of
 
-Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty, either of which may be None
+Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty; either may be None
 
 PLANS = Plans()
 KEEP: Any = object()  # the plan of calls that drop nothing
@@ -388,10 +388,10 @@ def _gradient_formula(
     """Compute the gradient of raw in plain PyTorch, itself differentiable in both upstream gradients and in raw.
 
     Args:
-        upstream: gradients of dropped and of the penalty, of which one may be `None`.
+        upstream: gradients of dropped and of the penalty; one may be `None`.
         layer: raw, which steps count, and coefficients.
         mask: of the shape of raw.
-        problem: what the forward computed.
+        problem: the problem of the forward.
     """
     grad_dropped, grad = upstream
     raw, dtype = layer.given(), compute_dtype(layer.raw)
@@ -405,5 +405,5 @@ def _gradient_formula(
 
 
 def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    """Add what there is."""
+    """Add two tensors; `None` is 0."""
     return x if y is None else y if x is None else x + y

@@ -182,7 +182,8 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         batch_first: as for `attach`.
         valid: a function of the inputs of the batch, `valid(*learn.xb)`, that returns the mask of valid time steps, as
             `fused_ar_tar` takes it, or `None` where all steps count.
-        starts: likewise a function that returns the mask of the time steps at which a segment starts, or `None`.
+        starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
+            `None`.
 
     Raises:
         RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations, and no path is given.
@@ -383,7 +384,7 @@ def fuse(
         output: as for `RNNRegularizer`.
         batch_first: as for `RNNRegularizer`.
         valid: as for `RNNRegularizer`, also for a model that returns `(decoded, raw, dropped)`.
-        starts: likewise.
+        starts: as for `RNNRegularizer`.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -59,7 +59,8 @@ class RNNTrainer(LearnerCallback):
         batch_first: as for `attach`.
         valid: a function of the inputs of the batch that returns the mask of valid time steps, as `fused_ar_tar` takes
             it, or `None` where all steps count.
-        starts: likewise a function that returns the mask of the time steps at which a segment starts, or `None`.
+        starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
+            `None`.
 
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model does not return
@@ -204,7 +205,7 @@ def fuse(
         output: as for `RNNTrainer`.
         batch_first: as for `RNNTrainer`.
         valid: as for `RNNTrainer`, also for a model that returns `(decoded, raw, dropped)`.
-        starts: likewise.
+        starts: as for `RNNTrainer`.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -51,7 +51,8 @@ class ActivationRegularization(Callback):
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
             `fused_ar_tar` takes it, or `None` where all steps count. A function of more arguments, `valid(batch, *args,
             **kwargs)`, also gets the arguments of the RNN, run by run.
-        starts: likewise a function that returns the mask of the time steps at which a segment starts, or `None`.
+        starts: a function of the same arguments that returns the mask of the time steps at which segments start,
+            or `None`.
         log: whether `ar` and `tar` are logged.
 
     Raises:
@@ -87,7 +88,7 @@ class ActivationRegularization(Callback):
         check_marks("the batch", valid=valid, starts=starts)
         self.valid, self.starts, self.logged = valid, starts, log  # Lightning sets `log` itself
         self._terms: Tensor | None = None  # the sums of AR and of TAR over the steps of the epoch
-        self._steps = 0  # the number of those steps
+        self._steps = 0  # the number of steps in the sums
         self._batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
@@ -136,7 +137,7 @@ class ActivationRegularization(Callback):
         self.regularizer.on_epoch_begin(pl_module)
 
     def before_step(self, batch: Any) -> None:
-        """Note the batch, of which the step's valid time steps are."""
+        """Keep the batch, from which `valid` takes the valid time steps of the step."""
         self._batch = batch
 
     def after_step(self, pl_module: Any, output: Any) -> Any:

@@ -152,7 +152,7 @@ def fused_ar_tar(
 
 
 class Computed(NamedTuple):
-    """The penalty of a call, and what its gradient follows from.
+    """The penalty of a call, and the inputs of its gradient.
 
     penalty  ()
     terms    AR and TAR, () and detached; `None` unless they are wanted
@@ -354,7 +354,7 @@ class _Plan:
 
 
 class _Penalty(Function):
-    """Keep references to the inputs that need gradients, and what the forward has filled for the backward.
+    """Keep references to the inputs that need gradients, and the gradients that the forward has filled.
 
     Filled gradients belong to the first backward; a second one computes gradients anew.
     """

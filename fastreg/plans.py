@@ -1,4 +1,4 @@
-"""The memory of plans: a call's metadata as a flat key, and what was planned for it.
+"""The memory of plans, under keys: the metadata of a call as a flat tuple.
 
 All checks of metadata run when a plan is made, so a key holds every fact that a check, a view, or compiled code depends
 on. It holds no tensor.
@@ -49,7 +49,7 @@ class Plans:
 
 
 def forget() -> None:
-    """Drop all plans, where what they were made from has changed."""
+    """Drop all plans, as the registry of backends has changed."""
     for plans in _all:
         plans.clear()
 
@@ -59,7 +59,7 @@ class _NoKeyError(Exception):
 
 
 def key_of(call: Call, *more: Any) -> Any:
-    """Return the metadata of a call as a key; `None` where only a closer look, or PyTorch, decides what is done.
+    """Return the metadata of a call as a key; `None` for a call that cannot be planned by metadata.
 
     Args:
         call: the arguments.
@@ -85,7 +85,7 @@ def key_of(call: Call, *more: Any) -> Any:
 
 
 def _fact(x: Any) -> Any:
-    """Return what a plan may depend on of one argument."""
+    """Return the facts of one argument that a plan may depend on."""
     if type(x) is Tensor:
         if not is_memory(x):
             raise _NoKeyError

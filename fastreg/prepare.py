@@ -34,7 +34,7 @@ from fastreg.torch_state import observed
 
 
 def plain(x: Any) -> Any:
-    """Return a tensor without a subclass that only decorates it; one with a dispatcher of its own stays as it is.
+    """Return a tensor without a subclass that only decorates it; one with a dispatcher of its own is kept.
 
     Packed and listed tensors are replaced, too; everything else is returned unchanged.
     """

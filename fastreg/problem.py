@@ -151,10 +151,10 @@ def steps_of(x: Any, problem: Problem) -> tuple[Any, Any]:
 
 
 def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
-    """Count what AR and TAR are means over: elements, and pairs of neighbours in time; 1 and 1 for `"sum"`.
+    """Return the divisors of AR and TAR: numbers of elements and of pairs of neighbours in time; 1 and 1 for `"sum"`.
 
     Neither is ever 0, so that an empty mean is 0 and not NaN. For padded and packed sequences they are tensors, on the
-    device of what they follow from.
+    device of lengths or marks.
     """
     if problem.reduction == "sum":
         return 1, 1
@@ -210,5 +210,5 @@ def reads_raw(call: Call, problem: Problem) -> bool:
 
 
 def reads_dropped(call: Call, problem: Problem) -> bool:
-    """Return whether a term reads dropped, likewise."""
+    """Return whether a term reads dropped: one whose coefficient is 0 is measured only if its activations are given."""
     return is_on(problem.alpha) or (problem.measured and call.dropped is not None)

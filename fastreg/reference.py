@@ -123,7 +123,7 @@ def change_difference(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
 
 
 def counted(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
-    """Replace what does not count by 0."""
+    """Replace invalid steps by 0."""
     time, batch, values = time_axis(x, problem), batch_axis(x, problem), layer.values
     if values.lengths is not None:
         valid = torch.arange(x.shape[time], device=x.device) < values.lengths.unsqueeze(-1)

@@ -323,7 +323,7 @@ class RNNRegularizer:
                 steps, as `fused_ar_tar` takes it, or `None` where all steps count. A mask that a `FusedRNNDropout` is
                 called with takes precedence.
             starts: a function of the module's arguments that returns the mask of the time steps at which a segment
-                starts, or `None`, likewise.
+                starts, or `None`; it takes the same arguments.
             stepwise: the module runs once for each time step, or for a few: the runs of a training step are joined
                 along time, in the order of the calls. A cell, such as an `nn.GRUCell`, may be attached then.
             in_backward: add the penalty's gradient in every backward through the module's output, without

@@ -1,4 +1,4 @@
-"""What PyTorch is doing: tracing, transforming, capturing, packing saved tensors away."""
+"""The state of PyTorch: tracing, transforming, capturing, packing saved tensors away."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class RegularizedTrainer(Trainer):
         self.valid, self.starts = valid, starts
         self._hooks: ExitStack | None = None
         self._valid_now: Tensor | None = None  # of the batch in training
-        self._starts_now: Tensor | None = None  # likewise
+        self._starts_now: Tensor | None = None  # its starts of segments
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
         self._sums: list[Any] = []  # since the last log: of AR, of TAR, and of the shares that they were weighed with
         super().__init__(*args, **kwargs)

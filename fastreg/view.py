@@ -126,7 +126,7 @@ def view_of(layouts: Sequence[Layout | None], fold: Fold, values: Values) -> Vie
 
 
 def sums_of(layer: Layer, problem: Problem, dtype: torch.dtype) -> Sums:
-    """Describe to a backend what it computes in `dtype`; no extent of the layer is 0."""
+    """Describe the sums of a layer to a backend; no extent of the layer is 0."""
     terms = problem.with_ar(), problem.with_tar(), problem.ar_of_raw
     return Sums(dtype, problem.alpha, problem.beta, *terms, _known_divisors(layer, problem), problem.measured)
 

@@ -282,7 +282,7 @@ def _dropout(view: View, sums: Sums) -> _Dropout:
 
 
 def _described(view: View, sums: Sums) -> tuple[Any, ...]:
-    """Return what both operations are described by: sizes, strides of four tensors, steps, and coefficients."""
+    """Return the fields that both operations share: sizes, strides of four tensors, steps, and coefficients."""
     strides = [(0, 0) if x is None else (x.outer, x.time) for x in (*view.operands, None)[:4]]
     return view[:3], *strides, (*(sums.divisors or (0, 0)), view.packed), *sums.weights[:2]
 

@@ -168,7 +168,7 @@ class Counted {
 
     Sizes sizes;                    // inner: lanes of one sequence
     const uint8_t *valid;           // (outer, time) marks, or null
-    const uint8_t *starts;          // likewise
+    const uint8_t *starts;          // of each step, or null
     const int64_t *lengths;         // of each sequence, or null: where there are no marks
     int64_t outer;                  // sequences
     std::vector<int64_t> unpacked;  // lengths of packed rows

@@ -95,7 +95,7 @@ inline INLINE void save(char *to, const V &x, bool streams) {
     std::memcpy(to, &x, sizeof(x));
 }
 
-/// Let other threads see all that was streamed before they see anything that is written after it.
+/// Order streamed stores before all later stores, as other threads see them.
 inline void fence() {
 #ifdef __SSE2__
     _mm_sfence();
@@ -146,8 +146,8 @@ struct Memory<BFloat> : Split {
   private:
     static constexpr uint32_t UPPER = 0xffff0000;  // the bits of a float that are those of a bfloat16
 
-    /// Round in the upper bits; the lower ones are any. NaN keeps its upper bits: it comes from an element of 16 bits,
-    /// from a factor or from an operation, all of which leave the lower bits 0, so that nothing is carried.
+    /// Round in the upper bits; the lower bits are unspecified. NaN keeps its upper bits: it comes from an element of 16 bits,
+    /// from a factor or from an operation, and these leave the lower bits 0, so that nothing is carried.
     static INLINE Vector<uint32_t> nearest(Vector<float> value) {
         const auto bits = bits_of<Vector<uint32_t>>(value);
         return bits + 0x7fff + (bits >> 16 & 1);

@@ -38,7 +38,7 @@ from fastreg.kernels.view import Result, Sums, Values, View
 
 
 @triton.jit(
-    do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
+    do_not_specialize=[  # values that differ from batch to batch must not compile new code
         *("partials", "ticket", "lengths", "valid", "counted", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "mask_outer", "mask_time", "dropped_outer", "dropped_time"),
         *("lanes", "inner", "time", "run", "blocks", "items"),
@@ -126,7 +126,7 @@ def dropout_forward(
         raw_rows = Rows(at(raw, tile, raw_outer, ALIGN), raw_time, None, ALIGN)
         mask_rows = Rows(at(mask, tile, mask_outer, ALIGN), mask_time, None, ALIGN)
         dropped_rows = Rows(at(dropped, tile, dropped_outer, ALIGN), dropped_time, None, ALIGN)
-        last = time  # what lies behind it is padding
+        last = time  # later steps are padding
         if lengths is not None:
             last = ends(lengths, tile.sequence, tile.present, time, INDEX)
         if LOCKED:
@@ -259,7 +259,7 @@ def dropout_backward(
             mask_rows = Rows(at(mask, tile, mask_outer, ALIGN), mask_time, None, ALIGN)
             if LOCKED:
                 scale = load_row(mask_rows, 0, tile.present, ACC)
-        last = time  # what lies behind it is padding
+        last = time  # later steps are padding
         if lengths is not None:
             last = ends(lengths, tile.sequence, tile.present, time, INDEX)
         if grad_dropped is not None:
@@ -319,7 +319,7 @@ class DropoutForward:
 
     Args:
         view: of raw, mask and dropped; a mask that is the same at all time steps has a time stride of 0.
-        sums: what to compute.
+        sums: the sums to compute.
         device: where the tensors are.
     """
 
@@ -346,7 +346,7 @@ class DropoutBackward:
     Args:
         view: of raw, mask, the gradient of dropped, and that of raw. Without a mask, whose operand is `None`, the
             gradient of dropped is one that arrives at raw; without a gradient of dropped its operand is `None`.
-        sums: what the forward computed; a term is off where the penalty has no upstream gradient.
+        sums: those of the forward; a term is off if the penalty has no upstream gradient.
         device: where the tensors are.
     """
 
@@ -365,7 +365,7 @@ class DropoutBackward:
 
 
 def _read(values: Values) -> tuple[Tensor | None, ...]:
-    """Return what both kernels read of time steps and coefficients, from lengths to beta."""
+    """Return the arguments of both kernels on time steps and coefficients, from lengths to beta."""
     return values.lengths, *marks_of(values), values.alpha, values.beta
 
 

@@ -21,7 +21,7 @@ class Launch:
 
     The first call goes through Triton's JIT launcher, which finds or compiles the code for the tensors of that call.
     Later calls launch that code directly, which takes 3 us of host time instead of 14 (Triton 3.6). So the tensors of
-    all calls must agree in all that code depends on: their dtypes, which of them are aligned to 16 bytes, and which are
+    all calls must agree in the facts that compiled code depends on: dtypes, alignment to 16 bytes, and the positions of
     `None`.
 
     Args:
@@ -100,9 +100,9 @@ class Marks:
 
 
 def marks_of(values: Values) -> tuple[Tensor | None, Tensor | None]:
-    """Return what kernels read of valid steps and starts: marks, `(sequences, time)`, and their counts.
+    """Return the marks that kernels read for valid steps and starts, `(sequences, time)`, and their counts.
 
-    Marks are valid itself, bool; or with starts int8, of which bit 0 is valid and bit 1 a start.
+    Marks are valid itself, bool; or with starts int8, bit 0 for valid and bit 1 for a start.
     """
     valid, counts = values.valid, values.marks
     if values.starts is None or valid is None or counts is None:
@@ -111,7 +111,7 @@ def marks_of(values: Values) -> tuple[Tensor | None, Tensor | None]:
 
 
 def table_of(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Compute what kernels need to know of packed rows, and copy it to the device in one go.
+    """Compute the offsets and lengths of packed rows, and copy both to the device in one transfer.
 
     Returns:
         offsets, `(1 + time + UNROLL,)` int64, whose entry `1 + step` is the row where a time step begins; and the

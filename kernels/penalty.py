@@ -36,7 +36,7 @@ THREADS = tl.constexpr(tiling.THREADS)
 
 
 @triton.jit(
-    do_not_specialize=[  # what differs from batch to batch must not decide what is compiled
+    do_not_specialize=[  # values that differ from batch to batch must not compile new code
         *("grad", "expected", "partials", "ticket", "lengths", "offsets", "valid", "counted", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "dropped_outer", "dropped_time"),
         *("grad_raw_outer", "grad_raw_time", "grad_dropped_outer", "grad_dropped_time"),
@@ -103,9 +103,9 @@ def penalty_kernel(
     of both gradients.
 
     A forward that does both does not know the upstream gradient yet, and assumes that of the last backward on its
-    stream. Each program records what it assumed and goes by its own record. In the backward the program of the same
+    stream. Each program records its assumption and uses its own record. In the backward the program of the same
     number, which has the same items, returns if the upstream gradient has the bits of that record, and writes its
-    gradients anew if not. So no gradient depends on what was assumed, nor on whether all programs of a launch assumed
+    gradients anew if not. So no gradient depends on the assumption, nor on whether all programs of a launch assumed
     the same, as they may not while a backward on another stream writes its upstream gradient: a wrong assumption costs
     time alone.
 
@@ -132,7 +132,7 @@ def penalty_kernel(
     ar_scale, tar_scale     one over the divisors of the sums
     AR_OF_RAW               AR is that of raw, and dropped is None
     BY_AR, BY_TAR           whether each term has a gradient; one that is only measured has none
-    ADDS                    the penalty and its terms are added to what is there
+    ADDS                    the penalty and its terms are added to the values in memory
     COUNT                   the divisors of the sums are counted, from lengths or valid
     ACC                     dtype of differences, products and sums
     ALIGN                   greatest power of two up to 16 that divides inner and every stride
@@ -161,7 +161,7 @@ def penalty_kernel(
     tar = tl.full((), 0.0, ACC)
     for item in range(program, items, tl.num_programs(0)):
         tile = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
-        last = time  # what lies behind it is padding, or not there
+        last = time  # later steps are padding, or do not exist
         stop = tile.stop
         if lengths is not None:
             last = ends(lengths, tile.sequence, tile.present, time, INDEX)
@@ -262,7 +262,7 @@ class PenaltyForward:
     Args:
         view: of raw, dropped, and the gradients of both; the operand of a tensor that no term reads, or of a gradient
             that is not wanted, is `None`.
-        sums: what to compute.
+        sums: the sums to compute.
         device: where the tensors are.
     """
 
@@ -292,7 +292,7 @@ class PenaltyBackward:
 
     Args:
         view: that of the forward, as a program of the same number must have the same items.
-        sums: what the forward computed.
+        sums: those of the forward.
         device: where the tensors are.
     """
 
@@ -309,7 +309,7 @@ class PenaltyBackward:
 
         Args:
             grad: the upstream gradient, () in the dtype of the sums.
-            tensors: as in the view, but `None` for what has no gradient.
+            tensors: as in the view, but `None` without a gradient.
             values: those of the forward.
             prediction: that of the forward's result, if it has filled these gradients.
         """
@@ -336,7 +336,7 @@ def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) 
 
 
 def _steps(values: Values, device: torch.device) -> tuple[Tensor | None, ...]:
-    """Return what the kernel reads of time steps and coefficients, on the device, from lengths to beta."""
+    """Return the kernel's arguments on time steps and coefficients, on the device, from lengths to beta."""
     lengths, offsets = values.lengths, None
     if values.batch_sizes is not None:
         offsets, lengths = table_of(values.batch_sizes, device)

@@ -1,4 +1,4 @@
-"""The sum in one launch and a fixed order that all forward kernels share, and what sums are multiplied by.
+"""The sum in one launch and a fixed order that all forward kernels share, and the factors of the sums.
 
 Every program leaves its partial sums in memory and takes a ticket. The one that draws the last ticket adds all
 partial sums, always in the same order, so the result does not depend on which program that was.
@@ -24,9 +24,9 @@ TICKETS = PerStream(torch.int32, 0)
 
 
 class Outputs(NamedTuple):
-    """What a forward kernel writes, inside the kernel: pointers in ACC to a scalar and to two terms.
+    """The outputs of a forward kernel, inside the kernel: pointers in ACC to a scalar and to two terms.
 
-    With ADDS the results are added to what is there.
+    With ADDS the results are added to the values in memory.
     """
 
     penalty: Any
@@ -42,7 +42,7 @@ class Scratch(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """What divisors are counted from, inside a kernel; neither lengths nor valid where they are given.
+    """The sources of the divisors, inside a kernel; neither lengths nor valid if the divisors are numbers.
 
     lengths    (sequences,) time steps that count, or None
     valid      (sequences, time) marks of time steps that count, or None
@@ -61,7 +61,7 @@ class Extents(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What the two sums are multiplied by, inside a kernel: float64 numbers, or where they are to be found.
+    """The factors of the two sums, inside a kernel: float64 numbers, or pointers to them.
 
     alpha, beta          coefficients
     alpha_at, beta_at    pointers to scalars that take the place of the coefficients, or None
@@ -172,7 +172,7 @@ def one_over(count):
 
 @triton.jit
 def factors(weights, extents, upstream):
-    """Return what gradients of the two sums of squares are multiplied by, in the dtype of the upstream gradient.
+    """Return the factors of the gradients of both sums of squares, in the dtype of the upstream gradient.
 
         2 * alpha * ar_scale * upstream, 2 * beta * tar_scale * upstream
 
@@ -194,7 +194,7 @@ def finish(ar, tar, outputs, scratch, extents, weights):
 
     ar, tar  scalars, this program's partial sums of squares
     outputs  where to
-    scratch  of which the ticket is a multiple of the number of programs before the launch and after it
+    scratch  its ticket is a multiple of the number of programs before the launch and after it
     extents  to count divisors
     weights  coefficients and scales
     """
@@ -224,12 +224,12 @@ def finish(ar, tar, outputs, scratch, extents, weights):
             if outputs.terms is not None:
                 ar_mean += tl.load(outputs.terms)
                 tar_mean += tl.load(outputs.terms + 1)
-            tl.debug_barrier()  # every thread has read what one of them is about to overwrite
+            tl.debug_barrier()  # all threads must read before one overwrites
         tl.store(outputs.penalty, penalty)
         if outputs.terms is not None:
             tl.store(outputs.terms, ar_mean)
             tl.store(outputs.terms + 1, tar_mean)
-        tl.atomic_add(scratch.ticket, 0 - programs, sem="relaxed")  # not 0, which would undo what others have drawn
+        tl.atomic_add(scratch.ticket, 0 - programs, sem="relaxed")  # a store of 0 would undo the tickets of others
 
 
 @triton.jit
@@ -252,8 +252,8 @@ class SumMemory:
     """Allocate the memory that a forward kernel needs for its sums.
 
     Args:
-        sums: what is computed.
-        programs: of a launch, each of which leaves up to three numbers in memory.
+        sums: the sums to compute.
+        programs: of a launch; each leaves up to three numbers in memory.
         device: where they run.
     """
 

@@ -20,7 +20,7 @@ THREADS = 128  # with a 16-byte load each a block of lanes is 2 KB of a row
 WARPS = THREADS // (64 if torch.version.hip else 32)
 UNROLL = 4  # rows in flight a thread: 64 bytes of each tensor, to hide the latency of memory
 SHORTEST_RUN = 16  # time steps: halo rows add at most 1/16 to the reads of raw, 1/8 in the backward
-LONGEST_RUN = 128  # time steps: float32 sums drift with their length, and a run's and a program's are kept apart
+LONGEST_RUN = 128  # time steps: float32 sums drift with their length: a run and a program have separate sums
 PROGRAMS = 1024  # about 8 for each of an H100's 132 cores, all resident; more would only add halo rows
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always are
 
@@ -118,7 +118,7 @@ def load_mark(valid, tile, step, time):
 
 @triton.jit
 def as_mark(loaded, valid):
-    """Return marks as loaded from `valid`: bool, or with starts int8, of which bit 0 is valid and bit 1 a start."""
+    """Return marks as loaded from `valid`: bool, or with starts int8, bit 0 for valid and bit 1 for a start."""
     mark = loaded
     if valid.dtype.element_ty == tl.int1:
         mark = loaded != 0
@@ -136,7 +136,7 @@ def is_valid(mark):
 
 @triton.jit
 def joined(there, before, now):
-    """Tell whether the change between two marked steps counts, of which the second counts where it is `there`."""
+    """Return whether the change between two marked steps counts; the second step counts where it is `there`."""
     there &= is_valid(before)
     if now.dtype != tl.int1:
         there &= (now & 2) == 0

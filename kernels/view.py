@@ -1,4 +1,4 @@
-"""The records that every backend shares: tensors' layouts, what the sums are, what a call reads and returns."""
+"""The records that every backend shares: layouts of tensors, sums, values and results of a call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layout_of(x: Tensor) -> Layout:
 
 
 def allocate(layout: Layout) -> Tensor:
-    """Allocate memory that is not initialized, not even in deterministic mode: a kernel writes all of it."""
+    """Allocate memory that is not initialized, not even in deterministic mode: a kernel writes every element."""
     shape, stride, dtype, device, _ = layout
     if not torch.are_deterministic_algorithms_enabled():
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
@@ -56,7 +56,7 @@ class View(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The two sums of squares, and what they are multiplied by.
+    """The two sums of squares, and their factors.
 
     dtype        of differences, squares and sums, and of the penalty
     alpha, beta  coefficients of AR and TAR; None for one that each call brings as a tensor
@@ -91,9 +91,9 @@ class Values(NamedTuple):
     lengths      (outer,) integers on the device of the activations: how many time steps of a sequence count
     batch_sizes  (time,) int64 on the CPU, those of packed rows
     valid        (outer, time) contiguous bool on the device of the activations: which time steps count
-    marks        counts of valid, or whatever else a backend's `Marks` has made of it
+    marks        counts of valid, or other results of a backend's `Marks`
     alpha, beta  () coefficients in a floating-point dtype, on the device of the activations
-    starts       like valid, which is there, too: the steps at which a segment starts, into which no change counts
+    starts       like valid, and only together with it: the steps at which a segment starts; no change into one counts
     """
 
     lengths: Tensor | None = None
@@ -120,11 +120,11 @@ class Prediction(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a forward computes, in the dtype of the sums, on the device of the tensors.
+    """The results of a forward, in the dtype of the sums, on the device of the tensors.
 
     penalty     (): alpha * AR + beta * TAR
     terms       (2,): AR and TAR; None unless they are measured
-    prediction  what written gradients rest on; None if none were written
+    prediction  the assumption of written gradients; None if none were written
     """
 
     penalty: Tensor

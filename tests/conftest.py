@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 
 
 def skip_on_formula(device: str) -> None:
-    """Skip a promise of the kernels alone: the plain formula rounds when PyTorch does, and keeps what PyTorch keeps."""
+    """Skip a promise of the kernels alone: the plain formula rounds and keeps memory as PyTorch does."""
     if device == "cpu" and CPU is None:
         pytest.skip("the C++ kernels were not built: CPU tensors take the plain formula")
 

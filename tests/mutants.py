@@ -64,7 +64,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("leaving change off by one", "i + 1, turn + i + 1, seen)", "i, turn + i, seen)"),
         ("pairs cross a sequence's end", "turn + i + 1, seen)", "turn + i + 1, time)"),
         ("pairs with a step before that does not count", "joined(paired, marks[i], marks[i + 1])", "paired"),
-        ("a halo row that does not count", "halo = joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)", "pass"),
+        ("a halo row that does not count", "joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)", "halo"),
         ("sign of the change from a step flipped", "change_to - change_from", "change_to + change_from"),
         ("AR left out where raw is dropped", "ar_run += current * current", "ar_run += 0"),
         ("AR left out of the gradient of raw", "gradient = tl.fma(ar_factor, current, gradient)", "pass"),
@@ -113,7 +113,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/dropout.py", "dropout_backward"): [
         ("leaving change cut at the run", "turn + i + 1, last", "turn + i + 1, tile.stop"),
         ("pairs with a step before that does not count", "joined(paired, marks[i], marks[i + 1])", "paired"),
-        ("a halo row that does not count", "halo = joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)", "pass"),
+        ("a halo row that does not count", "joined(halo, load_mark(valid, tile, tile.start - 1, time), mark)", "halo"),
         ("sign of dropped's gradient flipped", "gradient += upstream_rows[i]", "gradient -= upstream_rows[i]"),
         ("mask left out", "gradient *= keep", "gradient *= 1"),
         ("an infinite mask spoils TAR", "grad_dropped is not None or (AR and not AR_OF_RAW)", "True"),
@@ -151,7 +151,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("pairs of one program alone", "counted + parts, mask=columns < parts", "counted + parts, mask=columns < 1"),
     ],
     ("kernels/reduction.py", "count"): [
-        ("pairs as many as steps", "pairs += joined(is_valid(now), before, now).to(tl.int32)", "pairs += is_valid(now).to(tl.int32)"),
+        ("pairs as many as steps", "pairs += joined(is_valid(now), before, now)", "pairs += is_valid(now)"),
         ("only the first steps", "range(start, stop, STEPS)", "range(start, start + STEPS, STEPS)"),
         ("pairs of two sequences", "between += joined(is_valid(now), before, now).to(tl.int32)", "pass"),
         ("pairs of the first sequences alone", "1), sequences, CHUNK)", "1), 2, CHUNK)"),
@@ -622,7 +622,7 @@ MUTANTS = [Mutant(*place, *mutant) for place, mutants in CODE.items() for mutant
 
 
 def build(kernels: Path) -> None:
-    """Build the C++ kernels in a copy, quickly, instead of those of the unchanged code."""
+    """Build the C++ kernels in a copy, quickly, without the libraries of the unchanged code."""
     for library in kernels.glob("*.so"):
         library.unlink()
     options = ["-std=c++17", "-O1", "-w", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]

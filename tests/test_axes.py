@@ -96,7 +96,7 @@ def drawn(seed: int) -> Case:
     tensors, texts = [], []
     for own in dtypes:
         values = torch.randn(shape, generator=generator, dtype=DOUBLE).to(own)
-        if draw.random() < 0.8:  # what does not count may be anything
+        if draw.random() < 0.8:  # invalid steps may have any value
             values = torch.where(along, values, torch.tensor(draw.choice([torch.nan, torch.inf]), dtype=own))
         expands = draw.random() < 0.05 and steps.all().item() is True
         x, text = memory(values, draw, bool(expands))
@@ -346,7 +346,7 @@ def test_second_derivatives(time_dim: int, device: str) -> None:
 
 
 def test_a_start_is_no_hole(device: str) -> None:
-    """Two documents in a row are worth what they are worth apart; the first step of the second counts."""
+    """Two documents in a row have the penalty of separate ones; the first step of the second counts."""
     x, y = (torch.randn(1, n, 5, device=device) for n in (4, 6))
     starts = torch.zeros(1, 10, dtype=torch.bool, device=device)
     starts[0, 4] = True

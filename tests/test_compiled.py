@@ -192,7 +192,7 @@ def test_no_spills_with_narrow_loads(target: Any, dtype: torch.dtype, hidden: in
 
 
 def usage_of(binary: Any, folder: Path) -> str:
-    """What cuobjdump says of registers and memory of a thread, and the instructions."""
+    """Return registers and memory of a thread from cuobjdump, and the instructions."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(binary.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

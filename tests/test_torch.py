@@ -101,7 +101,7 @@ STEPS_CALLS: dict[str, Any] = {
     ),
     "drawn_valid": lambda r, d, steps: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, valid=steps),
 }
-TWO_STEPS_CALLS = ("lengths", "drawn_valid")  # for what depends on a function and its argument, but not on their pair
+TWO_STEPS_CALLS = ("lengths", "drawn_valid")  # for tests that need not cross functions and arguments
 by_compiled = pytest.mark.parametrize("call", COMPILED.values(), ids=COMPILED)
 
 

@@ -41,7 +41,7 @@ class H100Backend(CUDABackend):
         del stages["cubin"]
 
     def hash(self) -> str:
-        return f"ptx-{super().hash()}"  # the cache on disk must tell code without a cubin apart
+        return f"ptx-{super().hash()}"  # the cache on disk must separate code without a cubin
 
 
 class Argument(NamedTuple):
