@@ -106,7 +106,7 @@ def fold_of(layouts: Sequence[Layout | None], layer: Layer, problem: Problem) ->
         folds += [Fold(shape, time, tuple(order[:i]), tuple(order[i:])) for i in range(len(order) + 1)]
     if not whole:
         folds = [fold for fold in folds if fold.outer == sequences]
-    elif x.device.type != "cpu" or shape[time] < NARROW or any(x.stride[time] != 1 for x in given):
+    elif x.device.type != "cpu" or shape[time] < NARROW or any(x.stride[time] > 1 for x in given):
         folds = [fold for fold in folds if fold.inner or not fold.outer]
     copied = Fold(shape, time, sequences, rest) if rest or not whole else Fold(shape, time, (), sequences)
     return min([copied, *folds], key=lambda fold: sum(not fold.fits(x) for x in given))  # the first of the best

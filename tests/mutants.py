@@ -336,7 +336,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/view.py", "fold_of"): [
         ("sequences folded where not all of their steps count", "if fold.outer == sequences", "if True"),
         ("few steps in a row read as they lie", "shape[time] < NARROW", "False"),
-        ("steps apart read as they lie", "any(x.stride[time] != 1 for x in given)", "False"),
+        ("steps apart read as they lie", "any(x.stride[time] > 1 for x in given)", "False"),
         ("all copied", "sum(not fold.fits(x) for x in given)", "0"),
         ("a row repeated for all taken for the innermost", "layout.stride[axis] != 0, ", ""),
     ],
