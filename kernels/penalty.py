@@ -147,12 +147,12 @@ def penalty_kernel(
         upstream = load_once(grad) if SUM else tl.load(grad)
         if partials is not None:
             record = partials + 2 * tl.num_programs(0) + program
-            if SUM:
-                tl.store(record, upstream)
-            else:
+            if not SUM:
                 differs = differ(tl.load(record), upstream).to(tl.int32)
                 items *= differs
                 sequences *= differs
+            elif offsets is None:
+                tl.store(record, upstream)
         if not SUM and expected is not None:
             tl.store(expected, upstream, mask=program == 0)
         extents = Extents(lengths if COUNT else None, valid if COUNT else None, counted, sequences, time, inner * ALIGN)
@@ -235,6 +235,8 @@ def penalty_kernel(
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
     if SUM:
+        if WRITE and offsets is not None:  # here, as packed rows leave no registers for it on sm_80
+            tl.store(partials + 2 * tl.num_programs(0) + program, upstream)
         outputs = Outputs(penalty, terms, ADDS)
         extents = Extents(lengths if COUNT else None, valid if COUNT else None, counted, sequences, time, inner * ALIGN)
         finish(ar, tar, outputs, Scratch(partials, ticket), extents, weights)
