@@ -334,9 +334,7 @@ VALID = torch.ones(3, 5, dtype=torch.bool)
         (PACKED, {"valid": VALID}, ValueError, "valid: expected None, as a PackedSequence has lengths of its own"),
     ],
 )
-def test_bad_steps(
-    raw: Tensor | PackedSequence, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_steps(raw: Tensor | PackedSequence, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fused_ar_tar(raw, raw, 2.0, 1.0, **options)
     if isinstance(raw, Tensor):
