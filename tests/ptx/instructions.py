@@ -68,6 +68,8 @@ def forms() -> dict[str, Form]:
         define("shr.T", "T T b32", f"B < {bits} ? A >> B : 0", f"u{bits}", f"b{bits}")
         define("shr.T", "T T b32", f"A >> (B < {bits} ? B : {bits - 1})", f"s{bits}")
     define("bfe.T", "T T b32 b32", "B < 32 ? A >> B & (C < 32 ? (1u << C) - 1 : -1u) : 0", "u32")
+    field = "B + C <= 32 ? (T)((u32)A << 32 - B - C) >> 32 - C"  # its highest bit is its sign
+    define("bfe.T", "T T b32 b32", f"C == 0 ? 0 : {field} : A >> (B < 32 ? B : 31)", "s32")
     define("selp.T", "T T T pred", "C ? A : B", *integers, *untyped, "f32", "f64")
     define("mov.T", "T T", "A", *integers, *untyped, "f32", "f64", "pred")
     orders = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
