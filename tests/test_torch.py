@@ -290,6 +290,9 @@ class TestCompile:
         graph = make_fx(call, tracing_mode="symbolic")(*(x.detach() for x in leaves(5)))
         for others in (9, 1):
             assert_close(everything(graph, leaves(others)), everything(call, leaves(others)))
+        graph = make_fx(call)(*(x.detach() for x in leaves(5)))  # of real tensors, which have memory
+        others = [(2 * x).detach() for x in leaves(5)]
+        assert_close(flat(graph(*others)), flat(call(*others)))
 
 
 class TestAutocast:
