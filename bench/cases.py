@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench.formulas import ALPHA, BETA, awd_lstm_lm, fastai, padded, rnn_dropout
+from bench.formulas import ALPHA, BETA, awd_lstm_lm, changes, fastai, padded, rnn_dropout
 from bench.machine import DEFAULT, KEPT
 from bench.steps import AWDLSTMStep, LightningStep, LSTMStep, MambaStep, MinGRUStep, Step
 from bench.timing import Call
@@ -258,7 +258,54 @@ class PaddedCase(Case):
         return both
 
 
-AnyCase = PenaltyCase | DropoutCase | PaddedCase | Step
+@dataclass(frozen=True)
+class ChangesCase(Case):
+    """TAR of a world model's representations, `(batch, channels, time, 1, 1)`, forward and backward.
+
+    Memory has the order batch, time, channels; that of the axes with CONTIGUOUS.
+    """
+
+    PEERS: ClassVar = ("eager", "compiled", "fastreg")
+    contiguous: bool = False
+
+    def __str__(self) -> str:
+        return "-".join([super().__str__(), *["contiguous"] * self.contiguous, "changes-forward+backward"])
+
+    @property
+    def info(self) -> dict[str, Any]:
+        layout = "batch, channels, time" if self.contiguous else "batch first"
+        return super().info | {"layout": layout, "pass": "changes, forward + backward"}
+
+    @property
+    def input_bytes(self) -> int:
+        return self.tensor_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """The input is read once, and its gradient written once."""
+        return 2 * self.tensor_bytes
+
+    def bytes_moved(self, peer: str) -> int | None:
+        """Compiled code reads the input again in the backward; fastreg copies it where time is innermost."""
+        moved = {"compiled": 3 * self.tensor_bytes, "fastreg": self.tensor_bytes * (4 if self.contiguous else 2)}
+        return moved.get(peer)
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        """Representations."""
+        x = self.tensor(device).movedim(1, 2)[..., None, None]
+        return ((x.contiguous() if self.contiguous else x).requires_grad_(),)
+
+    def peers(self) -> dict[str, Peer]:
+        stock = functools.partial(changes, time_dim=2)
+        fused = functools.partial(fused_ar_tar, dropped=None, alpha=0.0, beta=1.0, time_dim=2)
+        return {"eager": stock, "compiled": torch.compile(stock), "fastreg": fused}
+
+    def call(self, peer: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
+        one = torch.ones_like(peer(*sets[0]).detach())
+        return lambda i: torch.autograd.grad(peer(*sets[i % len(sets)]), sets[i % len(sets)], one)
+
+
+AnyCase = PenaltyCase | DropoutCase | PaddedCase | ChangesCase | Step
 
 
 def all_cases(device: str, allocator: str | None = KEPT) -> list[AnyCase]:
@@ -271,6 +318,10 @@ def all_cases(device: str, allocator: str | None = KEPT) -> list[AnyCase]:
 
 
 STACK = MinGRUStep((4, 256, 256))
+# eb_jepa's action-conditioned model, 17 steps of 512 channels
+JEPA = [
+    ChangesCase((128, 17, 512), dtype, contiguous=x) for x in (False, True) for dtype in (torch.float32, torch.bfloat16)
+]
 SMALL_STEPS = LSTMStep((8, 10, 16)), LSTMStep((16, 35, 60)), MambaStep((4, 64, 64)), LightningStep((16, 35, 60))
 
 
@@ -290,6 +341,7 @@ def _gpu_cases() -> Iterator[AnyCase]:
     yield DropoutCase(small, torch.float16)
     for shape, dtype in product((small, SHAPES[3], large), (torch.float32, torch.bfloat16)):
         yield PaddedCase(shape, dtype)
+    yield from JEPA
     yield PenaltyCase(DEMO, torch.float32)
     for shape, dtype in product((large, small), (torch.bfloat16, torch.float32)):
         yield PenaltyCase(shape, dtype, changing=True)
@@ -319,6 +371,7 @@ def _cpu_cases() -> Iterator[AnyCase]:
         yield DropoutCase(shape, dtype)
     for shape, dtype in product((small, SHAPES[3]), (torch.float32, torch.bfloat16)):
         yield PaddedCase(shape, dtype)
+    yield from JEPA
 
 
 def input_sets(case: AnyCase, device: str) -> list[tuple[Tensor, ...]]:

@@ -25,6 +25,12 @@ def padded(raw: Tensor, dropped: Tensor, lengths: Tensor, alpha: float, beta: fl
     return alpha * ar + beta * tar
 
 
+def changes(x: Tensor, time_dim: int) -> Tensor:
+    """Any axes; what `TemporalSimilarityLoss` of facebookresearch/eb_jepa multiplies by `sim_coeff_t`."""
+    x = x.movedim(time_dim, 0)
+    return (x[1:] - x[:-1]).pow(2).mean()
+
+
 def awd_lstm_lm(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
     """`(time, batch, hidden)`; what `train()` of salesforce/awd-lstm-lm adds to the loss."""
     ar = alpha * dropped.pow(2).mean() if alpha else 0.0

@@ -31,6 +31,7 @@ BOTH = "forward + backward"
 CHANGING = "forward + backward, changing"
 DROPOUT = "dropout, forward + backward"
 PADDED = "padded, forward + backward"
+CHANGES = "changes, forward + backward"
 HEADLINE = (  # of the README's table: kind, label, and case
     (BOTH, "(20, 70, 96), float32", "penalty"),
     (BOTH, "(64, 70, 400), float32", "penalty"),
@@ -58,6 +59,10 @@ Every backward with another upstream gradient than the one before, which fastreg
 """
 PADDED_TITLE = """\
 Half of the batch padding: `fused_ar_tar` with `lengths`, without them, as if all counted, and the formula with a mask:
+"""
+CHANGES_TITLE = """\
+TAR of a world model's representations along their third axis, `(batch, channels, time, 1, 1)`, as eb_jepa forms it. The
+shape is by batch, time and channels, the order in memory unless another is named:
 """
 STEP_TITLE = """\
 A training step, forward, loss, backward, clipping and SGD, in float32, %s:
@@ -474,6 +479,7 @@ def tables(result: Result) -> list[str]:
     if result.of(DROPOUT):
         parts += [DROPOUT_TITLE, dropout_table(result), dropout_verdict(result)]
     parts += [PADDED_TITLE, padded_table(result)] if result.of(PADDED) else []
+    parts += [CHANGES_TITLE, penalty_table(result, CHANGES)] if result.of(CHANGES) else []
     return parts
 
 

@@ -252,10 +252,12 @@ class _LayerPlan:
         saved = layer.raw, layer.dropped
         layouts = tuple([x if y is None else layout_of(y) for x, y in zip(self.layouts, saved, strict=True)])
         if layouts == self.layouts:
-            read = self._read(saved)
             if self.backward is None:
                 self.backward = self._plan_backward(layouts, layer, self.fold)
             gradients, launch = self.backward
+            if self.copies and prediction is not None and launch.holds(grad, prediction):
+                return filled  # before anything is copied
+            read = self._read(saved)
         else:  # a hook on saved tensors, or an assignment to `x.data`, has changed one
             for name, x, y in zip(("raw", "dropped"), self.layouts, layouts, strict=True):
                 check_saved(name, x, y)

@@ -71,6 +71,11 @@ class PenaltyBackward:
         if outcome == _DONE and prediction is not None:
             prediction.expected.learn(grad)
 
+    def holds(self, grad: Tensor, prediction: Prediction) -> bool:
+        """Return whether the forward has filled the gradients for this upstream gradient, to the bit."""
+        bits = torch.int64 if self.dtype == torch.float64 else torch.int32
+        return prediction.assumed.view(bits).equal(grad.view(bits))
+
 
 class DropoutForward:
     """Apply dropout masks and compute penalties, as `fastreg.kernels.dropout.DropoutForward` does."""

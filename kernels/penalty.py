@@ -322,6 +322,10 @@ class PenaltyBackward:
             expected = prediction.expected.learn()
             self.comparing(*tensors, grad, expected, prediction.assumed, None, None, None, *steps)
 
+    def holds(self, grad: Tensor, prediction: Prediction) -> bool:
+        """Return `False`: only the device can compare, and the host does not wait for it."""
+        return False
+
 
 def _launch(tiling: Tiling, sums: Sums, device: torch.device, **switches: bool) -> Launch:
     """Prepare a launch of the kernel in one of its ways."""

@@ -578,7 +578,6 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/reference.py", "counted"): [
         ("marks across sequences", "valid.transpose(0, 1)", "valid.reshape(x.shape[:2])"),
     ],
-
     ("fastreg/reference.py", "ar_tar_gradients"): [
         ("halves subtracted in half", "x.to(grad.dtype) for", "x for"),
         ("factor 2 missing in TAR", "2 * _coefficient(problem.beta", "_coefficient(problem.beta"),

@@ -17,7 +17,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.kernels.view import layout_of
+from fastreg.backends import cpu_tensors_by
+from fastreg.kernels.view import NOTHING, layout_of
 from fastreg.prepare import values_of
 from fastreg.problem import Call, Layer, Problem
 from fastreg.view import NARROW, fold_of, view_of
@@ -221,6 +222,15 @@ def test_dropout_of_any_axes(seed: int) -> None:
     check_dropout(seed)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the formula runs no kernel")
+@pytest.mark.parametrize("seed", range(100))
+def test_the_formula_of_any_axes(seed: int) -> None:
+    with cpu_tensors_by(None):
+        check_penalty(seed)
+        if drawn(seed).raw.dtype in (FLOAT, DOUBLE):  # PyTorch rounds each part of a gradient of fewer bits
+            check_dropout(seed)
+
+
 @pytest.mark.parametrize(
     ("memory_order", "axis", "sizes", "copied"),
     [
@@ -265,8 +275,17 @@ def test_time_alone_in_memory(time: int) -> None:
     x = torch.randn(2, 3, time)
     fold = fold_of([layout_of(x)], Layer(x, None), Problem(2.0, 1.0, -1))
     assert (fold.read(x) is not x) == (time < NARROW)
+    apart = torch.randn(2, 3, 2 * time)[..., ::2]
+    assert fold_of([layout_of(apart)], Layer(apart, None), Problem(2.0, 1.0, -1)).read(apart) is not apart
     elsewhere = fold_of([layout_of(x)], Layer(x.to("meta"), None), Problem(2.0, 1.0, -1))
     assert elsewhere.read(x) is not x
+
+
+def test_channels_that_share_memory_are_read_in_place() -> None:
+    x = torch.randn(1, 1, 5, 4).expand(1, 3, 5, 4)
+    fold = fold_of([layout_of(x)], Layer(x, None), Problem(2.0, 1.0, 2))
+    assert fold.read(x) is x
+    assert view_of([layout_of(x)], fold, NOTHING)[:3] == (3, 5, 4)
 
 
 def test_a_copied_mask_of_one_row_still_is() -> None:

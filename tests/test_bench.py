@@ -192,6 +192,16 @@ def test_calls(backward: bool, same: bool) -> None:
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_calls_with_another_axis_of_time(contiguous: bool) -> None:
+    case = cases.ChangesCase((3, 5, 8), torch.float32, contiguous=contiguous)
+    sets = cases.input_sets(case, "cpu")
+    assert sets[0][0].shape == (3, 8, 5, 1, 1)
+    assert sets[0][0].is_contiguous() == contiguous
+    want, got = (case.call(peer, sets)(1) for name, peer in case.peers().items() if name != "compiled")
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
