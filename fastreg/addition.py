@@ -51,8 +51,9 @@ class Addition:
         is_formula = is_formula or raw.numel() == 0 or values.batch_sizes is not None
         self.backend: Any = None if is_formula else backend_for(raw.device)
         self.backwards: dict[Any, Any] = {}  # by the layout of the gradient that arrives
-        has_marks = self.backend is not None and values.valid is not None and values.marks is None
-        self.mark = self.backend.marks(values.valid.shape, raw.device) if has_marks else None
+        self.mark: Any = None
+        if self.backend is not None and values.valid is not None and values.marks is None:
+            self.mark = self.backend.marks(values.valid.shape, raw.device)
 
     def __call__(self, upstream: Tensor, layer: Layer, arrived: Tensor) -> Tensor:
         """Return the sum of both gradients.

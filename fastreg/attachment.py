@@ -165,7 +165,7 @@ class Attachment:
         left = []
         for ref in self._runs:
             run = ref()
-            if run in runs:
+            if run is not None and run in runs:
                 run.drop()
             elif run is not None:
                 left.append(ref)

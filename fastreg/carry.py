@@ -93,7 +93,8 @@ class _Carry(Function):
             start, width = len(carriers) + i * len(NOTHING), len(NOTHING)
             layers[at] = Layer(layers[at].raw, None, Values(*saved[start : start + width]))
         if torch.compiler.is_compiling():  # compiled autograd traces neither changing hooks nor callbacks
-            torch.compiler.disable(_arm)(carriers, task, grad, layers)
+            arm: Any = torch.compiler.disable(_arm)
+            arm(carriers, task, grad, layers)
         else:
             _arm(carriers, task, grad, layers)
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_disarm, carriers))
