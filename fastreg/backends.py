@@ -61,7 +61,13 @@ def backend_for(device: torch.device) -> Backend | None:
         if _cpu is CPP is None:
             _warn_of_the_formula()
         return _cpu
-    return TRITON if device.type in ("cuda", "xpu") else None
+    return TRITON if device.type == "cuda" or (device.type == "xpu" and _has_float64(device)) else None
+
+
+@cache
+def _has_float64(device: torch.device) -> bool:
+    """Return whether an Intel GPU has float64, which all kernels use for coefficients and divisors; Arc has not."""
+    return torch.xpu.get_device_properties(device).has_fp64
 
 
 @cache
@@ -75,6 +81,8 @@ def why_formula(device: torch.device) -> str:
     if device.type == "cpu":
         return str(cpu.reason())
     if device.type in ("cuda", "xpu"):
+        if TRITON is not None:
+            return "the kernels need float64, which this GPU does not have"
         return "Triton is not installed: install fastreg-rnn[gpu]"
     return f"there are no kernels for {device.type}"
 

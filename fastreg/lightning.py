@@ -163,7 +163,7 @@ class ActivationRegularization(Callback):
 
 
 def _takes_calls(function: Callable[..., Any]) -> bool:
-    """Tell whether a function takes more than the batch."""
+    """Return whether a function takes more than the batch."""
     parameters = inspect.signature(function).parameters.values()
     required = [
         x for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD) and x.default is x.empty

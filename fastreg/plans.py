@@ -55,7 +55,7 @@ def forget() -> None:
 
 
 class _NoKeyError(Exception):
-    """Tell that an argument is nothing whose metadata decides everything."""
+    """Signal an argument whose metadata does not determine a plan."""
 
 
 def key_of(call: Call, *more: Any) -> Any:

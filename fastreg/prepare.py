@@ -38,9 +38,8 @@ def plain(x: Any) -> Any:
 
     Packed and listed tensors are replaced, too; everything else is returned unchanged.
     """
-    if (
-        type(x) is Tensor or x is None or type(x) is float or torch.compiler.is_compiling()
-    ):  # a compiler sees through such a subclass
+    # A compiler sees through such a subclass.
+    if type(x) is Tensor or x is None or type(x) is float or torch.compiler.is_compiling():
         return x
     if isinstance(x, Tensor):
         dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)

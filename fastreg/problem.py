@@ -178,7 +178,7 @@ def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
 
 
 def changing(values: Values) -> Tensor:
-    """Tell into which of valid steps changes count, `(batch, time)`: both steps do, and no segment starts between them.
+    """Return the mask of steps into which a change counts, `(batch, time)`: both steps count, and no segment starts.
 
     The first time step, which no change leads to, is not to be looked at.
     """

@@ -253,7 +253,7 @@ def load_once(x):
 
 @triton.jit
 def differ(x, y):
-    """Tell whether two scalars differ in their bits: 0 and -0 do, and a NaN does not from itself."""
+    """Return whether two scalars differ in their bits: 0 and -0 do, a NaN and itself do not."""
     BITS: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
     return x.to(BITS, bitcast=True) != y.to(BITS, bitcast=True)
 

@@ -98,7 +98,7 @@ def row_behind(rows, first, turn, i: tl.constexpr):
 
 @triton.jit
 def within(tile, step, stop):
-    """Tell which lanes there are at time step `step`: none from `stop`, a lane's or everyone's, on; (BLOCK,)."""
+    """Return the mask of lanes with `step < stop`, (BLOCK,); `stop` is one number or one a lane."""
     return tile.present & (tl.full(tile.present.shape, step, tile.start.dtype) < stop)
 
 
@@ -127,7 +127,7 @@ def as_mark(loaded, valid):
 
 @triton.jit
 def is_valid(mark):
-    """Tell whether marked steps count."""
+    """Return whether marked steps count."""
     counts = mark
     if mark.dtype != tl.int1:
         counts = (mark & 1) != 0
@@ -156,7 +156,7 @@ def load_marks(valid, tile, mark, step, time, UNROLL: tl.constexpr):
 
 @triton.jit
 def counts_at(tile, marks, i: tl.constexpr, step, stop):
-    """Tell which lanes count at time step `step`, (BLOCK,): there, before `stop`, and marked in mark i."""
+    """Return the mask of lanes that count at time step `step`, (BLOCK,): before `stop`, and valid in mark i."""
     there = within(tile, step, stop)
     if len(marks) > 0:
         there &= is_valid(marks[i])

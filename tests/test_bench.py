@@ -903,7 +903,7 @@ def test_what_is_not_measured_is_recorded(tmp_path: Path) -> None:
         dead: dict.fromkeys(peers, "ValueError: dead"),
         late: dict.fromkeys(peers, "out of time"),
     }
-    assert (tmp_path / "calls").read_text() == "a call of what is broken\n"
+    assert (tmp_path / "calls").read_text() == "a call of broken code\n"
     assert result.commit["id"] == "0123456789abcdef"
     assert f"Not measured (ValueError: broken): {broken} (compiled)." in report.caveats(result)
     assert f"Not measured (out of time): {late}." in report.caveats(result)

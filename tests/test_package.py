@@ -10,12 +10,14 @@ import sys
 import tarfile
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastreg
 import fastreg.__main__ as main
+from fastreg import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
@@ -286,3 +288,13 @@ def test_a_wrong_result_fails_the_self_test() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert "SELF-TEST FAILED: AssertionError" in done.stdout
+
+
+@pytest.mark.skipif(backends.TRITON is None, reason="Triton is not installed")
+@pytest.mark.parametrize("has_fp64", [True, False])
+def test_an_intel_gpu_without_float64_runs_the_formula(has_fp64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Arc; a stand-in for its properties."""
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(has_fp64=has_fp64))
+    device = torch.device("xpu", 7 + has_fp64)  # no test asks for it again
+    assert (backends.backend_for(device) is not None) == has_fp64
+    assert "float64" in backends.why_formula(device)

@@ -113,6 +113,17 @@ def test_a_second_backward_computes_anew(device: str) -> None:
     assert len({x.data_ptr() for x in (*first, *second, *third)}) == 6
 
 
+def test_an_upstream_gradient_that_changes_in_place(device: str) -> None:
+    """The forward has written gradients for its value of before."""
+    raw, dropped = leaves(device)
+    grad = torch.tensor(3.0, device=device)
+    torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)  # expected from now on
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    grad.fill_(5.0)
+    want = alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped))
+    assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), want)
+
+
 def test_graphs_in_flight(device: str) -> None:
     """Each has memory of its own and its own assumption, whatever runs in between."""
     raw, dropped = leaves(device)

@@ -257,16 +257,18 @@ class TestCompile:
         ("name", "strict"), [*[(name, True) for name in TWO_STEPS_CALLS], *[(name, False) for name in STEPS_CALLS]]
     )
     def test_export_with_steps_that_count(self, name: str, strict: bool) -> None:
+        is_mask = "lengths" not in name
+
         class Module(nn.Module):
             def forward(self, raw: Tensor, dropped: Tensor, steps: Tensor) -> Any:
                 return STEPS_CALLS[name](raw, dropped, steps)
 
         def steps_of(time: int) -> Tensor:
             lengths = torch.arange(3) * 5 % (time + 1)
-            return torch.arange(time) < lengths[:, None] if "valid" in name else lengths
+            return torch.arange(time) < lengths[:, None] if is_mask else lengths
 
         time = {1: Dim("time", min=2, max=512)}
-        shapes = {"raw": time, "dropped": time, "steps": time if "valid" in name else None}
+        shapes = {"raw": time, "dropped": time, "steps": time if is_mask else None}
         program = export(Module(), (*leaves(), steps_of(5)), dynamic_shapes=shapes, strict=strict)
         for count in (2, 5, 70):
             steps = steps_of(count)
@@ -290,6 +292,9 @@ class TestCompile:
         graph = make_fx(call, tracing_mode="symbolic")(*(x.detach() for x in leaves(5)))
         for others in (9, 1):
             assert_close(everything(graph, leaves(others)), everything(call, leaves(others)))
+        graph = make_fx(call)(*(x.detach() for x in leaves(5)))  # of real tensors, which have memory
+        others = [(2 * x).detach() for x in leaves(5)]
+        assert_close(flat(graph(*others)), flat(call(*others)))
 
 
 class TestAutocast:
