@@ -179,7 +179,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("kernels/tiling.py", "row"): [("rows of the step before", "offsets + 1 + step", "offsets + step")],
     ("kernels/tiling.py", "row_behind"): [("rows of one step alone", "(i * rows.ALIGN)", "rows.ALIGN")],
     ("kernels/launch.py", "table_of"): [("sequences too long", "-positions, out", "1 - positions, out")],
-    ("kernels/tiling.py", "within"): [("one step too few", "< stop", "< stop - 1")],
+    ("kernels/tiling.py", "within"): [("one step too few", ") < stop", ") < stop - 1")],
     ("kernels/tiling.py", "load_row"): [
         ("computed in the input's dtype", "other=0.0).to(ACC)", "other=0.0)"),
     ],

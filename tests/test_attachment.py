@@ -363,6 +363,28 @@ def test_starts_that_a_dropout_gets_itself_count(formed: list[Any]) -> None:
     assert not formed
 
 
+class Plain(FusedRNNDropout):
+    """Takes no masks."""
+
+    def forward(self, raw: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(raw)
+
+
+@pytest.mark.parametrize("name", ["valid", "starts"])
+def test_terms_of_a_dropout_without_masks_are_not_those_of_the_run(name: str, formed: list[Any]) -> None:
+    rnn, dropout, reg = nn.GRU(HIDDEN, HIDDEN, batch_first=True), Plain(0.4), regularizer()
+    marks = torch.rand(BATCH, TIME) < 0.5
+    masks: dict[str, Any] = {name: lambda *_: marks}
+    reg.attach(rnn, dropout, **masks)
+    raw, _ = rnn(torch.randn(BATCH, TIME, HIDDEN))
+    dropped = dropout(raw)
+    torch.testing.assert_close(
+        penalty_of(reg, dropped),
+        fused_ar_tar(raw, dropped, ALPHA, BETA, **{name: marks}),  # pyright: ignore
+    )
+    assert len(formed) == 1
+
+
 class Convolution(nn.Module):
     """Gives `(batch, channels, time, width)`."""
 

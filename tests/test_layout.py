@@ -127,6 +127,7 @@ def test_view(
         ((X, X, 2, 1), {"time_dim": 1, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
         ((X[None], X[None], 2, 1), {}, ValueError, r"raw: expected \(batch, time, hidden\), .* or time_dim, got"),
         ((PACKED, PACKED, 2, 1), {"time_dim": 1}, ValueError, "time_dim: expected 0 or None with a PackedSequence"),
+        (([X, X[:1]], [X, X[:1]], 2, 1), {}, ValueError, r"raw\[1\]: expected the batch and time steps of raw\[0\]"),
         (([X, X[0]], [X, X[0]], 2, 1), {"time_dim": 0}, ValueError, r"raw\[1\]: expected the batch and time steps of"),
         (
             ([X, X.movedim(2, 1)], [X, X.movedim(2, 1)], 2, 1),
