@@ -512,6 +512,35 @@ def test_a_penalty_in_every_backward(scale: Any) -> None:
             reg.on_backward_begin(loss)
 
 
+@pytest.mark.parametrize("scale", [torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_scale_of_another_dtype_than_the_penalty(scale: Tensor, dtype: torch.dtype) -> None:
+    dropout, reg = FusedRNNDropout(0.5), regularizer()
+    module = nn.Identity()
+    reg.attach(module, dropout, batch_first=True, in_backward=scale)
+    x = torch.randn(BATCH, TIME, HIDDEN, dtype=dtype, requires_grad=True)
+    dropped = dropout(module(x))
+    got, mask = torch.autograd.grad(dropped.sum(), x)[0], (dropped != 0) * 2
+    want = (x * mask).sum() + 3 * formula(x, x * mask, 1)
+    torch.testing.assert_close(got, torch.autograd.grad(want, x)[0])
+
+
+def test_fused_dropouts_of_layers_of_two_dtypes() -> None:
+    reg = RNNRegularizer(ALPHA, BETA, layers="all")
+    first, second = nn.Identity(), nn.Identity()
+    dropouts = FusedRNNDropout(0.5), FusedRNNDropout(0.5)
+    for module, dropout in zip((first, second), dropouts, strict=True):
+        reg.attach(module, dropout, batch_first=True)
+    x = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    y = torch.randn(BATCH, TIME, HIDDEN, dtype=torch.float64, requires_grad=True)
+    dropped_x, dropped_y = dropouts[0](first(x)), dropouts[1](second(y))
+    got = torch.autograd.grad(reg.on_backward_begin(dropped_x.sum() + dropped_y.sum()), (x, y))
+    for raw, dropped, gradient in zip((x, y), (dropped_x, dropped_y), got, strict=True):
+        mask = (dropped != 0) * 2
+        want = (raw * mask).sum() + formula(raw, raw * mask, 1)
+        torch.testing.assert_close(gradient, torch.autograd.grad(want, raw)[0])
+
+
 def test_a_penalty_in_every_backward_frees_its_activations() -> None:
     model, reg = seeded(Model), regularizer()
     reg.attach(model.rnn, model.dropout, in_backward=True)
