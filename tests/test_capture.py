@@ -462,6 +462,21 @@ def test_cells(kind: Any) -> None:
     check_gradients(cell, reg.on_backward_begin(loss), want)
 
 
+@pytest.mark.parametrize("counts", [[3, 2], [1, 2, 3]])  # those of the second add up to the steps of three equal runs
+@pytest.mark.parametrize("name", ["valid", "starts"])
+def test_runs_of_several_steps_of_which_some_have_no_marks(counts: list[int], name: str) -> None:
+    rnn, reg, raws = gru(), regularizer(), []
+    marks = torch.tensor([[True, False]]).expand(BATCH, 2)
+    some: Any = {name: lambda x: marks if x.shape[1] == 2 else None}
+    reg.attach(rnn, stepwise=True, **some)
+    for count in counts:
+        raws.append(rnn(torch.randn(BATCH, count, HIDDEN))[0])
+    joined = [marks if n == 2 else torch.full((BATCH, n), name == "valid") for n in counts]
+    raw, given = torch.cat(raws, 1), {name: torch.cat(joined, 1)}
+    want = raw.mean() + fused_ar_tar(raw, raw, ALPHA, BETA, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    check_gradients(rnn, reg.on_backward_begin(raw.mean()), want)
+
+
 def test_runs_of_one_time_step_that_are_not_joined_are_an_error() -> None:
     rnn, reg = gru(), regularizer()
     reg.attach(rnn)
