@@ -108,6 +108,7 @@ class Attachment:
         self._room = ROOM
         self._held: list[Any] = []  # the latest run, and its tensors, where no graph can keep them
         self._without_graph = WeakTensorKeyDictionary()  # runs, by their raw, until their dropout has run
+        self._marks = WeakTensorKeyDictionary()  # valid steps and starts for a fused dropout, by raw
         self._latest: Callable[[], Run | None] = nothing
         self._owner = weakref.ref(owner, lambda _: self.remove())
         self._undisturbed: Callable[..., Any] = torch.compiler.disable(lambda hook, *args: hook(*args))
@@ -128,6 +129,7 @@ class Attachment:
             "_room": ROOM,
             "_held": [],
             "_without_graph": None,
+            "_marks": None,
             "_first": [],
             "_last": [],
         }
@@ -252,19 +254,24 @@ class Attachment:
             hooks.move_to_end(own)
         if module is not self.source.dropout or self.source.valid is self.source.starts is None:
             return None
-        found = self._run_of(args, kwargs) if type(module).forward is FusedRNNDropout.forward else None
+        found = self._marks_of(args, kwargs) if type(module).forward is FusedRNNDropout.forward else None
         if found is None:
             return None
         valid, starts = _marks_given(args, kwargs)
         args, kwargs = args[:2], kwargs.copy()
-        kwargs["valid"] = found[0].valid if valid is None else valid
-        kwargs["starts"] = found[0].starts if starts is None else starts
+        kwargs["valid"] = found[0] if valid is None else valid
+        kwargs["starts"] = found[1] if starts is None else starts
         return args, kwargs
 
     def _capture(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Start the capture of a run."""
-        in_backward = torch._C._current_graph_task_id() != -1  # activation checkpointing runs the forward again
-        if self._owner() is None or in_backward or not module.training or torch.is_inference_mode_enabled():
+        if self._owner() is None or not module.training or torch.is_inference_mode_enabled():
+            return
+        source = self.source
+        passes_marks = isinstance(source.dropout, FusedRNNDropout) and not (source.valid is source.starts is None)
+        # Activation checkpointing runs the forward again, whose fused dropout has to save the same tensors.
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not passes_marks:
             return
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
@@ -272,13 +279,16 @@ class Attachment:
                 "each penalty would count in full. Use DistributedDataParallel; or let the model return (decoded, raw, "
                 "dropped), which DataParallel gathers, for on_loss_begin"
             )
-        source = self.source
         raw = source.raw_of(result)
         valid = None if source.valid is None else source.valid(*args, **kwargs)
         starts = None if source.starts is None else source.starts(*args, **kwargs)
         for name, marks in ("valid", valid), ("starts", starts):
             if not isinstance(marks, (Tensor, type(None))):
                 raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(marks).__name__}")
+        if passes_marks:
+            self._marks[rows_of(raw)] = valid, starts
+        if in_backward:
+            return
         rows, captured = rows_of(raw), Captured(rows_of(raw))
         packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
         dropped = captured if source.dropout is None else None
@@ -382,6 +392,13 @@ class Attachment:
             self.terms = carry_always(run, node, owner.alpha, owner.beta, scale)
             owner.note()
             self.settle([run])
+
+    def _marks_of(self, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None] | None:
+        """Return the valid steps and the starts of the raw among the arguments of a fused dropout."""
+        if (found := self._run_of(args, kwargs)) is not None:
+            return found[0].valid, found[0].starts
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        return next((self._marks[x] for x in given if x in self._marks), None)
 
     def _run_of(self, args: Any, kwargs: Any) -> tuple[Run, Tensor] | None:
         """Return the run whose raw is among the arguments of a dropout, and that argument's tensor."""

@@ -295,7 +295,8 @@ def _joined_marks(group: Sequence[Run], marks: Sequence[Tensor | None], default:
     known = next((x for x in marks if x is not None), None)
     if known is None or (len(group) == 1 and not group[0].is_step):
         return known
-    each = [torch.full_like(known, default) if x is None else x for x in marks]
+    shapes = [known.shape if run.is_step else (*known.shape[:-1], run.steps) for run in group]
+    each = [known.new_full(shape, default) if x is None else x for x, shape in zip(marks, shapes, strict=True)]
     return torch.stack(each, -1) if group[0].is_step and known.dim() < 2 else torch.cat(each, -1)
 
 

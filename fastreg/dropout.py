@@ -366,7 +366,7 @@ class _DropoutPenalty(Function):
         if carried is not None:
             ctx.carried = carried if carried.task is None else None
             if carried.task in (None, torch._C._current_graph_task_id()):
-                grad, problem = carried.grad.to(raw.device), carried.problem
+                grad, problem = carried.grad.to(raw.device, compute_dtype(raw)), carried.problem
                 values = values._replace(alpha=carried.alpha, beta=carried.beta)
         layer, upstream = Layer(raw, None, values), (grad_dropped, grad)
         if grad_dropped is None and grad is None:

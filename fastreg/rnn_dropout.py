@@ -91,7 +91,9 @@ class FusedRNNDropout(nn.Module):
         check_coefficient("alpha", alpha)
         check_coefficient("beta", beta)
         self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
-        self.batch_first, self.time_dim, self.ar_of = time_given(batch_first, time_dim) is not False, time_dim, ar_of
+        time_at = time_given(batch_first, time_dim)
+        self.batch_first, self.time_dim = time_at is not False, None if time_dim is None else int(time_at)
+        self.ar_of = ar_of
         self.formed: Formed | None = None  # by the last forward, until `take()`, or the hook of a regularizer, takes it
         self._warned: tuple[str, ...] = ()
 

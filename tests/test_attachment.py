@@ -941,6 +941,28 @@ def test_checkpointing() -> None:
         penalty_of(reg)
 
 
+@pytest.mark.parametrize("part", ["both", "dropout"])
+@pytest.mark.parametrize("names", [["valid"], ["starts"], ["valid", "starts"]])
+def test_checkpointing_of_a_fused_dropout_that_gets_marks(part: str, names: list[str]) -> None:
+    module, dropout, reg = seeded(lambda: nn.GRU(HIDDEN, HIDDEN, batch_first=True)), FusedRNNDropout(0.4), regularizer()
+    marks = {name: torch.rand(BATCH, TIME) < 0.6 for name in names}
+    functions: Any = {name: lambda *_, given=given: given for name, given in marks.items()}
+    x, parameters = torch.randn(BATCH, TIME, HIDDEN), [*module.parameters()]
+    with reg.attach(module, dropout, **functions):
+        torch.manual_seed(1)
+        if part == "both":
+            dropped = checkpoint(lambda x: dropout(module(x)[0]), x, use_reentrant=False)
+        else:
+            dropped = checkpoint(dropout, module(x)[0], use_reentrant=False)
+        got = torch.autograd.grad(reg.on_backward_begin(dropped.mean()), parameters)
+    torch.manual_seed(1)
+    raw, _ = module(x)
+    dropped = dropout(raw)
+    assert dropout.take() is not None
+    want = dropped.mean() + fused_ar_tar(raw, dropped, ALPHA, BETA, **marks)
+    torch.testing.assert_close(got, torch.autograd.grad(want, parameters))
+
+
 @either
 def test_reentrant_checkpointing_is_refused() -> None:
     model = seeded(Model)

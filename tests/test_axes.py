@@ -329,6 +329,17 @@ def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
 
 
+def test_the_module_takes_integers_of_numpy(device: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    x, taken = torch.randn(4, 3, 9, 2, device=device), []
+    for time_dim in (2, numpy.int64(2)):
+        module = FusedRNNDropout(0.5, 2.0, 1.0, time_dim=time_dim)
+        torch.manual_seed(1)
+        module(x)
+        taken.append(module.take())
+    torch.testing.assert_close(taken[1], taken[0])
+
+
 def test_the_module(device: str) -> None:
     module = FusedRNNDropout(0.5, 2.0, 1.0, time_dim=-1)
     assert "time_dim=-1" in repr(module)

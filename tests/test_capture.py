@@ -462,6 +462,21 @@ def test_cells(kind: Any) -> None:
     check_gradients(cell, reg.on_backward_begin(loss), want)
 
 
+@pytest.mark.parametrize("counts", [[3, 2], [1, 2, 3]])  # those of the second add up to the steps of three equal runs
+@pytest.mark.parametrize("name", ["valid", "starts"])
+def test_runs_of_several_steps_of_which_some_have_no_marks(counts: list[int], name: str) -> None:
+    rnn, reg, raws = gru(), regularizer(), []
+    marks = torch.tensor([[True, False]]).expand(BATCH, 2)
+    some: Any = {name: lambda x: marks if x.shape[1] == 2 else None}
+    reg.attach(rnn, stepwise=True, **some)
+    for count in counts:
+        raws.append(rnn(torch.randn(BATCH, count, HIDDEN))[0])
+    joined = [marks if n == 2 else torch.full((BATCH, n), name == "valid") for n in counts]
+    raw, given = torch.cat(raws, 1), {name: torch.cat(joined, 1)}
+    want = raw.mean() + fused_ar_tar(raw, raw, ALPHA, BETA, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    check_gradients(rnn, reg.on_backward_begin(raw.mean()), want)
+
+
 def test_runs_of_one_time_step_that_are_not_joined_are_an_error() -> None:
     rnn, reg = gru(), regularizer()
     reg.attach(rnn)
@@ -510,6 +525,35 @@ def test_a_penalty_in_every_backward(scale: Any) -> None:
         torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
         with pytest.raises(RuntimeError, match=r"in_backward=.* adds the penalty already; leave it out"):
             reg.on_backward_begin(loss)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_scale_of_another_dtype_than_the_penalty(scale: Tensor, dtype: torch.dtype) -> None:
+    dropout, reg = FusedRNNDropout(0.5), regularizer()
+    module = nn.Identity()
+    reg.attach(module, dropout, batch_first=True, in_backward=scale)
+    x = torch.randn(BATCH, TIME, HIDDEN, dtype=dtype, requires_grad=True)
+    dropped = dropout(module(x))
+    got, mask = torch.autograd.grad(dropped.sum(), x)[0], (dropped != 0) * 2
+    want = (x * mask).sum() + 3 * formula(x, x * mask, 1)
+    torch.testing.assert_close(got, torch.autograd.grad(want, x)[0])
+
+
+def test_fused_dropouts_of_layers_of_two_dtypes() -> None:
+    reg = RNNRegularizer(ALPHA, BETA, layers="all")
+    first, second = nn.Identity(), nn.Identity()
+    dropouts = FusedRNNDropout(0.5), FusedRNNDropout(0.5)
+    for module, dropout in zip((first, second), dropouts, strict=True):
+        reg.attach(module, dropout, batch_first=True)
+    x = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    y = torch.randn(BATCH, TIME, HIDDEN, dtype=torch.float64, requires_grad=True)
+    dropped_x, dropped_y = dropouts[0](first(x)), dropouts[1](second(y))
+    got = torch.autograd.grad(reg.on_backward_begin(dropped_x.sum() + dropped_y.sum()), (x, y))
+    for raw, dropped, gradient in zip((x, y), (dropped_x, dropped_y), got, strict=True):
+        mask = (dropped != 0) * 2
+        want = (raw * mask).sum() + formula(raw, raw * mask, 1)
+        torch.testing.assert_close(gradient, torch.autograd.grad(want, raw)[0])
 
 
 def test_a_penalty_in_every_backward_frees_its_activations() -> None:
