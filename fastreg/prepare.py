@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def time_given(batch_first: Any, time_dim: Any) -> bool | int:
     if time_dim is None and (batch_first is None or batch_first is True):
         return True
     check_time(batch_first, time_dim)
-    return False if time_dim is None else int(time_dim)
+    return False if time_dim is None else index(time_dim)  # a constant in compiled code, as int() does not make it
 
 
 def coefficient(value: Any) -> Coefficient:

@@ -329,6 +329,18 @@ def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
 
 
+@pytest.mark.parametrize("name", ["valid", "starts"])
+def test_compiled_code_takes_an_axis_that_changes(name: str) -> None:
+    call = torch.compile(
+        lambda x, marks, time_dim: fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, **{name: marks}), backend="aot_eager"
+    )
+    x = torch.randn(4, 5, 6)
+    for time_dim in (1, 2, -1, -2, 0):  # the compiler makes a symbol of an integer that changes
+        marks = torch.rand(4 if time_dim else 5, x.shape[time_dim]) < 0.5
+        want = fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, **{name: marks})  # pyright: ignore[reportCallIssue, reportArgumentType]
+        torch.testing.assert_close(call(x, marks, time_dim), want)
+
+
 def test_the_module_takes_integers_of_numpy(device: str) -> None:
     numpy = pytest.importorskip("numpy")
     x, taken = torch.randn(4, 3, 9, 2, device=device), []
