@@ -42,11 +42,17 @@ TARGETS = {
 PENALTY = [kernels.penalty_kernel]
 DROPOUT = [dropout_kernels.dropout_forward, dropout_kernels.dropout_backward]
 # Triton 3.9 spills nothing, releases before it up to so many bytes a thread, which are read once an item or a launch.
-MOST_SPILLED = 0 if Version(triton.__version__) >= Version("3.9") else 16
+RELEASE = Version(triton.__version__)
+MOST_SPILLED = 0 if Version("3.9") <= RELEASE else 16
 # Of sum and write on sm_90, which decide how many programs a multiprocessor holds.
-MOST_REGISTERS = {(650, FLOAT): 128, (650, BF16): 96, (401, FLOAT): 96, (401, BF16): 144}
+MOST_REGISTERS = {
+    (650, FLOAT): 128,
+    (650, BF16): 96 if Version("3.7") <= RELEASE else 120,
+    (401, FLOAT): 96,
+    (401, BF16): 144 if Version("3.9") <= RELEASE else 160,
+}
 # Where loads are narrow, values that are read once a launch, on sm_80.
-MOST_SPILLED_NARROW = 24
+MOST_SPILLED_NARROW = 24 if Version("3.7") <= RELEASE else 56
 LENGTHS = (2, 3, 7, 15, 16, 17, 32, 33, 64, 70, 100)  # Triton compiles anew for 1 and for multiples of 16, unless told
 PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
 MARKS = 8 * (tiling.UNROLL + 2)  # the same, of the walk: one for each of the lanes that one load reads
