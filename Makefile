@@ -47,7 +47,7 @@ help:
 
 FRAMEWORK ?= none
 demo: .venv/demo $(if $(filter fastai,$(FRAMEWORK)),.venv/frameworks)
-	@echo "== demo: a word-level AWD-LSTM learns the King James text, with AR and TAR and without"
+	@echo "== demo: a word-level AWD-LSTM learns the King James text, with TAR and without"
 	.venv/bin/python -m bench.demo --framework $(FRAMEWORK) $(ARGS)
 
 study: .venv/demo
