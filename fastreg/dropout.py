@@ -241,7 +241,7 @@ class _Plan:
             masked = layout_of(mask.expand_as(raw))
         self.layouts = layout_of(raw), masked
         self.fold = fold_of(self.layouts, layer, problem)
-        self.copies = not all(map(self.fold.fits, self.layouts))
+        self.copies = self.fold.copies(self.layouts)
         self.dropped = self.fold.like(self.layouts[0])
         view = view_of((*self.layouts, self.dropped), self.fold, values)
         sums = sums_of(layer, problem, compute_dtype(raw))
@@ -301,12 +301,12 @@ def plan_backward(layouts: Sequence[Layout | None], layer: Layer, problem: Probl
         is_penalized: whether the penalty has an upstream gradient.
     """
     raw, fold = layer.given(), fold_of(layouts, layer, problem)
-    gradient, copies = fold.like(layout_of(raw)), not all(x is None or fold.fits(x) for x in layouts)
+    gradient = fold.like(layout_of(raw))
     view = view_of((*layouts, gradient), fold, layer.values)
     sums = sums_of(layer, problem.penalized(), compute_dtype(raw))
     sums = sums if is_penalized else sums._replace(ar=False, tar=False)
     backend: Any = backend_for(raw.device)
-    return Backward(gradient, fold, copies, backend.dropout_backward(view, sums, raw.device))
+    return Backward(gradient, fold, fold.copies(layouts), backend.dropout_backward(view, sums, raw.device))
 
 
 def launch_backward(backward: Backward, upstream: Upstreams, layer: Layer, mask: Tensor | None = None) -> Tensor:

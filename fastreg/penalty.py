@@ -230,7 +230,7 @@ class _LayerPlan:
         self.needs = _needs(layer, problem)
         self.layouts = tuple([None if x is None else layout_of(x) for x in (layer.raw, layer.dropped)])
         self.fold = fold_of(self.layouts, layer, problem)
-        self.copies = not all(x is None or self.fold.fits(x) for x in self.layouts)
+        self.copies = self.fold.copies(self.layouts)
         # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
         self.filled = (None, None) if keeps_memory_low() else self._gradients(self.layouts, self.fold)
         view = view_of((*self.layouts, *self.filled), self.fold, layer.values)

@@ -40,6 +40,10 @@ class Fold(NamedTuple):
         """Return whether kernels read a tensor of this layout as it lies."""
         return self._joined(x.stride, self.outer)[1] and self._joined(x.stride, self.inner) == (1, True)
 
+    def copies(self, layouts: Sequence[Layout | None]) -> bool:
+        """Return whether kernels read a copy of any of some tensors."""
+        return not all(x is None or self.fits(x) for x in layouts)
+
     def copy(self, x: Tensor) -> Tensor:
         """Return a copy that kernels can read; a tensor that repeats one time step still does."""
         shape = x.shape
