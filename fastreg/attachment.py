@@ -280,16 +280,17 @@ class Attachment:
                 "dropped), which DataParallel gathers, for on_loss_begin"
             )
         raw = source.raw_of(result)
+        rows = rows_of(raw)
         valid = None if source.valid is None else source.valid(*args, **kwargs)
         starts = None if source.starts is None else source.starts(*args, **kwargs)
         for name, marks in ("valid", valid), ("starts", starts):
             if not isinstance(marks, (Tensor, type(None))):
                 raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(marks).__name__}")
         if passes_marks:
-            self._marks[rows_of(raw)] = valid, starts
+            self._marks[rows] = valid, starts
         if in_backward:
             return
-        rows, captured = rows_of(raw), Captured(rows_of(raw))
+        captured = Captured(rows)
         packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
         dropped = captured if source.dropout is None else None
         is_step = source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase)

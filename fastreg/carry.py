@@ -77,7 +77,7 @@ class _Carry(Function):
     @staticmethod
     def forward(ctx: Any, carried: Carried, loss: Tensor, penalty: Tensor) -> Tensor:
         ctx.carriers = [carrier for carrier, _ in carried]
-        # Carriers of one call share their values.
+        # Most layers have no values to save.
         ctx.values = [i for i, (_, layer) in enumerate(carried) if layer.values is not NOTHING]
         ctx.save_for_backward(
             *[layer.raw for _, layer in carried], *[x for i in ctx.values for x in carried[i][1].values]
