@@ -140,7 +140,8 @@ def test_tensors_of_inference_mode_and_subclasses(device: str) -> None:
     with torch.inference_mode():
         alpha = torch.tensor(2.0, device=device)
     beta = torch.tensor(1.0, device=device).as_subclass(Decorated)
-    assert_same(step("two", xs, alpha, beta), step("two", xs, 2.0, 1.0))
+    for way in ("two", "dropout"):
+        assert_same(step(way, xs, alpha, beta), step(way, xs, 2.0, 1.0))
 
 
 def test_a_regularizer_keeps_the_very_tensor(device: str) -> None:
