@@ -9,47 +9,31 @@ from torch import Tensor
 
 from fastreg.backends import backend_for
 from fastreg.dropout import BACKWARDS, launch_backward, plan_backward
-from fastreg.kernels.view import NOTHING, layout_of
-from fastreg.plans import Plans
+from fastreg.kernels.view import layout_of
 from fastreg.prepare import plain
 from fastreg.problem import Layer, Problem, compute_dtype
 from fastreg.reference import ar_tar_gradients
 from fastreg.torch_state import are_memory, is_memory, observed
 
-PLANS = Plans()
 
-
-def addition_for(layer: Layer, problem: Problem) -> Addition:
-    """Return how to add the gradient of a penalty.
+class Addition:
+    """Add the gradient of a penalty to the gradient that arrives at its activations, in one pass.
 
     Args:
         layer: of raw alone, without a subclass that only decorates it.
         problem: of TAR, of AR of raw, or of both.
-    """
-    raw, values = layer.given(), layer.values
-    facts = () if values is NOTHING else tuple([None if x is None else layout_of(x) for x in values])
-    key = layout_of(raw), problem, facts, is_memory(raw) and not observed()
-    addition = PLANS.get(key)
-    if addition is None:
-        addition = Addition(layer, problem, is_formula=not key[-1])
-        PLANS.keep(key, addition)
-    return addition
-
-
-class Addition:
-    """Add the gradient of a penalty to the gradient that arrives at its activations, in one pass.
 
     Attributes:
         problem: the terms.
         layout: of the activations.
     """
 
-    def __init__(self, layer: Layer, problem: Problem, is_formula: bool) -> None:
+    def __init__(self, layer: Layer, problem: Problem) -> None:
         raw, values = layer.given(), layer.values
         self.problem, self.layout, self.dtype = problem, layout_of(raw), compute_dtype(raw)
         # The kernels of dropout take no packed rows.
-        is_formula = is_formula or raw.numel() == 0 or values.batch_sizes is not None
-        self.backend: Any = None if is_formula else backend_for(raw.device)
+        takes = is_memory(raw) and not observed() and raw.numel() > 0 and values.batch_sizes is None
+        self.backend: Any = backend_for(raw.device) if takes else None
         self.backwards: dict[Any, Any] = {}  # by the layout of the gradient that arrives
         self.mark: Any = None
         if self.backend is not None and values.valid is not None and values.marks is None:

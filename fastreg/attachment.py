@@ -70,7 +70,9 @@ class Source:
             TypeError, ValueError: the output does not show which tensor is raw; the message names the remedy.
         """
         name = type(self.module).__name__
-        if self.output is not None:
+        if type(result) is Tensor and self.output is None:  # which takes long to say that it has no last_hidden_state
+            raw, where, advice = result, "", ""
+        elif self.output is not None:
             raw, where, advice = self.output(result), "output: expected the callable to pick", ""
         else:
             raw = getattr(result, "last_hidden_state", result)
@@ -273,7 +275,7 @@ class Attachment:
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not passes_marks:
             return
-        if getattr(module, "_is_replica", False):
+        if "_is_replica" in vars(module):
             raise RuntimeError(
                 f"attach: DataParallel runs a replica of the attached {type(module).__name__} on each device, where "
                 "each penalty would count in full. Use DistributedDataParallel; or let the model return (decoded, raw, "

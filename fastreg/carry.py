@@ -14,42 +14,36 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastreg.addition import Addition, addition_for
+from fastreg.addition import Addition
 from fastreg.arguments import check_options
 from fastreg.capture import Captured, Reached, Run
 from fastreg.dropout import Upstream
 from fastreg.kernels.view import NOTHING, Values, layout_of
-from fastreg.penalty import penalty_of
+from fastreg.penalty import Computed, penalty_of
 from fastreg.prepare import plain, plain_pair, problem_of
-from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, is_on
+from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, is_on, rows_of
 
 
-class Carrier(NamedTuple):
-    """The place where a backward adds the gradient of a penalty: tensors, or the node of a fused dropout.
+class _Tensors(NamedTuple):
+    """Tensors to whose gradients a backward adds the gradient of a penalty.
 
-    problem   the terms
-    addition  the operation on the gradient of a tensor
+    addition  the operation on the gradient of the activation that they are
     at        the tensors, `None` for a tensor that is left out
     split     splits the gradient of several tensors, which joined along time are one activation; `None` for one tensor
-    node      the node; `None` if there are tensors
     """
 
-    problem: Problem
-    addition: Addition | None = None
-    at: Sequence[Captured | None] = ()
-    split: Callable[[Tensor], Sequence[Tensor]] | None = None
-    node: Any = None
+    addition: Addition
+    at: Sequence[Captured | None]
+    split: Callable[[Tensor], Sequence[Tensor]] | None
 
     def arm(self, task: int | None, grad: Tensor, layer: Layer) -> None:
         """Add the gradient of a layer's penalty in this backward, or for `None` in every one."""
-        raw, values, addition = layer.raw, layer.values, self.addition
-        if raw is None or addition is None:
-            self.node.carried = Upstream(task, grad, self.problem, values.alpha, values.beta)
-            return
+        raw, addition = layer.given(), self.addition
         if layout_of(raw) != addition.layout:  # a hook on saved tensors has changed it
-            addition = addition_for(layer, self.problem)
-        if not torch.is_grad_enabled() or task is None:  # its graph would close a cycle, if the backward failed
-            layer = Layer(raw.detach(), None, values)
+            addition = Addition(layer, addition.problem)
+        # A graph would close a cycle, if the backward failed.
+        if raw.requires_grad and (not torch.is_grad_enabled() or task is None):
+            layer = Layer(raw.detach(), None, layer.values)
         if self.split is None:
             adds = [functools.partial(addition, grad, layer)]
         else:
@@ -64,10 +58,28 @@ class Carrier(NamedTuple):
         for captured in self.at:
             if captured is not None:
                 captured.armed = None
-        if self.node is not None:
-            self.node.carried = None
 
 
+class _Node(NamedTuple):
+    """The node of a fused dropout, whose backward adds the gradient of a penalty.
+
+    node     the node
+    problem  the terms
+    """
+
+    node: Any
+    problem: Problem
+
+    def arm(self, task: int | None, grad: Tensor, layer: Layer) -> None:
+        """Add the gradient of the penalty in this backward, or for `None` in every one."""
+        self.node.carried = Upstream(task, grad, self.problem, layer.values.alpha, layer.values.beta)
+
+    def disarm(self) -> None:
+        """Drop a gradient that was armed and not used."""
+        self.node.carried = None
+
+
+Carrier: TypeAlias = _Tensors | _Node
 Carried: TypeAlias = list[tuple[Carrier, Layer]]  # the layer of a node has coefficients alone
 
 
@@ -131,7 +143,7 @@ def penalty_of_runs(
     """
     carried: Carried = []
     formed: list[ARTAR] = []
-    alike: dict[Any, list[_Part]] = {}
+    alike: dict[Any, list[_Part]] = {}  # of one call, which allocates and checks once
     for i, group in enumerate(groups):
         nodes = {mark.captured: node for run in group for mark, node in reached.get(run, ()) if mark.captured}
         if group[0].fused is not None and group[0].fused in nodes:
@@ -140,8 +152,8 @@ def penalty_of_runs(
             carried += some
         else:
             part = _part(group, nodes)
-            alike.setdefault(part.kind or i, []).append(part)
-    for parts in alike.values():  # one call for all allocates and checks once
+            alike.setdefault((part.kind() or i) if len(groups) > 1 else i, []).append(part)
+    for parts in alike.values():
         terms, some = _measured(parts, alpha, beta)
         formed.append(terms)
         carried += some
@@ -184,42 +196,43 @@ def _of_node(run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> tupl
     check_options(call)
     tensors = [x if isinstance(x, Tensor) else None for x in (call.alpha, call.beta)]
     layer = Layer(None, None, Values(alpha=tensors[0], beta=tensors[1]))
-    return _weighted(run.terms, alpha, beta), [(Carrier(problem_of(call), node=node), layer)]
+    return _weighted(run.terms, alpha, beta), [(_Node(node, problem_of(call)), layer)]
 
 
 class _Part(NamedTuple):
     """An activation of the penalty.
 
-    kind          the shape, device and dtypes that activations of one call share; `None` for one with valid steps
     raw, dropped  as `fused_ar_tar` takes them
     group         the runs that are joined in the activation
     nodes         the nodes of the tensors to whose gradients the penalty's gradient is added
     """
 
-    kind: Any
     raw: Any
     dropped: Any
     group: Sequence[Run]
     nodes: dict[Captured, Any]
 
+    def kind(self) -> Any:
+        """Return the shape, device and dtypes that activations of one call share; `None` with valid steps."""
+        first, raw = self.group[0], self.raw
+        if first.packed is not None or any(x.valid is not None or x.starts is not None for x in self.group):
+            return None
+        shape = raw.shape[:-1] if isinstance(first.time_at, bool) else raw.shape
+        return shape, raw.device, raw.dtype, self.dropped.dtype, first.time_at, type(first.time_at)
+
 
 def _part(group: Sequence[Run], nodes: dict[Captured, Any]) -> _Part:
     """Join the tensors of runs, detached unless autograd has to propagate the gradient."""
 
-    def summed(of: Callable[[Run], Captured]) -> Any:
-        tensors = [(run, of(run)) for run in group]
-        return group[0].of(
-            _joined(group[0], [x.data if x in nodes or not x.needs else run.tensor_of(x) for run, x in tensors])
-        )
+    def summed(tensors: Sequence[Captured]) -> Any:
+        found = [
+            x.data if x in nodes or not x.needs else run.tensor_of(x) for run, x in zip(group, tensors, strict=True)
+        ]
+        return group[0].of(_joined(group[0], found))
 
-    first = group[0]
-    raw = summed(lambda run: run.raw)
-    dropped = raw if all(x.dropped is x.raw for x in group) else summed(lambda run: run.squared)
-    kind = None
-    if first.packed is None and all(x.valid is None and x.starts is None for x in group):
-        shape = raw.shape[:-1] if isinstance(first.time_at, bool) else raw.shape
-        kind = shape, raw.device, raw.dtype, dropped.dtype, first.time_at, type(first.time_at)
-    return _Part(kind, raw, dropped, group, nodes)
+    raws, squared = [x.raw for x in group], [x.squared for x in group]
+    raw = summed(raws)
+    return _Part(raw, raw if raws == squared else summed(squared), group, nodes)
 
 
 def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carried]:
@@ -228,48 +241,58 @@ def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> 
     raw: Any = parts[0].raw if len(parts) == 1 else [x.raw for x in parts]
     dropped: Any = parts[0].dropped if len(parts) == 1 else [x.dropped for x in parts]
     raw, dropped = plain_pair(raw, dropped)
-    marks = (
-        plain(_joined_marks(first, [x.valid for x in first], 1)),
-        plain(_joined_marks(first, [x.starts for x in first], 0)),
-    )
-    computed = penalty_of(Call(raw, dropped, plain(alpha), plain(beta), None, *marks, first[0].time_at, "mean", True))
-    of_both, of_tar, of_ar = _of_one_tensor(computed.problem)
-    values = computed.values
+    valid = plain(_joined_marks(first, [x.valid for x in first], 1))
+    starts = plain(_joined_marks(first, [x.starts for x in first], 0))
+    time_at = first[0].time_at
+    computed = penalty_of(Call(raw, dropped, plain(alpha), plain(beta), None, valid, starts, time_at, "mean", True))
     carried: Carried = []
-    for part in parts:
-        raws = [x.raw for x in part.group]
-        if part.raw is part.dropped:
-            carried += _carried(part, raws, values, of_both)
+    for i, part in enumerate(parts):
+        if not part.nodes:
             continue
-        if of_tar is not None:
-            carried += _carried(part, raws, values if values.alpha is None else values._replace(alpha=None), of_tar)
-        if of_ar is not None:
-            squared = [x.squared for x in part.group]
-            carried += _carried(part, squared, values if values.beta is None else values._replace(beta=None), of_ar)
+        additions = computed.additions.get(i)
+        if additions is None:
+            additions = computed.additions[i] = _additions(part, computed)
+        for of_raw, addition in additions:
+            values = _values_for(addition.problem, computed.values)
+            carried += _carried(part, [x.raw if of_raw else x.squared for x in part.group], addition, values)
     return ARTAR(computed.penalty, *(computed.terms or ())), carried
 
 
-@functools.lru_cache(64)
-def _of_one_tensor(problem: Problem) -> tuple[Problem | None, Problem | None, Problem | None]:
-    """Split a problem into AR and TAR of raw, TAR, and AR of the squared tensor; `None` for a term that is off."""
-    of_both = problem._replace(ar_of_raw=True)
-    of_tar = problem._replace(alpha=0.0) if is_on(problem.beta) else None
-    of_ar = of_both._replace(beta=0.0) if is_on(problem.alpha) else None
-    return (of_both if of_tar or of_ar else None), of_tar, of_ar
+def _additions(part: _Part, computed: Computed) -> list[tuple[bool, Addition]]:
+    """Plan which gradients are added to those of raw and dropped, as TAR is of raw and AR is of dropped.
+
+    Returns:
+        Whether it is raw, and the addition.
+    """
+    problem = computed.problem
+    ar, tar, of_both = is_on(problem.alpha), is_on(problem.beta), problem._replace(ar_of_raw=True)
+    if part.raw is part.dropped:
+        terms = [(True, part.raw, of_both)] if ar or tar else []
+    else:
+        terms = [(True, part.raw, problem._replace(alpha=0.0))] if tar else []
+        terms += [(False, part.dropped, of_both._replace(beta=0.0))] if ar else []
+    return [(of_raw, Addition(Layer(plain(rows_of(x)), None, computed.values), of)) for of_raw, x, of in terms]
 
 
-def _carried(part: _Part, tensors: Sequence[Captured], values: Values, problem: Problem | None) -> Carried:
-    """List the carrier of the gradient of a term, if the term has one."""
+def _values_for(problem: Problem, values: Values) -> Values:
+    """Return values without a coefficient of another term."""
+    if (values.alpha is None or problem.alpha is None) and (values.beta is None or problem.beta is None):
+        return values
+    alpha, beta = (x if of is None else None for x, of in ((values.alpha, problem.alpha), (values.beta, problem.beta)))
+    return values._replace(alpha=alpha, beta=beta)
+
+
+def _carried(part: _Part, tensors: Sequence[Captured], addition: Addition, values: Values) -> Carried:
+    """List the carrier of the gradient of a term, if the backward reaches any of its tensors."""
     group, at = part.group, [x if x in part.nodes else None for x in tensors]
-    if problem is None or not any(at):
+    if not any(at):
         return []
     found = [run.tensor_of(x) for run, x in zip(group, tensors, strict=True)]
     if not all([x.requires_grad for x in found]):  # second derivatives need the graphs of all
         found = [x.data for x in tensors]
     one = len(group) == 1 and not group[0].is_step
     split = None if one else functools.partial(_split, group[0], [x.shape for x in found])
-    layer = Layer(plain(_joined(group[0], found)), None, values)
-    return [(Carrier(problem, addition_for(layer, problem), at, split), layer)]
+    return [(_Tensors(addition, at, split), Layer(plain(_joined(group[0], found)), None, values))]
 
 
 def _axis(run: Run, dims: int) -> int:

@@ -154,16 +154,18 @@ def fused_ar_tar(
 class Computed(NamedTuple):
     """The penalty of a call, and the inputs of its gradient.
 
-    penalty  ()
-    terms    AR and TAR, () and detached; `None` unless they are wanted
-    values   as they were read, for activations of one layer or of all
-    problem  the problem of the call
+    penalty    ()
+    terms      AR and TAR, () and detached; `None` unless they are wanted
+    values     as they were read, for activations of one layer or of all
+    problem    the problem of the call
+    additions  how to add the gradient of each layer, as `fastreg.carry` keeps it with the plan of the call
     """
 
     penalty: Tensor
     terms: Sequence[Any] | None
     values: Values
     problem: Problem
+    additions: dict[int, Any]
 
 
 def penalty_of(call: Call) -> Computed:
@@ -198,11 +200,11 @@ def _by_formula(call: Call, problem: Problem) -> Computed:
     """Compute the penalty in plain PyTorch."""
     parts = parts_of(call, problem)
     if not parts:
-        return Computed(*_zero(call), NOTHING, problem)
+        return Computed(*_zero(call), NOTHING, problem, {})
     values = values_of(call, problem, parts[0][0].given())
     results = [ar_tar(Layer(layer.raw, layer.dropped, values), of) for layer, of in parts]
     penalty, ar, tar = reduce(lambda a, b: ARTAR(a.penalty + b.penalty, a.ar + b.ar, a.tar + b.tar), results)
-    return Computed(penalty, (ar.detach(), tar.detach()) if problem.measured else None, values, problem)
+    return Computed(penalty, (ar.detach(), tar.detach()) if problem.measured else None, values, problem, {})
 
 
 def _zero(call: Call) -> tuple[Tensor, Sequence[Tensor] | None]:
@@ -304,6 +306,7 @@ class _Plan:
     def __init__(self, call: Call, problem: Problem) -> None:
         self.problem = problem
         self.layers: tuple[_LayerPlan, ...] = ()
+        self.additions: dict[int, Any] = {}
         parts = parts_of(call, problem)
         if not parts or any(0 in layer.given().shape for layer, _ in parts):
             return
@@ -344,7 +347,7 @@ class _Plan:
             penalty, terms = _apply(self, values, *tensors)
         else:  # an output more costs 3 us
             penalty, terms = _apply(self, values, *tensors), None
-        return Computed(penalty, None if terms is None else terms.unbind(), values, self.problem)
+        return Computed(penalty, None if terms is None else terms.unbind(), values, self.problem, self.additions)
 
     def compute(self, tensors: Sequence[Tensor | None], values: Values) -> tuple[Any, list[Any]]:
         """Launch the forward of each layer; return the last result, and a prediction and filled gradients of each."""

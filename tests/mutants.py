@@ -448,7 +448,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("hooks stay", "hook.remove()", "pass"),
         ("runs in a backward", "if in_backward:", "if False:"),
         ("runs in evaluation", " or not module.training or", " or"),
-        ("runs of replicas", 'getattr(module, "_is_replica", False)', "False"),
+        ("runs of replicas", '"_is_replica" in vars(module)', "False"),
         ("runs of another step", " if run in reached]", "]"),
         ("the latest run beside those of the loss", "not (reached and latest.carriers)", "True"),
         ("runs in a copy of the dropout's hooks", "if self._owner() is None:  # in a copy", "if False:"),
@@ -496,23 +496,24 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("fastreg/carry.py", "_Carry"): [
         ("no gradient passes for the penalty alone", "torch.zeros(shape, dtype=dtype, device=device)", "None"),
     ],
-    ("fastreg/carry.py", "Carrier"): [
-        ("a graph in a circle", "if not torch.is_grad_enabled() or task is None:", "if True:"),
+    ("fastreg/carry.py", "_Tensors"): [
+        ("a graph in a circle", "(not torch.is_grad_enabled() or task is None)", "True"),
         ("saved activations of another layout", "if layout_of(raw) != addition.layout:", "if False:"),
     ],
-    ("fastreg/carry.py", "_of_one_tensor"): [
+    ("fastreg/carry.py", "_additions"): [
         ("AR's coefficient with TAR", "problem._replace(alpha=0.0)", "problem"),
         ("TAR's coefficient with AR", "of_both._replace(beta=0.0)", "of_both"),
     ],
     ("fastreg/carry.py", "_weighted"): [
         ("a tensor of 0 lets infinity through", "torch.where(factor == 0, 0, factor * term)", "factor * term"),
     ],
-    ("fastreg/addition.py", "addition_for"): [
-        ("a tensor that is no memory", "is_memory(raw) and not observed()", "True"),
+    ("fastreg/carry.py", "_values_for"): [
+        ("coefficients of other terms", "if (values.alpha", "if True or (values.alpha"),
     ],
     ("fastreg/addition.py", "Addition"): [
+        ("a tensor that is no memory", "is_memory(raw) and not observed()", "True"),
         ("derivatives of freed activations", "torch.is_grad_enabled() and not layer.given().requires_grad", "False"),
-        ("packed rows in the kernel", " or values.batch_sizes is not None", ""),
+        ("packed rows in the kernel", " and values.batch_sizes is None", ""),
         ("the first gradient's strides", "key = arrived.stride(), arrived.dtype", "key = arrived.dtype"),
         ("the first gradient's alignment", ", arrived.data_ptr() % 16 == 0", ""),
         ("an upstream gradient of another dtype", "if upstream.dtype != self.dtype or", "if"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from fastreg.addition import addition_for
+from fastreg.addition import Addition
 from fastreg.kernels.view import Values
 from fastreg.problem import Layer, divisors
 from fastreg.reference import ar_tar_gradients, counted
@@ -62,7 +62,7 @@ def test_the_sum(sample: Sample, terms: str, steps: str, device: str, poison: No
     for arrange in (torch.clone, sample.layouts[0], expanded_number):
         arrived = arrange(torch.randn(raw.shape, device=device).to(dtype))
         with torch.no_grad():  # as in a backward
-            got = addition_for(layer, problem)(upstream, layer, arrived)
+            got = Addition(layer, problem)(upstream, layer, arrived)
         penalty, _ = ar_tar_gradients(upstream.double(), layer._replace(raw=raw.double()), problem.penalized())
         assert penalty is not None
         assert got.dtype == dtype
@@ -80,7 +80,7 @@ def test_it_is_differentiable_where_pytorch_sees_it(device: str) -> None:
     problem = ONE_TENSOR[0].problem._replace(ar_of_raw=True)
     raw, arrived = (torch.randn(2, 3, 4, device=device, dtype=DOUBLE, requires_grad=True) for _ in range(2))
     upstream = torch.tensor(2.0, device=device, dtype=DOUBLE, requires_grad=True)
-    addition = addition_for(Layer(raw, None), problem)
+    addition = Addition(Layer(raw, None), problem)
     assert gradcheck(lambda a, u, r: addition(u, Layer(r, None), a), (arrived, upstream, raw))
     with pytest.raises(RuntimeError, match="second derivatives need an activation that was freed"):
         addition(upstream, Layer(raw.detach(), None), arrived)
@@ -93,6 +93,6 @@ def test_a_negated_view_is_read_with_its_sign(device: str) -> None:
     arrived, upstream = torch.zeros(2, 3, 4, device=device), torch.ones((), device=device)
     layer, plain = Layer(raw, None), Layer(raw.resolve_neg(), None)
     with torch.no_grad():
-        got = addition_for(layer, problem)(upstream, layer, arrived)
-        want = addition_for(plain, problem)(upstream, plain, arrived)
+        got = Addition(layer, problem)(upstream, layer, arrived)
+        want = Addition(plain, problem)(upstream, plain, arrived)
     torch.testing.assert_close(got, want)
