@@ -26,7 +26,7 @@ from fastreg.prepare import Reader, keepable, plain, problem_of, time_given, val
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, kept, time_axis
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, observed
-from fastreg.view import Fold, fold_of, readable_values, sums_of, view_of
+from fastreg.view import Inputs, readable_values, sums_of
 
 Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty; either may be None
 
@@ -239,13 +239,10 @@ class _Plan:
             masked = Layout(raw.shape, drawn.stride(), raw.dtype, raw.device, aligned=True)
         else:
             masked = layout_of(mask.expand_as(raw))
-        self.layouts = layout_of(raw), masked
-        self.fold = fold_of(self.layouts, layer, problem)
-        self.copies = self.fold.copies(self.layouts)
-        self.dropped = self.fold.like(self.layouts[0])
-        view = view_of((*self.layouts, self.dropped), self.fold, values)
-        sums = sums_of(layer, problem, compute_dtype(raw))
-        self.forward = self.backend.dropout_forward(view, sums, raw.device)
+        self.inputs = Inputs((layout_of(raw), masked), layer, problem)
+        self.dropped = self.inputs.fold.like(layout_of(raw))
+        view = self.inputs.view([self.dropped], values)
+        self.forward = self.backend.dropout_forward(view, sums_of(layer, problem, compute_dtype(raw)), raw.device)
         self.backward: dict[Any, Backward] = {}
 
     def __call__(self, call: Call, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
@@ -263,9 +260,7 @@ class _Plan:
     def compute(self, raw: Tensor, mask: Tensor, values: Values) -> tuple[Tensor, Result]:
         """Launch the forward; return dropped and the penalty."""
         dropped = allocate(self.dropped)
-        if self.copies:
-            raw, mask = self.fold.read(raw), self.fold.read(mask)
-        return dropped, self.forward((raw, mask, dropped), values)
+        return dropped, self.forward((*self.inputs.read((raw, mask)), dropped), values)
 
     def gradient(self, upstream: Upstreams, layer: Layer, mask: Tensor, problem: Problem) -> Tensor:
         """Launch the backward, for the gradients of dropped and of the penalty that there are."""
@@ -274,7 +269,7 @@ class _Plan:
         key = *layouts, problem, grad is None
         backward = self.backward.get(key)
         if backward is None:  # one for each layout of the gradient of dropped, and of tensors that a hook has changed
-            for name, x, y in zip(("raw", "mask"), self.layouts, layouts, strict=False):
+            for name, x, y in zip(("raw", "mask"), self.inputs.layouts, layouts, strict=False):
                 check_saved(name, x, y)
             backward = plan_backward(layouts, layer, problem, grad is not None)
             if len(self.backward) < BACKWARDS:
@@ -283,11 +278,10 @@ class _Plan:
 
 
 class Backward(NamedTuple):
-    """The layout of the gradient of raw, how axes fold, whether any tensor is copied, and the launch of a backend."""
+    """The layout of the gradient of raw, the tensors that it is computed from, and the launch of a backend."""
 
     gradient: Layout
-    fold: Fold
-    copies: bool
+    inputs: Inputs
     launch: Any
 
 
@@ -300,21 +294,19 @@ def plan_backward(layouts: Sequence[Layout | None], layer: Layer, problem: Probl
         problem: the terms.
         is_penalized: whether the penalty has an upstream gradient.
     """
-    raw, fold = layer.given(), fold_of(layouts, layer, problem)
-    gradient = fold.like(layout_of(raw))
-    view = view_of((*layouts, gradient), fold, layer.values)
+    raw, inputs = layer.given(), Inputs(layouts, layer, problem)
+    gradient = inputs.fold.like(layout_of(raw))
+    view = inputs.view([gradient], layer.values)
     sums = sums_of(layer, problem.penalized(), compute_dtype(raw))
     sums = sums if is_penalized else sums._replace(ar=False, tar=False)
     backend: Any = backend_for(raw.device)
-    return Backward(gradient, fold, fold.copies(layouts), backend.dropout_backward(view, sums, raw.device))
+    return Backward(gradient, inputs, backend.dropout_backward(view, sums, raw.device))
 
 
 def launch_backward(backward: Backward, upstream: Upstreams, layer: Layer, mask: Tensor | None = None) -> Tensor:
     """Allocate the gradient of raw, and launch the backward."""
     grad_dropped, grad = upstream
-    gradient, inputs = allocate(backward.gradient), (layer.given(), mask, grad_dropped)
-    if backward.copies:
-        inputs = [backward.fold.read(x) for x in inputs]
+    gradient, inputs = allocate(backward.gradient), backward.inputs.read((layer.given(), mask, grad_dropped))
     backward.launch(grad, (*inputs, gradient), layer.values)
     return gradient
 

@@ -19,7 +19,7 @@ from fastreg.prepare import Reader, parts_of, plain, plain_pair, problem_of, tim
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
-from fastreg.view import Fold, fold_of, readable_values, sums_of, view_of
+from fastreg.view import Inputs, readable_values, sums_of
 
 One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
@@ -220,9 +220,7 @@ class _LayerPlan:
 
     problem  the terms
     needs    whether raw and dropped need gradients
-    layouts  of raw and dropped, `None` for a tensor that no term reads
-    fold     how their axes fold
-    copies   whether kernels read a contiguous copy of raw or dropped
+    inputs   raw and dropped
     filled   layouts of the gradients that the forward fills for the backward
     forward  a `penalty_forward` of the backend
     """
@@ -230,12 +228,10 @@ class _LayerPlan:
     def __init__(self, layer: Layer, problem: Problem, backend: Backend, sums: Sums) -> None:
         self.problem, self.backend, self.sums = problem, backend, sums
         self.needs = _needs(layer, problem)
-        self.layouts = tuple([None if x is None else layout_of(x) for x in (layer.raw, layer.dropped)])
-        self.fold = fold_of(self.layouts, layer, problem)
-        self.copies = self.fold.copies(self.layouts)
+        self.inputs = Inputs([None if x is None else layout_of(x) for x in (layer.raw, layer.dropped)], layer, problem)
         # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
-        self.filled = (None, None) if keeps_memory_low() else self._gradients(self.layouts, self.fold)
-        view = view_of((*self.layouts, *self.filled), self.fold, layer.values)
+        self.filled = (None, None) if keeps_memory_low() else self._gradients(self.inputs)
+        view = self.inputs.view(self.filled, layer.values)
         self.forward = backend.penalty_forward(view, sums, layer.given().device)
         self.backward: Any = None  # made by the first backward
 
@@ -245,47 +241,40 @@ class _LayerPlan:
         """Launch the forward, which adds to the result before; return the result, and the gradients it has filled."""
         first, second = self.filled
         filled = None if first is None else allocate(first), None if second is None else allocate(second)
-        return self.forward((*self._read(tensors), *filled), values, before), filled
+        return self.forward((*self.inputs.read(tensors), *filled), values, before), filled
 
     def gradients(
         self, grad: Tensor, layer: Layer, prediction: Prediction | None, filled: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         """Launch the backward for gradients that the forward has filled, or for new memory without a prediction."""
-        saved = layer.raw, layer.dropped
-        layouts = tuple([x if y is None else layout_of(y) for x, y in zip(self.layouts, saved, strict=True)])
-        if layouts == self.layouts:
+        saved, inputs = (layer.raw, layer.dropped), self.inputs
+        layouts = tuple([x if y is None else layout_of(y) for x, y in zip(inputs.layouts, saved, strict=True)])
+        if layouts == inputs.layouts:
             if self.backward is None:
-                self.backward = self._plan_backward(layouts, layer, self.fold)
+                self.backward = self._plan_backward(inputs, layer)
             gradients, launch = self.backward
-            if self.copies and prediction is not None and launch.holds(grad, prediction):
+            if inputs.copies and prediction is not None and launch.holds(grad, prediction):
                 return filled  # before anything is copied
-            read = self._read(saved)
         else:  # a hook on saved tensors, or an assignment to `x.data`, has changed one
-            for name, x, y in zip(("raw", "dropped"), self.layouts, layouts, strict=True):
+            for name, x, y in zip(("raw", "dropped"), inputs.layouts, layouts, strict=True):
                 check_saved(name, x, y)
-            fold = fold_of(layouts, layer, self.problem)
-            read = [fold.read(x) for x in saved]
-            (gradients, launch), prediction = self._plan_backward(layouts, layer, fold), None
+            inputs, prediction = Inputs(layouts, layer, self.problem), None
+            gradients, launch = self._plan_backward(inputs, layer)
         if prediction is None:
             filled = [None if x is None else allocate(x) for x in gradients]
-        launch(grad, (*read, *filled), layer.values, prediction)
+        launch(grad, (*inputs.read(saved), *filled), layer.values, prediction)
         return filled
 
-    def _plan_backward(self, layouts: Sequence[Layout | None], layer: Layer, fold: Fold) -> tuple[Any, Any]:
-        """Return the layouts of the gradients, and a `penalty_backward` of the backend with the forward's view."""
-        gradients = self._gradients(layouts, fold)
-        view = view_of((*layouts, *gradients), fold, layer.values)
+    def _plan_backward(self, inputs: Inputs, layer: Layer) -> tuple[Any, Any]:
+        """Return the layouts of the gradients, and a `penalty_backward` of the backend."""
+        gradients = self._gradients(inputs)
+        view = inputs.view(gradients, layer.values)
         return gradients, self.backend.penalty_backward(view, self.sums, layer.given().device)
 
-    def _gradients(self, layouts: Sequence[Layout | None], fold: Fold) -> tuple[Layout | None, ...]:
+    def _gradients(self, inputs: Inputs) -> tuple[Layout | None, ...]:
         """Return the layouts of the gradients of raw and dropped, `None` for one that is not needed."""
-        return tuple(
-            [fold.like(x) if x is not None and need else None for x, need in zip(layouts, self.needs, strict=True)]
-        )
-
-    def _read(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Return the tensors as kernels read them."""
-        return [self.fold.read(x) for x in tensors] if self.copies else tensors
+        pairs = zip(inputs.layouts, self.needs, strict=True)
+        return tuple([inputs.fold.like(x) if x is not None and need else None for x, need in pairs])
 
 
 def _needs(layer: Layer, problem: Problem) -> tuple[bool, bool]:

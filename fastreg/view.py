@@ -40,10 +40,6 @@ class Fold(NamedTuple):
         """Return whether kernels read a tensor of this layout as it lies."""
         return self._joined(x.stride, self.outer)[1] and self._joined(x.stride, self.inner) == (1, True)
 
-    def copies(self, layouts: Sequence[Layout | None]) -> bool:
-        """Return whether kernels read a copy of any of some tensors."""
-        return not all(x is None or self.fits(x) for x in layouts)
-
     def copy(self, x: Tensor) -> Tensor:
         """Return a copy that kernels can read; a tensor that repeats one time step still does."""
         shape = x.shape
@@ -114,6 +110,28 @@ def fold_of(layouts: Sequence[Layout | None], layer: Layer, problem: Problem) ->
         folds = [fold for fold in folds if fold.inner or not fold.outer]
     copied = Fold(shape, time, sequences, rest) if rest or not whole else Fold(shape, time, (), sequences)
     return min([copied, *folds], key=lambda fold: sum(not fold.fits(x) for x in given))  # the first of the best
+
+
+class Inputs:
+    """The tensors that kernels read, all of the shape of one layer's activations.
+
+    Attributes:
+        layouts: of the tensors, `None` for one that no term reads.
+        fold: how their axes fold.
+        copies: whether kernels read a copy of any.
+    """
+
+    def __init__(self, layouts: Sequence[Layout | None], layer: Layer, problem: Problem) -> None:
+        self.layouts, self.fold = tuple(layouts), fold_of(layouts, layer, problem)
+        self.copies = not all(x is None or self.fold.fits(x) for x in layouts)
+
+    def view(self, written: Sequence[Layout | None], values: Values) -> View:
+        """View them, and tensors that the kernels write, as `(outer, time, inner)`."""
+        return view_of((*self.layouts, *written), self.fold, values)
+
+    def read(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Return tensors of these layouts as kernels read them."""
+        return [self.fold.read(x) for x in tensors] if self.copies else tensors
 
 
 def view_of(layouts: Sequence[Layout | None], fold: Fold, values: Values) -> View:

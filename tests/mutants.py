@@ -305,10 +305,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/penalty.py", "_LayerPlan"): [
         ("another shape in the backward", "check_saved(name, x, y)", "pass"),
-        ("gradients ahead in a layout of before", "if layouts == self.layouts:", "if True:"),
+        ("gradients ahead in a layout of before", "if layouts == inputs.layouts:", "if True:"),
         ("kernels: cut otherwise than the forward", "x if y is None else layout_of(y)", "y and layout_of(y)"),
         ("gradients ahead where memory is low", "(None, None) if keeps_memory_low() else", ""),
-        ("a gap in the hidden axis", "if self.copies else tensors", "if False else tensors"),
     ],
     ("fastreg/view.py", "_known_divisors"): [
         ("sums divided", 'problem.reduction == "sum"', "False"),
@@ -332,6 +331,9 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("a repeated time step copied again and again", "if x.stride(self.time) == 0:", "if False:"),
         ("outer stride for time", ", stride[self.time])", ", stride[self.outer[-1] if self.outer else self.time])"),
         ("rows of packed sequences without a stride", "self.time if self.packed else ", ""),
+    ],
+    ("fastreg/view.py", "Inputs"): [
+        ("a gap in the hidden axis", "if self.copies else tensors", "if False else tensors"),
     ],
     ("fastreg/view.py", "fold_of"): [
         ("sequences folded where not all of their steps count", "if fold.outer == sequences", "if True"),
