@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import cpu_tensors_by
@@ -329,18 +327,6 @@ def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
 
 
-@pytest.mark.parametrize("name", ["valid", "starts"])
-def test_compiled_code_takes_an_axis_that_changes(name: str) -> None:
-    call = torch.compile(
-        lambda x, marks, time_dim: fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, **{name: marks}), backend="aot_eager"
-    )
-    x = torch.randn(4, 5, 6)
-    for time_dim in (1, 2, -1, -2, 0):  # the compiler makes a symbol of an integer that changes
-        marks = torch.rand(4 if time_dim else 5, x.shape[time_dim]) < 0.5
-        want = fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, **{name: marks})  # pyright: ignore[reportCallIssue, reportArgumentType]
-        torch.testing.assert_close(call(x, marks, time_dim), want)
-
-
 def test_the_module_takes_integers_of_numpy(device: str) -> None:
     numpy = pytest.importorskip("numpy")
     x, taken = torch.randn(4, 3, 9, 2, device=device), []
@@ -376,17 +362,6 @@ def test_the_module(device: str) -> None:
         FusedRNNDropout(time_dim="1")  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("time_dim", [1, 2])
-def test_second_derivatives(time_dim: int, device: str) -> None:
-    x = torch.randn(2, 4, 3, dtype=DOUBLE, device=device).requires_grad_()
-    starts = torch.rand(2, x.shape[time_dim], device=device) < 0.4
-    options: dict[str, Any] = {"time_dim": time_dim, "starts": starts}
-    assert gradcheck(lambda r: fused_ar_tar(r, r * 2, 2.0, 1.0, **options), x)
-    assert gradgradcheck(lambda r: fused_ar_tar(r, r * 2, 2.0, 1.0, **options), x)
-    mask = torch.rand_like(x).detach()
-    assert gradgradcheck(lambda r: fused_dropout_ar_tar(r, 0.5, 2.0, 1.0, mask=mask, **options), x)
-
-
 def test_a_start_is_no_hole(device: str) -> None:
     """Two documents in a row have the penalty of separate ones; the first step of the second counts."""
     x, y = (torch.randn(1, n, 5, device=device) for n in (4, 6))
@@ -397,14 +372,6 @@ def test_a_start_is_no_hole(device: str) -> None:
     torch.testing.assert_close(whole, parts)
     whole = fused_ar_tar(None, torch.cat([x, y], 1), 1.0, 0.0, starts=starts)
     torch.testing.assert_close(whole, torch.cat([x, y], 1).square().mean())
-
-
-def test_lengths_of_a_packed_sequence_are_those_of_padding_with_starts(device: str) -> None:
-    x, lengths = torch.randn(3, 7, 5, device=device), torch.tensor([7, 2, 4])
-    none = torch.zeros(3, 7, dtype=torch.bool, device=device)
-    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-    want = fused_ar_tar(packed, packed, 2.0, 1.0)
-    torch.testing.assert_close(fused_ar_tar(x, x, 2.0, 1.0, lengths=lengths, starts=none), want)
 
 
 def main() -> None:

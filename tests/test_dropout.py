@@ -11,22 +11,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.problem import ARTAR, Layer, Problem
+from fastreg.problem import ARTAR, Layer
 from fastreg.reference import ar_tar
 from tests.conftest import INTERPRETED, skip_on_formula
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, SMALL, Sample
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
 
 X = torch.randn(2, 5, 8)
 
 # Dropout makes the second tensor itself: a sample's is not used.
 one_tensor = [s for s in SAMPLES if s.dtypes[0] == s.dtypes[1] and not s.same and s.layouts[0] == s.layouts[1]]
 by_sample = pytest.mark.parametrize("sample", one_tensor, ids=str)
-by_small_sample = pytest.mark.parametrize("sample", [s for s in one_tensor if s in SMALL], ids=str)
 
 
 def mask_for(sample: Sample, raw: Tensor, full: bool, p: float = 0.4) -> Tensor:
@@ -85,15 +83,6 @@ def test_values_and_gradient(sample: Sample, full: bool, device: str, poison: No
     assert ((raw.grad.double() - exact.grad).abs() <= allowed).all()
 
 
-@by_small_sample
-@pytest.mark.parametrize("full", [False, True], ids=["locked", "full"])
-def test_gradcheck(sample: Sample, full: bool, device: str) -> None:
-    raw = sample.leaves(device, DOUBLE)[0]
-    mask = mask_for(sample, raw, full)
-    assert gradcheck(lambda x: fused(sample, x, mask), raw, fast_mode=True)
-    assert gradgradcheck(lambda x: fused(sample, x, mask), raw, fast_mode=True)
-
-
 @pytest.mark.parametrize("sample", [s for s in one_tensor if s.reduction == "mean"], ids=str)
 def test_ar_of_raw(sample: Sample, device: str, poison: None) -> None:
     if sample.dtypes[0] in (HALF, BF16):
@@ -117,37 +106,6 @@ def test_ar_of_raw(sample: Sample, device: str, poison: None) -> None:
     assert exact.grad is not None
     allowed = 2 * roundoff(raw.dtype, device) * exact.grad.abs() + 64 * precision * exact.grad.abs().max()
     assert ((raw.grad.double() - exact.grad).abs() <= allowed).all()
-
-
-@pytest.mark.parametrize("alpha", [2.0, 0.0])
-@pytest.mark.parametrize("beta", [1.0, 0.0])
-def test_second_derivatives_of_the_module(alpha: float, beta: float, device: str) -> None:
-    def call(x: Tensor) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(5)
-        module = FusedRNNDropout(0.4, alpha, beta, ar_of="raw")
-        dropped, taken = module(x), module.take()
-        assert taken is not None
-        return dropped, taken.penalty
-
-    raw = torch.randn(2, 5, 8, dtype=DOUBLE, device=device, requires_grad=True)
-    assert gradcheck(call, raw, fast_mode=True)
-    assert gradgradcheck(call, raw, fast_mode=True)
-
-
-@pytest.mark.parametrize("alpha", [2.0, 0.0])
-@pytest.mark.parametrize("beta", [1.0, 0.0])
-@pytest.mark.parametrize("ar_of", ["dropped", "raw"])
-def test_the_gradient_is_the_same_with_a_graph(ar_of: Any, alpha: float, beta: float, device: str) -> None:
-    """A wrong one would be so consistently: it is no matter to gradgradcheck."""
-    module = FusedRNNDropout(0.4, alpha, beta, ar_of=ar_of)
-    raw = torch.randn(3, 7, 12, dtype=DOUBLE, device=device, requires_grad=True)
-    dropped, taken = module(raw), module.take()
-    assert taken is not None
-    outputs, grads = [dropped, taken.penalty], [torch.randn_like(dropped), torch.full_like(taken.penalty, 1000)]
-    if not taken.penalty.requires_grad:
-        del outputs[1], grads[1]
-    want = torch.autograd.grad(outputs, raw, grads, retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(outputs, raw, grads, create_graph=True), want)
 
 
 @pytest.mark.parametrize("alpha", [2.0, 0.0])
@@ -317,29 +275,6 @@ def test_both_terms_off(device: str) -> None:
     for graph in (False, True):
         (gradient,) = torch.autograd.grad(got, raw, create_graph=graph, retain_graph=True)
         assert (gradient == 0).all()
-
-
-def test_batched_gradients(device: str) -> None:
-    raw = torch.randn(2, 3, 7, 12, device=device, dtype=DOUBLE)
-    mask = mask_for(Sample(), raw[0], False)
-
-    def jacobian(penalty: Any) -> Any:
-        both = lambda x: torch.stack([penalty(x[0]), penalty(x[1])])  # noqa: E731
-        return torch.autograd.functional.jacobian(both, raw, vectorize=True)
-
-    plain = jacobian(lambda x: ar_tar(Layer(x, x * mask), Problem(2.0, 1.0)).penalty)
-    torch.testing.assert_close(jacobian(lambda x: fused(Sample(), x, mask)[1]), plain)
-
-
-def test_ar_of_raw_under_function_transforms(device: str) -> None:
-    module, raw = FusedRNNDropout(0.4, 2.0, 1.0, ar_of="raw"), torch.randn(3, 7, 12, device=device, dtype=DOUBLE)
-
-    def call(x: Tensor) -> Tensor:
-        module(x)
-        return module.take().penalty  # pyright: ignore[reportOptionalMemberAccess]
-
-    want = torch.func.grad(lambda x: ar_tar(Layer(x, x), Problem(2.0, 1.0)).penalty)(raw)
-    torch.testing.assert_close(torch.func.grad(call)(raw), want)
 
 
 @pytest.mark.parametrize(
