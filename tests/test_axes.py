@@ -356,10 +356,6 @@ def test_the_module(device: str) -> None:
     assert last is not None
     torch.testing.assert_close(last.tar, taken.tar)
     assert turned.shape == (4, 9, 3)
-    with pytest.raises(ValueError, match="batch_first and time_dim: expected one of them, got both"):
-        FusedRNNDropout(batch_first=True, time_dim=1)
-    with pytest.raises(TypeError, match="time_dim: expected an int"):
-        FusedRNNDropout(time_dim="1")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_start_is_no_hole(device: str) -> None:
