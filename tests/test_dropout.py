@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.problem import ARTAR, Layer
 from fastreg.reference import ar_tar
-from tests.conftest import INTERPRETED, skip_on_formula
+from tests.conftest import skip_on_formula
+from tests.exact import assert_gradient, assert_terms, exact, rounding
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
 
 X = torch.randn(2, 5, 8)
 
 # Dropout makes the second tensor itself: a sample's is not used.
 one_tensor = [s for s in SAMPLES if s.dtypes[0] == s.dtypes[1] and not s.same and s.layouts[0] == s.layouts[1]]
-by_sample = pytest.mark.parametrize("sample", one_tensor, ids=str)
 
 
 def mask_for(sample: Sample, raw: Tensor, full: bool, p: float = 0.4) -> Tensor:
@@ -40,70 +40,44 @@ def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
     return ar_tar(Layer(raw, dropped), sample.problem)
 
 
-def roundoff(dtype: torch.dtype, device: str) -> float:
-    truncated = INTERPRETED and device == "cpu" and dtype == BF16
-    return torch.finfo(dtype).eps / (1 if truncated else 2)
-
-
-@by_sample
-@pytest.mark.parametrize("full", [False, True], ids=["locked", "full"])
-def test_values_and_gradient(sample: Sample, full: bool, device: str, poison: None) -> None:
+@pytest.mark.parametrize(
+    ("sample", "kind"),
+    [
+        *[(sample, kind) for sample in one_tensor for kind in ("locked", "full")],
+        *[(sample, "AR of raw") for sample in one_tensor if sample.reduction == "mean"],
+    ],
+    ids=str,
+)
+def test_values_and_gradient(sample: Sample, kind: str, device: str, poison: None) -> None:
     if sample.dtypes[0] in (HALF, BF16):
         skip_on_formula(device)
     raw, _ = sample.leaves(device)
-    mask = mask_for(sample, raw, full)
-    exact = raw.detach().double().requires_grad_()
-    product = exact * mask.double()
-    dropped, got = fused(sample, raw, mask, return_terms=True)
+    torch.manual_seed(5)
+    mask = mask_for(sample, raw, kind == "full")
+    wanted = exact(raw)
+    product = wanted * mask.double()
+    if kind == "AR of raw":
+        module = FusedRNNDropout(0.4, sample.alpha, sample.beta, batch_first=sample.batch_first, ar_of="raw")
+        torch.manual_seed(5)
+        dropped, got = module(raw), module.take()
+    else:
+        dropped, got = fused(sample, raw, mask, return_terms=True)
+    assert got is not None
     assert dropped.dtype == raw.dtype
-    assert dropped.requires_grad
-    assert not got.ar.requires_grad
-    assert not got.tar.requires_grad
-    unit = roundoff(raw.dtype, device)
-    torch.testing.assert_close(dropped.double(), product, rtol=unit, atol=0)
+    assert [x.requires_grad for x in (dropped, *got)] == [True, True, False, False]
+    torch.testing.assert_close(dropped.double(), product, rtol=rounding(raw), atol=0)
     # AR is formed from the returned dropped, rounding included.
     rounded = dropped.detach().double() + product - product.detach()
-    want = truth(sample, exact, rounded)
-    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
-        precision = torch.finfo(torch.promote_types(raw.dtype, FLOAT)).eps
-        torch.testing.assert_close(x.double(), y, rtol=8 * precision, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+    want = truth(sample, wanted, wanted if kind == "AR of raw" else rounded)
+    assert_terms(got, want, raw.dtype)
     direction = torch.randn_like(raw)
     ((dropped * direction).sum() + 1000 * got.penalty).backward()
     ((product * direction.double()).sum() + 1000 * want.penalty).backward()
     assert raw.grad is not None
-    assert exact.grad is not None
+    assert wanted.grad is not None
     assert raw.grad.dtype == raw.dtype
-    largest = exact.grad.abs().max().item() + 1000 * 8 * sample.beta * (
-        exact.detach().abs().max().item() if sample.reduction == "sum" else 1
-    )
-    precision = torch.finfo(torch.promote_types(raw.dtype, FLOAT)).eps
-    allowed = 2 * unit * exact.grad.abs() + 8 * precision * largest
-    assert ((raw.grad.double() - exact.grad).abs() <= allowed).all()
-
-
-@pytest.mark.parametrize("sample", [s for s in one_tensor if s.reduction == "mean"], ids=str)
-def test_ar_of_raw(sample: Sample, device: str, poison: None) -> None:
-    if sample.dtypes[0] in (HALF, BF16):
-        skip_on_formula(device)
-    module = FusedRNNDropout(0.4, sample.alpha, sample.beta, batch_first=sample.batch_first, ar_of="raw")
-    raw, _ = sample.leaves(device)
-    torch.manual_seed(5)
-    mask = mask_for(sample, raw, False).double()
-    torch.manual_seed(5)
-    dropped = module(raw)
-    got = module.take()
-    assert got is not None
-    exact = raw.detach().double().requires_grad_()
-    want = truth(sample, exact, exact)
-    precision = torch.finfo(torch.promote_types(raw.dtype, FLOAT)).eps
-    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=8 * precision, atol=0, msg=lambda m, name=name: f"{name}: {m}")
-    (dropped.sum() + 1000 * got.penalty).backward()
-    ((exact * mask).sum() + 1000 * want.penalty).backward()
-    assert raw.grad is not None
-    assert exact.grad is not None
-    allowed = 2 * roundoff(raw.dtype, device) * exact.grad.abs() + 64 * precision * exact.grad.abs().max()
-    assert ((raw.grad.double() - exact.grad).abs() <= allowed).all()
+    changes = wanted.detach().abs().max().item() if sample.reduction == "sum" else 1
+    assert_gradient(raw.grad, wanted.grad, wanted.grad.abs().max().item() + 1000 * 8 * sample.beta * changes)
 
 
 @pytest.mark.parametrize("alpha", [2.0, 0.0])

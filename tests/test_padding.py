@@ -147,7 +147,7 @@ def test_penalty(steps: str, way: str, device: str, poison: None) -> None:
             assert (gradient is None) == (not factor)
             if gradient is not None:
                 gradient = gradient if how.batch_first else gradient.transpose(0, 1)
-                assert_gradient(gradient, exactly)
+                assert_gradient(gradient, exactly, computed=got.penalty.dtype)
                 assert (gradient[~valid] == 0).all()  # exactly
 
 
@@ -425,7 +425,7 @@ def test_packed(sort: bool, way: Way, steps: str, device: str, poison: None) -> 
         gradients = torch.autograd.grad(got.penalty * scale, rows[inputs])
         expected = torch.autograd.grad(want.penalty * scale, wanted[inputs], retain_graph=True)
         for gradient, exactly in zip(gradients, expected, strict=True):
-            assert_gradient(gradient, pack(exactly, valid.sum(1), sort).data)
+            assert_gradient(gradient, pack(exactly, valid.sum(1), sort).data, computed=got.penalty.dtype)
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
