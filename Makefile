@@ -7,17 +7,17 @@ PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
 # Processes of pytest: one for each core, at most four, as each loads PyTorch and the frameworks.
 PARALLEL ?= --numprocesses logical --maxprocesses 4
-PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding valid axes dropout addition))
-KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout addition padding valid axes kernels sizes))
-CORE = reference layout coefficients prediction valid axes padding dropout penalty regularizer rnn_dropout attachment capture
+PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding axes dropout addition))
+KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout addition padding axes kernels sizes))
+CORE = reference layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout attachment capture
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 # Tests that another release of PyTorch or a framework may break, and tests that another Triton may break. The newest Triton
 # is in .venv, too.
-VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) torch concurrency distributed package \
+VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) derivatives torch concurrency distributed package \
     fastai lightning transformers))
 TRITON_TESTS = $(addprefix tests/test_,$(addsuffix .py,compiled ptx))
 # Tests of code that depends on the processor.
-PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction valid axes padding dropout penalty transformers))
+PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction axes padding dropout penalty transformers))
 # Tests of the formula alone: derivatives of second order, and traced code.
 NO_KERNEL = gradcheck or twice_differentiable or second_derivatives or transforms or compil
 

@@ -37,7 +37,7 @@ RESULTS = ROOT / "bench" / "results"
 # Those first that say most of the kernels; tests/test_bench.py knows which files there are.
 TESTS = (
     *("kernels", "prediction", "coefficients", "bench", "penalty", "dropout", "sizes", "concurrency"),
-    *("attachment", "addition", "distributed", "padding", "axes", "valid"),
+    *("attachment", "addition", "distributed", "padding", "axes", "graphs", "derivatives"),
 )
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs

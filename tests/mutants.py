@@ -26,12 +26,12 @@ COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
 CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and other tests find the same faults
 # file -> tests/test_*.py in the order in which they run: those first that fail fast
 TESTS = {
-    "kernels/penalty.py": ["kernels", "prediction", "padding", "valid", "penalty"],
-    "kernels/dropout.py": ["padding", "valid", "dropout", "addition", "kernels"],
-    "kernels/reduction.py": ["kernels", "coefficients", "valid", "padding", "penalty"],
-    "kernels/tiling.py": ["kernels", "valid", "padding", "penalty"],
-    "fastreg/penalty.py": ["plans", "prediction", "coefficients", "padding", "penalty"],
-    "fastreg/dropout.py": ["plans", "padding", "dropout", "addition", "attachment"],
+    "kernels/penalty.py": ["kernels", "prediction", "padding", "penalty"],
+    "kernels/dropout.py": ["padding", "dropout", "addition", "kernels"],
+    "kernels/reduction.py": ["kernels", "coefficients", "padding", "penalty"],
+    "kernels/tiling.py": ["kernels", "padding", "penalty"],
+    "fastreg/penalty.py": ["plans", "prediction", "coefficients", "padding", "penalty", "derivatives"],
+    "fastreg/dropout.py": ["plans", "padding", "dropout", "addition", "attachment", "derivatives"],
     "fastreg/rnn_dropout.py": ["coefficients", "rnn_dropout", "attachment", "dropout"],
     "fastreg/output_dropout.py": ["rnn_dropout"],
     "fastreg/capture.py": ["capture", "attachment"],
@@ -39,16 +39,16 @@ TESTS = {
     "fastreg/carry.py": ["capture", "coefficients", "attachment"],
     "fastreg/attachment.py": ["capture", "attachment", "rnn_dropout"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment", "capture"],
-    "fastreg/reference.py": ["reference", "valid", "padding", "axes", "coefficients", "penalty"],
-    "fastreg/problem.py": ["reference", "valid", "padding", "axes", "coefficients", "penalty"],
-    "fastreg/arguments.py": ["layout", "plans", "valid", "padding", "penalty", "dropout"],
+    "fastreg/reference.py": ["reference", "padding", "axes", "coefficients", "penalty"],
+    "fastreg/problem.py": ["reference", "padding", "axes", "coefficients", "penalty"],
+    "fastreg/arguments.py": ["layout", "plans", "padding", "penalty", "dropout"],
     "fastreg/view.py": ["layout", "axes", "penalty", "padding", "dropout", "torch"],
     "fastreg/plans.py": ["plans", "penalty", "torch"],
-    "fastreg/prepare.py": ["layout", "plans", "valid", "padding", "axes", "penalty", "dropout"],
-    "fastreg/torch_state.py": ["padding", "penalty", "dropout", "torch"],
+    "fastreg/prepare.py": ["layout", "plans", "padding", "axes", "penalty", "dropout"],
+    "fastreg/torch_state.py": ["padding", "penalty", "dropout", "derivatives", "torch"],
     "kernels/view.py": ["kernels", "padding"],
     **{
-        f"kernels/{name}": ["cpu", "coefficients", "valid", "prediction", "padding", "axes", "dropout", "penalty"]
+        f"kernels/{name}": ["cpu", "coefficients", "prediction", "padding", "axes", "dropout", "penalty"]
         for name in ("cpu.cpp", "cpu_rows.h", "cpu_steps.h", "cpu_vectors.h", "cpu_work.h")
     },
     "kernels/cpu.py": ["prediction", "cpu"],

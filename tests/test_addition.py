@@ -13,7 +13,8 @@ from fastreg.addition import Addition
 from fastreg.kernels.view import Values
 from fastreg.problem import Layer, divisors
 from fastreg.reference import ar_tar_gradients, counted
-from tests.conftest import INTERPRETED, skip_on_formula
+from tests.conftest import skip_on_formula
+from tests.exact import eps, rounding
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
 
 ONE_TENSOR = [s for s in SAMPLES if s.dtypes[0] == s.dtypes[1] and not s.same and s.layouts[0] == s.layouts[1]]
@@ -67,13 +68,12 @@ def test_the_sum(sample: Sample, terms: str, steps: str, device: str, poison: No
         assert penalty is not None
         assert got.dtype == dtype
         assert torch.equal(got[padding], arrived[padding])
-        unit = torch.finfo(dtype).eps / (1 if INTERPRETED and device == "cpu" and dtype == BF16 else 2)
         # Four products at most are rounded before they cancel.
         coefficients: Any = problem.alpha, problem.beta
         factors = [300 * 2 * c / n for c, n in zip(coefficients, divisors(layer, problem), strict=True)]
         largest = 4 * float(max(factors)) * torch.where(padding, 0, raw).double().abs().max().item()
-        precision = torch.finfo(torch.promote_types(dtype, FLOAT)).eps
-        torch.testing.assert_close(got.double(), arrived.double() + penalty, rtol=unit, atol=4 * precision * largest)
+        want = arrived.double() + penalty
+        torch.testing.assert_close(got.double(), want, rtol=rounding(got), atol=4 * eps(dtype) * largest)
 
 
 def test_it_is_differentiable_where_pytorch_sees_it(device: str) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import cpu_tensors_by
@@ -23,9 +21,10 @@ from fastreg.prepare import values_of
 from fastreg.problem import Call, Layer, Problem
 from fastreg.view import NARROW, fold_of, view_of
 from tests.conftest import INTERPRETED, skip_on_formula
+from tests.exact import assert_gradient, assert_terms, eps, exact
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
-CASES = 20 if INTERPRETED else 400
+CASES = 20 if INTERPRETED else 200
 
 
 @dataclass
@@ -40,10 +39,9 @@ class Case:
     coefficients: tuple[float, float]
     steps: Tensor
     changes: Tensor
-    described: str
 
 
-def memory(values: Tensor, draw: random.Random, expands: bool) -> tuple[Tensor, str]:
+def memory(values: Tensor, draw: random.Random, expands: bool) -> Tensor:
     """Lay out values in any order of axes, with gaps of NaN, every other element, or one row for all."""
     dims = values.dim()
     order = draw.sample(range(dims), dims)
@@ -59,7 +57,7 @@ def memory(values: Tensor, draw: random.Random, expands: bool) -> tuple[Tensor, 
     if expands:
         axis = draw.randrange(dims)
         x = x.narrow(axis, 0, 1).expand(values.shape)
-    return x.detach(), f"order {order} wide {wide} step {step}" + (" expanded" if expands else "")
+    return x.detach()
 
 
 def drawn(seed: int) -> Case:
@@ -94,22 +92,18 @@ def drawn(seed: int) -> Case:
     changes[:, 0] = False
     options["reduction"] = draw.choice(["mean", "mean", "sum"])
     along = across(steps, len(shape), axis)
-    tensors, texts = [], []
+    tensors = []
     for own in dtypes:
         values = torch.randn(shape, generator=generator, dtype=DOUBLE).to(own)
         if draw.random() < 0.8:  # invalid steps may have any value
             values = torch.where(along, values, torch.tensor(draw.choice([torch.nan, torch.inf]), dtype=own))
         expands = draw.random() < 0.05 and steps.all().item() is True
-        x, text = memory(values, draw, bool(expands))
-        tensors.append(x)
-        texts.append(text)
+        tensors.append(memory(values, draw, expands))
     raw, dropped = tensors
     if draw.random() < 0.3:
         dropped = raw
     coefficients = draw.choice([(2.0, 1.0), (2.0, 1.0), (0.0, 1.5), (2.0, 0.0)])
-    shown = {name: value.shape if isinstance(value, Tensor) else value for name, value in options.items()}
-    described = f"seed {seed}: {shape} axis {axis} {dtypes} {shown} {coefficients} {texts}"
-    return Case(shape, axis, raw, dropped, options, coefficients, steps, changes, described)
+    return Case(shape, axis, raw, dropped, options, coefficients, steps, changes)
 
 
 def across(marks: Tensor, dims: int, axis: int) -> Tensor:
@@ -133,32 +127,10 @@ def truth(case: Case, raw: Tensor, dropped: Tensor) -> ARTAR:
     return ARTAR(alpha * ar + beta * tar, ar, tar)
 
 
-def exact(x: Tensor) -> Tensor:
-    """The values of a tensor in float64, finite, as a leaf."""
-    return x.detach().double().nan_to_num(0.0, 0.0, 0.0).requires_grad_()
-
-
-def check_terms(case: Case, got: ARTAR, want: ARTAR, dtype: torch.dtype) -> None:
-    unit = torch.finfo(torch.promote_types(dtype, FLOAT)).eps
-    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
-        torch.testing.assert_close(
-            x.double(), y.detach(), rtol=16 * unit, atol=0, msg=lambda m, n=name: f"{case.described}\n{n}: {m}"
-        )
-
-
-def check_gradient(case: Case, got: Tensor, parts: list[Tensor], rounding: float = 0.0) -> None:
+def check_gradient(got: Tensor, parts: list[Tensor], rounding: float = 0.0) -> None:
     """Compare with the sum of parts, which may cancel; `rounding` is that of the largest part that is rounded first."""
-    want = sum(parts, torch.zeros_like(got, dtype=DOUBLE))
-    unit = torch.finfo(got.dtype).eps * (2 if INTERPRETED and got.dtype == BF16 else 1)
-    computed = torch.finfo(torch.promote_types(got.dtype, FLOAT)).eps * sum(x.abs().max().item() for x in parts)
-    tiny = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
-    torch.testing.assert_close(
-        got.double(),
-        want,
-        rtol=2 * unit,
-        atol=8 * computed + 2 * unit * rounding + tiny,
-        msg=lambda m: f"{case.described}\ngradient: {m}",
-    )
+    largest = sum(x.abs().max().item() for x in parts) + rounding * torch.finfo(got.dtype).eps / eps(got.dtype) / 4
+    assert_gradient(got, sum(parts, torch.zeros_like(got, dtype=DOUBLE)), largest)
 
 
 def gradients_of(terms: ARTAR, case: Case, scale: float, x: Tensor) -> list[Tensor]:
@@ -177,9 +149,8 @@ def check_penalty(seed: int) -> None:
     if same:
         wanted[1] = wanted[0]
     want = truth(case, *wanted)
-    dtype = torch.promote_types(case.raw.dtype, case.dropped.dtype)
     got = fused_ar_tar(leaves[0], leaves[1], alpha, beta, return_terms=True, **case.options)
-    check_terms(case, got, want, DOUBLE if dtype == DOUBLE else FLOAT)
+    assert_terms(got, want, case.raw.dtype, case.dropped.dtype, ulps=16)
     inputs, exacts = (leaves[:1], wanted[:1]) if same else (leaves, wanted)
     for scale in (100, 100, 300):  # an upstream gradient that is expected, and others; small ones underflow in float16
         penalty = fused_ar_tar(leaves[0], leaves[1], alpha, beta, **case.options)
@@ -187,8 +158,8 @@ def check_penalty(seed: int) -> None:
         counts = across(case.steps, len(case.shape), case.axis)
         for gradient, exactly, leaf in zip(gradients, exacts, inputs, strict=True):
             found = torch.zeros_like(leaf) if gradient is None else gradient
-            check_gradient(case, found, gradients_of(want, case, scale, exactly))
-            assert (found.masked_select(~counts.expand(found.shape)) == 0).all(), case.described  # exactly
+            check_gradient(found, gradients_of(want, case, scale, exactly))
+            assert (found.masked_select(~counts.expand(found.shape)) == 0).all()  # exactly
 
 
 def check_dropout(seed: int) -> None:
@@ -198,18 +169,17 @@ def check_dropout(seed: int) -> None:
     one = list(case.shape)
     one[case.axis] = 1
     mask = ((torch.rand(draw.choice([one, case.shape])) < 0.6) / 0.6).to(raw.dtype)
-    mask, _ = memory(mask, draw, expands=False)
-    arriving, _ = memory(torch.randn(case.shape).to(raw.dtype), draw, expands=draw.random() < 0.2)
+    mask = memory(mask, draw, expands=False)
+    arriving = memory(torch.randn(case.shape).to(raw.dtype), draw, expands=draw.random() < 0.2)
     alpha, beta = case.coefficients
     values, exact_mask = exact(raw), mask.double()
     want = truth(case, values, (raw.detach() * mask).double().nan_to_num(0.0, 0.0, 0.0))
     dropped, got = fused_dropout_ar_tar(raw, 0.4, alpha, beta, mask=mask, return_terms=True, **case.options)
-    assert torch.equal(dropped.nan_to_num(), (raw * mask).nan_to_num()), case.described
-    dtype = DOUBLE if raw.dtype == DOUBLE else FLOAT
-    check_terms(case, got, want, dtype)
+    assert torch.equal(dropped.nan_to_num(), (raw * mask).nan_to_num())
+    assert_terms(got, want, raw.dtype, ulps=16)
     (gradient,) = torch.autograd.grad([dropped, got.penalty], raw, [arriving, torch.full_like(got.penalty, 100)])
     ar, tar = gradients_of(truth(case, values, values * exact_mask), case, 100, values)
-    check_gradient(case, gradient, [ar, tar, arriving.double() * exact_mask], (ar * 1.7).abs().max().item())
+    check_gradient(gradient, [ar, tar, arriving.double() * exact_mask], (ar * 1.7).abs().max().item())
 
 
 @pytest.mark.parametrize("seed", range(CASES))
@@ -223,7 +193,7 @@ def test_dropout_of_any_axes(seed: int) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the formula runs no kernel")
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(50))
 def test_the_formula_of_any_axes(seed: int) -> None:
     with cpu_tensors_by(None):
         check_penalty(seed)
@@ -329,18 +299,6 @@ def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
 
 
-@pytest.mark.parametrize("name", ["valid", "starts"])
-def test_compiled_code_takes_an_axis_that_changes(name: str) -> None:
-    call = torch.compile(
-        lambda x, marks, time_dim: fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, **{name: marks}), backend="aot_eager"
-    )
-    x = torch.randn(4, 5, 6)
-    for time_dim in (1, 2, -1, -2, 0):  # the compiler makes a symbol of an integer that changes
-        marks = torch.rand(4 if time_dim else 5, x.shape[time_dim]) < 0.5
-        want = fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, **{name: marks})  # pyright: ignore[reportCallIssue, reportArgumentType]
-        torch.testing.assert_close(call(x, marks, time_dim), want)
-
-
 def test_the_module_takes_integers_of_numpy(device: str) -> None:
     numpy = pytest.importorskip("numpy")
     x, taken = torch.randn(4, 3, 9, 2, device=device), []
@@ -370,21 +328,6 @@ def test_the_module(device: str) -> None:
     assert last is not None
     torch.testing.assert_close(last.tar, taken.tar)
     assert turned.shape == (4, 9, 3)
-    with pytest.raises(ValueError, match="batch_first and time_dim: expected one of them, got both"):
-        FusedRNNDropout(batch_first=True, time_dim=1)
-    with pytest.raises(TypeError, match="time_dim: expected an int"):
-        FusedRNNDropout(time_dim="1")  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize("time_dim", [1, 2])
-def test_second_derivatives(time_dim: int, device: str) -> None:
-    x = torch.randn(2, 4, 3, dtype=DOUBLE, device=device).requires_grad_()
-    starts = torch.rand(2, x.shape[time_dim], device=device) < 0.4
-    options: dict[str, Any] = {"time_dim": time_dim, "starts": starts}
-    assert gradcheck(lambda r: fused_ar_tar(r, r * 2, 2.0, 1.0, **options), x)
-    assert gradgradcheck(lambda r: fused_ar_tar(r, r * 2, 2.0, 1.0, **options), x)
-    mask = torch.rand_like(x).detach()
-    assert gradgradcheck(lambda r: fused_dropout_ar_tar(r, 0.5, 2.0, 1.0, mask=mask, **options), x)
 
 
 def test_a_start_is_no_hole(device: str) -> None:
@@ -399,14 +342,6 @@ def test_a_start_is_no_hole(device: str) -> None:
     torch.testing.assert_close(whole, torch.cat([x, y], 1).square().mean())
 
 
-def test_lengths_of_a_packed_sequence_are_those_of_padding_with_starts(device: str) -> None:
-    x, lengths = torch.randn(3, 7, 5, device=device), torch.tensor([7, 2, 4])
-    none = torch.zeros(3, 7, dtype=torch.bool, device=device)
-    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-    want = fused_ar_tar(packed, packed, 2.0, 1.0)
-    torch.testing.assert_close(fused_ar_tar(x, x, 2.0, 1.0, lengths=lengths, starts=none), want)
-
-
 def main() -> None:
     count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     wrong = 0
@@ -416,7 +351,7 @@ def main() -> None:
                 check(seed)
             except Exception as error:
                 wrong += 1
-                print(f"{check.__name__}: {str(error)[:1500]}\n")
+                print(f"{check.__name__}({seed}): {str(error)[:1500]}\n")
     print(f"{count} cases, each as a penalty and with dropout: {wrong} wrong")
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from tests.conftest import gpu
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 Ways = dict[str, Callable[..., Any]]
@@ -103,26 +100,6 @@ def test_a_change_before_the_backward_is_an_error(way: str, device: str) -> None
         got.backward()
 
 
-@ways
-def test_twice_differentiable(way: str, device: str) -> None:
-    xs = leaves(device, DOUBLE)
-    coefficients = numbers(device, 2.0, 0.75, dtype=DOUBLE)
-    assert gradcheck(lambda *x: WAYS[way](*x, *coefficients)[0], xs, fast_mode=True)
-    assert gradgradcheck(lambda *x: WAYS[way](*x, *coefficients)[0], xs, fast_mode=True)
-
-
-@pytest.mark.parametrize("way", ["two", "same", "lengths", "dropout"])
-def test_one_compiled_graph_for_all_values(way: str, device: str) -> None:
-    xs = leaves(device)
-    compiled = torch.compile(WAYS[way], fullgraph=True, backend="aot_eager")
-    alpha, beta = numbers(device, 1.0, 1.0)
-    for value in (2.0, 0.5, 0.0):
-        alpha.fill_(value)
-        with torch.compiler.set_stance("default" if value == 2 else "fail_on_recompile"):
-            got = compiled(*xs, alpha, beta)
-        torch.testing.assert_close([*got], [*WAYS[way](*xs, alpha, beta)])
-
-
 def test_an_infinite_term_of_no_weight(device: str) -> None:
     raw = torch.tensor([[1.0], [torch.inf], [2.0]], device=device)
     for coefficients in (numbers(device, 0.0, 0.0), (0.0, 0.0)):
@@ -189,32 +166,3 @@ def test_the_coefficients_of_a_step_are_those_of_its_loss(kind: Any, device: str
     alpha.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-@pytest.mark.parametrize("way", ["two", "dropout"])
-def test_a_graph_follows_a_schedule(way: str, device: str) -> None:
-    """The upstream gradient changes between replays, too, as a loss scale does; nothing waits for the device."""
-    xs = leaves(device)
-    alpha, beta, scale = numbers(device, 2.0, 1.0, 1.0)
-
-    def call() -> list[Tensor]:
-        results = WAYS[way](*xs, alpha, beta)
-        return [results[0].detach(), *torch.autograd.grad(results[0], xs[:1], scale)]
-
-    call()
-    try:
-        with warnings.catch_warnings():  # it warns once, when the mode is set already
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
-            torch.cuda.set_sync_debug_mode("error")
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = call()
-    for a, b, s in ((2.0, 1.0, 1.0), (0.5, 3.0, 1024.0), (0.5, 3.0, 1024.0), (0.0, 1.0, 512.0), (1.0, 0.0, 512.0)):
-        for x, value in zip((alpha, beta, scale), (a, b, s), strict=True):
-            x.fill_(value)
-        graph.replay()
-        assert_same([x.clone() for x in got], [*call()])

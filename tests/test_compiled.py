@@ -132,11 +132,12 @@ def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int
     assert count[2] == wide_stores
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["same", "two"])
-@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF, DOUBLE], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "same"), [(BF16, False), (BF16, True), (FLOAT, False), (FLOAT, True), (HALF, False), (DOUBLE, False)]
+)
 def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, same: bool, tmp_path: Path) -> None:
-    if (same or dtype in (HALF, DOUBLE)) and target.arch != 90:
-        pytest.skip("one tensor for both, float16 and float64 are compiled for sm_90 alone, to save time")
+    if target.arch != 90 and (same or dtype != BF16):
+        pytest.skip("one tensor for both, and other dtypes are compiled for sm_90 alone, to save time")
     run((dtype, dtype), same)
     rows = tiling.UNROLL * (1 if same else 2)
     (forward,), (backward,) = compiled_penalty()
@@ -151,6 +152,8 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, same: bool, t
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 def test_wide_loads_and_no_spills_with_dropout(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     """The mask is one more load for a whole run."""
+    if dtype == FLOAT and target.arch != 90:
+        pytest.skip("float32, which has fewer elements in a load, is compiled for sm_90 alone, to save time")
     run_dropout(dtype)
     (forward,), (backward,) = map(compiled, DROPOUT)
     assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS, tiling.UNROLL)
@@ -182,8 +185,8 @@ def test_wide_loads_and_no_spills_where_not_all_steps_count(
 @pytest.mark.parametrize("hidden", [650, 401], ids="hidden{}".format)  # 1150 takes the code of 650
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 def test_no_spills_with_narrow_loads(target: Any, dtype: torch.dtype, hidden: int, tmp_path: Path) -> None:
-    if dtype == FLOAT and target.arch != 90:
-        pytest.skip("float32, which takes fewer registers, is compiled for sm_90 alone, to save time")
+    if (dtype == FLOAT or hidden == 650) and target.arch != 90:
+        pytest.skip("float32, and two elements a load, are compiled for sm_90 alone, to save time")
     shape = 4, 70, hidden
     run((dtype, dtype), same=False, shape=shape)
     run_dropout(dtype, shape)

@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,10 @@ from fastreg.backends import CPP
 from fastreg.kernels import cpu
 from fastreg.kernels.view import Operand, Sums, Values, View
 from fastreg.plans import forget
-from fastreg.problem import ARTAR, Layer, Problem
+from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 from tests.conftest import CPU
+from tests.exact import assert_gradient, assert_terms, exact
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, sliced, transposed
 
 pytestmark = pytest.mark.skipif(
@@ -60,24 +61,6 @@ def leaf(x: Tensor, lengths: Tensor | None, layout: Layout) -> Tensor:
     return layout(x).detach().requires_grad_()
 
 
-def exact(x: Tensor) -> Tensor:
-    return x.detach().to(DOUBLE).requires_grad_()
-
-
-def assert_terms(got: ARTAR, want: ARTAR) -> None:
-    unit = torch.finfo(got.penalty.dtype).eps
-    for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x.to(DOUBLE), y, rtol=8 * unit, atol=0)
-
-
-def assert_near(got: Tensor, want: Tensor) -> None:
-    """To one rounding of its dtype, and a few of the largest elements', which smaller ones may be differences of."""
-    info = torch.finfo(got.dtype)
-    computed = torch.finfo(DOUBLE if got.dtype == DOUBLE else FLOAT).eps
-    atol = 8 * computed * want.abs().max().item() + info.smallest_normal * info.eps  # the step of subnormal numbers
-    torch.testing.assert_close(got.to(DOUBLE), want, rtol=info.eps, atol=atol)
-
-
 def assert_padding_is_0(gradient: Tensor, lengths: Tensor | None) -> None:
     for one, length in zip(gradient, [] if lengths is None else lengths.tolist(), strict=False):
         assert not one[length:].any()
@@ -91,10 +74,10 @@ def check(raw: Tensor, dropped: Tensor, lengths: Tensor | None = None) -> None:
     gradients = torch.autograd.grad(want.penalty, doubles)
     for upstream in (100.0, 100.0, -300.0):
         got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths, return_terms=True)
-        assert_terms(got, want)
+        assert_terms(got, want, raw.dtype, dropped.dtype)
         written = torch.autograd.grad(got.penalty, xs, torch.full_like(got.penalty, upstream))
         for x, y in zip(written, gradients, strict=True):
-            assert_near(x, upstream * y)
+            assert_gradient(x, upstream * y)
             assert_padding_is_0(x, lengths)
 
 
@@ -106,7 +89,7 @@ def check_dropout(raw: Tensor, mask: Tensor, lengths: Tensor | None = None) -> N
     assert dropped.equal((raw.to(got.ar.dtype) * mask.to(got.ar.dtype)).to(raw.dtype))
     rounded = product + (dropped.detach().to(DOUBLE) - product).detach()
     want = ar_tar(Layer(double, rounded, Values(lengths)), TERMS)
-    assert_terms(got, want)
+    assert_terms(got, want, raw.dtype)
     arriving, upstream = values(raw.shape, raw.dtype) / raw.shape[2], torch.full_like(got.penalty, 100)
     (of_penalty,) = torch.autograd.grad(want.penalty, double)
     of_dropped = arriving.to(DOUBLE) * mask.to(DOUBLE)
@@ -116,7 +99,7 @@ def check_dropout(raw: Tensor, mask: Tensor, lengths: Tensor | None = None) -> N
         ([dropped], [arriving], of_dropped),
     ):
         (gradient,) = torch.autograd.grad(outputs, raw, grads, retain_graph=True)
-        assert_near(gradient, expected)
+        assert_gradient(gradient, expected)
     assert_padding_is_0(torch.autograd.grad(got.penalty, raw)[0], lengths)
 
 
@@ -132,19 +115,29 @@ STEPS_OF: dict[str, Callable[[int], int]] = {  # the lengths of sequences of 9 t
 }
 
 
-@pytest.mark.parametrize("layout", [transposed, contiguous], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("batch", "hidden"), [(1, 12), (7, 1), (33, 12), (50, 401), (3, 9000)])
-@pytest.mark.parametrize("kind", STEPS_OF)
+SMALL, LARGE = [(1, 12), (7, 1), (33, 12)], [(50, 401), (3, 9000)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "layout"),
+    [
+        *[(kind, size, transposed) for kind in STEPS_OF for size in SMALL + LARGE],
+        *[(kind, size, contiguous) for kind in STEPS_OF for size in SMALL],
+        *[("any", size, contiguous) for size in LARGE],
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
 @pytest.mark.usefixtures("poison")
-def test_lengths_of_sequences_in_one_block(kind: str, batch: int, hidden: int, layout: Layout) -> None:
+def test_lengths_of_sequences_in_one_block(kind: str, size: tuple[int, int], layout: Layout) -> None:
     """Blocks of lanes hold whole sequences, parts of one, or begin and end within one."""
+    batch, hidden = size
     lengths = torch.tensor([STEPS_OF[kind](i) for i in range(batch)])
     shape, dtype = (batch, 9, hidden), (FLOAT, BF16)[batch % 2]
     raw, dropped = (leaf(values(shape, d), lengths, layout) for d in (dtype, FLOAT))
     check(raw, dropped, lengths)
     raw = layout(values(shape, FLOAT)).requires_grad_()
-    for size, mask_layout in ((1, contiguous), (9, contiguous), (9, transposed)):
-        check_dropout(raw, mask_layout(values((batch, size, hidden), FLOAT).abs()), lengths)
+    for time, mask_layout in ((1, contiguous), (9, contiguous), (9, transposed)):
+        check_dropout(raw, mask_layout(values((batch, time, hidden), FLOAT).abs()), lengths)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -179,10 +172,10 @@ def test_packed_rows(dtype: torch.dtype, hidden: int) -> None:
             want = ar_tar(Layer(doubles[0], doubles[-1], Values(batch_sizes=sizes)), TERMS)
             both = PackedSequence(xs[0], sizes), PackedSequence(xs[-1], sizes)
             got = fused_ar_tar(*both, ALPHA, BETA, return_terms=True)
-            assert_terms(got, want)
+            assert_terms(got, want, dtype)
             gradients = torch.autograd.grad(want.penalty, doubles)
             for x, y in zip(torch.autograd.grad(100 * got.penalty, xs), gradients, strict=True):
-                assert_near(x, 100 * y)
+                assert_gradient(x, 100 * y)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -191,7 +184,7 @@ def test_infinity_and_nan_spread_as_in_the_formula(dtype: torch.dtype, value: fl
     raw, dropped = values((2, 5, 40), dtype), values((2, 5, 40), dtype)
     raw[0, 0, 3] = raw[1, 2, 5] = raw[1, 4, 39] = dropped[0, 1, 1] = value
     xs = [x.requires_grad_() for x in (raw, dropped)]
-    doubles = [exact(x) for x in xs]
+    doubles = [x.detach().double().requires_grad_() for x in xs]
     got, want = fused_ar_tar(*xs, ALPHA, BETA, return_terms=True), ar_tar(Layer(*doubles), TERMS)
     torch.testing.assert_close([x.double() for x in got], list(want), equal_nan=True)
     for x, y in zip(torch.autograd.grad(got.penalty, xs), torch.autograd.grad(want.penalty, doubles), strict=True):
@@ -199,18 +192,17 @@ def test_infinity_and_nan_spread_as_in_the_formula(dtype: torch.dtype, value: fl
         assert x.isnan().equal(y.isnan())
 
 
-@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
-def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
-    """All of them, times numbers that lead to ties, to subnormal numbers and to infinity."""
-    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, -1).requires_grad_()
-    for scale in (1.0, -1.0, 1 + 2**-8, 1 + 2**-11, 1.5, 3.0, 1 / 3, 2.0**-9, 3 * 2.0**-15, 7e-5, 255.0, 1e4, 1e38):
-        (got,) = torch.autograd.grad(
-            fused_ar_tar(None, every, 0.5, 0.0, reduction="sum"), every, torch.tensor(float(scale))
-        )
-        want = (every.detach().float() * torch.tensor(scale)).to(dtype)
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-        there = ~want.isnan()
-        assert got.signbit()[there].equal(want.signbit()[there])
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """The processor's modes are those of a thread."""
+    torch.set_num_threads(1)
 
 
 AtEachLevel = Callable[[Callable[[], list[Tensor]]], None]
@@ -268,20 +260,51 @@ def test_levels_agree(layout: Layout, dtype: torch.dtype, hidden: int, at_each_l
         at_each_level(lambda raw=raw, dropped=dropped, lengths=lengths: step(raw, dropped, lengths))
 
 
+@contextmanager
+def flushed(flush: bool) -> Iterator[None]:
+    """Have the processor take subnormal numbers of float32 for 0."""
+    assert torch.set_flush_denormal(flush)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize("flush", [False, True])
-def test_levels_round_alike(dtype: torch.dtype, flush: bool, at_each_level: AtEachLevel) -> None:
-    """Subnormal numbers, ties, infinity and NaN, whatever bits NaN has."""
+def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype, flush: bool, at_each_level: AtEachLevel) -> None:
+    """All of them, times numbers that lead to ties, to subnormal numbers, to infinity, and NaN whatever its bits."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, -1).requires_grad_()
     nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(FLOAT).item()
-    scales = [torch.tensor(x) for x in (1.0, -1.0, 1 + 2**-8, 1.5, 1 / 3, 2.0**-9, 7e-5, 255.0, 1e38, nan)]
+    scales = [1.0, -1.0, 1 + 2**-8, 1 + 2**-11, 1.5, 3.0, 1 / 3, 2.0**-9, 3 * 2.0**-15, 7e-5, 255.0, 1e4, 1e38, nan]
 
     def results() -> list[Tensor]:
         penalty = fused_ar_tar(None, every, 0.5, 0.0, reduction="sum")
-        assert torch.set_flush_denormal(flush)
-        found = [torch.autograd.grad(penalty, every, scale, retain_graph=True)[0] for scale in scales]
-        torch.set_flush_denormal(False)
+        with flushed(flush):
+            found = [torch.autograd.grad(penalty, every, torch.tensor(x), retain_graph=True)[0] for x in scales]
+        for got, scale in zip(found, scales if not flush else [], strict=False):
+            want = (every.detach().float() * torch.tensor(scale)).to(dtype)
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            there = ~want.isnan()
+            assert got.signbit()[there].equal(want.signbit()[there])
         assert found[-1].isnan().all()
+        return found
+
+    at_each_level(results)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_float16_keeps_its_subnormal_numbers(at_each_level: AtEachLevel) -> None:
+    """Every finite number, copied and divided by 4, where the processor is told to flush those of float32."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(HALF)
+    x = x[x.isfinite()].view(1, 1, -1)
+
+    def results() -> list[Tensor]:
+        found = []
+        for factor in (1.0, 0.25):
+            with flushed(True):
+                dropped, _ = fused_dropout_ar_tar(x, 0.5, 0.0, 1.0, mask=torch.full_like(x, factor))
+            assert dropped.view(torch.int16).equal((x.double() * factor).half().view(torch.int16))
+            found.append(dropped)
         return found
 
     at_each_level(results)
@@ -322,11 +345,9 @@ def test_nothing_is_allocated_beyond_the_results(
     assert needed <= allocated <= needed + 8 * shape[0] + 4096
 
 
-def in_a_process(code: str, **environment: str) -> None:
+def in_a_process(code: str) -> None:
     """Run code that changes its process."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -367,26 +388,6 @@ def test_too_little_memory_is_an_error() -> None:
             assert forward([x, x, None, None], values).penalty == 2
 
 
-@pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
-def test_float16_keeps_its_subnormal_numbers(level: str) -> None:
-    """Every finite number, copied and divided by 4, where the processor is told to flush those of float32."""
-    code = """
-import torch
-from fastreg import fused_dropout_ar_tar
-x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
-x = x[x.isfinite()].view(1, 1, -1)
-for factor in (1.0, 0.25):
-    want = (x.double() * factor).half()
-    assert torch.set_flush_denormal(True)
-    got, _ = fused_dropout_ar_tar(x, 0.5, 0.0, 1.0, mask=torch.full_like(x, factor))
-    torch.set_flush_denormal(False)
-    assert got.view(torch.int16).equal(want.view(torch.int16)), (got != want).sum()
-"""
-    if level == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("PyTorch would not check that this processor has AVX-512")
-    in_a_process(code, ATEN_CPU_CAPABILITY=level)
-
-
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "constant", "heavy"])
 def test_error_of_a_large_sum(dtype: torch.dtype, kind: str) -> None:
@@ -399,13 +400,6 @@ def test_error_of_a_large_sum(dtype: torch.dtype, kind: str) -> None:
         ("tar", got.tar, sum(part.double().diff(dim=0).square().sum() for part in x) / (64 * 255 * 1024)),
     ):
         assert abs(value.double() - true) <= 2e-6 * true, name
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def step(raw: Tensor, dropped: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
@@ -431,15 +425,6 @@ def test_the_same_bits_for_any_number_of_threads(layout: Layout, lengths: Tensor
         assert all(x.equal(y) for x, y in zip(got[0], others, strict=True))
 
 
-def test_calls_from_many_threads_at_once() -> None:
-    inputs = [[values((8, 90, 65), FLOAT).requires_grad_() for _ in range(2)] for _ in range(8)]
-    want = [step(*xs) for xs in inputs]
-    with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda xs: [step(*xs) for _ in range(20)], inputs))
-    for repeats, expected in zip(got, want, strict=True):
-        assert all(x.equal(y) for results in repeats for x, y in zip(results, expected, strict=True))
-
-
 def in_a_fork(raw: Tensor, dropped: Tensor, want: Tensor) -> None:
     os._exit(0 if fused_ar_tar(raw, dropped, ALPHA, BETA).equal(want) else 1)
 
@@ -460,13 +445,14 @@ def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_runtime() -> None:
-    code = (
-        "import torch\nfrom fastreg.kernels import cpu\ncpu.library()\n"
-        "paths = {line.split()[-1] for line in open('/proc/self/maps') if '.so' in line}\n"
-        "paths = {path for path in paths if 'omp' in path.rpartition('/')[2]}\n"
-        "assert len(paths) == 1, paths"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = """
+import torch
+from fastreg.kernels import cpu
+cpu.library()
+paths = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
+assert len({path for path in paths if "omp" in path.rpartition("/")[2]}) == 1, paths
+"""
+    in_a_process(code)
 
 
 def test_without_a_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,16 +1,17 @@
-"""The one view of every layout, and one test for each kind of bad argument."""
+"""The one view of every layout, and one case for each bad argument."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fastreg import fused_ar_tar
+from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels.view import NOTHING, layout_of
 from fastreg.problem import Layer, Problem
 from fastreg.view import fold_of, view_of
@@ -31,6 +32,7 @@ WRAPPING = PackedSequence(  # a sum and differences that wrap to valid values
 AWAY = tuple.__new__(PackedSequence, (PACKED.data, PACKED.batch_sizes.to("meta"), None, None))
 EMPTY_STEP, NEGATIVE = (PackedSequence(PACKED.data, torch.tensor(sizes)) for sizes in ([4, 4, 0], [8, 1, -1]))
 ROWS_OF_ROWS = tuple.__new__(PackedSequence, (PACKED.data[None], PACKED.batch_sizes, None, None))
+OTHER_STEPS = r"raw\[1\]: expected the batch and time steps of raw\[0\],"
 IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
 
 
@@ -62,147 +64,186 @@ def test_view(
     assert [x is not None and fold.read(x) is not x for x in tensors] == copied
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        ((1, X, 2, 1), {}, TypeError, "raw: expected a tensor, a PackedSequence, or a list or tuple of them, got int"),
-        ((X, None, 2, 1), {}, TypeError, "dropped: expected a tensor, .* got NoneType .* only where alpha is 0"),
-        ((None, X, 2, 1), {}, TypeError, "raw: expected a tensor, .* got NoneType .* only where beta is 0"),
-        ((X.numpy(), X, 2, 1), {}, TypeError, "raw: expected a tensor, .* got ndarray"),
-        ((X.int(), X, 2, 1), {}, TypeError, "raw: expected float16, bfloat16, float32 or float64, got torch.int32"),
-        ((X, X.to(torch.complex64), 2, 1), {}, TypeError, "dropped: expected float16, .* got torch.complex64"),
-        ((X.to_sparse(), X, 2, 1), {}, TypeError, "raw: expected a dense .* got torch.sparse_coo"),
-        ((X[0, 0], X, 2, 1), {}, ValueError, r"raw: expected \(batch, time, hidden\), .* got \(8,\)"),
-        ((X, X[None], 2, 1), {}, ValueError, r"dropped: expected \(batch, time, hidden\), .* got \(1, 2, 5, 8\)"),
-        ((X, X[:, :4], 2, 1), {}, ValueError, r"dropped: expected the shape of raw, \(2, 5, 8\), got \(2, 4, 8\)"),
-        ((X, X.to("meta"), 2, 1), {}, ValueError, "dropped: expected a tensor on cpu, where raw is, got .* meta"),
-        (([X, X], [X], 2, 1), {}, ValueError, "raw and dropped: expected the same layers .* 2 layers and 1 layers"),
-        (([X], X, 2, 1), {}, ValueError, "raw and dropped: expected the same layers .* 1 layers and one tensor"),
-        (([], [], 2, 1), {}, ValueError, "raw: expected a tensor a layer, got an empty list"),
-        (([X, X], [X, X[..., :3]], 2, 1), {}, ValueError, r"dropped\[1\]: expected the shape of raw\[1\]"),
-        (([X, None], [X, X], 2, 1), {}, TypeError, r"raw\[1\]: expected a tensor, got NoneType"),
-        (
-            ((X, X[:, :1]), (X, X[:, :1]), 2, 1),
-            {},
-            ValueError,
-            r"raw\[1\]: expected the batch and time steps of raw\[0\], .* \(2, 5, 8\), got \(2, 1, 8\) \(an RNN gives",
-        ),
-        (
-            ([X, X[0]], [X, X[0]], 0, 1),
-            {},
-            ValueError,
-            r"raw\[1\]: expected the batch and time steps of raw\[0\], .* got \(5, 8\)",
-        ),
-        (
-            ([PACKED, OTHER], [PACKED, OTHER], 2, 1),
-            {},
-            ValueError,
-            r"raw\[1\]: expected the batch_sizes of raw\[0\], got others",
-        ),
-        (
-            ([X, (X, X)], [X, X], 2, 1),
-            {},
-            TypeError,
-            r"raw\[1\]: expected a tensor, got tuple \(an RNN gives",
-        ),
-        ((X, JAGGED, 2, 1), {}, TypeError, "dropped: expected a dense .* got nested"),
-        ((X, X, 10**400, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got inf"),
-        ((X, X, -(10**400), 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -inf"),
-        ((X, X, "2", 1), {}, TypeError, "alpha: expected a real number, got str"),
-        ((X, X, True, 1), {}, TypeError, "alpha: expected a real number, got bool"),
-        ((X, X, 2, torch.ones(1)), {}, ValueError, "beta: expected a number or a 0-dim floating-point tensor, got"),
-        ((X, X, torch.tensor(2), 1), {}, ValueError, "alpha: expected a number or a 0-dim floating-point tensor, got"),
-        ((X, X, 2, torch.tensor(1.0, requires_grad=True)), {}, ValueError, "beta: expected a tensor that requires no"),
-        ((X, X, torch.tensor(-1.0), 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
-        ((X, X, torch.tensor(1.0, device="meta"), 1), {}, ValueError, "alpha: expected a tensor on cpu, where raw is"),
-        ((X, X, -1, 1), {}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
-        ((X, X, 2, float("nan")), {}, ValueError, "beta: expected a finite number of at least 0, got nan"),
-        ((X, X, 2, float("inf")), {}, ValueError, "beta: expected a finite number of at least 0, got inf"),
-        ((X, X, 2, 1), {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
-        ((X, X, 2, 1), {"time_dim": 3}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got 3"),
-        ((X, X, 2, 1), {"time_dim": -4}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got -4"),
-        ((X.sum(), X, 2, 1), {"time_dim": 0}, ValueError, r"time_dim: expected an axis of raw, of shape \(\), got 0"),
-        ((X, X, 2, 1), {"time_dim": 1.0}, TypeError, "time_dim: expected an int, the axis of time, got float"),
-        ((X, X, 2, 1), {"time_dim": True}, TypeError, "time_dim: expected an int, the axis of time, got bool"),
-        ((X, X, 2, 1), {"time_dim": 1, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
-        ((X[None], X[None], 2, 1), {}, ValueError, r"raw: expected \(batch, time, hidden\), .* or time_dim, got"),
-        ((PACKED, PACKED, 2, 1), {"time_dim": 1}, ValueError, "time_dim: expected 0 or None with a PackedSequence"),
-        (([X, X[:1]], [X, X[:1]], 2, 1), {}, ValueError, r"raw\[1\]: expected the batch and time steps of raw\[0\]"),
-        (([X, X[0]], [X, X[0]], 2, 1), {"time_dim": 0}, ValueError, r"raw\[1\]: expected the batch and time steps of"),
-        (
-            ([X, X.movedim(2, 1)], [X, X.movedim(2, 1)], 2, 1),
-            {"time_dim": -1},
-            ValueError,
-            r"raw\[1\]: expected the batch and time steps of raw\[0\]",
-        ),
-        (
-            (X, X, 2, 1),
-            {"starts": STARTS[0]},
-            ValueError,
-            r"starts: expected shape \(2, 5\), batch and time steps, got",
-        ),
-        ((X, X, 2, 1), {"starts": STARTS.t()}, ValueError, r"starts: expected shape \(2, 5\), .*, got \(5, 2\)"),
-        (
-            (X[None], X[None], 2, 1),
-            {"starts": STARTS, "time_dim": 2},
-            ValueError,
-            r"starts: expected shape \(1, 5\), batch and time steps, got \(2, 5\)",
-        ),
-        ((X, X, 2, 1), {"starts": [0]}, TypeError, "starts: expected a bool or integer tensor, got list"),
-        ((X, X, 2, 1), {"starts": STARTS.float()}, TypeError, "starts: expected a bool or integer .* torch.float32"),
-        ((X, X, 2, 1), {"starts": STARTS.int() * 2}, ValueError, "starts: expected 0 or 1, got 2"),
-        ((X, X, 2, 1), {"starts": STARTS.to("meta")}, ValueError, "starts: expected a tensor on cpu, .* on meta"),
-        ((PACKED, PACKED, 2, 1), {"starts": STARTS}, ValueError, "starts: expected None with a PackedSequence"),
-        ((X, X, 2, 1), {"return_terms": "no"}, TypeError, "return_terms: expected True or False, got 'no'"),
-        ((X, X, 2, 1), {"reduction": X.numpy()}, ValueError, "reduction: expected 'mean' or 'sum', got array"),
-        ((X, X, 2, 1), {"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
-        ((X, X, 2, 1), {"lengths": [5, 3]}, TypeError, "lengths: expected an integer tensor, got list"),
-        ((X, X, 2, 1), {"lengths": X[:, 0, 0]}, TypeError, "lengths: expected an integer tensor, got one of torch.fl"),
-        (
-            (X, X, 2, 1),
-            {"lengths": X[:, 0, 0] > 0},
-            TypeError,
-            "lengths: expected an integer tensor, got one of torch.",
-        ),
-        ((X, X, 2, 1), {"lengths": LENGTHS[:1]}, ValueError, r"lengths: expected shape \(2,\), one .*, got \(1,\)"),
-        ((X, X, 2, 1), {"lengths": LENGTHS[None]}, ValueError, r"lengths: expected shape \(2,\), .* got \(1, 2\)"),
-        ((X[0], X[0], 2, 1), {"lengths": LENGTHS}, ValueError, r"lengths: expected shape \(1,\), .* got \(2,\)"),
-        ((X, X, 2, 1), {"lengths": LENGTHS + 1}, ValueError, "lengths: expected from 0 to the 5 time steps .* got 6"),
-        ((X, X, 2, 1), {"lengths": LENGTHS - 4}, ValueError, "lengths: expected from 0 to the 5 time steps .* got -1"),
-        ((X, X, 2, 1), {"lengths": LENGTHS.to("meta")}, ValueError, "lengths: expected a tensor on cpu, .* on meta"),
-        (
-            (X, X, 2, 1),
-            {"lengths": LENGTHS.to_sparse()},
-            TypeError,
-            "lengths: expected a dense .*, got torch.sparse_coo",
-        ),
-        ((HALVES, HALVES, 2, 1), {}, TypeError, "raw.batch_sizes: expected an integer tensor, got one of torch.float"),
-        ((AWAY, AWAY, 2, 1), {}, ValueError, "raw.batch_sizes: expected a tensor on the CPU, got one on meta"),
-        ((WRAPPED, WRAPPED, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
-        ((PACKED, PACKED, 2, 1), {"lengths": LENGTHS}, ValueError, "lengths: expected None, as a PackedSequence has"),
-        ((PACKED, PACKED.data, 2, 1), {}, TypeError, "dropped: expected a PackedSequence, as raw is, got a tensor"),
-        (
-            ([PACKED], [X], 2, 1),
-            {},
-            TypeError,
-            r"dropped\[0\]: expected a PackedSequence, as raw\[0\] is, got a tensor",
-        ),
-        ((PACKED, [PACKED], 2, 1), {}, ValueError, "raw and dropped: .* got one tensor and 1 layers"),
-        ((PACKED, OTHER, 2, 1), {}, ValueError, "dropped: expected the batch_sizes of raw, got others"),
-        ((SHORT, SHORT, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 .* add up to the 7 rows, got"),
-        ((GROWING, GROWING, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
-        ((EMPTY_STEP, EMPTY_STEP, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
-        ((WRAPPING, WRAPPING, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
-        ((NEGATIVE, NEGATIVE, 2, 1), {}, ValueError, "raw.batch_sizes: expected sizes above 0 that never grow"),
-        ((ROWS_OF_ROWS, ROWS_OF_ROWS, 2, 1), {}, ValueError, r"raw.data: expected \(rows, hidden\), got \(1, "),
-        ((IDS, IDS, 2, 1), {}, TypeError, "raw.data: expected float16, bfloat16, float32 or float64, got torch.int64"),
+# One tensor or list for both; or raw and dropped.
+BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
+    ((1, X), TypeError, "raw: expected a tensor, a PackedSequence, or a list or tuple of them, got int"),
+    ((X, None), TypeError, "dropped: expected a tensor, .* got NoneType .* only where alpha is 0"),
+    ((None, X), TypeError, "raw: expected a tensor, .* got NoneType .* only where beta is 0"),
+    ((X.numpy(), X), TypeError, "raw: expected a tensor, .* got ndarray"),
+    ((X.int(), X), TypeError, "raw: expected float16, bfloat16, float32 or float64, got torch.int32"),
+    ((X, X.to(torch.complex64)), TypeError, "dropped: expected float16, .* got torch.complex64"),
+    ((X.to_sparse(), X), TypeError, "raw: expected a dense .* got torch.sparse_coo"),
+    ((X, JAGGED), TypeError, "dropped: expected a dense .* got nested"),
+    ((X[0, 0], X), ValueError, r"raw: expected \(batch, time, hidden\), .* got \(8,\)"),
+    ((X, X[None]), ValueError, r"dropped: expected \(batch, time, hidden\), .* got \(1, 2, 5, 8\)"),
+    ((X[None], X[None]), ValueError, r"raw: expected \(batch, time, hidden\), .* or time_dim, got"),
+    ((X, X[:, :4]), ValueError, r"dropped: expected the shape of raw, \(2, 5, 8\), got \(2, 4, 8\)"),
+    ((X, X.to("meta")), ValueError, "dropped: expected a tensor on cpu, where raw is, got .* meta"),
+    (([X, X], [X]), ValueError, "raw and dropped: expected the same layers .* 2 layers and 1 layers"),
+    (([X], X), ValueError, "raw and dropped: expected the same layers .* 1 layers and one tensor"),
+    (([], []), ValueError, "raw: expected a tensor a layer, got an empty list"),
+    (([X, X], [X, X[..., :3]]), ValueError, r"dropped\[1\]: expected the shape of raw\[1\]"),
+    (([X, None], [X, X]), TypeError, r"raw\[1\]: expected a tensor, got NoneType"),
+    (([X, (X, X)], [X, X]), TypeError, r"raw\[1\]: expected a tensor, got tuple \(an RNN gives"),
+    (((X, X[:, :1]),) * 2, ValueError, rf"{OTHER_STEPS} .* \(2, 5, 8\), got \(2, 1, 8\) \(an RNN gives"),
+    (([X, X[:1]],) * 2, ValueError, OTHER_STEPS),
+    (([X, X[0]],) * 2, ValueError, rf"{OTHER_STEPS} .* got \(5, 8\)"),
+    (([PACKED, OTHER],) * 2, ValueError, r"raw\[1\]: expected the batch_sizes of raw\[0\], got others"),
+    ((PACKED, PACKED.data), TypeError, "dropped: expected a PackedSequence, as raw is, got a tensor"),
+    (([PACKED], [X]), TypeError, r"dropped\[0\]: expected a PackedSequence, as raw\[0\] is, got a tensor"),
+    ((PACKED, [PACKED]), ValueError, "raw and dropped: .* got one tensor and 1 layers"),
+    ((PACKED, OTHER), ValueError, "dropped: expected the batch_sizes of raw, got others"),
+    ((HALVES, HALVES), TypeError, "raw.batch_sizes: expected an integer tensor, got one of torch.float"),
+    ((AWAY, AWAY), ValueError, "raw.batch_sizes: expected a tensor on the CPU, got one on meta"),
+    ((SHORT, SHORT), ValueError, "raw.batch_sizes: expected sizes above 0 .* add up to the 7 rows, got"),
+    *[
+        ((x, x), ValueError, "raw.batch_sizes: expected sizes above 0 that never grow")
+        for x in (WRAPPED, WRAPPING, GROWING, EMPTY_STEP, NEGATIVE)
     ],
-)
-def test_bad_arguments(arguments: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    ((ROWS_OF_ROWS, ROWS_OF_ROWS), ValueError, r"raw.data: expected \(rows, hidden\), got \(1, "),
+    ((IDS, IDS), TypeError, "raw.data: expected float16, bfloat16, float32 or float64, got torch.int64"),
+]
+
+
+def assert_refused(error: type[Exception], message: str, function: Any, *arguments: Any, **options: Any) -> None:
     with pytest.raises(error) as raised:
-        fused_ar_tar(*arguments, **options)
+        function(*arguments, **options)
     assert re.match(message, str(raised.value)), str(raised.value)
     assert type(raised.value) is error
+
+
+@pytest.mark.parametrize(("both", "error", "message"), BAD_ACTIVATIONS, ids=[x[2] for x in BAD_ACTIVATIONS])
+def test_bad_activations(both: Any, error: type[Exception], message: str) -> None:
+    assert_refused(error, message, fused_ar_tar, *both, 2.0, 1.0)
+
+
+# Options of both functions.
+BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"raw": X.int()}, TypeError, "raw: expected float16, bfloat16, float32 or float64, got torch.int32"),
+    ({"alpha": 10**400}, ValueError, "alpha: expected a finite number of at least 0, got inf"),
+    ({"alpha": -(10**400)}, ValueError, "alpha: expected a finite number of at least 0, got -inf"),
+    ({"alpha": -1}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
+    ({"alpha": "2"}, TypeError, "alpha: expected a real number, got str"),
+    ({"alpha": True}, TypeError, "alpha: expected a real number, got bool"),
+    ({"alpha": torch.tensor(2)}, ValueError, "alpha: expected a number or a 0-dim floating-point tensor, got"),
+    ({"alpha": torch.tensor(-1.0)}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
+    ({"alpha": torch.tensor(1.0, device="meta")}, ValueError, "alpha: expected a tensor on cpu, where raw is"),
+    ({"beta": torch.ones(1)}, ValueError, "beta: expected a number or a 0-dim floating-point tensor, got"),
+    ({"beta": torch.ones((), requires_grad=True)}, ValueError, "beta: expected a tensor that requires no"),
+    ({"beta": float("nan")}, ValueError, "beta: expected a finite number of at least 0, got nan"),
+    ({"beta": float("inf")}, ValueError, "beta: expected a finite number of at least 0, got inf"),
+    ({"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
+    ({"time_dim": 3}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got 3"),
+    ({"time_dim": -4}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got -4"),
+    ({"raw": X.sum(), "time_dim": 0}, ValueError, r"time_dim: expected an axis of raw, of shape \(\), got 0"),
+    ({"time_dim": 1.0}, TypeError, "time_dim: expected an int, the axis of time, got float"),
+    ({"time_dim": True}, TypeError, "time_dim: expected an int, the axis of time, got bool"),
+    ({"time_dim": 1, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
+    ({"starts": STARTS[0]}, ValueError, r"starts: expected shape \(2, 5\), batch and time steps, got"),
+    ({"starts": STARTS.t()}, ValueError, r"starts: expected shape \(2, 5\), .*, got \(5, 2\)"),
+    ({"starts": [0]}, TypeError, "starts: expected a bool or integer tensor, got list"),
+    ({"starts": STARTS.float()}, TypeError, "starts: expected a bool or integer .* torch.float32"),
+    ({"starts": STARTS.int() * 2}, ValueError, "starts: expected 0 or 1, got 2"),
+    ({"starts": STARTS.to("meta")}, ValueError, "starts: expected a tensor on cpu, .* on meta"),
+    (
+        {"raw": X[None], "starts": STARTS, "time_dim": 2},
+        ValueError,
+        r"starts: expected shape \(1, 5\), batch and time steps, got \(2, 5\)",
+    ),
+    ({"valid": [[1]]}, TypeError, "valid: expected a bool or integer tensor, got list"),
+    ({"valid": STARTS.float()}, TypeError, "valid: expected a bool or integer tensor, got one of torch.float32"),
+    ({"valid": STARTS.t()}, ValueError, r"valid: expected shape \(2, 5\), batch and time steps, got \(5, 2\)"),
+    ({"valid": STARTS[0]}, ValueError, r"valid: expected shape \(2, 5\), batch and time steps, got \(5,\)"),
+    ({"valid": STARTS[..., None]}, ValueError, r"valid: expected shape \(2, 5\).*got \(2, 5, 1\)"),
+    (
+        {"valid": STARTS, "batch_first": False},
+        ValueError,
+        r"valid: expected shape \(5, 2\), batch and time steps, in every layout, got \(2, 5\)",
+    ),
+    ({"valid": STARTS * 2}, ValueError, "valid: expected 0 or 1, got 2"),
+    ({"valid": -STARTS.int()}, ValueError, "valid: expected 0 or 1, got -1"),
+    ({"valid": STARTS.to("meta")}, ValueError, "valid: expected a tensor on cpu, or another device with memory"),
+    ({"valid": STARTS.to_sparse()}, TypeError, r"valid: expected a dense \(strided\) tensor"),
+    ({"valid": STARTS, "lengths": LENGTHS}, ValueError, "lengths and valid: expected one of them, got both"),
+    ({"return_terms": "no"}, TypeError, "return_terms: expected True or False, got 'no'"),
+    ({"reduction": X.numpy()}, ValueError, "reduction: expected 'mean' or 'sum', got array"),
+    ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
+    ({"lengths": [5, 3]}, TypeError, "lengths: expected an integer tensor, got list"),
+    ({"lengths": X[:, 0, 0]}, TypeError, "lengths: expected an integer tensor, got one of torch.float"),
+    ({"lengths": X[:, 0, 0] > 0}, TypeError, "lengths: expected an integer tensor, got one of torch.bool"),
+    ({"lengths": LENGTHS[:1]}, ValueError, r"lengths: expected shape \(2,\), one .*, got \(1,\)"),
+    ({"lengths": LENGTHS[None]}, ValueError, r"lengths: expected shape \(2,\), .* got \(1, 2\)"),
+    ({"raw": X[0], "lengths": LENGTHS}, ValueError, r"lengths: expected shape \(1,\), .* got \(2,\)"),
+    ({"lengths": LENGTHS + 1}, ValueError, "lengths: expected from 0 to the 5 time steps .* got 6"),
+    ({"lengths": LENGTHS - 4}, ValueError, "lengths: expected from 0 to the 5 time steps .* got -1"),
+    ({"lengths": LENGTHS.to("meta")}, ValueError, "lengths: expected a tensor on cpu, .* on meta"),
+    ({"lengths": LENGTHS.to_sparse()}, TypeError, "lengths: expected a dense .*, got torch.sparse_coo"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS, ids=[x[2] for x in BAD_OPTIONS])
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    options = {"raw": X, "alpha": 2.0, "beta": 1.0, **options}
+    assert_refused(error, message, fused_dropout_ar_tar, p=0.5, **options)
+    assert_refused(error, message, fused_ar_tar, dropped=options["raw"], **options)
+
+
+# Options that do not go with packed sequences or layers.
+BAD_PAIRS: list[tuple[Any, dict[str, Any], str]] = [
+    (PACKED, {"lengths": LENGTHS}, "lengths: expected None, as a PackedSequence has"),
+    (PACKED, {"valid": STARTS}, "valid: expected None, as a PackedSequence has lengths of its own"),
+    (PACKED, {"starts": STARTS}, "starts: expected None with a PackedSequence"),
+    (PACKED, {"time_dim": 1}, "time_dim: expected 0 or None with a PackedSequence"),
+    ([X, X[0]], {"time_dim": 0}, OTHER_STEPS),
+    ([X, X[0]], {"alpha": 0.0}, OTHER_STEPS),
+    ([X, X.movedim(2, 1)], {"time_dim": -1}, OTHER_STEPS),
+]
+
+
+@pytest.mark.parametrize(("x", "options", "message"), BAD_PAIRS, ids=[x[2] for x in BAD_PAIRS])
+def test_options_that_do_not_go_with_the_activations(x: Any, options: dict[str, Any], message: str) -> None:
+    assert_refused(ValueError, message, fused_ar_tar, x, x, **{"alpha": 2.0, "beta": 1.0, **options})
+
+
+BAD_DROPOUT: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"raw": None}, TypeError, "raw: expected a tensor, got NoneType"),
+    ({"raw": [X]}, TypeError, "raw: expected a tensor, got list"),
+    ({"p": 1}, ValueError, "p: expected a probability from 0 to below 1, got 1"),
+    ({"p": -0.1}, ValueError, "p: expected a probability from 0 to below 1, got -0.1"),
+    ({"p": Fraction(10**20 - 1, 10**20)}, ValueError, "p: expected a probability from 0 to below 1, got 9"),
+    ({"p": "a"}, TypeError, "p: expected a real number, got str"),
+    ({"training": "no"}, TypeError, "training: expected True or False, got 'no'"),
+    ({"mask": 1}, TypeError, "mask: expected a tensor, got int"),
+    ({"mask": X.to_sparse()}, TypeError, "mask: expected a dense .* got torch.sparse_coo"),
+    ({"mask": X[:, :3]}, ValueError, r"mask: expected shape \(2, 1, 8\) or that of raw, .* got"),
+    ({"mask": X[:1], "batch_first": True}, ValueError, r"mask: expected shape \(2, 1, 8\)"),
+    ({"mask": X.double()}, TypeError, "mask: expected the dtype of raw, torch.float32, got"),
+    ({"mask": X.to("meta")}, ValueError, "mask: expected a tensor on cpu, .* got one on meta"),
+    ({"mask": X.clone().requires_grad_()}, ValueError, "mask: expected .* requires no gradient"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_DROPOUT, ids=[x[2] for x in BAD_DROPOUT])
+def test_bad_arguments_of_dropout(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    options = {"raw": X, "p": 0.5, "alpha": 2.0, "beta": 1.0, **options}
+    assert_refused(error, message, fused_dropout_ar_tar, **options)
+
+
+BAD_MODULE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"p": 1.0}, ValueError, r"p: expected a probability from 0 to below 1, got 1\.0"),
+    ({"batch_first": 0}, TypeError, "batch_first: expected True or False, got 0"),
+    ({"ar_of": "out"}, ValueError, "ar_of: expected 'dropped' or 'raw', got 'out'"),
+    ({"batch_first": True, "time_dim": 1}, ValueError, "batch_first and time_dim: expected one of them, got both"),
+    ({"time_dim": "1"}, TypeError, "time_dim: expected an int"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_MODULE, ids=[x[2] for x in BAD_MODULE])
+def test_bad_arguments_of_the_module(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    assert_refused(error, message, FusedRNNDropout, **options)
+    module = FusedRNNDropout(0.1)
+    module.alpha = -1.0
+    assert_refused(ValueError, "alpha: expected a finite number of at least 0, got -1.0", module, X)
 
 
 def test_numbers_that_are_not_float_are_coefficients() -> None:

@@ -1,113 +1,208 @@
-"""Padded and packed sequences, against a loop over the sequences in float64."""
+"""Steps that count: lengths, marks and packed sequences, against a loop over the sequences in float64."""
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.overrides import TorchFunctionMode
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import backend_for
 from fastreg.kernels.view import Operand, Sums, Values, View
-from fastreg.problem import ARTAR
+from fastreg.prepare import values_of
+from fastreg.problem import ARTAR, Call, Problem
 from tests.conftest import INTERPRETED, skip_on_formula
+from tests.exact import assert_gradient, assert_terms, exact
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, every_other, sliced, transposed
 
 ALPHA, BETA = 2.0, 3.0
-BATCHES = {  # lengths, and the time steps there are
-    "some": ([5, 0, 9, 1, 2, 9], 9),
-    "full": ([7, 7, 7], 7),
-    "none": ([0, 0], 4),
-    "one step": ([1, 0, 1], 1),
-    "one row": ([3], 5),
-    "several runs": ([70, 17, 20, 21, 40], 70),  # a run has 20 steps
-    "many": ([n % 7 for n in range(70)], 6),
+
+
+def front(time: int, *lengths: int) -> list[str]:
+    return ["x" * n + "." * (time - n) for n in lengths]
+
+
+STEPS: dict[str, list[str]] = {  # given as lengths, or as marks; a row a sequence, x for each step that counts
+    "lengths, some": front(9, 5, 0, 9, 1, 2, 9),
+    "lengths, full": front(7, 7, 7, 7),
+    "lengths, none": front(4, 0, 0),
+    "lengths, one step": front(1, 1, 0, 1),
+    "lengths, one row": front(5, 3),
+    "lengths, several runs": front(70, 70, 17, 20, 21, 40),  # a run has 20 steps
+    "lengths, many": front(6, *[n % 7 for n in range(70)]),
+    "valid, padding on the left": ["..xxxxx", "xxxxxxx", "......x", "....xxx"],
+    "valid, padding on both sides": [".xx....", "....xx.", "xx.....", ".xxxxx."],
+    "valid, holes": ["xx.xx.x", "x.x.x.x", ".xx..xx", "x......"],
+    "valid, burn-in": [".....xxxxxxxxxxxx"] * 2,
+    "valid, nothing": ["....", "...."],
+    "valid, all": ["xxxxxxxxx"] * 3,
+    "valid, one step": ["x", ".", "x"],
+    "valid, one row": ["xx.xxx...x"],
+    "valid, several runs": ["x" * 19 + "." + "x" * 20, "." * 20 + "x" * 20, "xx." * 13 + "x"],
+    "valid, many": [f"{n * 2654435761 % 2**5:05b}".replace("0", ".").replace("1", "x") for n in range(20)],
 }
-by_batch = pytest.mark.parametrize("batch", BATCHES)
+BOTH = ["lengths, some", "valid, holes"]  # for tests that need not look at every pattern
+CROSSED = [*BOTH, "lengths, several runs", "valid, several runs"]
+by_both = pytest.mark.parametrize("steps", BOTH)
 
 
-def truth(raw: Tensor, dropped: Tensor, lengths: list[int], reduction: str = "mean") -> ARTAR:
-    """Of `(batch, time, hidden)` tensors, one sequence after the other."""
-    sequences = [(r[:n].double(), d[:n].double()) for r, d, n in zip(raw, dropped, lengths, strict=True)]
-    squares = sum((d.square().sum() for _, d in sequences), torch.zeros(()))
-    changes = sum((r.diff(dim=0).square().sum() for r, _ in sequences), torch.zeros(()))
-    elements = sum(d.numel() for _, d in sequences)
-    pairs = sum(max(len(r) - 1, 0) * r.shape[1] for r, _ in sequences)
-    ar, tar = (squares / max(elements, 1), changes / max(pairs, 1)) if reduction == "mean" else (squares, changes)
-    return ARTAR(ALPHA * ar + BETA * tar, ar, tar)
+def marks(steps: str, device: str = "cpu") -> Tensor:
+    """`(batch, time)`: the steps that count."""
+    return torch.tensor([[c == "x" for c in row] for row in STEPS[steps]], device=device)
 
 
-def padded(batch: str, hidden: int, *dtypes: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[int]]:
-    """`(batch, time, hidden)` tensors, with NaN and inf behind each sequence."""
-    lengths, time = BATCHES[batch]
-    tensors = [torch.randn(len(lengths), time, hidden, device=device).to(dtype) for dtype in dtypes]
-    for x in tensors:
-        for i, n in enumerate(lengths):
-            x[i, n:] = torch.nan
-            x[i, n + 1 :] = torch.inf
-    return tensors, lengths
+def given(steps: str, device: str = "cpu") -> dict[str, Any]:
+    """The argument that says which steps count."""
+    valid = marks(steps, device)
+    return {"lengths": valid.sum(1)} if steps.startswith("lengths") else {"valid": valid}
 
 
-def exact(x: Tensor) -> Tensor:
-    return x.detach().double().requires_grad_()
+def activations(valid: Tensor, *dtypes: torch.dtype, hidden: int = 12) -> list[Tensor]:
+    """`(batch, time, hidden)` tensors, with NaN and inf where steps do not count."""
+    tensors = [torch.randn(*valid.shape, hidden, device=valid.device).to(dtype) for dtype in dtypes]
+    nothing = torch.tensor([torch.nan, torch.inf, -torch.inf], device=valid.device).repeat(hidden)[:hidden]
+    return [torch.where(valid.unsqueeze(-1), x, nothing.to(x.dtype)) for x in tensors]
 
 
-def assert_terms(got: ARTAR, want: ARTAR, dtype: torch.dtype) -> None:
-    unit = torch.finfo(torch.promote_types(dtype, FLOAT)).eps
-    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
-        torch.testing.assert_close(x.double().cpu(), y.cpu(), rtol=8 * unit, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+def leaves(valid: Tensor) -> list[Tensor]:
+    return [x.requires_grad_() for x in activations(valid, FLOAT, FLOAT)]
 
 
-def assert_gradient(got: Tensor | None, want: Tensor | None, lengths: list[int] | None = None) -> None:
-    assert got is not None
-    assert want is not None
-    unit = torch.finfo(got.dtype).eps * (2 if INTERPRETED and got.dtype == BF16 else 1)
-    # Where the parts of a gradient cancel, the rest has the rounding error of the parts.
-    part = 8 * torch.finfo(torch.promote_types(got.dtype, FLOAT)).eps * want.abs().max().item()
-    torch.testing.assert_close(got.double(), want, rtol=2 * unit, atol=part)
-    for x, n in zip(got, lengths or [], strict=False):
-        assert (x[n:] == 0).all()  # exactly
+def truth(
+    raw: Tensor, dropped: Tensor, valid: Tensor, alpha: float = ALPHA, beta: float = BETA, reduction: str = "mean"
+) -> ARTAR:
+    """Of `(batch, time, hidden)` tensors in float64, one sequence after the other."""
+    squares, changes, elements, pairs = raw.new_zeros(()), raw.new_zeros(()), 0, 0
+    for r, d, counts in zip(raw, dropped, valid, strict=True):
+        paired = counts[1:] & counts[:-1]
+        squares = squares + d[counts].square().sum()
+        changes = changes + (r[1:] - r[:-1])[paired].square().sum()
+        elements += d[counts].numel()
+        pairs += r[1:][paired].numel()
+    if reduction == "mean":
+        squares, changes = squares / max(elements, 1), changes / max(pairs, 1)
+    return ARTAR(alpha * squares + beta * changes, squares, changes)
 
 
-LAYOUTS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
-    "batch first": (True, contiguous),
-    "time first": (False, contiguous),
-    "transposed": (True, transposed),
-    "sliced": (True, sliced),
-    "copied": (False, every_other),
+@dataclass
+class Way:
+    """A way to call `fused_ar_tar`."""
+
+    batch_first: bool = True
+    lay: Callable[[Tensor], Tensor] = contiguous
+    dtypes: tuple[torch.dtype, torch.dtype] = (FLOAT, FLOAT)
+    same: bool = False
+    alpha: float = ALPHA
+    beta: float = BETA
+    reduction: str = "mean"
+
+
+WAYS = {
+    "batch first": Way(),
+    "one tensor": Way(same=True),
+    "time first": Way(batch_first=False),
+    "transposed": Way(lay=transposed),
+    "sliced": Way(lay=sliced),
+    "copied": Way(batch_first=False, lay=every_other),
+    "halves": Way(dtypes=(BF16, HALF)),
+    "halves, time first": Way(batch_first=False, dtypes=(BF16, HALF)),
+    "doubles": Way(dtypes=(DOUBLE, FLOAT)),
+    "sum of AR": Way(beta=0.0, reduction="sum"),
+    "sum of TAR": Way(alpha=0.0, reduction="sum"),
+    "sum of AR of one tensor": Way(beta=0.0, same=True, reduction="sum"),
+    "sum of TAR of one tensor": Way(alpha=0.0, same=True, reduction="sum"),
 }
 
 
-@by_batch
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtypes", [(FLOAT, FLOAT), (BF16, HALF), (DOUBLE, FLOAT)], ids=str)
-def test_lengths(batch: str, layout: str, dtypes: tuple[torch.dtype, torch.dtype], device: str, poison: None) -> None:
-    if layout not in ("batch first", "time first") and dtypes != (FLOAT, FLOAT):
-        pytest.skip("strides do not depend on the dtype")
-    (raw, dropped), lengths = padded(batch, 12, *dtypes, device=device)
-    batch_first, lay = LAYOUTS[layout]
-    x, y = (lay(v if batch_first else v.transpose(0, 1)).requires_grad_() for v in (raw, dropped))
-    got = fused_ar_tar(
-        x, y, ALPHA, BETA, batch_first=batch_first, lengths=torch.tensor(lengths, device=device), return_terms=True
-    )
+def crossed(ways: Any) -> Any:
+    """Each pattern of steps in the first way; a few in each way. Triton's interpreter takes seconds a case of marks."""
+    all_steps = [s for s in STEPS if not (INTERPRETED and s.startswith("valid")) or s in CROSSED]
+    cases = [(steps, way) for way in ways for steps in all_steps if way in [*ways][:2] or steps in CROSSED]
+    return pytest.mark.parametrize(("steps", "way"), cases, ids=[f"{steps}, {way}" for steps, way in cases])
+
+
+@crossed(WAYS)
+def test_penalty(steps: str, way: str, device: str, poison: None) -> None:
+    valid, how = marks(steps, device), WAYS[way]
+    raw, dropped = activations(valid, *how.dtypes)
+    x, y = (how.lay(v if how.batch_first else v.transpose(0, 1)).requires_grad_() for v in (raw, dropped))
     wanted = exact(raw), exact(dropped)
-    want = truth(*wanted, lengths)
-    widest = DOUBLE if DOUBLE in dtypes else FLOAT
-    assert got.penalty.dtype == widest
-    assert_terms(got, want, widest)
-    (got.penalty * 100).backward()
-    (want.penalty * 100).backward()
-    for leaf, expected in zip((x, y), wanted, strict=True):
-        grad = leaf.grad if batch_first or leaf.grad is None else leaf.grad.transpose(0, 1)
-        assert_gradient(grad, expected.grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
+    if how.same:
+        y, wanted = x, (wanted[0], wanted[0])
+    want = truth(*wanted, valid, how.alpha, how.beta, how.reduction)
+    options: Any = {"batch_first": how.batch_first, "reduction": how.reduction, **given(steps, device)}
+    for scale in (100, 100, 300):  # an upstream gradient that is expected, and others; small ones underflow in float16
+        got = fused_ar_tar(x, y, how.alpha, how.beta, return_terms=True, **options)
+        assert_terms(got, want, *how.dtypes)
+        inputs = slice(1 if how.same else 2)
+        gradients = torch.autograd.grad(got.penalty * scale, (x, y)[inputs], allow_unused=True)
+        expected = torch.autograd.grad(want.penalty * scale, wanted[inputs], retain_graph=True)
+        for gradient, exactly, factor in zip(gradients, expected, (how.beta or how.same, how.alpha), strict=False):
+            assert (gradient is None) == (not factor)
+            if gradient is not None:
+                gradient = gradient if how.batch_first else gradient.transpose(0, 1)
+                assert_gradient(gradient, exactly, computed=got.penalty.dtype)
+                assert (gradient[~valid] == 0).all()  # exactly
+
+
+@dataclass
+class Dropout:
+    """A way to call `fused_dropout_ar_tar`."""
+
+    full: bool = False
+    batch_first: bool = True
+    dtype: torch.dtype = FLOAT
+
+
+DROPOUTS = {
+    "locked mask": Dropout(),
+    "full mask": Dropout(full=True),
+    "time first": Dropout(batch_first=False),
+    "halves": Dropout(dtype=HALF),
+    "bfloat16, time first": Dropout(full=True, batch_first=False, dtype=BF16),
+    "doubles, time first": Dropout(full=True, batch_first=False, dtype=DOUBLE),
+}
+
+
+@crossed(DROPOUTS)
+def test_dropout(steps: str, way: str, device: str, poison: None) -> None:
+    """A step that does not count is dropped out like the others, and has the gradient of its dropped value alone."""
+    valid, how = marks(steps, device), DROPOUTS[way]
+    if how.dtype in (HALF, BF16):
+        skip_on_formula(device)
+    raw = torch.randn(*valid.shape, 12, device=device).to(how.dtype)
+    mask = (torch.rand(len(raw), raw.shape[1] if how.full else 1, 12, device=device) > 0.5).to(how.dtype) * 2  # exact
+    x, keep = (v if how.batch_first else v.transpose(0, 1).contiguous() for v in (raw, mask))
+    options: Any = {"mask": keep, "batch_first": how.batch_first, **given(steps)}
+    dropped, got = fused_dropout_ar_tar(x.requires_grad_(), 0.5, ALPHA, BETA, return_terms=True, **options)
+    assert torch.equal(dropped, x * keep)
+    wanted = exact(raw)
+    product = wanted * mask.double()
+    want = truth(wanted, product, valid)
+    assert_terms(got, want, how.dtype)
+    upstream = torch.randn_like(dropped)
+    arriving = (upstream if how.batch_first else upstream.transpose(0, 1)).double()
+    (both,) = torch.autograd.grad([dropped, got.penalty], x, [upstream, torch.full_like(got.penalty, 10)])
+    (alone,) = torch.autograd.grad(fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, **options)[1], x)
+    (expected,) = torch.autograd.grad(10 * want.penalty + (arriving * product).sum(), wanted)
+    both, alone = (g if how.batch_first else g.transpose(0, 1) for g in (both, alone))
+    assert_gradient(both, expected)
+    assert torch.equal(both[~valid], (arriving * mask.double()).to(how.dtype)[~valid])
+    assert (alone[~valid] == 0).all()
+
+
+@by_both
+def test_nothing_dropped(steps: str, device: str) -> None:
+    raw, _ = leaves(marks(steps, device))
+    dropped, got = fused_dropout_ar_tar(raw, 0.5, ALPHA, BETA, training=False, return_terms=True, **given(steps))
+    assert dropped is raw
+    assert_terms(got, truth(exact(raw), exact(raw), marks(steps, device)), FLOAT)
 
 
 def test_one_row_of_memory_for_all(device: str) -> None:
@@ -116,102 +211,118 @@ def test_one_row_of_memory_for_all(device: str) -> None:
     torch.testing.assert_close(got, want)
 
 
-@by_batch
-def test_raw_is_dropped(batch: str, device: str, poison: None) -> None:
-    (raw,), lengths = padded(batch, 12, FLOAT, device=device)
-    raw.requires_grad_()
-    got = fused_ar_tar(raw, raw, ALPHA, BETA, lengths=torch.tensor(lengths), return_terms=True)
-    wanted = exact(raw)
-    want = truth(wanted, wanted, lengths)
-    assert_terms(got, want, FLOAT)
-    got.penalty.backward()
-    want.penalty.backward()
-    assert_gradient(raw.grad, wanted.grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
+INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_any_integers_with_any_stride(kind: torch.dtype, device: str) -> None:
-    (raw, dropped), lengths = torch.randn(2, 6, 9, 12, device=device), BATCHES["some"][0]
-    table = torch.tensor([[1, n] for n in lengths], dtype=kind, device=device)
-    for given, want in ((table[:, 1], lengths), (table[:1, 0].expand(len(lengths)), [1] * len(lengths))):
-        got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=given, return_terms=True)
-        assert_terms(got, truth(raw, dropped, want), FLOAT)
+@pytest.mark.parametrize(
+    ("steps", "kind"), [(BOTH[1], torch.bool), *[(steps, kind) for kind in INTEGERS for steps in BOTH]], ids=str
+)
+def test_any_integers_with_any_stride(steps: str, kind: torch.dtype, device: str) -> None:
+    raw, dropped = torch.randn(2, *marks(steps).shape, 12, device=device)
+    ((name, argument),) = given(steps, device).items()
+    one = argument[:1].expand_as(argument)
+    apart = argument.repeat_interleave(2, -1)[..., ::2]
+    for x in (one, apart, apart.t().contiguous().t()):
+        got, want = (
+            fused_ar_tar(raw, dropped, ALPHA, BETA, **{name: y})
+            for y in (x.to(kind), x.clone(memory_format=torch.contiguous_format))
+        )
+        assert torch.equal(got, want)
 
 
 def test_more_sequences_than_are_added_at_once(device: str) -> None:
     raw, dropped = (torch.randn(1100, 3, 1, device=device) for _ in range(2))
-    lengths = [n % 4 for n in range(1100)]
-    got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=torch.tensor(lengths), return_terms=True)
-    assert_terms(got, truth(raw, dropped, lengths), FLOAT)
+    lengths = torch.arange(1100, device=device) % 4
+    got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths, return_terms=True)
+    assert_terms(got, truth(exact(raw), exact(dropped), torch.arange(3, device=device) < lengths[:, None]), FLOAT)
 
 
-def test_one_sequence_and_sums_and_layers(device: str) -> None:
-    (raw, dropped), lengths = padded("one row", 12, FLOAT, FLOAT, device=device)
-    want = truth(raw, dropped, lengths, "sum")
-    options: Any = {"lengths": torch.tensor(lengths), "reduction": "sum", "return_terms": True}
-    assert_terms(fused_ar_tar(raw[0], dropped[0], ALPHA, BETA, **options), want, FLOAT)
-    twice = fused_ar_tar([raw, raw], [dropped, dropped], ALPHA, BETA, **options)
-    assert_terms(twice, ARTAR(*(2 * x for x in want)), FLOAT)
+@pytest.mark.parametrize("shape", [(4096, 2), (911, 9), (8193, 1), (37, 701)], ids=str)
+@pytest.mark.parametrize("dropout", [True, False])
+def test_many_steps_are_counted(shape: tuple[int, int], dropout: bool, device: str) -> None:
+    """Up to 8192 steps are counted by each program of a launch, and more by a launch of their own."""
+    valid = (torch.arange(shape[0] * shape[1], device=device) % 37 % 5 > 0).view(shape)
+    x = torch.randn(*shape, 2, device=device, requires_grad=True)
+    if dropout:
+        _, got = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=torch.ones_like(x), valid=valid, return_terms=True)
+    else:
+        got = fused_ar_tar(x, x, ALPHA, BETA, valid=valid, return_terms=True)
+    wide = exact(x)
+    paired = valid[:, 1:] & valid[:, :-1]
+    ar = wide[valid].square().sum() / (2 * valid.sum())
+    tar = (wide[:, 1:] - wide[:, :-1])[paired].square().sum() / (2 * paired.sum()).clamp(min=1)
+    assert_terms(got, ARTAR(ALPHA * ar + BETA * tar, ar, tar), FLOAT)
+    (want,) = torch.autograd.grad(ALPHA * ar + BETA * tar, wide)
+    assert_gradient(*torch.autograd.grad(got.penalty, x), want)
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 0.0), (0.0, 3.0)])
-def test_one_term(alpha: float, beta: float, device: str) -> None:
-    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
-    for x in (raw, dropped):
-        x.requires_grad_()
-    used = raw if beta else None, dropped if alpha else None
-    got = fused_ar_tar(*used, alpha, beta, lengths=torch.tensor(lengths))
-    wanted = exact(raw), exact(dropped)
-    terms = truth(*wanted, lengths)
-    want = alpha * terms.ar + beta * terms.tar
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
-    got.backward()
-    want.backward()
-    one = 0 if beta else 1
-    assert_gradient((raw, dropped)[one].grad, wanted[one].grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
+@by_both
+def test_one_sequence(steps: str, device: str) -> None:
+    row = steps.replace("some", "one row").replace("holes", "one row")
+    (raw,) = activations(marks(row, device), FLOAT)
+    ((name, argument),) = given(row, device).items()
+    want = fused_ar_tar(raw, raw, ALPHA, BETA, **{name: argument})
+    for x in (argument, argument if name == "lengths" else argument[0]):
+        assert torch.equal(fused_ar_tar(raw[0], raw[0], ALPHA, BETA, **{name: x}), want)
 
 
-def test_a_gradient_of_inf_leaves_padding_at_0(device: str) -> None:
-    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
-    for x in (raw, dropped):
-        x.requires_grad_()
+@by_both
+def test_layers(steps: str, device: str) -> None:
+    valid, options = marks(steps, device), given(steps, device)
+    layers = [activations(valid, FLOAT, FLOAT, hidden=hidden) for hidden in (8, 12)]
+    raws, kept = ([x.requires_grad_() for x in xs] for xs in zip(*layers, strict=True))
+    got = fused_ar_tar(raws, kept, ALPHA, BETA, **options)
+    want = sum(fused_ar_tar(r, d, ALPHA, BETA, **options) for r, d in zip(raws, kept, strict=True))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(p, raws + kept) for p in (got, want)))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_marks_at_the_front_are_lengths_to_the_last_bit(dtype: torch.dtype, batch_first: bool, device: str) -> None:
+    skip_on_formula(device)
+    lengths = torch.tensor([50, 0, 3, 17, 1, 33], device=device)
+    valid = torch.arange(50, device=device) < lengths[:, None]
+    raw, dropped = (torch.randn(6, 50, 24, device=device).to(dtype) for _ in range(2))
+    x, y = ((v if batch_first else v.transpose(0, 1).contiguous()).requires_grad_() for v in (raw, dropped))
+    results = []
+    each: list[dict[str, Any]] = [{"lengths": lengths}, {"valid": valid}]
+    for steps in each:
+        got = fused_ar_tar(x, y, ALPHA, BETA, batch_first=batch_first, return_terms=True, **steps)
+        kept, other = fused_dropout_ar_tar(
+            x, 0.5, ALPHA, BETA, mask=(x > 0).to(dtype), batch_first=batch_first, **steps
+        )
+        results.append([*got, other, *torch.autograd.grad(got.penalty * 3, (x, y))])
+        results[-1] += torch.autograd.grad([kept, other], x, [torch.ones_like(kept), torch.ones_like(other)])
+    for with_lengths, with_marks in zip(*results, strict=True):
+        assert torch.equal(with_lengths, with_marks)
+
+
+@by_both
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
+def test_an_upstream_gradient_that_is_not_finite(upstream: float, create_graph: bool, steps: str, device: str) -> None:
+    """What does not count has a gradient of 0 anyway."""
+    valid = marks(steps, device)
+    raw, dropped = leaves(valid)
     alone = raw.detach().nan_to_num(7.0, 7.0).requires_grad_()
-    counts, mask = torch.tensor(lengths), torch.full((len(lengths), 1, 12), 2.0, device=device)
-    (fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts) * torch.inf).backward()
-    (fused_dropout_ar_tar(alone, 0.5, ALPHA, BETA, mask=mask, lengths=counts)[1] * torch.inf).backward()
-    for x in (raw, dropped, alone):
-        assert x.grad is not None
-        assert not x.grad[0, 0].isfinite().any()
-        for grad, n in zip(x.grad, lengths, strict=True):
-            assert (grad[n:] == 0).all()
+    if create_graph:  # where the formula reads all
+        raw, dropped = (x.detach().nan_to_num(7.0, 7.0).requires_grad_() for x in (raw, dropped))
+    mask = torch.full((len(valid), 1, 12), 2.0, device=device)
+    penalty = fused_ar_tar(raw, dropped, ALPHA, BETA, **given(steps, device))
+    _, other = fused_dropout_ar_tar(alone, 0.5, ALPHA, BETA, mask=mask, **given(steps, device))
+    for x in torch.autograd.grad((penalty + other) * upstream, (raw, dropped, alone), create_graph=create_graph):
+        assert (x[~valid] == 0).all()
+        assert not x[valid].isfinite().all()
+        assert not x[0, 0].isfinite().any()
 
 
 def test_a_gradient_past_float32_is_inf(device: str) -> None:
-    (raw,), lengths = padded("full", 12, FLOAT, device=device)
-    for options in ({}, {"lengths": torch.tensor(lengths)}):
-        x = raw.clone().requires_grad_()
+    for options in ({}, {"lengths": torch.tensor([7, 7, 7])}):
+        x = torch.randn(3, 7, 12, device=device, requires_grad=True)
         (fused_ar_tar(x, x, ALPHA, BETA, reduction="sum", **options) * 3e38).backward()
         assert x.grad is not None
         assert not x.grad.isfinite().any()
-
-
-def test_lengths_changed_before_the_backward_raise(device: str) -> None:
-    skip_on_formula(device)
-    (raw,), lengths = padded("some", 12, FLOAT, device=device)
-    counts = torch.tensor(lengths, device=device)
-    got = fused_ar_tar(raw.requires_grad_(), raw, ALPHA, BETA, lengths=counts)
-    counts[0] = 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        got.backward()
-
-
-def test_a_gradient_of_inf_leaves_padding_at_0_in_a_graph(device: str) -> None:
-    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
-    got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=torch.tensor([7, 0, 2])) * torch.inf
-    for x in torch.autograd.grad(got, (raw, dropped), create_graph=True):
-        assert not x[0, 0].isfinite().any()
-        assert not x[1].any()
-        assert not x[2, 2:].any()
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
@@ -231,6 +342,115 @@ def test_large_upstream_gradients_are_divided_first(dropout: bool, create_graph:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@by_both
+def test_steps_changed_before_the_backward(steps: str, device: str) -> None:
+    """A backward reads the steps that the forward read, or raises."""
+    skip_on_formula(device)
+    raw, _ = leaves(marks(steps, device))
+    ((name, argument),) = given(steps, device).items()
+    penalty = fused_ar_tar(raw, raw, ALPHA, BETA, **{name: argument})
+    (want,) = torch.autograd.grad(penalty * 5, raw, retain_graph=True)
+    argument.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (penalty * 5).backward()
+    if name == "valid":
+        integers = marks(steps, device).long()
+        penalty = fused_ar_tar(raw, raw, ALPHA, BETA, valid=integers)
+        integers.zero_()
+        assert torch.equal(*torch.autograd.grad(penalty * 5, raw), want)
+
+
+@by_both
+def test_steps_made_in_inference_mode(steps: str, device: str) -> None:
+    with torch.inference_mode():
+        made = given(steps, device)
+    raw, _ = leaves(marks(steps, device))
+    got, want = (fused_ar_tar(raw, raw, ALPHA, BETA, **options) for options in (made, given(steps)))
+    assert torch.equal(*(torch.autograd.grad(x, raw)[0] for x in (got, want)))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_an_infinite_mask_is_no_part_of_tar(padded: bool, device: str) -> None:
+    raw = torch.randn(2, 4, 3, device=device, requires_grad=True)
+    options: Any = {"lengths": torch.tensor([3, 1])} if padded else {}
+    mask = torch.full((2, 1, 3), torch.inf, device=device)
+    _, got = fused_dropout_ar_tar(raw, 0.5, 0, BETA, mask=mask, **options)
+    (want,) = torch.autograd.grad(fused_ar_tar(raw, None, 0, BETA, **options), raw)
+    torch.testing.assert_close(*torch.autograd.grad(got, raw), want)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
+def test_a_mask_that_is_part_of_another(dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(3, 7, 12, device=device).to(dtype).requires_grad_()
+    masks = (torch.rand(3, 4, 12, device=device) > 0.5).to(dtype) * 2
+    gradients = []
+    for mask in (masks[:, 2:3], masks[:, 2:3].contiguous()):
+        results = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=mask, lengths=torch.tensor([7, 3, 5]))
+        gradients += torch.autograd.grad(results, x, [torch.ones_like(y) for y in results])
+    assert torch.equal(*gradients)
+
+
+def pack(x: Tensor, lengths: Tensor, sort: bool) -> PackedSequence:
+    if sort:
+        order = lengths.argsort(descending=True)
+        x, lengths = x[order], lengths[order]
+    return pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=sort)
+
+
+@pytest.mark.parametrize("steps", ["lengths, several runs", "lengths, full", "lengths, one row"])
+@pytest.mark.parametrize(
+    ("sort", "way"),
+    [
+        (True, Way()),
+        (False, Way(same=True)),
+        (True, Way(lay=sliced)),
+        (False, Way(lay=every_other)),
+        (False, Way(dtypes=(BF16, HALF))),
+        (True, Way(dtypes=(DOUBLE, FLOAT))),
+    ],
+    ids=["sorted", "one tensor", "sliced", "copied", "halves", "doubles"],
+)
+def test_packed(sort: bool, way: Way, steps: str, device: str, poison: None) -> None:
+    valid = marks(steps, device)
+    raw, dropped = activations(valid, *way.dtypes)
+    packed = [pack(x, valid.sum(1), sort) for x in (raw, dropped)]
+    rows = [way.lay(x.data).detach().requires_grad_() for x in packed]
+    wanted = exact(raw), exact(dropped)
+    want = truth(wanted[0], wanted[0 if way.same else 1], valid)
+    inputs = slice(1 if way.same else 2)
+    x, y = (p._replace(data=data) for p, data in zip(packed, rows, strict=True))
+    for scale in (100, 100, 300):
+        got = fused_ar_tar(x, x if way.same else y, ALPHA, BETA, return_terms=True)
+        assert_terms(got, want, *way.dtypes)
+        gradients = torch.autograd.grad(got.penalty * scale, rows[inputs])
+        expected = torch.autograd.grad(want.penalty * scale, wanted[inputs], retain_graph=True)
+        for gradient, exactly in zip(gradients, expected, strict=True):
+            assert_gradient(gradient, pack(exactly, valid.sum(1), sort).data, computed=got.penalty.dtype)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_packed_with_few_bits(kind: torch.dtype, device: str) -> None:
+    raw = torch.randn(40, 4, 900, device=device, requires_grad=True)
+    packed = pack(raw, torch.tensor([4] * 20 + [3] * 20), sort=True)
+    few = packed._replace(batch_sizes=packed.batch_sizes.to(kind))
+    results = [fused_ar_tar(x, x, ALPHA, BETA) for x in (few, packed)]
+    assert torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(x, raw, retain_graph=True)[0] for x in results))
+
+
+def test_packed_sums_and_layers(device: str) -> None:
+    valid = marks("lengths, one row", device)
+    raw, dropped = activations(valid, FLOAT, FLOAT)
+    x, y = (pack(v, valid.sum(1), sort=True) for v in (raw, dropped))
+    want = truth(exact(raw), exact(dropped), valid, reduction="sum")
+    got = fused_ar_tar([x, x], [y, y], ALPHA, BETA, reduction="sum", return_terms=True)
+    assert_terms(got, ARTAR(*(2 * v for v in want)), FLOAT)
+    for off in (fused_ar_tar(x, y, 0.0, 0.0), fused_ar_tar([x._replace(data=x.data.double())], None, 0.0, 0.0)):
+        assert off == 0
+        assert off.device == raw.device
+    assert off.dtype == DOUBLE
+
+
 def test_batch_sizes_that_change_in_shared_memory(device: str) -> None:
     """NumPy's writes raise no version: the checked values count."""
     numpy = pytest.importorskip("numpy")
@@ -245,288 +465,59 @@ def test_batch_sizes_that_change_in_shared_memory(device: str) -> None:
     assert torch.equal(gradient, want)
 
 
-def test_lengths_made_in_inference_mode(device: str) -> None:
-    with torch.inference_mode():
-        lengths = torch.tensor([3, 1], device=device)
-    x = torch.randn(2, 4, 3, device=device, requires_grad=True)
-    got, want = (fused_ar_tar(x, x, ALPHA, BETA, lengths=n) for n in (lengths, torch.tensor([3, 1])))
-    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_an_infinite_mask_is_no_part_of_tar(padded: bool, device: str) -> None:
-    raw = torch.randn(2, 4, 3, device=device, requires_grad=True)
-    options: Any = {"lengths": torch.tensor([3, 1])} if padded else {}
-    mask = torch.full((2, 1, 3), torch.inf, device=device)
-    _, got = fused_dropout_ar_tar(raw, 0.5, 0, BETA, mask=mask, **options)
-    (want,) = torch.autograd.grad(fused_ar_tar(raw, None, 0, BETA, **options), raw)
-    torch.testing.assert_close(*torch.autograd.grad(got, raw), want)
-
-
-# -- packed -----------------------------------------------------------------------------------------------------------
-
-
-def pack(x: Tensor, lengths: list[int], sort: bool) -> PackedSequence:
-    order = sorted(lengths, reverse=True) if sort else lengths
-    rows = (
-        torch.tensor(sorted(range(len(lengths)), key=lambda i: -lengths[i]), device=x.device) if sort else slice(None)
-    )
-    return pack_padded_sequence(x[rows], torch.tensor(order), batch_first=True, enforce_sorted=sort)
-
-
-PACKABLE = [name for name, (lengths, _) in BATCHES.items() if min(lengths) > 0]
-
-
-@pytest.mark.parametrize("batch", PACKABLE)
-@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "unsorted"])
-@pytest.mark.parametrize("dtypes", [(FLOAT, FLOAT), (BF16, HALF), (DOUBLE, FLOAT)], ids=str)
-@pytest.mark.parametrize("same", [False, True], ids=["two", "same"])
-def test_packed(
-    batch: str, sort: bool, dtypes: tuple[torch.dtype, torch.dtype], same: bool, device: str, poison: None
-) -> None:
-    (raw, dropped), lengths = padded(batch, 12, *dtypes, device=device)
-    wanted = exact(raw), exact(dropped)
-    want = truth(wanted[0], wanted[0 if same else 1], lengths)
-    leaves = raw.requires_grad_(), dropped.requires_grad_()
-    x, y = (pack(v, lengths, sort) for v in leaves)
-    got = fused_ar_tar(x, x if same else y, ALPHA, BETA, return_terms=True)
-    widest = DOUBLE if DOUBLE in (dtypes[:1] if same else dtypes) else FLOAT
-    assert_terms(got, want, widest)
-    (got.penalty * 100).backward()
-    (want.penalty * 100).backward()
-    for leaf, expected in list(zip(leaves, wanted, strict=True))[: 1 if same else 2]:
-        assert_gradient(leaf.grad, expected.grad.nan_to_num(0, 0, 0), lengths)  # pyright: ignore[reportOptionalMemberAccess]
-
-
-@pytest.mark.parametrize("lay", [sliced, every_other], ids=lambda f: f.__name__)
-def test_packed_rows_with_strides(lay: Callable[[Tensor], Tensor], device: str, poison: None) -> None:
-    (raw, dropped), lengths = padded("several runs", 12, FLOAT, FLOAT, device=device)
-    packed = pack(raw, lengths, False), pack(dropped, lengths, False)
-    rows = [lay(x.data).requires_grad_() for x in packed]
-    got = fused_ar_tar(*(x._replace(data=d) for x, d in zip(packed, rows, strict=True)), ALPHA, BETA, return_terms=True)
-    assert_terms(got, truth(raw, dropped, lengths), FLOAT)
-    got.penalty.backward()
-    plain = [x.data.clone().requires_grad_() for x in packed]
-    fused_ar_tar(*(x._replace(data=d) for x, d in zip(packed, plain, strict=True)), ALPHA, BETA).backward()
-    for x, y in zip(rows, plain, strict=True):
-        torch.testing.assert_close(x.grad, y.grad)
-
-
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
-def test_packed_with_few_bits(kind: torch.dtype, device: str) -> None:
-    (raw,) = (torch.randn(40, 4, 900, device=device, requires_grad=True),)
-    packed = pack(raw, [4] * 20 + [3] * 20, True)
-    few = packed._replace(batch_sizes=packed.batch_sizes.to(kind))
-    results = [fused_ar_tar(x, x, ALPHA, BETA) for x in (few, packed)]
-    assert torch.equal(*results)
-    assert torch.equal(*(torch.autograd.grad(x, raw, retain_graph=True)[0] for x in results))
-
-
-def test_packed_sums_and_layers(device: str) -> None:
-    (raw, dropped), lengths = padded("one row", 12, FLOAT, FLOAT, device=device)
-    x, y = (pack(v, lengths, True) for v in (raw, dropped))
-    want = truth(raw, dropped, lengths, "sum")
-    got = fused_ar_tar([x, x], [y, y], ALPHA, BETA, reduction="sum", return_terms=True)
-    assert_terms(got, ARTAR(*(2 * v for v in want)), FLOAT)
-    for off in (fused_ar_tar(x, y, 0.0, 0.0), fused_ar_tar([x._replace(data=x.data.double())], None, 0.0, 0.0)):
-        assert off == 0
-        assert off.device == raw.device
-    assert off.dtype == DOUBLE
-
-
-def test_the_packed_output_of_an_lstm(device: str) -> None:
-    lstm = torch.nn.LSTM(5, 8, batch_first=True).to(device)
-    lengths = torch.tensor([4, 7, 2])
-    x = torch.randn(3, 7, 5, device=device)
-    packed, _ = lstm(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
-    unpacked = torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
-    by_rows = torch.autograd.grad(fused_ar_tar(packed, packed, ALPHA, BETA), list(lstm.parameters()), retain_graph=True)
-    by_lengths = torch.autograd.grad(
-        fused_ar_tar(unpacked, unpacked, ALPHA, BETA, lengths=lengths), list(lstm.parameters())
-    )
-    torch.testing.assert_close(by_rows, by_lengths)
-
-
-# -- derivatives, transforms, compilation -----------------------------------------------------------------------------
-
-
-def calls(device: str, dtype: torch.dtype = DOUBLE) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
-    """Of each kind of batch a function and its inputs."""
-    lengths = torch.tensor([3, 0, 4, 1], device=device)
-    raw, dropped = (torch.randn(4, 4, 3, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
-    sizes = torch.tensor([3, 3, 2, 1])
-    rows = tuple(torch.randn(9, 3, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
-    mask = (torch.rand(4, 1, 3, device=device) > 0.5).to(dtype) * 2
-
-    def packed(x: Tensor, y: Tensor) -> Tensor:
-        return fused_ar_tar(PackedSequence(x, sizes), PackedSequence(y, sizes), ALPHA, BETA)
-
-    def dropout(x: Tensor) -> Tensor:
-        out, got = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=mask, lengths=lengths)
-        return out.sin().sum() + got
-
-    def same(x: Tensor) -> Tensor:
-        return fused_ar_tar(x, x, ALPHA, BETA, lengths=lengths)
-
-    return {
-        "lengths": (functools.partial(fused_ar_tar, alpha=ALPHA, beta=BETA, lengths=lengths), (raw, dropped)),
-        "same": (same, (raw,)),
-        "packed": (packed, rows),
-        "dropout": (dropout, (raw,)),
-    }
-
-
-KINDS = ["lengths", "same", "packed", "dropout"]
-by_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@by_kind
-def test_gradcheck(kind: str, device: str) -> None:
-    call, inputs = calls(device)[kind]
-    assert gradcheck(call, inputs, fast_mode=True)
-    assert gradgradcheck(call, inputs, fast_mode=True)
-
-
-@by_kind
-def test_the_gradient_is_the_same_with_a_graph(kind: str, device: str) -> None:
-    call, inputs = calls(device)[kind]
-    got = torch.autograd.grad(call(*inputs), inputs, create_graph=True)
-    torch.testing.assert_close(got, torch.autograd.grad(call(*inputs), inputs))
-
-
-@by_kind
-def test_function_transforms(kind: str, device: str) -> None:
-    call, inputs = calls(device)[kind]
-    want = torch.autograd.grad(call(*inputs), inputs)
-    numbers = tuple(range(len(inputs)))
-    torch.testing.assert_close(torch.func.grad(call, numbers)(*inputs), want)
-    twice = torch.func.vmap(torch.func.grad(call, numbers))(*(torch.stack([x, x]) for x in inputs))
-    torch.testing.assert_close(twice, tuple(torch.stack([g, g]) for g in want))
-
-
-@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "unsorted"])
-def test_compiled_code_takes_a_packed_sequence(sort: bool, device: str) -> None:
-    (raw,), lengths = padded("several runs", 12, FLOAT, device=device)
-    packed = pack(raw, lengths, sort)
-    call = torch.compile(lambda x: fused_ar_tar(x, x, ALPHA, BETA), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(call(packed), fused_ar_tar(packed, packed, ALPHA, BETA))
-
-
-def test_compiled_code_for_a_gpu_takes_lengths_on_the_cpu() -> None:
-    """Fake tensors need no GPU, and dynamo cannot trace a question to the driver."""
-    call = torch.compile(fused_ar_tar, fullgraph=True, backend="eager")
-    with FakeTensorMode():
-        x = torch.empty(3, 4, 8, device="cuda")
-        assert call(x, x, ALPHA, BETA, lengths=torch.tensor([4, 2, 3])).device.type == "cuda"
-
-
-def test_compiled_code_clamps_lengths(device: str) -> None:
-    """It cannot look at them."""
-    call = torch.compile(fused_ar_tar, fullgraph=True, backend="aot_eager")
-    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
-    given = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in lengths], device=device)
-    got = call(raw, dropped, ALPHA, BETA, lengths=given, return_terms=True)
-    assert_terms(got, truth(raw, dropped, lengths), FLOAT)
-
-
-# -- dropout ----------------------------------------------------------------------------------------------------------
-
-
-@by_batch
-@pytest.mark.parametrize(
-    ("dtype", "full", "batch_first"),
-    [(FLOAT, False, True), (FLOAT, True, True), (FLOAT, False, False), (HALF, False, True), (DOUBLE, True, False)],
-    ids=str,
-)
-def test_dropout(batch: str, dtype: torch.dtype, full: bool, batch_first: bool, device: str, poison: None) -> None:
-    if dtype in (HALF, BF16):
-        skip_on_formula(device)
-    (raw,), lengths = padded(batch, 12, dtype, device=device)
-    raw = raw.nan_to_num(7.0, 7.0)  # whatever is dropped is dropped everywhere
-    mask = (torch.rand(len(raw), raw.shape[1] if full else 1, 12, device=device) > 0.5).to(dtype) * 2
-    x, keep = (v if batch_first else v.transpose(0, 1).contiguous() for v in (raw, mask))
-    x.requires_grad_()
-    options: Any = {"lengths": torch.tensor(lengths), "mask": keep, "batch_first": batch_first}
-    dropped, got = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, return_terms=True, **options)
-    torch.testing.assert_close(dropped, x * keep)
-    wanted = exact(raw)
-    product = wanted * mask.double()
-    want = truth(wanted, product, lengths)
-    assert_terms(got, want, dtype)
-    direction = torch.randn_like(raw)
-    ((dropped * (direction if batch_first else direction.transpose(0, 1))).sum() + 10 * got.penalty).backward()
-    ((product * direction.double()).sum() + 10 * want.penalty).backward()
-    assert x.grad is not None
-    assert_gradient(x.grad if batch_first else x.grad.transpose(0, 1), wanted.grad)
-    (only,) = torch.autograd.grad(fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, **options)[1], x)
-    for grad, n in zip(only if batch_first else only.transpose(0, 1), lengths, strict=True):
-        assert (grad[n:] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
-def test_a_mask_that_is_part_of_another(dtype: torch.dtype, device: str) -> None:
-    x = torch.randn(3, 7, 12, device=device).to(dtype).requires_grad_()
-    masks = (torch.rand(3, 4, 12, device=device) > 0.5).to(dtype) * 2
-    gradients = []
-    for mask in (masks[:, 2:3], masks[:, 2:3].contiguous()):
-        results = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=mask, lengths=torch.tensor([7, 3, 5]))
-        gradients += torch.autograd.grad(results, x, [torch.ones_like(y) for y in results])
-    assert torch.equal(*gradients)
-
-
-def test_dropout_off(device: str) -> None:
-    (raw,), lengths = padded("some", 12, FLOAT, device=device)
-    dropped, got = fused_dropout_ar_tar(
-        raw, 0.5, ALPHA, BETA, training=False, lengths=torch.tensor(lengths), return_terms=True
-    )
-    assert dropped is raw
-    assert_terms(got, truth(raw, raw, lengths), FLOAT)
-
-
-# -- on the device ----------------------------------------------------------------------------------------------------
-
-
 def test_lengths_that_cannot_be_looked_at_are_clamped(device: str) -> None:
     skip_on_formula(device)
-    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device=device)
-    given = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in lengths], device=device)
+    valid = marks("lengths, some", device)
+    raw, dropped = activations(valid, FLOAT, FLOAT)
+    lengths = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in valid.sum(1).tolist()], device=device)
     view = View(6, 9, 12, (*(Operand(FLOAT, 9 * 12, 12),) * 2, None, None))
     sums = Sums(FLOAT, ALPHA, BETA, ar=True, tar=True, ar_of_raw=False, divisors=None)
     backend = backend_for(raw.device)
     assert backend is not None
-    got = backend.penalty_forward(view, sums, raw.device)((raw, dropped, None, None), Values(given))
-    assert_terms(ARTAR(got.penalty, *got.terms), truth(raw, dropped, lengths), FLOAT)
+    got = backend.penalty_forward(view, sums, raw.device)((raw, dropped, None, None), Values(lengths))
+    assert_terms(ARTAR(got.penalty, *got.terms), truth(exact(raw), exact(dropped), valid), FLOAT)
+
+
+class Queue(TorchFunctionMode):
+    """Stand in for a GPU: CPU tensors say that they are pinned, and copies to a device wait for `read()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if function is Tensor.is_pinned:
+            return True
+        options.pop("pin_memory", None)
+        if function is Tensor.to and options.get("non_blocking"):
+            self.waiting.append(args[0])
+        return function(*args, **options)
+
+    def read(self) -> list[list[Any]]:
+        return [x.tolist() for x in self.waiting]
+
+
+@by_both
+def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone_by_a_stand_in_for_a_gpu(steps: str) -> None:
+    ((name, argument),) = given(steps).items()
+    before, x = argument.tolist(), torch.empty(*marks(steps).shape, 8, device="meta")
+    call = Call(x, x, ALPHA, BETA, **{name: argument})
+    with Queue() as queue:
+        values_of(call, Problem(ALPHA, BETA), x)
+        argument.zero_()
+        assert queue.read() == [before]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the real kernels did not run")
-def test_a_graph_reads_lengths_on_the_device() -> None:
-    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device="cuda")
-    counts, other = torch.tensor(lengths, device="cuda"), [9, 9, 1, 2, 3, 4]
-    raw, dropped = (x.nan_to_num(7.0, 7.0) for x in (raw, dropped))
-    fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts, return_terms=True)
-        with pytest.raises(RuntimeError, match="lengths: expected them on the GPU"):
-            fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=torch.tensor(other))
-    for now in (lengths, other):
-        counts.copy_(torch.tensor(now))
-        graph.replay()
-        assert_terms(got, truth(raw, dropped, now), FLOAT)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the real kernels did not run")
-def test_no_sync_for_lengths_on_the_device() -> None:
-    (raw, dropped), lengths = padded("some", 12, FLOAT, FLOAT, device="cuda")
-    counts = torch.tensor(lengths, device="cuda")
-    raw.requires_grad_()
-    fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts).backward()
-    try:
-        with warnings.catch_warnings():  # it warns once, when the mode is set already
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
-            torch.cuda.set_sync_debug_mode("error")
-        fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=counts).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@by_both
+def test_a_refilled_pinned_buffer_leaves_a_queued_step_alone(steps: str) -> None:
+    x = torch.randn(*marks(steps).shape, 8, device="cuda")
+    ((name, argument),) = given(steps).items()
+    argument = argument.pin_memory()
+    want = fused_ar_tar(x, x, ALPHA, BETA, **{name: argument.cuda()})
+    torch.cuda._sleep(2**30)
+    got = fused_ar_tar(x, x, ALPHA, BETA, **{name: argument})
+    argument.zero_()
+    torch.testing.assert_close(got, want)

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import gc
-import math
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from packaging.version import Version
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import ARTAR, fused_ar_tar, penalty
 from fastreg.backends import TRITON, backend_for
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
-from tests.conftest import INTERPRETED, skip_on_formula
+from tests.conftest import skip_on_formula
+from tests.exact import assert_gradient, assert_terms, exact
 from tests.samples import (
     BF16,
     DOUBLE,
-    FLOAT,
     HALF,
     SAMPLES,
-    SMALL,
     Sample,
 )
 
 by_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
-by_small_sample = pytest.mark.parametrize("sample", SMALL, ids=str)
 
 
 def fused(sample: Sample, raw: Tensor | None, dropped: Tensor | None, **options: Any) -> Any:
@@ -45,25 +38,8 @@ def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
 
 
 def in_float64(raw: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    first = raw.detach().double().requires_grad_()
-    return first, first if dropped is raw else dropped.detach().double().requires_grad_()
-
-
-def eps(*tensors: Tensor) -> float:
-    """Return the unit of rounding of the dtype that the penalty is computed in."""
-    return torch.finfo(DOUBLE if any(x.dtype == DOUBLE for x in tensors) else FLOAT).eps
-
-
-def assert_gradient(got: Tensor, want: Tensor, largest: float, unit: float) -> None:
-    """Within a rounding of `got`'s dtype, and a few of the computation on terms as large as `largest`."""
-    if got.dtype in (HALF, BF16):  # rounded through float32
-        unit = max(unit, torch.finfo(FLOAT).eps)
-    error = (got.double() - want).abs()
-    info = torch.finfo(got.dtype)
-    truncated = INTERPRETED and got.device.type == "cpu" and got.dtype == BF16
-    rounding = info.eps if truncated else info.eps / 2
-    allowed = rounding * want.abs() + 8 * unit * largest + info.smallest_normal * info.eps
-    assert (error <= allowed).all(), f"off by {(error / allowed).max():.3g} times what is allowed"
+    first = exact(raw)
+    return first, first if dropped is raw else exact(dropped)
 
 
 @by_sample
@@ -71,12 +47,8 @@ def test_value_and_terms(sample: Sample, device: str, poison: None) -> None:
     raw, dropped = sample.leaves(device)
     got = fused(sample, raw, dropped, return_terms=True)
     want = truth(sample, *in_float64(raw, dropped))
-    unit = eps(raw, dropped)
-    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
-        assert x.shape == ()
-        assert x.dtype == (DOUBLE if unit < 1e-10 else FLOAT)
-        assert x.device == raw.device
-        torch.testing.assert_close(x.double(), y, rtol=8 * unit, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+    assert_terms(got, want, raw.dtype, dropped.dtype)
+    assert all(x.shape == () and x.device == raw.device for x in got)
     assert torch.equal(fused(sample, raw, dropped), got.penalty)
     assert not got.ar.requires_grad
     assert not got.tar.requires_grad
@@ -86,7 +58,7 @@ def test_value_and_terms(sample: Sample, device: str, poison: None) -> None:
     ("sample", "frozen"),
     [
         *[(sample, "neither") for sample in SAMPLES],
-        *[(sample, frozen) for sample in [s for s in SAMPLES if not s.same][::2] for frozen in ("raw", "dropped")],
+        *[(sample, frozen) for sample in [s for s in SAMPLES if not s.same][::4] for frozen in ("raw", "dropped")],
     ],
     ids=str,
 )
@@ -112,7 +84,7 @@ def test_gradients(sample: Sample, frozen: str, device: str, poison: None) -> No
         coefficients = 2 * 1000 * (4 * sample.beta * in_tar + sample.alpha * in_ar)
         divisor = truth_divisor(sample) if sample.reduction == "mean" else 1
         largest = coefficients * y.detach().abs().max().item() / divisor
-        assert_gradient(x.grad, y.grad, largest, eps(raw, dropped))
+        assert_gradient(x.grad, y.grad, largest, got.dtype)
 
 
 def truth_divisor(sample: Sample) -> int:
@@ -122,20 +94,7 @@ def truth_divisor(sample: Sample) -> int:
     return elements // steps * max(steps - 1, 1)
 
 
-@by_small_sample
-def test_gradcheck(sample: Sample, device: str) -> None:
-    leaves = sample.leaves(device, DOUBLE)
-    inputs = leaves[:1] if sample.same else leaves
-
-    def call(*xs: Tensor) -> Tensor:
-        return fused(sample, xs[0], xs[-1])
-
-    fast = torch.Size(sample.shape).numel() > 12
-    assert gradcheck(call, inputs, fast_mode=fast)
-    assert gradgradcheck(call, inputs, fast_mode=fast)
-
-
-@by_sample
+@pytest.mark.parametrize("sample", SAMPLES[::4], ids=str)
 def test_repeats_bitwise(sample: Sample, device: str) -> None:
     raw, dropped = sample.leaves(device)
 
@@ -148,69 +107,6 @@ def test_repeats_bitwise(sample: Sample, device: str) -> None:
     first = run()
     for _ in range(2):
         assert all(torch.equal(x, y) for x, y in zip(first, run(), strict=True))
-
-
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    sizes=st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 70)),
-    dtypes=st.tuples(*[st.sampled_from([HALF, BF16, FLOAT, DOUBLE])] * 2),
-    batch_first=st.booleans(),
-    same=st.booleans(),
-    axes=st.permutations([0, 1, 2]),
-    coefficients=st.tuples(*[st.just(0.0) | st.floats(1e-6, 1e3)] * 2).filter(any),
-    reduction=st.sampled_from(["mean", "sum"]),
-    seed=st.integers(0, 2**32),
-)
-def test_drawn_cases(
-    sizes: tuple[int, int, int],
-    dtypes: tuple[torch.dtype, torch.dtype],
-    batch_first: bool,
-    same: bool,
-    axes: list[int],
-    coefficients: tuple[float, float],
-    reduction: str,
-    seed: int,
-    device: str,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    xs = [torch.randn(sizes, generator=generator, dtype=DOUBLE).to(d).to(device) for d in dtypes]
-    xs = [x.permute(axes).contiguous().permute([axes.index(i) for i in range(3)]).requires_grad_() for x in xs]
-    raw, dropped = (xs[0], xs[0]) if same else (xs[0], xs[1])
-    sample = Sample(sizes, batch_first, dtypes, same=same, reduction=reduction)
-    alpha, beta = coefficients
-    expected = in_float64(raw, dropped)
-    got = fused_ar_tar(raw, dropped, alpha, beta, **sample.options)
-    want = ar_tar(
-        Layer(expected[0] if beta else None, expected[1] if alpha else None),
-        Problem(alpha, beta, -2 if batch_first else 0, reduction),
-    )
-    unit = eps(raw if beta else dropped, dropped if alpha else raw)
-    torch.testing.assert_close(got.double(), want.penalty, rtol=8 * unit, atol=1e-37)
-    got.backward()
-    want.penalty.backward()
-    divisor = truth_divisor(sample) if reduction == "mean" else 1
-    for x, y in zip((raw, dropped), expected, strict=True):
-        assert (x.grad is None) == (y.grad is None)
-        if x.grad is not None and y.grad is not None:
-            largest = 2 * (alpha + 4 * beta) * y.detach().abs().max().item() / divisor
-            assert_gradient(x.grad, y.grad, largest, unit)
-
-
-@by_small_sample
-def test_second_derivatives_in_a_nonlinear_loss(sample: Sample, device: str) -> None:
-    """A Hessian-vector product through the cube of a loss plus the penalty."""
-
-    def product(call: Any, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        loss = (sum(x.sin().mean() for x in leaves) + call(leaves[0], leaves[-1])) ** 3
-        slopes = torch.autograd.grad(loss, leaves, create_graph=True)
-        return torch.autograd.grad(slopes, leaves, directions)
-
-    leaves = sample.leaves(device, DOUBLE)[: 1 if sample.same else 2]
-    directions = [torch.rand_like(x) + 1 for x in leaves]
-    got = product(lambda r, d: fused(sample, r, d), leaves)
-    want = product(lambda r, d: truth(sample, r, d).penalty, leaves)
-    for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12 * y.abs().max().item())
 
 
 def test_raw_that_dropped_is_made_of_gets_both_gradients(device: str) -> None:
@@ -400,14 +296,6 @@ def test_the_penalty_can_be_changed_in_place(device: str) -> None:
     assert torch.equal(results.tar, before)
 
 
-def test_inputs_changed_before_the_backward_are_an_error(device: str) -> None:
-    x = torch.randn(3, 7, 12, device=device, requires_grad=True).mul(1)
-    got = fused_ar_tar(x, x, 2.0, 1.0)
-    x.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        got.backward()
-
-
 class Decorated(Tensor):
     pass
 
@@ -441,58 +329,3 @@ def test_one_lazily_negated_tensor_of_two(negated: str, device: str) -> None:
     got = torch.autograd.grad(fused_ar_tar(*leaves, 2.0, 1.0), leaves)
     plain = [x.resolve_neg().detach().requires_grad_() for x in xs.values()]
     torch.testing.assert_close(got, torch.autograd.grad(fused_ar_tar(*plain, 2.0, 1.0), plain))
-
-
-def test_vectorized_jacobian_of_the_penalty_of_layers(device: str) -> None:
-    """Gradients batched by vmap reach the backward."""
-    raw = torch.randn(2, 3, 7, 12, device=device, dtype=DOUBLE)
-
-    def both(call: Any) -> Any:
-        return lambda x: torch.stack([call(x[0], x[0]), call(x[1], x[1])])
-
-    got = torch.autograd.functional.jacobian(both(lambda r, d: fused_ar_tar(r, d, 2.0, 1.0)), raw, vectorize=True)
-    plain = both(lambda r, d: ar_tar(Layer(r, d), Problem(2.0, 1.0)).penalty)
-    torch.testing.assert_close(got, torch.autograd.functional.jacobian(plain, raw))
-
-
-def test_coefficients_may_change_in_a_compiled_graph(device: str) -> None:
-    x = torch.randn(3, 7, 12, device=device)
-    compiled = torch.compile(lambda a, b: fused_ar_tar(x, x, a, b), fullgraph=True, backend="aot_eager")
-    for alpha, beta in ((2.0, 1.0), (1.5, 1.0), (1.25, 0.5), (0.0, 0.25)):
-        torch.testing.assert_close(compiled(alpha, beta), fused_ar_tar(x, x, alpha, beta))
-
-
-# Before torch 2.11 a NumPy scalar breaks a graph, and AOTAutograd fails for a number that is read from a tensor.
-TRACES_NUMBERS = Version(torch.__version__) >= Version("2.11")
-
-
-@pytest.mark.parametrize("kind", ["float32", "float64", "int64"])
-def test_compiled_code_takes_numpy_scalars(kind: str, device: str) -> None:
-    numpy = pytest.importorskip("numpy")
-    x = torch.randn(3, 7, 12, device=device)
-    number = getattr(numpy, kind)
-    torch.compiler.reset()  # the limit of compilations counts those of each kind
-    compiled = torch.compile(lambda *xs: fused_ar_tar(xs[0], *xs), fullgraph=TRACES_NUMBERS, backend="aot_eager")
-    for alpha, beta in ((number(2), 1.0), (3.0, number(2)), (number(5), number(4))):
-        torch.testing.assert_close(compiled(x, alpha, beta), fused_ar_tar(x, x, float(alpha), float(beta)))
-
-
-@torch._dynamo.config.patch(capture_scalar_outputs=True)
-def test_compiled_code_takes_a_number_that_it_reads_from_a_tensor() -> None:
-    """The compiler does not know it: both terms are on, and it is checked when the code runs."""
-    x = torch.randn(3, 7, 12)
-    backend = "aot_eager" if TRACES_NUMBERS else "eager"
-    compiled = torch.compile(lambda x, a: fused_ar_tar(x, x, a.item(), 1.0), fullgraph=True, backend=backend)
-    for alpha in (2.0, 0.0, 1.5):
-        torch.testing.assert_close(compiled(x, torch.tensor(alpha)), fused_ar_tar(x, x, alpha, 1.0))
-    for wrong in (-1.0, math.inf, math.nan):
-        with pytest.raises(RuntimeError, match="Runtime assertion failed"):
-            compiled(x, torch.tensor(wrong))
-
-
-@pytest.mark.parametrize("wrong", [-1.0, math.inf, math.nan])
-def test_compiled_code_refuses_bad_coefficients(wrong: float) -> None:
-    x = torch.randn(3, 7, 12)
-    compiled = torch.compile(fused_ar_tar, backend="eager")
-    with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0"):
-        compiled(x, x, wrong, 1.0)

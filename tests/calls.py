@@ -1,0 +1,120 @@
+"""The ways to call fastreg that the tests of PyTorch's own features go through."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from tests.samples import DOUBLE, FLOAT
+
+Call = Callable[[Tensor, Tensor], Any]
+
+
+def mask_for(x: Tensor) -> Tensor:
+    kept = torch.arange(x.shape[2], device=x.device) % 3 > 0
+    return (1.5 * kept).to(x.dtype).expand(3, 1, x.shape[2])
+
+
+def lengths_for(x: Tensor) -> Tensor:
+    """All steps, all but one, and all but two."""
+    return (x.shape[1] - torch.arange(3, device=x.device)).clamp(min=0)
+
+
+def marks_for(x: Tensor) -> Tensor:
+    return (torch.arange(3 * x.shape[1], device=x.device) % 5 > 0).view(3, x.shape[1])
+
+
+def module_call(raw: Tensor, dropped: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    module = FusedRNNDropout(0.4, **{"alpha": 2.0, "beta": 1.0, **options})
+    out, taken = module(raw * dropped), module.take()
+    assert taken is not None
+    return out, *taken
+
+
+def packed_call(raw: Tensor, dropped: Tensor) -> Tensor:
+    """The first 7 rows, of sequences of 3, 2 and 2 time steps."""
+    sizes = torch.tensor([3, 3, 1])
+    return fused_ar_tar(*(PackedSequence(x.flatten(0, 1)[:7], sizes) for x in (raw, dropped)), 2.0, 1.0)
+
+
+# Each takes raw and dropped, (3, time, 8), and gives tensors, those without a gradient last.
+CALLS: dict[str, Call] = {
+    "pair": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0),
+    "same": lambda r, d: fused_ar_tar(x := r + d, x, 2.0, 1.0),
+    "layers": lambda r, d: fused_ar_tar([r, r * d], (d, d), 2.0, 1.0, return_terms=True),
+    "alpha0": lambda r, d: fused_ar_tar(r, None, 0, 1.0) + fused_ar_tar(None, d, 2.0, 0, reduction="sum"),
+    "time_first": lambda r, d: fused_ar_tar(r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, batch_first=False),
+    "channels": lambda r, d: fused_ar_tar(r.transpose(1, 2), d.transpose(1, 2), 2.0, 1.0, time_dim=-1),
+    "one_sequence": lambda r, d: fused_ar_tar(r[0], d[1], 2.0, 1.0),
+    "lengths": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, lengths=lengths_for(r)),
+    "mask": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r)),
+    "drawn": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, return_terms=True),
+    "evaluation": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, training=False),
+    "drawn_lengths": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, lengths=lengths_for(r)),
+    "module": module_call,
+    "module_of_raw": functools.partial(module_call, ar_of="raw"),
+}
+# Further ones, for derivatives.
+MORE_CALLS: dict[str, Call] = {
+    "same_lengths": lambda r, d: fused_ar_tar(x := r + d, x, 2.0, 1.0, lengths=lengths_for(r)),
+    "valid": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, valid=marks_for(r)),
+    "starts": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, starts=marks_for(r).logical_not()),
+    "starts_of_channels": lambda r, d: fused_ar_tar(
+        r.transpose(1, 2), d.transpose(1, 2), 2.0, 1.0, time_dim=2, starts=marks_for(r).logical_not()
+    ),
+    "packed": packed_call,
+    "tensors": lambda r, d: fused_ar_tar(r, d, *torch.tensor([2.0, 0.75], device=r.device).unbind()),
+    "full_mask": lambda r, d: fused_dropout_ar_tar(
+        r * d, 0.4, 2.0, 1.0, mask=mask_for(r) * marks_for(r).unsqueeze(-1).to(r.dtype)
+    ),
+    "mask_lengths": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r), lengths=lengths_for(r)),
+    "mask_valid": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r), valid=marks_for(r)),
+    "mask_starts": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r), starts=marks_for(r)),
+    "mask_tensors": lambda r, d: fused_dropout_ar_tar(
+        r * d, 0.4, *torch.tensor([2.0, 0.75], device=r.device).unbind(), mask=mask_for(r)
+    ),
+    "module_of_ar": functools.partial(module_call, beta=0.0),
+    "module_of_tar": functools.partial(module_call, alpha=0.0),
+    "module_of_ar_of_raw": functools.partial(module_call, beta=0.0, ar_of="raw"),
+    "module_of_tar_of_raw": functools.partial(module_call, alpha=0.0, ar_of="raw"),
+    "module_of_nothing": functools.partial(module_call, alpha=0.0, beta=0.0),
+}
+
+
+def calls(*names: str, but: tuple[str, ...] = (), of: dict[str, Call] = CALLS) -> Any:
+    names = names or tuple(name for name in of if name not in but)
+    return pytest.mark.parametrize("call", [of[name] for name in names], ids=names)
+
+
+def leaves(time: int = 5, dtype: torch.dtype = FLOAT, device: str = "cpu", batch: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(time)
+    values = (torch.randn(batch, time, 8, generator=generator, dtype=DOUBLE) for _ in range(2))
+    return [x.to(device, dtype).requires_grad_() for x in values]
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [x for part in results for x in flat(part)]
+
+
+def total(results: Any) -> Tensor:
+    """A loss of all results, whose slope does not hang on the last digit of a sum of hundreds."""
+    return sum((x.div(100).sin().sum() for x in flat(results) if x.requires_grad), torch.zeros(()))
+
+
+def from_seed(call: Call, xs: list[Tensor]) -> Any:
+    torch.manual_seed(3)
+    return call(*xs)
+
+
+def everything(call: Call, xs: list[Tensor]) -> list[Tensor]:
+    """Return the results of a call, and the gradients of a loss made of them; from one seed."""
+    results = from_seed(call, xs)
+    gradients = torch.autograd.grad(total(results), xs, allow_unused=True, materialize_grads=True)
+    return [*flat(results), *gradients]

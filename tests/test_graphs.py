@@ -1,0 +1,121 @@
+"""CUDA graphs: what a captured step reads, and steps that nothing waits for. They need a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from tests.conftest import gpu
+
+pytestmark = gpu
+Step = Callable[[], list[Tensor]]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Fail where the host waits for the device."""
+    try:
+        with warnings.catch_warnings():  # it warns once, when the mode is set already
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        with no_waiting():
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, step()
+
+
+def tensors(*shape: int) -> tuple[Tensor, Tensor]:
+    raw, dropped = torch.randn(2, *shape, device="cuda").unbind()
+    return raw.requires_grad_(), dropped.requires_grad_()
+
+
+STEPS: dict[str, Callable[[], Tensor] | None] = {
+    "all": None,
+    "lengths": lambda: torch.randint(0, 10, (6,), device="cuda"),
+    "valid": lambda: torch.rand(6, 9, device="cuda") < 0.7,
+    "starts": lambda: torch.randint(0, 2, (6, 9), device="cuda"),
+}
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_graph_reads_what_has_changed(name: str, dropout: bool) -> None:
+    """Activations, steps, coefficients, and the upstream gradient, as a loss scale changes it."""
+    raw, dropped = tensors(6, 9, 12)
+    mask = (dropped.detach()[:, :1] > 0).float() * 2
+    alpha, beta, scale = torch.ones(3, device="cuda").unbind()
+    draw = STEPS[name]
+    options: dict[str, Any] = {} if draw is None else {name: draw()}
+
+    def step() -> list[Tensor]:
+        if dropout:
+            got = fused_dropout_ar_tar(raw, 0.5, alpha, beta, mask=mask, return_terms=True, **options)[1]
+        else:
+            got = fused_ar_tar(raw, dropped, alpha, beta, return_terms=True, **options)
+        return [x.detach() for x in (*got, *torch.autograd.grad(got.penalty, raw, scale))]
+
+    graph, got = captured(step)
+    for values in ((2.0, 1.0, 1.0), (0.5, 3.0, 1024.0), (0.5, 3.0, 1024.0), (0.0, 1.0, 512.0), (1.0, 0.0, 512.0)):
+        with torch.no_grad():
+            for x, value in zip((alpha, beta, scale), values, strict=True):
+                x.fill_(value)
+            raw.normal_()
+            for x in options.values() if draw else ():
+                x.copy_(draw())  # pyright: ignore[reportOptionalCall]
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip([x.clone() for x in got], step(), strict=True))
+
+
+def test_lengths_on_the_host_are_refused_in_a_capture() -> None:
+    raw, dropped = tensors(6, 9, 12)
+    fused_ar_tar(raw, dropped, 2.0, 1.0)
+    with (
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+        pytest.raises(RuntimeError, match="lengths: expected them on the GPU"),
+    ):
+        fused_ar_tar(raw, dropped, 2.0, 1.0, lengths=torch.tensor([9, 9, 1, 2, 3, 4]))
+
+
+def test_graphs_replay_at_once() -> None:
+    """Two captured steps, forward and backward, replayed together on two streams with new inputs."""
+    replays = []
+    for _ in range(2):
+        raw, dropped = tensors(64, 128, 512)
+        grad = torch.ones((), device="cuda")
+
+        def step(raw: Tensor = raw, dropped: Tensor = dropped, grad: Tensor = grad) -> list[Tensor]:
+            got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+            return [got.detach(), *torch.autograd.grad(got, (raw, dropped), grad)]
+
+        replays.append((*captured(step), raw, dropped, step, torch.cuda.Stream()))
+    for _ in range(20):
+        for *_, raw, dropped, _, _ in replays:
+            with torch.no_grad():
+                raw.normal_()
+                dropped.normal_()
+        torch.cuda.synchronize()
+        for graph, *_, stream in replays:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for _, results, *_, step, _ in replays:
+            assert all(torch.equal(x, y) for x, y in zip(results, step(), strict=True))
