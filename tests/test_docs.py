@@ -265,13 +265,6 @@ def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
         torch.testing.assert_close(penalty, eval(term, names), msg=term)
 
 
-def test_the_figures_of_the_study_are_those_of_its_report() -> None:
-    report = (ROOT / "bench" / "results" / "study.md").read_text()
-    quoted = re.findall(r"^- \(\d.*\)$", (ROOT / "docs" / "coefficients.md").read_text(), re.MULTILINE)
-    assert len(quoted) == 2
-    assert all(figure in report for figure in quoted)
-
-
 def test_every_snippet_is_run_somewhere() -> None:
     frameworks = {framework_of(snippet) for page in PAGES for snippet in snippets(page)}
     assert frameworks == {None, V1, *SETUPS}

@@ -203,6 +203,6 @@ def test_what_is_committed_is_what_was_studied() -> None:
         assert len({json.dumps(run.settings) for run in studied.runs}) == 1
         for coefficients in COEFFICIENTS:
             assert [run.seed for run in studied.of(coefficients)] == study.SEEDS
-    readme = report.README.read_text()
+    page = study_report.PAGE.read_text()
     summary = study_report.summary(study_report.load(study_report.COMMITTED))
-    assert report.with_part(readme, summary, study_report.README_BEGIN) == readme, "run `python -m bench.study`"
+    assert report.with_part(page, summary, study_report.BEGIN) == page, "run `python -m bench.study`"
