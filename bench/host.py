@@ -55,14 +55,12 @@ class Empty(torch.autograd.Function):
 def launch_nothing() -> Iterator[None]:
     """Send CPU tensors to the Triton kernels, compiled for an H100, and their launches to a driver that makes none."""
     from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
 
-    from bench.stand_in import StandInDriver
+    from bench.stand_in import StandInDriver, active
     from fastreg.backends import TRITON, cpu_tensors_by
     from fastreg.plans import forget
 
-    driver.set_active(StandInDriver(GPUTarget("cuda", 90, 32)))  # pyright: ignore[reportArgumentType]
-    with cpu_tensors_by(TRITON):
+    with active(StandInDriver(GPUTarget("cuda", 90, 32))), cpu_tensors_by(TRITON):
         yield
     forget()
 

@@ -1,8 +1,8 @@
 """Tables and plots of the measurements: `python -m bench.report`.
 
 Of each bench/results/DEVICE.json it writes DEVICE.md, every case in a table, and plots; and between the markers of
-README.md it renders the few figures that say most, between those of docs/performance.md all tables. Nothing in them is
-typed: tests/test_bench.py fails when they disagree with the JSON.
+README.md it renders the training steps, between those of docs/performance.md all tables. Nothing in them is typed:
+tests/test_bench.py fails when they disagree with the JSON.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bench.machine import ALLOCATORS, DEFAULT, KEPT
+from bench.machine import ALLOCATORS, DEFAULT, KEPT, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
 STEP = "step"
 BOTH = "forward + backward"
@@ -32,13 +30,6 @@ CHANGING = "forward + backward, changing"
 DROPOUT = "dropout, forward + backward"
 PADDED = "padded, forward + backward"
 CHANGES = "changes, forward + backward"
-HEADLINE = (  # of the README's table: kind, label, and case
-    (BOTH, "(20, 70, 96), float32", "penalty"),
-    (BOTH, "(64, 70, 400), float32", "penalty"),
-    (BOTH, "(128, 512, 1024), bfloat16", "penalty"),
-    (DROPOUT, "(64, 70, 400), float32", "with dropout"),
-    (PADDED, "(64, 70, 400), float32", "with padding"),
-)
 SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
 HOW = {  # the setting of each allocator, after a machine's name
     KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
@@ -75,8 +66,8 @@ Peak memory of a step beyond the model, and the memory that the penalty adds:
 """
 STEP_PEERS = {  # heading of each peer's column
     "no penalty": "without",
+    "compiled": "compiled formula",
     "eager": "formula",
-    "compiled": "compiled",
     "fused_ar_tar": "`fused_ar_tar`",
     "attach": "`attach`",
     "FusedRNNDropout": "`FusedRNNDropout`",
@@ -310,12 +301,12 @@ def padded_table(result: Result) -> str:
 
 def step_table(result: Result) -> str:
     """Render the time of each training step, and the time that each way of adding the penalty adds."""
-    rows = [["ms a training step, and the time that the penalty adds; (batch, time, hidden)", *STEP_PEERS.values()]]
+    rows = [["ms a step, and the time that the penalty adds; (batch, time, hidden)", *STEP_PEERS.values()]]
     for case in result.of(STEP):
         without = statistics.mean(case.step_milliseconds("no penalty"))
         digits = 1 if without > 100 else 2 if without > 10 else 3
         added = [case.added(peer) if peer in case.seconds else None for peer in list(STEP_PEERS)[1:]]
-        cells = ["" if x is None else f"{x[0]:+.{digits}f} ± {x[1]:.{digits}f}" for x in added]
+        cells = ["" if x is None else f"{x[0]:+.{digits}f}±{x[1]:.{digits}f}" for x in added]
         rows.append([case.label, number(without), *cells])
     return table(rows)
 
@@ -349,9 +340,13 @@ def step_tables(result: Result) -> list[str]:
     """Render the tables of training steps for one allocator, with titles."""
     if not result.of(STEP):
         return []
-    timed = "time of the clock" if result.on_gpu else f"the process's own time on one thread, {result.allocator}"
-    parts = [STEP_TITLE % timed, step_table(result), ADDED_TITLE, added_table(result)]
+    parts = [step_title(result), step_table(result), ADDED_TITLE, added_table(result)]
     return [*parts, PEAK_TITLE, peak_table(result)]
+
+
+def step_title(result: Result) -> str:
+    """Say what is timed in a training step."""
+    return STEP_TITLE % ("time of the clock" if result.on_gpu else "the process's own time on one thread")
 
 
 def against(cases: list[Case], other: str, name: str) -> str:
@@ -378,13 +373,6 @@ def dropout_verdict(result: Result) -> str:
         f"Dropout and the penalty in one pass, in {len(cases)} cases: {min(costs):.2f}x to {max(costs):.2f}x the time "
         f"of dropout alone, {against(cases, 'eager', 'dropout and the eager formula')}.\n"
     )
-
-
-def verdicts(result: Result) -> str:
-    """How fast all is, a sentence each."""
-    sentences = [penalty_verdict(result)] if result.of(BOTH) else []
-    sentences += [dropout_verdict(result)] if result.of(DROPOUT) else []
-    return "".join(f"- {sentence}" for sentence in sentences)
 
 
 def full_table(result: Result) -> str:
@@ -423,39 +411,15 @@ def not_measured(results: list[Result]) -> list[str]:
 
 
 def headline(results: list[Result]) -> str:
-    """Render the README's part: tables and a plot of one device, and speeds in sentences for all."""
-    ordered, parts = in_order(results), []
-    for result in ordered:
-        first, *others = result.parts()
+    """Render the README's part: training steps and the speed of the penalty; on a CPU with memory kept alone."""
+    parts = []
+    for result in in_order(results):
+        first, *_ = result.parts()
         device = result.machine["device"]
-        whose = device if result.on_gpu else f"{device}, {result.machine['threads']} threads, {HOW[first.allocator]}"
-        parts += [f"{whose}:\n"]
-        parts += [step_table(first)] * bool(first.of(STEP))
-        parts += [headline_table(first)] * (result is ordered[0])
-        parts += [verdicts(first)]
-        for other in others:
-            parts += [f"The same with {HOW[other.allocator]}:\n"]
-            parts += [step_table(other)] * bool(other.of(STEP))
-            parts += [verdicts(other)]
-        parts += pictures(result, "")[:1] if result is ordered[0] else []
+        parts += [f"{device if result.on_gpu else f'{device}, {HOW[first.allocator]}'}.\n"]
+        parts += [step_title(first), step_table(first)] if first.of(STEP) else []
+        parts += [penalty_verdict(first)] * bool(first.of(BOTH))
     return "\n".join([*parts, *not_measured(results)])
-
-
-def headline_table(result: Result) -> str:
-    """Render the speedup in the measured cases of `HEADLINE`."""
-    rows = [[f"ms, forward + backward; {SHAPE}", *PEERS, "fastreg", *(f"against {peer}" for peer in PEERS)]]
-    for kind, label, what in HEADLINE:
-        for case in result.of(kind):
-            if case.label == label:
-                times = [number(case.milliseconds(peer)) for peer in (*PEERS, "fastreg")]
-                speeds = [f"{case.times_as_fast('fastreg', peer):.1f}x" for peer in PEERS]
-                rows.append([f"{what}, {label}", *times, *speeds])
-    return table(rows)
-
-
-def pictures(result: Result, root: str) -> list[str]:
-    """A line for each plot; `root` is the path to the checkout from where it stands."""
-    return [f"![{alt}]({root}bench/results/{result.name}-{kind}.svg)\n" for kind, alt, _ in plots(result)]
 
 
 def figures(results: list[Result]) -> str:
@@ -466,7 +430,7 @@ def figures(results: list[Result]) -> str:
         for part in result.parts():
             parts += [] if result.on_gpu else [f"With {HOW[part.allocator]}.\n"]
             parts += tables(part)
-        parts += pictures(result, "../")
+        parts += [f"![{alt}](../bench/results/{result.name}-{kind}.svg)\n" for kind, alt, _ in plots(result)]
         parts += [f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
     return "\n".join([*parts, *not_measured(results)])
 
@@ -483,7 +447,7 @@ def tables(result: Result) -> list[str]:
     return parts
 
 
-PAGES = {README: headline, PERFORMANCE: figures}  # the text between the markers of each
+PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "performance.md": figures}  # the text between the markers
 
 
 def with_part(page: str, part: str, begin: str = BEGIN) -> str:

@@ -33,7 +33,6 @@ import torch
 from bench import machine, report
 
 ROOT = machine.ROOT
-RESULTS = ROOT / "bench" / "results"
 # Those first that say most of the kernels; tests/test_bench.py knows which files there are.
 TESTS = (
     *("kernels", "prediction", "coefficients", "bench", "penalty", "dropout", "sizes", "concurrency"),
@@ -91,20 +90,8 @@ def sanitizer() -> str | None:
 
 def sanitize(program: str, tool: str, seconds: float) -> str:
     """Run a few tests under one tool of compute-sanitizer, and give its verdict."""
-    options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
-    command = [
-        program,
-        *options,
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu",
-        *SANITIZED,
-    ]
+    command = [program, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *SANITIZED]
     # Else torch's allocator hides a read or a write behind the end of a tensor.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -218,7 +205,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Some of the cases must not take the place of all.
-    folder = options.folder or (ROOT / ".benchmarks" if options.only else RESULTS)
+    folder = options.folder or (ROOT / ".benchmarks" if options.only else report.RESULTS)
     if options.what == "test":
         return test(folder, options.commit, options.seconds)
     command = bench if options.what == "bench" else measure

@@ -16,12 +16,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.report import RESULTS, save, table
+from bench.report import RESULTS, ROOT, save, table
 
 COMMITTED = RESULTS / "study.jsonl"
 COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta of each setting, first the baseline
 BASELINE = COEFFICIENTS[0]
-README_BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study -->\n"
+PAGE = ROOT / "docs" / "coefficients.md"  # shows the summary of the committed study after BEGIN
+BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study -->\n"
 METHOD = """\
 Losses and perplexities are of a word and leave the penalties out. The gap is validation minus training, both after the
 last epoch and in evaluation mode. AR and TAR are the last epoch's means, in training. A seed has the same first

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +52,17 @@ def start() -> None:
     """Seed every test, so that a failure repeats, also alone."""
     torch.manual_seed(0)
     forget()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write sentences in which every word tells much about the next, for the demo and the study."""
+    draw = random.Random(0)
+    nouns = ["dog", "cat", "sun", "sea"]
+    sentences = [f"The {draw.choice(nouns)} saw the {draw.choice(nouns)}, and was glad." for _ in range(720)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(sentences), encoding="utf-8")
+    return file
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])

@@ -2,29 +2,40 @@
 
     python -m tests.mutants [FILTER]    # only the mutants whose line of the table has FILTER in it
 
+One process imports PyTorch and forks for each mutant, whose tests run in the order in which they are expected to fail.
 Kernels are run by Triton's interpreter, one program after the other: faults that only a GPU shows (barriers, streams,
 caches) have no mutant here, nor have lines that no result depends on.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from importlib import import_module
+from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
-from fastreg.kernels import cpu
+import pytest
 
 ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
+PRELOADED = ["hypothesis", "torch._dynamo"]  # slow to import, and not tested: imported once, before the forks
+CORES, FORK = os.cpu_count() or 1, get_context("fork")
 CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and other tests find the same faults
-# file -> tests/test_*.py in the order in which they run: those first that fail fast
+# file -> tests/test_*.py
 TESTS = {
     "kernels/penalty.py": ["kernels", "prediction", "padding", "penalty"],
     "kernels/dropout.py": ["padding", "dropout", "addition", "kernels"],
@@ -625,6 +636,8 @@ MUTANTS = [Mutant(*place, *mutant) for place, mutants in CODE.items() for mutant
 
 def build(kernels: Path) -> None:
     """Build the C++ kernels in a copy, quickly, without the libraries of the unchanged code."""
+    from fastreg.kernels import cpu  # of the copy
+
     for library in kernels.glob("*.so"):
         library.unlink()
     options = ["-std=c++17", "-O1", "-w", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-shared", "-fPIC"]
@@ -632,60 +645,129 @@ def build(kernels: Path) -> None:
     subprocess.run(["g++", *options, "cpu.cpp", "-o", "_cpu.abi3.so"], cwd=kernels, check=True)
 
 
-def run_tests(interpret: bool, names: Iterable[str], file: str, source: str, limit: float | None = None) -> str:
-    """Run these tests on a copy with this source of `file`; return the first failure, or "" if all passed."""
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-k", CHOSEN]
-    command += [f"tests/test_{name}.py" for name in names]
-    with tempfile.TemporaryDirectory() as copy:
-        subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), copy], check=True)
-        Path(copy, file).write_text(source)
-        if file.endswith((".cpp", ".h")):
-            build(Path(copy, "kernels"))
-        try:
-            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
-            return f"hanging for {limit:.0f} s"
-    if done.returncode < 0:
-        return f"a crash with signal {-done.returncode}"
-    if done.returncode > 1:
-        raise RuntimeError(f"{file}: pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.M)
-    return failed[1] if failed else ""
+class Order:
+    """A plugin of pytest: the tests run first that fail fastest on a mutant, by the time and the failures of each."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.failed = ""  # the first test that failed in this process
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Sort the tests by the time that a failure of each is expected to take."""
+        items.sort(key=lambda item: self.seconds[item.nodeid] / (0.01 + self.failures[item.nodeid]))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Record the time of a test, and whether it is the first that failed."""
+        self.seconds[report.nodeid] += report.duration
+        self.failed = self.failed or report.nodeid * report.failed
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Record a file whose import failed."""
+        self.failed = self.failed or report.nodeid * report.failed
 
 
-def run_unmutated(interpret: bool) -> str:
-    """Run every test of any mutant on the unchanged code."""
-    names = {name for mutant in MUTANTS if mutant.interpreted == interpret for name in TESTS[mutant.file]}
-    file = MUTANTS[0].file
-    return run_tests(interpret, names, file, (ROOT / file).read_text())
+class Job(NamedTuple):
+    """Tests to run on a mutant, or on the code as it is."""
+
+    names: list[str]
+    mutant: Mutant | None = None
+
+    def run(self, copy: str, order: Order) -> None:
+        """Run the tests in a copy of the checkout, and write the first failure and the time of each test there."""
+        os.setsid()  # the processes that tests start end with this one
+        os.chdir(copy)
+        sys.path[0] = copy
+        del sys.modules["tests"]  # that of the checkout
+        options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN]
+        with Path("output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+            if self.mutant is not None:
+                Path(self.mutant.file).write_text(self.mutant.source())
+                if self.mutant.file.endswith((".cpp", ".h")):
+                    build(Path(copy, "kernels"))
+            status = pytest.main([*options, *(f"tests/test_{name}.py" for name in self.names)], [order])
+        if status == pytest.ExitCode.OK or order.failed:
+            Path("outcome").write_text(json.dumps([order.failed.removeprefix("tests/"), order.seconds]))
+        os._exit(0)  # without waiting for threads of tests
+
+
+class Running:
+    """A job in a process of its own, on a copy of the checkout."""
+
+    def __init__(self, job: Job, order: Order):
+        self.job = job
+        self.copy = tempfile.TemporaryDirectory()
+        subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), self.copy.name], check=True)
+        self.process = FORK.Process(target=job.run, args=(self.copy.name, order))
+        self.process.start()
+        own = tuple(f"tests/test_{name}.py" for name in job.names)
+        usual = sum(seconds for test, seconds in order.seconds.items() if test.startswith(own))
+        self.ends = time.monotonic() + 120 + 10 * usual if job.mutant is not None else math.inf
+
+    def outcome(self) -> tuple[str, dict[str, float]]:
+        """Return the first failure, or "" if all tests passed, and the time of each test."""
+        status = self.process.exitcode
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        with self.copy as copy:
+            if Path(copy, "outcome").exists():
+                return tuple(json.loads(Path(copy, "outcome").read_text()))
+            if status is None or status < 0:
+                return "hanging" if status is None else f"a crash with signal {-status}", {}
+            raise RuntimeError(f"{self.job}: {Path(copy, 'output').read_text()[-3000:]}")
+
+
+def run_all(jobs: Iterable[Job], order: Order) -> Iterator[tuple[Job, str]]:
+    """Run a job on each core at a time; return each with its first failure, or with "" if none failed."""
+    waiting, running = iter(jobs), []
+    while running := [*running, *(Running(job, order) for job in islice(waiting, CORES - len(running)))]:
+        wait([x.process.sentinel for x in running], timeout=5)
+        for x in [x for x in running if x.process.exitcode is not None or time.monotonic() > x.ends]:
+            running.remove(x)
+            failed, seconds = x.outcome()
+            if x.job.mutant is None:
+                order.seconds |= Counter(seconds)
+            order.failures[failed] += 1
+            yield x.job, failed.removeprefix("tests/")
+
+
+def run_mutants(mutants: list[Mutant], interpret: bool) -> None:
+    """Run mutants by the kernels' interpreter or without, and print the table; exit with a message about survivors."""
+    os.environ |= {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"}
+    for module in PRELOADED:
+        import_module(module)
+    order, began = Order(), time.monotonic()
+    names = sorted({name for mutant in mutants for name in TESTS[mutant.file]})
+    if failed := [test for _, test in run_all([Job([name]) for name in names], order) if test]:
+        sys.exit(f"the code as it is fails: {', '.join(failed)}")
+    print(f"the code as it is passes, {time.monotonic() - began:.0f} s", flush=True)
+    survivors = 0
+    for job, killer in run_all([Job(TESTS[mutant.file], mutant) for mutant in mutants], order):
+        survivors += not killer
+        print(f"{job.mutant!s:75} {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
+    print(f"{len(mutants)} mutants in {time.monotonic() - began:.0f} s", flush=True)
+    sys.exit(f"{survivors} survived" if survivors else 0)
 
 
 def main(chosen: str = "") -> int | str:
-    """Run the mutants and print the table; 0, or a message if the tests or the list must be seen to."""
+    """Run the mutants; return 0, or a message if the tests or the list must be seen to."""
     mutants = [mutant for mutant in MUTANTS if chosen in str(mutant)]
     if not mutants:
         return f"no mutant has {chosen!r} in its line"
     try:
-        sources = [mutant.source() for mutant in mutants]
+        for mutant in mutants:
+            mutant.source()
     except LookupError as error:
         return f"the list of mutants is stale: {error}"
-    began = time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        failed = [*filter(None, pool.map(run_unmutated, [True, False]))]
-        if failed:
-            return f"the code as it is fails: {', '.join(failed)}"
-        limit = 60 + 3 * (time.monotonic() - began)
-        print(f"the code as it is passes, {time.monotonic() - began:.0f} s", flush=True)
-        survivors = 0
-        results = pool.map(
-            lambda m, source: run_tests(m.interpreted, TESTS[m.file], m.file, source, limit), mutants, sources
-        )
-        for mutant, killer in zip(mutants, results, strict=True):
-            survivors += not killer
-            print(f"{mutant!s:75} {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
-    print(f"{len(mutants)} mutants in {time.monotonic() - began:.0f} s")
-    return f"{survivors} survived" if survivors else 0
+    status = 0
+    for interpret in (False, True):  # in processes of their own, as Triton is imported for one of both
+        if own := [mutant for mutant in mutants if mutant.interpreted == interpret]:
+            process = FORK.Process(target=run_mutants, args=(own, interpret))
+            process.start()
+            process.join()
+            status |= process.exitcode
+    return status
 
 
 if __name__ == "__main__":

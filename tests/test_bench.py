@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from bench import cases, compare, machine, report, run, steps, timing
+from bench import benchmarks, cases, compare, host, machine, report, run, steps, timing
 from bench.formulas import awd_lstm_lm, fastai, rnn_dropout
 from fastreg import fused_ar_tar
 from fastreg.problem import Layer, Problem
@@ -35,14 +34,8 @@ from fastreg.reference import ar_tar
 from tests.conftest import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
+PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 CASE = cases.PenaltyCase((3, 5, 8), torch.float32)
-DROPOUT = cases.DropoutCase((3, 5, 8), torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a child measure: pytest-benchmark turns itself off in the processes of pytest-xdist."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
 @pytest.mark.parametrize(("formula", "batch_first"), [(fastai, True), (awd_lstm_lm, False)])
@@ -126,28 +119,21 @@ def test_peak_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "least", "moved"),
+    ("kind", "options", "least", "moved"),
     [
-        ({}, 4, {"eager": None, "compiled": 6, "fastreg": 4}),
-        ({"changing": True}, 4, {"eager": None, "compiled": 6, "fastreg": 8}),
-        ({"backward": False}, 2, {"eager": None, "compiled": 2, "fastreg": 2}),
-        ({"same": True}, 2, {"eager": None, "compiled": 3, "fastreg": 2}),
+        (cases.PenaltyCase, {}, 4, {"eager": None, "compiled": 6, "fastreg": 4}),
+        (cases.PenaltyCase, {"changing": True}, 4, {"eager": None, "compiled": 6, "fastreg": 8}),
+        (cases.PenaltyCase, {"backward": False}, 2, {"eager": None, "compiled": 2, "fastreg": 2}),
+        (cases.PenaltyCase, {"same": True}, 2, {"eager": None, "compiled": 3, "fastreg": 2}),
+        (cases.DropoutCase, {}, 5, {"eager": None, "dropout alone": 4, "fused_ar_tar": 14, "fastreg": 5}),
+        (cases.PaddedCase, {}, 3, {"eager": None, "compiled": 6, "without lengths": 4, "fastreg": 3}),
     ],
 )
-def test_bytes_that_move(options: dict[str, Any], least: int, moved: dict[str, int | None]) -> None:
+def test_bytes_that_move(kind: Any, options: dict[str, Any], least: int, moved: dict[str, int | None]) -> None:
     one = 128 * 512 * 1024 * 2
-    case = cases.PenaltyCase((128, 512, 1024), torch.bfloat16, **options)
+    case = kind((128, 512, 1024), torch.bfloat16, **options)
     assert case.least_bytes == least * one
-    assert {peer: case.bytes_moved(peer) for peer in case.PEERS} == {k: v and v * one for k, v in moved.items()}
-
-
-def test_bytes_that_move_with_dropout() -> None:
-    dropout = cases.DropoutCase((128, 512, 1024), torch.bfloat16)
-    one = 128 * 512 * 1024 * 2
-    assert dropout.least_bytes == dropout.bytes_moved("fastreg") == 5 * one
-    assert dropout.bytes_moved("dropout alone") == 4 * one
-    assert dropout.bytes_moved("fused_ar_tar") == 14 * one
-    assert dropout.bytes_moved("eager") is None
+    assert {peer: case.bytes_moved(peer) for peer in moved} == {k: v and v * one for k, v in moved.items()}
 
 
 def test_upstream_gradients_that_change() -> None:
@@ -179,26 +165,25 @@ def test_a_gpu_runs_all_that_a_cpu_does() -> None:
     assert len({(c.shape, c.dtype, c.batch_first, c.backward) for c in penalty}) == len(cases.SHAPES) * 3 * 2 * 2
 
 
-@pytest.mark.parametrize("same", [True, False])
-@pytest.mark.parametrize("backward", [True, False])
-def test_calls(backward: bool, same: bool) -> None:
-    case = cases.PenaltyCase((3, 5, 8), torch.float32, batch_first=False, same=same, backward=backward)
+@pytest.mark.parametrize(
+    ("case", "shape", "results"),
+    [
+        *(
+            (cases.PenaltyCase((3, 5, 8), torch.float32, batch_first=False, same=same, backward=backward), (5, 3, 8), n)
+            for same, backward, n in [(True, True, 1), (True, False, 1), (False, True, 2), (False, False, 1)]
+        ),
+        (cases.ChangesCase((3, 5, 8), torch.float32, contiguous=True), (3, 8, 5, 1, 1), 1),
+        (cases.ChangesCase((3, 5, 8), torch.float32, contiguous=False), (3, 8, 5, 1, 1), 1),
+    ],
+    ids=str,
+)
+def test_the_calls_of_peers_give_the_same(case: Any, shape: tuple[int, ...], results: int) -> None:
     sets = cases.input_sets(case, "cpu")
     assert len(sets) == cases.MOST_SETS, "small inputs: as many as are allowed"
-    assert sets[0][0].shape == (5, 3, 8)
+    assert sets[0][0].shape == shape
+    assert sets[0][0].is_contiguous() == getattr(case, "contiguous", True)
     want, got = (case.call(peer, sets)(1) for name, peer in case.peers().items() if name != "compiled")
-    assert len(got) == (2 if backward and not same else 1)
-    for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x, y)
-
-
-@pytest.mark.parametrize("contiguous", [True, False])
-def test_calls_with_another_axis_of_time(contiguous: bool) -> None:
-    case = cases.ChangesCase((3, 5, 8), torch.float32, contiguous=contiguous)
-    sets = cases.input_sets(case, "cpu")
-    assert sets[0][0].shape == (3, 8, 5, 1, 1)
-    assert sets[0][0].is_contiguous() == contiguous
-    want, got = (case.call(peer, sets)(1) for name, peer in case.peers().items() if name != "compiled")
+    assert len(got) == results
     torch.testing.assert_close(got, want)
 
 
@@ -243,8 +228,6 @@ def test_padded_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     for peer in ("eager", "compiled", "fastreg"):
         torch.testing.assert_close(calls[peer](1), want)
     assert calls["without lengths"](1)[0].count_nonzero() > want[0].count_nonzero()
-    assert [case.bytes_moved(peer) for peer in case.PEERS] == [4 * 240 * 4, None, 6 * 240 * 4, 3 * 240 * 4]
-    assert case.least_bytes == 3 * 240 * 4
     assert case.PEERS[-1] == "fastreg", "a result that has fastreg is complete"
 
 
@@ -298,51 +281,50 @@ def test_an_error_of_a_training_in_turns_is_that_of_the_call() -> None:
         call(1)
 
 
-def test_what_a_step_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, rounds of the process's own time, and the peak memory."""
-    from bench import benchmarks
-
-    step, threads = steps.LSTMStep((3, 6, 4)), []
-    seen = steps.LSTM.forward
-    monkeypatch.setattr(
-        steps.LSTM, "forward", lambda *options: threads.append(torch.get_num_threads()) or seen(*options)
-    )
+@pytest.fixture
+def measured_small(monkeypatch: pytest.MonkeyPatch) -> Callable[[cases.AnyCase], benchmarks.Measured]:
+    """Measure every peer of a small case on the CPU, without the compiler."""
     monkeypatch.setattr(torch, "compile", lambda way, **options: way)
-    monkeypatch.setitem(benchmarks.CASES, "small step", step)
     monkeypatch.setattr(benchmarks, "DEVICE", "cpu")
     monkeypatch.setattr(benchmarks, "STEP_SHARE", 0.0)
+    monkeypatch.setattr(benchmarks, "SECONDS", 0.0)
+
+    def measure(case: cases.AnyCase) -> benchmarks.Measured:
+        measured, failed = benchmarks.measure_peers(case)
+        assert not failed
+        assert tuple(measured) == case.PEERS
+        assert all(len(times) == timing.LEAST for times, _ in measured.values())
+        return measured
+
+    return measure
+
+
+def test_a_step_is_measured_on_one_thread(measured_small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rounds of the process's own time, and the peak memory."""
+    threads, forward = [], steps.LSTM.forward
+    monkeypatch.setattr(
+        steps.LSTM, "forward", lambda *options: threads.append(torch.get_num_threads()) or forward(*options)
+    )
     before = torch.get_num_threads()
-    measured, failed = benchmarks.measure("small step", math.inf)
-    assert not failed
-    assert tuple(measured) == step.PEERS
+    measured = measured_small(steps.LSTMStep((3, 6, 4)))
     assert set(threads) == {1}
     assert torch.get_num_threads() == before
     for times, figures in measured.values():
-        assert len(times) == len(figures["own_seconds"]) == timing.LEAST
+        assert len(times) == len(figures["own_seconds"])
         assert figures["peak_bytes"] > 3 * 6 * 4 * 4
 
 
-def test_what_a_dropout_case_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every peer of a small one, without the compiler; nothing but the mask is kept, and by the formula the changes."""
-    from bench import benchmarks
-
-    monkeypatch.setattr(torch, "compile", lambda peer: peer)
-    monkeypatch.setitem(benchmarks.CASES, "small", DROPOUT)
-    monkeypatch.setattr(benchmarks, "DEVICE", "cpu")
-    monkeypatch.setattr(benchmarks, "SECONDS", 0.0)
-    measured, failed = benchmarks.measure("small", math.inf)
-    assert not failed
-    assert tuple(measured) == DROPOUT.PEERS
-    assert DROPOUT.PEERS[-1] == "fastreg", "a result that has fastreg is complete"
+def test_dropout_keeps_nothing_but_its_mask_and_the_formula_the_changes(measured_small: Any) -> None:
+    case = cases.DropoutCase((3, 5, 8), torch.float32)
+    assert case.PEERS[-1] == "fastreg", "a result that has fastreg is complete"
     one, mask, changes = 3 * 5 * 8 * 4, 3 * 8 * 4, 3 * 4 * 8 * 4
-    for peer, (times, figures) in measured.items():
+    for peer, (_, figures) in measured_small(case).items():
         kept = mask + (changes if peer in ("eager", "compiled") else 0)
-        moved = DROPOUT.bytes_moved(peer)
+        moved = case.bytes_moved(peer)
         known = {} if moved is None else {"moved_bytes": moved}
         assert figures.pop("first_seconds") > 0
         assert figures.pop("page_faults") >= 0
         assert figures == {"kept_bytes": kept, "least_bytes": 5 * one, **known}, peer
-        assert len(times) == timing.LEAST
 
 
 class PretendGPU:
@@ -409,8 +391,6 @@ class PretendGPU:
 
 
 def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import benchmarks
-
     PretendGPU.install(monkeypatch)
     monkeypatch.setattr(benchmarks, "copy_bandwidth", lambda: 1e6)
     call = CASE.call(fastai, cases.input_sets(CASE, "cpu"))
@@ -434,8 +414,6 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_captured_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import benchmarks
-
     def refuse(call: cases.Call, numbers: Sequence[int]) -> Any:
         raise RuntimeError("no capture\nhere")
 
@@ -471,31 +449,22 @@ LAUNCHES = {
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("kind", LAUNCHES)
 def test_launches(kind: Any, device: str) -> None:
-    """Those of forward and backward in bfloat16."""
+    """Those of forward and backward; of fastreg no more in deterministic mode, in which PyTorch fills memory."""
     case = kind((64, 70, 400), torch.bfloat16)
     calls = cases.calls(case, cases.input_sets(case, device))
     assert {peer: timing.launches(calls[peer]) for peer in LAUNCHES[kind]} == LAUNCHES[kind]
+    torch.use_deterministic_algorithms(True)
+    try:
+        filled = 1 if kind is cases.DropoutCase else 0  # the mask, which PyTorch allocates
+        assert timing.launches(calls["fastreg"]) <= LAUNCHES[kind]["fastreg"] + filled
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_launches_of_a_forward(device: str) -> None:
     case = cases.PenaltyCase((64, 70, 400), torch.float32, backward=False)
     assert timing.launches(cases.calls(case, cases.input_sets(case, device))["fastreg"]) == 1
-
-
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-@pytest.mark.parametrize("kind", LAUNCHES)
-def test_deterministic_mode_takes_no_more_launches(kind: Any, device: str) -> None:
-    """PyTorch fills memory from `torch.empty` in that mode, which would be a launch for each result."""
-    case = kind((64, 70, 400), torch.float32)
-    call = cases.calls(case, cases.input_sets(case, device))["fastreg"]
-    before = timing.launches(call)
-    torch.use_deterministic_algorithms(True)
-    try:
-        filled = 1 if kind is cases.DropoutCase else 0  # the mask, which PyTorch allocates
-        assert timing.launches(call) <= before + filled
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
@@ -563,7 +532,9 @@ def made_up(
 @pytest.mark.parametrize(
     ("new", "status"), [([4.0, 2.0], 0), ([3.41, 1.71], 0), ([3.39, 2.0], 1), ([9.0, 1.6], 1), ([5.0], 0), ([3.0], 1)]
 )
-def test_the_guard(new: list[float], status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_guard_fails_on_a_loss_of_speed(
+    new: list[float], status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made_up(tmp_path / "old", [4.0, 2.0])
     made_up(tmp_path / "new", new)
     assert compare.main(tmp_path / "new", tmp_path / "old") == status
@@ -572,26 +543,43 @@ def test_the_guard(new: list[float], status: int, tmp_path: Path, capsys: pytest
     assert ("committed" in output.splitlines()[-1]) == bool(status)
 
 
-def test_the_guard_wants_the_same_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("device", "dropout", "status", "message"),
+    [
+        ("Another CPU", [], 1, "nothing to compare with"),
+        ("A CPU, 2 cores", [[64, 70, 400]], 0, "1 cases compared, 1 not committed"),
+    ],
+)
+def test_the_guard_compares_the_cases_that_are_committed(
+    device: str, dropout: list[Any], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made_up(tmp_path / "old", [4.0])
-    made_up(tmp_path / "new", [4.0], device="Another CPU")
-    assert compare.main(tmp_path / "new", tmp_path / "old") == 1
-    assert "nothing to compare with" in capsys.readouterr().out
+    made_up(tmp_path / "new", [4.0], device, dropout)
+    assert compare.main(tmp_path / "new", tmp_path / "old") == status
+    assert message in capsys.readouterr().out
 
 
 def test_a_report_of_a_cpu(tmp_path: Path) -> None:
-    result = report.load(made_up(tmp_path, [4.0, 2.0]))
+    shape = [[64, 70, 400]]
+    result = report.load(made_up(tmp_path, [4.0, 2.0], dropout=shape, padded=shape))
     part = report.figures([result])
-    assert "| (0, 2, 3), float32 | 500 | 4000 | 2000 | 0.5x | 4.0x |" in part
-    assert (
-        "in 2 cases: 0.5x to 0.5x as fast as the formula under `torch.compile` (geometric mean 0.5x, slower in" in part
-    )
-    assert "slower in 2), 2.0x to 4.0x as fast as the eager formula (geometric mean 2.8x)." in part
-    assert "On a GPU: **not measured yet**" in part
-    assert "A CPU, 2 cores: PyTorch 1, Python 3, 2 threads" in part
-    assert "commit 0123456789, source s" in part
+    for text in (
+        "A CPU, 2 cores: PyTorch 1, Python 3, 2 threads, commit 0123456789, source s.",
+        "| (0, 2, 3), float32 | 500 | 4000 | 2000 | 0.5x | 4.0x |",
+        "in 2 cases: 0.5x to 0.5x as fast as the formula under `torch.compile` (geometric mean 0.5x, slower in 2), ",
+        " 2.0x to 4.0x as fast as the eager formula (geometric mean 2.8x).",
+        "| (64, 70, 400), float32 | 800 | 4000 | 2000 | 2000 | 1.25x | 0.5x | 4.0x |",
+        "in 1 cases: 1.25x to 1.25x the time of dropout alone, 4.0x to 4.0x as fast as dropout and the",
+        "](../bench/results/a-cpu-2-cores-dropout.svg)",
+        "Half of the batch padding",
+        "| (64, 70, 400), float32 | 3000 | 500 | 4000 | 2000 | 3.0x | 0.5x | 4.0x |",
+        "On a GPU: **not measured yet**",
+    ):
+        assert text in part
     assert "The tests on this device" not in part, "they are those of make test"
-    assert "Dropout" not in part
+    alone = report.figures([report.load(made_up(tmp_path, [4.0]))])
+    assert "Dropout" not in alone
+    assert "padding" not in alone
 
 
 def test_a_report_of_two_allocators_leads_with_memory_kept(tmp_path: Path) -> None:
@@ -603,31 +591,14 @@ def test_a_report_of_two_allocators_leads_with_memory_kept(tmp_path: Path) -> No
     kept, as_it_is = result.parts()
     assert kept.of(report.BOTH)[0].times_as_fast("fastreg", "eager") == 4
     assert as_it_is.of(report.BOTH)[0].times_as_fast("fastreg", "eager") == 8
-    for part in (report.headline([result]), report.figures([result]), report.full_table(result)):
+    for part in (report.figures([result]), report.full_table(result)):
         first, second = part.split(report.HOW[machine.DEFAULT])
         assert "MALLOC_TRIM_THRESHOLD_=4073741824 MALLOC_MMAP_THRESHOLD_=1073741824" in first
         assert ("4.00x" in first) if "spread" in part else ("4.0x" in first)
         assert ("8.00x" in second) if "spread" in part else ("8.0x" in second)
-    page = report.headline([result])
-    assert page.index("a training step") < page.index("forward + backward")
-    assert page.count("| GRU, (4, 5, 6) | 210 | +100.0 ± 0.0 | +50.0 ± 0.0 | +100.0 ± 0.0 |") == 2
+    assert report.figures([result]).count("| GRU, (4, 5, 6) | 210 | +50.0±0.0 | +100.0±0.0 | +100.0±0.0 |") == 2
     (old,) = report.load(made_up(tmp_path / "old", [4.0], allocators=both[:1])).parts()
     assert old.allocator == machine.DEFAULT
-
-
-def test_a_report_of_dropout(tmp_path: Path) -> None:
-    result = report.load(made_up(tmp_path, [4.0], dropout=[[64, 70, 400]]))
-    part = report.figures([result])
-    assert "| (64, 70, 400), float32 | 800 | 4000 | 2000 | 2000 | 1.25x | 0.5x | 4.0x |" in part
-    assert "in 1 cases: 1.25x to 1.25x the time of dropout alone, 4.0x to 4.0x as fast as dropout and the" in part
-    assert "](../bench/results/a-cpu-2-cores-dropout.svg)" in part
-    assert len(result.of(report.BOTH)) == 1
-    shapes = [[64, 70, 400], [128, 512, 1024]]
-    result = report.load(made_up(tmp_path, [4.0], "A GPU", shapes, copy_bandwidth=3e12))
-    part = report.figures([result])
-    assert "| 1.25x | 0.5x | 4.0x | 100% | 1.0 |" in part
-    assert "in 2 cases: 1.25x to 1.25x the time of dropout alone, 4.0x to 4.0x as fast as dropout" in part
-    assert [kind for kind, *_ in report.plots(result)] == ["speedup", "dropout", "roofline"]
 
 
 def test_a_report_tells_what_became_of_the_tests(tmp_path: Path) -> None:
@@ -667,21 +638,6 @@ def test_a_report_of_what_little_there_is(tmp_path: Path) -> None:
         assert plot(result).axes
 
 
-def test_a_report_of_padding(tmp_path: Path) -> None:
-    part = report.figures([report.load(made_up(tmp_path, [4.0], padded=[[64, 70, 400]]))])
-    assert "Half of the batch padding" in part
-    assert "| (64, 70, 400), float32 | 3000 | 500 | 4000 | 2000 | 3.0x | 0.5x | 4.0x |" in part
-
-
-def test_the_guard_minds_dropout_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made_up(tmp_path / "old", [4.0])
-    made_up(tmp_path / "new", [4.0], dropout=[[64, 70, 400]])
-    assert compare.main(tmp_path / "new", tmp_path / "old") == 0
-    assert "1 cases compared, 1 not committed" in capsys.readouterr().out
-    assert compare.main(tmp_path / "new", tmp_path / "new") == 0
-    assert "2 cases compared, 0 not committed" in capsys.readouterr().out
-
-
 def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up(tmp_path, [4.0], "A GPU", [[64, 70, 400]], copy_bandwidth=3e12)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -696,30 +652,28 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert "old" not in text
         assert "as fast as the eager formula" in text
         assert "On a CPU: **not measured yet**" in text
+        assert "MALLOC" not in text
     assert "a copy moves 3.00 TB/s" in performance.read_text()
     assert "| 0.5x | 4.0x | 100% | 1.0 |" in performance.read_text()
-    assert "MALLOC" not in performance.read_text()
+    assert "| 1.25x | 0.5x | 4.0x | 100% | 1.0 |" in performance.read_text()
     assert {file.name for file in tmp_path.iterdir()} == {
         *("README.md", "performance.md", "a-gpu.json", "a-gpu.md"),
         *("a-gpu-speedup.svg", "a-gpu-dropout.svg", "a-gpu-roofline.svg"),
     }
 
 
-def test_the_readme_shows_a_few_cases_of_one_device_and_says_where_fastreg_is_slower(tmp_path: Path) -> None:
-    shapes = [[64, 70, 400], [1, 2, 3]]
-    files = [made_up(tmp_path, [4.0, 0.8], dropout=shapes, padded=shapes), made_up(tmp_path, [3.0], "Another CPU")]
-    part = report.headline([report.load(file) for file in files])
-    assert part.startswith("A CPU, 2 cores, 2 threads, freed memory kept for the next call by `MALLOC_TRIM")
-    rows = [line for line in part.splitlines() if line.startswith("| ")][2:]
-    assert rows == [
-        "| with dropout, (64, 70, 400), float32 | 500 | 4000 | 2000 | 0.5x | 4.0x |",
-        "| with padding, (64, 70, 400), float32 | 500 | 4000 | 2000 | 0.5x | 4.0x |",
+def test_the_readme_shows_training_steps_with_memory_kept_and_says_where_fastreg_is_slower(tmp_path: Path) -> None:
+    allocators = [machine.KEPT, machine.DEFAULT]
+    files = [
+        made_up(tmp_path, [4.0, 0.8], with_step=True, allocators=allocators),
+        made_up(tmp_path, [3.0], "Another CPU"),
     ]
-    assert "- The penalty, forward + backward, in 2 cases: 0.5x to 0.5x as fast as the formula under" in part
-    assert "0.8x to 4.0x as fast as the eager formula (geometric mean 1.8x, slower in 1)" in part
-    assert "Another CPU, 2 threads, " in part
-    assert ":\n\n- The penalty, forward + backward, in 1 cases: 0.5x to 0.5x as fast" in part
-    assert part.count("](bench/results/a-cpu-2-cores-speedup.svg)") == part.count("![") == 1
+    part = report.headline([report.load(file) for file in files])
+    assert part.startswith("A CPU, 2 cores, freed memory kept for the next call by `MALLOC_TRIM")
+    assert part.count("| GRU, (4, 5, 6) | 210 | +50.0±0.0 | +100.0±0.0 | +100.0±0.0 |") == 1
+    assert part.index("| GRU") < part.index("The penalty, forward + backward, in 2 cases: ")
+    assert "geometric mean 1.8x, slower in 1)" in part
+    assert "Another CPU, freed memory kept" in part
     assert "On a GPU: **not measured yet**" in part
 
 
@@ -736,17 +690,17 @@ def test_what_is_added_to_a_step_is_a_mean_of_pairs() -> None:
     seconds = {"no penalty": [0.1, 0.2], "eager": [0.13, 0.25], "compiled": [0.12, 0.22], "attach": [0.11, 0.21]}
     result = made_up_step(seconds)
     assert report.step_table(result).splitlines()[-1] == (
-        "| GRU, (4, 5, 6) | 150 | +40.0 ± 10.0 | +20.0 ± 0.0 |  | +10.0 ± 0.0 |  |"
+        "| GRU, (4, 5, 6) | 150 | +20.0±0.0 | +40.0±10.0 |  | +10.0±0.0 |  |"
     )
     assert report.added_table(result).splitlines()[-1] == "| GRU, (4, 5, 6) |  | 0.50x; 0.25x |  | 0.843x |"
     assert report.peak_table(result).count("\n") == 2, "nothing is known of it"
-    assert "| 1350 | +360.0 ± 90.0 | " in report.step_table(made_up_step(seconds, allocator=None))
-    assert list(report.STEP_PEERS) == list(steps.Step.PEERS)
+    assert "| 1350 | +180.0±0.0 | +360.0±90.0 | " in report.step_table(made_up_step(seconds, allocator=None))
+    assert {*report.STEP_PEERS} == {*steps.Step.PEERS}
 
 
 def test_the_peak_memory_of_a_step_is_told_beside_that_without_penalty(tmp_path: Path) -> None:
     (result,) = report.load(made_up(tmp_path, [], with_step=True)).parts()
-    assert "| GRU, (4, 5, 6) | 2 | +50.0% | +25.0% | +50.0% | +50.0% | +50.0% |" in report.peak_table(result)
+    assert "| GRU, (4, 5, 6) | 2 | +25.0% | +50.0% | +50.0% | +50.0% | +50.0% |" in report.peak_table(result)
 
 
 def test_the_readme_says_first_that_no_gpu_has_run_it_until_one_has() -> None:
@@ -798,15 +752,16 @@ def test_what_is_committed_is_what_was_measured() -> None:
 
 def test_failing_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").mkdir()
+    marks = "pytest.mark.gpu" if torch.cuda.is_available() else "[]"
     (tmp_path / "tests" / "test_some.py").write_text(
-        "import pytest, torch\n"
-        "pytestmark = pytest.mark.gpu if torch.cuda.is_available() else []\n"
+        f"import pytest\npytestmark = {marks}\n"
         "def test_right(): pass\n"
         "@pytest.mark.parametrize('x', [1, 2])\n"
         "def test_wrong(x): assert x == 1\n"
         "def test_left_out(): pytest.skip('why')\n"
     )
     (tmp_path / "tests" / "test_dying.py").write_text("import os\nos._exit(7)\n")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "TESTS", ["some", "dying"])
     monkeypatch.setattr(run, "SANITIZERS", ())
@@ -845,9 +800,9 @@ def runs_on_gpu(file: Path) -> bool:
     return bool(re.search(r"(?<![\".])\bgpu\b(?![\".])|^def test_.*\bdevice\b", file.read_text(), re.MULTILINE))
 
 
-PIPES: Any = {"capture_output": True, "text": True, "check": True}
+# Two measurements that one process has imported PyTorch for; the deadline is passed by a clock that is put forward.
 MEASURE = """
-import os, signal, sys, time, torch
+import os, signal, sys, time, torch._dynamo
 torch.compile = lambda way: way
 late, monotonic = [0], time.monotonic
 time.monotonic = lambda: monotonic() + late[0]
@@ -861,7 +816,7 @@ class Slow(cases.PenaltyCase):
 class Broken(cases.PenaltyCase):
     def peers(self):
         def broken(*_):
-            with open(f"{sys.argv[1]}/calls", "a") as calls:
+            with open(f"{folder}/calls", "a") as calls:
                 print("a call of broken code", file=calls)
             raise ValueError("broken\\nindeed")
         return super().peers() | {"compiled": broken}
@@ -876,56 +831,65 @@ class Ended(cases.PenaltyCase):
         return super().peers()
 
 kinds = {"broken": Broken, "dead": Dead, "slow": Slow, "late": cases.PenaltyCase, "ended": Ended}
-made = [kinds[name]((2, 3, size), torch.float32) for size, name in enumerate(sys.argv[2].split(), 4)]
-cases.all_cases = lambda *_: made
-from bench import benchmarks
-benchmarks.SECONDS = 0.0
-sys.exit(run.main(["measure", sys.argv[1], "--seconds=5000", "--commit=0123456789abcdef"]))
+for folder, names in zip(sys.argv[1::2], sys.argv[2::2]):
+    made = [kinds[name]((2, 3, size), torch.float32) for size, name in enumerate(names.split(), 4)]
+    if os.fork() == 0:
+        cases.all_cases = lambda *_: made
+        from bench import benchmarks
+        benchmarks.SECONDS = 0.0
+        sys.exit(run.main(["measure", folder, "--seconds=5000", "--commit=0123456789abcdef"]))
+    os.wait()
 """
 
 
-def measured(folder: Path, kinds: str) -> report.Result:
-    command = [sys.executable, "-c", MEASURE, str(folder), kinds]
-    on_cpu = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    on_cpu |= {"CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, cwd=ROOT, capture_output=True, env=on_cpu)
-    (file,) = folder.glob("*.json")
-    return report.load(file)
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Return the results of a measurement with a deadline and of one that is sent SIGTERM."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("deadline", "sigterm")]
+    kinds = ["broken dead slow late", "late ended late"]
+    command = [sys.executable, "-c", MEASURE, *map(str, chain(*zip(folders, kinds, strict=True)))]
+    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("MALLOC_", "PYTEST_XDIST_"))}
+    done = subprocess.run(command, cwd=ROOT, env=inherited | {"CUDA_VISIBLE_DEVICES": ""}, **PIPES)
+    files = [file for folder in folders for file in folder.glob("*.json")]
+    assert len(files) == 2, done.stdout
+    return files
 
 
-def test_what_is_not_measured_is_recorded(tmp_path: Path) -> None:
-    result = measured(tmp_path, "broken dead slow late")
+def test_a_measurement_records_what_is_not_measured(measured: list[Path]) -> None:
+    result = report.load(measured[0])
     broken, dead, slow, late = (f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in range(4, 8))
-    assert [case.name for case in result.cases] == [slow], "what was begun before the deadline is complete"
+    (case,) = result.cases
+    assert case.name == slow, "what was begun before the deadline is complete"
     peers = cases.PenaltyCase.PEERS
+    assert set(case.seconds) == {*peers}
+    assert len({len(seconds) for seconds in case.seconds.values()}) == 1
+    assert case.info["fastreg"]["kept_bytes"] == 0 < case.info["eager"]["kept_bytes"]
     assert result.missing == {
         broken: {"compiled": "ValueError: broken"},
         dead: dict.fromkeys(peers, "ValueError: dead"),
         late: dict.fromkeys(peers, "out of time"),
     }
-    assert (tmp_path / "calls").read_text() == "a call of broken code\n"
+    assert (measured[0].parent / "calls").read_text() == "a call of broken code\n"
     assert result.commit["id"] == "0123456789abcdef"
     assert f"Not measured (ValueError: broken): {broken} (compiled)." in report.caveats(result)
     assert f"Not measured (out of time): {late}." in report.caveats(result)
+    assert slow.split()[0] not in report.caveats(result)
+    assert "(2, 3, 6), float32" in report.full_table(result)
 
 
-def test_what_is_measured_is_written_on_sigterm(tmp_path: Path) -> None:
-    result = measured(tmp_path, "late ended late")
+def test_a_measurement_is_written_on_sigterm(measured: list[Path]) -> None:
+    result = report.load(measured[1])
     first, ended, last = (f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in (4, 5, 6))
     assert [case.name for case in result.cases] == [first]
     assert result.missing == {name: dict.fromkeys(cases.PenaltyCase.PEERS, "not reached") for name in (ended, last)}
 
 
-CHILDREN = """
-import sys, torch
-from pathlib import Path
-from bench import run
-torch.cuda.is_available = lambda: False
-Popen = run.subprocess.Popen
-script = sys.argv[2]
-run.subprocess.Popen = lambda command, **options: Popen([sys.executable, "-c", script, *command[3:]], **options)
-sys.exit(run.main(["bench", sys.argv[1], "--commit=0123"]))
-"""
+def test_pytest_benchmark_compares_results(measured: list[Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(measured[0]), "--group-by=group"]
+    done = subprocess.run(command, cwd=tmp_path, **PIPES)
+    assert "2x3x6-float32-forward+backward" in done.stdout, done.stderr
+
+
 CHILD = """
 import json, os, pathlib, signal, sys, time
 assert sys.argv[1] == "measure"
@@ -946,15 +910,24 @@ write()
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_cpu_is_measured_by_a_process_for_each_allocator(interrupted: bool, tmp_path: Path) -> None:
+def test_a_cpu_is_measured_by_a_process_for_each_allocator(
+    interrupted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each starts with its own environment; an interrupt ends the first, which still writes its result."""
-    script = CHILD.replace("WAIT", f"{interrupted}")
-    command = [sys.executable, "-c", CHILDREN, str(tmp_path), script]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == interrupted, done.stderr
+    popen, script = subprocess.Popen, CHILD.replace("WAIT", f"{interrupted}")
+    for name in machine.ALLOCATORS[machine.KEPT]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **more: popen([sys.executable, "-c", script, *command[3:]], **more)
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run.main(["bench", str(tmp_path), "--commit=0123"]) == interrupted
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     result = json.loads((tmp_path / "a-cpu.json").read_text())
-    kept = {"MALLOC_TRIM_THRESHOLD_": "4073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
+    kept = machine.ALLOCATORS[machine.KEPT]
     environments = [kept] if interrupted else [kept, dict.fromkeys(kept)]
     assert [benchmark["group"] for benchmark in result["benchmarks"]] == list(map(str, environments))
     assert result["missing"] == {str(one): {"eager": "why"} for one in environments}
@@ -970,19 +943,21 @@ def test_an_allocator_keeps_memory_or_not() -> None:
     faults = {}
     for allocator, environment in machine.ALLOCATORS.items():
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=inherited | environment, **PIPES)
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env=inherited | environment, check=True, **PIPES
+        )
         named, count = done.stdout.strip().rsplit(" ", 1)
         assert named == allocator
         faults[allocator] = int(count)
     assert faults[machine.KEPT] < 2**24 // 4096 / 10 < faults[machine.DEFAULT]
 
 
-def test_the_time_of_the_host() -> None:
+def test_the_time_of_the_host(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured with few calls, of launches that do nothing or of a GPU's."""
-    script = "from bench import host; host.WARM_UP, host.ROUNDS, host.CALLS = 1, 3, 2; host.main()"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *lines, last = done.stdout.splitlines()
+    for name, few in {"WARM_UP": 1, "ROUNDS": 3, "CALLS": 2}.items():
+        monkeypatch.setattr(host, name, few)
+    host.main()
+    *lines, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert result["shape"] == [64, 70, 400]
     assert set(result["cases"]) == {"fused_ar_tar", "fused_dropout_ar_tar", "fused_ar_tar, lengths"}
@@ -1001,26 +976,3 @@ def test_a_part_of_the_cases_does_not_take_the_place_of_all(monkeypatch: pytest.
         assert run.main(["bench", *options]) == 0
     signal.signal(signal.SIGTERM, handler)
     assert folders == [ROOT / "bench" / "results", ROOT / ".benchmarks", Path("here")]
-
-
-def test_pytest_benchmark_reads_a_result(tmp_path: Path) -> None:
-    """The smallest case as `make bench` runs it, and pytest-benchmark's own comparison."""
-    file = tmp_path / "result.json"
-    options = ["-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={file}"]
-    chosen = "64x70x400-float16-forward+backward"
-    group = f"{chosen} ({machine.allocator()})" if machine.allocator() == machine.DEFAULT else chosen
-    command = [sys.executable, "-m", "pytest", *options, "-k", chosen, "bench/benchmarks.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    result = report.load(file)
-    assert [case.name for case in result.cases] == [group]
-    (case,) = result.cases
-    assert set(case.seconds) == {"eager", "compiled", "fastreg"}
-    assert len({len(seconds) for seconds in case.seconds.values()}) == 1
-    assert case.info["fastreg"]["kept_bytes"] == 0 < case.info["eager"]["kept_bytes"]
-    assert result.commit["id"]
-    assert report.full_table(result)
-    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(file), "--group-by=group"]
-    compared = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert compared.returncode == 0, compared.stderr
-    assert chosen in compared.stdout

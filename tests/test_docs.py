@@ -159,25 +159,6 @@ def test_snippets_run_in_order(
             exec(compile(snippet, str(page), "exec"), names)
 
 
-def test_snippets_of_fastai_1_run(tmp_path: Path) -> None:
-    code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
-    assert code
-    run_beside_fastai_1("".join(f"learn1 = learner()\n{snippet}" for snippet in code), tmp_path)
-
-
-def run_beside_fastai_1(program: str, folder: Path) -> None:
-    """Run a program in a process of its own, where `learner()` makes a small learner of fastai v1."""
-    installed = Path(sys.prefix, V1, RELEASE)
-    if not installed.is_dir():
-        pytest.skip(f"fastai {RELEASE} is not installed in {installed}: run tests/frameworks.sh")
-    start = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom fastai1_train import learner\n"
-    path = os.pathsep.join([str(installed), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(folder)}
-    command = [sys.executable, "-c", start + program]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-
-
 def public_names(module: str) -> list[str]:
     """Return the names of a module that docs/api.md documents."""
     return re.findall(rf"^::: {re.escape(module)}\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
@@ -223,17 +204,30 @@ def test_examples_of_docstrings_run(module: str, tmp_path: Path, monkeypatch: py
     assert set(names) == set(getattr(import_module(module), "__all__", names))
 
 
-def test_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> None:
+def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> None:
+    """In a process of its own, where `learner()` makes a small learner of fastai v1."""
+    installed = Path(sys.prefix, V1, RELEASE)
+    if not installed.is_dir():
+        pytest.skip(f"fastai {RELEASE} is not installed in {installed}: run tests/frameworks.sh")
+    code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
     names = public_names("fastreg.fastai1")
+    assert code
     assert len(names) == 3
-    run_beside_fastai_1(
-        f"sys.path.insert(0, {str(ROOT)!r})\nfrom fastreg import fastai1\n"
+    program = (
+        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]\n"
+        "from fastai1_train import learner\n"
+        + "".join(f"learn1 = learner()\n{snippet}" for snippet in code)
+        + "from fastreg import fastai1\n"
         "from tests.test_docs import failures_of_examples\n"
         f"for name in {names}:\n"
         "    own = {'learn1': learner()} | vars(fastai1)\n"
-        "    assert not failures_of_examples('fastreg.fastai1', [name], own)\n",
-        tmp_path,
+        "    assert not failures_of_examples('fastreg.fastai1', [name], own), name\n"
     )
+    path = os.pathsep.join([str(installed), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def test_the_readme_replaces_the_formula_by_its_equal() -> None:
@@ -265,13 +259,6 @@ def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
         torch.testing.assert_close(penalty, eval(term, names), msg=term)
 
 
-def test_the_figures_of_the_study_are_those_of_its_report() -> None:
-    report = (ROOT / "bench" / "results" / "study.md").read_text()
-    quoted = re.findall(r"^- \(\d.*\)$", (ROOT / "docs" / "coefficients.md").read_text(), re.MULTILINE)
-    assert len(quoted) == 2
-    assert all(figure in report for figure in quoted)
-
-
 def test_every_snippet_is_run_somewhere() -> None:
     frameworks = {framework_of(snippet) for page in PAGES for snippet in snippets(page)}
     assert frameworks == {None, V1, *SETUPS}
@@ -285,24 +272,19 @@ def find_in_checkout(page: Path) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if link.startswith("https://"):
-            continue
+def test_links_commands_and_files_of_a_page_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https://)([^)\s]+)\)", text):
         name, _, heading = link.partition("#")
         target = (page.parent / name).resolve() if name else page
-        assert target.exists(), f"{page.name}: {link}"
+        assert target.exists(), link
         if heading:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}, link
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_exist(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for target in re.findall(r"(?:`|^ {4})make\s([a-z][\w-]*)", page.read_text(), re.MULTILINE):
-        assert target in targets, f"{page.name}: make {target}"
-    for module in re.findall(r"python -m ((?:bench|tests|fastreg)[\w.]*)", page.read_text()):
-        assert find_spec(module) is not None, f"{page.name}: python -m {module}"
-    for file in re.findall(r"`((?:tests|bench|examples|fastreg|kernels)/[\w./]+)`", page.read_text()):
-        assert (ROOT / file).exists(), f"{page.name}: {file}"
+    for target in re.findall(r"(?:`|^ {4})make\s([a-z][\w-]*)", text, re.MULTILINE):
+        assert target in targets, f"make {target}"
+    for module in re.findall(r"python -m ((?:bench|tests|fastreg)[\w.]*)", text):
+        assert find_spec(module) is not None, f"python -m {module}"
+    for file in re.findall(r"`((?:tests|bench|examples|fastreg|kernels)/[\w./]+)`", text):
+        assert (ROOT / file).exists(), file

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,9 @@ import torch
 import fastreg
 import fastreg.__main__ as main
 from fastreg import backends
+from fastreg.installation import remarks
+from fastreg.kernels import cpu
+from tests.conftest import skip_on_formula
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
@@ -41,25 +45,25 @@ def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> 
     assert cited[1] == declared[1]
 
 
-def test_importing_fastreg_imports_no_framework() -> None:
-    frameworks = {"fastai", "lightning", "pytorch_lightning", "transformers"}
-    code = f"import sys, fastreg; sys.exit(bool({frameworks} & {{*sys.modules}}))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_importing_fastreg_imports_no_framework_and_a_missing_fastai_is_named() -> None:
+    """Nor does it take the name `kernels`: an unrelated distribution installs a top-level package of this name."""
+    code = (
+        "import sys, fastreg, fastreg.kernels.penalty\n"
+        "print({'fastai', 'lightning', 'pytorch_lightning', 'transformers', 'kernels'} & {*sys.modules})\n"
+        "sys.modules['fastai'] = None\n"
+        "for adapter in ('fastai', 'fastai1'):\n"
+        "    try: __import__(f'fastreg.{adapter}')\n"
+        "    except ImportError as error: print(error)\n"
+    )
+    found, *messages = python("-c", code).stdout.splitlines()
+    assert found == "set()"
+    assert [(text.partition(": ")[0], text.rpartition("; ")[2]) for text in messages] == [
+        ("fastreg.fastai", "pip install 'fastai>=2'"),
+        ("fastreg.fastai1", "pip install 'fastai<2'"),
+    ]
 
 
-@pytest.mark.parametrize(("adapter", "command"), [("fastai", "'fastai>=2'"), ("fastai1", "'fastai<2'")])
-def test_a_missing_fastai_says_how_to_install_it(adapter: str, command: str) -> None:
-    code = f"import sys; sys.modules['fastai'] = None\ntry: import fastreg.{adapter}\n"
-    code += "except ImportError as error: print(error)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"fastreg.{adapter}: ")
-    assert done.stdout.endswith(f"; pip install {command}\n")
-
-
-def test_the_name_kernels_is_left_to_others() -> None:
-    """An unrelated distribution installs a top-level package of this name."""
-    code = "import sys, fastreg, fastreg.kernels.penalty; sys.exit('kernels' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+BUILT = shutil.ignore_patterns("__pycache__", "*.so", "build")
 
 
 def python(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -81,9 +85,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source tree in which nothing has been built."""
     folder = tmp_path_factory.mktemp("tree") / "clone"
     folder.mkdir()
-    built = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("fastreg", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=built)
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=BUILT)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     setup = folder / "setup.py"
@@ -106,8 +109,10 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there i
 @needs_compiler
 def test_an_installation_runs_anywhere(site: Path, tmp_path: Path) -> None:
     done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0
     assert f"imported from {site / 'fastreg'}\n" in done.stdout, done
     assert "the C++ kernels; self-test passed" in done.stdout
+    assert not done.stderr  # such as PyTorch's remark on NumPy
 
 
 @needs_compiler
@@ -118,73 +123,77 @@ def test_what_is_installed_runs_inside_of_the_clone(clone: Path, site: Path) -> 
     assert "the C++ kernels; self-test passed" in done.stdout
 
 
-@needs_compiler
+@pytest.fixture
+def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Copy the libraries with their sources to a folder, from which this process loads the best one anew."""
+    skip_on_formula("cpu")
+    for file in (file for pattern in ("_cpu*", "cpu*") for file in (ROOT / "kernels").glob(pattern)):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    cpu.library.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    cpu.library.cache_clear()
+
+
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")
-def test_the_level_is_named(site: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "library", "why"),
+    [
+        ("AVX512", "_cpu_v4", "processors with AVX-512"),
+        ("AVX2", "_cpu_v3", "by PyTorch's capability AVX2 this is none of the processors with AVX-512"),
+        ("DEFAULT", "_cpu", "by PyTorch's capability DEFAULT this is none of the processors with AVX2"),
+    ],
+)
+def test_the_level_is_named(
+    capability: str, library: str, why: str, libraries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the reason for which it is not a better one."""
-    levels = {
-        "avx512": ("_cpu_v4", "for processors with AVX-512\n"),
-        "avx2": ("_cpu_v3", "by PyTorch's capability AVX2 this is none of the processors with AVX-512\n"),
-        "default": ("_cpu", "this is none of the processors with AVX2\n"),
-    }
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        del levels["avx512"]
-        levels["avx2"] = "_cpu_v3", "this is none of the processors with AVX-512\n"
-    for capability, (name, why) in levels.items():
-        line = library_line(site, tmp_path, ATEN_CPU_CAPABILITY=capability)
-        assert f"{site}/fastreg/kernels/{name}." in line
-        assert why in line
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    if cpu.processor_level() < 4 and capability != "DEFAULT":
+        library, why = "_cpu_v3", "this is none of the processors with AVX-512"
+    assert cpu.library().path.name.startswith(f"{library}.")
+    assert cpu.description().startswith(f"{libraries}/{library}.")
+    assert cpu.description().endswith(why)
 
 
-@needs_compiler
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs AVX-512")
-def test_a_level_that_was_not_built_is_named(site: Path, tmp_path: Path) -> None:
-    part = tmp_path / "part"
-    shutil.copytree(site, part)
-    for library in part.glob("fastreg/kernels/_cpu_v4.*"):
-        library.unlink()
-    line = library_line(part, tmp_path)
-    assert f"{part}/fastreg/kernels/_cpu_v3." in line
-    assert "no library for processors with AVX-512 was built from these sources" in line
+def test_a_level_that_was_not_built_is_named(libraries: Path) -> None:
+    for file in libraries.glob("_cpu_v4.*"):
+        file.unlink()
+    assert cpu.library().path.name.startswith("_cpu_v3.")
+    assert cpu.description().endswith("no library for processors with AVX-512 was built from these sources")
 
 
-def library_line(site: Path, folder: Path, **environment: str) -> str:
-    """What `python -m fastreg` says of the library."""
-    done = python("-m", "fastreg", folder=folder, PYTHONPATH=str(site), **environment)
-    return next(line for line in done.stdout.splitlines(keepends=True) if line.startswith("library for CPUs"))
-
-
-@needs_compiler
-def test_a_library_of_other_sources_is_not_loaded(clone: Path, site: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "clone"
-    shutil.copytree(clone, copy, symlinks=True)
-    with (copy / "kernels" / "cpu_rows.h").open("a") as file:
+def test_a_library_of_other_sources_is_not_loaded(libraries: Path) -> None:
+    with (libraries / "cpu_rows.h").open("a") as file:
         file.write("// changed\n")
-    done = python("-m", "fastreg", folder=copy)
-    assert "built from another version of the source: install fastreg-rnn again" in done.stdout
+    with pytest.raises(OSError, match="built from another version of the source: install fastreg-rnn again"):
+        cpu.library()
 
 
 CALLS = """
 import torch, warnings
-from fastreg import fused_ar_tar
+from fastreg import __main__ as main, fused_ar_tar
+from fastreg.backends import TRITON
 x = torch.ones(2, 3, 4)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     values = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(x[:1], x[:1], 2.0, 1.0)]
 assert values == [2, 2], values
 print([str(warning.message) for warning in caught if warning.category is UserWarning])
+assert main.main() == 0
+print("Triton:", TRITON)
 """
 
 
 def test_without_a_compiler_the_first_call_warns(clone: Path, tmp_path: Path) -> None:
     bare, site = tmp_path / "clone", tmp_path / "site"
-    shutil.copytree(clone, bare, symlinks=True, ignore=shutil.ignore_patterns("*.so", "build"))
+    shutil.copytree(clone, bare, symlinks=True, ignore=BUILT)
     install(bare, site, CC="false", CXX="false")
     done = python("-c", CALLS, folder=tmp_path, PYTHONPATH=str(site))
     assert done.stdout.count("runs the plain formula on CPUs") == 1, done
     assert "where there is a C++ compiler" in done.stdout
-    done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
-    assert done.returncode == 0
     assert "the plain formula (the kernels were not built: install" in done.stdout
     assert not done.stderr
 
@@ -192,9 +201,12 @@ def test_without_a_compiler_the_first_call_warns(clone: Path, tmp_path: Path) ->
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no Clang")
 def test_clang_brings_no_second_openmp_runtime(clone: Path, tmp_path: Path) -> None:
     bare, site = tmp_path / "clone", tmp_path / "site"
-    shutil.copytree(clone, bare, symlinks=True, ignore=shutil.ignore_patterns("*.so", "build"))
+    shutil.copytree(clone, bare, symlinks=True, ignore=BUILT)
+    setup = bare / "setup.py"
+    setup.write_text(setup.read_text().replace("for level in (3, 4)", "for level in ()"))  # one library for all
     install(bare, site, CC="clang", CXX="clang++")
-    assert not any(b"libomp" in file.read_bytes() for file in site.glob("fastreg/kernels/*.so"))
+    (library,) = site.glob("fastreg/kernels/*.so")
+    assert b"libomp" not in library.read_bytes()
     done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
     assert "one thread, as its compiler has no GNU OpenMP\n" in done.stdout, done
     assert "the C++ kernels; self-test passed" in done.stdout
@@ -207,41 +219,38 @@ def test_without_triton(tmp_path: Path) -> None:
         "find, sys.modules['triton'] = util.find_spec, None\n"
         "util.find_spec = lambda name, package=None: None if name == 'triton' else find(name, package)\n"
     )
-    done = python("-c", CALLS + "from fastreg.backends import TRITON\nprint(TRITON)", PYTHONPATH=str(tmp_path))
-    assert done.stdout.splitlines()[-1:] == ["None"], done
+    done = python("-c", CALLS, PYTHONPATH=str(tmp_path))
+    assert done.stdout.splitlines()[-1:] == ["Triton: None"], done
 
 
-@pytest.fixture
-def mixed_up(tmp_path: Path) -> Path:
-    """A folder into which the distribution called fastreg has been installed after ours."""
+def test_a_package_that_is_mixed_up_with_another_says_so(tmp_path: Path) -> None:
+    """The distribution called fastreg has been installed after ours."""
     shutil.copytree(ROOT / "fastreg", tmp_path / "fastreg")
     (tmp_path / "fastreg" / "__init__.py").write_text("def ols(): pass\n")
-    (tmp_path / "fastreg-1.2.dist-info").mkdir()
-    (tmp_path / "fastreg-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fastreg\nVersion: 1.2\n")
-    return tmp_path
-
-
-def test_a_package_that_is_mixed_up_with_another_says_so(mixed_up: Path) -> None:
     code = "import importlib\nfor name in ('penalty', 'regularizer', 'fastai', 'transformers', '__main__'):\n"
     code += "    try: importlib.import_module(f'fastreg.{name}')\n    except ImportError as error: print(error)"
-    done = python("-c", code, folder=mixed_up)
-    assert done.stdout.count(f"{mixed_up / 'fastreg' / '__init__.py'} is not the file of fastreg-rnn") == 5, done
+    done = python("-c", code, folder=tmp_path)
+    assert done.stdout.count(f"{tmp_path / 'fastreg' / '__init__.py'} is not the file of fastreg-rnn") == 5, done
     assert done.stdout.count("pip uninstall fastreg fastreg-rnn") == 5
-    done = python("-m", "fastreg", folder=mixed_up)
-    assert done.returncode == 1
-    assert "is not the file of fastreg-rnn" in done.stderr.splitlines()[-1]
 
 
-def test_another_distribution_of_the_name_is_named(mixed_up: Path) -> None:
-    shutil.copy(ROOT / "fastreg" / "__init__.py", mixed_up / "fastreg")
-    done = python("-m", "fastreg", folder=mixed_up)
-    assert "the unrelated distribution 'fastreg' shares the name" in done.stdout, done
+def test_another_distribution_of_the_name_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fastreg-1.2.dist-info").mkdir()
+    (tmp_path / "fastreg-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fastreg\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "the unrelated distribution 'fastreg' shares the name" in remarks()[-1]
 
 
-def test_help() -> None:
-    done = python("-m", "fastreg", "--help")
-    assert done.returncode == 0
-    assert done.stdout.startswith("usage: python -m fastreg")
+def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    """Run `python -m fastreg` in this process; return its status and its output."""
+    monkeypatch.setattr(sys, "argv", ["fastreg", *options])
+    return main.main(), capsys.readouterr().out
+
+
+def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        report(monkeypatch, capsys, "--help")
+    assert capsys.readouterr().out.startswith("usage: python -m fastreg")
 
 
 @pytest.mark.parametrize("name", ["triton", "triton-rocm", "triton-xpu", "pytorch-triton", "pytorch-triton-rocm"])
@@ -271,23 +280,23 @@ def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
     assert {*listed.stdout.splitlines()} <= {*members}
 
 
-def test_it_says_what_runs_here() -> None:
-    done = python("-m", "fastreg")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not done.stderr  # such as PyTorch's remark on NumPy
-    first, place, *rest = done.stdout.splitlines()
+def test_it_says_what_runs_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, output = report(monkeypatch, capsys)
+    assert status == 0, output
+    first, place, *rest = output.splitlines()
     assert f"fastreg {fastreg.__version__}" in first
     assert place.startswith(f"imported from {ROOT / 'fastreg'}")
     (line,) = (line for line in rest if line.startswith("cpu: "))
     assert "self-test passed" in line
 
 
-def test_a_wrong_result_fails_the_self_test() -> None:
-    code = "import sys, fastreg.__main__ as m; m.fused_ar_tar = lambda r, d, a, b, lengths: (r.sum() + d.sum()); "
-    code += "sys.exit(m.main())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "SELF-TEST FAILED: AssertionError" in done.stdout
+def test_a_wrong_result_fails_the_self_test(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "fused_ar_tar", lambda raw, dropped, *_, lengths: raw.sum() + dropped.sum())
+    status, output = report(monkeypatch, capsys)
+    assert status == 1
+    assert "SELF-TEST FAILED: AssertionError" in output
 
 
 @pytest.mark.skipif(backends.TRITON is None, reason="Triton is not installed")

@@ -5,33 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import corpus, demo, report, study, study_report
+from bench import corpus, demo, report, study, study_report, timing
 from bench.study_report import COEFFICIENTS, Run, Study
+from tests.test_demo import fails
 
 SMALL = ["--words", "7000", "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = random.Random(0)
-    nouns = ["dog", "cat", "sun", "sea"]
-    sentences = [f"The {draw.choice(nouns)} saw the {draw.choice(nouns)}, and was glad." for _ in range(800)]
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n".join(sentences), encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
 def results(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of one seed."""
+    """Run a study of one seed, in a process of its own."""
     file = tmp_path_factory.mktemp("results") / "small.jsonl"
-    assert study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "2", *SMALL]) == 0
+    assert study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL]) == 0
     return file
 
 
@@ -53,12 +44,16 @@ def test_a_study_trains_every_setting_and_renders_it(results: Path) -> None:
 
 
 def test_a_study_goes_on_where_it_was(
-    results: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    results: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In a thread, where the first had a process."""
     file = tmp_path / "resumed.jsonl"
     first, _, third, _ = results.read_text().splitlines(keepends=True)
     file.write_text(first + third)
-    study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL])
+    options = ["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL]
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    with timing.threads(1):
+        study.main(options)
     assert file.read_text().startswith(first + third), "what was there stays as it was"
     assert "2 trainings are in" in (output := capsys.readouterr().out)
     assert "2 of 2: " in output
@@ -66,41 +61,29 @@ def test_a_study_goes_on_where_it_was(
 
     def outcomes(file: Path) -> list[tuple[object, ...]]:
         runs = study_report.load(file).runs
-        return [(run.coefficients, run.train_loss, run.valid_loss, run.final_train_loss) for run in runs]
+        return sorted((run.coefficients, run.train_loss, run.valid_loss, run.final_train_loss) for run in runs)
 
     assert outcomes(file) == outcomes(results), "a seed decides everything"
     before = file.read_text()
-    study.main(["--text", str(text), "--results", str(file), "--seeds", "1", *SMALL])
+    study.main(options)
     assert file.read_text() == before
     assert "0 are to be done" in capsys.readouterr().out
 
 
 def test_a_study_trains_as_the_demo_does(results: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     words = corpus.build_corpus(corpus.read_text(text), 7000, torch.device("cpu"))
-    demo.train(words, 2.0, 1.0, epochs=2, seed=1)
-    torch.set_num_threads(threads)
+    with timing.threads(1):
+        demo.train(words, 2.0, 1.0, epochs=2, seed=1)
     printed = [line.split()[1:5] for line in capsys.readouterr().out.splitlines()[-2:]]
     (run,) = study_report.load(results).of((2.0, 1.0))
     columns = zip(run.train_loss, run.perplexities, run.ar, run.tar, strict=True)
     assert printed == [[f"{loss:.4f}", f"{ppl:.2f}", f"{ar:.5f}", f"{tar:.5f}"] for loss, ppl, ar, tar in columns]
 
 
-def fails(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        study.main([*options])
-    assert stop.value.code == 2
-    output, errors = capsys.readouterr()
-    assert output == ""
-    assert errors.startswith("bench.study: error: ")
-    assert errors.count("\n") == 1
-    return errors
-
-
 def test_results_of_other_settings_are_not_mixed(results: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    errors = fails(capsys, "--text", str(text), "--results", str(results), "--words", "7200", "--epochs", "2")
-    assert "other settings (words is 7000 there, 7200 now): name another file by --results" in errors
+    options = "--text", str(text), "--results", str(results), "--words", "7200", "--epochs", "2"
+    message = "other settings (words is 7000 there, 7200 now): name another file by --results"
+    assert message in fails(study.main, capsys, *options)
 
 
 @pytest.mark.parametrize("line", ['{"alpha": 2.0, "be', '{"alpha": 2.0}', "[1, 2]"])
@@ -124,7 +107,7 @@ def test_a_line_that_is_no_run_is_named(line: str, results: Path, tmp_path: Path
 )
 def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = [] if "--results" in options else ["--results", str(tmp_path / "new.jsonl")]
-    assert message in fails(capsys, *results, *options)
+    assert message in fails(study.main, capsys, *results, *options)
     assert not list(tmp_path.iterdir())
 
 
@@ -203,6 +186,6 @@ def test_what_is_committed_is_what_was_studied() -> None:
         assert len({json.dumps(run.settings) for run in studied.runs}) == 1
         for coefficients in COEFFICIENTS:
             assert [run.seed for run in studied.of(coefficients)] == study.SEEDS
-    readme = report.README.read_text()
+    page = study_report.PAGE.read_text()
     summary = study_report.summary(study_report.load(study_report.COMMITTED))
-    assert report.with_part(readme, summary, study_report.README_BEGIN) == readme, "run `python -m bench.study`"
+    assert report.with_part(page, summary, study_report.BEGIN) == page, "run `python -m bench.study`"
