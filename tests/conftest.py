@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -43,6 +46,14 @@ def skip_on_formula(device: str) -> None:
     """Skip a promise of the kernels alone: the plain formula rounds and keeps memory as PyTorch does."""
     if device == "cpu" and CPU is None:
         pytest.skip("the C++ kernels were not built: CPU tensors take the plain formula")
+
+
+@contextmanager
+def without_fastreg() -> Iterator[None]:
+    """Let every import of fastreg fail, as where it is not installed."""
+    ours = [name for name in sys.modules if name.split(".")[0] == "fastreg"]
+    with mock.patch.dict(sys.modules, dict.fromkeys(ours)):
+        yield
 
 
 @pytest.fixture(autouse=True)
