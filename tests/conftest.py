@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -49,11 +50,18 @@ def skip_on_formula(device: str) -> None:
 
 
 @contextmanager
-def without_fastreg() -> Iterator[None]:
-    """Let every import of fastreg fail, as where it is not installed."""
-    ours = [name for name in sys.modules if name.split(".")[0] == "fastreg"]
-    with mock.patch.dict(sys.modules, dict.fromkeys(ours)):
+def without(*packages: str) -> Iterator[None]:
+    """Let every import of these packages fail, as where they are not installed."""
+    modules = [name for name in sys.modules if name.split(".")[0] in packages]
+    with mock.patch.dict(sys.modules, dict.fromkeys([*packages, *modules])):
         yield
+
+
+def import_without(adapter: str, *packages: str) -> None:
+    """Import an adapter anew where the packages that it needs are not installed."""
+    with mock.patch.dict(sys.modules), without(*packages):
+        sys.modules.pop(adapter, None)
+        import_module(adapter)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar
 from fastreg.attachment import ROOM
-from tests.conftest import without_fastreg
+from tests.conftest import without
 from tests.language_model import (
     ALPHA,
     BATCH,
@@ -652,7 +652,7 @@ def test_a_saved_model_loads_without_fastreg(tmp_path: Path) -> None:
     dropout(rnn(torch.zeros(2, 3, 4))[0])
     for model in (nn.Sequential(rnn), rnn):
         torch.save(model, tmp_path / "model")
-        with without_fastreg():
+        with without("fastreg"):
             loaded = torch.load(tmp_path / "model", weights_only=False)
             assert loaded(torch.zeros(2, 3, 4))[0].shape == (2, 3, 5)
         for module in loaded.modules():
