@@ -342,10 +342,11 @@ def linked(**options: Any) -> tuple[RNNRegularizer, OutputDropout, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("changed", "forms"), [("nothing", 0), ("alpha", 0), ("raw", 1), ("dropped", 1), ("the output", 1)]
+    ("changed", "forms"), [("nothing", 0), ("alpha", 0), ("p", 1), ("raw", 1), ("dropped", 1), ("the output", 1)]
 )
 def test_terms_formed_ahead_are_used_as_long_as_they_are_right(changed: str, forms: int, formed: list[Any]) -> None:
     reg, dropout, raw = linked()
+    dropout.p = 0.0 if changed == "p" else dropout.p  # whose output is raw, without a node
     dropped = dropout(raw)
     with torch.no_grad():
         if changed in ("dropped", "raw"):
