@@ -847,16 +847,22 @@ def unregularized(learn: Any) -> None:
     learn.remove_cb(stock.RNNRegularizer)
 
 
-def subclassed(of: str, kind: type) -> Callable[[Any], None]:
-    """Return a function that makes a part of a learner an instance of a subclass."""
-
-    def change(learn: Any) -> None:
-        {"regularizer": learn.rnn_regularizer, "dropout": learn.model[1].output_dp}[of].__class__ = kind
-
-    return change
+def p_of_1(learn: Any) -> None:
+    learn.model[1].output_dp.p = 1.0
 
 
-STOCK, OURS, DROPOUT = (type("Mine", (kind,), {}) for kind in (stock.RNNRegularizer, RNNRegularizer, RNNDropout))
+def negative_alpha(learn: Any) -> None:
+    learn.rnn_regularizer.alpha = -1.0
+
+
+def subclassed(learn: Any) -> None:
+    learn.rnn_regularizer.__class__ = type("Mine", (type(learn.rnn_regularizer),), {})
+
+
+def subclassed_dropout(learn: Any) -> None:
+    learn.model[1].output_dp.__class__ = type("Mine", (RNNDropout,), {})
+
+
 LEFT_ALONE = "fuse: the learner's Mine is a subclass of RNNRegularizer, and left alone"
 ADVICE = r"fuse: the learner has no RNNRegularizer; learn\."
 REJECTED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[Exception], str]] = {
@@ -869,23 +875,13 @@ REJECTED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[Exception],
     "mask_padding": (unchanged, {"mask_padding": "no"}, TypeError, "mask_padding: expected True or False, got 'no'"),
     "no padding": (unchanged, {"mask_padding": True}, ValueError, "mask_padding: .* a model with a SentenceEncoder"),
     "no such dropout": (plain, {"dropout": True}, ValueError, "RNNDropout of a LinearDecoder, .*; Plain has none"),
-    "p": (lambda learn: setattr(learn.model[1].output_dp, "p", 1.0), {"dropout": True}, ValueError, "p: expected"),
-    "alpha": (lambda learn: setattr(learn.rnn_regularizer, "alpha", -1.0), {}, ValueError, "alpha: expected"),
-    "regularizer of a subclass": (subclassed("regularizer", STOCK), {}, ValueError, LEFT_ALONE),
-    "fused one of a subclass": (lambda learn: subclassed("regularizer", OURS)(fuse(learn)), {}, ValueError, LEFT_ALONE),
-    "dropout of a subclass": (
-        subclassed("dropout", DROPOUT),
-        {"dropout": True},
-        ValueError,
-        "Mine is a subclass",
-    ),
+    "p": (p_of_1, {"dropout": True}, ValueError, "p: expected"),
+    "alpha": (negative_alpha, {}, ValueError, "alpha: expected"),
+    "regularizer of a subclass": (subclassed, {}, ValueError, LEFT_ALONE),
+    "fused one of a subclass": (lambda learn: subclassed(fuse(learn)), {}, ValueError, LEFT_ALONE),
+    "dropout of a subclass": (subclassed_dropout, {"dropout": True}, ValueError, "Mine is a subclass, left alone"),
     "no regularizer": (unregularized, {}, ValueError, ADVICE + r"add_cb\(.*RNNRegularizer\(alpha, beta\)\)$"),
-    "no regularizer for a path": (
-        unregularized,
-        PATHS,
-        ValueError,
-        r"add_cb\(.*\(alpha, beta, rnn=\.\.\., drop",
-    ),
+    "no regularizer for a path": (unregularized, PATHS, ValueError, r"add_cb\(.*\(alpha, beta, rnn=\.\.\., dropout="),
     "no callbacks": (by_hand, {}, ValueError, ADVICE + r"add_cbs\(fastreg\.fastai\.rnn_cbs\(alpha, beta\)\)$"),
 }
 
