@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -47,6 +52,21 @@ def skip_on_formula(device: str) -> None:
         pytest.skip("the C++ kernels were not built: CPU tensors take the plain formula")
 
 
+@contextmanager
+def without(*packages: str) -> Iterator[None]:
+    """Let every import of these packages fail, as where they are not installed."""
+    modules = [name for name in sys.modules if name.split(".")[0] in packages]
+    with mock.patch.dict(sys.modules, dict.fromkeys([*packages, *modules])):
+        yield
+
+
+def import_without(adapter: str, *packages: str) -> None:
+    """Import an adapter anew where the packages that it needs are not installed."""
+    with mock.patch.dict(sys.modules), without(*packages):
+        sys.modules.pop(adapter, None)
+        import_module(adapter)
+
+
 @pytest.fixture(autouse=True)
 def start() -> None:
     """Seed every test, so that a failure repeats, also alone."""
@@ -63,6 +83,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n".join(sentences), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="module")
+def quick_collections() -> Iterator[None]:
+    """Freeze the objects of the imports, which each garbage collection would visit."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])

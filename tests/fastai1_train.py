@@ -1,4 +1,4 @@
-"""Train with the fastai v1 on the path, and save the results of the adapter: `fastai1_train.py RESULTS`.
+"""Tests of `fastreg.fastai1` with the fastai v1 on the path; `test_fastai1.py` runs them in a process a release.
 
 fastai v1 dates from 2018 to 2020; the parts of Python, NumPy and other packages that it expects are put in
 place first.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import functools
 import gc
 import os
 import sys
@@ -15,10 +16,13 @@ import tempfile
 import types
 import warnings
 import weakref
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 
 warnings.simplefilter("ignore")
 os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # load_learner unpickles a whole model
@@ -58,14 +62,17 @@ from fastai.callback import Callback, CallbackHandler  # noqa: E402
 from fastai.callbacks.fp16 import MixedPrecision  # noqa: E402
 from fastai.callbacks.rnn import RNNTrainer as Stock  # noqa: E402
 from fastai.text import TextLMDataBunch, Vocab, language_model_learner  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-from fastreg import FusedRNNDropout, regularizer  # noqa: E402
+from fastreg import FusedRNNDropout  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
+from tests.conftest import without  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = release in ("1.0.36", "1.0.42")
 TIME = 0 if release == "1.0.36" else 1
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 class Written(RNNTrainer):
@@ -77,7 +84,7 @@ class Written(RNNTrainer):
         self.captured = last_output[1][-1], last_output[2][-1]
         return last_output[0] if OLD else {"last_output": last_output[0]}
 
-    def on_backward_begin(self, last_loss: torch.Tensor, **_: Any) -> Any:
+    def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
         raw, dropped = self.captured
         steps = raw.unbind(TIME)
         changes = torch.stack([b - a for a, b in pairwise(steps)])
@@ -102,12 +109,6 @@ def learner(alpha: float = ALPHA, beta: float = BETA) -> Any:
     return language_model_learner(data, AWD_LSTM, config=config, pretrained=False, alpha=alpha, beta=beta)
 
 
-def scaled(learn: Any) -> Any:
-    """With the loss scale of mixed precision, its callback coming first, but a float32 model, to compare closely."""
-    learn.callbacks.insert(0, MixedPrecision(learn, 64.0, **({} if OLD else {"dynamic": False})))
-    return learn
-
-
 def with_trainer(trainer: type[RNNTrainer], bptt: int, adjust: bool) -> Any:
     learn = learner()
     learn.callbacks = [cb for cb in learn.callbacks if not isinstance(cb, Stock)]
@@ -115,204 +116,55 @@ def with_trainer(trainer: type[RNNTrainer], bptt: int, adjust: bool) -> Any:
     return learn
 
 
-def trained(learn: Any) -> torch.Tensor:
+def trained(learn: Any, *callbacks: Callback) -> Tensor:
     torch.manual_seed(1)
     np.random.seed(1)
-    learn.fit(2, 5e-3)
+    learn.fit(1, 5e-3, callbacks=[*callbacks])
     return torch.cat([p.detach().float().flatten() for p in learn.model.parameters()])
 
 
-def message(function: Any, *args: Any, **options: Any) -> str:
-    try:
-        function(*args, **options)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
+@functools.cache
+def stock(alpha: float = ALPHA, beta: float = BETA) -> Tensor:
+    """Return the weights that fastai's own callback trains."""
+    return trained(learner(alpha, beta))
 
 
-class Spy(Callback):
-    """Record the lr of each optimizer step, and the arguments of the callbacks."""
-
-    def __init__(self, learn: Any) -> None:
-        self.learn, self.lengths, self.stepped, self.decays, self.between, self.outputs = learn, [], [], [], [], []
-        self.fails = False
-
-    def on_batch_begin(self, train: bool, last_input: Any, **_: Any) -> None:
-        if train:
-            self.lengths.append(last_input.shape[TIME])
-            self.between.append([group["lr"] for group in self.learn.opt.opt.param_groups])
-
-    def on_loss_begin(self, last_output: Any, **_: Any) -> None:
-        self.outputs.append(isinstance(last_output, torch.Tensor))
-
-    def on_backward_begin(self, last_loss: torch.Tensor, **_: Any) -> None:
-        if not self.stepped:
-            step = self.learn.opt.opt.step
-            self.learn.opt.opt.step = lambda *args: self.step(step, *args)
-
-    def step(self, step: Any, *args: Any) -> None:
-        self.stepped.append([group["lr"] for group in self.learn.opt.opt.param_groups])
-        self.decays.append(list(self.learn.opt._lr))
-        if self.fails:
-            raise ArithmeticError("the step failed")
-        step(*args)
+def gap(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
 
 
-def held(dropout: bool) -> dict[str, int]:
-    """Activations alive after a fit, after one that failed in each place, and after a validation."""
-    counts = {}
-    for what in ("fit", "loss", "step", "validate"):
-        learn, alive, failing = fuse(learner(), dropout), [], []
-        learn.model[0].register_forward_hook(lambda _m, _i, out, alive=alive: alive.extend(map(weakref.ref, out[0])))
-        criterion = learn.loss_func
-        if what == "loss":
-            learn.loss_func = lambda *args, failing=failing: failing[0]
-        if what == "validate":
-            learn.validate()
-        else:
-            spy = Spy(learn)
-            spy.fails = what == "step"
-            message(lambda learn=learn, spy=spy: learn.fit(1, callbacks=[spy]))
-        learn.loss_func = criterion
-        gc.collect()
-        counts[what] = sum(ref() is not None for ref in alive) if alive else -1
-    return counts
+# The same weights
 
 
-def adjusted(fails: bool = False) -> dict[str, Any]:
-    """A fit at three lrs with `adjust`."""
-    learn = with_trainer(RNNTrainer, 20, adjust=True)
-    spy = Spy(learn)
-    spy.fails = fails
-    error = message(lambda: learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy]))
-    after = [group["lr"] for group in learn.opt.opt.param_groups]
-    return {**{k: getattr(spy, k) for k in ("lengths", "stepped", "decays", "between")}, "after": after, "error": error}
+def test_trains_the_weights_of_fastai_and_of_the_formula() -> None:
+    fused = fuse(learner())
+    weights, last = trained(fused), fused.callbacks[-1]
+    assert gap(weights, stock()) < 1e-5
+    assert gap(weights, trained(with_trainer(Written, 16, adjust=False))) < 1e-5
+    for alpha, beta in ((0.0, 0.0), (ALPHA, 0.0), (0.0, BETA)):
+        assert gap(weights, stock(alpha, beta)) > 1e-3
+    assert last.regularizer.ar > 0 < last.regularizer.tar
 
 
-def plain_model(reset: bool) -> str:
-    learn = fuse(learner())
-    learn.model = torch.nn.Sequential(learn.model[0].encoder, learn.model[1].decoder)
-    if reset:
-        learn.model.reset = lambda: None
-    return message(learn.fit, 1)
+@pytest.mark.skipif(release == "1.0.36", reason="its mixed precision halves the token ids, too")
+def test_the_loss_scale_scales_the_penalty_too() -> None:
+    weights = []
+    for learn in (with_trainer(Written, 16, adjust=False), fuse(learner())):  # of float32, to compare closely
+        learn.callbacks.insert(0, MixedPrecision(learn, 64.0, **({} if OLD else {"dynamic": False})))
+        weights.append(trained(learn))
+    assert gap(*weights) < 1e-5
 
 
-class Alone(torch.nn.Module):
-    """A language model that returns its output alone, and has no `reset()`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.decoder = torch.nn.Embedding(40, 16), torch.nn.Linear(16, 40)
-        self.rnn, self.dropout = torch.nn.LSTM(16, 16, batch_first=TIME == 1), torch.nn.Dropout(0.3)
-
-    def activations(self, x: torch.Tensor) -> Any:
-        raw, _ = self.rnn(self.embedding(x))
-        dropped = self.dropout(raw)
-        return self.decoder(dropped).flatten(0, 1), [raw], [dropped]
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.activations(x)[0]
-
-
-class Together(Alone):
-    """The same model as fastai's callback wants it."""
-
-    def reset(self) -> None: ...
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.activations(x)
-
-
-def by_path() -> dict[str, Any]:
-    """Train models of one's own, by the formula, by the paths of modules, and with valid steps."""
-
-    def own(kind: Any, trainer: Any, *args: Any, **options: Any) -> Any:
-        of = learner()  # whose batches are always the same
-        torch.manual_seed(4)
-        made = Learner(of.data, kind(), loss_func=of.loss_func)
-        made.callbacks.append(trainer(made, *args, **options))
-        return made
-
-    def marks(x: torch.Tensor) -> torch.Tensor:
-        return (x % 3 != 0).transpose(0, TIME - 1)  # (batch, time)
-
-    def starts(x: torch.Tensor) -> torch.Tensor:
-        return (x % 4 == 1).transpose(0, TIME - 1)
-
-    paths: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
-    ours: Any = (RNNTrainer, 16, ALPHA, BETA, False)
-    adjust = {"adjust": False} if release == "1.0.36" else {}
-    stock = own(Alone, Stock, *([16] if OLD else []), alpha=ALPHA, beta=BETA, **adjust)
-    plain = own(Alone, *ours, **paths)
-    found = {
-        "written": trained(own(Together, Written, 16, ALPHA, BETA, False)),
-        "by path": trained(plain),
-        "fused": trained(fuse(stock, "dropout", rnn="rnn")),
-        "off": trained(own(Alone, RNNTrainer, 16, adjust=False, **paths)),
-        "valid": trained(own(Together, *ours, valid=marks)),
-        "valid by path": trained(own(Alone, *ours, valid=marks, **paths)),
-        "starts": trained(own(Together, *ours, starts=starts)),
-        "starts by path": trained(own(Alone, *ours, starts=starts, **paths)),
-        "hooks": sum(len(module._forward_hooks) for module in plain.model.modules()),
-        "kept": plain.callbacks[-1].batch,
-        "no module": message(fuse, own(Alone, RNNTrainer, 16), "dropout", rnn="lstm"),
-        "no rnn": message(fuse, own(Alone, RNNTrainer, 16), "dropout"),
-    }
-    if hasattr(plain, "purge"):
-        plain.purge()
-        found["purged"] = trained(plain).isfinite().all().item(), plain.callbacks[-1].paths.rnns
-    return found
-
-
-def named(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def without_fastreg(function: Any, *args: Any) -> Any:
-    """Call it where fastreg cannot be imported."""
-    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "fastreg"}
-    sys.modules.update(dict.fromkeys(ours))
-    try:
-        return function(*args)
-    finally:
-        sys.modules.update(ours)
-
-
-def exported() -> dict[str, Any]:
-    learn = fuse(learner(), dropout=True)
-    trainer = next(cb for cb in learn.callbacks if isinstance(cb, RNNTrainer))
-    trainer.on_loss_begin((torch.ones(2, 2, 2),) * 3)
-    if not hasattr(trainer, "get_state"):
-        return {}
-    found = {"state": trainer.get_state()}
-    learn.fit(1)
-    tokens = torch.randint(2, 40, (4, 6))
-    for name in ["learner", "purged"][: 1 if OLD else 2]:
-        if name == "purged":
-            learn.purge()
-        fused = list(learn.callbacks), learn.model[1].output_dp, learn.rnn_trainer
-        learn.export(name)
-        now = list(learn.callbacks), learn.model[1].output_dp, learn.rnn_trainer
-        found[name, "kept"] = now == fused
-        found[name, "fused"] = [named(type(learn.callbacks[0])), named(type(learn.model[1].output_dp).__mro__[1])]
-        if OLD:  # whose load_learner knows no language models
-            state = without_fastreg(torch.load, learn.path / name)
-            model, kind, kept = state["model"], *next(iter(state["cb_state"].items()))
-            alpha, beta = kept["alpha"], kept["beta"]
-        else:
-            from fastai.basic_train import load_learner
-
-            again = without_fastreg(load_learner, learn.path, name)
-            model, kind = again.model, type(again.rnn_trainer)
-            alpha, beta = again.rnn_trainer.alpha, again.rnn_trainer.beta
-        found[name] = named(kind), named(type(model[1].output_dp)), alpha, beta
-        model.reset()
-        learn.model.reset()
-        found[name, "same"] = bool((model.eval()(tokens)[0] == learn.model.eval()(tokens)[0]).all())
-    if not OLD:
-        learn.export("gone", destroy=True)
-        found["destroyed"] = type(learn).__name__
-    return found
+def test_a_fused_dropout_trains_the_stock_weights(formed: list[Any]) -> None:
+    fused = fuse(fuse(learner()), dropout=True)
+    module, last = fused.model[1].output_dp, fused.callbacks[-1]
+    assert fuse(fused, dropout=True).model[1].output_dp is module
+    assert (isinstance(module, FusedRNNDropout), module.ar_of, module.batch_first) == (True, "raw", TIME == 1)
+    assert gap(trained(fused), stock()) < 1e-5
+    assert formed == []  # all were the dropout's
+    assert last.regularizer.ar > 0 < last.regularizer.tar
+    x = torch.ones(2, 3, 32)
+    assert module.eval()(x) is x
 
 
 class Off(Callback):
@@ -325,6 +177,11 @@ class Off(Callback):
         self.trainer.alpha = self.trainer.beta = 0.0
 
 
+def test_a_schedule_reaches_the_fused_dropout() -> None:
+    learn = fuse(learner(), dropout=True)
+    assert gap(trained(learn, Off(learn.callbacks[-1])), stock(0.0, 0.0)) < 1e-5
+
+
 class Twice(Callback):
     """Runs the model again, between its run and the loss."""
 
@@ -333,116 +190,305 @@ class Twice(Callback):
     def __init__(self, learn: Any) -> None:
         self.learn = learn
 
-    def on_loss_begin(self, train: bool, last_input: torch.Tensor, **_: Any) -> None:
+    def on_loss_begin(self, train: bool, last_input: Tensor, **_: Any) -> None:
         if train:
-            generator = torch.get_rng_state()
-            hidden = self.learn.model[0].hidden
+            generator, hidden = torch.get_rng_state(), self.learn.model[0].hidden
             self.learn.model(last_input)
             self.learn.model[0].hidden = hidden
             torch.set_rng_state(generator)
 
 
-def fused_dropout() -> dict[str, Any]:
-    formed, form = [], regularizer.fused_ar_tar
+def test_a_run_before_the_loss_does_not_pass_for_the_step(formed: list[Any]) -> None:
+    learn = fuse(learner(), dropout=True)
+    learn.callbacks.append(Twice(learn))
+    assert gap(trained(learn), stock()) < 1e-5
+    assert len(formed) > 0
 
-    def counted(*args: Any, **options: Any) -> Any:
-        formed.append(None)
-        return form(*args, **options)
 
-    regularizer.fused_ar_tar = counted
+# The callback
+
+
+class Spy(Callback):
+    """Record the lr of each optimizer step, and the arguments of the callbacks."""
+
+    def __init__(self, learn: Any, fails: bool = False) -> None:
+        self.learn, self.lengths, self.stepped, self.decays, self.between, self.outputs = learn, [], [], [], [], []
+        self.fails = fails
+
+    def on_batch_begin(self, train: bool, last_input: Any, **_: Any) -> None:
+        if train:
+            self.lengths.append(last_input.shape[TIME])
+            self.between.append(self.lrs())
+
+    def on_loss_begin(self, last_output: Any, **_: Any) -> None:
+        self.outputs.append(isinstance(last_output, Tensor))
+
+    def on_backward_begin(self, last_loss: Tensor, **_: Any) -> None:
+        if not self.stepped:
+            step = self.learn.opt.opt.step
+            self.learn.opt.opt.step = lambda *args: self.step(step, *args)
+
+    def lrs(self) -> list[float]:
+        return [group["lr"] for group in self.learn.opt.opt.param_groups]
+
+    def step(self, step: Any, *args: Any) -> None:
+        self.stepped.append(self.lrs())
+        self.decays.append(list(self.learn.opt._lr))
+        if self.fails:
+            raise ArithmeticError("the step failed")
+        step(*args)
+
+
+def test_fuse_keeps_place_and_coefficients() -> None:
+    learn, fused = learner(), fuse(learner())
+    last, callbacks = fused.callbacks[-1], fused.callbacks[:]
+    assert [type(cb).__name__ for cb in learn.callbacks] == [type(cb).__name__ for cb in callbacks] == ["RNNTrainer"]
+    assert (last.bptt, last.alpha, last.beta, last.adjust) == (16 if OLD else None, ALPHA, BETA, False)
+    assert getattr(fused, "rnn_trainer", last) is last
+    assert all(a is b for a, b in zip(callbacks, fuse(fused).callbacks, strict=True))
+
+
+def test_hooks_return_what_the_release_expects() -> None:
+    assert hasattr(CallbackHandler, "_call_and_update") == (release == "1.0.61")
+    learn = fuse(learner())
+    spy = Spy(learn)
+    learn.fit(1, callbacks=[spy])
+    assert spy.outputs
+    assert all(spy.outputs)  # the callbacks after it see the true output alone, in validation, too
+    assert all(lrs == spy.between[0] for lrs in spy.stepped)  # not adjusted
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_adjust_scales_the_lr_for_the_step_alone(fails: bool) -> None:
+    learn = with_trainer(RNNTrainer, 20, adjust=True)
+    spy = Spy(learn, fails)
+    with pytest.raises(ArithmeticError, match="the step failed") if fails else nullcontext():
+        learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy])
+    base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
+    assert all(lrs == pytest.approx(base) for lrs in [*spy.between, spy.lrs()])
+    assert len(spy.lengths) == len(spy.stepped) > 0
+    for length, lrs, decay in zip(spy.lengths, spy.stepped, spy.decays, strict=True):
+        assert lrs == pytest.approx([lr * length / 20 for lr in base])
+        assert decay == pytest.approx(lrs[::2])
+    assert any(length != 20 for length in spy.lengths)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("what", ["fit", "loss", "step", "validate"])
+def test_nothing_is_held(what: str, dropout: bool) -> None:
+    """After a fit, after one that failed in the loss or the step, and after a validation."""
+    learn, alive = fuse(learner(), dropout), []
+    learn.model[0].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[0])))
+    criterion = learn.loss_func
+    if what == "loss":
+        learn.loss_func = lambda *args: [][0]
+    with suppress(IndexError, ArithmeticError):
+        learn.validate() if what == "validate" else learn.fit(1, callbacks=[Spy(learn, what == "step")])
+    learn.loss_func = criterion
+    gc.collect()
+    assert alive
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_unfuse_puts_the_parts_of_fastai_back() -> None:
     learn, expected = learner(), learner()
-    callback, dropout, old = type(learn.callbacks[0]), learn.model[1].output_dp, dict(vars(learn.callbacks[0]))
-    fused = fuse(fuse(learn), dropout=True)
-    module = fused.model[1].output_dp
-    found: dict[str, Any] = {"idempotent": fuse(fused, dropout=True).model[1].output_dp is module}
-    found["kind"] = isinstance(module, FusedRNNDropout), module.ar_of, module.batch_first
-    found["weights"], found["formed"] = trained(fused), len(formed)
-    found["terms"] = [float(x) for x in (fused.callbacks[-1].regularizer.ar, fused.callbacks[-1].regularizer.tar)]
-    x = torch.ones(2, 3, 32)
-    found["evaluation"] = module.eval()(x) is x
-    found["unfused"] = unfuse(fused) is fused and unfuse(fused) is fused
-    found["back"] = type(fused.callbacks[0]) is callback and fused.model[1].output_dp is dropout
-    found["attributes"] = (
-        "export" in vars(fused),
-        getattr(fused, "rnn_trainer", None) is getattr(expected, "rnn_trainer", None)
-        or fused.rnn_trainer is fused.callbacks[0],
-    )
-    now = dict(vars(fused.callbacks[0]))
-    found["coefficients"] = all(now[name] == old[name] for name in ("alpha", "beta", "bptt", "adjust") if name in old)
-    again = unfuse(fuse(learner(), dropout=True))
-    found["trained again"], found["expected again"] = trained(again), trained(expected)
-    off = fuse(learner(), dropout=True)
-    torch.manual_seed(1)
-    np.random.seed(1)
-    off.fit(2, 5e-3, callbacks=[Off(off.callbacks[-1])])
-    found["off"] = torch.cat([p.detach().flatten() for p in off.model.parameters()])
-    twice = fuse(learner(), dropout=True)
-    twice.callbacks.append(Twice(twice))
-    formed.clear()
-    found["twice"], found["twice formed"] = trained(twice), len(formed)
-    regularizer.fused_ar_tar = form
-    return found
+    callback, dropout = learn.callbacks[0], learn.model[1].output_dp
+    kind, kept = type(callback), {name: vars(callback).get(name) for name in ("alpha", "beta", "bptt", "adjust")}
+    fuse(learn, dropout=True)
+    assert unfuse(learn) is learn
+    assert unfuse(learn) is learn
+    now = learn.callbacks[0]
+    assert type(now) is kind
+    assert learn.model[1].output_dp is dropout
+    assert {name: vars(now).get(name) for name in kept} == kept
+    assert "export" not in vars(learn)
+    assert getattr(learn, "rnn_trainer", None) in (now, getattr(expected, "rnn_trainer", None))
+    assert gap(trained(learn), stock()) == 0
 
 
-def results() -> dict[str, Any]:
-    fused, spied = fuse(learner()), fuse(learner())
-    place = [type(cb).__name__ for cb in learner().callbacks], [type(cb).__name__ for cb in fused.callbacks]
-    trainers = fused.callbacks[:]
-    spy = Spy(spied)
-    spied.fit(1, callbacks=[spy])
-    last = fused.callbacks[-1]
-    found = {
-        "release": release,
-        "dicts": hasattr(CallbackHandler, "_call_and_update"),
-        "stock": trained(learner()),
-        "stock fused": trained(fuse(learner())),
-        "written": trained(with_trainer(Written, 16, adjust=False)),
-        "fused": trained(fused),
-        "alpha only": trained(learner(beta=0.0)),
-        "beta only": trained(fuse(learner(alpha=0.0))),
-        "off": trained(learner(alpha=0.0, beta=0.0)),
-        "terms": (float(last.regularizer.ar), float(last.regularizer.tar)),
-        "place": place,
-        "idempotent": all(a is b for a, b in zip(trainers, fuse(fused).callbacks, strict=True)),
-        "attribute": getattr(fused, "rnn_trainer", last) is last,
-        "given": {"bptt": last.bptt, "alpha": last.alpha, "beta": last.beta, "adjust": last.adjust},
-        "outputs": spy.outputs,
-        "not adjusted": {tuple(lrs) for lrs in spy.stepped} == {tuple(spy.between[0])},
-        "adjusted": adjusted(),
-        "adjusted, failed": adjusted(fails=True),
-        "held": [held(dropout=False), held(dropout=True)],
-        "fused dropout": fused_dropout(),
-        "exported": exported(),
-        "paths": by_path(),
-        "no reset": plain_model(reset=False),
-        "plain output": plain_model(reset=True),
-        "no bptt": message(RNNTrainer, fused, None),
-    }
-    two = fuse(learner())
-    two.callbacks.append(RNNTrainer(two, 16))
-    found["two trainers"] = message(two.fit, 1)
-    nothing = learner()
-    nothing.callbacks = []
-    found["no trainer"] = message(fuse, nothing)
-    other = learner()
-    other.model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    found["no dropout"] = message(fuse, other, True), type(other.callbacks[-1]) is Stock
-    sub, class_of = learner(), type("Mine", (Stock,), {})
-    sub.callbacks[-1].__class__ = class_of
-    found["subclass"] = message(fuse, sub)
-    other = learner()
-    other.model[1].output_dp.__class__ = type("Dropped", (type(other.model[1].output_dp),), {})
-    found["subclass of the dropout"] = message(fuse, other, True)
-    found["types"] = [message(f, None, *more) for f, *more in ((fuse,), (unfuse,), (RNNTrainer, 16))]
-    found["types"] += [message(fuse, learner(), 0.5)]
-    bad = learner()
-    bad.model[1].output_dp.p = 1.0
-    found["nothing swapped"] = message(fuse, bad, True), type(bad.callbacks[-1]) is Stock
-    if release != "1.0.36":  # which halves the token ids, too
-        found["written, scaled"] = trained(scaled(with_trainer(Written, 16, adjust=False)))
-        found["fused, scaled"] = trained(scaled(fuse(learner())))
-    return found
+# Exports
 
 
-if __name__ == "__main__":
-    torch.save(results(), sys.argv[1])
+def named(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+@pytest.mark.skipif(release == "1.0.36", reason="it has no exports yet")
+@pytest.mark.parametrize("purged", [False] if OLD else [False, True])
+def test_exports_load_without_fastreg(purged: bool) -> None:
+    learn = fuse(learner(), dropout=True)
+    trainer = learn.callbacks[-1]
+    trainer.on_loss_begin((torch.ones(2, 2, 2),) * 3)
+    given = {"bptt": 16 if OLD else None, "alpha": ALPHA, "beta": BETA, "adjust": False}
+    by_path = dict.fromkeys(("rnn", "dropout", "output", "batch_first", "valid", "starts"))
+    assert trainer.get_state() == given | by_path
+    learn.fit(1)
+    if purged:
+        learn.purge()
+    fused = learn.callbacks[0], learn.model[1].output_dp, learn.rnn_trainer
+    learn.export("learner")
+    assert (learn.callbacks[0], learn.model[1].output_dp, learn.rnn_trainer) == fused
+    assert named(learn.callbacks[0]) == "fastreg.fastai1.RNNTrainer"
+    assert isinstance(learn.model[1].output_dp, FusedRNNDropout)
+    with without("fastreg"):
+        if OLD:  # whose load_learner knows no language models
+            state = torch.load(learn.path / "learner")
+            model, (kind, kept) = state["model"], next(iter(state["cb_state"].items()))
+        else:
+            from fastai.basic_train import load_learner
+
+            again = load_learner(learn.path, "learner")
+            model, kind, kept = again.model, type(again.rnn_trainer), vars(again.rnn_trainer)
+    assert f"{kind.__module__}.{kind.__qualname__}" == "fastai.callbacks.rnn.RNNTrainer"
+    assert named(model[1].output_dp) == "fastai.text.models.awd_lstm.RNNDropout"
+    assert (kept["alpha"], kept["beta"]) == (ALPHA, BETA)
+    tokens = torch.randint(2, 40, (4, 6))
+    model.reset()
+    learn.model.reset()
+    assert torch.equal(model.eval()(tokens)[0], learn.model.eval()(tokens)[0])
+    if purged:
+        learn.export("gone", destroy=True)
+        assert type(learn).__name__ == "ZombieLearner"
+
+
+# By the paths of modules
+
+
+class Alone(nn.Module):
+    """A language model that returns its output alone, and has no `reset()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.decoder = nn.Embedding(40, 16), nn.Linear(16, 40)
+        self.rnn, self.dropout = nn.LSTM(16, 16, batch_first=TIME == 1), nn.Dropout(0.3)
+
+    def activations(self, x: Tensor) -> Any:
+        raw, _ = self.rnn(self.embedding(x))
+        dropped = self.dropout(raw)
+        return self.decoder(dropped).flatten(0, 1), [raw], [dropped]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.activations(x)[0]
+
+
+class Together(Alone):
+    """The same model as fastai's callback wants it."""
+
+    def reset(self) -> None: ...
+
+    def forward(self, x: Tensor) -> Any:
+        return self.activations(x)
+
+
+def own(kind: Any, trainer: Any, *args: Any, **options: Any) -> Any:
+    of = learner()  # whose batches are always the same
+    torch.manual_seed(4)
+    made = Learner(of.data, kind(), loss_func=of.loss_func)
+    made.callbacks.append(trainer(made, *args, **options))
+    return made
+
+
+def marks(x: Tensor) -> Tensor:
+    return (x % 3 != 0).transpose(0, TIME - 1)  # (batch, time)
+
+
+PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
+OURS: Any = (RNNTrainer, 16, ALPHA, BETA, False)
+
+
+def test_modules_by_their_paths_train_the_weights_of_the_formula() -> None:
+    written = trained(own(Together, Written, 16, ALPHA, BETA, False))
+    learn = own(Alone, *OURS, **PATHS)
+    assert gap(trained(learn), written) < 1e-5
+    assert sum(len(module._forward_hooks) for module in learn.model.modules()) == 0
+    assert learn.callbacks[-1].batch is None
+    adjust = {"adjust": False} if release == "1.0.36" else {}
+    stock = own(Alone, Stock, *([16] if OLD else []), alpha=ALPHA, beta=BETA, **adjust)
+    assert gap(trained(fuse(stock, "dropout", rnn="rnn")), written) < 1e-5
+    assert gap(trained(own(Alone, RNNTrainer, 16, adjust=False, **PATHS)), written) > 1e-3
+    if hasattr(learn, "purge"):
+        learn.purge()
+        assert trained(learn).isfinite().all()
+        assert learn.callbacks[-1].paths.rnns == ("rnn",)
+
+
+@pytest.mark.parametrize("name", ["valid", "starts"])
+def test_masks_of_the_batch(name: str) -> None:
+    options: Any = {name: marks}
+    by_path = trained(own(Alone, *OURS, **options, **PATHS))
+    assert gap(by_path, trained(own(Together, *OURS, **options))) < 1e-5
+    assert gap(by_path, trained(own(Together, *OURS))) > 1e-4
+
+
+# Misuse
+
+
+def sequential(learn: Any) -> None:
+    learn.model = nn.Sequential(learn.model[0].encoder, learn.model[1].decoder)
+
+
+def subclassed_trainer(learn: Any) -> None:
+    learn.callbacks[-1].__class__ = type("Mine", (Stock,), {})
+
+
+def subclassed_dropout(learn: Any) -> None:
+    dropout = learn.model[1].output_dp
+    dropout.__class__ = type("Mine", (type(dropout),), {})
+
+
+def p_of_1(learn: Any) -> None:
+    learn.model[1].output_dp.p = 1.0
+
+
+REJECTED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[Exception], str]] = {
+    "no trainer": (lambda x: x.callbacks.clear(), {}, ValueError, "has no RNNTrainer; learn.callbacks.append"),
+    "no dropout": (sequential, {"dropout": True}, ValueError, "of a LinearDecoder, .*Sequential has none"),
+    "trainer of a subclass": (subclassed_trainer, {}, ValueError, "Mine is a subclass of RNNTrainer, and left alone"),
+    "dropout of a subclass": (subclassed_dropout, {"dropout": True}, ValueError, "Mine is a subclass, left alone"),
+    "p": (p_of_1, {"dropout": True}, ValueError, "p: expected a probability"),
+    "dropout": (vars, {"dropout": 0.5}, TypeError, "dropout: expected True or False, got 0.5"),
+    "path without rnn": (vars, {"dropout": "dropout"}, TypeError, "dropout: expected True or False, got 'dropout'"),
+    "rnn": (vars, {"rnn": "lstm"}, ValueError, "rnn: SequentialRNN has no such module at 'lstm'; candidates: "),
+}
+
+
+@pytest.mark.parametrize("what", REJECTED)
+def test_fuse_rejects_and_swaps_nothing(what: str) -> None:
+    prepare, options, error, message = REJECTED[what]
+    learn = learner()
+    prepare(learn)
+    callbacks, modules = list(learn.callbacks), list(learn.model.modules())
+    with pytest.raises(error, match=message):
+        fuse(learn, **options)
+    assert all(a is b for a, b in zip(learn.callbacks, callbacks, strict=True))
+    assert all(a is b for a, b in zip(learn.model.modules(), modules, strict=True))
+
+
+def test_rejects_arguments() -> None:
+    for call in (fuse, unfuse, lambda learn: RNNTrainer(learn, 16)):
+        with pytest.raises(TypeError, match="learn: expected a Learner, got NoneType"):
+            call(None)
+    with pytest.raises(ValueError, match="bptt: expected the usual number of time steps"):
+        RNNTrainer(learner(), None)
+
+
+def resettable(learn: Any) -> None:
+    sequential(learn)
+    learn.model.reset = lambda: None
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "message"),
+    [
+        (sequential, TypeError, r"^Sequential has no reset\(\), which RNNTrainer calls"),
+        (resettable, TypeError, r"^on_loss_begin: expected \(decoded, raw, dropped\).* got (a )?Tensor"),
+        (lambda x: x.callbacks.append(RNNTrainer(x, 16)), ValueError, "^RNNTrainer: the learner has two of them"),
+        (lambda x: x.callbacks.append(Stock(x, 16)), ValueError, "^RNNTrainer: the learner has fastai's own as well"),
+    ],
+    ids=["no reset", "plain output", "two trainers", "fastai's own"],
+)
+def test_a_fit_rejects(prepare: Callable[[Any], Any], error: type[Exception], message: str) -> None:
+    learn = fuse(learner())
+    prepare(learn)
+    with pytest.raises(error, match=message):
+        learn.fit(1)

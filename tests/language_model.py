@@ -86,6 +86,14 @@ def seeded(make: Callable[[], Any]) -> Any:
     return make()
 
 
+def gru() -> nn.GRU:
+    return seeded(lambda: nn.GRU(HIDDEN, HIDDEN, batch_first=True))
+
+
+def inputs() -> Tensor:
+    return torch.randn(BATCH, TIME, HIDDEN)
+
+
 def tokens(*shape: int, device: str = "cpu") -> Tensor:
     return torch.randint(VOCABULARY, shape or (BATCH, TIME), generator=torch.Generator().manual_seed(1)).to(device)
 
@@ -117,10 +125,25 @@ def regularizer(**options: Any) -> RNNRegularizer:
     return RNNRegularizer(ALPHA, BETA, **options)
 
 
-def attached(model: Model, **options: Any) -> RNNRegularizer:
+def attached(model: Model, in_backward: Any = False, **options: Any) -> RNNRegularizer:
     made = regularizer(**options)
-    made.attach(model.rnn, model.dropout)
+    made.attach(model.rnn, model.dropout, in_backward=in_backward)
     return made
+
+
+def with_hooks(model: nn.Module, reg: RNNRegularizer) -> Callable[[Tensor], Tensor]:
+    """Return the loss of a model whose hooks capture the activations."""
+    return lambda x: reg.on_backward_begin(criterion(model(x), x))
+
+
+def written_out(model: Model, time: int = 1) -> Callable[[Tensor], Tensor]:
+    """Return the loss of a model with the formula added."""
+
+    def loss_of(x: Tensor) -> Tensor:
+        decoded, raw, dropped = model.activations(x)
+        return criterion(decoded, x) + formula(raw, dropped, time)
+
+    return loss_of
 
 
 def penalty_of(reg: RNNRegularizer, *outputs: Tensor) -> Tensor:
@@ -132,7 +155,7 @@ def penalty_of(reg: RNNRegularizer, *outputs: Tensor) -> Tensor:
 
 
 def check_gradients(model: nn.Module, got: Tensor, want: Tensor) -> None:
-    """Check a penalty and its gradients, those that hooks add, against those of autograd."""
+    """Check a penalty or a loss, and its gradients, those that hooks add, against those of autograd."""
     torch.testing.assert_close(got, want)
     parameters = [x for x in model.parameters() if x.requires_grad]
     options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}

@@ -6,11 +6,10 @@ import copy
 import gc
 import math
 import pickle
-import subprocess
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,17 +34,16 @@ with warnings.catch_warnings():
     from fastai.losses import CrossEntropyLossFlat
     from fastai.metrics import accuracy
     from fastai.optimizer import OptimWrapper
-    from fastai.text.data import LMDataLoader, LMTensorText, TensorText, pad_chunk
+    from fastai.text.data import LMDataLoader, TensorText, pad_chunk
     from fastai.text.learner import TextLearner, get_text_classifier, language_model_learner
     from fastai.text.models.awdlstm import AWD_LSTM, RNNDropout, awd_lstm_clas_config, awd_lstm_lm_config
     from fastai.torch_core import set_seed
 
     from fastreg import FusedRNNDropout, fused_ar_tar
-    from fastreg import RNNRegularizer as Regularizer
     from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
-    from fastreg.output_dropout import link
+    from tests.conftest import without
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # fastai's own
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_collections")]  # fastai's warnings
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 SMALL = {"emb_sz": 24, "n_hid": 32, "n_layers": 2}
@@ -80,7 +78,11 @@ def by_hand(learn: Learner, *cbs: Callback) -> Learner:
     return learn.remove_cbs([stock.RNNRegularizer, stock.RNNCallback, stock.ModelResetter]).add_cbs(list(cbs))
 
 
-def trained(learn: Learner, epochs: int = 2, **options: Any) -> Tensor:
+def with_bptt(learn: Learner) -> Learner:
+    return by_hand(learn, *rnn_cbs(ALPHA, BETA, bptt=20))
+
+
+def trained(learn: Learner, epochs: int = 1, **options: Any) -> Tensor:
     set_seed(1)
     with learn.no_bar(), learn.no_logging():
         learn.fit(epochs, 5e-3, **options)
@@ -130,8 +132,6 @@ class Spy(Callback):
 
 SETTINGS: dict[str, Callable[[], list[Callback]]] = {
     "plain": list,
-    "accumulation": lambda: [GradientAccumulation(24)],
-    "clip": lambda: [GradientClip(0.1)],
     "accumulation and clip": lambda: [GradientClip(0.1), GradientAccumulation(16)],
     "bf16": lambda: [fp16.MixedPrecision("bf16")],
     "fp16": lambda: [fp16.MixedPrecision("fp16", init_scale=256.0)],
@@ -147,7 +147,7 @@ def cpu_amp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.usefixtures("cpu_amp")
-def test_the_weights_are_the_stock_ones(make: Callable[..., Learner], setting: str, formed: list[Any]) -> None:
+def test_trains_the_stock_weights(make: Callable[..., Learner], setting: str, formed: list[Any]) -> None:
     cbs = SETTINGS[setting]
     expected = trained(make(), cbs=cbs())
     close = 1e-3 if setting == "bf16" else 1e-5  # stock differences are rounded to bfloat16
@@ -155,7 +155,7 @@ def test_the_weights_are_the_stock_ones(make: Callable[..., Learner], setting: s
     assert formed == []  # all were the dropout's
     assert gap(trained(fuse(make()), cbs=cbs()), expected) < close
     assert gap(trained(by_hand(make(), *rnn_cbs(ALPHA, BETA)), cbs=cbs()), expected) < close
-    for alpha, beta in ((0.0, 0.0), (ALPHA, 0.0), (0.0, BETA)):
+    for alpha, beta in ((ALPHA, 0.0), (0.0, BETA)):
         assert gap(trained(make(alpha, beta), cbs=cbs()), expected) > 5 * close
 
 
@@ -173,22 +173,21 @@ def test_lr_find_is_the_stock_one(make: Callable[..., Learner], dropout: bool) -
     assert gap(trained(learners[0]), trained(learners[1])) < 1e-5
 
 
+def classifier(tmp_path: Path, rows: list[Any], alpha: float = ALPHA, **options: Any) -> Learner:
+    set_seed(0)
+    dls = DataLoaders(DataLoader(rows, bs=8), DataLoader(rows[:8], bs=8))
+    model = get_text_classifier(AWD_LSTM, WORDS, 2, seq_len=8, config=awd_lstm_clas_config | SMALL, **options)
+    loss = CrossEntropyLossFlat()
+    return TextLearner(dls, model, alpha, BETA if alpha else 0, loss_func=loss, path=tmp_path, metrics=accuracy)
+
+
 def test_text_classifiers(tmp_path: Path) -> None:
     """Their outputs before and after dropout are one tensor."""
-
-    def learner(alpha: float = ALPHA, beta: float = BETA) -> Learner:
-        set_seed(0)
-        rows = [(torch.randint(2, WORDS, (20,)), torch.tensor(i % 2)) for i in range(24)]
-        dls = DataLoaders(DataLoader(rows, bs=8), DataLoader(rows[:8], bs=8))
-        model = get_text_classifier(AWD_LSTM, WORDS, 2, seq_len=8, config=awd_lstm_clas_config | SMALL)
-        return TextLearner(dls, model, alpha, beta, loss_func=CrossEntropyLossFlat(), path=tmp_path, metrics=accuracy)
-
-    expected = trained(learner())
-    assert gap(trained(fuse(learner())), expected) < 1e-5
-    assert gap(trained(learner(0, 0)), expected) > 1e-3
-    learn = fuse(learner())
+    rows = [(torch.randint(2, WORDS, (20,)), torch.tensor(i % 2)) for i in range(24)]
+    expected, learn = trained(classifier(tmp_path, rows)), fuse(classifier(tmp_path, rows))
     learn.add_cb(Spy())
-    trained(learn)
+    assert gap(trained(learn), expected) < 1e-5
+    assert gap(trained(classifier(tmp_path, rows, 0)), expected) > 1e-3
     assert learn.rnn_regularizer.regularizer.ar.item() == pytest.approx(learn.spy.seen[-1]["ar"], rel=1e-5)
     assert learn.recorder.metric_names[-4:] == ["accuracy", "ar", "tar", "time"]
 
@@ -196,17 +195,10 @@ def test_text_classifiers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("max_len", [None, 16])
 def test_padding_of_text_classifiers(tmp_path: Path, max_len: int | None) -> None:
     """Fastai pads by whole chunks before a text, and by the rest behind it; half of the batch is padding here."""
-    sizes = [30, 29, 21, 17, 16, 9, 3, 1]
-    texts = [torch.randint(2, WORDS, (n,)) for n in sizes]
+    texts = [torch.randint(2, WORDS, (n,)) for n in (30, 29, 21, 17, 16, 9, 3, 1)]
     rows = [
         (pad_chunk(TensorText(x), pad_idx=1, seq_len=8, pad_len=30), torch.tensor(i % 2)) for i, x in enumerate(texts)
     ]
-
-    def learner() -> Learner:
-        set_seed(0)
-        dls = DataLoaders(DataLoader(rows, bs=8), DataLoader(rows, bs=8))
-        model = get_text_classifier(AWD_LSTM, WORDS, 2, seq_len=8, max_len=max_len, config=awd_lstm_clas_config | SMALL)
-        return TextLearner(dls, model, ALPHA, BETA, loss_func=CrossEntropyLossFlat(), path=tmp_path)
 
     class Truth(Callback):
         order = 100
@@ -222,13 +214,12 @@ def test_padding_of_text_classifiers(tmp_path: Path, max_len: int | None) -> Non
                 (self.grad,) = torch.autograd.grad(self.learn.loss_grad - self.learn.loss, raw, retain_graph=True)
                 self.there = there
 
-    learn = fuse(learner(), mask_padding=True)
-    trained(learn, 1, cbs=(truth := Truth()))
+    learn = fuse(classifier(tmp_path, rows, max_len=max_len), mask_padding=True)
+    trained(learn, cbs=(truth := Truth()))
     assert learn.rnn_regularizer.regularizer.ar.item() == pytest.approx(truth.ar, rel=1e-5)
     assert learn.rnn_regularizer.regularizer.tar.item() == pytest.approx(truth.tar, rel=1e-5)
     assert (truth.grad[~truth.there] == 0).all()
     assert truth.grad[truth.there].abs().sum() > 0
-    assert gap(trained(fuse(learner(), mask_padding=True)), trained(fuse(learner()))) > 1e-3
 
 
 def test_masked_padding_goes_from_the_first_step_to_the_last() -> None:
@@ -242,28 +233,6 @@ def test_masked_padding_goes_from_the_first_step_to_the_last() -> None:
     for i, (start, stop) in {0: (1, 5), 1: (0, 6), 3: (5, 6)}.items():
         want[i, start:stop] = True
     assert torch.equal(regularizer.text(6), want)
-
-
-def test_masked_padding_wants_a_text_classifier(make: Callable[..., Learner]) -> None:
-    with pytest.raises(
-        ValueError, match=r"mask_padding: expected a model with a SentenceEncoder, .* got SequentialRNN"
-    ):
-        trained(by_hand(make(), *rnn_cbs(ALPHA, BETA, mask_padding=True)))
-    learn = make()
-    with pytest.raises(ValueError, match="mask_padding: expected a model with a SentenceEncoder"):
-        fuse(learn, mask_padding=True)
-    assert type(learn.rnn_regularizer) is stock.RNNRegularizer
-    assert rnn_cbs(ALPHA, BETA, mask_padding=True)[-1].mask_padding  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@pytest.mark.parametrize(("size", "bs"), [(8 * 33 + 1, 8), (40, 1), (34, 1)], ids=["one step", "one row", "both"])
-def test_one_step_and_one_row(make: Callable[..., Learner], size: int, bs: int) -> None:
-    """Where fastai's TAR is NaN for one step, and left out for one row."""
-    learn = fuse(make(size=size, bs=bs))
-    assert learn.dls.train.last_len == 1 or bs == 1
-    trained(learn, cbs=Spy())
-    assert torch.isfinite(weights(learn)).all()
-    assert gap(trained(fuse(make(size=size, bs=bs), dropout=True)), weights(learn)) < 1e-5
 
 
 # -- by the paths of modules, for models that return their output alone ------------------------------------------------
@@ -286,10 +255,12 @@ class Plain(nn.Module):
         return self.activations(x)[0]
 
 
-class Triple(Plain):
-    """The same model as fastai's callbacks want it."""
-
+class Resettable(Plain):
     def reset(self) -> None: ...
+
+
+class Triple(Resettable):
+    """The same model as fastai's callbacks want it."""
 
     def forward(self, x: Tensor) -> Any:
         return self.activations(x)
@@ -310,33 +281,32 @@ def of(make: Callable[..., Learner], tmp_path: Path) -> Callable[..., Learner]:
     return learner
 
 
-@pytest.mark.parametrize("setting", ["plain", "accumulation and clip", "bf16"])
+@pytest.mark.parametrize("setting", ["plain", "bf16"])
 @pytest.mark.usefixtures("cpu_amp")
 def test_modules_by_their_paths_train_the_stock_weights(of: Callable[..., Learner], setting: str) -> None:
     cbs = SETTINGS[setting]
-    expected = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), cbs=cbs())
-    close = 1e-5
+    expected, close = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), cbs=cbs()), 1e-5
     if setting == "bf16":  # autograd rounds wherever it adds gradients, hooks once: neither is further from float32
         exact = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)))
-        close = 1.2 * gap(expected, exact)
-        expected = exact
-    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS)), cbs=cbs()), expected) < close
-    assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **PATHS), cbs=cbs()), expected) < close
-    assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **PATHS), cbs=cbs()), expected) < close
-    with_capture = fuse(of(Plain, stock.RNNCallback(), stock.RNNRegularizer(ALPHA, BETA)), **PATHS)
-    assert gap(trained(with_capture, cbs=cbs()), expected) < close
+        expected, close = exact, 1.2 * gap(expected, exact)
+    learners = [
+        of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS)),
+        fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **PATHS),
+        fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **PATHS),
+        fuse(of(Plain, stock.RNNCallback(), stock.RNNRegularizer(ALPHA, BETA)), **PATHS),
+    ]
+    for learn in learners:
+        assert gap(trained(learn, cbs=cbs()), expected) < close
+        assert not any(module._forward_hooks for module in learn.model.modules())
     assert gap(trained(of(Plain), cbs=cbs()), expected) > 5 * close
 
 
-def test_modules_by_their_paths_have_columns_and_no_hooks_afterwards(of: Callable[..., Learner]) -> None:
+def test_modules_by_their_paths_have_columns(of: Callable[..., Learner]) -> None:
     a, b = of(Triple, *rnn_cbs(ALPHA, BETA)), of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
     for learn in (a, b):
         trained(learn)
         assert learn.recorder.metric_names == ["epoch", "train_loss", "valid_loss", "ar", "tar", "time"]
-    assert torch.tensor(b.recorder.values).flatten().tolist() == pytest.approx(
-        torch.tensor(a.recorder.values).flatten().tolist(), rel=1e-4
-    )
-    assert not any(module._forward_hooks for module in b.model.modules())
+    assert [*b.recorder.values[0]] == pytest.approx([*a.recorder.values[0]], rel=1e-4)
 
 
 def test_modules_by_their_paths_after_a_fit_that_was_cut_off(of: Callable[..., Learner]) -> None:
@@ -356,7 +326,6 @@ def test_modules_by_their_paths_after_a_fit_that_was_cut_off(of: Callable[..., L
 def test_modules_by_their_paths_take_bptt(of: Callable[..., Learner]) -> None:
     a, b = of(Triple, *rnn_cbs(ALPHA, BETA, 32)), of(Plain, RNNRegularizer(ALPHA, BETA, 32, **PATHS))
     assert gap(trained(a), trained(b)) < 1e-6
-    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))), weights(b)) > 1e-3
 
 
 def test_valid_steps_of_the_batch(of: Callable[..., Learner]) -> None:
@@ -377,11 +346,9 @@ def test_valid_steps_of_the_batch(of: Callable[..., Learner]) -> None:
 
     expected = trained(of(Triple, stock.RNNCallback(), Written()))
     both: Any = {"valid": marks, "starts": starts}
-    by_path = of(Plain, RNNRegularizer(ALPHA, BETA, **both, **PATHS))
-    assert gap(trained(by_path), expected) < 1e-5
+    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **both, **PATHS))), expected) < 1e-5
     assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **both, **PATHS)), expected) < 1e-5
     assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **both)), expected) < 1e-5
-    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, valid=marks, **PATHS))), expected) > 1e-3
 
 
 def test_modules_in_evaluation_add_nothing(of: Callable[..., Learner]) -> None:
@@ -407,54 +374,21 @@ def test_exports_of_models_by_path_load_without_hooks(of: Callable[..., Learner]
     assert type(pickle.loads(pickle.dumps(learn.rnn_regularizer))) is stock.RNNRegularizer
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda learn: fuse(learn, rnn="rnn"), ValueError, r"no such module at 'rnn'; candidates: 'body\.rnn'"),
-        (
-            lambda learn: fuse(learn, rnn="body.rnn", dropout="drop"),
-            ValueError,
-            r"dropout: .* no such module at 'drop'; candidates: 'body\.dropout'",
-        ),
-        (
-            lambda learn: fuse(learn, rnn="body.rnn", dropout=True),
-            TypeError,
-            "dropout: expected with rnn the path of a dropout",
-        ),
-        (lambda learn: fuse(learn, "body.dropout"), TypeError, "dropout: expected True or False, got 'body"),
-        (lambda learn: fuse(learn, rnn=["body.rnn"]), TypeError, "rnn: expected an attribute path or None, got list"),
-        (lambda learn: fuse(learn, batch_first=True), ValueError, "batch_first: expected None without rnn"),
-        (lambda learn: fuse(learn, valid=3), TypeError, "valid: expected a function of the batch's inputs, or None"),
-        (lambda learn: RNNRegularizer(dropout="dropout"), ValueError, "dropout: expected None without rnn, the path"),
-        (lambda learn: RNNRegularizer(rnn="rnn", mask_padding=True), ValueError, "mask_padding: expected False with"),
-        (
-            lambda learn: fuse(learn.remove_cb(stock.RNNRegularizer), **PATHS),
-            ValueError,
-            r"add_cb\(fastreg\.fastai\.RNNRegularizer\(alpha, beta, rnn=\.\.\., dropout=\.\.\.\)\)",
-        ),
-    ],
-)
-def test_paths_are_checked(
-    of: Callable[..., Learner], call: Callable[[Any], Any], error: type[Exception], message: str
-) -> None:
-    learn = of(Plain, stock.RNNRegularizer(ALPHA, BETA))
-    with pytest.raises(error, match=message):
-        call(learn)
-    assert all(type(cb) is stock.RNNRegularizer for cb in learn.cbs if isinstance(cb, stock.RNNRegularizer))
-    assert not any(module._forward_hooks for module in learn.model.modules())
-
-
 # -- the penalty and the columns --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "bs"), [(650, 8), (8 * 33 + 1, 8), (40, 1)], ids=["many", "one step", "one row"])
+@pytest.mark.parametrize(
+    ("size", "bs"), [(650, 8), (8 * 33 + 1, 8), (40, 1), (34, 1)], ids=["many", "one step", "one row", "both"]
+)
 @pytest.mark.parametrize("dropout", [False, True])
 def test_the_loss_stays_clean_and_the_penalty_is_differentiated(
     make: Callable[..., Learner], dropout: bool, size: int, bs: int
 ) -> None:
+    """Where fastai's TAR is NaN for one step, and left out for one row, too."""
     learn = fuse(make(size=size, bs=bs), dropout)
     learn.add_cb(Spy())
-    trained(learn)
+    assert torch.isfinite(trained(learn)).all()
+    assert learn.dls.train.last_len == 1 or bs == 1
     for step in learn.spy.seen:
         assert step["loss"] == step["clean"]
         assert step["grad"] - step["loss"] == pytest.approx(ALPHA * step["ar"] + BETA * step["tar"], rel=1e-3)
@@ -466,7 +400,7 @@ def test_the_loss_stays_clean_and_the_penalty_is_differentiated(
 def test_terms_are_columns_of_every_log(make: Callable[..., Learner], dropout: bool) -> None:
     learn = fuse(make(metrics=accuracy), dropout)
     learn.add_cb(Spy())
-    trained(learn, cbs=CSVLogger())
+    trained(learn, 2, cbs=CSVLogger())
     names = ["epoch", "train_loss", "valid_loss", "accuracy", "ar", "tar", "time"]
     log = (learn.path / "history.csv").read_text().split("\n")
     assert learn.recorder.metric_names == log[0].split(",") == names
@@ -485,24 +419,12 @@ def test_terms_are_columns_of_every_log(make: Callable[..., Learner], dropout: b
 def test_averages_weigh_batches_by_size(tmp_path: Path) -> None:
     rows = [(torch.full((6,), i % WORDS), torch.full((6,), i % WORDS)) for i in range(10)]
     dls = DataLoaders(DataLoader(rows, bs=8), DataLoader(rows, bs=8))
-    model = Model(reset=True)
-    learn = Learner(dls, model, CrossEntropyLossFlat(), cbs=[*rnn_cbs(ALPHA, BETA), Spy()], path=tmp_path)
-    trained(learn, 1)
+    learn = Learner(dls, Triple(), CrossEntropyLossFlat(), cbs=[*rnn_cbs(ALPHA, BETA), Spy()], path=tmp_path)
+    trained(learn)
     a, b = learn.spy.seen
     assert (a["size"], b["size"]) == (8, 2)
     assert learn.recorder.values[0][2] == pytest.approx((8 * a["ar"] + 2 * b["ar"]) / 10, rel=1e-5)
     assert learn.recorder.values[0][2] != pytest.approx((a["ar"] + b["ar"]) / 2, rel=1e-4)
-
-
-def test_training_metrics(make: Callable[..., Learner]) -> None:
-    learn = fuse(make())
-    learn.remove_cb(Recorder)
-    learn.add_cb(Recorder(train_metrics=True))
-    trained(learn, 1)
-    table = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0], strict=False))
-    assert table["train_ar"] > 0 < table["train_tar"]
-    assert math.isnan(table["valid_ar"])
-    assert math.isnan(table["valid_tar"])
 
 
 def test_loggers_get_numbers_alone(make: Callable[..., Learner]) -> None:
@@ -518,49 +440,50 @@ def test_loggers_get_numbers_alone(make: Callable[..., Learner]) -> None:
         learn = fuse(make(metrics=accuracy))
         learn.remove_cb(Recorder)
         learn.add_cbs([Recorder(train_metrics=True, valid_metrics=validation), Numbers(), CSVLogger()])
-        trained(learn, 1)
+        trained(learn)
         rows = [line.split(",") for line in (learn.path / "history.csv").read_text().split()]
         assert len(rows[0]) == len(rows[1]) == len(learn.numbers.written) + 3
         assert "None" not in rows[1]
+        table = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0], strict=False))
+        if validation:
+            assert table["train_ar"] > 0 < table["train_tar"]
+            assert math.isnan(table["valid_ar"])
+            assert math.isnan(table["valid_tar"])
 
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_validation_gives_what_it_gave(make: Callable[..., Learner], dropout: bool) -> None:
     a, b = make(metrics=accuracy), fuse(make(metrics=accuracy), dropout)
-    trained(a, 1)
-    trained(b, 1)
+    trained(a)
+    trained(b)
     with a.no_bar(), b.no_bar():
         assert list(b.validate()) == pytest.approx(list(a.validate()), abs=1e-5)
         assert len(b.get_preds(reorder=False)) == 2
 
 
 def test_coefficients_may_change_while_training(make: Callable[..., Learner]) -> None:
+    """As numbers, or as tensors that a schedule changes in place, from 0 on."""
+    alpha, beta = torch.zeros(2).unbind()
+
     class Off(Callback):
         def before_train(self) -> None:
             self.learn.rnn_regularizer.alpha = self.learn.rnn_regularizer.beta = 0.0
-
-    assert gap(trained(fuse(make()), cbs=Off()), trained(make(0, 0))) < 1e-5
-    assert gap(trained(fuse(make(), dropout=True), cbs=Off()), trained(make(0, 0))) < 1e-5
-
-
-def test_coefficients_that_are_tensors(make: Callable[..., Learner]) -> None:
-    """A schedule changes them in place, from 0 on."""
-    alpha, beta = torch.zeros(2).unbind()
-
-    class Schedule(Callback):
-        def before_train(self) -> None:
-            alpha.fill_(ALPHA * (self.learn.epoch > 0))
-            beta.fill_(BETA * (self.learn.epoch > 0))
 
     class Numbers(Callback):
         def before_train(self) -> None:
             regularizer = self.learn.rnn_regularizer
             regularizer.alpha, regularizer.beta = ALPHA * (self.learn.epoch > 0), BETA * (self.learn.epoch > 0)
 
-    want = trained(by_hand(make(), *rnn_cbs(ALPHA, BETA)), cbs=Numbers())
+    class Schedule(Callback):
+        def before_train(self) -> None:
+            alpha.fill_(ALPHA * (self.learn.epoch > 0))
+            beta.fill_(BETA * (self.learn.epoch > 0))
+
+    off, want = trained(make(0, 0)), trained(by_hand(make(), *rnn_cbs(ALPHA, BETA)), 2, cbs=Numbers())
     for dropout in (False, True):
-        learn = fuse(by_hand(make(), *rnn_cbs(alpha, beta)), dropout=dropout)
-        assert gap(trained(learn, cbs=Schedule()), want) < 1e-5
+        assert gap(trained(fuse(make(), dropout), cbs=Off()), off) < 1e-5
+        learn = fuse(by_hand(make(), *rnn_cbs(alpha, beta)), dropout)
+        assert gap(trained(learn, 2, cbs=Schedule()), want) < 1e-5
         for row in learn.recorder.values:
             columns = dict(zip(learn.recorder.metric_names[1:], row, strict=False))
             assert columns["ar"] > 0 < columns["tar"]
@@ -591,44 +514,40 @@ class Steps(Callback):
         self.inner.step = self.step
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["fastai", "torch"])
-def test_bptt_scales_the_lr_for_the_step_alone(make: Callable[..., Learner], wrapped: bool) -> None:
-    options = {"opt_func": lambda params, **kw: OptimWrapper(params, torch.optim.SGD, **kw)} if wrapped else {}
-    learn = by_hand(make(**options), *rnn_cbs(ALPHA, BETA, bptt=20))
+def torch_sgd(params: Any, **options: Any) -> OptimWrapper:
+    return OptimWrapper(params, torch.optim.SGD, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "coefficients", "bptt"),
+    [({}, (ALPHA, BETA), 20), ({"opt_func": torch_sgd}, (ALPHA, BETA), 20), ({}, (), 20), ({}, (ALPHA, BETA), 8)],
+    ids=["fastai", "torch", "no penalties", "changed"],
+)
+def test_bptt_scales_the_lr_for_the_step_alone(
+    make: Callable[..., Learner], options: dict[str, Any], coefficients: tuple[float, ...], bptt: int
+) -> None:
+    learn = by_hand(make(**options), *rnn_cbs(*coefficients, bptt=20))
+    learn.rnn_regularizer.bptt = bptt
     learn.add_cbs([Spy(), Steps()])
     trained(learn)
+    assert learn.rnn_regularizer.bptt == bptt
     lengths = [step["steps"] for step in learn.spy.seen]
     assert set(lengths) == {16, 1}
-    assert learn.steps.lrs == pytest.approx([5e-3 * n / 20 for n in lengths])
+    assert learn.steps.lrs == pytest.approx([5e-3 * n / bptt for n in lengths])
     assert all(lr == pytest.approx(5e-3) for step in learn.spy.seen for lr in step["lr"])
 
 
-def test_bptt_may_change_while_training(make: Callable[..., Learner]) -> None:
-    learn = by_hand(make(), *rnn_cbs(ALPHA, BETA, bptt=20))
-    learn.add_cb(Steps())
-    learn.rnn_regularizer.bptt = 8
-    trained(learn, 1)
-    assert learn.rnn_regularizer.bptt == 8
-    assert learn.steps.lrs[0] == pytest.approx(5e-3 * 16 / 8)
-
-
-def test_the_lr_scales_without_penalties(make: Callable[..., Learner]) -> None:
-    learn = by_hand(make(), *rnn_cbs(bptt=20))
-    learn.add_cbs([Spy(), Steps()])
-    trained(learn)
-    assert learn.steps.lrs[0] == pytest.approx(5e-3 * 16 / 20)
+def test_callbacks_without_arguments_are_the_stock_ones(make: Callable[..., Learner]) -> None:
     assert gap(trained(by_hand(make(), *rnn_cbs())), trained(make(0, 0))) == 0
 
 
 @pytest.mark.parametrize("error", [ArithmeticError, CancelStepException, CancelFitException])
 def test_the_lr_is_restored_when_the_step_ends_badly(make: Callable[..., Learner], error: type[Exception]) -> None:
-    learn = by_hand(make(), *rnn_cbs(ALPHA, BETA, bptt=20))
+    learn = with_bptt(make())
     learn.add_cb(Steps())
     learn.steps.error = error
-    try:
-        trained(learn, 1)
-    except ArithmeticError:
-        assert error is ArithmeticError
+    with pytest.raises(error) if error is ArithmeticError else nullcontext():
+        trained(learn)
     assert learn.steps.lrs[0] == pytest.approx(5e-3 * 16 / 20)
     assert all(hyper["lr"] == pytest.approx(5e-3) for hyper in learn.opt.hypers)
     assert "_step" not in vars(learn)
@@ -641,7 +560,7 @@ def test_a_cancelled_step_leaves_the_learner_as_it_was(make: Callable[..., Learn
         def before_step(self) -> None:
             raise CancelStepException
 
-    learn = by_hand(make(), *rnn_cbs(ALPHA, BETA, bptt=20))
+    learn = with_bptt(make())
     before = weights(learn)
     assert gap(trained(learn, cbs=Cancel()), before) == 0
     assert "_step" not in vars(learn)
@@ -654,16 +573,17 @@ def test_a_cancelled_step_leaves_the_learner_as_it_was(make: Callable[..., Learn
 
 
 class Stop(Callback):
-    """Stops a fit as a user does, in the middle of training."""
+    """Stops a fit in the middle of training: as a user does, or by another error."""
 
     order = 100
 
-    def __init__(self, event: str = "before_backward") -> None:
+    def __init__(self, event: str = "before_backward", error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.error = error
         setattr(self, event, self._stop)
 
     def _stop(self) -> None:
-        if self.train_iter == 2:
-            raise KeyboardInterrupt
+        if self.training and self.train_iter == 2:
+            raise self.error
 
 
 class Remove(Callback):
@@ -679,23 +599,7 @@ class Remove(Callback):
             self.remove(self.learn)
 
 
-class Interrupt(Callback):
-    order = 100
-
-    def after_loss(self) -> None:
-        if self.training and self.train_iter == 2:
-            raise CancelFitException
-
-
-class InterruptBeforeTheLoss(Callback):
-    order = 100
-
-    def after_pred(self) -> None:
-        if self.training and self.train_iter == 2:
-            raise CancelFitException
-
-
-CUTS = {"interrupted": Interrupt, "before the loss": InterruptBeforeTheLoss}
+CUTS = {"interrupted": "after_loss", "before the loss": "after_pred"}
 
 
 @pytest.mark.parametrize("what", ["fit", *CUTS, "validate", "get_preds", "lr_find"])
@@ -705,7 +609,7 @@ def test_nothing_is_held(make: Callable[..., Learner], dropout: bool, what: str)
     learn.model[1].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[1:])))
     with learn.no_bar(), learn.no_logging():
         if what in ("fit", *CUTS):
-            learn.fit(1, cbs=[CUTS[what]()] if what in CUTS else [])
+            learn.fit(1, cbs=[Stop(CUTS[what], CancelFitException)] if what in CUTS else [])
         elif what == "lr_find":
             learn.lr_find(num_it=8, show_plot=False, suggest_funcs=())
         else:
@@ -724,41 +628,29 @@ def test_saved_weights(make: Callable[..., Learner], dropout: bool) -> None:
     learn, frozen = fuse(make(), dropout), make()
     for one in (learn, frozen):
         one.freeze()
-    assert gap(trained(learn, 1), trained(frozen, 1)) < 1e-5
-    assert gap(weights(learn), trained(make(), 1)) > 1e-4
+    assert gap(trained(learn), trained(frozen)) < 1e-5
+    assert gap(weights(learn), trained(make())) > 1e-4
     learn.save("half way")
     assert learn.model.state_dict().keys() == frozen.model.state_dict().keys()
     assert gap(weights(make().load("half way")), weights(learn)) == 0
     before = weights(learn)
-    trained(learn, 1)
+    trained(learn)
     assert gap(weights(learn.load("half way")), before) == 0
     assert isinstance(learn.model[1].output_dp, FusedRNNDropout) == dropout
 
 
-LOAD = """
-import sys, types, warnings
-warnings.simplefilter("ignore")
-sys.modules["fastreg"] = None  # to import it fails
-file, module = sys.argv[1:]
-sys.modules[module.split(".")[0]] = sys.modules[module] = types.ModuleType(module)
-sys.modules[module].Ids = type("Ids", (list,), {})
-from fastai.learner import load_learner
-learn = load_learner(file)
-print(*(type(cb).__module__ + "." + type(cb).__name__ for cb in learn.cbs))
-print(type(learn.model[1].output_dp).__module__, learn.model[1].output_dp.p)
-print(learn.rnn_regularizer.alpha, learn.rnn_regularizer.beta, learn.rnn in list(learn.cbs))
-print(len(learn.metrics))
-"""
-
-
-@pytest.mark.parametrize(("dropout", "interrupted"), [(False, None), (True, "before_backward"), (True, "before_step")])
+@pytest.mark.parametrize(
+    ("dropout", "interrupted"),
+    [(False, None), (True, "before_backward"), (True, "before_step")],
+    ids=["callbacks", "dropout", "cut off before the step"],
+)
 def test_exports_load_without_fastreg(make: Callable[..., Learner], dropout: bool, interrupted: str | None) -> None:
     learn = fuse(make(), dropout)
-    expected = trained(learn, 1)
+    expected = trained(learn)
     if interrupted:
         learn.rnn_regularizer.bptt = 16
         with pytest.raises(KeyboardInterrupt):
-            trained(learn, 1, cbs=Stop(interrupted))
+            trained(learn, cbs=Stop(interrupted))
         assert ("_step" in vars(learn)) == (interrupted == "before_step")
         expected = weights(learn)
         learn.loss_grad = learn.pred = None  # the learner's own
@@ -767,23 +659,21 @@ def test_exports_load_without_fastreg(make: Callable[..., Learner], dropout: boo
     assert all(a is b for a, b in zip(learn.cbs, cbs, strict=True))
     assert learn.model[1].output_dp is module
 
-    command = [sys.executable, "-c", LOAD, "learner.pkl", Ids.__module__]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=learn.path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    kinds, dropped, coefficients, metrics = done.stdout.strip().split("\n")
-    assert [kind.split(".")[-1] for kind in kinds.split()] == [type(cb).__name__ for cb in cbs]
-    assert all(kind.startswith("fastai.") for kind in kinds.split())
-    assert dropped == f"fastai.text.models.awdlstm {make().model[1].output_dp.p}"
-    assert coefficients == f"{ALPHA} {BETA} True"
-    assert metrics == "0"  # no columns
-
-    again = load_learner(learn.path / "learner.pkl")
+    with without("fastreg"):
+        again = load_learner(learn.path / "learner.pkl")
+    assert [type(cb).__name__ for cb in again.cbs] == [type(cb).__name__ for cb in cbs]
+    assert all(type(cb).__module__.startswith("fastai.") for cb in again.cbs)
+    assert type(again.model[1].output_dp) is RNNDropout
+    assert again.model[1].output_dp.p == make().model[1].output_dp.p
+    assert (again.rnn_regularizer.alpha, again.rnn_regularizer.beta) == (ALPHA, BETA)
+    assert again.rnn in list(again.cbs)
+    assert len(again.metrics) == 0  # no columns
     assert gap(weights(again), expected) == 0
     again.dls = learn.dls
     learn.save("now")
     learn.rnn_regularizer.bptt = None  # as in the export
     learn.model.zero_grad()
-    assert gap(trained(fuse(again, dropout), 1), trained(learn.load("now"), 1, reset_opt=True)) < 1e-5
+    assert gap(trained(fuse(again, dropout)), trained(learn.load("now"), reset_opt=True)) < 1e-5
     assert again.recorder.metric_names == ["epoch", "train_loss", "valid_loss", "ar", "tar", "time"]
 
 
@@ -852,25 +742,20 @@ def test_fuse_and_unfuse_the_dropout(make: Callable[..., Learner]) -> None:
     assert gap(trained(unfuse(fuse(make(), dropout=True))), trained(make())) == 0
 
 
-def test_unfuse_takes_the_columns_of_a_fit_that_was_cut_off(make: Callable[..., Learner]) -> None:
+@pytest.mark.parametrize("removed", [False, True])
+def test_unfuse_after_a_fit_that_was_cut_off(make: Callable[..., Learner], removed: bool) -> None:
     learn = fuse(make(metrics=accuracy), dropout=True)
+    orphan, dropout = learn.rnn_regularizer, learn.model[1].output_dp
     with pytest.raises(KeyboardInterrupt):
         trained(learn, cbs=Stop())
+    assert dropout.linked() is orphan.regularizer
+    if removed:
+        learn.remove_cb(orphan)
+        assert dropout.linked() is None
+        assert copy.deepcopy(learn.metrics).attrgot("name") == ["accuracy", "ar", "tar"]
+        assert pickle.loads(pickle.dumps(learn.metrics)).attrgot("name") == ["accuracy"]
     assert unfuse(learn).metrics.attrgot("name") == ["accuracy"]
     assert learn.model[1].output_dp.training
-
-
-def test_a_callback_removed_after_a_fit_that_was_cut_off(make: Callable[..., Learner]) -> None:
-    learn = fuse(make(metrics=accuracy), dropout=True)
-    orphan = learn.rnn_regularizer
-    with pytest.raises(KeyboardInterrupt):
-        trained(learn, cbs=Stop())
-    assert learn.model[1].output_dp.linked() is orphan.regularizer
-    learn.remove_cb(orphan)
-    assert learn.model[1].output_dp.linked() is None
-    assert copy.deepcopy(learn.metrics).attrgot("name") == ["accuracy", "ar", "tar"]
-    assert pickle.loads(pickle.dumps(learn.metrics)).attrgot("name") == ["accuracy"]
-    assert unfuse(learn).metrics.attrgot("name") == ["accuracy"]
 
 
 def remove(learn: Any) -> None:
@@ -895,32 +780,19 @@ def test_a_regularizer_that_goes_in_the_middle_of_an_event(
 
 @pytest.mark.parametrize("undo", [unfuse, remove])
 def test_a_fit_cut_off_before_its_step(make: Callable[..., Learner], undo: Callable[[Any], object]) -> None:
-    learn = by_hand(make(), *rnn_cbs(ALPHA, BETA, bptt=20))
+    learn = with_bptt(make())
     with pytest.raises(KeyboardInterrupt):
         trained(learn, cbs=Stop("before_step"))
     assert "_step" in vars(learn)
     learn.rnn_regularizer.bptt = None
-    trained(learn, 1)
+    trained(learn)
     learn.rnn_regularizer.bptt = 20
     with pytest.raises(KeyboardInterrupt):
         trained(learn, cbs=Stop("before_step"))
     undo(learn)
     assert "_step" not in vars(learn)
     before = weights(learn).clone()
-    assert gap(trained(learn, 1), before) > 0
-
-
-@pytest.mark.parametrize("p", [0.0, 0.6])
-def test_the_class_of_a_tensor_stays(make: Callable[..., Learner], p: float, formed: list[Any]) -> None:
-    learn, regularizer = make(), Regularizer(ALPHA, BETA)
-    learn.model[1].output_dp.p = p
-    link(fuse(learn, dropout=True).model, regularizer)
-    output = learn.model.train()(LMTensorText(torch.zeros(2, 3, dtype=torch.long)))
-    assert {type(x) for x in output} == {LMTensorText}
-    assert (output[1] is output[2]) == (p == 0)
-    regularizer.on_loss_begin(output)
-    assert regularizer.on_backward_begin(0 * output[0].as_subclass(Tensor).sum()) > 0
-    assert len(formed) == (p == 0)  # a dropout that drops nothing has no node that carries the penalty
+    assert gap(trained(learn), before) > 0
 
 
 class Again(Callback):
@@ -943,75 +815,108 @@ def test_a_run_before_the_loss_does_not_pass_for_the_step(make: Callable[..., Le
 
 def test_without_the_regularizer_no_penalty_is_added(make: Callable[..., Learner]) -> None:
     learn = fuse(make(), dropout=True)
-    trained(learn, 1)
+    trained(learn)
     learn.model.load_state_dict(make().model.state_dict())
     learn.opt = None
     learn.remove_cb(RNNRegularizer)
     assert gap(trained(learn), trained(make(0, 0))) < 1e-5
 
 
-def test_fuse_refuses_models_without_such_a_dropout(make: Callable[..., Learner]) -> None:
-    learn = Learner(make().dls, Model(True), CrossEntropyLossFlat(), cbs=stock.rnn_cbs(2, 1))
-    with pytest.raises(ValueError, match=r"dropout=True .* RNNDropout of a LinearDecoder, .*; Model has none"):
-        fuse(learn, dropout=True)
-    assert type(learn.rnn_regularizer) is stock.RNNRegularizer
-    assert unfuse(learn) is learn
+def test_the_advice_on_a_learner_without_a_regularizer(make: Callable[..., Learner]) -> None:
+    learn = make(0, 0).add_cb(RNNRegularizer(ALPHA, BETA))
+    assert gap(trained(fuse(learn)), trained(make())) < 1e-5
 
 
-def test_subclasses_and_stock_captures_stay(make: Callable[..., Learner]) -> None:
+def test_subclasses_of_the_capture_stay(make: Callable[..., Learner]) -> None:
     class Mine(stock.RNNCallback):
         pass
 
-    learn = by_hand(make(), stock.ModelResetter(), Mine(), RNNRegularizer(ALPHA, BETA))
-    assert any(type(cb) is Mine for cb in fuse(learn).cbs)
+    learn = fuse(by_hand(make(), stock.ModelResetter(), Mine(), RNNRegularizer(ALPHA, BETA)))
+    assert type(learn.mine) is Mine
     assert gap(trained(learn), trained(make())) < 1e-5
 
 
-def test_fuse_refuses_a_learner_without_a_regularizer(make: Callable[..., Learner]) -> None:
-    learn, advice = make(0, 0), r"fuse: the learner has no RNNRegularizer; learn\."
-    with pytest.raises(ValueError, match=advice + r"add_cb\(fastreg\.fastai\.RNNRegularizer\(alpha, beta\)\)$"):
-        fuse(learn)
-    learn.add_cb(RNNRegularizer(ALPHA, BETA))
-    assert gap(trained(fuse(learn)), trained(make())) < 1e-5
-    with pytest.raises(ValueError, match=advice + r"add_cbs\(fastreg\.fastai\.rnn_cbs\(alpha, beta\)\)$"):
-        fuse(make(0, 0).remove_cb(stock.RNNCallback))
+def unchanged(learn: Any) -> None: ...
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_fuse_names_the_subclass_that_it_leaves_alone(make: Callable[..., Learner], own: bool) -> None:
-    class Mine(RNNRegularizer if own else stock.RNNRegularizer):
-        pass
-
-    learn = by_hand(make(), *stock.rnn_cbs(), Mine(ALPHA, BETA))
-    with pytest.raises(ValueError, match=r"fuse: the learner's Mine is a subclass of RNNRegularizer, and left alone"):
-        fuse(learn)
-    assert type(learn.rnn) is stock.RNNCallback
+def plain(learn: Any) -> None:
+    learn.model = Plain()
 
 
-def test_fuse_names_the_dropout_that_it_leaves_alone(make: Callable[..., Learner]) -> None:
-    class Mine(RNNDropout):
-        pass
+def unregularized(learn: Any) -> None:
+    learn.remove_cb(stock.RNNRegularizer)
 
+
+def p_of_1(learn: Any) -> None:
+    learn.model[1].output_dp.p = 1.0
+
+
+def negative_alpha(learn: Any) -> None:
+    learn.rnn_regularizer.alpha = -1.0
+
+
+def subclassed(learn: Any) -> None:
+    learn.rnn_regularizer.__class__ = type("Mine", (type(learn.rnn_regularizer),), {})
+
+
+def subclassed_dropout(learn: Any) -> None:
+    learn.model[1].output_dp.__class__ = type("Mine", (RNNDropout,), {})
+
+
+LEFT_ALONE = "fuse: the learner's Mine is a subclass of RNNRegularizer, and left alone"
+ADVICE = r"fuse: the learner has no RNNRegularizer; learn\."
+REJECTED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[Exception], str]] = {
+    "rnn": (plain, {"rnn": "rnn"}, ValueError, r"rnn: .* no such module at 'rnn'; candidates: 'body\.rnn'"),
+    "path of a dropout": (plain, PATHS | {"dropout": "drop"}, ValueError, "dropout: .* no such module at 'drop'"),
+    "dropout with rnn": (plain, {"rnn": "body.rnn", "dropout": True}, TypeError, "dropout: expected with rnn the path"),
+    "path without rnn": (plain, {"dropout": "body.dropout"}, TypeError, "dropout: expected True or False, got 'body"),
+    "dropout": (unchanged, {"dropout": 0.5}, TypeError, "dropout: expected True or False, got 0.5"),
+    "valid": (plain, {"valid": 3}, TypeError, "valid: expected a function of the batch's inputs, or None"),
+    "mask_padding": (unchanged, {"mask_padding": "no"}, TypeError, "mask_padding: expected True or False, got 'no'"),
+    "no padding": (unchanged, {"mask_padding": True}, ValueError, "mask_padding: .* a model with a SentenceEncoder"),
+    "no such dropout": (plain, {"dropout": True}, ValueError, "RNNDropout of a LinearDecoder, .*; Plain has none"),
+    "p": (p_of_1, {"dropout": True}, ValueError, "p: expected"),
+    "alpha": (negative_alpha, {}, ValueError, "alpha: expected"),
+    "regularizer of a subclass": (subclassed, {}, ValueError, LEFT_ALONE),
+    "fused one of a subclass": (lambda learn: subclassed(fuse(learn)), {}, ValueError, LEFT_ALONE),
+    "dropout of a subclass": (subclassed_dropout, {"dropout": True}, ValueError, "Mine is a subclass, left alone"),
+    "no regularizer": (unregularized, {}, ValueError, ADVICE + r"add_cb\(.*RNNRegularizer\(alpha, beta\)\)$"),
+    "no regularizer for a path": (unregularized, PATHS, ValueError, r"add_cb\(.*\(alpha, beta, rnn=\.\.\., dropout="),
+    "no callbacks": (by_hand, {}, ValueError, ADVICE + r"add_cbs\(fastreg\.fastai\.rnn_cbs\(alpha, beta\)\)$"),
+}
+
+
+@pytest.mark.parametrize("what", REJECTED)
+def test_fuse_rejects_and_swaps_nothing(make: Callable[..., Learner], what: str) -> None:
+    prepare, options, error, message = REJECTED[what]
     learn = make()
-    learn.model[1].output_dp = Mine(0.1)
-    with pytest.raises(ValueError, match=r"dropout=True takes the place of .*; Mine is a subclass, left alone, and"):
-        fuse(learn, dropout=True)
-
-
-@pytest.mark.parametrize("wrong", ["p", "alpha"])
-def test_fuse_swaps_all_or_nothing(make: Callable[..., Learner], wrong: str) -> None:
-    learn = make()
-    if wrong == "p":
-        learn.model[1].output_dp.p = 1.0
-    else:
-        learn.rnn_regularizer.alpha = -1.0
-    cbs, dropout = list(learn.cbs), learn.model[1].output_dp
-    with pytest.raises(ValueError, match=f"{wrong}: expected"):
-        fuse(learn, dropout=True)
+    prepare(learn)
+    cbs, modules = list(learn.cbs), list(learn.model.modules())
+    with pytest.raises(error, match=message):
+        fuse(learn, **options)
     assert all(a is b for a, b in zip(learn.cbs, cbs, strict=True))
     assert all(cb.learn is learn for cb in cbs)
-    assert learn.rnn_regularizer in cbs
-    assert learn.model[1].output_dp is dropout
+    assert all(a is b for a, b in zip(learn.model.modules(), modules, strict=True))
+    assert not any(module._forward_hooks for module in modules)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),
+        (lambda: unfuse(nn.Linear(1, 1)), TypeError, "learn: expected a Learner, got Linear"),
+        (lambda: RNNRegularizer(dropout="dropout"), ValueError, "dropout: expected None without rnn, the path"),
+        (lambda: RNNRegularizer(rnn="rnn", mask_padding=True), ValueError, "mask_padding: expected False with"),
+        (lambda: RNNRegularizer(mask_padding=1), TypeError, "mask_padding: expected True or False, got 1"),
+        (lambda: rnn_cbs(mask_padding="no"), TypeError, "mask_padding: expected True or False, got 'no'"),
+        (lambda: rnn_cbs(-1.0), ValueError, "alpha"),
+        (lambda: rnn_cbs(1.0, math.nan), ValueError, "beta"),
+        (lambda: rnn_cbs(1.0, bptt=0), ValueError, "bptt"),
+    ],
+)
+def test_rejects_arguments(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_what_is_set_on_a_callback_stays(make: Callable[..., Learner]) -> None:
@@ -1029,65 +934,31 @@ def test_what_is_set_on_a_callback_stays(make: Callable[..., Learner]) -> None:
     assert gap(trained(fuse(learn)), trained(make())) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda learn: fuse(learn, dropout=0.5), "dropout: expected True or False, got 0.5"),
-        (lambda learn: fuse(learn, mask_padding="no"), "mask_padding: expected True or False, got 'no'"),
-        (lambda _: RNNRegularizer(1.0, mask_padding=1), "mask_padding: expected True or False, got 1"),
-        (lambda _: rnn_cbs(mask_padding="no"), "mask_padding: expected True or False, got 'no'"),
-        (lambda _: fuse(None), "learn: expected a Learner, got NoneType"),
-        (lambda learn: unfuse(learn.model), "learn: expected a Learner, got SequentialRNN"),
-    ],
-)
-def test_types_are_checked(make: Callable[..., Learner], call: Callable[[Any], Any], message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        call(make())
-
-
-class Model(nn.Module):
-    """A small RNN of one's own."""
-
-    def __init__(self, reset: bool, plain: bool = False) -> None:
-        super().__init__()
-        self.embedding, self.rnn = nn.Embedding(WORDS, 8), nn.GRU(8, 8, batch_first=True)
-        self.decoder, self.plain = nn.Linear(8, WORDS), plain
-        if reset:
-            self.reset = lambda: None
+class Model(Plain):
+    """Returns one tensor as raw and dropped, and may keep no state."""
 
     def forward(self, x: Tensor) -> Any:
-        raw, _ = self.rnn(self.embedding(x))
-        decoded = self.decoder(raw)
-        return decoded if self.plain else (decoded, raw, raw)
+        decoded, raw, _ = self.activations(x)
+        return decoded, raw, raw
 
 
 @pytest.mark.parametrize(
     ("model", "cbs", "error", "match"),
     [
-        (
-            Model(True, plain=True),
-            rnn_cbs(2, 1),
-            TypeError,
-            r"expected \(decoded, raw, dropped\) .* got a Tensor from Mod",
-        ),
-        (Model(False), rnn_cbs(2, 1), TypeError, r"Model has no reset\(\), which ModelResetter calls: give it one"),
-        (Model(True), [RNNRegularizer(2, 1)], RuntimeError, r"no RNNCallback captures the activations: add one"),
-        (
-            Model(True),
-            [*stock.rnn_cbs(), *rnn_cbs(2, 1)],
-            RuntimeError,
-            r"more than one RNNCallback, .*learn\.remove_cb",
-        ),
-        (Model(True), [*rnn_cbs(2, 1), RNNCallback()], RuntimeError, r"more than one RNNCallback, .*learn\.remove_cb"),
+        (Resettable(), rnn_cbs(2, 1), TypeError, r"expected \(decoded, raw, dropped\) .* got a Tensor from Resettable"),
+        (Model(), rnn_cbs(2, 1), TypeError, r"Model has no reset\(\), which ModelResetter calls: give it one"),
+        (Triple(), [RNNRegularizer(2, 1)], RuntimeError, r"no RNNCallback captures the activations: add one"),
+        (Triple(), [*stock.rnn_cbs(), *rnn_cbs(2, 1)], RuntimeError, r"more than one RNNCallback, .*learn\.remove_cb"),
+        (Triple(), [*rnn_cbs(2, 1), RNNCallback()], RuntimeError, r"more than one RNNCallback, .*learn\.remove_cb"),
+        (Triple(), rnn_cbs(2, 1, mask_padding=True), ValueError, r"a model with a SentenceEncoder, .* got Triple"),
     ],
-    ids=["plain output", "no reset", "no capture", "two captures", "two of ours"],
+    ids=["plain output", "no reset", "no capture", "two captures", "two of ours", "no padding"],
 )
-def test_errors_say_what_to_do(
+def test_a_fit_rejects(
     make: Callable[..., Learner], model: nn.Module, cbs: list[Callback], error: type[Exception], match: str
 ) -> None:
-    learn = Learner(make().dls, model, CrossEntropyLossFlat(), cbs=cbs)
-    with pytest.raises(error, match=match), learn.no_bar(), learn.no_logging():
-        learn.fit(1)
+    with pytest.raises(error, match=match):
+        trained(Learner(make().dls, model, CrossEntropyLossFlat(), cbs=cbs))
 
 
 def test_the_advice_on_two_captures(make: Callable[..., Learner]) -> None:
@@ -1099,12 +970,6 @@ def test_the_advice_on_two_captures(make: Callable[..., Learner]) -> None:
 
 
 def test_models_without_state_need_no_resetter(make: Callable[..., Learner]) -> None:
-    learn = Learner(make().dls, Model(False), CrossEntropyLossFlat(), cbs=rnn_cbs(2, 1)[1:])
+    learn = Learner(make().dls, Model(), CrossEntropyLossFlat(), cbs=rnn_cbs(2, 1)[1:])
     before = weights(learn).clone()
     assert gap(trained(learn), before) > 0
-
-
-@pytest.mark.parametrize("options", [{"alpha": -1.0}, {"beta": float("nan")}, {"bptt": 0}])
-def test_arguments_are_checked(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        rnn_cbs(**({"alpha": 1.0} | options))

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
-import subprocess
-import sys
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 if TYPE_CHECKING:
     pl: Any = ...  # Lightning is not needed to check types
@@ -26,6 +22,8 @@ else:
 
 from fastreg import FusedRNNDropout, carry, fused_ar_tar
 from fastreg.lightning import ActivationRegularization
+from tests.conftest import import_without
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, VOCABULARY, criterion
 
 # Lightning's own, and those of its imports
 pytestmark = [
@@ -34,14 +32,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
-ALPHA, BETA = 2.0, 1.0
-
 
 class Module(pl.LightningModule):
     """A language model that knows nothing of fastreg."""
 
-    result: Callable[[Tensor], Any] = staticmethod(lambda loss: loss)
     regularized = False  # by the formula written out
 
     def __init__(self) -> None:
@@ -56,10 +50,13 @@ class Module(pl.LightningModule):
     def reset(self) -> None:
         self.resets += 1
 
+    def result(self, loss: Tensor) -> Any:
+        return loss
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         raw, _ = self.encoder["lstm"](self.drop(self.encoder["embedding"](batch)))
         dropped = self.drop(raw)
-        loss = F.cross_entropy(self.decoder(dropped).flatten(0, 1), batch.flatten())
+        loss = criterion(self.decoder(dropped), batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=1)
         raw, dropped = raw.float(), dropped.float()
         ar, tar = dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()
@@ -75,10 +72,6 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-class Formula(Module):
-    regularized = True
-
-
 def batches(count: int = 6) -> torch.utils.data.DataLoader[Any]:
     ids = torch.randint(VOCABULARY, (count * BATCH, TIME), generator=torch.Generator().manual_seed(1))
     return torch.utils.data.DataLoader(ids, batch_size=BATCH)  # pyright: ignore[reportArgumentType]
@@ -90,17 +83,20 @@ def callback(alpha: float = ALPHA, beta: float = BETA, **options: Any) -> Activa
 
 
 def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
+    """Train for an epoch, and return what was logged."""
     torch.manual_seed(0)
-    defaults = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
     trainer.fit(module, batches(), batches(1) if validate else None)
-    return trainer
+    return trainer.callback_metrics
 
 
-def made(kind: type[Module] = Module) -> Module:
+def made(kind: Any = Module, regularized: bool = False) -> Any:
     torch.manual_seed(3)
-    return kind()
+    module = kind()
+    module.regularized = regularized
+    return module
 
 
 def assert_same(module: nn.Module, other: nn.Module, rtol: float = 1e-4, atol: float = 1e-6) -> None:
@@ -108,58 +104,59 @@ def assert_same(module: nn.Module, other: nn.Module, rtol: float = 1e-4, atol: f
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
+def check_weights(kind: Any, *callbacks: Any, **options: Any) -> None:
+    """Check that a module is trained as the same module with the formula written out."""
+    module, written_out = made(kind), made(kind, regularized=True)
+    fit(module, *callbacks, **options)
+    fit(written_out, **options)
+    assert_same(module, written_out)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"accumulate_grad_batches": 2},
         {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1},
         {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
         {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
     ],
-    ids=["plain", "accumulation", "accumulation+clipping", "clipping", "bf16+accumulation+clipping"],
+    ids=["plain", "accumulation+clipping", "clipping of values", "bf16+accumulation+clipping"],
 )
-def test_weights(options: dict[str, Any]) -> None:
-    module, written_out, without = made(), made(Formula), made()
+def test_trains_the_weights_of_the_formula(options: dict[str, Any]) -> None:
+    module, written_out, without = made(), made(regularized=True), made()
     fit(module, callback(), **options)
     fit(written_out, **options)
     fit(without, **options)
     # Autograd rounds to bfloat16 wherever it adds gradients; hooks add in float32 and round once.
-    largest = max(
-        (x - y).abs().max().item() for x, y in zip(written_out.parameters(), made().parameters(), strict=True)
-    )
+    weights = [[*x.parameters()] for x in (written_out, made())]
+    largest = max((x - y).abs().max().item() for x, y in zip(*weights, strict=True))
     half = "precision" in options
     assert_same(module, written_out, **({"rtol": 0, "atol": torch.finfo(torch.bfloat16).eps * largest} if half else {}))
     with pytest.raises(AssertionError):
         assert_same(module, without, rtol=1e-3, atol=1e-4)
 
 
-def test_a_dropout_that_takes_the_penalty_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_dropout_forms_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fused(Module):
         def __init__(self) -> None:
             super().__init__()
             self.drop = FusedRNNDropout(0.3)
 
-    class FusedFormula(Fused):
-        regularized = True
-
-    module, written_out = made(Fused), made(FusedFormula)
+    module, written_out = made(Fused), made(Fused, regularized=True)
     monkeypatch.setattr(carry, "penalty_of", None)  # the dropout alone forms terms
-    logged = fit(module, callback(), validate=True).callback_metrics
-    want = fit(written_out, validate=True).callback_metrics
+    logged = fit(module, callback())
+    fit(written_out)
     assert_same(module, written_out)
-    torch.testing.assert_close(logged["train_loss"], want["train_loss"])
-    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), torch.stack(module.penalties[6:]).mean(0))
+    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), torch.stack(module.penalties).mean(0))
     assert (module.drop.alpha, module.drop.beta) == (0, 0)  # its own, again
 
 
-def test_dict_and_skipped_steps() -> None:
-    def every_other(module: Module) -> Callable[[Tensor], Any]:
-        return lambda loss: {"loss": loss, "more": 1} if len(module.penalties) % 2 else None
-
-    module, written_out = made(), made(Formula)
-    module.result, written_out.result = every_other(module), every_other(written_out)
+def test_steps_that_return_a_dict_and_steps_that_are_skipped() -> None:
     one, seen = callback(), []
+
+    class EveryOther(Module):
+        def result(self, loss: Tensor) -> Any:
+            return {"loss": loss, "more": 1} if len(self.penalties) % 2 else None
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -167,19 +164,29 @@ def test_dict_and_skipped_steps() -> None:
             with pytest.raises(RuntimeError, match="nothing was captured, the attached LSTM did not run"):
                 one.regularizer.on_backward_begin(torch.zeros(()))
 
+    module, written_out = made(EveryOther), made(EveryOther, regularized=True)
     fit(module, one, Watch())
     fit(written_out)
     assert_same(module, written_out)
-    assert [bool(x) for x in seen] == [True, False] * 6
+    assert [bool(x) for x in seen] == [True, False] * 3
 
 
-def test_logs() -> None:
-    module, written_out = made(), made(Formula)
-    logged = fit(module, callback()).callback_metrics
-    want = fit(written_out).callback_metrics
-    epoch = torch.stack(module.penalties[6:]).mean(0)
-    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), epoch)
+def test_logs_the_terms_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, log_dict = [], pl.LightningModule.log_dict
+
+    def counted(self: Any, *args: Any, **options: Any) -> None:
+        calls.append(args)
+        log_dict(self, *args, **options)
+
+    monkeypatch.setattr(pl.LightningModule, "log_dict", counted)
+    module = made()
+    logged, want = fit(module, callback(), max_epochs=2), fit(made(regularized=True), max_epochs=2)
+    last = torch.stack(module.penalties[6:]).mean(0)
+    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), last)
     torch.testing.assert_close(logged["train_loss"], want["train_loss"])  # logged before the formula is added
+    assert len(calls) == 2
+    assert not {"ar", "tar"} & fit(made(), callback(log=False)).keys()
+    assert len(calls) == 2
 
 
 def test_the_module_is_left_as_it_was() -> None:
@@ -193,16 +200,7 @@ def test_the_module_is_left_as_it_was() -> None:
         with pytest.raises(RuntimeError, match=r"nothing was captured; call on_loss_begin"):  # nothing is attached
             one.regularizer.on_backward_begin(torch.zeros(()))
     copy.deepcopy(one)
-    assert module.resets == 2 * (2 + 2 + 2)  # epochs of training, and of validation before and after
-
-
-def test_a_step_of_the_instance_is_left_to_it() -> None:
-    module, written_out = made(), made(Formula)
-    module.training_step = own = partial(module.training_step, batch_idx=0)
-    fit(module, callback())
-    fit(written_out)
-    assert vars(module)["training_step"] is own
-    assert_same(module, written_out)
+    assert module.resets == 2 * (1 + 1 + 1)  # epochs of training, and of validation before and after
 
 
 def test_a_step_without_an_index() -> None:
@@ -210,23 +208,17 @@ def test_a_step_without_an_index() -> None:
         def training_step(self, batch: Tensor) -> Any:  # pyright: ignore
             return super().training_step(batch, 0)
 
-    module, written_out = made(Short), made(Formula)
-    fit(module, callback())
-    fit(written_out)
-    assert_same(module, written_out)
+    check_weights(Short, callback())
 
 
-def test_compiled_module() -> None:
+def test_a_compiled_module() -> None:
     class Quiet(Module):  # a step that logs compiles neither with the callback nor without
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
             raw, _ = self.encoder["lstm"](self.encoder["embedding"](batch))
-            loss = F.cross_entropy(self.decoder(self.drop(raw)).flatten(0, 1), batch.flatten())
+            loss = criterion(self.decoder(self.drop(raw)), batch)
             return loss + BETA * raw.diff(dim=1).pow(2).mean() if self.regularized else loss
 
-    class QuietFormula(Quiet):
-        regularized = True
-
-    module, written_out = made(Quiet), made(QuietFormula)
+    module, written_out = made(Quiet), made(Quiet, regularized=True)
     module.drop.p = written_out.drop.p = 0.0
     torch._dynamo.reset()
     fit(torch.compile(module, backend="eager"), callback(alpha=0.0))
@@ -253,41 +245,16 @@ def test_rnns_in_evaluation_add_nothing() -> None:
             self.encoder["lstm"].eval()
 
     module, without = made(Frozen), made(Frozen)
-    logged = fit(module, callback()).callback_metrics
+    logged = fit(module, callback())
     fit(without)
     assert_same(module, without)
     assert "ar" not in logged
 
 
-def test_several_rnns() -> None:
-    class Two(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.second = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+class Two(Module):
+    """Two RNNs; the formula regularizes the output of each with a beta of its own."""
 
-        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-            raw, _ = self.encoder["lstm"](self.encoder["embedding"](batch))
-            last, _ = self.second(self.drop(raw))
-            loss = F.cross_entropy(self.decoder(last).flatten(0, 1), batch.flatten())
-            if self.regularized:
-                loss = loss + BETA * (raw.diff(dim=1).pow(2).mean() + last.diff(dim=1).pow(2).mean())
-            return loss
-
-    class TwoFormula(Two):
-        regularized = True
-
-    module, written_out = made(Two), made(TwoFormula)
-    fit(module, callback(0.0, rnn=["encoder.lstm", "second"], dropout=["drop", None]))
-    fit(written_out)
-    assert_same(module, written_out)
-    last = made(Two)
-    fit(last, callback(0.0, rnn=["encoder.lstm", "second"], dropout=["drop", None], layers="last"))
-    with pytest.raises(AssertionError):
-        assert_same(last, written_out)
-
-
-class Pair(Module):
-    """Two RNNs, whose outputs are regularized with different betas."""
+    betas = BETA, BETA
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,26 +262,35 @@ class Pair(Module):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         raw, _ = self.encoder["lstm"](self.encoder["embedding"](batch))
-        last, _ = self.second(raw)
-        loss = F.cross_entropy(self.decoder(last).flatten(0, 1), batch.flatten())
-        tars = [x.diff(dim=1).pow(2).mean() for x in (raw, last)]
-        self.penalties.append(torch.stack(tars).detach())
-        return loss + 3 * tars[0] + 5 * tars[1] if self.regularized else loss
+        last, _ = self.second(self.drop(raw))
+        loss = criterion(self.decoder(last), batch)
+        tars = torch.stack([x.diff(dim=1).pow(2).mean() for x in (raw, last)])
+        self.penalties.append(tars.detach())
+        return loss + (tars * torch.tensor(self.betas)).sum() if self.regularized else loss
 
 
-class PairFormula(Pair):
-    regularized = True
+class Last(Two):
+    betas = 0.0, BETA
+
+
+class Unlike(Two):
+    betas = 3.0, 5.0
+
+
+@pytest.mark.parametrize(("kind", "layers"), [(Two, "all"), (Last, "last")], ids=["all", "last"])
+def test_several_rnns(kind: Any, layers: Any) -> None:
+    check_weights(kind, callback(0.0, rnn=["encoder.lstm", "second"], dropout=["drop", None], layers=layers))
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_two_callbacks(own: bool) -> None:
-    module, written_out = made(Pair), made(PairFormula)
-    if own:
+    module, written_out = made(Unlike), made(Unlike, regularized=True)
+    if own:  # of the instance, to which it is left
         module.training_step = partial(module.training_step, batch_idx=0)
     step = module.training_step
-    callbacks = [callback(0.0, 3.0, dropout=None), callback(0.0, 5.0, rnn="second", dropout=None)]
+    callbacks = [callback(0.0, 3.0), callback(0.0, 5.0, rnn="second", dropout=None)]
     for _ in range(2):
-        logged = fit(module, *callbacks).callback_metrics
+        logged = fit(module, *callbacks)
         assert module.training_step == step
         assert ("training_step" in vars(module)) == own
         assert not module.encoder["lstm"]._forward_hooks
@@ -325,7 +301,7 @@ def test_two_callbacks(own: bool) -> None:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_callbacks_end_in_any_order(order: tuple[int, int]) -> None:
-    module = made(Pair)
+    module = made(Two)
     callbacks = [callback(dropout=None), callback(rnn="second", dropout=None)]
     for one in callbacks:
         one.on_fit_start(None, module)
@@ -339,45 +315,35 @@ def test_two_callbacks_end_in_any_order(order: tuple[int, int]) -> None:
 
 
 def test_modules_made_late() -> None:
-    class Late(Formula):
-        regularized = False
-
+    class Late(Module):
         def configure_model(self) -> None:
             if not hasattr(self, "late"):
                 self.late = self.encoder["lstm"]
 
-    module, written_out = made(Late), made(Formula)
-    fit(module, callback(rnn="late"))
-    fit(written_out)
-    assert_same(module, written_out)
+    check_weights(Late, callback(rnn="late"))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rnn": "lstm"}, r"rnn: Module has no such module at 'lstm'; candidates: 'encoder\.lstm'$"),
-        ({"dropout": "dropout"}, r"dropout: Module has no such module at 'dropout'; candidates: 'drop'$"),
-        ({"dropout": ["drop", "drop"]}, "got 1 RNNs and 2 dropouts"),
-        ({"rnn": []}, "got 0 RNNs"),
-        ({"layers": "first"}, "layers: expected 'last' or 'all'"),
-        ({"alpha": -1.0}, "alpha"),
-    ],
-)
-def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+def test_a_wrong_path_is_refused_when_the_fit_starts() -> None:
     module = made()
-    with pytest.raises(ValueError, match=message):
-        fit(module, callback(**options))
+    with pytest.raises(ValueError, match=r"rnn: Module has no such module at 'lstm'; candidates: 'encoder\.lstm'$"):
+        fit(module, callback(rnn="lstm"))
     assert not module.encoder["lstm"]._forward_hooks
 
 
-def test_wrong_dropout() -> None:
-    class Wrong(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.other = nn.Dropout(0.1)
-
-    with pytest.raises(RuntimeError, match="attached Dropout did not get the output of the LSTM"):
-        fit(made(Wrong), callback(dropout="other"))
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layers": "first"}, ValueError, "layers: expected 'last' or 'all'"),
+        ({"alpha": -1.0}, ValueError, "alpha"),
+        ({"rnn": 3}, TypeError, "rnn: expected an attribute path, or a list of them, got int"),
+        ({"valid": 3}, TypeError, "valid: expected a function of the batch, or None, got int"),
+        ({"starts": 3}, TypeError, "starts: expected a function of the batch, or None, got int"),
+        ({"log": 1}, TypeError, "log: expected True or False, got 1"),
+    ],
+)
+def test_rejects_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        callback(**options)
 
 
 def test_manual_optimization() -> None:
@@ -388,13 +354,8 @@ def test_manual_optimization() -> None:
 
 
 def test_without_lightning() -> None:
-    code = (
-        "import sys; sys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"
-        "try: import fastreg.lightning\n"
-        "except ImportError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "fastreg.lightning: Lightning is not installed; pip install lightning"
+    with pytest.raises(ImportError, match=r"^fastreg.lightning: Lightning is not installed; pip install lightning$"):
+        import_without("fastreg.lightning", "lightning", "pytorch_lightning")
 
 
 class Snapshots(pl.Callback):
@@ -411,11 +372,11 @@ class Snapshots(pl.Callback):
 
 def test_a_copy_made_while_training_has_a_step_of_its_own() -> None:
     snapshots = Snapshots()
-    fit(made(), callback(), snapshots, max_epochs=1)
+    fit(made(), callback(), snapshots)
     for module in snapshots.made:
         assert module.training_step.__self__ is module
         before = [p.detach().clone() for p in module.parameters()]
-        fit(module, max_epochs=1)  # without the penalty
+        fit(module)  # without the penalty
         assert not all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
@@ -431,8 +392,7 @@ class Stateful(Module):
     def run(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         raw, state = self.encoder["lstm"](self.encoder["embedding"](batch), self.state)
         self.state = tuple(x.detach() for x in state)
-        dropped = self.drop(raw)
-        return F.cross_entropy(self.decoder(dropped).flatten(0, 1), batch.flatten()), raw
+        return criterion(self.decoder(self.drop(raw)), batch), raw
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         if batch_idx == 3:
@@ -443,20 +403,15 @@ class Stateful(Module):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.run(batch[:1])
 
-
-def test_validation_within_an_epoch_leaves_no_hidden_state() -> None:
-    class StatefulFormula(Stateful):
-        regularized = True
-
-        def on_validation_epoch_start(self) -> None:
+    def on_validation_epoch_start(self) -> None:
+        if self.regularized:  # with the penalty by a callback, which resets
             self.reset()
 
-        on_validation_epoch_end = on_train_epoch_start = on_validation_epoch_start
+    on_validation_epoch_end = on_train_epoch_start = on_validation_epoch_start
 
-    module, written_out = made(Stateful), made(StatefulFormula)
-    fit(module, callback(0.0), validate=True, val_check_interval=0.5)
-    fit(written_out, validate=True, val_check_interval=0.5)
-    assert_same(module, written_out)
+
+def test_validation_within_an_epoch_leaves_no_hidden_state() -> None:
+    check_weights(Stateful, callback(0.0), validate=True, val_check_interval=0.5)
 
 
 class Own(nn.Module):
@@ -471,86 +426,40 @@ class Own(nn.Module):
         return {"state": state, "raw": raw}
 
 
-def test_any_module_with_valid_steps_of_the_batch() -> None:
-    class Masked(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.own = Own()
+class Masked(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = Own()
 
-        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-            raw = self.own(self.encoder["embedding"](batch))["raw"]
-            dropped = self.drop(raw)
-            loss = F.cross_entropy(self.decoder(dropped).flatten(0, 1), batch.T.flatten())
-            if self.regularized:
-                loss = loss + fused_ar_tar(
-                    raw, dropped, ALPHA, BETA, valid=batch != 3, starts=batch == 2, batch_first=False
-                )
-            return loss
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        raw = self.own(self.encoder["embedding"](batch))["raw"]
+        dropped = self.drop(raw)
+        masks: Any = {"valid": batch != 3, "starts": batch == 2, "batch_first": False}
+        penalty = fused_ar_tar(raw, dropped, ALPHA, BETA, **masks) if self.regularized else 0
+        return criterion(self.decoder(dropped), batch.T) + penalty
 
-    class MaskedFormula(Masked):
-        regularized = True
 
-    module, written_out, unmasked = made(Masked), made(MaskedFormula), made(Masked)
+def test_any_module_with_masks_of_the_batch() -> None:
     options: dict[str, Any] = {"rnn": "own", "output": lambda result: result["raw"], "batch_first": False}
-    one = callback(**options, valid=lambda batch: batch != 3, starts=lambda batch: batch == 2)
-    fit(module, one)
-    fit(written_out)
-    fit(unmasked, callback(**options, valid=lambda batch: batch != 3))
-    assert_same(module, written_out)
-    with pytest.raises(AssertionError):
-        assert_same(module, unmasked)
-    with pytest.raises(ValueError, match=r"batch_first: expected True for .* as the Own does not have it"):
-        fit(made(Masked), callback(rnn="own", output=options["output"]))
-    with pytest.raises(TypeError, match="valid: expected the callable to return a tensor or None, got int"):
-        fit(made(Masked), callback(**options, valid=lambda batch: 3))
-    for name in ("valid", "starts"):
-        with pytest.raises(TypeError, match=f"{name}: expected a function of the batch, or None, got int"):
-            callback(**{name: 3})
+    check_weights(Masked, callback(**options, valid=lambda batch: batch != 3, starts=lambda batch: batch == 2))
 
 
-def test_valid_steps_of_what_the_rnn_is_called_with() -> None:
-    """Run by run: an encoder's and a decoder's are of different lengths."""
+class TwoRuns(Module):
+    """Runs the RNN on two parts of different lengths, as an encoder and a decoder are."""
 
-    class TwoRuns(Module):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-            embedded, losses = self.encoder["embedding"](batch), []
-            for part, ids in zip(embedded.split([4, TIME - 4], 1), batch.split([4, TIME - 4], 1), strict=True):
-                raw, _ = self.encoder["lstm"](part)
-                losses.append(F.cross_entropy(self.decoder(raw).flatten(0, 1), ids.flatten()))
-                if self.regularized:
-                    losses.append(fused_ar_tar(raw, raw, ALPHA, BETA, valid=(ids != 3) & (part[..., 0] > -9)))
-            return torch.stack(losses).sum()
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        embedded, losses = self.encoder["embedding"](batch), []
+        for part, ids in zip(embedded.split([4, TIME - 4], 1), batch.split([4, TIME - 4], 1), strict=True):
+            raw, _ = self.encoder["lstm"](part)
+            losses.append(criterion(self.decoder(raw), ids))
+            if self.regularized:
+                losses.append(fused_ar_tar(raw, raw, ALPHA, BETA, valid=ids != 3))
+        return torch.stack(losses).sum()
 
-    class TwoRunsFormula(TwoRuns):
-        regularized = True
 
+def test_valid_steps_of_each_run() -> None:
     def valid(batch: Tensor, x: Tensor) -> Tensor:
         start = 0 if x.shape[1] == 4 else 4
         return batch[:, start : start + x.shape[1]] != 3
 
-    module, written_out = made(TwoRuns), made(TwoRunsFormula)
-    fit(module, callback(dropout=None, valid=valid))
-    fit(written_out)
-    assert_same(module, written_out)
-
-
-def test_terms_are_logged_once_an_epoch_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, log_dict = [], pl.LightningModule.log_dict
-
-    def counted(self: Any, *args: Any, **options: Any) -> None:
-        calls.append(args)
-        log_dict(self, *args, **options)
-
-    monkeypatch.setattr(pl.LightningModule, "log_dict", counted)
-    assert {"ar", "tar"} <= fit(made(), callback()).callback_metrics.keys()
-    assert len(calls) == 2  # epochs
-    assert not {"ar", "tar"} & fit(made(), callback(log=False)).callback_metrics.keys()
-    assert len(calls) == 2
-    with pytest.raises(TypeError, match="log: expected True or False, got 1"):
-        callback(log=1)
-
-
-@pytest.mark.parametrize("options", [{"rnn": 3}, {"rnn": None}, {"rnn": nn.LSTM(2, 2)}, {"dropout": 3}])
-def test_paths_are_strings(options: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=f"{next(iter(options))}: expected an attribute path, or a list of them, got"):
-        callback(**options)
+    check_weights(TwoRuns, callback(dropout=None, valid=valid))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import warnings
 import weakref
@@ -31,6 +30,8 @@ from tests.language_model import (
     attached,
     check_gradients,
     formula,
+    gru,
+    inputs,
     penalty_of,
     regularizer,
     seeded,
@@ -55,19 +56,16 @@ def test_the_penalty_of_the_dropout_is_taken(batch_first: bool, ar_of: Any, form
 
 
 def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
-    rnns = seeded(lambda: nn.ModuleList(nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(2)))
-    dropout = FusedRNNDropout(0.3, 0.25, 0.5)
-    reg = regularizer(layers="all")
+    rnns, dropout, reg = nn.ModuleList([gru(), gru()]), FusedRNNDropout(0.3, 0.25, 0.5), regularizer(layers="all")
     handles = [reg.attach(rnns[0], dropout)]
-    dropout(rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0])
+    dropout(rnns[0](inputs())[0])
     reg.clear()
     handles.append(reg.attach(rnns[1], dropout))
-    all_raw = [rnns[0](torch.randn(BATCH, TIME, HIDDEN))[0]]
-    all_dropped = [dropout(all_raw[0])]
-    all_raw.append(rnns[1](all_dropped[0])[0])
-    all_dropped.append(dropout(all_raw[1]))
-    want = formula(all_raw[0], all_dropped[0], 1) + formula(all_raw[1], all_dropped[1], 1)
-    check_gradients(rnns, penalty_of(reg, all_dropped[1]), want)
+    raw, _ = rnns[0](inputs())
+    dropped = dropout(raw)
+    last_raw, _ = rnns[1](dropped)
+    last_dropped = dropout(last_raw)
+    check_gradients(rnns, penalty_of(reg, last_dropped), formula(raw, dropped, 1) + formula(last_raw, last_dropped, 1))
     assert formed == []
     for handle in handles:
         handle.remove()
@@ -77,6 +75,11 @@ def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
     assert dropout.alpha == 4
 
 
+def of(alpha: float, beta: float, raw: Tensor, dropped: Tensor) -> Tensor:
+    """Compute a penalty of other coefficients than the formula's."""
+    return alpha * dropped.pow(2).mean() + beta * raw.diff(dim=1).pow(2).mean()
+
+
 def test_two_regularizers_of_one_dropout() -> None:
     """Each adds its own penalty, though the dropout forms but one."""
     model = seeded(Fused)
@@ -84,8 +87,7 @@ def test_two_regularizers_of_one_dropout() -> None:
     other.attach(model.rnn, model.dropout)
     _, raw, dropped = model.activations(tokens())
     check_gradients(model, penalty_of(one, dropped), formula(raw, dropped, 1))
-    want = 3 * dropped.pow(2).mean() + 5 * raw.diff(dim=1).pow(2).mean()
-    check_gradients(model, penalty_of(other, dropped), want)
+    check_gradients(model, penalty_of(other, dropped), of(3.0, 5.0, raw, dropped))
 
 
 class Changed(FusedRNNDropout):
@@ -147,7 +149,7 @@ def test_a_probability_and_valid_steps_of_one_call(batch_first: bool) -> None:
 
 def test_an_untaken_penalty_warns_once() -> None:
     warnings.simplefilter("error")
-    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), inputs().requires_grad_()
     for _ in range(3):
         dropout(raw)
         dropout.take()
@@ -174,18 +176,16 @@ def test_an_attached_dropout_warns_of_nothing() -> None:
 
 def test_a_penalty_without_a_gradient_is_warned_of_once() -> None:
     warnings.simplefilter("error")
-    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), inputs().requires_grad_()
 
-    def taken(use_reentrant: bool) -> Tensor:
+    def has_gradient(use_reentrant: bool) -> bool:
         checkpoint(dropout, raw, use_reentrant=use_reentrant)
-        terms = dropout.take()
-        assert terms is not None
-        return terms.penalty
+        return dropout.take().penalty.requires_grad  # pyright: ignore[reportOptionalMemberAccess]
 
-    assert taken(use_reentrant=False).requires_grad
+    assert has_gradient(use_reentrant=False)
     with pytest.warns(UserWarning, match="FusedRNNDropout: the penalty has no gradient, .* pass use_reentrant=False"):
-        assert not taken(use_reentrant=True).requires_grad
-    taken(use_reentrant=True)
+        assert not has_gradient(use_reentrant=True)
+    assert not has_gradient(use_reentrant=True)
     with torch.no_grad():
         fresh = FusedRNNDropout(0.3, ALPHA, BETA)
         fresh(raw)
@@ -194,7 +194,7 @@ def test_a_penalty_without_a_gradient_is_warned_of_once() -> None:
 
 def test_a_module_loads_from_a_file_of_weights_alone(tmp_path: Path) -> None:
     """Where its class is allowed: it holds nothing else that `torch.load` refuses, before a warning and after."""
-    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), inputs().requires_grad_()
     for expected in (nullcontext(), pytest.warns(UserWarning, match="nobody took it"), nullcontext()):
         with expected:
             dropout(raw)
@@ -205,7 +205,7 @@ def test_a_module_loads_from_a_file_of_weights_alone(tmp_path: Path) -> None:
 
 
 def test_a_replica_of_data_parallel_has_no_penalty_to_take() -> None:
-    raw = torch.randn(BATCH, TIME, HIDDEN)
+    raw = inputs()
     for alpha, refused in ((ALPHA, True), (0.0, False)):
         replica = FusedRNNDropout(0.3, alpha)._replicate_for_data_parallel()
         if refused:
@@ -217,7 +217,7 @@ def test_a_replica_of_data_parallel_has_no_penalty_to_take() -> None:
 
 def test_torch_script_runs_it_in_evaluation() -> None:
     model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), FusedRNNDropout(0.3, ALPHA, BETA))
-    x = torch.randn(BATCH, TIME, HIDDEN)
+    x = inputs()
     model(x)
     scripted = torch.jit.script(model.eval())
     assert torch.equal(scripted(x), model(x))
@@ -231,77 +231,54 @@ def test_torch_script_runs_it_in_evaluation() -> None:
 
 
 def test_the_dropout_follows_the_coefficients(formed: list[Any]) -> None:
-    model = seeded(Fused)
+    model, reg = seeded(Fused), regularizer()
     model.dropout.alpha, model.dropout.beta = 0.25, 0.5
-    reg = regularizer()
     with reg.attach(model.rnn, model.dropout):
         for alpha, beta in ((0.0, 3.0), (3.0, 0.0), (0.0, 0.0)):
             reg.alpha, reg.beta = alpha, beta
             _, raw, dropped = model.activations(tokens())
-            want = alpha * dropped.pow(2).mean() + beta * raw.diff(dim=1).pow(2).mean()
-            torch.testing.assert_close(penalty_of(reg, dropped), want)
+            torch.testing.assert_close(penalty_of(reg, dropped), of(alpha, beta, raw, dropped))
             torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
-        assert formed == []
         _, raw, dropped = model.activations(tokens())
         reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty has these coefficients all the same
         check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, 1))
-        assert formed == []
+    assert formed == []
     assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
     _, raw, dropped = model.activations(tokens())
-    torch.testing.assert_close(
-        model.dropout.take().penalty, 0.25 * dropped.pow(2).mean() + 0.5 * raw.diff(dim=1).pow(2).mean()
-    )
+    torch.testing.assert_close(model.dropout.take().penalty, of(0.25, 0.5, raw, dropped))
+
+
+def forms_its_own(dropout: FusedRNNDropout) -> bool:
+    """Return whether a forward without hooks forms the penalty of alpha 0.25 and beta 0.5."""
+    raw = inputs()
+    dropped = dropout.forward(raw)
+    taken = dropout.take()
+    return taken is not None and torch.isclose(taken.penalty, of(0.25, 0.5, raw, dropped)).item() is True
+
+
+def fail(*_: Any) -> None:
+    raise KeyError
 
 
 def test_an_attached_dropout_keeps_its_own_coefficients() -> None:
     model = seeded(Fused)
     model.dropout.alpha, model.dropout.beta = 0.25, 0.5
-    one, other = regularizer(), RNNRegularizer(3.0, 5.0)
-    handles = [reg.attach(model.rnn, model.dropout) for reg in (one, other)]
-
-    def own(dropout: FusedRNNDropout) -> bool:
-        """Whether a forward without hooks is of its own coefficients."""
-        raw = torch.randn(BATCH, TIME, HIDDEN)
-        dropped = dropout.forward(raw)
-        want = 0.25 * dropped.pow(2).mean() + 0.5 * raw.diff(dim=1).pow(2).mean()
-        taken = dropout.take()
-        return taken is not None and torch.isclose(taken.penalty, want).item() is True
-
-    def fail(*_: Any) -> None:
-        raise KeyError
-
+    regs = regularizer(), RNNRegularizer(3.0, 5.0)
+    handles = [reg.attach(model.rnn, model.dropout) for reg in regs]
     model(tokens())
-    assert own(copy.deepcopy(model.dropout))
-    assert own(pickle.loads(pickle.dumps(model.dropout)))
-    assert own(model.dropout)
+    assert forms_its_own(copy.deepcopy(model.dropout))
+    assert forms_its_own(pickle.loads(pickle.dumps(model.dropout)))
+    assert forms_its_own(model.dropout)
     hook = model.dropout.register_forward_pre_hook(fail)
     with pytest.raises(KeyError):
         model(tokens())
     hook.remove()
-    assert own(copy.deepcopy(model.dropout))
+    assert forms_its_own(copy.deepcopy(model.dropout))
     for handle in handles:
         handle.remove()
         model(tokens())
         assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
-    assert own(model.dropout)
-
-
-def test_a_dropout_that_failed_gets_its_own_coefficients_back() -> None:
-    model = seeded(Fused)
-    model.dropout.alpha, model.dropout.beta = 0.25, 0.5
-    attachment = regularizer().attach(model.rnn, model.dropout)
-
-    def fail(*_: Any) -> None:
-        raise KeyError
-
-    hook, raw = model.dropout.register_forward_pre_hook(fail), torch.randn(BATCH, TIME, HIDDEN)
-    with pytest.raises(KeyError):
-        model.dropout(raw)
-    hook.remove()
-    attachment.remove()
-    dropped = model.dropout(raw)
-    want = 0.25 * dropped.pow(2).mean() + 0.5 * raw.diff(dim=1).pow(2).mean()
-    torch.testing.assert_close(model.dropout.take().penalty, want)
+    assert forms_its_own(model.dropout)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -323,9 +300,8 @@ def test_a_forgotten_regularizer_leaves_the_dropout_as_it_was() -> None:
     model.dropout.alpha = 0.25
     reg = attached(model)
     alive = weakref.ref(model.activations(tokens())[1])
-    model.dropout(torch.randn(BATCH, TIME, HIDDEN))  # used for something else last
+    model.dropout(inputs())  # used for something else last
     del reg
-    gc.collect()
     assert model.dropout.alpha == 0.25
     assert model.dropout.take() is None
     assert alive() is None
@@ -334,27 +310,17 @@ def test_a_forgotten_regularizer_leaves_the_dropout_as_it_was() -> None:
 def test_nothing_waits_in_the_dropout_after_a_step_that_failed() -> None:
     model = seeded(Fused)
     reg = attached(model)
-    raw, _ = model.rnn(torch.randn(BATCH, TIME, HIDDEN))
+    raw, _ = model.rnn(inputs())
     loss = model.dropout(raw[:, 1:]).mean()
     with pytest.raises(RuntimeError, match="attached FusedRNNDropout did not get the output of the LSTM"):
         reg.on_backward_begin(loss)
     assert model.dropout.take() is None
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_the_layouts_must_agree(batch_first: bool) -> None:
-    rnn, dropout = nn.GRU(HIDDEN, HIDDEN, batch_first=batch_first), FusedRNNDropout(batch_first=not batch_first)
-    message = f"dropout: expected .* batch_first={batch_first}, as the GRU has it, got batch_first={not batch_first}"
-    with pytest.raises(ValueError, match=message):
-        regularizer().attach(rnn, dropout)
-    assert not rnn._forward_hooks
-    assert not dropout._forward_pre_hooks
-
-
 def test_a_fused_dropout_takes_no_packed_data() -> None:
     model = seeded(Fused)
     attached_regularizer = attached(model)
-    packed = pack_padded_sequence(torch.randn(BATCH, TIME, HIDDEN), torch.tensor([7, 4, 2]), batch_first=True)
+    packed = pack_padded_sequence(inputs(), torch.tensor([7, 4, 2]), batch_first=True)
     raw, _ = model.rnn(packed)
     with pytest.raises(TypeError, match=r"FusedRNNDropout: expected .* a tensor, got the data of a PackedSequence"):
         model.dropout(raw.data)
@@ -368,47 +334,50 @@ def test_a_fused_dropout_takes_no_packed_data() -> None:
 # The dropout that a model ends with
 
 
-@pytest.mark.parametrize("changed", ["nothing", "dropped", "raw", "alpha"])
-def test_terms_formed_ahead_are_used_as_long_as_they_are_right(changed: str, formed: list[Any]) -> None:
-    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
+def linked(**options: Any) -> tuple[RNNRegularizer, OutputDropout, Tensor]:
+    """Make a regularizer, an output dropout that is linked to it, and raw."""
+    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3), **options)
     link(nn.Sequential(dropout), reg)
-    raw = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    return reg, dropout, inputs().requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("changed", "forms"), [("nothing", 0), ("alpha", 0), ("p", 1), ("raw", 1), ("dropped", 1), ("the output", 1)]
+)
+def test_terms_formed_ahead_are_used_as_long_as_they_are_right(changed: str, forms: int, formed: list[Any]) -> None:
+    reg, dropout, raw = linked()
+    dropout.p = 0.0 if changed == "p" else dropout.p  # whose output is raw, without a node
     dropped = dropout(raw)
-    if changed in ("dropped", "raw"):
-        with torch.no_grad():
+    with torch.no_grad():
+        if changed in ("dropped", "raw"):
             {"dropped": dropped, "raw": raw}[changed].mul_(2)
-    elif changed == "alpha":
+    if changed == "alpha":
         reg.alpha = 9.0
+    elif changed == "the output":
+        dropped = 2 * dropped
     reg.on_loss_begin((0, raw, dropped))
-    want = reg.alpha * dropped.pow(2).mean() + BETA * raw.diff(dim=1).pow(2).mean()
-    torch.testing.assert_close(penalty_of(reg, dropped), want)
-    assert len(formed) == (changed in ("dropped", "raw"))
+    torch.testing.assert_close(penalty_of(reg, dropped), of(reg.alpha, BETA, raw, dropped))  # pyright: ignore
+    assert len(formed) == forms
 
 
-def test_terms_formed_ahead_are_not_of_what_came_with_padding_or_after_it() -> None:
-    raw, lengths = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True), torch.full((BATCH,), 2)
-    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
-    link(dropout, reg)
+@pytest.mark.parametrize(
+    ("options", "forms"),
+    [
+        ({"batch_first": True}, 0),
+        ({"batch_first": False}, 1),
+        ({"lengths": torch.full((BATCH,), 2)}, 1),
+        ({"valid": torch.arange(TIME).expand(BATCH, TIME) > 2}, 1),
+    ],
+    ids=["batch_first", "time_first", "lengths", "valid"],
+)
+def test_terms_formed_ahead_are_of_all_steps_in_one_layout(
+    options: dict[str, Any], forms: int, formed: list[Any]
+) -> None:
+    reg, dropout, raw = linked()
     dropped = dropout(raw)
-    reg.on_loss_begin((0, raw, dropped), lengths)
-    torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths))
-    dropped, valid = dropout(raw), torch.arange(TIME).expand(BATCH, TIME) > 2
-    reg.on_loss_begin((0, raw, dropped), valid=valid)
-    torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=valid))
-    dropped = 2 * dropout(raw)
-    reg.on_loss_begin((0, raw, dropped))
-    torch.testing.assert_close(penalty_of(reg, dropped), formula(raw, dropped, 1))
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_terms_formed_ahead_are_not_of_another_layout(batch_first: bool, formed: list[Any]) -> None:
-    raw, reg = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True), regularizer()
-    dropout = OutputDropout(nn.Dropout(0.3))
-    link(dropout, reg)
-    dropped = dropout(raw)
-    reg.on_loss_begin((0, raw, dropped), batch_first=batch_first)
-    torch.testing.assert_close(penalty_of(reg, dropped), formula(raw, dropped, int(batch_first)))
-    assert len(formed) == (not batch_first)
+    reg.on_loss_begin((0, raw, dropped), **options)
+    torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, **options))
+    assert len(formed) == forms
 
 
 class Decorated(Tensor):
@@ -417,24 +386,21 @@ class Decorated(Tensor):
 
 @pytest.mark.parametrize("ar_of", ["dropped", "raw"])
 def test_terms_formed_ahead_are_of_the_class_of_raw(ar_of: Any, formed: list[Any]) -> None:
-    leaf = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    reg, dropout, leaf = linked(ar_of=ar_of)
     raw = leaf.as_subclass(Decorated)
-    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3), ar_of=ar_of)
-    link(dropout, reg)
     dropped = dropout(raw)
     assert type(dropped) is Decorated
-    reg.on_loss_begin((0, raw, dropped if ar_of == "dropped" else raw))
-    plain, squared = (x.as_subclass(Tensor) for x in (raw, dropped if ar_of == "dropped" else raw))
-    got, want = penalty_of(reg, dropped.as_subclass(Tensor)), formula(plain, squared, 1)
+    squared = dropped if ar_of == "dropped" else raw
+    reg.on_loss_begin((0, raw, squared))
+    got = penalty_of(reg, dropped.as_subclass(Tensor))
+    want = formula(raw.as_subclass(Tensor), squared.as_subclass(Tensor), 1)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*[torch.autograd.grad(x, leaf, retain_graph=True) for x in (got, want)])
     assert formed == []
 
 
 def test_runs_of_an_output_dropout_go_with_their_graph() -> None:
-    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3))
-    link(dropout, reg)
-    raw = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
+    reg, dropout, raw = linked()
 
     def dropped() -> weakref.ref[Tensor]:
         """The output of a forward, which nothing holds."""
@@ -457,19 +423,17 @@ def test_runs_of_an_output_dropout_go_with_their_graph() -> None:
 
 @pytest.mark.parametrize("how", ["never linked", "unlinked", "regularizer gone"])
 def test_an_output_dropout_that_is_not_linked_is_its_original(how: str) -> None:
-    original = nn.Dropout(0.3)
-    reg, dropout = regularizer(), OutputDropout(original, alpha=0.25, beta=0.5)
-    if how != "never linked":
-        link(dropout, reg)
-        dropout(torch.randn(BATCH, TIME, HIDDEN))
+    reg, dropout, raw = linked(alpha=0.25, beta=0.5)
+    if how == "never linked":
+        dropout = OutputDropout(nn.Dropout(0.3), alpha=0.25, beta=0.5)
+    dropout(raw)
     if how == "unlinked":
         link(dropout, None)
     del reg
-    raw = torch.randn(BATCH, TIME, HIDDEN, requires_grad=True)
     torch.manual_seed(0)
     dropped = dropout(raw)
     torch.manual_seed(0)
-    assert torch.equal(dropped, original(raw))
+    assert torch.equal(dropped, nn.Dropout(0.3)(raw))
     assert dropout.take() is None
     assert (dropout.alpha, dropout.beta) == (0.25, 0.5)
     alive = weakref.ref(dropped)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import multiprocessing
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -30,12 +27,14 @@ transformers: Any = pytest.importorskip(
 from fastreg import FusedRNNDropout, carry  # noqa: E402
 from fastreg.attachment import Attachment  # noqa: E402
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
+from tests.conftest import import_without  # noqa: E402
 
 # transformers' own, and those of its imports
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.usefixtures("quick_collections"),
 ]
 transformers.logging.set_verbosity_error()
 
@@ -61,34 +60,24 @@ class LanguageModel(nn.Module):
         return {"loss": F.cross_entropy(logits.flatten(0, 1), input_ids.flatten()), "logits": logits}
 
 
-def mamba() -> Any:
-    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4)
-    return transformers.MambaForCausalLM(config)
+def of_library(name: str, **options: Any) -> Callable[[], Any]:
+    """Return a maker of a small language model of transformers."""
+
+    def make() -> Any:
+        sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2}
+        config = getattr(transformers, f"{name}Config")(**(sizes | options))
+        return getattr(transformers, f"{name}ForCausalLM")(config)
+
+    make.__name__ = name
+    return make
 
 
-def mamba2() -> Any:
-    heads: dict[str, Any] = {"num_heads": 4, "head_dim": 4, "n_groups": 1, "chunk_size": 4, "state_size": 4}
-    config = transformers.Mamba2Config(vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, **heads)
-    return transformers.Mamba2ForCausalLM(config)
-
-
-def rwkv() -> Any:
-    config = transformers.RwkvConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, context_length=TIME
-    )
-    return transformers.RwkvForCausalLM(config)
-
-
-def recurrent_gemma() -> Any:
-    sizes: dict[str, Any] = {"intermediate_size": HIDDEN, "num_attention_heads": 2, "attention_window_size": TIME}
-    blocks: dict[str, Any] = {"num_hidden_layers": 2, "block_types": ["attention", "recurrent"]}
-    config = transformers.RecurrentGemmaConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, **sizes, **blocks)
-    return transformers.RecurrentGemmaForCausalLM(config)
-
-
-def xlstm() -> Any:
-    config = transformers.xLSTMConfig(vocab_size=VOCABULARY, hidden_size=16, num_heads=2, num_hidden_layers=2)
-    return transformers.xLSTMForCausalLM(config)
+mamba = of_library("Mamba", state_size=4)
+mamba2 = of_library("Mamba2", num_heads=4, head_dim=4, n_groups=1, chunk_size=4, state_size=4)
+rwkv = of_library("Rwkv", context_length=TIME)
+blocks: dict[str, Any] = {"attention_window_size": TIME, "block_types": ["attention", "recurrent"]}
+recurrent_gemma = of_library("RecurrentGemma", intermediate_size=HIDDEN, num_attention_heads=2, **blocks)
+xlstm = of_library("xLSTM", hidden_size=16, num_heads=2)
 
 
 PATHS: dict[Callable[[], Any], str] = {
@@ -102,6 +91,7 @@ PATHS: dict[Callable[[], Any], str] = {
 
 
 INSIDE = "backbone.layers.1.mixer"  # of mamba
+IN_PARTS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
 
 class Formula(transformers.Trainer):
@@ -152,7 +142,7 @@ def examples(count: int = EXAMPLES) -> Examples:
 def arguments_in(folder: str, **options: Any) -> Any:
     """Make `TrainingArguments` of plain gradient descent without extras."""
     plain: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
-    plain |= {"num_train_epochs": 2, "per_device_train_batch_size": 12, "logging_steps": 1, "save_strategy": "no"}
+    plain |= {"num_train_epochs": 1, "per_device_train_batch_size": 12, "logging_steps": 1, "save_strategy": "no"}
     quiet: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
     return transformers.TrainingArguments(folder, **(plain | quiet | options))
 
@@ -162,15 +152,6 @@ def arguments(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Return a maker of `TrainingArguments`, which in some releases change the environment for later ones."""
     with mock.patch.dict(os.environ):
         yield partial(arguments_in, str(tmp_path))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    """Freeze the objects of the imports, which the garbage collection of each training would visit."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def made(make: Callable[[], Any]) -> Any:
@@ -228,9 +209,8 @@ def test_the_formula_written_out_gives_the_same_weights(make: Callable[[], Any],
 
 @every_model
 def test_coefficients_of_zero_change_nothing(make: Callable[[], Any], arguments: Any, formed: list[Any]) -> None:
-    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_grad_norm": 1.0}
-    trainer = fit(make, arguments(**options), alpha=0.0, beta=0.0)
-    stock = fit(make, arguments(**options), transformers.Trainer)
+    args = arguments(**IN_PARTS, max_grad_norm=1.0)
+    trainer, stock = fit(make, args, alpha=0.0, beta=0.0), fit(make, args, transformers.Trainer)
     for a, b in zip(trainer.model.parameters(), stock.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert trainer.model.state_dict().keys() == stock.model.state_dict().keys()
@@ -247,18 +227,20 @@ def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 @pytest.mark.parametrize(
     ("make", "loss", "count"),
     [
-        *[(make, None, count) for make in (mamba2, recurrent_gemma) for count in (24, 20, 19)],
-        *[(LanguageModel, per_item, count) for count in (24, 20, 19)],
-        *[(LanguageModel, None, count) for count in (24, 20)],  # whose own loss wants batches of one size
+        (mamba2, None, 24),
+        (mamba2, None, 19),
+        (recurrent_gemma, None, 19),
+        (LanguageModel, per_item, 19),
+        (LanguageModel, None, 20),  # whose own loss wants batches of one size
     ],
+    ids=["equal batches", "rest of another size", "gemma", "loss of the caller", "loss of each batch"],
 )
 def test_accumulation_changes_nothing(make: Callable[[], Any], loss: Any, count: int, arguments: Any) -> None:
     accepts = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(made(make).forward).parameters.values())
     assert accepts == (make is not LanguageModel)
     options = {"train_dataset": examples(count), "compute_loss_func": loss}
     whole = fit(make, arguments(), **options)
-    in_parts = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3)
-    assert_same(fit(make, in_parts, **options), whole)
+    assert_same(fit(make, arguments(**IN_PARTS), **options), whole)
     assert_same(fit(make, arguments(), Formula, **options), whole)
 
 
@@ -274,18 +256,15 @@ def test_starts_are_left_out_of_shares(valid: Any, arguments: Any) -> None:
             return super().pairs_of(inputs, mask) & ~starts(inputs)[:, 1:]
 
     whole = fit(mamba2, arguments(), valid=valid, starts=starts)
-    in_parts = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3)
-    assert_same(fit(mamba2, in_parts, valid=valid, starts=starts), whole)
+    assert_same(fit(mamba2, arguments(**IN_PARTS), valid=valid, starts=starts), whole)
     assert_same(fit(mamba2, arguments(), Segments, valid=valid), whole)
-    assert_different(fit(mamba2, arguments(), valid=valid), whole)
 
 
 def test_batches_without_a_mask_count_by_their_examples(arguments: Any) -> None:
     data = [{"input_ids": x["input_ids"], "labels": x["labels"]} for x in examples(22)]
     options = {"train_dataset": data, "compute_loss_func": per_item}
     whole = fit(LanguageModel, arguments(), **options)
-    in_parts = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3)
-    assert_same(fit(LanguageModel, in_parts, **options), whole)
+    assert_same(fit(LanguageModel, arguments(**IN_PARTS), **options), whole)
     assert_same(fit(LanguageModel, arguments(), Formula, valid=None, **options), whole)
 
 
@@ -304,8 +283,9 @@ def in_a_process(rank: int, folder: str) -> list[tuple[dict[str, Tensor], dict[s
 
 
 def test_processes_change_nothing(arguments: Any, tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1) as first, spawn.Pool(1) as second:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports all this once, for both
+    with context.Pool(1) as first, context.Pool(1) as second:
         calls = [pool.apply_async(in_a_process, (rank, str(tmp_path))) for rank, pool in enumerate((first, second))]
         whole = fit(mamba2, arguments())
         want = whole.state.log_history[0]
@@ -315,10 +295,10 @@ def test_processes_change_nothing(arguments: Any, tmp_path: Path) -> None:
 
 
 def test_logs(arguments: Any) -> None:
-    written_out = fit(mamba2, arguments(), Formula)
+    written_out = fit(mamba2, arguments(num_train_epochs=2), Formula)
     terms = torch.stack(written_out.terms)
     often: dict[str, Any] = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 5}
-    for options in {}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}:
+    for options in {}, IN_PARTS:
         trainer = fit(mamba2, arguments(**often, **options), eval_dataset=examples(5))
         logged = [x for x in trainer.state.log_history if "loss" in x]
         assert [x for x in trainer.state.log_history if "ar" in x] == logged
@@ -340,12 +320,6 @@ def test_evaluation_and_prediction_stay_as_they_are(arguments: Any) -> None:
 def test_gradient_checkpointing(rnn: str, arguments: Any) -> None:
     checkpointed = arguments(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_same(fit(mamba, checkpointed, rnn=rnn), fit(mamba, arguments(), Formula, rnn=rnn))
-
-
-def test_reentrant_checkpointing_of_the_module_is_refused(arguments: Any) -> None:
-    checkpointed = arguments(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(RuntimeError, match="For activation checkpointing pass use_reentrant=False"):
-        fit(mamba, checkpointed, rnn=INSIDE)
 
 
 @pytest.mark.parametrize("make", [mamba, LanguageModel])
@@ -389,22 +363,19 @@ def test_compiled_models(make: Callable[[], Any], arguments: Any) -> None:
 
 
 def test_checkpoints(arguments: Any, tmp_path: Path) -> None:
-    in_parts: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
-    args = arguments(save_strategy="steps", save_steps=1, **in_parts)
+    args = arguments(save_strategy="steps", save_steps=1, **IN_PARTS)
     whole, resumed = fit(mamba, args), trainer_of(mamba, args)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    stock = transformers.MambaForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    stock = transformers.MambaForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     for a, b, c in zip(whole.model.parameters(), resumed.model.parameters(), stock.parameters(), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
 
 
-def test_other_valid_steps(arguments: Any) -> None:
-    def after_a_burn_in(batch: Any) -> Tensor:
-        return torch.arange(TIME).expand(len(batch["input_ids"]), -1) >= 3
-
-    for valid in after_a_burn_in, None:
-        assert_same(fit(mamba, arguments(), valid=valid), fit(mamba, arguments(), Formula, valid=valid))
+@pytest.mark.parametrize("valid", [lambda batch: batch["input_ids"].cumsum(1) > 9, None], ids=["burn-in", "all"])
+def test_other_valid_steps(valid: Any, arguments: Any) -> None:
+    trainer = fit(LanguageModel, arguments(), valid=valid)
+    assert_same(trainer, fit(LanguageModel, arguments(), Formula, valid=valid))
 
 
 class OwnLoss(transformers.Trainer):
@@ -466,19 +437,17 @@ class FusedModel(LanguageModel):
         self.dropout = FusedRNNDropout(0.3)
 
 
+@pytest.mark.parametrize("valid", [labelled, None], ids=["valid", "no valid"])
 @pytest.mark.parametrize("make", [lambda: LanguageModel(0.3), FusedModel], ids=["plain", "fused"])
-def test_dropout(make: Callable[[], Any], arguments: Any) -> None:
-    options: dict[str, Any] = {"rnn": "lstm", "dropout": "dropout"}
-    assert_same(fit(make, arguments(), **options), fit(make, arguments(), Formula, **options))
-
-
-def test_a_dropout_that_takes_the_penalty_along(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"rnn": "lstm", "dropout": "dropout", "valid": None}
-    monkeypatch.setattr(carry, "penalty_of", None)  # the dropout alone forms terms
-    trainer = fit(FusedModel, arguments(), **options)
-    assert_same(trainer, fit(FusedModel, arguments(), Formula, **options))
-    fit(FusedModel, arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3), **options)
-    assert (trainer.model.dropout.alpha, trainer.model.dropout.beta) == (0, 0)  # its own, again
+def test_dropout(make: Callable[[], Any], valid: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"rnn": "lstm", "dropout": "dropout", "valid": valid}
+    if make is FusedModel:
+        monkeypatch.setattr(carry, "penalty_of", None)  # the dropout alone forms terms
+    trainer = fit(make, arguments(), **options)
+    assert_same(trainer, fit(make, arguments(), Formula, **options))
+    if make is FusedModel:
+        fit(make, arguments(**IN_PARTS), **options)
+        assert (trainer.model.dropout.alpha, trainer.model.dropout.beta) == (0, 0)  # its own, again
 
 
 def test_several_layers(arguments: Any) -> None:
@@ -520,8 +489,7 @@ def test_a_schedule_of_the_coefficients(arguments: Any) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             trainer.regularizer.alpha = trainer.regularizer.beta = 0.0
 
-    in_parts = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=2)
-    trainer = trainer_of(mamba, in_parts, callbacks=[Off()])
+    trainer = trainer_of(mamba, arguments(**IN_PARTS), callbacks=[Off()])
     trainer.train()
     first = fit(mamba, arguments(max_steps=1))
     assert_different(trainer, first)
@@ -546,8 +514,7 @@ def test_the_model_is_left_as_it_was_after_an_error(arguments: Any) -> None:
 
 
 def test_a_step_by_hand(arguments: Any) -> None:
-    in_parts = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=1)
-    trainer, written_out = fit(mamba, in_parts), trainer_of(mamba, arguments(), Formula)
+    trainer, written_out = fit(mamba, arguments(**IN_PARTS, max_steps=1)), trainer_of(mamba, arguments(), Formula)
     written_out.model.load_state_dict(trainer.model.state_dict())
     batch = transformers.default_data_collator(examples(12))
     for one in trainer, written_out:
@@ -562,8 +529,7 @@ def test_batches_fetched_in_another_way_count_alike(arguments: Any) -> None:
     class Other(RegularizedTrainer):
         get_batch_samples = transformers.Trainer.get_batch_samples
 
-    in_parts = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3)
-    trainer = fit(LanguageModel, in_parts, Other, valid=None)
+    trainer = fit(LanguageModel, arguments(**IN_PARTS), Other, valid=None)
     assert_same(trainer, fit(LanguageModel, arguments(), Formula, valid=None))
 
 
@@ -585,9 +551,6 @@ def test_a_loss_that_never_passes_accelerate_is_refused(arguments: Any) -> None:
     ("options", "error", "message"),
     [
         ({"rnn": "layers.1"}, ValueError, r"rnn: MambaForCausalLM has no .* 'layers\.1'; .*'backbone\.layers\.1'"),
-        ({"dropout": "drop"}, ValueError, "dropout: MambaForCausalLM has no such module at 'drop'"),
-        ({"rnn": []}, ValueError, "got 0 RNNs"),
-        ({"dropout": ["a", "b"]}, ValueError, "got 1 RNNs and 2 dropouts"),
         ({"rnn": 3}, TypeError, "rnn: expected an attribute path, or a list of them, got int"),
         ({"layers": "first"}, ValueError, "layers: expected 'last' or 'all'"),
         ({"alpha": -1.0}, ValueError, "alpha"),
@@ -597,7 +560,7 @@ def test_a_loss_that_never_passes_accelerate_is_refused(arguments: Any) -> None:
         ({"valid": lambda batch: torch.ones(2, 2).bool()}, ValueError, r"valid: expected shape \(12, 7\)"),
     ],
 )
-def test_wrong_arguments(options: Any, error: Any, message: str, arguments: Any) -> None:
+def test_rejects_arguments(options: Any, error: Any, message: str, arguments: Any) -> None:
     with pytest.raises(error, match=message):
         fit(mamba, arguments(), **options)
 
@@ -609,17 +572,10 @@ def test_masks_for_some_batches_of_a_step_are_refused(arguments: Any) -> None:
         calls.append(batch)
         return None if len(calls) == 2 else labelled(batch)
 
-    in_parts = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match=r"valid: expected a mask for each batch .* got 2 for 3 batches"):
-        fit(mamba, in_parts, valid=sometimes)
+        fit(LanguageModel, arguments(**IN_PARTS), valid=sometimes)
 
 
 def test_without_transformers() -> None:
-    code = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "try: import fastreg.transformers\n"
-        "except ImportError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("fastreg.transformers: ")
-    assert "pip install transformers" in done.stdout
+    with pytest.raises(ImportError, match=r"^fastreg.transformers: .*pip install transformers"):
+        import_without("fastreg.transformers", "transformers")
