@@ -428,7 +428,7 @@ def test_any_byte_but_0_is_true(byte: int, by_start: bool, fused: bool, device: 
     x = torch.randn(5, 41, 12, device=device, requires_grad=True)
 
     def call(*given: Tensor) -> list[Tensor]:
-        options: Any = dict(zip(("valid", "starts"), given, strict=False))
+        options: dict[str, Any] = dict(zip(("valid", "starts"), given, strict=False))
         if fused:
             _, got = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=torch.ones_like(x), return_terms=True, **options)
         else:
