@@ -47,13 +47,3 @@ def has_values(x: Tensor) -> bool:
 def keeps_memory_low() -> bool:
     """Return whether saved tensors are packed away, as under activation checkpointing and `save_on_cpu`."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Return whether operations on the current stream of a device are captured in a CUDA graph.
-
-    A compiler cannot ask, and captures its own graphs with inputs that it copies.
-    """
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return False
-    return torch.cuda.is_current_stream_capturing()

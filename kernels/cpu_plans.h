@@ -40,8 +40,8 @@ struct PenaltyMemory {
     const void *grad;          // () in the dtype of the computation: the upstream gradient
     const void *assumed;       // () like grad: the upstream gradient that a forward assumed, writing gradients
     const int64_t *lengths;    // (outer,), or batch sizes (time,), or null
-    const uint8_t *valid;      // (outer, time), 1 where a step counts, or null; with neither all steps count
-    const uint8_t *starts;     // (outer, time), 1 where no change leads to a step, or null; with valid alone
+    const uint8_t *valid;      // (outer, time), not 0 where a step counts, or null; with neither all steps count
+    const uint8_t *starts;     // (outer, time), not 0 where no change leads to a step, or null; with valid alone
     const void *alpha, *beta;  // () like grad; they take the place of the plan's, or null
     void *penalty, *terms;     // (), and (2,) ar and tar, like grad
 };

@@ -58,7 +58,7 @@ class Counted {
                 if (!marked(i, step)) continue;
                 rows += stop - step;
                 pairs += stop - step - 1;
-                if (starts) pairs -= std::count(starts + at(i, step) + 1, starts + at(i, stop), uint8_t(1));
+                if (starts) pairs -= stop - step - 1 - std::count(starts + at(i, step) + 1, starts + at(i, stop), 0);
             }
         }
         if (steps.ar_divisor == 0) {  // the mean of no elements is 0
@@ -140,15 +140,25 @@ class Counted {
     int64_t end(int64_t sequence, int64_t step, int64_t stop) const {
         if (valid) {
             const uint8_t *mark = valid + at(sequence, step);
-            return step + find(mark, !*mark, stop - step);
+            return step + (*mark ? find_unmarked(mark, stop - step) : find_marked(mark, stop - step));
         }
         return step < length(sequence) ? std::min(length(sequence), stop) : stop;
     }
 
-    /// How many of `count` marks come before the first that is `mark`: all if there is none.
-    static int64_t find(const uint8_t *marks, uint8_t mark, int64_t count) {
-        const void *found = std::memchr(marks, mark, count);
+    /// How many of `count` marks come before the first that is 0: all if there is none.
+    static int64_t find_unmarked(const uint8_t *marks, int64_t count) {
+        const void *found = std::memchr(marks, 0, count);
         return found ? static_cast<const uint8_t *>(found) - marks : count;
+    }
+
+    /// How many of `count` marks come before the first that is not 0, whichever byte it is.
+    static int64_t find_marked(const uint8_t *marks, int64_t count) {
+        int64_t before = 0;
+        for (std::uint64_t eight; before + 8 <= count; before += 8) {
+            std::memcpy(&eight, marks + before, 8);
+            if (eight) break;
+        }
+        return std::find_if(marks + before, marks + count, [](uint8_t mark) { return mark; }) - marks;
     }
 
     State state(int64_t sequence, int64_t step) const {
@@ -162,7 +172,7 @@ class Counted {
         if (!now.state.arrives || !now.state.leaves) return step + 1;
         // The last step is in another state: it ends the stretch one step early.
         int64_t last = end(sequence, step, std::min(now.stop + 1, sizes.time));
-        if (starts) last = step + 1 + find(starts + at(sequence, step) + 1, 1, last - step - 1);
+        if (starts) last = step + 1 + find_marked(starts + at(sequence, step) + 1, last - step - 1);
         return std::min(last - 1, now.stop);
     }
 

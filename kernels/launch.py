@@ -93,7 +93,8 @@ class Marks:
         counts = allocate(counts)
         if starts is not None:
             marks = counts[-valid.numel() :]
-            torch.add(valid.view(torch.int8), starts.view(torch.int8), alpha=2, out=marks.view(valid.shape))
+            both = torch.mul(starts, 2, out=marks.view(valid.shape))
+            both += valid  # a bool, whose byte may be any but 0
         if self.launch is not None:
             self.launch(marks, counts)
         return counts

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from fastreg.kernels.streams import PerStream
 from fastreg.kernels.tiling import as_mark, ends, is_valid, joined
@@ -245,7 +246,7 @@ def ticket_for(device: torch.device, programs: int) -> Tensor:
     """
     if device.type == "cpu":  # the interpreter may be cut off halfway, so nothing is left to the next launch
         return torch.zeros(1, dtype=torch.int32, device=device)
-    return TICKETS.exclusive(device, programs)
+    return TICKETS.exclusive(device, driver.active.get_current_stream(device.index), programs)
 
 
 class SumMemory:

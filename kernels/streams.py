@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 
 RESERVE = 4096  # elements a device that are filled at once: for streams, for plans, and for tickets of CUDA graphs
 
@@ -55,7 +54,7 @@ class PerStream:
         self._reserve = Reserve(dtype, value)
         self.of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
 
-    def exclusive(self, device: torch.device, programs: int) -> Tensor:
+    def exclusive(self, device: torch.device, stream: int, programs: int) -> Tensor:
         """Return the element of the current stream for launches of so many programs, or one for a captured launch.
 
         A graph's replays may run at the same time as anything but each other.
@@ -63,7 +62,6 @@ class PerStream:
         if is_captured(device):
             found = self._reserve.draw(device)
             return self._reserve.new(1, device) if found is None else found
-        stream = 0 if device.type == "cpu" else driver.active.get_current_stream(device.index)
         key = device, stream, programs
         found = self.of_stream.get(key)
         if found is None:

@@ -16,6 +16,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset
 
 from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.arguments import check_not_captured
+from fastreg.kernels.streams import PerStream, is_captured
 from tests.conftest import KERNELS_ON_CPU, gpu
 
 THREADS, TIMEOUT = 8, 60
@@ -59,29 +61,20 @@ def test_threads_at_once_are_exact(device: str, streams: bool) -> None:
 
 def test_threads_get_tickets_that_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams draw from one reserve, made by whichever thread comes first; its zeros must be there for all."""
-    streams = pytest.importorskip("fastreg.kernels.streams")
     device, zeroed = torch.device("meta"), threading.Event()
-
-    class Driver:
-        def get_current_stream(self, _: Any) -> int:
-            return threading.get_ident()
-
-    class Drivers:
-        active = Driver()
 
     def synchronize(_: Any) -> None:
         zeroed.wait(0.2)  # others come by
         zeroed.set()
 
-    for name, value in (("RESERVE", THREADS), ("driver", Drivers)):
-        monkeypatch.setattr(streams, name, value)
-    tickets = streams.PerStream(torch.int32, 0)
+    monkeypatch.setattr("fastreg.kernels.streams.RESERVE", THREADS)
+    tickets = PerStream(torch.int32, 0)
     monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
     together = threading.Barrier(THREADS, timeout=TIMEOUT)
 
     def draw(_: int) -> tuple[Tensor, bool]:
         together.wait()
-        return tickets.exclusive(device, 1), zeroed.is_set()
+        return tickets.exclusive(device, threading.get_ident(), 1), zeroed.is_set()
 
     with ThreadPoolExecutor(THREADS) as pool:
         drawn, ready = zip(*pool.map(draw, range(THREADS)), strict=True)
@@ -92,7 +85,6 @@ def test_threads_get_tickets_that_are_ready(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
 def test_a_capture_is_that_of_the_device_of_the_tensors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph is captured on one device, whether it is the current one or not."""
-    streams = pytest.importorskip("fastreg.kernels.streams")
     if not hasattr(getattr(torch, kind), "is_current_stream_capturing"):
         pytest.skip(f"this PyTorch has no graphs for {kind}")
     current = [0]
@@ -107,17 +99,22 @@ def test_a_capture_is_that_of_the_device_of_the_tensors(kind: str, monkeypatch: 
     monkeypatch.setattr(torch.accelerator, "device_index", device_index)
     monkeypatch.setattr(f"torch.{kind}.is_current_stream_capturing", lambda: current[0] == 1)
     for current[0] in (0, 1):
-        assert [streams.is_captured(torch.device(kind, i)) for i in (0, 1)] == [False, True]
-    assert not streams.is_captured(torch.device("cpu"))
+        assert [is_captured(torch.device(kind, i)) for i in (0, 1)] == [False, True]
+    assert not is_captured(torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    check_not_captured("lengths", torch.device(kind, 0))
+    with pytest.raises(RuntimeError, match=r"lengths: expected them on the GPU.* while a graph is captured"):
+        check_not_captured("lengths", torch.device(kind, 1))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    check_not_captured("lengths", torch.device(kind, 1))  # of a fake tensor
 
 
 def test_launches_of_other_numbers_of_programs_share_no_ticket() -> None:
     """Each counts modulo its own number."""
-    streams = pytest.importorskip("fastreg.kernels.streams")
-    tickets = streams.PerStream(torch.int32, 0)
+    tickets = PerStream(torch.int32, 0)
     cpu = torch.device("cpu")
-    assert tickets.exclusive(cpu, 3) is tickets.exclusive(cpu, 3)
-    assert tickets.exclusive(cpu, 3).data_ptr() != tickets.exclusive(cpu, 4).data_ptr()
+    assert tickets.exclusive(cpu, 0, 3) is tickets.exclusive(cpu, 0, 3)
+    assert tickets.exclusive(cpu, 0, 3).data_ptr() != tickets.exclusive(cpu, 0, 4).data_ptr()
 
 
 class Steps(Dataset[list[Tensor]]):

@@ -521,3 +521,25 @@ def test_a_refilled_pinned_buffer_leaves_a_queued_step_alone(steps: str) -> None
     got = fused_ar_tar(x, x, ALPHA, BETA, **{name: argument})
     argument.zero_()
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("byte", [2, 128, 255])
+@pytest.mark.parametrize("by_start", [False, True], ids=["valid alone", "with starts"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_any_byte_but_0_is_true(byte: int, by_start: bool, fused: bool, device: str) -> None:
+    """A view of integers as bool, and memory from other libraries, have other bytes than 1."""
+    valid, starts = torch.rand(2, 5, 41, device=device) < torch.tensor([0.7, 0.2], device=device).view(2, 1, 1)
+    x = torch.randn(5, 41, 12, device=device, requires_grad=True)
+
+    def call(*given: Tensor) -> list[Tensor]:
+        options: dict[str, Any] = dict(zip(("valid", "starts"), given, strict=False))
+        if fused:
+            _, got = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=torch.ones_like(x), return_terms=True, **options)
+        else:
+            got = fused_ar_tar(x, x, ALPHA, BETA, return_terms=True, **options)
+        return [*got, *torch.autograd.grad(got.penalty, x)]
+
+    masks = (valid, starts)[: 1 + by_start]
+    others = [(mask.to(torch.uint8) * byte).view(torch.bool) for mask in masks]
+    for got, want in zip(call(*others), call(*masks), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
