@@ -253,8 +253,8 @@ def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> 
         if additions is None:
             additions = computed.additions[i] = _additions(part, computed)
         for of_raw, addition in additions:
-            values = _values_for(addition.problem, computed.values)
-            carried += _carried(part, [x.raw if of_raw else x.squared for x in part.group], addition, values)
+            tensors = [x.raw if of_raw else x.squared for x in part.group]
+            carried += _carried(part, tensors, addition, computed.values)
     return ARTAR(computed.penalty, *(computed.terms or ())), carried
 
 
@@ -272,14 +272,6 @@ def _additions(part: _Part, computed: Computed) -> list[tuple[bool, Addition]]:
         terms = [(True, part.raw, problem._replace(alpha=0.0))] if tar else []
         terms += [(False, part.dropped, of_both._replace(beta=0.0))] if ar else []
     return [(of_raw, Addition(Layer(plain(rows_of(x)), None, computed.values), of)) for of_raw, x, of in terms]
-
-
-def _values_for(problem: Problem, values: Values) -> Values:
-    """Return values without a coefficient of another term."""
-    if (values.alpha is None or problem.alpha is None) and (values.beta is None or problem.beta is None):
-        return values
-    alpha, beta = (x if of is None else None for x, of in ((values.alpha, problem.alpha), (values.beta, problem.beta)))
-    return values._replace(alpha=alpha, beta=beta)
 
 
 def _carried(part: _Part, tensors: Sequence[Captured], addition: Addition, values: Values) -> Carried:

@@ -516,14 +516,11 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("saved activations of another layout", "if layout_of(raw) != addition.layout:", "if False:"),
     ],
     ("fastreg/carry.py", "_additions"): [
-        ("AR's coefficient with TAR", "problem._replace(alpha=0.0)", "problem"),
+        ("kernels: AR's coefficient with TAR", "problem._replace(alpha=0.0)", "problem"),
         ("TAR's coefficient with AR", "of_both._replace(beta=0.0)", "of_both"),
     ],
     ("fastreg/carry.py", "_weighted"): [
         ("a tensor of 0 lets infinity through", "torch.where(factor == 0, 0, factor * term)", "factor * term"),
-    ],
-    ("fastreg/carry.py", "_values_for"): [
-        ("coefficients of other terms", "if (values.alpha", "if True or (values.alpha"),
     ],
     ("fastreg/addition.py", "Addition"): [
         ("a tensor that is no memory", "is_memory(raw) and not observed()", "True"),

@@ -704,3 +704,16 @@ class Play:
 @pytest.mark.parametrize("seed", range(40))
 def test_random_steps(seed: int) -> None:
     Play(seed).play(14)
+
+
+@pytest.mark.parametrize("dropped", [True, False], ids=["raw and dropped", "raw alone"])
+def test_saved_activations_that_a_hook_lays_out_anew(dropped: bool) -> None:
+    module, reg, x = gru(), regularizer(), inputs()
+    dropout = nn.Dropout(0.3) if dropped else None
+    reg.attach(module, dropout)
+    raw, _ = module(x)
+    after = raw if dropout is None else dropout(raw)
+    loss = after.square().sum()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.mT.contiguous().mT if x.dim() > 1 else x):
+        got = reg.on_backward_begin(loss)
+    check_gradients(module, got, loss + formula(raw, after, 1))
