@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, is_dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -324,8 +324,8 @@ class Attachment:
 
         If raw was computed from one, a mark on it that kept raw would close a reference cycle: raw is held here.
         """
-        others = [x for x in _tensors(result, set()) if x is not rows and x.grad_fn is not None]
-        inputs = {id(x) for x in _tensors(given, set())} if others else ()
+        others = [x for x in _tensors(result) if x is not rows and x.grad_fn is not None]
+        inputs = {id(x) for x in _tensors(given)} if others else ()
         others = [x for x in others if id(x) not in inputs]
         if not others or observed():
             return
@@ -363,6 +363,11 @@ class Attachment:
             run.dropped = run.raw
             self._carry(run)
             return
+        if run.is_step and formed is not None:
+            raise TypeError(
+                "FusedRNNDropout: expected (batch, time, hidden) or (time, hidden), got one time step (batch, hidden), "
+                "of which it would drop a unit in all sequences or in none; use another dropout with stepwise=True"
+            )
         if run.packed is not None and formed is not None:
             raise TypeError(
                 "FusedRNNDropout: expected the RNN's output as a tensor, got the data of a PackedSequence, "
@@ -454,20 +459,21 @@ def _place(x: Tensor) -> Any:
     return x.data_ptr(), x.dtype, x.shape, [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
 
 
-def _tensors(x: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples, dictionaries and dataclasses, which may be cyclic."""
-    if isinstance(x, Tensor):
-        yield x
-        return
-    if isinstance(x, dict):
-        items = x.values()
-    elif isinstance(x, (list, tuple)):
-        items = x
-    elif is_dataclass(x) and not isinstance(x, type):
-        items = [getattr(x, field.name, None) for field in fields(x)]  # a field may not be set
-    else:
-        return
-    if id(x) not in seen:
-        seen.add(id(x))
-        for item in items:
-            yield from _tensors(item, seen)
+def _tensors(x: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples, dictionaries and dataclasses, which may be cyclic."""
+    found, seen, left = [], set(), [x]
+    while left:
+        x = left.pop()
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple, dict)) or (is_dataclass(x) and not isinstance(x, type)):
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+            if isinstance(x, dict):
+                left += x.values()
+            elif isinstance(x, (list, tuple)):
+                left += x
+            else:
+                left += [getattr(x, field.name, None) for field in fields(x)]  # a field may not be set
+    return found

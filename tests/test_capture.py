@@ -421,6 +421,14 @@ def test_runs_of_one_time_step_that_are_not_joined_are_an_error() -> None:
     torch.testing.assert_close(penalty_of(reg, raw), ALPHA * raw.square().mean())  # one run may be of one step
 
 
+def test_a_fused_dropout_refuses_the_steps_of_a_cell() -> None:
+    """It would take the sequences of one step for the steps of one sequence."""
+    cell, dropout, reg = nn.GRUCell(HIDDEN, HIDDEN), FusedRNNDropout(0.5), regularizer()
+    reg.attach(cell, dropout, stepwise=True)
+    with pytest.raises(TypeError, match=r"got one time step \(batch, hidden\), .* another dropout with stepwise=True"):
+        dropout(cell(torch.randn(BATCH, HIDDEN)))
+
+
 def test_packed_sequences_are_refused_with_stepwise() -> None:
     rnn, reg = gru(), regularizer()
     reg.attach(rnn, stepwise=True)
