@@ -32,7 +32,7 @@ from tests.conftest import skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
 by_call, by_few = calls(), calls("pair", "mask")
-OTHERS = [call for name, call in CALLS.items() if name not in ("pair", "drawn", "drawn_lengths", "module_of_raw")]
+OTHERS = [CALLS[name] for name in ("same", "layers", "alpha0", "channels", "one_sequence", "mask", "module")]
 COMPILED = {
     "pair": CALLS["pair"],
     "drawn": CALLS["drawn"],
