@@ -302,7 +302,7 @@ def test_marks_at_the_front_are_lengths_to_the_last_bit(dtype: torch.dtype, batc
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
 def test_an_upstream_gradient_that_is_not_finite(upstream: float, create_graph: bool, steps: str, device: str) -> None:
-    """What does not count has a gradient of 0 anyway."""
+    """A step that does not count has a gradient of 0 anyway."""
     valid = marks(steps, device)
     raw, dropped = leaves(valid)
     alone = raw.detach().nan_to_num(7.0, 7.0).requires_grad_()
