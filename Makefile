@@ -18,8 +18,6 @@ VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) derivatives torc
 TRITON_TESTS = $(addprefix tests/test_,$(addsuffix .py,compiled ptx))
 # Tests of code that depends on the processor.
 PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction axes padding dropout penalty transformers))
-# Tests of the formula alone: derivatives of second order, and traced code.
-NO_KERNEL = gradcheck or twice_differentiable or second_derivatives or transforms or compil
 
 .PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench bench-compare lint docs wheel sdist clean
@@ -62,12 +60,12 @@ test-compiled: .venv/test .venv/frameworks
 	$(PYTEST) $(PARALLEL)
 
 test-interpreted: .venv/test
-	@echo "== the same samples through the Triton kernels in Triton's interpreter, without tests that run the formula"
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not ($(NO_KERNEL) or repeats_bitwise)" $(KERNEL_TESTS)
+	@echo "== the same samples through the Triton kernels in Triton's interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not repeats_bitwise" $(KERNEL_TESTS)
 
 test-fast: .venv/test
 	@echo "== the essential tests, less than a minute on two cores; make test runs all"
-	$(PYTEST) -q -m "not gpu" -k "not compil and not gradcheck and not saved_model" $(FAST_TESTS)
+	$(PYTEST) -q -m "not gpu" -k "not compil and not saved_model" $(FAST_TESTS)
 
 test-ptx:
 	@$(MAKE) --no-print-directory --keep-going test-ptx-newest test-ptx-oldest
@@ -97,7 +95,7 @@ test-newest: .venv-newest/test
 test-plain: .venv/test .venv/frameworks
 	@echo "== the kernels, and models in bfloat16, as on a processor without AVX-512"
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) -m "not gpu" \
-	    -k "not ($(NO_KERNEL)) and (bfloat16 or not transformers)" $(PLAIN_TESTS)
+	    -k "bfloat16 or not transformers" $(PLAIN_TESTS)
 
 # The report contains the failures.
 bench: .venv/test .venv/frameworks
@@ -142,7 +140,7 @@ sdist: .venv/test
 	.venv/bin/python setup.py --quiet sdist
 	mkdir -p build/sdist && tar -xzf dist/*.tar.gz --strip-components=1 -C build/sdist
 	cd build/sdist && ../../.venv/bin/python setup.py --quiet build_ext && \
-	    ../../.venv/bin/python -m pytest -q -k "not gradcheck" $(addprefix tests/test_,reference.py layout.py mutants.py cpu.py)
+	    ../../.venv/bin/python -m pytest -q $(addprefix tests/test_,reference.py layout.py mutants.py cpu.py)
 
 # Each stamp records that fastreg is installed with the packages that one target needs.
 .venv/base: pyproject.toml setup.py $(CPP)

@@ -111,6 +111,15 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def allocated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """List the gradients that `fused_ar_tar` makes memory for."""
+    made: list[Any] = []
+    allocate = penalty.allocate
+    monkeypatch.setattr(penalty, "allocate", lambda memory: made.append(memory) or allocate(memory))
+    return made
+
+
 @pytest.fixture(params=[nn.Dropout, FusedRNNDropout])
 def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the language models a plain dropout, and one that forms the penalty; alone it adds nothing."""

@@ -16,7 +16,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def eps(*dtypes: torch.dtype) -> float:
-    """The unit of rounding of what is computed from these dtypes."""
+    """The unit of rounding of a computation with tensors of these dtypes."""
     return torch.finfo(DOUBLE if DOUBLE in dtypes else FLOAT).eps
 
 
@@ -27,7 +27,7 @@ def rounding(x: Tensor) -> float:
 
 
 def assert_terms(got: ARTAR, want: ARTAR, *dtypes: torch.dtype, ulps: int = 8) -> None:
-    """Check the penalty and its terms, of activations of these dtypes."""
+    """Check the penalty and its terms. The dtypes are those of the activations."""
     assert got.penalty.dtype == (DOUBLE if DOUBLE in dtypes else FLOAT)
     for name, x, y in zip(ARTAR._fields, got, want, strict=True):
         torch.testing.assert_close(

@@ -53,7 +53,7 @@ TESTS = {
     "fastreg/reference.py": ["reference", "padding", "axes", "coefficients", "penalty"],
     "fastreg/problem.py": ["reference", "padding", "axes", "coefficients", "penalty"],
     "fastreg/arguments.py": ["layout", "plans", "padding", "penalty", "dropout"],
-    "fastreg/view.py": ["layout", "axes", "penalty", "padding", "dropout", "torch"],
+    "fastreg/view.py": ["layout", "prediction", "axes", "penalty", "padding", "dropout", "torch"],
     "fastreg/plans.py": ["plans", "penalty", "torch"],
     "fastreg/prepare.py": ["layout", "plans", "padding", "axes", "penalty", "dropout"],
     "fastreg/torch_state.py": ["padding", "penalty", "dropout", "derivatives", "torch"],

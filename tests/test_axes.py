@@ -1,12 +1,8 @@
-"""Any axis of time, memory order, marks and starts, drawn at random, against the formulas in float64.
-
-python -m tests.test_axes COUNT [FIRST]    # as many cases, and those that are wrong
-"""
+"""Any axis of time, memory order, marks and starts, drawn at random, against the formulas in float64."""
 
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -340,20 +336,3 @@ def test_a_start_is_no_hole(device: str) -> None:
     torch.testing.assert_close(whole, parts)
     whole = fused_ar_tar(None, torch.cat([x, y], 1), 1.0, 0.0, starts=starts)
     torch.testing.assert_close(whole, torch.cat([x, y], 1).square().mean())
-
-
-def main() -> None:
-    count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    wrong = 0
-    for seed in range(first, first + count):
-        for check in (check_penalty, check_dropout):
-            try:
-                check(seed)
-            except Exception as error:
-                wrong += 1
-                print(f"{check.__name__}({seed}): {str(error)[:1500]}\n")
-    print(f"{count} cases, each as a penalty and with dropout: {wrong} wrong")
-
-
-if __name__ == "__main__":
-    main()

@@ -118,7 +118,7 @@ def test_vmap_of_marks(in_dims: tuple[int, int | None], device: str) -> None:
 
 
 def test_transforms_of_a_module(device: str) -> None:
-    """AR of what the dropout is given: no mask changes the penalty."""
+    """With AR of raw no mask changes the penalty."""
     module = FusedRNNDropout(0.4, 2.0, 1.0, ar_of="raw")
     raw = leaves(7, DOUBLE, device)[0].detach()
 

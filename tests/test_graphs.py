@@ -1,4 +1,4 @@
-"""CUDA graphs: what a captured step reads, and steps that nothing waits for. They need a GPU."""
+"""CUDA graphs: a captured step reads tensors anew, and the host never waits. They need a GPU."""
 
 from __future__ import annotations
 

@@ -237,8 +237,18 @@ def test_more_sequences_than_are_added_at_once(device: str) -> None:
     assert_terms(got, truth(exact(raw), exact(dropped), torch.arange(3, device=device) < lengths[:, None]), FLOAT)
 
 
-@pytest.mark.parametrize("shape", [(4096, 2), (911, 9), (8193, 1), (37, 701)], ids=str)
-@pytest.mark.parametrize("dropout", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "dropout"),
+    [
+        ((4096, 2), True),
+        ((911, 9), True),
+        ((4096, 2), False),
+        ((911, 9), False),
+        ((8193, 1), False),
+        ((37, 301), False),
+    ],
+    ids=str,
+)
 def test_many_steps_are_counted(shape: tuple[int, int], dropout: bool, device: str) -> None:
     """Up to 8192 steps are counted by each program of a launch, and more by a launch of their own."""
     valid = (torch.arange(shape[0] * shape[1], device=device) % 37 % 5 > 0).view(shape)
@@ -277,8 +287,7 @@ def test_layers(steps: str, device: str) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(p, raws + kept) for p in (got, want)))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize(("dtype", "batch_first"), [(FLOAT, True), (BF16, False)], ids=str)
 def test_marks_at_the_front_are_lengths_to_the_last_bit(dtype: torch.dtype, batch_first: bool, device: str) -> None:
     skip_on_formula(device)
     lengths = torch.tensor([50, 0, 3, 17, 1, 33], device=device)
@@ -302,7 +311,7 @@ def test_marks_at_the_front_are_lengths_to_the_last_bit(dtype: torch.dtype, batc
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
 def test_an_upstream_gradient_that_is_not_finite(upstream: float, create_graph: bool, steps: str, device: str) -> None:
-    """What does not count has a gradient of 0 anyway."""
+    """A step that does not count has a gradient of 0 anyway."""
     valid = marks(steps, device)
     raw, dropped = leaves(valid)
     alone = raw.detach().nan_to_num(7.0, 7.0).requires_grad_()
@@ -428,7 +437,7 @@ def test_packed(sort: bool, way: Way, steps: str, device: str, poison: None) -> 
             assert_gradient(gradient, pack(exactly, valid.sum(1), sort).data, computed=got.penalty.dtype)
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("kind", [torch.int8, torch.int32], ids=str)
 def test_packed_with_few_bits(kind: torch.dtype, device: str) -> None:
     raw = torch.randn(40, 4, 900, device=device, requires_grad=True)
     packed = pack(raw, torch.tensor([4] * 20 + [3] * 20), sort=True)

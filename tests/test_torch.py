@@ -32,7 +32,7 @@ from tests.conftest import skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
 by_call, by_few = calls(), calls("pair", "mask")
-OTHERS = [call for name, call in CALLS.items() if name not in ("pair", "drawn", "drawn_lengths", "module_of_raw")]
+OTHERS = [CALLS[name] for name in ("same", "layers", "alpha0", "channels", "one_sequence", "mask", "module")]
 COMPILED = {
     "pair": CALLS["pair"],
     "drawn": CALLS["drawn"],
@@ -60,6 +60,11 @@ TWO_STEPS_CALLS = ("lengths", "drawn_valid")  # for tests that need not cross fu
 # Before torch 2.11 a NumPy scalar breaks a graph, and AOTAutograd fails for a number that is read from a tensor.
 TRACES_NUMBERS = Version(torch.__version__) >= Version("2.11")
 by_compiled = pytest.mark.parametrize("call", COMPILED.values(), ids=COMPILED)
+
+
+def steps_for(name: str, time: int, batch: int = 3) -> Tensor:
+    lengths = torch.arange(batch) * 5 % (time + 1)
+    return lengths if "lengths" in name else torch.arange(time) < lengths[:, None]
 
 
 @pytest.fixture(autouse=True)
@@ -104,9 +109,7 @@ class TestCompile:
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(STEPS_CALLS[name], fullgraph=True, backend=counter)
         for batch, time in shapes:
-            steps = torch.arange(batch) * 5 % (time + 1)
-            if "lengths" not in name:
-                steps = torch.arange(time) < steps[:, None]
+            steps = steps_for(name, time, batch)
             got, want = (
                 everything(functools.partial(call, steps=steps), leaves(time, batch=batch))
                 for call in (compiled, STEPS_CALLS[name])
@@ -190,21 +193,15 @@ class TestCompile:
         ("name", "strict"), [*[(name, True) for name in TWO_STEPS_CALLS], *[(name, False) for name in STEPS_CALLS]]
     )
     def test_export_with_steps_that_count(self, name: str, strict: bool) -> None:
-        is_mask = "lengths" not in name
-
         class Module(nn.Module):
             def forward(self, raw: Tensor, dropped: Tensor, steps: Tensor) -> Any:
                 return STEPS_CALLS[name](raw, dropped, steps)
 
-        def steps_of(time: int) -> Tensor:
-            lengths = torch.arange(3) * 5 % (time + 1)
-            return torch.arange(time) < lengths[:, None] if is_mask else lengths
-
         time = {1: Dim("time", min=2, max=512)}
-        shapes = {"raw": time, "dropped": time, "steps": time if is_mask else None}
-        program = export(Module(), (*leaves(), steps_of(5)), dynamic_shapes=shapes, strict=strict)
+        shapes = {"raw": time, "dropped": time, "steps": None if "lengths" in name else time}
+        program = export(Module(), (*leaves(), steps_for(name, 5)), dynamic_shapes=shapes, strict=strict)
         for count in (2, 5, 70):
-            steps = steps_of(count)
+            steps = steps_for(name, count)
             got, want = (
                 everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(count))
                 for call in (program.module(), STEPS_CALLS[name])
