@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastreg.backends import TRITON, backend_for
 from fastreg.plans import forget
 from tests.language_model import Model, Stack
 
+collect_ignore = [] if find_spec("triton") else ["ptx"]  # which runs the code that Triton compiles
 CPU = backend_for(torch.device("cpu"))
 KERNELS_ON_CPU = CPU is not None and CPU is TRITON
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slowly, and bfloat16 is cut off instead of rounded
