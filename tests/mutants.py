@@ -665,7 +665,7 @@ class Order:
 
 
 class Job:
-    """Tests that run on a mutant, or on the code as it is: a process of its own, and a copy of the checkout."""
+    """Tests that run on a mutant, or on the unchanged code, in a process and a copy of the checkout of their own."""
 
     def __init__(self, names: list[str], mutant: Mutant | None, order: Order):
         self.names, self.mutant = [f"tests/test_{name}.py" for name in names], mutant

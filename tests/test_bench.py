@@ -47,15 +47,15 @@ def test_the_formulas_are_the_penalty(formula: Callable[..., Tensor], batch_firs
         torch.testing.assert_close(formula(raw, dropped, alpha, beta), want, check_dtype=False, **tolerance)
 
 
+def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:
+    """Return a call that sleeps and has no results."""
+    return lambda _: (sleep(duration), ())[1]
+
+
 def test_known_work_takes_its_time() -> None:
-    def sleeper(seconds: float) -> cases.Call:
-        def call(_: int) -> tuple[Tensor, ...]:
-            time.sleep(seconds)
-            return ()
-
-        return call
-
-    turns = timing.take_turns({"long": sleeper(0.03), "short": sleeper(0.01)}, "cpu", 0.0, repeats=2)
+    turns = timing.take_turns(
+        {"long": sleeper(time.sleep, 0.03), "short": sleeper(time.sleep, 0.01)}, "cpu", 0.0, repeats=2
+    )
     assert [len(rounds) for rounds in turns.values()] == [timing.LEAST] * 2
     assert 0.03 <= min(turn.wall for turn in turns["long"]) < 0.045
     assert 0.01 <= min(turn.wall for turn in turns["short"]) < 0.025
@@ -64,18 +64,12 @@ def test_known_work_takes_its_time() -> None:
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_known_work_takes_its_time_on_a_gpu(device: str) -> None:
-    def sleeper(cycles: int) -> cases.Call:
-        def call(_: int) -> tuple[Tensor, ...]:
-            torch.cuda._sleep(cycles)
-            return ()
-
-        return call
-
-    turns = timing.take_turns({"long": sleeper(600_000), "short": sleeper(200_000)}, device, 0.5, repeats=10)
+    long, call = (sleeper(torch.cuda._sleep, cycles) for cycles in (600_000, 200_000))
+    turns = timing.take_turns({"long": long, "short": call}, device, 0.5, repeats=10)
     short = statistics.median(turn.wall for turn in turns["short"])
     assert statistics.median(turn.wall for turn in turns["long"]) / short == pytest.approx(3, rel=0.1)
-    assert timing.graph_seconds(sleeper(200_000), range(4)) == pytest.approx(short, rel=0.1)
-    assert timing.host_seconds(sleeper(200_000)) < short / 3, "the host does not wait"
+    assert timing.graph_seconds(call, range(4)) == pytest.approx(short, rel=0.1)
+    assert timing.host_seconds(call) < short / 3, "the host does not wait"
 
 
 def test_peers_take_turns_and_inputs_rotate() -> None:
