@@ -15,7 +15,7 @@ FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 # is in .venv, too.
 VERSION_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE) derivatives torch concurrency distributed package \
     fastai lightning transformers))
-TRITON_TESTS = $(addprefix tests/test_,$(addsuffix .py,compiled ptx))
+TRITON_TESTS = tests/test_compiled.py tests/ptx/test_machine.py
 # Tests of code that depends on the processor.
 PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction axes padding dropout penalty transformers))
 

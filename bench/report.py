@@ -345,7 +345,7 @@ def step_tables(result: Result) -> list[str]:
 
 
 def step_title(result: Result) -> str:
-    """Say what is timed in a training step."""
+    """Name the measure of time of training steps."""
     return STEP_TITLE % ("time of the clock" if result.on_gpu else "the process's own time on one thread")
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ from fastreg.backends import TRITON, backend_for
 from fastreg.plans import forget
 from tests.language_model import Model, Stack
 
+collect_ignore = [] if find_spec("triton") else ["ptx"]  # which runs the code that Triton compiles
 CPU = backend_for(torch.device("cpu"))
 KERNELS_ON_CPU = CPU is not None and CPU is TRITON
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slowly, and bfloat16 is cut off instead of rounded

@@ -666,16 +666,22 @@ class Order:
         self.failed = self.failed or report.nodeid * report.failed
 
 
-class Job(NamedTuple):
-    """Tests to run on a mutant, or on the code as it is."""
+class Job:
+    """Tests that run on a mutant, or on the unchanged code, in a process and a copy of the checkout of their own."""
 
-    names: list[str]
-    mutant: Mutant | None = None
+    def __init__(self, names: list[str], mutant: Mutant | None, order: Order):
+        self.names, self.mutant = [f"tests/test_{name}.py" for name in names], mutant
+        usual = sum(seconds for test, seconds in order.seconds.items() if test.startswith(tuple(self.names)))
+        self.ends = math.inf if mutant is None else time.monotonic() + 120 + 10 * usual
+        self.copy = tempfile.TemporaryDirectory()
+        subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), self.copy.name], check=True)
+        self.process = FORK.Process(target=self.run, args=(order,))
+        self.process.start()
 
-    def run(self, copy: str, order: Order) -> None:
-        """Run the tests in a copy of the checkout, and write the first failure and the time of each test there."""
+    def run(self, order: Order) -> None:
+        """Run the tests in the copy, and write the first failure and the time of each test there."""
         os.setsid()  # the processes that tests start end with this one
-        os.chdir(copy)
+        os.chdir(copy := self.copy.name)
         sys.path[0] = copy
         del sys.modules["tests"]  # that of the checkout
         options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN]
@@ -684,27 +690,13 @@ class Job(NamedTuple):
                 Path(self.mutant.file).write_text(self.mutant.source())
                 if self.mutant.file.endswith((".cpp", ".h")):
                     build(Path(copy, "kernels"))
-            status = pytest.main([*options, *(f"tests/test_{name}.py" for name in self.names)], [order])
+            status = pytest.main([*options, *self.names], [order])
         if status == pytest.ExitCode.OK or order.failed:
-            Path("outcome").write_text(json.dumps([order.failed.removeprefix("tests/"), order.seconds]))
+            Path("outcome").write_text(json.dumps([order.failed, order.seconds]))
         os._exit(0)  # without waiting for threads of tests
 
-
-class Running:
-    """A job in a process of its own, on a copy of the checkout."""
-
-    def __init__(self, job: Job, order: Order):
-        self.job = job
-        self.copy = tempfile.TemporaryDirectory()
-        subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), self.copy.name], check=True)
-        self.process = FORK.Process(target=job.run, args=(self.copy.name, order))
-        self.process.start()
-        own = tuple(f"tests/test_{name}.py" for name in job.names)
-        usual = sum(seconds for test, seconds in order.seconds.items() if test.startswith(own))
-        self.ends = time.monotonic() + 120 + 10 * usual if job.mutant is not None else math.inf
-
     def outcome(self) -> tuple[str, dict[str, float]]:
-        """Return the first failure, or "" if all tests passed, and the time of each test."""
+        """End the process; return the first failure, or "" if all tests passed, and the time of each test."""
         status = self.process.exitcode
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -714,21 +706,21 @@ class Running:
                 return tuple(json.loads(Path(copy, "outcome").read_text()))
             if status is None or status < 0:
                 return "hanging" if status is None else f"a crash with signal {-status}", {}
-            raise RuntimeError(f"{self.job}: {Path(copy, 'output').read_text()[-3000:]}")
+            raise RuntimeError(f"{self.names}, {self.mutant}: {Path(copy, 'output').read_text()[-3000:]}")
 
 
-def run_all(jobs: Iterable[Job], order: Order) -> Iterator[tuple[Job, str]]:
-    """Run a job on each core at a time; return each with its first failure, or with "" if none failed."""
+def run_all(jobs: Iterable[tuple[list[str], Mutant | None]], order: Order) -> Iterator[tuple[Mutant | None, str]]:
+    """Run a job on each core at a time; return each mutant with the first failure, or with "" if all tests passed."""
     waiting, running = iter(jobs), []
-    while running := [*running, *(Running(job, order) for job in islice(waiting, CORES - len(running)))]:
-        wait([x.process.sentinel for x in running], timeout=5)
-        for x in [x for x in running if x.process.exitcode is not None or time.monotonic() > x.ends]:
-            running.remove(x)
-            failed, seconds = x.outcome()
-            if x.job.mutant is None:
+    while running := [*running, *(Job(*job, order) for job in islice(waiting, CORES - len(running)))]:
+        wait([job.process.sentinel for job in running], timeout=5)
+        for job in [x for x in running if x.process.exitcode is not None or time.monotonic() > x.ends]:
+            running.remove(job)
+            failed, seconds = job.outcome()
+            if job.mutant is None:
                 order.seconds |= Counter(seconds)
             order.failures[failed] += 1
-            yield x.job, failed.removeprefix("tests/")
+            yield job.mutant, failed.removeprefix("tests/")
 
 
 def run_mutants(mutants: list[Mutant], interpret: bool) -> None:
@@ -738,13 +730,13 @@ def run_mutants(mutants: list[Mutant], interpret: bool) -> None:
         import_module(module)
     order, began = Order(), time.monotonic()
     names = sorted({name for mutant in mutants for name in TESTS[mutant.file]})
-    if failed := [test for _, test in run_all([Job([name]) for name in names], order) if test]:
+    if failed := [test for _, test in run_all([([name], None) for name in names], order) if test]:
         sys.exit(f"the code as it is fails: {', '.join(failed)}")
     print(f"the code as it is passes, {time.monotonic() - began:.0f} s", flush=True)
     survivors = 0
-    for job, killer in run_all([Job(TESTS[mutant.file], mutant) for mutant in mutants], order):
+    for mutant, killer in run_all([(TESTS[mutant.file], mutant) for mutant in mutants], order):
         survivors += not killer
-        print(f"{job.mutant!s:75} {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
+        print(f"{mutant!s:75} {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
     print(f"{len(mutants)} mutants in {time.monotonic() - began:.0f} s", flush=True)
     sys.exit(f"{survivors} survived" if survivors else 0)
 

@@ -47,15 +47,15 @@ def test_the_formulas_are_the_penalty(formula: Callable[..., Tensor], batch_firs
         torch.testing.assert_close(formula(raw, dropped, alpha, beta), want, check_dtype=False, **tolerance)
 
 
+def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:
+    """Return a call that sleeps and has no results."""
+    return lambda _: (sleep(duration), ())[1]
+
+
 def test_known_work_takes_its_time() -> None:
-    def sleeper(seconds: float) -> cases.Call:
-        def call(_: int) -> tuple[Tensor, ...]:
-            time.sleep(seconds)
-            return ()
-
-        return call
-
-    turns = timing.take_turns({"long": sleeper(0.03), "short": sleeper(0.01)}, "cpu", 0.0, repeats=2)
+    turns = timing.take_turns(
+        {"long": sleeper(time.sleep, 0.03), "short": sleeper(time.sleep, 0.01)}, "cpu", 0.0, repeats=2
+    )
     assert [len(rounds) for rounds in turns.values()] == [timing.LEAST] * 2
     assert 0.03 <= min(turn.wall for turn in turns["long"]) < 0.045
     assert 0.01 <= min(turn.wall for turn in turns["short"]) < 0.025
@@ -64,18 +64,12 @@ def test_known_work_takes_its_time() -> None:
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_known_work_takes_its_time_on_a_gpu(device: str) -> None:
-    def sleeper(cycles: int) -> cases.Call:
-        def call(_: int) -> tuple[Tensor, ...]:
-            torch.cuda._sleep(cycles)
-            return ()
-
-        return call
-
-    turns = timing.take_turns({"long": sleeper(600_000), "short": sleeper(200_000)}, device, 0.5, repeats=10)
+    long, call = (sleeper(torch.cuda._sleep, cycles) for cycles in (600_000, 200_000))
+    turns = timing.take_turns({"long": long, "short": call}, device, 0.5, repeats=10)
     short = statistics.median(turn.wall for turn in turns["short"])
     assert statistics.median(turn.wall for turn in turns["long"]) / short == pytest.approx(3, rel=0.1)
-    assert timing.graph_seconds(sleeper(200_000), range(4)) == pytest.approx(short, rel=0.1)
-    assert timing.host_seconds(sleeper(200_000)) < short / 3, "the host does not wait"
+    assert timing.graph_seconds(call, range(4)) == pytest.approx(short, rel=0.1)
+    assert timing.host_seconds(call) < short / 3, "the host does not wait"
 
 
 def test_peers_take_turns_and_inputs_rotate() -> None:
@@ -145,24 +139,17 @@ def test_upstream_gradients_that_change() -> None:
     assert all(torch.equal(x, y) for x, y in zip(one, again, strict=True))
 
 
-def test_a_gpu_runs_all_that_a_cpu_does() -> None:
-    everything = cases.all_cases("cuda")
+def test_a_gpu_runs_all_that_a_cpu_does_and_begins_with_what_says_most() -> None:
+    everything, on_cpu = cases.all_cases("cuda"), cases.all_cases("cpu")
     assert len({str(case) for case in everything}) == len(everything)
-    assert {case for case in cases.all_cases("cpu") if not isinstance(case, steps.Step)} < set(everything)
-    by_default = [x for x in cases.all_cases("cpu", machine.DEFAULT) if isinstance(x, steps.Step)]
-    assert by_default == [steps.MinGRUStep((4, 256, 256))]
-    first = everything[:8]
-    assert {(type(c), c.shape) for c in first if not isinstance(c, steps.Step)} == set(
-        product((cases.PenaltyCase, cases.DropoutCase), ((64, 70, 400), (128, 512, 1024)))
-    )
-    kinds = {type(x) for x in cases.all_cases("cpu") if isinstance(x, steps.Step)}
-    assert {type(x) for x in everything[8:15]} == kinds
-    penalty = [
-        case
-        for case in everything
-        if isinstance(case, cases.PenaltyCase) and not case.same and case.shape in cases.SHAPES
-    ]
+    assert {case for case in on_cpu if not isinstance(case, steps.Step)} < {*everything}
+    kinds = product((cases.PenaltyCase, cases.DropoutCase), ((64, 70, 400), (128, 512, 1024)))
+    assert {(type(case), case.shape) for case in everything[:8]} == {*kinds}
+    assert {type(case) for case in everything[8:15]} == {type(x) for x in on_cpu if isinstance(x, steps.Step)}
+    penalty = [x for x in everything if isinstance(x, cases.PenaltyCase) and not x.same and x.shape in cases.SHAPES]
     assert len({(c.shape, c.dtype, c.batch_first, c.backward) for c in penalty}) == len(cases.SHAPES) * 3 * 2 * 2
+    by_default = cases.all_cases("cpu", machine.DEFAULT)
+    assert [x for x in by_default if isinstance(x, steps.Step)] == [steps.MinGRUStep((4, 256, 256))]
 
 
 @pytest.mark.parametrize(
@@ -530,31 +517,23 @@ def made_up(
 
 
 @pytest.mark.parametrize(
-    ("new", "status"), [([4.0, 2.0], 0), ([3.41, 1.71], 0), ([3.39, 2.0], 1), ([9.0, 1.6], 1), ([5.0], 0), ([3.0], 1)]
-)
-def test_the_guard_fails_on_a_loss_of_speed(
-    new: list[float], status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made_up(tmp_path / "old", [4.0, 2.0])
-    made_up(tmp_path / "new", new)
-    assert compare.main(tmp_path / "new", tmp_path / "old") == status
-    output = capsys.readouterr().out
-    assert f"{len(new)} cases compared" in output
-    assert ("committed" in output.splitlines()[-1]) == bool(status)
-
-
-@pytest.mark.parametrize(
-    ("device", "dropout", "status", "message"),
+    ("new", "status", "message"),
     [
-        ("Another CPU", [], 1, "nothing to compare with"),
-        ("A CPU, 2 cores", [[64, 70, 400]], 0, "1 cases compared, 1 not committed"),
+        (([4.0, 2.0],), 0, "2 cases compared, 0 not committed"),
+        (([3.41, 1.71],), 0, "no case is slower"),
+        (([3.39, 2.0],), 1, "case 0: 3.39x the eager formula's speed, 4.00x committed"),
+        (([9.0, 1.6],), 1, "case 1: 1.60x the eager formula's speed, 2.00x committed"),
+        (([5.0],), 0, "1 cases compared, 0 not committed"),
+        (([3.0],), 1, "case 0: 3.00x"),
+        (([4.0, 2.0], "A CPU, 2 cores", [[64, 70, 400]]), 0, "2 cases compared, 1 not committed"),
+        (([4.0], "Another CPU"), 1, "nothing to compare with"),
     ],
 )
-def test_the_guard_compares_the_cases_that_are_committed(
-    device: str, dropout: list[Any], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_guard_fails_on_a_loss_of_speed(
+    new: Any, status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made_up(tmp_path / "old", [4.0])
-    made_up(tmp_path / "new", [4.0], device, dropout)
+    made_up(tmp_path / "old", [4.0, 2.0])
+    made_up(tmp_path / "new", *new)
     assert compare.main(tmp_path / "new", tmp_path / "old") == status
     assert message in capsys.readouterr().out
 
@@ -597,6 +576,8 @@ def test_a_report_of_two_allocators_leads_with_memory_kept(tmp_path: Path) -> No
         assert ("4.00x" in first) if "spread" in part else ("4.0x" in first)
         assert ("8.00x" in second) if "spread" in part else ("8.0x" in second)
     assert report.figures([result]).count("| GRU, (4, 5, 6) | 210 | +50.0±0.0 | +100.0±0.0 | +100.0±0.0 |") == 2
+    peaks = "| GRU, (4, 5, 6) | 2 | +25.0% | +50.0% | +50.0% | +50.0% | +50.0% |"
+    assert report.figures([result]).count(peaks) == 2, "memory is told beside that without a penalty"
     (old,) = report.load(made_up(tmp_path / "old", [4.0], allocators=both[:1])).parts()
     assert old.allocator == machine.DEFAULT
 
@@ -617,25 +598,22 @@ def test_a_report_tells_what_became_of_the_tests(tmp_path: Path) -> None:
 
 
 def test_a_report_of_what_little_there_is(tmp_path: Path) -> None:
-    """No case of the penalty, and a peer that no graph could be made of."""
+    """No case of the penalty, peers that no graph could be made of, and no version."""
     file = made_up(tmp_path, [], "A GPU", dropout=[[64, 70, 400]], copy_bandwidth=3e12)
     text = json.loads(file.read_text())
+    ungraphed = {"bandwidth", "share_of_copy", "launches", "graph_warm_seconds", "graph_rotated_seconds"}
     for benchmark in text["benchmarks"]:
-        for key in ("bandwidth", "share_of_copy", "launches", "graph_warm_seconds", "graph_rotated_seconds"):
-            del benchmark["extra_info"][key]
+        benchmark["extra_info"] = {key: x for key, x in benchmark["extra_info"].items() if key not in ungraphed}
     file.write_text(json.dumps(text | {"commit_info": {"id": "unversioned"}}))
     result = report.load(file)
     assert "commit unknown, source s" in report.figures([result])
     assert "(64, 70, 400), float32" in report.full_table(result)
     assert [kind for kind, *_ in report.plots(result)] == ["dropout"]
-    penalty = json.loads(made_up(tmp_path / "penalty", [4.0], "A GPU", copy_bandwidth=3e12).read_text())["benchmarks"]
-    del penalty[-1]["extra_info"]["bandwidth"]
-    text["benchmarks"] += [benchmark | {"group": "penalty"} for benchmark in penalty]
-    file.write_text(json.dumps(text))
-    result = report.load(file)
-    assert [kind for kind, *_ in report.plots(result)] == ["speedup", "dropout", "roofline"]
-    for _, _, plot in report.plots(result):
-        assert plot(result).axes
+    penalty = report.load(made_up(tmp_path / "penalty", [4.0], "A GPU", copy_bandwidth=3e12))
+    del penalty.cases[0].info["fastreg"]["bandwidth"]
+    assert [kind for kind, *_ in report.plots(penalty)] == ["speedup", "roofline"]
+    for _, _, plot in report.plots(penalty):
+        assert plot(penalty).axes
 
 
 def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -696,11 +674,6 @@ def test_what_is_added_to_a_step_is_a_mean_of_pairs() -> None:
     assert report.peak_table(result).count("\n") == 2, "nothing is known of it"
     assert "| 1350 | +180.0±0.0 | +360.0±90.0 | " in report.step_table(made_up_step(seconds, allocator=None))
     assert {*report.STEP_PEERS} == {*steps.Step.PEERS}
-
-
-def test_the_peak_memory_of_a_step_is_told_beside_that_without_penalty(tmp_path: Path) -> None:
-    (result,) = report.load(made_up(tmp_path, [], with_step=True)).parts()
-    assert "| GRU, (4, 5, 6) | 2 | +25.0% | +50.0% | +50.0% | +50.0% | +50.0% |" in report.peak_table(result)
 
 
 def test_the_readme_says_first_that_no_gpu_has_run_it_until_one_has() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import fastreg
 from tests.test_docs import ROOT, framework_of, snippets
 
 ADAPTERS = {"fastreg.fastai": "fastai", "fastreg.lightning": "lightning", "fastreg.transformers": "transformers"}
@@ -64,26 +63,18 @@ def public(module: Any, names: list[str]) -> Iterator[tuple[str, Any]]:
                     yield f"{name}.{method}", own
 
 
-def assert_hints(module: Any, names: list[str]) -> None:
-    for name, value in public(module, names):
-        if not inspect.isclass(value):
-            assert "return" in typing.get_type_hints(value), name
-
-
-def test_annotations_resolve_when_the_code_runs() -> None:
-    assert {"fused_ar_tar", "FusedRNNDropout.forward", "RNNRegularizer.attach"} <= dict(
-        public(fastreg, fastreg.__all__)
-    ).keys()
-    assert_hints(fastreg, fastreg.__all__)
-
-
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize("module", ADAPTERS)
-def test_annotations_of_adapters_resolve(module: str) -> None:
-    pytest.importorskip(ADAPTERS[module], reason=f"{ADAPTERS[module]} is not installed: run tests/frameworks.sh")
-    adapter = importlib.import_module(module)
-    own = [name for name, value in vars(adapter).items() if getattr(value, "__module__", None) == module]
-    assert_hints(adapter, [name for name in own if not name.startswith("_")])
+@pytest.mark.parametrize("module", ["fastreg", *ADAPTERS])
+def test_annotations_resolve_when_the_code_runs(module: str) -> None:
+    if module in ADAPTERS:
+        pytest.importorskip(ADAPTERS[module], reason=f"{ADAPTERS[module]} is not installed: run tests/frameworks.sh")
+    owner = importlib.import_module(module)
+    own = [name for name, value in vars(owner).items() if getattr(value, "__module__", None) == module]
+    names = getattr(owner, "__all__", [name for name in own if not name.startswith("_")])
+    functions = {name: value for name, value in public(owner, names) if not inspect.isclass(value)}
+    assert functions
+    for name, function in functions.items():
+        assert "return" in typing.get_type_hints(function), name
 
 
 @pytest.mark.skipif(find_spec("pyright") is None, reason="pyright is not installed: make lint installs it")

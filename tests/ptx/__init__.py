@@ -1,17 +1,6 @@
 """Run the kernels as compiled for an H100 on CPU tensors, instruction by instruction: `pytest -p tests.ptx`.
 
-Triton compiles for sm_90 down to PTX, which is decoded and run by the machine in machine.c. A fault raises a
-`PTXError` that names the instruction, its line in the kernel's source, the program and the thread:
-
-- an access outside of the tensors that the kernel was given, or outside of its shared memory;
-- a misaligned access;
-- a branch, a barrier or a return that the lanes of a warp do not take together, and a barrier that not all warps reach;
-- a race: two accesses to the same memory, one a write, that neither barriers nor releases and acquires order.
-
-Warps run in an order that is drawn at random, and several programs at once. Registers and shared memory start as NaN,
-and so does memory of `torch.empty` while the plugin is on.
-
-It shows neither the code that ptxas makes of the PTX, nor speed. Approximate instructions give exact results.
+README.md lists the faults that raise a `PTXError`. While the plugin is on, memory of `torch.empty` starts as NaN.
 """
 
 from __future__ import annotations

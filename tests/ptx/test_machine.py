@@ -10,18 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastreg import fused_ar_tar
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
-
-triton = pytest.importorskip("triton", reason="no Triton: there is no PTX to run")
-import triton.language as tl  # noqa: E402
-
-from tests import ptx  # noqa: E402
-from tests.ptx.decoder import LANES, Decoder  # noqa: E402
-from tests.ptx.driver import Executor, Kernel, PTXError, executed  # noqa: E402
+from tests import ptx
+from tests.ptx.decoder import LANES, Decoder
+from tests.ptx.driver import Executor, Kernel, PTXError, executed
 
 pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 is set: nothing is compiled"),
@@ -205,13 +203,17 @@ ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {four}, [%r7]; add.s64 %base0, %b
     assert torch.equal(out[2].flatten(), halves.transpose(1, 2).contiguous().flatten().view(I32))
 
 
-def test_an_unknown_instruction_is_named() -> None:
-    with pytest.raises(NotImplementedError, match=re.escape("cannot run `sin.approx.f32 %r1, %r2`")):
-        run("sin.approx.f32 %r1, %r2;")
-    with pytest.raises(NotImplementedError, match=re.escape("cannot run `ld.volatile.global.b32 %r1, [%base0]`")):
-        run("ld.volatile.global.b32 %r1, [%base0];", torch.zeros(32))
-    with pytest.raises(NotImplementedError, match=re.escape("%d1 has 8 bytes where 4 are expected")):
-        run("add.s32 %r1, %d1, 1;")
+@pytest.mark.parametrize(
+    ("instruction", "message"),
+    [
+        ("sin.approx.f32 %r1, %r2;", "cannot run `sin.approx.f32 %r1, %r2`"),
+        ("ld.volatile.global.b32 %r1, [%base0];", "cannot run `ld.volatile.global.b32 %r1, [%base0]`"),
+        ("add.s32 %r1, %d1, 1;", "%d1 has 8 bytes where 4 are expected"),
+    ],
+)
+def test_an_unknown_instruction_is_named(instruction: str, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        run(instruction, torch.zeros(32))
 
 
 # -- refused code -----------------------------------------------------------------------------------------------------
@@ -311,7 +313,7 @@ def test_a_read_one_row_off_and_a_flipped_sign(executor: Executor, row: int, sig
     x = torch.randn(7, 5, 400)[1:-1].flatten(0, 1)  # amid other memory that belongs to the tensor that it is cut from
     out = torch.full_like(x, torch.nan)
     if row:
-        with pytest.raises(PTXError, match=r"outside of the tensors .*test_ptx.py:\d+\).* from the start of x"):
+        with pytest.raises(PTXError, match=r"outside of the tensors .*test_machine.py:\d+\).* from the start of x"):
             rows_added[(len(x),)](x, out, 400, row, sign, 512, enable_fp_fusion=True)
     else:
         rows_added[(len(x),)](x, out, 400, row, sign, 512, enable_fp_fusion=True)
@@ -373,7 +375,9 @@ def sums_of_blocks(barrier: bool, order: str) -> Any:
     return compiled
 
 
-RACE = r"a race: reads what another thread wrote: .*test_ptx.py:\d+\).* of partials.* the other: program \d+, thread"
+RACE = (
+    r"a race: reads what another thread wrote: .*test_machine.py:\d+\).* of partials.* the other: program \d+, thread"
+)
 
 
 def test_a_ticket_whose_order_or_barrier_is_missing(executor: Executor) -> None:
@@ -459,10 +463,7 @@ def forward(edit: Callable[[str], str]) -> Callable[[str], str]:
 )
 def test_a_mutant_of_the_penalty(mutant: str, change_and_refusal: tuple[Callable[[str], str], str | None]) -> None:
     change, refusal = change_and_refusal
-    with executed(Edited(change), ptx.all_kernels()), ptx.kernels_take_cpu_tensors():
-        if refusal is None:
-            with pytest.raises(AssertionError, match="not close"):
-                assert_right(penalty_and_gradients())
-        else:
-            with pytest.raises(PTXError, match=refusal):
-                penalty_and_gradients()
+    error, message = (AssertionError, "not close") if refusal is None else (PTXError, refusal)
+    running = executed(Edited(change), ptx.all_kernels())
+    with running, ptx.kernels_take_cpu_tensors(), pytest.raises(error, match=message):
+        assert_right(penalty_and_gradients())
