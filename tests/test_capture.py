@@ -278,6 +278,24 @@ def test_the_penalty_is_added_in_the_backward_of_its_own_loss(alone: bool) -> No
     torch.testing.assert_close(gradients(other + total, parameters[:-2])[0], want[0] + plain[0])
 
 
+@either
+def test_a_backward_that_failed_leaves_nothing_armed() -> None:
+    model = seeded(Model)
+    reg = attached(model)
+    decoded, _, dropped = model.activations(tokens())
+    loss, other = criterion(decoded, tokens()), decoded.square().mean()
+    want = torch.autograd.grad(other, [*model.parameters()], retain_graph=True)
+
+    def fail(_: Tensor) -> None:
+        raise KeyError
+
+    hook, total = dropped.register_hook(fail), reg.on_backward_begin(loss)
+    with pytest.raises(KeyError):
+        total.backward(retain_graph=True)
+    hook.remove()
+    torch.testing.assert_close(torch.autograd.grad(other, [*model.parameters()], retain_graph=True), want)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_of_others_see_the_whole_gradient(when: str) -> None:
     """As if autograd had added the penalty's: those of the module itself, which come first, too."""

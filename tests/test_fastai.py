@@ -120,7 +120,7 @@ class Spy(Callback):
             terms = {"ar": out.pow(2).mean().item(), "tar": tar, "size": len(raw), "steps": raw.shape[1]}
             clean = self.learn.loss_func(self.learn.pred, *self.learn.yb)
             losses = {"clean": clean.item(), "loss": self.learn.loss.item(), "grad": self.learn.loss_grad.item()}
-            self.seen.append(terms | losses | {"lr": [], "stepped": None})
+            self.seen.append(terms | losses | {"lr": []})
 
     def after_batch(self) -> None:
         assert self.learn.rnn.raw_out is not None
