@@ -535,22 +535,7 @@ def test_compiled_autograd() -> None:
     torch.testing.assert_close([x.grad for x in modules.parameters()], [*want])
 
 
-# Scaled losses, function transforms
-
-
-@either
-def test_a_gradient_scaler_and_accumulated_steps() -> None:
-    model, plain = seeded(Model), seeded(Model)
-    reg, scaler = attached(model), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for one in (model, plain):
-        for seed in range(2):
-            torch.manual_seed(seed)
-            decoded, raw, dropped = one.activations(tokens())
-            loss = criterion(decoded, tokens())
-            loss = reg.on_backward_begin(loss) if one is model else loss + formula(raw, dropped, 1)
-            (scaler.scale(loss / 2) if one is model else loss / 2).backward()
-    got, want = ([x.grad for x in one.parameters()] for one in (model, plain))
-    torch.testing.assert_close([x / 1024 for x in got if x is not None], want)
+# Function transforms
 
 
 def test_function_transforms() -> None:

@@ -83,7 +83,7 @@ def callback(alpha: float = ALPHA, beta: float = BETA, **options: Any) -> Activa
 
 
 def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
-    """Train for an epoch, and return what was logged."""
+    """Train for an epoch, and return the logged metrics."""
     torch.manual_seed(0)
     defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
