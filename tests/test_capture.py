@@ -572,14 +572,12 @@ class Play:
             if isinstance(dropout, FusedRNNDropout):
                 dropout.batch_first = rnn.batch_first
             self.reg.attach(rnn, dropout)
-        self.frozen = self.random.random() < 0.1
-        if self.frozen:
+        if self.random.random() < 0.1:
             self.rnns[0].requires_grad_(False)
         self.parameters = [x for rnn in self.rnns for x in rnn.parameters() if x.requires_grad]
         self.free = torch.randn(3, requires_grad=True)
         self.runs: list[dict[str, Any]] = []
         self.latest: dict[int, dict[str, Any]] = {}
-        self.count = 0
 
     def run(self) -> None:
         """Run a module and its dropout, in training or evaluation, with gradients or without."""
@@ -599,7 +597,6 @@ class Play:
         if training:
             self.runs.append(run)
             self.latest[i] = run
-            self.count += 1
 
     def loss(self) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return a loss, and the runs that it depends on."""
@@ -661,8 +658,6 @@ class Play:
                 self.same(other, other, some)
             elif choice < 0.4:
                 self.same(3 * total + other, 3 * want + other, some)
-            elif choice < 0.5:
-                self.fails(total)
             else:
                 self.same(total, want, some)
 
@@ -670,23 +665,6 @@ class Play:
         options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
         by_hooks = torch.autograd.grad(got, among, **options)
         torch.testing.assert_close(by_hooks, torch.autograd.grad(want, among, **options), rtol=1e-4, atol=1e-6)
-
-    def fails(self, total: Tensor) -> None:
-        """Run a backward that fails somewhere."""
-        hooked = [run["raw"] for run in self.runs if run["raw"].requires_grad]
-        if not hooked:
-            return
-
-        def fail(_: Tensor) -> None:
-            raise KeyError
-
-        hook = self.random.choice(hooked).register_hook(fail)
-        try:
-            torch.autograd.grad(total, [*self.parameters, self.free], retain_graph=True, allow_unused=True)
-        except KeyError:
-            pass
-        finally:
-            hook.remove()
 
     def play(self, steps: int) -> None:
         for _ in range(steps):
