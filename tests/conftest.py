@@ -56,7 +56,7 @@ def skip_on_formula(device: str) -> None:
 
 @contextmanager
 def without(*packages: str) -> Iterator[None]:
-    """Let every import of these packages fail, as where they are not installed."""
+    """Let every import of some packages fail, as where they are not installed."""
     modules = [name for name in sys.modules if name.split(".")[0] in packages]
     with mock.patch.dict(sys.modules, dict.fromkeys([*packages, *modules])):
         yield

@@ -6,8 +6,8 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pytest
@@ -121,25 +121,12 @@ class Own(nn.Module):
         return self.give(self.raw, steps[-1])
 
 
-class ModelOutput(dict):
-    """The output of a library's model: fields by name, one the last layer's output."""
-
-    @property
-    def last_hidden_state(self) -> Tensor:
-        return self["last_hidden_state"]
-
-
-@dataclass(frozen=True)
-class Fields:
-    states: list[Tensor]
-
-
 OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor] | None]] = {
     "tensor": (lambda raw, state: raw, None),
     "tuple": (lambda raw, state: (raw, {"state": state}), None),
     "list": (lambda raw, state: [raw, state], None),
-    "model output": (lambda raw, state: ModelOutput(states=(state,), last_hidden_state=raw), None),
-    "picked": (lambda raw, state: (state, Fields([state, raw])), lambda result: result[1].states[-1]),
+    "model output": (lambda raw, state: SimpleNamespace(states=(state,), last_hidden_state=raw), None),
+    "picked": (lambda raw, state: (state, SimpleNamespace(states=[state, raw])), lambda result: result[1].states[-1]),
 }
 
 

@@ -83,7 +83,7 @@ def callback(alpha: float = ALPHA, beta: float = BETA, **options: Any) -> Activa
 
 
 def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
-    """Train for an epoch, and return what was logged."""
+    """Train for an epoch, and return the logged metrics."""
     torch.manual_seed(0)
     defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -227,14 +227,32 @@ def test_a_compiled_module() -> None:
     assert_same(module, written_out)
 
 
-def test_the_module_is_left_as_it_was_after_an_error() -> None:
-    def fail(loss: Tensor) -> Any:
+class Failing(Module):
+    def result(self, loss: Tensor) -> Any:
         raise KeyError("in a step")
 
-    module = made()
-    module.result = fail
-    with pytest.raises(KeyError, match="in a step"):
-        fit(module, callback())
+
+class Manual(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        (Failing, {}, KeyError, "in a step"),
+        (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in its training_step"),
+        (Module, {"rnn": "lstm"}, ValueError, r"rnn: Module has no such module at 'lstm'; .* 'encoder\.lstm'$"),
+    ],
+    ids=["step", "manual optimization", "path"],
+)
+def test_the_module_is_left_as_it_was_after_an_error(
+    kind: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    module = made(kind)
+    with pytest.raises(error, match=message):
+        fit(module, callback(**options))
     assert "training_step" not in vars(module)
     assert not module.encoder["lstm"]._forward_hooks
 
@@ -323,13 +341,6 @@ def test_modules_made_late() -> None:
     check_weights(Late, callback(rnn="late"))
 
 
-def test_a_wrong_path_is_refused_when_the_fit_starts() -> None:
-    module = made()
-    with pytest.raises(ValueError, match=r"rnn: Module has no such module at 'lstm'; candidates: 'encoder\.lstm'$"):
-        fit(module, callback(rnn="lstm"))
-    assert not module.encoder["lstm"]._forward_hooks
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -344,13 +355,6 @@ def test_a_wrong_path_is_refused_when_the_fit_starts() -> None:
 def test_rejects_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         callback(**options)
-
-
-def test_manual_optimization() -> None:
-    module = made()
-    module.automatic_optimization = False
-    with pytest.raises(RuntimeError, match=r"automatic_optimization=False.*RNNRegularizer in its training_step"):
-        fit(module, callback())
 
 
 def test_without_lightning() -> None:

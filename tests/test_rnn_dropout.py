@@ -6,7 +6,6 @@ import copy
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -279,17 +278,6 @@ def test_an_attached_dropout_keeps_its_own_coefficients() -> None:
         model(tokens())
         assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
     assert forms_its_own(model.dropout)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_of_a_fused_dropout_follow_no_regularizer(duplicate: Callable[[Any], Any]) -> None:
-    model = seeded(Fused)
-    reg = attached(model)
-    twin = duplicate(model)
-    reg.alpha = 7.0
-    twin(tokens())
-    assert twin.dropout.alpha == 0
-    assert twin.dropout.take() is not None  # which the hooks of the first would have taken
 
 
 # Copies, states and errors

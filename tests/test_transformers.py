@@ -207,7 +207,7 @@ def test_the_formula_written_out_gives_the_same_weights(make: Callable[[], Any],
     assert_different(trainer, fit(make, arguments(), valid=None))  # counts the padding
 
 
-@every_model
+@pytest.mark.parametrize("make", [LanguageModel, mamba], ids=lambda make: make.__name__)
 def test_coefficients_of_zero_change_nothing(make: Callable[[], Any], arguments: Any, formed: list[Any]) -> None:
     args = arguments(**IN_PARTS, max_grad_norm=1.0)
     trainer, stock = fit(make, args, alpha=0.0, beta=0.0), fit(make, args, transformers.Trainer)
@@ -225,23 +225,27 @@ def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 
 
 @pytest.mark.parametrize(
-    ("make", "loss", "count"),
+    ("make", "loss", "count", "masked"),
     [
-        (mamba2, None, 24),
-        (mamba2, None, 19),
-        (recurrent_gemma, None, 19),
-        (LanguageModel, per_item, 19),
-        (LanguageModel, None, 20),  # whose own loss wants batches of one size
+        (mamba2, None, 24, True),
+        (mamba2, None, 19, True),
+        (recurrent_gemma, None, 19, True),
+        (LanguageModel, per_item, 19, True),
+        (LanguageModel, per_item, 22, False),  # whose batches count by their examples
+        (LanguageModel, None, 20, True),  # whose own loss wants batches of one size
     ],
-    ids=["equal batches", "rest of another size", "gemma", "loss of the caller", "loss of each batch"],
+    ids=["equal batches", "rest of another size", "gemma", "loss of the caller", "no mask", "loss of each batch"],
 )
-def test_accumulation_changes_nothing(make: Callable[[], Any], loss: Any, count: int, arguments: Any) -> None:
+def test_accumulation_changes_nothing(
+    make: Callable[[], Any], loss: Any, count: int, masked: bool, arguments: Any
+) -> None:
     accepts = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(made(make).forward).parameters.values())
     assert accepts == (make is not LanguageModel)
-    options = {"train_dataset": examples(count), "compute_loss_func": loss}
+    data = [x if masked else {"input_ids": x["input_ids"], "labels": x["labels"]} for x in examples(count)]
+    options = {"train_dataset": data, "compute_loss_func": loss}
     whole = fit(make, arguments(), **options)
     assert_same(fit(make, arguments(**IN_PARTS), **options), whole)
-    assert_same(fit(make, arguments(), Formula, **options), whole)
+    assert_same(fit(make, arguments(), Formula, valid=labelled if masked else None, **options), whole)
 
 
 @pytest.mark.parametrize("valid", [labelled, None], ids=["valid", "no valid"])
@@ -258,14 +262,6 @@ def test_starts_are_left_out_of_shares(valid: Any, arguments: Any) -> None:
     whole = fit(mamba2, arguments(), valid=valid, starts=starts)
     assert_same(fit(mamba2, arguments(**IN_PARTS), valid=valid, starts=starts), whole)
     assert_same(fit(mamba2, arguments(), Segments, valid=valid), whole)
-
-
-def test_batches_without_a_mask_count_by_their_examples(arguments: Any) -> None:
-    data = [{"input_ids": x["input_ids"], "labels": x["labels"]} for x in examples(22)]
-    options = {"train_dataset": data, "compute_loss_func": per_item}
-    whole = fit(LanguageModel, arguments(), **options)
-    assert_same(fit(LanguageModel, arguments(**IN_PARTS), **options), whole)
-    assert_same(fit(LanguageModel, arguments(), Formula, valid=None, **options), whole)
 
 
 def in_a_process(rank: int, folder: str) -> list[tuple[dict[str, Tensor], dict[str, float]]]:
@@ -322,11 +318,10 @@ def test_gradient_checkpointing(rnn: str, arguments: Any) -> None:
     assert_same(fit(mamba, checkpointed, rnn=rnn), fit(mamba, arguments(), Formula, rnn=rnn))
 
 
-@pytest.mark.parametrize("make", [mamba, LanguageModel])
-def test_bfloat16(make: Callable[[], Any], arguments: Any) -> None:
-    trainer, written_out = fit(make, arguments(bf16=True)), fit(make, arguments(bf16=True), Formula)
+def test_bfloat16(arguments: Any) -> None:
+    trainer, written_out = fit(mamba, arguments(bf16=True)), fit(mamba, arguments(bf16=True), Formula)
     # Autograd rounds to bfloat16 wherever it adds gradients; hooks add in float32 and round once.
-    weights = [[*x.model.parameters()] for x in (written_out, trainer_of(make, arguments(bf16=True)))]
+    weights = [[*x.model.parameters()] for x in (written_out, trainer_of(mamba, arguments(bf16=True)))]
     largest = max((x - y).abs().max().item() for x, y in zip(*weights, strict=True))
     assert_same(trainer, written_out, rtol=0, atol=torch.finfo(torch.bfloat16).eps * largest)
 
@@ -348,14 +343,13 @@ class CellModel(LanguageModel):
         self.lstm: nn.Module = Cell()
 
 
-@pytest.mark.parametrize("make", [LanguageModel, CellModel])
-def test_compiled_models(make: Callable[[], Any], arguments: Any) -> None:
+def test_a_compiled_model(arguments: Any) -> None:
     torch._dynamo.reset()
-    once, twice = (fit(make, arguments(), Formula, rnn="lstm") for _ in range(2))
+    once, twice = (fit(CellModel, arguments(), Formula, rnn="lstm") for _ in range(2))
     twice.train()
     compiled = arguments(torch_compile=True, torch_compile_backend="aot_eager")
-    fit(make, compiled, transformers.Trainer)  # whose code for the same modules runs no hooks
-    trainer = fit(make, compiled, rnn="lstm")
+    fit(CellModel, compiled, transformers.Trainer)  # whose code for the same modules runs no hooks
+    trainer = fit(CellModel, compiled, rnn="lstm")
     assert_same(trainer, once)
     trainer.train()  # attached again
     assert_same(trainer, twice)
@@ -370,12 +364,6 @@ def test_checkpoints(arguments: Any, tmp_path: Path) -> None:
     for a, b, c in zip(whole.model.parameters(), resumed.model.parameters(), stock.parameters(), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
-
-
-@pytest.mark.parametrize("valid", [lambda batch: batch["input_ids"].cumsum(1) > 9, None], ids=["burn-in", "all"])
-def test_other_valid_steps(valid: Any, arguments: Any) -> None:
-    trainer = fit(LanguageModel, arguments(), valid=valid)
-    assert_same(trainer, fit(LanguageModel, arguments(), Formula, valid=valid))
 
 
 class OwnLoss(transformers.Trainer):
