@@ -28,12 +28,23 @@ using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t;
 enum class Half : uint16_t {};
 enum class BFloat : uint16_t {};
 
+// Vectors have as many floats as the processor takes at once; ON(name) is the instruction for all of them.
 #if defined(X86_64_V4)
-constexpr int64_t LANES = 16;  // of a vector: as many floats as the processor takes at once
+constexpr int64_t LANES = 16;
+#define ON(name) _mm512_##name
+using Floats = __m512;
+using Halves = __m256i;
 #elif defined(X86_64_V3)
 constexpr int64_t LANES = 8;
+#define ON(name) _mm256_##name
+using Floats = __m256;
+using Halves = __m128i;
 #else
 constexpr int64_t LANES = 4;
+#ifdef __SSE2__
+#define ON(name) _mm_##name
+using Floats = __m128;
+#endif
 #endif
 constexpr int64_t PAIR = 2 * LANES;
 constexpr int64_t ALIGNED = LANES * sizeof(float);  // bytes of the vectors that are streamed
@@ -82,15 +93,9 @@ inline INLINE V load(const char *from) {
 /// Write a vector. One that `streams` goes past the caches: it must be aligned, and `fence` must follow.
 template <class V>
 inline INLINE void save(char *to, const V &x, bool streams) {
-#if defined(X86_64_V4)
+#ifdef __SSE2__
     if constexpr (sizeof(V) == ALIGNED)
-        if (streams) return _mm512_stream_ps(reinterpret_cast<float *>(to), bits_of<__m512>(x));
-#elif defined(X86_64_V3)
-    if constexpr (sizeof(V) == ALIGNED)
-        if (streams) return _mm256_stream_ps(reinterpret_cast<float *>(to), bits_of<__m256>(x));
-#elif defined(__SSE2__)
-    if constexpr (sizeof(V) == ALIGNED)
-        if (streams) return _mm_stream_ps(reinterpret_cast<float *>(to), bits_of<__m128>(x));
+        if (streams) return ON(stream_ps)(reinterpret_cast<float *>(to), bits_of<Floats>(x));
 #endif
     std::memcpy(to, &x, sizeof(x));
 }
@@ -178,21 +183,12 @@ struct Memory<Half> {
     }
 
   private:
-#ifdef X86_64_V4
     static INLINE Vector<float> floats(Vector<uint16_t> half) {
-        return bits_of<Vector<float>>(_mm512_cvtph_ps(bits_of<__m256i>(half)));
+        return bits_of<Vector<float>>(ON(cvtph_ps)(bits_of<Halves>(half)));
     }
     static INLINE Vector<uint16_t> halves(Vector<float> value) {
-        return bits_of<Vector<uint16_t>>(_mm512_cvtps_ph(bits_of<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+        return bits_of<Vector<uint16_t>>(ON(cvtps_ph)(bits_of<Floats>(value), _MM_FROUND_TO_NEAREST_INT));
     }
-#else
-    static INLINE Vector<float> floats(Vector<uint16_t> half) {
-        return bits_of<Vector<float>>(_mm256_cvtph_ps(bits_of<__m128i>(half)));
-    }
-    static INLINE Vector<uint16_t> halves(Vector<float> value) {
-        return bits_of<Vector<uint16_t>>(_mm256_cvtps_ph(bits_of<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
-    }
-#endif
 };
 
 #else

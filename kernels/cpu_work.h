@@ -4,8 +4,10 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -23,6 +25,7 @@ constexpr int64_t PROGRAMS = 1024;      // at most, for each tensor
 constexpr int64_t SERIAL = 3 << 17;     // elements below which waking a second thread costs more than it saves
 constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
 constexpr int64_t LARGE = 1 << 22;      // bytes of an output from which huge pages are asked for
+constexpr double SLOW_PAGE = 1e-3;      // seconds for a huge page; 512 small ones take about as long
 constexpr int64_t STREAMED = 1 << 23;   // bytes of all outputs from which they are written past the caches
 
 /// The items of a view, and how many programs share them.
@@ -175,12 +178,32 @@ struct Pass {
     }
 };
 
-/// Ask for huge pages for a large output, whose memory may be fresh.
-inline void advise([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t elements) {
+/// The processor time of the thread, which a thread that waits for the processor does not spend.
+inline double thread_seconds() {
+    timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+/// Ask for huge pages for a large output whose memory is fresh, and fetch them. Where that takes longer than as many small
+/// pages, ask for no more: the system first moves others out of the way, or is a virtual machine that has given its free
+/// huge pages back to its host.
+inline void fetch([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int threads) {
 #ifdef MADV_HUGEPAGE
-    const auto begin = reinterpret_cast<std::uintptr_t>(output.base), end = begin + elements * output.itemsize;
+    const auto begin = bits_of<std::uintptr_t>(output.base), end = begin + bytes;
     const auto first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = end / HUGE_PAGE * HUGE_PAGE;
-    if (output.base && end - begin >= LARGE) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+    unsigned char resident;
+    if (bytes < LARGE || first >= last) return;
+    void *const memory = reinterpret_cast<void *>(first);
+    if (mincore(memory, 1, &resident) || resident & 1 || madvise(memory, last - first, MADV_HUGEPAGE)) return;
+    std::atomic<int> slow = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (auto page = first; page < last; page += HUGE_PAGE) {
+        if (slow >= 2) continue;
+        const double start = thread_seconds();
+        *reinterpret_cast<volatile char *>(page) = 0;
+        if (thread_seconds() - start > SLOW_PAGE && ++slow == 2) madvise(memory, last - first, MADV_NOHUGEPAGE);
+    }
 #endif
 }
 
@@ -191,14 +214,15 @@ bool forked = false;
 /// Run all passes in one parallel region; return the sums, added up in the order of the programs.
 inline Partials run(Pass *passes, int64_t count, const Counted &counted, int threads) {
     if (count == 0) return {};
+    if (forked || count * counted.elements() <= SERIAL) threads = 1;
     int64_t written = 0;
     for (int64_t i = 0; i < count; ++i) {
-        advise(passes[i].out, counted.elements());
-        if (passes[i].out.base) written += counted.elements() * passes[i].out.itemsize;
+        const int64_t bytes = passes[i].out.base ? counted.elements() * passes[i].out.itemsize : 0;
+        fetch(passes[i].out, bytes, threads);
+        written += bytes;
     }
     for (int64_t i = 0; i < count; ++i) passes[i].streams = passes[i].out.base && written >= STREAMED;
     const int64_t first = passes[0].tiling.programs, programs = first + (count > 1 ? passes[1].tiling.programs : 0);
-    if (forked || count * counted.elements() <= SERIAL) threads = 1;
     std::vector<Partials> partials(programs);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < programs; ++i)

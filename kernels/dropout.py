@@ -96,28 +96,11 @@ def dropout_forward(
     raw                  (outer, time, inner)
     mask                 the same shape, already scaled; one row for all time steps if LOCKED
     dropped              (outer, time, inner) out
-    partials             (2 * programs,) in ACC, memory for partial sums
-    ticket               (1,) int32, as `finish` wants it
-    penalty              () out in ACC
-    terms                (2,) out in ACC: ar and tar; None unless they are measured
-    lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
-    valid                (outer, time) marks, which time steps count; None if all do, or those within lengths
-    counted              of `count_kernel`, where it has counted them; with valid alone
-    alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
-    *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
-    lanes, inner         outer * inner and inner, in units of ALIGN elements
-    time, run            time steps in all, and a run
-    blocks, items        blocks of lanes, and items of work: a block over a run each
-    alpha, beta          coefficients
-    ar_scale, tar_scale  one over the divisors of the sums
     AR, TAR              whether each term is on
     AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
     LOCKED               the mask does not differ from time step to time step
-    COUNT                the divisors of the sums are counted, from lengths or valid
-    ACC                  dtype of differences, products and sums
-    ALIGN                greatest power of two up to 16 that divides inner and every stride
-    INDEX                integer dtype that counts lanes and time steps
-    BLOCK, UNROLL        lanes a block; time steps that one turn of the loop loads
+
+    All other parameters are those of `penalty_kernel`.
     """
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
@@ -228,24 +211,8 @@ def dropout_backward(
     mask                 the same shape, already scaled; one row for all time steps if LOCKED; None for a mask of 1
     grad_dropped         (outer, time, inner), or None where dropped has no gradient
     grad_raw             (outer, time, inner) out
-    lengths              (outer,) integers, how many time steps of a sequence count in the sums; None if all do
-    valid                (outer, time) marks, which time steps count; None if all do, or those within lengths
-    counted              of `count_kernel`, where it has counted them; with valid alone
-    alpha_at, beta_at    () coefficients that take the place of alpha and beta, or None
-    *_outer, *_time      strides in units of ALIGN elements; the inner axis is contiguous
-    lanes, inner         outer * inner and inner, in units of ALIGN elements
-    time, run            time steps in all, and a run
-    blocks, items        blocks of lanes, and items of work: a block over a run each
-    alpha, beta          coefficients
-    ar_scale, tar_scale  one over the divisors of the sums
-    AR, TAR              whether each term is on
-    AR_OF_RAW            AR is that of raw, as fastai v1 forms it, not that of dropped
-    LOCKED               the mask does not differ from time step to time step
-    COUNT                the divisors of the sums are counted, from lengths or valid
-    ACC                  dtype of differences and products
-    ALIGN                greatest power of two up to 16 that divides inner and every stride
-    INDEX                integer dtype that counts lanes and time steps
-    BLOCK, UNROLL        lanes a block; time steps that one turn of the loop loads
+
+    All other parameters are those of `dropout_forward`.
     """
     if AR or TAR:
         weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale)
