@@ -130,7 +130,7 @@ class Inputs:
         return view_of((*self.layouts, *written), self.fold, values)
 
     def read(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Return tensors of these layouts as kernels read them."""
+        """Return the tensors as kernels read them."""
         return [self.fold.read(x) for x in tensors] if self.copies else tensors
 
 

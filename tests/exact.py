@@ -16,7 +16,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def eps(*dtypes: torch.dtype) -> float:
-    """The unit of rounding of a computation with tensors of these dtypes."""
+    """Return the unit of rounding of a computation with tensors of some dtypes."""
     return torch.finfo(DOUBLE if DOUBLE in dtypes else FLOAT).eps
 
 

@@ -82,7 +82,7 @@ def test_peers_take_turns_and_inputs_rotate() -> None:
     assert all(len(of_peer) * 3 == len(rounds) for of_peer in turns.values())
 
 
-def test_the_clock_replays_what_was_measured() -> None:
+def test_the_clock_replays_measured_times() -> None:
     clock = timing.Replay()
     clock.load([0.25, 0.5])
     readings = [clock.read()]
@@ -139,7 +139,7 @@ def test_upstream_gradients_that_change() -> None:
     assert all(torch.equal(x, y) for x, y in zip(one, again, strict=True))
 
 
-def test_a_gpu_runs_all_that_a_cpu_does_and_begins_with_what_says_most() -> None:
+def test_a_gpu_runs_the_cases_of_a_cpu_in_the_order_of_their_use() -> None:
     everything, on_cpu = cases.all_cases("cuda"), cases.all_cases("cpu")
     assert len({str(case) for case in everything}) == len(everything)
     assert {case for case in on_cpu if not isinstance(case, steps.Step)} < {*everything}
@@ -400,7 +400,7 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(turns["eager"]) == timing.LEAST
 
 
-def test_what_cannot_be_captured_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_cannot_be_captured_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(call: cases.Call, numbers: Sequence[int]) -> Any:
         raise RuntimeError("no capture\nhere")
 

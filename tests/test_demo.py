@@ -121,7 +121,7 @@ def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: py
     assert all(value > 0 for value in other), "TAR is measured without its coefficient"
 
 
-def test_tells_what_the_study_saw_of_the_same_training(
+def test_quotes_the_study_of_the_same_training(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     studied = Setting(text, demo.WORDS, epochs=3).facts()

@@ -141,7 +141,7 @@ def test_a_mask_made_in_inference_mode(device: str) -> None:
     assert torch.equal(gradient, *torch.autograd.grad(again.sum() + penalty, raw))
 
 
-def test_a_mask_is_used_whatever_p(device: str) -> None:
+def test_a_mask_is_used_with_any_p(device: str) -> None:
     raw = torch.randn(3, 7, 12, device=device)
     mask = mask_for(Sample(), raw, True)
     dropped, got = fused_dropout_ar_tar(raw, 0, 2.0, 1.0, mask=mask)

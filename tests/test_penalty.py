@@ -181,7 +181,7 @@ def test_not_finite_shows(value: float, step: int, device: str) -> None:
     assert not fused_ar_tar(dropped, raw, 2.0, 1.0).isfinite()
 
 
-def test_one_time_step_has_no_changes_whatever_its_values(device: str) -> None:
+def test_one_time_step_of_any_values_has_no_changes(device: str) -> None:
     raw = torch.full((2, 1, 8), torch.inf, device=device, requires_grad=True)
     got = fused_ar_tar(raw, None, 0.0, 1.0)
     assert got == 0

@@ -333,7 +333,7 @@ class TestAutocast:
         assert_close(everything(compiled, leaves()), everything(step, leaves()), rtol=2e-2, atol=2e-2)
 
     @by_few
-    def test_the_scaler_scales_and_sees_what_is_not_finite(self, call: Call) -> None:
+    def test_the_scaler_scales_and_finds_infinities(self, call: Call) -> None:
         want = everything(call, leaves())[-2:]
         xs = [nn.Parameter(x) for x in leaves()]
         optimizer = torch.optim.SGD(xs, 0.1)
@@ -393,7 +393,7 @@ class TestDeterministicMode:
             got = everything(call, leaves(70))
         assert_close(got, want, rtol=0, atol=0)
 
-    def test_what_gets_written_is_not_filled_before(self) -> None:
+    def test_memory_that_gets_written_is_not_filled_before(self) -> None:
         x = torch.zeros(2**25, 1, dtype=HALF)  # for this size the system allocates fresh memory, zeros
         with deterministic():
             assert torch.empty_like(x).isnan().all()
@@ -405,7 +405,7 @@ class TestDeterministicMode:
 
 class TestSubclasses:
     @calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # which draw a mask for each of the two
-    def test_a_wrapper_computes_on_what_it_wraps(self, call: Call) -> None:
+    def test_a_wrapper_computes_on_its_tensor(self, call: Call) -> None:
         halves = [leaves(), leaves(6)]
         halves[1] = [x.detach()[:, :5].contiguous().requires_grad_() for x in halves[1]]
         wrapped = [TwoTensor(*(x.detach() for x in pair)).requires_grad_() for pair in zip(*halves, strict=True)]

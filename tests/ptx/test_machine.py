@@ -263,7 +263,7 @@ def test_refused(body: str, message: str, seed: int) -> None:
 @pytest.mark.parametrize("before", ["bar.sync 0;", ""], ids=["barrier", "no_barrier"])
 @pytest.mark.parametrize("after", ["bar.sync 0;", ""], ids=["barrier", "no_barrier"])
 @pytest.mark.parametrize("seed", range(2))
-def test_what_orders_programs(order: str, scope: str, before: str, after: str, seed: int) -> None:
+def test_operations_that_order_programs(order: str, scope: str, before: str, after: str, seed: int) -> None:
     """Thread 32 stores, thread 0 draws a ticket, and thread 33 of the last program reads all stored values."""
     body = f"""
 mov.u32 %r1, %ctaid.x;
