@@ -33,10 +33,10 @@ import torch
 from bench import machine, report
 
 ROOT = machine.ROOT
-# Those first that say most of the kernels; tests/test_bench.py knows which files there are.
+# Those first that say most of the kernels for their time; tests/test_bench.py knows which files there are.
 TESTS = (
-    *("kernels", "prediction", "coefficients", "bench", "penalty", "dropout", "sizes", "concurrency"),
-    *("attachment", "addition", "distributed", "padding", "axes", "graphs", "derivatives"),
+    *("kernels", "sizes", "concurrency", "dropout", "attachment", "prediction", "penalty", "bench", "coefficients"),
+    *("addition", "distributed", "padding", "axes", "graphs", "derivatives"),
 )
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs

@@ -221,10 +221,11 @@ class Tiling:
         block = THREADS * 16 // widest
         if align * widest < 8:  # narrow loads need a pointer each, and twice the registers
             block //= 2
+        unroll = UNROLL if align * widest > 2 else UNROLL // 2  # loads of 2 bytes need four times as many
         blocks = ceil_div(outer * inner, block)
         runs = min(PROGRAMS // blocks, time // SHORTEST_RUN)
         runs = max(runs, ceil_div(time, LONGEST_RUN))
-        run = ceil_div(ceil_div(time, runs), UNROLL) * UNROLL
+        run = ceil_div(ceil_div(time, runs), unroll) * unroll
         items = blocks * ceil_div(time, run)
         self.programs = min(items, PROGRAMS)
         lanes = outer * inner // align
@@ -234,7 +235,7 @@ class Tiling:
             "ALIGN": align,
             "INDEX": tl.int64 if outer * inner * time >= LARGE else tl.int32,
             "BLOCK": block,
-            "UNROLL": UNROLL,
+            "UNROLL": unroll,
             "num_warps": WARPS,
             "enable_fp_fusion": True,
         }

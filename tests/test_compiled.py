@@ -49,7 +49,7 @@ MOST_REGISTERS = {
     (650, FLOAT): 128,
     (650, BF16): 96 if Version("3.7") <= RELEASE else 120,
     (401, FLOAT): 96,
-    (401, BF16): 144 if Version("3.9") <= RELEASE else 160,
+    (401, BF16): 120,
 }
 # Where loads are narrow, values that are read once a launch, on sm_80.
 MOST_SPILLED_NARROW = 24 if Version("3.7") <= RELEASE else 56
