@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -237,18 +238,11 @@ def test_more_sequences_than_are_added_at_once(device: str) -> None:
     assert_terms(got, truth(exact(raw), exact(dropped), torch.arange(3, device=device) < lengths[:, None]), FLOAT)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dropout"),
-    [
-        ((4096, 2), True),
-        ((911, 9), True),
-        ((4096, 2), False),
-        ((911, 9), False),
-        ((8193, 1), False),
-        ((37, 301), False),
-    ],
-    ids=str,
-)
+TWO_SHAPES = (4096, 2), (911, 9)
+MANY_STEPS = [*product(TWO_SHAPES, (True, False)), ((8193, 1), False), ((37, 301), False)]
+
+
+@pytest.mark.parametrize(("shape", "dropout"), MANY_STEPS, ids=str)
 def test_many_steps_are_counted(shape: tuple[int, int], dropout: bool, device: str) -> None:
     """Up to 8192 steps are counted by each program of a launch, and more by a launch of their own."""
     valid = (torch.arange(shape[0] * shape[1], device=device) % 37 % 5 > 0).view(shape)
