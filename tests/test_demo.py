@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def test_trains_end_to_end(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(training, "LEARNING_RATE", 0.01)  # there are few steps to learn in
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     run(text, tmp_path / "plot.png", "--epochs", "3", "--alpha", "2", "--beta", "1")
     output = capsys.readouterr().out
     assert demo.HEADER.split() == ["epoch", "train", "loss", "valid", "ppl", "AR", "TAR", "seconds"]
