@@ -378,7 +378,7 @@ def check_mask(mask: object, raw: Tensor, problem: Problem) -> None:
 
 def check_saved(name: str, before: Any, saved: Any) -> None:
     """Check that a tensor kept its shape from forward to backward, as its `data` and unpacking hooks may change."""
-    if saved is not None and saved.shape != before.shape:
+    if saved.shape != before.shape:
         raise RuntimeError(
             f"{name}: expected the shape of the forward, {_shape(before)}, got {_shape(saved)} in the backward, as its "
             "data was replaced, or a hook on saved tensors returned another"

@@ -20,7 +20,7 @@ from fastreg.capture import Captured, Reached, Run
 from fastreg.dropout import Upstream
 from fastreg.kernels.view import NOTHING, Values, layout_of
 from fastreg.penalty import Computed, penalty_of
-from fastreg.prepare import plain, plain_pair, problem_of
+from fastreg.prepare import dtypes_of, plain, plain_pair, problem_of, restored, restored_values
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, is_on, rows_of
 
 
@@ -38,7 +38,9 @@ class _Tensors(NamedTuple):
 
     def arm(self, task: int | None, grad: Tensor, layer: Layer) -> None:
         """Add the gradient of a layer's penalty in this backward, or for `None` in every one."""
-        raw, addition = layer.given(), self.addition
+        addition = self.addition
+        raw = restored("raw", layer.given(), addition.layout)
+        layer = Layer(raw, None, layer.values)
         if layout_of(raw) != addition.layout:  # a hook on saved tensors has changed it
             addition = Addition(layer, addition.problem)
         # A graph would close a cycle, if the backward failed.
@@ -90,10 +92,9 @@ class _Carry(Function):
     def forward(ctx: Any, carried: Carried, loss: Tensor, penalty: Tensor) -> Tensor:
         ctx.carriers = [carrier for carrier, _ in carried]
         # Most layers have no values to save.
-        ctx.values = [i for i, (_, layer) in enumerate(carried) if layer.values is not NOTHING]
-        ctx.save_for_backward(
-            *[layer.raw for _, layer in carried], *[x for i in ctx.values for x in carried[i][1].values]
-        )
+        found = [(i, layer.values) for i, (_, layer) in enumerate(carried) if layer.values is not NOTHING]
+        ctx.values = [(i, dtypes_of(values)) for i, values in found]
+        ctx.save_for_backward(*[layer.raw for _, layer in carried], *[x for _, values in found for x in values])
         ctx.loss = loss.shape, loss.dtype, loss.device
         return penalty.detach()
 
@@ -101,9 +102,9 @@ class _Carry(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         task, saved, carriers = torch._C._current_graph_task_id(), ctx.saved_tensors, ctx.carriers
         layers = [Layer(raw, None) for raw in saved[: len(carriers)]]
-        for i, at in enumerate(ctx.values):
+        for i, (at, dtypes) in enumerate(ctx.values):
             start, width = len(carriers) + i * len(NOTHING), len(NOTHING)
-            layers[at] = Layer(layers[at].raw, None, Values(*saved[start : start + width]))
+            layers[at] = Layer(layers[at].raw, None, restored_values(saved[start : start + width], dtypes))
         if torch.compiler.is_compiling():  # compiled autograd traces neither changing hooks nor callbacks
             arm: Any = torch.compiler.disable(_arm)
             arm(carriers, task, grad, layers)

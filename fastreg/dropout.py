@@ -14,19 +14,28 @@ from fastreg.arguments import (
     check_mask,
     check_options,
     check_probability,
-    check_saved,
     check_steps,
     check_tensor,
 )
 from fastreg.backends import backend_for
-from fastreg.kernels.view import Layout, Result, Values, allocate, layout_of
+from fastreg.kernels.view import NOTHING, Layout, Result, Values, allocate, layout_of
 from fastreg.penalty import penalty_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import Reader, keepable, plain, problem_of, time_given, values_of
+from fastreg.prepare import (
+    Reader,
+    dtypes_of,
+    keepable,
+    plain,
+    problem_of,
+    restored,
+    restored_values,
+    time_given,
+    values_of,
+)
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, kept, time_axis
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, observed
-from fastreg.view import Inputs, readable_values, sums_of
+from fastreg.view import Inputs, sums_of
 
 Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty; either may be None
 
@@ -269,8 +278,6 @@ class _Plan:
         key = *layouts, problem, grad is None
         backward = self.backward.get(key)
         if backward is None:  # one for each layout of the gradient of dropped, and of tensors that a hook has changed
-            for name, x, y in zip(("raw", "mask"), self.inputs.layouts, layouts, strict=False):
-                check_saved(name, x, y)
             backward = plan_backward(layouts, layer, problem, grad is not None)
             if len(self.backward) < BACKWARDS:
                 self.backward[key] = backward
@@ -341,7 +348,11 @@ class _DropoutPenalty(Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, values: Values, mask: Tensor, raw: Tensor) -> Any:
         dropped, (penalty, terms, _) = plan.compute(raw, mask, values)
-        ctx.save_for_backward(raw, mask, *values) if plan.read.finds_any else ctx.save_for_backward(raw, mask)
+        if plan.read.finds_any:
+            ctx.save_for_backward(raw, mask, *values)
+            ctx.dtypes = dtypes_of(values)
+        else:
+            ctx.save_for_backward(raw, mask)
         ctx.plan, ctx.carried = plan, None
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
         if terms is None:
@@ -353,8 +364,9 @@ class _DropoutPenalty(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
-        (raw, mask, *values), plan, carried = ctx.saved_tensors, ctx.plan, ctx.carried
-        values, problem = readable_values(values), plan.problem
+        (raw, mask, *saved), plan, carried = ctx.saved_tensors, ctx.plan, ctx.carried
+        values, problem = restored_values(saved, ctx.dtypes) if saved else NOTHING, plan.problem
+        raw, mask = map(restored, ("raw", "mask"), (raw, mask), plan.inputs.layouts)
         if carried is not None:
             ctx.carried = carried if carried.task is None else None
             if carried.task in (None, torch._C._current_graph_task_id()):

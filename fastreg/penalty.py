@@ -11,15 +11,26 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_activations, check_options, check_saved, check_steps
+from fastreg.arguments import check_activations, check_options, check_steps
 from fastreg.backends import Backend, backend_for
 from fastreg.kernels.view import NOTHING, Layout, Prediction, Result, Sums, Values, allocate, layout_of
 from fastreg.plans import Plans, key_of
-from fastreg.prepare import Reader, parts_of, plain, plain_pair, problem_of, time_given, values_of
+from fastreg.prepare import (
+    Reader,
+    dtypes_of,
+    parts_of,
+    plain,
+    plain_pair,
+    problem_of,
+    restored,
+    restored_values,
+    time_given,
+    values_of,
+)
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
-from fastreg.view import Inputs, readable_values, sums_of
+from fastreg.view import Inputs, sums_of
 
 One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
@@ -256,8 +267,8 @@ class _LayerPlan:
             if inputs.copies and prediction is not None and launch.holds(grad, prediction):
                 return filled  # before anything is copied
         else:  # a hook on saved tensors, or an assignment to `x.data`, has changed one
-            for name, x, y in zip(("raw", "dropped"), inputs.layouts, layouts, strict=True):
-                check_saved(name, x, y)
+            saved = tuple(map(restored, ("raw", "dropped"), saved, inputs.layouts))
+            layouts = [before if x is None else layout_of(x) for before, x in zip(layouts, saved, strict=True)]
             inputs, prediction = Inputs(layouts, layer, self.problem), None
             gradients, launch = self._plan_backward(inputs, layer)
         if prediction is None:
@@ -357,7 +368,11 @@ class _Penalty(Function):
     def forward(ctx: Any, plan: _Plan, values: Values, *tensors: Tensor | None) -> Any:
         result, ctx.ahead = plan.compute(tensors, values)
         saved = [x if need else None for x, need in zip(tensors, plan.needs, strict=True)]
-        ctx.save_for_backward(*saved, *values) if plan.read.finds_any else ctx.save_for_backward(*saved)
+        if plan.read.finds_any:
+            ctx.save_for_backward(*saved, *values)
+            ctx.dtypes = dtypes_of(values)
+        else:
+            ctx.save_for_backward(*saved)
         ctx.plan = plan
         if result.terms is None:
             return result.penalty
@@ -371,7 +386,7 @@ class _Penalty(Function):
         count = len(plan.needs)
         if grad is None:
             return (None,) * (2 + count)
-        values = readable_values(saved[count:])
+        values = restored_values(saved[count:], ctx.dtypes) if plan.read.finds_any else NOTHING
         ahead = vars(ctx).pop("ahead", None) or [(None, ())] * len(plan.layers)  # in one step, for two threads
         formula = torch.is_grad_enabled() or observed() or not are_memory((grad, *saved))
         gradients: list[Tensor | None] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import index
 from typing import Any
 
@@ -16,9 +17,10 @@ from fastreg.arguments import (
     check_marks_values,
     check_not_captured,
     check_same_batch_sizes,
+    check_saved,
     check_time,
 )
-from fastreg.kernels.view import NOTHING, Values
+from fastreg.kernels.view import NOTHING, Layout, Values
 from fastreg.problem import (
     Call,
     Coefficient,
@@ -218,6 +220,49 @@ def _queued(name: str, x: Tensor, device: torch.device) -> Tensor:
         elif x.is_pinned():
             x = torch.empty_like(x, pin_memory=True).copy_(x)
     return x.to(device, non_blocking=True)
+
+
+def restored(name: str, saved: Any, before: Layout | None) -> Any:
+    """Return a saved tensor in the dtype of the forward, which its `data` or a hook on saved tensors may have changed.
+
+    Args:
+        name: of the argument that it was.
+        saved: the tensor, or `None`.
+        before: its layout in the forward.
+
+    Raises:
+        RuntimeError: it has another shape than in the forward.
+    """
+    if saved is None or before is None:
+        return saved
+    check_saved(name, before, saved)
+    return saved if saved.dtype == before.dtype else saved.to(before.dtype)
+
+
+def dtypes_of(values: Values) -> Sequence[torch.dtype | None]:
+    """Return the dtypes of values, for `restored_values`."""
+    return [None if x is None else x.dtype for x in values]
+
+
+def restored_values(values: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> Values:
+    """Return saved values as kernels read them: contiguous, and in the dtypes of the forward.
+
+    Args:
+        values: as a backward unpacks them, after the hooks on saved tensors.
+        dtypes: those of the forward.
+
+    Raises:
+        RuntimeError: a hook has converted counts of valid steps, whose bytes are no numbers of their dtype.
+    """
+    pairs = zip(values, dtypes, strict=True)
+    found = Values(*[x if x is None or dtype is None else x.to(dtype).contiguous() for x, dtype in pairs])
+    marks = Values(*values).marks
+    if marks is not None and found.marks is not None and marks.dtype != found.marks.dtype:
+        raise RuntimeError(
+            f"valid: expected counts in {found.marks.dtype} in the backward, got {marks.dtype}, as a hook on saved "
+            "tensors converts them; convert floating-point tensors alone"
+        )
+    return found
 
 
 def keepable(x: Tensor) -> Tensor:

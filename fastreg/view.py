@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import NOTHING, Layout, Operand, Sums, Values, View
+from fastreg.kernels.view import Layout, Operand, Sums, Values, View
 from fastreg.problem import Layer, Problem, batch_axis, steps_of, time_axis
 
 NARROW = 64  # time steps in a row from which kernels for CPUs read them as they lie faster than a transposed copy
@@ -82,11 +82,6 @@ class Fold(NamedTuple):
             return 1, True
         pairs = pairwise(axes)
         return stride[axes[-1]], all(stride[a] == stride[b] * self.shape[b] for a, b in pairs)
-
-
-def readable_values(values: Sequence[Tensor | None]) -> Values:
-    """Return saved values as kernels read them: contiguous, whatever a hook on saved tensors has made of them."""
-    return Values(*[None if x is None else x.contiguous() for x in values]) if values else NOTHING
 
 
 def fold_of(layouts: Sequence[Layout | None], layer: Layer, problem: Problem) -> Fold:

@@ -56,7 +56,7 @@ TESTS = {
     "fastreg/arguments.py": ["layout", "plans", "padding", "penalty", "dropout"],
     "fastreg/view.py": ["layout", "prediction", "axes", "penalty", "padding", "dropout", "torch"],
     "fastreg/plans.py": ["plans", "penalty", "torch"],
-    "fastreg/prepare.py": ["layout", "plans", "padding", "axes", "penalty", "dropout"],
+    "fastreg/prepare.py": ["layout", "plans", "padding", "axes", "penalty", "dropout", "prediction"],
     "fastreg/torch_state.py": ["padding", "penalty", "dropout", "derivatives", "torch"],
     "kernels/view.py": ["kernels", "padding"],
     **{
@@ -318,7 +318,6 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("float64 summed in float32", "dtype = compute_dtype(", "dtype = torch.float32 or compute_dtype("),
     ],
     ("fastreg/penalty.py", "_LayerPlan"): [
-        ("another shape in the backward", "check_saved(name, x, y)", "pass"),
         ("gradients ahead in a layout of before", "if layouts == inputs.layouts:", "if True:"),
         ("kernels: cut otherwise than the forward", "x if y is None else layout_of(y)", "y and layout_of(y)"),
         ("gradients ahead where memory is low", "(None, None) if keeps_memory_low() else", ""),
@@ -336,7 +335,6 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("a negated tensor to the kernels", "not x.is_neg()", "True"),
         ("a subclass to the kernels", "type(x) is Tensor", "True"),
     ],
-    ("fastreg/view.py", "readable_values"): [("lengths and marks with gaps", "x.contiguous()", "x")],
     ("fastreg/view.py", "Fold"): [
         ("order of axes kept anyway", "if self.fits(layout):", "if True:"),
         ("inner axes with gaps", "self._joined(x.stride, self.inner) == (1, True)", "True"),
@@ -373,6 +371,14 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/arguments.py", "check_time"): [("a flag for an axis", "isinstance(time_dim, bool) or", "")],
 
+    ("fastreg/prepare.py", "restored"): [
+        ("another shape in the backward", "check_saved(name, before, saved)", "pass"),
+        ("another dtype in the backward", "saved.to(before.dtype)", "saved"),
+    ],
+    ("fastreg/prepare.py", "restored_values"): [
+        ("lengths and marks with gaps", ".contiguous()", ""),
+        ("another dtype in the backward", "x.to(dtype)", "x"),
+    ],
     ("fastreg/prepare.py", "_lengths"): [("lengths with gaps to the kernels", ".contiguous()", "")],
     ("fastreg/prepare.py", "_marks"): [("marks with gaps to the kernels", ".contiguous()", "")],
     ("fastreg/prepare.py", "values_of"): [
@@ -428,13 +434,12 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/dropout.py", "_Plan"): [
         ("one backward for all", "self.backward.get(key)", "next(iter(self.backward.values()), None)"),
-        ("another shape in the backward", "check_saved(name, x, y)", "pass"),
     ],
     ("fastreg/dropout.py", "plan_backward"): [
         ("the penalty's gradient where there is none", "sums if is_penalized else", "sums if True else"),
     ],
     ("fastreg/dropout.py", "_DropoutPenalty"): [
-        ("mask and raw swapped", "(raw, mask, *values), plan, carried", "(mask, raw, *values), plan, carried"),
+        ("mask and raw swapped", "(raw, mask, *saved), plan, carried", "(mask, raw, *saved), plan, carried"),
         ("zeros where there is no gradient", "set_materialize_grads(False)", "set_materialize_grads(True)"),
         ("terms differentiable", "ctx.mark_non_differentiable(terms)", "pass"),
         ("batched gradients not left to the formula", "(raw, mask, *values, *upstream)", "(raw, mask, *values)"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
+from tests.conftest import INTERPRETED
 from tests.language_model import (
     ALPHA,
     BATCH,
@@ -706,3 +707,24 @@ def test_saved_activations_that_a_hook_lays_out_anew(dropped: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.mT.contiguous().mT if x.dim() > 1 else x):
         got = reg.on_backward_begin(loss)
     check_gradients(module, got, loss + formula(raw, after, 1))
+
+
+@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.3), FusedRNNDropout(0.3)], ids=["none", "plain", "fused"])
+@pytest.mark.parametrize("change", ["layout", "dtype"])
+def test_saved_valid_steps_that_a_hook_changes(change: str, dropout: nn.Module | None) -> None:
+    """Kernels read rows of bytes, whatever a hook on saved tensors has made of them."""
+    module, reg, x = gru(), regularizer(), inputs()
+    marks = torch.arange(x.shape[1]) < torch.arange(1, len(x) + 1).unsqueeze(-1)
+    reg.attach(module, dropout, valid=lambda *_: marks)
+
+    def changed(x: Tensor) -> Tensor:
+        if change == "layout":
+            return x.mT.contiguous().mT if x.dim() > 1 else x
+        return x if INTERPRETED and x.dtype == torch.bool else x.double()  # Triton's counts cannot be converted
+
+    raw, _ = module(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, changed):
+        after = raw if dropout is None else dropout(raw)
+        loss = after.square().sum()
+        got = reg.on_backward_begin(loss)
+    check_gradients(module, got, loss + fused_ar_tar(raw, after, ALPHA, BETA, valid=marks))

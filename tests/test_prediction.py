@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
@@ -276,3 +277,33 @@ def test_hooks_put_on_saved_tensors_after_the_forward(upstream: float, device: s
     for saved in got.grad_fn._raw_saved_tensors[-2:]:  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         saved.register_hooks(lambda x: x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
     assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), want)
+
+
+@pytest.mark.parametrize("steps", ["none", "lengths", "valid", "packed"])
+def test_hooks_that_convert_saved_tensors(steps: str, device: str) -> None:
+    """The kernels of the backward are those for the dtypes of the forward."""
+    raw, dropped = leaves(device)
+    marks = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 1, 1]], dtype=torch.bool)
+    given: dict[str, Any] = {"lengths": {"lengths": torch.tensor([7, 0, 3])}, "valid": {"valid": marks}}
+    options, mask = given.get(steps, {}), torch.rand(3, 7, 12, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def both() -> list[Tensor]:
+        if steps == "packed":
+            sizes = torch.tensor([3, 3, 3, 3, 3, 3, 2])
+            packed = [PackedSequence(x.flatten(0, 1)[:20], sizes) for x in (raw, dropped)]
+            return [fused_ar_tar(*packed, 2.0, 1.0)]  # pyright: ignore[reportCallIssue, reportArgumentType]
+        out, penalty = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask, **options)
+        return [fused_ar_tar(raw, dropped, 2.0, 1.0, **options), out.sum() + penalty]
+
+    want = [torch.autograd.grad(x, [raw, dropped], allow_unused=True) for x in both()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.double()):
+        graphs = both()
+    for graph, gradients in zip(graphs, want, strict=True):
+        if steps == "valid" and INTERPRETED:  # which counts the valid steps in the forward
+            with pytest.raises(RuntimeError, match=r"valid: expected counts in torch\.bool .* got torch\.float64"):
+                torch.autograd.grad(graph, [raw, dropped], allow_unused=True)
+            continue
+        for got, expected in zip(torch.autograd.grad(graph, [raw, dropped], allow_unused=True), gradients, strict=True):
+            assert (got is None) == (expected is None)
+            if got is not None and expected is not None:
+                assert_same_bits([got], [expected])
