@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastreg.arguments import check_flags
@@ -49,7 +48,7 @@ class OutputDropout(FusedRNNDropout):
             regularizer.capture(None)  # an earlier forward's output is out of date
         if not self.training:
             return raw
-        if regularizer is None or torch.is_inference_mode_enabled():
+        if regularizer is None:
             original: Any = self.original
             original.p = self.p if p is None else p
             return original(raw)

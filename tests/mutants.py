@@ -461,7 +461,6 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("fastreg/output_dropout.py", "OutputDropout"): [
         ("run of an earlier forward stays", "regularizer.capture(None)", "pass"),
-        ("runs in inference mode", " or torch.is_inference_mode_enabled()", ""),
         ("run of the plain tensor", "Captured(raw), Captured(dropped)", "Captured(raw), Captured(formed.dropped)"),
         ("linked copies", ' | {"linked": nothing}', ""),
     ],
