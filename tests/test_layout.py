@@ -88,6 +88,7 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
     (([X, X[:1]],) * 2, ValueError, OTHER_STEPS),
     (([X, X[0]],) * 2, ValueError, rf"{OTHER_STEPS} .* got \(5, 8\)"),
     (([PACKED, OTHER],) * 2, ValueError, r"raw\[1\]: expected the batch_sizes of raw\[0\], got others"),
+    (([PACKED, SHORT],) * 2, ValueError, r"raw\[1\].batch_sizes: expected sizes above 0 .* add up to the 7 rows, got"),
     ((PACKED, PACKED.data), TypeError, "dropped: expected a PackedSequence, as raw is, got a tensor"),
     (([PACKED], [X]), TypeError, r"dropped\[0\]: expected a PackedSequence, as raw\[0\] is, got a tensor"),
     ((PACKED, [PACKED]), ValueError, "raw and dropped: .* got one tensor and 1 layers"),

@@ -431,7 +431,7 @@ def test_packed(sort: bool, way: Way, steps: str, device: str, poison: None) -> 
             assert_gradient(gradient, pack(exactly, valid.sum(1), sort).data, computed=got.penalty.dtype)
 
 
-@pytest.mark.parametrize("kind", [torch.int8, torch.int32], ids=str)
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int32], ids=str)
 def test_packed_with_few_bits(kind: torch.dtype, device: str) -> None:
     raw = torch.randn(40, 4, 900, device=device, requires_grad=True)
     packed = pack(raw, torch.tensor([4] * 20 + [3] * 20), sort=True)
