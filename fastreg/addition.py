@@ -57,7 +57,7 @@ class Addition:
         key = arrived.stride(), arrived.dtype, arrived.data_ptr() % 16 == 0
         backward = self.backwards.get(key)
         if backward is None:
-            backward = plan_backward((self.layout, None, layout_of(arrived)), layer, self.problem, True)
+            backward = plan_backward(self.backend, (self.layout, None, layout_of(arrived)), layer, self.problem, True)
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = backward
         if self.mark is not None:

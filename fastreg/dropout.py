@@ -17,7 +17,7 @@ from fastreg.arguments import (
     check_steps,
     check_tensor,
 )
-from fastreg.backends import backend_for
+from fastreg.backends import Backend, backend_for
 from fastreg.kernels.view import NOTHING, Layout, Result, Values, allocate, layout_of
 from fastreg.penalty import penalty_of
 from fastreg.plans import Plans, key_of
@@ -278,7 +278,8 @@ class _Plan:
         key = *layouts, problem, grad is None
         backward = self.backward.get(key)
         if backward is None:  # one for each layout of the gradient of dropped, and of tensors that a hook has changed
-            backward = plan_backward(layouts, layer, problem, grad is not None)
+            backend: Any = self.backend
+            backward = plan_backward(backend, layouts, layer, problem, grad is not None)
             if len(self.backward) < BACKWARDS:
                 self.backward[key] = backward
         return launch_backward(backward, upstream, layer, mask)
@@ -292,10 +293,13 @@ class Backward(NamedTuple):
     launch: Any
 
 
-def plan_backward(layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool) -> Backward:
-    """Plan a `dropout_backward` of the backend.
+def plan_backward(
+    backend: Backend, layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool
+) -> Backward:
+    """Plan a `dropout_backward` of a backend.
 
     Args:
+        backend: that of the forward, as another may be in use by now.
         layouts: of raw, of the mask, and of the gradient of dropped, which arrives at raw where there is no mask.
         layer: of raw.
         problem: the terms.
@@ -306,7 +310,6 @@ def plan_backward(layouts: Sequence[Layout | None], layer: Layer, problem: Probl
     view = inputs.view([gradient], layer.values)
     sums = sums_of(layer, problem.penalized(), compute_dtype(raw))
     sums = sums if is_penalized else sums._replace(ar=False, tar=False)
-    backend: Any = backend_for(raw.device)
     return Backward(gradient, inputs, backend.dropout_backward(view, sums, raw.device))
 
 

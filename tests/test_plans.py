@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg import dropout, fused_ar_tar, fused_dropout_ar_tar, penalty, plans
+from fastreg import RNNRegularizer, dropout, fused_ar_tar, fused_dropout_ar_tar, penalty, plans
+from fastreg.backends import cpu_tensors_by
 from fastreg.plans import Plans, forget
 
 BATCH, TIME, HIDDEN = 3, 5, 8
@@ -300,3 +301,25 @@ def test_threads_that_make_the_same_plan_at_once() -> None:
             thread.join()
     assert len(results) == 80
     assert all(x.equal(want) for x in results)
+
+
+@pytest.mark.parametrize("how", ["penalty", "dropout", "attach"])
+def test_a_backward_runs_by_the_backend_of_its_forward(how: str) -> None:
+    """The registry may have changed in between, which drops the plans."""
+    x = torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.full((3, 1, 12), 0.5)
+
+    def loss() -> Tensor:
+        if how == "penalty":
+            return fused_ar_tar(x, x, 2.0, 1.0)
+        if how == "dropout":
+            return torch.stack([y.sum() for y in fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, mask=mask)]).sum()
+        regularizer, module = RNNRegularizer(2.0, 1.0), nn.Identity()
+        with regularizer.attach(module, batch_first=True):
+            return regularizer.on_backward_begin(module(x * 1).sum())
+
+    (want,) = torch.autograd.grad(loss(), x)
+    forget()
+    got = loss()
+    with cpu_tensors_by(None):
+        torch.testing.assert_close(torch.autograd.grad(got, x)[0], want)
