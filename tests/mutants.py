@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
 PRELOADED = ["hypothesis", "torch._dynamo"]  # slow to import, and not tested: imported once, before the forks
 CORES, FORK = os.cpu_count() or 1, get_context("fork")
-CHOSEN = "not gradcheck and not repeats_bitwise"  # these take long, and other tests find the same faults
+CHOSEN = "not repeats_bitwise"  # which take long, and other tests find the same faults
 # file -> tests/test_*.py
 TESTS = {
     "kernels/penalty.py": ["kernels", "prediction", "padding", "penalty"],
