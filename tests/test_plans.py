@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastreg import RNNRegularizer, dropout, fused_ar_tar, fused_dropout_ar_tar, penalty, plans
 from fastreg.backends import cpu_tensors_by
 from fastreg.plans import Plans, forget
+from fastreg.prepare import plain_pair
 
 BATCH, TIME, HIDDEN = 3, 5, 8
 
@@ -52,6 +53,9 @@ RAW, DROPPED, MASK = (
     numbers(BATCH, 1, HIDDEN, seed=2),
 )
 LENGTHS, VALID, STARTS = torch.tensor([5, 0, 3]), *(numbers(BATCH, TIME, seed=seed) > 0 for seed in (3, 4))
+PACKED, MORE_SEQUENCES, MORE_STEPS = (
+    {"raw": packed(RAW, sizes), "dropped": packed(DROPPED, sizes)} for sizes in ([3, 2, 2], [4, 2, 1], [3, 2, 1, 1])
+)
 MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
@@ -80,9 +84,7 @@ PENALTY: dict[str, dict[str, Any]] = {
     "a list": {"raw": [RAW], "dropped": [DROPPED]},
     "a tuple": {"raw": (RAW,), "dropped": (DROPPED,)},
     "two layers": {"raw": [RAW, DROPPED], "dropped": [DROPPED, RAW]},
-    "packed": {"raw": packed(RAW, [3, 2, 2]), "dropped": packed(DROPPED, [3, 2, 2])},
-    "packed otherwise": {"raw": packed(RAW, [3, 3, 1]), "dropped": packed(DROPPED, [3, 3, 1])},
-    "packed longer": {"raw": packed(RAW, [2, 2, 2, 1]), "dropped": packed(DROPPED, [2, 2, 2, 1])},
+    "packed": PACKED,
     "alpha": {"alpha": 3.0},
     "alpha of 0": {"alpha": 0.0},
     "alpha as an integer": {"alpha": 2},
@@ -145,8 +147,12 @@ BASE = {
     fused_ar_tar: {"raw": RAW, "dropped": DROPPED, "alpha": 2.0, "beta": 1.0},
     fused_dropout_ar_tar: {"raw": RAW, "p": 0.5, "alpha": 2.0, "beta": 1.0},
 }
-CASES = [(fused_ar_tar, x) for x in PENALTY.values()] + [(fused_dropout_ar_tar, x) for x in DROPOUT.values()]
-IDS = [f"penalty, {name}" for name in PENALTY] + [f"dropout, {name}" for name in DROPOUT]
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
+    **{f"penalty, {name}": (fused_ar_tar, {}, change) for name, change in PENALTY.items()},
+    **{f"dropout, {name}": (fused_dropout_ar_tar, {}, change) for name, change in DROPOUT.items()},
+    "packed, sequences": (fused_ar_tar, PACKED, MORE_SEQUENCES),
+    "packed, time steps": (fused_ar_tar, PACKED, MORE_STEPS),
+}
 
 
 def fresh(x: Any, frozen: bool, leaves: list[Tensor]) -> Any:
@@ -201,11 +207,11 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-@pytest.mark.parametrize(("function", "change"), CASES, ids=IDS)
+@pytest.mark.parametrize(("function", "first", "change"), CASES.values(), ids=CASES)
 def test_two_calls_that_differ_in_one_fact(
-    function: Callable[..., Any], change: dict[str, Any], keys: list[Any]
+    function: Callable[..., Any], first: dict[str, Any], change: dict[str, Any], keys: list[Any]
 ) -> None:
-    calls = BASE[function], BASE[function] | change
+    calls = BASE[function] | first, BASE[function] | change
     alone = []
     for options in calls:
         forget()
@@ -237,12 +243,19 @@ def test_values_are_looked_at_in_every_call() -> None:
             fused_ar_tar(**BASE[fused_ar_tar] | options)
 
 
-def test_batch_sizes_are_looked_at_in_every_call() -> None:
-    x = packed(RAW, [3, 2, 2])
-    fused_ar_tar(x, x, 2.0, 1.0)
-    x.batch_sizes[2] = 3
-    with pytest.raises(ValueError, match=r"raw.batch_sizes: expected sizes above 0 that never grow"):
-        fused_ar_tar(x, x, 2.0, 1.0)
+@pytest.mark.parametrize("changed", ["raw", "dropped"])
+def test_batch_sizes_are_looked_at_in_every_call(changed: str) -> None:
+    xs = {"raw": packed(RAW, [3, 2, 2]), "dropped": packed(DROPPED, [3, 2, 2])}
+    fused_ar_tar(**xs, alpha=2.0, beta=1.0)
+    xs[changed].batch_sizes[2] = 3
+    with pytest.raises(ValueError, match="batch_sizes"):
+        fused_ar_tar(**xs, alpha=2.0, beta=1.0)
+
+
+def test_one_tensor_of_a_subclass_stays_one() -> None:
+    raw, dropped = plain_pair(*[RAW.as_subclass(Decorated)] * 2)
+    assert type(raw) is Tensor
+    assert raw is dropped
 
 
 def test_repeated_calls_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
