@@ -770,7 +770,7 @@ def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
 
 def runs_on_gpu(file: Path) -> bool:
     """Whether it marks a test, or a test in it takes the fixture that does."""
-    return bool(re.search(r"(?<![\".])\bgpu\b(?![\".])|^def test_.*\bdevice\b", file.read_text(), re.MULTILINE))
+    return bool(re.search(r"(?<![\".])\bgpu\b(?![\".])|^def test_\w+\([^)]*\bdevice\b", file.read_text(), re.MULTILINE))
 
 
 # Two measurements that one process has imported PyTorch for; the deadline is passed by a clock that is put forward.
