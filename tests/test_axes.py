@@ -147,6 +147,8 @@ def check_penalty(seed: int) -> None:
     want = truth(case, *wanted)
     got = fused_ar_tar(leaves[0], leaves[1], alpha, beta, return_terms=True, **case.options)
     assert_terms(got, want, case.raw.dtype, case.dropped.dtype, ulps=16)
+    assert not got.ar.requires_grad
+    assert not got.tar.requires_grad
     inputs, exacts = (leaves[:1], wanted[:1]) if same else (leaves, wanted)
     for scale in (100, 100, 300):  # an upstream gradient that is expected, and others; small ones underflow in float16
         penalty = fused_ar_tar(leaves[0], leaves[1], alpha, beta, **case.options)
@@ -173,6 +175,8 @@ def check_dropout(seed: int) -> None:
     dropped, got = fused_dropout_ar_tar(raw, 0.4, alpha, beta, mask=mask, return_terms=True, **case.options)
     assert torch.equal(dropped.nan_to_num(), (raw * mask).nan_to_num())
     assert_terms(got, want, raw.dtype, ulps=16)
+    assert not got.ar.requires_grad
+    assert not got.tar.requires_grad
     (gradient,) = torch.autograd.grad([dropped, got.penalty], raw, [arriving, torch.full_like(got.penalty, 100)])
     ar, tar = gradients_of(truth(case, values, values * exact_mask), case, 100, values)
     check_gradient(gradient, [ar, tar, arriving.double() * exact_mask], (ar * 1.7).abs().max().item())

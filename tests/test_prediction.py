@@ -229,10 +229,11 @@ def test_a_tensor_laid_out_anew_before_the_backward(second: str, upstream: float
     assert_same_bits(torch.autograd.grad(got, inputs, grad), want)
 
 
-def test_a_tensor_of_another_shape_in_the_backward_is_an_error(device: str) -> None:
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_tensor_of_another_shape_in_the_backward_is_an_error(dropout: bool, device: str) -> None:
     skip_on_formula(device)
     raw, dropped = leaves(device)
-    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)[1] if dropout else fused_ar_tar(raw, dropped, 2.0, 1.0)
     raw.data = raw.data[:, :4]
     with pytest.raises(RuntimeError, match=r"raw: expected the shape of the forward, \(3, 7, 12\), got \(3, 4, 12\)"):
         got.backward()

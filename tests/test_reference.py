@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastreg.kernels.view import Values
 from fastreg.problem import Layer, Problem, divisors
@@ -49,9 +50,12 @@ def test_gradients_of_half_precision_are_formed_in_float32() -> None:
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int8])
-def test_lengths_of_few_bits(kind: torch.dtype) -> None:
-    counts = divisors(Layer(torch.zeros(2, 3, 100), None, Values(torch.tensor([0, 3], dtype=kind))), Problem(2.0, 1.0))
+@pytest.mark.parametrize(
+    "lengths", [torch.tensor([0, 3], dtype=torch.uint8), torch.tensor([0, 3], dtype=torch.int8), torch.tensor([-3, 9])]
+)
+def test_lengths_of_few_bits_and_out_of_range(lengths: Tensor) -> None:
+    """Compiled code cannot look at them, and clamps them."""
+    counts = divisors(Layer(torch.zeros(2, 3, 100), None, Values(lengths)), Problem(2.0, 1.0))
     assert [int(n) for n in counts] == [300, 200]
 
 
