@@ -56,7 +56,7 @@ TESTS = {
     "fastreg/rnn_dropout.py": ["coefficients", "rnn_dropout", "attachment", "dropout"],
     "fastreg/output_dropout.py": ["rnn_dropout"],
     "fastreg/capture.py": ["capture", "attachment"],
-    "fastreg/addition.py": ["addition", "capture"],
+    "fastreg/addition.py": ["addition", "capture", "attachment"],
     "fastreg/carry.py": ["capture", "coefficients", "attachment"],
     "fastreg/attachment.py": ["capture", "attachment", "rnn_dropout"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment", "capture"],
