@@ -97,3 +97,13 @@ def test_a_negated_view_is_read_with_its_sign(device: str) -> None:
         got = Addition(layer, problem)(upstream, layer, arrived)
         want = Addition(plain, problem)(upstream, plain, arrived)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, HALF], ids=str)
+def test_an_upstream_gradient_of_another_dtype(dtype: torch.dtype, device: str) -> None:
+    raw, arrived = torch.randn(2, 2, 3, 4, device=device)
+    layer = Layer(raw, None)
+    addition = Addition(layer, ONE_TENSOR[0].problem._replace(ar_of_raw=True))
+    with torch.no_grad():
+        got, want = (addition(torch.tensor(3.0, device=device, dtype=x), layer, arrived) for x in (dtype, FLOAT))
+    assert torch.equal(got, want)
