@@ -18,17 +18,17 @@ from fastreg.arguments import (
     check_tensor,
 )
 from fastreg.backends import Backend, backend_for
-from fastreg.kernels.view import NOTHING, Layout, Result, Values, allocate, layout_of
+from fastreg.kernels.view import Layout, Result, Values, allocate, layout_of
 from fastreg.penalty import penalty_of
 from fastreg.plans import Plans, key_of
 from fastreg.prepare import (
     Reader,
-    dtypes_of,
     keepable,
     plain,
     problem_of,
     restored,
     restored_values,
+    save,
     time_given,
     values_of,
 )
@@ -351,11 +351,7 @@ class _DropoutPenalty(Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, values: Values, mask: Tensor, raw: Tensor) -> Any:
         dropped, (penalty, terms, _) = plan.compute(raw, mask, values)
-        if plan.read.finds_any:
-            ctx.save_for_backward(raw, mask, *values)
-            ctx.dtypes = dtypes_of(values)
-        else:
-            ctx.save_for_backward(raw, mask)
+        save(ctx, (raw, mask), values)
         ctx.plan, ctx.carried = plan, None
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
         if terms is None:
@@ -368,7 +364,7 @@ class _DropoutPenalty(Function):
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
         (raw, mask, *saved), plan, carried = ctx.saved_tensors, ctx.plan, ctx.carried
-        values, problem = restored_values(saved, ctx.dtypes) if saved else NOTHING, plan.problem
+        values, problem = restored_values(saved, ctx.dtypes), plan.problem
         raw, mask = map(restored, ("raw", "mask"), (raw, mask), plan.inputs.layouts)
         if carried is not None:
             ctx.carried = carried if carried.task is None else None

@@ -17,13 +17,13 @@ from fastreg.kernels.view import NOTHING, Layout, Prediction, Result, Sums, Valu
 from fastreg.plans import Plans, key_of
 from fastreg.prepare import (
     Reader,
-    dtypes_of,
     parts_of,
     plain,
     plain_pair,
     problem_of,
     restored,
     restored_values,
+    save,
     time_given,
     values_of,
 )
@@ -368,11 +368,7 @@ class _Penalty(Function):
     def forward(ctx: Any, plan: _Plan, values: Values, *tensors: Tensor | None) -> Any:
         result, ctx.ahead = plan.compute(tensors, values)
         saved = [x if need else None for x, need in zip(tensors, plan.needs, strict=True)]
-        if plan.read.finds_any:
-            ctx.save_for_backward(*saved, *values)
-            ctx.dtypes = dtypes_of(values)
-        else:
-            ctx.save_for_backward(*saved)
+        save(ctx, saved, values)
         ctx.plan = plan
         if result.terms is None:
             return result.penalty
@@ -386,7 +382,7 @@ class _Penalty(Function):
         count = len(plan.needs)
         if grad is None:
             return (None,) * (2 + count)
-        values = restored_values(saved[count:], ctx.dtypes) if plan.read.finds_any else NOTHING
+        values = restored_values(saved[count:], ctx.dtypes)
         ahead = vars(ctx).pop("ahead", None) or [(None, ())] * len(plan.layers)  # in one step, for two threads
         formula = torch.is_grad_enabled() or observed() or not are_memory((grad, *saved))
         gradients: list[Tensor | None] = []

@@ -239,6 +239,16 @@ def restored(name: str, saved: Any, before: Layout | None) -> Any:
     return saved if saved.dtype == before.dtype else saved.to(before.dtype)
 
 
+def save(ctx: Any, tensors: Sequence[Tensor | None], values: Values) -> None:
+    """Save tensors of a call for its backward, then the values, which most calls do not have, and their dtypes."""
+    if values is NOTHING:
+        ctx.save_for_backward(*tensors)
+        ctx.dtypes = ()
+    else:
+        ctx.save_for_backward(*tensors, *values)
+        ctx.dtypes = dtypes_of(values)
+
+
 def dtypes_of(values: Values) -> Sequence[torch.dtype | None]:
     """Return the dtypes of values, for `restored_values`."""
     return [None if x is None else x.dtype for x in values]
@@ -248,12 +258,14 @@ def restored_values(values: Sequence[Tensor | None], dtypes: Sequence[torch.dtyp
     """Return saved values as kernels read them: contiguous, and in the dtypes of the forward.
 
     Args:
-        values: as a backward unpacks them, after the hooks on saved tensors.
+        values: as a backward unpacks them, after the hooks on saved tensors; none where there were none to save.
         dtypes: those of the forward.
 
     Raises:
         RuntimeError: a hook has converted counts of valid steps, whose bytes are no numbers of their dtype.
     """
+    if not values:
+        return NOTHING
     pairs = zip(values, dtypes, strict=True)
     found = Values(*[x if x is None or dtype is None else x.to(dtype).contiguous() for x, dtype in pairs])
     marks = Values(*values).marks
