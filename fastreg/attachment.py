@@ -70,12 +70,11 @@ class Source:
             TypeError, ValueError: the output does not show which tensor is raw; the message names the remedy.
         """
         name = type(self.module).__name__
-        if type(result) is Tensor and self.output is None:  # which takes long to say that it has no last_hidden_state
-            raw, where, advice = result, "", ""
-        elif self.output is not None:
+        if self.output is not None:
             raw, where, advice = self.output(result), "output: expected the callable to pick", ""
         else:
-            raw = getattr(result, "last_hidden_state", result)
+            # A tensor takes long to say that it has no such attribute.
+            raw = result if type(result) is Tensor else getattr(result, "last_hidden_state", result)
             if isinstance(raw, (list, tuple)) and not isinstance(raw, PackedSequence) and len(raw) > 0:
                 raw = raw[0]
             where = f"attach: expected the {name} to return"
@@ -466,14 +465,16 @@ def _tensors(x: Any) -> list[Tensor]:
         x = left.pop()
         if isinstance(x, Tensor):
             found.append(x)
-        elif isinstance(x, (list, tuple, dict)) or (is_dataclass(x) and not isinstance(x, type)):
-            if id(x) in seen:
-                continue
+            continue
+        if isinstance(x, dict):
+            items = x.values()
+        elif isinstance(x, (list, tuple)):
+            items = x
+        elif is_dataclass(x) and not isinstance(x, type):
+            items = [getattr(x, field.name, None) for field in fields(x)]  # a field may not be set
+        else:
+            continue
+        if id(x) not in seen:
             seen.add(id(x))
-            if isinstance(x, dict):
-                left += x.values()
-            elif isinstance(x, (list, tuple)):
-                left += x
-            else:
-                left += [getattr(x, field.name, None) for field in fields(x)]  # a field may not be set
+            left += items
     return found

@@ -38,14 +38,14 @@ class _Tensors(NamedTuple):
 
     def arm(self, task: int | None, grad: Tensor, layer: Layer) -> None:
         """Add the gradient of a layer's penalty in this backward, or for `None` in every one."""
-        addition = self.addition
-        raw = restored("raw", layer.given(), addition.layout)
-        layer = Layer(raw, None, layer.values)
+        raw, addition = layer.given(), self.addition
         if layout_of(raw) != addition.layout:  # a hook on saved tensors has changed it
-            addition = Addition(layer, addition.problem)
+            raw = restored("raw", raw, addition.layout)
+            addition = Addition(Layer(raw, None, layer.values), addition.problem)
         # A graph would close a cycle, if the backward failed.
         if raw.requires_grad and (not torch.is_grad_enabled() or task is None):
-            layer = Layer(raw.detach(), None, layer.values)
+            raw = raw.detach()
+        layer = Layer(raw, None, layer.values)
         if self.split is None:
             adds = [functools.partial(addition, grad, layer)]
         else:

@@ -500,7 +500,7 @@ CODE: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("hooks before those added later", "hooks.move_to_end(own)", "pass"),
     ],
     ("fastreg/attachment.py", "_tensors"): [
-        ("a structure that contains itself", "if id(x) in seen:", "if False:"),
+        ("a structure that contains itself", "if id(x) not in seen:", "if True:"),
         ("fields that are not set", "getattr(x, field.name, None)", "getattr(x, field.name)"),
     ],
     ("fastreg/capture.py", "Mark"): [
