@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastreg import fused_ar_tar
@@ -25,12 +23,6 @@ pytestmark = [
     pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 is set: nothing is compiled"),
     pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="the machine needs gcc on Linux"),
 ]
-
-
-@pytest.fixture
-def executor() -> Iterator[Executor]:
-    with executed(Executor(), [rows_added, last_adds]) as running:
-        yield running
 
 
 # -- instructions, from PTX written by hand ----------------------------------------------------------------------------
@@ -261,9 +253,8 @@ def test_refused(body: str, message: str, seed: int) -> None:
 @pytest.mark.parametrize("order", ["acq_rel", "release", "acquire", "relaxed"])
 @pytest.mark.parametrize("scope", ["gpu", "cta"])
 @pytest.mark.parametrize("before", ["bar.sync 0;", ""], ids=["barrier", "no_barrier"])
-@pytest.mark.parametrize("after", ["bar.sync 0;", ""], ids=["barrier", "no_barrier"])
 @pytest.mark.parametrize("seed", range(2))
-def test_operations_that_order_programs(order: str, scope: str, before: str, after: str, seed: int) -> None:
+def test_operations_that_order_programs(order: str, scope: str, before: str, seed: int) -> None:
     """Thread 32 stores, thread 0 draws a ticket, and thread 33 of the last program reads all stored values."""
     body = f"""
 mov.u32 %r1, %ctaid.x;
@@ -277,11 +268,10 @@ mov.b32 %r2, 0;
 @%p1 st.shared.b32 [global_smem], %r2;
 bar.sync 0;
 ld.shared.b32 %r2, [global_smem];
-{after if after else "bar.sync 0;"}
 setp.ne.s32 %p1, %r2, 3;
 @%p1 bra $END;
 setp.eq.s32 %p1, %lane, 33;
-ld.global.b32 %r3, [%base0];
+ld.global.v4.b32 {{%r3, %r4, %r5, %r6}}, [%base0];
 @%p1 st.global.b32 [%base2], %r3;
 $END:
 """
@@ -294,56 +284,7 @@ $END:
             run(body, stored, ticket, out, grid=4, warps=2, seed=seed)
 
 
-# -- kernels compiled by Triton, and mutants of them ------------------------------------------------------------------
-
-
-@triton.jit
-def rows_added(x, out, width, ROW: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Write to each row of out that of x, and SIGN times the one that lies ROW rows on."""
-    column = tl.arange(0, BLOCK)
-    at = x + tl.program_id(0) * width + column
-    there = column < width
-    value = tl.load(at, mask=there) + SIGN * tl.load(at + ROW * width, mask=there)
-    tl.store(out + tl.program_id(0) * width + column, value, mask=there)
-
-
-@pytest.mark.parametrize(("row", "sign"), [(0, 1.0), (1, 1.0), (-1, 1.0), (0, -1.0)])
-def test_a_read_one_row_off_and_a_flipped_sign(executor: Executor, row: int, sign: float) -> None:
-    """Right is twice each row."""
-    x = torch.randn(7, 5, 400)[1:-1].flatten(0, 1)  # amid other memory that belongs to the tensor that it is cut from
-    out = torch.full_like(x, torch.nan)
-    if row:
-        with pytest.raises(PTXError, match=r"outside of the tensors .*test_machine.py:\d+\).* from the start of x"):
-            rows_added[(len(x),)](x, out, 400, row, sign, 512, enable_fp_fusion=True)
-    else:
-        rows_added[(len(x),)](x, out, 400, row, sign, 512, enable_fp_fusion=True)
-        assert torch.equal(out, 2 * x) is (sign == 1.0)
-
-
-def test_a_tensor_that_is_not_as_aligned_as_it_was_when_compiled(executor: Executor) -> None:
-    """The compiled kernel takes all arguments in order, constants included, and checks none."""
-    memory, out = torch.randn(4001), torch.empty(10, 400)
-    constants: Any = 400, 0, 1.0, 512
-    compiled = rows_added[(10,)](memory[:-1], out, *constants, enable_fp_fusion=True)
-    out.fill_(torch.nan)
-    compiled[(10, 1, 1)](memory[:-1], out, *constants)
-    assert torch.equal(out.flatten(), 2 * memory[:-1])
-    with pytest.raises(PTXError, match=r"a misaligned access: `.*ld.global.v4.b32"):
-        compiled[(10, 1, 1)](memory[1:], out, *constants)
-
-
-@triton.jit
-def last_adds(x, partials, ticket, out, BARRIER: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy a block to partials; the program that draws the last ticket adds all blocks up."""
-    element = tl.arange(0, BLOCK)
-    tl.store(partials + tl.program_id(0) * BLOCK + element, tl.load(x + tl.program_id(0) * BLOCK + element))
-    if BARRIER:
-        tl.debug_barrier()
-    if tl.atomic_add(ticket, 1, sem=ORDER) == tl.num_programs(0) - 1:
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for block in range(tl.num_programs(0)):
-            sums += tl.load(partials + block * BLOCK + element)
-        tl.store(out + element, sums)
+# -- fastreg's kernels, and mutants of them ----------------------------------------------------------------------------
 
 
 class Edited(Executor):
@@ -360,69 +301,27 @@ class Edited(Executor):
         return super().load_binary(name, edited.encode(), shared, device)
 
 
-def without_barriers_before_the_ticket(text: str) -> str:
-    before, ticket, after = text.partition("atom.global")
-    return before.replace("bar.sync", "// bar.sync") + ticket + after
+def with_gradients(penalty: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return a penalty and its gradients for activations that several programs share."""
+    activations = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0))
+    leaves = [x.to(dtype).requires_grad_() for x in activations]
+    value = penalty(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-def sums_of_blocks(barrier: bool, order: str) -> Any:
-    """Run `last_adds`, several times, and check its result. Return the compiled kernel."""
-    x, ticket, out = torch.randn(20, 512), torch.zeros(1, dtype=I32), torch.empty(512)
-    for _ in range(3):
-        arguments = x, torch.full_like(x, torch.nan), ticket.zero_(), out.fill_(torch.nan), barrier, order, 512
-        compiled = last_adds[(20,)](*arguments, enable_fp_fusion=True)
-        torch.testing.assert_close(out, x.sum(0))
-    return compiled
-
-
-RACE = (
-    r"a race: reads what another thread wrote: .*test_machine.py:\d+\).* of partials.* the other: program \d+, thread"
-)
-
-
-def test_a_ticket_whose_order_or_barrier_is_missing(executor: Executor) -> None:
-    sums_of_blocks(True, "acq_rel")
-    for order in ("relaxed", "acquire", "release"):
-        with pytest.raises(PTXError, match=RACE):
-            sums_of_blocks(True, order)
-    mutant = executed(Edited(without_barriers_before_the_ticket), [last_adds])
-    with mutant, pytest.raises(PTXError, match=RACE):
-        sums_of_blocks(True, "acq_rel")
-
-
-def test_a_ticket_without_debug_barrier(executor: Executor) -> None:
-    """Triton 3.6 leaves the barrier to the kernel; 3.9 puts one before each atomic that releases."""
-    arguments = torch.empty(512), torch.empty(512), torch.zeros(1, dtype=I32), torch.empty(512), False, "acq_rel", 512
-    text = last_adds.warmup(*arguments, grid=(1,), enable_fp_fusion=True).asm["ptx"].decode()
-    if re.search(r"st\.global.*bar\.sync.*atom\.global", text, re.S):
-        sums_of_blocks(False, "acq_rel")
-    else:
-        with pytest.raises(PTXError, match=RACE):
-            sums_of_blocks(False, "acq_rel")
-
-
-# -- fastreg's kernels, and mutants of them ----------------------------------------------------------------------------
-
-
-def penalty_and_gradients() -> list[Tensor]:
-    """By the kernels, for activations that several programs share."""
-    raw, dropped = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0)).unbind()
-    penalty = fused_ar_tar(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 1.0)
-    return [penalty.detach(), *torch.autograd.grad(penalty, (raw, dropped))]
+def fused() -> list[Tensor]:
+    return with_gradients(lambda raw, dropped: fused_ar_tar(raw, dropped, 2.0, 1.0), F32)
 
 
 def assert_right(results: list[Tensor]) -> None:
-    raw, dropped = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0)).double().unbind()
-    penalty = ar_tar(Layer(raw.requires_grad_(), dropped.requires_grad_()), Problem(2.0, 1.0)).penalty
-    wanted = penalty.detach(), *torch.autograd.grad(penalty, (raw, dropped))
-    for got, want in zip(results, wanted, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-9)
+    want = with_gradients(lambda raw, dropped: ar_tar(Layer(raw, dropped), Problem(2.0, 1.0)).penalty, F64)
+    torch.testing.assert_close([x.double() for x in results], want, rtol=1e-5, atol=1e-9)
 
 
 def test_the_penalty_of_several_programs_and_schedules() -> None:
     executor = Executor()
     with executed(executor, ptx.all_kernels()), ptx.kernels_take_cpu_tensors():
-        first, *more = [penalty_and_gradients() for _ in range(5)]
+        first, *more = [fused() for _ in range(5)]
     assert executor.launches == 10
     assert executor.programs > 20
     assert_right(first)
@@ -434,36 +333,44 @@ def forward(edit: Callable[[str], str]) -> Callable[[str], str]:
     return lambda text: edit(text) if "atom.global" in text else f"{text}//"
 
 
-@pytest.mark.parametrize(
-    ("mutant", "change_and_refusal"),
-    {
-        "relaxed": (forward(lambda text: text.replace("acq_rel", "relaxed")), "a race: reads what another thread"),
-        "within_the_program": (forward(lambda text: text.replace("global.gpu", "global.cta")), "a race: reads"),
-        "no_barriers": (forward(lambda text: text.replace("bar.sync", "// bar.sync")), "a race: "),
-        "no_barrier_after_the_ticket": (
-            forward(lambda text: re.sub(r"(atom\.global.*?)bar\.sync\s+0;", r"\1", text, count=1, flags=re.S)),
-            "a race: .*(ld|st).shared",
-        ),
-        "loads_off_by_a_vector": (
-            lambda text: re.sub(r"(ld\.global\.v4.*) \+ 0 \]", r"\1 + 16 ]", text),
-            "outside of the tensors",
-        ),
-        "loads_off_by_an_element": (
-            lambda text: re.sub(r"(ld\.global\.v4.*) \+ 0 \]", r"\1 + 4 ]", text),
-            "a misaligned access",
-        ),
-        "stores_off_by_a_vector": (
-            lambda text: re.sub(r"(st\.global\.v4.*) \+ 0 \]", r"\1 + 16 ]", f"{text}//"),
-            "outside of the tensors|a race: overwrites",
-        ),
-        "a_sign": (lambda text: text.replace("sub.f32", "add.f32", 1), None),
-        "a_mask": (lambda text: re.sub(r"@%p\d+ (ld\.global\.v4)", r"\1", text), "outside of the tensors"),
-    }.items(),
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_a_mutant_of_the_penalty(mutant: str, change_and_refusal: tuple[Callable[[str], str], str | None]) -> None:
-    change, refusal = change_and_refusal
-    error, message = (AssertionError, "not close") if refusal is None else (PTXError, refusal)
-    running = executed(Edited(change), ptx.all_kernels())
-    with running, ptx.kernels_take_cpu_tensors(), pytest.raises(error, match=message):
-        assert_right(penalty_and_gradients())
+def without_barriers(code: re.Match[str]) -> str:
+    return code[0].replace("bar.sync", "// bar.sync")
+
+
+def off_by(count: int, access: str = "ld") -> Callable[[str], str]:
+    """An edit that moves the vectors that a kernel accesses by a few bytes."""
+    return lambda text: re.sub(rf"({access}\.global\.v4.*) \+ 0 \]", rf"\1 + {count} ]", f"{text}//")
+
+
+MUTANTS: dict[str, tuple[Callable[[str], str], str]] = {
+    "relaxed": (forward(lambda text: text.replace("acq_rel", "relaxed")), "a race: reads what another thread"),
+    "within_the_program": (forward(lambda text: text.replace("global.gpu", "global.cta")), "a race: reads"),
+    "no_barrier_before_the_ticket": (
+        forward(lambda text: re.sub(r"st\.global(?:(?!st\.global).)*atom\.global", without_barriers, text, flags=re.S)),
+        r"a race: .*\.py:\d+\).* the other: program \d+, (thread \d+|several threads)",
+    ),
+    "no_barrier_after_the_ticket": (
+        forward(lambda text: re.sub(r"(atom\.global.*?)bar\.sync\s+0;", r"\1", text, count=1, flags=re.S)),
+        "a race: .*(ld|st).shared",
+    ),
+    "loads_off_by_a_vector": (off_by(16), r"outside of the tensors .*\.py:\d+\).* from the start of (raw|dropped)"),
+    "loads_off_by_an_element": (off_by(4), "a misaligned access"),
+    "stores_off_by_a_vector": (off_by(16, "st"), "outside of the tensors|a race: overwrites"),
+    "a_mask": (lambda text: re.sub(r"@%p\d+ (ld\.global\.v4)", r"\1", text), "outside of the tensors"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_of_the_penalty_is_refused(mutant: str) -> None:
+    edit, message = MUTANTS[mutant]
+    running = executed(Edited(edit), ptx.all_kernels())
+    with running, ptx.kernels_take_cpu_tensors(), pytest.raises(PTXError, match=message):
+        fused()
+
+
+def test_a_flipped_sign_of_the_penalty_shows() -> None:
+    mutant = Edited(lambda text: text.replace("sub.f32", "add.f32", 1))
+    with executed(mutant, ptx.all_kernels()), ptx.kernels_take_cpu_tensors():
+        results = fused()
+    with pytest.raises(AssertionError, match="not close"):
+        assert_right(results)
