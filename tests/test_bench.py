@@ -11,11 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -41,10 +42,9 @@ CASE = cases.PenaltyCase((3, 5, 8), torch.float32)
 @pytest.mark.parametrize(("formula", "batch_first"), [(fastai, True), (awd_lstm_lm, False)])
 def test_the_formulas_are_the_penalty(formula: Callable[..., Tensor], batch_first: bool) -> None:
     raw, dropped = torch.randn(2, 4, 6, 5, dtype=torch.double)
-    tolerance = {"rtol": 1e-5, "atol": 0.0}
     for alpha, beta in ((2.0, 1.0), (2.0, 0.0), (0.0, 1.0)):
         want = ar_tar(Layer(raw, dropped), Problem(alpha, beta, -2 if batch_first else 0)).penalty
-        torch.testing.assert_close(formula(raw, dropped, alpha, beta), want, check_dtype=False, **tolerance)
+        assert formula(raw, dropped, alpha, beta).item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:
@@ -85,10 +85,7 @@ def test_peers_take_turns_and_inputs_rotate() -> None:
 def test_the_clock_replays_measured_times() -> None:
     clock = timing.Replay()
     clock.load([0.25, 0.5])
-    readings = [clock.read()]
-    for _ in range(2):
-        clock.advance()
-        readings.append(clock.read())
+    readings = [clock.read(), *((clock.advance(), clock.read())[1] for _ in range(2))]
     assert readings == [0.0, 0.25, 0.75]
 
 
@@ -104,11 +101,8 @@ def test_kept_bytes() -> None:
 
 def test_peak_bytes() -> None:
     x = torch.randn(100, 10)
-
-    def call(_: int) -> tuple[Tensor, ...]:
-        return (x.exp().add(1).exp(),)  # two temporaries at a time, and one of them with the result
-
-    assert timing.peak_bytes(call, "cpu") == pytest.approx(x.nbytes, abs=64), "and a few numbers"
+    # two temporaries at a time, and one of them with the result
+    assert timing.peak_bytes(lambda _: (x.exp().add(1).exp(),), "cpu") == pytest.approx(x.nbytes, abs=64)
     assert timing.peak_bytes(lambda _: (), "cpu") is None
 
 
@@ -184,21 +178,19 @@ def test_dropout_peers_are_the_same(batch_first: bool, dtype: torch.dtype, monke
     raw, slope = sets[1]
     exact = raw.detach().double().requires_grad_()
     torch.manual_seed(5)
-    product = exact * rnn_dropout(torch.ones_like(raw), cases.P, batch_first).double()
-    penalty = ar_tar(Layer(exact, product), Problem(cases.ALPHA, cases.BETA, -2 if batch_first else 0)).penalty
+    dropped = exact * rnn_dropout(torch.ones_like(raw), cases.P, batch_first).double()
+    penalty = ar_tar(Layer(exact, dropped), Problem(cases.ALPHA, cases.BETA, -2 if batch_first else 0)).penalty
+    eps = torch.finfo(dtype).eps
     for name, call in cases.calls(case, sets).items():
         torch.manual_seed(5)
-        dropped, gradient = call(1)
+        results = call(1)
         torch.manual_seed(5)
         _, *penalties = case.peers()[name](raw)
         assert len(penalties) == (0 if name.endswith("dropout alone") else 1)
-        loss = (product * slope).sum() + penalty * len(penalties)
-        (want,) = torch.autograd.grad(loss, exact, retain_graph=True)
-        got, wanted = (dropped, gradient, *penalties), (product, want, *[penalty] * len(penalties))
-        eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(
-            got, wanted, rtol=4 * eps, atol=eps, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        loss = (dropped * slope).sum() + penalty * len(penalties)
+        want = [dropped, *torch.autograd.grad(loss, exact, retain_graph=True), *[penalty] * len(penalties)]
+        tolerance: Any = {"rtol": 4 * eps, "atol": eps, "check_dtype": False}
+        torch.testing.assert_close([*results, *penalties], want, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_padded_peers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,84 +306,65 @@ def test_dropout_keeps_nothing_but_its_mask_and_the_formula_the_changes(measured
         assert figures == {"kept_bytes": kept, "least_bytes": 5 * one, **known}, peer
 
 
-class PretendGPU:
-    """In the place of `torch.cuda`'s functions, a device that is busy until some time, by a clock of its own.
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the timers' `torch.cuda` by a device that is busy until some time, by a clock of its own.
 
     The host launches a graph in 3 ms, and its replay takes 6 more; a graph has 2 nodes, and a call holds 3000 bytes.
     """
-
     now = busy_until = 0.0
 
-    def __init__(self, **_: Any):
-        self.at = 0.0
+    def read() -> float:
+        nonlocal now
+        now += 1e-6
+        return now
 
-    def __enter__(self) -> PretendGPU:
-        return self
+    def synchronize() -> None:
+        nonlocal now
+        now = max(busy_until, now)
 
-    def __exit__(self, *_: object) -> None: ...
+    def work(seconds: float) -> None:
+        nonlocal busy_until
+        busy_until = max(busy_until, now) + seconds
 
-    @classmethod
-    def work(cls, seconds: float) -> None:
-        cls.busy_until = max(cls.busy_until, cls.now) + seconds
+    def replay() -> None:
+        nonlocal now
+        now += 0.003
+        work(0.006)
 
-    @classmethod
-    def read(cls) -> float:
-        cls.now += 1e-6
-        return cls.now
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
 
-    @classmethod
-    def synchronize(cls) -> None:
-        cls.now = max(cls.busy_until, cls.now)
+        def record(self) -> None:
+            work(0)
+            self.at = busy_until
 
-    def record(self) -> None:
-        self.work(0)
-        self.at = self.busy_until
+        def elapsed_time(self, end: Any) -> float:
+            return 1e3 * (end.at - self.at)
 
-    def replay(self) -> None:
-        PretendGPU.now += 0.003
-        self.work(0.006)
-
-    def elapsed_time(self, end: PretendGPU) -> float:
-        return 1e3 * (end.at - self.at)
-
-    def raw_cuda_graph(self) -> int:
-        return 0
-
-    @staticmethod
-    def nodes(graph: Any, nodes: Any, count: Any) -> int:
+    def get_nodes(graph: Any, nodes: Any, count: Any) -> int:
         count._obj.value = 2
         return 0
 
-    @classmethod
-    def install(cls, patch: pytest.MonkeyPatch) -> None:
-        for name in ("Stream", "CUDAGraph", "Event", "current_stream"):
-            patch.setattr(torch.cuda, name, cls)
-        for name in ("stream", "graph"):
-            patch.setattr(torch.cuda, name, lambda _: cls())
-        patch.setattr(timing, "time", SimpleNamespace(perf_counter=cls.read, process_time=cls.read))
-        patch.setattr(torch.cuda, "synchronize", cls.synchronize)
-        patch.setattr(torch.cuda, "_sleep", lambda cycles: cls.work(cycles / timing.CLOCK))
-        patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-        patch.setattr(torch.cuda, "memory_allocated", lambda: 200)
-        patch.setattr(torch.cuda, "max_memory_allocated", lambda: 3200)
-        patch.setattr(timing.ctypes, "CDLL", lambda _: SimpleNamespace(cudaGraphGetNodes=cls.nodes))
+    cuda = mock.MagicMock(synchronize=synchronize, Event=Event)  # streams and captures do nothing
+    cuda._sleep = lambda cycles: work(cycles / timing.CLOCK)
+    cuda.CUDAGraph.return_value = mock.Mock(replay=replay, raw_cuda_graph=lambda: 0)
+    cuda.memory_allocated.return_value, cuda.max_memory_allocated.return_value = 200, 3200
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=read, process_time=read))
+    monkeypatch.setattr(timing.ctypes, "CDLL", lambda _: SimpleNamespace(cudaGraphGetNodes=get_nodes))
 
 
+@pytest.mark.usefixtures("pretend_gpu")
 def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    PretendGPU.install(monkeypatch)
     monkeypatch.setattr(benchmarks, "copy_bandwidth", lambda: 1e6)
     call = CASE.call(fastai, cases.input_sets(CASE, "cpu"))
     figures = benchmarks.gpu_figures(call, CASE.bytes_moved("compiled"), 3)
     assert figures.pop("host_seconds") > 0
+    bandwidth = 6 * 480 / 0.002
     assert figures == pytest.approx(
-        {
-            "graph_warm_seconds": 0.002,
-            "graph_rotated_seconds": 0.002,
-            "bandwidth": 6 * 480 / 0.002,
-            "share_of_copy": 6 * 480 / 0.002 / 1e6,
-            "launches": 2,
-            "peak_bytes": 3000 - 2 * 480,
-        }
+        {"graph_warm_seconds": 0.002, "graph_rotated_seconds": 0.002, "launches": 2, "peak_bytes": 3000 - 2 * 480}
+        | {"bandwidth": bandwidth, "share_of_copy": bandwidth / 1e6}
     )
     more = {"host_seconds", "kept_bytes", "least_bytes", "moved_bytes", "first_seconds", "page_faults"}
     assert set(report.FIGURES) == {*figures, *more}
@@ -400,12 +373,9 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(turns["eager"]) == timing.LEAST
 
 
+@pytest.mark.usefixtures("pretend_gpu")
 def test_calls_that_cannot_be_captured_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(call: cases.Call, numbers: Sequence[int]) -> Any:
-        raise RuntimeError("no capture\nhere")
-
-    PretendGPU.install(monkeypatch)
-    monkeypatch.setattr(timing, "capture", refuse)
+    monkeypatch.setattr(timing, "capture", mock.Mock(side_effect=RuntimeError("no capture\nhere")))
     figures = benchmarks.gpu_figures(lambda _: (), 1, 3)
     assert set(figures) == {"host_seconds", "peak_bytes", "no_graph"}
     assert figures["no_graph"] == "RuntimeError: no capture"
@@ -427,31 +397,25 @@ def test_a_failed_capture_leaves_no_stream_behind(device: str) -> None:
 
 
 LAUNCHES = {
-    cases.PenaltyCase: {"eager": 30, "compiled": 6, "fastreg": 2},
-    cases.DropoutCase: {"dropout alone": 4, "eager": 36, "compiled": 8, "fastreg": 4},
-    cases.PaddedCase: {"without lengths": 2, "eager": 44, "compiled": 10, "fastreg": 2},
+    cases.PenaltyCase((64, 70, 400), torch.bfloat16): {"eager": 30, "compiled": 6, "fastreg": 2},
+    cases.PenaltyCase((64, 70, 400), torch.float32, backward=False): {"fastreg": 1},
+    cases.DropoutCase((64, 70, 400), torch.bfloat16): {"dropout alone": 4, "eager": 36, "compiled": 8, "fastreg": 4},
+    cases.PaddedCase((64, 70, 400), torch.bfloat16): {"without lengths": 2, "eager": 44, "compiled": 10, "fastreg": 2},
 }
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-@pytest.mark.parametrize("kind", LAUNCHES)
-def test_launches(kind: Any, device: str) -> None:
-    """Those of forward and backward; of fastreg no more in deterministic mode, in which PyTorch fills memory."""
-    case = kind((64, 70, 400), torch.bfloat16)
-    calls = cases.calls(case, cases.input_sets(case, device))
-    assert {peer: timing.launches(calls[peer]) for peer in LAUNCHES[kind]} == LAUNCHES[kind]
+@pytest.mark.parametrize("case", LAUNCHES, ids=str)
+def test_launches(case: Any, device: str) -> None:
+    """Of fastreg no more in deterministic mode, in which PyTorch fills memory."""
+    calls, want = cases.calls(case, cases.input_sets(case, device)), LAUNCHES[case]
+    assert {peer: timing.launches(calls[peer]) for peer in want} == want
     torch.use_deterministic_algorithms(True)
     try:
-        filled = 1 if kind is cases.DropoutCase else 0  # the mask, which PyTorch allocates
-        assert timing.launches(calls["fastreg"]) <= LAUNCHES[kind]["fastreg"] + filled
+        filled = 1 if isinstance(case, cases.DropoutCase) else 0  # the mask, which PyTorch allocates
+        assert timing.launches(calls["fastreg"]) <= want["fastreg"] + filled
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-def test_launches_of_a_forward(device: str) -> None:
-    case = cases.PenaltyCase((64, 70, 400), torch.float32, backward=False)
-    assert timing.launches(cases.calls(case, cases.input_sets(case, device))["fastreg"]) == 1
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
@@ -459,55 +423,47 @@ def test_launches_of_a_forward(device: str) -> None:
 def test_valid_steps_take_one_launch_more_beyond_8192(batch: int, more: int, device: str) -> None:
     raw, dropped = (torch.zeros(batch, 70, 400, device=device, requires_grad=True) for _ in range(2))
     valid, one = torch.ones(batch, 70, dtype=torch.bool, device=device), torch.ones((), device=device)
-    counts = [
-        timing.launches(
-            lambda _, options=options: torch.autograd.grad(
-                fused_ar_tar(raw, dropped, 2.0, 1.0, **options), (raw, dropped), one
-            )
-        )
-        for options in ({}, {"valid": valid})
-    ]
-    assert counts == [2, 2 + more]
+
+    def call(_: int, **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0, **options), (raw, dropped), one)
+
+    assert timing.launches(call) == 2
+    assert timing.launches(functools.partial(call, valid=valid)) == 2 + more
+
+
+Seconds = dict[str, float]
+MadeUp = tuple[str, tuple[int, ...], Seconds]  # of a case: the pass, the shape, and the seconds of each peer
+
+
+def penalties(*speeds: float) -> list[MadeUp]:
+    """Cases in which fastreg is so many times as fast as the eager formula."""
+    peers = {"compiled": 0.5, "fastreg": 1.0}
+    return [(report.BOTH, (number, 2, 3), {"eager": speed} | peers) for number, speed in enumerate(speeds)]
+
+
+DROPOUT_SECONDS = {"dropout alone": 0.8, "eager": 4.0, "compiled": 0.5, "fastreg": 1.0}
+DROPOUT: MadeUp = report.DROPOUT, (64, 70, 400), dict.fromkeys(cases.DropoutCase.PEERS, 2.0) | DROPOUT_SECONDS
+PADDED_SECONDS = {"without lengths": 3.0, "eager": 4.0, "compiled": 0.5, "fastreg": 1.0}
+PADDED: MadeUp = report.PADDED, (64, 70, 400), PADDED_SECONDS
+STEP: MadeUp = report.STEP, (4, 5, 6), dict.fromkeys(steps.Step.PEERS, 3.0) | {"no penalty": 2.0, "compiled": 2.5}
+GPU = {"copy_bandwidth": 3e12}
 
 
 def made_up(
-    folder: Path,
-    speeds: list[float],
-    device: str = "A CPU, 2 cores",
-    dropout: Sequence[Any] = (),
-    padded: Sequence[Any] = (),
-    with_step: bool = False,
-    allocators: Sequence[str] = (machine.KEPT,),
-    **more: Any,
+    folder: Path, made: list[MadeUp] | dict[str, list[MadeUp]], device: str = "A CPU, 2 cores", **more: Any
 ) -> Path:
-    """A result in which fastreg is `speeds` times as fast as the eager formula, one a case, and one round is odd.
-
-    So it is for each shape in `dropout`, 4 times as fast and in 1.25 times the time of dropout alone, and for each in
-    `padded`, 3 times as fast as without lengths. By the second allocator everything but fastreg takes twice as long.
-    """
+    """Write a result, with memory kept, or of each allocator. One round is odd; all figures of a GPU are 1."""
     benchmarks = []
-    gpu_figures = dict.fromkeys(report.FIGURES, 1.0)
-    penalty = {"same": False, "pass": report.BOTH}
-    made = [(([number, 2, 3], penalty), {"eager": speed, "compiled": 0.5}) for number, speed in enumerate(speeds)]
-    after = dict.fromkeys(cases.DropoutCase.PEERS[:-1], 2.0) | {"dropout alone": 0.8, "eager": 4.0, "compiled": 0.5}
-    made += [((shape, {"pass": report.DROPOUT}), after) for shape in dropout]
-    seconds_padded = {"without lengths": 3.0, "eager": 4.0, "compiled": 0.5}
-    made += [((shape, {"pass": report.PADDED}), seconds_padded) for shape in padded]
-    step = dict.fromkeys(steps.Step.PEERS, 3.0) | {"no penalty": 2.0, "compiled": 2.5}
-    made += [(([4, 5, 6], {"pass": report.STEP, "model": "GRU"}), step)] * with_step
-    for (slower, allocator), (number, ((shape, kind), seconds_of)) in product(
-        enumerate(allocators, 1), enumerate(made)
-    ):
-        info = {"shape": shape, "dtype": "float32", "layout": "batch first", "allocator": None if more else allocator}
-        name = "step-small" if kind["pass"] == report.STEP else f"case {number}"
-        ours = {} if kind["pass"] == report.STEP else {"fastreg": 1.0 / slower}
-        for peer, seconds in (seconds_of | ours).items():
-            own = info | kind | {"peer": peer} | (gpu_figures if more else {})
-            if kind["pass"] == report.STEP:
-                own |= {"own_seconds": [seconds / 10, seconds / 10 + 0.02], "peak_bytes": seconds * 1e6}
-            data = [seconds * slower, seconds * slower * 2, 100.0 if peer == "fastreg" else seconds * slower]
-            group = name if allocator == machine.KEPT else f"{name} ({allocator})"
-            benchmarks.append({"group": group, "extra_info": own, "stats": {"data": data}})  # the last round is odd
+    for allocator, those in (made if isinstance(made, dict) else {machine.KEPT: made}).items():
+        for number, (kind, shape, seconds) in enumerate(those):
+            info = {"pass": kind, "shape": shape, "dtype": "float32", "layout": "batch first", "model": "GRU"}
+            info |= dict.fromkeys(report.FIGURES, 1.0) if more else {}
+            info["allocator"] = None if more else allocator
+            group = f"case {number}" + f" ({allocator})" * (allocator != machine.KEPT)
+            for peer, x in seconds.items():
+                own = {"peer": peer, "own_seconds": [x / 10, x / 10 + 0.02], "peak_bytes": x * 1e6}
+                stats = {"data": [x, 2 * x, 100.0 if peer == "fastreg" else x]}
+                benchmarks.append({"group": group, "extra_info": info | own, "stats": stats})
     info = {"device": device, "torch": "1", "triton": "2", "python_version": "3", "threads": 2, "source": "s"} | more
     result = {"benchmarks": benchmarks, "machine_info": info, "commit_info": {"id": "0123456789abcdef", "dirty": False}}
     folder.mkdir(exist_ok=True)
@@ -519,105 +475,90 @@ def made_up(
 @pytest.mark.parametrize(
     ("new", "status", "message"),
     [
-        (([4.0, 2.0],), 0, "2 cases compared, 0 not committed"),
-        (([3.41, 1.71],), 0, "no case is slower"),
-        (([3.39, 2.0],), 1, "case 0: 3.39x the eager formula's speed, 4.00x committed"),
-        (([9.0, 1.6],), 1, "case 1: 1.60x the eager formula's speed, 2.00x committed"),
-        (([5.0],), 0, "1 cases compared, 0 not committed"),
-        (([3.0],), 1, "case 0: 3.00x"),
-        (([4.0, 2.0], "A CPU, 2 cores", [[64, 70, 400]]), 0, "2 cases compared, 1 not committed"),
-        (([4.0], "Another CPU"), 1, "nothing to compare with"),
+        (penalties(4.0, 2.0), 0, "2 cases compared, 0 not committed"),
+        (penalties(3.41, 1.71), 0, "no case is slower"),
+        (penalties(3.39, 2.0), 1, "case 0: 3.39x the eager formula's speed, 4.00x committed"),
+        (penalties(9.0, 1.6), 1, "case 1: 1.60x the eager formula's speed, 2.00x committed"),
+        (penalties(5.0), 0, "1 cases compared, 0 not committed"),
+        ([*penalties(4.0, 2.0), DROPOUT], 0, "2 cases compared, 1 not committed"),
     ],
 )
 def test_the_guard_fails_on_a_loss_of_speed(
-    new: Any, status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    new: list[MadeUp], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made_up(tmp_path / "old", [4.0, 2.0])
-    made_up(tmp_path / "new", *new)
+    made_up(tmp_path / "old", penalties(4.0, 2.0))
+    made_up(tmp_path / "new", new)
     assert compare.main(tmp_path / "new", tmp_path / "old") == status
     assert message in capsys.readouterr().out
+    assert compare.main(tmp_path / "new", tmp_path) == 1
+    assert "nothing to compare with" in capsys.readouterr().out
 
 
-def test_a_report_of_a_cpu(tmp_path: Path) -> None:
-    shape = [[64, 70, 400]]
-    result = report.load(made_up(tmp_path, [4.0, 2.0], dropout=shape, padded=shape))
-    part = report.figures([result])
+def test_a_report_of_a_cpu_leads_with_memory_kept(tmp_path: Path) -> None:
+    """Whichever was measured first. The README shows it alone."""
+    made = {machine.DEFAULT: penalties(8.0), machine.KEPT: [*penalties(4.0, 0.8), DROPOUT, PADDED, STEP]}
+    result = report.load(made_up(tmp_path, made))
+    assert [part.allocator for part in result.parts()] == [machine.KEPT, machine.DEFAULT]
+    first, second = report.figures([result]).split(report.HOW[machine.DEFAULT])
     for text in (
         "A CPU, 2 cores: PyTorch 1, Python 3, 2 threads, commit 0123456789, source s.",
+        "MALLOC_TRIM_THRESHOLD_=4073741824 MALLOC_MMAP_THRESHOLD_=1073741824",
         "| (0, 2, 3), float32 | 500 | 4000 | 2000 | 0.5x | 4.0x |",
         "in 2 cases: 0.5x to 0.5x as fast as the formula under `torch.compile` (geometric mean 0.5x, slower in 2), ",
-        " 2.0x to 4.0x as fast as the eager formula (geometric mean 2.8x).",
+        " 0.8x to 4.0x as fast as the eager formula (geometric mean 1.8x, slower in 1).",
         "| (64, 70, 400), float32 | 800 | 4000 | 2000 | 2000 | 1.25x | 0.5x | 4.0x |",
         "in 1 cases: 1.25x to 1.25x the time of dropout alone, 4.0x to 4.0x as fast as dropout and the",
-        "](../bench/results/a-cpu-2-cores-dropout.svg)",
-        "Half of the batch padding",
         "| (64, 70, 400), float32 | 3000 | 500 | 4000 | 2000 | 3.0x | 0.5x | 4.0x |",
-        "On a GPU: **not measured yet**",
+        step := "| GRU, (4, 5, 6) | 210 | +50.0±0.0 | +100.0±0.0 | +100.0±0.0 |",
+        "| GRU, (4, 5, 6) | 2 | +25.0% | +50.0% | +50.0% | +50.0% | +50.0% |",
     ):
-        assert text in part
-    assert "The tests on this device" not in part, "they are those of make test"
-    alone = report.figures([report.load(made_up(tmp_path, [4.0]))])
-    assert "Dropout" not in alone
-    assert "padding" not in alone
-
-
-def test_a_report_of_two_allocators_leads_with_memory_kept(tmp_path: Path) -> None:
-    """Whichever was measured first, and says how."""
-    both = [machine.DEFAULT, machine.KEPT]
-    result = report.load(made_up(tmp_path, [4.0], with_step=True, allocators=both[::-1]))
-    turned = report.load(made_up(tmp_path / "turned", [4.0], allocators=both))
-    assert [part.allocator for part in turned.parts()] == [part.allocator for part in result.parts()] == both[::-1]
-    kept, as_it_is = result.parts()
-    assert kept.of(report.BOTH)[0].times_as_fast("fastreg", "eager") == 4
-    assert as_it_is.of(report.BOTH)[0].times_as_fast("fastreg", "eager") == 8
-    for part in (report.figures([result]), report.full_table(result)):
-        first, second = part.split(report.HOW[machine.DEFAULT])
-        assert "MALLOC_TRIM_THRESHOLD_=4073741824 MALLOC_MMAP_THRESHOLD_=1073741824" in first
-        assert ("4.00x" in first) if "spread" in part else ("4.0x" in first)
-        assert ("8.00x" in second) if "spread" in part else ("8.0x" in second)
-    assert report.figures([result]).count("| GRU, (4, 5, 6) | 210 | +50.0±0.0 | +100.0±0.0 | +100.0±0.0 |") == 2
-    peaks = "| GRU, (4, 5, 6) | 2 | +25.0% | +50.0% | +50.0% | +50.0% | +50.0% |"
-    assert report.figures([result]).count(peaks) == 2, "memory is told beside that without a penalty"
-    (old,) = report.load(made_up(tmp_path / "old", [4.0], allocators=both[:1])).parts()
-    assert old.allocator == machine.DEFAULT
+        assert text in first
+    assert "| 0.5x | 8.0x |" in second
+    assert "Dropout" not in second
+    assert "padding" not in second
+    assert "](../bench/results/a-cpu-2-cores-dropout.svg)" in second
+    assert "On a GPU: **not measured yet**" in second
+    assert "The tests on this device" not in first + second, "they are those of make test"
+    first, second = report.full_table(result).split(report.HOW[machine.DEFAULT])
+    assert " 4.00x " in first
+    assert " 8.00x " in second
+    part = report.headline([result])
+    assert part.startswith("A CPU, 2 cores, freed memory kept for the next call by `MALLOC_TRIM")
+    assert part.index(step) < part.index("The penalty, forward + backward, in 2 cases: ")
+    assert "8.0x" not in part
 
 
 def test_a_report_tells_what_became_of_the_tests(tmp_path: Path) -> None:
-    file = made_up(tmp_path, [4.0], "A GPU", copy_bandwidth=3e12)
-    assert "no outcome is recorded" in report.figures([report.load(file)])
-    (tmp_path / "tests").mkdir()
+    file = made_up(tmp_path, penalties(4.0), "A GPU", **GPU)
+    assert "no outcome is recorded" in report.caveats(report.load(file))
     failed = [f"test_{number}" for number in range(7)]
     files = {"some": {"passed": 3, "skipped": 1, "failed": failed}, "others": {"passed": 4, "skipped": 0, "failed": []}}
-    tests = {"source": "s", "commit": "", "files": files, "sanitizers": {"memcheck": "no verdict"}}
+    tests = {"source": "other", "commit": "", "files": files, "sanitizers": {"memcheck": "no verdict"}}
+    (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / file.name).write_text(json.dumps(tests))
-    part = report.figures([report.load(file)])
     those = "test_0, test_1, test_2, test_3, test_4 and 2 more"
-    assert f"this device: 7 passed, 1 skipped, failed: {those}, memcheck: no verdict." in part
-    (tmp_path / "tests" / file.name).write_text(json.dumps(tests | {"source": "other"}))
-    assert "The tests on this device, of source other: 7 passed" in report.figures([report.load(file)])
+    outcome = f"7 passed, 1 skipped, failed: {those}, memcheck: no verdict."
+    assert f"The tests on this device, of source other: {outcome}" in report.caveats(report.load(file))
 
 
 def test_a_report_of_what_little_there_is(tmp_path: Path) -> None:
     """No case of the penalty, peers that no graph could be made of, and no version."""
-    file = made_up(tmp_path, [], "A GPU", dropout=[[64, 70, 400]], copy_bandwidth=3e12)
-    text = json.loads(file.read_text())
-    ungraphed = {"bandwidth", "share_of_copy", "launches", "graph_warm_seconds", "graph_rotated_seconds"}
-    for benchmark in text["benchmarks"]:
-        benchmark["extra_info"] = {key: x for key, x in benchmark["extra_info"].items() if key not in ungraphed}
-    file.write_text(json.dumps(text | {"commit_info": {"id": "unversioned"}}))
-    result = report.load(file)
+    result = report.load(made_up(tmp_path, [DROPOUT], "A GPU", **GPU))
+    for info in result.cases[0].info.values():
+        for figure in ("bandwidth", "share_of_copy", "launches", "graph_warm_seconds", "graph_rotated_seconds"):
+            del info[figure]
+    result.commit["id"] = "unversioned"
     assert "commit unknown, source s" in report.figures([result])
     assert "(64, 70, 400), float32" in report.full_table(result)
     assert [kind for kind, *_ in report.plots(result)] == ["dropout"]
-    penalty = report.load(made_up(tmp_path / "penalty", [4.0], "A GPU", copy_bandwidth=3e12))
+    penalty = report.load(made_up(tmp_path, penalties(4.0), "A GPU", **GPU))
     del penalty.cases[0].info["fastreg"]["bandwidth"]
     assert [kind for kind, *_ in report.plots(penalty)] == ["speedup", "roofline"]
-    for _, _, plot in report.plots(penalty):
-        assert plot(penalty).axes
+    assert all(plot(penalty).axes for _, _, plot in report.plots(penalty))
 
 
 def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up(tmp_path, [4.0], "A GPU", [[64, 70, 400]], copy_bandwidth=3e12)
+    made_up(tmp_path, [*penalties(4.0), DROPOUT], "A GPU", **GPU)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     readme, performance = tmp_path / "README.md", tmp_path / "performance.md"
     monkeypatch.setattr(report, "PAGES", {readme: report.headline, performance: report.figures})
@@ -625,8 +566,7 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         page.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
     report.main()
     for text in (readme.read_text(), performance.read_text()):
-        assert text.startswith("before\n")
-        assert text.endswith("after\n")
+        assert re.fullmatch(r"before\n.*after\n", text, re.DOTALL)
         assert "old" not in text
         assert "as fast as the eager formula" in text
         assert "On a CPU: **not measured yet**" in text
@@ -640,39 +580,18 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     }
 
 
-def test_the_readme_shows_training_steps_with_memory_kept_and_says_where_fastreg_is_slower(tmp_path: Path) -> None:
-    allocators = [machine.KEPT, machine.DEFAULT]
-    files = [
-        made_up(tmp_path, [4.0, 0.8], with_step=True, allocators=allocators),
-        made_up(tmp_path, [3.0], "Another CPU"),
-    ]
-    part = report.headline([report.load(file) for file in files])
-    assert part.startswith("A CPU, 2 cores, freed memory kept for the next call by `MALLOC_TRIM")
-    assert part.count("| GRU, (4, 5, 6) | 210 | +50.0±0.0 | +100.0±0.0 | +100.0±0.0 |") == 1
-    assert part.index("| GRU") < part.index("The penalty, forward + backward, in 2 cases: ")
-    assert "geometric mean 1.8x, slower in 1)" in part
-    assert "Another CPU, freed memory kept" in part
-    assert "On a GPU: **not measured yet**" in part
-
-
-def made_up_step(seconds: dict[str, list[float]], **info: Any) -> report.Result:
-    """A result of a training step alone, whose peers took these seconds."""
-    common = {"pass": report.STEP, "model": "GRU", "shape": [4, 5, 6], "allocator": machine.KEPT} | info
-    of_peers = {peer: common | {"own_seconds": rounds} for peer, rounds in seconds.items()}
-    case = report.Case("step", {peer: [9.0 * x for x in rounds] for peer, rounds in seconds.items()}, of_peers)
-    return report.Result("", "", {}, {}, [case], {}, None)
-
-
-def test_what_is_added_to_a_step_is_a_mean_of_pairs() -> None:
+@pytest.mark.parametrize(("allocator", "scale"), [(machine.KEPT, 1), (None, 9)], ids=["cpu", "gpu"])
+def test_what_is_added_to_a_step_is_a_mean_of_pairs(allocator: str | None, scale: int) -> None:
     """A busy round counts for both; on a CPU the process's own time counts, on a GPU that of the clock."""
-    seconds = {"no penalty": [0.1, 0.2], "eager": [0.13, 0.25], "compiled": [0.12, 0.22], "attach": [0.11, 0.21]}
-    result = made_up_step(seconds)
-    assert report.step_table(result).splitlines()[-1] == (
-        "| GRU, (4, 5, 6) | 150 | +20.0±0.0 | +40.0±10.0 |  | +10.0±0.0 |  |"
-    )
-    assert report.added_table(result).splitlines()[-1] == "| GRU, (4, 5, 6) |  | 0.50x; 0.25x |  | 0.843x |"
+    own = {"no penalty": [0.1, 0.2], "eager": [0.13, 0.25], "compiled": [0.12, 0.22], "attach": [0.11, 0.21]}
+    common = {"pass": report.STEP, "model": "GRU", "shape": [4, 5, 6], "allocator": allocator}
+    wall = {peer: [9.0 * x for x in rounds] for peer, rounds in own.items()}
+    case = report.Case("step", wall, {peer: common | {"own_seconds": rounds} for peer, rounds in own.items()})
+    result = report.Result("", "", {}, {}, [case], {}, None)
+    row = f"| {150 * scale} | +{20 * scale}.0±0.0 | +{40 * scale}.0±{10 * scale}.0 |  | +{10 * scale}.0±0.0 |  |"
+    assert report.step_table(result).endswith(f"| GRU, (4, 5, 6) {row}\n")
+    assert report.added_table(result).endswith("| GRU, (4, 5, 6) |  | 0.50x; 0.25x |  | 0.843x |\n")
     assert report.peak_table(result).count("\n") == 2, "nothing is known of it"
-    assert "| 1350 | +180.0±0.0 | +360.0±90.0 | " in report.step_table(made_up_step(seconds, allocator=None))
     assert {*report.STEP_PEERS} == {*steps.Step.PEERS}
 
 
@@ -687,11 +606,10 @@ def test_the_readme_says_first_that_no_gpu_has_run_it_until_one_has() -> None:
 @pytest.mark.parametrize("kind", ["speedup", "dropout"])
 def test_a_plot_has_a_title_a_log_axis_and_labels_within_its_frame(kind: str, shapes: int, tmp_path: Path) -> None:
     speeds = [4.0 * number for number in range(1, shapes + 1)]
-    result = report.load(made_up(tmp_path, speeds, dropout=[[n, 70, 400] for n in range(shapes)]))
+    result = report.load(made_up(tmp_path, [*penalties(*speeds), *[DROPOUT] * shapes]))
     (plot,) = [plot for name, _, plot in report.plots(result) if name == kind]
     figure = plot(result)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     assert figure.get_suptitle()
