@@ -407,7 +407,7 @@ LAUNCHES = {
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("case", LAUNCHES, ids=str)
 def test_launches(case: Any, device: str) -> None:
-    """Of fastreg no more in deterministic mode, in which PyTorch fills memory."""
+    """Count no more of fastreg in deterministic mode, in which PyTorch fills memory."""
     calls, want = cases.calls(case, cases.input_sets(case, device)), LAUNCHES[case]
     assert {peer: timing.launches(calls[peer]) for peer in want} == want
     torch.use_deterministic_algorithms(True)
@@ -431,8 +431,7 @@ def test_valid_steps_take_one_launch_more_beyond_8192(batch: int, more: int, dev
     assert timing.launches(functools.partial(call, valid=valid)) == 2 + more
 
 
-Seconds = dict[str, float]
-MadeUp = tuple[str, tuple[int, ...], Seconds]  # of a case: the pass, the shape, and the seconds of each peer
+MadeUp = tuple[str, tuple[int, ...], dict[str, float]]  # of a case: the pass, the shape, and the seconds of each peer
 
 
 def penalties(*speeds: float) -> list[MadeUp]:
