@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,19 +17,17 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from bench import corpus as texts
-from bench import demo, training
+from bench import demo, timing, training
 from bench.awd_lstm import AWDLSTM, EmbeddingDropout, LockedDropout, WeightDropLSTM
 from bench.steps import AWDLSTMStep, MinGRUStep
 from bench.study import Setting
-from bench.study_report import after
+from bench.study_report import Run, Study, after
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with timing.threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -126,18 +125,14 @@ def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: py
 def test_quotes_the_study_of_the_same_training(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    studied = Setting(text, demo.WORDS, epochs=3).facts()
+    facts = {"seconds": 1.0, "settings": Setting(text, demo.WORDS, epochs=3).facts(), "machine": {}}
     perplexities = {(0.0, 0.0): ([40, 30, 20], [36, 33, 31]), (2.0, 1.0): ([40, 28, 24], [36, 25, 28])}
-    lines = []
-    for (alpha, beta), of_seeds in perplexities.items():
-        for seed, values in enumerate(of_seeds, start=1):
-            losses = [math.log(value) for value in values]
-            figures = {"train_loss": losses, "valid_loss": losses, "ar": losses, "tar": losses, "final_train_loss": 1.0}
-            facts = {"seconds": 1.0, "settings": studied, "machine": {}}
-            lines.append(json.dumps({"alpha": alpha, "beta": beta, "seed": seed, **figures, **facts}) + "\n")
-    file = tmp_path / "study.jsonl"
-    file.write_text("".join(lines))
-    monkeypatch.setattr(demo, "COMMITTED", file)
+    runs = [
+        Run(*coefficients, seed, *[[math.log(value) for value in values]] * 4, final_train_loss=1.0, **facts)
+        for coefficients, of_seeds in perplexities.items()
+        for seed, values in enumerate(of_seeds, start=1)
+    ]
+    monkeypatch.setattr(demo, "load", lambda _: Study(runs))
 
     def told(epochs: int, file: Path = text, alpha: float = 2.0) -> str:
         study = demo.studied(Setting(file, demo.WORDS, epochs))
@@ -176,9 +171,7 @@ def test_the_plot_shows_the_seeds_of_the_study_first(tmp_path: Path, monkeypatch
 def test_without_a_compiler_the_other_ways_are_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def refuse(*arguments):
-        raise RuntimeError("no compiler")
-
+    refuse = mock.Mock(side_effect=RuntimeError("no compiler"))
     monkeypatch.setattr(torch, "compile", lambda function, **options: refuse)
     demo.StepTimes(torch.device("cpu")).report()
     output = capsys.readouterr().out
@@ -280,30 +273,24 @@ def test_bad_text(content: bytes | None, message: str, tmp_path: Path, capsys: p
     assert "directory" in fails(demo.main, capsys, "--text", str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        *[(option, value) for option in ("--alpha", "--beta") for value in ("-1", "nan", "inf", "two")],
-        *[("--epochs", value) for value in ("0", "-1", "1.5")],
-        *[("--seed", value) for value in ("-1", str(2**64))],
-    ],
-)
-def test_bad_number(option: str, value: str, capsys: pytest.CaptureFixture[str]):
-    message = fails(demo.main, capsys, option, value)
-    assert f"argument {option}: must be" in message
-    assert message.endswith(f"got {value!r}\n")
+NUMBERS = {"--alpha": "-1 nan inf two", "--beta": "-1 nan inf two", "--epochs": "0 -1 1.5", "--seed": f"-1 {2**64}"}
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
+        *[
+            (option, value, f"argument {option}: must be .*, got {value!r}\n")
+            for option, values in NUMBERS.items()
+            for value in values.split()
+        ],
         *[("--device", name, f"no device {name!r}") for name in ("abacus", "cuda:99", "meta", "mps:7")],
         *[("--plot", plot, "cannot write the plot") for plot in (".", "missing/plot.png")],
     ],
 )
-def test_bad_device_or_plot(option: str, value: str, message: str, text: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_options(option: str, value: str, message: str, text: Path, capsys: pytest.CaptureFixture[str]):
     """They end the demo before the training."""
-    assert message in fails(demo.main, capsys, "--text", str(text), option, value)
+    assert re.search(message, fails(demo.main, capsys, "--text", str(text), option, value))
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -345,29 +332,22 @@ def test_embedding_drops_whole_words():
     assert torch.equal(embedding.eval()(ids)[0], embedding.weight)
 
 
-def plain_lstm(rnn: WeightDropLSTM, recurrent: float) -> nn.LSTM:
-    """The same LSTM in plain PyTorch, its recurrent weights multiplied by `recurrent`."""
-    lstm = nn.LSTM(rnn.lstm.input_size, rnn.lstm.hidden_size, batch_first=True)
-    lstm.load_state_dict(rnn.lstm.state_dict())
-    with torch.no_grad():
-        lstm.all_weights[0][1].mul_(recurrent)
-    return lstm
-
-
 def test_weight_drop_drops_recurrent_weights_in_training_only():
     torch.manual_seed(0)
-    x = torch.randn(3, 5, 4)
-    rnn = WeightDropLSTM(4, 6, p=0.5)
+    x, rnn = torch.randn(3, 5, 4), WeightDropLSTM(4, 6, p=0.5)
+    plain = nn.LSTM(4, 6, batch_first=True)
+    plain.load_state_dict(rnn.lstm.state_dict())
     y, _ = rnn(x, None)
     y.sum().backward()
     gradient = rnn.lstm.all_weights[0][1].grad
     assert gradient is not None
     assert 0.3 < (gradient == 0).float().mean() < 0.7, "what was dropped gets no gradient"
     assert not torch.equal(y, rnn(x, None)[0]), "and another part next time"
-    rnn.eval()
-    torch.testing.assert_close(rnn(x, None)[0], plain_lstm(rnn, 1)(x)[0])
-    all_dropped = WeightDropLSTM(4, 6, p=1.0)
-    torch.testing.assert_close(all_dropped(x, None)[0], plain_lstm(all_dropped, 0)(x)[0])
+    rnn.p = 1.0
+    dropped = rnn(x, None)[0]
+    torch.testing.assert_close(rnn.eval()(x, None)[0], plain(x)[0])
+    nn.init.zeros_(plain.all_weights[0][1])
+    torch.testing.assert_close(dropped, plain(x)[0])
 
 
 def small_model(**dropouts: float) -> AWDLSTM:

@@ -148,6 +148,8 @@ def test_means_and_standard_errors() -> None:
         *("25.00 ± 1.00", "23.00 ± 1.00", "2.5 ± 0.5", "10.00 ± 0.00", "15.00 ± 1.00", "0.915 ± 0.040"),
         *("0.1000 ± 0.0000", "0.2000 ± 0.0000"),
     ]
+    page = study_report.page(Study([made_up(PLAIN, 1, [30.0]), made_up(BOTH, 1, [24.0])]), "one")
+    assert "| (2, 1) | end | -6.00 | -6.00 | 1 of 1 |" in page, "one seed has no standard error"
 
 
 def test_pairs_are_of_one_seed() -> None:
@@ -158,11 +160,6 @@ def test_pairs_are_of_one_seed() -> None:
     summary = study_report.summary(MADE_UP)
     assert "without regularization: 27.00 ± 2.52 at the end, 26.00 ± 3.06 at best" in summary
     assert "(2, 1): -1.00 ± 5.00 at the end (lower in 1 of 2 seeds), -2.00 ± 4.00 at best (1 of 2)." in summary
-
-
-def test_one_seed_has_no_standard_error() -> None:
-    page = study_report.page(Study([made_up(PLAIN, 1, [30.0]), made_up(BOTH, 1, [24.0])]), "one")
-    assert "| (2, 1) | end | -6.00 | -6.00 | 1 of 1 |" in page
 
 
 def test_the_plot_shows_seeds_means_and_pairs() -> None:
