@@ -121,6 +121,21 @@ def assert_same(got: list[Tensor], want: list[Tensor], unlike: list[Tensor] | No
         assert max((a - b).abs().max().item() for a, b in zip(want, unlike, strict=True)) > 1e-3
 
 
+def assert_same_weights(model: nn.Module, other: nn.Module, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    torch.testing.assert_close([*model.parameters()], [*other.parameters()], rtol=rtol, atol=atol)
+
+
+def assert_other_weights(model: nn.Module, other: nn.Module) -> None:
+    with pytest.raises(AssertionError):
+        assert_same_weights(model, other, rtol=1e-3, atol=1e-4)
+
+
+def tolerance_of_bfloat16(model: nn.Module, untrained: nn.Module) -> dict[str, float]:
+    """Return the rounding of a training: autograd rounds wherever it adds gradients, hooks add in float32."""
+    changes = [(a - b).abs().max().item() for a, b in zip(model.parameters(), untrained.parameters(), strict=True)]
+    return {"rtol": 0.0, "atol": torch.finfo(torch.bfloat16).eps * max(changes)}
+
+
 def regularizer(**options: Any) -> RNNRegularizer:
     return RNNRegularizer(ALPHA, BETA, **options)
 
