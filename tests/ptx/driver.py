@@ -17,7 +17,7 @@ from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
-from bench.stand_in import active
+from bench.stand_in import StandInDriver, active
 from tests.ptx.decoder import LANES, Decoder
 from tests.ptx.machine import PTR, Fault, Instruction, Machine, Region, library
 
@@ -65,24 +65,15 @@ class Kernel:
         self.constants = self.decoded.image()
 
 
-class Executor:
+class Executor(StandInDriver):
     """A driver of Triton whose launches run PTX on CPU tensors."""
 
     def __init__(self) -> None:
-        self.utils = self
+        super().__init__(H100)
         self.random = random.Random(0)
         self.kernels: list[Kernel] = []
         self.launches = self.programs = self.steps = 0
         self.switches: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-
-    def get_current_target(self) -> GPUTarget:
-        return H100
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None) -> int:
-        return 0
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -93,9 +84,6 @@ class Executor:
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         self.kernels.append(Kernel(Decoder(ptx.decode()), shared))
         return len(self.kernels) - 1, len(self.kernels) - 1, 0, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         profiled = getattr(metadata, "profile_scratch_size", 0)  # not in Triton 3.4
