@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import os
 import re
 import subprocess
 import sys
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
+from tests.test_fastai1 import environment_with
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"])
-RELEASE = "1.0.61"  # of fastai v1
 BATCH, TIME, HIDDEN, WORDS = 3, 7, 16, 11
 
 
@@ -206,9 +206,7 @@ def test_examples_of_docstrings_run(module: str, tmp_path: Path, monkeypatch: py
 
 def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> None:
     """In a process of its own, where `learner()` makes a small learner of fastai v1."""
-    installed = Path(sys.prefix, V1, RELEASE)
-    if not installed.is_dir():
-        pytest.skip(f"fastai {RELEASE} is not installed in {installed}: run tests/frameworks.sh")
+    environment = environment_with("1.0.61", tmp_path)
     code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
     names = public_names("fastreg.fastai1")
     assert code
@@ -223,8 +221,6 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
         "    own = {'learn1': learner()} | vars(fastai1)\n"
         "    assert not failures_of_examples('fastreg.fastai1', [name], own), name\n"
     )
-    path = os.pathsep.join([str(installed), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -262,13 +258,10 @@ def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
 def test_every_snippet_is_run_somewhere() -> None:
     frameworks = {framework_of(snippet) for page in PAGES for snippet in snippets(page)}
     assert frameworks == {None, V1, *SETUPS}
-    others = {page.name for page in ROOT.rglob("*.md") if snippets(page) and find_in_checkout(page)}
-    assert others <= {page.name for page in PAGES}
-
-
-def find_in_checkout(page: Path) -> bool:
-    """Return whether a page is part of the checkout, and not of an environment inside it."""
-    return not any(part.startswith(".") for part in page.relative_to(ROOT).parts)
+    run = {page.name for page in PAGES}
+    for page in ROOT.rglob("*.md"):
+        of_an_environment = any(part.startswith(".") for part in page.relative_to(ROOT).parts)
+        assert page.name in run or of_an_environment or not snippets(page), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
