@@ -825,9 +825,10 @@ def test_what_is_set_on_a_callback_stays(make: Callable[..., Learner]) -> None:
         assert (learn.rnn_regularizer.run_train, learn.rnn_regularizer.run_valid) == (False, True)
     learn.rnn.order = 0
     assert gap(trained(fuse(learn)), trained(make(0, 0))) < 1e-5
-    learn = make()
+    learn, usual = make(), fuse(make())
     learn.rnn_regularizer.run_valid = True  # and adds nothing to validation
-    assert gap(trained(fuse(learn)), trained(make())) < 1e-5
+    assert gap(trained(fuse(learn)), trained(usual)) < 1e-5
+    assert [*learn.recorder.values[0]] == pytest.approx([*usual.recorder.values[0]])
 
 
 class Model(Plain):
