@@ -1,10 +1,13 @@
-"""The formulas in float64, and how far from them a result may be."""
+"""The formulas in float64, how far from them a result may be, and the checks of a call against them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.problem import ARTAR
 from tests.conftest import INTERPRETED
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
@@ -13,6 +16,49 @@ from tests.samples import BF16, DOUBLE, FLOAT, HALF
 def exact(x: Tensor) -> Tensor:
     """The values of a tensor in float64, 0 where they are not finite, as a leaf."""
     return x.detach().double().nan_to_num(0, 0, 0).requires_grad_()
+
+
+def axis_of(x: Tensor, batch_first: bool | None = None, time_dim: int | None = None, **_: Any) -> int:
+    """Return the axis of time of activations, given the options of a call."""
+    return (time_dim if time_dim is not None else 0 if batch_first is False else -2) % x.dim()
+
+
+def steps_of(
+    x: Tensor, lengths: Tensor | None = None, valid: Tensor | None = None, starts: Tensor | None = None, **layout: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the steps that count, and the changes into steps, as masks that broadcast to activations."""
+    axis = axis_of(x, **layout)
+    batch = 0 if axis else 1 if x.dim() > 2 else None
+    shape = [n if i in (axis, batch) else 1 for i, n in enumerate(x.shape)]
+    steps = torch.ones(1 if batch is None else x.shape[batch], x.shape[axis], dtype=torch.bool)
+    if lengths is not None:
+        steps = torch.arange(x.shape[axis]) < lengths.cpu().unsqueeze(-1)
+    elif valid is not None:
+        steps = valid.cpu().reshape(steps.shape) != 0
+    changes = steps & steps.roll(1, 1)
+    changes[:, :1] = False
+    if starts is not None:
+        changes &= starts.cpu().reshape(steps.shape) == 0
+    along, into = ((marks if axis else marks.t()).reshape(shape).to(x.device) for marks in (steps, changes))
+    return along, into
+
+
+def truth(raw: Tensor, dropped: Tensor, alpha: float, beta: float, reduction: str = "mean", **options: Any) -> ARTAR:
+    """The formulas, of float64 tensors."""
+    steps, changes = steps_of(raw, **options)
+    change = (raw - raw.roll(1, axis_of(raw, **options))).where(changes, 0)
+    ar, tar = dropped.where(steps, 0).square().sum(), change.square().sum()
+    if reduction == "mean":
+        ar, tar = (x / max(n.expand(raw.shape).sum().item(), 1) for x, n in ((ar, steps), (tar, changes)))
+    return ARTAR(alpha * ar + beta * tar, ar, tar)
+
+
+def spoil(x: Tensor, **options: Any) -> Tensor:
+    """Fill activations with NaN and infinity where steps do not count."""
+    nothing = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=x.dtype, device=x.device)
+    with torch.no_grad():
+        x.copy_(x.where(steps_of(x, **options)[0], nothing.repeat(x.shape[-1])[: x.shape[-1]]))
+    return x
 
 
 def eps(*dtypes: torch.dtype) -> float:
@@ -26,17 +72,19 @@ def rounding(x: Tensor) -> float:
     return torch.finfo(x.dtype).eps / (1 if cut_off else 2)
 
 
-def assert_terms(got: ARTAR, want: ARTAR, *dtypes: torch.dtype, ulps: int = 8) -> None:
+def assert_terms(got: ARTAR, want: ARTAR, *dtypes: torch.dtype) -> None:
     """Check the penalty and its terms. The dtypes are those of the activations."""
     assert got.penalty.dtype == (DOUBLE if DOUBLE in dtypes else FLOAT)
+    assert not got.ar.requires_grad
+    assert not got.tar.requires_grad
     for name, x, y in zip(ARTAR._fields, got, want, strict=True):
         torch.testing.assert_close(
-            x.double().cpu(), y.detach().cpu(), rtol=ulps * eps(*dtypes), atol=0, msg=lambda m, n=name: f"{n}: {m}"
+            x.double().cpu(), y.detach().cpu(), rtol=8 * eps(*dtypes), atol=0, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
 def assert_gradient(
-    got: Tensor | None, want: Tensor | None, largest: float | None = None, computed: torch.dtype = FLOAT
+    got: Tensor | None, want: Tensor | None, largest: float | Tensor | None = None, computed: torch.dtype = FLOAT
 ) -> None:
     """Allow one rounding of `got`, and a few of the dtype it was computed in, on parts as large as `largest`."""
     assert got is not None
@@ -47,3 +95,76 @@ def assert_gradient(
     allowed = rounding(got) * want.abs() + 8 * eps(computed) * largest + info.smallest_normal * info.eps
     error = (got.double() - want).abs()
     assert (error <= allowed).all(), f"off by {(error / allowed).max():.3g} times what is allowed"
+
+
+def gradients_of(terms: ARTAR, coefficients: tuple[float, float], x: Tensor) -> list[Tensor]:
+    """Return the gradients of AR and TAR, each with its coefficient; zeros of one that does not depend on `x`."""
+    options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return [torch.autograd.grad(c * y, x, **options)[0] for c, y in zip(coefficients, terms[1:], strict=True)]
+
+
+def check_penalty(raw: Tensor, dropped: Tensor, alpha: float, beta: float, **options: Any) -> None:
+    """Check the penalty of leaves, its terms and its gradients; those of steps that do not count are exactly 0."""
+    wanted = [exact(raw), exact(dropped)]
+    wanted = wanted[:1] * 2 if dropped is raw else wanted
+    want = truth(*wanted, alpha, beta, **options)
+    counts = steps_of(raw, **options)[0].expand(raw.shape)
+    both = [(raw, wanted[0], beta), (dropped, wanted[1], alpha)] if dropped is not raw else [(raw, wanted[0], True)]
+    leaves = [(x, exactly, bool(depends)) for x, exactly, depends in both if x.requires_grad]
+    # Upstream gradients that are expected, and others; small ones underflow in float16.
+    for scale, measured in ((100, False), (100, True), (300, True), (300, False)):
+        got: Any = fused_ar_tar(raw, dropped, alpha, beta, return_terms=measured, **options)
+        if measured:
+            assert_terms(got, want, raw.dtype, dropped.dtype)
+        penalty = got.penalty if measured else got
+        torch.testing.assert_close(penalty.double(), want.penalty.detach(), rtol=8 * eps(penalty.dtype), atol=0)
+        assert penalty.requires_grad == any(depends for *_, depends in leaves)
+        if not penalty.requires_grad:
+            continue
+        gradients = torch.autograd.grad(penalty * scale, [x for x, *_ in leaves], allow_unused=True)
+        for (_, exactly, depends), gradient in zip(leaves, gradients, strict=True):
+            assert (gradient is not None) == depends
+            if gradient is not None:
+                parts = [scale * x for x in gradients_of(want, (alpha, beta), exactly)]
+                assert_gradient(gradient, sum(parts), sum(x.abs().max() for x in parts), penalty.dtype)
+                assert (gradient.masked_select(~counts) == 0).all()
+
+
+def check_dropout(
+    raw: Tensor, mask: Tensor, alpha: float, beta: float, arriving: Tensor | None = None, **options: Any
+) -> None:
+    """Check dropped and the penalty of a leaf and a mask, and the gradients of both, of either alone.
+
+    A step that does not count is dropped like the others, and has the gradient of its dropped value alone. A `module`
+    is called instead of the function, and draws the mask from the present seed. `arriving` is the gradient of dropped.
+    """
+    values, keep, module = exact(raw), mask.double(), options.pop("module", None)
+    if module is None:
+        dropped, got = fused_dropout_ar_tar(raw, 0.4, alpha, beta, mask=mask, return_terms=True, **options)
+    else:
+        dropped, got = module(raw), module.take()
+    assert dropped.dtype == raw.dtype
+    assert got is not None
+    info = torch.finfo(raw.dtype)
+    smallest = info.smallest_normal * info.eps
+    torch.testing.assert_close(dropped.double(), raw.double() * keep, rtol=rounding(raw), atol=smallest, equal_nan=True)
+    # AR is formed from the returned dropped, rounding included.
+    product = values * keep
+    rounded = product + (exact(dropped) - product).detach()
+    of_raw = module is not None and module.ar_of == "raw"
+    want = truth(values, values if of_raw else rounded, alpha, beta, **options)
+    assert_terms(got, want, raw.dtype)
+    counts = steps_of(raw, **options)[0].expand(raw.shape)
+    upstream = torch.full_like(got.penalty, 100)
+    arriving = torch.randn_like(dropped) if arriving is None else arriving
+    of_dropped, of_penalty = [arriving.double() * keep], [100 * x for x in gradients_of(want, (alpha, beta), values)]
+    for outputs, grads, parts in (
+        ([dropped, got.penalty], [arriving, upstream], of_dropped + of_penalty),
+        ([got.penalty], [upstream], of_penalty),
+        ([dropped], [arriving], of_dropped),
+    ):
+        (gradient,) = torch.autograd.grad(outputs, raw, grads, retain_graph=True)
+        largest = torch.where(counts, sum(x.abs().max() for x in parts), 0)
+        assert_gradient(gradient, sum(parts), largest, got.penalty.dtype)
+        if parts is of_penalty:
+            assert (gradient.masked_select(~counts) == 0).all()

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import cpu_tensors_by
 from fastreg.kernels.view import NOTHING, layout_of
 from fastreg.prepare import values_of
 from fastreg.problem import Call, Layer, Problem
 from fastreg.view import NARROW, fold_of, view_of
 from tests.conftest import INTERPRETED, skip_on_formula
-from tests.exact import assert_gradient, assert_terms, eps, exact
+from tests.exact import check_dropout, check_penalty, spoil
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 CASES = 20 if INTERPRETED else 200
 
 
-@dataclass
-class Case:
-    """A call drawn from a seed. `steps` and `changes` are `(batch, time)`: which count."""
+class Case(NamedTuple):
+    """A call drawn from a seed."""
 
-    shape: list[int]
-    axis: int
     raw: Tensor
     dropped: Tensor
     options: dict[str, Any]
     coefficients: tuple[float, float]
-    steps: Tensor
-    changes: Tensor
 
 
 def memory(values: Tensor, draw: random.Random, expands: bool) -> Tensor:
@@ -69,136 +63,54 @@ def drawn(seed: int) -> Case:
     kinds = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # which the interpreter cuts off
     dtype = draw.choice(kinds)
     dtypes = dtype, dtype if draw.random() < 0.7 else draw.choice(kinds)
-    steps = torch.ones(sequences, time, dtype=torch.bool)
-    options: dict[str, Any] = {"time_dim": axis - draw.choice([0, dims])}
+    options: dict[str, Any] = {
+        "time_dim": axis - draw.choice([0, dims]),
+        "reduction": draw.choice(["mean", "mean", "sum"]),
+    }
     which = draw.choice(["none", "none", "lengths", "valid"])
     if which == "lengths":
-        lengths = torch.tensor([draw.randint(0, time) for _ in range(sequences)])
-        options["lengths"], steps = lengths, torch.arange(time) < lengths[:, None]
+        options["lengths"] = torch.tensor([draw.randint(0, time) for _ in range(sequences)])
     elif which == "valid":
-        steps = torch.rand(sequences, time, generator=generator) < draw.choice([0.5, 0.9, 1.0])
-        options["valid"] = draw.choice([lambda x: x, lambda x: x.long(), lambda x: x.t().contiguous().t()])(steps)
-    starts = torch.zeros(sequences, time, dtype=torch.bool)
+        valid = torch.rand(sequences, time, generator=generator) < draw.choice([0.5, 0.9, 1.0])
+        options["valid"] = draw.choice([lambda x: x, lambda x: x.long(), lambda x: x.t().contiguous().t()])(valid)
     if draw.random() < 0.5:
         starts = torch.rand(sequences, time, generator=generator) < draw.choice([0.05, 0.3, 1.0])
-        given = starts if batch is not None or draw.random() < 0.5 else starts[0]
-        options["starts"] = given if draw.random() < 0.7 else given.int()
-    changes = steps.clone()
-    changes[:, 1:] &= steps[:, :-1] & ~starts[:, 1:]
-    changes[:, 0] = False
-    options["reduction"] = draw.choice(["mean", "mean", "sum"])
-    along = across(steps, len(shape), axis)
+        starts = starts if batch is not None or draw.random() < 0.5 else starts[0]
+        options["starts"] = starts if draw.random() < 0.7 else starts.int()
     tensors = []
     for own in dtypes:
         values = torch.randn(shape, generator=generator, dtype=DOUBLE).to(own)
-        if draw.random() < 0.8:  # invalid steps may have any value
-            values = torch.where(along, values, torch.tensor(draw.choice([torch.nan, torch.inf]), dtype=own))
-        expands = draw.random() < 0.05 and steps.all().item() is True
-        tensors.append(memory(values, draw, expands))
-    raw, dropped = tensors
-    if draw.random() < 0.3:
-        dropped = raw
+        if draw.random() < 0.8:
+            values = spoil(values, **options)
+        tensors.append(memory(values, draw, expands=which == "none" and draw.random() < 0.05).requires_grad_())
+    raw, dropped = tensors if draw.random() < 0.7 else tensors[:1] * 2
     coefficients = draw.choice([(2.0, 1.0), (2.0, 1.0), (0.0, 1.5), (2.0, 0.0)])
-    return Case(shape, axis, raw, dropped, options, coefficients, steps, changes)
-
-
-def across(marks: Tensor, dims: int, axis: int) -> Tensor:
-    """See `(batch, time)` marks along the axes of activations."""
-    if axis == 0:
-        marks = marks.t() if dims > 2 else marks[0]
-        return marks.reshape(*marks.shape, *[1] * (dims - marks.dim()))
-    return marks.reshape(marks.shape[0], *[1] * (axis - 1), marks.shape[1], *[1] * (dims - axis - 1))
-
-
-def truth(case: Case, raw: Tensor, dropped: Tensor) -> ARTAR:
-    """The formulas, of float64 tensors."""
-    dims, axis = len(case.shape), case.axis
-    steps, changes = across(case.steps, dims, axis), across(case.changes, dims, axis)
-    change = (raw - raw.roll(1, axis)).where(changes, 0)
-    ar, tar = dropped.where(steps, 0).square().sum(), change.square().sum()
-    if case.options["reduction"] == "mean":
-        ar = ar / max(steps.expand(case.shape).sum().item(), 1)
-        tar = tar / max(changes.expand(case.shape).sum().item(), 1)
-    alpha, beta = case.coefficients
-    return ARTAR(alpha * ar + beta * tar, ar, tar)
-
-
-def check_gradient(got: Tensor, parts: list[Tensor], rounding: float = 0.0) -> None:
-    """Compare with the sum of parts, which may cancel; `rounding` is that of the largest part that is rounded first."""
-    largest = sum(x.abs().max().item() for x in parts) + rounding * torch.finfo(got.dtype).eps / eps(got.dtype) / 4
-    assert_gradient(got, sum(parts, torch.zeros_like(got, dtype=DOUBLE)), largest)
-
-
-def gradients_of(terms: ARTAR, case: Case, scale: float, x: Tensor) -> list[Tensor]:
-    """The gradients of `scale` times AR and TAR, each with its coefficient; `0` of one that does not depend on `x`."""
-    weighted = [scale * factor * term for factor, term in zip(case.coefficients, terms[1:], strict=True)]
-    found = [torch.autograd.grad(y, x, retain_graph=True, allow_unused=True)[0] for y in weighted]
-    return [torch.zeros_like(x) if y is None else y for y in found]
-
-
-def check_penalty(seed: int) -> None:
-    case = drawn(seed)
-    same = case.dropped is case.raw
-    leaves = [case.raw.requires_grad_(), case.dropped.requires_grad_()]
-    alpha, beta = case.coefficients
-    wanted = [exact(case.raw), exact(case.dropped)]
-    if same:
-        wanted[1] = wanted[0]
-    want = truth(case, *wanted)
-    got = fused_ar_tar(leaves[0], leaves[1], alpha, beta, return_terms=True, **case.options)
-    assert_terms(got, want, case.raw.dtype, case.dropped.dtype, ulps=16)
-    assert not got.ar.requires_grad
-    assert not got.tar.requires_grad
-    inputs, exacts = (leaves[:1], wanted[:1]) if same else (leaves, wanted)
-    for scale in (100, 100, 300):  # an upstream gradient that is expected, and others; small ones underflow in float16
-        penalty = fused_ar_tar(leaves[0], leaves[1], alpha, beta, **case.options)
-        gradients = torch.autograd.grad(penalty * scale, inputs, allow_unused=True)
-        counts = across(case.steps, len(case.shape), case.axis)
-        for gradient, exactly, leaf in zip(gradients, exacts, inputs, strict=True):
-            found = torch.zeros_like(leaf) if gradient is None else gradient
-            check_gradient(found, gradients_of(want, case, scale, exactly))
-            assert (found.masked_select(~counts.expand(found.shape)) == 0).all()  # exactly
-
-
-def check_dropout(seed: int) -> None:
-    case = drawn(seed)
-    draw = random.Random(-seed)
-    raw = case.raw.requires_grad_()
-    one = list(case.shape)
-    one[case.axis] = 1
-    mask = ((torch.rand(draw.choice([one, case.shape])) < 0.6) / 0.6).to(raw.dtype)
-    mask = memory(mask, draw, expands=False)
-    arriving = memory(torch.randn(case.shape).to(raw.dtype), draw, expands=draw.random() < 0.2)
-    alpha, beta = case.coefficients
-    values, exact_mask = exact(raw), mask.double()
-    want = truth(case, values, (raw.detach() * mask).double().nan_to_num(0.0, 0.0, 0.0))
-    dropped, got = fused_dropout_ar_tar(raw, 0.4, alpha, beta, mask=mask, return_terms=True, **case.options)
-    assert torch.equal(dropped.nan_to_num(), (raw * mask).nan_to_num())
-    assert_terms(got, want, raw.dtype, ulps=16)
-    assert not got.ar.requires_grad
-    assert not got.tar.requires_grad
-    (gradient,) = torch.autograd.grad([dropped, got.penalty], raw, [arriving, torch.full_like(got.penalty, 100)])
-    ar, tar = gradients_of(truth(case, values, values * exact_mask), case, 100, values)
-    check_gradient(gradient, [ar, tar, arriving.double() * exact_mask], (ar * 1.7).abs().max().item())
+    return Case(raw, dropped, options, coefficients)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_penalty_of_any_axes(seed: int) -> None:
-    check_penalty(seed)
+    case = drawn(seed)
+    check_penalty(case.raw, case.dropped, *case.coefficients, **case.options)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_dropout_of_any_axes(seed: int) -> None:
-    check_dropout(seed)
+    case, draw = drawn(seed), random.Random(-seed)
+    shape = list(case.raw.shape)
+    shape[case.options["time_dim"]] = draw.choice([1, shape[case.options["time_dim"]]])
+    mask = memory(((torch.rand(shape) < 0.6) / 0.6).to(case.raw.dtype), draw, expands=False)
+    arriving = memory(torch.randn_like(case.raw), draw, expands=draw.random() < 0.2)
+    check_dropout(case.raw, mask, *case.coefficients, arriving=arriving, **case.options)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the formula runs no kernel")
 @pytest.mark.parametrize("seed", range(50))
 def test_the_formula_of_any_axes(seed: int) -> None:
     with cpu_tensors_by(None):
-        check_penalty(seed)
+        test_penalty_of_any_axes(seed)
         if drawn(seed).raw.dtype in (FLOAT, DOUBLE):  # PyTorch rounds each part of a gradient of fewer bits
-            check_dropout(seed)
+            test_dropout_of_any_axes(seed)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from fastreg.plans import forget
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
 from tests.conftest import CPU
-from tests.exact import assert_gradient, assert_terms, exact
+from tests.exact import assert_gradient, assert_terms, check_dropout, check_penalty, exact, spoil
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, sliced, transposed
 
 pytestmark = pytest.mark.skipif(
@@ -55,52 +55,8 @@ def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def leaf(x: Tensor, lengths: Tensor | None, layout: Layout) -> Tensor:
-    """A leaf of a layout, with NaN behind the end of each sequence."""
-    for one, length in zip(x, [] if lengths is None else lengths.tolist(), strict=False):
-        one[length:] = torch.nan
-    return layout(x).detach().requires_grad_()
-
-
-def assert_padding_is_0(gradient: Tensor, lengths: Tensor | None) -> None:
-    for one, length in zip(gradient, [] if lengths is None else lengths.tolist(), strict=False):
-        assert not one[length:].any()
-
-
-def check(raw: Tensor, dropped: Tensor, lengths: Tensor | None = None) -> None:
-    """The penalty, its terms and gradients; the latter for an upstream gradient that comes again, and for another."""
-    xs = (raw,) if dropped is raw else (raw, dropped)
-    doubles = [exact(x) for x in xs]
-    want = ar_tar(Layer(doubles[0], doubles[-1], Values(lengths)), TERMS)
-    gradients = torch.autograd.grad(want.penalty, doubles)
-    for upstream in (100.0, 100.0, -300.0):
-        got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths, return_terms=True)
-        assert_terms(got, want, raw.dtype, dropped.dtype)
-        written = torch.autograd.grad(got.penalty, xs, torch.full_like(got.penalty, upstream))
-        for x, y in zip(written, gradients, strict=True):
-            assert_gradient(x, upstream * y)
-            assert_padding_is_0(x, lengths)
-
-
-def check_dropout(raw: Tensor, mask: Tensor, lengths: Tensor | None = None) -> None:
-    """Dropped and the penalty of both, with gradients of both, of the penalty alone, and of dropped alone."""
-    double = exact(raw)
-    product = double * mask.to(DOUBLE)
-    dropped, got = fused_dropout_ar_tar(raw, 0.5, ALPHA, BETA, mask=mask, lengths=lengths, return_terms=True)
-    assert dropped.equal((raw.to(got.ar.dtype) * mask.to(got.ar.dtype)).to(raw.dtype))
-    rounded = product + (dropped.detach().to(DOUBLE) - product).detach()
-    want = ar_tar(Layer(double, rounded, Values(lengths)), TERMS)
-    assert_terms(got, want, raw.dtype)
-    arriving, upstream = values(raw.shape, raw.dtype) / raw.shape[2], torch.full_like(got.penalty, 100)
-    (of_penalty,) = torch.autograd.grad(want.penalty, double)
-    of_dropped = arriving.to(DOUBLE) * mask.to(DOUBLE)
-    for outputs, grads, expected in (
-        ([dropped, got.penalty], [arriving, upstream], of_dropped + 100 * of_penalty),
-        ([got.penalty], [upstream], 100 * of_penalty),
-        ([dropped], [arriving], of_dropped),
-    ):
-        (gradient,) = torch.autograd.grad(outputs, raw, grads, retain_graph=True)
-        assert_gradient(gradient, expected)
-    assert_padding_is_0(torch.autograd.grad(got.penalty, raw)[0], lengths)
+    """A leaf of a layout, with NaN and infinity behind the end of each sequence."""
+    return layout(spoil(x, lengths=lengths)).detach().requires_grad_()
 
 
 STEPS_OF: dict[str, Callable[[int], int]] = {  # the lengths of sequences of 9 time steps
@@ -134,10 +90,11 @@ def test_lengths_of_sequences_in_one_block(kind: str, size: tuple[int, int], lay
     lengths = torch.tensor([STEPS_OF[kind](i) for i in range(batch)])
     shape, dtype = (batch, 9, hidden), (FLOAT, BF16)[batch % 2]
     raw, dropped = (leaf(values(shape, d), lengths, layout) for d in (dtype, FLOAT))
-    check(raw, dropped, lengths)
+    check_penalty(raw, dropped, ALPHA, BETA, lengths=lengths)
     raw = layout(values(shape, FLOAT)).requires_grad_()
     for time, mask_layout in ((1, contiguous), (9, contiguous), (9, transposed)):
-        check_dropout(raw, mask_layout(values((batch, time, hidden), FLOAT).abs()), lengths)
+        mask = mask_layout(values((batch, time, hidden), FLOAT).abs())
+        check_dropout(raw, mask, ALPHA, BETA, lengths=lengths)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -152,10 +109,10 @@ def test_random_cases(seed: int) -> None:
         lengths = torch.tensor([draw.randint(0, shape[1]) for _ in range(shape[0])])
         lengths = draw.choice([None, lengths])
         raw, dropped = (leaf(values(shape, d), lengths, lay) for d, lay in zip(dtypes, layouts, strict=True))
-        check(raw, raw if draw.random() < 0.3 else dropped, lengths)
+        check_penalty(raw, raw if draw.random() < 0.3 else dropped, ALPHA, BETA, lengths=lengths)
         raw = layouts[0](values(shape, dtypes[0])).requires_grad_()
         mask = values((shape[0], draw.choice([1, shape[1]]), hidden), dtypes[0]).abs()
-        check_dropout(raw, layouts[1](mask), lengths)
+        check_dropout(raw, layouts[1](mask), ALPHA, BETA, lengths=lengths)
 
 
 @pytest.mark.parametrize("hidden", [1, 12, 401, 3000])

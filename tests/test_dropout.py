@@ -13,10 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.problem import ARTAR, Layer
-from fastreg.reference import ar_tar
 from tests.conftest import skip_on_formula
-from tests.exact import assert_gradient, assert_terms, exact, rounding
+from tests.exact import check_dropout
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
 
 X = torch.randn(2, 5, 8)
@@ -36,65 +34,20 @@ def fused(sample: Sample, raw: Tensor, mask: Tensor, **options: Any) -> Any:
     return fused_dropout_ar_tar(raw, 0.4, sample.alpha, sample.beta, mask=mask, **sample.options, **options)
 
 
-def truth(sample: Sample, raw: Tensor, dropped: Tensor) -> ARTAR:
-    return ar_tar(Layer(raw, dropped), sample.problem)
-
-
-def check_values_and_gradient(sample: Sample, kind: str, device: str) -> None:
+@pytest.mark.parametrize("sample", one_tensor, ids=str)
+@pytest.mark.parametrize("kind", ["locked", "full", "AR of raw"])
+def test_values_and_gradients(sample: Sample, kind: str, device: str, poison: None) -> None:
     if sample.dtypes[0] in (HALF, BF16):
         skip_on_formula(device)
     raw, _ = sample.leaves(device)
+    options = sample.options
+    if kind == "AR of raw":
+        options = {"batch_first": sample.batch_first}
+        options["module"] = FusedRNNDropout(0.4, sample.alpha, sample.beta, ar_of="raw", **options)
     torch.manual_seed(5)
     mask = mask_for(sample, raw, kind == "full")
-    wanted = exact(raw)
-    product = wanted * mask.double()
-    if kind == "AR of raw":
-        module = FusedRNNDropout(0.4, sample.alpha, sample.beta, batch_first=sample.batch_first, ar_of="raw")
-        torch.manual_seed(5)
-        dropped, got = module(raw), module.take()
-    else:
-        dropped, got = fused(sample, raw, mask, return_terms=True)
-    assert got is not None
-    assert dropped.dtype == raw.dtype
-    assert [x.requires_grad for x in (dropped, *got)] == [True, True, False, False]
-    torch.testing.assert_close(dropped.double(), product, rtol=rounding(raw), atol=0)
-    # AR is formed from the returned dropped, rounding included.
-    rounded = dropped.detach().double() + product - product.detach()
-    want = truth(sample, wanted, wanted if kind == "AR of raw" else rounded)
-    assert_terms(got, want, raw.dtype)
-    direction = torch.randn_like(raw)
-    ((dropped * direction).sum() + 1000 * got.penalty).backward()
-    ((product * direction.double()).sum() + 1000 * want.penalty).backward()
-    assert raw.grad is not None
-    assert wanted.grad is not None
-    assert raw.grad.dtype == raw.dtype
-    changes = wanted.detach().abs().max().item() if sample.reduction == "sum" else 1
-    assert_gradient(raw.grad, wanted.grad, wanted.grad.abs().max().item() + 1000 * 8 * sample.beta * changes)
-
-
-@pytest.mark.parametrize("sample", one_tensor, ids=str)
-@pytest.mark.parametrize("kind", ["locked", "full"])
-def test_values_and_gradient(sample: Sample, kind: str, device: str, poison: None) -> None:
-    check_values_and_gradient(sample, kind, device)
-
-
-@pytest.mark.parametrize("sample", [s for s in one_tensor if s.reduction == "mean"], ids=str)
-def test_ar_of_raw(sample: Sample, device: str, poison: None) -> None:
-    check_values_and_gradient(sample, "AR of raw", device)
-
-
-@pytest.mark.parametrize("alpha", [2.0, 0.0])
-@pytest.mark.parametrize("used", ["dropped", "penalty"])
-def test_either_output_may_go_unused(used: str, alpha: float, device: str, poison: None) -> None:
-    sample = Sample(alpha=alpha)
-    raw = sample.leaves(device)[0]
-    mask = mask_for(sample, raw, False)
-    dropped, got = fused(sample, raw, mask)
-    (dropped.square().sum() if used == "dropped" else got).backward()
-    wanted = exact(raw)
-    product = wanted * mask.double()
-    (product.square().sum() if used == "dropped" else truth(sample, wanted, product).penalty).backward()
-    assert_gradient(raw.grad, wanted.grad)
+    torch.manual_seed(5)
+    check_dropout(raw, mask, sample.alpha, sample.beta, **options)
 
 
 @pytest.mark.parametrize("used", ["dropped", "penalty"])

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg import fused_ar_tar
 from fastreg.kernels.view import Operand, View
-from fastreg.problem import Layer, Problem
-from fastreg.reference import ar_tar
 from tests.conftest import INTERPRETED, KERNELS_ON_CPU, gpu
+from tests.exact import check_dropout, check_penalty, truth
 
 kernels = pytest.importorskip("fastreg.kernels.penalty", reason="no Triton: the kernels did not run")
 launch = pytest.importorskip("fastreg.kernels.launch")
@@ -33,18 +32,6 @@ def device(request: pytest.FixtureRequest) -> str:
 def leaves(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     raw, dropped = torch.randn(2, *shape, dtype=dtype, device=device).unbind()
     return raw.requires_grad_(), dropped.requires_grad_()
-
-
-def assert_right(raw: Tensor, dropped: Tensor, **options: Any) -> None:
-    """Penalty and gradients as the formula has them in float64."""
-    xs = [x.detach().double().requires_grad_() for x in (raw, dropped)]
-    want = ar_tar(Layer(*xs), Problem(2.0, 1.0, -2 if options.get("batch_first", True) else 0)).penalty
-    got = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
-    for x, y in zip(torch.autograd.grad(got, (raw, dropped)), torch.autograd.grad(want, xs), strict=True):
-        torch.testing.assert_close(
-            x.double(), y, rtol=max(1e-5, torch.finfo(x.dtype).eps), atol=1e-6 * y.abs().max().item()
-        )
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -75,12 +62,10 @@ def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatc
 @pytest.mark.parametrize("programs", [1, 2, 5])
 def test_programs_share_the_items(programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "PROGRAMS", programs)
-    assert_right(*leaves(device, 4, 40, 600))
-    assert_right(*leaves(device, 4, 3, 600), batch_first=False)
+    check_penalty(*leaves(device, 4, 40, 600), 2.0, 1.0)
+    check_penalty(*leaves(device, 4, 3, 600), 2.0, 1.0, batch_first=False)
     raw, mask = leaves(device, 4, 40, 600)
-    dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask.detach())
-    want = ar_tar(Layer(raw.double(), dropped.double()), Problem(2.0, 1.0)).penalty
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    check_dropout(raw, mask.detach(), 2.0, 1.0)
 
 
 def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +76,7 @@ def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pyt
     raw, dropped = leaves(device, 1, time, 1)
     view = View(1, time, 1, (Operand(torch.float32, 1, 1),) * 2)
     assert tiling.Tiling(view, torch.float32).programs > reduction.CHUNK.value
-    assert_right(raw, dropped)
+    check_penalty(raw, dropped, 2.0, 1.0)
 
 
 def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,14 +85,14 @@ def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.Monk
     raw = torch.full((1, 2048, 3), 0.1, device=device)
     raw[:, ::2] *= -1
     got = fused_ar_tar(raw, raw, 1.0, 1.0, return_terms=True)
-    want = ar_tar(Layer(raw.double(), raw.double()), Problem(1.0, 1.0))
+    want = truth(raw.double(), raw.double(), 1.0, 1.0)
     torch.testing.assert_close([x.double() for x in got], list(want), rtol=1e-6, atol=0)
 
 
 def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "LARGE", 0)
-    assert_right(*leaves(device, 3, 37, 401))
-    assert_right(*leaves(device, 5, 1, 1), batch_first=False)
+    check_penalty(*leaves(device, 3, 37, 401), 2.0, 1.0)
+    check_penalty(*leaves(device, 5, 1, 1), 2.0, 1.0, batch_first=False)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2**30), (2**15, 2**10, 2**5), (1, 2**30, 1), (2, 2**29 - 1, 1)])
@@ -128,7 +113,7 @@ def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkey
 
     monkeypatch.setattr(reduction, "ticket_for", ticket_for)
     for _ in range(2):
-        assert_right(*leaves(device, 3, 70, 40))
+        check_penalty(*leaves(device, 3, 70, 40), 2.0, 1.0)
         assert ticket == begins[-1]
 
 

@@ -1,9 +1,8 @@
-"""Steps that count: lengths, marks and packed sequences, against a loop over the sequences in float64."""
+"""Steps that count: lengths, marks and packed sequences, against the formula in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -19,8 +18,8 @@ from fastreg.kernels.view import Operand, Sums, Values, View
 from fastreg.prepare import values_of
 from fastreg.problem import ARTAR, Call, Problem
 from tests.conftest import INTERPRETED, skip_on_formula
-from tests.exact import assert_gradient, assert_terms, exact
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, every_other, sliced, transposed
+from tests.exact import assert_gradient, assert_terms, check_dropout, check_penalty, exact, spoil, truth
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, Sample, every_other, sliced, transposed
 
 ALPHA, BETA = 2.0, 3.0
 
@@ -66,58 +65,39 @@ def given(steps: str, device: str = "cpu") -> dict[str, Any]:
 
 def activations(valid: Tensor, *dtypes: torch.dtype, hidden: int = 12) -> list[Tensor]:
     """`(batch, time, hidden)` tensors, with NaN and inf where steps do not count."""
-    tensors = [torch.randn(*valid.shape, hidden, device=valid.device).to(dtype) for dtype in dtypes]
-    nothing = torch.tensor([torch.nan, torch.inf, -torch.inf], device=valid.device).repeat(hidden)[:hidden]
-    return [torch.where(valid.unsqueeze(-1), x, nothing.to(x.dtype)) for x in tensors]
+    return [spoil(torch.randn(*valid.shape, hidden, device=valid.device).to(x), valid=valid) for x in dtypes]
 
 
 def leaves(valid: Tensor) -> list[Tensor]:
     return [x.requires_grad_() for x in activations(valid, FLOAT, FLOAT)]
 
 
-def truth(
-    raw: Tensor, dropped: Tensor, valid: Tensor, alpha: float = ALPHA, beta: float = BETA, reduction: str = "mean"
-) -> ARTAR:
-    """Of `(batch, time, hidden)` tensors in float64, one sequence after the other."""
-    squares, changes, elements, pairs = raw.new_zeros(()), raw.new_zeros(()), 0, 0
-    for r, d, counts in zip(raw, dropped, valid, strict=True):
-        paired = counts[1:] & counts[:-1]
-        squares = squares + d[counts].square().sum()
-        changes = changes + (r[1:] - r[:-1])[paired].square().sum()
-        elements += d[counts].numel()
-        pairs += r[1:][paired].numel()
-    if reduction == "mean":
-        squares, changes = squares / max(elements, 1), changes / max(pairs, 1)
-    return ARTAR(alpha * squares + beta * changes, squares, changes)
-
-
-@dataclass
-class Way:
-    """A way to call `fused_ar_tar`."""
-
-    batch_first: bool = True
-    lay: Callable[[Tensor], Tensor] = contiguous
-    dtypes: tuple[torch.dtype, torch.dtype] = (FLOAT, FLOAT)
-    same: bool = False
-    alpha: float = ALPHA
-    beta: float = BETA
-    reduction: str = "mean"
+def both(dtype: torch.dtype) -> dict[str, Any]:
+    return {"dtypes": (dtype, dtype)}
 
 
 WAYS = {
-    "batch first": Way(),
-    "one tensor": Way(same=True),
-    "time first": Way(batch_first=False),
-    "transposed": Way(lay=transposed),
-    "sliced": Way(lay=sliced),
-    "copied": Way(batch_first=False, lay=every_other),
-    "halves": Way(dtypes=(BF16, HALF)),
-    "halves, time first": Way(batch_first=False, dtypes=(BF16, HALF)),
-    "doubles": Way(dtypes=(DOUBLE, FLOAT)),
-    "sum of AR": Way(beta=0.0, reduction="sum"),
-    "sum of TAR": Way(alpha=0.0, reduction="sum"),
-    "sum of AR of one tensor": Way(beta=0.0, same=True, reduction="sum"),
-    "sum of TAR of one tensor": Way(alpha=0.0, same=True, reduction="sum"),
+    "batch first": Sample(),
+    "one tensor": Sample(same=True),
+    "time first": Sample(batch_first=False),
+    "transposed": Sample(layouts=(transposed, transposed)),
+    "sliced": Sample(layouts=(sliced, sliced)),
+    "copied": Sample(batch_first=False, layouts=(every_other, every_other)),
+    "halves": Sample(dtypes=(BF16, HALF)),
+    "halves, time first": Sample(batch_first=False, dtypes=(BF16, HALF)),
+    "doubles": Sample(dtypes=(DOUBLE, FLOAT)),
+    "sum of AR": Sample(beta=0.0, reduction="sum"),
+    "sum of TAR": Sample(alpha=0.0, reduction="sum"),
+    "sum of AR of one tensor": Sample(beta=0.0, same=True, reduction="sum"),
+    "sum of TAR of one tensor": Sample(alpha=0.0, same=True, reduction="sum"),
+}
+DROPOUTS = {
+    "locked mask": Sample(),
+    "full mask": Sample(),
+    "time first": Sample(batch_first=False),
+    "halves": Sample(**both(HALF)),
+    "full mask, bfloat16, time first": Sample(batch_first=False, **both(BF16)),
+    "full mask, doubles, time first": Sample(batch_first=False, **both(DOUBLE)),
 }
 
 
@@ -128,74 +108,44 @@ def crossed(ways: Any) -> Any:
     return pytest.mark.parametrize(("steps", "way"), cases, ids=[f"{steps}, {way}" for steps, way in cases])
 
 
+def sampled(sample: Sample, steps: str, device: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return raw and dropped of a sample, with NaN and inf where steps do not count, and the options of its call."""
+    batch, time = marks(steps).shape
+    sizes = (batch, time) if sample.batch_first else (time, batch)
+    raw, dropped = replace(sample, shape=(*sizes, 12)).leaves(device)
+    options = {**sample.options, **given(steps, device)}
+    return spoil(raw, **options), dropped if dropped is raw else spoil(dropped, **options), options
+
+
 @crossed(WAYS)
 def test_penalty(steps: str, way: str, device: str, poison: None) -> None:
-    valid, how = marks(steps, device), WAYS[way]
-    raw, dropped = activations(valid, *how.dtypes)
-    x, y = (how.lay(v if how.batch_first else v.transpose(0, 1)).requires_grad_() for v in (raw, dropped))
-    wanted = exact(raw), exact(dropped)
-    if how.same:
-        y, wanted = x, (wanted[0], wanted[0])
-    want = truth(*wanted, valid, how.alpha, how.beta, how.reduction)
-    options: Any = {"batch_first": how.batch_first, "reduction": how.reduction, **given(steps, device)}
-    for scale in (100, 100, 300):  # an upstream gradient that is expected, and others; small ones underflow in float16
-        got = fused_ar_tar(x, y, how.alpha, how.beta, return_terms=True, **options)
-        assert_terms(got, want, *how.dtypes)
-        inputs = slice(1 if how.same else 2)
-        gradients = torch.autograd.grad(got.penalty * scale, (x, y)[inputs], allow_unused=True)
-        expected = torch.autograd.grad(want.penalty * scale, wanted[inputs], retain_graph=True)
-        for gradient, exactly, factor in zip(gradients, expected, (how.beta or how.same, how.alpha), strict=False):
-            assert (gradient is None) == (not factor)
-            if gradient is not None:
-                gradient = gradient if how.batch_first else gradient.transpose(0, 1)
-                assert_gradient(gradient, exactly, computed=got.penalty.dtype)
-                assert (gradient[~valid] == 0).all()  # exactly
-
-
-@dataclass
-class Dropout:
-    """A way to call `fused_dropout_ar_tar`."""
-
-    full: bool = False
-    batch_first: bool = True
-    dtype: torch.dtype = FLOAT
-
-
-DROPOUTS = {
-    "locked mask": Dropout(),
-    "full mask": Dropout(full=True),
-    "time first": Dropout(batch_first=False),
-    "halves": Dropout(dtype=HALF),
-    "bfloat16, time first": Dropout(full=True, batch_first=False, dtype=BF16),
-    "doubles, time first": Dropout(full=True, batch_first=False, dtype=DOUBLE),
-}
+    raw, dropped, options = sampled(WAYS[way], steps, device)
+    check_penalty(raw, dropped, WAYS[way].alpha, WAYS[way].beta, **options)
 
 
 @crossed(DROPOUTS)
 def test_dropout(steps: str, way: str, device: str, poison: None) -> None:
-    """A step that does not count is dropped out like the others, and has the gradient of its dropped value alone."""
-    valid, how = marks(steps, device), DROPOUTS[way]
-    if how.dtype in (HALF, BF16):
+    sample = DROPOUTS[way]
+    if sample.dtypes[0] in (HALF, BF16):
         skip_on_formula(device)
-    raw = torch.randn(*valid.shape, 12, device=device).to(how.dtype)
-    mask = (torch.rand(len(raw), raw.shape[1] if how.full else 1, 12, device=device) > 0.5).to(how.dtype) * 2  # exact
-    x, keep = (v if how.batch_first else v.transpose(0, 1).contiguous() for v in (raw, mask))
-    options: Any = {"mask": keep, "batch_first": how.batch_first, **given(steps)}
-    dropped, got = fused_dropout_ar_tar(x.requires_grad_(), 0.5, ALPHA, BETA, return_terms=True, **options)
-    assert torch.equal(dropped, x * keep)
-    wanted = exact(raw)
-    product = wanted * mask.double()
-    want = truth(wanted, product, valid)
-    assert_terms(got, want, how.dtype)
-    upstream = torch.randn_like(dropped)
-    arriving = (upstream if how.batch_first else upstream.transpose(0, 1)).double()
-    (both,) = torch.autograd.grad([dropped, got.penalty], x, [upstream, torch.full_like(got.penalty, 10)])
-    (alone,) = torch.autograd.grad(fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, **options)[1], x)
-    (expected,) = torch.autograd.grad(10 * want.penalty + (arriving * product).sum(), wanted)
-    both, alone = (g if how.batch_first else g.transpose(0, 1) for g in (both, alone))
-    assert_gradient(both, expected)
-    assert torch.equal(both[~valid], (arriving * mask.double()).to(how.dtype)[~valid])
-    assert (alone[~valid] == 0).all()
+    raw, _, options = sampled(sample, steps, device)
+    shape = list(raw.shape)
+    shape[sample.time_dim] = shape[sample.time_dim] if "full mask" in way else 1
+    mask = (torch.rand(shape, device=device) > 0.5).to(raw.dtype) * 2  # exact
+    check_dropout(raw, mask, ALPHA, BETA, **options)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_the_formula_is_a_sum_over_the_sequences(steps: str) -> None:
+    """The one that all results are compared with."""
+    raw, dropped = torch.randn(2, *marks(steps).shape, 3)
+    squares = [d[counts].square().sum() for d, counts in zip(dropped, marks(steps), strict=True)]
+    pairs = [(r[1:] - r[:-1])[counts[1:] & counts[:-1]] for r, counts in zip(raw, marks(steps), strict=True)]
+    ar, tar = sum(squares), sum(x.square().sum() for x in pairs)
+    torch.testing.assert_close([*truth(raw, dropped, 2, 3, "sum", **given(steps))], [2 * ar + 3 * tar, ar, tar])
+    counts = max(3 * int(marks(steps).sum()), 1), max(sum(x.numel() for x in pairs), 1)
+    _, *means = truth(raw, dropped, 2, 3, **given(steps))
+    torch.testing.assert_close(means, [ar / counts[0], tar / counts[1]])
 
 
 @by_both
@@ -203,7 +153,7 @@ def test_nothing_dropped(steps: str, device: str) -> None:
     raw, _ = leaves(marks(steps, device))
     dropped, got = fused_dropout_ar_tar(raw, 0.5, ALPHA, BETA, training=False, return_terms=True, **given(steps))
     assert dropped is raw
-    assert_terms(got, truth(exact(raw), exact(raw), marks(steps, device)), FLOAT)
+    assert_terms(got, truth(exact(raw), exact(raw), ALPHA, BETA, **given(steps, device)), FLOAT)
 
 
 def test_one_row_of_memory_for_all(device: str) -> None:
@@ -235,7 +185,7 @@ def test_more_sequences_than_are_added_at_once(device: str) -> None:
     raw, dropped = (torch.randn(1100, 3, 1, device=device) for _ in range(2))
     lengths = torch.arange(1100, device=device) % 4
     got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths, return_terms=True)
-    assert_terms(got, truth(exact(raw), exact(dropped), torch.arange(3, device=device) < lengths[:, None]), FLOAT)
+    assert_terms(got, truth(exact(raw), exact(dropped), ALPHA, BETA, lengths=lengths), FLOAT)
 
 
 TWO_SHAPES = (4096, 2), (911, 9)
@@ -248,16 +198,9 @@ def test_many_steps_are_counted(shape: tuple[int, int], dropout: bool, device: s
     valid = (torch.arange(shape[0] * shape[1], device=device) % 37 % 5 > 0).view(shape)
     x = torch.randn(*shape, 2, device=device, requires_grad=True)
     if dropout:
-        _, got = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=torch.ones_like(x), valid=valid, return_terms=True)
+        check_dropout(x, torch.ones_like(x), ALPHA, BETA, valid=valid)
     else:
-        got = fused_ar_tar(x, x, ALPHA, BETA, valid=valid, return_terms=True)
-    wide = exact(x)
-    paired = valid[:, 1:] & valid[:, :-1]
-    ar = wide[valid].square().sum() / (2 * valid.sum())
-    tar = (wide[:, 1:] - wide[:, :-1])[paired].square().sum() / (2 * paired.sum()).clamp(min=1)
-    assert_terms(got, ARTAR(ALPHA * ar + BETA * tar, ar, tar), FLOAT)
-    (want,) = torch.autograd.grad(ALPHA * ar + BETA * tar, wide)
-    assert_gradient(*torch.autograd.grad(got.penalty, x), want)
+        check_penalty(x, x, ALPHA, BETA, valid=valid)
 
 
 @by_both
@@ -279,26 +222,6 @@ def test_layers(steps: str, device: str) -> None:
     want = sum(fused_ar_tar(r, d, ALPHA, BETA, **options) for r, d in zip(raws, kept, strict=True))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(p, raws + kept) for p in (got, want)))  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize(("dtype", "batch_first"), [(FLOAT, True), (BF16, False)], ids=str)
-def test_marks_at_the_front_are_lengths_to_the_last_bit(dtype: torch.dtype, batch_first: bool, device: str) -> None:
-    skip_on_formula(device)
-    lengths = torch.tensor([50, 0, 3, 17, 1, 33], device=device)
-    valid = torch.arange(50, device=device) < lengths[:, None]
-    raw, dropped = (torch.randn(6, 50, 24, device=device).to(dtype) for _ in range(2))
-    x, y = ((v if batch_first else v.transpose(0, 1).contiguous()).requires_grad_() for v in (raw, dropped))
-    results = []
-    each: list[dict[str, Any]] = [{"lengths": lengths}, {"valid": valid}]
-    for steps in each:
-        got = fused_ar_tar(x, y, ALPHA, BETA, batch_first=batch_first, return_terms=True, **steps)
-        kept, other = fused_dropout_ar_tar(
-            x, 0.5, ALPHA, BETA, mask=(x > 0).to(dtype), batch_first=batch_first, **steps
-        )
-        results.append([*got, other, *torch.autograd.grad(got.penalty * 3, (x, y))])
-        results[-1] += torch.autograd.grad([kept, other], x, [torch.ones_like(kept), torch.ones_like(other)])
-    for with_lengths, with_marks in zip(*results, strict=True):
-        assert torch.equal(with_lengths, with_marks)
 
 
 @by_both
@@ -382,17 +305,6 @@ def test_an_infinite_mask_is_no_part_of_tar(padded: bool, device: str) -> None:
     torch.testing.assert_close(*torch.autograd.grad(got, raw), want)
 
 
-@pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
-def test_a_mask_that_is_part_of_another(dtype: torch.dtype, device: str) -> None:
-    x = torch.randn(3, 7, 12, device=device).to(dtype).requires_grad_()
-    masks = (torch.rand(3, 4, 12, device=device) > 0.5).to(dtype) * 2
-    gradients = []
-    for mask in (masks[:, 2:3], masks[:, 2:3].contiguous()):
-        results = fused_dropout_ar_tar(x, 0.5, ALPHA, BETA, mask=mask, lengths=torch.tensor([7, 3, 5]))
-        gradients += torch.autograd.grad(results, x, [torch.ones_like(y) for y in results])
-    assert torch.equal(*gradients)
-
-
 def pack(x: Tensor, lengths: Tensor, sort: bool) -> PackedSequence:
     if sort:
         order = lengths.argsort(descending=True)
@@ -401,34 +313,24 @@ def pack(x: Tensor, lengths: Tensor, sort: bool) -> PackedSequence:
 
 
 @pytest.mark.parametrize("steps", ["lengths, several runs", "lengths, full", "lengths, one row"])
-@pytest.mark.parametrize(
-    ("sort", "way"),
-    [
-        (True, Way()),
-        (False, Way(same=True)),
-        (True, Way(lay=sliced)),
-        (False, Way(lay=every_other)),
-        (False, Way(dtypes=(BF16, HALF))),
-        (True, Way(dtypes=(DOUBLE, FLOAT))),
-    ],
-    ids=["sorted", "one tensor", "sliced", "copied", "halves", "doubles"],
-)
-def test_packed(sort: bool, way: Way, steps: str, device: str, poison: None) -> None:
-    valid = marks(steps, device)
-    raw, dropped = activations(valid, *way.dtypes)
-    packed = [pack(x, valid.sum(1), sort) for x in (raw, dropped)]
-    rows = [way.lay(x.data).detach().requires_grad_() for x in packed]
+@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("way", ["batch first", "one tensor", "sliced", "copied", "halves", "doubles"])
+def test_packed(way: str, sort: bool, steps: str, device: str, poison: None) -> None:
+    sample, lengths = WAYS[way], given(steps, device)["lengths"]
+    raw, dropped, _ = sampled(replace(sample, batch_first=True), steps, device)
+    packed = [pack(x, lengths, sort) for x in (raw, dropped)]
+    rows = [lay(x.data).detach().requires_grad_() for lay, x in zip(sample.layouts, packed, strict=True)]
     wanted = exact(raw), exact(dropped)
-    want = truth(wanted[0], wanted[0 if way.same else 1], valid)
-    inputs = slice(1 if way.same else 2)
+    inputs = slice(1 if sample.same else 2)
+    want = truth(wanted[0], wanted[inputs][-1], ALPHA, BETA, lengths=lengths)
     x, y = (p._replace(data=data) for p, data in zip(packed, rows, strict=True))
     for scale in (100, 100, 300):
-        got = fused_ar_tar(x, x if way.same else y, ALPHA, BETA, return_terms=True)
-        assert_terms(got, want, *way.dtypes)
+        got = fused_ar_tar(x, x if sample.same else y, ALPHA, BETA, return_terms=True)
+        assert_terms(got, want, *sample.dtypes)
         gradients = torch.autograd.grad(got.penalty * scale, rows[inputs])
         expected = torch.autograd.grad(want.penalty * scale, wanted[inputs], retain_graph=True)
         for gradient, exactly in zip(gradients, expected, strict=True):
-            assert_gradient(gradient, pack(exactly, valid.sum(1), sort).data, computed=got.penalty.dtype)
+            assert_gradient(gradient, pack(exactly, lengths, sort).data, computed=got.penalty.dtype)
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int32], ids=str)
@@ -445,7 +347,7 @@ def test_packed_sums_and_layers(device: str) -> None:
     valid = marks("lengths, one row", device)
     raw, dropped = activations(valid, FLOAT, FLOAT)
     x, y = (pack(v, valid.sum(1), sort=True) for v in (raw, dropped))
-    want = truth(exact(raw), exact(dropped), valid, reduction="sum")
+    want = truth(exact(raw), exact(dropped), ALPHA, BETA, "sum", lengths=valid.sum(1))
     got = fused_ar_tar([x, x], [y, y], ALPHA, BETA, reduction="sum", return_terms=True)
     assert_terms(got, ARTAR(*(2 * v for v in want)), FLOAT)
     for off in (fused_ar_tar(x, y, 0.0, 0.0), fused_ar_tar([x._replace(data=x.data.double())], None, 0.0, 0.0)):
@@ -478,7 +380,7 @@ def test_lengths_that_cannot_be_looked_at_are_clamped(device: str) -> None:
     backend = backend_for(raw.device)
     assert backend is not None
     got = backend.penalty_forward(view, sums, raw.device)((raw, dropped, None, None), Values(lengths))
-    assert_terms(ARTAR(got.penalty, *got.terms), truth(exact(raw), exact(dropped), valid), FLOAT)
+    assert_terms(ARTAR(got.penalty, *got.terms), truth(exact(raw), exact(dropped), ALPHA, BETA, valid=valid), FLOAT)
 
 
 class Queue(TorchFunctionMode):

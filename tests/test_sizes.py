@@ -10,11 +10,9 @@ from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels.view import Result
-from fastreg.problem import Layer, Problem
-from fastreg.reference import ar_tar
 from tests.conftest import KERNELS_ON_CPU, gpu
-from tests.exact import assert_gradient, assert_terms, exact
-from tests.samples import FLOAT, HALF
+from tests.exact import check_dropout, check_penalty, truth
+from tests.samples import HALF
 
 interpreted = pytest.mark.skipif(
     not KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU"
@@ -83,10 +81,8 @@ def test_more_elements_than_32_bits_count(
     if last.shape[time] < shape[time]:
         last.select(time, 0).zero_()  # as the row before it: no change leads there
     alone = last.double().requires_grad_()
-    want = ar_tar(
-        Layer(alone, alone * last_mask if dropout else alone), Problem(2.0, 1.0, -2 if batch_first else 0, "sum")
-    ).penalty
     options: Any = {"batch_first": batch_first, "reduction": "sum"}
+    want = truth(alone, alone * last_mask if dropout else alone, 2.0, 1.0, **options).penalty
     if dropout:
         got = fused_dropout_ar_tar(raw.requires_grad_(), 0.5, 2.0, 1.0, mask=mask, **options)[1]
     else:
@@ -137,15 +133,7 @@ def test_more_elements_than_32_bits_count_in_blocks() -> None:
 @pytest.mark.parametrize("dropout", [False, True])
 def test_ten_million_time_steps(dropout: bool, device: str) -> None:
     raw, other = (torch.randn(1, 10_000_000, 1, device=device, requires_grad=True) for _ in range(2))
-    inputs = (raw,) if dropout else (raw, other)
-    xs = [exact(x) for x in inputs]
     if dropout:
-        mask = torch.full((1, 1, 1), 2.0, device=device)
-        dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask, return_terms=True)
-        assert torch.equal(dropped, 2 * raw)
+        check_dropout(raw, torch.full((1, 1, 1), 2.0, device=device), 2.0, 1.0)
     else:
-        got = fused_ar_tar(raw, other, 2.0, 1.0, return_terms=True)
-    want = ar_tar(Layer(xs[0], 2 * xs[0] if dropout else xs[1]), Problem(2.0, 1.0))
-    assert_terms(got, want, FLOAT, ulps=16)
-    for x, y in zip(torch.autograd.grad(got.penalty, inputs), torch.autograd.grad(want.penalty, xs), strict=True):
-        assert_gradient(x, y)
+        check_penalty(raw, other, 2.0, 1.0)
