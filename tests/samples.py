@@ -128,5 +128,3 @@ def _samples() -> Iterator[Sample]:
 
 
 SAMPLES = list(dict.fromkeys(_samples()))
-# Numerical gradients take long, and memory that an element has to itself.
-SMALL = [s for s in SAMPLES if torch.Size(s.shape).numel() < 300 and not {expanded, overlapping} & {*s.layouts}]

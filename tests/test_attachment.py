@@ -7,7 +7,6 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pytest
@@ -28,7 +27,6 @@ from tests.language_model import (
     TIME,
     Fused,
     Model,
-    Stack,
     assert_same,
     attached,
     check_gradients,
@@ -121,51 +119,27 @@ class Own(nn.Module):
         return self.give(self.raw, steps[-1])
 
 
-OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor] | None]] = {
-    "tensor": (lambda raw, state: raw, None),
-    "tuple": (lambda raw, state: (raw, {"state": state}), None),
-    "list": (lambda raw, state: [raw, state], None),
-    "model output": (lambda raw, state: SimpleNamespace(states=(state,), last_hidden_state=raw), None),
-    "picked": (lambda raw, state: (state, SimpleNamespace(states=[state, raw])), lambda result: result[1].states[-1]),
-}
-
-
-@pytest.mark.parametrize("kind", OUTPUTS)
-def test_reads_raw_from_the_output_of_any_module(kind: str) -> None:
-    give, output = OUTPUTS[kind]
-    module, dropout, reg = Own(give), nn.Dropout(0.4), regularizer()
-    reg.attach(module, dropout, output=output, batch_first=True)
-    module(inputs())
-    dropped = dropout(module.raw)
-    check_gradients(module, penalty_of(reg, dropped), formula(module.raw, dropped, 1))
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_the_layout_of_any_module_is_the_argument(batch_first: bool) -> None:
-    own, reg = Own(), regularizer()
-    reg.attach(own, batch_first=batch_first)
-    raw = own(inputs())
-    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, int(batch_first)))
-
-
-def test_one_sequence_of_any_module_has_to_be_picked() -> None:
-    module, reg = nn.Linear(HIDDEN, HIDDEN), regularizer()
-    reg.attach(module, output=lambda result: result, batch_first=True)
-    raw = module(torch.randn(TIME, HIDDEN))
-    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 0))
-
-
 class OutputAlone(nn.LSTM):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         return super().forward(input, hx)[0]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_an_lstm_that_returns_its_output_alone_keeps_its_batch(batch: int) -> None:
-    rnn, reg = OutputAlone(HIDDEN, HIDDEN, batch_first=True), regularizer()
-    reg.attach(rnn)
-    raw = rnn(torch.randn(batch, TIME, HIDDEN))
-    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
+@pytest.mark.parametrize(
+    ("module", "options", "shape", "axis"),
+    [
+        (Own(), {"batch_first": True}, (BATCH, TIME, HIDDEN), 1),
+        (Own(), {"batch_first": False}, (BATCH, TIME, HIDDEN), 0),
+        (nn.Linear(HIDDEN, HIDDEN), {"batch_first": True, "output": lambda result: result}, (TIME, HIDDEN), 0),
+        (OutputAlone(HIDDEN, HIDDEN, batch_first=True), {}, (1, TIME, HIDDEN), 1),
+        (OutputAlone(HIDDEN, HIDDEN, batch_first=True), {}, (2, TIME, HIDDEN), 1),
+    ],
+    ids=["batch_first", "time_first", "one sequence, picked", "an LSTM's batch of one", "an LSTM's batch"],
+)
+def test_the_layout_of_any_module(module: nn.Module, options: Any, shape: tuple[int, ...], axis: int) -> None:
+    reg = regularizer()
+    with reg.attach(module, **options):
+        raw = module(torch.randn(shape))
+        torch.testing.assert_close(penalty_of(reg), formula(raw, raw, axis))
 
 
 class WeightDrop(nn.Module):
@@ -298,25 +272,10 @@ def test_the_terms_of_a_dropout_without_masks_are_not_taken(name: str, formed: l
 Step: TypeAlias = tuple[Tensor, list[Any]]  # a loss, and raw and dropped of the runs that count
 
 
-def two_runs(model: Model) -> Step:
-    (first, *run), (second, *other) = model.activations(tokens()), model.activations(tokens().flip(1))
-    return criterion(first, tokens()) + criterion(second, tokens()), [run, other]
-
-
 def two_runs_before_their_dropouts(model: Model) -> Step:
     raws = [model.rnn(inputs())[0] for _ in range(2)]
     dropped = [model.dropout(raw) for raw in raws]
     return dropped[0].mean() + dropped[1].mean(), [*zip(raws, dropped, strict=True)]
-
-
-def first_of_two_runs(model: Model) -> Step:
-    _, runs = two_runs_before_their_dropouts(model)
-    return torch.ones((), requires_grad=True) - runs[0][1].mean(), runs[:1]
-
-
-def last_of_two_runs(model: Model) -> Step:
-    _, runs = two_runs_before_their_dropouts(model)
-    return torch.ones((), requires_grad=True) - runs[1][1].mean(), runs[1:]
 
 
 def windows_of_one_sequence(model: Model) -> Step:
@@ -328,35 +287,7 @@ def windows_of_one_sequence(model: Model) -> Step:
     return torch.stack(losses).sum(), runs
 
 
-def run_of_a_frozen_rnn(model: Model) -> Step:
-    model.requires_grad_(False).decoder.requires_grad_(True)
-    decoded, *run = model.activations(tokens())
-    return criterion(decoded, tokens()), [run]
-
-
-def run_before_one_without_gradients(model: Model) -> Step:
-    decoded, *run = model.activations(tokens())
-    with torch.no_grad():
-        model(tokens())
-    return criterion(decoded, tokens()), [run]
-
-
-def run_before_one_in_evaluation(model: Model) -> Step:
-    decoded, *run = model.activations(tokens())
-    model.eval()(tokens())  # as for targets
-    return criterion(decoded, tokens()), [run]
-
-
-STEPS = [
-    two_runs,
-    two_runs_before_their_dropouts,
-    first_of_two_runs,
-    last_of_two_runs,
-    windows_of_one_sequence,
-    run_of_a_frozen_rnn,
-    run_before_one_without_gradients,
-    run_before_one_in_evaluation,
-]
+STEPS = [two_runs_before_their_dropouts, windows_of_one_sequence]
 
 
 @either
@@ -403,22 +334,6 @@ def test_evaluation_adds_nothing(failed: bool) -> None:
     loss = criterion(model(tokens()), tokens())
     assert reg.on_backward_begin(loss) is loss
     assert reg.ar is None
-
-
-@either
-def test_layers_in_evaluation_add_nothing() -> None:
-    model, reg = seeded(Stack), regularizer(layers="all")
-    for rnn, dropout in zip(model.rnns, model.dropouts, strict=True):
-        reg.attach(rnn, dropout)
-    model.rnns[2].eval()
-    with pytest.raises(RuntimeError, match="nothing was captured"):  # the others did not run
-        penalty_of(reg)
-    _, all_raw, all_dropped = model(tokens())
-    want = formula(all_raw[0], all_dropped[0], 1) + formula(all_raw[1], all_dropped[1], 1)
-    torch.testing.assert_close(penalty_of(reg), want)
-    reg.layers = "last"
-    model(tokens())
-    assert penalty_of(reg) == 0
 
 
 # The lifetime of a capture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import cpu_tensors_by
-from fastreg.kernels.view import NOTHING, layout_of
+from fastreg.kernels.view import layout_of
 from fastreg.prepare import values_of
 from fastreg.problem import Call, Layer, Problem
 from fastreg.view import NARROW, fold_of, view_of
@@ -113,61 +113,44 @@ def test_the_formula_of_any_axes(seed: int) -> None:
             test_dropout_of_any_axes(seed)
 
 
-@pytest.mark.parametrize(
-    ("memory_order", "axis", "sizes", "copied"),
-    [
-        ("batch channels time height width", 2, (6, 5, 28), False),
-        ("batch time channels height width", 2, (2, 5, 84), False),
-        ("time batch channels height width", 2, (1, 5, 168), False),
-        ("channels batch time height width", -3, (6, 5, 28), False),
-        ("batch time height width channels", 2, (2, 5, 84), False),
-        ("time width batch height channels", 2, (1, 5, 168), False),
-        ("batch height time channels width", 2, (8, 5, 21), False),
-        ("batch channels height width time", 2, (2, 5, 84), True),  # a lane would be a sequence of one element
-    ],
-)
-def test_axes_fold_without_a_copy(memory_order: str, axis: int, sizes: tuple[int, ...], copied: bool) -> None:
+def laid_out(memory_order: str) -> Tensor:
+    """Return `(batch, channels, time, height, width)` of 2, 3, 5, 4, 7 whose axes lie in memory in some order."""
     names = ["batch", "channels", "time", "height", "width"]
     order = [names.index(name) for name in memory_order.split()]
-    shape = [2, 3, 5, 4, 7]
-    x = torch.randn([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(5)])
-    layout, layer = layout_of(x), Layer(x, None)
-    fold = fold_of([layout], layer, Problem(0.0, 1.0, axis))
-    assert view_of([layout], fold, layer.values)[:3] == sizes
-    assert (fold.read(x) is not x) == copied
-    assert copied or fold.like(layout).stride == x.stride()
+    return torch.randn([(2, 3, 5, 4, 7)[axis] for axis in order]).permute([order.index(axis) for axis in range(5)])
 
 
-@pytest.mark.parametrize("given", ["lengths", "valid", "starts"])
-def test_steps_of_more_axes_have_sequences_of_the_first(given: str) -> None:
-    """Marks are by batch and time: memory in which other axes come between them is copied."""
-    x, marks = torch.randn(2, 3, 5, 4), torch.ones(2, 5) > 0
-    steps: dict[str, Any] = {given: torch.tensor([5, 3]) if given == "lengths" else marks}
-    call = Call(x, x, 2.0, 1.0, **steps, time_at=2)
-    problem = Problem(2.0, 1.0, 2)
-    layer = Layer(x, None, values_of(call, problem, x))
+@pytest.mark.parametrize(
+    ("x", "axis", "steps", "sizes", "copied"),
+    [
+        (laid_out("batch channels time height width"), 2, {}, (6, 5, 28), False),
+        (laid_out("batch time channels height width"), 2, {}, (2, 5, 84), False),
+        (laid_out("time batch channels height width"), 2, {}, (1, 5, 168), False),
+        (laid_out("channels batch time height width"), -3, {}, (6, 5, 28), False),
+        (laid_out("batch time height width channels"), 2, {}, (2, 5, 84), False),
+        (laid_out("time width batch height channels"), 2, {}, (1, 5, 168), False),
+        (laid_out("batch height time channels width"), 2, {}, (8, 5, 21), False),
+        (laid_out("batch channels height width time"), 2, {}, (2, 5, 84), True),  # a lane would be one element
+        # Lengths and marks are by batch and time: memory in which other axes come between them is copied.
+        (torch.randn(2, 3, 5, 4), 2, {"lengths": torch.tensor([5, 3])}, (2, 5, 12), True),
+        (torch.randn(2, 3, 5, 4), 2, {"valid": torch.ones(2, 5) > 0}, (2, 5, 12), True),
+        (torch.randn(2, 3, 5, 4), 2, {"starts": torch.ones(2, 5) > 0}, (2, 5, 12), True),
+        # Few time steps in a row are copied; many are read as they lie, on the CPU.
+        (torch.randn(2, 3, 2), -1, {}, (2, 2, 3), True),
+        (torch.randn(2, 3, NARROW - 1), -1, {}, (2, NARROW - 1, 3), True),
+        (torch.randn(2, 3, NARROW), -1, {}, (6, NARROW, 1), False),
+        (torch.randn(2, 3, 2 * NARROW)[..., ::2], -1, {}, (2, NARROW, 3), True),
+        (torch.randn(2, 3, NARROW, device="meta"), -1, {}, (2, NARROW, 3), True),
+        # Channels may share memory.
+        (torch.randn(1, 1, 5, 4).expand(1, 3, 5, 4), 2, {}, (3, 5, 4), False),
+    ],
+)
+def test_axes_fold(x: Tensor, axis: int, steps: dict[str, Any], sizes: tuple[int, ...], copied: bool) -> None:
+    problem = Problem(2.0, 1.0, axis)
+    layer = Layer(x, None, values_of(Call(x, x, 2.0, 1.0, **steps, time_at=axis), problem, x))
     fold = fold_of([layout_of(x)], layer, problem)
-    assert view_of([layout_of(x)], fold, layer.values)[:3] == (2, 5, 12)
-    assert fold.read(x) is not x
-
-
-@pytest.mark.parametrize("time", [2, 17, NARROW])
-def test_time_alone_in_memory(time: int) -> None:
-    """Few steps in a row are copied; many are read as they lie, on the CPU."""
-    x = torch.randn(2, 3, time)
-    fold = fold_of([layout_of(x)], Layer(x, None), Problem(2.0, 1.0, -1))
-    assert (fold.read(x) is not x) == (time < NARROW)
-    apart = torch.randn(2, 3, 2 * time)[..., ::2]
-    assert fold_of([layout_of(apart)], Layer(apart, None), Problem(2.0, 1.0, -1)).read(apart) is not apart
-    elsewhere = fold_of([layout_of(x)], Layer(x.to("meta"), None), Problem(2.0, 1.0, -1))
-    assert elsewhere.read(x) is not x
-
-
-def test_channels_that_share_memory_are_read_in_place() -> None:
-    x = torch.randn(1, 1, 5, 4).expand(1, 3, 5, 4)
-    fold = fold_of([layout_of(x)], Layer(x, None), Problem(2.0, 1.0, 2))
-    assert fold.read(x) is x
-    assert view_of([layout_of(x)], fold, NOTHING)[:3] == (3, 5, 4)
+    assert view_of([layout_of(x)], fold, layer.values)[:3] == sizes
+    assert (fold.read(x) is not x) == copied
 
 
 def test_a_copied_mask_of_one_row_still_is() -> None:
@@ -194,16 +177,6 @@ def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
     assert gradient.stride() == x.stride()
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_batch_first_is_one_of_two_axes(batch_first: bool, device: str) -> None:
-    x, starts = torch.randn(3, 7, 5, device=device), torch.rand(3, 7, device=device) < 0.3
-    starts = starts if batch_first else torch.rand(7, 3, device=device) < 0.3
-    want = fused_ar_tar(x, x, 2.0, 1.0, batch_first=batch_first, starts=starts)
-    axis = 1 if batch_first else 0
-    for time_dim in (axis, axis - 3):
-        assert torch.equal(fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, starts=starts), want)
-
-
 def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
     x = torch.ones(4, 3, 9, 2, device=device)
     dropped, _ = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
@@ -220,26 +193,6 @@ def test_the_module_takes_integers_of_numpy(device: str) -> None:
         module(x)
         taken.append(module.take())
     torch.testing.assert_close(taken[1], taken[0])
-
-
-def test_the_module(device: str) -> None:
-    module = FusedRNNDropout(0.5, 2.0, 1.0, time_dim=-1)
-    assert "time_dim=-1" in repr(module)
-    x, starts = torch.randn(4, 3, 9, device=device), torch.rand(4, 9, device=device) < 0.3
-    valid = torch.rand(4, 9, device=device) < 0.7
-    torch.manual_seed(1)
-    dropped = module(x, valid=valid, starts=starts)
-    taken = module.take()
-    assert taken is not None
-    want = fused_ar_tar(x, dropped, 2.0, 1.0, time_dim=2, valid=valid, starts=starts)
-    torch.testing.assert_close(taken.penalty, want)
-    torch.manual_seed(1)
-    other = FusedRNNDropout(0.5, 2.0, 1.0)
-    turned = other(x.transpose(1, 2), None, valid, starts)
-    last = other.take()
-    assert last is not None
-    torch.testing.assert_close(last.tar, taken.tar)
-    assert turned.shape == (4, 9, 3)
 
 
 def test_a_start_is_no_hole(device: str) -> None:

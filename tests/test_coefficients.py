@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from tests.calls import leaves
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 Ways = dict[str, Callable[..., Any]]
@@ -45,16 +46,11 @@ WAYS: Ways = {
 ways = pytest.mark.parametrize("way", WAYS)
 
 
-def leaves(device: str, dtype: torch.dtype = FLOAT) -> tuple[Tensor, Tensor]:
-    raw, dropped = torch.randn(2, 3, 5, 12, device=device, dtype=DOUBLE).to(dtype).unbind()
-    return raw.detach().requires_grad_(), dropped.detach().requires_grad_()
-
-
 def numbers(device: str, *values: float, dtype: torch.dtype = FLOAT) -> list[Tensor]:
     return [torch.tensor(x, device=device, dtype=dtype) for x in values]
 
 
-def step(way: str, xs: tuple[Tensor, Tensor], *coefficients: Any) -> list[Tensor | None]:
+def step(way: str, xs: list[Tensor], *coefficients: Any) -> list[Tensor | None]:
     """Penalty, terms and gradients."""
     results = WAYS[way](*xs, *coefficients)
     return [*results, *torch.autograd.grad(results[0], xs, allow_unused=True)]
@@ -69,7 +65,7 @@ def assert_same(got: list[Tensor | None], want: list[Tensor | None]) -> None:
 @pytest.mark.parametrize(("dtype", "kind"), [(FLOAT, FLOAT), (FLOAT, HALF), (BF16, DOUBLE), (DOUBLE, FLOAT)], ids=str)
 def test_as_numbers(way: str, dtype: torch.dtype, kind: torch.dtype, device: str) -> None:
     """Bit for bit; one of both may be a number."""
-    xs = leaves(device, dtype)
+    xs = leaves(5, dtype, device)
     want = step(way, xs, 2.0, 0.75)
     alpha, beta = numbers(device, 2.0, 0.75, dtype=kind)
     for coefficients in ((alpha, beta), (2.0, beta)):
@@ -78,7 +74,7 @@ def test_as_numbers(way: str, dtype: torch.dtype, kind: torch.dtype, device: str
 
 @ways
 def test_changed_in_place_between_steps(way: str, device: str) -> None:
-    xs = leaves(device)
+    xs = leaves(device=device)
     alpha, beta = numbers(device, 0.0, 0.0)
     for a, b in ((2.0, 1.0), (0.0, 3.0), (1.5, 0.0)):
         alpha.fill_(a)
@@ -92,7 +88,7 @@ def test_changed_in_place_between_steps(way: str, device: str) -> None:
 
 @ways
 def test_a_change_before_the_backward_is_an_error(way: str, device: str) -> None:
-    xs = leaves(device)
+    xs = leaves(device=device)
     alpha, beta = numbers(device, 2.0, 1.0)
     got = WAYS[way](*xs, alpha, beta)[0]
     beta.mul_(2)
@@ -113,7 +109,7 @@ def test_tensors_of_inference_mode_and_subclasses(device: str) -> None:
     class Decorated(Tensor):
         pass
 
-    xs = leaves(device)
+    xs = leaves(device=device)
     with torch.inference_mode():
         alpha = torch.tensor(2.0, device=device)
     beta = torch.tensor(1.0, device=device).as_subclass(Decorated)

@@ -190,24 +190,6 @@ def test_both_terms_off(device: str) -> None:
 
 
 class TestModule:
-    def test_penalty_waits_and_is_taken_once(self) -> None:
-        module = FusedRNNDropout(0.3, 2.0, 1.0)
-        torch.manual_seed(1)
-        dropped = module(X)
-        torch.manual_seed(1)
-        want_dropped, want = fused_dropout_ar_tar(X, 0.3, 2.0, 1.0, return_terms=True)
-        assert torch.equal(dropped, want_dropped)
-        taken = module.take()
-        assert taken is not None
-        assert all(torch.equal(x, y) for x, y in zip(taken, want, strict=True))
-        assert module.take() is None
-
-    def test_evaluation_gives_raw_and_no_penalty(self) -> None:
-        module = FusedRNNDropout(0.3, 2.0, 1.0)
-        module(X)
-        assert module.eval()(X) is X
-        assert module.take() is None
-
     def test_copies_and_pickles_without_the_penalty(self) -> None:
         module = FusedRNNDropout(0.3, 2.0, 1.0, batch_first=False)
         module(X.clone().requires_grad_())
@@ -219,6 +201,7 @@ class TestModule:
 
     def test_repr(self) -> None:
         assert repr(FusedRNNDropout(0.3, 2, 1)) == "FusedRNNDropout(p=0.3, alpha=2, beta=1)"
+        assert repr(FusedRNNDropout(0.3, time_dim=-1)) == "FusedRNNDropout(p=0.3, alpha=0, beta=0, time_dim=-1)"
         module = FusedRNNDropout(0.3, batch_first=False, ar_of="raw")
         assert repr(module) == "FusedRNNDropout(p=0.3, alpha=0, beta=0, batch_first=False, ar_of='raw')"
 

@@ -213,15 +213,17 @@ def test_one_sequence(steps: str, device: str) -> None:
         assert torch.equal(fused_ar_tar(raw[0], raw[0], ALPHA, BETA, **{name: x}), want)
 
 
-@by_both
+@pytest.mark.parametrize("steps", ["lengths, full", *BOTH])
 def test_layers(steps: str, device: str) -> None:
-    valid, options = marks(steps, device), given(steps, device)
-    layers = [activations(valid, FLOAT, FLOAT, hidden=hidden) for hidden in (8, 12)]
+    valid, options = marks(steps, device), given(steps, device) if steps in BOTH else {}
+    layers = [activations(valid, FLOAT, FLOAT, hidden=hidden) for hidden in (8, 12, 8)]
     raws, kept = ([x.requires_grad_() for x in xs] for xs in zip(*layers, strict=True))
-    got = fused_ar_tar(raws, kept, ALPHA, BETA, **options)
-    want = sum(fused_ar_tar(r, d, ALPHA, BETA, **options) for r, d in zip(raws, kept, strict=True))
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(*(torch.autograd.grad(p, raws + kept) for p in (got, want)))  # pyright: ignore[reportArgumentType]
+    got = fused_ar_tar(raws, tuple(kept), ALPHA, BETA, return_terms=True, **options)
+    each = [fused_ar_tar(r, d, ALPHA, BETA, return_terms=True, **options) for r, d in zip(raws, kept, strict=True)]
+    for x, ys in zip(got, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(x, torch.stack(ys).sum())
+    want = torch.stack([x.penalty for x in each]).sum()
+    torch.testing.assert_close(*(torch.autograd.grad(p, raws + kept) for p in (got.penalty, want)))
 
 
 @by_both

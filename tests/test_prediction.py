@@ -14,17 +14,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from tests.calls import leaves
 from tests.conftest import INTERPRETED, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 UPSTREAM = [1.0, 1.0, 65536.0, -2.0, 0.0, -0.0, math.nan, math.nan]
 UPSTREAM += [] if INTERPRETED else [0.5, 0.5, -0.0, -0.0, math.inf, 1e-30, 1.0]  # which takes long
-
-
-def leaves(device: str, dtype: torch.dtype = FLOAT) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    raw, dropped = (torch.randn(3, 7, 12, generator=generator).to(device, dtype).requires_grad_() for _ in range(2))
-    return raw, dropped
 
 
 def bits(x: Tensor) -> Tensor:
@@ -52,7 +47,7 @@ def alone(call: Any, upstream: Tensor, inputs: Any) -> list[Tensor]:
     ids=str,
 )
 def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, device: str) -> None:
-    raw, dropped = leaves(device, dtype)
+    raw, dropped = leaves(7, dtype, device)
     if kind == "raw needs none":
         raw = raw.detach()
     second = {"same": raw, "raw alone": None}.get(kind, dropped)
@@ -100,7 +95,7 @@ def test_a_term_that_is_measured_has_no_part_in_the_gradient(alpha: float, beta:
 
 def test_a_second_backward_computes_anew(device: str) -> None:
     """The first has given its gradients away, and the caller may change them."""
-    raw, dropped = leaves(device)
+    raw, dropped = leaves(7, device=device)
     got = fused_ar_tar(raw, dropped, 2.0, 1.0)
     first = torch.autograd.grad(got, (raw, dropped), retain_graph=True)
     want = [x.clone() for x in first]
@@ -116,7 +111,7 @@ def test_a_second_backward_computes_anew(device: str) -> None:
 @pytest.mark.parametrize("when", ["before the forward", "before the backward"])
 def test_an_upstream_gradient_that_changes_in_place(when: str, device: str) -> None:
     """The forward writes gradients for the value of before."""
-    raw, dropped = leaves(device)
+    raw, dropped = leaves(7, device=device)
     grad = torch.tensor(3.0, device=device)
     torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)  # expected from now on
     got = fused_ar_tar(raw, dropped, 2.0, 1.0)
@@ -130,7 +125,7 @@ def test_an_upstream_gradient_that_changes_in_place(when: str, device: str) -> N
 
 def test_graphs_in_flight(device: str) -> None:
     """Each has memory of its own and its own assumption, whatever runs in between."""
-    raw, dropped = leaves(device)
+    raw, dropped = leaves(7, device=device)
     upstream = [torch.tensor(value, device=device) for value in (1.0, 3.0, 1.0, 5.0, 3.0)]
     wanted = [alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped)) for grad in upstream]
     graphs = []
@@ -143,7 +138,7 @@ def test_graphs_in_flight(device: str) -> None:
 
 
 def test_an_input_changed_in_place_is_an_error(device: str) -> None:
-    x = leaves(device)[0].mul(1)
+    x = leaves(7, device=device)[0].mul(1)
     got = fused_ar_tar(x, x, 2.0, 1.0)
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -151,7 +146,7 @@ def test_an_input_changed_in_place_is_an_error(device: str) -> None:
 
 
 def test_hooks_and_checkpoints_keep_no_gradients(device: str, allocated: list[Any]) -> None:
-    raw, dropped = leaves(device)
+    raw, dropped = leaves(7, device=device)
     want = torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped))
     allocated.clear()
     got = checkpoint(lambda r, d: fused_ar_tar(r, d, 2.0, 1.0), raw, dropped, use_reentrant=False)
@@ -168,7 +163,7 @@ def test_hooks_and_checkpoints_keep_no_gradients(device: str, allocated: list[An
 def test_what_is_expected_is_written_ahead(device: str, allocated: list[Any]) -> None:
     """The upstream gradient of the last backward; a backward that is given it allocates nothing."""
     skip_on_formula(device)
-    raw, dropped = leaves(device)
+    raw, dropped = leaves(7, device=device)
     grad = torch.tensor(3.0, device=device)
     for _ in range(2):
         got = fused_ar_tar(raw, dropped, 2.0, 1.0)
@@ -187,7 +182,7 @@ def test_what_is_expected_is_written_ahead(device: str, allocated: list[Any]) ->
 
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread")
 def test_threads_with_upstream_gradients_of_their_own(device: str) -> None:
-    raw, dropped = leaves(device)
+    raw, dropped = leaves(7, device=device)
     upstream = [torch.tensor(value, device=device) for value in (1.0, 2.0, 3.0)]
     wanted = [alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped)) for grad in upstream]
 
@@ -204,7 +199,7 @@ def test_threads_with_upstream_gradients_of_their_own(device: str) -> None:
 
 
 def test_a_backward_in_inference_mode_leaves_later_steps_alone(device: str) -> None:
-    raw, dropped = leaves(device)
+    raw, dropped = leaves(7, device=device)
     grad = torch.tensor(5.0, device=device)
     want = torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)
     got = fused_ar_tar(raw, dropped, 2.0, 1.0)
@@ -215,27 +210,32 @@ def test_a_backward_in_inference_mode_leaves_later_steps_alone(device: str) -> N
 
 
 @pytest.mark.parametrize("upstream", [1.0, 3.0], ids=["expected", "unexpected"])
-@pytest.mark.parametrize("second", ["raw itself", "dropped"])
-def test_a_tensor_laid_out_anew_before_the_backward(second: str, upstream: float, device: str) -> None:
-    """Its gradient was written ahead in the layout that the tensor had in the forward."""
-    raw, dropped = (x.detach().transpose(0, 1).requires_grad_() for x in leaves(device))
-    inputs = (raw,) if second == "raw itself" else (raw, dropped)
+@pytest.mark.parametrize("how", ["raw itself", "raw and dropped", "by hooks"])
+def test_tensors_laid_out_anew_after_the_forward(how: str, upstream: float, device: str) -> None:
+    """Their gradients were written ahead in the layout that the tensors had in the forward."""
+    skip_on_formula(device)
+    raw, dropped = (x.detach().transpose(0, 1).requires_grad_() for x in leaves(7, device=device))
+    inputs = (raw,) if how == "raw itself" else (raw, dropped)
     one, grad = torch.tensor(1.0, device=device), torch.tensor(upstream, device=device)
     want = alone(lambda: fused_ar_tar(raw, inputs[-1], 2.0, 1.0), grad, inputs)
     torch.autograd.grad(fused_ar_tar(raw, inputs[-1], 2.0, 1.0), inputs, one)  # expected from now on
     got = fused_ar_tar(raw, inputs[-1], 2.0, 1.0)
-    for x in inputs:
-        x.data = x.data.contiguous()
+    if how == "by hooks":
+        for saved in got.grad_fn._raw_saved_tensors[-2:]:  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            saved.register_hooks(lambda x: x, Tensor.contiguous)
+    else:
+        for x in inputs:
+            x.data = x.data.contiguous()
     assert_same_bits(torch.autograd.grad(got, inputs, grad), want)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_a_tensor_of_another_shape_in_the_backward_is_an_error(dropout: bool, device: str) -> None:
     skip_on_formula(device)
-    raw, dropped = leaves(device)
+    raw, dropped = leaves(7, device=device)
     got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)[1] if dropout else fused_ar_tar(raw, dropped, 2.0, 1.0)
     raw.data = raw.data[:, :4]
-    with pytest.raises(RuntimeError, match=r"raw: expected the shape of the forward, \(3, 7, 12\), got \(3, 4, 12\)"):
+    with pytest.raises(RuntimeError, match=r"raw: expected the shape of the forward, \(3, 7, 8\), got \(3, 4, 8\)"):
         got.backward()
 
 
@@ -245,48 +245,14 @@ def laid_out_anew(x: Tensor) -> Tensor:
     return x.new_empty(shape)[..., 0].permute(*reversed(range(x.dim()))).copy_(x)
 
 
-@pytest.mark.parametrize("steps", ["none", "lengths", "valid"])
-def test_hooks_that_lay_saved_tensors_out_anew(steps: str, device: str) -> None:
-    raw, dropped = leaves(device)
-    marks = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 1, 1]], dtype=torch.bool)
-    options: Any = {"none": {}, "lengths": {"lengths": torch.tensor([7, 0, 3])}, "valid": {"valid": marks}}[steps]
-    mask = torch.rand(3, 7, 12, generator=torch.Generator().manual_seed(1)).to(device)
-
-    def both() -> list[Tensor]:
-        """Return gradients of the penalty alone, and with dropout, by a backward outside the hooks."""
-        penalty = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
-        out, other = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask, **options)
-        return [penalty, out.sum() + other]
-
-    want = [torch.autograd.grad(x, [raw, dropped], allow_unused=True) for x in both()]
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, laid_out_anew):
-        graphs = both()
-    got = [torch.autograd.grad(x, [raw, dropped], allow_unused=True) for x in graphs]
-    assert_same_bits(got[0], want[0])
-    assert_same_bits(got[1][:1], want[1][:1])
-
-
-@pytest.mark.parametrize("upstream", [1.0, 3.0], ids=["expected", "unexpected"])
-def test_hooks_put_on_saved_tensors_after_the_forward(upstream: float, device: str) -> None:
-    """When gradients were written ahead already."""
-    skip_on_formula(device)
-    raw, dropped = leaves(device)
-    one, grad = torch.tensor(1.0, device=device), torch.tensor(upstream, device=device)
-    want = alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped))
-    torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), one)  # expected from now on
-    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-    for saved in got.grad_fn._raw_saved_tensors[-2:]:  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-        saved.register_hooks(lambda x: x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
-    assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), want)
-
-
+@pytest.mark.parametrize("change", [laid_out_anew, Tensor.double])
 @pytest.mark.parametrize("steps", ["none", "lengths", "valid", "packed"])
-def test_hooks_that_convert_saved_tensors(steps: str, device: str) -> None:
-    """The kernels of the backward are those for the dtypes of the forward."""
-    raw, dropped = leaves(device)
+def test_hooks_that_change_saved_tensors(steps: str, change: Any, device: str) -> None:
+    """The kernels of the backward, which is outside the hooks, are those for the layouts and dtypes of the forward."""
+    raw, dropped = leaves(7, device=device)
     marks = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 1, 1]], dtype=torch.bool)
     given: dict[str, Any] = {"lengths": {"lengths": torch.tensor([7, 0, 3])}, "valid": {"valid": marks}}
-    options, mask = given.get(steps, {}), torch.rand(3, 7, 12, generator=torch.Generator().manual_seed(1)).to(device)
+    options, mask = given.get(steps, {}), torch.rand(3, 7, 8, generator=torch.Generator().manual_seed(1)).to(device)
 
     def both() -> list[Tensor]:
         if steps == "packed":
@@ -296,15 +262,15 @@ def test_hooks_that_convert_saved_tensors(steps: str, device: str) -> None:
         out, penalty = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask, **options)
         return [fused_ar_tar(raw, dropped, 2.0, 1.0, **options), out.sum() + penalty]
 
-    want = [torch.autograd.grad(x, [raw, dropped], allow_unused=True) for x in both()]
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.double()):
+    def gradients(x: Tensor) -> Any:
+        return torch.autograd.grad(x, [raw, dropped], allow_unused=True, materialize_grads=True)
+
+    want = [gradients(x) for x in both()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, change):
         graphs = both()
-    for graph, gradients in zip(graphs, want, strict=True):
-        if steps == "valid" and INTERPRETED:  # which counts the valid steps in the forward
+    for graph, expected in zip(graphs, want, strict=True):
+        if steps == "valid" and INTERPRETED and change is Tensor.double:  # which counts the valid steps in the forward
             with pytest.raises(RuntimeError, match=r"valid: expected counts in torch\.bool .* got torch\.float64"):
-                torch.autograd.grad(graph, [raw, dropped], allow_unused=True)
-            continue
-        for got, expected in zip(torch.autograd.grad(graph, [raw, dropped], allow_unused=True), gradients, strict=True):
-            assert (got is None) == (expected is None)
-            if got is not None and expected is not None:
-                assert_same_bits([got], [expected])
+                gradients(graph)
+        else:
+            assert_same_bits(gradients(graph), expected)

@@ -174,21 +174,6 @@ def test_layouts_and_the_steps_that_count(axis: int, layout: dict[str, Any], ste
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"batch_first": 0}, TypeError, "batch_first: expected True or False, got 0"),
-        ({"valid": 0.5}, TypeError, "valid: expected"),
-        ({"valid": VALID, "lengths": VALID.sum(1)}, ValueError, "lengths and valid: expected one of them, got both"),
-        ({"lengths": torch.tensor([8, 5, 3])}, ValueError, "lengths: expected from 0 to the 7 time steps .*, got 8"),
-    ],
-)
-def test_on_loss_begin_rejects(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    reg, raw = regularizer(), torch.randn(BATCH, TIME, HIDDEN)
-    with pytest.raises(error, match=message):
-        penalty_of(reg, reg.on_loss_begin((raw, raw, raw), **options))
-
-
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize(
     ("decoded", "options", "name"),
@@ -219,33 +204,24 @@ def test_raw_and_decoded_of_two_layouts_need_batch_first(shape: tuple[int, int])
         assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first)
 
 
+# Decoded of any number of classes, with an axis for them or flattened; of one sequence; of as many as time steps.
+SHOWN = [(BATCH, TIME, (BATCH * TIME, *size)) for size in [(), (11,), (BATCH,), (TIME,)]]
+SHOWN += [(BATCH, TIME, (BATCH, TIME, *size)) for size in [(11,), (BATCH,), (TIME,)]]
+SHOWN += [(1, TIME, size) for size in [(TIME, 2), (1, TIME, 2), (TIME,)]]
+SHOWN += [(TIME, TIME, size) for size in [(TIME, 2), (TIME, 2, TIME), (TIME, TIME, 2)]]
+
+
 @pytest.mark.parametrize("batch_first", [True, False, None])
-@pytest.mark.parametrize("size", [(), (11,), (BATCH,), (TIME,)])
-def test_decoded_of_the_layout_of_raw_is_taken(size: tuple[int, ...], batch_first: bool | None) -> None:
-    """Of any number of classes, with an axis for them or flattened."""
-    sizes = (TIME, BATCH) if batch_first is False else (BATCH, TIME)
-    raw, reg = torch.randn(*sizes, HIDDEN), regularizer()
-    flat = torch.zeros(BATCH * TIME, *size)
-    for decoded in (flat, flat.view(*sizes, *size)) if size else (flat,):
-        reg.on_loss_begin((decoded, raw, raw), batch_first=batch_first)
-        assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first is not False)
-
-
-@pytest.mark.parametrize("decoded", [torch.zeros(TIME, 2), torch.zeros(1, TIME, 2), torch.zeros(TIME)])
-def test_decoded_of_one_sequence_shows_no_layout(decoded: Tensor) -> None:
-    raw, reg = torch.randn(1, TIME, HIDDEN), regularizer()
-    reg.on_loss_begin((decoded, raw, raw))
-    torch.testing.assert_close(penalty_of(reg), formula(raw, raw, 1))
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_as_many_sequences_as_time_steps_show_no_layout(batch_first: bool) -> None:
-    raw, reg, valid = torch.randn(TIME, TIME, HIDDEN), regularizer(), torch.rand(TIME, TIME) < 0.7
-    options: Any
-    for options in ({}, {"valid": valid}, {"lengths": torch.full((TIME,), 3)}):
-        for decoded in (torch.zeros(TIME, 2), torch.zeros(TIME, 2, TIME), torch.zeros(TIME, TIME, 2)):
-            reg.on_loss_begin((decoded, raw, raw), batch_first=batch_first, **options)
-        assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first, **options)
+@pytest.mark.parametrize(("batch", "time", "size"), SHOWN, ids=str)
+def test_decoded_that_shows_no_other_layout(batch: int, time: int, size: Any, batch_first: bool | None) -> None:
+    if batch_first is False and size[:2] == (batch, time):
+        size = (time, batch, *size[2:])
+    raw, reg = torch.randn((time, batch, HIDDEN) if batch_first is False else (batch, time, HIDDEN)), regularizer()
+    masks: list[dict[str, Any]] = [{}, {"valid": torch.rand(batch, time) < 0.7}, {"lengths": torch.full((batch,), 3)}]
+    for options in masks:
+        reg.on_loss_begin((torch.zeros(size), raw, raw), batch_first=batch_first, **options)
+        want = fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first is not False, **options)
+        assert penalty_of(reg) == want
 
 
 # The end of a capture
@@ -463,30 +439,36 @@ def test_one_way_to_capture() -> None:
         reg.attach(model.rnn)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"alpha": -1}, ValueError, "alpha"),
-        ({"beta": float("nan")}, ValueError, "beta"),
-        ({"alpha": "2"}, TypeError, "alpha"),
-        ({"layers": "first"}, ValueError, "layers: expected 'last' or 'all', got 'first'"),
-        ({"layers": 0}, ValueError, "layers: expected 'last' or 'all', got 0"),
-    ],
-)
-def test_rejects_arguments(options: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        RNNRegularizer(**options)
+RAW = torch.randn(BATCH, TIME, HIDDEN)
+
+
+def step(loss: Any = None, **options: Any) -> Any:
+    """Return a step by hand, of a loss and with options of `on_loss_begin`."""
+
+    def run() -> None:
+        reg = regularizer()
+        reg.on_loss_begin((RAW, RAW, RAW), **options)
+        reg.on_backward_begin(torch.zeros(()) if loss is None else loss)
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("loss", "error", "message"),
+    ("call", "error", "message"),
     [
-        (1.0, TypeError, "loss: expected a tensor, got float"),
-        (torch.zeros(6), ValueError, r"loss: expected one element, got shape \(6,\)"),  # it would be added to each
+        (lambda: RNNRegularizer(-1), ValueError, "alpha"),
+        (lambda: RNNRegularizer(0, float("nan")), ValueError, "beta"),
+        (lambda: RNNRegularizer("2"), TypeError, "alpha"),  # pyright: ignore[reportArgumentType]
+        (lambda: regularizer(layers="first"), ValueError, "layers: expected 'last' or 'all', got 'first'"),
+        (lambda: regularizer(layers=0), ValueError, "layers: expected 'last' or 'all', got 0"),
+        (step(1.0), TypeError, "loss: expected a tensor, got float"),
+        (step(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),  # it would be added to each
+        (step(batch_first=0), TypeError, "batch_first: expected True or False, got 0"),
+        (step(valid=0.5), TypeError, "valid: expected"),
+        (step(valid=VALID, lengths=VALID.sum(1)), ValueError, "lengths and valid: expected one of them, got both"),
+        (step(lengths=torch.tensor([8, 5, 3])), ValueError, "lengths: expected from 0 to the 7 time steps .*, got 8"),
     ],
 )
-def test_rejects_losses(loss: Any, error: type[Exception], message: str) -> None:
-    reg = regularizer()
-    reg.on_loss_begin((X, X, X))
+def test_rejects(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        reg.on_backward_begin(loss)
+        call()

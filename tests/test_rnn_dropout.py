@@ -126,21 +126,26 @@ def test_a_fused_dropout_that_drops_nothing(off: str) -> None:
     check_gradients(model, penalty_of(reg, raw), formula(raw, raw, 1))
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_a_probability_and_valid_steps_of_one_call(batch_first: bool) -> None:
-    dropout, raw = FusedRNNDropout(0.0, ALPHA, BETA, batch_first=batch_first), torch.randn(4, 5, 600)
-    mask = torch.rand((4, 5) if batch_first else (5, 4)) < 0.7
-    dropped, taken = dropout(raw, 0.25, valid=mask), dropout.take()
+LAYOUTS: Any = [({"batch_first": True}, 1), ({"batch_first": False}, 0), ({"time_dim": -1}, 2)]
+
+
+@pytest.mark.parametrize(("layout", "axis"), LAYOUTS, ids=str)
+def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
+    dropout, raw = FusedRNNDropout(0.0, ALPHA, BETA, **layout), torch.randn(4, 5, 600).movedim(1, axis)
+    masks = dict(zip(("valid", "starts"), torch.rand(2, 4, 5) < 0.7, strict=True))
+    dropped, taken = dropout(raw, 0.25, **masks), dropout.take()
+    assert dropout.take() is None  # once
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
-    want = fused_ar_tar(raw, dropped, ALPHA, BETA, valid=mask, batch_first=batch_first, return_terms=True)
-    torch.testing.assert_close(taken, want)
+    torch.testing.assert_close(taken, fused_ar_tar(raw, dropped, ALPHA, BETA, return_terms=True, **layout, **masks))
     assert dropout(raw) is raw  # by its own p
-    torch.testing.assert_close(dropout.take().penalty, formula(raw, raw, int(batch_first)))
+    torch.testing.assert_close(dropout.take().penalty, formula(raw, raw, axis))
     with pytest.raises(ValueError, match="p: expected a probability from 0 to below 1, got 1"):
         dropout(raw, 1.0)
     with pytest.raises(TypeError, match="valid: expected"):
         dropout(raw, valid=0.5)
-    assert dropout.eval()(raw, 0.25, valid=mask) is raw
+    dropout(raw, 0.25)
+    assert dropout.eval()(raw, 0.25, **masks) is raw
+    assert dropout.take() is None
 
 
 # Lost penalties
