@@ -523,13 +523,21 @@ def double(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
     return 2 * output
 
 
+class OwnState(OutputAlone):
+    """Pickles itself in a way of its own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "mark": 3}
+
+
+@pytest.mark.parametrize("kind", [OutputAlone, OwnState])
 @pytest.mark.parametrize(
     "duplicate",
     [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
     ids=["copy", "deepcopy", "pickle"],
 )
-def test_copies_keep_the_hooks_of_others(duplicate: Callable[[Any], Any]) -> None:
-    rnn, reg, x = OutputAlone(4, 5, batch_first=True), regularizer(), torch.randn(2, 3, 4)
+def test_copies_keep_the_hooks_of_others(duplicate: Callable[[Any], Any], kind: type[OutputAlone]) -> None:
+    rnn, reg, x = kind(4, 5, batch_first=True), regularizer(), torch.randn(2, 3, 4)
     rnn.register_forward_hook(double)
     handle = reg.attach(rnn)
     twin = duplicate(rnn)
@@ -539,13 +547,7 @@ def test_copies_keep_the_hooks_of_others(duplicate: Callable[[Any], Any]) -> Non
         assert not handle.runs
         assert torch.equal(twin(x), rnn(x))
     assert twin.state_dict().keys() == rnn.state_dict().keys()
-
-
-class OwnState(OutputAlone):
-    """Pickles itself in a way of its own."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "mark": 3}
+    assert (getattr(twin, "mark", None) == 3) == (kind is OwnState)
 
 
 class OwnCopy(OutputAlone):
@@ -572,14 +574,6 @@ def test_copied_hooks_do_nothing() -> None:
     twin_reg.attach(twin)
     raw = twin(x)
     torch.testing.assert_close(penalty_of(twin_reg), formula(raw, raw, 1))
-
-
-def test_copies_keep_a_state_of_their_own() -> None:
-    rnn, reg = OwnState(4, 5), regularizer()
-    reg.attach(rnn)
-    twin = copy.deepcopy(rnn)
-    assert twin.mark == 3
-    assert not twin._forward_hooks
 
 
 # Checkpointing and compilation

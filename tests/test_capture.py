@@ -100,7 +100,7 @@ def last(result: Any) -> Tensor:
     return result[-1]
 
 
-# What a module makes of raw, how raw is found in it, and the `output` of `attach`.
+# A function that wraps raw, one that finds it again, and the `output` of `attach`.
 RETURNED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor], Any]] = {
     "a tensor": (lambda hidden: hidden, lambda result: result, None),
     "a tuple": (lambda hidden: (hidden, {"state": hidden.sum()}), lambda result: result[0], None),

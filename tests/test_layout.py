@@ -105,18 +105,6 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
-def assert_refused(error: type[Exception], message: str, function: Any, *arguments: Any, **options: Any) -> None:
-    with pytest.raises(error) as raised:
-        function(*arguments, **options)
-    assert re.match(message, str(raised.value)), str(raised.value)
-    assert type(raised.value) is error
-
-
-@pytest.mark.parametrize(("both", "error", "message"), BAD_ACTIVATIONS, ids=[x[2] for x in BAD_ACTIVATIONS])
-def test_bad_activations(both: Any, error: type[Exception], message: str) -> None:
-    assert_refused(error, message, fused_ar_tar, *both, 2.0, 1.0)
-
-
 # Options of both functions.
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"raw": X.int()}, TypeError, "raw: expected float16, bfloat16, float32 or float64, got torch.int32"),
@@ -181,13 +169,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS, ids=[x[2] for x in BAD_OPTIONS])
-def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    options = {"raw": X, "alpha": 2.0, "beta": 1.0, **options}
-    assert_refused(error, message, fused_dropout_ar_tar, p=0.5, **options)
-    assert_refused(error, message, fused_ar_tar, dropped=options["raw"], **options)
-
-
 # Options that do not go with packed sequences or layers.
 BAD_PAIRS: list[tuple[Any, dict[str, Any], str]] = [
     (PACKED, {"lengths": LENGTHS}, "lengths: expected None, as a PackedSequence has"),
@@ -198,11 +179,6 @@ BAD_PAIRS: list[tuple[Any, dict[str, Any], str]] = [
     ([X, X[0]], {"alpha": 0.0}, OTHER_STEPS),
     ([X, X.movedim(2, 1)], {"time_dim": -1}, OTHER_STEPS),
 ]
-
-
-@pytest.mark.parametrize(("x", "options", "message"), BAD_PAIRS, ids=[x[2] for x in BAD_PAIRS])
-def test_options_that_do_not_go_with_the_activations(x: Any, options: dict[str, Any], message: str) -> None:
-    assert_refused(ValueError, message, fused_ar_tar, x, x, **{"alpha": 2.0, "beta": 1.0, **options})
 
 
 BAD_DROPOUT: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -223,12 +199,6 @@ BAD_DROPOUT: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), BAD_DROPOUT, ids=[x[2] for x in BAD_DROPOUT])
-def test_bad_arguments_of_dropout(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    options = {"raw": X, "p": 0.5, "alpha": 2.0, "beta": 1.0, **options}
-    assert_refused(error, message, fused_dropout_ar_tar, **options)
-
-
 BAD_MODULE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"p": 1.0}, ValueError, r"p: expected a probability from 0 to below 1, got 1\.0"),
     ({"batch_first": 0}, TypeError, "batch_first: expected True or False, got 0"),
@@ -238,12 +208,34 @@ BAD_MODULE: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), BAD_MODULE, ids=[x[2] for x in BAD_MODULE])
-def test_bad_arguments_of_the_module(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    assert_refused(error, message, FusedRNNDropout, **options)
+GOOD: dict[Any, dict[str, Any]] = {
+    fused_ar_tar: {"raw": X, "dropped": X, "alpha": 2.0, "beta": 1.0},
+    fused_dropout_ar_tar: {"raw": X, "p": 0.5, "alpha": 2.0, "beta": 1.0},
+    FusedRNNDropout: {},
+}
+BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    *[(fused_ar_tar, {"raw": x, "dropped": y}, error, message) for (x, y), error, message in BAD_ACTIVATIONS],
+    *[(fused_dropout_ar_tar, *row) for row in BAD_OPTIONS],
+    *[(fused_ar_tar, {"dropped": bad.get("raw", X), **bad}, *expected) for bad, *expected in BAD_OPTIONS],
+    *[(fused_ar_tar, {"raw": x, "dropped": x, **bad}, ValueError, message) for x, bad, message in BAD_PAIRS],
+    *[(fused_dropout_ar_tar, *row) for row in BAD_DROPOUT],
+    *[(FusedRNNDropout, *row) for row in BAD_MODULE],
+]
+
+
+@pytest.mark.parametrize(("function", "bad", "error", "message"), BAD, ids=[x[3] for x in BAD])
+def test_bad_arguments(function: Any, bad: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        function(**GOOD[function] | bad)
+    assert re.match(message, str(raised.value)), str(raised.value)
+    assert type(raised.value) is error
+
+
+def test_a_bad_coefficient_that_is_set_later() -> None:
     module = FusedRNNDropout(0.1)
     module.alpha = -1.0
-    assert_refused(ValueError, "alpha: expected a finite number of at least 0, got -1.0", module, X)
+    with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0, got -1"):
+        module(X)
 
 
 def test_numbers_that_are_not_float_are_coefficients() -> None:
