@@ -10,7 +10,7 @@ from torch import Tensor
 from fastreg.backends import backend_for
 from fastreg.dropout import BACKWARDS, launch_backward, plan_backward
 from fastreg.kernels.view import layout_of
-from fastreg.prepare import plain
+from fastreg.prepare import plain, restored
 from fastreg.problem import Layer, Problem, compute_dtype
 from fastreg.reference import ar_tar_gradients
 from fastreg.torch_state import are_memory, is_memory, observed
@@ -34,7 +34,7 @@ class Addition:
         # The kernels of dropout take no packed rows.
         takes = is_memory(raw) and not observed() and raw.numel() > 0 and values.batch_sizes is None
         self.backend: Any = backend_for(raw.device) if takes else None
-        self.backwards: dict[Any, Any] = {}  # by the layout of the gradient that arrives
+        self.backwards: dict[Any, Any] = {}  # by the layouts of raw and of the gradient that arrives
         self.mark: Any = None
         if self.backend is not None and values.valid is not None and values.marks is None:
             self.mark = self.backend.marks(values.valid.shape, raw.device)
@@ -44,26 +44,31 @@ class Addition:
 
         Args:
             upstream: (), the upstream gradient of the penalty.
-            layer: of raw, in the layout above.
+            layer: of raw, as a hook on saved tensors returns it.
             arrived: the gradient, of the shape and dtype of raw.
 
         Raises:
             RuntimeError: a second derivative is wanted of activations that have no graph.
         """
-        if upstream.dtype != self.dtype or upstream.device != self.layout.device:
-            upstream = upstream.to(self.layout.device, self.dtype)
-        if self.backend is None or torch.is_grad_enabled() or observed() or not are_memory((arrived, upstream)):
+        raw: Any = layer.raw
+        layout = self.layout
+        if upstream.dtype != self.dtype or upstream.device != layout.device:
+            upstream = upstream.to(layout.device, self.dtype)
+        if raw.dtype != layout.dtype or raw.shape != layout.shape:
+            raw = restored("raw", raw, layout)
+            layer = Layer(raw, None, layer.values)
+        if self.backend is None or torch.is_grad_enabled() or observed() or not are_memory((raw, arrived, upstream)):
             return self._by_formula(upstream, layer, plain(arrived))
-        key = arrived.stride(), arrived.dtype, arrived.data_ptr() % 16 == 0
+        key = raw.stride(), raw.data_ptr() % 16 == 0, arrived.stride(), arrived.dtype, arrived.data_ptr() % 16 == 0
         backward = self.backwards.get(key)
         if backward is None:
-            backward = plan_backward(self.backend, (self.layout, None, layout_of(arrived)), layer, self.problem, True)
+            backward = plan_backward(
+                self.backend, (layout_of(raw), None, layout_of(arrived)), layer, self.problem, True
+            )
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = backward
         if self.mark is not None:
-            layer = Layer(
-                layer.raw, None, layer.values._replace(marks=self.mark(layer.values.valid, layer.values.starts))
-            )
+            layer = Layer(raw, None, layer.values._replace(marks=self.mark(layer.values.valid, layer.values.starts)))
         return launch_backward(backward, (arrived, upstream), layer)
 
     def _by_formula(self, upstream: Tensor, layer: Layer, arrived: Tensor) -> Tensor:

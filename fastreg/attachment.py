@@ -174,24 +174,22 @@ class Attachment:
                 left.append(ref)
         self._runs, self._held, self._latest = left, [], nothing
 
-    def chosen(self, reached: Reached) -> list[Run]:
-        """Return the runs that a loss reaches.
+    def chosen(self, runs: list[Run], reached: Reached) -> list[Run]:
+        """Return those of the runs that a loss reaches.
 
         If there are none, return the latest run, where it has no graph to be reached by, or the loss reaches no run of
         any module; but no run in evaluation.
         """
-        runs = [run for run in self.runs if run in reached]
+        found = [run for run in runs if run in reached]
         latest = self._latest() if self.source.module.training else None
-        if not runs and latest is not None and not (reached and latest.carriers):
+        if not found and latest is not None and not (reached and latest.carriers):
             return [latest]
-        return runs
+        return found
 
-    def joined(self, runs: list[Run]) -> list[list[Run]]:
-        """Return runs in groups that are one activation each: all of a step, joined along time, or one."""
-        return [runs] if self.source.stepwise and runs else [[run] for run in runs]
+    def checked(self, runs: list[Run], loss: Tensor, reached: Reached) -> list[list[Run]]:
+        """Check that runs can be regularized with a loss, and return them in groups that are one activation each.
 
-    def check(self, runs: list[Run], loss: Tensor, reached: Reached) -> None:
-        """Check that runs can be regularized with a loss.
+        With `stepwise` all runs of a step are joined along time.
 
         Raises:
             RuntimeError: a run has no dropped or no gradients, or was changed in place or freed, or several runs have
@@ -221,13 +219,14 @@ class Attachment:
                     f"on_backward_begin: the output of the {module} or of its dropout was changed in place after it "
                     "was captured; use Dropout(inplace=False), and no operation like relu_() on it"
                 )
-            if (lost := run.lost({mark.captured for mark, _ in reached.get(run, ())})) is not None:
+            if (lost := run.lost(reached.get(run, ()))) is not None:
                 raise RuntimeError(
                     "on_backward_begin: the loss does not depend on the output of the attached "
                     f"{module if lost is run.raw else dropout}, which was freed, so that the gradient of its penalty "
                     "would be lost. Pass the loss of the step, which is computed from that output; or keep it until "
                     "on_backward_begin"
                 )
+        return [runs] if self.source.stepwise and runs else [[run] for run in runs]
 
     def _modules(self) -> list[nn.Module]:
         """Return the modules that have hooks."""
@@ -236,17 +235,10 @@ class Attachment:
 
     # The hooks. Dynamo cannot trace them, so they run outside of the compiled graph.
 
-    def _before(self, *args: Any) -> Any:
-        return self._undisturbed(self._prepare, *args) if torch.compiler.is_compiling() else self._prepare(*args)
-
-    def _after_module(self, *args: Any) -> None:
-        self._undisturbed(self._capture, *args) if torch.compiler.is_compiling() else self._capture(*args)
-
-    def _after_dropout(self, *args: Any) -> None:
-        self._undisturbed(self._complete, *args) if torch.compiler.is_compiling() else self._complete(*args)
-
-    def _prepare(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Move our hook to the end, as a later hook may replace the output; pass valid steps to a fused dropout."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._undisturbed(self._before, module, args, kwargs)
         if self._owner() is None:  # in a copy
             return None
         hooks = vars(module)["_forward_hooks"]
@@ -264,8 +256,11 @@ class Attachment:
         kwargs["starts"] = found[1] if starts is None else starts
         return args, kwargs
 
-    def _capture(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+    def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Start the capture of a run."""
+        if torch.compiler.is_dynamo_compiling():
+            self._undisturbed(self._after_module, module, args, kwargs, result)
+            return
         if self._owner() is None or not module.training or torch.is_inference_mode_enabled():
             return
         source = self.source
@@ -297,8 +292,10 @@ class Attachment:
         is_step = source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase)
         run = Run(captured, dropped, packed, source.time_at, valid, starts, torch.is_grad_enabled(), is_step)
         self._note(run)
-        self._mark(run, captured, rows)
-        self._mark_others(run, rows, (args, kwargs), result)
+        seen = observed()
+        self._mark(run, captured, rows, seen)
+        if result is not rows and not seen:
+            self._mark_others(run, rows, (args, kwargs), result)
         if dropped is not None:
             self._carry(run)
 
@@ -310,9 +307,9 @@ class Attachment:
         self._latest, self._held = weakref.ref(run), []
         self._runs.append(self._latest)
 
-    def _mark(self, run: Run, captured: Captured, x: Tensor) -> None:
-        """Let the graph keep a run, and hook its tensor; hold a run that has no graph, or that PyTorch transforms."""
-        if x.requires_grad and not observed():
+    def _mark(self, run: Run, captured: Captured, x: Tensor, seen: bool) -> None:
+        """Let the graph keep a run, and hook its tensor; hold a run that has no graph, or that PyTorch observes."""
+        if captured.needs and not seen:
             Mark(run, captured, x).hook(x)
         elif not self._held or self._held[0] is run:
             self._held += run, x
@@ -323,10 +320,9 @@ class Attachment:
 
         If raw was computed from one, a mark on it that kept raw would close a reference cycle: raw is held here.
         """
-        others = [x for x in _tensors(result) if x is not rows and x.grad_fn is not None]
-        inputs = {id(x) for x in _tensors(given)} if others else ()
-        others = [x for x in others if id(x) not in inputs]
-        if not others or observed():
+        inputs = {id(x) for x in _tensors(given)}
+        others = [x for x in _tensors(result) if x is not rows and x.grad_fn is not None and id(x) not in inputs]
+        if not others:
             return
         before = are_before(rows.grad_fn, [x.grad_fn for x in others])
         for x in others:
@@ -334,8 +330,11 @@ class Attachment:
         if before and not self._held:
             self._held += run, rows
 
-    def _complete(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+    def _after_dropout(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Complete the capture of the run whose raw is the input of the dropout."""
+        if torch.compiler.is_dynamo_compiling():
+            self._undisturbed(self._after_dropout, dropout, args, kwargs, result)
+            return
         if self._owner() is None:
             return
         formed = dropout.formed if isinstance(dropout, FusedRNNDropout) else None
@@ -389,7 +388,7 @@ class Attachment:
             run.fused, run.terms = captured, formed.terms[1:]
             Mark(run, captured, formed.dropped)
         elif not of_raw:
-            self._mark(run, captured, rows)
+            self._mark(run, captured, rows, observed())
         self._carry(run, None if run.fused is None or formed is None else formed.dropped.grad_fn)
 
     def _carry(self, run: Run, node: Any = None) -> None:

@@ -2,15 +2,15 @@
 
 A forward hook puts a `Mark` on the autograd node of each regularized tensor, in `node.metadata`, so that the graph owns
 the capture. A mark holds the tensor detached: the tensor itself would hold its node, a reference cycle through C++ that
-is never collected. `reach` searches the graph of a loss for marks. A mark is also a hook of its tensor: after
-`fastreg.carry` has armed it, it adds the penalty's gradient to the gradient that arrives there.
+is never collected. `reach` searches the graph of a loss for marks. A mark is also a hook of its tensor, which adds the
+gradients of the penalties in `fastreg.carry` to the gradient that arrives there.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
 from typing import Any, TypeAlias
@@ -19,40 +19,32 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastreg.prepare import plain
 from fastreg.problem import time_dim_of
 
 KEY = "fastreg"  # of the marks in a node's metadata
 EMPTY = torch.empty(0)
 number_of = methodcaller("_sequence_nr")  # of a node, in the order in which a thread made them
-keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
+Add: TypeAlias = Callable[[Tensor | None], Tensor | None]
 
 
 class Captured:
-    """Hold a tensor without its graph.
+    """Hold a tensor without its graph, and without a subclass that only decorates it.
 
     Attributes:
         data: the tensor, detached; it shares the memory and the version.
         itself: a weak reference to the tensor.
         needs: whether it requires a gradient.
         version: its version when it was captured.
-        armed: the id of the backward that adds the penalty's gradient, `None` for every backward, and the function
-            that adds it; `None` while no backward does.
+        adds: functions that add the gradients of penalties, in the backwards of their losses, to one that arrives.
     """
 
-    __slots__ = ("armed", "data", "itself", "needs", "version")
+    __slots__ = ("adds", "data", "itself", "needs", "version")
 
     def __init__(self, x: Tensor) -> None:
-        self.data, self.itself = x.detach(), weakref.ref(x)
-        self.needs, self.version = x.requires_grad, _version(x)
-        self.armed: tuple[int | None, Callable[[Tensor], Tensor]] | None = None
-
-    def arm(self, task: int | None, add: Callable[[Tensor], Tensor]) -> None:
-        """Add a gradient in a backward, besides a gradient that it already adds."""
-        before = self.armed
-        if before is not None and before[0] == task:
-            self.armed = task, lambda gradient: add(before[1](gradient))
-        else:
-            self.armed = task, add
+        self.data, self.itself, self.needs = plain(x).detach(), weakref.ref(x), x.requires_grad
+        self.version = _version(x)
+        self.adds: list[Add] = []
 
 
 @dataclass(eq=False)
@@ -70,7 +62,7 @@ class Run:
         is_step: whether raw is one time step, without an axis of time.
         fused: the output of a fused dropout, whose node carries the whole penalty, or `None`.
         terms: AR and TAR as that dropout computed them.
-        marks: weak references to the marks.
+        keepers: weak references to the marks that keep raw.
     """
 
     raw: Captured
@@ -83,7 +75,7 @@ class Run:
     is_step: bool = False
     fused: Captured | None = None
     terms: tuple[Tensor, ...] = ()
-    marks: list[weakref.ref[Mark]] = field(default_factory=list)
+    keepers: list[weakref.ref[Mark]] = field(default_factory=list)
 
     @property
     def squared(self) -> Captured:
@@ -95,7 +87,10 @@ class Run:
         """Return the tensors to whose gradients the penalty's gradient is added."""
         if self.fused is not None:
             return [self.fused]
-        return [x for x in dict.fromkeys((self.raw, self.dropped)) if x is not None and x.needs]
+        carriers = [self.raw] if self.raw.needs else []
+        if self.dropped is not None and self.dropped is not self.raw and self.dropped.needs:
+            carriers.append(self.dropped)
+        return carriers
 
     @property
     def sizes(self) -> tuple[int, int] | None:
@@ -111,32 +106,36 @@ class Run:
     @property
     def changed(self) -> bool:
         """Return whether a tensor was changed in place since it was captured."""
-        return any(x is not None and _version(x.data) != x.version for x in (self.raw, self.dropped, self.fused))
+        for x in (self.raw, self.dropped, self.fused):  # noqa: SIM110 - a generator expression takes twice as long
+            if x is not None and _version(x.data) != x.version:
+                return True
+        return False
 
     def lost(self, reached: Collection[Captured | None]) -> Captured | None:
         """Return a tensor that needs a gradient, was freed, and is not in the graph of the loss; else `None`."""
         if not torch.is_grad_enabled() or (self.fused is not None and self.fused in reached):
             return None
-        parts = [x for x in (self.raw, self.dropped) if x is not None and x.needs and x not in reached]
-        return next((x for x in parts if not self.tensor_of(x).requires_grad), None)
+        for x in (self.raw, self.dropped):
+            if x is not None and x.needs and x not in reached and not self.tensor_of(x).requires_grad:
+                return x
+        return None
 
     def tensor_of(self, captured: Captured) -> Tensor:
         """Return a tensor of this run, with its graph if that is alive, else detached."""
-        if (x := captured.itself()) is None and captured is self.raw:
-            x = next((mark.kept for mark in [mark() for mark in self.marks] if mark and mark.kept is not None), None)
-        return captured.data if x is None else x
-
-    def of(self, rows: Tensor) -> Any:
-        """Return rows in the form of raw: packed, or as a tensor."""
-        return rows if self.packed is None else self.packed._replace(data=rows)
+        x = captured.itself()
+        if x is None and captured is self.raw:
+            for keeper in self.keepers:
+                if (mark := keeper()) is not None and mark.kept is not None:
+                    x = mark.kept
+        return captured.data if x is None else plain(x)
 
     def drop(self) -> None:
-        """Free the tensors, but keep armed gradients."""
+        """Free the tensors; their hooks still add the gradients of penalties."""
         for x in (self.raw, self.dropped, self.fused):
             if x is not None:
                 x.data = EMPTY
-        for mark in [mark() for mark in self.marks]:
-            if mark is not None:
+        for keeper in self.keepers:
+            if (mark := keeper()) is not None:
                 mark.kept = None
 
 
@@ -149,7 +148,7 @@ def sizes_of(x: Tensor, time_at: bool | int) -> tuple[int, int] | None:
 
 
 class Mark:
-    """Mark an output of an autograd node as a tensor of a run, and as a hook of that tensor add a gradient to its own.
+    """Mark an output of an autograd node as a tensor of a run, and as a hook of that tensor add gradients to its own.
 
     Attributes:
         run: the run.
@@ -163,13 +162,14 @@ class Mark:
 
     def __init__(self, run: Run, captured: Captured | None, x: Tensor, kept: Tensor | None = None) -> None:
         self.run, self.captured, self.number, self.kept = run, captured, x.output_nr, kept
-        run.marks.append(weakref.ref(self))
+        if kept is not None:
+            run.keepers.append(weakref.ref(self))
         node: Any = x.grad_fn
         if node is not None:  # a leaf has no lasting node: `reach` looks at its hooks
             node.metadata.setdefault(KEY, []).append(self)
 
     def hook(self, x: Tensor) -> None:
-        """Add the gradient before other hooks of the tensor see it, as if autograd had added it."""
+        """Add gradients before other hooks of the tensor see the sum, as if autograd had added them."""
         handle = x.register_hook(self)
         hooks = handle.hooks_dict_ref()
         if hooks is not None and len(hooks) > 1:
@@ -179,20 +179,10 @@ class Mark:
             hooks.update(own | others)
 
     def __call__(self, gradient: Tensor | None) -> Tensor | None:
-        captured = self.captured
-        if captured is None or captured.armed is None:
-            return None
-        task, add = captured.armed
-        if task is not None or not keeps_graph():
-            captured.armed = None
-        if task not in (None, torch._C._current_graph_task_id()):  # armed by a backward that failed
-            return None
-        if gradient is None:
-            raise RuntimeError(
-                "attach: a tensor that the loss depends on got no gradient, and the penalty's cannot be added to "
-                "None; let the function behind it return zeros"
-            )
-        return add(gradient)
+        if self.captured is not None:
+            for add in self.captured.adds:
+                gradient = add(gradient)
+        return gradient
 
 
 def _version(x: Tensor) -> int:
@@ -200,34 +190,34 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-Reached: TypeAlias = dict[Run, list[tuple[Mark, Any]]]  # the marks of each run, with their nodes
+Reached: TypeAlias = Mapping[Run, Mapping[Captured | None, Any]]  # tensors that a loss depends on, and their nodes
 
 
 def reach(loss: Tensor, runs: Sequence[Run]) -> Reached:
-    """Return the marks of runs in the graph of a loss, and their nodes, the nearest first.
+    """Return the tensors of runs in the graph of a loss, and their nodes; `None` stands for other outputs of a run.
 
     The search is breadth first, and stops when every tensor is found.
     """
-    left = {x for run in runs for x in run.carriers}
-    wanted, found = set(runs), {}
+    wanted, left = set(runs), {x for run in runs for x in run.carriers}
+    found: dict[Run, dict[Captured | None, Any]] = {}
     marked: dict[Any, list[Mark]] = {}
     seen: set[Any] = {None}
     queue: deque[tuple[Any, int]] = deque([(loss.grad_fn, loss.output_nr)])
     while queue and left:
         node, number = queue.popleft()
-        if node not in seen:
+        if node in seen:
+            marks = marked.get(node)
+        else:
             seen.add(node)
             following = node.next_functions
+            queue.extend(following)
             marks = node.metadata.get(KEY) if following else _marks_of_leaf(node)
             if marks:
                 marked[node] = marks
-            queue.extend(following)
-        for mark in marked.get(node, ()):
+        for mark in marks or ():
             if mark.number == number and mark.run in wanted:
-                others = found.setdefault(mark.run, [])
-                if (mark, node) not in others:
-                    others.append((mark, node))
-                    left.discard(mark.captured)
+                found.setdefault(mark.run, {}).setdefault(mark.captured, node)
+                left.discard(mark.captured)
     return found
 
 

@@ -1,14 +1,14 @@
 """The penalty of captured runs: sums in the forward, gradients added in the backward to those that arrive.
 
-`penalty_of_runs` puts one node, `_Carry`, between the penalty and the loss. Its backward runs before the nodes of the
-loss's graph, and hands the upstream gradient to the runs for this backward.
+One node, `_Carry`, lies between the penalty and the loss. Its backward runs before the nodes of the loss's graph, and
+hands the upstream gradient to `Carried`, which the hooks of the activations call.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,152 +18,185 @@ from fastreg.addition import Addition
 from fastreg.arguments import check_options
 from fastreg.capture import Captured, Reached, Run
 from fastreg.dropout import Upstream
-from fastreg.kernels.view import NOTHING, Values, layout_of
+from fastreg.kernels.view import NOTHING, Values
 from fastreg.penalty import Computed, penalty_of
-from fastreg.prepare import dtypes_of, plain, plain_pair, problem_of, restored, restored_values
-from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, is_on, rows_of
+from fastreg.prepare import dtypes_of, plain, problem_of, restored_values
+from fastreg.problem import ARTAR, Call, Coefficient, Layer, is_on, rows_of
+from fastreg.torch_state import observed
+
+NEVER = -2  # the id of no backward: PyTorch's engine counts from 0, and -1 stands for none
+NO_GRADIENT = (
+    "attach: a tensor that the loss depends on got no gradient, and the penalty's cannot be added to None; let the "
+    "function behind it return zeros"
+)
+current: Callable[[], int] = torch._C._current_graph_task_id
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
 
 
-class _Tensors(NamedTuple):
-    """Tensors to whose gradients a backward adds the gradient of a penalty.
+class Carried:
+    """The gradient of a penalty, which hooks of its activations add to the gradients that arrive there.
 
-    addition  the operation on the gradient of the activation that they are
-    at        the tensors, `None` for a tensor that is left out
-    split     splits the gradient of several tensors, which joined along time are one activation; `None` for one tensor
+    Attributes:
+        task: the backward that adds it, by its id in PyTorch's engine; `None` for every one.
+        grad: (), the upstream gradient of the penalty in that backward.
+        sums: of each term the operation on the gradient of its activation, which is split where it was joined from
+            several tensors; or the problem of a fused dropout, whose node is the hook.
+        left: of each term the activation and values in that backward, or parts of a gradient; `None` once it is added.
     """
 
-    addition: Addition
-    at: Sequence[Captured | None]
-    split: Callable[[Tensor], Sequence[Tensor]] | None
+    __slots__ = ("grad", "left", "sums", "task")
 
-    def arm(self, task: int | None, grad: Tensor, layer: Layer) -> None:
-        """Add the gradient of a layer's penalty in this backward, or for `None` in every one."""
-        raw, addition = layer.given(), self.addition
-        if layout_of(raw) != addition.layout:  # a hook on saved tensors has changed it
-            raw = restored("raw", raw, addition.layout)
-            addition = Addition(Layer(raw, None, layer.values), addition.problem)
-        # A graph would close a cycle, if the backward failed.
-        if raw.requires_grad and (not torch.is_grad_enabled() or task is None):
-            raw = raw.detach()
-        layer = Layer(raw, None, layer.values)
-        if self.split is None:
-            adds = [functools.partial(addition, grad, layer)]
-        else:
-            whole = addition(grad, layer, torch.zeros_like(raw))
-            adds = [functools.partial(torch.add, piece) for piece in self.split(whole)]
-        for captured, add in zip(self.at, adds, strict=True):
-            if captured is not None:
-                captured.arm(task, add)
+    def __init__(self) -> None:
+        self.sums: list[Any] = []
+        self.end()
 
-    def disarm(self) -> None:
-        """Drop a gradient that was armed and not used, as a later backward would add it."""
-        for captured in self.at:
-            if captured is not None:
-                captured.armed = None
+    def begin(self, task: int | None, grad: Tensor, layers: Sequence[Layer]) -> None:
+        """Add the gradients in this backward, for the layers of all terms."""
+        self.task, self.grad, self.left = task, grad, [*layers]
+
+    def end(self) -> None:
+        """Add no gradient any more, also where one was not used, as a later backward would add it."""
+        self.task: int | None = NEVER
+        self.grad: Any = None
+        self.left: list[Any] = []
+
+    def add(self, i: int, gradient: Tensor | None) -> Tensor | None:
+        """Add the gradient of a term."""
+        task = self.task
+        if (task is not None and task != current()) or (layer := self.left[i]) is None:  # after a backward that failed
+            return gradient
+        if task is not None or not keeps_graph():
+            self.left[i] = None
+        if gradient is None:
+            raise RuntimeError(NO_GRADIENT)
+        return self.sums[i](self.grad, layer, gradient)
+
+    def add_part(self, i: int, part: int, gradient: Tensor | None) -> Tensor | None:
+        """Add the gradient of a term at one of the tensors that its activation was joined from."""
+        if self.task != current():
+            return gradient
+        if isinstance(layer := self.left[i], Layer):
+            addition, split = self.sums[i]
+            whole = addition(self.grad, layer, torch.zeros_like(layer.given()))
+            self.left[i] = dict(enumerate(split(whole)))
+        if gradient is None:
+            raise RuntimeError(NO_GRADIENT)
+        return gradient + self.left[i].pop(part, 0)
+
+    def upstream(self, i: int) -> Upstream | None:
+        """Return the gradient for the node of a fused dropout to add; `None` for none."""
+        task = self.task
+        if (task is not None and task != current()) or (layer := self.left[i]) is None:
+            return None
+        if task is not None:
+            self.left[i] = None
+        return Upstream(self.grad, self.sums[i], layer.values.alpha, layer.values.beta)
 
 
-class _Node(NamedTuple):
-    """The node of a fused dropout, whose backward adds the gradient of a penalty.
+class Carrier:
+    """Collect what hooks will carry, until the penalty is formed and has a loss.
 
-    node     the node
-    problem  the terms
+    Attributes:
+        carried: what the hooks share, which begins in a backward.
+        raws: of each term the activation, to be saved for the backward; `None` for that of a fused dropout.
+        values: the numbers of the terms that read values, which are few, and their values.
     """
 
-    node: Any
-    problem: Problem
+    def __init__(self) -> None:
+        self.carried = Carried()
+        self.raws: list[Tensor | None] = []
+        self.values: list[tuple[int, Values]] = []
 
-    def arm(self, task: int | None, grad: Tensor, layer: Layer) -> None:
-        """Add the gradient of the penalty in this backward, or for `None` in every one."""
-        self.node.carried = Upstream(task, grad, self.problem, layer.values.alpha, layer.values.beta)
+    def note(self, term: Any, raw: Tensor | None, values: Values) -> int:
+        """Note a term, and return its number."""
+        i = len(self.raws)
+        self.carried.sums.append(term)
+        self.raws.append(raw)
+        if values is not NOTHING:
+            self.values.append((i, values))
+        return i
 
-    def disarm(self) -> None:
-        """Drop a gradient that was armed and not used."""
-        self.node.carried = None
-
-
-Carrier: TypeAlias = _Tensors | _Node
-Carried: TypeAlias = list[tuple[Carrier, Layer]]  # the layer of a node has coefficients alone
+    def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
+        """Return the penalty, differentiable where it is added to the loss, or with `adds` their sum."""
+        if not (self.raws and torch.is_grad_enabled()):
+            return loss + penalty if adds else penalty
+        return (_Carry.apply if observed() else _apply)(self, loss, penalty, adds)
 
 
 class _Carry(Function):
-    """Return the penalty; in the backward, arm its carriers."""
+    """Return the penalty, or with `adds` the sum of the loss and the penalty."""
 
     @staticmethod
-    def forward(ctx: Any, carried: Carried, loss: Tensor, penalty: Tensor) -> Tensor:
-        ctx.carriers = [carrier for carrier, _ in carried]
-        # Most layers have no values to save.
-        found = [(i, layer.values) for i, (_, layer) in enumerate(carried) if layer.values is not NOTHING]
-        ctx.values = [(i, dtypes_of(values)) for i, values in found]
-        ctx.save_for_backward(*[layer.raw for _, layer in carried], *[x for _, values in found for x in values])
-        ctx.loss = loss.shape, loss.dtype, loss.device
-        return penalty.detach()
+    def forward(ctx: Any, carrier: Carrier, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
+        ctx.carried, ctx.values, saved = carrier.carried, (), carrier.raws
+        if carrier.values:
+            ctx.values = [(i, dtypes_of(values)) for i, values in carrier.values]
+            saved = [*saved, *[x for _, values in carrier.values for x in values]]
+        ctx.save_for_backward(*saved)
+        ctx.loss = None if adds else (loss.shape, loss.dtype, loss.device)
+        return loss + penalty if adds else penalty.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        task, saved, carriers = torch._C._current_graph_task_id(), ctx.saved_tensors, ctx.carriers
-        layers = [Layer(raw, None) for raw in saved[: len(carriers)]]
+        task, saved, carried, keeps = current(), ctx.saved_tensors, ctx.carried, torch.is_grad_enabled()
+        count, upstream = len(carried.sums), grad if grad.dim() == 0 else grad.reshape(())
+        # A graph would close a cycle, if the backward failed.
+        layers = [Layer(x if x is None or keeps or not x.requires_grad else x.detach(), None) for x in saved[:count]]
         for i, (at, dtypes) in enumerate(ctx.values):
-            start, width = len(carriers) + i * len(NOTHING), len(NOTHING)
-            layers[at] = Layer(layers[at].raw, None, restored_values(saved[start : start + width], dtypes))
+            start = count + i * len(NOTHING)
+            layers[at] = Layer(layers[at].raw, None, restored_values(saved[start : start + len(NOTHING)], dtypes))
         if torch.compiler.is_compiling():  # compiled autograd traces neither changing hooks nor callbacks
-            arm: Any = torch.compiler.disable(_arm)
-            arm(carriers, task, grad, layers)
+            begin: Any = torch.compiler.disable(carried.begin)
+            begin(task, upstream, layers)
         else:
-            _arm(carriers, task, grad, layers)
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_disarm, carriers))
+            carried.begin(task, upstream, layers)
+            torch.autograd.Variable._execution_engine.queue_callback(carried.end)
+        if ctx.loss is None:
+            return None, grad, upstream, None
         shape, dtype, device = ctx.loss
-        # Zeros let a gradient arrive at the carriers even if the penalty alone is differentiated.
-        return None, torch.zeros(shape, dtype=dtype, device=device), grad
+        # Zeros let a gradient arrive at the activations even if the penalty alone is differentiated.
+        return None, torch.zeros(shape, dtype=dtype, device=device), grad, None
 
 
-def _arm(carriers: Sequence[Carrier], task: int, grad: Tensor, layers: Sequence[Layer]) -> None:
-    """Arm carriers for this backward, with the layers whose tensors were saved."""
-    for carrier, layer in zip(carriers, layers, strict=True):
-        carrier.arm(task, grad, layer)
-
-
-def _disarm(carriers: Sequence[Carrier]) -> None:
-    for carrier in carriers:
-        carrier.disarm()
+# `Function.apply` without the part for transforms of torch.func: 3 us less.
+_apply: Any = super(Function, _Carry).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def penalty_of_runs(
     groups: Sequence[Sequence[Run]], reached: Reached, loss: Tensor, alpha: Coefficient, beta: Coefficient
-) -> ARTAR:
-    """Compute the penalty of runs, whose gradient is added in the backward of the loss.
+) -> tuple[ARTAR, Carrier]:
+    """Compute the penalty of runs, and plan to add its gradient in the backward of the loss.
 
     Args:
         groups: lists of runs; the runs of one list are joined along time into one activation.
-        reached: the marks of the runs in the graph of the loss.
+        reached: the tensors of the runs in the graph of the loss.
         loss: the loss.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
 
+    Returns:
+        The penalty, differentiable as far as the loss does not depend on the activations, and what carries the rest.
+
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    carried: Carried = []
+    carrier = Carrier()
     formed: list[ARTAR] = []
     alike: dict[Any, list[_Part]] = {}  # of one call, which allocates and checks once
     for i, group in enumerate(groups):
-        nodes = {mark.captured: node for run in group for mark, node in reached.get(run, ()) if mark.captured}
+        nodes = reached.get(group[0], {})
+        if len(group) > 1:
+            nodes = {x: node for run in group for x, node in reached.get(run, {}).items()}
         if group[0].fused is not None and group[0].fused in nodes:
-            terms, some = _of_node(group[0], nodes[group[0].fused], alpha, beta)
-            formed.append(terms)
-            carried += some
+            formed.append(_of_node(carrier, group[0], nodes[group[0].fused], alpha, beta))
         else:
             part = _part(group, nodes)
             alike.setdefault((part.kind() or i) if len(groups) > 1 else i, []).append(part)
     for parts in alike.values():
-        terms, some = _measured(parts, alpha, beta)
-        formed.append(terms)
-        carried += some
+        formed.append(_measured(carrier, parts, alpha, beta))
     if len(formed) > 1 or formed[0].penalty.device != loss.device:  # layers may live on several devices
         formed = [ARTAR(*(x.to(loss.device) for x in terms)) for terms in formed]
-    total = functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), formed)
-    if carried and torch.is_grad_enabled():
-        return ARTAR(_Carry.apply(carried, loss, total.penalty), total.ar, total.tar)
-    return total
+    return functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), formed), carrier
 
 
 def carry_always(run: Run, node: Any, alpha: Coefficient, beta: Coefficient, scale: Coefficient) -> ARTAR:
@@ -176,19 +209,21 @@ def carry_always(run: Run, node: Any, alpha: Coefficient, beta: Coefficient, sca
         beta: coefficient of TAR.
         scale: the upstream gradient.
     """
+    carrier = Carrier()
     if run.fused is not None:
-        terms, carried = _of_node(run, node, alpha, beta)
+        terms = _of_node(carrier, run, node, alpha, beta)
     else:
-        terms, carried = _measured([_part([run], dict.fromkeys(run.carriers))], alpha, beta)
+        terms = _measured(carrier, [_part([run], dict.fromkeys(run.carriers))], alpha, beta)
     grad = scale
     if not isinstance(grad, Tensor):
         grad = torch.full((), grad, dtype=terms.penalty.dtype, device=terms.penalty.device)
-    for carrier, layer in carried:
-        carrier.arm(None, grad, layer)
+    values = dict(carrier.values)
+    layers = [Layer(x if x is None else x.detach(), None, values.get(i, NOTHING)) for i, x in enumerate(carrier.raws)]
+    carrier.carried.begin(None, grad, layers)
     return terms
 
 
-def _of_node(run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carried]:
+def _of_node(carrier: Carrier, run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> ARTAR:
     """Weight the terms that a fused dropout computed; its node carries their gradient."""
     call = Call(
         *(None, None, plain(alpha), plain(beta), None, None, None),
@@ -196,8 +231,9 @@ def _of_node(run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> tupl
     )
     check_options(call)
     tensors = [x if isinstance(x, Tensor) else None for x in (call.alpha, call.beta)]
-    layer = Layer(None, None, Values(alpha=tensors[0], beta=tensors[1]))
-    return _weighted(run.terms, alpha, beta), [(_Node(node, problem_of(call)), layer)]
+    i = carrier.note(problem_of(call), None, Values(alpha=tensors[0], beta=tensors[1]))
+    node.carried = functools.partial(carrier.carried.upstream, i)
+    return _weighted(run.terms, alpha, beta)
 
 
 class _Part(NamedTuple):
@@ -205,13 +241,13 @@ class _Part(NamedTuple):
 
     raw, dropped  as `fused_ar_tar` takes them
     group         the runs that are joined in the activation
-    nodes         the nodes of the tensors to whose gradients the penalty's gradient is added
+    nodes         the tensors to whose gradients the penalty's gradient is added, and their nodes
     """
 
     raw: Any
     dropped: Any
     group: Sequence[Run]
-    nodes: dict[Captured, Any]
+    nodes: Mapping[Captured | None, Any]
 
     def kind(self) -> Any:
         """Return the shape, device and dtypes that activations of one call share; `None` with valid steps."""
@@ -222,41 +258,49 @@ class _Part(NamedTuple):
         return shape, raw.device, raw.dtype, self.dropped.dtype, first.time_at, type(first.time_at)
 
 
-def _part(group: Sequence[Run], nodes: dict[Captured, Any]) -> _Part:
+def _part(group: Sequence[Run], nodes: Mapping[Captured | None, Any]) -> _Part:
     """Join the tensors of runs, detached unless autograd has to propagate the gradient."""
 
-    def summed(tensors: Sequence[Captured]) -> Any:
-        found = [
-            x.data if x in nodes or not x.needs else run.tensor_of(x) for run, x in zip(group, tensors, strict=True)
-        ]
-        return group[0].of(_joined(group[0], found))
+    def summed(run: Run, x: Captured) -> Tensor:
+        return x.data if x in nodes or not x.needs else run.tensor_of(x)
 
-    raws, squared = [x.raw for x in group], [x.squared for x in group]
-    raw = summed(raws)
-    return _Part(raw, raw if raws == squared else summed(squared), group, nodes)
+    first, raws, kept = group[0], [], []
+    for run in group:
+        raws.append(summed(run, run.raw))
+        kept.append(raws[-1] if run.squared is run.raw else summed(run, run.squared))
+    raw, dropped = raws[0], kept[0]
+    if len(group) > 1 or first.is_step:
+        is_raw = all(x is y for x, y in zip(raws, kept, strict=True))
+        raw = _joined(first, raws)
+        dropped = raw if is_raw else _joined(first, kept)
+    if first.packed is not None:
+        is_raw, raw = raw is dropped, first.packed._replace(data=raw)
+        dropped = raw if is_raw else first.packed._replace(data=dropped)
+    return _Part(raw, dropped, group, nodes)
 
 
-def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carried]:
-    """Compute the penalty of parts of one kind, and list the carriers of its gradient."""
-    first = parts[0].group
-    raw: Any = parts[0].raw if len(parts) == 1 else [x.raw for x in parts]
-    dropped: Any = parts[0].dropped if len(parts) == 1 else [x.dropped for x in parts]
-    raw, dropped = plain_pair(raw, dropped)
-    valid = plain(_joined_marks(first, [x.valid for x in first], 1))
-    starts = plain(_joined_marks(first, [x.starts for x in first], 0))
-    time_at = first[0].time_at
-    computed = penalty_of(Call(raw, dropped, plain(alpha), plain(beta), None, valid, starts, time_at, "mean", True))
-    carried: Carried = []
+def _measured(carrier: Carrier, parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> ARTAR:
+    """Compute the penalty of parts of one kind, and plan what carries its gradient."""
+    part, first = parts[0], parts[0].group[0]
+    raw, dropped, valid, starts = part.raw, part.dropped, first.valid, first.starts
+    if len(parts) > 1:
+        raw, dropped = [x.raw for x in parts], [x.dropped for x in parts]
+    if len(part.group) > 1 or first.is_step:
+        valid = _joined_marks(part.group, [x.valid for x in part.group], 1)
+        starts = _joined_marks(part.group, [x.starts for x in part.group], 0)
+    if valid is not None or starts is not None:
+        valid, starts = plain(valid), plain(starts)
+    computed = penalty_of(
+        Call(raw, dropped, plain(alpha), plain(beta), None, valid, starts, first.time_at, "mean", True)
+    )
     for i, part in enumerate(parts):
-        if not part.nodes:
-            continue
-        additions = computed.additions.get(i)
-        if additions is None:
-            additions = computed.additions[i] = _additions(part, computed)
-        for of_raw, addition in additions:
-            tensors = [x.raw if of_raw else x.squared for x in part.group]
-            carried += _carried(part, tensors, addition, computed.values)
-    return ARTAR(computed.penalty, *(computed.terms or ())), carried
+        if part.nodes:
+            additions = computed.additions.get(i)
+            if additions is None:
+                additions = computed.additions[i] = _additions(part, computed)
+            for of_raw, addition in additions:
+                _carry(carrier, part, of_raw, addition, computed.values)
+    return ARTAR(computed.penalty, *(computed.terms or ()))
 
 
 def _additions(part: _Part, computed: Computed) -> list[tuple[bool, Addition]]:
@@ -275,17 +319,25 @@ def _additions(part: _Part, computed: Computed) -> list[tuple[bool, Addition]]:
     return [(of_raw, Addition(Layer(plain(rows_of(x)), None, computed.values), of)) for of_raw, x, of in terms]
 
 
-def _carried(part: _Part, tensors: Sequence[Captured], addition: Addition, values: Values) -> Carried:
-    """List the carrier of the gradient of a term, if the backward reaches any of its tensors."""
-    group, at = part.group, [x if x in part.nodes else None for x in tensors]
-    if not any(at):
-        return []
-    found = [run.tensor_of(x) for run, x in zip(group, tensors, strict=True)]
-    if not all([x.requires_grad for x in found]):  # second derivatives need the graphs of all
+def _carry(carrier: Carrier, part: _Part, of_raw: bool, addition: Addition, values: Values) -> None:
+    """Let hooks add the gradient of a term, if the backward reaches any of its tensors."""
+    group, nodes = part.group, part.nodes
+    tensors, found, has_graphs = [], [], True
+    for run in group:
+        tensors.append(run.raw if of_raw else run.squared)
+        found.append(run.tensor_of(tensors[-1]))
+        has_graphs = has_graphs and found[-1].requires_grad
+    if not has_graphs:  # second derivatives need the graphs of all
         found = [x.data for x in tensors]
-    one = len(group) == 1 and not group[0].is_step
-    split = None if one else functools.partial(_split, group[0], [x.shape for x in found])
-    return [(_Tensors(addition, at, split), Layer(plain(_joined(group[0], found)), None, values))]
+    if len(group) == 1 and not group[0].is_step:
+        if tensors[0] in nodes:
+            i = carrier.note(addition, found[0], values)
+            tensors[0].adds.append(functools.partial(carrier.carried.add, i))
+    elif hooked := [(j, x) for j, x in enumerate(tensors) if x in nodes]:
+        split = functools.partial(_split, group[0], [x.shape for x in found])
+        i = carrier.note((addition, split), _joined(group[0], found), values)
+        for j, x in hooked:
+            x.adds.append(functools.partial(carrier.carried.add_part, i, j))
 
 
 def _axis(run: Run, dims: int) -> int:
@@ -309,8 +361,8 @@ def _split(run: Run, shapes: Sequence[torch.Size], x: Tensor) -> Sequence[Tensor
 def _joined_marks(group: Sequence[Run], marks: Sequence[Tensor | None], default: int) -> Tensor | None:
     """Join the valid steps of runs, or their starts; those of a run without any are the default."""
     known = next((x for x in marks if x is not None), None)
-    if known is None or (len(group) == 1 and not group[0].is_step):
-        return known
+    if known is None:
+        return None
     shapes = [known.shape if run.is_step else (*known.shape[:-1], run.steps) for run in group]
     each = [known.new_full(shape, default) if x is None else x for x, shape in zip(marks, shapes, strict=True)]
     return torch.stack(each, -1) if group[0].is_step and known.dim() < 2 else torch.cat(each, -1)

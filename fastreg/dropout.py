@@ -268,8 +268,9 @@ class _Plan:
 
     def compute(self, raw: Tensor, mask: Tensor, values: Values) -> tuple[Tensor, Result]:
         """Launch the forward; return dropped and the penalty."""
-        dropped = allocate(self.dropped)
-        return dropped, self.forward((*self.inputs.read((raw, mask)), dropped), values)
+        dropped, inputs = allocate(self.dropped), self.inputs
+        read = inputs.read((raw, mask)) if inputs.copies else (raw, mask)
+        return dropped, self.forward((*read, dropped), values)
 
     def gradient(self, upstream: Upstreams, layer: Layer, mask: Tensor, problem: Problem) -> Tensor:
         """Launch the backward, for the gradients of dropped and of the penalty that there are."""
@@ -315,22 +316,21 @@ def plan_backward(
 
 def launch_backward(backward: Backward, upstream: Upstreams, layer: Layer, mask: Tensor | None = None) -> Tensor:
     """Allocate the gradient of raw, and launch the backward."""
-    grad_dropped, grad = upstream
-    gradient, inputs = allocate(backward.gradient), backward.inputs.read((layer.given(), mask, grad_dropped))
-    backward.launch(grad, (*inputs, gradient), layer.values)
+    layout, inputs, launch = backward
+    gradient, tensors = allocate(layout), (layer.raw, mask, upstream[0])
+    read = inputs.read(tensors) if inputs.copies else tensors
+    launch(upstream[1], (*read, gradient), layer.values)
     return gradient
 
 
 class Upstream(NamedTuple):
     """The gradient of a penalty that a backward adds, and the coefficients of that penalty.
 
-    task         the backward, by its id in PyTorch's engine; `None` for every one
     grad         (), the upstream gradient
     problem      the terms
     alpha, beta  coefficients that are tensors
     """
 
-    task: int | None
     grad: Tensor
     problem: Problem
     alpha: Tensor | None
@@ -338,14 +338,14 @@ class Upstream(NamedTuple):
 
 
 def carries(dropped: Tensor) -> bool:
-    """Return whether the node of a tensor is that of a fused dropout, which `node.carried = Upstream(...)` arms."""
+    """Return whether the node of a tensor is that of a fused dropout, which takes a `carried`."""
     return hasattr(dropped.grad_fn, "carried")
 
 
 class _DropoutPenalty(Function):
     """Keep references to raw, to the mask, and to the values that the call reads.
 
-    `carried` is an upstream gradient of the penalty that does not come from the graph.
+    `carried` returns an upstream gradient of the penalty that does not come from the graph, or `None`.
     """
 
     @staticmethod
@@ -363,14 +363,13 @@ class _DropoutPenalty(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
-        (raw, mask, *saved), plan, carried = ctx.saved_tensors, ctx.plan, ctx.carried
+        (raw, mask, *saved), plan = ctx.saved_tensors, ctx.plan
+        carried = None if ctx.carried is None else ctx.carried()
         values, problem = restored_values(saved, ctx.dtypes), plan.problem
         raw, mask = map(restored, ("raw", "mask"), (raw, mask), plan.inputs.layouts)
         if carried is not None:
-            ctx.carried = carried if carried.task is None else None
-            if carried.task in (None, torch._C._current_graph_task_id()):
-                grad, problem = carried.grad.to(raw.device, compute_dtype(raw)), carried.problem
-                values = values._replace(alpha=carried.alpha, beta=carried.beta)
+            grad, problem = carried.grad.to(raw.device, compute_dtype(raw)), carried.problem
+            values = values._replace(alpha=carried.alpha, beta=carried.beta)
         layer, upstream = Layer(raw, None, values), (grad_dropped, grad)
         if grad_dropped is None and grad is None:
             gradient = None

@@ -76,7 +76,7 @@ def key_of(call: Call, *more: Any) -> Any:
             *(lengths if lengths is None else _fact(lengths), valid if valid is None else _fact(valid)),
             *(starts if starts is None else _fact(starts), time_at, type(time_at)),
             *(reduction, measured, type(measured), ar_of_raw),
-            *[_fact(x) for x in more],
+            *([_fact(x) for x in more] if more else ()),
             *(torch.is_grad_enabled(), keeps_memory_low()),
         )
     except (_NoKeyError, RuntimeError):  # a nested tensor has no shape

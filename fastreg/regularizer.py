@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from fastreg.arguments import check_coefficient, check_flags, check_steps
 from fastreg.attachment import Attachment, Source, nothing
 from fastreg.capture import Run, reach, sizes_of
-from fastreg.carry import penalty_of_runs
+from fastreg.carry import Carrier, penalty_of_runs
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, time_given
 from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
@@ -52,7 +52,7 @@ class Given:
     starts: Tensor | None
     run: Run | None
 
-    def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> ARTAR:
+    def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carrier]:
         """Compute the penalty, from the terms formed ahead if they are still right."""
         if self.run is not None and not self.run.changed:
             reached = reach(loss, [self.run])
@@ -61,7 +61,7 @@ class Given:
         steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
         steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
         terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
-        return ARTAR(*(x.to(loss.device) for x in terms))
+        return ARTAR(*(x.to(loss.device) for x in terms)), Carrier()
 
     @property
     def sizes(self) -> tuple[int, int] | None:
@@ -218,8 +218,8 @@ class RNNRegularizer:
             TypeError: `fused_ar_tar` refuses the type of a captured tensor.
             ValueError: `fused_ar_tar` refuses the shape, device or value of a captured tensor.
         """
-        terms = self.take(loss)
-        return loss if terms is None else loss + terms.penalty
+        taken = self._take(loss)
+        return loss if taken is None else taken[1].penalize(loss, taken[0].penalty, adds=True)
 
     def take(self, loss: Tensor) -> ARTAR | None:
         """Return the penalty of this step's captures alone, once, instead of calling `on_backward_begin`.
@@ -235,6 +235,14 @@ class RNNRegularizer:
             TypeError: as `on_backward_begin`.
             ValueError: as `on_backward_begin`.
         """
+        taken = self._take(loss)
+        if taken is None:
+            return None
+        total, carrier = taken
+        return ARTAR(carrier.penalize(loss, total.penalty, adds=False), total.ar, total.tar)
+
+    def _take(self, loss: Tensor) -> tuple[ARTAR, Carrier] | None:
+        """Form the penalty, and plan what carries its gradient; `None` where attached modules are in evaluation."""
         chosen = [x for x in self._attached if self.carries(x) and x.source.scale is None]
         if self._attached and not chosen:
             raise RuntimeError("on_backward_begin: attach(..., in_backward=...) adds the penalty already; leave it out")
@@ -243,32 +251,36 @@ class RNNRegularizer:
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:  # the penalty would be added to each
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
-            total, self._sizes = self._form(loss, chosen)
+            taken = self._form(loss, chosen)
         finally:
             self._given, self._captured = None, nothing
-        if total is None:
+        if taken is None:
             _check_evaluation([attachment.source.module for attachment in chosen])
             return None
-        self.ar, self.tar = total.ar, total.tar
-        return total
+        self.ar, self.tar = taken[0].ar, taken[0].tar
+        return taken
 
-    def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR | None, tuple[int, int] | None]:
-        """Return the penalty for a loss, `None` without captures, and the sizes of the last activations."""
+    def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR, Carrier] | None:
+        """Form the penalty for a loss, and note the sizes of the last activations; `None` without captures."""
         if self._given is not None:
-            return self._given.penalty(loss, self.alpha, self.beta), self._given.sizes
-        reached = reach(loss, [run for attachment in attached for run in attachment.runs])
-        chosen = [(attachment, attachment.chosen(reached)) for attachment in attached]
-        runs = [run for _, some in chosen for run in some]
+            formed = self._given.penalty(loss, self.alpha, self.beta)
+            self._sizes = self._given.sizes
+            return formed
+        found = [(attachment, attachment.runs) for attachment in attached]
+        reached = reach(loss, [run for _, runs in found for run in runs])
+        chosen = [(attachment, attachment.chosen(runs, reached)) for attachment, runs in found]
+        taken = {run: None for _, runs in chosen for run in runs}  # in order
         try:
-            for attachment, some in chosen:
-                attachment.check(some, loss, reached)
-            if not runs:
-                return None, self._sizes
-            groups = [group for attachment, some in chosen for group in attachment.joined(some)]
-            return penalty_of_runs(groups, reached, loss, self.alpha, self.beta), runs[-1].sizes
+            groups = [group for attachment, runs in chosen for group in attachment.checked(runs, loss, reached)]
+            if not groups:
+                return None
+            formed = penalty_of_runs(groups, reached, loss, self.alpha, self.beta)
+            if self.bptt is not None:
+                self._sizes = groups[-1][-1].sizes
+            return formed
         finally:
             for attachment in self._attached:
-                attachment.settle({*runs})
+                attachment.settle(taken)
 
     def clear(self) -> None:
         """Drop any capture: `on_epoch_begin` does; after a step that failed, this frees activations early."""

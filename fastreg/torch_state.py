@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 def observed() -> bool:
     """Return whether PyTorch is tracing or transforming the call, so that it must see the formula."""
     return (
-        torch.compiler.is_compiling()  # a compiler fuses the formula with its neighbours
+        torch.compiler.is_dynamo_compiling()  # a compiler fuses the formula with its neighbours
         or torch._C._is_tracing()  # torch.jit.trace records operators
-        or torch._C._len_torch_dispatch_stack() > 0  # a mode, such as FakeTensorMode, intercepts operators
+        or torch._C._len_torch_dispatch_stack() > 0  # a mode intercepts operators, as of fake tensors in an export
         or torch._C._are_functorch_transforms_active()  # vmap and grad transform operators
         or forward_ad._current_level >= 0  # forward-mode derivatives are those of operators
     )
@@ -22,19 +22,19 @@ def observed() -> bool:
 
 def is_memory(x: Tensor) -> bool:
     """Return whether a dense tensor is memory that holds its values unchanged."""
-    return (
-        type(x) is Tensor  # a subclass has operators of its own
-        and not x.is_neg()  # the values of a negated view have the other sign in memory
-        and not x.is_meta  # a meta tensor has no values
-        and not torch._is_zerotensor(x)  # pyright: ignore[reportPrivateImportUsage] - zeros without memory
-        and torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
-    )
+    return are_memory((x,))
 
 
 def are_memory(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether all tensors that are given are memory."""
-    for x in tensors:  # noqa: SIM110 - a generator expression takes twice as long
-        if x is not None and not is_memory(x):
+    """Return whether all dense tensors that are given are memory."""
+    for x in tensors:
+        if x is not None and (
+            type(x) is not Tensor  # a subclass has operators of its own
+            or x.is_neg()  # the values of a negated view have the other sign in memory
+            or x.is_meta  # a meta tensor has no values
+            or torch._is_zerotensor(x)  # pyright: ignore[reportPrivateImportUsage] - zeros without memory
+            or not torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
+        ):
             return False
     return True
 

@@ -41,15 +41,16 @@ class PenaltyForward:
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch, self.dtype = _Launch("penalty_forward", _penalty(view, sums)), sums.dtype
-        self.writes, self.measured = view.operands[2:] != (None, None), sums.measured
+        self.launch = _Launch("penalty_forward", _penalty(view, sums), sums.dtype)
+        self.dtype, self.measured = sums.dtype, sums.measured
+        self.writes = view.operands[2:] != (None, None)
         self.expected = Expected(sums.dtype)
 
     def __call__(self, tensors: Sequence[Tensor | None], values: Values, before: Result | None = None) -> Result:
         """Compute the penalty, and fill the gradients for the upstream gradient of the last backward."""
         assumed = self.expected.gradient if self.writes else None
         penalty, terms, _ = before or _result(self.dtype, self.measured)
-        self.launch(*tensors, assumed, None, *_read(values, self.dtype), penalty, terms)
+        self.launch((*tensors, assumed, None), values, penalty, terms)
         return Result(penalty, terms, None if assumed is None else Prediction(assumed, self.expected))
 
 
@@ -60,14 +61,14 @@ class PenaltyBackward:
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch, self.dtype = _Launch("penalty_backward", _penalty(view, sums)), sums.dtype
+        self.launch, self.dtype = _Launch("penalty_backward", _penalty(view, sums), sums.dtype), sums.dtype
 
     def __call__(
         self, grad: Tensor, tensors: Sequence[Tensor | None], values: Values, prediction: Prediction | None
     ) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
         assumed = None if prediction is None else prediction.assumed
-        outcome = self.launch(*tensors, grad, assumed, *_read(values, self.dtype), None, None)
+        outcome = self.launch((*tensors, grad, assumed), values)
         if outcome == _DONE and prediction is not None:
             prediction.expected.learn(grad)
 
@@ -81,13 +82,13 @@ class DropoutForward:
     """Apply dropout masks and compute penalties, as `fastreg.kernels.dropout.DropoutForward` does."""
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch, self.dtype = _Launch("dropout_forward", _dropout(view, sums)), sums.dtype
-        self.measured = sums.measured
+        self.launch = _Launch("dropout_forward", _dropout(view, sums), sums.dtype)
+        self.dtype, self.measured = sums.dtype, sums.measured
 
     def __call__(self, tensors: Sequence[Tensor], values: Values) -> Result:
         """Fill `dropped` and compute the penalty."""
         result = _result(self.dtype, self.measured)
-        self.launch(*tensors, None, None, *_read(values, self.dtype), result.penalty, result.terms)
+        self.launch((*tensors, None, None), values, result.penalty, result.terms)
         return result
 
 
@@ -95,11 +96,11 @@ class DropoutBackward:
     """Compute the gradient of raw, as `fastreg.kernels.dropout.DropoutBackward` does."""
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch, self.dtype = _Launch("dropout_backward", _dropout(view, sums)), sums.dtype
+        self.launch = _Launch("dropout_backward", _dropout(view, sums), sums.dtype)
 
     def __call__(self, grad: Tensor | None, tensors: Sequence[Tensor | None], values: Values) -> None:
         """Fill the gradient of raw."""
-        self.launch(*tensors, grad, *_read(values, self.dtype), None, None)
+        self.launch((*tensors, grad), values)
 
 
 class Marks:
@@ -269,6 +270,7 @@ class _Dropout(Structure):
 
 # The tensors whose addresses C takes, in this order: PenaltyMemory and DropoutMemory there.
 _READ_AND_WRITTEN = "lengths", "valid", "starts", "alpha", "beta", "penalty", "terms"
+_NOTHING = (None,) * 5  # for those that a call reads
 _PENALTY_MEMORY = "raw", "dropped", "grad_raw", "grad_dropped", "grad", "assumed", *_READ_AND_WRITTEN
 _DROPOUT_MEMORY = "raw", "mask", "dropped", "grad_raw", "grad", *_READ_AND_WRITTEN
 
@@ -294,8 +296,6 @@ def _described(view: View, sums: Sums) -> tuple[Any, ...]:
 
 def _read(values: Values, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """Return lengths or batch sizes, valid steps, starts, and the coefficients as C reads them."""
-    if values is NOTHING:
-        return None, None, None, None, None
     lengths, batch_sizes, valid, _, alpha, beta, starts = values
     steps = batch_sizes if lengths is None else lengths.long()
     return steps, valid, starts, *(None if x is None else x.to(dtype) for x in (alpha, beta))
@@ -313,20 +313,29 @@ class _Launch:
     Args:
         function: its name.
         plan: the metadata.
+        dtype: of coefficients.
     """
 
-    def __init__(self, function: str, plan: _Penalty | _Dropout) -> None:
-        self.function, self.plan = getattr(library(), function), byref(plan)
+    def __init__(self, function: str, plan: _Penalty | _Dropout, dtype: torch.dtype) -> None:
+        self.function, self.plan, self.dtype = getattr(library(), function), byref(plan), dtype
         memory = _PENALTY_MEMORY if isinstance(plan, _Penalty) else _DROPOUT_MEMORY
         self.pack = Struct(f"{len(memory)}P").pack  # a third of the time of a ctypes structure
 
-    def __call__(self, *tensors: Tensor | None) -> int:
+    def __call__(
+        self,
+        tensors: Sequence[Tensor | None],
+        values: Values,
+        penalty: Tensor | None = None,
+        terms: Tensor | None = None,
+    ) -> int:
         """Hand over the addresses of tensors, which live as long as the call; return the outcome.
 
         Raises:
             MemoryError: there is too little memory for the offsets of packed rows.
         """
-        addresses = self.pack(*[0 if x is None else x.data_ptr() for x in tensors])
+        read = _NOTHING if values is NOTHING else _read(values, self.dtype)
+        every = (*tensors, *read, penalty, terms)
+        addresses = self.pack(*[0 if x is None else x.data_ptr() for x in every])
         outcome = self.function(self.plan, addresses, torch.get_num_threads())
         if outcome == _OUT_OF_MEMORY:
             raise MemoryError("the kernels for CPUs found too little memory for lengths and offsets of sequences")
