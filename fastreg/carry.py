@@ -25,10 +25,6 @@ from fastreg.problem import ARTAR, Call, Coefficient, Layer, is_on, rows_of
 from fastreg.torch_state import observed
 
 NEVER = -2  # the id of no backward: PyTorch's engine counts from 0, and -1 stands for none
-NO_GRADIENT = (
-    "attach: a tensor that the loss depends on got no gradient, and the penalty's cannot be added to None; let the "
-    "function behind it return zeros"
-)
 current: Callable[[], int] = torch._C._current_graph_task_id
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
 
@@ -62,35 +58,45 @@ class Carried:
 
     def add(self, i: int, gradient: Tensor | None) -> Tensor | None:
         """Add the gradient of a term."""
-        task = self.task
-        if (task is not None and task != current()) or (layer := self.left[i]) is None:  # after a backward that failed
-            return gradient
-        if task is not None or not keeps_graph():
-            self.left[i] = None
-        if gradient is None:
-            raise RuntimeError(NO_GRADIENT)
-        return self.sums[i](self.grad, layer, gradient)
+        layer = self._due(i)
+        return gradient if layer is None else self.sums[i](self.grad, layer, _arrived(gradient))
 
     def add_part(self, i: int, part: int, gradient: Tensor | None) -> Tensor | None:
         """Add the gradient of a term at one of the tensors that its activation was joined from."""
-        if self.task != current():
+        layer = self._due(i)
+        if layer is None:
             return gradient
-        if isinstance(layer := self.left[i], Layer):
+        if isinstance(layer, Layer):
             addition, split = self.sums[i]
-            whole = addition(self.grad, layer, torch.zeros_like(layer.given()))
-            self.left[i] = dict(enumerate(split(whole)))
-        if gradient is None:
-            raise RuntimeError(NO_GRADIENT)
-        return gradient + self.left[i].pop(part, 0)
+            layer = dict(enumerate(split(addition(self.grad, layer, torch.zeros_like(layer.given())))))
+        arrived = _arrived(gradient) + layer.pop(part)
+        self.left[i] = layer or None
+        return arrived
 
     def upstream(self, i: int) -> Upstream | None:
         """Return the gradient for the node of a fused dropout to add; `None` for none."""
+        layer = self._due(i)
+        return None if layer is None else Upstream(self.grad, self.sums[i], layer.values.alpha, layer.values.beta)
+
+    def _due(self, i: int) -> Any:
+        """Return what is left of a term whose gradient this backward adds, once; `None` if it adds none."""
         task = self.task
-        if (task is not None and task != current()) or (layer := self.left[i]) is None:
+        if task is not None and task != current():  # also after a backward that failed
             return None
-        if task is not None:
+        left = self.left[i]
+        if task is not None or not keeps_graph():
             self.left[i] = None
-        return Upstream(self.grad, self.sums[i], layer.values.alpha, layer.values.beta)
+        return left
+
+
+def _arrived(gradient: Tensor | None) -> Tensor:
+    """Return the gradient that arrives at a tensor that the loss depends on."""
+    if gradient is None:
+        raise RuntimeError(
+            "attach: a tensor that the loss depends on got no gradient, and the penalty's cannot be added to None; let "
+            "the function behind it return zeros"
+        )
+    return gradient
 
 
 class Carrier:
@@ -120,6 +126,8 @@ class Carrier:
         """Return the penalty, differentiable where it is added to the loss, or with `adds` their sum."""
         if not (self.raws and torch.is_grad_enabled()):
             return loss + penalty if adds else penalty
+        if adds and type(loss) is not Tensor:  # a subclass would be a view, which nothing may change in place
+            return loss + self.penalize(loss, penalty, False)
         return (_Carry.apply if observed() else _apply)(self, loss, penalty, adds)
 
 

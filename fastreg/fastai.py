@@ -277,13 +277,13 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
             valid = self.text(raw.shape[1]) if self.mask_padding else self._marks(self.valid)
             options: Any = {"valid": valid, "starts": self._marks(self.starts), "batch_first": True}
             self.regularizer.on_loss_begin((self.learn.pred, raw, out), **options)
-        terms = self.regularizer.take(self.learn.loss_grad)
-        if terms is None:  # the modules are in evaluation
+        loss = self.regularizer.on_backward_begin(self.learn.loss_grad)
+        if loss is self.learn.loss_grad:  # the modules are in evaluation
             return
-        self.learn.loss_grad = self.learn.loss_grad + terms.penalty
+        self.learn.loss_grad = loss
         self.count += (size := find_bs(self.learn.yb))
         for name in self.totals:
-            self.totals[name] += getattr(terms, name) * size
+            self.totals[name] += getattr(self.regularizer, name) * size
 
     def after_backward(self) -> None:
         if self.bptt is not None:  # an event after the step would not do: none comes when the step raises

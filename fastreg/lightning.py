@@ -145,16 +145,14 @@ class ActivationRegularization(Callback):
         self._batch = None
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
-            self.regularizer.clear()
             return output
-        terms = self.regularizer.take(loss)
-        if terms is None:  # the RNNs are in evaluation
+        total = self.regularizer.on_backward_begin(loss)
+        if total is loss:  # the RNNs are in evaluation
             return output
         if self.logged:
-            step = torch.stack([terms.ar, terms.tar])
+            step = torch.stack([self.regularizer.ar, self.regularizer.tar])  # pyright: ignore[reportArgumentType]
             self._terms = step if self._terms is None else self._terms + step
             self._steps += 1
-        total = loss + terms.penalty
         return output | {"loss": total} if isinstance(output, dict) else total
 
     def _marks(self, function: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:

@@ -216,12 +216,11 @@ class RegularizedTrainer(Trainer):
 
         def with_penalty(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal passed
-            terms, passed = self.regularizer.take(loss), True
-            if terms is not None:  # `None`: the modules are in evaluation
-                loss = loss + terms.penalty
-                weighed = [terms.ar * shares[0], terms.tar * shares[1], *shares]
+            total, passed = self.regularizer.on_backward_begin(loss), True
+            if total is not loss:  # else the modules are in evaluation
+                weighed = [self.regularizer.ar * shares[0], self.regularizer.tar * shares[1], *shares]  # pyright: ignore
                 self._sums = [x + y for x, y in zip(self._sums or [0] * 4, weighed, strict=True)]
-            return backward(loss, *args, **kwargs)
+            return backward(total, *args, **kwargs)
 
         accelerator.backward = with_penalty
         try:
