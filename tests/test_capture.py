@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
 import weakref
@@ -256,6 +257,44 @@ def test_a_coefficient_of_0_leaves_infinity_out() -> None:
     assert not reg.ar.isfinite()
 
 
+def test_the_penalty_alone_is_differentiable() -> None:
+    """Its gradient reaches activations at which no other gradient arrives."""
+    module, reg = gru(), regularizer()
+    reg.attach(module)
+    raw, _ = module(inputs())
+    terms = reg.take(raw.square().sum())
+    assert terms is not None
+    check_gradients(module, terms.penalty, formula(raw, raw, 1))
+
+
+class Named(Tensor):
+    """A subclass without operators of its own."""
+
+
+@pytest.mark.parametrize("kind", [Tensor, Named])
+def test_the_sum_may_be_changed_in_place(kind: Any) -> None:
+    module, reg = gru(), regularizer()
+    reg.attach(module)
+    raw, _ = module(inputs())
+    loss = raw.square().sum()
+    total = reg.on_backward_begin(loss.as_subclass(kind))
+    total /= 2
+    assert type(total) is kind
+    check_gradients(module, total, (loss + formula(raw, raw, 1)) / 2)
+
+
+def test_a_backward_that_makes_a_graph_frees_the_other() -> None:
+    module, reg, probe = gru(), regularizer(), Opaque(torch.empty(0))
+    reg.attach(module)
+    raw, _ = module(inputs())
+    node: Any = raw.grad_fn
+    node.metadata["probe"], alive = probe, weakref.ref(probe)
+    total = reg.on_backward_begin(raw.square().sum())
+    torch.autograd.grad(total.exp(), [*module.parameters()], create_graph=True)
+    del raw, node, total, probe
+    assert alive() is None
+
+
 @either
 def test_a_backward_that_failed_leaves_nothing_armed() -> None:
     model = seeded(Model)
@@ -310,6 +349,8 @@ def test_no_activation_is_kept_after_the_backward(in_backward: bool) -> None:
     loss = loss if in_backward else reg.on_backward_begin(loss)
     del raw, dropped
     loss.backward()
+    if INTERPRETED:  # Triton's interpreter leaves reference cycles
+        gc.collect()
     assert [x() for x in memory] == [None, None]
     del decoded
     assert loss.grad_fn is not None
