@@ -13,7 +13,7 @@ from fastreg.kernels.view import layout_of
 from fastreg.prepare import plain, restored
 from fastreg.problem import Layer, Problem, compute_dtype
 from fastreg.reference import ar_tar_gradients
-from fastreg.torch_state import are_memory, is_memory, observed
+from fastreg.torch_state import are_memory, observed
 
 
 class Addition:
@@ -32,7 +32,7 @@ class Addition:
         raw, values = layer.given(), layer.values
         self.problem, self.layout, self.dtype = problem, layout_of(raw), compute_dtype(raw)
         # The kernels of dropout take no packed rows.
-        takes = is_memory(raw) and not observed() and raw.numel() > 0 and values.batch_sizes is None
+        takes = raw.numel() > 0 and values.batch_sizes is None
         self.backend: Any = backend_for(raw.device) if takes else None
         self.backwards: dict[Any, Any] = {}  # by the layouts of raw and of the gradient that arrives
         self.mark: Any = None

@@ -223,11 +223,17 @@ inline Partials run(Pass *passes, int64_t count, const Counted &counted, int thr
     }
     for (int64_t i = 0; i < count; ++i) passes[i].streams = passes[i].out.base && written >= STREAMED;
     const int64_t first = passes[0].tiling.programs, programs = first + (count > 1 ? passes[1].tiling.programs : 0);
-    std::vector<Partials> partials(programs);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < programs; ++i)
-        partials[i] = i < first ? passes[0].program(i, counted) : passes[1].program(i - first, counted);
+    const auto program = [&](int64_t i) {
+        return i < first ? passes[0].program(i, counted) : passes[1].program(i - first, counted);
+    };
     Partials sums;
+    if (threads == 1) {  // without a parallel region, whose set-up takes longer than small tensors
+        for (int64_t i = 0; i < programs; ++i) sums += program(i);
+        return sums;
+    }
+    std::vector<Partials> partials(programs);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < programs; ++i) partials[i] = program(i);
     for (const Partials &more : partials) sums += more;
     return sums;
 }

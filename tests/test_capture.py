@@ -728,9 +728,10 @@ def test_saved_tensors_that_a_hook_changes(marked: bool, change: str, dropout: n
             return x.mT.contiguous().mT if x.dim() > 1 else x
         return x if INTERPRETED and x.dtype == torch.bool else x.double()  # Triton's counts cannot be converted
 
-    raw, _ = module(x)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, changed):
-        after = raw if dropout is None else dropout(raw)
-        loss = after.square().sum()
-        got = reg.on_backward_begin(loss)
-    check_gradients(module, got, loss + fused_ar_tar(raw, after, ALPHA, BETA, valid=valid))
+    for hook in (lambda x: x, changed):  # the second step has the plans of the first
+        raw, _ = module(x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, hook):
+            after = raw if dropout is None else dropout(raw)
+            loss = after.square().sum()
+            got = reg.on_backward_begin(loss)
+        check_gradients(module, got, loss + fused_ar_tar(raw, after, ALPHA, BETA, valid=valid))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg import RNNRegularizer, dropout, fused_ar_tar, fused_dropout_ar_tar, penalty, plans
+from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, dropout, fused_ar_tar, fused_dropout_ar_tar, penalty, plans
 from fastreg.backends import cpu_tensors_by
 from fastreg.plans import Plans, forget
 from fastreg.prepare import plain_pair
@@ -134,7 +134,17 @@ DROPOUT: dict[str, dict[str, Any]] = EITHER | {
     "a mask of another dtype": {"mask": MASK.double()},
     "a mask with a gradient": {"mask": MASK.clone().requires_grad_()},
 }
+
+
+def by_module(raw: Tensor, ar_of: Any) -> tuple[Tensor, ARTAR | None]:
+    """Apply the dropout module, which alone can form AR of raw."""
+    module = FusedRNNDropout(0.5, 2.0, 1.0, ar_of=ar_of)
+    return module(raw), module.take()
+
+
+ONE_SEQUENCE = {"raw": RAW[0], "dropped": DROPPED[0]}
 BASE = {
+    by_module: {"raw": RAW, "ar_of": "dropped"},
     fused_ar_tar: {"raw": RAW, "dropped": DROPPED, "alpha": 2.0, "beta": 1.0},
     fused_dropout_ar_tar: {"raw": RAW, "p": 0.5, "alpha": 2.0, "beta": 1.0},
 }
@@ -143,6 +153,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     **{f"dropout, {name}": (fused_dropout_ar_tar, {}, change) for name, change in DROPOUT.items()},
     "packed, sequences": (fused_ar_tar, PACKED, MORE_SEQUENCES),
     "packed, time steps": (fused_ar_tar, PACKED, MORE_STEPS),
+    "one sequence, time last": (fused_ar_tar, ONE_SEQUENCE, ONE_SEQUENCE | {"time_dim": 1}),
+    "module, AR of raw": (by_module, {}, {"ar_of": "raw"}),
 }
 
 
