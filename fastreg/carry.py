@@ -103,7 +103,7 @@ class Carrier:
     """Collect what hooks will carry, until the penalty is formed and has a loss.
 
     Attributes:
-        carried: what the hooks share, which begins in a backward.
+        carried: the state that the hooks share.
         raws: of each term the activation, to be saved for the backward; `None` for that of a fused dropout.
         values: the numbers of the terms that read values, which are few, and their values.
     """
@@ -183,7 +183,8 @@ def penalty_of_runs(
         beta: coefficient of TAR.
 
     Returns:
-        The penalty, differentiable as far as the loss does not depend on the activations, and what carries the rest.
+        The penalty, differentiable as far as the loss does not depend on the activations, and the carrier of the
+            other gradients.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
@@ -288,7 +289,7 @@ def _part(group: Sequence[Run], nodes: Mapping[Captured | None, Any]) -> _Part:
 
 
 def _measured(carrier: Carrier, parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> ARTAR:
-    """Compute the penalty of parts of one kind, and plan what carries its gradient."""
+    """Compute the penalty of parts of one kind, and have the carrier note its gradient."""
     part, first = parts[0], parts[0].group[0]
     raw, dropped, valid, starts = part.raw, part.dropped, first.valid, first.starts
     if len(parts) > 1:

@@ -242,7 +242,7 @@ class RNNRegularizer:
         return ARTAR(carrier.penalize(loss, total.penalty, adds=False), total.ar, total.tar)
 
     def _take(self, loss: Tensor) -> tuple[ARTAR, Carrier] | None:
-        """Form the penalty, and plan what carries its gradient; `None` where attached modules are in evaluation."""
+        """Form the penalty, and the carrier of its gradient; `None` where attached modules are in evaluation."""
         chosen = [x for x in self._attached if self.carries(x) and x.source.scale is None]
         if self._attached and not chosen:
             raise RuntimeError("on_backward_begin: attach(..., in_backward=...) adds the penalty already; leave it out")
