@@ -79,7 +79,7 @@ class Carried:
         return None if layer is None else Upstream(self.grad, self.sums[i], layer.values.alpha, layer.values.beta)
 
     def _due(self, i: int) -> Any:
-        """Return what is left of a term whose gradient this backward adds, once; `None` if it adds none."""
+        """Return the layer or the parts of a term that this backward adds, once; `None` where it adds none."""
         task = self.task
         if task is not None and task != current():  # also after a backward that failed
             return None
@@ -100,7 +100,7 @@ def _arrived(gradient: Tensor | None) -> Tensor:
 
 
 class Carrier:
-    """Collect what hooks will carry, until the penalty is formed and has a loss.
+    """Collect the terms that hooks will carry, until the penalty is formed and has a loss.
 
     Attributes:
         carried: the state that the hooks share.
