@@ -24,7 +24,7 @@ from fastreg.prepare import dtypes_of, plain, problem_of, restored_values
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, is_on, rows_of
 from fastreg.torch_state import observed
 
-NEVER = -2  # the id of no backward: PyTorch's engine counts from 0, and -1 stands for none
+NOTHING_ADDED: tuple[Any, list[Any]] = None, []
 current: Callable[[], int] = torch._C._current_graph_task_id
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
 
@@ -33,60 +33,62 @@ class Carried:
     """The gradient of a penalty, which hooks of its activations add to the gradients that arrive there.
 
     Attributes:
-        task: the backward that adds it, by its id in PyTorch's engine; `None` for every one.
-        grad: (), the upstream gradient of the penalty in that backward.
         sums: of each term the operation on the gradient of its activation, which is split where it was joined from
             several tensors; or the problem of a fused dropout, whose node is the hook.
-        left: of each term the activation and values in that backward, or parts of a gradient; `None` once it is added.
+        backwards: of each backward that adds the gradients, under its id in PyTorch's engine, or `None` for every one:
+            the upstream gradient of the penalty, and of each term the activation and values, or the parts of a
+            gradient; `None` once it is added.
     """
 
-    __slots__ = ("grad", "left", "sums", "task")
+    __slots__ = ("backwards", "sums")
 
     def __init__(self) -> None:
         self.sums: list[Any] = []
-        self.end()
+        self.backwards: dict[int | None, tuple[Tensor, list[Any]]] = {}
 
     def begin(self, task: int | None, grad: Tensor, layers: Sequence[Layer]) -> None:
         """Add the gradients in this backward, for the layers of all terms."""
-        self.task, self.grad, self.left = task, grad, [*layers]
+        self.backwards[task] = grad, [*layers]
 
-    def end(self) -> None:
-        """Add no gradient any more, also where one was not used, as a later backward would add it."""
-        self.task: int | None = NEVER
-        self.grad: Any = None
-        self.left: list[Any] = []
+    def end(self, task: int) -> None:
+        """Free what a backward did not use."""
+        self.backwards.pop(task, None)
 
     def add(self, i: int, gradient: Tensor | None) -> Tensor | None:
         """Add the gradient of a term."""
-        layer = self._due(i)
-        return gradient if layer is None else self.sums[i](self.grad, layer, _arrived(gradient))
+        grad, layer, _ = self._due(i)
+        return gradient if layer is None else self.sums[i](grad, layer, _arrived(gradient))
 
     def add_part(self, i: int, part: int, gradient: Tensor | None) -> Tensor | None:
         """Add the gradient of a term at one of the tensors that its activation was joined from."""
-        layer = self._due(i)
+        grad, layer, left = self._due(i)
         if layer is None:
             return gradient
         if isinstance(layer, Layer):
             addition, split = self.sums[i]
-            layer = dict(enumerate(split(addition(self.grad, layer, torch.zeros_like(layer.given())))))
+            layer = dict(enumerate(split(addition(grad, layer, torch.zeros_like(layer.given())))))
         arrived = _arrived(gradient) + layer.pop(part)
-        self.left[i] = layer or None
+        left[i] = layer or None
         return arrived
 
     def upstream(self, i: int) -> Upstream | None:
         """Return the gradient for the node of a fused dropout to add; `None` for none."""
-        layer = self._due(i)
-        return None if layer is None else Upstream(self.grad, self.sums[i], layer.values.alpha, layer.values.beta)
+        grad, layer, _ = self._due(i)
+        return None if layer is None else Upstream(grad, self.sums[i], layer.values.alpha, layer.values.beta)
 
-    def _due(self, i: int) -> Any:
-        """Return the layer or the parts of a term that this backward adds, once; `None` where it adds none."""
-        task = self.task
-        if task is not None and task != current():  # also after a backward that failed
-            return None
-        left = self.left[i]
+    def _due(self, i: int) -> tuple[Any, Any, list[Any]]:
+        """Return the upstream gradient, and the layer or the parts of a term that this backward adds, once, or `None`.
+
+        The third item is the list of all terms.
+        """
+        task = None if None in self.backwards else current()
+        grad, left = self.backwards.get(task, NOTHING_ADDED)
+        if not left:  # a backward of another loss
+            return grad, None, left
+        layer = left[i]
         if task is not None or not keeps_graph():
-            self.left[i] = None
-        return left
+            left[i] = None
+        return grad, layer, left
 
 
 def _arrived(gradient: Tensor | None) -> Tensor:
@@ -155,10 +157,10 @@ class _Carry(Function):
             layers[at] = Layer(layers[at].raw, None, restored_values(saved[start : start + len(NOTHING)], dtypes))
         if torch.compiler.is_compiling():  # compiled autograd traces neither changing hooks nor callbacks
             begin: Any = torch.compiler.disable(carried.begin)
-            begin(task, upstream, layers)
+            begin(task, upstream.clone(), layers)
         else:
-            carried.begin(task, upstream, layers)
-            torch.autograd.Variable._execution_engine.queue_callback(carried.end)
+            carried.begin(task, upstream.clone(), layers)  # a hook of the loss may change its own in place
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(carried.end, task))
         if ctx.loss is None:
             return None, grad, upstream, None
         shape, dtype, device = ctx.loss

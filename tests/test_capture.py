@@ -283,6 +283,39 @@ def test_the_sum_may_be_changed_in_place(kind: Any) -> None:
     check_gradients(module, total, (loss + formula(raw, raw, 1)) / 2)
 
 
+@pytest.mark.parametrize("where", ["the loss", "the penalty"])
+def test_a_hook_that_changes_its_gradient_in_place(where: str) -> None:
+    """The upstream gradient of the penalty stays what it was."""
+    module, reg = gru(), regularizer()
+    reg.attach(module)
+    raw, _ = module(inputs())
+    loss = raw.square().sum()
+    terms = None if where == "the loss" else reg.take(loss)
+    total = reg.on_backward_begin(loss) if terms is None else terms.penalty + loss
+    want = 3 * loss + formula(raw, raw, 1)
+    gradients = torch.autograd.grad(want, [*module.parameters()], retain_graph=True)
+    loss.register_hook(lambda gradient: (gradient.mul_(3), None)[1])
+    torch.testing.assert_close(torch.autograd.grad(total, [*module.parameters()]), gradients)
+
+
+def test_a_backward_within_another_of_the_same_loss() -> None:
+    module, reg = gru(), regularizer()
+    reg.attach(module)
+    raw, _ = module(inputs())
+    loss = raw.square().sum()
+    total, parameters, inner = reg.on_backward_begin(loss), [*module.parameters()], []
+    want = torch.autograd.grad(loss + formula(raw, raw, 1), parameters, retain_graph=True)
+
+    def once(_: Tensor) -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = torch.autograd.grad(total, parameters, retain_graph=True)
+
+    loss.register_hook(once)
+    torch.testing.assert_close(torch.autograd.grad(total, parameters, retain_graph=True), want)
+    torch.testing.assert_close(inner[0], want)
+
+
 def test_a_backward_that_makes_a_graph_frees_the_other() -> None:
     module, reg, probe = gru(), regularizer(), Opaque(torch.empty(0))
     reg.attach(module)
