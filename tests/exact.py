@@ -111,8 +111,9 @@ def check_penalty(raw: Tensor, dropped: Tensor, alpha: float, beta: float, **opt
     counts = steps_of(raw, **options)[0].expand(raw.shape)
     both = [(raw, wanted[0], beta), (dropped, wanted[1], alpha)] if dropped is not raw else [(raw, wanted[0], True)]
     leaves = [(x, exactly, bool(depends)) for x, exactly, depends in both if x.requires_grad]
-    # Upstream gradients that are expected, and others; small ones underflow in float16.
-    for scale, measured in ((100, False), (100, True), (300, True), (300, False)):
+    # Upstream gradients that are expected, and others; small ones underflow in float16. The interpreter takes long.
+    others = () if INTERPRETED else ((300, True), (300, False))
+    for scale, measured in ((100, False), (100, True), *others):
         got: Any = fused_ar_tar(raw, dropped, alpha, beta, return_terms=measured, **options)
         if measured:
             assert_terms(got, want, raw.dtype, dropped.dtype)
