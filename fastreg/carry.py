@@ -51,7 +51,7 @@ class Carried:
         self.backwards[task] = grad, [*layers]
 
     def end(self, task: int) -> None:
-        """Free what a backward did not use."""
+        """Free the layers that a backward did not use."""
         self.backwards.pop(task, None)
 
     def add(self, i: int, gradient: Tensor | None) -> Tensor | None:
@@ -155,11 +155,10 @@ class _Carry(Function):
         for i, (at, dtypes) in enumerate(ctx.values):
             start = count + i * len(NOTHING)
             layers[at] = Layer(layers[at].raw, None, restored_values(saved[start : start + len(NOTHING)], dtypes))
-        if torch.compiler.is_compiling():  # compiled autograd traces neither changing hooks nor callbacks
-            begin: Any = torch.compiler.disable(carried.begin)
-            begin(task, upstream.clone(), layers)
-        else:
-            carried.begin(task, upstream.clone(), layers)  # a hook of the loss may change its own in place
+        compiling = torch.compiler.is_compiling()  # compiled autograd traces neither changing hooks nor callbacks
+        begin: Any = torch.compiler.disable(carried.begin) if compiling else carried.begin
+        begin(task, upstream.clone(), layers)  # a copy, as a hook of the loss may change its own in place
+        if not compiling:
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(carried.end, task))
         if ctx.loss is None:
             return None, grad, upstream, None

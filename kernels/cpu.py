@@ -268,9 +268,9 @@ class _Dropout(Structure):
     ]
 
 
+_NOTHING = (None,) * 5  # the result of `_read` for a call without values
 # The tensors whose addresses C takes, in this order: PenaltyMemory and DropoutMemory there.
 _READ_AND_WRITTEN = "lengths", "valid", "starts", "alpha", "beta", "penalty", "terms"
-_NOTHING = (None,) * 5  # for those that a call reads
 _PENALTY_MEMORY = "raw", "dropped", "grad_raw", "grad_dropped", "grad", "assumed", *_READ_AND_WRITTEN
 _DROPOUT_MEMORY = "raw", "mask", "dropped", "grad_raw", "grad", *_READ_AND_WRITTEN
 

@@ -460,7 +460,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_arrived", "no gradient to add to", "if gradient is None:", "if False:"),
         ("Carrier", "a sum that nothing may change in place", "if adds and type(loss) is not Tensor:", "if False:"),
         ("_Carry", "the upstream gradient of the loss itself",
-         "carried.begin(task, upstream.clone(), layers)", "carried.begin(task, upstream, layers)"),
+         "begin(task, upstream.clone(), layers)", "begin(task, upstream, layers)"),
         ("_Carry", "the penalty is not added", "return loss + penalty if adds", "return loss.clone() if adds"),
         ("_Carry", "no gradient passes to the loss",
          "return None, grad, upstream, None", "return None, None, upstream, None"),

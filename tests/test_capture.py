@@ -285,7 +285,7 @@ def test_the_sum_may_be_changed_in_place(kind: Any) -> None:
 
 @pytest.mark.parametrize("where", ["the loss", "the penalty"])
 def test_a_hook_that_changes_its_gradient_in_place(where: str) -> None:
-    """The upstream gradient of the penalty stays what it was."""
+    """The upstream gradient of the penalty does not change."""
     module, reg = gru(), regularizer()
     reg.attach(module)
     raw, _ = module(inputs())
