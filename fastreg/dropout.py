@@ -268,9 +268,8 @@ class _Plan:
 
     def compute(self, raw: Tensor, mask: Tensor, values: Values) -> tuple[Tensor, Result]:
         """Launch the forward; return dropped and the penalty."""
-        dropped, inputs = allocate(self.dropped), self.inputs
-        read = inputs.read((raw, mask)) if inputs.copies else (raw, mask)
-        return dropped, self.forward((*read, dropped), values)
+        dropped = allocate(self.dropped)
+        return dropped, self.forward((*self.inputs.read((raw, mask)), dropped), values)
 
     def gradient(self, upstream: Upstreams, layer: Layer, mask: Tensor, problem: Problem) -> Tensor:
         """Launch the backward, for the gradients of dropped and of the penalty that there are."""
@@ -316,10 +315,9 @@ def plan_backward(
 
 def launch_backward(backward: Backward, upstream: Upstreams, layer: Layer, mask: Tensor | None = None) -> Tensor:
     """Allocate the gradient of raw, and launch the backward."""
-    layout, inputs, launch = backward
-    gradient, tensors = allocate(layout), (layer.raw, mask, upstream[0])
-    read = inputs.read(tensors) if inputs.copies else tensors
-    launch(upstream[1], (*read, gradient), layer.values)
+    grad_dropped, grad = upstream
+    gradient, tensors = allocate(backward.gradient), backward.inputs.read((layer.raw, mask, grad_dropped))
+    backward.launch(grad, (*tensors, gradient), layer.values)
     return gradient
 
 

@@ -252,8 +252,7 @@ class _LayerPlan:
         """Launch the forward, which adds to the result before; return the result, and the gradients it has filled."""
         first, second = self.filled
         filled = None if first is None else allocate(first), None if second is None else allocate(second)
-        read = self.inputs.read(tensors) if self.inputs.copies else tensors
-        return self.forward((*read, *filled), values, before), filled
+        return self.forward((*self.inputs.read(tensors), *filled), values, before), filled
 
     def gradients(
         self, grad: Tensor, layer: Layer, prediction: Prediction | None, filled: Sequence[Tensor | None]
@@ -274,8 +273,7 @@ class _LayerPlan:
             gradients, launch = self._plan_backward(inputs, layer)
         if prediction is None:
             filled = [None if x is None else allocate(x) for x in gradients]
-        read = inputs.read(saved) if inputs.copies else saved
-        launch(grad, (*read, *filled), layer.values, prediction)
+        launch(grad, (*inputs.read(saved), *filled), layer.values, prediction)
         return filled
 
     def _plan_backward(self, inputs: Inputs, layer: Layer) -> tuple[Any, Any]:

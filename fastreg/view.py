@@ -113,7 +113,7 @@ class Inputs:
     Attributes:
         layouts: of the tensors, `None` for one that no term reads.
         fold: how their axes fold.
-        copies: whether kernels read a copy of any, which `read` makes.
+        copies: whether kernels read a copy of any.
     """
 
     def __init__(self, layouts: Sequence[Layout | None], layer: Layer, problem: Problem) -> None:
@@ -125,8 +125,8 @@ class Inputs:
         return view_of((*self.layouts, *written), self.fold, values)
 
     def read(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Return the tensors as kernels read them, where one `copies`."""
-        return [self.fold.read(x) for x in tensors]
+        """Return the tensors as kernels read them."""
+        return [self.fold.read(x) for x in tensors] if self.copies else tensors
 
 
 def view_of(layouts: Sequence[Layout | None], fold: Fold, values: Values) -> View:
