@@ -105,7 +105,7 @@ class Sample:
 
 
 def _samples() -> Iterator[Sample]:
-    odd_sizes = [(3, 37, 401), (1, 5, 3), (2, 1, 7), (1, 1, 1), (4, 9, 1), (2, 2, 16), (5, 3), (1, 8), (1, 150, 2)]
+    odd_sizes = [(2, 37, 201), (1, 5, 3), (2, 1, 7), (1, 1, 1), (4, 9, 1), (2, 2, 16), (5, 3), (1, 8), (1, 150, 2)]
     for shape in odd_sizes:
         yield Sample(shape)
         yield Sample(shape, same=True, batch_first=False)

@@ -37,9 +37,10 @@ def steps_of(sample: Sample, kind: str, device: str) -> dict[str, Any]:
     return {}
 
 
-# Each sample with each of the terms, and with each of the steps that count, but not with all pairs.
+# Each sample with each of the terms, of the steps that count, and of the layouts of the gradient that arrives, but not
+# with all combinations.
 CASES = [
-    (sample, terms, steps)
+    (sample, terms, steps, [torch.clone, sample.layouts[0], expanded_number][(i + j) % 3])
     for i, sample in enumerate(ONE_TENSOR)
     for j, terms in enumerate(["both", "ar", "tar"])
     for k, steps in enumerate(["all", "lengths", "valid"])
@@ -47,8 +48,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("sample", "terms", "steps"), CASES, ids=str)
-def test_the_sum(sample: Sample, terms: str, steps: str, device: str, poison: None) -> None:
+@pytest.mark.parametrize(
+    ("sample", "terms", "steps", "arrange"), CASES, ids=lambda x: getattr(x, "__name__", None) or str(x)
+)
+def test_the_sum(sample: Sample, terms: str, steps: str, arrange: Any, device: str, poison: None) -> None:
     dtype = sample.dtypes[0]
     if dtype in (HALF, BF16):
         skip_on_formula(device)
@@ -60,21 +63,19 @@ def test_the_sum(sample: Sample, terms: str, steps: str, device: str, poison: No
     if sample.layouts[0].__name__ not in ("expanded", "overlapping"):  # whose elements share memory
         raw.masked_fill_(padding, torch.inf)
     upstream = torch.tensor(300.0, device=device, dtype=torch.promote_types(dtype, FLOAT))
-    addition = Addition(layer, problem)
-    for arrange in (torch.clone, sample.layouts[0], expanded_number):
-        arrived = arrange(torch.randn(raw.shape, device=device).to(dtype))
-        with torch.no_grad():  # as in a backward
-            got = addition(upstream, layer, arrived)
-        penalty, _ = ar_tar_gradients(upstream.double(), layer._replace(raw=raw.double()), problem.penalized())
-        assert penalty is not None
-        assert got.dtype == dtype
-        assert torch.equal(got[padding], arrived[padding])
-        # Four products at most are rounded before they cancel.
-        coefficients: Any = problem.alpha, problem.beta
-        factors = [300 * 2 * c / n for c, n in zip(coefficients, divisors(layer, problem), strict=True)]
-        largest = 4 * float(max(factors)) * torch.where(padding, 0, raw).double().abs().max().item()
-        want = arrived.double() + penalty
-        torch.testing.assert_close(got.double(), want, rtol=rounding(got), atol=4 * eps(dtype) * largest)
+    arrived = arrange(torch.randn(raw.shape, device=device).to(dtype))
+    with torch.no_grad():  # as in a backward
+        got = Addition(layer, problem)(upstream, layer, arrived)
+    penalty, _ = ar_tar_gradients(upstream.double(), layer._replace(raw=raw.double()), problem.penalized())
+    assert penalty is not None
+    assert got.dtype == dtype
+    assert torch.equal(got[padding], arrived[padding])
+    # Four products at most are rounded before they cancel.
+    coefficients: Any = problem.alpha, problem.beta
+    factors = [300 * 2 * c / n for c, n in zip(coefficients, divisors(layer, problem), strict=True)]
+    largest = 4 * float(max(factors)) * torch.where(padding, 0, raw).double().abs().max().item()
+    want = arrived.double() + penalty
+    torch.testing.assert_close(got.double(), want, rtol=rounding(got), atol=4 * eps(dtype) * largest)
 
 
 def test_it_is_differentiable_where_pytorch_sees_it(device: str) -> None:

@@ -19,7 +19,7 @@ from tests.conftest import INTERPRETED, skip_on_formula
 from tests.exact import check_dropout, check_penalty, spoil
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
-CASES = 20 if INTERPRETED else 200
+SEEDS = range(6, 20) if INTERPRETED else range(200)  # of smaller tensors than seed 5, which take 1 s in it
 
 
 class Case(NamedTuple):
@@ -88,13 +88,13 @@ def drawn(seed: int) -> Case:
     return Case(raw, dropped, options, coefficients)
 
 
-@pytest.mark.parametrize("seed", range(CASES))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_penalty_of_any_axes(seed: int) -> None:
     case = drawn(seed)
     check_penalty(case.raw, case.dropped, *case.coefficients, **case.options)
 
 
-@pytest.mark.parametrize("seed", range(CASES))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_dropout_of_any_axes(seed: int) -> None:
     case, draw = drawn(seed), random.Random(-seed)
     shape = list(case.raw.shape)

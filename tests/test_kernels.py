@@ -44,7 +44,7 @@ def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatc
         call(self, *tensors)
 
     monkeypatch.setattr(launch.Launch, "__call__", counted)
-    raw, dropped = leaves(device, 3, 70, 40)
+    raw, dropped = leaves(device, 2, 33, 4)
     for _ in range(2):  # planned, and remembered
         got = fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0)
         assert launched == [(True, True)]
@@ -59,12 +59,12 @@ def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatc
     assert launched == [(True, True)] * 3 + [(False, True)] * 3
 
 
-@pytest.mark.parametrize("programs", [1, 2, 5])
+@pytest.mark.parametrize("programs", [2, 5])
 def test_programs_share_the_items(programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "PROGRAMS", programs)
-    check_penalty(*leaves(device, 4, 40, 600), 2.0, 1.0)
-    check_penalty(*leaves(device, 4, 3, 600), 2.0, 1.0, batch_first=False)
-    raw, mask = leaves(device, 4, 40, 600)
+    check_penalty(*leaves(device, 2, 40, 600), 2.0, 1.0)
+    check_penalty(*leaves(device, 4, 3, 400), 2.0, 1.0, batch_first=False)
+    raw, mask = leaves(device, 2, 40, 600)
     check_dropout(raw, mask.detach(), 2.0, 1.0)
 
 
@@ -82,7 +82,7 @@ def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pyt
 def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal numbers are the worst case: every rounding goes the same way."""
     monkeypatch.setattr(tiling, "PROGRAMS", 1)
-    raw = torch.full((1, 2048, 3), 0.1, device=device)
+    raw = torch.full((1, 1024, 1), 0.1, device=device)
     raw[:, ::2] *= -1
     got = fused_ar_tar(raw, raw, 1.0, 1.0, return_terms=True)
     want = truth(raw.double(), raw.double(), 1.0, 1.0)
@@ -91,7 +91,7 @@ def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.Monk
 
 def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "LARGE", 0)
-    check_penalty(*leaves(device, 3, 37, 401), 2.0, 1.0)
+    check_penalty(*leaves(device, 3, 20, 41), 2.0, 1.0)
     check_penalty(*leaves(device, 5, 1, 1), 2.0, 1.0, batch_first=False)
 
 
@@ -113,7 +113,7 @@ def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkey
 
     monkeypatch.setattr(reduction, "ticket_for", ticket_for)
     for _ in range(2):
-        check_penalty(*leaves(device, 3, 70, 40), 2.0, 1.0)
+        check_penalty(*leaves(device, 2, 33, 4), 2.0, 1.0)
         assert ticket == begins[-1]
 
 

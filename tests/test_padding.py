@@ -308,9 +308,12 @@ def pack(x: Tensor, lengths: Tensor, sort: bool) -> PackedSequence:
     return pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=sort)
 
 
+PACKED_WAYS = ["batch first", "one tensor", "sliced", "copied", "halves", "doubles"]
+PACKED = [("batch first", False), *[(way, True) for way in PACKED_WAYS]]
+
+
 @pytest.mark.parametrize("steps", ["lengths, several runs", "lengths, full", "lengths, one row"])
-@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "unsorted"])
-@pytest.mark.parametrize("way", ["batch first", "one tensor", "sliced", "copied", "halves", "doubles"])
+@pytest.mark.parametrize(("way", "sort"), PACKED, ids=["batch first, unsorted", *PACKED_WAYS])
 @pytest.mark.parametrize("hidden", [12] if INTERPRETED else [1, 12, 3000])
 def test_packed(hidden: int, way: str, sort: bool, steps: str, device: str, poison: None) -> None:
     sample, lengths = WAYS[way], given(steps, device)["lengths"]
@@ -321,7 +324,7 @@ def test_packed(hidden: int, way: str, sort: bool, steps: str, device: str, pois
     inputs = slice(1 if sample.same else 2)
     want = truth(wanted[0], wanted[inputs][-1], ALPHA, BETA, lengths=lengths)
     x, y = (p._replace(data=data) for p, data in zip(packed, rows, strict=True))
-    for scale in (100, 100, 300):
+    for scale in (100, 100) if INTERPRETED else (100, 100, 300):
         got = fused_ar_tar(x, x if sample.same else y, ALPHA, BETA, return_terms=True)
         assert_terms(got, want, *sample.dtypes)
         gradients = torch.autograd.grad(got.penalty * scale, rows[inputs])
@@ -332,8 +335,8 @@ def test_packed(hidden: int, way: str, sort: bool, steps: str, device: str, pois
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int32], ids=str)
 def test_packed_with_few_bits(kind: torch.dtype, device: str) -> None:
-    raw = torch.randn(40, 4, 900, device=device, requires_grad=True)
-    packed = pack(raw, torch.tensor([4] * 20 + [3] * 20), sort=True)
+    raw = torch.randn(90, 4, 8, device=device, requires_grad=True)
+    packed = pack(raw, torch.tensor([4] * 70 + [3] * 20), sort=True)
     few = packed._replace(batch_sizes=packed.batch_sizes.to(kind))
     results = [fused_ar_tar(x, x, ALPHA, BETA) for x in (few, packed)]
     assert torch.equal(*results)
@@ -425,13 +428,13 @@ def test_a_refilled_pinned_buffer_leaves_a_queued_step_alone(steps: str) -> None
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("byte", [2, 128, 255])
+@pytest.mark.parametrize("byte", [2, 255])
 @pytest.mark.parametrize("by_start", [False, True], ids=["valid alone", "with starts"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_any_byte_but_0_is_true(byte: int, by_start: bool, fused: bool, device: str) -> None:
     """A view of integers as bool, and memory from other libraries, have other bytes than 1."""
-    valid, starts = torch.rand(2, 5, 41, device=device) < torch.tensor([0.7, 0.2], device=device).view(2, 1, 1)
-    x = torch.randn(5, 41, 12, device=device, requires_grad=True)
+    valid, starts = torch.rand(2, 5, 9, device=device) < torch.tensor([0.7, 0.2], device=device).view(2, 1, 1)
+    x = torch.randn(5, 9, 12, device=device, requires_grad=True)
 
     def call(*given: Tensor) -> list[Tensor]:
         options: dict[str, Any] = dict(zip(("valid", "starts"), given, strict=False))

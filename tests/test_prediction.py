@@ -75,7 +75,9 @@ def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, de
 
 
 @pytest.mark.parametrize("which", ["raw", "dropped"])
-@pytest.mark.parametrize("dtypes", [(FLOAT, DOUBLE), (BF16, FLOAT), (DOUBLE, HALF)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(FLOAT, DOUBLE), *([] if INTERPRETED else [(BF16, FLOAT), (DOUBLE, HALF)])], ids=str
+)
 def test_one_gradient_of_two_dtypes(dtypes: Any, which: str, device: str) -> None:
     """A program has the same items forward and backward, whatever the tensor that needs no gradient is like."""
     raw = torch.zeros(64, 512, dtype=dtypes[0], device=device)
@@ -97,7 +99,7 @@ def test_a_term_that_is_measured_has_no_part_in_the_gradient(alpha: float, beta:
     """Where raw is dropped, too, and where the term is infinite."""
     for values in ([1.0, math.inf, 1.0, 1.0, 2.0], [3e38, -3e38, 1.0, -1.0, -1.0], [-1.0] * 5):
         x = torch.tensor(values, device=device).unsqueeze(1).requires_grad_()
-        for value in (1.0, -1.0, -1.0, 1e-5):
+        for value in (1.0, -1.0) if INTERPRETED else (1.0, -1.0, -1.0, 1e-5):
             grad = torch.tensor(value, device=device)
             want = alone(lambda x=x: fused_ar_tar(x, x, alpha, beta), grad, (x,))
             measured = fused_ar_tar(x, x, alpha, beta, return_terms=True).penalty
