@@ -240,8 +240,9 @@ def _of_node(carrier: Carrier, run: Run, node: Any, alpha: Coefficient, beta: Co
         *(run.time_at, "mean", True, run.dropped is run.raw),
     )
     check_options(call)
-    tensors = [x if isinstance(x, Tensor) else None for x in (call.alpha, call.beta)]
-    i = carrier.note(problem_of(call), None, Values(alpha=tensors[0], beta=tensors[1]))
+    alpha_at, beta_at = (x if isinstance(x, Tensor) else None for x in (call.alpha, call.beta))
+    values = NOTHING if alpha_at is beta_at is None else Values(alpha=alpha_at, beta=beta_at)
+    i = carrier.note(problem_of(call), None, values)
     node.carried = functools.partial(carrier.carried.upstream, i)
     return _weighted(run.terms, alpha, beta)
 
@@ -380,12 +381,12 @@ def _joined_marks(group: Sequence[Run], marks: Sequence[Tensor | None], default:
 
 def _weighted(terms: tuple[Tensor, ...], alpha: Coefficient, beta: Coefficient) -> ARTAR:
     """Weight AR and TAR; a coefficient of 0 leaves its term out, even an infinite term or NaN."""
-    ar, tar = terms
-    penalty = torch.zeros_like(ar)
-    for coefficient, term in ((alpha, ar), (beta, tar)):
+    parts: list[Tensor] = []
+    for coefficient, term in zip((alpha, beta), terms, strict=True):
         if isinstance(coefficient, Tensor):
             factor = plain(coefficient).to(term.device, term.dtype)
-            penalty = penalty + torch.where(factor == 0, 0, factor * term)
+            parts.append(torch.where(factor == 0, 0, factor * term))
         elif coefficient != 0:
-            penalty = penalty + coefficient * term
-    return ARTAR(penalty, ar, tar)
+            parts.append(coefficient * term)
+    penalty = functools.reduce(torch.add, parts) if parts else torch.zeros_like(terms[0])
+    return ARTAR(penalty, *terms)
