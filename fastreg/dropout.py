@@ -394,13 +394,11 @@ def _gradient_formula(
         problem: the problem of the forward.
     """
     grad_dropped, grad = upstream
-    raw, dtype = layer.given(), compute_dtype(layer.raw)
-    through_mask = None if grad_dropped is None else grad_dropped.to(dtype)
-    direct = None
+    raw, through_mask, direct = layer.given(), grad_dropped, None
     if grad is not None:
         direct, ar = ar_tar_gradients(grad, Layer(raw, raw * mask, layer.values), problem)
         through_mask = _sum(through_mask, ar)
-    gradient = _sum(None if through_mask is None else through_mask * mask.to(dtype), direct)
+    gradient = _sum(None if through_mask is None else through_mask * mask, direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)
 
 

@@ -387,9 +387,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_DropoutPenalty", "batched gradients not left to the formula",
          "(raw, mask, *values, *upstream)", "(raw, mask, *values)"),
         ("_DropoutPenalty", "no double backward", "torch.is_grad_enabled() or ", ""),
-        ("_gradient_formula", "parts rounded before they are added",
-         "grad_dropped.to(dtype)", "grad_dropped.to(raw.dtype)"),
-        ("_gradient_formula", "mask left out", "through_mask * mask.to(dtype)", "through_mask"),
+        ("_gradient_formula", "mask left out", "else through_mask * mask, direct", "else through_mask, direct"),
     ],
     "fastreg/rnn_dropout.py": [
         ("FusedRNNDropout", "recomputation leaves a penalty", "torch._C._current_graph_task_id() == -1", "True"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +16,18 @@ from fastreg.problem import Layer, divisors
 from fastreg.reference import ar_tar_gradients, counted
 from tests.conftest import skip_on_formula
 from tests.exact import eps, rounding
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
+from tests.samples import (
+    BF16,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    SAMPLES,
+    Sample,
+    contiguous,
+    every_other,
+    hidden_first,
+    transposed,
+)
 
 ONE_TENSOR = [s for s in SAMPLES if s.dtypes[0] == s.dtypes[1] and not s.same and s.layouts[0] == s.layouts[1]]
 
@@ -86,6 +98,17 @@ def test_it_is_differentiable_where_pytorch_sees_it(device: str) -> None:
     assert gradcheck(lambda a, u, r: addition(u, Layer(r, None), a), (arrived, upstream, raw))
     with pytest.raises(RuntimeError, match="second derivatives need an activation that was freed"):
         addition(upstream, Layer(raw.detach(), None), arrived)
+
+
+def test_each_layout_is_read_as_it_lies(device: str) -> None:
+    """A hook on saved tensors may lay out the activations anew."""
+    problem = ONE_TENSOR[0].problem._replace(ar_of_raw=True)
+    values, gradient = torch.randn(2, 3, 7, 12, device=device)
+    upstream, addition = torch.ones((), device=device), Addition(Layer(values, None), problem)
+    with torch.no_grad():
+        want = addition(upstream, Layer(values, None), gradient)
+        for lay, arrange in product((contiguous, transposed, hidden_first, every_other), repeat=2):
+            assert torch.equal(addition(upstream, Layer(lay(values), None), arrange(gradient)), want)
 
 
 def test_a_negated_view_is_read_with_its_sign(device: str) -> None:
