@@ -1,5 +1,7 @@
 # Each target builds the environment that it needs in .venv: python3 (3.10 or newer, with venv), git and make are enough.
 PYTHON ?= python3
+# Modules are compiled once, even where the environment forbids it: else each process compiles PyTorch's for 5 s.
+export PYTHONDONTWRITEBYTECODE =
 # Python compiles modules when they are imported; most installed modules never are.
 INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
 PIP = .venv/bin/python $(INSTALL)
