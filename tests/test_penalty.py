@@ -140,6 +140,7 @@ def live_tensors() -> set[int]:
     return {id(x) for x in gc.get_objects() if issubclass(type(x), Tensor)}
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_no_tensor_but_gradients_outlives_a_step(device: str) -> None:
     """The forward fills the gradients, and on a GPU a record of the assumed upstream gradient."""
     skip_on_formula(device)
