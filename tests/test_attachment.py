@@ -640,10 +640,9 @@ def dynamo() -> Any:
     torch._dynamo.reset()
 
 
-@either
-@pytest.mark.parametrize(("backend", "allow_rnn"), [("eager", False), ("aot_eager", True)])
-def test_attached_before_compilation(backend: str, allow_rnn: bool, dynamo: Any) -> None:
-    model, plain = seeded(lambda: Model(p=0)), seeded(lambda: Model(p=0))
+@pytest.mark.parametrize(("kind", "backend", "allow_rnn"), [(Model, "eager", False), (Fused, "aot_eager", True)])
+def test_attached_before_compilation(kind: type[Model], backend: str, allow_rnn: bool, dynamo: Any) -> None:
+    model, plain = seeded(lambda: kind(p=0)), seeded(lambda: kind(p=0))
     reg = attached(model)
     with dynamo.patch(allow_rnn=allow_rnn):
         compiled: Any = torch.compile(model, backend=backend)
