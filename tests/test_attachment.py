@@ -7,7 +7,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
@@ -269,35 +269,16 @@ def test_the_terms_of_a_dropout_without_masks_are_not_taken(name: str, formed: l
 
 # Which runs belong to a step
 
-Step: TypeAlias = tuple[Tensor, list[Any]]  # a loss, and raw and dropped of the runs that count
-
-
-def two_runs_before_their_dropouts(model: Model) -> Step:
-    raws = [model.rnn(inputs())[0] for _ in range(2)]
-    dropped = [model.dropout(raw) for raw in raws]
-    return dropped[0].mean() + dropped[1].mean(), [*zip(raws, dropped, strict=True)]
-
-
-def windows_of_one_sequence(model: Model) -> Step:
-    state, losses, runs = None, [], []
-    for window in tokens(BATCH, 3 * TIME).split(TIME, 1):
-        raw, state = model.rnn(model.embedding(window), state)
-        runs.append((raw, model.dropout(raw)))
-        losses.append(criterion(model.decoder(runs[-1][1]), window))
-    return torch.stack(losses).sum(), runs
-
-
-STEPS = [two_runs_before_their_dropouts, windows_of_one_sequence]
-
 
 @either
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
-def test_runs_that_count(step: Callable[[Model], Step]) -> None:
-    model = seeded(Model)
-    reg = attached(model)
-    loss, runs = step(model)
-    want = loss + torch.stack([formula(*run, time=1) for run in runs]).sum()
-    check_gradients(model, reg.on_backward_begin(loss), want)
+def test_windows_of_one_sequence_all_count() -> None:
+    model, state = seeded(Model), None
+    reg, loss, penalty = attached(model), torch.zeros(()), torch.zeros(())
+    for window in tokens(BATCH, 3 * TIME).split(TIME, 1):
+        raw, state = model.rnn(model.embedding(window), state)
+        dropped = model.dropout(raw)
+        loss, penalty = loss + criterion(model.decoder(dropped), window), penalty + formula(raw, dropped, 1)
+    check_gradients(model, reg.on_backward_begin(loss), loss + penalty)
 
 
 def test_runs_that_return_leaves_all_count() -> None:
@@ -409,16 +390,17 @@ def test_second_derivatives(p: float) -> None:
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_a_run_whose_dropped_the_loss_does_not_depend_on(kept: bool) -> None:
+def test_runs_whose_dropped_the_loss_does_not_depend_on(kept: bool) -> None:
     model = seeded(Model)
     reg = attached(model)
-    _, runs = two_runs_before_their_dropouts(model)
-    loss = runs[0][0].sum() + runs[1][0].sum()
+    raws = [model.rnn(inputs())[0] for _ in range(2)]
+    dropped = [model.dropout(raw) for raw in raws]
+    loss = raws[0].sum() + raws[1].sum()
     if kept:
-        want = loss + formula(*runs[0], time=1) + formula(*runs[1], time=1)
+        want = loss + formula(raws[0], dropped[0], 1) + formula(raws[1], dropped[1], 1)
         check_gradients(model, reg.on_backward_begin(loss), want)
         return
-    runs.clear()
+    dropped.clear()
     with pytest.raises(RuntimeError, match="the loss does not depend on the output of the attached Dropout, which was"):
         reg.on_backward_begin(loss)
 
@@ -430,22 +412,18 @@ def test_a_run_whose_dropped_the_loss_does_not_depend_on(kept: bool) -> None:
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # the embedding's, for its integers
 @pytest.mark.parametrize("where", ["rnn", "dropout", "global"])
 def test_full_backward_hooks(where: str) -> None:
-    model, plain = seeded(Model), seeded(Model)
-    reg, calls = attached(model), []
-
-    def note(module: nn.Module, *_: Any) -> None:
-        calls.append(module)
-
+    model, calls = seeded(Model), []
+    reg, note = attached(model), lambda module, *_: calls.append(module)
     if where == "global":
-        hooks = [nn.modules.module.register_module_full_backward_hook(note)]
+        hook = nn.modules.module.register_module_full_backward_hook(note)
     else:
-        hooks = [getattr(one, where).register_full_backward_hook(note) for one in (model, plain)]
+        hook = getattr(model, where).register_full_backward_hook(note)
     try:
-        got = train(model, with_hooks(model, reg), tokens())
-        assert_same(got, train(plain, written_out(plain), tokens()))
+        decoded, raw, dropped = model.activations(tokens())
+        loss = criterion(decoded, tokens())
+        check_gradients(model, reg.on_backward_begin(loss), loss + formula(raw, dropped, 1))
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     assert model.rnn in calls or where == "dropout"
 
 
