@@ -50,14 +50,6 @@ def captured(by_hooks: bool) -> tuple[Model, RNNRegularizer, tuple[Tensor, Tenso
     return model, reg, output
 
 
-@pytest.mark.parametrize("kind", [tuple, list])
-def test_the_output_is_a_tuple_or_list(kind: type) -> None:
-    model, reg = seeded(Model), regularizer()
-    _, raw, dropped = output = model.activations(tokens())
-    loss = criterion(reg.on_loss_begin(kind(output)), tokens())
-    check_gradients(model, reg.on_backward_begin(loss), loss + formula(raw, dropped, 1))
-
-
 @either
 @pytest.mark.parametrize("by_hooks", [False, True])
 @pytest.mark.parametrize("layers", ["last", "all"])
@@ -130,18 +122,6 @@ def test_take_returns_the_penalty_alone(by_hooks: bool) -> None:
         assert reg.take(criterion(model(tokens()), tokens())) is None
 
 
-def test_coefficients_may_change() -> None:
-    reg = RNNRegularizer()
-    raw = torch.ones(2, 3, 4)
-    reg.on_loss_begin((raw, raw, 2 * raw))
-    assert penalty_of(reg) == 0
-    assert reg.ar == 4
-    reg.alpha = 0.5
-    reg.on_loss_begin((raw, raw, 2 * raw))
-    assert penalty_of(reg) == 0.5 * 4
-    assert reg.ar == 4
-
-
 @pytest.mark.parametrize(("loss", "raw", "total"), [(BF16, BF16, FLOAT), (FLOAT, BF16, FLOAT), (FLOAT, DOUBLE, DOUBLE)])
 def test_dtypes(loss: torch.dtype, raw: torch.dtype, total: torch.dtype) -> None:
     reg = regularizer()
@@ -167,7 +147,7 @@ def test_layouts_and_the_steps_that_count(axis: int, layout: dict[str, Any], ste
     raw, dropped = torch.randn(2, BATCH, TIME, HIDDEN)
     want, reg = fused_ar_tar(raw, dropped, ALPHA, BETA, **steps), regularizer()
     raw, dropped = raw.movedim(1, axis), dropped.movedim(1, axis)
-    for output in ((0, raw, dropped), (0, [raw], [dropped])):
+    for output in ((0, raw, dropped), [0, [raw], [dropped]]):
         assert reg.on_loss_begin(output, **layout, **steps) == 0
         got = penalty_of(reg)
         assert got == fused_ar_tar(raw, dropped, ALPHA, BETA, **layout, **steps)
@@ -359,25 +339,18 @@ def test_scaled_lr_of_tensors() -> None:
     assert all(group["lr"] is lr and lr.item() == value for group, lr in zip(groups, before, strict=True))
 
 
+OPTIMIZER = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+
+
 @pytest.mark.parametrize(("steps", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
-def test_rejects_time_steps(steps: Any, error: type[Exception]) -> None:
-    optimizer, reg = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), RNNRegularizer(bptt=70)
+def test_bad_time_steps_are_refused(steps: Any, error: type[Exception]) -> None:
+    reg = RNNRegularizer(bptt=70)
     with pytest.raises(error, match="seq_len: expected a positive integer"):
-        reg.scaled_lr(optimizer, steps)
-    with pytest.raises(error, match="bptt: expected a positive integer"):
-        RNNRegularizer(bptt=steps)
+        reg.scaled_lr(OPTIMIZER, steps)
     reg.bptt = steps
-    with pytest.raises(error, match="bptt: expected a positive integer"):
-        reg.scaled_lr(optimizer, 5)
-
-
-def test_scaled_lr_needs_an_optimizer_and_bptt() -> None:
-    optimizer, reg = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), RNNRegularizer(bptt=5)
-    for wrong in (None, [optimizer]):
-        with pytest.raises(TypeError, match=r"optimizer: expected an optimizer .* got (NoneType|list)"):
-            reg.scaled_lr(wrong, 5)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(RuntimeError, match=r"pass RNNRegularizer\(..., bptt="):
-        RNNRegularizer().scaled_lr(optimizer, 70)
+    for call in (lambda: RNNRegularizer(bptt=steps), lambda: reg.scaled_lr(OPTIMIZER, 5)):
+        with pytest.raises(error, match="bptt: expected a positive integer"):
+            call()
 
 
 # Misuse
@@ -461,6 +434,8 @@ def step(loss: Any = None, **options: Any) -> Any:
         (lambda: RNNRegularizer("2"), TypeError, "alpha"),  # pyright: ignore[reportArgumentType]
         (lambda: regularizer(layers="first"), ValueError, "layers: expected 'last' or 'all', got 'first'"),
         (lambda: regularizer(layers=0), ValueError, "layers: expected 'last' or 'all', got 0"),
+        (lambda: RNNRegularizer().scaled_lr(OPTIMIZER, 70), RuntimeError, r"pass RNNRegularizer\(..., bptt="),
+        (lambda: regularizer(bptt=5).scaled_lr(None, 5), TypeError, "optimizer: expected an optimizer .* NoneType"),  # pyright: ignore[reportArgumentType]
         (step(1.0), TypeError, "loss: expected a tensor, got float"),
         (step(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),  # it would be added to each
         (step(batch_first=0), TypeError, "batch_first: expected True or False, got 0"),
