@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import cpu_tensors_by
 from fastreg.kernels.view import layout_of
 from fastreg.prepare import values_of
@@ -182,17 +182,6 @@ def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
     dropped, _ = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
     assert torch.equal(dropped, dropped[:, :, :1].expand_as(x))
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
-
-
-def test_the_module_takes_integers_of_numpy(device: str) -> None:
-    numpy = pytest.importorskip("numpy")
-    x, taken = torch.randn(4, 3, 9, 2, device=device), []
-    for time_dim in (2, numpy.int64(2)):
-        module = FusedRNNDropout(0.5, 2.0, 1.0, time_dim=time_dim)
-        torch.manual_seed(1)
-        module(x)
-        taken.append(module.take())
-    torch.testing.assert_close(taken[1], taken[0])
 
 
 def test_a_start_is_no_hole(device: str) -> None:

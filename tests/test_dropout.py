@@ -199,12 +199,6 @@ class TestModule:
         assert module.take() is not None
         assert module.state_dict() == {}
 
-    def test_repr(self) -> None:
-        assert repr(FusedRNNDropout(0.3, 2, 1)) == "FusedRNNDropout(p=0.3, alpha=2, beta=1)"
-        assert repr(FusedRNNDropout(0.3, time_dim=-1)) == "FusedRNNDropout(p=0.3, alpha=0, beta=0, time_dim=-1)"
-        module = FusedRNNDropout(0.3, batch_first=False, ar_of="raw")
-        assert repr(module) == "FusedRNNDropout(p=0.3, alpha=0, beta=0, batch_first=False, ar_of='raw')"
-
     def test_recomputation_in_a_backward_leaves_no_penalty(self) -> None:
         module, x = FusedRNNDropout(0.3, 2.0, 1.0), X.clone().requires_grad_()
         # sin() comes last: a recomputation stops at the last tensor it needs

@@ -75,7 +75,6 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
     ((X, JAGGED), TypeError, "dropped: expected a dense .* got nested"),
     ((X[0, 0], X), ValueError, r"raw: expected \(batch, time, hidden\), .* got \(8,\)"),
     ((X, X[None]), ValueError, r"dropped: expected \(batch, time, hidden\), .* got \(1, 2, 5, 8\)"),
-    ((X[None], X[None]), ValueError, r"raw: expected \(batch, time, hidden\), .* or time_dim, got"),
     ((X, X[:, :4]), ValueError, r"dropped: expected the shape of raw, \(2, 5, 8\), got \(2, 4, 8\)"),
     ((X, X.to("meta")), ValueError, "dropped: expected a tensor on cpu, where raw is, got .* meta"),
     (([X, X], [X]), ValueError, "raw and dropped: expected the same layers .* 2 layers and 1 layers"),
@@ -109,7 +108,6 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"raw": X.int()}, TypeError, "raw: expected float16, bfloat16, float32 or float64, got torch.int32"),
     ({"alpha": 10**400}, ValueError, "alpha: expected a finite number of at least 0, got inf"),
-    ({"alpha": -(10**400)}, ValueError, "alpha: expected a finite number of at least 0, got -inf"),
     ({"alpha": -1}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
     ({"alpha": "2"}, TypeError, "alpha: expected a real number, got str"),
     ({"alpha": True}, TypeError, "alpha: expected a real number, got bool"),
@@ -119,7 +117,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"beta": torch.ones(1)}, ValueError, "beta: expected a number or a 0-dim floating-point tensor, got"),
     ({"beta": torch.ones((), requires_grad=True)}, ValueError, "beta: expected a tensor that requires no"),
     ({"beta": float("nan")}, ValueError, "beta: expected a finite number of at least 0, got nan"),
-    ({"beta": float("inf")}, ValueError, "beta: expected a finite number of at least 0, got inf"),
     ({"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
     ({"time_dim": 3}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got 3"),
     ({"time_dim": -4}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got -4"),
@@ -128,7 +125,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"time_dim": True}, TypeError, "time_dim: expected an int, the axis of time, got bool"),
     ({"time_dim": 1, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
     ({"starts": STARTS[0]}, ValueError, r"starts: expected shape \(2, 5\), batch and time steps, got"),
-    ({"starts": STARTS.t()}, ValueError, r"starts: expected shape \(2, 5\), .*, got \(5, 2\)"),
     ({"starts": [0]}, TypeError, "starts: expected a bool or integer tensor, got list"),
     ({"starts": STARTS.float()}, TypeError, "starts: expected a bool or integer .* torch.float32"),
     ({"starts": STARTS.int() * 2}, ValueError, "starts: expected 0 or 1, got 2"),
@@ -142,7 +138,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"valid": STARTS.float()}, TypeError, "valid: expected a bool or integer tensor, got one of torch.float32"),
     ({"valid": STARTS.t()}, ValueError, r"valid: expected shape \(2, 5\), batch and time steps, got \(5, 2\)"),
     ({"valid": STARTS[0]}, ValueError, r"valid: expected shape \(2, 5\), batch and time steps, got \(5,\)"),
-    ({"valid": STARTS[..., None]}, ValueError, r"valid: expected shape \(2, 5\).*got \(2, 5, 1\)"),
     (
         {"valid": STARTS, "batch_first": False},
         ValueError,
@@ -160,7 +155,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lengths": X[:, 0, 0]}, TypeError, "lengths: expected an integer tensor, got one of torch.float"),
     ({"lengths": X[:, 0, 0] > 0}, TypeError, "lengths: expected an integer tensor, got one of torch.bool"),
     ({"lengths": LENGTHS[:1]}, ValueError, r"lengths: expected shape \(2,\), one .*, got \(1,\)"),
-    ({"lengths": LENGTHS[None]}, ValueError, r"lengths: expected shape \(2,\), .* got \(1, 2\)"),
     ({"raw": X[0], "lengths": LENGTHS}, ValueError, r"lengths: expected shape \(1,\), .* got \(2,\)"),
     ({"lengths": LENGTHS + 1}, ValueError, "lengths: expected from 0 to the 5 time steps .* got 6"),
     ({"lengths": LENGTHS - 4}, ValueError, "lengths: expected from 0 to the 5 time steps .* got -1"),
@@ -238,6 +232,9 @@ def test_a_bad_coefficient_that_is_set_later() -> None:
         module(X)
 
 
-def test_numbers_that_are_not_float_are_coefficients() -> None:
+def test_numbers_of_numpy_are_coefficients_and_axes() -> None:
     numpy = pytest.importorskip("numpy")
     assert torch.equal(fused_ar_tar(X, X, numpy.float32(2), 1), fused_ar_tar(X, X, 2.0, 1.0))
+    module = FusedRNNDropout(0.0, 2.0, 1.0, time_dim=numpy.int64(-1))
+    module(X)
+    assert torch.equal(module.take().penalty, fused_ar_tar(X, X, 2.0, 1.0, time_dim=-1))  # pyright: ignore

@@ -209,21 +209,6 @@ def test_the_penalty_can_be_changed_in_place(device: str) -> None:
     assert torch.equal(results.tar, before)
 
 
-class Decorated(Tensor):
-    pass
-
-
-def test_a_subclass_gives_a_plain_result(device: str) -> None:
-    plain = torch.randn(3, 7, 12, device=device, requires_grad=True)
-    x = plain.as_subclass(Decorated)
-    got = fused_ar_tar(x, x, 2.0, 1.0)
-    assert type(got) is Tensor
-    got.backward()
-    want = torch.autograd.grad(fused_ar_tar(plain, plain, 2.0, 1.0), plain)[0]
-    assert torch.equal(plain.grad, want)  # pyright: ignore[reportArgumentType]
-    assert type(fused_ar_tar(torch.nn.Parameter(plain), plain, 2.0, 1.0)) is Tensor
-
-
 @pytest.mark.parametrize("negated", [("raw", "dropped"), ("raw",), ("dropped",)], ids=str)
 def test_lazily_negated_tensors_get_the_right_sign(negated: tuple[str, ...], device: str) -> None:
     xs = {name: torch.randn(2, 3, 8, device=device) for name in ("raw", "dropped")}
