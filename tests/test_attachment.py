@@ -208,21 +208,26 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("how", ["with the loss", "in the backward", "checkpoint", "checkpoint of the dropout"])
 @pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
 @pytest.mark.parametrize("given", MASKS)
-def test_masks_come_from_the_arguments_of_the_module(
-    given: str, kind: Any, in_backward: bool, formed: list[Any]
-) -> None:
+def test_masks_come_from_the_arguments_of_the_module(given: str, kind: Any, how: str, formed: list[Any]) -> None:
     module, dropout, reg, x, masks = Own(), kind(0.4), regularizer(), inputs(), MASKS[given]
     functions: Any = {
         "valid": lambda x, valid=None, starts=None: valid,
         "starts": lambda x, valid=None, starts=None: starts,
     }
     functions = {name: functions[name] for name in masks or functions}
+    in_backward = how == "in the backward"
     torch.manual_seed(1)
     with reg.attach(module, dropout, batch_first=True, in_backward=in_backward, **functions):
-        dropped = dropout(module(x, **masks))
+        if how == "checkpoint":
+            dropped = checkpoint(lambda x: dropout(module(x, **masks)), x, use_reentrant=False)
+        elif how == "checkpoint of the dropout":
+            dropped = checkpoint(dropout, module(x, **masks), use_reentrant=False)
+        else:
+            dropped = dropout(module(x, **masks))
+        assert isinstance(dropped, Tensor)
         loss = dropped.mean() if in_backward else reg.on_backward_begin(dropped.mean())
         got = torch.autograd.grad(loss, [*module.parameters()])
     torch.manual_seed(1)
@@ -570,26 +575,6 @@ def test_checkpointing() -> None:
         penalty_of(reg)
 
 
-@pytest.mark.parametrize("part", ["both", "dropout"])
-@pytest.mark.parametrize("given", ["valid", "starts", "both"])
-def test_checkpointing_of_a_fused_dropout_with_masks(part: str, given: str) -> None:
-    rnn, dropout, reg, x, masks = gru(), FusedRNNDropout(0.4), regularizer(), inputs(), MASKS[given]
-    functions: Any = {name: lambda *_, mask=mask: mask for name, mask in masks.items()}
-    torch.manual_seed(1)
-    with reg.attach(rnn, dropout, **functions):
-        if part == "both":
-            dropped = checkpoint(lambda x: dropout(rnn(x)[0]), x, use_reentrant=False)
-        else:
-            dropped = checkpoint(dropout, rnn(x)[0], use_reentrant=False)
-        got = torch.autograd.grad(reg.on_backward_begin(dropped.mean()), [*rnn.parameters()])
-    torch.manual_seed(1)
-    raw, _ = rnn(x)
-    dropped = dropout(raw)
-    assert dropout.take() is not None
-    want = dropped.mean() + fused_ar_tar(raw, dropped, ALPHA, BETA, **masks)
-    torch.testing.assert_close(got, torch.autograd.grad(want, [*rnn.parameters()]))
-
-
 @either
 def test_reentrant_checkpointing_is_refused() -> None:
     model, reg = seeded(Model), regularizer()
@@ -628,19 +613,16 @@ def test_attached_before_compilation(kind: type[Model], backend: str, allow_rnn:
     assert_same(got, train(plain, written_out(plain), tokens(), steps=2))
 
 
-def test_attached_after_a_compiled_run(dynamo: Any) -> None:
+def test_modules_that_are_compiled_already_are_refused(dynamo: Any) -> None:
     model = seeded(Model)
     with dynamo.patch(allow_rnn=True):  # without it, torch leaves RNNs uncompiled
         compiled = torch.compile(model, backend="eager")
         compiled(tokens())
-        reg = attached(model)
-        loss = criterion(compiled(tokens()), tokens())
-        with pytest.raises(RuntimeError, match=r"attach\(\) before torch.compile"):
-            reg.on_backward_begin(loss)
-
-
-def test_compiled_modules_are_refused() -> None:
-    model = seeded(Model)
+        reg = regularizer()
+        with reg.attach(model.rnn, model.dropout):
+            loss = criterion(compiled(tokens()), tokens())
+            with pytest.raises(RuntimeError, match=r"attach\(\) before torch.compile"):
+                reg.on_backward_begin(loss)
     with pytest.raises(RuntimeError, match=r"module: .*compiled already; attach\(\) it before torch.compile"):
         regularizer().attach(torch.compile(model.rnn, backend="eager"))  # pyright: ignore[reportArgumentType]
     model.dropout.compile(backend="eager")
