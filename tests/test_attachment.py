@@ -515,9 +515,7 @@ class OwnState(OutputAlone):
 
 @pytest.mark.parametrize("kind", [OutputAlone, OwnState])
 @pytest.mark.parametrize(
-    "duplicate",
-    [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
-    ids=["copy", "deepcopy", "pickle"],
+    "duplicate", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "deepcopy", "pickle"]
 )
 def test_copies_keep_the_hooks_of_others(duplicate: Callable[[Any], Any], kind: type[OutputAlone]) -> None:
     rnn, reg, x = kind(4, 5, batch_first=True), regularizer(), torch.randn(2, 3, 4)
@@ -664,18 +662,8 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "script of a dropout": (LSTM, {"dropout": torch.jit.script(nn.Dropout())}, TypeError, f"dropout: {SCRIPT}"),
     "batch_first": (Own(), {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
     "no layout": (Own(), {}, ValueError, "batch_first: expected True .* as the Own does not have it, got None"),
-    "layout inside": (
-        WeightDrop(LSTM),
-        {},
-        ValueError,
-        "expected True .* like the LSTM inside it, got None",
-    ),
-    "other layout": (
-        LSTM,
-        {"batch_first": True},
-        ValueError,
-        "batch_first: .* False, as the LSTM has it, or None",
-    ),
+    "layout inside": (WeightDrop(LSTM), {}, ValueError, "expected True .* like the LSTM inside it, got None"),
+    "other layout": (LSTM, {"batch_first": True}, ValueError, "batch_first: .* False, as the LSTM has it, or None"),
     "two axes": (Own(), {"time_dim": 2, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
     "time_dim": (Own(), {"time_dim": "2"}, TypeError, "time_dim: expected an int"),
     "stepwise axis": (Own(), {"time_dim": 2, "stepwise": True}, ValueError, "time_dim: expected None with stepwise"),

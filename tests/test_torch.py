@@ -175,10 +175,7 @@ class TestCompile:
         compiled = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
         assert_close(everything(compiled, leaves()), everything(checkpointed, leaves()))
 
-    @pytest.mark.parametrize(
-        ("name", "strict"),
-        [(name, name in STRICTLY_EXPORTED) for name in EXPORTED],
-    )
+    @pytest.mark.parametrize(("name", "strict"), [(name, name in STRICTLY_EXPORTED) for name in EXPORTED])
     def test_export(self, name: str, strict: bool) -> None:
         class Module(nn.Module):
             def forward(self, raw: Tensor, dropped: Tensor, steps: Tensor) -> Any:
