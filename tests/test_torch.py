@@ -258,7 +258,7 @@ class TestCompile:
         def call(x: Tensor, marks: Tensor, time_dim: int) -> Tensor:
             return fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, starts=marks, valid=marks)
 
-        compiled, x = torch.compile(call, backend="aot_eager"), torch.randn(4, 5, 6)
+        compiled, x = torch.compile(call, backend="eager"), torch.randn(4, 5, 6)
         for time_dim in (1, 2, -2, 0):  # the compiler makes a symbol of an integer that changes
             marks = torch.rand(4 if time_dim else 5, x.shape[time_dim]) < 0.5
             assert_close(compiled(x, marks, time_dim), call(x, marks, time_dim))
