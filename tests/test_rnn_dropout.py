@@ -300,16 +300,6 @@ def test_a_forgotten_regularizer_leaves_the_dropout_as_it_was() -> None:
     assert alive() is None
 
 
-def test_nothing_waits_in_the_dropout_after_a_step_that_failed() -> None:
-    model = seeded(Fused)
-    reg = attached(model)
-    raw, _ = model.rnn(inputs())
-    loss = model.dropout(raw[:, 1:]).mean()
-    with pytest.raises(RuntimeError, match="attached FusedRNNDropout did not get the output of the LSTM"):
-        reg.on_backward_begin(loss)
-    assert model.dropout.take() is None
-
-
 def test_a_fused_dropout_takes_no_packed_data() -> None:
     model = seeded(Fused)
     attached_regularizer = attached(model)
