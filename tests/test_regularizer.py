@@ -25,7 +25,6 @@ from tests.language_model import (
     TIME,
     Model,
     Stack,
-    assert_same,
     attached,
     check_gradients,
     criterion,
@@ -35,7 +34,6 @@ from tests.language_model import (
     regularizer,
     seeded,
     tokens,
-    train,
 )
 from tests.samples import BF16, DOUBLE, FLOAT
 
@@ -54,25 +52,16 @@ def captured(by_hooks: bool) -> tuple[Model, RNNRegularizer, tuple[Tensor, Tenso
 @pytest.mark.parametrize("by_hooks", [False, True])
 @pytest.mark.parametrize("layers", ["last", "all"])
 def test_layers(layers: Any, by_hooks: bool) -> None:
-    model, plain, without = seeded(Stack), seeded(Stack), seeded(Stack)
-    reg = regularizer(layers=layers)
-    if by_hooks:
-        for rnn, dropout in zip(model.rnns, model.dropouts, strict=True):
-            reg.attach(rnn, dropout)
-
-    def regularized(x: Tensor) -> Tensor:
-        output = model(x)
-        decoded = output[0] if by_hooks else reg.on_loss_begin(output)
-        return reg.on_backward_begin(criterion(decoded, x))
-
-    def of_formula(x: Tensor) -> Tensor:
-        decoded, *activations = plain(x)
-        runs = [*zip(*activations, strict=True)][-1 if layers == "last" else 0 :]
-        return criterion(decoded, x) + torch.stack([formula(*run, time=1) for run in runs]).sum()
-
-    got = train(model, regularized, tokens())
-    unlike = train(without, lambda x: criterion(without(x)[0], x), tokens())
-    assert_same(got, train(plain, of_formula, tokens()), unlike)
+    model, reg = seeded(Stack), regularizer(layers=layers)
+    for rnn, dropout in zip(model.rnns, model.dropouts, strict=True) if by_hooks else ():
+        reg.attach(rnn, dropout)
+    decoded, *activations = output = model(tokens())
+    if not by_hooks:
+        reg.on_loss_begin(output)
+    loss = criterion(decoded, tokens())
+    runs = [*zip(*activations, strict=True)][-1 if layers == "last" else 0 :]
+    want = loss + torch.stack([formula(*run, time=1) for run in runs]).sum()
+    check_gradients(model, reg.on_backward_begin(loss), want)
 
 
 @pytest.mark.parametrize(("layers", "count"), [("last", 1), ("all", 2)])
@@ -86,21 +75,16 @@ def test_layers_of_packed_sequences(layers: Any, count: int) -> None:
 @either
 @pytest.mark.parametrize("by_hooks", [False, True])
 def test_the_loss_and_its_terms(by_hooks: bool) -> None:
-    assert regularizer().ar is None
-    assert regularizer().tar is None
+    assert regularizer().ar is regularizer().tar is None
     model, reg, (decoded, raw, dropped) = captured(by_hooks)
     loss = criterion(decoded, tokens())
     before = loss.item()
     total = reg.on_backward_begin(loss)
-    assert total is not loss
     assert loss.item() == before
     assert isinstance(reg.ar, Tensor)
     assert isinstance(reg.tar, Tensor)
-    assert not reg.ar.requires_grad
-    assert not reg.tar.requires_grad
-    torch.testing.assert_close(
-        [reg.ar, reg.tar], [dropped.detach().pow(2).mean(), raw.detach().diff(dim=1).pow(2).mean()]
-    )
+    assert not any(x.requires_grad for x in (reg.ar, reg.tar))
+    torch.testing.assert_close((reg.ar, reg.tar), (dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()))
     check_gradients(model, total, loss + formula(raw, dropped, 1))
 
 
