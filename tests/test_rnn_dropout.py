@@ -325,9 +325,19 @@ def linked(**options: Any) -> tuple[RNNRegularizer, OutputDropout, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("changed", "forms"), [("nothing", 0), ("alpha", 0), ("p", 1), ("raw", 1), ("dropped", 1), ("the output", 1)]
+    ("changed", "options", "forms"),
+    [
+        *[("nothing", {}, 0), ("nothing", {"batch_first": True}, 0), ("alpha", {}, 0)],
+        *[(changed, {}, 1) for changed in ("p", "raw", "dropped", "the output")],
+        ("nothing", {"batch_first": False}, 1),
+        ("nothing", {"lengths": torch.full((BATCH,), 2)}, 1),
+        ("nothing", {"valid": torch.arange(TIME).expand(BATCH, TIME) > 2}, 1),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, dict) else str(x),
 )
-def test_terms_formed_ahead_are_used_as_long_as_they_are_right(changed: str, forms: int, formed: list[Any]) -> None:
+def test_terms_formed_ahead_are_used_as_long_as_they_are_right(
+    changed: str, options: dict[str, Any], forms: int, formed: list[Any]
+) -> None:
     reg, dropout, raw = linked()
     dropout.p = 0.0 if changed == "p" else dropout.p  # whose output is raw, without a node
     dropped = dropout(raw)
@@ -338,28 +348,8 @@ def test_terms_formed_ahead_are_used_as_long_as_they_are_right(changed: str, for
         reg.alpha = 9.0
     elif changed == "the output":
         dropped = 2 * dropped
-    reg.on_loss_begin((0, raw, dropped))
-    torch.testing.assert_close(penalty_of(reg, dropped), of(reg.alpha, BETA, raw, dropped))  # pyright: ignore
-    assert len(formed) == forms
-
-
-@pytest.mark.parametrize(
-    ("options", "forms"),
-    [
-        ({"batch_first": True}, 0),
-        ({"batch_first": False}, 1),
-        ({"lengths": torch.full((BATCH,), 2)}, 1),
-        ({"valid": torch.arange(TIME).expand(BATCH, TIME) > 2}, 1),
-    ],
-    ids=["batch_first", "time_first", "lengths", "valid"],
-)
-def test_terms_formed_ahead_are_of_all_steps_in_one_layout(
-    options: dict[str, Any], forms: int, formed: list[Any]
-) -> None:
-    reg, dropout, raw = linked()
-    dropped = dropout(raw)
     reg.on_loss_begin((0, raw, dropped), **options)
-    torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, **options))
+    torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, reg.alpha, BETA, **options))
     assert len(formed) == forms
 
 
