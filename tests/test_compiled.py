@@ -125,6 +125,9 @@ def run_packed(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> Non
     fused_ar_tar(*(PackedSequence(x, sizes) for x in rows), 2.0, 1.0).backward()
 
 
+RAGGED = (run_padded, run_packed, run_marked)
+
+
 def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int) -> None:
     count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary, folder)
     assert count[0] == wide_loads
@@ -154,10 +157,9 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, same: bool, t
     assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS, 0)
 
 
-BF16_AND_FLOAT = [*[(target, BF16) for target in TARGETS], ("sm_90", FLOAT)]
-
-
-@pytest.mark.parametrize(("target", "dtype"), BF16_AND_FLOAT, indirect=["target"], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype"), [*[(target, BF16) for target in TARGETS], ("sm_90", FLOAT)], indirect=["target"], ids=str
+)
 def test_wide_loads_and_no_spills_with_dropout(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     """The mask is one more load for a whole run."""
     run_dropout(dtype)
@@ -166,8 +168,15 @@ def test_wide_loads_and_no_spills_with_dropout(target: Any, dtype: torch.dtype, 
     assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 1, tiling.UNROLL)
 
 
-@pytest.mark.parametrize("run_ragged", [run_padded, run_packed, run_marked])
-@pytest.mark.parametrize(("target", "dtype"), BF16_AND_FLOAT, indirect=["target"], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype", "run_ragged"),
+    [
+        *[(*case, ragged) for case in (("sm_90", BF16), ("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
+        *[("sm_80", BF16, run_marked), ("sm_100", BF16, run_packed)],
+    ],
+    indirect=["target"],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
 def test_wide_loads_and_no_spills_where_not_all_steps_count(
     target: Any, dtype: torch.dtype, run_ragged: Callable[[torch.dtype], None], tmp_path: Path
 ) -> None:
@@ -186,9 +195,6 @@ def test_wide_loads_and_no_spills_where_not_all_steps_count(
         assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, counting + marks + 30, tiling.UNROLL)
 
 
-RAGGED = (run_padded, run_packed, run_marked)
-
-
 @pytest.mark.parametrize(
     ("target", "dtype", "hidden", "ragged"),
     [
@@ -201,7 +207,7 @@ RAGGED = (run_padded, run_packed, run_marked)
         ("sm_90", BF16, 650, (run_marked,)),
     ],
     indirect=["target"],
-    ids=lambda x: "" if isinstance(x, tuple) else str(x),
+    ids=lambda x: "+".join(run.__name__ for run in x) if isinstance(x, tuple) else str(x),
 )
 def test_no_spills_with_narrow_loads(
     target: Any, dtype: torch.dtype, hidden: int, ragged: tuple[Callable[..., None], ...], tmp_path: Path
