@@ -7,6 +7,7 @@ than two hours on two cores.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,12 @@ WORDS, EPOCHS = 90_000, 24  # few words, read often: where there is something to
 SEEDS = [1, 2, 3, 4, 5]
 
 
+@functools.cache
+def digest(text: Path | None) -> str:
+    """Identify a text, which is read once however many runs are compared."""
+    return hashlib.sha256(read_text(text).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Setting:
     """Settings of all trainings of a study; `text` is a file, or `None` for the King James text."""
@@ -41,8 +48,7 @@ class Setting:
 
     def facts(self) -> dict[str, Any]:
         """All that decides a training beside coefficients and seed."""
-        digest = hashlib.sha256(read_text(self.text).encode()).hexdigest()[:12]
-        facts = {"text": digest, "words": self.words, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
+        facts = {"text": digest(self.text), "words": self.words, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
         model = {"layers": training.LAYERS, "embedding": training.EMBEDDING, "hidden": training.HIDDEN}
         return facts | model | training.DROPOUTS | {"Adam lr": training.LEARNING_RATE, "clip": training.CLIP}
 
