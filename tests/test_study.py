@@ -7,6 +7,8 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,10 +21,11 @@ SMALL = ["--words", "7000", "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")
-def results(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(text: Path, processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run a study of one seed, in a process of its own."""
     file = tmp_path_factory.mktemp("results") / "small.jsonl"
-    assert study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL]) == 0
+    with mock.patch.object(study, "get_context", return_value=processes):
+        assert study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL]) == 0
     return file
 
 
