@@ -371,10 +371,6 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"bandwidth", "share_of_copy"} & {*benchmarks.gpu_figures(call, None, 3)} == set()
     turns = timing.take_turns({"eager": call}, "cuda", 0.0, repeats=1)
     assert len(turns["eager"]) == timing.LEAST
-
-
-@pytest.mark.usefixtures("pretend_gpu")
-def test_calls_that_cannot_be_captured_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "capture", mock.Mock(side_effect=RuntimeError("no capture\nhere")))
     figures = benchmarks.gpu_figures(lambda _: (), 1, 3)
     assert set(figures) == {"host_seconds", "peak_bytes", "no_graph"}
