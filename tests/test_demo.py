@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -91,9 +90,8 @@ def test_trains_end_to_end(
 
 @pytest.mark.usefixtures("uncompiled")
 def test_two_models_at_once_are_those_of_one_after_the_other(
-    text: Path, processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(demo, "get_context", lambda method: processes)
     torch.set_num_threads(2)
     run(text, tmp_path / "plot.png", "--epochs", "1")
     output = capsys.readouterr().out

@@ -22,7 +22,6 @@ else:
 
 from fastreg import FusedRNNDropout, carry, fused_ar_tar
 from fastreg.lightning import ActivationRegularization
-from tests.conftest import import_without
 from tests.language_model import (
     ALPHA,
     BATCH,
@@ -321,8 +320,6 @@ def test_two_callbacks_end_in_any_order(order: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"layers": "first"}, ValueError, "layers: expected 'last' or 'all'"),
-        ({"alpha": -1.0}, ValueError, "alpha"),
         ({"rnn": 3}, TypeError, "rnn: expected an attribute path, or a list of them, got int"),
         ({"valid": 3}, TypeError, "valid: expected a function of the batch, or None, got int"),
         ({"starts": 3}, TypeError, "starts: expected a function of the batch, or None, got int"),
@@ -332,11 +329,6 @@ def test_two_callbacks_end_in_any_order(order: tuple[int, int]) -> None:
 def test_rejects_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         callback(**options)
-
-
-def test_without_lightning() -> None:
-    with pytest.raises(ImportError, match=r"^fastreg.lightning: Lightning is not installed; pip install lightning$"):
-        import_without("fastreg.lightning", "lightning", "pytorch_lightning")
 
 
 class Snapshots(pl.Callback):

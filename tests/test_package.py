@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ import fastreg.__main__ as main
 from fastreg import backends
 from fastreg.installation import remarks
 from fastreg.kernels import cpu
-from tests.conftest import skip_on_formula
+from tests.conftest import import_without, skip_on_formula, without
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
@@ -44,24 +45,6 @@ def test_public_names() -> None:
 def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes(file: str, version: str) -> None:
     first, *_ = re.findall(version, (ROOT / file).read_text(), re.MULTILINE)
     assert fastreg.__version__ == first
-
-
-def test_importing_fastreg_imports_no_framework_and_a_missing_fastai_is_named() -> None:
-    """Nor does it take the name `kernels`: an unrelated distribution installs a top-level package of this name."""
-    code = (
-        "import sys, fastreg, fastreg.kernels.penalty\n"
-        "print({'fastai', 'lightning', 'pytorch_lightning', 'transformers', 'kernels'} & {*sys.modules})\n"
-        "sys.modules['fastai'] = None\n"
-        "for adapter in ('fastai', 'fastai1'):\n"
-        "    try: __import__(f'fastreg.{adapter}')\n"
-        "    except ImportError as error: print(error)\n"
-    )
-    found, *messages = python("-c", code).stdout.splitlines()
-    assert found == "set()"
-    assert [(text.partition(": ")[0], text.rpartition("; ")[2]) for text in messages] == [
-        ("fastreg.fastai", "pip install 'fastai>=2'"),
-        ("fastreg.fastai1", "pip install 'fastai<2'"),
-    ]
 
 
 BUILT = shutil.ignore_patterns("__pycache__", "*.so", "build")
@@ -103,16 +86,16 @@ def install(clone: Path, folder: Path, cc: str, cxx: str) -> tuple[Path, Path]:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_an_installation_runs_anywhere(clone: Path, tmp_path: Path) -> None:
-    """Inside of the clone Python imports the clone itself, which has the libraries, too."""
+    """And leaves its libraries in the clone, too, from which Python imports the package inside of it."""
     clone, site = install(clone, tmp_path, "gcc", "g++")
     done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0
     assert f"imported from {site / 'fastreg'}\n" in done.stdout, done
     assert "the C++ kernels; self-test passed" in done.stdout
     assert not done.stderr  # such as PyTorch's remark on NumPy
-    done = python("-m", "fastreg", folder=clone, PYTHONPATH=str(site))
-    assert f"imported from {clone / 'fastreg'}; the installation in {site / 'fastreg'} is hidden" in done.stdout, done
-    assert "the C++ kernels; self-test passed" in done.stdout
+    folders = clone / "kernels", site / "fastreg" / "kernels"
+    of_clone, of_site = ({file.name for file in folder.glob("*.so")} for folder in folders)
+    assert of_clone == of_site
 
 
 @pytest.fixture
@@ -164,8 +147,13 @@ def test_a_library_of_other_sources_is_not_loaded(libraries: Path) -> None:
         cpu.library()
 
 
+HIDE_TRITON = """
+import importlib.util as util, sys
+find, sys.modules["triton"] = util.find_spec, None
+util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
+"""
 CALLS = """
-import torch, warnings
+import sys, torch, warnings
 from fastreg import __main__ as main, fused_ar_tar
 from fastreg.backends import TRITON
 x = torch.ones(2, 3, 4)
@@ -173,19 +161,32 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     values = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(x[:1], x[:1], 2.0, 1.0)]
 assert values == [2, 2], values
+assert TRITON is None
 print([str(warning.message) for warning in caught if warning.category is UserWarning])
 assert main.main() == 0
-print("Triton:", TRITON)
+assert not {"fastai", "lightning", "pytorch_lightning", "transformers", "kernels"} & {*sys.modules}
 """
 
 
-def test_without_a_compiler_the_first_call_warns(clone: Path, tmp_path: Path) -> None:
+def test_nothing_but_pytorch_is_needed(clone: Path, tmp_path: Path) -> None:
+    """Without a compiler, the first call warns. Nor is the name `kernels` taken, of an unrelated distribution."""
     _, site = install(clone, tmp_path, "false", "false")
+    (site / "sitecustomize.py").write_text(HIDE_TRITON)
     done = python("-c", CALLS, folder=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0, done
+    assert not done.stderr
     assert done.stdout.count("runs the plain formula on CPUs") == 1, done
     assert "where there is a C++ compiler" in done.stdout
     assert "the plain formula (the kernels were not built: install" in done.stdout
-    assert not done.stderr
+
+
+RELEASES = {"fastai": "'fastai>=2'", "fastai1": "'fastai<2'", "lightning": "lightning", "transformers": "transformers"}
+
+
+@pytest.mark.parametrize("adapter", RELEASES)
+def test_a_missing_framework_is_named(adapter: str) -> None:
+    with pytest.raises(ImportError, match=rf"^fastreg\.{adapter}: .*; pip install {RELEASES[adapter]}( accelerate)?$"):
+        import_without(f"fastreg.{adapter}", "fastai", "lightning", "pytorch_lightning", "transformers")
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no Clang")
@@ -198,45 +199,40 @@ def test_clang_brings_no_second_openmp_runtime(clone: Path, tmp_path: Path) -> N
     assert "the C++ kernels; self-test passed" in done.stdout
 
 
-def test_without_triton(tmp_path: Path) -> None:
-    """It is needed on GPUs alone."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as util, sys\n"
-        "find, sys.modules['triton'] = util.find_spec, None\n"
-        "util.find_spec = lambda name, package=None: None if name == 'triton' else find(name, package)\n"
-    )
-    done = python("-c", CALLS, PYTHONPATH=str(tmp_path))
-    assert done.stdout.splitlines()[-1:] == ["Triton: None"], done
-
-
-def test_a_package_that_is_mixed_up_with_another_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["penalty", "regularizer", "fastai", "transformers", "__main__"])
+def test_a_package_that_is_mixed_up_with_another_says_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The distribution called fastreg has been installed after ours."""
     shutil.copytree(ROOT / "fastreg", tmp_path / "fastreg")
     (tmp_path / "fastreg" / "__init__.py").write_text("def ols(): pass\n")
-    code = "import importlib\nfor name in ('penalty', 'regularizer', 'fastai', 'transformers', '__main__'):\n"
-    code += "    try: importlib.import_module(f'fastreg.{name}')\n    except ImportError as error: print(error)"
-    done = python("-c", code, folder=tmp_path)
-    assert done.stdout.count(f"{tmp_path / 'fastreg' / '__init__.py'} is not the file of fastreg-rnn") == 5, done
-    assert done.stdout.count("pip uninstall fastreg fastreg-rnn") == 5
-
-
-def test_another_distribution_of_the_name_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "fastreg-1.2.dist-info").mkdir()
-    (tmp_path / "fastreg-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fastreg\nVersion: 1.2\n")
     monkeypatch.syspath_prepend(tmp_path)
+    message = f"{re.escape(str(tmp_path))}.* is not the file of fastreg-rnn.*pip uninstall fastreg fastreg-rnn"
+    with without("fastreg"):
+        for module in [module for module in sys.modules if module.split(".")[0] == "fastreg"]:
+            del sys.modules[module]
+        with pytest.raises(ImportError, match=message):
+            import_module(f"fastreg.{name}")
+
+
+def test_hidden_installations_and_another_distribution_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fastreg", "fastreg-rnn"):
+        information = tmp_path / f"{name.replace('-', '_')}-1.2.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    (tmp_path / "fastreg").mkdir()
+    (tmp_path / "fastreg" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert f"the installation in {tmp_path / 'fastreg'} is hidden" in remarks()[0]
     assert "the unrelated distribution 'fastreg' shares the name" in remarks()[-1]
 
 
-def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Run `python -m fastreg` in this process; return its status and its output."""
-    monkeypatch.setattr(sys, "argv", ["fastreg", *options])
+    monkeypatch.setattr(sys, "argv", ["fastreg"])
     return main.main(), capsys.readouterr().out
-
-
-def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        report(monkeypatch, capsys, "--help")
-    assert capsys.readouterr().out.startswith("usage: python -m fastreg")
 
 
 @pytest.mark.parametrize("name", ["triton", "triton-xpu", "pytorch-triton-rocm"])

@@ -7,8 +7,6 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,11 +19,10 @@ SMALL = ["--words", "7000", "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")
-def results(text: Path, processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run a study of one seed, in a process of its own."""
     file = tmp_path_factory.mktemp("results") / "small.jsonl"
-    with mock.patch.object(study, "get_context", return_value=processes):
-        assert study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL]) == 0
+    assert study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL]) == 0
     return file
 
 

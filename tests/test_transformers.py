@@ -27,7 +27,6 @@ transformers: Any = pytest.importorskip(
 from fastreg import FusedRNNDropout, carry  # noqa: E402
 from fastreg.attachment import Attachment  # noqa: E402
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
-from tests.conftest import import_without  # noqa: E402
 from tests.language_model import assert_other_weights, assert_same_weights, tolerance_of_bfloat16  # noqa: E402
 
 # transformers' own, and those of its imports
@@ -194,10 +193,7 @@ def assert_different(trainer: Any, other: Any) -> None:
     assert_other_weights(trainer.model, other.model)
 
 
-every_model = pytest.mark.parametrize("make", PATHS, ids=lambda make: make.__name__)
-
-
-@every_model
+@pytest.mark.parametrize("make", PATHS, ids=lambda make: make.__name__)
 def test_the_formula_written_out_gives_the_same_weights(make: Callable[[], Any], arguments: Any) -> None:
     masked = {"valid": labelled} if make is xlstm else {}  # whose forward has no attention_mask, so it is left out
     trainer, written_out = fit(make, arguments(), **masked), fit(make, arguments(), Formula)
@@ -546,8 +542,3 @@ def test_masks_for_some_batches_of_a_step_are_refused(arguments: Any) -> None:
 
     with pytest.raises(ValueError, match=r"valid: expected a mask for each batch .* got 2 for 3 batches"):
         fit(LanguageModel, arguments(**IN_PARTS), valid=sometimes)
-
-
-def test_without_transformers() -> None:
-    with pytest.raises(ImportError, match=r"^fastreg.transformers: .*pip install transformers"):
-        import_without("fastreg.transformers", "transformers")
