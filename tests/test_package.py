@@ -74,12 +74,15 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def install(clone: Path, folder: Path, cc: str, cxx: str) -> tuple[Path, Path]:
+QUICKLY = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+PIP = ["-m", "pip", "install", *QUICKLY, ".", "--target"]
+BUILD = ["setup.py", "--quiet", "build", "--build-lib"]  # in a third of the time
+
+
+def install(clone: Path, folder: Path, command: list[str], cc: str, cxx: str) -> tuple[Path, Path]:
     """Copy the clone into a folder, and install it there with these compilers; return the copy and the installation."""
     shutil.copytree(clone, folder / "clone", symlinks=True)
-    options = "--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"
-    command = "-m", "pip", "install", *options, "--target", str(folder / "site"), "."
-    done = python(*command, folder=folder / "clone", CC=cc, CXX=cxx)
+    done = python(*command, str(folder / "site"), folder=folder / "clone", CC=cc, CXX=cxx)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "clone", folder / "site"
 
@@ -87,7 +90,7 @@ def install(clone: Path, folder: Path, cc: str, cxx: str) -> tuple[Path, Path]:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_an_installation_runs_anywhere(clone: Path, tmp_path: Path) -> None:
     """And leaves its libraries in the clone, too, from which Python imports the package inside of it."""
-    clone, site = install(clone, tmp_path, "gcc", "g++")
+    clone, site = install(clone, tmp_path, PIP, "gcc", "g++")
     done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0
     assert f"imported from {site / 'fastreg'}\n" in done.stdout, done
@@ -170,7 +173,7 @@ assert not {"fastai", "lightning", "pytorch_lightning", "transformers", "kernels
 
 def test_nothing_but_pytorch_is_needed(clone: Path, tmp_path: Path) -> None:
     """Without a compiler, the first call warns. Nor is the name `kernels` taken, of an unrelated distribution."""
-    _, site = install(clone, tmp_path, "false", "false")
+    _, site = install(clone, tmp_path, BUILD, "false", "false")
     (site / "sitecustomize.py").write_text(HIDE_TRITON)
     done = python("-c", CALLS, folder=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0, done
@@ -191,7 +194,7 @@ def test_a_missing_framework_is_named(adapter: str) -> None:
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no Clang")
 def test_clang_brings_no_second_openmp_runtime(clone: Path, tmp_path: Path) -> None:
-    _, site = install(clone, tmp_path, "clang", "clang++")
+    _, site = install(clone, tmp_path, BUILD, "clang", "clang++")
     (library,) = site.glob("fastreg/kernels/*.so")
     assert b"libomp" not in library.read_bytes()
     done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
