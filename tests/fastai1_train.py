@@ -67,6 +67,7 @@ from torch import Tensor, nn  # noqa: E402
 from fastreg import FusedRNNDropout  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
 from tests.conftest import without  # noqa: E402
+from tests.language_model import VOCABULARY, Model  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = release in ("1.0.36", "1.0.42")
@@ -94,8 +95,8 @@ class Written(RNNTrainer):
 
 def learner(alpha: float = ALPHA, beta: float = BETA) -> Any:
     random = np.random.RandomState(0)
-    ids = [random.randint(2, 40, size) for size in random.randint(30, 60, 40)]
-    words = Vocab(["xxunk", "xxpad", *map(str, range(2, 40))])
+    ids = [random.randint(2, VOCABULARY, size) for size in random.randint(30, 60, 40)]
+    words = Vocab(["xxunk", "xxpad", *map(str, range(2, VOCABULARY))])
     torch.manual_seed(0)
     np.random.seed(0)
     data = TextLMDataBunch.from_ids(
@@ -314,7 +315,7 @@ def test_exports_load_without_fastreg(purged: bool) -> None:
     assert f"{kind.__module__}.{kind.__qualname__}" == "fastai.callbacks.rnn.RNNTrainer"
     assert named(model[1].output_dp) == "fastai.text.models.awd_lstm.RNNDropout"
     assert (kept["alpha"], kept["beta"]) == (ALPHA, BETA)
-    tokens = torch.randint(2, 40, (4, 6))
+    tokens = torch.randint(2, VOCABULARY, (4, 6))
     model.reset()
     learn.model.reset()
     assert torch.equal(model.eval()(tokens)[0], learn.model.eval()(tokens)[0])
@@ -326,21 +327,15 @@ def test_exports_load_without_fastreg(purged: bool) -> None:
 # By the paths of modules
 
 
-class Alone(nn.Module):
+class Alone(Model):
     """A language model that returns its output alone, and has no `reset()`."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.decoder = nn.Embedding(40, 16), nn.Linear(16, 40)
-        self.rnn, self.dropout = nn.LSTM(16, 16, batch_first=TIME == 1), nn.Dropout(0.3)
+        super().__init__(batch_first=TIME == 1)
 
     def activations(self, x: Tensor) -> Any:
-        raw, _ = self.rnn(self.embedding(x))
-        dropped = self.dropout(raw)
-        return self.decoder(dropped).flatten(0, 1), [raw], [dropped]
-
-    def forward(self, x: Tensor) -> Any:
-        return self.activations(x)[0]
+        decoded, raw, dropped = super().activations(x)
+        return decoded.flatten(0, 1), [raw], [dropped]
 
 
 class Together(Alone):

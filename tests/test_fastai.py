@@ -42,12 +42,13 @@ with warnings.catch_warnings():
     from fastreg import FusedRNNDropout, fused_ar_tar
     from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
     from tests.conftest import without
+    from tests.language_model import VOCABULARY as WORDS
+    from tests.language_model import Model as Plain
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_collections")]  # fastai's warnings
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 SMALL = {"emb_sz": 24, "n_hid": 32, "n_layers": 2}
-WORDS = 40
 
 
 @pytest.fixture(autouse=True)
@@ -228,23 +229,6 @@ def test_padding_of_text_classifiers(tmp_path: Path, max_len: int | None) -> Non
 # -- by the paths of modules, for models that return their output alone ------------------------------------------------
 
 
-class Plain(nn.Module):
-    """A language model that knows nothing of AR and TAR."""
-
-    def __init__(self, size: int = 16) -> None:
-        super().__init__()
-        self.embedding, self.decoder = nn.Embedding(WORDS, size), nn.Linear(size, WORDS)
-        self.body = nn.ModuleDict({"rnn": nn.LSTM(size, size, batch_first=True), "dropout": RNNDropout(0.3)})
-
-    def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raw, _ = self.body["rnn"](self.embedding(x))
-        dropped = self.body["dropout"](raw)
-        return self.decoder(dropped), raw, dropped
-
-    def forward(self, x: Tensor) -> Any:
-        return self.activations(x)[0]
-
-
 class Resettable(Plain):
     def reset(self) -> None: ...
 
@@ -256,7 +240,7 @@ class Triple(Resettable):
         return self.activations(x)
 
 
-PATHS: dict[str, Any] = {"rnn": "body.rnn", "dropout": "body.dropout"}
+PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 
 
 @pytest.fixture
@@ -296,7 +280,7 @@ def test_modules_by_their_paths_after_a_fit_that_was_cut_off(of: Callable[..., L
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             trained(learn, cbs=Stop("after_loss"))
-    assert len(learn.model.body["rnn"]._forward_hooks) == 1
+    assert len(learn.model.rnn._forward_hooks) == 1
     exported = pickle.loads(pickle.dumps(learn.model))
     learn.remove_cb(RNNRegularizer)
     for model in (exported, learn.model):
@@ -329,7 +313,7 @@ def test_valid_steps_of_the_batch(of: Callable[..., Learner]) -> None:
 def test_modules_in_evaluation_add_nothing(of: Callable[..., Learner]) -> None:
     class Frozen(Callback):
         def before_batch(self) -> None:
-            self.learn.model.body["rnn"].eval()
+            self.learn.model.rnn.eval()
 
     expected = trained(of(Plain), cbs=Frozen())
     learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
@@ -637,11 +621,11 @@ def test_deep_copies_stay_fused(make: Callable[..., Learner], formed: list[Any])
 # -- fuse, and misuse -------------------------------------------------------------------------------------------------
 
 
-def test_fuse_swaps_in_place(make: Callable[..., Learner]) -> None:
+def test_fuse_and_unfuse_swap_in_place(make: Callable[..., Learner]) -> None:
     learn = make().add_cb(Stop())
-    names, old = [type(cb).__name__ for cb in learn.cbs], learn.rnn_regularizer
+    original, kinds, old = learn.model[1].output_dp, [type(cb) for cb in learn.cbs], learn.rnn_regularizer
     assert fuse(learn) is learn
-    assert [type(cb).__name__ for cb in learn.cbs] == names
+    assert [type(cb).__name__ for cb in learn.cbs] == [kind.__name__ for kind in kinds]
     assert (type(learn.rnn), type(learn.rnn_regularizer)) == (RNNCallback, RNNRegularizer)
     assert (learn.rnn_regularizer.alpha, learn.rnn_regularizer.beta) == (ALPHA, BETA)
     assert {learn.rnn_regularizer, learn.rnn} <= {*learn.cbs}
@@ -649,12 +633,7 @@ def test_fuse_swaps_in_place(make: Callable[..., Learner]) -> None:
     assert old.learn is None
     before = list(learn.cbs)
     assert all(a is b for a, b in zip(fuse(learn).cbs, before, strict=True))
-
-
-def test_fuse_and_unfuse_the_dropout(make: Callable[..., Learner]) -> None:
-    learn = make()
-    original, kinds = learn.model[1].output_dp, [type(cb) for cb in learn.cbs]
-    fused = fuse(fuse(learn), dropout=True).model[1].output_dp
+    fused = fuse(learn, dropout=True).model[1].output_dp
     assert isinstance(fused, FusedRNNDropout)
     assert (fused.p, fused.alpha, fused.beta, fused.ar_of) == (original.p, ALPHA, BETA, "dropped")
     assert fuse(fuse(learn, dropout=True)).model[1].output_dp is fused
@@ -763,13 +742,13 @@ def subclassed(instance: Any) -> None:
 LEFT_ALONE = "fuse: the learner's Mine is a subclass of RNNRegularizer, and left alone"
 ADVICE = r"fuse: the learner has no RNNRegularizer; learn\."
 REJECTED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[Exception], str]] = {
-    "rnn": (plain, {"rnn": "rnn"}, ValueError, r"rnn: .* no such module at 'rnn'; candidates: 'body\.rnn'"),
-    "dropout with rnn": (plain, {"rnn": "body.rnn", "dropout": True}, TypeError, "dropout: expected with rnn the path"),
-    "path without rnn": (plain, {"dropout": "body.dropout"}, TypeError, "dropout: expected True or False, got 'body"),
+    "rnn": (plain, {"rnn": "lstm"}, ValueError, r"rnn: .* no such module at 'lstm'; candidates: 'rnn'"),
+    "dropout with rnn": (plain, {"rnn": "rnn", "dropout": True}, TypeError, "dropout: expected with rnn the path"),
+    "path without rnn": (plain, {"dropout": "dropout"}, TypeError, "dropout: expected True or False, got 'dropout'"),
     "valid": (plain, {"valid": 3}, TypeError, "valid: expected a function of the batch's inputs, or None"),
     "mask_padding": (plain, {"mask_padding": "no"}, TypeError, "mask_padding: expected True or False, got 'no'"),
     "no padding": (plain, {"mask_padding": True}, ValueError, "mask_padding: .* a model with a SentenceEncoder"),
-    "no such dropout": (plain, {"dropout": True}, ValueError, "RNNDropout of a LinearDecoder, .*; Plain has none"),
+    "no such dropout": (plain, {"dropout": True}, ValueError, "RNNDropout of a LinearDecoder, .*; Model has none"),
     "p": (lambda x: setattr(x.model[1].output_dp, "p", 1.0), {"dropout": True}, ValueError, "p: expected"),
     "alpha": (lambda x: setattr(x.rnn_regularizer, "alpha", -1.0), {}, ValueError, "alpha: expected"),
     "subclass": (lambda x: subclassed(x.rnn_regularizer), {}, ValueError, LEFT_ALONE),
@@ -831,7 +810,7 @@ def test_what_is_set_on_a_callback_stays(make: Callable[..., Learner]) -> None:
     assert [*learn.recorder.values[0]] == pytest.approx([*usual.recorder.values[0]])
 
 
-class Model(Plain):
+class Stateless(Plain):
     """Returns one tensor as raw and dropped, and may keep no state."""
 
     def forward(self, x: Tensor) -> Any:
@@ -843,7 +822,7 @@ class Model(Plain):
     ("model", "cbs", "error", "match"),
     [
         (Resettable(), rnn_cbs(2, 1), TypeError, r"expected \(decoded, raw, dropped\) .* got a Tensor from Resettable"),
-        (Model(), rnn_cbs(2, 1), TypeError, r"Model has no reset\(\), which ModelResetter calls: give it one"),
+        (Stateless(), rnn_cbs(2, 1), TypeError, r"Stateless has no reset\(\), which ModelResetter calls: give it one"),
         (Triple(), [RNNRegularizer(2, 1)], RuntimeError, r"no RNNCallback captures the activations: add one"),
         (Triple(), [*stock.rnn_cbs(), *rnn_cbs(2, 1)], RuntimeError, r"more than one RNNCallback, .*learn\.remove_cb"),
         (Triple(), rnn_cbs(2, 1, mask_padding=True), ValueError, r"a model with a SentenceEncoder, .* got Triple"),
@@ -858,6 +837,6 @@ def test_a_fit_rejects(
 
 
 def test_models_without_state_need_no_resetter(make: Callable[..., Learner]) -> None:
-    learn = Learner(make().dls, Model(), CrossEntropyLossFlat(), cbs=rnn_cbs(2, 1)[1:])
+    learn = Learner(make().dls, Stateless(), CrossEntropyLossFlat(), cbs=rnn_cbs(2, 1)[1:])
     before = weights(learn).clone()
     assert gap(trained(learn), before) > 0
