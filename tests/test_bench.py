@@ -821,9 +821,9 @@ def test_a_cpu_is_measured_by_a_process_for_each_allocator(
 
 
 def test_an_allocator_keeps_memory_or_not() -> None:
-    """Where it is kept, a call gets no pages from the system."""
+    """Where it is kept, a call gets no pages from the system; glibc by itself keeps blocks of up to 32 MB."""
     script = (
-        "import torch; from bench import machine, timing; x = torch.zeros(2**22)\n"
+        "import torch; from bench import machine, timing; x = torch.zeros(2**24)\n"
         "print(machine.allocator(), timing.page_faults(lambda _: (x + 1,)))"
     )
     faults = {}
@@ -835,7 +835,7 @@ def test_an_allocator_keeps_memory_or_not() -> None:
         named, count = done.stdout.strip().rsplit(" ", 1)
         assert named == allocator
         faults[allocator] = int(count)
-    assert faults[machine.KEPT] < 2**24 // 4096 / 10 < faults[machine.DEFAULT]
+    assert faults[machine.KEPT] < 2**26 // 4096 / 10 < faults[machine.DEFAULT]
 
 
 def test_the_time_of_the_host(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
