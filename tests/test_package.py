@@ -89,7 +89,7 @@ def install(clone: Path, folder: Path, command: list[str], cc: str, cxx: str) ->
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_an_installation_runs_anywhere(clone: Path, tmp_path: Path) -> None:
-    """And leaves its libraries in the clone, too, from which Python imports the package inside of it."""
+    """And leaves its libraries in the clone, too, from which Python imports the package there."""
     clone, site = install(clone, tmp_path, PIP, "gcc", "g++")
     done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0
