@@ -20,7 +20,7 @@ from fastreg.capture import Captured, Reached, Run
 from fastreg.dropout import Upstream
 from fastreg.kernels.view import NOTHING, Values
 from fastreg.penalty import Computed, penalty_of
-from fastreg.prepare import dtypes_of, plain, problem_of, restored_values
+from fastreg.prepare import dtypes_of, plain, problem_of, restored_values, values_of
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, is_on, rows_of
 from fastreg.torch_state import observed
 
@@ -240,9 +240,10 @@ def _of_node(carrier: Carrier, run: Run, node: Any, alpha: Coefficient, beta: Co
         *(run.time_at, "mean", True, run.dropped is run.raw),
     )
     check_options(call)
-    alpha_at, beta_at = (x if isinstance(x, Tensor) else None for x in (call.alpha, call.beta))
-    values = NOTHING if alpha_at is beta_at is None else Values(alpha=alpha_at, beta=beta_at)
-    i = carrier.note(problem_of(call), None, values)
+    problem = problem_of(call)
+    has_tensors = problem.alpha is None or problem.beta is None
+    values = values_of(call, problem, run.terms[0]) if has_tensors else NOTHING
+    i = carrier.note(problem, None, values)
     node.carried = functools.partial(carrier.carried.upstream, i)
     return _weighted(run.terms, alpha, beta)
 

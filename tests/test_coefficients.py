@@ -129,6 +129,20 @@ def test_a_regularizer_keeps_the_very_tensor(device: str) -> None:
     assert reg.on_backward_begin(torch.zeros((), device=device)) == fused_ar_tar(raw, 2 * raw, 3.0, 1.0)
 
 
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+def test_attach_takes_a_tensor_of_inference_mode(kind: Any, device: str) -> None:
+    rnn, gradients = nn.LSTM(4, 6, batch_first=True).to(device), []
+    with torch.inference_mode():
+        alpha = torch.tensor(2.0, device=device)
+    for coefficient in (alpha, 2.0):
+        torch.manual_seed(1)
+        reg, module = RNNRegularizer(coefficient, 1.0), kind(0.5)
+        with reg.attach(rnn, module):
+            loss = reg.on_backward_begin(module(rnn(torch.ones(2, 5, 4, device=device))[0]).sum())
+            gradients.append(torch.autograd.grad(loss, [*rnn.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
 def test_the_regularizer_and_the_module(device: str) -> None:
     """A schedule changes the tensor that both share, in place."""
     alpha, beta = numbers(device, 2.0, 1.0)
