@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.formulas import ALPHA, BETA, awd_lstm_lm, changes, fastai, padded, rnn_dropout
 from bench.machine import DEFAULT, KEPT
-from bench.steps import AWDLSTMStep, LightningStep, LSTMStep, MambaStep, MinGRUStep, Step
+from bench.steps import AWDLSTMStep, LightningStep, LSTMStep, MambaStep, MinGRUStep, Step, TanhStep
 from bench.timing import Call
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 
@@ -311,13 +311,13 @@ AnyCase = PenaltyCase | DropoutCase | PaddedCase | ChangesCase | Step
 def all_cases(device: str, allocator: str | None = KEPT) -> list[AnyCase]:
     """All cases on a GPU, those first that are wanted most. A CPU takes a part of them, which shows the same.
 
-    Of the training steps, the default allocator takes the one alone that fetches the most memory for its time.
+    Of the training steps, the default allocator takes those alone that fetch the most memory for their time.
     """
     made = list(dict.fromkeys(_gpu_cases() if device == "cuda" else _cpu_cases()))
-    return [case for case in made if allocator != DEFAULT or case == STACK or not isinstance(case, Step)]
+    return [case for case in made if allocator != DEFAULT or case in STACKS or not isinstance(case, Step)]
 
 
-STACK = MinGRUStep((4, 256, 256))
+STACKS = MinGRUStep((4, 256, 256)), TanhStep((4, 256, 256))
 # eb_jepa's action-conditioned model, 17 steps of 512 channels
 JEPA = [
     ChangesCase((128, 17, 512), dtype, contiguous=x) for x in (False, True) for dtype in (torch.float32, torch.bfloat16)
@@ -332,7 +332,7 @@ def _gpu_cases() -> Iterator[AnyCase]:
         yield DropoutCase(shape, dtype)
     # that of Merity et al. on the Penn Treebank, at fastai's batch
     yield AWDLSTMStep((64, 70, 400), words=10000, hidden=1152, layers=3)
-    yield from (STACK, MinGRUStep((16, 512, 512)), *SMALL_STEPS)
+    yield from (*STACKS, MinGRUStep((16, 512, 512)), TanhStep((16, 512, 512)), *SMALL_STEPS)
     # Each compiles 4 peers, and time is short: (80, 70, 400), so like the first, is left out.
     for dtype, shape in product((torch.bfloat16, torch.float32), (*SHAPES[:2], *SHAPES[3:])):
         yield DropoutCase(shape, dtype)
@@ -354,7 +354,7 @@ def _gpu_cases() -> Iterator[AnyCase]:
 
 def _cpu_cases() -> Iterator[AnyCase]:
     small = SHAPES[0]
-    yield from (STACK, MinGRUStep((4, 512, 512)))
+    yield from (*STACKS, MinGRUStep((4, 512, 512)), TanhStep((4, 512, 512)))
     yield AWDLSTMStep((20, 70, 400), words=2000, hidden=400, layers=2)  # takes a third of a second
     yield from SMALL_STEPS
     yield PenaltyCase(DEMO, torch.float32)

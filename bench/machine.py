@@ -22,16 +22,17 @@ ALLOCATORS = {
 
 
 def device_name() -> str:
-    """The GPU's, or the processor's with its cores."""
+    """The GPU's, or the processor's."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
 
 
 def processor_name() -> str:
-    """The processor's with its cores."""
+    """The processor's with the vectors that PyTorch uses, on which the compiled formula depends, and its cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()} CPU, {os.cpu_count()} cores"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{models[0] if models else platform.machine()} CPU with {vectors}, {os.cpu_count()} cores"
 
 
 def file_name(device: str) -> str:
