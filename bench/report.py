@@ -358,11 +358,14 @@ def against(cases: list[Case], other: str, name: str) -> str:
 
 
 def penalty_verdict(result: Result) -> str:
-    """How fast the penalty is, in a sentence."""
-    cases = result.of(BOTH)
+    """How fast the penalty is, in a sentence for float32 and one for half precision."""
     peers = {"compiled": "the formula under `torch.compile`", "eager": "the eager formula"}
-    speeds = ", ".join(against(cases, peer, name) for peer, name in peers.items())
-    return f"The penalty, forward + backward, in {len(cases)} cases: {speeds}.\n"
+    sentences = []
+    for precision, wide in ("float32", True), ("half precision", False):
+        if cases := [case for case in result.of(BOTH) if (case.any_info["dtype"] == "float32") == wide]:
+            speeds = ", ".join(against(cases, peer, name) for peer, name in peers.items())
+            sentences.append(f"The penalty in {precision}, forward + backward, in {len(cases)} cases: {speeds}.\n")
+    return "\n".join(sentences)
 
 
 def dropout_verdict(result: Result) -> str:
