@@ -56,7 +56,7 @@ class MinGRU(nn.Module):
 
 
 class Tanh(nn.Module):
-    """An elementwise layer in the place of a recurrent one, and much faster."""
+    """An elementwise layer instead of a recurrent one, and much faster."""
 
     def __init__(self, hidden: int):
         super().__init__()

@@ -75,7 +75,7 @@ TESTS = {
     "kernels/cpu.py": ["prediction", "cpu"],
     "kernels/launch.py": ["padding", "kernels"],
 }
-# The same for mutants of these files that the interpreter runs, which takes long.
+# The tests of interpreted mutants outside of kernels/: few, as the interpreter is slow
 INTERPRETED = {
     "fastreg/penalty.py": ["prediction", "penalty"],
     "fastreg/dropout.py": ["prediction", "dropout"],
@@ -552,7 +552,7 @@ class Mutant(NamedTuple):
 
     @property
     def tests(self) -> list[str]:
-        """The names of the files of tests of which one must fail."""
+        """The names of the test files, one of whose tests must fail."""
         return INTERPRETED.get(self.file, TESTS[self.file]) if self.interpreted else TESTS[self.file]
 
     def source(self) -> str:
