@@ -3,59 +3,34 @@
 from __future__ import annotations
 
 import copy
-import io
+import pickle
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pl: Any = ...  # Lightning is not needed to check types
-else:
-    try:
-        import lightning.pytorch as pl
-    except ImportError:
-        missing = "Lightning is not installed: fastreg.lightning did not run"
-        pl = pytest.importorskip("pytorch_lightning", reason=missing)
+pl: Any = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed: fastreg.lightning did not run")
 
-from fastreg import FusedRNNDropout, carry, fused_ar_tar
-from fastreg.lightning import ActivationRegularization
-from tests.language_model import (
-    ALPHA,
-    BATCH,
-    BETA,
-    HIDDEN,
-    TIME,
-    VOCABULARY,
-    assert_other_weights,
-    assert_same_weights,
-    criterion,
-    tolerance_of_bfloat16,
-)
+from fastreg import fused_ar_tar  # noqa: E402
+from fastreg.lightning import ActivationRegularization  # noqa: E402
+from tests import language_model as lm  # noqa: E402
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, assert_same_weights, criterion, tokens  # noqa: E402
 
 # Lightning's own, and those of its imports
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{x}Warning") for x in ("Deprecation", "Future", "User")]
+
+BOTH = (ALPHA, BETA)
 
 
 class Module(pl.LightningModule):
-    """A language model that knows nothing of fastreg."""
+    """A language model that knows nothing of fastreg, unless it has the formula, with coefficients for each layer."""
 
-    regularized = False  # by the formula written out
-
-    def __init__(self) -> None:
+    def __init__(self, *coefficients: tuple[float, float]) -> None:
         super().__init__()
-        self.encoder = nn.ModuleDict({"embedding": nn.Embedding(VOCABULARY, HIDDEN)})
-        self.encoder["lstm"] = nn.LSTM(HIDDEN, HIDDEN, batch_first=True)
-        self.drop = nn.Dropout(0.3)
-        self.decoder = nn.Linear(HIDDEN, VOCABULARY)
-        self.resets = 0
-        self.penalties: list[Tensor] = []
+        self.net, self.coefficients = lm.Model(), coefficients
+        self.resets, self.terms = 0, []
 
     def reset(self) -> None:
         self.resets += 1
@@ -63,59 +38,61 @@ class Module(pl.LightningModule):
     def result(self, loss: Tensor) -> Any:
         return loss
 
+    def run(self, batch: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Return the loss, and raw and dropped of each layer."""
+        decoded, raw, dropped = self.net.activations(batch)
+        return criterion(decoded, batch), [(raw, dropped)]
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        raw, _ = self.encoder["lstm"](self.drop(self.encoder["embedding"](batch)))
-        dropped = self.drop(raw)
-        loss = criterion(self.decoder(dropped), batch)
+        loss, layers = self.run(batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=1)
-        raw, dropped = raw.float(), dropped.float()
-        ar, tar = dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()
-        self.penalties.append(torch.stack([ar, tar]).detach())
-        if self.regularized:
-            loss = loss + ALPHA * ar + BETA * tar
+        pairs = [(raw.float(), dropped.float()) for raw, dropped in layers]
+        terms = [torch.stack([dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()]) for raw, dropped in pairs]
+        self.terms += [x.detach() for x in terms]
+        for term, coefficients in zip(terms, self.coefficients, strict=False):
+            loss = loss + (term * torch.tensor(coefficients)).sum()
         return self.result(loss)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.encoder["lstm"](self.encoder["embedding"](batch))
+        self.run(batch[:1])
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def batches(count: int = 6) -> torch.utils.data.DataLoader[Any]:
-    ids = torch.randint(VOCABULARY, (count * BATCH, TIME), generator=torch.Generator().manual_seed(1))
-    return torch.utils.data.DataLoader(ids, batch_size=BATCH)  # pyright: ignore[reportArgumentType]
-
-
 def callback(alpha: float = ALPHA, beta: float = BETA, **options: Any) -> ActivationRegularization:
-    named: dict[str, Any] = {"rnn": "encoder.lstm", "dropout": "drop"}
+    named: dict[str, Any] = {"rnn": "net.rnn", "dropout": "net.dropout"}
     return ActivationRegularization(alpha, beta, **(named | options))
 
 
 def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
-    """Train for an epoch, and return the logged metrics."""
+    """Train for an epoch of six batches, and return the logged metrics."""
     torch.manual_seed(0)
     defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
-    trainer.fit(module, batches(), batches(1) if validate else None)
+    data = torch.utils.data.DataLoader(tokens(6 * BATCH, TIME), batch_size=BATCH)  # pyright: ignore
+    trainer.fit(module, data, data if validate else None)
     return trainer.callback_metrics
 
 
-def made(kind: Any = Module, regularized: bool = False) -> Any:
-    torch.manual_seed(3)
-    module = kind()
-    module.regularized = regularized
-    return module
+def made(kind: Any = Module, *coefficients: tuple[float, float]) -> Any:
+    return lm.seeded(lambda: kind(*coefficients))
 
 
-def check_weights(kind: Any, *callbacks: Any, **options: Any) -> Any:
-    """Check that a module is trained as the same module with the formula written out, and return it."""
-    module, written_out = made(kind), made(kind, regularized=True)
-    fit(module, *callbacks, **options)
+def check_weights(kind: Any, *callbacks: Any, coefficients: Any = (BOTH,), **options: Any) -> Any:
+    """Check that a module is trained as the same module with the formula written out, and return the metrics."""
+    module, written_out = made(kind), made(kind, *coefficients)
+    logged = fit(module, *callbacks, **options)
     fit(written_out, **options)
     assert_same_weights(module, written_out)
-    return module
+    assert_left_alone(module)
+    return logged
+
+
+def assert_left_alone(module: Any) -> None:
+    assert "training_step" not in vars(module)
+    assert not any(x._forward_hooks for x in module.modules())
 
 
 @pytest.mark.parametrize(
@@ -127,56 +104,38 @@ def check_weights(kind: Any, *callbacks: Any, **options: Any) -> Any:
     ],
     ids=["plain", "accumulation+clipping", "bf16+accumulation+clipping"],
 )
+@lm.either
 def test_trains_the_weights_of_the_formula(options: dict[str, Any]) -> None:
-    module, written_out, without = made(), made(regularized=True), made()
+    module, written_out, without = made(), made(Module, BOTH), made()
     fit(module, callback(), **options)
     fit(written_out, **options)
     fit(without, **options)
-    tolerance = tolerance_of_bfloat16(written_out, made()) if "precision" in options else {}
+    tolerance = lm.tolerance_of_bfloat16(written_out, made()) if "precision" in options else {}
     assert_same_weights(module, written_out, **tolerance)
-    assert_other_weights(module, without)
-
-
-def test_a_fused_dropout_forms_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fused(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop = FusedRNNDropout(0.3)
-
-    monkeypatch.setattr(carry, "penalty_of", None)  # the dropout alone forms terms
-    module = check_weights(Fused, callback())
-    assert (module.drop.alpha, module.drop.beta) == (0, 0)  # its own, again
+    lm.assert_other_weights(module, without)
 
 
 def test_steps_that_return_a_dict_and_steps_that_are_skipped() -> None:
-    one, seen = callback(), []
-
     class EveryOther(Module):
         def result(self, loss: Tensor) -> Any:
-            return {"loss": loss, "more": 1} if len(self.penalties) % 2 else None
+            return {"loss": loss, "more": 1} if len(self.terms) % 2 else None
 
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            seen.append(outputs and outputs.get("more"))
-            with pytest.raises(RuntimeError, match="nothing was captured, the attached LSTM did not run"):
-                one.regularizer.on_backward_begin(torch.zeros(()))
+    def look(_trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:
+        seen.append(outputs and outputs.get("more"))
+        with pytest.raises(RuntimeError, match="nothing was captured, the attached LSTM did not run"):
+            one.regularizer.on_backward_begin(torch.zeros(()))
 
-    check_weights(EveryOther, one, Watch())
+    one, seen = callback(), []
+    check_weights(EveryOther, one, pl.callbacks.LambdaCallback(on_train_batch_end=look))
     assert [bool(x) for x in seen] == [True, False] * 3
 
 
 def test_logs_the_terms_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, log_dict = [], pl.LightningModule.log_dict
-
-    def counted(self: Any, *args: Any, **options: Any) -> None:
-        calls.append(args)
-        log_dict(self, *args, **options)
-
-    monkeypatch.setattr(pl.LightningModule, "log_dict", counted)
+    monkeypatch.setattr(pl.LightningModule, "log_dict", lambda *args, **kw: calls.append(log_dict(*args, **kw)))
     module = made()
-    logged, want = fit(module, callback(), max_epochs=2), fit(made(regularized=True), max_epochs=2)
-    last = torch.stack(module.penalties[6:]).mean(0)
-    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), last)
+    logged, want = fit(module, callback(), max_epochs=2), fit(made(Module, BOTH), max_epochs=2)
+    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), torch.stack(module.terms[6:]).mean(0))
     torch.testing.assert_close(logged["train_loss"], want["train_loss"])  # logged before the formula is added
     assert len(calls) == 2
     assert not {"ar", "tar"} & fit(made(), callback(log=False)).keys()
@@ -184,33 +143,14 @@ def test_logs_the_terms_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_module_is_left_as_it_was() -> None:
-    module = made()
-    one = callback()
+    module, one = made(), callback()
     for _ in range(2):  # and may be fitted again
         fit(module, one, validate=True)
-        assert "training_step" not in vars(module)
-        assert not module.encoder["lstm"]._forward_hooks
-        assert not module.drop._forward_hooks
+        assert_left_alone(module)
         with pytest.raises(RuntimeError, match=r"nothing was captured; call on_loss_begin"):  # nothing is attached
             one.regularizer.on_backward_begin(torch.zeros(()))
     copy.deepcopy(one)
     assert module.resets == 2 * (1 + 1 + 1)  # epochs of training, and of validation before and after
-
-
-def test_a_compiled_module() -> None:
-    class Quiet(Module):  # a step that logs compiles neither with the callback nor without
-        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-            raw, _ = self.encoder["lstm"](self.encoder["embedding"](batch))
-            loss = criterion(self.decoder(self.drop(raw)), batch)
-            return loss + BETA * raw.diff(dim=1).pow(2).mean() if self.regularized else loss
-
-    module, written_out = made(Quiet), made(Quiet, regularized=True)
-    module.drop.p = written_out.drop.p = 0.0
-    torch._dynamo.reset()
-    fit(torch.compile(module, backend="eager"), callback(0.0))
-    torch._dynamo.reset()
-    fit(written_out)
-    assert_same_weights(module, written_out)
 
 
 class Failing(Module):
@@ -219,9 +159,7 @@ class Failing(Module):
 
 
 class Manual(Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+    automatic_optimization = False
 
 
 @pytest.mark.parametrize(
@@ -229,65 +167,61 @@ class Manual(Module):
     [
         (Failing, {}, KeyError, "in a step"),
         (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in its training_step"),
-        (Module, {"rnn": "lstm"}, ValueError, r"rnn: Module has no such module at 'lstm'; .* 'encoder\.lstm'$"),
+        (Module, {"rnn": "lstm"}, ValueError, r"rnn: Module has no such module at 'lstm'; .* 'net\.rnn'$"),
+        (Module, {"valid": 3}, TypeError, "valid: expected a function of the batch, or None, got int"),
+        (Module, {"log": 1}, TypeError, "log: expected True or False, got 1"),
     ],
-    ids=["step", "manual optimization", "path"],
+    ids=["step", "manual optimization", "path", "valid", "log"],
 )
-def test_the_module_is_left_as_it_was_after_an_error(
-    kind: Any, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_errors_leave_the_module_as_it_was(kind: Any, options: Any, error: type[Exception], message: str) -> None:
     module = made(kind)
     with pytest.raises(error, match=message):
         fit(module, callback(**options))
-    assert "training_step" not in vars(module)
-    assert not module.encoder["lstm"]._forward_hooks
+    assert_left_alone(module)
+
+
+def test_a_compiled_module() -> None:
+    class Quiet(Module):  # a step that logs compiles neither with the callback nor without
+        def log(self, *_: Any, **__: Any) -> None: ...
+
+    module, written_out = made(Quiet), made(Quiet, BOTH)
+    torch._dynamo.reset()
+    fit(torch.compile(module, backend="eager"), callback())
+    torch._dynamo.reset()
+    fit(written_out)
+    assert_same_weights(module, written_out)
 
 
 def test_rnns_in_evaluation_add_nothing() -> None:
     class Frozen(Module):
         def on_train_epoch_start(self) -> None:
-            self.encoder["lstm"].eval()
+            self.net.rnn.eval()
 
-    module, without = made(Frozen), made(Frozen)
-    assert "ar" not in fit(module, callback())
-    fit(without)
-    assert_same_weights(module, without)
+    assert "ar" not in check_weights(Frozen, callback(), coefficients=())
 
 
 class Two(Module):
-    """Two RNNs; the formula regularizes the output of each with a beta of its own."""
+    """Has two RNNs, and a dropout between them."""
 
-    betas = BETA, BETA
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *coefficients: tuple[float, float]) -> None:
+        super().__init__(*coefficients)
         self.second = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        raw, _ = self.encoder["lstm"](self.encoder["embedding"](batch))
-        last, _ = self.second(self.drop(raw))
-        loss = criterion(self.decoder(last), batch)
-        tars = torch.stack([x.diff(dim=1).pow(2).mean() for x in (raw, last)])
-        self.penalties.append(tars.detach())
-        return loss + (tars * torch.tensor(self.betas)).sum() if self.regularized else loss
+    def run(self, batch: Tensor) -> Any:
+        _, raw, dropped = self.net.activations(batch)
+        last, _ = self.second(dropped)
+        return criterion(self.net.decoder(last), batch), [(raw, dropped), (last, last)]
 
 
-class Last(Two):
-    betas = 0.0, BETA
-
-
-class Unlike(Two):
-    betas = 3.0, 5.0
-
-
-@pytest.mark.parametrize(("kind", "layers"), [(Two, "all"), (Last, "last")], ids=["all", "last"])
-def test_several_rnns(kind: Any, layers: Any) -> None:
-    check_weights(kind, callback(0.0, rnn=["encoder.lstm", "second"], dropout=["drop", None], layers=layers))
+@pytest.mark.parametrize(("layers", "of_first"), [("all", BOTH), ("last", (0.0, 0.0))], ids=["all", "last"])
+def test_several_rnns(layers: Any, of_first: tuple[float, float]) -> None:
+    one = callback(rnn=["net.rnn", "second"], dropout=["net.dropout", None], layers=layers)
+    check_weights(Two, one, coefficients=(of_first, BOTH))
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_two_callbacks(own: bool) -> None:
-    module, written_out = made(Unlike), made(Unlike, regularized=True)
+    module, written_out = made(Two), made(Two, (0.0, 3.0), (0.0, 5.0))
     if own:  # of the instance, to which it is left
         module.training_step = partial(module.training_step, batch_idx=0)
     step = module.training_step
@@ -296,61 +230,27 @@ def test_two_callbacks(own: bool) -> None:
         logged = fit(module, *callbacks)
         assert module.training_step == step
         assert ("training_step" in vars(module)) == own
-        assert not module.encoder["lstm"]._forward_hooks
-        torch.testing.assert_close(logged["tar"], torch.stack(module.penalties[-6:]).mean())
+        torch.testing.assert_close(logged["tar"], torch.stack(module.terms[-12:]).mean(0)[1])
         fit(written_out)
     assert_same_weights(module, written_out)
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_callbacks_end_in_any_order(order: tuple[int, int]) -> None:
-    module = made(Two)
-    callbacks = [callback(dropout=None), callback(rnn="second", dropout=None)]
-    for one in callbacks:
-        one.on_fit_start(None, module)
-    first, last = (callbacks[i] for i in order)
-    first.teardown(None, module, "fit")
-    first.teardown(None, module, "fit")  # twice is once
-    assert "training_step" in vars(module)
-    last.teardown(None, module, "fit")
-    assert "training_step" not in vars(module)
-    assert not module.second._forward_hooks
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"rnn": 3}, TypeError, "rnn: expected an attribute path, or a list of them, got int"),
-        ({"valid": 3}, TypeError, "valid: expected a function of the batch, or None, got int"),
-        ({"starts": 3}, TypeError, "starts: expected a function of the batch, or None, got int"),
-        ({"log": 1}, TypeError, "log: expected True or False, got 1"),
-    ],
-)
-def test_rejects_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        callback(**options)
-
-
-class Snapshots(pl.Callback):
-    """Copies and pickles the module in the middle of a fit, as an average of weights does."""
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        pl_module.penalties.clear()
-        stored = io.BytesIO()
-        trainer_of, pl_module._trainer = pl_module._trainer, None
-        torch.save(pl_module, stored)
-        self.made = [copy.deepcopy(pl_module), torch.load(io.BytesIO(stored.getvalue()), weights_only=False)]
-        pl_module._trainer = trainer_of
-
-
 def test_a_copy_made_while_training_has_a_step_of_its_own() -> None:
-    snapshots = Snapshots()
-    fit(made(), callback(), snapshots)
-    for module in snapshots.made:
+    """As an average of weights makes one; or a pickle."""
+
+    def copy_it(_trainer: Any, module: Any, *_: Any) -> None:
+        module.terms.clear()
+        trainer, module._trainer = module._trainer, None
+        copies[:] = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+        module._trainer = trainer
+
+    copies: list[Any] = []
+    fit(made(), callback(), pl.callbacks.LambdaCallback(on_train_batch_end=copy_it))
+    for module in copies:
         assert module.training_step.__self__ is module
-        before = [p.detach().clone() for p in module.parameters()]
+        before = copy.deepcopy(module)
         fit(module)  # without the penalty
-        assert not all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+        lm.assert_other_weights(module, before)
 
 
 class Stateful(Module):
@@ -359,43 +259,32 @@ class Stateful(Module):
     state: Any = None
 
     def reset(self) -> None:
-        super().reset()
         self.state = None
 
-    def run(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        raw, state = self.encoder["lstm"](self.encoder["embedding"](batch), self.state)
-        self.state = tuple(x.detach() for x in state)
-        return criterion(self.decoder(self.drop(raw)), batch), raw
+    def run(self, batch: Tensor) -> Any:
+        raw, state = self.net.rnn(self.net.embedding(batch), self.state)
+        self.state, dropped = tuple(x.detach() for x in state), self.net.dropout(raw)
+        return criterion(self.net.decoder(dropped), batch), [(raw, dropped)]
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        if batch_idx == 3:
-            assert self.state is None  # as validation has run
-        loss, raw = self.run(batch)
-        return loss + BETA * raw.diff(dim=1).pow(2).mean() if self.regularized else loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.run(batch[:1])
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        assert (self.state is None) == (batch_idx in (0, 3))  # as validation has run
 
     def on_validation_epoch_start(self) -> None:
-        if self.regularized:  # with the penalty by a callback, which resets
+        if self.coefficients:  # else the callback resets
             self.reset()
 
     on_validation_epoch_end = on_train_epoch_start = on_validation_epoch_start
 
 
 def test_validation_within_an_epoch_leaves_no_hidden_state() -> None:
-    check_weights(Stateful, callback(0.0), validate=True, val_check_interval=0.5)
+    check_weights(Stateful, callback(), validate=True, val_check_interval=0.5)
 
 
-class Own(nn.Module):
-    """A recurrent layer of one's own, time first; its output is one of several."""
+class Own(nn.GRU):
+    """A recurrent layer, time first, whose output is one of several."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.GRU(HIDDEN, HIDDEN)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        raw, state = self.rnn.forward(x.transpose(0, 1))
+    def forward(self, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raw, state = super().forward(x.transpose(0, 1))
         return {"state": state, "raw": raw}
 
 
@@ -403,38 +292,20 @@ class Masked(Module):
     """Makes its layer when the fit begins, and has a step without an index."""
 
     def configure_model(self) -> None:
-        if not hasattr(self, "own"):
-            self.own = Own()
+        self.own = lm.seeded(lambda: Own(HIDDEN, HIDDEN))
 
     def training_step(self, batch: Tensor) -> Any:  # pyright: ignore
-        raw = self.own(self.encoder["embedding"](batch))["raw"]
-        dropped = self.drop(raw)
+        raw = self.own(self.net.embedding(batch))["raw"]
+        dropped = self.net.dropout(raw)
         masks: Any = {"valid": batch != 3, "starts": batch == 2, "batch_first": False}
-        penalty = fused_ar_tar(raw, dropped, ALPHA, BETA, **masks) if self.regularized else 0
-        return criterion(self.decoder(dropped), batch.T) + penalty
+        penalty = fused_ar_tar(raw, dropped, ALPHA, BETA, **masks) if self.coefficients else 0
+        return criterion(self.net.decoder(dropped), batch.T) + penalty
 
 
 def test_any_module_made_late_with_masks_of_the_batch() -> None:
+    def valid(batch: Tensor, x: Tensor) -> Tensor:  # with the arguments of the RNN, as it takes more than the batch
+        assert x.shape == (*batch.shape, HIDDEN)
+        return batch != 3
+
     options: dict[str, Any] = {"rnn": "own", "output": lambda result: result["raw"], "batch_first": False}
-    check_weights(Masked, callback(**options, valid=lambda batch: batch != 3, starts=lambda batch: batch == 2))
-
-
-class TwoRuns(Module):
-    """Runs the RNN on two parts of different lengths, as an encoder and a decoder are."""
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        embedded, losses = self.encoder["embedding"](batch), []
-        for part, ids in zip(embedded.split([4, TIME - 4], 1), batch.split([4, TIME - 4], 1), strict=True):
-            raw, _ = self.encoder["lstm"](part)
-            losses.append(criterion(self.decoder(raw), ids))
-            if self.regularized:
-                losses.append(fused_ar_tar(raw, raw, ALPHA, BETA, valid=ids != 3))
-        return torch.stack(losses).sum()
-
-
-def test_valid_steps_of_each_run() -> None:
-    def valid(batch: Tensor, x: Tensor) -> Tensor:
-        start = 0 if x.shape[1] == 4 else 4
-        return batch[:, start : start + x.shape[1]] != 3
-
-    check_weights(TwoRuns, callback(dropout=None, valid=valid))
+    check_weights(Masked, callback(**options, valid=valid, starts=lambda batch: batch == 2))
