@@ -113,12 +113,15 @@ def train(model: nn.Module, loss_of: Callable[[Tensor], Tensor], x: Tensor, step
     return [p.detach() for p in model.parameters()]
 
 
+def gap(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
 def assert_same(got: list[Tensor], want: list[Tensor], unlike: list[Tensor] | None = None) -> None:
     """Assert that the weights are the same to rounding, and that those without the penalty are not."""
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     if unlike is not None:
-        assert max((a - b).abs().max().item() for a, b in zip(want, unlike, strict=True)) > 1e-3
+        assert max(map(gap, want, unlike)) > 1e-3
 
 
 def assert_same_weights(model: nn.Module, other: nn.Module, rtol: float = 1e-4, atol: float = 1e-6) -> None:
@@ -132,8 +135,8 @@ def assert_other_weights(model: nn.Module, other: nn.Module) -> None:
 
 def tolerance_of_bfloat16(model: nn.Module, untrained: nn.Module) -> dict[str, float]:
     """Return the rounding of a training: autograd rounds wherever it adds gradients, hooks add in float32."""
-    changes = [(a - b).abs().max().item() for a, b in zip(model.parameters(), untrained.parameters(), strict=True)]
-    return {"rtol": 0.0, "atol": torch.finfo(torch.bfloat16).eps * max(changes)}
+    largest = max(map(gap, model.parameters(), untrained.parameters()))
+    return {"rtol": 0.0, "atol": torch.finfo(torch.bfloat16).eps * largest}
 
 
 def regularizer(**options: Any) -> RNNRegularizer:
@@ -163,10 +166,7 @@ def written_out(model: Model, time: int = 1) -> Callable[[Tensor], Tensor]:
 
 def penalty_of(reg: RNNRegularizer, *outputs: Tensor) -> Tensor:
     """Return the penalty of the current captures, for a loss of 0 that depends on these outputs of the model."""
-    loss = torch.zeros(())
-    for x in outputs:
-        loss = loss + 0 * x.sum()
-    return reg.on_backward_begin(loss)
+    return reg.on_backward_begin(sum((0 * x.sum() for x in outputs), torch.zeros(())))
 
 
 def check_gradients(model: nn.Module, got: Tensor, want: Tensor) -> None:

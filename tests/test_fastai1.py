@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,6 +24,7 @@ def environment_with(release: str, home: Path) -> dict[str, str]:
 @pytest.mark.parametrize("release", ["1.0.36", "1.0.42", "1.0.61"])
 def test_release(release: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider"]
-    options: Any = {"env": environment_with(release, tmp_path), "cwd": ROOT, "capture_output": True, "text": True}
-    done = subprocess.run([*command, "tests/fastai1_train.py"], timeout=300, **options)
+    command.append("tests/fastai1_train.py")
+    env = environment_with(release, tmp_path)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-5000:]
