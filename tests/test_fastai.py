@@ -8,7 +8,7 @@ import math
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -32,18 +32,19 @@ with warnings.catch_warnings():
     from fastai.learner import Learner, Recorder, load_learner
     from fastai.losses import CrossEntropyLossFlat
     from fastai.metrics import accuracy
-    from fastai.optimizer import OptimWrapper
+    from fastai.optimizer import Adam, OptimWrapper
     from fastai.text.data import LMDataLoader, TensorText, pad_chunk
     from fastai.text.learner import TextLearner, get_text_classifier, language_model_learner
     from fastai.text.models.awdlstm import AWD_LSTM, RNNDropout, awd_lstm_clas_config, awd_lstm_lm_config
     from fastai.torch_core import set_seed
 
     from bench.timing import threads
-    from fastreg import FusedRNNDropout, fused_ar_tar
+    from fastreg import fused_ar_tar
     from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
     from tests.conftest import without
     from tests.language_model import VOCABULARY as WORDS
     from tests.language_model import Model as Plain
+    from tests.language_model import gap
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_collections")]  # fastai's warnings
 
@@ -52,33 +53,47 @@ SMALL = {"emb_sz": 24, "n_hid": 32, "n_layers": 2}
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread_and_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)  # where learners write
     with threads(1):
         yield
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., Learner]:
-    """Language model learners with equal weights."""
+class Ids(list):
+    """A dataset that learners can be exported with."""
 
-    def learner(alpha: float = ALPHA, beta: float = BETA, size: int = 650, bs: int = 8, **options: Any) -> Learner:
-        set_seed(0)
-        ids = Ids(torch.randint(0, WORDS, (n,)) for n in (size // 2, size - size // 2))
-        dls = DataLoaders(LMDataLoader(ids, bs=bs, seq_len=16), LMDataLoader(ids.new_empty(), bs=bs, seq_len=16))
-        dls.vocab = [str(i) for i in range(WORDS)]
-        options = {"config": awd_lstm_lm_config | SMALL, "pretrained": False, "path": tmp_path} | options
-        return language_model_learner(dls, AWD_LSTM, alpha=alpha, beta=beta, **options)
+    def new_empty(self) -> Ids:
+        return Ids(self[:1])
 
-    return learner
+
+def make(alpha: float = ALPHA, beta: float = BETA, size: int = 650, bs: int = 8, **options: Any) -> Learner:
+    """Make a language model learner, always with the same weights."""
+    set_seed(0)
+    ids = Ids(torch.randint(0, WORDS, (n,)) for n in (size // 2, size - size // 2))
+    dls = DataLoaders(LMDataLoader(ids, bs=bs, seq_len=16), LMDataLoader(ids.new_empty(), bs=bs, seq_len=16))
+    dls.vocab = [str(i) for i in range(WORDS)]
+    options = {"config": awd_lstm_lm_config | SMALL, "pretrained": False} | options
+    return language_model_learner(dls, AWD_LSTM, alpha=alpha, beta=beta, **options)
+
+
+class Triple(Plain):
+    """The same model as fastai's callbacks want it."""
+
+    forward = Plain.activations  # pyright: ignore[reportAssignmentType]
+
+    def reset(self) -> None: ...
+
+
+def of(kind: type[nn.Module], *cbs: Callback) -> Learner:
+    """Make a learner of a custom model, always with the same weights."""
+    dls = make().dls
+    set_seed(5)
+    return Learner(dls, kind(), CrossEntropyLossFlat(), cbs=list(cbs))
 
 
 def by_hand(learn: Learner, *cbs: Callback) -> Learner:
     """Return the learner with these callbacks instead of the stock ones."""
     return learn.remove_cbs([stock.RNNRegularizer, stock.RNNCallback, stock.ModelResetter]).add_cbs(list(cbs))
-
-
-def with_bptt(learn: Learner) -> Learner:
-    return by_hand(learn, *rnn_cbs(ALPHA, BETA, bptt=20))
 
 
 def trained(learn: Learner, epochs: int = 1, **options: Any) -> Tensor:
@@ -92,42 +107,43 @@ def weights(learn: Learner) -> Tensor:
     return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
 
-def gap(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
+def same(some: Iterable[Any], others: Iterable[Any]) -> bool:
+    return all(a is b for a, b in zip(some, others, strict=True))
 
 
-class Ids(list):
-    """A dataset that learners can be exported with."""
-
-    def new_empty(self) -> Ids:
-        return Ids(self[:1])
-
-
-class Spy(Callback):
-    """Record every training step as a callback that runs last sees it."""
-
-    order = 100
-
-    def before_fit(self) -> None:
-        self.seen: list[dict[str, Any]] = []
-
-    def after_loss(self) -> None:
-        if self.training:
-            raw, out = self.learn.rnn.raw_out.detach(), self.learn.rnn.out.detach()
-            changes = raw[:, 1:] - raw[:, :-1]
-            tar = changes.pow(2).mean().item() if changes.numel() else 0.0
-            terms = {"ar": out.pow(2).mean().item(), "tar": tar, "size": len(raw), "steps": raw.shape[1]}
-            clean = self.learn.loss_func(self.learn.pred, *self.learn.yb)
-            losses = {"clean": clean.item(), "loss": self.learn.loss.item(), "grad": self.learn.loss_grad.item()}
-            self.seen.append(terms | losses | {"lr": []})
-
-    def after_batch(self) -> None:
-        assert self.learn.rnn.raw_out is not None
-        if self.training:
-            self.seen[-1]["lr"] = [hyper["lr"] for hyper in self.learn.opt.hypers]
+def on(event: str, do: Callable[[Any], object], order: int = 100) -> Callback:
+    """Return a callback that does something with the learner at an event, in training and after other callbacks."""
+    made = Callback(**{event: lambda self: do(self.learn)})
+    made.order, made.run_valid = order, False
+    return made
 
 
-# -- the same weights -------------------------------------------------------------------------------------------------
+def stop(event: str = "before_backward", error: type[BaseException] = KeyboardInterrupt) -> Callback:
+    """Return a callback that stops a fit in the middle of training: as a user does, or by another error."""
+
+    def stop_it(learn: Any) -> None:
+        if learn.train_iter == 2:
+            raise error
+
+    return on(event, stop_it)
+
+
+def remove(learn: Any) -> None:
+    learn.remove_cb(learn.rnn_regularizer)
+
+
+def spy(seen: list[dict[str, Any]]) -> Callback:
+    """Return a callback that records every training step as a callback that runs last sees it."""
+
+    def look(learn: Any) -> None:
+        raw, out = learn.rnn.raw_out.detach(), learn.rnn.out.detach()
+        tar = raw.diff(dim=1).pow(2).mean().item() if raw.shape[1] > 1 else 0.0
+        terms = {"ar": out.pow(2).mean().item(), "tar": tar, "size": len(raw), "steps": raw.shape[1]}
+        clean = learn.loss_func(learn.pred, *learn.yb).item()
+        seen.append(terms | {"clean": clean, "loss": learn.loss.item(), "grad": learn.loss_grad.item()})
+
+    return on("after_loss", look)
+
 
 SETTINGS: dict[str, Callable[[], list[Callback]]] = {
     "plain": list,
@@ -146,118 +162,66 @@ def cpu_amp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.usefixtures("cpu_amp")
-def test_trains_the_stock_weights(make: Callable[..., Learner], setting: str, formed: list[Any]) -> None:
-    cbs = SETTINGS[setting]
-    expected = trained(make(), cbs=cbs())
+def test_trains_the_stock_weights(setting: str, formed: list[Any]) -> None:
+    cbs, want = SETTINGS[setting], make(metrics=accuracy)
+    expected = trained(want, cbs=cbs())
     close = 1e-3 if setting == "bf16" else 1e-5  # stock differences are rounded to bfloat16
-    assert gap(trained(fuse(make(), dropout=True), cbs=cbs()), expected) < close
-    assert formed == []  # all were the dropout's
-    assert gap(trained(fuse(make()), cbs=cbs()), expected) < close
-    assert gap(trained(by_hand(make(), *rnn_cbs(ALPHA, BETA)), cbs=cbs()), expected) < close
-    for alpha, beta in ((ALPHA, 0.0), (0.0, BETA)):
-        assert gap(trained(make(alpha, beta), cbs=cbs()), expected) > 5 * close
+    fused, plain, other = (make(metrics=accuracy) for _ in range(3))
+    for got in (fuse(fused, dropout=True), fuse(plain), by_hand(other, *rnn_cbs(ALPHA, BETA))):
+        assert gap(trained(got, cbs=cbs()), expected) < close
+        assert (formed == []) == (got is fused)  # where all were the dropout's
+        assert [*got.validate()] == pytest.approx([*want.validate()], abs=close)
+    for other in (make(ALPHA, 0.0), make(0.0, BETA), by_hand(make(), *rnn_cbs())):
+        assert gap(trained(other, cbs=cbs()), expected) > 5 * close
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_lr_find_and_validation_are_the_stock_ones(make: Callable[..., Learner], dropout: bool) -> None:
-    learners, losses = [make(metrics=accuracy), fuse(make(metrics=accuracy), dropout)], []
-    for learn in learners:
-        before = weights(learn)
-        set_seed(2)
-        with learn.no_bar(), learn.no_logging():
-            learn.lr_find(num_it=12, show_plot=False, suggest_funcs=())
-        losses.append(torch.stack(learn.recorder.losses))
-        assert gap(before, weights(learn)) == 0
-    assert gap(*losses) < 1e-5
-    assert gap(trained(learners[0]), trained(learners[1])) < 1e-5
-    with learners[0].no_bar(), learners[1].no_bar():
-        stocks, ours = (list(learn.validate()) for learn in learners)
-        assert ours == pytest.approx(stocks, abs=1e-5)
-        assert len(learners[1].get_preds(reorder=False)) == 2
-
-
-def classifier(tmp_path: Path, rows: list[Any], alpha: float = ALPHA, **options: Any) -> Learner:
+def classifier(rows: list[Any], alpha: float = ALPHA, **options: Any) -> Learner:
     set_seed(0)
     dls = DataLoaders(DataLoader(rows, bs=8), DataLoader(rows[:8], bs=8))
     model = get_text_classifier(AWD_LSTM, WORDS, 2, seq_len=8, config=awd_lstm_clas_config | SMALL, **options)
-    loss = CrossEntropyLossFlat()
-    return TextLearner(dls, model, alpha, BETA if alpha else 0, loss_func=loss, path=tmp_path, metrics=accuracy)
+    return TextLearner(dls, model, alpha, BETA if alpha else 0, loss_func=CrossEntropyLossFlat())
 
 
-def test_text_classifiers(tmp_path: Path) -> None:
+def test_text_classifiers() -> None:
     """Their outputs before and after dropout are one tensor."""
     rows = [(torch.randint(2, WORDS, (20,)), torch.tensor(i % 2)) for i in range(24)]
-    expected, learn = trained(classifier(tmp_path, rows)), fuse(classifier(tmp_path, rows))
-    learn.add_cb(Spy())
-    assert gap(trained(learn), expected) < 1e-5
-    assert gap(trained(classifier(tmp_path, rows, 0)), expected) > 1e-3
-    assert learn.rnn_regularizer.regularizer.ar.item() == pytest.approx(learn.spy.seen[-1]["ar"], rel=1e-5)
-    assert learn.recorder.metric_names[-4:] == ["accuracy", "ar", "tar", "time"]
+    expected = trained(classifier(rows))
+    assert gap(trained(fuse(classifier(rows))), expected) < 1e-5
+    assert gap(trained(classifier(rows, 0)), expected) > 1e-3
 
 
 @pytest.mark.parametrize("max_len", [None, 16])
-def test_padding_of_text_classifiers(tmp_path: Path, max_len: int | None) -> None:
+def test_padding_of_text_classifiers(max_len: int | None) -> None:
     """Fastai pads by whole chunks before a text, and by the rest behind it; half of the batch is padding here."""
     texts = [torch.randint(2, WORDS, (n,)) for n in (30, 29, 21, 17, 16, 9, 3, 1)]
-    padded = torch.stack([pad_chunk(TensorText(x), pad_idx=1, seq_len=8, pad_len=30) for x in texts]).as_subclass(
-        Tensor
-    )
-    whole = padded != 1
-    padded[0, 20], padded[1, 22] = 1, 1  # a pad id amid a text is a step of the text
+    padded = [pad_chunk(TensorText(x), pad_idx=1, seq_len=8, pad_len=30).as_subclass(Tensor) for x in texts]
+    whole = torch.stack(padded) != 1
+    padded[0][20], padded[1][22] = 1, 1  # a pad id amid a text is a step of the text
     rows = [(TensorText(x), torch.tensor(i % 2)) for i, x in enumerate(padded)]
 
-    class Truth(Callback):
-        order = 100
+    def check(learn: Any) -> None:
+        raw = learn.rnn.raw_out
+        want = fused_ar_tar(raw, learn.rnn.out, ALPHA, BETA, valid=whole[:, -raw.shape[1] :])
+        got = learn.loss_grad - learn.loss
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(x, raw, retain_graph=True) for x in (got, want)))
+        checked.append(raw)
 
-        def after_loss(self) -> None:
-            if self.training:
-                raw = self.learn.rnn.raw_out
-                self.there = whole[:, -raw.shape[1] :]
-                texts = [x[t] for x, t in zip(raw.detach().double(), self.there, strict=True)]
-                self.ar = torch.cat(texts).square().mean().item()
-                self.tar = torch.cat([x.diff(dim=0) for x in texts]).square().mean().item()
-                (self.grad,) = torch.autograd.grad(self.learn.loss_grad - self.learn.loss, raw, retain_graph=True)
-
-    learn = fuse(classifier(tmp_path, rows, max_len=max_len), mask_padding=True)
-    trained(learn, cbs=(truth := Truth()))
-    assert learn.rnn_regularizer.regularizer.ar.item() == pytest.approx(truth.ar, rel=1e-5)
-    assert learn.rnn_regularizer.regularizer.tar.item() == pytest.approx(truth.tar, rel=1e-5)
-    assert (truth.grad[~truth.there] == 0).all()
-    assert truth.grad[truth.there].abs().sum() > 0
-
-
-# -- by the paths of modules, for models that return their output alone ------------------------------------------------
-
-
-class Resettable(Plain):
-    def reset(self) -> None: ...
-
-
-class Triple(Resettable):
-    """The same model as fastai's callbacks want it."""
-
-    def forward(self, x: Tensor) -> Any:
-        return self.activations(x)
+    checked: list[Tensor] = []
+    trained(fuse(classifier(rows, max_len=max_len), mask_padding=True), cbs=on("after_loss", check))
+    assert checked
 
 
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 
 
-@pytest.fixture
-def of(make: Callable[..., Learner], tmp_path: Path) -> Callable[..., Learner]:
-    """Learners of custom models with equal weights."""
-
-    def learner(kind: type[nn.Module], *cbs: Callback, **options: Any) -> Learner:
-        dls = make().dls
-        set_seed(5)
-        return Learner(dls, kind(), CrossEntropyLossFlat(), cbs=list(cbs), path=tmp_path, **options)
-
-    return learner
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
 
 
 @pytest.mark.parametrize("setting", ["plain", "bf16"])
 @pytest.mark.usefixtures("cpu_amp")
-def test_modules_by_their_paths_train_the_stock_weights(of: Callable[..., Learner], setting: str) -> None:
+def test_modules_by_their_paths_train_the_stock_weights(setting: str) -> None:
     cbs = SETTINGS[setting]
     expected, close = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), cbs=cbs()), 1e-5
     if setting == "bf16":  # autograd rounds wherever it adds gradients, hooks once: neither is further from float32
@@ -271,173 +235,106 @@ def test_modules_by_their_paths_train_the_stock_weights(of: Callable[..., Learne
     ]
     for learn in learners:
         assert gap(trained(learn, cbs=cbs()), expected) < close
-        assert not any(module._forward_hooks for module in learn.model.modules())
+        assert hooks_of(learn.model) == 0
     assert gap(trained(of(Plain), cbs=cbs()), expected) > 5 * close
 
 
-def test_modules_by_their_paths_after_a_fit_that_was_cut_off(of: Callable[..., Learner]) -> None:
+def test_modules_by_their_paths_after_a_fit_that_was_cut_off() -> None:
     learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            trained(learn, cbs=Stop("after_loss"))
+            trained(learn, cbs=stop("after_loss"))
     assert len(learn.model.rnn._forward_hooks) == 1
-    exported = pickle.loads(pickle.dumps(learn.model))
-    learn.remove_cb(RNNRegularizer)
-    for model in (exported, learn.model):
-        assert not any(module._forward_hooks for module in model.modules())
+    assert hooks_of(pickle.loads(pickle.dumps(learn.model))) == 0
+    assert hooks_of(learn.remove_cb(RNNRegularizer).model) == 0
 
 
-def test_valid_steps_of_the_batch(of: Callable[..., Learner]) -> None:
-    def marks(x: Tensor) -> Tensor:
-        return x % 3 != 0
+def test_masks_of_the_batch() -> None:
+    masks: Any = {"valid": lambda x: x % 3 != 0, "starts": lambda x: x % 4 == 1}
 
-    def starts(x: Tensor) -> Tensor:
-        return x % 4 == 1
+    def write_out(learn: Any) -> None:
+        options: Any = {name: mask(*learn.xb) for name, mask in masks.items()}
+        learn.loss_grad = learn.loss_grad + fused_ar_tar(learn.rnn.raw_out, learn.rnn.out, ALPHA, BETA, **options)
 
-    class Written(Callback):
-        """The formula, and fastai's callbacks without coefficients."""
-
-        def after_loss(self) -> None:
-            if self.training:
-                raw, out, valid = self.learn.rnn.raw_out, self.learn.rnn.out, marks(self.xb[0])
-                options: Any = {"valid": valid, "starts": starts(self.xb[0])}
-                self.learn.loss_grad = self.learn.loss_grad + fused_ar_tar(raw, out, ALPHA, BETA, **options)
-
-    expected = trained(of(Triple, stock.RNNCallback(), Written()))
-    both: Any = {"valid": marks, "starts": starts}
-    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **both, **PATHS))), expected) < 1e-5
-    assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **both, **PATHS)), expected) < 1e-5
-    assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **both)), expected) < 1e-5
+    expected = trained(of(Triple, stock.RNNCallback(), on("after_loss", write_out)))
+    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **masks, **PATHS))), expected) < 1e-5
+    assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **masks, **PATHS)), expected) < 1e-5
+    assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **masks)), expected) < 1e-5
 
 
-def test_modules_in_evaluation_add_nothing(of: Callable[..., Learner]) -> None:
-    class Frozen(Callback):
-        def before_batch(self) -> None:
-            self.learn.model.rnn.eval()
-
-    expected = trained(of(Plain), cbs=Frozen())
+def test_modules_in_evaluation_add_nothing() -> None:
     learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
-    assert gap(trained(learn, cbs=Frozen()), expected) == 0
+    frozen, other = (
+        trained(x, cbs=on("before_batch", lambda learn: learn.model.rnn.eval())) for x in (learn, of(Plain))
+    )
+    assert gap(frozen, other) == 0
     assert math.isnan(learn.recorder.values[0][2])
-
-
-# -- the penalty and the columns --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("size", "bs"), [(650, 8), (8 * 33 + 1, 8), (40, 1), (34, 1)], ids=["many", "one step", "one row", "both"]
 )
 @pytest.mark.parametrize("dropout", [False, True])
-def test_the_loss_stays_clean_and_the_penalty_is_differentiated(
-    make: Callable[..., Learner], dropout: bool, size: int, bs: int
-) -> None:
+def test_the_loss_stays_clean_and_the_penalty_is_differentiated(dropout: bool, size: int, bs: int) -> None:
     """Where fastai's TAR is NaN for one step, and left out for one row, too."""
-    learn = fuse(make(size=size, bs=bs), dropout)
-    learn.add_cb(Spy())
-    assert torch.isfinite(trained(learn)).all()
+    learn, seen = fuse(make(size=size, bs=bs), dropout), []
+    assert torch.isfinite(trained(learn, cbs=spy(seen))).all()
     assert learn.dls.train.last_len == 1 or bs == 1
-    for step in learn.spy.seen:
+    for step in seen:
         assert step["loss"] == step["clean"]
         assert step["grad"] - step["loss"] == pytest.approx(ALPHA * step["ar"] + BETA * step["tar"], rel=1e-3)
         assert step["ar"] > 0
         assert (step["tar"] > 0) == (step["steps"] > 1)
 
 
-def test_terms_are_columns_of_every_log(tmp_path: Path) -> None:
+def read_log() -> list[list[str]]:
+    return [line.split(",") for line in Path("history.csv").read_text().split()]
+
+
+def test_terms_are_columns_of_every_log() -> None:
     """As averages over the epoch's batches, weighted by their sizes."""
     rows = [(torch.full((6,), i % WORDS), torch.full((6,), i % WORDS)) for i in range(10)]
-    dls = DataLoaders(DataLoader(rows, bs=8), DataLoader(rows, bs=8))
-    cbs = [*rnn_cbs(ALPHA, BETA), Spy(), CSVLogger()]
-    learn = Learner(dls, Triple(), CrossEntropyLossFlat(), cbs=cbs, path=tmp_path, metrics=accuracy)
+    dls, seen = DataLoaders(DataLoader(rows, bs=8), DataLoader(rows, bs=8)), []
+    cbs = [*rnn_cbs(ALPHA, BETA), spy(seen), CSVLogger()]
+    learn = Learner(dls, Triple(), CrossEntropyLossFlat(), cbs=cbs, metrics=accuracy)
     trained(learn, 2)
-    names = ["epoch", "train_loss", "valid_loss", "accuracy", "ar", "tar", "time"]
-    head, *log = [line.split(",") for line in (tmp_path / "history.csv").read_text().split()]
-    assert learn.recorder.metric_names == head == names
-    assert [step["size"] for step in learn.spy.seen] == [8, 2, 8, 2]
-    for epoch, row in enumerate(log):
-        a, b = learn.spy.seen[2 * epoch :][:2]
-        for i, term in enumerate(("ar", "tar"), names.index("ar")):
-            assert float(row[i]) == pytest.approx((8 * a[term] + 2 * b[term]) / 10, rel=1e-5)
-            assert learn.recorder.values[epoch][i - 1] == float(row[i])
-        assert len(row) == len(names)
+    head, *log = read_log()
+    assert learn.recorder.metric_names == head
+    assert head == ["epoch", "train_loss", "valid_loss", "accuracy", "ar", "tar", "time"]
+    assert [step["size"] for step in seen] == [8, 2, 8, 2]
+    for row, values, a, b in zip(log, learn.recorder.values, seen[::2], seen[1::2], strict=True):
+        means = [(8 * a[term] + 2 * b[term]) / 10 for term in ("ar", "tar")]
+        assert [float(x) for x in row[4:6]] == [*values[3:]] == pytest.approx(means, rel=1e-5)
     assert learn.metrics.attrgot("name") == ["accuracy"]
 
 
-def test_loggers_get_numbers_alone(make: Callable[..., Learner]) -> None:
+def test_loggers_get_numbers_alone() -> None:
     """A `SummaryWriter` takes nothing else, as `TensorBoardCallback` gives it each column."""
-
-    class Numbers(Callback):
-        order = Recorder.order + 1
-
-        def after_epoch(self) -> None:
-            self.written = [float(x) for x in self.learn.recorder.log[2:-1]]
-
-    for validation in (True, False):
-        learn = fuse(make(metrics=accuracy))
-        learn.remove_cb(Recorder)
-        learn.add_cbs([Recorder(train_metrics=True, valid_metrics=validation), Numbers(), CSVLogger()])
-        trained(learn)
-        rows = [line.split(",") for line in (learn.path / "history.csv").read_text().split()]
-        assert len(rows[0]) == len(rows[1]) == len(learn.numbers.written) + 3
-        assert "None" not in rows[1]
-        table = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0], strict=False))
-        if validation:
-            assert table["train_ar"] > 0 < table["train_tar"]
-            assert math.isnan(table["valid_ar"])
-            assert math.isnan(table["valid_tar"])
+    written: list[float] = []
+    learn = fuse(make()).remove_cb(Recorder).add_cbs([Recorder(train_metrics=True), CSVLogger()])
+    trained(learn, cbs=on("after_epoch", lambda learn: written.extend(float(x) for x in learn.recorder.log[2:-1])))
+    head, row = read_log()
+    assert len(head) == len(row) == len(written) + 3
+    table = dict(zip(head, row, strict=True))
+    assert float(table["train_ar"]) > 0 < float(table["train_tar"])
+    assert table["valid_ar"] == table["valid_tar"] == "nan"
 
 
-def test_coefficients_may_change_while_training(make: Callable[..., Learner]) -> None:
-    """As numbers, or as tensors that a schedule changes in place, from 0 on."""
+@pytest.mark.parametrize("dropout", [False, True])
+def test_coefficients_may_change_while_training(dropout: bool) -> None:
+    """As numbers, or as tensors that a schedule changes in place, from 0 on; the second epoch is regularized."""
     coefficients = torch.zeros(2)
 
-    class Later(Callback):
-        """Regularize from the second epoch on."""
+    def change(learn: Any) -> None:
+        coefficients.copy_(torch.tensor([ALPHA, BETA]) * (learn.epoch > 0))
+        if learn is not by_tensors:
+            learn.rnn_regularizer.alpha, learn.rnn_regularizer.beta = coefficients.tolist()
 
-        def __init__(self, change: Callable[[Any, bool], object]) -> None:
-            self.change = change
-
-        def before_train(self) -> None:
-            self.change(self.learn.rnn_regularizer, self.learn.epoch > 0)
-
-    def numbers(regularizer: Any, on: bool) -> None:
-        regularizer.alpha, regularizer.beta = ALPHA * on, BETA * on
-
-    def tensors(_: Any, on: bool) -> None:
-        coefficients.copy_(torch.tensor([ALPHA, BETA]) * on)
-
-    want = trained(make(), 2, cbs=Later(numbers))
-    for dropout in (False, True):
-        assert gap(trained(fuse(make(), dropout), 2, cbs=Later(numbers)), want) < 1e-5
-        learn = fuse(by_hand(make(), *rnn_cbs(*coefficients.unbind())), dropout)
-        assert gap(trained(learn, 2, cbs=Later(tensors)), want) < 1e-5
-        for *_, ar, tar, _ in learn.recorder.values:
-            assert ar > 0 < tar
-
-
-# -- the lr -----------------------------------------------------------------------------------------------------------
-
-
-class Steps(Callback):
-    """The lr that the optimizer steps with, and a step that may end badly."""
-
-    order = 100
-    error: type[Exception] | None = None
-
-    def before_fit(self) -> None:
-        self.lrs: list[float] = []
-        inner = getattr(self.learn.opt, "opt", self.learn.opt)
-        self.inner, self.step = inner, inner.step
-        inner.step = self._step
-
-    def _step(self, *args: Any) -> None:
-        self.lrs.append(self.learn.opt.hypers[-1]["lr"])
-        if self.error:
-            raise self.error("the step failed")
-        self.step(*args)
-
-    def after_fit(self) -> None:
-        self.inner.step = self.step
+    by_tensors = fuse(by_hand(make(), *rnn_cbs(*coefficients.unbind())), dropout)
+    want = trained(make(), 2, cbs=on("before_train", change))
+    for learn in (fuse(make(), dropout), by_tensors):
+        assert gap(trained(learn, 2, cbs=on("before_train", change)), want) < 1e-5
+        assert all(ar > 0 < tar for *_, ar, tar, _ in learn.recorder.values)
 
 
 def torch_sgd(params: Any, **options: Any) -> OptimWrapper:
@@ -445,164 +342,93 @@ def torch_sgd(params: Any, **options: Any) -> OptimWrapper:
 
 
 @pytest.mark.parametrize(
-    ("options", "coefficients", "bptt"),
-    [({}, (ALPHA, BETA), 8), ({"opt_func": torch_sgd}, (ALPHA, BETA), 20), ({}, (), 20)],
-    ids=["fastai, changed", "torch", "no penalties"],
+    ("opt_func", "coefficients", "bptt", "error"),
+    [
+        (Adam, (ALPHA, BETA), 8, None),
+        (torch_sgd, (ALPHA, BETA), 20, None),
+        (Adam, (), 20, None),
+        (Adam, (ALPHA, BETA), 20, ArithmeticError),
+        (Adam, (ALPHA, BETA), 20, CancelStepException),
+        (Adam, (ALPHA, BETA), 20, CancelFitException),
+    ],
 )
 def test_bptt_scales_the_lr_for_the_step_alone(
-    make: Callable[..., Learner], options: dict[str, Any], coefficients: tuple[float, ...], bptt: int
+    opt_func: Any, coefficients: tuple[float, ...], bptt: int, error: type[Exception] | None
 ) -> None:
-    learn = by_hand(make(**options), *rnn_cbs(*coefficients, bptt=20))
+    """Also where `bptt` is changed, there is no penalty, or the step ends badly."""
+    learn: Any = by_hand(make(opt_func=opt_func), *rnn_cbs(*coefficients, bptt=20))
     learn.rnn_regularizer.bptt = bptt
-    learn.add_cbs([Spy(), Steps()])
-    trained(learn)
-    lengths = [step["steps"] for step in learn.spy.seen]
-    assert set(lengths) == {16, 1}
-    assert learn.steps.lrs == pytest.approx([5e-3 * n / bptt for n in lengths])
-    assert all(lr == pytest.approx(5e-3) for step in learn.spy.seen for lr in step["lr"])
+    learn.create_opt()
+    own_step, seen = learn.opt.step, []
 
+    def step() -> None:
+        seen.append((learn.rnn.raw_out.shape[1], learn.opt.hypers[-1]["lr"]))
+        if error:
+            raise error("the step failed")
+        own_step()
 
-def test_callbacks_without_arguments_are_the_stock_ones(make: Callable[..., Learner]) -> None:
-    assert gap(trained(by_hand(make(), *rnn_cbs())), trained(make(0, 0))) == 0
+    def restored(_: Any = None) -> None:
+        assert all(hyper["lr"] == pytest.approx(5e-3) for hyper in learn.opt.hypers)
 
-
-@pytest.mark.parametrize("error", [ArithmeticError, CancelStepException, CancelFitException])
-def test_the_lr_is_restored_when_the_step_ends_badly(make: Callable[..., Learner], error: type[Exception]) -> None:
-    learn = with_bptt(make())
-    learn.add_cb(Steps())
-    learn.steps.error = error
+    learn.opt.step = step
     with pytest.raises(error) if error is ArithmeticError else nullcontext():
-        trained(learn)
-    assert learn.steps.lrs[0] == pytest.approx(5e-3 * 16 / 20)
-    assert all(hyper["lr"] == pytest.approx(5e-3) for hyper in learn.opt.hypers)
+        trained(learn, cbs=on("after_batch", restored))
+    assert seen
+    assert error or {n for n, _ in seen} == {16, 1}
+    assert all(lr == pytest.approx(5e-3 * n / bptt) for n, lr in seen)
+    restored()
     assert "_step" not in vars(learn)
 
 
-def test_a_cancelled_step_leaves_the_learner_as_it_was(make: Callable[..., Learner]) -> None:
-    class Cancel(Callback):
-        order = 90
-
-        def before_step(self) -> None:
-            raise CancelStepException
-
-    learn = with_bptt(make())
-    before = weights(learn)
-    assert gap(trained(learn, cbs=Cancel()), before) == 0
-    assert "_step" not in vars(learn)
-    whole = {"size": 8 * 64 + 1}  # batches of 16 steps alone
-    accumulated = trained(by_hand(make(**whole), *rnn_cbs(ALPHA, BETA, bptt=16)), cbs=GradientAccumulation(16))
-    assert gap(accumulated, trained(make(**whole), cbs=GradientAccumulation(16))) < 1e-5
+RUNS: dict[str, Callable[[Any], object]] = {
+    "fit": lambda learn: learn.fit(1),
+    "interrupted": lambda learn: learn.fit(1, cbs=stop("after_loss", CancelFitException)),
+    "before the loss": lambda learn: learn.fit(1, cbs=stop("after_pred", CancelFitException)),
+    "validate": lambda learn: learn.validate(),
+    "get_preds": lambda learn: learn.get_preds(reorder=False),
+    "lr_find": lambda learn: learn.lr_find(num_it=8, show_plot=False, suggest_funcs=()),
+}
 
 
-# -- lifetimes --------------------------------------------------------------------------------------------------------
-
-
-class Stop(Callback):
-    """Stops a fit in the middle of training: as a user does, or by another error."""
-
-    order = 100
-
-    def __init__(self, event: str = "before_backward", error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.error = error
-        setattr(self, event, self._stop)
-
-    def _stop(self) -> None:
-        if self.training and self.train_iter == 2:
-            raise self.error
-
-
-class Remove(Callback):
-    """Does away with the regularizer once, in the middle of a fit."""
-
-    def __init__(self, event: str, remove: Callable[[Any], object]) -> None:
-        self.remove, self.regularizer = remove, None
-        setattr(self, event, self._remove)
-
-    def _remove(self) -> None:
-        if self.regularizer is None:
-            self.regularizer = self.learn.rnn_regularizer
-            self.remove(self.learn)
-
-
-CUTS = {"interrupted": "after_loss", "before the loss": "after_pred"}
-
-
-@pytest.mark.parametrize("what", ["fit", *CUTS, "validate", "get_preds", "lr_find"])
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("dropout", [False, True])
-def test_nothing_is_held(make: Callable[..., Learner], dropout: bool, what: str) -> None:
+def test_nothing_is_held(dropout: bool, run: str) -> None:
     learn, alive = fuse(make(), dropout), []
     learn.model[1].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[1:])))
     with learn.no_bar(), learn.no_logging():
-        if what in ("fit", *CUTS):
-            learn.fit(1, cbs=[Stop(CUTS[what], CancelFitException)] if what in CUTS else [])
-        elif what == "lr_find":
-            learn.lr_find(num_it=8, show_plot=False, suggest_funcs=())
-        else:
-            getattr(learn, what)(**({"reorder": False} if what == "get_preds" else {}))
-    if what == "interrupted":
+        RUNS[run](learn)
+    if run == "interrupted":
         learn.loss_grad = None  # the learner's own: a graph that no backward freed
-    if dropout:
-        assert learn.model[1].output_dp.linked() is None
+    assert not dropout or learn.model[1].output_dp.linked() is None
     gc.collect()
     assert alive
     assert not [ref for ref in alive if ref() is not None]
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_saved_weights(make: Callable[..., Learner], dropout: bool) -> None:
-    learn, frozen = fuse(make(), dropout), make()
-    for one in (learn, frozen):
-        one.freeze()
-    assert gap(trained(learn), trained(frozen)) < 1e-5
-    assert gap(weights(learn), trained(make())) > 1e-4
-    learn.save("half way")
-    assert learn.model.state_dict().keys() == frozen.model.state_dict().keys()
-    assert gap(weights(make().load("half way")), weights(learn)) == 0
-    before = weights(learn)
+@pytest.mark.parametrize("interrupted", [None, "before_backward", "before_step"])
+def test_exports_load_without_fastreg(interrupted: str | None) -> None:
+    learn = fuse(make(), dropout=True)
     trained(learn)
-    assert gap(weights(learn.load("half way")), before) == 0
-    assert isinstance(learn.model[1].output_dp, FusedRNNDropout) == dropout
-
-
-@pytest.mark.parametrize(
-    ("dropout", "interrupted"),
-    [(False, None), (True, "before_backward"), (True, "before_step")],
-    ids=["callbacks", "dropout", "cut off before the step"],
-)
-def test_exports_load_without_fastreg(make: Callable[..., Learner], dropout: bool, interrupted: str | None) -> None:
-    learn = fuse(make(), dropout)
-    expected = trained(learn)
     if interrupted:
         learn.rnn_regularizer.bptt = 16
         with pytest.raises(KeyboardInterrupt):
-            trained(learn, cbs=Stop(interrupted))
-        assert ("_step" in vars(learn)) == (interrupted == "before_step")
-        expected = weights(learn)
+            trained(learn, cbs=stop(interrupted))
         learn.loss_grad = learn.pred = None  # the learner's own
-    cbs, module = list(learn.cbs), learn.model[1].output_dp
+    parts = [*learn.cbs, learn.model[1].output_dp]
     learn.export("learner.pkl")
-    assert all(a is b for a, b in zip(learn.cbs, cbs, strict=True))
-    assert learn.model[1].output_dp is module
-
+    assert same([*learn.cbs, learn.model[1].output_dp], parts)
     with without("fastreg"):
-        again = load_learner(learn.path / "learner.pkl")
-    assert [type(cb).__name__ for cb in again.cbs] == [type(cb).__name__ for cb in cbs]
-    assert all(type(cb).__module__.startswith("fastai.") for cb in again.cbs)
+        again = load_learner("learner.pkl")
     assert type(again.model[1].output_dp) is RNNDropout
-    assert again.model[1].output_dp.p == make().model[1].output_dp.p
-    assert (again.rnn_regularizer.alpha, again.rnn_regularizer.beta) == (ALPHA, BETA)
-    assert again.rnn in list(again.cbs)
     assert len(again.metrics) == 0  # no columns
-    assert gap(weights(again), expected) == 0
+    assert gap(weights(again), weights(learn)) == 0
     again.dls = learn.dls
-    learn.save("now")
     learn.rnn_regularizer.bptt = None  # as in the export
     learn.model.zero_grad()
-    assert gap(trained(fuse(again, dropout)), trained(learn.load("now"), reset_opt=True)) < 1e-5
-    assert again.recorder.metric_names == ["epoch", "train_loss", "valid_loss", "ar", "tar", "time"]
+    assert gap(trained(fuse(again, dropout=True)), trained(learn, reset_opt=True)) < 1e-5
 
 
-def test_deep_copies_stay_fused(make: Callable[..., Learner], formed: list[Any]) -> None:
+def test_deep_copies_stay_fused(formed: list[Any]) -> None:
     learn = fuse(make(), dropout=True)
     for rnn in learn.model[0].rnns:  # fastai's own, which no copy can be made of
         rnn.module.weight_hh_l0 = rnn.module.weight_hh_l0.detach()
@@ -610,34 +436,27 @@ def test_deep_copies_stay_fused(make: Callable[..., Learner], formed: list[Any])
     assert gap(weights(learn), expected) > 0
     for again in (copy.deepcopy(learn), learn):
         assert type(again.model[1].output_dp) is OutputDropout
-        assert [type(cb) for cb in again.cbs] == [type(cb) for cb in learn.cbs]
-        assert again.rnn_regularizer in list(again.cbs)
         assert again.rnn_regularizer.learn is again
         assert gap(trained(again), expected) == 0
         assert again.recorder.metric_names[-3:] == ["ar", "tar", "time"]
     assert formed == []
 
 
-# -- fuse, and misuse -------------------------------------------------------------------------------------------------
-
-
-def test_fuse_and_unfuse_swap_in_place(make: Callable[..., Learner]) -> None:
-    learn = make().add_cb(Stop())
+def test_fuse_and_unfuse_swap_in_place() -> None:
+    learn = make().add_cb(stop())
     original, kinds, old = learn.model[1].output_dp, [type(cb) for cb in learn.cbs], learn.rnn_regularizer
     assert fuse(learn) is learn
     assert [type(cb).__name__ for cb in learn.cbs] == [kind.__name__ for kind in kinds]
     assert (type(learn.rnn), type(learn.rnn_regularizer)) == (RNNCallback, RNNRegularizer)
-    assert (learn.rnn_regularizer.alpha, learn.rnn_regularizer.beta) == (ALPHA, BETA)
     assert {learn.rnn_regularizer, learn.rnn} <= {*learn.cbs}
     assert all(cb.learn is learn for cb in learn.cbs)
     assert old.learn is None
-    before = list(learn.cbs)
-    assert all(a is b for a, b in zip(fuse(learn).cbs, before, strict=True))
+    assert same([*learn.cbs], fuse(learn).cbs)
     fused = fuse(learn, dropout=True).model[1].output_dp
-    assert isinstance(fused, FusedRNNDropout)
-    assert (fused.p, fused.alpha, fused.beta, fused.ar_of) == (original.p, ALPHA, BETA, "dropped")
+    assert (type(fused), fused.p, fused.alpha, fused.beta) == (OutputDropout, original.p, ALPHA, BETA)
     assert fuse(fuse(learn, dropout=True)).model[1].output_dp is fused
     assert [type(x).__name__ for x in learn.model.modules()].count("RNNDropout") == 3  # the others, and no original
+    assert learn.model.state_dict().keys() == make().model.state_dict().keys()
     fused.eval()
     learn.rnn_regularizer.alpha, fused.p = 3.0, 0.75
     assert unfuse(learn) is learn
@@ -646,92 +465,68 @@ def test_fuse_and_unfuse_swap_in_place(make: Callable[..., Learner]) -> None:
     assert learn.rnn_regularizer in list(learn.cbs)
     assert learn.model[1].output_dp is original
     assert (original.p, original.training) == (0.75, False)
-    before = list(learn.cbs)
-    assert all(a is b for a, b in zip(unfuse(learn).cbs, before, strict=True))
+    assert same([*learn.cbs], unfuse(learn).cbs)
     assert gap(trained(unfuse(fuse(make(), dropout=True))), trained(make())) == 0
 
 
-@pytest.mark.parametrize("removed", [False, True])
-def test_unfuse_after_a_fit_that_was_cut_off(make: Callable[..., Learner], removed: bool) -> None:
+@pytest.mark.parametrize("undo", [unfuse, remove])
+def test_undoing_after_a_fit_that_was_cut_off(undo: Callable[[Any], object]) -> None:
     learn = fuse(make(metrics=accuracy), dropout=True)
     orphan, dropout = learn.rnn_regularizer, learn.model[1].output_dp
-    with pytest.raises(KeyboardInterrupt):
-        trained(learn, cbs=Stop())
+    orphan.bptt = 20
+    trained(learn, cbs=stop("before_step", CancelStepException))
+    assert "_step" not in vars(learn)
+    for bptt in (20, None, 20):  # without it the step that is left would fail
+        orphan.bptt = bptt
+        with pytest.raises(KeyboardInterrupt):
+            trained(learn, cbs=stop("before_step"))
+        assert ("_step" in vars(learn)) == (bptt is not None)
     assert dropout.linked() is orphan.regularizer
-    if removed:
-        learn.remove_cb(orphan)
-        assert dropout.linked() is None
+    undo(learn)
+    assert "_step" not in vars(learn)
+    assert dropout.linked() is None
+    if undo is remove:
         assert copy.deepcopy(learn.metrics).attrgot("name") == ["accuracy", "ar", "tar"]
         assert pickle.loads(pickle.dumps(learn.metrics)).attrgot("name") == ["accuracy"]
     assert unfuse(learn).metrics.attrgot("name") == ["accuracy"]
     assert learn.model[1].output_dp.training
 
 
-def remove(learn: Any) -> None:
-    learn.remove_cb(learn.rnn_regularizer)
-
-
 EVENTS = ["before_fit", "before_batch", "before_step", "after_batch", "after_epoch", "after_fit"]
 
 
 @pytest.mark.parametrize(("undo", "event"), [*product([remove, unfuse], EVENTS), (remove, "after_pred")])
-def test_a_regularizer_that_goes_in_the_middle_of_an_event(
-    make: Callable[..., Learner], undo: Callable[[Any], object], event: str
-) -> None:
+def test_a_regularizer_that_goes_in_the_middle_of_an_event(undo: Callable[[Any], object], event: str) -> None:
+    gone: list[Any] = []
+
+    def once(learn: Any) -> None:
+        if not gone:
+            gone.append(learn.rnn_regularizer)
+            undo(learn)
+
     learn, other = fuse(make(), dropout=True), make()
-    trained(other, cbs=Remove(event, undo) if undo is remove else [])
-    gone = Remove(event, undo)
-    assert gap(trained(learn, cbs=gone), weights(other)) < 1e-5
-    assert type(gone.regularizer) is RNNRegularizer
-    assert gone.regularizer.learn is None
-    assert gone.regularizer not in list(learn.cbs)
+    trained(learn, cbs=on(event, once, order=0))
+    (regularizer,) = gone
+    assert type(regularizer) is RNNRegularizer
+    assert regularizer.learn is None
+    assert regularizer not in list(learn.cbs)
+    gone.clear()
+    assert gap(weights(learn), trained(other, cbs=on(event, once, order=0) if undo is remove else [])) < 1e-5
 
 
-@pytest.mark.parametrize("undo", [unfuse, remove])
-def test_a_fit_cut_off_before_its_step(make: Callable[..., Learner], undo: Callable[[Any], object]) -> None:
-    learn = with_bptt(make())
-    with pytest.raises(KeyboardInterrupt):
-        trained(learn, cbs=Stop("before_step"))
-    assert "_step" in vars(learn)
-    learn.rnn_regularizer.bptt = None
-    trained(learn)
-    learn.rnn_regularizer.bptt = 20
-    with pytest.raises(KeyboardInterrupt):
-        trained(learn, cbs=Stop("before_step"))
-    undo(learn)
-    assert "_step" not in vars(learn)
-    before = weights(learn).clone()
-    assert gap(trained(learn), before) > 0
+def test_a_run_before_the_loss_does_not_pass_for_the_step(formed: list[Any]) -> None:
+    def run_again(learn: Any) -> None:
+        state, hidden = torch.get_rng_state(), learn.model[0].hidden
+        learn.model(*learn.xb)
+        torch.set_rng_state(state)
+        learn.model[0].hidden = hidden
 
-
-class Again(Callback):
-    """Runs the model once more, between its run and the loss."""
-
-    order = 0
-
-    def after_pred(self) -> None:
-        if self.training:
-            state, hidden = torch.get_rng_state(), self.learn.model[0].hidden
-            self.learn.model(*self.xb)
-            torch.set_rng_state(state)
-            self.learn.model[0].hidden = hidden
-
-
-def test_a_run_before_the_loss_does_not_pass_for_the_step(make: Callable[..., Learner], formed: list[Any]) -> None:
-    assert gap(trained(fuse(make(), dropout=True), cbs=Again()), trained(make(), cbs=Again())) < 1e-5
+    stock_weights = trained(make(), cbs=on("after_pred", run_again))
+    assert gap(trained(fuse(make(), dropout=True), cbs=on("after_pred", run_again)), stock_weights) < 1e-5
     assert len(formed) > 0
 
 
-def test_subclasses_of_the_capture_stay(make: Callable[..., Learner]) -> None:
-    class Mine(stock.RNNCallback):
-        pass
-
-    learn = fuse(by_hand(make(), stock.ModelResetter(), Mine(), RNNRegularizer(ALPHA, BETA)))
-    assert type(learn.mine) is Mine
-    assert gap(trained(learn), trained(make())) < 1e-5
-
-
-def plain(learn: Any) -> None:
+def custom(learn: Any) -> None:
     learn.model = Plain()
 
 
@@ -739,104 +534,57 @@ def subclassed(instance: Any) -> None:
     instance.__class__ = type("Mine", (type(instance),), {})
 
 
-LEFT_ALONE = "fuse: the learner's Mine is a subclass of RNNRegularizer, and left alone"
-ADVICE = r"fuse: the learner has no RNNRegularizer; learn\."
-REJECTED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[Exception], str]] = {
-    "rnn": (plain, {"rnn": "lstm"}, ValueError, r"rnn: .* no such module at 'lstm'; candidates: 'rnn'"),
-    "dropout with rnn": (plain, {"rnn": "rnn", "dropout": True}, TypeError, "dropout: expected with rnn the path"),
-    "path without rnn": (plain, {"dropout": "dropout"}, TypeError, "dropout: expected True or False, got 'dropout'"),
-    "valid": (plain, {"valid": 3}, TypeError, "valid: expected a function of the batch's inputs, or None"),
-    "mask_padding": (plain, {"mask_padding": "no"}, TypeError, "mask_padding: expected True or False, got 'no'"),
-    "no padding": (plain, {"mask_padding": True}, ValueError, "mask_padding: .* a model with a SentenceEncoder"),
-    "no such dropout": (plain, {"dropout": True}, ValueError, "RNNDropout of a LinearDecoder, .*; Model has none"),
-    "p": (lambda x: setattr(x.model[1].output_dp, "p", 1.0), {"dropout": True}, ValueError, "p: expected"),
-    "alpha": (lambda x: setattr(x.rnn_regularizer, "alpha", -1.0), {}, ValueError, "alpha: expected"),
-    "subclass": (lambda x: subclassed(x.rnn_regularizer), {}, ValueError, LEFT_ALONE),
-    "fused subclass": (lambda x: subclassed(fuse(x).rnn_regularizer), {}, ValueError, LEFT_ALONE),
-    "dropout of a subclass": (
-        *(lambda x: subclassed(x.model[1].output_dp), {"dropout": True}),
-        *(ValueError, "Mine is a subclass, left alone"),
-    ),
-    "no regularizer": (remove, {}, ValueError, ADVICE + r"add_cb\(.*RNNRegularizer\(alpha, beta\)\)$"),
-    "no regularizer for a path": (remove, PATHS, ValueError, r"add_cb\(.*\(alpha, beta, rnn=\.\.\., dropout="),
-    "no callbacks": (by_hand, {}, ValueError, ADVICE + r"add_cbs\(fastreg\.fastai\.rnn_cbs\(alpha, beta\)\)$"),
+def run(*cbs: Callback) -> Callable[[Any], object]:
+    return lambda _: trained(of(Plain, *cbs))
+
+
+REJECTED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = {
+    "rnn": (custom, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: .* no such module at 'lstm'; candidates: 'rnn'"),
+    "path": (custom, lambda x: fuse(x, True, rnn="rnn"), TypeError, "dropout: expected with rnn the path"),
+    "valid": (custom, lambda x: fuse(x, valid=3), TypeError, "valid: expected a function of the batch's inputs"),
+    "no padding": (custom, lambda x: fuse(x, False, True), ValueError, "mask_padding: .* with a SentenceEncoder"),
+    "no dropout": (custom, lambda x: fuse(x, True), ValueError, "RNNDropout of a LinearDecoder, .*; Model has none"),
+    "p": (lambda x: setattr(x.model[1].output_dp, "p", 1.0), lambda x: fuse(x, True), ValueError, "p: expected"),
+    "alpha": (lambda x: setattr(x.rnn_regularizer, "alpha", -1.0), fuse, ValueError, "alpha: expected"),
+    "subclass": (lambda x: subclassed(x.rnn_regularizer), fuse, ValueError, "Mine is a subclass of RNNRegularizer"),
+    "own dropout": (lambda x: subclassed(x.model[1].output_dp), lambda x: fuse(x, True), ValueError, "Mine is a sub"),
+    "no regularizer": (remove, fuse, ValueError, r"fuse: the learner has no RNNRegularizer; learn\.add_cb\("),
+    "no callbacks": (by_hand, fuse, ValueError, r"fuse: the learner has no RNNRegularizer; learn\.add_cbs\("),
+    "unfuse": (vars, lambda _: unfuse(None), TypeError, "learn: expected a Learner, got NoneType"),
+    "both": (vars, lambda _: RNNRegularizer(rnn="rnn", mask_padding=True), ValueError, "mask_padding: expected False"),
+    "flag": (vars, lambda _: rnn_cbs(mask_padding="no"), TypeError, "mask_padding: expected True or False, got 'no'"),
+    "output": (vars, run(RNNCallback()), TypeError, r"\(decoded, raw, dropped\) from the model, got a Tensor"),
+    "no reset": (vars, run(*rnn_cbs()), TypeError, r"Model has no reset\(\), which ModelResetter calls"),
+    "no capture": (vars, run(RNNRegularizer()), RuntimeError, "no RNNCallback captures the activations"),
+    "two captures": (vars, run(RNNCallback(), RNNCallback()), RuntimeError, "more than one RNNCallback"),
+    "no encoder": (vars, run(RNNCallback(), RNNRegularizer(mask_padding=True)), ValueError, "SentenceEncoder"),
 }
 
 
 @pytest.mark.parametrize("what", REJECTED)
-def test_fuse_rejects_and_swaps_nothing(make: Callable[..., Learner], what: str) -> None:
-    prepare, options, error, message = REJECTED[what]
+def test_rejects_and_swaps_nothing(what: str) -> None:
+    prepare, call, error, message = REJECTED[what]
     learn = make()
     prepare(learn)
     cbs, modules = list(learn.cbs), list(learn.model.modules())
     with pytest.raises(error, match=message):
-        fuse(learn, **options)
-    assert all(a is b for a, b in zip(learn.cbs, cbs, strict=True))
+        call(learn)
+    assert same(learn.cbs, cbs)
     assert all(cb.learn is learn for cb in cbs)
-    assert all(a is b for a, b in zip(learn.model.modules(), modules, strict=True))
-    assert not any(module._forward_hooks for module in modules)
+    assert same(learn.model.modules(), modules)
+    assert hooks_of(learn.model) == 0
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),
-        (lambda: unfuse(nn.Linear(1, 1)), TypeError, "learn: expected a Learner, got Linear"),
-        (lambda: RNNRegularizer(dropout="dropout"), ValueError, "dropout: expected None without rnn, the path"),
-        (lambda: RNNRegularizer(rnn="rnn", mask_padding=True), ValueError, "mask_padding: expected False with"),
-        (lambda: rnn_cbs(mask_padding="no"), TypeError, "mask_padding: expected True or False, got 'no'"),
-        (lambda: rnn_cbs(-1.0), ValueError, "alpha"),
-        (lambda: rnn_cbs(1.0, bptt=0), ValueError, "bptt"),
-    ],
-)
-def test_rejects_arguments(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_what_is_set_on_a_callback_stays(make: Callable[..., Learner]) -> None:
-    learn = make()
+def test_fuse_keeps_what_is_set_on_a_callback_and_a_subclass_of_the_capture() -> None:
+    learn, usual = make(), fuse(make())
     learn.rnn.order = 7
     learn.rnn_regularizer.run_train, learn.rnn_regularizer.run_valid = False, True
     for swap in (fuse, unfuse):
         swap(learn)
         assert (learn.rnn.order, learn.rnn_regularizer.order) == (7, stock.RNNRegularizer.order)
         assert (learn.rnn_regularizer.run_train, learn.rnn_regularizer.run_valid) == (False, True)
-    learn.rnn.order = 0
-    assert gap(trained(fuse(learn)), trained(make(0, 0))) < 1e-5
-    learn, usual = make(), fuse(make())
-    learn.rnn_regularizer.run_valid = True  # and adds nothing to validation
+    learn.rnn.order, learn.rnn_regularizer.run_train = 0, True  # and run_valid adds nothing to validation
+    subclassed(learn.rnn)
     assert gap(trained(fuse(learn)), trained(usual)) < 1e-5
     assert [*learn.recorder.values[0]] == pytest.approx([*usual.recorder.values[0]])
-
-
-class Stateless(Plain):
-    """Returns one tensor as raw and dropped, and may keep no state."""
-
-    def forward(self, x: Tensor) -> Any:
-        decoded, raw, _ = self.activations(x)
-        return decoded, raw, raw
-
-
-@pytest.mark.parametrize(
-    ("model", "cbs", "error", "match"),
-    [
-        (Resettable(), rnn_cbs(2, 1), TypeError, r"expected \(decoded, raw, dropped\) .* got a Tensor from Resettable"),
-        (Stateless(), rnn_cbs(2, 1), TypeError, r"Stateless has no reset\(\), which ModelResetter calls: give it one"),
-        (Triple(), [RNNRegularizer(2, 1)], RuntimeError, r"no RNNCallback captures the activations: add one"),
-        (Triple(), [*stock.rnn_cbs(), *rnn_cbs(2, 1)], RuntimeError, r"more than one RNNCallback, .*learn\.remove_cb"),
-        (Triple(), rnn_cbs(2, 1, mask_padding=True), ValueError, r"a model with a SentenceEncoder, .* got Triple"),
-    ],
-    ids=["plain output", "no reset", "no capture", "two captures", "no padding"],
-)
-def test_a_fit_rejects(
-    make: Callable[..., Learner], model: nn.Module, cbs: list[Callback], error: type[Exception], match: str
-) -> None:
-    with pytest.raises(error, match=match):
-        trained(Learner(make().dls, model, CrossEntropyLossFlat(), cbs=cbs))
-
-
-def test_models_without_state_need_no_resetter(make: Callable[..., Learner]) -> None:
-    learn = Learner(make().dls, Stateless(), CrossEntropyLossFlat(), cbs=rnn_cbs(2, 1)[1:])
-    before = weights(learn).clone()
-    assert gap(trained(learn), before) > 0
+    assert type(learn.rnn).__name__ == "Mine"
