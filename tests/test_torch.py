@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +12,7 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._functorch.aot_autograd import make_boxed_func
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,20 +29,15 @@ from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
 by_call, by_few = calls(), calls("pair", "mask")
 OTHERS = [CALLS[name] for name in ("same", "layers", "channels", "one_sequence", "module")]
-COMPILED = {
+COMPILED: dict[str, Call] = {
     "pair": CALLS["pair"],
     "drawn": CALLS["drawn"],
     "others": functools.partial(lambda calls, r, d: [call(r, d) for call in calls], OTHERS),  # in one graph
 }
 STEPS_CALLS: dict[str, Any] = {
     "lengths": lambda r, d, steps: fused_ar_tar(r, d, 2.0, 1.0, lengths=steps),
-    "valid": lambda r, d, steps: fused_ar_tar([r, d], [d, d], 2.0, 1.0, valid=steps, return_terms=True),
-    "drawn_lengths": lambda r, d, steps: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, lengths=steps),
     "valid_starts_time_first": lambda r, d, steps: fused_ar_tar(
         r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, batch_first=False, starts=steps, valid=~steps | (r[..., 0] > -1)
-    ),
-    "starts_of_channels": lambda r, d, steps: fused_ar_tar(
-        r.transpose(1, 2).unsqueeze(-1), d.transpose(1, 2).unsqueeze(-1), 2.0, 1.0, time_dim=2, starts=steps
     ),
     "lengths_starts": lambda r, d, steps: fused_ar_tar(
         r, d, 2.0, 1.0, lengths=steps, starts=torch.arange(r.shape[1]) % 3 == (steps % 3).unsqueeze(1)
@@ -56,8 +47,8 @@ STEPS_CALLS: dict[str, Any] = {
         r.movedim(1, -1) * d.movedim(1, -1), 0.4, 2.0, 1.0, time_dim=-1, starts=steps
     ),
 }
-EXPORTED = STEPS_CALLS | {name: lambda r, d, _, call=call: call(r, d) for name, call in COMPILED.items()}
-STRICTLY_EXPORTED = ("lengths", "drawn_valid")
+ALL_CALLS = STEPS_CALLS | {name: lambda r, d, _, call=call: call(r, d) for name, call in COMPILED.items()}
+STRICTLY_ALL_CALLS = ("lengths", "drawn_valid")
 # Before torch 2.11 a NumPy scalar breaks a graph, and AOTAutograd fails for a number that is read from a tensor.
 TRACES_NUMBERS = Version(torch.__version__) >= Version("2.11")
 
@@ -74,74 +65,51 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def block_of(call: Call, r: Tensor, d: Tensor) -> Tensor:
+    return total(call(r.tanh() @ torch.eye(8), d.tanh()))
+
+
+TRACERS: dict[str, Callable[[Call], Any]] = {
+    "jit": lambda call: torch.jit.trace(call, tuple(leaves())),
+    "jit_of_one_step": lambda call: torch.jit.trace(call, tuple(leaves(1))),
+    "make_fx": lambda call: make_fx(call, tracing_mode="symbolic")(*(x.detach() for x in leaves())),
+}
+TIMES = [(3, time) for time in (70, 50, 2, 3, 16, 17, 101)]
+SIZES = [(3, 7), (5, 9), (2, 40), (30, 2), (4, 4)]
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a compiler")
+
+
 class TestCompile:
-    @pytest.mark.parametrize("name", COMPILED)
-    def test_all_lengths_take_two_compilations(self, name: str) -> None:
-        """From two steps on. A single step is a graph of its own: torch.compile takes any size of 1 for a constant."""
-        call, count = COMPILED[name], Counter[str]()
-
-        def counted(kind: str) -> Any:
-            return lambda graph, _: (count.update([kind]), make_boxed_func(graph.forward))[1]
-
-        backend = aot_autograd(
-            fw_compiler=counted("forward"),
-            bw_compiler=counted("backward"),
-            partition_fn=min_cut_rematerialization_partition,  # inductor's
-        )
-        compiled = torch.compile(call, fullgraph=True, backend=backend)
-        for time in (70, 50, 2, 3, 16, 17, 101):
-            assert_close(everything(compiled, leaves(time)), everything(call, leaves(time)))
-        assert count == {"forward": 2, "backward": 2}
-        if name == "others":
-            return  # their graph takes long to compile
-        assert_close(everything(compiled, leaves(1)), everything(call, leaves(1)))
-        assert count == {"forward": 3, "backward": 3}
-
     @pytest.mark.parametrize(
-        ("name", "shapes"),
+        ("name", "backend", "dynamic", "shapes", "count"),
         [
-            ("lengths", [(3, 7), (3, 9), (3, 2), (3, 40)]),
-            ("drawn_valid", [(3, 7), (5, 7), (2, 7), (20, 7)]),
-            *[
-                (name, [(3, 7), (5, 9), (2, 40), (30, 2), (4, 4)])
-                for name in ("lengths_starts", "valid_starts_time_first", "drawn_starts_of_channels")
-            ],
+            ("others", "aot_eager", None, TIMES, 2),
+            *[(name, "aot_eager", None, [*TIMES, (3, 1)], 3) for name in ("pair", "drawn")],
+            ("lengths", "aot_eager", None, TIMES, 2),
+            ("drawn_valid", "aot_eager", None, [(batch, 7) for batch in (3, 5, 2, 20)], 2),
+            ("lengths_starts", "aot_eager", None, SIZES, 2),
+            ("valid_starts_time_first", "aot_eager", None, SIZES, 2),
+            ("drawn_starts_of_channels", "aot_eager", None, SIZES, 2),
+            ("pair", "aot_eager", True, [(3, 2), (3, 70), (3, 3)], 1),
+            pytest.param("drawn", "inductor", True, [(3, 70), (3, 2), (3, 101)], 1, marks=needs_compiler),
         ],
         ids=str,
     )
-    def test_steps_that_count_take_two_compilations(self, name: str, shapes: list[tuple[int, int]]) -> None:
-        """More would end at the limit of compilations, where code runs uncompiled for good."""
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(STEPS_CALLS[name], fullgraph=True, backend=counter)
+    def test_all_sizes_take_two_compilations(
+        self, name: str, backend: str, dynamic: bool | None, shapes: list[tuple[int, int]], count: int
+    ) -> None:
+        """From two steps on; a single step is another. More would end at the limit, where code runs uncompiled."""
+        counter = CompileCounterWithBackend(backend)
+        compiled = torch.compile(ALL_CALLS[name], fullgraph=True, dynamic=dynamic, backend=counter)
         for batch, time in shapes:
             steps = steps_for(name, time, batch)
-            got, want = (
-                everything(functools.partial(call, steps=steps), leaves(time, batch=batch))
-                for call in (compiled, STEPS_CALLS[name])
-            )
+            with torch._inductor.config.patch(fallback_random=True):  # else it draws by a generator of its own
+                got, want = (
+                    everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(time, batch=batch))
+                    for call in (compiled, ALL_CALLS[name])
+                )
             assert_close(got, want)
-        assert counter.frame_count == 2
-
-    @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler for inductor")
-    def test_inductor(self) -> None:
-        call, counter = CALLS["drawn"], CompileCounterWithBackend("inductor")
-        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
-        with torch._inductor.config.patch(fallback_random=True):  # else it draws by a generator of its own
-            for time in (70, 2, 3, 101):
-                assert_close(everything(compiled, leaves(time)), everything(call, leaves(time)))
-        assert counter.frame_count == 1
-
-    @pytest.mark.parametrize(("name", "marked"), [("pair", True), ("mask", False)])
-    def test_dynamic_from_the_start(self, name: str, marked: bool) -> None:
-        call, counter = CALLS[name], CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=None if marked else True)
-        for time in (2, 70, 3):
-            xs = leaves(time)
-            if marked:
-                for x in xs:
-                    torch._dynamo.mark_dynamic(x, 1)
-            assert_close(everything(compiled, xs), everything(call, leaves(time)))
-        assert counter.frame_count == 1
+        assert counter.frame_count == count
 
     def test_a_step_with_the_regularizer(self) -> None:
         regularizer = RNNRegularizer(2.0, 1.0)
@@ -169,17 +137,17 @@ class TestCompile:
 
     @by_few
     def test_checkpointing_in_a_graph(self, call: Call) -> None:
-        def checkpointed(r: Tensor, d: Tensor) -> Tensor:
-            return checkpoint(lambda r, d: total(call(r.tanh(), d.tanh())), r, d, use_reentrant=False)
+        def checkpointed(r: Tensor, d: Tensor) -> Any:
+            return checkpoint(block_of, call, r, d, use_reentrant=False)
 
         compiled = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
         assert_close(everything(compiled, leaves()), everything(checkpointed, leaves()))
 
-    @pytest.mark.parametrize(("name", "strict"), [(name, name in STRICTLY_EXPORTED) for name in EXPORTED])
+    @pytest.mark.parametrize(("name", "strict"), [(name, name in STRICTLY_ALL_CALLS) for name in ALL_CALLS])
     def test_export(self, name: str, strict: bool) -> None:
         class Module(nn.Module):
             def forward(self, raw: Tensor, dropped: Tensor, steps: Tensor) -> Any:
-                return EXPORTED[name](raw, dropped, steps)
+                return ALL_CALLS[name](raw, dropped, steps)
 
         time = {1: Dim("time", min=2, max=512)}
         shapes = {"raw": time, "dropped": time, "steps": None if "lengths" in name else time}
@@ -188,26 +156,23 @@ class TestCompile:
             steps = steps_for(name, count)
             got, want = (
                 everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(count))
-                for call in (program.module(), EXPORTED[name])
+                for call in (program.module(), ALL_CALLS[name])
             )
             assert_close(got, want)
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
-    @pytest.mark.parametrize("steps", [1, 5])
+    @pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
     @by_few
-    def test_jit_trace(self, call: Call, steps: int) -> None:
-        traced: Any = torch.jit.trace(call, tuple(leaves(steps)))
-        for others in (9, 1):
-            assert_close(everything(traced, leaves(others)), everything(call, leaves(others)))
+    def test_a_trace_runs_for_other_lengths(self, call: Call, trace: Callable[[Call], Call]) -> None:
+        traced = trace(call)
+        for time in (9, 1):
+            assert_close(everything(traced, leaves(time)), everything(call, leaves(time)))
         assert_close(total(traced(*leaves(0))), total(call(*leaves(0))))
 
     @by_few
-    def test_make_fx(self, call: Call) -> None:
-        graph = make_fx(call, tracing_mode="symbolic")(*(x.detach() for x in leaves(5)))
-        for others in (9, 1):
-            assert_close(everything(graph, leaves(others)), everything(call, leaves(others)))
-        graph = make_fx(call)(*(x.detach() for x in leaves(5)))  # of real tensors, which have memory
-        others = [(2 * x).detach() for x in leaves(5)]
+    def test_a_trace_of_real_tensors_depends_on_no_value(self, call: Call) -> None:
+        graph = make_fx(call)(*(x.detach() for x in leaves()))
+        others = [(2 * x).detach() for x in leaves()]
         assert_close(flat(graph(*others)), flat(call(*others)))
 
     @pytest.mark.parametrize("kind", ["float", "numpy.float64", "numpy.int64"])
@@ -219,12 +184,10 @@ class TestCompile:
         for alpha, beta in ((number(2), 1.0), (3.0, number(2)), (number(5), number(4)), (0.0, number(1))):
             assert_close(compiled(x, alpha, beta), fused_ar_tar(x, x, float(alpha), float(beta)))
 
-    @pytest.mark.parametrize("dropout", [False, True])
-    def test_one_graph_for_all_values_of_coefficients_in_tensors(self, dropout: bool) -> None:
+    def test_one_graph_for_all_values_of_coefficients_in_tensors(self) -> None:
         def call(alpha: Tensor, beta: Tensor, r: Tensor, d: Tensor) -> Any:
-            if dropout:
-                return fused_dropout_ar_tar(r * d, 0.4, alpha, beta, mask=mask_for(r), return_terms=True)
-            return fused_ar_tar(r, d, alpha, beta, return_terms=True)
+            dropped, terms = fused_dropout_ar_tar(r * d, 0.4, alpha, beta, mask=mask_for(r), return_terms=True)
+            return dropped, terms, fused_ar_tar(r, d, alpha, beta, return_terms=True)
 
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(call, fullgraph=True, backend=counter)
@@ -262,11 +225,6 @@ class TestCompile:
             marks = torch.rand(4 if time_dim else 5, x.shape[time_dim]) < 0.5
             assert_close(compiled(x, marks, time_dim), call(x, marks, time_dim))
 
-    def test_a_packed_sequence(self) -> None:
-        packed = pack_padded_sequence(leaves(20)[0].detach(), [3, 20, 17], True, enforce_sorted=False)
-        call = torch.compile(lambda x: fused_ar_tar(x, x, 2.0, 1.0), fullgraph=True, backend="aot_eager")
-        assert_close(call(packed), fused_ar_tar(packed, packed, 2.0, 1.0))
-
     def test_lengths_on_the_cpu_for_a_gpu(self) -> None:
         """Fake tensors need no GPU, and dynamo cannot trace a question to the driver."""
         call = torch.compile(fused_ar_tar, fullgraph=True, backend="eager")
@@ -274,12 +232,14 @@ class TestCompile:
             x = torch.empty(3, 4, 8, device="cuda")
             assert call(x, x, 2.0, 1.0, lengths=torch.tensor([4, 2, 3])).device.type == "cuda"
 
-    def test_lengths_are_clamped(self) -> None:
-        """Compiled code cannot look at them."""
-        call = torch.compile(fused_ar_tar, fullgraph=True, backend="aot_eager")
-        xs = leaves()
-        got = call(*xs, 2.0, 1.0, lengths=torch.tensor([2**40, -3, 2]), return_terms=True)
-        assert_close(got, fused_ar_tar(*xs, 2.0, 1.0, lengths=torch.tensor([5, 0, 2]), return_terms=True))
+    def test_lengths_are_clamped_and_packed_rows_read(self) -> None:
+        """Compiled code cannot look at lengths."""
+        call: Any = torch.compile(fused_ar_tar, fullgraph=True, backend="aot_eager")
+        r, d = leaves()
+        got = call(r, d, 2.0, 1.0, lengths=torch.tensor([2**40, -3, 2]), return_terms=True)
+        assert_close(got, fused_ar_tar(r, d, 2.0, 1.0, lengths=torch.tensor([5, 0, 2]), return_terms=True))
+        packed = pack_padded_sequence(r.detach(), [3, 5, 4], True, enforce_sorted=False)
+        assert_close(call(packed, packed, 2.0, 1.0), fused_ar_tar(packed, packed, 2.0, 1.0))
 
 
 class TestAutocast:
@@ -307,13 +267,12 @@ class TestAutocast:
         def step(r: Tensor, d: Tensor) -> Any:
             with torch.autocast("cpu", BF16):
                 raw = layer(r)
-                assert raw.dtype == BF16
                 return fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0), fused_ar_tar(raw, d, 2.0, 1.0)
 
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        (got, first), second = compiled(*leaves())
-        assert [got.dtype, first.dtype, second.dtype] == [BF16, FLOAT, FLOAT]
-        assert_close(everything(compiled, leaves()), everything(step, leaves()), rtol=2e-2, atol=2e-2)
+        got, want = (everything(f, leaves()) for f in (compiled, step))
+        assert [x.dtype for x in got[:3]] == [BF16, FLOAT, FLOAT]
+        assert_close(got, want, rtol=2e-2, atol=2e-2)
 
     @by_few
     def test_the_scaler_scales_and_finds_infinities(self, call: Call) -> None:
@@ -322,9 +281,9 @@ class TestAutocast:
         optimizer = torch.optim.SGD(xs, 0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         scaler.scale(total(call(*xs))).backward()
-        assert all(torch.equal(x.grad, 2.0**16 * g) for x, g in zip(xs, want, strict=True))  # pyright: ignore
+        assert_close([x.grad for x in xs], [2.0**16 * g for g in want], rtol=0, atol=0)
         scaler.unscale_(optimizer)
-        assert all(torch.equal(x.grad, g) for x, g in zip(xs, want, strict=True))  # pyright: ignore
+        assert_close([x.grad for x in xs], want, rtol=0, atol=0)
         scaler.step(optimizer)
         scaler.update()
         assert scaler.get_scale() == 2.0**16
@@ -358,12 +317,16 @@ class TestAutocast:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
+def setting(setter: Callable[[Any], None], value: Any, default: Any) -> Iterator[None]:
+    """Change a setting of PyTorch for a while."""
+    setter(value)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        setter(default)
+
+
+deterministic = functools.partial(setting, torch.use_deterministic_algorithms, True, False)
 
 
 class TestDeterministicMode:
@@ -429,24 +392,18 @@ class TestSubclasses:
 class TestCheckpointing:
     """Around a block that uses the penalty. Gradients are equal to the last bit, the kernels being the same."""
 
-    @staticmethod
-    def block(call: Call, r: Tensor, d: Tensor) -> Tensor:
-        return total(call(r.tanh() @ torch.eye(8), d.tanh()))
-
     @calls(but=("module", "module_of_raw"))  # whose penalty is to be taken outside
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_checkpoint(self, call: Call, use_reentrant: bool) -> None:
-        block = functools.partial(self.block, call)
-        torch.manual_seed(3)
-        block(*(xs := leaves())).backward()
+        block = functools.partial(block_of, call)
+        from_seed(block, xs := leaves()).backward()
         want = [x.grad for x in xs]
-        torch.manual_seed(3)
-        checkpoint(block, *(xs := leaves()), use_reentrant=use_reentrant).backward()  # pyright: ignore
+        from_seed(functools.partial(checkpoint, block, use_reentrant=use_reentrant), xs := leaves()).backward()
         assert_close([x.grad for x in xs], want, rtol=0, atol=0)
 
     @by_few
     def test_selective(self, call: Call) -> None:
-        block = functools.partial(self.block, call)
+        block = functools.partial(block_of, call)
         for policy in ([torch.ops.aten.mm.default], lambda *_, **__: CheckpointPolicy.PREFER_SAVE):
             contexts = functools.partial(create_selective_checkpoint_contexts, policy)
             selective = functools.partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
@@ -471,16 +428,6 @@ class TestCheckpointing:
             penalty.backward()
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 class TestModes:
     @by_call
     def test_without_gradients(self, call: Call) -> None:
@@ -498,7 +445,7 @@ class TestModes:
     @pytest.mark.parametrize("default", [HALF, BF16, DOUBLE, torch.device("meta")], ids=str)
     def test_defaults_are_not_asked(self, call: Call, default: Any) -> None:
         want, xs = everything(call, leaves()), leaves()
-        with default if isinstance(default, torch.device) else default_dtype(default):
+        with default if isinstance(default, torch.device) else setting(torch.set_default_dtype, default, FLOAT):
             results = from_seed(call, xs)
             gradients = torch.autograd.grad(flat(results)[0].sin().sum(), xs, allow_unused=True, materialize_grads=True)
         assert_close(flat(results), want[:-2], rtol=0, atol=0)
