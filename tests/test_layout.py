@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -25,12 +24,17 @@ OTHER = pack_padded_sequence(X, torch.tensor([4, 4]), batch_first=True)
 SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
 GROWING = PackedSequence(PACKED.data, PACKED.batch_sizes.flip(0))
 HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
-WRAPPED = PackedSequence(PACKED.data[:1], torch.tensor([2**62 + 1, 2**62, 2**62, 2**62]))
-LOWEST = -(2**63) + 1
-WRAPPING = PackedSequence(torch.randn(5, 3), torch.tensor([1, LOWEST, 1, LOWEST, 1]))  # sum and differences seem valid
 AWAY = tuple.__new__(PackedSequence, (PACKED.data, PACKED.batch_sizes.to("meta"), None, None))
-EMPTY_STEP, NEGATIVE = (PackedSequence(PACKED.data, torch.tensor(sizes)) for sizes in ([4, 4, 0], [8, 1, -1]))
+LOWEST = -(2**63) + 1
+WRONG_SIZES = [
+    [2**62 + 8, 2**62, 2**62, 2**62],  # whose sum wraps to the number of rows
+    [1, LOWEST, 1, LOWEST, 4],  # whose differences wrap, too
+    [1, 1, 2, 2, 2],
+    [4, 4, 0],
+    [8, 1, -1],
+]
 ROWS_OF_ROWS = tuple.__new__(PackedSequence, (PACKED.data[None], PACKED.batch_sizes, None, None))
+SIZES = "raw.batch_sizes: expected sizes above 0 that never grow and add up to the 8 rows, got"
 OTHER_STEPS = r"raw\[1\]: expected the batch and time steps of raw\[0\],"
 IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
 
@@ -68,7 +72,6 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
     ((1, X), TypeError, "raw: expected a tensor, a PackedSequence, or a list or tuple of them, got int"),
     ((X, None), TypeError, "dropped: expected a tensor, .* got NoneType .* only where alpha is 0"),
     ((None, X), TypeError, "raw: expected a tensor, .* got NoneType .* only where beta is 0"),
-    ((X.numpy(), X), TypeError, "raw: expected a tensor, .* got ndarray"),
     ((X.int(), X), TypeError, "raw: expected float16, bfloat16, float32 or float64, got torch.int32"),
     ((X, X.to(torch.complex64)), TypeError, "dropped: expected float16, .* got torch.complex64"),
     ((X.to_sparse(), X), TypeError, "raw: expected a dense .* got torch.sparse_coo"),
@@ -87,22 +90,15 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
     (([X, X[:1]],) * 2, ValueError, OTHER_STEPS),
     (([X, X[0]],) * 2, ValueError, rf"{OTHER_STEPS} .* got \(5, 8\)"),
     (([PACKED, OTHER],) * 2, ValueError, r"raw\[1\]: expected the batch_sizes of raw\[0\], got others"),
-    (([PACKED, SHORT],) * 2, ValueError, r"raw\[1\].batch_sizes: expected sizes above 0 .* add up to the 7 rows, got"),
     ((PACKED, PACKED.data), TypeError, "dropped: expected a PackedSequence, as raw is, got a tensor"),
-    (([PACKED], [X]), TypeError, r"dropped\[0\]: expected a PackedSequence, as raw\[0\] is, got a tensor"),
-    ((PACKED, [PACKED]), ValueError, "raw and dropped: .* got one tensor and 1 layers"),
     ((PACKED, OTHER), ValueError, "dropped: expected the batch_sizes of raw, got others"),
     ((HALVES, HALVES), TypeError, "raw.batch_sizes: expected an integer tensor, got one of torch.float"),
     ((AWAY, AWAY), ValueError, "raw.batch_sizes: expected a tensor on the CPU, got one on meta"),
     ((SHORT, SHORT), ValueError, "raw.batch_sizes: expected sizes above 0 .* add up to the 7 rows, got"),
-    *[
-        ((x, x), ValueError, "raw.batch_sizes: expected sizes above 0 that never grow")
-        for x in (WRAPPED, WRAPPING, GROWING, EMPTY_STEP, NEGATIVE)
-    ],
+    *[((PackedSequence(PACKED.data, torch.tensor(x)),) * 2, ValueError, SIZES) for x in WRONG_SIZES],
     ((ROWS_OF_ROWS, ROWS_OF_ROWS), ValueError, r"raw.data: expected \(rows, hidden\), got \(1, "),
     ((IDS, IDS), TypeError, "raw.data: expected float16, bfloat16, float32 or float64, got torch.int64"),
 ]
-
 
 # Options of both functions.
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -125,34 +121,23 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"time_dim": True}, TypeError, "time_dim: expected an int, the axis of time, got bool"),
     ({"time_dim": 1, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
     ({"starts": STARTS[0]}, ValueError, r"starts: expected shape \(2, 5\), batch and time steps, got"),
-    ({"starts": [0]}, TypeError, "starts: expected a bool or integer tensor, got list"),
-    ({"starts": STARTS.float()}, TypeError, "starts: expected a bool or integer .* torch.float32"),
     ({"starts": STARTS.int() * 2}, ValueError, "starts: expected 0 or 1, got 2"),
-    ({"starts": STARTS.to("meta")}, ValueError, "starts: expected a tensor on cpu, .* on meta"),
     (
         {"raw": X[None], "starts": STARTS, "time_dim": 2},
         ValueError,
-        r"starts: expected shape \(1, 5\), batch and time steps, got \(2, 5\)",
+        r"starts: expected shape \(1, 5\), .* got \(2, 5\)",
     ),
-    ({"valid": [[1]]}, TypeError, "valid: expected a bool or integer tensor, got list"),
     ({"valid": STARTS.float()}, TypeError, "valid: expected a bool or integer tensor, got one of torch.float32"),
     ({"valid": STARTS.t()}, ValueError, r"valid: expected shape \(2, 5\), batch and time steps, got \(5, 2\)"),
-    ({"valid": STARTS[0]}, ValueError, r"valid: expected shape \(2, 5\), batch and time steps, got \(5,\)"),
-    (
-        {"valid": STARTS, "batch_first": False},
-        ValueError,
-        r"valid: expected shape \(5, 2\), batch and time steps, in every layout, got \(2, 5\)",
-    ),
+    ({"valid": STARTS, "batch_first": False}, ValueError, r"valid: expected shape \(5, 2\), .* in every layout, got"),
     ({"valid": STARTS * 2}, ValueError, "valid: expected 0 or 1, got 2"),
     ({"valid": -STARTS.int()}, ValueError, "valid: expected 0 or 1, got -1"),
     ({"valid": STARTS.to("meta")}, ValueError, "valid: expected a tensor on cpu, or another device with memory"),
-    ({"valid": STARTS.to_sparse()}, TypeError, r"valid: expected a dense \(strided\) tensor"),
     ({"valid": STARTS, "lengths": LENGTHS}, ValueError, "lengths and valid: expected one of them, got both"),
     ({"return_terms": "no"}, TypeError, "return_terms: expected True or False, got 'no'"),
     ({"reduction": X.numpy()}, ValueError, "reduction: expected 'mean' or 'sum', got array"),
     ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
     ({"lengths": [5, 3]}, TypeError, "lengths: expected an integer tensor, got list"),
-    ({"lengths": X[:, 0, 0]}, TypeError, "lengths: expected an integer tensor, got one of torch.float"),
     ({"lengths": X[:, 0, 0] > 0}, TypeError, "lengths: expected an integer tensor, got one of torch.bool"),
     ({"lengths": LENGTHS[:1]}, ValueError, r"lengths: expected shape \(2,\), one .*, got \(1,\)"),
     ({"raw": X[0], "lengths": LENGTHS}, ValueError, r"lengths: expected shape \(1,\), .* got \(2,\)"),
@@ -161,7 +146,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lengths": LENGTHS.to("meta")}, ValueError, "lengths: expected a tensor on cpu, .* on meta"),
     ({"lengths": LENGTHS.to_sparse()}, TypeError, "lengths: expected a dense .*, got torch.sparse_coo"),
 ]
-
 
 # Options that do not go with packed sequences or layers.
 BAD_PAIRS: list[tuple[Any, dict[str, Any], str]] = [
@@ -174,14 +158,12 @@ BAD_PAIRS: list[tuple[Any, dict[str, Any], str]] = [
     ([X, X.movedim(2, 1)], {"time_dim": -1}, OTHER_STEPS),
 ]
 
-
 BAD_DROPOUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"raw": None}, TypeError, "raw: expected a tensor, got NoneType"),
     ({"raw": [X]}, TypeError, "raw: expected a tensor, got list"),
     ({"p": 1}, ValueError, "p: expected a probability from 0 to below 1, got 1"),
     ({"p": -0.1}, ValueError, "p: expected a probability from 0 to below 1, got -0.1"),
     ({"p": Fraction(10**20 - 1, 10**20)}, ValueError, "p: expected a probability from 0 to below 1, got 9"),
-    ({"p": "a"}, TypeError, "p: expected a real number, got str"),
     ({"training": "no"}, TypeError, "training: expected True or False, got 'no'"),
     ({"mask": 1}, TypeError, "mask: expected a tensor, got int"),
     ({"mask": X.to_sparse()}, TypeError, "mask: expected a dense .* got torch.sparse_coo"),
@@ -192,15 +174,11 @@ BAD_DROPOUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mask": X.clone().requires_grad_()}, ValueError, "mask: expected .* requires no gradient"),
 ]
 
-
 BAD_MODULE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"p": 1.0}, ValueError, r"p: expected a probability from 0 to below 1, got 1\.0"),
-    ({"batch_first": 0}, TypeError, "batch_first: expected True or False, got 0"),
     ({"ar_of": "out"}, ValueError, "ar_of: expected 'dropped' or 'raw', got 'out'"),
     ({"batch_first": True, "time_dim": 1}, ValueError, "batch_first and time_dim: expected one of them, got both"),
-    ({"time_dim": "1"}, TypeError, "time_dim: expected an int"),
 ]
-
 
 GOOD: dict[Any, dict[str, Any]] = {
     fused_ar_tar: {"raw": X, "dropped": X, "alpha": 2.0, "beta": 1.0},
@@ -219,10 +197,9 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("function", "bad", "error", "message"), BAD, ids=[x[3] for x in BAD])
 def test_bad_arguments(function: Any, bad: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error) as raised:
+    with pytest.raises(error, match=f"^{message}") as raised:
         function(**GOOD[function] | bad)
-    assert re.match(message, str(raised.value)), str(raised.value)
-    assert type(raised.value) is error
+    assert raised.type is error
 
 
 def test_a_bad_coefficient_that_is_set_later() -> None:
