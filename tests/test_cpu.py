@@ -58,19 +58,6 @@ def leaf(x: Tensor, lengths: Tensor | None, layout: Layout) -> Tensor:
     return layout(spoil(x, lengths=lengths)).detach().requires_grad_()
 
 
-# The length of sequence `i`. Blocks of lanes hold whole sequences, parts of one, or begin and end within one.
-LENGTHS: tuple[Callable[[int, int], int], ...] = (
-    lambda i, time: i * 5 % (time + 1),
-    lambda i, time: 0,
-    lambda i, time: time,
-    lambda i, time: i // 2 * 7 % (time + 1),  # two alike
-    lambda i, time: i % 3 % 2 * time,
-    lambda i, time: min(1 + i % 2, time),
-    lambda i, time: 0 if i else 2 * time // 3,
-    lambda i, time: time if i else 2 * time // 3,
-)
-
-
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.usefixtures("poison")
 def test_random_cases(seed: int) -> None:
@@ -80,8 +67,9 @@ def test_random_cases(seed: int) -> None:
         times = [1, 2, 3, 9] + [33, 130, 300] * (hidden < 100)
         shape = draw.choice([1, 2, 3, 7, 17, 33] + [70] * (hidden < 100)), draw.choice(times), hidden
         dtypes, layouts = draw.choices(DTYPES, k=2), draw.choices(LAYOUTS, k=2)
-        length = draw.choice([None, *LENGTHS])
-        lengths = None if length is None else torch.tensor([length(i, shape[1]) for i in range(shape[0])])
+        # Blocks of lanes hold whole sequences, parts of one, or begin and end within one.
+        ends = draw.choices([0, 1, shape[1] // 2, shape[1]], k=draw.randint(1, 3))
+        lengths = draw.choice([None, torch.tensor(draw.choices(ends, k=shape[0]))])
         raw, dropped = (leaf(values(shape, d), lengths, lay) for d, lay in zip(dtypes, layouts, strict=True))
         check_penalty(raw, raw if draw.random() < 0.3 else dropped, ALPHA, BETA, lengths=lengths)
         raw = layouts[0](values(shape, dtypes[0])).requires_grad_()
@@ -108,12 +96,6 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def one_thread(threads: None) -> None:
-    """The processor's modes are those of a thread."""
-    torch.set_num_threads(1)
 
 
 AtEachLevel = Callable[[Callable[[], list[Tensor]]], None]
@@ -143,9 +125,7 @@ def at_each_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[AtEachLevel]:
     [
         ("AVX512", 4, ["_cpu_v4", "_cpu_v3", "_cpu"]),
         ("AVX512", 3, ["_cpu_v3", "_cpu"]),
-        ("AVX512", 1, ["_cpu"]),
         ("AVX2", 4, ["_cpu_v3", "_cpu"]),
-        ("DEFAULT", 4, ["_cpu"]),
         ("SVE256", 0, ["_cpu"]),
     ],
 )
@@ -161,12 +141,15 @@ def test_libraries_that_are_loaded(
     assert [path.name.partition(".")[0] for path in cpu.runnable()] == names
 
 
-@pytest.mark.parametrize("hidden", [1, 33, 401, 4500])
+@pytest.mark.parametrize("shape", [*[(7, 9, hidden) for hidden in (1, 33, 401, 4500)], (2, 515, 2048), (2, 515, 2047)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [contiguous, transposed], ids=lambda f: f.__name__)
-def test_levels_agree(layout: Layout, dtype: torch.dtype, hidden: int, at_each_level: AtEachLevel) -> None:
-    shape, other = (7, 9, hidden), FLOAT if dtype == BF16 else dtype
-    for lengths in (None, torch.arange(7) * 5 % 10):
+def test_levels_agree(
+    layout: Layout, dtype: torch.dtype, shape: tuple[int, int, int], at_each_level: AtEachLevel
+) -> None:
+    """Gradients of 8 MB and more together go around the caches, in rows whose addresses are aligned, and others."""
+    other = FLOAT if dtype == BF16 else dtype
+    for lengths in (None, (torch.arange(shape[0]) + 1) * 5 % shape[1]):
         raw, dropped = (leaf(values(shape, d), lengths, layout) for d in (dtype, other))
         at_each_level(lambda raw=raw, dropped=dropped, lengths=lengths: step(raw, dropped, lengths))
 
@@ -179,7 +162,7 @@ def flushed(flush: bool) -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize("flush", [False, True])
 def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype, flush: bool, at_each_level: AtEachLevel) -> None:
@@ -187,6 +170,8 @@ def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype, flush: bool, at_
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, -1).requires_grad_()
     nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(FLOAT).item()
     scales = [1.0, -1.0, 1 + 2**-8, 1 + 2**-11, 1.5, 3.0, 1 / 3, 2.0**-9, 3 * 2.0**-15, 7e-5, 255.0, 1e4, 1e38, nan]
+
+    torch.set_num_threads(1)  # the processor's modes are those of a thread
 
     def results() -> list[Tensor]:
         penalty = fused_ar_tar(None, every, 0.5, 0.0, reduction="sum")
@@ -203,34 +188,20 @@ def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype, flush: bool, at_
     at_each_level(results)
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("threads")
 def test_float16_keeps_its_subnormal_numbers(at_each_level: AtEachLevel) -> None:
     """Every finite number, copied and divided by 4, where the processor is told to flush those of float32."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(HALF)
     x = x[x.isfinite()].view(1, 1, -1)
+    torch.set_num_threads(1)
 
     def results() -> list[Tensor]:
         found = []
         for factor in (1.0, 0.25):
             with flushed(True):
-                dropped, _ = fused_dropout_ar_tar(x, 0.5, 0.0, 1.0, mask=torch.full_like(x, factor))
-            assert dropped.view(torch.int16).equal((x.double() * factor).half().view(torch.int16))
-            found.append(dropped)
+                found.append(fused_dropout_ar_tar(x, 0.5, 0.0, 1.0, mask=torch.full_like(x, factor))[0])
+            assert found[-1].view(torch.int16).equal((x.double() * factor).half().view(torch.int16))
         return found
-
-    at_each_level(results)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden", [2048, 2047])
-def test_levels_agree_on_outputs_beyond_the_caches(dtype: torch.dtype, hidden: int, at_each_level: AtEachLevel) -> None:
-    """Gradients of 8 MB and more together, in rows whose addresses are aligned, and others."""
-    time = 2**23 // (2 * 2040 * dtype.itemsize) + 1
-    raw, dropped = (values((1, time, hidden), dtype).requires_grad_() for _ in range(2))
-
-    def results() -> list[Tensor]:
-        penalty = fused_ar_tar(raw, dropped, ALPHA, BETA)
-        return [penalty, *torch.autograd.grad(penalty, (raw, dropped))]
 
     at_each_level(results)
 
@@ -305,11 +276,10 @@ def test_error_of_a_large_sum(dtype: torch.dtype, kind: str) -> None:
     x = torch.randn(64, 256, 1024, generator=torch.Generator().manual_seed(0))
     x = {"normal": x, "constant": torch.full_like(x, 0.1), "heavy": x**3}[kind].to(dtype)
     got = fused_ar_tar(x, x, 1.0, 1.0, return_terms=True)
-    for name, value, true in (
-        ("ar", got.ar, sum(part.double().square().sum() for part in x) / x.numel()),
-        ("tar", got.tar, sum(part.double().diff(dim=0).square().sum() for part in x) / (64 * 255 * 1024)),
-    ):
-        assert abs(value.double() - true) <= 2e-6 * true, name
+    ar = sum(part.double().square().sum() for part in x) / x.numel()
+    tar = sum(part.double().diff(dim=0).square().sum() for part in x) / (64 * 255 * 1024)
+    for value, true in ((got.ar, ar), (got.tar, tar)):
+        assert abs(value.double() - true) <= 2e-6 * true
 
 
 def step(raw: Tensor, dropped: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
@@ -331,12 +301,7 @@ def test_the_same_bits_for_any_number_of_threads(layout: Layout, lengths: Tensor
     for number in (1, 2, 3, 8, 2):
         torch.set_num_threads(number)
         got.append(step(raw, dropped, lengths))
-    for others in got[1:]:
-        assert all(x.equal(y) for x, y in zip(got[0], others, strict=True))
-
-
-def in_a_fork(raw: Tensor, dropped: Tensor, want: Tensor) -> None:
-    os._exit(0 if fused_ar_tar(raw, dropped, ALPHA, BETA).equal(want) else 1)
+        assert all(x.equal(y) for x, y in zip(got[0], got[-1], strict=True))
 
 
 @pytest.mark.usefixtures("threads")
@@ -344,13 +309,16 @@ def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
     torch.set_num_threads(2)
     raw, dropped = (values((64, 70, 100), FLOAT) for _ in range(2))
     want = fused_ar_tar(raw, dropped, ALPHA, BETA)
-    child = multiprocessing.get_context("fork").Process(target=in_a_fork, args=(raw, dropped, want))
+
+    def in_a_fork() -> None:
+        os._exit(0 if fused_ar_tar(raw, dropped, ALPHA, BETA).equal(want) else 1)
+
+    child = multiprocessing.get_context("fork").Process(target=in_a_fork)
     child.start()
     child.join(60)
-    hangs = child.is_alive()
+    status = child.exitcode
     child.kill()
-    assert not hangs
-    assert child.exitcode == 0
+    assert status == 0  # it is None while the process waits
 
 
 def test_without_a_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
