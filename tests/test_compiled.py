@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from bench.stand_in import StandInDriver, active
@@ -92,40 +91,30 @@ def compiled_penalty() -> Iterator[list[Any]]:
     return (compiled(kernels.penalty_kernel, SUM=sums, WRITE=True) for sums in (True, False))
 
 
-def run(
-    dtypes: tuple[torch.dtype, torch.dtype], same: bool, shape: tuple[int, ...] = (4, 70, 400), batch_first: bool = True
-) -> None:
-    raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for dtype in dtypes)
-    got = fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0, batch_first=batch_first)
-    if got.requires_grad:
-        got.backward()
-
-
-def run_dropout(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), batch_first: bool = True) -> None:
-    raw = torch.zeros(shape, dtype=dtype, requires_grad=True)
-    dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, batch_first=batch_first)
-    torch.autograd.backward([dropped, got], [torch.ones_like(raw), torch.ones_like(got)])
-
-
-def run_padded(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), **steps: Tensor) -> None:
-    steps = steps or {"lengths": torch.full((shape[0],), shape[1] // 2)}
+def train(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), **options: Any) -> None:
+    """Run both operations forward and backward."""
     raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2))
-    fused_ar_tar(raw, dropped, 2.0, 1.0, **steps).backward()
-    out, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, **steps)
-    torch.autograd.backward([out, got], [torch.ones_like(raw), torch.ones_like(got)])
+    fused_ar_tar(raw, dropped, 2.0, 1.0, **options).backward()
+    results = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, **options)
+    torch.autograd.backward(results, [torch.ones_like(x) for x in results])
 
 
-def run_marked(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
-    run_padded(dtype, shape, valid=torch.ones(shape[:2], dtype=torch.bool))
-
-
-def run_packed(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+def train_packed(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+    """Run the penalty of packed rows forward and backward."""
     sizes = torch.tensor([shape[0]] * (shape[1] // 2) + [1] * (shape[1] - shape[1] // 2))
     rows = (torch.zeros(int(sizes.sum()), shape[2], dtype=dtype, requires_grad=True) for _ in range(2))
     fused_ar_tar(*(PackedSequence(x, sizes) for x in rows), 2.0, 1.0).backward()
 
 
-RAGGED = (run_padded, run_packed, run_marked)
+def train_padded(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+    train(dtype, shape, lengths=torch.full((shape[0],), shape[1] // 2))
+
+
+def train_marked(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
+    train(dtype, shape, valid=torch.ones(shape[:2], dtype=torch.bool))
+
+
+RAGGED = (train_padded, train_packed, train_marked)
 
 
 def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int) -> None:
@@ -135,64 +124,49 @@ def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int
     assert count[2] == wide_stores
 
 
-# Other dtypes than bfloat16, and one tensor for both activations, are compiled for sm_90 alone, to save time.
+# Some combinations alone, to save time.
 @pytest.mark.parametrize(
-    ("target", "dtype", "same"),
+    ("target", "dtype", "step"),
     [
-        *[(target, BF16, False) for target in TARGETS],
-        *[("sm_90", *x) for x in ((BF16, True), (FLOAT, False), (DOUBLE, False))],
+        *[(target, BF16, train) for target in TARGETS],
+        *[("sm_90", dtype, train) for dtype in (FLOAT, DOUBLE)],
+        *[(*case, ragged) for case in (("sm_90", BF16), ("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
+        *[("sm_80", BF16, train_marked), ("sm_100", BF16, train_packed)],
     ],
     indirect=["target"],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
-def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, same: bool, tmp_path: Path) -> None:
-    run((dtype, dtype), same)
+def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, step: Any, tmp_path: Path) -> None:
+    """Beside lengths, marks, and where each step's rows begin, no more and no narrower loads than without."""
+    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and step in (train_packed, train_marked):
+        pytest.skip("without buffer operations, loads of activations look like those of marks and offsets")
+    step(dtype)
+    rows, unroll = 2 * tiling.UNROLL, tiling.UNROLL
+    marks, counting = (COUNTS + MARKS, COUNTS) if step is train_marked else (0, 0)
+    others = [marks + x for x in ((2, 2, 0, 1) if step is train else (counting + 40, 40, 30, 30))]
+    (forward,), (backward,) = compiled_penalty()
+    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + others[0], rows)
+    assert_accesses(backward, tmp_path, rows + 2, others[1], rows)
+    if step is not train_packed:
+        (forward,), (backward,) = map(compiled, DROPOUT)  # the mask is one more load for a whole run
+        assert_accesses(forward, tmp_path, unroll + 1 + 1, PARTIAL_SUMS + others[2], unroll)
+        assert_accesses(backward, tmp_path, rows + 2 + 1, others[3], unroll)
+
+
+@pytest.mark.parametrize("target", TARGETS, indirect=True)
+@pytest.mark.parametrize("same", [False, True])
+def test_wide_loads_without_gradients_and_of_one_tensor(target: Any, same: bool, tmp_path: Path) -> None:
+    raw, dropped = torch.zeros(2, 4, 70, 400, dtype=BF16).requires_grad_().unbind()
+    pair = (raw, raw) if same else (raw, dropped)
+    fused_ar_tar(*pair, 2.0, 1.0).backward()
     rows = tiling.UNROLL * (1 if same else 2)
     (forward,), (backward,) = compiled_penalty()
     assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 2, rows)
     assert_accesses(backward, tmp_path, rows + 2, 2, rows)
     with torch.no_grad():
-        run((dtype, dtype), same)
+        fused_ar_tar(*pair, 2.0, 1.0)
     (forward,) = compiled(kernels.penalty_kernel, WRITE=False)
     assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS, 0)
-
-
-@pytest.mark.parametrize(
-    ("target", "dtype"), [*[(target, BF16) for target in TARGETS], ("sm_90", FLOAT)], indirect=["target"], ids=str
-)
-def test_wide_loads_and_no_spills_with_dropout(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The mask is one more load for a whole run."""
-    run_dropout(dtype)
-    (forward,), (backward,) = map(compiled, DROPOUT)
-    assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS, tiling.UNROLL)
-    assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, 1, tiling.UNROLL)
-
-
-@pytest.mark.parametrize(
-    ("target", "dtype", "run_ragged"),
-    [
-        *[(*case, ragged) for case in (("sm_90", BF16), ("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
-        *[("sm_80", BF16, run_marked), ("sm_100", BF16, run_packed)],
-    ],
-    indirect=["target"],
-    ids=lambda x: getattr(x, "__name__", str(x)),
-)
-def test_wide_loads_and_no_spills_where_not_all_steps_count(
-    target: Any, dtype: torch.dtype, run_ragged: Callable[[torch.dtype], None], tmp_path: Path
-) -> None:
-    """Beside lengths, marks, and where each step's rows begin, no more and no narrower loads than without."""
-    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and run_ragged is not run_padded:
-        pytest.skip("without buffer operations, loads of activations look like those of marks and offsets")
-    run_ragged(dtype)
-    rows = 2 * tiling.UNROLL
-    counting, marks = (COUNTS, MARKS) if run_ragged is run_marked else (0, 0)
-    (forward,), (backward,) = compiled_penalty()
-    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 2 * counting + marks + 40, rows)
-    assert_accesses(backward, tmp_path, rows + 2, counting + marks + 40, rows)
-    if run_ragged is not run_packed:
-        (forward,), (backward,) = map(compiled, DROPOUT)
-        assert_accesses(forward, tmp_path, tiling.UNROLL + 1 + 1, PARTIAL_SUMS + counting + marks + 30, tiling.UNROLL)
-        assert_accesses(backward, tmp_path, 2 * tiling.UNROLL + 2 + 1, counting + marks + 30, tiling.UNROLL)
 
 
 @pytest.mark.parametrize(
@@ -200,29 +174,28 @@ def test_wide_loads_and_no_spills_where_not_all_steps_count(
     [
         ("sm_80", BF16, 401, RAGGED),
         ("sm_90", BF16, 401, RAGGED),
-        ("sm_100", BF16, 401, (run_marked,)),
+        ("sm_100", BF16, 401, (train_marked,)),
         ("gfx942", BF16, 401, RAGGED),
         ("sm_90", FLOAT, 401, ()),
-        ("sm_90", FLOAT, 650, (run_padded, run_packed)),  # 1150 takes the code of 650
-        ("sm_90", BF16, 650, (run_marked,)),
+        ("sm_90", FLOAT, 650, (train_padded, train_packed)),  # 1150 takes the code of 650
+        ("sm_90", BF16, 650, (train_marked,)),
     ],
     indirect=["target"],
-    ids=lambda x: "+".join(run.__name__ for run in x) if isinstance(x, tuple) else str(x),
+    ids=lambda x: "+".join(step.__name__ for step in x) if isinstance(x, tuple) else str(x),
 )
 def test_no_spills_with_narrow_loads(
     target: Any, dtype: torch.dtype, hidden: int, ragged: tuple[Callable[..., None], ...], tmp_path: Path
 ) -> None:
     shape = 4, 70, hidden
-    run((dtype, dtype), same=False, shape=shape)
-    run_dropout(dtype, shape)
+    train(dtype, shape)
     if target.arch == 90:
         ((forward,), _) = compiled_penalty()
         registers = re.findall(r"REG:(\d+)", usage_of(forward, tmp_path))
         assert int(registers[0]) <= MOST_REGISTERS[hidden, dtype]
-    for run_ragged in ragged:
-        run_ragged(dtype, shape)
+    for step in ragged:
+        step(dtype, shape)
     binaries = [binary for kernel in PENALTY + DROPOUT for binary in compiled(kernel)]
-    assert len(binaries) == 4 + sum(2 if run_ragged is run_packed else 4 for run_ragged in ragged)
+    assert len(binaries) == 4 + sum(2 if step is train_packed else 4 for step in ragged)
     for binary in binaries:
         if "amdgcn" in binary.asm:
             assert_no_spills_amd(binary.asm["amdgcn"])
@@ -295,20 +268,14 @@ def count_amd(binary: Any) -> tuple[int, int, int]:
 def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
     """The sequence length differs from batch to batch, and the last batch is small; with lengths, too."""
     for time in (1, *LENGTHS):
-        run((FLOAT, FLOAT), same=False, shape=(4 if time % 3 else 3, time, hidden))
-        run_dropout(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
+        train(FLOAT, (4 if time % 3 else 3, time, hidden))
     assert counts() == [1, 1, 1, 1]
     if hidden != 400:  # others differ in the alignment of rows alone
         return
-    for time in LENGTHS:
-        run_padded(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
-    assert counts() == [2, 2, 2, 2]
-    for time in LENGTHS:
-        run_packed(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
-    assert counts() == [3, 3, 2, 2]
-    for time in LENGTHS:
-        run_marked(FLOAT, shape=(4 if time % 3 else 3, time, hidden))
-    assert counts() == [4, 4, 3, 3]
+    for step, want in ((train_padded, [2, 2, 2, 2]), (train_packed, [3, 3, 2, 2]), (train_marked, [4, 4, 3, 3])):
+        for time in LENGTHS:
+            step(FLOAT, (4 if time % 3 else 3, time, hidden))
+        assert counts() == want
 
 
 def counts() -> list[int]:
@@ -319,8 +286,7 @@ def counts() -> list[int]:
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_a_varying_batch_compiles_once_time_first(target: Any) -> None:
     for time, batch in product((1, 2, 35, 70), (1, 3, 4, 17, 64)):
-        run((FLOAT, FLOAT), same=False, shape=(time, batch, 400), batch_first=False)
-        run_dropout(FLOAT, shape=(time, batch, 400), batch_first=False)
+        train(FLOAT, (time, batch, 400), batch_first=False)
     assert counts() == [1, 1, 1, 1]
 
 
@@ -329,8 +295,7 @@ def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.
     tickets = iter(torch.zeros(6, dtype=torch.int32).split(1))
     monkeypatch.setattr(reduction, "ticket_for", lambda *_: next(tickets))
     for _ in range(3):
-        run((FLOAT, FLOAT), same=False)
-        run_dropout(FLOAT)
+        train(FLOAT)
     assert next(tickets, None) is None
     assert counts() == [1, 1, 1, 1]
 
@@ -338,8 +303,7 @@ def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
     """Triton passes Python floats as float32 unless told otherwise."""
-    run((DOUBLE, DOUBLE), same=False)
-    run_dropout(DOUBLE)
+    train(DOUBLE)
     for kernel in PENALTY + DROPOUT:
         for binary in compiled(kernel):
             scalars = [ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_scale", name)]
