@@ -26,10 +26,9 @@ from torch.testing import assert_close
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
-from tests.conftest import gpu
+from tests.exact import check_dropout, check_penalty
 
 TIMEOUT = 60  # seconds, for whatever waits: a group that hangs fails
-CPU = torch.device("cpu")
 
 
 def start(rank: int, meeting: str) -> None:
@@ -82,14 +81,11 @@ class LanguageModel(nn.Module):
         self.resets += 1
 
 
-def wrapped(model: LanguageModel, how: str) -> nn.Module:
-    if how == "DDP":
-        return DistributedDataParallel(model)
-    if how == "FSDP1":
-        return FullyShardedDataParallel(model, device_id=CPU, use_orig_params=True)
-    for module in (model.embedding, model.lstm, model.decoder, model):
-        fully_shard(module, mesh=mesh())
-    return model
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "DDP": DistributedDataParallel,
+    "FSDP1": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True),
+    "FSDP2": lambda model: [fully_shard(module, mesh=mesh()) for module in (*model.children(), model)][-1],
+}
 
 
 def train(how: str, penalty_by: str) -> None:
@@ -101,7 +97,7 @@ def train(how: str, penalty_by: str) -> None:
     regularizer = RNNRegularizer(2.0, 1.0)
     if penalty_by == "attach":
         regularizer.attach(model.lstm, model.dropout)
-    outer, plain_outer = wrapped(model, how), wrapped(plain, how)
+    outer, plain_outer = WRAPPERS[how](model), WRAPPERS[how](plain)
     regularizer.on_epoch_begin(outer)
     assert_close(model.resets, 1)
     optimizers = [torch.optim.SGD(x.parameters(), 0.5) for x in (outer, plain_outer)]
@@ -136,7 +132,7 @@ def weights(outer: nn.Module, how: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("penalty_by", ["hand", "on_loss_begin", "attach", "dropout"])
-@pytest.mark.parametrize("how", ["DDP", "FSDP1", "FSDP2"])
+@pytest.mark.parametrize("how", WRAPPERS)
 def test_data_parallelism_trains_as_with_the_formula(how: str, penalty_by: str, in_both: Callable[..., None]) -> None:
     in_both(train, how, penalty_by)
 
@@ -179,8 +175,7 @@ def check_dtensors(placement: Any, batch_first: bool) -> None:
     def call(x: Any) -> Any:
         return fused_ar_tar(x, x, 2.0, 1.0, batch_first=batch_first)
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    want, got = call(plain[0]), compiled(spread[0])
+    want, got = call(plain[0]), torch.compile(call, fullgraph=True, backend="aot_eager")(spread[0])
     assert_close(full(got), want)
     assert_close(full(*torch.autograd.grad(got, spread[:1])), *torch.autograd.grad(want, plain[:1]))
 
@@ -202,16 +197,12 @@ def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, 
     in_both(check_dtensors, placement, batch_first)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda:1", marks=gpu)])
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
-def test_a_tensor_on_another_gpu_is_worked_on_there(device: str) -> None:
-    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
-    xs = [x.detach().double().requires_grad_() for x in (raw, dropped)]
+def test_tensors_on_another_gpu_are_worked_on_there() -> None:
+    raw, dropped, mask = torch.randn(3, 3, 7, 12, device="cuda:1").unbind()
     with torch.cuda.device(0):
-        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-        gradients = torch.autograd.grad(got, (raw, dropped))
-        both = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
-    want = ar_tar(Layer(*xs), Problem(2.0, 1.0)).penalty
-    assert all(x.device == torch.device(device) for x in (got, *gradients, *both))
-    assert_close(got.double(), want, rtol=1e-6, atol=0)
-    assert_close([x.double() for x in gradients], list(torch.autograd.grad(want, xs)), rtol=1e-5, atol=1e-6)
+        check_penalty(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 1.0)
+        check_dropout(raw, mask[:, :1], 2.0, 1.0)
+        results = fused_ar_tar(raw, dropped, 2.0, 1.0), *fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
+    assert all(x.device == raw.device for x in (*results, *torch.autograd.grad(results[0], (raw, dropped))))
