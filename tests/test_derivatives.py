@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,9 +12,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, fused_ar_tar
-from fastreg.problem import Layer, Problem
-from fastreg.reference import ar_tar
 from tests.calls import CALLS, MORE_CALLS, Call, calls, flat, from_seed, leaves, mask_for
+from tests.exact import truth
 from tests.samples import DOUBLE
 
 by_call = calls(of=CALLS | MORE_CALLS)
@@ -65,46 +65,47 @@ def test_function_transforms(call: Call, device: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *[(name, kind) for name in ("pair", "mask") for kind in ("vectorized jacobian", "dual", "hessian")],
-        *[("pair", "compiled vmap"), ("mask", "compiled jacrev")],
-    ],
-)
-def test_more_function_transforms_as_of_the_formula(name: str, kind: str) -> None:
-    def transform(f: Any, r: Tensor, d: Tensor) -> Any:
-        def twice(r: Tensor, d: Tensor) -> Tensor:
-            return torch.stack([f(r, d), f(d, r)])
+def twice(f: Any) -> Any:
+    return lambda r, d: torch.stack([f(r, d), f(d, r)])
 
-        if kind == "compiled vmap":
-            return torch.func.vmap(torch.func.grad(f, (0, 1)))(torch.stack([r, d]), torch.stack([d, r + d]))
-        if kind == "dual":
-            with forward_ad.dual_level():
-                return forward_ad.unpack_dual(f(forward_ad.make_dual(r, d), d)).tangent
-        if kind == "vectorized jacobian":
-            return torch.autograd.functional.jacobian(twice, (r, d), vectorize=True)
-        if kind == "hessian":
-            return torch.func.hessian(f, (0, 1))(r, d)
-        return torch.func.jacrev(twice, (0, 1))(r, d)
 
-    def formula(r: Tensor, d: Tensor) -> Tensor:
-        raw, dropped = (r, d) if name == "pair" else (r * d, r * d * mask_for(r))
-        penalty = ar_tar(Layer(raw, dropped), Problem(2.0, 1.0)).penalty
-        return penalty * dropped.sin().sum() if name == "mask" else penalty
+def tangent(f: Any, r: Tensor, d: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(r, d), d)).tangent
 
-    def call(r: Tensor, d: Tensor) -> Tensor:
-        if name != "mask":
-            return CALLS[name](r, d)
-        dropped, penalty = CALLS[name](r, d)
+
+def of_batch(f: Any, r: Tensor, d: Tensor) -> Any:
+    return torch.func.vmap(torch.func.grad(f, (0, 1)))(torch.stack([r, d]), torch.stack([d, r + d]))
+
+
+TRANSFORMS: dict[str, Any] = {
+    "vectorized_jacobian": lambda f, *xs: torch.autograd.functional.jacobian(twice(f), xs, vectorize=True),
+    "dual": tangent,
+    "hessian": lambda f, *xs: torch.func.hessian(f, (0, 1))(*xs),
+    "vmap": of_batch,
+    "jacrev": lambda f, *xs: torch.func.jacrev(twice(f), (0, 1))(*xs),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_more_function_transforms_as_of_the_formula(name: str) -> None:
+    xs, transform = [x.detach() for x in leaves(4, DOUBLE)], TRANSFORMS[name]
+
+    def dropping(r: Tensor, d: Tensor) -> Tensor:
+        dropped, penalty = CALLS["mask"](r, d)
         return penalty * dropped.sin().sum()
 
-    r, d = (x.detach() for x in leaves(4, DOUBLE))
-    run = lambda r, d: transform(call, r, d)  # noqa: E731
-    if "compiled" in kind:
-        torch.compiler.reset()
-        run = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert_close(run(r, d), transform(formula, r, d))
+    def formula_of_dropping(r: Tensor, d: Tensor) -> Tensor:
+        dropped = r * d * mask_for(r)
+        return truth(r * d, dropped, 2.0, 1.0).penalty * dropped.sin().sum()
+
+    formulas = {CALLS["pair"]: lambda r, d: truth(r, d, 2.0, 1.0).penalty, dropping: formula_of_dropping}
+    for call, formula in formulas.items():
+        run = functools.partial(transform, call)
+        if name in ("vmap", "jacrev"):
+            torch.compiler.reset()
+            run = torch.compile(run, fullgraph=True, backend="aot_eager")
+        assert_close(run(*xs), transform(formula, *xs))
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (0, 0)])
@@ -115,19 +116,6 @@ def test_vmap_of_marks(in_dims: tuple[int, int | None], device: str) -> None:
     got = torch.func.vmap(lambda x, valid: fused_ar_tar(x, x, 2.0, 1.0, valid=valid), in_dims)(raw, given)
     want = [fused_ar_tar(x, x, 2.0, 1.0, valid=v) for x, v in zip(raw, given.expand_as(marks), strict=True)]
     assert_close(got, torch.stack(want))
-
-
-def test_transforms_of_a_module(device: str) -> None:
-    """With AR of raw no mask changes the penalty."""
-    module = FusedRNNDropout(0.4, 2.0, 1.0, ar_of="raw")
-    raw = leaves(7, DOUBLE, device)[0].detach()
-
-    def call(x: Tensor) -> Tensor:
-        module(x)
-        return module.take().penalty  # pyright: ignore[reportOptionalMemberAccess]
-
-    want = torch.func.grad(lambda x: ar_tar(Layer(x, x), Problem(2.0, 1.0)).penalty)(raw)
-    assert_close(torch.func.grad(call)(raw), want)
 
 
 def test_functional_call() -> None:
