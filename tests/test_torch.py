@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels.view import allocate, layout_of
@@ -48,7 +48,6 @@ STEPS_CALLS: dict[str, Any] = {
     ),
 }
 ALL_CALLS = STEPS_CALLS | {name: lambda r, d, _, call=call: call(r, d) for name, call in COMPILED.items()}
-STRICTLY_ALL_CALLS = ("lengths", "drawn_valid")
 # Before torch 2.11 a NumPy scalar breaks a graph, and AOTAutograd fails for a number that is read from a tensor.
 TRACES_NUMBERS = Version(torch.__version__) >= Version("2.11")
 
@@ -69,6 +68,16 @@ def block_of(call: Call, r: Tensor, d: Tensor) -> Tensor:
     return total(call(r.tanh() @ torch.eye(8), d.tanh()))
 
 
+def regularized(regularizer: RNNRegularizer, r: Tensor, d: Tensor) -> list[Any]:
+    loss = regularizer.on_backward_begin(regularizer.on_loss_begin((r.mean(), [r * d, r], [d, d])))
+    return [loss, regularizer.ar, regularizer.tar]
+
+
+STEPS: dict[str, Call] = {
+    "regularizer": functools.partial(regularized, RNNRegularizer(2.0, 1.0)),
+    "checkpointing": lambda r, d: checkpoint(block_of, CALLS["pair"], r, d, use_reentrant=False),
+    "checkpointing_dropout": lambda r, d: checkpoint(block_of, CALLS["mask"], r, d, use_reentrant=False),
+}
 TRACERS: dict[str, Callable[[Call], Any]] = {
     "jit": lambda call: torch.jit.trace(call, tuple(leaves())),
     "jit_of_one_step": lambda call: torch.jit.trace(call, tuple(leaves(1))),
@@ -111,17 +120,10 @@ class TestCompile:
             assert_close(got, want)
         assert counter.frame_count == count
 
-    def test_a_step_with_the_regularizer(self) -> None:
-        regularizer = RNNRegularizer(2.0, 1.0)
-
-        def step(r: Tensor, d: Tensor) -> Tensor:
-            decoded = regularizer.on_loss_begin((r.mean(), [r * d, r], [d, d]))
-            return regularizer.on_backward_begin(decoded)
-
+    @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+    def test_a_step_in_one_graph(self, step: Call) -> None:
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        got, terms = everything(compiled, leaves()), (regularizer.ar, regularizer.tar)
-        assert_close(got, everything(step, leaves()))
-        assert_close(terms, (regularizer.ar, regularizer.tar))
+        assert_close(everything(compiled, leaves()), everything(step, leaves()))
 
     def test_a_module_whose_penalty_is_taken_outside(self) -> None:
         module = FusedRNNDropout(0.4, 2.0, 1.0)
@@ -135,22 +137,15 @@ class TestCompile:
         assert compiled(x) is x
         assert module.take() is None
 
-    @by_few
-    def test_checkpointing_in_a_graph(self, call: Call) -> None:
-        def checkpointed(r: Tensor, d: Tensor) -> Any:
-            return checkpoint(block_of, call, r, d, use_reentrant=False)
-
-        compiled = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
-        assert_close(everything(compiled, leaves()), everything(checkpointed, leaves()))
-
-    @pytest.mark.parametrize(("name", "strict"), [(name, name in STRICTLY_ALL_CALLS) for name in ALL_CALLS])
-    def test_export(self, name: str, strict: bool) -> None:
+    @pytest.mark.parametrize("name", ALL_CALLS)
+    def test_export(self, name: str) -> None:
         class Module(nn.Module):
             def forward(self, raw: Tensor, dropped: Tensor, steps: Tensor) -> Any:
                 return ALL_CALLS[name](raw, dropped, steps)
 
         time = {1: Dim("time", min=2, max=512)}
         shapes = {"raw": time, "dropped": time, "steps": None if "lengths" in name else time}
+        strict = name in ("lengths", "drawn_valid")
         program = export(Module(), (*leaves(), steps_for(name, 5)), dynamic_shapes=shapes, strict=strict)
         for count in (2, 5, 70):
             steps = steps_for(name, count)
@@ -168,12 +163,6 @@ class TestCompile:
         for time in (9, 1):
             assert_close(everything(traced, leaves(time)), everything(call, leaves(time)))
         assert_close(total(traced(*leaves(0))), total(call(*leaves(0))))
-
-    @by_few
-    def test_a_trace_of_real_tensors_depends_on_no_value(self, call: Call) -> None:
-        graph = make_fx(call)(*(x.detach() for x in leaves()))
-        others = [(2 * x).detach() for x in leaves()]
-        assert_close(flat(graph(*others)), flat(call(*others)))
 
     @pytest.mark.parametrize("kind", ["float", "numpy.float64", "numpy.int64"])
     def test_coefficients_may_change(self, kind: str) -> None:
@@ -400,14 +389,6 @@ class TestCheckpointing:
         want = [x.grad for x in xs]
         from_seed(functools.partial(checkpoint, block, use_reentrant=use_reentrant), xs := leaves()).backward()
         assert_close([x.grad for x in xs], want, rtol=0, atol=0)
-
-    @by_few
-    def test_selective(self, call: Call) -> None:
-        block = functools.partial(block_of, call)
-        for policy in ([torch.ops.aten.mm.default], lambda *_, **__: CheckpointPolicy.PREFER_SAVE):
-            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-            selective = functools.partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
-            assert_close(everything(selective, leaves()), everything(block, leaves()))
 
     @by_few
     def test_offloading_and_a_second_backward(self, call: Call) -> None:
