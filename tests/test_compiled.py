@@ -266,12 +266,15 @@ def count_amd(binary: Any) -> tuple[int, int, int]:
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("hidden", [400, 1150, 401], ids="hidden{}".format)
 def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
-    """The sequence length differs from batch to batch, and the last batch is small; with lengths, too."""
+    """The sequence length differs from batch to batch, and the last batch is small."""
     for time in (1, *LENGTHS):
         train(FLOAT, (4 if time % 3 else 3, time, hidden))
     assert counts() == [1, 1, 1, 1]
     if hidden != 400:  # others differ in the alignment of rows alone
         return
+    for time, batch in product((1, 2, 35, 70), (1, 3, 4, 17, 64)):
+        train(FLOAT, (time, batch, hidden), batch_first=False)
+    assert counts() == [1, 1, 1, 1]
     for step, want in ((train_padded, [2, 2, 2, 2]), (train_packed, [3, 3, 2, 2]), (train_marked, [4, 4, 3, 3])):
         for time in LENGTHS:
             step(FLOAT, (4 if time % 3 else 3, time, hidden))
@@ -281,13 +284,6 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
 def counts() -> list[int]:
     """How often each kernel was compiled: the penalty forward and backward, and dropout forward and backward."""
     return [len(x) for x in (*compiled_penalty(), *map(compiled, DROPOUT))]
-
-
-@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-def test_a_varying_batch_compiles_once_time_first(target: Any) -> None:
-    for time, batch in product((1, 2, 35, 70), (1, 3, 4, 17, 64)):
-        train(FLOAT, (time, batch, 400), batch_first=False)
-    assert counts() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
