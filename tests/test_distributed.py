@@ -24,9 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.problem import Layer, Problem
-from fastreg.reference import ar_tar
 from tests.exact import check_dropout, check_penalty
+from tests.language_model import formula
 
 TIMEOUT = 60  # seconds, for whatever waits: a group that hangs fails
 
@@ -67,13 +66,10 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding, self.lstm = nn.Embedding(20, 6), nn.LSTM(6, 8, batch_first=True)
         self.dropout, self.decoder = Masked(), nn.Linear(8, 20)
-        self.resets, self.fused = 0, False
+        self.resets = 0
 
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         raw, _ = self.lstm(self.embedding(tokens))
-        if self.fused:
-            dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
-            return self.decoder(dropped), got
         dropped = self.dropout(raw, mask)
         return self.decoder(dropped), raw, dropped
 
@@ -93,7 +89,6 @@ def train(how: str, penalty_by: str) -> None:
     torch.manual_seed(0)
     model, plain = LanguageModel(), LanguageModel()
     plain.load_state_dict(model.state_dict())
-    model.fused = penalty_by == "dropout"
     regularizer = RNNRegularizer(2.0, 1.0)
     if penalty_by == "attach":
         regularizer.attach(model.lstm, model.dropout)
@@ -109,16 +104,12 @@ def train(how: str, penalty_by: str) -> None:
         if penalty_by == "on_loss_begin":
             regularizer.on_loss_begin(output)
         loss = cross_entropy(output[0].flatten(0, 1), targets)
-        if penalty_by == "hand":
-            loss = loss + fused_ar_tar(*output[1:], 2.0, 1.0)
-        elif penalty_by == "dropout":
-            loss = loss + output[1]
-        else:
-            loss = regularizer.on_backward_begin(loss)
+        by_hand = penalty_by == "hand"
+        loss = loss + fused_ar_tar(*output[1:], 2.0, 1.0) if by_hand else regularizer.on_backward_begin(loss)
         loss.backward()
         decoded, raw, dropped = plain_outer(inputs, mask)
         loss = cross_entropy(decoded.flatten(0, 1), targets)
-        (loss + ar_tar(Layer(raw, dropped), Problem(2.0, 1.0)).penalty).backward()
+        (loss + formula(raw, dropped, time=1)).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -131,7 +122,7 @@ def weights(outer: nn.Module, how: str) -> list[Tensor]:
         return [x.full_tensor() if isinstance(x, DTensor) else x.detach().clone() for x in outer.parameters()]
 
 
-@pytest.mark.parametrize("penalty_by", ["hand", "on_loss_begin", "attach", "dropout"])
+@pytest.mark.parametrize("penalty_by", ["hand", "on_loss_begin", "attach"])
 @pytest.mark.parametrize("how", WRAPPERS)
 def test_data_parallelism_trains_as_with_the_formula(how: str, penalty_by: str, in_both: Callable[..., None]) -> None:
     in_both(train, how, penalty_by)
