@@ -90,6 +90,19 @@ def gru() -> nn.GRU:
     return seeded(lambda: nn.GRU(HIDDEN, HIDDEN, batch_first=True))
 
 
+class Returning(nn.Module):
+    """A module of any arguments; the test chooses what it returns of the output of its GRU."""
+
+    batch_first = True
+
+    def __init__(self, give: Callable[[Tensor], Any] = lambda raw: raw) -> None:
+        super().__init__()
+        self.rnn, self.give = gru(), give
+
+    def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return self.give(self.rnn(x)[0])
+
+
 def inputs() -> Tensor:
     return torch.randn(BATCH, TIME, HIDDEN)
 
