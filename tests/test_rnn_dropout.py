@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar
@@ -55,23 +54,17 @@ def test_the_penalty_of_the_dropout_is_taken(batch_first: bool, ar_of: Any, form
 
 
 def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
-    rnns, dropout, reg = nn.ModuleList([gru(), gru()]), FusedRNNDropout(0.3, 0.25, 0.5), regularizer(layers="all")
-    handles = [reg.attach(rnns[0], dropout)]
+    rnns, dropout, reg = nn.ModuleList([gru(), gru()]), FusedRNNDropout(0.3), regularizer(layers="all")
+    reg.attach(rnns[0], dropout)
     dropout(rnns[0](inputs())[0])
     reg.clear()
-    handles.append(reg.attach(rnns[1], dropout))
+    reg.attach(rnns[1], dropout)
     raw, _ = rnns[0](inputs())
     dropped = dropout(raw)
     last_raw, _ = rnns[1](dropped)
     last_dropped = dropout(last_raw)
     check_gradients(rnns, penalty_of(reg, last_dropped), formula(raw, dropped, 1) + formula(last_raw, last_dropped, 1))
     assert formed == []
-    for handle in handles:
-        handle.remove()
-    assert (dropout.alpha, dropout.beta) == (0.25, 0.5)
-    dropout.alpha = 4.0
-    handles[1].remove()  # twice is once
-    assert dropout.alpha == 4
 
 
 def of(alpha: float, beta: float, raw: Tensor, dropped: Tensor) -> Tensor:
@@ -90,40 +83,32 @@ def test_two_regularizers_of_one_dropout() -> None:
 
 
 class Changed(FusedRNNDropout):
-    """Hooks that replace the output of the dropout, or its input."""
+    """Takes no masks, and may change its input or its output."""
 
-    changed = "output"
+    changed = ""
 
-    def forward(self, raw: Tensor) -> Tensor:
-        return super().forward(raw) * 1.5 if self.changed == "output" else super().forward(raw * 1.5)
+    def forward(self, raw: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dropped = super().forward(1.5 * raw if self.changed == "input" else raw)
+        return 1.5 * dropped if self.changed == "output" else dropped
 
 
-@pytest.mark.parametrize("how", ["hook", "output", "input"])
+@pytest.mark.parametrize("how", ["hook", "input", "output", "valid", "starts"])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_only_the_penalty_of_the_very_output_is_taken(how: str, batch_first: bool) -> None:
+def test_only_the_penalty_of_the_very_output_and_masks_is_taken(how: str, batch_first: bool, formed: list[Any]) -> None:
     model = seeded(lambda: Fused(batch_first=batch_first))
     if how == "hook":
         model.dropout.register_forward_hook(lambda _m, _i, output: output * 2)
     else:
         model.dropout = Changed(0.3, batch_first=batch_first)
         model.dropout.changed = how
-    reg = attached(model)
-    _, raw, dropped = model.activations(tokens())
-    check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, int(batch_first)))
+    masks: Any = {how: torch.rand(BATCH, TIME) < 0.6} if how in ("valid", "starts") else {}
+    reg = regularizer()
+    reg.attach(model.rnn, model.dropout, **{name: lambda *_, x=x: x for name, x in masks.items()})
+    _, raw, dropped = model.activations(tokens(*(BATCH, TIME) if batch_first else (TIME, BATCH)))
+    want = fused_ar_tar(raw, dropped, ALPHA, BETA, batch_first=batch_first, **masks)
+    check_gradients(model, penalty_of(reg, dropped), want)
+    assert len(formed) == 1
     assert model.dropout.take() is None
-
-
-@pytest.mark.parametrize("off", ["evaluation", "p"])
-def test_a_fused_dropout_that_drops_nothing(off: str) -> None:
-    model = seeded(Fused)
-    reg = attached(model)
-    if off == "p":
-        model.dropout.p = 0.0
-    else:
-        model.dropout.eval()
-    _, raw, dropped = model.activations(tokens())
-    assert dropped is raw
-    check_gradients(model, penalty_of(reg, raw), formula(raw, raw, 1))
 
 
 LAYOUTS: Any = [({"batch_first": True}, 1), ({"batch_first": False}, 0), ({"time_dim": -1}, 2)]
@@ -153,10 +138,13 @@ def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
 
 def test_an_untaken_penalty_warns_once() -> None:
     warnings.simplefilter("error")
-    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), inputs().requires_grad_()
+    dropout, raw, reg = FusedRNNDropout(0.3, ALPHA, BETA), inputs().requires_grad_(), regularizer()
     for _ in range(3):
         dropout(raw)
         dropout.take()
+    with reg.attach(gru(), dropout):  # which may be used elsewhere, too
+        for _ in range(3):
+            dropout(raw)
     with torch.no_grad():
         for _ in range(3):
             dropout(raw)
@@ -167,15 +155,6 @@ def test_an_untaken_penalty_warns_once() -> None:
     with pytest.warns(UserWarning, match=r"penalty of the last forward .* add the penalty of take\(\)"):
         dropout(raw)
     dropout(raw)
-
-
-def test_an_attached_dropout_warns_of_nothing() -> None:
-    model = seeded(Fused)
-    reg = attached(model)
-    warnings.simplefilter("error")
-    for _ in range(2):
-        model(tokens())
-    penalty_of(reg, model(tokens()))
 
 
 def test_a_penalty_without_a_gradient_is_warned_of_once() -> None:
@@ -208,17 +187,6 @@ def test_a_module_loads_from_a_file_of_weights_alone(tmp_path: Path) -> None:
         assert vars(loaded).keys() == vars(dropout).keys()
 
 
-def test_a_replica_of_data_parallel_has_no_penalty_to_take() -> None:
-    raw = inputs()
-    for alpha, refused in ((ALPHA, True), (0.0, False)):
-        replica = FusedRNNDropout(0.3, alpha)._replicate_for_data_parallel()
-        if refused:
-            with pytest.raises(RuntimeError, match=r"FusedRNNDropout: DataParallel runs a replica .*on_loss_begin"):
-                replica(raw)
-        else:
-            assert (replica(raw) == 0).any()
-
-
 def test_torch_script_runs_it_in_evaluation() -> None:
     model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), FusedRNNDropout(0.3, ALPHA, BETA))
     x = inputs()
@@ -234,7 +202,8 @@ def test_torch_script_runs_it_in_evaluation() -> None:
 # Whose coefficients
 
 
-def test_the_dropout_follows_the_coefficients(formed: list[Any]) -> None:
+def test_an_attached_dropout_follows_the_coefficients_of_the_regularizer(formed: list[Any]) -> None:
+    """And keeps its own, for its copies and for later."""
     model, reg = seeded(Fused), regularizer()
     model.dropout.alpha, model.dropout.beta = 0.25, 0.5
     with reg.attach(model.rnn, model.dropout):
@@ -246,43 +215,11 @@ def test_the_dropout_follows_the_coefficients(formed: list[Any]) -> None:
         _, raw, dropped = model.activations(tokens())
         reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty has these coefficients all the same
         check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, 1))
+        copies = [copy.deepcopy(model.dropout), pickle.loads(pickle.dumps(model.dropout))]
     assert formed == []
-    assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
-    _, raw, dropped = model.activations(tokens())
-    torch.testing.assert_close(model.dropout.take().penalty, of(0.25, 0.5, raw, dropped))
-
-
-def forms_its_own(dropout: FusedRNNDropout) -> bool:
-    """Return whether a forward without hooks forms the penalty of alpha 0.25 and beta 0.5."""
-    raw = inputs()
-    dropped = dropout.forward(raw)
-    taken = dropout.take()
-    return taken is not None and torch.isclose(taken.penalty, of(0.25, 0.5, raw, dropped)).item() is True
-
-
-def fail(*_: Any) -> None:
-    raise KeyError
-
-
-def test_an_attached_dropout_keeps_its_own_coefficients() -> None:
-    model = seeded(Fused)
-    model.dropout.alpha, model.dropout.beta = 0.25, 0.5
-    regs = regularizer(), RNNRegularizer(3.0, 5.0)
-    handles = [reg.attach(model.rnn, model.dropout) for reg in regs]
-    model(tokens())
-    assert forms_its_own(copy.deepcopy(model.dropout))
-    assert forms_its_own(pickle.loads(pickle.dumps(model.dropout)))
-    assert forms_its_own(model.dropout)
-    hook = model.dropout.register_forward_pre_hook(fail)
-    with pytest.raises(KeyError):
-        model(tokens())
-    hook.remove()
-    assert forms_its_own(copy.deepcopy(model.dropout))
-    for handle in handles:
-        handle.remove()
-        model(tokens())
-        assert (model.dropout.alpha, model.dropout.beta) == (0.25, 0.5)
-    assert forms_its_own(model.dropout)
+    for dropout in (model.dropout, *copies):
+        dropped = dropout(raw)
+        torch.testing.assert_close(dropout.take().penalty, of(0.25, 0.5, raw, dropped))
 
 
 # Copies, states and errors
@@ -290,28 +227,12 @@ def test_an_attached_dropout_keeps_its_own_coefficients() -> None:
 
 def test_a_forgotten_regularizer_leaves_the_dropout_as_it_was() -> None:
     model = seeded(Fused)
-    model.dropout.alpha = 0.25
     reg = attached(model)
     alive = weakref.ref(model.activations(tokens())[1])
     model.dropout(inputs())  # used for something else last
     del reg
-    assert model.dropout.alpha == 0.25
     assert model.dropout.take() is None
     assert alive() is None
-
-
-def test_a_fused_dropout_takes_no_packed_data() -> None:
-    model = seeded(Fused)
-    attached_regularizer = attached(model)
-    packed = pack_padded_sequence(inputs(), torch.tensor([7, 4, 2]), batch_first=True)
-    raw, _ = model.rnn(packed)
-    with pytest.raises(TypeError, match=r"FusedRNNDropout: expected .* a tensor, got the data of a PackedSequence"):
-        model.dropout(raw.data)
-    attached_regularizer.clear()
-    model.dropout.eval()  # drops nothing, and takes no penalty
-    raw, _ = model.rnn(packed)
-    model.dropout(raw.data)
-    torch.testing.assert_close(penalty_of(attached_regularizer), fused_ar_tar(raw, raw, ALPHA, BETA))
 
 
 # The dropout that a model ends with
@@ -389,9 +310,6 @@ def test_runs_of_an_output_dropout_go_with_their_graph() -> None:
     with torch.inference_mode():
         assert dropped()() is None
     assert copy.deepcopy(dropout).linked() is None
-    link(dropout, None)
-    assert dropped()() is None
-    assert dropout.take() is None
 
 
 @pytest.mark.parametrize("how", ["never linked", "unlinked", "regularizer gone"])
