@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 
-from bench import corpus, demo, report, study, study_report, timing
+from bench import report, study, study_report, timing
 from bench.study_report import COEFFICIENTS, Run, Study
-from tests.test_demo import fails
 
 SMALL = ["--words", "7000", "--epochs", "2"]
 
@@ -27,20 +28,15 @@ def results(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_study_trains_every_setting_and_renders_it(results: Path) -> None:
-    runs = study_report.load(results).runs
-    assert [run.coefficients for run in runs] == list(COEFFICIENTS)
-    for run in runs:
+    study_of_one = study_report.load(results)
+    assert [run.coefficients for run in study_of_one.runs] == list(COEFFICIENTS)
+    for run in study_of_one.runs:
         assert len(run.train_loss) == len(run.valid_loss) == len(run.ar) == len(run.tar) == 2
         assert all(0 < value < 10 for value in (*run.train_loss, *run.valid_loss, run.final_train_loss))
-    plain, ar, tar, both = runs
-    assert ar.ar[-1] < plain.ar[-1], "AR keeps activations small"
-    assert both.ar[-1] < plain.ar[-1]
+    plain, ar, tar, both = study_of_one.runs
+    assert max(ar.ar[-1], both.ar[-1]) < plain.ar[-1], "AR keeps activations small"
     assert tar.tar[-1] < plain.tar[-1], "TAR keeps them slow"
-    page = results.with_suffix(".md").read_text()
-    assert study_report.page(study_report.load(results), "small") == page
-    assert page.count("| (2, 1) | 1 |") == 2, "among the means, of one seed, and among all runs"
-    digest = hashlib.sha256(results.read_bytes()).hexdigest()[:16]
-    assert f"JSON {digest}" in results.with_suffix(".svg").read_text()
+    assert study_report.page(study_of_one, "small") == results.with_suffix(".md").read_text()
 
 
 def test_a_study_goes_on_where_it_was(
@@ -55,35 +51,11 @@ def test_a_study_goes_on_where_it_was(
     with timing.threads(1):
         study.main(options)
     assert file.read_text().startswith(first + third), "what was there stays as it was"
-    assert "2 trainings are in" in (output := capsys.readouterr().out)
-    assert "2 of 2: " in output
-    assert "about 0 min left" in output
-
-    def outcomes(file: Path) -> list[tuple[object, ...]]:
-        runs = study_report.load(file).runs
-        return sorted((run.coefficients, run.train_loss, run.valid_loss, run.final_train_loss) for run in runs)
-
-    assert outcomes(file) == outcomes(results), "a seed decides everything"
-    before = file.read_text()
+    assert "2 trainings are in" in capsys.readouterr().out
+    resumed, at_once = (study_report.load(x).runs for x in (file, results))
+    assert [run.valid_loss for run in resumed] == [run.valid_loss for run in at_once], "a seed decides everything"
     study.main(options)
-    assert file.read_text() == before
     assert "0 are to be done" in capsys.readouterr().out
-
-
-def test_a_study_trains_as_the_demo_does(results: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = corpus.build_corpus(corpus.read_text(text), 7000, torch.device("cpu"))
-    with timing.threads(1):
-        demo.train(words, 2.0, 1.0, epochs=2, seed=1)
-    printed = [line.split()[1:5] for line in capsys.readouterr().out.splitlines()[-2:]]
-    (run,) = study_report.load(results).of((2.0, 1.0))
-    columns = zip(run.train_loss, run.perplexities, run.ar, run.tar, strict=True)
-    assert printed == [[f"{loss:.4f}", f"{ppl:.2f}", f"{ar:.5f}", f"{tar:.5f}"] for loss, ppl, ar, tar in columns]
-
-
-def test_results_of_other_settings_are_not_mixed(results: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--text", str(text), "--results", str(results), "--words", "7200", "--epochs", "2"
-    message = "other settings (words is 7000 there, 7200 now): name another file by --results"
-    assert message in fails(study.main, capsys, *options)
 
 
 @pytest.mark.parametrize("line", ['{"alpha": 2.0, "be', '{"alpha": 2.0}', "[1, 2]"])
@@ -94,21 +66,35 @@ def test_a_line_that_is_no_run_is_named(line: str, results: Path, tmp_path: Path
         study_report.load(file)
 
 
+def fails(main: Callable[[list[str]], object], capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """Return the one line that a command ends in with these options."""
+    with pytest.raises(SystemExit) as stop:
+        main([*options])
+    assert stop.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert re.fullmatch(r"bench\.(demo|study): error: .*\n", errors)
+    return errors
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--seeds", "-1"], "argument --seeds: must be a whole number, 0 or more, got '-1'"),
-        (["--workers", "0"], "argument --workers: must be a whole number, 1 or more, got '0'"),
         (["--words", "100"], "argument --words: must be a whole number, 7000 or more, got '100'"),
+        (["--words", "7200"], "other settings (words is 7000 there, 7200 now): name another file by --results"),
         (["--results", "study.json"], "--results must be a .jsonl file"),
         (["--results", "missing/study.jsonl"], "in a folder that can be written to"),
         (["--text", "missing.txt"], "cannot read missing.txt"),
     ],
 )
-def test_bad_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = [] if "--results" in options else ["--results", str(tmp_path / "new.jsonl")]
-    assert message in fails(study.main, capsys, *results, *options)
-    assert not list(tmp_path.iterdir())
+def test_bad_options(
+    options: list[str], message: str, text: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = ["--text", str(text), "--results", str(results), *SMALL]
+    before = results.read_bytes()
+    assert message in fails(study.main, capsys, *usual, *options)
+    assert results.read_bytes() == before
 
 
 def made_up(coefficients: tuple[float, float], seed: int, perplexities: list[float]) -> Run:
@@ -139,7 +125,7 @@ def cells(table: str, *start: str) -> list[str]:
     return row[len(start) :]
 
 
-def test_means_and_standard_errors() -> None:
+def test_means_and_differences_of_pairs_have_standard_errors() -> None:
     table = study_report.averages_table(MADE_UP)
     # ends 30, 22 and 29: a standard deviation of 4.359, and over the root of three 2.52
     assert cells(table, "(0, 0)", "3")[:3] == ["27.00 ± 2.52", "26.00 ± 3.06", "2.0 ± 0.0"]
@@ -148,13 +134,7 @@ def test_means_and_standard_errors() -> None:
         *("25.00 ± 1.00", "23.00 ± 1.00", "2.5 ± 0.5", "10.00 ± 0.00", "15.00 ± 1.00", "0.915 ± 0.040"),
         *("0.1000 ± 0.0000", "0.2000 ± 0.0000"),
     ]
-    page = study_report.page(Study([made_up(PLAIN, 1, [30.0]), made_up(BOTH, 1, [24.0])]), "one")
-    assert "| (2, 1) | end | -6.00 | -6.00 | 1 of 1 |" in page, "one seed has no standard error"
-
-
-def test_pairs_are_of_one_seed() -> None:
     table = study_report.paired_table(MADE_UP)
-    assert "| seed 1 | seed 2 | seed 3 | mean | lower in |" in table
     assert cells(table, "(2, 1)", "end") == ["-6.00", "+4.00", "", "-1.00 ± 5.00", "1 of 2"]
     assert cells(table, "(2, 1)", "best") == ["-6.00", "+2.00", "", "-2.00 ± 4.00", "1 of 2"]
     summary = study_report.summary(MADE_UP)
@@ -162,27 +142,14 @@ def test_pairs_are_of_one_seed() -> None:
     assert "(2, 1): -1.00 ± 5.00 at the end (lower in 1 of 2 seeds), -2.00 ± 4.00 at best (1 of 2)." in summary
 
 
-def test_the_plot_shows_seeds_means_and_pairs() -> None:
-    above, below = study_report.plot(MADE_UP).axes
-    lines = [line.get_ydata() for line in above.lines]
-    assert len(lines) == 3 + 1 + 2 + 1
-    assert lines[-1] == pytest.approx([32.5, 25.0, 25.0]), "the mean of both"
-    assert below.lines[0].get_ydata() == pytest.approx([0.0, 0.0, -1.0]), "of pairs alone"
-
-
 def test_what_is_committed_is_what_was_studied() -> None:
-    files = sorted(report.RESULTS.glob("*.jsonl"))
-    assert study_report.COMMITTED in files
-    for file in files:
-        studied = study_report.load(file)
-        assert file.with_suffix(".md").read_text() == study_report.page(studied, file.stem), (
-            "run `python -m bench.study`"
-        )
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        assert f"JSON {digest}" in file.with_suffix(".svg").read_text(), "run `python -m bench.study`"
-        assert len({json.dumps(run.settings) for run in studied.runs}) == 1
-        for coefficients in COEFFICIENTS:
-            assert [run.seed for run in studied.of(coefficients)] == study.SEEDS
+    file = study_report.COMMITTED
+    studied = study_report.load(file)
+    assert {(run.coefficients, run.seed) for run in studied.runs} == {*product(COEFFICIENTS, study.SEEDS)}
+    assert len({json.dumps(run.settings) for run in studied.runs}) == 1
+    assert file.with_suffix(".md").read_text() == study_report.page(studied, file.stem), "run `python -m bench.study`"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    assert f"JSON {digest}" in file.with_suffix(".svg").read_text(), "run `python -m bench.study`"
     page = study_report.PAGE.read_text()
-    summary = study_report.summary(study_report.load(study_report.COMMITTED))
+    summary = study_report.summary(studied)
     assert report.with_part(page, summary, study_report.BEGIN) == page, "run `python -m bench.study`"
