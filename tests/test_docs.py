@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,34 +16,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
+from tests.language_model import BATCH, HIDDEN, TIME, VOCABULARY, Model, criterion
 from tests.test_fastai1 import environment_with
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"])
-BATCH, TIME, HIDDEN, WORDS = 3, 7, 16, 11
 
 
-class Net(nn.Module):
-    """A language model that returns its output alone."""
+class Net(Model):
+    """A language model that returns its output alone, and whose RNN has the name that the pages give it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(WORDS, HIDDEN)
-        self.lstm = nn.LSTM(HIDDEN, HIDDEN, batch_first=True)
-        self.dropout = nn.Dropout(0.3)
-        self.decoder = nn.Linear(HIDDEN, WORDS)
-
-    def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raw, _ = self.lstm(self.embedding(x))
-        dropped = self.dropout(raw)
-        return self.decoder(dropped), raw, dropped
-
-    def forward(self, x: Tensor) -> Any:
-        return self.activations(x)[0]
+        self.lstm = self.rnn
 
     def reset(self) -> None:
         """Do nothing, as there is no state between batches."""
@@ -58,19 +48,19 @@ class AWD(Net):
 def plain() -> dict[str, Any]:
     """Return the names that all snippets may use."""
     raw, dropped = torch.randn(2, BATCH, TIME, HIDDEN).unbind(0)
-    inputs, targets = torch.randint(WORDS, (2, BATCH, TIME)).unbind(0)
+    inputs, targets = torch.randint(VOCABULARY, (2, BATCH, TIME)).unbind(0)
     model = AWD()
     lengths = torch.tensor([TIME, 2, 5])
     names: dict[str, Any] = {"torch": torch, "cross_entropy": cross_entropy, "alpha": 2.0, "beta": 1.0, "epochs": 2}
     names |= {"raw": raw.requires_grad_(), "dropped": dropped.requires_grad_(), "loss": torch.zeros(())}
     names |= {"inputs": inputs, "targets": targets, "batches": [(inputs, targets)] * 2, "lengths": lengths}
     names |= {"model": model, "optimizer": SGD(model.parameters(), 0.1), "net": Net()}
-    names |= {"loss_of": lambda decoded: cross_entropy(decoded.flatten(0, 1), targets.flatten())}
+    names |= {"loss_of": lambda decoded: criterion(decoded, targets)}
     # of awd-lstm-lm's main.py
     layers = [list(torch.randn(2, TIME, BATCH, HIDDEN, requires_grad=True)) for _ in range(2)]
     names |= {"rnn_hs": layers[0], "dropped_rnn_hs": layers[1], "raw_loss": torch.zeros(())}
     names |= {"args": SimpleNamespace(alpha=2.0, beta=1.0)}
-    return names | {"embedded": torch.randn(BATCH, TIME, HIDDEN), "mask": torch.arange(TIME) >= lengths[:, None] - 2}
+    return names | {"embedded": torch.randn(BATCH, TIME, 16), "mask": torch.arange(TIME) >= lengths[:, None] - 2}
 
 
 def fastai() -> dict[str, Any]:
@@ -82,8 +72,8 @@ def fastai() -> dict[str, Any]:
     from fastai.text.learner import language_model_learner
     from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 
-    dls = DataLoaders(*(LMDataLoader([torch.randint(WORDS, (200,))], bs=4, seq_len=8) for _ in range(2)))
-    dls.vocab = [str(i) for i in range(WORDS)]
+    dls = DataLoaders(*(LMDataLoader([torch.randint(VOCABULARY, (200,))], bs=4, seq_len=8) for _ in range(2)))
+    dls.vocab = [str(i) for i in range(VOCABULARY)]
     options = {"config": awd_lstm_lm_config | {"emb_sz": 8, "n_hid": 12, "n_layers": 2}, "pretrained": False}
     learn = language_model_learner(dls, AWD_LSTM, alpha=2.0, beta=1.0, **options)
     return {"learn": learn, "plain": Learner(dls, Net(), loss_func=CrossEntropyLossFlat())}
@@ -93,29 +83,24 @@ def lightning() -> dict[str, Any]:
     from lightning import LightningModule, Trainer
     from torch.utils.data import DataLoader
 
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Net()
-            self.lstm, self.dropout = self.net.lstm, self.net.dropout
-
+    class Module(Net, LightningModule):
         def training_step(self, ids: Tensor) -> Tensor:
-            return cross_entropy(self.net(ids).flatten(0, 1), ids.flatten())
+            return criterion(self(ids), ids)
 
         def configure_optimizers(self) -> Any:
             return SGD(self.parameters(), 0.1)
 
-    loader = DataLoader(torch.randint(WORDS, (8, TIME)), batch_size=4)  # pyright: ignore[reportArgumentType]
+    loader = DataLoader(torch.randint(VOCABULARY, (8, TIME)), batch_size=4)  # pyright: ignore[reportArgumentType]
     return {"Trainer": Trainer, "module": Module(), "loader": loader}
 
 
 def transformers() -> dict[str, Any]:
     from transformers import MambaConfig, MambaForCausalLM, TrainingArguments
 
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=8, num_hidden_layers=2, state_size=4))
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, state_size=4))
     args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
     args.alpha, args.beta = 2.0, 1.0  # those of awd-lstm-lm are `args`, too
-    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(WORDS, (8, TIME))]
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(VOCABULARY, (8, TIME))]
     return {"mamba": mamba, "args": args, "data": data}
 
 
@@ -134,26 +119,26 @@ def framework_of(snippet: str) -> str | None:
     return found and found[found.lastindex or 0]
 
 
-RUNS = [
-    pytest.param(page, framework, id=f"{page.name}-{framework or 'plain'}")
-    for page in PAGES
-    for framework in dict.fromkeys(map(framework_of, snippets(page)))
-    if framework != V1
-]
+def setup_of(framework: str | None) -> dict[str, Any]:
+    """Return the names that code for a framework may use; skip the test where it is not installed."""
+    if framework is None:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip(framework, reason=f"{framework} is not installed: run tests/frameworks.sh")
+        return SETUPS[framework]()
+
+
+RUNS = [(page, of) for page in PAGES for of in dict.fromkeys(map(framework_of, snippets(page))) if of != V1]
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize(("page", "framework"), RUNS)
+@pytest.mark.parametrize(("page", "framework"), RUNS, ids=lambda x: getattr(x, "name", x or "plain"))
 def test_snippets_run_in_order(
     page: Path, framework: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = plain()
-    if framework is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pytest.importorskip(framework, reason=f"{framework} is not installed: run tests/frameworks.sh")
-            names |= SETUPS[framework]()
+    names = plain() | setup_of(framework)
     for snippet in snippets(page):
         if framework_of(snippet) in (None, framework):
             exec(compile(snippet, str(page), "exec"), names)
@@ -171,55 +156,39 @@ class Checker(doctest.OutputChecker):
         return not want or super().check_output(want, got, optionflags)
 
 
-def failures_of_examples(module: str, names: list[str], found: dict[str, Any]) -> list[str]:
-    """Run the examples of the docstrings of a module, with some names given; return the names that have failed."""
-    failed, owner = [], import_module(module)
+def check_examples(module: str, setup: Callable[[], dict[str, Any]]) -> None:
+    """Run the docstring of each public name of a module, with names that it may use in addition to the module's."""
+    owner, names = import_module(module), public_names(module)
+    assert names
+    assert set(names) == set(getattr(owner, "__all__", names))
     for name in names:
-        tests = doctest.DocTestFinder(recurse=False).find(getattr(owner, name), f"{module}.{name}", globs={**found})
+        found = {"torch": torch} | setup() | vars(owner)
+        tests = doctest.DocTestFinder(recurse=False).find(getattr(owner, name), f"{module}.{name}", globs=found)
         assert any(test.examples for test in tests), f"{module}.{name} has no example"
-        if any(doctest.DocTestRunner(Checker()).run(test).failed for test in tests):
-            failed.append(name)
-    return failed
-
-
-def setup_of(module: str) -> dict[str, Any]:
-    """Return the names that the examples of a module may use in addition to its own."""
-    framework = module.rpartition(".")[2]
-    if framework not in ADAPTERS:
-        return {}
-    pytest.importorskip(framework, reason=f"{framework} is not installed: run tests/frameworks.sh")
-    return {framework: import_module(framework)} | ADAPTERS[framework]()
+        assert not any(doctest.DocTestRunner(Checker()).run(test).failed for test in tests), name
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize("module", ["fastreg", *(f"fastreg.{framework}" for framework in ADAPTERS)])
-def test_examples_of_docstrings_run(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("framework", [None, *ADAPTERS])
+def test_examples_of_docstrings_run(framework: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    names = public_names(module)
-    for name in names:  # each with a model of its own
-        given = {"torch": torch} | setup_of(module) | vars(import_module(module))
-        assert not failures_of_examples(module, [name], given)
-    assert names
-    assert set(names) == set(getattr(import_module(module), "__all__", names))
+    if framework is None:
+        check_examples("fastreg", dict)
+    else:
+        check_examples(f"fastreg.{framework}", lambda: setup_of(framework) | {framework: import_module(framework)})
 
 
 def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> None:
     """In a process of its own, where `learner()` makes a small learner of fastai v1."""
     environment = environment_with("1.0.61", tmp_path)
     code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
-    names = public_names("fastreg.fastai1")
     assert code
-    assert len(names) == 3
     program = (
         f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]\n"
         "from fastai1_train import learner\n"
+        "from tests.test_docs import check_examples\n"
         + "".join(f"learn1 = learner()\n{snippet}" for snippet in code)
-        + "from fastreg import fastai1\n"
-        "from tests.test_docs import failures_of_examples\n"
-        f"for name in {names}:\n"
-        "    own = {'learn1': learner()} | vars(fastai1)\n"
-        "    assert not failures_of_examples('fastreg.fastai1', [name], own), name\n"
+        + "check_examples('fastreg.fastai1', lambda: {'learn1': learner()})\n"
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -253,15 +222,6 @@ def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
         reduction = "sum" if 'reduction="sum"' in remark else "mean"
         penalty = fused_ar_tar(x, x, alpha, beta, reduction=reduction)
         torch.testing.assert_close(penalty, eval(term, names), msg=term)
-
-
-def test_every_snippet_is_run_somewhere() -> None:
-    frameworks = {framework_of(snippet) for page in PAGES for snippet in snippets(page)}
-    assert frameworks == {None, V1, *SETUPS}
-    run = {page.name for page in PAGES}
-    for page in ROOT.rglob("*.md"):
-        of_an_environment = any(part.startswith(".") for part in page.relative_to(ROOT).parts)
-        assert page.name in run or of_an_environment or not snippets(page), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

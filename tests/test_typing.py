@@ -7,16 +7,13 @@ import inspect
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.test_docs import ROOT, framework_of, snippets
+from tests.test_docs import ADAPTERS, ROOT, framework_of, public_names, setup_of, snippets
 
-ADAPTERS = {"fastreg.fastai": "fastai", "fastreg.lightning": "lightning", "fastreg.transformers": "transformers"}
 # Names that the pages' code uses, with the types that a user's have.
 FOUND = """\
 import torch
@@ -52,29 +49,18 @@ def either(wanted: bool) -> None:
 """
 
 
-def public(module: Any, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """Return functions, classes and their own methods by name."""
-    for name in names:
-        value = getattr(module, name)
-        yield name, value
-        if inspect.isclass(value):
-            for method, own in vars(value).items():
-                if inspect.isfunction(own) and (method == "__init__" or not method.startswith("_")):
-                    yield f"{name}.{method}", own
-
-
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize("module", ["fastreg", *ADAPTERS])
-def test_annotations_resolve_when_the_code_runs(module: str) -> None:
-    if module in ADAPTERS:
-        pytest.importorskip(ADAPTERS[module], reason=f"{ADAPTERS[module]} is not installed: run tests/frameworks.sh")
-    owner = importlib.import_module(module)
-    own = [name for name, value in vars(owner).items() if getattr(value, "__module__", None) == module]
-    names = getattr(owner, "__all__", [name for name in own if not name.startswith("_")])
-    functions = {name: value for name, value in public(owner, names) if not inspect.isclass(value)}
-    assert functions
-    for name, function in functions.items():
-        assert "return" in typing.get_type_hints(function), name
+@pytest.mark.parametrize("framework", [None, *ADAPTERS])
+def test_annotations_resolve_when_the_code_runs(framework: str | None) -> None:
+    """Of public functions, and of the methods of public classes."""
+    module = f"fastreg.{framework}" if framework else "fastreg"
+    setup_of(framework)
+    for name in public_names(module):
+        value = getattr(importlib.import_module(module), name)
+        own = vars(value) if inspect.isclass(value) else {name: value}
+        for of, function in own.items():
+            if inspect.isfunction(function) and (of == "__init__" or not of.startswith("_")):
+                assert "return" in typing.get_type_hints(function), f"{name}: {of}"
 
 
 @pytest.mark.skipif(find_spec("pyright") is None, reason="pyright is not installed: make lint installs it")
