@@ -132,7 +132,7 @@ inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, F flags, 
         int64_t whole = std::min(lanes - done, CHUNK) / STEP * STEP, rest = std::min(lanes - done, CHUNK) - whole;
         for (;;) {  // a second time for the tail, so that the compiler needs no second copy of the loop
             for (int64_t lane = 0; lane < whole; lane += STEP)
-#pragma GCC unroll 1  // more copies of the formula are no faster, and take long to compile
+#pragma GCC unroll STEP  // early, so that the sums stay in registers
                 for (int64_t j = 0; j < PAIRS; ++j) use(now, lane + j * PAIR, ar[j], tar[j]);
             if (rest == 0) break;
             now = tail.copy(now.after(whole * sizeof(T)), rest * sizeof(T), STEP * sizeof(T));
