@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from tests.conftest import gpu
 from tests.exact import check_dropout, check_penalty
 from tests.language_model import formula
 
@@ -188,10 +189,10 @@ def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, 
     in_both(check_dtensors, placement, batch_first)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", [pytest.param("cuda:1", marks=gpu)])
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
-def test_tensors_on_another_gpu_are_worked_on_there() -> None:
-    raw, dropped, mask = torch.randn(3, 3, 7, 12, device="cuda:1").unbind()
+def test_tensors_on_another_gpu_are_worked_on_there(device: str) -> None:
+    raw, dropped, mask = torch.randn(3, 3, 7, 12, device=device).unbind()
     with torch.cuda.device(0):
         check_penalty(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 1.0)
         check_dropout(raw, mask[:, :1], 2.0, 1.0)
