@@ -142,6 +142,12 @@ class Case:
         differences = [with_it - without for with_it, without in pairs]
         return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
+    @property
+    def is_clear(self) -> bool:
+        """Return whether the time that the formula adds to a step is out of the noise: three standard errors."""
+        mean, error = self.added("eager")
+        return mean > 3 * error
+
     def times_as_fast(self, peer: str, other: str) -> float:
         """The median, over the rounds, of how many times as fast `peer` was."""
         return statistics.median(b / a for a, b in zip(self.seconds[peer], self.seconds[other], strict=True))
@@ -312,9 +318,9 @@ def step_table(result: Result) -> str:
 
 
 def added_table(result: Result) -> str:
-    """Render the time that fastreg adds, over that of the formula, and the whole step with `attach`."""
+    """Render the time that fastreg adds, over that of the formula, and the step with `attach`, where it is clear."""
     rows = [["added, over compiled; over formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
-    for case in result.of(STEP):
+    for case in filter(lambda case: case.is_clear, result.of(STEP)):
         others = [case.added(peer)[0] for peer in PEERS]
         cells = [
             "; ".join(f"{case.added(peer)[0] / other:.2f}x" for other in others) if peer in case.seconds else ""
@@ -414,13 +420,16 @@ def not_measured(results: list[Result]) -> list[str]:
 
 
 def headline(results: list[Result]) -> str:
-    """Render the README's part: training steps and the speed of the penalty; on a CPU with memory kept alone."""
+    """Render the README's part: training steps out of the noise and the speed of the penalty; memory kept alone."""
     parts = []
     for result in in_order(results):
         first, *_ = result.parts()
         device = result.machine["device"]
         parts += [f"{device if result.on_gpu else f'{device}, {HOW[first.allocator]}'}.\n"]
+        noisy = [case for case in first.of(STEP) if not case.is_clear]
+        first = replace(first, cases=[case for case in first.cases if case not in noisy])
         parts += [step_title(first), step_table(first)] if first.of(STEP) else []
+        parts += [f"Within the noise of the step: {'; '.join(case.label for case in noisy)}.\n"] * bool(noisy)
         parts += [penalty_verdict(first)] * bool(first.of(BOTH))
     return "\n".join([*parts, *not_measured(results)])
 

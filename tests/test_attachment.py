@@ -314,14 +314,14 @@ def test_hooks_go_with_their_regularizer() -> None:
 
 @pytest.mark.parametrize("attaches", [True, False])
 def test_a_replica_of_data_parallel_is_refused(attaches: bool) -> None:
-    """Which runs on each device: a penalty would count in full on each, and nobody could take that of a dropout."""
+    """The penalty would count in full on each device, and that of a dropout would be lost."""
     module, reg = Returning() if attaches else FusedRNNDropout(0.3, ALPHA), regularizer()
     if attaches:
         reg.attach(module)
     replica: Any = module._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match=r"DataParallel runs a replica .*on_loss_begin"):
         replica(inputs())
-    replica.alpha = 0.0  # of which the dropout forms no penalty
+    replica.alpha = 0.0  # so that the dropout forms no penalty
     replica.train(not attaches)(inputs())
 
 
