@@ -24,7 +24,6 @@ def environment_with(release: str, home: Path) -> dict[str, str]:
 @pytest.mark.parametrize("release", ["1.0.36", "1.0.42", "1.0.61"])
 def test_release(release: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider"]
-    command.append("tests/fastai1_train.py")
-    env = environment_with(release, tmp_path)
+    command, env = [*command, "tests/fastai1_train.py"], environment_with(release, tmp_path)
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-5000:]
