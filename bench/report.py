@@ -429,7 +429,7 @@ def headline(results: list[Result]) -> str:
         noisy = [case for case in first.of(STEP) if not case.is_clear]
         first = replace(first, cases=[case for case in first.cases if case not in noisy])
         parts += [step_title(first), step_table(first)] if first.of(STEP) else []
-        parts += [f"Within the noise of the step: {'; '.join(case.label for case in noisy)}.\n"] * bool(noisy)
+        parts += [f"Left out, as the formula adds less than three standard errors: {'; '.join(case.label for case in noisy)}.\n"] * bool(noisy)
         parts += [penalty_verdict(first)] * bool(first.of(BOTH))
     return "\n".join([*parts, *not_measured(results)])
 

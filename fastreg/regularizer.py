@@ -351,7 +351,7 @@ class RNNRegularizer:
                 no tensor, or a `FusedRNNDropout` gets packed data.
             ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or is missing; `time_dim`
                 is not that of its `FusedRNNDropout`; `stepwise` together with `in_backward` or `time_dim`; in a step,
-                raw has one time step.
+                raw has two axes, and may be one time step.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the module
                 is a replica of `DataParallel`.
         """

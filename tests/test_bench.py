@@ -39,13 +39,9 @@ def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:
 
 
 def test_known_work_takes_its_time() -> None:
-    turns = timing.take_turns(
-        {"long": sleeper(time.sleep, 0.03), "short": sleeper(time.sleep, 0.01)}, "cpu", 0.0, repeats=2
-    )
-    assert [len(rounds) for rounds in turns.values()] == [timing.LEAST] * 2
-    assert 0.03 <= min(turn.wall for turn in turns["long"]) < 0.045
-    assert 0.01 <= min(turn.wall for turn in turns["short"]) < 0.025
-    assert max(turn.own for turn in turns["long"]) < 0.01, "sleeping takes no time of the processor"
+    (turns,) = timing.take_turns({"sleep": sleeper(time.sleep, 0.03)}, "cpu", 0.0, repeats=2).values()
+    assert min(turn.wall for turn in turns) >= 0.03
+    assert all(turn.own < turn.wall / 2 for turn in turns), "sleeping takes no time of the processor"
 
 
 @ON_GPU
@@ -92,8 +88,6 @@ def test_a_gpu_runs_the_cases_of_a_cpu_in_the_order_of_their_use() -> None:
     kinds = product((cases.PenaltyCase, cases.DropoutCase), ((64, 70, 400), (128, 512, 1024)))
     assert {(type(case), case.shape) for case in everything[:8]} == {*kinds}
     assert {type(case) for case in everything[8:17]} == {type(x) for x in on_cpu if isinstance(x, steps.Step)}
-    by_default = [x for x in cases.all_cases("cpu", machine.DEFAULT) if isinstance(x, steps.Step)]
-    assert by_default == [steps.MinGRUStep((4, 256, 256)), steps.TanhStep((4, 256, 256))]
 
 
 @pytest.fixture
@@ -366,7 +360,7 @@ def test_a_report_of_a_cpu_leads_with_memory_kept(tmp_path: Path) -> None:
     assert part.index(step) < part.index("The penalty in float32, forward + backward, in 2 cases: ")
     assert "8.0x" not in part
     assert noisy not in part
-    assert "Within the noise of the step: GRU, (7, 8, 9).\n" in part
+    assert "less than three standard errors: GRU, (7, 8, 9).\n" in part
 
 
 def test_a_report_tells_what_became_of_the_tests(tmp_path: Path) -> None:

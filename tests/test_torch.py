@@ -164,6 +164,12 @@ class TestCompile:
             assert_close(everything(traced, leaves(time)), everything(call, leaves(time)))
         assert_close(total(traced(*leaves(0))), total(call(*leaves(0))))
 
+    @by_few
+    def test_a_trace_of_real_tensors(self, call: Call) -> None:
+        """They have memory, unlike those of a symbolic trace."""
+        graph = make_fx(call)(*(x.detach() for x in leaves()))
+        assert_close(everything(graph, leaves()), everything(call, leaves()))
+
     @pytest.mark.parametrize("kind", ["float", "numpy.float64", "numpy.int64"])
     def test_coefficients_may_change(self, kind: str) -> None:
         number = getattr(pytest.importorskip("numpy"), kind.removeprefix("numpy.")) if "numpy" in kind else float
