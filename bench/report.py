@@ -427,9 +427,10 @@ def headline(results: list[Result]) -> str:
         device = result.machine["device"]
         parts += [f"{device if result.on_gpu else f'{device}, {HOW[first.allocator]}'}.\n"]
         noisy = [case for case in first.of(STEP) if not case.is_clear]
+        names = "; ".join(case.label for case in noisy)
         first = replace(first, cases=[case for case in first.cases if case not in noisy])
         parts += [step_title(first), step_table(first)] if first.of(STEP) else []
-        parts += [f"Left out, as the formula adds less than three standard errors: {'; '.join(case.label for case in noisy)}.\n"] * bool(noisy)
+        parts += [f"Left out, as the formula adds less than three standard errors: {names}.\n"] * bool(noisy)
         parts += [penalty_verdict(first)] * bool(first.of(BOTH))
     return "\n".join([*parts, *not_measured(results)])
 
