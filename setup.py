@@ -40,6 +40,11 @@ class Build(build_ext):
     Python imports the package from the source tree wherever that is the current folder, installed or not.
     """
 
+    def finalize_options(self) -> None:
+        """Build all levels at the same time: an editable installation drops an option given to `setup`."""
+        super().finalize_options()
+        self.parallel = True
+
     def build_extension(self, ext: Extension) -> None:
         """Build one library, unless an earlier editable installation has built it from these sources."""
         target = Path(self.get_ext_fullpath(ext.name))
@@ -109,6 +114,5 @@ setup(
         )
         for name, level in LEVELS.items()
     ],
-    options={"build_ext": {"parallel": True}},
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel, "sdist": Source},
 )
