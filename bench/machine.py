@@ -61,7 +61,8 @@ def triton_version() -> str:
 
 def source() -> str:
     """Return a digest of the code that is tested and measured."""
-    files = sorted(file for pattern in ("fastreg/*.py", "kernels/*.py", "kernels/*.cpp") for file in ROOT.glob(pattern))
+    patterns = "fastreg/*.py", "kernels/*.py", "kernels/*.cpp", "kernels/*.h"
+    files = sorted(file for pattern in patterns for file in ROOT.glob(pattern))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -70,7 +71,7 @@ def commit() -> str:
     git = "git", "-C", str(ROOT)
     try:
         named = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], check=True, capture_output=True, text=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.cpp"], capture_output=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.cpp", "*.h"], capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return named.stdout.strip() + " with changes" * (changed.returncode != 0)

@@ -249,12 +249,10 @@ class Step:
 
 
 @dataclass(frozen=True)
-class MinGRUStep(Step):
-    """Eight residual layers, AR and TAR on each."""
+class StackStep(Step):
+    """A step of eight residual layers, with AR and TAR on each."""
 
-    MODEL: ClassVar[str] = "8 minGRU layers"
-    LAYER: ClassVar[Callable[[int], nn.Module]] = MinGRU
-    SECONDS: ClassVar[float] = 30
+    LAYER: ClassVar[Callable[[int], nn.Module]]
 
     @property
     def input_bytes(self) -> int:
@@ -268,12 +266,19 @@ class MinGRUStep(Step):
 
 
 @dataclass(frozen=True)
-class TanhStep(MinGRUStep):
-    """The same with cheap layers: the time of the penalty is more than the noise of so short a step."""
+class MinGRUStep(StackStep):
+    MODEL: ClassVar = "8 minGRU layers"
+    LAYER: ClassVar = MinGRU
+    SECONDS: ClassVar = 30
 
-    MODEL: ClassVar[str] = "8 elementwise layers"
-    LAYER: ClassVar[Callable[[int], nn.Module]] = Tanh
-    SECONDS: ClassVar[float] = 20
+
+@dataclass(frozen=True)
+class TanhStep(StackStep):
+    """A step of cheap layers: the time of the penalty is more than the noise of so short a step."""
+
+    MODEL: ClassVar = "8 elementwise layers"
+    LAYER: ClassVar = Tanh
+    SECONDS: ClassVar = 20
 
 
 @dataclass(frozen=True)
