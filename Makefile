@@ -153,8 +153,8 @@ sdist: .venv/test
 	@$(PYTHON) -m venv .venv || { echo "python3 lacks venv: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
 	@echo "== installing PyTorch and fastreg, and building its C++ kernels, if there is a C++ compiler"
 	$(PIP) 'setuptools>=77'
-	.venv/bin/python setup.py --quiet build_ext & $(PIP) torch; wait  # unpacking PyTorch takes as long
-	$(PIP) --editable '.[demo]'
+	.venv/bin/python setup.py --quiet build_ext & $(PIP) torch && wait  # unpacking PyTorch takes as long
+	.venv/bin/python -c 'import torch._inductor.compile_fx' & $(PIP) --editable '.[demo]' && wait  # compiles its modules
 	@touch $@
 
 .venv/test: .venv/demo

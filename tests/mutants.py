@@ -41,7 +41,7 @@ TESTS = {
     "kernels/penalty.py": ["kernels", "prediction", "padding", "penalty"],
     "kernels/dropout.py": ["padding", "dropout", "addition", "kernels"],
     "kernels/reduction.py": ["kernels", "coefficients", "padding", "penalty"],
-    "kernels/tiling.py": ["kernels", "padding", "penalty"],
+    "kernels/tiling.py": ["kernels", "padding", "penalty", "axes", "sizes"],
     "fastreg/penalty.py": ["plans", "prediction", "coefficients", "padding", "penalty", "derivatives"],
     "fastreg/dropout.py": [
         "plans",
@@ -73,7 +73,7 @@ TESTS = {
         for name in ("cpu.cpp", "cpu_rows.h", "cpu_steps.h", "cpu_vectors.h", "cpu_work.h")
     },
     "kernels/cpu.py": ["prediction", "cpu"],
-    "kernels/launch.py": ["padding", "kernels"],
+    "kernels/launch.py": ["padding", "kernels", "axes"],
 }
 # The tests of interpreted mutants outside of kernels/: few, as the interpreter is slow
 INTERPRETED = {
@@ -322,7 +322,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("observed", "under dispatch modes", "torch._C._len_torch_dispatch_stack() > 0", "False"),
         ("observed", "under forward mode", "forward_ad._current_level >= 0", "False"),
         ("are_memory", "a negated tensor to the kernels", "or x.is_neg()", "or False"),
-        ("are_memory", "a subclass to the kernels", "type(x) is not Tensor", "False"),
+        ("are_memory", "a subclass as memory", "type(x) is not Tensor", "False"),
     ],
     "fastreg/arguments.py": [
         ("check_lengths_values", "too long", "most > time", "False"),

@@ -355,6 +355,17 @@ class TestSubclasses:
         for part, xs in zip("ab", halves, strict=True):
             assert_close([getattr(x, part) for x in got], everything(call, xs))
 
+    @by_few
+    def test_an_upstream_gradient_that_is_a_wrapper(self, call: Call) -> None:
+        def gradients(wrap: Callable[..., Tensor]) -> list[Tensor]:
+            xs = leaves()
+            outputs = [x for x in flat(from_seed(call, xs)) if x.requires_grad]
+            return list(torch.autograd.grad(outputs, xs, [wrap(x.sin(), x.cos()) for x in outputs]))
+
+        got: list[Any] = gradients(TwoTensor)
+        assert_close([x.a for x in got], gradients(lambda a, _: a))
+        assert_close([x.b for x in got], gradients(lambda _, b: b))
+
     @by_call
     @pytest.mark.parametrize("kind", ["meta", "fake", "functional"])
     def test_tensors_without_data(self, call: Call, kind: str) -> None:
