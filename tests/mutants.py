@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
 PRELOADED = ["hypothesis", "torch._dynamo"]  # slow to import, and not tested: imported once, before the forks
+MEMORY = 2**32  # bytes that a mutant without end may fill
 CORES, FORK = os.cpu_count() or 1, get_context("fork")
 CHOSEN = "not repeats_bitwise"  # which take long, and other tests find the same faults
 # file -> tests/test_*.py
@@ -626,6 +628,8 @@ class Job:
         options += ["-W", "error:fastreg runs the plain formula on CPUs"]  # else an old library would hide a mutant
         with Path("output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
             if self.mutant is not None:
+                if not self.mutant.interpreted:  # the interpreter's tests reserve tensors of 2 ** 32 elements
+                    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
                 Path(self.mutant.file).write_text(self.mutant.source())
                 if self.mutant.file.endswith((".cpp", ".h")):
                     build(Path(copy, "kernels"))
