@@ -14,6 +14,10 @@ from fastreg.problem import Problem
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
+class Decorated(Tensor):
+    """A subclass without operators of its own, like fastai's."""
+
+
 def contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 

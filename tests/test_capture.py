@@ -37,6 +37,7 @@ from tests.language_model import (
     seeded,
     tokens,
 )
+from tests.samples import Decorated
 
 # The result of a module is left alone
 
@@ -198,11 +199,7 @@ def test_the_penalty_alone_is_differentiable() -> None:
     check_gradients(module, terms.penalty, formula(raw, raw, 1))
 
 
-class Named(Tensor):
-    """A subclass without operators of its own."""
-
-
-@pytest.mark.parametrize("kind", [Tensor, Named])
+@pytest.mark.parametrize("kind", [Tensor, Decorated])
 def test_the_sum_may_be_changed_in_place(kind: Any) -> None:
     module, reg, raw, loss = one_run()
     total = reg.on_backward_begin(loss.as_subclass(kind))

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from tests.calls import leaves
-from tests.samples import BF16, DOUBLE, FLOAT, HALF
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
 Ways = dict[str, Callable[..., Any]]
 
@@ -106,9 +106,6 @@ def test_an_infinite_term_of_no_weight(device: str) -> None:
 
 
 def test_tensors_of_inference_mode_and_subclasses(device: str) -> None:
-    class Decorated(Tensor):
-        pass
-
     xs = leaves(device=device)
     with torch.inference_mode():
         alpha = torch.tensor(2.0, device=device)

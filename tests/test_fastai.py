@@ -224,9 +224,9 @@ def hooks_of(model: nn.Module) -> int:
 def test_modules_by_their_paths_train_the_stock_weights(setting: str) -> None:
     cbs = SETTINGS[setting]
     expected, close = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), cbs=cbs()), 1e-5
-    if setting == "bf16":  # autograd rounds wherever it adds gradients, hooks once: neither is further from float32
+    if setting == "bf16":  # a processor's own roundings differ by 1.5 times; the penalty changes 50 times as much
         exact = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)))
-        expected, close = exact, 1.2 * gap(expected, exact)
+        expected, close = exact, 3 * gap(expected, exact)
     learners = [
         of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS)),
         fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **PATHS),

@@ -19,13 +19,9 @@ from fastreg.backends import cpu_tensors_by
 from fastreg.plans import Plans, forget
 from fastreg.prepare import plain_pair
 from tests.calls import flat
-from tests.samples import every_other, transposed
+from tests.samples import Decorated, every_other, transposed
 
 BATCH, TIME, HIDDEN = 3, 5, 8
-
-
-class Decorated(Tensor):
-    """A subclass without a dispatcher of its own."""
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

@@ -36,6 +36,7 @@ from tests.language_model import (
     tokens,
     unwanted,
 )
+from tests.samples import Decorated
 
 pytestmark = unwanted
 
@@ -243,10 +244,6 @@ def test_terms_formed_ahead_are_used_as_long_as_they_are_right(
     reg.on_loss_begin((0, raw, dropped), **options)
     torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, reg.alpha, BETA, **options))
     assert len(formed) == forms
-
-
-class Decorated(Tensor):
-    """A tensor with a name of its own, like fastai's."""
 
 
 @pytest.mark.parametrize("ar_of", ["dropped", "raw"])

@@ -25,7 +25,7 @@ from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout
 from fastreg.kernels.view import allocate, layout_of
 from tests.calls import CALLS, Call, calls, everything, flat, from_seed, leaves, mask_for, total
 from tests.conftest import skip_on_formula
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated, transposed
 
 by_call, by_few = calls(), calls("pair", "mask")
 OTHERS = [CALLS[name] for name in ("same", "layers", "channels", "one_sequence", "module")]
@@ -382,9 +382,6 @@ class TestSubclasses:
         assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in want[: len(got)]]
 
     def test_a_decorated_tensor_gives_plain_results(self) -> None:
-        class Decorated(Tensor):
-            pass
-
         raw = leaves()[0]
         x = raw.as_subclass(Decorated)
         got = fused_ar_tar(x, x, 2.0, 1.0)
