@@ -155,7 +155,8 @@ sdist: .venv/test
 	@echo "== installing PyTorch and fastreg, and building its C++ kernels, if there is a C++ compiler"
 	$(PIP) 'setuptools>=77'
 	.venv/bin/python setup.py --quiet build_ext & $(PIP) torch && wait  # unpacking PyTorch takes as long
-	.venv/bin/python -W ignore -c 'import torch._inductor.compile_fx' & $(PIP) --editable '.[demo]' && wait  # compiles its modules
+	@# Meanwhile Python compiles PyTorch's modules. NumPy, which it tries to import, may be installed in part.
+	.venv/bin/python -c 'import torch._inductor.compile_fx' 2>/dev/null & $(PIP) --editable '.[demo]' && wait
 	@touch $@
 
 .venv/test: .venv/demo
