@@ -224,9 +224,8 @@ def hooks_of(model: nn.Module) -> int:
 def test_modules_by_their_paths_train_the_stock_weights(setting: str) -> None:
     cbs = SETTINGS[setting]
     expected, close = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), cbs=cbs()), 1e-5
-    if setting == "bf16":  # a processor's own roundings differ by 1.5 times; the penalty changes 50 times as much
-        exact = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)))
-        expected, close = exact, 3 * gap(expected, exact)
+    if setting == "bf16":  # the processor's own rounding of stock's weights, from those in float32
+        close = gap(expected, trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA))))
     learners = [
         of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS)),
         fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **PATHS),
