@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastreg.capture import Captured, Mark, Reached, Run, are_before
-from fastreg.carry import carry_always
+from fastreg.capture import Captured, Mark, Reached, Run, Watch, are_before
+from fastreg.carry import Always
 from fastreg.dropout import carries
 from fastreg.prepare import plain
 from fastreg.problem import ARTAR, Coefficient, rows_of, time_dim_of
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.torch_state import is_memory, observed
+from fastreg.torch_state import current, is_memory, keeps_memory_low, observed, untraced
 
 if TYPE_CHECKING:
     from fastreg.regularizer import RNNRegularizer
@@ -99,11 +99,15 @@ class Attachment:
     """Hold the hooks on a module and its dropout until `remove()`. A copy of the model has none.
 
     Attributes:
+        source: the modules.
+        watch: of the backwards without a penalty; shared by the attachments of a regularizer.
         terms: AR and TAR of the latest run that adds its penalty in the backward, or `None`.
     """
 
-    def __init__(self, owner: RNNRegularizer, source: Source) -> None:
-        self.source = source
+    def __init__(self, owner: RNNRegularizer, source: Source, watch: Watch) -> None:
+        self.source, self.watch = source, watch
+        self._names = type(source.module).__name__, type(source.dropout).__name__
+        self._single: list[Any] = []  # what `Always` notes of runs of one time step
         self.terms: ARTAR | None = None
         self._runs: list[weakref.ref[Run]] = []
         self._room = ROOM
@@ -112,7 +116,6 @@ class Attachment:
         self._marks = WeakTensorKeyDictionary()  # valid steps and starts for a fused dropout, by raw
         self._latest: Callable[[], Run | None] = nothing
         self._owner = weakref.ref(owner, lambda _: self.remove())
-        self._undisturbed: Callable[..., Any] = torch.compiler.disable(lambda hook, *args: hook(*args))
         self._last = [source.module.register_forward_hook(self._after_module, with_kwargs=True)]
         self._first = [source.module.register_forward_pre_hook(self._before, with_kwargs=True)]
         if source.dropout is not None:
@@ -120,12 +123,17 @@ class Attachment:
             self._first.append(source.dropout.register_forward_pre_hook(self._before, with_kwargs=True))
         for module in self._modules():
             vars(module)["__getstate__"] = MethodType(_state_without_hooks, module)
+            # Dynamo does not guard on hooks, and would use code that was compiled for a module without them. It guards
+            # on whether the instance has a forward of its own.
+            vars(module).setdefault("forward", module.forward)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return an inert state: the hooks of a copied model must not reach this regularizer."""
         inert = {
             "source": None,
+            "watch": None,
             "terms": None,
+            "_single": [],
             "_runs": [],
             "_room": ROOM,
             "_held": [],
@@ -134,7 +142,7 @@ class Attachment:
             "_first": [],
             "_last": [],
         }
-        return inert | {"_latest": nothing, "_owner": nothing, "_undisturbed": nothing}
+        return inert | {"_latest": nothing, "_owner": nothing}
 
     def __enter__(self) -> Attachment:
         return self
@@ -149,6 +157,8 @@ class Attachment:
         for module in self._modules():
             if not any(map(_is_own, vars(module)["_forward_hooks"].values())):
                 vars(module).pop("__getstate__", None)
+                if _has_own_forward(module):
+                    del module.forward
         self.clear()
         owner, self._owner = self._owner(), nothing
         if owner is not None:
@@ -195,7 +205,7 @@ class Attachment:
             RuntimeError: a run has no dropped or no gradients, or was changed in place or freed, or several runs have
                 one time step each; the message names the remedy.
         """
-        module, dropout = type(self.source.module).__name__, type(self.source.dropout).__name__
+        module, dropout = self._names
         if len(runs) > 1 and not self.source.stepwise and all(run.steps == 1 for run in runs):
             raise RuntimeError(
                 f"on_backward_begin: the {module} ran {len(runs)} times, over one time step each, which leaves no "
@@ -208,17 +218,8 @@ class Attachment:
                     "would be lost. For activation checkpointing pass use_reentrant=False; else run both outside "
                     "torch.no_grad()"
                 )
-            if run.dropped is None:
-                raise RuntimeError(
-                    f"on_backward_begin: the attached {dropout} did not get the output of the {module}: something lies "
-                    "between them (packing, padding, a slice, another module), or the model was compiled before "
-                    "attach(). Attach the module that takes that very tensor, or none, or use on_loss_begin"
-                )
-            if run.changed:
-                raise RuntimeError(
-                    f"on_backward_begin: the output of the {module} or of its dropout was changed in place after it "
-                    "was captured; use Dropout(inplace=False), and no operation like relu_() on it"
-                )
+            if (fault := run.fault) is not None:
+                raise RuntimeError(f"on_backward_begin: {fault}")
             if (lost := run.lost(reached.get(run, ()))) is not None:
                 raise RuntimeError(
                     "on_backward_begin: the loss does not depend on the output of the attached "
@@ -233,14 +234,19 @@ class Attachment:
         source: Source | None = self.source
         return [] if source is None else [x for x in (source.module, source.dropout) if x is not None]
 
-    # The hooks. Dynamo cannot trace them, so they run outside of the compiled graph.
+    # The hooks
 
+    @untraced
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Move our hook to the end, as a later hook may replace the output; pass valid steps to a fused dropout."""
-        if torch.compiler.is_dynamo_compiling():
-            return self._undisturbed(self._before, module, args, kwargs)
         if self._owner() is None:  # in a copy
             return None
+        if "_is_replica" in vars(module):
+            raise RuntimeError(
+                f"attach: DataParallel runs a replica of the attached {type(module).__name__} on each device, where "
+                "each penalty would count in full. Use DistributedDataParallel; or let the model return (decoded, raw, "
+                "dropped), which DataParallel gathers, for on_loss_begin"
+            )
         hooks = vars(module)["_forward_hooks"]
         own = self._last[-1 if module is self.source.dropout else 0].id
         if own in hooks and next(reversed(hooks)) != own:
@@ -256,25 +262,18 @@ class Attachment:
         kwargs["starts"] = found[1] if starts is None else starts
         return args, kwargs
 
+    @untraced
     def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Start the capture of a run."""
-        if torch.compiler.is_dynamo_compiling():
-            self._undisturbed(self._after_module, module, args, kwargs, result)
-            return
         if self._owner() is None or not module.training or torch.is_inference_mode_enabled():
             return
         source = self.source
         passes_marks = isinstance(source.dropout, FusedRNNDropout) and not (source.valid is source.starts is None)
-        # Activation checkpointing runs the forward again, whose fused dropout has to save the same tensors.
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not passes_marks:
+        # Activation checkpointing runs the forward again, whose fused dropout has to save the same tensors. If it is
+        # reentrant, the penalty's gradient passes the second forward alone.
+        recomputed = current() != -1 and (source.scale is None or keeps_memory_low())
+        if recomputed and not passes_marks:
             return
-        if "_is_replica" in vars(module):
-            raise RuntimeError(
-                f"attach: DataParallel runs a replica of the attached {type(module).__name__} on each device, where "
-                "each penalty would count in full. Use DistributedDataParallel; or let the model return (decoded, raw, "
-                "dropped), which DataParallel gathers, for on_loss_begin"
-            )
         raw = source.raw_of(result)
         rows = rows_of(raw)
         valid = None if source.valid is None else source.valid(*args, **kwargs)
@@ -284,13 +283,14 @@ class Attachment:
                 raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(marks).__name__}")
         if passes_marks:
             self._marks[rows] = valid, starts
-        if in_backward:
+        if recomputed:
             return
         captured = Captured(rows)
         packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
         dropped = captured if source.dropout is None else None
         is_step = source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase)
         run = Run(captured, dropped, packed, source.time_at, valid, starts, torch.is_grad_enabled(), is_step)
+        run.names, run.guard = self._names, self._guard()
         self._note(run)
         seen = observed()
         self._mark(run, captured, rows, seen)
@@ -298,6 +298,13 @@ class Attachment:
             self._mark_others(run, rows, (args, kwargs), result)
         if dropped is not None:
             self._carry(run)
+
+    def _guard(self) -> Any:
+        """Return what sees the gradients of a run that no loss has taken."""
+        owner = self._owner()
+        if self.source.scale is None or owner is None:
+            return self.watch
+        return Always(self._single) if owner.carries(self) else None
 
     def _note(self, run: Run) -> None:
         """Make a run the latest; its graph keeps it. Remove references to freed runs."""
@@ -326,15 +333,15 @@ class Attachment:
             return
         before = are_before(rows.grad_fn, [x.grad_fn for x in others])
         for x in others:
-            Mark(run, None, x, None if x.grad_fn in before else rows)
+            mark = Mark(run, None, x, None if x.grad_fn in before else rows)
+            if self.source.scale is not None:
+                mark.hook(x)
         if before and not self._held:
             self._held += run, rows
 
+    @untraced
     def _after_dropout(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Complete the capture of the run whose raw is the input of the dropout."""
-        if torch.compiler.is_dynamo_compiling():
-            self._undisturbed(self._after_dropout, dropout, args, kwargs, result)
-            return
         if self._owner() is None:
             return
         formed = dropout.formed if isinstance(dropout, FusedRNNDropout) else None
@@ -394,10 +401,11 @@ class Attachment:
     def _carry(self, run: Run, node: Any = None) -> None:
         """Add the penalty's gradient in every backward, if `in_backward` asks for it."""
         owner, scale = self._owner(), self.source.scale
-        if owner is not None and scale is not None and owner.carries(self):
-            self.terms = carry_always(run, node, owner.alpha, owner.beta, scale)
+        if owner is not None and scale is not None and isinstance(run.guard, Always):
+            self.terms = run.guard.form(run, node, owner.alpha, owner.beta, scale)
             owner.note()
-            self.settle([run])
+            self._runs = [ref for ref in self._runs if ref() is not run]
+            self._held, self._latest = [], nothing
 
     def _marks_of(self, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None] | None:
         """Return the valid steps and the starts of the raw among the arguments of a fused dropout."""
@@ -437,7 +445,14 @@ def _state_without_hooks(module: nn.Module) -> Any:
         return state
     ids = {i for name in HOOKS for i, hook in state[name].items() if _is_own(hook)}
     others = {name: OrderedDict((i, x) for i, x in state[name].items() if i not in ids) for name in HOOKS}
-    return {name: value for name, value in state.items() if name != "__getstate__"} | others
+    added = {"__getstate__", "forward"} if _has_own_forward(module) else {"__getstate__"}
+    return {name: value for name, value in state.items() if name not in added} | others
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Return whether a module has the forward of its class as an attribute of its own, as an attachment makes it."""
+    own: Any = vars(module).get("forward")
+    return getattr(own, "__self__", None) is module and own.__func__ is type(module).forward
 
 
 def _marks_given(args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -8,12 +8,13 @@ gradients of the penalties in `fastreg.carry` to the gradient that arrives there
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.prepare import plain
 from fastreg.problem import time_dim_of
+from fastreg.torch_state import current, untraced
 
 KEY = "fastreg"  # of the marks in a node's metadata
 EMPTY = torch.empty(0)
@@ -47,6 +49,14 @@ class Captured:
         self.adds: list[Add] = []
 
 
+class Guard(Protocol):
+    """See each gradient that passes a tensor of a run that no loss has taken."""
+
+    def passed(self, mark: Mark, gradient: Tensor | None) -> Tensor | None:
+        """Return the gradient to go on with."""
+        ...
+
+
 @dataclass(eq=False)
 class Run:
     """Hold the tensors of one run of an attached module.
@@ -62,7 +72,11 @@ class Run:
         is_step: whether raw is one time step, without an axis of time.
         fused: the output of a fused dropout, whose node carries the whole penalty, or `None`.
         terms: AR and TAR as that dropout computed them.
+        names: of the types of the module and of its dropout, for messages.
+        guard: sees the gradients that pass, until a loss takes the run.
         keepers: weak references to the marks that keep raw.
+        missed: whether a search of a whole graph has not found it.
+        refused: the id of a backward that must not reach it, as its loss was not searched for it.
     """
 
     raw: Captured
@@ -75,7 +89,11 @@ class Run:
     is_step: bool = False
     fused: Captured | None = None
     terms: tuple[Tensor, ...] = ()
+    names: tuple[str, str] = ("", "")
+    guard: Guard | None = None
     keepers: list[weakref.ref[Mark]] = field(default_factory=list)
+    missed: bool = False
+    refused: int | None = None
 
     @property
     def squared(self) -> Captured:
@@ -111,6 +129,23 @@ class Run:
                 return True
         return False
 
+    @property
+    def fault(self) -> str | None:
+        """Say why the penalty of this run would be wrong, and the remedy; `None` if it would be right."""
+        module, dropout = self.names
+        if self.dropped is None:
+            return (
+                f"the attached {dropout} did not get the output of the {module}: something lies between them (packing, "
+                "padding, a slice, another module). Attach the module that takes that very tensor, or none, or use "
+                "on_loss_begin"
+            )
+        if self.changed:
+            return (
+                f"the output of the {module} or of its dropout was changed in place after it was captured; use "
+                "Dropout(inplace=False), and no operation like relu_() on it"
+            )
+        return None
+
     def lost(self, reached: Collection[Captured | None]) -> Captured | None:
         """Return a tensor that needs a gradient, was freed, and is not in the graph of the loss; else `None`."""
         if not torch.is_grad_enabled() or (self.fused is not None and self.fused in reached):
@@ -130,7 +165,12 @@ class Run:
         return captured.data if x is None else plain(x)
 
     def drop(self) -> None:
-        """Free the tensors; their hooks still add the gradients of penalties."""
+        """Free the tensors of a run that is taken; their hooks still add the gradients of penalties."""
+        self.guard = None
+        self.free()
+
+    def free(self) -> None:
+        """Free the tensors."""
         for x in (self.raw, self.dropped, self.fused):
             if x is not None:
                 x.data = EMPTY
@@ -152,16 +192,18 @@ class Mark:
 
     Attributes:
         run: the run.
+        itself: a weak reference to the tensor.
         captured: the tensor of the run; `None` for another tensor that the module returned.
         number: which output of its node the tensor is.
         kept: raw itself, for a loss that reaches the run only by another tensor.
     """
 
-    __slots__ = ("__weakref__", "captured", "kept", "number", "run")
+    __slots__ = ("__weakref__", "captured", "itself", "kept", "number", "run")
     __torch_unserializable__ = True  # so that saving the tensor does not warn of the hook
 
     def __init__(self, run: Run, captured: Captured | None, x: Tensor, kept: Tensor | None = None) -> None:
         self.run, self.captured, self.number, self.kept = run, captured, x.output_nr, kept
+        self.itself = weakref.ref(x) if captured is None else captured.itself
         if kept is not None:
             run.keepers.append(weakref.ref(self))
         node: Any = x.grad_fn
@@ -178,10 +220,51 @@ class Mark:
             hooks.clear()  # PyTorch calls them in the order of insertion
             hooks.update(own | others)
 
+    @untraced
     def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        if self.run.guard is not None:
+            gradient = self.run.guard.passed(self, gradient)
         if self.captured is not None:
             for add in self.captured.adds:
                 gradient = add(gradient)
+        return gradient
+
+
+class Watch:
+    """See the backwards of a regularizer's runs that no loss has taken.
+
+    Attributes:
+        taken: whether a penalty was ever taken, or its absence was warned of.
+        task: the id of the first backward without it.
+    """
+
+    def __init__(self) -> None:
+        self.taken = False
+        self.task: int | None = None
+
+    def passed(self, mark: Mark, gradient: Tensor | None) -> Tensor | None:
+        """Let a gradient pass.
+
+        Raises:
+            RuntimeError: the loss of this backward has a penalty, in which the run is not.
+        """
+        task, run = current(), mark.run
+        if run.refused == task:
+            raise RuntimeError(
+                f"on_backward_begin: the loss depends on a run of the {run.names[0]} that an earlier loss did not "
+                "depend on, beside later runs, so that its penalty was not found. Take the penalty of the runs of one "
+                "loss before the next run of the module"
+            )
+        if not self.taken and self.task != task:
+            if self.task is not None:
+                self.taken = True
+                warnings.warn(
+                    f"attach: a second backward goes through the output of the attached {run.names[0]}, and no penalty "
+                    "was taken: call loss = regularizer.on_backward_begin(loss) before loss.backward(), or "
+                    "attach(..., in_backward=True)",
+                    stacklevel=3,
+                )
+            self.task = task
         return gradient
 
 
@@ -193,12 +276,21 @@ def _version(x: Tensor) -> int:
 Reached: TypeAlias = Mapping[Run, Mapping[Captured | None, Any]]  # tensors that a loss depends on, and their nodes
 
 
-def reach(loss: Tensor, runs: Sequence[Run]) -> Reached:
-    """Return the tensors of runs in the graph of a loss, and their nodes; `None` stands for other outputs of a run.
+class Search(NamedTuple):
+    """The tensors of runs in the graph of a loss, and the runs that the search did not wait for."""
 
-    The search is breadth first, and stops when every tensor is found.
+    reached: Reached
+    passed_over: list[weakref.ref[Run]]
+
+
+def search(loss: Tensor, runs: Sequence[Run]) -> Search:
+    """Find the tensors of runs in the graph of a loss, and their nodes; `None` stands for other outputs of a run.
+
+    The search is breadth first, and stops when every tensor is found. It does not wait for a run that an earlier search
+    of a whole graph has missed, unless there are no others: one run that is kept would cost a whole search a step.
     """
-    wanted, left = set(runs), {x for run in runs for x in run.carriers}
+    wanted = set(runs)
+    left = {x for run in runs if not run.missed for x in run.carriers} or {x for run in runs for x in run.carriers}
     found: dict[Run, dict[Captured | None, Any]] = {}
     marked: dict[Any, list[Mark]] = {}
     seen: set[Any] = {None}
@@ -218,7 +310,9 @@ def reach(loss: Tensor, runs: Sequence[Run]) -> Reached:
             if mark.number == number and mark.run in wanted:
                 found.setdefault(mark.run, {}).setdefault(mark.captured, node)
                 left.discard(mark.captured)
-    return found
+    for run in runs if left else ():
+        run.missed = run not in found
+    return Search(found, [] if left else [weakref.ref(run) for run in runs if run.missed and run not in found])
 
 
 def _marks_of_leaf(node: Any) -> list[Mark]:

@@ -7,7 +7,8 @@ hands the upstream gradient to `Carried`, which the hooks of the activations cal
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +17,16 @@ from torch.autograd import Function
 
 from fastreg.addition import Addition
 from fastreg.arguments import check_options
-from fastreg.capture import Captured, Reached, Run
+from fastreg.capture import EMPTY, Captured, Mark, Run, Search
 from fastreg.dropout import Upstream
 from fastreg.kernels.view import NOTHING, Values
 from fastreg.penalty import Computed, penalty_of
 from fastreg.prepare import dtypes_of, plain, problem_of, restored_values, values_of
-from fastreg.problem import ARTAR, Call, Coefficient, Layer, is_on, rows_of
-from fastreg.torch_state import observed
+from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, is_on, rows_of
+from fastreg.torch_state import current, keeps_graph, observed, untraced
 
 NOTHING_ADDED: tuple[Any, list[Any]] = None, []
-current: Callable[[], int] = torch._C._current_graph_task_id
-keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
+FREED = "an earlier backward has freed the activations; pass retain_graph=True to it"
 
 
 class Carried:
@@ -35,18 +35,18 @@ class Carried:
     Attributes:
         sums: of each term the operation on the gradient of its activation, which is split where it was joined from
             several tensors; or the problem of a fused dropout, whose node is the hook.
-        backwards: of each backward that adds the gradients, under its id in PyTorch's engine, or `None` for every one:
-            the upstream gradient of the penalty, and of each term the activation and values, or the parts of a
-            gradient; `None` once it is added.
+        backwards: of each backward that adds the gradients, under its id in PyTorch's engine: the upstream gradient of
+            the penalty, and of each term the activation and values, or the parts of a gradient; `None` once it is
+            added.
     """
 
     __slots__ = ("backwards", "sums")
 
     def __init__(self) -> None:
         self.sums: list[Any] = []
-        self.backwards: dict[int | None, tuple[Tensor, list[Any]]] = {}
+        self.backwards: dict[int, tuple[Tensor, list[Any]]] = {}
 
-    def begin(self, task: int | None, grad: Tensor, layers: Sequence[Layer]) -> None:
+    def begin(self, task: int, grad: Tensor, layers: Sequence[Layer]) -> None:
         """Add the gradients in this backward, for the layers of all terms."""
         self.backwards[task] = grad, [*layers]
 
@@ -81,13 +81,10 @@ class Carried:
 
         The third item is the list of all terms.
         """
-        task = None if None in self.backwards else current()
-        grad, left = self.backwards.get(task, NOTHING_ADDED)
+        grad, left = self.backwards.get(current(), NOTHING_ADDED)
         if not left:  # a backward of another loss
             return grad, None, left
-        layer = left[i]
-        if task is not None or not keeps_graph():
-            left[i] = None
+        layer, left[i] = left[i], None
         return grad, layer, left
 
 
@@ -108,10 +105,11 @@ class Carrier:
         carried: the state that the hooks share.
         raws: of each term the activation, to be saved for the backward; `None` for that of a fused dropout.
         values: the numbers of the terms that read values, which are few, and their values.
+        passed_over: the runs that the backward must not reach, as the loss was not searched for them.
     """
 
-    def __init__(self) -> None:
-        self.carried = Carried()
+    def __init__(self, passed_over: Sequence[weakref.ref[Run]] = ()) -> None:
+        self.carried, self.passed_over = Carried(), passed_over
         self.raws: list[Tensor | None] = []
         self.values: list[tuple[int, Values]] = []
 
@@ -126,7 +124,7 @@ class Carrier:
 
     def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
         """Return the penalty, differentiable where it is added to the loss, or with `adds` their sum."""
-        if not (self.raws and torch.is_grad_enabled()):
+        if not ((self.raws or self.passed_over) and torch.is_grad_enabled()):
             return loss + penalty if adds else penalty
         if adds and type(loss) is not Tensor:  # a subclass would be a view, which nothing may change in place
             return loss + self.penalize(loss, penalty, False)
@@ -138,7 +136,7 @@ class _Carry(Function):
 
     @staticmethod
     def forward(ctx: Any, carrier: Carrier, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
-        ctx.carried, ctx.values, saved = carrier.carried, (), carrier.raws
+        ctx.carried, ctx.passed_over, ctx.values, saved = carrier.carried, carrier.passed_over, (), carrier.raws
         if carrier.values:
             ctx.values = [(i, dtypes_of(values)) for i, values in carrier.values]
             saved = [*saved, *[x for _, values in carrier.values for x in values]]
@@ -147,7 +145,11 @@ class _Carry(Function):
         return loss + penalty if adds else penalty.detach()
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for ref in ctx.passed_over:
+            if (run := ref()) is not None:
+                run.refused = current()
         task, saved, carried, keeps = current(), ctx.saved_tensors, ctx.carried, torch.is_grad_enabled()
         count, upstream = len(carried.sums), grad if grad.dim() == 0 else grad.reshape(())
         # A graph would close a cycle, if the backward failed.
@@ -172,13 +174,13 @@ _apply: Any = super(Function, _Carry).apply  # pyright: ignore[reportAttributeAc
 
 
 def penalty_of_runs(
-    groups: Sequence[Sequence[Run]], reached: Reached, loss: Tensor, alpha: Coefficient, beta: Coefficient
+    groups: Sequence[Sequence[Run]], found: Search, loss: Tensor, alpha: Coefficient, beta: Coefficient
 ) -> tuple[ARTAR, Carrier]:
     """Compute the penalty of runs, and plan to add its gradient in the backward of the loss.
 
     Args:
         groups: lists of runs; the runs of one list are joined along time into one activation.
-        reached: the tensors of the runs in the graph of the loss.
+        found: the tensors of the runs in the graph of the loss.
         loss: the loss.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
@@ -190,7 +192,7 @@ def penalty_of_runs(
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    carrier = Carrier()
+    carrier, reached = Carrier(found.passed_over), found.reached
     formed: list[ARTAR] = []
     alike: dict[Any, list[_Part]] = {}  # of one call, which allocates and checks once
     for i, group in enumerate(groups):
@@ -198,54 +200,159 @@ def penalty_of_runs(
         if len(group) > 1:
             nodes = {x: node for run in group for x, node in reached.get(run, {}).items()}
         if group[0].fused is not None and group[0].fused in nodes:
-            formed.append(_of_node(carrier, group[0], nodes[group[0].fused], alpha, beta))
+            terms, problem, values = _of_node(group[0], alpha, beta)
+            i = carrier.note(problem, None, values)
+            nodes[group[0].fused].carried = functools.partial(carrier.carried.upstream, i)
+            formed.append(terms)
         else:
             part = _part(group, nodes)
             alike.setdefault((part.kind() or i) if len(groups) > 1 else i, []).append(part)
     for parts in alike.values():
-        formed.append(_measured(carrier, parts, alpha, beta))
+        terms, additions = _measured(parts, alpha, beta)
+        formed.append(terms)
+        for each in additions:
+            _carry(carrier, each)
     if len(formed) > 1 or formed[0].penalty.device != loss.device:  # layers may live on several devices
         formed = [ARTAR(*(x.to(loss.device) for x in terms)) for terms in formed]
     return functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), formed), carrier
 
 
-def carry_always(run: Run, node: Any, alpha: Coefficient, beta: Coefficient, scale: Coefficient) -> ARTAR:
-    """Add the gradient of a run's penalty in every backward through its tensors; return the terms.
+class Always:
+    """Add the gradient of a run's penalty in every backward through the run, as `in_backward` asks for.
 
-    Args:
-        run: the run, complete.
-        node: the node of the fused dropout that computed the terms, or `None`.
-        alpha: coefficient of AR.
-        beta: coefficient of TAR.
-        scale: the upstream gradient.
+    The checks are those of `on_backward_begin`, as far as a backward without a loss can make them.
+
+    Attributes:
+        single: the latest run of one time step, and the backward through it; shared by the runs of a module.
+        grad: the upstream gradient.
+        additions: by whether it is that of raw: the operation on the gradient of an activation, and its values.
+        versions: the tensors among the coefficients and masks, and how often they had been changed in place.
+        waits: whether raw's gradient has to come after that of dropped.
+        of_raw, of_dropped: the ids of the latest backwards through raw and through dropped.
     """
-    carrier = Carrier()
-    if run.fused is not None:
-        terms = _of_node(carrier, run, node, alpha, beta)
-    else:
-        terms = _measured(carrier, [_part([run], dict.fromkeys(run.carriers))], alpha, beta)
-    grad = scale
-    if not isinstance(grad, Tensor):
-        grad = torch.full((), grad, dtype=terms.penalty.dtype, device=terms.penalty.device)
-    values = dict(carrier.values)
-    layers = [Layer(x if x is None else x.detach(), None, values.get(i, NOTHING)) for i, x in enumerate(carrier.raws)]
-    carrier.carried.begin(None, grad, layers)
-    return terms
+
+    def __init__(self, single: list[Any]) -> None:
+        self.single, self.grad, self.waits = single, EMPTY, False
+        self.additions: dict[bool, tuple[Addition, Values]] = {}
+        self.versions: list[tuple[Tensor, int]] = []
+        self.of_raw: int | None = None
+        self.of_dropped: int | None = None
+
+    def form(self, run: Run, node: Any, alpha: Coefficient, beta: Coefficient, scale: Coefficient) -> ARTAR:
+        """Compute the terms of a complete run, and plan to add their gradient.
+
+        Args:
+            run: the run.
+            node: the node of the fused dropout that computed the terms, or `None`.
+            alpha: coefficient of AR.
+            beta: coefficient of TAR.
+            scale: the upstream gradient.
+        """
+        if (fault := run.fault) is not None:
+            raise RuntimeError(f"attach: {fault}")
+        if run.fused is not None:
+            terms, problem, values = _of_node(run, alpha, beta)
+            node.carried = functools.partial(self.upstream, problem, values)
+            self.waits = True
+        else:
+            terms, additions = _measured([_part([run], dict.fromkeys(run.carriers))], alpha, beta)
+            self.additions = {each.of_raw: (each.addition, each.values) for each in additions}
+            self.waits = False in self.additions and run.squared.needs
+            values = additions[0].values if additions else NOTHING
+        self.versions = [(x, x._version) for x in values if x is not None and not x.is_inference()]
+        like: Any = {"dtype": terms.penalty.dtype, "device": terms.penalty.device}
+        self.grad = scale if isinstance(scale, Tensor) else torch.full((), scale, **like)
+        return terms
+
+    def passed(self, mark: Mark, gradient: Tensor | None) -> Tensor | None:
+        """Add the gradient of the penalty to the one that arrives.
+
+        Raises:
+            RuntimeError: the penalty is wrong, or a part of it is lost; the message names the remedy.
+        """
+        task, run, captured = current(), mark.run, mark.captured
+        if captured is None:
+            self._wait_for_raw(mark)
+            return gradient
+        of_raw = captured is run.raw
+        self._check(run.fault if run.raw.data is not EMPTY else FREED)
+        if of_raw:
+            self._check(self._fault_of_raw(run, task))
+            self.of_raw = task
+        else:
+            self.of_dropped = task
+        if of_raw in self.additions:
+            addition, values = self.additions[of_raw]
+            gradient = addition(self.grad, Layer(captured.data, None, values), _arrived(gradient))
+        if not keeps_graph() and (of_raw or not run.raw.needs):
+            run.free()
+        return gradient
+
+    def upstream(self, problem: Problem, values: Values) -> Upstream:
+        """Return the gradient for the node of a fused dropout to add."""
+        self.of_dropped = current()
+        self._check(None)
+        return Upstream(self.grad, problem, values.alpha, values.beta)
+
+    def _check(self, fault: str | None) -> None:
+        """Raise an error for the fault of a run, or for what is wrong in every run."""
+        if any(x._version != version for x, version in self.versions):
+            fault = (
+                "a tensor alpha or beta, or a mask, was changed in place between the forward and the backward; change "
+                "it after the backward"
+            )
+        elif torch.is_grad_enabled():  # each backward of a gradient would add the penalty, too
+            fault = "in_backward does not go with second derivatives (create_graph=True); use on_backward_begin"
+        if fault is not None:
+            raise RuntimeError(f"attach: {fault}")
+
+    def _fault_of_raw(self, run: Run, task: int) -> str | None:
+        """Say what is wrong where the gradient of raw arrives, which comes after that of dropped."""
+        module, dropout = run.names
+        if self.waits and self.of_dropped != task:
+            return (
+                f"the loss depends on the output of the {module}, and not on that of the attached {dropout}, so that "
+                "the penalty's gradient would be lost; let the loss depend on it, or attach no dropout"
+            )
+        if run.steps == 1:
+            before, self.single[:] = tuple(self.single), (task, weakref.ref(run))
+            if before[:1] == (task,) and before[1]() is not run:
+                return (
+                    f"the {module} ran several times, over one time step each, which leaves no changes for TAR; use "
+                    "on_backward_begin with attach(..., stepwise=True), which joins the runs of a step along time"
+                )
+        return None
+
+    def _wait_for_raw(self, mark: Mark) -> None:
+        """Check at the end of a backward that goes through another output of the module that one went through raw."""
+        if self.of_raw is not None:
+            return
+        x, name = mark.itself(), mark.run.names[0]
+        node = None if x is None else x.grad_fn
+        following = [] if node is None else [x for x, _ in node.next_functions if x is not None and x.next_functions]
+        if following and not any(map(torch._C._will_engine_execute_node, following)):  # pyright: ignore
+            return  # the gradient of the state itself is asked for, and no other
+
+        def check() -> None:
+            if self.of_raw is None:
+                raise RuntimeError(
+                    f"attach: the loss depends on the {name} by its state alone, not by its output, so that the "
+                    "penalty's gradient would be lost; let it depend on the output, detach the state, or use "
+                    "on_backward_begin"
+                )
+
+        torch.autograd.Variable._execution_engine.queue_callback(check)
 
 
-def _of_node(carrier: Carrier, run: Run, node: Any, alpha: Coefficient, beta: Coefficient) -> ARTAR:
-    """Weight the terms that a fused dropout computed; its node carries their gradient."""
-    call = Call(
-        *(None, None, plain(alpha), plain(beta), None, None, None),
-        *(run.time_at, "mean", True, run.dropped is run.raw),
-    )
+def _of_node(run: Run, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Problem, Values]:
+    """Weight the terms that a fused dropout computed, and return the problem that its node has the gradient of."""
+    alpha, beta = (_moved(x, run.terms[0].device) for x in (alpha, beta))
+    call = Call(*(None, None, alpha, beta, None, None, None), *(run.time_at, "mean", True, run.dropped is run.raw))
     check_options(call)
     problem = problem_of(call)
     has_tensors = problem.alpha is None or problem.beta is None
     values = values_of(call, problem, run.terms[0]) if has_tensors else NOTHING
-    i = carrier.note(problem, None, values)
-    node.carried = functools.partial(carrier.carried.upstream, i)
-    return _weighted(run.terms, alpha, beta)
+    return _weighted(run.terms, alpha, beta), problem, values
 
 
 class _Part(NamedTuple):
@@ -270,8 +377,28 @@ class _Part(NamedTuple):
         return shape, raw.device, raw.dtype, self.dropped.dtype, first.time_at, type(first.time_at)
 
 
+class _Added(NamedTuple):
+    """The gradient of a term, to be added to that of raw, or to that of dropped: of_raw tells."""
+
+    part: _Part
+    of_raw: bool
+    addition: Addition
+    values: Values
+
+
+def _moved(coefficient: Coefficient, device: torch.device) -> Coefficient:
+    """Move a coefficient to the device of a layer, as layers may live on several."""
+    return plain(coefficient).to(device) if isinstance(coefficient, Tensor) else coefficient
+
+
 def _part(group: Sequence[Run], nodes: Mapping[Captured | None, Any]) -> _Part:
-    """Join the tensors of runs, detached unless autograd has to propagate the gradient."""
+    """Join the tensors of runs, detached unless autograd has to propagate the gradient.
+
+    Second derivatives of joined runs mix those of several. So autograd propagates all gradients if it does for one.
+    """
+    if len(group) > 1 and not all(x in nodes for run in group for x in run.carriers):
+        alive = {x for run in group for x in run.carriers if run.tensor_of(x).requires_grad}
+        nodes = {x: node for x, node in nodes.items() if x not in alive}
 
     def summed(run: Run, x: Captured) -> Tensor:
         return x.data if x in nodes or not x.needs else run.tensor_of(x)
@@ -291,8 +418,8 @@ def _part(group: Sequence[Run], nodes: Mapping[Captured | None, Any]) -> _Part:
     return _Part(raw, dropped, group, nodes)
 
 
-def _measured(carrier: Carrier, parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> ARTAR:
-    """Compute the penalty of parts of one kind, and have the carrier note its gradient."""
+def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, list[_Added]]:
+    """Compute the penalty of parts of one kind, and plan the additions of its gradient."""
     part, first = parts[0], parts[0].group[0]
     raw, dropped, valid, starts = part.raw, part.dropped, first.valid, first.starts
     if len(parts) > 1:
@@ -302,17 +429,16 @@ def _measured(carrier: Carrier, parts: Sequence[_Part], alpha: Coefficient, beta
         starts = _joined_marks(part.group, [x.starts for x in part.group], 0)
     if valid is not None or starts is not None:
         valid, starts = plain(valid), plain(starts)
-    computed = penalty_of(
-        Call(raw, dropped, plain(alpha), plain(beta), None, valid, starts, first.time_at, "mean", True)
-    )
+    alpha, beta = (_moved(x, first.raw.data.device) for x in (alpha, beta))
+    computed = penalty_of(Call(raw, dropped, alpha, beta, None, valid, starts, first.time_at, "mean", True))
+    added = []
     for i, part in enumerate(parts):
         if part.nodes:
             additions = computed.additions.get(i)
             if additions is None:
                 additions = computed.additions[i] = _additions(part, computed)
-            for of_raw, addition in additions:
-                _carry(carrier, part, of_raw, addition, computed.values)
-    return ARTAR(computed.penalty, *(computed.terms or ()))
+            added += [_Added(part, of_raw, addition, computed.values) for of_raw, addition in additions]
+    return ARTAR(computed.penalty, *(computed.terms or ())), added
 
 
 def _additions(part: _Part, computed: Computed) -> list[tuple[bool, Addition]]:
@@ -331,8 +457,9 @@ def _additions(part: _Part, computed: Computed) -> list[tuple[bool, Addition]]:
     return [(of_raw, Addition(Layer(plain(rows_of(x)), None, computed.values), of)) for of_raw, x, of in terms]
 
 
-def _carry(carrier: Carrier, part: _Part, of_raw: bool, addition: Addition, values: Values) -> None:
+def _carry(carrier: Carrier, added: _Added) -> None:
     """Let hooks add the gradient of a term, if the backward reaches any of its tensors."""
+    (part, of_raw, addition, values) = added
     group, nodes = part.group, part.nodes
     tensors, found, has_graphs = [], [], True
     for run in group:

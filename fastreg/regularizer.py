@@ -11,6 +11,7 @@ it if the output is of its tensors. Terms formed ahead are used if their activat
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,12 +27,13 @@ from torch.optim import Optimizer
 
 from fastreg.arguments import check_coefficient, check_flags, check_steps
 from fastreg.attachment import Attachment, Source, nothing
-from fastreg.capture import Run, reach, sizes_of
+from fastreg.capture import Run, Watch, search, sizes_of
 from fastreg.carry import Carrier, penalty_of_runs
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, time_given
 from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
 from fastreg.rnn_dropout import FusedRNNDropout
+from fastreg.torch_state import untraced
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +57,9 @@ class Given:
     def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carrier]:
         """Compute the penalty, from the terms formed ahead if they are still right."""
         if self.run is not None and not self.run.changed:
-            reached = reach(loss, [self.run])
-            if reached:
-                return penalty_of_runs([[self.run]], reached, loss, alpha, beta)
+            found = search(loss, [self.run])
+            if found.reached:
+                return penalty_of_runs([[self.run]], found, loss, alpha, beta)
         steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
         steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
         terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
@@ -218,8 +220,7 @@ class RNNRegularizer:
             TypeError: `fused_ar_tar` refuses the type of a captured tensor.
             ValueError: `fused_ar_tar` refuses the shape, device or value of a captured tensor.
         """
-        taken = self._take(loss)
-        return loss if taken is None else taken[1].penalize(loss, taken[0].penalty, adds=True)
+        return self._penalize(loss, True)[0]
 
     def take(self, loss: Tensor) -> ARTAR | None:
         """Return the penalty of this step's captures alone, once, instead of calling `on_backward_begin`.
@@ -235,17 +236,27 @@ class RNNRegularizer:
             TypeError: as `on_backward_begin`.
             ValueError: as `on_backward_begin`.
         """
+        penalty, terms = self._penalize(loss, False)
+        return None if terms is None else ARTAR(penalty, terms.ar, terms.tar)
+
+    def _penalize(self, loss: Tensor, adds: bool) -> tuple[Tensor, ARTAR | None]:
+        """Return the penalty, with `adds` its sum with the loss, and the terms; in evaluation the loss and `None`."""
+        return (self._by_hooks if self._attached else self._by_output)(loss, adds)
+
+    def _by_output(self, loss: Tensor, adds: bool) -> tuple[Tensor, ARTAR | None]:
+        """Form the penalty of the activations in a model's output, or of attached modules; see `_penalize`."""
         taken = self._take(loss)
-        if taken is None:
-            return None
-        total, carrier = taken
-        return ARTAR(carrier.penalize(loss, total.penalty, adds=False), total.ar, total.tar)
+        return (loss, None) if taken is None else (taken[1].penalize(loss, taken[0].penalty, adds), taken[0])
+
+    _by_hooks = untraced(_by_output)  # no compiler may see a search of the graph
 
     def _take(self, loss: Tensor) -> tuple[ARTAR, Carrier] | None:
         """Form the penalty, and the carrier of its gradient; `None` where attached modules are in evaluation."""
         chosen = [x for x in self._attached if self.carries(x) and x.source.scale is None]
         if self._attached and not chosen:
             raise RuntimeError("on_backward_begin: attach(..., in_backward=...) adds the penalty already; leave it out")
+        for attachment in chosen:
+            attachment.watch.taken = True
         try:
             if not isinstance(loss, Tensor):
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
@@ -266,15 +277,16 @@ class RNNRegularizer:
             formed = self._given.penalty(loss, self.alpha, self.beta)
             self._sizes = self._given.sizes
             return formed
-        found = [(attachment, attachment.runs) for attachment in attached]
-        reached = reach(loss, [run for _, runs in found for run in runs])
-        chosen = [(attachment, attachment.chosen(runs, reached)) for attachment, runs in found]
+        runs_of = [(attachment, attachment.runs) for attachment in attached]
+        found = search(loss, [run for _, runs in runs_of for run in runs])
+        reached = found.reached
+        chosen = [(attachment, attachment.chosen(runs, reached)) for attachment, runs in runs_of]
         taken = {run: None for _, runs in chosen for run in runs}  # in order
         try:
             groups = [group for attachment, runs in chosen for group in attachment.checked(runs, loss, reached)]
             if not groups:
                 return None
-            formed = penalty_of_runs(groups, reached, loss, self.alpha, self.beta)
+            formed = penalty_of_runs(groups, found, loss, self.alpha, self.beta)
             if self.bptt is not None:
                 self._sizes = groups[-1][-1].sizes
             return formed
@@ -311,7 +323,7 @@ class RNNRegularizer:
         """Capture by forward hooks on an RNN and the dropout that follows it, instead of `on_loss_begin`.
 
         Every attached module is one layer (an `nn.LSTM` the last of its own `num_layers`), in the order of the calls of
-        `attach`. Attach before `torch.compile`: compiled code runs no hook that was added later.
+        `attach`. A model that contains it may be compiled before or after.
 
         Each run that the loss of `on_backward_begin` depends on counts once. A run without a graph, as of a frozen
         module, counts if it is the latest. Where the loss depends on no run, the latest run counts if its output still
@@ -385,7 +397,8 @@ class RNNRegularizer:
         if any(attachment.source.module is module for attachment in self._attached):
             raise RuntimeError("module: it is attached already; remove() its attachment first")
         source = Source(module, dropout, output, time_at, valid, starts, stepwise, scale)
-        self._attached.append(Attachment(self, source))
+        watch = self._attached[0].watch if self._attached else Watch()
+        self._attached.append(Attachment(self, source, watch))
         return self._attached[-1]
 
     def carries(self, attachment: Attachment) -> bool:
@@ -395,7 +408,10 @@ class RNNRegularizer:
     def note(self) -> None:
         """Keep the terms of the latest run of each attachment that adds its penalty in the backward."""
         terms = [x.terms for x in self._attached if x.terms is not None and self.carries(x)]
-        self.ar, self.tar = torch.stack([x.ar for x in terms]).sum(), torch.stack([x.tar for x in terms]).sum()
+        self.ar, self.tar = (
+            functools.reduce(torch.add, [x.to(of_layers[-1].device) for x in of_layers])
+            for of_layers in ([x.ar for x in terms], [x.tar for x in terms])
+        )
 
     def forget(self, attachment: Attachment) -> None:
         """Leave an attachment out from now on; `attachment.remove()` calls this when it has taken its hooks off."""
@@ -492,9 +508,8 @@ def _check_evaluation(modules: list[nn.Module]) -> None:
         raise RuntimeError(
             f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call, or only "
             "in torch.inference_mode(). Call the module, not its forward(): where a wrapper calls the forward() of a "
-            "module inside it, as WeightDrop does, attach the wrapper. attach() before torch.compile: code compiled "
-            "earlier runs no new hooks. A copy of a module, by deepcopy or pickle, has no hooks: attach it, too. Keep "
-            "the output of the module until here: its graph keeps the capture"
+            "module inside it, as WeightDrop does, attach the wrapper. A copy of a module, by deepcopy or pickle, has "
+            "no hooks: attach it, too. Keep the output of the module until here: its graph keeps the capture"
         )
 
 

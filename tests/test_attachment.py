@@ -235,6 +235,7 @@ def test_loops_without_the_penalty_hold_one_run_at_most(loop: str) -> None:
     """Where the optimizer leaves the versions of the weights, and the loss lives until the next one, too."""
     model, reg = seeded(Model), regularizer()
     handle, alive = reg.attach(model.rnn, model.dropout), []
+    penalty_of(reg, model(tokens()))  # the only one: a loop that never takes any is warned of
     optimizer = Adam(model.parameters(), fused=True)
     for _ in range(ROOM + 6):
         with torch.set_grad_enabled(loop != "forwards without gradients"):
@@ -322,7 +323,8 @@ def test_a_replica_of_data_parallel_is_refused(attaches: bool) -> None:
     with pytest.raises(RuntimeError, match=r"DataParallel runs a replica .*on_loss_begin"):
         replica(inputs())
     replica.alpha = 0.0  # so that the dropout forms no penalty
-    replica.train(not attaches)(inputs())
+    if not attaches:
+        replica(inputs())
 
 
 # Copies and pickles
@@ -422,14 +424,6 @@ def test_attached_before_compilation(kind: type[Model], backend: str, allow_rnn:
 
 def test_modules_that_are_compiled_already_are_refused(dynamo: Any) -> None:
     model = seeded(Model)
-    with dynamo.patch(allow_rnn=True):  # without it, torch leaves RNNs uncompiled
-        compiled = torch.compile(model, backend="eager")
-        compiled(tokens())
-        reg = regularizer()
-        with reg.attach(model.rnn, model.dropout):
-            loss = criterion(compiled(tokens()), tokens())
-            with pytest.raises(RuntimeError, match=r"attach\(\) before torch.compile"):
-                reg.on_backward_begin(loss)
     with pytest.raises(RuntimeError, match=r"module: .*compiled already; attach\(\) it before torch.compile"):
         regularizer().attach(torch.compile(model.rnn, backend="eager"))  # pyright: ignore[reportArgumentType]
     model.dropout.compile(backend="eager")

@@ -66,8 +66,9 @@ def test_two_regularizers_of_one_dropout() -> None:
     one, other = attached(model), RNNRegularizer(3.0, 5.0)
     other.attach(model.rnn, model.dropout)
     _, raw, dropped = model.activations(tokens())
-    check_gradients(model, penalty_of(one, dropped), formula(raw, dropped, 1))
-    check_gradients(model, penalty_of(other, dropped), of(3.0, 5.0, raw, dropped))
+    penalties = penalty_of(one, dropped), penalty_of(other, dropped)
+    for penalty, want in zip(penalties, (formula(raw, dropped, 1), of(3.0, 5.0, raw, dropped)), strict=True):
+        check_gradients(model, penalty, want)
 
 
 class Changed(FusedRNNDropout):

@@ -1,0 +1,296 @@
+"""`attach(..., in_backward=True)`, and loops that forget the penalty: right, an error, or a warning, never silence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastreg import FusedRNNDropout, RNNRegularizer
+from tests.language_model import BATCH, BETA, HIDDEN, TIME, formula, gru, inputs, regularizer, seeded, unwanted
+
+DROPOUTS = [None, nn.Dropout(0.0), nn.Dropout(0.4), FusedRNNDropout(0.4)]
+each_dropout = pytest.mark.parametrize("dropout", DROPOUTS, ids=["none", "idle", "plain", "fused"])
+
+
+def attached_gru(dropout: nn.Module | None = None, in_backward: bool = True, **options: Any) -> Any:
+    rnn, reg = gru(), regularizer()
+    reg.attach(rnn, dropout, in_backward=in_backward, **options)
+    return rnn, reg
+
+
+def run(rnn: nn.Module, dropout: nn.Module | None, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    raw, _ = rnn(inputs() if x is None else x)
+    return raw, raw if dropout is None else dropout(raw)
+
+
+def gradients(loss: Tensor, module: nn.Module, **options: Any) -> Any:
+    return torch.autograd.grad(loss, [*module.parameters()], **options)
+
+
+# What cannot be right
+
+
+def relu(raw: Tensor) -> None:
+    F.relu_(raw)
+
+
+def set_slice(raw: Tensor) -> None:
+    with torch.no_grad():
+        raw[:, 0] = 0
+
+
+@each_dropout
+@pytest.mark.parametrize("which", ["raw", "dropped"])
+@pytest.mark.parametrize("change", [relu, set_slice])
+def test_an_output_that_is_changed_in_place(change: Callable[[Tensor], None], which: str, dropout: Any) -> None:
+    rnn, _ = attached_gru(dropout)
+    raw, dropped = run(rnn, dropout)
+    loss = dropped.square().sum() if which == "raw" else dropped.sum()
+    x = raw if which == "raw" else dropped
+    change(x)
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+        (loss if which == "raw" else x.sum()).backward()
+
+
+def test_a_dropout_that_changes_its_input_in_place() -> None:
+    rnn, _ = attached_gru(dropout := nn.Dropout(0.4, inplace=True))
+    with pytest.raises(RuntimeError, match=r"attach: .*changed in place .*use Dropout\(inplace=False\)"):
+        run(rnn, dropout)
+
+
+@each_dropout
+@pytest.mark.parametrize("name", ["alpha", "beta", "valid", "starts"])
+def test_a_tensor_that_is_changed_between_forward_and_backward(name: str, dropout: Any) -> None:
+    """A mask that the forward has copied may change."""
+    marks = torch.ones(BATCH, TIME, dtype=torch.bool)
+    masks: Any = {name: lambda _: marks} if name in ("valid", "starts") else {}
+    rnn, reg = attached_gru(dropout, **masks)
+    if not masks:
+        setattr(reg, name, torch.tensor(1.5))
+    x = inputs()
+    raw, dropped = run(rnn, dropout, x)
+    (marks if masks else getattr(reg, name)).zero_()
+    with pytest.raises(RuntimeError, match=r"attach: a tensor alpha or beta|modified by an inplace operation"):
+        (raw + dropped).sum().backward()
+
+
+@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.4)], ids=["none", "plain"])
+def test_a_module_that_runs_once_a_time_step(dropout: Any) -> None:
+    rnn, _ = attached_gru(dropout)
+    outputs = [run(rnn, dropout, step)[1] for step in inputs().split(1, 1)]
+    outputs[0].sum().backward()  # one run of one time step is right
+    with pytest.raises(RuntimeError, match=r"GRU ran several times, over one time step each, .*stepwise=True"):
+        torch.cat(outputs[1:], 1).sum().backward()
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+@pytest.mark.filterwarnings("ignore:FusedRNNDropout. the penalty of the last forward:UserWarning")
+def test_a_dropout_that_does_not_get_raw(kind: Any) -> None:
+    (rnn, _), dropout = attached_gru(dropout := kind(0.4)), dropout
+    raw = rnn(inputs())[0]
+    with pytest.raises(RuntimeError, match=f"attach: the attached {kind.__name__} did not get the output of the GRU"):
+        dropout(raw + 0).sum().backward()
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS[2:], ids=["plain", "fused"])
+def test_a_loss_that_depends_on_raw_alone(dropout: Any) -> None:
+    rnn, _ = attached_gru(dropout)
+    raw, dropped = run(rnn, dropout)
+    kind = type(dropout).__name__
+    with pytest.raises(RuntimeError, match=f"output of the GRU, and not on that of the attached {kind}"):
+        raw.sum().backward(retain_graph=True)
+    rnn.zero_grad()
+    (raw + dropped).sum().backward()
+
+
+def test_a_loss_that_depends_on_raw_alone_without_ar() -> None:
+    rnn, reg = attached_gru(dropout := nn.Dropout(0.4))
+    reg.alpha, x, plain = 0.0, inputs(), gru()
+    raw, _ = run(rnn, dropout, x)
+    unhooked, _ = plain(x)
+    want = unhooked.sum() + BETA * unhooked.diff(dim=1).square().mean()
+    torch.testing.assert_close(gradients(raw.sum(), rnn), gradients(want, plain))
+
+
+@each_dropout
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_loss_that_depends_on_the_state_alone(kind: Any, dropout: Any) -> None:
+    rnn, reg = kind(HIDDEN, HIDDEN, batch_first=True), regularizer()
+    reg.attach(rnn, dropout, in_backward=True)
+    raw, state = rnn(inputs())
+    _ = raw if dropout is None else dropout(raw)
+    state = state[0] if isinstance(state, tuple) else state
+    torch.autograd.grad(state.sum(), state)  # goes no further
+    with pytest.raises(RuntimeError, match=f"attach: the loss depends on the {kind.__name__} by its state alone"):
+        state.sum().backward()
+
+
+def test_a_second_backward_through_activations_that_the_first_has_freed() -> None:
+    module, reg, x = nn.Identity(), regularizer(), inputs().requires_grad_()
+    reg.attach(module, batch_first=True, in_backward=True)
+    raw = module(x)
+    losses = raw.sum(), (2 * raw).sum()
+    losses[0].backward()
+    with pytest.raises(RuntimeError, match=r"attach: an earlier backward has freed the activations.*retain_graph=True"):
+        losses[1].backward()
+
+
+@each_dropout
+def test_second_derivatives(dropout: Any) -> None:
+    rnn, _ = attached_gru(dropout)
+    raw, dropped = run(rnn, dropout)
+    with pytest.raises(RuntimeError, match=r"in_backward does not go with second derivatives \(create_graph=True\)"):
+        gradients(dropped.sum(), rnn, create_graph=True)
+    del raw
+
+
+# What is right
+
+
+@unwanted
+@each_dropout
+def test_truncated_backpropagation_that_keeps_the_graph(dropout: Any) -> None:
+    """A later loss reaches an earlier run by its state alone, after the run had its own backward."""
+    x, results = inputs(), []
+    for hooked in (True, False):
+        rnn, reg = attached_gru(dropout) if hooked else (gru(), None)
+        torch.manual_seed(3)
+        state, seen = None, []
+        for part in x.split(4, 1):
+            raw, state = rnn(part, state)
+            dropped = raw if dropout is None else dropout(raw)
+            loss = dropped.square().sum() + (0 if hooked else formula(raw, dropped, 1))
+            loss.backward(retain_graph=True)
+            seen += [p.grad.clone() for p in rnn.parameters() if p.grad is not None]
+        results.append(seen)
+        del reg
+    torch.testing.assert_close(*results)
+
+
+@each_dropout
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool, dropout: Any) -> None:
+    (rnn, reg), plain, x = attached_gru(dropout), gru(), inputs().requires_grad_()
+    torch.manual_seed(3)
+    dropped = checkpoint(lambda x: run(rnn, dropout, x)[1], x, use_reentrant=reentrant)
+    got = gradients_of(dropped.square().sum(), rnn)
+    torch.manual_seed(3)
+    raw, dropped = run(plain, dropout, x)
+    torch.testing.assert_close(got, gradients_of(dropped.square().sum() + formula(raw, dropped, 1), plain))
+    torch.testing.assert_close([reg.ar, reg.tar], [dropped.square().mean(), raw.diff(dim=1).square().mean()])
+
+
+def gradients_of(loss: Tensor, module: nn.Module) -> list[Any]:
+    """Return the gradients that a backward accumulates; `torch.autograd.grad` refuses reentrant checkpoints."""
+    loss.backward()
+    return [x.grad for x in module.parameters()]
+
+
+@pytest.mark.parametrize("where", ["on_backward_begin", "take"])
+def test_second_derivatives_of_joined_runs_of_which_the_loss_reaches_the_last(where: str) -> None:
+    results, x = [], inputs().double()
+    for hooked in (True, False):
+        rnn, reg = seeded(lambda: nn.RNN(HIDDEN, HIDDEN, batch_first=True)).double(), regularizer()
+        if hooked:
+            reg.attach(rnn, stepwise=True)
+        first, state = rnn(x[:, :4])
+        last, _ = rnn(x[:, 4:], state)
+        loss = last.square().sum()
+        if not hooked:
+            loss = loss + formula(raw := torch.cat([first, last], 1), raw, 1)
+        elif where == "take":
+            loss = loss + reg.take(loss).penalty  # pyright: ignore[reportOptionalMemberAccess]
+        else:
+            loss = reg.on_backward_begin(loss)
+        slopes = gradients(loss, rnn, create_graph=True)
+        results.append((loss, slopes, gradients(sum(g.square().sum() for g in slopes), rnn)))
+    torch.testing.assert_close(*results)
+
+
+# A penalty that was forgotten
+
+
+def backwards(reg: RNNRegularizer, rnn: nn.Module, dropout: Any, count: int = 3) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            run(rnn, dropout)[1].sum().backward()
+    return [str(x.message) for x in caught if "no penalty was taken" in str(x.message)]
+
+
+@each_dropout
+def test_a_forgotten_penalty_is_warned_of_once(dropout: Any) -> None:
+    rnn, reg = attached_gru(dropout, in_backward=False)
+    assert backwards(reg, rnn, dropout, 1) == []
+    (message,) = backwards(reg, rnn, dropout, 1)
+    assert "second backward goes through the output of the attached GRU" in message
+    assert "regularizer.on_backward_begin(loss)" in message
+    assert backwards(reg, rnn, dropout) == []
+
+
+@each_dropout
+@pytest.mark.parametrize("why", ["taken before", "evaluation", "without gradients", "in_backward"])
+def test_no_warning_of_a_penalty_that_was_not_forgotten(why: str, dropout: Any) -> None:
+    rnn, reg = attached_gru(dropout, in_backward=why == "in_backward")
+    if why == "taken before":
+        reg.on_backward_begin(run(rnn, dropout)[1].sum()).backward()
+    elif why == "evaluation":
+        rnn.eval()
+    elif why == "without gradients":
+        rnn.requires_grad_(False)
+        assert backwards(reg, nn.Sequential(rnn), None, 0) == []
+        for _ in range(3):
+            (run(rnn, dropout)[1] * torch.ones((), requires_grad=True)).sum().backward()
+        return
+    assert backwards(reg, rnn, dropout) == []
+
+
+# A run that the loss does not reach
+
+
+def chain(x: Tensor, length: int = 20000) -> Tensor:
+    for _ in range(length):
+        x = x + 0
+    return x.sum()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_run_that_no_loss_reaches_makes_one_search_of_the_whole_graph(count: int) -> None:
+    module, reg = nn.Linear(HIDDEN, HIDDEN), regularizer()
+    reg.attach(module, batch_first=True)
+    stale = [module(chain(inputs()) + inputs()) for _ in range(count)]
+    times = []
+    for _ in range(6):
+        x = inputs().requires_grad_()
+        loss = module(x + chain(x)).sum()
+        start = perf_counter()
+        reg.on_backward_begin(loss)
+        times.append(perf_counter() - start)
+    assert min(times[1:]) < times[0] / 4
+    total = reg.on_backward_begin(sum(x.sum() for x in stale))  # pyright: ignore[reportArgumentType]
+    want = sum((x.sum() + formula(x, x, 1) for x in stale), torch.zeros(()))
+    torch.testing.assert_close(total, want)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_loss_beside_later_runs_that_reaches_a_run_that_another_has_missed(adds: bool) -> None:
+    """A search does not wait for such a run: it is found or an error, also where all found runs have no gradient."""
+    module, reg = nn.Linear(HIDDEN, HIDDEN), regularizer()
+    reg.attach(module, batch_first=True)
+    missed = module(inputs())
+    reg.on_backward_begin(module(inputs()).sum())
+    later = module(inputs())
+    loss = later.sum() + chain(missed, 20)
+    taken = None if adds else reg.take(loss)
+    total = reg.on_backward_begin(loss) if taken is None else loss + taken.penalty
+    with pytest.raises(RuntimeError, match="depends on a run of the Linear that an earlier loss did not depend on"):
+        total.backward(retain_graph=True)
+    (later.sum() + chain(missed, 20)).backward()  # of a loss without a penalty
