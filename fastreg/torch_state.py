@@ -14,23 +14,29 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 current: Callable[[], int] = torch._C._current_graph_task_id  # of the backward that runs in this thread, -1 for none
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
 compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
-# Unlike torch.compiler.disable, it does not import the compiler, which takes seconds, before it is called.
-_outside: Callable[..., Any] = torch._disable_dynamo(lambda function, *args: function(*args))  # pyright: ignore
 
 
 def untraced(function: Function) -> Function:
     """Keep Dynamo from tracing a function, and from compiling the functions that it calls as frames of their own.
 
-    Otherwise each of these would ask by itself whether it is being compiled, and find that it is.
+    Otherwise each of these would ask by itself whether it is being compiled, and find that it is. Without a compiler
+    this takes no time, as `torch.compiler.disable` does, and does not import it, which takes seconds.
     """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or compiler_of_frames() is not None:
-            return _outside(function, *args)
+            return _outside(run, function, args)
         return function(*args)
 
     return run  # pyright: ignore[reportReturnType]
+
+
+@torch._disable_dynamo  # pyright: ignore[reportAttributeAccessIssue]
+def _outside(run: Any, function: Any, args: Any) -> Any:
+    """Call a function outside of Dynamo."""
+    torch._dynamo.eval_frame.skip_code(run.__code__)  # else Dynamo compiles a frame for each kind of call
+    return function(*args)
 
 
 def observed() -> bool:

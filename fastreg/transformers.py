@@ -167,8 +167,6 @@ class RegularizedTrainer(Trainer):
     def _attach(self, model: Any) -> None:
         """Attach to the modules of a model instead of the modules before."""
         self._detach()
-        if self.args.torch_compile:  # compiled code runs no hooks that were added later
-            torch.compiler.reset()
         marks = lambda *_, **__: self._valid_now, lambda *_, **__: self._starts_now
         self._hooks = self.paths.attach(self.regularizer, _inner(model), *marks)
 
@@ -218,7 +216,9 @@ class RegularizedTrainer(Trainer):
             nonlocal passed
             total, passed = self.regularizer.on_backward_begin(loss), True
             if total is not loss:  # else the modules are in evaluation
-                weighed = [self.regularizer.ar * shares[0], self.regularizer.tar * shares[1], *shares]  # pyright: ignore
+                terms: Any = self.regularizer.ar, self.regularizer.tar
+                ar, tar = (x.to(self.args.device) for x in terms)  # they are on the device of the loss
+                weighed = [ar * shares[0], tar * shares[1], *shares]
                 self._sums = [x + y for x, y in zip(self._sums or [0] * 4, weighed, strict=True)]
             return backward(total, *args, **kwargs)
 
