@@ -34,9 +34,9 @@ class ActivationRegularization(Callback):
     """Add `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
 
     Lightning scales, accumulates and clips the sum as it would the loss. The loss that the module logs is free of the
-    penalty. `ar` and `tar` are logged beside it when an epoch of training ends, as means over its steps, and over the
-    callbacks where there are several. If the module has a `reset()`, it is called when an epoch of training or
-    validation starts, and when one of validation ends.
+    penalty. `ar` and `tar` are logged beside it when an epoch of training ends, as means over its steps, over all
+    processes, and over the callbacks where there are several. If the module has a `reset()`, it is called when an epoch
+    of training or validation starts, and when one of validation ends.
 
     Args:
         alpha: coefficient of AR; a schedule may change `callback.regularizer.alpha`.
@@ -87,8 +87,7 @@ class ActivationRegularization(Callback):
         self.paths = check_paths(rnn, dropout, output, batch_first)
         check_marks("the batch", valid=valid, starts=starts)
         self.valid, self.starts, self.logged = valid, starts, log  # Lightning sets `log` itself
-        self._terms: Tensor | None = None  # the sums of AR and of TAR over the steps of the epoch
-        self._steps = 0  # the number of steps in the sums
+        self._terms: Tensor | None = None  # the sums of AR and TAR over the steps of the epoch, and how many steps
         self._batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
@@ -118,15 +117,22 @@ class ActivationRegularization(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the hidden state, and the sums of the terms."""
-        self._terms, self._steps = None, 0
+        self._terms = None
         self.regularizer.on_epoch_begin(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
+        if not self.logged:
+            return
+        terms = torch.zeros(3, device=pl_module.device)
         if self._terms is not None:
-            ar, tar = self._terms / self._steps
-            pl_module.log_dict({"ar": ar, "tar": tar}, on_step=False, on_epoch=True, batch_size=1)
-            self._terms = None
+            terms.copy_(self._terms)
+        # Each process takes part, also one that has added no penalty, as the others wait for it.
+        ar, tar, steps = trainer.strategy.reduce(terms, reduce_op="sum")
+        if steps:
+            means = {"ar": ar / steps, "tar": tar / steps}
+            pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        self._terms = None
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the hidden state."""
@@ -150,9 +156,9 @@ class ActivationRegularization(Callback):
         if total is loss:  # the RNNs are in evaluation
             return output
         if self.logged:
-            step = torch.stack([self.regularizer.ar, self.regularizer.tar])  # pyright: ignore[reportArgumentType]
+            ar, tar = self.regularizer.ar, self.regularizer.tar
+            step = torch.stack([ar, tar, torch.ones_like(ar)])  # pyright: ignore[reportArgumentType]
             self._terms = step if self._terms is None else self._terms + step
-            self._steps += 1
         return output | {"loss": total} if isinstance(output, dict) else total
 
     def _marks(self, function: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,6 +200,35 @@ def test_rnns_in_evaluation_add_nothing() -> None:
             self.net.rnn.eval()
 
     assert "ar" not in check_weights(Frozen, callback(), coefficients=())
+
+
+class Uneven(Module):
+    """Has its RNN in evaluation in the second process in the second epoch; writes the terms of each epoch to a file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.epochs = folder, []
+
+    def on_train_epoch_start(self) -> None:
+        self.net.rnn.train(self.global_rank + self.current_epoch < 2)
+
+    def on_train_epoch_end(self) -> None:
+        logged = self.trainer.callback_metrics
+        self.epochs.append((torch.stack(self.terms), torch.stack([logged["ar"], logged["tar"]])))
+        self.terms.clear()
+        torch.save(self.epochs, self.folder / str(self.global_rank))
+
+
+def test_processes_log_the_mean_of_all(tmp_path: Path) -> None:
+    """Also where one of them adds no penalty, for which the others must not wait."""
+    spawned = pl.strategies.DDPStrategy(
+        process_group_backend="gloo", start_method="spawn", timeout=timedelta(seconds=60)
+    )
+    fit(Uneven(tmp_path), callback(), max_epochs=2, strategy=spawned, devices=2)
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    want = [torch.cat([first[0][0], second[0][0]]).mean(0), first[1][0].mean(0)]
+    for _, logged in (zip(*first, strict=True), zip(*second, strict=True)):
+        torch.testing.assert_close([*logged], want)
 
 
 class Two(Module):
