@@ -48,6 +48,13 @@ def pytest_configure() -> None:
         torch.backends.mkldnn.set_flags(_enabled=False)
 
 
+def skip_without(*packages: str) -> None:
+    """Skip where a package is not installed; one that is, but cannot be imported, is a failure."""
+    for package in packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+
 def skip_on_formula(device: str) -> None:
     """Skip a promise of the kernels alone: the plain formula rounds and keeps memory as PyTorch does."""
     if device == "cpu" and CPU is None:

@@ -20,13 +20,13 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
-pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+from tests.conftest import gpu, skip_without
 
-from bench import benchmarks, cases, compare, host, machine, report, run, steps, timing
-from bench.formulas import fastai
-from fastreg import fused_ar_tar
-from tests.conftest import gpu
+skip_without("pytest_benchmark", "matplotlib")
+
+from bench import benchmarks, cases, compare, host, machine, report, run, steps, timing  # noqa: E402
+from bench.formulas import fastai  # noqa: E402
+from fastreg import fused_ar_tar  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -147,7 +147,7 @@ def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(
     """From one seed: the losses of two steps, or the weights after them, but for the step without penalty."""
     for kind, package in {steps.MambaStep: "transformers", steps.LightningStep: "lightning"}.items():
         if isinstance(step, kind):
-            pytest.importorskip(package, reason=f"{package} is not installed")
+            skip_without(package)
     monkeypatch.setattr(torch, "compile", lambda way, **options: way)
     monkeypatch.setattr(steps, "P", 0.4)
     monkeypatch.setattr(steps, "LEARNING_RATE", 1.0)
@@ -171,7 +171,7 @@ def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(
 
 
 def test_an_error_of_a_training_in_turns_is_that_of_the_call() -> None:
-    pytest.importorskip("lightning", reason="Lightning is not installed")
+    skip_without("lightning")
     step = steps.LightningStep((3, 6, 4))
     broken = (torch.tensor([[99, 99]]),)  # no such word
     call = step.call(step.peers()[steps.WITHOUT], [step.inputs("cpu"), broken])

@@ -22,14 +22,16 @@ from bench.stand_in import StandInDriver, active
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import TRITON, cpu_tensors_by
 from fastreg.plans import forget
-from tests.conftest import KERNELS_ON_CPU
+from tests.conftest import KERNELS_ON_CPU, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT
 
-triton = pytest.importorskip("triton", reason="no Triton: nothing to compile")
-kernels = pytest.importorskip("fastreg.kernels.penalty")
-dropout_kernels = pytest.importorskip("fastreg.kernels.dropout")
-reduction = pytest.importorskip("fastreg.kernels.reduction")
-tiling = pytest.importorskip("fastreg.kernels.tiling")
+skip_without("triton")
+
+import triton  # noqa: E402
+
+from fastreg.kernels import dropout as dropout_kernels  # noqa: E402
+from fastreg.kernels import penalty as kernels  # noqa: E402
+from fastreg.kernels import reduction, tiling  # noqa: E402
 
 pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
 TARGETS = {

@@ -20,6 +20,7 @@ from bench.awd_lstm import AWDLSTM, EmbeddingDropout, WeightDropLSTM
 from bench.steps import AWDLSTMStep, MinGRUStep
 from bench.study import Setting
 from bench.study_report import Study
+from tests.conftest import skip_without
 from tests.test_study import MADE_UP, fails
 
 
@@ -147,7 +148,7 @@ def test_batches_cover_the_text_in_order():
 def test_fastai_prints_a_table_where_there_is_no_terminal(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    pytest.importorskip("fastai", reason="fastai is not installed")
+    skip_without("fastai")
     run(text, tmp_path / "plot.png", "--framework", "fastai", "--epochs", "2")
     output = capsys.readouterr().out
     assert "bench.study" not in output, "which did not train fastai's model"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
+from tests.conftest import skip_without
 from tests.language_model import BATCH, HIDDEN, TIME, VOCABULARY, Model, criterion
 from tests.test_fastai1 import environment_with
 
@@ -125,7 +126,7 @@ def setup_of(framework: str | None) -> dict[str, Any]:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip(framework, reason=f"{framework} is not installed: run tests/frameworks.sh")
+        skip_without(framework)
         return SETUPS[framework]()
 
 

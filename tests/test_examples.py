@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.timing import threads
+from tests.conftest import skip_without
 
 ROOT = Path(__file__).resolve().parent.parent
 # script -> the framework that it needs, and the pattern of a loss in its output
@@ -41,7 +42,7 @@ def test_an_example_learns(
 ) -> None:
     framework, loss = SCRIPTS[script]
     if framework is not None:
-        pytest.importorskip(framework, reason=f"{framework} is not installed: run tests/frameworks.sh")
+        skip_without(framework)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", [script])
@@ -56,8 +57,7 @@ def test_an_example_learns(
 
 
 def test_the_notebook_runs_and_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for module in ("fastai", "bible", "nbclient"):
-        pytest.importorskip(module, reason=f"{module} is not installed: run tests/frameworks.sh")
+    skip_without("fastai", "bible", "nbclient")
     import nbformat
     from nbclient import NotebookClient
 

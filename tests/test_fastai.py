@@ -18,9 +18,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conftest import skip_without, without
+
+skip_without("fastai")
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    pytest.importorskip("fastai.text.all", reason="fastai v2 is not installed: run tests/frameworks.sh")
     from fastai.callback import fp16
     from fastai.callback import rnn as stock
     from fastai.callback.core import Callback, CancelFitException, CancelStepException
@@ -41,7 +44,6 @@ with warnings.catch_warnings():
     from bench.timing import threads
     from fastreg import fused_ar_tar
     from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
-    from tests.conftest import without
     from tests.language_model import VOCABULARY as WORDS
     from tests.language_model import Model as Plain
     from tests.language_model import gap

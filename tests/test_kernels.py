@@ -11,13 +11,12 @@ from torch import Tensor
 
 from fastreg import fused_ar_tar
 from fastreg.kernels.view import Operand, View
-from tests.conftest import INTERPRETED, KERNELS_ON_CPU, gpu
+from tests.conftest import INTERPRETED, KERNELS_ON_CPU, gpu, skip_without
 from tests.exact import check_dropout, check_penalty, truth
 
-kernels = pytest.importorskip("fastreg.kernels.penalty", reason="no Triton: the kernels did not run")
-launch = pytest.importorskip("fastreg.kernels.launch")
-reduction = pytest.importorskip("fastreg.kernels.reduction")
-tiling = pytest.importorskip("fastreg.kernels.tiling")
+skip_without("triton")
+
+from fastreg.kernels import launch, reduction, tiling  # noqa: E402
 
 interpreted = pytest.mark.skipif(
     not KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU"

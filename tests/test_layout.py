@@ -14,6 +14,7 @@ from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels.view import NOTHING, layout_of
 from fastreg.problem import Layer, Problem
 from fastreg.view import fold_of, view_of
+from tests.conftest import skip_without
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
@@ -210,7 +211,9 @@ def test_a_bad_coefficient_that_is_set_later() -> None:
 
 
 def test_numbers_of_numpy_are_coefficients_and_axes() -> None:
-    numpy = pytest.importorskip("numpy")
+    skip_without("numpy")
+    import numpy
+
     assert torch.equal(fused_ar_tar(X, X, numpy.float32(2), 1), fused_ar_tar(X, X, 2.0, 1.0))
     module = FusedRNNDropout(0.0, 2.0, 1.0, time_dim=numpy.int64(-1))
     module(X)

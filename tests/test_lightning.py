@@ -13,7 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pl: Any = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed: fastreg.lightning did not run")
+from tests.conftest import skip_without
+
+skip_without("lightning")
+
+import lightning.pytorch as pl  # noqa: E402
 
 from fastreg import fused_ar_tar  # noqa: E402
 from fastreg.lightning import ActivationRegularization  # noqa: E402

@@ -119,6 +119,11 @@ def test_the_library_is_named_and_why_it_is_not_a_better_one(libraries: Path, mo
     assert cpu.description().endswith("no library for processors with AVX2 was built from these sources")
 
 
+def test_libraries_that_were_built_run() -> None:
+    """Otherwise the tests of the C++ kernels are skipped, though nothing is missing."""
+    assert not cpu.runnable() or cpu.reason() is None, cpu.reason()
+
+
 def test_a_library_of_other_sources_is_not_loaded(libraries: Path) -> None:
     with (libraries / "cpu_rows.h").open("a") as file:
         file.write("// changed\n")

@@ -17,7 +17,7 @@ from fastreg.backends import backend_for
 from fastreg.kernels.view import Operand, Sums, Values, View
 from fastreg.prepare import values_of
 from fastreg.problem import ARTAR, Call, Problem
-from tests.conftest import INTERPRETED, skip_on_formula
+from tests.conftest import INTERPRETED, skip_on_formula, skip_without
 from tests.exact import assert_gradient, assert_terms, check_dropout, check_penalty, exact, spoil, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Sample, every_other, sliced, transposed
 
@@ -358,7 +358,9 @@ def test_packed_sums_and_layers(device: str) -> None:
 
 def test_batch_sizes_that_change_in_shared_memory(device: str) -> None:
     """NumPy's writes raise no version: the checked values count."""
-    numpy = pytest.importorskip("numpy")
+    skip_without("numpy")
+    import numpy
+
     sizes = numpy.array([3, 2, 1])
     rows = torch.randn(6, 4, device=device, requires_grad=True)
     packed = PackedSequence(rows, torch.from_numpy(sizes))

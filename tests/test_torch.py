@@ -6,6 +6,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels.view import allocate, layout_of
 from tests.calls import CALLS, Call, calls, everything, flat, from_seed, leaves, mask_for, total
-from tests.conftest import skip_on_formula
+from tests.conftest import skip_on_formula, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated, transposed
 
 by_call, by_few = calls(), calls("pair", "mask")
@@ -170,10 +171,12 @@ class TestCompile:
         graph = make_fx(call)(*(x.detach() for x in leaves()))
         assert_close(everything(graph, leaves()), everything(call, leaves()))
 
-    @pytest.mark.parametrize("kind", ["float", "numpy.float64", "numpy.int64"])
+    @pytest.mark.parametrize("kind", ["builtins.float", "numpy.float64", "numpy.int64"])
     def test_coefficients_may_change(self, kind: str) -> None:
-        number = getattr(pytest.importorskip("numpy"), kind.removeprefix("numpy.")) if "numpy" in kind else float
-        fullgraph = "numpy" not in kind or TRACES_NUMBERS
+        package, name = kind.split(".")
+        skip_without(package)
+        number = getattr(import_module(package), name)
+        fullgraph = package != "numpy" or TRACES_NUMBERS
         compiled = torch.compile(lambda x, *c: fused_ar_tar(x, x, *c), fullgraph=fullgraph, backend="aot_eager")
         x = leaves()[0].detach()
         for alpha, beta in ((number(2), 1.0), (3.0, number(2)), (number(5), number(4)), (0.0, number(1))):

@@ -20,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-transformers: Any = pytest.importorskip(
-    "transformers", reason="transformers is not installed: fastreg.transformers did not run"
-)
+from tests.conftest import skip_without
+
+skip_without("transformers")
+
+import transformers  # noqa: E402
 
 from fastreg import fused_ar_tar  # noqa: E402
 from fastreg.attachment import Attachment  # noqa: E402
