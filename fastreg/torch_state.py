@@ -32,7 +32,7 @@ def untraced(function: Function) -> Function:
     return run  # pyright: ignore[reportReturnType]
 
 
-@torch._disable_dynamo  # pyright: ignore[reportAttributeAccessIssue]
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _outside(run: Any, function: Any, args: Any) -> Any:
     """Call a function outside of Dynamo."""
     torch._dynamo.eval_frame.skip_code(run.__code__)  # else Dynamo compiles a frame for each kind of call

@@ -129,6 +129,14 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
+@pytest.fixture
+def dynamo() -> Iterator[Any]:
+    """Forget all compiled code, before and after; give the settings."""
+    torch._dynamo.reset()
+    yield torch._dynamo.config
+    torch._dynamo.reset()
+
+
 @pytest.fixture(params=[nn.Dropout, FusedRNNDropout])
 def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the language models a plain dropout, and one that forms the penalty; alone it adds nothing."""

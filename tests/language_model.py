@@ -29,6 +29,21 @@ def formula(raw: Tensor, dropped: Tensor, time: int) -> Tensor:
     return ALPHA * dropped.pow(2).mean() + BETA * raw.diff(dim=time).pow(2).mean()
 
 
+class Elementwise(nn.Module):
+    """A gated sum along time: a recurrent module that `torch.compile` compiles, unlike PyTorch's own."""
+
+    bidirectional, proj_size = False, 0
+
+    def __init__(self, size: int = HIDDEN, _: int = HIDDEN, batch_first: bool = True) -> None:
+        super().__init__()
+        self.gate, self.batch_first = nn.Linear(size, size), batch_first
+
+    def forward(self, x: Tensor, state: Any = 0.0) -> Any:
+        time = int(self.batch_first)
+        raw = state + (x * self.gate(x).sigmoid()).cumsum(time)
+        return raw, raw.narrow(time, -1, 1)
+
+
 class Model(nn.Module):
     """A language model that knows nothing of fastreg. One dropout serves embeddings and output, as is common."""
 

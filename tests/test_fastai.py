@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ with warnings.catch_warnings():
     from fastreg import fused_ar_tar
     from fastreg.fastai import OutputDropout, RNNCallback, RNNRegularizer, fuse, rnn_cbs, unfuse
     from tests.language_model import VOCABULARY as WORDS
+    from tests.language_model import Elementwise, gap
     from tests.language_model import Model as Plain
-    from tests.language_model import gap
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_collections")]  # fastai's warnings
 
@@ -86,7 +87,7 @@ class Triple(Plain):
     def reset(self) -> None: ...
 
 
-def of(kind: type[nn.Module], *cbs: Callback) -> Learner:
+def of(kind: Callable[[], nn.Module], *cbs: Callback) -> Learner:
     """Make a learner of a custom model, always with the same weights."""
     dls = make().dls
     set_seed(5)
@@ -261,6 +262,21 @@ def test_masks_of_the_batch() -> None:
     assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **masks, **PATHS))), expected) < 1e-5
     assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **masks, **PATHS)), expected) < 1e-5
     assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **masks)), expected) < 1e-5
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("kind", [nn.LSTM, Elementwise])
+def test_a_compiled_model(kind: Any) -> None:
+    """One that was fitted and validated before; fitted twice, with hooks that are attached when a fit starts."""
+    learn, expected = of(partial(Plain, kind)), of(partial(Triple, kind), stock.RNNCallback())
+    learn.model.compile(backend="eager")
+    for i in range(3):
+        assert gap(trained(learn, reset_opt=True), trained(expected, reset_opt=True)) < 1e-5
+        assert i == 0 or learn.recorder.values[0][2] > 0
+        learn.validate()
+        if i == 0:
+            learn.add_cb(RNNRegularizer(ALPHA, BETA, **PATHS))
+            expected.add_cb(stock.RNNRegularizer(ALPHA, BETA))
 
 
 def test_modules_in_evaluation_add_nothing() -> None:

@@ -71,13 +71,16 @@ def callback(alpha: float = ALPHA, beta: float = BETA, **options: Any) -> Activa
     return ActivationRegularization(alpha, beta, **(named | options))
 
 
-def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
-    """Train for an epoch of six batches, and return the logged metrics."""
+def fit(module: Any, *callbacks: Any, validate: bool = False, before: bool = False, **options: Any) -> Any:
+    """Train for an epoch of six batches, and return the logged metrics; validate in the fit, or before it."""
     torch.manual_seed(0)
     defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
     data = torch.utils.data.DataLoader(tokens(6 * BATCH, TIME), batch_size=BATCH)  # pyright: ignore
+    if before:
+        trainer.validate(module, data, verbose=False)
+    torch.manual_seed(0)
     trainer.fit(module, data, data if validate else None)
     return trainer.callback_metrics
 
@@ -186,16 +189,35 @@ def test_errors_leave_the_module_as_it_was(kind: Any, options: Any, error: type[
     assert_left_alone(module)
 
 
-def test_a_compiled_module() -> None:
-    class Quiet(Module):  # a step that logs compiles neither with the callback nor without
-        def log(self, *_: Any, **__: Any) -> None: ...
+class Compiled(Module):
+    """Calls its model as code that is compiled, unless it has the formula; logs nothing, which would not compile."""
 
-    module, written_out = made(Quiet), made(Quiet, BOTH)
-    torch._dynamo.reset()
-    fit(torch.compile(module, backend="eager"), callback())
-    torch._dynamo.reset()
-    fit(written_out)
-    assert_same_weights(module, written_out)
+    def __init__(self, *coefficients: tuple[float, float], kind: Any) -> None:
+        super().__init__(*coefficients)
+        self.net = lm.Model(kind)
+
+    def log(self, *_: Any, **__: Any) -> None: ...
+
+    def run(self, batch: Tensor) -> Any:
+        return super().run(batch) if self.coefficients else (criterion(self.net(batch), batch), [])
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("kind", [nn.LSTM, lm.Elementwise])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_module(whole: bool, kind: Any) -> None:
+    """One that was validated and fitted before; fitted twice, with hooks that are attached when a fit starts."""
+    module, written_out, without = (made(partial(Compiled, *x, kind=kind)) for x in ((), ((0.0, 0.0),), ()))
+    if not whole:
+        module.net.compile(backend="eager")
+    to_fit = torch.compile(module, backend="eager") if whole else module
+    for callbacks in ((), (callback(),), (callback(),)):
+        fit(to_fit, *callbacks, before=True)
+        fit(written_out)
+        fit(without)
+        assert_same_weights(module, written_out)
+        written_out.coefficients = (BOTH,)
+    lm.assert_other_weights(module, without)
 
 
 def test_rnns_in_evaluation_add_nothing() -> None:

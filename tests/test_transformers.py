@@ -44,8 +44,8 @@ TIMEOUT = 120  # seconds, for processes that import all this anew
 class LanguageModel(lm.Model):
     """A model of one's own, which takes no `num_items_in_batch`: its loss is a mean over the batch."""
 
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__(p=p)
+    def __init__(self, p: float = 0.0, kind: Any = nn.LSTM) -> None:
+        super().__init__(kind, p)
 
     def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None) -> Any:  # pyright: ignore
         logits, _, _ = self.activations(input_ids)
@@ -262,29 +262,20 @@ def test_bfloat16() -> None:
     assert_same(trainer, written_out, **lm.tolerance_of_bfloat16(written_out.model, lm.seeded(mamba)))
 
 
-class Compilable(LanguageModel):
-    """Has a layer whose code is compiled, as that of PyTorch's own RNNs is not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.Linear(lm.HIDDEN, lm.HIDDEN)
-
-    def activations(self, x: Tensor) -> Any:
-        raw = self.rnn(self.embedding(x))
-        return self.decoder(raw.cumsum(1).tanh()), raw, raw
-
-
-def test_a_compiled_model() -> None:
-    torch._dynamo.reset()
-    once, twice = (fit(Compilable, arguments(), Formula) for _ in range(2))
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("kind", [nn.LSTM, lm.Elementwise])
+def test_a_compiled_model(kind: Any) -> None:
+    make = partial(LanguageModel, kind=kind)
+    once, twice = (fit(make, arguments(), Formula) for _ in range(2))
     twice.train()
     compiled = arguments(torch_compile=True, torch_compile_backend="aot_eager")
-    fit(Compilable, compiled, transformers.Trainer)  # whose code for the same modules runs no hooks
-    trainer = fit(Compilable, compiled)
+    fit(make, compiled, transformers.Trainer)  # whose code for the same modules runs no hooks
+    trainer = trainer_of(make, compiled)
+    trainer.evaluate(examples())
+    trainer.train()
     assert_same(trainer, once)
     trainer.train()  # attached again
     assert_same(trainer, twice)
-    torch._dynamo.reset()
 
 
 def test_checkpoints() -> None:
