@@ -169,13 +169,13 @@ class RNNRegularizer:
             valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`.
             starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
             batch_first: `False` for `(time, batch, hidden)`, as an `nn.LSTM` returns by default; `None` for
-                `True`, unless the shape of `decoded` leaves that in doubt.
+                `True`, unless the shape of `decoded` leaves that in doubt. A given layout goes before that shape.
             time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
 
         Raises:
             TypeError: an argument is not as described.
-            ValueError: both `lengths` and `valid` are given; or the shape of one or of `decoded` shows that
-                `batch_first` is wrong; or it is `None`, and raw is `(n, m, hidden)` and `decoded` `(m, n, classes)`.
+            ValueError: both `lengths` and `valid` are given; or the shape of one or of `starts` shows that
+                `batch_first` is wrong; or it is `None`, and that of `decoded` shows that raw may be time first.
             RuntimeError: the activations already come from attached modules.
         """
         time_at = time_given(batch_first, time_dim)
@@ -519,11 +519,10 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
     Args:
         batch_first: the layout of raw; `None` for batch first by default.
         raw: the activations of a layer, or of several.
-        others: `decoded`, `lengths`, `valid` and `starts`.
+        others: `decoded`, which counts where `batch_first` is `None` alone, `lengths`, `valid` and `starts`.
 
     Raises:
-        ValueError: something has; or `batch_first` is `None`, raw and decoded have different layouts, and either may
-            be time first.
+        ValueError: something has.
     """
     first = raw[0] if is_list(raw) else raw
     if not isinstance(first, Tensor) or first.dim() != 3:
@@ -532,22 +531,18 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
     if batch == time:
         return
     for name, x in others.items():
-        shape, expected = tuple(getattr(x, "shape", ())), None
+        shape, expected = tuple(getattr(x, "shape", ())), str(batch_first is False)
         if name == "lengths":
             wrong = shape == (time,)
         elif name in ("valid", "starts"):
             wrong = shape == (time, batch)
-        elif len(shape) == 2:  # a row a sequence, as a classifier gives it, unless all time steps have one
-            wrong = shape[0] == time and batch != 1
-        elif len(shape) == 3 and shape[:2] == (
-            time,
-            batch,
-        ):  # raw may be the one that is batch first, as for a CTC loss
-            wrong, expected = batch_first is None, "True or False"
-        else:  # the scores of each time step, (batch, classes, time), as cross_entropy takes them
-            wrong = len(shape) == 3 and shape[::2] == (time, batch)
+        else:
+            # A row a sequence, as a classifier gives it, unless all time steps have one; or the scores of each time
+            # step: (time, batch, classes), as a CTC loss takes them, or (batch, classes, time), as cross_entropy does.
+            rows = len(shape) == 2 and shape[0] == time and batch != 1
+            scores = len(shape) == 3 and (time, batch) in (shape[:2], shape[::2])
+            wrong, expected = batch_first is None and (rows or scores), "True or False"
         if wrong:
-            expected = expected or batch_first is False
             given = f"as raw is {tuple(first.shape)} and {name} {shape}, got {batch_first}"
             raise ValueError(f"batch_first: expected {expected}, {given}")
 

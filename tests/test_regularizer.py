@@ -138,34 +138,43 @@ def test_layouts_and_the_steps_that_count(axis: int, layout: dict[str, Any], ste
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True, None])
 @pytest.mark.parametrize(
-    ("decoded", "options", "name"),
+    "options",
     [
-        (torch.zeros(BATCH, 2), {}, "decoded"),
-        (torch.zeros(BATCH, 2, TIME), {}, "decoded"),  # as cross_entropy takes it
-        (None, {"lengths": torch.full((BATCH,), 2)}, "lengths"),
-        (None, {"valid": torch.ones(BATCH, TIME, dtype=torch.bool)}, "valid"),
+        {"lengths": torch.full((BATCH,), 2)},
+        {"valid": torch.ones(BATCH, TIME, dtype=torch.bool)},
+        {"starts": torch.ones(BATCH, TIME, dtype=torch.bool)},
     ],
+    ids=["lengths", "valid", "starts"],
 )
-def test_shapes_that_show_another_layout(batch_first: bool, decoded: Any, options: Any, name: str) -> None:
-    sizes = (BATCH, TIME) if batch_first else (TIME, BATCH)
-    raw, reg = torch.randn(*sizes, HIDDEN), regularizer()
-    reg.on_loss_begin((decoded, raw, raw), batch_first=batch_first)
-    message = rf"batch_first: expected {batch_first}, as raw is .* and {name} \(3,.*got {not batch_first}"
+def test_steps_that_show_another_layout(batch_first: bool | None, options: dict[str, Any]) -> None:
+    (name,), right = options, batch_first is False
+    raw, reg = torch.randn(*((BATCH, TIME) if right else (TIME, BATCH)), HIDDEN), regularizer()
+    message = rf"batch_first: expected {right}, as raw is .* and {name} \(3,.*got {batch_first}"
     with pytest.raises(ValueError, match=message):
-        reg.on_loss_begin((decoded, [raw], [raw]), batch_first=not batch_first, **options)
+        reg.on_loss_begin((None, [raw], [raw]), batch_first=batch_first, **options)
+    reg.on_loss_begin((None, raw, raw), batch_first=right, **options)
 
 
 @pytest.mark.parametrize("shape", [(TIME, BATCH), (BATCH, TIME)])
-def test_raw_and_decoded_of_two_layouts_need_batch_first(shape: tuple[int, int]) -> None:
-    """Either may be time first: raw as an nn.LSTM returns it by default, or decoded as a CTC loss takes it."""
-    raw, decoded, reg = torch.randn(*shape, HIDDEN), torch.zeros(*shape[::-1], 11), regularizer()
+@pytest.mark.parametrize(
+    "size",
+    [
+        lambda batch, time: (time, 2),  # a row a sequence, if raw is time first
+        lambda batch, time: (time, 2, batch),  # as cross_entropy takes it, if raw is time first
+        lambda batch, time: (time, batch, 11),  # time first either as raw or as a CTC loss takes it
+    ],
+    ids=["rows", "cross_entropy", "ctc"],
+)
+def test_a_stated_layout_goes_before_what_decoded_shows(shape: tuple[int, int], size: Any) -> None:
+    raw, decoded, reg = torch.randn(*shape, HIDDEN), torch.zeros(size(*shape)), regularizer()
     with pytest.raises(ValueError, match=r"batch_first: expected True or False, as raw is .* and decoded .*, got None"):
         reg.on_loss_begin((decoded, [raw], [raw]))
     for batch_first in (True, False):
-        reg.on_loss_begin((decoded, raw, raw), batch_first=batch_first)
-        assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first)
+        for shown in (decoded, torch.zeros(size(*shape[::-1]))):
+            reg.on_loss_begin((shown, raw, raw), batch_first=batch_first)
+            assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first)
 
 
 # Decoded of any number of classes, with an axis for them or flattened; of one sequence; of as many as time steps.
