@@ -35,7 +35,7 @@ def gradients(loss: Tensor, module: nn.Module, **options: Any) -> Any:
     return torch.autograd.grad(loss, [*module.parameters()], **options)
 
 
-# What cannot be right
+# Errors
 
 
 def relu(raw: Tensor) -> None:
@@ -152,7 +152,7 @@ def test_second_derivatives(dropout: Any) -> None:
     del raw
 
 
-# What is right
+# Right gradients
 
 
 @unwanted
