@@ -157,11 +157,8 @@ class _Carry(Function):
         for i, (at, dtypes) in enumerate(ctx.values):
             start = count + i * len(NOTHING)
             layers[at] = Layer(layers[at].raw, None, restored_values(saved[start : start + len(NOTHING)], dtypes))
-        compiling = torch.compiler.is_compiling()  # compiled autograd traces neither changing hooks nor callbacks
-        begin: Any = torch.compiler.disable(carried.begin) if compiling else carried.begin
-        begin(task, upstream.clone(), layers)  # a copy, as a hook of the loss may change its own in place
-        if not compiling:
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(carried.end, task))
+        carried.begin(task, upstream.clone(), layers)  # a copy, as a hook of the loss may change its own in place
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(carried.end, task))
         if ctx.loss is None:
             return None, grad, upstream, None
         shape, dtype, device = ctx.loss
