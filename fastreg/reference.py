@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastreg.kernels.view import Values
 from fastreg.problem import ARTAR, Layer, Problem, batch_axis, changing, compute_dtype, divisors, is_on, time_axis
+from fastreg.torch_state import is_exporting
 
 
 def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
@@ -38,7 +39,7 @@ def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
             penalty = penalty + _weighted(total, _coefficient(problem.alpha, layer.values.alpha, total), elements)
         ar = total / elements
     if wide is not None and problem.with_tar():
-        total = zero + changes(wide, layer, problem).square().sum()
+        total = zero + _counted_changes(wide, layer, problem).square().sum()
         if is_on(problem.beta):
             penalty = penalty + _weighted(total, _coefficient(problem.beta, layer.values.beta, total), pairs)
         tar = total / pairs
@@ -92,6 +93,14 @@ def _over(factor: Any, count: int | Tensor, like: Tensor) -> float | Tensor:
     It comes before an upstream gradient multiplies the factor: together they may overflow.
     """
     return factor / (count.to(like.device, like.dtype) if isinstance(count, Tensor) else count)
+
+
+def _counted_changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
+    """Compute the changes that count; there may be zeros beside them."""
+    values = layer.values
+    if values.lengths is values.valid is values.batch_sizes is None and not is_exporting():
+        return x.diff(dim=time_axis(x, problem))  # compiled, this is the formula written by hand; 2 steps compile anew
+    return changes(x, layer, problem)
 
 
 def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:

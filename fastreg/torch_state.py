@@ -50,6 +50,11 @@ def observed() -> bool:
     )
 
 
+def is_exporting() -> bool:
+    """Return whether `torch.export` is tracing: `is_exporting` of torch 2.8 is true in all compiled code."""
+    return torch.compiler._is_exporting_flag
+
+
 def is_memory(x: Tensor) -> bool:
     """Return whether a dense tensor is memory that holds its values unchanged."""
     return are_memory((x,))

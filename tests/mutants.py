@@ -52,7 +52,7 @@ TESTS = {
     "fastreg/carry.py": ["capture", "coefficients", "attachment"],
     "fastreg/attachment.py": ["capture", "attachment", "rnn_dropout"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment", "capture"],
-    "fastreg/reference.py": ["reference", "padding", "axes", "coefficients", "derivatives", "penalty"],
+    "fastreg/reference.py": ["reference", "padding", "axes", "coefficients", "derivatives", "penalty", "torch"],
     "fastreg/problem.py": ["reference", "padding", "axes", "coefficients", "derivatives", "penalty"],
     "fastreg/arguments.py": ["layout", "plans", "padding", "penalty", "dropout"],
     "fastreg/view.py": ["layout", "prediction", "axes", "penalty", "padding", "dropout", "torch"],
@@ -511,6 +511,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     "fastreg/reference.py": [
         ("neighbours", "a sequence goes on past its end", "after < ends", "after <= ends"),
         ("neighbours", "before by the size of the same step", "(step - 1).clamp(min=0)", "step"),
+        ("_counted_changes", "TAR across all sequences", "time_axis(x, problem)", "0"),
+        ("_counted_changes", "2 steps are special in an export", " and not is_exporting()", ""),
         ("changes", "TAR across sequences", "x.roll(1, dim)", "x.roll(1, 0)"),
         ("changes", "pairs cross a sequence's end", "counted(change, layer, problem)", "change"),
         ("changes", "pairs with a step that does not count", "changing(values)", "values.valid"),
