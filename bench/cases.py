@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.formulas import ALPHA, BETA, awd_lstm_lm, changes, fastai, padded, rnn_dropout
 from bench.machine import DEFAULT, KEPT
-from bench.steps import AWDLSTMStep, LightningStep, LSTMStep, MambaStep, MinGRUStep, Step, TanhStep
+from bench.steps import AWDLSTMStep, CompiledStep, LightningStep, LSTMStep, MambaStep, MinGRUStep, Step, TanhStep
 from bench.timing import Call
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 
@@ -323,6 +323,7 @@ JEPA = [
     ChangesCase((128, 17, 512), dtype, contiguous=x) for x in (False, True) for dtype in (torch.float32, torch.bfloat16)
 ]
 SMALL_STEPS = LSTMStep((8, 10, 16)), LSTMStep((16, 35, 60)), MambaStep((4, 64, 64)), LightningStep((16, 35, 60))
+SMALL_STEPS += CompiledStep((4, 256, 256)), CompiledStep((16, 35, 60))
 
 
 def _gpu_cases() -> Iterator[AnyCase]:

@@ -25,6 +25,7 @@ from bench.machine import ALLOCATORS, DEFAULT, KEPT, ROOT
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
 STEP = "step"
+COMPILED = "compiled step"
 BOTH = "forward + backward"
 CHANGING = "forward + backward, changing"
 DROPOUT = "dropout, forward + backward"
@@ -73,6 +74,9 @@ STEP_PEERS = {  # heading of each peer's column
     "FusedRNNDropout": "`FusedRNNDropout`",
 }
 OURS = list(STEP_PEERS)[3:]
+COMPILED_TITLE = """\
+A step that is compiled whole, model, loss and penalty in one graph:
+"""
 GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of the JSON's extra_info: heading, unit, and meaning of the unit
     "first_seconds": ("first call, s", 1),
@@ -113,12 +117,12 @@ class Case:
     @property
     def ours(self) -> str:
         """Name the peer whose speed is compared."""
-        return "attach" if self.kind == STEP else "fastreg"
+        return {STEP: "attach", COMPILED: "fused_ar_tar"}.get(self.kind, "fastreg")
 
     @property
     def label(self) -> str:
         info = self.any_info
-        if self.kind == STEP:
+        if self.kind in (STEP, COMPILED):
             return f"{info['model']}, ({', '.join(map(str, info['shape']))})"
         extra = [info["layout"]] * (info["layout"] != "batch first") + ["raw is dropped"] * info.get("same", False)
         return ", ".join([f"({', '.join(map(str, info['shape']))})", info["dtype"], *extra])
@@ -139,8 +143,7 @@ class Case:
     def added(self, peer: str) -> tuple[float, float]:
         """Return the time that a peer adds to a step, in ms: the mean over the rounds, and its standard error."""
         pairs = zip(self.step_milliseconds(peer), self.step_milliseconds("no penalty"), strict=True)
-        differences = [with_it - without for with_it, without in pairs]
-        return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+        return mean_and_error([with_it - without for with_it, without in pairs])
 
     @property
     def is_clear(self) -> bool:
@@ -205,6 +208,11 @@ def load(file: Path) -> Result:
     tests = json.loads(outcomes.read_text()) if outcomes.exists() else None
     machine, commit = result["machine_info"], result["commit_info"]
     return Result(file.stem, digest, machine, commit, cases, missing, tests)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Return the mean, and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def number(x: float) -> str:
@@ -342,11 +350,22 @@ def peak_table(result: Result) -> str:
     return table(rows)
 
 
+def compiled_table(result: Result) -> str:
+    """Render the time of each step that is compiled whole, and its ratio with fastreg to that with the formula."""
+    rows = [["ms a step; (batch, time, hidden)", "without", "formula", "`fused_ar_tar`", "`fused_ar_tar` / formula"]]
+    for case in result.of(COMPILED):
+        times = [case.step_milliseconds(peer) for peer in ("no penalty", "eager", "fused_ar_tar")]
+        ratio, error = mean_and_error([ours / other for _, other, ours in zip(*times, strict=True)])
+        rows.append([case.label, *(number(statistics.mean(x)) for x in times), f"{ratio:.3f}±{error:.3f}x"])
+    return table(rows)
+
+
 def step_tables(result: Result) -> list[str]:
     """Render the tables of training steps for one allocator, with titles."""
     if not result.of(STEP):
         return []
     parts = [step_title(result), step_table(result), ADDED_TITLE, added_table(result)]
+    parts += [COMPILED_TITLE, compiled_table(result)] if result.of(COMPILED) else []
     return [*parts, PEAK_TITLE, peak_table(result)]
 
 

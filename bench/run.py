@@ -3,7 +3,7 @@
 The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report joins. Failed and
 missing cases are recorded, too. Interrupted, or sent SIGTERM, either command writes its results so far.
 `python -m bench.run bench --only step` measures the training steps alone, prints their tables and writes to
-.benchmarks: three minutes on an idle core.
+.benchmarks: four minutes on an idle core.
 
 On a CPU `bench` measures twice, each time in a process of its own: with memory kept by the allocator, and with the
 system's default. `measure` measures once, in this process.

@@ -195,16 +195,17 @@ class Step:
     """A training step of a model; `shape` is that of raw, (batch, time, hidden)."""
 
     PEERS: ClassVar[tuple[str, ...]] = (WITHOUT, "eager", "compiled", "fused_ar_tar", "attach", "FusedRNNDropout")
+    PASS: ClassVar[str] = "step"
     MODEL: ClassVar[str]
     SECONDS: ClassVar[float] = 6  # of rounds, on a CPU
     shape: tuple[int, int, int]
 
     def __str__(self) -> str:
-        return f"step-{'-'.join(self.MODEL.split())}-{'x'.join(map(str, self.shape))}"
+        return "-".join([*self.PASS.split(), *self.MODEL.split(), "x".join(map(str, self.shape))])
 
     @property
     def info(self) -> dict[str, Any]:
-        return {"pass": "step", "model": self.MODEL, "shape": self.shape}
+        return {"pass": self.PASS, "model": self.MODEL, "shape": self.shape}
 
     @property
     def input_bytes(self) -> int:
@@ -228,6 +229,10 @@ class Step:
         }
         return {name: ways[name] for name in self.PEERS}
 
+    def prepared(self, loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the function that is called for the loss."""
+        return loss_of
+
     def call(self, peer: Any, sets: list[tuple[Tensor, ...]]) -> Call:
         torch.manual_seed(0)
         net = self.net(lambda: FusedRNNDropout(P, ALPHA, BETA) if peer.fused else LockedDropout(P))
@@ -235,11 +240,16 @@ class Step:
         add = peer.start(net)
         optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
 
-        def call(i: int) -> tuple[Tensor, ...]:
+        def loss_of(batch: tuple[Tensor, ...]) -> Tensor:
             layers: Activations = []
             keep = (lambda *layer: layers.append(layer)) if peer.in_hand else forget
+            return add(net(batch, keep), layers)
+
+        prepared = self.prepared(loss_of)
+
+        def call(i: int) -> tuple[Tensor, ...]:
             optimizer.zero_grad()
-            loss = add(net(sets[i % len(sets)], keep), layers)
+            loss = prepared(sets[i % len(sets)])
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             optimizer.step()
@@ -279,6 +289,17 @@ class TanhStep(StackStep):
     MODEL: ClassVar = "8 elementwise layers"
     LAYER: ClassVar = Tanh
     SECONDS: ClassVar = 20
+
+
+@dataclass(frozen=True)
+class CompiledStep(TanhStep):
+    """A step whose model, loss and penalty are one compiled graph."""
+
+    PASS: ClassVar = "compiled step"
+    PEERS: ClassVar = (WITHOUT, "eager", "fused_ar_tar")
+
+    def prepared(self, loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(loss_of, fullgraph=True, dynamic=False)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_a_gpu_runs_the_cases_of_a_cpu_in_the_order_of_their_use() -> None:
     assert {case for case in on_cpu if not isinstance(case, steps.Step)} < {*everything}
     kinds = product((cases.PenaltyCase, cases.DropoutCase), ((64, 70, 400), (128, 512, 1024)))
     assert {(type(case), case.shape) for case in everything[:8]} == {*kinds}
-    assert {type(case) for case in everything[8:17]} == {type(x) for x in on_cpu if isinstance(x, steps.Step)}
+    assert {type(case) for case in everything[8:19]} == {type(x) for x in on_cpu if isinstance(x, steps.Step)}
 
 
 @pytest.fixture
@@ -133,6 +133,7 @@ def test_the_calls_of_peers_give_the_same(case: Any, results: int) -> None:
 
 STEPS = (
     steps.MinGRUStep((2, 5, 4)),
+    steps.CompiledStep((2, 5, 4)),
     steps.LSTMStep((3, 6, 4)),
     steps.AWDLSTMStep((3, 6, 4), words=9, hidden=5, layers=2),
     steps.MambaStep((2, 5, 8)),
@@ -140,7 +141,7 @@ STEPS = (
 )
 
 
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.MODEL)
+@pytest.mark.parametrize("step", STEPS, ids=str)
 def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(
     step: steps.Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +290,7 @@ DROPOUT: MadeUp = report.DROPOUT, (64, 70, 400), dict.fromkeys(cases.DropoutCase
 PADDED_SECONDS = {"without lengths": 3.0, "eager": 4.0, "compiled": 0.5, "fastreg": 1.0}
 PADDED: MadeUp = report.PADDED, (64, 70, 400), PADDED_SECONDS
 STEP: MadeUp = report.STEP, (4, 5, 6), dict.fromkeys(steps.Step.PEERS, 3.0) | {"no penalty": 2.0, "compiled": 2.5}
+COMPILED: MadeUp = report.COMPILED, (5, 6, 7), {"no penalty": 2.0, "eager": 2.5, "fused_ar_tar": 2.5}
 NOISY: MadeUp = report.STEP, (7, 8, 9), dict.fromkeys(steps.Step.PEERS, 3.0) | {"no penalty": 4.0}
 GPU = {"copy_bandwidth": 3e12}
 
@@ -337,7 +339,10 @@ def test_the_guard_fails_on_a_loss_of_speed(
 
 def test_a_report_of_a_cpu_leads_with_memory_kept(tmp_path: Path) -> None:
     """Whichever was measured first. The README shows it alone."""
-    made = {machine.DEFAULT: penalties(8.0), machine.KEPT: [*penalties(4.0, 0.8), DROPOUT, PADDED, STEP, NOISY]}
+    made = {
+        machine.DEFAULT: penalties(8.0),
+        machine.KEPT: [*penalties(4.0, 0.8), DROPOUT, PADDED, STEP, COMPILED, NOISY],
+    }
     result = report.load(made_up(tmp_path, made))
     assert [part.allocator for part in result.parts()] == [machine.KEPT, machine.DEFAULT]
     first, second = report.figures([result]).split(report.HOW[machine.DEFAULT])
@@ -351,6 +356,7 @@ def test_a_report_of_a_cpu_leads_with_memory_kept(tmp_path: Path) -> None:
         "| (64, 70, 400), float32 | 3000 | 500 | 4000 | 2000 | 3.0x | 0.5x | 4.0x |",
         step := "| GRU, (4, 5, 6) | 210 | +50.0±0.0 | +100.0±0.0 | +100.0±0.0 |",
         "| GRU, (4, 5, 6) | 2 | +25.0% | +50.0% | +50.0% | +50.0% | +50.0% |",
+        "| GRU, (5, 6, 7) | 210 | 260 | 260 | 1.000±0.000x |",
         noisy := "| GRU, (7, 8, 9) | 410 | -100.0±0.0 |",
     ):
         assert text in first
