@@ -310,7 +310,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("view_of", "always one sequence", "x.outer == inner for", "True for"),
     ],
     "fastreg/torch_state.py": [
-        ("untraced", "Dynamo compiles what hooks call", "return _outside(run, function, args)", "return function(*args)"),
+        ("untraced", "Dynamo compiles in hooks", "return _outside(run, function, args)", "return function(*args)"),
         ("observed", "never", "return (", "return False and ("),
         ("observed", "under dispatch modes", "torch._C._len_torch_dispatch_stack() > 0", "False"),
         ("observed", "under forward mode", "forward_ad._current_level >= 0", "False"),
