@@ -20,7 +20,7 @@ FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 # Tests that another release of PyTorch or a framework may break, and tests that another Triton may break. The newest Triton
 # is in .venv, too. Tests that are marked as main run with the PyTorch of .venv alone.
 VERSION_TESTS = -m "not main" $(addprefix tests/test_,$(addsuffix .py,$(CORE) derivatives torch concurrency distributed \
-    package compiled_attach fastai lightning transformers))
+    package compiled_attach sequences fastai lightning transformers))
 TRITON_TESTS = tests/test_compiled.py tests/ptx/test_machine.py
 # Tests of code that depends on the processor.
 PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction axes padding dropout penalty transformers))

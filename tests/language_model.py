@@ -34,7 +34,7 @@ class Elementwise(nn.Module):
 
     bidirectional, proj_size = False, 0
 
-    def __init__(self, size: int = HIDDEN, _: int = HIDDEN, batch_first: bool = True) -> None:
+    def __init__(self, size: int, _: int, batch_first: bool) -> None:
         super().__init__()
         self.gate, self.batch_first = nn.Linear(size, size), batch_first
 
@@ -42,6 +42,44 @@ class Elementwise(nn.Module):
         time = int(self.batch_first)
         raw = state + (x * self.gate(x).sigmoid()).cumsum(time)
         return raw, raw.narrow(time, -1, 1)
+
+
+class Wrapper(nn.Module):
+    """Calls an LSTM."""
+
+    def __init__(self, *sizes: int, batch_first: bool) -> None:
+        super().__init__()
+        self.rnn, self.batch_first = nn.LSTM(*sizes, batch_first=batch_first), batch_first
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        return self.rnn(x, state)
+
+
+class Loop(nn.Module):
+    """Runs a cell over all time steps."""
+
+    def __init__(self, *sizes: int, batch_first: bool) -> None:
+        super().__init__()
+        self.cell, self.batch_first = nn.GRUCell(*sizes), batch_first
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        states = []
+        for step in x.unbind(int(self.batch_first)):
+            state = self.cell(step, state)
+            states.append(state)
+        return torch.stack(states, int(self.batch_first)), state
+
+
+class Locked(nn.Module):
+    """Variational dropout in plain PyTorch, with the mask of a `FusedRNNDropout` of the same seed."""
+
+    def __init__(self, p: float, batch_first: bool = True) -> None:
+        super().__init__()
+        self.p, self.batch_first = p, batch_first
+
+    def forward(self, raw: Tensor) -> Tensor:
+        row = raw.narrow(int(self.batch_first), 0, 1)
+        return raw * torch.empty_like(row).bernoulli_(1 - self.p).div_(1 - self.p) if self.training else raw
 
 
 class Model(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg import FusedRNNDropout, RNNRegularizer
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, Elementwise, seeded
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, Elementwise, Locked, Loop, Wrapper, seeded
 
 pytestmark = pytest.mark.usefixtures("dynamo")
 
@@ -22,53 +22,16 @@ USES = ("one run", "two runs", "first of two", "stepwise", "in_backward")
 DROPOUTS = ("none", "plain", "fused")
 
 
-class Wrapper(nn.Module):
-    """An LSTM in a module that is attached."""
-
-    batch_first = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(HIDDEN, HIDDEN, batch_first=True)
-
-    def forward(self, x: Tensor, state: Any = None) -> Any:
-        return self.rnn(x, state)
-
-
-class Loop(nn.Module):
-    """A loop over a cell, which is attached, or with stepwise the cell."""
-
-    batch_first = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.GRUCell(HIDDEN, HIDDEN)
-
-    def forward(self, x: Tensor, state: Any = None) -> Any:
-        states = []
-        for step in x.unbind(1):
-            state = self.cell(step, state)
-            states.append(state)
-        return torch.stack(states, 1), state
-
-
-class Locked(nn.Module):
-    """The dropout of the formula written out, with the mask of a `FusedRNNDropout`."""
-
-    def forward(self, raw: Tensor) -> Tensor:
-        return raw * raw.new_empty(len(raw), 1, HIDDEN).bernoulli_(1 - P).div_(1 - P)
-
-
 class Net(nn.Module):
     """Runs a module and its dropout in one of several ways; each item of its output depends on one run."""
 
     def __init__(self, kind: str, use: str, dropout: str, written_out: bool = False) -> None:
         super().__init__()
         made: dict[str, Any] = {"cell": Loop, "wrapper": Wrapper, "elementwise": Elementwise}
-        self.rnn: Any = made[kind]() if kind in made else getattr(nn, kind)(HIDDEN, HIDDEN, batch_first=True)
+        self.rnn: Any = (made.get(kind) or getattr(nn, kind))(HIDDEN, HIDDEN, batch_first=True)
         self.use, self.by_cell = use, kind == "cell" and use == "stepwise"
         self.used = 1 if use == "first of two" else None  # of the runs, by the loss
-        fused: Any = Locked() if written_out else FusedRNNDropout(P)
+        fused: Any = Locked(P) if written_out else FusedRNNDropout(P)
         self.dropout = {"none": None, "plain": nn.Dropout(P), "fused": fused}[dropout]
         self.decoder = nn.Linear(HIDDEN, 2)
 

@@ -1,0 +1,54 @@
+"""Random sequences of training steps with `attach`: `python -m tests.sequences` plays more of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.sequences import Play
+
+pytestmark = pytest.mark.usefixtures("dynamo")
+# The oldest and the newest PyTorch play a quarter.
+SEEDS = [pytest.param(seed, marks=() if seed % 4 == 0 else pytest.mark.main) for seed in range(40)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_random_sequence_gets_the_gradients_of_plain_pytorch(seed: int) -> None:
+    play = Play(seed)
+    try:
+        play.play()
+    finally:
+        print(f"seed {seed}: {play}")  # where the test fails
+    assert play.counts["compared"] > 0
+
+
+def scaled(name: str) -> Callable[[Any], None]:
+    return lambda play: setattr(play.reg, name, getattr(play.reg, name) * 1.001)
+
+
+# What makes a sequence wrong, and a seed of one that has it.
+WRONG: dict[str, tuple[int, Callable[[Any], None]]] = {
+    "alpha": (0, scaled("alpha")),
+    "beta": (0, scaled("beta")),
+    "the upstream gradient": (12, lambda play: setattr(play, "scale", play.scale * 1.001)),
+    "valid steps": (13, lambda play: play.masks.pop("valid", None)),
+    "starts": (89, lambda play: play.masks.pop("starts", None)),
+    "layers": (35, lambda play: setattr(play, "layers", "last")),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("what", WRONG)
+def test_a_sequence_that_is_wrong_fails(what: str, dtype: torch.dtype) -> None:
+    seed, change = WRONG[what]
+
+    class Wrong(Play):
+        def step(self) -> None:
+            change(self)
+            super().step()
+
+    with pytest.raises(AssertionError, match="relative error"):
+        Wrong(seed, dtype, False).play()
