@@ -462,7 +462,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     "fastreg/carry.py": [
         ("Carried", "gradients of a backward that failed",
          "self.backwards.get(current(), NOTHING_ADDED)", "next(iter(self.backwards.values()), NOTHING_ADDED)"),
-        ("Carried", "a gradient is added twice", "layer, left[i] = left[i], None", "layer = left[i]"),
         ("_Carry", "runs that are passed over", "run.refused = current()", "pass"),
         ("Carrier", "runs that are passed over without others", "self.raws or self.passed_over", "self.raws"),
         ("_part", "second derivatives of joined runs", " if x not in alive}", "}"),
