@@ -124,7 +124,7 @@ class Carrier:
 
     def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
         """Return the penalty, differentiable where it is added to the loss, or with `adds` their sum."""
-        if not ((self.raws or self.passed_over) and torch.is_grad_enabled()):
+        if not (self.raws and torch.is_grad_enabled()):
             return loss + penalty if adds else penalty
         if adds and type(loss) is not Tensor:  # a subclass would be a view, which nothing may change in place
             return loss + self.penalize(loss, penalty, False)
@@ -322,8 +322,6 @@ class Always:
 
     def _wait_for_raw(self, mark: Mark) -> None:
         """Check at the end of a backward that goes through another output of the module that one went through raw."""
-        if self.of_raw is not None:
-            return
         x, name = mark.itself(), mark.run.names[0]
         node = None if x is None else x.grad_fn
         following = [] if node is None else [x for x, _ in node.next_functions if x is not None and x.next_functions]
