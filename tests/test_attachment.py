@@ -374,6 +374,7 @@ def test_copied_hooks_do_nothing() -> None:
         twin.weight_ih_l0.zero_()
     again = pickle.loads(pickle.dumps(twin))
     assert not again._forward_hooks
+    assert "forward" not in vars(again)
     assert torch.equal(again.weight_ih_l0, twin.weight_ih_l0)
     of_twin = regularizer()
     of_twin.attach(twin)

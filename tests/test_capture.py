@@ -158,6 +158,14 @@ def test_a_loss_that_depends_on_the_latest_run_by_another_output(give: Callable[
     assert not any(ref() is not None for ref in alive)
 
 
+def test_a_loss_that_depends_on_one_of_two_modules() -> None:
+    modules, reg = nn.ModuleList([Returning(), Returning()]), regularizer(layers="all")
+    for module in modules:
+        reg.attach(module)
+    raw, _other = (module(inputs()) for module in modules)
+    check_gradients(modules, reg.on_backward_begin(raw.sum()), raw.sum() + formula(raw, raw, 1))
+
+
 class Passing(nn.GRU):
     """Returns its input beside its output."""
 
