@@ -24,7 +24,7 @@ from fastreg.dropout import carries
 from fastreg.prepare import plain
 from fastreg.problem import ARTAR, Coefficient, rows_of, time_dim_of
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.torch_state import current, is_memory, keeps_memory_low, observed, untraced
+from fastreg.torch_state import current, is_memory, keeps_memory_low, observed, transformed, untraced
 
 if TYPE_CHECKING:
     from fastreg.regularizer import RNNRegularizer
@@ -108,6 +108,8 @@ class Attachment:
         self.source, self.watch = source, watch
         self._names = type(source.module).__name__, type(source.dropout).__name__
         self._single: list[Any] = []  # what `Always` notes of runs of one time step
+        self._forwards: list[Any] = []  # of the modules, as their attributes
+        self._unmarked = 0  # how many runs no search can find, since a loss was regularized
         self.terms: ARTAR | None = None
         self._runs: list[weakref.ref[Run]] = []
         self._room = ROOM
@@ -125,7 +127,7 @@ class Attachment:
             vars(module)["__getstate__"] = MethodType(_state_without_hooks, module)
             # Dynamo does not guard on hooks, and would use code that was compiled for a module without them. It guards
             # on whether the instance has a forward of its own.
-            vars(module).setdefault("forward", module.forward)
+            self._forwards.append(vars(module).setdefault("forward", module.forward))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return an inert state: the hooks of a copied model must not reach this regularizer."""
@@ -134,6 +136,8 @@ class Attachment:
             "watch": None,
             "terms": None,
             "_single": [],
+            "_forwards": [],
+            "_unmarked": 0,
             "_runs": [],
             "_room": ROOM,
             "_held": [],
@@ -157,7 +161,7 @@ class Attachment:
         for module in self._modules():
             if not any(map(_is_own, vars(module)["_forward_hooks"].values())):
                 vars(module).pop("__getstate__", None)
-                if _has_own_forward(module):
+                if _is_forward_of(module) and vars(module)["forward"] in self._forwards:
                     del module.forward
         self.clear()
         owner, self._owner = self._owner(), nothing
@@ -182,7 +186,7 @@ class Attachment:
                 run.drop()
             elif run is not None:
                 left.append(ref)
-        self._runs, self._held, self._latest = left, [], nothing
+        self._runs, self._held, self._latest, self._unmarked = left, [], nothing, 0
 
     def chosen(self, runs: list[Run], reached: Reached) -> list[Run]:
         """Return those of the runs that a loss reaches.
@@ -192,7 +196,7 @@ class Attachment:
         """
         found = [run for run in runs if run in reached]
         latest = self._latest() if self.source.module.training else None
-        if not found and latest is not None and not (reached and latest.carriers):
+        if not found and latest is not None and not (reached and latest.carriers and latest.marked):
             return [latest]
         return found
 
@@ -210,6 +214,11 @@ class Attachment:
             raise RuntimeError(
                 f"on_backward_begin: the {module} ran {len(runs)} times, over one time step each, which leaves no "
                 "changes for TAR; attach(..., stepwise=True) joins the runs of a step along time"
+            )
+        if self._unmarked > 1 and any(not run.marked for run in runs):
+            raise RuntimeError(
+                f"on_backward_begin: the {module} ran {self._unmarked} times under a transform of torch.func, under "
+                "forward-mode AD or in a trace, of which the latest run alone is kept; use fused_ar_tar there"
             )
         for run in runs:
             if loss.requires_grad and not run.grad_enabled:
@@ -246,6 +255,12 @@ class Attachment:
                 f"attach: DataParallel runs a replica of the attached {type(module).__name__} on each device, where "
                 "each penalty would count in full. Use DistributedDataParallel; or let the model return (decoded, raw, "
                 "dropped), which DataParallel gathers, for on_loss_begin"
+            )
+        own: Any = vars(module).get("forward")
+        if own in self._forwards and isinstance(own, MethodType) and own != MethodType(type(module).forward, module):
+            raise RuntimeError(
+                f"attach: this {type(module).__name__} shares the attributes of the attached one, or its class got "
+                "another forward, so that the old one would run; remove() the attachment before, and attach again"
             )
         hooks = vars(module)["_forward_hooks"]
         own = self._last[-1 if module is self.source.dropout else 0].id
@@ -292,9 +307,16 @@ class Attachment:
         run = Run(captured, dropped, packed, source.time_at, valid, starts, torch.is_grad_enabled(), is_step)
         run.names, run.guard = self._names, self._guard()
         self._note(run)
-        seen = observed()
-        self._mark(run, captured, rows, seen)
-        if result is not rows and not seen:
+        run.marked = not transformed()
+        if not run.marked:
+            self._unmarked += 1
+            if isinstance(run.guard, Always):
+                raise RuntimeError(
+                    "attach: in_backward does not go with transforms of torch.func, forward-mode AD and traces, where "
+                    "no hook sees a gradient; use on_backward_begin or fused_ar_tar"
+                )
+        self._mark(run, captured, rows)
+        if result is not rows and run.marked:
             self._mark_others(run, rows, (args, kwargs), result)
         if dropped is not None:
             self._carry(run)
@@ -314,9 +336,9 @@ class Attachment:
         self._latest, self._held = weakref.ref(run), []
         self._runs.append(self._latest)
 
-    def _mark(self, run: Run, captured: Captured, x: Tensor, seen: bool) -> None:
-        """Let the graph keep a run, and hook its tensor; hold a run that has no graph, or that PyTorch observes."""
-        if captured.needs and not seen:
+    def _mark(self, run: Run, captured: Captured, x: Tensor) -> None:
+        """Let the graph keep a run, and hook its tensor; hold a run that has no graph, or that PyTorch transforms."""
+        if captured.needs and run.marked:
             Mark(run, captured, x).hook(x)
         elif not self._held or self._held[0] is run:
             self._held += run, x
@@ -334,7 +356,7 @@ class Attachment:
         before = are_before(rows.grad_fn, [x.grad_fn for x in others])
         for x in others:
             mark = Mark(run, None, x, None if x.grad_fn in before else rows)
-            if self.source.scale is not None:
+            if self.source.scale is not None or not self.watch.content:
                 mark.hook(x)
         if before and not self._held:
             self._held += run, rows
@@ -364,6 +386,13 @@ class Attachment:
             run.starts = run.starts if starts is None else starts
         run.grad_enabled &= torch.is_grad_enabled()
         rows = rows_of(result)
+        if run.dropped is not None and not (rows is given and run.dropped is run.raw):
+            if not torch.is_grad_enabled():
+                return
+            raise RuntimeError(
+                f"attach: the attached {type(dropout).__name__} got the same output of the {run.names[0]} twice, and "
+                "AR is of one result; use fused_ar_tar, or attach no dropout"
+            )
         if rows is given:  # the dropout dropped nothing
             run.dropped = run.raw
             self._carry(run)
@@ -395,7 +424,7 @@ class Attachment:
             run.fused, run.terms = captured, formed.terms[1:]
             Mark(run, captured, formed.dropped)
         elif not of_raw:
-            self._mark(run, captured, rows, observed())
+            self._mark(run, captured, rows)
         self._carry(run, None if run.fused is None or formed is None else formed.dropped.grad_fn)
 
     def _carry(self, run: Run, node: Any = None) -> None:
@@ -405,7 +434,7 @@ class Attachment:
             self.terms = run.guard.form(run, node, owner.alpha, owner.beta, scale)
             owner.note()
             self._runs = [ref for ref in self._runs if ref() is not run]
-            self._held, self._latest = [], nothing
+            self._held = []
 
     def _marks_of(self, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None] | None:
         """Return the valid steps and the starts of the raw among the arguments of a fused dropout."""
@@ -445,14 +474,13 @@ def _state_without_hooks(module: nn.Module) -> Any:
         return state
     ids = {i for name in HOOKS for i, hook in state[name].items() if _is_own(hook)}
     others = {name: OrderedDict((i, x) for i, x in state[name].items() if i not in ids) for name in HOOKS}
-    added = {"__getstate__", "forward"} if _has_own_forward(module) else {"__getstate__"}
+    added = {"__getstate__", "forward"} if _is_forward_of(module) else {"__getstate__"}
     return {name: value for name, value in state.items() if name not in added} | others
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    """Return whether a module has the forward of its class as an attribute of its own, as an attachment makes it."""
-    own: Any = vars(module).get("forward")
-    return getattr(own, "__self__", None) is module and own.__func__ is type(module).forward
+def _is_forward_of(module: nn.Module) -> bool:
+    """Return whether a module has a method of its own as its forward, as an attachment makes it."""
+    return getattr(vars(module).get("forward"), "__self__", None) is module
 
 
 def _marks_given(args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -8,6 +8,7 @@ gradients of the penalties in `fastreg.carry` to the gradient that arrives there
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections import deque
@@ -50,7 +51,7 @@ class Captured:
 
 
 class Guard(Protocol):
-    """See each gradient that passes a tensor of a run that no loss has taken."""
+    """See each gradient that passes a tensor of a run."""
 
     def passed(self, mark: Mark, gradient: Tensor | None) -> Tensor | None:
         """Return the gradient to go on with."""
@@ -73,7 +74,8 @@ class Run:
         fused: the output of a fused dropout, whose node carries the whole penalty, or `None`.
         terms: AR and TAR as that dropout computed them.
         names: of the types of the module and of its dropout, for messages.
-        guard: sees the gradients that pass, until a loss takes the run.
+        guard: sees the gradients that pass.
+        marked: whether its graph keeps it, so that a search can find it.
         keepers: weak references to the marks that keep raw.
         missed: whether a search of a whole graph has not found it.
         refused: the id of a backward that must not reach it, as its loss was not searched for it.
@@ -91,6 +93,7 @@ class Run:
     terms: tuple[Tensor, ...] = ()
     names: tuple[str, str] = ("", "")
     guard: Guard | None = None
+    marked: bool = True
     keepers: list[weakref.ref[Mark]] = field(default_factory=list)
     missed: bool = False
     refused: int | None = None
@@ -165,12 +168,7 @@ class Run:
         return captured.data if x is None else plain(x)
 
     def drop(self) -> None:
-        """Free the tensors of a run that is taken; their hooks still add the gradients of penalties."""
-        self.guard = None
-        self.free()
-
-    def free(self) -> None:
-        """Free the tensors."""
+        """Free the tensors; their hooks still add the gradients of penalties."""
         for x in (self.raw, self.dropped, self.fused):
             if x is not None:
                 x.data = EMPTY
@@ -231,15 +229,15 @@ class Mark:
 
 
 class Watch:
-    """See the backwards of a regularizer's runs that no loss has taken.
+    """See the backwards through a regularizer's runs, to miss the penalty.
 
     Attributes:
-        taken: whether a penalty was ever taken, or its absence was warned of.
+        content: whether a backward ever had a penalty, or its absence was warned of.
         task: the id of the first backward without it.
     """
 
     def __init__(self) -> None:
-        self.taken = False
+        self.content = False
         self.task: int | None = None
 
     def passed(self, mark: Mark, gradient: Tensor | None) -> Tensor | None:
@@ -248,24 +246,35 @@ class Watch:
         Raises:
             RuntimeError: the loss of this backward has a penalty, in which the run is not.
         """
-        task, run = current(), mark.run
+        run = mark.run
+        if self.content and run.refused is None:
+            return gradient
+        task = current()
         if run.refused == task:
             raise RuntimeError(
                 f"on_backward_begin: the loss depends on a run of the {run.names[0]} that an earlier loss did not "
                 "depend on, beside later runs, so that its penalty was not found. Take the penalty of the runs of one "
-                "loss before the next run of the module"
+                "loss before the next run of the module, or give each loss a regularizer of its own"
             )
-        if not self.taken and self.task != task:
+        if not self.content and self.task != task:
             if self.task is not None:
-                self.taken = True
+                self.content = True
                 warnings.warn(
-                    f"attach: a second backward goes through the output of the attached {run.names[0]}, and no penalty "
-                    "was taken: call loss = regularizer.on_backward_begin(loss) before loss.backward(), or "
+                    f"attach: a second backward goes through the output of the attached {run.names[0]}, and neither "
+                    "had a penalty: call loss = regularizer.on_backward_begin(loss), and then loss.backward(); or "
                     "attach(..., in_backward=True)",
-                    stacklevel=3,
+                    stacklevel=_level_of_caller(),
                 )
             self.task = task
         return gradient
+
+
+def _level_of_caller() -> int:
+    """Return how many frames above the caller's the code lies that is neither fastreg's nor PyTorch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastreg", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _version(x: Tensor) -> int:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from fastreg.addition import Addition
 from fastreg.arguments import check_options
-from fastreg.capture import EMPTY, Captured, Mark, Run, Search
+from fastreg.capture import EMPTY, Captured, Mark, Run, Search, Watch
 from fastreg.dropout import Upstream
 from fastreg.kernels.view import NOTHING, Values
 from fastreg.penalty import Computed, penalty_of
@@ -106,10 +106,12 @@ class Carrier:
         raws: of each term the activation, to be saved for the backward; `None` for that of a fused dropout.
         values: the numbers of the terms that read values, which are few, and their values.
         passed_over: the runs that the backward must not reach, as the loss was not searched for them.
+        watch: sees whether a backward has the penalty, or `None`.
     """
 
     def __init__(self, passed_over: Sequence[weakref.ref[Run]] = ()) -> None:
         self.carried, self.passed_over = Carried(), passed_over
+        self.watch: Watch | None = None
         self.raws: list[Tensor | None] = []
         self.values: list[tuple[int, Values]] = []
 
@@ -125,6 +127,8 @@ class Carrier:
     def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
         """Return the penalty, differentiable where it is added to the loss, or with `adds` their sum."""
         if not (self.raws and torch.is_grad_enabled()):
+            if self.watch is not None:
+                self.watch.content = True  # no hook carries the penalty
             return loss + penalty if adds else penalty
         if adds and type(loss) is not Tensor:  # a subclass would be a view, which nothing may change in place
             return loss + self.penalize(loss, penalty, False)
@@ -136,7 +140,8 @@ class _Carry(Function):
 
     @staticmethod
     def forward(ctx: Any, carrier: Carrier, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
-        ctx.carried, ctx.passed_over, ctx.values, saved = carrier.carried, carrier.passed_over, (), carrier.raws
+        ctx.carried, ctx.passed_over, ctx.watch = carrier.carried, carrier.passed_over, carrier.watch
+        ctx.values, saved = (), carrier.raws
         if carrier.values:
             ctx.values = [(i, dtypes_of(values)) for i, values in carrier.values]
             saved = [*saved, *[x for _, values in carrier.values for x in values]]
@@ -147,6 +152,8 @@ class _Carry(Function):
     @staticmethod
     @untraced
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.watch is not None:
+            ctx.watch.content = True
         for ref in ctx.passed_over:
             if (run := ref()) is not None:
                 run.refused = current()
@@ -270,6 +277,7 @@ class Always:
         task, run, captured = current(), mark.run, mark.captured
         if captured is None:
             self._wait_for_raw(mark)
+        if captured is None or gradient is None:  # a loss that does not depend on the tensor, as with DDP's sink
             return gradient
         of_raw = captured is run.raw
         self._check(run.fault if run.raw.data is not EMPTY else FREED)
@@ -280,9 +288,9 @@ class Always:
             self.of_dropped = task
         if of_raw in self.additions:
             addition, values = self.additions[of_raw]
-            gradient = addition(self.grad, Layer(captured.data, None, values), _arrived(gradient))
+            gradient = addition(self.grad, Layer(captured.data, None, values), gradient)
         if not keeps_graph() and (of_raw or not run.raw.needs):
-            run.free()
+            run.drop()
         return gradient
 
     def upstream(self, problem: Problem, values: Values) -> Upstream:
@@ -396,7 +404,7 @@ def _part(group: Sequence[Run], nodes: Mapping[Captured | None, Any]) -> _Part:
         nodes = {x: node for x, node in nodes.items() if x not in alive}
 
     def summed(run: Run, x: Captured) -> Tensor:
-        return x.data if x in nodes or not x.needs else run.tensor_of(x)
+        return x.data if x in nodes else run.tensor_of(x)
 
     first, raws, kept = group[0], [], []
     for run in group:

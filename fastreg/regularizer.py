@@ -255,8 +255,6 @@ class RNNRegularizer:
         chosen = [x for x in self._attached if self.carries(x) and x.source.scale is None]
         if self._attached and not chosen:
             raise RuntimeError("on_backward_begin: attach(..., in_backward=...) adds the penalty already; leave it out")
-        for attachment in chosen:
-            attachment.watch.taken = True
         try:
             if not isinstance(loss, Tensor):
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
@@ -287,6 +285,7 @@ class RNNRegularizer:
             if not groups:
                 return None
             formed = penalty_of_runs(groups, found, loss, self.alpha, self.beta)
+            formed[1].watch = attached[0].watch
             if self.bptt is not None:
                 self._sizes = groups[-1][-1].sizes
             return formed

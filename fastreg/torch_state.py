@@ -43,8 +43,15 @@ def observed() -> bool:
     """Return whether PyTorch is tracing or transforming the call, so that it must see the formula."""
     return (
         torch.compiler.is_dynamo_compiling()  # a compiler fuses the formula with its neighbours
-        or torch._C._is_tracing()  # torch.jit.trace records operators
         or torch._C._len_torch_dispatch_stack() > 0  # a mode intercepts operators, as of fake tensors in an export
+        or transformed()
+    )
+
+
+def transformed() -> bool:
+    """Return whether a call is recorded or transformed, so that no hook of its tensors sees the derivative."""
+    return (
+        torch._C._is_tracing()  # torch.jit.trace records operators
         or torch._C._are_functorch_transforms_active()  # vmap and grad transform operators
         or forward_ad._current_level >= 0  # forward-mode derivatives are those of operators
     )

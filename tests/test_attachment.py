@@ -235,7 +235,7 @@ def test_loops_without_the_penalty_hold_one_run_at_most(loop: str) -> None:
     """Where the optimizer leaves the versions of the weights, and the loss lives until the next one, too."""
     model, reg = seeded(Model), regularizer()
     handle, alive = reg.attach(model.rnn, model.dropout), []
-    penalty_of(reg, model(tokens()))  # the only one: a loop that never takes any is warned of
+    penalty_of(reg, model(tokens())).backward()  # the only one: a loop without any is warned of
     optimizer = Adam(model.parameters(), fused=True)
     for _ in range(ROOM + 6):
         with torch.set_grad_enabled(loop != "forwards without gradients"):

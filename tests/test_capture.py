@@ -100,7 +100,7 @@ def test_runs_go_with_their_graph(dropout: nn.Module | None) -> None:
     module, reg, alive = Returning(lambda hidden: SimpleNamespace(hidden=hidden)), regularizer(), []
     handle = reg.attach(module, dropout, output=opened)
     after = nn.Identity() if dropout is None else dropout
-    penalty_of(reg, after(module(inputs()).hidden))  # the only one: a loop that never takes any is warned of
+    penalty_of(reg, after(module(inputs()).hidden)).backward()  # the only one: a loop without any is warned of
     for _ in range(5):
         raw = module(inputs()).hidden
         alive.append(weakref.ref(raw))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastreg import FusedRNNDropout, RNNRegularizer
+from fastreg import FusedRNNDropout
 from tests.language_model import BATCH, BETA, HIDDEN, TIME, formula, gru, inputs, regularizer, seeded, unwanted
 
 DROPOUTS = [None, nn.Dropout(0.0), nn.Dropout(0.4), FusedRNNDropout(0.4)]
@@ -215,42 +217,147 @@ def test_second_derivatives_of_joined_runs_of_which_the_loss_reaches_the_last(wh
     torch.testing.assert_close(*results)
 
 
+class Mode(TorchDispatchMode):
+    """Sees operators, as selective checkpointing does, and a counter of operations."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@each_dropout
+@pytest.mark.parametrize("use", ["in_backward", "two runs", "stepwise"])
+def test_runs_under_a_dispatch_mode(use: str, dropout: Any) -> None:
+    x, results = inputs(), []
+    for hooked in (True, False):
+        rnn, reg = gru(), regularizer()
+        if hooked:
+            reg.attach(rnn, dropout, in_backward=use == "in_backward", stepwise=use == "stepwise")
+        torch.manual_seed(3)
+        raws, kept = [], []
+        with Mode():
+            for part in [x] if use == "in_backward" else x.split(4, 1):
+                raw, dropped = run(rnn, dropout, part)
+                raws.append(raw)
+                kept.append(dropped)
+        loss = sum((x.square().sum() for x in kept), torch.zeros(()))
+        pairs = [(torch.cat(raws, 1), torch.cat(kept, 1))] if use == "stepwise" else zip(raws, kept, strict=True)
+        if not hooked:
+            loss = sum((formula(*pair, 1) for pair in pairs), loss)
+        elif use != "in_backward":
+            loss = reg.on_backward_begin(loss)
+        results.append(gradients(loss, rnn))
+    torch.testing.assert_close(*results)
+
+
+def test_transforms_of_which_no_hook_sees_the_derivative() -> None:
+    (rnn, _reg), x = attached_gru(), inputs()
+    parameters = {name: p.detach() for name, p in rnn.named_parameters()}
+    call = lambda p: torch.func.functional_call(rnn, p, (x,))[0].sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"attach: in_backward does not go with transforms of torch.func"):
+        torch.func.grad(call)(parameters)
+    rnn, reg = attached_gru(in_backward=False)
+    with pytest.raises(RuntimeError, match=r"the GRU ran 2 times under a transform of torch.func"):
+        torch.func.grad(lambda p: reg.on_backward_begin(call(p) + call(p)))(parameters)
+
+
+def test_forward_mode_derivatives() -> None:
+    rnn, reg, x = nn.Linear(HIDDEN, HIDDEN), regularizer(), inputs()
+    reg.attach(rnn, batch_first=True)
+    parameters = {name: p.detach() for name, p in rnn.named_parameters()}
+    tangents = {name: torch.ones_like(p) for name, p in parameters.items()}
+
+    def loss(hooked: bool, parameters: Any) -> Tensor:
+        raw = torch.func.functional_call(rnn, parameters, (x,))
+        return reg.on_backward_begin(raw.sum()) if hooked else raw.sum() + formula(raw, raw, 1)
+
+    got, want = (torch.func.jvp(partial(loss, x), (parameters,), (tangents,)) for x in (True, False))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS[2:], ids=["plain", "fused"])
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_a_dropout_that_gets_raw_twice(in_backward: bool, dropout: Any) -> None:
+    rnn, _reg = attached_gru(dropout, in_backward=in_backward)
+    raw, _ = run(rnn, dropout)
+    with torch.no_grad():
+        dropout(raw)
+    with pytest.raises(RuntimeError, match=r"attach: .* got the same output of the GRU twice"):
+        dropout(raw)
+
+
+def test_a_copy_that_shares_attributes() -> None:
+    """As meta-learning makes them; the forward that Dynamo sees is that of the attached module."""
+    rnn, _reg = attached_gru()
+    clone = object.__new__(nn.GRU)
+    vars(clone).update(vars(rnn))
+    with pytest.raises(RuntimeError, match="attach: this GRU shares the attributes of the attached one"):
+        clone(inputs())
+
+
+class Sink(torch.autograd.Function):
+    """Passes on one of two tensors, as `DistributedDataParallel` links the outputs of a model."""
+
+    @staticmethod
+    def forward(ctx: Any, used: Tensor, _: Tensor) -> Tensor:
+        return used.view_as(used)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, None
+
+
+def test_an_output_that_gets_no_gradient() -> None:
+    rnn, _reg = attached_gru()
+    x = inputs().requires_grad_()
+    Sink.apply(x, rnn(inputs())[0]).sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in rnn.parameters())
+
+
 # A penalty that was forgotten
 
 
-def backwards(reg: RNNRegularizer, rnn: nn.Module, dropout: Any, count: int = 3) -> list[str]:
+def backwards(rnn: nn.Module, dropout: Any, count: int = 3, of: str = "output", before: Any = None) -> list[str]:
+    """Run backwards of the output, or of the state, and return the warnings; `before` gets each loss."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(count):
-            run(rnn, dropout)[1].sum().backward()
-    return [str(x.message) for x in caught if "no penalty was taken" in str(x.message)]
+            raw, state = rnn(inputs())
+            dropped = raw if dropout is None else dropout(raw)
+            loss = (dropped if of == "output" else state).sum()
+            if before is not None:
+                before(loss)
+            loss.backward()
+    found = [x for x in caught if "neither had a penalty" in str(x.message)]
+    assert all(x.filename == __file__ for x in found)
+    return [str(x.message) for x in found]
 
 
 @each_dropout
-def test_a_forgotten_penalty_is_warned_of_once(dropout: Any) -> None:
+@pytest.mark.parametrize(
+    ("misuse", "of"), [("no call", "output"), ("no call", "state"), ("a call whose result is dropped", "output")]
+)
+def test_a_forgotten_penalty_is_warned_of_once(misuse: str, of: str, dropout: Any) -> None:
     rnn, reg = attached_gru(dropout, in_backward=False)
-    assert backwards(reg, rnn, dropout, 1) == []
-    (message,) = backwards(reg, rnn, dropout, 1)
+    before = None if misuse == "no call" else reg.on_backward_begin
+    assert backwards(rnn, dropout, 1, of, before) == []
+    (message,) = backwards(rnn, dropout, 1, of, before)
     assert "second backward goes through the output of the attached GRU" in message
-    assert "regularizer.on_backward_begin(loss)" in message
-    assert backwards(reg, rnn, dropout) == []
+    assert "loss = regularizer.on_backward_begin(loss)" in message
+    assert backwards(rnn, dropout, 3, of, before) == []
 
 
 @each_dropout
-@pytest.mark.parametrize("why", ["taken before", "evaluation", "without gradients", "in_backward"])
+@pytest.mark.parametrize("why", ["a backward had one", "evaluation", "without gradients", "in_backward"])
 def test_no_warning_of_a_penalty_that_was_not_forgotten(why: str, dropout: Any) -> None:
     rnn, reg = attached_gru(dropout, in_backward=why == "in_backward")
-    if why == "taken before":
+    if why == "a backward had one":
         reg.on_backward_begin(run(rnn, dropout)[1].sum()).backward()
     elif why == "evaluation":
         rnn.eval()
     elif why == "without gradients":
         rnn.requires_grad_(False)
-        assert backwards(reg, nn.Sequential(rnn), None, 0) == []
-        for _ in range(3):
-            (run(rnn, dropout)[1] * torch.ones((), requires_grad=True)).sum().backward()
-        return
-    assert backwards(reg, rnn, dropout) == []
+        dropout = nn.Sequential(nn.Linear(HIDDEN, HIDDEN))
+    assert backwards(rnn, dropout) == []
 
 
 # A run that the loss does not reach
