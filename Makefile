@@ -15,7 +15,7 @@ CPP = $(wildcard kernels/*.cpp kernels/*.h)
 PARALLEL ?= --numprocesses logical --maxprocesses 4
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding axes dropout addition))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout addition padding axes kernels sizes))
-CORE = reference layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout attachment capture
+CORE = reference view steps layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout attachment capture
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 # Tests that another release of PyTorch or a framework may break, and tests that another Triton may break. The newest Triton
 # is in .venv, too. Tests that are marked as main run with the PyTorch of .venv alone.

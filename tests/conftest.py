@@ -7,7 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from fastreg import FusedRNNDropout, carry, dropout, penalty, regularizer
-from fastreg.backends import TRITON, backend_for
+from fastreg.backends import TRITON, backend_for, cpu_tensors_by
+from fastreg.kernels.view import Result
 from fastreg.plans import forget
 from tests.language_model import Model, Stack
 
@@ -32,6 +33,9 @@ gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the real kernels did not run"),
 ]
+interpreted = pytest.mark.skipif(
+    not KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU"
+)
 
 
 def pytest_report_header() -> str:
@@ -59,6 +63,11 @@ def skip_on_formula(device: str) -> None:
     """Skip a promise of the kernels alone: the plain formula rounds and keeps memory as PyTorch does."""
     if device == "cpu" and CPU is None:
         pytest.skip("the C++ kernels were not built: CPU tensors take the plain formula")
+
+
+def by_formula() -> AbstractContextManager[None]:
+    """Run CPU tensors by the plain formula inside of the block."""
+    return cpu_tensors_by(None)
 
 
 @contextmanager
@@ -135,6 +144,41 @@ def dynamo() -> Iterator[Any]:
     torch._dynamo.reset()
     yield torch._dynamo.config
     torch._dynamo.reset()
+
+
+class LastPrograms:
+    """Have the interpreter run the last two items of a kernel alone, as if each were a program."""
+
+    def __init__(self, kernel: Any):
+        self.kernel, self.arg_names = kernel, kernel.arg_names
+
+    def __getitem__(self, _: object) -> Any:
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        def launch(*arguments: Any, **constants: Any) -> None:
+            items = arguments[self.arg_names.index("items")]
+
+            def place(x: int, *_: int) -> None:
+                builder.grid_dim, builder.grid_idx = (items, 1, 1), (items - 2 + x, 0, 0)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(builder, "set_grid_idx", place)
+                self.kernel[(2,)](*arguments, **constants)
+
+        return launch
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
+def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device; the interpreter takes too long for such sizes, and runs the end of the backward alone."""
+    if request.param == "cpu":
+        from fastreg.kernels import dropout, penalty
+
+        for kernels, name in ((penalty, "penalty_kernel"), (dropout, "dropout_backward")):
+            monkeypatch.setattr(kernels, name, LastPrograms(getattr(kernels, name)))
+        for forward in (penalty.PenaltyForward, dropout.DropoutForward):
+            monkeypatch.setattr(forward, "__call__", lambda *_: Result(torch.zeros(()), None, None))
+    return request.param
 
 
 @pytest.fixture(params=[nn.Dropout, FusedRNNDropout])

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.problem import ARTAR
+from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import INTERPRETED
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 

@@ -55,9 +55,9 @@ TESTS = {
     "fastreg/reference.py": ["reference", "padding", "axes", "coefficients", "derivatives", "penalty", "torch"],
     "fastreg/problem.py": ["reference", "padding", "axes", "coefficients", "derivatives", "penalty"],
     "fastreg/arguments.py": ["layout", "plans", "padding", "penalty", "dropout"],
-    "fastreg/view.py": ["layout", "prediction", "axes", "penalty", "padding", "dropout", "torch"],
+    "fastreg/view.py": ["view", "prediction", "axes", "penalty", "padding", "dropout", "torch"],
     "fastreg/plans.py": ["plans", "penalty", "torch"],
-    "fastreg/prepare.py": ["layout", "plans", "padding", "axes", "penalty", "dropout", "prediction"],
+    "fastreg/prepare.py": ["layout", "steps", "plans", "padding", "axes", "penalty", "dropout", "prediction"],
     "fastreg/torch_state.py": ["padding", "penalty", "dropout", "derivatives", "torch", "compiled_attach"],
     "kernels/view.py": ["kernels", "padding"],
     **{

@@ -1,8 +1,7 @@
-"""The one view of every layout, and one case for each bad argument."""
+"""One case for each bad argument."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -11,9 +10,6 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.kernels.view import NOTHING, layout_of
-from fastreg.problem import Layer, Problem
-from fastreg.view import fold_of, view_of
 from tests.conftest import skip_without
 
 X = torch.randn(2, 5, 8)
@@ -38,34 +34,6 @@ ROWS_OF_ROWS = tuple.__new__(PackedSequence, (PACKED.data[None], PACKED.batch_si
 SIZES = "raw.batch_sizes: expected sizes above 0 that never grow and add up to the 8 rows, got"
 OTHER_STEPS = r"raw\[1\]: expected the batch and time steps of raw\[0\],"
 IDS = PackedSequence(PACKED.data.long(), PACKED.batch_sizes)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "batch_first", "sizes", "strides", "copied"),
-    [
-        ([X], True, (2, 5, 8), [(40, 8)], [False]),
-        ([X], False, (1, 2, 40), [(8, 40)], [False]),
-        ([X[0]], True, (1, 5, 8), [(8, 8)], [False]),
-        ([X[:1]], True, (1, 5, 8), [(8, 8)], [False]),
-        ([X.transpose(0, 1)], False, (2, 5, 8), [(40, 8)], [False]),
-        ([X, X.transpose(0, 1).contiguous().transpose(0, 1)], True, (2, 5, 8), [(40, 8), (8, 16)], [False, False]),
-        ([X[..., 1:7]], True, (2, 5, 6), [(40, 8)], [False]),
-        ([X[..., ::2]], True, (2, 5, 4), [(20, 4)], [True]),
-        ([X[..., :1]], True, (1, 5, 2), [(2, 2)], [True]),
-        ([X[:1].expand(3, 5, 8)], True, (3, 5, 8), [(0, 8)], [False]),
-        ([None, X], True, (2, 5, 8), [(0, 0), (40, 8)], [False, False]),
-    ],
-)
-def test_view(
-    tensors: Sequence[torch.Tensor | None], batch_first: bool, sizes: Any, strides: Any, copied: Sequence[bool]
-) -> None:
-    layouts = [None if x is None else layout_of(x) for x in tensors]
-    first = next(x for x in tensors if x is not None)
-    fold = fold_of(layouts, Layer(first, None), Problem(2.0, 1.0, -2 if batch_first else 0))
-    got = view_of(layouts, fold, NOTHING)
-    assert got[:3] == sizes
-    assert [(0, 0) if x is None else (x.outer, x.time) for x in got.operands] == strides
-    assert [x is not None and fold.read(x) is not x for x in tensors] == copied
 
 
 # One tensor or list for both; or raw and dropped.

@@ -10,13 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.overrides import TorchFunctionMode
 
-from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.backends import backend_for
-from fastreg.kernels.view import Operand, Sums, Values, View
-from fastreg.prepare import values_of
-from fastreg.problem import ARTAR, Call, Problem
+from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import INTERPRETED, skip_on_formula, skip_without
 from tests.exact import assert_gradient, assert_terms, check_dropout, check_penalty, exact, spoil, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Sample, every_other, sliced, transposed
@@ -370,50 +365,6 @@ def test_batch_sizes_that_change_in_shared_memory(device: str) -> None:
     sizes[:] = 10**8
     (gradient,) = torch.autograd.grad(got, rows, torch.tensor(5.0, device=device))
     assert torch.equal(gradient, want)
-
-
-def test_lengths_that_cannot_be_looked_at_are_clamped(device: str) -> None:
-    skip_on_formula(device)
-    valid = marks("lengths, some", device)
-    raw, dropped = activations(valid, FLOAT, FLOAT)
-    lengths = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in valid.sum(1).tolist()], device=device)
-    view = View(6, 9, 12, (*(Operand(FLOAT, 9 * 12, 12),) * 2, None, None))
-    sums = Sums(FLOAT, ALPHA, BETA, ar=True, tar=True, ar_of_raw=False, divisors=None)
-    backend = backend_for(raw.device)
-    assert backend is not None
-    got = backend.penalty_forward(view, sums, raw.device)((raw, dropped, None, None), Values(lengths))
-    assert_terms(ARTAR(got.penalty, *got.terms), truth(exact(raw), exact(dropped), ALPHA, BETA, valid=valid), FLOAT)
-
-
-class Queue(TorchFunctionMode):
-    """Stand in for a GPU: CPU tensors say that they are pinned, and copies to a device wait for `read()`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting: list[Tensor] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = dict(kwargs or {})
-        if function is Tensor.is_pinned:
-            return True
-        options.pop("pin_memory", None)
-        if function is Tensor.to and options.get("non_blocking"):
-            self.waiting.append(args[0])
-        return function(*args, **options)
-
-    def read(self) -> list[list[Any]]:
-        return [x.tolist() for x in self.waiting]
-
-
-@by_both
-def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone_by_a_stand_in_for_a_gpu(steps: str) -> None:
-    ((name, argument),) = given(steps).items()
-    before, x = argument.tolist(), torch.empty(*marks(steps).shape, 8, device="meta")
-    call = Call(x, x, ALPHA, BETA, **{name: argument})
-    with Queue() as queue:
-        values_of(call, Problem(ALPHA, BETA), x)
-        argument.zero_()
-        assert queue.read() == [before]
 
 
 @pytest.mark.gpu

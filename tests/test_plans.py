@@ -18,7 +18,8 @@ from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, dropout, fused_ar_ta
 from fastreg.backends import cpu_tensors_by
 from fastreg.plans import Plans, forget
 from fastreg.prepare import plain_pair
-from tests.calls import flat
+from tests.calls import flat, leaves
+from tests.conftest import skip_on_formula
 from tests.samples import Decorated, every_other, transposed
 
 BATCH, TIME, HIDDEN = 3, 5, 8
@@ -281,3 +282,24 @@ def test_a_backward_runs_by_the_backend_of_its_forward(how: str) -> None:
     got = loss()
     with cpu_tensors_by(None):
         torch.testing.assert_close(torch.autograd.grad(got, x)[0], want)
+
+
+def test_what_is_expected_is_written_ahead(device: str, allocated: list[Any]) -> None:
+    """The upstream gradient of the last backward; a backward that is given it allocates nothing."""
+    skip_on_formula(device)
+    raw, dropped = leaves(7, device=device)
+    grad = torch.tensor(3.0, device=device)
+    for _ in range(2):
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+        assert len(allocated) == 2
+        (_, ahead), *_ = got.grad_fn.ahead  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        values = [x.clone() for x in ahead]
+        gradients = torch.autograd.grad(got, (raw, dropped), grad)
+        assert len(allocated) == 2
+        assert [x.data_ptr() for x in gradients] == [x.data_ptr() for x in ahead]
+        allocated.clear()
+    for x, y in zip(values, gradients, strict=True):
+        assert torch.equal(x, y)
+    with torch.no_grad():
+        fused_ar_tar(raw, dropped, 2.0, 1.0)
+    assert not allocated

@@ -162,26 +162,6 @@ def test_hooks_and_checkpoints_keep_no_gradients(device: str, allocated: list[An
     assert_same_bits(torch.autograd.grad(got, (raw, dropped)), want)
 
 
-def test_what_is_expected_is_written_ahead(device: str, allocated: list[Any]) -> None:
-    """The upstream gradient of the last backward; a backward that is given it allocates nothing."""
-    skip_on_formula(device)
-    raw, dropped = leaves(7, device=device)
-    grad = torch.tensor(3.0, device=device)
-    for _ in range(2):
-        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-        assert len(allocated) == 2
-        (_, ahead), *_ = got.grad_fn.ahead  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-        values = [x.clone() for x in ahead]
-        gradients = torch.autograd.grad(got, (raw, dropped), grad)
-        assert len(allocated) == 2
-        assert [x.data_ptr() for x in gradients] == [x.data_ptr() for x in ahead]
-        allocated.clear()
-    assert_same_bits(values, gradients)
-    with torch.no_grad():
-        fused_ar_tar(raw, dropped, 2.0, 1.0)
-    assert not allocated
-
-
 @pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread")
 def test_threads_with_upstream_gradients_of_their_own(device: str) -> None:
     raw, dropped = leaves(7, device=device)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.optim import SGD
 
-from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar
-from fastreg.regularizer import RNNRegularizer
+from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar
 from tests.language_model import (
     ALPHA,
     BATCH,

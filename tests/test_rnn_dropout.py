@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastreg import FusedRNNDropout, fused_ar_tar
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
 from fastreg.output_dropout import OutputDropout, link
-from fastreg.regularizer import RNNRegularizer
 from tests.language_model import (
     ALPHA,
     BATCH,

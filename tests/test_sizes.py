@@ -9,52 +9,11 @@ import torch
 from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.kernels.view import Result
-from tests.conftest import KERNELS_ON_CPU, gpu
+from tests.conftest import KERNELS_ON_CPU, gpu, interpreted
 from tests.exact import assert_gradient, truth
 from tests.samples import HALF
 
-interpreted = pytest.mark.skipif(
-    not KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU"
-)
 blocked = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors")
-
-
-class LastPrograms:
-    """Have the interpreter run the last two items of a kernel alone, as if each were a program."""
-
-    def __init__(self, kernel: Any):
-        self.kernel, self.arg_names = kernel, kernel.arg_names
-
-    def __getitem__(self, _: object) -> Any:
-        from triton.runtime.interpreter import interpreter_builder as builder
-
-        def launch(*arguments: Any, **constants: Any) -> None:
-            items = arguments[self.arg_names.index("items")]
-
-            def place(x: int, *_: int) -> None:
-                builder.grid_dim, builder.grid_idx = (items, 1, 1), (items - 2 + x, 0, 0)
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(builder, "set_grid_idx", place)
-                self.kernel[(2,)](*arguments, **constants)
-
-        return launch
-
-
-@pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
-def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device; the interpreter takes too long for such sizes, and runs the end of the backward alone."""
-    if request.param == "cpu":
-        from fastreg.kernels import dropout, penalty
-
-        for kernels, name in ((penalty, "penalty_kernel"), (dropout, "dropout_backward")):
-            monkeypatch.setattr(kernels, name, LastPrograms(getattr(kernels, name)))
-        for forward in (penalty.PenaltyForward, dropout.DropoutForward):
-            monkeypatch.setattr(forward, "__call__", lambda *_: Result(torch.zeros(()), None, None))
-    return request.param
-
-
 ALL = slice(None)
 
 

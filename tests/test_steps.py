@@ -1,0 +1,63 @@
+"""The values that a call reads beside activations, as the kernels get them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastreg import ARTAR
+from fastreg.backends import backend_for
+from fastreg.kernels.view import Operand, Sums, Values, View
+from fastreg.prepare import values_of
+from fastreg.problem import Call, Problem
+from tests.conftest import skip_on_formula
+from tests.exact import assert_terms, exact, truth
+from tests.samples import FLOAT
+from tests.test_padding import ALPHA, BETA, activations, by_both, given, marks
+
+
+def test_lengths_that_cannot_be_looked_at_are_clamped(device: str) -> None:
+    skip_on_formula(device)
+    valid = marks("lengths, some", device)
+    raw, dropped = activations(valid, FLOAT, FLOAT)
+    lengths = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in valid.sum(1).tolist()], device=device)
+    view = View(6, 9, 12, (*(Operand(FLOAT, 9 * 12, 12),) * 2, None, None))
+    sums = Sums(FLOAT, ALPHA, BETA, ar=True, tar=True, ar_of_raw=False, divisors=None)
+    backend = backend_for(raw.device)
+    assert backend is not None
+    got = backend.penalty_forward(view, sums, raw.device)((raw, dropped, None, None), Values(lengths))
+    assert_terms(ARTAR(got.penalty, *got.terms), truth(exact(raw), exact(dropped), ALPHA, BETA, valid=valid), FLOAT)
+
+
+class Queue(TorchFunctionMode):
+    """Stand in for a GPU: CPU tensors say that they are pinned, and copies to a device wait for `read()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if function is Tensor.is_pinned:
+            return True
+        options.pop("pin_memory", None)
+        if function is Tensor.to and options.get("non_blocking"):
+            self.waiting.append(args[0])
+        return function(*args, **options)
+
+    def read(self) -> list[list[Any]]:
+        return [x.tolist() for x in self.waiting]
+
+
+@by_both
+def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone_by_a_stand_in_for_a_gpu(steps: str) -> None:
+    ((name, argument),) = given(steps).items()
+    before, x = argument.tolist(), torch.empty(*marks(steps).shape, 8, device="meta")
+    call = Call(x, x, ALPHA, BETA, **{name: argument})
+    with Queue() as queue:
+        values_of(call, Problem(ALPHA, BETA), x)
+        argument.zero_()
+        assert queue.read() == [before]
