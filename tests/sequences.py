@@ -240,12 +240,14 @@ class Play:
         may = may or (self.frozen and any(run.kind == "no gradients" for run in self.runs))
         try:
             total = losses[0]
-            if self.use != "in_backward":
-                if self.draw.random() < 0.5:
+            if not in_backward:
+                if how != "alone" and self.draw.random() < 0.5:
                     total = self.reg.on_backward_begin(losses[0])
                 else:
-                    total = losses[0] + self.reg.take(losses[0]).penalty  # pyright: ignore[reportOptionalMemberAccess]
+                    taken: Any = self.reg.take(losses[0])
+                    total = taken.penalty if how == "alone" else losses[0] + taken.penalty
             of_plain = losses[1] + penalty * (self.scale if in_backward else 1)
+            of_plain = penalty if how == "alone" else of_plain
             added = penalty * self.scale if in_backward else 0  # to any other loss, too
             if how == "mixed":
                 total, of_plain = 3 * total + others[0], 3 * losses[1] + others[1] + (penalty * 3, added)[in_backward]
@@ -266,7 +268,7 @@ class Play:
             self.counts["refused"] += 1
             raise Refused from error
         if not in_backward and not self.frozen:
-            self.compare("AR and TAR", [self.reg.ar, self.reg.tar], [ar, tar])
+            self.compare("the loss, AR and TAR", [total, self.reg.ar, self.reg.tar], [of_plain, ar, tar])
         for run in self.runs:
             run.taken, run.missed = run.taken or run in reached, run not in reached
 
@@ -309,7 +311,9 @@ class Play:
             run = self.run(kind, before if carries and kind == "train" else None)
             before = run if kind == "train" else before
         others = [run for run in self.runs if run.kind == "evaluation"][: draw.randint(0, 1)]
-        hows = ["plain", "plain", "twice", "mixed", "another"] + ["second"] * (self.dtype == torch.float64)
+        hows = ["plain", "plain", "twice", "mixed", "another"] + ["alone"] * (self.use != "in_backward")
+        if self.dtype == torch.float64:
+            hows += ["second"] * (4 if self.use == "stepwise" else 1)
         loss = self.loss([run for run in self.runs if run.kind == "train" and not run.taken])
         self.regularize(loss + (self.loss(others) if others else []), draw.choice(hows), True)
         if self.use != "in_backward" and draw.random() < 0.1:
