@@ -108,7 +108,7 @@ class Attachment:
         self.source, self.watch = source, watch
         self._names = type(source.module).__name__, type(source.dropout).__name__
         self._single: list[Any] = []  # what `Always` notes of runs of one time step
-        self._forwards: list[Any] = []  # of the modules, as their attributes
+        self._forwards: list[Any] = []  # of the modules, as attachments make them attributes
         self._unmarked = 0  # how many runs no search can find, since a loss was regularized
         self.terms: ARTAR | None = None
         self._runs: list[weakref.ref[Run]] = []
@@ -127,7 +127,9 @@ class Attachment:
             vars(module)["__getstate__"] = MethodType(_state_without_hooks, module)
             # Dynamo does not guard on hooks, and would use code that was compiled for a module without them. It guards
             # on whether the instance has a forward of its own.
-            self._forwards.append(vars(module).setdefault("forward", module.forward))
+            own = vars(module).setdefault("forward", module.forward)
+            if own == _forward_of_class(module):
+                self._forwards.append(own)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return an inert state: the hooks of a copied model must not reach this regularizer."""
@@ -161,7 +163,7 @@ class Attachment:
         for module in self._modules():
             if not any(map(_is_own, vars(module)["_forward_hooks"].values())):
                 vars(module).pop("__getstate__", None)
-                if _is_forward_of(module) and vars(module)["forward"] in self._forwards:
+                if vars(module).get("forward") in self._forwards:
                     del module.forward
         self.clear()
         owner, self._owner = self._owner(), nothing
@@ -257,7 +259,7 @@ class Attachment:
                 "dropped), which DataParallel gathers, for on_loss_begin"
             )
         own: Any = vars(module).get("forward")
-        if own in self._forwards and isinstance(own, MethodType) and own != MethodType(type(module).forward, module):
+        if own in self._forwards and own != _forward_of_class(module):
             raise RuntimeError(
                 f"attach: this {type(module).__name__} shares the attributes of the attached one, or its class got "
                 "another forward, so that the old one would run; remove() the attachment before, and attach again"
@@ -474,13 +476,13 @@ def _state_without_hooks(module: nn.Module) -> Any:
         return state
     ids = {i for name in HOOKS for i, hook in state[name].items() if _is_own(hook)}
     others = {name: OrderedDict((i, x) for i, x in state[name].items() if i not in ids) for name in HOOKS}
-    added = {"__getstate__", "forward"} if _is_forward_of(module) else {"__getstate__"}
+    added = {"__getstate__", "forward"} if state.get("forward") == _forward_of_class(module) else {"__getstate__"}
     return {name: value for name, value in state.items() if name not in added} | others
 
 
-def _is_forward_of(module: nn.Module) -> bool:
-    """Return whether a module has a method of its own as its forward, as an attachment makes it."""
-    return getattr(vars(module).get("forward"), "__self__", None) is module
+def _forward_of_class(module: nn.Module) -> MethodType:
+    """Return the forward that a module has if no attribute of its own takes its place."""
+    return MethodType(type(module).forward, module)
 
 
 def _marks_given(args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -292,6 +294,18 @@ def test_a_copy_that_shares_attributes() -> None:
     vars(clone).update(vars(rnn))
     with pytest.raises(RuntimeError, match="attach: this GRU shares the attributes of the attached one"):
         clone(inputs())
+
+
+def test_a_forward_that_is_an_attribute_stays() -> None:
+    """As wrappers of a forward make it."""
+    module, reg = nn.Linear(HIDDEN, HIDDEN), regularizer()
+    module.forward = MethodType(lambda self, x: 2 * nn.Linear.forward(self, x), module)
+    own = module.forward
+    with reg.attach(module, batch_first=True):
+        raw = module(inputs())
+        torch.testing.assert_close(reg.on_backward_begin(raw.sum()), raw.sum() + formula(raw, raw, 1))
+        assert vars(copy.copy(module))["forward"] is own
+    assert vars(module)["forward"] is own
 
 
 class Sink(torch.autograd.Function):
