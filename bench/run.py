@@ -36,7 +36,7 @@ ROOT = machine.ROOT
 # Those first that say most of the kernels for their time; tests/test_bench.py knows which files there are.
 TESTS = (
     *("kernels", "sizes", "concurrency", "dropout", "attachment", "prediction", "penalty", "bench", "coefficients"),
-    *("addition", "distributed", "padding", "axes", "graphs", "derivatives"),
+    *("addition", "steps", "plans", "distributed", "padding", "axes", "graphs", "derivatives"),
 )
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
