@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.cases import SHAPES
 from bench.report import table
 from bench.stand_in import StandInDriver
-from fastreg import fused_ar_tar
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import TRITON, cpu_tensors_by
-from fastreg.kernels import penalty as kernels
+from fastreg.kernels import ar_tar as kernels
 from fastreg.kernels import tiling
-from fastreg.kernels.view import Operand, View
+from fastreg.kernels.view import Operand, Operands, View
 from fastreg.plans import forget
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -36,20 +37,40 @@ COPY = {"H100": 3.0e12, "H200": 4.3e12, "B200": 7.0e12}  # bytes a second, both 
 FORWARD, BACKWARD = 4.6e-6, 2.5e-6  # seconds beyond the traffic: trips to memory in a row, and the ticket
 
 
-def compile_all(dtype: torch.dtype, same: bool) -> dict[str, Any]:
+def compile_all(dtype: torch.dtype) -> dict[str, Any]:
     """Compile the kernel in all its ways, as calls on an H100 would."""
-    raw, dropped = (torch.zeros(4, 70, 400, dtype=dtype, requires_grad=True) for _ in range(2))
-    kernels.penalty_kernel.device_caches.clear()
-    forget()
+    shape = 4, 70, 400
+    valid = torch.ones(shape[:2], dtype=torch.bool)
+    raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2))
+
+    def penalty(first: Tensor, second: Tensor, **options: Any) -> None:
+        fused_ar_tar(first, second, 2.0, 1.0, **options).backward()
+
+    def dropout(**options: Any) -> None:
+        results = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, **options)
+        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+
+    calls = {
+        ("sum and write", "write"): lambda: penalty(raw, dropped),
+        ("sum",): lambda: fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0),
+        ("sum and write, raw is dropped", "write, raw is dropped"): lambda: penalty(raw, raw),
+        ("sum, raw is dropped",): lambda: fused_ar_tar(raw.detach(), raw.detach(), 2.0, 1.0),
+        ("sum and write, valid", "write, valid"): lambda: penalty(raw, dropped, valid=valid),
+        ("dropout", "dropout, backward"): dropout,
+        ("dropout, valid", "dropout, valid, backward"): lambda: dropout(valid=valid),
+    }
+    found = {}
     assert TRITON is not None
-    with cpu_tensors_by(TRITON):
-        fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0).backward()
-        fused_ar_tar(raw.detach(), raw.detach() if same else dropped.detach(), 2.0, 1.0)
-    binaries = kernels.penalty_kernel.device_caches[0][0].values()
-    return dict(zip(("sum and write", "write", "sum"), binaries, strict=True))  # in the order of the calls
+    for names, call in calls.items():
+        kernels.ar_tar_kernel.device_caches.clear()
+        forget()
+        with cpu_tensors_by(TRITON):
+            call()
+        found |= zip(names, kernels.ar_tar_kernel.device_caches[0][0].values(), strict=True)
+    return found
 
 
-def code_row(name: str, binary: Any, dtype: torch.dtype, same: bool) -> list[str]:
+def code_row(name: str, binary: Any, dtype: torch.dtype) -> list[str]:
     """Describe the code of one kernel.
 
     Registers, bytes spilled, loads of 16 bytes in the inner loop, its instructions for each byte that a thread moves,
@@ -73,7 +94,7 @@ def code_row(name: str, binary: Any, dtype: torch.dtype, same: bool) -> list[str
     in_flight = resident * tiling.THREADS * 16 * loads
     needed = BANDWIDTH * LATENCY / MULTIPROCESSORS
     return [
-        name + (", raw is dropped" if same else ""),
+        name,
         f"{dtype}".removeprefix("torch."),
         f"{registers}",
         f"{spilled}",
@@ -100,7 +121,7 @@ def inner_loop(sass: str) -> list[str]:
 def shape_row(shape: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
     """Describe how a launch is cut."""
     batch, time_steps, hidden = shape
-    view = View(batch, time_steps, hidden, (Operand(dtype, time_steps * hidden, hidden),) * 2)
+    view = View(batch, time_steps, hidden, Operands(*[Operand(dtype, time_steps * hidden, hidden)] * 2))
     cut = tiling.Tiling(view, torch.float32)
     *_, run, blocks, items = cut.numbers
     runs = items // blocks
@@ -124,7 +145,7 @@ def share_row(shape: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
     """
     batch, time_steps, hidden = shape
     operand = Operand(dtype, time_steps * hidden, hidden)
-    *_, blocks, items = tiling.Tiling(View(batch, time_steps, hidden, (operand,) * 4), torch.float32).numbers
+    *_, blocks, items = tiling.Tiling(View(batch, time_steps, hidden, Operands(*[operand] * 4)), torch.float32).numbers
     tensor = batch * time_steps * hidden * dtype.itemsize
     halo = 2 * (items // blocks - 1) / time_steps * tensor
     shares = [(4 * tensor / copy) / ((4 * tensor + halo) / copy + FORWARD + BACKWARD) for copy in COPY.values()]
@@ -137,8 +158,7 @@ def main() -> None:
     cut = [["shape", "dtype", "items", "a multiprocessor", "runs", "halo reads of sums", "of gradients"]]
     shares = [["shape", "dtype", "MB a tensor", *COPY]]
     for dtype in (torch.float32, torch.bfloat16):
-        for same in (False, True):
-            code += [code_row(name, binary, dtype, same) for name, binary in compile_all(dtype, same).items()]
+        code += [code_row(name, binary, dtype) for name, binary in compile_all(dtype).items()]
         cut += [shape_row(shape, dtype) for shape in SHAPES]
         shares += [share_row(shape, dtype) for shape in SHAPES]
     print(table(code), table(cut), table(shares), sep="\n")

@@ -29,15 +29,10 @@ class Addition:
     """
 
     def __init__(self, layer: Layer, problem: Problem) -> None:
-        raw, values = layer.given(), layer.values
+        raw = layer.given()
         self.problem, self.layout, self.dtype = problem, layout_of(raw), compute_dtype(raw)
-        # The kernels of dropout take no packed rows.
-        takes = raw.numel() > 0 and values.batch_sizes is None
-        self.backend: Any = backend_for(raw.device) if takes else None
+        self.backend: Any = backend_for(raw.device) if raw.numel() > 0 else None
         self.backwards: dict[Any, Any] = {}  # by the layouts of raw and of the gradient that arrives
-        self.mark: Any = None
-        if self.backend is not None and values.valid is not None and values.marks is None:
-            self.mark = self.backend.marks(values.valid.shape, raw.device)
 
     def __call__(self, upstream: Tensor, layer: Layer, arrived: Tensor) -> Tensor:
         """Return the sum of both gradients.
@@ -67,8 +62,6 @@ class Addition:
             )
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = backward
-        if self.mark is not None:
-            layer = Layer(raw, None, layer.values._replace(marks=self.mark(layer.values.valid, layer.values.starts)))
         return launch_backward(backward, (arrived, upstream), layer)
 
     def _by_formula(self, upstream: Tensor, layer: Layer, arrived: Tensor) -> Tensor:

@@ -16,41 +16,30 @@ from fastreg.plans import forget
 
 
 class Backend(NamedTuple):
-    """Code for some devices: its name, and the classes that launch it, with one interface in all backends.
+    """Code for some devices: its name, and its classes, with one interface in all backends.
 
-    `marks` prepares valid steps, once for all launches of a call.
+    `forward` and `backward` launch walks, and `steps` marks the time steps that count, once for all launches of a call.
     """
 
     name: str
-    penalty_forward: Any
-    penalty_backward: Any
-    dropout_forward: Any
-    dropout_backward: Any
-    marks: Any
+    forward: Any
+    backward: Any
+    steps: Any
 
 
 CPP: Backend | None = None
 if cpu.reason() is None:
-    CPP = Backend(
-        "the C++ kernels",
-        *(cpu.PenaltyForward, cpu.PenaltyBackward, cpu.DropoutForward, cpu.DropoutBackward),
-        cpu.Marks,
-    )
+    CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Steps)
 TRITON: Backend | None = None
 _interpreted = False
 if find_spec("triton") is not None:  # Triton has no build for some platforms
     from triton import knobs
 
-    from fastreg.kernels.dropout import DropoutBackward, DropoutForward
-    from fastreg.kernels.launch import Marks
-    from fastreg.kernels.penalty import PenaltyBackward, PenaltyForward
+    from fastreg.kernels.ar_tar import Backward, Forward
+    from fastreg.kernels.steps import Steps
 
     _interpreted = knobs.runtime.interpret
-    TRITON = Backend(
-        "the Triton kernels" + (", interpreted" if _interpreted else ""),
-        *(PenaltyForward, PenaltyBackward, DropoutForward, DropoutBackward),
-        Marks,
-    )
+    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Steps)
 
 _cpu: Backend | None = TRITON if _interpreted else CPP
 

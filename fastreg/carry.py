@@ -230,7 +230,7 @@ class Always:
         single: the latest run of one time step, and the backward through it; shared by the runs of a module.
         grad: the upstream gradient.
         additions: by whether it is that of raw: the operation on the gradient of an activation, and its values.
-        versions: the tensors among the coefficients and masks, and how often they had been changed in place.
+        versions: the tensors among the values, and how often they had been changed in place.
         waits: whether raw's gradient has to come after that of dropped.
         of_raw, of_dropped: the ids of the latest backwards through raw and through dropped.
     """
@@ -303,8 +303,8 @@ class Always:
         """Raise an error for the fault of a run, or for what is wrong in every run."""
         if any(x._version != version for x, version in self.versions):
             fault = (
-                "a tensor alpha or beta, or a mask, was changed in place between the forward and the backward; change "
-                "it after the backward"
+                "a tensor alpha or beta was changed in place between the forward and the backward; change it after the "
+                "backward"
             )
         elif torch.is_grad_enabled():  # each backward of a gradient would add the penalty, too
             fault = "in_backward does not go with second derivatives (create_graph=True); use on_backward_begin"

@@ -30,6 +30,7 @@ from fastreg.prepare import (
     restored_values,
     save,
     time_given,
+    values_like,
     values_of,
 )
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, kept, time_axis
@@ -239,19 +240,19 @@ class _Plan:
         self.problem, self.backend = problem, None if 0 in call.raw.shape else backend_for(call.raw.device)
         if self.backend is None:
             return
-        raw, values = call.raw, values_of(call, problem, call.raw)
-        layer = Layer(raw, None, values)
-        self.read = Reader(values, problem, self.backend.marks, raw.device)
+        raw = call.raw
+        layer = Layer(raw, None, values_like(call, problem))
+        self.read = Reader(call, problem, self.backend.steps, raw)
         self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
         if mask is None:
             drawn = _mask_for(torch.empty(raw.shape, device="meta"), 0.5, None, problem)
             masked = Layout(raw.shape, drawn.stride(), raw.dtype, raw.device, aligned=True)
         else:
             masked = layout_of(mask.expand_as(raw))
-        self.inputs = Inputs((layout_of(raw), masked), layer, problem)
+        self.inputs = Inputs((layout_of(raw), masked, None), layer, problem)
         self.dropped = self.inputs.fold.like(layout_of(raw))
-        view = self.inputs.view([self.dropped], values)
-        self.forward = self.backend.dropout_forward(view, sums_of(layer, problem, compute_dtype(raw)), raw.device)
+        view = self.inputs.view((self.dropped, None, None), layer.values)
+        self.forward = self.backend.forward(view, sums_of(layer, problem, compute_dtype(raw)), raw.device)
         self.backward: dict[Any, Backward] = {}
 
     def __call__(self, call: Call, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
@@ -269,7 +270,7 @@ class _Plan:
     def compute(self, raw: Tensor, mask: Tensor, values: Values) -> tuple[Tensor, Result]:
         """Launch the forward; return dropped and the penalty."""
         dropped = allocate(self.dropped)
-        return dropped, self.forward((*self.inputs.read((raw, mask)), dropped), values)
+        return dropped, self.forward((*self.inputs.read((raw, mask, None)), dropped, None, None), values)
 
     def gradient(self, upstream: Upstreams, layer: Layer, mask: Tensor, problem: Problem) -> Tensor:
         """Launch the backward, for the gradients of dropped and of the penalty that there are."""
@@ -296,7 +297,7 @@ class Backward(NamedTuple):
 def plan_backward(
     backend: Backend, layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool
 ) -> Backward:
-    """Plan a `dropout_backward` of a backend.
+    """Plan a `backward` of a backend.
 
     Args:
         backend: that of the forward, as another may be in use by now.
@@ -305,19 +306,19 @@ def plan_backward(
         problem: the terms.
         is_penalized: whether the penalty has an upstream gradient.
     """
-    raw, inputs = layer.given(), Inputs(layouts, layer, problem)
+    raw, inputs = layer.given(), Inputs((*layouts, None), layer, problem)
     gradient = inputs.fold.like(layout_of(raw))
-    view = inputs.view([gradient], layer.values)
+    view = inputs.view((gradient, None), layer.values)
     sums = sums_of(layer, problem.penalized(), compute_dtype(raw))
     sums = sums if is_penalized else sums._replace(ar=False, tar=False)
-    return Backward(gradient, inputs, backend.dropout_backward(view, sums, raw.device))
+    return Backward(gradient, inputs, backend.backward(view, sums, raw.device))
 
 
 def launch_backward(backward: Backward, upstream: Upstreams, layer: Layer, mask: Tensor | None = None) -> Tensor:
     """Allocate the gradient of raw, and launch the backward."""
     grad_dropped, grad = upstream
-    gradient, tensors = allocate(backward.gradient), backward.inputs.read((layer.raw, mask, grad_dropped))
-    backward.launch(grad, (*tensors, gradient), layer.values)
+    gradient, tensors = allocate(backward.gradient), backward.inputs.read((layer.raw, mask, grad_dropped, None))
+    backward.launch(grad, (*tensors, gradient, None), layer.values)
     return gradient
 
 
@@ -364,7 +365,7 @@ class _DropoutPenalty(Function):
         (raw, mask, *saved), plan = ctx.saved_tensors, ctx.plan
         carried = None if ctx.carried is None else ctx.carried()
         values, problem = restored_values(saved, ctx.dtypes), plan.problem
-        raw, mask = map(restored, ("raw", "mask"), (raw, mask), plan.inputs.layouts)
+        raw, mask = map(restored, ("raw", "mask"), (raw, mask), plan.inputs.layouts[:2])
         if carried is not None:
             grad, problem = carried.grad.to(raw.device, compute_dtype(raw)), carried.problem
             values = values._replace(alpha=carried.alpha, beta=carried.beta)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_activations, check_options, check_steps
 from fastreg.backends import Backend, backend_for
-from fastreg.kernels.view import NOTHING, Layout, Prediction, Result, Sums, Values, allocate, layout_of
+from fastreg.kernels.view import NOTHING, Layout, Operands, Prediction, Result, Sums, Values, allocate, layout_of
 from fastreg.plans import Plans, key_of
 from fastreg.prepare import (
     Reader,
@@ -25,6 +25,7 @@ from fastreg.prepare import (
     restored_values,
     save,
     time_given,
+    values_like,
     values_of,
 )
 from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
@@ -233,32 +234,41 @@ class _LayerPlan:
     needs    whether raw and dropped need gradients
     inputs   raw and dropped
     filled   layouts of the gradients that the forward fills for the backward
-    forward  a `penalty_forward` of the backend
+    forward  a `forward` of the backend
     """
 
     def __init__(self, layer: Layer, problem: Problem, backend: Backend, sums: Sums) -> None:
         self.problem, self.backend, self.sums = problem, backend, sums
         self.needs = _needs(layer, problem)
-        self.inputs = Inputs([None if x is None else layout_of(x) for x in (layer.raw, layer.dropped)], layer, problem)
+        layouts = [None if x is None else layout_of(x) for x in (layer.raw, None, None, layer.dropped)]
+        self.inputs = Inputs(layouts, layer, problem)
         # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
         self.filled = (None, None) if keeps_memory_low() else self._gradients(self.inputs)
         view = self.inputs.view(self.filled, layer.values)
-        self.forward = backend.penalty_forward(view, sums, layer.given().device)
+        self.forward = backend.forward(view, sums, layer.given().device)
         self.backward: Any = None  # made by the first backward
 
+    def __call__(self, values: Values, raw: Tensor | None, dropped: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Compute the penalty, and its terms if they are measured."""
+        if self.needs == (False, False):
+            return self.compute(values, raw, dropped)[0][:2]
+        if self.problem.measured:
+            return _apply(self, values, raw, dropped)
+        return _apply(self, values, raw, dropped), None  # an output more costs 3 us
+
     def compute(
-        self, tensors: Sequence[Tensor | None], values: Values, before: Result | None
+        self, values: Values, raw: Tensor | None, dropped: Tensor | None
     ) -> tuple[Result, Sequence[Tensor | None]]:
-        """Launch the forward, which adds to the result before; return the result, and the gradients it has filled."""
+        """Launch the forward; return the result, and the gradients it has filled."""
         first, second = self.filled
         filled = None if first is None else allocate(first), None if second is None else allocate(second)
-        return self.forward((*self.inputs.read(tensors), *filled), values, before), filled
+        return self.forward((*self.inputs.read((raw, None, None, dropped)), *filled), values), filled
 
     def gradients(
         self, grad: Tensor, layer: Layer, prediction: Prediction | None, filled: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         """Launch the backward for gradients that the forward has filled, or for new memory without a prediction."""
-        saved, inputs = (layer.raw, layer.dropped), self.inputs
+        saved, inputs = (layer.raw, None, None, layer.dropped), self.inputs
         layouts = tuple([x if y is None else layout_of(y) for x, y in zip(inputs.layouts, saved, strict=True)])
         if layouts == inputs.layouts:
             if self.backward is None:
@@ -267,7 +277,7 @@ class _LayerPlan:
             if inputs.copies and prediction is not None and launch.holds(grad, prediction):
                 return filled  # before anything is copied
         else:  # a hook on saved tensors, or an assignment to `x.data`, has changed one
-            saved = tuple(map(restored, ("raw", "dropped"), saved, inputs.layouts))
+            saved = tuple(map(restored, Operands._fields, saved, inputs.layouts))
             layouts = [before if x is None else layout_of(x) for before, x in zip(layouts, saved, strict=True)]
             inputs, prediction = Inputs(layouts, layer, self.problem), None
             gradients, launch = self._plan_backward(inputs, layer)
@@ -277,14 +287,15 @@ class _LayerPlan:
         return filled
 
     def _plan_backward(self, inputs: Inputs, layer: Layer) -> tuple[Any, Any]:
-        """Return the layouts of the gradients, and a `penalty_backward` of the backend."""
+        """Return the layouts of the gradients, and a `backward` of the backend."""
         gradients = self._gradients(inputs)
         view = inputs.view(gradients, layer.values)
-        return gradients, self.backend.penalty_backward(view, self.sums, layer.given().device)
+        return gradients, self.backend.backward(view, self.sums, layer.given().device)
 
     def _gradients(self, inputs: Inputs) -> tuple[Layout | None, ...]:
         """Return the layouts of the gradients of raw and dropped, `None` for one that is not needed."""
-        pairs = zip(inputs.layouts, self.needs, strict=True)
+        raw, _, _, dropped = inputs.layouts
+        pairs = zip((raw, dropped), self.needs, strict=True)
         return tuple([inputs.fold.like(x) if x is not None and need else None for x, need in pairs])
 
 
@@ -310,26 +321,18 @@ class _Plan:
         parts = parts_of(call, problem)
         if not parts or any(0 in layer.given().shape for layer, _ in parts):
             return
-        given = parts[0][0].given()
-        backend, values = backend_for(given.device), values_of(call, problem, given)
+        first, values = parts[0][0], values_like(call, problem)
+        backend = backend_for(first.given().device)
         if backend is None:
             return
-        self.read = Reader(values, problem, backend.marks, given.device)
-        first = parts[0][0]
+        self.read = Reader(call, problem, backend.steps, first.given())
         is_alone = (first.raw is None or first.raw is call.raw) and (
             first.dropped is None or first.dropped is call.dropped
         )
         self.reads = (first.raw is not None, first.dropped is not None) if is_alone else None
         dtype = compute_dtype(*[x for layer, _ in parts for x in (layer.raw, layer.dropped)])
         layers = [(Layer(layer.raw, layer.dropped, values), of) for layer, of in parts]
-        self.layers = tuple(
-            [
-                _LayerPlan(layer, of, backend, sums_of(layer, of, dtype)._replace(adds=i > 0))
-                for i, (layer, of) in enumerate(layers)
-            ]
-        )
-        self.needs = [need for layer in self.layers for need in layer.needs]
-        self.is_differentiable = any(self.needs)
+        self.layers = tuple([_LayerPlan(layer, of, backend, sums_of(layer, of, dtype)) for layer, of in layers])
 
     def __call__(self, call: Call) -> Computed:
         """Compute the penalty of a call."""
@@ -341,21 +344,11 @@ class _Plan:
         else:
             tensors = [x for layer, _ in parts_of(call, self.problem) for x in (layer.raw, layer.dropped)]
         values = self.read(call, tensors[1] if tensors[0] is None else tensors[0])
-        if not self.is_differentiable:
-            penalty, terms, _ = self.compute(tensors, values)[0]
-        elif self.problem.measured:
-            penalty, terms = _apply(self, values, *tensors)
-        else:  # an output more costs 3 us
-            penalty, terms = _apply(self, values, *tensors), None
+        penalty, terms = self.layers[0](values, *tensors[:2])
+        for i, layer in enumerate(self.layers[1:], 1):
+            more, its_terms = layer(values, *tensors[2 * i : 2 * i + 2])
+            penalty, terms = penalty + more, None if its_terms is None or terms is None else terms + its_terms
         return Computed(penalty, None if terms is None else terms.unbind(), values, self.problem, self.additions)
-
-    def compute(self, tensors: Sequence[Tensor | None], values: Values) -> tuple[Any, list[Any]]:
-        """Launch the forward of each layer; return the last result, and a prediction and filled gradients of each."""
-        result, ahead = None, []
-        for i, layer in enumerate(self.layers):
-            result, filled = layer.compute(tensors[2 * i : 2 * i + 2], values, result)
-            ahead.append((result.prediction, filled))
-        return result, ahead
 
 
 class _Penalty(Function):
@@ -365,36 +358,28 @@ class _Penalty(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, values: Values, *tensors: Tensor | None) -> Any:
-        result, ctx.ahead = plan.compute(tensors, values)
-        saved = [x if need else None for x, need in zip(tensors, plan.needs, strict=True)]
-        save(ctx, saved, values)
-        ctx.plan = plan
-        if result.terms is None:
-            return result.penalty
+    def forward(ctx: Any, plan: _LayerPlan, values: Values, raw: Tensor | None, dropped: Tensor | None) -> Any:
+        (penalty, terms, prediction), filled = plan.compute(values, raw, dropped)
+        save(ctx, [x if need else None for x, need in zip((raw, dropped), plan.needs, strict=True)], values)
+        ctx.plan, ctx.ahead = plan, (prediction, filled)
+        if terms is None:
+            return penalty
         ctx.set_materialize_grads(False)  # no zeros for a gradient of the terms
-        ctx.mark_non_differentiable(result.terms)
-        return result.penalty, result.terms
+        ctx.mark_non_differentiable(terms)
+        return penalty, terms
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved, plan = ctx.saved_tensors, ctx.plan
-        count = len(plan.needs)
         if grad is None:
-            return (None,) * (2 + count)
-        values = restored_values(saved[count:], ctx.dtypes)
-        ahead = vars(ctx).pop("ahead", None) or [(None, ())] * len(plan.layers)  # in one step, for two threads
-        formula = torch.is_grad_enabled() or observed() or not are_memory((grad, *saved))
-        gradients: list[Tensor | None] = []
-        for i, (layer_plan, filled) in enumerate(zip(plan.layers, ahead, strict=True)):
-            layer = Layer(saved[2 * i], saved[2 * i + 1], values)
-            if layer_plan.needs == (False, False):
-                gradients += None, None
-            elif formula:  # PyTorch must see that of the gradient
-                wide = ar_tar_gradients(grad, layer, layer_plan.problem.penalized())
-                gradients += [None if g is None else g.to(x.dtype) for g, x in zip(wide, layer[:2], strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
-            else:
-                gradients += layer_plan.gradients(grad, layer, *filled)
+            return None, None, None, None
+        layer = Layer(saved[0], saved[1], restored_values(saved[2:], ctx.dtypes))
+        ahead = vars(ctx).pop("ahead", (None, ()))  # in one step, for two threads
+        if torch.is_grad_enabled() or observed() or not are_memory((grad, *saved)):  # PyTorch must see the gradient's
+            wide = ar_tar_gradients(grad, layer, plan.problem.penalized())
+            gradients = [None if g is None else g.to(x.dtype) for g, x in zip(wide, layer[:2], strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
+        else:
+            gradients = plan.gradients(grad, layer, *ahead)
         return None, None, *gradients
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -33,6 +34,7 @@ from fastreg.problem import (
     steps_of,
     time_dim_of,
 )
+from fastreg.reference import marked
 from fastreg.torch_state import observed
 
 
@@ -125,49 +127,58 @@ def packed_in(call: Call, problem: Problem) -> list[tuple[str, PackedSequence]]:
     return found
 
 
-def values_of(call: Call, problem: Problem, x: Tensor) -> Values:
-    """Check the values of coefficients, lengths and valid steps that are on the CPU, and bring them to activations `x`.
+def values_of(call: Call, problem: Problem, x: Tensor, mark: Any = None) -> Values:
+    """Check the values of coefficients, lengths and marks that are on the CPU, and bring them to activations `x`.
 
-    Values on another device are not looked at, as that would wait for it.
+    Values on another device are not looked at, as that would wait for it. `mark` is a `steps` of a backend; with `None`
+    plain PyTorch marks the steps.
     """
     alpha, beta = _scalar("alpha", call.alpha), _scalar("beta", call.beta)
     packed = packed_in(call, problem)
     if packed:
         check_not_captured("lengths", x.device)
-        return Values(batch_sizes=_batch_sizes(packed), alpha=alpha, beta=beta)
-    valid = None if call.valid is None else _marks("valid", call.valid, x, problem)
+        return Values(None, None, _offsets(packed), alpha, beta)
+    if all_count(call):
+        return Values(None, None, None, alpha, beta)
     lengths = None if call.lengths is None else _lengths(call.lengths, x, problem)
-    if call.starts is None:
-        return Values(lengths, valid=valid, alpha=alpha, beta=beta)
-    if valid is None:  # starts go with marks of the steps that count
-        sequences, time = steps_of(x, problem)
-        valid = torch.ones((), dtype=torch.bool, device=x.device)
-        if lengths is not None:
-            valid = torch.arange(time, device=x.device) < lengths.unsqueeze(-1)
-        valid = valid.expand(sequences, time).contiguous()
-    return Values(valid=valid, alpha=alpha, beta=beta, starts=_marks("starts", call.starts, x, problem))
+    valid = None if call.valid is None else _marks("valid", call.valid, x, problem)
+    starts = None if call.starts is None else _marks("starts", call.starts, x, problem)
+    steps, counts = (mark or partial(marked, steps_of(x, problem)))(lengths, valid, starts)
+    return Values(steps, counts if problem.reduction == "mean" else None, None, alpha, beta)
+
+
+def all_count(call: Call) -> bool:
+    """Return whether a call has no argument that says which steps count."""
+    return call.lengths is None and call.valid is None and call.starts is None
+
+
+def values_like(call: Call, problem: Problem) -> Values:
+    """Return values for a plan of a call: steps and counts without their numbers, and the offsets of packed rows."""
+    packed = packed_in(call, problem)
+    if packed:
+        return Values(offsets=_offsets(packed))
+    unknown = None if all_count(call) else torch.empty(0, device="meta")
+    return Values(unknown, unknown if problem.reduction == "mean" else None)
 
 
 class Reader:
     """Read the values of all calls of one plan, which have them in the same arguments.
 
     Args:
-        values: those of one call.
+        call: one of them.
         problem: the terms.
-        marks: class of the backend that prepares valid steps for its launches.
-        device: where the activations are.
+        steps: class of the backend that marks the time steps that count.
+        x: activations.
     """
 
-    def __init__(self, values: Values, problem: Problem, marks: Any, device: torch.device) -> None:
-        self.problem, self.finds_any = problem, any(x is not None for x in values)
-        self.mark = None if values.valid is None else marks(values.valid.shape, device)
+    def __init__(self, call: Call, problem: Problem, steps: Any, x: Tensor) -> None:
+        self.problem, self.mark = problem, None if all_count(call) else steps(steps_of(x, problem), x.device)
+        coefficients = isinstance(call.alpha, Tensor) or isinstance(call.beta, Tensor)
+        self.finds_any = coefficients or self.mark is not None or bool(packed_in(call, problem))
 
     def __call__(self, call: Call, x: Tensor) -> Values:
         """Check and read the values of a call, for activations `x`."""
-        if not self.finds_any:
-            return NOTHING
-        values = values_of(call, self.problem, x)
-        return values if self.mark is None else values._replace(marks=self.mark(values.valid, values.starts))
+        return values_of(call, self.problem, x, self.mark) if self.finds_any else NOTHING
 
 
 def _scalar(name: str, value: Any) -> Tensor | None:
@@ -177,15 +188,18 @@ def _scalar(name: str, value: Any) -> Tensor | None:
     return keepable(value)
 
 
-def _batch_sizes(packed: list[tuple[str, PackedSequence]]) -> Tensor:
-    """Return a copy of the batch sizes: kernels trust them, in the backward, too, and NumPy may share the memory."""
+def _offsets(packed: list[tuple[str, PackedSequence]]) -> Tensor:
+    """Return where each time step of packed rows begins, `(1 + time,)` int64, and at the end how many rows there are.
+
+    Kernels trust them, in the backward, too: they are checked, and no view of batch sizes, which NumPy may share.
+    """
     (first_name, first), *others = packed
-    sizes = first.batch_sizes.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    sizes = first.batch_sizes.long()
     check_batch_sizes(first_name, sizes, first.data.shape[0])
     for name, x in others:
         check_same_batch_sizes(name, x.batch_sizes, first_name, first.batch_sizes)
         check_batch_sizes(name, sizes, x.data.shape[0])
-    return sizes
+    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
 
 
 def _lengths(lengths: Tensor, x: Tensor, problem: Problem) -> Tensor:
@@ -260,21 +274,11 @@ def restored_values(values: Sequence[Tensor | None], dtypes: Sequence[torch.dtyp
     Args:
         values: as a backward unpacks them, after the hooks on saved tensors; none where there were none to save.
         dtypes: those of the forward.
-
-    Raises:
-        RuntimeError: a hook has converted counts of valid steps, whose bytes are no numbers of their dtype.
     """
     if not values:
         return NOTHING
     pairs = zip(values, dtypes, strict=True)
-    found = Values(*[x if x is None or dtype is None else x.to(dtype).contiguous() for x, dtype in pairs])
-    marks = Values(*values).marks
-    if marks is not None and found.marks is not None and marks.dtype != found.marks.dtype:
-        raise RuntimeError(
-            f"valid: expected counts in {found.marks.dtype} in the backward, got {marks.dtype}, as a hook on saved "
-            "tensors converts them; convert floating-point tensors alone"
-        )
-    return found
+    return Values(*[x if x is None or dtype is None else x.to(dtype).contiguous() for x, dtype in pairs])
 
 
 def keepable(x: Tensor) -> Tensor:

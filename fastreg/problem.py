@@ -112,7 +112,7 @@ class Layer(NamedTuple):
     """One layer's activations, and the values that all layers share.
 
     raw, dropped  activations with an axis of time, or packed rows, `(rows, hidden)`; `None` where no term reads it
-    values        `valid` is `(batch, time)` here, and lengths are taken for no less than 0 and no more than all steps
+    values        the steps that count, of packed rows where these lie, and coefficients that are tensors
     """
 
     raw: Tensor | None
@@ -153,38 +153,24 @@ def steps_of(x: Any, problem: Problem) -> tuple[Any, Any]:
 def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
     """Return the divisors of AR and TAR: numbers of elements and of pairs of neighbours in time; 1 and 1 for `"sum"`.
 
-    Neither is ever 0, so that an empty mean is 0 and not NaN. For padded and packed sequences they are tensors, on the
-    device of lengths or marks.
+    Neither is ever 0, so that an empty mean is 0 and not NaN. Where not all steps count they are tensors.
     """
     if problem.reduction == "sum":
         return 1, 1
-    x, values = layer.given(), layer.values
+    x, (steps, counts, offsets, _, _) = layer.given(), layer.values
     elements = x.numel()
-    if values.batch_sizes is not None:
-        return _at_least_1(elements), _at_least_1(elements - values.batch_sizes[0] * x.shape[-1])
-    time, hidden = x.shape[time_axis(x, problem)], 1  # elements of one time step of a sequence
-    for axis in range(len(x.shape)):
-        if axis not in (time_axis(x, problem), batch_axis(x, problem)):
-            hidden = hidden * x.shape[axis]
-    if values.valid is not None:
-        later = torch.arange(values.valid.shape[1], device=values.valid.device) > 0
-        pairs = changing(values) & later  # a compiler makes a case of its own of a size of 1
-        return _at_least_1(values.valid.sum() * hidden), _at_least_1(pairs.sum() * hidden)
-    if values.lengths is not None:
-        lengths = values.lengths.long().clamp(0, time)
-        return _at_least_1(lengths.sum() * hidden), _at_least_1((lengths - 1).clamp(min=0).sum() * hidden)
+    if offsets is not None:
+        return _at_least_1(elements), _at_least_1(elements - offsets[1] * x.shape[-1])
+    time = x.shape[time_axis(x, problem)]
+    if steps is not None and counts is not None:
+        hidden = 1  # elements of one time step of a sequence
+        for axis in range(len(x.shape)):
+            if axis not in (time_axis(x, problem), batch_axis(x, problem)):
+                hidden = hidden * x.shape[axis]
+        of_steps, of_changes = _at_least_1(counts * hidden).unbind()
+        return of_steps, of_changes
     time = _at_least_1(time)
     return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
-
-
-def changing(values: Values) -> Tensor:
-    """Return the mask of steps into which a change counts, `(batch, time)`: both steps count, and no segment starts.
-
-    The first time step, which no change leads to, is not to be looked at.
-    """
-    valid, starts = values.valid, values.starts
-    pairs = valid & valid.roll(1, 1)  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
-    return pairs if starts is None else pairs & ~starts
 
 
 def _at_least_1(count: Any) -> Any:

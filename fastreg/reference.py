@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Values
-from fastreg.problem import ARTAR, Layer, Problem, batch_axis, changing, compute_dtype, divisors, is_on, time_axis
+from fastreg.problem import ARTAR, Layer, Problem, batch_axis, compute_dtype, divisors, is_on, time_axis
 from fastreg.torch_state import is_exporting
+
+STEP, CHANGE = 1, 2  # the bits of steps: whether a step counts, and whether the change into it does
 
 
 def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
@@ -97,21 +98,32 @@ def _over(factor: Any, count: int | Tensor, like: Tensor) -> float | Tensor:
 
 def _counted_changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     """Compute the changes that count; there may be zeros beside them."""
-    values = layer.values
-    if values.lengths is values.valid is values.batch_sizes is None and not is_exporting():
+    if layer.values.steps is layer.values.offsets is None and not is_exporting():
         return x.diff(dim=time_axis(x, problem))  # compiled, this is the formula written by hand; 2 steps compile anew
     return changes(x, layer, problem)
 
 
+def marked(
+    shape: tuple[Any, Any], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the steps and counts of `Values`, as the `steps` of a backend does."""
+    device = next(x.device for x in (lengths, valid, starts) if x is not None)
+    step = torch.arange(shape[1], device=device)
+    counts = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
+    if lengths is not None:
+        counts = counts & (step < lengths.unsqueeze(-1))
+    into = counts & counts.roll(1, 1) & (step > 0)  # a compiler makes a case of its own of a size of 1
+    if starts is not None:
+        into = into & ~starts
+    return counts.to(torch.uint8).add(into, alpha=2), torch.stack([counts.sum(), into.sum()])
+
+
 def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     """Compute the change over time that leads to each step, 0 to the first."""
-    values = layer.values
-    if values.batch_sizes is not None:
-        before, _, precedes, _ = neighbours(values.batch_sizes, x.shape[0])
+    offsets, dim = layer.values.offsets, time_axis(x, problem)
+    if offsets is not None:
+        before, _, precedes, _ = neighbours(offsets, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
-    if values.valid is not None:  # both steps of a change count
-        layer = Layer(layer.raw, layer.dropped, Values(valid=changing(values)))
-    dim = time_axis(x, problem)
     # A compiler would make a case of its own of 2 steps, as they have 1 difference. (torch 2.11 cannot trace hasattr.)
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:
         first = torch.arange(x.shape[dim], device=x.device) == 0
@@ -119,48 +131,45 @@ def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     else:  # no tensor but x, which may be of a subclass that goes with no other, as a DTensor
         first = x[(slice(None),) * dim + (slice(1),)]
         change = torch.cat([torch.zeros_like(first), x.diff(dim=dim)], dim)
-    return counted(change, layer, problem)
+    return counted(change, layer, problem, CHANGE)
 
 
 def change_difference(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     """Subtract from the change that leads to each step the one that leads from it; 0 where there is none."""
-    change, batch_sizes = changes(x, layer, problem), layer.values.batch_sizes
-    if batch_sizes is not None:
-        _, after, _, follows = neighbours(batch_sizes, x.shape[0])
+    change, offsets = changes(x, layer, problem), layer.values.offsets
+    if offsets is not None:
+        _, after, _, follows = neighbours(offsets, x.shape[0])
         return change - torch.where(follows.to(x.device).unsqueeze(-1), change[after.to(x.device)], 0)
     return change - change.roll(-1, time_axis(x, problem))  # the 0 of the first follows the last
 
 
-def counted(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
-    """Replace invalid steps by 0."""
-    time, batch, values = time_axis(x, problem), batch_axis(x, problem), layer.values
-    if values.lengths is not None:
-        valid = torch.arange(x.shape[time], device=x.device) < values.lengths.unsqueeze(-1)
-    elif values.valid is not None:
-        valid = values.valid
-    else:
+def counted(x: Tensor, layer: Layer, problem: Problem, bit: int = STEP) -> Tensor:
+    """Replace steps that do not count by 0, or changes into steps."""
+    time, batch, steps = time_axis(x, problem), batch_axis(x, problem), layer.values.steps
+    if steps is None:
         return x
+    counts = (steps & bit) != 0
     if batch is None:
-        valid = valid.reshape(-1)
+        counts = counts.reshape(-1)
     elif batch > time:
-        valid = valid.transpose(0, 1)
+        counts = counts.transpose(0, 1)
     for axis in range(x.dim()):
         if axis not in (time, batch):
-            valid = valid.unsqueeze(axis)
-    return torch.where(valid, x, 0)
+            counts = counts.unsqueeze(axis)
+    return torch.where(counts, x, 0)
 
 
-def neighbours(batch_sizes: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def neighbours(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Find, for each packed row, the same sequence's row one time step before and after.
 
     Returns:
         Both indices, and whether there is such a row, all `(rows,)`: before, after, precedes, follows. Where there is
         none, the index is that of some other row.
     """
-    ends = batch_sizes.cumsum(0)
-    row = torch.arange(rows, device=batch_sizes.device)
+    sizes, ends = offsets.diff(), offsets[1:]
+    row = torch.arange(rows, device=offsets.device)
     step = torch.searchsorted(ends, row, right=True)
-    before = row - batch_sizes[(step - 1).clamp(min=0)]
-    after = row + batch_sizes[step]
+    before = row - sizes[(step - 1).clamp(min=0)]
+    after = row + sizes[step]
     follows = after < ends[(step + 1).clamp(max=ends.shape[0] - 1)]
     return before.clamp(min=0), after.clamp(max=rows - 1), step > 0, follows

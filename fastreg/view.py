@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Layout, Operand, Sums, Values, View
+from fastreg.kernels.view import Layout, Operand, Operands, Sums, Values, View
 from fastreg.problem import Layer, Problem, batch_axis, steps_of, time_axis
 
 NARROW = 64  # time steps in a row from which kernels for CPUs read them as they lie faster than a transposed copy
@@ -88,11 +88,11 @@ def fold_of(layouts: Sequence[Layout | None], layer: Layer, problem: Problem) ->
     """Fold the axes of tensors of the shape of a layer's so that the fewest of them have to be copied."""
     x, values = layer.given(), layer.values
     shape, time, batch = x.shape, time_axis(x, problem), batch_axis(x, problem)
-    whole = values.lengths is None and values.valid is None
+    whole = values.steps is None
     others = [axis for axis in range(len(shape)) if axis != time and shape[axis] != 1]
     sequences = tuple([axis for axis in others if axis == batch])
     rest = tuple([axis for axis in others if axis != batch])
-    if values.batch_sizes is not None:
+    if values.offsets is not None:
         return Fold(shape, 0, (), rest, packed=True)
     given = [x for x in layouts if x is not None]
     folds: list[Fold] = []
@@ -111,7 +111,7 @@ class Inputs:
     """The tensors that kernels read, all of the shape of one layer's activations.
 
     Attributes:
-        layouts: of the tensors, `None` for one that no term reads.
+        layouts: of the first operands of a walk, `None` for one that no term reads.
         fold: how their axes fold.
         copies: whether kernels read a copy of any.
     """
@@ -121,7 +121,7 @@ class Inputs:
         self.copies = not all(x is None or self.fold.fits(x) for x in layouts)
 
     def view(self, written: Sequence[Layout | None], values: Values) -> View:
-        """View them, and tensors that the kernels write, as `(outer, time, inner)`."""
+        """View them, and the operands behind them, which the kernels write, as `(outer, time, inner)`."""
         return view_of((*self.layouts, *written), self.fold, values)
 
     def read(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -131,13 +131,12 @@ class Inputs:
 
 def view_of(layouts: Sequence[Layout | None], fold: Fold, values: Values) -> View:
     """View tensors as `(outer, time, inner)`; one that cannot be read as it lies is seen as its copy."""
-    operands = tuple([None if x is None else fold.operand(x) for x in layouts])
+    operands = Operands(*[None if x is None else fold.operand(x) for x in layouts])
     inner = fold.size(fold.inner)
-    if values.batch_sizes is not None:
-        return View(int(values.batch_sizes[0]), len(values.batch_sizes), inner, operands, packed=True)
+    if values.offsets is not None:
+        return View(int(values.offsets[1]), len(values.offsets) - 1, inner, operands)
     outer, time = fold.size(fold.outer), fold.shape[fold.time]
-    whole = values.lengths is None and values.valid is None
-    if whole and all(x is None or x.outer == inner for x in operands):
+    if values.steps is None and all(x is None or x.outer == inner for x in operands):
         return View(1, time, outer * inner, operands)
     return View(outer, time, inner, operands)
 
@@ -148,16 +147,14 @@ def sums_of(layer: Layer, problem: Problem, dtype: torch.dtype) -> Sums:
     return Sums(dtype, problem.alpha, problem.beta, *terms, _known_divisors(layer, problem), problem.measured)
 
 
-def _known_divisors(layer: Layer, problem: Problem) -> tuple[int, int] | None:
-    """Count elements and pairs, unless a kernel counts them from lengths or valid steps."""
-    if problem.reduction == "sum":
-        return 1, 1
+def _known_divisors(layer: Layer, problem: Problem) -> tuple[int, int]:
+    """Count elements and pairs of a call without counts; 1 and 1 if there are any, or none are wanted."""
     values, shape = layer.values, layer.given().shape
-    if values.lengths is not None or values.valid is not None:
-        return None
+    if problem.reduction == "sum" or values.counts is not None:
+        return 1, 1
     elements = math.prod(shape)
-    if values.batch_sizes is not None:
-        first_steps = int(values.batch_sizes[0]) * shape[-1]
+    if values.offsets is not None:
+        first_steps = int(values.offsets[1]) * shape[-1]
     else:
         first_steps = elements // steps_of(layer.given(), problem)[1]
     return elements, max(elements - first_steps, 1)

@@ -1,4 +1,4 @@
-// AR and TAR on CPUs: the operations of penalty.py and dropout.py.
+// AR and TAR on CPUs: the operations of ar_tar.py and steps.py.
 //
 // Activations are seen as (outer, time, inner) with a contiguous inner axis. An item of work is a block of lanes
 // (positions on the inner axis) of one sequence over a run of time steps. It is walked along time, so that a row is
@@ -7,9 +7,9 @@
 // nor on which of them was faster.
 //
 //     cpu_plans.h    the structures shared with cpu.py
-//     cpu_steps.h    lengths and marks: the time steps that count
+//     cpu_steps.h    the time steps that count
 //     cpu_vectors.h  vectors, and the dtypes of memory
-//     cpu_rows.h     the formulas, row by row
+//     cpu_rows.h     the formula, row by row
 //     cpu_work.h     items, programs, threads
 //
 // No header of Python or PyTorch is included: one build serves every version of both.
@@ -20,7 +20,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <exception>
 
 #include "cpu_plans.h"
 #include "cpu_rows.h"
@@ -36,92 +35,59 @@ double coefficient(double planned, const void *at, int32_t dtype) { return at ? 
 double weighted(double coefficient, double term) { return coefficient == 0 ? 0 : coefficient * term; }
 
 /// Divide the sums and write the penalty and its terms.
-template <class Plan, class Memory>
-void finish(const Plan &plan, const Counted &counted, Partials sums, const Memory &memory) {
+void finish(const Plan &plan, const Counted &counted, Partials sums, const Addresses &memory) {
     const int32_t dtype = plan.compute_dtype;
-    const double ar = sums.ar / counted.steps.ar_divisor, tar = sums.tar / counted.steps.tar_divisor;
+    const double ar = sums.ar / counted.ar_divisor, tar = sums.tar / counted.tar_divisor;
     const double penalty = weighted(coefficient(plan.alpha, memory.alpha, dtype), ar) +
                            weighted(coefficient(plan.beta, memory.beta, dtype), tar);
-    store(memory.penalty, 0, penalty + (plan.adds ? number(memory.penalty, dtype) : 0), dtype);
+    store(memory.penalty, 0, penalty, dtype);
     if (!memory.terms) return;
-    store(memory.terms, 0, ar + (plan.adds ? number(memory.terms, dtype) : 0), dtype);
-    store(memory.terms, 1, tar + (plan.adds ? number(memory.terms, dtype, 1) : 0), dtype);
+    store(memory.terms, 0, ar, dtype);
+    store(memory.terms, 1, tar, dtype);
 }
 
 /// Compute the factors of the gradients in float64: no intermediate factor overflows, and each is rounded once.
-template <class Plan, class Memory>
-Factors factors(const Plan &plan, const Counted &counted, const Memory &memory) {
-    if (!memory.grad) return {0, 0};
+Factors factors(const Plan &plan, const Counted &counted, const Addresses &memory) {
+    const void *const upstream_at = memory.penalty ? memory.assumed : memory.upstream;
+    if (!upstream_at) return {0, 0};
     const auto plain = [](double x) { return x == x ? x : std::nan(""); };  // a NaN that survives any rounding
     const int32_t dtype = plan.compute_dtype;
-    const double upstream = number(memory.grad, dtype);
+    const double upstream = number(upstream_at, dtype);
     const double alpha = coefficient(plan.alpha, memory.alpha, dtype);
     const double beta = coefficient(plan.beta, memory.beta, dtype);
-    return {plain(upstream * (2 * alpha / counted.steps.ar_divisor)),
-            plain(upstream * (2 * beta / counted.steps.tar_divisor))};
+    return {plain(upstream * (2 * alpha / counted.ar_divisor)), plain(upstream * (2 * beta / counted.tar_divisor))};
 }
 
-/// Form the sums, if `sum`; write the gradients that have memory, if there is an upstream gradient.
-Partials penalty(const Penalty &plan, const PenaltyMemory &memory, const Counted &counted, bool sum, int threads) {
+/// Form the sums, write dropped if a forward has a mask, and write the gradients that have memory.
+Partials walk(const Plan &plan, const Addresses &memory, const Counted &counted, int threads) {
     const Factors by = factors(plan, counted, memory);
+    const auto rows = [&](const void *base, Strides strides, int32_t dtype) {
+        return Rows(base, strides, dtype, counted.offsets);
+    };
+    const Rows raw = rows(memory.raw, plan.raw, plan.raw_dtype), mask = rows(memory.mask, plan.mask, plan.raw_dtype);
+    const Rows arrived = rows(memory.arrived, plan.arrived, plan.raw_dtype);
+    const Rows dropped = rows(memory.dropped, plan.dropped, plan.dropped_dtype);
+    const Rows grad_raw = rows(memory.grad_raw, plan.grad_raw, plan.raw_dtype);
+    const Rows grad_dropped = rows(memory.grad_dropped, plan.grad_dropped, plan.dropped_dtype);
     Pass passes[2];
     int count = 0;
-    const auto add = [&](const Rows &x, Rows grad, Flags sums, Flags gradients) {
-        if (!memory.grad) grad = {};
-        const Flags flags = (sum ? sums : 0) | (grad.base ? gradients : 0);
-        if (!x.base || !flags) return;
-        Pass &pass = passes[count++] = Pass(counted, x, {}, {}, grad);
-        pass.code = penalty_code(x.dtype, plan.compute_dtype, flags, by);
+    const auto add = [&](const Pass &pass, Flags always, Flags terms) {  // padding has no terms
+        if (!pass.x.base || !(always | terms)) return;
+        passes[count] = pass;
+        passes[count].code = row_code(pass.x.dtype, plan.compute_dtype, always | terms, by);
+        passes[count++].padding = row_code(pass.x.dtype, plan.compute_dtype, always, by);
     };
-    const auto rows = [&](const void *base, Strides strides, int32_t dtype) {
-        return Rows(base, strides, dtype, counted.packed_at());
-    };
-    // A term whose coefficient is 0 is measured without a gradient.
-    const Flags ar_grad = plan.ar_of_raw && plan.alpha != 0 ? AR_GRAD : 0;
-    const Flags tar_grad = ar_grad && plan.beta == 0 ? 0 : TAR_GRAD;
-    add(rows(memory.raw, plan.raw, plan.raw_dtype), rows(memory.grad_raw, plan.grad_raw, plan.raw_dtype),
-        plan.ar_of_raw ? AR | TAR : TAR, ar_grad | tar_grad);
-    add(rows(memory.dropped, plan.dropped, plan.dropped_dtype),
-        rows(memory.grad_dropped, plan.grad_dropped, plan.dropped_dtype), AR, AR_GRAD);
+    const auto flag = [](bool on, Flags flags) { return on ? flags : 0; };
+    const bool drops = memory.penalty && mask.base, of_raw = mask.base || plan.ar_of_raw;
+    const auto ar = [&](const Rows &grad) { return flag(plan.sum_ar, SUM_AR) | flag(grad.base && plan.grad_ar, GRAD_AR); };
+    const Flags tar = flag(plan.sum_tar, SUM_TAR) | flag(grad_raw.base && plan.grad_tar, GRAD_TAR);
+    add(Pass(counted, raw, mask, arrived, drops ? dropped : grad_raw),
+        flag(mask.base, MASKED) | flag(drops, DROPS) | flag(arrived.base, ARRIVED) | flag(grad_raw.base, WRITES),
+        tar | flag(of_raw, ar(grad_raw)) | flag(mask.base && plan.ar_of_raw, AR_OF_RAW));
+    if (!mask.base)
+        add(Pass(counted, dropped, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES),
+            flag(!of_raw, ar(grad_dropped)));
     return run(passes, count, counted, threads);
-}
-
-/// Apply the mask, and form the sums.
-Partials dropout(const Dropout &plan, const DropoutMemory &memory, const Counted &counted, int threads) {
-    const auto rows = [&](const void *base, Strides strides) { return Rows(base, strides, plan.dtype, nullptr); };
-    Pass pass(counted, rows(memory.raw, plan.raw), rows(memory.mask, plan.mask), {},
-              rows(memory.dropped, plan.dropped));
-    const Flags flags = (plan.ar ? AR : 0) | (plan.ar && plan.ar_of_raw ? OF_RAW : 0) | (plan.tar ? TAR : 0);
-    pass.code = dropout_code(plan.dtype, plan.compute_dtype, flags);
-    pass.padding = dropout_code(plan.dtype, plan.compute_dtype, 0);
-    return run(&pass, 1, counted, threads);
-}
-
-/// Write the gradient of raw.
-void dropout_gradient(const Dropout &plan, const DropoutMemory &memory, const Counted &counted, int threads) {
-    const auto rows = [&](const void *base, Strides strides) { return Rows(base, strides, plan.dtype, nullptr); };
-    Pass pass(counted, rows(memory.raw, plan.raw), rows(memory.mask, plan.mask), rows(memory.dropped, plan.dropped),
-              rows(memory.grad_raw, plan.grad_raw));
-    const Factors by = factors(plan, counted, memory);
-    const Flags upstream = (memory.dropped ? UPSTREAM : 0) | (memory.mask ? 0 : UNMASKED);
-    const Flags ar = plan.ar ? AR_GRAD | (plan.ar_of_raw ? OF_RAW : 0) : 0, tar = plan.tar ? TAR_GRAD : 0;
-    pass.code = dropout_gradient_code(plan.dtype, plan.compute_dtype, upstream | (memory.grad ? ar | tar : 0), by);
-    pass.padding = dropout_gradient_code(plan.dtype, plan.compute_dtype, upstream, by);
-    run(&pass, 1, counted, threads);
-}
-
-/// The values that the functions below return.
-enum Outcome : int { DONE = 0, NOTHING_TO_DO = 1, OUT_OF_MEMORY = 2 };
-
-/// Call `work(counted)`. No exception may leave the library: its callers are not C++.
-template <class Plan, class Memory, class Work>
-int guarded(const Plan &plan, const Memory &memory, Work work) {
-    try {
-        work(Counted(plan.steps, plan.sizes, memory.lengths, memory.valid, memory.starts));
-        return DONE;
-    } catch (const std::exception &) {  // there is no other than of memory
-        return OUT_OF_MEMORY;
-    }
 }
 
 }  // namespace
@@ -129,8 +95,7 @@ int guarded(const Plan &plan, const Memory &memory, Work work) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 /// The sizes that cpu.py compares with those of its own structures.
-EXPORT const int64_t structure_sizes[] = {sizeof(Penalty), sizeof(PenaltyMemory), sizeof(Dropout),
-                                          sizeof(DropoutMemory)};
+EXPORT const int64_t structure_sizes[] = {sizeof(Plan), sizeof(Addresses)};
 
 /// The hash of the source that the library was built from.
 #ifndef SOURCES
@@ -163,31 +128,28 @@ EXPORT int processor_level() {
 #endif
 }
 
-/// Write the penalty and its terms, and the gradients for the upstream gradient that is expected, if one is given.
-EXPORT int penalty_forward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
-    return guarded(*plan, *memory, [=](const Counted &counted) {
-        finish(*plan, counted, penalty(*plan, *memory, counted, true, threads), *memory);
-    });
+/// Mark the steps of all sequences, and count them: see `mark_sequence`. Lengths, (outer,), and valid and starts, (outer,
+/// time), may each be null.
+EXPORT void mark_steps(const Marking *memory, int64_t outer, int64_t time) {
+    memory->counts[0] = memory->counts[1] = 0;
+    for (int64_t i = 0; i < outer; ++i) {
+        const auto at = [&](auto *marks) { return marks ? marks + i * time : nullptr; };
+        mark_sequence(memory->lengths ? memory->lengths[i] : time, at(memory->valid), at(memory->starts),
+                      at(memory->steps), time, memory->counts);
+    }
+}
+
+/// Write the penalty and its terms, dropped where there is a mask, and the gradients for the upstream gradient that is
+/// assumed, if one is.
+EXPORT void forward(const Plan *plan, const Addresses *memory, int threads) {
+    const Counted counted(*plan, *memory);
+    finish(*plan, counted, walk(*plan, *memory, counted, threads), *memory);
 }
 
 /// Write the gradients, unless those that a forward wrote are right: `assumed` is null, or has its upstream gradient.
-/// Bits are compared, so that 0 is not -0, and NaN is itself.
-EXPORT int penalty_backward(const Penalty *plan, const PenaltyMemory *memory, int threads) {
-    if (memory->assumed && !std::memcmp(memory->assumed, memory->grad, bytes_of(plan->compute_dtype)))
-        return NOTHING_TO_DO;
-    return guarded(*plan, *memory,
-                   [=](const Counted &counted) { penalty(*plan, *memory, counted, false, threads); });
-}
-
-/// Write `raw * mask`, and the penalty and its terms.
-EXPORT int dropout_forward(const Dropout *plan, const DropoutMemory *memory, int threads) {
-    return guarded(*plan, *memory, [=](const Counted &counted) {
-        finish(*plan, counted, dropout(*plan, *memory, counted, threads), *memory);
-    });
-}
-
-/// Write the gradient of raw. The gradients of dropped and of the penalty may each be null.
-EXPORT int dropout_backward(const Dropout *plan, const DropoutMemory *memory, int threads) {
-    return guarded(*plan, *memory,
-                   [=](const Counted &counted) { dropout_gradient(*plan, *memory, counted, threads); });
+/// Bits are compared, so that 0 is not -0, and NaN is itself. Return whether they were written.
+EXPORT int backward(const Plan *plan, const Addresses *memory, int threads) {
+    if (memory->assumed && !std::memcmp(memory->assumed, memory->upstream, bytes_of(plan->compute_dtype))) return 0;
+    walk(*plan, *memory, Counted(*plan, *memory), threads);
+    return 1;
 }

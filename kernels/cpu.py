@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import NOTHING, Prediction, Result, Sums, Values, View
+from fastreg.kernels.view import NOTHING, Operands, Prediction, Result, Sums, Values, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_DONE, _OUT_OF_MEMORY = 0, 2  # as C returns them; 1 if there was nothing to do
 # The libraries, the best first: the level of x86-64 that each needs, and the processors that have it.
 _LIBRARIES = {
     "_cpu_v4": (4, "processors with AVX-512"),
@@ -34,83 +33,68 @@ _CAPABILITIES = {"AVX512": 4, "AVX2": 3}  # PyTorch's, as such levels
 _INSTALL = "install fastreg-rnn again"
 
 
-class PenaltyForward:
-    """Compute penalties of tensors of one layout, and the gradients that the backward is expected to ask for.
+class Forward:
+    """Apply dropout masks, compute penalties, and write the gradients that the backward is expected to ask for.
 
-    It is built and called as `fastreg.kernels.penalty.PenaltyForward`.
+    It is built and called as `fastreg.kernels.ar_tar.Forward`.
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch = _Launch("penalty_forward", _penalty(view, sums), sums.dtype)
-        self.dtype, self.measured = sums.dtype, sums.measured
-        self.writes = view.operands[2:] != (None, None)
-        self.expected = Expected(sums.dtype)
+        self.writes = view.operands[4:] != (None, None)
+        self.launch = _Launch(library().forward, _plan(view, sums, is_forward=True))
+        self.dtype, self.measured, self.expected = sums.dtype, sums.measured, Expected(sums.dtype)
 
-    def __call__(self, tensors: Sequence[Tensor | None], values: Values, before: Result | None = None) -> Result:
-        """Compute the penalty, and fill the gradients for the upstream gradient of the last backward."""
+    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Result:
+        """Compute the penalty; fill dropped, or the gradients for the upstream gradient of the last backward."""
         assumed = self.expected.gradient if self.writes else None
-        penalty, terms, _ = before or _result(self.dtype, self.measured)
-        self.launch((*tensors, assumed, None), values, penalty, terms)
+        penalty = torch.empty((), dtype=self.dtype, device="cpu")
+        terms = torch.empty((2,), dtype=self.dtype, device="cpu") if self.measured else None
+        self.launch(*tensors, None, assumed, *_read(values, self.dtype), penalty, terms)
         return Result(penalty, terms, None if assumed is None else Prediction(assumed, self.expected))
 
 
-class PenaltyBackward:
-    """Compute the gradients of penalties of tensors of one layout.
+class Backward:
+    """Compute the gradients of penalties, and add those that arrive.
 
-    It is built and called as `fastreg.kernels.penalty.PenaltyBackward`.
+    It is built and called as `fastreg.kernels.ar_tar.Backward`.
     """
 
     def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch, self.dtype = _Launch("penalty_backward", _penalty(view, sums), sums.dtype), sums.dtype
+        self.launch, self.dtype = _Launch(library().backward, _plan(view, sums, is_forward=False)), sums.dtype
 
     def __call__(
-        self, grad: Tensor, tensors: Sequence[Tensor | None], values: Values, prediction: Prediction | None
+        self,
+        upstream: Tensor | None,
+        tensors: Sequence[Tensor | None],
+        values: Values,
+        prediction: Prediction | None = None,
     ) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
         assumed = None if prediction is None else prediction.assumed
-        outcome = self.launch((*tensors, grad, assumed), values)
-        if outcome == _DONE and prediction is not None:
-            prediction.expected.learn(grad)
+        writes = self.launch(*tensors, upstream, assumed, *_read(values, self.dtype), None, None)
+        if writes and prediction is not None:  # which only a penalty with an upstream gradient has
+            prediction.expected.learn(upstream)
 
-    def holds(self, grad: Tensor, prediction: Prediction) -> bool:
+    def holds(self, upstream: Tensor, prediction: Prediction) -> bool:
         """Return whether the forward has filled the gradients for this upstream gradient, to the bit."""
         bits = torch.int64 if self.dtype == torch.float64 else torch.int32
-        return prediction.assumed.view(bits).equal(grad.view(bits))
+        return prediction.assumed.view(bits).equal(upstream.view(bits))
 
 
-class DropoutForward:
-    """Apply dropout masks and compute penalties, as `fastreg.kernels.dropout.DropoutForward` does."""
+class Steps:
+    """Mark and count the time steps of sequences, as `fastreg.kernels.steps.Steps` does."""
 
-    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch = _Launch("dropout_forward", _dropout(view, sums), sums.dtype)
-        self.dtype, self.measured = sums.dtype, sums.measured
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self.shape, self.mark = shape, library().mark_steps
 
-    def __call__(self, tensors: Sequence[Tensor], values: Values) -> Result:
-        """Fill `dropped` and compute the penalty."""
-        result = _result(self.dtype, self.measured)
-        self.launch((*tensors, None, None), values, result.penalty, result.terms)
-        return result
-
-
-class DropoutBackward:
-    """Compute the gradient of raw, as `fastreg.kernels.dropout.DropoutBackward` does."""
-
-    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch = _Launch("dropout_backward", _dropout(view, sums), sums.dtype)
-
-    def __call__(self, grad: Tensor | None, tensors: Sequence[Tensor | None], values: Values) -> None:
-        """Fill the gradient of raw."""
-        self.launch((*tensors, grad), values)
-
-
-class Marks:
-    """Prepare nothing for valid steps: each launch reads the steps themselves."""
-
-    def __init__(self, valid: torch.Size, device: torch.device) -> None:
-        pass
-
-    def __call__(self, valid: Tensor, starts: Tensor | None) -> None:
-        """Return nothing."""
+    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the steps and counts of `Values`."""
+        steps = torch.empty(self.shape, dtype=torch.uint8, device="cpu")
+        counts = torch.empty((2,), dtype=torch.int64, device="cpu")
+        if lengths is not None:
+            lengths = lengths.long()
+        self.mark(_addresses(lengths, valid, starts, steps, counts), *self.shape)
+        return steps, counts
 
 
 def reason() -> str | None:
@@ -197,9 +181,7 @@ def sources(folder: Path) -> int:
 
 def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
     """Check that the library was built from this source, and declare its functions to ctypes."""
-    plans = ctypes.sizeof(_Penalty), ctypes.sizeof(_Dropout)
-    memories = [len(names) * ctypes.sizeof(c_void_p) for names in (_PENALTY_MEMORY, _DROPOUT_MEMORY)]
-    expected = [plans[0], memories[0], plans[1], memories[1]]
+    expected = [ctypes.sizeof(_Plan), _ADDRESSES * ctypes.sizeof(c_void_p)]
     try:
         built = list((c_int64 * len(expected)).in_dll(library, "structure_sizes"))
         built_from = c_uint64.in_dll(library, "sources").value
@@ -208,11 +190,9 @@ def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
     is_source = (path.parent / "cpu.cpp").exists()
     if built != expected or (is_source and built_from != sources(path.parent)):
         raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
-    for name, plan in (("penalty", _Penalty), ("dropout", _Dropout)):
-        for direction in ("forward", "backward"):
-            function = getattr(library, f"{name}_{direction}")
-            function.argtypes = [POINTER(plan), c_char_p, c_int]
-            function.restype = c_int
+    library.forward.argtypes = library.backward.argtypes = [POINTER(_Plan), c_char_p, c_int]
+    library.mark_steps.argtypes = [c_char_p, c_int64, c_int64]
+    library.forward.restype = library.mark_steps.restype = None
     library.path = path  # pyright: ignore[reportAttributeAccessIssue]
     return library
 
@@ -230,10 +210,10 @@ class Expected:
     def __init__(self, dtype: torch.dtype) -> None:
         self.gradient = self.latest[dtype]
 
-    def learn(self, grad: Tensor) -> None:
-        """Expect this upstream gradient."""
+    def learn(self, upstream: Any) -> None:
+        """Expect this upstream gradient, a tensor."""
         with torch.inference_mode(False):
-            self.gradient = self.latest[grad.dtype] = grad.detach().clone()
+            self.gradient = self.latest[upstream.dtype] = upstream.detach().clone()
 
 
 class _Sizes(Structure):
@@ -244,99 +224,56 @@ class _Strides(Structure):
     _fields_ = [("outer", c_int64), ("time", c_int64)]
 
 
-class _Steps(Structure):
-    _fields_ = [("ar_divisor", c_double), ("tar_divisor", c_double), ("packed", c_int64)]
-
-
-class _Penalty(Structure):
+class _Plan(Structure):
     _fields_ = [
         ("sizes", _Sizes),
-        *((name, _Strides) for name in ("raw", "dropped", "grad_raw", "grad_dropped")),
-        ("steps", _Steps),
-        *((name, c_double) for name in ("alpha", "beta")),
-        *((name, c_int32) for name in ("raw_dtype", "dropped_dtype", "compute_dtype", "ar_of_raw", "adds")),
+        *((name, _Strides) for name in Operands._fields),
+        *((name, c_double) for name in ("ar_divisor", "tar_divisor", "alpha", "beta")),
+        *((name, c_int32) for name in ("raw_dtype", "dropped_dtype", "compute_dtype")),
+        *((name, c_int32) for name in ("sum_ar", "sum_tar", "grad_ar", "grad_tar", "ar_of_raw")),
     ]
 
 
-class _Dropout(Structure):
-    _fields_ = [
-        ("sizes", _Sizes),
-        *((name, _Strides) for name in ("raw", "mask", "dropped", "grad_raw")),
-        ("steps", _Steps),
-        *((name, c_double) for name in ("alpha", "beta")),
-        *((name, c_int32) for name in ("dtype", "compute_dtype", "ar", "tar", "ar_of_raw", "adds")),
-    ]
+# Addresses that C takes: of the operands, upstream, assumed, values, penalty and terms.
+_ADDRESSES = len(Operands._fields) + 2 + len(Values._fields) + 2
+_NO_VALUES = (None,) * len(Values._fields)
 
 
-_NOTHING = (None,) * 5  # the result of `_read` for a call without values
-# The tensors whose addresses C takes, in this order: PenaltyMemory and DropoutMemory there.
-_READ_AND_WRITTEN = "lengths", "valid", "starts", "alpha", "beta", "penalty", "terms"
-_PENALTY_MEMORY = "raw", "dropped", "grad_raw", "grad_dropped", "grad", "assumed", *_READ_AND_WRITTEN
-_DROPOUT_MEMORY = "raw", "mask", "dropped", "grad_raw", "grad", *_READ_AND_WRITTEN
+def _plan(view: View, sums: Sums, is_forward: bool) -> _Plan:
+    """Describe a call to C."""
+    raw, _, _, dropped, *gradients = view.operands
+    strides = [(0, 0) if x is None else (x.outer, x.time) for x in view.operands]
+    dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (raw, dropped)]
+    ar, tar = sums.gradients if gradients != [None, None] else (False, False)
+    switches = is_forward and sums.ar, is_forward and sums.tar, ar, tar, sums.ar_of_raw and sums.ar
+    return _Plan(view[:3], *strides, *sums.divisors, *sums.weights[:2], *dtypes, _DTYPES[sums.dtype], *switches)
 
 
-def _penalty(view: View, sums: Sums) -> _Penalty:
-    """Describe a penalty to C."""
-    dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in view.operands[:2]]
-    switches = sums.ar_of_raw and sums.ar, sums.adds
-    return _Penalty(*_described(view, sums), *dtypes, _DTYPES[sums.dtype], *switches)
+def _read(values: Values, dtype: torch.dtype) -> Sequence[Tensor | None]:
+    """Return values as C reads them: coefficients in the dtype of the computation."""
+    if values is NOTHING:
+        return _NO_VALUES
+    steps, counts, offsets, alpha, beta = values
+    return steps, counts, offsets, *(None if x is None else x.to(dtype) for x in (alpha, beta))
 
 
-def _dropout(view: View, sums: Sums) -> _Dropout:
-    """Describe dropout to C."""
-    dtypes = [_DTYPES[dtype] for x in view.operands[:1] if x is not None for dtype in (x.dtype, sums.dtype)]
-    return _Dropout(*_described(view, sums), *dtypes, sums.ar, sums.tar, sums.ar_of_raw, sums.adds)
+@cache
+def _packer(count: int) -> Any:
+    """Return the function that packs so many addresses, which takes a third of the time of a ctypes structure."""
+    return Struct(f"{count}P").pack
 
 
-def _described(view: View, sums: Sums) -> tuple[Any, ...]:
-    """Return the fields that both operations share: sizes, strides of four tensors, steps, and coefficients."""
-    strides = [(0, 0) if x is None else (x.outer, x.time) for x in (*view.operands, None)[:4]]
-    return view[:3], *strides, (*(sums.divisors or (0, 0)), view.packed), *sums.weights[:2]
-
-
-def _read(values: Values, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Return lengths or batch sizes, valid steps, starts, and the coefficients as C reads them."""
-    lengths, batch_sizes, valid, _, alpha, beta, starts = values
-    steps = batch_sizes if lengths is None else lengths.long()
-    return steps, valid, starts, *(None if x is None else x.to(dtype) for x in (alpha, beta))
-
-
-def _result(dtype: torch.dtype, measured: bool) -> Result:
-    """Allocate the penalty, and its terms if they are measured."""
-    terms = torch.empty((2,), dtype=dtype, device="cpu") if measured else None
-    return Result(torch.empty((), dtype=dtype, device="cpu"), terms, None)
+def _addresses(*tensors: Tensor | None) -> bytes:
+    """Pack the addresses of tensors, 0 for `None`."""
+    return _packer(len(tensors))(*[0 if x is None else x.data_ptr() for x in tensors])
 
 
 class _Launch:
-    """A C function, with the plan that it takes in every call.
+    """A C function, with the plan that it takes in every call."""
 
-    Args:
-        function: its name.
-        plan: the metadata.
-        dtype: of coefficients.
-    """
+    def __init__(self, function: Any, plan: _Plan) -> None:
+        self.function, self.plan = function, byref(plan)
 
-    def __init__(self, function: str, plan: _Penalty | _Dropout, dtype: torch.dtype) -> None:
-        self.function, self.plan, self.dtype = getattr(library(), function), byref(plan), dtype
-        memory = _PENALTY_MEMORY if isinstance(plan, _Penalty) else _DROPOUT_MEMORY
-        self.pack = Struct(f"{len(memory)}P").pack  # a third of the time of a ctypes structure
-
-    def __call__(
-        self,
-        tensors: Sequence[Tensor | None],
-        values: Values,
-        penalty: Tensor | None = None,
-        terms: Tensor | None = None,
-    ) -> int:
-        """Hand over the addresses of tensors, which live as long as the call; return the outcome.
-
-        Raises:
-            MemoryError: there is too little memory for the offsets of packed rows.
-        """
-        read = _NOTHING if values is NOTHING else _read(values, self.dtype)
-        every = (*tensors, *read, penalty, terms)
-        addresses = self.pack(*[0 if x is None else x.data_ptr() for x in every])
-        outcome = self.function(self.plan, addresses, torch.get_num_threads())
-        if outcome == _OUT_OF_MEMORY:
-            raise MemoryError("the kernels for CPUs found too little memory for lengths and offsets of sequences")
-        return outcome
+    def __call__(self, *tensors: Tensor | None) -> int:
+        """Hand over the addresses of tensors, which live as long as the call; return the function's result."""
+        return self.function(self.plan, _addresses(*tensors), torch.get_num_threads())

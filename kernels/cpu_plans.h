@@ -16,56 +16,38 @@ struct Strides {  // in elements
     int64_t outer, time;
 };
 
-/// The divisors of the sums, and the form of the lengths.
-struct Steps {
-    double ar_divisor, tar_divisor;  // 0: the elements and the changes that count
-    int64_t packed;                  // rows of a PackedSequence: lengths are its batch sizes, and outer is unused
-};
-
-/// The metadata of a penalty, the same in every call.
-struct Penalty {
-    Sizes sizes;
-    Strides raw, dropped, grad_raw, grad_dropped;
-    Steps steps;
+/// The metadata of a call, the same in every one: of the penalty, of dropout with it, or of the gradients of both.
+struct Plan {
+    Sizes sizes;  // outer: sequences, of packed rows, too
+    Strides raw, mask, arrived, dropped, grad_raw, grad_dropped;
+    double ar_divisor, tar_divisor;  // of the sums, in calls without counts
     double alpha, beta;
-    int32_t raw_dtype, dropped_dtype, compute_dtype;
-    int32_t ar_of_raw;
-    int32_t adds;  // the penalty and its terms are added to the values in memory
+    int32_t raw_dtype, dropped_dtype, compute_dtype;  // raw's is that of mask and arrived, too
+    int32_t sum_ar, sum_tar, grad_ar, grad_tar;       // whether each term is summed, and has a gradient
+    int32_t ar_of_raw;                                // AR is that of raw
 };
 
 /// Its memory. A null pointer is a term that is off, a gradient that is not needed, or a value that is not asked for.
-struct PenaltyMemory {
-    const void *raw, *dropped;
+struct Addresses {
+    const void *raw, *mask;
+    const void *arrived;  // a gradient that arrives at dropped, or at raw without a mask
+    void *dropped;        // written in a forward that has a mask
     void *grad_raw, *grad_dropped;
-    const void *grad;          // () in the dtype of the computation: the upstream gradient
-    const void *assumed;       // () like grad: the upstream gradient that a forward assumed, writing gradients
-    const int64_t *lengths;    // (outer,), or batch sizes (time,), or null
-    const uint8_t *valid;      // (outer, time), not 0 where a step counts, or null; with neither all steps count
-    const uint8_t *starts;     // (outer, time), not 0 where no change leads to a step, or null; with valid alone
-    const void *alpha, *beta;  // () like grad; they take the place of the plan's, or null
-    void *penalty, *terms;     // (), and (2,) ar and tar, like grad
+    const void *upstream;      // () in the dtype of the computation: the gradient of the penalty
+    const void *assumed;       // () like upstream, the one that a forward assumed, writing gradients
+    const uint8_t *steps;      // (outer, time): bit 0 if a step counts, bit 1 if the change into it does; null: all do
+    const int64_t *counts;     // (2,): how many steps and changes count; null where the divisors are known
+    const int64_t *offsets;    // (1 + time,): where each time step of packed rows begins; null unless packed
+    const void *alpha, *beta;  // () like upstream; they take the place of the plan's, or null
+    void *penalty, *terms;     // (), and (2,) ar and tar, like upstream; no penalty in a backward
 };
 
-/// The metadata of variational dropout with the penalty; `dropped` has the strides of its gradient in a backward.
-struct Dropout {
-    Sizes sizes;
-    Strides raw, mask, dropped, grad_raw;
-    Steps steps;
-    double alpha, beta;
-    int32_t dtype, compute_dtype;
-    int32_t ar, tar;    // whether each term is on
-    int32_t ar_of_raw;  // AR is that of raw, as fastai v1 forms it, not that of dropped
-    int32_t adds;       // as in the penalty
-};
-
-struct DropoutMemory {
-    const void *raw, *mask;  // in a backward no mask, where `dropped` is a gradient that arrives at raw
-    void *dropped, *grad_raw;
-    const void *grad;          // () in the dtype of the computation, or null: the penalty has no gradient
-    const int64_t *lengths;    // this and the rest as in the penalty
+/// The memory of `mark_steps`.
+struct Marking {
+    const int64_t *lengths;
     const uint8_t *valid, *starts;
-    const void *alpha, *beta;
-    void *penalty, *terms;
+    uint8_t *steps;
+    int64_t *counts;
 };
 
 enum Dtype : int32_t { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };

@@ -1,7 +1,7 @@
-// The formulas, applied to one row, or to several consecutive rows at once, in loops of vectors.
+// The formula, applied to one row, or to several consecutive rows at once, in loops of vectors.
 //
-// Each formula is written once, with flags that turn its parts on. Sets of flags that are common are known to the
-// compiler, in a copy of the loop for each; for all other sets one copy tests the flags in the loop.
+// It is written once, with flags that turn its parts on. Sets of flags that are common are known to the compiler, in a
+// copy of the loop for each; for all other sets one copy tests the flags in the loop.
 
 #pragma once
 
@@ -30,29 +30,30 @@ struct Factors {
     double ar, tar;
 };
 
-/// The parts of a formula.
+/// The parts of the formula.
 using Flags = unsigned;
-constexpr Flags AR = 1;         // sum the squares of AR
-constexpr Flags TAR = 2;        // and of TAR
-constexpr Flags AR_GRAD = 4;    // write a gradient, with the part of AR
-constexpr Flags TAR_GRAD = 8;   // and with that of TAR
-constexpr Flags OF_RAW = 16;    // with dropout: AR is of raw, not of dropped
-constexpr Flags UPSTREAM = 32;  // dropped has a gradient
-constexpr Flags ARRIVES = 64;   // the change from the row before counts
-constexpr Flags LEAVES = 128;   // and that to the row behind
-constexpr Flags INSIDE = ARRIVES | LEAVES;
-constexpr Flags UNMASKED = 256;  // the gradient passes no mask
+constexpr Flags SUM_AR = 1;      // sum the squares of AR
+constexpr Flags SUM_TAR = 2;     // and of TAR
+constexpr Flags GRAD_AR = 4;     // the gradient has the part of AR
+constexpr Flags GRAD_TAR = 8;    // and that of TAR
+constexpr Flags AR_OF_RAW = 16;  // AR is of raw, not of raw times the mask
+constexpr Flags MASKED = 32;     // there is a mask
+constexpr Flags DROPS = 64;      // write raw times the mask
+constexpr Flags ARRIVED = 128;   // the gradient has the part of one that arrives
+constexpr Flags WRITES = 256;    // write the gradient
+constexpr Flags BEFORE = 512;    // the change from the row before counts
+constexpr Flags BEHIND = 1024;   // and that to the row behind
 
 /// Where a row begins in each tensor, and the rows before and behind it; null where there is none.
 struct Pointers {
     const char *previous, *current, *following;
-    const char *mask, *upstream;  // the gradient of dropped
-    char *out;
+    const char *mask, *arrived;
+    char *out;     // dropped, or a gradient
     bool streams;  // out is written past the caches
 
     Pointers after(int64_t bytes) const {
         const auto at = [=](auto *row) { return row ? row + bytes : nullptr; };
-        return {at(previous), at(current), at(following), at(mask), at(upstream), at(out), streams};
+        return {at(previous), at(current), at(following), at(mask), at(arrived), at(out), streams};
     }
 };
 
@@ -71,7 +72,7 @@ class Tail {
         out = rows.out;
         return {at(copies[0], rows.previous), at(copies[1], rows.current),
                 at(copies[2], rows.following), at(copies[3], rows.mask),
-                at(copies[4], rows.upstream),  out ? written : nullptr,
+                at(copies[4], rows.arrived),   out ? written : nullptr,
                 false};
     }
 
@@ -139,79 +140,47 @@ inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, F flags, 
             whole = STEP;
             rest = 0;
         }
-        if (flags & AR) ar_sums.add(ar);
-        if (flags & TAR) tar_sums.add(tar);
+        if (flags & SUM_AR) ar_sums.add(ar);
+        if (flags & SUM_TAR) tar_sums.add(tar);
     }
     tail.finish();
-    return {flags & AR ? ar_sums.total<T>() : 0, flags & TAR ? tar_sums.total<T>() : 0};
+    return {flags & SUM_AR ? ar_sums.total<T>() : 0, flags & SUM_TAR ? tar_sums.total<T>() : 0};
 }
 
-/// Sum the squares of a row and of the changes that lead to it; write the gradient of both.
-struct PenaltyRow {
-    template <class A, class T, class F>
-    static Partials run(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
-        const A ar_factor = factors.ar, tar_factor = factors.tar;
-        return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
-            const Pair<A> value = read<A, T>(at.current, lane);
-            Pair<A> arriving{}, leaving{}, gradient{};
-            if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
-            if (flags & AR) ar += value * value;
-            if (flags & TAR) tar += arriving * arriving;
-            if (!(flags & (AR_GRAD | TAR_GRAD))) return;
-            if (flags & LEAVES) leaving = read<A, T>(at.following, lane) - value;
-            if (flags & TAR_GRAD) gradient = (arriving - leaving) * tar_factor;
-            if (flags & AR_GRAD) gradient = flags & TAR_GRAD ? gradient + value * ar_factor : value * ar_factor;
-            write<A, T>(at.out, lane, gradient, at.streams);
-        });
-    }
-};
-
-/// Write `raw * mask`; sum its squares, or those of raw, and those of the changes of raw that lead to the row.
-struct DropoutRow {
-    template <class A, class T, class F>
-    static Partials run(const Pointers &rows, int64_t lanes, const Factors &, F flags) {
-        return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
-            const Pair<A> value = read<A, T>(at.current, lane);
-            const Pair<A> kept = write<A, T>(at.out, lane, value * read<A, T>(at.mask, lane), at.streams);
-            const Pair<A> counted = flags & OF_RAW ? value : kept;
-            Pair<A> arriving{};
-            if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
-            if (flags & AR) ar += counted * counted;
-            if (flags & TAR) tar += arriving * arriving;
-        });
-    }
-};
-
-/// Write the gradient of raw: that of dropped and of AR through the mask, and that of TAR. Without a mask, add those of
-/// AR of raw and of TAR to a gradient that arrives at raw.
-struct DropoutGradientRow {
-    template <class A, class T, class F>
-    static Partials run(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
-        const A ar_factor = factors.ar, tar_factor = factors.tar;
-        return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &, auto &) INLINE {
-            const Pair<A> value = read<A, T>(at.current, lane);
-            const bool ar_of_dropped = (flags & (AR_GRAD | OF_RAW)) == AR_GRAD;
-            Pair<A> gradient{}, keep{}, arriving{}, leaving{};
-            if (!(flags & UNMASKED)) keep = read<A, T>(at.mask, lane);
-            if (flags & UPSTREAM) gradient = read<A, T>(at.upstream, lane);
-            if (ar_of_dropped) gradient += rounded<A, T>(value * keep) * ar_factor;
-            // Where nothing has passed the mask, 0 * inf would be NaN.
-            if (!(flags & UNMASKED) && (flags & UPSTREAM || ar_of_dropped)) gradient *= keep;
-            if (flags & AR_GRAD && flags & OF_RAW) gradient += value * ar_factor;
-            if (flags & ARRIVES) arriving = value - read<A, T>(at.previous, lane);
-            if (flags & LEAVES) leaving = read<A, T>(at.following, lane) - value;
-            if (flags & TAR_GRAD) gradient += (arriving - leaving) * tar_factor;
-            write<A, T>(at.out, lane, gradient, at.streams);
-        });
-    }
-};
+/// The formula: raw times the mask, the sums of squares of AR and of the changes into the row, and the gradient: the parts
+/// of AR and TAR, and one that arrives, which passes the mask as the part of AR of masked raw does.
+template <class A, class T, class F>
+inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
+    const A ar_factor = factors.ar, tar_factor = factors.tar;
+    return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
+        const bool masked_ar = (flags & (MASKED | GRAD_AR | AR_OF_RAW)) == (MASKED | GRAD_AR);
+        const Pair<A> value = read<A, T>(at.current, lane);
+        Pair<A> keep{}, kept = value, arriving{}, leaving{}, gradient{}, through{};
+        if (flags & MASKED) keep = read<A, T>(at.mask, lane);
+        if (flags & DROPS) kept = write<A, T>(at.out, lane, value * keep, at.streams);
+        if (flags & AR_OF_RAW) kept = value;
+        if (flags & BEFORE) arriving = value - read<A, T>(at.previous, lane);
+        if (flags & SUM_AR) ar += kept * kept;
+        if (flags & SUM_TAR) tar += arriving * arriving;
+        if (!(flags & WRITES)) return;
+        if (flags & BEHIND) leaving = read<A, T>(at.following, lane) - value;
+        if (flags & GRAD_TAR) gradient = (arriving - leaving) * tar_factor;
+        if (flags & GRAD_AR && !masked_ar) gradient = flags & GRAD_TAR ? gradient + value * ar_factor : value * ar_factor;
+        if (flags & ARRIVED) through = read<A, T>(at.arrived, lane);
+        if (masked_ar) through += rounded<A, T>(value * keep) * ar_factor;
+        // Where nothing has passed the mask, 0 * inf would be NaN.
+        if (flags & MASKED && (flags & ARRIVED || masked_ar)) through *= keep;
+        if (flags & ARRIVED || masked_ar) gradient = through + gradient;
+        write<A, T>(at.out, lane, gradient, at.streams);
+    });
+}
 
 // ---- from values to copies of the loops
 
-/// One copy of a formula's loop. A copy with known flags ignores its argument `flags`.
+/// One copy of the formula's loop. A copy with known flags ignores its argument `flags`.
 using RowLoop = Partials (*)(const Pointers &rows, int64_t lanes, const Factors &factors, Flags flags);
 
-/// A formula with all flags but those of the neighbours, and its loops.
+/// The formula with all flags but those of the neighbours, and its loops.
 struct RowCode {
     Flags flags, usual_flags;
     RowLoop usual, any;  // with the usual flags, where there is such a loop; with any flags
@@ -219,65 +188,57 @@ struct RowCode {
 
     Partials operator()(const Pointers &rows, int64_t lanes) const {
         Flags now = flags;
-        if (flags & (TAR | TAR_GRAD) && rows.previous) now |= ARRIVES;
-        if (flags & TAR_GRAD && rows.following) now |= LEAVES;
+        if (flags & (SUM_TAR | GRAD_TAR) && rows.previous) now |= BEFORE;
+        if (flags & GRAD_TAR && rows.following) now |= BEHIND;
         return (now == usual_flags ? usual : any)(rows, lanes, factors, now);
     }
 };
 
-template <class Formula, class A, class T>
+template <class A, class T>
 Partials any_loop(const Pointers &rows, int64_t lanes, const Factors &factors, Flags flags) {
-    return Formula::template run<A, T>(rows, lanes, factors, flags);
+    return formula<A, T>(rows, lanes, factors, flags);
 }
 
-template <class Formula, class A, class T, Flags KNOWN>
+template <class A, class T, Flags KNOWN>
 Partials usual_loop(const Pointers &rows, int64_t lanes, const Factors &factors, Flags) {
-    return Formula::template run<A, T>(rows, lanes, factors, std::integral_constant<Flags, KNOWN>());
+    return formula<A, T>(rows, lanes, factors, std::integral_constant<Flags, KNOWN>());
 }
 
-/// Find the loops of a formula. All rows but the first and the last have both neighbours.
-template <class Formula, class A, class T, Flags... KNOWN>
+/// Find the loops. All rows but the first and the last have both neighbours.
+template <class A, class T, Flags... KNOWN>
 RowCode code_of(Flags flags, Factors factors) {
-    const Flags usual = flags | (flags & (TAR | TAR_GRAD) ? ARRIVES : 0) | (flags & TAR_GRAD ? LEAVES : 0);
-    RowCode code{flags, usual, any_loop<Formula, A, T>, any_loop<Formula, A, T>, factors};
-    ((usual == KNOWN && (code.usual = usual_loop<Formula, A, T, KNOWN>)), ...);
+    const Flags usual = flags | (flags & (SUM_TAR | GRAD_TAR) ? BEFORE : 0) | (flags & GRAD_TAR ? BEHIND : 0);
+    RowCode code{flags, usual, any_loop<A, T>, any_loop<A, T>, factors};
+    ((usual == KNOWN && (code.usual = usual_loop<A, T, KNOWN>)), ...);
     return code;
+}
+
+/// Find the loops, which are compiled for the sets of flags that are common.
+template <class A, class T>
+RowCode usual_code(Flags flags, Factors factors) {
+    constexpr Flags AR = SUM_AR, TAR = SUM_TAR | BEFORE, DROP = MASKED | DROPS, BACK = MASKED | ARRIVED | WRITES;
+    constexpr Flags BY_AR = WRITES | GRAD_AR, BY_TAR = WRITES | GRAD_TAR | BEFORE | BEHIND, BY_BOTH = BY_AR | BY_TAR;
+    return code_of<A, T, AR, TAR, AR | TAR, BY_AR, BY_TAR, BY_BOTH,                                // the penalty
+                   AR | BY_AR, TAR | BY_TAR, AR | TAR | BY_BOTH,                                   // with gradients
+                   DROP, DROP | AR, DROP | TAR, DROP | AR | TAR, DROP | AR_OF_RAW | AR | TAR,      // dropout
+                   BACK, BACK | BY_AR, BACK | BY_TAR, BACK | BY_BOTH, BACK | AR_OF_RAW | BY_BOTH,  // its backward
+                   ARRIVED | BY_AR, ARRIVED | BY_TAR, ARRIVED | BY_BOTH>(flags, factors);          // an addition
 }
 
 /// Find the loops for the dtypes of memory and of the computation. Tensors of two dtypes, one of them float64, are rare:
 /// a computation in float64 over another dtype has no loops with known flags.
-template <class Formula, Flags... KNOWN>
-RowCode code_for(int32_t dtype, int32_t compute_dtype, Flags flags, Factors factors) {
+inline RowCode row_code(int32_t dtype, int32_t compute_dtype, Flags flags, Factors factors) {
     if (compute_dtype == FLOAT64) switch (dtype) {
-        case FLOAT16: return code_of<Formula, double, Half>(flags, factors);
-        case BFLOAT16: return code_of<Formula, double, BFloat>(flags, factors);
-        case FLOAT32: return code_of<Formula, double, float>(flags, factors);
-        default: return code_of<Formula, double, double, KNOWN...>(flags, factors);
+        case FLOAT16: return code_of<double, Half>(flags, factors);
+        case BFLOAT16: return code_of<double, BFloat>(flags, factors);
+        case FLOAT32: return code_of<double, float>(flags, factors);
+        default: return usual_code<double, double>(flags, factors);
     }
     switch (dtype) {
-        case FLOAT16: return code_of<Formula, float, Half, KNOWN...>(flags, factors);
-        case BFLOAT16: return code_of<Formula, float, BFloat, KNOWN...>(flags, factors);
-        default: return code_of<Formula, float, float, KNOWN...>(flags, factors);
+        case FLOAT16: return usual_code<float, Half>(flags, factors);
+        case BFLOAT16: return usual_code<float, BFloat>(flags, factors);
+        default: return usual_code<float, float>(flags, factors);
     }
-}
-
-RowCode penalty_code(int32_t dtype, int32_t compute_dtype, Flags flags, Factors factors) {
-    return code_for<PenaltyRow, AR, AR_GRAD, AR | AR_GRAD, TAR | ARRIVES, TAR_GRAD | INSIDE, TAR | TAR_GRAD | INSIDE,
-                    AR | TAR | ARRIVES, AR_GRAD | TAR_GRAD | INSIDE, AR | TAR | AR_GRAD | TAR_GRAD | INSIDE>(
-        dtype, compute_dtype, flags, factors);
-}
-
-RowCode dropout_code(int32_t dtype, int32_t compute_dtype, Flags flags) {
-    return code_for<DropoutRow, 0, AR, TAR | ARRIVES, AR | TAR | ARRIVES, AR | OF_RAW | TAR | ARRIVES>(
-        dtype, compute_dtype, flags, {});
-}
-
-RowCode dropout_gradient_code(int32_t dtype, int32_t compute_dtype, Flags flags, Factors factors) {
-    return code_for<DropoutGradientRow, UPSTREAM, UPSTREAM | AR_GRAD, UPSTREAM | TAR_GRAD | INSIDE,
-                    UPSTREAM | AR_GRAD | TAR_GRAD | INSIDE, UPSTREAM | AR_GRAD | OF_RAW | TAR_GRAD | INSIDE,
-                    UNMASKED | UPSTREAM | AR_GRAD | OF_RAW, UNMASKED | UPSTREAM | TAR_GRAD | INSIDE,
-                    UNMASKED | UPSTREAM | AR_GRAD | OF_RAW | TAR_GRAD | INSIDE>(
-        dtype, compute_dtype, flags, factors);
 }
 
 }  // namespace

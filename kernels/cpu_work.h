@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "cpu_plans.h"
 #include "cpu_rows.h"
@@ -100,21 +99,21 @@ class MaskRows {
 /// One walk over a tensor, and over those that are read and written beside it.
 struct Pass {
     Tiling tiling;
-    Rows x, mask, upstream, out;  // x: raw, or the only tensor
-    bool dense, fill;             // in all tensors rows lie one after the other; padding is written to
-    bool streams = false;         // out is written past the caches
-    RowCode code, padding;        // for rows that count and for padding, which is 0 where nothing else is written to it
+    Rows x, mask, arrived, out;  // x: raw, or dropped alone
+    bool dense, fill;            // in all tensors rows lie one after the other; padding is written to
+    bool streams = false;        // out is written past the caches
+    RowCode code, padding;       // for rows that count, and for padding
 
     Pass() = default;
-    Pass(const Counted &counted, const Rows &x, const Rows &mask, const Rows &upstream, const Rows &out)
-        : x(x), mask(mask), upstream(upstream), out(out) {
+    Pass(const Counted &counted, const Rows &x, const Rows &mask, const Rows &arrived, const Rows &out)
+        : x(x), mask(mask), arrived(arrived), out(out) {
         const auto or_x = [&](const Rows &rows) { return rows.base ? rows.strides : x.strides; };
-        const Strides all[] = {x.strides, or_x(mask), or_x(upstream), or_x(out)};
+        const Strides all[] = {x.strides, or_x(mask), or_x(arrived), or_x(out)};
         tiling = Tiling(counted.view(all));
-        dense = !counted.packed_at();
-        for (const Rows *rows : {&x, &upstream, &out}) dense = dense && (!rows->base || tiling.dense(rows->strides));
+        dense = !counted.offsets;
+        for (const Rows *rows : {&x, &arrived, &out}) dense = dense && (!rows->base || tiling.dense(rows->strides));
         dense = dense && (!mask.base || !mask.strides.time || tiling.dense(mask.strides));
-        fill = out.base && !counted.packed_at();
+        fill = out.base && !counted.offsets;
     }
 
     /// Do a program's share of the items.
@@ -163,7 +162,7 @@ struct Pass {
 
     Partials visit(const Tile &tile, const Span &span, MaskRows &masks) const {
         char *to = out.row(tile.sequence, span.step, span.lane);
-        if (!span.counts && !mask.base && !upstream.base) {
+        if (!span.counts && !mask.base && !arrived.base) {
             std::memset(to, 0, span.lanes * out.itemsize);
             return {};
         }
@@ -171,7 +170,7 @@ struct Pass {
                             x.row(tile.sequence, span.step, span.lane),
                             span.leaves ? x.row(tile.sequence, span.step + 1, span.lane) : nullptr,
                             masks.of(span),
-                            upstream.row(tile.sequence, span.step, span.lane),
+                            arrived.row(tile.sequence, span.step, span.lane),
                             to,
                             streams && bits_of<std::uintptr_t>(to) % ALIGNED == 0};
         return (span.counts ? code : padding)(rows, span.lanes);
@@ -231,10 +230,10 @@ inline Partials run(Pass *passes, int64_t count, const Counted &counted, int thr
         for (int64_t i = 0; i < programs; ++i) sums += program(i);
         return sums;
     }
-    std::vector<Partials> partials(programs);
+    Partials partials[2 * PROGRAMS];
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < programs; ++i) partials[i] = program(i);
-    for (const Partials &more : partials) sums += more;
+    for (int64_t i = 0; i < programs; ++i) sums += partials[i];
     return sums;
 }
 

@@ -15,50 +15,9 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastreg.kernels.streams import PerStream
-from fastreg.kernels.tiling import as_mark, ends, is_valid, joined
-from fastreg.kernels.view import Layout, Result, Sums, allocate
 
-CHUNK = tl.constexpr(512)  # partial sums, lengths, sequences, or counts that a program loads at once
-STEPS = tl.constexpr(1024)  # valid steps that a program loads at once
-FEW = tl.constexpr(8192)  # valid steps up to which each program counts all of them: 64 a thread
+CHUNK = tl.constexpr(512)  # partial sums or counts that a program loads at once
 TICKETS = PerStream(torch.int32, 0)
-
-
-class Outputs(NamedTuple):
-    """The outputs of a forward kernel, inside the kernel: pointers in ACC to a scalar and to two terms.
-
-    With ADDS the results are added to the values in memory.
-    """
-
-    penalty: Any
-    terms: Any
-    ADDS: Any
-
-
-class Scratch(NamedTuple):
-    """Memory that programs share, inside a kernel: `(2 * programs,)` partial sums in ACC, and a ticket, int32."""
-
-    partials: Any
-    ticket: Any
-
-
-class Extents(NamedTuple):
-    """The sources of the divisors, inside a kernel; neither lengths nor valid if the divisors are numbers.
-
-    lengths    (sequences,) time steps that count, or None
-    valid      (sequences, time) marks of time steps that count, or None
-    counted    of `count_kernel`, where it has counted valid
-    sequences  how many; 0 where nothing is to be read
-    time       time steps in all
-    hidden     elements a time step of a sequence
-    """
-
-    lengths: Any
-    valid: Any
-    counted: Any
-    sequences: Any
-    time: Any
-    hidden: Any
 
 
 class Weights(NamedTuple):
@@ -67,6 +26,8 @@ class Weights(NamedTuple):
     alpha, beta          coefficients
     alpha_at, beta_at    pointers to scalars that take the place of the coefficients, or None
     ar_scale, tar_scale  one over the divisors, unless they are counted
+    counts               pointer to (2,) int64, how many steps and changes count, or None
+    hidden               elements a time step of a sequence
     """
 
     alpha: Any
@@ -75,6 +36,8 @@ class Weights(NamedTuple):
     beta_at: Any
     ar_scale: Any
     tar_scale: Any
+    counts: Any
+    hidden: Any
 
 
 @triton.jit
@@ -90,78 +53,13 @@ def coefficients(weights, dtype: tl.constexpr):
 
 
 @triton.jit
-def count(valid, start, stop, time):
-    """Count valid steps from number `start` to `stop` of all sequences' together, and changes between two of them.
-
-    Returns:
-        steps, pairs, int64.
-    """
-    columns = tl.arange(0, STEPS)
-    steps = tl.zeros((STEPS,), tl.int32)
-    pairs = tl.zeros((STEPS,), tl.int32)
-    for first in range(start, stop, STEPS):
-        at = first + columns
-        now = as_mark(tl.load(valid + at, mask=at < stop, other=0), valid)
-        before = as_mark(tl.load(valid + (at - 1), mask=(at > 0) & (at < stop), other=0), valid)
-        steps += is_valid(now).to(tl.int32)
-        pairs += joined(is_valid(now), before, now).to(tl.int32)
-    # Between the sequences there is no change. A division for each of them takes less time than one for each step.
-    number = tl.arange(0, CHUNK)
-    between = tl.zeros((CHUNK,), tl.int32)
-    sequences = tl.cdiv(stop, time)
-    for first in range(tl.maximum(tl.cdiv(start, time), 1), sequences, CHUNK):
-        there = first + number < sequences
-        at = (first + number) * time
-        now = as_mark(tl.load(valid + at, mask=there, other=0), valid)
-        before = as_mark(tl.load(valid + (at - 1), mask=there, other=0), valid)
-        between += joined(is_valid(now), before, now).to(tl.int32)
-    return tl.sum(steps.to(tl.int64)), tl.sum(pairs.to(tl.int64)) - tl.sum(between.to(tl.int64))
-
-
-@triton.jit(do_not_specialize=["valid", "total", "time"])
-def count_kernel(valid, counts, total, time, INDEX: tl.constexpr):
-    """Count valid steps, a share in each program.
-
-    valid   (sequences, time) marks
-    counts  memory out of (2, programs) int64: steps, and pairs of steps that follow each other
-    total   steps of all sequences
-    time    steps of a sequence
-    INDEX   integer dtype that counts steps
-    """
-    programs = tl.num_programs(0)
-    share = tl.cast(tl.cdiv(total, programs), INDEX)
-    start = tl.program_id(0) * share
-    steps, pairs = count(valid, start, tl.minimum(start + share, total), time)
-    counts = counts.to(tl.pointer_type(tl.int64), bitcast=True) + tl.program_id(0)
-    tl.store(counts, steps)
-    tl.store(counts + programs, pairs)
-
-
-@triton.jit
-def scales(weights, extents):
-    """Return one over the divisors of AR and of TAR, float64: as given, or counted from lengths or valid steps."""
+def scales(weights):
+    """Return one over the divisors of AR and of TAR, float64: as given, or from the counts."""
     ar_scale = tl.full((), weights.ar_scale, tl.float64)
     tar_scale = tl.full((), weights.tar_scale, tl.float64)
-    columns = tl.arange(0, CHUNK)
-    if extents.lengths is not None:
-        lane_steps = tl.zeros((CHUNK,), tl.int64)
-        lane_pairs = tl.zeros((CHUNK,), tl.int64)
-        for first in range(0, extents.sequences, CHUNK):
-            sequence = first + columns
-            length = ends(extents.lengths, sequence, sequence < extents.sequences, extents.time, tl.int64)
-            lane_steps += length
-            lane_pairs += tl.maximum(length - 1, 0)
-        ar_scale = one_over(tl.sum(lane_steps) * extents.hidden)
-        tar_scale = one_over(tl.sum(lane_pairs) * extents.hidden)
-    if extents.valid is not None:
-        total = tl.cast(extents.sequences, tl.int64) * extents.time
-        parts = tl.where(total <= FEW, 0, tl.minimum(tl.cdiv(total, FEW // 2), CHUNK)).to(tl.int32)
-        steps, pairs = count(extents.valid, 0, tl.where(parts == 0, total, 0).to(tl.int32), extents.time)
-        counted = extents.counted.to(tl.pointer_type(tl.int64), bitcast=True) + columns
-        steps += tl.sum(tl.load(counted, mask=columns < parts, other=0))
-        pairs += tl.sum(tl.load(counted + parts, mask=columns < parts, other=0))
-        ar_scale = one_over(steps * extents.hidden)
-        tar_scale = one_over(pairs * extents.hidden)
+    if weights.counts is not None:
+        ar_scale = one_over(tl.load(weights.counts) * weights.hidden)
+        tar_scale = one_over(tl.load(weights.counts + 1) * weights.hidden)
     return ar_scale, tar_scale
 
 
@@ -172,7 +70,7 @@ def one_over(count):
 
 
 @triton.jit
-def factors(weights, extents, upstream):
+def factors(weights, upstream):
     """Return the factors of the gradients of both sums of squares, in the dtype of the upstream gradient.
 
         2 * alpha * ar_scale * upstream, 2 * beta * tar_scale * upstream
@@ -180,57 +78,62 @@ def factors(weights, extents, upstream):
     The upstream gradient comes last: with a coefficient alone it may overflow.
     """
     alpha, beta = coefficients(weights, upstream.dtype)
-    ar_scale, tar_scale = scales(weights, extents)
+    ar_scale, tar_scale = scales(weights)
     ar_factor = (2 * alpha * ar_scale).to(upstream.dtype)
     tar_factor = (2 * beta * tar_scale).to(upstream.dtype)
     return ar_factor * upstream, tar_factor * upstream
 
 
 @triton.jit
-def finish(ar, tar, outputs, scratch, extents, weights):
+def finish(ar, tar, records, ticket, weights, penalty, terms):
     """Add up the partial sums of all programs, in the last of them, and write the penalty and its terms.
 
         terms = ar_scale * sum of ar, tar_scale * sum of tar
         penalty = alpha * terms[0] + beta * terms[1], without a term whose coefficient is 0
 
-    ar, tar  scalars, this program's partial sums of squares
-    outputs  where to
-    scratch  its ticket is a multiple of the number of programs before the launch and after it
-    extents  to count divisors
-    weights  coefficients and scales
+    ar, tar         scalars, this program's partial sums of squares
+    records         (3, programs) in ACC, whose rows 1 and 2 are for the sums of all programs
+    ticket          (1,) int32, as `is_last` wants it
+    weights         coefficients and scales
+    penalty, terms  () and (2,) out in ACC; terms may be None
     """
     programs = tl.num_programs(0)
-    partial = scratch.partials + tl.program_id(0)
-    tl.store(partial, ar)
-    tl.store(partial + programs, tar)
-    tl.debug_barrier()  # this program's stores come before its ticket, whichever threads make them
-    if (tl.atomic_add(scratch.ticket, 1, sem="acq_rel") + 1) % programs == 0:
+    sums = records + programs
+    tl.store(sums + tl.program_id(0), ar)
+    tl.store(sums + programs + tl.program_id(0), tar)
+    if is_last(ticket):
         dtype: tl.constexpr = ar.dtype
         columns = tl.arange(0, CHUNK)
         ar_sums = tl.zeros((CHUNK,), dtype)
         tar_sums = tl.zeros((CHUNK,), dtype)
         for first in range(0, programs, CHUNK):
             there = first + columns < programs
-            at = scratch.partials + first + columns
+            at = sums + first + columns
             # .cg: past the L1 cache, which other programs' stores do not reach
             ar_sums += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             tar_sums += tl.load(at + programs, mask=there, other=0.0, cache_modifier=".cg")
         alpha, beta = coefficients(weights, dtype)
-        ar_scale, tar_scale = scales(weights, extents)
+        ar_scale, tar_scale = scales(weights)
         ar_mean = tl.sum(ar_sums) * ar_scale.to(dtype)
         tar_mean = tl.sum(tar_sums) * tar_scale.to(dtype)
-        penalty = weighted(alpha, ar_mean) + weighted(beta, tar_mean)
-        if outputs.ADDS:
-            penalty += tl.load(outputs.penalty)
-            if outputs.terms is not None:
-                ar_mean += tl.load(outputs.terms)
-                tar_mean += tl.load(outputs.terms + 1)
-            tl.debug_barrier()  # all threads must read before one overwrites
-        tl.store(outputs.penalty, penalty)
-        if outputs.terms is not None:
-            tl.store(outputs.terms, ar_mean)
-            tl.store(outputs.terms + 1, tar_mean)
-        tl.atomic_add(scratch.ticket, 0 - programs, sem="relaxed")  # a store of 0 would undo the tickets of others
+        tl.store(penalty, weighted(alpha, ar_mean) + weighted(beta, tar_mean))
+        if terms is not None:
+            tl.store(terms, ar_mean)
+            tl.store(terms + 1, tar_mean)
+
+
+@triton.jit
+def is_last(ticket):
+    """Draw a ticket, once all stores of this program are made; return whether it is the last of the launch.
+
+    The ticket, (1,) int32, is a multiple of the number of programs before the launch and after it.
+    """
+    programs = tl.num_programs(0)
+    tl.debug_barrier()  # this program's stores come before its ticket, whichever threads make them
+    last = (tl.atomic_add(ticket, 1, sem="acq_rel") + 1) % programs == 0
+    if last:
+        tl.atomic_add(ticket, 0 - programs, sem="relaxed")  # a store of 0 would undo the tickets of others
+    return last
 
 
 @triton.jit
@@ -247,28 +150,3 @@ def ticket_for(device: torch.device, programs: int) -> Tensor:
     if device.type == "cpu":  # the interpreter may be cut off halfway, so nothing is left to the next launch
         return torch.zeros(1, dtype=torch.int32, device=device)
     return TICKETS.exclusive(device, driver.active.get_current_stream(device.index), programs)
-
-
-class SumMemory:
-    """Allocate the memory that a forward kernel needs for its sums.
-
-    Args:
-        sums: the sums to compute.
-        programs: of a launch; each leaves up to three numbers in memory.
-        device: where they run.
-    """
-
-    def __init__(self, sums: Sums, programs: int, device: torch.device) -> None:
-        self.device, self.programs, self.measured = device, programs, sums.measured
-        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * programs])
-        self.penalty, self.terms, self.partials = (
-            Layout(shape, (1,) * len(shape), sums.dtype, device, aligned=True) for shape in shapes
-        )
-
-    def allocate(self, before: Result | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Return memory for the penalty and its terms, or that of the layers before; for partial sums; a ticket."""
-        if before is None:
-            penalty, terms = allocate(self.penalty), allocate(self.terms) if self.measured else None
-        else:
-            penalty, terms, _ = before
-        return penalty, terms, allocate(self.partials), ticket_for(self.device, self.programs)

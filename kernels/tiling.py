@@ -41,18 +41,29 @@ class Tile(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The memory of a tile's lanes, inside a kernel.
+    """The memory of a tile's lanes in one tensor, inside a kernel.
 
     base     (BLOCK,) pointers at time step 0
-    stride   from one time step to the next, in units of ALIGN elements; of packed rows from one row to the next
-    offsets  entry `1 + step` is the packed row where a time step begins; None unless packed
+    stride   from one row to the next, in units of ALIGN elements
     ALIGN    compile-time constant
     """
 
     base: Any
     stride: Any
-    offsets: Any
     ALIGN: Any
+
+
+class Marks(NamedTuple):
+    """The time steps that count, inside a kernel: all, or one of both pointers says which.
+
+    steps    (sequences, time) uint8: bit 0 if a step counts, bit 1 if the change into it does; or None
+    offsets  (1 + time,) int64, of packed rows: where each time step begins, and how many rows there are; or None
+    time     steps of a sequence
+    """
+
+    steps: Any
+    offsets: Any
+    time: Any
 
 
 @triton.jit
@@ -66,120 +77,101 @@ def place(item, blocks, lanes, inner, time, run, ALIGN: tl.constexpr, INDEX: tl.
 
 
 @triton.jit
-def ends(lengths, sequence, present, time, INDEX: tl.constexpr):
-    """Load how many time steps each lane's sequence has, (BLOCK,): its length, from 0 to `time`."""
-    length = tl.load(lengths + sequence, mask=present, other=0).to(tl.int64)
-    return tl.minimum(tl.maximum(length, 0), time).to(INDEX)
+def rows_of(x, tile, outer, stride, ALIGN: tl.constexpr):
+    """Find a tile's lanes in a tensor, or None in None; strides are in units of ALIGN elements."""
+    rows = None
+    if x is not None:
+        rows = Rows(x + tile.sequence * outer * ALIGN + tile.unit, stride, ALIGN)
+    return rows
 
 
 @triton.jit
-def at(x, tile, outer, ALIGN: tl.constexpr):
-    """Compute the pointers to a tile's lanes at time step 0, (BLOCK,); `outer` is in units of ALIGN elements."""
-    return x + tile.sequence * outer * ALIGN + tile.unit
+def begins(marks, step, COUNT: tl.constexpr):
+    """Load the packed rows at which COUNT time steps from `step` on begin, a tuple; () unless rows are packed."""
+    rows = ()
+    if marks.offsets is not None:
+        for i in tl.static_range(COUNT):
+            rows += (tl.load(marks.offsets + tl.minimum(tl.maximum(step + i, 0), marks.time)),)
+    return rows
 
 
 @triton.jit
-def row(rows, step):
-    """Compute the pointers to the rows at time step `step`, (BLOCK,)."""
-    if rows.offsets is not None:
-        step = tl.load(rows.offsets + 1 + step)
-    # That offsets are multiples of ALIGN lets the compiler make loads wide. ALIGN comes last, as a stride in 64 bits
+def row(rows, number):
+    """Compute the pointers to a row, (BLOCK,), from its number: of its time step, or that of a packed row."""
+    # That numbers are multiplied by ALIGN lets the compiler make loads wide. ALIGN comes last, as a stride in 64 bits
     # would take registers that some targets do not have left.
-    return rows.base + tl.cast(step, tl.int64) * rows.stride * rows.ALIGN
+    return rows.base + tl.cast(number, tl.int64) * rows.stride * rows.ALIGN
 
 
 @triton.jit
-def row_behind(rows, first, turn, i: tl.constexpr):
-    """Compute the pointers to the rows at time step `turn + i` from those at `turn`, (BLOCK,), which saves products."""
-    if rows.offsets is not None:
-        return row(rows, turn + i)
-    return first + tl.cast(rows.stride, tl.int64) * (i * rows.ALIGN)
+def row_behind(rows, first, packed, i: tl.constexpr, behind: tl.constexpr):
+    """Compute the pointers to the row `behind` steps from that at `first`, without a product, or to i of `packed`."""
+    if len(packed) > 0:
+        return row(rows, packed[i])
+    return first + tl.cast(rows.stride, tl.int64) * (behind * rows.ALIGN)
 
 
 @triton.jit
 def within(tile, step, stop):
-    """Return the mask of lanes with `step < stop`, (BLOCK,); `stop` is one number or one a lane."""
+    """Return the mask of lanes with `step < stop`, (BLOCK,)."""
     return tile.present & (tl.full(tile.present.shape, step, tile.start.dtype) < stop)
 
 
 @triton.jit
-def load_mark(valid, tile, step, time):
-    """Load the mark of each lane's sequence at time step `step`, (BLOCK,); None if there are no marks.
+def mark(marks, tile, step, packed, i: tl.constexpr, stop, FIRST: tl.constexpr):
+    """Return which lanes count at time step `step`, (BLOCK,), none from `stop` on, and into which a change counts.
 
-    Steps that a sequence does not have are those next to them.
+    `packed` are `begins`, with those of this step and the next at i and i + 1. With FIRST the step may be the first,
+    into which no change leads.
     """
-    mark = None
-    if valid is not None:
+    counts = within(tile, step, stop)
+    if len(packed) > 0:  # sizes never grow: a sequence that has a step has the one before
+        counts &= tile.sequence < packed[i + 1] - packed[i]
+    changes = counts & within(tile, 0, step) if FIRST else counts
+    if marks.steps is not None:
         # A load that needs no mask is no branch on AMD, and pointers would take twice the registers of numbers.
         sequence = tl.where(tile.present, tile.sequence, 0).to(tile.start.dtype)
-        mark = as_mark(tl.load(valid + (sequence * time + tl.minimum(tl.maximum(step, 0), time - 1))), valid)
-    return mark
+        loaded = tl.load(marks.steps + (sequence * marks.time + tl.minimum(step, marks.time - 1)))
+        changes = counts & ((loaded & 2) != 0)
+        counts &= (loaded & 1) != 0
+    return counts, changes
 
 
 @triton.jit
-def as_mark(loaded, valid):
-    """Return marks as loaded from `valid`: bool, or with starts int8, bit 0 for valid and bit 1 for a start."""
-    mark = loaded
-    if valid.dtype.element_ty == tl.int1:
-        mark = loaded != 0
-    return mark
+def mark_turn(marks, tile, counts, changes, turn, packed, stop, AHEAD: tl.constexpr, UNROLL: tl.constexpr):
+    """Return two tuples of `mark` from time step `turn`, where it is `counts` and `changes`, to `turn + UNROLL`.
+
+    With AHEAD the change into `turn` is not asked for.
+    """
+    if marks.steps is None:  # to compute it again takes fewer registers than to keep it
+        counts, changes = mark(marks, tile, turn, packed, 0, stop, not AHEAD)
+    there = (counts,)
+    into = (changes,)
+    for i in tl.static_range(1, UNROLL + 1):
+        counts, changes = mark(marks, tile, turn + i, packed, i, stop, not AHEAD)
+        there += (counts,)
+        into += (changes,)
+    return there, into
 
 
 @triton.jit
-def is_valid(mark):
-    """Return whether marked steps count."""
-    counts = mark
-    if mark.dtype != tl.int1:
-        counts = (mark & 1) != 0
-    return counts
+def load_row(rows, step, packed, i: tl.constexpr, there, ACC: tl.constexpr):
+    """Load the row of a time step, i of `packed`, (BLOCK,) in ACC, with 0 where not `there`."""
+    return tl.load(row_behind(rows, row(rows, step), packed, i, 0), mask=there, other=0.0).to(ACC)
 
 
 @triton.jit
-def joined(there, before, now):
-    """Return whether the change between two marked steps counts; the second step counts where it is `there`."""
-    there &= is_valid(before)
-    if now.dtype != tl.int1:
-        there &= (now & 2) == 0
-    return there
+def load_rows(rows, turn, packed, there, OFFSET: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr):
+    """Load UNROLL rows from time step `turn + OFFSET` on, each (BLOCK,) in ACC, with 0 where not `there`; () of None.
 
-
-@triton.jit
-def load_marks(valid, tile, mark, step, time, UNROLL: tl.constexpr):
-    """Load the marks of UNROLL steps from time step `step` on, behind that of the step before; () without marks."""
-    marks = ()
-    if valid is not None:
-        marks = (mark,)
-        for i in tl.static_range(UNROLL):
-            marks += (load_mark(valid, tile, step + i, time),)
-    return marks
-
-
-@triton.jit
-def counts_at(tile, marks, i: tl.constexpr, step, stop):
-    """Return the mask of lanes that count at time step `step`, (BLOCK,): before `stop`, and valid in mark i."""
-    there = within(tile, step, stop)
-    if len(marks) > 0:
-        there &= is_valid(marks[i])
-    return there
-
-
-@triton.jit
-def load_row(rows, step, there, ACC: tl.constexpr):
-    """Load one row, (BLOCK,) in ACC, with 0 where not `there`."""
-    return tl.load(row(rows, step), mask=there, other=0.0).to(ACC)
-
-
-@triton.jit
-def load_rows(rows, tile, marks, turn, OFFSET: tl.constexpr, stop, ACC: tl.constexpr, UNROLL: tl.constexpr):
-    """Load UNROLL rows from time step `turn + OFFSET` on, each (BLOCK,) in ACC, with 0 where lanes do not count.
-
-    All are asked for before the first is used: no store in between keeps the compiler from it.
+    `packed` and `there` begin at `turn`. All rows are asked for before the first is used: no store in between keeps the
+    compiler from it.
     """
     loaded = ()
-    first = row(rows, turn)
-    for i in tl.static_range(OFFSET, OFFSET + UNROLL):
-        there = counts_at(tile, marks, i, turn + i, stop)
-        loaded += (tl.load(row_behind(rows, first, turn, i), mask=there, other=0.0).to(ACC),)
+    if rows is not None:
+        first = row(rows, turn)
+        for i in tl.static_range(OFFSET, OFFSET + UNROLL):
+            loaded += (tl.load(row_behind(rows, first, packed, i, i), mask=there[i], other=0.0).to(ACC),)
     return loaded
 
 
@@ -192,9 +184,9 @@ def rounded(values, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_row(rows, first, turn, i: tl.constexpr, values, there):
+def store_row(rows, first, packed, i: tl.constexpr, values, there):
     """Write one row, (BLOCK,), where `there`, in the dtype of the memory."""
-    tl.store(row_behind(rows, first, turn, i), rounded(values, rows.base.dtype.scalar.element_ty), mask=there)
+    tl.store(row_behind(rows, first, packed, i, i), rounded(values, rows.base.dtype.scalar.element_ty), mask=there)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -214,7 +206,7 @@ class Tiling:
     """
 
     def __init__(self, view: View, dtype: torch.dtype) -> None:
-        outer, time, inner, operands, _ = view
+        outer, time, inner, operands = view
         strides = [stride for x in operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
         align = math.gcd(16, inner, *strides)
         widest = max(x.dtype.itemsize for x in operands if x is not None)

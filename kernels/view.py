@@ -41,18 +41,33 @@ class Operand(NamedTuple):
     time: int
 
 
-class View(NamedTuple):
-    """Tensors of one shape seen as `(outer, time, inner)` with a contiguous inner axis; no extent is 0.
+class Operands(NamedTuple):
+    """The tensors of a walk, or facts about them, in the order in which backends take them; None for one not there.
 
-    `operands` are in the order in which a call takes the tensors, `None` where it takes `None`. Of packed rows both
-    strides are that of the rows.
+    raw, dropped            activations before and after dropout; dropped is written by a forward that has a mask
+    mask                    of dropout, already scaled
+    arrived                 a gradient that arrives at dropped, or at raw without a mask
+    grad_raw, grad_dropped  gradients, which are written
+    """
+
+    raw: Any = None
+    mask: Any = None
+    arrived: Any = None
+    dropped: Any = None
+    grad_raw: Any = None
+    grad_dropped: Any = None
+
+
+class View(NamedTuple):
+    """Operands of one shape seen as `(outer, time, inner)` with a contiguous inner axis; no extent is 0.
+
+    Of packed rows, whose place each call gives by offsets, both strides are that of the rows.
     """
 
     outer: int
     time: int
     inner: int
-    operands: tuple[Operand | None, ...]
-    packed: bool = False
+    operands: Operands
 
 
 class Sums(NamedTuple):
@@ -62,9 +77,8 @@ class Sums(NamedTuple):
     alpha, beta  coefficients of AR and TAR; None for one that each call brings as a tensor
     ar, tar      whether each term is formed, or in a backward has a gradient
     ar_of_raw    AR is the mean square of raw, not of dropped
-    divisors     of the two sums; None where they follow from lengths or valid steps that each call brings
+    divisors     of the two sums, in calls without counts
     measured     the terms are written beside the penalty
-    adds         the penalty and its terms are added to those of the layers before
     """
 
     dtype: torch.dtype
@@ -73,36 +87,36 @@ class Sums(NamedTuple):
     ar: bool
     tar: bool
     ar_of_raw: bool
-    divisors: tuple[int, int] | None
+    divisors: tuple[int, int] = (1, 1)
     measured: bool = True
-    adds: bool = False
 
     @property
     def weights(self) -> tuple[float, float, float, float]:
-        """The coefficients, and one over the divisors; 1 for each that is not known here."""
-        elements, pairs = self.divisors or (1, 1)
+        """The coefficients, 1 for one that is not known here, and one over the divisors."""
         alpha, beta = (1.0 if x is None else x for x in (self.alpha, self.beta))
-        return alpha, beta, 1 / elements, 1 / pairs
+        return alpha, beta, 1 / self.divisors[0], 1 / self.divisors[1]
+
+    @property
+    def gradients(self) -> tuple[bool, bool]:
+        """Whether AR and TAR have gradients: a term with a coefficient of 0 is measured without one."""
+        return self.ar and self.alpha != 0, self.tar and self.beta != 0
 
 
 class Values(NamedTuple):
     """Tensors that a call reads beside activations, each None where there is none.
 
-    lengths      (outer,) integers on the device of the activations: how many time steps of a sequence count
-    batch_sizes  (time,) int64 on the CPU, those of packed rows
-    valid        (outer, time) contiguous bool on the device of the activations: which time steps count
-    marks        counts of valid, or other results of a backend's `Marks`
+    steps        (outer, time) uint8 on the device of the activations: bit 0 if a time step counts, bit 1 if the change
+                 into it does; None if all do
+    counts       (2,) int64 beside steps: how many of each; None where sums are not divided
+    offsets      (1 + time,) int64 on the CPU, of packed rows: where each time step begins, and how many rows there are
     alpha, beta  () coefficients in a floating-point dtype, on the device of the activations
-    starts       like valid, and only together with it: the steps at which a segment starts; no change into one counts
     """
 
-    lengths: Tensor | None = None
-    batch_sizes: Tensor | None = None
-    valid: Tensor | None = None
-    marks: Tensor | None = None
+    steps: Tensor | None = None
+    counts: Tensor | None = None
+    offsets: Tensor | None = None
     alpha: Tensor | None = None
     beta: Tensor | None = None
-    starts: Tensor | None = None
 
 
 NOTHING = Values()

@@ -65,6 +65,11 @@ def skip_on_formula(device: str) -> None:
         pytest.skip("the C++ kernels were not built: CPU tensors take the plain formula")
 
 
+def by_triton(device: str) -> bool:
+    """Return whether the Triton kernels take tensors of a device."""
+    return TRITON is not None and backend_for(torch.device(device)) is TRITON
+
+
 def by_formula() -> AbstractContextManager[None]:
     """Run CPU tensors by the plain formula inside of the block."""
     return cpu_tensors_by(None)
@@ -172,12 +177,10 @@ class LastPrograms:
 def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A device; the interpreter takes too long for such sizes, and runs the end of the backward alone."""
     if request.param == "cpu":
-        from fastreg.kernels import dropout, penalty
+        from fastreg.kernels import ar_tar
 
-        for kernels, name in ((penalty, "penalty_kernel"), (dropout, "dropout_backward")):
-            monkeypatch.setattr(kernels, name, LastPrograms(getattr(kernels, name)))
-        for forward in (penalty.PenaltyForward, dropout.DropoutForward):
-            monkeypatch.setattr(forward, "__call__", lambda *_: Result(torch.zeros(()), None, None))
+        monkeypatch.setattr(ar_tar, "ar_tar_kernel", LastPrograms(ar_tar.ar_tar_kernel))
+        monkeypatch.setattr(ar_tar.Forward, "__call__", lambda *_: Result(torch.zeros(()), None, None))
     return request.param
 
 

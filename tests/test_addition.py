@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from fastreg.addition import Addition
-from fastreg.kernels.view import Values
+from fastreg.kernels.view import NOTHING, Values
 from fastreg.problem import Layer, divisors
-from fastreg.reference import ar_tar_gradients, counted
+from fastreg.reference import ar_tar_gradients, counted, marked
 from tests.conftest import skip_on_formula
 from tests.exact import eps, rounding
 from tests.samples import (
@@ -37,16 +37,18 @@ def expanded_number(x: Tensor) -> Tensor:
     return x.flatten()[:1].reshape([1] * x.dim()).expand_as(x)
 
 
-def steps_of(sample: Sample, kind: str, device: str) -> dict[str, Any]:
-    """Lengths or valid steps for a sample, as a layer has them."""
+def values_of(sample: Sample, kind: str, device: str) -> Values:
+    """The steps that count of a sample, from lengths or valid, as a layer has them."""
     batch = 1 if len(sample.shape) == 2 else sample.shape[1 - sample.time_dim]
     time = sample.shape[sample.time_dim]
-    generator = torch.Generator().manual_seed(1)
+    generator, marks = torch.Generator().manual_seed(1), None
     if kind == "lengths" and len(sample.shape) == 3:
-        return {"lengths": torch.randint(0, time + 1, (batch,), generator=generator).to(device)}
+        lengths = torch.randint(0, time + 1, (batch,), generator=generator).to(device)
+        marks = marked((batch, time), lengths, None, None)
     if kind == "valid":
-        return {"valid": (torch.rand(batch, time, generator=generator) < 0.7).to(device)}
-    return {}
+        valid = (torch.rand(batch, time, generator=generator) < 0.7).to(device)
+        marks = marked((batch, time), None, valid, None)
+    return NOTHING if marks is None else Values(marks[0], marks[1] if sample.reduction == "mean" else None)
 
 
 # Each sample with each of the terms, of the steps that count, and of the layouts of the gradient that arrives, but not
@@ -70,7 +72,7 @@ def test_the_sum(sample: Sample, terms: str, steps: str, arrange: Any, device: s
     raw = sample.leaves(device)[0].detach()
     problem = sample.problem._replace(ar_of_raw=True)
     problem = problem._replace(alpha=0.0 if terms == "tar" else 2.0, beta=0.0 if terms == "ar" else 1.5)
-    layer = Layer(raw, None, Values(**steps_of(sample, steps, device)))
+    layer = Layer(raw, None, values_of(sample, steps, device))
     padding = counted(torch.ones_like(raw), layer, problem) == 0
     if sample.layouts[0].__name__ not in ("expanded", "overlapping"):  # whose elements share memory
         raw.masked_fill_(padding, torch.inf)
@@ -131,3 +133,19 @@ def test_an_upstream_gradient_of_another_dtype(dtype: torch.dtype, device: str) 
     with torch.no_grad():
         got, want = (addition(torch.tensor(3.0, device=device, dtype=x), layer, arrived) for x in (dtype, FLOAT))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("hidden", [3, 16])
+def test_packed_rows(hidden: int, dtype: torch.dtype, device: str) -> None:
+    offsets = torch.tensor([0, 4, 8, 11, 12, 13])
+    raw, arrived = torch.randn(2, 13, hidden, device=device).to(dtype)
+    layer = Layer(raw, None, Values(offsets=offsets))
+    problem = ONE_TENSOR[0].problem._replace(ar_of_raw=True)
+    upstream = torch.tensor(30.0, device=device)
+    with torch.no_grad():
+        got = Addition(layer, problem)(upstream, layer, arrived)
+    penalty, _ = ar_tar_gradients(upstream.double(), layer._replace(raw=raw.double()), problem.penalized())
+    assert penalty is not None
+    want = arrived.double() + penalty
+    torch.testing.assert_close(got.double(), want, rtol=rounding(got), atol=8 * eps(dtype) * float(penalty.abs().max()))

@@ -23,15 +23,15 @@ from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import TRITON, cpu_tensors_by
 from fastreg.plans import forget
 from tests.conftest import KERNELS_ON_CPU, skip_without
-from tests.samples import BF16, DOUBLE, FLOAT
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 skip_without("triton")
 
 import triton  # noqa: E402
 
-from fastreg.kernels import dropout as dropout_kernels  # noqa: E402
-from fastreg.kernels import penalty as kernels  # noqa: E402
+from fastreg.kernels import ar_tar as kernels  # noqa: E402
 from fastreg.kernels import reduction, tiling  # noqa: E402
+from fastreg.kernels import steps as kernels_of_steps  # noqa: E402
 
 pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
 TARGETS = {
@@ -40,11 +40,22 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-PENALTY = [kernels.penalty_kernel]
-DROPOUT = [dropout_kernels.dropout_forward, dropout_kernels.dropout_backward]
+OTHERS = {  # GPUs for which less is promised: an RTX 2080 or T4, 3090, 4090, 5090, an MI210, MI350, RX 7900
+    "sm_75": ("cuda", 75, 32),
+    "sm_86": ("cuda", 86, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
+    "gfx950": ("hip", "gfx950", 64),
+    "gfx1100": ("hip", "gfx1100", 32),
+}
+ALL_KERNELS = [kernels.ar_tar_kernel, kernels_of_steps.steps_kernel]
 # Triton 3.9 spills nothing, releases before it up to so many bytes a thread, which are read once an item or a launch.
 RELEASE = Version(triton.__version__)
 MOST_SPILLED = 0 if Version("3.9") <= RELEASE else 16
+# In bfloat16 on sm_80 and sm_86 code within 128 registers spills so many bytes, and four programs fit a multiprocessor;
+# without a spill it takes up to 165 registers, and three fit.
+SPILLED_BY_128 = 8
 # Of sum and write on sm_90, which decide how many programs a multiprocessor holds.
 MOST_REGISTERS = {
     (650, FLOAT): 128,
@@ -52,12 +63,15 @@ MOST_REGISTERS = {
     (401, FLOAT): 96,
     (401, BF16): 120,
 }
+# The same at a hidden size of 400: sum and write of all steps, and with marks; the forward of dropout, and with marks.
+REGISTERS = {FLOAT: (80, 91, 64, 72), BF16: (96, 111, 64, 72)}
+if Version("3.9") > RELEASE:
+    REGISTERS = {FLOAT: (94, 96, 64, 80), BF16: (128, 144, 96, 96)}
 # Where loads are narrow, values that are read once a launch, on sm_80.
 MOST_SPILLED_NARROW = 24 if Version("3.7") <= RELEASE else 56
 LENGTHS = (2, 3, 7, 15, 16, 17, 32, 33, 64, 70, 100)  # Triton compiles anew for 1 and for multiples of 16, unless told
 PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
-MARKS = 8 * (tiling.UNROLL + 2)  # the same, of the walk: one for each of the lanes that one load reads
-COUNTS = 2 * (reduction.STEPS.value + 2 * reduction.CHUNK.value) // tiling.THREADS  # the same, of valid steps
+MARKS = 8 * (tiling.UNROLL + 1)  # the same, of the walk: one for each of the lanes that one load reads
 
 
 @pytest.fixture
@@ -69,28 +83,36 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
     linker.write_text('#!/bin/sh\n[ "$1" = --version ] || cp "$4" "$6"\n')
     linker.chmod(0o755)
     monkeypatch.setenv("TRITON_HIP_LLD_PATH", str(linker))
-    chosen = GPUTarget(*TARGETS[request.param])
+    chosen = GPUTarget(*(TARGETS | OTHERS)[request.param])
     monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
-    for kernel in PENALTY + DROPOUT:
+    for kernel in ALL_KERNELS:
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     assert TRITON is not None
     with active(StandInDriver(chosen)), cpu_tensors_by(TRITON):
         yield chosen
         forget()
-        for kernel in PENALTY + DROPOUT:
+        for kernel in ALL_KERNELS:
             kernel.device_caches.clear()  # compiled code is freed by the driver that loaded it
 
 
-def compiled(kernel: Any, **constants: bool) -> list[Any]:
-    """The code of a kernel that was compiled with these constants among others."""
-    binaries = kernel.device_caches[0][0].values()
-    names = kernel.arg_names
-    return [x for x in binaries if all(x.src.constants[(names.index(k),)] == v for k, v in constants.items())]
+def compiled(masked: bool, **constants: bool) -> list[Any]:
+    """The code of dropout, or of the penalty, that was compiled with these constants among others."""
+    names, found = kernels.ar_tar_kernel.arg_names, []
+    for binary in kernels.ar_tar_kernel.device_caches[0][0].values():
+        known = {name: binary.src.constants.get((i,), ...) for i, name in enumerate(names)}
+        if (known["mask"] is not None) == masked and all(known[name] == value for name, value in constants.items()):
+            found.append(binary)
+    return found
 
 
 def compiled_penalty() -> Iterator[list[Any]]:
-    """The code of the penalty: in training, forward and backward."""
-    return (compiled(kernels.penalty_kernel, SUM=sums, WRITE=True) for sums in (True, False))
+    """The code of the penalty in training, forward and backward."""
+    return (compiled(False, SUM_TAR=forward, GRAD_TAR=True) for forward in (True, False))
+
+
+def compiled_dropout() -> Iterator[list[Any]]:
+    """The code of dropout in training, forward and backward."""
+    return (compiled(True, SUM_TAR=forward) for forward in (True, False))
 
 
 def train(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), **options: Any) -> None:
@@ -139,20 +161,51 @@ def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, step: Any, tmp_path: Path) -> None:
-    """Beside lengths, marks, and where each step's rows begin, no more and no narrower loads than without."""
-    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and step in (train_packed, train_marked):
+    """Beside marks, and where each step's rows begin, no more and no narrower loads than without."""
+    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and step is not train:
         pytest.skip("without buffer operations, loads of activations look like those of marks and offsets")
     step(dtype)
     rows, unroll = 2 * tiling.UNROLL, tiling.UNROLL
-    marks, counting = (COUNTS + MARKS, COUNTS) if step is train_marked else (0, 0)
-    others = [marks + x for x in ((2, 2, 0, 1) if step is train else (counting + 40, 40, 30, 30))]
+    others = {train: 0, train_packed: tiling.UNROLL + 5}.get(step, MARKS + 12)  # counts, too
     (forward,), (backward,) = compiled_penalty()
-    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + others[0], rows)
-    assert_accesses(backward, tmp_path, rows + 2, others[1], rows)
+    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 2 + others, rows)
+    assert_accesses(backward, tmp_path, rows + 2, 2 + others, rows)
     if step is not train_packed:
-        (forward,), (backward,) = map(compiled, DROPOUT)  # the mask is one more load for a whole run
-        assert_accesses(forward, tmp_path, unroll + 1 + 1, PARTIAL_SUMS + others[2], unroll)
-        assert_accesses(backward, tmp_path, rows + 2 + 1, others[3], unroll)
+        (forward,), (backward,) = compiled_dropout()  # the mask is one more load for a whole run
+        assert_accesses(forward, tmp_path, unroll + 1 + 1, PARTIAL_SUMS + others, unroll)
+        assert_accesses(backward, tmp_path, rows + 2 + 1, 1 + others, unroll)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    list(zip(OTHERS, (HALF, BF16, FLOAT, BF16, FLOAT, BF16, HALF), strict=True)),
+    indirect=["target"],
+    ids=str,
+)
+def test_other_gpus_compile_without_spills(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    train(dtype)
+    train_marked(dtype)
+    assert counts() == [2, 2, 2, 2]
+    for binary in (binary for kernel in ALL_KERNELS for binary in kernel.device_caches[0][0].values()):
+        if "amdgcn" in binary.asm:
+            assert_no_spills_amd(binary.asm["amdgcn"])
+        else:
+            for loop in loops_of_spilling(binary, tmp_path, max(MOST_SPILLED, SPILLED_BY_128)):
+                assert not re.search(SPILL, loop)
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """They decide how many programs a multiprocessor of an H100 holds."""
+    train(dtype)
+    train_marked(dtype)
+    found = [
+        int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0])
+        for forwards in (next(compiled_penalty()), next(compiled_dropout()))
+        for binary in forwards
+    ]
+    assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
 
 
 @pytest.mark.parametrize("target", TARGETS, indirect=True)
@@ -167,8 +220,8 @@ def test_wide_loads_without_gradients_and_of_one_tensor(target: Any, same: bool,
     assert_accesses(backward, tmp_path, rows + 2, 2, rows)
     with torch.no_grad():
         fused_ar_tar(*pair, 2.0, 1.0)
-    (forward,) = compiled(kernels.penalty_kernel, WRITE=False)
-    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS, 0)
+    (forward,) = compiled(False, GRAD_TAR=False)
+    assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS, 0)  # no row behind the run
 
 
 @pytest.mark.parametrize(
@@ -196,8 +249,9 @@ def test_no_spills_with_narrow_loads(
         assert int(registers[0]) <= MOST_REGISTERS[hidden, dtype]
     for step in ragged:
         step(dtype, shape)
-    binaries = [binary for kernel in PENALTY + DROPOUT for binary in compiled(kernel)]
-    assert len(binaries) == 4 + sum(2 if step is train_packed else 4 for step in ragged)
+    binaries = [*kernels.ar_tar_kernel.device_caches[0][0].values()]
+    padded = [step for step in ragged if step is not train_packed]  # which share their code
+    assert len(binaries) == 4 + (4 if padded else 0) + (2 if train_packed in ragged else 0)
     for binary in binaries:
         if "amdgcn" in binary.asm:
             assert_no_spills_amd(binary.asm["amdgcn"])
@@ -241,7 +295,8 @@ def assert_no_spills_amd(assembly: str) -> None:
 
 def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
     """Loads of 16 bytes, all loads, and stores of 16 bytes; nothing is spilled in each turn of the loop over rows."""
-    loops = [x for x in loops_of_spilling(binary, folder, MOST_SPILLED) if re.search(r"\bLDG\S*\.128\b", x)]
+    most = max(MOST_SPILLED, SPILLED_BY_128 * (binary.metadata.target.arch == 80))
+    loops = [x for x in loops_of_spilling(binary, folder, most) if re.search(r"\bLDG\S*\.128\b", x)]
     assert not re.search(SPILL, min(loops, key=len, default=""))
     accesses = re.findall(r"\b(ld|st)\.global(\S*)", binary.asm["ptx"])
     wide = [kind for kind, rest in accesses if rest.endswith((".v4.b32", ".v2.b64"))]
@@ -260,7 +315,7 @@ def count_amd(binary: Any) -> tuple[int, int, int]:
     jumps = [(found.start(), labels[found[1]]) for found in re.finditer(r"\bs_c?branch\w* (\.LBB\w+)", assembly)]
     loops = [assembly[to:at] for at, to in jumps if to < at]
     turn = min((loop for loop in loops if f"{kind}_load_dwordx4" in loop), key=len)
-    assert "lane_b32" not in turn
+    assert not re.search(r"\bv_(read|write)lane_b32", turn)
     loads, stores = (re.findall(rf"\b{kind}_{access}_(\w+)", assembly) for access in ("load", "store"))
     return loads.count("dwordx4"), len(loads), stores.count("dwordx4")
 
@@ -277,7 +332,7 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
     for time, batch in product((1, 2, 35, 70), (1, 3, 4, 17, 64)):
         train(FLOAT, (time, batch, hidden), batch_first=False)
     assert counts() == [1, 1, 1, 1]
-    for step, want in ((train_padded, [2, 2, 2, 2]), (train_packed, [3, 3, 2, 2]), (train_marked, [4, 4, 3, 3])):
+    for step, want in ((train_padded, [2, 2, 2, 2]), (train_marked, [2, 2, 2, 2]), (train_packed, [3, 3, 2, 2])):
         for time in LENGTHS:
             step(FLOAT, (4 if time % 3 else 3, time, hidden))
         assert counts() == want
@@ -285,13 +340,13 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
 
 def counts() -> list[int]:
     """How often each kernel was compiled: the penalty forward and backward, and dropout forward and backward."""
-    return [len(x) for x in (*compiled_penalty(), *map(compiled, DROPOUT))]
+    return [len(x) for x in (*compiled_penalty(), *compiled_dropout())]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tickets = iter(torch.zeros(6, dtype=torch.int32).split(1))
-    monkeypatch.setattr(reduction, "ticket_for", lambda *_: next(tickets))
+    monkeypatch.setattr(kernels, "ticket_for", lambda *_: next(tickets))
     for _ in range(3):
         train(FLOAT)
     assert next(tickets, None) is None
@@ -302,7 +357,6 @@ def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.
 def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
     """Triton passes Python floats as float32 unless told otherwise."""
     train(DOUBLE)
-    for kernel in PENALTY + DROPOUT:
-        for binary in compiled(kernel):
-            scalars = [ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_scale", name)]
-            assert scalars == ["fp64"] * 4
+    for binary in kernels.ar_tar_kernel.device_caches[0][0].values():
+        scalars = [ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_scale", name)]
+        assert scalars == ["fp64"] * 4

@@ -21,7 +21,6 @@ from torch.profiler import ProfilerActivity, profile
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import CPP
 from fastreg.kernels import cpu
-from fastreg.kernels.view import Operand, Sums, Values, View
 from fastreg.plans import forget
 from fastreg.problem import Layer, Problem
 from fastreg.reference import ar_tar
@@ -213,7 +212,7 @@ def test_float16_keeps_its_subnormal_numbers(at_each_level: AtEachLevel) -> None
 def test_nothing_is_allocated_beyond_the_results(
     shape: tuple[int, ...], padded: bool, dtype: torch.dtype, dropout: bool
 ) -> None:
-    """Gradients, dropped and its mask, and a few numbers a sequence."""
+    """Gradients, dropped and its mask, a byte a step of padded sequences, and a few numbers a sequence."""
     lengths = torch.arange(shape[0]) * 5 % shape[1] + 1 if padded else None
     raw, dropped = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
@@ -224,6 +223,7 @@ def test_nothing_is_allocated_beyond_the_results(
             results = [*torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0, lengths=lengths), (raw, dropped))]
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in record.events())
     needed = sum(x.nbytes for x in results) + (shape[0] * shape[2] * raw.itemsize if dropout else 0)
+    needed += shape[0] * shape[1] if padded else 0
     assert needed <= allocated <= needed + 8 * shape[0] + 4096
 
 
@@ -249,24 +249,10 @@ assert value == 2, value
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_one_openmp_runtime_and_no_memory_for_valid_steps() -> None:
-    """20 million marks are read with 40 MB left."""
+def test_one_openmp_runtime_and_a_byte_for_a_valid_step() -> None:
+    """20 million steps are marked with 40 MB left."""
     done = subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_too_little_memory_is_an_error() -> None:
-    """The offsets of 2**45 time steps of packed rows; a call after that is right."""
-    row = Operand(torch.float32, 1, 1)
-    sums = Sums(torch.float32, 2.0, 1.0, ar=True, tar=True, ar_of_raw=False, divisors=None)
-    x, values = torch.ones(1), Values(batch_sizes=torch.ones(1, dtype=torch.int64))
-    for steps in (2**45, 1):
-        forward = cpu.PenaltyForward(View(1, steps, 1, (row, row, None, None), packed=True), sums, x.device)
-        if steps > 1:
-            with pytest.raises(MemoryError, match="offsets of sequences"):
-                forward([x, x, None, None], values)
-        else:
-            assert forward([x, x, None, None], values).penalty == 2
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)

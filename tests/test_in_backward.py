@@ -71,19 +71,32 @@ def test_a_dropout_that_changes_its_input_in_place() -> None:
 
 
 @each_dropout
-@pytest.mark.parametrize("name", ["alpha", "beta", "valid", "starts"])
-def test_a_tensor_that_is_changed_between_forward_and_backward(name: str, dropout: Any) -> None:
-    """A mask that the forward has copied may change."""
-    marks = torch.ones(BATCH, TIME, dtype=torch.bool)
-    masks: Any = {name: lambda _: marks} if name in ("valid", "starts") else {}
-    rnn, reg = attached_gru(dropout, **masks)
-    if not masks:
-        setattr(reg, name, torch.tensor(1.5))
-    x = inputs()
-    raw, dropped = run(rnn, dropout, x)
-    (marks if masks else getattr(reg, name)).zero_()
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_a_coefficient_that_is_changed_between_forward_and_backward(name: str, dropout: Any) -> None:
+    rnn, reg = attached_gru(dropout)
+    setattr(reg, name, torch.tensor(1.5))
+    raw, dropped = run(rnn, dropout, inputs())
+    getattr(reg, name).zero_()
     with pytest.raises(RuntimeError, match=r"attach: a tensor alpha or beta|modified by an inplace operation"):
         (raw + dropped).sum().backward()
+
+
+@each_dropout
+@pytest.mark.parametrize("name", ["valid", "starts"])
+def test_a_mask_that_is_changed_between_forward_and_backward(name: str, dropout: Any) -> None:
+    """The steps that count are those of the forward."""
+    marks, gradients = torch.ones(BATCH, TIME, dtype=torch.bool), []
+    masks: Any = {name: lambda _: marks}
+    rnn, _ = attached_gru(dropout, **masks)
+    for change in (False, True):
+        rnn.zero_grad()
+        torch.manual_seed(1)
+        raw, dropped = run(rnn, dropout, inputs())
+        if change:
+            marks.zero_()
+        (raw + dropped).sum().backward()
+        gradients.append([x.grad.clone() for x in rnn.parameters() if x.grad is not None])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("dropout", [None, nn.Dropout(0.4)], ids=["none", "plain"])

@@ -16,6 +16,7 @@ from tests.exact import check_dropout, check_penalty, truth
 
 skip_without("triton")
 
+from fastreg.kernels import ar_tar as kernels  # noqa: E402
 from fastreg.kernels import launch, reduction, tiling  # noqa: E402
 
 interpreted = pytest.mark.skipif(
@@ -39,7 +40,10 @@ def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatc
     call = launch.Launch.__call__
 
     def counted(self: Any, *tensors: Tensor | None) -> None:
-        launched.append((self.constants["SUM"], self.constants["WRITE"]))
+        if self.kernel is kernels.ar_tar_kernel:
+            launched.append((self.constants["SUM_TAR"], self.constants["GRAD_TAR"]))
+        else:
+            launched.append("steps")
         call(self, *tensors)
 
     monkeypatch.setattr(launch.Launch, "__call__", counted)
@@ -53,6 +57,11 @@ def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatc
     fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0)
     assert launched == [(True, False)]
     launched.clear()
+    options: Any = {"lengths": torch.tensor([33, 20]), "starts": torch.ones(2, 33, dtype=torch.bool)}
+    for _ in range(2):
+        fused_ar_tar(raw, raw if same else dropped, 2.0, 1.0, **options).backward()
+        assert launched == ["steps", (True, True), (False, True)]
+        launched.clear()
     layers = [raw, dropped, raw * 2]
     fused_ar_tar(layers, layers[::-1], 2.0, 1.0).backward()
     assert launched == [(True, True)] * 3 + [(False, True)] * 3
@@ -110,7 +119,7 @@ def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkey
         begins.append(launches * programs)
         return ticket.fill_(launches * programs)
 
-    monkeypatch.setattr(reduction, "ticket_for", ticket_for)
+    monkeypatch.setattr(kernels, "ticket_for", ticket_for)
     for _ in range(2):
         check_penalty(*leaves(device, 2, 33, 4), 2.0, 1.0)
         assert ticket == begins[-1]

@@ -261,15 +261,14 @@ def test_large_upstream_gradients_are_divided_first(dropout: bool, create_graph:
 
 @by_both
 def test_steps_changed_before_the_backward(steps: str, device: str) -> None:
-    """A backward reads the steps that the forward read, or raises."""
+    """A backward reads the steps that the forward read."""
     skip_on_formula(device)
     raw, _ = leaves(marks(steps, device))
     ((name, argument),) = given(steps, device).items()
     penalty = fused_ar_tar(raw, raw, ALPHA, BETA, **{name: argument})
     (want,) = torch.autograd.grad(penalty * 5, raw, retain_graph=True)
     argument.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (penalty * 5).backward()
+    assert torch.equal(*torch.autograd.grad(penalty * 5, raw), want)
     if name == "valid":
         integers = marks(steps, device).long()
         penalty = fused_ar_tar(raw, raw, ALPHA, BETA, valid=integers)

@@ -292,7 +292,7 @@ def test_what_is_expected_is_written_ahead(device: str, allocated: list[Any]) ->
     for _ in range(2):
         got = fused_ar_tar(raw, dropped, 2.0, 1.0)
         assert len(allocated) == 2
-        (_, ahead), *_ = got.grad_fn.ahead  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        _, ahead = got.grad_fn.ahead  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         values = [x.clone() for x in ahead]
         gradients = torch.autograd.grad(got, (raw, dropped), grad)
         assert len(allocated) == 2

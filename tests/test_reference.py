@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastreg.kernels.view import Values
 from fastreg.problem import Layer, Problem, divisors
-from fastreg.reference import ar_tar, ar_tar_gradients
+from fastreg.reference import ar_tar, ar_tar_gradients, marked
 from tests.exact import truth
 from tests.samples import DOUBLE, SAMPLES, Sample
 
@@ -44,7 +44,8 @@ def test_gradients_of_half_precision_are_formed_in_float32() -> None:
 )
 def test_lengths_of_few_bits_and_out_of_range(lengths: Tensor) -> None:
     """Compiled code cannot look at them, and clamps them."""
-    counts = divisors(Layer(torch.zeros(2, 3, 100), None, Values(lengths)), Problem(2.0, 1.0))
+    values = Values(*marked((2, 3), lengths, None, None))
+    counts = divisors(Layer(torch.zeros(2, 3, 100), None, values), Problem(2.0, 1.0))
     assert [int(n) for n in counts] == [300, 200]
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastreg import ARTAR
 from fastreg.backends import backend_for
-from fastreg.kernels.view import Operand, Sums, Values, View
+from fastreg.kernels.view import Operand, Operands, Sums, Values, View
 from fastreg.prepare import values_of
 from fastreg.problem import Call, Problem
+from fastreg.reference import marked
 from tests.conftest import skip_on_formula
 from tests.exact import assert_terms, exact, truth
 from tests.samples import FLOAT
@@ -24,11 +26,13 @@ def test_lengths_that_cannot_be_looked_at_are_clamped(device: str) -> None:
     valid = marks("lengths, some", device)
     raw, dropped = activations(valid, FLOAT, FLOAT)
     lengths = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in valid.sum(1).tolist()], device=device)
-    view = View(6, 9, 12, (*(Operand(FLOAT, 9 * 12, 12),) * 2, None, None))
-    sums = Sums(FLOAT, ALPHA, BETA, ar=True, tar=True, ar_of_raw=False, divisors=None)
+    one = Operand(FLOAT, 9 * 12, 12)
+    sums = Sums(FLOAT, ALPHA, BETA, ar=True, tar=True, ar_of_raw=False)
     backend = backend_for(raw.device)
     assert backend is not None
-    got = backend.penalty_forward(view, sums, raw.device)((raw, dropped, None, None), Values(lengths))
+    forward = backend.forward(View(6, 9, 12, Operands(raw=one, dropped=one)), sums, raw.device)
+    values = Values(*backend.steps((6, 9), raw.device)(lengths, None, None))
+    got = forward(Operands(raw=raw, dropped=dropped), values)
     assert_terms(ARTAR(got.penalty, *got.terms), truth(exact(raw), exact(dropped), ALPHA, BETA, valid=valid), FLOAT)
 
 
@@ -61,3 +65,19 @@ def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone_by_a_stand_in_for_a
         values_of(call, Problem(ALPHA, BETA), x)
         argument.zero_()
         assert queue.read() == [before]
+
+
+@pytest.mark.parametrize("given", ["lengths", "valid", "starts", "lengths valid starts", "valid starts"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (1, 5), (3, 70), (911, 9), (2, 4099)], ids=str)
+def test_backends_mark_and_count_as_the_formula(shape: tuple[int, int], given: str, device: str) -> None:
+    backend = backend_for(torch.device(device))
+    if backend is None:
+        pytest.skip("the C++ kernels were not built")
+    lengths = torch.randint(-2, shape[1] + 3, shape[:1], device=device) if "lengths" in given else None
+    valid = torch.rand(shape, device=device) < 0.7 if "valid" in given else None
+    starts = torch.rand(shape, device=device) < 0.2 if "starts" in given else None
+    got = backend.steps(shape, torch.device(device))(lengths, valid, starts)
+    want = marked(shape, lengths, valid, starts)
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)

@@ -17,9 +17,9 @@ from tests.ptx.driver import Executor, executed
 
 def all_kernels() -> list[Any]:
     """Return the kernels of fastreg."""
-    from fastreg.kernels import dropout, penalty
+    from fastreg.kernels import ar_tar, steps
 
-    return [penalty.penalty_kernel, dropout.dropout_forward, dropout.dropout_backward]
+    return [ar_tar.ar_tar_kernel, steps.steps_kernel]
 
 
 @contextmanager

@@ -1,0 +1,374 @@
+"""AR and TAR on GPUs: one kernel for the penalty, for dropout and for the gradients of both, and its launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastreg.kernels import tiling
+from fastreg.kernels.launch import Launch
+from fastreg.kernels.reduction import Weights, factors, finish, ticket_for
+from fastreg.kernels.streams import Expected
+from fastreg.kernels.tiling import (
+    Marks,
+    Tiling,
+    begins,
+    load_row,
+    load_rows,
+    mark,
+    mark_turn,
+    place,
+    rounded,
+    row,
+    rows_of,
+    store_row,
+)
+from fastreg.kernels.view import Layout, Prediction, Result, Sums, Values, View, allocate
+
+THREADS = tl.constexpr(tiling.THREADS)
+
+
+@triton.jit(
+    do_not_specialize=[  # values that differ from batch to batch must not compile new code
+        *("upstream", "expected", "records", "ticket", "steps", "counts", "offsets", "alpha_at", "beta_at"),
+        *("raw_outer", "raw_time", "mask_outer", "mask_time", "arrived_outer", "arrived_time"),
+        *("dropped_outer", "dropped_time", "grad_raw_outer", "grad_raw_time"),
+        *("grad_dropped_outer", "grad_dropped_time", "lanes", "inner", "time", "run", "blocks", "items"),
+    ]
+)
+def ar_tar_kernel(
+    raw,
+    mask,
+    arrived,
+    dropped,
+    grad_raw,
+    grad_dropped,
+    upstream,
+    expected,
+    records,
+    ticket,
+    penalty,
+    terms,
+    steps,
+    counts,
+    offsets,
+    alpha_at,
+    beta_at,
+    raw_outer,
+    raw_time,
+    mask_outer,
+    mask_time,
+    arrived_outer,
+    arrived_time,
+    dropped_outer,
+    dropped_time,
+    grad_raw_outer,
+    grad_raw_time,
+    grad_dropped_outer,
+    grad_dropped_time,
+    lanes,
+    inner,
+    time,
+    run,
+    blocks,
+    items,
+    alpha: tl.float64,
+    beta: tl.float64,
+    ar_scale: tl.float64,
+    tar_scale: tl.float64,
+    SUM_AR: tl.constexpr,
+    SUM_TAR: tl.constexpr,
+    GRAD_AR: tl.constexpr,
+    GRAD_TAR: tl.constexpr,
+    AR_OF_RAW: tl.constexpr,
+    LOCKED: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Compute the penalty of activations, apply a dropout mask, and write gradients, in one pass.
+
+    A switch or an operand selects each part:
+
+        dropped[t] = raw[t] * mask[t]                                       where there is a mask
+        ar = ar_scale * sum over t of dropped[t] ** 2                       SUM_AR
+        tar = tar_scale * sum over t > 0 of (raw[t] - raw[t - 1]) ** 2      SUM_TAR
+        penalty = alpha * ar + beta * tar
+        grad_dropped[t] = upstream * 2 * alpha * ar_scale * dropped[t]      GRAD_AR
+        grad_raw[t] = (arrived[t] + grad_dropped[t]) * mask[t]              where there is a mask, else arrived[t]
+                      + upstream * 2 * beta * tar_scale * ((raw[t] - raw[t - 1]) - (raw[t + 1] - raw[t]))    GRAD_TAR
+
+    With AR_OF_RAW ar is that of raw, and its gradient a part of grad_raw, outside of the parentheses. Steps and changes
+    that do not count are in no sum, and have no gradient but the one that arrives.
+
+    A forward, which has a penalty, does not know the upstream gradient yet. For gradients it assumes the one that is
+    expected, that of the last backward of its plan. Each program records its assumption and uses its own record. In the
+    backward the program of the same number, which has the same items, returns if the upstream gradient has the bits of
+    that record, and writes its gradients anew if not. So no gradient depends on the assumption, nor on whether all
+    programs of a launch assumed the same, as they may not while a backward on another stream writes its upstream
+    gradient: a wrong assumption costs time alone.
+
+    raw, dropped            (outer, time, inner), or None where nothing that is asked for reads it; a forward that has a
+                            mask writes dropped
+    mask                    the same shape, already scaled, one row for all time steps if LOCKED; or None
+    arrived                 the same shape, a gradient that arrives at dropped, or at raw without a mask; or None
+    grad_raw, grad_dropped  out, of the same shape, or None where no gradient is asked for
+    upstream                () in ACC, the upstream gradient of the penalty; None in a forward, and where it has none
+    expected                () in ACC, the upstream gradient that the next forward expects, which a backward keeps up to
+                            date; None in a forward without gradients, and in a backward for which nothing was assumed
+    records                 (3, programs) in ACC: of each program the upstream gradient that it assumed, and its partial
+                            sums of AR and TAR; None in a backward for which nothing was assumed
+    ticket                  (1,) int32, as `is_last` wants it; None in a backward, like penalty
+    penalty                 () out in ACC
+    terms                   (2,) out in ACC: ar and tar; None unless they are measured
+    steps, offsets          as in `Marks`
+    counts                  (2,) int64, how many steps and changes count; None where the scales are known
+    alpha_at, beta_at       () coefficients that take the place of alpha and beta, or None
+    *_outer, *_time         strides in units of ALIGN elements; the inner axis is contiguous
+    lanes, inner            outer * inner and inner, in units of ALIGN elements
+    time, run               time steps in all, and a run
+    blocks, items           blocks of lanes, and items of work: a block over a run each
+    alpha, beta             coefficients
+    ar_scale, tar_scale     one over the divisors of the sums
+    LOCKED                  the mask does not differ from time step to time step
+    ACC                     dtype of differences, products and sums
+    ALIGN                   greatest power of two up to 16 that divides inner and every stride
+    INDEX                   integer dtype that counts lanes and time steps
+    BLOCK, UNROLL           lanes a block; time steps that one turn of the loop loads
+    """
+    program = tl.program_id(0)
+    weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale, counts, inner * ALIGN)
+    marks = Marks(steps, offsets, time)
+    DROPS: tl.constexpr = penalty is not None and mask is not None
+    MASKED_AR: tl.constexpr = GRAD_AR and mask is not None and not AR_OF_RAW
+    READS_RAW: tl.constexpr = raw is not None and (DROPS or SUM_AR or SUM_TAR or GRAD_AR or GRAD_TAR)
+    AHEAD: tl.constexpr = 1 if GRAD_TAR and grad_raw is not None else 0  # the gradient needs the following row
+    CHANGES: tl.constexpr = raw is not None and (SUM_TAR or AHEAD)
+    if GRAD_AR or GRAD_TAR:
+        if penalty is not None:
+            assumed = load_once(expected)
+            tl.store(records + program, assumed)
+            ar_factor, tar_factor = factors(weights, assumed)
+        else:
+            came = tl.load(upstream)
+            if expected is not None:
+                tl.store(expected, came, mask=program == 0)
+                if not differ(tl.load(records + program), came):
+                    return
+            ar_factor, tar_factor = factors(weights, came)
+    ar = tl.full((), 0.0, ACC)
+    tar = tl.full((), 0.0, ACC)
+    for item in range(program, items, tl.num_programs(0)):
+        tile = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+        stop = time if AHEAD else tile.stop
+        raw_rows = rows_of(raw, tile, raw_outer, raw_time, ALIGN)
+        mask_rows = rows_of(mask, tile, mask_outer, mask_time, ALIGN)
+        arrived_rows = rows_of(arrived, tile, arrived_outer, arrived_time, ALIGN)
+        dropped_rows = rows_of(dropped, tile, dropped_outer, dropped_time, ALIGN)
+        grad_raw_rows = rows_of(grad_raw, tile, grad_raw_outer, grad_raw_time, ALIGN)
+        grad_dropped_rows = rows_of(grad_dropped, tile, grad_dropped_outer, grad_dropped_time, ALIGN)
+        edge = begins(marks, tile.start - 1, 3)
+        counted, joined = mark(marks, tile, tile.start, edge, 1, stop, True)
+        if CHANGES:  # the last row that was read, and with AHEAD the change into it
+            last = load_row(raw_rows, tile.start - 1, edge, 0, joined, ACC)
+            if AHEAD:
+                first = load_row(raw_rows, tile.start, edge, 1, counted, ACC)
+                change_to = tl.where(joined, first - last, 0.0)
+                last = first
+        if mask is not None and LOCKED:
+            keep = load_row(mask_rows, 0, (), 0, tile.present, ACC)
+        ar_run = tl.zeros((BLOCK,), ACC)
+        tar_run = tl.zeros((BLOCK,), ACC)
+        for turn in range(tile.start, tile.stop, UNROLL):
+            packed = begins(marks, turn, UNROLL + 2)
+            there, into = mark_turn(marks, tile, counted, joined, turn, packed, stop, AHEAD, UNROLL)
+            counted, joined = there[UNROLL], into[UNROLL]
+            whole = Marks(None, offsets, time)
+            inside = mark_turn(whole, tile, counted, joined, turn, packed, stop, AHEAD, UNROLL)[0]
+            if dropped is not None:
+                dropped_first = row(dropped_rows, turn)
+            if grad_raw is not None:
+                grad_raw_first = row(grad_raw_rows, turn)
+            if grad_dropped is not None:
+                grad_dropped_first = row(grad_dropped_rows, turn)
+            if mask is None:
+                given = load_rows(dropped_rows, turn, packed, there, 0, ACC, UNROLL)
+            if READS_RAW:
+                raws = load_rows(raw_rows, turn, packed, inside if DROPS else there, AHEAD, ACC, UNROLL)
+            if not LOCKED:
+                masks = load_rows(mask_rows, turn, packed, inside, 0, ACC, UNROLL)
+            arriving = load_rows(arrived_rows, turn, packed, inside, 0, ACC, UNROLL)
+            for i in tl.static_range(UNROLL):
+                if READS_RAW:
+                    current = last if AHEAD else raws[i]
+                if CHANGES:
+                    change = tl.where(into[i + AHEAD], raws[i] - last, 0.0)
+                if mask is not None and not LOCKED:
+                    keep = masks[i]
+                if DROPS or MASKED_AR:
+                    kept = rounded(current * keep, raw.dtype.element_ty)
+                    if DROPS:
+                        store_row(dropped_rows, dropped_first, packed, i, kept, inside[i])
+                    kept = kept.to(ACC)
+                elif dropped is not None:
+                    kept = given[i]
+                if grad_raw is not None:
+                    own = tl.zeros((BLOCK,), ACC)
+                    if GRAD_TAR:
+                        own = tar_factor * (change_to - change)
+                    if GRAD_AR and AR_OF_RAW:  # fused here, as a compiler might choose the other product
+                        own = tl.fma(ar_factor, current, own) if GRAD_TAR else ar_factor * current
+                    if steps is not None:  # exactly 0 in padding, even where the factor is inf or NaN
+                        own = tl.where(there[i], own, 0.0)
+                    gradient = own
+                    if arrived is not None or MASKED_AR:
+                        through = arriving[i] if arrived is not None else tl.zeros((BLOCK,), ACC)
+                        if MASKED_AR:
+                            through += tl.where(there[i], ar_factor * kept, 0.0)
+                        gradient = own + (through * keep if mask is not None else through)
+                    store_row(grad_raw_rows, grad_raw_first, packed, i, gradient, inside[i])
+                if SUM_TAR:
+                    tar_run += change_to * change_to if AHEAD else change * change
+                if SUM_AR:
+                    squared = current if AR_OF_RAW else kept
+                    if DROPS:  # fused here, which takes 63 registers for 85 in bfloat16 on sm_90
+                        squared = tl.where(there[i], squared, 0.0)
+                        ar_run = tl.fma(squared, squared, ar_run)
+                    else:
+                        ar_run += squared * squared
+                if grad_dropped is not None:
+                    own = ar_factor * kept
+                    if steps is not None:  # as above
+                        own = tl.where(there[i], own, 0.0)
+                    store_row(grad_dropped_rows, grad_dropped_first, packed, i, own, inside[i])
+                if CHANGES:
+                    last = raws[i]
+                    if AHEAD:
+                        change_to = change
+        ar += tl.sum(ar_run)
+        tar += tl.sum(tar_run)
+    if penalty is not None:
+        finish(ar, tar, records, ticket, weights, penalty, terms)
+
+
+@triton.jit
+def load_once(x):
+    """Load a scalar by one thread of the program, which the others, that may find another, get from it."""
+    BITS: tl.constexpr = tl.int64 if x.dtype.element_ty == tl.float64 else tl.int32
+    thread = tl.arange(0, THREADS)
+    bits = tl.load(x.to(tl.pointer_type(BITS), bitcast=True) + 0 * thread, mask=thread == 0, other=0)
+    return tl.sum(bits).to(x.dtype.element_ty, bitcast=True)
+
+
+@triton.jit
+def differ(x, y):
+    """Return whether two scalars differ in their bits: 0 and -0 do, a NaN and itself do not."""
+    BITS: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
+    return x.to(BITS, bitcast=True) != y.to(BITS, bitcast=True)
+
+
+class Forward:
+    """Apply dropout masks, compute penalties, and write the gradients that the backward is expected to ask for.
+
+    Args:
+        view: of the operands: raw and dropped, and gradients that are wanted; or raw, mask, and dropped as memory.
+            A mask that is the same at all time steps has a time stride of 0.
+        sums: the sums to compute.
+        device: where the tensors are.
+    """
+
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        tiling = Tiling(view, sums.dtype)
+        self.writes = view.operands[4:] != (None, None)
+        self.launch = _launch(tiling, view, sums, device, is_forward=True)
+        self.device, self.programs, self.measured = device, tiling.programs, sums.measured
+        self.expected = Expected(sums.dtype, device)
+        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * tiling.programs])
+        self.penalty, self.terms, self.records = (
+            Layout(shape, (1,) * len(shape), sums.dtype, device, aligned=True) for shape in shapes
+        )
+
+    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Result:
+        """Compute the penalty; fill dropped, or the gradients for the upstream gradient of the last backward.
+
+        Args:
+            tensors: as in the view.
+            values: steps and coefficients, those that all calls have.
+        """
+        penalty, terms = allocate(self.penalty), allocate(self.terms) if self.measured else None
+        records, ticket = allocate(self.records), ticket_for(self.device, self.programs)
+        expected = self.expected.memory() if self.writes else None
+        read = _read(values, self.device)
+        self.launch(*tensors, None, expected, records, ticket, penalty, terms, *read)
+        return Result(penalty, terms, Prediction(records, self.expected) if self.writes else None)
+
+
+class Backward:
+    """Compute the gradients of penalties, and add those that arrive.
+
+    Args:
+        view: of the operands: raw, mask, arrived and grad_raw; or raw, dropped and their gradients, in the view of the
+            forward if that has filled gradients, as a program of the same number must have the same items.
+        sums: those of the forward; a term is off if the penalty has no upstream gradient.
+        device: where the tensors are.
+    """
+
+    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+        tiling, self.device = Tiling(view, sums.dtype), device
+        # Code that compares is other code than that of a backward for which nothing was assumed.
+        self.comparing, self.writing = (_launch(tiling, view, sums, device, is_forward=False) for _ in range(2))
+
+    def __call__(
+        self,
+        upstream: Tensor | None,
+        tensors: Sequence[Tensor | None],
+        values: Values,
+        prediction: Prediction | None = None,
+    ) -> None:
+        """Fill the gradients, unless the forward has filled them for this very upstream gradient.
+
+        Args:
+            upstream: the gradient of the penalty, () in the dtype of the sums, if it has one.
+            tensors: as in the view, but `None` without a gradient.
+            values: those of the forward.
+            prediction: that of the forward's result, if it has filled these gradients.
+        """
+        read = _read(values, self.device)
+        if prediction is None:
+            self.writing(*tensors, upstream, None, None, None, None, None, *read)
+        else:
+            expected = prediction.expected.learn()
+            self.comparing(*tensors, upstream, expected, prediction.assumed, None, None, None, *read)
+
+    def holds(self, upstream: Tensor, prediction: Prediction) -> bool:
+        """Return `False`: only the device can compare, and the host does not wait for it."""
+        return False
+
+
+def _read(values: Values, device: torch.device) -> Values:
+    """Return values on the device: the offsets of packed rows are on the CPU until a launch needs them."""
+    if values.offsets is None:
+        return values
+    return values._replace(offsets=values.offsets.to(device, non_blocking=True))
+
+
+def _launch(tiling: Tiling, view: View, sums: Sums, device: torch.device, is_forward: bool) -> Launch:
+    """Prepare a launch of the kernel, forward or backward."""
+    mask, (ar, tar) = view.operands.mask, sums.gradients
+    writes = view.operands[4:] != (None, None)
+    constants = {
+        "SUM_AR": is_forward and sums.ar and (sums.ar_of_raw or view.operands.dropped is not None),
+        "SUM_TAR": is_forward and sums.tar and view.operands.raw is not None,
+        "GRAD_AR": writes and ar,
+        "GRAD_TAR": writes and tar,
+        "AR_OF_RAW": sums.ar_of_raw and sums.ar,
+        "LOCKED": view.time == 1 or mask is None or mask.time == 0,
+        **tiling.constants,
+    }
+    return Launch(ar_tar_kernel, (*tiling.numbers, *sums.weights), constants, tiling.programs, device)
