@@ -149,7 +149,7 @@ def ar_tar_kernel(
     MASKED_AR: tl.constexpr = GRAD_AR and mask is not None and not AR_OF_RAW
     READS_RAW: tl.constexpr = raw is not None and (DROPS or SUM_AR or SUM_TAR or GRAD_AR or GRAD_TAR)
     AHEAD: tl.constexpr = 1 if GRAD_TAR and grad_raw is not None else 0  # the gradient needs the following row
-    CHANGES: tl.constexpr = raw is not None and (SUM_TAR or AHEAD)
+    CHANGES: tl.constexpr = SUM_TAR or AHEAD
     if GRAD_AR or GRAD_TAR:
         if penalty is not None:
             assumed = load_once(expected)
@@ -181,7 +181,7 @@ def ar_tar_kernel(
                 first = load_row(raw_rows, tile.start, edge, 1, counted, ACC)
                 change_to = tl.where(joined, first - last, 0.0)
                 last = first
-        if mask is not None and LOCKED:
+        if LOCKED:
             keep = load_row(mask_rows, 0, (), 0, tile.present, ACC)
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
@@ -368,7 +368,7 @@ def _launch(tiling: Tiling, view: View, sums: Sums, device: torch.device, is_for
         "GRAD_AR": writes and ar,
         "GRAD_TAR": writes and tar,
         "AR_OF_RAW": sums.ar_of_raw and sums.ar,
-        "LOCKED": view.time == 1 or mask is None or mask.time == 0,
+        "LOCKED": mask is not None and (view.time == 1 or mask.time == 0),
         **tiling.constants,
     }
     return Launch(ar_tar_kernel, (*tiling.numbers, *sums.weights), constants, tiling.programs, device)

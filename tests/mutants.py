@@ -127,7 +127,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_launch", "AR_OF_RAW always off", '"AR_OF_RAW": sums.ar_of_raw and sums.ar', '"AR_OF_RAW": False'),
         ("_launch", "a measured AR has a gradient", '"GRAD_AR": writes and ar', '"GRAD_AR": writes and sums.ar'),
         ("_launch", "a measured TAR has a gradient", '"GRAD_TAR": writes and tar', '"GRAD_TAR": writes and sums.tar'),
-        ("_launch", "LOCKED always", "view.time == 1 or mask is None or mask.time == 0", "True"),
+        ("_launch", "LOCKED always", "view.time == 1 or mask.time == 0", "True"),
         ("differ", "numbers compared, not bits", "x.to(BITS, bitcast=True) != y.to(BITS, bitcast=True)", "x != y"),
         ("Forward", "float64 summed in float32", "Tiling(view, sums.dtype)", "Tiling(view, torch.float32)"),
     ],
