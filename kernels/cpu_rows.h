@@ -170,7 +170,8 @@ inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factor
         if (masked_ar) through += rounded<A, T>(value * keep) * ar_factor;
         // Where nothing has passed the mask, 0 * inf would be NaN.
         if (flags & MASKED && (flags & ARRIVED || masked_ar)) through *= keep;
-        if (flags & ARRIVED || masked_ar) gradient = through + gradient;
+        const bool is_own = flags & GRAD_TAR || (flags & GRAD_AR && !masked_ar);  // -0 that passes in padding stays -0
+        if (flags & ARRIVED || masked_ar) gradient = is_own ? through + gradient : through;
         write<A, T>(at.out, lane, gradient, at.streams);
     });
 }

@@ -203,7 +203,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
          "if (flags & MASKED && (flags & ARRIVED || masked_ar)) through",
          "if (flags & MASKED) gradient += through * keep; if (flags & MASKED) through"),
         ("formula", "AR of dropped for that of raw", "if (flags & AR_OF_RAW) kept = value;", ""),
-        ("formula", "sign of what arrives flipped", "gradient = through + gradient;", "gradient = gradient - through;"),
+        ("formula", "sign of what arrives flipped", "is_own ? through + gradient :", "is_own ? gradient - through :"),
         ("RowCode", "the first row is among others", "GRAD_TAR) && rows.previous)", "GRAD_TAR))"),
     ],
     "kernels/cpu_work.h": [
