@@ -428,3 +428,17 @@ def test_a_loss_beside_later_runs_that_reaches_a_run_that_another_has_missed(add
     with pytest.raises(RuntimeError, match="depends on a run of the Linear that an earlier loss did not depend on"):
         total.backward(retain_graph=True)
     (later.sum() + chain(missed, 20)).backward()  # of a loss without a penalty
+
+
+def test_a_loss_that_reaches_a_run_that_another_has_missed_by_its_state_alone() -> None:
+    """Also in a later step, by a missed run that the search happens to find."""
+    module, reg = gru(), regularizer()
+    reg.attach(module)
+    reg.on_backward_begin(module(inputs())[0].sum()).backward()
+    _missed, state = module(inputs())
+    found, _ = module(inputs(), state)
+    reg.on_backward_begin(module(inputs())[0].sum()).backward()
+    later, _ = module(inputs())
+    loss = found.sum() + later.sin().sin().sin().sum()
+    with pytest.raises(RuntimeError, match="that an earlier loss did not depend on"):
+        reg.on_backward_begin(loss).backward()
