@@ -357,9 +357,7 @@ class Attachment:
             return
         before = are_before(rows.grad_fn, [x.grad_fn for x in others])
         for x in others:
-            mark = Mark(run, None, x, None if x.grad_fn in before else rows)
-            if self.source.scale is not None or not self.watch.content:
-                mark.hook(x)
+            Mark(run, None, x, None if x.grad_fn in before else rows).hook(x)
         if before and not self._held:
             self._held += run, rows
 

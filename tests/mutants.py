@@ -413,7 +413,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Attachment", "runs under a dispatch mode", "run.marked = not transformed()", "run.marked = not observed()"),
         ("Attachment", "the forward stays", "del module.forward", "pass"),
         ("Attachment", "a forward of others goes", "if own == _forward_of_class(module):", "if True:"),
-        ("Attachment", "a state that nothing watches", "mark.hook(x)", "pass"),
+        ("Attachment", "a state that nothing watches", "else rows).hook(x)", "else rows)"),
         ("Attachment", "runs in evaluation", " or not module.training or", " or"),
         ("Attachment", "runs of replicas", '"_is_replica" in vars(module)', "False"),
         ("Attachment", "runs of another step", " if run in reached]", "]"),
