@@ -324,7 +324,7 @@ class Attachment:
             self._carry(run)
 
     def _guard(self) -> Any:
-        """Return what sees the gradients of a run that no loss has taken."""
+        """Return the guard of the gradients of a run."""
         owner = self._owner()
         if self.source.scale is None or owner is None:
             return self.watch

@@ -8,7 +8,7 @@ gradients of the penalties in `fastreg.carry` to the gradient that arrives there
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 import weakref
 from collections import deque
@@ -271,8 +271,8 @@ class Watch:
 
 def _level_of_caller() -> int:
     """Return how many frames above the caller's the code lies that is neither fastreg's nor PyTorch's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastreg", "torch"):
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastreg", "torch"):
         level, frame = level + 1, frame.f_back
     return level
 

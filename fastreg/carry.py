@@ -272,7 +272,7 @@ class Always:
         """Add the gradient of the penalty to the one that arrives.
 
         Raises:
-            RuntimeError: the penalty is wrong, or a part of it is lost; the message names the remedy.
+            RuntimeError: the penalty is wrong or lost in part; the message names the remedy.
         """
         task, run, captured = current(), mark.run, mark.captured
         if captured is None:
@@ -300,7 +300,7 @@ class Always:
         return Upstream(self.grad, problem, values.alpha, values.beta)
 
     def _check(self, fault: str | None) -> None:
-        """Raise an error for the fault of a run, or for what is wrong in every run."""
+        """Raise an error for the fault of a run, for changed coefficients and masks, or for second derivatives."""
         if any(x._version != version for x, version in self.versions):
             fault = (
                 "a tensor alpha or beta was changed in place between the forward and the backward; change it after the "
@@ -312,7 +312,7 @@ class Always:
             raise RuntimeError(f"attach: {fault}")
 
     def _fault_of_raw(self, run: Run, task: int) -> str | None:
-        """Say what is wrong where the gradient of raw arrives, which comes after that of dropped."""
+        """Say why the penalty is wrong, where the gradient of raw arrives; that of dropped came before."""
         module, dropout = run.names
         if self.waits and self.of_dropped != task:
             return (

@@ -19,8 +19,8 @@ compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_fra
 def untraced(function: Function) -> Function:
     """Keep Dynamo from tracing a function, and from compiling the functions that it calls as frames of their own.
 
-    Otherwise each of these would ask by itself whether it is being compiled, and find that it is. Without a compiler
-    this takes no time, as `torch.compiler.disable` does, and does not import it, which takes seconds.
+    Otherwise each such function would ask by itself whether it is being compiled, and find that it is. Unlike
+    `torch.compiler.disable`, this takes no time without a compiler, and does not import it, which takes seconds.
     """
 
     @functools.wraps(function)
