@@ -2,7 +2,7 @@
 
 A forward hook puts a `Mark` on the autograd node of each regularized tensor, in `node.metadata`, so that the graph owns
 the capture. A mark holds the tensor detached: the tensor itself would hold its node, a reference cycle through C++ that
-is never collected. `reach` searches the graph of a loss for marks. A mark is also a hook of its tensor, which adds the
+is never collected. `search` searches the graph of a loss for marks. A mark is also a hook of its tensor, which adds the
 gradients of the penalties in `fastreg.carry` to the gradient that arrives there.
 """
 
@@ -205,7 +205,7 @@ class Mark:
         if kept is not None:
             run.keepers.append(weakref.ref(self))
         node: Any = x.grad_fn
-        if node is not None:  # a leaf has no lasting node: `reach` looks at its hooks
+        if node is not None:  # a leaf has no lasting node: `search` looks at its hooks
             node.metadata.setdefault(KEY, []).append(self)
 
     def hook(self, x: Tensor) -> None:
