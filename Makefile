@@ -34,9 +34,10 @@ help:
 	@echo "make test    run all tests: CPU, interpreted kernels, kernels compiled offline, kernels on a GPU if there is one"
 	@echo "make test-fast   run the essential tests, less than a minute: after each change"
 	@echo "make test-ptx   run the kernels' tests on the CPU, with the code compiled for an H100 by the newest and the oldest"
-	@echo "             Triton (ARGS=--ptx-sample=6 for every sixth case of each test)"
+	@echo "             Triton (ARGS=--sample=6 for every sixth case of each test)"
 	@echo "make mutants test the tests: break a copy of the code, one line at a time; a test must fail (ARGS=cpu.py for some)"
 	@echo "make test-oldest   run the tests that a release may break, with the oldest PyTorch and Triton, in .venv-oldest"
+	@echo "             (VERSION_ARGS=--sample=3 for every third case of each test)"
 	@echo "make test-newest   run them with the newest PyTorch, in .venv-newest"
 	@echo "make test-plain   run the kernels as on a processor without AVX-512"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
@@ -90,12 +91,12 @@ mutants: .venv/test
 
 test-oldest: .venv-oldest/test
 	@echo "== tests that a release may break, with the oldest supported releases (make test-ptx runs their kernels)"
-	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(TRITON_TESTS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(TRITON_TESTS) $(VERSION_ARGS)
 
 test-newest: .venv-newest/test
 	@echo "== tests that a release may break, with the newest PyTorch; all other tests are collected only"
 	.venv-newest/bin/python -m pytest --collect-only --quiet --quiet
-	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
+	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(VERSION_ARGS)
 
 # These variables select PyTorch's code for the simplest processor, and oneDNN's for AVX2.
 test-plain: .venv/test .venv/frameworks
