@@ -231,6 +231,22 @@ def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
     assert {*names} <= {*members}
 
 
+def test_a_release_has_absolute_links(tmp_path: Path) -> None:
+    """On PyPI, which shows the README elsewhere than its files."""
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = python(".ci/metadata", "https://github.com/owner/name", "v1.2", str(tmp_path), folder=ROOT)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "README.md").read_text()
+    for link in re.findall(r"\]\(([^)]*)\)", (ROOT / "README.md").read_text()):
+        kind = "raw" if link.endswith(".png") else "blob"
+        assert f"({link})" in text if link.startswith("https://") else f"/name/{kind}/v1.2/{link})" in text
+    assert re.findall(r"\]\((?!https://)", text) == []
+    project = (tmp_path / "pyproject.toml").read_text()
+    assert 'Changelog = "https://github.com/owner/name/blob/v1.2/CHANGELOG.md"\nPaper = ' in project
+    assert 'Documentation = "https://owner.github.io/name/"\n' in project
+
+
 def test_a_wrong_result_fails_the_self_test(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
