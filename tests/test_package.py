@@ -146,7 +146,9 @@ with warnings.catch_warnings(record=True) as caught:
     values = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(x[:1], x[:1], 2.0, 1.0)]
 assert values == [2, 2], values
 assert TRITON is None
-print([str(warning.message) for warning in caught if warning.category is UserWarning])
+caught = [warning for warning in caught if warning.category is UserWarning]
+assert {warning.filename for warning in caught} == {"<string>"}, "the caller's line"
+print([str(warning.message) for warning in caught])
 assert main.main() == 0
 assert not {"fastai", "lightning", "pytorch_lightning", "transformers", "kernels"} & {*sys.modules}
 """
@@ -160,6 +162,7 @@ def test_nothing_but_pytorch_is_needed(clone: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done
     assert not done.stderr
     assert done.stdout.count("runs the plain formula on CPUs") == 1, done
+    assert "--no-cache-dir --force-reinstall" in done.stdout, "pip keeps the wheel that has no kernels"
     assert "the plain formula (the kernels were not built: install" in done.stdout
 
 
