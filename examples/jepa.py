@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastreg import fused_ar_tar
 
-BATCH, TIME, SIZE, CHANNELS, STEPS, BETA = 16, 12, 16, 8, 150, 3.0
+BATCH, TIME, SIZE, CHANNELS, STEPS, BETA = 16, 12, 16, 8, 150, 1.0
 
 
 def videos(count: int) -> tuple[Tensor, Tensor]:
@@ -60,8 +60,8 @@ def straightness(path: Tensor) -> Tensor:
     return F.cosine_similarity(changes[:, 1:], changes[:, :-1], dim=-1).mean()
 
 
-def train(beta: float) -> None:
-    torch.manual_seed(0)
+def train(beta: float, seed: int = 0) -> None:
+    torch.manual_seed(seed)
     model = JEPA()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     print(f"{'with TAR' if beta else 'without TAR'}: beta {beta:g}")
