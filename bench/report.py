@@ -524,10 +524,11 @@ def figures(results: list[Result]) -> str:
 def device_part(result: Result) -> list[str]:
     """Render every table and plot of one device."""
     parts = [f"{where(result)}.\n", *filter(None, [caveats(result)])]
-    for number_of_part, part in enumerate(result.parts()):
-        parts += [] if result.on_gpu else [f"With {HOW[part.allocator]}.\n"]
-        text = tables(part)
-        parts += [folded(f"The same with {SHORT[part.allocator]}", "\n".join(text))] if number_of_part else text
+    first, *others = result.parts()
+    parts += [f"With {HOW[first.allocator]}.\n"] * (not result.on_gpu) + tables(first)
+    for part in others:
+        text = "\n".join([f"With {HOW[part.allocator]}.\n", *tables(part)])
+        parts += [folded(f"The same with {SHORT[part.allocator]}", text)]
     parts += [f"![{alt}](../bench/results/{result.name}-{kind}.svg)\n" for kind, alt, _ in plots(result)]
     return [*parts, f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
 
