@@ -275,7 +275,9 @@ def check_call(call: Call, mask: Any = None) -> None:
         call: of one layer.
         mask: of a dropout, or `None`.
     """
-    tensors = [(f"{name}{call.label}", x) for name, x in (("raw", call.raw), ("dropped", call.dropped)) if x is not None]
+    tensors = [
+        (f"{name}{call.label}", x) for name, x in (("raw", call.raw), ("dropped", call.dropped)) if x is not None
+    ]
     first_name, first = tensors[0]
     for name, x in tensors:
         _check_dense(name, x)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastreg import prepare
 from fastreg.addition import Addition
 from fastreg.arguments import check_coefficient
 from fastreg.capture import EMPTY, Captured, Mark, Run, Search, Watch
 from fastreg.operation import pack, unpack
 from fastreg.penalty import penalty_of
-from fastreg import prepare
 from fastreg.prepare import Arguments, calls_of
-from fastreg.problem import ARTAR, Call, Coefficient, is_on, rows_of
+from fastreg.problem import ARTAR, Call, Coefficient, is_on
 from fastreg.torch_state import current, keepable, keeps_graph, observed, plain, untraced
 
 NOTHING_ADDED: tuple[Any, list[Any]] = None, []
@@ -264,7 +264,7 @@ class Always:
             self.additions = {each.of_raw: (each.addition, each.call) for each in additions}
             self.waits = False in self.additions and run.squared.needs
             calls = [each.call for each in additions]
-        read = [x for call in calls[:1] for x in pack(call.alpha, call.beta, call.steps)[0] if x is not None]
+        read = [x for call in calls for x in pack(call.alpha, call.beta, call.steps)[0] if x is not None]
         self.versions = [(x, x._version) for x in read if not x.is_inference()]
         like: Any = {"dtype": terms.penalty.dtype, "device": terms.penalty.device}
         self.grad = scale if isinstance(scale, Tensor) else torch.full((), scale, **like)

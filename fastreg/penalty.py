@@ -23,6 +23,7 @@ from fastreg.view import Fold
 One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
+
 @overload
 def fused_ar_tar(
     raw: Activations,

@@ -20,7 +20,6 @@ from torch import nn
 
 from fastreg import FusedRNNDropout, carry, dropout, penalty, regularizer
 from fastreg.backends import TRITON, backend_for, cpu_tensors_by
-
 from fastreg.plans import forget
 from tests.language_model import Model, Stack
 

@@ -87,12 +87,13 @@ class Sample:
         return "-".join(parts + ([] if self.reduction == "mean" else [self.reduction]))
 
     def call(self, raw: Tensor, dropped: Tensor | None = None, **options: Any) -> Call:
-        """The call of a layer; dropped is raw, or as `None` is not there."""
-        of_raw = dropped is raw
+        """The call of a layer; AR is of raw where dropped is raw, or is not there."""
+        of_raw = dropped is None or dropped is raw
         axis = -2 if self.batch_first else -raw.dim()
         dtype = DOUBLE if DOUBLE in [x.dtype for x in (raw, dropped) if x is not None] else FLOAT
         given = {"time_dim": axis, "reduction": self.reduction, "measured": True, "ar_of_raw": of_raw, "dtype": dtype}
-        return Call(raw, None if of_raw else dropped, self.alpha, self.beta, **given | options)
+        coefficients = {"alpha": self.alpha, "beta": self.beta}
+        return Call(raw, None if of_raw else dropped, **coefficients | given | options)
 
     @property
     def options(self) -> dict[str, Any]:
