@@ -161,9 +161,9 @@ def check_layers(raw: Any, dropped: Any, time_dim: int) -> list[tuple[str, Any, 
     return [(label, x, y) for label, ((_, x), (_, y)) in zip(labels, pairs, strict=True)]
 
 
-def check_packed_options(time_dim: int | None, **steps: object) -> None:
-    """Check the options of packed sequences: there are no lengths, valid steps or starts, given by their names."""
-    for name, given in steps.items():
+def check_packed_options(time_dim: int | None, *steps: object) -> None:
+    """Check the options of packed sequences: there are no lengths, valid steps or starts."""
+    for name, given in zip(STEPS, steps, strict=True):
         if given is not None:
             raise ValueError(f"{name}: expected None{STEPS[name][2]}")
     if time_dim not in (None, 0, -2):
@@ -299,16 +299,16 @@ def check_steps(lengths: object, valid: object, starts: object) -> None:
     """Check lengths, valid steps and starts: at most one of the first two, and their dtypes."""
     if lengths is not None and valid is not None:
         raise ValueError("lengths and valid: expected one of them, got both")
-    for name, given in ("lengths", lengths), ("valid", valid), ("starts", starts):
+    for name, given in zip(STEPS, (lengths, valid, starts), strict=True):
         if given is not None:
             _check_tensor_of(name, given, *STEPS[name][:2])
 
 
-def check_steps_of(x: Any, time_dim: int, **steps: Any) -> None:
-    """Check the shapes and devices of lengths, valid steps and starts, given by their names, against a layer's."""
+def check_steps_of(x: Any, time_dim: int, steps: Sequence[Any]) -> None:
+    """Check the shapes and devices of lengths, valid steps and starts against those of a layer."""
     check_no_parts(x)
     batch, time = sizes_of(x, time_dim)
-    for name, given in steps.items():
+    for name, given in zip(STEPS, steps, strict=True):
         if given is None:
             continue
         if name == "lengths":

@@ -18,7 +18,7 @@ from fastreg.plans import forget
 class Backend(NamedTuple):
     """Code for some devices: its name, and its classes, with one interface in all backends.
 
-    `forward` and `backward` launch walks, and `marker` marks the time steps that count, once for all launches of a call.
+    `forward` and `backward` launch walks; `marker` marks the time steps that count, once for all launches of a call.
     """
 
     name: str

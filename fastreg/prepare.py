@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from operator import index
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import (
+    STEPS,
     check_axes,
     check_coefficient,
     check_given,
@@ -62,10 +64,8 @@ def calls_of(arguments: Arguments) -> list[Call]:
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    raw, dropped, alpha, beta, lengths, valid, starts, batch_first, time_dim, reduction, measured, ar_of_raw = arguments
-    alpha, beta = _coefficient("alpha", alpha), _coefficient("beta", beta)
-    check_options(reduction, return_terms=measured)
-    axis = _axis_given(batch_first, time_dim)
+    raw, dropped, measured = arguments.raw, arguments.dropped, arguments.measured
+    alpha, beta, axis = _checked(arguments)
     by_ar, by_tar = is_on(alpha), is_on(beta)
     if by_tar:
         check_given("raw", raw, "beta")
@@ -77,24 +77,19 @@ def calls_of(arguments: Arguments) -> list[Call]:
     layers = [("", raw, dropped)]
     if not all([x is None or isinstance(x, Tensor) for x in (raw, dropped)]):
         layers = check_layers(raw, dropped, axis)
-    tensors = [x for _, *both in layers for x in both if x is not None]
-    first, steps = tensors[0], None
-    if isinstance(first, PackedSequence):
-        check_packed_options(time_dim, lengths=lengths, valid=valid, starts=starts)
-        axis, steps = -2, _offsets(first)
+    label, *first = layers[0]
+    if isinstance(first[0] if raw is not None else first[1], PackedSequence):
+        check_packed_options(arguments.time_dim, *_steps_given(arguments))
+        axis, steps = -2, _offsets(first[0] if raw is not None else first[1])
         layers = [(label, rows_of(x), rows_of(y)) for label, x, y in layers]
     else:
-        for name, x in zip(("raw", "dropped"), layers[0][1:], strict=True):
-            if x is not None:
-                check_axes(f"{name}{layers[0][0]}", x, None if time_dim is None else axis)
-        axis = axis if axis < 0 else axis - first.dim()
-        if lengths is not None or valid is not None or starts is not None:
-            steps = _steps(first, axis, reduction, plain(lengths), plain(valid), plain(starts))
-    dtype = compute_dtype(*[rows_of(x) for x in tensors])
+        named = [(f"{name}{label}", x) for name, x in zip(("raw", "dropped"), first, strict=True) if x is not None]
+        axis, steps = _axis_and_steps(arguments, axis, named)
+    dtype = compute_dtype(*[x for _, *both in layers for x in both])
     return [
         Call(
             *(plain(x), None if y is x else plain(y), alpha, beta, steps, axis),
-            *(reduction, measured, ar_of_raw or y is x, dtype, label),
+            *(arguments.reduction, measured, arguments.ar_of_raw or y is x, dtype, label),
         )
         for label, x, y in layers
     ]
@@ -106,18 +101,29 @@ def call_of_raw(arguments: Arguments) -> Call:
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
     """
-    raw, _, alpha, beta, lengths, valid, starts, batch_first, time_dim, reduction, measured, ar_of_raw = arguments
-    alpha, beta = _coefficient("alpha", alpha), _coefficient("beta", beta)
-    check_options(reduction, return_terms=measured)
-    axis = _axis_given(batch_first, time_dim)
-    check_tensor("raw", raw)
-    check_axes("raw", raw, None if time_dim is None else axis)
-    axis, steps = axis if axis < 0 else axis - raw.dim(), None
-    if lengths is not None or valid is not None or starts is not None:
-        steps = _steps(raw, axis, reduction, plain(lengths), plain(valid), plain(starts))
-    return Call(
-        *(plain(raw), None, alpha, beta, steps, axis),
-        *(reduction, measured, ar_of_raw, compute_dtype(raw)),
+    alpha, beta, axis = _checked(arguments)
+    raw = check_tensor("raw", arguments.raw)
+    axis, steps = _axis_and_steps(arguments, axis, [("raw", raw)])
+    options = axis, arguments.reduction, arguments.measured, arguments.ar_of_raw, compute_dtype(raw)
+    return Call(plain(raw), None, alpha, beta, steps, *options)
+
+
+def _checked(arguments: Arguments) -> tuple[Coefficient, Coefficient, int]:
+    """Check coefficients and options; return alpha, beta, and the axis of time, from either end."""
+    check_options(arguments.reduction, return_terms=arguments.measured)
+    axis = _axis_given(arguments.batch_first, arguments.time_dim)
+    return _coefficient("alpha", arguments.alpha), _coefficient("beta", arguments.beta), axis
+
+
+def _axis_and_steps(arguments: Arguments, axis: int, named: list[tuple[str, Tensor]]) -> tuple[int, Steps | None]:
+    """Return the axis of time of a layer, negative from the end, and its steps that count."""
+    for name, x in named:
+        check_axes(name, x, None if arguments.time_dim is None else axis)
+    _, x = named[0]
+    axis = axis if axis < 0 else axis - x.dim()
+    given = _steps_given(arguments)
+    return axis, None if all(x is None for x in given) else _steps(
+        check_tensor(*named[0]), axis, arguments.reduction, given
     )
 
 
@@ -156,6 +162,11 @@ def time_given(batch_first: Any, time_dim: Any) -> bool | int:
     return axis if time_dim is not None else axis == -2
 
 
+def _steps_given(arguments: Arguments) -> tuple[Any, Any, Any]:
+    """Return lengths, valid steps and starts."""
+    return arguments.lengths, arguments.valid, arguments.starts
+
+
 def _offsets(packed: PackedSequence) -> Steps:
     """Return where each time step of checked packed rows begins, and at the end how many rows there are.
 
@@ -166,55 +177,51 @@ def _offsets(packed: PackedSequence) -> Steps:
     return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
 
 
-def _steps(x: Tensor, time_dim: int, reduction: str, lengths: Any, valid: Any, starts: Any) -> Steps:
+def _steps(x: Tensor, time_dim: int, reduction: str, given: Sequence[Any]) -> Steps:
     """Check lengths, valid steps and starts, and mark the time steps of activations that count, on their device.
 
     Values on another device than the CPU are not looked at, as that would wait for it.
     """
-    check_steps(lengths, valid, starts)
-    check_steps_of(check_tensor("raw", x), time_dim, lengths=lengths, valid=valid, starts=starts)
-    sizes, device = sizes_of(x, time_dim), x.device
-    if lengths is not None:
-        lengths = _brought("lengths", lengths, device, sizes[1]).contiguous()
-    if valid is not None:
-        valid = _brought("valid", valid, device, sizes[1]).reshape(sizes).contiguous()
-    if starts is not None:
-        starts = _brought("starts", starts, device, sizes[1]).reshape(sizes).contiguous()
-    marks, counts = _marker(x, sizes, lengths, valid, starts)(lengths, valid, starts)
+    given = [plain(x) for x in given]
+    check_steps(*given)
+    check_steps_of(x, time_dim, given)
+    sizes = sizes_of(x, time_dim)
+    brought = [None if y is None else _brought(name, y, x, sizes) for name, y in zip(STEPS, given, strict=True)]
+    marks, counts = _marker(x, sizes, brought)(*brought)
     return Steps(marks, counts if reduction == "mean" else None)
 
 
-def _marker(x: Tensor, sizes: tuple[Any, Any], *given: Tensor | None) -> Any:
+def _marker(x: Tensor, sizes: tuple[Any, Any], given: Sequence[Tensor | None]) -> Any:
     """Return the `marker` of the backend of activations, which is kept, or the formula."""
-    formula = partial(marked, sizes)
     if observed() or 0 in x.shape or not are_memory(given):
-        return formula
-    key = sizes, x.device, *[None if x is None else x.dtype for x in given]
+        return partial(marked, sizes)
+    key = sizes, x.device, *[None if y is None else y.dtype for y in given]
     marker = MARKERS.get(key)
     if marker is None:
         backend = backend_for(x.device)
-        marker = formula if backend is None else backend.marker(sizes, x.device)
+        marker = partial(marked, sizes) if backend is None else backend.marker(sizes, x.device)
         MARKERS.keep(key, marker)
     return marker
 
 
-def _brought(name: str, x: Tensor, device: torch.device, time: int) -> Tensor:
-    """Check the values of lengths or marks, and return them on a device, marks as bool, without waiting for the copy.
+def _brought(name: str, given: Tensor, x: Tensor, sizes: tuple[Any, Any]) -> Tensor:
+    """Check the values of lengths or marks, and bring them to activations, marks as bool, without waiting for the copy.
 
     The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too:
     it is not freed before the device has read it, and the host does not wait.
     """
-    x = keepable(x)
-    if device.type == "cpu" != x.device.type:
-        x = x.cpu()
-    check_values(name, x, time)
-    if name != "lengths" and x.dtype != torch.bool:
-        x = x != 0
-    if x.device.type == "cpu":
+    device, given = x.device, keepable(given)
+    if device.type == "cpu" != given.device.type:
+        given = given.cpu()
+    check_values(name, given, sizes[1])
+    if name != "lengths" and given.dtype != torch.bool:
+        given = given != 0
+    if given.device.type == "cpu":
         check_not_captured(name, device)
-    if x.device.type == "cpu" != device.type:
+    if given.device.type == "cpu" != device.type:
         if observed():  # a compiler cannot ask whether memory is pinned
-            x = x.clone()
-        elif x.is_pinned():
-            x = torch.empty_like(x, pin_memory=True).copy_(x)
-    return x.to(device, non_blocking=True)
+            given = given.clone()
+        elif given.is_pinned():
+            given = torch.empty_like(given, pin_memory=True).copy_(given)
+    given = given.to(device, non_blocking=True)
+    return (given if name == "lengths" else given.reshape(sizes)).contiguous()

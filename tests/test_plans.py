@@ -264,6 +264,7 @@ def test_coefficients_that_change_make_no_plans(device: str, monkeypatch: pytest
             )
         )
         torch.testing.assert_close(got, want)
+    plans_of_first = 0
     for step in range(20):
         regularizer.alpha = 2.0 + step / 7
         fused_ar_tar(raw, raw, 2.0 + step / 7, 1.0).backward()
