@@ -354,8 +354,8 @@ def _of_node(run: Run, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Ca
     alpha, beta = (_moved(x, run.terms[0].device) for x in (alpha, beta))
     check_coefficient("alpha", alpha)
     check_coefficient("beta", beta)
-    kept = [keepable(x) if isinstance(x, Tensor) else prepare.coefficient(x) for x in (alpha, beta)]
-    return _weighted(run.terms, alpha, beta), Call(None, None, *kept, ar_of_raw=run.dropped is run.raw)
+    a, b = (keepable(x) if isinstance(x, Tensor) else prepare.coefficient(x) for x in (alpha, beta))
+    return _weighted(run.terms, alpha, beta), Call(None, None, a, b, ar_of_raw=run.dropped is run.raw)
 
 
 class _Part(NamedTuple):

@@ -309,8 +309,8 @@ class _DropoutPenalty(Function):
         call = plan.call(raw, None, *unpack(saved, ctx.rest))
         carried = None if ctx.carried is None else ctx.carried()
         if carried is not None:
-            grad, of = carried
-            grad = grad.to(raw.device, call.dtype)
+            penalty_grad, of = carried
+            grad = penalty_grad.to(raw.device, call.dtype)
             options = call.time_dim, call.reduction, False, of.ar_of_raw, call.dtype
             call = Call(raw, None, of.alpha, of.beta, call.steps, *options)
         upstream, gradient = (grad_dropped, grad), None

@@ -77,13 +77,14 @@ def calls_of(arguments: Arguments) -> list[Call]:
     layers = [("", raw, dropped)]
     if not all([x is None or isinstance(x, Tensor) for x in (raw, dropped)]):
         layers = check_layers(raw, dropped, axis)
-    label, *first = layers[0]
-    if isinstance(first[0] if raw is not None else first[1], PackedSequence):
+    label, x, y = layers[0]
+    first: Any = y if x is None else x
+    if isinstance(first, PackedSequence):
         check_packed_options(arguments.time_dim, *_steps_given(arguments))
-        axis, steps = -2, _offsets(first[0] if raw is not None else first[1])
+        axis, steps = -2, _offsets(first)
         layers = [(label, rows_of(x), rows_of(y)) for label, x, y in layers]
     else:
-        named = [(f"{name}{label}", x) for name, x in zip(("raw", "dropped"), first, strict=True) if x is not None]
+        named = [(f"{name}{label}", x) for name, x in (("raw", x), ("dropped", y)) if x is not None]
         axis, steps = _axis_and_steps(arguments, axis, named)
     dtype = compute_dtype(*[x for _, *both in layers for x in both])
     return [

@@ -140,8 +140,8 @@ class FusedRNNDropout(nn.Module):
             )
         time_at = self.batch_first if self.time_dim is None else self.time_dim
         place = (self.batch_first, None) if self.time_dim is None else (None, self.time_dim)
-        arguments = raw, None, self.alpha, self.beta, None, valid, starts, *place, "mean", True, self.ar_of == "raw"
-        call = call_of_raw(Arguments(*arguments))
+        steps, of_raw = (None, valid, starts), self.ar_of == "raw"
+        call = call_of_raw(Arguments(raw, None, self.alpha, self.beta, *steps, *place, "mean", True, of_raw))
         dropped, penalty, terms = drop_and_penalize(call, self.p if p is None else p)
         dropped = raw if dropped is None else dropped
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
