@@ -23,20 +23,16 @@ from fastreg.torch_state import has_values
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Arguments that leave steps out: their dtypes, in words, and the reason that they do not go with a PackedSequence.
+_OWN, _PAD = (
+    ", as a PackedSequence has lengths of its own",
+    " with a PackedSequence; pad_packed_sequence gives a tensor, ",
+)
 STEPS: dict[str, tuple[Sequence[torch.dtype], str, str]] = {
-    "lengths": (INTEGERS, "an integer tensor", ", as a PackedSequence has lengths of its own"),
-    "valid": (
-        (torch.bool, *INTEGERS),
-        "a bool or integer tensor",
-        ", as a PackedSequence has lengths of its own",
-    ),
-    "starts": (
-        (torch.bool, *INTEGERS),
-        "a bool or integer tensor",
-        " with a PackedSequence; pad_packed_sequence gives a tensor, and lengths",
-    ),
+    "lengths": (INTEGERS, "an integer tensor", _OWN),
+    "valid": ((torch.bool, *INTEGERS), "a bool or integer tensor", _OWN),
+    "starts": ((torch.bool, *INTEGERS), "a bool or integer tensor", f"{_PAD}and lengths"),
 }
-ACTIVATIONS = "expected a tensor, a PackedSequence, or a list or tuple of them"
+ACTIVATIONS = "a tensor, a PackedSequence, or a list or tuple of them"
 HINT = " (an RNN gives its output and its state: pass the output)"
 
 
@@ -56,9 +52,8 @@ def check_coefficient(name: str, value: Any) -> None:
     The value of a tensor on another device than the CPU is not looked at, as that would wait for the device.
     """
     if isinstance(value, Tensor):
-        if value.shape != () or value.dtype not in DTYPES:
-            given = f"{value.dtype} {_shape(value)}"
-            raise ValueError(f"{name}: expected a number or a 0-dim floating-point tensor, got {given}")
+        is_scalar = value.shape == () and value.dtype in DTYPES
+        _expect(is_scalar, name, "a number or a 0-dim floating-point tensor", (value.dtype, value.shape))
         _check_no_gradient(name, value)
         value = _check_dense(name, value).item() if has_values(value) else 0.0
     elif torch.compiler.is_compiling():
@@ -67,8 +62,7 @@ def check_coefficient(name: str, value: Any) -> None:
     else:
         _check_real(name, value)
         value = _as_float(value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    _expect(0 <= value < math.inf, name, "a finite number of at least 0", value)
 
 
 def _check_symbolic(name: str, value: Any) -> None:
@@ -80,8 +74,8 @@ def _check_symbolic(name: str, value: Any) -> None:
         number = value.item()  # a compiler takes a NumPy scalar for an array
     elif not isinstance(value, float):
         _check_real(name, value)
-    if not (guard_or_true(number >= 0) and guard_or_true(number < math.inf)):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {number}")
+    fits = guard_or_true(number >= 0) and guard_or_true(number < math.inf)
+    _expect(fits, name, "a finite number of at least 0", number)
     torch._check(number * 1.0 >= 0)  # torch 2.11 drops a check of the value itself
     torch._check(number < math.inf)
 
@@ -89,8 +83,7 @@ def _check_symbolic(name: str, value: Any) -> None:
 def check_probability(p: Any) -> None:
     """Check that `p`, the probability to drop a unit, is from 0 to below 1."""
     _check_real("p", p)
-    if not 0 <= _as_float(p) < 1:
-        raise ValueError(f"p: expected a probability from 0 to below 1, got {p}")
+    _expect(0 <= _as_float(p) < 1, "p", "a probability from 0 to below 1", p)
 
 
 def check_flags(**flags: object) -> None:
@@ -102,17 +95,17 @@ def check_flags(**flags: object) -> None:
 
 def check_time(batch_first: object, time_dim: object) -> None:
     """Check that at most one of both says where time is, and its type."""
-    if batch_first is not None:
-        if time_dim is not None:
-            raise ValueError("batch_first and time_dim: expected one of them, got both")
-        check_flags(batch_first=batch_first)
-    elif time_dim is not None and (isinstance(time_dim, bool) or not isinstance(time_dim, Integral)):
-        raise TypeError(f"time_dim: expected an int, the axis of time, got {type(time_dim).__name__}")
+    if time_dim is None:
+        check_flags(batch_first=batch_first is not None and batch_first)
+        return
+    _expect(batch_first is None, "batch_first and time_dim", "one of them", "both")
+    is_axis = isinstance(time_dim, Integral) and not isinstance(time_dim, bool)
+    _expect(is_axis, "time_dim", "an int, the axis of time", type(time_dim), TypeError)
 
 
 def _check_real(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a real number, got {type(value).__name__}")
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    _expect(is_real, name, "a real number", type(value), TypeError)
 
 
 def _as_float(value: Any) -> float:
@@ -129,7 +122,7 @@ def _as_float(value: Any) -> float:
 def check_given(name: str, value: object, coefficient: str) -> None:
     """Check that activations are given that a term with a coefficient reads."""
     if value is None:
-        raise TypeError(f"{name}: {ACTIVATIONS}, got NoneType (it may be None only where {coefficient} is 0)")
+        raise TypeError(f"{name}: expected {ACTIVATIONS}, got NoneType (it may be None only where {coefficient} is 0)")
 
 
 def check_layers(raw: Any, dropped: Any, time_dim: int) -> list[tuple[str, Any, Any]]:
@@ -166,8 +159,7 @@ def check_packed_options(time_dim: int | None, *steps: object) -> None:
     for name, given in zip(STEPS, steps, strict=True):
         if given is not None:
             raise ValueError(f"{name}: expected None{STEPS[name][2]}")
-    if time_dim not in (None, 0, -2):
-        raise ValueError(f"time_dim: expected 0 or None with a PackedSequence, got {time_dim}")
+    _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence", time_dim)
 
 
 def _named(name: str, value: Any) -> list[tuple[str, Any]]:
@@ -176,10 +168,8 @@ def _named(name: str, value: Any) -> list[tuple[str, Any]]:
         return []
     if isinstance(value, (Tensor, PackedSequence)):
         return [(name, _check_one(name, value))]
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: {ACTIVATIONS}, got {type(value).__name__}")
-    if not value:
-        raise ValueError(f"{name}: expected a tensor a layer, got an empty {type(value).__name__}")
+    _expect(isinstance(value, (list, tuple)), name, ACTIVATIONS, type(value), TypeError)
+    _expect(len(value) > 0, name, "a tensor a layer", f"an empty {type(value).__name__}")
     return [(f"{name}[{i}]", _check_one(f"{name}[{i}]", x)) for i, x in enumerate(value)]
 
 
@@ -189,11 +179,10 @@ def _check_one(name: str, x: Any) -> Any:
         return check_tensor(name, x)
     data, sizes = check_tensor(f"{name}.data", x.data), x.batch_sizes
     _check_dtype(f"{name}.data", data)
-    if data.dim() != 2:
-        raise ValueError(f"{name}.data: expected (rows, hidden), got {_shape(data)}")
+    _expect(data.dim() == 2, f"{name}.data", "(rows, hidden)", data.shape)
     _check_tensor_of(f"{name}.batch_sizes", sizes, INTEGERS, "an integer tensor")
-    if sizes.device.type != "cpu" and not (sizes.is_meta and data.is_meta):
-        raise ValueError(f"{name}.batch_sizes: expected a tensor on the CPU, got one on {sizes.device}")
+    is_near = sizes.device.type == "cpu" or (sizes.is_meta and data.is_meta)
+    _expect(is_near, f"{name}.batch_sizes", "a tensor on the CPU", f"one on {sizes.device}")
     _check_batch_sizes(name, sizes, data.shape[0])
     return x
 
@@ -227,8 +216,8 @@ def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> None:
         raise TypeError(f"{name}: expected {kinds[0]}, as {other} is, got {kinds[1]}")
     if isinstance(x, PackedSequence):
         sizes, others = x.batch_sizes, y.batch_sizes
-        if sizes is not others and has_values(sizes) and has_values(others) and not sizes.equal(others):
-            raise ValueError(f"{name}: expected the batch_sizes of {other}, got others")
+        are_unlike = sizes is not others and has_values(sizes) and has_values(others) and not sizes.equal(others)
+        _expect(not are_unlike, name, f"the batch_sizes of {other}", "others")
 
 
 def _check_alike(x: tuple[str, Any], first: tuple[str, Any], time_dim: int) -> None:
@@ -297,8 +286,7 @@ def check_call(call: Call, mask: Any = None) -> None:
 
 def check_steps(lengths: object, valid: object, starts: object) -> None:
     """Check lengths, valid steps and starts: at most one of the first two, and their dtypes."""
-    if lengths is not None and valid is not None:
-        raise ValueError("lengths and valid: expected one of them, got both")
+    _expect(lengths is None or valid is None, "lengths and valid", "one of them", "both")
     for name, given in zip(STEPS, (lengths, valid, starts), strict=True):
         if given is not None:
             _check_tensor_of(name, given, *STEPS[name][:2])
@@ -357,15 +345,12 @@ def check_not_captured(name: str, device: torch.device) -> None:
 
 def _check_mask(mask: object, raw: Tensor, time_dim: int) -> None:
     """Check a dropout mask for `raw`: of one row for all time steps, or of raw's shape."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
-    _check_dense("mask", mask)
+    mask = check_tensor("mask", mask)
     one_row = list(raw.shape)
     one_row[time_dim] = 1
     if mask.shape != raw.shape and list(mask.shape) != one_row:  # `in` would not compare symbolic sizes
         raise ValueError(f"mask: expected shape {tuple(one_row)} or that of raw, {_shape(raw)}, got {_shape(mask)}")
-    if mask.dtype != raw.dtype:
-        raise TypeError(f"mask: expected the dtype of raw, {raw.dtype}, got {mask.dtype}")
+    _expect(mask.dtype == raw.dtype, "mask", f"the dtype of raw, {raw.dtype}", mask.dtype, TypeError)
     _check_device("mask", mask, "raw", raw)
     _check_no_gradient("mask", mask)
 
@@ -385,23 +370,31 @@ def check_saved(name: str, before: Layout, saved: Any) -> None:
 # ---- the checks of every tensor
 
 
+def _expect(fits: bool, name: str, expected: str, given: Any, error: type[Exception] = ValueError) -> None:
+    """Raise an error unless an argument fits; shapes and types are given as they are, and formatted in the error."""
+    if not fits:
+        parts = given if type(given) is tuple else (given,)
+        words = [
+            x.__name__ if isinstance(x, type) else _shape(x) if isinstance(x, torch.Size) else f"{x}" for x in parts
+        ]
+        raise error(f"{name}: expected {expected}, got {' '.join(words)}")
+
+
 def _check_tensor_of(name: str, x: object, dtypes: Sequence[torch.dtype], expected: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {expected}, got one of {x.dtype}")
+    _expect(x.dtype in dtypes, name, expected, ("one of", x.dtype), TypeError)
     _check_dense(name, x)
 
 
 def _check_dense(name: str, x: Tensor) -> Tensor:
-    if x.layout != torch.strided or x.is_nested:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got {'nested' if x.is_nested else x.layout}")
+    is_dense = x.layout == torch.strided and not x.is_nested
+    _expect(is_dense, name, "a dense (strided) tensor", "nested" if x.is_nested else x.layout, TypeError)
     return x
 
 
 def _check_no_gradient(name: str, x: Tensor) -> None:
-    if x.requires_grad:
-        raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
+    _expect(not x.requires_grad, name, "a tensor that requires no gradient", "one that does")
 
 
 def _check_device(name: str, x: Any, other: str, y: Any) -> None:
@@ -410,12 +403,11 @@ def _check_device(name: str, x: Any, other: str, y: Any) -> None:
 
 
 def _check_dtype(name: str, x: Any) -> None:
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    _expect(x.dtype in DTYPES, name, "float16, bfloat16, float32 or float64", x.dtype, TypeError)
 
 
 def _shape(x: Any) -> str:
-    return f"{tuple(x.shape)}"
+    return f"{tuple(x if isinstance(x, torch.Size) else x.shape)}"
 
 
 def _count(value: object) -> str:

@@ -323,9 +323,9 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_check_alike", "layers of other time steps", "not _are_alike(x[1], first[1], time_dim)", "False"),
         ("_are_alike", "layers of other batches", "batch == other_batch and", ""),
         ("_check_packed_alike", "other batch sizes", "not sizes.equal(others)", "False"),
-        ("check_packed_options", "any axis of packed rows", "if time_dim not in (None, 0, -2):", "if False:"),
+        ("check_packed_options", "any axis of packed rows", "time_dim in (None, 0, -2)", "True"),
         ("check_axes", "an axis too far", "-dims <= time_dim < dims", "-dims <= time_dim <= dims"),
-        ("check_time", "a flag for an axis", "isinstance(time_dim, bool) or", ""),
+        ("check_time", "a flag for an axis", " and not isinstance(time_dim, bool)", ""),
         ("check_saved", "another dtype in the backward", '"shape", "dtype", "device"', '"shape", "device"'),
     ],
     "fastreg/prepare.py": [
