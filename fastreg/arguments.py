@@ -315,7 +315,7 @@ def check_steps_of(x: Any, time_dim: int, steps: Sequence[Any]) -> None:
 
 
 def check_no_parts(x: Any) -> None:
-    """Check that activations of which not all steps count are no DTensor."""
+    """Check that activations are no DTensor, as marks and offsets of steps are not."""
     if getattr(x, "to_local", None) is not None:
         raise TypeError(
             "raw and dropped: expected no DTensor with lengths, valid steps or starts, or packed; pass x.to_local() of "

@@ -1,4 +1,4 @@
-"""What both operations share: the plan of calls of one kind, and what a call keeps for its backward."""
+"""The common part of both operations: the plan of calls of one kind, and the values that a backward needs."""
 
 from __future__ import annotations
 

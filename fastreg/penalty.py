@@ -206,7 +206,7 @@ class PenaltyPlan(Plan):
         needs: whether raw and dropped need gradients: a term that is only measured has none.
         fold: the view of raw and dropped.
         gradients: layouts of their gradients.
-        filled: of those that the forward fills for the backward.
+        filled: layouts of the gradients that the forward fills for the backward.
         forward, backward: of the backend; the first backward makes the latter.
     """
 

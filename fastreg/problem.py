@@ -1,4 +1,4 @@
-"""What a call asks for: the record of a call of one layer, and the facts that follow from it."""
+"""The record of a call of one layer, and the facts that follow from it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ARTAR(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of one layer, as the front door makes it: no function behind it asks again what was given.
+    """A call of one layer, as the front door makes it from the arguments.
 
     raw, dropped  activations of one shape, or packed rows, `(rows, hidden)`; `None` where no term reads it, and dropped
                   is `None` where it is raw itself

@@ -310,7 +310,7 @@ class Forward:
             steps: those that count, or the place of packed rows.
 
         Returns:
-            The penalty, (); AR and TAR, (2,), if they are measured; and what was assumed of the upstream gradient, for
+            The penalty, (); AR and TAR, (2,), if they are measured; and the assumed upstream gradient, for
             the backward, if gradients were written.
         """
         penalty, terms = allocate(self.penalty), allocate(self.terms) if self.measured else None
