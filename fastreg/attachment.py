@@ -21,10 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastreg.capture import Captured, Mark, Reached, Run, Watch, are_before
 from fastreg.carry import Always
 from fastreg.dropout import carries
-from fastreg.prepare import plain
 from fastreg.problem import ARTAR, Coefficient, rows_of, time_dim_of
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.torch_state import current, is_memory, keeps_memory_low, observed, transformed, untraced
+from fastreg.torch_state import current, is_memory, keeps_memory_low, observed, plain, transformed, untraced
 
 if TYPE_CHECKING:
     from fastreg.regularizer import RNNRegularizer

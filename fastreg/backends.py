@@ -22,28 +22,28 @@ REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps ."
 class Backend(NamedTuple):
     """Code for some devices: its name, and its classes, with one interface in all backends.
 
-    `forward` and `backward` launch walks, and `steps` marks the time steps that count, once for all launches of a call.
+    `forward` and `backward` launch walks; `marker` marks the time steps that count, once for all launches of a call.
     """
 
     name: str
     forward: Any
     backward: Any
-    steps: Any
+    marker: Any
 
 
 CPP: Backend | None = None
 if cpu.reason() is None:
-    CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Steps)
+    CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Marker)
 TRITON: Backend | None = None
 _interpreted = False
 if find_spec("triton") is not None:  # Triton has no build for some platforms
     from triton import knobs
 
     from fastreg.kernels.ar_tar import Backward, Forward
-    from fastreg.kernels.steps import Steps
+    from fastreg.kernels.steps import Marker
 
     _interpreted = knobs.runtime.interpret
-    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Steps)
+    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Marker)
 
 _cpu: Backend | None = TRITON if _interpreted else CPP
 

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.prepare import plain
 from fastreg.problem import time_dim_of
-from fastreg.torch_state import current, untraced
+from fastreg.torch_state import current, plain, untraced
 
 KEY = "fastreg"  # of the marks in a node's metadata
 EMPTY = torch.empty(0)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastreg import prepare
 from fastreg.addition import Addition
-from fastreg.arguments import check_options
+from fastreg.arguments import check_coefficient
 from fastreg.capture import EMPTY, Captured, Mark, Run, Search, Watch
-from fastreg.dropout import Upstream
-from fastreg.kernels.view import NOTHING, Values
-from fastreg.penalty import Computed, penalty_of
-from fastreg.prepare import dtypes_of, plain, problem_of, restored_values, values_of
-from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, is_on, rows_of
-from fastreg.torch_state import current, keeps_graph, observed, untraced
+from fastreg.operation import pack, unpack
+from fastreg.penalty import penalty_of
+from fastreg.prepare import Arguments, calls_of
+from fastreg.problem import ARTAR, Call, Coefficient, is_on
+from fastreg.torch_state import current, keepable, keeps_graph, observed, plain, untraced
 
 NOTHING_ADDED: tuple[Any, list[Any]] = None, []
 FREED = "an earlier backward has freed the activations; pass retain_graph=True to it"
@@ -34,7 +34,7 @@ class Carried:
 
     Attributes:
         sums: of each term the operation on the gradient of its activation, which is split where it was joined from
-            several tensors; or the problem of a fused dropout, whose node is the hook.
+            several tensors; or `None` for a fused dropout, whose node is the hook.
         backwards: of each backward that adds the gradients, under its id in PyTorch's engine: the upstream gradient of
             the penalty, and of each term the activation and values, or the parts of a gradient; `None` once it is
             added.
@@ -46,7 +46,7 @@ class Carried:
         self.sums: list[Any] = []
         self.backwards: dict[int, tuple[Tensor, list[Any]]] = {}
 
-    def begin(self, task: int, grad: Tensor, layers: Sequence[Layer]) -> None:
+    def begin(self, task: int, grad: Tensor, layers: Sequence[Call]) -> None:
         """Add the gradients in this backward, for the layers of all terms."""
         self.backwards[task] = grad, [*layers]
 
@@ -64,17 +64,17 @@ class Carried:
         grad, layer, left = self._due(i)
         if layer is None:
             return gradient
-        if isinstance(layer, Layer):
+        if isinstance(layer, Call):
             addition, split = self.sums[i]
-            layer = dict(enumerate(split(addition(grad, layer, torch.zeros_like(layer.given())))))
+            layer = dict(enumerate(split(addition(grad, layer, torch.zeros_like(layer.raw)))))
         arrived = _arrived(gradient) + layer.pop(part)
         left[i] = layer or None
         return arrived
 
-    def upstream(self, i: int) -> Upstream | None:
-        """Return the gradient for the node of a fused dropout to add; `None` for none."""
+    def upstream(self, i: int) -> tuple[Tensor, Call] | None:
+        """Return the gradient for the node of a fused dropout to add, and the call that it is of; `None` for none."""
         grad, layer, _ = self._due(i)
-        return None if layer is None else Upstream(grad, self.sums[i], layer.values.alpha, layer.values.beta)
+        return None if layer is None else (grad, layer)
 
     def _due(self, i: int) -> tuple[Any, Any, list[Any]]:
         """Return the upstream gradient, and the layer or the parts of a term that this backward adds, once, or `None`.
@@ -104,7 +104,7 @@ class Carrier:
     Attributes:
         carried: the state that the hooks share.
         raws: of each term the activation, to be saved for the backward; `None` for that of a fused dropout.
-        values: the numbers of the terms that read values, which are few, and their values.
+        calls: of each term, without its activation.
         passed_over: the runs that the backward must not reach, as the loss was not searched for them.
         watch: sees whether a backward has the penalty, or `None`.
     """
@@ -113,15 +113,14 @@ class Carrier:
         self.carried, self.passed_over = Carried(), passed_over
         self.watch: Watch | None = None
         self.raws: list[Tensor | None] = []
-        self.values: list[tuple[int, Values]] = []
+        self.calls: list[Call] = []
 
-    def note(self, term: Any, raw: Tensor | None, values: Values) -> int:
+    def note(self, term: Any, raw: Tensor | None, call: Call) -> int:
         """Note a term, and return its number."""
         i = len(self.raws)
         self.carried.sums.append(term)
         self.raws.append(raw)
-        if values is not NOTHING:
-            self.values.append((i, values))
+        self.calls.append(call)
         return i
 
     def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
@@ -141,10 +140,11 @@ class _Carry(Function):
     @staticmethod
     def forward(ctx: Any, carrier: Carrier, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
         ctx.carried, ctx.passed_over, ctx.watch = carrier.carried, carrier.passed_over, carrier.watch
-        ctx.values, saved = (), carrier.raws
-        if carrier.values:
-            ctx.values = [(i, dtypes_of(values)) for i, values in carrier.values]
-            saved = [*saved, *[x for _, values in carrier.values for x in values]]
+        saved, ctx.calls = carrier.raws, []
+        for call in carrier.calls:
+            more, rest = pack(call.alpha, call.beta, call.steps)
+            ctx.calls.append((len(more), rest, call.options()))
+            saved = [*saved, *more]
         ctx.save_for_backward(*saved)
         ctx.loss = None if adds else (loss.shape, loss.dtype, loss.device)
         return loss + penalty if adds else penalty.detach()
@@ -160,10 +160,11 @@ class _Carry(Function):
         task, saved, carried, keeps = current(), ctx.saved_tensors, ctx.carried, torch.is_grad_enabled()
         count, upstream = len(carried.sums), grad if grad.dim() == 0 else grad.reshape(())
         # A graph would close a cycle, if the backward failed.
-        layers = [Layer(x if x is None or keeps or not x.requires_grad else x.detach(), None) for x in saved[:count]]
-        for i, (at, dtypes) in enumerate(ctx.values):
-            start = count + i * len(NOTHING)
-            layers[at] = Layer(layers[at].raw, None, restored_values(saved[start : start + len(NOTHING)], dtypes))
+        raws = [x if x is None or keeps or not x.requires_grad else x.detach() for x in saved[:count]]
+        layers, at = [], count
+        for raw, (length, rest, options) in zip(raws, ctx.calls, strict=True):
+            layers.append(Call(raw, None, *unpack(saved[at : at + length], rest), *options))
+            at += length
         carried.begin(task, upstream.clone(), layers)  # a copy, as a hook of the loss may change its own in place
         torch.autograd.Variable._execution_engine.queue_callback(functools.partial(carried.end, task))
         if ctx.loss is None:
@@ -204,8 +205,8 @@ def penalty_of_runs(
         if len(group) > 1:
             nodes = {x: node for run in group for x, node in reached.get(run, {}).items()}
         if group[0].fused is not None and group[0].fused in nodes:
-            terms, problem, values = _of_node(group[0], alpha, beta)
-            i = carrier.note(problem, None, values)
+            terms, call = _of_node(group[0], alpha, beta)
+            i = carrier.note(None, None, call)
             nodes[group[0].fused].carried = functools.partial(carrier.carried.upstream, i)
             formed.append(terms)
         else:
@@ -229,7 +230,7 @@ class Always:
     Attributes:
         single: the latest run of one time step, and the backward through it; shared by the runs of a module.
         grad: the upstream gradient.
-        additions: by whether it is that of raw: the operation on the gradient of an activation, and its values.
+        additions: by whether it is that of raw: the operation on the gradient of an activation, and its call.
         versions: the tensors among the values, and how often they had been changed in place.
         waits: whether raw's gradient has to come after that of dropped.
         of_raw, of_dropped: the ids of the latest backwards through raw and through dropped.
@@ -237,7 +238,7 @@ class Always:
 
     def __init__(self, single: list[Any]) -> None:
         self.single, self.grad, self.waits = single, EMPTY, False
-        self.additions: dict[bool, tuple[Addition, Values]] = {}
+        self.additions: dict[bool, tuple[Addition, Call]] = {}
         self.versions: list[tuple[Tensor, int]] = []
         self.of_raw: int | None = None
         self.of_dropped: int | None = None
@@ -255,15 +256,16 @@ class Always:
         if (fault := run.fault) is not None:
             raise RuntimeError(f"attach: {fault}")
         if run.fused is not None:
-            terms, problem, values = _of_node(run, alpha, beta)
-            node.carried = functools.partial(self.upstream, problem, values)
+            terms, call = _of_node(run, alpha, beta)
+            node.carried, calls = functools.partial(self.upstream, call), [call]
             self.waits = True
         else:
             terms, additions = _measured([_part([run], dict.fromkeys(run.carriers))], alpha, beta)
-            self.additions = {each.of_raw: (each.addition, each.values) for each in additions}
+            self.additions = {each.of_raw: (each.addition, each.call) for each in additions}
             self.waits = False in self.additions and run.squared.needs
-            values = additions[0].values if additions else NOTHING
-        self.versions = [(x, x._version) for x in values if x is not None and not x.is_inference()]
+            calls = [each.call for each in additions]
+        read = [x for call in calls for x in pack(call.alpha, call.beta, call.steps)[0] if x is not None]
+        self.versions = [(x, x._version) for x in read if not x.is_inference()]
         like: Any = {"dtype": terms.penalty.dtype, "device": terms.penalty.device}
         self.grad = scale if isinstance(scale, Tensor) else torch.full((), scale, **like)
         return terms
@@ -287,17 +289,17 @@ class Always:
         else:
             self.of_dropped = task
         if of_raw in self.additions:
-            addition, values = self.additions[of_raw]
-            gradient = addition(self.grad, Layer(captured.data, None, values), gradient)
+            addition, call = self.additions[of_raw]
+            gradient = addition(self.grad, _with_raw(call, captured.data), gradient)
         if not keeps_graph() and (of_raw or not run.raw.needs):
             run.drop()
         return gradient
 
-    def upstream(self, problem: Problem, values: Values) -> Upstream:
-        """Return the gradient for the node of a fused dropout to add."""
+    def upstream(self, call: Call) -> tuple[Tensor, Call]:
+        """Return the gradient for the node of a fused dropout to add, and the call that it is of."""
         self.of_dropped = current()
         self._check(None)
-        return Upstream(self.grad, problem, values.alpha, values.beta)
+        return self.grad, call
 
     def _check(self, fault: str | None) -> None:
         """Raise an error for the fault of a run, for changed coefficients and masks, or for second derivatives."""
@@ -347,15 +349,13 @@ class Always:
         torch.autograd.Variable._execution_engine.queue_callback(check)
 
 
-def _of_node(run: Run, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Problem, Values]:
-    """Weight the terms that a fused dropout computed, and return the problem that its node has the gradient of."""
+def _of_node(run: Run, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Call]:
+    """Weight the terms that a fused dropout computed, and return the call that its node has the gradient of."""
     alpha, beta = (_moved(x, run.terms[0].device) for x in (alpha, beta))
-    call = Call(*(None, None, alpha, beta, None, None, None), *(run.time_at, "mean", True, run.dropped is run.raw))
-    check_options(call)
-    problem = problem_of(call)
-    has_tensors = problem.alpha is None or problem.beta is None
-    values = values_of(call, problem, run.terms[0]) if has_tensors else NOTHING
-    return _weighted(run.terms, alpha, beta), problem, values
+    check_coefficient("alpha", alpha)
+    check_coefficient("beta", beta)
+    a, b = (keepable(x) if isinstance(x, Tensor) else prepare.coefficient(x) for x in (alpha, beta))
+    return _weighted(run.terms, alpha, beta), Call(None, None, a, b, ar_of_raw=run.dropped is run.raw)
 
 
 class _Part(NamedTuple):
@@ -386,7 +386,7 @@ class _Added(NamedTuple):
     part: _Part
     of_raw: bool
     addition: Addition
-    values: Values
+    call: Call
 
 
 def _moved(coefficient: Coefficient, device: torch.device) -> Coefficient:
@@ -430,39 +430,42 @@ def _measured(parts: Sequence[_Part], alpha: Coefficient, beta: Coefficient) -> 
     if len(part.group) > 1 or first.is_step:
         valid = _joined_marks(part.group, [x.valid for x in part.group], 1)
         starts = _joined_marks(part.group, [x.starts for x in part.group], 0)
-    if valid is not None or starts is not None:
-        valid, starts = plain(valid), plain(starts)
     alpha, beta = (_moved(x, first.raw.data.device) for x in (alpha, beta))
-    computed = penalty_of(Call(raw, dropped, alpha, beta, None, valid, starts, first.time_at, "mean", True))
+    place = (first.time_at, None) if isinstance(first.time_at, bool) else (None, first.time_at)
+    calls = calls_of(Arguments(raw, dropped, alpha, beta, None, valid, starts, *place, "mean", True))
+    penalty, terms, additions = penalty_of(calls)
     added = []
-    for i, part in enumerate(parts):
+    for part, call, kept in zip(parts, calls, additions, strict=True):
         if part.nodes:
-            additions = computed.additions.get(i)
-            if additions is None:
-                additions = computed.additions[i] = _additions(part, computed)
-            added += [_Added(part, of_raw, addition, computed.values) for of_raw, addition in additions]
-    return ARTAR(computed.penalty, *(computed.terms or ())), added
+            for of_raw, of in _calls_of_gradients(call):
+                addition = kept.get(of_raw)
+                if addition is None:
+                    addition = kept[of_raw] = Addition(of)
+                added.append(_Added(part, of_raw, addition, _with_raw(of, None)))
+    return ARTAR(penalty, *(terms or ())), added
 
 
-def _additions(part: _Part, computed: Computed) -> list[tuple[bool, Addition]]:
-    """Plan which gradients are added to those of raw and dropped, as TAR is of raw and AR is of dropped.
+def _calls_of_gradients(call: Call) -> list[tuple[bool, Call]]:
+    """Split a call in two, of which gradients are added to those of raw and dropped: TAR is of raw, AR of dropped.
 
     Returns:
-        Whether it is raw, and the addition.
+        Whether it is raw, and the call of that tensor as raw.
     """
-    problem = computed.problem
-    ar, tar, of_both = is_on(problem.alpha), is_on(problem.beta), problem._replace(ar_of_raw=True)
-    if part.raw is part.dropped:
-        terms = [(True, part.raw, of_both)] if ar or tar else []
-    else:
-        terms = [(True, part.raw, problem._replace(alpha=0.0))] if tar else []
-        terms += [(False, part.dropped, of_both._replace(beta=0.0))] if ar else []
-    return [(of_raw, Addition(Layer(plain(rows_of(x)), None, computed.values), of)) for of_raw, x, of in terms]
+    ar, tar, options = is_on(call.alpha), is_on(call.beta), (call.steps, call.time_dim, call.reduction, False)
+    if call.dropped is None:
+        return [(True, Call(call.raw, None, call.alpha, call.beta, *options, True, call.dtype))] if ar or tar else []
+    calls = [(True, Call(call.raw, None, 0.0, call.beta, *options, False, call.dtype))] if tar else []
+    return calls + ([(False, Call(call.dropped, None, call.alpha, 0.0, *options, True, call.dtype))] if ar else [])
+
+
+def _with_raw(call: Call, raw: Tensor | None) -> Call:
+    """Return a call of raw alone for another tensor, or for none."""
+    return Call(raw, None, call.alpha, call.beta, call.steps, *call.options())
 
 
 def _carry(carrier: Carrier, added: _Added) -> None:
     """Let hooks add the gradient of a term, if the backward reaches any of its tensors."""
-    (part, of_raw, addition, values) = added
+    (part, of_raw, addition, call) = added
     group, nodes = part.group, part.nodes
     tensors, found, has_graphs = [], [], True
     for run in group:
@@ -473,11 +476,11 @@ def _carry(carrier: Carrier, added: _Added) -> None:
         found = [x.data for x in tensors]
     if len(group) == 1 and not group[0].is_step:
         if tensors[0] in nodes:
-            i = carrier.note(addition, found[0], values)
+            i = carrier.note(addition, found[0], call)
             tensors[0].adds.append(functools.partial(carrier.carried.add, i))
     elif hooked := [(j, x) for j, x in enumerate(tensors) if x in nodes]:
         split = functools.partial(_split, group[0], [x.shape for x in found])
-        i = carrier.note((addition, split), _joined(group[0], found), values)
+        i = carrier.note((addition, split), _joined(group[0], found), call)
         for j, x in hooked:
             x.adds.append(functools.partial(carrier.carried.add_part, i, j))
 

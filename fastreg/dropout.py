@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastreg.arguments import (
-    check_layer,
-    check_mask,
-    check_options,
-    check_probability,
-    check_steps,
-    check_tensor,
-)
-from fastreg.backends import Backend, backend_for
-from fastreg.kernels.view import Layout, Result, Values, allocate, layout_of
+from fastreg.arguments import check_call, check_flags, check_probability
+from fastreg.kernels.view import Layout, Terms, allocate, layout_of
+from fastreg.operation import Plan, keep, restored, unpack
 from fastreg.penalty import penalty_of
-from fastreg.plans import Plans, key_of
-from fastreg.prepare import (
-    Reader,
-    keepable,
-    plain,
-    problem_of,
-    restored,
-    restored_values,
-    save,
-    time_given,
-    values_like,
-    values_of,
-)
-from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, kept, time_axis
+from fastreg.plans import Plans
+from fastreg.prepare import Arguments, call_of_raw
+from fastreg.problem import ARTAR, Call, Coefficient, terms_of
 from fastreg.reference import ar_tar, ar_tar_gradients
-from fastreg.torch_state import are_memory, observed
-from fastreg.view import Inputs, sums_of
+from fastreg.torch_state import are_memory, keepable, observed, plain
+from fastreg.view import Fold
 
 Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty; either may be None
 
-PLANS = Plans()
-KEEP: Any = object()  # the plan of calls that drop nothing
 BACKWARDS = 16  # of a plan that are kept: layouts of the gradient of dropped, with and without one of the penalty
 
 
@@ -158,14 +138,15 @@ def fused_dropout_ar_tar(
         >>> bool(((steps_dropped == 0) | (steps_dropped == 10)).all())
         True
     """
-    values = plain(alpha), plain(beta), plain(lengths), plain(valid), plain(starts)
-    call = Call(plain(raw), None, *values, time_given(batch_first, time_dim), reduction, return_terms)
-    dropped, penalty, terms = drop_and_penalize(call, p, plain(mask), training)
+    steps = lengths, valid, starts, batch_first, time_dim
+    call = call_of_raw(Arguments(raw, None, alpha, beta, *steps, reduction, return_terms))
+    check_flags(training=training)
+    dropped, penalty, terms = drop_and_penalize(call, p, mask, training)
     return raw if dropped is None else dropped, penalty if terms is None else ARTAR(penalty, *terms)
 
 
 def drop_and_penalize(
-    call: Call, p: Any, mask: Any = None, training: Any = True
+    call: Call, p: Any, mask: Any = None, training: bool = True
 ) -> tuple[Tensor | None, Tensor, Sequence[Tensor] | None]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
@@ -182,46 +163,34 @@ def drop_and_penalize(
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
     """
-    key = key_of(call, p, mask, training)
-    plan = None if key is None else PLANS.get(key)
-    if plan is None:
-        problem, drops = _checked(call, p, mask, training), training and (mask is not None or p != 0)
-        if key is None:
-            if drops:
-                return _by_formula(call, problem, _mask_for(call.raw, p, mask, problem))
-            return _penalize(call)
-        plan = _Plan(call, problem, mask) if drops else KEEP
-        PLANS.keep(key, plan)
-    return _penalize(call) if plan is KEEP else plan(call, p, mask)
-
-
-def _penalize(call: Call) -> tuple[None, Tensor, Sequence[Tensor] | None]:
-    """Compute the penalty where nothing is dropped."""
-    computed = penalty_of(kept(call))
-    return None, computed.penalty, computed.terms
-
-
-def _checked(call: Call, p: Any, mask: Any, training: Any) -> Problem:
-    """Check the arguments, and return the problem."""
-    check_options(call, training=training, return_terms=call.measured)
     check_probability(p)
-    check_steps(call.lengths, call.valid, call.starts)
-    problem = problem_of(call)
-    raw = check_tensor("raw", call.raw)
-    check_layer(call, problem, ("raw", raw))
-    if mask is not None:
-        check_mask(mask, raw, problem)
-    return problem
+    mask = plain(mask)
+    if not training or (mask is None and p == 0):
+        if mask is not None:
+            check_call(call, mask)
+        time_dim, reduction, measured, _, dtype = call.options()
+        kept = Call(call.raw, None, call.alpha, call.beta, call.steps, time_dim, reduction, measured, True, dtype)
+        penalty, terms, _ = penalty_of([kept])
+        return None, penalty, terms
+    plan = DropoutPlan.of(call, mask)
+    mask = _mask_for(call.raw, float(p), mask, call.time_dim)
+    if plan is None or plan.backend is None:
+        return _by_formula(call, mask)
+    if plan.is_differentiable:
+        dropped, penalty, *terms = _apply(plan, call, call.raw, mask)
+        return dropped, penalty, terms[0].unbind() if terms else None
+    dropped, penalty, terms = plan.compute(call, mask)
+    return dropped, penalty, None if terms is None else terms.unbind()
 
 
-def _by_formula(call: Call, problem: Problem, mask: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
+def _by_formula(call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
     """Apply the mask and compute the penalty in plain PyTorch."""
     dropped = call.raw * mask
-    penalty, ar, tar = ar_tar(Layer(call.raw, dropped, values_of(call, problem, call.raw)), problem)
-    return dropped, penalty, (ar.detach(), tar.detach()) if problem.measured else None
+    penalty, ar, tar = ar_tar(Call(call.raw, dropped, call.alpha, call.beta, call.steps, *call.options()))
+    return dropped, penalty, (ar.detach(), tar.detach()) if call.measured else None
 
 
-def _mask_for(raw: Any, p: float, mask: Tensor | None, problem: Problem) -> Tensor:
+def _mask_for(raw: Any, p: float, mask: Tensor | None, time_dim: int) -> Tensor:
     """Return a mask expanded to the shape of raw: the given one, or one drawn as fastai's `RNNDropout` draws it.
 
     A drawn mask has one row for all time steps.
@@ -229,111 +198,84 @@ def _mask_for(raw: Any, p: float, mask: Tensor | None, problem: Problem) -> Tens
     if mask is not None:
         return keepable(mask).expand_as(raw)
     shape = list(raw.shape)
-    shape[time_axis(raw, problem)] = 1
+    shape[time_dim] = 1
     return raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(raw)
 
 
-class _Plan:
-    """How to drop units and compute the penalty for calls of one key: by kernels, or by the formula."""
+class DropoutPlan(Plan):
+    """How to drop units and compute the penalty of one layer, and the gradient of raw.
 
-    def __init__(self, call: Call, problem: Problem, mask: Tensor | None) -> None:
-        self.problem, self.backend = problem, None if 0 in call.raw.shape else backend_for(call.raw.device)
-        if self.backend is None:
-            return
+    Attributes:
+        is_differentiable: whether raw needs a gradient.
+        layouts: of raw and of the mask.
+        fold: their view.
+        dropped: layout of dropped.
+        forward: of the backend.
+        backward: of each kind of upstream gradients and of the penalty that they are of.
+    """
+
+    kept: ClassVar[Plans] = Plans()
+
+    def prepare(self, call: Call, mask: Tensor | None) -> None:
+        """Plan the forward."""
         raw = call.raw
-        layer = Layer(raw, None, values_like(call, problem))
-        self.read = Reader(call, problem, self.backend.steps, raw)
         self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
         if mask is None:
-            drawn = _mask_for(torch.empty(raw.shape, device="meta"), 0.5, None, problem)
+            drawn = _mask_for(torch.empty(raw.shape, device="meta"), 0.5, None, call.time_dim)
             masked = Layout(raw.shape, drawn.stride(), raw.dtype, raw.device, aligned=True)
         else:
             masked = layout_of(mask.expand_as(raw))
-        self.inputs = Inputs((layout_of(raw), masked, None), layer, problem)
-        self.dropped = self.inputs.fold.like(layout_of(raw))
-        view = self.inputs.view((self.dropped, None, None), layer.values)
-        self.forward = self.backend.forward(view, sums_of(layer, problem, compute_dtype(raw)), raw.device)
-        self.backward: dict[Any, Backward] = {}
+        self.layouts = [layout_of(raw), masked]
+        self.fold = Fold((*self.layouts, None), call)
+        self.dropped = self.fold.like(self.layouts[0])
+        self.forward = self.backend.forward(self.fold.view((self.dropped, None, None)), self.terms, self.device)
+        self.backward: dict[Any, Adding] = {}
 
-    def __call__(self, call: Call, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
-        """Return dropped; the penalty, (); and if terms are wanted AR and TAR, () and detached."""
-        mask = _mask_for(call.raw, float(p), mask, self.problem)
-        if self.backend is None:
-            return _by_formula(call, self.problem, mask)
-        values = self.read(call, call.raw)
-        if self.is_differentiable:
-            dropped, penalty, *terms = _apply(self, values, mask, call.raw)
-            return dropped, penalty, terms[0].unbind() if terms else None
-        dropped, (penalty, terms, _) = self.compute(call.raw, mask, values)
-        return dropped, penalty, None if terms is None else terms.unbind()
-
-    def compute(self, raw: Tensor, mask: Tensor, values: Values) -> tuple[Tensor, Result]:
-        """Launch the forward; return dropped and the penalty."""
+    def compute(self, call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Launch the forward; return dropped, the penalty, and its terms."""
         dropped = allocate(self.dropped)
-        return dropped, self.forward((*self.inputs.read((raw, mask, None)), dropped, None, None), values)
+        tensors = (*self.fold.read((call.raw, mask, None)), dropped, None, None)
+        penalty, terms, _ = self.forward(tensors, call.alpha, call.beta, call.steps)
+        return dropped, penalty, terms
 
-    def gradient(self, upstream: Upstreams, layer: Layer, mask: Tensor, problem: Problem) -> Tensor:
+    def gradient(self, upstream: Upstreams, call: Call, mask: Tensor) -> Tensor:
         """Launch the backward, for the gradients of dropped and of the penalty that there are."""
-        raw, (grad_dropped, grad) = layer.given(), upstream
-        layouts = layout_of(raw), layout_of(mask), None if grad_dropped is None else layout_of(grad_dropped)
-        key = *layouts, problem, grad is None
+        raw, mask = map(restored, ("raw", "mask"), (call.raw, mask), self.layouts)  # pyright: ignore
+        arrived, grad = upstream
+        layout = None if arrived is None else layout_of(arrived)
+        kinds = [x.dtype if isinstance(x, Tensor) else x != 0 for x in (call.alpha, call.beta)]
+        key = layout, grad is None, call.ar_of_raw, *kinds
         backward = self.backward.get(key)
-        if backward is None:  # one for each layout of the gradient of dropped, and of tensors that a hook has changed
-            backend: Any = self.backend
-            backward = plan_backward(backend, layouts, layer, problem, grad is not None)
+        if backward is None:
+            terms = terms_of(call)
+            terms = terms if grad is not None else terms._replace(by_ar=False, by_tar=False)
+            backward = Adding(self.backend, (*self.layouts, layout), call, terms)
             if len(self.backward) < BACKWARDS:
                 self.backward[key] = backward
-        return launch_backward(backward, upstream, layer, mask)
+        return backward(grad, (raw, mask, arrived), call)
 
 
-class Backward(NamedTuple):
-    """The layout of the gradient of raw, the tensors that it is computed from, and the launch of a backend."""
-
-    gradient: Layout
-    inputs: Inputs
-    launch: Any
-
-
-def plan_backward(
-    backend: Backend, layouts: Sequence[Layout | None], layer: Layer, problem: Problem, is_penalized: bool
-) -> Backward:
-    """Plan a `backward` of a backend.
+class Adding:
+    """Compute a gradient of raw: the penalty's, added to the one that arrives at dropped, or at raw without a mask.
 
     Args:
         backend: that of the forward, as another may be in use by now.
-        layouts: of raw, of the mask, and of the gradient of dropped, which arrives at raw where there is no mask.
-        layer: of raw.
-        problem: the terms.
-        is_penalized: whether the penalty has an upstream gradient.
-    """
-    raw, inputs = layer.given(), Inputs((*layouts, None), layer, problem)
-    gradient = inputs.fold.like(layout_of(raw))
-    view = inputs.view((gradient, None), layer.values)
-    sums = sums_of(layer, problem.penalized(), compute_dtype(raw))
-    sums = sums if is_penalized else sums._replace(ar=False, tar=False)
-    return Backward(gradient, inputs, backend.backward(view, sums, raw.device))
-
-
-def launch_backward(backward: Backward, upstream: Upstreams, layer: Layer, mask: Tensor | None = None) -> Tensor:
-    """Allocate the gradient of raw, and launch the backward."""
-    grad_dropped, grad = upstream
-    gradient, tensors = allocate(backward.gradient), backward.inputs.read((layer.raw, mask, grad_dropped, None))
-    backward.launch(grad, (*tensors, gradient, None), layer.values)
-    return gradient
-
-
-class Upstream(NamedTuple):
-    """The gradient of a penalty that a backward adds, and the coefficients of that penalty.
-
-    grad         (), the upstream gradient
-    problem      the terms
-    alpha, beta  coefficients that are tensors
+        layouts: of raw, of the mask, and of the gradient that arrives.
+        call: of raw.
+        terms: those that have a gradient.
     """
 
-    grad: Tensor
-    problem: Problem
-    alpha: Tensor | None
-    beta: Tensor | None
+    def __init__(self, backend: Any, layouts: Sequence[Layout | None], call: Call, terms: Terms) -> None:
+        self.fold = Fold((*layouts, None), call)
+        self.gradient = self.fold.like(layouts[0])  # pyright: ignore[reportArgumentType]
+        self.launch = backend.backward(self.fold.view((self.gradient, None)), terms, call.raw.device)
+
+    def __call__(self, upstream: Tensor | None, tensors: Sequence[Tensor | None], call: Call) -> Tensor:
+        """Allocate the gradient of raw, and launch the backward."""
+        gradient = allocate(self.gradient)
+        operands = (*self.fold.read((*tensors, None)), gradient, None)
+        self.launch(upstream, operands, call.alpha, call.beta, call.steps)
+        return gradient
 
 
 def carries(dropped: Tensor) -> bool:
@@ -344,13 +286,14 @@ def carries(dropped: Tensor) -> bool:
 class _DropoutPenalty(Function):
     """Keep references to raw, to the mask, and to the values that the call reads.
 
-    `carried` returns an upstream gradient of the penalty that does not come from the graph, or `None`.
+    `carried` returns an upstream gradient of the penalty that does not come from the graph, and the call that has that
+    penalty, without tensors and steps; or `None`.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, values: Values, mask: Tensor, raw: Tensor) -> Any:
-        dropped, (penalty, terms, _) = plan.compute(raw, mask, values)
-        save(ctx, (raw, mask), values)
+    def forward(ctx: Any, plan: DropoutPlan, call: Call, raw: Tensor, mask: Tensor) -> Any:
+        dropped, penalty, terms = plan.compute(call, mask)
+        keep(ctx, (raw, mask), call)
         ctx.plan, ctx.carried = plan, None
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
         if terms is None:
@@ -363,41 +306,41 @@ class _DropoutPenalty(Function):
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
         (raw, mask, *saved), plan = ctx.saved_tensors, ctx.plan
+        call = plan.call(raw, None, *unpack(saved, ctx.rest))
         carried = None if ctx.carried is None else ctx.carried()
-        values, problem = restored_values(saved, ctx.dtypes), plan.problem
-        raw, mask = map(restored, ("raw", "mask"), (raw, mask), plan.inputs.layouts[:2])
         if carried is not None:
-            grad, problem = carried.grad.to(raw.device, compute_dtype(raw)), carried.problem
-            values = values._replace(alpha=carried.alpha, beta=carried.beta)
-        layer, upstream = Layer(raw, None, values), (grad_dropped, grad)
-        if grad_dropped is None and grad is None:
-            gradient = None
-        elif torch.is_grad_enabled() or observed() or not are_memory((raw, mask, *values, *upstream)):
-            gradient = _gradient_formula(upstream, layer, mask, problem.penalized())  # which PyTorch must see
-        else:
-            gradient = plan.gradient(upstream, layer, mask, problem)
-        return None, None, None, gradient
+            penalty_grad, of = carried
+            grad = penalty_grad.to(raw.device, call.dtype)
+            options = call.time_dim, call.reduction, False, of.ar_of_raw, call.dtype
+            call = Call(raw, None, of.alpha, of.beta, call.steps, *options)
+        upstream, gradient = (grad_dropped, grad), None
+        if grad_dropped is not None or grad is not None:
+            tensors = raw, mask, call.alpha, call.beta, *saved, *upstream
+            given = [x for x in tensors if isinstance(x, Tensor)]
+            if torch.is_grad_enabled() or observed() or not are_memory(given):
+                gradient = _gradient_formula(upstream, call, mask)  # which PyTorch must see
+            else:
+                gradient = plan.gradient(upstream, call, mask)
+        return None, None, gradient, None
 
 
 # `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.
 _apply: Any = super(Function, _DropoutPenalty).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _gradient_formula(
-    upstream: tuple[Tensor | None, Tensor | None], layer: Layer, mask: Tensor, problem: Problem
-) -> Tensor:
+def _gradient_formula(upstream: Upstreams, call: Call, mask: Tensor) -> Tensor:
     """Compute the gradient of raw in plain PyTorch, itself differentiable in both upstream gradients and in raw.
 
     Args:
         upstream: gradients of dropped and of the penalty; one may be `None`.
-        layer: raw, which steps count, and coefficients.
+        call: of raw.
         mask: of the shape of raw.
-        problem: the problem of the forward.
     """
     grad_dropped, grad = upstream
-    raw, through_mask, direct = layer.given(), grad_dropped, None
+    raw, through_mask, direct = call.raw, grad_dropped, None
     if grad is not None:
-        direct, ar = ar_tar_gradients(grad, Layer(raw, raw * mask, layer.values), problem)
+        both = Call(raw, raw * mask, call.alpha, call.beta, call.steps, *call.options())
+        direct, ar = ar_tar_gradients(grad, both)
         through_mask = _sum(through_mask, ar)
     gradient = _sum(None if through_mask is None else through_mask * mask, direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)

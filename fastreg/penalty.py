@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_activations, check_options, check_steps
-from fastreg.backends import Backend, backend_for
-from fastreg.kernels.view import NOTHING, Layout, Operands, Prediction, Result, Sums, Values, allocate, layout_of
-from fastreg.plans import Plans, key_of
-from fastreg.prepare import (
-    Reader,
-    parts_of,
-    plain,
-    plain_pair,
-    problem_of,
-    restored,
-    restored_values,
-    save,
-    time_given,
-    values_like,
-    values_of,
-)
-from fastreg.problem import ARTAR, Call, Coefficient, Layer, Problem, compute_dtype, is_list, is_on, rows_of
+from fastreg.kernels.view import allocate, layout_of
+from fastreg.operation import Plan, keep, restored, unpack
+from fastreg.plans import Plans
+from fastreg.prepare import Arguments, calls_of
+from fastreg.problem import ARTAR, Call, Coefficient, compute_dtype, is_list, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
-from fastreg.view import Inputs, sums_of
+from fastreg.view import Fold
 
 One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
-
-PLANS = Plans()
 
 
 @overload
@@ -156,199 +141,114 @@ def fused_ar_tar(
         >>> terms = fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0, lengths=lengths, return_terms=True)
         >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
     """
-    raw, dropped = plain_pair(raw, dropped)
-    values = plain(alpha), plain(beta), plain(lengths), plain(valid), plain(starts)
-    call = Call(raw, dropped, *values, time_given(batch_first, time_dim), reduction, return_terms)
-    computed = penalty_of(call)
-    return computed.penalty if computed.terms is None else ARTAR(computed.penalty, *computed.terms)
+    steps = lengths, valid, starts, batch_first, time_dim
+    calls = calls_of(Arguments(raw, dropped, alpha, beta, *steps, reduction, return_terms))
+    if not calls:
+        return _zero(raw, dropped, return_terms)
+    penalty, terms, _ = penalty_of(calls)
+    return penalty if terms is None else ARTAR(penalty, *terms)
 
 
-class Computed(NamedTuple):
-    """The penalty of a call, and the inputs of its gradient.
-
-    penalty    ()
-    terms      AR and TAR, () and detached; `None` unless they are wanted
-    values     as they were read, for activations of one layer or of all
-    problem    the problem of the call
-    additions  how to add the gradient of each layer, as `fastreg.carry` keeps it with the plan of the call
-    """
-
-    penalty: Tensor
-    terms: Sequence[Any] | None
-    values: Values
-    problem: Problem
-    additions: dict[int, Any]
+def _zero(raw: Any, dropped: Any, measured: bool) -> Tensor | ARTAR:
+    """Return 0 where the activations are, if any were given at all: both terms are off."""
+    given = [rows_of(x) for value in (raw, dropped) for x in (value if is_list(value) else [value])]
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    zero = torch.zeros((), dtype=compute_dtype(*tensors), device=tensors[0].device if tensors else None)
+    return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
 
 
-def penalty_of(call: Call) -> Computed:
-    """Compute the penalty of one layer or of several.
+def penalty_of(calls: Sequence[Call]) -> tuple[Tensor, Sequence[Tensor] | None, list[dict[bool, Any]]]:
+    """Compute the penalty of the layers of a call.
 
     A tensor that requires no gradient is summed and nothing else: `fastreg.addition` adds the gradient of
     the penalty of detached tensors.
 
+    Returns:
+        The penalty, (); AR and TAR, () and detached, or `None` unless they are wanted; and of each layer memory that
+        lasts as long as its plan, for `fastreg.carry`.
+
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    key = key_of(call)
-    if key is None:
-        return _by_formula(call, _checked(call))
-    plan = PLANS.get(key)
-    if plan is None:
-        plan = _Plan(call, _checked(call))
-        PLANS.keep(key, plan)
-    return plan(call)
+    plans = [PenaltyPlan.of(call) for call in calls]
+    additions = [{} if plan is None else plan.additions for plan in plans]
+    if any([plan is None or plan.backend is None for plan in plans]):
+        return *by_formula(calls), additions
+    if any([plan.needs != (False, False) for plan in plans]):
+        results = _apply(plans, calls, *[x for call in calls for x in (call.raw, call.dropped)])
+        penalty, terms = results if calls[0].measured else (results, None)  # an output more costs 3 us
+    else:
+        penalty, terms, _ = _launched(plans, calls)
+    return penalty, None if terms is None else terms.unbind(), additions
 
 
-def _checked(call: Call) -> Problem:
-    """Check the arguments, and return the problem."""
-    check_options(call, return_terms=call.measured)
-    check_steps(call.lengths, call.valid, call.starts)
-    problem = problem_of(call)
-    check_activations(call, problem)
-    return problem
+def by_formula(calls: Sequence[Call]) -> tuple[Tensor, Sequence[Tensor] | None]:
+    """Compute the penalty in plain PyTorch, and its terms if they are wanted."""
+    penalty, ar, tar = reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), map(ar_tar, calls))
+    return penalty, (ar.detach(), tar.detach()) if calls[0].measured else None
 
 
-def _by_formula(call: Call, problem: Problem) -> Computed:
-    """Compute the penalty in plain PyTorch."""
-    parts = parts_of(call, problem)
-    if not parts:
-        return Computed(*_zero(call), NOTHING, problem, {})
-    values = values_of(call, problem, parts[0][0].given())
-    results = [ar_tar(Layer(layer.raw, layer.dropped, values), of) for layer, of in parts]
-    penalty, ar, tar = reduce(lambda a, b: ARTAR(a.penalty + b.penalty, a.ar + b.ar, a.tar + b.tar), results)
-    return Computed(penalty, (ar.detach(), tar.detach()) if problem.measured else None, values, problem, {})
+def _launched(plans: Sequence[PenaltyPlan], calls: Sequence[Call]) -> tuple[Tensor, Tensor | None, list[Any]]:
+    """Launch the forward of each layer; return the sums, and each assumption with the gradients filled under it."""
+    penalty, terms, *ahead = plans[0].compute(calls[0])
+    aheads = [ahead]
+    for plan, call in zip(plans[1:], calls[1:], strict=True):
+        more, its_terms, *ahead = plan.compute(call)
+        penalty, terms = penalty + more, None if terms is None or its_terms is None else terms + its_terms
+        aheads.append(ahead)
+    return penalty, terms, aheads
 
 
-def _zero(call: Call) -> tuple[Tensor, Sequence[Tensor] | None]:
-    """Return 0 where the activations are, if any were given at all: both terms are off."""
-    given = [rows_of(x) for value in (call.raw, call.dropped) for x in (value if is_list(value) else [value])]
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    zero = torch.zeros((), dtype=compute_dtype(*tensors), device=tensors[0].device if tensors else None)
-    return zero, (zero.clone(), zero.clone()) if call.measured else None
-
-
-class _LayerPlan:
+class PenaltyPlan(Plan):
     """How to compute the penalty of one layer, and its gradients.
 
-    problem  the terms
-    needs    whether raw and dropped need gradients
-    inputs   raw and dropped
-    filled   layouts of the gradients that the forward fills for the backward
-    forward  a `forward` of the backend
+    Attributes:
+        needs: whether raw and dropped need gradients: a term that is only measured has none.
+        fold: the view of raw and dropped.
+        gradients: layouts of their gradients.
+        filled: layouts of the gradients that the forward fills for the backward.
+        forward, backward: of the backend; the first backward makes the latter.
     """
 
-    def __init__(self, layer: Layer, problem: Problem, backend: Backend, sums: Sums) -> None:
-        self.problem, self.backend, self.sums = problem, backend, sums
-        self.needs = _needs(layer, problem)
-        layouts = [None if x is None else layout_of(x) for x in (layer.raw, None, None, layer.dropped)]
-        self.inputs = Inputs(layouts, layer, problem)
+    kept: ClassVar[Plans] = Plans()
+
+    def prepare(self, call: Call, mask: Tensor | None) -> None:
+        """Plan the forward."""
+        raw, dropped, terms, enabled = call.raw, call.dropped, self.terms, torch.is_grad_enabled()
+        by_raw = terms.by_tar or (terms.by_ar and terms.ar_of_raw)
+        self.needs = (
+            enabled and raw is not None and raw.requires_grad and by_raw,
+            enabled and dropped is not None and dropped.requires_grad and terms.by_ar,
+        )
+        self.layouts = [None if x is None else layout_of(x) for x in (raw, dropped)]
+        self.fold = Fold((self.layouts[0], None, None, self.layouts[1]), call)
+        pairs = zip(self.layouts, self.needs, strict=True)
+        self.gradients = [self.fold.like(x) if x is not None and need else None for x, need in pairs]
         # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
-        self.filled = (None, None) if keeps_memory_low() else self._gradients(self.inputs)
-        view = self.inputs.view(self.filled, layer.values)
-        self.forward = backend.forward(view, sums, layer.given().device)
-        self.backward: Any = None  # made by the first backward
+        self.filled = [None, None] if keeps_memory_low() else self.gradients
+        self.forward = self.backend.forward(self.fold.view(self.filled), terms, self.device)
+        self.backward: Any = None
 
-    def __call__(self, values: Values, raw: Tensor | None, dropped: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Compute the penalty, and its terms if they are measured."""
-        if self.needs == (False, False):
-            return self.compute(values, raw, dropped)[0][:2]
-        if self.problem.measured:
-            return _apply(self, values, raw, dropped)
-        return _apply(self, values, raw, dropped), None  # an output more costs 3 us
-
-    def compute(
-        self, values: Values, raw: Tensor | None, dropped: Tensor | None
-    ) -> tuple[Result, Sequence[Tensor | None]]:
-        """Launch the forward; return the result, and the gradients it has filled."""
+    def compute(self, call: Call) -> tuple[Any, ...]:
+        """Launch the forward; return the penalty, its terms, the assumption, and the gradients that it filled."""
         first, second = self.filled
         filled = None if first is None else allocate(first), None if second is None else allocate(second)
-        return self.forward((*self.inputs.read((raw, None, None, dropped)), *filled), values), filled
+        tensors = (*self.fold.read((call.raw, None, None, call.dropped)), *filled)
+        return *self.forward(tensors, call.alpha, call.beta, call.steps), filled
 
-    def gradients(
-        self, grad: Tensor, layer: Layer, prediction: Prediction | None, filled: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None]:
-        """Launch the backward for gradients that the forward has filled, or for new memory without a prediction."""
-        saved, inputs = (layer.raw, None, None, layer.dropped), self.inputs
-        layouts = tuple([x if y is None else layout_of(y) for x, y in zip(inputs.layouts, saved, strict=True)])
-        if layouts == inputs.layouts:
-            if self.backward is None:
-                self.backward = self._plan_backward(inputs, layer)
-            gradients, launch = self.backward
-            if inputs.copies and prediction is not None and launch.holds(grad, prediction):
-                return filled  # before anything is copied
-        else:  # a hook on saved tensors, or an assignment to `x.data`, has changed one
-            saved = tuple(map(restored, Operands._fields, saved, inputs.layouts))
-            layouts = [before if x is None else layout_of(x) for before, x in zip(layouts, saved, strict=True)]
-            inputs, prediction = Inputs(layouts, layer, self.problem), None
-            gradients, launch = self._plan_backward(inputs, layer)
-        if prediction is None:
-            filled = [None if x is None else allocate(x) for x in gradients]
-        launch(grad, (*inputs.read(saved), *filled), layer.values, prediction)
+    def gradients_of(self, grad: Tensor, call: Call, assumed: Any, filled: Any) -> Sequence[Tensor | None]:
+        """Launch the backward for gradients that the forward has filled, or for new memory without an assumption."""
+        raw, dropped = map(restored, ("raw", "dropped"), (call.raw, call.dropped), self.layouts)
+        if self.backward is None:
+            view, expected = self.fold.view(self.gradients), self.forward.expected
+            self.backward = self.backend.backward(view, self.terms, self.device, expected)
+        if assumed is None:
+            filled = [None if x is None else allocate(x) for x in self.gradients]
+        elif True in self.fold.copied and self.backward.holds(grad, assumed):
+            return filled  # before anything is copied
+        tensors = (*self.fold.read((raw, None, None, dropped)), *filled)
+        self.backward(grad, tensors, call.alpha, call.beta, call.steps, assumed)
         return filled
-
-    def _plan_backward(self, inputs: Inputs, layer: Layer) -> tuple[Any, Any]:
-        """Return the layouts of the gradients, and a `backward` of the backend."""
-        gradients = self._gradients(inputs)
-        view = inputs.view(gradients, layer.values)
-        return gradients, self.backend.backward(view, self.sums, layer.given().device)
-
-    def _gradients(self, inputs: Inputs) -> tuple[Layout | None, ...]:
-        """Return the layouts of the gradients of raw and dropped, `None` for one that is not needed."""
-        raw, _, _, dropped = inputs.layouts
-        pairs = zip((raw, dropped), self.needs, strict=True)
-        return tuple([inputs.fold.like(x) if x is not None and need else None for x, need in pairs])
-
-
-def _needs(layer: Layer, problem: Problem) -> tuple[bool, bool]:
-    """Return whether raw and dropped need gradients: a term that is only measured has none."""
-    if not torch.is_grad_enabled():
-        return False, False
-    raw, dropped, _ = layer
-    ar, tar = is_on(problem.alpha), is_on(problem.beta)
-    return (
-        raw is not None and raw.requires_grad and (tar or (ar and problem.ar_of_raw)),
-        dropped is not None and dropped.requires_grad and ar,
-    )
-
-
-class _Plan:
-    """How to compute the penalty for calls of one key: by kernels, layer by layer, or by the formula."""
-
-    def __init__(self, call: Call, problem: Problem) -> None:
-        self.problem = problem
-        self.layers: tuple[_LayerPlan, ...] = ()
-        self.additions: dict[int, Any] = {}
-        parts = parts_of(call, problem)
-        if not parts or any(0 in layer.given().shape for layer, _ in parts):
-            return
-        first, values = parts[0][0], values_like(call, problem)
-        backend = backend_for(first.given().device)
-        if backend is None:
-            return
-        self.read = Reader(call, problem, backend.steps, first.given())
-        is_alone = (first.raw is None or first.raw is call.raw) and (
-            first.dropped is None or first.dropped is call.dropped
-        )
-        self.reads = (first.raw is not None, first.dropped is not None) if is_alone else None
-        dtype = compute_dtype(*[x for layer, _ in parts for x in (layer.raw, layer.dropped)])
-        layers = [(Layer(layer.raw, layer.dropped, values), of) for layer, of in parts]
-        self.layers = tuple([_LayerPlan(layer, of, backend, sums_of(layer, of, dtype)) for layer, of in layers])
-
-    def __call__(self, call: Call) -> Computed:
-        """Compute the penalty of a call."""
-        if not self.layers:
-            return _by_formula(call, self.problem)
-        tensors: list[Any]
-        if self.reads is not None:  # tensors that are no lists, which are most calls
-            tensors = [call.raw if self.reads[0] else None, call.dropped if self.reads[1] else None]
-        else:
-            tensors = [x for layer, _ in parts_of(call, self.problem) for x in (layer.raw, layer.dropped)]
-        values = self.read(call, tensors[1] if tensors[0] is None else tensors[0])
-        penalty, terms = self.layers[0](values, *tensors[:2])
-        for i, layer in enumerate(self.layers[1:], 1):
-            more, its_terms = layer(values, *tensors[2 * i : 2 * i + 2])
-            penalty, terms = penalty + more, None if its_terms is None or terms is None else terms + its_terms
-        return Computed(penalty, None if terms is None else terms.unbind(), values, self.problem, self.additions)
 
 
 class _Penalty(Function):
@@ -358,10 +258,11 @@ class _Penalty(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: _LayerPlan, values: Values, raw: Tensor | None, dropped: Tensor | None) -> Any:
-        (penalty, terms, prediction), filled = plan.compute(values, raw, dropped)
-        save(ctx, [x if need else None for x, need in zip((raw, dropped), plan.needs, strict=True)], values)
-        ctx.plan, ctx.ahead = plan, (prediction, filled)
+    def forward(ctx: Any, plans: Sequence[PenaltyPlan], calls: Sequence[Call], *tensors: Tensor | None) -> Any:
+        penalty, terms, ctx.ahead = _launched(plans, calls)
+        needs = [need for plan in plans for need in plan.needs]
+        keep(ctx, [x if need else None for x, need in zip(tensors, needs, strict=True)], calls[0])
+        ctx.plans = plans
         if terms is None:
             return penalty
         ctx.set_materialize_grads(False)  # no zeros for a gradient of the terms
@@ -370,16 +271,21 @@ class _Penalty(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved, plan = ctx.saved_tensors, ctx.plan
+        plans, saved = ctx.plans, ctx.saved_tensors
+        count = 2 * len(plans)
         if grad is None:
-            return None, None, None, None
-        layer = Layer(saved[0], saved[1], restored_values(saved[2:], ctx.dtypes))
-        ahead = vars(ctx).pop("ahead", (None, ()))  # in one step, for two threads
-        if torch.is_grad_enabled() or observed() or not are_memory((grad, *saved)):  # PyTorch must see the gradient's
-            wide = ar_tar_gradients(grad, layer, plan.problem.penalized())
-            gradients = [None if g is None else g.to(x.dtype) for g, x in zip(wide, layer[:2], strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
-        else:
-            gradients = plan.gradients(grad, layer, *ahead)
+            return (None,) * (2 + count)
+        values = unpack(saved[count:], ctx.rest)
+        ahead = vars(ctx).pop("ahead", None) or [(None, None)] * len(plans)  # in one step, for two threads
+        formula = torch.is_grad_enabled() or observed() or not are_memory((grad, *saved))
+        gradients: list[Tensor | None] = []
+        for i, plan in enumerate(plans):
+            call = plan.call(saved[2 * i], saved[2 * i + 1], *values)
+            if formula:  # PyTorch must see the gradient's
+                pairs = zip(ar_tar_gradients(grad, call), (call.raw, call.dropped), strict=True)
+                gradients += [None if g is None else g.to(x.dtype) for g, x in pairs]
+            else:
+                gradients += plan.gradients_of(grad, call, *ahead[i])
         return None, None, *gradients
 
 

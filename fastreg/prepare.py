@@ -1,71 +1,156 @@
-"""The changes that a call makes to its arguments: subclasses, conversions, copies, moves to the device."""
+"""The front door: from the arguments that a user gives to calls of one layer, of tensors alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import (
-    check_batch_sizes,
-    check_coefficient_value,
-    check_lengths_values,
-    check_marks_values,
+    STEPS,
+    check_axes,
+    check_coefficient,
+    check_given,
+    check_layers,
+    check_no_parts,
     check_not_captured,
-    check_same_batch_sizes,
-    check_saved,
+    check_options,
+    check_packed_options,
+    check_steps,
+    check_steps_of,
+    check_tensor,
     check_time,
+    check_values,
 )
-from fastreg.kernels.view import NOTHING, Layout, Values
-from fastreg.problem import (
-    Call,
-    Coefficient,
-    Layer,
-    Problem,
-    is_list,
-    reads_dropped,
-    reads_raw,
-    rows_of,
-    steps_of,
-    time_dim_of,
-)
+from fastreg.backends import backend_for
+from fastreg.kernels.view import Steps
+from fastreg.plans import Plans
+from fastreg.problem import Call, Coefficient, compute_dtype, is_on, rows_of, sizes_of
 from fastreg.reference import marked
-from fastreg.torch_state import observed
+from fastreg.torch_state import are_memory, keepable, observed, plain
+
+MARKERS = Plans()  # of a backend, which are prepared for a shape
 
 
-def plain(x: Any) -> Any:
-    """Return a tensor without a subclass that only decorates it; one with a dispatcher of its own is kept.
+class Arguments(NamedTuple):
+    """The arguments of a call as they were given: see `fused_ar_tar`. `ar_of_raw` asks for AR of raw."""
 
-    Packed and listed tensors are replaced, too; everything else is returned unchanged.
+    raw: Any
+    dropped: Any
+    alpha: Any
+    beta: Any
+    lengths: Any = None
+    valid: Any = None
+    starts: Any = None
+    batch_first: Any = None
+    time_dim: Any = None
+    reduction: Any = "mean"
+    measured: Any = False
+    ar_of_raw: bool = False
+
+
+def calls_of(arguments: Arguments) -> list[Call]:
+    """Check the arguments of `fused_ar_tar`, and return a call for each layer; none if no term reads anything.
+
+    Activations that no term reads are not looked at. Those of a term whose coefficient is 0 are read to measure it, if
+    they are given.
+
+    Raises:
+        TypeError, ValueError: as `fused_ar_tar`.
     """
-    # A compiler sees through such a subclass.
-    if type(x) is Tensor or x is None or type(x) is float or torch.compiler.is_compiling():
-        return x
-    if isinstance(x, Tensor):
-        dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
-        return x if dispatches else x.as_subclass(Tensor)
-    if isinstance(x, PackedSequence):
-        data = plain(x.data)
-        return x if data is x.data else x._replace(data=data)
-    return [plain(y) for y in x] if type(x) is list else tuple(plain(y) for y in x) if type(x) is tuple else x
+    raw, dropped, measured = arguments.raw, arguments.dropped, arguments.measured
+    alpha, beta, axis = _checked(arguments)
+    by_ar, by_tar = is_on(alpha), is_on(beta)
+    if by_tar:
+        check_given("raw", raw, "beta")
+    if by_ar:
+        check_given("dropped", dropped, "alpha")
+    raw, dropped = raw if by_tar or measured else None, dropped if by_ar or measured else None
+    if raw is None and dropped is None:
+        return []
+    layers = [("", raw, dropped)]
+    if not all([x is None or isinstance(x, Tensor) for x in (raw, dropped)]):
+        layers = check_layers(raw, dropped, axis)
+    label, x, y = layers[0]
+    first: Any = y if x is None else x
+    if isinstance(first, PackedSequence):
+        check_packed_options(arguments.time_dim, *_steps_given(arguments))
+        axis, steps = -2, _offsets(first)
+        layers = [(label, rows_of(x), rows_of(y)) for label, x, y in layers]
+    else:
+        named = [(f"{name}{label}", x) for name, x in (("raw", x), ("dropped", y)) if x is not None]
+        axis, steps = _axis_and_steps(arguments, axis, named)
+    dtype = compute_dtype(*[x for _, *both in layers for x in both])
+    return [
+        Call(
+            *(plain(x), None if y is x else plain(y), alpha, beta, steps, axis),
+            *(arguments.reduction, measured, arguments.ar_of_raw or y is x, dtype, label),
+        )
+        for label, x, y in layers
+    ]
 
 
-def plain_pair(raw: Any, dropped: Any) -> tuple[Any, Any]:
-    """Return raw and dropped without such subclasses; layers of both that are one tensor stay one."""
-    if torch.compiler.is_compiling():  # which cannot ask whether two lists are one
-        return raw, dropped
-    kept = plain(raw)
-    if dropped is raw:
-        return kept, kept
-    if is_list(raw) and is_list(dropped) and kept is not raw:
-        known = {id(x): y for x, y in zip(raw, kept, strict=True)}
-        return kept, type(dropped)(known[id(x)] if id(x) in known else plain(x) for x in dropped)
-    return kept, plain(dropped)
+def call_of_raw(arguments: Arguments) -> Call:
+    """Check the arguments of `fused_dropout_ar_tar` beside those of the dropout, and return a call of raw alone.
+
+    Raises:
+        TypeError, ValueError: as `fused_dropout_ar_tar`.
+    """
+    alpha, beta, axis = _checked(arguments)
+    raw = check_tensor("raw", arguments.raw)
+    axis, steps = _axis_and_steps(arguments, axis, [("raw", raw)])
+    options = axis, arguments.reduction, arguments.measured, arguments.ar_of_raw, compute_dtype(raw)
+    return Call(plain(raw), None, alpha, beta, steps, *options)
+
+
+def _checked(arguments: Arguments) -> tuple[Coefficient, Coefficient, int]:
+    """Check coefficients and options; return alpha, beta, and the axis of time, from either end."""
+    check_options(arguments.reduction, return_terms=arguments.measured)
+    axis = _axis_given(arguments.batch_first, arguments.time_dim)
+    return _coefficient("alpha", arguments.alpha), _coefficient("beta", arguments.beta), axis
+
+
+def _axis_and_steps(arguments: Arguments, axis: int, named: list[tuple[str, Tensor]]) -> tuple[int, Steps | None]:
+    """Return the axis of time of a layer, negative from the end, and its steps that count."""
+    for name, x in named:
+        check_axes(name, x, None if arguments.time_dim is None else axis)
+    _, x = named[0]
+    axis = axis if axis < 0 else axis - x.dim()
+    given = _steps_given(arguments)
+    return axis, None if all(x is None for x in given) else _steps(
+        check_tensor(*named[0]), axis, arguments.reduction, given
+    )
+
+
+def _coefficient(name: str, value: Any) -> Coefficient:
+    """Check a coefficient, and return a float, or a tensor that a backward can keep."""
+    if type(value) is float and not torch.compiler.is_compiling() and 0 <= value < math.inf:  # as most are
+        return value
+    check_coefficient(name, value)
+    return keepable(plain(value)) if isinstance(value, Tensor) else coefficient(value)
+
+
+def coefficient(value: Any) -> Coefficient:
+    """Convert a checked coefficient: a number to a float, a tensor to itself."""
+    if isinstance(value, (float, Tensor)):
+        return value
+    if torch.compiler.is_compiling():  # which takes a NumPy scalar for an array
+        return value if isinstance(value, int) else value.item()
+    return float(value)
+
+
+def _axis_given(batch_first: Any, time_dim: Any) -> int:
+    """Return the axis of time, from either end: -2 by default."""
+    if time_dim is None and (batch_first is None or batch_first is True):
+        return -2
+    check_time(batch_first, time_dim)
+    return 0 if time_dim is None else index(time_dim)  # a constant in compiled code, as int() does not make it
 
 
 def time_given(batch_first: Any, time_dim: Any) -> bool | int:
@@ -74,215 +159,70 @@ def time_given(batch_first: Any, time_dim: Any) -> bool | int:
     Raises:
         TypeError, ValueError: either is of another type, or both are given.
     """
-    if time_dim is None and (batch_first is None or batch_first is True):
-        return True
-    check_time(batch_first, time_dim)
-    return False if time_dim is None else index(time_dim)  # a constant in compiled code, as int() does not make it
+    axis = _axis_given(batch_first, time_dim)
+    return axis if time_dim is not None else axis == -2
 
 
-def coefficient(value: Any) -> Coefficient:
-    """Convert a checked coefficient: a number to a float, a tensor to itself."""
-    if isinstance(value, (float, Tensor)):
-        return value
-    if torch.compiler.is_compiling() and not isinstance(value, int):
-        return value.item()  # a compiler takes a NumPy scalar for an array
-    return float(value) if not torch.compiler.is_compiling() else value
+def _steps_given(arguments: Arguments) -> tuple[Any, Any, Any]:
+    """Return lengths, valid steps and starts."""
+    return arguments.lengths, arguments.valid, arguments.starts
 
 
-def problem_of(call: Call) -> Problem:
-    """Return the problem of checked arguments, without coefficients that are tensors."""
-    alpha = None if isinstance(call.alpha, Tensor) else coefficient(call.alpha)
-    beta = None if isinstance(call.beta, Tensor) else coefficient(call.beta)
-    time_dim = time_dim_of(call.time_at)
-    return Problem(alpha, beta, time_dim, call.reduction, call.measured, call.ar_of_raw)  # pyright: ignore[reportArgumentType]
+def _offsets(packed: PackedSequence) -> Steps:
+    """Return where each time step of checked packed rows begins, and at the end how many rows there are.
 
-
-def parts_of(call: Call, problem: Problem) -> list[tuple[Layer, Problem]]:
-    """Pair the layers of raw and dropped, `None` where no term reads one, and the problem of each pair.
-
-    Where dropped is raw itself it is `None`, too, and AR is that of raw.
+    Kernels trust them, in the backward, too: they are no view of batch sizes, which NumPy may share.
     """
-    raws = _tensors(call.raw) if reads_raw(call, problem) else None
-    kept = _tensors(call.dropped) if reads_dropped(call, problem) else None
-    if raws is None:
-        return [(Layer(None, y), problem) for y in kept or ()]
-    if kept is None:
-        return [(Layer(x, None), problem) for x in raws]
-    of_raw = Problem(problem.alpha, problem.beta, problem.time_dim, problem.reduction, problem.measured, True)
-    return [(Layer(x, None), of_raw) if y is x else (Layer(x, y), problem) for x, y in zip(raws, kept, strict=True)]
+    check_not_captured("lengths", packed.data.device)
+    check_no_parts(packed.data)
+    return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
 
 
-def _tensors(activations: Any) -> list[Tensor]:
-    """Return the tensor of each layer."""
-    return [rows_of(x) for x in activations] if is_list(activations) else [rows_of(activations)]
+def _steps(x: Tensor, time_dim: int, reduction: str, given: Sequence[Any]) -> Steps:
+    """Check lengths, valid steps and starts, and mark the time steps of activations that count, on their device.
 
-
-def packed_in(call: Call, problem: Problem) -> list[tuple[str, PackedSequence]]:
-    """Return the packed activations that a term reads, with their names."""
-    found = []
-    for name, given, read in ("raw", call.raw, reads_raw), ("dropped", call.dropped, reads_dropped):
-        if read(call, problem):
-            layers = [(f"{name}[{i}]", x) for i, x in enumerate(given)] if is_list(given) else [(name, given)]
-            found += [(label, x) for label, x in layers if isinstance(x, PackedSequence)]
-    return found
-
-
-def values_of(call: Call, problem: Problem, x: Tensor, mark: Any = None) -> Values:
-    """Check the values of coefficients, lengths and marks that are on the CPU, and bring them to activations `x`.
-
-    Values on another device are not looked at, as that would wait for it. `mark` is a `steps` of a backend; with `None`
-    plain PyTorch marks the steps.
+    Values on another device than the CPU are not looked at, as that would wait for it.
     """
-    alpha, beta = _scalar("alpha", call.alpha), _scalar("beta", call.beta)
-    packed = packed_in(call, problem)
-    if packed:
-        check_not_captured("lengths", x.device)
-        return Values(None, None, _offsets(packed), alpha, beta)
-    if all_count(call):
-        return Values(None, None, None, alpha, beta)
-    lengths = None if call.lengths is None else _lengths(call.lengths, x, problem)
-    valid = None if call.valid is None else _marks("valid", call.valid, x, problem)
-    starts = None if call.starts is None else _marks("starts", call.starts, x, problem)
-    steps, counts = (mark or partial(marked, steps_of(x, problem)))(lengths, valid, starts)
-    return Values(steps, counts if problem.reduction == "mean" else None, None, alpha, beta)
+    given = [plain(x) for x in given]
+    check_steps(*given)
+    check_steps_of(x, time_dim, given)
+    sizes = sizes_of(x, time_dim)
+    brought = [None if y is None else _brought(name, y, x, sizes) for name, y in zip(STEPS, given, strict=True)]
+    marks, counts = _marker(x, sizes, brought)(*brought)
+    return Steps(marks, counts if reduction == "mean" else None)
 
 
-def all_count(call: Call) -> bool:
-    """Return whether a call has no argument that says which steps count."""
-    return call.lengths is None and call.valid is None and call.starts is None
+def _marker(x: Tensor, sizes: tuple[Any, Any], given: Sequence[Tensor | None]) -> Any:
+    """Return the `marker` of the backend of activations, which is kept, or the formula."""
+    if observed() or 0 in x.shape or not are_memory(given):
+        return partial(marked, sizes)
+    key = sizes, x.device, *[None if y is None else y.dtype for y in given]
+    marker = MARKERS.get(key)
+    if marker is None:
+        backend = backend_for(x.device)
+        marker = partial(marked, sizes) if backend is None else backend.marker(sizes, x.device)
+        MARKERS.keep(key, marker)
+    return marker
 
 
-def values_like(call: Call, problem: Problem) -> Values:
-    """Return values for a plan of a call: steps and counts without their numbers, and the offsets of packed rows."""
-    packed = packed_in(call, problem)
-    if packed:
-        return Values(offsets=_offsets(packed))
-    unknown = None if all_count(call) else torch.empty(0, device="meta")
-    return Values(unknown, unknown if problem.reduction == "mean" else None)
-
-
-class Reader:
-    """Read the values of all calls of one plan, which have them in the same arguments.
-
-    Args:
-        call: one of them.
-        problem: the terms.
-        steps: class of the backend that marks the time steps that count.
-        x: activations.
-    """
-
-    def __init__(self, call: Call, problem: Problem, steps: Any, x: Tensor) -> None:
-        self.problem, self.mark = problem, None if all_count(call) else steps(steps_of(x, problem), x.device)
-        coefficients = isinstance(call.alpha, Tensor) or isinstance(call.beta, Tensor)
-        self.finds_any = coefficients or self.mark is not None or bool(packed_in(call, problem))
-
-    def __call__(self, call: Call, x: Tensor) -> Values:
-        """Check and read the values of a call, for activations `x`."""
-        return values_of(call, self.problem, x, self.mark) if self.finds_any else NOTHING
-
-
-def _scalar(name: str, value: Any) -> Tensor | None:
-    if not isinstance(value, Tensor):
-        return None
-    check_coefficient_value(name, value)
-    return keepable(value)
-
-
-def _offsets(packed: list[tuple[str, PackedSequence]]) -> Tensor:
-    """Return where each time step of packed rows begins, `(1 + time,)` int64, and at the end how many rows there are.
-
-    Kernels trust them, in the backward, too: they are checked, and no view of batch sizes, which NumPy may share.
-    """
-    (first_name, first), *others = packed
-    sizes = first.batch_sizes.long()
-    check_batch_sizes(first_name, sizes, first.data.shape[0])
-    for name, x in others:
-        check_same_batch_sizes(name, x.batch_sizes, first_name, first.batch_sizes)
-        check_batch_sizes(name, sizes, x.data.shape[0])
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-
-
-def _lengths(lengths: Tensor, x: Tensor, problem: Problem) -> Tensor:
-    lengths = keepable(lengths)
-    if x.device.type == "cpu" != lengths.device.type:
-        lengths = lengths.cpu()
-    check_lengths_values(lengths, steps_of(x, problem)[1])
-    return _queued("lengths", lengths, x.device).contiguous()
-
-
-def _marks(name: str, marks: Tensor, x: Tensor, problem: Problem) -> Tensor:
-    marks = keepable(marks)
-    if x.device.type == "cpu" != marks.device.type:
-        marks = marks.cpu()
-    check_marks_values(name, marks)
-    if marks.dtype != torch.bool:
-        marks = marks != 0
-    return _queued(name, marks, x.device).reshape(steps_of(x, problem)).contiguous()
-
-
-def _queued(name: str, x: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, without waiting for the copy.
+def _brought(name: str, given: Tensor, x: Tensor, sizes: tuple[Any, Any]) -> Tensor:
+    """Check the values of lengths or marks, and bring them to activations, marks as bool, without waiting for the copy.
 
     The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too:
     it is not freed before the device has read it, and the host does not wait.
     """
-    if x.device.type == "cpu":
+    device, given = x.device, keepable(given)
+    if device.type == "cpu" != given.device.type:
+        given = given.cpu()
+    check_values(name, given, sizes[1])
+    if name != "lengths" and given.dtype != torch.bool:
+        given = given != 0
+    if given.device.type == "cpu":
         check_not_captured(name, device)
-    if x.device.type == "cpu" != device.type:
+    if given.device.type == "cpu" != device.type:
         if observed():  # a compiler cannot ask whether memory is pinned
-            x = x.clone()
-        elif x.is_pinned():
-            x = torch.empty_like(x, pin_memory=True).copy_(x)
-    return x.to(device, non_blocking=True)
-
-
-def restored(name: str, saved: Any, before: Layout | None) -> Any:
-    """Return a saved tensor in the dtype of the forward, which its `data` or a hook on saved tensors may have changed.
-
-    Args:
-        name: of the argument that it was.
-        saved: the tensor, or `None`.
-        before: its layout in the forward.
-
-    Raises:
-        RuntimeError: it has another shape than in the forward.
-    """
-    if saved is None or before is None:
-        return saved
-    check_saved(name, before, saved)
-    return saved if saved.dtype == before.dtype else saved.to(before.dtype)
-
-
-def save(ctx: Any, tensors: Sequence[Tensor | None], values: Values) -> None:
-    """Save tensors of a call for its backward, then the values, which most calls do not have, and their dtypes."""
-    if values is NOTHING:
-        ctx.save_for_backward(*tensors)
-        ctx.dtypes = ()
-    else:
-        ctx.save_for_backward(*tensors, *values)
-        ctx.dtypes = dtypes_of(values)
-
-
-def dtypes_of(values: Values) -> Sequence[torch.dtype | None]:
-    """Return the dtypes of values, for `restored_values`."""
-    return [None if x is None else x.dtype for x in values]
-
-
-def restored_values(values: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> Values:
-    """Return saved values as kernels read them: contiguous, and in the dtypes of the forward.
-
-    Args:
-        values: as a backward unpacks them, after the hooks on saved tensors; none where there were none to save.
-        dtypes: those of the forward.
-    """
-    if not values:
-        return NOTHING
-    pairs = zip(values, dtypes, strict=True)
-    return Values(*[x if x is None or dtype is None else x.to(dtype).contiguous() for x, dtype in pairs])
-
-
-def keepable(x: Tensor) -> Tensor:
-    """Return a copy of a tensor made in inference mode, which a backward could not keep."""
-    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
-        return x
-    return x.clone()
+            given = given.clone()
+        elif given.is_pinned():
+            given = torch.empty_like(given, pin_memory=True).copy_(given)
+    given = given.to(device, non_blocking=True)
+    return (given if name == "lengths" else given.reshape(sizes)).contiguous()

@@ -1,4 +1,4 @@
-"""The records of a call: its arguments, its problem, its layers, its result."""
+"""The record of a call of one layer, and the facts that follow from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import fastreg.installation  # noqa: F401 - refuses a package that is mixed up with another
-from fastreg.kernels.view import NOTHING, Values
+from fastreg.kernels.view import Steps, Terms
 
 Coefficient: TypeAlias = float | Tensor  # of a term: a number, or a 0-dim tensor without a gradient
 
@@ -38,90 +38,51 @@ class ARTAR(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The arguments of a call, unchanged but for subclasses that only decorate a tensor: see `fused_ar_tar`.
+    """A call of one layer, as the front door makes it from the arguments.
 
-    `time_at` is `batch_first`, a bool, or `time_dim`, an int. `ar_of_raw` asks for AR of raw, as fastai v1 forms it.
+    raw, dropped  activations of one shape, or packed rows, `(rows, hidden)`; `None` where no term reads it, and dropped
+                  is `None` where it is raw itself
+    alpha, beta   coefficients of AR and TAR, checked: floats, or 0-dim tensors
+    steps         the time steps that count, on the device of the activations, or the place of packed rows; `None`
+                  where all steps count
+    time_dim      the axis of time, negative from the end: -2 is that of `(batch, time, hidden)` and `(time, hidden)`
+    reduction     `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide
+    measured      terms are wanted, so that one whose coefficient is 0 is formed, too; it has no gradient
+    ar_of_raw     AR is the mean square of raw, as fastai v1 forms it, or because dropped is raw itself
+    dtype         of differences, squares and sums, and of the penalty
+    label         of the layer in messages: `"[2]"`, or nothing
     """
 
     raw: Any
     dropped: Any
     alpha: Any
     beta: Any
-    lengths: Any = None
-    valid: Any = None
-    starts: Any = None
-    time_at: Any = True
-    reduction: Any = "mean"
-    measured: Any = False
-    ar_of_raw: bool = False
-
-
-def kept(call: Call) -> Call:
-    """Return the call for a dropout that drops nothing: dropped is raw."""
-    options = call.lengths, call.valid, call.starts, call.time_at, call.reduction, call.measured
-    return Call(call.raw, call.raw, call.alpha, call.beta, *options)
-
-
-class Problem(NamedTuple):
-    """The terms of a penalty, for any activations.
-
-    alpha, beta  coefficients of AR and TAR; `None` for one that is a tensor
-    time_dim     the axis of time, negative from the end: -2 is that of `(batch, time, hidden)` and `(time, hidden)`
-    reduction    `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide
-    measured     terms are wanted, so that one whose coefficient is 0 is formed, too; it has no gradient
-    ar_of_raw    AR is the mean square of raw, as fastai v1 forms it, or because dropped is raw itself
-    """
-
-    alpha: float | None
-    beta: float | None
+    steps: Steps | None = None
     time_dim: int = -2
     reduction: str = "mean"
     measured: bool = False
     ar_of_raw: bool = False
+    dtype: torch.dtype = torch.float32
+    label: str = ""
 
-    def with_ar(self) -> bool:
-        """Return whether AR is formed."""
-        return self.measured or is_on(self.alpha)
+    def given(self) -> Any:
+        """Return raw, or dropped where raw is `None`."""
+        return self.dropped if self.raw is None else self.raw
 
-    def with_tar(self) -> bool:
-        """Return whether TAR is formed."""
-        return self.measured or is_on(self.beta)
-
-    def penalized(self) -> Problem:
-        """Return the problem of the penalty alone, which its gradient follows from."""
-        return Problem(self.alpha, self.beta, self.time_dim, self.reduction, False, self.ar_of_raw)
+    def options(self) -> tuple[Any, ...]:
+        """Return all but tensors and coefficients, which may differ between the calls of one plan."""
+        return self.time_dim, self.reduction, self.measured, self.ar_of_raw, self.dtype
 
 
-def time_dim_of(time_at: bool | int) -> int:
-    """Return the axis of time, negative from the end, of `batch_first` or of the axis itself."""
-    return -2 if time_at is True else int(time_at)
-
-
-def is_on(coefficient: Coefficient | None) -> bool:
-    """Return whether a term is in the penalty: a coefficient that is a tensor, or not known yet, may be anything."""
-    if coefficient is None or isinstance(coefficient, Tensor):
+def is_on(coefficient: Coefficient) -> bool:
+    """Return whether a term is in the penalty: a coefficient that is a tensor may be anything."""
+    if isinstance(coefficient, Tensor):
         return True
     if not torch.compiler.is_compiling():
         return coefficient != 0
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # which imports sympy
 
     return not guard_or_false(coefficient == 0)
-
-
-class Layer(NamedTuple):
-    """One layer's activations, and the values that all layers share.
-
-    raw, dropped  activations with an axis of time, or packed rows, `(rows, hidden)`; `None` where no term reads it
-    values        the steps that count, of packed rows where these lie, and coefficients that are tensors
-    """
-
-    raw: Tensor | None
-    dropped: Tensor | None
-    values: Values = NOTHING
-
-    def given(self) -> Tensor:
-        """Return raw, or dropped where raw is `None`."""
-        return self.raw if self.raw is not None else self.dropped  # pyright: ignore[reportReturnType]
 
 
 def compute_dtype(*tensors: Any) -> torch.dtype:
@@ -132,45 +93,49 @@ def compute_dtype(*tensors: Any) -> torch.dtype:
     return torch.float32
 
 
-def time_axis(x: Any, problem: Problem) -> int:
-    """Return the axis of time, from the front; that of packed rows is the axis of rows."""
-    return problem.time_dim % len(x.shape)
+def axes_of(x: Any, time_dim: int) -> tuple[int, int | None]:
+    """Return the axes of time and of sequences, from the front; that of time of packed rows is the axis of rows.
+
+    The axis of sequences is the first beside time; `None` of `(time, hidden)` and `(time,)`.
+    """
+    time = time_dim % len(x.shape)
+    return time, 0 if time > 0 else 1 if len(x.shape) > 2 else None
 
 
-def batch_axis(x: Any, problem: Problem) -> int | None:
-    """Return the axis of sequences: the first beside time; `None` of `(time, hidden)` and `(time,)`."""
-    if time_axis(x, problem) > 0:
-        return 0
-    return 1 if len(x.shape) > 2 else None
-
-
-def steps_of(x: Any, problem: Problem) -> tuple[Any, Any]:
+def sizes_of(x: Any, time_dim: int) -> tuple[Any, Any]:
     """Return how many sequences and time steps activations have that are not packed."""
-    batch = batch_axis(x, problem)
-    return 1 if batch is None else x.shape[batch], x.shape[time_axis(x, problem)]
+    time, batch = axes_of(x, time_dim)
+    return 1 if batch is None else x.shape[batch], x.shape[time]
 
 
-def divisors(layer: Layer, problem: Problem) -> tuple[Any, Any]:
+def terms_of(call: Call) -> Terms:
+    """Describe the terms of a call to a backend; no extent of its tensors is 0."""
+    by_ar, by_tar, counts = is_on(call.alpha), is_on(call.beta), None if call.steps is None else call.steps.counts
+    elements, pairs = divisors(call) if counts is None else (1, 1)
+    formed = call.measured or by_ar, call.measured or by_tar
+    return Terms(call.dtype, *formed, by_ar, by_tar, call.ar_of_raw, (int(elements), int(pairs)), call.measured)
+
+
+def divisors(call: Call) -> tuple[Any, Any]:
     """Return the divisors of AR and TAR: numbers of elements and of pairs of neighbours in time; 1 and 1 for `"sum"`.
 
     Neither is ever 0, so that an empty mean is 0 and not NaN. Where not all steps count they are tensors.
     """
-    if problem.reduction == "sum":
+    if call.reduction == "sum":
         return 1, 1
-    x, (steps, counts, offsets, _, _) = layer.given(), layer.values
-    elements = x.numel()
-    if offsets is not None:
-        return _at_least_1(elements), _at_least_1(elements - offsets[1] * x.shape[-1])
-    time = x.shape[time_axis(x, problem)]
-    if steps is not None and counts is not None:
-        hidden = 1  # elements of one time step of a sequence
-        for axis in range(len(x.shape)):
-            if axis not in (time_axis(x, problem), batch_axis(x, problem)):
-                hidden = hidden * x.shape[axis]
-        of_steps, of_changes = _at_least_1(counts * hidden).unbind()
-        return of_steps, of_changes
-    time = _at_least_1(time)
-    return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
+    x, steps = call.given(), call.steps
+    elements, (time, batch) = x.numel(), axes_of(x, call.time_dim)
+    if steps is None:
+        time = _at_least_1(x.shape[time])
+        return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
+    if steps.offsets is not None:
+        return _at_least_1(elements), _at_least_1(elements - steps.offsets[1] * x.shape[-1])
+    hidden = 1  # elements of one time step of a sequence
+    for axis in range(len(x.shape)):
+        if axis not in (time, batch):
+            hidden = hidden * x.shape[axis]
+    of_steps, of_changes = _at_least_1(steps.counts * hidden).unbind()  # pyright: ignore[reportOptionalOperand]
+    return of_steps, of_changes
 
 
 def _at_least_1(count: Any) -> Any:
@@ -190,11 +155,6 @@ def rows_of(x: Any) -> Tensor:
     return x.data if isinstance(x, PackedSequence) else x
 
 
-def reads_raw(call: Call, problem: Problem) -> bool:
-    """Return whether a term reads raw: one whose coefficient is 0 is measured only if its activations are given."""
-    return is_on(problem.beta) or (problem.measured and call.raw is not None)
-
-
-def reads_dropped(call: Call, problem: Problem) -> bool:
-    """Return whether a term reads dropped: one whose coefficient is 0 is measured only if its activations are given."""
-    return is_on(problem.alpha) or (problem.measured and call.dropped is not None)
+def time_dim_of(time_at: bool | int) -> int:
+    """Return the axis of time, negative from the end, of `batch_first` or of the axis itself."""
+    return -2 if time_at is True else int(time_at)

@@ -13,64 +13,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.problem import ARTAR, Layer, Problem, batch_axis, compute_dtype, divisors, is_on, time_axis
+from fastreg.problem import ARTAR, Call, axes_of, divisors, is_on
 from fastreg.torch_state import is_exporting
 
-STEP, CHANGE = 1, 2  # the bits of steps: whether a step counts, and whether the change into it does
+STEP, CHANGE = 1, 2  # the bits of a mark: whether a step counts, and whether the change into it does
 
 
-def ar_tar(layer: Layer, problem: Problem) -> ARTAR:
+def ar_tar(call: Call) -> ARTAR:
     """Compute the penalty of one layer and its terms, all differentiable.
 
     Returns:
-        `ARTAR(penalty, ar, tar)`, float32, or float64 where an input is float64.
+        `ARTAR(penalty, ar, tar)`, in the dtype of the call.
     """
-    raw, dropped = layer.raw, layer.dropped
-    dtype = compute_dtype(raw, dropped)
-    elements, pairs = divisors(layer, problem)
+    raw, dropped, dtype = call.raw, call.dropped, call.dtype
+    elements, pairs = divisors(call)
     # A sum of a DTensor is the parts of all ranks, which torch 2.8 multiplies by the number that an earlier sum was
     # multiplied by; added to 0 it is whole.
-    zero = ar = tar = penalty = torch.zeros((), dtype=dtype, device=layer.given().device)
+    zero = ar = tar = penalty = torch.zeros((), dtype=dtype, device=call.given().device)
     wide = None if raw is None else raw.to(dtype)  # once, so that its gradients add up in that dtype
-    of_raw = problem.ar_of_raw or dropped is raw
-    squared = wide if of_raw else None if dropped is None else dropped.to(dtype)
-    if squared is not None and problem.with_ar():
-        total = zero + counted(squared, layer, problem).square().sum()
-        if is_on(problem.alpha):
-            penalty = penalty + _weighted(total, _coefficient(problem.alpha, layer.values.alpha, total), elements)
+    squared = wide if call.ar_of_raw else None if dropped is None else dropped.to(dtype)
+    if squared is not None and (call.measured or is_on(call.alpha)):
+        total = zero + counted(squared, call).square().sum()
+        if is_on(call.alpha):
+            penalty = penalty + _weighted(total, call.alpha, elements)
         ar = total / elements
-    if wide is not None and problem.with_tar():
-        total = zero + _counted_changes(wide, layer, problem).square().sum()
-        if is_on(problem.beta):
-            penalty = penalty + _weighted(total, _coefficient(problem.beta, layer.values.beta, total), pairs)
+    if wide is not None and (call.measured or is_on(call.beta)):
+        total = zero + _counted_changes(wide, call).square().sum()
+        if is_on(call.beta):
+            penalty = penalty + _weighted(total, call.beta, pairs)
         tar = total / pairs
     return ARTAR(penalty, ar, tar)
 
 
-def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tensor | None, Tensor | None]:
+def ar_tar_gradients(grad: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients of raw and of dropped, themselves differentiable in `grad` and both tensors.
 
     Args:
         grad: the upstream gradient, 0-dim.
-        layer: with `None` for a tensor that needs no gradient.
-        problem: with `ar_of_raw` raw's gradient is that of both terms.
+        call: with `None` for a tensor that needs no gradient; where AR is of raw, raw's gradient is that of both terms.
 
     Returns:
         Two tensors in the dtype of `grad`, `None` where the tensor is.
     """
-    raw, dropped = (None if x is None else x.to(grad.dtype) for x in (layer.raw, layer.dropped))
-    elements, pairs = divisors(layer, problem)
+    raw, dropped = (None if x is None else x.to(grad.dtype) for x in (call.raw, call.dropped))
+    elements, pairs = divisors(call)
     grad_raw = grad_dropped = None
-    if raw is not None and problem.with_tar():
-        difference = change_difference(raw, layer, problem)
-        factor = _over(2 * _coefficient(problem.beta, layer.values.beta, grad), pairs, grad)
-        grad_raw = counted(grad * factor * difference, layer, problem)
-    squared = raw if problem.ar_of_raw else dropped
-    if squared is not None and problem.with_ar():
-        kept = counted(squared, layer, problem)
-        factor = _over(2 * _coefficient(problem.alpha, layer.values.alpha, grad), elements, grad)
-        gradient = counted(grad * factor * kept, layer, problem)
-        if not problem.ar_of_raw:
+    if raw is not None and is_on(call.beta):
+        factor = _over(2 * _as(call.beta, grad), pairs, grad)
+        grad_raw = counted(grad * factor * change_difference(raw, call), call)
+    squared = raw if call.ar_of_raw else dropped
+    if squared is not None and is_on(call.alpha):
+        factor = _over(2 * _as(call.alpha, grad), elements, grad)
+        gradient = counted(grad * factor * counted(squared, call), call)
+        if not call.ar_of_raw:
             grad_dropped = gradient
         else:
             grad_raw = gradient if grad_raw is None else grad_raw + gradient
@@ -79,13 +74,14 @@ def ar_tar_gradients(grad: Tensor, layer: Layer, problem: Problem) -> tuple[Tens
 
 def _weighted(total: Tensor, coefficient: Any, count: int | Tensor) -> Tensor:
     """Multiply a sum by its coefficient, over a count; one that is 0 leaves it out, even if it is infinite or NaN."""
+    coefficient = _as(coefficient, total)
     weighted = total * _over(coefficient, count, total)
     return torch.where(coefficient == 0, 0, weighted) if isinstance(coefficient, Tensor) else weighted
 
 
-def _coefficient(number: float | None, tensor: Tensor | None, like: Tensor) -> Any:
+def _as(coefficient: Any, like: Tensor) -> Any:
     """Return a coefficient: the number, or the tensor in the dtype of another."""
-    return number if tensor is None else tensor.to(like.dtype)
+    return coefficient.to(like.dtype) if isinstance(coefficient, Tensor) else coefficient
 
 
 def _over(factor: Any, count: int | Tensor, like: Tensor) -> float | Tensor:
@@ -96,17 +92,17 @@ def _over(factor: Any, count: int | Tensor, like: Tensor) -> float | Tensor:
     return factor / (count.to(like.device, like.dtype) if isinstance(count, Tensor) else count)
 
 
-def _counted_changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
+def _counted_changes(x: Tensor, call: Call) -> Tensor:
     """Compute the changes that count; there may be zeros beside them."""
-    if layer.values.steps is layer.values.offsets is None and not is_exporting():
-        return x.diff(dim=time_axis(x, problem))  # compiled, this is the formula written by hand; 2 steps compile anew
-    return changes(x, layer, problem)
+    if call.steps is None and not is_exporting():
+        return x.diff(dim=call.time_dim)  # compiled, this is the formula written by hand; 2 steps compile anew
+    return changes(x, call)
 
 
 def marked(
     shape: tuple[Any, Any], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the steps and counts of `Values`, as the `steps` of a backend does."""
+    """Return the marks and counts of `Steps`, as the `marker` of a backend does."""
     device = next(x.device for x in (lengths, valid, starts) if x is not None)
     step = torch.arange(shape[1], device=device)
     counts = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
@@ -118,12 +114,12 @@ def marked(
     return counts.to(torch.uint8).add(into, alpha=2), torch.stack([counts.sum(), into.sum()])
 
 
-def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
+def changes(x: Tensor, call: Call) -> Tensor:
     """Compute the change over time that leads to each step, 0 to the first."""
-    offsets, dim = layer.values.offsets, time_axis(x, problem)
-    if offsets is not None:
-        before, _, precedes, _ = neighbours(offsets, x.shape[0])
+    if call.steps is not None and call.steps.offsets is not None:
+        before, _, precedes, _ = neighbours(call.steps.offsets, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
+    dim, _ = axes_of(x, call.time_dim)
     # A compiler would make a case of its own of 2 steps, as they have 1 difference. (torch 2.11 cannot trace hasattr.)
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:
         first = torch.arange(x.shape[dim], device=x.device) == 0
@@ -131,24 +127,23 @@ def changes(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
     else:  # no tensor but x, which may be of a subclass that goes with no other, as a DTensor
         first = x[(slice(None),) * dim + (slice(1),)]
         change = torch.cat([torch.zeros_like(first), x.diff(dim=dim)], dim)
-    return counted(change, layer, problem, CHANGE)
+    return counted(change, call, CHANGE)
 
 
-def change_difference(x: Tensor, layer: Layer, problem: Problem) -> Tensor:
+def change_difference(x: Tensor, call: Call) -> Tensor:
     """Subtract from the change that leads to each step the one that leads from it; 0 where there is none."""
-    change, offsets = changes(x, layer, problem), layer.values.offsets
-    if offsets is not None:
-        _, after, _, follows = neighbours(offsets, x.shape[0])
+    change = changes(x, call)
+    if call.steps is not None and call.steps.offsets is not None:
+        _, after, _, follows = neighbours(call.steps.offsets, x.shape[0])
         return change - torch.where(follows.to(x.device).unsqueeze(-1), change[after.to(x.device)], 0)
-    return change - change.roll(-1, time_axis(x, problem))  # the 0 of the first follows the last
+    return change - change.roll(-1, call.time_dim)  # the 0 of the first follows the last
 
 
-def counted(x: Tensor, layer: Layer, problem: Problem, bit: int = STEP) -> Tensor:
+def counted(x: Tensor, call: Call, bit: int = STEP) -> Tensor:
     """Replace steps that do not count by 0, or changes into steps."""
-    time, batch, steps = time_axis(x, problem), batch_axis(x, problem), layer.values.steps
-    if steps is None:
+    if call.steps is None or call.steps.marks is None:
         return x
-    counts = (steps & bit) != 0
+    counts, (time, batch) = (call.steps.marks & bit) != 0, axes_of(x, call.time_dim)
     if batch is None:
         counts = counts.reshape(-1)
     elif batch > time:

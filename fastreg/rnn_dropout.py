@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastreg.arguments import check_coefficient, check_probability
 from fastreg.dropout import drop_and_penalize
-from fastreg.prepare import coefficient, plain, time_given
-from fastreg.problem import ARTAR, Call, Coefficient, is_on
+from fastreg.prepare import Arguments, call_of_raw, coefficient, time_given
+from fastreg.problem import ARTAR, Coefficient, is_on
 
 
 @dataclass(eq=False)  # no NamedTuple: torch 2.11 fails to compile an attached dropout that makes one
@@ -139,10 +139,9 @@ class FusedRNNDropout(nn.Module):
                 "for RNNRegularizer.on_loss_begin, with alpha and beta of this module 0"
             )
         time_at = self.batch_first if self.time_dim is None else self.time_dim
-        call = Call(
-            *(plain(raw), None, plain(self.alpha), plain(self.beta), None, plain(valid), plain(starts)),
-            *(time_at, "mean", True, self.ar_of == "raw"),
-        )
+        place = (self.batch_first, None) if self.time_dim is None else (None, self.time_dim)
+        steps, of_raw = (None, valid, starts), self.ar_of == "raw"
+        call = call_of_raw(Arguments(raw, None, self.alpha, self.beta, *steps, *place, "mean", True, of_raw))
         dropped, penalty, terms = drop_and_penalize(call, self.p if p is None else p)
         dropped = raw if dropped is None else dropped
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code

@@ -98,3 +98,21 @@ def has_values(x: Tensor) -> bool:
 def keeps_memory_low() -> bool:
     """Return whether saved tensors are packed away, as under activation checkpointing and `save_on_cpu`."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def keepable(x: Tensor) -> Tensor:
+    """Return a copy of a tensor made in inference mode, which a backward could not keep."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()
+
+
+def plain(x: Any) -> Any:
+    """Return a tensor without a subclass that only decorates it; everything else is returned unchanged.
+
+    A subclass with a dispatcher of its own is kept, and a compiler sees through the others.
+    """
+    if type(x) is Tensor or not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return x
+    dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
+    return x if dispatches else x.as_subclass(Tensor)

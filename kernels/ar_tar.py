@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from fastreg.kernels.tiling import (
     rows_of,
     store_row,
 )
-from fastreg.kernels.view import Layout, Prediction, Result, Sums, Values, View, allocate
+from fastreg.kernels.view import Layout, Steps, Terms, View, allocate
 
 THREADS = tl.constexpr(tiling.THREADS)
 
@@ -58,6 +59,8 @@ def ar_tar_kernel(
     offsets,
     alpha_at,
     beta_at,
+    alpha: tl.float64,
+    beta: tl.float64,
     raw_outer,
     raw_time,
     mask_outer,
@@ -76,8 +79,6 @@ def ar_tar_kernel(
     run,
     blocks,
     items,
-    alpha: tl.float64,
-    beta: tl.float64,
     ar_scale: tl.float64,
     tar_scale: tl.float64,
     SUM_AR: tl.constexpr,
@@ -129,12 +130,12 @@ def ar_tar_kernel(
     terms                   (2,) out in ACC: ar and tar; None unless they are measured
     steps, offsets          as in `Marks`
     counts                  (2,) int64, how many steps and changes count; None where the scales are known
-    alpha_at, beta_at       () coefficients that take the place of alpha and beta, or None
+    alpha_at, beta_at       () coefficients in memory, or None
+    alpha, beta             coefficients, where they are not in memory
     *_outer, *_time         strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner            outer * inner and inner, in units of ALIGN elements
     time, run               time steps in all, and a run
     blocks, items           blocks of lanes, and items of work: a block over a run each
-    alpha, beta             coefficients
     ar_scale, tar_scale     one over the divisors of the sums
     LOCKED                  the mask does not differ from time step to time step
     ACC                     dtype of differences, products and sums
@@ -279,34 +280,45 @@ class Forward:
     Args:
         view: of the operands: raw and dropped, and gradients that are wanted; or raw, mask, and dropped as memory.
             A mask that is the same at all time steps has a time stride of 0.
-        sums: the sums to compute.
+        terms: the terms to compute.
         device: where the tensors are.
+
+    Attributes:
+        expected: the upstream gradient for which gradients are written, which a `Backward` keeps up to date.
     """
 
-    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        tiling = Tiling(view, sums.dtype)
+    def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
+        tiling = Tiling(view, terms.dtype)
         self.writes = view.operands[4:] != (None, None)
-        self.launch = _launch(tiling, view, sums, device, is_forward=True)
-        self.device, self.programs, self.measured = device, tiling.programs, sums.measured
-        self.expected = Expected(sums.dtype, device)
+        self.launch = _launch(tiling, view, terms, device, is_forward=True)
+        self.device, self.programs, self.measured = device, tiling.programs, terms.measured
+        self.expected = Expected(terms.dtype, device)
         shapes = torch.Size(), torch.Size([2]), torch.Size([3 * tiling.programs])
         self.penalty, self.terms, self.records = (
-            Layout(shape, (1,) * len(shape), sums.dtype, device, aligned=True) for shape in shapes
+            Layout(shape, (1,) * len(shape), terms.dtype, device, aligned=True) for shape in shapes
         )
 
-    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Result:
+    def __call__(
+        self, tensors: Sequence[Tensor | None], alpha: float | Tensor, beta: float | Tensor, steps: Steps | None
+    ) -> tuple[Tensor, Tensor | None, Any]:
         """Compute the penalty; fill dropped, or the gradients for the upstream gradient of the last backward.
 
         Args:
             tensors: as in the view.
-            values: steps and coefficients, those that all calls have.
+            alpha: coefficient of AR, a number or (), as for beta.
+            beta: coefficient of TAR.
+            steps: those that count, or the place of packed rows.
+
+        Returns:
+            The penalty, (); AR and TAR, (2,), if they are measured; and the assumed upstream gradient, for
+            the backward, if gradients were written.
         """
         penalty, terms = allocate(self.penalty), allocate(self.terms) if self.measured else None
         records, ticket = allocate(self.records), ticket_for(self.device, self.programs)
         expected = self.expected.memory() if self.writes else None
-        read = _read(values, self.device)
+        read = _read(alpha, beta, steps, self.device)
         self.launch(*tensors, None, expected, records, ticket, penalty, terms, *read)
-        return Result(penalty, terms, Prediction(records, self.expected) if self.writes else None)
+        return penalty, terms, records if self.writes else None
 
 
 class Backward:
@@ -315,60 +327,67 @@ class Backward:
     Args:
         view: of the operands: raw, mask, arrived and grad_raw; or raw, dropped and their gradients, in the view of the
             forward if that has filled gradients, as a program of the same number must have the same items.
-        sums: those of the forward; a term is off if the penalty has no upstream gradient.
+        terms: those of the forward; none has a gradient if the penalty has no upstream gradient.
         device: where the tensors are.
+        expected: of the forward; None for one that never fills gradients.
     """
 
-    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        tiling, self.device = Tiling(view, sums.dtype), device
+    def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
+        tiling, self.device, self.expected = Tiling(view, terms.dtype), device, expected
         # Code that compares is other code than that of a backward for which nothing was assumed.
-        self.comparing, self.writing = (_launch(tiling, view, sums, device, is_forward=False) for _ in range(2))
+        self.comparing, self.writing = (_launch(tiling, view, terms, device, is_forward=False) for _ in range(2))
 
     def __call__(
         self,
         upstream: Tensor | None,
         tensors: Sequence[Tensor | None],
-        values: Values,
-        prediction: Prediction | None = None,
+        alpha: float | Tensor,
+        beta: float | Tensor,
+        steps: Steps | None,
+        assumed: Tensor | None = None,
     ) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient.
 
         Args:
-            upstream: the gradient of the penalty, () in the dtype of the sums, if it has one.
+            upstream: the gradient of the penalty, () in the dtype of the terms, if it has one.
             tensors: as in the view, but `None` without a gradient.
-            values: those of the forward.
-            prediction: that of the forward's result, if it has filled these gradients.
+            alpha: that of the forward, like beta and steps.
+            beta: see alpha.
+            steps: see alpha.
+            assumed: as the forward returned it, if it has filled these gradients.
         """
-        read = _read(values, self.device)
-        if prediction is None:
+        read = _read(alpha, beta, steps, self.device)
+        if assumed is None or self.expected is None:
             self.writing(*tensors, upstream, None, None, None, None, None, *read)
         else:
-            expected = prediction.expected.learn()
-            self.comparing(*tensors, upstream, expected, prediction.assumed, None, None, None, *read)
+            self.comparing(*tensors, upstream, self.expected.learn(), assumed, None, None, None, *read)
 
-    def holds(self, upstream: Tensor, prediction: Prediction) -> bool:
+    def holds(self, upstream: Tensor, assumed: Tensor) -> bool:
         """Return `False`: only the device can compare, and the host does not wait for it."""
         return False
 
 
-def _read(values: Values, device: torch.device) -> Values:
-    """Return values on the device: the offsets of packed rows are on the CPU until a launch needs them."""
-    if values.offsets is None:
-        return values
-    return values._replace(offsets=values.offsets.to(device, non_blocking=True))
+def _read(alpha: float | Tensor, beta: float | Tensor, steps: Steps | None, device: torch.device) -> Sequence[Any]:
+    """Return steps and coefficients as the kernel takes them, each coefficient in memory or as a number."""
+    marks, counts, offsets = (None, None, None) if steps is None else steps
+    if offsets is not None:  # which are on the CPU until a launch needs them
+        offsets = offsets.to(device, non_blocking=True)
+    alpha_at, alpha = (None, alpha) if type(alpha) is float else (alpha, 1.0)
+    beta_at, beta = (None, beta) if type(beta) is float else (beta, 1.0)
+    return marks, counts, offsets, alpha_at, beta_at, alpha, beta
 
 
-def _launch(tiling: Tiling, view: View, sums: Sums, device: torch.device, is_forward: bool) -> Launch:
+def _launch(tiling: Tiling, view: View, terms: Terms, device: torch.device, is_forward: bool) -> Launch:
     """Prepare a launch of the kernel, forward or backward."""
-    mask, (ar, tar) = view.operands.mask, sums.gradients
-    writes = view.operands[4:] != (None, None)
+    mask, writes = view.operands.mask, view.operands[4:] != (None, None)
     constants = {
-        "SUM_AR": is_forward and sums.ar and (sums.ar_of_raw or view.operands.dropped is not None),
-        "SUM_TAR": is_forward and sums.tar and view.operands.raw is not None,
-        "GRAD_AR": writes and ar,
-        "GRAD_TAR": writes and tar,
-        "AR_OF_RAW": sums.ar_of_raw and sums.ar,
+        "SUM_AR": is_forward and terms.ar and (terms.ar_of_raw or view.operands.dropped is not None),
+        "SUM_TAR": is_forward and terms.tar and view.operands.raw is not None,
+        "GRAD_AR": writes and terms.by_ar,
+        "GRAD_TAR": writes and terms.by_tar,
+        "AR_OF_RAW": terms.ar_of_raw and terms.ar,
         "LOCKED": mask is not None and (view.time == 1 or mask.time == 0),
         **tiling.constants,
     }
-    return Launch(ar_tar_kernel, (*tiling.numbers, *sums.weights), constants, tiling.programs, device)
+    scales = [1 / divisor for divisor in terms.divisors]
+    return Launch(ar_tar_kernel, (*tiling.numbers, *scales), constants, tiling.programs, device)

@@ -28,9 +28,6 @@
 
 namespace {
 
-/// Return the coefficient in memory, if there is one, else that of the plan.
-double coefficient(double planned, const void *at, int32_t dtype) { return at ? number(at, dtype) : planned; }
-
 /// Multiply a term by its coefficient; one that is 0 leaves it out, even if it is infinite or NaN.
 double weighted(double coefficient, double term) { return coefficient == 0 ? 0 : coefficient * term; }
 
@@ -38,9 +35,7 @@ double weighted(double coefficient, double term) { return coefficient == 0 ? 0 :
 void finish(const Plan &plan, const Counted &counted, Partials sums, const Addresses &memory) {
     const int32_t dtype = plan.compute_dtype;
     const double ar = sums.ar / counted.ar_divisor, tar = sums.tar / counted.tar_divisor;
-    const double penalty = weighted(coefficient(plan.alpha, memory.alpha, dtype), ar) +
-                           weighted(coefficient(plan.beta, memory.beta, dtype), tar);
-    store(memory.penalty, 0, penalty, dtype);
+    store(memory.penalty, 0, weighted(memory.alpha, ar) + weighted(memory.beta, tar), dtype);
     if (!memory.terms) return;
     store(memory.terms, 0, ar, dtype);
     store(memory.terms, 1, tar, dtype);
@@ -51,11 +46,9 @@ Factors factors(const Plan &plan, const Counted &counted, const Addresses &memor
     const void *const upstream_at = memory.penalty ? memory.assumed : memory.upstream;
     if (!upstream_at) return {0, 0};
     const auto plain = [](double x) { return x == x ? x : std::nan(""); };  // a NaN that survives any rounding
-    const int32_t dtype = plan.compute_dtype;
-    const double upstream = number(upstream_at, dtype);
-    const double alpha = coefficient(plan.alpha, memory.alpha, dtype);
-    const double beta = coefficient(plan.beta, memory.beta, dtype);
-    return {plain(upstream * (2 * alpha / counted.ar_divisor)), plain(upstream * (2 * beta / counted.tar_divisor))};
+    const double upstream = number(upstream_at, plan.compute_dtype);
+    return {plain(upstream * (2 * memory.alpha / counted.ar_divisor)),
+            plain(upstream * (2 * memory.beta / counted.tar_divisor))};
 }
 
 /// Form the sums, write dropped if a forward has a mask, and write the gradients that have memory.

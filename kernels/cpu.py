@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import NOTHING, Operands, Prediction, Result, Sums, Values, View
+from fastreg.kernels.view import Operands, Steps, Terms, View
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 # The libraries, the best first: the level of x86-64 that each needs, and the processors that have it.
@@ -39,18 +39,20 @@ class Forward:
     It is built and called as `fastreg.kernels.ar_tar.Forward`.
     """
 
-    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
+    def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
         self.writes = view.operands[4:] != (None, None)
-        self.launch = _Launch(library().forward, _plan(view, sums, is_forward=True))
-        self.dtype, self.measured, self.expected = sums.dtype, sums.measured, Expected(sums.dtype)
+        self.launch = _Launch(library().forward, _plan(view, terms, is_forward=True))
+        self.dtype, self.measured, self.expected = terms.dtype, terms.measured, Expected(terms.dtype)
 
-    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Result:
+    def __call__(
+        self, tensors: Sequence[Tensor | None], alpha: float | Tensor, beta: float | Tensor, steps: Steps | None
+    ) -> tuple[Tensor, Tensor | None, Any]:
         """Compute the penalty; fill dropped, or the gradients for the upstream gradient of the last backward."""
         assumed = self.expected.gradient if self.writes else None
         penalty = torch.empty((), dtype=self.dtype, device="cpu")
         terms = torch.empty((2,), dtype=self.dtype, device="cpu") if self.measured else None
-        self.launch(*tensors, None, assumed, *_read(values, self.dtype), penalty, terms)
-        return Result(penalty, terms, None if assumed is None else Prediction(assumed, self.expected))
+        self.launch((*tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms), alpha, beta)
+        return penalty, terms, assumed
 
 
 class Backward:
@@ -59,41 +61,43 @@ class Backward:
     It is built and called as `fastreg.kernels.ar_tar.Backward`.
     """
 
-    def __init__(self, view: View, sums: Sums, device: torch.device) -> None:
-        self.launch, self.dtype = _Launch(library().backward, _plan(view, sums, is_forward=False)), sums.dtype
+    def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
+        self.launch = _Launch(library().backward, _plan(view, terms, is_forward=False))
+        self.dtype, self.expected = terms.dtype, expected
 
     def __call__(
         self,
         upstream: Tensor | None,
         tensors: Sequence[Tensor | None],
-        values: Values,
-        prediction: Prediction | None = None,
+        alpha: float | Tensor,
+        beta: float | Tensor,
+        steps: Steps | None,
+        assumed: Tensor | None = None,
     ) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
-        assumed = None if prediction is None else prediction.assumed
-        writes = self.launch(*tensors, upstream, assumed, *_read(values, self.dtype), None, None)
-        if writes and prediction is not None:  # which only a penalty with an upstream gradient has
-            prediction.expected.learn(upstream)
+        writes = self.launch((*tensors, upstream, assumed, *(steps or _NO_STEPS), None, None), alpha, beta)
+        if writes and assumed is not None and self.expected is not None:
+            self.expected.learn(upstream)
 
-    def holds(self, upstream: Tensor, prediction: Prediction) -> bool:
+    def holds(self, upstream: Tensor, assumed: Tensor) -> bool:
         """Return whether the forward has filled the gradients for this upstream gradient, to the bit."""
         bits = torch.int64 if self.dtype == torch.float64 else torch.int32
-        return prediction.assumed.view(bits).equal(upstream.view(bits))
+        return assumed.view(bits).equal(upstream.view(bits))
 
 
-class Steps:
-    """Mark and count the time steps of sequences, as `fastreg.kernels.steps.Steps` does."""
+class Marker:
+    """Mark and count the time steps of sequences, as `fastreg.kernels.steps.Marker` does."""
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         self.shape, self.mark = shape, library().mark_steps
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the steps and counts of `Values`."""
+        """Return the marks and counts of `Steps`."""
         steps = torch.empty(self.shape, dtype=torch.uint8, device="cpu")
         counts = torch.empty((2,), dtype=torch.int64, device="cpu")
         if lengths is not None:
             lengths = lengths.long()
-        self.mark(_addresses(lengths, valid, starts, steps, counts), *self.shape)
+        self.mark(_pack_marking(*_addresses(lengths, valid, starts, steps, counts)), *self.shape)
         return steps, counts
 
 
@@ -181,7 +185,7 @@ def sources(folder: Path) -> int:
 
 def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
     """Check that the library was built from this source, and declare its functions to ctypes."""
-    expected = [ctypes.sizeof(_Plan), _ADDRESSES * ctypes.sizeof(c_void_p)]
+    expected = [ctypes.sizeof(_Plan), _ADDRESSES * ctypes.sizeof(c_void_p) + 2 * ctypes.sizeof(c_double)]
     try:
         built = list((c_int64 * len(expected)).in_dll(library, "structure_sizes"))
         built_from = c_uint64.in_dll(library, "sources").value
@@ -228,44 +232,38 @@ class _Plan(Structure):
     _fields_ = [
         ("sizes", _Sizes),
         *((name, _Strides) for name in Operands._fields),
-        *((name, c_double) for name in ("ar_divisor", "tar_divisor", "alpha", "beta")),
+        *((name, c_double) for name in ("ar_divisor", "tar_divisor")),
         *((name, c_int32) for name in ("raw_dtype", "dropped_dtype", "compute_dtype")),
         *((name, c_int32) for name in ("sum_ar", "sum_tar", "grad_ar", "grad_tar", "ar_of_raw")),
     ]
 
 
-# Addresses that C takes: of the operands, upstream, assumed, values, penalty and terms.
-_ADDRESSES = len(Operands._fields) + 2 + len(Values._fields) + 2
-_NO_VALUES = (None,) * len(Values._fields)
+# Addresses that C takes, before two coefficients: of the operands, upstream, assumed, steps, penalty and terms.
+_ADDRESSES = len(Operands._fields) + 2 + len(Steps._fields) + 2
+_NO_STEPS = Steps()
 
 
-def _plan(view: View, sums: Sums, is_forward: bool) -> _Plan:
+def _plan(view: View, terms: Terms, is_forward: bool) -> _Plan:
     """Describe a call to C."""
     raw, _, _, dropped, *gradients = view.operands
     strides = [(0, 0) if x is None else (x.outer, x.time) for x in view.operands]
     dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (raw, dropped)]
-    ar, tar = sums.gradients if gradients != [None, None] else (False, False)
-    switches = is_forward and sums.ar, is_forward and sums.tar, ar, tar, sums.ar_of_raw and sums.ar
-    return _Plan(view[:3], *strides, *sums.divisors, *sums.weights[:2], *dtypes, _DTYPES[sums.dtype], *switches)
+    has_gradients = gradients != [None, None]
+    switches = (
+        *(is_forward and terms.ar, is_forward and terms.tar),
+        *(has_gradients and terms.by_ar, has_gradients and terms.by_tar),
+        terms.ar_of_raw and terms.ar,
+    )
+    return _Plan(view[:3], *strides, *terms.divisors, *dtypes, _DTYPES[terms.dtype], *switches)
 
 
-def _read(values: Values, dtype: torch.dtype) -> Sequence[Tensor | None]:
-    """Return values as C reads them: coefficients in the dtype of the computation."""
-    if values is NOTHING:
-        return _NO_VALUES
-    steps, counts, offsets, alpha, beta = values
-    return steps, counts, offsets, *(None if x is None else x.to(dtype) for x in (alpha, beta))
+def _addresses(*tensors: Tensor | None) -> Sequence[int]:
+    """Return the addresses of tensors, 0 for `None`."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
-@cache
-def _packer(count: int) -> Any:
-    """Return the function that packs so many addresses, which takes a third of the time of a ctypes structure."""
-    return Struct(f"{count}P").pack
-
-
-def _addresses(*tensors: Tensor | None) -> bytes:
-    """Pack the addresses of tensors, 0 for `None`."""
-    return _packer(len(tensors))(*[0 if x is None else x.data_ptr() for x in tensors])
+# A third of the time of a ctypes structure
+_pack_marking, _pack = Struct("5P").pack, Struct(f"{_ADDRESSES}P2d").pack
 
 
 class _Launch:
@@ -274,6 +272,7 @@ class _Launch:
     def __init__(self, function: Any, plan: _Plan) -> None:
         self.function, self.plan = function, byref(plan)
 
-    def __call__(self, *tensors: Tensor | None) -> int:
-        """Hand over the addresses of tensors, which live as long as the call; return the function's result."""
-        return self.function(self.plan, _addresses(*tensors), torch.get_num_threads())
+    def __call__(self, tensors: Sequence[Tensor | None], alpha: float | Tensor, beta: float | Tensor) -> int:
+        """Hand over coefficients and addresses of tensors, which live as long as the call; return the result."""
+        alpha, beta = (x if type(x) is float else x.item() for x in (alpha, beta))  # pyright: ignore
+        return self.function(self.plan, _pack(*_addresses(*tensors), alpha, beta), torch.get_num_threads())

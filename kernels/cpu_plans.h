@@ -21,13 +21,13 @@ struct Plan {
     Sizes sizes;  // outer: sequences, of packed rows, too
     Strides raw, mask, arrived, dropped, grad_raw, grad_dropped;
     double ar_divisor, tar_divisor;  // of the sums, in calls without counts
-    double alpha, beta;
     int32_t raw_dtype, dropped_dtype, compute_dtype;  // raw's is that of mask and arrived, too
     int32_t sum_ar, sum_tar, grad_ar, grad_tar;       // whether each term is summed, and has a gradient
     int32_t ar_of_raw;                                // AR is that of raw
 };
 
-/// Its memory. A null pointer is a term that is off, a gradient that is not needed, or a value that is not asked for.
+/// Its memory and its coefficients. A null pointer is a term that is off, a gradient that is not needed, or a value that
+/// is not asked for.
 struct Addresses {
     const void *raw, *mask;
     const void *arrived;  // a gradient that arrives at dropped, or at raw without a mask
@@ -38,8 +38,8 @@ struct Addresses {
     const uint8_t *steps;      // (outer, time): bit 0 if a step counts, bit 1 if the change into it does; null: all do
     const int64_t *counts;     // (2,): how many steps and changes count; null where the divisors are known
     const int64_t *offsets;    // (1 + time,): where each time step of packed rows begins; null unless packed
-    const void *alpha, *beta;  // () like upstream; they take the place of the plan's, or null
     void *penalty, *terms;     // (), and (2,) ar and tar, like upstream; no penalty in a backward
+    double alpha, beta;        // coefficients
 };
 
 /// The memory of `mark_steps`.

@@ -20,8 +20,9 @@ class Launch:
     `None`.
 
     Args:
-        kernel: a jit function, whose parameters are tensors, numbers and compile-time constants, in this order.
-        arguments: numbers that follow the tensors.
+        kernel: a jit function. Its parameters are values that a call brings, tensors and numbers; numbers that stay the
+            same; and compile-time constants, in this order.
+        arguments: the numbers that stay the same.
         constants: compile-time arguments by name.
         programs: how many to launch.
         device: where the tensors are.
@@ -37,17 +38,17 @@ class Launch:
         constexprs = [constants[name] for name in kernel.arg_names if name in constants]
         self.rest = (*arguments, *constexprs)  # the compiled code takes all by position
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *values: Tensor | float | None) -> None:
         """Launch on the current stream of the device."""
         if self.index is None or self.index == torch.accelerator.current_device_index():
-            self._launch(tensors)
+            self._launch(values)
         else:
             with torch.accelerator.device_index(self.index):  # Triton launches on the current device
-                self._launch(tensors)
+                self._launch(values)
 
-    def _launch(self, tensors: tuple[Tensor | None, ...]) -> None:
+    def _launch(self, values: tuple[Tensor | float | None, ...]) -> None:
         if self.run is None:
-            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            compiled = self.kernel[self.grid](*values, *self.numbers, **self.constants)
             if compiled is not None:  # the interpreter has no compiled code, and comes here every time
                 self.compiled, self.code = compiled, (compiled.function, compiled.packed_metadata)
                 self.run = compiled.run
@@ -55,8 +56,8 @@ class Launch:
         stream, metadata = driver.active.get_current_stream(self.index or 0), None
         before, after = _hook(knobs.runtime.launch_enter_hook), _hook(knobs.runtime.launch_exit_hook)
         if before is not None:  # a profiler asks which kernel is launched
-            metadata = self.compiled.launch_metadata(self.grid, stream, *tensors, *self.rest)
-        self.run(*self.grid, stream, *self.code, metadata, before, after, *tensors, *self.rest)
+            metadata = self.compiled.launch_metadata(self.grid, stream, *values, *self.rest)
+        self.run(*self.grid, stream, *self.code, metadata, before, after, *values, *self.rest)
 
 
 def _hook(hook: Any) -> Any:

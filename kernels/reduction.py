@@ -24,7 +24,7 @@ class Weights(NamedTuple):
     """The factors of the two sums, inside a kernel: float64 numbers, or pointers to them.
 
     alpha, beta          coefficients
-    alpha_at, beta_at    pointers to scalars that take the place of the coefficients, or None
+    alpha_at, beta_at    pointers to coefficients in memory, which take the place of the numbers, or None
     ar_scale, tar_scale  one over the divisors, unless they are counted
     counts               pointer to (2,) int64, how many steps and changes count, or None
     hidden               elements a time step of a sequence

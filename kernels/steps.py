@@ -85,7 +85,7 @@ def steps_kernel(
             tl.store(counts + i, tl.sum(tl.load(at, mask=columns < programs, other=0, cache_modifier=".cg")))
 
 
-class Steps:
+class Marker:
     """Mark and count the time steps of sequences, once for all launches of a call.
 
     Args:
@@ -106,7 +106,7 @@ class Steps:
         )
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the steps and counts of `Values`.
+        """Return the marks and counts of `Steps`.
 
         Args:
             lengths: `(sequences,)` integers on the device: how many time steps count; `None` for all.

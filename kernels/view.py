@@ -1,4 +1,4 @@
-"""The records that every backend shares: layouts of tensors, sums, values and results of a call."""
+"""The records that every backend shares: how tensors lie, the terms of a penalty, the time steps that count."""
 
 from __future__ import annotations
 
@@ -70,77 +70,36 @@ class View(NamedTuple):
     operands: Operands
 
 
-class Sums(NamedTuple):
-    """The two sums of squares, and their factors.
+class Terms(NamedTuple):
+    """The terms of a penalty, whatever its coefficients are.
 
-    dtype        of differences, squares and sums, and of the penalty
-    alpha, beta  coefficients of AR and TAR; None for one that each call brings as a tensor
-    ar, tar      whether each term is formed, or in a backward has a gradient
-    ar_of_raw    AR is the mean square of raw, not of dropped
-    divisors     of the two sums, in calls without counts
-    measured     the terms are written beside the penalty
+    dtype          of differences, squares and sums, and of the penalty
+    ar, tar        whether each term is formed
+    by_ar, by_tar  whether each term is in the penalty, and has a gradient: one that is only measured has none
+    ar_of_raw      AR is the mean square of raw, not of dropped
+    divisors       of the two sums; 1 and 1 in calls with counts
+    measured       the terms are written beside the penalty
     """
 
     dtype: torch.dtype
-    alpha: float | None
-    beta: float | None
     ar: bool
     tar: bool
+    by_ar: bool
+    by_tar: bool
     ar_of_raw: bool
     divisors: tuple[int, int] = (1, 1)
     measured: bool = True
 
-    @property
-    def weights(self) -> tuple[float, float, float, float]:
-        """The coefficients, 1 for one that is not known here, and one over the divisors."""
-        alpha, beta = (1.0 if x is None else x for x in (self.alpha, self.beta))
-        return alpha, beta, 1 / self.divisors[0], 1 / self.divisors[1]
 
-    @property
-    def gradients(self) -> tuple[bool, bool]:
-        """Whether AR and TAR have gradients: a term with a coefficient of 0 is measured without one."""
-        return self.ar and self.alpha != 0, self.tar and self.beta != 0
+class Steps(NamedTuple):
+    """The time steps that count, or the place of packed rows. Calls in which all steps count have none.
 
-
-class Values(NamedTuple):
-    """Tensors that a call reads beside activations, each None where there is none.
-
-    steps        (outer, time) uint8 on the device of the activations: bit 0 if a time step counts, bit 1 if the change
-                 into it does; None if all do
-    counts       (2,) int64 beside steps: how many of each; None where sums are not divided
-    offsets      (1 + time,) int64 on the CPU, of packed rows: where each time step begins, and how many rows there are
-    alpha, beta  () coefficients in a floating-point dtype, on the device of the activations
+    marks    (outer, time) uint8 on the device of the activations: bit 0 if a time step counts, bit 1 if the change into
+             it does; None of packed rows
+    counts   (2,) int64 beside marks: how many of each; None where sums are not divided
+    offsets  (1 + time,) int64 on the CPU, of packed rows: where each time step begins, and how many rows there are
     """
 
-    steps: Tensor | None = None
+    marks: Tensor | None = None
     counts: Tensor | None = None
     offsets: Tensor | None = None
-    alpha: Tensor | None = None
-    beta: Tensor | None = None
-
-
-NOTHING = Values()
-
-
-class Prediction(NamedTuple):
-    """The upstream gradient that a forward wrote gradients for, and where the next forward of the plan finds its own.
-
-    assumed   memory that the backward compares the upstream gradient with
-    expected  of the backend: kept by the plan, and changed by a backward whose upstream gradient is another one
-    """
-
-    assumed: Tensor
-    expected: Any
-
-
-class Result(NamedTuple):
-    """The results of a forward, in the dtype of the sums, on the device of the tensors.
-
-    penalty     (): alpha * AR + beta * TAR
-    terms       (2,): AR and TAR; None unless they are measured
-    prediction  the assumption of written gradients; None if none were written
-    """
-
-    penalty: Tensor
-    terms: Tensor | None
-    prediction: Prediction | None

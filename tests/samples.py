@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.problem import Problem
+from fastreg.problem import Call
 
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -86,9 +86,14 @@ class Sample:
         parts += [] if (self.alpha, self.beta) == (2.0, 1.0) else [f"alpha{self.alpha:g}", f"beta{self.beta:g}"]
         return "-".join(parts + ([] if self.reduction == "mean" else [self.reduction]))
 
-    @property
-    def problem(self) -> Problem:
-        return Problem(self.alpha, self.beta, -2 if self.batch_first else 0, self.reduction, measured=True)
+    def call(self, raw: Tensor, dropped: Tensor | None = None, **options: Any) -> Call:
+        """The call of a layer; AR is of raw where dropped is raw, or is not there."""
+        of_raw = dropped is None or dropped is raw
+        axis = -2 if self.batch_first else -raw.dim()
+        dtype = DOUBLE if DOUBLE in [x.dtype for x in (raw, dropped) if x is not None] else FLOAT
+        given = {"time_dim": axis, "reduction": self.reduction, "measured": True, "ar_of_raw": of_raw, "dtype": dtype}
+        coefficients = {"alpha": self.alpha, "beta": self.beta}
+        return Call(raw, None if of_raw else dropped, **coefficients | given | options)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from fastreg.addition import Addition
-from fastreg.kernels.view import NOTHING, Values
-from fastreg.problem import Layer, divisors
+from fastreg.kernels.view import Steps
+from fastreg.problem import Call, divisors
 from fastreg.reference import ar_tar_gradients, counted, marked
 from tests.conftest import skip_on_formula
 from tests.exact import eps, rounding
@@ -37,8 +37,13 @@ def expanded_number(x: Tensor) -> Tensor:
     return x.flatten()[:1].reshape([1] * x.dim()).expand_as(x)
 
 
-def values_of(sample: Sample, kind: str, device: str) -> Values:
-    """The steps that count of a sample, from lengths or valid, as a layer has them."""
+def call_of(raw: Tensor) -> Call:
+    """The call of raw alone, of both terms."""
+    return Sample().call(raw)
+
+
+def steps_of(sample: Sample, kind: str, device: str) -> Steps | None:
+    """The steps that count of a sample, from lengths or valid, as a call has them."""
     batch = 1 if len(sample.shape) == 2 else sample.shape[1 - sample.time_dim]
     time = sample.shape[sample.time_dim]
     generator, marks = torch.Generator().manual_seed(1), None
@@ -48,7 +53,7 @@ def values_of(sample: Sample, kind: str, device: str) -> Values:
     if kind == "valid":
         valid = (torch.rand(batch, time, generator=generator) < 0.7).to(device)
         marks = marked((batch, time), None, valid, None)
-    return NOTHING if marks is None else Values(marks[0], marks[1] if sample.reduction == "mean" else None)
+    return None if marks is None else Steps(marks[0], marks[1] if sample.reduction == "mean" else None)
 
 
 # Each sample with each of the terms, of the steps that count, and of the layouts of the gradient that arrives, but not
@@ -70,68 +75,63 @@ def test_the_sum(sample: Sample, terms: str, steps: str, arrange: Any, device: s
     if dtype in (HALF, BF16):
         skip_on_formula(device)
     raw = sample.leaves(device)[0].detach()
-    problem = sample.problem._replace(ar_of_raw=True)
-    problem = problem._replace(alpha=0.0 if terms == "tar" else 2.0, beta=0.0 if terms == "ar" else 1.5)
-    layer = Layer(raw, None, values_of(sample, steps, device))
-    padding = counted(torch.ones_like(raw), layer, problem) == 0
+    coefficients: Any = {"alpha": 0.0 if terms == "tar" else 2.0, "beta": 0.0 if terms == "ar" else 1.5}
+    call = sample.call(raw, **coefficients, steps=steps_of(sample, steps, device), measured=False)
+    padding = counted(torch.ones_like(raw), call) == 0
     if sample.layouts[0].__name__ not in ("expanded", "overlapping"):  # whose elements share memory
         raw.masked_fill_(padding, torch.inf)
     upstream = torch.tensor(300.0, device=device, dtype=torch.promote_types(dtype, FLOAT))
     arrived = arrange(torch.randn(raw.shape, device=device).to(dtype))
     with torch.no_grad():  # as in a backward
-        got = Addition(layer, problem)(upstream, layer, arrived)
-    penalty, _ = ar_tar_gradients(upstream.double(), layer._replace(raw=raw.double()), problem.penalized())
+        got = Addition(call)(upstream, call, arrived)
+    penalty, _ = ar_tar_gradients(upstream.double(), call._replace(raw=raw.double()))
     assert penalty is not None
     assert got.dtype == dtype
     assert torch.equal(got[padding], arrived[padding])
     # Four products at most are rounded before they cancel.
-    coefficients: Any = problem.alpha, problem.beta
-    factors = [300 * 2 * c / n for c, n in zip(coefficients, divisors(layer, problem), strict=True)]
+    factors = [300 * 2 * c / n for c, n in zip(coefficients.values(), divisors(call), strict=True)]
     largest = 4 * float(max(factors)) * torch.where(padding, 0, raw).double().abs().max().item()
     want = arrived.double() + penalty
     torch.testing.assert_close(got.double(), want, rtol=rounding(got), atol=4 * eps(dtype) * largest)
 
 
 def test_it_is_differentiable_where_pytorch_sees_it(device: str) -> None:
-    problem = ONE_TENSOR[0].problem._replace(ar_of_raw=True)
     raw, arrived = (torch.randn(2, 3, 4, device=device, dtype=DOUBLE, requires_grad=True) for _ in range(2))
     upstream = torch.tensor(2.0, device=device, dtype=DOUBLE, requires_grad=True)
-    addition = Addition(Layer(raw, None), problem)
-    assert gradcheck(lambda a, u, r: addition(u, Layer(r, None), a), (arrived, upstream, raw))
+    addition = Addition(call_of(raw))
+    assert gradcheck(lambda a, u, r: addition(u, call_of(r), a), (arrived, upstream, raw))
     with pytest.raises(RuntimeError, match="second derivatives need an activation that was freed"):
-        addition(upstream, Layer(raw.detach(), None), arrived)
+        addition(upstream, call_of(raw.detach()), arrived)
 
 
 def test_each_layout_is_read_as_it_lies(device: str) -> None:
     """A hook on saved tensors may lay out the activations anew."""
-    problem = ONE_TENSOR[0].problem._replace(ar_of_raw=True)
     values, gradient = torch.randn(2, 3, 7, 12, device=device)
-    upstream, addition = torch.ones((), device=device), Addition(Layer(values, None), problem)
+    upstream, addition = torch.ones((), device=device), Addition(call_of(values))
     with torch.no_grad():
-        want = addition(upstream, Layer(values, None), gradient)
+        want = addition(upstream, call_of(values), gradient)
         for lay, arrange in product((contiguous, transposed, hidden_first, every_other), repeat=2):
-            assert torch.equal(addition(upstream, Layer(lay(values), None), arrange(gradient)), want)
+            assert torch.equal(addition(upstream, call_of(lay(values)), arrange(gradient)), want)
 
 
 def test_a_negated_view_is_read_with_its_sign(device: str) -> None:
-    problem = ONE_TENSOR[0].problem._replace(ar_of_raw=True)
     raw = torch._neg_view(torch.randn(2, 3, 4, device=device))  # dense, so that no copy resolves the sign
     assert raw.is_neg()
     arrived, upstream = torch.zeros(2, 3, 4, device=device), torch.ones((), device=device)
-    layer, plain = Layer(raw, None), Layer(raw.resolve_neg(), None)
+    call, plain = call_of(raw), call_of(raw.resolve_neg())
     with torch.no_grad():
-        got = Addition(layer, problem)(upstream, layer, arrived)
-        want = Addition(plain, problem)(upstream, plain, arrived)
+        got = Addition(call)(upstream, call, arrived)
+        want = Addition(plain)(upstream, plain, arrived)
     torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, HALF], ids=str)
 def test_an_upstream_gradient_of_another_dtype(dtype: torch.dtype, device: str) -> None:
     raw, arrived = torch.randn(2, 2, 3, 4, device=device)
-    layer = Layer(raw, None)
-    addition = Addition(layer, ONE_TENSOR[0].problem._replace(ar_of_raw=True))
+    call = call_of(raw)
+    addition = Addition(call)
     with torch.no_grad():
-        got, want = (addition(torch.tensor(3.0, device=device, dtype=x), layer, arrived) for x in (dtype, FLOAT))
+        got, want = (addition(torch.tensor(3.0, device=device, dtype=x), call, arrived) for x in (dtype, FLOAT))
     assert torch.equal(got, want)
 
 
@@ -140,12 +140,11 @@ def test_an_upstream_gradient_of_another_dtype(dtype: torch.dtype, device: str) 
 def test_packed_rows(hidden: int, dtype: torch.dtype, device: str) -> None:
     offsets = torch.tensor([0, 4, 8, 11, 12, 13])
     raw, arrived = torch.randn(2, 13, hidden, device=device).to(dtype)
-    layer = Layer(raw, None, Values(offsets=offsets))
-    problem = ONE_TENSOR[0].problem._replace(ar_of_raw=True)
+    call = call_of(raw)._replace(steps=Steps(offsets=offsets))
     upstream = torch.tensor(30.0, device=device)
     with torch.no_grad():
-        got = Addition(layer, problem)(upstream, layer, arrived)
-    penalty, _ = ar_tar_gradients(upstream.double(), layer._replace(raw=raw.double()), problem.penalized())
+        got = Addition(call)(upstream, call, arrived)
+    penalty, _ = ar_tar_gradients(upstream.double(), call._replace(raw=raw.double()))
     assert penalty is not None
     want = arrived.double() + penalty
     torch.testing.assert_close(got.double(), want, rtol=rounding(got), atol=8 * eps(dtype) * float(penalty.abs().max()))

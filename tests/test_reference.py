@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Values
-from fastreg.problem import Layer, Problem, divisors
+from fastreg.kernels.view import Steps
+from fastreg.problem import Call, divisors
 from fastreg.reference import ar_tar, ar_tar_gradients, marked
 from tests.exact import truth
 from tests.samples import DOUBLE, SAMPLES, Sample
@@ -17,23 +17,22 @@ from tests.samples import DOUBLE, SAMPLES, Sample
 def test_values(sample: Sample) -> None:
     leaves = sample.leaves("cpu", DOUBLE)
     want = truth(*leaves, sample.alpha, sample.beta, **sample.options)
-    torch.testing.assert_close([*ar_tar(Layer(*leaves), sample.problem)], [*want])
+    torch.testing.assert_close([*ar_tar(sample.call(*leaves))], [*want])
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_gradients_are_those_of_autograd(sample: Sample) -> None:
     leaves = sample.leaves("cpu", DOUBLE)
-    problem = sample.problem._replace(measured=False, ar_of_raw=sample.same)
+    call = sample.call(*leaves, measured=False)
     grad = torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)
-    given = leaves[:1] if sample.same else leaves
-    written_out = ar_tar_gradients(grad, Layer(*given, *[None] * (2 - len(given))), problem)
+    written_out = ar_tar_gradients(grad, call)
     got, inputs = zip(*((g, x) for g, x in zip(written_out, leaves, strict=True) if g is not None), strict=True)
-    torch.testing.assert_close(got, torch.autograd.grad(ar_tar(Layer(*leaves), problem).penalty, inputs, grad))
+    torch.testing.assert_close(got, torch.autograd.grad(ar_tar(call).penalty, inputs, grad))
 
 
 def test_gradients_of_half_precision_are_formed_in_float32() -> None:
     raw = torch.tensor([4e4, -4e4]).repeat(4).reshape(1, 8, 1)
-    got, want = (ar_tar_gradients(torch.tensor(1.0), Layer(x, None), Problem(0.0, 1.0))[0] for x in (raw.half(), raw))
+    got, want = (ar_tar_gradients(torch.tensor(1.0), Call(x, None, 0.0, 1.0))[0] for x in (raw.half(), raw))
     assert got is not None
     assert want is not None
     assert torch.equal(got, want)
@@ -44,17 +43,16 @@ def test_gradients_of_half_precision_are_formed_in_float32() -> None:
 )
 def test_lengths_of_few_bits_and_out_of_range(lengths: Tensor) -> None:
     """Compiled code cannot look at them, and clamps them."""
-    values = Values(*marked((2, 3), lengths, None, None))
-    counts = divisors(Layer(torch.zeros(2, 3, 100), None, values), Problem(2.0, 1.0))
+    counts = divisors(Call(torch.zeros(2, 3, 100), None, 2.0, 1.0, Steps(*marked((2, 3), lengths, None, None))))
     assert [int(n) for n in counts] == [300, 200]
 
 
 def test_what_cancels_in_half_precision() -> None:
     """Two gradients that float16 has no numbers for."""
     x = torch.tensor([[[1.0], [1000.0]]]).half().requires_grad_()
-    problem = Problem(99900.0, 100.0, reduction="sum", ar_of_raw=True)
-    (gradient,) = torch.autograd.grad(ar_tar(Layer(x, None), problem).penalty, x)
+    call = Call(x, None, 99900.0, 100.0, reduction="sum", ar_of_raw=True)
+    (gradient,) = torch.autograd.grad(ar_tar(call).penalty, x)
     assert gradient[0, 0] == 0
-    written_out, _ = ar_tar_gradients(torch.tensor(1.0), Layer(x, None), problem)
+    written_out, _ = ar_tar_gradients(torch.tensor(1.0), call)
     assert written_out is not None
     assert written_out[0, 0] == 0

@@ -1,4 +1,4 @@
-"""The values that a call reads beside activations, as the kernels get them."""
+"""The time steps that count, as the kernels get them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from fastreg import ARTAR
 from fastreg.backends import backend_for
-from fastreg.kernels.view import Operand, Operands, Sums, Values, View
-from fastreg.prepare import values_of
-from fastreg.problem import Call, Problem
+from fastreg.kernels.view import Operand, Operands, Steps, Terms, View
+from fastreg.prepare import Arguments, calls_of
 from fastreg.reference import marked
 from tests.conftest import skip_on_formula
 from tests.exact import assert_terms, exact, truth
@@ -27,13 +26,13 @@ def test_lengths_that_cannot_be_looked_at_are_clamped(device: str) -> None:
     raw, dropped = activations(valid, FLOAT, FLOAT)
     lengths = torch.tensor([n if 0 < n < 9 else -3 if n == 0 else 2**40 for n in valid.sum(1).tolist()], device=device)
     one = Operand(FLOAT, 9 * 12, 12)
-    sums = Sums(FLOAT, ALPHA, BETA, ar=True, tar=True, ar_of_raw=False)
+    terms = Terms(FLOAT, ar=True, tar=True, by_ar=True, by_tar=True, ar_of_raw=False)
     backend = backend_for(raw.device)
     assert backend is not None
-    forward = backend.forward(View(6, 9, 12, Operands(raw=one, dropped=one)), sums, raw.device)
-    values = Values(*backend.steps((6, 9), raw.device)(lengths, None, None))
-    got = forward(Operands(raw=raw, dropped=dropped), values)
-    assert_terms(ARTAR(got.penalty, *got.terms), truth(exact(raw), exact(dropped), ALPHA, BETA, valid=valid), FLOAT)
+    forward = backend.forward(View(6, 9, 12, Operands(raw=one, dropped=one)), terms, raw.device)
+    steps = Steps(*backend.marker((6, 9), raw.device)(lengths, None, None))
+    penalty, both, _ = forward(Operands(raw=raw, dropped=dropped), ALPHA, BETA, steps)
+    assert_terms(ARTAR(penalty, *both), truth(exact(raw), exact(dropped), ALPHA, BETA, valid=valid), FLOAT)
 
 
 class Queue(TorchFunctionMode):
@@ -60,9 +59,8 @@ class Queue(TorchFunctionMode):
 def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone_by_a_stand_in_for_a_gpu(steps: str) -> None:
     ((name, argument),) = given(steps).items()
     before, x = argument.tolist(), torch.empty(*marks(steps).shape, 8, device="meta")
-    call = Call(x, x, ALPHA, BETA, **{name: argument})
     with Queue() as queue:
-        values_of(call, Problem(ALPHA, BETA), x)
+        calls_of(Arguments(x, x, ALPHA, BETA, **{name: argument}))
         argument.zero_()
         assert queue.read() == [before]
 
@@ -76,7 +74,7 @@ def test_backends_mark_and_count_as_the_formula(shape: tuple[int, int], given: s
     lengths = torch.randint(-2, shape[1] + 3, shape[:1], device=device) if "lengths" in given else None
     valid = torch.rand(shape, device=device) < 0.7 if "valid" in given else None
     starts = torch.rand(shape, device=device) < 0.2 if "starts" in given else None
-    got = backend.steps(shape, torch.device(device))(lengths, valid, starts)
+    got = backend.marker(shape, torch.device(device))(lengths, valid, starts)
     want = marked(shape, lengths, valid, starts)
     for x, y in zip(got, want, strict=True):
         assert x.dtype == y.dtype

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import NOTHING, allocate, layout_of
-from fastreg.prepare import values_of
-from fastreg.problem import Call, Layer, Problem
-from fastreg.view import NARROW, fold_of, view_of
+from fastreg.kernels.view import Layout, allocate, layout_of
+from fastreg.prepare import Arguments, calls_of
+from fastreg.problem import Call
+from fastreg.view import NARROW, Fold
 from tests.samples import HALF, transposed
 from tests.test_torch import deterministic
 
@@ -40,11 +40,13 @@ def test_view(
 ) -> None:
     layouts = [None if x is None else layout_of(x) for x in tensors]
     first = next(x for x in tensors if x is not None)
-    fold = fold_of(layouts, Layer(first, None), Problem(2.0, 1.0, -2 if batch_first else 0))
-    got = view_of(layouts, fold, NOTHING)
+    fold = Fold(layouts, Call(first, None, 2.0, 1.0, time_dim=-2 if batch_first else -first.dim()))
+    got = fold.view(())
     assert got[:3] == sizes
     assert [(0, 0) if x is None else (x.outer, x.time) for x in got.operands[: len(tensors)]] == strides
-    assert [x is not None and fold.read(x) is not x for x in tensors] == copied
+    read = fold.read(tensors)
+    assert [x is not y for x, y in zip(read, tensors, strict=True)] == copied
+    assert all(x is None or torch.equal(x, y) for x, y in zip(read, tensors, strict=True))
 
 
 def laid_out(memory_order: str) -> Tensor:
@@ -80,19 +82,18 @@ def laid_out(memory_order: str) -> Tensor:
     ],
 )
 def test_axes_fold(x: Tensor, axis: int, steps: dict[str, Any], sizes: tuple[int, ...], copied: bool) -> None:
-    problem = Problem(2.0, 1.0, axis)
-    layer = Layer(x, None, values_of(Call(x, x, 2.0, 1.0, **steps, time_at=axis), problem, x))
-    fold = fold_of([layout_of(x)], layer, problem)
-    assert view_of([layout_of(x)], fold, layer.values)[:3] == sizes
-    assert (fold.read(x) is not x) == copied
+    (call,) = calls_of(Arguments(x, x, 2.0, 1.0, **steps, time_dim=axis))
+    fold = Fold([layout_of(x)], call)
+    assert fold.view(())[:3] == sizes
+    assert (fold.read([x])[0] is not x) == copied
 
 
 def test_a_copied_mask_of_one_row_still_is() -> None:
     raw, mask = torch.randn(2, 3, 40, 5), torch.randn(5, 1, 3, 2).permute(3, 2, 1, 0).expand(2, 3, 40, 5)
-    layouts = layout_of(raw), layout_of(mask)
-    fold = fold_of(layouts, Layer(raw, None), Problem(2.0, 1.0, 2))
-    assert fold.read(raw) is raw
-    got = fold.read(mask)
+    layouts: Sequence[Layout] = layout_of(raw), layout_of(mask)
+    fold = Fold(layouts, Call(raw, None, 2.0, 1.0, time_dim=-2))
+    first, got = fold.read([raw, mask])
+    assert first is raw
     assert got is not mask
     assert got.stride(2) == 0
     assert torch.equal(got, mask)
