@@ -1,111 +1,60 @@
-"""Any axis of time, memory order, marks and starts, drawn at random, against the formulas in float64."""
+"""Any axis of time; calls drawn at random, of which `python -m tests.random_calls` makes more."""
 
 from __future__ import annotations
 
-import random
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.conftest import INTERPRETED, by_formula, skip_on_formula
-from tests.exact import check_dropout, check_penalty, spoil
-from tests.samples import BF16, DOUBLE, FLOAT, HALF
+from tests.conftest import INTERPRETED, skip_on_formula
+from tests.random_calls import Kind, Steps
 
-SEEDS = range(6, 20) if INTERPRETED else range(200)  # of smaller tensors than seed 5, which take 1 s in it
-
-
-class Case(NamedTuple):
-    """A call drawn from a seed."""
-
-    raw: Tensor
-    dropped: Tensor
-    options: dict[str, Any]
-    coefficients: tuple[float, float]
+KINDS = 5  # a test
+FIRST = range(0, 25 if INTERPRETED else 200, KINDS)
 
 
-def memory(values: Tensor, draw: random.Random, expands: bool) -> Tensor:
-    """Lay out values in any order of axes, with gaps of NaN, every other element, or one row for all."""
-    dims = values.dim()
-    order = draw.sample(range(dims), dims)
-    wide = [n + (draw.choice([0, 0, 0, 1, 3])) for n in values.shape]
-    step = [draw.choice([1, 1, 1, 1, 2]) for _ in values.shape]
-    held = torch.full([wide[axis] * step[axis] for axis in order], torch.nan, dtype=values.dtype)
-    x = held.permute([order.index(axis) for axis in range(dims)])
-    for axis in range(dims):
-        first = draw.randint(0, wide[axis] - values.shape[axis])
-        x = x.narrow(axis, first * step[axis], values.shape[axis] * step[axis])
-        x = x[(slice(None),) * axis + (slice(None, None, step[axis]),)]
-    x.copy_(values)
-    if expands:
-        axis = draw.randrange(dims)
-        x = x.narrow(axis, 0, 1).expand(values.shape)
-    return x.detach()
+@pytest.mark.parametrize("first", FIRST)
+def test_random_calls_give_the_results_of_loops_over_time(first: int, device: str) -> None:
+    for seed in range(first, first + KINDS):
+        kind = Kind(seed, device)
+        try:
+            kind.play()
+        finally:
+            print(f"seed {seed}: {kind}")  # where the test fails
+        assert kind.counts["calls"] > 0
 
 
-def drawn(seed: int) -> Case:
-    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    dims = draw.choice([1, 2, 3, 3, 3, 4, 5])
-    shape = [draw.choice([1, 2, 3, 4, 5, 8]) for _ in range(dims)]
-    axis = draw.randrange(dims)
-    shape[axis] = draw.choice([1, 2, 3, 5, 7, 20, 41, 64, 100 if dims < 4 else 9])
-    if draw.random() < 0.2:
-        shape[draw.randrange(dims)] = draw.choice([16, 33])
-    batch = 0 if axis else 1 if dims > 2 else None
-    sequences, time = 1 if batch is None else shape[batch], shape[axis]
-    kinds = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # which the interpreter cuts off
-    dtype = draw.choice(kinds)
-    dtypes = dtype, dtype if draw.random() < 0.7 else draw.choice(kinds)
-    options: dict[str, Any] = {
-        "time_dim": axis - draw.choice([0, dims]),
-        "reduction": draw.choice(["mean", "mean", "sum"]),
-    }
-    which = draw.choice(["none", "none", "lengths", "valid"])
-    if which == "lengths":
-        options["lengths"] = torch.tensor([draw.randint(0, time) for _ in range(sequences)])
-    elif which == "valid":
-        valid = torch.rand(sequences, time, generator=generator) < draw.choice([0.5, 0.9, 1.0])
-        options["valid"] = draw.choice([lambda x: x, lambda x: x.long(), lambda x: x.t().contiguous().t()])(valid)
-    if draw.random() < 0.5:
-        starts = torch.rand(sequences, time, generator=generator) < draw.choice([0.05, 0.3, 1.0])
-        starts = starts if batch is not None or draw.random() < 0.5 else starts[0]
-        options["starts"] = starts if draw.random() < 0.7 else starts.int()
-    tensors = []
-    for own in dtypes:
-        values = torch.randn(shape, generator=generator, dtype=DOUBLE).to(own)
-        if draw.random() < 0.8:
-            values = spoil(values, **options)
-        tensors.append(memory(values, draw, expands=which == "none" and draw.random() < 0.05).requires_grad_())
-    raw, dropped = tensors if draw.random() < 0.7 else tensors[:1] * 2
-    coefficients = draw.choice([(2.0, 1.0), (2.0, 1.0), (0.0, 1.5), (2.0, 0.0)])
-    return Case(raw, dropped, options, coefficients)
+def flipped(steps: Steps, what: str) -> Steps:
+    """Return steps of which the last counts or changes if it does not, and the reverse."""
+    rows = [list(row) for row in getattr(steps, what)]
+    rows[-1][-1] = not rows[-1][-1]
+    return steps._replace(**{what: rows})
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_penalty_of_any_axes(seed: int) -> None:
-    case = drawn(seed)
-    check_penalty(case.raw, case.dropped, *case.coefficients, **case.options)
+# What makes a call wrong.
+WRONG: dict[str, Callable[[Any], None]] = {
+    "alpha": lambda kind: setattr(kind, "coefficients", lambda: ([2.0, 1.0], [2.001, 1.0])),
+    "beta": lambda kind: setattr(kind, "coefficients", lambda: ([2.0, 1.0], [2.0, 1.001])),
+    "steps that count": lambda kind: setattr(kind, "steps", lambda: flipped(Kind.steps(kind), "counts")),
+    "changes that count": lambda kind: setattr(kind, "steps", lambda: flipped(Kind.steps(kind), "changes")),
+}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_dropout_of_any_axes(seed: int) -> None:
-    case, draw = drawn(seed), random.Random(-seed)
-    shape = list(case.raw.shape)
-    shape[case.options["time_dim"]] = draw.choice([1, shape[case.options["time_dim"]]])
-    mask = memory(((torch.rand(shape) < 0.6) / 0.6).to(case.raw.dtype), draw, expands=False)
-    arriving = memory(torch.randn_like(case.raw), draw, expands=draw.random() < 0.2)
-    check_dropout(case.raw, mask, *case.coefficients, arriving=arriving, **case.options)
+def depends_on_all(kind: Kind) -> bool:
+    """Return whether the penalty depends on both coefficients and on each step."""
+    return kind.zero is None and kind.shape[kind.axis] > 1 and 0 not in kind.shape
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the formula runs no kernel")
-@pytest.mark.parametrize("seed", range(50))
-def test_the_formula_of_any_axes(seed: int) -> None:
-    with by_formula():
-        test_penalty_of_any_axes(seed)
-        if drawn(seed).raw.dtype in (FLOAT, DOUBLE):  # PyTorch rounds each part of a gradient of fewer bits
-            test_dropout_of_any_axes(seed)
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("seed", [seed for seed in range(40) if depends_on_all(Kind(seed))][:3])
+def test_wrong_calls_fail(seed: int, what: str) -> None:
+    kind = Kind(seed)
+    WRONG[what](kind)
+    with pytest.raises(AssertionError, match=r"close|off by"):
+        kind.play()
 
 
 def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
