@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_coefficient, check_flags, check_steps
-from fastreg.attachment import Attachment, Source, nothing
+from fastreg.arguments import check_coefficient, check_steps
+from fastreg.attachment import Attachment, nothing
 from fastreg.capture import Run, Watch, search, sizes_of
 from fastreg.carry import Carrier, penalty_of_runs
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, time_given
 from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
-from fastreg.rnn_dropout import FusedRNNDropout
+from fastreg.source import Source
 from fastreg.torch_state import untraced
 
 
@@ -366,36 +366,15 @@ class RNNRegularizer:
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the module
                 is a replica of `DataParallel`.
         """
-        _check_module("module", module)
-        check_flags(stepwise=stepwise)
         scale: Coefficient | None = None
         if in_backward is not False:
             check_coefficient("in_backward", 1.0 if in_backward is True else in_backward)
             scale = coefficient(1.0 if in_backward is True else in_backward)
-        if stepwise and scale is not None:
-            raise ValueError("stepwise: expected False with in_backward, which sees one run at a time, got True")
-        if isinstance(module, nn.RNNCellBase) and not stepwise:
-            raise TypeError(
-                f"module: expected one that runs over all time steps, got {type(module).__name__}, which runs one; "
-                "attach the module that calls it, or attach(..., stepwise=True)"
-            )
-        if dropout is not None:
-            _check_module("dropout", dropout)
-        for name, function in (("output", output), ("valid", valid), ("starts", starts)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
-        time_at = (
-            time_given(batch_first, time_dim) if time_dim is not None else _layout_of(module, batch_first, stepwise)
-        )
-        if stepwise and time_dim is not None:
-            raise ValueError(f"time_dim: expected None with stepwise, whose runs have their own layout, got {time_dim}")
-        if isinstance(dropout, FusedRNNDropout):
-            _check_dropout(dropout, time_at, module)
+        source = Source(module, dropout, output, batch_first, time_dim, valid, starts, stepwise, scale).checked()
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
         if any(attachment.source.module is module for attachment in self._attached):
             raise RuntimeError("module: it is attached already; remove() its attachment first")
-        source = Source(module, dropout, output, time_at, valid, starts, stepwise, scale)
         watch = self._attached[0].watch if self._attached else Watch()
         self._attached.append(Attachment(self, source, watch))
         return self._attached[-1]
@@ -544,68 +523,3 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
         if wrong:
             given = f"as raw is {tuple(first.shape)} and {name} {shape}, got {batch_first}"
             raise ValueError(f"batch_first: expected {expected}, {given}")
-
-
-def _check_module(name: str, module: object) -> None:
-    """Check for a module whose hooks fire.
-
-    Raises:
-        TypeError: it is no module, or a scripted one.
-        RuntimeError: it is compiled.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            f"{name}: expected a module that takes hooks, got a ScriptModule; let an nn.Module call it and return what "
-            "it returns, and attach that"
-        )
-    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-        raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
-
-
-def _check_dropout(dropout: FusedRNNDropout, time_at: bool | int, module: nn.Module) -> None:
-    """Check that a dropout looks for time where the module has it.
-
-    Raises:
-        ValueError: it does not.
-    """
-    own = dropout.batch_first if dropout.time_dim is None else dropout.time_dim
-    if (type(own), own) != (type(time_at), time_at):
-        got = f"batch_first={dropout.batch_first}" if dropout.time_dim is None else f"time_dim={dropout.time_dim}"
-        expected = f"time_dim={time_at}"
-        if isinstance(time_at, bool):
-            expected = f"batch_first={time_at}, as the {type(module).__name__} has it"
-        raise ValueError(f"dropout: expected a FusedRNNDropout with {expected}, got {got}")
-
-
-def layout_of(module: nn.Module) -> bool | None:
-    """Return whether a module returns `(batch, time, hidden)`, as far as it can be read from it."""
-    own = getattr(module, "batch_first", None)
-    if isinstance(own, bool):
-        return own
-    inner = [x.batch_first for x in module.modules() if isinstance(x, nn.RNNBase)]
-    return True if inner and all(inner) else None
-
-
-def _layout_of(module: nn.Module, batch_first: bool | None, stepwise: bool) -> bool:
-    """Return whether a module returns `(batch, time, hidden)`.
-
-    Raises:
-        TypeError, ValueError: `batch_first` is no flag, or not that of the module, or not given and may be either.
-    """
-    name, own = type(module).__name__, getattr(module, "batch_first", None)
-    if batch_first is None:
-        read = True if isinstance(module, nn.RNNCellBase) and stepwise else layout_of(module)
-        if read is None:
-            inner = [type(x).__name__ for x in module.modules() if isinstance(x, nn.RNNBase)]
-            why = f", and may return (time, batch, hidden) like the {inner[0]} inside it" if inner else ""
-            raise ValueError(
-                "batch_first: expected True for (batch, time, hidden) or False for (time, batch, hidden), as the "
-                f"{name} does not have it{why}, got None"
-            )
-        return read
-    check_flags(batch_first=batch_first)
-    if isinstance(own, bool) and batch_first is not own:
-        raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {batch_first}")
-    return batch_first
