@@ -500,7 +500,9 @@ def test_a_regularizer_may_be_away_for_a_while() -> None:
     """As fastai's FetchPredsCallback takes one out, for the predictions after each epoch."""
 
     def fetch(learn: Any) -> None:
-        if found := [cb for cb in learn.cbs if isinstance(cb, stock.RNNRegularizer)]:  # else this is for a prediction
+        if found := [
+            cb for cb in learn.cbs if isinstance(cb, (stock.RNNRegularizer, Recorder))
+        ]:  # else this is for a prediction
             with learn.removed_cbs(found):
                 learn.get_preds(inner=True, reorder=False, act=noop)
 
