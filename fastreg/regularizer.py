@@ -5,15 +5,13 @@ the autograd graph keeps them. `take` is the one consumer, also for `on_backward
 activations in that output, or of the runs that its loss depends on, and then drops them, also when it raises.
 
 A `FusedRNNDropout` forms AR and TAR ahead, in its forward, and its node carries the gradient. The hook on an attached
-dropout puts them into the capture. An `OutputDropout` has the regularizer `capture` its run, and `on_loss_begin` uses
-it if the output is of its tensors. Terms formed ahead are used if their activations have not changed since.
+dropout puts them into the capture. Terms formed ahead are used if their activations have not changed since.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -26,12 +24,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from fastreg.arguments import check_coefficient, check_steps
-from fastreg.attachment import Attachment, nothing
-from fastreg.capture import Run, Watch, search, sizes_of
+from fastreg.attachment import Attachment
+from fastreg.capture import Watch, search, sizes_of
 from fastreg.carry import Carrier, penalty_of_runs
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, time_given
-from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
+from fastreg.problem import ARTAR, Coefficient, is_list, rows_of
 from fastreg.source import Source
 from fastreg.torch_state import untraced
 
@@ -43,7 +41,6 @@ class Given:
     Attributes:
         raw, dropped, lengths, valid, starts: as `fused_ar_tar` takes them.
         time_at: `batch_first`, a bool, or `time_dim`, an int.
-        run: the run of a fused dropout that formed their terms, or `None`.
     """
 
     raw: Any
@@ -52,14 +49,9 @@ class Given:
     lengths: Tensor | None
     valid: Tensor | None
     starts: Tensor | None
-    run: Run | None
 
     def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carrier]:
-        """Compute the penalty, from the terms formed ahead if they are still right."""
-        if self.run is not None and not self.run.changed:
-            found = search(loss, [self.run])
-            if found.reached:
-                return penalty_of_runs([[self.run]], found, loss, alpha, beta)
+        """Compute the penalty."""
         steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
         steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
         terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
@@ -128,7 +120,6 @@ class RNNRegularizer:
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
         self._given: Given | None = None
-        self._captured: Callable[[], Run | None] = nothing
         self._attached: list[Attachment] = []
         self._sizes: tuple[int, int] | None = None  # of the last step, batch and time
 
@@ -138,7 +129,7 @@ class RNNRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave captures and attachments out of a copy or a pickle."""
-        return self.__dict__ | {"_given": None, "_captured": nothing, "_attached": []}
+        return self.__dict__ | {"_given": None, "_attached": []}
 
     def on_epoch_begin(self, model: object) -> None:
         """Reset the model's hidden state, if it or the model it wraps has a `reset()`, and drop any capture."""
@@ -193,17 +184,7 @@ class RNNRegularizer:
             raw, dropped = raw[-1], dropped[-1]
         if time_dim is None:
             _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid, starts=starts)
-        run, self._captured = self._captured(), nothing
-        if run is not None and not (
-            run.raw.itself() is raw
-            and run.squared.itself() is dropped
-            and run.valid is valid
-            and run.starts is starts
-            and lengths is None
-            and time_dim_of(run.time_at) == time_dim_of(time_at)
-        ):
-            run = None
-        self._given = Given(raw, dropped, time_at, lengths, valid, starts, run)
+        self._given = Given(raw, dropped, time_at, lengths, valid, starts)
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -262,7 +243,7 @@ class RNNRegularizer:
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
             taken = self._form(loss, chosen)
         finally:
-            self._given, self._captured = None, nothing
+            self._given = None
         if taken is None:
             _check_evaluation([attachment.source.module for attachment in chosen])
             return None
@@ -295,16 +276,9 @@ class RNNRegularizer:
 
     def clear(self) -> None:
         """Drop any capture: `on_epoch_begin` does; after a step that failed, this frees activations early."""
-        self._given, self._captured = None, nothing
+        self._given = None
         for attachment in self._attached:
             attachment.clear()
-
-    def capture(self, run: Run | None) -> None:
-        """Note the run of a dropout in the model, for `on_loss_begin`; `None` for a forward that forms no terms.
-
-        The graph keeps the run, and `on_loss_begin` uses it if the model's output is of its tensors.
-        """
-        self._captured = nothing if run is None else weakref.ref(run)
 
     def attach(
         self,
