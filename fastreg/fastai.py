@@ -279,7 +279,8 @@ def fuse(
             "fuse: the learner has no RNNRegularizer of fastai's own class; add those of fastreg.fastai, "
             "rnn_cbs(alpha, beta), or RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
         )
-    model, path = learn.model, dropout or None
+    model: Any = learn.model
+    path: Any = dropout or None
     if is_language_model := dropout is True and rnn is None:
         rnn, path, batch_first = "0", "1.output_dp", True
     options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}

@@ -151,15 +151,23 @@ class Source:
         valid, starts = (f and (lambda *_, f=f, **__: f(*batch())) for f in (self.valid, self.starts))
         return replace(self, valid=valid, starts=starts)
 
-    def attach(self, regularizer: Any, model: nn.Module) -> Any:
+    def attach(self, regularizer: Any, model: nn.Module, batch_first: bool | None = None) -> Any:
         """Attach a regularizer to the modules at the paths in a model; return the handle with `remove()`.
+
+        Args:
+            regularizer: an `RNNRegularizer`.
+            model: the model.
+            batch_first: the layout of a module that neither has one nor has an RNN of PyTorch inside.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`, or a path names no module.
         """
+        module = _module_at(model, "rnn", self.module)
         dropout = None if self.dropout is None else _module_at(model, "dropout", self.dropout)
-        options: Any = {name: getattr(self, name) for name in ("output", "batch_first", "valid", "starts")}
-        return regularizer.attach(_module_at(model, "rnn", self.module), dropout, **options)
+        shows = hasattr(module, "batch_first") or any(isinstance(x, nn.RNNBase) for x in module.modules())
+        layout = batch_first if self.batch_first is None and not shows else self.batch_first
+        options = {"output": self.output, "batch_first": layout, "valid": self.valid, "starts": self.starts}
+        return regularizer.attach(module, dropout, **options)
 
 
 def source_at(rnn: str | None, dropout: str | None, **options: Any) -> Source:
@@ -199,11 +207,13 @@ def sources_at(
     return tuple(source_at(*paths, **options) for paths in zip(rnns, dropouts, strict=True))
 
 
-def attach_all(sources: Sequence[Source], regularizer: Any, model: nn.Module) -> ExitStack:
+def attach_all(
+    sources: Sequence[Source], regularizer: Any, model: nn.Module, batch_first: bool | None = None
+) -> ExitStack:
     """Attach a regularizer to the modules of a model, all or none, until the returned stack is closed."""
     with ExitStack() as attached:
         for source in sources:
-            attached.enter_context(source.attach(regularizer, model))
+            attached.enter_context(source.attach(regularizer, model, batch_first))
         return attached.pop_all()
 
 
