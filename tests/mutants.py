@@ -438,8 +438,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_state_without_hooks", "hooks in copies", " if i not in ids", ""),
         ("_state_without_hooks", "the way to copy in copies", '{"__getstate__", "forward"} if', '{"forward"} if'),
         ("_state_without_hooks", "the forward in copies", '{"__getstate__", "forward"} if', '{"__getstate__"} if'),
-        ("Source", "one time step taken for a sequence", "raw.dim() == 2", "False"),
-        ("Source", "raw not picked", "self.output(result)", "result"),
     ],
     "fastreg/capture.py": [
         ("Mark", "hooks of others first", "if hooks is not None and len(hooks) > 1:", "if False:"),
@@ -507,6 +505,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Addition", "an upstream gradient of another dtype", "if upstream.dtype != self.dtype or", "if"),
     ],
     "fastreg/source.py": [
+        ("Source", "one time step taken for a sequence", "raw.dim() == 2", "False"),
+        ("Source", "raw not picked", "self.output(result)", "result"),
         ("Source", "layout of the module ignored", "isinstance(own, bool) and self", "False and self"),
         ("Source", "layout of what is inside ignored", "(inner and all(x.batch_first for x in inner))", "True"),
         ("Source", "a dropout of another layout", "(type(own), own) != (type(self.time_at), self.time_at)", "False"),
