@@ -121,7 +121,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self.source = source_at(rnn, dropout, **options)
         self._handle: Any = None  # of the attached modules, during a fit
         self._lrs: Any = None  # of the optimizer, while it steps at others
-        self._totals: Any = None  # of the terms, over the epoch's training batches, and the size of these
+        self._totals: Any = None  # AR and TAR times sizes, and sizes, over the epoch's training batches
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
@@ -287,6 +287,8 @@ def fuse(
     new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, rnn=rnn, dropout=path, **options)
     if rnn is not None:
         new.source.attach(new, model).remove()  # a wrong path raises before anything is swapped
+    if is_language_model and type(model[1].output_dp) not in (RNNDropout, OutputDropout):
+        raise ValueError(f"dropout: expected an RNNDropout to swap, got {type(model[1].output_dp).__name__}")
     given = {name: x for name, x in vars(new.source).items() if x is not None}
     new.source = replace(vars(old).get("source", new.source), **given)
     new.run_train, new.run_valid = old.run_train, old.run_valid
@@ -298,7 +300,7 @@ def fuse(
 def unfuse(learn: Learner) -> Learner:
     """Undo `fuse`, in place, and return the learner with fastai's callback and dropout.
 
-    The callback keeps the present coefficients; `bptt`, `valid` and `starts` are lost, as fastai has none of them.
+    The callback keeps the present coefficients; `bptt`, `valid` and `starts`, which fastai lacks, are lost.
 
     Raises:
         TypeError: `learn` is not a learner.
@@ -319,7 +321,7 @@ def unfuse(learn: Learner) -> Learner:
 
 
 def _regularizers(learn: Any, *kinds: type) -> list[Any]:
-    """Return the callbacks of a learner that are of these very classes."""
+    """Return the callbacks of a learner whose class is one of `kinds`, and no subclass."""
     if not isinstance(learn, Learner):
         raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
     return [cb for cb in learn.cbs if type(cb) in kinds]

@@ -241,8 +241,8 @@ def fuse(
 def unfuse(learn: Learner) -> Learner:
     """Undo `fuse`, in place, and return the learner with fastai's callback.
 
-    The callback keeps the present coefficients and its position; all that fastai's has not is lost, such as `bptt` and
-    `adjust` in most releases. A learner that is not fused stays unchanged.
+    The callback keeps the present coefficients and its position; arguments that fastai's lacks are lost, `bptt`
+    and `adjust` in most releases. A learner that is not fused stays unchanged.
 
     Raises:
         TypeError: `learn` is not a learner.

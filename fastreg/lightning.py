@@ -169,7 +169,7 @@ class _RegularizedStep:
     """Wrap `training_step` to add penalties to its loss; a copy or a pickle of the module has a plain step."""
 
     def __init__(self, pl_module: Any) -> None:
-        self.own = vars(pl_module).get("training_step")  # it is there where Lightning has compiled the module
+        self.own = vars(pl_module).get("training_step")  # Lightning sets one when it compiles the module
         self.step = pl_module.training_step
         update_wrapper(self, self.step)  # Lightning reads its signature
         self.pl_module = pl_module

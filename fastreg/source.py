@@ -93,9 +93,9 @@ class Source:
                 raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {self.batch_first}")
             return self.batch_first
         inner = [x for x in self.module.modules() if isinstance(x, nn.RNNBase)]
-        if isinstance(own, bool):
-            return own
-        if isinstance(self.module, nn.RNNCellBase) or (inner and all(x.batch_first for x in inner)):
+        if isinstance(own, bool) or isinstance(self.module, nn.RNNCellBase):
+            return own is not False
+        if inner and all(x.batch_first for x in inner):
             return True
         why = f", and may return (time, batch, hidden) like the {type(inner[0]).__name__} inside it" if inner else ""
         raise ValueError(
@@ -148,8 +148,11 @@ class Source:
 
     def of_batch(self, batch: Callable[[], Sequence[Any]]) -> Source:
         """Call `valid` and `starts` with the batch that a function returns, whatever the module's arguments."""
-        valid, starts = (f and (lambda *_, f=f, **__: f(*batch())) for f in (self.valid, self.starts))
-        return replace(self, valid=valid, starts=starts)
+
+        def of(function: Callable[..., Tensor | None] | None) -> Callable[..., Tensor | None] | None:
+            return None if function is None else lambda *_, **__: function(*batch())
+
+        return replace(self, valid=of(self.valid), starts=of(self.starts))
 
     def attach(self, regularizer: Any, model: nn.Module, batch_first: bool | None = None) -> Any:
         """Attach a regularizer to the modules at the paths in a model; return the handle with `remove()`.
@@ -162,8 +165,8 @@ class Source:
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`, or a path names no module.
         """
-        module = _module_at(model, "rnn", self.module)
         dropout = None if self.dropout is None else _module_at(model, "dropout", self.dropout)
+        module = _module_at(model, "rnn", self.module)
         shows = hasattr(module, "batch_first") or any(isinstance(x, nn.RNNBase) for x in module.modules())
         layout = batch_first if self.batch_first is None and not shows else self.batch_first
         options = {"output": self.output, "batch_first": layout, "valid": self.valid, "starts": self.starts}
@@ -179,11 +182,11 @@ def source_at(rnn: str | None, dropout: str | None, **options: Any) -> Source:
     for name, path in (("rnn", rnn), ("dropout", dropout)):
         if path is not None and not isinstance(path, str):
             raise TypeError(f"{name}: expected an attribute path or None, got {type(path).__name__}")
+    source = Source(rnn, dropout, **options)
     for name in ("dropout", "output", "batch_first"):
-        value = dropout if name == "dropout" else options.get(name)
-        if rnn is None and value is not None:
+        if rnn is None and (value := getattr(source, name)) is not None:
             raise ValueError(f"{name}: expected None without rnn, the path of a module, got {value!r}")
-    return Source(rnn, dropout, **options)
+    return source
 
 
 def sources_at(
@@ -235,11 +238,9 @@ def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> 
     modules = dict(model.named_modules(remove_duplicate=False))
     if path in modules:
         return modules[path]
-    is_rnn = kind == "rnn"
-    likely = [
-        name
-        for name, module in modules.items()
-        if (isinstance(module, nn.RNNBase) if is_rnn else "drop" in type(module).__name__.lower())
-    ]
+    if kind == "rnn":
+        likely = [name for name, module in modules.items() if isinstance(module, nn.RNNBase)]
+    else:
+        likely = [name for name, module in modules.items() if "drop" in type(module).__name__.lower()]
     candidates = ", ".join(map(repr, likely or [name for name in modules if name])) or "none"
     raise ValueError(f"{kind}: {type(model).__name__} has no such module at {path!r}; candidates: {candidates}")

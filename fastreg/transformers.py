@@ -166,8 +166,8 @@ class RegularizedTrainer(Trainer):
     def _attach(self, model: Any) -> None:
         """Attach to the modules of a model instead of the modules before."""
         self._detach()
-        marks: Any = {name: lambda *_, name=name, **__: self._marks[name] for name in self.functions}
-        sources = [replace(source, **marks) for source in self.sources]
+        valid, starts = lambda *_, **__: self._marks["valid"], lambda *_, **__: self._marks["starts"]
+        sources = [replace(source, valid=valid, starts=starts) for source in self.sources]
         self._hooks = attach_all(sources, self.regularizer, _inner(model), batch_first=True)
 
     def _warn_of_lost_masks(self) -> None:

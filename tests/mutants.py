@@ -507,8 +507,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     "fastreg/source.py": [
         ("Source", "one time step taken for a sequence", "raw.dim() == 2", "False"),
         ("Source", "raw not picked", "self.output(result)", "result"),
-        ("Source", "layout of the module ignored", "isinstance(own, bool) and self", "False and self"),
-        ("Source", "layout of what is inside ignored", "(inner and all(x.batch_first for x in inner))", "True"),
+        ("Source", "layout of the module ignored", "return own is not False", "return True"),
+        ("Source", "layout of what is inside ignored", "if inner and all(x.batch_first for x in inner):", "if inner:"),
         ("Source", "a dropout of another layout", "(type(own), own) != (type(self.time_at), self.time_at)", "False"),
         ("attach_all", "modules detached at once", "return attached.pop_all()", "pass\n    return attached"),
     ],

@@ -552,6 +552,12 @@ REJECTED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Excep
         "mask_padding: expected valid=lambda x: x != pad",
     ),
     "no dropout": (custom, lambda x: fuse(x, True), ValueError, "dropout: Model has no such module at '1.output_dp'"),
+    "own dropout": (
+        lambda x: subclassed(x.model[1].output_dp),
+        lambda x: fuse(x, True),
+        ValueError,
+        "to swap, got Mine",
+    ),
     "p": (lambda x: setattr(x.model[1].output_dp, "p", 1.0), lambda x: fuse(x, True), ValueError, "p: expected"),
     "alpha": (lambda x: setattr(x.rnn_regularizer, "alpha", -1.0), fuse, ValueError, "alpha: expected"),
     "subclass": (lambda x: subclassed(x.rnn_regularizer), fuse, ValueError, "no RNNRegularizer of fastai's own class"),
