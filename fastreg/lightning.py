@@ -87,7 +87,7 @@ class ActivationRegularization(Callback):
         self.sources = sources_at(rnn, dropout, **options)
         self.logged = log  # Lightning sets `log` itself
         self._terms: Tensor | None = None  # the sums of AR and TAR over the steps of the epoch, and how many steps
-        self._batch: Any = None  # of the step that runs
+        self.batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -108,7 +108,7 @@ class ActivationRegularization(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Take off the hooks and the wrapper of `training_step`."""
         self._undo.close()
-        self._batch = None
+        self.batch = None
 
     on_exception = teardown  # Lightning tears nothing down after an error
 
@@ -121,11 +121,9 @@ class ActivationRegularization(Callback):
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
         if not self.logged:
             return
-        terms = torch.zeros(3, device=pl_module.device)
-        if self._terms is not None:
-            terms.copy_(self._terms)
+        terms = torch.zeros(3) if self._terms is None else self._terms
         # Each process takes part, also one that has added no penalty, as the others wait for it.
-        ar, tar, steps = trainer.strategy.reduce(terms, reduce_op="sum")
+        ar, tar, steps = trainer.strategy.reduce(terms.to(pl_module.device, torch.float32), reduce_op="sum")
         if steps:
             means = {"ar": ar / steps, "tar": tar / steps}
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
@@ -136,13 +134,9 @@ class ActivationRegularization(Callback):
 
     on_validation_epoch_end = on_validation_epoch_start
 
-    def before_step(self, batch: Any) -> None:
-        """Keep the batch, from which `valid` takes the valid time steps of the step."""
-        self._batch = batch
-
     def after_step(self, output: Any) -> Any:
         """Return what `training_step` returned with the penalty added to the loss, and sum up the terms."""
-        self._batch = None
+        self.batch = None
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
             return output
@@ -161,8 +155,8 @@ class ActivationRegularization(Callback):
         parameters = [x for x in inspect.signature(function).parameters.values() if x.default is x.empty]
         positional = [x for x in parameters if x.kind not in (x.KEYWORD_ONLY, x.VAR_KEYWORD)]
         if len(positional) > 1 or any(x.kind is x.VAR_POSITIONAL for x in positional):
-            return lambda *args, **kwargs: function(self._batch, *args, **kwargs)
-        return lambda *_, **__: function(self._batch)
+            return lambda *args, **kwargs: function(self.batch, *args, **kwargs)
+        return lambda *_, **__: function(self.batch)
 
 
 class _RegularizedStep:
@@ -177,7 +171,7 @@ class _RegularizedStep:
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         for callback in self.callbacks:
-            callback.before_step(batch)
+            callback.batch = batch
         output = self.step(batch, *args, **kwargs)
         for callback in self.callbacks:
             output = callback.after_step(output)
