@@ -235,6 +235,7 @@ def test_fuse_and_unfuse_swap_in_place() -> None:
     ]
     assert "export" not in vars(learn)
     assert getattr(learn, "rnn_trainer", None) in (now, getattr(learner(), "rnn_trainer", None))
+    now.alpha = ALPHA
     assert gap(trained(learn), stock()) == 0
 
 
