@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastreg.capture import Captured, Mark, Reached, Run, Watch, are_before
 from fastreg.carry import Always
 from fastreg.dropout import carries
-from fastreg.problem import ARTAR, Coefficient, rows_of, time_dim_of
+from fastreg.problem import ARTAR, rows_of, time_dim_of
 from fastreg.rnn_dropout import FusedRNNDropout
+from fastreg.source import Source
 from fastreg.torch_state import current, is_memory, keeps_memory_low, observed, plain, transformed, untraced
 
 if TYPE_CHECKING:
@@ -36,62 +37,6 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )  # the attributes of a module that name the hooks of its forward
 ROOM = 64  # weak references to collect before dead ones are removed
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Describe the modules to attach to, and how to read their outputs.
-
-    Attributes:
-        module: the module that returns raw.
-        dropout: the module that computes dropped from raw; `None` where dropped is raw.
-        output: picks raw from the module's output; `None` if raw is that output, or its first item.
-        time_at: `batch_first`, a bool, or `time_dim`, an int.
-        valid: takes the arguments of the module's forward, and returns the valid steps, or `None` if all are valid.
-        starts: takes the same arguments, and returns the steps at which segments start, or `None`.
-        stepwise: whether the runs of a step are joined along time.
-        scale: the upstream gradient of the penalty in every backward; `None` to take that of the loss.
-    """
-
-    module: nn.Module
-    dropout: nn.Module | None
-    output: Callable[[Any], Any] | None
-    time_at: bool | int
-    valid: Callable[..., Tensor | None] | None
-    starts: Callable[..., Tensor | None] | None
-    stepwise: bool
-    scale: Coefficient | None
-
-    def raw_of(self, result: Any) -> Tensor | PackedSequence:
-        """Return raw from the output of the module.
-
-        Raises:
-            TypeError, ValueError: the output does not show which tensor is raw; the message names the remedy.
-        """
-        name = type(self.module).__name__
-        if self.output is not None:
-            raw, where, advice = self.output(result), "output: expected the callable to pick", ""
-        else:
-            # A tensor takes long to say that it has no such attribute.
-            raw = result if type(result) is Tensor else getattr(result, "last_hidden_state", result)
-            if isinstance(raw, (list, tuple)) and not isinstance(raw, PackedSequence) and len(raw) > 0:
-                raw = raw[0]
-            where = f"attach: expected the {name} to return"
-            advice = ", or one as the first of a tuple or as last_hidden_state; pick it by attach(..., output=...)"
-        if not isinstance(raw, (Tensor, PackedSequence)):
-            raise TypeError(f"{where} a tensor or a PackedSequence, got {type(raw).__name__}{advice}")
-        if self.stepwise and isinstance(raw, PackedSequence):
-            raise TypeError(f"{where} a tensor with stepwise=True, got PackedSequence")
-        runs_over_time = self.stepwise or not isinstance(self.time_at, bool)
-        runs_over_time = runs_over_time or self.output is not None or isinstance(self.module, nn.RNNBase)
-        if isinstance(raw, Tensor) and raw.dim() == 2 and not runs_over_time:
-            raise ValueError(
-                f"attach: expected (batch, time, hidden) or (time, batch, hidden) from the {name}, got "
-                f"{tuple(raw.shape)}. If that is one time step, attach the module that runs over all of them, or "
-                "attach(..., stepwise=True); if it is (time, hidden) of one sequence, say so by output=lambda result: "
-                "result, or what picks it"
-            )
-        return raw
 
 
 class Attachment:

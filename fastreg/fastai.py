@@ -1,8 +1,8 @@
-"""fastai v2: the callbacks of `fastai.callback.rnn`, with AR and TAR fused and in the recorder's table.
+"""fastai v2: the `RNNRegularizer` of `fastai.callback.rnn`, with AR and TAR fused and in the recorder's table.
 
-`fuse(learn)` swaps them into a learner, and `unfuse(learn)` swaps fastai's back; `rnn_cbs(alpha, beta)` replaces
-fastai's function of that name. `ModelResetter` stays. A pickle of a learner, as `learn.export()` makes it, holds
-fastai's own classes.
+`fuse(learn)` swaps it into a learner, and `unfuse(learn)` swaps fastai's back; `rnn_cbs(alpha, beta)` replaces fastai's
+function of that name. fastai's `ModelResetter` and `RNNCallback` stay. A copy or a pickle of a learner, as
+`learn.export()` makes it, holds fastai's own classes.
 
 A model that returns its output alone, which fastai's callbacks cannot regularize, is regularized by the paths of its
 modules: `fuse(learn, rnn="encoder.lstm", dropout="dropout")`, or `RNNRegularizer` with these arguments.
@@ -12,184 +12,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
-from copy import deepcopy
+from copy import copy
+from dataclasses import replace
 from functools import partial
-from types import MethodType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
-from fastreg import output_dropout
-from fastreg.arguments import check_flags
-from fastreg.paths import Paths, check_marks, check_path
 from fastreg.problem import Coefficient, is_on
 from fastreg.regularizer import RNNRegularizer as Regularizer
+from fastreg.rnn_dropout import FusedRNNDropout
+from fastreg.source import source_at
 
 try:
     from fastai.callback import rnn as stock
     from fastai.callback.core import Callback
-    from fastai.imports import noop
+    from fastai.callback.rnn import RNNCallback
     from fastai.learner import Learner, ValueMetric
     from fastai.text.models.awdlstm import RNNDropout
-    from fastai.text.models.core import LinearDecoder, SentenceEncoder
     from fastai.torch_core import find_bs
     from fastcore.foundation import L
 except ImportError as error:
     raise ImportError(f"fastreg.fastai: fastai 2 cannot be imported ({error}); pip install 'fastai>=2'") from error
 
-__all__ = ["RNNCallback", "RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
+__all__ = ["RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
 
 
-class _Unfused:
-    """Pickle an object as fastai's counterpart, so that exports load without fastreg; deep-copy it unchanged."""
+class OutputDropout(FusedRNNDropout):
+    """Replace the last dropout of a language model; a copy or a pickle is fastai's."""
 
-    def stock(self) -> Any:
-        """Return fastai's counterpart of this object."""
-        raise NotImplementedError
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.stock().__reduce_ex__(0)  # from protocol 2 on pickle wants an object of this very class
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self)] = object.__new__(type(self))
-        state: Any = super().__reduce_ex__(4)[2]
-        vars(copied).update(deepcopy(state, memo))
-        return copied
+    def __reduce__(self) -> Any:
+        return RNNDropout, (self.p,), {"training": self.training}
 
 
-class OutputDropout(_Unfused, output_dropout.OutputDropout):
-    """Replace the `output_dp` of a `LinearDecoder`."""
-
-    def stock(self) -> Any:
-        """Return the dropout that was replaced."""
-        return self.original
-
-
-class _Column(_Unfused, ValueMetric):
+class _Column(ValueMetric):
     """Show a term in the recorder's table."""
 
-    def stock(self) -> Any:
-        """Return an empty column, as no callback of fastai fills it."""
-        return ValueMetric(noop, self.name)
+
+class _Metrics(L):
+    """Hold a learner's metrics and the columns during a fit; a copy or a pickle holds the metrics alone."""
+
+    def __reduce__(self) -> Any:
+        return L, (_without_columns(self),)
 
 
-class _Metrics(_Unfused, L):
-    """Hold a learner's metrics and the columns while it is fitted; a fit that was cut off leaves them there."""
-
-    def stock(self) -> Any:
-        """Return the learner's own metrics."""
-        return _others(self)
+def _without_columns(metrics: Any) -> list[Any]:
+    """Return the metrics that are not the columns `ar` and `tar`."""
+    return [metric for metric in metrics if not isinstance(metric, _Column)]
 
 
-class _Step(_Unfused):
-    """Replace a learner's `_step` for one step with the lr scaled; an error before that step leaves it there."""
-
-    def __init__(self, learn: Any, regularizer: Regularizer) -> None:
-        self.learn, self.regularizer = learn, regularizer
-
-    def stock(self) -> Any:
-        """Return the learner's own step."""
-        return MethodType(type(self.learn)._step, self.learn)
-
-    def __call__(self) -> None:
-        del self.learn._step
-        opt: Any = self.learn.opt  # fastai's, which takes new values in `hypers` alone, or a wrapper of PyTorch's
-        opt = getattr(opt, "opt", None) or SimpleNamespace(param_groups=opt.hypers)
-        with self.regularizer.scaled_lr(opt, self.learn.xb[0].shape[1]):
-            self.learn._step()
-
-
-class _Callback(_Unfused):
-    """Ignore the rest of an event in which the callback was removed: fastai goes on calling it."""
-
-    learn: Any
-
-    def __call__(self, event_name: str) -> Any:
-        return None if self.learn is None else super().__call__(event_name)  # pyright: ignore
-
-
-class RNNCallback(_Callback, stock.RNNCallback):
-    """Capture raw and dropped, and pass on the decoded output.
-
-    `raw_out` and `out`, `(batch, time, hidden)`, stay until the next batch.
-
-    Raises:
-        TypeError: the model has no `reset()`, or does not return `(decoded, raw, dropped)`.
-        RuntimeError: the learner has another `RNNCallback`, this module's or fastai's.
-
-    Examples:
-        >>> learn.remove_cb(fastai.callback.rnn.RNNCallback).add_cb(RNNCallback())
-        >>> learn.fit(1)
-    """
-
-    raw_out = out = None
-
-    def before_fit(self) -> None:
-        if sum(isinstance(cb, stock.RNNCallback) for cb in self.learn.cbs) > 1:
-            raise RuntimeError(
-                "the learner has more than one RNNCallback, and the first leaves the others no activations: keep one, "
-                "learn.remove_cb(learn.rnn)"
-            )
-        resets = any(isinstance(cb, stock.ModelResetter) for cb in self.learn.cbs)
-        if resets and not hasattr(self.learn.model, "reset"):
-            raise TypeError(
-                f"{type(self.learn.model).__name__} has no reset(), which ModelResetter calls: give it one that zeroes "
-                "the hidden state, or, if it keeps none between batches, learn.remove_cb(ModelResetter)"
-            )
-
-    def before_batch(self) -> None:
-        self.raw_out = self.out = None
-
-    after_fit = before_batch
-
-    def stock(self) -> Any:
-        """Return fastai's `RNNCallback`."""
-        return _alike(stock.RNNCallback(), self)
-
-    def after_pred(self) -> None:
-        output = self.learn.pred
-        if isinstance(output, (list, tuple)) and len(output) == 3:
-            super().after_pred()
-        elif not any(isinstance(cb, RNNRegularizer) and cb.paths is not None for cb in self.learn.cbs):
-            raise TypeError(
-                f"expected (decoded, raw, dropped) from the model, got a {type(output).__name__} from "
-                f"{type(self.learn.model).__name__}: let it return the RNN's output before and after dropout, too, as "
-                "fastai's language models and text classifiers do; or leave it as it is, and name its modules: "
-                "fuse(learn, rnn=..., dropout=...); or remove RNNCallback and RNNRegularizer"
-            )
-
-
-class RNNRegularizer(_Callback, stock.RNNRegularizer):
+class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     """Add `alpha * AR + beta * TAR` to `learn.loss_grad`, which is differentiated, but not to `learn.loss`.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
-    epoch's training batches by batch size. The first four arguments are attributes that may change during training.
+    epoch's training batches by batch size. The first three arguments are attributes that may change during training.
 
-    The activations are those that `RNNCallback` captures. For a model that returns its output alone, name its modules
-    by `rnn` and `dropout`, and leave the `RNNCallback` out.
+    The activations are those that fastai's `RNNCallback` captures. For a model that returns its output alone, name its
+    modules by `rnn` and `dropout`, and leave the `RNNCallback` out.
 
     Args:
         alpha: coefficient of AR.
         beta: coefficient of TAR.
         bptt: the usual number of time steps: each optimizer step runs at `lr * seq_len / bptt`, as in AWD-LSTM, where
             `seq_len` is the second size of the batch.
-        mask_padding: leave the padding of a text classifier's batches out of sums and divisors; fastai counts it. A
-            pad id between other ids of a text counts as a step.
+        mask_padding: gone; `valid=lambda x: x != pad` leaves padding out.
         rnn: the attribute path of an RNN in the model, any module that `fastreg.RNNRegularizer.attach` takes.
         dropout: the path of the dropout that takes its output, or `None`.
         output: as for `attach`.
         batch_first: as for `attach`.
         valid: a function of the inputs of the batch, `valid(*learn.xb)`, that returns the mask of valid time steps, as
-            `fused_ar_tar` takes it, or `None` where all steps count.
+            `fused_ar_tar` takes it, or `None` where all steps count. Without `rnn`, a mask of more steps than the model
+            returns is cut to the last ones, which a text classifier keeps of a long text.
         starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
             `None`.
 
     Raises:
-        RuntimeError: no `RNNCallback`, this module's or fastai's, captures the activations, and no path is given.
-        ValueError: `mask_padding` without a `SentenceEncoder` in the model, or with `valid` or a path; or
-            `fastreg.RNNRegularizer` refuses the value of an argument.
-        TypeError: `fastreg.RNNRegularizer` refuses the type of an argument.
+        TypeError: an argument has the wrong type; in training without `rnn`, the model returns its output alone, or no
+            `RNNCallback` captures the activations.
+        ValueError: an argument has the wrong value; when a fit starts, a path names no such module.
 
     Examples:
         >>> plain.add_cb(RNNRegularizer(alpha=2.0, beta=1.0, rnn="lstm", dropout="dropout"))
@@ -197,6 +97,8 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         >>> plain.recorder.metric_names
         ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
+
+    learn: Any
 
     def __init__(
         self,
@@ -212,136 +114,112 @@ class RNNRegularizer(_Callback, stock.RNNRegularizer):
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
-        check_flags(mask_padding=mask_padding)
-        self.regularizer = Regularizer(alpha, beta, bptt=bptt)
-        self.hook(check_path(rnn, dropout, output, batch_first), valid, starts, mask_padding)
-        self.attached = ExitStack()  # to the modules, during a fit
-        self.columns = [_Column(partial(self._average, name), name) for name in ("ar", "tar")]
-        self.totals, self.count = {}, 0  # of the terms, over the epoch's training batches
-
-    alpha = property(lambda self: self.regularizer.alpha, lambda self, value: setattr(self.regularizer, "alpha", value))
-    beta = property(lambda self: self.regularizer.beta, lambda self, value: setattr(self.regularizer, "beta", value))
-    bptt = property(lambda self: self.regularizer.bptt, lambda self, value: setattr(self.regularizer, "bptt", value))
-
-    def hook(
-        self,
-        paths: Paths | None,
-        valid: Callable[..., Tensor | None] | None = None,
-        starts: Callable[..., Tensor | None] | None = None,
-        mask_padding: bool = False,
-    ) -> None:
-        """Take the activations of the modules at paths, or with `None` those of `RNNCallback`, and masks of steps.
-
-        Raises:
-            TypeError, ValueError: as the arguments of this class.
-        """
-        check_marks("the batch's inputs", valid=valid, starts=starts)
-        if mask_padding and not (paths is None and valid is None):
-            raise ValueError("mask_padding: expected False with rnn or valid, which tells the padding, got True")
-        self.paths, self.valid, self.starts, self.mask_padding = paths, valid, starts, mask_padding
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "learn" and value is None and self.learn is not None:
-            # The callback is removed, and an interrupted fit has not cleaned up.
-            output_dropout.link(self.learn.model, None)
-            self.attached.close()
-            self.after_batch()
-        super().__setattr__(name, value)
-
-    def stock(self) -> Any:
-        """Return fastai's `RNNRegularizer`, which has neither `bptt` nor a mask."""
-        return _alike(stock.RNNRegularizer(self.alpha, self.beta), self)
+        if mask_padding:
+            raise ValueError("mask_padding: expected valid=lambda x: x != pad in its place, with the id of the padding")
+        super().__init__(alpha, beta, bptt=bptt)
+        options = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
+        self.source = source_at(rnn, dropout, **options)
+        self._handle: Any = None  # of the attached modules, during a fit
+        self._lrs: Any = None  # of the optimizer, while it steps at others
+        self._totals: Any = None  # AR and TAR times sizes, and sizes, over the epoch's training batches
+        self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
-        self.after_batch()  # a fit that was cut off may have left its step
-        self.attached.close()
-        if self.paths is None:
-            self._capture()
-        else:
-            marks = partial(self._marks, self.valid), partial(self._marks, self.starts)
-            self.attached = self.paths.attach(self.regularizer, self.learn.model, *marks)
-        if self.mask_padding:
-            _encoder(self.learn.model)
-        output_dropout.link(self.learn.model, self.regularizer)
-        self.totals = {}
-        self.learn.metrics = _Metrics([*_others(self.learn.metrics), *self.columns])
+        self._lrs = self._totals = None
+        self.after_fit()  # a fit that was cut off has not called it
+        self.learn.metrics = _Metrics([*self.learn.metrics, *self._columns])
+        self._attach()
 
     def before_train(self) -> None:
-        self.totals, self.count = {"ar": 0.0, "tar": 0.0}, 0
+        self._totals = [0.0, 0.0, 0]
+
+    def before_batch(self) -> None:
+        self._attach()
+        for capture in self._captures():
+            capture.raw_out = capture.out = None  # fastai holds them until the next prediction
+        self.order = RNNCallback.order - 1  # for after_pred to check the output before it is unpacked
+
+    def after_pred(self) -> None:
+        self.order = type(self).order
+        pred, captures = self.learn.pred, self._captures()
+        is_triple = isinstance(pred, (list, tuple)) and len(pred) == 3
+        if not (is_triple and len(captures) == 1 if captures else self.source.module):
+            raise TypeError(
+                f"expected (decoded, raw, dropped) from the {type(self.learn.model).__name__}, and one RNNCallback to "
+                f"capture them, got a {type(pred).__name__} and {len(captures)} RNNCallbacks; if it returns its output "
+                "alone, name its modules, fuse(learn, rnn=..., dropout=...), and learn.remove_cb(RNNCallback)"
+            )
 
     def after_loss(self) -> None:
         if not self.learn.training:  # a callback with run_valid is called in validation, too
             return
-        if self.paths is None:
-            raw, out = self._capture().raw_out, self._capture().out
-            valid = self.text(raw.shape[1]) if self.mask_padding else self._marks(self.valid)
-            options: Any = {"valid": valid, "starts": self._marks(self.starts), "batch_first": True}
-            self.regularizer.on_loss_begin((self.learn.pred, raw, out), **options)
-        loss = self.regularizer.on_backward_begin(self.learn.loss_grad)
-        if loss is self.learn.loss_grad:  # the modules are in evaluation
-            return
-        self.learn.loss_grad = loss
-        self.count += (size := find_bs(self.learn.yb))
-        for name in self.totals:
-            self.totals[name] += getattr(self.regularizer, name) * size
+        if self.source.module is None:
+            (capture,) = self._captures()
+            marks = [None if x is None else x(*self.learn.xb) for x in (self.source.valid, self.source.starts)]
+            valid, starts = (None if x is None else x[..., -capture.raw_out.shape[1] :] for x in marks)
+            output = self.learn.pred, capture.raw_out, capture.out
+            self.on_loss_begin(output, valid=valid, starts=starts, batch_first=True)
+        loss = self.on_backward_begin(self.learn.loss_grad)
+        if loss is not self.learn.loss_grad:  # else the modules are in evaluation
+            self.learn.loss_grad, size = loss, find_bs(self.learn.yb)
+            terms: Any = self.ar, self.tar, 1
+            self._totals = [total + x * size for total, x in zip(self._totals, terms, strict=True)]
 
-    def after_backward(self) -> None:
-        if self.bptt is not None:  # an event after the step would not do: none comes when the step raises
-            self.learn._step = _Step(self.learn, self.regularizer)
+    def before_step(self) -> None:
+        if self.bptt is not None:
+            self._lrs = [hyper["lr"] for hyper in self.learn.opt.hypers]
+            self.learn.opt.set_hypers(lr=[lr * self.learn.xb[0].shape[1] / self.bptt for lr in self._lrs])
 
-    def after_batch(self) -> None:
-        vars(self.learn).pop("_step", None)  # it is still there if the step was cancelled
+    def after_batch(self) -> None:  # fastai calls it after a cancelled step, too
+        if self._lrs is not None:
+            self.learn.opt.set_hypers(lr=self._lrs)
+        self._lrs = None
 
     def before_validate(self) -> None:
-        if not self.totals:  # learn.validate() and the like train nothing, so that there are no terms to show
-            self.after_fit()
+        if self._totals is None:  # learn.validate() and the like train nothing, so that there are no terms to show
+            self.learn.metrics = _without_columns(self.learn.metrics)
 
     def after_fit(self) -> None:
-        self.learn.metrics = _others(self.learn.metrics)
-        self.regularizer.clear()
-        self.attached.close()
-        output_dropout.link(self.learn.model, None)
+        self.learn.metrics = _without_columns(self.learn.metrics)
+        for capture in self._captures():
+            capture.raw_out = capture.out = None
+        self._leave()
 
-    def _marks(self, function: Callable[..., Tensor | None] | None, *_: Any, **__: Any) -> Tensor | None:
-        """Return the valid steps of the batch, or its starts, whatever the arguments of an attached module."""
-        return None if function is None else function(*self.learn.xb)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "learn" and self.learn is not None:
+            self._leave()  # removed, maybe in a fit, and maybe to be added again
+        super().__setattr__(name, value)
 
-    def text(self, steps: int) -> Tensor:
-        """Return the mask of a batch's texts: each reaches from its first step that is not padding to its last."""
-        ids = self.learn.xb[0][:, -steps:]  # the encoder keeps the last `max_len` steps of a long text
-        there = (ids != _encoder(self.learn.model).pad_idx).as_subclass(Tensor)
-        return (there.cumsum(1) > 0) & (there.flip(1).cumsum(1).flip(1) > 0)
+    def __call__(self, event_name: str) -> Any:
+        # fastai goes on calling a callback that was removed in the same event.
+        return None if self.learn is None else super().__call__(event_name)  # pyright: ignore
 
-    def _capture(self) -> Any:
-        """Return the callback that captures the activations."""
-        for cb in self.learn.cbs:
-            if isinstance(cb, stock.RNNCallback):
-                return cb
-        raise RuntimeError("no RNNCallback captures the activations: add one, or all of rnn_cbs(alpha, beta) instead")
+    def __reduce__(self) -> Any:
+        kept = {"learn": self.learn, "run_train": self.run_train, "run_valid": self.run_valid}
+        return stock.RNNRegularizer, (self.alpha, self.beta), kept
 
-    def _average(self, name: str) -> Any:
+    def _attach(self) -> None:
+        """Attach to the modules at the paths, unless that is done already."""
+        if self._handle is None and self.source.module is not None:
+            self._handle = self.source.of_batch(lambda: self.learn.xb).attach(self, self.learn.model)
+
+    def _leave(self) -> None:
+        """Restore the lr, and take the hooks off."""
+        self.after_batch()
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def _captures(self) -> list[Any]:
+        """Return the callbacks that capture the activations."""
+        return [cb for cb in self.learn.cbs if isinstance(cb, RNNCallback)]
+
+    def _average(self, i: int) -> Any:
         """Average a term over the epoch's training batches; NaN, a number for loggers, where there is no value."""
-        if self.learn is None:  # the callback was removed after a fit that was cut off
-            return math.nan
         # With train_metrics the table has columns of its own for the validation, which has no terms.
-        validation = self.learn.recorder.train_metrics and not self.learn.training
-        return math.nan if validation or not self.count else self.totals[name] / self.count
-
-
-def _encoder(model: Any) -> Any:
-    """Return the encoder of a text classifier, which knows the pad id."""
-    for module in model.modules():
-        if isinstance(module, SentenceEncoder):
-            return module
-    raise ValueError(
-        "mask_padding: expected a model with a SentenceEncoder, as fastai's text classifiers have, got "
-        f"{type(model).__name__}"
-    )
-
-
-def _others(metrics: Any) -> Any:
-    """Return the metrics without the columns `ar` and `tar`."""
-    return L(metric for metric in metrics if not isinstance(metric, _Column))
+        if self.learn is None or (self.learn.recorder.train_metrics and not self.learn.training):
+            return math.nan
+        return self._totals[i] / (self._totals[2] or math.nan)
 
 
 def rnn_cbs(
@@ -353,9 +231,9 @@ def rnn_cbs(
         >>> [type(cb).__name__ for cb in rnn_cbs(alpha=2.0, beta=1.0)]
         ['ModelResetter', 'RNNCallback', 'RNNRegularizer']
     """
-    cbs = [stock.ModelResetter(), RNNCallback()]
     regularizer = RNNRegularizer(alpha, beta, bptt, mask_padding)  # checks the arguments
-    return [*cbs, regularizer] if is_on(alpha) or is_on(beta) or bptt is not None else cbs
+    needed = [regularizer] if is_on(alpha) or is_on(beta) or bptt is not None else []
+    return [stock.ModelResetter(), RNNCallback(), *needed]
 
 
 def fuse(
@@ -369,18 +247,17 @@ def fuse(
     valid: Callable[..., Tensor | None] | None = None,
     starts: Callable[..., Tensor | None] | None = None,
 ) -> Learner:
-    """Swap fastai's `RNNCallback` and `RNNRegularizer` for this module's, in place, and return the learner.
+    """Swap fastai's `RNNRegularizer` for this module's, in place, and return the learner.
 
-    The new callbacks have the coefficients, `order`, `run_train` and `run_valid` of the old ones. Subclasses of
-    fastai's callbacks, and learners that are fused already, stay unchanged. After an error nothing is swapped.
+    The new one has the coefficients, `run_train` and `run_valid` of the old one. A learner that is fused already gets
+    the arguments that are given. Subclasses of fastai's callback stay unchanged. After an error nothing is swapped.
 
     Args:
         learn: the learner.
-        dropout: also swap a language model's last dropout, the `RNNDropout` of its `LinearDecoder`, for a
-            `fastreg.FusedRNNDropout`, which forms the penalty in its own pass. With `rnn` the path of the dropout that
-            takes its output.
-        mask_padding: leave the padding of a text classifier's batches out, which fastai counts in.
-        rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNRegularizer`.
+        dropout: also swap a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout`, which
+            forms the penalty in its own pass. With `rnn` the path of the dropout that takes its output.
+        mask_padding: as for this module's `RNNRegularizer`.
+        rnn: the path of a module, for a model that returns its output alone, as for `RNNRegularizer`.
         output: as for `RNNRegularizer`.
         batch_first: as for `RNNRegularizer`.
         valid: as for `RNNRegularizer`, also for a model that returns `(decoded, raw, dropped)`.
@@ -388,58 +265,42 @@ def fuse(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the learner has no `RNNRegularizer`, or its model lacks the dropout, the mask or the module, or an
-            attribute of the dropout or regularizer is out of range.
+        ValueError: the learner has no `RNNRegularizer`, or its model lacks the dropout or the module, or an attribute
+            of the dropout or regularizer is out of range.
 
     Examples:
         >>> fuse(learn).fit(1)
         >>> learn.recorder.metric_names
         ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
-    path = output_dropout.check_fuse(learn, Learner, dropout, rnn)
-    check_flags(mask_padding=mask_padding)
-    paths = check_path(rnn, path, output, batch_first)
-    regularizers = [cb for cb in learn.cbs if isinstance(cb, stock.RNNRegularizer)]
-    if not any(type(cb) in (stock.RNNRegularizer, RNNRegularizer) for cb in regularizers):
-        captured = paths is not None or any(isinstance(cb, stock.RNNCallback) for cb in learn.cbs)
-        advice = "add_cb(fastreg.fastai.RNNRegularizer" if captured else "add_cbs(fastreg.fastai.rnn_cbs"
-        arguments = "alpha, beta" if paths is None else "alpha, beta, rnn=..., dropout=..."
+    old = next(iter(_regularizers(learn, stock.RNNRegularizer, RNNRegularizer)), None)
+    if old is None:
         raise ValueError(
-            f"fuse: the learner's {type(regularizers[0]).__name__} is a subclass of RNNRegularizer, and left alone"
-            if regularizers
-            else f"fuse: the learner has no RNNRegularizer; learn.{advice}({arguments}))"
+            "fuse: the learner has no RNNRegularizer of fastai's own class; add those of fastreg.fastai, "
+            "rnn_cbs(alpha, beta), or RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
         )
-    if mask_padding:
-        _encoder(learn.model)
-    if paths is not None:
-        model: Any = learn.model
-        paths.attach(Regularizer(), model).close()  # a wrong path raises before anything is swapped
-    decoders = output_dropout.swappable(learn.model, _decoders(learn), RNNDropout) if dropout is True else []
-    callbacks: list[tuple[Any, Any]] = []
-    for cb in learn.cbs:
-        if type(cb) is stock.RNNCallback:
-            callbacks.append((cb, _alike(RNNCallback(), cb)))
-        elif type(cb) is stock.RNNRegularizer:
-            callbacks.append((cb, _alike(RNNRegularizer(cb.alpha, cb.beta), cb)))
-    fused = [*learn.cbs, *(new for _, new in callbacks)]
-    regularizer = next(cb for cb in fused if type(cb) is RNNRegularizer)
-    options = {"alpha": regularizer.alpha, "beta": regularizer.beta}
-    dropouts = [OutputDropout(decoder.output_dp, **options) for decoder in decoders]
-    if mask_padding or paths is not None or valid is not None or starts is not None:
-        regularizer.hook(paths, valid, starts, mask_padding)
-    for old, new in callbacks:
-        _swap(learn, old, new)
-    for decoder, new in zip(decoders, dropouts, strict=True):
-        decoder.output_dp = new
-    return learn
+    model: Any = learn.model
+    path: Any = dropout or None
+    if is_language_model := dropout is True and rnn is None:
+        rnn, path, batch_first = "0", "1.output_dp", True
+    options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
+    new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, rnn=rnn, dropout=path, **options)
+    if rnn is not None:
+        new.source.attach(new, model).remove()  # a wrong path raises before anything is swapped
+    if is_language_model and type(model[1].output_dp) not in (RNNDropout, OutputDropout):
+        raise ValueError(f"dropout: expected an RNNDropout to swap, got {type(model[1].output_dp).__name__}")
+    given = {name: x for name, x in vars(new.source).items() if x is not None}
+    new.source = replace(vars(old).get("source", new.source), **given)
+    new.run_train, new.run_valid = old.run_train, old.run_valid
+    if is_language_model:
+        model[1].output_dp = OutputDropout(model[1].output_dp.p).train(model[1].output_dp.training)
+    return learn.remove_cb(old).add_cb(new)
 
 
 def unfuse(learn: Learner) -> Learner:
-    """Undo `fuse`, in place, and return the learner with fastai's callbacks and dropout.
+    """Undo `fuse`, in place, and return the learner with fastai's callback and dropout.
 
-    They keep the present coefficients and order; `bptt` and `mask_padding` are lost, as fastai has neither. A learner
-    that is not fused stays unchanged. In a callback of a running fit, do not call this between a batch's prediction
-    and its loss.
+    The callback keeps the present coefficients; `bptt`, `valid` and `starts`, which fastai lacks, are lost.
 
     Raises:
         TypeError: `learn` is not a learner.
@@ -449,33 +310,18 @@ def unfuse(learn: Learner) -> Learner:
         >>> learn.recorder.metric_names
         ['epoch', 'train_loss', 'valid_loss', 'time']
     """
-    output_dropout.check_learner(learn, Learner)
-    for cb in list(learn.cbs):
-        if type(cb) is RNNRegularizer:
-            cb.after_fit()  # a fit that was cut off has not called it
-        if type(cb) in (RNNCallback, RNNRegularizer):
-            _swap(learn, cb, cb.stock())
-    learn.metrics = _others(learn.metrics)  # where the callback was removed after a fit that was cut off
-    for decoder in _decoders(learn):
-        if type(decoder.output_dp) is OutputDropout:
-            decoder.output_dp = decoder.output_dp.original
+    for cb in _regularizers(learn, RNNRegularizer):
+        learn.remove_cb(cb).add_cb(copy(cb))
+    learn.metrics = _without_columns(learn.metrics)
+    model: Any = learn.model
+    for module in model.modules():
+        if type(getattr(module, "output_dp", None)) is OutputDropout:
+            module.output_dp = copy(module.output_dp)
     return learn
 
 
-def _decoders(learn: Any) -> list[Any]:
-    """Return the modules that hold a language model's last dropout."""
-    return [module for module in learn.model.modules() if isinstance(module, LinearDecoder)]
-
-
-def _swap(learn: Any, old: Any, new: Callback) -> None:
-    """Replace the old callback by the new one."""
-    learn.add_cb(new)  # fastai adds it at the end, and makes it the learner's attribute of its name
-    i = [cb is old for cb in learn.cbs].index(True)
-    learn.cbs[i], old.learn = learn.cbs.pop(), None
-
-
-def _alike(new: Callback, old: Callback) -> Callback:
-    """Give a new callback the old one's learner and the attributes that were set on the old instance."""
-    names = {"learn", "order", "run_train", "run_valid"} & vars(old).keys()
-    vars(new).update({name: vars(old)[name] for name in names})
-    return new
+def _regularizers(learn: Any, *kinds: type) -> list[Any]:
+    """Return the callbacks of a learner whose class is one of `kinds`, and no subclass."""
+    if not isinstance(learn, Learner):
+        raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
+    return [cb for cb in learn.cbs if type(cb) in kinds]

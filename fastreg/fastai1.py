@@ -14,23 +14,22 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastreg.output_dropout import OutputDropout, check_fuse, check_learner, link, swappable
-from fastreg.paths import Paths, check_marks, check_path
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
+from fastreg.rnn_dropout import FusedRNNDropout
+from fastreg.source import Source, source_at
 
 try:
     from fastai import __version__
     from fastai.basic_train import Learner, LearnerCallback
     from fastai.callback import CallbackHandler
     from fastai.callbacks import rnn as stock
-    from fastai.text.models import LinearDecoder, RNNDropout
+    from fastai.text.models import RNNDropout
 except ImportError as error:
     raise ImportError(f"fastreg.fastai1: fastai 1 cannot be imported ({error}); pip install 'fastai<2'") from error
 
@@ -38,6 +37,12 @@ __all__ = ["RNNTrainer", "fuse", "unfuse"]
 
 TIME_AXIS = 1 if tuple(map(int, __version__.split(".")[:3])) >= (1, 0, 38) else 0  # of batches and activations
 DICTS = hasattr(CallbackHandler, "_call_and_update")  # hooks return dicts, from 1.0.47 on
+PLACE = ("rnn", "dropout", "output", "batch_first", "valid", "starts")  # the arguments of a `Source`
+
+
+def last_raw(result: Any) -> Tensor:
+    """Return the last layer's raw from the output of a language model's encoder."""
+    return result[0][-1]
 
 
 class RNNTrainer(LearnerCallback):
@@ -64,7 +69,7 @@ class RNNTrainer(LearnerCallback):
 
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model does not return
-            `(decoded, raw, dropped)`, or has no `reset()`.
+            `(decoded, raw, dropped)`.
         ValueError: an argument has the wrong value, or there is no `bptt` to adjust to.
 
     Examples:
@@ -91,93 +96,85 @@ class RNNTrainer(LearnerCallback):
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
-        if not isinstance(learn, Learner):
-            raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
-        super().__init__(learn)
-        self.not_min = [*getattr(self, "not_min", []), "regularizer", "lrs", "attached", "batch"]
-        self.bptt, self.alpha, self.beta, self.adjust = bptt, alpha, beta, adjust
-        self.regularizer = RNNRegularizer(alpha, beta, bptt=bptt)
-        self.lrs: list[float] | None = None  # while they are scaled
+        _check(learn)
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
-        check_marks("the batch's inputs", valid=valid, starts=starts)
-        check_path(rnn, dropout, output, batch_first)
-        self.rnn, self.dropout, self.output = rnn, dropout, output  # which purge() sets anew, after this
+        super().__init__(learn)
+        self.not_min = [*getattr(self, "not_min", []), "regularizer", "lrs", "handle", "batch", "original"]
+        self.bptt, self.alpha, self.beta, self.adjust = bptt, alpha, beta, adjust  # purge() makes a callback anew
+        self.rnn, self.dropout, self.output = rnn, dropout, output  # from its arguments
         self.batch_first, self.valid, self.starts = batch_first, valid, starts
-        self.attached = ExitStack()  # to the modules, during a fit
+        self.regularizer = RNNRegularizer(alpha, beta, bptt=bptt)
+        self.source  # noqa: B018 - checks the arguments
+        self.lrs: list[float] | None = None  # while they are scaled
+        self.handle: Any = None  # of the attached modules, during a fit
+        self.original: Any = None  # the dropout that is replaced during a fit
         self.batch: Any = None
-        if hasattr(Learner, "export"):  # set here, as purge() makes callbacks anew and drops all else
+        if hasattr(Learner, "export"):
             learn.export = partial(_export, weakref.ref(learn))
 
     @property
-    def paths(self) -> Paths | None:
-        """Return the paths of the modules whose activations are regularized, or `None` for those in its output."""
-        return check_path(self.rnn, self.dropout, self.output, self.batch_first)
+    def source(self) -> Source:
+        """Return the source of the activations, with functions of the present batch."""
+        source = source_at(**{name: getattr(self, name) for name in PLACE})
+        return source.of_batch(lambda: self.batch if isinstance(self.batch, (list, tuple)) else (self.batch,))
 
     def on_train_begin(self, **_: Any) -> None:
-        if any(isinstance(cb, stock.RNNTrainer) for cb in self.learn.callbacks):
-            raise ValueError("RNNTrainer: the learner has fastai's own as well; fuse(learn) instead of adding another")
-        if sum(isinstance(cb, RNNTrainer) for cb in self.learn.callbacks) > 1:
-            raise ValueError("RNNTrainer: the learner has two of them, and the first takes the activations: keep one")
-        link(self.learn.model, self.regularizer)
-        self.attached.close()  # a fit that was cut off may have left it
-        if self.paths is not None:
-            marks = partial(self._marks, "valid"), partial(self._marks, "starts")
-            self.attached = self.paths.attach(self.regularizer, self.learn.model, *marks)
+        trainers = [cb for cb in self.learn.callbacks if isinstance(cb, (stock.RNNTrainer, RNNTrainer))]
+        if len(trainers) > 1:
+            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's: keep one")
+        model = self.learn.model
+        if self.output is last_raw:
+            self.original = model[1].output_dp
+            model[1].output_dp = FusedRNNDropout(self.original.p, batch_first=TIME_AXIS == 1, ar_of="raw")
+        if self.rnn is not None:
+            self.handle = self.source.attach(self.regularizer, model)
 
     def on_epoch_begin(self, **_: Any) -> None:
-        if self.paths is None and not hasattr(self.learn.model, "reset"):
-            raise TypeError(
-                f"{type(self.learn.model).__name__} has no reset(), which RNNTrainer calls at each epoch: give it one "
-                "that zeroes the hidden state, even if there is none"
-            )
         self.regularizer.on_epoch_begin(self.learn.model)
 
     def on_batch_begin(self, last_input: Any, **_: Any) -> None:
         self.batch = last_input
-        self._set_coefficients()
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
-        decoded = last_output
-        if self.paths is None:
-            options: Any = {name: self._marks(name) if train else None for name in ("valid", "starts")}
-            options["batch_first"] = TIME_AXIS == 1
-            decoded = self.regularizer.on_loss_begin(last_output, **options)
+        decoded, source = last_output, self.source
+        if self.rnn is None:
+            valid, starts = (None if x is None or not train else x() for x in (source.valid, source.starts))
+            marks: Any = {"valid": valid, "starts": starts, "batch_first": TIME_AXIS == 1}
+            decoded = self.regularizer.on_loss_begin(last_output, **marks)
+        elif self.output is last_raw:
+            decoded = last_output[0]
         if not train:
             self.regularizer.clear()  # no backward follows, which would use the capture
         return {"last_output": decoded} if DICTS else decoded
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
-        self._set_coefficients()
+        self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta  # which may have changed
         loss = self.regularizer.on_backward_begin(last_loss)
         return {"last_loss": loss} if DICTS else loss
 
     def on_backward_end(self, last_input: Tensor, **_: Any) -> None:
         if self.adjust and self.bptt is not None:
-            opt = self.learn.opt
-            factor = last_input.shape[TIME_AXIS] / self.bptt
+            opt, factor = self.learn.opt, last_input.shape[TIME_AXIS] / self.bptt
             self.lrs, opt.lr = opt._lr, [lr * factor for lr in opt._lr]  # these lrs also scale the weight decay
 
     def on_step_end(self, **_: Any) -> None:
         if self.lrs is not None:
             self.learn.opt.lr, self.lrs = self.lrs, None
 
-    def on_train_end(self, **_: Any) -> None:
-        self.on_step_end()  # after an error in a step, the lr is still scaled
+    def on_train_end(self, **_: Any) -> None:  # fastai calls it after an error, too
+        self.on_step_end()
         self.regularizer.clear()
-        self.attached.close()
-        self.batch = None
-        link(self.learn.model, None)
+        if self.handle is not None:
+            self.handle.remove()
+        if self.original is not None:
+            self.learn.model[1].output_dp = self.original
+        self.handle = self.original = self.batch = None
 
-    def _set_coefficients(self) -> None:
-        """Pass on the coefficients, which may have changed."""
-        self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta
-
-    def _marks(self, name: str, *_: Any, **__: Any) -> Tensor | None:
-        """Return the valid steps of the batch, or its starts, whatever the arguments of an attached module."""
-        inputs = self.batch if isinstance(self.batch, (list, tuple)) else (self.batch,)
-        function = getattr(self, name)
-        return None if function is None else function(*inputs)
+    def stock(self) -> Any:
+        """Return fastai's `RNNTrainer`."""
+        known = {"bptt", "alpha", "beta", "adjust"} & inspect.signature(stock.RNNTrainer).parameters.keys()
+        return stock.RNNTrainer(self.learn, **{name: getattr(self, name) for name in known})
 
 
 def fuse(
@@ -193,14 +190,14 @@ def fuse(
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
     The new `RNNTrainer` has the coefficients and the position of the old one, and its `adjust` in the releases that
-    have it; the lr no longer compounds from step to step. Subclasses, and learners that are fused already, stay
-    unchanged.
+    have it; the lr no longer compounds from step to step. A learner that is fused already gets the arguments that are
+    given. Subclasses stay unchanged. After an error nothing is swapped.
 
     Args:
         learn: the learner.
-        dropout: also swap a language model's last dropout, the `RNNDropout` of its `LinearDecoder`, for a
-            `fastreg.FusedRNNDropout`, which forms the penalty in its own pass. As with fastai v1, AR is of its input.
-            With `rnn` the path of the dropout that takes its output.
+        dropout: also swap a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout` during a
+            fit, which forms the penalty in its own pass. As with fastai v1, AR is of its input. With `rnn` the path of
+            the dropout that takes its output.
         rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNTrainer`.
         output: as for `RNNTrainer`.
         batch_first: as for `RNNTrainer`.
@@ -217,39 +214,35 @@ def fuse(
         >>> bool(learn1.callbacks[-1].regularizer.tar > 0)
         True
     """
-    path = check_fuse(learn, Learner, dropout, rnn)
-    paths = check_path(rnn, path, output, batch_first)
-    trainers = [cb for cb in learn.callbacks if isinstance(cb, (stock.RNNTrainer, RNNTrainer))]
-    cb = next((cb for cb in trainers if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
-    if cb is None:
+    _check(learn)
+    kinds = [type(cb) for cb in learn.callbacks]
+    i = next((i for i, kind in enumerate(kinds) if kind in (stock.RNNTrainer, RNNTrainer)), None)
+    if i is None:
         raise ValueError(
-            f"fuse: the learner's {type(trainers[0]).__name__} is a subclass of RNNTrainer, and left alone"
-            if trainers
-            else "fuse: the learner has no RNNTrainer; "
+            "fuse: the learner has no RNNTrainer of fastai's own class; "
             "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
-    if paths is not None:
-        paths.attach(RNNRegularizer(), learn.model).close()  # a wrong path raises before anything is swapped
-    decoders = swappable(learn.model, _decoders(learn), RNNDropout) if dropout is True else []
-    named: Any = {"rnn": rnn, "dropout": path, "output": output, "batch_first": batch_first}
-    named |= {"valid": valid, "starts": starts}
-    options = {"alpha": cb.alpha, "beta": cb.beta, "batch_first": TIME_AXIS == 1, "ar_of": "raw"}
-    dropouts = [OutputDropout(decoder.output_dp, **options) for decoder in decoders]
-    given = paths is not None or valid is not None or starts is not None
-    for i, cb in enumerate(learn.callbacks):
-        if type(cb) is stock.RNNTrainer or (given and type(cb) is RNNTrainer):
-            bptt, adjust = vars(cb).get("bptt"), vars(cb).get("adjust", False)
-            learn.callbacks[i] = RNNTrainer(learn, bptt, cb.alpha, cb.beta, adjust, **named)
-    for decoder, new in zip(decoders, dropouts, strict=True):
-        decoder.output_dp = new
+    path: Any = dropout or None
+    if dropout is True and rnn is None:
+        rnn, path, output, batch_first = "0", "1.output_dp", last_raw, TIME_AXIS == 1
+    given: Any = dict(zip(PLACE, (rnn, path, output, batch_first, valid, starts), strict=True))
+    source = source_at(**given)
+    if rnn is not None:
+        source.attach(RNNRegularizer(), learn.model).remove()  # a wrong path raises before anything is swapped
+    if output is last_raw and type(learn.model[1].output_dp) is not RNNDropout:
+        raise ValueError(f"dropout: expected an RNNDropout to swap, got {type(learn.model[1].output_dp).__name__}")
+    names = "bptt", "alpha", "beta", "adjust", *PLACE
+    options = {name: value for name, value in vars(learn.callbacks[i]).items() if name in names}
+    options |= {name: value for name, value in given.items() if value is not None}
+    learn.callbacks[i] = RNNTrainer(learn, **({"bptt": None, "adjust": False} | options))
     return learn
 
 
 def unfuse(learn: Learner) -> Learner:
-    """Undo `fuse`, in place, and return the learner with fastai's callback and dropout.
+    """Undo `fuse`, in place, and return the learner with fastai's callback.
 
-    The callback keeps the present coefficients and its position; `bptt` and `adjust` are lost in a release whose
-    `RNNTrainer` has none. A learner that is not fused stays unchanged.
+    The callback keeps the present coefficients and its position; arguments that fastai's lacks are lost, `bptt`
+    and `adjust` in most releases. A learner that is not fused stays unchanged.
 
     Raises:
         TypeError: `learn` is not a learner.
@@ -258,34 +251,28 @@ def unfuse(learn: Learner) -> Learner:
         >>> type(unfuse(fuse(learn1)).callbacks[-1]).__module__
         'fastai.callbacks.rnn'
     """
-    check_learner(learn, Learner)
-    known = {"bptt", "alpha", "beta", "adjust"} & inspect.signature(stock.RNNTrainer).parameters.keys()
+    _check(learn)
     for i, cb in enumerate(learn.callbacks):
         if type(cb) is RNNTrainer:
             vars(learn).pop(cb.cb_name, None)  # its attribute, which 1.0.36 gives to LearnerCallbacks alone
-            learn.callbacks[i] = stock.RNNTrainer(learn, **{name: getattr(cb, name) for name in known})
-    for decoder in _decoders(learn):
-        if type(decoder.output_dp) is OutputDropout:
-            decoder.output_dp = decoder.output_dp.original
+            learn.callbacks[i] = cb.stock()
     vars(learn).pop("export", None)
     return learn
 
 
-def _decoders(learn: Learner) -> list[Any]:
-    """Return the modules that hold a language model's last dropout."""
-    return [module for module in learn.model.modules() if isinstance(module, LinearDecoder)]
+def _check(learn: object) -> None:
+    """Check for a learner."""
+    if not isinstance(learn, Learner):
+        raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
 
 
-def _export(learn: Any, *args: Any, **kwargs: Any) -> Any:
-    """Export the learner as `unfuse` leaves it, so that it loads where fastreg is not installed, and fuse it again."""
-    learn = learn()
-    kind, attributes, callbacks = type(learn), dict(vars(learn)), list(learn.callbacks)
-    dropouts = [(decoder, decoder.output_dp) for decoder in _decoders(learn)]
-    unfuse(learn)
+def _export(reference: Any, *args: Any, **kwargs: Any) -> Any:
+    """Export the learner with fastai's callback, so that it loads where fastreg is not installed."""
+    learn = reference()
+    before = {"callbacks": learn.callbacks, "rnn_trainer": learn.rnn_trainer}
+    learn.callbacks = [cb.stock() if type(cb) is RNNTrainer else cb for cb in learn.callbacks]
     try:
-        return learn.export(*args, **kwargs)
+        return type(learn).export(learn, *args, **kwargs)
     finally:
-        for decoder, dropout in dropouts:
-            decoder.output_dp = dropout
-        if type(learn) is kind:  # export(destroy=True) changes the type
-            vars(learn).update(attributes, callbacks=callbacks)
+        if isinstance(learn, Learner):  # export(destroy=True) changes the type
+            vars(learn).update(before)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
+from dataclasses import replace
 from functools import partial, update_wrapper
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastreg.arguments import check_flags
-from fastreg.paths import check_marks, check_paths
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
+from fastreg.source import attach_all, sources_at
 
 if TYPE_CHECKING:
     Callback: Any = object  # Lightning is not needed to check types
@@ -84,11 +83,11 @@ class ActivationRegularization(Callback):
     ) -> None:
         check_flags(log=log)
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
-        self.paths = check_paths(rnn, dropout, output, batch_first)
-        check_marks("the batch", valid=valid, starts=starts)
-        self.valid, self.starts, self.logged = valid, starts, log  # Lightning sets `log` itself
+        options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
+        self.sources = sources_at(rnn, dropout, **options)
+        self.logged = log  # Lightning sets `log` itself
         self._terms: Tensor | None = None  # the sums of AR and TAR over the steps of the epoch, and how many steps
-        self._batch: Any = None  # of the step that runs
+        self.batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -98,22 +97,20 @@ class ActivationRegularization(Callback):
                 "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
                 "a callback; use fastreg.RNNRegularizer in its training_step"
             )
-        marks = [None if x is None else partial(self._marks, x) for x in (self.valid, self.starts)]
-        self._undo.enter_context(self.paths.attach(self.regularizer, pl_module, *marks))
-        self._undo.callback(self.before_step, None)
+        sources = [replace(x, valid=self._of_batch(x.valid), starts=self._of_batch(x.starts)) for x in self.sources]
+        self._undo.enter_context(attach_all(sources, self.regularizer, pl_module))
         # All callbacks share one wrapper: they may end in any order, and only the last puts the step back.
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
         pl_module.training_step.callbacks.append(self)
         self._undo.callback(pl_module.training_step.remove, self)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Take off the hooks and the wrapper of `training_step`."""
         self._undo.close()
+        self.batch = None
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take off the hooks and the wrapper of `training_step`: Lightning tears nothing down after an error."""
-        self._undo.close()
+    on_exception = teardown  # Lightning tears nothing down after an error
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the hidden state, and the sums of the terms."""
@@ -124,62 +121,49 @@ class ActivationRegularization(Callback):
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
         if not self.logged:
             return
-        terms = torch.zeros(3, device=pl_module.device)
-        if self._terms is not None:
-            terms.copy_(self._terms)
+        terms = torch.zeros(3) if self._terms is None else self._terms
         # Each process takes part, also one that has added no penalty, as the others wait for it.
-        ar, tar, steps = trainer.strategy.reduce(terms, reduce_op="sum")
+        ar, tar, steps = trainer.strategy.reduce(terms.to(pl_module.device, torch.float32), reduce_op="sum")
         if steps:
             means = {"ar": ar / steps, "tar": tar / steps}
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-        self._terms = None
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reset the hidden state."""
+        """Reset the hidden state: within an epoch of training, that of validation is not that of the next batch."""
         self.regularizer.on_epoch_begin(pl_module)
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Reset the hidden state, which within an epoch of training is not that of its next batch."""
-        self.regularizer.on_epoch_begin(pl_module)
+    on_validation_epoch_end = on_validation_epoch_start
 
-    def before_step(self, batch: Any) -> None:
-        """Keep the batch, from which `valid` takes the valid time steps of the step."""
-        self._batch = batch
-
-    def after_step(self, pl_module: Any, output: Any) -> Any:
+    def after_step(self, output: Any) -> Any:
         """Return what `training_step` returned with the penalty added to the loss, and sum up the terms."""
-        self._batch = None
+        self.batch = None
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
             return output
         total = self.regularizer.on_backward_begin(loss)
         if total is loss:  # the RNNs are in evaluation
             return output
-        if self.logged:
-            ar, tar = self.regularizer.ar, self.regularizer.tar
-            step = torch.stack([ar, tar, torch.ones_like(ar)])  # pyright: ignore[reportArgumentType]
-            self._terms = step if self._terms is None else self._terms + step
+        ar: Any = self.regularizer.ar
+        terms = torch.stack([ar, self.regularizer.tar, torch.ones_like(ar)])  # pyright: ignore[reportArgumentType]
+        self._terms = terms if self._terms is None else self._terms + terms
         return output | {"loss": total} if isinstance(output, dict) else total
 
-    def _marks(self, function: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
-        """Return the valid steps of the batch, or its starts."""
-        return function(self._batch, *args, **kwargs) if _takes_calls(function) else function(self._batch)
-
-
-def _takes_calls(function: Callable[..., Any]) -> bool:
-    """Return whether a function takes more than the batch."""
-    parameters = inspect.signature(function).parameters.values()
-    required = [
-        x for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD) and x.default is x.empty
-    ]
-    return len(required) > 1 or any(x.kind is x.VAR_POSITIONAL for x in parameters)
+    def _of_batch(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """Return a function of an RNN's arguments for one of the batch, or of the batch and those arguments."""
+        if function is None:
+            return None
+        parameters = [x for x in inspect.signature(function).parameters.values() if x.default is x.empty]
+        positional = [x for x in parameters if x.kind not in (x.KEYWORD_ONLY, x.VAR_KEYWORD)]
+        if len(positional) > 1 or any(x.kind is x.VAR_POSITIONAL for x in positional):
+            return lambda *args, **kwargs: function(self.batch, *args, **kwargs)
+        return lambda *_, **__: function(self.batch)
 
 
 class _RegularizedStep:
-    """Wrap `training_step` to add penalties to its loss; a copy or a pickle of the module has its own plain step."""
+    """Wrap `training_step` to add penalties to its loss; a copy or a pickle of the module has a plain step."""
 
     def __init__(self, pl_module: Any) -> None:
-        self.own = "training_step" in vars(pl_module)  # it is where Lightning has compiled the module
+        self.own = vars(pl_module).get("training_step")  # Lightning sets one when it compiles the module
         self.step = pl_module.training_step
         update_wrapper(self, self.step)  # Lightning reads its signature
         self.pl_module = pl_module
@@ -187,10 +171,10 @@ class _RegularizedStep:
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         for callback in self.callbacks:
-            callback.before_step(batch)
+            callback.batch = batch
         output = self.step(batch, *args, **kwargs)
         for callback in self.callbacks:
-            output = callback.after_step(self.pl_module, output)
+            output = callback.after_step(output)
         return output
 
     def remove(self, callback: ActivationRegularization) -> None:
@@ -198,13 +182,8 @@ class _RegularizedStep:
         self.callbacks.remove(callback)
         if not self.callbacks:
             del self.pl_module.training_step
-            if self.own:
-                self.pl_module.training_step = self.step
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if not isinstance(self.step, MethodType):
-            return deepcopy(self.step, memo)
-        return MethodType(self.step.__func__, deepcopy(self.step.__self__, memo))
+            if self.own is not None:
+                self.pl_module.training_step = self.own
 
     def __reduce__(self) -> Any:
-        return self.step.__reduce__() if isinstance(self.step, MethodType) else (partial, (self.step,))
+        return partial, (self.step,)

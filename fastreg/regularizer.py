@@ -5,15 +5,13 @@ the autograd graph keeps them. `take` is the one consumer, also for `on_backward
 activations in that output, or of the runs that its loss depends on, and then drops them, also when it raises.
 
 A `FusedRNNDropout` forms AR and TAR ahead, in its forward, and its node carries the gradient. The hook on an attached
-dropout puts them into the capture. An `OutputDropout` has the regularizer `capture` its run, and `on_loss_begin` uses
-it if the output is of its tensors. Terms formed ahead are used if their activations have not changed since.
+dropout puts them into the capture. Terms formed ahead are used if their activations have not changed since.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -25,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_coefficient, check_flags, check_steps
-from fastreg.attachment import Attachment, Source, nothing
-from fastreg.capture import Run, Watch, search, sizes_of
+from fastreg.arguments import check_coefficient, check_steps
+from fastreg.attachment import Attachment
+from fastreg.capture import Watch, search, sizes_of
 from fastreg.carry import Carrier, penalty_of_runs
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, time_given
-from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
-from fastreg.rnn_dropout import FusedRNNDropout
+from fastreg.problem import ARTAR, Coefficient, is_list, rows_of
+from fastreg.source import Source
 from fastreg.torch_state import untraced
 
 
@@ -43,7 +41,6 @@ class Given:
     Attributes:
         raw, dropped, lengths, valid, starts: as `fused_ar_tar` takes them.
         time_at: `batch_first`, a bool, or `time_dim`, an int.
-        run: the run of a fused dropout that formed their terms, or `None`.
     """
 
     raw: Any
@@ -52,14 +49,9 @@ class Given:
     lengths: Tensor | None
     valid: Tensor | None
     starts: Tensor | None
-    run: Run | None
 
     def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carrier]:
-        """Compute the penalty, from the terms formed ahead if they are still right."""
-        if self.run is not None and not self.run.changed:
-            found = search(loss, [self.run])
-            if found.reached:
-                return penalty_of_runs([[self.run]], found, loss, alpha, beta)
+        """Compute the penalty."""
         steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
         steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
         terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
@@ -128,7 +120,6 @@ class RNNRegularizer:
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
         self._given: Given | None = None
-        self._captured: Callable[[], Run | None] = nothing
         self._attached: list[Attachment] = []
         self._sizes: tuple[int, int] | None = None  # of the last step, batch and time
 
@@ -138,7 +129,7 @@ class RNNRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave captures and attachments out of a copy or a pickle."""
-        return self.__dict__ | {"_given": None, "_captured": nothing, "_attached": []}
+        return self.__dict__ | {"_given": None, "_attached": []}
 
     def on_epoch_begin(self, model: object) -> None:
         """Reset the model's hidden state, if it or the model it wraps has a `reset()`, and drop any capture."""
@@ -193,17 +184,7 @@ class RNNRegularizer:
             raw, dropped = raw[-1], dropped[-1]
         if time_dim is None:
             _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid, starts=starts)
-        run, self._captured = self._captured(), nothing
-        if run is not None and not (
-            run.raw.itself() is raw
-            and run.squared.itself() is dropped
-            and run.valid is valid
-            and run.starts is starts
-            and lengths is None
-            and time_dim_of(run.time_at) == time_dim_of(time_at)
-        ):
-            run = None
-        self._given = Given(raw, dropped, time_at, lengths, valid, starts, run)
+        self._given = Given(raw, dropped, time_at, lengths, valid, starts)
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -262,7 +243,7 @@ class RNNRegularizer:
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
             taken = self._form(loss, chosen)
         finally:
-            self._given, self._captured = None, nothing
+            self._given = None
         if taken is None:
             _check_evaluation([attachment.source.module for attachment in chosen])
             return None
@@ -295,16 +276,9 @@ class RNNRegularizer:
 
     def clear(self) -> None:
         """Drop any capture: `on_epoch_begin` does; after a step that failed, this frees activations early."""
-        self._given, self._captured = None, nothing
+        self._given = None
         for attachment in self._attached:
             attachment.clear()
-
-    def capture(self, run: Run | None) -> None:
-        """Note the run of a dropout in the model, for `on_loss_begin`; `None` for a forward that forms no terms.
-
-        The graph keeps the run, and `on_loss_begin` uses it if the model's output is of its tensors.
-        """
-        self._captured = nothing if run is None else weakref.ref(run)
 
     def attach(
         self,
@@ -366,36 +340,15 @@ class RNNRegularizer:
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the module
                 is a replica of `DataParallel`.
         """
-        _check_module("module", module)
-        check_flags(stepwise=stepwise)
         scale: Coefficient | None = None
         if in_backward is not False:
             check_coefficient("in_backward", 1.0 if in_backward is True else in_backward)
             scale = coefficient(1.0 if in_backward is True else in_backward)
-        if stepwise and scale is not None:
-            raise ValueError("stepwise: expected False with in_backward, which sees one run at a time, got True")
-        if isinstance(module, nn.RNNCellBase) and not stepwise:
-            raise TypeError(
-                f"module: expected one that runs over all time steps, got {type(module).__name__}, which runs one; "
-                "attach the module that calls it, or attach(..., stepwise=True)"
-            )
-        if dropout is not None:
-            _check_module("dropout", dropout)
-        for name, function in (("output", output), ("valid", valid), ("starts", starts)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
-        time_at = (
-            time_given(batch_first, time_dim) if time_dim is not None else _layout_of(module, batch_first, stepwise)
-        )
-        if stepwise and time_dim is not None:
-            raise ValueError(f"time_dim: expected None with stepwise, whose runs have their own layout, got {time_dim}")
-        if isinstance(dropout, FusedRNNDropout):
-            _check_dropout(dropout, time_at, module)
+        source = Source(module, dropout, output, batch_first, time_dim, valid, starts, stepwise, scale).checked()
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
         if any(attachment.source.module is module for attachment in self._attached):
             raise RuntimeError("module: it is attached already; remove() its attachment first")
-        source = Source(module, dropout, output, time_at, valid, starts, stepwise, scale)
         watch = self._attached[0].watch if self._attached else Watch()
         self._attached.append(Attachment(self, source, watch))
         return self._attached[-1]
@@ -545,68 +498,3 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
         if wrong:
             given = f"as raw is {tuple(first.shape)} and {name} {shape}, got {batch_first}"
             raise ValueError(f"batch_first: expected {expected}, {given}")
-
-
-def _check_module(name: str, module: object) -> None:
-    """Check for a module whose hooks fire.
-
-    Raises:
-        TypeError: it is no module, or a scripted one.
-        RuntimeError: it is compiled.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            f"{name}: expected a module that takes hooks, got a ScriptModule; let an nn.Module call it and return what "
-            "it returns, and attach that"
-        )
-    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-        raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
-
-
-def _check_dropout(dropout: FusedRNNDropout, time_at: bool | int, module: nn.Module) -> None:
-    """Check that a dropout looks for time where the module has it.
-
-    Raises:
-        ValueError: it does not.
-    """
-    own = dropout.batch_first if dropout.time_dim is None else dropout.time_dim
-    if (type(own), own) != (type(time_at), time_at):
-        got = f"batch_first={dropout.batch_first}" if dropout.time_dim is None else f"time_dim={dropout.time_dim}"
-        expected = f"time_dim={time_at}"
-        if isinstance(time_at, bool):
-            expected = f"batch_first={time_at}, as the {type(module).__name__} has it"
-        raise ValueError(f"dropout: expected a FusedRNNDropout with {expected}, got {got}")
-
-
-def layout_of(module: nn.Module) -> bool | None:
-    """Return whether a module returns `(batch, time, hidden)`, as far as it can be read from it."""
-    own = getattr(module, "batch_first", None)
-    if isinstance(own, bool):
-        return own
-    inner = [x.batch_first for x in module.modules() if isinstance(x, nn.RNNBase)]
-    return True if inner and all(inner) else None
-
-
-def _layout_of(module: nn.Module, batch_first: bool | None, stepwise: bool) -> bool:
-    """Return whether a module returns `(batch, time, hidden)`.
-
-    Raises:
-        TypeError, ValueError: `batch_first` is no flag, or not that of the module, or not given and may be either.
-    """
-    name, own = type(module).__name__, getattr(module, "batch_first", None)
-    if batch_first is None:
-        read = True if isinstance(module, nn.RNNCellBase) and stepwise else layout_of(module)
-        if read is None:
-            inner = [type(x).__name__ for x in module.modules() if isinstance(x, nn.RNNBase)]
-            why = f", and may return (time, batch, hidden) like the {inner[0]} inside it" if inner else ""
-            raise ValueError(
-                "batch_first: expected True for (batch, time, hidden) or False for (time, batch, hidden), as the "
-                f"{name} does not have it{why}, got None"
-            )
-        return read
-    check_flags(batch_first=batch_first)
-    if isinstance(own, bool) and batch_first is not own:
-        raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {batch_first}")
-    return batch_first

@@ -10,15 +10,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastreg.paths import check_marks, check_paths
 from fastreg.problem import Coefficient, is_on
 from fastreg.regularizer import RNNRegularizer
+from fastreg.source import attach_all, sources_at
 
 if TYPE_CHECKING:
     Trainer: Any = object  # transformers is not needed to check types
@@ -100,12 +101,11 @@ class RegularizedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
-        self.paths = check_paths(rnn, dropout, output, batch_first)._replace(default_layout=True)
-        check_marks("the batch", valid=valid, starts=starts)
-        self.valid, self.starts = valid, starts
+        options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
+        self.sources = sources_at(rnn, dropout, **options)
+        self.functions = {"valid": valid, "starts": starts}
         self._hooks: ExitStack | None = None
-        self._valid_now: Tensor | None = None  # of the batch in training
-        self._starts_now: Tensor | None = None  # its starts of segments
+        self._marks: dict[str, Tensor | None] = {}  # of the batch in training
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
         self._sums: list[Any] = []  # since the last log: of AR, of TAR, and of the shares that they were weighed with
         super().__init__(*args, **kwargs)
@@ -138,8 +138,7 @@ class RegularizedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Make a training step as `Trainer.training_step` does, with the penalty in its backward."""
-        shares = self._shares_of(inputs)
-        with self._attached(), self._weighed(inputs, shares), self._penalized(shares):
+        with self._attached(), self._regularized(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -167,12 +166,13 @@ class RegularizedTrainer(Trainer):
     def _attach(self, model: Any) -> None:
         """Attach to the modules of a model instead of the modules before."""
         self._detach()
-        marks = lambda *_, **__: self._valid_now, lambda *_, **__: self._starts_now
-        self._hooks = self.paths.attach(self.regularizer, _inner(model), *marks)
+        valid, starts = lambda *_, **__: self._marks["valid"], lambda *_, **__: self._marks["starts"]
+        sources = [replace(source, valid=valid, starts=starts) for source in self.sources]
+        self._hooks = attach_all(sources, self.regularizer, _inner(model), batch_first=True)
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
-        if self.valid is not attention_mask or not self.args.remove_unused_columns:
+        if self.functions["valid"] is not attention_mask or not self.args.remove_unused_columns:
             return
         data: Any = self.train_dataset
         example = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
@@ -191,44 +191,35 @@ class RegularizedTrainer(Trainer):
         self._hooks = None
 
     @contextmanager
-    def _weighed(self, batch: Any, shares: tuple[Any, Any]) -> Iterator[None]:
-        """Give the regularizer the valid steps of a batch, and its shares of the coefficients."""
-        regularizer = self.regularizer
+    def _regularized(self, batch: Any) -> Iterator[None]:
+        """Add the penalty, by the batch's shares, to the loss that `accelerator.backward` gets; sum up the terms."""
+        regularizer, accelerator, shares = self.regularizer, self.accelerator, self._shares_of(batch)
         coefficients = regularizer.alpha, regularizer.beta
-        self._valid_now, self._starts_now = self._marks_of(batch)
+        own, backward, passed = vars(accelerator).get("backward"), accelerator.backward, False
+
+        def with_penalty(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal passed
+            total, passed = regularizer.on_backward_begin(loss), True
+            if total is not loss:  # else the modules are in evaluation
+                terms: Any = regularizer.ar, regularizer.tar
+                ar, tar = (x.to(self.args.device) for x in terms)  # they are on the device of the loss
+                weighed = [ar * shares[0], tar * shares[1], *shares]
+                self._sums = [x + y for x, y in zip(self._sums or [0] * 4, weighed, strict=True)]
+            return backward(total, *args, **kwargs)
+
+        self._marks, accelerator.backward = self._marks_of(batch), with_penalty
         try:
             regularizer.alpha, regularizer.beta = (
                 x * share if is_on(x) else x for x, share in zip(coefficients, shares, strict=True)
             )
             yield
         finally:
-            regularizer.alpha, regularizer.beta = coefficients
-            regularizer.clear()
-            self._valid_now = self._starts_now = None
-
-    @contextmanager
-    def _penalized(self, shares: tuple[Any, Any]) -> Iterator[None]:
-        """Add the penalty to the loss that `accelerator.backward` gets, and sum up the terms."""
-        accelerator = self.accelerator
-        own, backward, passed = vars(accelerator).get("backward"), accelerator.backward, False
-
-        def with_penalty(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal passed
-            total, passed = self.regularizer.on_backward_begin(loss), True
-            if total is not loss:  # else the modules are in evaluation
-                terms: Any = self.regularizer.ar, self.regularizer.tar
-                ar, tar = (x.to(self.args.device) for x in terms)  # they are on the device of the loss
-                weighed = [ar * shares[0], tar * shares[1], *shares]
-                self._sums = [x + y for x, y in zip(self._sums or [0] * 4, weighed, strict=True)]
-            return backward(total, *args, **kwargs)
-
-        accelerator.backward = with_penalty
-        try:
-            yield
-        finally:
             del accelerator.backward
             if own is not None:
                 accelerator.backward = own
+            regularizer.alpha, regularizer.beta = coefficients
+            regularizer.clear()
+            self._marks = {}
         if not passed:
             raise RuntimeError(
                 "RegularizedTrainer: the loss did not go through accelerator.backward, where the penalty is added to "
@@ -245,37 +236,37 @@ class RegularizedTrainer(Trainer):
 
     def _size_of(self, batches: list[Any]) -> Tensor:
         """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
-        marks = [self._marks_of(batch) for batch in batches]
-        for name, given in zip(("valid", "starts"), zip(*marks, strict=True), strict=True):
-            count = sum(mask is not None for mask in given)
+        marks, sizes = [self._marks_of(batch) for batch in batches], []
+        for name in self.functions:
+            count = sum(found[name] is not None for found in marks)
             if 0 < count < len(batches):
                 raise ValueError(
                     f"{name}: expected a mask for each batch of an optimizer step, or for none, "
                     f"got {count} for {len(batches)} batches"
                 )
-        sizes = []
-        for batch, (valid, starts) in zip(batches, marks, strict=True):
+        for batch, found in zip(batches, marks, strict=True):
+            valid, starts = (None if x is None else x.bool() for x in found.values())
             if valid is None and starts is None:
                 sizes.append(torch.tensor([find_batch_size(batch) or 1] * 2))
                 continue
-            mask = (valid if valid is not None else torch.ones_like(starts)).bool()  # pyright: ignore[reportArgumentType]
-            pairs = mask[:, 1:] & mask[:, :-1]
+            steps: Any = torch.ones_like(starts) if valid is None else valid  # pyright: ignore[reportArgumentType]
+            pairs = steps[:, 1:] & steps[:, :-1]
             if starts is not None:
-                pairs = pairs & ~starts[:, 1:].to(pairs.device, torch.bool)
-            sizes.append(torch.stack([mask.sum(), pairs.sum()]))
+                pairs = pairs & ~starts[:, 1:].to(pairs.device)
+            sizes.append(torch.stack([steps.sum(), pairs.sum()]))
         return torch.stack(sizes).sum(0).to(self.args.device, torch.float32)
 
-    def _marks_of(self, batch: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Return the valid steps of a batch and its starts, `(batch, time)` or `None`."""
-        valid, starts = (None if x is None else x(batch) for x in (self.valid, self.starts))
-        for name, mask in ("valid", valid), ("starts", starts):
+    def _marks_of(self, batch: Any) -> dict[str, Tensor | None]:
+        """Return the valid steps of a batch and its starts, `(batch, time)` or `None`, by their names."""
+        marks = {name: function and function(batch) for name, function in self.functions.items()}
+        for name, mask in marks.items():
             if not isinstance(mask, (Tensor, type(None))):
                 raise TypeError(f"{name}: expected the function to return a tensor or None, got {type(mask).__name__}")
             if mask is not None and mask.dim() != 2:
                 raise ValueError(
                     f"{name}: expected (batch, time), got shape {tuple(mask.shape)}; pass another function of the batch"
                 )
-        return valid, starts
+        return marks
 
 
 def _inner(model: Any) -> Any:

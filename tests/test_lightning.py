@@ -177,7 +177,7 @@ class Manual(Module):
         (Failing, {}, KeyError, "in a step"),
         (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in its training_step"),
         (Module, {"rnn": "lstm"}, ValueError, r"rnn: Module has no such module at 'lstm'; .* 'net\.rnn'$"),
-        (Module, {"valid": 3}, TypeError, "valid: expected a function of the batch, or None, got int"),
+        (Module, {"valid": 3}, TypeError, "valid: expected a callable or None, got int"),
         (Module, {"log": 1}, TypeError, "log: expected True or False, got 1"),
     ],
     ids=["step", "manual optimization", "path", "valid", "log"],
@@ -307,7 +307,7 @@ def test_a_copy_made_while_training_has_a_step_of_its_own() -> None:
     copies: list[Any] = []
     fit(made(), callback(), pl.callbacks.LambdaCallback(on_train_batch_end=copy_it))
     for module in copies:
-        assert module.training_step.__self__ is module
+        assert module.training_step.func.__self__ is module
         before = copy.deepcopy(module)
         fit(module)  # without the penalty
         lm.assert_other_weights(module, before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
-from fastreg.output_dropout import OutputDropout, link
 from tests.language_model import (
     ALPHA,
     BATCH,
@@ -35,7 +33,6 @@ from tests.language_model import (
     tokens,
     unwanted,
 )
-from tests.samples import Decorated
 
 pytestmark = unwanted
 
@@ -205,95 +202,3 @@ def test_an_attached_dropout_follows_the_coefficients_of_the_regularizer(formed:
     for dropout in (model.dropout, *copies):
         dropped = dropout(raw)
         torch.testing.assert_close(dropout.take().penalty, of(0.25, 0.5, raw, dropped))
-
-
-# The dropout that a model ends with
-
-
-def linked(**options: Any) -> tuple[RNNRegularizer, OutputDropout, Tensor]:
-    """Make a regularizer, an output dropout that is linked to it, and raw."""
-    reg, dropout = regularizer(), OutputDropout(nn.Dropout(0.3), **options)
-    link(nn.Sequential(dropout), reg)
-    return reg, dropout, inputs().requires_grad_()
-
-
-@pytest.mark.parametrize(
-    ("changed", "options", "forms"),
-    [
-        *[("nothing", {}, 0), ("nothing", {"batch_first": True}, 0), ("alpha", {}, 0)],
-        *[(changed, {}, 1) for changed in ("p", "raw", "dropped", "the output")],
-        ("nothing", {"batch_first": False}, 1),
-        ("nothing", {"lengths": torch.full((BATCH,), 2)}, 1),
-        ("nothing", {"valid": torch.arange(TIME).expand(BATCH, TIME) > 2}, 1),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, dict) else str(x),
-)
-def test_terms_formed_ahead_are_used_as_long_as_they_are_right(
-    changed: str, options: dict[str, Any], forms: int, formed: list[Any]
-) -> None:
-    reg, dropout, raw = linked()
-    dropout.p = 0.0 if changed == "p" else dropout.p  # whose output is raw, without a node
-    dropped = dropout(raw)
-    if changed in ("dropped", "raw"):
-        (raw if changed == "raw" else dropped).detach().mul_(2)
-    elif changed == "alpha":
-        reg.alpha = 9.0
-    elif changed == "the output":
-        dropped = 2 * dropped
-    reg.on_loss_begin((0, raw, dropped), **options)
-    torch.testing.assert_close(penalty_of(reg, dropped), fused_ar_tar(raw, dropped, reg.alpha, BETA, **options))
-    assert len(formed) == forms
-
-
-@pytest.mark.parametrize("ar_of", ["dropped", "raw"])
-def test_terms_formed_ahead_are_of_the_class_of_raw(ar_of: Any, formed: list[Any]) -> None:
-    reg, dropout, leaf = linked(ar_of=ar_of)
-    raw = leaf.as_subclass(Decorated)
-    dropped = dropout(raw)
-    assert type(dropped) is Decorated
-    squared = dropped if ar_of == "dropped" else raw
-    reg.on_loss_begin((0, raw, squared))
-    got = penalty_of(reg, dropped.as_subclass(Tensor))
-    want = formula(raw.as_subclass(Tensor), squared.as_subclass(Tensor), 1)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(*[torch.autograd.grad(x, leaf, retain_graph=True) for x in (got, want)])
-    assert formed == []
-
-
-def test_runs_of_an_output_dropout_go_with_their_graph() -> None:
-    reg, dropout, raw = linked()
-
-    def dropped() -> weakref.ref[Tensor]:
-        """The output of a forward, which nothing holds."""
-        return weakref.ref(dropout.train()(raw))
-
-    assert dropped()() is None
-    for drop in (lambda _: reg.clear(), lambda _: dropout.eval()(raw), lambda x: reg.on_loss_begin((0, raw, x))):
-        kept = dropout.train()(raw)
-        assert reg._captured() is not None
-        copy.deepcopy(reg)  # which a tensor that requires a gradient would not let
-        drop(kept)
-        assert reg._captured() is None
-    with torch.inference_mode():
-        assert dropped()() is None
-    assert copy.deepcopy(dropout).linked() is None
-
-
-@pytest.mark.parametrize("how", ["never linked", "unlinked", "regularizer gone"])
-def test_an_output_dropout_that_is_not_linked_is_its_original(how: str) -> None:
-    reg, dropout, raw = linked(alpha=0.25, beta=0.5)
-    if how == "never linked":
-        dropout = OutputDropout(nn.Dropout(0.3), alpha=0.25, beta=0.5)
-    dropout(raw)
-    if how == "unlinked":
-        link(dropout, None)
-    del reg
-    torch.manual_seed(0)
-    dropped = dropout(raw)
-    torch.manual_seed(0)
-    assert torch.equal(dropped, nn.Dropout(0.3)(raw))
-    assert dropout.take() is None
-    assert (dropout.alpha, dropout.beta) == (0.25, 0.5)
-    alive = weakref.ref(dropped)
-    del dropped
-    assert alive() is None

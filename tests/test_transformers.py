@@ -27,7 +27,6 @@ skip_without("transformers")
 import transformers  # noqa: E402
 
 from fastreg import fused_ar_tar  # noqa: E402
-from fastreg.attachment import Attachment  # noqa: E402
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
 from tests.language_model import ALPHA, BETA, TIME, VOCABULARY, assert_same_weights  # noqa: E402
@@ -148,7 +147,8 @@ def fit(*args: Any, **options: Any) -> Any:
 
 def hooks_of(trainer: Any) -> list[Any]:
     hooks = [{**x._forward_hooks, **x._forward_pre_hooks}.values() for x in trainer.model.modules()]
-    return [hook for some in hooks for hook in some if isinstance(getattr(hook, "__self__", None), Attachment)]
+    owners = [getattr(hook, "__self__", hook) for some in hooks for hook in some]
+    return [x for x in owners if type(x).__module__.startswith("fastreg")]  # transformers has hooks of its own
 
 
 def assert_same(trainer: Any, other: Any, **tolerance: float) -> None:
@@ -168,7 +168,7 @@ def test_the_formula_written_out_gives_the_same_weights(make: Callable[[], Any])
     assert_different(trainer, fit(make, arguments(), valid=None))  # counts the padding
 
 
-def test_coefficients_of_zero_change_nothing(formed: list[Any]) -> None:
+def test_coefficients_of_zero_change_nothing() -> None:
     args, data = arguments(**IN_PARTS, max_grad_norm=1.0), examples(5)
     trainer, stock = fit(mamba, args, alpha=0.0, beta=0.0), fit(mamba, args, transformers.Trainer)
     assert_same(trainer, stock, rtol=0, atol=0)
@@ -177,7 +177,6 @@ def test_coefficients_of_zero_change_nothing(formed: list[Any]) -> None:
     predicted, expected = (x.predict(data, ["cache_params"]).predictions for x in (trainer, stock))
     assert predicted == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert trainer.state.log_history[0]["ar"] > 0
-    assert {call[2:4] for call in formed} == {(0.0, 0.0)}  # numbers, so that no term has a gradient
 
 
 def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:

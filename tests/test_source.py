@@ -1,4 +1,4 @@
-"""`Paths`: the modules of a model that an adapter attaches to, by their attribute paths."""
+"""`Source`: the modules of a model that an adapter attaches to, by their attribute paths."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from fastreg.paths import check_marks, check_path, check_paths
+from fastreg.source import attach_all, source_at, sources_at
 from tests.language_model import HIDDEN, Model, formula, inputs, penalty_of, regularizer
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: check_paths(3, None), TypeError, "rnn: expected an attribute path, or a list of them, got int"),  # pyright: ignore
-        (lambda: check_paths("rnn", 3), TypeError, "dropout: expected an attribute path, .*, got int"),  # pyright: ignore
-        (lambda: check_paths([], None), ValueError, "got 0 RNNs"),
-        (lambda: check_paths("rnn", ["a", "b"]), ValueError, "got 1 RNNs and 2 dropouts"),
-        (lambda: check_path(["rnn"], None), TypeError, "rnn: expected an attribute path or None, got list"),  # pyright: ignore
-        (lambda: check_path(None, "drop"), ValueError, "dropout: expected None without rnn, the path of a module"),
-        (lambda: check_path(None, None, None, True), ValueError, "batch_first: expected None without rnn"),
-        (lambda: check_marks("the batch", valid=3), TypeError, "valid: expected a function of the batch, or None, got"),
+        (lambda: sources_at(3, None), TypeError, "rnn: expected an attribute path, or a list of them, got int"),  # pyright: ignore
+        (lambda: sources_at("rnn", 3), TypeError, "dropout: expected an attribute path, .*, got int"),  # pyright: ignore
+        (lambda: sources_at([], None), ValueError, "got 0 RNNs"),
+        (lambda: sources_at("rnn", ["a", "b"]), ValueError, "got 1 RNNs and 2 dropouts"),
+        (lambda: source_at(["rnn"], None), TypeError, "rnn: expected an attribute path or None, got list"),  # pyright: ignore
+        (lambda: source_at(None, "drop"), ValueError, "dropout: expected None without rnn, the path of a module"),
+        (lambda: source_at(None, None, batch_first=True), ValueError, "batch_first: expected None without rnn"),
+        (lambda: source_at("rnn", None, valid=3), TypeError, "valid: expected a callable or None, got int"),
     ],
 )
 def test_rejects_arguments(call: Any, error: type[Exception], message: str) -> None:
@@ -42,10 +42,10 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
     model: Any = nn.ModuleDict({"encoder": Model(), "scan": nn.Linear(HIDDEN, HIDDEN)})
     reg = regularizer(layers="all")
     with pytest.raises(ValueError, match=message):
-        check_paths(rnn, dropout).attach(reg, model)
+        attach_all(sources_at(rnn, dropout), reg, model)
     assert not any(module._forward_hooks for module in model.modules())
-    paths = check_paths(["encoder.rnn", "scan"], ["encoder.dropout", None])._replace(default_layout=True)
-    with paths.attach(reg, model):
+    sources = sources_at(["encoder.rnn", "scan"], ["encoder.dropout", None])
+    with attach_all(sources, reg, model, batch_first=True):
         raw, _ = model["encoder"].rnn(inputs())
         last = model["scan"](dropped := model["encoder"].dropout(raw))
         torch.testing.assert_close(penalty_of(reg, last), formula(raw, dropped, 1) + formula(last, last, 1))
