@@ -67,33 +67,33 @@ def calls_of(arguments: Arguments) -> list[Call]:
     raw, dropped, measured = arguments.raw, arguments.dropped, arguments.measured
     alpha, beta, axis = _checked(arguments)
     by_ar, by_tar = is_on(alpha), is_on(beta)
-    if by_tar:
+    if by_tar and raw is None:
         check_given("raw", raw, "beta")
-    if by_ar:
+    if by_ar and dropped is None:
         check_given("dropped", dropped, "alpha")
     raw, dropped = raw if by_tar or measured else None, dropped if by_ar or measured else None
-    if raw is None and dropped is None:
+    first = dropped if raw is None else raw
+    if first is None:
         return []
-    layers = [("", raw, dropped)]
-    if not all([x is None or isinstance(x, Tensor) for x in (raw, dropped)]):
+    layers, steps = [("", raw, dropped)], None
+    if not isinstance(first, Tensor) or not (dropped is None or isinstance(dropped, Tensor)):
         layers = check_layers(raw, dropped, axis)
-    label, x, y = layers[0]
-    first: Any = y if x is None else x
+        _, x, y = layers[0]
+        first = y if x is None else x
     if isinstance(first, PackedSequence):
-        check_packed_options(arguments.time_dim, *_steps_given(arguments))
+        check_packed_options(arguments.time_dim, arguments.lengths, arguments.valid, arguments.starts)
         axis, steps = -2, _offsets(first)
         layers = [(label, rows_of(x), rows_of(y)) for label, x, y in layers]
     else:
-        named = [(f"{name}{label}", x) for name, x in (("raw", x), ("dropped", y)) if x is not None]
-        axis, steps = _axis_and_steps(arguments, axis, named)
+        label, *both = layers[0]
+        axis, steps = _axis_and_steps(arguments, axis, both, label)
     dtype = compute_dtype(*[x for _, *both in layers for x in both])
-    return [
-        Call(
-            *(plain(x), None if y is x else plain(y), alpha, beta, steps, axis),
-            *(arguments.reduction, measured, arguments.ar_of_raw or y is x, dtype, label),
-        )
-        for label, x, y in layers
-    ]
+    options = arguments.reduction, measured
+    calls = []
+    for label, x, y in layers:
+        of_raw, y = (True, None) if y is x else (arguments.ar_of_raw, plain(y))
+        calls.append(Call(plain(x), y, alpha, beta, steps, axis, *options, of_raw, dtype, label))
+    return calls
 
 
 def call_of_raw(arguments: Arguments) -> Call:
@@ -104,7 +104,7 @@ def call_of_raw(arguments: Arguments) -> Call:
     """
     alpha, beta, axis = _checked(arguments)
     raw = check_tensor("raw", arguments.raw)
-    axis, steps = _axis_and_steps(arguments, axis, [("raw", raw)])
+    axis, steps = _axis_and_steps(arguments, axis, [raw])
     options = axis, arguments.reduction, arguments.measured, arguments.ar_of_raw, compute_dtype(raw)
     return Call(plain(raw), None, alpha, beta, steps, *options)
 
@@ -116,16 +116,18 @@ def _checked(arguments: Arguments) -> tuple[Coefficient, Coefficient, int]:
     return _coefficient("alpha", arguments.alpha), _coefficient("beta", arguments.beta), axis
 
 
-def _axis_and_steps(arguments: Arguments, axis: int, named: list[tuple[str, Tensor]]) -> tuple[int, Steps | None]:
-    """Return the axis of time of a layer, negative from the end, and its steps that count."""
-    for name, x in named:
-        check_axes(name, x, None if arguments.time_dim is None else axis)
-    _, x = named[0]
+def _axis_and_steps(
+    arguments: Arguments, axis: int, layer: Sequence[Tensor | None], label: str = ""
+) -> tuple[int, Steps | None]:
+    """Return the axis of time of raw and dropped, negative from the end, and their steps that count."""
+    for name, x in zip(("raw", "dropped"), layer, strict=False):
+        if x is not None:
+            check_axes(name + label, x, None if arguments.time_dim is None else axis)
+    x: Any = layer[0] if layer[0] is not None else layer[1]
     axis = axis if axis < 0 else axis - x.dim()
-    given = _steps_given(arguments)
-    return axis, None if all(x is None for x in given) else _steps(
-        check_tensor(*named[0]), axis, arguments.reduction, given
-    )
+    if arguments.lengths is arguments.valid is arguments.starts is None:
+        return axis, None
+    return axis, _steps(x, axis, arguments.reduction, (arguments.lengths, arguments.valid, arguments.starts))
 
 
 def _coefficient(name: str, value: Any) -> Coefficient:
@@ -163,11 +165,6 @@ def time_given(batch_first: Any, time_dim: Any) -> bool | int:
     return axis if time_dim is not None else axis == -2
 
 
-def _steps_given(arguments: Arguments) -> tuple[Any, Any, Any]:
-    """Return lengths, valid steps and starts."""
-    return arguments.lengths, arguments.valid, arguments.starts
-
-
 def _offsets(packed: PackedSequence) -> Steps:
     """Return where each time step of checked packed rows begins, and at the end how many rows there are.
 
@@ -183,25 +180,28 @@ def _steps(x: Tensor, time_dim: int, reduction: str, given: Sequence[Any]) -> St
 
     Values on another device than the CPU are not looked at, as that would wait for it.
     """
-    given = [plain(x) for x in given]
-    check_steps(*given)
-    check_steps_of(x, time_dim, given)
-    sizes = sizes_of(x, time_dim)
+    given = [plain(y) for y in given]
+    marker, sizes = _marker(x, time_dim, given), sizes_of(x, time_dim)
     brought = [None if y is None else _brought(name, y, x, sizes) for name, y in zip(STEPS, given, strict=True)]
-    marks, counts = _marker(x, sizes, brought)(*brought)
+    marks, counts = marker(*brought)
     return Steps(marks, counts if reduction == "mean" else None)
 
 
-def _marker(x: Tensor, sizes: tuple[Any, Any], given: Sequence[Tensor | None]) -> Any:
-    """Return the `marker` of the backend of activations, which is kept, or the formula."""
-    if observed() or 0 in x.shape or not are_memory(given):
-        return partial(marked, sizes)
-    key = sizes, x.device, *[None if y is None else y.dtype for y in given]
-    marker = MARKERS.get(key)
+def _marker(x: Tensor, time_dim: int, given: Sequence[Any]) -> Any:
+    """Check metadata, and return the marker of a backend, which is kept under them, or the formula."""
+    key = None
+    if not observed() and are_memory([x, *given]):
+        facts = [None if y is None else (y.shape, y.dtype, y.device) for y in given]
+        key = x.shape, x.device, time_dim, *facts
+    marker = None if key is None else MARKERS.get(key)
     if marker is None:
-        backend = backend_for(x.device)
+        check_steps(*given)
+        check_steps_of(check_tensor("raw", x), time_dim, given)
+        sizes = sizes_of(x, time_dim)
+        backend = None if key is None or 0 in x.shape else backend_for(x.device)
         marker = partial(marked, sizes) if backend is None else backend.marker(sizes, x.device)
-        MARKERS.keep(key, marker)
+        if key is not None:
+            MARKERS.keep(key, marker)
     return marker
 
 
