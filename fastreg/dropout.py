@@ -165,7 +165,7 @@ def fused_dropout_ar_tar(
 
 
 def drop_and_penalize(
-    call: Call, p: Any, mask: Any = None, training: Any = True
+    call: Call, p: Any, mask: Any = None, training: Any = True, lent: bool = False
 ) -> tuple[Tensor | None, Tensor, Sequence[Tensor] | None]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
@@ -174,6 +174,7 @@ def drop_and_penalize(
         p: as `fused_dropout_ar_tar` takes it.
         mask: as above.
         training: as above.
+        lent: whether the node of dropped keeps the penalty, for `kept_penalty`.
 
     Returns:
         dropped, or `None` where nothing is dropped; the penalty, (); and if terms are wanted AR and TAR, () and
@@ -192,7 +193,7 @@ def drop_and_penalize(
             return _penalize(call)
         plan = _Plan(call, problem, mask) if drops else KEEP
         PLANS.keep(key, plan)
-    return _penalize(call) if plan is KEEP else plan(call, p, mask)
+    return _penalize(call) if plan is KEEP else plan(call, p, mask, lent)
 
 
 def _penalize(call: Call) -> tuple[None, Tensor, Sequence[Tensor] | None]:
@@ -255,14 +256,16 @@ class _Plan:
         self.forward = self.backend.forward(view, sums_of(layer, problem, compute_dtype(raw)), raw.device)
         self.backward: dict[Any, Backward] = {}
 
-    def __call__(self, call: Call, p: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
+    def __call__(
+        self, call: Call, p: float, mask: Tensor | None, lent: bool
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
         """Return dropped; the penalty, (); and if terms are wanted AR and TAR, () and detached."""
         mask = _mask_for(call.raw, float(p), mask, self.problem)
         if self.backend is None:
             return _by_formula(call, self.problem, mask)
         values = self.read(call, call.raw)
         if self.is_differentiable:
-            dropped, penalty, *terms = _apply(self, values, mask, call.raw)
+            dropped, penalty, *terms = _apply(self, values, mask, call.raw, lent)
             return dropped, penalty, terms[0].unbind() if terms else None
         dropped, (penalty, terms, _) = self.compute(call.raw, mask, values)
         return dropped, penalty, None if terms is None else terms.unbind()
@@ -322,36 +325,27 @@ def launch_backward(backward: Backward, upstream: Upstreams, layer: Layer, mask:
     return gradient
 
 
-class Upstream(NamedTuple):
-    """The gradient of a penalty that a backward adds, and the coefficients of that penalty.
-
-    grad         (), the upstream gradient
-    problem      the terms
-    alpha, beta  coefficients that are tensors
-    """
-
-    grad: Tensor
-    problem: Problem
-    alpha: Tensor | None
-    beta: Tensor | None
-
-
 def carries(dropped: Tensor) -> bool:
-    """Return whether the node of a tensor is that of a fused dropout, which takes a `carried`."""
-    return hasattr(dropped.grad_fn, "carried")
+    """Return whether a tensor has the node of a fused dropout that keeps its penalty."""
+    return getattr(dropped.grad_fn, "lent", False)
+
+
+def kept_penalty(node: Any) -> Tensor:
+    """Return the penalty that the node of a fused dropout keeps, with its graph."""
+    return node.saved_tensors[2]
 
 
 class _DropoutPenalty(Function):
     """Keep references to raw, to the mask, and to the values that the call reads.
 
-    `carried` returns an upstream gradient of the penalty that does not come from the graph, or `None`.
+    With `lent` the node keeps the penalty, too: a regularizer that finds the node finds its penalty.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, values: Values, mask: Tensor, raw: Tensor) -> Any:
+    def forward(ctx: Any, plan: _Plan, values: Values, mask: Tensor, raw: Tensor, lent: bool) -> Any:
         dropped, (penalty, terms, _) = plan.compute(raw, mask, values)
-        save(ctx, (raw, mask), values)
-        ctx.plan, ctx.carried = plan, None
+        save(ctx, (raw, mask, penalty if lent else None), values)
+        ctx.plan, ctx.lent = plan, lent
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
         if terms is None:
             return dropped, penalty
@@ -362,13 +356,9 @@ class _DropoutPenalty(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
-        (raw, mask, *saved), plan = ctx.saved_tensors, ctx.plan
-        carried = None if ctx.carried is None else ctx.carried()
+        (raw, mask, _, *saved), plan = ctx.saved_tensors, ctx.plan
         values, problem = restored_values(saved, ctx.dtypes), plan.problem
         raw, mask = map(restored, ("raw", "mask"), (raw, mask), plan.inputs.layouts[:2])
-        if carried is not None:
-            grad, problem = carried.grad.to(raw.device, compute_dtype(raw)), carried.problem
-            values = values._replace(alpha=carried.alpha, beta=carried.beta)
         layer, upstream = Layer(raw, None, values), (grad_dropped, grad)
         if grad_dropped is None and grad is None:
             gradient = None
@@ -376,7 +366,7 @@ class _DropoutPenalty(Function):
             gradient = _gradient_formula(upstream, layer, mask, problem.penalized())  # which PyTorch must see
         else:
             gradient = plan.gradient(upstream, layer, mask, problem)
-        return None, None, None, gradient
+        return None, None, None, gradient, None
 
 
 # `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.

@@ -27,8 +27,8 @@ from torch.optim import Optimizer
 
 from fastreg.arguments import check_coefficient, check_flags, check_steps
 from fastreg.attachment import Attachment, Source, nothing
-from fastreg.capture import Run, Watch, search, sizes_of
-from fastreg.carry import Carrier, penalty_of_runs
+from fastreg.capture import Run, Watch, search
+from fastreg.carry import Step, penalty_of_runs
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, time_given
 from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
@@ -54,21 +54,21 @@ class Given:
     starts: Tensor | None
     run: Run | None
 
-    def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carrier]:
+    def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Step]:
         """Compute the penalty, from the terms formed ahead if they are still right."""
         if self.run is not None and not self.run.changed:
             found = search(loss, [self.run])
             if found.reached:
-                return penalty_of_runs([[self.run]], found, loss, alpha, beta)
+                return penalty_of_runs([[self.run]], found, loss, (alpha, beta))
         steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
         steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
         terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
-        return ARTAR(*(x.to(loss.device) for x in terms)), Carrier()
+        return ARTAR(*(x.to(loss.device) for x in terms)), Step()
 
     @property
     def sizes(self) -> tuple[int, int] | None:
         """Return how many sequences of how many time steps there are; `None` where the shape does not tell."""
-        return sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.time_at)
+        return _sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.time_at)
 
 
 class RNNRegularizer:
@@ -250,7 +250,7 @@ class RNNRegularizer:
 
     _by_hooks = untraced(_by_output)  # no compiler may see a search of the graph
 
-    def _take(self, loss: Tensor) -> tuple[ARTAR, Carrier] | None:
+    def _take(self, loss: Tensor) -> tuple[ARTAR, Step] | None:
         """Form the penalty, and the carrier of its gradient; `None` where attached modules are in evaluation."""
         chosen = [x for x in self._attached if self.carries(x) and x.source.scale is None]
         if self._attached and not chosen:
@@ -269,29 +269,26 @@ class RNNRegularizer:
         self.ar, self.tar = taken[0].ar, taken[0].tar
         return taken
 
-    def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR, Carrier] | None:
+    def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR, Step] | None:
         """Form the penalty for a loss, and note the sizes of the last activations; `None` without captures."""
         if self._given is not None:
             formed = self._given.penalty(loss, self.alpha, self.beta)
             self._sizes = self._given.sizes
             return formed
-        runs_of = [(attachment, attachment.runs) for attachment in attached]
-        found = search(loss, [run for _, runs in runs_of for run in runs])
-        reached = found.reached
-        chosen = [(attachment, attachment.chosen(runs, reached)) for attachment, runs in runs_of]
-        taken = {run: None for _, runs in chosen for run in runs}  # in order
+        runs_of = {attachment: attachment.runs for attachment in attached}
+        found = search(loss, [run for runs in runs_of.values() for run in runs])
+        taken = {attachment: attachment.chosen(runs, found.reached) for attachment, runs in runs_of.items()}
         try:
-            groups = [group for attachment, runs in chosen for group in attachment.checked(runs, loss, reached)]
+            groups = [x for attachment, runs in taken.items() for x in attachment.checked(runs, loss, found.reached)]
             if not groups:
                 return None
-            formed = penalty_of_runs(groups, found, loss, self.alpha, self.beta)
-            formed[1].watch = attached[0].watch
             if self.bptt is not None:
-                self._sizes = groups[-1][-1].sizes
-            return formed
+                last = groups[-1][-1]
+                self._sizes = _sizes_of(last.raw.data, last.time_at)
+            return penalty_of_runs(groups, found, loss, (self.alpha, self.beta), attached[0].watch)
         finally:
             for attachment in self._attached:
-                attachment.settle(taken)
+                attachment.settle(taken.get(attachment, ()))
 
     def clear(self) -> None:
         """Drop any capture: `on_epoch_begin` does; after a step that failed, this frees activations early."""
@@ -445,6 +442,14 @@ class RNNRegularizer:
                 stacklevel=2,
             )
         return _scaled_lr(optimizer, steps / _check_steps("bptt", self.bptt))
+
+
+def _sizes_of(x: Tensor, time_at: bool | int) -> tuple[int, int] | None:
+    """Return how many sequences of how many time steps an activation has; `None` where its shape does not tell."""
+    if x.dim() != 3:
+        return None
+    time_dim = time_dim_of(time_at)
+    return x.shape[0 if time_dim % 3 else 1], x.shape[time_dim]
 
 
 @contextmanager
