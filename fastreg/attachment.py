@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastreg.capture import Captured, Fused, Mark, Reached, Run, Watch, nodes_before
+from fastreg.capture import Captured, Fused, Mark, Run, Watch, nodes_before
 from fastreg.carry import Always
 from fastreg.dropout import carries
 from fastreg.prepare import plain
@@ -113,8 +113,8 @@ class Hook:
         return self.function(*args)
 
     def __reduce__(self) -> Any:
-        # A function of the standard library, as fastreg may not be installed where a pickle is loaded. The handle is for
-        # PyTorch, which gives the ids of the hooks in a pickle to no other hook.
+        # A function of the standard library, as fastreg may not be installed where a pickle is loaded. With the handle
+        # PyTorch learns the ids of the hooks in the pickle, and gives them to no other hook.
         return getattr, (nullcontext(self.handle), "__exit__")
 
 
@@ -126,22 +126,22 @@ class Hooked:
         forward: its forward as an attribute of its own, if an attachment has made it one, or `None`.
     """
 
-    def __init__(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any]) -> None:
         self.module = module
-        self.first = Hook(before, module.register_forward_pre_hook)
+        self.first = Hook(before or self.check, module.register_forward_pre_hook)
         self.last = Hook(after, module.register_forward_hook)
         # Dynamo does not guard on hooks, and would use code that was compiled for a module without them. It guards on
         # whether the instance has a forward of its own.
         own = vars(module).setdefault("forward", module.forward)
         self.forward = own if own == MethodType(type(module).forward, module) else None
 
-    def check(self, module: nn.Module) -> None:
+    def check(self, module: nn.Module, *_: Any) -> None:
         """Check that a module is the one with the hooks, and move the later hook to the end: others replace outputs.
 
         Raises:
             RuntimeError: it shares the attributes of that module, or runs another forward than its class.
         """
-        if "_is_replica" in vars(module):
+        if module is not self.module and "_is_replica" in vars(module):
             raise RuntimeError(
                 f"attach: DataParallel runs a replica of the attached {type(module).__name__} on each device, where "
                 "each penalty would count in full. Use DistributedDataParallel; or let the model return (decoded, raw, "
@@ -153,7 +153,7 @@ class Hooked:
                 "another forward, so that the old one would run; remove() the attachment before, and attach again"
             )
         hooks, own = module._forward_hooks, self.last.handle.id
-        if own in hooks and next(reversed(hooks)) != own:
+        if next(reversed(hooks)) != own and own in hooks:
             hooks.move_to_end(own)
 
     def remove(self) -> None:
@@ -178,7 +178,8 @@ class Attachment:
         self.source, self.watch = source, watch
         self.terms: ARTAR | None = None
         self._names = type(source.module).__name__, type(source.dropout).__name__
-        self._runs: weakref.WeakKeyDictionary[Run, None] = weakref.WeakKeyDictionary()  # in the order of the calls
+        self._masks = [source.valid or nothing, source.starts or nothing]
+        self._runs: list[weakref.ref[Run]] = []  # in the order of the calls
         self._latest: Callable[[], Run | None] = nothing
         self._held: list[Any] = []  # the latest run, and its tensors, where no graph can keep them
         self._without_graph = WeakTensorKeyDictionary()  # runs, by their raw, until their dropout has run
@@ -186,13 +187,14 @@ class Attachment:
         self._single: list[Any] = []  # what `Always` notes of runs of one time step
         self._loan: Loan | None = None  # to a fused dropout that runs
         self._owner = weakref.ref(owner, lambda _: self.remove())
-        self._hooked = [Hooked(source.module, self._before_module, self._after_module)]
+        self._hooked = [Hooked(source.module, None, self._after_module)]
         if source.dropout is not None:
-            self._hooked.append(Hooked(source.dropout, self._before_dropout, self._after_dropout))
+            lends = isinstance(source.dropout, FusedRNNDropout) and not source.stepwise and source.scale is None
+            self._hooked.append(Hooked(source.dropout, self._lend if lends else None, self._after_dropout))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a handle without hooks and runs: a copy must not reach this regularizer."""
-        return {"_hooked": [], "_runs": {}, "_owner": nothing}
+        return {"_hooked": [], "_runs": [], "_owner": nothing}
 
     def __enter__(self) -> Attachment:
         return self
@@ -212,7 +214,7 @@ class Attachment:
     @property
     def runs(self) -> list[Run]:
         """Return the runs that are captured and not taken yet, in the order of the calls."""
-        return [*self._runs]
+        return [run for ref in self._runs if (run := ref()) is not None]
 
     def clear(self) -> None:
         """Drop all captures."""
@@ -222,10 +224,10 @@ class Attachment:
         """Drop taken runs, and the latest run, which only the next loss may take without depending on it."""
         for run in runs:
             run.drop()
-            self._runs.pop(run, None)
+        self._runs = [ref for ref in self._runs if ref() not in (None, *runs)]
         self._held, self._latest, self._unmarked = [], nothing, 0
 
-    def chosen(self, runs: list[Run], reached: Reached) -> list[Run]:
+    def chosen(self, runs: list[Run], reached: Collection[Run]) -> list[Run]:
         """Return those of the runs that a loss reaches.
 
         If there are none, return the latest run, where it has no graph to be reached by, or the loss reaches no run of
@@ -237,7 +239,7 @@ class Attachment:
             return [latest]
         return found
 
-    def checked(self, runs: list[Run], loss: Tensor, reached: Reached) -> list[list[Run]]:
+    def checked(self, runs: list[Run], loss: Tensor) -> list[list[Run]]:
         """Check that runs can be regularized with a loss, and return them in groups that are one activation each.
 
         With `stepwise` all runs of a step are joined along time.
@@ -266,7 +268,7 @@ class Attachment:
                 )
             if (fault := run.fault) is not None:
                 raise RuntimeError(f"on_backward_begin: {fault}")
-            if (lost := run.lost(reached.get(run, ()))) is not None:
+            if (lost := run.lost()) is not None:
                 raise RuntimeError(
                     "on_backward_begin: the loss does not depend on the output of the attached "
                     f"{module if lost is run.raw else dropout}, which was freed, so that the gradient of its penalty "
@@ -277,21 +279,16 @@ class Attachment:
 
     # The hooks
 
-    def _before_module(self, module: nn.Module, *_: Any) -> None:
-        """Check the module."""
-        self._hooked[0].check(module)
-
-    def _before_dropout(self, dropout: Any, args: Any, kwargs: Any) -> None:
-        """Check the dropout, and lend a fused one the coefficients, and the masks of the run that it gets."""
+    def _lend(self, dropout: Any, args: Any, kwargs: Any) -> None:
+        """Lend a fused dropout the coefficients, and the masks of the run that it gets."""
         self._hooked[1].check(dropout)
-        source, owner = self.source, self._owner()
-        if owner is None or not isinstance(dropout, FusedRNNDropout) or source.stepwise or source.scale is not None:
-            return
-        alpha, beta, found = owner.alpha, owner.beta, self._run_of(args, kwargs)
+        owner, found = self._owner(), self._run_of(args, kwargs)
         # The loss reads saved tensors of the dropout's node, which may be packed away, as under checkpointing.
-        if found is None or isinstance(alpha, Tensor) or isinstance(beta, Tensor) or keeps_memory_low():
+        if owner is None or found is None or keeps_memory_low():
             return
-        self._loan = dropout.loan = dropout.loan or Loan(alpha, beta, found[0].valid, found[0].starts)
+        if not isinstance(owner.alpha, Tensor) and not isinstance(owner.beta, Tensor):
+            loan = dropout.loan or Loan(owner.alpha, owner.beta, found[0].valid, found[0].starts)
+            self._loan = dropout.loan = loan
 
     def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Start the capture of a run."""
@@ -304,17 +301,18 @@ class Attachment:
             return
         raw = source.raw_of(result)
         rows = rows_of(raw)
-        valid = None if source.valid is None else source.valid(*args, **kwargs)
-        starts = None if source.starts is None else source.starts(*args, **kwargs)
-        for name, marks in ("valid", valid), ("starts", starts):
-            if not isinstance(marks, (Tensor, type(None))):
-                raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(marks).__name__}")
-        captured, marked = Captured(rows), not transformed()
+        axis = None
+        if source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase):
+            axis = 1 if rows.dim() == 2 and source.time_at else 0
+        valid, starts = [self._marks(i, args, kwargs, axis) for i in (0, 1)]
+        captured, marked = Captured(rows, axis), not transformed()
         packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
-        is_step = source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase)
-        of_source = captured, packed, source.time_at, valid, starts, is_step, self._names
+        of_source = captured, packed, source.time_at, valid, starts, self._names
         run = Run(*of_source, self._guard(), torch.is_grad_enabled(), marked)
-        self._runs[run], self._latest, self._held = None, weakref.ref(run), []
+        if not len(self._runs) & (len(self._runs) - 1):  # at powers of two, so that it takes little time a run
+            self._runs = [ref for ref in self._runs if ref() is not None]
+        self._latest, self._held = weakref.ref(run), []
+        self._runs.append(self._latest)
         self._unmarked += not marked
         if not marked and isinstance(run.guard, Always):
             raise RuntimeError(
@@ -326,6 +324,14 @@ class Attachment:
             self._mark_others(run, rows, (args, kwargs), result)
         if source.dropout is None:
             self._complete(run, captured)
+
+    def _marks(self, i: int, args: Any, kwargs: Any, axis: int | None) -> Tensor | None:
+        """Return the valid steps of a run, or its starts; `axis` is that of time where the run is one step."""
+        marks = self._masks[i](*args, **kwargs)
+        if not isinstance(marks, (Tensor, type(None))):
+            name = ("valid", "starts")[i]
+            raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(marks).__name__}")
+        return marks if axis is None or marks is None or marks.dim() > 1 else marks.unsqueeze(-1)
 
     def _guard(self) -> Any:
         """Return the guard of the gradients of a run."""
@@ -386,15 +392,12 @@ class Attachment:
         if rows is given:  # the dropout dropped nothing
             self._complete(run, run.raw)
             return
-        if fused is not None and run.is_step:
+        if fused is not None and not (run.packed is run.raw.axis is None):
+            packed = run.packed is not None
+            got = "the data of a PackedSequence" if packed else "one time step (batch, hidden)"
             raise TypeError(
-                "FusedRNNDropout: expected (batch, time, hidden) or (time, hidden), got one time step (batch, hidden), "
-                "of which it would drop a unit in all sequences or in none; use another dropout with stepwise=True"
-            )
-        if fused is not None and run.packed is not None:
-            raise TypeError(
-                "FusedRNNDropout: expected the RNN's output as a tensor, got the data of a PackedSequence, "
-                "whose rows are of several sequences; use another dropout with packed sequences"
+                f"FusedRNNDropout: expected (batch, time, hidden) or (time, hidden) as a tensor, got {got}, whose rows "
+                f"are of several sequences; use another dropout with {'packed data' if packed else 'stepwise=True'}"
             )
         # Another hook or a subclass may have replaced the dropout's input or output after the penalty was computed.
         formed = None if loan is None else loan.formed
@@ -412,34 +415,30 @@ class Attachment:
         if fused is not None and fused.ar_of == "raw":
             self._complete(run, run.raw)
             return
-        captured = Captured(rows)
+        captured = Captured(rows, run.raw.axis)
         self._mark(run, captured, rows)
         self._complete(run, captured)
 
     def _complete(self, run: Run, dropped: Captured) -> None:
-        """Note the tensor that AR squares; add the penalty's gradient in every backward, if `in_backward` asks for it."""
+        """Note the tensor that AR squares; with `in_backward` add the penalty's gradient in every backward."""
         run.dropped, owner, scale = dropped, self._owner(), self.source.scale
         if owner is not None and scale is not None and isinstance(run.guard, Always):
             self.terms = run.guard.form(run, (owner.alpha, owner.beta), scale)
             owner.note()
-            self._held = []
-            del self._runs[run]
+            self._runs, self._held = [ref for ref in self._runs if ref() is not run], []
 
     def _run_of(self, args: Any, kwargs: Any) -> tuple[Run, Tensor] | None:
         """Return the run whose raw is among the arguments of a dropout, and that argument's tensor."""
         given = [rows_of(x) for x in (*args, *kwargs.values()) if isinstance(x, (Tensor, PackedSequence))]
-        latest = self._latest()
-        for x in given:  # mostly
-            if latest is not None and latest.raw.itself() is x:
-                return latest, x
-        for run in reversed(self.runs):
-            for x in given:
-                if _is_same(x, run.raw.data):
+        for ref in (self._latest, *reversed(self._runs)):
+            run = ref()
+            for x in given if run is not None else ():
+                if run.raw.itself() is x or _is_same(x, run.raw.data):
                     return run, x
         return None
 
 
-def nothing(*_: object) -> None:
+def nothing(*_: object, **__: object) -> None:
     """Return `None`, as a dead weak reference does."""
 
 
@@ -456,8 +455,8 @@ def _is_same(x: Tensor, y: Tensor) -> bool:
 
 
 def _place(x: Tensor) -> Any:
-    """Return the address and layout of a tensor, without the strides of axes of one element, which may differ."""
-    return x.data_ptr(), x.dtype, x.shape, [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
+    """Return the address and layout of a tensor, without axes of one element, whose strides may differ."""
+    return x.data_ptr(), x.dtype, [(n, step) for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
 
 
 def _tensors(x: Any) -> list[Tensor]:
@@ -467,16 +466,12 @@ def _tensors(x: Any) -> list[Tensor]:
         x = left.pop()
         if isinstance(x, Tensor):
             found.append(x)
-            continue
-        if isinstance(x, dict):
-            items = x.values()
-        elif isinstance(x, (list, tuple)):
-            items = x
-        elif is_dataclass(x) and not isinstance(x, type):
-            items = [getattr(x, field.name, None) for field in fields(x)]  # a field may not be set
-        else:
-            continue
-        if id(x) not in seen:
+        elif id(x) not in seen:
             seen.add(id(x))
-            left += items
+            if isinstance(x, dict):
+                left += x.values()
+            elif isinstance(x, (list, tuple)):
+                left += x
+            elif is_dataclass(x):
+                left += [getattr(x, field.name, None) for field in fields(x)]  # a field may not be set
     return found

@@ -12,10 +12,10 @@ import inspect
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,24 +36,34 @@ class Captured:
     It does not know its run: the two would be a reference cycle.
 
     Attributes:
-        data: the tensor, detached; it shares the memory and the version.
+        data: the tensor, detached, with an axis of time; it shares the memory and the version.
         itself: a weak reference to the tensor.
+        axis: the axis of time that a tensor of one time step lacks, or `None`.
         needs: whether it requires a gradient.
         version: its version when it was captured.
-        due: functions that add the gradient of a penalty to one that arrives, by the backwards that do so.
+        hooked: whether its hook is to add the gradient of the penalty, as the loss depends on the tensor.
+        due: functions that add that gradient to the one that arrives, by the backwards that do so.
     """
 
-    __slots__ = ("data", "due", "itself", "needs", "version")
+    __slots__ = ("axis", "data", "due", "hooked", "itself", "needs", "version")
 
-    def __init__(self, x: Tensor) -> None:
-        self.data, self.itself, self.needs = plain(x).detach(), weakref.ref(x), x.requires_grad
-        self.version = version_of(x)
+    def __init__(self, x: Tensor, axis: int | None = None) -> None:
+        self.itself, self.axis, self.needs, self.hooked = weakref.ref(x), axis, x.requires_grad, False
+        self.data, self.version = self._with_time(plain(x).detach()), version_of(x)
         self.due: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def _with_time(self, x: Tensor) -> Tensor:
+        """Return a tensor with an axis of time."""
+        return x if self.axis is None else x.unsqueeze(self.axis)
 
     def tensor(self) -> Tensor:
         """Return the tensor, with its graph if that is alive, else detached."""
         x = self.itself()
-        return self.data if x is None else plain(x)
+        return self.data if x is None else self._with_time(plain(x))
+
+    def summed(self) -> Tensor:
+        """Return the tensor that the penalty is of: detached, unless autograd has to propagate the gradient."""
+        return self.data if self.hooked else self.tensor()
 
 
 class Guard(Protocol):
@@ -87,7 +97,6 @@ class Run:
         time_at: `batch_first`, a bool, or `time_dim`, an int.
         valid: the valid steps, or `None`.
         starts: the steps at which segments start, or `None`.
-        is_step: whether raw is one time step, without an axis of time.
         names: of the types of the module and of its dropout, for messages.
         guard: sees the gradients that arrive.
         grad_enabled: whether gradients were enabled in the module and in its dropout.
@@ -103,7 +112,6 @@ class Run:
     time_at: bool | int
     valid: Tensor | None
     starts: Tensor | None
-    is_step: bool
     names: tuple[str, str]
     guard: Guard | None
     grad_enabled: bool
@@ -132,7 +140,7 @@ class Run:
     def steps(self) -> int:
         """Return how many time steps there are, or packed rows."""
         shape, axis = self.raw.data.shape, time_dim_of(self.time_at)
-        return 1 if self.is_step else shape[axis] if -len(shape) <= axis < len(shape) else 0
+        return shape[axis] if -len(shape) <= axis < len(shape) else 0
 
     @property
     def changed(self) -> bool:
@@ -156,9 +164,9 @@ class Run:
             )
         return None
 
-    def lost(self, reached: Collection[Captured | None]) -> Captured | None:
+    def lost(self) -> Captured | None:
         """Return a tensor that needs a gradient, was freed, and is not in the graph of the loss; else `None`."""
-        lost = [x for x in self.carriers if x not in reached and not x.tensor().requires_grad]
+        lost = [x for x in self.carriers if not x.summed().requires_grad and not x.hooked]
         return lost[0] if lost and torch.is_grad_enabled() else None
 
     def drop(self) -> None:
@@ -264,25 +272,21 @@ def version_of(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-Reached: TypeAlias = Mapping[Run, Collection[Captured | None]]  # tensors that a loss depends on
-
-
 class Search(NamedTuple):
-    """The tensors of runs in the graph of a loss, and the runs that the search did not wait for."""
+    """The runs that a loss depends on, and the runs that the search did not wait for."""
 
-    reached: Reached
-    passed_over: list[weakref.ref[Run]]
+    found: set[Run]
+    passed_over: list[Run]
 
 
 def search(loss: Tensor, runs: Sequence[Run]) -> Search:
-    """Find the tensors of runs in the graph of a loss; `None` stands for other outputs of a run.
+    """Find the runs that a loss depends on, and have the hooks of their tensors in its graph add gradients.
 
     The search is breadth first, and stops when every tensor is found. It does not wait for a run that an earlier search
     of a whole graph has missed, unless there are no others: one run that is kept would cost a whole search a step.
     """
-    wanted = set(runs)
-    left = {x for run in runs if not run.missed for x in run.carriers} or {x for run in runs for x in run.carriers}
-    found: dict[Run, set[Captured | None]] = {}
+    wanted, found = set(runs), set()
+    left = {x for run in [run for run in runs if not run.missed] or runs for x in run.carriers}
     marked: dict[Any, Sequence[Mark]] = {None: ()}
     queue: deque[tuple[Any, int]] = deque([(loss.grad_fn, loss.output_nr)])
     while queue and left:
@@ -291,20 +295,25 @@ def search(loss: Tensor, runs: Sequence[Run]) -> Search:
         if marks is None:
             following = node.next_functions
             queue.extend(following)
-            marks = marked[node] = (node.metadata.get(KEY) if following else _marks_of_leaf(node)) or ()
+            marks = marked[node] = node.metadata.get(KEY, ()) if following else _marks_of_leaf(node)
         for mark in marks:
             if mark.number == number and mark.run in wanted:
-                found.setdefault(mark.run, set()).add(mark.captured)
-                left.discard(mark.captured)
-    for run in runs if left else ():
-        run.missed = run not in found
-    return Search(found, [] if left else [weakref.ref(run) for run in runs if run.missed and run not in found])
+                found.add(mark.run)
+                if mark.captured is not None:
+                    mark.captured.hooked = True
+                    left.discard(mark.captured)
+    others = [run for run in runs if run not in found]
+    if left:  # the loss does not depend on them
+        for run in others:
+            run.missed = True
+        others = []
+    return Search(found, [run for run in others if run.missed])
 
 
 def _marks_of_leaf(node: Any) -> list[Mark]:
     """Return the marks among the hooks of the tensor that a node accumulates the gradient of."""
-    hooks = getattr(getattr(node, "variable", None), "_backward_hooks", None)
-    return [hook for hook in hooks.values() if isinstance(hook, Mark)] if hooks else []
+    hooks = getattr(getattr(node, "variable", None), "_backward_hooks", None) or {}
+    return [hook for hook in hooks.values() if isinstance(hook, Mark)]
 
 
 def nodes_before(node: Any, others: Sequence[Any]) -> set[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,50 +33,57 @@ class Term(NamedTuple):
     """The gradient of a penalty at an activation, and the tensors that the activation was joined from.
 
     addition  adds it to a gradient
-    tensors   the tensors whose hooks add their parts; `None` for one to which autograd propagates its part
+    tensors   the tensors whose hooks add their parts, by the numbers of the parts
     split     splits the gradient as the tensors were joined; `None` for one tensor
     """
 
     addition: Addition
-    tensors: Sequence[Captured | None]
+    tensors: Sequence[tuple[int, Captured]]
     split: Callable[[Tensor], Sequence[Tensor]] | None
 
     def begin(self, task: int, upstream: Tensor, layer: Layer) -> None:
         """Have the hooks add the gradient in a backward, for the layer of the activation."""
         if self.split is None:
-            adds = [functools.partial(self.addition, upstream, layer)]
-        else:
-            whole = self.addition(upstream, layer, torch.zeros_like(layer.given()))
-            adds = [functools.partial(torch.add, part) for part in self.split(whole)]
-        for x, add in zip(self.tensors, adds, strict=True):
-            if x is not None:
-                x.due[task] = add
+            self.tensors[0][1].due[task] = functools.partial(self.addition, upstream, layer)
+            return
+        parts = self.split(self.addition(upstream, layer, torch.zeros_like(layer.given())))
+        for i, x in self.tensors:
+            x.due[task] = functools.partial(_add_part, parts[i])
 
-    def end(self, task: int) -> None:
-        """Free the gradient that a backward did not add."""
-        for x in self.tensors:
-            if x is not None:
-                x.due.pop(task, None)
+
+def _add_part(part: Tensor, gradient: Tensor) -> Tensor:
+    """Add a part of the gradient of joined tensors, which may have an axis of time that the tensor lacks."""
+    return gradient + part.reshape(gradient.shape)
 
 
 class Step:
     """Collect the terms that hooks will add, until the penalty is formed and has a loss.
 
     Attributes:
-        terms: the terms, and of each the activation and the values that it reads.
+        terms: the terms.
+        saved: of each term the activation, and the values that it reads, if any.
+        dtypes: of the values of each term.
         of_dropout: whether the penalty has a part that a fused dropout has formed, with its graph.
         passed_over: the runs that the backward must not reach, as the loss was not searched for them.
         watch: sees whether a backward has the penalty, or `None`.
     """
 
-    def __init__(self, passed_over: Sequence[weakref.ref[Run]] = (), watch: Watch | None = None) -> None:
-        self.terms: list[tuple[Term, Tensor, Values]] = []
-        self.of_dropout = False
-        self.passed_over, self.watch = passed_over, watch
+    def __init__(self, passed_over: Sequence[Run] = (), watch: Watch | None = None) -> None:
+        self.passed_over, self.watch, self.of_dropout = passed_over, watch, False
+        self.terms: list[Term] = []
+        self.saved: list[Tensor | None] = []
+        self.dtypes: list[Sequence[torch.dtype | None]] = []
+
+    def add(self, term: Term, raw: Tensor, values: Values) -> None:
+        """Add a term."""
+        self.terms.append(term)
+        self.saved.append(raw)
+        self.saved.extend(() if values is NOTHING else values)
+        self.dtypes.append(() if values is NOTHING else dtypes_of(values))
 
     def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
         """Return the penalty, differentiable where it is added to the loss, or with `adds` their sum."""
-        if not ((self.terms or self.of_dropout) and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and (self.terms or self.of_dropout)):
             if self.watch is not None:
                 self.watch.content = True  # no backward will have the penalty
             return loss + penalty if adds else penalty
@@ -90,9 +97,8 @@ class _Carry(Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
-        ctx.terms, ctx.passed_over, ctx.watch = [term for term, _, _ in step.terms], step.passed_over, step.watch
-        ctx.dtypes = [() if values is NOTHING else dtypes_of(values) for _, _, values in step.terms]
-        ctx.save_for_backward(*[x for _, raw, values in step.terms for x in (raw, *values)])
+        ctx.save_for_backward(*step.saved)
+        ctx.terms, ctx.dtypes, ctx.passed_over, ctx.watch = step.terms, step.dtypes, step.passed_over, step.watch
         ctx.loss = None if adds else (loss.shape, loss.dtype, loss.device)
         return loss + penalty if adds else penalty.detach()
 
@@ -101,16 +107,12 @@ class _Carry(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.watch is not None:
             ctx.watch.content = True
-        task, saved, keeps = current(), ctx.saved_tensors, torch.is_grad_enabled()
-        for ref in ctx.passed_over:
-            if (run := ref()) is not None:
-                run.refused = task
-        upstream = grad if grad.dim() == 0 else grad.reshape(())
+        task, upstream = current(), grad if grad.dim() == 0 else grad.reshape(())
+        for run in ctx.passed_over:
+            run.refused = task
         own = upstream.clone()  # as a hook of the loss may change its own in place
-        for i, (term, dtypes) in enumerate(zip(ctx.terms, ctx.dtypes, strict=True)):
-            raw, *values = saved[i * SAVED : (i + 1) * SAVED]
-            raw = raw if keeps or not raw.requires_grad else raw.detach()  # a graph would close a cycle after an error
-            term.begin(task, own, Layer(raw, None, restored_values(values, dtypes) if dtypes else NOTHING))
+        for term, layer in zip(ctx.terms, _layers(ctx.saved_tensors, ctx.dtypes), strict=True):
+            term.begin(task, own, layer)
         torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_end, ctx.terms, task))
         if ctx.loss is None:
             return None, grad, upstream, None
@@ -123,10 +125,23 @@ class _Carry(Function):
 _apply: Any = super(Function, _Carry).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _layers(saved: Sequence[Any], dtypes: Sequence[Sequence[torch.dtype | None]]) -> list[Layer]:
+    """Return the layers of terms from the tensors that a step saves."""
+    layers, at = [], 0
+    for of_values in dtypes:
+        raw, end = saved[at], at + 1 + len(of_values)
+        if raw.requires_grad and not torch.is_grad_enabled():
+            raw = raw.detach()  # a graph would close a cycle, if the backward failed
+        layers.append(Layer(raw, None, restored_values(saved[at + 1 : end], of_values)))
+        at = end
+    return layers
+
+
 def _end(terms: Sequence[Term], task: int) -> None:
     """Free the gradients that a backward did not add."""
     for term in terms:
-        term.end(task)
+        for _, x in term.tensors:
+            x.due.pop(task, None)
 
 
 def penalty_of_runs(
@@ -140,7 +155,7 @@ def penalty_of_runs(
 
     Args:
         groups: lists of runs; the runs of one list are joined along time into one activation.
-        found: the tensors of the runs in the graph of the loss.
+        found: the search of the loss for the runs.
         loss: the loss.
         coefficients: alpha and beta.
         watch: sees whether a backward has the penalty.
@@ -160,17 +175,26 @@ def penalty_of_runs(
             formed.append(terms)
             step.of_dropout = True
         else:
-            part = _part(group, {x for run in group for x in found.reached.get(run, ()) if x is not None})
-            alike.setdefault((part.kind() or i) if len(groups) > 1 else i, []).append(part)
-    formed += [_measured(parts, coefficients, step) for parts in alike.values()]
-    if len(formed) > 1 or formed[0].penalty.device != loss.device:  # layers may live on several devices
-        formed = [ARTAR(*(x.to(loss.device) for x in terms)) for terms in formed]
-    return functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), formed), step
+            part = _part(group)
+            alike.setdefault(part.kind() or i, []).append(part)
+    for parts in alike.values():
+        formed.append(_measured(parts, coefficients, step))
+    return total(formed, loss.device), step
+
+
+def total(formed: Sequence[ARTAR], device: torch.device) -> ARTAR:
+    """Add up penalties of layers, which may live on several devices."""
+    formed = [terms if terms.penalty.device == device else ARTAR(*(x.to(device) for x in terms)) for terms in formed]
+    return functools.reduce(lambda a, b: ARTAR(*map(torch.add, a, b)), formed)
 
 
 def _of_dropout(run: Run, coefficients: tuple[Coefficient, Coefficient]) -> ARTAR | None:
     """Return the penalty that a fused dropout has formed, with its graph; `None` for other coefficients or none."""
-    if run.fused is None or any([isinstance(x, Tensor) for x in coefficients]) or run.fused.coefficients != coefficients:
+    if (
+        run.fused is None
+        or any([isinstance(x, Tensor) for x in coefficients])
+        or run.fused.coefficients != coefficients
+    ):
         return None
     node = run.fused.node()
     return None if node is None else ARTAR(kept_penalty(node), *run.fused.terms)
@@ -199,11 +223,13 @@ class Always:
         """Compute the terms of a complete run, and plan to add their gradient with an upstream gradient `scale`."""
         if (fault := run.fault) is not None:
             raise RuntimeError(f"attach: {fault}")
+        for x in run.carriers:
+            x.hooked = True
         step = Step()
-        terms = _measured([_part([run], set(run.carriers))], coefficients, step)
-        for term, _, values in step.terms:
-            self.terms |= {x: (term, values) for x in term.tensors if x is not None}
-            self.versions = [(x, version_of(x)) for x in values if x is not None]
+        terms = _measured([_part([run])], coefficients, step)
+        for term, layer in zip(step.terms, _layers(step.saved, step.dtypes), strict=True):
+            self.terms[term.tensors[0][1]] = term, layer.values
+            self.versions = [(x, version_of(x)) for x in layer.values if x is not None]
         like: Any = {"dtype": terms.penalty.dtype, "device": terms.penalty.device}
         self.grad = scale if isinstance(scale, Tensor) else torch.full((), scale, **like)
         return terms
@@ -279,19 +305,13 @@ class Always:
 
 
 class _Part(NamedTuple):
-    """An activation of the penalty.
-
-    raw, dropped, valid, starts  as `fused_ar_tar` takes them
-    group                        the runs that are joined in the activation
-    reached                      the tensors to whose gradients hooks add the penalty's gradient
-    """
+    """An activation of the penalty, as `fused_ar_tar` takes it, and the runs that are joined in it."""
 
     raw: Any
     dropped: Any
     valid: Tensor | None
     starts: Tensor | None
     group: Sequence[Run]
-    reached: Collection[Captured]
 
     def kind(self) -> Any:
         """Return the shape, device and dtypes that activations of one call share; `None` with valid steps."""
@@ -302,24 +322,29 @@ class _Part(NamedTuple):
         return shape, raw.device, raw.dtype, self.dropped.dtype, first.time_at, type(first.time_at)
 
 
-def _part(group: Sequence[Run], reached: Collection[Captured]) -> _Part:
-    """Join the tensors of runs, detached unless autograd has to propagate the gradient.
+def _part(group: Sequence[Run]) -> _Part:
+    """Join runs along time.
 
     Second derivatives of joined runs mix those of several. So autograd propagates all gradients if it does for one.
     """
     first = group[0]
-    if len(group) > 1 and not all(x in reached for run in group for x in run.carriers):
-        reached = {x for x in reached if not x.tensor().requires_grad}
-
-    def joined(tensors: Sequence[Captured]) -> Any:
-        x = _joined(first, [x.data if x in reached else x.tensor() for x in tensors])
-        return x if first.packed is None else first.packed._replace(data=x)
-
-    raw = joined([run.raw for run in group])
-    of_raw = all([run.squared is run.raw for run in group])
-    dropped = raw if of_raw else joined([run.squared for run in group])
+    if len(group) > 1:
+        carriers = [x for run in group for x in run.carriers]
+        if not all([x.hooked for x in carriers]):
+            for x in carriers:
+                x.hooked = x.hooked and not x.tensor().requires_grad
+    raw: Any = _joined(first, [run.raw.summed() for run in group])
+    if first.packed is not None:
+        raw = first.packed._replace(data=raw)
+    dropped = raw
+    if any([run.squared is not run.raw for run in group]):
+        dropped = _joined(first, [run.squared.summed() for run in group])
+        if first.packed is not None:
+            dropped = first.packed._replace(data=dropped)
+    if len(group) == 1:
+        return _Part(raw, dropped, first.valid, first.starts, group)
     valid = _joined_marks(group, [run.valid for run in group], 1)
-    return _Part(raw, dropped, valid, _joined_marks(group, [run.starts for run in group], 0), group, reached)
+    return _Part(raw, dropped, valid, _joined_marks(group, [run.starts for run in group], 0), group)
 
 
 def _measured(parts: Sequence[_Part], coefficients: tuple[Coefficient, Coefficient], step: Step) -> ARTAR:
@@ -332,12 +357,12 @@ def _measured(parts: Sequence[_Part], coefficients: tuple[Coefficient, Coefficie
     steps = None, plain(first.valid), plain(first.starts)
     computed = penalty_of(Call(raw, dropped, alpha, beta, *steps, first.group[0].time_at, "mean", True))
     for i, part in enumerate(parts):
-        if part.reached:
+        if any([x.hooked for run in part.group for x in run.sides]):
             additions = computed.additions.get(i)
             if additions is None:
                 additions = computed.additions[i] = _additions(part, computed)
             for of_raw, addition in additions:
-                _plan(part, of_raw, addition, computed.values, step)
+                _plan(part.group, of_raw, addition, computed.values, step)
     return ARTAR(computed.penalty, *(computed.terms or ()))
 
 
@@ -357,44 +382,37 @@ def _additions(part: _Part, computed: Computed) -> list[tuple[bool, Addition]]:
     return [(of_raw, Addition(Layer(plain(rows_of(x)), None, computed.values), of)) for of_raw, x, of in terms]
 
 
-def _plan(part: _Part, of_raw: bool, addition: Addition, values: Values, step: Step) -> None:
-    """Plan the term of raw, or of dropped, if the backward reaches any of its tensors."""
-    group, first = part.group, part.group[0]
+def _plan(group: Sequence[Run], of_raw: bool, addition: Addition, values: Values, step: Step) -> None:
+    """Plan the term of raw, or of dropped, if a hook is to add any of its parts."""
     tensors = [run.raw if of_raw else run.squared for run in group]
-    hooked = [x if x in part.reached else None for x in tensors]
-    if any(hooked):
-        found = [x.tensor() for x in tensors]
+    hooked = [(i, x) for i, x in enumerate(tensors) if x.hooked]
+    if hooked:
+        found, split = [x.tensor() for x in tensors], None
         if not all([x.requires_grad for x in found]):  # second derivatives need the graphs of all
             found = [x.data for x in tensors]
-        joins, split = len(group) > 1 or first.is_step, None
-        if joins:
-            split = functools.partial(_split, first, [x.shape for x in found])
-        step.terms.append((Term(addition, hooked, split), _joined(first, found), values))
+        if len(group) > 1 or tensors[0].axis is not None:
+            axis = _axis(group[0])
+            split = functools.partial(torch.split, split_size_or_sections=[x.shape[axis] for x in found], dim=axis)
+        step.add(Term(addition, hooked, split), _joined(group[0], found), values)
 
 
-def _axis(run: Run, dims: int) -> int:
+def _axis(run: Run) -> int:
     """Return the time axis of runs joined along time."""
-    return 1 if dims + run.is_step == 3 and run.time_at else 0
+    return 1 if run.raw.data.dim() == 3 and run.time_at else 0
 
 
 def _joined(run: Run, tensors: Sequence[Tensor]) -> Tensor:
     """Join tensors of one layout along time."""
-    if run.is_step:
-        return torch.stack(tensors, _axis(run, tensors[0].dim()))  # pyright: ignore[reportArgumentType]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, _axis(run, tensors[0].dim()))  # pyright: ignore
-
-
-def _split(run: Run, shapes: Sequence[torch.Size], x: Tensor) -> Sequence[Tensor]:
-    """Split a tensor as `_joined` has joined it."""
-    axis = _axis(run, len(shapes[0]))
-    return x.unbind(axis) if run.is_step else x.split([shape[axis] for shape in shapes], axis)
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, _axis(run))  # pyright: ignore[reportArgumentType]
 
 
 def _joined_marks(group: Sequence[Run], marks: Sequence[Tensor | None], default: int) -> Tensor | None:
     """Join the valid steps of runs, or their starts; those of a run without any are the default."""
     known = next((x for x in marks if x is not None), None)
-    if known is None or (len(group) == 1 and not group[0].is_step):
-        return known
-    shapes = [known.shape if run.is_step else (*known.shape[:-1], run.steps) for run in group]
-    each = [known.new_full(shape, default) if x is None else x for x, shape in zip(marks, shapes, strict=True)]
-    return torch.stack(each, -1) if group[0].is_step and known.dim() < 2 else torch.cat(each, -1)
+    if known is None:
+        return None
+    shape = known.shape[:-1]
+    each = [
+        known.new_full((*shape, run.steps), default) if x is None else x for run, x in zip(group, marks, strict=True)
+    ]
+    return torch.cat(each, -1)

@@ -11,7 +11,6 @@ it if the output is of its tensors. Terms formed ahead are used if their activat
 
 from __future__ import annotations
 
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from torch.optim import Optimizer
 from fastreg.arguments import check_coefficient, check_flags, check_steps
 from fastreg.attachment import Attachment, Source, nothing
 from fastreg.capture import Run, Watch, search
-from fastreg.carry import Step, penalty_of_runs
+from fastreg.carry import Step, penalty_of_runs, total
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, time_given
 from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
@@ -58,7 +57,7 @@ class Given:
         """Compute the penalty, from the terms formed ahead if they are still right."""
         if self.run is not None and not self.run.changed:
             found = search(loss, [self.run])
-            if found.reached:
+            if found.found:
                 return penalty_of_runs([[self.run]], found, loss, (alpha, beta))
         steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
         steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
@@ -277,9 +276,9 @@ class RNNRegularizer:
             return formed
         runs_of = {attachment: attachment.runs for attachment in attached}
         found = search(loss, [run for runs in runs_of.values() for run in runs])
-        taken = {attachment: attachment.chosen(runs, found.reached) for attachment, runs in runs_of.items()}
+        taken = {attachment: attachment.chosen(runs, found.found) for attachment, runs in runs_of.items()}
         try:
-            groups = [x for attachment, runs in taken.items() for x in attachment.checked(runs, loss, found.reached)]
+            groups = [x for attachment, runs in taken.items() for x in attachment.checked(runs, loss)]
             if not groups:
                 return None
             if self.bptt is not None:
@@ -404,10 +403,7 @@ class RNNRegularizer:
     def note(self) -> None:
         """Keep the terms of the latest run of each attachment that adds its penalty in the backward."""
         terms = [x.terms for x in self._attached if x.terms is not None and self.carries(x)]
-        self.ar, self.tar = (
-            functools.reduce(torch.add, [x.to(of_layers[-1].device) for x in of_layers])
-            for of_layers in ([x.ar for x in terms], [x.tar for x in terms])
-        )
+        _, self.ar, self.tar = total(terms, terms[-1].ar.device)
 
     def forget(self, attachment: Attachment) -> None:
         """Leave an attachment out from now on; `attachment.remove()` calls this when it has taken its hooks off."""

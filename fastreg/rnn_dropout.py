@@ -1,7 +1,7 @@
 """`FusedRNNDropout`: variational dropout that forms the penalty in its own pass, and keeps it until it is taken.
 
-A training loop takes it by `take()`. A regularizer lends its coefficients before a forward, and takes the penalty of that
-forward from the node of the dropout.
+A training loop takes it by `take()`. A regularizer lends its coefficients before a forward, and takes the penalty of
+that forward from the node of the dropout.
 """
 
 from __future__ import annotations
