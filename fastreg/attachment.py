@@ -26,6 +26,16 @@ from fastreg.problem import ARTAR, Coefficient, rows_of, time_dim_of
 from fastreg.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.torch_state import current, is_memory, keeps_memory_low, observed, transformed, untraced
 
+REPLICA = (
+    "attach: DataParallel runs a replica of the attached {} on each device, where each penalty would count in full. "
+    "Use DistributedDataParallel; or let the model return (decoded, raw, dropped), which DataParallel gathers, for "
+    "on_loss_begin"
+)
+SHARED = (
+    "attach: this {} shares the attributes of the attached one, or its class got another forward, so that the old one "
+    "would run; remove() the attachment before, and attach again"
+)
+
 
 class Owner(Protocol):
     """Decide which runs are regularized, and with which coefficients, as `RNNRegularizer` does."""
@@ -141,18 +151,10 @@ class Hooked:
         Raises:
             RuntimeError: it shares the attributes of that module, or runs another forward than its class.
         """
-        if module is not self.module and "_is_replica" in vars(module):
-            raise RuntimeError(
-                f"attach: DataParallel runs a replica of the attached {type(module).__name__} on each device, where "
-                "each penalty would count in full. Use DistributedDataParallel; or let the model return (decoded, raw, "
-                "dropped), which DataParallel gathers, for on_loss_begin"
-            )
         if module is not self.module or (self.forward and self.forward.__func__ is not type(module).forward):
-            raise RuntimeError(
-                f"attach: this {type(module).__name__} shares the attributes of the attached one, or its class got "
-                "another forward, so that the old one would run; remove() the attachment before, and attach again"
-            )
-        hooks, own = module._forward_hooks, self.last.handle.id
+            message = REPLICA if "_is_replica" in vars(module) else SHARED
+            raise RuntimeError(message.format(type(module).__name__))
+        hooks, own = vars(module)["_forward_hooks"], self.last.handle.id
         if next(reversed(hooks)) != own and own in hooks:
             hooks.move_to_end(own)
 
@@ -422,8 +424,8 @@ class Attachment:
     def _complete(self, run: Run, dropped: Captured) -> None:
         """Note the tensor that AR squares; with `in_backward` add the penalty's gradient in every backward."""
         run.dropped, owner, scale = dropped, self._owner(), self.source.scale
-        if owner is not None and scale is not None and isinstance(run.guard, Always):
-            self.terms = run.guard.form(run, (owner.alpha, owner.beta), scale)
+        if isinstance(run.guard, Always) and owner is not None:
+            self.terms = run.guard.form(run, (owner.alpha, owner.beta), scale)  # pyright: ignore[reportArgumentType]
             owner.note()
             self._runs, self._held = [ref for ref in self._runs if ref() is not run], []
 
@@ -431,10 +433,10 @@ class Attachment:
         """Return the run whose raw is among the arguments of a dropout, and that argument's tensor."""
         given = [rows_of(x) for x in (*args, *kwargs.values()) if isinstance(x, (Tensor, PackedSequence))]
         for ref in (self._latest, *reversed(self._runs)):
-            run = ref()
-            for x in given if run is not None else ():
-                if run.raw.itself() is x or _is_same(x, run.raw.data):
-                    return run, x
+            if (run := ref()) is not None:
+                for x in given:
+                    if run.raw.itself() is x or _is_same(x, run.raw.data):
+                        return run, x
         return None
 
 

@@ -63,13 +63,13 @@ class Step:
         terms: the terms.
         saved: of each term the activation, and the values that it reads, if any.
         dtypes: of the values of each term.
-        of_dropout: whether the penalty has a part that a fused dropout has formed, with its graph.
+        counts: whether a backward of the loss plus the penalty has a gradient of the penalty.
         passed_over: the runs that the backward must not reach, as the loss was not searched for them.
         watch: sees whether a backward has the penalty, or `None`.
     """
 
     def __init__(self, passed_over: Sequence[Run] = (), watch: Watch | None = None) -> None:
-        self.passed_over, self.watch, self.of_dropout = passed_over, watch, False
+        self.passed_over, self.watch, self.counts = passed_over, watch, False
         self.terms: list[Term] = []
         self.saved: list[Tensor | None] = []
         self.dtypes: list[Sequence[torch.dtype | None]] = []
@@ -77,13 +77,14 @@ class Step:
     def add(self, term: Term, raw: Tensor, values: Values) -> None:
         """Add a term."""
         self.terms.append(term)
-        self.saved.append(raw)
-        self.saved.extend(() if values is NOTHING else values)
-        self.dtypes.append(() if values is NOTHING else dtypes_of(values))
+        given: Any = () if values is NOTHING else values
+        self.saved += raw, *given
+        self.dtypes.append(dtypes_of(given))
+        self.counts = True
 
     def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
         """Return the penalty, differentiable where it is added to the loss, or with `adds` their sum."""
-        if not (torch.is_grad_enabled() and (self.terms or self.of_dropout)):
+        if not (torch.is_grad_enabled() and self.counts):
             if self.watch is not None:
                 self.watch.content = True  # no backward will have the penalty
             return loss + penalty if adds else penalty
@@ -173,7 +174,7 @@ def penalty_of_runs(
         terms = _of_dropout(group[0], coefficients)
         if terms is not None:
             formed.append(terms)
-            step.of_dropout = True
+            step.counts = True
         else:
             part = _part(group)
             alike.setdefault(part.kind() or i, []).append(part)
@@ -190,11 +191,7 @@ def total(formed: Sequence[ARTAR], device: torch.device) -> ARTAR:
 
 def _of_dropout(run: Run, coefficients: tuple[Coefficient, Coefficient]) -> ARTAR | None:
     """Return the penalty that a fused dropout has formed, with its graph; `None` for other coefficients or none."""
-    if (
-        run.fused is None
-        or any([isinstance(x, Tensor) for x in coefficients])
-        or run.fused.coefficients != coefficients
-    ):
+    if run.fused is None or run.fused.coefficients != coefficients:
         return None
     node = run.fused.node()
     return None if node is None else ARTAR(kept_penalty(node), *run.fused.terms)
@@ -286,9 +283,8 @@ class Always:
 
     def _wait_for_raw(self, mark: Mark) -> None:
         """Check at the end of a backward that goes through another output of the module that one went through raw."""
-        x, name = mark.itself(), mark.run.names[0]
-        node = None if x is None else x.grad_fn
-        following = [] if node is None else [x for x, _ in node.next_functions if x is not None and x.next_functions]
+        name, node = mark.run.names[0], getattr(mark.itself(), "grad_fn", None)
+        following = [x for x, _ in getattr(node, "next_functions", ()) if x is not None and x.next_functions]
         if following and not any(map(torch._C._will_engine_execute_node, following)):  # pyright: ignore
             return  # the gradient of the state itself is asked for, and no other
         raw = mark.run.raw
@@ -325,26 +321,21 @@ class _Part(NamedTuple):
 def _part(group: Sequence[Run]) -> _Part:
     """Join runs along time.
 
-    Second derivatives of joined runs mix those of several. So autograd propagates all gradients if it does for one.
+    Second derivatives mix those of several tensors. So autograd propagates all gradients if it does for one.
     """
-    first = group[0]
-    if len(group) > 1:
-        carriers = [x for run in group for x in run.carriers]
-        if not all([x.hooked for x in carriers]):
-            for x in carriers:
-                x.hooked = x.hooked and not x.tensor().requires_grad
-    raw: Any = _joined(first, [run.raw.summed() for run in group])
-    if first.packed is not None:
-        raw = first.packed._replace(data=raw)
-    dropped = raw
-    if any([run.squared is not run.raw for run in group]):
-        dropped = _joined(first, [run.squared.summed() for run in group])
-        if first.packed is not None:
-            dropped = first.packed._replace(data=dropped)
-    if len(group) == 1:
-        return _Part(raw, dropped, first.valid, first.starts, group)
-    valid = _joined_marks(group, [run.valid for run in group], 1)
-    return _Part(raw, dropped, valid, _joined_marks(group, [run.starts for run in group], 0), group)
+    first, carriers = group[0], [x for run in group for x in run.carriers]
+    if not all([x.hooked for x in carriers]):
+        for x in carriers:
+            x.hooked = x.hooked and not x.tensor().requires_grad
+
+    def whole(tensors: Sequence[Tensor]) -> Any:
+        x = _joined(first, tensors)
+        return x if first.packed is None else first.packed._replace(data=x)
+
+    raw = whole([run.raw.summed() for run in group])
+    of_raw = all([run.squared is run.raw for run in group])
+    dropped = raw if of_raw else whole([run.squared.summed() for run in group])
+    return _Part(raw, dropped, _joined_marks(group, "valid", 1), _joined_marks(group, "starts", 0), group)
 
 
 def _measured(parts: Sequence[_Part], coefficients: tuple[Coefficient, Coefficient], step: Step) -> ARTAR:
@@ -406,13 +397,12 @@ def _joined(run: Run, tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, _axis(run))  # pyright: ignore[reportArgumentType]
 
 
-def _joined_marks(group: Sequence[Run], marks: Sequence[Tensor | None], default: int) -> Tensor | None:
+def _joined_marks(group: Sequence[Run], name: str, default: int) -> Tensor | None:
     """Join the valid steps of runs, or their starts; those of a run without any are the default."""
+    marks = [getattr(run, name) for run in group]
     known = next((x for x in marks if x is not None), None)
-    if known is None:
-        return None
-    shape = known.shape[:-1]
-    each = [
-        known.new_full((*shape, run.steps), default) if x is None else x for run, x in zip(group, marks, strict=True)
-    ]
+    if known is None or len(group) == 1:
+        return known
+    shapes = [(*known.shape[:-1], run.steps) for run in group]
+    each = [known.new_full(shape, default) if x is None else x for x, shape in zip(marks, shapes, strict=True)]
     return torch.cat(each, -1)

@@ -281,9 +281,8 @@ class RNNRegularizer:
             groups = [x for attachment, runs in taken.items() for x in attachment.checked(runs, loss)]
             if not groups:
                 return None
-            if self.bptt is not None:
-                last = groups[-1][-1]
-                self._sizes = _sizes_of(last.raw.data, last.time_at)
+            last = groups[-1][-1]
+            self._sizes = _sizes_of(last.raw.data, last.time_at)
             return penalty_of_runs(groups, found, loss, (self.alpha, self.beta), attached[0].watch)
         finally:
             for attachment in self._attached:
@@ -366,8 +365,9 @@ class RNNRegularizer:
         check_flags(stepwise=stepwise)
         scale: Coefficient | None = None
         if in_backward is not False:
-            check_coefficient("in_backward", 1.0 if in_backward is True else in_backward)
-            scale = coefficient(1.0 if in_backward is True else in_backward)
+            scale = 1.0 if in_backward is True else in_backward
+            check_coefficient("in_backward", scale)
+            scale = coefficient(scale)
         if stepwise and scale is not None:
             raise ValueError("stepwise: expected False with in_backward, which sees one run at a time, got True")
         if isinstance(module, nn.RNNCellBase) and not stepwise:
