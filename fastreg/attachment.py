@@ -162,7 +162,7 @@ class Hooked:
         """Remove the hooks."""
         self.first.handle.remove()
         self.last.handle.remove()
-        others = any(isinstance(hook, Hook) for hook in self.module._forward_hooks.values())
+        others = any(isinstance(hook, Hook) for hook in vars(self.module)["_forward_hooks"].values())
         if self.forward is not None and not others and vars(self.module).get("forward") == self.forward:
             del self.module.forward
 
