@@ -4,8 +4,8 @@
 the autograd graph keeps them. `take` is the one consumer, also for `on_backward_begin`: it forms the penalty of the
 activations in that output, or of the runs that its loss depends on, and then drops them, also when it raises.
 
-A `FusedRNNDropout` forms AR and TAR ahead, in its forward, and its node carries the gradient. The hook on an attached
-dropout puts them into the capture. An `OutputDropout` has the regularizer `capture` its run, and `on_loss_begin` uses
+An attached `FusedRNNDropout` gets the coefficients of the regularizer before its forward, and its own penalty is taken,
+with its graph, if these have not changed since. An `OutputDropout` has the regularizer `capture` its run, and `on_loss_begin` uses
 it if the output is of its tensors. Terms formed ahead are used if their activations have not changed since.
 """
 
