@@ -5,8 +5,8 @@ the autograd graph keeps them. `take` is the one consumer, also for `on_backward
 activations in that output, or of the runs that its loss depends on, and then drops them, also when it raises.
 
 An attached `FusedRNNDropout` gets the coefficients of the regularizer before its forward, and its own penalty is taken,
-with its graph, if these have not changed since. An `OutputDropout` has the regularizer `capture` its run, and `on_loss_begin` uses
-it if the output is of its tensors. Terms formed ahead are used if their activations have not changed since.
+with its graph, if these have not changed since. An `OutputDropout` has the regularizer `capture` its run, which
+`on_loss_begin` uses if the output is of its tensors.
 """
 
 from __future__ import annotations
