@@ -146,7 +146,7 @@ def fused_dropout_ar_tar(
 
 
 def drop_and_penalize(
-    call: Call, p: Any, mask: Any = None, training: bool = True
+    call: Call, p: Any, mask: Any = None, training: bool = True, lent: bool = False
 ) -> tuple[Tensor | None, Tensor, Sequence[Tensor] | None]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
@@ -155,6 +155,7 @@ def drop_and_penalize(
         p: as `fused_dropout_ar_tar` takes it.
         mask: as above.
         training: as above.
+        lent: whether the node of dropped keeps the penalty, for `kept_penalty`.
 
     Returns:
         dropped, or `None` where nothing is dropped; the penalty, (); and if terms are wanted AR and TAR, () and
@@ -177,7 +178,7 @@ def drop_and_penalize(
     if plan is None or plan.backend is None:
         return _by_formula(call, mask)
     if plan.is_differentiable:
-        dropped, penalty, *terms = _apply(plan, call, call.raw, mask)
+        dropped, penalty, *terms = _apply(plan, call, lent, call.raw, mask)
         return dropped, penalty, terms[0].unbind() if terms else None
     dropped, penalty, terms = plan.compute(call, mask)
     return dropped, penalty, None if terms is None else terms.unbind()
@@ -279,22 +280,26 @@ class Adding:
 
 
 def carries(dropped: Tensor) -> bool:
-    """Return whether the node of a tensor is that of a fused dropout, which takes a `carried`."""
-    return hasattr(dropped.grad_fn, "carried")
+    """Return whether a tensor has the node of a fused dropout that keeps its penalty."""
+    return getattr(dropped.grad_fn, "lent", False)
+
+
+def kept_penalty(node: Any) -> Tensor:
+    """Return the penalty that the node of a fused dropout keeps, with its graph."""
+    return node.saved_tensors[2]
 
 
 class _DropoutPenalty(Function):
     """Keep references to raw, to the mask, and to the values that the call reads.
 
-    `carried` returns an upstream gradient of the penalty that does not come from the graph, and the call that has that
-    penalty, without tensors and steps; or `None`.
+    With `lent` the node keeps the penalty, too: a regularizer that finds the node finds its penalty.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: DropoutPlan, call: Call, raw: Tensor, mask: Tensor) -> Any:
+    def forward(ctx: Any, plan: DropoutPlan, call: Call, lent: bool, raw: Tensor, mask: Tensor) -> Any:
         dropped, penalty, terms = plan.compute(call, mask)
-        keep(ctx, (raw, mask), call)
-        ctx.plan, ctx.carried = plan, None
+        keep(ctx, (raw, mask, penalty if lent else None), call)
+        ctx.plan, ctx.lent = plan, lent
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
         if terms is None:
             return dropped, penalty
@@ -305,15 +310,8 @@ class _DropoutPenalty(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
-        (raw, mask, *saved), plan = ctx.saved_tensors, ctx.plan
-        call = plan.call(raw, None, *unpack(saved, ctx.rest))
-        carried = None if ctx.carried is None else ctx.carried()
-        if carried is not None:
-            penalty_grad, of = carried
-            grad = penalty_grad.to(raw.device, call.dtype)
-            options = call.time_dim, call.reduction, False, of.ar_of_raw, call.dtype
-            call = Call(raw, None, of.alpha, of.beta, call.steps, *options)
-        upstream, gradient = (grad_dropped, grad), None
+        (raw, mask, _, *saved), plan = ctx.saved_tensors, ctx.plan
+        call, upstream, gradient = plan.call(raw, None, *unpack(saved, ctx.rest)), (grad_dropped, grad), None
         if grad_dropped is not None or grad is not None:
             tensors = raw, mask, call.alpha, call.beta, *saved, *upstream
             given = [x for x in tensors if isinstance(x, Tensor)]
@@ -321,7 +319,7 @@ class _DropoutPenalty(Function):
                 gradient = _gradient_formula(upstream, call, mask)  # which PyTorch must see
             else:
                 gradient = plan.gradient(upstream, call, mask)
-        return None, None, gradient, None
+        return None, None, None, gradient, None
 
 
 # `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.

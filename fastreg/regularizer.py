@@ -4,13 +4,12 @@
 the autograd graph keeps them. `take` is the one consumer, also for `on_backward_begin`: it forms the penalty of the
 activations in that output, or of the runs that its loss depends on, and then drops them, also when it raises.
 
-A `FusedRNNDropout` forms AR and TAR ahead, in its forward, and its node carries the gradient. The hook on an attached
-dropout puts them into the capture. Terms formed ahead are used if their activations have not changed since.
+An attached `FusedRNNDropout` gets the coefficients of the regularizer before its forward, and its own penalty is taken,
+with its graph, if these have not changed since.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,18 +17,17 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from fastreg.arguments import check_coefficient, check_steps
 from fastreg.attachment import Attachment
-from fastreg.capture import Watch, search, sizes_of
-from fastreg.carry import Carrier, penalty_of_runs
+from fastreg.capture import Watch, search
+from fastreg.carry import Step, penalty_of_runs, total
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, time_given
-from fastreg.problem import ARTAR, Coefficient, is_list, rows_of
+from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
 from fastreg.source import Source
 from fastreg.torch_state import untraced
 
@@ -50,17 +48,17 @@ class Given:
     valid: Tensor | None
     starts: Tensor | None
 
-    def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Carrier]:
+    def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Step]:
         """Compute the penalty."""
         steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
         steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
         terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
-        return ARTAR(*(x.to(loss.device) for x in terms)), Carrier()
+        return ARTAR(*(x.to(loss.device) for x in terms)), Step()
 
     @property
     def sizes(self) -> tuple[int, int] | None:
         """Return how many sequences of how many time steps there are; `None` where the shape does not tell."""
-        return sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.time_at)
+        return _sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.time_at)
 
 
 class RNNRegularizer:
@@ -231,7 +229,7 @@ class RNNRegularizer:
 
     _by_hooks = untraced(_by_output)  # no compiler may see a search of the graph
 
-    def _take(self, loss: Tensor) -> tuple[ARTAR, Carrier] | None:
+    def _take(self, loss: Tensor) -> tuple[ARTAR, Step] | None:
         """Form the penalty, and the carrier of its gradient; `None` where attached modules are in evaluation."""
         chosen = [x for x in self._attached if self.carries(x) and x.source.scale is None]
         if self._attached and not chosen:
@@ -250,29 +248,26 @@ class RNNRegularizer:
         self.ar, self.tar = taken[0].ar, taken[0].tar
         return taken
 
-    def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR, Carrier] | None:
+    def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR, Step] | None:
         """Form the penalty for a loss, and note the sizes of the last activations; `None` without captures."""
         if self._given is not None:
             formed = self._given.penalty(loss, self.alpha, self.beta)
             self._sizes = self._given.sizes
             return formed
-        runs_of = [(attachment, attachment.runs) for attachment in attached]
-        found = search(loss, [run for _, runs in runs_of for run in runs])
-        reached = found.reached
-        chosen = [(attachment, attachment.chosen(runs, reached)) for attachment, runs in runs_of]
-        taken = {run: None for _, runs in chosen for run in runs}  # in order
+        runs_of = {attachment: attachment.runs for attachment in attached}
+        found = search(loss, [run for runs in runs_of.values() for run in runs])
+        taken = {attachment: attachment.chosen(runs, found.found) for attachment, runs in runs_of.items()}
         try:
-            groups = [group for attachment, runs in chosen for group in attachment.checked(runs, loss, reached)]
+            groups = [x for attachment, runs in taken.items() for x in attachment.checked(runs, loss)]
             if not groups:
                 return None
-            formed = penalty_of_runs(groups, found, loss, self.alpha, self.beta)
-            formed[1].watch = attached[0].watch
-            if self.bptt is not None:
-                self._sizes = groups[-1][-1].sizes
+            formed = penalty_of_runs(groups, found, loss, (self.alpha, self.beta), attached[0].watch)
+            last = groups[-1][-1]
+            self._sizes = _sizes_of(last.raw.data, last.time_at)
             return formed
         finally:
             for attachment in self._attached:
-                attachment.settle(taken)
+                attachment.settle(taken.get(attachment, ()))
 
     def clear(self) -> None:
         """Drop any capture: `on_epoch_begin` does; after a step that failed, this frees activations early."""
@@ -342,8 +337,9 @@ class RNNRegularizer:
         """
         scale: Coefficient | None = None
         if in_backward is not False:
-            check_coefficient("in_backward", 1.0 if in_backward is True else in_backward)
-            scale = coefficient(1.0 if in_backward is True else in_backward)
+            scale = 1.0 if in_backward is True else in_backward
+            check_coefficient("in_backward", scale)
+            scale = coefficient(scale)
         source = Source(module, dropout, output, batch_first, time_dim, valid, starts, stepwise, scale).checked()
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
@@ -360,10 +356,7 @@ class RNNRegularizer:
     def note(self) -> None:
         """Keep the terms of the latest run of each attachment that adds its penalty in the backward."""
         terms = [x.terms for x in self._attached if x.terms is not None and self.carries(x)]
-        self.ar, self.tar = (
-            functools.reduce(torch.add, [x.to(of_layers[-1].device) for x in of_layers])
-            for of_layers in ([x.ar for x in terms], [x.tar for x in terms])
-        )
+        _, self.ar, self.tar = total(terms, terms[-1].ar.device)
 
     def forget(self, attachment: Attachment) -> None:
         """Leave an attachment out from now on; `attachment.remove()` calls this when it has taken its hooks off."""
@@ -398,6 +391,14 @@ class RNNRegularizer:
                 stacklevel=2,
             )
         return _scaled_lr(optimizer, steps / _check_steps("bptt", self.bptt))
+
+
+def _sizes_of(x: Tensor, time_at: bool | int) -> tuple[int, int] | None:
+    """Return how many sequences of how many time steps an activation has; `None` where its shape does not tell."""
+    if x.dim() != 3:
+        return None
+    time_dim = time_dim_of(time_at)
+    return x.shape[0 if time_dim % 3 else 1], x.shape[time_dim]
 
 
 @contextmanager

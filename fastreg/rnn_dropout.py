@@ -1,7 +1,7 @@
 """`FusedRNNDropout`: variational dropout that forms the penalty in its own pass, and keeps it until it is taken.
 
-A training loop takes it by `take()`. A regularizer takes AR and TAR alone: the node of the dropout carries the
-penalty of its coefficients.
+A training loop takes it by `take()`. A regularizer lends its coefficients before a forward, and takes the penalty of
+that forward from the node of the dropout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ class Formed:
         raw, dropped: the input and the output.
         valid, starts, time_at: which time steps count, where segments start, and where time is.
         grad_enabled: whether gradients were enabled.
-        claimed: whether a regularizer is attached, so that the module's user is not to take it.
     """
 
     terms: ARTAR
@@ -38,7 +37,17 @@ class Formed:
     starts: Tensor | None
     time_at: bool | int
     grad_enabled: bool
-    claimed: bool = False
+
+
+@dataclass(eq=False)
+class Loan:
+    """Hold the coefficients and masks that a regularizer lends for one forward, and what that has formed with them."""
+
+    alpha: Coefficient
+    beta: Coefficient
+    valid: Tensor | None
+    starts: Tensor | None
+    formed: Formed | None = None
 
 
 class FusedRNNDropout(nn.Module):
@@ -72,7 +81,7 @@ class FusedRNNDropout(nn.Module):
         >>> loss.backward()
     """
 
-    time_dim = None  # of a module that an earlier version has pickled
+    time_dim = loan = None  # of a module that an earlier version has pickled
 
     def __init__(
         self,
@@ -94,7 +103,8 @@ class FusedRNNDropout(nn.Module):
         time_at = time_given(batch_first, time_dim)
         self.batch_first, self.time_dim = time_at is not False, None if time_dim is None else int(time_at)
         self.ar_of = ar_of
-        self.formed: Formed | None = None  # by the last forward, until `take()`, or the hook of a regularizer, takes it
+        self.formed: Formed | None = None  # by the last forward, until `take()` takes it
+        self.loan: Loan | None = None  # of a regularizer, for the next forward
         self._warned: tuple[str, ...] = ()
 
     def forward(
@@ -123,10 +133,10 @@ class FusedRNNDropout(nn.Module):
 
     def _drop(self, raw: Tensor, p: float | None, valid: Tensor | None, starts: Tensor | None) -> Tensor:
         """Run the forward outside of TorchScript."""
-        untaken, self.formed = self.formed, None
+        untaken, self.formed, loan, self.loan = self.formed, None, self.loan, None
         if not self.training:
             return raw
-        if untaken is not None and not untaken.claimed and untaken.terms.penalty.requires_grad:
+        if untaken is not None and untaken.terms.penalty.requires_grad:
             self._warn_once(
                 "the penalty of the last forward in training is dropped, as nobody took it: add the penalty of take() "
                 "to the loss after each forward, or attach() the module to a regularizer; where nothing is to be "
@@ -140,15 +150,23 @@ class FusedRNNDropout(nn.Module):
             )
         time_at = self.batch_first if self.time_dim is None else self.time_dim
         place = (self.batch_first, None) if self.time_dim is None else (None, self.time_dim)
+        alpha, beta = self.alpha, self.beta
+        if loan is not None:
+            alpha, beta = loan.alpha, loan.beta
+            valid, starts = loan.valid if valid is None else valid, loan.starts if starts is None else starts
         steps, of_raw = (None, valid, starts), self.ar_of == "raw"
-        call = call_of_raw(Arguments(raw, None, self.alpha, self.beta, *steps, *place, "mean", True, of_raw))
-        dropped, penalty, terms = drop_and_penalize(call, self.p if p is None else p)
+        call = call_of_raw(Arguments(raw, None, alpha, beta, *steps, *place, "mean", True, of_raw))
+        dropped, penalty, terms = drop_and_penalize(call, self.p if p is None else p, lent=loan is not None)
         dropped = raw if dropped is None else dropped
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            formed, grad_enabled = ARTAR(penalty, *(terms or ())), torch.is_grad_enabled()
-            self.formed = Formed(formed, raw, dropped, valid, starts, time_at, grad_enabled)
+            all_terms, grad_enabled = ARTAR(penalty, *(terms or ())), torch.is_grad_enabled()
+            formed = Formed(all_terms, raw, dropped, valid, starts, time_at, grad_enabled)
+            if loan is None:
+                self.formed = formed
+            else:
+                loan.formed = formed
         return dropped
 
     def take(self) -> ARTAR | None:
@@ -158,7 +176,7 @@ class FusedRNNDropout(nn.Module):
             UserWarning: the forward ran without gradients, and now they are enabled; once.
         """
         formed, self.formed = self.formed, None
-        if formed is None or formed.claimed:
+        if formed is None:
             return None
         if torch.is_grad_enabled() and not formed.grad_enabled:
             self._warn_once(
@@ -183,4 +201,4 @@ class FusedRNNDropout(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the penalty of the last forward out of a copy or a pickle."""
-        return {**self.__dict__, "formed": None}
+        return {**self.__dict__, "formed": None, "loan": None}

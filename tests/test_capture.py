@@ -192,6 +192,16 @@ def test_a_coefficient_of_0_leaves_infinity_out() -> None:
     assert not reg.ar.isfinite()
 
 
+@pytest.mark.parametrize("alpha", [9.0, torch.tensor(9.0)], ids=["number", "tensor"])
+def test_a_coefficient_that_changes_after_a_fused_dropout_has_formed_the_penalty(alpha: Any) -> None:
+    module, dropout, reg = gru(), FusedRNNDropout(0.4), regularizer()
+    reg.attach(module, dropout)
+    raw, _ = module(inputs())
+    dropped = dropout(raw)
+    reg.alpha = alpha
+    check_gradients(module, penalty_of(reg, dropped), fused_ar_tar(raw, dropped, 9.0, BETA))
+
+
 def one_run() -> tuple[nn.Module, RNNRegularizer, Tensor, Tensor]:
     """Return an attached module, its regularizer, raw, and a loss."""
     module, reg = gru(), regularizer()

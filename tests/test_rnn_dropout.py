@@ -96,7 +96,7 @@ def test_the_penalty_of_the_dropout_is_taken_as_long_as_it_is_right(
     squared = dropped if ar_of == "dropped" else raw
     want = fused_ar_tar(raw, squared, ALPHA, BETA, batch_first=batch_first, **masks)
     check_gradients(model, penalty_of(reg, dropped), want)
-    assert len(formed) == (how != "nothing")
+    assert len(formed) == (how not in ("nothing", "valid", "starts"))  # a loan reaches a subclass without masks
     assert model.dropout.take() is None  # once
 
 
@@ -198,7 +198,7 @@ def test_an_attached_dropout_follows_the_coefficients_of_the_regularizer(formed:
         reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty has these coefficients all the same
         check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, 1))
         copies = [copy.deepcopy(model.dropout), pickle.loads(pickle.dumps(model.dropout))]
-    assert formed == []
+    assert len(formed) == 1  # for the coefficients that changed after the forward
     for dropout in (model.dropout, *copies):
         dropped = dropout(raw)
         torch.testing.assert_close(dropout.take().penalty, of(0.25, 0.5, raw, dropped))
