@@ -281,7 +281,9 @@ class _Penalty(Function):
         gradients: list[Tensor | None] = []
         for i, plan in enumerate(plans):
             call = plan.call(saved[2 * i], saved[2 * i + 1], *values)
-            if formula:  # PyTorch must see the gradient's
+            if plan.needs == (False, False):  # nothing of this layer is kept
+                gradients += None, None
+            elif formula:  # PyTorch must see the gradient's
                 pairs = zip(ar_tar_gradients(grad, call), (call.raw, call.dropped), strict=True)
                 gradients += [None if g is None else g.to(x.dtype) for g, x in pairs]
             else:

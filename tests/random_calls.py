@@ -125,9 +125,10 @@ class Kind:
         self.spoils = self.choose("NaN in padding", [False, True])
         self.full_mask = self.choose("a full mask", [False, True])
         self.decorates = self.choose("a subclass", [False, False, False, True])
-        self.copies = self.choose("saved tensors copied", [False] * 4 + [True])
         # The formula of dropout rounds each of its parts to half precision.
         rounds_parts = self.operation == "dropout" and self.dtypes[0] in (HALF, BF16)
+        self.second = not rounds_parts and self.choose("second derivatives", [False] * 4 + [True])
+        self.copies = self.choose("saved tensors copied", [False] * 4 + [True])
         self.formula = not rounds_parts and self.choose("under a dispatch mode", [False] * 4 + [True])
 
     def __str__(self) -> str:
@@ -257,7 +258,7 @@ class Kind:
         leaves = [x for x, _ in wanted.values()]
         for retain in (True, False) if leaves else ():  # a second backward forms the gradients anew
             scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])
-            gradients = torch.autograd.grad(penalty * scale, leaves, retain_graph=retain)
+            gradients = torch.autograd.grad(penalty * scale, leaves, retain_graph=retain, create_graph=self.second)
             for gradient, (_, parts) in zip(gradients, wanted.values(), strict=True):
                 self.compare_gradient(gradient, [scale * x for x in parts], penalty.dtype)
 
@@ -287,7 +288,7 @@ class Kind:
             outputs, upstream = [dropped], [arriving]
             if penalty.requires_grad:
                 outputs, upstream = [dropped, penalty], [arriving, torch.full_like(penalty, scale)]
-            (gradient,) = torch.autograd.grad(outputs, raw, upstream, retain_graph=retain)
+            (gradient,) = torch.autograd.grad(outputs, raw, upstream, retain_graph=retain, create_graph=self.second)
             parts = [scale * beta * of_raw, scale * alpha * of_dropped * keep, self.rows(arriving.double()) * keep]
             self.compare_gradient(gradient, parts, penalty.dtype)
 
@@ -304,7 +305,7 @@ class Kind:
 
     def compare_gradient(self, got: Tensor, parts: list[Tensor], computed: torch.dtype) -> None:
         largest = sum(float(x.abs().max()) for x in parts if x.numel())
-        assert_gradient(self.rows(got), torch.stack(parts).sum(0), largest, computed)
+        assert_gradient(self.rows(got.detach()), torch.stack(parts).sum(0), largest, computed)
         self.counts["gradients"] += 1
 
 

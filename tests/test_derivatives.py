@@ -130,3 +130,14 @@ def test_functional_call() -> None:
     parameters = dict(module.named_parameters())
     got = torch.func.grad(loss)({k: v.detach() for k, v in parameters.items()})
     assert_close(tuple(got.values()), torch.autograd.grad(loss(parameters), tuple(parameters.values())))
+
+
+def test_second_derivatives_beside_a_layer_that_needs_none(device: str) -> None:
+    first, second, kept = (torch.randn(3, 5, 8, dtype=DOUBLE, device=device) for _ in range(3))
+    first.requires_grad_()
+    results = []
+    for alone in (False, True):
+        raws, dropped = ([first], [first]) if alone else ([first, second], [first, kept])
+        (gradient,) = torch.autograd.grad(fused_ar_tar(raws, dropped, 2.0, 1.0), first, create_graph=True)
+        results.append((gradient, *torch.autograd.grad(gradient.square().sum(), first)))
+    torch.testing.assert_close(*results)
