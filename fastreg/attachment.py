@@ -132,7 +132,9 @@ class Attachment:
         self._unmarked = 0  # how many runs no search can find, since a loss was regularized
         self._single: list[Any] = []  # what `Always` notes of runs of one time step
         self._loan: Loan | None = None  # to a fused dropout that runs
-        self._owner = weakref.ref(owner, lambda _: self.remove())
+        # With `in_backward` no other code needs the regularizer, which lives as long as the module then.
+        is_kept = source.scale is not None
+        self._owner: Callable[[], Any] = (lambda: owner) if is_kept else weakref.ref(owner, lambda _: self.remove())
         self._hooked = [Hooked(source.module, None, self._after_module)]
         if source.dropout is not None:
             lends = isinstance(source.dropout, FusedRNNDropout) and not source.stepwise and source.scale is None

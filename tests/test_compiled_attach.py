@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, Elementwise, Locked, Loop, Wrapper, seeded
@@ -176,3 +177,16 @@ def test_attached_to_a_model_that_was_compiled_and_run(training: bool, kind: str
         for x, numbers in zip(batches(), without, strict=True):
             gradients = torch.autograd.grad(loss_of(net, model(x)), [*net.parameters()])
             assert_same([[*gradients]], [numbers[3:]])
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS)
+def test_a_coefficient_that_changes_compiles_no_code_anew(dropout: str) -> None:
+    net, counter = made("elementwise", "one run", dropout), CompileCounterWithBackend("aot_eager")
+    reg, _ = attached(net)
+    model = torch.compile(net, backend=counter)
+    compilations = []
+    for step in range(6):
+        reg.alpha = ALPHA + step
+        of_hooks(net, model, reg)
+        compilations.append(counter.frame_count)
+    assert compilations[1:] == compilations[1:2] * 5

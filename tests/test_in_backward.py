@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
@@ -148,6 +150,20 @@ def test_a_loss_that_depends_on_the_state_alone(kind: Any, dropout: Any) -> None
     torch.autograd.grad(state.sum(), state)  # goes no further
     with pytest.raises(RuntimeError, match=f"attach: the loss depends on the {kind.__name__} by its state alone"):
         state.sum().backward()
+
+
+def test_a_regularizer_that_is_kept_by_its_module_alone() -> None:
+    gotten = []
+    for keeps in (True, False):
+        rnn, reg = attached_gru()
+        reg = reg if keeps else None
+        gc.collect()
+        gotten.append(gradients(run(rnn, None)[0].square().sum(), rnn))
+    torch.testing.assert_close(gotten[1], gotten[0])
+    lost = weakref.ref(rnn)
+    del rnn
+    gc.collect()
+    assert lost() is None
 
 
 def test_a_second_backward_through_activations_that_the_first_has_freed() -> None:
