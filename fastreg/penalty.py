@@ -172,9 +172,9 @@ def penalty_of(calls: Sequence[Call]) -> tuple[Tensor, Sequence[Tensor] | None, 
     """
     plans = [PenaltyPlan.of(call) for call in calls]
     additions = [{} if plan is None else plan.additions for plan in plans]
-    if any([plan is None or plan.backend is None for plan in plans]):
+    if not all([plan is not None and plan.backend is not None for plan in plans]):
         return *by_formula(calls), additions
-    if any([plan.needs != (False, False) for plan in plans]):
+    if any([True in plan.needs for plan in plans]):
         results = _apply(plans, calls, *[x for call in calls for x in (call.raw, call.dropped)])
         penalty, terms = results if calls[0].measured else (results, None)  # an output more costs 3 us
     else:

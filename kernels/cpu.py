@@ -274,5 +274,6 @@ class _Launch:
 
     def __call__(self, tensors: Sequence[Tensor | None], alpha: float | Tensor, beta: float | Tensor) -> int:
         """Hand over coefficients and addresses of tensors, which live as long as the call; return the result."""
-        alpha, beta = (x if type(x) is float else x.item() for x in (alpha, beta))  # pyright: ignore
+        alpha = alpha if type(alpha) is float else alpha.item()  # pyright: ignore[reportAttributeAccessIssue]
+        beta = beta if type(beta) is float else beta.item()  # pyright: ignore[reportAttributeAccessIssue]
         return self.function(self.plan, _pack(*_addresses(*tensors), alpha, beta), torch.get_num_threads())

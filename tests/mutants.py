@@ -262,7 +262,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
          "!std::memcmp(memory->assumed, memory->upstream, bytes_of(plan->compute_dtype))", "true"),
         ("backward", "compared in part",
          "memory->upstream, bytes_of(plan->compute_dtype))", "memory->upstream, 2)"),
-        ("walk", "AR in the gradient of raw and of dropped", "flag(!of_raw, ar(grad_dropped))", "ar(grad_dropped)"),
         ("walk", "padding of dropout has the terms' gradient",
          "passes[count++].padding = row_code(pass.x.dtype, plan.compute_dtype, always, by);",
          "passes[count].padding = passes[count].code; ++count;"),
