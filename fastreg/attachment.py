@@ -368,8 +368,9 @@ class Attachment:
         self._complete(run, captured)
 
     def _complete(self, run: Run, dropped: Captured) -> None:
-        """Note the tensor that AR squares; with `in_backward` add the penalty's gradient in every backward."""
-        run.dropped, owner, scale = dropped, self._owner(), self.source.scale
+        """Complete a run; with `in_backward` add the penalty's gradient in every backward."""
+        run.complete(dropped)
+        owner, scale = self._owner(), self.source.scale
         if isinstance(run.guard, Always) and owner is not None:
             self.terms = run.guard.form(run, (owner.alpha, owner.beta), scale)  # pyright: ignore[reportArgumentType]
             owner.note()

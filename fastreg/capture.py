@@ -119,15 +119,18 @@ class Run:
     missed: bool = False
     refused: int | None = None
 
+    def __post_init__(self) -> None:
+        self.sides = [self.raw]  # and dropped, if that is another tensor
+
+    def complete(self, dropped: Captured) -> None:
+        """Note the tensor that AR squares."""
+        self.dropped = dropped
+        self.sides = [self.raw] if dropped is self.raw else [self.raw, dropped]
+
     @property
     def squared(self) -> Captured:
         """Return the tensor that AR squares, of a complete run."""
-        return self.raw if self.dropped is None else self.dropped
-
-    @property
-    def sides(self) -> list[Captured]:
-        """Return raw, and dropped if that is another tensor."""
-        return [self.raw] if self.dropped is None or self.dropped is self.raw else [self.raw, self.dropped]
+        return self.sides[-1]
 
     @property
     def carriers(self) -> list[Captured]:

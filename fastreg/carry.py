@@ -339,7 +339,8 @@ def _part(group: Sequence[Run]) -> _Part:
     raw = whole([run.raw.summed() for run in group])
     of_raw = all([run.squared is run.raw for run in group])
     dropped = raw if of_raw else whole([run.squared.summed() for run in group])
-    return _Part(raw, dropped, _joined_marks(group, "valid", 1), _joined_marks(group, "starts", 0), group)
+    valid, starts = [run.valid for run in group], [run.starts for run in group]
+    return _Part(raw, dropped, _joined_marks(group, valid, 1), _joined_marks(group, starts, 0), group)
 
 
 def _measured(parts: Sequence[_Part], coefficients: tuple[Coefficient, Coefficient], step: Step) -> ARTAR:
@@ -398,12 +399,13 @@ def _joined(run: Run, tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, _axis(run))  # pyright: ignore[reportArgumentType]
 
 
-def _joined_marks(group: Sequence[Run], name: str, default: int) -> Tensor | None:
+def _joined_marks(group: Sequence[Run], marks: Sequence[Tensor | None], default: int) -> Tensor | None:
     """Join the valid steps of runs, or their starts; those of a run without any are the default."""
-    marks = [getattr(run, name) for run in group]
+    if len(group) == 1:
+        return marks[0]
     known = next((x for x in marks if x is not None), None)
-    if known is None or len(group) == 1:
-        return known
+    if known is None:
+        return None
     shapes = [(*known.shape[:-1], run.steps) for run in group]
     each = [known.new_full(shape, default) if x is None else x for x, shape in zip(marks, shapes, strict=True)]
     return torch.cat(each, -1)
