@@ -283,7 +283,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fastreg/penalty.py": [
         ("by_formula", "the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
-        ("penalty_of", "one layer by the formula, the others not", "if not all([plan is not", "if not any([plan is not"),
+        ("penalty_of", "one layer by the formula, the others not",
+         "if not all([plan is not", "if not any([plan is not"),
         ("_launched", "the first layer alone", "penalty, terms = penalty + more,", "penalty, terms = penalty,"),
         ("PenaltyPlan", "a measured term has a gradient", "terms.by_tar or (terms.by_ar and terms.ar_of_raw)", "True"),
         ("PenaltyPlan", "gradients where there are none", "torch.is_grad_enabled()", "True"),
@@ -384,7 +385,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("unpack", "steps with gaps", "x.contiguous() for", "x for"),
         ("unpack", "another dtype of steps in the backward", "check_saved(name, before, x)", "pass"),
         ("restored", "another shape in the backward", "check_saved(name, before, x)", "pass"),
-        ("restored", "another layout in the backward", "x.data_ptr() % 16 == 0) == before:", "True)[2:3] == before[2:3]:"),
+        ("restored", "another layout in the backward", "== before:", "!= ():"),
         ("restored", "a repeated step copied as many", "if stride == 0:", "if False:"),
         ("Plan", "plans of calls that are not checked", "check_call(call, mask)", "pass"),
     ],
