@@ -43,10 +43,10 @@ class Fold:
         orders = [sorted(others, key=lambda axis: axis != batch)]
         orders += [sorted(others, key=lambda axis: (y.stride(axis) != 0, -y.stride(axis))) for y in metas]
         cuts = [(order[:i], order[i:]) for order in orders for i in range(len(order) + 1)]
-        reads_rows = x.device.type == "cpu" and x.shape[self.time] >= NARROW
+        has_rows = x.shape[self.time] >= NARROW and all(y.stride(self.time) <= 1 for y in metas)
         if not self.is_whole:
             cuts = [cut for cut in cuts if cut[0] == sequences]
-        elif not reads_rows or any(y.stride(self.time) > 1 for y in metas):
+        elif x.device.type != "cpu" or not has_rows:
             cuts = [(outer, inner) for outer, inner in cuts if inner or not outer]
         cuts.sort(key=lambda cut: cut[0] != sequences)
         if all(self._copies(cut, metas) for cut in cuts):  # else the last one needs no copy
@@ -81,10 +81,13 @@ class Fold:
             x = x.narrow(self.time, 0, 1)
         return x.permute(self.order).contiguous().permute(back).expand(shape)
 
+    def _readable(self, x: Tensor) -> Tensor:
+        """Return the tensor, or a copy of one that has to be copied."""
+        return self.copy(x) if self._seen(x) is None else x
+
     def like(self, x: Layout) -> Layout:
         """Describe memory for a gradient: dense, in the order of its tensor's axes if kernels can write that."""
-        found = torch.empty_like(_meta(x))
-        found = self.copy(found) if self._seen(found) is None else found
+        found = self._readable(torch.empty_like(_meta(x)))
         return Layout(found.shape, found.stride(), x.dtype, x.device, aligned=True)
 
     def view(self, written: Sequence[Layout | None]) -> View:
@@ -96,10 +99,7 @@ class Fold:
         return View(*(self.packed or (outer, time)), inner, operands)
 
     def _operand(self, x: Layout) -> Operand:
-        meta = _meta(x)
-        seen: Any = self._seen(meta)
-        if seen is None:
-            seen = self._seen(self.copy(meta))
+        seen: Any = self._seen(self._readable(_meta(x)))
         return Operand(x.dtype, seen.stride(0 if self.sizes[0] > 1 else 1), seen.stride(1))
 
 
