@@ -16,7 +16,7 @@ from fastreg.penalty import penalty_of
 from fastreg.plans import Plans
 from fastreg.prepare import Arguments, call_of_raw
 from fastreg.problem import ARTAR, Call, Coefficient, terms_of
-from fastreg.reference import ar_tar, ar_tar_gradients
+from fastreg.reference import added, ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keepable, observed, plain
 from fastreg.view import Fold
 
@@ -177,10 +177,8 @@ def drop_and_penalize(
     mask = _mask_for(call.raw, float(p), mask, call.time_dim)
     if plan is None or plan.backend is None:
         return _by_formula(call, mask)
-    if plan.is_differentiable:
-        dropped, penalty, *terms = _apply(plan, call, lent, call.raw, mask)
-        return dropped, penalty, terms[0].unbind() if terms else None
-    dropped, penalty, terms = plan.compute(call, mask)
+    saves = plan.is_differentiable
+    dropped, penalty, terms = _apply(plan, call, lent, call.raw, mask) if saves else plan.compute(call, mask)
     return dropped, penalty, None if terms is None else terms.unbind()
 
 
@@ -301,9 +299,8 @@ class _DropoutPenalty(Function):
         keep(ctx, (raw, mask, penalty if lent else None), call)
         ctx.plan, ctx.lent = plan, lent
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
-        if terms is None:
-            return dropped, penalty
-        ctx.mark_non_differentiable(terms)
+        if terms is not None:
+            ctx.mark_non_differentiable(terms)
         return dropped, penalty, terms
 
     @staticmethod
@@ -339,11 +336,6 @@ def _gradient_formula(upstream: Upstreams, call: Call, mask: Tensor) -> Tensor:
     if grad is not None:
         both = Call(raw, raw * mask, call.alpha, call.beta, call.steps, *call.options())
         direct, ar = ar_tar_gradients(grad, both)
-        through_mask = _sum(through_mask, ar)
-    gradient = _sum(None if through_mask is None else through_mask * mask, direct)
+        through_mask = added(through_mask, ar)
+    gradient = added(None if through_mask is None else through_mask * mask, direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)
-
-
-def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    """Add two tensors; `None` is 0."""
-    return x if y is None else y if x is None else x + y

@@ -124,17 +124,14 @@ def divisors(call: Call) -> tuple[Any, Any]:
     if call.reduction == "sum":
         return 1, 1
     x, steps = call.given(), call.steps
-    elements, (time, batch) = x.numel(), axes_of(x, call.time_dim)
+    elements = x.numel()
     if steps is None:
-        time = _at_least_1(x.shape[time])
+        time = _at_least_1(x.shape[call.time_dim])
         return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
     if steps.offsets is not None:
         return _at_least_1(elements), _at_least_1(elements - steps.offsets[1] * x.shape[-1])
-    hidden = 1  # elements of one time step of a sequence
-    for axis in range(len(x.shape)):
-        if axis not in (time, batch):
-            hidden = hidden * x.shape[axis]
-    of_steps, of_changes = _at_least_1(steps.counts * hidden).unbind()  # pyright: ignore[reportOptionalOperand]
+    marks: Any = steps.marks
+    of_steps, of_changes = _at_least_1(steps.counts * (elements // _at_least_1(marks.numel()))).unbind()
     return of_steps, of_changes
 
 

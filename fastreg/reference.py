@@ -25,24 +25,23 @@ def ar_tar(call: Call) -> ARTAR:
     Returns:
         `ARTAR(penalty, ar, tar)`, in the dtype of the call.
     """
-    raw, dropped, dtype = call.raw, call.dropped, call.dtype
-    elements, pairs = divisors(call)
+    (raw, squared), (elements, pairs) = _inputs(call, call.dtype), divisors(call)
     # A sum of a DTensor is the parts of all ranks, which torch 2.8 multiplies by the number that an earlier sum was
     # multiplied by; added to 0 it is whole.
-    zero = ar = tar = penalty = torch.zeros((), dtype=dtype, device=call.given().device)
-    wide = None if raw is None else raw.to(dtype)  # once, so that its gradients add up in that dtype
-    squared = wide if call.ar_of_raw else None if dropped is None else dropped.to(dtype)
-    if squared is not None and (call.measured or is_on(call.alpha)):
-        total = zero + counted(squared, call).square().sum()
-        if is_on(call.alpha):
-            penalty = penalty + _weighted(total, call.alpha, elements)
-        ar = total / elements
-    if wide is not None and (call.measured or is_on(call.beta)):
-        total = zero + _counted_changes(wide, call).square().sum()
-        if is_on(call.beta):
-            penalty = penalty + _weighted(total, call.beta, pairs)
-        tar = total / pairs
-    return ARTAR(penalty, ar, tar)
+    zero = penalty = torch.zeros((), dtype=call.dtype, device=call.given().device)
+    terms: list[Tensor] = []
+    for x, coefficient, count, form in (
+        (squared, call.alpha, elements, counted),
+        (raw, call.beta, pairs, _counted_changes),
+    ):
+        term = zero
+        if x is not None and (call.measured or is_on(coefficient)):
+            total = zero + form(x, call).square().sum()
+            if is_on(coefficient):
+                penalty = penalty + _weighted(total, coefficient, count)
+            term = total / count
+        terms.append(term)
+    return ARTAR(penalty, *terms)
 
 
 def ar_tar_gradients(grad: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -55,41 +54,40 @@ def ar_tar_gradients(grad: Tensor, call: Call) -> tuple[Tensor | None, Tensor | 
     Returns:
         Two tensors in the dtype of `grad`, `None` where the tensor is.
     """
-    raw, dropped = (None if x is None else x.to(grad.dtype) for x in (call.raw, call.dropped))
-    elements, pairs = divisors(call)
-    grad_raw = grad_dropped = None
+    (raw, squared), (elements, pairs) = _inputs(call, grad.dtype), divisors(call)
+    of_ar = of_tar = None
     if raw is not None and is_on(call.beta):
-        factor = _over(2 * _as(call.beta, grad), pairs, grad)
-        grad_raw = counted(grad * factor * change_difference(raw, call), call)
-    squared = raw if call.ar_of_raw else dropped
+        factor = grad * (2 * _factor(call.beta, pairs, grad))
+        of_tar = counted(factor * change_difference(raw, call), call)
     if squared is not None and is_on(call.alpha):
-        factor = _over(2 * _as(call.alpha, grad), elements, grad)
-        gradient = counted(grad * factor * counted(squared, call), call)
-        if not call.ar_of_raw:
-            grad_dropped = gradient
-        else:
-            grad_raw = gradient if grad_raw is None else grad_raw + gradient
-    return grad_raw, grad_dropped
+        of_ar = counted(grad * (2 * _factor(call.alpha, elements, grad)) * counted(squared, call), call)
+    return (added(of_tar, of_ar), None) if call.ar_of_raw else (of_tar, of_ar)
+
+
+def _inputs(call: Call, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return raw, and the tensor that AR is of: raw itself, so that its gradients add up in that dtype, or dropped."""
+    raw, dropped = (None if x is None else x.to(dtype) for x in (call.raw, call.dropped))
+    return raw, raw if call.ar_of_raw else dropped
+
+
+def added(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """Add two tensors; `None` is 0."""
+    return x if y is None else y if x is None else x + y
 
 
 def _weighted(total: Tensor, coefficient: Any, count: int | Tensor) -> Tensor:
     """Multiply a sum by its coefficient, over a count; one that is 0 leaves it out, even if it is infinite or NaN."""
-    coefficient = _as(coefficient, total)
-    weighted = total * _over(coefficient, count, total)
+    weighted = total * _factor(coefficient, count, total)
     return torch.where(coefficient == 0, 0, weighted) if isinstance(coefficient, Tensor) else weighted
 
 
-def _as(coefficient: Any, like: Tensor) -> Any:
-    """Return a coefficient: the number, or the tensor in the dtype of another."""
-    return coefficient.to(like.dtype) if isinstance(coefficient, Tensor) else coefficient
-
-
-def _over(factor: Any, count: int | Tensor, like: Tensor) -> float | Tensor:
-    """Divide by a count in the dtype of a tensor.
+def _factor(coefficient: Any, count: int | Tensor, like: Tensor) -> float | Tensor:
+    """Divide a coefficient by a count in the dtype of a tensor.
 
     It comes before an upstream gradient multiplies the factor: together they may overflow.
     """
-    return factor / (count.to(like.device, like.dtype) if isinstance(count, Tensor) else count)
+    coefficient = coefficient.to(like.dtype) if isinstance(coefficient, Tensor) else coefficient
+    return coefficient / (count.to(like.device, like.dtype) if isinstance(count, Tensor) else count)
 
 
 def _counted_changes(x: Tensor, call: Call) -> Tensor:
@@ -143,15 +141,9 @@ def counted(x: Tensor, call: Call, bit: int = STEP) -> Tensor:
     """Replace steps that do not count by 0, or changes into steps."""
     if call.steps is None or call.steps.marks is None:
         return x
-    counts, (time, batch) = (call.steps.marks & bit) != 0, axes_of(x, call.time_dim)
-    if batch is None:
-        counts = counts.reshape(-1)
-    elif batch > time:
-        counts = counts.transpose(0, 1)
-    for axis in range(x.dim()):
-        if axis not in (time, batch):
-            counts = counts.unsqueeze(axis)
-    return torch.where(counts, x, 0)
+    counts, axes = (call.steps.marks & bit) != 0, axes_of(x, call.time_dim)
+    counts = counts if axes[0] > 0 else counts.transpose(0, 1)  # in the order of the axes
+    return torch.where(counts.reshape([n if axis in axes else 1 for axis, n in enumerate(x.shape)]), x, 0)
 
 
 def neighbours(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -34,31 +34,30 @@ class Fold:
     """
 
     def __init__(self, layouts: Sequence[Layout | None], call: Call) -> None:
+        x, metas = call.given(), [_meta(layout) for layout in layouts if layout is not None]
         self.layouts, self.is_whole, offsets = tuple(layouts), call.steps is None, call.steps and call.steps.offsets
         self.packed = None if offsets is None else (int(offsets[1]), len(offsets) - 1)
-        metas = [_meta(x) for x in layouts if x is not None]
-        self.shape, (self.time, batch) = call.given().shape, axes_of(call.given(), call.time_dim)
-        others = [axis for axis in range(len(self.shape)) if axis != self.time and self.shape[axis] != 1]
-        sequences, rest = [x for x in others if x == batch], [x for x in others if x != batch]
-        orders = [sorted(others, key=lambda axis: (x.stride(axis) != 0, -x.stride(axis))) for x in metas]
+        self.shape, (self.time, batch) = x.shape, axes_of(x, call.time_dim)
+        others = [axis for axis, size in enumerate(self.shape) if axis != self.time and size != 1]
+        sequences = [axis for axis in others if axis == batch]
+        orders = [sorted(others, key=lambda axis: axis != batch)]
+        orders += [sorted(others, key=lambda axis: (y.stride(axis) != 0, -y.stride(axis))) for y in metas]
         cuts = [(order[:i], order[i:]) for order in orders for i in range(len(order) + 1)]
-        reads_rows = call.given().device.type != "cpu" or self.shape[self.time] < NARROW
+        has_rows = x.shape[self.time] >= NARROW and all(y.stride(self.time) <= 1 for y in metas)
         if not self.is_whole:
-            cuts = [(outer, inner) for outer, inner in cuts if outer == sequences]
-        elif reads_rows or any(x.stride(self.time) > 1 for x in metas):
+            cuts = [cut for cut in cuts if cut[0] == sequences]
+        elif x.device.type != "cpu" or not has_rows:
             cuts = [(outer, inner) for outer, inner in cuts if inner or not outer]
-        every = [(sequences, rest) if rest or not self.is_whole else (rest, sequences), *cuts]
-        if all(self._copies(cut, metas) for cut in every):  # else the last one needs no copy
-            self._copies(min(every, key=lambda cut: self._copies(cut, metas)), metas)
-        self.copied = [x is not None and self._seen(_meta(x)) is None for x in layouts]
+        cuts.sort(key=lambda cut: cut[0] != sequences)
+        if all(self._copies(cut, metas) for cut in cuts):  # else the last one needs no copy
+            self._copies(min(cuts, key=lambda cut: self._copies(cut, metas)), metas)
+        self.copied = [layout is not None and self._seen(_meta(layout)) is None for layout in layouts]
 
     def _copies(self, cut: tuple[Sequence[int], Sequence[int]], metas: Sequence[Tensor]) -> int:
         """Fold axes to outer and inner; return how many tensors have to be copied."""
-        outer, inner = cut
-        ones = [axis for axis in range(len(self.shape)) if axis not in (*outer, self.time, *inner)]
-        self.order = [*ones, *outer, self.time, *inner]
-        sizes = [math.prod([self.shape[axis] for axis in axes]) for axes in cut]
-        self.sizes = sizes[0], self.shape[self.time], sizes[1]
+        outer, inner = [math.prod([self.shape[axis] for axis in axes]) for axes in cut]
+        ones = {*range(len(self.shape))} - {*cut[0], self.time, *cut[1]}
+        self.order, self.sizes = [*ones, *cut[0], self.time, *cut[1]], (outer, self.shape[self.time], inner)
         return sum(self._seen(x) is None for x in metas)
 
     def _seen(self, x: Tensor) -> Tensor | None:
@@ -77,16 +76,18 @@ class Fold:
 
     def copy(self, x: Tensor) -> Tensor:
         """Return a copy that kernels can read; a tensor that repeats one time step still does."""
-        shape = x.shape
+        shape, back = x.shape, sorted(range(x.dim()), key=self.order.__getitem__)  # undoes `order`
         if x.stride(self.time) == 0:
             x = x.narrow(self.time, 0, 1)
-        return x.permute(self.order).contiguous().permute(self._back()).expand(shape)
+        return x.permute(self.order).contiguous().permute(back).expand(shape)
+
+    def _readable(self, x: Tensor) -> Tensor:
+        """Return the tensor, or a copy of one that has to be copied."""
+        return self.copy(x) if self._seen(x) is None else x
 
     def like(self, x: Layout) -> Layout:
         """Describe memory for a gradient: dense, in the order of its tensor's axes if kernels can write that."""
-        found = torch.empty_like(_meta(x))
-        if self._seen(found) is None:
-            found = torch.empty([self.shape[axis] for axis in self.order], device="meta").permute(self._back())
+        found = self._readable(torch.empty_like(_meta(x)))
         return Layout(found.shape, found.stride(), x.dtype, x.device, aligned=True)
 
     def view(self, written: Sequence[Layout | None]) -> View:
@@ -98,17 +99,8 @@ class Fold:
         return View(*(self.packed or (outer, time)), inner, operands)
 
     def _operand(self, x: Layout) -> Operand:
-        meta = _meta(x)
-        seen = self._seen(meta)
-        if seen is None:
-            seen = self.copy(meta).permute(self.order).view(self.sizes)
-        if self.packed is not None:
-            return Operand(x.dtype, seen.stride(1), seen.stride(1))
-        return Operand(x.dtype, seen.stride(0) if self.sizes[0] > 1 else self.sizes[2], seen.stride(1))
-
-    def _back(self) -> list[int]:
-        """Return the order of axes that undoes `order`."""
-        return sorted(range(len(self.order)), key=self.order.__getitem__)
+        seen: Any = self._seen(self._readable(_meta(x)))
+        return Operand(x.dtype, seen.stride(0 if self.sizes[0] > 1 else 1), seen.stride(1))
 
 
 def _meta(x: Layout) -> Tensor:

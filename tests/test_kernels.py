@@ -126,15 +126,6 @@ def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkey
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-def test_tickets_are_back_at_zero(device: str) -> None:
-    for _ in range(3):
-        fused_ar_tar(*leaves(device, 3, 70, 40), 2.0, 1.0)
-    tickets = [ticket for (on, *_), ticket in reduction.TICKETS.of_stream.items() if on.type == device]
-    assert tickets
-    assert all(ticket.item() == 0 for ticket in tickets)
-
-
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_streams_do_not_share_a_ticket(device: str) -> None:
     streams = [torch.cuda.Stream() for _ in range(4)]
     inputs = [tuple(x.detach() for x in leaves(device, 64, 128, 512)) for _ in streams]

@@ -15,7 +15,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, operation, plans
-from fastreg.backends import cpu_tensors_by
 from fastreg.dropout import DropoutPlan
 from fastreg.plans import Plans, forget
 from fastreg.prepare import Arguments, calls_of
@@ -233,18 +232,6 @@ def test_one_tensor_of_a_subclass_stays_one() -> None:
         assert call.ar_of_raw
 
 
-def test_repeated_calls_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-    keep = Plans.keep
-    monkeypatch.setattr(Plans, "keep", lambda self, key, plan: made.append(key) or keep(self, key, plan))
-    module = nn.Linear(HIDDEN, HIDDEN)
-    for seed in range(3):
-        raw = module(numbers(BATCH, TIME, HIDDEN, seed=seed))
-        fused_ar_tar(raw, raw * 2, 2.0, 1.0)
-        fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
-    assert len(made) == 2
-
-
 def test_coefficients_that_change_make_no_plans(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither do their dtypes in the backward of a dropout confuse its launches, nor do they pile up there."""
     made: list[Any] = []
@@ -293,28 +280,6 @@ def test_the_memory_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     for i in range(10):
         kept.keep(i, str(i))
     assert [kept.get(i) for i in range(10)] == [None] * 6 + ["6", "7", "8", "9"]
-
-
-@pytest.mark.parametrize("how", ["penalty", "dropout", "attach"])
-def test_a_backward_runs_by_the_backend_of_its_forward(how: str) -> None:
-    """The registry may have changed in between, which drops the plans."""
-    x, mask = RAW.clone().requires_grad_(), MASK.abs()
-
-    def loss() -> Tensor:
-        if how == "attach":
-            regularizer, module = RNNRegularizer(2.0, 1.0), nn.Identity()
-            with regularizer.attach(module, batch_first=True):
-                return regularizer.on_backward_begin(module(x * 1).sum())
-        results = (
-            fused_ar_tar(x, x, 2.0, 1.0) if how == "penalty" else fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, mask=mask)
-        )
-        return torch.stack([y.sum() for y in flat(results)]).sum()
-
-    (want,) = torch.autograd.grad(loss(), x)
-    forget()
-    got = loss()
-    with cpu_tensors_by(None):
-        torch.testing.assert_close(torch.autograd.grad(got, x)[0], want)
 
 
 def test_what_is_expected_is_written_ahead(device: str, allocated: list[Any]) -> None:

@@ -30,14 +30,6 @@ def test_gradients_are_those_of_autograd(sample: Sample) -> None:
     torch.testing.assert_close(got, torch.autograd.grad(ar_tar(call).penalty, inputs, grad))
 
 
-def test_gradients_of_half_precision_are_formed_in_float32() -> None:
-    raw = torch.tensor([4e4, -4e4]).repeat(4).reshape(1, 8, 1)
-    got, want = (ar_tar_gradients(torch.tensor(1.0), Call(x, None, 0.0, 1.0))[0] for x in (raw.half(), raw))
-    assert got is not None
-    assert want is not None
-    assert torch.equal(got, want)
-
-
 @pytest.mark.parametrize(
     "lengths", [torch.tensor([0, 3], dtype=torch.uint8), torch.tensor([0, 3], dtype=torch.int8), torch.tensor([-3, 9])]
 )
