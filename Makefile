@@ -28,8 +28,7 @@ PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction axes paddin
 .PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench bench-compare lint docs wheel sdist clean
 help:
-	@echo "make demo    train an AWD-LSTM with and without TAR, and plot both (ARGS='--epochs 1' for options,"
-	@echo "             FRAMEWORK=fastai for a fastai Learner)"
+	@echo "make demo    train an AWD-LSTM with and without TAR, and plot both (ARGS='--epochs 1' for options)"
 	@echo "make study   train it with several seeds, with AR, TAR, both and neither; runs that bench/results has are not repeated"
 	@echo "make test    run all tests: CPU, interpreted kernels, kernels compiled offline, kernels on a GPU if there is one"
 	@echo "make test-fast   run the essential tests, less than a minute: after each change"
@@ -49,10 +48,9 @@ help:
 	@echo "make sdist   build the source distribution in dist/, and run some of its tests in it"
 	@echo "make clean   remove the environments, caches and build folders"
 
-FRAMEWORK ?= none
-demo: .venv/demo $(if $(filter fastai,$(FRAMEWORK)),.venv/frameworks)
+demo: .venv/demo
 	@echo "== demo: a word-level AWD-LSTM learns the King James text, with TAR and without"
-	.venv/bin/python -m bench.demo --framework $(FRAMEWORK) $(ARGS)
+	.venv/bin/python -m bench.demo $(ARGS)
 
 study: .venv/demo
 	@echo "== study: with AR, TAR, both and neither, several seeds; less than two hours on two cores from scratch"

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from importlib.util import find_spec
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,12 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from bench.benchmarks import working_calls
 from bench.corpus import BATCH, BPTT, VOCABULARY, Corpus, build_corpus, read_text
+from bench.formulas import ALPHA, BETA
 from bench.options import Parser, number
-from bench.steps import ALPHA, BETA, WITHOUT, AWDLSTMStep, MinGRUStep, Step
+from bench.report import STEP_PEERS, table
+from bench.steps import AWDLSTMStep, MinGRUStep
 from bench.study import WORDS, Setting
 from bench.study_report import COMMITTED, Study, after, load
-from bench.timing import Call, take_turns, threads
+from bench.timing import take_turns, threads
 from bench.training import EMBEDDING, HIDDEN, LAYERS, Training, evaluate
 
 EPOCHS = 6  # of bench.study's 24: with all else less than 50 seconds on two cores
@@ -40,13 +42,6 @@ STEPS = (
     MinGRUStep((4, 128, 256)),  # where the penalty is a larger part of the step
 )
 STEP_SECONDS = 2  # of rounds, where five take less
-WAYS = {  # of a training step: heading of each
-    WITHOUT: "without",
-    "eager": "formula",
-    "compiled": "compiled",
-    "attach": "attach",
-    "FusedRNNDropout": "FusedRNNDropout",
-}
 HEADER = f"{'epoch':>5}  {'train loss':>10}  {'valid ppl':>9}  {'AR':>8}  {'TAR':>8}  {'seconds':>7}"
 
 
@@ -128,14 +123,6 @@ def train_apart(
     return printed.getvalue(), run.history.tolist(), run.perplexities
 
 
-def train_with_fastai(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> Run:
-    """The same through a fastai `Learner`, which prints its own table."""
-    from bench import fastai_demo
-
-    print(f"\n{label_of(alpha, beta)}, with fastai", flush=True)
-    return Run((alpha, beta), *fastai_demo.train(corpus, alpha, beta, epochs, seed))
-
-
 def label_of(alpha: float, beta: float) -> str:
     """Name a training in the tables and in the plot."""
     return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
@@ -165,40 +152,26 @@ class StepTimes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        with threads(1):
-            self.calls = {step: self.calls_of(step) for step in STEPS}
-
-    def calls_of(self, step: Step) -> dict[str, Call]:
-        """Make a training step of each way that works."""
-        sets, calls = [step.inputs(str(self.device)) for _ in range(2)], {}
-        for name, way in step.peers().items():
-            if name in WAYS:
-                call = step.call(way, sets)
-                try:
-                    call(0)
-                except Exception as error:  # the compiler's own needs, such as another compiler, are not the demo's
-                    if name != "compiled":
-                        raise
-                    print(f"\nthe compiled formula is not measured: {type(error).__name__}")
-                    continue
-                calls[name] = call
-        return calls
+        self.device, self.calls = device.type, {}
+        for step in STEPS:
+            with threads(1):
+                working, failed = working_calls(step, [step.inputs(str(device)) for _ in range(2)])
+            for name, why in failed.items():  # the compiler's own needs, such as another compiler, are not the demo's
+                print(f"\n{step.MODEL}: {STEP_PEERS[name]} is not measured: {why}")
+            self.calls[step] = {name: call for name, (call, _) in working.items()}
 
     def report(self) -> None:
         """Print the time of each step: the medians of steps that take turns, on a CPU of the process's own time."""
-        on_cpu = self.device.type == "cpu"
-        on = "one thread" if on_cpu else self.device
-        print(f"\nms a training step on {on} with alpha={ALPHA:g} and beta={BETA:g}; (batch, time, hidden)")
-        heads = [f"{heading:>8}" for heading in WAYS.values()]
-        print(f"{'':30}", *heads, sep="  ")
+        on_cpu = self.device == "cpu"
+        print(f"\nms a training step on {'one thread' if on_cpu else self.device} with alpha={ALPHA:g}, beta={BETA:g}")
+        rows = [["(batch, time, hidden)", *STEP_PEERS.values()]]
         for step, calls in self.calls.items():
             with threads(1):
-                turns = take_turns(calls, self.device.type, STEP_SECONDS, repeats=1)
+                turns = take_turns(calls, self.device, STEP_SECONDS, repeats=1)
             times = {name: 1e3 * median(x.own if on_cpu else x.wall for x in way) for name, way in turns.items()}
-            cells = [f"{times[name]:.1f}" if name in times else "" for name in WAYS]
-            row = [f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)]
-            print(f"{f'{step.MODEL} {step.shape}':30}", *row, sep="  ", flush=True)
+            cells = [f"{times[name]:.1f}" if name in times else "" for name in STEP_PEERS]
+            rows.append([f"{step.MODEL} {step.shape}", *cells])
+        print(table(rows), flush=True)
 
 
 def plot(runs: list[Run], study: Study, file: Path) -> None:
@@ -253,7 +226,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--epochs", type=number(int, 1), default=EPOCHS, help="passes over the text (default: %(default)s)")
     add("--seed", type=number(int, 0), default=1, help="seed of both trainings (default: %(default)s)")
     add("--device", help="a torch device (default: a GPU where there is one, else cpu)")
-    add("--framework", choices=["none", "fastai"], default="none", help="what trains (default: a loop by hand)")
     add("--plot", type=Path, default="demo.png", metavar="FILE", help="PNG to write (default: %(default)s)")
     args = parser.parse_args(arguments)
     try:
@@ -261,14 +233,11 @@ def main(arguments: list[str] | None = None) -> None:
         corpus = build_corpus(read_text(args.text), WORDS, device)
         if args.plot.is_dir() or not os.access(args.plot.parent, os.W_OK):
             raise ValueError(f"cannot write the plot to {args.plot}")
-        if args.framework == "fastai" and find_spec("fastai") is None:
-            raise ValueError("fastai is not installed: make demo FRAMEWORK=fastai installs it")
     except ValueError as error:
         parser.error(str(error))
 
     both = [*dict.fromkeys([(args.alpha, args.beta), (0.0, 0.0)])]  # one, if they are the same
-    by_hand = args.framework == "none"
-    at_once = by_hand and len(both) == 2 and device.type == "cpu" and torch.get_num_threads() > 1
+    at_once = len(both) == 2 and device.type == "cpu" and torch.get_num_threads() > 1
     print(f"{corpus}\ntraining on {device}" + ", both models at once, a thread for each" * at_once, flush=True)
     times: list[StepTimes] = []
     if at_once:
@@ -277,10 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
             corpus, args.text, both, args.epochs, args.seed, meanwhile=lambda: times.append(StepTimes(device))
         )
     else:
-        trainer = train if by_hand else train_with_fastai
-        runs = [trainer(corpus, alpha, beta, args.epochs, args.seed) for alpha, beta in both]
-    # fastai's model and loop are not those of the study
-    study = studied(Setting(args.text, WORDS, args.epochs)) if by_hand else Study([])
+        runs = [train(corpus, alpha, beta, args.epochs, args.seed) for alpha, beta in both]
+    study = studied(Setting(args.text, WORDS, args.epochs))
     if len(runs) == 2:
         report_outcome(runs, study)
         (times or [StepTimes(device)])[0].report()

@@ -52,12 +52,14 @@ class Turn(NamedTuple):
     own: float  # of the process, all threads together, in which other programs do not count
 
 
-def take_turns(calls: Mapping[str, Call], device: str, seconds: float, repeats: int) -> dict[str, list[Turn]]:
+def take_turns(
+    calls: Mapping[str, Call], device: str, seconds: float, repeats: int, wait: bool = True
+) -> dict[str, list[Turn]]:
     """Measure every peer, round by round.
 
     In a round each peer has one turn, so that whatever else the machine does hits all alike, and every round another
-    begins. A turn is `repeats` calls with one wait for the device at the end, as in training. Every call takes the next
-    inputs. The rounds fill `seconds`, within limits.
+    begins. A turn is `repeats` calls and, with `wait`, one wait for the device at the end, as in training. Every call
+    takes the next inputs. The rounds fill `seconds`, within limits.
     """
     number = itertools.count()
 
@@ -66,7 +68,8 @@ def take_turns(calls: Mapping[str, Call], device: str, seconds: float, repeats: 
         wall, own = time.perf_counter(), time.process_time()
         for _ in range(repeats):
             call(next(number))
-        synchronize(device)
+        if wait:
+            synchronize(device)
         own, wall = time.process_time() - own, time.perf_counter() - wall
         return Turn(wall / repeats, own / repeats)
 
@@ -82,27 +85,6 @@ def take_turns(calls: Mapping[str, Call], device: str, seconds: float, repeats: 
         order.append(order.pop(0))
     gc.enable()
     return turns
-
-
-class Replay:
-    """A clock that stands still but for durations measured before.
-
-    pytest-benchmark runs one benchmark after the other. The peers of a case take turns instead, and each benchmark
-    then counts the rounds of its peer by this clock: it advances by one of them a round.
-    """
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.durations: Iterator[float] = iter(())
-
-    def load(self, durations: Sequence[float]) -> None:
-        self.now, self.durations = 0.0, iter(durations)
-
-    def read(self) -> float:
-        return self.now
-
-    def advance(self) -> None:
-        self.now += next(self.durations)
 
 
 def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
