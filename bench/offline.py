@@ -2,12 +2,14 @@
 
 Read from code compiled for an H100: registers, width of loads, instructions a byte, and, from the launch's plan,
 programs a multiprocessor and halo rows for each shape. Calculated: the share of a copy's bandwidth that forward and
-backward together should reach. bench/NOTES.md draws the conclusions; `bench.host`
-measures the time on the host.
+backward together should reach; `--beside RESULT` prints it beside the measured share instead. bench/NOTES.md draws the
+conclusions; `bench.host` measures the time on the host.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import re
 import subprocess
 import tempfile
@@ -18,11 +20,10 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from bench.cases import SHAPES
-from bench.report import table
-from bench.stand_in import StandInDriver
+from bench.report import BOTH, Result, load, table
+from bench.stand_in import StandInDriver, active
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import TRITON, cpu_tensors_by
 from fastreg.kernels import ar_tar as kernels
@@ -33,7 +34,14 @@ from fastreg.plans import forget
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MULTIPROCESSORS, REGISTERS, MOST_THREADS = 132, 65536, 2048  # of an H100, the last two of each multiprocessor
 BANDWIDTH, LATENCY = 3.35e12, 0.7e-6  # bytes a second by the datasheet; seconds, about, that a busy memory takes
-COPY = {"H100": 3.0e12, "H200": 4.3e12, "B200": 7.0e12}  # bytes a second, both ways together; the last one is a guess
+COPY = {  # bytes a second that a copy moves, both ways together, and the source of the figure
+    "T4": (0.29e12, "90% of the datasheet's 320 GB/s, a guess"),
+    "L4": (0.27e12, "90% of the datasheet's 300 GB/s, a guess"),
+    "A100": (1.4e12, "90% of the datasheet's 1555 GB/s (40 GB), a guess"),
+    "H100": (3.0e12, "90% of the datasheet's 3350 GB/s, as https://github.com/Dao-AILab/quack measured"),
+    "H200": (4.3e12, "90% of the datasheet's 4800 GB/s, measured"),
+    "B200": (7.0e12, "88% of the datasheet's 8000 GB/s, a guess"),
+}
 FORWARD, BACKWARD = 4.6e-6, 2.5e-6  # seconds beyond the traffic: trips to memory in a row, and the ticket
 
 
@@ -42,6 +50,7 @@ def compile_all(dtype: torch.dtype) -> dict[str, Any]:
     shape = 4, 70, 400
     valid = torch.ones(shape[:2], dtype=torch.bool)
     raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2))
+    x, y = raw.detach(), dropped.detach()
 
     def penalty(first: Tensor, second: Tensor, **options: Any) -> None:
         fused_ar_tar(first, second, 2.0, 1.0, **options).backward()
@@ -52,9 +61,9 @@ def compile_all(dtype: torch.dtype) -> dict[str, Any]:
 
     calls = {
         ("sum and write", "write"): lambda: penalty(raw, dropped),
-        ("sum",): lambda: fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0),
+        ("sum",): lambda: fused_ar_tar(x, y, 2.0, 1.0),
         ("sum and write, raw is dropped", "write, raw is dropped"): lambda: penalty(raw, raw),
-        ("sum, raw is dropped",): lambda: fused_ar_tar(raw.detach(), raw.detach(), 2.0, 1.0),
+        ("sum, raw is dropped",): lambda: fused_ar_tar(x, x, 2.0, 1.0),
         ("sum and write, valid", "write, valid"): lambda: penalty(raw, dropped, valid=valid),
         ("dropout", "dropout, backward"): dropout,
         ("dropout, valid", "dropout, valid, backward"): lambda: dropout(valid=valid),
@@ -119,49 +128,65 @@ def inner_loop(sass: str) -> list[str]:
 
 
 def shape_row(shape: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
-    """Describe how a launch is cut."""
-    batch, time_steps, hidden = shape
-    view = View(batch, time_steps, hidden, Operands(*[Operand(dtype, time_steps * hidden, hidden)] * 2))
-    cut = tiling.Tiling(view, torch.float32)
-    *_, run, blocks, items = cut.numbers
-    runs = items // blocks
+    """Describe how a launch is cut, and predict the share of a copy's bandwidth on each device."""
+    items, runs, run = cut(shape, dtype)
     return [
         f"{shape}",
         f"{dtype}".removeprefix("torch."),
-        f"{items}",
         f"{items / MULTIPROCESSORS:.1f}",
         f"{runs} of {run}",
-        # of all reads: raw is one of two tensors read
-        f"{(runs - 1) / time_steps / 2:.1%}",
-        f"{2 * (runs - 1) / time_steps / 2:.1%}",
+        f"{(runs - 1) / shape[1]:.1%}",
+        *[f"{share(shape, dtype, copy):.0%}" for copy, _ in COPY.values()],
     ]
 
 
-def share_row(shape: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
-    """Predict the share of a copy's bandwidth on each device, of a forward that writes gradients and its backward.
+def cut(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return the programs of a launch, the runs of a sequence and the time steps of a run."""
+    batch, time_steps, hidden = shape
+    view = View(batch, time_steps, hidden, Operands(*[Operand(dtype, time_steps * hidden, hidden)] * 4))
+    *_, run, blocks, items = tiling.Tiling(view, torch.float32).numbers
+    return items, items // blocks, run
+
+
+def share(shape: tuple[int, int, int], dtype: torch.dtype, copy: float) -> float:
+    """Predict the share of a copy's bandwidth that a forward that writes gradients and its backward reach together.
 
     Both tensors are read and both gradients written once, and raw's halo rows are read again. Only traffic counts, and
     the time that each launch takes beside it; not the last, half empty wave of programs, nor hits in the L2 cache.
     """
-    batch, time_steps, hidden = shape
-    operand = Operand(dtype, time_steps * hidden, hidden)
-    *_, blocks, items = tiling.Tiling(View(batch, time_steps, hidden, Operands(*[operand] * 4)), torch.float32).numbers
-    tensor = batch * time_steps * hidden * dtype.itemsize
-    halo = 2 * (items // blocks - 1) / time_steps * tensor
-    shares = [(4 * tensor / copy) / ((4 * tensor + halo) / copy + FORWARD + BACKWARD) for copy in COPY.values()]
-    return [f"{shape}", f"{dtype}".removeprefix("torch."), f"{tensor / 1e6:.0f}", *[f"{share:.0%}" for share in shares]]
+    _, runs, _ = cut(shape, dtype)
+    traffic = 4 * math.prod(shape) * dtype.itemsize
+    halo = (runs - 1) / shape[1] / 2
+    return (traffic / copy) / (traffic * (1 + halo) / copy + FORWARD + BACKWARD)
+
+
+def beside(result: Result) -> str:
+    """Render the measured share of the copy beside the predicted, at the copy's bandwidth of the same run."""
+    copy = result.machine["copy_bandwidth"]
+    rows = [["shape, dtype", "of the copy, measured", "predicted"]]
+    for case in result.of(BOTH):
+        info = case.info["fastreg"]
+        if info["layout"] == "batch first" and not info.get("same") and "share_of_copy" in info:
+            predicted = share(tuple(info["shape"]), getattr(torch, info["dtype"]), copy)
+            rows.append([case.label, f"{info['share_of_copy']:.0%}", f"{predicted:.0%}"])
+    sources = "".join(f"- {name}: {copy / 1e12:.2f} TB/s, {source}\n" for name, (copy, source) in COPY.items())
+    return f"A copy moves {copy / 1e12:.2f} TB/s in this run. Expected:\n\n{sources}\n{table(rows)}"
 
 
 def main() -> None:
-    driver.set_active(StandInDriver(GPUTarget("cuda", 90, 32)))  # pyright: ignore[reportArgumentType]
+    parser = argparse.ArgumentParser(prog="bench.offline", description=__doc__)
+    parser.add_argument("--beside", type=Path, metavar="RESULT", help="a JSON of a GPU that bench.run bench wrote")
+    if file := parser.parse_args().beside:
+        print(beside(load(file)))
+        return
     code = [["way", "dtype", "registers", "spilled", "wide loads", "instructions a byte", "fit", "in flight"]]
-    cut = [["shape", "dtype", "items", "a multiprocessor", "runs", "halo reads of sums", "of gradients"]]
-    shares = [["shape", "dtype", "MB a tensor", *COPY]]
+    shapes = [["shape", "dtype", "programs a multiprocessor", "runs", "halo reads of gradients", *COPY]]
     for dtype in (torch.float32, torch.bfloat16):
-        code += [code_row(name, binary, dtype) for name, binary in compile_all(dtype).items()]
-        cut += [shape_row(shape, dtype) for shape in SHAPES]
-        shares += [share_row(shape, dtype) for shape in SHAPES]
-    print(table(code), table(cut), table(shares), sep="\n")
+        with active(StandInDriver(GPUTarget("cuda", 90, 32))):
+            compiled = compile_all(dtype)
+        code += [code_row(name, binary, dtype) for name, binary in compiled.items()]
+        shapes += [shape_row(shape, dtype) for shape in SHAPES]
+    print(table(code), table(shapes), sep="\n")
 
 
 if __name__ == "__main__":

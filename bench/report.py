@@ -162,7 +162,7 @@ class Case:
 
 @dataclass
 class Result:
-    """The contents of one JSON file of pytest-benchmark."""
+    """The contents of one JSON file."""
 
     name: str
     digest: str
@@ -229,13 +229,12 @@ def where(result: Result) -> str:
     """The machine, the versions and the commit, in a line."""
     machine, commit = result.machine, result.commit
     dirty = " with changes" if commit.get("dirty") else ""
-    known = "unknown" if commit["id"] == "unversioned" else commit["id"][:10]
     parts = [f"PyTorch {machine['torch']}", f"Python {machine['python_version']}"]
     if result.on_gpu:
         parts += [f"Triton {machine['triton']}", f"a copy moves {machine['copy_bandwidth'] / 1e12:.2f} TB/s"]
     else:
         parts += [f"{machine['threads']} threads"]
-    parts += [f"commit {known}{dirty}", f"source {machine['source']}"]
+    parts += [f"commit {commit['id'][:10]}{dirty}", f"source {machine['source']}"]
     return f"{machine['device']}: {', '.join(parts)}"
 
 
@@ -500,8 +499,6 @@ def plots(result: Result) -> list[tuple[str, str, Callable[[Result], Figure]]]:
         drawn.append(("speedup", "How many times as fast as its peers fastreg is, by shape", speedup_plot))
     if result.of(DROPOUT):
         drawn.append(("dropout", "How many times the time of dropout alone it takes with the penalty", dropout_plot))
-    if result.on_gpu and result.of(BOTH):
-        drawn.append(("roofline", "Bandwidth reached against the size of the inputs, beside a copy's", roofline_plot))
     return drawn
 
 
@@ -552,26 +549,6 @@ def bar_plot(result: Result, cases: list[Case], bars: dict[str, list[float]], te
     axes.set_xlabel(f"{axis} (log scale)\n{machine}")
     figure.suptitle(title, fontsize="medium")
     figure.legend(loc="outside lower right", ncols=len(bars), fontsize=8)
-    return figure
-
-
-def roofline_plot(result: Result) -> Figure:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for kind, marker in ((BOTH, "o"), ("forward", "^")):
-        for peer in ("fastreg", "compiled"):
-            measured = [case for case in result.of(kind) if "bandwidth" in case.info[peer]]
-            cases = sorted(measured, key=lambda case: case.any_info["least_bytes"])
-            sizes = [case.any_info["least_bytes"] / (2 if kind == BOTH else 1) / 1e6 for case in cases]
-            reached = [case.info[peer]["bandwidth"] / 1e12 for case in cases]
-            axes.plot(sizes, reached, marker, alpha=0.7, label=f"{peer}, {kind}")
-    axes.axhline(result.machine["copy_bandwidth"] / 1e12, color="black", linewidth=0.8, label="copy, measured")
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"inputs, MB\n{result.machine['device']}")
-    axes.set_ylabel("bytes moved over time, TB/s")
-    figure.suptitle("Bandwidth reached, by the size of the inputs", fontsize="medium")
-    axes.legend(fontsize=8)
     return figure
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,10 +23,9 @@ from torch import Tensor
 
 from tests.conftest import gpu, skip_without
 
-skip_without("pytest_benchmark", "matplotlib")
+skip_without("matplotlib")
 
-from bench import benchmarks, cases, compare, host, machine, report, run, steps, timing  # noqa: E402
-from bench.formulas import fastai  # noqa: E402
+from bench import benchmarks, cases, compare, host, machine, nets, offline, report, run, stand_in, steps, timing  # noqa: E402
 from fastreg import fused_ar_tar  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,8 @@ def test_kept_bytes() -> None:
     assert timing.kept_bytes(lambda _: (raw.exp(),), (raw,)) == 0, "it is given anyway"
     assert timing.kept_bytes(lambda _: (raw.exp().sum(),), (raw,)) == raw.nbytes
     # the backward's results are not in the memory of tensors that were kept before
-    call = cases.PenaltyCase((4, 6, 5), torch.float32).call(fastai, [(raw, dropped)])
+    case = cases.PenaltyCase((4, 6, 5), torch.float32)
+    call = case.call(case.peers()["eager"], [(raw, dropped)])
     assert timing.kept_bytes(call, (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
 
 
@@ -102,14 +103,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("case", "results"),
     [
-        (cases.PenaltyCase((3, 5, 8), torch.float32, batch_first=False, changing=True), 2),
+        (cases.PenaltyCase((3, 5, 8), torch.float32, cases.CHANGING, cases.TIME_FIRST), 2),
         (cases.PenaltyCase((3, 5, 8), torch.float32, same=True), 1),
-        (cases.PenaltyCase((3, 5, 8), torch.float32, backward=False), 1),
+        (cases.PenaltyCase((3, 5, 8), torch.float32, cases.FORWARD), 1),
         (cases.DropoutCase((3, 5, 8), torch.float32), 2),
-        (cases.DropoutCase((3, 5, 8), torch.float32, batch_first=False), 2),
+        (cases.DropoutCase((3, 5, 8), torch.float32, layout=cases.TIME_FIRST), 2),
         (cases.PaddedCase((3, 5, 8), torch.float32), 2),
-        (cases.ChangesCase((3, 5, 8), torch.float32, contiguous=True), 1),
-        (cases.ChangesCase((3, 5, 8), torch.float32, contiguous=False), 1),
+        (cases.ChangesCase((3, 5, 8), torch.float32, layout=cases.CONTIGUOUS), 1),
+        (cases.ChangesCase((3, 5, 8), torch.float32), 1),
     ],
     ids=str,
 )
@@ -117,9 +118,9 @@ def test_the_calls_of_peers_give_the_same(case: Any, results: int) -> None:
     """From one seed, and but for those without a penalty or without lengths."""
     sets = cases.input_sets(case, "cpu")
     assert len(sets) == cases.MOST_SETS, "small inputs: as many as are allowed"
-    assert sets[0][0].is_contiguous() == getattr(case, "contiguous", True)
+    assert sets[0][0].is_contiguous() == (case.layout == cases.CONTIGUOUS or not isinstance(case, cases.ChangesCase))
     others, got = {"dropout alone", "compiled dropout alone", "without lengths"}, {}
-    for name, call in cases.calls(case, sets).items():
+    for name, call in cases.calls(case, sets, case.PEERS).items():
         call(0)
         torch.manual_seed(5)
         got[name] = call(1)
@@ -151,9 +152,9 @@ def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(
             skip_without(package)
     monkeypatch.setattr(torch, "compile", lambda way, **options: way)
     monkeypatch.setattr(steps, "P", 0.4)
-    monkeypatch.setattr(steps, "LEARNING_RATE", 1.0)
-    nets, net = [], type(step).net
-    monkeypatch.setattr(type(step), "net", lambda *options: nets.append(net(*options)) or nets[-1])
+    monkeypatch.setattr(nets, "LEARNING_RATE", 1.0)
+    made, net = [], type(step).net
+    monkeypatch.setattr(type(step), "net", lambda *options: made.append(net(*options)) or made[-1])
     torch.manual_seed(1)
     sets = [step.inputs("cpu")]
     weights, losses = {}, {}
@@ -161,7 +162,7 @@ def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(
         call = step.call(way, sets)
         torch.manual_seed(2)
         losses[name] = [call(i) for i in range(2)]
-        weights[name] = torch.cat([x.detach().flatten() for x in nets[-1].parameters()])
+        weights[name] = torch.cat([x.detach().flatten() for x in made[-1].parameters()])
     assert tuple(weights) == step.PEERS
     without, want = weights.pop(steps.WITHOUT), weights["eager"]
     for name, got in weights.items():
@@ -184,9 +185,9 @@ def test_an_error_of_a_training_in_turns_is_that_of_the_call() -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_step_is_measured_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """By rounds of the process's own time, and the peak memory."""
-    threads, forward = [], steps.LSTM.forward
+    threads, forward = [], nets.LSTM.forward
     monkeypatch.setattr(
-        steps.LSTM, "forward", lambda *options: threads.append(torch.get_num_threads()) or forward(*options)
+        nets.LSTM, "forward", lambda *options: threads.append(torch.get_num_threads()) or forward(*options)
     )
     before = torch.get_num_threads()
     measured, _ = benchmarks.measure_peers(steps.LSTMStep((3, 6, 4)))
@@ -243,7 +244,7 @@ def test_a_failed_capture_leaves_no_stream_behind(device: str) -> None:
 
 LAUNCHES = {
     cases.PenaltyCase((64, 70, 400), torch.bfloat16): {"eager": 30, "compiled": 6, "fastreg": 2},
-    cases.PenaltyCase((64, 70, 400), torch.float32, backward=False): {"fastreg": 1},
+    cases.PenaltyCase((64, 70, 400), torch.float32, cases.FORWARD): {"fastreg": 1},
     cases.DropoutCase((64, 70, 400), torch.bfloat16): {"dropout alone": 4, "eager": 36, "compiled": 8, "fastreg": 4},
     cases.PaddedCase((64, 70, 400), torch.bfloat16): {"without lengths": 2, "eager": 44, "compiled": 10, "fastreg": 2},
 }
@@ -253,7 +254,8 @@ LAUNCHES = {
 @pytest.mark.parametrize("case", LAUNCHES, ids=str)
 def test_launches(case: Any, device: str) -> None:
     """Count no more of fastreg in deterministic mode, in which PyTorch fills memory."""
-    calls, want = cases.calls(case, cases.input_sets(case, device)), LAUNCHES[case]
+    want = LAUNCHES[case]
+    calls = cases.calls(case, cases.input_sets(case, device), want)
     assert {peer: timing.launches(calls[peer]) for peer in want} == want
     torch.use_deterministic_algorithms(True)
     try:
@@ -393,7 +395,7 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "a copy moves 3.00 TB/s" in text
     assert "| 0.5x | 4.0x | 100% | 1.0 |" in text
     assert "| 1.25x | 0.5x | 4.0x | 100% | 1.0 |" in text
-    files = {"a-gpu.md", *(f"a-gpu-{kind}.svg" for kind in ("speedup", "dropout", "roofline"))}
+    files = {"a-gpu.md", *(f"a-gpu-{kind}.svg" for kind in ("speedup", "dropout"))}
     assert {file.name for file in tmp_path.iterdir()} == {"a-gpu.json", page.name, *files}
 
 
@@ -463,63 +465,54 @@ def runs_on_gpu(file: Path) -> bool:
     return bool(re.search(r"(?<![\".])\bgpu\b(?![\".])|^def test_\w+\([^)]*\bdevice\b", file.read_text(), re.MULTILINE))
 
 
-MEASURE = """
-import os, signal, sys, torch
-torch.compile = lambda way: way
-from bench import cases, run
-
 class Broken(cases.PenaltyCase):
-    def peers(self):
-        def broken(*_):
-            open(f"{sys.argv[1]}/calls", "a").write("a call of broken code, ")
-            raise ValueError("broken\\nindeed")
-        return super().peers() | {"compiled": broken}
+    def peers(self) -> Any:
+        return super().peers() | {"compiled": mock.Mock(side_effect=ValueError("broken\nindeed"))}
 
-class Dead(cases.PenaltyCase):
-    def call(self, peer, sets):
-        raise ValueError("dead")
+
+class Full(cases.PenaltyCase):
+    def call(self, peer: Any, sets: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
 
 class Ended(cases.PenaltyCase):
-    def peers(self):
+    def peers(self) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return super().peers()
 
-kinds = Broken, Dead, cases.PenaltyCase, Ended, cases.PenaltyCase
-cases.all_cases = lambda *_: [kind((2, 3, size), torch.float32) for size, kind in enumerate(kinds, 4)]
-from bench import benchmarks
-benchmarks.SECONDS = 0.0
-sys.exit(run.main(["measure", sys.argv[1], "--commit=0123456789abcdef"]))
-"""
 
-
-def test_a_measurement_records_what_is_not_measured(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick")
+def test_a_measurement_records_what_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of peers that fail, and on SIGTERM."""
-    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("MALLOC_", "PYTEST_XDIST_"))}
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=inherited | {"CUDA_VISIBLE_DEVICES": ""}, **PIPES)
-    files = list(tmp_path.glob("*.json"))
-    assert len(files) == 1, done.stdout
-    result = report.load(files[0])
-    names = [f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in range(4, 9)]
-    broken, dead, measured, ended, late = names
+    kinds = Broken, Full, cases.PenaltyCase, Ended, cases.PenaltyCase
+    made = [kind((2, 3, size), torch.float32) for size, kind in enumerate(kinds, start=4)]
+    monkeypatch.setattr(cases, "all_cases", lambda *_: made)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run.main(["measure", str(tmp_path), "--commit=0123456789abcdef"]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (file,) = tmp_path.glob("*.json")
+    result = report.load(file)
+    broken, full, measured, ended, late = map(benchmarks.group_of, made)
     (case,) = result.cases
     assert case.name == measured
-    peers = cases.PenaltyCase.PEERS
-    assert set(case.seconds) == {*peers}
+    assert set(case.seconds) == {*case.info} == {*(peers := cases.PenaltyCase.PEERS)}
     assert all(len(seconds) == timing.LEAST and min(seconds) > 0 for seconds in case.seconds.values())
     assert result.missing == {
         broken: {"compiled": "ValueError: broken"},
-        dead: dict.fromkeys(peers, "ValueError: dead"),
+        full: dict.fromkeys(peers, "does not fit in the device's memory"),
         **{name: dict.fromkeys(peers, "not reached") for name in (ended, late)},
     }
-    assert (tmp_path / "calls").read_text() == "a call of broken code, "
-    assert result.commit["id"] == "0123456789abcdef"
+    assert result.commit == {"id": "0123456789abcdef", "dirty": False}
     assert f"Not measured (ValueError: broken): {broken} (compiled)." in report.caveats(result)
+    assert f"Not measured (does not fit in the device's memory): {full}." in report.caveats(result)
 
 
-def test_no_case_starts_after_the_deadline() -> None:
-    with pytest.raises(pytest.skip.Exception, match="out of time"):
-        benchmarks.measure("any case", time.monotonic() - 1)
+def test_no_case_starts_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "measure", lambda _: pytest.fail("it starts"))
+    result = benchmarks.measure_all("abc", -1.0, only="20x70x96")
+    assert {why for peers in result["missing"].values() for why in peers.values()} == {"out of time"}
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -566,13 +559,34 @@ def test_an_allocator_keeps_memory_or_not() -> None:
 
 def test_the_time_of_the_host(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured with few calls, of launches that do nothing or of a GPU's."""
-    for name, few in {"WARM_UP": 1, "ROUNDS": 3, "CALLS": 2}.items():
+    for name, few in {"SECONDS": 0.0, "CALLS": 2}.items():
         monkeypatch.setattr(host, name, few)
     host.main()
-    *lines, last = capsys.readouterr().out.splitlines()
-    measured = json.loads(last)["cases"]
-    assert {*measured} == {*host.CASES}
-    for name, peers in measured.items():
-        assert peers["fastreg"]["fastreg_times_as_fast"] == 1
-        assert 0 < peers["empty Function"]["own_us"] < peers["fastreg"]["own_us"]
-        assert any(line.startswith(f"| {name}: fastreg | ") for line in lines)
+    output = capsys.readouterr().out
+    for name in host.CASES:
+        (own,) = re.findall(rf"^\| {name}: fastreg \| [\d.]+ \| ([\d.]+) \| 1.00x \|$", output, re.MULTILINE)
+        (empty,) = re.findall(rf"^\| {name}: empty Function \| [\d.]+ \| ([\d.]+) \|", output, re.MULTILINE)
+        assert 0 < float(empty) < float(own)
+
+
+def test_the_prediction_stands_beside_the_measured_share(tmp_path: Path) -> None:
+    """Traffic alone at a large shape; launches take most of the time at a small one."""
+    large, small = (128, 512, 1024), (2, 3, 4)
+    made = [(report.BOTH, shape, dict.fromkeys(cases.PenaltyCase.PEERS, 1.0)) for shape in (large, small)]
+    text = offline.beside(report.load(made_up(tmp_path, made, "A GPU", **GPU)))
+    assert "A copy moves 3.00 TB/s in this run." in text
+    assert "| (128, 512, 1024), float32 | 100% | 98% |" in text
+    assert "| (2, 3, 4), float32 | 100% | 0% |" in text
+
+
+def test_the_code_of_each_way_is_read() -> None:
+    skip_without("triton")
+    from triton.backends.compiler import GPUTarget
+
+    with stand_in.active(stand_in.StandInDriver(GPUTarget("cuda", 90, 32))):
+        code = offline.compile_all(torch.float32)
+    rows = [offline.code_row(name, binary, torch.float32) for name, binary in code.items()]
+    assert len(rows) == 12
+    registers = {name: int(count) for name, _, count, *_ in rows}
+    assert registers["sum, raw is dropped"] < registers["sum"], "another kernel"
+    assert all(spilled == "0" for _, _, _, spilled, *_ in rows)
