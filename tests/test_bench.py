@@ -7,11 +7,13 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -591,3 +593,41 @@ def test_the_code_of_each_way_is_read() -> None:
     registers = {name: int(count) for name, _, count, *_ in rows}
     assert registers["sum, raw is dropped"] < registers["sum"], "another kernel"
     assert all(spilled == "0" for _, _, _, spilled, *_ in rows)
+
+
+def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a copy, with a shell that makes a result up in the place of bench/on_gpu.sh, which has tests of its own."""
+    skip_without("nbclient")
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "bench" / "on_gpu.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs before a commit"
+    checkout, programs = tmp_path / "checkout", tmp_path / "bin"
+    shutil.copytree(ROOT / "bench", checkout / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for name in ("fastreg", "kernels"):
+        (checkout / name).symlink_to(ROOT / name)
+    results = checkout / "bench" / "results"
+    large = (report.BOTH, (128, 512, 1024), dict.fromkeys(cases.PenaltyCase.PEERS, 1.0))
+    made = made_up(tmp_path / "made", [large, DROPOUT], machine.device_name(), **GPU)
+    outcome = json.dumps({"files": {}, "sanitizers": {}, "source": "s"})
+    programs.mkdir()
+    (programs / "bash").write_text(
+        f'#!/bin/sh\necho "$@" with limit $LIMIT, bench.run: >> {tmp_path}/called\n'
+        f"mkdir -p {results}/tests && cp {made} {results}/ && echo '{outcome}' > {results}/tests/{made.name}\n"
+    )
+    (programs / "bash").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(checkout / "bench")}}).execute()
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called == [f"bench/on_gpu.sh {what} with limit 420, bench.run:" for what in ("test", "bench")]
+    versions, shown, packed = ("".join(str(output) for output in code[i].outputs) for i in (1, 4, 5))
+    assert "self-test passed" in versions
+    assert "The tests on this device: 0 passed" in shown
+    assert "A copy moves 3.00 TB/s in this run." in shown
+    assert "attach" in packed
+    with zipfile.ZipFile(checkout / "bench" / "gpu-results.zip") as archive:
+        assert archive.namelist() == [made.name, f"tests/{made.name}"]
+        assert json.loads(archive.read(made.name)) == json.loads(made.read_text())
