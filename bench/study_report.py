@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from bench.report import RESULTS, ROOT, save, table
@@ -263,21 +264,18 @@ def plot(study: Study) -> Figure:
     for i, coefficients in enumerate(study.trained):
         runs, color = study.of(coefficients), f"C{i}"
         epochs = range(1, len(runs[0].valid_loss) + 1)
-        curves = [run.perplexities for run in runs]
-        for curve in curves:
-            above.plot(epochs, curve, color=color, alpha=0.25, linewidth=0.7)
-        above.plot(
-            epochs, [mean(column) for column in zip(*curves, strict=True)], color=color, label=label(coefficients)
-        )
+        curves = np.array([run.perplexities for run in runs])
+        above.plot(epochs, curves.T, color=color, alpha=0.25, linewidth=0.7)
+        above.plot(epochs, curves.mean(0), color=color, label=label(coefficients))
         pairs = study.pairs(coefficients) if coefficients != BASELINE else []
-        gains = [[a - b for a, b in zip(run.perplexities, plain.perplexities, strict=True)] for run, plain in pairs]
-        if gains:
-            below.plot(epochs, [mean(column) for column in zip(*gains, strict=True)], color=color)
-        if len(gains) > 1:
-            errors = [stdev(column) / math.sqrt(len(column)) for column in zip(*gains, strict=True)]
-            middle = [mean(column) for column in zip(*gains, strict=True)]
-            low, high = ([m + sign * e for m, e in zip(middle, errors, strict=True)] for sign in (-1, 1))
-            below.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+        gains = np.array([np.subtract(run.perplexities, plain.perplexities) for run, plain in pairs])
+        if pairs:
+            below.plot(epochs, gains.mean(0), color=color)
+        if len(pairs) > 1:
+            error = gains.std(0, ddof=1) / math.sqrt(len(pairs))
+            below.fill_between(
+                epochs, gains.mean(0) - error, gains.mean(0) + error, color=color, alpha=0.2, linewidth=0
+            )
     best = min(run.best for run in study.runs)
     above.set_ylim(0.95 * best, 1.6 * best)  # the first epochs would hide the rest
     above.set_ylabel("validation perplexity")

@@ -28,7 +28,7 @@ from tests.conftest import gpu, skip_without
 
 skip_without("matplotlib")
 
-from bench import benchmarks, cases, compare, host, machine, nets, offline, report, run, stand_in, steps, timing  # noqa: E402
+from bench import benchmarks, cases, host, machine, nets, offline, report, run, stand_in, steps, timing  # noqa: E402
 from fastreg import fused_ar_tar  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -321,25 +321,6 @@ def made_up(
     file = folder / machine.file_name(device)
     file.write_text(json.dumps(result))
     return file
-
-
-@pytest.mark.parametrize(
-    ("new", "status", "message"),
-    [
-        (penalties(3.41, 1.71), 0, "no case is slower"),
-        (penalties(3.39, 2.0), 1, "case 0: 3.39x the eager formula's speed, 4.00x committed"),
-        ([*penalties(4.0, 2.0), DROPOUT], 0, "2 cases compared, 1 not committed"),
-    ],
-)
-def test_the_guard_fails_on_a_loss_of_speed(
-    new: list[MadeUp], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made_up(tmp_path / "old", penalties(4.0, 2.0))
-    made_up(tmp_path / "new", new)
-    assert compare.main(tmp_path / "new", tmp_path / "old") == status
-    assert message in capsys.readouterr().out
-    assert compare.main(tmp_path / "new", tmp_path) == 1
-    assert "nothing to compare with" in capsys.readouterr().out
 
 
 def test_a_report_of_a_cpu_leads_with_memory_kept(tmp_path: Path) -> None:
