@@ -80,37 +80,27 @@ def measure(case: cases.AnyCase) -> tuple[Measured, Missing]:
         return {}, dict.fromkeys(case.PEERS, in_a_line(error))
 
 
-def working_calls(
-    case: cases.AnyCase, sets: list[tuple[torch.Tensor, ...]]
-) -> tuple[dict[str, tuple[timing.Call, float]], Missing]:
-    """Return a call of each peer whose first one works, with the seconds it took, and the errors of the others."""
-    working, failed = {}, {}
-    for peer, way in case.peers().items():
-        began = time.perf_counter()
-        try:
-            call = case.call(way, sets)
-            call(0)
-            timing.synchronize(DEVICE)
-            working[peer] = call, time.perf_counter() - began
-        except Exception as error:
-            failed[peer] = in_a_line(error)
-    return working, failed
-
-
 def measure_peers(case: cases.AnyCase) -> tuple[Measured, Missing]:
     """Measure the peers whose first call works, a training step on one thread."""
     sets = cases.input_sets(case, DEVICE)
     torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
     is_step = isinstance(case, Step)
     with timing.threads(1 if is_step else torch.get_num_threads()):
-        working, failed = working_calls(case, sets)
-        if not working:
+        calls: dict[str, timing.Call] = {}
+        figures, failed = {}, {}
+        for peer, way in case.peers().items():
+            began = time.perf_counter()
+            try:
+                call = case.call(way, sets)
+                call(0)
+                timing.synchronize(DEVICE)
+                calls[peer], figures[peer] = call, {"first_seconds": time.perf_counter() - began}
+            except Exception as error:
+                failed[peer] = in_a_line(error)
+        if not calls:
             return {}, failed
-        calls = {peer: call for peer, (call, _) in working.items()}
-        figures = {
-            peer: {"first_seconds": first} | figures_of(case, peer, call, sets)
-            for peer, (call, first) in working.items()
-        }
+        for peer, call in calls.items():
+            figures[peer] |= figures_of(case, peer, call, sets)
         if isinstance(case, Step):
             turns = timing.take_turns(calls, DEVICE, case.SECONDS * STEP_SHARE, repeats_of(calls))
         else:

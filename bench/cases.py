@@ -309,6 +309,6 @@ def input_sets(case: AnyCase, device: str) -> list[tuple[Tensor, ...]]:
 
 
 def calls(case: AnyCase, sets: list[tuple[Tensor, ...]], peers: Collection[str]) -> dict[str, Call]:
-    """One call of each of these peers."""
+    """Make one call of each peer."""
     torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
     return {name: case.call(peer, sets) for name, peer in case.peers().items() if name in peers}

@@ -577,7 +577,7 @@ def test_the_code_of_each_way_is_read() -> None:
 
 
 def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a copy, with a shell that makes a result up in the place of bench/on_gpu.sh, which has tests of its own."""
+    """In a copy, where a made-up shell writes a made-up result instead of bench/on_gpu.sh."""
     skip_without("nbclient")
     import nbformat
     from nbclient import NotebookClient

@@ -179,7 +179,7 @@ def masked_penalty(x: Tensor, mask: Tensor, alpha: float, beta: float) -> Tensor
 
 @pytest.mark.filterwarnings("ignore")  # of gymnasium
 def test_recurrent_ppo_with_the_mask_of_its_loss() -> None:
-    """The gradients of each minibatch, of which some are padded, beside those of the formula in the loss."""
+    """The gradients of padded minibatches, beside those of the formula in the loss."""
     skip_without("sb3_contrib")
     names = recipe("regularize").__globals__
     options = {"n_steps": 64, "batch_size": 32, "n_epochs": 1, "seed": 1}
