@@ -33,9 +33,10 @@ help:
 	@echo "make test    run all tests: CPU, interpreted kernels, kernels compiled offline, kernels on a GPU if there is one"
 	@echo "make test-fast   run the essential tests, less than a minute: after each change"
 	@echo "make test-ptx   run the kernels' tests on the CPU, with the code compiled for an H100 by the newest and the oldest"
-	@echo "             Triton (ARGS=--ptx-sample=6 for every sixth case of each test)"
+	@echo "             Triton (ARGS=--sample=6 for every sixth case of each test)"
 	@echo "make mutants test the tests: break a copy of the code, one line at a time; a test must fail (ARGS=cpu.py for some)"
 	@echo "make test-oldest   run the tests that a release may break, with the oldest PyTorch and Triton, in .venv-oldest"
+	@echo "             (VERSION_ARGS=--sample=3 for every third case of each test)"
 	@echo "make test-newest   run them with the newest PyTorch, in .venv-newest"
 	@echo "make test-plain   run the kernels as on a processor without AVX-512"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
@@ -87,12 +88,12 @@ mutants: .venv/test
 
 test-oldest: .venv-oldest/test
 	@echo "== tests that a release may break, with the oldest supported releases (make test-ptx runs their kernels)"
-	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(TRITON_TESTS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(TRITON_TESTS) $(VERSION_ARGS)
 
 test-newest: .venv-newest/test
 	@echo "== tests that a release may break, with the newest PyTorch; all other tests are collected only"
 	.venv-newest/bin/python -m pytest --collect-only --quiet --quiet
-	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS)
+	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(VERSION_ARGS)
 
 # These variables select PyTorch's code for the simplest processor, and oneDNN's for AVX2.
 test-plain: .venv/test .venv/frameworks
@@ -121,11 +122,16 @@ lint: .venv/lint
 	$(PYTEST) -q tests/test_typing.py
 
 # The site has the layout of the checkout, so that each relative link works in both.
-PAGES = $(wildcard *.md docs/*.md docs/*.png bench/*.md bench/results/*.md bench/results/*.svg examples/*)
+# Each example gets a page with its code.
+PAGES = $(wildcard *.md docs/*.md docs/*.png docs/*.css bench/*.md bench/results/*.md bench/results/*.svg examples/*)
 docs: .venv/docs
 	rm -rf build/docs build/site
 	mkdir -p build/docs
 	cp --parents $(PAGES) LICENSE CITATION.cff build/docs
+	for file in examples/*.py; do \
+	    printf '# %s\n\n````python\n%s\n````\n' "$$file" "$$(cat $$file)" > build/docs/$${file%.py}.md; done
+	.venv/bin/jupyter-nbconvert --log-level=WARN --to markdown --output-dir build/docs/examples \
+	    --output fastai_notebook examples/fastai_lm.ipynb
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet  # the theme announces its successor
 
 # PyTorch brings an OpenMP runtime. A second one in the wheel would start threads of its own.

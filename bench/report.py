@@ -36,34 +36,58 @@ HOW = {  # the setting of each allocator, after a machine's name
     KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
     DEFAULT: "the system's default allocator, which fetches large temporaries anew in each call",
 }
+SHORT = {KEPT: "freed memory kept", DEFAULT: "the system's default allocator"}
+HEADLINE = {  # training steps in the README, and their names there: recurrent models, and last an elementwise one
+    "AWD-LSTM, (20, 70, 400)": "AWD-LSTM, 20x70x400",
+    "8 minGRU layers, (4, 256, 256)": "8 minGRUs, 4x256x256",
+    "LSTM, (16, 35, 60)": "LSTM, 16x35x60",
+    "8 elementwise layers, (4, 512, 512)": "8 times `tanh(x * weight)`, 4x512x512",
+}
 PEERS = "compiled", "eager"  # in the order of all tables
 SHAPE = "(batch, time, hidden), dtype"
 MOST_NAMES = 5  # of tests or cases in a sentence
+HEADING = "### "
 DROPOUT_TITLE = """\
-Dropout, AR and TAR in one pass, `fused_dropout_ar_tar`, against fastai's `RNNDropout` alone, with the formula after it
-and with `fused_ar_tar` after it. The best compiled is the fastest of the last three under `torch.compile`:
+### Dropout and the penalty
+
+Dropout, AR and TAR in one pass, `fused_dropout_ar_tar`, beside fastai's `RNNDropout` alone, followed by the formula,
+and followed by `fused_ar_tar`. The best compiled is the fastest of the last three under `torch.compile`.
 """
 PENALTY_TITLE = """\
-AR and TAR, `fused_ar_tar`:
+### The penalty
+
+AR and TAR by `fused_ar_tar`, forward and backward.
 """
 CHANGING_TITLE = """\
-Every backward with another upstream gradient than the one before, which fastreg does not expect: the worst case.
+### The worst case
+
+The upstream gradient is another one in every backward, so that each prediction is wrong.
 """
 PADDED_TITLE = """\
-Half of the batch padding: `fused_ar_tar` with `lengths`, without them, as if all counted, and the formula with a mask:
+### Padding
+
+Half of the batch is padding: `fused_ar_tar` with `lengths`, without, and the formula with a mask.
 """
 CHANGES_TITLE = """\
+### Another axis of time
+
 TAR of a world model's representations along their third axis, `(batch, channels, time, 1, 1)`, as eb_jepa forms it. The
-shape is by batch, time and channels, the order in memory unless another is named:
+shape is by batch, time and channels, the order in memory unless another is named.
 """
 STEP_TITLE = """\
-A training step, forward, loss, backward, clipping and SGD, in float32, %s:
+### Training steps
+
+Forward, loss, backward, clipping and SGD in float32, %s: the time of a step, and the time that the penalty adds, mean ±
+standard error. An elementwise layer is `tanh(x * weight)`.
 """
 ADDED_TITLE = """\
-The time that fastreg adds to the step, over that of the compiled formula; over that of the formula:
+The time that fastreg adds, over that of the compiled formula; over that of the formula. Left out are models where the
+formula adds less than three standard errors.
 """
 PEAK_TITLE = """\
-Peak memory of a step beyond the model, and the memory that the penalty adds:
+### Peak memory
+
+Of a step beyond the model, and added by the penalty.
 """
 STEP_PEERS = {  # heading of each peer's column
     "no penalty": "without",
@@ -75,7 +99,9 @@ STEP_PEERS = {  # heading of each peer's column
 }
 OURS = list(STEP_PEERS)[3:]
 COMPILED_TITLE = """\
-A step that is compiled whole, model, loss and penalty in one graph:
+### Steps that are compiled whole
+
+Model, loss and penalty are one graph, in which `fused_ar_tar` is the formula.
 """
 GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of the JSON's extra_info: heading, unit, and meaning of the unit
@@ -270,7 +296,7 @@ def tests_outcome(result: Result) -> str:
 
 def penalty_table(result: Result, kind: str = BOTH) -> str:
     """Render the time of forward and backward, and the speedup."""
-    head = [SHAPE, "compiled, ms", "eager, ms", "fastreg, ms", "against compiled", "against eager"]
+    head = [SHAPE, "compiled, ms", "eager", "fastreg", "against compiled", "against eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
     for case in result.of(kind):
         row = [case.label, *(number(case.milliseconds(peer)) for peer in (*PEERS, "fastreg"))]
@@ -286,7 +312,7 @@ def gpu_cells(case: Case) -> list[str]:
 
 def dropout_table(result: Result) -> str:
     """Render the cost of the penalty beside a dropout that the model has anyway."""
-    head = [SHAPE, "dropout alone, ms", "+ eager, ms", "+ fused_ar_tar, ms", "fused, ms"]
+    head = [SHAPE, "dropout alone, ms", "+ eager", "+ fused_ar_tar", "fused"]
     head += ["fused / dropout alone", "against the best compiled", "against + eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
     for case in result.of(DROPOUT):
@@ -301,7 +327,7 @@ def dropout_table(result: Result) -> str:
 
 def padded_table(result: Result) -> str:
     """Render the cost of leaving padding out."""
-    head = [SHAPE, "without lengths, ms", "compiled, masked, ms", "eager, masked, ms", "with lengths, ms"]
+    head = [SHAPE, "without lengths, ms", "compiled, masked", "eager, masked", "with lengths"]
     head += ["against without", "against compiled", "against eager"]
     rows = [head + GPU_HEAD * result.on_gpu]
     for case in result.of(PADDED):
@@ -314,19 +340,24 @@ def padded_table(result: Result) -> str:
 
 def step_table(result: Result) -> str:
     """Render the time of each training step, and the time that each way of adding the penalty adds."""
-    rows = [["ms a step, and the time that the penalty adds; (batch, time, hidden)", *STEP_PEERS.values()]]
+    return table(step_rows(result))
+
+
+def step_rows(result: Result) -> list[list[str]]:
+    """Return the heading and a row for each training step."""
+    rows = [["ms; (batch, time, hidden)", *STEP_PEERS.values()]]
     for case in result.of(STEP):
         without = statistics.mean(case.step_milliseconds("no penalty"))
         digits = 1 if without > 100 else 2 if without > 10 else 3
         added = [case.added(peer) if peer in case.seconds else None for peer in list(STEP_PEERS)[1:]]
         cells = ["" if x is None else f"{x[0]:+.{digits}f}±{x[1]:.{digits}f}" for x in added]
         rows.append([case.label, number(without), *cells])
-    return table(rows)
+    return rows
 
 
 def added_table(result: Result) -> str:
     """Render the time that fastreg adds, over that of the formula, and the step with `attach`, where it is clear."""
-    rows = [["added, over compiled; over formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
+    rows = [["added, over compiled; formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
     for case in filter(lambda case: case.is_clear, result.of(STEP)):
         others = [case.added(peer)[0] for peer in PEERS]
         cells = [
@@ -351,7 +382,7 @@ def peak_table(result: Result) -> str:
 
 def compiled_table(result: Result) -> str:
     """Render the time of each step that is compiled whole, and its ratio with fastreg to that with the formula."""
-    rows = [["ms a step; (batch, time, hidden)", "without", "formula", "`fused_ar_tar`", "`fused_ar_tar` / formula"]]
+    rows = [["ms; (batch, time, hidden)", "without", "formula", "`fused_ar_tar`", "`fused_ar_tar` / formula"]]
     for case in result.of(COMPILED):
         times = [case.step_milliseconds(peer) for peer in ("no penalty", "eager", "fused_ar_tar")]
         ratio, error = mean_and_error([ours / other for _, other, ours in zip(*times, strict=True)])
@@ -370,7 +401,12 @@ def step_tables(result: Result) -> list[str]:
 
 def step_title(result: Result) -> str:
     """Name the measure of time of training steps."""
-    return STEP_TITLE % ("time of the clock" if result.on_gpu else "the process's own time on one thread")
+    return STEP_TITLE % measure(result)
+
+
+def measure(result: Result) -> str:
+    """Name the clock of training steps."""
+    return "by the clock" if result.on_gpu else "CPU time of one thread"
 
 
 def against(cases: list[Case], other: str, name: str) -> str:
@@ -390,6 +426,17 @@ def penalty_verdict(result: Result) -> str:
             speeds = ", ".join(against(cases, peer, name) for peer, name in peers.items())
             sentences.append(f"The penalty in {precision}, forward + backward, in {len(cases)} cases: {speeds}.\n")
     return "\n".join(sentences)
+
+
+def brief_verdict(result: Result) -> str:
+    """Return the geometric means of how fast the penalty is, in a sentence."""
+    parts = []
+    for precision, wide in ("float32", True), ("half precision", False):
+        if cases := [case for case in result.of(BOTH) if (case.any_info["dtype"] == "float32") == wide]:
+            means = [statistics.geometric_mean(case.times_as_fast("fastreg", peer) for case in cases) for peer in PEERS]
+            parts.append(f"{precision} {means[0]:.1f}x and {means[1]:.1f}x")
+    speeds = ", ".join(parts)
+    return f"The penalty alone, over the compiled and eager formula, geometric means: {speeds}.\n"
 
 
 def dropout_verdict(result: Result) -> str:
@@ -431,42 +478,65 @@ def not_measured(results: list[Result]) -> list[str]:
     """A sentence for each kind of device that there is no result of."""
     sentences = []
     if not any(result.on_gpu for result in results):
-        sentences += ["On a GPU: **not measured yet**, none was at hand; `bench/on_gpu.sh` measures it.\n"]
+        sentences += ["On a GPU: **not measured yet**; `bench/on_gpu.sh` measures it.\n"]
     if all(result.on_gpu for result in results):
         sentences += ["On a CPU: **not measured yet**; `make bench` measures it.\n"]
     return sentences
 
 
-def headline(results: list[Result]) -> str:
-    """Render the README's part: training steps out of the noise and the speed of the penalty; memory kept alone.
+def shown(results: list[Result]) -> list[Result]:
+    """Return all GPUs, and of the CPUs the last by name, which with one maker is that of the widest vectors."""
+    ordered = in_order(results)
+    return [result for result in ordered if result.on_gpu or result is ordered[-1]]
 
-    It has all GPUs, and of the CPUs the last by name, which with one processor is that of the widest vectors.
-    """
-    parts, ordered = [], in_order(results)
-    for result in [x for x in ordered if x.on_gpu or x is ordered[-1]]:
+
+def headline(results: list[Result]) -> str:
+    """Render the README's part: training steps of a few models, and the speed of the penalty by itself."""
+    parts = []
+    for result in shown(results):
         first, *_ = result.parts()
-        device = result.machine["device"]
-        parts += [f"{device if result.on_gpu else f'{device}, {HOW[first.allocator]}'}.\n"]
-        noisy = [case for case in first.of(STEP) if not case.is_clear]
-        names = "; ".join(case.label for case in noisy)
-        first = replace(first, cases=[case for case in first.cases if case not in noisy])
-        parts += [step_title(first), step_table(first)] if first.of(STEP) else []
-        parts += [f"Left out, as the formula adds less than three standard errors: {names}.\n"] * bool(noisy)
-        parts += [penalty_verdict(first)] * bool(first.of(BOTH))
+        parts += [f"A step, and time added to it, {measure(result)}, {result.machine['device']}:\n"]
+        parts += [table(headline_rows(first))] if first.of(STEP) else []
+        parts += [brief_verdict(first)] * bool(first.of(BOTH))
     return "\n".join([*parts, *not_measured(results)])
+
+
+def headline_rows(result: Result) -> list[list[str]]:
+    """Return the heading, and the rows of the README."""
+    head, *rows = step_rows(result)
+    cells = {label: rest for label, *rest in rows}
+    head[0] = "ms; batch x time x hidden"
+    return [head, *([name, *cells[label]] for label, name in HEADLINE.items() if label in cells)]
 
 
 def figures(results: list[Result]) -> str:
-    """The part of docs/performance.md: every table, the whole step first."""
+    """The part of docs/performance.md: every table, the whole step first; one processor is unfolded."""
     parts = []
-    for result in in_order(results):
-        parts += [f"{where(result)}.\n", *filter(None, [caveats(result)])]
-        for part in result.parts():
-            parts += [] if result.on_gpu else [f"With {HOW[part.allocator]}.\n"]
-            parts += tables(part)
-        parts += [f"![{alt}](../bench/results/{result.name}-{kind}.svg)\n" for kind, alt, _ in plots(result)]
-        parts += [f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
+    unfolded = shown(results)
+    for result in sorted(in_order(results), key=lambda result: result not in unfolded):
+        text = "\n".join(device_part(result))
+        device = result.machine["device"]
+        parts += [f"## {device}\n\n{text}"] if result in unfolded else [folded(device, text)]
     return "\n".join([*parts, *not_measured(results)])
+
+
+def device_part(result: Result) -> list[str]:
+    """Render every table and plot of one device."""
+    parts = [f"{where(result)}.\n", *filter(None, [caveats(result)])]
+    first, *others = result.parts()
+    parts += [f"With {HOW[first.allocator]}.\n"] * (not result.on_gpu) + tables(first)
+    for part in others:
+        text = "\n".join([f"With {HOW[part.allocator]}.\n", *tables(part)])
+        parts += [folded(f"The same with {SHORT[part.allocator]}", text)]
+    parts += [f"![{alt}](../bench/results/{result.name}-{kind}.svg)\n" for kind, alt, _ in plots(result)]
+    return [*parts, f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
+
+
+def folded(title: str, text: str) -> str:
+    """Fold a part of a page, which opens by a click; its headings become bold, and no part of a list of contents."""
+    lines = [f"**{x.removeprefix(HEADING)}**" if x.startswith(HEADING) else x for x in text.split("\n")]
+    body = "\n".join(lines)
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{body}\n</details>\n'
 
 
 def tables(result: Result) -> list[str]:

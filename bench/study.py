@@ -26,7 +26,7 @@ from bench import machine, training
 from bench.corpus import BATCH, BPTT, MIN_WORDS, build_corpus, read_text
 from bench.options import Parser, number
 from bench.report import with_part
-from bench.study_report import BEGIN, COEFFICIENTS, COMMITTED, PAGE, Run, Study, load, render, summary
+from bench.study_report import BEGIN, COEFFICIENTS, COMMITTED, PAGES, Run, Study, load, render, summary
 
 WORDS, EPOCHS = 90_000, 24  # few words, read often: where there is something to regularize
 SEEDS = [1, 2, 3, 4, 5]
@@ -168,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     render(file)
     study = load(file)
     if file == COMMITTED:
-        PAGE.write_text(with_part(PAGE.read_text(), summary(study), BEGIN))
+        for page, part in PAGES.items():
+            page.write_text(with_part(page.read_text(), part(study), BEGIN))
     print(f"\n{summary(study)}\nwrote {file.with_suffix('.md')} and {file.with_suffix('.svg')}")
     return 0
 

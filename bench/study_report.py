@@ -22,7 +22,6 @@ from bench.report import RESULTS, ROOT, save, table
 COMMITTED = RESULTS / "study.jsonl"
 COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta of each setting, first the baseline
 BASELINE = COEFFICIENTS[0]
-PAGE = ROOT / "docs" / "coefficients.md"  # shows the summary of the committed study after BEGIN
 BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study -->\n"
 METHOD = """\
 Losses and perplexities are of a word and leave the penalties out. The gap is validation minus training, both after the
@@ -218,6 +217,20 @@ def summary(study: Study) -> str:
     return "\n".join([text, *(f"- {sentence}" for sentence in sentences)]) + "\n"
 
 
+def brief(study: Study) -> str:
+    """Return the result at the end of training, in two sentences."""
+    parts = []
+    for coefficients in study.trained[1:]:
+        values = differences(study.pairs(coefficients), lambda run: run.final)
+        parts.append(f"{label(coefficients)} {average(values, '+.2f')}, {lower(values)}")
+    plain = study.of(BASELINE)
+    return (
+        f"A small AWD-LSTM, trained on {plain[0].settings['words']:,} words, ends at a validation perplexity of "
+        f"{average([run.final for run in plain], '.2f')}. The change by (alpha, beta), and the seeds that improve: "
+        f"{'; '.join(parts)}.\n"
+    )
+
+
 def direction(study: Study) -> str:
     """Whether the means moved as the paper's figures did, in a sentence."""
     means = {x: mean(differences(study.pairs(x), lambda run: run.final)) for x in study.trained[1:] if study.pairs(x)}
@@ -286,6 +299,9 @@ def plot(study: Study) -> Figure:
         axes.grid(alpha=0.3)
     figure.legend(*above.get_legend_handles_labels(), title="(alpha, beta)", loc="outside upper center", ncols=4)
     return figure
+
+
+PAGES = {ROOT / "README.md": brief, ROOT / "docs" / "coefficients.md": summary}  # the text between BEGIN and the end
 
 
 def render(file: Path) -> None:

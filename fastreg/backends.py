@@ -13,6 +13,10 @@ import torch
 
 from fastreg.kernels import cpu
 from fastreg.plans import forget
+from fastreg.torch_state import level_of_caller
+
+# Without these options pip would take the wheel of the last build again.
+REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps ."
 
 
 class Backend(NamedTuple):
@@ -62,17 +66,18 @@ def _has_float64(device: torch.device) -> bool:
 @cache
 def _warn_of_the_formula() -> None:
     """Warn once a process that calls on CPUs are slower than need be."""
-    warnings.warn(f"fastreg runs the plain formula on CPUs: {cpu.reason()}", stacklevel=2)
+    why = why_formula(torch.device("cpu"))
+    warnings.warn(f"fastreg runs the plain formula on CPUs: {why}", stacklevel=level_of_caller())
 
 
 def why_formula(device: torch.device) -> str:
     """Explain why a device without a backend takes the plain formula, and name the remedy."""
     if device.type == "cpu":
-        return str(cpu.reason())
+        return f"{cpu.reason()}; in a clone: {REINSTALL}"
     if device.type in ("cuda", "xpu"):
         if TRITON is not None:
             return "the kernels need float64, which this GPU does not have"
-        return "Triton is not installed: install fastreg-rnn[gpu]"
+        return "Triton is not installed; in a clone: pip install '.[gpu]'"
     return f"there are no kernels for {device.type}"
 
 

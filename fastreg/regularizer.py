@@ -506,8 +506,9 @@ def _check_evaluation(modules: list[nn.Module]) -> None:
         names = ", ".join(dict.fromkeys(type(module).__name__ for module in modules))
         raise RuntimeError(
             f"on_backward_begin: nothing was captured, the attached {names} did not run since the last call, or only "
-            "in torch.inference_mode(). Call the module, not its forward(): where a wrapper calls the forward() of a "
-            "module inside it, as WeightDrop does, attach the wrapper. A copy of a module, by deepcopy or pickle, has "
+            "in torch.inference_mode(). In one step call it, or take(), once: the second call finds nothing. Call "
+            "the module, not its forward(): where a wrapper calls the forward() of a module inside it, as WeightDrop "
+            "does, attach the wrapper. A copy of a module, by deepcopy or pickle, has "
             "no hooks: attach it, too. Keep the output of the module until here: its graph keeps the capture"
         )
 

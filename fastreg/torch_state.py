@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -14,6 +15,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 current: Callable[[], int] = torch._C._current_graph_task_id  # of the backward that runs in this thread, -1 for none
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
 compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
+
+
+def level_of_caller() -> int:
+    """Return the `stacklevel` of a warning, made here, that points to the first code above fastreg and PyTorch."""
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastreg", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def untraced(function: Function) -> Function:

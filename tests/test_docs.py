@@ -1,4 +1,4 @@
-"""The README, docs/ and docstrings: their Python runs as it stands there, and their links and commands exist."""
+"""The README, docs/ and docstrings: each snippet runs by itself, and their links and commands exist."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
+from fastreg import fused_ar_tar
 from tests.conftest import skip_without
 from tests.language_model import BATCH, HIDDEN, TIME, VOCABULARY, Model, criterion
 from tests.test_fastai1 import environment_with
@@ -37,31 +36,6 @@ class Net(Model):
 
     def reset(self) -> None:
         """Do nothing, as there is no state between batches."""
-
-
-class AWD(Net):
-    """The same, which returns `(decoded, raw, dropped)`."""
-
-    def forward(self, x: Tensor) -> Any:
-        return self.activations(x)
-
-
-def plain() -> dict[str, Any]:
-    """Return the names that all snippets may use."""
-    raw, dropped = torch.randn(2, BATCH, TIME, HIDDEN).unbind(0)
-    inputs, targets = torch.randint(VOCABULARY, (2, BATCH, TIME)).unbind(0)
-    model = AWD()
-    lengths = torch.tensor([TIME, 2, 5])
-    names: dict[str, Any] = {"torch": torch, "cross_entropy": cross_entropy, "alpha": 2.0, "beta": 1.0, "epochs": 2}
-    names |= {"raw": raw.requires_grad_(), "dropped": dropped.requires_grad_(), "loss": torch.zeros(())}
-    names |= {"inputs": inputs, "targets": targets, "batches": [(inputs, targets)] * 2, "lengths": lengths}
-    names |= {"model": model, "optimizer": SGD(model.parameters(), 0.1), "net": Net()}
-    names |= {"loss_of": lambda decoded: criterion(decoded, targets)}
-    # of awd-lstm-lm's main.py
-    layers = [list(torch.randn(2, TIME, BATCH, HIDDEN, requires_grad=True)) for _ in range(2)]
-    names |= {"rnn_hs": layers[0], "dropped_rnn_hs": layers[1], "raw_loss": torch.zeros(())}
-    names |= {"args": SimpleNamespace(alpha=2.0, beta=1.0)}
-    return names | {"embedded": torch.randn(BATCH, TIME, 16), "mask": torch.arange(TIME) >= lengths[:, None] - 2}
 
 
 def fastai() -> dict[str, Any]:
@@ -100,13 +74,11 @@ def transformers() -> dict[str, Any]:
 
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, state_size=4))
     args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
-    args.alpha, args.beta = 2.0, 1.0  # those of awd-lstm-lm are `args`, too
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(VOCABULARY, (8, TIME))]
     return {"mamba": mamba, "args": args, "data": data}
 
 
 ADAPTERS = {"fastai": fastai, "lightning": lightning, "transformers": transformers}
-SETUPS = ADAPTERS | {"sb3_contrib": dict}  # the latter has no adapter
 V1 = "fastai1"  # which has a process of its own, as its package has the name of fastai
 
 
@@ -120,29 +92,30 @@ def framework_of(snippet: str) -> str | None:
     return found and found[found.lastindex or 0]
 
 
-def setup_of(framework: str | None) -> dict[str, Any]:
-    """Return the names that code for a framework may use; skip the test where it is not installed."""
-    if framework is None:
-        return {}
+def setup_of(framework: str) -> dict[str, Any]:
+    """Return the names that the docstrings of an adapter use; skip the test where its framework is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         skip_without(framework)
-        return SETUPS[framework]()
+        return ADAPTERS[framework]()
 
 
-RUNS = [(page, of) for page in PAGES for of in dict.fromkeys(map(framework_of, snippets(page))) if of != V1]
+SNIPPETS = [
+    pytest.param(page, snippet, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, snippet in enumerate(snippets(page))
+    if framework_of(snippet) != V1
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize(("page", "framework"), RUNS, ids=lambda x: getattr(x, "name", x or "plain"))
-def test_snippets_run_in_order(
-    page: Path, framework: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
+def test_a_snippet_runs_alone(page: Path, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its reader pastes it: with no name but those that it imports and defines."""
+    if (framework := framework_of(snippet)) is not None:
+        skip_without(framework)
     monkeypatch.chdir(tmp_path)
-    names = plain() | setup_of(framework)
-    for snippet in snippets(page):
-        if framework_of(snippet) in (None, framework):
-            exec(compile(snippet, str(page), "exec"), names)
+    exec(compile(snippet, str(page), "exec"), {"__name__": "__main__"})
 
 
 def public_names(module: str) -> list[str]:
@@ -188,7 +161,7 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
         f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]\n"
         "from fastai1_train import learner\n"
         "from tests.test_docs import check_examples\n"
-        + "".join(f"learn1 = learner()\n{snippet}" for snippet in code)
+        + "".join(f"exec({snippet!r}, {{'__name__': '__main__'}})\n" for snippet in code)
         + "check_examples('fastreg.fastai1', lambda: {'learn1': learner()})\n"
     )
     command = [sys.executable, "-c", program]
@@ -197,20 +170,18 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
 
 
 def test_the_readme_replaces_the_formula_by_its_equal() -> None:
-    before, after = snippets(ROOT / "README.md")[:2]
-    losses = []
-    for snippet in (before, after):
-        torch.manual_seed(0)
-        names = plain()
-        exec(snippet, names)
-        losses.append(names["loss"])
-    torch.testing.assert_close(losses[1], losses[0])
-    assert losses[0] > 1
+    first, *others = snippets(ROOT / "README.md")
+    assert not others
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(first, names)
+    torch.testing.assert_close(names["fused"], names["penalty"])
+    assert names["penalty"] > 1
+    swapped = (names[name].transpose(0, 1) for name in ("raw", "dropped"))
+    torch.testing.assert_close(names["other"], fused_ar_tar(*swapped, 2.0, 1.0))
 
 
 def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
-    from fastreg import fused_ar_tar
-
     page = (ROOT / "docs" / "coefficients.md").read_text()
     rows = re.findall(r"^\|[^|]*\| `(w \*[^|]*)` \| `([^|`]*)`(.*) \|$", page, re.MULTILINE)
     assert len(rows) == 7

@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,11 +29,13 @@ SCRIPTS = {
 NOTEBOOK = "fastai_lm.ipynb"
 
 
-def test_every_example_is_run_and_in_the_readme() -> None:
+def test_every_example_is_run_and_in_the_readme_and_on_the_site() -> None:
     files = {file.name for file in (ROOT / "examples").iterdir() if file.is_file()}
     assert files == {*SCRIPTS, NOTEBOOK}
     readme = (ROOT / "README.md").read_text()
     assert all(f"(examples/{file})" in readme for file in files)
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in SCRIPTS)
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
@@ -56,19 +59,26 @@ def test_an_example_learns(
     assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
 
 
+def kinds_of_outputs(cell: Any) -> list[list[str]]:
+    return [[output.output_type, *sorted(output.get("data", {}))] for output in cell.outputs]
+
+
 def test_the_notebook_runs_and_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     skip_without("fastai", "bible", "nbclient")
     import nbformat
     from nbclient import NotebookClient
 
-    for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items():
+    for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the notebook's own shows plots
     notebook = nbformat.read(ROOT / "examples" / NOTEBOOK, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs before a commit"
+    committed = [kinds_of_outputs(cell) for cell in code]
     seen = "print([learn.recorder.metric_names, *learn.recorder.values])"
     notebook.cells.append(nbformat.v4.new_code_cell(f"for learn in (plain, regularized):\n    {seen}"))
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert committed == [kinds_of_outputs(cell) for cell in code], "run the notebook, and commit it with its outputs"
+    assert "image/png" in committed[-1][-1], "the last cell plots"
     (shown,) = notebook.cells[-1].outputs
     plain, regularized = ([[*row] for row in ast.literal_eval(line)] for line in shown["text"].splitlines())
     assert plain[0] == ["epoch", "train_loss", "valid_loss", "perplexity", "time"]

@@ -146,7 +146,9 @@ with warnings.catch_warnings(record=True) as caught:
     values = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(x[:1], x[:1], 2.0, 1.0)]
 assert values == [2, 2], values
 assert TRITON is None
-print([str(warning.message) for warning in caught if warning.category is UserWarning])
+caught = [warning for warning in caught if warning.category is UserWarning]
+assert {warning.filename for warning in caught} == {"<string>"}, "the caller's line"
+print([str(warning.message) for warning in caught])
 assert main.main() == 0
 assert not {"fastai", "lightning", "pytorch_lightning", "transformers", "kernels"} & {*sys.modules}
 """
@@ -160,6 +162,7 @@ def test_nothing_but_pytorch_is_needed(clone: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done
     assert not done.stderr
     assert done.stdout.count("runs the plain formula on CPUs") == 1, done
+    assert "--no-cache-dir --force-reinstall" in done.stdout, "pip keeps the wheel that has no kernels"
     assert "the plain formula (the kernels were not built: install" in done.stdout
 
 
@@ -229,6 +232,22 @@ def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
         members = {member.name.partition("/")[2]: member for member in archive}
     assert members["fastreg/kernels"].linkname == "../kernels"
     assert {*names} <= {*members}
+
+
+def test_a_release_has_absolute_links(tmp_path: Path) -> None:
+    """On PyPI, which shows the README elsewhere than its files."""
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = python(".ci/metadata", "https://github.com/owner/name", "v1.2", str(tmp_path), folder=ROOT)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "README.md").read_text()
+    for link in re.findall(r"\]\(([^)]*)\)", (ROOT / "README.md").read_text()):
+        kind = "raw" if link.endswith(".png") else "blob"
+        assert f"({link})" in text if link.startswith("https://") else f"/name/{kind}/v1.2/{link})" in text
+    assert re.findall(r"\]\((?!https://)", text) == []
+    project = (tmp_path / "pyproject.toml").read_text()
+    assert 'Changelog = "https://github.com/owner/name/blob/v1.2/CHANGELOG.md"\nPaper = ' in project
+    assert 'Documentation = "https://owner.github.io/name/"\n' in project
 
 
 def test_a_wrong_result_fails_the_self_test(

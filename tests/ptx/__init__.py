@@ -52,16 +52,6 @@ def scrambled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 EXECUTOR, KERNELS = pytest.StashKey[Executor](), pytest.StashKey[list[Any]]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--ptx-sample",
-        type=int,
-        default=0,
-        metavar="N",
-        help="run each N-th case of each test, and fail if a kernel did not run with each of its switches on and off",
-    )
-
-
 def pytest_configure(config: pytest.Config) -> None:
     stack = ExitStack()
     config.stash[EXECUTOR] = stack.enter_context(executed(Executor()))
@@ -71,15 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that need a GPU, and tests that the sample has not drawn."""
-    cases: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if item.get_closest_marker("gpu") is None:
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    every = config.getoption("ptx_sample") or 1
-    kept = {item for of_test in cases.values() for item in of_test[::every]}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    """Leave out tests that need a GPU."""
+    kept = [item for item in items if item.get_closest_marker("gpu") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu") is not None])
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +85,7 @@ def not_covered(run: Executor, kernels: list[Any]) -> list[str]:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     missing = not_covered(config.stash[EXECUTOR], config.stash[KERNELS])
-    if config.getoption("ptx_sample") and missing and exitstatus == pytest.ExitCode.OK:
+    if config.getoption("sample") != 1 and missing and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
