@@ -1,20 +1,17 @@
-"""Measure cases: the peers of each take turns. `python -m bench.run bench` writes the result.
+"""The benchmarks, for pytest-benchmark: `python -m bench.run bench`.
 
-A result is a dictionary with the parts of pytest-benchmark's JSON that bench.report reads: `machine_info`,
-`commit_info`, and `benchmarks` with a group for each case; beside them `missing`, which says for each case why a peer
-was not measured.
+A case is a group, and each of its peers a benchmark. The first benchmark of a group measures all peers in turns.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import platform
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
+import pytest
 import torch
 
 from bench import cases, machine, timing
@@ -25,38 +22,9 @@ ALLOCATOR = machine.allocator() if DEVICE == "cpu" else None
 SECONDS = 0.5 if DEVICE == "cuda" else 2.0  # of rounds a case
 STEP_SHARE = 0.1 if DEVICE == "cuda" else 1.0  # of the seconds of a step
 STEP_TURN = 0.02  # seconds of a turn of steps on a CPU, at least
+CLOCK = timing.Replay()
 Measured = dict[str, tuple[list[float], dict[str, Any]]]  # of every peer: seconds a call, and other figures
 Missing = dict[str, str]  # peer -> why it is not measured
-
-
-def measure_all(commit: str, seconds: float, only: str) -> dict[str, Any]:
-    """Measure the cases whose names contain `only`; begin none after `seconds`. An interrupt ends the measurement."""
-    chosen = {group_of(case): case for case in cases.all_cases(DEVICE, ALLOCATOR) if only in str(case)}
-    missing: dict[str, Missing] = {group: dict.fromkeys(case.PEERS, "not reached") for group, case in chosen.items()}
-    facts: dict[str, Any] = machine.facts() | {"python_version": platform.python_version()}
-    name, _, changed = (commit or machine.commit()).partition(" ")
-    if DEVICE == "cuda":
-        facts["copy_bandwidth"] = copy_bandwidth()  # now: nothing can be measured once a kernel has failed
-    else:
-        facts["threads"] = torch.get_num_threads()
-    benchmarks, start = [], time.monotonic()
-    with suppress(KeyboardInterrupt):
-        for number, (group, case) in enumerate(chosen.items(), start=1):
-            if time.monotonic() - start > seconds:
-                missing[group] = dict.fromkeys(case.PEERS, "out of time")
-                continue
-            measured, missing[group] = measure(case)
-            for peer, (times, figures) in measured.items():
-                info = case.info | {"peer": peer, "allocator": ALLOCATOR} | figures
-                benchmarks.append({"group": group, "extra_info": info, "stats": {"data": times}})
-            failed = "".join(f"; {peer}: {why}" for peer, why in missing[group].items())
-            print(f"{time.monotonic() - start:4.0f} s, {number} of {len(chosen)}: {group}{failed}", flush=True)
-    return {
-        "machine_info": facts,
-        "commit_info": {"id": name, "dirty": bool(changed)},
-        "benchmarks": benchmarks,
-        "missing": {group: peers for group, peers in missing.items() if peers},
-    }
 
 
 def group_of(case: cases.AnyCase) -> str:
@@ -72,8 +40,11 @@ def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def measure(case: cases.AnyCase) -> tuple[Measured, Missing]:
-    """Measure all peers of a case, and record the errors of peers that fail."""
+@functools.lru_cache(maxsize=1)  # one case is measured at a time, and its inputs go when it is done
+def measure(case: cases.AnyCase, deadline: float) -> tuple[Measured, Missing]:
+    """Measure all peers of a case, and record the errors of peers that fail. No case starts after the deadline."""
+    if time.monotonic() > deadline:
+        pytest.skip("out of time")
     try:
         return measure_peers(case)
     except Exception as error:
@@ -156,3 +127,24 @@ def gpu_figures(call: timing.Call, moved: int | None, sets: int) -> dict[str, An
 @functools.cache
 def copy_bandwidth() -> float:
     return timing.copy_bandwidth()
+
+
+@pytest.mark.benchmark(timer=CLOCK.read)
+@pytest.mark.parametrize(
+    ("case", "peer"),
+    [
+        pytest.param(case, peer, id=f"{case}-{peer}")
+        for case in cases.all_cases(DEVICE, ALLOCATOR)
+        for peer in case.PEERS
+    ],
+)
+def test_case(benchmark: Any, deadline: float, case: cases.AnyCase, peer: str) -> None:
+    """Hand the seconds of a peer's turns to pytest-benchmark, a turn a round."""
+    measured, failed = measure(case, deadline)
+    if peer in failed:
+        pytest.fail(failed[peer], pytrace=False)
+    seconds, figures = measured[peer]
+    benchmark.group = group_of(case)
+    benchmark.extra_info |= case.info | {"peer": peer, "allocator": ALLOCATOR} | figures
+    turns = iter(seconds)
+    benchmark.pedantic(lambda: CLOCK.advance(next(turns)), rounds=len(seconds))

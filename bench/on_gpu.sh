@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a bare GPU machine (torch, triton, pytest, hypothesis and matplotlib; transformers and lightning for their training
-# steps; nothing installed, this checkout neither), each well inside ten minutes:
+# On a bare GPU machine (torch, triton, pytest, pytest-benchmark, hypothesis and matplotlib; transformers and lightning for
+# their training steps; nothing installed, this checkout neither), each well inside ten minutes:
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
 #     bash bench/on_gpu.sh bench [COMMIT]    the benchmarks, the most wanted first, and the report
 # COMMIT says what the checkout is where git cannot. $LIMIT is the seconds after which nothing more begins, 450. Results go

@@ -478,7 +478,7 @@ def not_measured(results: list[Result]) -> list[str]:
     """A sentence for each kind of device that there is no result of."""
     sentences = []
     if not any(result.on_gpu for result in results):
-        sentences += ["On a GPU: **not measured yet**; `bench/on_gpu.sh` measures it.\n"]
+        sentences += ["On a GPU: **not measured yet**; the notebook `bench/on_gpu.ipynb` measures it.\n"]
     if all(result.on_gpu for result in results):
         sentences += ["On a CPU: **not measured yet**; `make bench` measures it.\n"]
     return sentences

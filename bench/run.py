@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pytest
 import torch
 
-from bench import benchmarks, machine, report
+from bench import machine, report
 
 ROOT = machine.ROOT
 # Those first that say most of the kernels for their time; tests/test_bench.py knows which files there are.
@@ -135,14 +136,19 @@ def test(folder: Path, commit: str, seconds: float) -> int:
 
 def measure(folder: Path, commit: str, seconds: float, only: str) -> int:
     """Run the benchmarks in this process, write their result, and print the tables of training steps."""
-    result = benchmarks.measure_all(commit, seconds, only)
-    if not result["benchmarks"]:
+    with tempfile.TemporaryDirectory() as temporary:
+        new = Path(temporary, "result.json")
+        options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={new}"]
+        limits = [f"--seconds={seconds}", f"--commit={commit}", "-k", only]
+        status = pytest.main([*options, *limits, f"{ROOT}/bench/benchmarks.py"])
+        text = new.read_text() if new.exists() else ""
+    if not text:
         print("bench.run: nothing was measured")
         return 1
-    file = folder / machine.file_name(result["machine_info"]["device"])
-    write(file, json.dumps(result, indent=1) + "\n")
+    file = folder / machine.file_name(json.loads(text)["machine_info"]["device"])
+    write(file, text)
     print("\n".join(report.step_tables(report.load(file))), flush=True)
-    return 1 if result["missing"] else 0
+    return int(status)
 
 
 def bench(folder: Path, commit: str, seconds: float, only: str) -> int:
@@ -195,7 +201,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--commit", default="", help="of the checkout, where there is no git to tell")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after them")
-    parser.add_argument("--only", default="", help="benchmark the cases alone whose names contain this")
+    parser.add_argument("--only", default="", help="benchmark the cases of this name alone, as pytest's -k")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Some of the cases must not take the place of all.

@@ -87,6 +87,22 @@ def take_turns(
     return turns
 
 
+class Replay:
+    """A clock that stands still but for durations measured before.
+
+    pytest-benchmark runs one benchmark after the other. The peers of a case take turns instead, and then each benchmark
+    reads the durations of its peer from this clock.
+    """
+
+    now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
     """Return the bytes that a forward keeps for the backward, beyond its inputs and results."""
     kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no memory is handed out twice

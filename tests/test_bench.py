@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from tests.conftest import gpu, skip_without
 
-skip_without("matplotlib")
+skip_without("pytest_benchmark", "matplotlib")
 
 from bench import benchmarks, cases, host, machine, nets, offline, report, run, stand_in, steps, timing  # noqa: E402
 from fastreg import fused_ar_tar  # noqa: E402
@@ -451,54 +450,66 @@ def runs_on_gpu(file: Path) -> bool:
     return bool(re.search(r"(?<![\".])\bgpu\b(?![\".])|^def test_\w+\([^)]*\bdevice\b", file.read_text(), re.MULTILINE))
 
 
-class Broken(cases.PenaltyCase):
-    def peers(self) -> Any:
-        return super().peers() | {"compiled": mock.Mock(side_effect=ValueError("broken\nindeed"))}
+MEASURE = """
+import os, signal, sys
+import torch
+from bench import cases, run
 
+torch.compile = lambda way, **options: way
+
+class Broken(cases.PenaltyCase):
+    def peers(self):
+        def broken(*_):
+            open(f"{sys.argv[1]}/calls", "a").write("a call of broken code, ")
+            raise ValueError("broken\\nindeed")
+        return super().peers() | {"compiled": broken}
 
 class Full(cases.PenaltyCase):
-    def call(self, peer: Any, sets: Any) -> Any:
+    def call(self, peer, sets):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-
 class Ended(cases.PenaltyCase):
-    def peers(self) -> Any:
+    def peers(self):
         os.kill(os.getpid(), signal.SIGTERM)
         return super().peers()
 
+kinds = Broken, Full, cases.PenaltyCase, Ended, cases.PenaltyCase
+cases.all_cases = lambda *_: [kind((2, 3, size), torch.float32) for size, kind in enumerate(kinds, 4)]
+from bench import benchmarks
+benchmarks.SECONDS = 0.0
+sys.exit(run.main(["measure", sys.argv[1], "--commit=0123456789abcdef"]))
+"""
 
-@pytest.mark.usefixtures("quick")
-def test_a_measurement_records_what_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of peers that fail, and on SIGTERM."""
-    kinds = Broken, Full, cases.PenaltyCase, Ended, cases.PenaltyCase
-    made = [kind((2, 3, size), torch.float32) for size, kind in enumerate(kinds, start=4)]
-    monkeypatch.setattr(cases, "all_cases", lambda *_: made)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert run.main(["measure", str(tmp_path), "--commit=0123456789abcdef"]) == 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    (file,) = tmp_path.glob("*.json")
-    result = report.load(file)
-    broken, full, measured, ended, late = map(benchmarks.group_of, made)
+
+def test_a_measurement_records_what_is_not_measured(tmp_path: Path) -> None:
+    """Of peers that fail, and on SIGTERM; the peers of a case are measured together, once."""
+    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("MALLOC_", "PYTEST_XDIST_"))}
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=inherited | {"CUDA_VISIBLE_DEVICES": ""}, **PIPES)
+    assert done.returncode != 0
+    files = list(tmp_path.glob("*.json"))
+    assert len(files) == 1, done.stdout
+    result = report.load(files[0])
+    names = [f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in range(4, 9)]
+    broken, full, measured, ended, late = names
     (case,) = result.cases
     assert case.name == measured
-    assert set(case.seconds) == {*case.info} == {*(peers := cases.PenaltyCase.PEERS)}
+    assert set(case.seconds) == {*(peers := cases.PenaltyCase.PEERS)}
     assert all(len(seconds) == timing.LEAST and min(seconds) > 0 for seconds in case.seconds.values())
     assert result.missing == {
         broken: {"compiled": "ValueError: broken"},
         full: dict.fromkeys(peers, "does not fit in the device's memory"),
         **{name: dict.fromkeys(peers, "not reached") for name in (ended, late)},
     }
-    assert result.commit == {"id": "0123456789abcdef", "dirty": False}
+    assert (tmp_path / "calls").read_text() == "a call of broken code, "
+    assert result.commit["id"] == "0123456789abcdef"
     assert f"Not measured (ValueError: broken): {broken} (compiled)." in report.caveats(result)
     assert f"Not measured (does not fit in the device's memory): {full}." in report.caveats(result)
 
 
-def test_no_case_starts_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "measure", lambda _: pytest.fail("it starts"))
-    result = benchmarks.measure_all("abc", -1.0, only="20x70x96")
-    assert {why for peers in result["missing"].values() for why in peers.values()} == {"out of time"}
+def test_no_case_starts_after_the_deadline() -> None:
+    with pytest.raises(pytest.skip.Exception, match="out of time"):
+        benchmarks.measure(cases.PenaltyCase((2, 3, 4), torch.float32), time.monotonic() - 1)
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
