@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from tests.conftest import gpu, skip_without
 
 skip_without("pytest_benchmark", "matplotlib")
 
-from bench import benchmarks, cases, host, machine, nets, offline, report, run, stand_in, steps, timing  # noqa: E402
+from bench import benchmarks, cases, host, machine, nets, offline, report, run, steps, timing  # noqa: E402
 from fastreg import fused_ar_tar  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -576,17 +575,14 @@ def test_the_prediction_stands_beside_the_measured_share(tmp_path: Path) -> None
     assert "| (2, 3, 4), float32 | 100% | 0% |" in text
 
 
-def test_the_code_of_each_way_is_read() -> None:
-    skip_without("triton")
-    from triton.backends.compiler import GPUTarget
-
-    with stand_in.active(stand_in.StandInDriver(GPUTarget("cuda", 90, 32))):
-        rows = offline.code_rows(torch.float32)
-        gc.collect()  # kernels unload themselves by the driver
-    assert len(rows) == 12
-    registers = {name: int(count) for name, _, count, *_ in rows}
-    assert registers["sum, raw is dropped"] < registers["sum"], "another kernel"
-    assert all(spilled == "0" for _, _, _, spilled, *_ in rows)
+def test_the_prediction_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A large shape has programs for each multiprocessor, in runs of a sequence."""
+    monkeypatch.setattr(sys, "argv", ["bench.offline"])
+    offline.main()
+    output = capsys.readouterr().out
+    (programs,) = re.findall(r"^\| \(128, 512, 1024\) \| float32 \| ([\d.]+) \| \d+ of \d+ \| [\d.]+% \|", output, re.M)
+    assert float(programs) > 1
+    assert output.count("%") == 2 * len(cases.SHAPES) * (1 + len(offline.COPY))
 
 
 def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
