@@ -167,15 +167,8 @@ def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
 
 def host_seconds(call: Call) -> float:
     """Seconds until a call returns, the device idle before and its queue never full."""
-    times = []
-    for first in range(0, 100, 5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for i in range(first, first + 5):
-            call(i)
-        times.append((time.perf_counter() - start) / 5)
-    torch.cuda.synchronize()
-    return statistics.median(times)
+    turns = take_turns({"": call}, "cuda", 0.1, 5, wait=False)
+    return statistics.median(turn.wall for turn in turns[""])
 
 
 def launches(call: Call) -> int:
