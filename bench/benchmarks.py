@@ -118,25 +118,17 @@ def gpu_figures(call: timing.Call, moved: int | None, sets: int) -> dict[str, An
             "launches": timing.launches(call),
         }
         if moved is not None:
-            figures |= {"bandwidth": moved / cold, "share_of_copy": moved / cold / copy_bandwidth()}
+            figures |= {"bandwidth": moved / cold, "share_of_copy": moved / cold / timing.copy_bandwidth()}
     except RuntimeError as error:  # a peer that cannot be captured has been timed already
         figures["no_graph"] = in_a_line(error)
     return figures
 
 
-@functools.cache
-def copy_bandwidth() -> float:
-    return timing.copy_bandwidth()
-
-
 @pytest.mark.benchmark(timer=CLOCK.read)
 @pytest.mark.parametrize(
     ("case", "peer"),
-    [
-        pytest.param(case, peer, id=f"{case}-{peer}")
-        for case in cases.all_cases(DEVICE, ALLOCATOR)
-        for peer in case.PEERS
-    ],
+    [(case, peer) for case in cases.all_cases(DEVICE, ALLOCATOR) for peer in case.PEERS],
+    ids=str,
 )
 def test_case(benchmark: Any, deadline: float, case: cases.AnyCase, peer: str) -> None:
     """Hand the seconds of a peer's turns to pytest-benchmark, a turn a round."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import benchmarks, machine
+from bench import benchmarks, machine, timing
 
 MISSING = pytest.StashKey[dict[str, benchmarks.Missing]]()  # by case
 
@@ -34,7 +34,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def deadline(request: pytest.FixtureRequest) -> float:
     if benchmarks.DEVICE == "cuda":
-        benchmarks.copy_bandwidth()  # now: nothing can be measured once a kernel has failed
+        timing.copy_bandwidth()  # now: nothing can be measured once a kernel has failed
     return time.monotonic() + request.config.getoption("--seconds")
 
 
@@ -52,7 +52,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)  # the name of a machine is private
     machine_info |= machine.facts()
     if benchmarks.DEVICE == "cuda":
-        machine_info["copy_bandwidth"] = benchmarks.copy_bandwidth()
+        machine_info["copy_bandwidth"] = timing.copy_bandwidth()
     else:
         machine_info["threads"] = torch.get_num_threads()
 

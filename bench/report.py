@@ -18,7 +18,6 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.machine import ALLOCATORS, DEFAULT, KEPT, ROOT
 
@@ -131,12 +130,6 @@ class Case:
         pairs = zip(self.step_milliseconds(peer), self.step_milliseconds("no penalty"), strict=True)
         return mean_and_error([with_it - without for with_it, without in pairs])
 
-    @property
-    def is_clear(self) -> bool:
-        """Return whether the time that the formula adds to a step is out of the noise: three standard errors."""
-        mean, error = self.added("eager")
-        return mean > 3 * error
-
     def times_as_fast(self, peer: str, other: str) -> float:
         """The median, over the rounds, of how many times as fast `peer` was."""
         return statistics.median(b / a for a, b in zip(self.seconds[peer], self.seconds[other], strict=True))
@@ -172,8 +165,6 @@ class Result:
 
     def parts(self) -> list[Result]:
         """Split the cases of a CPU by allocator, memory kept first; those of a GPU stay together."""
-        if self.on_gpu:
-            return [self]
         parts = [[case for case in self.cases if case.allocator == allocator] for allocator in ALLOCATORS]
         return [replace(self, cases=cases) for cases in parts if cases] or [self]
 
@@ -305,7 +296,10 @@ def step_table(result: Result, names: Mapping[str, str] | None = None) -> str:
 def added_table(result: Result) -> str:
     """Render the time that fastreg adds, over that of the formula, and the step with `attach`, where it is clear."""
     rows = [["added, over compiled; formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
-    for case in filter(lambda case: case.is_clear, result.of(STEP)):
+    for case in result.of(STEP):
+        mean, error = case.added("eager")
+        if mean <= 3 * error:  # in the noise
+            continue
         others = [case.added(peer)[0] for peer in PEERS]
         cells = [
             "; ".join(f"{case.added(peer)[0] / other:.2f}x" for other in others) if peer in case.seconds else ""
@@ -470,7 +464,7 @@ def device_part(result: Result) -> list[str]:
     for part in others:
         text = "\n".join([f"With {HOW[part.allocator]}.\n", *tables(part)])
         parts += [folded("The same with the system's default allocator", text)]
-    parts += [f"![{alt}](../bench/results/{result.name}-{kind}.svg)\n" for kind, alt, _ in plots(result)]
+    parts += [f"![{title}](../bench/results/{result.name}-{name}.svg)\n" for name, title in plots(result).items()]
     return [*parts, f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
 
 
@@ -508,62 +502,42 @@ def with_part(page: str, part: str, begin: str = BEGIN) -> str:
     return f"{before}{begin}\n{part}\n{END}{after}"
 
 
-def plots(result: Result) -> list[tuple[str, str, Callable[[Result], Figure]]]:
-    """Return kind, description and drawing function of every plot, for the first part of a result."""
-    result, *_ = result.parts()
-    drawn = []
-    if result.of(BOTH):
-        drawn.append(("speedup", "How many times as fast as its peers fastreg is, by shape", speedup_plot))
-    if result.of(DROPOUT):
-        drawn.append(("dropout", "How many times the time of dropout alone it takes with the penalty", dropout_plot))
-    return drawn
+PLOTS = {  # by file: the kind of cases, and the title
+    "speedup": (BOTH, "AR and TAR: how many times as fast as the formula fastreg is"),
+    "dropout": (DROPOUT, "Dropout with AR and TAR: how many times the time of dropout alone"),
+}
 
 
-def speedup_plot(result: Result) -> Figure:
-    cases = result.of(BOTH)
-    bars = {f"against {peer}": [case.times_as_fast("fastreg", peer) for case in cases] for peer in PEERS}
-    title = "AR and TAR: how many times as fast as the formula fastreg is"
-    return bar_plot(result, cases, bars, (title, "times as fast, forward + backward", "%.1f"))
+def plots(result: Result) -> dict[str, str]:
+    """Return the title of each plot that the first part of a result has cases for."""
+    first, *_ = result.parts()
+    return {name: title for name, (kind, title) in PLOTS.items() if first.of(kind)}
 
 
-def dropout_plot(result: Result) -> Figure:
-    cases = result.of(DROPOUT)
-    peers = {"dropout + eager": "eager", "dropout + fused_ar_tar": "fused_ar_tar", "fused": "fastreg"}
-    bars = {label: [case.cost(peer) for case in cases] for label, peer in peers.items()}
-    title = "Dropout with AR and TAR: how many times the time of dropout alone"
-    return bar_plot(result, cases, bars, (title, "times the time of dropout alone, forward + backward", "%.2f"))
-
-
-def bar_plot(result: Result, cases: list[Case], bars: dict[str, list[float]], texts: tuple[str, str, str]) -> Figure:
-    """A group of bars for each case, from top to bottom, that start at 1 on a log axis.
-
-    Args:
-        result: cases of one allocator.
-        cases: of one kind.
-        bars: of each legend entry the ends of its bars, one a case.
-        texts: the title, the axis, and the format of a bar's label.
-    """
-    title, axis, form = texts
+def plot(result: Result, name: str) -> Figure:
+    """Draw a group of bars for each case of the first part of a result, from top to bottom."""
+    kind, title = PLOTS[name]
+    first, *_ = result.parts()
+    cases = first.of(kind)
+    if kind == BOTH:
+        bars = {f"against {peer}": [case.times_as_fast("fastreg", peer) for case in cases] for peer in PEERS}
+    else:
+        peers = {"dropout + eager": "eager", "dropout + fused_ar_tar": "fused_ar_tar", "fused": "fastreg"}
+        bars = {label: [case.cost(peer) for case in cases] for label, peer in peers.items()}
     figure = Figure(figsize=(8, 1.6 + 0.15 * len(bars) * len(cases)), layout="constrained")
     axes = figure.subplots()
-    axes.set_xscale("log")
     height = 0.8 / len(bars)
     for i, (label, ends) in enumerate(bars.items()):
         places = [case - 0.4 + height * (i + 0.5) for case in range(len(cases))]
-        drawn = axes.barh(places, [end - 1 for end in ends], height, left=1, label=label)
-        axes.bar_label(drawn, [form % end for end in ends], padding=2, fontsize=7)
-    least, most = min(1, *map(min, bars.values())), max(1, *map(max, bars.values()))
-    room = (most / least) ** 0.1 * 1.05  # for the labels
-    axes.set_xlim(least / room, most * room)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+        drawn = axes.barh(places, ends, height, label=label)
+        axes.bar_label(drawn, [f"{end:.2f}" for end in ends], padding=2, fontsize=7)
+    axes.margins(x=0.1)  # for the labels
     axes.set_yticks(range(len(cases)), [case.label for case in cases])
     axes.set_ylabel(SHAPE)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    machine = result.machine["device"] if result.on_gpu else f"{result.machine['device']}, {result.allocator}"
-    axes.set_xlabel(f"{axis} (log scale)\n{machine}")
+    machine = result.machine["device"] if result.on_gpu else f"{result.machine['device']}, {first.allocator}"
+    axes.set_xlabel(f"times, forward + backward\n{machine}")
     figure.suptitle(title, fontsize="medium")
     figure.legend(loc="outside lower right", ncols=len(bars), fontsize=8)
     return figure
@@ -579,8 +553,8 @@ def main() -> None:
     results = [load(file) for file in sorted(RESULTS.glob("*.json"))]
     for result in results:
         (RESULTS / f"{result.name}.md").write_text(full_table(result))
-        for kind, _, plot in plots(result):
-            save(plot(result.parts()[0]), RESULTS / f"{result.name}-{kind}.svg", result.digest)
+        for name in plots(result):
+            save(plot(result, name), RESULTS / f"{result.name}-{name}.svg", result.digest)
     for page, part in PAGES.items():
         page.write_text(with_part(page.read_text(), part(results)))
     print(figures(results))

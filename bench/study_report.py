@@ -80,18 +80,9 @@ class Run:
         return min(self.perplexities)
 
     @property
-    def best_epoch(self) -> int:
-        return self.perplexities.index(self.best) + 1
-
-    @property
     def final_train(self) -> float:
         """The perplexity of the training text after the last epoch, measured as that of the validation text."""
         return math.exp(self.final_train_loss)
-
-    @property
-    def loss_gap(self) -> float:
-        """The generalization gap after the last epoch, in nats a word."""
-        return self.valid_loss[-1] - self.final_train_loss
 
 
 class Study:
@@ -143,10 +134,10 @@ def average(values: list[float], form: str) -> str:
 COLUMNS: dict[str, tuple[Callable[[Run], float], str]] = {
     "validation perplexity, end": (lambda run: run.final, ".2f"),
     "best": (lambda run: run.best, ".2f"),
-    "best epoch": (lambda run: run.best_epoch, ".1f"),
+    "best epoch": (lambda run: run.perplexities.index(run.best) + 1, ".1f"),
     "training perplexity, end": (lambda run: run.final_train, ".2f"),
     "gap in perplexity": (lambda run: run.final - run.final_train, ".2f"),
-    "gap in loss": (lambda run: run.loss_gap, ".3f"),
+    "gap in loss": (lambda run: run.valid_loss[-1] - run.final_train_loss, ".3f"),
     "AR": (lambda run: run.ar[-1], ".4f"),
     "TAR": (lambda run: run.tar[-1], ".4f"),
 }
@@ -165,6 +156,9 @@ def differences(pairs: list[tuple[Run, Run]], value: Callable[[Run], float]) -> 
     return [value(run) - value(plain) for run, plain in pairs]
 
 
+ENDS: dict[str, Callable[[Run], float]] = {"end": lambda run: run.final, "best": lambda run: run.best}
+
+
 def after(study: Study, coefficients: tuple[float, float], epoch: int) -> str:
     """Return the effect on the validation perplexity by the end of an epoch; empty without a pair of runs."""
     values = differences(study.pairs(coefficients), lambda run: run.perplexities[epoch - 1])
@@ -181,54 +175,33 @@ def paired_table(study: Study) -> str:
     rows = [["(alpha, beta)", "perplexity", *(f"seed {seed}" for seed in seeds), "mean", "lower in"]]
     for coefficients in study.trained[1:]:
         pairs = study.pairs(coefficients)
-        for name, value in (("end", lambda run: run.final), ("best", lambda run: run.best)):
-            of_seed = {run.seed: f"{value(run) - value(plain):+.2f}" for run, plain in pairs}
+        for name, value in ENDS.items() if pairs else ():
             values = differences(pairs, value)
-            if values:
-                cells = [*(of_seed.get(seed, "") for seed in seeds), average(values, "+.2f"), lower(values)]
-                rows.append([label(coefficients), name, *cells])
+            of_seed = {run.seed: f"{x:+.2f}" for (run, _), x in zip(pairs, values, strict=True)}
+            cells = [*(of_seed.get(seed, "") for seed in seeds), average(values, "+.2f"), lower(values)]
+            rows.append([label(coefficients), name, *cells])
     return table(rows)
 
 
 def runs_table(study: Study) -> str:
     rows = [["(alpha, beta)", "seed", *COLUMNS]]
     for run in study.runs:
-        cells = [average([value(run)], form) for value, form in COLUMNS.values()]
+        cells = [f"{value(run):{form}}".removesuffix(".0") for value, form in COLUMNS.values()]
         rows.append([label(run.coefficients), str(run.seed), *cells])
     return table(rows)
 
 
 def summary(study: Study) -> str:
-    """Return the result, in a sentence for each pair of coefficients."""
-    sentences = []
-    for coefficients in study.trained[1:]:
-        pairs = study.pairs(coefficients)
-        final, best = (differences(pairs, value) for value in (lambda run: run.final, lambda run: run.best))
-        if final:
-            what = f"{average(final, '+.2f')} at the end (lower in {lower(final)} seeds)"
-            sentences.append(f"{label(coefficients)}: {what}, {average(best, '+.2f')} at best ({lower(best)}).")
+    """Return the result at the end of training, in two sentences."""
     plain = study.of(BASELINE)
     if not plain:
         return "No training without regularization: nothing to compare with.\n"
-    text = (
-        f"Validation perplexity without regularization: {average([run.final for run in plain], '.2f')} at the end, "
-        f"{average([run.best for run in plain], '.2f')} at best.\nWith (alpha, beta), against the same seed without, "
-        "mean and its standard error:\n"
-    )
-    return "\n".join([text, *(f"- {sentence}" for sentence in sentences)]) + "\n"
-
-
-def brief(study: Study) -> str:
-    """Return the result at the end of training, in two sentences."""
-    parts = []
-    for coefficients in study.trained[1:]:
-        values = differences(study.pairs(coefficients), lambda run: run.final)
-        parts.append(f"{label(coefficients)} {average(values, '+.2f')}, {lower(values)}")
-    plain = study.of(BASELINE)
+    values = {x: differences(study.pairs(x), lambda run: run.final) for x in study.trained[1:] if study.pairs(x)}
+    changes = "; ".join(f"{label(x)} {average(those, '+.2f')}, {lower(those)}" for x, those in values.items())
     return (
         f"A small AWD-LSTM, trained on {plain[0].settings['words']:,} words, ends at a validation perplexity of "
         f"{average([run.final for run in plain], '.2f')}. The change by (alpha, beta), and the seeds that improve: "
-        f"{'; '.join(parts)}.\n"
+        f"{changes}.\n"
     )
 
 
@@ -276,9 +249,8 @@ def plot(study: Study) -> Figure:
             below.plot(epochs, gains.mean(0), color=color)
         if len(pairs) > 1:
             error = gains.std(0, ddof=1) / math.sqrt(len(pairs))
-            below.fill_between(
-                epochs, gains.mean(0) - error, gains.mean(0) + error, color=color, alpha=0.2, linewidth=0
-            )
+            low, high = gains.mean(0) - error, gains.mean(0) + error
+            below.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
     best = min(run.best for run in study.runs)
     above.set_ylim(0.95 * best, 1.6 * best)  # the first epochs would hide the rest
     above.set_ylabel("validation perplexity")
@@ -291,7 +263,7 @@ def plot(study: Study) -> Figure:
     return figure
 
 
-PAGES = {ROOT / "README.md": brief, ROOT / "docs" / "coefficients.md": summary}  # the text between BEGIN and the end
+PAGES = ROOT / "README.md", ROOT / "docs" / "coefficients.md"  # with the summary between BEGIN and the end
 
 
 def render(file: Path) -> None:

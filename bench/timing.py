@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import itertools
 import resource
@@ -209,6 +210,7 @@ def allocations(profiled: profile) -> list[int]:
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
+@functools.cache
 def copy_bandwidth() -> float:
     """Bytes a second that a large copy on the GPU reads and writes."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")

@@ -215,7 +215,7 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     timers = {"host_seconds": 0.001, "peak_bytes": 2040, "graph_seconds": 0.002, "launches": 2}
     for name, value in timers.items():
         monkeypatch.setattr(timing, name, lambda *_, value=value: value)
-    monkeypatch.setattr(benchmarks, "copy_bandwidth", lambda: 1e6)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e6)
     figures = benchmarks.gpu_figures(lambda _: (), 2880, 3)
     seconds = timers.pop("graph_seconds")
     timers |= {"graph_warm_seconds": seconds, "graph_rotated_seconds": seconds}
@@ -407,7 +407,7 @@ def test_what_is_committed_is_what_was_measured() -> None:
     for result in results:
         table = report.RESULTS / f"{result.name}.md"
         assert table.read_text() == report.full_table(result), "run `python -m bench.report`"
-        for kind, *_ in report.plots(result):
+        for kind in report.plots(result):
             picture = report.RESULTS / f"{result.name}-{kind}.svg"
             assert f"JSON {result.digest}" in picture.read_text(), "run `python -m bench.report`"
     _, _, second, *_ = (ROOT / "README.md").read_text().split("\n\n")
