@@ -1,21 +1,19 @@
 """Predictions of the kernels' speed that need no GPU: `python -m bench.offline`.
 
 From the launch's plan for an H100: programs a multiprocessor and halo rows for each shape. Calculated: the share of a
-copy's bandwidth that forward and backward together should reach; `--beside RESULT` prints it beside the measured share
-instead. bench/NOTES.md draws the conclusions; `bench.host` measures the time on the host, and tests/test_compiled.py
+copy's bandwidth that forward and backward together should reach, which bench/on_gpu.ipynb shows beside the measured
+share. bench/NOTES.md draws the conclusions; `bench.host` measures the time on the host, and tests/test_compiled.py
 inspects the compiled code.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from pathlib import Path
 
 import torch
 
 from bench.cases import DTYPES, SHAPES
-from bench.report import BOTH, Result, load, table
+from bench.report import BOTH, Result, table
 from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, Operands, View
 
@@ -78,11 +76,6 @@ def beside(result: Result) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench.offline", description=__doc__)
-    parser.add_argument("--beside", type=Path, metavar="RESULT", help="a JSON of a GPU that bench.run bench wrote")
-    if file := parser.parse_args().beside:
-        print(beside(load(file)))
-        return
     rows = [["shape", "dtype", "programs a multiprocessor", "runs", "halo reads of gradients", *COPY]]
     print(table(rows + [shape_row(shape, dtype) for dtype in DTYPES for shape in SHAPES]))
 

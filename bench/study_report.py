@@ -28,21 +28,6 @@ Losses and perplexities are of a word and leave the penalties out. The gap is va
 last epoch and in evaluation mode. AR and TAR are the last epoch's means, in training. A seed has the same first
 weights, dropout masks and sequence lengths with all coefficients, which makes pairs. ±: the standard error of the mean.
 """
-PAPER = """\
-## Beside the paper
-
-Merity, McCann and Socher, ["Revisiting Activation Regularization for Language RNNs"](https://arxiv.org/abs/1708.01009)
-(2017), report that AR and TAR improve language models on Penn Treebank and on WikiText-2 (Tables 1 and 2), as much as
-more complicated regularization. Only the direction can be compared with the above: the figures of their tables were
-not at hand, and none is quoted from memory. The size would differ anyway, because the settings do:
-
-- The text: this one is about a tenth of Penn Treebank's training text and a twentieth of WikiText-2's, of one style.
-- The model: two layers of 128 and 96 units, so that 20 trainings fit two cores.
-- The other regularization: the paper's own LSTMs have none of their recurrent connections. Here DropConnect drops
-  recurrent weights, as in the AWD-LSTM that came after.
-- The training: Adam at one learning rate, for as many epochs in each case.
-- The coefficients: those of AWD-LSTM, 2 and 1, without a search for others.
-"""
 
 
 @dataclass(frozen=True)
@@ -226,7 +211,6 @@ def page(study: Study, name: str) -> str:
         "Differences in validation perplexity to the training without regularization of the same seed:\n",
         paired_table(study),
         f"![Validation perplexity by epoch, and its difference to training without regularization]({name}.svg)\n",
-        PAPER,
         "## All runs\n",
         runs_table(study),
     ]

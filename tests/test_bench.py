@@ -575,9 +575,8 @@ def test_the_prediction_stands_beside_the_measured_share(tmp_path: Path) -> None
     assert "| (2, 3, 4), float32 | 100% | 0% |" in text
 
 
-def test_the_prediction_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_prediction_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """A large shape has programs for each multiprocessor, in runs of a sequence."""
-    monkeypatch.setattr(sys, "argv", ["bench.offline"])
     offline.main()
     output = capsys.readouterr().out
     (programs,) = re.findall(r"^\| \(128, 512, 1024\) \| float32 \| ([\d.]+) \| \d+ of \d+ \| [\d.]+% \|", output, re.M)
