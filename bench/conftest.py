@@ -35,7 +35,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def deadline(request: pytest.FixtureRequest) -> float:
     if benchmarks.DEVICE == "cuda":
         timing.copy_bandwidth()  # now: nothing can be measured once a kernel has failed
-    return time.monotonic() + request.config.getoption("--seconds")
+    seconds: Any = request.config.getoption("--seconds")
+    return time.monotonic() + seconds
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
