@@ -26,10 +26,9 @@ TRITON_TESTS = tests/test_compiled.py tests/ptx/test_machine.py
 PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction axes padding dropout penalty transformers))
 
 .PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
-    test-oldest test-newest test-plain test-fakegpu bench bench-compare lint docs wheel sdist clean
+    test-oldest test-newest test-plain test-fakegpu bench lint docs wheel sdist clean
 help:
-	@echo "make demo    train an AWD-LSTM with and without TAR, and plot both (ARGS='--epochs 1' for options,"
-	@echo "             FRAMEWORK=fastai for a fastai Learner)"
+	@echo "make demo    train an AWD-LSTM with and without TAR, and plot both (ARGS='--epochs 1' for options)"
 	@echo "make study   train it with several seeds, with AR, TAR, both and neither; runs that bench/results has are not repeated"
 	@echo "make test    run all tests: CPU, interpreted kernels, kernels compiled offline, kernels on a GPU if there is one"
 	@echo "make test-fast   run the essential tests, less than a minute: after each change"
@@ -42,7 +41,6 @@ help:
 	@echo "make test-plain   run the kernels as on a processor without AVX-512"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
 	@echo "             tables of the README and docs: ten minutes on two idle cores"
-	@echo "make bench-compare   measure, and fail if fastreg is slower than in the committed result of this device"
 	@echo "make test-fakegpu DIR=...   run bench/on_gpu.sh on a stand-in for a GPU: see bench/NOTES.md"
 	@echo "make lint    check style and types"
 	@echo "make docs    build the documentation site in build/site, and check its links"
@@ -50,10 +48,9 @@ help:
 	@echo "make sdist   build the source distribution in dist/, and run some of its tests in it"
 	@echo "make clean   remove the environments, caches and build folders"
 
-FRAMEWORK ?= none
-demo: .venv/demo $(if $(filter fastai,$(FRAMEWORK)),.venv/frameworks)
+demo: .venv/demo
 	@echo "== demo: a word-level AWD-LSTM learns the King James text, with TAR and without"
-	.venv/bin/python -m bench.demo --framework $(FRAMEWORK) $(ARGS)
+	.venv/bin/python -m bench.demo $(ARGS)
 
 study: .venv/demo
 	@echo "== study: with AR, TAR, both and neither, several seeds; less than two hours on two cores from scratch"
@@ -117,10 +114,6 @@ test-fakegpu:
 	for what in test bench; do ( ulimit -v 16000000; . $(DIR)/env.sh; export PYTHON=$(DIR)/venv/bin/python; \
 	    export TRITON_CACHE_DIR=$(DIR)/checkout/.triton TORCHINDUCTOR_CACHE_DIR=$(DIR)/checkout/.inductor; \
 	    bash $(DIR)/checkout/bench/on_gpu.sh $$what ); done
-
-bench-compare: .venv/test .venv/frameworks
-	.venv/bin/python -m bench.run bench .benchmarks
-	.venv/bin/python -m bench.compare .benchmarks
 
 lint: .venv/lint
 	.venv/bin/ruff check

@@ -6,116 +6,40 @@ each training; `--text FILE` takes another.
 
 from __future__ import annotations
 
-import math
 import os
-import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from importlib.util import find_spec
-from io import StringIO
+from functools import partial
+from math import exp
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
 
-from bench.corpus import BATCH, Corpus, build_corpus, read_text
+from bench.corpus import build_corpus, read_text
 from bench.options import Parser, number
-from bench.study import WORDS, Setting
-from bench.study_report import COMMITTED, Study, after, load
-from bench.training import Training, evaluate
+from bench.study import WORDS, Job, Setting, train
+from bench.study_report import COMMITTED, Run, Study, after, load
 
 EPOCHS = 6  # of bench.study's 24: with all else less than 50 seconds on two cores
-HEADER = f"{'epoch':>5}  {'train loss':>10}  {'valid ppl':>9}  {'AR':>8}  {'TAR':>8}  {'seconds':>7}"
+HEADER = "alpha  beta  epoch  train loss  valid ppl        AR       TAR  seconds"
+PANELS: dict[str, Callable[[Run], list[float]]] = {  # of the plot
+    "validation perplexity": lambda run: run.perplexities,
+    "training loss without\npenalties (nats a word)": lambda run: run.train_loss,
+    "AR": lambda run: run.ar,
+    "TAR": lambda run: run.tar,
+}
 
 
-@dataclass
-class Run:
-    """A training.
-
-    Attributes:
-        coefficients: alpha and beta.
-        history: loss without the penalties, AR and TAR of every step, `(steps, 3)`.
-        perplexities: of the validation text, after every epoch.
-    """
-
-    coefficients: tuple[float, float]
-    history: Tensor
-    perplexities: list[float]
-
-    @property
-    def label(self) -> str:
-        """The name in the tables and in the plot."""
-        return label_of(*self.coefficients)
-
-
-def train(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> Run:
-    """Train a model from `seed`, and print a row of the table every epoch."""
-    training = Training(corpus, alpha, beta, seed)
-    label = label_of(alpha, beta)
-    print(f"\n{label}\n{HEADER}", flush=True)
-    history, perplexities = [], []
-    words = epochs * (corpus.train.numel() - BATCH)
-    with tqdm(total=words, desc=label, unit="word", unit_scale=True, leave=False, disable=None) as bar:
-        for epoch in range(1, epochs + 1):
-            start = time.perf_counter()
-            steps = training.epoch(bar.update)
-            loss, ar, tar = steps.mean(0).tolist()
-            history.append(steps)
-            perplexities.append(ppl := math.exp(evaluate(training.model, corpus.valid)))
-            seconds = time.perf_counter() - start
-            bar.write(f"{epoch:5}  {loss:10.4f}  {ppl:9.2f}  {ar:8.5f}  {tar:8.5f}  {seconds:7.1f}")
-    return Run((alpha, beta), torch.cat(history), perplexities)
-
-
-def train_both(
-    corpus: Corpus, text: Path | None, coefficients: list[tuple[float, float]], epochs: int, seed: int
-) -> list[Run]:
-    """Train the first of two models here and the second in another process, whose table is printed at the end.
-
-    Args:
-        corpus: what `text` gives, on the CPU.
-        text: a file, or `None` for the King James text.
-        coefficients: alpha and beta of each model.
-        epochs: of each.
-        seed: of both.
-    """
-    first, second = coefficients
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        other = pool.submit(train_apart, text, *second, epochs, seed)
-        runs = [train(corpus, *first, epochs, seed)]
-        printed, history, perplexities = other.result()
-    print(printed, end="", flush=True)
-    return [*runs, Run(second, torch.tensor(history), perplexities)]
-
-
-def train_apart(
-    text: Path | None, alpha: float, beta: float, epochs: int, seed: int
-) -> tuple[str, list[list[float]], list[float]]:
-    """Train on one thread; return what `train` prints, its history and its perplexities."""
-    torch.set_num_threads(1)
-    corpus = build_corpus(read_text(text), WORDS, torch.device("cpu"))
-    with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()):  # no terminal, so no progress bar
-        run = train(corpus, alpha, beta, epochs, seed)
-    return printed.getvalue(), run.history.tolist(), run.perplexities
-
-
-def train_with_fastai(corpus: Corpus, alpha: float, beta: float, epochs: int, seed: int) -> Run:
-    """The same through a fastai `Learner`, which prints its own table."""
-    from bench import fastai_demo
-
-    print(f"\n{label_of(alpha, beta)}, with fastai", flush=True)
-    return Run((alpha, beta), *fastai_demo.train(corpus, alpha, beta, epochs, seed))
-
-
-def label_of(alpha: float, beta: float) -> str:
-    """Name a training in the tables and in the plot."""
-    return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
+def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
+    """Print the figures of a training's epoch below HEADER."""
+    loss, ar, tar, valid_loss, seconds = figures
+    alpha, beta = job.coefficients
+    row = (
+        f"{alpha:5g}  {beta:4g}  {epoch:5}  {loss:10.4f}  {exp(valid_loss):9.2f}  {ar:8.5f}  {tar:8.5f}  {seconds:7.1f}"
+    )
+    print(row, flush=True)
 
 
 def studied(setting: Setting) -> Study:
@@ -136,31 +60,27 @@ def report_outcome(runs: list[Run], study: Study) -> None:
 
 
 def plot(runs: list[Run], study: Study, file: Path) -> None:
-    """Plot validation perplexity by epoch before the study's seeds, and loss, AR and TAR by step with running means."""
+    """Plot validation perplexity, loss, AR and TAR by epoch, before the study's seeds."""
     figure = Figure(figsize=(8, 10), layout="constrained")
-    parts: Any = figure.subfigures(2, height_ratios=(2, 3))
-    above, below = parts
-    first, others = above.subplots(), below.subplots(3, 1, sharex=True)
-    for i, run in enumerate(runs):
-        first.plot(range(1, len(run.perplexities) + 1), run.perplexities, "o-", color=f"C{i}", label=run.label)
-        for seed in study.of(run.coefficients):
-            first.plot(range(1, len(seed.perplexities) + 1), seed.perplexities, color=f"C{i}", alpha=0.3, linewidth=0.7)
-        for axes, values in zip(others, run.history.T, strict=True):
-            window = max(1, len(values) // 50)
-            running = F.avg_pool1d(values[None], window, stride=1)[0]
-            axes.plot(range(window // 2, window // 2 + len(running)), running.tolist(), color=f"C{i}")
-            axes.plot(values.tolist(), color=f"C{i}", alpha=0.2, linewidth=0.5)
-    best = min(min(line.get_ydata()) for line in first.lines)
+    panels = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=(3, 1, 1, 1))
+    for axes, (name, values_of) in zip(panels, PANELS.items(), strict=True):
+        for i, run in enumerate(runs):
+            alpha, beta = run.coefficients
+            label = f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
+            for seed in study.of(run.coefficients):
+                values = values_of(seed)
+                axes.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.7)
+            values = values_of(run)
+            axes.plot(range(1, len(values) + 1), values, "o-", color=f"C{i}", label=label)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    first, *_, last = panels
+    best = min(run.best for run in (*runs, *study.runs))
     first.set_ylim(0.9 * best, 2.2 * best)  # the first epochs would hide the rest
-    first.set_xlabel("epoch")
+    last.set_xlabel("epoch")
     epochs = max([len(run.perplexities) for run in study.runs], default=0)
     if seen := after(study, runs[0].coefficients, epochs):
         first.set_title(f"faint: bench.study, where the difference at the end is {seen}", fontsize="medium")
-    names = ["validation perplexity", "training loss without\npenalties (nats a word)", "AR", "TAR"]
-    for axes, name in zip((first, *others), names, strict=True):
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-    others[-1].set_xlabel("training step")
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(file, format="png", dpi=150)
 
@@ -187,7 +107,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--epochs", type=number(int, 1), default=EPOCHS, help="passes over the text (default: %(default)s)")
     add("--seed", type=number(int, 0), default=1, help="seed of both trainings (default: %(default)s)")
     add("--device", help="a torch device (default: a GPU where there is one, else cpu)")
-    add("--framework", choices=["none", "fastai"], default="none", help="what trains (default: a loop by hand)")
     add("--plot", type=Path, default="demo.png", metavar="FILE", help="PNG to write (default: %(default)s)")
     args = parser.parse_args(arguments)
     try:
@@ -195,23 +114,16 @@ def main(arguments: list[str] | None = None) -> None:
         corpus = build_corpus(read_text(args.text), WORDS, device)
         if args.plot.is_dir() or not os.access(args.plot.parent, os.W_OK):
             raise ValueError(f"cannot write the plot to {args.plot}")
-        if args.framework == "fastai" and find_spec("fastai") is None:
-            raise ValueError("fastai is not installed: make demo FRAMEWORK=fastai installs it")
     except ValueError as error:
         parser.error(str(error))
 
+    setting = Setting(args.text, WORDS, args.epochs)
     both = [*dict.fromkeys([(args.alpha, args.beta), (0.0, 0.0)])]  # one, if they are the same
-    by_hand = args.framework == "none"
-    at_once = by_hand and len(both) == 2 and device.type == "cpu" and torch.get_num_threads() > 1
-    print(f"{corpus}\ntraining on {device}" + ", both models at once, a thread for each" * at_once, flush=True)
-    if at_once:
-        torch.set_num_threads(1)
-        runs = train_both(corpus, args.text, both, args.epochs, args.seed)
-    else:
-        trainer = train if by_hand else train_with_fastai
-        runs = [trainer(corpus, alpha, beta, args.epochs, args.seed) for alpha, beta in both]
-    # fastai's model and loop are not those of the study
-    study = studied(Setting(args.text, WORDS, args.epochs)) if by_hand else Study([])
+    jobs = [Job(setting, coefficients, args.seed, str(device)) for coefficients in both]
+    print(f"{corpus}\ntraining on {device}, each model in a process of one thread\n\n{HEADER}", flush=True)
+    with ProcessPoolExecutor(len(jobs), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        runs = list(pool.map(partial(train, commit="", told=print_row), jobs))
+    study = studied(setting)
     if len(runs) == 2:
         report_outcome(runs, study)
     plot(runs, study, args.plot)

@@ -5,36 +5,30 @@ the device is done. Ratios are of the process's own time, to which other program
 bench/NOTES.md the process has to stay on one core: else the hand-over to autograd's thread for the device costs more
 than all the rest. Without a GPU, CPU tensors go to launches that do nothing; the formulas would do their work there, so
 that only an empty autograd Function is measured beside fastreg.
-
-It prints a table, and in the last line the same as JSON.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
 import statistics
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import cases, machine
+from bench import cases
 from bench.report import number, table
-from bench.timing import Turn, synchronize
+from bench.timing import Call, take_turns
 
 SHAPE = (64, 70, 400)
-CASES: dict[str, tuple[cases.AnyCase, tuple[str, ...]]] = {
-    "fused_ar_tar": (cases.PenaltyCase(SHAPE, torch.float32), ("eager", "compiled", "fastreg")),
-    "fused_dropout_ar_tar": (cases.DropoutCase(SHAPE, torch.float32), ("eager", "compiled", "fastreg")),
-    "fused_ar_tar, lengths": (cases.PaddedCase(SHAPE, torch.float32), ("eager", "compiled", "fastreg")),
+CASES = {
+    "fused_ar_tar": cases.PenaltyCase(SHAPE, torch.float32),
+    "fused_dropout_ar_tar": cases.DropoutCase(SHAPE, torch.float32),
+    "fused_ar_tar, lengths": cases.PaddedCase(SHAPE, torch.float32),
 }
-EMPTY = "empty Function"
-WARM_UP, ROUNDS, CALLS = 3, 30, 50  # rounds, rounds, calls a turn
+PEERS, EMPTY = ("eager", "compiled", "fastreg"), "empty Function"
+SECONDS, CALLS = 3.0, 50  # of a case; of a turn
 INPUTS = 4
 
 
@@ -65,65 +59,26 @@ def launch_nothing() -> Iterator[None]:
     forget()
 
 
-def calls_of(case: cases.AnyCase, peers: tuple[str, ...], device: str) -> dict[str, cases.Call]:
-    """Build one call of every peer, and of an empty Function over two tensors of the case's shape."""
-    sets = [case.inputs(device) for _ in range(INPUTS)]
-    torch.compiler.reset()
-    calls = {name: case.call(peer, sets) for name, peer in case.peers().items() if name in peers}
+def calls_of(case: cases.Case, device: str) -> dict[str, Call]:
+    """Build one call of each peer, on a CPU of fastreg alone, and of an empty Function over two tensors."""
+    peers = PEERS if device == "cuda" else PEERS[-1:]
+    calls = cases.calls(case, [case.inputs(device) for _ in range(INPUTS)], peers)
     raw, dropped = (torch.zeros(SHAPE, device=device, requires_grad=True) for _ in range(2))
     one = torch.ones((), device=device)
     return calls | {EMPTY: lambda _: torch.autograd.grad(Empty.apply(raw, dropped), (raw, dropped), one)}
 
 
-def take_turns(calls: Mapping[str, cases.Call], device: str) -> dict[str, list[Turn]]:
-    """Measure how long calls take to return, the device idle before each turn; one `Turn` a peer and round."""
-    turns: dict[str, list[Turn]] = {name: [] for name in calls}
-    order, count = list(calls), itertools.count()
-    for _ in range(WARM_UP + ROUNDS):
-        for name in order:
-            call, numbers = calls[name], [next(count) for _ in range(CALLS)]
-            synchronize(device)
-            wall, own = time.perf_counter(), time.process_time()
-            for i in numbers:
-                call(i)
-            own, wall = time.process_time() - own, time.perf_counter() - wall
-            turns[name].append(Turn(wall / CALLS, own / CALLS))
-        order.append(order.pop(0))
-    synchronize(device)
-    return {name: peer[WARM_UP:] for name, peer in turns.items()}
-
-
-def figures(turns: Mapping[str, list[Turn]]) -> dict[str, dict[str, float]]:
-    """Of every peer: microseconds a call, and how many times as fast fastreg is; medians over the rounds."""
-    return {
-        name: {
-            "wall_us": 1e6 * statistics.median(turn.wall for turn in peer),
-            "own_us": 1e6 * statistics.median(turn.own for turn in peer),
-            "fastreg_times_as_fast": statistics.median(
-                other.own / fastreg.own for fastreg, other in zip(turns["fastreg"], peer, strict=True)
-            ),
-        }
-        for name, peer in turns.items()
-    }
-
-
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    measured: dict[str, dict[str, dict[str, float]]] = {}
-    with launch_nothing() if device == "cpu" else nullcontext():
-        for name, (case, peers) in CASES.items():
-            calls = calls_of(case, peers if device == "cuda" else ("fastreg",), device)
-            measured[name] = figures(take_turns(calls, device))
     rows = [["host, forward + backward", "us", "own us", "fastreg against it"]]
-    for name, peers in measured.items():
-        for peer, own in peers.items():
-            cells = number(own["wall_us"]), number(own["own_us"]), f"{own['fastreg_times_as_fast']:.2f}x"
-            rows.append([f"{name}: {peer}", *cells])
+    with launch_nothing() if device == "cpu" else nullcontext():
+        for name, case in CASES.items():
+            turns = take_turns(calls_of(case, device), device, SECONDS, CALLS, wait=False)
+            for peer, those in turns.items():
+                times = [number(1e6 * statistics.median(column)) for column in zip(*those, strict=True)]
+                ratios = [other.own / fastreg.own for fastreg, other in zip(turns["fastreg"], those, strict=True)]
+                rows.append([f"{name}: {peer}", *times, f"{statistics.median(ratios):.2f}x"])
     print(table(rows))
-    cores = len(os.sched_getaffinity(0))
-    print(
-        json.dumps(machine.facts() | {"shape": SHAPE, "cores": cores, "launches": device == "cuda", "cases": measured})
-    )
 
 
 if __name__ == "__main__":

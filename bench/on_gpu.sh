@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# On a bare GPU machine (torch, triton, pytest, pytest-benchmark, hypothesis and matplotlib; transformers and lightning
-# for their training steps; nothing installed, this checkout neither), each well inside ten minutes:
+# On a bare GPU machine (torch, triton, pytest, pytest-benchmark, hypothesis and matplotlib; transformers and lightning for
+# their training steps; nothing installed, this checkout neither), each well inside ten minutes:
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
 #     bash bench/on_gpu.sh bench [COMMIT]    the benchmarks, the most wanted first, and the report
-# COMMIT says what the checkout is where git cannot. Results go to bench/results, and where $OUT is set, to it as well;
-# the outcome of the tests, bench/results/tests, has to be there for the report to tell it.
+# COMMIT says what the checkout is where git cannot. $LIMIT is the seconds after which nothing more begins, 450. Results go
+# to bench/results, and where $OUT is set, to it as well; the outcome of the tests, bench/results/tests, has to be there for
+# the report to tell it. bench/on_gpu.ipynb runs both in a notebook.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 what=${1:?test or bench}
 commit=${2:-$(git rev-parse HEAD 2> /dev/null)}
+limit=${LIMIT:-450}
 log=${OUT:-.benchmarks}/$what.log
 mkdir -p "$(dirname "$log")"
 export PYTHONUNBUFFERED=1
@@ -17,7 +19,8 @@ python=${PYTHON:-python3}
   || exit 1
 start=$(mktemp)
 # What begins by then ends in time. If not, SIGTERM ends it, and what there is is written.
-timeout --kill-after=20 540 "$python" -m bench.run "$what" bench/results --seconds=450 --commit="$commit" 2>&1 | tee "$log"
+timeout --kill-after=20 $((limit + 90)) "$python" -m bench.run "$what" bench/results --seconds="$limit" --commit="$commit" 2>&1 \
+  | tee "$log"
 status=${PIPESTATUS[0]}
 [ "$what" = test ] || "$python" -m bench.report 2>&1 | tee -a "$log"
 if [ -n "${OUT:-}" ]; then

@@ -11,14 +11,13 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.machine import ALLOCATORS, DEFAULT, KEPT, ROOT
 
@@ -36,7 +35,6 @@ HOW = {  # the setting of each allocator, after a machine's name
     KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
     DEFAULT: "the system's default allocator, which fetches large temporaries anew in each call",
 }
-SHORT = {KEPT: "freed memory kept", DEFAULT: "the system's default allocator"}
 HEADLINE = {  # training steps in the README, and their names there: recurrent models, and last an elementwise one
     "AWD-LSTM, (20, 70, 400)": "AWD-LSTM, 20x70x400",
     "8 minGRU layers, (4, 256, 256)": "8 minGRUs, 4x256x256",
@@ -47,48 +45,6 @@ PEERS = "compiled", "eager"  # in the order of all tables
 SHAPE = "(batch, time, hidden), dtype"
 MOST_NAMES = 5  # of tests or cases in a sentence
 HEADING = "### "
-DROPOUT_TITLE = """\
-### Dropout and the penalty
-
-Dropout, AR and TAR in one pass, `fused_dropout_ar_tar`, beside fastai's `RNNDropout` alone, followed by the formula,
-and followed by `fused_ar_tar`. The best compiled is the fastest of the last three under `torch.compile`.
-"""
-PENALTY_TITLE = """\
-### The penalty
-
-AR and TAR by `fused_ar_tar`, forward and backward.
-"""
-CHANGING_TITLE = """\
-### The worst case
-
-The upstream gradient is another one in every backward, so that each prediction is wrong.
-"""
-PADDED_TITLE = """\
-### Padding
-
-Half of the batch is padding: `fused_ar_tar` with `lengths`, without, and the formula with a mask.
-"""
-CHANGES_TITLE = """\
-### Another axis of time
-
-TAR of a world model's representations along their third axis, `(batch, channels, time, 1, 1)`, as eb_jepa forms it. The
-shape is by batch, time and channels, the order in memory unless another is named.
-"""
-STEP_TITLE = """\
-### Training steps
-
-Forward, loss, backward, clipping and SGD in float32, %s: the time of a step, and the time that the penalty adds, mean ±
-standard error. An elementwise layer is `tanh(x * weight)`.
-"""
-ADDED_TITLE = """\
-The time that fastreg adds, over that of the compiled formula; over that of the formula. Left out are models where the
-formula adds less than three standard errors.
-"""
-PEAK_TITLE = """\
-### Peak memory
-
-Of a step beyond the model, and added by the penalty.
-"""
 STEP_PEERS = {  # heading of each peer's column
     "no penalty": "without",
     "compiled": "compiled formula",
@@ -98,11 +54,6 @@ STEP_PEERS = {  # heading of each peer's column
     "FusedRNNDropout": "`FusedRNNDropout`",
 }
 OURS = list(STEP_PEERS)[3:]
-COMPILED_TITLE = """\
-### Steps that are compiled whole
-
-Model, loss and penalty are one graph, in which `fused_ar_tar` is the formula.
-"""
 GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of the JSON's extra_info: heading, unit, and meaning of the unit
     "first_seconds": ("first call, s", 1),
@@ -156,6 +107,14 @@ class Case:
     def milliseconds(self, peer: str) -> float:
         return 1e3 * statistics.median(self.seconds[peer])
 
+    def times(self, *peers: str) -> list[str]:
+        """Render the milliseconds of each peer."""
+        return [number(self.milliseconds(peer)) for peer in peers]
+
+    def speeds(self, *peers: str) -> list[str]:
+        """Render how many times as fast as each peer fastreg is."""
+        return [f"{self.times_as_fast('fastreg', peer):.1f}x" for peer in peers]
+
     def spread(self, peer: str) -> float:
         """The middle half of the rounds, over their median."""
         first, middle, third = statistics.quantiles(self.seconds[peer], n=4)
@@ -171,12 +130,6 @@ class Case:
         pairs = zip(self.step_milliseconds(peer), self.step_milliseconds("no penalty"), strict=True)
         return mean_and_error([with_it - without for with_it, without in pairs])
 
-    @property
-    def is_clear(self) -> bool:
-        """Return whether the time that the formula adds to a step is out of the noise: three standard errors."""
-        mean, error = self.added("eager")
-        return mean > 3 * error
-
     def times_as_fast(self, peer: str, other: str) -> float:
         """The median, over the rounds, of how many times as fast `peer` was."""
         return statistics.median(b / a for a, b in zip(self.seconds[peer], self.seconds[other], strict=True))
@@ -188,7 +141,7 @@ class Case:
 
 @dataclass
 class Result:
-    """The contents of one JSON file of pytest-benchmark."""
+    """The contents of one JSON file."""
 
     name: str
     digest: str
@@ -205,15 +158,13 @@ class Result:
     @property
     def allocator(self) -> str:
         """Return the allocator of the first case."""
-        return next((case.allocator for case in self.cases if case.allocator), DEFAULT)
+        return self.cases[0].allocator if self.cases else DEFAULT
 
     def of(self, kind: str) -> list[Case]:
         return [case for case in self.cases if case.kind == kind]
 
     def parts(self) -> list[Result]:
         """Split the cases of a CPU by allocator, memory kept first; those of a GPU stay together."""
-        if self.on_gpu:
-            return [self]
         parts = [[case for case in self.cases if case.allocator == allocator] for allocator in ALLOCATORS]
         return [replace(self, cases=cases) for cases in parts if cases] or [self]
 
@@ -221,19 +172,18 @@ class Result:
 def load(file: Path) -> Result:
     text = file.read_text()
     result = json.loads(text)
-    seconds: dict[str, dict[str, list[float]]] = {}
-    info: dict[str, dict[str, dict[str, Any]]] = {}
+    cases: dict[str, Case] = {}
     for benchmark in result["benchmarks"]:
-        peer = benchmark["extra_info"]["peer"]
-        seconds.setdefault(benchmark["group"], {})[peer] = benchmark["stats"]["data"]
-        info.setdefault(benchmark["group"], {})[peer] = benchmark["extra_info"]
+        case = cases.setdefault(benchmark["group"], Case(benchmark["group"], {}, {}))
+        info = benchmark["extra_info"]
+        case.seconds[info["peer"]], case.info[info["peer"]] = benchmark["stats"]["data"], info
     missing = result.get("missing", {})
-    cases = [Case(name, peers, info[name]) for name, peers in seconds.items() if name not in missing]
+    measured = [case for case in cases.values() if case.name not in missing]
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     outcomes = file.parent / "tests" / file.name
     tests = json.loads(outcomes.read_text()) if outcomes.exists() else None
     machine, commit = result["machine_info"], result["commit_info"]
-    return Result(file.stem, digest, machine, commit, cases, missing, tests)
+    return Result(file.stem, digest, machine, commit, measured, missing, tests)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -255,13 +205,12 @@ def where(result: Result) -> str:
     """The machine, the versions and the commit, in a line."""
     machine, commit = result.machine, result.commit
     dirty = " with changes" if commit.get("dirty") else ""
-    known = "unknown" if commit["id"] == "unversioned" else commit["id"][:10]
     parts = [f"PyTorch {machine['torch']}", f"Python {machine['python_version']}"]
     if result.on_gpu:
         parts += [f"Triton {machine['triton']}", f"a copy moves {machine['copy_bandwidth'] / 1e12:.2f} TB/s"]
     else:
         parts += [f"{machine['threads']} threads"]
-    parts += [f"commit {known}{dirty}", f"source {machine['source']}"]
+    parts += [f"commit {commit['id'][:10]}{dirty}", f"source {machine['source']}"]
     return f"{machine['device']}: {', '.join(parts)}"
 
 
@@ -295,71 +244,62 @@ def tests_outcome(result: Result) -> str:
     return f"The tests on this device{of}: {', '.join(parts)}."
 
 
-def penalty_table(result: Result, kind: str = BOTH) -> str:
-    """Render the time of forward and backward, and the speedup."""
-    head = [SHAPE, "compiled, ms", "eager", "fastreg", "against compiled", "against eager"]
-    rows = [head + GPU_HEAD * result.on_gpu]
+def case_table(result: Result, kind: str, head: list[str], cells: Callable[[Case], list[str]]) -> str:
+    """Render a row for each case of a kind, with the figures of a GPU."""
+    rows = [[SHAPE, *head, *GPU_HEAD * result.on_gpu]]
     for case in result.of(kind):
-        row = [case.label, *(number(case.milliseconds(peer)) for peer in (*PEERS, "fastreg"))]
-        row += [f"{case.times_as_fast('fastreg', other):.1f}x" for other in PEERS]
-        rows.append(row + (gpu_cells(case) if result.on_gpu else []))
+        own = case.info["fastreg"]  # without a graph it has no figures of a GPU
+        gpu = [f"{own['share_of_copy']:.0%}", f"{own['launches']}"] if "share_of_copy" in own else ["", ""]
+        rows.append([case.label, *cells(case), *gpu * result.on_gpu])
     return table(rows)
 
 
-def gpu_cells(case: Case) -> list[str]:
-    own = case.info["fastreg"]  # without a graph it has neither
-    return [f"{own[key]:{form}}" if key in own else "" for key, form in (("share_of_copy", ".0%"), ("launches", ""))]
+def speed_table(result: Result, kind: str = BOTH, others: Sequence[str] = PEERS) -> str:
+    """Render the time of forward and backward, and the speedup over other peers."""
+    head = [f"{others[0]}, ms", *others[1:], "fastreg", *(f"against {peer}" for peer in others)]
+    return case_table(result, kind, head, lambda case: case.times(*others, "fastreg") + case.speeds(*others))
 
 
 def dropout_table(result: Result) -> str:
     """Render the cost of the penalty beside a dropout that the model has anyway."""
-    head = [SHAPE, "dropout alone, ms", "+ eager", "+ fused_ar_tar", "fused"]
+    head = ["dropout alone, ms", "+ eager", "+ fused_ar_tar", "fused"]
     head += ["fused / dropout alone", "against the best compiled", "against + eager"]
-    rows = [head + GPU_HEAD * result.on_gpu]
-    for case in result.of(DROPOUT):
-        peers = ("dropout alone", "eager", "fused_ar_tar", "fastreg")
-        row = [case.label, *(number(case.milliseconds(peer)) for peer in peers), f"{case.cost('fastreg'):.2f}x"]
-        compiled = ("compiled", "compiled fused_ar_tar", "compiled fastreg")
-        row += [f"{min(case.times_as_fast('fastreg', peer) for peer in compiled):.1f}x"]
-        row += [f"{case.times_as_fast('fastreg', 'eager'):.1f}x"]
-        rows.append(row + (gpu_cells(case) if result.on_gpu else []))
+
+    def cells(case: Case) -> list[str]:
+        compiled = "compiled", "compiled fused_ar_tar", "compiled fastreg"
+        best = min(compiled, key=lambda peer: case.times_as_fast("fastreg", peer))
+        times = case.times("dropout alone", "eager", "fused_ar_tar", "fastreg")
+        return [*times, f"{case.cost('fastreg'):.2f}x", *case.speeds(best, "eager")]
+
+    return case_table(result, DROPOUT, head, cells)
+
+
+def step_table(result: Result, names: Mapping[str, str] | None = None) -> str:
+    """Render the time of each training step, and the time that each way of adding the penalty adds.
+
+    Args:
+        result: of one allocator.
+        names: the models to show, by their labels, in this order; else all.
+    """
+    rows = [["ms; (batch, time, hidden)" if names is None else "ms; batch x time x hidden", *STEP_PEERS.values()]]
+    cases = {case.label: case for case in result.of(STEP)}
+    for label, name in (names or {label: label for label in cases}).items():
+        if case := cases.get(label):
+            without = statistics.mean(case.step_milliseconds("no penalty"))
+            digits = 1 if without > 100 else 2 if without > 10 else 3
+            added = [case.added(peer) if peer in case.seconds else None for peer in list(STEP_PEERS)[1:]]
+            cells = ["" if x is None else f"{x[0]:+.{digits}f}±{x[1]:.{digits}f}" for x in added]
+            rows.append([name, number(without), *cells])
     return table(rows)
-
-
-def padded_table(result: Result) -> str:
-    """Render the cost of leaving padding out."""
-    head = [SHAPE, "without lengths, ms", "compiled, masked", "eager, masked", "with lengths"]
-    head += ["against without", "against compiled", "against eager"]
-    rows = [head + GPU_HEAD * result.on_gpu]
-    for case in result.of(PADDED):
-        others = ("without lengths", *PEERS)
-        row = [case.label, *(number(case.milliseconds(peer)) for peer in (*others, "fastreg"))]
-        row += [f"{case.times_as_fast('fastreg', other):.1f}x" for other in others]
-        rows.append(row + (gpu_cells(case) if result.on_gpu else []))
-    return table(rows)
-
-
-def step_table(result: Result) -> str:
-    """Render the time of each training step, and the time that each way of adding the penalty adds."""
-    return table(step_rows(result))
-
-
-def step_rows(result: Result) -> list[list[str]]:
-    """Return the heading and a row for each training step."""
-    rows = [["ms; (batch, time, hidden)", *STEP_PEERS.values()]]
-    for case in result.of(STEP):
-        without = statistics.mean(case.step_milliseconds("no penalty"))
-        digits = 1 if without > 100 else 2 if without > 10 else 3
-        added = [case.added(peer) if peer in case.seconds else None for peer in list(STEP_PEERS)[1:]]
-        cells = ["" if x is None else f"{x[0]:+.{digits}f}±{x[1]:.{digits}f}" for x in added]
-        rows.append([case.label, number(without), *cells])
-    return rows
 
 
 def added_table(result: Result) -> str:
     """Render the time that fastreg adds, over that of the formula, and the step with `attach`, where it is clear."""
     rows = [["added, over compiled; formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
-    for case in filter(lambda case: case.is_clear, result.of(STEP)):
+    for case in result.of(STEP):
+        mean, error = case.added("eager")
+        if mean <= 3 * error:  # in the noise
+            continue
         others = [case.added(peer)[0] for peer in PEERS]
         cells = [
             "; ".join(f"{case.added(peer)[0] / other:.2f}x" for other in others) if peer in case.seconds else ""
@@ -395,17 +335,12 @@ def step_tables(result: Result) -> list[str]:
     """Render the tables of training steps for one allocator, with titles."""
     if not result.of(STEP):
         return []
-    parts = [step_title(result), step_table(result), ADDED_TITLE, added_table(result)]
-    parts += [COMPILED_TITLE, compiled_table(result)] if result.of(COMPILED) else []
-    return [*parts, PEAK_TITLE, peak_table(result)]
+    parts = [f"{HEADING}Training steps, {clock(result)}\n", step_table(result), added_table(result)]
+    parts += [f"{HEADING}Steps that are compiled whole\n", compiled_table(result)] if result.of(COMPILED) else []
+    return [*parts, f"{HEADING}Peak memory\n", peak_table(result)]
 
 
-def step_title(result: Result) -> str:
-    """Name the measure of time of training steps."""
-    return STEP_TITLE % measure(result)
-
-
-def measure(result: Result) -> str:
+def clock(result: Result) -> str:
     """Name the clock of training steps."""
     return "by the clock" if result.on_gpu else "CPU time of one thread"
 
@@ -414,30 +349,38 @@ def against(cases: list[Case], other: str, name: str) -> str:
     """How many times as fast as a peer fastreg is, and in how many cases it is slower."""
     ratios = [case.times_as_fast("fastreg", other) for case in cases]
     slower = sum(ratio < 1 for ratio in ratios)
-    mean = f"geometric mean {statistics.geometric_mean(ratios):.1f}x" + f", slower in {slower}" * (slower > 0)
+    mean = f"geometric mean {mean_speed(cases, other):.1f}x" + f", slower in {slower}" * (slower > 0)
     return f"{min(ratios):.1f}x to {max(ratios):.1f}x as fast as {name} ({mean})"
+
+
+def by_precision(result: Result) -> dict[str, list[Case]]:
+    """Return the cases of the penalty, forward and backward, in float32 and in half precision, where there are any."""
+    cases: dict[str, list[Case]] = {}
+    for case in result.of(BOTH):
+        cases.setdefault("float32" if case.any_info["dtype"] == "float32" else "half precision", []).append(case)
+    return dict(sorted(cases.items()))
 
 
 def penalty_verdict(result: Result) -> str:
     """How fast the penalty is, in a sentence for float32 and one for half precision."""
-    peers = {"compiled": "the formula under `torch.compile`", "eager": "the eager formula"}
     sentences = []
-    for precision, wide in ("float32", True), ("half precision", False):
-        if cases := [case for case in result.of(BOTH) if (case.any_info["dtype"] == "float32") == wide]:
-            speeds = ", ".join(against(cases, peer, name) for peer, name in peers.items())
-            sentences.append(f"The penalty in {precision}, forward + backward, in {len(cases)} cases: {speeds}.\n")
+    for precision, cases in by_precision(result).items():
+        speeds = f"{against(cases, 'compiled', 'the formula under `torch.compile`')}, "
+        speeds += against(cases, "eager", "the eager formula")
+        sentences.append(f"The penalty in {precision}, forward + backward, in {len(cases)} cases: {speeds}.\n")
     return "\n".join(sentences)
 
 
 def brief_verdict(result: Result) -> str:
     """Return the geometric means of how fast the penalty is, in a sentence."""
-    parts = []
-    for precision, wide in ("float32", True), ("half precision", False):
-        if cases := [case for case in result.of(BOTH) if (case.any_info["dtype"] == "float32") == wide]:
-            means = [statistics.geometric_mean(case.times_as_fast("fastreg", peer) for case in cases) for peer in PEERS]
-            parts.append(f"{precision} {means[0]:.1f}x and {means[1]:.1f}x")
-    speeds = ", ".join(parts)
+    means = {x: [f"{mean_speed(cases, peer):.1f}x" for peer in PEERS] for x, cases in by_precision(result).items()}
+    speeds = ", ".join(f"{precision} {' and '.join(pair)}" for precision, pair in means.items())
     return f"The penalty alone, over the compiled and eager formula, geometric means: {speeds}.\n"
+
+
+def mean_speed(cases: list[Case], other: str) -> float:
+    """Return how many times as fast as a peer fastreg is: the geometric mean of cases."""
+    return statistics.geometric_mean(case.times_as_fast("fastreg", other) for case in cases)
 
 
 def dropout_verdict(result: Result) -> str:
@@ -477,12 +420,12 @@ def in_order(results: list[Result]) -> list[Result]:
 
 def not_measured(results: list[Result]) -> list[str]:
     """A sentence for each kind of device that there is no result of."""
-    sentences = []
-    if not any(result.on_gpu for result in results):
-        sentences += ["On a GPU: **not measured yet**; `bench/on_gpu.sh` measures it.\n"]
-    if all(result.on_gpu for result in results):
-        sentences += ["On a CPU: **not measured yet**; `make bench` measures it.\n"]
-    return sentences
+    on_gpu = [result.on_gpu for result in results]
+    absent = {
+        "On a GPU: **not measured yet**; the notebook `bench/on_gpu.ipynb` measures it.\n": not any(on_gpu),
+        "On a CPU: **not measured yet**; `make bench` measures it.\n": all(on_gpu),
+    }
+    return [sentence for sentence, is_absent in absent.items() if is_absent]
 
 
 def shown(results: list[Result]) -> list[Result]:
@@ -496,18 +439,10 @@ def headline(results: list[Result]) -> str:
     parts = []
     for result in shown(results):
         first, *_ = result.parts()
-        parts += [f"A step, and time added to it, {measure(result)}, {result.machine['device']}:\n"]
-        parts += [table(headline_rows(first))] if first.of(STEP) else []
+        parts += [f"A step, and time added to it, {clock(result)}, {result.machine['device']}:\n"]
+        parts += [step_table(first, HEADLINE)] if first.of(STEP) else []
         parts += [brief_verdict(first)] * bool(first.of(BOTH))
     return "\n".join([*parts, *not_measured(results)])
-
-
-def headline_rows(result: Result) -> list[list[str]]:
-    """Return the heading, and the rows of the README."""
-    head, *rows = step_rows(result)
-    cells = {label: rest for label, *rest in rows}
-    head[0] = "ms; batch x time x hidden"
-    return [head, *([name, *cells[label]] for label, name in HEADLINE.items() if label in cells)]
 
 
 def figures(results: list[Result]) -> str:
@@ -528,8 +463,8 @@ def device_part(result: Result) -> list[str]:
     parts += [f"With {HOW[first.allocator]}.\n"] * (not result.on_gpu) + tables(first)
     for part in others:
         text = "\n".join([f"With {HOW[part.allocator]}.\n", *tables(part)])
-        parts += [folded(f"The same with {SHORT[part.allocator]}", text)]
-    parts += [f"![{alt}](../bench/results/{result.name}-{kind}.svg)\n" for kind, alt, _ in plots(result)]
+        parts += [folded("The same with the system's default allocator", text)]
+    parts += [f"![{title}](../bench/results/{result.name}-{name}.svg)\n" for name, title in plots(result).items()]
     return [*parts, f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
 
 
@@ -543,12 +478,17 @@ def folded(title: str, text: str) -> str:
 def tables(result: Result) -> list[str]:
     """Render every table for the cases of one allocator, with its title."""
     parts = step_tables(result)
-    parts += [PENALTY_TITLE, penalty_table(result), penalty_verdict(result)] if result.of(BOTH) else []
-    parts += [CHANGING_TITLE, penalty_table(result, CHANGING)] if result.of(CHANGING) else []
-    if result.of(DROPOUT):
-        parts += [DROPOUT_TITLE, dropout_table(result), dropout_verdict(result)]
-    parts += [PADDED_TITLE, padded_table(result)] if result.of(PADDED) else []
-    parts += [CHANGES_TITLE, penalty_table(result, CHANGES)] if result.of(CHANGES) else []
+    parts += [f"{HEADING}The penalty\n", speed_table(result), penalty_verdict(result)] if result.of(BOTH) else []
+    parts += [f"{HEADING}The worst case\n", speed_table(result, CHANGING)] if result.of(CHANGING) else []
+    parts += (
+        [f"{HEADING}Dropout and the penalty\n", dropout_table(result), dropout_verdict(result)]
+        if result.of(DROPOUT)
+        else []
+    )
+    parts += (
+        [f"{HEADING}Padding\n", speed_table(result, PADDED, ("without lengths", *PEERS))] if result.of(PADDED) else []
+    )
+    parts += [f"{HEADING}Another axis of time\n", speed_table(result, CHANGES)] if result.of(CHANGES) else []
     return parts
 
 
@@ -562,86 +502,44 @@ def with_part(page: str, part: str, begin: str = BEGIN) -> str:
     return f"{before}{begin}\n{part}\n{END}{after}"
 
 
-def plots(result: Result) -> list[tuple[str, str, Callable[[Result], Figure]]]:
-    """Return kind, description and drawing function of every plot, for the first part of a result."""
-    result, *_ = result.parts()
-    drawn = []
-    if result.of(BOTH):
-        drawn.append(("speedup", "How many times as fast as its peers fastreg is, by shape", speedup_plot))
-    if result.of(DROPOUT):
-        drawn.append(("dropout", "How many times the time of dropout alone it takes with the penalty", dropout_plot))
-    if result.on_gpu and result.of(BOTH):
-        drawn.append(("roofline", "Bandwidth reached against the size of the inputs, beside a copy's", roofline_plot))
-    return drawn
+PLOTS = {  # by file: the kind of cases, and the title
+    "speedup": (BOTH, "AR and TAR: how many times as fast as the formula fastreg is"),
+    "dropout": (DROPOUT, "Dropout with AR and TAR: how many times the time of dropout alone"),
+}
 
 
-def speedup_plot(result: Result) -> Figure:
-    cases = result.of(BOTH)
-    bars = {f"against {peer}": [case.times_as_fast("fastreg", peer) for case in cases] for peer in PEERS}
-    title = "AR and TAR: how many times as fast as the formula fastreg is"
-    return bar_plot(result, cases, bars, (title, "times as fast, forward + backward", "%.1f"))
+def plots(result: Result) -> dict[str, str]:
+    """Return the title of each plot that the first part of a result has cases for."""
+    first, *_ = result.parts()
+    return {name: title for name, (kind, title) in PLOTS.items() if first.of(kind)}
 
 
-def dropout_plot(result: Result) -> Figure:
-    cases = result.of(DROPOUT)
-    peers = {"dropout + eager": "eager", "dropout + fused_ar_tar": "fused_ar_tar", "fused": "fastreg"}
-    bars = {label: [case.cost(peer) for case in cases] for label, peer in peers.items()}
-    title = "Dropout with AR and TAR: how many times the time of dropout alone"
-    return bar_plot(result, cases, bars, (title, "times the time of dropout alone, forward + backward", "%.2f"))
-
-
-def bar_plot(result: Result, cases: list[Case], bars: dict[str, list[float]], texts: tuple[str, str, str]) -> Figure:
-    """A group of bars for each case, from top to bottom, that start at 1 on a log axis.
-
-    Args:
-        result: cases of one allocator.
-        cases: of one kind.
-        bars: of each legend entry the ends of its bars, one a case.
-        texts: the title, the axis, and the format of a bar's label.
-    """
-    title, axis, form = texts
+def plot(result: Result, name: str) -> Figure:
+    """Draw a group of bars for each case of the first part of a result, from top to bottom."""
+    kind, title = PLOTS[name]
+    first, *_ = result.parts()
+    cases = first.of(kind)
+    if kind == BOTH:
+        bars = {f"against {peer}": [case.times_as_fast("fastreg", peer) for case in cases] for peer in PEERS}
+    else:
+        peers = {"dropout + eager": "eager", "dropout + fused_ar_tar": "fused_ar_tar", "fused": "fastreg"}
+        bars = {label: [case.cost(peer) for case in cases] for label, peer in peers.items()}
     figure = Figure(figsize=(8, 1.6 + 0.15 * len(bars) * len(cases)), layout="constrained")
     axes = figure.subplots()
-    axes.set_xscale("log")
     height = 0.8 / len(bars)
     for i, (label, ends) in enumerate(bars.items()):
         places = [case - 0.4 + height * (i + 0.5) for case in range(len(cases))]
-        drawn = axes.barh(places, [end - 1 for end in ends], height, left=1, label=label)
-        axes.bar_label(drawn, [form % end for end in ends], padding=2, fontsize=7)
-    least, most = min(1, *map(min, bars.values())), max(1, *map(max, bars.values()))
-    room = (most / least) ** 0.1 * 1.05  # for the labels
-    axes.set_xlim(least / room, most * room)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+        drawn = axes.barh(places, ends, height, label=label)
+        axes.bar_label(drawn, [f"{end:.2f}" for end in ends], padding=2, fontsize=7)
+    axes.margins(x=0.1)  # for the labels
     axes.set_yticks(range(len(cases)), [case.label for case in cases])
     axes.set_ylabel(SHAPE)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    machine = result.machine["device"] if result.on_gpu else f"{result.machine['device']}, {result.allocator}"
-    axes.set_xlabel(f"{axis} (log scale)\n{machine}")
+    machine = result.machine["device"] if result.on_gpu else f"{result.machine['device']}, {first.allocator}"
+    axes.set_xlabel(f"times, forward + backward\n{machine}")
     figure.suptitle(title, fontsize="medium")
     figure.legend(loc="outside lower right", ncols=len(bars), fontsize=8)
-    return figure
-
-
-def roofline_plot(result: Result) -> Figure:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for kind, marker in ((BOTH, "o"), ("forward", "^")):
-        for peer in ("fastreg", "compiled"):
-            measured = [case for case in result.of(kind) if "bandwidth" in case.info[peer]]
-            cases = sorted(measured, key=lambda case: case.any_info["least_bytes"])
-            sizes = [case.any_info["least_bytes"] / (2 if kind == BOTH else 1) / 1e6 for case in cases]
-            reached = [case.info[peer]["bandwidth"] / 1e12 for case in cases]
-            axes.plot(sizes, reached, marker, alpha=0.7, label=f"{peer}, {kind}")
-    axes.axhline(result.machine["copy_bandwidth"] / 1e12, color="black", linewidth=0.8, label="copy, measured")
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"inputs, MB\n{result.machine['device']}")
-    axes.set_ylabel("bytes moved over time, TB/s")
-    figure.suptitle("Bandwidth reached, by the size of the inputs", fontsize="medium")
-    axes.legend(fontsize=8)
     return figure
 
 
@@ -655,8 +553,8 @@ def main() -> None:
     results = [load(file) for file in sorted(RESULTS.glob("*.json"))]
     for result in results:
         (RESULTS / f"{result.name}.md").write_text(full_table(result))
-        for kind, _, plot in plots(result):
-            save(plot(result.parts()[0]), RESULTS / f"{result.name}-{kind}.svg", result.digest)
+        for name in plots(result):
+            save(plot(result, name), RESULTS / f"{result.name}-{name}.svg", result.digest)
     for page, part in PAGES.items():
         page.write_text(with_part(page.read_text(), part(results)))
     print(figures(results))

@@ -141,10 +141,10 @@ def measure(folder: Path, commit: str, seconds: float, only: str) -> int:
         options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={new}"]
         limits = [f"--seconds={seconds}", f"--commit={commit}", "-k", only]
         status = pytest.main([*options, *limits, f"{ROOT}/bench/benchmarks.py"])
-        if not new.exists() or new.stat().st_size == 0:
-            print("bench.run: nothing was measured")
-            return 1
-        text = new.read_text()
+        text = new.read_text() if new.exists() else ""
+    if not text:
+        print("bench.run: nothing was measured")
+        return 1
     file = folder / machine.file_name(json.loads(text)["machine_info"]["device"])
     write(file, text)
     print("\n".join(report.step_tables(report.load(file))), flush=True)

@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -64,6 +65,7 @@ class Job:
     setting: Setting
     coefficients: tuple[float, float]
     seed: int
+    device: str = "cpu"
 
 
 def places() -> dict[str, str]:
@@ -71,16 +73,23 @@ def places() -> dict[str, str]:
     return {**machine.facts(), "device": machine.processor_name(), "python": platform.python_version()}
 
 
-def train(job: Job, commit: str) -> Run:
-    """Train one model to the end, and evaluate it after every epoch."""
+def train(job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], object] = lambda *_: None) -> Run:
+    """Train one model to the end, and evaluate it after every epoch.
+
+    Args:
+        job: the training.
+        commit: that is recorded.
+        told: is called after an epoch, with its number, and loss, AR, TAR, validation loss and seconds so far.
+    """
     start = time.perf_counter()
     setting, (alpha, beta) = job.setting, job.coefficients
-    corpus = build_corpus(read_text(setting.text), setting.words, torch.device("cpu"))
+    corpus = build_corpus(read_text(setting.text), setting.words, torch.device(job.device))
     trained = training.Training(corpus, alpha, beta, job.seed)
     epochs, valid_loss = [], []
-    for _ in range(setting.epochs):
-        epochs.append(trained.epoch(lambda _: None).mean(0).tolist())
+    for epoch in range(1, setting.epochs + 1):
+        epochs.append(trained.epoch().mean(0).tolist())
         valid_loss.append(training.evaluate(trained.model, corpus.valid))
+        told(job, epoch, (*epochs[-1], valid_loss[-1], time.perf_counter() - start))
     train_loss, ar, tar = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
     return Run(
         alpha,
@@ -168,8 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     render(file)
     study = load(file)
     if file == COMMITTED:
-        for page, part in PAGES.items():
-            page.write_text(with_part(page.read_text(), part(study), BEGIN))
+        for page in PAGES:
+            page.write_text(with_part(page.read_text(), summary(study), BEGIN))
     print(f"\n{summary(study)}\nwrote {file.with_suffix('.md')} and {file.with_suffix('.svg')}")
     return 0
 

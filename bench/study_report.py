@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from bench.report import RESULTS, ROOT, save, table
@@ -26,21 +27,6 @@ METHOD = """\
 Losses and perplexities are of a word and leave the penalties out. The gap is validation minus training, both after the
 last epoch and in evaluation mode. AR and TAR are the last epoch's means, in training. A seed has the same first
 weights, dropout masks and sequence lengths with all coefficients, which makes pairs. ±: the standard error of the mean.
-"""
-PAPER = """\
-## Beside the paper
-
-Merity, McCann and Socher, ["Revisiting Activation Regularization for Language RNNs"](https://arxiv.org/abs/1708.01009)
-(2017), report that AR and TAR improve language models on Penn Treebank and on WikiText-2 (Tables 1 and 2), as much as
-more complicated regularization. %s The size is not compared: the figures of their tables were not at hand, and
-none is quoted from memory. It would differ anyway, because the settings do:
-
-- The text: this one is about a tenth of Penn Treebank's training text and a twentieth of WikiText-2's, of one style.
-- The model: two layers of 128 and 96 units, so that 20 trainings fit two cores.
-- The other regularization: the paper's own LSTMs have none of their recurrent connections. Here DropConnect drops
-  recurrent weights, as in the AWD-LSTM that came after.
-- The training: Adam at one learning rate, for as many epochs in each case.
-- The coefficients: those of AWD-LSTM, 2 and 1, without a search for others.
 """
 
 
@@ -79,18 +65,9 @@ class Run:
         return min(self.perplexities)
 
     @property
-    def best_epoch(self) -> int:
-        return self.perplexities.index(self.best) + 1
-
-    @property
     def final_train(self) -> float:
         """The perplexity of the training text after the last epoch, measured as that of the validation text."""
         return math.exp(self.final_train_loss)
-
-    @property
-    def loss_gap(self) -> float:
-        """The generalization gap after the last epoch, in nats a word."""
-        return self.valid_loss[-1] - self.final_train_loss
 
 
 class Study:
@@ -139,27 +116,32 @@ def average(values: list[float], form: str) -> str:
     return f"{mean(values):{form}} ± {stdev(values) / math.sqrt(len(values)):{form.removeprefix('+')}}"
 
 
+COLUMNS: dict[str, tuple[Callable[[Run], float], str]] = {
+    "validation perplexity, end": (lambda run: run.final, ".2f"),
+    "best": (lambda run: run.best, ".2f"),
+    "best epoch": (lambda run: run.perplexities.index(run.best) + 1, ".1f"),
+    "training perplexity, end": (lambda run: run.final_train, ".2f"),
+    "gap in perplexity": (lambda run: run.final - run.final_train, ".2f"),
+    "gap in loss": (lambda run: run.valid_loss[-1] - run.final_train_loss, ".3f"),
+    "AR": (lambda run: run.ar[-1], ".4f"),
+    "TAR": (lambda run: run.tar[-1], ".4f"),
+}
+
+
 def averages_table(study: Study) -> str:
-    columns: dict[str, tuple[Callable[[Run], float], str]] = {
-        "validation perplexity, end": (lambda run: run.final, ".2f"),
-        "best": (lambda run: run.best, ".2f"),
-        "best epoch": (lambda run: run.best_epoch, ".1f"),
-        "training perplexity, end": (lambda run: run.final_train, ".2f"),
-        "gap in perplexity": (lambda run: run.final - run.final_train, ".2f"),
-        "gap in loss": (lambda run: run.loss_gap, ".3f"),
-        "AR": (lambda run: run.ar[-1], ".4f"),
-        "TAR": (lambda run: run.tar[-1], ".4f"),
-    }
-    rows = [["(alpha, beta)", "seeds", *columns]]
+    rows = [["(alpha, beta)", "seeds", *COLUMNS]]
     for coefficients in study.trained:
         runs = study.of(coefficients)
-        cells = [average([value(run) for run in runs], form) for value, form in columns.values()]
+        cells = [average([value(run) for run in runs], form) for value, form in COLUMNS.values()]
         rows.append([label(coefficients), str(len(runs)), *cells])
     return table(rows)
 
 
 def differences(pairs: list[tuple[Run, Run]], value: Callable[[Run], float]) -> list[float]:
     return [value(run) - value(plain) for run, plain in pairs]
+
+
+ENDS: dict[str, Callable[[Run], float]] = {"end": lambda run: run.final, "best": lambda run: run.best}
 
 
 def after(study: Study, coefficients: tuple[float, float], epoch: int) -> str:
@@ -178,67 +160,34 @@ def paired_table(study: Study) -> str:
     rows = [["(alpha, beta)", "perplexity", *(f"seed {seed}" for seed in seeds), "mean", "lower in"]]
     for coefficients in study.trained[1:]:
         pairs = study.pairs(coefficients)
-        for name, value in (("end", lambda run: run.final), ("best", lambda run: run.best)):
-            of_seed = {run.seed: f"{value(run) - value(plain):+.2f}" for run, plain in pairs}
+        for name, value in ENDS.items() if pairs else ():
             values = differences(pairs, value)
-            if values:
-                cells = [*(of_seed.get(seed, "") for seed in seeds), average(values, "+.2f"), lower(values)]
-                rows.append([label(coefficients), name, *cells])
+            of_seed = {run.seed: f"{x:+.2f}" for (run, _), x in zip(pairs, values, strict=True)}
+            cells = [*(of_seed.get(seed, "") for seed in seeds), average(values, "+.2f"), lower(values)]
+            rows.append([label(coefficients), name, *cells])
     return table(rows)
 
 
 def runs_table(study: Study) -> str:
-    head = ["(alpha, beta)", "seed", "validation perplexity, end", "best", "best epoch", "training perplexity, end"]
-    rows = [[*head, "gap in loss", "AR", "TAR"]]
+    rows = [["(alpha, beta)", "seed", *COLUMNS]]
     for run in study.runs:
-        row = [label(run.coefficients), str(run.seed), f"{run.final:.2f}", f"{run.best:.2f}", str(run.best_epoch)]
-        rows.append([*row, f"{run.final_train:.2f}", f"{run.loss_gap:.3f}", f"{run.ar[-1]:.4f}", f"{run.tar[-1]:.4f}"])
+        cells = [f"{value(run):{form}}".removesuffix(".0") for value, form in COLUMNS.values()]
+        rows.append([label(run.coefficients), str(run.seed), *cells])
     return table(rows)
 
 
 def summary(study: Study) -> str:
-    """Return the result, in a sentence for each pair of coefficients."""
-    sentences = []
-    for coefficients in study.trained[1:]:
-        pairs = study.pairs(coefficients)
-        final, best = (differences(pairs, value) for value in (lambda run: run.final, lambda run: run.best))
-        if final:
-            what = f"{average(final, '+.2f')} at the end (lower in {lower(final)} seeds)"
-            sentences.append(f"{label(coefficients)}: {what}, {average(best, '+.2f')} at best ({lower(best)}).")
+    """Return the result at the end of training, in two sentences."""
     plain = study.of(BASELINE)
     if not plain:
         return "No training without regularization: nothing to compare with.\n"
-    text = (
-        f"Validation perplexity without regularization: {average([run.final for run in plain], '.2f')} at the end, "
-        f"{average([run.best for run in plain], '.2f')} at best.\nWith (alpha, beta), against the same seed without, "
-        "mean and its standard error:\n"
-    )
-    return "\n".join([text, *(f"- {sentence}" for sentence in sentences)]) + "\n"
-
-
-def brief(study: Study) -> str:
-    """Return the result at the end of training, in two sentences."""
-    parts = []
-    for coefficients in study.trained[1:]:
-        values = differences(study.pairs(coefficients), lambda run: run.final)
-        parts.append(f"{label(coefficients)} {average(values, '+.2f')}, {lower(values)}")
-    plain = study.of(BASELINE)
+    values = {x: differences(study.pairs(x), lambda run: run.final) for x in study.trained[1:] if study.pairs(x)}
+    changes = "; ".join(f"{label(x)} {average(those, '+.2f')}, {lower(those)}" for x, those in values.items())
     return (
         f"A small AWD-LSTM, trained on {plain[0].settings['words']:,} words, ends at a validation perplexity of "
         f"{average([run.final for run in plain], '.2f')}. The change by (alpha, beta), and the seeds that improve: "
-        f"{'; '.join(parts)}.\n"
+        f"{changes}.\n"
     )
-
-
-def direction(study: Study) -> str:
-    """Whether the means moved as the paper's figures did, in a sentence."""
-    means = {x: mean(differences(study.pairs(x), lambda run: run.final)) for x in study.trained[1:] if study.pairs(x)}
-    agree = [label(coefficients) for coefficients, difference in means.items() if difference < 0]
-    differ = [label(coefficients) for coefficients, difference in means.items() if difference >= 0]
-    parts = [
-        f"the mean perplexity is {word} with {', '.join(x)}" for word, x in (("lower", agree), ("not", differ)) if x
-    ]
-    return f"Here, at the end, {' and '.join(parts)}." if parts else "Here there is nothing to compare with."
 
 
 def where(study: Study) -> str:
@@ -262,7 +211,6 @@ def page(study: Study, name: str) -> str:
         "Differences in validation perplexity to the training without regularization of the same seed:\n",
         paired_table(study),
         f"![Validation perplexity by epoch, and its difference to training without regularization]({name}.svg)\n",
-        PAPER % direction(study),
         "## All runs\n",
         runs_table(study),
     ]
@@ -276,20 +224,16 @@ def plot(study: Study) -> Figure:
     for i, coefficients in enumerate(study.trained):
         runs, color = study.of(coefficients), f"C{i}"
         epochs = range(1, len(runs[0].valid_loss) + 1)
-        curves = [run.perplexities for run in runs]
-        for curve in curves:
-            above.plot(epochs, curve, color=color, alpha=0.25, linewidth=0.7)
-        above.plot(
-            epochs, [mean(column) for column in zip(*curves, strict=True)], color=color, label=label(coefficients)
-        )
+        curves = np.array([run.perplexities for run in runs])
+        above.plot(epochs, curves.T, color=color, alpha=0.25, linewidth=0.7)
+        above.plot(epochs, curves.mean(0), color=color, label=label(coefficients))
         pairs = study.pairs(coefficients) if coefficients != BASELINE else []
-        gains = [[a - b for a, b in zip(run.perplexities, plain.perplexities, strict=True)] for run, plain in pairs]
-        if gains:
-            below.plot(epochs, [mean(column) for column in zip(*gains, strict=True)], color=color)
-        if len(gains) > 1:
-            errors = [stdev(column) / math.sqrt(len(column)) for column in zip(*gains, strict=True)]
-            middle = [mean(column) for column in zip(*gains, strict=True)]
-            low, high = ([m + sign * e for m, e in zip(middle, errors, strict=True)] for sign in (-1, 1))
+        gains = np.array([np.subtract(run.perplexities, plain.perplexities) for run, plain in pairs])
+        if pairs:
+            below.plot(epochs, gains.mean(0), color=color)
+        if len(pairs) > 1:
+            error = gains.std(0, ddof=1) / math.sqrt(len(pairs))
+            low, high = gains.mean(0) - error, gains.mean(0) + error
             below.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
     best = min(run.best for run in study.runs)
     above.set_ylim(0.95 * best, 1.6 * best)  # the first epochs would hide the rest
@@ -303,7 +247,7 @@ def plot(study: Study) -> Figure:
     return figure
 
 
-PAGES = {ROOT / "README.md": brief, ROOT / "docs" / "coefficients.md": summary}  # the text between BEGIN and the end
+PAGES = ROOT / "README.md", ROOT / "docs" / "coefficients.md"  # with the summary between BEGIN and the end
 
 
 def render(file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import itertools
 import resource
@@ -27,11 +28,9 @@ COPY_BYTES = 2**30
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device; the CPU is always done."""
+    """Wait for a GPU; the CPU is always done."""
     if device == "cuda":
         torch.cuda.synchronize()
-    elif device != "cpu":
-        torch.accelerator.synchronize()
 
 
 @contextmanager
@@ -52,12 +51,14 @@ class Turn(NamedTuple):
     own: float  # of the process, all threads together, in which other programs do not count
 
 
-def take_turns(calls: Mapping[str, Call], device: str, seconds: float, repeats: int) -> dict[str, list[Turn]]:
+def take_turns(
+    calls: Mapping[str, Call], device: str, seconds: float, repeats: int, wait: bool = True
+) -> dict[str, list[Turn]]:
     """Measure every peer, round by round.
 
     In a round each peer has one turn, so that whatever else the machine does hits all alike, and every round another
-    begins. A turn is `repeats` calls with one wait for the device at the end, as in training. Every call takes the next
-    inputs. The rounds fill `seconds`, within limits.
+    begins. A turn is `repeats` calls and, with `wait`, one wait for the device at the end, as in training. Every call
+    takes the next inputs. The rounds fill `seconds`, within limits.
     """
     number = itertools.count()
 
@@ -66,7 +67,8 @@ def take_turns(calls: Mapping[str, Call], device: str, seconds: float, repeats: 
         wall, own = time.perf_counter(), time.process_time()
         for _ in range(repeats):
             call(next(number))
-        synchronize(device)
+        if wait:
+            synchronize(device)
         own, wall = time.process_time() - own, time.perf_counter() - wall
         return Turn(wall / repeats, own / repeats)
 
@@ -87,22 +89,17 @@ def take_turns(calls: Mapping[str, Call], device: str, seconds: float, repeats: 
 class Replay:
     """A clock that stands still but for durations measured before.
 
-    pytest-benchmark runs one benchmark after the other. The peers of a case take turns instead, and each benchmark
-    then counts the rounds of its peer by this clock: it advances by one of them a round.
+    pytest-benchmark runs one benchmark after the other. The peers of a case take turns instead, and then each benchmark
+    reads the durations of its peer from this clock.
     """
 
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.durations: Iterator[float] = iter(())
-
-    def load(self, durations: Sequence[float]) -> None:
-        self.now, self.durations = 0.0, iter(durations)
+    now = 0.0
 
     def read(self) -> float:
         return self.now
 
-    def advance(self) -> None:
-        self.now += next(self.durations)
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
@@ -169,15 +166,8 @@ def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
 
 def host_seconds(call: Call) -> float:
     """Seconds until a call returns, the device idle before and its queue never full."""
-    times = []
-    for first in range(0, 100, 5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for i in range(first, first + 5):
-            call(i)
-        times.append((time.perf_counter() - start) / 5)
-    torch.cuda.synchronize()
-    return statistics.median(times)
+    turns = take_turns({"": call}, "cuda", 0.1, 5, wait=False)
+    return statistics.median(turn.wall for turn in turns[""])
 
 
 def launches(call: Call) -> int:
@@ -218,6 +208,7 @@ def allocations(profiled: profile) -> list[int]:
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
+@functools.cache
 def copy_bandwidth() -> float:
     """Bytes a second that a large copy on the GPU reads and writes."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +34,16 @@ class Training:
         self.model.decoder.bias.data.copy_(corpus.log_frequencies())
         self.optimizer = Adam(self.model.parameters(), LEARNING_RATE)
         self.regularizer = RNNRegularizer(alpha, beta, bptt=BPTT)
-        self.measures_both = bool(alpha and beta)
 
-    def epoch(self, progress: Callable[[int], object]) -> Tensor:
-        """Pass once over the text, and tell `progress` the number of words of each step.
+    def epoch(self) -> Tensor:
+        """Pass once over the text.
 
         Returns:
             Every step's loss without the penalties, AR and TAR: `(steps, 3)`, on the CPU.
         """
         self.model.train()
         self.regularizer.on_epoch_begin(self.model)
-        steps = []
-        for ids, following in batches(self.rows, self.length):
-            steps.append(self.step(ids, following))
-            progress(ids.numel())
-        return torch.stack(steps).cpu()
+        return torch.stack([self.step(*batch) for batch in batches(self.rows, self.length)]).cpu()
 
     def length(self) -> int:
         """Draw a number of time steps, as AWD-LSTM varies it."""
@@ -66,11 +60,9 @@ class Training:
         with self.regularizer.scaled_lr(self.optimizer, ids.shape[1]):  # a short sequence is less to learn from
             self.optimizer.step()
         _, raw, dropped = output
-        if self.measures_both:
-            ar, tar = self.regularizer.ar, self.regularizer.tar
-        else:  # a term that is off is not computed
-            _, ar, tar = fused_ar_tar(raw.detach(), dropped.detach(), 1, 1, return_terms=True)
-        return torch.stack([loss.detach(), ar, tar])  # pyright: ignore[reportArgumentType]
+        # The regularizer computes no term that is off.
+        _, ar, tar = fused_ar_tar(raw.detach(), dropped.detach(), 1, 1, return_terms=True)
+        return torch.stack([loss.detach(), ar, tar])
 
 
 @torch.no_grad()

@@ -31,8 +31,8 @@ def main() -> int:
     if CPP is not None:
         print(f"library for CPUs: {cpu.description()}")
     warnings.simplefilter("ignore")  # the report says more
-    failed = False
-    for device in devices():
+    failed, found = False, list(devices())
+    for device in found:
         backend = backend_for(device)
         code = f"the plain formula ({why_formula(device)})" if backend is None else backend.name
         try:
@@ -42,6 +42,8 @@ def main() -> int:
             failed = True
             outcome = f"SELF-TEST FAILED: {type(error).__name__}: {str(error).strip()}"
         print(f"{device}: {code}; {outcome}")
+    if len(found) > 1:
+        print("to measure this GPU, and send the results: bench/on_gpu.ipynb in the repository")
     return int(failed)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -24,13 +25,24 @@ from tests.conftest import gpu, skip_without
 
 skip_without("pytest_benchmark", "matplotlib")
 
-from bench import benchmarks, cases, compare, host, machine, report, run, steps, timing  # noqa: E402
-from bench.formulas import fastai  # noqa: E402
+from bench import benchmarks, cases, host, machine, nets, offline, report, run, steps, timing  # noqa: E402
 from fastreg import fused_ar_tar  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 ON_GPU = pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+
+
+def in_a_process(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python without a GPU, and with no other settings of the allocator than these."""
+    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("MALLOC_", "PYTEST_XDIST_"))}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment, **PIPES)
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, module: Any, **values: Any) -> None:
+    for name, value in values.items():
+        monkeypatch.setattr(module, name, value)
 
 
 def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:
@@ -70,7 +82,8 @@ def test_kept_bytes() -> None:
     assert timing.kept_bytes(lambda _: (raw.exp(),), (raw,)) == 0, "it is given anyway"
     assert timing.kept_bytes(lambda _: (raw.exp().sum(),), (raw,)) == raw.nbytes
     # the backward's results are not in the memory of tensors that were kept before
-    call = cases.PenaltyCase((4, 6, 5), torch.float32).call(fastai, [(raw, dropped)])
+    case = cases.PenaltyCase((4, 6, 5), torch.float32)
+    call = case.call(case.peers()["eager"], [(raw, dropped)])
     assert timing.kept_bytes(call, (raw, dropped)) == 4 * 5 * 5 * 4, "the changes"
 
 
@@ -94,38 +107,37 @@ def test_a_gpu_runs_the_cases_of_a_cpu_in_the_order_of_their_use() -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure few rounds on the CPU, without the compiler."""
     monkeypatch.setattr(torch, "compile", lambda way, **options: way)
-    for name, value in {"DEVICE": "cpu", "STEP_SHARE": 0.0, "SECONDS": 0.0}.items():
-        monkeypatch.setattr(benchmarks, name, value)
+    set_all(monkeypatch, benchmarks, DEVICE="cpu", STEP_SHARE=0.0, SECONDS=0.0)
+
+
+CASES = (
+    cases.PenaltyCase((3, 5, 8), torch.float32, cases.CHANGING, cases.TIME_FIRST),
+    cases.PenaltyCase((3, 5, 8), torch.float32, same=True),
+    cases.PenaltyCase((3, 5, 8), torch.float32, cases.FORWARD),
+    cases.DropoutCase((3, 5, 8), torch.float32),
+    cases.DropoutCase((3, 5, 8), torch.float32, layout=cases.TIME_FIRST),
+    cases.PaddedCase((3, 5, 8), torch.float32),
+    cases.ChangesCase((3, 5, 8), torch.float32, layout=cases.CONTIGUOUS),
+    cases.ChangesCase((3, 5, 8), torch.float32),
+)
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    ("case", "results"),
-    [
-        (cases.PenaltyCase((3, 5, 8), torch.float32, batch_first=False, changing=True), 2),
-        (cases.PenaltyCase((3, 5, 8), torch.float32, same=True), 1),
-        (cases.PenaltyCase((3, 5, 8), torch.float32, backward=False), 1),
-        (cases.DropoutCase((3, 5, 8), torch.float32), 2),
-        (cases.DropoutCase((3, 5, 8), torch.float32, batch_first=False), 2),
-        (cases.PaddedCase((3, 5, 8), torch.float32), 2),
-        (cases.ChangesCase((3, 5, 8), torch.float32, contiguous=True), 1),
-        (cases.ChangesCase((3, 5, 8), torch.float32, contiguous=False), 1),
-    ],
-    ids=str,
-)
-def test_the_calls_of_peers_give_the_same(case: Any, results: int) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_calls_of_peers_give_the_same(case: Any) -> None:
     """From one seed, and but for those without a penalty or without lengths."""
     sets = cases.input_sets(case, "cpu")
     assert len(sets) == cases.MOST_SETS, "small inputs: as many as are allowed"
-    assert sets[0][0].is_contiguous() == getattr(case, "contiguous", True)
-    others, got = {"dropout alone", "compiled dropout alone", "without lengths"}, {}
-    for name, call in cases.calls(case, sets).items():
+    assert sets[0][0].is_contiguous() == (case.layout == cases.CONTIGUOUS or not isinstance(case, cases.ChangesCase))
+    got = {}
+    for name, call in cases.calls(case, sets, case.PEERS).items():
         call(0)
         torch.manual_seed(5)
         got[name] = call(1)
-    assert len(got["eager"]) == results
+    one_tensor = case.kind == cases.FORWARD or case.same or isinstance(case, cases.ChangesCase)
+    assert len(got["eager"]) == (1 if one_tensor else 2)
     for name in got:
-        if name in others:
+        if name in ("dropout alone", "compiled dropout alone", "without lengths"):
             assert not torch.allclose(got[name][-1], got["eager"][-1])
         else:
             torch.testing.assert_close(got[name], got["eager"], msg=lambda m, name=name: f"{name}: {m}")
@@ -151,9 +163,9 @@ def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(
             skip_without(package)
     monkeypatch.setattr(torch, "compile", lambda way, **options: way)
     monkeypatch.setattr(steps, "P", 0.4)
-    monkeypatch.setattr(steps, "LEARNING_RATE", 1.0)
-    nets, net = [], type(step).net
-    monkeypatch.setattr(type(step), "net", lambda *options: nets.append(net(*options)) or nets[-1])
+    monkeypatch.setattr(nets, "LEARNING_RATE", 1.0)
+    made, net = [], type(step).net
+    monkeypatch.setattr(type(step), "net", lambda *options: made.append(net(*options)) or made[-1])
     torch.manual_seed(1)
     sets = [step.inputs("cpu")]
     weights, losses = {}, {}
@@ -161,7 +173,7 @@ def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(
         call = step.call(way, sets)
         torch.manual_seed(2)
         losses[name] = [call(i) for i in range(2)]
-        weights[name] = torch.cat([x.detach().flatten() for x in nets[-1].parameters()])
+        weights[name] = torch.cat([x.detach().flatten() for x in made[-1].parameters()])
     assert tuple(weights) == step.PEERS
     without, want = weights.pop(steps.WITHOUT), weights["eager"]
     for name, got in weights.items():
@@ -184,9 +196,9 @@ def test_an_error_of_a_training_in_turns_is_that_of_the_call() -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_step_is_measured_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """By rounds of the process's own time, and the peak memory."""
-    threads, forward = [], steps.LSTM.forward
+    threads, forward = [], nets.LSTM.forward
     monkeypatch.setattr(
-        steps.LSTM, "forward", lambda *options: threads.append(torch.get_num_threads()) or forward(*options)
+        nets.LSTM, "forward", lambda *options: threads.append(torch.get_num_threads()) or forward(*options)
     )
     before = torch.get_num_threads()
     measured, _ = benchmarks.measure_peers(steps.LSTMStep((3, 6, 4)))
@@ -213,7 +225,7 @@ def test_figures_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     timers = {"host_seconds": 0.001, "peak_bytes": 2040, "graph_seconds": 0.002, "launches": 2}
     for name, value in timers.items():
         monkeypatch.setattr(timing, name, lambda *_, value=value: value)
-    monkeypatch.setattr(benchmarks, "copy_bandwidth", lambda: 1e6)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e6)
     figures = benchmarks.gpu_figures(lambda _: (), 2880, 3)
     seconds = timers.pop("graph_seconds")
     timers |= {"graph_warm_seconds": seconds, "graph_rotated_seconds": seconds}
@@ -243,7 +255,7 @@ def test_a_failed_capture_leaves_no_stream_behind(device: str) -> None:
 
 LAUNCHES = {
     cases.PenaltyCase((64, 70, 400), torch.bfloat16): {"eager": 30, "compiled": 6, "fastreg": 2},
-    cases.PenaltyCase((64, 70, 400), torch.float32, backward=False): {"fastreg": 1},
+    cases.PenaltyCase((64, 70, 400), torch.float32, cases.FORWARD): {"fastreg": 1},
     cases.DropoutCase((64, 70, 400), torch.bfloat16): {"dropout alone": 4, "eager": 36, "compiled": 8, "fastreg": 4},
     cases.PaddedCase((64, 70, 400), torch.bfloat16): {"without lengths": 2, "eager": 44, "compiled": 10, "fastreg": 2},
 }
@@ -253,7 +265,8 @@ LAUNCHES = {
 @pytest.mark.parametrize("case", LAUNCHES, ids=str)
 def test_launches(case: Any, device: str) -> None:
     """Count no more of fastreg in deterministic mode, in which PyTorch fills memory."""
-    calls, want = cases.calls(case, cases.input_sets(case, device)), LAUNCHES[case]
+    want = LAUNCHES[case]
+    calls = cases.calls(case, cases.input_sets(case, device), want)
     assert {peer: timing.launches(calls[peer]) for peer in want} == want
     torch.use_deterministic_algorithms(True)
     try:
@@ -264,16 +277,15 @@ def test_launches(case: Any, device: str) -> None:
 
 
 @ON_GPU
-@pytest.mark.parametrize(("batch", "more"), [(64, 0), (128, 1)])
-def test_valid_steps_take_one_launch_more_beyond_8192(batch: int, more: int, device: str) -> None:
+@pytest.mark.parametrize(("batch", "launches"), [(64, 2), (128, 3)])
+def test_valid_steps_take_one_launch_more_beyond_8192(batch: int, launches: int, device: str) -> None:
     raw, dropped = (torch.zeros(batch, 70, 400, device=device, requires_grad=True) for _ in range(2))
     valid, one = torch.ones(batch, 70, dtype=torch.bool, device=device), torch.ones((), device=device)
 
-    def call(_: int, **options: Any) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0, **options), (raw, dropped), one)
+    def call(_: int) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0, valid=valid), (raw, dropped), one)
 
-    assert timing.launches(call) == 2
-    assert timing.launches(functools.partial(call, valid=valid)) == 2 + more
+    assert timing.launches(call) == launches
 
 
 MadeUp = tuple[str, tuple[int, ...], dict[str, float]]  # of a case: the pass, the shape, and the seconds of each peer
@@ -316,25 +328,6 @@ def made_up(
     file = folder / machine.file_name(device)
     file.write_text(json.dumps(result))
     return file
-
-
-@pytest.mark.parametrize(
-    ("new", "status", "message"),
-    [
-        (penalties(3.41, 1.71), 0, "no case is slower"),
-        (penalties(3.39, 2.0), 1, "case 0: 3.39x the eager formula's speed, 4.00x committed"),
-        ([*penalties(4.0, 2.0), DROPOUT], 0, "2 cases compared, 1 not committed"),
-    ],
-)
-def test_the_guard_fails_on_a_loss_of_speed(
-    new: list[MadeUp], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made_up(tmp_path / "old", penalties(4.0, 2.0))
-    made_up(tmp_path / "new", new)
-    assert compare.main(tmp_path / "new", tmp_path / "old") == status
-    assert message in capsys.readouterr().out
-    assert compare.main(tmp_path / "new", tmp_path) == 1
-    assert "nothing to compare with" in capsys.readouterr().out
 
 
 def test_a_report_of_a_cpu_leads_with_memory_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +386,7 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "a copy moves 3.00 TB/s" in text
     assert "| 0.5x | 4.0x | 100% | 1.0 |" in text
     assert "| 1.25x | 0.5x | 4.0x | 100% | 1.0 |" in text
-    files = {"a-gpu.md", *(f"a-gpu-{kind}.svg" for kind in ("speedup", "dropout", "roofline"))}
+    files = {"a-gpu.md", *(f"a-gpu-{kind}.svg" for kind in ("speedup", "dropout"))}
     assert {file.name for file in tmp_path.iterdir()} == {"a-gpu.json", page.name, *files}
 
 
@@ -423,7 +416,7 @@ def test_what_is_committed_is_what_was_measured() -> None:
     for result in results:
         table = report.RESULTS / f"{result.name}.md"
         assert table.read_text() == report.full_table(result), "run `python -m bench.report`"
-        for kind, *_ in report.plots(result):
+        for kind in report.plots(result):
             picture = report.RESULTS / f"{result.name}-{kind}.svg"
             assert f"JSON {result.digest}" in picture.read_text(), "run `python -m bench.report`"
     _, _, second, *_ = (ROOT / "README.md").read_text().split("\n\n")
@@ -442,8 +435,7 @@ def test_failing_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, text in files.items():
         (tmp_path / "tests" / f"test_{name}.py").write_text(text)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    for name, value in {"ROOT": tmp_path, "TESTS": ["some", "dying"], "SANITIZERS": ()}.items():
-        monkeypatch.setattr(run, name, value)
+    set_all(monkeypatch, run, ROOT=tmp_path, TESTS=["some", "dying"], SANITIZERS=())
     assert run.test(tmp_path, "abc", 60.0) == 1
     (file,) = (tmp_path / "tests").glob("*.json")
     assert json.loads(file.read_text())["files"] == {
@@ -466,28 +458,25 @@ def runs_on_gpu(file: Path) -> bool:
 
 
 MEASURE = """
-import os, signal, sys, torch
-torch.compile = lambda way: way
+import os, signal, sys
+import torch
 from bench import cases, run
 
-class Broken(cases.PenaltyCase):
+class Case(cases.PenaltyCase):
     def peers(self):
-        def broken(*_):
-            open(f"{sys.argv[1]}/calls", "a").write("a call of broken code, ")
-            raise ValueError("broken\\nindeed")
-        return super().peers() | {"compiled": broken}
+        if self.shape == (2, 3, 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return dict(zip(self.PEERS, self.PEERS))
 
-class Dead(cases.PenaltyCase):
     def call(self, peer, sets):
-        raise ValueError("dead")
+        open(f"{sys.argv[1]}/calls", "a").write(f"{self}: {peer}\\n")
+        if self.shape == (2, 3, 4) and peer == "compiled":
+            raise ValueError("broken\\nindeed")
+        if self.shape == (2, 3, 5):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return lambda i: sets[0]
 
-class Ended(cases.PenaltyCase):
-    def peers(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return super().peers()
-
-kinds = Broken, Dead, cases.PenaltyCase, Ended, cases.PenaltyCase
-cases.all_cases = lambda *_: [kind((2, 3, size), torch.float32) for size, kind in enumerate(kinds, 4)]
+cases.all_cases = lambda *_: [Case((2, 3, hidden), torch.float32) for hidden in range(4, 9)]
 from bench import benchmarks
 benchmarks.SECONDS = 0.0
 sys.exit(run.main(["measure", sys.argv[1], "--commit=0123456789abcdef"]))
@@ -495,33 +484,32 @@ sys.exit(run.main(["measure", sys.argv[1], "--commit=0123456789abcdef"]))
 
 
 def test_a_measurement_records_what_is_not_measured(tmp_path: Path) -> None:
-    """Of peers that fail, and on SIGTERM."""
-    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("MALLOC_", "PYTEST_XDIST_"))}
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=inherited | {"CUDA_VISIBLE_DEVICES": ""}, **PIPES)
+    """Of peers that fail, and on SIGTERM; the peers of a case are measured together, once."""
+    done = in_a_process(MEASURE, str(tmp_path))
+    assert done.returncode != 0
     files = list(tmp_path.glob("*.json"))
     assert len(files) == 1, done.stdout
-    result = report.load(files[0])
+    result, peers = report.load(files[0]), cases.PenaltyCase.PEERS
     names = [f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in range(4, 9)]
-    broken, dead, measured, ended, late = names
+    broken, full, measured, ended, late = names
     (case,) = result.cases
     assert case.name == measured
-    peers = cases.PenaltyCase.PEERS
     assert set(case.seconds) == {*peers}
     assert all(len(seconds) == timing.LEAST and min(seconds) > 0 for seconds in case.seconds.values())
     assert result.missing == {
         broken: {"compiled": "ValueError: broken"},
-        dead: dict.fromkeys(peers, "ValueError: dead"),
+        full: dict.fromkeys(peers, "does not fit in the device's memory"),
         **{name: dict.fromkeys(peers, "not reached") for name in (ended, late)},
     }
-    assert (tmp_path / "calls").read_text() == "a call of broken code, "
+    assert (tmp_path / "calls").read_text().count("2x3x6") == len(peers)
     assert result.commit["id"] == "0123456789abcdef"
     assert f"Not measured (ValueError: broken): {broken} (compiled)." in report.caveats(result)
+    assert f"Not measured (does not fit in the device's memory): {full}." in report.caveats(result)
 
 
 def test_no_case_starts_after_the_deadline() -> None:
     with pytest.raises(pytest.skip.Exception, match="out of time"):
-        benchmarks.measure("any case", time.monotonic() - 1)
+        benchmarks.measure(cases.PenaltyCase((2, 3, 4), torch.float32), time.monotonic() - 1)
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -556,11 +544,7 @@ def test_an_allocator_keeps_memory_or_not() -> None:
     )
     faults = {}
     for allocator, environment in machine.ALLOCATORS.items():
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, env=inherited | environment, check=True, **PIPES
-        )
-        named, count = done.stdout.strip().rsplit(" ", 1)
+        named, count = in_a_process(script, **environment).stdout.strip().rsplit(" ", 1)
         assert named == allocator
         faults[allocator] = int(count)
     assert faults[machine.KEPT] < 2**26 // 4096 / 10 < faults[machine.DEFAULT]
@@ -568,13 +552,56 @@ def test_an_allocator_keeps_memory_or_not() -> None:
 
 def test_the_time_of_the_host(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured with few calls, of launches that do nothing or of a GPU's."""
-    for name, few in {"WARM_UP": 1, "ROUNDS": 3, "CALLS": 2}.items():
-        monkeypatch.setattr(host, name, few)
+    set_all(monkeypatch, host, SECONDS=0.0, CALLS=2)
     host.main()
-    *lines, last = capsys.readouterr().out.splitlines()
-    measured = json.loads(last)["cases"]
-    assert {*measured} == {*host.CASES}
-    for name, peers in measured.items():
-        assert peers["fastreg"]["fastreg_times_as_fast"] == 1
-        assert 0 < peers["empty Function"]["own_us"] < peers["fastreg"]["own_us"]
-        assert any(line.startswith(f"| {name}: fastreg | ") for line in lines)
+    output = capsys.readouterr().out
+    for name in host.CASES:
+        (own,) = re.findall(rf"^\| {name}: fastreg \| [\d.]+ \| ([\d.]+) \| 1.00x \|$", output, re.MULTILINE)
+        (empty,) = re.findall(rf"^\| {name}: empty Function \| [\d.]+ \| ([\d.]+) \|", output, re.MULTILINE)
+        assert 0 < float(empty) < float(own)
+
+
+def test_the_prediction_stands_beside_the_measured_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Traffic alone at a large shape; launches take most of the time at a small one."""
+    large, small = (128, 512, 1024), (2, 3, 4)
+    made = [(report.BOTH, shape, dict.fromkeys(cases.PenaltyCase.PEERS, 1.0)) for shape in (large, small)]
+    text = offline.beside(report.load(made_up(tmp_path, made, "A GPU", **GPU)))
+    assert "A copy moves 3.00 TB/s in this run." in text
+    assert "| (128, 512, 1024), float32 | 100% | 98% |" in text
+    assert "| (2, 3, 4), float32 | 100% | 0% |" in text
+    offline.main()
+    assert capsys.readouterr().out.count("%") == 2 * len(cases.SHAPES) * (1 + len(offline.COPY))
+
+
+def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a copy, where a made-up shell writes a made-up result instead of bench/on_gpu.sh."""
+    skip_without("nbclient")
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "bench" / "on_gpu.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs before a commit"
+    checkout, shell = tmp_path / "checkout", tmp_path / "bash"
+    shutil.copytree(ROOT / "bench", checkout / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for name in ("fastreg", "kernels"):
+        (checkout / name).symlink_to(ROOT / name)
+    results = checkout / "bench" / "results"
+    large = (report.BOTH, (128, 512, 1024), dict.fromkeys(cases.PenaltyCase.PEERS, 1.0))
+    made = made_up(tmp_path / "made", [large, DROPOUT], machine.device_name(), **GPU)
+    shell.write_text(
+        f'#!/bin/sh\necho "$@" with limit $LIMIT, bench.run: >> {tmp_path}/called\n'
+        f"mkdir -p {results}/tests && cp {made} {results}/\n"
+        f"""echo '{{"files": {{}}, "sanitizers": {{}}, "source": "s"}}' > {results}/tests/{made.name}\n"""
+    )
+    shell.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(checkout / "bench")}}).execute()
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called == [f"bench/on_gpu.sh {what} with limit 420, bench.run:" for what in ("test", "bench")]
+    outputs = "".join(str(output) for cell in code for output in cell.outputs)
+    for text in ("self-test passed", "on this device: 0 passed", "A copy moves 3.00 TB/s in this run.", "attach"):
+        assert text in outputs
+    with zipfile.ZipFile(checkout / "bench" / "gpu-results.zip") as archive:
+        assert archive.namelist() == [made.name, f"tests/{made.name}"]
+        assert json.loads(archive.read(made.name)) == json.loads(made.read_text())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from bench import demo, timing, training
 from bench.awd_lstm import AWDLSTM, EmbeddingDropout, WeightDropLSTM
 from bench.study import Setting
 from bench.study_report import Study
-from tests.conftest import skip_without
-from tests.test_study import MADE_UP, fails
+from tests.test_study import MADE_UP, fails, made_up
 
 
 @pytest.fixture(autouse=True)
@@ -28,28 +27,35 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def read(text: Path) -> texts.Corpus:
-    return texts.build_corpus(text.read_text(encoding="utf-8"), demo.WORDS, torch.device("cpu"))
-
-
 def run(file: Path, plot: Path, *options: str) -> None:
     demo.main(["--text", str(file), "--plot", str(plot), "--device", "cpu", *options])
 
 
-def tables(output: str) -> list[list[list[float]]]:
-    """The numbers of every training's table, without the seconds, which no two runs share."""
-    parts = output.split(demo.HEADER)[1:]
-    rows = r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +[\d.]+$"
-    return [[[float(x) for x in row] for row in re.findall(rows, part, re.MULTILINE)] for part in parts]
+@pytest.fixture
+def in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train one model after the other in a thread of this process, where the demo has processes."""
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
 
 
+def tables(output: str) -> dict[tuple[float, float], list[list[float]]]:
+    """The numbers of every training by its coefficients, without the seconds, which no two runs share."""
+    _, rows = output.split(demo.HEADER)
+    found: dict[tuple[float, float], list[list[float]]] = {}
+    for line in re.findall(r"^ *[\d.]+ +[\d.]+ +\d+ .*$", rows, re.MULTILINE):
+        alpha, beta, *row, _ = map(float, line.split())
+        found.setdefault((alpha, beta), []).append(row)
+    return found
+
+
+@pytest.mark.usefixtures("in_a_thread")
 def test_trains_end_to_end(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(training, "LEARNING_RATE", 0.01)  # there are few steps to learn in
     run(text, tmp_path / "plot.png", "--epochs", "3", "--alpha", "2", "--beta", "1")
     output = capsys.readouterr().out
-    regularized, plain = tables(output)
+    found = tables(output)
+    regularized, plain = found[2, 1], found[0, 0]
     for table in regularized, plain:
         assert [row[0] for row in table] == [1, 2, 3]
         for falling in (1, 2):  # the loss, and the perplexity
@@ -65,28 +71,31 @@ def test_trains_end_to_end(
 
 
 def test_two_models_at_once_are_those_of_one_after_the_other(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    torch.set_num_threads(2)
-    run(text, tmp_path / "plot.png", "--epochs", "1")
-    output = capsys.readouterr().out
-    assert torch.get_num_threads() == 1, "each has one"
-    assert "at once" in output
-    for beta in (1.0, 0.0):
-        demo.train(read(text), 0.0, beta, epochs=1, seed=1)
-    assert tables(output) == tables(capsys.readouterr().out)
+    """Each in a process that prints its own rows."""
+    options = "--epochs", "1"
+    run(text, tmp_path / "plot.png", *options)
+    at_once = tables(capfd.readouterr().out)
+    assert {*at_once} == {(0, 1), (0, 0)}
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    run(text, tmp_path / "plot.png", *options)
+    assert at_once == tables(capfd.readouterr().out)
 
 
+@pytest.mark.usefixtures("in_a_thread")
 def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run(text, tmp_path / "plot.png", "--epochs", "1", "--alpha", "0", "--beta", "0", "--seed", "5")
-    ((row,),) = tables(capsys.readouterr().out)
-    assert all(value > 0 for value in row), "AR and TAR are measured"
-    demo.train(read(text), 0.0, 0.0, 1, seed=5)
-    demo.train(read(text), 2.0, 0.0, 1, seed=6)
-    (same,), (other,) = tables(capsys.readouterr().out)
-    assert same == row, "--seed decides everything"
-    assert other[1] != row[1]
-    assert all(value > 0 for value in other), "TAR is measured without its coefficient"
+    def rows(alpha: str, seed: str) -> dict[tuple[float, float], list[list[float]]]:
+        run(text, tmp_path / "plot.png", "--epochs", "1", "--alpha", alpha, "--beta", "0", "--seed", seed)
+        return tables(capsys.readouterr().out)
+
+    plain = rows("0", "5")
+    ((row,),) = plain.values()
+    assert all(value > 0 for value in row[1:]), "AR and TAR are measured"
+    again, other = rows("2", "5"), rows("2", "6")
+    assert again[0, 0] == plain[0, 0], "--seed decides everything"
+    assert other[0, 0][0][1] != row[1]
+    assert all(value > 0 for value in other[2, 0][0]), "TAR is measured without its coefficient"
 
 
 def test_quotes_the_study_of_the_same_training(
@@ -102,7 +111,7 @@ def test_quotes_the_study_of_the_same_training(
         (2, demo.WORDS - 1, 2.0, ""),
         (2, demo.WORDS, 1.0, ""),
     ):
-        runs = [demo.Run(pair, torch.rand(6, 3), [9.0] * epochs) for pair in ((alpha, 1.0), (0.0, 0.0))]
+        runs = [made_up(pair, 1, [9.0] * epochs) for pair in ((alpha, 1.0), (0.0, 0.0))]
         study = demo.studied(Setting(text, words, epochs))
         demo.report_outcome(runs, study)
         if told:
@@ -119,20 +128,6 @@ def test_batches_cover_the_text_in_order():
     assert [ids.shape[1] for ids, _ in pairs] == [7, 5, 9, 8]
     assert torch.equal(torch.cat([ids for ids, _ in pairs], 1), rows[:, :-1])
     assert torch.equal(torch.cat([following for _, following in pairs], 1), rows[:, 1:])
-
-
-def test_fastai_prints_a_table_where_there_is_no_terminal(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    skip_without("fastai")
-    run(text, tmp_path / "plot.png", "--framework", "fastai", "--epochs", "2")
-    output = capsys.readouterr().out
-    assert "bench.study" not in output, "which did not train fastai's model"
-    regularized, plain = re.findall(r"with fastai\n(.*)\n(.*)\n(.*)\n", output)
-    assert regularized[0].split() == ["epoch", "train_loss", "valid_loss", "ar", "tar", "time"]
-    assert plain[0].split() == ["epoch", "train_loss", "valid_loss", "time"]
-    (ppl,) = re.findall(r"after epoch 2: [\d.]+ regularized, ([\d.]+) not", output)
-    assert float(ppl) == pytest.approx(math.exp(float(plain[-1].split()[2])), rel=1e-3)
 
 
 def test_bad_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

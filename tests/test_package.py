@@ -259,6 +259,18 @@ def test_a_wrong_result_fails_the_self_test(
     assert "SELF-TEST FAILED: AssertionError" in capsys.readouterr().out
 
 
+def test_a_gpu_is_told_where_to_send_its_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, and a CPU is not."""
+    monkeypatch.setattr(main, "self_test", lambda device: None)
+    monkeypatch.setattr(sys, "argv", ["fastreg"])
+    for kinds, lines in (("cpu",), 0), (("cpu", "cuda"), 1):
+        monkeypatch.setattr(main, "devices", lambda kinds=kinds: map(torch.device, kinds))
+        assert main.main() == 0
+        assert capsys.readouterr().out.count("send the results: bench/on_gpu.ipynb in the repository\n") == lines
+
+
 @pytest.mark.skipif(backends.TRITON is None, reason="Triton is not installed")
 def test_an_intel_gpu_without_float64_runs_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Arc; a stand-in for its properties."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,60 +13,46 @@ import torch
 from torch import Tensor
 
 from bench.formulas import ALPHA, BETA
-from bench.steps import LEARNING_RATE, Activations, Net, forget
+from bench.nets import Activations, Net, forget, sgd
 from bench.timing import Call
 from fastreg.lightning import ActivationRegularization
 
 EPOCH = 100  # steps
+Terms = Callable[..., tuple[Tensor, ...]]  # raw and dropped to the penalty, AR and TAR
 
 
-class Batches(torch.utils.data.IterableDataset[Tensor]):
-    """Hand out a batch when its turn has come, in a thread that trains.
+class Batches(torch.utils.data.IterableDataset[Any]):
+    """Hand out batches of `todo` to a training in a thread of its own.
 
     The training asks for a batch when the step before is done. It has a length, or Lightning would ask ahead.
+
+    Attributes:
+        todo: the batches to come.
+        done: an item for each batch that is asked for, or the error that the training ended with.
     """
 
-    def __init__(self, sets: Sequence[tuple[Tensor, ...]]) -> None:
-        self.sets = sets
-        self.number = 0
-        self.begin, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.error: BaseException | None = None
+    def __init__(self) -> None:
+        self.todo: SimpleQueue[Any] = SimpleQueue()
+        self.done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def __len__(self) -> int:
         return EPOCH
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(EPOCH):
-            self.done.release()
-            self.begin.acquire()
-            yield self.sets[self.number % len(self.sets)]
-
-    def step(self, number: int) -> tuple[Tensor, ...]:
-        """Let the training make one step, and wait for it."""
-        self.number = number
-        self.begin.release()
-        self.wait()
-        return ()
+            self.done.put(None)
+            yield self.todo.get()
 
     def wait(self) -> None:
         """Wait until the training asks for a batch; raise the error that it ended with."""
-        self.done.acquire()
-        if self.error is not None:
-            raise self.error
-
-    def train(self, fit: Callable[[Batches], object]) -> None:
-        """Train, and leave an error to the thread that waits."""
-        try:
-            fit(self)
-        except BaseException as error:
-            self.error = error
-        self.done.release()
+        if error := self.done.get():
+            raise error
 
 
 class Module(pl.LightningModule):
     """Train a model, with the penalty of `terms` written into its step; then AR and TAR are logged once an epoch."""
 
-    def __init__(self, net: Net, terms: Callable[..., tuple[Tensor, ...]] | None) -> None:
+    def __init__(self, net: Net, terms: Terms | None) -> None:
         super().__init__()
         self.net, self.terms = net, terms
 
@@ -87,36 +74,38 @@ class Module(pl.LightningModule):
             self.log_dict({"ar": ar, "tar": tar})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), LEARNING_RATE)
+        return sgd(self)
 
 
-def in_turns(
-    net: Net,
-    terms: Callable[..., tuple[Tensor, ...]] | None,
-    sets: Sequence[tuple[Tensor, ...]],
-    regularized: bool,
-) -> Call:
+def in_turns(net: Net, terms: Terms | None, sets: Sequence[tuple[Tensor, ...]], regularized: bool) -> Call:
     """Start a training in a thread of its own; each call lets it make a step.
 
     Args:
         net: the model.
-        terms: of raw and dropped the penalty, AR and TAR, to be written into the step.
+        terms: the penalty to be written into the step, if any.
         sets: the batches.
         regularized: whether fastreg's callback adds the penalty.
     """
     callback = ActivationRegularization(ALPHA, BETA, rnn="net.rnn", dropout="net.dropout") if regularized else None
-    silent: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
+    options = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    silent: dict[str, Any] = dict.fromkeys(options, False)
     where = {"accelerator": "gpu" if sets[0][0].is_cuda else "cpu", "devices": 1, "max_epochs": -1}
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = pl.Trainer(callbacks=callback, **silent, **where)
-    batches = Batches(sets)
+    batches = Batches()
 
-    def fit(dataset: Batches) -> None:
-        loader = torch.utils.data.DataLoader(dataset, batch_size=None)
-        trainer.fit(Module(net, terms), loader)
+    def train() -> None:
+        try:
+            trainer.fit(Module(net, terms), torch.utils.data.DataLoader(batches, batch_size=None))
+        except BaseException as error:  # for the thread that waits
+            batches.done.put(error)
 
-    threading.Thread(target=batches.train, args=(fit,), daemon=True).start()
+    threading.Thread(target=train, daemon=True).start()
     batches.wait()
-    return batches.step
+
+    def call(i: int) -> tuple[Tensor, ...]:
+        batches.todo.put(sets[i % len(sets)])
+        batches.wait()
+        return ()
+
+    return call

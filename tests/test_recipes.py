@@ -1,0 +1,210 @@
+"""The recipes of docs/recipes.md: values and gradients against the formulas that their projects write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastreg import fused_ar_tar
+from tests.conftest import skip_without
+from tests.test_docs import ROOT, snippets
+
+PAGE = ROOT / "docs" / "recipes.md"
+Loss = Callable[..., Tensor]
+
+
+def recipe(name: str) -> Any:
+    """Run the snippet of the page that defines a function, and return the function."""
+    (code,) = [snippet for snippet in snippets(PAGE) if f"def {name}(" in snippet]
+    names: dict[str, Any] = {}
+    exec(compile(code, str(PAGE), "exec"), names)
+    return names[name]
+
+
+def check(ours: Loss, theirs: Loss, *shape: int) -> None:
+    """Compare the value and the gradient with respect to a random tensor."""
+    torch.manual_seed(1)
+    x = torch.randn(shape)
+    results = []
+    for loss in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf)
+        results.append((value.detach(), *torch.autograd.grad(3 * value, leaf)))
+    assert results[1][0] > 0
+    torch.testing.assert_close(results[0], results[1])
+
+
+def prefix_mask(batch: int, time: int) -> Tensor:
+    """Rows that end after some, all and two steps."""
+    return torch.arange(time) < torch.tensor([time - 3, time, 2])[:batch, None]
+
+
+def diffposetalk(pred: Tensor, target: Tensor, w_mse: float, w_velocity: float, mask: Tensor) -> Tensor:
+    """`compute_loss` of DiffPoseTalk: a change counts where its second step does."""
+    vertices = F.mse_loss(target, pred, reduction="none")[mask].mean()
+    moves = [x[:, 1:] - x[:, :-1] for x in (target, pred)]
+    return w_mse * vertices + w_velocity * F.mse_loss(*moves, reduction="none")[mask[:, 1:]].mean()
+
+
+def test_reconstruction_and_velocity() -> None:
+    ours, target, mask = recipe("reconstruction_and_velocity"), torch.randn(3, 9, 6), prefix_mask(3, 9)
+    everywhere = torch.ones_like(mask)
+    check(
+        lambda pred: ours(pred, target, 2.0, 5.0),
+        lambda pred: diffposetalk(pred, target, 2.0, 5.0, everywhere),
+        3,
+        9,
+        6,
+    )
+    check(
+        lambda pred: ours(pred, target, 2.0, 5.0, valid=mask),
+        lambda pred: diffposetalk(pred, target, 2.0, 5.0, mask),
+        3,
+        9,
+        6,
+    )
+
+
+def test_a_mask_of_the_second_step_alone() -> None:
+    """A mask that begins late: `valid=mask` leaves out the change into its first step."""
+    target, mask = torch.randn(3, 9, 6), torch.arange(9).expand(3, 9) >= torch.tensor([[4], [1], [0]])
+    masked, plain = recipe("masked_by_second_step"), recipe("reconstruction_and_velocity")
+    theirs: Loss = lambda pred: diffposetalk(pred, target, 2.0, 5.0, mask)  # noqa: E731
+    check(lambda pred: masked(pred, target, 2.0, 5.0, mask), theirs, 3, 9, 6)
+    with pytest.raises(AssertionError):
+        check(lambda pred: plain(pred, target, 2.0, 5.0, valid=mask), theirs, 3, 9, 6)
+
+
+@pytest.mark.parametrize("mask", [None, (torch.rand(2, 12, generator=torch.manual_seed(0)) > 0.3).float()])
+def test_smoothness_of_joints(mask: Tensor | None) -> None:
+    def slahmr(joints: Tensor) -> Tensor:
+        loss = (joints[:, 1:] - joints[:, :-1]) ** 2
+        if mask is not None:
+            both = mask.bool()
+            loss = loss[both[:, 1:] & both[:, :-1]]
+        return 0.5 * loss.sum()
+
+    ours = recipe("smoothness_of_joints")
+    check(lambda joints: ours(joints, mask), slahmr, 2, 12, 5, 3)
+    if mask is not None:
+        with pytest.raises(TypeError, match="valid"):
+            fused_ar_tar(torch.randn(2, 12, 3), None, 0.0, 1.0, valid=mask)
+
+
+def test_total_variation() -> None:
+    def nerfstudio(plane: Tensor) -> Tensor:
+        _, h, w = plane.shape
+        along_w = torch.square(plane[..., :, 1:] - plane[..., :, : w - 1]).mean()
+        return torch.square(plane[..., 1:, :] - plane[..., : h - 1, :]).mean() + along_w
+
+    def tensorf(planes: Tensor) -> Tensor:
+        batch, _, h, w = planes.shape
+        counts = planes[:, :, 1:, :].numel() // batch, planes[:, :, :, 1:].numel() // batch
+        along_h = torch.pow(planes[:, :, 1:, :] - planes[:, :, : h - 1, :], 2).sum()
+        along_w = torch.pow(planes[:, :, :, 1:] - planes[:, :, :, : w - 1], 2).sum()
+        return 2 * (along_h / counts[0] + along_w / counts[1]) / batch
+
+    ours = recipe("total_variation")
+    check(ours, nerfstudio, 4, 9, 7)
+    check(lambda planes: 2 * ours(planes), tensorf, 2, 4, 9, 7)
+
+
+def test_world_models() -> None:
+    ours = recipe("temporal_similarity")
+    check(lambda z: ours(z, 0), lambda z: (z[1:] - z[:-1]).pow(2).mean(), 8, 3, 5)  # eb_jepa
+    check(lambda z: ours(z, 2), lambda z: (z[:, :, 1:] - z[:, :, :-1]).pow(2).mean(), 2, 4, 8, 3, 3)  # its videos
+    check(lambda z: ours(z, 1), lambda z: F.mse_loss(z[:, :-1], z[:, 1:]), 3, 8, 5)  # stable-worldmodel
+
+
+def k_planes(plane: Tensor) -> Tensor:
+    h = plane.shape[-2]
+    first = plane[..., 1:, :] - plane[..., : h - 1, :]
+    return torch.square(first[..., 1:, :] - first[..., : h - 2, :]).mean()
+
+
+def test_second_differences() -> None:
+    ours = recipe("curvature")
+    assert "`fused_ar_tar(plane.diff(dim=-2), None, 0.0, 1.0, time_dim=-2)`" in PAGE.read_text()
+    check(lambda plane: fused_ar_tar(plane.diff(dim=-2), None, 0.0, 1.0, time_dim=-2), k_planes, 4, 9, 7)
+    mask = prefix_mask(3, 9)
+
+    def diffposetalk_smooth(vertices: Tensor) -> Tensor:
+        moves = vertices[:, 1:] - vertices[:, :-1]
+        return F.mse_loss(moves[:, 1:], moves[:, :-1], reduction="none")[mask[:, 2:]].mean()
+
+    check(lambda vertices: ours(vertices.flatten(2), 1.0, valid=mask), diffposetalk_smooth, 3, 9, 4, 3)
+    check(lambda h: ours(h, h.shape[-1]), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), 3, 9, 6)  # MotorNet
+
+
+@pytest.mark.parametrize("valid", [None, torch.rand(4, 15, generator=torch.manual_seed(2)) > 0.2])
+def test_second_differences_within_segments(valid: Tensor | None) -> None:
+    """Three steps count together where all do, and where the last two are no starts."""
+    starts = torch.rand(4, 15, generator=torch.manual_seed(3)) < 0.2
+
+    def by_triples(x: Tensor) -> Tensor:
+        triples = [
+            x[row, t + 2] - 2 * x[row, t + 1] + x[row, t]
+            for row in range(4)
+            for t in range(13)
+            if not starts[row, t + 1 : t + 3].any() and (valid is None or valid[row, t : t + 3].all())
+        ]
+        return torch.stack(triples).square().mean()
+
+    check(lambda x: recipe("curvature")(x, 1.0, valid=valid, starts=starts), by_triples, 4, 15, 6)
+
+
+def test_trajectories_of_torchrl() -> None:
+    is_init = torch.rand(3, 12, 1, generator=torch.manual_seed(4)) < 0.25
+    ours = recipe("penalty_of_trajectories")
+
+    def by_trajectories(x: Tensor) -> Tensor:
+        bounds = [[0, *is_init[row, 1:, 0].nonzero().flatten().add(1).tolist(), 12] for row in range(3)]
+        parts = [x[row, a:b] for row in range(3) for a, b in zip(bounds[row], bounds[row][1:], strict=False)]
+        changes = torch.cat([part[1:] - part[:-1] for part in parts])
+        return 2.0 * x.square().mean() + 0.5 * changes.square().mean()
+
+    check(lambda x: ours({"embed": x, "is_init": is_init}, 2.0, 0.5), by_trajectories, 3, 12, 5)
+
+
+def masked_penalty(x: Tensor, mask: Tensor, alpha: float, beta: float) -> Tensor:
+    """AR and TAR of the steps that RecurrentPPO's loss counts, `(sequences, time)`."""
+    changes = (x[:, 1:] - x[:, :-1])[mask[:, 1:] & mask[:, :-1]]
+    return alpha * x[mask].square().mean() + beta * changes.square().mean()
+
+
+@pytest.mark.filterwarnings("ignore")  # of gymnasium
+def test_recurrent_ppo_with_the_mask_of_its_loss() -> None:
+    """The gradients of padded minibatches, beside those of the formula in the loss."""
+    skip_without("sb3_contrib")
+    names = recipe("regularize").__globals__
+    options = {"n_steps": 64, "batch_size": 32, "n_epochs": 1, "seed": 1}
+    ours, stock = (names["RecurrentPPO"](names["RegularizedPolicy"], "CartPole-v1", **options) for _ in range(2))
+    regularizer = names["regularize"](ours, 2.0, 1.0)
+    ours.learn(64)
+    stock.policy.load_state_dict(ours.policy.state_dict())
+    kept: list[Tensor] = []
+    stock.policy.sequence.register_forward_hook(lambda module, args, output: kept.append(output))
+    padded = 0
+    for data in ours.rollout_buffer.get(32):
+        gradients = []
+        for policy in (ours.policy, stock.policy):
+            actions = data.actions.long().flatten()
+            inputs = data.observations, actions, data.lstm_states, data.episode_starts
+            values, log_prob, _ = policy.evaluate_actions(*inputs)
+            loss = values.mean() + log_prob.mean()
+            if policy is stock.policy:
+                x = kept.pop()
+                mask = (data.mask > 1e-8).view(x.shape[:2])
+                loss = loss + masked_penalty(x, mask, 2.0, 1.0)
+                padded += int((~mask).sum())
+            policy.zero_grad()
+            loss.backward()
+            gradients.append([weight.grad.clone() for weight in policy.lstm_actor.parameters()])
+        torch.testing.assert_close(gradients[0], gradients[1])
+    assert padded
+    assert regularizer.tar > 0
