@@ -39,7 +39,7 @@ def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Excepti
     Args:
         fits: whether it does.
         name: of the argument.
-        words: what was expected and what came, with `{}` for each value.
+        words: the expectation and the given values, with `{}` for each value.
         values: formatted in the error alone, as that takes time, and makes constants of sizes in compiled code.
         error: its type.
     """

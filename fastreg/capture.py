@@ -310,7 +310,7 @@ def _marks_of_leaf(node: Any) -> list[Mark]:
 
 
 def nodes_before(node: Any, others: Sequence[Any]) -> set[Any]:
-    """Return nodes that a node was computed from, among them all of those of the others that it was computed from."""
+    """Return the nodes that a node was computed from, as far back as the first of some others."""
     first = min(map(number_of, others))  # a node has a higher number than those it was computed from
     found, queue = set(), [node]
     while queue:

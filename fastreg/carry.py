@@ -363,7 +363,7 @@ def _measured(parts: Sequence[_Part], coefficients: tuple[Coefficient, Coefficie
 
 
 def _calls_of_gradients(call: Call) -> list[tuple[bool, Call]]:
-    """Split a call in two, of which gradients are added to those of raw and dropped: TAR is of raw, AR of dropped.
+    """Split a call in one of TAR, whose gradient is added to that of raw, and one of AR, which is added to dropped's.
 
     Returns:
         Whether it is raw, and the call of that tensor as raw.

@@ -41,7 +41,7 @@ class Formed:
 
 @dataclass(eq=False)
 class Loan:
-    """Hold the coefficients and masks that a regularizer lends for one forward, and what that has formed with them."""
+    """Hold the coefficients and masks that a regularizer lends for one forward, and the penalty formed with them."""
 
     alpha: Coefficient
     beta: Coefficient

@@ -77,7 +77,7 @@ Partials walk(const Plan &plan, const Addresses &memory, const Counted &counted,
     add(Pass(counted, raw, mask, arrived, drops ? dropped : grad_raw),
         flag(mask.base, MASKED) | flag(drops, DROPS) | flag(arrived.base, ARRIVED) | flag(grad_raw.base, WRITES),
         tar | flag(of_raw, ar(grad_raw)) | flag(mask.base && plan.ar_of_raw, AR_OF_RAW));
-    if (!mask.base)  // nor is there dropped where AR is that of raw
+    if (!mask.base)  // dropped is null where AR is that of raw
         add(Pass(counted, dropped, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES), ar(grad_dropped));
     return run(passes, count, counted, threads);
 }

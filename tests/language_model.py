@@ -144,7 +144,7 @@ def gru() -> nn.GRU:
 
 
 class Returning(nn.Module):
-    """A module of any arguments; the test chooses what it returns of the output of its GRU."""
+    """A module of any arguments; the test chooses the part of its GRU's output that it returns."""
 
     batch_first = True
 

@@ -2,7 +2,7 @@
 
 `python -m tests.random_calls --count 10000` makes 10,000 calls, and prints the seed and the arguments of each kind of
 which a result or a gradient is wrong. A seed draws a kind: an operation, dtypes, layouts, steps and coefficients. Three
-calls of it follow one another with other values, so that the second and the third meet the plan of the first.
+calls of a kind follow one another with other values, so that the second and the third meet the plan of the first.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Kind:
     """Draw a kind of call from a seed, and compare calls of this kind with the loops.
 
     Attributes:
-        chosen: what was drawn, by its name.
+        chosen: the drawn values, by their names.
         counts: how many calls and gradients were compared.
     """
 
@@ -293,7 +293,7 @@ class Kind:
             self.compare_gradient(gradient, parts, penalty.dtype)
 
     def compare_terms(self, got: Any, terms: Terms, coefficients: tuple[float, float], dtypes: Sequence[Any]) -> Tensor:
-        """Compare what a call returned, and return its penalty."""
+        """Compare the results of a call, and return its penalty."""
         alpha, beta = coefficients
         want = torch.tensor([alpha * terms.ar + beta * terms.tar, terms.ar, terms.tar], dtype=DOUBLE).unbind()
         if self.options["return_terms"]:

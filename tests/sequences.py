@@ -68,7 +68,7 @@ class Run:
     Attributes:
         kind: "train", "evaluation" or "no gradients".
         steps: the number of time steps.
-        results: what the net of each side returned.
+        results: the values that the net of each side returned.
         before: the run that the state came from with its graph, or `None`.
         taken: whether a loss was regularized with it, or with in_backward a backward went through it.
         missed: whether a loss did not depend on it.
@@ -231,9 +231,9 @@ class Play:
         penalty = self.coefficients[0] * ar + self.coefficients[1] * tar
         losses = [total_of(loss, side) for side in (0, 1)]
         others = [total_of(loss, side, torch.cos) for side in (0, 1)]
-        # Documented refusals, in place of which the right numbers may come: activations that nothing keeps; in_backward
+        # Documented refusals, instead of the right numbers, which may come as well: activations that nothing keeps; in_backward
         # where the backward passes by an activation; runs that an earlier loss missed; second derivatives that need
-        # activations; a frozen module of which the latest run counts.
+        # activations; a frozen module, whose latest run counts.
         may = not all(whole[run] for run in reached) and (in_backward or not self.keeps)
         may = may or (any(run.missed for run in reached) and not in_backward)
         may = may or (how == "second" and (in_backward or self.use == "stepwise" or not self.keeps))
@@ -304,7 +304,7 @@ class Play:
                 before = run
 
     def runs_of_one_loss(self) -> None:
-        """Make several runs, and a loss on some of these and of those before that had none."""
+        """Make several runs, and a loss on some of them and on earlier runs that had none."""
         draw, before = self.draw, None
         carries = self.use == "stepwise" or (self.use == "loss" and draw.random() < 0.5)
         for kind in self.some_kinds():
@@ -361,7 +361,7 @@ class Play:
 
 
 class Refused(Exception):
-    """The rest of a step is left out, as fastreg has refused a part of it."""
+    """The rest of a step is left out, as fastreg has refused a part."""
 
 
 def parameters(net: nn.Module) -> list[nn.Parameter]:

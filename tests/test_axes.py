@@ -1,4 +1,4 @@
-"""Any axis of time; calls drawn at random, of which `python -m tests.random_calls` makes more."""
+"""Any axis of time; random calls: `python -m tests.random_calls` makes more of them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_random_calls_give_the_results_of_loops_over_time(first: int, device: st
 
 
 def flipped(steps: Steps, what: str) -> Steps:
-    """Return steps of which the last counts or changes if it does not, and the reverse."""
+    """Flip whether the last step counts, or changes."""
     rows = [list(row) for row in getattr(steps, what)]
     rows[-1][-1] = not rows[-1][-1]
     return steps._replace(**{what: rows})
 
 
-# What makes a call wrong.
+# Changes that make a call wrong.
 WRONG: dict[str, Callable[[Any], None]] = {
     "alpha": lambda kind: setattr(kind, "coefficients", lambda: ([2.0, 1.0], [2.001, 1.0])),
     "beta": lambda kind: setattr(kind, "coefficients", lambda: ([2.0, 1.0], [2.0, 1.001])),

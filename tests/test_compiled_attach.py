@@ -73,7 +73,7 @@ Numbers = list[Any]  # the loss, AR, TAR and the gradients of the parameters
 
 
 def batches() -> Iterator[Tensor]:
-    """Yield inputs, the first of which compiles; a dropout draws the same masks for each on every side."""
+    """Yield inputs; the first compiles, and a dropout draws the same masks for each on every side."""
     for seed in range(2):
         torch.manual_seed(seed)
         yield torch.randn(BATCH, STEPS, HIDDEN, dtype=torch.float64)

@@ -27,7 +27,7 @@ def scaled(name: str) -> Callable[[Any], None]:
     return lambda play: setattr(play.reg, name, getattr(play.reg, name) * 1.001)
 
 
-# What makes a sequence wrong, and a seed of one that has it.
+# Changes that make a sequence wrong, each with a seed that shows it.
 WRONG: dict[str, tuple[int, Callable[[Any], None]]] = {
     "alpha": (0, scaled("alpha")),
     "beta": (0, scaled("beta")),
