@@ -231,9 +231,9 @@ class Play:
         penalty = self.coefficients[0] * ar + self.coefficients[1] * tar
         losses = [total_of(loss, side) for side in (0, 1)]
         others = [total_of(loss, side, torch.cos) for side in (0, 1)]
-        # Documented refusals, instead of the right numbers, which may come as well: activations that nothing keeps; in_backward
-        # where the backward passes by an activation; runs that an earlier loss missed; second derivatives that need
-        # activations; a frozen module, whose latest run counts.
+        # Documented refusals, instead of the right numbers, which may come as well: activations that nothing keeps;
+        # in_backward where the backward passes by an activation; runs that an earlier loss missed; second derivatives
+        # that need activations; a frozen module, whose latest run counts.
         may = not all(whole[run] for run in reached) and (in_backward or not self.keeps)
         may = may or (any(run.missed for run in reached) and not in_backward)
         may = may or (how == "second" and (in_backward or self.use == "stepwise" or not self.keeps))
