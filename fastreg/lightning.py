@@ -15,7 +15,7 @@ from torch import Tensor
 from fastreg.arguments import check_flags
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
-from fastreg.source import attach_all, sources_at
+from fastreg.source import Source
 
 if TYPE_CHECKING:
     Callback: Any = object  # Lightning is not needed to check types
@@ -83,8 +83,7 @@ class ActivationRegularization(Callback):
     ) -> None:
         check_flags(log=log)
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
-        options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
-        self.sources = sources_at(rnn, dropout, **options)
+        self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self.logged = log  # Lightning sets `log` itself
         self._terms: Tensor | None = None  # the sums of AR and TAR over the steps of the epoch, and how many steps
         self.batch: Any = None  # of the step that runs
@@ -97,8 +96,9 @@ class ActivationRegularization(Callback):
                 "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
                 "a callback; use fastreg.RNNRegularizer in its training_step"
             )
-        sources = [replace(x, valid=self._of_batch(x.valid), starts=self._of_batch(x.starts)) for x in self.sources]
-        self._undo.enter_context(attach_all(sources, self.regularizer, pl_module))
+        valid, starts = self._of_batch(self.source.valid), self._of_batch(self.source.starts)
+        source = replace(self.source, valid=valid, starts=starts)
+        self._undo.enter_context(source.attach(self.regularizer, pl_module))
         # All callbacks share one wrapper: they may end in any order, and only the last puts the step back.
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)

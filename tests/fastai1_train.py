@@ -224,7 +224,7 @@ def test_fuse_and_unfuse_swap_in_place() -> None:
     (now,) = learn.callbacks
     assert type(now) is RNNTrainer
     assert [vars(now)[name] for name in names] == [16 if OLD else None, ALPHA, BETA, False]
-    assert (now.valid, now.dropout) == (last_valid, "1.output_dp")
+    assert (now.source.valid, now.source.dropout) == (last_valid, "1.output_dp")
     assert getattr(learn, "rnn_trainer", now) is now
     now.alpha = 3.0
     assert unfuse(unfuse(learn)) is learn
@@ -249,7 +249,7 @@ def test_exports_load_without_fastreg(purged: bool) -> None:
     fused = learn.callbacks[0]
     learn.export("learner")
     assert learn.callbacks[0] is learn.rnn_trainer is fused
-    assert (type(fused), fused.dropout) == (RNNTrainer, "1.output_dp")
+    assert (type(fused), fused.source.dropout) == (RNNTrainer, "1.output_dp")
     with without("fastreg"):
         if OLD:  # whose load_learner knows no language models
             state = torch.load(learn.path / "learner")
@@ -304,7 +304,7 @@ def test_modules_by_their_paths_train_the_weights_of_the_formula() -> None:
     learn = own(Alone, *OURS, **PATHS)
     assert gap(trained(learn), written) < 1e-5
     assert sum(len(module._forward_hooks) for module in learn.model.modules()) == 0
-    assert learn.callbacks[-1].batch is None
+    assert not learn.callbacks[-1].batch
     adjust = {"adjust": False} if release == "1.0.36" else {}
     stock = own(Alone, Stock, *([16] if OLD else []), alpha=ALPHA, beta=BETA, **adjust)
     assert gap(trained(fuse(stock, "dropout", rnn="rnn")), written) < 1e-5
@@ -312,7 +312,7 @@ def test_modules_by_their_paths_train_the_weights_of_the_formula() -> None:
     if hasattr(learn, "purge"):
         learn.purge()
         assert trained(learn).isfinite().all()
-        assert learn.callbacks[-1].rnn == "rnn"
+        assert learn.callbacks[-1].source.module == "rnn"
 
 
 @pytest.mark.parametrize("name", ["valid", "starts"])

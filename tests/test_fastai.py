@@ -537,7 +537,7 @@ def run(*cbs: Callback) -> Callable[[Any], object]:
 
 REJECTED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = {
     "rnn": (custom, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: .* no such module at 'lstm'; candidates: 'rnn'"),
-    "path": (custom, lambda x: fuse(x, True, rnn="rnn"), TypeError, "dropout: expected an attribute path or None"),
+    "path": (custom, lambda x: fuse(x, True, rnn="rnn"), ValueError, "dropout: .* no such module at True"),
     "valid": (custom, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),
     "padding": (
         vars,
