@@ -522,7 +522,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Source", "raw not picked", "self.output(result)", "result"),
         ("Source", "modules detached at once", "return attached.pop_all()", "pass\n            return attached"),
         ("layout_of", "layout of the module ignored", "return own", "return True"),
-        ("layout_of", "layout of what is inside ignored", "if inner and all(x.batch_first for x in inner):", "if inner:"),
+        ("layout_of", "layout of what is inside ignored", "inner and all(x.batch_first for x in inner)", "inner"),
         ("layout_of", "a layout for what is inside", "not inner and default", "default"),
         ("_check_time_of", "a dropout of another layout", "own != expected", "False"),
     ],

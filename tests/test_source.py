@@ -35,3 +35,8 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
         last = model["scan"](dropped := model["encoder"].dropout(raw))
         torch.testing.assert_close(penalty_of(reg, last), formula(raw, dropped, 1) + formula(last, last, 1))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_default_layout_is_not_that_of_an_rnn_inside() -> None:
+    with pytest.raises(ValueError, match=r"may return \(time, batch, hidden\) like the LSTM inside it"):
+        Source("").attach(regularizer(), nn.Sequential(nn.LSTM(HIDDEN, HIDDEN)), layout=True)
