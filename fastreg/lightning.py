@@ -152,9 +152,8 @@ class ActivationRegularization(Callback):
         """Return a function of an RNN's arguments for one of the batch, or of the batch and those arguments."""
         if function is None:
             return None
-        parameters = [x for x in inspect.signature(function).parameters.values() if x.default is x.empty]
-        positional = [x for x in parameters if x.kind not in (x.KEYWORD_ONLY, x.VAR_KEYWORD)]
-        if len(positional) > 1 or any(x.kind is x.VAR_POSITIONAL for x in positional):
+        parameters = inspect.signature(function).parameters.values()
+        if sum(x.default is x.empty for x in parameters) > 1:
             return lambda *args, **kwargs: function(self.batch, *args, **kwargs)
         return lambda *_, **__: function(self.batch)
 
