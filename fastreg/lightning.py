@@ -85,7 +85,7 @@ class ActivationRegularization(Callback):
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
         self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self.logged = log  # Lightning sets `log` itself
-        self._terms: Tensor | None = None  # the sums of AR and TAR over the steps of the epoch, and how many steps
+        self._terms = torch.zeros(3)  # the sums of AR and TAR over the steps of the epoch, and how many steps
         self.batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
@@ -114,16 +114,15 @@ class ActivationRegularization(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the hidden state, and the sums of the terms."""
-        self._terms = None
+        self._terms = torch.zeros(3, device=pl_module.device)
         self.regularizer.on_epoch_begin(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
         if not self.logged:
             return
-        terms = torch.zeros(3) if self._terms is None else self._terms
         # Each process takes part, also one that has added no penalty, as the others wait for it.
-        ar, tar, steps = trainer.strategy.reduce(terms.to(pl_module.device, torch.float32), reduce_op="sum")
+        ar, tar, steps = trainer.strategy.reduce(self._terms, reduce_op="sum")
         if steps:
             means = {"ar": ar / steps, "tar": tar / steps}
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
@@ -144,8 +143,8 @@ class ActivationRegularization(Callback):
         if total is loss:  # the RNNs are in evaluation
             return output
         ar: Any = self.regularizer.ar
-        terms = torch.stack([ar, self.regularizer.tar, torch.ones_like(ar)])  # pyright: ignore[reportArgumentType]
-        self._terms = terms if self._terms is None else self._terms + terms
+        terms: Any = [ar, self.regularizer.tar, torch.ones_like(ar)]
+        self._terms = self._terms + torch.stack(terms).to(self._terms)
         return output | {"loss": total} if isinstance(output, dict) else total
 
     def _of_batch(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
