@@ -13,16 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastreg.problem import Coefficient, is_on
+from fastreg.problem import Coefficient, is_list, is_on
 from fastreg.regularizer import RNNRegularizer as Regularizer
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import source_at
+from fastreg.source import Source
 
 try:
     from fastai.callback import rnn as stock
@@ -116,10 +115,9 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     ) -> None:
         if mask_padding:
             raise ValueError("mask_padding: expected valid=lambda x: x != pad in its place, with the id of the padding")
-        super().__init__(alpha, beta, bptt=bptt)
-        options = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
-        self.source = source_at(rnn, dropout, **options)
-        self._handle: Any = None  # of the attached modules, during a fit
+        super().__init__(alpha, beta, layers="all", bptt=bptt)
+        self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
+        self._handle: Any = None  # to the modules at the paths, during a fit
         self._lrs: Any = None  # of the optimizer, while it steps at others
         self._totals: Any = None  # AR and TAR times sizes, and sizes, over the epoch's training batches
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
@@ -134,19 +132,17 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self._totals = [0.0, 0.0, 0]
 
     def before_batch(self) -> None:
-        self._attach()
-        for capture in self._captures():
-            capture.raw_out = capture.out = None  # fastai holds them until the next prediction
+        self._attach()  # again, if it was removed during the fit and added again
+        self._forget()
         self.order = RNNCallback.order - 1  # for after_pred to check the output before it is unpacked
 
     def after_pred(self) -> None:
         self.order = type(self).order
-        pred, captures = self.learn.pred, self._captures()
-        is_triple = isinstance(pred, (list, tuple)) and len(pred) == 3
-        if not (is_triple and len(captures) == 1 if captures else self.source.module):
+        pred, captures = self.learn.pred, len(self._captures())
+        if captures > is_list(pred) or not (captures or self.source.module):
             raise TypeError(
                 f"expected (decoded, raw, dropped) from the {type(self.learn.model).__name__}, and one RNNCallback to "
-                f"capture them, got a {type(pred).__name__} and {len(captures)} RNNCallbacks; if it returns its output "
+                f"capture them, got a {type(pred).__name__} and {captures} RNNCallbacks; if it returns its output "
                 "alone, name its modules, fuse(learn, rnn=..., dropout=...), and learn.remove_cb(RNNCallback)"
             )
 
@@ -155,10 +151,9 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
             return
         if self.source.module is None:
             (capture,) = self._captures()
-            marks = [None if x is None else x(*self.learn.xb) for x in (self.source.valid, self.source.starts)]
-            valid, starts = (None if x is None else x[..., -capture.raw_out.shape[1] :] for x in marks)
-            output = self.learn.pred, capture.raw_out, capture.out
-            self.on_loss_begin(output, valid=valid, starts=starts, batch_first=True)
+            steps, marks = capture.raw_out.shape[1], self.source.marks(self.learn.xb)
+            last: Any = {name: mask[..., -steps:] for name, mask in marks.items() if mask is not None}
+            self.on_loss_begin((self.learn.pred, capture.raw_out, capture.out), batch_first=True, **last)
         loss = self.on_backward_begin(self.learn.loss_grad)
         if loss is not self.learn.loss_grad:  # else the modules are in evaluation
             self.learn.loss_grad, size = loss, find_bs(self.learn.yb)
@@ -181,8 +176,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def after_fit(self) -> None:
         self.learn.metrics = _without_columns(self.learn.metrics)
-        for capture in self._captures():
-            capture.raw_out = capture.out = None
+        self._forget()
         self._leave()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -200,19 +194,24 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def _attach(self) -> None:
         """Attach to the modules at the paths, unless that is done already."""
-        if self._handle is None and self.source.module is not None:
+        if self._handle is None:
             self._handle = self.source.of_batch(lambda: self.learn.xb).attach(self, self.learn.model)
 
     def _leave(self) -> None:
         """Restore the lr, and take the hooks off."""
         self.after_batch()
         if self._handle is not None:
-            self._handle.remove()
+            self._handle.close()
         self._handle = None
 
     def _captures(self) -> list[Any]:
         """Return the callbacks that capture the activations."""
         return [cb for cb in self.learn.cbs if isinstance(cb, RNNCallback)]
+
+    def _forget(self) -> None:
+        """Free the activations, which fastai holds until the next prediction."""
+        for capture in self._captures():
+            capture.raw_out = capture.out = None
 
     def _average(self, i: int) -> Any:
         """Average a term over the epoch's training batches; NaN, a number for loggers, where there is no value."""
@@ -280,20 +279,19 @@ def fuse(
             "rnn_cbs(alpha, beta), or RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
         )
     model: Any = learn.model
-    path: Any = dropout or None
     if is_language_model := dropout is True and rnn is None:
-        rnn, path, batch_first = "0", "1.output_dp", True
+        rnn, dropout, batch_first = "0", "1.output_dp", True
     options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
+    path: Any = dropout or None
     new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, rnn=rnn, dropout=path, **options)
-    if rnn is not None:
-        new.source.attach(new, model).remove()  # a wrong path raises before anything is swapped
-    if is_language_model and type(model[1].output_dp) not in (RNNDropout, OutputDropout):
-        raise ValueError(f"dropout: expected an RNNDropout to swap, got {type(model[1].output_dp).__name__}")
-    given = {name: x for name, x in vars(new.source).items() if x is not None}
-    new.source = replace(vars(old).get("source", new.source), **given)
-    new.run_train, new.run_valid = old.run_train, old.run_valid
+    new.source.attach(new, model).close()  # a wrong path raises before anything is swapped
     if is_language_model:
-        model[1].output_dp = OutputDropout(model[1].output_dp.p).train(model[1].output_dp.training)
+        own = model[1].output_dp
+        if type(own) not in (RNNDropout, OutputDropout):
+            raise ValueError(f"dropout: expected an RNNDropout to swap, got {type(own).__name__}")
+        model[1].output_dp = OutputDropout(own.p).train(own.training)
+    new.source = new.source.or_of(vars(old).get("source", new.source))
+    new.run_train, new.run_valid = old.run_train, old.run_valid
     return learn.remove_cb(old).add_cb(new)
 
 

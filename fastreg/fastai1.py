@@ -14,15 +14,16 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastreg.problem import Coefficient
+from fastreg.problem import Coefficient, is_list
 from fastreg.regularizer import RNNRegularizer
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import Source, source_at
+from fastreg.source import Source
 
 try:
     from fastai import __version__
@@ -35,9 +36,8 @@ except ImportError as error:
 
 __all__ = ["RNNTrainer", "fuse", "unfuse"]
 
-TIME_AXIS = 1 if tuple(map(int, __version__.split(".")[:3])) >= (1, 0, 38) else 0  # of batches and activations
+BATCH_FIRST = tuple(map(int, __version__.split(".")[:3])) >= (1, 0, 38)  # batches and activations
 DICTS = hasattr(CallbackHandler, "_call_and_update")  # hooks return dicts, from 1.0.47 on
-PLACE = ("rnn", "dropout", "output", "batch_first", "valid", "starts")  # the arguments of a `Source`
 
 
 def last_raw(result: Any) -> Tensor:
@@ -99,50 +99,41 @@ class RNNTrainer(LearnerCallback):
         _check(learn)
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
-        super().__init__(learn)
-        self.not_min = [*getattr(self, "not_min", []), "regularizer", "lrs", "handle", "batch", "original"]
-        self.bptt, self.alpha, self.beta, self.adjust = bptt, alpha, beta, adjust  # purge() makes a callback anew
-        self.rnn, self.dropout, self.output = rnn, dropout, output  # from its arguments
-        self.batch_first, self.valid, self.starts = batch_first, valid, starts
         self.regularizer = RNNRegularizer(alpha, beta, bptt=bptt)
-        self.source  # noqa: B018 - checks the arguments
+        self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
+        super().__init__(learn)
+        self.alpha, self.beta, self.adjust = alpha, beta, adjust
+        self.bptt: Any = bptt
         self.lrs: list[float] | None = None  # while they are scaled
-        self.handle: Any = None  # of the attached modules, during a fit
-        self.original: Any = None  # the dropout that is replaced during a fit
-        self.batch: Any = None
-        if hasattr(Learner, "export"):
-            learn.export = partial(_export, weakref.ref(learn))
+        self.batch: Any = ()
+        self.attached = ExitStack()  # to the modules, during a fit
+        learn.export = partial(_export, weakref.ref(learn))
 
-    @property
-    def source(self) -> Source:
-        """Return the source of the activations, with functions of the present batch."""
-        source = source_at(**{name: getattr(self, name) for name in PLACE})
-        return source.of_batch(lambda: self.batch if isinstance(self.batch, (list, tuple)) else (self.batch,))
+    def get_state(self, minimal: bool = True) -> dict[str, Any]:
+        """Return the attributes with which `Learner.purge` makes the callback anew."""
+        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "source")}
 
     def on_train_begin(self, **_: Any) -> None:
-        trainers = [cb for cb in self.learn.callbacks if isinstance(cb, (stock.RNNTrainer, RNNTrainer))]
-        if len(trainers) > 1:
+        if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
             raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's: keep one")
-        model = self.learn.model
-        if self.output is last_raw:
-            self.original = model[1].output_dp
-            model[1].output_dp = FusedRNNDropout(self.original.p, batch_first=TIME_AXIS == 1, ar_of="raw")
-        if self.rnn is not None:
-            self.handle = self.source.attach(self.regularizer, model)
+        model, self.regularizer.layers = self.learn.model, "last" if self.source.module is None else "all"
+        if self.source.output is last_raw:
+            self.attached.callback(setattr, model[1], "output_dp", own := model[1].output_dp)
+            model[1].output_dp = FusedRNNDropout(own.p, batch_first=BATCH_FIRST, ar_of="raw")
+        self.attached.push(self.source.of_batch(lambda: self.batch).attach(self.regularizer, model))
 
     def on_epoch_begin(self, **_: Any) -> None:
         self.regularizer.on_epoch_begin(self.learn.model)
 
     def on_batch_begin(self, last_input: Any, **_: Any) -> None:
-        self.batch = last_input
+        self.batch = last_input if is_list(last_input) else [last_input]
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
-        decoded, source = last_output, self.source
-        if self.rnn is None:
-            valid, starts = (None if x is None or not train else x() for x in (source.valid, source.starts))
-            marks: Any = {"valid": valid, "starts": starts, "batch_first": TIME_AXIS == 1}
-            decoded = self.regularizer.on_loss_begin(last_output, **marks)
-        elif self.output is last_raw:
+        decoded = last_output
+        if self.source.module is None:
+            marks: Any = self.source.marks(self.batch)
+            decoded = self.regularizer.on_loss_begin(last_output, batch_first=BATCH_FIRST, **marks)
+        elif self.source.output is last_raw:
             decoded = last_output[0]
         if not train:
             self.regularizer.clear()  # no backward follows, which would use the capture
@@ -154,8 +145,8 @@ class RNNTrainer(LearnerCallback):
         return {"last_loss": loss} if DICTS else loss
 
     def on_backward_end(self, last_input: Tensor, **_: Any) -> None:
-        if self.adjust and self.bptt is not None:
-            opt, factor = self.learn.opt, last_input.shape[TIME_AXIS] / self.bptt
+        if self.adjust:
+            opt, factor = self.learn.opt, last_input.shape[int(BATCH_FIRST)] / self.bptt
             self.lrs, opt.lr = opt._lr, [lr * factor for lr in opt._lr]  # these lrs also scale the weight decay
 
     def on_step_end(self, **_: Any) -> None:
@@ -165,15 +156,12 @@ class RNNTrainer(LearnerCallback):
     def on_train_end(self, **_: Any) -> None:  # fastai calls it after an error, too
         self.on_step_end()
         self.regularizer.clear()
-        if self.handle is not None:
-            self.handle.remove()
-        if self.original is not None:
-            self.learn.model[1].output_dp = self.original
-        self.handle = self.original = self.batch = None
+        self.attached.close()
+        self.batch = ()
 
     def stock(self) -> Any:
         """Return fastai's `RNNTrainer`."""
-        known = {"bptt", "alpha", "beta", "adjust"} & inspect.signature(stock.RNNTrainer).parameters.keys()
+        known = inspect.signature(stock.RNNTrainer).parameters.keys() & {"bptt", "alpha", "beta", "adjust"}
         return stock.RNNTrainer(self.learn, **{name: getattr(self, name) for name in known})
 
 
@@ -215,26 +203,23 @@ def fuse(
         True
     """
     _check(learn)
-    kinds = [type(cb) for cb in learn.callbacks]
-    i = next((i for i, kind in enumerate(kinds) if kind in (stock.RNNTrainer, RNNTrainer)), None)
-    if i is None:
+    old = next((cb for cb in learn.callbacks if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
+    if old is None:
         raise ValueError(
             "fuse: the learner has no RNNTrainer of fastai's own class; "
             "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
     path: Any = dropout or None
     if dropout is True and rnn is None:
-        rnn, path, output, batch_first = "0", "1.output_dp", last_raw, TIME_AXIS == 1
-    given: Any = dict(zip(PLACE, (rnn, path, output, batch_first, valid, starts), strict=True))
-    source = source_at(**given)
-    if rnn is not None:
-        source.attach(RNNRegularizer(), learn.model).remove()  # a wrong path raises before anything is swapped
-    if output is last_raw and type(learn.model[1].output_dp) is not RNNDropout:
+        rnn, path, output, batch_first = "0", "1.output_dp", last_raw, BATCH_FIRST
+    source = Source(rnn, path, output, batch_first, valid=valid, starts=starts)
+    source.attach(RNNRegularizer(), learn.model).close()  # a wrong path raises before anything is swapped
+    if source.output is last_raw and type(learn.model[1].output_dp) is not RNNDropout:
         raise ValueError(f"dropout: expected an RNNDropout to swap, got {type(learn.model[1].output_dp).__name__}")
-    names = "bptt", "alpha", "beta", "adjust", *PLACE
-    options = {name: value for name, value in vars(learn.callbacks[i]).items() if name in names}
-    options |= {name: value for name, value in given.items() if value is not None}
-    learn.callbacks[i] = RNNTrainer(learn, **({"bptt": None, "adjust": False} | options))
+    kept = vars(old)
+    new = RNNTrainer(learn, kept.get("bptt"), old.alpha, old.beta, kept.get("adjust", False))
+    new.source = source.or_of(kept.get("source", source))
+    learn.callbacks[learn.callbacks.index(old)] = new
     return learn
 
 
@@ -274,5 +259,4 @@ def _export(reference: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return type(learn).export(learn, *args, **kwargs)
     finally:
-        if isinstance(learn, Learner):  # export(destroy=True) changes the type
-            vars(learn).update(before)
+        vars(learn).update(before)

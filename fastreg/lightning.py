@@ -15,7 +15,7 @@ from torch import Tensor
 from fastreg.arguments import check_flags
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
-from fastreg.source import attach_all, sources_at
+from fastreg.source import Source
 
 if TYPE_CHECKING:
     Callback: Any = object  # Lightning is not needed to check types
@@ -83,10 +83,9 @@ class ActivationRegularization(Callback):
     ) -> None:
         check_flags(log=log)
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
-        options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
-        self.sources = sources_at(rnn, dropout, **options)
+        self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self.logged = log  # Lightning sets `log` itself
-        self._terms: Tensor | None = None  # the sums of AR and TAR over the steps of the epoch, and how many steps
+        self._terms = torch.zeros(3)  # the sums of AR and TAR over the steps of the epoch, and how many steps
         self.batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
@@ -97,8 +96,9 @@ class ActivationRegularization(Callback):
                 "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
                 "a callback; use fastreg.RNNRegularizer in its training_step"
             )
-        sources = [replace(x, valid=self._of_batch(x.valid), starts=self._of_batch(x.starts)) for x in self.sources]
-        self._undo.enter_context(attach_all(sources, self.regularizer, pl_module))
+        valid, starts = self._of_batch(self.source.valid), self._of_batch(self.source.starts)
+        source = replace(self.source, valid=valid, starts=starts)
+        self._undo.enter_context(source.attach(self.regularizer, pl_module))
         # All callbacks share one wrapper: they may end in any order, and only the last puts the step back.
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
@@ -114,16 +114,15 @@ class ActivationRegularization(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the hidden state, and the sums of the terms."""
-        self._terms = None
+        self._terms = torch.zeros(3, device=pl_module.device)
         self.regularizer.on_epoch_begin(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
         if not self.logged:
             return
-        terms = torch.zeros(3) if self._terms is None else self._terms
         # Each process takes part, also one that has added no penalty, as the others wait for it.
-        ar, tar, steps = trainer.strategy.reduce(terms.to(pl_module.device, torch.float32), reduce_op="sum")
+        ar, tar, steps = trainer.strategy.reduce(self._terms, reduce_op="sum")
         if steps:
             means = {"ar": ar / steps, "tar": tar / steps}
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
@@ -144,17 +143,16 @@ class ActivationRegularization(Callback):
         if total is loss:  # the RNNs are in evaluation
             return output
         ar: Any = self.regularizer.ar
-        terms = torch.stack([ar, self.regularizer.tar, torch.ones_like(ar)])  # pyright: ignore[reportArgumentType]
-        self._terms = terms if self._terms is None else self._terms + terms
+        terms: Any = [ar, self.regularizer.tar, torch.ones_like(ar)]
+        self._terms = self._terms + torch.stack(terms).to(self._terms)
         return output | {"loss": total} if isinstance(output, dict) else total
 
     def _of_batch(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
         """Return a function of an RNN's arguments for one of the batch, or of the batch and those arguments."""
         if function is None:
             return None
-        parameters = [x for x in inspect.signature(function).parameters.values() if x.default is x.empty]
-        positional = [x for x in parameters if x.kind not in (x.KEYWORD_ONLY, x.VAR_KEYWORD)]
-        if len(positional) > 1 or any(x.kind is x.VAR_POSITIONAL for x in positional):
+        parameters = inspect.signature(function).parameters.values()
+        if sum(x.default is x.empty for x in parameters) > 1:
             return lambda *args, **kwargs: function(self.batch, *args, **kwargs)
         return lambda *_, **__: function(self.batch)
 

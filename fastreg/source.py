@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_flags
 from fastreg.prepare import time_given
-from fastreg.problem import Coefficient
+from fastreg.problem import Coefficient, is_list
 from fastreg.rnn_dropout import FusedRNNDropout
 
 
@@ -22,9 +22,10 @@ class Source:
     """Name a module and its dropout, and say how to read raw and its time steps from the module's output.
 
     Attributes:
-        module: the module that returns raw; in an adapter its attribute path, or `None` where the model itself returns
-            `(decoded, raw, dropped)`.
-        dropout: the module that computes dropped from raw, or its path; `None` where dropped is raw.
+        module: the module that returns raw; in an adapter its attribute path in the model, or a list of paths, or
+            `None` where the model itself returns `(decoded, raw, dropped)`.
+        dropout: the module that computes dropped from raw; `None` where dropped is raw; in an adapter its path, one
+            for all modules, or a list with one, or `None`, for each.
         output: picks raw from the module's output; `None` if raw is that output, its first item, or its
             `last_hidden_state`.
         batch_first: `False` for `(time, batch, hidden)`; `None` to read it from the module.
@@ -57,6 +58,8 @@ class Source:
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
 
+    # For `attach`, with modules
+
     def checked(self) -> Source:
         """Check the modules, and return the source with the place of time.
 
@@ -64,54 +67,31 @@ class Source:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`.
         """
         check_flags(stepwise=self.stepwise)
-        if self.stepwise and self.scale is not None:
+        _check_module("module", self.module)
+        if self.dropout is not None:
+            _check_module("dropout", self.dropout)
+        name, own = type(self.module).__name__, getattr(self.module, "batch_first", None)
+        if not self.stepwise:
+            if isinstance(self.module, nn.RNNCellBase):
+                raise TypeError(
+                    f"module: expected one that runs over all time steps, got {name}, which runs one; attach the "
+                    "module that calls it, or attach(..., stepwise=True)"
+                )
+        elif self.scale is not None:
             raise ValueError("stepwise: expected False with in_backward, which sees one run at a time, got True")
-        if self.stepwise and self.time_dim is not None:
+        elif self.time_dim is not None:
             raise ValueError(
                 f"time_dim: expected None with stepwise, whose runs have their own layout, got {self.time_dim}"
             )
-        _check_module("module", self.module)
-        if isinstance(self.module, nn.RNNCellBase) and not self.stepwise:
-            raise TypeError(
-                f"module: expected one that runs over all time steps, got {type(self.module).__name__}, which runs "
-                "one; attach the module that calls it, or attach(..., stepwise=True)"
-            )
-        if self.dropout is not None:
-            _check_module("dropout", self.dropout)
-        layout = self.batch_first if self.time_dim is not None else self._layout()
-        found = replace(self, time_at=time_given(layout, self.time_dim))
+        layout = self.batch_first
+        if layout is None and self.time_dim is None:
+            layout = layout_of(self.module)
+        elif isinstance(own, bool) and layout is (not own):
+            raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {layout}")
+        time_at = time_given(layout, self.time_dim)
         if isinstance(self.dropout, FusedRNNDropout):
-            found._check_time_of(self.dropout)
-        return found
-
-    def _layout(self) -> bool:
-        """Return whether the module returns `(batch, time, hidden)`."""
-        name, own = type(self.module).__name__, getattr(self.module, "batch_first", None)
-        if self.batch_first is not None:
-            check_flags(batch_first=self.batch_first)
-            if isinstance(own, bool) and self.batch_first is not own:
-                raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {self.batch_first}")
-            return self.batch_first
-        inner = [x for x in self.module.modules() if isinstance(x, nn.RNNBase)]
-        if isinstance(own, bool) or isinstance(self.module, nn.RNNCellBase):
-            return own is not False
-        if inner and all(x.batch_first for x in inner):
-            return True
-        why = f", and may return (time, batch, hidden) like the {type(inner[0]).__name__} inside it" if inner else ""
-        raise ValueError(
-            "batch_first: expected True for (batch, time, hidden) or False for (time, batch, hidden), as the "
-            f"{name} does not have it{why}, got None"
-        )
-
-    def _check_time_of(self, dropout: FusedRNNDropout) -> None:
-        """Check that a dropout looks for time where the module has it."""
-        own = dropout.batch_first if dropout.time_dim is None else dropout.time_dim
-        if (type(own), own) != (type(self.time_at), self.time_at):
-            got = f"batch_first={dropout.batch_first}" if dropout.time_dim is None else f"time_dim={dropout.time_dim}"
-            expected = f"time_dim={self.time_at}"
-            if isinstance(self.time_at, bool):
-                expected = f"batch_first={self.time_at}, as the {type(self.module).__name__} has it"
-            raise ValueError(f"dropout: expected a FusedRNNDropout with {expected}, got {got}")
+            _check_time_of(self.dropout, time_at, name)
+        return replace(self, time_at=time_at)
 
     def raw_of(self, result: Any) -> Tensor | PackedSequence:
         """Return raw from the output of the module.
@@ -125,17 +105,16 @@ class Source:
         else:
             # A tensor takes long to say that it has no such attribute.
             raw = result if type(result) is Tensor else getattr(result, "last_hidden_state", result)
-            if isinstance(raw, (list, tuple)) and not isinstance(raw, PackedSequence) and len(raw) > 0:
-                raw = raw[0]
+            raw = raw[0] if is_list(raw) and raw else raw
             where = f"attach: expected the {name} to return"
             advice = ", or one as the first of a tuple or as last_hidden_state; pick it by attach(..., output=...)"
-        if not isinstance(raw, (Tensor, PackedSequence)):
-            raise TypeError(f"{where} a tensor or a PackedSequence, got {type(raw).__name__}{advice}")
-        if self.stepwise and isinstance(raw, PackedSequence):
-            raise TypeError(f"{where} a tensor with stepwise=True, got PackedSequence")
-        runs_over_time = self.stepwise or not isinstance(self.time_at, bool)
-        runs_over_time = runs_over_time or self.output is not None or isinstance(self.module, nn.RNNBase)
-        if isinstance(raw, Tensor) and raw.dim() == 2 and not runs_over_time:
+        kinds, words = (Tensor, PackedSequence), "a tensor or a PackedSequence"
+        if self.stepwise:
+            kinds, words = (Tensor,), "a tensor with stepwise=True"
+        if not isinstance(raw, kinds):
+            raise TypeError(f"{where} {words}, got {type(raw).__name__}{advice}")
+        is_told = self.stepwise or self.output is not None or self.time_dim is not None
+        if not (is_told or isinstance(self.module, nn.RNNBase)) and isinstance(raw, Tensor) and raw.dim() == 2:
             raise ValueError(
                 f"attach: expected (batch, time, hidden) or (time, batch, hidden) from the {name}, got "
                 f"{tuple(raw.shape)}. If that is one time step, attach the module that runs over all of them, or "
@@ -144,7 +123,7 @@ class Source:
             )
         return raw
 
-    # An adapter's source, with paths and functions of the batch
+    # For the adapters, with paths and functions of the batch
 
     def of_batch(self, batch: Callable[[], Sequence[Any]]) -> Source:
         """Call `valid` and `starts` with the batch that a function returns, whatever the module's arguments."""
@@ -154,70 +133,64 @@ class Source:
 
         return replace(self, valid=of(self.valid), starts=of(self.starts))
 
-    def attach(self, regularizer: Any, model: nn.Module, batch_first: bool | None = None) -> Any:
-        """Attach a regularizer to the modules at the paths in a model; return the handle with `remove()`.
+    def marks(self, batch: Sequence[Any]) -> dict[str, Tensor | None]:
+        """Return the valid steps of a batch and its starts, by their names."""
+        return {"valid": self.valid and self.valid(*batch), "starts": self.starts and self.starts(*batch)}
+
+    def or_of(self, other: Source) -> Source:
+        """Take from another source what this one leaves out."""
+        return replace(other, **{name: value for name, value in vars(self).items() if value is not None})
+
+    def attach(self, regularizer: Any, model: nn.Module, layout: bool | None = None) -> ExitStack:
+        """Attach a regularizer to all modules at the paths, or to none, until the returned stack is closed.
 
         Args:
             regularizer: an `RNNRegularizer`.
-            model: the model.
-            batch_first: the layout of a module that neither has one nor has an RNN of PyTorch inside.
+            model: the model; nothing is attached where the source says nothing of modules.
+            layout: `batch_first` of a module that does not have it.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`, or a path names no module.
         """
-        dropout = None if self.dropout is None else _module_at(model, "dropout", self.dropout)
-        module = _module_at(model, "rnn", self.module)
-        shows = hasattr(module, "batch_first") or any(isinstance(x, nn.RNNBase) for x in module.modules())
-        layout = batch_first if self.batch_first is None and not shows else self.batch_first
-        options = {"output": self.output, "batch_first": layout, "valid": self.valid, "starts": self.starts}
-        return regularizer.attach(module, dropout, **options)
+        with ExitStack() as attached:
+            if (self.module, self.dropout, self.output, self.batch_first) == (None,) * 4:
+                return attached
+            rnns = self.module if is_list(self.module) else [self.module]
+            dropouts = self.dropout if is_list(self.dropout) else [self.dropout] * len(rnns)
+            if not rnns or len(dropouts) != len(rnns):
+                raise ValueError(
+                    "rnn and dropout: expected a dropout, or None, for each RNN, "
+                    f"got {len(rnns)} RNNs and {len(dropouts)} dropouts"
+                )
+            for rnn, path in zip(rnns, dropouts, strict=True):
+                dropout = None if path is None else _module_at(model, "dropout", path)
+                module, batch_first = _module_at(model, "rnn", rnn), self.batch_first
+                if batch_first is None:
+                    batch_first = layout_of(module, layout)
+                options = {"output": self.output, "batch_first": batch_first, "valid": self.valid}
+                attached.enter_context(regularizer.attach(module, dropout, starts=self.starts, **options))
+            return attached.pop_all()
 
 
-def source_at(rnn: str | None, dropout: str | None, **options: Any) -> Source:
-    """Return the source at the path of one module, or with `None` a model that returns `(decoded, raw, dropped)`.
-
-    Raises:
-        TypeError, ValueError: an argument is not as described, or there are options for a module, but no path.
-    """
-    for name, path in (("rnn", rnn), ("dropout", dropout)):
-        if path is not None and not isinstance(path, str):
-            raise TypeError(f"{name}: expected an attribute path or None, got {type(path).__name__}")
-    source = Source(rnn, dropout, **options)
-    for name in ("dropout", "output", "batch_first"):
-        if rnn is None and (value := getattr(source, name)) is not None:
-            raise ValueError(f"{name}: expected None without rnn, the path of a module, got {value!r}")
-    return source
-
-
-def sources_at(
-    rnn: str | Sequence[str], dropout: str | Sequence[str | None] | None, **options: Any
-) -> tuple[Source, ...]:
-    """Return the sources at the paths of modules, with the paths of their dropouts: one for all, or one a module.
+def layout_of(module: nn.Module, default: bool | None = None) -> bool:
+    """Return whether a module returns `(batch, time, hidden)`, as it or the RNNs of PyTorch inside it have it.
 
     Raises:
-        TypeError, ValueError: an argument is not as described.
+        ValueError: neither has it, and there is no default; or an RNN inside has `(time, batch, hidden)`.
     """
-    for name, paths in (("rnn", rnn), ("dropout", dropout)):
-        if not (isinstance(paths, (str, list, tuple)) or (paths is None and name == "dropout")):
-            raise TypeError(f"{name}: expected an attribute path, or a list of them, got {type(paths).__name__}")
-    rnns = (rnn,) if isinstance(rnn, str) else tuple(rnn)
-    dropouts: Any = (dropout,) * len(rnns) if dropout is None or isinstance(dropout, str) else tuple(dropout)
-    if not rnns or len(dropouts) != len(rnns):
-        raise ValueError(
-            "rnn and dropout: expected a dropout, or None, for each RNN, "
-            f"got {len(rnns)} RNNs and {len(dropouts)} dropouts"
-        )
-    return tuple(source_at(*paths, **options) for paths in zip(rnns, dropouts, strict=True))
-
-
-def attach_all(
-    sources: Sequence[Source], regularizer: Any, model: nn.Module, batch_first: bool | None = None
-) -> ExitStack:
-    """Attach a regularizer to the modules of a model, all or none, until the returned stack is closed."""
-    with ExitStack() as attached:
-        for source in sources:
-            attached.enter_context(source.attach(regularizer, model, batch_first))
-        return attached.pop_all()
+    own = getattr(module, "batch_first", True if isinstance(module, nn.RNNCellBase) else None)
+    if isinstance(own, bool):
+        return own
+    inner = [x for x in module.modules() if isinstance(x, nn.RNNBase)]
+    if inner and all(x.batch_first for x in inner):
+        return True
+    if not inner and default is not None:
+        return default
+    why = f", and may return (time, batch, hidden) like the {type(inner[0]).__name__} inside it" if inner else ""
+    raise ValueError(
+        "batch_first: expected True for (batch, time, hidden) or False for (time, batch, hidden), as the "
+        f"{type(module).__name__} does not have it{why}, got None"
+    )
 
 
 def _check_module(name: str, module: object) -> None:
@@ -233,14 +206,23 @@ def _check_module(name: str, module: object) -> None:
         raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
 
 
-def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: str) -> nn.Module:
+def _check_time_of(dropout: FusedRNNDropout, time_at: bool | int, name: str) -> None:
+    """Check that a dropout looks for time where the module has it."""
+    own = f"batch_first={dropout.batch_first}" if dropout.time_dim is None else f"time_dim={dropout.time_dim}"
+    expected, of_module = f"time_dim={time_at}", ""
+    if isinstance(time_at, bool):
+        expected, of_module = f"batch_first={time_at}", f", as the {name} has it"
+    if own != expected:
+        raise ValueError(f"dropout: expected a FusedRNNDropout with {expected}{of_module}, got {own}")
+
+
+def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: Any) -> nn.Module:
     """Return the module at an attribute path; if there is none, list candidates."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if path in modules:
-        return modules[path]
-    if kind == "rnn":
-        likely = [name for name, module in modules.items() if isinstance(module, nn.RNNBase)]
-    else:
-        likely = [name for name, module in modules.items() if "drop" in type(module).__name__.lower()]
+    modules, likely = dict(model.named_modules(remove_duplicate=False)), []
+    for name, module in modules.items():
+        if name == path:
+            return module
+        if isinstance(module, nn.RNNBase) if kind == "rnn" else "drop" in type(module).__name__.lower():
+            likely.append(name)
     candidates = ", ".join(map(repr, likely or [name for name in modules if name])) or "none"
     raise ValueError(f"{kind}: {type(model).__name__} has no such module at {path!r}; candidates: {candidates}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastreg.problem import Coefficient, is_on
 from fastreg.regularizer import RNNRegularizer
-from fastreg.source import attach_all, sources_at
+from fastreg.source import Source
 
 if TYPE_CHECKING:
     Trainer: Any = object  # transformers is not needed to check types
@@ -101,9 +101,7 @@ class RegularizedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
-        options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
-        self.sources = sources_at(rnn, dropout, **options)
-        self.functions = {"valid": valid, "starts": starts}
+        self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self._hooks: ExitStack | None = None
         self._marks: dict[str, Tensor | None] = {}  # of the batch in training
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
@@ -167,12 +165,12 @@ class RegularizedTrainer(Trainer):
         """Attach to the modules of a model instead of the modules before."""
         self._detach()
         valid, starts = lambda *_, **__: self._marks["valid"], lambda *_, **__: self._marks["starts"]
-        sources = [replace(source, valid=valid, starts=starts) for source in self.sources]
-        self._hooks = attach_all(sources, self.regularizer, _inner(model), batch_first=True)
+        source = replace(self.source, valid=valid, starts=starts)
+        self._hooks = source.attach(self.regularizer, _inner(model), layout=True)
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
-        if self.functions["valid"] is not attention_mask or not self.args.remove_unused_columns:
+        if self.source.valid is not attention_mask or not self.args.remove_unused_columns:
             return
         data: Any = self.train_dataset
         example = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
@@ -237,7 +235,7 @@ class RegularizedTrainer(Trainer):
     def _size_of(self, batches: list[Any]) -> Tensor:
         """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
         marks, sizes = [self._marks_of(batch) for batch in batches], []
-        for name in self.functions:
+        for name in ("valid", "starts"):
             count = sum(found[name] is not None for found in marks)
             if 0 < count < len(batches):
                 raise ValueError(
@@ -258,7 +256,7 @@ class RegularizedTrainer(Trainer):
 
     def _marks_of(self, batch: Any) -> dict[str, Tensor | None]:
         """Return the valid steps of a batch and its starts, `(batch, time)` or `None`, by their names."""
-        marks = {name: function and function(batch) for name, function in self.functions.items()}
+        marks = self.source.marks([batch])
         for name, mask in marks.items():
             if not isinstance(mask, (Tensor, type(None))):
                 raise TypeError(f"{name}: expected the function to return a tensor or None, got {type(mask).__name__}")

@@ -224,7 +224,7 @@ def test_fuse_and_unfuse_swap_in_place() -> None:
     (now,) = learn.callbacks
     assert type(now) is RNNTrainer
     assert [vars(now)[name] for name in names] == [16 if OLD else None, ALPHA, BETA, False]
-    assert (now.valid, now.dropout) == (last_valid, "1.output_dp")
+    assert (now.source.valid, now.source.dropout) == (last_valid, "1.output_dp")
     assert getattr(learn, "rnn_trainer", now) is now
     now.alpha = 3.0
     assert unfuse(unfuse(learn)) is learn
@@ -249,7 +249,7 @@ def test_exports_load_without_fastreg(purged: bool) -> None:
     fused = learn.callbacks[0]
     learn.export("learner")
     assert learn.callbacks[0] is learn.rnn_trainer is fused
-    assert (type(fused), fused.dropout) == (RNNTrainer, "1.output_dp")
+    assert (type(fused), fused.source.dropout) == (RNNTrainer, "1.output_dp")
     with without("fastreg"):
         if OLD:  # whose load_learner knows no language models
             state = torch.load(learn.path / "learner")
@@ -299,12 +299,19 @@ PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 OURS: Any = (RNNTrainer, 16, ALPHA, BETA, False)
 
 
-def test_modules_by_their_paths_train_the_weights_of_the_formula() -> None:
+@pytest.mark.parametrize("name", [None, "valid", "starts"])
+def test_modules_by_their_paths_train_the_weights_of_the_formula(name: str | None) -> None:
+    options: Any = {} if name is None else {name: lambda x: (x % 3 != 0).transpose(0, TIME - 1)}  # (batch, time)
     written = trained(own(Together, Written, 16, ALPHA, BETA, False))
-    learn = own(Alone, *OURS, **PATHS)
-    assert gap(trained(learn), written) < 1e-5
+    learn = own(Alone, *OURS, **options, **PATHS)
+    weights = trained(learn)
     assert sum(len(module._forward_hooks) for module in learn.model.modules()) == 0
-    assert learn.callbacks[-1].batch is None
+    assert not learn.callbacks[-1].batch
+    if name is not None:
+        assert gap(weights, trained(own(Together, *OURS, **options))) < 1e-5
+        assert gap(weights, written) > 1e-4
+        return
+    assert gap(weights, written) < 1e-5
     adjust = {"adjust": False} if release == "1.0.36" else {}
     stock = own(Alone, Stock, *([16] if OLD else []), alpha=ALPHA, beta=BETA, **adjust)
     assert gap(trained(fuse(stock, "dropout", rnn="rnn")), written) < 1e-5
@@ -312,15 +319,7 @@ def test_modules_by_their_paths_train_the_weights_of_the_formula() -> None:
     if hasattr(learn, "purge"):
         learn.purge()
         assert trained(learn).isfinite().all()
-        assert learn.callbacks[-1].rnn == "rnn"
-
-
-@pytest.mark.parametrize("name", ["valid", "starts"])
-def test_masks_of_the_batch(name: str) -> None:
-    options: Any = {name: lambda x: (x % 3 != 0).transpose(0, TIME - 1)}  # (batch, time)
-    by_path = trained(own(Alone, *OURS, **options, **PATHS))
-    assert gap(by_path, trained(own(Together, *OURS, **options))) < 1e-5
-    assert gap(by_path, trained(own(Together, *OURS))) > 1e-4
+        assert learn.callbacks[-1].source.module == "rnn"
 
 
 def sequential(learn: Any) -> None:
@@ -339,36 +338,27 @@ def train(learn: Any) -> None:
     learn.fit(1)
 
 
-REJECTED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = {
-    "no trainer": (
-        lambda x: x.callbacks.clear(),
-        fuse,
-        ValueError,
-        "has no RNNTrainer of fastai's own class",
-    ),
-    "subclass": (subclassed, fuse, ValueError, "has no RNNTrainer of fastai's own class"),
-    "no dropout": (sequential, lambda x: fuse(x, dropout=True), ValueError, "dropout: .* such module at '1.output_dp'"),
-    "own dropout": (
-        own_dropout,
-        lambda x: fuse(x, dropout=True),
-        ValueError,
-        "dropout: .* RNNDropout to swap",
-    ),
-    "rnn": (vars, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: SequentialRNN has no such module at 'lstm'"),
-    "valid": (vars, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),
-    "fuse": (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),
-    "unfuse": (vars, lambda _: unfuse(None), TypeError, "learn: expected a Learner, got NoneType"),
-    "learn": (vars, lambda _: RNNTrainer(None, 16), TypeError, "learn: expected a Learner, got NoneType"),
-    "bptt": (vars, lambda x: RNNTrainer(x, None), ValueError, "bptt: expected the usual number of time steps"),
-    "output": (lambda x: sequential(fuse(x)), train, TypeError, r"expected \(decoded, raw, dropped\)"),
-    "two": (lambda x: fuse(x).callbacks.append(RNNTrainer(x, 16)), train, ValueError, "^RNNTrainer: .* more than one"),
-    "both": (lambda x: fuse(x).callbacks.append(Stock(x, 16)), train, ValueError, "^RNNTrainer: .* more than one"),
-}
+LEARNER, OWN_CLASS = "learn: expected a Learner, got NoneType", "has no RNNTrainer of fastai's own class"
+TWO = "^RNNTrainer: .* more than one"
+REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
+    (lambda x: x.callbacks.clear(), fuse, ValueError, OWN_CLASS),
+    (subclassed, fuse, ValueError, OWN_CLASS),
+    (sequential, lambda x: fuse(x, dropout=True), ValueError, "dropout: .* such module at '1.output_dp'"),
+    (own_dropout, lambda x: fuse(x, dropout=True), ValueError, "dropout: .* RNNDropout to swap"),
+    (vars, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: SequentialRNN has no such module at 'lstm'"),
+    (vars, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),
+    (vars, lambda _: fuse(None), TypeError, LEARNER),
+    (vars, lambda _: unfuse(None), TypeError, LEARNER),
+    (vars, lambda _: RNNTrainer(None, 16), TypeError, LEARNER),
+    (vars, lambda x: RNNTrainer(x, None), ValueError, "bptt: expected the usual number of time steps"),
+    (lambda x: sequential(fuse(x)), train, TypeError, r"expected \(decoded, raw, dropped\)"),
+    (lambda x: fuse(x).callbacks.append(RNNTrainer(x, 16)), train, ValueError, TWO),
+    (lambda x: fuse(x).callbacks.append(Stock(x, 16)), train, ValueError, TWO),
+]
 
 
-@pytest.mark.parametrize("what", REJECTED)
-def test_rejects_and_swaps_nothing(what: str) -> None:
-    prepare, call, error, message = REJECTED[what]
+@pytest.mark.parametrize(("prepare", "call", "error", "message"), REJECTED)
+def test_rejects_and_swaps_nothing(prepare: Any, call: Any, error: type[Exception], message: str) -> None:
     learn = learner()
     prepare(learn)
     parts = [*learn.callbacks, *learn.model.modules()]

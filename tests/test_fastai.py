@@ -179,16 +179,8 @@ def classifier(rows: list[Any], alpha: float = ALPHA, **options: Any) -> Learner
     return TextLearner(dls, model, alpha, BETA if alpha else 0, loss_func=CrossEntropyLossFlat())
 
 
-def test_text_classifiers() -> None:
-    """Their outputs before and after dropout are one tensor."""
-    rows = [(torch.randint(2, WORDS, (20,)), torch.tensor(i % 2)) for i in range(24)]
-    expected = trained(classifier(rows))
-    assert gap(trained(fuse(classifier(rows))), expected) < 1e-5
-    assert gap(trained(classifier(rows, 0)), expected) > 1e-3
-
-
 @pytest.mark.parametrize("max_len", [None, 16])
-def test_padding_of_text_classifiers(max_len: int | None) -> None:
+def test_text_classifiers_with_padding_and_without(max_len: int | None) -> None:
     """Fastai pads by whole chunks before a text, and by the rest behind it; half of the batch is padding here."""
     texts = [torch.randint(2, WORDS, (n,)) for n in (30, 29, 21, 17, 16, 9, 3, 1)]
     padded = [pad_chunk(TensorText(x), pad_idx=1, seq_len=8, pad_len=30).as_subclass(Tensor) for x in texts]
@@ -205,6 +197,9 @@ def test_padding_of_text_classifiers(max_len: int | None) -> None:
     checked: list[Tensor] = []
     trained(fuse(classifier(rows, max_len=max_len), valid=lambda x: x != 1), cbs=on("after_loss", check))
     assert checked
+    expected = trained(classifier(rows, max_len=max_len))
+    assert gap(trained(fuse(classifier(rows, max_len=max_len))), expected) < 1e-5  # where padding counts
+    assert gap(trained(classifier(rows, 0, max_len=max_len)), expected) > 1e-3
 
 
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
@@ -214,35 +209,31 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize("setting", ["plain", "bf16"])
+MASKS: dict[str, Any] = {"valid": lambda x: x % 3 != 0, "starts": lambda x: x % 4 == 1}
+
+
+@pytest.mark.parametrize(("setting", "masks"), [("plain", {}), ("bf16", {}), ("plain", MASKS)])
 @pytest.mark.usefixtures("cpu_amp")
-def test_modules_by_their_paths_train_the_stock_weights(setting: str) -> None:
-    cbs = SETTINGS[setting]
-    expected, close = trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), cbs=cbs()), 1e-5
-    if setting == "bf16":  # the processor's own rounding of stock's weights, from those in float32
-        close = gap(expected, trained(of(Triple, *stock.rnn_cbs(ALPHA, BETA))))
-    learners = [
-        of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS)),
-        fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **PATHS),
-        fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **PATHS),
-    ]
-    for learn in learners:
-        assert gap(trained(learn, cbs=cbs()), expected) < close
-        assert hooks_of(learn.model) == 0
-    assert gap(trained(of(Plain), cbs=cbs()), expected) > 5 * close
-
-
-def test_masks_of_the_batch() -> None:
-    masks: Any = {"valid": lambda x: x % 3 != 0, "starts": lambda x: x % 4 == 1}
-
+def test_modules_by_their_paths_and_masks_of_the_batch(setting: str, masks: dict[str, Any]) -> None:
     def write_out(learn: Any) -> None:
         options: Any = {name: mask(*learn.xb) for name, mask in masks.items()}
         learn.loss_grad = learn.loss_grad + fused_ar_tar(learn.rnn.raw_out, learn.rnn.out, ALPHA, BETA, **options)
 
-    expected = trained(of(Triple, stock.RNNCallback(), on("after_loss", write_out)))
-    assert gap(trained(of(Plain, RNNRegularizer(ALPHA, BETA, **masks, **PATHS))), expected) < 1e-5
-    assert gap(trained(fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **masks, **PATHS)), expected) < 1e-5
-    assert gap(trained(fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **masks)), expected) < 1e-5
+    def expected(setting: str) -> Tensor:
+        own = [stock.RNNCallback(), on("after_loss", write_out, 1)] if masks else stock.rnn_cbs(ALPHA, BETA)
+        return trained(of(Triple, *own), cbs=SETTINGS[setting]())
+
+    want, cbs = expected(setting), SETTINGS[setting]
+    close = gap(want, expected("plain")) if setting == "bf16" else 1e-5  # the processor's rounding of stock's weights
+    learners = [
+        of(Plain, RNNRegularizer(ALPHA, BETA, **masks, **PATHS)),
+        fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **masks, **PATHS),
+        fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **masks, **({} if masks else PATHS)),
+    ]
+    for learn in learners:
+        assert gap(trained(learn, cbs=cbs()), want) < close
+        assert hooks_of(learn.model) == 0
+    assert gap(trained(of(Plain), cbs=cbs()), want) > 5 * close
 
 
 @pytest.mark.usefixtures("dynamo")
@@ -290,7 +281,7 @@ def read_log() -> list[list[str]]:
 
 
 def test_terms_are_columns_of_every_log() -> None:
-    """As averages over the epoch's batches, weighted by their sizes."""
+    """As averages over the epoch's batches, weighted by their sizes; numbers alone, as a `SummaryWriter` wants them."""
     rows = [(torch.full((6,), i % WORDS), torch.full((6,), i % WORDS)) for i in range(10)]
     dls, seen = DataLoaders(DataLoader(rows, bs=8), DataLoader(rows, bs=8)), []
     cbs = [*rnn_cbs(ALPHA, BETA), spy(seen), CSVLogger()]
@@ -304,16 +295,8 @@ def test_terms_are_columns_of_every_log() -> None:
         means = [(8 * a[term] + 2 * b[term]) / 10 for term in ("ar", "tar")]
         assert [float(x) for x in row[4:6]] == [*values[3:]] == pytest.approx(means, rel=1e-5)
     assert learn.metrics.attrgot("name") == ["accuracy"]
-
-
-def test_loggers_get_numbers_alone() -> None:
-    """A `SummaryWriter` takes nothing else, as `TensorBoardCallback` gives it each column."""
-    written: list[float] = []
-    learn = fuse(make()).remove_cb(Recorder).add_cbs([Recorder(train_metrics=True), CSVLogger()])
-    trained(learn, cbs=on("after_epoch", lambda learn: written.extend(float(x) for x in learn.recorder.log[2:-1])))
-    head, row = read_log()
-    assert len(head) == len(row) == len(written) + 3
-    table = dict(zip(head, row, strict=True))
+    trained(learn.remove_cb(Recorder).add_cb(Recorder(train_metrics=True)))
+    table = dict(zip(*read_log(), strict=True))
     assert float(table["train_ar"]) > 0 < float(table["train_tar"])
     assert table["valid_ar"] == table["valid_tar"] == "nan"
 
@@ -511,16 +494,17 @@ def test_a_regularizer_may_be_away_for_a_while() -> None:
     assert all(ar > 0 < tar for *_, ar, tar, _ in learn.recorder.values)
 
 
-def test_a_run_before_the_loss_does_not_pass_for_the_step() -> None:
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_run_before_the_loss_and_a_subclass_of_the_capture(dropout: bool) -> None:
     def run_again(learn: Any) -> None:
         state, hidden = torch.get_rng_state(), learn.model[0].hidden
         learn.model(*learn.xb)
         torch.set_rng_state(state)
         learn.model[0].hidden = hidden
 
-    stock_weights = trained(make(), cbs=on("after_pred", run_again))
-    for dropout in (False, True):
-        assert gap(trained(fuse(make(), dropout), cbs=on("after_pred", run_again)), stock_weights) < 1e-5
+    learn = fuse(make(), dropout)
+    subclassed(learn.rnn)
+    assert gap(*(trained(one, cbs=on("after_pred", run_again)) for one in (learn, make()))) < 1e-5
 
 
 def custom(learn: Any) -> None:
@@ -535,54 +519,32 @@ def run(*cbs: Callback) -> Callable[[Any], object]:
     return lambda _: trained(of(Plain, *cbs))
 
 
-REJECTED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = {
-    "rnn": (custom, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: .* no such module at 'lstm'; candidates: 'rnn'"),
-    "path": (custom, lambda x: fuse(x, True, rnn="rnn"), TypeError, "dropout: expected an attribute path or None"),
-    "valid": (custom, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),
-    "padding": (
-        vars,
-        lambda x: fuse(x, mask_padding=True),
-        ValueError,
-        "mask_padding: expected valid=lambda x: x != pad",
-    ),
-    "masked": (
-        vars,
-        lambda _: rnn_cbs(mask_padding=True),
-        ValueError,
-        "mask_padding: expected valid=lambda x: x != pad",
-    ),
-    "no dropout": (custom, lambda x: fuse(x, True), ValueError, "dropout: Model has no such module at '1.output_dp'"),
-    "own dropout": (
-        lambda x: subclassed(x.model[1].output_dp),
-        lambda x: fuse(x, True),
-        ValueError,
-        "to swap, got Mine",
-    ),
-    "p": (lambda x: setattr(x.model[1].output_dp, "p", 1.0), lambda x: fuse(x, True), ValueError, "p: expected"),
-    "alpha": (lambda x: setattr(x.rnn_regularizer, "alpha", -1.0), fuse, ValueError, "alpha: expected"),
-    "subclass": (lambda x: subclassed(x.rnn_regularizer), fuse, ValueError, "no RNNRegularizer of fastai's own class"),
-    "no regularizer": (
-        remove,
-        fuse,
-        ValueError,
-        r"fuse: the learner has no RNNRegularizer of .* rnn_cbs\(alpha, beta\)",
-    ),
-    "fuse": (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),  # pyright: ignore
-    "unfuse": (vars, lambda _: unfuse(None), TypeError, "learn: expected a Learner, got NoneType"),  # pyright: ignore
-    "output": (
-        vars,
-        run(*rnn_cbs(1.0)[1:]),
-        TypeError,
-        r"\(decoded, raw, dropped\) from the Model, .* got a Tensor and 1",
-    ),
-    "no capture": (vars, run(RNNRegularizer()), TypeError, "one RNNCallback to capture them, got a Tensor and 0"),
-    "two captures": (vars, run(stock.RNNCallback(), *rnn_cbs(1.0)[1:]), TypeError, "one RNNCallback .* and 2 RNNC"),
-}
+PAD = "mask_padding: expected valid=lambda x: x != pad"
+LEARNER = "learn: expected a Learner, got NoneType"
+OWN_CLASS = r"no RNNRegularizer of fastai's own class; .* rnn_cbs\(alpha, beta\)"
+ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to capture them, got a Tensor and "
+REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
+    (custom, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: .* no such module at 'lstm'; candidates: 'rnn'"),
+    (custom, lambda x: fuse(x, True, rnn="rnn"), ValueError, "dropout: .* no such module at True"),
+    (custom, lambda x: fuse(x, True), ValueError, "dropout: Model has no such module at '1.output_dp'"),
+    (vars, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),
+    (vars, lambda x: fuse(x, mask_padding=True), ValueError, PAD),
+    (vars, lambda _: rnn_cbs(mask_padding=True), ValueError, PAD),
+    (lambda x: subclassed(x.model[1].output_dp), lambda x: fuse(x, True), ValueError, "to swap, got Mine"),
+    (lambda x: setattr(x.model[1].output_dp, "p", 1.0), lambda x: fuse(x, True), ValueError, "p: expected"),
+    (lambda x: setattr(x.rnn_regularizer, "alpha", -1.0), fuse, ValueError, "alpha: expected"),
+    (lambda x: subclassed(x.rnn_regularizer), fuse, ValueError, OWN_CLASS),
+    (remove, fuse, ValueError, OWN_CLASS),
+    (vars, lambda _: fuse(None), TypeError, LEARNER),  # pyright: ignore
+    (vars, lambda _: unfuse(None), TypeError, LEARNER),  # pyright: ignore
+    (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE + "1"),
+    (vars, run(RNNRegularizer()), TypeError, ALONE + "0"),
+    (vars, run(stock.RNNCallback(), *rnn_cbs(1.0)[1:]), TypeError, ALONE + "2"),
+]
 
 
-@pytest.mark.parametrize("what", REJECTED)
-def test_rejects_and_swaps_nothing(what: str) -> None:
-    prepare, call, error, message = REJECTED[what]
+@pytest.mark.parametrize(("prepare", "call", "error", "message"), REJECTED)
+def test_rejects_and_swaps_nothing(prepare: Any, call: Any, error: type[Exception], message: str) -> None:
     learn = make()
     prepare(learn)
     parts = [*learn.cbs, *learn.model.modules()]
@@ -590,9 +552,3 @@ def test_rejects_and_swaps_nothing(what: str) -> None:
         call(learn)
     assert all(a is b for a, b in zip([*learn.cbs, *learn.model.modules()], parts, strict=True))
     assert hooks_of(learn.model) == 0
-
-
-def test_a_subclass_of_the_capture() -> None:
-    learn = make()
-    subclassed(learn.rnn)
-    assert gap(trained(fuse(learn)), trained(make())) < 1e-5
