@@ -138,7 +138,7 @@ class Source:
         return {"valid": self.valid and self.valid(*batch), "starts": self.starts and self.starts(*batch)}
 
     def or_of(self, other: Source) -> Source:
-        """Take from another source what this one leaves out."""
+        """Take the values that this source leaves out from another one."""
         return replace(other, **{name: value for name, value in vars(self).items() if value is not None})
 
     def attach(self, regularizer: Any, model: nn.Module, layout: bool | None = None) -> ExitStack:
