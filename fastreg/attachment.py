@@ -244,8 +244,8 @@ class Attachment:
         if not module.training or torch.is_inference_mode_enabled():
             return
         # Activation checkpointing runs the forward again. If it is reentrant, the penalty's gradient with `in_backward`
-        # passes the second forward alone.
-        if current() != -1 and (source.scale is None or keeps_memory_low()):
+        # passes the second forward alone; if it is not, none passes the second.
+        if current() != -1 and source.scale is None:
             return
         raw = source.raw_of(result)
         rows = rows_of(raw)
@@ -331,7 +331,8 @@ class Attachment:
         run.grad_enabled &= torch.is_grad_enabled()
         rows = rows_of(result)
         if run.dropped is not None and not (rows is given and run.dropped is run.raw):
-            if not torch.is_grad_enabled():
+            # Checkpointing that is not reentrant runs the dropout again, and the first run has the gradients.
+            if not torch.is_grad_enabled() or (current() != -1 and run.grad_enabled):
                 return
             raise RuntimeError(
                 f"attach: the attached {type(dropout).__name__} got the same output of the {run.names[0]} twice, and "
