@@ -100,7 +100,7 @@ class _Carry(Function):
         ctx.save_for_backward(*step.saved)
         ctx.terms, ctx.rests, ctx.passed_over, ctx.watch = step.terms, step.rests, step.passed_over, step.watch
         ctx.loss = None if adds else (loss.shape, loss.dtype, loss.device)
-        return loss + penalty if adds else penalty.detach()
+        return loss + penalty if adds else penalty.clone()  # the node of a fused dropout keeps its own
 
     @staticmethod
     @untraced

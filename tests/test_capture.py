@@ -227,6 +227,20 @@ def test_the_sum_may_be_changed_in_place(kind: Any) -> None:
     check_gradients(module, total, (loss + formula(raw, raw, 1)) / 2)
 
 
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+def test_the_penalty_alone_may_be_changed_in_place(kind: Any) -> None:
+    module, dropout, reg = gru(), kind(0.4), regularizer()
+    reg.attach(module, dropout)
+    raw, _ = module(inputs())
+    dropped = dropout(raw)
+    loss = dropped.square().sum()
+    terms = reg.take(loss)
+    assert terms is not None
+    penalty = terms.penalty
+    penalty /= 2
+    check_gradients(module, loss + penalty, loss + formula(raw, dropped, 1) / 2)
+
+
 @pytest.mark.parametrize("where", ["the loss", "the penalty"])
 def test_a_hook_that_changes_its_gradient_in_place(where: str) -> None:
     """The upstream gradient of the penalty does not change."""
