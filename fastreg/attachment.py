@@ -154,6 +154,7 @@ class Attachment:
         """Remove the hooks and drop their captures; a second call does nothing."""
         for hooked in self._hooked:
             hooked.remove()
+        self._take_back()
         self.clear()
         owner, self._owner, self._hooked = self._owner(), nothing, []
         if owner is not None:
@@ -230,6 +231,7 @@ class Attachment:
     def _lend(self, dropout: Any, args: Any, kwargs: Any) -> None:
         """Lend a fused dropout the coefficients, and the masks of the run that it gets."""
         self._hooked[1].check(dropout)
+        self._take_back()
         owner, found = self._owner(), self._run_of(args, kwargs)
         # The loss reads saved tensors of the dropout's node, which may be packed away, as under checkpointing.
         if owner is None or found is None or keeps_memory_low():
@@ -237,6 +239,12 @@ class Attachment:
         if not isinstance(owner.alpha, Tensor) and not isinstance(owner.beta, Tensor):
             loan = dropout.loan or Loan(owner.alpha, owner.beta, found[0].valid, found[0].starts)
             self._loan = dropout.loan = loan
+
+    def _take_back(self) -> None:
+        """Take back a loan that a forward has not used, as it failed before."""
+        if self._loan is not None and self.source.dropout.loan is self._loan:
+            self.source.dropout.loan = None
+        self._loan = None
 
     def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Start the capture of a run."""
