@@ -154,6 +154,7 @@ class Attachment:
         """Remove the hooks and drop their captures; a second call does nothing."""
         for hooked in self._hooked:
             hooked.remove()
+        self._take_back()
         self.clear()
         owner, self._owner, self._hooked = self._owner(), nothing, []
         if owner is not None:
@@ -230,6 +231,7 @@ class Attachment:
     def _lend(self, dropout: Any, args: Any, kwargs: Any) -> None:
         """Lend a fused dropout the coefficients, and the masks of the run that it gets."""
         self._hooked[1].check(dropout)
+        self._take_back()
         owner, found = self._owner(), self._run_of(args, kwargs)
         # The loss reads saved tensors of the dropout's node, which may be packed away, as under checkpointing.
         if owner is None or found is None or keeps_memory_low():
@@ -238,14 +240,20 @@ class Attachment:
             loan = dropout.loan or Loan(owner.alpha, owner.beta, found[0].valid, found[0].starts)
             self._loan = dropout.loan = loan
 
+    def _take_back(self) -> None:
+        """Take back a loan that a forward has not used, as it failed before."""
+        if self._loan is not None and self.source.dropout.loan is self._loan:
+            self.source.dropout.loan = None
+        self._loan = None
+
     def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Start the capture of a run."""
         source = self.source
         if not module.training or torch.is_inference_mode_enabled():
             return
         # Activation checkpointing runs the forward again. If it is reentrant, the penalty's gradient with `in_backward`
-        # passes the second forward alone.
-        if current() != -1 and (source.scale is None or keeps_memory_low()):
+        # passes the second forward alone; if it is not, none passes the second.
+        if current() != -1 and source.scale is None:
             return
         raw = source.raw_of(result)
         rows = rows_of(raw)
@@ -331,7 +339,8 @@ class Attachment:
         run.grad_enabled &= torch.is_grad_enabled()
         rows = rows_of(result)
         if run.dropped is not None and not (rows is given and run.dropped is run.raw):
-            if not torch.is_grad_enabled():
+            # Checkpointing that is not reentrant runs the dropout again, and the first run has the gradients.
+            if not torch.is_grad_enabled() or (current() != -1 and run.grad_enabled):
                 return
             raise RuntimeError(
                 f"attach: the attached {type(dropout).__name__} got the same output of the {run.names[0]} twice, and "

@@ -100,7 +100,7 @@ class _Carry(Function):
         ctx.save_for_backward(*step.saved)
         ctx.terms, ctx.rests, ctx.passed_over, ctx.watch = step.terms, step.rests, step.passed_over, step.watch
         ctx.loss = None if adds else (loss.shape, loss.dtype, loss.device)
-        return loss + penalty if adds else penalty.detach()
+        return loss + penalty if adds else penalty.clone()  # the node of a fused dropout keeps its own
 
     @staticmethod
     @untraced
@@ -195,9 +195,9 @@ def total(formed: Sequence[ARTAR], device: torch.device) -> ARTAR:
 
 def _of_dropout(run: Run, coefficients: tuple[Coefficient, Coefficient]) -> ARTAR | None:
     """Return the penalty that a fused dropout has formed, with its graph; `None` for other coefficients or none."""
-    if run.fused is None or run.fused.coefficients != coefficients:
-        return None
-    node = run.fused.node()
+    if run.fused is None or any([isinstance(x, Tensor) for x in coefficients]):
+        return None  # to compare tensors would wait for a device
+    node = run.fused.node() if run.fused.coefficients == coefficients else None
     return None if node is None else ARTAR(kept_penalty(node), *run.fused.terms)
 
 

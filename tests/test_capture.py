@@ -202,6 +202,15 @@ def test_a_coefficient_that_changes_after_a_fused_dropout_has_formed_the_penalty
     check_gradients(module, penalty_of(reg, dropped), fused_ar_tar(raw, dropped, 9.0, BETA))
 
 
+def test_a_coefficient_that_becomes_a_wrong_tensor_after_a_fused_dropout_has_formed_the_penalty() -> None:
+    module, dropout, reg = gru(), FusedRNNDropout(0.4), regularizer()
+    reg.attach(module, dropout)
+    loss = dropout(module(inputs())[0]).square().sum()
+    reg.alpha = torch.full((2,), float(reg.alpha))
+    with pytest.raises(ValueError, match="alpha: expected a number or a 0-dim floating-point tensor"):
+        reg.on_backward_begin(loss)
+
+
 def one_run() -> tuple[nn.Module, RNNRegularizer, Tensor, Tensor]:
     """Return an attached module, its regularizer, raw, and a loss."""
     module, reg = gru(), regularizer()
@@ -225,6 +234,20 @@ def test_the_sum_may_be_changed_in_place(kind: Any) -> None:
     total /= 2
     assert type(total) is kind
     check_gradients(module, total, (loss + formula(raw, raw, 1)) / 2)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+def test_the_penalty_alone_may_be_changed_in_place(kind: Any) -> None:
+    module, dropout, reg = gru(), kind(0.4), regularizer()
+    reg.attach(module, dropout)
+    raw, _ = module(inputs())
+    dropped = dropout(raw)
+    loss = dropped.square().sum()
+    terms = reg.take(loss)
+    assert terms is not None
+    penalty = terms.penalty
+    penalty /= 2
+    check_gradients(module, loss + penalty, loss + formula(raw, dropped, 1) / 2)
 
 
 @pytest.mark.parametrize("where", ["the loss", "the penalty"])

@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 from types import MethodType
@@ -209,16 +210,33 @@ def test_truncated_backpropagation_that_keeps_the_graph(dropout: Any) -> None:
 
 
 @each_dropout
+@pytest.mark.parametrize("around", [nullcontext, torch.autograd.graph.save_on_cpu])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(reentrant: bool, dropout: Any) -> None:
+def test_activation_checkpointing(reentrant: bool, around: Any, dropout: Any) -> None:
     (rnn, reg), plain, x = attached_gru(dropout), gru(), inputs().requires_grad_()
     torch.manual_seed(3)
-    dropped = checkpoint(lambda x: run(rnn, dropout, x)[1], x, use_reentrant=reentrant)
-    got = gradients_of(dropped.square().sum(), rnn)
+    with around():
+        dropped = checkpoint(lambda x: run(rnn, dropout, x)[1], x, use_reentrant=reentrant)
+        got = gradients_of(dropped.square().sum(), rnn)
     torch.manual_seed(3)
     raw, dropped = run(plain, dropout, x)
     torch.testing.assert_close(got, gradients_of(dropped.square().sum() + formula(raw, dropped, 1), plain))
     torch.testing.assert_close([reg.ar, reg.tar], [dropped.square().mean(), raw.diff(dim=1).square().mean()])
+
+
+@each_dropout
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_activation_checkpointing_of_the_dropout_and_the_layers_behind_it(in_backward: bool, dropout: Any) -> None:
+    (rnn, reg), plain = attached_gru(dropout, in_backward), gru()
+    torch.manual_seed(3)
+    raw, _ = rnn(inputs())
+    result = checkpoint(lambda raw: (raw if dropout is None else dropout(raw)).sin(), raw, use_reentrant=False)
+    torch.autograd.grad(result.sum(), raw, retain_graph=True)  # recomputes, while a capture waits
+    loss = result.square().sum()
+    got = gradients(loss if in_backward else reg.on_backward_begin(loss), rnn)
+    torch.manual_seed(3)
+    raw, dropped = run(plain, dropout)
+    torch.testing.assert_close(got, gradients(dropped.sin().square().sum() + formula(raw, dropped, 1), plain))
 
 
 def gradients_of(loss: Tensor, module: nn.Module) -> list[Any]:

@@ -51,6 +51,26 @@ def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
     assert formed == []
 
 
+@pytest.mark.parametrize("again", ["attached", "removed"])
+def test_a_forward_that_fails_before_the_dropout_has_used_the_coefficients(again: str) -> None:
+    rnn, dropout, reg, lengths = gru(), FusedRNNDropout(0.3, 3.0, 5.0), regularizer(), [TIME, TIME - 1]
+    masks = [torch.arange(steps) < steps - 1 for steps in lengths]
+    handle = reg.attach(rnn, dropout, valid=lambda x: masks[TIME - x.shape[1]].expand(BATCH, -1))
+    with dropout.register_forward_pre_hook(lambda *_: pytest.fail("a hook")), pytest.raises(pytest.fail.Exception):
+        dropout(rnn(inputs())[0])
+    if again == "removed":
+        handle.remove()
+        raw, _ = rnn(inputs())
+        dropped, taken = dropout(raw), dropout.take()
+        assert taken is not None
+        torch.testing.assert_close(taken.penalty, of(3.0, 5.0, raw, dropped))
+        return
+    raw, _ = rnn(inputs()[:, 1:])
+    dropped = dropout(raw)
+    want = fused_ar_tar(raw, dropped, ALPHA, BETA, valid=masks[1].expand(BATCH, -1))
+    check_gradients(rnn, penalty_of(reg, dropped), want)
+
+
 def of(alpha: float, beta: float, raw: Tensor, dropped: Tensor) -> Tensor:
     """Compute a penalty of other coefficients than the formula's."""
     return alpha * dropped.pow(2).mean() + beta * raw.diff(dim=1).pow(2).mean()
