@@ -1,8 +1,8 @@
 """Figures of the kernels' code as compiled for an H100, without one: `python -m bench.registers`.
 
-Registers, spills, widths of loads, instructions a byte, and how many programs fit on a multiprocessor, with their bytes
-in flight; of the penalty and of dropout. bench/NOTES.md draws the conclusions, and tests/test_compiled.py bounds the first
-three.
+Of the penalty and of dropout: registers, spills, widths of loads, instructions a byte, and how many programs fit on a
+multiprocessor, with their bytes in flight. bench/NOTES.md draws the conclusions; tests/test_compiled.py bounds the
+first three.
 """
 
 from __future__ import annotations
