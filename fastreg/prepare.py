@@ -104,7 +104,7 @@ def call_of_raw(arguments: Arguments) -> Call:
     """
     alpha, beta, axis = _checked(arguments)
     raw = check_tensor("raw", arguments.raw)
-    axis, steps = _axis_and_steps(arguments, axis, [raw])
+    axis, steps = _axis_and_steps(arguments, axis, [raw, None])
     options = axis, arguments.reduction, arguments.measured, arguments.ar_of_raw, compute_dtype(raw)
     return Call(plain(raw), None, alpha, beta, steps, *options)
 
@@ -120,7 +120,7 @@ def _axis_and_steps(
     arguments: Arguments, axis: int, layer: Sequence[Tensor | None], label: str = ""
 ) -> tuple[int, Steps | None]:
     """Return the axis of time of raw and dropped, negative from the end, and their steps that count."""
-    for name, x in zip(("raw", "dropped"), layer, strict=False):
+    for name, x in zip(("raw", "dropped"), layer, strict=True):
         if x is not None:
             check_axes(name + label, x, None if arguments.time_dim is None else axis)
     x: Any = layer[0] if layer[0] is not None else layer[1]

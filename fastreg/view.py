@@ -41,7 +41,7 @@ class Fold:
         others = [axis for axis, size in enumerate(self.shape) if axis != self.time and size != 1]
         sequences = [axis for axis in others if axis == batch]
         orders = [sorted(others, key=lambda axis: axis != batch)]
-        orders += [sorted(others, key=lambda axis: (y.stride(axis) != 0, -y.stride(axis))) for y in metas]
+        orders += [sorted(others, key=lambda axis: -y.stride(axis)) for y in metas]
         cuts = [(order[:i], order[i:]) for order in orders for i in range(len(order) + 1)]
         has_rows = x.shape[self.time] >= NARROW and all(y.stride(self.time) <= 1 for y in metas)
         if not self.is_whole:

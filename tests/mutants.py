@@ -313,7 +313,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Fold", "few steps in a row read as they lie", "x.shape[self.time] >= NARROW", "True"),
         ("Fold", "steps apart read as they lie", "all(y.stride(self.time) <= 1 for y in metas)", "True"),
         ("Fold", "all copied", "return sum(self._seen(x) is None for x in metas)", "return 0"),
-        ("Fold", "a row repeated for all taken for the innermost", "y.stride(axis) != 0, ", ""),
         ("Fold", "always one sequence", "x.outer == inner for", "True for"),
     ],
     "fastreg/torch_state.py": [
