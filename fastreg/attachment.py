@@ -381,8 +381,10 @@ class Attachment:
         run.complete(dropped)
         owner, scale = self._owner(), self.source.scale
         if isinstance(run.guard, Always) and owner is not None:
-            self.terms = run.guard.form(run, (owner.alpha, owner.beta), scale)  # pyright: ignore[reportArgumentType]
-            owner.note()
+            terms = run.guard.form(run, (owner.alpha, owner.beta), scale)  # pyright: ignore[reportArgumentType]
+            if current() == -1:  # a recomputation is no later run
+                self.terms = terms
+                owner.note()
             self._runs, self._held = [ref for ref in self._runs if ref() is not run], []
 
     def _run_of(self, args: Any, kwargs: Any) -> tuple[Run, Tensor] | None:

@@ -239,6 +239,16 @@ def test_activation_checkpointing_of_the_dropout_and_the_layers_behind_it(in_bac
     torch.testing.assert_close(got, gradients(dropped.sin().square().sum() + formula(raw, dropped, 1), plain))
 
 
+@each_dropout
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_terms_are_those_of_the_latest_run_and_of_no_recomputation(reentrant: bool, dropout: Any) -> None:
+    (rnn, reg), x = attached_gru(dropout), inputs().requires_grad_()
+    loss = sum(checkpoint(lambda x: run(rnn, dropout, x)[1], k * x, use_reentrant=reentrant).sum() for k in (1, 2))
+    want = [reg.ar, reg.tar]
+    loss.backward()  # pyright: ignore[reportAttributeAccessIssue] # runs the first run again at last
+    torch.testing.assert_close([reg.ar, reg.tar], want)
+
+
 def gradients_of(loss: Tensor, module: nn.Module) -> list[Any]:
     """Return the gradients that a backward accumulates; `torch.autograd.grad` refuses reentrant checkpoints."""
     loss.backward()
