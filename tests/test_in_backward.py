@@ -486,3 +486,20 @@ def test_a_loss_that_reaches_a_run_that_another_has_missed_by_its_state_alone() 
     loss = found.sum() + later.sin().sin().sin().sum()
     with pytest.raises(RuntimeError, match="that an earlier loss did not depend on"):
         reg.on_backward_begin(loss).backward()
+
+
+def test_a_search_leaves_the_runs_of_another_regularizer_alone() -> None:
+    """The loss of the one depends on both outputs, and that of the other on none of its own."""
+    first, second = gru(), gru()
+    one, other = regularizer(), regularizer()
+    one.attach(first)
+    other.attach(second)
+    x = inputs()
+    a, b = first(x)[0], second(x)[0]
+    total = one.on_backward_begin((a + b).sum()) + other.on_backward_begin(a.sum())
+    parameters = [*first.parameters(), *second.parameters()]
+    got = torch.autograd.grad(total, parameters)
+    plain = gru(), gru()
+    a, b = plain[0](x)[0], plain[1](x)[0]
+    want = (a + b).sum() + a.sum() + formula(a, a, 1) + formula(b, b, 1)
+    torch.testing.assert_close(got, torch.autograd.grad(want, [y for net in plain for y in net.parameters()]))
