@@ -137,11 +137,6 @@ def _calls(saved: Sequence[Any], rests: Sequence[tuple[int, Any, tuple[Any, ...]
     return calls
 
 
-def _with_raw(call: Call, raw: Tensor) -> Call:
-    """Return a call of raw alone for another tensor."""
-    return Call(raw, None, call.alpha, call.beta, call.steps, *call.options())
-
-
 def _end(terms: Sequence[Term], task: int) -> None:
     """Free the gradients that a backward did not add."""
     for term in terms:
@@ -229,7 +224,7 @@ class Always:
         step = Step()
         terms = _measured([_part([run])], coefficients, step)
         for term, call in zip(step.terms, _calls(step.saved, step.rests), strict=True):
-            self.terms[term.tensors[0][1]] = term, _with_raw(call, EMPTY)
+            self.terms[term.tensors[0][1]] = term, call.of(EMPTY)
             self.versions += [(x, version_of(x)) for x in (call.alpha, call.beta) if isinstance(x, Tensor)]
         like: Any = {"dtype": terms.penalty.dtype, "device": terms.penalty.device}
         self.grad = scale if isinstance(scale, Tensor) else torch.full((), scale, **like)
@@ -251,7 +246,7 @@ class Always:
         self.tasks[captured] = task
         if captured in self.terms:
             term, call = self.terms[captured]
-            term.begin(task, self.grad, _with_raw(call, captured.data))
+            term.begin(task, self.grad, call.of(captured.data))
         if not keeps_graph() and (captured is run.raw or not run.raw.needs):
             run.drop()
 
@@ -386,7 +381,7 @@ def _plan(group: Sequence[Run], of_raw: bool, addition: Addition, call: Call, st
         if len(group) > 1 or tensors[0].axis is not None:
             axis = _axis(group[0])
             split = functools.partial(torch.split, split_size_or_sections=[x.shape[axis] for x in found], dim=axis)
-        step.add(Term(addition, hooked, split), _with_raw(call, _joined(group[0], found)))
+        step.add(Term(addition, hooked, split), call.of(_joined(group[0], found)))
 
 
 def _axis(run: Run) -> int:

@@ -185,7 +185,7 @@ def drop_and_penalize(
 def _by_formula(call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
     """Apply the mask and compute the penalty in plain PyTorch."""
     dropped = call.raw * mask
-    penalty, ar, tar = ar_tar(Call(call.raw, dropped, call.alpha, call.beta, call.steps, *call.options()))
+    penalty, ar, tar = ar_tar(call.of(call.raw, dropped))
     return dropped, penalty, (ar.detach(), tar.detach()) if call.measured else None
 
 
@@ -334,8 +334,7 @@ def _gradient_formula(upstream: Upstreams, call: Call, mask: Tensor) -> Tensor:
     grad_dropped, grad = upstream
     raw, through_mask, direct = call.raw, grad_dropped, None
     if grad is not None:
-        both = Call(raw, raw * mask, call.alpha, call.beta, call.steps, *call.options())
-        direct, ar = ar_tar_gradients(grad, both)
+        direct, ar = ar_tar_gradients(grad, call.of(raw, raw * mask))
         through_mask = added(through_mask, ar)
     gradient = added(None if through_mask is None else through_mask * mask, direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)

@@ -69,6 +69,10 @@ class Call(NamedTuple):
         """Return raw, or dropped where raw is `None`."""
         return self.dropped if self.raw is None else self.raw
 
+    def of(self, raw: Any, dropped: Any = None) -> Call:
+        """Return the same call of other tensors."""
+        return Call(raw, dropped, self.alpha, self.beta, self.steps, *self.options())
+
     def options(self) -> tuple[Any, ...]:
         """Return all but tensors and coefficients, which may differ between the calls of one plan."""
         return self.time_dim, self.reduction, self.measured, self.ar_of_raw, self.dtype

@@ -388,7 +388,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("unpack", "steps with gaps", "x.contiguous() for", "x for"),
         ("unpack", "another dtype of steps in the backward", "check_saved(name, before, x)", "pass"),
         ("restored", "another shape in the backward", "check_saved(name, before, x)", "pass"),
-        ("restored", "another layout in the backward", "== before:", "!= ():"),
+        ("restored", "another layout in the backward", "layout_of(x) == before:", "True:"),
         ("restored", "a repeated step copied as many", "if stride == 0:", "if False:"),
         ("Plan", "plans of calls that are not checked", "check_call(call, mask)", "pass"),
     ],
