@@ -18,7 +18,7 @@ from fastreg.installation import FOLDER, remarks
 from fastreg.kernels import cpu
 from fastreg.kernels.view import Steps
 from fastreg.penalty import fused_ar_tar
-from fastreg.problem import Call
+from fastreg.problem import Call, Kind
 from fastreg.reference import ar_tar, marked
 
 
@@ -80,13 +80,13 @@ def self_test(device: torch.device) -> None:
         exact = leaves
         if device.type != "mps":  # which has no float64
             exact = raw.double().requires_grad_(), dropped.double().requires_grad_()
-        marks, dtype = None if steps is None else Steps(*marked((5, 40), steps, None, None)), exact[0].dtype
+        marks, kind = None if steps is None else Steps(*marked((5, 40), steps, None, None)), Kind(dtype=exact[0].dtype)
         got = fused_ar_tar(leaves[0], leaves[1], 2.0, 1.0, lengths=steps)
-        want = ar_tar(Call(*exact, 2.0, 1.0, marks, dtype=dtype)).penalty
+        want = ar_tar(Call(*exact, 2.0, 1.0, marks, kind)).penalty
         compare([got, *torch.autograd.grad(got, leaves)], [want, *torch.autograd.grad(want, exact)])
         kept, got = fused_dropout_ar_tar(leaves[0], 0.5, 2.0, 1.0, mask=mask, lengths=steps)
         product = exact[0] * mask.to(exact[0].dtype)
-        want = ar_tar(Call(exact[0], product, 2.0, 1.0, marks, dtype=dtype)).penalty
+        want = ar_tar(Call(exact[0], product, 2.0, 1.0, marks, kind)).penalty
         results = [got, *torch.autograd.grad([got, kept.sum()], leaves[0])]
         compare(results, [want, *torch.autograd.grad([want, product.sum()], exact[0])])
 

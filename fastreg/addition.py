@@ -23,12 +23,13 @@ class Addition:
         call: of raw alone, without a subclass that only decorates it: of TAR, of AR of raw, or of both.
 
     Attributes:
+        kind: of the call.
         layout: of the activations.
     """
 
     def __init__(self, call: Call) -> None:
         raw = call.raw
-        self.layout, self.dtype = layout_of(raw), call.dtype
+        self.layout, self.kind = layout_of(raw), call.kind
         self.backend: Any = backend_for(raw.device) if raw.numel() > 0 else None
         self.backwards: dict[Any, Adding] = {}  # by the layout of the gradient that arrives
 
@@ -44,8 +45,8 @@ class Addition:
             RuntimeError: a second derivative is wanted of activations that have no graph.
         """
         raw = call.raw
-        if upstream.dtype != self.dtype or upstream.device != self.layout.device:
-            upstream = upstream.to(self.layout.device, self.dtype)
+        if upstream.dtype != self.kind.dtype or upstream.device != self.layout.device:
+            upstream = upstream.to(self.layout.device, self.kind.dtype)
         if self.backend is None or torch.is_grad_enabled() or observed() or not are_memory((raw, arrived, upstream)):
             return self._by_formula(upstream, call, plain(arrived))
         layout = layout_of(arrived)

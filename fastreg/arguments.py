@@ -1,7 +1,7 @@
 """Every check of an argument, and every message; a check raises, and changes nothing.
 
 A `TypeError` or a `ValueError` names the argument, and the expected and the given value. Checks of the metadata of
-activations run when a plan is made, those of values, options and lists in every call.
+activations, options and lists run for a new kind of call, those of values in every call.
 """
 
 from __future__ import annotations
@@ -262,14 +262,15 @@ def check_axes(name: str, x: Any, time_dim: int | None) -> None:
         raise ValueError(f"time_dim: expected an axis of {name}, of shape {tuple(x.shape)}{axes}, got {time_dim}")
 
 
-def check_call(call: Call, mask: Any = None) -> None:
+def check_call(call: Call, label: str = "", mask: Any = None) -> None:
     """Check the tensors of a call: dtypes, shapes and devices.
 
     Args:
         call: of one layer.
+        label: of the layer in messages: `"[2]"`, or nothing.
         mask: of a dropout, or `None`.
     """
-    named = {f"raw{call.label}": call.raw, f"dropped{call.label}": call.dropped, "alpha": call.alpha, "beta": call.beta}
+    named = {f"raw{label}": call.raw, f"dropped{label}": call.dropped, "alpha": call.alpha, "beta": call.beta}
     tensors = [(name, x) for name, x in named.items() if isinstance(x, Tensor)]
     first_name, first = tensors[0]
     for name, x in tensors:
@@ -279,7 +280,7 @@ def check_call(call: Call, mask: Any = None) -> None:
         _expect(fits, name, "the shape of {}, {}, got {}", first_name, first.shape, x.shape)
         _check_device(name, x, first_name, first)
     if mask is not None:
-        _check_mask(mask, first, call.time_dim)
+        _check_mask(mask, first, call.kind.time_dim)
 
 
 # ---- which time steps count

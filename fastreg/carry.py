@@ -21,8 +21,8 @@ from fastreg.capture import EMPTY, Captured, Mark, Run, Search, Watch, version_o
 from fastreg.dropout import kept_penalty
 from fastreg.operation import pack, unpack
 from fastreg.penalty import penalty_of
-from fastreg.prepare import Arguments, calls_of
-from fastreg.problem import ARTAR, Call, Coefficient, is_on, rows_of
+from fastreg.prepare import Options, calls_of
+from fastreg.problem import ARTAR, Call, Coefficient, Kind, is_on, rows_of
 from fastreg.torch_state import current, keeps_graph, observed, plain, untraced
 
 FREED = "an earlier backward has freed the activations; pass retain_graph=True to it"
@@ -71,14 +71,14 @@ class Step:
         self.passed_over, self.watch, self.counts = passed_over, watch, False
         self.terms: list[Term] = []
         self.saved: list[Tensor | None] = []
-        self.rests: list[tuple[int, Any, tuple[Any, ...]]] = []
+        self.rests: list[tuple[int, Any]] = []
 
     def add(self, term: Term, call: Call) -> None:
         """Add a term, and the call of its activation."""
         tensors, rest = pack(call.alpha, call.beta, call.steps)
         self.terms.append(term)
         self.saved += call.raw, *tensors
-        self.rests.append((len(tensors), rest, call.options()))
+        self.rests.append((len(tensors), rest))
         self.counts = True
 
     def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
@@ -111,7 +111,7 @@ class _Carry(Function):
         for run in ctx.passed_over:
             run.refused = task
         own = upstream.clone()  # as a hook of the loss may change its own in place
-        for term, call in zip(ctx.terms, _calls(ctx.saved_tensors, ctx.rests), strict=True):
+        for term, call in zip(ctx.terms, _calls(ctx.terms, ctx.saved_tensors, ctx.rests), strict=True):
             term.begin(task, own, call)
         torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_end, ctx.terms, task))
         if ctx.loss is None:
@@ -125,14 +125,14 @@ class _Carry(Function):
 _apply: Any = super(Function, _Carry).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _calls(saved: Sequence[Any], rests: Sequence[tuple[int, Any, tuple[Any, ...]]]) -> list[Call]:
+def _calls(terms: Sequence[Term], saved: Sequence[Any], rests: Sequence[tuple[int, Any]]) -> list[Call]:
     """Return the calls of terms from the tensors that a step saves, and the rest of each."""
     calls, at = [], 0
-    for count, rest, options in rests:
+    for term, (count, rest) in zip(terms, rests, strict=True):
         raw, *tensors = saved[at : at + 1 + count]
         if raw.requires_grad and not torch.is_grad_enabled():
             raw = raw.detach()  # a graph would close a cycle, if the backward failed
-        calls.append(Call(raw, None, *unpack(tensors, rest), *options))
+        calls.append(Call(raw, None, *unpack(tensors, rest), term.addition.kind))
         at += 1 + count
     return calls
 
@@ -223,7 +223,7 @@ class Always:
             x.hooked = True
         step = Step()
         terms = _measured([_part([run])], coefficients, step)
-        for term, call in zip(step.terms, _calls(step.saved, step.rests), strict=True):
+        for term, call in zip(step.terms, _calls(step.terms, step.saved, step.rests), strict=True):
             self.terms[term.tensors[0][1]] = term, call.of(EMPTY)
             self.versions += [(x, version_of(x)) for x in (call.alpha, call.beta) if isinstance(x, Tensor)]
         like: Any = {"dtype": terms.penalty.dtype, "device": terms.penalty.device}
@@ -346,14 +346,13 @@ def _measured(parts: Sequence[_Part], coefficients: tuple[Coefficient, Coefficie
     device, time_at = rows_of(first.raw).device, first.group[0].time_at
     alpha, beta = [plain(x).to(device) if isinstance(x, Tensor) else x for x in coefficients]
     place = (time_at, None) if isinstance(time_at, bool) else (None, time_at)
-    calls = calls_of(Arguments(raw, dropped, alpha, beta, None, first.valid, first.starts, *place, "mean", True))
-    penalty, terms, additions = penalty_of(calls)
-    for part, call, kept in zip(parts, calls, additions, strict=True):
+    steps, options = (None, first.valid, first.starts), Options(*place, "mean", True)
+    calls = calls_of((raw, dropped), (alpha, beta), steps, options)
+    penalty, terms = penalty_of(calls)
+    for part, call in zip(parts, calls, strict=True):
         if any([x.hooked for run in part.group for x in run.sides]):
             for of_raw, of in _calls_of_gradients(call):
-                if of_raw not in kept:
-                    kept[of_raw] = Addition(of)
-                _plan(part.group, of_raw, kept[of_raw], of, step)
+                _plan(part.group, of_raw, of, step)
     return ARTAR(penalty, *(terms or ()))
 
 
@@ -363,14 +362,15 @@ def _calls_of_gradients(call: Call) -> list[tuple[bool, Call]]:
     Returns:
         Whether it is raw, and the call of that tensor as raw.
     """
-    ar, tar, options = is_on(call.alpha), is_on(call.beta), (call.steps, call.time_dim, call.reduction, False)
-    if call.dropped is None:
-        return [(True, Call(call.raw, None, call.alpha, call.beta, *options, True, call.dtype))] if ar or tar else []
-    calls = [(True, Call(call.raw, None, 0.0, call.beta, *options, False, call.dtype))] if tar else []
-    return calls + ([(False, Call(call.dropped, None, call.alpha, 0.0, *options, True, call.dtype))] if ar else [])
+    raw, dropped, alpha, beta, steps, kind = call
+    ar, tar = is_on(alpha), is_on(beta)
+    if dropped is None:
+        return [(True, Call(raw, None, alpha, beta, steps, kind))] if ar or tar else []
+    calls = [(True, Call(raw, None, 0.0, beta, steps, kind))] if tar else []
+    return calls + ([(False, Call(dropped, None, alpha, 0.0, steps, kind))] if ar else [])
 
 
-def _plan(group: Sequence[Run], of_raw: bool, addition: Addition, call: Call, step: Step) -> None:
+def _plan(group: Sequence[Run], of_raw: bool, call: Call, step: Step) -> None:
     """Plan the term of raw, or of dropped, if a hook is to add any of its parts."""
     tensors = [run.raw if of_raw else run.squared for run in group]
     hooked = [(i, x) for i, x in enumerate(tensors) if x.hooked]
@@ -381,7 +381,19 @@ def _plan(group: Sequence[Run], of_raw: bool, addition: Addition, call: Call, st
         if len(group) > 1 or tensors[0].axis is not None:
             axis = _axis(group[0])
             split = functools.partial(torch.split, split_size_or_sections=[x.shape[axis] for x in found], dim=axis)
-        step.add(Term(addition, hooked, split), call.of(_joined(group[0], found)))
+        step.add(Term(_addition(of_raw, call), hooked, split), call.of(_joined(group[0], found)))
+
+
+def _addition(of_raw: bool, call: Call) -> Addition:
+    """Return the code that adds the gradient of raw, or of dropped, which is kept with the plans of the whole call."""
+    kind, plans, key = call.kind, call.kind.plans, (Addition, of_raw)
+    found = None if plans is None else plans.get(key)
+    if found is None:
+        own = Kind(kind.time_dim, kind.reduction, measured=False, ar_of_raw=True, dtype=kind.dtype)
+        found = Addition(Call(call.raw, None, call.alpha, call.beta, call.steps, own))
+        if plans is not None:
+            plans[key] = found
+    return found
 
 
 def _axis(run: Run) -> int:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastreg.arguments import check_call, check_flags, check_probability
+from fastreg.arguments import check_flags, check_probability
 from fastreg.kernels.view import Layout, Terms, allocate, layout_of
 from fastreg.operation import Plan, keep, restored, unpack
 from fastreg.penalty import penalty_of
-from fastreg.plans import Plans
-from fastreg.prepare import Arguments, call_of_raw
+from fastreg.prepare import Options, Pair, call_of_raw
 from fastreg.problem import ARTAR, Call, Coefficient, terms_of
 from fastreg.reference import added, ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keepable, observed, plain
@@ -138,24 +137,37 @@ def fused_dropout_ar_tar(
         >>> bool(((steps_dropped == 0) | (steps_dropped == 10)).all())
         True
     """
-    steps = lengths, valid, starts, batch_first, time_dim
-    call = call_of_raw(Arguments(raw, None, alpha, beta, *steps, reduction, return_terms))
-    check_flags(training=training)
-    dropped, penalty, terms = drop_and_penalize(call, p, mask, training)
-    return raw if dropped is None else dropped, penalty if terms is None else ARTAR(penalty, *terms)
+    if training is not True:
+        check_flags(training=training)
+    steps, options = (lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
+    kept, penalty, terms = drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
+    return raw if kept is None else kept, penalty if terms is None else ARTAR(penalty, *terms)
+
+
+class Drop(NamedTuple):
+    """How units are dropped.
+
+    p, mask, training  as `fused_dropout_ar_tar` takes them
+    lent               whether the node of dropped keeps the penalty, for `kept_penalty`
+    """
+
+    p: Any
+    mask: Any = None
+    training: bool = True
+    lent: bool = False
 
 
 def drop_and_penalize(
-    call: Call, p: Any, mask: Any = None, training: bool = True, lent: bool = False
+    raw: Any, coefficients: Pair, steps: Sequence[Any], options: Options, drop: Drop
 ) -> tuple[Tensor | None, Tensor, Sequence[Tensor] | None]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
-        call: of raw; dropped is `None`.
-        p: as `fused_dropout_ar_tar` takes it.
-        mask: as above.
-        training: as above.
-        lent: whether the node of dropped keeps the penalty, for `kept_penalty`.
+        raw: as `fused_dropout_ar_tar` takes it.
+        coefficients: alpha and beta.
+        steps: lengths, valid steps and starts.
+        options: the other arguments of the penalty.
+        drop: those of the dropout.
 
     Returns:
         dropped, or `None` where nothing is dropped; the penalty, (); and if terms are wanted AR and TAR, () and
@@ -164,17 +176,19 @@ def drop_and_penalize(
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
     """
-    check_probability(p)
+    p, mask, training, lent = drop
+    if type(p) is not float or not 0 <= p < 1:
+        check_probability(p)
+    drops = training and (mask is not None or p != 0)
+    if not drops:
+        batch_first, time_dim, reduction, measured, _ = options
+        options = Options(batch_first, time_dim, reduction, measured, ar_of_raw=True)
+    call = call_of_raw(raw, mask, coefficients, steps, options)
+    if not drops:
+        return None, *penalty_of([call])
     mask = plain(mask)
-    if not training or (mask is None and p == 0):
-        if mask is not None:
-            check_call(call, mask)
-        time_dim, reduction, measured, _, dtype = call.options()
-        kept = Call(call.raw, None, call.alpha, call.beta, call.steps, time_dim, reduction, measured, True, dtype)
-        penalty, terms, _ = penalty_of([kept])
-        return None, penalty, terms
     plan = DropoutPlan.of(call, mask)
-    mask = _mask_for(call.raw, float(p), mask, call.time_dim)
+    mask = _mask_for(call.raw, float(p), mask, call.kind.time_dim)
     if plan is None or plan.backend is None:
         return _by_formula(call, mask)
     saves = plan.is_differentiable
@@ -186,7 +200,7 @@ def _by_formula(call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Sequence[Tens
     """Apply the mask and compute the penalty in plain PyTorch."""
     dropped = call.raw * mask
     penalty, ar, tar = ar_tar(call.of(call.raw, dropped))
-    return dropped, penalty, (ar.detach(), tar.detach()) if call.measured else None
+    return dropped, penalty, (ar.detach(), tar.detach()) if call.kind.measured else None
 
 
 def _mask_for(raw: Any, p: float, mask: Tensor | None, time_dim: int) -> Tensor:
@@ -213,14 +227,12 @@ class DropoutPlan(Plan):
         backward: of each kind of upstream gradients and of the penalty that they are of.
     """
 
-    kept: ClassVar[Plans] = Plans()
-
     def prepare(self, call: Call, mask: Tensor | None) -> None:
         """Plan the forward."""
         raw = call.raw
         self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
         if mask is None:
-            drawn = _mask_for(torch.empty(raw.shape, device="meta"), 0.5, None, call.time_dim)
+            drawn = _mask_for(torch.empty(raw.shape, device="meta"), 0.5, None, call.kind.time_dim)
             masked = Layout(raw.shape, drawn.stride(), raw.dtype, raw.device, aligned=True)
         else:
             masked = layout_of(mask.expand_as(raw))
@@ -243,7 +255,7 @@ class DropoutPlan(Plan):
         arrived, grad = upstream
         layout = None if arrived is None else layout_of(arrived)
         kinds = [x.dtype if isinstance(x, Tensor) else x != 0 for x in (call.alpha, call.beta)]
-        key = layout, grad is None, call.ar_of_raw, *kinds
+        key = layout, grad is None, *kinds
         backward = self.backward.get(key)
         if backward is None:
             terms = terms_of(call)
@@ -308,7 +320,7 @@ class _DropoutPenalty(Function):
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
         (raw, mask, _, *saved), plan = ctx.saved_tensors, ctx.plan
-        call, upstream, gradient = plan.call(raw, None, *unpack(saved, ctx.rest)), (grad_dropped, grad), None
+        call, upstream, gradient = Call(raw, None, *unpack(saved, ctx.rest), plan.kind), (grad_dropped, grad), None
         if grad_dropped is not None or grad is not None:
             tensors = raw, mask, call.alpha, call.beta, *saved, *upstream
             given = [x for x in tensors if isinstance(x, Tensor)]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastreg.arguments import check_call, check_saved
+from fastreg.arguments import check_saved
 from fastreg.backends import backend_for
 from fastreg.kernels.view import Layout, Steps, layout_of
-from fastreg.plans import Plans, key_of
 from fastreg.problem import Call, terms_of
 from fastreg.torch_state import observed
 
@@ -20,18 +19,15 @@ class Plan:
     """How to compute calls of one kind: by a backend, or by the formula.
 
     Attributes:
-        options: of the calls, neither tensors nor coefficients.
-        additions: how to add gradients of the penalty, which `fastreg.carry` keeps with the plan.
+        kind: of the calls.
         backend: the code; `None` for the formula.
         terms: the terms of the penalty.
         device: where the tensors are.
     """
 
-    kept: ClassVar[Plans]
-
     def __init__(self, call: Call, mask: Tensor | None) -> None:
         x = call.given()
-        self.options, self.additions, self.device = call.options(), {}, x.device
+        self.kind, self.device = call.kind, x.device
         self.backend: Any = None if 0 in x.shape else backend_for(x.device)
         if self.backend is not None:
             self.terms = terms_of(call)
@@ -44,26 +40,18 @@ class Plan:
         Args:
             call: of one layer.
             mask: of a dropout.
-
-        Raises:
-            TypeError, ValueError: as the operation.
         """
-        key = key_of(call, mask)
-        plan = None if key is None else cls.kept.get(key)
+        plans = call.kind.plans
+        if plans is None:
+            return None
+        plan = plans.get(cls)
         if plan is None:
-            check_call(call, mask)
-            if key is not None:
-                plan = cls(call, mask)
-                cls.kept.keep(key, plan)
+            plan = plans[cls] = cls(call, mask)
         return plan
 
     def prepare(self, call: Call, mask: Tensor | None) -> None:
         """Plan the launches of the backend."""
         raise NotImplementedError
-
-    def call(self, raw: Any, dropped: Any, alpha: Any, beta: Any, steps: Steps | None) -> Call:
-        """Return a call of this kind."""
-        return Call(raw, dropped, alpha, beta, steps, *self.options)
 
 
 def keep(ctx: Any, tensors: Sequence[Tensor | None], call: Call) -> None:
@@ -75,10 +63,10 @@ def keep(ctx: Any, tensors: Sequence[Tensor | None], call: Call) -> None:
 def pack(alpha: Any, beta: Any, steps: Steps | None) -> tuple[Sequence[Tensor | None], Any]:
     """Split coefficients and steps into tensors, for autograd to save, and the rest."""
     if steps is None and type(alpha) is float is type(beta):
-        return (), (alpha, beta, None)
-    tensors = *[x if isinstance(x, Tensor) else None for x in (alpha, beta)], *(steps or Steps())
-    numbers = [None if isinstance(x, Tensor) else x for x in (alpha, beta)]
-    return tensors, (*numbers, [None if x is None else layout_of(x) for x in tensors])
+        return (), (alpha, beta)
+    values = alpha, beta, *(steps or Steps())
+    tensors = [x if isinstance(x, Tensor) else None for x in values]
+    return tensors, [layout_of(x) if isinstance(x, Tensor) else x for x in values]
 
 
 def unpack(saved: Sequence[Tensor | None], rest: Any) -> tuple[Any, Any, Steps | None]:
@@ -87,16 +75,15 @@ def unpack(saved: Sequence[Tensor | None], rest: Any) -> tuple[Any, Any, Steps |
     Raises:
         RuntimeError: a hook on saved tensors has changed the shape or the dtype of one.
     """
-    alpha, beta, layouts = rest
-    if layouts is None:
-        return alpha, beta, None
+    if not saved:
+        return *rest, None
     if not observed():
-        for name, x, before in zip(("alpha", "beta", "steps", "counts", "offsets"), saved, layouts, strict=True):
-            if x is not None and (x.dtype, x.shape) != (before.dtype, before.shape):
+        for name, x, before in zip(("alpha", "beta", "steps", "counts", "offsets"), saved, rest, strict=True):
+            if x is not None and (x.dtype is not before.dtype or x.shape != before.shape):
                 check_saved(name, before, x)
-    first, second, *steps = [None if x is None else x.contiguous() for x in saved]
-    has_steps = any(x is not None for x in steps)
-    return alpha if first is None else first, beta if second is None else second, Steps(*steps) if has_steps else None
+    values = [before if x is None else x.contiguous() for x, before in zip(saved, rest, strict=True)]
+    alpha, beta, marks, _, offsets = values
+    return alpha, beta, None if marks is offsets is None else Steps(*values[2:])
 
 
 def restored(name: str, x: Tensor | None, before: Layout | None) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, ClassVar, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.kernels.view import allocate, layout_of
 from fastreg.operation import Plan, keep, restored, unpack
-from fastreg.plans import Plans
-from fastreg.prepare import Arguments, calls_of
+from fastreg.prepare import Options, calls_of
 from fastreg.problem import ARTAR, Call, Coefficient, compute_dtype, is_list, rows_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
@@ -141,11 +140,11 @@ def fused_ar_tar(
         >>> terms = fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0, lengths=lengths, return_terms=True)
         >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
     """
-    steps = lengths, valid, starts, batch_first, time_dim
-    calls = calls_of(Arguments(raw, dropped, alpha, beta, *steps, reduction, return_terms))
+    options = Options(batch_first, time_dim, reduction, return_terms)
+    calls = calls_of((raw, dropped), (alpha, beta), (lengths, valid, starts), options)
     if not calls:
         return _zero(raw, dropped, return_terms)
-    penalty, terms, _ = penalty_of(calls)
+    penalty, terms = penalty_of(calls)
     return penalty if terms is None else ARTAR(penalty, *terms)
 
 
@@ -157,35 +156,34 @@ def _zero(raw: Any, dropped: Any, measured: bool) -> Tensor | ARTAR:
     return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
 
 
-def penalty_of(calls: Sequence[Call]) -> tuple[Tensor, Sequence[Tensor] | None, list[dict[bool, Any]]]:
-    """Compute the penalty of the layers of a call.
+def penalty_of(calls: Sequence[Call]) -> tuple[Tensor, Sequence[Tensor] | None]:
+    """Compute the penalty of the layers of a call, and AR and TAR, detached, if they are wanted; all 0-dim.
 
     A tensor that requires no gradient is summed and nothing else: `fastreg.addition` adds the gradient of
     the penalty of detached tensors.
-
-    Returns:
-        The penalty, (); AR and TAR, () and detached, or `None` unless they are wanted; and of each layer memory that
-        lasts as long as its plan, for `fastreg.carry`.
-
-    Raises:
-        TypeError, ValueError: as `fused_ar_tar`.
     """
-    plans = [PenaltyPlan.of(call) for call in calls]
-    additions = [{} if plan is None else plan.additions for plan in plans]
-    if not all([plan is not None and plan.backend is not None for plan in plans]):
-        return *by_formula(calls), additions
-    if any([True in plan.needs for plan in plans]):
-        results = _apply(plans, calls, *[x for call in calls for x in (call.raw, call.dropped)])
-        penalty, terms = results if calls[0].measured else (results, None)  # an output more costs 3 us
+    plans: list[PenaltyPlan] = []
+    tensors: list[Tensor | None] = []
+    needs: list[bool] = []
+    for call in calls:
+        plan = PenaltyPlan.of(call)
+        if plan is None or plan.backend is None:
+            return by_formula(calls)
+        plans.append(plan)
+        tensors += call.raw, call.dropped
+        needs += plan.needs
+    if True in needs:
+        results = _apply(plans, calls, needs, *tensors)
+        penalty, terms = results if calls[0].kind.measured else (results, None)  # an output more costs 3 us
     else:
         penalty, terms, _ = _launched(plans, calls)
-    return penalty, None if terms is None else terms.unbind(), additions
+    return penalty, None if terms is None else terms.unbind()
 
 
 def by_formula(calls: Sequence[Call]) -> tuple[Tensor, Sequence[Tensor] | None]:
     """Compute the penalty in plain PyTorch, and its terms if they are wanted."""
     penalty, ar, tar = reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), map(ar_tar, calls))
-    return penalty, (ar.detach(), tar.detach()) if calls[0].measured else None
+    return penalty, (ar.detach(), tar.detach()) if calls[0].kind.measured else None
 
 
 def _launched(plans: Sequence[PenaltyPlan], calls: Sequence[Call]) -> tuple[Tensor, Tensor | None, list[Any]]:
@@ -209,8 +207,6 @@ class PenaltyPlan(Plan):
         filled: layouts of the gradients that the forward fills for the backward.
         forward, backward: of the backend; the first backward makes the latter.
     """
-
-    kept: ClassVar[Plans] = Plans()
 
     def prepare(self, call: Call, mask: Tensor | None) -> None:
         """Plan the forward."""
@@ -258,9 +254,10 @@ class _Penalty(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plans: Sequence[PenaltyPlan], calls: Sequence[Call], *tensors: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, plans: Sequence[PenaltyPlan], calls: Sequence[Call], needs: Sequence[bool], *tensors: Tensor | None
+    ) -> Any:
         penalty, terms, ctx.ahead = _launched(plans, calls)
-        needs = [need for plan in plans for need in plan.needs]
         keep(ctx, [x if need else None for x, need in zip(tensors, needs, strict=True)], calls[0])
         ctx.plans = plans
         if terms is None:
@@ -274,13 +271,13 @@ class _Penalty(Function):
         plans, saved = ctx.plans, ctx.saved_tensors
         count = 2 * len(plans)
         if grad is None:
-            return (None,) * (2 + count)
+            return (None,) * (3 + count)
         values = unpack(saved[count:], ctx.rest)
         ahead = vars(ctx).pop("ahead", None) or [(None, None)] * len(plans)  # in one step, for two threads
         formula = torch.is_grad_enabled() or observed() or not are_memory((grad, *saved))
         gradients: list[Tensor | None] = []
         for i, plan in enumerate(plans):
-            call = plan.call(saved[2 * i], saved[2 * i + 1], *values)
+            call = Call(saved[2 * i], saved[2 * i + 1], *values, plan.kind)
             if plan.needs == (False, False):  # nothing of this layer is kept
                 gradients += None, None
             elif formula:  # PyTorch must see the gradient's
@@ -288,7 +285,7 @@ class _Penalty(Function):
                 gradients += [None if g is None else g.to(x.dtype) for g, x in pairs]
             else:
                 gradients += plan.gradients_of(grad, call, *ahead[i])
-        return None, None, *gradients
+        return None, None, None, *gradients
 
 
 # `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.

@@ -1,12 +1,16 @@
-"""The front door: from the arguments that a user gives to calls of one layer, of tensors alone."""
+"""The front door: from the arguments that a user gives to calls of one layer, of tensors alone.
+
+Arguments whose metadata are new are checked, and their `Form` is kept under these metadata. Later arguments of that
+kind take it: only values are checked in every call.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from operator import index
-from typing import Any, NamedTuple
+from operator import index, is_
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastreg.arguments import (
     STEPS,
     check_axes,
+    check_call,
     check_coefficient,
     check_given,
     check_layers,
@@ -30,24 +35,15 @@ from fastreg.arguments import (
 )
 from fastreg.backends import backend_for
 from fastreg.kernels.view import Steps
-from fastreg.plans import Plans
-from fastreg.problem import Call, Coefficient, compute_dtype, is_on, rows_of, sizes_of
+from fastreg.plans import keep, kept, key_of
+from fastreg.problem import Call, Coefficient, Kind, compute_dtype, is_list, is_on, rows_of, sizes_of
 from fastreg.reference import marked
-from fastreg.torch_state import are_memory, keepable, observed, plain
-
-MARKERS = Plans()  # of a backend, which are prepared for a shape
+from fastreg.torch_state import keepable, observed, plain
 
 
-class Arguments(NamedTuple):
-    """The arguments of a call as they were given: see `fused_ar_tar`. `ar_of_raw` asks for AR of raw."""
+class Options(NamedTuple):
+    """The options of a call as they were given: see `fused_ar_tar`. `ar_of_raw` asks for AR of raw."""
 
-    raw: Any
-    dropped: Any
-    alpha: Any
-    beta: Any
-    lengths: Any = None
-    valid: Any = None
-    starts: Any = None
     batch_first: Any = None
     time_dim: Any = None
     reduction: Any = "mean"
@@ -55,87 +51,145 @@ class Arguments(NamedTuple):
     ar_of_raw: bool = False
 
 
-def calls_of(arguments: Arguments) -> list[Call]:
+Pair: TypeAlias = tuple[Any, Any]
+
+
+class Form(NamedTuple):
+    """How arguments of one kind become calls.
+
+    kinds  of the call of each layer
+    steps  a function of lengths, valid steps and starts, and of raw and dropped, that returns the `Steps`; `None` where
+           all steps count
+    """
+
+    kinds: Sequence[Kind]
+    steps: Callable[[Sequence[Any], Pair], Steps] | None
+
+
+def calls_of(activations: Pair, coefficients: Pair, steps: Sequence[Any], options: Options) -> list[Call]:
     """Check the arguments of `fused_ar_tar`, and return a call for each layer; none if no term reads anything.
 
     Activations that no term reads are not looked at. Those of a term whose coefficient is 0 are read to measure it, if
     they are given.
 
+    Args:
+        activations: raw and dropped.
+        coefficients: alpha and beta.
+        steps: lengths, valid steps and starts.
+        options: the other arguments.
+
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    raw, dropped, measured = arguments.raw, arguments.dropped, arguments.measured
-    alpha, beta, axis = _checked(arguments)
-    by_ar, by_tar = is_on(alpha), is_on(beta)
+    raw, dropped = activations
+    coefficients, (by_ar, by_tar) = _checked(*coefficients)
     if by_tar and raw is None:
         check_given("raw", raw, "beta")
     if by_ar and dropped is None:
         check_given("dropped", dropped, "alpha")
-    raw, dropped = raw if by_tar or measured else None, dropped if by_ar or measured else None
-    first = dropped if raw is None else raw
-    if first is None:
+    is_same, measured = dropped is raw, options.measured
+    raw = _stripped(raw) if by_tar or measured else None
+    dropped = None if not (by_ar or measured) else raw if is_same and raw is not None else _stripped(dropped)
+    if raw is dropped is None:
+        _check_options(options)
         return []
-    layers, steps = [("", raw, dropped)], None
-    if not isinstance(first, Tensor) or not (dropped is None or isinstance(dropped, Tensor)):
-        layers = check_layers(raw, dropped, axis)
-        _, x, y = layers[0]
-        first = y if x is None else x
-    if isinstance(first, PackedSequence):
-        check_packed_options(arguments.time_dim, arguments.lengths, arguments.valid, arguments.starts)
-        axis, steps = -2, _offsets(first)
-        layers = [(label, rows_of(x), rows_of(y)) for label, x, y in layers]
-    else:
-        label, *both = layers[0]
-        axis, steps = _axis_and_steps(arguments, axis, both, label)
-    dtype = compute_dtype(*[x for _, *both in layers for x in both])
-    options = arguments.reduction, measured
-    calls = []
-    for label, x, y in layers:
-        of_raw, y = (True, None) if y is x else (arguments.ar_of_raw, plain(y))
-        calls.append(Call(plain(x), y, alpha, beta, steps, axis, *options, of_raw, dtype, label))
-    return calls
+    return _calls((raw, dropped), coefficients, steps, options)
 
 
-def call_of_raw(arguments: Arguments) -> Call:
+def call_of_raw(raw: Any, mask: Any, coefficients: Pair, steps: Sequence[Any], options: Options) -> Call:
     """Check the arguments of `fused_dropout_ar_tar` beside those of the dropout, and return a call of raw alone.
 
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
     """
-    alpha, beta, axis = _checked(arguments)
-    raw = check_tensor("raw", arguments.raw)
-    axis, steps = _axis_and_steps(arguments, axis, [raw, None])
-    options = axis, arguments.reduction, arguments.measured, arguments.ar_of_raw, compute_dtype(raw)
-    return Call(plain(raw), None, alpha, beta, steps, *options)
+    coefficients, _ = _checked(*coefficients)
+    return _calls((plain(check_tensor("raw", raw)), None), coefficients, steps, options, plain(mask))[0]
 
 
-def _checked(arguments: Arguments) -> tuple[Coefficient, Coefficient, int]:
-    """Check coefficients and options; return alpha, beta, and the axis of time, from either end."""
-    check_options(arguments.reduction, return_terms=arguments.measured)
-    axis = _axis_given(arguments.batch_first, arguments.time_dim)
-    return _coefficient("alpha", arguments.alpha), _coefficient("beta", arguments.beta), axis
+def _stripped(x: Any) -> Any:
+    """Return activations without subclasses that only decorate them."""
+    if x is None or type(x) is Tensor:
+        return x
+    if is_list(x):
+        layers = [_stripped(layer) for layer in x]
+        return layers if isinstance(x, list) else tuple(layers)
+    return x._replace(data=plain(x.data)) if isinstance(x, PackedSequence) else plain(x)
 
 
-def _axis_and_steps(
-    arguments: Arguments, axis: int, layer: Sequence[Tensor | None], label: str = ""
-) -> tuple[int, Steps | None]:
-    """Return the axis of time of raw and dropped, negative from the end, and their steps that count."""
-    for name, x in zip(("raw", "dropped"), layer, strict=True):
-        if x is not None:
-            check_axes(name + label, x, None if arguments.time_dim is None else axis)
-    x: Any = layer[0] if layer[0] is not None else layer[1]
-    axis = axis if axis < 0 else axis - x.dim()
-    if arguments.lengths is arguments.valid is arguments.starts is None:
-        return axis, None
-    return axis, _steps(x, axis, arguments.reduction, (arguments.lengths, arguments.valid, arguments.starts))
+def _calls(
+    activations: Pair, coefficients: Pair, steps: Sequence[Any], options: Options, mask: Any = None
+) -> list[Call]:
+    """Return calls of activations without decoration that a term reads, and of checked coefficients."""
+    (raw, dropped), (alpha, beta) = activations, coefficients
+    are_lists = type(raw) is not Tensor and is_list(raw) and is_list(dropped)
+    same = tuple(map(is_, raw, dropped)) if are_lists else dropped is raw
+    key = key_of((raw, dropped, alpha, beta, mask, *steps), (*options, same))
+    form = None if key is None else kept(key)
+    if form is None:
+        form = _form(activations, coefficients, steps, options, mask, key is not None)
+        if key is not None:
+            keep(key, form)
+    counting = None if form.steps is None else form.steps(steps, activations)
+    if type(dropped if raw is None else raw) is Tensor:
+        return [Call(raw, None if dropped is raw else dropped, alpha, beta, counting, form.kinds[0])]
+    columns = [[rows_of(y) for y in x] if is_list(x) else [rows_of(x)] * len(form.kinds) for x in activations]
+    layers = zip(columns[0], columns[1], form.kinds, strict=True)
+    return [Call(x, None if y is x else y, alpha, beta, counting, kind) for x, y, kind in layers]
 
 
-def _coefficient(name: str, value: Any) -> Coefficient:
-    """Check a coefficient, and return a float, or a tensor that a backward can keep."""
-    if type(value) is float and not torch.compiler.is_compiling() and 0 <= value < math.inf:  # as most are
-        return value
-    check_coefficient(name, value)
-    return keepable(plain(value)) if isinstance(value, Tensor) else coefficient(value)
+def _check_options(options: Options) -> int:
+    """Check options; return the axis of time, from either end."""
+    check_options(options.reduction, return_terms=options.measured)
+    return _axis_given(options.batch_first, options.time_dim)
+
+
+def _form(
+    activations: Pair, coefficients: Pair, steps: Sequence[Any], options: Options, mask: Any, is_kept: bool
+) -> Form:
+    """Check the metadata of arguments, and return their form."""
+    (raw, dropped), (_, time_dim, reduction, measured, ar_of_raw) = activations, options
+    axis, counting = _check_options(options), None
+    first, layers = dropped if raw is None else raw, [("", raw, dropped)]
+    if not isinstance(first, Tensor) or not (dropped is None or isinstance(dropped, Tensor)):
+        layers = check_layers(raw, dropped, axis)
+        _, x, y = layers[0]
+        first = y if x is None else x
+    if isinstance(first, PackedSequence):
+        check_packed_options(time_dim, *steps)
+        axis, counting = -2, _offsets
+        layers = [(label, rows_of(x), rows_of(y)) for label, x, y in layers]
+    else:
+        label, *both = layers[0]
+        for name, x in zip(("raw", "dropped"), both, strict=True):
+            if x is not None:
+                check_axes(name + label, x, None if time_dim is None else axis)
+        axis = axis if axis < 0 else axis - first.dim()
+        if any([x is not None for x in steps]):
+            check_steps(*steps)
+            check_steps_of(check_tensor("raw", first), axis, steps)
+            sizes, backend = sizes_of(first, axis), None
+            if is_kept and 0 not in first.shape:
+                backend = backend_for(first.device)
+            marker = partial(marked, sizes) if backend is None else backend.marker(sizes, first.device)
+            counting = partial(_steps, marker, sizes, reduction)
+    dtype, kinds = compute_dtype(*[x for _, *both in layers for x in both]), []
+    for label, x, y in layers:
+        kind = Kind(axis, reduction, measured, ar_of_raw or y is x, dtype, {} if is_kept else None)
+        check_call(Call(x, None if y is x else y, *coefficients, None, kind), label, mask)
+        kinds.append(kind)
+    return Form(kinds, counting)
+
+
+def _checked(*coefficients: Any) -> tuple[Pair, Pair]:
+    """Check alpha and beta; return floats, or tensors that a backward can keep, and whether the term of each is on."""
+    alpha, beta = coefficients
+    are_plain = type(alpha) is float is type(beta) and not torch.compiler.is_compiling()  # as most are
+    if are_plain and 0 <= alpha < math.inf and 0 <= beta < math.inf:
+        return coefficients, (alpha != 0, beta != 0)
+    for name, value in zip(("alpha", "beta"), coefficients, strict=True):
+        check_coefficient(name, value)
+    alpha, beta = [keepable(plain(x)) if isinstance(x, Tensor) else coefficient(x) for x in coefficients]
+    return (alpha, beta), (is_on(alpha), is_on(beta))
 
 
 def coefficient(value: Any) -> Coefficient:
@@ -165,44 +219,30 @@ def time_given(batch_first: Any, time_dim: Any) -> bool | int:
     return axis if time_dim is not None else axis == -2
 
 
-def _offsets(packed: PackedSequence) -> Steps:
-    """Return where each time step of checked packed rows begins, and at the end how many rows there are.
+def _offsets(_: Sequence[Any], activations: Pair) -> Steps:
+    """Return where each time step of packed rows begins, and at the end how many rows there are.
 
-    Kernels trust them, in the backward, too: they are no view of batch sizes, which NumPy may share.
+    Kernels trust them, in the backward, too: they are no view of batch sizes, which NumPy may share. Batch sizes are
+    values, and checked in every call.
     """
+    _, raw, dropped = check_layers(*activations, -2)[0]
+    packed = dropped if raw is None else raw
     check_not_captured("lengths", packed.data.device)
     check_no_parts(packed.data)
     return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
 
 
-def _steps(x: Tensor, time_dim: int, reduction: str, given: Sequence[Any]) -> Steps:
-    """Check lengths, valid steps and starts, and mark the time steps of activations that count, on their device.
+def _steps(marker: Any, sizes: Pair, reduction: str, steps: Sequence[Any], activations: Pair) -> Steps:
+    """Check the values of lengths, valid steps and starts, and mark the time steps of activations that count.
 
     Values on another device than the CPU are not looked at, as that would wait for it.
     """
-    given = [plain(y) for y in given]
-    marker, sizes = _marker(x, time_dim, given), sizes_of(x, time_dim)
-    brought = [None if y is None else _brought(name, y, x, sizes) for name, y in zip(STEPS, given, strict=True)]
-    marks, counts = marker(*brought)
+    raw, dropped = activations
+    x = raw if raw is not None else dropped
+    x = x[0] if is_list(x) else x
+    given = zip(STEPS, map(plain, steps), strict=True)
+    marks, counts = marker(*[None if y is None else _brought(name, y, x, sizes) for name, y in given])
     return Steps(marks, counts if reduction == "mean" else None)
-
-
-def _marker(x: Tensor, time_dim: int, given: Sequence[Any]) -> Any:
-    """Check metadata, and return the marker of a backend, which is kept under them, or the formula."""
-    key = None
-    if not observed() and are_memory([x, *given]):
-        facts = [None if y is None else (y.shape, y.dtype, y.device) for y in given]
-        key = x.shape, x.device, time_dim, *facts
-    marker = None if key is None else MARKERS.get(key)
-    if marker is None:
-        check_steps(*given)
-        check_steps_of(check_tensor("raw", x), time_dim, given)
-        sizes = sizes_of(x, time_dim)
-        backend = None if key is None or 0 in x.shape else backend_for(x.device)
-        marker = partial(marked, sizes) if backend is None else backend.marker(sizes, x.device)
-        if key is not None:
-            MARKERS.keep(key, marker)
-    return marker
 
 
 def _brought(name: str, given: Tensor, x: Tensor, sizes: tuple[Any, Any]) -> Tensor:
@@ -211,15 +251,14 @@ def _brought(name: str, given: Tensor, x: Tensor, sizes: tuple[Any, Any]) -> Ten
     The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too:
     it is not freed before the device has read it, and the host does not wait.
     """
-    device, given = x.device, keepable(given)
+    device = x.device
     if device.type == "cpu" != given.device.type:
         given = given.cpu()
     check_values(name, given, sizes[1])
     if name != "lengths" and given.dtype != torch.bool:
         given = given != 0
-    if given.device.type == "cpu":
-        check_not_captured(name, device)
     if given.device.type == "cpu" != device.type:
+        check_not_captured(name, device)
         if observed():  # a compiler cannot ask whether memory is pinned
             given = given.clone()
         elif given.is_pinned():

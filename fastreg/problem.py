@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -34,7 +35,25 @@ class ARTAR(NamedTuple):
     tar: Tensor
 
 
-# torch 2.8 traces neither a slice, nor a property, nor `_replace` of a named tuple.
+@dataclass(eq=False)
+class Kind:
+    """Hold the facts that the calls of one plan have in common.
+
+    Attributes:
+        time_dim: the axis of time, negative from the end: -2 is that of `(batch, time, hidden)` and `(time, hidden)`.
+        reduction: `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide.
+        measured: terms are wanted, so that one whose coefficient is 0 is formed, too; it has no gradient.
+        ar_of_raw: AR is the mean square of raw, as fastai v1 forms it, or because dropped is raw itself.
+        dtype: of differences, squares and sums, and of the penalty.
+        plans: of the operations, which the first call makes; `None` where plain PyTorch has to see every call.
+    """
+
+    time_dim: int = -2
+    reduction: str = "mean"
+    measured: bool = False
+    ar_of_raw: bool = False
+    dtype: torch.dtype = torch.float32
+    plans: dict[Any, Any] | None = None
 
 
 class Call(NamedTuple):
@@ -45,12 +64,7 @@ class Call(NamedTuple):
     alpha, beta   coefficients of AR and TAR, checked: floats, or 0-dim tensors
     steps         the time steps that count, on the device of the activations, or the place of packed rows; `None`
                   where all steps count
-    time_dim      the axis of time, negative from the end: -2 is that of `(batch, time, hidden)` and `(time, hidden)`
-    reduction     `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide
-    measured      terms are wanted, so that one whose coefficient is 0 is formed, too; it has no gradient
-    ar_of_raw     AR is the mean square of raw, as fastai v1 forms it, or because dropped is raw itself
-    dtype         of differences, squares and sums, and of the penalty
-    label         of the layer in messages: `"[2]"`, or nothing
+    kind          the other facts
     """
 
     raw: Any
@@ -58,12 +72,7 @@ class Call(NamedTuple):
     alpha: Any
     beta: Any
     steps: Steps | None = None
-    time_dim: int = -2
-    reduction: str = "mean"
-    measured: bool = False
-    ar_of_raw: bool = False
-    dtype: torch.dtype = torch.float32
-    label: str = ""
+    kind: Kind = Kind()
 
     def given(self) -> Any:
         """Return raw, or dropped where raw is `None`."""
@@ -71,11 +80,7 @@ class Call(NamedTuple):
 
     def of(self, raw: Any, dropped: Any = None) -> Call:
         """Return the same call of other tensors."""
-        return Call(raw, dropped, self.alpha, self.beta, self.steps, *self.options())
-
-    def options(self) -> tuple[Any, ...]:
-        """Return all but tensors and coefficients, which may differ between the calls of one plan."""
-        return self.time_dim, self.reduction, self.measured, self.ar_of_raw, self.dtype
+        return Call(raw, dropped, self.alpha, self.beta, self.steps, self.kind)
 
 
 def is_on(coefficient: Coefficient) -> bool:
@@ -114,10 +119,10 @@ def sizes_of(x: Any, time_dim: int) -> tuple[Any, Any]:
 
 def terms_of(call: Call) -> Terms:
     """Describe the terms of a call to a backend; no extent of its tensors is 0."""
-    by_ar, by_tar, counts = is_on(call.alpha), is_on(call.beta), None if call.steps is None else call.steps.counts
+    kind, by_ar, by_tar, counts = call.kind, is_on(call.alpha), is_on(call.beta), call.steps and call.steps.counts
     elements, pairs = divisors(call) if counts is None else (1, 1)
-    formed = call.measured or by_ar, call.measured or by_tar
-    return Terms(call.dtype, *formed, by_ar, by_tar, call.ar_of_raw, (int(elements), int(pairs)), call.measured)
+    formed = kind.measured or by_ar, kind.measured or by_tar
+    return Terms(kind.dtype, *formed, by_ar, by_tar, kind.ar_of_raw, (int(elements), int(pairs)), kind.measured)
 
 
 def divisors(call: Call) -> tuple[Any, Any]:
@@ -125,12 +130,12 @@ def divisors(call: Call) -> tuple[Any, Any]:
 
     Neither is ever 0, so that an empty mean is 0 and not NaN. Where not all steps count they are tensors.
     """
-    if call.reduction == "sum":
+    if call.kind.reduction == "sum":
         return 1, 1
     x, steps = call.given(), call.steps
     elements = x.numel()
     if steps is None:
-        time = _at_least_1(x.shape[call.time_dim])
+        time = _at_least_1(x.shape[call.kind.time_dim])
         return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
     if steps.offsets is not None:
         return _at_least_1(elements), _at_least_1(elements - steps.offsets[1] * x.shape[-1])

@@ -25,17 +25,17 @@ def ar_tar(call: Call) -> ARTAR:
     Returns:
         `ARTAR(penalty, ar, tar)`, in the dtype of the call.
     """
-    (raw, squared), (elements, pairs) = _inputs(call, call.dtype), divisors(call)
+    (raw, squared), (elements, pairs) = _inputs(call, call.kind.dtype), divisors(call)
     # A sum of a DTensor is the parts of all ranks, which torch 2.8 multiplies by the number that an earlier sum was
     # multiplied by; added to 0 it is whole.
-    zero = penalty = torch.zeros((), dtype=call.dtype, device=call.given().device)
+    zero = penalty = torch.zeros((), dtype=call.kind.dtype, device=call.given().device)
     terms: list[Tensor] = []
     for x, coefficient, count, form in (
         (squared, call.alpha, elements, counted),
         (raw, call.beta, pairs, _counted_changes),
     ):
         term = zero
-        if x is not None and (call.measured or is_on(coefficient)):
+        if x is not None and (call.kind.measured or is_on(coefficient)):
             total = zero + form(x, call).square().sum()
             if is_on(coefficient):
                 penalty = penalty + _weighted(total, coefficient, count)
@@ -61,13 +61,13 @@ def ar_tar_gradients(grad: Tensor, call: Call) -> tuple[Tensor | None, Tensor | 
         of_tar = counted(factor * change_difference(raw, call), call)
     if squared is not None and is_on(call.alpha):
         of_ar = counted(grad * (2 * _factor(call.alpha, elements, grad)) * counted(squared, call), call)
-    return (added(of_tar, of_ar), None) if call.ar_of_raw else (of_tar, of_ar)
+    return (added(of_tar, of_ar), None) if call.kind.ar_of_raw else (of_tar, of_ar)
 
 
 def _inputs(call: Call, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return raw, and the tensor that AR is of: raw itself, so that its gradients add up in that dtype, or dropped."""
     raw, dropped = (None if x is None else x.to(dtype) for x in (call.raw, call.dropped))
-    return raw, raw if call.ar_of_raw else dropped
+    return raw, raw if call.kind.ar_of_raw else dropped
 
 
 def added(x: Tensor | None, y: Tensor | None) -> Tensor | None:
@@ -93,7 +93,7 @@ def _factor(coefficient: Any, count: int | Tensor, like: Tensor) -> float | Tens
 def _counted_changes(x: Tensor, call: Call) -> Tensor:
     """Compute the changes that count; there may be zeros beside them."""
     if call.steps is None and not is_exporting():
-        return x.diff(dim=call.time_dim)  # compiled, this is the formula written by hand; 2 steps compile anew
+        return x.diff(dim=call.kind.time_dim)  # compiled, this is the formula written by hand; 2 steps compile anew
     return changes(x, call)
 
 
@@ -117,7 +117,7 @@ def changes(x: Tensor, call: Call) -> Tensor:
     if call.steps is not None and call.steps.offsets is not None:
         before, _, precedes, _ = neighbours(call.steps.offsets, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
-    dim, _ = axes_of(x, call.time_dim)
+    dim, _ = axes_of(x, call.kind.time_dim)
     # A compiler would make a case of its own of 2 steps, as they have 1 difference. (torch 2.11 cannot trace hasattr.)
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:
         first = torch.arange(x.shape[dim], device=x.device) == 0
@@ -134,14 +134,14 @@ def change_difference(x: Tensor, call: Call) -> Tensor:
     if call.steps is not None and call.steps.offsets is not None:
         _, after, _, follows = neighbours(call.steps.offsets, x.shape[0])
         return change - torch.where(follows.to(x.device).unsqueeze(-1), change[after.to(x.device)], 0)
-    return change - change.roll(-1, call.time_dim)  # the 0 of the first follows the last
+    return change - change.roll(-1, call.kind.time_dim)  # the 0 of the first follows the last
 
 
 def counted(x: Tensor, call: Call, bit: int = STEP) -> Tensor:
     """Replace steps that do not count by 0, or changes into steps."""
     if call.steps is None or call.steps.marks is None:
         return x
-    counts, axes = (call.steps.marks & bit) != 0, axes_of(x, call.time_dim)
+    counts, axes = (call.steps.marks & bit) != 0, axes_of(x, call.kind.time_dim)
     counts = counts if axes[0] > 0 else counts.transpose(0, 1)  # in the order of the axes
     return torch.where(counts.reshape([n if axis in axes else 1 for axis, n in enumerate(x.shape)]), x, 0)
 

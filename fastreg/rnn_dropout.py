@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.arguments import check_coefficient, check_probability
-from fastreg.dropout import drop_and_penalize
-from fastreg.prepare import Arguments, call_of_raw, coefficient, time_given
+from fastreg.dropout import Drop, drop_and_penalize
+from fastreg.prepare import Options, coefficient, time_given
 from fastreg.problem import ARTAR, Coefficient, is_on
 
 
@@ -157,8 +157,8 @@ class FusedRNNDropout(nn.Module):
             alpha, beta = loan.alpha, loan.beta
             valid, starts = loan.valid if valid is None else valid, loan.starts if starts is None else starts
         steps, of_raw = (None, valid, starts), self.ar_of == "raw"
-        call = call_of_raw(Arguments(raw, None, alpha, beta, *steps, *place, "mean", True, of_raw))
-        dropped, penalty, terms = drop_and_penalize(call, self.p if p is None else p, lent=loan is not None)
+        options, drop = Options(*place, "mean", True, of_raw), Drop(self.p if p is None else p, lent=loan is not None)
+        dropped, penalty, terms = drop_and_penalize(raw, (alpha, beta), steps, options, drop)
         dropped = raw if dropped is None else dropped
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.

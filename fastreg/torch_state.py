@@ -83,7 +83,7 @@ def are_memory(tensors: Iterable[Tensor | None]) -> bool:
             type(x) is not Tensor  # a subclass has operators of its own
             or x.is_neg()  # the values of a negated view have the other sign in memory
             or x.is_meta  # a meta tensor has no values
-            or torch._is_zerotensor(x)  # pyright: ignore[reportPrivateImportUsage] - zeros without memory
+            or x._is_zerotensor()  # zeros without memory
             or not torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
         ):
             return False

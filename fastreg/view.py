@@ -37,7 +37,7 @@ class Fold:
         x, metas = call.given(), [_meta(layout) for layout in layouts if layout is not None]
         self.layouts, self.is_whole, offsets = tuple(layouts), call.steps is None, call.steps and call.steps.offsets
         self.packed = None if offsets is None else (int(offsets[1]), len(offsets) - 1)
-        self.shape, (self.time, batch) = x.shape, axes_of(x, call.time_dim)
+        self.shape, (self.time, batch) = x.shape, axes_of(x, call.kind.time_dim)
         others = [axis for axis, size in enumerate(self.shape) if axis != self.time and size != 1]
         sequences = [axis for axis in others if axis == batch]
         orders = [sorted(others, key=lambda axis: axis != batch)]

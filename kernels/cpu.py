@@ -97,7 +97,8 @@ class Marker:
         counts = torch.empty((2,), dtype=torch.int64, device="cpu")
         if lengths is not None:
             lengths = lengths.long()
-        self.mark(_pack_marking(*_addresses(lengths, valid, starts, steps, counts)), *self.shape)
+        addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, steps, counts)]
+        self.mark(_pack_marking(*addresses), *self.shape)
         return steps, counts
 
 
@@ -257,11 +258,6 @@ def _plan(view: View, terms: Terms, is_forward: bool) -> _Plan:
     return _Plan(view[:3], *strides, *terms.divisors, *dtypes, _DTYPES[terms.dtype], *switches)
 
 
-def _addresses(*tensors: Tensor | None) -> Sequence[int]:
-    """Return the addresses of tensors, 0 for `None`."""
-    return [0 if x is None else x.data_ptr() for x in tensors]
-
-
 # A third of the time of a ctypes structure
 _pack_marking, _pack = Struct("5P").pack, Struct(f"{_ADDRESSES}P2d").pack
 
@@ -276,4 +272,5 @@ class _Launch:
         """Hand over coefficients and addresses of tensors, which live as long as the call; return the result."""
         alpha = alpha if type(alpha) is float else alpha.item()  # pyright: ignore[reportAttributeAccessIssue]
         beta = beta if type(beta) is float else beta.item()  # pyright: ignore[reportAttributeAccessIssue]
-        return self.function(self.plan, _pack(*_addresses(*tensors), alpha, beta), torch.get_num_threads())
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        return self.function(self.plan, _pack(*addresses, alpha, beta), torch.get_num_threads())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.problem import Call
+from fastreg.problem import Call, Kind
 
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -86,14 +86,13 @@ class Sample:
         parts += [] if (self.alpha, self.beta) == (2.0, 1.0) else [f"alpha{self.alpha:g}", f"beta{self.beta:g}"]
         return "-".join(parts + ([] if self.reduction == "mean" else [self.reduction]))
 
-    def call(self, raw: Tensor, dropped: Tensor | None = None, **options: Any) -> Call:
+    def call(self, raw: Tensor, dropped: Tensor | None = None, measured: bool = True, **given: Any) -> Call:
         """The call of a layer; AR is of raw where dropped is raw, or is not there."""
         of_raw = dropped is None or dropped is raw
         axis = -2 if self.batch_first else -raw.dim()
         dtype = DOUBLE if DOUBLE in [x.dtype for x in (raw, dropped) if x is not None] else FLOAT
-        given = {"time_dim": axis, "reduction": self.reduction, "measured": True, "ar_of_raw": of_raw, "dtype": dtype}
-        coefficients = {"alpha": self.alpha, "beta": self.beta}
-        return Call(raw, None if of_raw else dropped, **coefficients | given | options)
+        values = {"alpha": self.alpha, "beta": self.beta, "kind": Kind(axis, self.reduction, measured, of_raw, dtype)}
+        return Call(raw, None if of_raw else dropped, **values | given)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import CPP
 from fastreg.kernels import cpu
 from fastreg.plans import forget
-from fastreg.problem import Call
+from fastreg.problem import Call, Kind
 from fastreg.reference import ar_tar
 from tests.conftest import CPU
 from tests.exact import check_dropout, check_penalty, spoil
@@ -84,7 +84,7 @@ def test_infinity_and_nan_spread_as_in_the_formula(dtype: torch.dtype, value: fl
     doubles = [x.detach().double().requires_grad_() for x in xs]
     got, want = (
         fused_ar_tar(*xs, ALPHA, BETA, return_terms=True),
-        ar_tar(Call(*doubles, ALPHA, BETA, measured=True, dtype=DOUBLE)),
+        ar_tar(Call(*doubles, ALPHA, BETA, None, Kind(measured=True, dtype=DOUBLE))),
     )
     torch.testing.assert_close([x.double() for x in got], list(want), equal_nan=True)
     for x, y in zip(torch.autograd.grad(got.penalty, xs), torch.autograd.grad(want.penalty, doubles), strict=True):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, operation, plans
+from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, plans, prepare
 from fastreg.dropout import DropoutPlan
-from fastreg.plans import Plans, forget
-from fastreg.prepare import Arguments, calls_of
+from fastreg.operation import Plan
+from fastreg.plans import forget
+from fastreg.prepare import Options, calls_of
 from tests.calls import flat, leaves
 from tests.conftest import skip_on_formula
 from tests.samples import Decorated, every_other, transposed
@@ -174,12 +175,12 @@ def outcome(function: Callable[..., Any], options: dict[str, Any]) -> list[Any]:
 def keys(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """List the keys of calls."""
     made: list[Any] = []
-    monkeypatch.setattr(operation, "key_of", lambda *call: made.append(plans.key_of(*call)) or made[-1])
+    monkeypatch.setattr(prepare, "key_of", lambda *given: made.append(plans.key_of(*given)) or made[-1])
     return made
 
 
-# Values are no part of a key, and each layer of a list has a plan of its own.
-ONE_PLAN = {"alpha", "alpha as an integer", "beta", "p", "a list", "a tuple", "two layers", "a subclass"}
+# Values are no part of a key.
+ONE_PLAN = {"alpha", "alpha as an integer", "beta", "p", "a subclass"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -226,17 +227,17 @@ def test_values_are_looked_at_in_every_call() -> None:
 def test_one_tensor_of_a_subclass_stays_one() -> None:
     x = RAW.as_subclass(Decorated)
     for raw in (x, [x]):
-        (call,) = calls_of(Arguments(raw, raw, 2.0, 1.0))
+        (call,) = calls_of((raw, raw), (2.0, 1.0), (None, None, None), Options())
         assert type(call.raw) is Tensor
         assert call.dropped is None
-        assert call.ar_of_raw
+        assert call.kind.ar_of_raw
 
 
 def test_coefficients_that_change_make_no_plans(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither do their dtypes in the backward of a dropout confuse its launches, nor do they pile up there."""
     made: list[Any] = []
-    keep = Plans.keep
-    monkeypatch.setattr(Plans, "keep", lambda self, key, plan: made.append(plan) or keep(self, key, plan))
+    prepare_plan = Plan.__init__
+    monkeypatch.setattr(Plan, "__init__", lambda plan, *given: made.append(plan) or prepare_plan(plan, *given))
     raw, module, regularizer = RAW.to(device).requires_grad_(), nn.Identity(), RNNRegularizer(2.0, 1.0)
     fused = FusedRNNDropout(0.0)
     regularizer.attach(module, fused, batch_first=True)
@@ -276,10 +277,11 @@ def test_plans_hold_no_tensors_of_the_caller() -> None:
 
 def test_the_memory_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "SIZE", 4)
-    kept = Plans()
+    forget()
     for i in range(10):
-        kept.keep(i, str(i))
-    assert [kept.get(i) for i in range(10)] == [None] * 6 + ["6", "7", "8", "9"]
+        plans.keep(i, str(i))
+    assert [plans.kept(i) for i in range(10)] == [None] * 6 + ["6", "7", "8", "9"]
+    forget()
 
 
 def test_what_is_expected_is_written_ahead(device: str, allocated: list[Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastreg.kernels.view import Steps
-from fastreg.problem import Call, divisors
+from fastreg.problem import Call, Kind, divisors
 from fastreg.reference import ar_tar, ar_tar_gradients, marked
 from tests.exact import truth
 from tests.samples import DOUBLE, SAMPLES, Sample
@@ -42,7 +42,7 @@ def test_lengths_of_few_bits_and_out_of_range(lengths: Tensor) -> None:
 def test_what_cancels_in_half_precision() -> None:
     """Two gradients that float16 has no numbers for."""
     x = torch.tensor([[[1.0], [1000.0]]]).half().requires_grad_()
-    call = Call(x, None, 99900.0, 100.0, reduction="sum", ar_of_raw=True)
+    call = Call(x, None, 99900.0, 100.0, None, Kind(reduction="sum", ar_of_raw=True))
     (gradient,) = torch.autograd.grad(ar_tar(call).penalty, x)
     assert gradient[0, 0] == 0
     written_out, _ = ar_tar_gradients(torch.tensor(1.0), call)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastreg.kernels.view import Layout, allocate, layout_of
-from fastreg.prepare import Arguments, calls_of
-from fastreg.problem import Call
+from fastreg.prepare import Options, calls_of
+from fastreg.problem import Call, Kind
 from fastreg.view import NARROW, Fold
 from tests.samples import HALF, transposed
 from tests.test_torch import deterministic
@@ -40,7 +40,7 @@ def test_view(
 ) -> None:
     layouts = [None if x is None else layout_of(x) for x in tensors]
     first = next(x for x in tensors if x is not None)
-    fold = Fold(layouts, Call(first, None, 2.0, 1.0, time_dim=-2 if batch_first else -first.dim()))
+    fold = Fold(layouts, Call(first, None, 2.0, 1.0, None, Kind(-2 if batch_first else -first.dim())))
     got = fold.view(())
     assert got[:3] == sizes
     assert [(0, 0) if x is None else (x.outer, x.time) for x in got.operands[: len(tensors)]] == strides
@@ -78,7 +78,7 @@ def laid_out(memory_order: str) -> Tensor:
     ],
 )
 def test_axes_fold(x: Tensor, axis: int, steps: dict[str, Any], sizes: tuple[int, ...], copied: bool) -> None:
-    (call,) = calls_of(Arguments(x, x, 2.0, 1.0, **steps, time_dim=axis))
+    (call,) = calls_of((x, x), (2.0, 1.0), (steps.get("lengths"), None, None), Options(time_dim=axis))
     fold = Fold([layout_of(x)], call)
     assert fold.view(())[:3] == sizes
     assert (fold.read([x])[0] is not x) == copied
@@ -87,7 +87,7 @@ def test_axes_fold(x: Tensor, axis: int, steps: dict[str, Any], sizes: tuple[int
 def test_a_copied_mask_of_one_row_still_is() -> None:
     raw, mask = torch.randn(2, 3, 40, 5), torch.randn(5, 1, 3, 2).permute(3, 2, 1, 0).expand(2, 3, 40, 5)
     layouts: Sequence[Layout] = layout_of(raw), layout_of(mask)
-    fold = Fold(layouts, Call(raw, None, 2.0, 1.0, time_dim=-2))
+    fold = Fold(layouts, Call(raw, None, 2.0, 1.0))
     first, got = fold.read([raw, mask])
     assert first is raw
     assert got is not mask
