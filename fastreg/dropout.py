@@ -224,7 +224,7 @@ class DropoutPlan(Plan):
         fold: their view.
         dropped: layout of dropped.
         forward: of the backend.
-        backward: of each kind of upstream gradients and of the penalty that they are of.
+        backward: of each kind of upstream gradients.
     """
 
     def prepare(self, call: Call, mask: Tensor | None) -> None:
@@ -254,8 +254,7 @@ class DropoutPlan(Plan):
         raw, mask = map(restored, ("raw", "mask"), (call.raw, mask), self.layouts)  # pyright: ignore
         arrived, grad = upstream
         layout = None if arrived is None else layout_of(arrived)
-        kinds = [x.dtype if isinstance(x, Tensor) else x != 0 for x in (call.alpha, call.beta)]
-        key = layout, grad is None, *kinds
+        key = layout, grad is None
         backward = self.backward.get(key)
         if backward is None:
             terms = terms_of(call)

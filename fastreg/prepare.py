@@ -103,7 +103,9 @@ def call_of_raw(raw: Any, mask: Any, coefficients: Pair, steps: Sequence[Any], o
         TypeError, ValueError: as `fused_dropout_ar_tar`.
     """
     coefficients, _ = _checked(*coefficients)
-    return _calls((plain(check_tensor("raw", raw)), None), coefficients, steps, options, plain(mask))[0]
+    if not isinstance(raw, Tensor):
+        check_tensor("raw", raw)
+    return _calls((plain(raw), None), coefficients, steps, options, plain(mask))[0]
 
 
 def _stripped(x: Any) -> Any:

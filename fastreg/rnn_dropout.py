@@ -133,9 +133,11 @@ class FusedRNNDropout(nn.Module):
 
     def _drop(self, raw: Tensor, p: float | None, valid: Tensor | None, starts: Tensor | None) -> Tensor:
         """Run the forward outside of TorchScript."""
-        untaken, self.formed, loan, self.loan = self.formed, None, self.loan, None
-        if torch.compiler.is_compiling():  # which would compile the code anew for each coefficient that is lent
-            loan = None
+        untaken, self.formed, loan = self.formed, None, self.loan
+        if loan is not None:
+            self.loan = None
+            if torch.compiler.is_compiling():  # which would compile the code anew for each coefficient that is lent
+                loan = None
         if not self.training:
             return raw
         if untaken is not None and untaken.terms.penalty.requires_grad:

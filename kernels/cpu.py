@@ -49,8 +49,8 @@ class Forward:
     ) -> tuple[Tensor, Tensor | None, Any]:
         """Compute the penalty; fill dropped, or the gradients for the upstream gradient of the last backward."""
         assumed = self.expected.gradient if self.writes else None
-        penalty = torch.empty((), dtype=self.dtype, device="cpu")
-        terms = torch.empty((2,), dtype=self.dtype, device="cpu") if self.measured else None
+        penalty = torch.empty_strided((), (), dtype=self.dtype, device="cpu")  # faster than torch.empty
+        terms = torch.empty_strided((2,), (1,), dtype=self.dtype, device="cpu") if self.measured else None
         self.launch((*tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms), alpha, beta)
         return penalty, terms, assumed
 
@@ -93,8 +93,8 @@ class Marker:
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the marks and counts of `Steps`."""
-        steps = torch.empty(self.shape, dtype=torch.uint8, device="cpu")
-        counts = torch.empty((2,), dtype=torch.int64, device="cpu")
+        steps = torch.empty_strided(self.shape, (self.shape[1], 1), dtype=torch.uint8, device="cpu")
+        counts = torch.empty_strided((2,), (1,), dtype=torch.int64, device="cpu")
         if lengths is not None:
             lengths = lengths.long()
         addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, steps, counts)]
