@@ -11,7 +11,7 @@ from fastreg.backends import backend_for
 from fastreg.dropout import BACKWARDS, Adding
 from fastreg.kernels.view import layout_of
 from fastreg.operation import restored
-from fastreg.problem import Call, terms_of
+from fastreg.problem import Call, Kind, terms_of
 from fastreg.reference import ar_tar_gradients
 from fastreg.torch_state import are_memory, observed, plain
 
@@ -20,18 +20,27 @@ class Addition:
     """Add the gradient of a penalty to the gradient that arrives at its activations, in one pass.
 
     Args:
-        call: of raw alone, without a subclass that only decorates it: of TAR, of AR of raw, or of both.
+        call: of raw and dropped.
+        of_raw: whether the activations are raw, not dropped.
+        ar: whether AR is of them.
+        tar: whether TAR is of them.
 
     Attributes:
-        kind: of the call.
+        of_raw: as above.
+        kind: of the calls of the activations as raw, which the addition takes.
         layout: of the activations.
     """
 
-    def __init__(self, call: Call) -> None:
-        raw = call.raw
-        self.layout, self.kind = layout_of(raw), call.kind
+    def __init__(self, call: Call, of_raw: bool, ar: bool, tar: bool) -> None:
+        raw, kind = call.raw if of_raw else call.dropped, call.kind
+        self.of_raw, self._ar, self._tar, self.layout = of_raw, ar, tar, layout_of(raw)
+        self.kind = Kind(kind.time_dim, kind.reduction, measured=False, ar_of_raw=True, dtype=kind.dtype)
         self.backend: Any = backend_for(raw.device) if raw.numel() > 0 else None
         self.backwards: dict[Any, Adding] = {}  # by the layout of the gradient that arrives
+
+    def coefficients(self, call: Call) -> tuple[Any, Any]:
+        """Return alpha and beta of a call; 0 for a term that is of other activations."""
+        return call.alpha if self._ar else 0.0, call.beta if self._tar else 0.0
 
     def __call__(self, upstream: Tensor, call: Call, arrived: Tensor) -> Tensor:
         """Return the sum of both gradients.

@@ -124,7 +124,6 @@ class Attachment:
         self.source, self.watch = source, watch
         self.terms: ARTAR | None = None
         self._names = type(source.module).__name__, type(source.dropout).__name__
-        self._masks = [source.valid or nothing, source.starts or nothing]
         self._runs: list[weakref.ref[Run]] = []  # in the order of the calls
         self._latest: Callable[[], Run | None] = nothing
         self._held: list[Any] = []  # the latest run, and its tensors, where no graph can keep them
@@ -260,7 +259,9 @@ class Attachment:
         axis = None
         if source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase):
             axis = 1 if rows.dim() == 2 and source.time_at else 0
-        valid, starts = [self._marks(i, args, kwargs, axis) for i in (0, 1)]
+        valid = starts = None
+        if source.valid is not None or source.starts is not None:
+            valid, starts = [self._marks(name, args, kwargs, axis) for name in ("valid", "starts")]
         captured, marked = Captured(rows, axis), not transformed()
         packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
         of_source = captured, packed, source.time_at, valid, starts, self._names
@@ -281,11 +282,11 @@ class Attachment:
         if source.dropout is None:
             self._complete(run, captured)
 
-    def _marks(self, i: int, args: Any, kwargs: Any, axis: int | None) -> Tensor | None:
+    def _marks(self, name: str, args: Any, kwargs: Any, axis: int | None) -> Tensor | None:
         """Return the valid steps of a run, or its starts; `axis` is that of time where the run is one step."""
-        marks = self._masks[i](*args, **kwargs)
+        function = getattr(self.source, name)
+        marks = None if function is None else function(*args, **kwargs)
         if not isinstance(marks, (Tensor, type(None))):
-            name = ("valid", "starts")[i]
             raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(marks).__name__}")
         return marks if axis is None or marks is None or marks.dim() > 1 else marks.unsqueeze(-1)
 

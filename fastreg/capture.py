@@ -47,21 +47,71 @@ class Captured:
 
     def __init__(self, x: Tensor, axis: int | None = None) -> None:
         self.itself, self.axis, self.needs, self.hooked = weakref.ref(x), axis, x.requires_grad, False
-        self.data, self.version = self._with_time(plain(x).detach()), version_of(x)
+        self.data, self.version = plain(x).detach(), version_of(x)
+        if axis is not None:
+            self.data = self.data.unsqueeze(axis)
         self.due: dict[int, Callable[[Tensor], Tensor]] = {}
-
-    def _with_time(self, x: Tensor) -> Tensor:
-        """Return a tensor with an axis of time."""
-        return x if self.axis is None else x.unsqueeze(self.axis)
 
     def tensor(self) -> Tensor:
         """Return the tensor, with its graph if that is alive, else detached."""
         x = self.itself()
-        return self.data if x is None else self._with_time(plain(x))
+        if x is None:
+            return self.data
+        return plain(x) if self.axis is None else plain(x).unsqueeze(self.axis)
 
     def summed(self) -> Tensor:
         """Return the tensor that the penalty is of: detached, unless autograd has to propagate the gradient."""
         return self.data if self.hooked else self.tensor()
+
+    def begin(self, task: int, add: Callable[[Tensor], Tensor], _: Tensor) -> None:
+        """Have the hook call a function with the gradient that arrives in a backward, with an axis of time."""
+        axis = self.axis
+        self.due[task] = add if axis is None else lambda x: add(x.unsqueeze(axis)).squeeze(axis)
+
+    def end(self, task: int) -> None:
+        """Forget a gradient that a backward did not add."""
+        self.due.pop(task, None)
+
+
+class Joined:
+    """Join captured tensors of one layout along time, in the interface of `Captured`.
+
+    Attributes:
+        parts: the tensors.
+        axis: the axis of time.
+        data: the tensors, detached and joined.
+    """
+
+    def __init__(self, parts: Sequence[Captured], axis: int) -> None:
+        self.parts, self.axis = parts, axis
+        self.data = torch.cat([x.data for x in parts], axis)
+        self.sizes = [x.data.shape[axis] for x in parts]
+
+    @property
+    def hooked(self) -> bool:
+        """Return whether a hook is to add its part of the gradient."""
+        return any([x.hooked for x in self.parts])
+
+    def tensor(self) -> Tensor:
+        """Return the tensors with their graphs, as second derivatives need all, or detached."""
+        found = [x.tensor() for x in self.parts]
+        return torch.cat(found, self.axis) if all([x.requires_grad for x in found]) else self.data
+
+    def summed(self) -> Tensor:
+        """Return the tensor that the penalty is of: detached, unless autograd has to propagate the gradient."""
+        return torch.cat([x.summed() for x in self.parts], self.axis)
+
+    def begin(self, task: int, add: Callable[[Tensor], Tensor], like: Tensor) -> None:
+        """Have each hook add its part of the gradient that a function adds to zeros."""
+        parts = add(torch.zeros_like(like)).split(self.sizes, self.axis)
+        for x, part in zip(self.parts, parts, strict=True):
+            if x.hooked:
+                x.begin(task, part.__add__, part)
+
+    def end(self, task: int) -> None:
+        """Forget gradients that a backward did not add."""
+        for x in self.parts:
+            x.end(task)
 
 
 class Guard(Protocol):
@@ -90,7 +140,7 @@ class Run:
     """Hold one run of an attached module.
 
     Attributes:
-        raw: the module's output.
+        raw: the module's output, `Captured`, or `Joined` of several runs.
         packed: the `PackedSequence` that raw is the data of, or `None`.
         time_at: `batch_first`, a bool, or `time_dim`, an int.
         valid: the valid steps, or `None`.
@@ -105,7 +155,7 @@ class Run:
         refused: the id of a backward that must not reach it, as its loss was not searched for it.
     """
 
-    raw: Captured
+    raw: Any
     packed: PackedSequence | None
     time_at: bool | int
     valid: Tensor | None
@@ -114,7 +164,7 @@ class Run:
     guard: Guard | None
     grad_enabled: bool
     marked: bool
-    dropped: Captured | None = None
+    dropped: Any = None
     fused: Fused | None = None
     missed: bool = False
     refused: int | None = None
@@ -122,13 +172,13 @@ class Run:
     def __post_init__(self) -> None:
         self.sides = [self.raw]  # and dropped, if that is another tensor
 
-    def complete(self, dropped: Captured) -> None:
+    def complete(self, dropped: Any) -> None:
         """Note the tensor that AR squares."""
         self.dropped = dropped
         self.sides = [self.raw] if dropped is self.raw else [self.raw, dropped]
 
     @property
-    def squared(self) -> Captured:
+    def squared(self) -> Any:
         """Return the tensor that AR squares, of a complete run."""
         return self.sides[-1]
 
@@ -136,6 +186,19 @@ class Run:
     def carriers(self) -> list[Captured]:
         """Return the tensors to whose gradients the penalty's gradient is added."""
         return [x for x in self.sides if x.needs]
+
+    def activations(self) -> tuple[Any, Any]:
+        """Return raw and dropped as `fused_ar_tar` takes them."""
+        raw = self._packed(self.raw.summed())
+        return raw, raw if self.squared is self.raw else self._packed(self.squared.summed())
+
+    def _packed(self, x: Tensor) -> Any:
+        return x if self.packed is None else self.packed._replace(data=x)
+
+    @property
+    def axis(self) -> int:
+        """Return the axis of time of runs that are joined along it."""
+        return 1 if self.raw.data.dim() == 3 and self.time_at else 0
 
     @property
     def steps(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,42 +17,33 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastreg.addition import Addition
-from fastreg.capture import EMPTY, Captured, Mark, Run, Search, Watch, version_of
+from fastreg.capture import EMPTY, Captured, Joined, Mark, Run, Search, Watch, version_of
 from fastreg.dropout import kept_penalty
 from fastreg.operation import pack, unpack
 from fastreg.penalty import penalty_of
 from fastreg.prepare import Options, calls_of
-from fastreg.problem import ARTAR, Call, Coefficient, Kind, is_on, rows_of
+from fastreg.problem import ARTAR, Call, Coefficient, is_on
 from fastreg.torch_state import current, keeps_graph, observed, plain, untraced
 
 FREED = "an earlier backward has freed the activations; pass retain_graph=True to it"
 
 
 class Term(NamedTuple):
-    """The gradient of a penalty at an activation, and the tensors that the activation was joined from.
+    """The gradient of a penalty at an activation.
 
-    addition  adds it to a gradient
-    tensors   the tensors whose hooks add their parts, by the numbers of the parts
-    split     splits the gradient as the tensors were joined; `None` for one tensor
+    addition      adds it to a gradient
+    side          the activation, whose hooks call the addition
+    others, rest  how many tensors its call has beside the activation, and the rest of that call, as `pack` splits it
     """
 
     addition: Addition
-    tensors: Sequence[tuple[int, Captured]]
-    split: Callable[[Tensor], Sequence[Tensor]] | None
+    side: Captured | Joined
+    others: int
+    rest: Any
 
     def begin(self, task: int, upstream: Tensor, call: Call) -> None:
         """Have the hooks add the gradient in a backward, for the call of the activation."""
-        if self.split is None:
-            self.tensors[0][1].due[task] = functools.partial(self.addition, upstream, call)
-            return
-        parts = self.split(self.addition(upstream, call, torch.zeros_like(call.raw)))
-        for i, x in self.tensors:
-            x.due[task] = functools.partial(_add_part, parts[i])
-
-
-def _add_part(part: Tensor, gradient: Tensor) -> Tensor:
-    """Add a part of the gradient of joined tensors, which may have an axis of time that the tensor lacks."""
-    return gradient + part.reshape(gradient.shape)
+        self.side.begin(task, functools.partial(self.addition, upstream, call), call.raw)
 
 
 class Step:
@@ -61,7 +52,6 @@ class Step:
     Attributes:
         terms: the terms.
         saved: of each term the activation, and the other tensors of its call, if any.
-        rests: of each term how many tensors these are, and the rest of its call.
         counts: whether a backward of the loss plus the penalty has a gradient of the penalty.
         passed_over: the runs that the backward must not reach, as the loss was not searched for them.
         watch: sees whether a backward has the penalty, or `None`.
@@ -71,15 +61,18 @@ class Step:
         self.passed_over, self.watch, self.counts = passed_over, watch, False
         self.terms: list[Term] = []
         self.saved: list[Tensor | None] = []
-        self.rests: list[tuple[int, Any]] = []
 
-    def add(self, term: Term, call: Call) -> None:
-        """Add a term, and the call of its activation."""
-        tensors, rest = pack(call.alpha, call.beta, call.steps)
-        self.terms.append(term)
-        self.saved += call.raw, *tensors
-        self.rests.append((len(tensors), rest))
-        self.counts = True
+    def add(self, run: Run, call: Call) -> None:
+        """Add the terms of a run that hooks are to add, for its call."""
+        if not any([x.hooked for x in run.sides]):
+            return
+        for addition in _additions(call):
+            side = run.raw if addition.of_raw else run.squared
+            if side.hooked:
+                tensors, rest = pack(*addition.coefficients(call), call.steps)
+                self.terms.append(Term(addition, side, len(tensors), rest))
+                self.saved += side.tensor(), *tensors
+                self.counts = True
 
     def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
         """Return the penalty, differentiable where it is added to the loss, or with `adds` their sum."""
@@ -98,7 +91,7 @@ class _Carry(Function):
     @staticmethod
     def forward(ctx: Any, step: Step, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
         ctx.save_for_backward(*step.saved)
-        ctx.terms, ctx.rests, ctx.passed_over, ctx.watch = step.terms, step.rests, step.passed_over, step.watch
+        ctx.terms, ctx.passed_over, ctx.watch = step.terms, step.passed_over, step.watch
         ctx.loss = None if adds else (loss.shape, loss.dtype, loss.device)
         return loss + penalty if adds else penalty.clone()  # the node of a fused dropout keeps its own
 
@@ -111,7 +104,7 @@ class _Carry(Function):
         for run in ctx.passed_over:
             run.refused = task
         own = upstream.clone()  # as a hook of the loss may change its own in place
-        for term, call in zip(ctx.terms, _calls(ctx.terms, ctx.saved_tensors, ctx.rests), strict=True):
+        for term, call in zip(ctx.terms, _calls(ctx.terms, ctx.saved_tensors), strict=True):
             term.begin(task, own, call)
         torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_end, ctx.terms, task))
         if ctx.loss is None:
@@ -125,14 +118,14 @@ class _Carry(Function):
 _apply: Any = super(Function, _Carry).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _calls(terms: Sequence[Term], saved: Sequence[Any], rests: Sequence[tuple[int, Any]]) -> list[Call]:
-    """Return the calls of terms from the tensors that a step saves, and the rest of each."""
+def _calls(terms: Sequence[Term], saved: Sequence[Any]) -> list[Call]:
+    """Return the calls of terms from the tensors that a step saves."""
     calls, at = [], 0
-    for term, (count, rest) in zip(terms, rests, strict=True):
+    for addition, _, count, rest in terms:
         raw, *tensors = saved[at : at + 1 + count]
         if raw.requires_grad and not torch.is_grad_enabled():
             raw = raw.detach()  # a graph would close a cycle, if the backward failed
-        calls.append(Call(raw, None, *unpack(tensors, rest), term.addition.kind))
+        calls.append(Call(raw, None, *unpack(tensors, rest), addition.kind))
         at += 1 + count
     return calls
 
@@ -140,8 +133,7 @@ def _calls(terms: Sequence[Term], saved: Sequence[Any], rests: Sequence[tuple[in
 def _end(terms: Sequence[Term], task: int) -> None:
     """Free the gradients that a backward did not add."""
     for term in terms:
-        for _, x in term.tensors:
-            x.due.pop(task, None)
+        term.side.end(task)
 
 
 def penalty_of_runs(
@@ -168,17 +160,17 @@ def penalty_of_runs(
         TypeError, ValueError: as `fused_ar_tar`.
     """
     step, formed = Step(found.passed_over, watch), []
-    alike: dict[Any, list[_Part]] = {}  # of one call, which allocates and checks once
+    alike: dict[Any, list[Run]] = {}  # of one call, which allocates and checks once
     for i, group in enumerate(groups):
         terms = _of_dropout(group[0], coefficients)
         if terms is not None:
             formed.append(terms)
             step.counts = True
         else:
-            part = _part(group)
-            alike.setdefault(part.kind() or i, []).append(part)
-    for parts in alike.values():
-        formed.append(_measured(parts, coefficients, step))
+            run = _joined(group)
+            alike.setdefault(_kind(run) or i, []).append(run)
+    for runs in alike.values():
+        formed.append(_measured(runs, coefficients, step))
     return total(formed, loss.device), step
 
 
@@ -211,7 +203,7 @@ class Always:
 
     def __init__(self, single: list[Any]) -> None:
         self.single, self.grad = single, EMPTY
-        self.terms: dict[Captured, tuple[Term, Call]] = {}
+        self.terms: dict[Any, tuple[Term, Call]] = {}
         self.versions: list[tuple[Tensor, int]] = []
         self.tasks: dict[Captured, int] = {}
 
@@ -222,9 +214,9 @@ class Always:
         for x in run.carriers:
             x.hooked = True
         step = Step()
-        terms = _measured([_part([run])], coefficients, step)
-        for term, call in zip(step.terms, _calls(step.terms, step.saved, step.rests), strict=True):
-            self.terms[term.tensors[0][1]] = term, call.of(EMPTY)
+        terms = _measured([_joined([run])], coefficients, step)
+        for term, call in zip(step.terms, _calls(step.terms, step.saved), strict=True):
+            self.terms[term.side] = term, call.of(EMPTY)
             self.versions += [(x, version_of(x)) for x in (call.alpha, call.beta) if isinstance(x, Tensor)]
         like: Any = {"dtype": terms.penalty.dtype, "device": terms.penalty.device}
         self.grad = scale if isinstance(scale, Tensor) else torch.full((), scale, **like)
@@ -299,25 +291,7 @@ class Always:
         torch.autograd.Variable._execution_engine.queue_callback(check)
 
 
-class _Part(NamedTuple):
-    """An activation of the penalty, as `fused_ar_tar` takes it, and the runs that are joined in it."""
-
-    raw: Any
-    dropped: Any
-    valid: Tensor | None
-    starts: Tensor | None
-    group: Sequence[Run]
-
-    def kind(self) -> Any:
-        """Return the shape, device and dtypes that activations of one call share; `None` with valid steps."""
-        first, raw = self.group[0], self.raw
-        if first.packed is not None or self.valid is not None or self.starts is not None:
-            return None
-        shape = raw.shape[:-1] if isinstance(first.time_at, bool) else raw.shape
-        return shape, raw.device, raw.dtype, self.dropped.dtype, first.time_at, type(first.time_at)
-
-
-def _part(group: Sequence[Run]) -> _Part:
+def _joined(group: Sequence[Run]) -> Run:
     """Join runs along time.
 
     Second derivatives mix those of several tensors. So autograd propagates all gradients if it does for one.
@@ -326,90 +300,58 @@ def _part(group: Sequence[Run]) -> _Part:
     if not all([x.hooked for x in carriers]):
         for x in carriers:
             x.hooked = x.hooked and not x.tensor().requires_grad
-
-    def whole(tensors: Sequence[Tensor]) -> Any:
-        x = _joined(first, tensors)
-        return x if first.packed is None else first.packed._replace(data=x)
-
-    raw = whole([run.raw.summed() for run in group])
+    if len(group) == 1:
+        return first
+    raw = Joined([run.raw for run in group], axis := first.axis)
+    valid, starts = _joined_marks(group, "valid", 1), _joined_marks(group, "starts", 0)
+    whole = Run(raw, None, first.time_at, valid, starts, first.names, None, first.grad_enabled, first.marked)
     of_raw = all([run.squared is run.raw for run in group])
-    dropped = raw if of_raw else whole([run.squared.summed() for run in group])
-    valid, starts = [run.valid for run in group], [run.starts for run in group]
-    return _Part(raw, dropped, _joined_marks(group, valid, 1), _joined_marks(group, starts, 0), group)
+    whole.complete(raw if of_raw else Joined([run.squared for run in group], axis))
+    return whole
 
 
-def _measured(parts: Sequence[_Part], coefficients: tuple[Coefficient, Coefficient], step: Step) -> ARTAR:
-    """Compute the penalty of parts of one kind, and plan the terms of its gradient."""
-    first, raw, dropped = parts[0], parts[0].raw, parts[0].dropped
-    if len(parts) > 1:
-        raw, dropped = [x.raw for x in parts], [x.dropped for x in parts]
-    device, time_at = rows_of(first.raw).device, first.group[0].time_at
-    alpha, beta = [plain(x).to(device) if isinstance(x, Tensor) else x for x in coefficients]
+def _kind(run: Run) -> Any:
+    """Return the shape, device and dtypes that runs of one call share; `None` with steps that do not count."""
+    if run.packed is not None or run.valid is not None or run.starts is not None:
+        return None
+    raw = run.raw.data
+    shape = raw.shape[:-1] if isinstance(run.time_at, bool) else raw.shape
+    return shape, raw.device, raw.dtype, run.squared.data.dtype, run.time_at, type(run.time_at)
+
+
+def _measured(runs: Sequence[Run], coefficients: tuple[Coefficient, Coefficient], step: Step) -> ARTAR:
+    """Compute the penalty of runs of one kind, and plan the terms of its gradient."""
+    first, activations = runs[0], [run.activations() for run in runs]
+    device, time_at = first.raw.data.device, first.time_at
+    if any([isinstance(x, Tensor) for x in coefficients]):
+        coefficients = tuple([plain(x).to(device) if isinstance(x, Tensor) else x for x in coefficients])  # pyright: ignore
     place = (time_at, None) if isinstance(time_at, bool) else (None, time_at)
     steps, options = (None, first.valid, first.starts), Options(*place, "mean", True)
-    calls = calls_of((raw, dropped), (alpha, beta), steps, options)
+    raw_and_dropped = activations[0] if len(runs) == 1 else tuple(zip(*activations, strict=True))
+    calls = calls_of(raw_and_dropped, coefficients, steps, options)  # pyright: ignore[reportArgumentType]
     penalty, terms = penalty_of(calls)
-    for part, call in zip(parts, calls, strict=True):
-        if any([x.hooked for run in part.group for x in run.sides]):
-            for of_raw, of in _calls_of_gradients(call):
-                _plan(part.group, of_raw, of, step)
+    for run, call in zip(runs, calls, strict=True):
+        step.add(run, call)
     return ARTAR(penalty, *(terms or ()))
 
 
-def _calls_of_gradients(call: Call) -> list[tuple[bool, Call]]:
-    """Split a call in one of TAR, whose gradient is added to that of raw, and one of AR, which is added to dropped's.
+def _additions(call: Call) -> Sequence[Addition]:
+    """Return the code that adds the gradients of a call, which is kept with its plans.
 
-    Returns:
-        Whether it is raw, and the call of that tensor as raw.
+    The gradient of TAR is added to that of raw, and the gradient of AR to that of dropped, or of raw if it is of raw.
     """
-    raw, dropped, alpha, beta, steps, kind = call
-    ar, tar = is_on(alpha), is_on(beta)
-    if dropped is None:
-        return [(True, Call(raw, None, alpha, beta, steps, kind))] if ar or tar else []
-    calls = [(True, Call(raw, None, 0.0, beta, steps, kind))] if tar else []
-    return calls + ([(False, Call(dropped, None, alpha, 0.0, steps, kind))] if ar else [])
-
-
-def _plan(group: Sequence[Run], of_raw: bool, call: Call, step: Step) -> None:
-    """Plan the term of raw, or of dropped, if a hook is to add any of its parts."""
-    tensors = [run.raw if of_raw else run.squared for run in group]
-    hooked = [(i, x) for i, x in enumerate(tensors) if x.hooked]
-    if hooked:
-        found, split = [x.tensor() for x in tensors], None
-        if not all([x.requires_grad for x in found]):  # second derivatives need the graphs of all
-            found = [x.data for x in tensors]
-        if len(group) > 1 or tensors[0].axis is not None:
-            axis = _axis(group[0])
-            split = functools.partial(torch.split, split_size_or_sections=[x.shape[axis] for x in found], dim=axis)
-        step.add(Term(_addition(of_raw, call), hooked, split), call.of(_joined(group[0], found)))
-
-
-def _addition(of_raw: bool, call: Call) -> Addition:
-    """Return the code that adds the gradient of raw, or of dropped, which is kept with the plans of the whole call."""
-    kind, plans, key = call.kind, call.kind.plans, (Addition, of_raw)
-    found = None if plans is None else plans.get(key)
+    plans = {} if call.kind.plans is None else call.kind.plans
+    found = plans.get(Addition)
     if found is None:
-        own = Kind(kind.time_dim, kind.reduction, measured=False, ar_of_raw=True, dtype=kind.dtype)
-        found = Addition(Call(call.raw, None, call.alpha, call.beta, call.steps, own))
-        if plans is not None:
-            plans[key] = found
+        ar, tar = is_on(call.alpha), is_on(call.beta)
+        terms = [(True, ar, tar)] if call.dropped is None else [(True, False, tar), (False, ar, False)]
+        found = plans[Addition] = [Addition(call, *term) for term in terms if True in term[1:]]
     return found
 
 
-def _axis(run: Run) -> int:
-    """Return the time axis of runs joined along time."""
-    return 1 if run.raw.data.dim() == 3 and run.time_at else 0
-
-
-def _joined(run: Run, tensors: Sequence[Tensor]) -> Tensor:
-    """Join tensors of one layout along time."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, _axis(run))  # pyright: ignore[reportArgumentType]
-
-
-def _joined_marks(group: Sequence[Run], marks: Sequence[Tensor | None], default: int) -> Tensor | None:
+def _joined_marks(group: Sequence[Run], name: str, default: int) -> Tensor | None:
     """Join the valid steps of runs, or their starts; those of a run without any are the default."""
-    if len(group) == 1:
-        return marks[0]
+    marks = [getattr(run, name) for run in group]
     known = next((x for x in marks if x is not None), None)
     if known is None:
         return None

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 
 from fastreg.addition import Addition
 from fastreg.kernels.view import Steps
-from fastreg.problem import Call, divisors
+from fastreg.problem import Call, divisors, is_on
 from fastreg.reference import ar_tar_gradients, counted, marked
 from tests.conftest import skip_on_formula
 from tests.exact import eps, rounding
@@ -40,6 +40,11 @@ def expanded_number(x: Tensor) -> Tensor:
 def call_of(raw: Tensor) -> Call:
     """The call of raw alone, of both terms."""
     return Sample().call(raw)
+
+
+def addition_of(call: Call) -> Addition:
+    """The addition of the terms that a call of raw has."""
+    return Addition(call, True, is_on(call.alpha), is_on(call.beta))
 
 
 def steps_of(sample: Sample, kind: str, device: str) -> Steps | None:
@@ -83,7 +88,7 @@ def test_the_sum(sample: Sample, terms: str, steps: str, arrange: Any, device: s
     upstream = torch.tensor(300.0, device=device, dtype=torch.promote_types(dtype, FLOAT))
     arrived = arrange(torch.randn(raw.shape, device=device).to(dtype))
     with torch.no_grad():  # as in a backward
-        got = Addition(call)(upstream, call, arrived)
+        got = addition_of(call)(upstream, call, arrived)
     penalty, _ = ar_tar_gradients(upstream.double(), call._replace(raw=raw.double()))
     assert penalty is not None
     assert got.dtype == dtype
@@ -98,7 +103,7 @@ def test_the_sum(sample: Sample, terms: str, steps: str, arrange: Any, device: s
 def test_it_is_differentiable_where_pytorch_sees_it(device: str) -> None:
     raw, arrived = (torch.randn(2, 3, 4, device=device, dtype=DOUBLE, requires_grad=True) for _ in range(2))
     upstream = torch.tensor(2.0, device=device, dtype=DOUBLE, requires_grad=True)
-    addition = Addition(call_of(raw))
+    addition = addition_of(call_of(raw))
     assert gradcheck(lambda a, u, r: addition(u, call_of(r), a), (arrived, upstream, raw))
     with pytest.raises(RuntimeError, match="second derivatives need an activation that was freed"):
         addition(upstream, call_of(raw.detach()), arrived)
@@ -107,7 +112,7 @@ def test_it_is_differentiable_where_pytorch_sees_it(device: str) -> None:
 def test_each_layout_is_read_as_it_lies(device: str) -> None:
     """A hook on saved tensors may lay out the activations anew."""
     values, gradient = torch.randn(2, 3, 7, 12, device=device)
-    upstream, addition = torch.ones((), device=device), Addition(call_of(values))
+    upstream, addition = torch.ones((), device=device), addition_of(call_of(values))
     with torch.no_grad():
         want = addition(upstream, call_of(values), gradient)
         for lay, arrange in product((contiguous, transposed, hidden_first, every_other), repeat=2):
@@ -120,8 +125,8 @@ def test_a_negated_view_is_read_with_its_sign(device: str) -> None:
     arrived, upstream = torch.zeros(2, 3, 4, device=device), torch.ones((), device=device)
     call, plain = call_of(raw), call_of(raw.resolve_neg())
     with torch.no_grad():
-        got = Addition(call)(upstream, call, arrived)
-        want = Addition(plain)(upstream, plain, arrived)
+        got = addition_of(call)(upstream, call, arrived)
+        want = addition_of(plain)(upstream, plain, arrived)
     torch.testing.assert_close(got, want)
 
 
@@ -129,7 +134,7 @@ def test_a_negated_view_is_read_with_its_sign(device: str) -> None:
 def test_an_upstream_gradient_of_another_dtype(dtype: torch.dtype, device: str) -> None:
     raw, arrived = torch.randn(2, 2, 3, 4, device=device)
     call = call_of(raw)
-    addition = Addition(call)
+    addition = addition_of(call)
     with torch.no_grad():
         got, want = (addition(torch.tensor(3.0, device=device, dtype=x), call, arrived) for x in (dtype, FLOAT))
     assert torch.equal(got, want)
@@ -143,7 +148,7 @@ def test_packed_rows(hidden: int, dtype: torch.dtype, device: str) -> None:
     call = call_of(raw)._replace(steps=Steps(offsets=offsets))
     upstream = torch.tensor(30.0, device=device)
     with torch.no_grad():
-        got = Addition(call)(upstream, call, arrived)
+        got = addition_of(call)(upstream, call, arrived)
     penalty, _ = ar_tar_gradients(upstream.double(), call._replace(raw=raw.double()))
     assert penalty is not None
     want = arrived.double() + penalty
