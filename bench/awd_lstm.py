@@ -7,6 +7,7 @@ the embedding, of recurrent weights, and, with one mask for all time steps, of a
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,32 +64,30 @@ class WeightDropLSTM(nn.Module):
         return output, (h, c)
 
 
+class Dropouts(NamedTuple):
+    """The probabilities to drop words, recurrent weights, and units before the first layer, between and after them."""
+
+    word_p: float
+    input_p: float
+    weight_p: float
+    hidden_p: float
+    output_p: float
+
+
 class AWDLSTM(nn.Module):
     """A word-level language model that carries its hidden state from batch to batch until `reset()`.
 
     The decoder's weights are the embedding's, so the last layer is as wide as the embedding.
     """
 
-    def __init__(
-        self,
-        words: int,
-        embedding: int,
-        hidden: int,
-        layers: int,
-        *,
-        word_p: float,
-        input_p: float,
-        weight_p: float,
-        hidden_p: float,
-        output_p: float,
-    ):
+    def __init__(self, words: int, embedding: int, hidden: int, layers: int, dropouts: Dropouts):
         super().__init__()
         sizes = [embedding, *[hidden] * (layers - 1), embedding]
-        self.encoder = EmbeddingDropout(words, embedding, word_p)
-        self.rnns = nn.ModuleList(WeightDropLSTM(sizes[i], sizes[i + 1], weight_p) for i in range(layers))
+        self.encoder = EmbeddingDropout(words, embedding, dropouts.word_p)
+        self.rnns = nn.ModuleList(WeightDropLSTM(sizes[i], sizes[i + 1], dropouts.weight_p) for i in range(layers))
         # before every layer, and after the last
-        dropouts = [input_p, *[hidden_p] * (layers - 1), output_p]
-        self.dropouts = nn.ModuleList(LockedDropout(p) for p in dropouts)
+        ps = [dropouts.input_p, *[dropouts.hidden_p] * (layers - 1), dropouts.output_p]
+        self.dropouts = nn.ModuleList(LockedDropout(p) for p in ps)
         self.decoder = nn.Linear(embedding, words)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)

@@ -27,7 +27,7 @@ Measured = dict[str, tuple[list[float], dict[str, Any]]]  # of every peer: secon
 Missing = dict[str, str]  # peer -> why it is not measured
 
 
-def group_of(case: cases.AnyCase) -> str:
+def group_of(case: cases.Case) -> str:
     """Name a case as measured here; the plain name is that with memory kept, or on a GPU."""
     return f"{case} ({ALLOCATOR})" if ALLOCATOR == machine.DEFAULT else str(case)
 
@@ -41,7 +41,7 @@ def in_a_line(error: Exception) -> str:
 
 
 @functools.lru_cache(maxsize=1)  # one case is measured at a time, and its inputs go when it is done
-def measure(case: cases.AnyCase, deadline: float) -> tuple[Measured, Missing]:
+def measure(case: cases.Case, deadline: float) -> tuple[Measured, Missing]:
     """Measure all peers of a case, and record the errors of peers that fail. No case starts after the deadline."""
     if time.monotonic() > deadline:
         pytest.skip("out of time")
@@ -51,7 +51,7 @@ def measure(case: cases.AnyCase, deadline: float) -> tuple[Measured, Missing]:
         return {}, dict.fromkeys(case.PEERS, in_a_line(error))
 
 
-def measure_peers(case: cases.AnyCase) -> tuple[Measured, Missing]:
+def measure_peers(case: cases.Case) -> tuple[Measured, Missing]:
     """Measure the peers whose first call works, a training step on one thread."""
     sets = cases.input_sets(case, DEVICE)
     torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
@@ -92,9 +92,7 @@ def repeats_of(calls: Mapping[str, timing.Call]) -> int:
     return math.ceil(STEP_TURN / (time.perf_counter() - began))
 
 
-def figures_of(
-    case: cases.AnyCase, peer: str, call: timing.Call, sets: list[tuple[torch.Tensor, ...]]
-) -> dict[str, Any]:
+def figures_of(case: cases.Case, peer: str, call: timing.Call, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
     """Measure all but the time of a call that waits for the device."""
     if isinstance(case, Step):
         peak = timing.peak_bytes(call, DEVICE)
@@ -130,7 +128,7 @@ def gpu_figures(call: timing.Call, moved: int | None, sets: int) -> dict[str, An
     [(case, peer) for case in cases.all_cases(DEVICE, ALLOCATOR) for peer in case.PEERS],
     ids=str,
 )
-def test_case(benchmark: Any, deadline: float, case: cases.AnyCase, peer: str) -> None:
+def test_case(benchmark: Any, deadline: float, case: cases.Case, peer: str) -> None:
     """Hand the seconds of a peer's turns to pytest-benchmark, a turn a round."""
     measured, failed = measure(case, deadline)
     if peer in failed:

@@ -28,16 +28,18 @@ CPU_CACHE = 2**25  # bytes: more than most last-level caches give one process
 MOST_SETS = 64
 # Passes, and layouts with their part of a case's name.
 FORWARD, BOTH, CHANGING = "forward", "forward + backward", "forward + backward, changing"
+DROPOUT, PADDED, CHANGES = f"dropout, {BOTH}", f"padded, {BOTH}", f"changes, {BOTH}"
 TIME_FIRST, CONTIGUOUS = "time first", "batch, channels, time"
 MARKS = {"batch first": [], TIME_FIRST: ["time_first"], CONTIGUOUS: ["contiguous"]}
 
 
 @dataclass(frozen=True)
-class Case:
-    """The base of all cases. `shape` is (batch, time, hidden), whatever the order of axes in memory.
+class PenaltyCase:
+    """The penalty by itself: the formula, the same compiled, and fastreg; and the base of other cases.
 
-    A kind adds its passes over memory, its inputs and its peers. fastreg is the last of its PEERS, so that a result
-    that has fastreg has all of them.
+    `shape` is (batch, time, hidden), whatever the order of axes in memory. With CHANGING every backward has another
+    upstream gradient than the one before, which fastreg does not expect. Another kind of case has its own passes over
+    memory, inputs and peers. fastreg is the last of PEERS, so that a result that has fastreg has all of them.
     """
 
     PEERS: ClassVar[tuple[str, ...]] = ("eager", "compiled", "fastreg")
@@ -61,9 +63,13 @@ class Case:
     def passes(self) -> dict[str, int]:
         """Return how often each peer reads or writes a tensor of SHAPE; eager formulas are left out.
 
-        `least` is the number for any implementation: all inputs read once, all results written once.
+        `least` is the number for any implementation: all inputs read once, all results written once. Compiled code
+        reads the inputs again in the backward; fastreg only after a wrong prediction.
         """
-        raise NotImplementedError
+        inputs = 1 if self.same else 2
+        if self.kind == FORWARD:
+            return dict.fromkeys(("least", "compiled", "fastreg"), inputs)
+        return {"least": 2 * inputs, "compiled": 3 * inputs, "fastreg": (4 if self.kind == CHANGING else 2) * inputs}
 
     def bytes_moved(self, peer: str) -> int | None:
         """Return the bytes that a peer, or `least`, moves."""
@@ -107,30 +113,14 @@ class Case:
 
 
 @dataclass(frozen=True)
-class PenaltyCase(Case):
-    """The penalty by itself: the formula, the same compiled, and fastreg.
-
-    With CHANGING every backward has another upstream gradient than the one before, which fastreg does not expect.
-    """
-
-    @property
-    def passes(self) -> dict[str, int]:
-        """Compiled code reads the inputs again in the backward; fastreg only after a wrong prediction."""
-        inputs = 1 if self.same else 2
-        if self.kind == FORWARD:
-            return dict.fromkeys(("least", "compiled", "fastreg"), inputs)
-        return {"least": 2 * inputs, "compiled": 3 * inputs, "fastreg": (4 if self.kind == CHANGING else 2) * inputs}
-
-
-@dataclass(frozen=True)
-class DropoutCase(Case):
+class DropoutCase(PenaltyCase):
     """Variational dropout, forward and backward: alone, with the penalty after it, and with it in the same pass."""
 
     PEERS: ClassVar = (
         *("dropout alone", "eager", "fused_ar_tar"),
         *("compiled dropout alone", "compiled", "compiled fused_ar_tar", "compiled fastreg", "fastreg"),
     )
-    kind: str = "dropout, forward + backward"
+    kind: str = DROPOUT
 
     @property
     def passes(self) -> dict[str, int]:
@@ -178,11 +168,11 @@ class DropoutCase(Case):
 
 
 @dataclass(frozen=True)
-class PaddedCase(Case):
+class PaddedCase(PenaltyCase):
     """The penalty of a batch that is half padding, forward and backward: with lengths, and without."""
 
-    PEERS: ClassVar = ("without lengths", *Case.PEERS)
-    kind: str = "padded, forward + backward"
+    PEERS: ClassVar = ("without lengths", *PenaltyCase.PEERS)
+    kind: str = PADDED
 
     @property
     def passes(self) -> dict[str, int]:
@@ -206,13 +196,13 @@ class PaddedCase(Case):
 
 
 @dataclass(frozen=True)
-class ChangesCase(Case):
+class ChangesCase(PenaltyCase):
     """TAR of a world model's representations, `(batch, channels, time, 1, 1)`, forward and backward.
 
     Memory has the order batch, time, channels, unless the layout is CONTIGUOUS.
     """
 
-    kind: str = "changes, forward + backward"
+    kind: str = CHANGES
 
     @property
     def passes(self) -> dict[str, int]:
@@ -228,10 +218,10 @@ class ChangesCase(Case):
         return partial(changes, time_dim=2), partial(fused_ar_tar, dropped=None, alpha=0.0, beta=1.0, time_dim=2)
 
 
-AnyCase = Case | Step
+Case = PenaltyCase | Step
 
 
-def all_cases(device: str, allocator: str | None = KEPT) -> list[AnyCase]:
+def all_cases(device: str, allocator: str | None = KEPT) -> list[Case]:
     """All cases on a GPU, those first that are wanted most. A CPU takes a part of them, which shows the same.
 
     Of the training steps, the default allocator takes those alone that fetch the most memory for their time.
@@ -250,36 +240,26 @@ SMALL_STEPS = LSTMStep((8, 10, 16)), LSTMStep((16, 35, 60)), MambaStep((4, 64, 6
 SMALL_STEPS += CompiledStep((4, 256, 256)), CompiledStep((16, 35, 60))
 
 
-def _gpu_cases() -> Iterator[AnyCase]:
-    small, large = SHAPES[0], SHAPES[4]
-    for shape, dtype in product((small, large), reversed(DTYPES)):
+def _gpu_cases() -> Iterator[Case]:
+    large = SHAPES[4]
+    for shape, dtype in product((SHAPES[0], large), reversed(DTYPES)):
         yield PenaltyCase(shape, dtype)
         yield DropoutCase(shape, dtype)
     # that of Merity et al. on the Penn Treebank, at fastai's batch
     yield AWDLSTMStep((64, 70, 400), words=10000, hidden=1152, layers=3)
     yield from (*STACKS, MinGRUStep((16, 512, 512)), TanhStep((16, 512, 512)), *SMALL_STEPS)
-    # Each compiles 4 peers, and time is short: (80, 70, 400), so like the first, is left out.
-    for dtype, shape in product(reversed(DTYPES), (*SHAPES[:2], *SHAPES[3:])):
-        yield DropoutCase(shape, dtype)
-        if shape == small:
-            yield DropoutCase(shape, dtype, layout=TIME_FIRST)
-    yield DropoutCase(small, torch.float16)
-    for shape, dtype in product((small, SHAPES[3], large), DTYPES):
-        yield PaddedCase(shape, dtype)
-    yield from JEPA
-    yield PenaltyCase(DEMO, torch.float32)
-    for shape, dtype in product((large, small), reversed(DTYPES)):
-        yield PenaltyCase(shape, dtype, CHANGING)
+    yield from (case for case in _cpu_cases() if not isinstance(case, Step))
+    for dtype in reversed(DTYPES):
+        yield PaddedCase(large, dtype)
+        yield PenaltyCase(large, dtype, CHANGING)
+        yield from (DropoutCase(shape, dtype) for shape in SHAPES)
     # The most cases come last, and half precision at their end: the first to be missed where time runs out.
-    for dtype, shape in product((torch.bfloat16, torch.float32, torch.float16), SHAPES):
-        for kind in (BOTH, FORWARD):
-            yield PenaltyCase(shape, dtype, kind)
-            yield PenaltyCase(shape, dtype, kind, TIME_FIRST)
-            if shape in (small, large):
-                yield PenaltyCase(shape, dtype, kind, same=True)
+    for dtype, shape, kind in product((torch.bfloat16, torch.float32, torch.float16), SHAPES, (BOTH, FORWARD)):
+        yield PenaltyCase(shape, dtype, kind)
+        yield PenaltyCase(shape, dtype, kind, TIME_FIRST)
 
 
-def _cpu_cases() -> Iterator[AnyCase]:
+def _cpu_cases() -> Iterator[Case]:
     small = SHAPES[0]
     yield from (*STACKS, MinGRUStep((4, 512, 512)), TanhStep((4, 512, 512)))
     yield AWDLSTMStep((20, 70, 400), words=2000, hidden=400, layers=2)  # takes a third of a second
@@ -299,7 +279,7 @@ def _cpu_cases() -> Iterator[AnyCase]:
     yield from JEPA
 
 
-def input_sets(case: AnyCase, device: str) -> list[tuple[Tensor, ...]]:
+def input_sets(case: Case, device: str) -> list[tuple[Tensor, ...]]:
     """Inputs enough to find the cache cold when their turn comes again."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else CPU_CACHE
     first = case.inputs(device)
@@ -308,7 +288,7 @@ def input_sets(case: AnyCase, device: str) -> list[tuple[Tensor, ...]]:
     return [first, *(case.inputs(device) for _ in range(count - 1))]
 
 
-def calls(case: AnyCase, sets: list[tuple[Tensor, ...]], peers: Collection[str]) -> dict[str, Call]:
+def calls(case: Case, sets: list[tuple[Tensor, ...]], peers: Collection[str]) -> dict[str, Call]:
     """Make one call of each peer."""
     torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
     return {name: case.call(peer, sets) for name, peer in case.peers().items() if name in peers}

@@ -90,11 +90,10 @@ def usable_device(name: str | None) -> torch.device:
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        device = torch.device(name)
-        torch.zeros((), device=device).item()
+        torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"there is no device {name!r} that torch can use here") from None
-    return device
+    return torch.device(name)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,8 +10,7 @@ that only an empty autograd Function is measured beside fastreg.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from bench import cases
 from bench.report import number, table
+from bench.stand_in import h100
 from bench.timing import Call, take_turns
 
 SHAPE = (64, 70, 400)
@@ -45,20 +45,6 @@ class Empty(torch.autograd.Function):
         return ctx.gradients
 
 
-@contextmanager
-def launch_nothing() -> Iterator[None]:
-    """Send CPU tensors to the Triton kernels, compiled for an H100, and their launches to a driver that makes none."""
-    from triton.backends.compiler import GPUTarget
-
-    from bench.stand_in import StandInDriver, active
-    from fastreg.backends import TRITON, cpu_tensors_by
-    from fastreg.plans import forget
-
-    with active(StandInDriver(GPUTarget("cuda", 90, 32))), cpu_tensors_by(TRITON):
-        yield
-    forget()
-
-
 def calls_of(case: cases.Case, device: str) -> dict[str, Call]:
     """Build one call of each peer, on a CPU of fastreg alone, and of an empty Function over two tensors."""
     peers = PEERS if device == "cuda" else PEERS[-1:]
@@ -71,7 +57,7 @@ def calls_of(case: cases.Case, device: str) -> dict[str, Call]:
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [["host, forward + backward", "us", "own us", "fastreg against it"]]
-    with launch_nothing() if device == "cpu" else nullcontext():
+    with h100() if device == "cpu" else nullcontext():
         for name, case in CASES.items():
             turns = take_turns(calls_of(case, device), device, SECONDS, CALLS, wait=False)
             for peer, those in turns.items():

@@ -9,11 +9,12 @@ inspects the compiled code.
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 
-from bench.cases import DTYPES, SHAPES
-from bench.report import BOTH, Result, table
+from bench.cases import BOTH, DTYPES, SHAPES
+from bench.report import Result, table
 from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, Operands, View
 
@@ -27,19 +28,6 @@ COPY = {  # bytes a second that a copy moves, both ways together, and the source
     "B200": (7.0e12, "88% of the datasheet's 8000 GB/s, a guess"),
 }
 FORWARD, BACKWARD = 4.6e-6, 2.5e-6  # seconds beyond the traffic: trips to memory in a row, and the ticket
-
-
-def shape_row(shape: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
-    """Describe how a launch is cut, and predict the share of a copy's bandwidth on each device."""
-    items, runs, run = cut(shape, dtype)
-    return [
-        f"{shape}",
-        f"{dtype}".removeprefix("torch."),
-        f"{items / MULTIPROCESSORS:.1f}",
-        f"{runs} of {run}",
-        f"{(runs - 1) / shape[1]:.1%}",
-        *[f"{share(shape, dtype, copy):.0%}" for copy, _ in COPY.values()],
-    ]
 
 
 def cut(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int]:
@@ -77,7 +65,12 @@ def beside(result: Result) -> str:
 
 def main() -> None:
     rows = [["shape", "dtype", "programs a multiprocessor", "runs", "halo reads of gradients", *COPY]]
-    print(table(rows + [shape_row(shape, dtype) for dtype in DTYPES for shape in SHAPES]))
+    for dtype, shape in product(DTYPES, SHAPES):
+        items, runs, run = cut(shape, dtype)
+        figures = [f"{items / MULTIPROCESSORS:.1f}", f"{runs} of {run}", f"{(runs - 1) / shape[1]:.1%}"]
+        shares = [f"{share(shape, dtype, copy):.0%}" for copy, _ in COPY.values()]
+        rows.append([f"{shape}", f"{dtype}".removeprefix("torch."), *figures, *shares])
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind: type[int] | type[float], least: int) -> Callable[[str], float]:
     """A parser of finite numbers from `least` up."""
-    below = 2**63 if kind is int else math.inf  # the range of a seed
-
-    what = "a whole number" if kind is int else "a finite number"
+    what, below = ("a whole number", 2**63) if kind is int else ("a finite number", math.inf)  # 2**63 bounds a seed
 
     def parse(text: str) -> float:
         with suppress(ValueError):

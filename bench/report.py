@@ -19,17 +19,12 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from bench.cases import BOTH, CHANGES, CHANGING, DROPOUT, PADDED
 from bench.machine import ALLOCATORS, DEFAULT, KEPT, ROOT
+from bench.steps import COMPILED, STEP, WITHOUT
 
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
-STEP = "step"
-COMPILED = "compiled step"
-BOTH = "forward + backward"
-CHANGING = "forward + backward, changing"
-DROPOUT = "dropout, forward + backward"
-PADDED = "padded, forward + backward"
-CHANGES = "changes, forward + backward"
 SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
 HOW = {  # the setting of each allocator, after a machine's name
     KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
@@ -46,7 +41,7 @@ SHAPE = "(batch, time, hidden), dtype"
 MOST_NAMES = 5  # of tests or cases in a sentence
 HEADING = "### "
 STEP_PEERS = {  # heading of each peer's column
-    "no penalty": "without",
+    WITHOUT: "without",
     "compiled": "compiled formula",
     "eager": "formula",
     "fused_ar_tar": "`fused_ar_tar`",
@@ -92,11 +87,6 @@ class Case:
         return self.any_info.get("allocator") or DEFAULT
 
     @property
-    def ours(self) -> str:
-        """Name the peer whose speed is compared."""
-        return {STEP: "attach", COMPILED: "fused_ar_tar"}.get(self.kind, "fastreg")
-
-    @property
     def label(self) -> str:
         info = self.any_info
         if self.kind in (STEP, COMPILED):
@@ -127,16 +117,12 @@ class Case:
 
     def added(self, peer: str) -> tuple[float, float]:
         """Return the time that a peer adds to a step, in ms: the mean over the rounds, and its standard error."""
-        pairs = zip(self.step_milliseconds(peer), self.step_milliseconds("no penalty"), strict=True)
+        pairs = zip(self.step_milliseconds(peer), self.step_milliseconds(WITHOUT), strict=True)
         return mean_and_error([with_it - without for with_it, without in pairs])
 
     def times_as_fast(self, peer: str, other: str) -> float:
         """The median, over the rounds, of how many times as fast `peer` was."""
         return statistics.median(b / a for a, b in zip(self.seconds[peer], self.seconds[other], strict=True))
-
-    def cost(self, peer: str) -> float:
-        """Of dropout with the penalty: how many times the time of dropout alone."""
-        return self.times_as_fast("dropout alone", peer)
 
 
 @dataclass
@@ -269,7 +255,7 @@ def dropout_table(result: Result) -> str:
         compiled = "compiled", "compiled fused_ar_tar", "compiled fastreg"
         best = min(compiled, key=lambda peer: case.times_as_fast("fastreg", peer))
         times = case.times("dropout alone", "eager", "fused_ar_tar", "fastreg")
-        return [*times, f"{case.cost('fastreg'):.2f}x", *case.speeds(best, "eager")]
+        return [*times, f"{case.times_as_fast('dropout alone', 'fastreg'):.2f}x", *case.speeds(best, "eager")]
 
     return case_table(result, DROPOUT, head, cells)
 
@@ -285,7 +271,7 @@ def step_table(result: Result, names: Mapping[str, str] | None = None) -> str:
     cases = {case.label: case for case in result.of(STEP)}
     for label, name in (names or {label: label for label in cases}).items():
         if case := cases.get(label):
-            without = statistics.mean(case.step_milliseconds("no penalty"))
+            without = statistics.mean(case.step_milliseconds(WITHOUT))
             digits = 1 if without > 100 else 2 if without > 10 else 3
             added = [case.added(peer) if peer in case.seconds else None for peer in list(STEP_PEERS)[1:]]
             cells = ["" if x is None else f"{x[0]:+.{digits}f}±{x[1]:.{digits}f}" for x in added]
@@ -315,7 +301,7 @@ def peak_table(result: Result) -> str:
     rows = [["peak memory of a step", "without, MB", *list(STEP_PEERS.values())[1:]]]
     for case in result.of(STEP):
         peaks = {peer: info["peak_bytes"] for peer, info in case.info.items() if "peak_bytes" in info}
-        if without := peaks.pop("no penalty", 0):
+        if without := peaks.pop(WITHOUT, 0):
             cells = [f"{peaks[peer] / without - 1:+.1%}" if peer in peaks else "" for peer in list(STEP_PEERS)[1:]]
             rows.append([case.label, number(without / 1e6), *cells])
     return table(rows)
@@ -325,7 +311,7 @@ def compiled_table(result: Result) -> str:
     """Render the time of each step that is compiled whole, and its ratio with fastreg to that with the formula."""
     rows = [["ms; (batch, time, hidden)", "without", "formula", "`fused_ar_tar`", "`fused_ar_tar` / formula"]]
     for case in result.of(COMPILED):
-        times = [case.step_milliseconds(peer) for peer in ("no penalty", "eager", "fused_ar_tar")]
+        times = [case.step_milliseconds(peer) for peer in (WITHOUT, "eager", "fused_ar_tar")]
         ratio, error = mean_and_error([ours / other for _, other, ours in zip(*times, strict=True)])
         rows.append([case.label, *(number(statistics.mean(x)) for x in times), f"{ratio:.3f}±{error:.3f}x"])
     return table(rows)
@@ -383,16 +369,6 @@ def mean_speed(cases: list[Case], other: str) -> float:
     return statistics.geometric_mean(case.times_as_fast("fastreg", other) for case in cases)
 
 
-def dropout_verdict(result: Result) -> str:
-    """How fast dropout with the penalty is, in a sentence."""
-    cases = result.of(DROPOUT)
-    costs = [case.cost("fastreg") for case in cases]
-    return (
-        f"Dropout and the penalty in one pass, in {len(cases)} cases: {min(costs):.2f}x to {max(costs):.2f}x the time "
-        f"of dropout alone, {against(cases, 'eager', 'dropout and the eager formula')}.\n"
-    )
-
-
 def full_table(result: Result) -> str:
     """Every case and peer with all its figures."""
     figures = [key for key in FIGURES if any(key in info for case in result.cases for info in case.info.values())]
@@ -403,9 +379,10 @@ def full_table(result: Result) -> str:
         head = ["case", "pass", "peer", "median, ms", "spread", "against it"]
         rows = [head + [FIGURES[key][0] for key in figures]]
         for case in part.cases:
+            ours = {STEP: "attach", COMPILED: "fused_ar_tar"}.get(case.kind, "fastreg")
             for peer, info in case.info.items():
                 cells = [number(info[key] / FIGURES[key][1]) if key in info else "" for key in figures]
-                speed = f"{case.times_as_fast(case.ours, peer):.2f}x"
+                speed = f"{case.times_as_fast(ours, peer):.2f}x"
                 spread = f"{case.spread(peer):.0%}"
                 rows.append([case.label, case.kind, peer, number(case.milliseconds(peer)), spread, speed, *cells])
         parts += [] if result.on_gpu else [f"With {HOW[part.allocator]}:\n"]
@@ -464,7 +441,7 @@ def device_part(result: Result) -> list[str]:
     for part in others:
         text = "\n".join([f"With {HOW[part.allocator]}.\n", *tables(part)])
         parts += [folded("The same with the system's default allocator", text)]
-    parts += [f"![{title}](../bench/results/{result.name}-{name}.svg)\n" for name, title in plots(result).items()]
+    parts += [f"![{TITLE}](../bench/results/{result.name}-speedup.svg)\n"]
     return [*parts, f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
 
 
@@ -480,11 +457,7 @@ def tables(result: Result) -> list[str]:
     parts = step_tables(result)
     parts += [f"{HEADING}The penalty\n", speed_table(result), penalty_verdict(result)] if result.of(BOTH) else []
     parts += [f"{HEADING}The worst case\n", speed_table(result, CHANGING)] if result.of(CHANGING) else []
-    parts += (
-        [f"{HEADING}Dropout and the penalty\n", dropout_table(result), dropout_verdict(result)]
-        if result.of(DROPOUT)
-        else []
-    )
+    parts += [f"{HEADING}Dropout and the penalty\n", dropout_table(result)] if result.of(DROPOUT) else []
     parts += (
         [f"{HEADING}Padding\n", speed_table(result, PADDED, ("without lengths", *PEERS))] if result.of(PADDED) else []
     )
@@ -502,35 +475,19 @@ def with_part(page: str, part: str, begin: str = BEGIN) -> str:
     return f"{before}{begin}\n{part}\n{END}{after}"
 
 
-PLOTS = {  # by file: the kind of cases, and the title
-    "speedup": (BOTH, "AR and TAR: how many times as fast as the formula fastreg is"),
-    "dropout": (DROPOUT, "Dropout with AR and TAR: how many times the time of dropout alone"),
-}
+TITLE = "AR and TAR: how many times as fast as the formula fastreg is"
 
 
-def plots(result: Result) -> dict[str, str]:
-    """Return the title of each plot that the first part of a result has cases for."""
+def plot(result: Result) -> Figure:
+    """Draw two bars for each case of the penalty in the first part of a result, from top to bottom."""
     first, *_ = result.parts()
-    return {name: title for name, (kind, title) in PLOTS.items() if first.of(kind)}
-
-
-def plot(result: Result, name: str) -> Figure:
-    """Draw a group of bars for each case of the first part of a result, from top to bottom."""
-    kind, title = PLOTS[name]
-    first, *_ = result.parts()
-    cases = first.of(kind)
-    if kind == BOTH:
-        bars = {f"against {peer}": [case.times_as_fast("fastreg", peer) for case in cases] for peer in PEERS}
-    else:
-        peers = {"dropout + eager": "eager", "dropout + fused_ar_tar": "fused_ar_tar", "fused": "fastreg"}
-        bars = {label: [case.cost(peer) for case in cases] for label, peer in peers.items()}
-    figure = Figure(figsize=(8, 1.6 + 0.15 * len(bars) * len(cases)), layout="constrained")
+    cases = first.of(BOTH)
+    figure = Figure(figsize=(8, 1.6 + 0.3 * len(cases)), layout="constrained")
     axes = figure.subplots()
-    height = 0.8 / len(bars)
-    for i, (label, ends) in enumerate(bars.items()):
-        places = [case - 0.4 + height * (i + 0.5) for case in range(len(cases))]
-        drawn = axes.barh(places, ends, height, label=label)
-        axes.bar_label(drawn, [f"{end:.2f}" for end in ends], padding=2, fontsize=7)
+    for offset, peer in zip((-0.2, 0.2), PEERS, strict=True):
+        speeds = [case.times_as_fast("fastreg", peer) for case in cases]
+        drawn = axes.barh([place + offset for place in range(len(cases))], speeds, 0.4, label=f"against {peer}")
+        axes.bar_label(drawn, [f"{speed:.2f}" for speed in speeds], padding=2, fontsize=7)
     axes.margins(x=0.1)  # for the labels
     axes.set_yticks(range(len(cases)), [case.label for case in cases])
     axes.set_ylabel(SHAPE)
@@ -538,8 +495,8 @@ def plot(result: Result, name: str) -> Figure:
     axes.axvline(1, color="black", linewidth=0.8)
     machine = result.machine["device"] if result.on_gpu else f"{result.machine['device']}, {first.allocator}"
     axes.set_xlabel(f"times, forward + backward\n{machine}")
-    figure.suptitle(title, fontsize="medium")
-    figure.legend(loc="outside lower right", ncols=len(bars), fontsize=8)
+    figure.suptitle(TITLE, fontsize="medium")
+    figure.legend(loc="outside lower right", ncols=2, fontsize=8)
     return figure
 
 
@@ -553,8 +510,7 @@ def main() -> None:
     results = [load(file) for file in sorted(RESULTS.glob("*.json"))]
     for result in results:
         (RESULTS / f"{result.name}.md").write_text(full_table(result))
-        for name in plots(result):
-            save(plot(result, name), RESULTS / f"{result.name}-{name}.svg", result.digest)
+        save(plot(result), RESULTS / f"{result.name}-speedup.svg", result.digest)
     for page, part in PAGES.items():
         page.write_text(with_part(page.read_text(), part(results)))
     print(figures(results))

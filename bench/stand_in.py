@@ -20,6 +20,19 @@ def active(driver: Any) -> Iterator[None]:
         vars(chosen).update(before)
 
 
+@contextmanager
+def h100() -> Iterator[None]:
+    """Send CPU tensors to the Triton kernels, compiled for an H100, and their launches to a driver that makes none."""
+    from triton.backends.compiler import GPUTarget
+
+    from fastreg.backends import TRITON, cpu_tensors_by
+    from fastreg.plans import forget
+
+    with active(StandInDriver(GPUTarget("cuda", 90, 32))), cpu_tensors_by(TRITON):
+        yield
+    forget()
+
+
 class StandInDriver:
     """Names a target, and takes launches without making them."""
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bench.awd_lstm import AWDLSTM, LockedDropout
+from bench.awd_lstm import AWDLSTM, Dropouts, LockedDropout
 from bench.formulas import ALPHA, BETA, fastai
 from bench.nets import LSTM, WORDS, Activations, AWDLSTMNet, MambaNet, MinGRU, Net, Stack, Tanh, forget, sgd
 from bench.timing import Call
@@ -22,6 +23,7 @@ Add = Callable[[Tensor, Activations], Tensor]  # returns the loss with the penal
 P = 0.1  # of the dropout whose output is regularized
 CLIP = 0.25
 WITHOUT = "no penalty"
+STEP, COMPILED = "step", "compiled step"  # passes
 
 
 class Way(NamedTuple):
@@ -74,7 +76,7 @@ class Step:
     """A training step of a model; `shape` is that of raw, (batch, time, hidden)."""
 
     PEERS: ClassVar[tuple[str, ...]] = (WITHOUT, "eager", "compiled", "fused_ar_tar", "attach", "FusedRNNDropout")
-    PASS: ClassVar[str] = "step"
+    PASS: ClassVar[str] = STEP
     MODEL: ClassVar[str]
     SECONDS: ClassVar[float] = 6  # of rounds, on a CPU
     shape: tuple[int, int, int]
@@ -166,7 +168,7 @@ class TanhStep(StackStep):
 class CompiledStep(TanhStep):
     """A step whose model, loss and penalty are one compiled graph."""
 
-    PASS: ClassVar = "compiled step"
+    PASS: ClassVar = COMPILED
     PEERS: ClassVar = (WITHOUT, "eager", "fused_ar_tar")
 
     def prepared(self, loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -195,8 +197,8 @@ class AWDLSTMStep(Step):
         return (torch.randint(self.words, (self.shape[0], self.shape[1] + 1), device=device),)
 
     def net(self, dropout: Callable[[], nn.Module]) -> Net:
-        ps = {"word_p": 0.1, "input_p": 0.3, "weight_p": 0.5, "hidden_p": 0.25, "output_p": P}
-        return AWDLSTMNet(AWDLSTM(self.words, self.shape[2], self.hidden, self.layers, **ps), dropout)
+        ps = Dropouts(word_p=0.1, input_p=0.3, weight_p=0.5, hidden_p=0.25, output_p=P)
+        return AWDLSTMNet(AWDLSTM(self.words, self.shape[2], self.hidden, self.layers, ps), dropout)
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ class LightningStep(LSTMStep):
     MODEL: ClassVar = "LSTM in Lightning"
 
     def peers(self) -> dict[str, Any]:
-        terms = {"eager": terms_of, "compiled": torch.compile(terms_of, dynamic=False), "fused_ar_tar": fused_terms}
+        fused = partial(fused_ar_tar, alpha=ALPHA, beta=BETA, return_terms=True)
+        terms = {"eager": terms_of, "compiled": torch.compile(terms_of, dynamic=False), "fused_ar_tar": fused}
         return {name: (terms.get(name), name) for name in self.PEERS}
 
     def call(self, peer: Any, sets: list[tuple[Tensor, ...]]) -> Call:
@@ -236,8 +239,3 @@ def terms_of(raw: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the penalty, AR and TAR by the formula."""
     ar, tar = dropped.pow(2).mean(), (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
     return ALPHA * ar + BETA * tar, ar, tar
-
-
-def fused_terms(raw: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the penalty, AR and TAR by `fused_ar_tar`."""
-    return fused_ar_tar(raw, dropped, ALPHA, BETA, return_terms=True)

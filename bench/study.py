@@ -51,7 +51,7 @@ class Setting:
         """All that decides a training beside coefficients and seed."""
         facts = {"text": digest(self.text), "words": self.words, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
         model = {"layers": training.LAYERS, "embedding": training.EMBEDDING, "hidden": training.HIDDEN}
-        return facts | model | training.DROPOUTS | {"Adam lr": training.LEARNING_RATE, "clip": training.CLIP}
+        return facts | model | training.DROPOUTS._asdict() | {"Adam lr": training.LEARNING_RATE, "clip": training.CLIP}
 
     def begins(self, run: Run) -> bool:
         """Whether a run's first epochs are a training of this setting."""
@@ -66,11 +66,6 @@ class Job:
     coefficients: tuple[float, float]
     seed: int
     device: str = "cpu"
-
-
-def places() -> dict[str, str]:
-    """Return the machine of a run: always the processor, even if there is a GPU."""
-    return {**machine.facts(), "device": machine.processor_name(), "python": platform.python_version()}
 
 
 def train(job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], object] = lambda *_: None) -> Run:
@@ -90,6 +85,7 @@ def train(job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], o
         epochs.append(trained.epoch().mean(0).tolist())
         valid_loss.append(training.evaluate(trained.model, corpus.valid))
         told(job, epoch, (*epochs[-1], valid_loss[-1], time.perf_counter() - start))
+    processor = {"device": machine.processor_name(), "python": platform.python_version(), "commit": commit}
     train_loss, ar, tar = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
     return Run(
         alpha,
@@ -102,7 +98,7 @@ def train(job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], o
         final_train_loss=round(training.evaluate(trained.model, corpus.train), 6),
         seconds=round(time.perf_counter() - start, 1),
         settings=setting.facts(),
-        machine={**places(), "commit": commit},
+        machine=machine.facts() | processor,  # also if there is a GPU
     )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -92,16 +92,13 @@ class Study:
 
 def load(file: Path) -> Study:
     """Read a study's JSON lines; a `ValueError` names a line that is none."""
-    names = {field.name for field in fields(Run)}
     runs = []
     for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            values = None
-        if not isinstance(values, dict) or values.keys() != names:
-            raise ValueError(f"{file}, line {number}: not a run of a study; delete the line to train it again")
-        runs.append(Run(**values))
+            runs.append(Run(**json.loads(line)))
+        except (ValueError, TypeError):
+            message = f"{file}, line {number}: not a run of a study; delete the line to train it again"
+            raise ValueError(message) from None
     return Study(runs)
 
 

@@ -199,12 +199,9 @@ def peak_bytes(call: Call, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
 
 
-def allocations(profiled: profile) -> list[int]:
+def allocations(profiled: Any) -> list[int]:
     """Bytes that were allocated, or with a minus freed, in order."""
-    if profiled.profiler is None or profiled.profiler.kineto_results is None:
-        return []
-    recorded: list[Any] = profiled.profiler.kineto_results.events()
-    events = [event for event in recorded if event.name() == "[memory]"]
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 

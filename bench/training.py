@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
-from bench.awd_lstm import AWDLSTM
+from bench.awd_lstm import AWDLSTM, Dropouts
 from bench.corpus import BATCH, BPTT, Corpus, batches
 from fastreg import RNNRegularizer, fused_ar_tar
 
 LAYERS, EMBEDDING, HIDDEN = 2, 96, 128  # units: small enough for two cores
-DROPOUTS = {"word_p": 0.02, "input_p": 0.1, "weight_p": 0.2, "hidden_p": 0.1, "output_p": 0.1}
+DROPOUTS = Dropouts(word_p=0.02, input_p=0.1, weight_p=0.2, hidden_p=0.1, output_p=0.1)
 LEARNING_RATE = 3e-3
 CLIP = 0.25
 
@@ -29,7 +29,7 @@ class Training:
         torch.manual_seed(seed)
         self.rows = corpus.train
         self.draw = random.Random(seed)
-        self.model = AWDLSTM(corpus.vocabulary, EMBEDDING, HIDDEN, LAYERS, **DROPOUTS).to(corpus.train.device)
+        self.model = AWDLSTM(corpus.vocabulary, EMBEDDING, HIDDEN, LAYERS, DROPOUTS).to(corpus.train.device)
         # else the layers saturate first to stand for the frequencies, and are slow to recover
         self.model.decoder.bias.data.copy_(corpus.log_frequencies())
         self.optimizer = Adam(self.model.parameters(), LEARNING_RATE)

@@ -81,7 +81,7 @@ class FusedRNNDropout(nn.Module):
         >>> loss.backward()
     """
 
-    time_dim = loan = None  # of a module that an earlier version has pickled
+    time_dim = formed = loan = None  # of a module that an earlier version has pickled
 
     def __init__(
         self,

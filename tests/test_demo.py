@@ -15,7 +15,7 @@ from torch import nn
 
 from bench import corpus as texts
 from bench import demo, timing, training
-from bench.awd_lstm import AWDLSTM, EmbeddingDropout, WeightDropLSTM
+from bench.awd_lstm import AWDLSTM, Dropouts, EmbeddingDropout, WeightDropLSTM
 from bench.study import Setting
 from bench.study_report import Study
 from tests.test_study import MADE_UP, fails, made_up
@@ -192,8 +192,7 @@ def test_dropout_of_recurrent_weights_drops_in_training_only():
 
 
 def test_the_hidden_state_is_carried_and_reset():
-    ps = dict.fromkeys(("word_p", "input_p", "weight_p", "hidden_p", "output_p"), 0.0)
-    ids, model = torch.randint(11, (3, 8)), AWDLSTM(11, 4, 6, 2, **ps)
+    ids, model = torch.randint(11, (3, 8)), AWDLSTM(11, 4, 6, 2, Dropouts(0.0, 0.0, 0.0, 0.0, 0.0))
     whole, _, _ = model(ids)
     model.reset()
     first, _, _ = model(ids[:, :5])

@@ -1,0 +1,94 @@
+"""Files that release 0.2.0 saved; `tests/data/write.py` wrote them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastreg import FusedRNNDropout
+from tests.conftest import skip_without
+
+DATA = Path(__file__).parent / "data"
+
+
+def load(name: str) -> Any:
+    return torch.load(DATA / name, weights_only=False)
+
+
+def check(model: Any, penalty: Tensor, expected: Tensor) -> None:
+    """Check a penalty, and the gradients that it gives to the RNN."""
+    torch.testing.assert_close(penalty, expected)
+    weights = list(model["rnn"].parameters())
+    got, want = (torch.autograd.grad(x, weights, retain_graph=True) for x in (penalty, expected))
+    torch.testing.assert_close(got, want)
+    assert all(x.abs().max() > 0 for x in want)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model_of_raw.pt"])
+def test_a_model_with_a_fused_dropout_trains(name: str) -> None:
+    model = load(name)
+    dropout = model["dropout"]
+    raw, _ = model["rnn"](torch.randn(2, 5, 4))
+    dropped = dropout(raw)
+    if name == "model.pt":
+        expected = 2 * dropped.square().mean() + raw.diff(dim=1).square().mean()
+    else:  # time first, alpha a tensor, and no beta
+        expected = 2 * raw.square().mean()
+    check(model, dropout.take().penalty, expected)
+    assert dropout.take() is None
+    assert torch.equal(dropout.eval()(raw), raw)
+    again = pickle.loads(pickle.dumps(dropout))
+    assert str(again) == str(dropout)
+
+
+def test_a_state_dict_loads() -> None:
+    model, other = load("model.pt"), load("model.pt")
+    for x in model.parameters():
+        x.data.zero_()
+    model["dropout"] = FusedRNNDropout(0.5, alpha=2.0, beta=1.0)
+    model.load_state_dict(torch.load(DATA / "state.pt"))
+    torch.testing.assert_close(list(model.parameters()), list(other.parameters()))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_model_that_was_attached_and_its_regularizer_attach_again(own: bool) -> None:
+    """The regularizer is an attribute of the model, or in a file of its own beside the terms of a step."""
+    model = load("attached.pt")
+    regularizer, terms = pickle.loads((DATA / "regularizer.pkl").read_bytes())
+    assert (terms.ar, terms.tar) == (regularizer.ar, regularizer.tar)
+    torch.testing.assert_close(terms.penalty, 2 * terms.ar + terms.tar)
+    regularizer = model.regularizer if own else regularizer
+    assert repr(regularizer) == "RNNRegularizer(alpha=2.0, beta=1.0, layers='all', bptt=5)"
+    handle = regularizer.attach(model["rnn"], model["dropout"])
+    raw, _ = model["rnn"](torch.randn(2, 5, 4))
+    dropped = model["dropout"](raw)
+    loss = dropped.sum()
+    expected = loss + 2 * dropped.square().mean() + raw.diff(dim=1).square().mean()
+    check(model, regularizer.on_backward_begin(loss), expected)
+    handle.remove()
+    assert not model["rnn"]._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore")  # fastai's own
+def test_an_exported_learner_predicts_and_trains() -> None:
+    skip_without("fastai")
+    from fastai.learner import load_learner
+    from fastai.losses import CrossEntropyLossFlat
+
+    from fastreg.fastai import fuse
+
+    learn = load_learner(DATA / "learner.pkl")
+    decoded, *_ = learn.model.eval()(torch.arange(10).reshape(2, 5) % 7)
+    assert decoded.shape == (2, 5, 7)
+    learn.loss_func = CrossEntropyLossFlat()
+    with learn.no_bar(), learn.no_logging():
+        fuse(learn, dropout=True).fit(1)
+    assert isinstance(learn.model[1].output_dp, FusedRNNDropout)
+    names, values = learn.recorder.metric_names, learn.recorder.values[-1]
+    assert {"ar", "tar"} < {*names}
+    assert torch.tensor(values).gt(0).all()
