@@ -58,23 +58,6 @@ def fused_dropout_ar_tar(
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> tuple[Tensor, ARTAR]: ...
-@overload
-def fused_dropout_ar_tar(
-    raw: Tensor,
-    p: float,
-    alpha: Coefficient,
-    beta: Coefficient,
-    *,
-    training: bool = ...,
-    mask: Tensor | None = ...,
-    batch_first: bool | None = ...,
-    time_dim: int | None = ...,
-    lengths: Tensor | None = ...,
-    valid: Tensor | None = ...,
-    starts: Tensor | None = ...,
-    reduction: Literal["mean", "sum"] = ...,
-    return_terms: bool,
-) -> tuple[Tensor, Tensor | ARTAR]: ...
 def fused_dropout_ar_tar(
     raw: Tensor,
     p: float,

@@ -53,21 +53,6 @@ def fused_ar_tar(
     reduction: Literal["mean", "sum"] = ...,
     return_terms: Literal[True],
 ) -> ARTAR: ...
-@overload
-def fused_ar_tar(
-    raw: Activations,
-    dropped: Activations,
-    alpha: Coefficient,
-    beta: Coefficient,
-    *,
-    batch_first: bool | None = ...,
-    time_dim: int | None = ...,
-    lengths: Tensor | None = ...,
-    valid: Tensor | None = ...,
-    starts: Tensor | None = ...,
-    reduction: Literal["mean", "sum"] = ...,
-    return_terms: bool,
-) -> Tensor | ARTAR: ...
 def fused_ar_tar(
     raw: Activations,
     dropped: Activations,

@@ -16,23 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import (
-    STEPS,
-    check_axes,
-    check_call,
-    check_coefficient,
-    check_given,
-    check_layers,
-    check_no_parts,
-    check_not_captured,
-    check_options,
-    check_packed_options,
-    check_steps,
-    check_steps_of,
-    check_tensor,
-    check_time,
-    check_values,
-)
+from fastreg import arguments
 from fastreg.backends import backend_for
 from fastreg.kernels.view import Steps
 from fastreg.plans import keep, kept, key_of
@@ -84,9 +68,9 @@ def calls_of(activations: Pair, coefficients: Pair, steps: Sequence[Any], option
     raw, dropped = activations
     coefficients, (by_ar, by_tar) = _checked(*coefficients)
     if by_tar and raw is None:
-        check_given("raw", raw, "beta")
+        arguments.check_given("raw", raw, "beta")
     if by_ar and dropped is None:
-        check_given("dropped", dropped, "alpha")
+        arguments.check_given("dropped", dropped, "alpha")
     is_same, measured = dropped is raw, options.measured
     raw = _stripped(raw) if by_tar or measured else None
     dropped = None if not (by_ar or measured) else raw if is_same and raw is not None else _stripped(dropped)
@@ -104,7 +88,7 @@ def call_of_raw(raw: Any, mask: Any, coefficients: Pair, steps: Sequence[Any], o
     """
     coefficients, _ = _checked(*coefficients)
     if not isinstance(raw, Tensor):
-        check_tensor("raw", raw)
+        arguments.check_tensor("raw", raw)
     return _calls((plain(raw), None), coefficients, steps, options, plain(mask))[0]
 
 
@@ -141,7 +125,7 @@ def _calls(
 
 def _check_options(options: Options) -> int:
     """Check options; return the axis of time, from either end."""
-    check_options(options.reduction, return_terms=options.measured)
+    arguments.check_options(options.reduction, return_terms=options.measured)
     return _axis_given(options.batch_first, options.time_dim)
 
 
@@ -153,22 +137,22 @@ def _form(
     axis, counting = _check_options(options), None
     first, layers = dropped if raw is None else raw, [("", raw, dropped)]
     if not isinstance(first, Tensor) or not (dropped is None or isinstance(dropped, Tensor)):
-        layers = check_layers(raw, dropped, axis)
+        layers = arguments.check_layers(raw, dropped, axis)
         _, x, y = layers[0]
         first = y if x is None else x
     if isinstance(first, PackedSequence):
-        check_packed_options(time_dim, *steps)
+        arguments.check_packed_options(time_dim, *steps)
         axis, counting = -2, _offsets
         layers = [(label, rows_of(x), rows_of(y)) for label, x, y in layers]
     else:
         label, *both = layers[0]
         for name, x in zip(("raw", "dropped"), both, strict=True):
             if x is not None:
-                check_axes(name + label, x, None if time_dim is None else axis)
+                arguments.check_axes(name + label, x, None if time_dim is None else axis)
         axis = axis if axis < 0 else axis - first.dim()
         if any([x is not None for x in steps]):
-            check_steps(*steps)
-            check_steps_of(check_tensor("raw", first), axis, steps)
+            arguments.check_steps(*steps)
+            arguments.check_steps_of(arguments.check_tensor("raw", first), axis, steps)
             sizes, backend = sizes_of(first, axis), None
             if is_kept and 0 not in first.shape:
                 backend = backend_for(first.device)
@@ -177,7 +161,7 @@ def _form(
     dtype, kinds = compute_dtype(*[x for _, *both in layers for x in both]), []
     for label, x, y in layers:
         kind = Kind(axis, reduction, measured, ar_of_raw or y is x, dtype, {} if is_kept else None)
-        check_call(Call(x, None if y is x else y, *coefficients, None, kind), label, mask)
+        arguments.check_call(Call(x, None if y is x else y, *coefficients, None, kind), label, mask)
         kinds.append(kind)
     return Form(kinds, counting)
 
@@ -189,7 +173,7 @@ def _checked(*coefficients: Any) -> tuple[Pair, Pair]:
     if are_plain and 0 <= alpha < math.inf and 0 <= beta < math.inf:
         return coefficients, (alpha != 0, beta != 0)
     for name, value in zip(("alpha", "beta"), coefficients, strict=True):
-        check_coefficient(name, value)
+        arguments.check_coefficient(name, value)
     alpha, beta = [keepable(plain(x)) if isinstance(x, Tensor) else coefficient(x) for x in coefficients]
     return (alpha, beta), (is_on(alpha), is_on(beta))
 
@@ -207,7 +191,7 @@ def _axis_given(batch_first: Any, time_dim: Any) -> int:
     """Return the axis of time, from either end: -2 by default."""
     if time_dim is None and (batch_first is None or batch_first is True):
         return -2
-    check_time(batch_first, time_dim)
+    arguments.check_time(batch_first, time_dim)
     return 0 if time_dim is None else index(time_dim)  # a constant in compiled code, as int() does not make it
 
 
@@ -227,10 +211,10 @@ def _offsets(_: Sequence[Any], activations: Pair) -> Steps:
     Kernels trust them, in the backward, too: they are no view of batch sizes, which NumPy may share. Batch sizes are
     values, and checked in every call.
     """
-    _, raw, dropped = check_layers(*activations, -2)[0]
+    _, raw, dropped = arguments.check_layers(*activations, -2)[0]
     packed = dropped if raw is None else raw
-    check_not_captured("lengths", packed.data.device)
-    check_no_parts(packed.data)
+    arguments.check_not_captured("lengths", packed.data.device)
+    arguments.check_no_parts(packed.data)
     return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
 
 
@@ -242,7 +226,7 @@ def _steps(marker: Any, sizes: Pair, reduction: str, steps: Sequence[Any], activ
     raw, dropped = activations
     x = raw if raw is not None else dropped
     x = x[0] if is_list(x) else x
-    given = zip(STEPS, map(plain, steps), strict=True)
+    given = zip(arguments.STEPS, map(plain, steps), strict=True)
     marks, counts = marker(*[None if y is None else _brought(name, y, x, sizes) for name, y in given])
     return Steps(marks, counts if reduction == "mean" else None)
 
@@ -256,11 +240,11 @@ def _brought(name: str, given: Tensor, x: Tensor, sizes: tuple[Any, Any]) -> Ten
     device = x.device
     if device.type == "cpu" != given.device.type:
         given = given.cpu()
-    check_values(name, given, sizes[1])
+    arguments.check_values(name, given, sizes[1])
     if name != "lengths" and given.dtype != torch.bool:
         given = given != 0
     if given.device.type == "cpu" != device.type:
-        check_not_captured(name, device)
+        arguments.check_not_captured(name, device)
         if observed():  # a compiler cannot ask whether memory is pinned
             given = given.clone()
         elif given.is_pinned():

@@ -45,7 +45,8 @@ def either(wanted: bool) -> None:
     assert_type(fused_ar_tar(raw, raw, 2.0, 1.0, return_terms=wanted), Tensor | ARTAR)
     assert_type(fused_dropout_ar_tar(raw, 0.1, 2.0, 1.0), tuple[Tensor, Tensor])
     assert_type(fused_dropout_ar_tar(raw, 0.1, 2.0, 1.0, return_terms=True), tuple[Tensor, ARTAR])
-    assert_type(fused_dropout_ar_tar(raw, 0.1, 2.0, 1.0, return_terms=wanted), tuple[Tensor, Tensor | ARTAR])
+    either = fused_dropout_ar_tar(raw, 0.1, 2.0, 1.0, return_terms=wanted)
+    assert_type(either, tuple[Tensor, ARTAR] | tuple[Tensor, Tensor])
 """
 
 
