@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastreg.capture import Captured, Fused, Mark, Run, Watch, nodes_before
 from fastreg.carry import Always
 from fastreg.dropout import carries
-from fastreg.problem import ARTAR, Coefficient, rows_of, time_dim_of
+from fastreg.problem import ARTAR, Coefficient, rows_of
 from fastreg.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.source import Source
 from fastreg.torch_state import current, is_memory, keeps_memory_low, observed, plain, transformed, untraced
@@ -258,13 +258,13 @@ class Attachment:
         rows = rows_of(raw)
         axis = None
         if source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase):
-            axis = 1 if rows.dim() == 2 and source.time_at else 0
+            axis = 1 if rows.dim() == 2 and source.place.batch_first else 0
         valid = starts = None
         if source.valid is not None or source.starts is not None:
             valid, starts = [self._marks(name, args, kwargs, axis) for name in ("valid", "starts")]
         captured, marked = Captured(rows, axis), not transformed()
         packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
-        of_source = captured, packed, source.time_at, valid, starts, self._names
+        of_source = captured, packed, source.place, valid, starts, self._names
         run = Run(*of_source, self._guard(), torch.is_grad_enabled(), marked)
         if not len(self._runs) & (len(self._runs) - 1):  # at powers of two, so that it takes little time a run
             self._runs = [ref for ref in self._runs if ref() is not None]
@@ -366,7 +366,7 @@ class Attachment:
             and formed.dropped is rows
             and formed.valid is run.valid
             and formed.starts is run.starts
-            and time_dim_of(formed.time_at) == time_dim_of(run.time_at)
+            and formed.time_dim == run.place.axis()
             and carries(rows)
         ):
             run.fused = Fused(weakref.ref(rows.grad_fn), (loan.alpha, loan.beta), formed.terms[1:])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.problem import time_dim_of
+from fastreg.problem import Place
 from fastreg.torch_state import current, level_of_caller, plain, untraced
 
 KEY = "fastreg"  # of the marks in a node's metadata
@@ -142,7 +142,7 @@ class Run:
     Attributes:
         raw: the module's output, `Captured`, or `Joined` of several runs.
         packed: the `PackedSequence` that raw is the data of, or `None`.
-        time_at: `batch_first`, a bool, or `time_dim`, an int.
+        place: where time is.
         valid: the valid steps, or `None`.
         starts: the steps at which segments start, or `None`.
         names: of the types of the module and of its dropout, for messages.
@@ -157,7 +157,7 @@ class Run:
 
     raw: Any
     packed: PackedSequence | None
-    time_at: bool | int
+    place: Place
     valid: Tensor | None
     starts: Tensor | None
     names: tuple[str, str]
@@ -198,12 +198,12 @@ class Run:
     @property
     def axis(self) -> int:
         """Return the axis of time of runs that are joined along it."""
-        return 1 if self.raw.data.dim() == 3 and self.time_at else 0
+        return 1 if self.raw.data.dim() == 3 and self.place.batch_first else 0
 
     @property
     def steps(self) -> int:
         """Return how many time steps there are, or packed rows."""
-        shape, axis = self.raw.data.shape, time_dim_of(self.time_at)
+        shape, axis = self.raw.data.shape, self.place.axis()
         return shape[axis] if -len(shape) <= axis < len(shape) else 0
 
     @property

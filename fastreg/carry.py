@@ -304,7 +304,7 @@ def _joined(group: Sequence[Run]) -> Run:
         return first
     raw = Joined([run.raw for run in group], axis := first.axis)
     valid, starts = _joined_marks(group, "valid", 1), _joined_marks(group, "starts", 0)
-    whole = Run(raw, None, first.time_at, valid, starts, first.names, None, first.grad_enabled, first.marked)
+    whole = Run(raw, None, first.place, valid, starts, first.names, None, first.grad_enabled, first.marked)
     of_raw = all([run.squared is run.raw for run in group])
     whole.complete(raw if of_raw else Joined([run.squared for run in group], axis))
     return whole
@@ -315,18 +315,17 @@ def _kind(run: Run) -> Any:
     if run.packed is not None or run.valid is not None or run.starts is not None:
         return None
     raw = run.raw.data
-    shape = raw.shape[:-1] if isinstance(run.time_at, bool) else raw.shape
-    return shape, raw.device, raw.dtype, run.squared.data.dtype, run.time_at, type(run.time_at)
+    shape = raw.shape[:-1] if run.place.time_dim is None else raw.shape
+    return shape, raw.device, raw.dtype, run.squared.data.dtype, run.place
 
 
 def _measured(runs: Sequence[Run], coefficients: tuple[Coefficient, Coefficient], step: Step) -> ARTAR:
     """Compute the penalty of runs of one kind, and plan the terms of its gradient."""
     first, activations = runs[0], [run.activations() for run in runs]
-    device, time_at = first.raw.data.device, first.time_at
+    device = first.raw.data.device
     if any([isinstance(x, Tensor) for x in coefficients]):
         coefficients = tuple([plain(x).to(device) if isinstance(x, Tensor) else x for x in coefficients])  # pyright: ignore
-    place = (time_at, None) if isinstance(time_at, bool) else (None, time_at)
-    steps, options = (None, first.valid, first.starts), Options(*place, "mean", True)
+    steps, options = (None, first.valid, first.starts), Options(*first.place, "mean", True)
     raw_and_dropped = activations[0] if len(runs) == 1 else tuple(zip(*activations, strict=True))
     calls = calls_of(raw_and_dropped, coefficients, steps, options)  # pyright: ignore[reportArgumentType]
     penalty, terms = penalty_of(calls)

@@ -20,7 +20,7 @@ from fastreg import arguments
 from fastreg.backends import backend_for
 from fastreg.kernels.view import Steps
 from fastreg.plans import keep, kept, key_of
-from fastreg.problem import Call, Coefficient, Kind, compute_dtype, is_list, is_on, rows_of, sizes_of
+from fastreg.problem import Call, Coefficient, Kind, Place, compute_dtype, is_list, is_on, rows_of, sizes_of
 from fastreg.reference import marked
 from fastreg.torch_state import keepable, observed, plain
 
@@ -126,7 +126,7 @@ def _calls(
 def _check_options(options: Options) -> int:
     """Check options; return the axis of time, from either end."""
     arguments.check_options(options.reduction, return_terms=options.measured)
-    return _axis_given(options.batch_first, options.time_dim)
+    return place_of(options.batch_first, options.time_dim).axis()
 
 
 def _form(
@@ -187,22 +187,17 @@ def coefficient(value: Any) -> Coefficient:
     return float(value)
 
 
-def _axis_given(batch_first: Any, time_dim: Any) -> int:
-    """Return the axis of time, from either end: -2 by default."""
-    if time_dim is None and (batch_first is None or batch_first is True):
-        return -2
-    arguments.check_time(batch_first, time_dim)
-    return 0 if time_dim is None else index(time_dim)  # a constant in compiled code, as int() does not make it
-
-
-def time_given(batch_first: Any, time_dim: Any) -> bool | int:
-    """Return where time is: `batch_first`, `True` by default, or the axis as an int.
+def place_of(batch_first: Any, time_dim: Any) -> Place:
+    """Return where time is: `(batch, time, hidden)` by default.
 
     Raises:
         TypeError, ValueError: either is of another type, or both are given.
     """
-    axis = _axis_given(batch_first, time_dim)
-    return axis if time_dim is not None else axis == -2
+    if time_dim is None and (batch_first is None or batch_first is True):
+        return Place()
+    arguments.check_time(batch_first, time_dim)
+    # A constant in compiled code, as int() does not make it
+    return Place(batch_first) if time_dim is None else Place(None, index(time_dim))
 
 
 def _offsets(_: Sequence[Any], activations: Pair) -> Steps:

@@ -35,6 +35,20 @@ class ARTAR(NamedTuple):
     tar: Tensor
 
 
+class Place(NamedTuple):
+    """Where time is: `batch_first`, or the axis of time itself. One of them is `None`."""
+
+    batch_first: bool | None = True
+    time_dim: int | None = None
+
+    def axis(self) -> int:
+        """Return the axis of time: negative from the end, or from the front if it was given so."""
+        return self.time_dim if self.time_dim is not None else -2 if self.batch_first else 0
+
+    def __str__(self) -> str:
+        return f"batch_first={self.batch_first}" if self.time_dim is None else f"time_dim={self.time_dim}"
+
+
 @dataclass(eq=False)
 class Kind:
     """Hold the facts that the calls of one plan have in common.
@@ -159,8 +173,3 @@ def is_list(value: object) -> bool:
 def rows_of(x: Any) -> Tensor:
     """Return the tensor itself, or the rows of a `PackedSequence`."""
     return x.data if isinstance(x, PackedSequence) else x
-
-
-def time_dim_of(time_at: bool | int) -> int:
-    """Return the axis of time, negative from the end, of `batch_first` or of the axis itself."""
-    return -2 if time_at is True else int(time_at)

@@ -26,8 +26,8 @@ from fastreg.attachment import Attachment
 from fastreg.capture import Watch, search
 from fastreg.carry import Step, penalty_of_runs, total
 from fastreg.penalty import fused_ar_tar
-from fastreg.prepare import coefficient, time_given
-from fastreg.problem import ARTAR, Coefficient, is_list, rows_of, time_dim_of
+from fastreg.prepare import coefficient, place_of
+from fastreg.problem import ARTAR, Coefficient, Place, is_list, rows_of
 from fastreg.source import Source
 from fastreg.torch_state import untraced
 
@@ -38,27 +38,26 @@ class Given:
 
     Attributes:
         raw, dropped, lengths, valid, starts: as `fused_ar_tar` takes them.
-        time_at: `batch_first`, a bool, or `time_dim`, an int.
+        place: where time is.
     """
 
     raw: Any
     dropped: Any
-    time_at: bool | int
+    place: Place
     lengths: Tensor | None
     valid: Tensor | None
     starts: Tensor | None
 
     def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Step]:
         """Compute the penalty."""
-        steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts}
-        steps["batch_first" if isinstance(self.time_at, bool) else "time_dim"] = self.time_at
+        steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts, **self.place._asdict()}
         terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
         return ARTAR(*(x.to(loss.device) for x in terms)), Step()
 
     @property
     def sizes(self) -> tuple[int, int] | None:
         """Return how many sequences of how many time steps there are; `None` where the shape does not tell."""
-        return _sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.time_at)
+        return _sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.place)
 
 
 class RNNRegularizer:
@@ -167,7 +166,7 @@ class RNNRegularizer:
                 `batch_first` is wrong; or it is `None`, and that of `decoded` shows that raw may be time first.
             RuntimeError: the activations already come from attached modules.
         """
-        time_at = time_given(batch_first, time_dim)
+        place = place_of(batch_first, time_dim)
         check_steps(lengths, valid, starts)
         if self._attached:
             raise RuntimeError("on_loss_begin: attached modules capture already; remove() them, or leave out the call")
@@ -182,7 +181,7 @@ class RNNRegularizer:
             raw, dropped = raw[-1], dropped[-1]
         if time_dim is None:
             _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid, starts=starts)
-        self._given = Given(raw, dropped, time_at, lengths, valid, starts)
+        self._given = Given(raw, dropped, place, lengths, valid, starts)
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -263,7 +262,7 @@ class RNNRegularizer:
                 return None
             formed = penalty_of_runs(groups, found, loss, (self.alpha, self.beta), attached[0].watch)
             last = groups[-1][-1]
-            self._sizes = _sizes_of(last.raw.data, last.time_at)
+            self._sizes = _sizes_of(last.raw.data, last.place)
             return formed
         finally:
             for attachment in self._attached:
@@ -393,11 +392,11 @@ class RNNRegularizer:
         return _scaled_lr(optimizer, steps / _check_steps("bptt", self.bptt))
 
 
-def _sizes_of(x: Tensor, time_at: bool | int) -> tuple[int, int] | None:
+def _sizes_of(x: Tensor, place: Place) -> tuple[int, int] | None:
     """Return how many sequences of how many time steps an activation has; `None` where its shape does not tell."""
     if x.dim() != 3:
         return None
-    time_dim = time_dim_of(time_at)
+    time_dim = place.axis()
     return x.shape[0 if time_dim % 3 else 1], x.shape[time_dim]
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastreg.arguments import check_coefficient, check_probability
 from fastreg.dropout import Drop, drop_and_penalize
-from fastreg.prepare import Options, coefficient, time_given
-from fastreg.problem import ARTAR, Coefficient, is_on
+from fastreg.prepare import Options, coefficient, place_of
+from fastreg.problem import ARTAR, Coefficient, Place, is_on
 
 
 @dataclass(eq=False)  # no NamedTuple: torch 2.11 fails to compile an attached dropout that makes one
@@ -26,7 +26,7 @@ class Formed:
     Attributes:
         terms: the penalty, and its terms.
         raw, dropped: the input and the output.
-        valid, starts, time_at: which time steps count, where segments start, and where time is.
+        valid, starts, time_dim: which time steps count, where segments start, and the axis of time.
         grad_enabled: whether gradients were enabled.
     """
 
@@ -35,7 +35,7 @@ class Formed:
     dropped: Tensor
     valid: Tensor | None
     starts: Tensor | None
-    time_at: bool | int
+    time_dim: int
     grad_enabled: bool
 
 
@@ -100,8 +100,8 @@ class FusedRNNDropout(nn.Module):
         check_coefficient("alpha", alpha)
         check_coefficient("beta", beta)
         self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
-        time_at = time_given(batch_first, time_dim)
-        self.batch_first, self.time_dim = time_at is not False, None if time_dim is None else int(time_at)
+        place = place_of(batch_first, time_dim)
+        self.batch_first, self.time_dim = place.batch_first is not False, place.time_dim
         self.ar_of = ar_of
         self.formed: Formed | None = None  # by the last forward, until `take()` takes it
         self.loan: Loan | None = None  # of a regularizer, for the next forward
@@ -152,8 +152,7 @@ class FusedRNNDropout(nn.Module):
                 "DistributedDataParallel; or let the model return (decoded, raw, dropped), which DataParallel gathers, "
                 "for RNNRegularizer.on_loss_begin, with alpha and beta of this module 0"
             )
-        time_at = self.batch_first if self.time_dim is None else self.time_dim
-        place = (self.batch_first, None) if self.time_dim is None else (None, self.time_dim)
+        place = Place(self.batch_first) if self.time_dim is None else Place(None, self.time_dim)
         alpha, beta = self.alpha, self.beta
         if loan is not None:
             alpha, beta = loan.alpha, loan.beta
@@ -166,7 +165,7 @@ class FusedRNNDropout(nn.Module):
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             all_terms, grad_enabled = ARTAR(penalty, *(terms or ())), torch.is_grad_enabled()
-            formed = Formed(all_terms, raw, dropped, valid, starts, time_at, grad_enabled)
+            formed = Formed(all_terms, raw, dropped, valid, starts, place.axis(), grad_enabled)
             if loan is None:
                 self.formed = formed
             else:

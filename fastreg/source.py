@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_flags
-from fastreg.prepare import time_given
-from fastreg.problem import Coefficient, is_list
+from fastreg.prepare import place_of
+from fastreg.problem import Coefficient, Place, is_list
 from fastreg.rnn_dropout import FusedRNNDropout
 
 
@@ -35,7 +35,7 @@ class Source:
         starts: takes the same arguments, and returns the steps at which segments start, or `None`.
         stepwise: whether the runs of a step are joined along time.
         scale: the upstream gradient of the penalty in every backward; `None` to take that of the loss.
-        time_at: `batch_first`, a bool, or `time_dim`, an int, of a source that `checked` has returned.
+        place: where time is, of a source that `checked` has returned.
 
     Raises:
         TypeError: `output`, `valid` or `starts` is neither callable nor `None`.
@@ -50,7 +50,7 @@ class Source:
     starts: Callable[..., Tensor | None] | None = None
     stepwise: bool = False
     scale: Coefficient | None = None
-    time_at: bool | int = True
+    place: Place = field(default_factory=Place)
 
     def __post_init__(self) -> None:
         for name in ("output", "valid", "starts"):
@@ -88,10 +88,10 @@ class Source:
             layout = layout_of(self.module)
         elif isinstance(own, bool) and layout is (not own):
             raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {layout}")
-        time_at = time_given(layout, self.time_dim)
+        place = place_of(layout, self.time_dim)
         if isinstance(self.dropout, FusedRNNDropout):
-            _check_time_of(self.dropout, time_at, name)
-        return replace(self, time_at=time_at)
+            _check_time_of(self.dropout, place, name)
+        return replace(self, place=place)
 
     def raw_of(self, result: Any) -> Tensor | PackedSequence:
         """Return raw from the output of the module.
@@ -206,14 +206,12 @@ def _check_module(name: str, module: object) -> None:
         raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
 
 
-def _check_time_of(dropout: FusedRNNDropout, time_at: bool | int, name: str) -> None:
+def _check_time_of(dropout: FusedRNNDropout, place: Place, name: str) -> None:
     """Check that a dropout looks for time where the module has it."""
-    own = f"batch_first={dropout.batch_first}" if dropout.time_dim is None else f"time_dim={dropout.time_dim}"
-    expected, of_module = f"time_dim={time_at}", ""
-    if isinstance(time_at, bool):
-        expected, of_module = f"batch_first={time_at}", f", as the {name} has it"
-    if own != expected:
-        raise ValueError(f"dropout: expected a FusedRNNDropout with {expected}{of_module}, got {own}")
+    own = Place(dropout.batch_first) if dropout.time_dim is None else Place(None, dropout.time_dim)
+    if own != place:
+        of_module = f", as the {name} has it" if place.time_dim is None else ""
+        raise ValueError(f"dropout: expected a FusedRNNDropout with {place}{of_module}, got {own}")
 
 
 def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: Any) -> nn.Module:

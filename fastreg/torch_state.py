@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_is_zeros: Callable[[Tensor], bool] = torch.Tensor._is_zerotensor  # pyright: ignore
 current: Callable[[], int] = torch._C._current_graph_task_id  # of the backward that runs in this thread, -1 for none
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
 compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
@@ -83,7 +84,7 @@ def are_memory(tensors: Iterable[Tensor | None]) -> bool:
             type(x) is not Tensor  # a subclass has operators of its own
             or x.is_neg()  # the values of a negated view have the other sign in memory
             or x.is_meta  # a meta tensor has no values
-            or x._is_zerotensor()  # zeros without memory
+            or _is_zeros(x)  # which have no memory
             or not torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
         ):
             return False
