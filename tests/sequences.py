@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 from tests.language_model import Elementwise, Locked, Loop, Wrapper
+from tests.random_calls import play_all
 
 BATCH, HIDDEN, P = 3, 4, 0.4
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -384,18 +384,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float64"], help="by default either")
     parser.add_argument("--compiled", choices=["yes", "no"], help="by default a fifth of the sequences")
     args = parser.parse_args()
-    counts: Counter[str] = Counter()
-    for seed in range(args.seed, args.seed + args.count):
-        play: Any = None
-        try:
-            play = Play(seed, args.dtype and getattr(torch, args.dtype), args.compiled and args.compiled == "yes")
-            play.play()
-        except Exception:
-            counts["wrong"] += 1
-            print(f"seed {seed}: {play}\n{traceback.format_exc(limit=-3)}", flush=True)
-        counts.update(play.counts if play else {})
-    print(f"{args.count} sequences, {counts['wrong']} wrong: {dict(counts)}")
-    raise SystemExit(counts["wrong"] > 0)
+    dtype, compiled = args.dtype and getattr(torch, args.dtype), args.compiled and args.compiled == "yes"
+    play_all(range(args.seed, args.seed + args.count), lambda seed: Play(seed, dtype, compiled))
 
 
 if __name__ == "__main__":

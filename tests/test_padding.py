@@ -126,16 +126,20 @@ def test_dropout(steps: str, way: str, device: str, poison: None) -> None:
     check_dropout(raw, mask, ALPHA, BETA, **options)
 
 
+@pytest.mark.parametrize("starts", [False, True])
 @pytest.mark.parametrize("steps", STEPS)
-def test_the_formula_is_a_sum_over_the_sequences(steps: str) -> None:
+def test_the_formula_is_a_sum_over_the_sequences(steps: str, starts: bool) -> None:
     """The one that all results are compared with."""
     raw, dropped = torch.randn(2, *marks(steps).shape, 3)
+    begins = (torch.rand(marks(steps).shape) < 0.3) & starts
+    options = given(steps) | ({"starts": begins} if starts else {})
     squares = [d[counts].square().sum() for d, counts in zip(dropped, marks(steps), strict=True)]
-    pairs = [(r[1:] - r[:-1])[counts[1:] & counts[:-1]] for r, counts in zip(raw, marks(steps), strict=True)]
+    into = zip(raw, marks(steps), ~begins, strict=True)
+    pairs = [(r[1:] - r[:-1])[counts[1:] & counts[:-1] & goes_on[1:]] for r, counts, goes_on in into]
     ar, tar = sum(squares), sum(x.square().sum() for x in pairs)
-    torch.testing.assert_close([*truth(raw, dropped, 2, 3, "sum", **given(steps))], [2 * ar + 3 * tar, ar, tar])
+    torch.testing.assert_close([*truth(raw, dropped, 2, 3, "sum", **options)], [2 * ar + 3 * tar, ar, tar])
     counts = max(3 * int(marks(steps).sum()), 1), max(sum(x.numel() for x in pairs), 1)
-    _, *means = truth(raw, dropped, 2, 3, **given(steps))
+    _, *means = truth(raw, dropped, 2, 3, **options)
     torch.testing.assert_close(means, [ar / counts[0], tar / counts[1]])
 
 
