@@ -18,7 +18,7 @@ from torch.optim import Adam
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
+from fastreg import FusedRNNDropout, fused_ar_tar
 from fastreg.attachment import Hook
 from tests.conftest import without
 from tests.language_model import (
@@ -549,13 +549,3 @@ def test_steps_that_are_refused(case: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         reg.on_backward_begin(loss if loss.requires_grad else model.decoder.weight.sum())
     assert not isinstance(model.dropout, FusedRNNDropout) or model.dropout.take() is None
-
-
-def test_a_second_call_in_a_step_says_so() -> None:
-    lstm = nn.LSTM(3, 4)
-    regularizer = RNNRegularizer(2.0, 1.0)
-    regularizer.attach(lstm)
-    loss = lstm(torch.randn(5, 2, 3))[0].square().mean()
-    regularizer.on_backward_begin(loss)
-    with pytest.raises(RuntimeError, match=r"or take\(\), once: the second call finds nothing"):
-        regularizer.on_backward_begin(loss)

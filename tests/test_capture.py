@@ -192,16 +192,6 @@ def test_a_coefficient_of_0_leaves_infinity_out() -> None:
     assert not reg.ar.isfinite()
 
 
-@pytest.mark.parametrize("alpha", [9.0, torch.tensor(9.0)], ids=["number", "tensor"])
-def test_a_coefficient_that_changes_after_a_fused_dropout_has_formed_the_penalty(alpha: Any) -> None:
-    module, dropout, reg = gru(), FusedRNNDropout(0.4), regularizer()
-    reg.attach(module, dropout)
-    raw, _ = module(inputs())
-    dropped = dropout(raw)
-    reg.alpha = alpha
-    check_gradients(module, penalty_of(reg, dropped), fused_ar_tar(raw, dropped, 9.0, BETA))
-
-
 def test_a_coefficient_that_becomes_a_wrong_tensor_after_a_fused_dropout_has_formed_the_penalty() -> None:
     module, dropout, reg = gru(), FusedRNNDropout(0.4), regularizer()
     reg.attach(module, dropout)
@@ -217,14 +207,6 @@ def one_run() -> tuple[nn.Module, RNNRegularizer, Tensor, Tensor]:
     reg.attach(module)
     raw, _ = module(inputs())
     return module, reg, raw, raw.square().sum()
-
-
-def test_the_penalty_alone_is_differentiable() -> None:
-    """Its gradient reaches activations at which no other gradient arrives."""
-    module, reg, raw, loss = one_run()
-    terms = reg.take(loss)
-    assert terms is not None
-    check_gradients(module, terms.penalty, formula(raw, raw, 1))
 
 
 @pytest.mark.parametrize("kind", [Tensor, Decorated])
@@ -355,25 +337,6 @@ def test_a_gradient_that_is_none_is_an_error() -> None:
 # One time step a run
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.4), FusedRNNDropout(0.4)], ids=["none", "plain", "fused"])
-@pytest.mark.parametrize("used", ["all", "the last"])
-def test_runs_of_one_time_step_are_joined(batch_first: bool, dropout: Any, used: str) -> None:
-    if isinstance(dropout, FusedRNNDropout):
-        dropout.batch_first = batch_first
-    rnn, reg = seeded(lambda: nn.GRU(HIDDEN, HIDDEN, batch_first=batch_first)), regularizer()
-    reg.attach(rnn, dropout, stepwise=True)
-    x, state, raws, kept = inputs(), None, [], []
-    axis = int(batch_first)
-    for step in x.split(1, axis):
-        raw, state = rnn(step, state)
-        raws.append(raw)
-        kept.append(raw if dropout is None else dropout(raw))
-    loss = torch.cat(kept).square().mean() if used == "all" else kept[-1].sum()
-    want = loss + formula(torch.cat(raws, axis), torch.cat(kept, axis), axis)
-    check_gradients(rnn, reg.on_backward_begin(loss), want)
-
-
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell])
 def test_cells(kind: Any) -> None:
     cell, reg = seeded(lambda: kind(HIDDEN, HIDDEN)), regularizer()
@@ -404,14 +367,6 @@ def test_runs_of_several_steps_of_which_some_have_no_marks(counts: list[int], na
     raw, given = torch.cat(raws, 1), {name: torch.cat(joined, 1)}
     want = raw.mean() + fused_ar_tar(raw, raw, ALPHA, BETA, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
     check_gradients(rnn, reg.on_backward_begin(raw.mean()), want)
-
-
-def test_a_fused_dropout_refuses_the_steps_of_a_cell() -> None:
-    """It would take the sequences of one step for the steps of one sequence."""
-    cell, dropout, reg = nn.GRUCell(HIDDEN, HIDDEN), FusedRNNDropout(0.5), regularizer()
-    reg.attach(cell, dropout, stepwise=True)
-    with pytest.raises(TypeError, match=r"got one time step \(batch, hidden\), .* another dropout with stepwise=True"):
-        dropout(cell(torch.randn(BATCH, HIDDEN)))
 
 
 # In every backward
@@ -471,19 +426,6 @@ def test_compiled_autograd() -> None:  # which fails on PyTorch's own RNNs
         total.backward()
     torch._dynamo.reset()
     torch.testing.assert_close([x.grad for x in modules.parameters()], [*want])
-
-
-def test_function_transforms() -> None:
-    rnn, reg, x = seeded(lambda: nn.RNN(HIDDEN, HIDDEN, batch_first=True)), regularizer(), inputs()
-    reg.attach(rnn)
-
-    def loss(parameters: dict[str, Tensor], hooks: bool) -> Tensor:
-        raw, _ = torch.func.functional_call(rnn, parameters, (x,))
-        return reg.on_backward_begin(raw.sum()) if hooks else raw.sum() + formula(raw, raw, 1)
-
-    parameters = {name: x.detach() for name, x in rnn.named_parameters()}
-    got, want = (torch.func.grad(loss)(parameters, hooks) for hooks in (True, False))
-    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dropout", [None, nn.Dropout(0.3), FusedRNNDropout(0.3)], ids=["none", "plain", "fused"])

@@ -215,7 +215,7 @@ def test_an_attached_dropout_follows_the_coefficients_of_the_regularizer(formed:
             torch.testing.assert_close(penalty_of(reg, dropped), of(alpha, beta, raw, dropped))
             torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
         _, raw, dropped = model.activations(tokens())
-        reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty has these coefficients all the same
+        reg.alpha, reg.beta = torch.tensor(ALPHA), BETA  # after the forward: the penalty has these all the same
         check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, 1))
         copies = [copy.deepcopy(model.dropout), pickle.loads(pickle.dumps(model.dropout))]
     assert len(formed) == 1  # for the coefficients that changed after the forward
