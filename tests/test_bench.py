@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,6 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -198,10 +198,6 @@ def test_the_figures_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     for peer, (_, figures) in of_dropout.items():
         assert figures["kept_bytes"] == one // 5 + (one * 4 // 5 if peer in ("eager", "compiled") else 0), peer
         assert figures["least_bytes"] == 5 * one
-    monkeypatch.setattr(timing, "graph_seconds", mock.Mock(side_effect=RuntimeError("no capture\nhere")))
-    for name in ("host_seconds", "peak_bytes", "launches"):
-        monkeypatch.setattr(timing, name, lambda *_: 1)
-    assert benchmarks.gpu_figures(lambda _: (), 1, 3)["no_graph"] == "RuntimeError: no capture"
 
 
 LAUNCHES = {
@@ -347,31 +343,6 @@ def test_what_is_committed_is_what_was_measured() -> None:
     assert second.startswith("No GPU has run it yet") == (not any(result.on_gpu for result in results))
 
 
-def test_failing_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    marks = "pytest.mark.gpu" if torch.cuda.is_available() else "[]"
-    files = {
-        "some": f"import pytest\npytestmark = {marks}\n"
-        "def test_right(): pass\ndef test_wrong(): assert 0\ndef test_left_out(): pytest.skip('why')\n",
-        "dying": "import os\nos._exit(7)\n",
-        "long": "import time\ntime.sleep(60)\n",
-    }
-    (tmp_path / "tests").mkdir()
-    for name, text in files.items():
-        (tmp_path / "tests" / f"test_{name}.py").write_text(text)
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    for name, value in {"ROOT": tmp_path, "TESTS": ["some", "dying"], "SANITIZERS": ()}.items():
-        monkeypatch.setattr(run, name, value)
-    assert run.test(tmp_path, "abc", 60.0) == 1
-    (file,) = (tmp_path / "tests").glob("*.json")
-    assert json.loads(file.read_text())["files"] == {
-        "some": {"passed": 1, "skipped": 1, "failed": ["test_some.py::test_wrong"]},
-        "dying": {"passed": 0, "skipped": 0, "failed": ["test_dying.py: ended with status 7"]},
-    }
-    assert run.run_file("long", 2.0)["failed"] == ["test_long.py: out of time"]
-    assert run.test(tmp_path, "abc", -1.0) == 1
-    assert json.loads(file.read_text())["files"]["dying"]["failed"] == ["test_dying.py: not reached"]
-
-
 def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
     """A file marks a test, or a test in it takes the fixture that does."""
     marks = re.compile(r"(?<![\".])\bgpu\b(?![\".])|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
@@ -379,69 +350,32 @@ def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
     assert {*run.TESTS} == {file.stem.removeprefix("test_") for file in files}
 
 
-MEASURE = """
-import os, signal, sys
-import torch
-from bench import cases, run
+class Broken(cases.PenaltyCase):
+    """Has a peer that fails, and one that takes too much memory."""
 
-class Case(cases.PenaltyCase):
-    def peers(self):
-        if self.shape == (2, 3, 6):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return dict(zip(self.PEERS, self.PEERS))
-
-    def call(self, peer, sets):
-        if self.shape == (2, 3, 5):
+    def call(self, way: Any, sets: Any) -> Any:
+        if way is torch.sin:
+            raise ValueError("broken\nindeed")
+        if way is torch.cos:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        if peer == "compiled":
-            raise ValueError("broken\\nindeed")
-        return lambda i: sets[0]
+        return super().call(way, sets)
 
-cases.all_cases = lambda *_: [Case((2, 3, hidden), torch.float32) for hidden in range(4, 8)]
-from bench import benchmarks
-benchmarks.SECONDS = 0.0
-sys.exit(run.main(["measure", sys.argv[1], "--commit=0123456789abcdef"]))
-"""
+    def peers(self) -> Any:
+        return super().peers() | {"broken": torch.sin, "full": torch.cos}
 
 
-def test_a_measurement_records_what_is_not_measured(tmp_path: Path) -> None:
-    """Of peers that fail, and on SIGTERM."""
-    done = in_a_process(MEASURE, str(tmp_path))
-    assert done.returncode != 0
-    result = report.load(tmp_path / machine.file_name(machine.device_name()))
-    broken, full, *late = [f"2x3x{hidden}-float32-forward+backward ({machine.DEFAULT})" for hidden in range(4, 8)]
-    assert result.missing == {
-        broken: {"compiled": "ValueError: broken"},
-        full: dict.fromkeys(cases.PenaltyCase.PEERS, "does not fit in the device's memory"),
-        **{name: dict.fromkeys(cases.PenaltyCase.PEERS, "not reached") for name in late},
-    }
-    assert result.commit["id"] == "0123456789abcdef"
-    assert f"Not measured (ValueError: broken): {broken} (compiled)." in report.caveats(result)
-    assert f"Not measured (does not fit in the device's memory): {full}." in report.caveats(result)
+@pytest.mark.usefixtures("quick")
+def test_a_measurement_records_the_peers_that_fail() -> None:
+    measured, failed = benchmarks.measure(Broken((2, 3, 4), torch.float32), math.inf)
+    assert tuple(measured) == cases.PenaltyCase.PEERS
+    assert failed == {"broken": "ValueError: broken", "full": "does not fit in the device's memory"}
+    result = report.Result("", "", {}, {}, [], {"first": {"eager": "why"}, "second": dict.fromkeys("ab", "why")}, None)
+    assert "Not measured (why): first (eager), second." in report.caveats(result)
 
 
 def test_no_case_starts_after_the_deadline() -> None:
     with pytest.raises(pytest.skip.Exception, match="out of time"):
         benchmarks.measure(cases.PenaltyCase((2, 3, 4), torch.float32), time.monotonic() - 1)
-
-
-def test_a_cpu_is_measured_by_a_process_for_each_allocator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each starts with its own environment; an interrupt ends the second, and the results so far are written."""
-
-    def in_child(arguments: list[str], environment: dict[str, str]) -> int:
-        folder = Path(arguments[1])
-        result = {"machine_info": {"device": "A CPU"}, "benchmarks": [environment], "missing": {folder.name: {}}}
-        run.write(folder / "result.json", json.dumps(result))
-        if environment != next(iter(machine.ALLOCATORS.values())):
-            raise KeyboardInterrupt
-        return 0
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(run, "in_child", in_child)
-    assert run.bench(tmp_path, "", 60.0, "") == 1
-    result = json.loads((tmp_path / "a-cpu.json").read_text())
-    assert result["benchmarks"] == [*machine.ALLOCATORS.values()]
-    assert len(result["missing"]) == 2
 
 
 def test_an_allocator_keeps_memory_or_not() -> None:

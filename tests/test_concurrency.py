@@ -26,12 +26,12 @@ THREADS, TIMEOUT = 8, 60
 pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread")
 
 
-def step(raw: Tensor, dropped: Tensor) -> list[Tensor]:
+def step(raw: Tensor, dropped: Tensor, scale: float = 1.0) -> list[Tensor]:
     """Values and gradients of both functions."""
     raw, dropped = raw.detach().requires_grad_(), dropped.detach().requires_grad_()
     terms = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
     kept, other = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=dropped.detach())
-    gradients = torch.autograd.grad(terms.penalty + other + kept.sum(), (raw, dropped))
+    gradients = torch.autograd.grad(scale * (terms.penalty + other) + kept.sum(), (raw, dropped))
     return [x.detach() for x in (*terms, kept, other, *gradients)]
 
 
@@ -41,9 +41,9 @@ def step(raw: Tensor, dropped: Tensor) -> list[Tensor]:
     ids=["cpu", "one_stream", "a_stream_each"],
 )
 def test_threads_at_once_are_exact(device: str, streams: bool) -> None:
-    """Also where two of them make the same plan at once."""
+    """Also where two of them make the same plan at once, and expect other upstream gradients of it."""
     inputs = [torch.randn(2, 16, 70 + i // 2, 200, device=device).unbind() for i in range(THREADS)]
-    want = [step(*xs) for xs in inputs]
+    want = [step(*xs, 1 + i % 2) for i, xs in enumerate(inputs)]
     if device == "cuda":
         torch.cuda.synchronize()
     forget()
@@ -53,9 +53,10 @@ def test_threads_at_once_are_exact(device: str, streams: bool) -> None:
         with torch.cuda.stream(torch.cuda.Stream()) if streams else nullcontext():
             together.wait()
             results = []
-            for _ in range(20):
-                results.append(step(*inputs[i]))
-                forget()
+            for turn in range(20):
+                results.append(step(*inputs[i], 1 + i % 2))
+                if turn % 2:
+                    forget()
             if device == "cuda":
                 torch.cuda.current_stream().synchronize()
         return results

@@ -230,29 +230,16 @@ def test_nothing_is_allocated_beyond_the_results(
 
 
 IN_A_PROCESS = """
-import resource, torch
+import torch
 from fastreg import fused_ar_tar
-
-def penalty(valid):
-    raw = torch.ones(()).expand(*valid.shape, 1)
-    return fused_ar_tar(raw, raw, 2.0, 1.0, valid=valid)
-
-valid = torch.ones(1, 20_000_000, dtype=torch.bool)
-valid[0, 1::3] = False
-penalty(valid[:, :8].contiguous())
+fused_ar_tar(torch.ones(2, 3, 4), None, 0.0, 1.0)
 paths = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
 assert len({path for path in paths if "omp" in path.rpartition("/")[2]}) == 1, paths
-with open("/proc/self/statm") as file:
-    used = int(file.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 40_000_000, resource.RLIM_INFINITY))
-value = penalty(valid)
-assert value == 2, value
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_one_openmp_runtime_and_a_byte_for_a_valid_step() -> None:
-    """20 million steps are marked with 40 MB left."""
+def test_one_openmp_runtime() -> None:
     done = subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
