@@ -257,20 +257,9 @@ def test_loops_without_the_penalty_hold_one_run_at_most(loop: str) -> None:
     check_gradients(model, reg.on_backward_begin(loss), loss + formula(raw, dropped, 1))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_second_derivatives(p: float) -> None:
-    model = seeded(lambda: Model(nn.RNN, p=p)).double()
-    reg, second = attached(model), []
-    for hooked in (True, False):
-        torch.manual_seed(2)
-        decoded, raw, dropped = model.activations(tokens())
-        loss = criterion(decoded, tokens())
-        loss = reg.on_backward_begin(loss) if hooked else loss + formula(raw, dropped, 1)
-        first = torch.autograd.grad(loss, [*model.parameters()], create_graph=True)
-        squares = torch.stack([x.square().sum() for x in first]).sum()
-        second.append(torch.autograd.grad(squares, [*model.parameters()]))
-    torch.testing.assert_close(*second)
-    loss = reg.on_backward_begin(criterion(model(tokens()), tokens()))
+def test_second_derivatives_of_activations_that_nothing_keeps() -> None:
+    model = seeded(lambda: Model(nn.RNN))
+    loss = attached(model).on_backward_begin(criterion(model(tokens()), tokens()))
     with pytest.raises(RuntimeError, match="second derivatives need an activation that was freed; keep"):
         torch.autograd.grad(loss, [*model.parameters()], create_graph=True)
 

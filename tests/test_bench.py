@@ -211,16 +211,9 @@ LAUNCHES = {
 @ON_GPU
 @pytest.mark.parametrize("case", LAUNCHES, ids=str)
 def test_launches(case: Any, device: str) -> None:
-    """Count no more of fastreg in deterministic mode, in which PyTorch fills memory."""
     want = LAUNCHES[case]
     calls = cases.calls(case, cases.input_sets(case, device), want)
     assert {peer: timing.launches(calls[peer]) for peer in want} == want
-    torch.use_deterministic_algorithms(True)
-    try:
-        filled = 1 if isinstance(case, cases.DropoutCase) else 0  # the mask, which PyTorch allocates
-        assert timing.launches(calls["fastreg"]) <= want["fastreg"] + filled
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @ON_GPU

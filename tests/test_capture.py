@@ -369,28 +369,7 @@ def test_runs_of_several_steps_of_which_some_have_no_marks(counts: list[int], na
     check_gradients(rnn, reg.on_backward_begin(raw.mean()), want)
 
 
-# In every backward
-
-
-@either
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("scale", [True, 3.0, torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64)], ids=str)
-def test_a_penalty_in_every_backward(scale: Any, dtype: torch.dtype) -> None:
-    model, plain = (seeded(Model).to(dtype) for _ in range(2))
-    reg = attached(model, in_backward=scale)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        loss = criterion(model(tokens()), tokens())
-        torch.manual_seed(seed)
-        decoded, raw, dropped = plain.activations(tokens())
-        want = criterion(decoded, tokens()) + float(scale) * formula(raw, dropped, 1)
-        expected = torch.autograd.grad(want, [*plain.parameters()])
-        for _ in range(2):
-            got = torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)
-            torch.testing.assert_close(got, expected)
-        torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
-        with pytest.raises(RuntimeError, match=r"in_backward=.* adds the penalty already; leave it out"):
-            reg.on_backward_begin(loss)
+# Transforms of PyTorch, and layers of other dtypes
 
 
 def test_fused_dropouts_of_layers_of_two_dtypes() -> None:
@@ -403,9 +382,6 @@ def test_fused_dropouts_of_layers_of_two_dtypes() -> None:
         loss, penalty = loss + dropped.sum(), penalty + formula(x, dropped, 1)
     want = torch.autograd.grad(loss + penalty, xs, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(reg.on_backward_begin(loss), xs), want)
-
-
-# Transforms of PyTorch
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")

@@ -140,23 +140,6 @@ def test_attach_takes_a_tensor_of_inference_mode(kind: Any, device: str) -> None
     torch.testing.assert_close(*gradients)
 
 
-def test_the_regularizer_and_the_module(device: str) -> None:
-    """A schedule changes the tensor that both share, in place."""
-    alpha, beta = numbers(device, 2.0, 1.0)
-    for module in (FusedRNNDropout(0.5, 1.0, 1.0), nn.Dropout(0.0)):
-        reg, rnn = RNNRegularizer(alpha, beta), nn.LSTM(4, 6, batch_first=True).to(device)
-        reg.attach(rnn, module)
-        for a in (2.0, 0.0, 3.0):
-            alpha.fill_(a)
-            beta.add_(1)
-            raw, _ = rnn(torch.ones(2, 5, 4, device=device))
-            dropped = module(raw)
-            got = reg.on_backward_begin(torch.zeros((), device=device))
-            want = fused_ar_tar(raw, dropped, a, beta.item(), return_terms=True)
-            torch.testing.assert_close([got, reg.ar, reg.tar], [*want])
-            got.backward()
-
-
 @pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
 def test_the_coefficients_of_a_step_are_those_of_its_loss(kind: Any, device: str) -> None:
     (alpha,) = numbers(device, 2.0)

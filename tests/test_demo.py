@@ -57,9 +57,9 @@ def test_trains_end_to_end(
     found = tables(output)
     regularized, plain = found[2, 1], found[0, 0]
     for table in regularized, plain:
-        assert [row[0] for row in table] == [1, 2, 3]
-        for falling in (1, 2):  # the loss, and the perplexity
-            assert table[0][falling] > table[1][falling] > table[2][falling]
+        epochs, losses, perplexities, *_ = zip(*table, strict=True)
+        assert epochs == (1, 2, 3)
+        assert all([*x] == sorted({*x}, reverse=True) for x in (losses, perplexities))
     unigram = re.search(r"word frequencies alone: ([\d.]+)", output)
     assert unigram is not None
     assert plain[-1][2] < float(unigram[1])
@@ -70,32 +70,11 @@ def test_trains_end_to_end(
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_models_at_once_are_those_of_one_after_the_other(
-    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    """Each in a process that prints its own rows."""
-    options = "--epochs", "1"
-    run(text, tmp_path / "plot.png", *options)
-    at_once = tables(capfd.readouterr().out)
-    assert {*at_once} == {(0, 1), (0, 0)}
-    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    run(text, tmp_path / "plot.png", *options)
-    assert at_once == tables(capfd.readouterr().out)
-
-
 @pytest.mark.usefixtures("in_a_thread")
 def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    def rows(alpha: str, seed: str) -> dict[tuple[float, float], list[list[float]]]:
-        run(text, tmp_path / "plot.png", "--epochs", "1", "--alpha", alpha, "--beta", "0", "--seed", seed)
-        return tables(capsys.readouterr().out)
-
-    plain = rows("0", "5")
-    ((row,),) = plain.values()
+    run(text, tmp_path / "plot.png", "--epochs", "1", "--alpha", "0", "--beta", "0", "--seed", "5")
+    ((row,),) = tables(capsys.readouterr().out).values()
     assert all(value > 0 for value in row[1:]), "AR and TAR are measured"
-    again, other = rows("2", "5"), rows("2", "6")
-    assert again[0, 0] == plain[0, 0], "--seed decides everything"
-    assert other[0, 0][0][1] != row[1]
-    assert all(value > 0 for value in other[2, 0][0]), "TAR is measured without its coefficient"
 
 
 def test_quotes_the_study_of_the_same_training(
@@ -107,9 +86,7 @@ def test_quotes_the_study_of_the_same_training(
     for epochs, words, alpha, told in (
         (2, demo.WORDS, 2.0, "the difference is +0.00 ± 2.00, lower in 1 of 2 seeds"),
         (3, demo.WORDS, 2.0, "the difference is -1.00 ± 5.00, lower in 1 of 2 seeds"),
-        (4, demo.WORDS, 2.0, ""),
         (2, demo.WORDS - 1, 2.0, ""),
-        (2, demo.WORDS, 1.0, ""),
     ):
         runs = [made_up(pair, 1, [9.0] * epochs) for pair in ((alpha, 1.0), (0.0, 0.0))]
         study = demo.studied(Setting(text, words, epochs))

@@ -189,6 +189,15 @@ def test_second_derivatives(dropout: Any) -> None:
 # Right gradients
 
 
+@pytest.mark.parametrize("scale", [True, 3.0, torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64)], ids=str)
+def test_a_scale_of_the_penalty(scale: Any) -> None:
+    (rnn, reg), plain, x = attached_gru(in_backward=scale), gru(), inputs()
+    loss, (raw, _) = run(rnn, None, x)[0].sum(), plain(x)
+    torch.testing.assert_close(gradients(loss, rnn), gradients(raw.sum() + float(scale) * formula(raw, raw, 1), plain))
+    with pytest.raises(RuntimeError, match=r"in_backward=.* adds the penalty already; leave it out"):
+        reg.on_backward_begin(loss)
+
+
 @each_dropout
 @pytest.mark.parametrize("around", [nullcontext, torch.autograd.graph.save_on_cpu])
 @pytest.mark.parametrize("reentrant", [True, False])
