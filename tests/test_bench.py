@@ -433,12 +433,6 @@ def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # The prediction stands beside the measured share: at a small shape launches take most of the time.
     rows = "| (128, 512, 1024), float32 | 100% | 98% |", "| (2, 3, 4), float32 | 100% | 0% |"
     for text in ("self-test passed", "on this device: 0 passed", "A copy moves 3.00 TB/s in this run", "attach", *rows):
-        "self-test passed",
-        "on this device: 0 passed",
-        "A copy moves 3.00 TB/s in this run.",
-        "attach",
-        *rows,
-    ):
         assert text in outputs
     with zipfile.ZipFile(checkout / "bench" / "gpu-results.zip") as archive:
         assert archive.namelist() == [made.name, f"tests/{made.name}"]
