@@ -16,18 +16,7 @@ from fastreg.problem import Call, divisors
 from fastreg.reference import ar_tar_gradients, counted, marked
 from tests.conftest import skip_on_formula
 from tests.exact import eps, rounding
-from tests.samples import (
-    BF16,
-    DOUBLE,
-    FLOAT,
-    HALF,
-    SAMPLES,
-    Sample,
-    contiguous,
-    every_other,
-    hidden_first,
-    transposed,
-)
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample, contiguous, every_other, hidden_first, transposed
 
 ONE_TENSOR = [s for s in SAMPLES if s.dtypes[0] == s.dtypes[1] and not s.same and s.layouts[0] == s.layouts[1]]
 
@@ -112,17 +101,6 @@ def test_each_layout_is_read_as_it_lies(device: str) -> None:
         want = addition(upstream, call_of(values), gradient)
         for lay, arrange in product((contiguous, transposed, hidden_first, every_other), repeat=2):
             assert torch.equal(addition(upstream, call_of(lay(values)), arrange(gradient)), want)
-
-
-def test_a_negated_view_is_read_with_its_sign(device: str) -> None:
-    raw = torch._neg_view(torch.randn(2, 3, 4, device=device))  # dense, so that no copy resolves the sign
-    assert raw.is_neg()
-    arrived, upstream = torch.zeros(2, 3, 4, device=device), torch.ones((), device=device)
-    call, plain = call_of(raw), call_of(raw.resolve_neg())
-    with torch.no_grad():
-        got = Addition(call)(upstream, call, arrived)
-        want = Addition(plain)(upstream, plain, arrived)
-    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, HALF], ids=str)

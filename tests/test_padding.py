@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import pytest
@@ -179,21 +178,6 @@ def test_any_integers_with_any_stride(steps: str, kind: torch.dtype, device: str
 def test_more_sequences_than_are_added_at_once(device: str) -> None:
     raw, dropped = (torch.randn(1100, 3, 1, device=device, requires_grad=True) for _ in range(2))
     check_penalty(raw, dropped, ALPHA, BETA, lengths=torch.arange(1100, device=device) % 4)
-
-
-TWO_SHAPES = (4096, 2), (911, 9)
-MANY_STEPS = [*product(TWO_SHAPES, (True, False)), ((8193, 1), False), ((37, 301), False)]
-
-
-@pytest.mark.parametrize(("shape", "dropout"), MANY_STEPS, ids=str)
-def test_many_steps_are_counted(shape: tuple[int, int], dropout: bool, device: str) -> None:
-    """Up to 8192 steps are counted by each program of a launch, and more by a launch of their own."""
-    valid = (torch.arange(shape[0] * shape[1], device=device) % 37 % 5 > 0).view(shape)
-    x = torch.randn(*shape, 2, device=device, requires_grad=True)
-    if dropout:
-        check_dropout(x, torch.ones_like(x), ALPHA, BETA, valid=valid)
-    else:
-        check_penalty(x, x, ALPHA, BETA, valid=valid)
 
 
 @by_both
