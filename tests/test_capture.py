@@ -192,13 +192,17 @@ def test_a_coefficient_of_0_leaves_infinity_out() -> None:
     assert not reg.ar.isfinite()
 
 
-def test_a_coefficient_that_becomes_a_wrong_tensor_after_a_fused_dropout_has_formed_the_penalty() -> None:
+def test_a_coefficient_that_changes_after_a_fused_dropout_has_formed_the_penalty() -> None:
     module, dropout, reg = gru(), FusedRNNDropout(0.4), regularizer()
     reg.attach(module, dropout)
-    loss = dropout(module(inputs())[0]).square().sum()
-    reg.alpha = torch.full((2,), float(reg.alpha))
+    raw, _ = module(inputs())
+    dropped = dropout(raw)
+    reg.alpha = 9.0
+    check_gradients(module, penalty_of(reg, dropped), fused_ar_tar(raw, dropped, 9.0, BETA))
+    dropped = dropout(module(inputs())[0])
+    reg.alpha = torch.full((2,), 9.0)
     with pytest.raises(ValueError, match="alpha: expected a number or a 0-dim floating-point tensor"):
-        reg.on_backward_begin(loss)
+        penalty_of(reg, dropped)
 
 
 def one_run() -> tuple[nn.Module, RNNRegularizer, Tensor, Tensor]:
@@ -207,6 +211,14 @@ def one_run() -> tuple[nn.Module, RNNRegularizer, Tensor, Tensor]:
     reg.attach(module)
     raw, _ = module(inputs())
     return module, reg, raw, raw.square().sum()
+
+
+def test_the_penalty_alone_is_differentiable() -> None:
+    """Its gradient reaches activations at which no other gradient arrives."""
+    module, reg, raw, loss = one_run()
+    terms = reg.take(loss)
+    assert terms is not None
+    check_gradients(module, terms.penalty, formula(raw, raw, 1))
 
 
 @pytest.mark.parametrize("kind", [Tensor, Decorated])
