@@ -29,15 +29,7 @@ from bench import benchmarks, cases, host, machine, nets, offline, report, run, 
 from fastreg import fused_ar_tar  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 ON_GPU = pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-
-
-def in_a_process(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python without a GPU, and with no other settings of the allocator than these."""
-    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("MALLOC_", "PYTEST_XDIST_"))}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | environment, **PIPES)
 
 
 def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:
@@ -377,9 +369,12 @@ def test_an_allocator_keeps_memory_or_not() -> None:
         "import torch; from bench import machine, timing; x = torch.zeros(2**24)\n"
         "print(machine.allocator(), timing.page_faults(lambda _: (x + 1,)))"
     )
+    inherited = {name: os.environ[name] for name in os.environ if not name.startswith("MALLOC_")}
     faults = {}
-    for allocator, environment in machine.ALLOCATORS.items():
-        named, count = in_a_process(script, **environment).stdout.strip().rsplit(" ", 1)
+    for allocator, own in machine.ALLOCATORS.items():
+        environment = inherited | {"CUDA_VISIBLE_DEVICES": ""} | own
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+        named, count = done.stdout.strip().rsplit(" ", 1)
         assert named == allocator
         faults[allocator] = int(count)
     assert faults[machine.KEPT] < 2**26 // 4096 / 10 < faults[machine.DEFAULT]
