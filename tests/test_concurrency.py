@@ -1,4 +1,4 @@
-"""Threads at once, and other processes: forked, spawned, and objects sent to them."""
+"""Threads at once, and other processes, forked and spawned."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.arguments import check_not_captured
 from fastreg.kernels.streams import PerStream, is_captured
 from fastreg.plans import forget
 from tests.conftest import KERNELS_ON_CPU, gpu
-from tests.language_model import gru, inputs
 
 THREADS, TIMEOUT = 8, 60
 pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread")
@@ -139,32 +138,3 @@ def test_workers_of_a_data_loader(method: str) -> None:
     options: Any = {"batch_size": None, "num_workers": 1, "timeout": TIMEOUT, "multiprocessing_context": method}
     for got, expected in zip(DataLoader(range(3), collate_fn=numbered_step, **options), want, strict=True):
         assert_close(got, expected)
-
-
-def elsewhere(regularizer: RNNRegularizer, rnn: nn.GRU, dropout: FusedRNNDropout, x: Tensor) -> ARTAR:
-    """Use modules that were sent to a process."""
-    assert dropout.take() is None  # the penalty waits for the parent's loss
-    with pytest.raises(RuntimeError, match="nothing was captured"):
-        regularizer.on_backward_begin(torch.zeros(()))
-    regularizer.attach(rnn, dropout)
-    loss = regularizer.on_backward_begin(0 * dropout(rnn(x)[0]).sum())
-    loss.backward()
-    assert dropout.take() is None  # the regularizer took it
-    assert regularizer.ar is not None
-    assert regularizer.tar is not None
-    return ARTAR(loss.detach(), regularizer.ar, regularizer.tar)
-
-
-def test_modules_and_terms_that_are_sent_to_another_process() -> None:
-    """Amid a step of the parent, which goes on."""
-    rnn, dropout, regularizer, x = gru(), FusedRNNDropout(0.5, 2.0, 1.0), RNNRegularizer(2.0, 1.0), inputs()
-    handle = regularizer.attach(rnn, dropout)
-    raw, _ = rnn(x)
-    loss = dropout(raw).sum()
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        got = pool.apply_async(elsewhere, (regularizer, rnn, dropout, x)).get(TIMEOUT)
-    assert isinstance(got, ARTAR)
-    assert_close(got.tar, fused_ar_tar(raw, None, 0.0, 1.0).detach())
-    assert_close(got.penalty, 2 * got.ar + got.tar)
-    assert len(handle.runs) == 1
-    assert regularizer.on_backward_begin(loss) > loss

@@ -244,6 +244,7 @@ def test_copies_hold_no_capture(duplicate: Callable[[Any], Any]) -> None:
     for one in (other, duplicate(by_hand)):
         with pytest.raises(RuntimeError, match="nothing was captured; call on_loss_begin"):
             penalty_of(one)
+    torch.testing.assert_close(penalty_of(reg, output[0]), formula(*output[1:], time=1))
 
 
 def test_on_epoch_begin_resets() -> None:
