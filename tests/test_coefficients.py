@@ -12,8 +12,8 @@ from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
 from tests.calls import CALLS, MORE_CALLS, calls, everything, leaves, total
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
-MORE = ("packed", "mask_lengths", "same_lengths")
-by_call = calls(of={name: call for name, call in CALLS.items() if name != "alpha0"} | {x: MORE_CALLS[x] for x in MORE})
+NAMES = "pair", "same", "layers", "lengths", "packed", "mask", "mask_lengths", "evaluation"
+by_call = calls(*NAMES, of=CALLS | MORE_CALLS)
 
 
 def numbers(device: str, *values: float, dtype: torch.dtype = FLOAT) -> list[Tensor]:
