@@ -73,7 +73,7 @@ CALLS: dict[str, Call] = {
 }
 # Further ones, for derivatives.
 MORE_CALLS: dict[str, Call] = {
-    "same_lengths": lambda r, d, a=2.0, b=1.0: fused_ar_tar(x := r + d, x, a, b, lengths=lengths_for(r)),
+    "same_lengths": lambda r, d: fused_ar_tar(x := r + d, x, 2.0, 1.0, lengths=lengths_for(r)),
     "valid": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, valid=marks_for(r)),
     "starts": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, starts=marks_for(r).logical_not()),
     "starts_of_channels": lambda r, d: fused_ar_tar(

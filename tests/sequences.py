@@ -174,7 +174,7 @@ class Play:
             module.train(kind != "evaluation")
             torch.manual_seed(seed)
             states = None if before is None else before.results[i][1]
-            states = tree_map(torch.detach, states) if detach and before is not None else states
+            states = tree_map(detached, states) if detach and before is not None else states
             given = x.double() if i else x, states
             with torch.set_grad_enabled(kind != "no gradients"):
                 results.append(checkpoint(net, *given, use_reentrant=False) if checkpoints else net(*given))
@@ -362,6 +362,11 @@ class Play:
 
 class Refused(Exception):
     """The rest of a step is left out, as fastreg has refused a part."""
+
+
+def detached(x: Tensor) -> Tensor:
+    """Detach a state in place, as training loops do, where it is no view."""
+    return x.detach() if x._is_view() else x.detach_()
 
 
 def parameters(net: nn.Module) -> list[nn.Parameter]:

@@ -183,22 +183,6 @@ def test_masks_of_the_dropout_go_before_those_of_the_module(name: str, given: st
 # Which runs belong to a step
 
 
-@either
-def test_windows_of_one_sequence_all_count() -> None:
-    """Of one loss. From loss to loss, the state may be detached in place."""
-    model, state = seeded(Model), None
-    reg = attached(model)
-    for windows in tokens(2, BATCH, 3 * TIME):
-        loss = penalty = torch.zeros(())
-        for window in windows.split(TIME, 1):
-            raw, state = model.rnn(model.embedding(window), state)
-            dropped = model.dropout(raw)
-            loss, penalty = loss + criterion(model.decoder(dropped), window), penalty + formula(raw, dropped, 1)
-        check_gradients(model, reg.on_backward_begin(loss), loss + penalty)
-        for x in state or ():
-            x.detach_().mul_(2)
-
-
 def test_runs_that_return_leaves_all_count() -> None:
     module, reg = nn.Identity(), regularizer()
     reg.attach(module, batch_first=True)

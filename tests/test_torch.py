@@ -84,7 +84,7 @@ STEPS: dict[str, Call] = {
 TRACERS: dict[str, Callable[[Call], Any]] = {
     "jit": lambda call: torch.jit.trace(call, tuple(leaves())),
     "jit_of_one_step": lambda call: torch.jit.trace(call, tuple(leaves(1))),
-    "make_fx": lambda call: make_fx(call, tracing_mode="symbolic")(*(x.detach() for x in leaves())),
+    "make_fx": lambda call: make_fx(lambda r, d: call(r, d), tracing_mode="symbolic")(*(x.detach() for x in leaves())),
 }
 TIMES = [(3, time) for time in (70, 50, 2, 3, 16, 17, 101)]
 SIZES = [(3, 7), (5, 9), (2, 40), (30, 2), (4, 4)]
@@ -194,7 +194,7 @@ class TestCompile:
     @by_few
     def test_a_trace_of_real_tensors(self, call: Call) -> None:
         """They have memory, unlike those of a symbolic trace."""
-        graph = make_fx(call)(*(x.detach() for x in leaves()))
+        graph = make_fx(lambda r, d: call(r, d))(*(x.detach() for x in leaves()))
         assert_close(everything(graph, leaves()), everything(call, leaves()))
 
     @pytest.mark.parametrize("kind", ["builtins.float", "numpy.float64", "numpy.int64"])
