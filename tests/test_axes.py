@@ -31,7 +31,7 @@ def test_random_calls_give_the_results_of_the_formulas(first: int, device: str) 
 
 
 def without_the_last(which: int) -> Callable[..., Any]:
-    """Leave the last step (0) or the last change (1) out of those that count."""
+    """Leave out the last step (0), or the last change (1)."""
 
     def masks_of(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         masks = steps_of(x, **options)

@@ -40,7 +40,7 @@ def step(raw: Tensor, dropped: Tensor, scale: float = 1.0) -> list[Tensor]:
     ids=["cpu", "one_stream", "a_stream_each"],
 )
 def test_threads_at_once_are_exact(device: str, streams: bool) -> None:
-    """Also where two of them make the same plan at once, and expect other upstream gradients of it."""
+    """Also where two threads make the same plan at once, and have other upstream gradients."""
     inputs = [torch.randn(2, 16, 70 + i // 2, 200, device=device).unbind() for i in range(THREADS)]
     want = [step(*xs, 1 + i % 2) for i, xs in enumerate(inputs)]
     if device == "cuda":
