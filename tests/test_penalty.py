@@ -199,3 +199,5 @@ def test_lazily_negated_tensors_get_the_right_sign(negated: tuple[str, ...], dev
     got = torch.autograd.grad(fused_ar_tar(*leaves, 2.0, 1.0), leaves)
     plain = [x.resolve_neg().detach().requires_grad_() for x in xs.values()]
     torch.testing.assert_close(got, torch.autograd.grad(fused_ar_tar(*plain, 2.0, 1.0), plain))
+    layers = zip(leaves, plain, strict=True)  # the first by the formula
+    torch.testing.assert_close(fused_ar_tar(*map(list, layers), 2.0, 1.0), 2 * fused_ar_tar(*plain, 2.0, 1.0))
