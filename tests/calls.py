@@ -10,11 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from tests.samples import DOUBLE, FLOAT
 
 Call = Callable[[Tensor, Tensor], Any]
+
+
+class Nothing(TorchDispatchMode):
+    """A dispatch mode that changes nothing; fastreg runs the formula, so that modes see its operators."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
 
 
 def mask_for(x: Tensor) -> Tensor:
@@ -31,33 +39,35 @@ def marks_for(x: Tensor) -> Tensor:
     return (torch.arange(3 * x.shape[1], device=x.device) % 5 > 0).view(3, x.shape[1])
 
 
-def module_call(raw: Tensor, dropped: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    module = FusedRNNDropout(0.4, **{"alpha": 2.0, "beta": 1.0, **options})
+def module_call(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0, **options: Any) -> tuple[Tensor, ...]:
+    module = FusedRNNDropout(0.4, alpha, beta, **options)
     out, taken = module(raw * dropped), module.take()
     assert taken is not None
     return out, *taken
 
 
-def packed_call(raw: Tensor, dropped: Tensor) -> Tensor:
+def packed_call(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0) -> Tensor:
     """The first 7 rows, of sequences of 3, 2 and 2 time steps."""
     sizes = torch.tensor([3, 3, 1])
-    return fused_ar_tar(*(PackedSequence(x.flatten(0, 1)[:7], sizes) for x in (raw, dropped)), 2.0, 1.0)
+    return fused_ar_tar(*(PackedSequence(x.flatten(0, 1)[:7], sizes) for x in (raw, dropped)), alpha, beta)
 
 
-# Each takes raw and dropped, (3, time, 8), and gives tensors, those without a gradient last.
+# Each takes raw and dropped, (3, time, 8), and coefficients, and gives tensors, those without a gradient last.
 CALLS: dict[str, Call] = {
-    "pair": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0),
-    "same": lambda r, d: fused_ar_tar(x := r + d, x, 2.0, 1.0),
-    "layers": lambda r, d: fused_ar_tar([r, r * d], (d, d), 2.0, 1.0, return_terms=True),
+    "pair": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r, d, a, b),
+    "same": lambda r, d, a=2.0, b=1.0: fused_ar_tar(x := r + d, x, a, b),
+    "layers": lambda r, d, a=2.0, b=1.0: fused_ar_tar([r, r * d], (d, d), a, b, return_terms=True),
     "alpha0": lambda r, d: fused_ar_tar(r, None, 0, 1.0) + fused_ar_tar(None, d, 2.0, 0, reduction="sum"),
-    "time_first": lambda r, d: fused_ar_tar(r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, batch_first=False),
-    "channels": lambda r, d: fused_ar_tar(r.transpose(1, 2), d.transpose(1, 2), 2.0, 1.0, time_dim=-1),
-    "one_sequence": lambda r, d: fused_ar_tar(r[0], d[1], 2.0, 1.0),
-    "lengths": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, lengths=lengths_for(r)),
-    "mask": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r)),
-    "drawn": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, return_terms=True),
-    "evaluation": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, training=False),
-    "drawn_lengths": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, lengths=lengths_for(r)),
+    "time_first": lambda r, d, a=2.0, b=1.0: fused_ar_tar(
+        r.transpose(0, 1), d.transpose(0, 1), a, b, batch_first=False
+    ),
+    "channels": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r.transpose(1, 2), d.transpose(1, 2), a, b, time_dim=-1),
+    "one_sequence": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r[0], d[1], a, b),
+    "lengths": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r, d, a, b, lengths=lengths_for(r)),
+    "mask": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, mask=mask_for(r)),
+    "drawn": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, return_terms=True),
+    "evaluation": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, training=False),
+    "drawn_lengths": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, lengths=lengths_for(r)),
     "module": module_call,
     "module_of_raw": functools.partial(module_call, ar_of="raw"),
 }
@@ -74,7 +84,9 @@ MORE_CALLS: dict[str, Call] = {
     "full_mask": lambda r, d: fused_dropout_ar_tar(
         r * d, 0.4, 2.0, 1.0, mask=mask_for(r) * marks_for(r).unsqueeze(-1).to(r.dtype)
     ),
-    "mask_lengths": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r), lengths=lengths_for(r)),
+    "mask_lengths": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(
+        r * d, 0.4, a, b, mask=mask_for(r), lengths=lengths_for(r)
+    ),
     "mask_valid": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r), valid=marks_for(r)),
     "mask_starts": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r), starts=marks_for(r)),
     "mask_tensors": lambda r, d: fused_dropout_ar_tar(

@@ -25,8 +25,8 @@ def either(test: Callable[..., None]) -> Callable[..., None]:
     return unwanted(pytest.mark.usefixtures("either_dropout")(test))  # of tests/conftest.py
 
 
-def formula(raw: Tensor, dropped: Tensor, time: int) -> Tensor:
-    return ALPHA * dropped.pow(2).mean() + BETA * raw.diff(dim=time).pow(2).mean()
+def formula(raw: Tensor, dropped: Tensor, time: int, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
+    return alpha * dropped.pow(2).mean() + beta * raw.diff(dim=time).pow(2).mean()
 
 
 class Elementwise(nn.Module):

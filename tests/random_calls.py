@@ -1,4 +1,4 @@
-"""Random calls of `fused_ar_tar` and `fused_dropout_ar_tar`, compared with loops over time steps in float64.
+"""Random calls of `fused_ar_tar` and `fused_dropout_ar_tar`, compared with the formulas in float64.
 
 `python -m tests.random_calls --count 10000` makes 10,000 calls, and prints the seed and the arguments of each kind of
 which a result or a gradient is wrong. A seed draws a kind: an operation, dtypes, layouts, steps and coefficients. Three
@@ -8,51 +8,27 @@ calls of a kind follow one another with other values, so that the second and the
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
+from tests.calls import Nothing
 from tests.conftest import INTERPRETED
-from tests.exact import assert_gradient, assert_terms, eps, rounding, spoil
+from tests.exact import assert_gradient, assert_terms, eps, exact, gradients_of, rounding, spoil, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
 DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # which the interpreter cuts off
 MARKS = [torch.bool, torch.uint8, torch.int32, torch.int64]
 STEPS = [(), (), ("lengths",), ("valid",), ("starts",), ("lengths", "starts"), ("valid", "starts")]
 CALLS = 3  # of one kind
-
-
-class Nothing(TorchDispatchMode):
-    """A dispatch mode that changes nothing; fastreg runs the formula, so that modes see its operators."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
-class Steps(NamedTuple):
-    """Time steps, one row a sequence: the arguments, whether each step counts, and whether the change into it does."""
-
-    given: dict[str, Tensor]
-    counts: list[list[bool]]
-    changes: list[list[bool]]
-
-
-class Terms(NamedTuple):
-    """AR and TAR of layers, and for each layer the gradient of TAR for raw and that of AR for dropped."""
-
-    ar: float
-    tar: float
-    gradients: list[tuple[Tensor, Tensor]]
 
 
 def memory(values: Tensor, draw: random.Random, expands: bool) -> Tensor:
@@ -74,28 +50,8 @@ def memory(values: Tensor, draw: random.Random, expands: bool) -> Tensor:
     return x.detach()
 
 
-def by_loops(layers: Sequence[tuple[Tensor, Tensor]], steps: Steps, mean: bool) -> Terms:
-    """Form the terms of raw and dropped of layers, float64 `(sequences, time, elements)`, by loops."""
-    ar, tar, gradients = [], [], []
-    for raw, dropped in layers:
-        of_raw, of_dropped = torch.zeros_like(raw), torch.zeros_like(dropped)
-        n, m = (max(raw.shape[2] * sum(map(sum, x)), 1) if mean else 1 for x in (steps.counts, steps.changes))
-        for i, (counts, changes) in enumerate(zip(steps.counts, steps.changes, strict=True)):
-            for t in range(raw.shape[1]):
-                if counts[t]:
-                    ar += (dropped[i, t] ** 2 / n).tolist()
-                    of_dropped[i, t] += 2 / n * dropped[i, t]
-                if changes[t]:
-                    change = raw[i, t] - raw[i, t - 1]
-                    tar += (change**2 / m).tolist()
-                    of_raw[i, t] += 2 / m * change
-                    of_raw[i, t - 1] -= 2 / m * change
-        gradients.append((of_raw, of_dropped))
-    return Terms(math.fsum(ar), math.fsum(tar), gradients)
-
-
 class Kind:
-    """Draw a kind of call from a seed, and compare calls of this kind with the loops.
+    """Draw a kind of call from a seed, and compare calls of this kind with the formulas.
 
     Attributes:
         chosen: the drawn values, by their names.
@@ -164,39 +120,30 @@ class Kind:
         self.shape = tuple(shape)
         self.chosen |= {"shape": self.shape, **self.layout}
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Return a tensor on the CPU as `(sequences, time, elements)`; the batch is the first axis beside time."""
-        x = x.cpu()
-        x = x.movedim(self.axis, 0) if self.axis == 0 else x.movedim(self.axis, 1)
-        x = x.transpose(0, 1) if self.axis == 0 and x.dim() > 2 else x[None] if self.axis == 0 else x
-        return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-
-    def leaf(self, i: int, steps: Steps) -> Tensor:
+    def leaf(self, i: int, steps: dict[str, Tensor]) -> Tensor:
         """Draw raw or dropped, with NaN and infinity where steps do not count."""
         values = torch.randn(self.shape, generator=self.bits, dtype=DOUBLE) * self.draw.choice([0.1, 1, 3])
         values = values.to(self.dtypes[i])
         if self.operation != "packed" and self.spoils:
-            spoil(values, **steps.given, **self.layout)
-        return memory(values.to(self.device), self.draw, expands=not steps.given).requires_grad_(self.needs[i])
+            spoil(values, **steps, **self.layout)
+        return memory(values.to(self.device), self.draw, expands=not steps).requires_grad_(self.needs[i])
 
-    def steps(self) -> Steps:
+    def steps(self) -> dict[str, Tensor]:
         """Draw lengths, valid steps and starts."""
-        sequences, time, _ = self.rows(torch.empty(self.shape)).shape
-        given, counts = {}, torch.ones(sequences, time, dtype=torch.bool)
-        starts = torch.zeros_like(counts)
+        batch = 0 if self.axis else 1
+        sequences = self.shape[batch] if self.axis or len(self.shape) > 2 else 1
+        time = self.shape[self.axis]
+        given = {}
         if "lengths" in self.marks:
             lengths = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
-            counts = torch.arange(time) < lengths[:, None]
             given["lengths"] = lengths.to(self.draw.choice([torch.int32, torch.int64]))
         if "valid" in self.marks:
-            counts = torch.rand(sequences, time, generator=self.bits) < self.draw.choice([0.3, 0.8, 1.0])
-            given["valid"] = counts.to(self.draw.choice(MARKS))
+            valid = torch.rand(sequences, time, generator=self.bits) < self.draw.choice([0.3, 0.8, 1.0])
+            given["valid"] = valid.to(self.draw.choice(MARKS))
         if "starts" in self.marks:
             starts = torch.rand(sequences, time, generator=self.bits) < 0.3
             given["starts"] = starts.to(self.draw.choice(MARKS))
-        changes = counts & counts.roll(1, 1) & ~starts
-        changes[:, :1] = False
-        return Steps(given, counts.tolist(), changes.tolist())
+        return given
 
     def coefficients(self) -> tuple[list[Any], list[float]]:
         """Draw alpha and beta, as the call gets them and as numbers."""
@@ -224,20 +171,24 @@ class Kind:
                 (self.dropout if self.operation == "dropout" else self.penalty)(self.steps())
             self.counts["calls"] += 1
 
-    def penalty(self, steps: Steps) -> None:
+    def truth(self, raw: Tensor, dropped: Tensor, coefficients: Sequence[float], steps: dict[str, Tensor]) -> ARTAR:
+        return truth(raw, dropped, *coefficients, self.options["reduction"], **steps, **self.layout)
+
+    def penalty(self, steps: dict[str, Tensor]) -> None:
         """Compare a call of `fused_ar_tar`."""
         raws, kept = ([self.leaf(i, steps) for i in range(side, len(self.dtypes), 2)] for side in range(2))
         kept = raws if self.operation == "same" else kept
-        exact = [
-            (self.rows(x.detach().double()), self.rows(y.detach().double())) for x, y in zip(raws, kept, strict=True)
-        ]
-        terms = by_loops(exact, steps, self.options["reduction"] == "mean")
         given, (alpha, beta) = self.coefficients()
-        self.chosen |= {"alpha": alpha, "beta": beta, **steps.given}
+        self.chosen |= {"alpha": alpha, "beta": beta, **steps}
+        exactly = {id(x): exact(x) for x in (*raws, *kept)}
+        layers = [
+            self.truth(exactly[id(x)], exactly[id(y)], (alpha, beta), steps) for x, y in zip(raws, kept, strict=True)
+        ]
+        want = ARTAR(*(torch.stack(x).sum() for x in zip(*layers, strict=True)))
         arguments: list[Any] = [[self.seen(x) for x in side] for side in (raws, kept)]
         if self.operation == "packed":
-            lengths = steps.given["lengths"].long()
             options: Any = {"batch_first": True, "enforce_sorted": False}
+            lengths = steps["lengths"].long()
             arguments = [[pack_padded_sequence(x, lengths, **options) for x in side] for side in arguments]
         arguments = arguments[:1] * 2 if kept is raws else arguments
         arguments = arguments if self.is_list else [side[0] for side in arguments]
@@ -246,42 +197,36 @@ class Kind:
             for x, is_tensor in ((beta, self.are_tensors[1]), (alpha, self.are_tensors[0]))
         ]
         arguments = [x if reads or self.chance(0.5) else None for x, reads in zip(arguments, is_read, strict=True)]
-        marks = {} if self.operation == "packed" else steps.given
+        marks = {} if self.operation == "packed" else steps
         got: Any = fused_ar_tar(arguments[0], arguments[1], *given, **marks, **self.options)
         dtypes = [x.dtype for side, reads in zip((raws, kept), is_read, strict=True) for x in side if reads]
-        penalty = self.compare_terms(got, terms, (alpha, beta), dtypes)
-        wanted: dict[int, tuple[Tensor, list[Tensor]]] = {}
-        for side, (tensors, coefficient) in enumerate(((raws, beta), (kept, alpha))):
-            for x, both in zip(tensors, terms.gradients, strict=True):
-                if x.requires_grad and coefficient:
-                    wanted.setdefault(id(x), (x, []))[1].append(coefficient * both[side])
-        leaves = [x for x, _ in wanted.values()]
+        penalty = self.compare_terms(got, want, dtypes)
+        both = [(x, beta) for x in raws] + [(x, alpha) for x in kept]
+        leaves = [*{id(x): x for x, coefficient in both if x.requires_grad and coefficient}.values()]
         for retain in (True, False) if leaves else ():  # a second backward forms the gradients anew
             scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])
             gradients = torch.autograd.grad(penalty * scale, leaves, retain_graph=retain, create_graph=self.second)
-            for gradient, (_, parts) in zip(gradients, wanted.values(), strict=True):
-                self.compare_gradient(gradient, [scale * x for x in parts], penalty.dtype)
+            for gradient, x in zip(gradients, leaves, strict=True):
+                parts = gradients_of(want, (scale * alpha, scale * beta), exactly[id(x)])
+                self.compare_gradient(gradient, parts, penalty.dtype)
 
-    def dropout(self, steps: Steps) -> None:
+    def dropout(self, steps: dict[str, Tensor]) -> None:
         """Compare a call of `fused_dropout_ar_tar`."""
         raw, shape = self.leaf(0, steps), list(self.shape)
         if not self.full_mask:
             shape[self.axis] = 1
         mask = memory((torch.rand(shape, generator=self.bits) < 0.6).to(raw) * 1.5, self.draw, expands=False)
         given, (alpha, beta) = self.coefficients()
-        self.chosen |= {"alpha": alpha, "beta": beta, **steps.given}
-        options: Any = {"mask": self.seen(mask), **steps.given, **self.options}
+        self.chosen |= {"alpha": alpha, "beta": beta, **steps}
+        options: Any = {"mask": self.seen(mask), **steps, **self.options}
         dropped, got = fused_dropout_ar_tar(self.seen(raw), 0.4, given[0], given[1], **options)
-        torch.testing.assert_close(
-            dropped.double(), raw.double() * mask.double(), rtol=rounding(raw), atol=1e-7, equal_nan=True
-        )
-        exact = self.rows(raw.detach().double()), self.rows(dropped.detach().double())
-        terms = by_loops([exact], steps, self.options["reduction"] == "mean")
-        penalty = self.compare_terms(got, terms, (alpha, beta), [raw.dtype])
+        values, keep = exact(raw), mask.double()
+        torch.testing.assert_close(dropped.double(), raw.double() * keep, rtol=rounding(raw), atol=1e-7, equal_nan=True)
+        rounded = values * keep + (exact(dropped) - values * keep).detach()
+        want = self.truth(values, rounded, (alpha, beta), steps)
+        penalty = self.compare_terms(got, want, [raw.dtype])
         if not raw.requires_grad:
             return
-        of_raw, of_dropped = terms.gradients[0]
-        keep = self.rows(mask.double().expand(self.shape))
         arriving = memory(torch.randn(self.shape, generator=self.bits).to(raw), self.draw, expands=True)
         for retain in (True, False):
             scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])
@@ -289,24 +234,38 @@ class Kind:
             if penalty.requires_grad:
                 outputs, upstream = [dropped, penalty], [arriving, torch.full_like(penalty, scale)]
             (gradient,) = torch.autograd.grad(outputs, raw, upstream, retain_graph=retain, create_graph=self.second)
-            parts = [scale * beta * of_raw, scale * alpha * of_dropped * keep, self.rows(arriving.double()) * keep]
+            parts = [arriving.double() * keep, *gradients_of(want, (scale * alpha, scale * beta), values)]
             self.compare_gradient(gradient, parts, penalty.dtype)
 
-    def compare_terms(self, got: Any, terms: Terms, coefficients: tuple[float, float], dtypes: Sequence[Any]) -> Tensor:
+    def compare_terms(self, got: Any, want: ARTAR, dtypes: Sequence[Any]) -> Tensor:
         """Compare the results of a call, and return its penalty."""
-        alpha, beta = coefficients
-        want = torch.tensor([alpha * terms.ar + beta * terms.tar, terms.ar, terms.tar], dtype=DOUBLE).unbind()
         if self.options["return_terms"]:
-            assert_terms(got, ARTAR(*want), *dtypes)
+            assert_terms(got, want, *dtypes)
             return got.penalty
         assert got.dtype == (DOUBLE if DOUBLE in dtypes else FLOAT)
-        torch.testing.assert_close(got.detach().double().cpu(), want[0], rtol=8 * eps(*dtypes), atol=0)
+        torch.testing.assert_close(got.detach().double(), want.penalty.detach(), rtol=8 * eps(*dtypes), atol=0)
         return got
 
     def compare_gradient(self, got: Tensor, parts: list[Tensor], computed: torch.dtype) -> None:
         largest = sum(float(x.abs().max()) for x in parts if x.numel())
-        assert_gradient(self.rows(got.detach()), torch.stack(parts).sum(0), largest, computed)
+        assert_gradient(got.detach(), torch.stack(parts).sum(0), largest, computed)
         self.counts["gradients"] += 1
+
+
+def play_all(seeds: Sequence[int], make: Callable[[int], Any]) -> None:
+    """Play a case of each seed, print those that are wrong, and exit."""
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        case: Any = None
+        try:
+            case = make(seed)
+            case.play()
+        except Exception:
+            counts["wrong"] += 1
+            print(f"seed {seed}: {case}\n{traceback.format_exc(limit=-3)}", flush=True)
+        counts.update(case.counts if case else {})
+    print(f"{len(seeds)} seeds, {counts['wrong']} wrong: {dict(counts)}")
+    raise SystemExit(counts["wrong"] > 0)
 
 
 def main() -> None:
@@ -315,18 +274,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="of calls, three a kind")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    counts: Counter[str] = Counter()
-    for seed in range(args.seed, args.seed - (-args.count // CALLS)):
-        kind: Any = None
-        try:
-            kind = Kind(seed, args.device)
-            kind.play()
-        except Exception:
-            counts["wrong"] += 1
-            print(f"seed {seed}: {kind}\n{traceback.format_exc(limit=-3)}", flush=True)
-        counts.update(kind.counts if kind else {})
-    print(f"{counts['wrong']} wrong: {dict(counts)}")
-    raise SystemExit(counts["wrong"] > 0)
+    play_all(range(args.seed, args.seed - (-args.count // CALLS)), lambda seed: Kind(seed, args.device))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 from tests.language_model import Elementwise, Locked, Loop, Wrapper
+from tests.random_calls import play_all
 
 BATCH, HIDDEN, P = 3, 4, 0.4
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -174,7 +174,7 @@ class Play:
             module.train(kind != "evaluation")
             torch.manual_seed(seed)
             states = None if before is None else before.results[i][1]
-            states = tree_map(torch.detach, states) if detach and before is not None else states
+            states = tree_map(detached, states) if detach and before is not None else states
             given = x.double() if i else x, states
             with torch.set_grad_enabled(kind != "no gradients"):
                 results.append(checkpoint(net, *given, use_reentrant=False) if checkpoints else net(*given))
@@ -364,6 +364,11 @@ class Refused(Exception):
     """The rest of a step is left out, as fastreg has refused a part."""
 
 
+def detached(x: Tensor) -> Tensor:
+    """Detach a state in place, as training loops do, where it is no view."""
+    return x.detach() if x._is_view() else x.detach_()
+
+
 def parameters(net: nn.Module) -> list[nn.Parameter]:
     return [x for x in net.parameters() if x.requires_grad]
 
@@ -384,18 +389,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float64"], help="by default either")
     parser.add_argument("--compiled", choices=["yes", "no"], help="by default a fifth of the sequences")
     args = parser.parse_args()
-    counts: Counter[str] = Counter()
-    for seed in range(args.seed, args.seed + args.count):
-        play: Any = None
-        try:
-            play = Play(seed, args.dtype and getattr(torch, args.dtype), args.compiled and args.compiled == "yes")
-            play.play()
-        except Exception:
-            counts["wrong"] += 1
-            print(f"seed {seed}: {play}\n{traceback.format_exc(limit=-3)}", flush=True)
-        counts.update(play.counts if play else {})
-    print(f"{args.count} sequences, {counts['wrong']} wrong: {dict(counts)}")
-    raise SystemExit(counts["wrong"] > 0)
+    dtype, compiled = args.dtype and getattr(torch, args.dtype), args.compiled and args.compiled == "yes"
+    play_all(range(args.seed, args.seed + args.count), lambda seed: Play(seed, dtype, compiled))
 
 
 if __name__ == "__main__":

@@ -16,18 +16,7 @@ from fastreg.problem import Call, divisors, is_on
 from fastreg.reference import ar_tar_gradients, counted, marked
 from tests.conftest import skip_on_formula
 from tests.exact import eps, rounding
-from tests.samples import (
-    BF16,
-    DOUBLE,
-    FLOAT,
-    HALF,
-    SAMPLES,
-    Sample,
-    contiguous,
-    every_other,
-    hidden_first,
-    transposed,
-)
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample, contiguous, every_other, hidden_first, transposed
 
 ONE_TENSOR = [s for s in SAMPLES if s.dtypes[0] == s.dtypes[1] and not s.same and s.layouts[0] == s.layouts[1]]
 

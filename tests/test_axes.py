@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from tests import exact
 from tests.conftest import INTERPRETED, skip_on_formula
-from tests.random_calls import Kind, Steps
+from tests.exact import steps_of
+from tests.random_calls import Kind
 
 KINDS = 5  # a test
 FIRST = range(0, 25 if INTERPRETED else 200, KINDS)
 
 
 @pytest.mark.parametrize("first", FIRST)
-def test_random_calls_give_the_results_of_loops_over_time(first: int, device: str) -> None:
+def test_random_calls_give_the_results_of_the_formulas(first: int, device: str) -> None:
     for seed in range(first, first + KINDS):
         kind = Kind(seed, device)
         try:
@@ -27,32 +30,36 @@ def test_random_calls_give_the_results_of_loops_over_time(first: int, device: st
         assert kind.counts["calls"] > 0
 
 
-def flipped(steps: Steps, what: str) -> Steps:
-    """Flip whether the last step counts, or changes."""
-    rows = [list(row) for row in getattr(steps, what)]
-    rows[-1][-1] = not rows[-1][-1]
-    return steps._replace(**{what: rows})
+def without_the_last(which: int) -> Callable[..., Any]:
+    """Leave out the last step (0), or the last change (1)."""
+
+    def masks_of(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        masks = steps_of(x, **options)
+        masks[which][(-1,) * x.dim()] = False
+        return masks
+
+    return masks_of
 
 
-# Changes that make a call wrong.
-WRONG: dict[str, Callable[[Any], None]] = {
-    "alpha": lambda kind: setattr(kind, "coefficients", lambda: ([2.0, 1.0], [2.001, 1.0])),
-    "beta": lambda kind: setattr(kind, "coefficients", lambda: ([2.0, 1.0], [2.0, 1.001])),
-    "steps that count": lambda kind: setattr(kind, "steps", lambda: flipped(Kind.steps(kind), "counts")),
-    "changes that count": lambda kind: setattr(kind, "steps", lambda: flipped(Kind.steps(kind), "changes")),
+# Changes that make the formulas wrong.
+WRONG: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
+    "alpha": lambda kind, _: setattr(kind, "coefficients", lambda: ([2.0, 1.0], [2.001, 1.0])),
+    "beta": lambda kind, _: setattr(kind, "coefficients", lambda: ([2.0, 1.0], [2.0, 1.001])),
+    "steps that count": lambda _, patch: patch.setattr(exact, "steps_of", without_the_last(0)),
+    "changes that count": lambda _, patch: patch.setattr(exact, "steps_of", without_the_last(1)),
 }
 
 
 def depends_on_all(kind: Kind) -> bool:
     """Return whether the penalty depends on both coefficients and on each step."""
-    return kind.zero is None and kind.shape[kind.axis] > 1 and 0 not in kind.shape
+    return kind.zero is None and not kind.marks and kind.shape[kind.axis] > 1 and 0 not in kind.shape
 
 
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("seed", [seed for seed in range(40) if depends_on_all(Kind(seed))][:3])
-def test_wrong_calls_fail(seed: int, what: str) -> None:
+def test_wrong_calls_fail(seed: int, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = Kind(seed)
-    WRONG[what](kind)
+    WRONG[what](kind, monkeypatch)
     with pytest.raises(AssertionError, match=r"close|off by"):
         kind.play()
 
@@ -75,15 +82,3 @@ def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
     dropped, _ = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
     assert torch.equal(dropped, dropped[:, :, :1].expand_as(x))
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
-
-
-def test_a_start_is_no_hole(device: str) -> None:
-    """Two documents in a row have the penalty of separate ones; the first step of the second counts."""
-    x, y = (torch.randn(1, n, 5, device=device) for n in (4, 6))
-    starts = torch.zeros(1, 10, dtype=torch.bool, device=device)
-    starts[0, 4] = True
-    whole = fused_ar_tar(torch.cat([x, y], 1), None, 0.0, 1.0, starts=starts, reduction="sum")
-    parts = sum(fused_ar_tar(z, None, 0.0, 1.0, reduction="sum") for z in (x, y))
-    torch.testing.assert_close(whole, parts)
-    whole = fused_ar_tar(None, torch.cat([x, y], 1), 1.0, 0.0, starts=starts)
-    torch.testing.assert_close(whole, torch.cat([x, y], 1).square().mean())

@@ -2,95 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
-from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import leaves
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
+from tests.calls import CALLS, MORE_CALLS, calls, everything, leaves, total
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
-Ways = dict[str, Callable[..., Any]]
-
-
-def penalty(raw: Tensor, dropped: Tensor, *coefficients: Any, **options: Any) -> tuple[Tensor, ...]:
-    return fused_ar_tar(raw, dropped, *coefficients, return_terms=True, **options)
-
-
-def packed(raw: Tensor, dropped: Tensor, *coefficients: Any) -> tuple[Tensor, ...]:
-    both = [pack_padded_sequence(x, [5, 3, 1], batch_first=True) for x in (raw, dropped)]
-    return fused_ar_tar(*both, *coefficients, return_terms=True)
-
-
-def dropout(raw: Tensor, dropped: Tensor, *coefficients: Any, **options: Any) -> tuple[Tensor, ...]:
-    mask = (dropped.detach()[:, :1] > 0).to(raw.dtype) * 2
-    return fused_dropout_ar_tar(raw, 0.5, *coefficients, mask=mask, return_terms=True, **options)[1]
-
-
-WAYS: Ways = {
-    "two": penalty,
-    "same": lambda raw, _, *coefficients: penalty(raw, raw, *coefficients),
-    "lengths": lambda *xs: penalty(*xs, lengths=torch.tensor([5, 0, 3])),
-    "packed": packed,
-    "layers": lambda raw, dropped, *coefficients: penalty([raw, dropped], [dropped, dropped], *coefficients),  # pyright: ignore[reportArgumentType]
-    "dropout": dropout,
-    "dropout, lengths": lambda *xs: dropout(*xs, lengths=torch.tensor([5, 0, 3])),
-    "nothing dropped": lambda raw, _, *coefficients: fused_dropout_ar_tar(raw, 0.0, *coefficients, return_terms=True)[
-        1
-    ],
-}
-ways = pytest.mark.parametrize("way", WAYS)
+NAMES = "pair", "same", "layers", "lengths", "packed", "mask", "mask_lengths", "evaluation"
+by_call = calls(*NAMES, of=CALLS | MORE_CALLS)
 
 
 def numbers(device: str, *values: float, dtype: torch.dtype = FLOAT) -> list[Tensor]:
     return [torch.tensor(x, device=device, dtype=dtype) for x in values]
 
 
-def step(way: str, xs: list[Tensor], *coefficients: Any) -> list[Tensor | None]:
-    """Penalty, terms and gradients."""
-    results = WAYS[way](*xs, *coefficients)
-    return [*results, *torch.autograd.grad(results[0], xs, allow_unused=True)]
+def step(call: Any, xs: list[Tensor], *coefficients: Any) -> list[Tensor]:
+    return everything(lambda *xs: call(*xs, *coefficients), xs)
 
 
-def assert_same(got: list[Tensor | None], want: list[Tensor | None]) -> None:
-    for x, y in zip(got, want, strict=True):
-        assert (x is y is None) or torch.equal(x, y)  # pyright: ignore[reportArgumentType]
+def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
-@ways
+@by_call
 @pytest.mark.parametrize(("dtype", "kind"), [(FLOAT, FLOAT), (FLOAT, HALF), (BF16, DOUBLE), (DOUBLE, FLOAT)], ids=str)
-def test_as_numbers(way: str, dtype: torch.dtype, kind: torch.dtype, device: str) -> None:
+def test_as_numbers(call: Any, dtype: torch.dtype, kind: torch.dtype, device: str) -> None:
     """Bit for bit; one of both may be a number."""
     xs = leaves(5, dtype, device)
-    want = step(way, xs, 2.0, 0.75)
+    want = step(call, xs, 2.0, 0.75)
     alpha, beta = numbers(device, 2.0, 0.75, dtype=kind)
     for coefficients in ((alpha, beta), (2.0, beta)):
-        assert_same(step(way, xs, *coefficients), want)
+        assert_same(step(call, xs, *coefficients), want)
 
 
-@ways
-def test_changed_in_place_between_steps(way: str, device: str) -> None:
+@by_call
+def test_changed_in_place_between_steps(call: Any, device: str) -> None:
     xs = leaves(device=device)
     alpha, beta = numbers(device, 0.0, 0.0)
     for a, b in ((2.0, 1.0), (0.0, 3.0), (1.5, 0.0)):
         alpha.fill_(a)
         beta.fill_(b)
-        got, want = step(way, xs, alpha, beta), step(way, xs, a, b)
-        assert_same(got[:3], want[:3])
-        for x, y in zip(got[3:], want[3:], strict=True):
-            if x is not None:  # a number that is 0 leaves the gradient out
-                assert torch.equal(x, torch.zeros_like(x) if y is None else y)
+        assert_same(step(call, xs, alpha, beta), step(call, xs, a, b))
 
 
-@ways
-def test_a_change_before_the_backward_is_an_error(way: str, device: str) -> None:
+@by_call
+def test_a_change_before_the_backward_is_an_error(call: Any, device: str) -> None:
     xs = leaves(device=device)
     alpha, beta = numbers(device, 2.0, 1.0)
-    got = WAYS[way](*xs, alpha, beta)[0]
+    got = total(call(*xs, alpha, beta))
     beta.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         got.backward()
@@ -110,8 +73,8 @@ def test_tensors_of_inference_mode_and_subclasses(device: str) -> None:
     with torch.inference_mode():
         alpha = torch.tensor(2.0, device=device)
     beta = torch.tensor(1.0, device=device).as_subclass(Decorated)
-    for way in ("two", "dropout"):
-        assert_same(step(way, xs, alpha, beta), step(way, xs, 2.0, 1.0))
+    for name in ("pair", "mask"):
+        assert_same(step(CALLS[name], xs, alpha, beta), step(CALLS[name], xs, 2.0, 1.0))
 
 
 def test_a_regularizer_keeps_the_very_tensor(device: str) -> None:
@@ -138,23 +101,6 @@ def test_attach_takes_a_tensor_of_inference_mode(kind: Any, device: str) -> None
             loss = reg.on_backward_begin(module(rnn(torch.ones(2, 5, 4, device=device))[0]).sum())
             gradients.append(torch.autograd.grad(loss, [*rnn.parameters()]))
     torch.testing.assert_close(*gradients)
-
-
-def test_the_regularizer_and_the_module(device: str) -> None:
-    """A schedule changes the tensor that both share, in place."""
-    alpha, beta = numbers(device, 2.0, 1.0)
-    for module in (FusedRNNDropout(0.5, 1.0, 1.0), nn.Dropout(0.0)):
-        reg, rnn = RNNRegularizer(alpha, beta), nn.LSTM(4, 6, batch_first=True).to(device)
-        reg.attach(rnn, module)
-        for a in (2.0, 0.0, 3.0):
-            alpha.fill_(a)
-            beta.add_(1)
-            raw, _ = rnn(torch.ones(2, 5, 4, device=device))
-            dropped = module(raw)
-            got = reg.on_backward_begin(torch.zeros((), device=device))
-            want = fused_ar_tar(raw, dropped, a, beta.item(), return_terms=True)
-            torch.testing.assert_close([got, reg.ar, reg.tar], [*want])
-            got.backward()
 
 
 @pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])

@@ -22,10 +22,8 @@ from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import CPP
 from fastreg.kernels import cpu
 from fastreg.plans import forget
-from fastreg.problem import Call, Kind
-from fastreg.reference import ar_tar
 from tests.conftest import CPU
-from tests.exact import check_dropout, check_penalty, spoil
+from tests.exact import check_dropout, check_penalty, spoil, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, sliced, transposed
 
 pytestmark = pytest.mark.skipif(
@@ -82,10 +80,7 @@ def test_infinity_and_nan_spread_as_in_the_formula(dtype: torch.dtype, value: fl
     raw[0, 0, 3] = raw[1, 2, 5] = raw[1, 4, 39] = dropped[0, 1, 1] = value
     xs = [x.requires_grad_() for x in (raw, dropped)]
     doubles = [x.detach().double().requires_grad_() for x in xs]
-    got, want = (
-        fused_ar_tar(*xs, ALPHA, BETA, return_terms=True),
-        ar_tar(Call(*doubles, ALPHA, BETA, None, Kind(measured=True, dtype=DOUBLE))),
-    )
+    got, want = fused_ar_tar(*xs, ALPHA, BETA, return_terms=True), truth(*doubles, ALPHA, BETA)
     torch.testing.assert_close([x.double() for x in got], list(want), equal_nan=True)
     for x, y in zip(torch.autograd.grad(got.penalty, xs), torch.autograd.grad(want.penalty, doubles), strict=True):
         assert x.isfinite().equal(y.isfinite())
@@ -230,29 +225,16 @@ def test_nothing_is_allocated_beyond_the_results(
 
 
 IN_A_PROCESS = """
-import resource, torch
+import torch
 from fastreg import fused_ar_tar
-
-def penalty(valid):
-    raw = torch.ones(()).expand(*valid.shape, 1)
-    return fused_ar_tar(raw, raw, 2.0, 1.0, valid=valid)
-
-valid = torch.ones(1, 20_000_000, dtype=torch.bool)
-valid[0, 1::3] = False
-penalty(valid[:, :8].contiguous())
+fused_ar_tar(torch.ones(2, 3, 4), None, 0.0, 1.0)
 paths = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
 assert len({path for path in paths if "omp" in path.rpartition("/")[2]}) == 1, paths
-with open("/proc/self/statm") as file:
-    used = int(file.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 40_000_000, resource.RLIM_INFINITY))
-value = penalty(valid)
-assert value == 2, value
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_one_openmp_runtime_and_a_byte_for_a_valid_step() -> None:
-    """20 million steps are marked with 40 MB left."""
+def test_one_openmp_runtime() -> None:
     done = subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

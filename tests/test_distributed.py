@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import gpu
 from tests.exact import check_dropout, check_penalty
-from tests.language_model import formula
+from tests.language_model import VOCABULARY, Model, criterion, formula
 
 TIMEOUT = 60  # seconds, for whatever waits: a group that hangs fails
 
@@ -55,24 +54,13 @@ def in_both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         yield lambda function, *arguments: both(function, arguments, arguments)
 
 
-class Masked(nn.Module):
-    """Dropout with a mask that comes with the batch."""
+class LanguageModel(Model):
+    """Returns raw and dropped, too, and counts its resets."""
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return x * mask
+    resets = 0
 
-
-class LanguageModel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.lstm = nn.Embedding(20, 6), nn.LSTM(6, 8, batch_first=True)
-        self.dropout, self.decoder = Masked(), nn.Linear(8, 20)
-        self.resets = 0
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        raw, _ = self.lstm(self.embedding(tokens))
-        dropped = self.dropout(raw, mask)
-        return self.decoder(dropped), raw, dropped
+    def forward(self, x: Tensor) -> Any:
+        return self.activations(x)
 
     def reset(self) -> None:
         self.resets += 1
@@ -92,25 +80,25 @@ def train(how: str, penalty_by: str) -> None:
     plain.load_state_dict(model.state_dict())
     regularizer = RNNRegularizer(2.0, 1.0)
     if penalty_by == "attach":
-        regularizer.attach(model.lstm, model.dropout)
+        regularizer.attach(model.rnn, model.dropout)
     outer, plain_outer = WRAPPERS[how](model), WRAPPERS[how](plain)
     regularizer.on_epoch_begin(outer)
     assert_close(model.resets, 1)
     optimizers = [torch.optim.SGD(x.parameters(), 0.5) for x in (outer, plain_outer)]
     half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
-    for _ in range(3):
-        tokens, mask = torch.randint(20, (4, 8))[half], (torch.empty(4, 1, 8).bernoulli_(0.5) * 2)[half]
-        inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
-        output = outer(inputs, mask)
+    for step in range(3):
+        tokens = torch.randint(VOCABULARY, (4, 8))[half]
+        torch.manual_seed(step)
+        output = outer(tokens)
         if penalty_by == "on_loss_begin":
             regularizer.on_loss_begin(output)
-        loss = cross_entropy(output[0].flatten(0, 1), targets)
+        loss = criterion(output[0], tokens)
         by_hand = penalty_by == "hand"
         loss = loss + fused_ar_tar(*output[1:], 2.0, 1.0) if by_hand else regularizer.on_backward_begin(loss)
         loss.backward()
-        decoded, raw, dropped = plain_outer(inputs, mask)
-        loss = cross_entropy(decoded.flatten(0, 1), targets)
-        (loss + formula(raw, dropped, time=1)).backward()
+        torch.manual_seed(step)
+        decoded, raw, dropped = plain_outer(tokens)
+        (criterion(decoded, tokens) + formula(raw, dropped, time=1)).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

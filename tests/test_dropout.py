@@ -30,10 +30,6 @@ def mask_for(sample: Sample, raw: Tensor, full: bool, p: float = 0.4) -> Tensor:
     return raw.detach().new_empty(shape).bernoulli_(1 - p).div_(1 - p)
 
 
-def fused(sample: Sample, raw: Tensor, mask: Tensor, **options: Any) -> Any:
-    return fused_dropout_ar_tar(raw, 0.4, sample.alpha, sample.beta, mask=mask, **sample.options, **options)
-
-
 @pytest.mark.parametrize("sample", one_tensor, ids=str)
 @pytest.mark.parametrize("kind", ["locked", "full", "AR of raw"])
 def test_values_and_gradients(sample: Sample, kind: str, device: str, poison: None) -> None:
@@ -128,19 +124,6 @@ def test_the_mask_is_drawn_as_fastai_draws_it(
     assert len(dropped.unique()) == 2
 
 
-def test_repeats_bitwise(device: str) -> None:
-    sample = Sample((2, 37, 201))
-    raw = sample.leaves(device)[0]
-    mask = mask_for(sample, raw, False)
-
-    def run() -> list[Tensor]:
-        dropped, got = fused(sample, raw, mask)
-        return [dropped, got, *torch.autograd.grad(dropped.sum() + got, raw)]
-
-    first = run()
-    assert all(torch.equal(x, y) for x, y in zip(first, run(), strict=True))
-
-
 @pytest.mark.parametrize("options", [{"training": False, "p": 0.5}, {"p": 0}])
 @pytest.mark.parametrize(("alpha", "beta"), [(2.0, 1.0), (2.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_nothing_dropped_is_raw_itself(alpha: float, beta: float, options: dict[str, Any], device: str) -> None:
@@ -159,16 +142,6 @@ def test_nothing_dropped_is_raw_itself(alpha: float, beta: float, options: dict[
     assert torch.equal(measured.penalty, got)
     assert measured.ar.isinf()
     assert measured.tar.isinf()
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0)])
-def test_empty(shape: tuple[int, ...], device: str) -> None:
-    raw = torch.randn(shape, device=device, requires_grad=True)
-    for lengths in (None, torch.zeros(shape[0], dtype=torch.int64)):
-        dropped, got = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=lengths)
-        assert dropped.shape == shape
-        assert got == 0
-        (dropped.sum() + got).backward()
 
 
 @pytest.mark.parametrize("padded", [False, True])

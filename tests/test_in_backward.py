@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout
-from tests.language_model import BATCH, BETA, HIDDEN, TIME, formula, gru, inputs, regularizer, seeded, unwanted
+from tests.calls import Nothing
+from tests.language_model import BATCH, BETA, HIDDEN, TIME, formula, gru, inputs, regularizer, seeded
 
 DROPOUTS = [None, nn.Dropout(0.0), nn.Dropout(0.4), FusedRNNDropout(0.4)]
 each_dropout = pytest.mark.parametrize("dropout", DROPOUTS, ids=["none", "idle", "plain", "fused"])
@@ -189,24 +189,13 @@ def test_second_derivatives(dropout: Any) -> None:
 # Right gradients
 
 
-@unwanted
-@each_dropout
-def test_truncated_backpropagation_that_keeps_the_graph(dropout: Any) -> None:
-    """A later loss reaches an earlier run by its state alone, after the run had its own backward."""
-    x, results = inputs(), []
-    for hooked in (True, False):
-        rnn, reg = attached_gru(dropout) if hooked else (gru(), None)
-        torch.manual_seed(3)
-        state, seen = None, []
-        for part in x.split(4, 1):
-            raw, state = rnn(part, state)
-            dropped = raw if dropout is None else dropout(raw)
-            loss = dropped.square().sum() + (0 if hooked else formula(raw, dropped, 1))
-            loss.backward(retain_graph=True)
-            seen += [p.grad.clone() for p in rnn.parameters() if p.grad is not None]
-        results.append(seen)
-        del reg
-    torch.testing.assert_close(*results)
+@pytest.mark.parametrize("scale", [True, 3.0, torch.tensor(3.0), torch.tensor(3.0, dtype=torch.float64)], ids=str)
+def test_a_scale_of_the_penalty(scale: Any) -> None:
+    (rnn, reg), plain, x = attached_gru(in_backward=scale), gru(), inputs()
+    loss, (raw, _) = run(rnn, None, x)[0].sum(), plain(x)
+    torch.testing.assert_close(gradients(loss, rnn), gradients(raw.sum() + float(scale) * formula(raw, raw, 1), plain))
+    with pytest.raises(RuntimeError, match=r"in_backward=.* adds the penalty already; leave it out"):
+        reg.on_backward_begin(loss)
 
 
 @each_dropout
@@ -276,13 +265,6 @@ def test_second_derivatives_of_joined_runs_of_which_the_loss_reaches_the_last(wh
     torch.testing.assert_close(*results)
 
 
-class Mode(TorchDispatchMode):
-    """Sees operators, as selective checkpointing does, and a counter of operations."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
-
-
 @each_dropout
 @pytest.mark.parametrize("use", ["in_backward", "two runs", "stepwise"])
 def test_runs_under_a_dispatch_mode(use: str, dropout: Any) -> None:
@@ -293,7 +275,7 @@ def test_runs_under_a_dispatch_mode(use: str, dropout: Any) -> None:
             reg.attach(rnn, dropout, in_backward=use == "in_backward", stepwise=use == "stepwise")
         torch.manual_seed(3)
         raws, kept = [], []
-        with Mode():
+        with Nothing():
             for part in [x] if use == "in_backward" else x.split(4, 1):
                 raw, dropped = run(rnn, dropout, part)
                 raws.append(raw)
@@ -308,6 +290,27 @@ def test_runs_under_a_dispatch_mode(use: str, dropout: Any) -> None:
     torch.testing.assert_close(*results)
 
 
+def gradient(f: Any, parameters: dict[str, Tensor]) -> Any:
+    return torch.func.grad(f)(parameters)
+
+
+def tangent(f: Any, parameters: dict[str, Tensor]) -> Any:
+    return torch.func.jvp(f, (parameters,), ({name: torch.ones_like(p) for name, p in parameters.items()},))
+
+
+@pytest.mark.parametrize("transform", [gradient, tangent])
+def test_function_transforms(transform: Any) -> None:
+    module, reg, x = nn.Linear(HIDDEN, HIDDEN), regularizer(), inputs()
+    reg.attach(module, batch_first=True)
+
+    def loss(hooked: bool, parameters: Any) -> Tensor:
+        raw = torch.func.functional_call(module, parameters, (x,))
+        return reg.on_backward_begin(raw.sum()) if hooked else raw.sum() + formula(raw, raw, 1)
+
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    torch.testing.assert_close(*(transform(partial(loss, hooked), parameters) for hooked in (True, False)))
+
+
 def test_transforms_of_which_no_hook_sees_the_derivative() -> None:
     (rnn, _reg), x = attached_gru(), inputs()
     parameters = {name: p.detach() for name, p in rnn.named_parameters()}
@@ -317,20 +320,6 @@ def test_transforms_of_which_no_hook_sees_the_derivative() -> None:
     rnn, reg = attached_gru(in_backward=False)
     with pytest.raises(RuntimeError, match=r"the GRU ran 2 times under a transform of torch.func"):
         torch.func.grad(lambda p: reg.on_backward_begin(call(p) + call(p)))(parameters)
-
-
-def test_forward_mode_derivatives() -> None:
-    rnn, reg, x = nn.Linear(HIDDEN, HIDDEN), regularizer(), inputs()
-    reg.attach(rnn, batch_first=True)
-    parameters = {name: p.detach() for name, p in rnn.named_parameters()}
-    tangents = {name: torch.ones_like(p) for name, p in parameters.items()}
-
-    def loss(hooked: bool, parameters: Any) -> Tensor:
-        raw = torch.func.functional_call(rnn, parameters, (x,))
-        return reg.on_backward_begin(raw.sum()) if hooked else raw.sum() + formula(raw, raw, 1)
-
-    got, want = (torch.func.jvp(partial(loss, x), (parameters,), (tangents,)) for x in (True, False))
-    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dropout", DROPOUTS[2:], ids=["plain", "fused"])

@@ -123,19 +123,3 @@ def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkey
     for _ in range(2):
         check_penalty(*leaves(device, 2, 33, 4), 2.0, 1.0)
         assert ticket == begins[-1]
-
-
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-def test_streams_do_not_share_a_ticket(device: str) -> None:
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    inputs = [tuple(x.detach() for x in leaves(device, 64, 128, 512)) for _ in streams]
-    want = [fused_ar_tar(*xs, 2.0, 1.0) for xs in inputs]
-    torch.cuda.synchronize()
-    got: list[list[Tensor]] = [[] for _ in streams]
-    for _ in range(50):
-        for stream, xs, results in zip(streams, inputs, got, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(fused_ar_tar(*xs, 2.0, 1.0))
-    torch.cuda.synchronize()
-    for expected, results in zip(want, got, strict=True):
-        assert all(torch.equal(x, expected) for x in results)

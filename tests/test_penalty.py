@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastreg import fused_ar_tar
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from tests.calls import Call, calls, everything, leaves
 from tests.conftest import by_triton, skip_on_formula
 from tests.exact import check_penalty
 from tests.samples import BF16, DOUBLE, HALF, SAMPLES, Sample
-
-
-def fused(sample: Sample, raw: Tensor | None, dropped: Tensor | None, **options: Any) -> Any:
-    return fused_ar_tar(raw, dropped, sample.alpha, sample.beta, **sample.options, **options)
 
 
 @pytest.mark.parametrize(
@@ -36,19 +33,10 @@ def test_values_and_gradients(sample: Sample, frozen: str, device: str, poison: 
     check_penalty(raw, dropped, sample.alpha, sample.beta, **sample.options)
 
 
-@pytest.mark.parametrize("sample", SAMPLES[::4], ids=str)
-def test_repeats_bitwise(sample: Sample, device: str) -> None:
-    raw, dropped = sample.leaves(device)
-
-    def run() -> list[Tensor]:
-        raw.grad = dropped.grad = None
-        results = fused(sample, raw, dropped, return_terms=True)
-        results.penalty.backward()
-        return [*results, *(x.grad for x in (raw, dropped) if x.grad is not None)]
-
-    first = run()
-    for _ in range(2):
-        assert all(torch.equal(x, y) for x, y in zip(first, run(), strict=True))
+@calls()
+def test_repeats_bitwise(call: Call, device: str) -> None:
+    first, *more = (everything(call, leaves(300, device=device)) for _ in range(3))
+    assert all(torch.equal(x, y) for results in more for x, y in zip(first, results, strict=True))
 
 
 def test_a_term_that_is_off_is_not_read(device: str) -> None:
@@ -96,6 +84,10 @@ def test_empty_is_zero(shape: tuple[int, ...], same: bool, device: str) -> None:
     results.penalty.backward()
     assert raw.grad is not None
     assert raw.grad.shape == shape
+    kept, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=torch.zeros(shape[:-2] or 1, dtype=torch.int64))
+    assert kept.shape == shape
+    assert penalty == 0
+    (kept.sum() + penalty).backward()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -123,15 +115,6 @@ def test_half_precision_differences_do_not_overflow(dtype: torch.dtype, device: 
     raw = torch.tensor([4e4, -4e4], dtype=dtype, device=device).repeat(4).reshape(1, 8, 1)
     step = 2 * raw[0, 0, 0].double().item()
     torch.testing.assert_close(fused_ar_tar(raw, raw, 0.0, 1.0).item(), step**2, rtol=1e-6, atol=0)
-
-
-def test_keeps_nothing_but_references_to_its_inputs(device: str) -> None:
-    skip_on_formula(device)
-    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.data_ptr()), x)[1], lambda x: x):
-        fused_ar_tar(raw, dropped, 2.0, 1.0)
-    assert kept == [raw.data_ptr(), dropped.data_ptr()]
 
 
 def live_tensors() -> set[int]:
@@ -216,3 +199,5 @@ def test_lazily_negated_tensors_get_the_right_sign(negated: tuple[str, ...], dev
     got = torch.autograd.grad(fused_ar_tar(*leaves, 2.0, 1.0), leaves)
     plain = [x.resolve_neg().detach().requires_grad_() for x in xs.values()]
     torch.testing.assert_close(got, torch.autograd.grad(fused_ar_tar(*plain, 2.0, 1.0), plain))
+    layers = zip(leaves, plain, strict=True)  # the first by the formula
+    torch.testing.assert_close(fused_ar_tar(*map(list, layers), 2.0, 1.0), 2 * fused_ar_tar(*plain, 2.0, 1.0))

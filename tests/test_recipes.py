@@ -53,21 +53,9 @@ def diffposetalk(pred: Tensor, target: Tensor, w_mse: float, w_velocity: float, 
 
 def test_reconstruction_and_velocity() -> None:
     ours, target, mask = recipe("reconstruction_and_velocity"), torch.randn(3, 9, 6), prefix_mask(3, 9)
-    everywhere = torch.ones_like(mask)
-    check(
-        lambda pred: ours(pred, target, 2.0, 5.0),
-        lambda pred: diffposetalk(pred, target, 2.0, 5.0, everywhere),
-        3,
-        9,
-        6,
-    )
-    check(
-        lambda pred: ours(pred, target, 2.0, 5.0, valid=mask),
-        lambda pred: diffposetalk(pred, target, 2.0, 5.0, mask),
-        3,
-        9,
-        6,
-    )
+    for given, counts in ({}, torch.ones_like(mask)), ({"valid": mask}, mask):
+        theirs: Loss = lambda pred, counts=counts: diffposetalk(pred, target, 2.0, 5.0, counts)  # noqa: E731
+        check(lambda pred, given=given: ours(pred, target, 2.0, 5.0, **given), theirs, 3, 9, 6)
 
 
 def test_a_mask_of_the_second_step_alone() -> None:

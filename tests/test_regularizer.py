@@ -91,7 +91,8 @@ def test_the_loss_and_its_terms(alone: bool, by_hooks: bool) -> None:
     assert loss.item() == before
     assert not any(x is None or x.requires_grad for x in (reg.ar, reg.tar))
     torch.testing.assert_close((reg.ar, reg.tar), (dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()))
-    with pytest.raises(RuntimeError, match="nothing was captured"):  # once
+    said = r"take\(\), once: the second call finds nothing" if by_hooks else "nothing was captured"
+    with pytest.raises(RuntimeError, match=said):
         reg.take(loss)
 
 
@@ -243,6 +244,7 @@ def test_copies_hold_no_capture(duplicate: Callable[[Any], Any]) -> None:
     for one in (other, duplicate(by_hand)):
         with pytest.raises(RuntimeError, match="nothing was captured; call on_loss_begin"):
             penalty_of(one)
+    torch.testing.assert_close(penalty_of(reg, output[0]), formula(*output[1:], time=1))
 
 
 def test_on_epoch_begin_resets() -> None:

@@ -63,17 +63,12 @@ def test_a_forward_that_fails_before_the_dropout_has_used_the_coefficients(again
         raw, _ = rnn(inputs())
         dropped, taken = dropout(raw), dropout.take()
         assert taken is not None
-        torch.testing.assert_close(taken.penalty, of(3.0, 5.0, raw, dropped))
+        torch.testing.assert_close(taken.penalty, formula(raw, dropped, 1, 3.0, 5.0))
         return
     raw, _ = rnn(inputs()[:, 1:])
     dropped = dropout(raw)
     want = fused_ar_tar(raw, dropped, ALPHA, BETA, valid=masks[1].expand(BATCH, -1))
     check_gradients(rnn, penalty_of(reg, dropped), want)
-
-
-def of(alpha: float, beta: float, raw: Tensor, dropped: Tensor) -> Tensor:
-    """Compute a penalty of other coefficients than the formula's."""
-    return alpha * dropped.pow(2).mean() + beta * raw.diff(dim=1).pow(2).mean()
 
 
 def test_two_regularizers_of_one_dropout() -> None:
@@ -83,7 +78,7 @@ def test_two_regularizers_of_one_dropout() -> None:
     other.attach(model.rnn, model.dropout)
     _, raw, dropped = model.activations(tokens())
     total = penalty_of(one, dropped) + 2 * penalty_of(other, dropped)
-    check_gradients(model, total, formula(raw, dropped, 1) + 2 * of(3.0, 5.0, raw, dropped))
+    check_gradients(model, total, formula(raw, dropped, 1) + 2 * formula(raw, dropped, 1, 3.0, 5.0))
 
 
 class Changed(FusedRNNDropout):
@@ -212,13 +207,13 @@ def test_an_attached_dropout_follows_the_coefficients_of_the_regularizer(formed:
         for alpha, beta in ((0.0, 3.0), (3.0, 0.0), (0.0, 0.0)):
             reg.alpha, reg.beta = alpha, beta
             _, raw, dropped = model.activations(tokens())
-            torch.testing.assert_close(penalty_of(reg, dropped), of(alpha, beta, raw, dropped))
+            torch.testing.assert_close(penalty_of(reg, dropped), formula(raw, dropped, 1, alpha, beta))
             torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
         _, raw, dropped = model.activations(tokens())
-        reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty has these coefficients all the same
+        reg.alpha, reg.beta = torch.tensor(ALPHA), BETA  # after the forward: the penalty has these all the same
         check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, 1))
         copies = [copy.deepcopy(model.dropout), pickle.loads(pickle.dumps(model.dropout))]
     assert len(formed) == 1  # for the coefficients that changed after the forward
     for dropout in (model.dropout, *copies):
         dropped = dropout(raw)
-        torch.testing.assert_close(dropout.take().penalty, of(0.25, 0.5, raw, dropped))
+        torch.testing.assert_close(dropout.take().penalty, formula(raw, dropped, 1, 0.25, 0.5))

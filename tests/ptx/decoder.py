@@ -150,9 +150,6 @@ class Decoder:
             to = operands[0] if base == "atom" else "_"
             where, value = operands[-2:]
             yield self.access("atomic_add", parts, [to, value], where)
-        elif base in ("ldmatrix", "stmatrix"):
-            registers, where = operands if base == "ldmatrix" else operands[::-1]
-            yield self.matrix(base, parts, registers, where)
         elif base == "mov" and "{" in operands[1]:
             yield self.pure(f"join.{parts[0]}", [operands[0], *group(operands[1])])
         elif base == "mov" and "{" in operands[0]:
@@ -168,11 +165,6 @@ class Decoder:
             yield self.pure(name, operands[:3])
         elif base == "redux":
             yield self.pure(name, operands[:2])  # the third is a register with the lanes that take part: all of a warp
-        elif base == "bfi":
-            at, count = map(int, operands[3:])
-            if at > 31:
-                raise NotImplementedError("bits beyond the register")
-            yield self.pure(name, [*operands[:3], str(at | count << 8)])
         elif base == "cvt" and parts[-1] in ("u8", "s8") and self.places[operands[1]][1] == 4:
             yield self.pure(f"{name}.b32", operands)
         else:
@@ -216,14 +208,6 @@ class Decoder:
             target=order,
             offset=offset,
         )
-
-    def matrix(self, base: str, parts: list[str], registers: str, where: str) -> Any:
-        names = group(registers)
-        if {*parts} - {"sync", "aligned", "m8n8", f"x{len(names)}", "trans", "shared", "shared::cta", "b16"}:
-            raise NotImplementedError("a form of access that is not known")
-        symbol, offset = address(where)
-        places = [self.operand(symbol, 4), *(self.operand(x, 4) for x in names)]
-        return make(base, places, vector=len(names), is_signed="trans" in parts, shared=True, offset=offset)
 
 
 def make(kind: str, operands: Sequence[int] = (), **fields: int) -> Any:

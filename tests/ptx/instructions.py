@@ -16,7 +16,7 @@ class Form(NamedTuple):
 
 
 SIZES = {"pred": 1} | {f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)}
-SIZES |= {"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "s16x2": 4, "u16x2": 4, "f32": 4, "f64": 8}  # bytes a lane
+SIZES |= {"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "f32": 4, "f64": 8}  # bytes a lane
 HALVES = ("f16", "bf16")
 
 
@@ -43,7 +43,6 @@ def forms() -> dict[str, Form]:
         wide = f"{kind}{2 * bits}"
         define("mul.wide.T", f"{wide} T T", f"({wide})A * B", f"{kind}{bits}")
         define("mad.wide.T", f"{wide} T T {wide}", f"({wide})A * B + C", f"{kind}{bits}")
-        define("mul.hi.T", "T T T", f"({wide})A * B >> {bits}", f"{kind}{bits}")
     define("div.T", "T T T", "B == 0 ? -1 : B == -1 ? -A : A / B", *signed)
     define("rem.T", "T T T", "B == 0 || B == -1 ? 0 : A % B", *signed)
     define("div.T", "T T T", "B == 0 ? (T)-1 : A / B", *unsigned)
@@ -56,7 +55,7 @@ def forms() -> dict[str, Form]:
     define("abs.T", "T T", "A < 0 ? -A : A", *signed)
     define("abs.T", "T T", "fabs(A)", *floats)
     for name, sign in (("min", "<"), ("max", ">")):
-        define(f"{name}.T", "T T T", f"A {sign} B ? A : B", *integers, "s16x2", "u16x2")
+        define(f"{name}.T", "T T T", f"A {sign} B ? A : B", *integers)
         define(f"{name}.T", "T T T", f"A {sign} B || B != B ? A : B", *floats)
     for name, sign in (("and", "&"), ("or", "|"), ("xor", "^")):
         define(f"{name}.T", "T T T", f"A {sign} B", *untyped)
@@ -68,8 +67,6 @@ def forms() -> dict[str, Form]:
         define("shr.T", "T T b32", f"B < {bits} ? A >> B : 0", f"u{bits}", f"b{bits}")
         define("shr.T", "T T b32", f"A >> (B < {bits} ? B : {bits - 1})", f"s{bits}")
     define("bfe.T", "T T b32 b32", "B < 32 ? A >> B & (C < 32 ? (1u << C) - 1 : -1u) : 0", "u32")
-    field = "B + C <= 32 ? (T)((u32)A << 32 - B - C) >> 32 - C"  # its highest bit is its sign
-    define("bfe.T", "T T b32 b32", f"C == 0 ? 0 : {field} : A >> (B < 32 ? B : 31)", "s32")
     define("selp.T", "T T T pred", "C ? A : B", *integers, *untyped, "f32", "f64")
     define("mov.T", "T T", "A", *integers, *untyped, "f32", "f64", "pred")
     orders = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -103,9 +100,6 @@ def forms() -> dict[str, Form]:
         define(f"low.{whole}", f"{half} {whole}", "A")
         define(f"high.{whole}", f"{half} {whole}", f"A >> {bits}")
 
-    # The third operand is where the bits go, and behind it how many there are.
-    bits = "u32 at = c[t] & 255, n = c[t] >> 8, mask = (n < 32 ? (1u << n) - 1 : -1u) << at;"
-    define("bfi.b32", "b32 b32 b32 b32", f"EACH {{ {bits} d[t] = b[t] & ~mask | a[t] << at & mask; }};")
     byte = "u64 x = (u64)b[t] << 32 | a[t]; u32 s = c[t] >> 4 * k, y = x >> 8 * (s & 7) & 255;"
     chosen = f"for (int k = 0; k < 4; k++) {{ {byte} z |= (s & 8 ? y >> 7 ? 255u : 0 : y) << 8 * k; }}"
     define("prmt.b32", "b32 b32 b32 b32", f"EACH {{ u32 z = 0; {chosen} d[t] = z; }};")

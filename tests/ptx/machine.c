@@ -26,7 +26,7 @@ typedef float f32;
 typedef double f64;
 
 enum { LANES = 32, MANY = 0x7ff };  // MANY stands for several threads of one program
-enum { PURE, BRANCH, BARRIER, RETURN, PARAMETER, LOAD, STORE, ATOMIC_ADD, LOAD_MATRIX, STORE_MATRIX };  // as in machine.py
+enum { PURE, BRANCH, BARRIER, RETURN, PARAMETER, LOAD, STORE, ATOMIC_ADD };  // as in machine.py
 enum { READ, WRITE, REPEAT, ATOMIC };  // REPEAT writes what is there already
 enum { ACQUIRE = 1, RELEASE = 2 };
 
@@ -222,29 +222,6 @@ static void atomic_add(Launch *l, const Warp *w, const Instruction *i, s32 lane)
     }
 }
 
-// ldmatrix and stmatrix: lanes 8 k to 8 k + 7 have the addresses of the 8 rows, of 16 bytes, of matrix k.
-static void matrix(Launch *l, const Warp *w, const Instruction *i, s32 access) {
-    for (s32 k = 0; k < i->vector; k++) {
-        u8 *rows[8];
-        for (s32 row = 0; row < 8; row++) {
-            s32 lane = 8 * k + row;
-            u64 address = address_of(w->registers, i, lane);
-            Place place = locate(l, w, i, lane, address, 16);
-            touch(l, w, lane, &place, access);
-            rows[row] = place.at;
-        }
-        u8 *file = w->registers + i->operands[1 + k];
-        for (s32 lane = 0; lane < LANES; lane++)
-            for (s32 half = 0; half < 2; half++) {
-                s32 row = lane / 4, column = 2 * (lane % 4) + half;
-                u8 *at = i->is_signed ? rows[column] + 2 * row : rows[row] + 2 * column;  // is_signed: .trans
-                u8 *its = file + 4 * lane + 2 * half;
-                if (access == READ) memcpy(its, at, 2);
-                else memcpy(at, its, 2);
-            }
-    }
-}
-
 enum { ENDED, WAITS };
 static s32 run(Launch *l, Warp *w) {
     const Machine *m = l->machine;
@@ -290,11 +267,6 @@ static s32 run(Launch *l, Warp *w) {
             break;
         case ATOMIC_ADD:
             EACH atomic_add(l, w, i, lane);
-            break;
-        case LOAD_MATRIX:
-        case STORE_MATRIX:
-            if (~active) refuse(l, w, 0, 0, "a divergent access to a matrix: lanes of one warp differ");
-            matrix(l, w, i, i->kind == LOAD_MATRIX ? READ : WRITE);
             break;
         }
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.ptx.instructions import FORMS, HALVES
 
-KINDS = ("pure", "branch", "barrier", "return", "parameter", "load", "store", "atomic_add", "ldmatrix", "stmatrix")
+KINDS = ("pure", "branch", "barrier", "return", "parameter", "load", "store", "atomic_add")
 NUMBERS = {name: number for number, name in enumerate(FORMS)}
 
 
