@@ -20,7 +20,6 @@ from tests.language_model import HIDDEN, Model, formula, inputs, penalty_of, reg
         (["encoder.rnn", "scan"], None, "batch_first: expected True for .* as the Linear does not have it"),
         (3, None, r"rnn: .* no such module at 3; candidates: 'encoder\.rnn'$"),
         (None, "encoder.dropout", "rnn: .* no such module at None"),
-        ([], None, "rnn and dropout: .* got 0 RNNs and 0 dropouts"),
         ("encoder.rnn", ["a", "b"], "rnn and dropout: .* got 1 RNNs and 2 dropouts"),
     ],
 )
