@@ -27,7 +27,6 @@ from fastreg.source import Source
 try:
     from fastai.callback import rnn as stock
     from fastai.callback.core import Callback
-    from fastai.callback.rnn import RNNCallback
     from fastai.learner import Learner, ValueMetric
     from fastai.text.models.awdlstm import RNNDropout
     from fastai.torch_core import find_bs
@@ -100,7 +99,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
 
-    order = RNNCallback.order - 1  # to check the output of the model before it is unpacked
+    order = stock.RNNCallback.order - 1  # to check the output of the model before it is unpacked
     learn: Any
 
     def __init__(
@@ -124,7 +123,6 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self.source = source.of_language_model(batch_first=True, fused=OutputDropout, plain=RNNDropout)
         self._handle: Any = None  # to the modules at the paths, during a fit
         self._scaled = ExitStack()  # restores the lr of the optimizer
-        self._totals: Any = None  # AR and TAR times sizes, and sizes, over the epoch's training batches
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
@@ -133,7 +131,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self.learn.metrics = _Metrics([*self.learn.metrics, *self._columns])
 
     def before_train(self) -> None:
-        self._totals = [0.0, 0.0, 0]
+        self._totals: Any = [0.0, 0.0, 0]  # of AR and TAR times sizes, and of sizes, over the epoch's training batches
 
     def before_batch(self) -> None:
         if self._handle is None:  # in the first batch, and after the regularizer was away for a while
@@ -196,7 +194,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def _captures(self) -> list[Any]:
         """Return the callbacks that capture the activations."""
-        return [cb for cb in self.learn.cbs if isinstance(cb, RNNCallback)]
+        return [cb for cb in self.learn.cbs if isinstance(cb, stock.RNNCallback)]
 
     def _forget(self) -> None:
         """Free the activations, which fastai holds until the next prediction."""
@@ -222,7 +220,7 @@ def rnn_cbs(
     """
     regularizer = RNNRegularizer(alpha, beta, bptt, mask_padding)  # checks the arguments
     needed = [regularizer] if is_on(alpha) or is_on(beta) or bptt is not None else []
-    return [stock.ModelResetter(), RNNCallback(), *needed]
+    return [stock.ModelResetter(), stock.RNNCallback(), *needed]
 
 
 def fuse(

@@ -108,17 +108,13 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         self.source.attach(self, learn.model).close()  # a wrong path raises before any training
         LearnerCallback.__init__(self, learn)
         self.adjust, self.batch = adjust, ()
-        self.lrs: list[float] | None = None  # while they are scaled
+        self.scaled = ExitStack()  # restores the lr of the optimizer
         self.attached: ExitStack | None = None  # to the modules, from the first batch of a fit to its end
         learn.export = self.export
 
     def get_state(self, minimal: bool = True) -> dict[str, Any]:
         """Return the attributes with which `Learner.purge` makes the callback anew."""
         return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "source")}
-
-    def on_train_begin(self, **_: Any) -> None:
-        if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
-            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's: keep one")
 
     def on_epoch_begin(self, **_: Any) -> None:
         super().on_epoch_begin(self.learn.model)
@@ -143,11 +139,11 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
     def on_backward_end(self, last_input: Tensor, **_: Any) -> None:
         if self.adjust:
             opt, factor = self.learn.opt, last_input.shape[int(BATCH_FIRST)] / self.bptt
-            self.lrs, opt.lr = opt._lr, [lr * factor for lr in opt._lr]  # these lrs also scale the weight decay
+            self.scaled.callback(setattr, opt, "lr", opt._lr)
+            opt.lr = [lr * factor for lr in opt._lr]  # these lrs also scale the weight decay
 
     def on_step_end(self, **_: Any) -> None:
-        if self.lrs is not None:
-            self.learn.opt.lr, self.lrs = self.lrs, None
+        self.scaled.close()
 
     def on_train_end(self, **_: Any) -> None:  # fastai calls it after an error, too
         self.on_step_end()

@@ -114,11 +114,9 @@ class ActivationRegularization(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
-        if not self.logged:
-            return
         # Each process takes part, also one that has added no penalty, as the others wait for it.
         ar, tar, steps = trainer.strategy.reduce(self._terms, reduce_op="sum")
-        if steps:
+        if self.logged and steps:
             means = {"ar": ar / steps, "tar": tar / steps}
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
@@ -136,9 +134,8 @@ class ActivationRegularization(Callback):
         total = self.regularizer.on_backward_begin(loss)
         if total is loss:  # the RNNs are in evaluation
             return output
-        ar: Any = self.regularizer.ar
-        terms: Any = [ar, self.regularizer.tar, torch.ones_like(ar)]
-        self._terms = self._terms + torch.stack(terms).to(self._terms)
+        terms: Any = self.regularizer.ar, self.regularizer.tar
+        self._terms = self._terms + torch.stack([*terms, torch.ones_like(terms[0])]).to(self._terms)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -172,9 +173,8 @@ class Source:
                 )
             for rnn, path in zip(rnns, dropouts, strict=True):
                 dropout = None if path is None else _module_at(model, "dropout", path)
-                module, batch_first = _module_at(model, "rnn", rnn), self.batch_first
-                if batch_first is None:
-                    batch_first = layout_of(module, layout)
+                module = _module_at(model, "rnn", rnn)
+                batch_first = layout_of(module, layout) if self.batch_first is None else self.batch_first
                 options = {"output": self.output, "batch_first": batch_first, "valid": self.valid}
                 attached.enter_context(regularizer.attach(module, dropout, starts=self.starts, **options))
             return attached.pop_all()
@@ -197,7 +197,7 @@ class LanguageModel(Source):
     def attach(self, regularizer: Any, model: Any, layout: bool | None = None) -> ExitStack:
         """Attach a regularizer, with the fused dropout in the model until the returned stack is closed."""
         own: Any = _module_at(model, "dropout", self.dropout)
-        if type(own) is not self.plain and not isinstance(own, FusedRNNDropout):
+        if type(own) not in (self.plain, self.fused):  # a fit that was cut off may have left the fused one
             raise ValueError(f"dropout: expected an {self.plain.__name__} to swap, got {type(own).__name__}")
         with ExitStack() as undo:
             undo.callback(setattr, model[1], "output_dp", own)
@@ -251,13 +251,10 @@ def _check_time_of(dropout: FusedRNNDropout, time_at: bool | int, name: str) -> 
 
 
 def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: Any) -> nn.Module:
-    """Return the module at an attribute path; if there is none, list candidates."""
+    """Return the module at an attribute path; if there is none, list those whose paths are the most alike."""
     try:
         return model.get_submodule(path)
     except AttributeError:
-        named = dict(model.named_modules(remove_duplicate=False))
-    likely = [name for name, x in named.items() if isinstance(x, nn.RNNBase)]
-    if kind == "dropout":
-        likely = [name for name, x in named.items() if "drop" in type(x).__name__.lower()]
-    candidates = ", ".join(map(repr, likely or filter(None, named)))
+        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    candidates = ", ".join(map(repr, get_close_matches(str(path), names, n=5, cutoff=0)))
     raise ValueError(f"{kind}: {type(model).__name__} has no such module at {path!r}; candidates: {candidates}")

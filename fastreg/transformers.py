@@ -29,9 +29,6 @@ except ImportError as error:
     raise ImportError(message) from error
 
 
-TINY = torch.finfo(torch.float32).tiny
-
-
 def attention_mask(batch: Any) -> Tensor | None:
     """Return a batch's `"attention_mask"`, if it has one."""
     return batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -135,7 +132,7 @@ class RegularizedTrainer(Trainer):
         if "loss" in logs and self._sums:
             sums = [torch.as_tensor(x, dtype=torch.float32, device=self.args.device) for x in self._sums]
             ar, tar, *shares = self.accelerator.reduce(torch.stack(sums), reduction="sum")
-            terms = torch.stack([ar, tar]) / torch.stack(shares).clamp(min=TINY)  # 0 where nothing counts
+            terms = torch.stack([ar, tar]) / torch.stack(shares).clamp(min=1e-30)  # 0 where nothing counts
             logs = logs | dict(zip(["ar", "tar"], terms.tolist(), strict=True))
             self._sums = []
         super().log(logs, *args, **kwargs)
@@ -149,7 +146,7 @@ class RegularizedTrainer(Trainer):
         if self.source.valid is not attention_mask or not self.args.remove_unused_columns:
             return
         data: Any = self.train_dataset
-        example = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
+        example = next(iter(data), None) if hasattr(data, "__len__") else None
         columns = getattr(data, "column_names", None) or (example if isinstance(example, Mapping) else ())
         if "attention_mask" in columns and "attention_mask" not in signature(_inner(self.model).forward).parameters:
             warnings.warn(
@@ -189,13 +186,11 @@ class RegularizedTrainer(Trainer):
                 "it; use fastreg.RNNRegularizer in compute_loss"
             )
 
-    def _shares_of(self, batch: Any) -> tuple[Any, Any]:
+    def _shares_of(self, batch: Any) -> Any:
         """Return the shares of a batch in AR and in TAR of the optimizer step."""
         if self._total is None:
-            share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
-            return share, share
-        ar_share, tar_share = self._size_of([batch]) / self._total.clamp(min=1)
-        return ar_share, tar_share
+            return (1 / getattr(self, "current_gradient_accumulation_steps", 1),) * 2
+        return self._size_of([batch]) / self._total.clamp(min=1)
 
     def _size_of(self, batches: list[Any]) -> Tensor:
         """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""

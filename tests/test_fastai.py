@@ -493,7 +493,7 @@ LEARNER = "learn: expected a Learner, got NoneType"
 OWN_CLASS = r"no RNNRegularizer of fastai's own class; .* rnn_cbs\(alpha, beta\)"
 ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to capture them, got a Tensor and "
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
-    (custom, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: .* no such module at 'lstm'; candidates: 'rnn'"),
+    (custom, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: .* no such module at 'lstm'; candidates: .*'rnn'"),
     (custom, lambda x: fuse(x, True, rnn="rnn"), ValueError, "dropout: .* no such module at True"),
     (custom, lambda x: fuse(x, True), ValueError, "dropout: Model has no such module at '1.output_dp'"),
     (vars, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),

@@ -176,7 +176,7 @@ class Manual(Module):
     [
         (Failing, {}, KeyError, "in a step"),
         (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in its training_step"),
-        (Module, {"rnn": "lstm"}, ValueError, r"rnn: Module has no such module at 'lstm'; .* 'net\.rnn'$"),
+        (Module, {"rnn": "lstm"}, ValueError, r"rnn: Module has no such module at 'lstm'; .*'net\.rnn'"),
         (Module, {"valid": 3}, TypeError, "valid: expected a callable or None, got int"),
         (Module, {"log": 1}, TypeError, "log: expected True or False, got 1"),
     ],
