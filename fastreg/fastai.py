@@ -269,7 +269,7 @@ def fuse(
     marks: Any = {"valid": valid, "starts": starts}
     options: Any = {"rnn": rnn, "dropout": dropout, "output": output, "batch_first": batch_first}
     new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, **options, **marks)
-    new.source.attach(new, learn.model).close()  # what is wrong raises before anything is swapped
+    new.source.attach(new, learn.model).close()  # bad arguments raise before anything is swapped
     new.run_train = old.run_train
     return learn.remove_cb(old).add_cb(new)
 

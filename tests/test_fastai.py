@@ -9,7 +9,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,8 @@ with warnings.catch_warnings():
     from fastreg import FusedRNNDropout, fused_ar_tar
     from fastreg.fastai import RNNRegularizer, fuse, rnn_cbs, unfuse
     from tests.language_model import VOCABULARY as WORDS
-    from tests.language_model import Elementwise, gap
     from tests.language_model import Model as Plain
+    from tests.language_model import gap
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_collections")]  # fastai's warnings
 
@@ -239,21 +238,6 @@ def test_modules_by_their_paths_and_masks_of_the_batch(setting: str, masks: dict
     assert gap(trained(of(Plain), cbs=cbs()), want) > 5 * close
 
 
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("kind", [nn.LSTM, Elementwise])
-def test_a_compiled_model(kind: Any) -> None:
-    """One that was fitted and validated before; fitted twice, with hooks that are attached when a fit starts."""
-    learn, expected = of(partial(Plain, kind)), of(partial(Triple, kind), stock.RNNCallback())
-    learn.model.compile(backend="eager")
-    for i in range(3):
-        assert gap(trained(learn, reset_opt=True), trained(expected, reset_opt=True)) < 1e-5
-        assert i == 0 or learn.recorder.values[0][2] > 0
-        learn.validate()
-        if i == 0:
-            learn.add_cb(RNNRegularizer(ALPHA, BETA, **PATHS))
-            expected.add_cb(stock.RNNRegularizer(ALPHA, BETA))
-
-
 def test_modules_in_evaluation_add_nothing() -> None:
     learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
     frozen, other = (
@@ -444,22 +428,6 @@ def test_fuse_and_unfuse_swap_in_place() -> None:
     assert regularizer is learn.rnn_regularizer
     assert (type(regularizer), regularizer.alpha, regularizer.beta) == (stock.RNNRegularizer, 3.0, BETA)
     assert gap(trained(unfuse(fuse(make(), dropout=True))), trained(make())) == 0
-
-
-@pytest.mark.parametrize("undo", [unfuse, remove])
-def test_a_regularizer_that_goes_in_the_middle_of_a_fit(undo: Callable[[Any], object]) -> None:
-    gone: list[Any] = []
-
-    def once(learn: Any) -> None:
-        if not gone:
-            gone.append(learn.rnn_regularizer)
-            undo(learn)
-
-    learn, other = fuse(make(), dropout=True), make()
-    trained(learn, cbs=on("after_batch", once, order=0))
-    assert hooks_of(learn.model) == 0
-    gone.clear()
-    assert gap(weights(learn), trained(other, cbs=on("after_batch", once) if undo is remove else [])) < 1e-5
 
 
 def test_a_regularizer_may_be_away_for_a_while() -> None:

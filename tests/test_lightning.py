@@ -306,33 +306,6 @@ def test_a_copy_made_while_training_has_a_step_of_its_own() -> None:
         lm.assert_other_weights(module, before)
 
 
-class Stateful(Module):
-    """Goes on from the hidden state of the last batch, as language models do."""
-
-    state: Any = None
-
-    def reset(self) -> None:
-        self.state = None
-
-    def run(self, batch: Tensor) -> Any:
-        raw, state = self.net.rnn(self.net.embedding(batch), self.state)
-        self.state, dropped = tuple(x.detach() for x in state), self.net.dropout(raw)
-        return criterion(self.net.decoder(dropped), batch), [(raw, dropped)]
-
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        assert (self.state is None) == (batch_idx in (0, 3))  # as validation has run
-
-    def on_validation_epoch_start(self) -> None:
-        if self.coefficients:  # else the callback resets
-            self.reset()
-
-    on_validation_epoch_end = on_train_epoch_start = on_validation_epoch_start
-
-
-def test_validation_within_an_epoch_leaves_no_hidden_state() -> None:
-    check_weights(Stateful, callback(), validate=True, val_check_interval=0.5)
-
-
 class Own(nn.GRU):
     """A recurrent layer, time first, whose output is one of several."""
 
