@@ -228,7 +228,7 @@ def test_modules_by_their_paths_and_masks_of_the_batch(setting: str, masks: dict
     want, cbs = expected(setting), SETTINGS[setting]
     close = gap(want, expected("plain")) if setting == "bf16" else 1e-5  # the processor's rounding of stock's weights
     learners = [
-        of(Plain, RNNRegularizer(ALPHA, BETA, **masks, **PATHS)),
+        of(Plain, RNNRegularizer(ALPHA, BETA, **masks, rnn=["rnn"], dropout=["dropout"])),
         fuse(of(Plain, stock.RNNRegularizer(ALPHA, BETA)), **masks, **PATHS),
         fuse(of(Triple, *stock.rnn_cbs(ALPHA, BETA)), **masks, **({} if masks else PATHS)),
     ]
