@@ -11,7 +11,8 @@ modules: `fuse(learn, rnn="encoder.lstm", dropout="dropout")`, or `RNNRegularize
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from typing import Any
@@ -26,7 +27,6 @@ from fastreg.source import Source
 try:
     from fastai.callback import rnn as stock
     from fastai.callback.core import Callback
-    from fastai.callback.rnn import RNNCallback
     from fastai.learner import Learner, ValueMetric
     from fastai.text.models.awdlstm import RNNDropout
     from fastai.torch_core import find_bs
@@ -75,8 +75,10 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         bptt: the usual number of time steps: each optimizer step runs at `lr * seq_len / bptt`, as in AWD-LSTM, where
             `seq_len` is the second size of the batch.
         mask_padding: gone; `valid=lambda x: x != pad` leaves padding out.
-        rnn: the attribute path of an RNN in the model, any module that `fastreg.RNNRegularizer.attach` takes.
-        dropout: the path of the dropout that takes its output, or `None`.
+        rnn: the attribute path of an RNN in the model, any module that `fastreg.RNNRegularizer.attach` takes, or a list
+            of paths, whose penalties add up.
+        dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or `None`,
+            an RNN.
         output: as for `attach`.
         batch_first: as for `attach`.
         valid: a function of the inputs of the batch, `valid(*learn.xb)`, that returns the mask of valid time steps, as
@@ -97,6 +99,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
 
+    order = stock.RNNCallback.order - 1  # to check the output of the model before it is unpacked
     learn: Any
 
     def __init__(
@@ -106,8 +109,8 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         bptt: int | None = None,
         mask_padding: bool = False,
         *,
-        rnn: str | None = None,
-        dropout: str | None = None,
+        rnn: str | Sequence[str] | None = None,
+        dropout: bool | str | Sequence[str | None] | None = None,
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[..., Tensor | None] | None = None,
@@ -116,28 +119,26 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         if mask_padding:
             raise ValueError("mask_padding: expected valid=lambda x: x != pad in its place, with the id of the padding")
         super().__init__(alpha, beta, layers="all", bptt=bptt)
-        self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
+        source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
+        self.source = source.of_language_model(batch_first=True, fused=OutputDropout, plain=RNNDropout)
         self._handle: Any = None  # to the modules at the paths, during a fit
-        self._lrs: Any = None  # of the optimizer, while it steps at others
-        self._totals: Any = None  # AR and TAR times sizes, and sizes, over the epoch's training batches
+        self._scaled = ExitStack()  # restores the lr of the optimizer
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
-        self._lrs = self._totals = None
+        self._scaled, self._totals = ExitStack(), None
         self.after_fit()  # a fit that was cut off has not called it
         self.learn.metrics = _Metrics([*self.learn.metrics, *self._columns])
-        self._attach()
 
     def before_train(self) -> None:
-        self._totals = [0.0, 0.0, 0]
+        self._totals: Any = [0.0, 0.0, 0]  # of AR and TAR times sizes, and of sizes, over the epoch's training batches
 
     def before_batch(self) -> None:
-        self._attach()  # again, if it was removed during the fit and added again
+        if self._handle is None:  # in the first batch, and after the regularizer was away for a while
+            self._handle = self.source.of_batch(lambda: self.learn.xb).attach(self, self.learn.model)
         self._forget()
-        self.order = RNNCallback.order - 1  # for after_pred to check the output before it is unpacked
 
     def after_pred(self) -> None:
-        self.order = type(self).order
         pred, captures = self.learn.pred, len(self._captures())
         if captures > is_list(pred) or not (captures or self.source.module):
             raise TypeError(
@@ -147,12 +148,10 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
             )
 
     def after_loss(self) -> None:
-        if not self.learn.training:  # a callback with run_valid is called in validation, too
-            return
         if self.source.module is None:
             (capture,) = self._captures()
             steps, marks = capture.raw_out.shape[1], self.source.marks(self.learn.xb)
-            last: Any = {name: mask[..., -steps:] for name, mask in marks.items() if mask is not None}
+            last: Any = {name: mask[:, -steps:] for name, mask in marks.items() if mask is not None}
             self.on_loss_begin((self.learn.pred, capture.raw_out, capture.out), batch_first=True, **last)
         loss = self.on_backward_begin(self.learn.loss_grad)
         if loss is not self.learn.loss_grad:  # else the modules are in evaluation
@@ -162,13 +161,12 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def before_step(self) -> None:
         if self.bptt is not None:
-            self._lrs = [hyper["lr"] for hyper in self.learn.opt.hypers]
-            self.learn.opt.set_hypers(lr=[lr * self.learn.xb[0].shape[1] / self.bptt for lr in self._lrs])
+            lrs, factor = [hyper["lr"] for hyper in self.learn.opt.hypers], self.learn.xb[0].shape[1] / self.bptt
+            self._scaled.callback(self.learn.opt.set_hypers, lr=lrs)
+            self.learn.opt.set_hypers(lr=[lr * factor for lr in lrs])
 
-    def after_batch(self) -> None:  # fastai calls it after a cancelled step, too
-        if self._lrs is not None:
-            self.learn.opt.set_hypers(lr=self._lrs)
-        self._lrs = None
+    def after_batch(self) -> None:
+        self._scaled.close()  # fastai calls it after a cancelled step, too
 
     def before_validate(self) -> None:
         if self._totals is None:  # learn.validate() and the like train nothing, so that there are no terms to show
@@ -180,40 +178,30 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self._leave()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "learn" and self.learn is not None:
+        if name == "learn":
             self._leave()  # removed, maybe in a fit, and maybe to be added again
         super().__setattr__(name, value)
 
-    def __call__(self, event_name: str) -> Any:
-        # fastai goes on calling a callback that was removed in the same event.
-        return None if self.learn is None else super().__call__(event_name)  # pyright: ignore
-
     def __reduce__(self) -> Any:
-        kept = {"learn": self.learn, "run_train": self.run_train, "run_valid": self.run_valid}
-        return stock.RNNRegularizer, (self.alpha, self.beta), kept
-
-    def _attach(self) -> None:
-        """Attach to the modules at the paths, unless that is done already."""
-        if self._handle is None:
-            self._handle = self.source.of_batch(lambda: self.learn.xb).attach(self, self.learn.model)
+        return stock.RNNRegularizer, (self.alpha, self.beta), {"learn": self.learn, "run_train": self.run_train}
 
     def _leave(self) -> None:
         """Restore the lr, and take the hooks off."""
-        self.after_batch()
+        self._scaled.close()
         if self._handle is not None:
             self._handle.close()
         self._handle = None
 
     def _captures(self) -> list[Any]:
         """Return the callbacks that capture the activations."""
-        return [cb for cb in self.learn.cbs if isinstance(cb, RNNCallback)]
+        return [cb for cb in self.learn.cbs if isinstance(cb, stock.RNNCallback)]
 
     def _forget(self) -> None:
         """Free the activations, which fastai holds until the next prediction."""
         for capture in self._captures():
             capture.raw_out = capture.out = None
 
-    def _average(self, i: int) -> Any:
+    def _average(self, i: int) -> float:
         """Average a term over the epoch's training batches; NaN, a number for loggers, where there is no value."""
         # With train_metrics the table has columns of its own for the validation, which has no terms.
         if self.learn is None or (self.learn.recorder.train_metrics and not self.learn.training):
@@ -232,15 +220,15 @@ def rnn_cbs(
     """
     regularizer = RNNRegularizer(alpha, beta, bptt, mask_padding)  # checks the arguments
     needed = [regularizer] if is_on(alpha) or is_on(beta) or bptt is not None else []
-    return [stock.ModelResetter(), RNNCallback(), *needed]
+    return [stock.ModelResetter(), stock.RNNCallback(), *needed]
 
 
 def fuse(
     learn: Learner,
-    dropout: bool | str = False,
+    dropout: bool | str | Sequence[str | None] = False,
     mask_padding: bool = False,
     *,
-    rnn: str | None = None,
+    rnn: str | Sequence[str] | None = None,
     output: Callable[[Any], Any] | None = None,
     batch_first: bool | None = None,
     valid: Callable[..., Tensor | None] | None = None,
@@ -248,15 +236,15 @@ def fuse(
 ) -> Learner:
     """Swap fastai's `RNNRegularizer` for this module's, in place, and return the learner.
 
-    The new one has the coefficients, `run_train` and `run_valid` of the old one. A learner that is fused already gets
-    the arguments that are given. Subclasses of fastai's callback stay unchanged. After an error nothing is swapped.
+    The new one has the coefficients and `run_train` of the old one. A learner that is fused already is fused anew, with
+    the arguments of this call. Subclasses of fastai's callback stay unchanged. After an error nothing is swapped.
 
     Args:
         learn: the learner.
         dropout: also swap a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout`, which
-            forms the penalty in its own pass. With `rnn` the path of the dropout that takes its output.
+            forms the penalty in its own pass. With `rnn` as for `RNNRegularizer`.
         mask_padding: as for this module's `RNNRegularizer`.
-        rnn: the path of a module, for a model that returns its output alone, as for `RNNRegularizer`.
+        rnn: the path of an RNN, or a list of them, for a model that returns its output alone, as for `RNNRegularizer`.
         output: as for `RNNRegularizer`.
         batch_first: as for `RNNRegularizer`.
         valid: as for `RNNRegularizer`, also for a model that returns `(decoded, raw, dropped)`.
@@ -278,20 +266,11 @@ def fuse(
             "fuse: the learner has no RNNRegularizer of fastai's own class; add those of fastreg.fastai, "
             "rnn_cbs(alpha, beta), or RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
         )
-    model: Any = learn.model
-    if is_language_model := dropout is True and rnn is None:
-        rnn, dropout, batch_first = "0", "1.output_dp", True
-    options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
-    path: Any = dropout or None
-    new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, rnn=rnn, dropout=path, **options)
-    new.source.attach(new, model).close()  # a wrong path raises before anything is swapped
-    if is_language_model:
-        own = model[1].output_dp
-        if type(own) not in (RNNDropout, OutputDropout):
-            raise ValueError(f"dropout: expected an RNNDropout to swap, got {type(own).__name__}")
-        model[1].output_dp = OutputDropout(own.p).train(own.training)
-    new.source = new.source.or_of(vars(old).get("source", new.source))
-    new.run_train, new.run_valid = old.run_train, old.run_valid
+    marks: Any = {"valid": valid, "starts": starts}
+    options: Any = {"rnn": rnn, "dropout": dropout, "output": output, "batch_first": batch_first}
+    new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, **options, **marks)
+    new.source.attach(new, learn.model).close()  # bad arguments raise before anything is swapped
+    new.run_train = old.run_train
     return learn.remove_cb(old).add_cb(new)
 
 
@@ -311,10 +290,6 @@ def unfuse(learn: Learner) -> Learner:
     for cb in _regularizers(learn, RNNRegularizer):
         learn.remove_cb(cb).add_cb(copy(cb))
     learn.metrics = _without_columns(learn.metrics)
-    model: Any = learn.model
-    for module in model.modules():
-        if type(getattr(module, "output_dp", None)) is OutputDropout:
-            module.output_dp = copy(module.output_dp)
     return learn
 
 

@@ -6,14 +6,13 @@ A model that returns its output alone is regularized by the paths of its modules
 dropout="dropout")`, or `RNNTrainer` with these arguments.
 """
 
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
 # fastai v1 and v2 have one name: where one is installed, the other is not.
 
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -37,6 +36,7 @@ except ImportError as error:
 __all__ = ["RNNTrainer", "fuse", "unfuse"]
 
 BATCH_FIRST = tuple(map(int, __version__.split(".")[:3])) >= (1, 0, 38)  # batches and activations
+FUSED = partial(FusedRNNDropout, batch_first=BATCH_FIRST, ar_of="raw")
 DICTS = hasattr(CallbackHandler, "_call_and_update")  # hooks return dicts, from 1.0.47 on
 
 
@@ -45,11 +45,11 @@ def last_raw(result: Any) -> Tensor:
     return result[0][-1]
 
 
-class RNNTrainer(LearnerCallback):
+class RNNTrainer(RNNRegularizer, LearnerCallback):
     """Add `alpha * AR + beta * TAR` to the loss, pass on the decoded output, and reset the model at each epoch.
 
-    The terms of the last step are `regularizer.ar` and `regularizer.tar`. In a release whose models are time first
-    (to 1.0.37) the activations are `(time, batch, hidden)`, else `(batch, time, hidden)`.
+    The terms of the last step are `ar` and `tar`. In a release whose models are time first (to 1.0.37) the activations
+    are `(time, batch, hidden)`, else `(batch, time, hidden)`.
 
     Args:
         learn: the learner, to whose `callbacks` it belongs.
@@ -58,8 +58,9 @@ class RNNTrainer(LearnerCallback):
         beta: coefficient of TAR.
         adjust: step the optimizer at `lr * seq_len / bptt`; the lr is restored afterwards, also after an error.
         rnn: for a model that returns its output alone, the attribute path in it of an RNN, any module that
-            `fastreg.RNNRegularizer.attach` takes.
-        dropout: the path of the dropout that takes its output, or `None`.
+            `fastreg.RNNRegularizer.attach` takes, or a list of paths, whose penalties add up.
+        dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or `None`,
+            an RNN. Without `rnn`, `True` as for `fuse`.
         output: as for `attach`.
         batch_first: as for `attach`.
         valid: a function of the inputs of the batch that returns the mask of valid time steps, as `fused_ar_tar` takes
@@ -75,10 +76,11 @@ class RNNTrainer(LearnerCallback):
     Examples:
         >>> learn1.callbacks = [RNNTrainer(learn1, bptt=16, alpha=2.0, beta=1.0)]
         >>> learn1.fit(1)
-        >>> bool(learn1.callbacks[0].regularizer.ar > 0)
+        >>> bool(learn1.callbacks[0].ar > 0)
         True
     """
 
+    bptt: Any
     _order = -1  # after the recorder (-10), before mixed precision (0, later 999) scales the loss
 
     def __init__(
@@ -89,8 +91,8 @@ class RNNTrainer(LearnerCallback):
         beta: Coefficient = 0.0,
         adjust: bool = True,
         *,
-        rnn: str | None = None,
-        dropout: str | None = None,
+        rnn: str | Sequence[str] | None = None,
+        dropout: bool | str | Sequence[str | None] | None = None,
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[..., Tensor | None] | None = None,
@@ -99,77 +101,73 @@ class RNNTrainer(LearnerCallback):
         _check(learn)
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
-        self.regularizer = RNNRegularizer(alpha, beta, bptt=bptt)
-        self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
-        super().__init__(learn)
-        self.alpha, self.beta, self.adjust = alpha, beta, adjust
-        self.bptt: Any = bptt
-        self.lrs: list[float] | None = None  # while they are scaled
-        self.batch: Any = ()
-        self.attached = ExitStack()  # to the modules, during a fit
-        learn.export = partial(_export, weakref.ref(learn))
+        options: Any = {"output": last_raw, "batch_first": BATCH_FIRST, "fused": FUSED, "plain": RNNDropout}
+        source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
+        self.source = source.of_language_model(**options)
+        super().__init__(alpha, beta, layers="last" if self.source.module is None else "all", bptt=bptt)
+        self.source.attach(self, learn.model).close()  # a wrong path raises before any training
+        LearnerCallback.__init__(self, learn)
+        self.adjust, self.batch = adjust, ()
+        self.scaled = ExitStack()  # restores the lr of the optimizer
+        self.attached: ExitStack | None = None  # to the modules, from the first batch of a fit to its end
+        learn.export = self.export
 
     def get_state(self, minimal: bool = True) -> dict[str, Any]:
         """Return the attributes with which `Learner.purge` makes the callback anew."""
         return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "source")}
 
-    def on_train_begin(self, **_: Any) -> None:
-        if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
-            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's: keep one")
-        model, self.regularizer.layers = self.learn.model, "last" if self.source.module is None else "all"
-        if self.source.output is last_raw:
-            self.attached.callback(setattr, model[1], "output_dp", own := model[1].output_dp)
-            model[1].output_dp = FusedRNNDropout(own.p, batch_first=BATCH_FIRST, ar_of="raw")
-        self.attached.push(self.source.of_batch(lambda: self.batch).attach(self.regularizer, model))
-
     def on_epoch_begin(self, **_: Any) -> None:
-        self.regularizer.on_epoch_begin(self.learn.model)
+        super().on_epoch_begin(self.learn.model)
 
-    def on_batch_begin(self, last_input: Any, **_: Any) -> None:
+    def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:
         self.batch = last_input if is_list(last_input) else [last_input]
+        if train and self.attached is None:
+            self.attached = self.source.of_batch(lambda: self.batch).attach(self, self.learn.model)
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
-        decoded = last_output
-        if self.source.module is None:
+        if self.source.module is None and train:
             marks: Any = self.source.marks(self.batch)
-            decoded = self.regularizer.on_loss_begin(last_output, batch_first=BATCH_FIRST, **marks)
-        elif self.source.output is last_raw:
-            decoded = last_output[0]
-        if not train:
-            self.regularizer.clear()  # no backward follows, which would use the capture
+            super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **marks)
+        is_alone = self.source.module is not None and self.source.output is not last_raw
+        decoded = last_output if is_alone else last_output[0]
         return {"last_output": decoded} if DICTS else decoded
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
-        self.regularizer.alpha, self.regularizer.beta = self.alpha, self.beta  # which may have changed
-        loss = self.regularizer.on_backward_begin(last_loss)
+        loss = super().on_backward_begin(last_loss)
         return {"last_loss": loss} if DICTS else loss
 
     def on_backward_end(self, last_input: Tensor, **_: Any) -> None:
         if self.adjust:
             opt, factor = self.learn.opt, last_input.shape[int(BATCH_FIRST)] / self.bptt
-            self.lrs, opt.lr = opt._lr, [lr * factor for lr in opt._lr]  # these lrs also scale the weight decay
+            self.scaled.callback(setattr, opt, "lr", opt._lr)
+            opt.lr = [lr * factor for lr in opt._lr]  # these lrs also scale the weight decay
 
     def on_step_end(self, **_: Any) -> None:
-        if self.lrs is not None:
-            self.learn.opt.lr, self.lrs = self.lrs, None
+        self.scaled.close()
 
     def on_train_end(self, **_: Any) -> None:  # fastai calls it after an error, too
         self.on_step_end()
-        self.regularizer.clear()
-        self.attached.close()
-        self.batch = ()
+        self.clear()
+        if self.attached is not None:
+            self.attached.close()
+        self.attached, self.batch = None, ()
 
-    def stock(self) -> Any:
-        """Return fastai's `RNNTrainer`."""
-        known = inspect.signature(stock.RNNTrainer).parameters.keys() & {"bptt", "alpha", "beta", "adjust"}
-        return stock.RNNTrainer(self.learn, **{name: getattr(self, name) for name in known})
+    def export(self, *args: Any, **kwargs: Any) -> Any:
+        """Export the learner with fastai's callback, so that it loads where fastreg is not installed."""
+        learn = self.learn
+        before = {"callbacks": learn.callbacks, "rnn_trainer": learn.rnn_trainer}
+        learn.callbacks = [_stock(cb) for cb in learn.callbacks]
+        try:
+            return type(learn).export(learn, *args, **kwargs)
+        finally:
+            vars(learn).update(before)
 
 
 def fuse(
     learn: Learner,
-    dropout: bool | str = False,
+    dropout: bool | str | Sequence[str | None] = False,
     *,
-    rnn: str | None = None,
+    rnn: str | Sequence[str] | None = None,
     output: Callable[[Any], Any] | None = None,
     batch_first: bool | None = None,
     valid: Callable[..., Tensor | None] | None = None,
@@ -178,8 +176,8 @@ def fuse(
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
     The new `RNNTrainer` has the coefficients and the position of the old one, and its `adjust` in the releases that
-    have it; the lr no longer compounds from step to step. A learner that is fused already gets the arguments that are
-    given. Subclasses stay unchanged. After an error nothing is swapped.
+    have it; the lr no longer compounds from step to step. A learner that is fused already is fused anew, with the
+    arguments of this call. Subclasses stay unchanged. After an error nothing is swapped.
 
     Args:
         learn: the learner.
@@ -199,7 +197,7 @@ def fuse(
 
     Examples:
         >>> fuse(learn1).fit(1)
-        >>> bool(learn1.callbacks[-1].regularizer.tar > 0)
+        >>> bool(learn1.callbacks[-1].tar > 0)
         True
     """
     _check(learn)
@@ -209,17 +207,9 @@ def fuse(
             "fuse: the learner has no RNNTrainer of fastai's own class; "
             "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
-    path: Any = dropout or None
-    if dropout is True and rnn is None:
-        rnn, path, output, batch_first = "0", "1.output_dp", last_raw, BATCH_FIRST
-    source = Source(rnn, path, output, batch_first, valid=valid, starts=starts)
-    source.attach(RNNRegularizer(), learn.model).close()  # a wrong path raises before anything is swapped
-    if source.output is last_raw and type(learn.model[1].output_dp) is not RNNDropout:
-        raise ValueError(f"dropout: expected an RNNDropout to swap, got {type(learn.model[1].output_dp).__name__}")
-    kept = vars(old)
-    new = RNNTrainer(learn, kept.get("bptt"), old.alpha, old.beta, kept.get("adjust", False))
-    new.source = source.or_of(kept.get("source", source))
-    learn.callbacks[learn.callbacks.index(old)] = new
+    kept = vars(old).get("bptt"), old.alpha, old.beta, vars(old).get("adjust", False)
+    options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
+    learn.callbacks[learn.callbacks.index(old)] = RNNTrainer(learn, *kept, rnn=rnn, dropout=dropout, **options)
     return learn
 
 
@@ -237,10 +227,7 @@ def unfuse(learn: Learner) -> Learner:
         'fastai.callbacks.rnn'
     """
     _check(learn)
-    for i, cb in enumerate(learn.callbacks):
-        if type(cb) is RNNTrainer:
-            vars(learn).pop(cb.cb_name, None)  # its attribute, which 1.0.36 gives to LearnerCallbacks alone
-            learn.callbacks[i] = cb.stock()
+    learn.callbacks[:] = [_stock(cb) for cb in learn.callbacks]
     vars(learn).pop("export", None)
     return learn
 
@@ -251,12 +238,9 @@ def _check(learn: object) -> None:
         raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
 
 
-def _export(reference: Any, *args: Any, **kwargs: Any) -> Any:
-    """Export the learner with fastai's callback, so that it loads where fastreg is not installed."""
-    learn = reference()
-    before = {"callbacks": learn.callbacks, "rnn_trainer": learn.rnn_trainer}
-    learn.callbacks = [cb.stock() if type(cb) is RNNTrainer else cb for cb in learn.callbacks]
-    try:
-        return type(learn).export(learn, *args, **kwargs)
-    finally:
-        vars(learn).update(before)
+def _stock(cb: Any) -> Any:
+    """Return fastai's `RNNTrainer` for that of this module, and any other callback itself."""
+    if type(cb) is not RNNTrainer:
+        return cb
+    known = inspect.signature(stock.RNNTrainer).parameters.keys() & {"bptt", "alpha", "beta", "adjust"}
+    return stock.RNNTrainer(cb.learn, **{name: getattr(cb, name) for name in known})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any, Literal
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,16 +19,10 @@ from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
 from fastreg.source import Source
 
-if TYPE_CHECKING:
-    Callback: Any = object  # Lightning is not needed to check types
-else:
-    try:
-        from lightning.pytorch import Callback
-    except ImportError:
-        try:
-            from pytorch_lightning import Callback
-        except ImportError:
-            raise ImportError("fastreg.lightning: Lightning is not installed; pip install lightning") from None
+try:
+    Callback: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning").Callback
+except ImportError as error:
+    raise ImportError("fastreg.lightning: Lightning is not installed; pip install lightning") from error
 
 
 class ActivationRegularization(Callback):
@@ -48,8 +44,9 @@ class ActivationRegularization(Callback):
         output: as for `RNNRegularizer.attach`.
         batch_first: as for `RNNRegularizer.attach`.
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
-            `fused_ar_tar` takes it, or `None` where all steps count. A function of more arguments, `valid(batch, *args,
-            **kwargs)`, also gets the arguments of the RNN, run by run.
+            `fused_ar_tar` takes it, or `None` where all steps count. A function that has another parameter without a
+            default, `valid(batch, x)` or `valid(batch, *args)`, also gets the arguments of the RNN, run by run; a
+            `**kwargs` does not count.
         starts: a function of the same arguments that returns the mask of the time steps at which segments start,
             or `None`.
         log: whether `ar` and `tar` are logged.
@@ -86,7 +83,6 @@ class ActivationRegularization(Callback):
         self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self.logged = log  # Lightning sets `log` itself
         self._terms = torch.zeros(3)  # the sums of AR and TAR over the steps of the epoch, and how many steps
-        self.batch: Any = None  # of the step that runs
         self._undo = ExitStack()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -96,19 +92,18 @@ class ActivationRegularization(Callback):
                 "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
                 "a callback; use fastreg.RNNRegularizer in its training_step"
             )
-        valid, starts = self._of_batch(self.source.valid), self._of_batch(self.source.starts)
-        source = replace(self.source, valid=valid, starts=starts)
-        self._undo.enter_context(source.attach(self.regularizer, pl_module))
-        # All callbacks share one wrapper: they may end in any order, and only the last puts the step back.
+        # All callbacks share one wrapper: they end together, and in any order.
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
-        pl_module.training_step.callbacks.append(self)
-        self._undo.callback(pl_module.training_step.remove, self)
+        step = pl_module.training_step
+        self._undo.callback(step.remove)
+        source = replace(self.source, valid=step.of_batch(self.source.valid), starts=step.of_batch(self.source.starts))
+        self._undo.enter_context(source.attach(self.regularizer, pl_module))
+        step.callbacks.append(self)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Take off the hooks and the wrapper of `training_step`."""
         self._undo.close()
-        self.batch = None
 
     on_exception = teardown  # Lightning tears nothing down after an error
 
@@ -119,11 +114,9 @@ class ActivationRegularization(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
-        if not self.logged:
-            return
         # Each process takes part, also one that has added no penalty, as the others wait for it.
         ar, tar, steps = trainer.strategy.reduce(self._terms, reduce_op="sum")
-        if steps:
+        if self.logged and steps:
             means = {"ar": ar / steps, "tar": tar / steps}
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
@@ -135,26 +128,15 @@ class ActivationRegularization(Callback):
 
     def after_step(self, output: Any) -> Any:
         """Return what `training_step` returned with the penalty added to the loss, and sum up the terms."""
-        self.batch = None
-        loss = output.get("loss") if isinstance(output, dict) else output
+        loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
             return output
         total = self.regularizer.on_backward_begin(loss)
         if total is loss:  # the RNNs are in evaluation
             return output
-        ar: Any = self.regularizer.ar
-        terms: Any = [ar, self.regularizer.tar, torch.ones_like(ar)]
-        self._terms = self._terms + torch.stack(terms).to(self._terms)
-        return output | {"loss": total} if isinstance(output, dict) else total
-
-    def _of_batch(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        """Return a function of an RNN's arguments for one of the batch, or of the batch and those arguments."""
-        if function is None:
-            return None
-        parameters = inspect.signature(function).parameters.values()
-        if sum(x.default is x.empty for x in parameters) > 1:
-            return lambda *args, **kwargs: function(self.batch, *args, **kwargs)
-        return lambda *_, **__: function(self.batch)
+        terms: Any = self.regularizer.ar, self.regularizer.tar
+        self._terms = self._terms + torch.stack([*terms, torch.ones_like(terms[0])]).to(self._terms)
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
 
 
 class _RegularizedStep:
@@ -164,24 +146,31 @@ class _RegularizedStep:
         self.own = vars(pl_module).get("training_step")  # Lightning sets one when it compiles the module
         self.step = pl_module.training_step
         update_wrapper(self, self.step)  # Lightning reads its signature
-        self.pl_module = pl_module
+        self.pl_module, self.batch = pl_module, None
         self.callbacks: list[ActivationRegularization] = []
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        for callback in self.callbacks:
-            callback.batch = batch
+        self.batch = batch
         output = self.step(batch, *args, **kwargs)
+        self.batch = None
         for callback in self.callbacks:
             output = callback.after_step(output)
         return output
 
-    def remove(self, callback: ActivationRegularization) -> None:
-        """Leave out a callback's penalty; after the last one, give the module its own step back."""
-        self.callbacks.remove(callback)
-        if not self.callbacks:
-            del self.pl_module.training_step
-            if self.own is not None:
-                self.pl_module.training_step = self.own
+    def of_batch(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """Return a function of an RNN's arguments for one of the batch, or of the batch and those arguments."""
+        if function is None:
+            return None
+        parameters = inspect.signature(function).parameters.values()
+        if sum(x.default is x.empty and x.kind is not x.VAR_KEYWORD for x in parameters) > 1:
+            return lambda *args, **kwargs: function(self.batch, *args, **kwargs)
+        return lambda *_, **__: function(self.batch)
+
+    def remove(self) -> None:
+        """Give the module its own step back."""
+        vars(self.pl_module).pop("training_step", None)
+        if self.own is not None:
+            self.pl_module.training_step = self.own
 
     def __reduce__(self) -> Any:
         return partial, (self.step,)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_flags
+from fastreg.arguments import check_flags, check_steps
 from fastreg.prepare import place_of
 from fastreg.problem import Coefficient, Place, is_list
 from fastreg.rnn_dropout import FusedRNNDropout
@@ -134,14 +135,22 @@ class Source:
         return replace(self, valid=of(self.valid), starts=of(self.starts))
 
     def marks(self, batch: Sequence[Any]) -> dict[str, Tensor | None]:
-        """Return the valid steps of a batch and its starts, by their names."""
-        return {"valid": self.valid and self.valid(*batch), "starts": self.starts and self.starts(*batch)}
+        """Return the valid steps of a batch and its starts, by their names.
 
-    def or_of(self, other: Source) -> Source:
-        """Take the values that this source leaves out from another one."""
-        return replace(other, **{name: value for name, value in vars(self).items() if value is not None})
+        Raises:
+            TypeError: a function returns neither a mask nor `None`.
+        """
+        marks = {"valid": self.valid and self.valid(*batch), "starts": self.starts and self.starts(*batch)}
+        check_steps(None, **marks)
+        return marks
 
-    def attach(self, regularizer: Any, model: nn.Module, layout: bool | None = None) -> ExitStack:
+    def of_language_model(self, **options: Any) -> Source:
+        """Return the source in a fastai language model if the dropout is `True`, and no module is named."""
+        if self.dropout is True and self.module is None:
+            return LanguageModel(valid=self.valid, starts=self.starts, **options)
+        return replace(self, dropout=self.dropout or None)
+
+    def attach(self, regularizer: Any, model: Any, layout: bool | None = None) -> ExitStack:
         """Attach a regularizer to all modules at the paths, or to none, until the returned stack is closed.
 
         Args:
@@ -157,19 +166,44 @@ class Source:
                 return attached
             rnns = self.module if is_list(self.module) else [self.module]
             dropouts = self.dropout if is_list(self.dropout) else [self.dropout] * len(rnns)
-            if not rnns or len(dropouts) != len(rnns):
+            if len(dropouts) != len(rnns):
                 raise ValueError(
                     "rnn and dropout: expected a dropout, or None, for each RNN, "
                     f"got {len(rnns)} RNNs and {len(dropouts)} dropouts"
                 )
             for rnn, path in zip(rnns, dropouts, strict=True):
                 dropout = None if path is None else _module_at(model, "dropout", path)
-                module, batch_first = _module_at(model, "rnn", rnn), self.batch_first
-                if batch_first is None:
-                    batch_first = layout_of(module, layout)
+                module = _module_at(model, "rnn", rnn)
+                batch_first = layout_of(module, layout) if self.batch_first is None else self.batch_first
                 options = {"output": self.output, "batch_first": batch_first, "valid": self.valid}
                 attached.enter_context(regularizer.attach(module, dropout, starts=self.starts, **options))
             return attached.pop_all()
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel(Source):
+    """Name the encoder of a fastai language model, and its last dropout, which is a fused one while attached.
+
+    Attributes:
+        fused: makes the fused dropout from a probability.
+        plain: the class of the dropout that it replaces.
+    """
+
+    module: Any = "0"
+    dropout: Any = "1.output_dp"
+    fused: Any = FusedRNNDropout
+    plain: Any = None
+
+    def attach(self, regularizer: Any, model: Any, layout: bool | None = None) -> ExitStack:
+        """Attach a regularizer, with the fused dropout in the model until the returned stack is closed."""
+        own: Any = _module_at(model, "dropout", self.dropout)
+        if type(own) not in (self.plain, self.fused):  # a fit that was cut off may have left the fused one
+            raise ValueError(f"dropout: expected an {self.plain.__name__} to swap, got {type(own).__name__}")
+        with ExitStack() as undo:
+            undo.callback(setattr, model[1], "output_dp", own)
+            model[1].output_dp = self.fused(own.p)
+            undo.enter_context(super().attach(regularizer, model, layout))
+            return undo.pop_all()
 
 
 def layout_of(module: nn.Module, default: bool | None = None) -> bool:
@@ -215,12 +249,10 @@ def _check_time_of(dropout: FusedRNNDropout, place: Place, name: str) -> None:
 
 
 def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: Any) -> nn.Module:
-    """Return the module at an attribute path; if there is none, list candidates."""
-    modules, likely = dict(model.named_modules(remove_duplicate=False)), []
-    for name, module in modules.items():
-        if name == path:
-            return module
-        if isinstance(module, nn.RNNBase) if kind == "rnn" else "drop" in type(module).__name__.lower():
-            likely.append(name)
-    candidates = ", ".join(map(repr, likely or [name for name in modules if name])) or "none"
+    """Return the module at an attribute path; if there is none, list those whose paths are the most alike."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    candidates = ", ".join(map(repr, get_close_matches(str(path), names, n=5, cutoff=0)))
     raise ValueError(f"{kind}: {type(model).__name__} has no such module at {path!r}; candidates: {candidates}")

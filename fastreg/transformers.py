@@ -10,9 +10,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from importlib import import_module
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,12 @@ from fastreg.problem import Coefficient, is_on
 from fastreg.regularizer import RNNRegularizer
 from fastreg.source import Source
 
-if TYPE_CHECKING:
-    Trainer: Any = object  # transformers is not needed to check types
-    find_batch_size: Any = len
-else:
-    try:
-        from transformers import Trainer
-        from transformers.trainer_pt_utils import find_batch_size
-    except ImportError as error:
-        message = "fastreg.transformers: transformers does not work here; pip install transformers accelerate"
-        raise ImportError(message) from error
+try:
+    Trainer: Any = import_module("transformers").Trainer
+    find_batch_size: Any = import_module("transformers.trainer_pt_utils").find_batch_size
+except ImportError as error:
+    message = "fastreg.transformers: transformers does not work here; pip install transformers accelerate"
+    raise ImportError(message) from error
 
 
 def attention_mask(batch: Any) -> Tensor | None:
@@ -102,27 +98,19 @@ class RegularizedTrainer(Trainer):
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
         self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
-        self._hooks: ExitStack | None = None
-        self._marks: dict[str, Tensor | None] = {}  # of the batch in training
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
         self._sums: list[Any] = []  # since the last log: of AR, of TAR, and of the shares that they were weighed with
         super().__init__(*args, **kwargs)
-        self._attach(self.model)  # shows a wrong path before any training
-        self._detach()
+        self._attached().close()  # shows a wrong path before any training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does, attached to the modules; no hook is left, also after an error."""
+        """Train as `Trainer.train` does."""
         self._sums = []
         self._warn_of_lost_masks()
-        with self._attached():
+        try:
             return super().train(*args, **kwargs)
-
-    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Make a model as `Trainer.call_model_init` does; while training, attach to it in place of the one before."""
-        model = super().call_model_init(*args, **kwargs)
-        if self._hooks is not None:
-            self._attach(model)
-        return model
+        finally:
+            self._total = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Fetch the batches of an optimizer step as `Trainer.get_batch_samples` does, and count their valid steps."""
@@ -136,44 +124,29 @@ class RegularizedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Make a training step as `Trainer.training_step` does, with the penalty in its backward."""
-        with self._attached(), self._regularized(inputs):
+        with self._attached(inputs), self._regularized(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as `Trainer.log` does, with `ar` and `tar` beside the training loss."""
         if "loss" in logs and self._sums:
             sums = [torch.as_tensor(x, dtype=torch.float32, device=self.args.device) for x in self._sums]
-            ar, tar, ar_shares, tar_shares = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
-            logs = {**logs, "ar": ar / (ar_shares or 1), "tar": tar / (tar_shares or 1)}  # 0 where nothing counts
+            ar, tar, *shares = self.accelerator.reduce(torch.stack(sums), reduction="sum")
+            terms = torch.stack([ar, tar]) / torch.stack(shares).clamp(min=1e-30)  # 0 where nothing counts
+            logs = logs | dict(zip(["ar", "tar"], terms.tolist(), strict=True))
             self._sums = []
         super().log(logs, *args, **kwargs)
 
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        """Attach to the modules of the model until the end, unless that is done already."""
-        if self._hooks is not None:
-            yield
-            return
-        try:
-            self._attach(self.model)
-            yield
-        finally:
-            self._detach()
-            self._total = None
-
-    def _attach(self, model: Any) -> None:
-        """Attach to the modules of a model instead of the modules before."""
-        self._detach()
-        valid, starts = lambda *_, **__: self._marks["valid"], lambda *_, **__: self._marks["starts"]
-        source = replace(self.source, valid=valid, starts=starts)
-        self._hooks = source.attach(self.regularizer, _inner(model), layout=True)
+    def _attached(self, batch: Any = None) -> ExitStack:
+        """Attach to the modules until the returned stack is closed, with the masks of a batch."""
+        return self.source.of_batch(lambda: [batch]).attach(self.regularizer, _inner(self.model), layout=True)
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
         if self.source.valid is not attention_mask or not self.args.remove_unused_columns:
             return
         data: Any = self.train_dataset
-        example = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
+        example = next(iter(data), None) if hasattr(data, "__len__") else None
         columns = getattr(data, "column_names", None) or (example if isinstance(example, Mapping) else ())
         if "attention_mask" in columns and "attention_mask" not in signature(_inner(self.model).forward).parameters:
             warnings.warn(
@@ -183,17 +156,11 @@ class RegularizedTrainer(Trainer):
                 stacklevel=3,
             )
 
-    def _detach(self) -> None:
-        if self._hooks is not None:
-            self._hooks.close()
-        self._hooks = None
-
     @contextmanager
     def _regularized(self, batch: Any) -> Iterator[None]:
         """Add the penalty, by the batch's shares, to the loss that `accelerator.backward` gets; sum up the terms."""
         regularizer, accelerator, shares = self.regularizer, self.accelerator, self._shares_of(batch)
-        coefficients = regularizer.alpha, regularizer.beta
-        own, backward, passed = vars(accelerator).get("backward"), accelerator.backward, False
+        coefficients, backward, passed = (regularizer.alpha, regularizer.beta), accelerator.backward, False
 
         def with_penalty(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal passed
@@ -205,36 +172,29 @@ class RegularizedTrainer(Trainer):
                 self._sums = [x + y for x, y in zip(self._sums or [0] * 4, weighed, strict=True)]
             return backward(total, *args, **kwargs)
 
-        self._marks, accelerator.backward = self._marks_of(batch), with_penalty
+        weighed = (x * share if is_on(x) else x for x, share in zip(coefficients, shares, strict=True))
+        regularizer.alpha, regularizer.beta = weighed
+        accelerator.backward = with_penalty
         try:
-            regularizer.alpha, regularizer.beta = (
-                x * share if is_on(x) else x for x, share in zip(coefficients, shares, strict=True)
-            )
             yield
         finally:
-            del accelerator.backward
-            if own is not None:
-                accelerator.backward = own
+            accelerator.backward = backward
             regularizer.alpha, regularizer.beta = coefficients
-            regularizer.clear()
-            self._marks = {}
         if not passed:
             raise RuntimeError(
                 "RegularizedTrainer: the loss did not go through accelerator.backward, where the penalty is added to "
                 "it; use fastreg.RNNRegularizer in compute_loss"
             )
 
-    def _shares_of(self, batch: Any) -> tuple[Any, Any]:
+    def _shares_of(self, batch: Any) -> Any:
         """Return the shares of a batch in AR and in TAR of the optimizer step."""
         if self._total is None:
-            share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
-            return share, share
-        ar_share, tar_share = self._size_of([batch]) / self._total.clamp(min=1)
-        return ar_share, tar_share
+            return (1 / getattr(self, "current_gradient_accumulation_steps", 1),) * 2
+        return self._size_of([batch]) / self._total.clamp(min=1)
 
     def _size_of(self, batches: list[Any]) -> Tensor:
         """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
-        marks, sizes = [self._marks_of(batch) for batch in batches], []
+        marks = [self.source.marks([batch]) for batch in batches]
         for name in ("valid", "starts"):
             count = sum(found[name] is not None for found in marks)
             if 0 < count < len(batches):
@@ -242,29 +202,19 @@ class RegularizedTrainer(Trainer):
                     f"{name}: expected a mask for each batch of an optimizer step, or for none, "
                     f"got {count} for {len(batches)} batches"
                 )
-        for batch, found in zip(batches, marks, strict=True):
-            valid, starts = (None if x is None else x.bool() for x in found.values())
-            if valid is None and starts is None:
-                sizes.append(torch.tensor([find_batch_size(batch) or 1] * 2))
-                continue
-            steps: Any = torch.ones_like(starts) if valid is None else valid  # pyright: ignore[reportArgumentType]
-            pairs = steps[:, 1:] & steps[:, :-1]
-            if starts is not None:
-                pairs = pairs & ~starts[:, 1:].to(pairs.device)
-            sizes.append(torch.stack([steps.sum(), pairs.sum()]))
+        sizes = [_size_of(batch, **found) for batch, found in zip(batches, marks, strict=True)]
         return torch.stack(sizes).sum(0).to(self.args.device, torch.float32)
 
-    def _marks_of(self, batch: Any) -> dict[str, Tensor | None]:
-        """Return the valid steps of a batch and its starts, `(batch, time)` or `None`, by their names."""
-        marks = self.source.marks([batch])
-        for name, mask in marks.items():
-            if not isinstance(mask, (Tensor, type(None))):
-                raise TypeError(f"{name}: expected the function to return a tensor or None, got {type(mask).__name__}")
-            if mask is not None and mask.dim() != 2:
-                raise ValueError(
-                    f"{name}: expected (batch, time), got shape {tuple(mask.shape)}; pass another function of the batch"
-                )
-        return marks
+
+def _size_of(batch: Any, valid: Tensor | None, starts: Tensor | None) -> Tensor:
+    """Count the valid steps of a batch and its pairs of valid neighbours, or its examples for both: `(2,)`."""
+    if valid is None and starts is None:
+        return torch.tensor([find_batch_size(batch) or 1] * 2)
+    counts: Any = torch.ones_like(starts) if valid is None else valid  # pyright: ignore[reportArgumentType]
+    begins = torch.zeros_like(counts) if starts is None else starts
+    counts, begins = counts.bool(), begins.to(counts.device).bool()
+    pairs = counts[..., 1:] & counts[..., :-1] & ~begins[..., 1:]
+    return torch.stack([counts.sum(), pairs.sum()])
 
 
 def _inner(model: Any) -> Any:

@@ -136,7 +136,7 @@ def test_trains_the_weights_of_fastai_and_of_the_formula() -> None:
     assert gap(weights, trained(with_trainer(Written))) < 1e-5
     for alpha, beta in ((0.0, 0.0), (ALPHA, 0.0), (0.0, BETA)):
         assert gap(weights, stock(alpha, beta)) > 1e-3
-    assert last.regularizer.ar > 0 < last.regularizer.tar
+    assert last.ar > 0 < last.tar
 
 
 @pytest.mark.skipif(release == "1.0.36", reason="its mixed precision halves the token ids, too")
@@ -156,7 +156,7 @@ def test_a_fused_dropout_trains_the_stock_weights() -> None:
 
     fused, kinds = fuse(fuse(learner()), dropout=True), set()
     assert gap(trained(fused), stock()) < 1e-5
-    assert fused.callbacks[-1].regularizer.ar > 0 < fused.callbacks[-1].regularizer.tar
+    assert fused.callbacks[-1].ar > 0 < fused.callbacks[-1].tar
     fused = fuse(learner(), dropout=True)
     last = fused.callbacks[-1]
     assert gap(trained(fused, Off()), stock(0.0, 0.0)) < 1e-5  # a schedule reaches the dropout
@@ -195,7 +195,6 @@ def test_adjust_scales_the_lr_for_the_step_alone(adjust: bool, fails: bool) -> N
         learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy])
     base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
     assert all(lrs == pytest.approx(base) for lrs in [*spy.before, spy.present()])
-    assert len(spy.lengths) == len(spy.lrs) > 0
     for length, lrs, decay in zip(spy.lengths, spy.lrs, spy.decays, strict=True):
         assert lrs == pytest.approx([lr * (length / 20 if adjust else 1) for lr in base])
         assert decay == pytest.approx(lrs[::2])
@@ -207,6 +206,7 @@ def test_adjust_scales_the_lr_for_the_step_alone(adjust: bool, fails: bool) -> N
 def test_nothing_is_held(what: str, dropout: bool) -> None:
     """After a fit, after one that failed in the loss or the step, and after a validation."""
     learn, alive = fuse(learner(), dropout), []
+    loss_func, own = learn.loss_func, learn.model[1].output_dp
     learn.model[0].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[0])))
     if what == "loss":
         learn.loss_func = [].pop  # which takes no two arguments
@@ -215,28 +215,28 @@ def test_nothing_is_held(what: str, dropout: bool) -> None:
     gc.collect()
     assert alive
     assert not any(ref() is not None for ref in alive)
+    assert learn.model[1].output_dp is own
+    learn.loss_func = loss_func
+    if what == "validate":
+        assert trained(learn).isfinite().all()  # which attaches anew
 
 
 def test_fuse_and_unfuse_swap_in_place() -> None:
     learn, names = learner(), ("bptt", "alpha", "beta", "adjust")
     own = learn.callbacks[0]
-    assert fuse(fuse(learn, valid=last_valid), dropout=True) is learn
+    assert fuse(fuse(learn, valid=last_valid), dropout=True) is learn  # with the arguments of the last call
     (now,) = learn.callbacks
     assert type(now) is RNNTrainer
     assert [vars(now)[name] for name in names] == [16 if OLD else None, ALPHA, BETA, False]
-    assert (now.source.valid, now.source.dropout) == (last_valid, "1.output_dp")
-    assert getattr(learn, "rnn_trainer", now) is now
+    assert gap(trained(learn), stock()) < 1e-5
     now.alpha = 3.0
     assert unfuse(unfuse(learn)) is learn
     (now,) = learn.callbacks
+    kept = vars(own) | {"alpha": 3.0}
     assert type(now) is type(own)
-    assert [vars(now).get(name) for name in names] == [
-        3.0 if name == "alpha" else vars(own).get(name) for name in names
-    ]
+    assert [vars(now).get(name) for name in names] == [kept.get(name) for name in names]
     assert "export" not in vars(learn)
-    assert getattr(learn, "rnn_trainer", None) in (now, getattr(learner(), "rnn_trainer", None))
-    now.alpha = ALPHA
-    assert gap(trained(learn), stock()) == 0
+    assert gap(trained(unfuse(fuse(learner()))), stock()) == 0
 
 
 @pytest.mark.skipif(release == "1.0.36", reason="it has no exports yet")
@@ -316,10 +316,6 @@ def test_modules_by_their_paths_train_the_weights_of_the_formula(name: str | Non
     stock = own(Alone, Stock, *([16] if OLD else []), alpha=ALPHA, beta=BETA, **adjust)
     assert gap(trained(fuse(stock, "dropout", rnn="rnn")), written) < 1e-5
     assert gap(trained(own(Alone, RNNTrainer, 16, adjust=False, **PATHS)), written) > 1e-3
-    if hasattr(learn, "purge"):
-        learn.purge()
-        assert trained(learn).isfinite().all()
-        assert learn.callbacks[-1].source.module == "rnn"
 
 
 def sequential(learn: Any) -> None:
@@ -339,7 +335,6 @@ def train(learn: Any) -> None:
 
 
 LEARNER, OWN_CLASS = "learn: expected a Learner, got NoneType", "has no RNNTrainer of fastai's own class"
-TWO = "^RNNTrainer: .* more than one"
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
     (lambda x: x.callbacks.clear(), fuse, ValueError, OWN_CLASS),
     (subclassed, fuse, ValueError, OWN_CLASS),
@@ -352,8 +347,6 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (vars, lambda _: RNNTrainer(None, 16), TypeError, LEARNER),
     (vars, lambda x: RNNTrainer(x, None), ValueError, "bptt: expected the usual number of time steps"),
     (lambda x: sequential(fuse(x)), train, TypeError, r"expected \(decoded, raw, dropped\)"),
-    (lambda x: fuse(x).callbacks.append(RNNTrainer(x, 16)), train, ValueError, TWO),
-    (lambda x: fuse(x).callbacks.append(Stock(x, 16)), train, ValueError, TWO),
 ]
 
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import cycle
@@ -174,8 +174,6 @@ def test_coefficients_of_zero_change_nothing() -> None:
     assert_same(trainer, stock, rtol=0, atol=0)
     assert trainer.model.state_dict().keys() == stock.model.state_dict().keys()
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(stock.evaluate(data)["eval_loss"])
-    predicted, expected = (x.predict(data, ["cache_params"]).predictions for x in (trainer, stock))
-    assert predicted == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert trainer.state.log_history[0]["ar"] > 0
 
 
@@ -192,9 +190,7 @@ def starts_of(batch: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "loss", "count", "valid", "starts"),
     [
-        (mamba2, None, 24, labelled, None),
         (recurrent_gemma, None, 19, labelled, None),
-        (LanguageModel, per_item, 19, labelled, None),
         (LanguageModel, per_item, 22, None, None),  # whose batches count by their examples
         (LanguageModel, None, 20, labelled, None),  # whose own loss wants batches of one size
         (mamba2, None, 24, labelled, starts_of),  # pairs of neighbours are those of the segments of each batch
@@ -250,15 +246,31 @@ def test_logs() -> None:
         assert [x["loss"] for x in logged] == pytest.approx(losses.tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("rnn", [mamba.rnn, mamba.rnn + ".mixer"], ids=["the block", "inside"])
-def test_gradient_checkpointing(rnn: str) -> None:
-    checkpointed = arguments(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert_same(fit(mamba, checkpointed, rnn=rnn), fit(mamba, arguments(), Formula, rnn=rnn))
+class Wrapper(LanguageModel):
+    """Gives another model with its modules, as `PeftModel` does."""
+
+    def get_base_model(self) -> nn.Module:
+        return nn.ModuleDict({"inside": self.rnn})
 
 
-def test_bfloat16() -> None:
-    trainer, written_out = fit(mamba, arguments(bf16=True)), fit(mamba, arguments(bf16=True), Formula)
-    assert_same(trainer, written_out, **lm.tolerance_of_bfloat16(written_out.model, lm.seeded(mamba)))
+LAYERS: dict[str, Any] = {"rnn": ["backbone.layers.0", mamba.rnn]}
+INSIDE: dict[str, Any] = {"rnn": mamba.rnn + ".mixer"}
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "options", "of_formula"),
+    [
+        (mamba, {}, LAYERS, LAYERS),
+        (mamba, {}, LAYERS | {"layers": "last"}, {}),
+        (mamba, CHECKPOINTED, {}, {}),
+        (mamba, CHECKPOINTED, INSIDE, INSIDE),
+        (Wrapper, {}, {"rnn": "inside"}, {}),
+    ],
+    ids=["layers", "last layer", "checkpointing", "checkpointing around it", "peft"],
+)
+def test_other_settings(make: Any, args: Any, options: Any, of_formula: Any) -> None:
+    assert_same(fit(make, arguments(**args), **options), fit(make, arguments(), Formula, **of_formula))
 
 
 @pytest.mark.usefixtures("dynamo")
@@ -304,36 +316,14 @@ def test_subclasses_of_trainer_on_either_side() -> None:
 
 def test_models_that_the_trainer_makes() -> None:
     making: dict[str, Any] = {"model": None, "model_init": lambda: lm.seeded(mamba)}
-    trainer = trainer_of(mamba, arguments(), **making)
-    first = trainer.model
-    trainer.train()
-    assert trainer.model is not first
-    assert not hooks_of(trainer)
-    assert_different(trainer, fit(mamba, arguments(), transformers.Trainer, **making))
+    assert_different(fit(mamba, arguments(), **making), fit(mamba, arguments(), transformers.Trainer, **making))
 
 
-def test_models_that_peft_wraps() -> None:
-    class Wrapper(LanguageModel):
-        """Gives another model with its modules, as `PeftModel` does."""
-
-        def get_base_model(self) -> nn.Module:
-            return nn.ModuleDict({"inside": self.rnn})
-
-    assert_same(fit(Wrapper, arguments(), rnn="inside"), fit(LanguageModel, arguments(), Formula))
-
-
-@pytest.mark.parametrize("valid", [labelled, None], ids=["valid", "no valid"])
+@pytest.mark.parametrize("valid", [labelled, None])
 @lm.either
 def test_dropout(valid: Any) -> None:
     make, options = partial(LanguageModel, 0.3), {"dropout": "dropout", "valid": valid}
     assert_same(fit(make, arguments(), **options), fit(make, arguments(), Formula, **options))
-    fit(make, arguments(**IN_PARTS), **options)
-
-
-def test_several_layers() -> None:
-    layers = ["backbone.layers.0", mamba.rnn]
-    assert_same(fit(mamba, arguments(), rnn=layers), fit(mamba, arguments(), Formula, rnn=layers))
-    assert_same(fit(mamba, arguments(), rnn=layers, layers="last"), fit(mamba, arguments(), Formula))
 
 
 def test_a_mask_that_the_trainer_takes_out_is_warned_of() -> None:
@@ -358,27 +348,23 @@ def test_modules_in_evaluation_add_nothing() -> None:
     assert all("ar" not in x for x in trainer.state.log_history)
 
 
-def test_a_schedule_of_the_coefficients() -> None:
-    class Off(transformers.TrainerCallback):
+def test_a_schedule_of_the_coefficients_and_an_error() -> None:
+    class Stop(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             trainer.regularizer.alpha = trainer.regularizer.beta = 0.0
+            trainer.compute_loss_func = fail if fails else None
 
-    trainer = trainer_of(mamba, arguments(**IN_PARTS), callbacks=[Off()])
-    trainer.train()
-    assert trainer.regularizer.alpha == 0
-    assert_different(trainer, fit(mamba, arguments()))
-
-
-def test_the_model_is_left_as_it_was_after_an_error() -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise KeyError("in a step")
 
-    trainer = trainer_of(LanguageModel, arguments(), compute_loss_func=fail)
-    with pytest.raises(KeyError, match="in a step"):
-        trainer.train()
-    assert not hooks_of(trainer)
-    assert "backward" not in vars(trainer.accelerator)
-    assert trainer.regularizer.alpha == ALPHA
+    for fails in (False, True):
+        trainer = trainer_of(mamba, arguments(**IN_PARTS), callbacks=[Stop()])
+        with pytest.raises(KeyError, match="in a step") if fails else nullcontext():
+            trainer.train()
+        assert not hooks_of(trainer)
+        assert trainer.accelerator.backward.__func__ is type(trainer.accelerator).backward
+        assert trainer.regularizer.alpha == trainer.regularizer.beta == 0
+        assert_different(trainer, fit(mamba, arguments()))
 
 
 def test_a_step_by_hand() -> None:
@@ -410,8 +396,8 @@ SOME_MASKS = cycle([labelled, lambda batch: None])
     ("options", "error", "message"),
     [
         ({"rnn": "layers.1"}, ValueError, r"rnn: MambaForCausalLM has no .* 'layers\.1'; .*'backbone\.layers\.1'"),
-        ({"valid": lambda batch: 3}, TypeError, "valid: expected the function to return a tensor or None, got int"),
-        ({"valid": lambda batch: torch.ones(2)}, ValueError, r"valid: expected \(batch, time\), got shape \(2,\)"),
+        ({"valid": lambda batch: 3}, TypeError, "valid: expected a bool or integer tensor, got int"),
+        ({"valid": lambda batch: torch.ones(2).bool()}, ValueError, r"valid: expected shape \(4, 7\)"),
         ({"valid": lambda batch: torch.ones(2, 2).bool()}, ValueError, r"valid: expected shape \(4, 7\)"),
         ({"valid": lambda batch: next(SOME_MASKS)(batch)}, ValueError, "2 for 3"),
     ],
