@@ -126,6 +126,9 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
+        others = [cb for cb in self.learn.cbs if isinstance(cb, stock.RNNRegularizer) and cb is not self]
+        if any(not isinstance(cb, RNNRegularizer) or cb.source.module is self.source.module for cb in others):
+            raise ValueError("RNNRegularizer: the learner has another, whose penalty would be added, too; keep one")
         self._scaled, self._totals = ExitStack(), None
         self.after_fit()  # a fit that was cut off has not called it
         self.learn.metrics = _Metrics([*self.learn.metrics, *self._columns])

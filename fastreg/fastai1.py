@@ -116,6 +116,10 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         """Return the attributes with which `Learner.purge` makes the callback anew."""
         return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "source")}
 
+    def on_train_begin(self, **_: Any) -> None:
+        if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
+            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's: keep one")
+
     def on_epoch_begin(self, **_: Any) -> None:
         super().on_epoch_begin(self.learn.model)
 

@@ -166,7 +166,7 @@ class Source:
                 return attached
             rnns = self.module if is_list(self.module) else [self.module]
             dropouts = self.dropout if is_list(self.dropout) else [self.dropout] * len(rnns)
-            if len(dropouts) != len(rnns):
+            if not rnns or len(dropouts) != len(rnns):
                 raise ValueError(
                     "rnn and dropout: expected a dropout, or None, for each RNN, "
                     f"got {len(rnns)} RNNs and {len(dropouts)} dropouts"

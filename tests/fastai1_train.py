@@ -335,6 +335,7 @@ def train(learn: Any) -> None:
 
 
 LEARNER, OWN_CLASS = "learn: expected a Learner, got NoneType", "has no RNNTrainer of fastai's own class"
+TWO = "^RNNTrainer: .* more than one"
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
     (lambda x: x.callbacks.clear(), fuse, ValueError, OWN_CLASS),
     (subclassed, fuse, ValueError, OWN_CLASS),
@@ -347,6 +348,8 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (vars, lambda _: RNNTrainer(None, 16), TypeError, LEARNER),
     (vars, lambda x: RNNTrainer(x, None), ValueError, "bptt: expected the usual number of time steps"),
     (lambda x: sequential(fuse(x)), train, TypeError, r"expected \(decoded, raw, dropped\)"),
+    (lambda x: fuse(x).callbacks.append(RNNTrainer(x, 16)), train, ValueError, TWO),
+    (lambda x: fuse(x).callbacks.append(Stock(x, 16)), train, ValueError, TWO),
 ]
 
 

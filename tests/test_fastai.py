@@ -477,6 +477,8 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE + "1"),
     (vars, run(RNNRegularizer()), TypeError, ALONE + "0"),
     (vars, run(stock.RNNCallback(), *rnn_cbs(1.0)[1:]), TypeError, ALONE + "2"),
+    (lambda x: x.add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "RNNRegularizer: the learner has another"),
+    (lambda x: fuse(x).add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "the learner has another"),
 ]
 
 
