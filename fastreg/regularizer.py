@@ -13,9 +13,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -32,32 +31,18 @@ from fastreg.source import Source
 from fastreg.torch_state import untraced
 
 
-@dataclass(frozen=True, eq=False)
-class Given:
-    """Hold the activations in a model's output, as `fused_ar_tar` takes them.
+class Given(NamedTuple):
+    """The activations in a model's output, as `fused_ar_tar` takes them.
 
-    Attributes:
-        raw, dropped, lengths, valid, starts: as `fused_ar_tar` takes them.
-        place: where time is.
+    raw, dropped  the activations
+    place         where time is
+    steps         lengths, valid and starts, by their names
     """
 
     raw: Any
     dropped: Any
     place: Place
-    lengths: Tensor | None
-    valid: Tensor | None
-    starts: Tensor | None
-
-    def penalty(self, loss: Tensor, alpha: Coefficient, beta: Coefficient) -> tuple[ARTAR, Step]:
-        """Compute the penalty."""
-        steps: Any = {"lengths": self.lengths, "valid": self.valid, "starts": self.starts, **self.place._asdict()}
-        terms = fused_ar_tar(self.raw, self.dropped, alpha, beta, return_terms=True, **steps)
-        return ARTAR(*(x.to(loss.device) for x in terms)), Step()
-
-    @property
-    def sizes(self) -> tuple[int, int] | None:
-        """Return how many sequences of how many time steps there are; `None` where the shape does not tell."""
-        return _sizes_of(rows_of(self.raw[-1] if is_list(self.raw) else self.raw), self.place)
+    steps: dict[str, Any]
 
 
 class RNNRegularizer:
@@ -181,7 +166,7 @@ class RNNRegularizer:
             raw, dropped = raw[-1], dropped[-1]
         if time_dim is None:
             _check_layout(batch_first, raw, decoded=decoded, lengths=lengths, valid=valid, starts=starts)
-        self._given = Given(raw, dropped, place, lengths, valid, starts)
+        self._given = Given(raw, dropped, place, {"lengths": lengths, "valid": valid, "starts": starts})
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -250,9 +235,11 @@ class RNNRegularizer:
     def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR, Step] | None:
         """Form the penalty for a loss, and note the sizes of the last activations; `None` without captures."""
         if self._given is not None:
-            formed = self._given.penalty(loss, self.alpha, self.beta)
-            self._sizes = self._given.sizes
-            return formed
+            raw, dropped, place, steps = self._given
+            options: Any = {**place._asdict(), **steps, "return_terms": True}
+            terms = fused_ar_tar(raw, dropped, self.alpha, self.beta, **options)
+            self._sizes = _sizes_of(rows_of(raw[-1] if is_list(raw) else raw), place)
+            return ARTAR(*(x.to(loss.device) for x in terms)), Step()
         runs_of = {attachment: attachment.runs for attachment in attached}
         found = search(loss, [run for runs in runs_of.values() for run in runs])
         taken = {attachment: attachment.chosen(runs, found.found) for attachment, runs in runs_of.items()}
