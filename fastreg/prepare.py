@@ -89,7 +89,7 @@ def call_of_raw(raw: Any, mask: Any, coefficients: Pair, steps: Sequence[Any], o
     coefficients, _ = _checked(*coefficients)
     if not isinstance(raw, Tensor):
         arguments.check_tensor("raw", raw)
-    return _calls((plain(raw), None), coefficients, steps, options, plain(mask))[0]
+    return _calls((plain(raw), None), coefficients, steps, options, mask)[0]
 
 
 def _stripped(x: Any) -> Any:
