@@ -166,10 +166,11 @@ def drop_and_penalize(
     if not drops:
         batch_first, time_dim, reduction, measured, _ = options
         options = Options(batch_first, time_dim, reduction, measured, ar_of_raw=True)
+    if isinstance(mask, Tensor):
+        mask = keepable(plain(mask))  # before its metadata are looked at: a copy may lie otherwise
     call = call_of_raw(raw, mask, coefficients, steps, options)
     if not drops:
         return None, *penalty_of([call])
-    mask = plain(mask)
     plan = DropoutPlan.of(call, mask)
     mask = _mask_for(call.raw, float(p), mask, call.kind.time_dim)
     if plan is None or plan.backend is None:
@@ -192,7 +193,7 @@ def _mask_for(raw: Any, p: float, mask: Tensor | None, time_dim: int) -> Tensor:
     A drawn mask has one row for all time steps.
     """
     if mask is not None:
-        return keepable(mask).expand_as(raw)
+        return mask.expand_as(raw)
     shape = list(raw.shape)
     shape[time_dim] = 1
     return raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(raw)

@@ -89,7 +89,7 @@ def call_of_raw(raw: Any, mask: Any, coefficients: Pair, steps: Sequence[Any], o
     coefficients, _ = _checked(*coefficients)
     if not isinstance(raw, Tensor):
         arguments.check_tensor("raw", raw)
-    return _calls((plain(raw), None), coefficients, steps, options, plain(mask))[0]
+    return _calls((plain(raw), None), coefficients, steps, options, mask)[0]
 
 
 def _stripped(x: Any) -> Any:
@@ -108,7 +108,10 @@ def _calls(
     """Return calls of activations without decoration that a term reads, and of checked coefficients."""
     (raw, dropped), (alpha, beta) = activations, coefficients
     are_lists = type(raw) is not Tensor and is_list(raw) and is_list(dropped)
-    same = tuple(map(is_, raw, dropped)) if are_lists else dropped is raw
+    if are_lists:
+        same: Any = tuple(map(is_, map(rows_of, raw), map(rows_of, dropped)))
+    else:
+        same = rows_of(dropped) is rows_of(raw)
     key = key_of((raw, dropped, alpha, beta, mask, *steps), (*options, same))
     form = None if key is None else kept(key)
     if form is None:
@@ -180,11 +183,11 @@ def _checked(*coefficients: Any) -> tuple[Pair, Pair]:
 
 def coefficient(value: Any) -> Coefficient:
     """Convert a checked coefficient: a number to a float, a tensor to itself."""
-    if isinstance(value, (float, Tensor)):
+    if isinstance(value, Tensor):
         return value
     if torch.compiler.is_compiling():  # which takes a NumPy scalar for an array
-        return value if isinstance(value, int) else value.item()
-    return float(value)
+        return value if isinstance(value, (int, float)) else value.item()
+    return float(value)  # also of np.float64, which is a float
 
 
 def place_of(batch_first: Any, time_dim: Any) -> Place:

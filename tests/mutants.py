@@ -343,7 +343,9 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     "fastreg/prepare.py": [
         ("_calls", "one tensor is read twice", "Call(raw, None if dropped is raw else dropped,", "Call(raw, dropped,"),
         ("_calls", "layers of one tensor each are read twice", "Call(x, None if y is x else y,", "Call(x, y,"),
-        ("_calls", "lists whose tensors are the same or not", "tuple(map(is_, raw, dropped)) if are_lists else", ""),
+        ("_calls", "lists whose tensors are the same or not",
+         "tuple(map(is_, map(rows_of, raw), map(rows_of, dropped)))", "False"),
+        ("_calls", "sequences that pack one tensor or two", "rows_of(dropped) is rows_of(raw)", "dropped is raw"),
         ("_form", "AR of dropped, which is raw", "ar_of_raw or y is x, dtype", "ar_of_raw, dtype"),
         ("calls_of", "activations that no term reads", "_stripped(raw) if by_tar or measured else None",
          "_stripped(raw)"),

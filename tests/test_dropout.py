@@ -90,6 +90,15 @@ def test_a_mask_made_in_inference_mode(device: str) -> None:
     assert torch.equal(gradient, *torch.autograd.grad(again.sum() + penalty, raw))
 
 
+def test_a_mask_made_in_inference_mode_that_repeats_one_row(device: str) -> None:
+    """Its copy, which a backward can keep, lies in memory without the repetition."""
+    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    with torch.inference_mode():
+        mask = torch.randn(3, 1, 12, device=device).expand_as(raw)
+    dropped, _ = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
+    assert torch.equal(dropped, raw * mask.clone())
+
+
 def test_a_mask_is_used_with_any_p(device: str) -> None:
     raw = torch.randn(3, 7, 12, device=device)
     mask = mask_for(Sample(), raw, True)

@@ -26,6 +26,10 @@ from tests.samples import Decorated, every_other, transposed
 BATCH, TIME, HIDDEN = 3, 5, 8
 
 
+class Scalar(float):
+    """Be a float with a type of its own, as `np.float64` is."""
+
+
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -56,6 +60,7 @@ EITHER: dict[str, dict[str, Any]] = {
     "alpha": {"alpha": 3.0},
     "alpha of 0": {"alpha": 0.0},
     "alpha as an integer": {"alpha": 2},
+    "alpha of a subclass of float": {"alpha": Scalar(2.0)},
     "alpha as a flag": {"alpha": True},
     "alpha as a tensor": {"alpha": torch.tensor(2.0)},
     "beta": {"beta": 3.0},
@@ -180,7 +185,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 # Values are no part of a key.
-ONE_PLAN = {"alpha", "alpha as an integer", "beta", "p", "a subclass"}
+ONE_PLAN = {"alpha", "alpha as an integer", "alpha of a subclass of float", "beta", "p", "a subclass"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -222,6 +227,23 @@ def test_values_are_looked_at_in_every_call() -> None:
         xs[changed].batch_sizes[2] = 3
         with pytest.raises(ValueError, match="batch_sizes"):
             fused_ar_tar(**xs, alpha=2.0, beta=1.0)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x]], ids=["packed", "a list"])
+def test_two_sequences_that_pack_one_tensor(wrap: Callable[[PackedSequence], Any]) -> None:
+    """One tensor in two `PackedSequence` is no key of two tensors, whose AR is of the second."""
+    sizes = torch.tensor([3, 2, 2])
+    first, second = (x.reshape(-1, HIDDEN)[:7] for x in (RAW, DROPPED))
+    calls = [[wrap(PackedSequence(x, sizes)) for x in pair] for pair in ((first, first), (first, second))]
+    alone = []
+    for pair in calls:
+        forget()
+        alone.append(fused_ar_tar(*pair, 2.0, 1.0))
+    assert alone[0] != alone[1]
+    for order in ((0, 1), (1, 0)):
+        forget()
+        for i in order:
+            assert fused_ar_tar(*calls[i], 2.0, 1.0) == alone[i]
 
 
 def test_one_tensor_of_a_subclass_stays_one() -> None:
