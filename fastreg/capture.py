@@ -64,9 +64,11 @@ class Captured:
         return self.data if self.hooked else self.tensor()
 
     def begin(self, task: int, add: Callable[[Tensor], Tensor], _: Tensor) -> None:
-        """Have the hook call a function with the gradient that arrives in a backward, with an axis of time."""
-        axis = self.axis
-        self.due[task] = add if axis is None else lambda x: add(x.unsqueeze(axis)).squeeze(axis)
+        """Have the hook call a function, too, with the gradient that arrives in a backward, with an axis of time."""
+        axis, before = self.axis, self.due.get(task)
+        own = add if axis is None else lambda x: add(x.unsqueeze(axis)).squeeze(axis)
+        # Of joined runs, some may have a dropout that drops nothing, so that AR is of their raw, too.
+        self.due[task] = own if before is None else lambda x: own(before(x))
 
     def end(self, task: int) -> None:
         """Forget a gradient that a backward did not add."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastreg.problem import Coefficient, is_list, is_on
 from fastreg.regularizer import RNNRegularizer as Regularizer
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import Source
+from fastreg.source import LanguageModel, Source
 
 try:
     from fastai.callback import rnn as stock
@@ -90,7 +90,9 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model returns its output alone, or no
             `RNNCallback` captures the activations.
-        ValueError: an argument has the wrong value; when a fit starts, a path names no such module.
+        ValueError: an argument has the wrong value; when a fit starts, a path names no such module, or the learner has
+            another regularizer of the same activations, or another with a `bptt`.
+        RuntimeError: when a fit starts, the callback was added to another learner, too.
 
     Examples:
         >>> plain.add_cb(RNNRegularizer(alpha=2.0, beta=1.0, rnn="lstm", dropout="dropout"))
@@ -123,18 +125,26 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self.source = source.of_language_model(batch_first=True, fused=OutputDropout, plain=RNNDropout)
         self._handle: Any = None  # to the modules at the paths, during a fit
         self._scaled = ExitStack()  # restores the lr of the optimizer
+        self._totals: Any = [0.0, 0.0, 0]  # of AR and TAR times sizes, and of sizes, over the epoch's training batches
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
         others = [cb for cb in self.learn.cbs if isinstance(cb, stock.RNNRegularizer) and cb is not self]
-        if any(not isinstance(cb, RNNRegularizer) or cb.source.module is self.source.module for cb in others):
+        if any(not isinstance(cb, RNNRegularizer) or cb._paths & self._paths for cb in others):
             raise ValueError("RNNRegularizer: the learner has another, whose penalty would be added, too; keep one")
+        if self.bptt is not None and any(cb.bptt is not None for cb in others):
+            raise ValueError(f"bptt: expected None, as another RNNRegularizer scales the lr already, got {self.bptt}")
         self._scaled, self._totals = ExitStack(), None
         self.after_fit()  # a fit that was cut off has not called it
-        self.learn.metrics = _Metrics([*self.learn.metrics, *self._columns])
+        columns = [column for cb in [*others, self] for column in cb._columns]
+        self.learn.metrics = _Metrics([*self.learn.metrics, *columns])
 
     def before_train(self) -> None:
-        self._totals: Any = [0.0, 0.0, 0]  # of AR and TAR times sizes, and of sizes, over the epoch's training batches
+        if not self.learn.training:  # fastai would leave out all that follows
+            raise RuntimeError(
+                "RNNRegularizer: another learner has this callback, too, and is not in training; give each its own"
+            )
+        self._totals = [0.0, 0.0, 0]
 
     def before_batch(self) -> None:
         if self._handle is None:  # in the first batch, and after the regularizer was away for a while
@@ -187,6 +197,13 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def __reduce__(self) -> Any:
         return stock.RNNRegularizer, (self.alpha, self.beta), {"learn": self.learn, "run_train": self.run_train}
+
+    @property
+    def _paths(self) -> set[Any]:
+        """Return the paths of the modules, and `None` where the activations are those that the model returns."""
+        module = self.source.module
+        paths = set(module) if is_list(module) else {module}
+        return {None, *paths} if isinstance(self.source, LanguageModel) else paths
 
     def _leave(self) -> None:
         """Restore the lr, and take the hooks off."""

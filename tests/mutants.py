@@ -480,6 +480,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Joined", "detached parts", "all([x.requires_grad for x in found])", "False"),
         ("Captured", "a step without an axis of time", "add if axis is None else", "add if True else"),
         ("Captured", "gradients of a backward that failed", "self.due.pop(task, None)", "pass"),
+        ("Captured", "one term alone at a tensor", "own(before(x))", "own(x)"),
         ("Mark", "hooks of others first", "if hooks is not None and len(hooks) > 1:", "if False:"),
         ("Mark", "no gradient to add to", "        if gradient is None:", "        if False:"),
         ("Mark", "gradients of a backward that failed",

@@ -381,6 +381,20 @@ def test_runs_of_several_steps_of_which_some_have_no_marks(counts: list[int], na
     check_gradients(rnn, reg.on_backward_begin(raw.mean()), want)
 
 
+def test_runs_of_which_some_have_a_dropout_that_drops_nothing() -> None:
+    """AR and TAR are of one tensor there."""
+    cell, dropout, reg = seeded(lambda: nn.GRUCell(HIDDEN, HIDDEN)), nn.Dropout(0.5), regularizer()
+    reg.attach(cell, dropout, stepwise=True)
+    state, raws, kept = None, [], []
+    for i, step in enumerate(inputs().unbind(1)):
+        state = cell(step, state)
+        raws.append(state)
+        kept.append(dropout.train(i % 2 == 0)(state))
+    loss = torch.stack(kept).mean()
+    want = loss + fused_ar_tar(torch.stack(raws, 1), torch.stack(kept, 1), ALPHA, BETA)
+    check_gradients(cell, reg.on_backward_begin(loss), want)
+
+
 # Transforms of PyTorch, and layers of other dtypes
 
 

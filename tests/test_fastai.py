@@ -238,6 +238,18 @@ def test_modules_by_their_paths_and_masks_of_the_batch(setting: str, masks: dict
     assert gap(trained(of(Plain), cbs=cbs()), want) > 5 * close
 
 
+def test_regularizers_of_different_modules_have_columns_of_their_own() -> None:
+    both: Any = {"rnn": ["embedding", "rnn"], "dropout": [None, "dropout"], "batch_first": True}
+    one = of(Plain, RNNRegularizer(ALPHA, BETA, **both))
+    first = RNNRegularizer(ALPHA, BETA, rnn="embedding", batch_first=True)
+    two = of(Plain, first, RNNRegularizer(ALPHA, BETA, **PATHS))
+    assert gap(trained(two), trained(one)) < 1e-5
+    assert two.recorder.metric_names == ["epoch", "train_loss", "valid_loss", "ar", "tar", "ar", "tar", "time"]
+    *_, ar, tar, other_ar, other_tar = two.recorder.values[-1]
+    assert [ar + other_ar, tar + other_tar] == pytest.approx(one.recorder.values[-1][-2:], rel=1e-5)
+    assert len(two.metrics) == 0
+
+
 def test_modules_in_evaluation_add_nothing() -> None:
     learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
     frozen, other = (
@@ -430,6 +442,13 @@ def test_fuse_and_unfuse_swap_in_place() -> None:
     assert gap(trained(unfuse(fuse(make(), dropout=True))), trained(make())) == 0
 
 
+@pytest.mark.parametrize("event", ["before_batch", "after_loss", "after_batch"])
+def test_a_learner_may_be_fused_within_an_epoch(event: str) -> None:
+    learn = make()
+    assert gap(trained(learn, cbs=on(event, lambda x: x.train_iter == 2 and fuse(x))), trained(make())) < 1e-5
+    assert type(learn.rnn_regularizer) is RNNRegularizer
+
+
 def test_a_regularizer_may_be_away_for_a_while() -> None:
     """As fastai's FetchPredsCallback takes one out, for the predictions after each epoch."""
 
@@ -456,6 +475,11 @@ def run(*cbs: Callback) -> Callable[[Any], object]:
     return lambda _: trained(of(Plain, *cbs))
 
 
+def of_two_learners(_: Any) -> None:
+    learn, _other = [of(Plain, shared) for shared in [RNNRegularizer(ALPHA, BETA, **PATHS)] * 2]
+    trained(learn)
+
+
 PAD = "mask_padding: expected valid=lambda x: x != pad"
 LEARNER = "learn: expected a Learner, got NoneType"
 OWN_CLASS = r"no RNNRegularizer of fastai's own class; .* rnn_cbs\(alpha, beta\)"
@@ -479,6 +503,10 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (vars, run(stock.RNNCallback(), *rnn_cbs(1.0)[1:]), TypeError, ALONE + "2"),
     (lambda x: x.add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "RNNRegularizer: the learner has another"),
     (lambda x: fuse(x).add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "the learner has another"),
+    (lambda x: fuse(x, True).add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "the learner has another"),
+    (vars, run(*[RNNRegularizer(rnn=rnn) for rnn in ("rnn", ["dropout", "rnn"])]), ValueError, "has another"),
+    (vars, of_two_learners, RuntimeError, "another learner has this callback, too"),
+    (vars, run(*[RNNRegularizer(bptt=8, rnn=rnn) for rnn in ("rnn", "dropout")]), ValueError, "bptt: expected None"),
 ]
 
 
