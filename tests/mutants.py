@@ -344,7 +344,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_calls", "one tensor is read twice", "Call(raw, None if dropped is raw else dropped,", "Call(raw, dropped,"),
         ("_calls", "layers of one tensor each are read twice", "Call(x, None if y is x else y,", "Call(x, y,"),
         ("_calls", "lists whose tensors are the same or not",
-         "tuple(map(is_, map(rows_of, raw), map(rows_of, dropped)))", "False"),
+         "tuple(map(is_, map(rows_of, raw), map(rows_of, dropped)))", "raw is dropped"),
         ("_calls", "sequences that pack one tensor or two", "rows_of(dropped) is rows_of(raw)", "dropped is raw"),
         ("_form", "AR of dropped, which is raw", "ar_of_raw or y is x, dtype", "ar_of_raw, dtype"),
         ("calls_of", "activations that no term reads", "_stripped(raw) if by_tar or measured else None",
@@ -383,7 +383,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fastreg/operation.py": [
         ("keep", "coefficients that are tensors not saved", "ctx.save_for_backward(*tensors, *more)",
-         "ctx.save_for_backward(*tensors, *[x.detach() if x is not None else x for x in more])"),
+         "ctx.save_for_backward(*tensors)"),
         ("unpack", "steps with gaps", "x.contiguous() for", "x for"),
         ("unpack", "another dtype of steps in the backward", "check_saved(name, before, x)", "pass"),
         ("restored", "another shape in the backward", "check_saved(name, before, x)", "pass"),

@@ -132,6 +132,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     **{f"dropout, {name}": (fused_dropout_ar_tar, {}, change) for name, change in DROPOUT.items()},
     "packed, sequences": (fused_ar_tar, PACKED, MORE_SEQUENCES),
     "packed, time steps": (fused_ar_tar, PACKED, MORE_STEPS),
+    "terms as a number after a flag": (fused_ar_tar, {"return_terms": True}, {"return_terms": 1}),
+    "time_dim as a flag after a number": (fused_ar_tar, {"time_dim": 1}, {"time_dim": True}),
     "one sequence, time last": (fused_ar_tar, ONE_SEQUENCE, ONE_SEQUENCE | {"time_dim": 1}),
     "module, AR of raw": (by_module, {}, {"ar_of": "raw"}),
 }

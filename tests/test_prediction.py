@@ -197,6 +197,21 @@ def test_a_tensor_of_another_shape_in_the_backward_is_an_error(dropout: bool, de
         got.backward()
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_hook_that_changes_the_dtype_of_steps_alone(dropout: bool, device: str) -> None:
+    skip_on_formula(device)
+    raw, dropped = leaves(7, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.int() if x.dtype == torch.uint8 else x):
+        options: Any = {"lengths": torch.tensor([7, 0, 3])}
+        got = (
+            fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, **options)[1]
+            if dropout
+            else fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
+        )
+    with pytest.raises(RuntimeError, match=r"steps: expected the dtype of the forward, .* got torch\.int32"):
+        got.backward()
+
+
 def laid_out_anew(x: Tensor) -> Tensor:
     """Return a copy whose axes lie in the opposite order, and that has gaps between its elements."""
     shape = [*x.shape[::-1], 2]
