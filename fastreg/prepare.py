@@ -112,6 +112,7 @@ def _calls(
         same: Any = tuple(map(is_, map(rows_of, raw), map(rows_of, dropped)))
     else:
         same = rows_of(dropped) is rows_of(raw)
+    steps = [x if x is None else plain(x) for x in steps]
     key = key_of((raw, dropped, alpha, beta, mask, *steps), (*options, same))
     form = None if key is None else kept(key)
     if form is None:
@@ -224,7 +225,7 @@ def _steps(marker: Any, sizes: Pair, reduction: str, steps: Sequence[Any], activ
     raw, dropped = activations
     x = raw if raw is not None else dropped
     x = x[0] if is_list(x) else x
-    given = zip(arguments.STEPS, map(plain, steps), strict=True)
+    given = zip(arguments.STEPS, steps, strict=True)
     marks, counts = marker(*[None if y is None else _brought(name, y, x, sizes) for name, y in given])
     return Steps(marks, counts if reduction == "mean" else None)
 

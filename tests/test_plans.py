@@ -67,6 +67,7 @@ EITHER: dict[str, dict[str, Any]] = {
     "beta as a tensor": {"beta": torch.tensor(1.0)},
     "lengths": {"lengths": LENGTHS},
     "valid": {"valid": VALID},
+    "valid of a subclass": {"valid": VALID.as_subclass(Decorated)},
     "valid transposed in memory": {"valid": VALID.t().contiguous().t()},
     "starts": {"starts": STARTS},
     "starts and lengths": {"starts": STARTS, "lengths": LENGTHS},
@@ -130,6 +131,7 @@ BASE = {
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     **{f"penalty, {name}": (fused_ar_tar, {}, change) for name, change in PENALTY.items()},
     **{f"dropout, {name}": (fused_dropout_ar_tar, {}, change) for name, change in DROPOUT.items()},
+    "valid, a subclass": (fused_ar_tar, {"valid": VALID}, {"valid": VALID.as_subclass(Decorated)}),
     "packed, sequences": (fused_ar_tar, PACKED, MORE_SEQUENCES),
     "packed, time steps": (fused_ar_tar, PACKED, MORE_STEPS),
     "terms as a number after a flag": (fused_ar_tar, {"return_terms": True}, {"return_terms": 1}),
