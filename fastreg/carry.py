@@ -171,6 +171,8 @@ def penalty_of_runs(
             alike.setdefault(_kind(run) or i, []).append(run)
     for runs in alike.values():
         formed.append(_measured(runs, coefficients, step))
+        for run in runs:
+            run.drop()  # the terms, which live as long as the loss, hold what is joined
     return total(formed, loss.device), step
 
 

@@ -381,6 +381,16 @@ def test_runs_of_several_steps_of_which_some_have_no_marks(counts: list[int], na
     check_gradients(rnn, reg.on_backward_begin(raw.mean()), want)
 
 
+def test_a_loss_that_is_kept_holds_nothing_of_joined_runs() -> None:
+    rnn, reg = gru(), regularizer()
+    reg.attach(rnn, stepwise=True)
+    total = reg.on_backward_begin(torch.cat([rnn(inputs())[0] for _ in range(2)], 1).mean())
+    total.backward()
+    gc.collect()
+    held = [x for x in gc.get_objects() if type(x) is Tensor and x.shape == (BATCH, 2 * TIME, HIDDEN)]
+    assert held == []
+
+
 @pytest.mark.parametrize("name", ["valid", "starts"])
 def test_marks_of_another_run_are_an_error(name: str) -> None:
     """Although their steps add up to those of all runs."""
