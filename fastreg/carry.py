@@ -172,7 +172,8 @@ def penalty_of_runs(
     for runs in alike.values():
         formed.append(_measured(runs, coefficients, step))
         for run in runs:
-            run.drop()  # the terms, which live as long as the loss, hold what is joined
+            if isinstance(run.raw, Joined):
+                run.drop()  # the terms of a loss that is kept would hold the joined tensors
     return total(formed, loss.device), step
 
 

@@ -260,9 +260,10 @@ class RNNRegularizer:
             groups = [x for attachment, runs in taken.items() for x in attachment.checked(runs, loss)]
             if not groups:
                 return None
+            formed = penalty_of_runs(groups, found, loss, (self.alpha, self.beta), attached[0].watch)
             last = groups[-1][-1]
             self._sizes = _sizes_of(last.raw.data, last.place)
-            return penalty_of_runs(groups, found, loss, (self.alpha, self.beta), attached[0].watch)
+            return formed
         finally:
             for attachment in self._attached:
                 attachment.settle(taken.get(attachment, ()))
