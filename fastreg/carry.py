@@ -171,6 +171,9 @@ def penalty_of_runs(
             alike.setdefault(_kind(run) or i, []).append(run)
     for runs in alike.values():
         formed.append(_measured(runs, coefficients, step))
+        for run in runs:
+            if isinstance(run.raw, Joined):
+                run.drop()  # the terms of a loss that is kept would hold the joined tensors
     return total(formed, loss.device), step
 
 
@@ -349,11 +352,18 @@ def _additions(call: Call) -> Sequence[Addition]:
 
 
 def _joined_marks(group: Sequence[Run], name: str, default: int) -> Tensor | None:
-    """Join the valid steps of runs, or their starts; those of a run without any are the default."""
+    """Join the valid steps of runs, or their starts; those of a run without any are the default.
+
+    Raises:
+        ValueError: the marks of a run have another shape than the others, or not its steps.
+    """
     marks = [getattr(run, name) for run in group]
     known = next((x for x in marks if x is not None), None)
     if known is None:
         return None
     shapes = [(*known.shape[:-1], run.steps) for run in group]
     each = [known.new_full(shape, default) if x is None else x for x, shape in zip(marks, shapes, strict=True)]
+    for x, shape in zip(each, shapes, strict=True):  # of all runs together, the numbers of steps may be right
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, batch and time steps of the run, got {tuple(x.shape)}")
     return torch.cat(each, -1)

@@ -140,7 +140,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self.learn.metrics = _Metrics([*self.learn.metrics, *columns])
 
     def before_train(self) -> None:
-        if not self.learn.training:  # fastai would leave out all that follows
+        if not self.learn.training:  # fastai would leave out its steps
             raise RuntimeError(
                 "RNNRegularizer: another learner has this callback, too, and is not in training; give each its own"
             )

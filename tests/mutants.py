@@ -500,6 +500,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
          "found, queue = set(), [x for x, _ in node.next_functions]"),
     ],
     "fastreg/carry.py": [
+        ("_joined_marks", "marks of the steps of another run", "if tuple(x.shape) != shape:", "if False:"),
+        ("penalty_of_runs", "joined runs held by the loss", "run.drop()  #", "pass  #"),
         ("_Carry", "runs that are passed over", "run.refused = task", "pass"),
         ("_Carry", "a penalty that is in no backward", "ctx.watch.content = True", "pass"),
         ("Always", "a gradient that is None", "if captured is None or gradient is None:", "if captured is None:"),

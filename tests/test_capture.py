@@ -381,6 +381,27 @@ def test_runs_of_several_steps_of_which_some_have_no_marks(counts: list[int], na
     check_gradients(rnn, reg.on_backward_begin(raw.mean()), want)
 
 
+def test_a_loss_that_is_kept_holds_nothing_of_joined_runs() -> None:
+    rnn, reg = gru(), regularizer()
+    reg.attach(rnn, stepwise=True)
+    total = reg.on_backward_begin(torch.cat([rnn(inputs())[0] for _ in range(2)], 1).mean())
+    total.backward()
+    gc.collect()
+    held = [x for x in gc.get_objects() if type(x) is Tensor and x.shape == (BATCH, 2 * TIME, HIDDEN)]
+    assert held == []
+
+
+@pytest.mark.parametrize("name", ["valid", "starts"])
+def test_marks_of_another_run_are_an_error(name: str) -> None:
+    """Although their steps add up to those of all runs."""
+    rnn, reg = gru(), regularizer()
+    marks: Any = {name: lambda x: torch.ones(BATCH, 5 - x.shape[1], dtype=torch.bool)}
+    reg.attach(rnn, stepwise=True, **marks)
+    raws = [rnn(torch.randn(BATCH, count, HIDDEN))[0] for count in (2, 3)]
+    with pytest.raises(ValueError, match=rf"{name}: expected shape .*, 2\), batch and time steps of the run, got"):
+        reg.on_backward_begin(torch.cat(raws, 1).mean())
+
+
 def test_runs_of_which_some_have_a_dropout_that_drops_nothing() -> None:
     """AR and TAR are of one tensor there."""
     cell, dropout, reg = seeded(lambda: nn.GRUCell(HIDDEN, HIDDEN)), nn.Dropout(0.5), regularizer()
