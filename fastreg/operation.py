@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Plan:
 
     def __init__(self, call: Call, mask: Tensor | None) -> None:
         x = call.given()
-        self.kind, self.device = call.kind, x.device
+        self.kind, self.device = replace(call.kind, plans=None), x.device  # with its plans it would be a cycle
         self.backend: Any = None if 0 in x.shape else backend_for(x.device)
         if self.backend is not None:
             self.terms = terms_of(call)

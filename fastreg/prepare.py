@@ -99,7 +99,10 @@ def _stripped(x: Any) -> Any:
     if is_list(x):
         layers = [_stripped(layer) for layer in x]
         return layers if isinstance(x, list) else tuple(layers)
-    return x._replace(data=plain(x.data)) if isinstance(x, PackedSequence) else plain(x)
+    if not isinstance(x, PackedSequence):
+        return plain(x)
+    data = plain(x.data)
+    return x if data is x.data else x._replace(data=data)  # which torch 2.8 does not trace
 
 
 def _calls(

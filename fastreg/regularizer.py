@@ -236,8 +236,8 @@ class RNNRegularizer:
         """Form the penalty for a loss, and note the sizes of the last activations; `None` without captures."""
         if self._given is not None:
             raw, dropped, place, steps = self._given
-            options: Any = {**place._asdict(), **steps, "return_terms": True}
-            terms = fused_ar_tar(raw, dropped, self.alpha, self.beta, **options)
+            options: Any = {"batch_first": place.batch_first, "time_dim": place.time_dim, "return_terms": True}
+            terms = fused_ar_tar(raw, dropped, self.alpha, self.beta, **steps, **options)
             self._sizes = _sizes_of(rows_of(raw[-1] if is_list(raw) else raw), place)
             return ARTAR(*(x.to(loss.device) for x in terms)), Step()
         runs_of = {attachment: attachment.runs for attachment in attached}
