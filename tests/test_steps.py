@@ -46,7 +46,7 @@ def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone_by_a_stand_in_for_a
         assert queue.read() == [before]
 
 
-@pytest.mark.parametrize("given", ["lengths", "valid", "starts", "lengths valid starts", "valid starts"])
+@pytest.mark.parametrize("given", ["lengths valid starts", "lengths", "valid", "starts", "valid starts"])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (1, 5), (3, 70), (911, 9), (2, 4099)], ids=str)
 def test_backends_mark_and_count_as_the_formula(shape: tuple[int, int], given: str, device: str) -> None:
     backend = backend_for(torch.device(device))
