@@ -476,3 +476,20 @@ def test_saved_tensors_that_a_hook_changes(marked: bool, change: str, dropout: n
                 got.backward()
         else:
             check_gradients(module, got, loss + fused_ar_tar(raw, after, ALPHA, BETA, valid=valid))
+
+
+def test_second_derivatives_of_joined_runs() -> None:
+    lstm, regularizer = nn.LSTM(3, 4, batch_first=True).double(), RNNRegularizer(2.0, 1.0)
+    x, weights = torch.randn(2, 5, 3).double(), [*lstm.parameters()]
+
+    def second(loss: Tensor) -> Any:
+        first = torch.autograd.grad(loss, weights, create_graph=True)
+        return torch.autograd.grad(torch.stack([x.square().sum() for x in first]).sum(), weights, retain_graph=True)
+
+    with regularizer.attach(lstm, stepwise=True):
+        before, state = lstm(x[:, :2])
+        after, _ = lstm(x[:, 2:], state)  # second derivatives need both outputs
+        raw = torch.cat([before, after], 1)
+        loss = raw.pow(3).sum()
+        got = second(regularizer.on_backward_begin(loss))
+    torch.testing.assert_close(got, second(loss + 2 * raw.square().mean() + raw.diff(dim=1).square().mean()))
