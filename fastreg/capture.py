@@ -101,6 +101,8 @@ class Joined:
 
     def summed(self) -> Tensor:
         """Return the tensor that the penalty is of: detached, unless autograd has to propagate the gradient."""
+        if all([x.hooked for x in self.parts]):
+            return self.data
         return torch.cat([x.summed() for x in self.parts], self.axis)
 
     def begin(self, task: int, add: Callable[[Tensor], Tensor], like: Tensor) -> None:
