@@ -164,7 +164,7 @@ def _form(
             if is_kept and 0 not in first.shape:
                 backend = backend_for(first.device)
             marker = partial(marked, sizes) if backend is None else backend.marker(sizes, first.device)
-            counting = partial(_steps, marker, sizes, reduction)
+            counting = partial(_steps, marker, sizes, first.device, reduction)
     dtype, kinds = compute_dtype(*[x for _, *both in layers for x in both]), []
     for label, x, y in layers:
         kind = Kind(axis, reduction, measured, ar_of_raw or y is x, dtype, {} if is_kept else None)
@@ -220,26 +220,22 @@ def _offsets(_: Sequence[Any], activations: Pair) -> Steps:
     return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
 
 
-def _steps(marker: Any, sizes: Pair, reduction: str, steps: Sequence[Any], activations: Pair) -> Steps:
+def _steps(marker: Any, sizes: Pair, device: torch.device, reduction: str, steps: Sequence[Any], _: Pair) -> Steps:
     """Check the values of lengths, valid steps and starts, and mark the time steps of activations that count.
 
     Values on another device than the CPU are not looked at, as that would wait for it.
     """
-    raw, dropped = activations
-    x = raw if raw is not None else dropped
-    x = x[0] if is_list(x) else x
     given = zip(arguments.STEPS, steps, strict=True)
-    marks, counts = marker(*[None if y is None else _brought(name, y, x, sizes) for name, y in given])
+    marks, counts = marker(*[None if y is None else _brought(name, y, device, sizes) for name, y in given])
     return Steps(marks, counts if reduction == "mean" else None)
 
 
-def _brought(name: str, given: Tensor, x: Tensor, sizes: tuple[Any, Any]) -> Tensor:
+def _brought(name: str, given: Tensor, device: torch.device, sizes: Pair) -> Tensor:
     """Check the values of lengths or marks, and bring them to activations, marks as bool, without waiting for the copy.
 
     The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too:
     it is not freed before the device has read it, and the host does not wait.
     """
-    device = x.device
     if device.type == "cpu" != given.device.type:
         given = given.cpu()
     arguments.check_values(name, given, sizes[1])

@@ -152,7 +152,7 @@ class FusedRNNDropout(nn.Module):
                 "DistributedDataParallel; or let the model return (decoded, raw, dropped), which DataParallel gathers, "
                 "for RNNRegularizer.on_loss_begin, with alpha and beta of this module 0"
             )
-        place = Place(self.batch_first) if self.time_dim is None else Place(None, self.time_dim)
+        place = self.place()
         alpha, beta = self.alpha, self.beta
         if loan is not None:
             alpha, beta = loan.alpha, loan.beta
@@ -171,6 +171,10 @@ class FusedRNNDropout(nn.Module):
             else:
                 loan.formed = formed
         return dropped
+
+    def place(self) -> Place:
+        """Return where time is."""
+        return Place(self.batch_first) if self.time_dim is None else Place(None, self.time_dim)
 
     def take(self) -> ARTAR | None:
         """Return the penalty of the last forward, once; `None` after a forward in evaluation and after a `take()`.

@@ -242,7 +242,7 @@ def _check_module(name: str, module: object) -> None:
 
 def _check_time_of(dropout: FusedRNNDropout, place: Place, name: str) -> None:
     """Check that a dropout looks for time where the module has it."""
-    own = Place(dropout.batch_first) if dropout.time_dim is None else Place(None, dropout.time_dim)
+    own = dropout.place()
     if own != place:
         of_module = f", as the {name} has it" if place.time_dim is None else ""
         raise ValueError(f"dropout: expected a FusedRNNDropout with {place}{of_module}, got {own}")
