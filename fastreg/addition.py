@@ -38,9 +38,10 @@ class Addition:
         self.backend: Any = backend_for(raw.device) if raw.numel() > 0 else None
         self.backwards: dict[Any, Adding] = {}  # by the layout of the gradient that arrives
 
-    def coefficients(self, call: Call) -> tuple[Any, Any]:
-        """Return alpha and beta of a call; 0 for a term that is of other activations."""
-        return call.alpha if self._ar else 0.0, call.beta if self._tar else 0.0
+    def of(self, call: Call) -> Call:
+        """Return the call of the activations, without them; the coefficient of a term of other activations is 0."""
+        alpha, beta = call.alpha if self._ar else 0.0, call.beta if self._tar else 0.0
+        return Call(None, None, alpha, beta, call.steps, self.kind)
 
     def __call__(self, upstream: Tensor, call: Call, arrived: Tensor) -> Tensor:
         """Return the sum of both gradients.

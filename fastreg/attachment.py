@@ -136,8 +136,8 @@ class Attachment:
         self._owner: Callable[[], Any] = (lambda: owner) if is_kept else weakref.ref(owner, lambda _: self.remove())
         self._hooked = [Hooked(source.module, None, self._after_module)]
         if source.dropout is not None:
-            lends = isinstance(source.dropout, FusedRNNDropout) and not source.stepwise and source.scale is None
-            self._hooked.append(Hooked(source.dropout, self._lend if lends else None, self._after_dropout))
+            before = self._lend if isinstance(source.dropout, FusedRNNDropout) else None
+            self._hooked.append(Hooked(source.dropout, before, self._after_dropout))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a handle without hooks and runs: a copy must not reach this regularizer."""
@@ -153,7 +153,6 @@ class Attachment:
         """Remove the hooks and drop their captures; a second call does nothing."""
         for hooked in self._hooked:
             hooked.remove()
-        self._take_back()
         self.clear()
         owner, self._owner, self._hooked = self._owner(), nothing, []
         if owner is not None:
@@ -230,20 +229,16 @@ class Attachment:
     def _lend(self, dropout: Any, args: Any, kwargs: Any) -> None:
         """Lend a fused dropout the coefficients, and the masks of the run that it gets."""
         self._hooked[1].check(dropout)
-        self._take_back()
-        owner, found = self._owner(), self._run_of(args, kwargs)
-        # The loss reads saved tensors of the dropout's node, which may be packed away, as under checkpointing.
-        if owner is None or found is None or keeps_memory_low():
+        owner, found, self._loan = self._owner(), self._run_of(args, kwargs), None
+        if owner is None or found is None:
             return
-        if not isinstance(owner.alpha, Tensor) and not isinstance(owner.beta, Tensor):
-            loan = dropout.loan or Loan(owner.alpha, owner.beta, found[0].valid, found[0].starts)
-            self._loan = dropout.loan = loan
-
-    def _take_back(self) -> None:
-        """Take back a loan that a forward has not used, as it failed before."""
-        if self._loan is not None and self.source.dropout.loan is self._loan:
-            self.source.dropout.loan = None
-        self._loan = None
+        run, raw = found
+        run.valid = _argument(args, kwargs, 2, "valid", run.valid)
+        run.starts = _argument(args, kwargs, 3, "starts", run.starts)
+        # The loss reads saved tensors of the dropout's node, which may be packed away, as under checkpointing.
+        lends = self.source.scale is None and not self.source.stepwise and not keeps_memory_low()
+        if lends and not isinstance(owner.alpha, Tensor) and not isinstance(owner.beta, Tensor):
+            self._loan = dropout.loan = Loan(raw, owner.alpha, owner.beta, run.valid, run.starts)
 
     def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Start the capture of a run."""
@@ -334,9 +329,6 @@ class Attachment:
                 f"dropout: expected the attached {type(dropout).__name__} to return a tensor, got "
                 f"{type(result).__name__}"
             )
-        if fused is not None:
-            run.valid = _argument(args, kwargs, 2, "valid", run.valid)
-            run.starts = _argument(args, kwargs, 3, "starts", run.starts)
         run.grad_enabled &= torch.is_grad_enabled()
         rows = rows_of(result)
         if run.dropped is not None and not (rows is given and run.dropped is run.raw):
@@ -357,18 +349,9 @@ class Attachment:
                 f"FusedRNNDropout: expected (batch, time, hidden) or (time, hidden) as a tensor, got {got}, whose rows "
                 f"are of several sequences; use another dropout with {'packed data' if packed else 'stepwise=True'}"
             )
-        # Another hook or a subclass may have replaced the dropout's input or output after the penalty was computed.
-        formed = None if loan is None else loan.formed
-        if (
-            loan is not None
-            and formed is not None
-            and formed.raw is given
-            and formed.dropped is rows
-            and formed.valid is run.valid
-            and formed.starts is run.starts
-            and formed.time_dim == run.place.axis()
-            and carries(rows)
-        ):
+        formed = loan and loan.formed
+        # Another hook or a subclass may have replaced the dropout's output after the penalty was computed.
+        if loan and formed and formed.dropped is rows and formed.place == run.place and carries(rows):
             run.fused = Fused(weakref.ref(rows.grad_fn), (loan.alpha, loan.beta), formed.terms[1:])
         if fused is not None and fused.ar_of == "raw":
             self._complete(run, run.raw)

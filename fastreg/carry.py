@@ -19,31 +19,39 @@ from torch.autograd import Function
 from fastreg.addition import Addition
 from fastreg.capture import EMPTY, Captured, Joined, Mark, Run, Search, Watch, version_of
 from fastreg.dropout import kept_penalty
-from fastreg.operation import pack, unpack
 from fastreg.penalty import penalty_of
 from fastreg.prepare import Options, calls_of
 from fastreg.problem import ARTAR, Call, Coefficient, is_on
 from fastreg.torch_state import current, keeps_graph, observed, plain, untraced
 
-FREED = "an earlier backward has freed the activations; pass retain_graph=True to it"
-
 
 class Term(NamedTuple):
     """The gradient of a penalty at an activation.
 
-    addition      adds it to a gradient
-    side          the activation, whose hooks call the addition
-    others, rest  how many tensors its call has beside the activation, and the rest of that call, as `pack` splits it
+    addition  adds it to a gradient
+    side      the activation, whose hooks call the addition
+    call      of the activation, without it
+    versions  the coefficients that are tensors, and how often they had been changed in place
     """
 
     addition: Addition
     side: Captured | Joined
-    others: int
-    rest: Any
+    call: Call
+    versions: Sequence[tuple[Tensor, int]]
 
-    def begin(self, task: int, upstream: Tensor, call: Call) -> None:
-        """Have the hooks add the gradient in a backward, for the call of the activation."""
-        self.side.begin(task, functools.partial(self.addition, upstream, call), call.raw)
+    def begin(self, task: int, upstream: Tensor, raw: Tensor) -> None:
+        """Have the hooks add the gradient in a backward.
+
+        Raises:
+            RuntimeError: a coefficient has changed.
+        """
+        for x, version in self.versions:
+            if version_of(x) != version:
+                raise RuntimeError(
+                    "attach: a tensor alpha or beta was changed in place between the forward and the backward; change "
+                    "it after the backward"
+                )
+        self.side.begin(task, functools.partial(self.addition, upstream, self.call.of(raw)), raw)
 
 
 class Step:
@@ -51,7 +59,7 @@ class Step:
 
     Attributes:
         terms: the terms.
-        saved: of each term the activation, and the other tensors of its call, if any.
+        saved: the activation of each term.
         counts: whether a backward of the loss plus the penalty has a gradient of the penalty.
         passed_over: the runs that the backward must not reach, as the loss was not searched for them.
         watch: sees whether a backward has the penalty, or `None`.
@@ -60,7 +68,7 @@ class Step:
     def __init__(self, passed_over: Sequence[Run] = (), watch: Watch | None = None) -> None:
         self.passed_over, self.watch, self.counts = passed_over, watch, False
         self.terms: list[Term] = []
-        self.saved: list[Tensor | None] = []
+        self.saved: list[Tensor] = []
 
     def add(self, run: Run, call: Call) -> None:
         """Add the terms of a run that hooks are to add, for its call."""
@@ -69,9 +77,10 @@ class Step:
         for addition in _additions(call):
             side = run.raw if addition.of_raw else run.squared
             if side.hooked:
-                tensors, rest = pack(*addition.coefficients(call), call.steps)
-                self.terms.append(Term(addition, side, len(tensors), rest))
-                self.saved += side.tensor(), *tensors
+                own = addition.of(call)
+                versions = [(x, version_of(x)) for x in (own.alpha, own.beta) if isinstance(x, Tensor)]
+                self.terms.append(Term(addition, side, own, versions))
+                self.saved.append(side.tensor())
                 self.counts = True
 
     def penalize(self, loss: Tensor, penalty: Tensor, adds: bool) -> Tensor:
@@ -104,8 +113,9 @@ class _Carry(Function):
         for run in ctx.passed_over:
             run.refused = task
         own = upstream.clone()  # as a hook of the loss may change its own in place
-        for term, call in zip(ctx.terms, _calls(ctx.terms, ctx.saved_tensors), strict=True):
-            term.begin(task, own, call)
+        for term, raw in zip(ctx.terms, ctx.saved_tensors, strict=True):
+            # Without a second derivative a graph would close a cycle, if the backward failed.
+            term.begin(task, own, raw if torch.is_grad_enabled() else raw.detach())
         torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_end, ctx.terms, task))
         if ctx.loss is None:
             return None, grad, upstream, None
@@ -116,18 +126,6 @@ class _Carry(Function):
 
 # `Function.apply` without the part for transforms of torch.func: 3 us less.
 _apply: Any = super(Function, _Carry).apply  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _calls(terms: Sequence[Term], saved: Sequence[Any]) -> list[Call]:
-    """Return the calls of terms from the tensors that a step saves."""
-    calls, at = [], 0
-    for addition, _, count, rest in terms:
-        raw, *tensors = saved[at : at + 1 + count]
-        if raw.requires_grad and not torch.is_grad_enabled():
-            raw = raw.detach()  # a graph would close a cycle, if the backward failed
-        calls.append(Call(raw, None, *unpack(tensors, rest), addition.kind))
-        at += 1 + count
-    return calls
 
 
 def _end(terms: Sequence[Term], task: int) -> None:
@@ -199,15 +197,13 @@ class Always:
     Attributes:
         single: the latest run of one time step, and the backward through it; shared by the runs of a module.
         grad: the upstream gradient.
-        terms: by the tensor at which the gradient is added: the term, and the call of its activation.
-        versions: the coefficients that are tensors, and how often they had been changed in place.
+        terms: by the tensor at which the gradient is added.
         tasks: by tensors of the run, the ids of the latest backwards through them.
     """
 
     def __init__(self, single: list[Any]) -> None:
         self.single, self.grad = single, EMPTY
-        self.terms: dict[Any, tuple[Term, Call]] = {}
-        self.versions: list[tuple[Tensor, int]] = []
+        self.terms: dict[Any, Term] = {}
         self.tasks: dict[Captured, int] = {}
 
     def form(self, run: Run, coefficients: tuple[Coefficient, Coefficient], scale: Coefficient) -> ARTAR:
@@ -218,9 +214,7 @@ class Always:
             x.hooked = True
         step = Step()
         terms = _measured([_joined([run])], coefficients, step)
-        for term, call in zip(step.terms, _calls(step.terms, step.saved), strict=True):
-            self.terms[term.side] = term, call.of(EMPTY)
-            self.versions += [(x, version_of(x)) for x in (call.alpha, call.beta) if isinstance(x, Tensor)]
+        self.terms = {term.side: term for term in step.terms}
         like: Any = {"dtype": terms.penalty.dtype, "device": terms.penalty.device}
         self.grad = scale if isinstance(scale, Tensor) else torch.full((), scale, **like)
         return terms
@@ -240,8 +234,7 @@ class Always:
             raise RuntimeError(f"attach: {fault}")
         self.tasks[captured] = task
         if captured in self.terms:
-            term, call = self.terms[captured]
-            term.begin(task, self.grad, call.of(captured.data))
+            self.terms[captured].begin(task, self.grad, captured.data)
         if not keeps_graph() and (captured is run.raw or not run.raw.needs):
             run.drop()
 
@@ -249,14 +242,9 @@ class Always:
         """Say why the penalty is wrong where the gradient of a tensor arrives; that of dropped comes before raw's."""
         (module, dropout), squared = run.names, run.squared
         if run.raw.data is EMPTY:
-            return FREED
+            return "an earlier backward has freed the activations; pass retain_graph=True to it"
         if (fault := run.fault) is not None:
             return fault
-        if any(version_of(x) != version for x, version in self.versions):
-            return (
-                "a tensor alpha or beta was changed in place between the forward and the backward; change it after the "
-                "backward"
-            )
         if torch.is_grad_enabled():  # each backward of a gradient would add the penalty, too
             return "in_backward does not go with second derivatives (create_graph=True); use on_backward_begin"
         if captured is not run.raw:

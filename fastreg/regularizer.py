@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from fastreg.arguments import check_coefficient, check_steps
 from fastreg.attachment import Attachment
 from fastreg.capture import Watch, search
-from fastreg.carry import Step, penalty_of_runs, total
+from fastreg.carry import penalty_of_runs, total
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, place_of
 from fastreg.problem import ARTAR, Coefficient, Place, is_list, rows_of
@@ -204,56 +204,53 @@ class RNNRegularizer:
 
     def _penalize(self, loss: Tensor, adds: bool) -> tuple[Tensor, ARTAR | None]:
         """Return the penalty, with `adds` its sum with the loss, and the terms; in evaluation the loss and `None`."""
-        return (self._by_hooks if self._attached else self._by_output)(loss, adds)
+        given, self._given = self._given, None
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:  # the penalty would be added to each
+            raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
+        if self._attached:
+            return self._by_hooks(loss, adds)
+        if given is None:
+            raise RuntimeError(
+                "on_backward_begin: nothing was captured; call on_loss_begin(output) before it in every step, or "
+                "attach(rnn, dropout) once"
+            )
+        raw, dropped, (batch_first, time_dim), steps = given
+        options: Any = {"batch_first": batch_first, "time_dim": time_dim, "return_terms": True}
+        terms = fused_ar_tar(raw, dropped, self.alpha, self.beta, **steps, **options)
+        terms = ARTAR(*(x.to(loss.device) for x in terms))
+        self._note(terms, rows_of(raw[-1] if is_list(raw) else raw), given.place)
+        return loss + terms.penalty if adds else terms.penalty, terms
 
-    def _by_output(self, loss: Tensor, adds: bool) -> tuple[Tensor, ARTAR | None]:
-        """Form the penalty of the activations in a model's output, or of attached modules; see `_penalize`."""
-        taken = self._take(loss)
-        return (loss, None) if taken is None else (taken[1].penalize(loss, taken[0].penalty, adds), taken[0])
-
-    _by_hooks = untraced(_by_output)  # no compiler may see a search of the graph
-
-    def _take(self, loss: Tensor) -> tuple[ARTAR, Step] | None:
-        """Form the penalty, and the carrier of its gradient; `None` where attached modules are in evaluation."""
-        chosen = [x for x in self._attached if self.carries(x) and x.source.scale is None]
-        if self._attached and not chosen:
+    @untraced  # no compiler may see a search of the graph
+    def _by_hooks(self, loss: Tensor, adds: bool) -> tuple[Tensor, ARTAR | None]:
+        """Form the penalty of attached modules; see `_penalize`."""
+        attached = [x for x in self._attached if self.carries(x) and x.source.scale is None]
+        if not attached:
             raise RuntimeError("on_backward_begin: attach(..., in_backward=...) adds the penalty already; leave it out")
-        try:
-            if not isinstance(loss, Tensor):
-                raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
-            if loss.numel() != 1:  # the penalty would be added to each
-                raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
-            taken = self._form(loss, chosen)
-        finally:
-            self._given = None
-        if taken is None:
-            _check_evaluation([attachment.source.module for attachment in chosen])
-            return None
-        self.ar, self.tar = taken[0].ar, taken[0].tar
-        return taken
-
-    def _form(self, loss: Tensor, attached: list[Attachment]) -> tuple[ARTAR, Step] | None:
-        """Form the penalty for a loss, and note the sizes of the last activations; `None` without captures."""
-        if self._given is not None:
-            raw, dropped, place, steps = self._given
-            options: Any = {"batch_first": place.batch_first, "time_dim": place.time_dim, "return_terms": True}
-            terms = fused_ar_tar(raw, dropped, self.alpha, self.beta, **steps, **options)
-            self._sizes = _sizes_of(rows_of(raw[-1] if is_list(raw) else raw), place)
-            return ARTAR(*(x.to(loss.device) for x in terms)), Step()
         runs_of = {attachment: attachment.runs for attachment in attached}
         found = search(loss, [run for runs in runs_of.values() for run in runs])
         taken = {attachment: attachment.chosen(runs, found.found) for attachment, runs in runs_of.items()}
         try:
             groups = [x for attachment, runs in taken.items() for x in attachment.checked(runs, loss)]
             if not groups:
-                return None
-            formed = penalty_of_runs(groups, found, loss, (self.alpha, self.beta), attached[0].watch)
-            last = groups[-1][-1]
-            self._sizes = _sizes_of(last.raw.data, last.place)
-            return formed
+                _check_evaluation([attachment.source.module for attachment in attached])
+                return loss, None
+            terms, step = penalty_of_runs(groups, found, loss, (self.alpha, self.beta), attached[0].watch)
+            self._note(terms, groups[-1][-1].raw.data, groups[-1][-1].place)
         finally:
             for attachment in self._attached:
                 attachment.settle(taken.get(attachment, ()))
+        return step.penalize(loss, terms.penalty, adds), terms
+
+    def _note(self, terms: ARTAR, x: Tensor, place: Place) -> None:
+        """Keep the terms of a step, and the sizes of its last activations."""
+        _, self.ar, self.tar = terms
+        self._sizes = None  # where the shape does not tell the batch
+        if x.dim() == 3:
+            time_dim = place.axis()
+            self._sizes = x.shape[0 if time_dim % 3 else 1], x.shape[time_dim]
 
     def clear(self) -> None:
         """Drop any capture: `on_epoch_begin` does; after a step that failed, this frees activations early."""
@@ -379,14 +376,6 @@ class RNNRegularizer:
         return _scaled_lr(optimizer, steps / _check_steps("bptt", self.bptt))
 
 
-def _sizes_of(x: Tensor, place: Place) -> tuple[int, int] | None:
-    """Return how many sequences of how many time steps an activation has; `None` where its shape does not tell."""
-    if x.dim() != 3:
-        return None
-    time_dim = place.axis()
-    return x.shape[0 if time_dim % 3 else 1], x.shape[time_dim]
-
-
 @contextmanager
 def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
     """Scale the lr of every group, and restore it."""
@@ -435,13 +424,8 @@ def _check_evaluation(modules: list[nn.Module]) -> None:
     """Check that nothing was captured because all attached modules are in evaluation.
 
     Raises:
-        RuntimeError: they are not, or there are none.
+        RuntimeError: they are not.
     """
-    if not modules:
-        raise RuntimeError(
-            "on_backward_begin: nothing was captured; call on_loss_begin(output) before it in every step, or "
-            "attach(rnn, dropout) once"
-        )
     if any(module.training for module in modules):
         names = ", ".join(dict.fromkeys(type(module).__name__ for module in modules))
         raise RuntimeError(

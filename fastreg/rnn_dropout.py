@@ -21,28 +21,26 @@ from fastreg.problem import ARTAR, Coefficient, Place, is_on
 
 @dataclass(eq=False)  # no NamedTuple: torch 2.11 fails to compile an attached dropout that makes one
 class Formed:
-    """Hold the penalty that a forward has formed, and its activations.
+    """Hold the penalty that a forward has formed.
 
     Attributes:
         terms: the penalty, and its terms.
-        raw, dropped: the input and the output.
-        valid, starts, time_dim: which time steps count, where segments start, and the axis of time.
+        dropped: the output.
+        place: where time is.
         grad_enabled: whether gradients were enabled.
     """
 
     terms: ARTAR
-    raw: Tensor
     dropped: Tensor
-    valid: Tensor | None
-    starts: Tensor | None
-    time_dim: int
+    place: Place
     grad_enabled: bool
 
 
 @dataclass(eq=False)
 class Loan:
-    """Hold the coefficients and masks that a regularizer lends for one forward, and the penalty formed with them."""
+    """Hold the coefficients and masks that a regularizer lends for a forward of raw, and its penalty."""
 
+    raw: Tensor
     alpha: Coefficient
     beta: Coefficient
     valid: Tensor | None
@@ -133,11 +131,12 @@ class FusedRNNDropout(nn.Module):
 
     def _drop(self, raw: Tensor, p: float | None, valid: Tensor | None, starts: Tensor | None) -> Tensor:
         """Run the forward outside of TorchScript."""
-        untaken, self.formed, loan = self.formed, None, self.loan
-        if loan is not None:
-            self.loan = None
-            if torch.compiler.is_compiling():  # which would compile the code anew for each coefficient that is lent
-                loan = None
+        untaken, loan = self.formed, self.loan
+        self.formed = self.loan = None
+        # A compiler would compile the code anew for each coefficient that is lent. A loan of another tensor is left
+        # from a forward that failed, or a hook has replaced the input.
+        if torch.compiler.is_compiling() or (loan is not None and loan.raw is not raw):
+            loan = None
         if not self.training:
             return raw
         if untaken is not None and untaken.terms.penalty.requires_grad:
@@ -165,7 +164,7 @@ class FusedRNNDropout(nn.Module):
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             all_terms, grad_enabled = ARTAR(penalty, *(terms or ())), torch.is_grad_enabled()
-            formed = Formed(all_terms, raw, dropped, valid, starts, place.axis(), grad_enabled)
+            formed = Formed(all_terms, dropped, place, grad_enabled)
             if loan is None:
                 self.formed = formed
             else:
