@@ -249,12 +249,10 @@ def _plan(view: View, terms: Terms, is_forward: bool) -> _Plan:
     raw, _, _, dropped, *gradients = view.operands
     strides = [(0, 0) if x is None else (x.outer, x.time) for x in view.operands]
     dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (raw, dropped)]
-    has_gradients = gradients != [None, None]
-    switches = (
-        *(is_forward and terms.ar, is_forward and terms.tar),
-        *(has_gradients and terms.by_ar, has_gradients and terms.by_tar),
-        terms.ar_of_raw and terms.ar,
-    )
+    off = False, False
+    sums = (terms.ar, terms.tar) if is_forward else off
+    written = off if gradients == [None, None] else (terms.by_ar, terms.by_tar)
+    switches = *sums, *written, terms.ar_of_raw and terms.ar
     return _Plan(view[:3], *strides, *terms.divisors, *dtypes, _DTYPES[terms.dtype], *switches)
 
 

@@ -60,14 +60,15 @@ class PerStream:
         A graph's replays may run at the same time as anything but each other.
         """
         if is_captured(device):
-            found = self._reserve.draw(device)
-            return self._reserve.new(1, device) if found is None else found
+            return self._drawn(device)
         key = device, stream, programs
         found = self.of_stream.get(key)
-        if found is None:
-            drawn = self._reserve.draw(device)
-            found = self.of_stream.setdefault(key, self._reserve.new(1, device) if drawn is None else drawn)
-        return found
+        return self.of_stream.setdefault(key, self._drawn(device)) if found is None else found
+
+    def _drawn(self, device: torch.device) -> Tensor:
+        """Return an element of the reserve; one that the captured graph fills itself if none is left."""
+        drawn = self._reserve.draw(device)
+        return self._reserve.new(1, device) if drawn is None else drawn
 
 
 class Expected:

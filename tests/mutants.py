@@ -276,7 +276,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Expected", "the prediction is changed in place",
          "self.gradient = self.latest[upstream.dtype] = upstream.detach().clone()",
          "self.gradient.copy_(upstream.detach())"),
-        ("_plan", "a measured AR has a gradient", "has_gradients and terms.by_ar", "has_gradients and terms.ar"),
+        ("_plan", "a measured AR has a gradient", "else (terms.by_ar,", "else (terms.ar,"),
         ("_Launch", "coefficients exchanged",
          "*addresses, alpha, beta", "*addresses, beta, alpha"),
         ("Expected", "the prediction is the user's tensor", "upstream.detach().clone()", "upstream.detach()"),
