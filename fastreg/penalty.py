@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.kernels.view import allocate, layout_of
 from fastreg.operation import Plan, keep, restored, unpack
-from fastreg.prepare import Options, calls_of
-from fastreg.problem import ARTAR, Call, Coefficient, compute_dtype, is_list, rows_of
+from fastreg.prepare import Options, calls_of, rows_of_layers
+from fastreg.problem import ARTAR, Call, Coefficient, compute_dtype
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
 from fastreg.view import Fold
@@ -135,9 +135,8 @@ def fused_ar_tar(
 
 def _zero(raw: Any, dropped: Any, measured: bool) -> Tensor | ARTAR:
     """Return 0 where the activations are, if any were given at all: both terms are off."""
-    given = [rows_of(x) for value in (raw, dropped) for x in (value if is_list(value) else [value])]
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    zero = torch.zeros((), dtype=compute_dtype(*tensors), device=tensors[0].device if tensors else None)
+    tensors = [x for x in (*rows_of_layers(raw), *rows_of_layers(dropped)) if isinstance(x, Tensor)]
+    zero = torch.zeros((), dtype=compute_dtype(tensors), device=tensors[0].device if tensors else None)
     return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
 
 
