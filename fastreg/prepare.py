@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
-from operator import index
+from operator import index, is_
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -66,11 +66,11 @@ def calls_of(activations: Pair, coefficients: Pair, steps: Sequence[Any], option
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    raw, dropped = activations
+    (raw, dropped), measured = activations, options.measured
     coefficients, (by_ar, by_tar) = _checked(*coefficients)
     arguments.check_given("raw", raw, by_tar, "beta")
     arguments.check_given("dropped", dropped, by_ar, "alpha")
-    raw, dropped = raw if by_tar or options.measured else None, dropped if by_ar or options.measured else None
+    raw, dropped = raw if by_tar or measured else None, dropped if by_ar or measured else None
     return _calls((raw, dropped, None), coefficients, steps, options)
 
 
@@ -90,24 +90,26 @@ def rows_of_layers(x: Any) -> Sequence[Any]:
     """Return the tensors of activations, one a layer: packed rows, too, and without subclasses that only decorate."""
     if type(x) is Tensor:
         return (x,)
-    return [plain(rows_of(layer)) for layer in (x if is_list(x) else (x,))]
+    layers = x if is_list(x) else () if x is None else (x,)
+    return tuple([plain(rows_of(layer)) for layer in layers])
 
 
 def _calls(tensors: Sequence[Any], coefficients: Pair, steps: Sequence[Any], options: Options) -> list[Call]:
     """Return the calls of raw and dropped that a term reads, and of a mask, with checked coefficients."""
-    raw, dropped, _ = tensors
-    rows = rows_of_layers(raw)
-    layers = [*zip_longest(rows, rows if dropped is raw else rows_of_layers(dropped))]
-    of_raw = tuple([options.ar_of_raw or y is x for x, y in layers])
-    key = key_of((*tensors, *coefficients, *steps), (*options, of_raw))
-    form = kept(key)
+    (raw, dropped, _), (alpha, beta), calls = tensors, coefficients, []
+    xs = rows_of_layers(raw)
+    ys = xs if dropped is raw else rows_of_layers(dropped)
+    same = tuple(map(is_, xs, ys))
+    key = key_of((*tensors, alpha, beta, *steps), (*options, same))
+    form = None if key is None else kept(key)  # a compiler would compile anew for new plans
     if form is None:
-        form = _form(tensors, coefficients, steps, options, of_raw, key is not None)
+        form = _form(tensors, coefficients, steps, options, same, key is not None)
         if key is not None:
             keep(key, form)
     counting = None if form.steps is None else form.steps(steps, tensors)
-    kinds = zip(layers, form.kinds, strict=False)  # there are none without activations
-    return [Call(x, None if y is x else y, *coefficients, counting, kind) for (x, y), kind in kinds]
+    for x, y, kind in zip_longest(xs, ys, form.kinds):
+        calls.append(Call(x, None if y is x else y, alpha, beta, counting, kind))
+    return calls
 
 
 def _form(
@@ -115,11 +117,11 @@ def _form(
     coefficients: Pair,
     steps: Sequence[Any],
     options: Options,
-    of_raw: Sequence[bool],
+    same: Sequence[bool],
     is_kept: bool,
 ) -> Form:
-    """Check the metadata of arguments, and return their form; `of_raw` says of each layer whether AR is of raw."""
-    (raw, dropped, mask), (batch_first, time_dim, reduction, measured, _) = tensors, options
+    """Check the metadata of arguments, and return their form; `same` says of each layer whether dropped is raw."""
+    (raw, dropped, mask), (batch_first, time_dim, reduction, measured, ar_of_raw) = tensors, options
     arguments.check_options(reduction, return_terms=measured)
     place = place_of(batch_first, time_dim)
     if raw is dropped is None:
@@ -138,9 +140,9 @@ def _form(
         marker = partial(marked, sizes) if backend is None else backend.marker(sizes, x.device)
         counting = partial(_steps, marker, sizes, x.device, reduction)
     dtype, kinds = compute_dtype([x for layer in layers for x in layer.values()]), []
-    for layer, ar_of_raw in zip(layers, of_raw, strict=True):
+    for layer, is_same in zip_longest(layers, same, fillvalue=False):
         arguments.check_layer(layer, layers[0], axis)
-        kinds.append(Kind(axis, reduction, measured, ar_of_raw, dtype, {} if is_kept else None))
+        kinds.append(Kind(axis, reduction, measured, ar_of_raw or is_same, dtype, {} if is_kept else None))
     arguments.check_devices(coefficients, layers[0])
     if mask is not None:
         arguments.check_mask(mask, x, axis)
