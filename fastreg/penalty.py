@@ -196,14 +196,12 @@ class PenaltyPlan(Plan):
         """Plan the forward."""
         raw, dropped, terms, enabled = call.raw, call.dropped, self.terms, torch.is_grad_enabled()
         by_raw = terms.by_tar or (terms.by_ar and terms.ar_of_raw)
-        self.needs = (
-            enabled and raw is not None and raw.requires_grad and by_raw,
-            enabled and dropped is not None and dropped.requires_grad and terms.by_ar,
-        )
+        by_dropped = terms.by_ar and not terms.ar_of_raw
+        self.needs = enabled and by_raw and raw.requires_grad, enabled and by_dropped and dropped.requires_grad
         self.layouts = [None if x is None else layout_of(x) for x in (raw, dropped)]
         self.fold = Fold((self.layouts[0], None, None, self.layouts[1]), call)
         pairs = zip(self.layouts, self.needs, strict=True)
-        self.gradients = [self.fold.like(x) if x is not None and need else None for x, need in pairs]
+        self.gradients = [self.fold.like(x) if need else None for x, need in pairs]  # pyright: ignore
         # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
         self.filled = [None, None] if keeps_memory_low() else self.gradients
         self.forward = self.backend.forward(self.fold.view(self.filled), terms, self.device)

@@ -141,7 +141,7 @@ def _form(
         counting = partial(_steps, marker, sizes, x.device, reduction)
     dtype, kinds = compute_dtype([x for layer in layers for x in layer.values()]), []
     for layer, is_same in zip_longest(layers, same, fillvalue=False):
-        arguments.check_layer(layer, layers[0], axis)
+        arguments.check_layer(layer, layers[0], axis)  # pyright: ignore[reportArgumentType]
         kinds.append(Kind(axis, reduction, measured, ar_of_raw or is_same, dtype, {} if is_kept else None))
     arguments.check_devices(coefficients, layers[0])
     if mask is not None:
@@ -191,7 +191,8 @@ def _offsets(_: Sequence[Any], tensors: Sequence[Any]) -> Steps:
     Kernels trust them, in the backward, too: they are no view of batch sizes, which NumPy may share. Batch sizes are
     values, and checked in every call.
     """
-    packed, _ = arguments.check_layers(*tensors[:2], Place())
+    raw, dropped, _ = tensors
+    packed, _ = arguments.check_layers(raw, dropped, Place())
     arguments.check_not_captured("lengths", packed.data.device)
     arguments.check_no_parts(packed.data)
     return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
