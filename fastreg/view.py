@@ -64,7 +64,7 @@ class Fold:
         self.copied = [layout is not None and not self._fits(layout.stride, self.cut) for layout in layouts]
 
     def _fits(self, stride: Sequence[int], cut: Cut) -> bool:
-        """Return whether axes of these strides fold to one outer and one inner axis, and inner has no gaps."""
+        """Return whether strides let outer and inner axes fold to one axis each, the inner one without gaps."""
         outer, inner = cut
         shape, stride = (*self.shape, 1), (*stride, 1)  # inner axes end with one of one element
         neighbours = [*pairwise(outer), *pairwise([*inner, -1])]
