@@ -7,7 +7,8 @@ activations, options and lists run for a new kind of call, those of values in ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.kernels.streams import is_captured
 from fastreg.kernels.view import Layout
-from fastreg.problem import Call, axes_of, is_list, rows_of, sizes_of
+from fastreg.problem import Place, axes_of, is_list, rows_of, sizes_of
 from fastreg.torch_state import has_values
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -107,7 +108,7 @@ def check_probability(p: Any) -> None:
 def check_time(batch_first: object, time_dim: object) -> None:
     """Check that at most one of both says where time is, and its type."""
     if time_dim is None:
-        check_flags(batch_first=batch_first)
+        check_flags(batch_first=batch_first is None or batch_first)
         return
     _expect(batch_first is None, "batch_first and time_dim", "one of them, got both")
     is_axis = isinstance(time_dim, Integral) and not isinstance(time_dim, bool)
@@ -131,61 +132,57 @@ def _real(name: str, value: Any) -> float:
 # ---- lists of layers and packed sequences, before there are calls of one layer
 
 
-def check_given(name: str, value: object, coefficient: str) -> None:
-    """Check that activations are given that a term with a coefficient reads."""
-    if value is None:
+def check_given(name: str, value: object, is_read: bool, coefficient: str) -> None:
+    """Check that activations are given if the term of a coefficient reads them."""
+    if is_read and value is None:
         raise TypeError(f"{name}: expected {ACTIVATIONS}, got NoneType (it may be None only where {coefficient} is 0)")
 
 
-def check_layers(raw: Any, dropped: Any, time_dim: int) -> list[tuple[str, Any, Any]]:
-    """Check activations that are not two tensors: their types, the layers in pairs, and all of them together.
+def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[str, Any]]]:
+    """Check activations: their types, the axes of each, and that all layers go together.
 
     Args:
         raw: a tensor, a `PackedSequence`, or a list or tuple of them; `None` if no term reads it.
-        dropped: like raw.
-        time_dim: the axis of time.
+        dropped: like raw; only one of them may be `None`.
+        place: where time is.
 
     Returns:
-        Of each layer its label, raw and dropped.
+        The first activations, and of each layer its tensors or packed rows, by their names in messages.
     """
     given = [(name, x) for name, x in (("raw", raw), ("dropped", dropped)) if x is not None]
-    tensors = [layer for name, x in given for layer in _named(name, x)]
+    columns = [_named(name, x, place.time_dim) for name, x in given]
     counts = [f"{len(x)} layers" if is_list(x) else "one tensor" for _, x in given]
-    hint = HINT if isinstance(raw, tuple) and not is_list(dropped) else ""
+    hint = HINT if "one tensor" in counts else ""
     alike = "the same layers in both, got {} and {}{}"
     _expect(counts[0] == counts[-1], "raw and dropped", alike, *counts, hint)
-    first, layers = tensors[0], len(tensors) // len(given)
-    for layer in tensors[1:]:
+    first, *others = chain(*columns)
+    for layer in others:
         _check_packed_alike(*layer, *first)
-        if layers > 1:
-            _check_alike(*layer, *first, time_dim)
-    columns = [x if is_list(x) else [x] * layers for x in (raw, dropped)]
-    labels = [""] if "one tensor" in counts else [f"[{i}]" for i in range(layers)]
-    return list(zip(labels, *columns, strict=True))
+    return first[1], [{name: rows_of(x) for name, x in layer} for layer in zip(*columns, strict=True)]
 
 
-def check_packed_options(time_dim: int | None, *steps: object) -> None:
+def check_packed_options(time_dim: int | None, steps: Mapping[str, Any]) -> None:
     """Check the options of packed sequences: there are no lengths, valid steps or starts."""
-    for name, given in zip(STEPS, steps, strict=True):
-        _expect(given is None, name, f"None{STEPS[name][2]}")
+    for name in steps:
+        _expect(False, name, f"None{STEPS[name][2]}")
     _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence, got {}", time_dim)
 
 
-def _named(name: str, value: Any) -> list[tuple[str, Any]]:
+def _named(name: str, value: Any, time_dim: int | None) -> list[tuple[str, Any]]:
     """Check for a tensor, a `PackedSequence`, or a list or tuple of them; return each layer with its name."""
     fits = isinstance(value, (Tensor, list, tuple))  # a PackedSequence is a tuple, too
     _expect(fits, name, "{}, got {}", ACTIVATIONS, type(value), error=TypeError)
     layers = [(f"{name}[{i}]", x) for i, x in enumerate(value)] if is_list(value) else [(name, value)]
     _expect(len(layers) > 0, name, "a tensor a layer, got an empty {}", type(value))
     for layer in layers:
-        _check_layer(*layer)
+        _check_layer(*layer, time_dim)
     return layers
 
 
-def _check_layer(name: str, x: Any) -> None:
-    """Check a layer: a dense tensor, or the metadata of packed rows and their batch sizes."""
+def _check_layer(name: str, x: Any, time_dim: int | None) -> None:
+    """Check a layer: the axes of a dense tensor, or the metadata of packed rows and their batch sizes."""
     if not isinstance(x, PackedSequence):
-        check_tensor(name, x)
+        _check_axes(name, check_tensor(name, x), time_dim)
         return
     data, sizes = check_tensor(f"{name}.data", x.data), x.batch_sizes
     _check_dtype(f"{name}.data", data)
@@ -217,8 +214,8 @@ def _check_batch_sizes(name: str, sizes: Tensor, rows: int) -> None:
     if sizes.numel() and not has_values(sizes):
         return
     values: Any = sizes.tolist()  # integers of Python, whose sum does not wrap
-    fits = sizes.dim() == 1 and min(values, default=0) > 0 and sum(values) == rows
-    fits = fits and values == sorted(values, reverse=True)
+    is_valid = sizes.dim() == 1 and min(values, default=0) > 0 and sum(values) == rows
+    fits = is_valid and values == sorted(values, reverse=True)
     _expect(fits, name, "sizes above 0 that never grow and add up to the {} rows, got {}", rows, values)
 
 
@@ -233,54 +230,44 @@ def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> None:
         _expect(not are_unlike, name, "the batch_sizes of {}, got others", other)
 
 
-def _check_alike(name: str, x: Any, other: str, y: Any, time_dim: int) -> None:
-    """Check that a layer has the device, batch and time steps of the first."""
-    _check_device(name, rows_of(x), other, rows_of(y))
-    if isinstance(x, PackedSequence):
-        return
-    fits = x.dim() == y.dim()
-    if fits and x.dim() > 0:
-        (batch, time), (other_batch, other_time) = sizes_of(x, time_dim), sizes_of(y, time_dim)
-        fits = batch == other_batch and time == other_time
-    _expect(fits, name, "the batch and time steps of {}, of shape {}, got {}{}", other, y.shape, x.shape, HINT)
+def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
+    """Check that activations have an axis of time: `time_dim`, or that of `batch_first`, of two or three axes."""
+    dims = x.dim()
+    if time_dim is None:
+        layouts = "(batch, time, hidden), (time, batch, hidden) with batch_first=False, or (time, hidden)"
+        _expect(dims in (2, 3), name, "{}, or time_dim, got {}", layouts, x.shape)
+    else:
+        axes = f", from {-dims} to {dims - 1}" if dims else ""
+        words = "an axis of {}, of shape {}{}, got {}"
+        _expect(-dims <= time_dim < dims, "time_dim", words, name, x.shape, axes, time_dim)
 
 
 # ---- one layer
 
 
-def check_axes(name: str, x: Any, time_dim: int | None) -> None:
-    """Check that activations have an axis of time: `time_dim`, or that of `batch_first`, of two or three axes."""
-    dims = len(x.shape)
-    if time_dim is None:
-        if dims not in (2, 3):
-            raise ValueError(
-                f"{name}: expected (batch, time, hidden), (time, batch, hidden) with batch_first=False, "
-                f"or (time, hidden), or time_dim, got {tuple(x.shape)}"
-            )
-    elif not -dims <= time_dim < dims:
-        axes = f", from {-dims} to {dims - 1}" if dims else ""
-        raise ValueError(f"time_dim: expected an axis of {name}, of shape {tuple(x.shape)}{axes}, got {time_dim}")
-
-
-def check_call(call: Call, label: str = "", mask: Any = None) -> None:
-    """Check the tensors of a call: dtypes, shapes and devices.
+def check_layer(layer: Mapping[str, Any], first: Mapping[str, Any], time_dim: int) -> None:
+    """Check the dtypes, shapes and devices of the tensors of a layer.
 
     Args:
-        call: of one layer.
-        label: of the layer in messages: `"[2]"`, or nothing.
-        mask: of a dropout, or `None`.
+        layer: the tensors, by their names in messages.
+        first: those of the first layer, whose device, batch and time steps all layers have.
+        time_dim: the axis of time, negative from the end.
     """
-    named = {f"raw{label}": call.raw, f"dropped{label}": call.dropped, "alpha": call.alpha, "beta": call.beta}
-    tensors = [(name, x) for name, x in named.items() if isinstance(x, Tensor)]
-    first_name, first = tensors[0]
-    for name, x in tensors:
-        _check_dense(name, x)
-        _check_dtype(name, x)
-        fits = name in ("alpha", "beta") or x.shape == first.shape
-        _expect(fits, name, "the shape of {}, {}, got {}", first_name, first.shape, x.shape)
-        _check_device(name, x, first_name, first)
-    if mask is not None:
-        _check_mask(mask, first, call.kind.time_dim)
+    (one, x), (other, y) = next(iter(layer.items())), next(iter(first.items()))
+    _check_device(one, x, other, y)
+    fits = x.dim() == y.dim() and sizes_of(x, time_dim) == sizes_of(y, time_dim)
+    _expect(fits, one, "the batch and time steps of {}, of shape {}, got {}{}", other, y.shape, x.shape, HINT)
+    for name, tensor in layer.items():
+        _check_dtype(name, tensor)
+        _expect(tensor.shape == x.shape, name, "the shape of {}, {}, got {}", one, x.shape, tensor.shape)
+        _check_device(name, tensor, one, x)
+
+
+def check_devices(coefficients: Sequence[Any], layer: Mapping[str, Any]) -> None:
+    """Check that coefficients that are tensors are on the device of a layer."""
+    for name, x in zip(("alpha", "beta"), coefficients, strict=True):
+        if isinstance(x, Tensor):
+            _check_device(name, x, *next(iter(layer.items())))
 
 
 # ---- which time steps count
@@ -294,13 +281,11 @@ def check_steps(lengths: object, valid: object, starts: object) -> None:
             _check_tensor_of(name, given, *STEPS[name][:2])
 
 
-def check_steps_of(x: Any, time_dim: int, steps: Sequence[Any]) -> None:
-    """Check the shapes and devices of lengths, valid steps and starts against those of a layer."""
+def check_steps_of(x: Any, time_dim: int, steps: Mapping[str, Any]) -> None:
+    """Check the shapes and devices of the lengths, valid steps and starts given against those of a layer."""
     check_no_parts(x)
     batch, time = sizes_of(x, time_dim)
-    for name, given in zip(STEPS, steps, strict=True):
-        if given is None:
-            continue
+    for name, given in steps.items():
         shape = list(given.shape)
         if name == "lengths":
             _expect(shape == [batch], name, "shape ({},), one length a sequence, got {}", batch, given.shape)
@@ -322,7 +307,7 @@ def check_no_parts(x: Any) -> None:
 def check_values(name: str, x: Tensor, time: int) -> None:
     """Check the values of lengths or marks on the CPU; on another device, looking at them would wait for the device."""
     if x.dtype != torch.bool and has_values(x):
-        least, greatest = [int(n) for n in x.aminmax()]
+        least, greatest = map(int, x.aminmax())
         most, words = (time, "from 0 to the {0} time steps there are") if name == "lengths" else (1, "0 or 1")
         wrong = least if least < 0 else greatest
         _expect(0 <= wrong <= most, name, f"{words}, got {{1}}", time, wrong)
@@ -331,12 +316,13 @@ def check_values(name: str, x: Tensor, time: int) -> None:
 def check_not_captured(name: str, device: torch.device) -> None:
     """Check that no graph is captured that would read memory of the CPU in each replay."""
     # A compiler cannot ask, and captures its own graphs with inputs that it copies. Fake tensors need no device.
-    may_ask = not torch.compiler.is_compiling() and torch.accelerator.is_available()
+    is_compiling = torch.compiler.is_compiling()
     words = "them on the GPU, and no PackedSequence, while a graph is captured: the replay would read {}"
-    _expect(not (may_ask and is_captured(device)), name, words, "freed memory of the CPU", error=RuntimeError)
+    fits = is_compiling or not torch.accelerator.is_available() or not is_captured(device)
+    _expect(fits, name, words, "freed memory of the CPU", error=RuntimeError)
 
 
-def _check_mask(mask: object, raw: Tensor, time_dim: int) -> None:
+def check_mask(mask: object, raw: Tensor, time_dim: int) -> None:
     """Check a dropout mask for `raw`: of one row for all time steps, or of raw's shape."""
     mask = check_tensor("mask", mask)
     one_row = list(raw.shape)

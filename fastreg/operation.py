@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastreg.arguments import check_saved
 from fastreg.backends import backend_for
-from fastreg.kernels.view import Layout, Steps, layout_of
+from fastreg.kernels.view import Layout, Steps, allocate, layout_of
 from fastreg.problem import Call, terms_of
 from fastreg.torch_state import observed
 
@@ -61,16 +60,16 @@ def keep(ctx: Any, tensors: Sequence[Tensor | None], call: Call) -> None:
     ctx.save_for_backward(*tensors, *more)
 
 
-def pack(alpha: Any, beta: Any, steps: Steps | None) -> tuple[Sequence[Tensor | None], Any]:
+def pack(alpha: Any, beta: Any, steps: Steps | None) -> tuple[Sequence[Tensor], Any]:
     """Split coefficients and steps into tensors, for autograd to save, and the rest."""
     if steps is None and type(alpha) is float is type(beta):
         return (), (alpha, beta)
-    values = alpha, beta, *(steps or Steps())
-    tensors = [x if isinstance(x, Tensor) else None for x in values]
-    return tensors, [layout_of(x) if isinstance(x, Tensor) else x for x in values]
+    values = alpha, beta, *(steps or ())
+    rest = [layout_of(x) if isinstance(x, Tensor) else x for x in values]
+    return [x for x in values if isinstance(x, Tensor)], rest
 
 
-def unpack(saved: Sequence[Tensor | None], rest: Any) -> tuple[Any, Any, Steps | None]:
+def unpack(saved: Sequence[Any], rest: Any) -> tuple[Any, Any, Steps | None]:
     """Return alpha, beta and steps, as `pack` has split them.
 
     Raises:
@@ -78,13 +77,18 @@ def unpack(saved: Sequence[Tensor | None], rest: Any) -> tuple[Any, Any, Steps |
     """
     if not saved:
         return *rest, None
-    if not observed():
-        for name, x, before in zip(("alpha", "beta", "steps", "counts", "offsets"), saved, rest, strict=True):
-            if x is not None and (x.dtype is not before.dtype or x.shape != before.shape):
-                check_saved(name, before, x)
-    values = [before if x is None else x.contiguous() for x, before in zip(saved, rest, strict=True)]
-    alpha, beta, marks, _, offsets = values
-    return alpha, beta, None if marks is offsets is None else Steps(*values[2:])
+    tensors, values = iter(saved), []
+    for name, x in zip(("alpha", "beta", "steps", "counts", "offsets"), rest, strict=False):
+        values.append(_unpacked(name, next(tensors), x) if isinstance(x, Layout) else x)
+    alpha, beta, *steps = values
+    return alpha, beta, Steps(*steps) if steps else None
+
+
+def _unpacked(name: str, x: Tensor, before: Layout) -> Tensor:
+    """Check a saved tensor, and return it without gaps."""
+    if (x.dtype is not before.dtype or x.shape != before.shape) and not observed():
+        check_saved(name, before, x)
+    return x.contiguous()
 
 
 def restored(name: str, x: Tensor | None, before: Layout | None) -> Tensor | None:
@@ -96,9 +100,7 @@ def restored(name: str, x: Tensor | None, before: Layout | None) -> Tensor | Non
     if x is None or before is None or layout_of(x) == before:
         return x
     check_saved(name, before, x)
-    size = 2 + sum((n - 1) * stride for n, stride in zip(before.shape, before.stride, strict=True))
-    memory = torch.empty(size, dtype=x.dtype, device=x.device)[0 if before.aligned else 1 :]
-    copy = to = memory.as_strided(before.shape, before.stride)
+    copy = to = allocate(before)  # aligned, also where the kernels do not rely on it
     for axis, stride in enumerate(before.stride):
         if stride == 0:
             to, x = to.narrow(axis, 0, 1), x.narrow(axis, 0, 1)

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.kernels.view import allocate, layout_of
 from fastreg.operation import Plan, keep, restored, unpack
-from fastreg.prepare import Options, calls_of
-from fastreg.problem import ARTAR, Call, Coefficient, compute_dtype, is_list, rows_of
+from fastreg.prepare import Options, calls_of, rows_of_layers
+from fastreg.problem import ARTAR, Call, Coefficient, compute_dtype
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import are_memory, keeps_memory_low, observed
 from fastreg.view import Fold
@@ -135,9 +135,8 @@ def fused_ar_tar(
 
 def _zero(raw: Any, dropped: Any, measured: bool) -> Tensor | ARTAR:
     """Return 0 where the activations are, if any were given at all: both terms are off."""
-    given = [rows_of(x) for value in (raw, dropped) for x in (value if is_list(value) else [value])]
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    zero = torch.zeros((), dtype=compute_dtype(*tensors), device=tensors[0].device if tensors else None)
+    tensors = [x for x in (*rows_of_layers(raw), *rows_of_layers(dropped)) if isinstance(x, Tensor)]
+    zero = torch.zeros((), dtype=compute_dtype(tensors), device=tensors[0].device if tensors else None)
     return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
 
 
@@ -197,14 +196,12 @@ class PenaltyPlan(Plan):
         """Plan the forward."""
         raw, dropped, terms, enabled = call.raw, call.dropped, self.terms, torch.is_grad_enabled()
         by_raw = terms.by_tar or (terms.by_ar and terms.ar_of_raw)
-        self.needs = (
-            enabled and raw is not None and raw.requires_grad and by_raw,
-            enabled and dropped is not None and dropped.requires_grad and terms.by_ar,
-        )
+        by_dropped = terms.by_ar and not terms.ar_of_raw
+        self.needs = enabled and by_raw and raw.requires_grad, enabled and by_dropped and dropped.requires_grad
         self.layouts = [None if x is None else layout_of(x) for x in (raw, dropped)]
         self.fold = Fold((self.layouts[0], None, None, self.layouts[1]), call)
         pairs = zip(self.layouts, self.needs, strict=True)
-        self.gradients = [self.fold.like(x) if x is not None and need else None for x, need in pairs]
+        self.gradients = [self.fold.like(x) if need else None for x, need in pairs]  # pyright: ignore
         # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
         self.filled = [None, None] if keeps_memory_low() else self.gradients
         self.forward = self.backend.forward(self.fold.view(self.filled), terms, self.device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.torch_state import are_memory, keeps_memory_low, observed
+from fastreg.torch_state import are_memory, keeps_memory_low, observed, plain
 
 SIZE = 1024  # kinds of calls: a few hundred sequence lengths, with and without gradients
 _kept: dict[Any, Any] = {}
@@ -67,4 +67,7 @@ def _facts(x: Any) -> Any:
         return _facts(x.data), _facts(x.batch_sizes), *x.batch_sizes.view(-1)[:1].tolist()
     if type(x) is list or type(x) is tuple:
         return type(x), *map(_facts, x)
-    raise _NoKeyError
+    undecorated = plain(x)
+    if undecorated is x:
+        raise _NoKeyError
+    return _facts(undecorated)

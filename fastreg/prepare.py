@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from operator import index, is_
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,13 +42,13 @@ Pair: TypeAlias = tuple[Any, Any]
 class Form(NamedTuple):
     """How arguments of one kind become calls.
 
-    kinds  of the call of each layer
-    steps  a function of lengths, valid steps and starts, and of raw and dropped, that returns the `Steps`; `None` where
-           all steps count
+    kinds  of the call of each layer; none if no term reads anything
+    steps  a function of lengths, valid steps and starts, and of raw, dropped and a mask, that returns the `Steps`;
+           `None` where all steps count
     """
 
     kinds: Sequence[Kind]
-    steps: Callable[[Sequence[Any], Pair], Steps] | None
+    steps: Callable[[Sequence[Any], Sequence[Any]], Steps] | None
 
 
 def calls_of(activations: Pair, coefficients: Pair, steps: Sequence[Any], options: Options) -> list[Call]:
@@ -65,19 +66,12 @@ def calls_of(activations: Pair, coefficients: Pair, steps: Sequence[Any], option
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    raw, dropped = activations
+    (raw, dropped), measured = activations, options.measured
     coefficients, (by_ar, by_tar) = _checked(*coefficients)
-    if by_tar and raw is None:
-        arguments.check_given("raw", raw, "beta")
-    if by_ar and dropped is None:
-        arguments.check_given("dropped", dropped, "alpha")
-    is_same, measured = dropped is raw, options.measured
-    raw = _stripped(raw) if by_tar or measured else None
-    dropped = None if not (by_ar or measured) else raw if is_same and raw is not None else _stripped(dropped)
-    if raw is dropped is None:
-        _check_options(options)
-        return []
-    return _calls((raw, dropped), coefficients, steps, options)
+    arguments.check_given("raw", raw, by_tar, "beta")
+    arguments.check_given("dropped", dropped, by_ar, "alpha")
+    raw, dropped = raw if by_tar or measured else None, dropped if by_ar or measured else None
+    return _calls((raw, dropped, None), coefficients, steps, options)
 
 
 def call_of_raw(raw: Any, mask: Any, coefficients: Pair, steps: Sequence[Any], options: Options) -> Call:
@@ -89,87 +83,69 @@ def call_of_raw(raw: Any, mask: Any, coefficients: Pair, steps: Sequence[Any], o
     coefficients, _ = _checked(*coefficients)
     if not isinstance(raw, Tensor):
         arguments.check_tensor("raw", raw)
-    return _calls((plain(raw), None), coefficients, steps, options, mask)[0]
+    return _calls((raw, None, mask), coefficients, steps, options)[0]
 
 
-def _stripped(x: Any) -> Any:
-    """Return activations without subclasses that only decorate them."""
-    if x is None or type(x) is Tensor:
-        return x
-    if is_list(x):
-        layers = [_stripped(layer) for layer in x]
-        return layers if isinstance(x, list) else tuple(layers)
-    if not isinstance(x, PackedSequence):
-        return plain(x)
-    data = plain(x.data)
-    return x if data is x.data else x._replace(data=data)  # which torch 2.8 does not trace
+def rows_of_layers(x: Any) -> Sequence[Any]:
+    """Return the tensors of activations, one a layer: packed rows, too, and without subclasses that only decorate."""
+    if type(x) is Tensor:
+        return (x,)
+    layers = x if is_list(x) else () if x is None else (x,)
+    return tuple([plain(rows_of(layer)) for layer in layers])
 
 
-def _calls(
-    activations: Pair, coefficients: Pair, steps: Sequence[Any], options: Options, mask: Any = None
-) -> list[Call]:
-    """Return calls of activations without decoration that a term reads, and of checked coefficients."""
-    (raw, dropped), (alpha, beta) = activations, coefficients
-    are_lists = type(raw) is not Tensor and is_list(raw) and is_list(dropped)
-    if are_lists:
-        same: Any = tuple(map(is_, map(rows_of, raw), map(rows_of, dropped)))
-    else:
-        same = rows_of(dropped) is rows_of(raw)
-    steps = [x if x is None else plain(x) for x in steps]
-    key = key_of((raw, dropped, alpha, beta, mask, *steps), (*options, same))
-    form = None if key is None else kept(key)
+def _calls(tensors: Sequence[Any], coefficients: Pair, steps: Sequence[Any], options: Options) -> list[Call]:
+    """Return the calls of raw and dropped that a term reads, and of a mask, with checked coefficients."""
+    (raw, dropped, _), (alpha, beta), calls = tensors, coefficients, []
+    xs = rows_of_layers(raw)
+    ys = xs if dropped is raw else rows_of_layers(dropped)
+    same = tuple(map(is_, xs, ys))
+    key = key_of((*tensors, alpha, beta, *steps), (*options, same))
+    form = None if key is None else kept(key)  # a compiler would compile anew for new plans
     if form is None:
-        form = _form(activations, coefficients, steps, options, mask, key is not None)
+        form = _form(tensors, coefficients, steps, options, same, key is not None)
         if key is not None:
             keep(key, form)
-    counting = None if form.steps is None else form.steps(steps, activations)
-    if type(dropped if raw is None else raw) is Tensor:
-        return [Call(raw, None if dropped is raw else dropped, alpha, beta, counting, form.kinds[0])]
-    columns = [[rows_of(y) for y in x] if is_list(x) else [rows_of(x)] * len(form.kinds) for x in activations]
-    layers = zip(columns[0], columns[1], form.kinds, strict=True)
-    return [Call(x, None if y is x else y, alpha, beta, counting, kind) for x, y, kind in layers]
-
-
-def _check_options(options: Options) -> int:
-    """Check options; return the axis of time, from either end."""
-    arguments.check_options(options.reduction, return_terms=options.measured)
-    return place_of(options.batch_first, options.time_dim).axis()
+    counting = None if form.steps is None else form.steps(steps, tensors)
+    for x, y, kind in zip_longest(xs, ys, form.kinds):
+        calls.append(Call(x, None if y is x else y, alpha, beta, counting, kind))
+    return calls
 
 
 def _form(
-    activations: Pair, coefficients: Pair, steps: Sequence[Any], options: Options, mask: Any, is_kept: bool
+    tensors: Sequence[Any],
+    coefficients: Pair,
+    steps: Sequence[Any],
+    options: Options,
+    same: Sequence[bool],
+    is_kept: bool,
 ) -> Form:
-    """Check the metadata of arguments, and return their form."""
-    (raw, dropped), (_, time_dim, reduction, measured, ar_of_raw) = activations, options
-    axis, counting = _check_options(options), None
-    first, layers = dropped if raw is None else raw, [("", raw, dropped)]
-    if not isinstance(first, Tensor) or not (dropped is None or isinstance(dropped, Tensor)):
-        layers = arguments.check_layers(raw, dropped, axis)
-        _, x, y = layers[0]
-        first = y if x is None else x
+    """Check the metadata of arguments, and return their form; `same` says of each layer whether dropped is raw."""
+    (raw, dropped, mask), (batch_first, time_dim, reduction, measured, ar_of_raw) = tensors, options
+    arguments.check_options(reduction, return_terms=measured)
+    place = place_of(batch_first, time_dim)
+    if raw is dropped is None:
+        return Form([], None)
+    first, layers = arguments.check_layers(raw, dropped, place)
+    x, *_ = layers[0].values()
+    axis, counting = place.axis() % x.dim() - x.dim(), None
+    given = {name: y for name, y in zip(arguments.STEPS, steps, strict=True) if y is not None}
     if isinstance(first, PackedSequence):
-        arguments.check_packed_options(time_dim, *steps)
-        axis, counting = -2, _offsets
-        layers = [(label, rows_of(x), rows_of(y)) for label, x, y in layers]
-    else:
-        label, *both = layers[0]
-        for name, x in zip(("raw", "dropped"), both, strict=True):
-            if x is not None:
-                arguments.check_axes(name + label, x, None if time_dim is None else axis)
-        axis = axis if axis < 0 else axis - first.dim()
-        if any([x is not None for x in steps]):
-            arguments.check_steps(*steps)
-            arguments.check_steps_of(arguments.check_tensor("raw", first), axis, steps)
-            sizes, backend = sizes_of(first, axis), None
-            if is_kept and 0 not in first.shape:
-                backend = backend_for(first.device)
-            marker = partial(marked, sizes) if backend is None else backend.marker(sizes, first.device)
-            counting = partial(_steps, marker, sizes, first.device, reduction)
-    dtype, kinds = compute_dtype(*[x for _, *both in layers for x in both]), []
-    for label, x, y in layers:
-        kind = Kind(axis, reduction, measured, ar_of_raw or y is x, dtype, {} if is_kept else None)
-        arguments.check_call(Call(x, None if y is x else y, *coefficients, None, kind), label, mask)
-        kinds.append(kind)
+        arguments.check_packed_options(time_dim, given)
+        counting = _offsets
+    elif given:
+        arguments.check_steps(*steps)
+        arguments.check_steps_of(x, axis, given)
+        sizes, backend = sizes_of(x, axis), backend_for(x.device) if is_kept and 0 not in x.shape else None
+        marker = partial(marked, sizes) if backend is None else backend.marker(sizes, x.device)
+        counting = partial(_steps, marker, sizes, x.device, reduction)
+    dtype, kinds = compute_dtype([x for layer in layers for x in layer.values()]), []
+    for layer, is_same in zip_longest(layers, same, fillvalue=False):
+        arguments.check_layer(layer, layers[0], axis)  # pyright: ignore[reportArgumentType]
+        kinds.append(Kind(axis, reduction, measured, ar_of_raw or is_same, dtype, {} if is_kept else None))
+    arguments.check_devices(coefficients, layers[0])
+    if mask is not None:
+        arguments.check_mask(mask, x, axis)
     return Form(kinds, counting)
 
 
@@ -179,10 +155,14 @@ def _checked(*coefficients: Any) -> tuple[Pair, Pair]:
     are_plain = type(alpha) is float is type(beta) and not torch.compiler.is_compiling()  # as most are
     if are_plain and 0 <= alpha < math.inf and 0 <= beta < math.inf:
         return coefficients, (alpha != 0, beta != 0)
-    for name, value in zip(("alpha", "beta"), coefficients, strict=True):
-        arguments.check_coefficient(name, value)
-    alpha, beta = [keepable(plain(x)) if isinstance(x, Tensor) else coefficient(x) for x in coefficients]
+    alpha, beta = map(_converted, ("alpha", "beta"), coefficients)
     return (alpha, beta), (is_on(alpha), is_on(beta))
+
+
+def _converted(name: str, value: Any) -> Coefficient:
+    """Check a coefficient; return a float, or a tensor that a backward can keep."""
+    arguments.check_coefficient(name, value)
+    return keepable(plain(value)) if isinstance(value, Tensor) else coefficient(value)
 
 
 def coefficient(value: Any) -> Coefficient:
@@ -200,33 +180,31 @@ def place_of(batch_first: Any, time_dim: Any) -> Place:
     Raises:
         TypeError, ValueError: either is of another type, or both are given.
     """
-    if time_dim is None and (batch_first is None or batch_first is True):
-        return Place()
     arguments.check_time(batch_first, time_dim)
     # A constant in compiled code, as int() does not make it
-    return Place(batch_first) if time_dim is None else Place(None, index(time_dim))
+    return Place(batch_first is not False) if time_dim is None else Place(None, index(time_dim))
 
 
-def _offsets(_: Sequence[Any], activations: Pair) -> Steps:
+def _offsets(_: Sequence[Any], tensors: Sequence[Any]) -> Steps:
     """Return where each time step of packed rows begins, and at the end how many rows there are.
 
     Kernels trust them, in the backward, too: they are no view of batch sizes, which NumPy may share. Batch sizes are
     values, and checked in every call.
     """
-    _, raw, dropped = arguments.check_layers(*activations, -2)[0]
-    packed = dropped if raw is None else raw
+    raw, dropped, _ = tensors
+    packed, _ = arguments.check_layers(raw, dropped, Place())
     arguments.check_not_captured("lengths", packed.data.device)
     arguments.check_no_parts(packed.data)
     return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
 
 
-def _steps(marker: Any, sizes: Pair, device: torch.device, reduction: str, steps: Sequence[Any], _: Pair) -> Steps:
+def _steps(marker: Any, sizes: Pair, device: torch.device, reduction: str, steps: Sequence[Any], _: Any) -> Steps:
     """Check the values of lengths, valid steps and starts, and mark the time steps of activations that count.
 
     Values on another device than the CPU are not looked at, as that would wait for it.
     """
     given = zip(arguments.STEPS, steps, strict=True)
-    marks, counts = marker(*[None if y is None else _brought(name, y, device, sizes) for name, y in given])
+    marks, counts = marker(*[None if y is None else _brought(name, plain(y), device, sizes) for name, y in given])
     return Steps(marks, counts if reduction == "mean" else None)
 
 
@@ -239,13 +217,12 @@ def _brought(name: str, given: Tensor, device: torch.device, sizes: Pair) -> Ten
     if device.type == "cpu" != given.device.type:
         given = given.cpu()
     arguments.check_values(name, given, sizes[1])
-    if name != "lengths" and given.dtype != torch.bool:
-        given = given != 0
+    if name != "lengths":
+        given = given.bool().reshape(sizes)
     if given.device.type == "cpu" != device.type:
         arguments.check_not_captured(name, device)
         if observed():  # a compiler cannot ask whether memory is pinned
             given = given.clone()
         elif given.is_pinned():
             given = torch.empty_like(given, pin_memory=True).copy_(given)
-    given = given.to(device, non_blocking=True)
-    return (given if name == "lengths" else given.reshape(sizes)).contiguous()
+    return given.to(device, non_blocking=True).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -108,12 +109,9 @@ def is_on(coefficient: Coefficient) -> bool:
     return not guard_or_false(coefficient == 0)
 
 
-def compute_dtype(*tensors: Any) -> torch.dtype:
+def compute_dtype(tensors: Iterable[Any]) -> torch.dtype:
     """Return the dtype that squares and sums are formed in: float64 if any tensor is, else float32."""
-    for x in tensors:  # a generator expression takes twice as long
-        if x is not None and x.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def axes_of(x: Any, time_dim: int) -> tuple[int, int | None]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastreg.kernels.view import Layout, Operand, Operands, View
 from fastreg.problem import Call, axes_of
+
+Cut: TypeAlias = tuple[Sequence[int], Sequence[int]]  # outer and inner axes
 
 NARROW = 64  # time steps in a row from which kernels for CPUs read them as they lie faster than a transposed copy
 
@@ -29,44 +32,43 @@ class Fold:
 
     Attributes:
         order: the axes, the slowest first, time among them.
+        rows: the axis whose stride is that of outer: its last, or time if outer has no axes.
         sizes: of outer, time and inner.
         copied: of each tensor whether kernels read a copy.
     """
 
     def __init__(self, layouts: Sequence[Layout | None], call: Call) -> None:
-        x, metas = call.given(), [_meta(layout) for layout in layouts if layout is not None]
-        self.layouts, self.is_whole, offsets = tuple(layouts), call.steps is None, call.steps and call.steps.offsets
-        self.packed = None if offsets is None else (int(offsets[1]), len(offsets) - 1)
-        self.shape, (self.time, batch) = x.shape, axes_of(x, call.kind.time_dim)
+        x, strides, steps = call.given(), [layout.stride for layout in layouts if layout is not None], call.steps
+        self.layouts, self.is_whole, self.shape = tuple(layouts), steps is None, x.shape
+        self.time, batch = axes_of(x, call.kind.time_dim)
         others = [axis for axis, size in enumerate(self.shape) if axis != self.time and size != 1]
         sequences = [axis for axis in others if axis == batch]
-        orders = [sorted(others, key=lambda axis: axis != batch)]
-        orders += [sorted(others, key=lambda axis: -y.stride(axis)) for y in metas]
-        cuts = [(order[:i], order[i:]) for order in orders for i in range(len(order) + 1)]
-        has_rows = x.shape[self.time] >= NARROW and all(y.stride(self.time) <= 1 for y in metas)
-        if not self.is_whole:
-            cuts = [cut for cut in cuts if cut[0] == sequences]
-        elif x.device.type != "cpu" or not has_rows:
-            cuts = [(outer, inner) for outer, inner in cuts if inner or not outer]
-        cuts.sort(key=lambda cut: cut[0] != sequences)
-        if all(self._copies(cut, metas) for cut in cuts):  # else the last one needs no copy
-            self._copies(min(cuts, key=lambda cut: self._copies(cut, metas)), metas)
-        self.copied = [layout is not None and self._seen(_meta(layout)) is None for layout in layouts]
+        has_rows = self.shape[self.time] >= NARROW and max([stride[self.time] for stride in strides]) <= 1
+        # Time is the innermost axis only where kernels for CPUs read many steps in a row, or where outer is batch.
+        is_last = not self.is_whole or (has_rows and x.device.type == "cpu")
+        most = len(others) if is_last else max(len(others) - 1, 0)
+        orders = [others, *[sorted(others, key=lambda axis: -stride[axis]) for stride in strides]]
+        cuts = [(order[:i], order[i:]) for order in orders for i in range(most + 1)]
 
-    def _copies(self, cut: tuple[Sequence[int], Sequence[int]], metas: Sequence[Tensor]) -> int:
-        """Fold axes to outer and inner; return how many tensors have to be copied."""
-        outer, inner = [math.prod([self.shape[axis] for axis in axes]) for axes in cut]
-        ones = {*range(len(self.shape))} - {*cut[0], self.time, *cut[1]}
-        self.order, self.sizes = [*ones, *cut[0], self.time, *cut[1]], (outer, self.shape[self.time], inner)
-        return sum(self._seen(x) is None for x in metas)
+        def cost(cut: Cut) -> Any:
+            copies = sum([not self._fits(stride, cut) for stride in strides])
+            return not self.is_whole and cut[0] != sequences, copies, cut[0] != sequences
 
-    def _seen(self, x: Tensor) -> Tensor | None:
-        """View a tensor as `(outer, time, inner)`; return `None` for one that has to be copied."""
-        try:
-            seen = x.permute(self.order).view(self.sizes)
-        except RuntimeError:
-            return None
-        return seen if seen.stride(2) == 1 or self.sizes[2] == 1 else None
+        self.cut = outer, inner = min(cuts, key=cost)
+        ones = {*range(len(self.shape))} - {*others, self.time}
+        self.order, self.rows = [*ones, *outer, self.time, *inner], (self.time, *outer)[-1]
+        extents = [math.prod([self.shape[axis] for axis in axes]) for axes in (outer, [self.time], inner)]
+        if steps is not None and steps.offsets is not None:
+            extents[:2] = int(steps.offsets[1]), len(steps.offsets) - 1
+        self.sizes = tuple(extents)
+        self.copied = [layout is not None and not self._fits(layout.stride, self.cut) for layout in layouts]
+
+    def _fits(self, stride: Sequence[int], cut: Cut) -> bool:
+        """Return whether strides let outer and inner axes fold to one axis each, the inner one without gaps."""
+        outer, inner = cut
+        shape, stride = (*self.shape, 1), (*stride, 1)  # inner axes end with one of one element
+        neighbours = [*pairwise(outer), *pairwise([*inner, -1])]
+        return all([stride[i] == stride[j] * shape[j] for i, j in neighbours])
 
     def read(self, tensors: Sequence[Any]) -> Sequence[Any]:
         """Return tensors, each in the layout of the one that the fold was made for, as kernels read them."""
@@ -83,7 +85,7 @@ class Fold:
 
     def _readable(self, x: Tensor) -> Tensor:
         """Return the tensor, or a copy of one that has to be copied."""
-        return self.copy(x) if self._seen(x) is None else x
+        return x if self._fits(x.stride(), self.cut) else self.copy(x)
 
     def like(self, x: Layout) -> Layout:
         """Describe memory for a gradient: dense, in the order of its tensor's axes if kernels can write that."""
@@ -94,13 +96,13 @@ class Fold:
         """View the tensors, and operands behind them, which kernels write; one that has to be copied as its copy."""
         operands = Operands(*[None if x is None else self._operand(x) for x in (*self.layouts, *written)])
         outer, time, inner = self.sizes
-        if self.is_whole and all(x is None or x.outer == inner for x in operands):
+        if self.is_whole and {x.outer for x in operands if x is not None} == {inner}:
             return View(1, time, outer * inner, operands)  # as one sequence of longer rows
-        return View(*(self.packed or (outer, time)), inner, operands)
+        return View(outer, time, inner, operands)
 
     def _operand(self, x: Layout) -> Operand:
-        seen: Any = self._seen(self._readable(_meta(x)))
-        return Operand(x.dtype, seen.stride(0 if self.sizes[0] > 1 else 1), seen.stride(1))
+        stride = self._readable(_meta(x)).stride()
+        return Operand(x.dtype, stride[self.rows], stride[self.time])
 
 
 def _meta(x: Layout) -> Tensor:
