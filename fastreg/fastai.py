@@ -90,8 +90,8 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model returns its output alone, or no
             `RNNCallback` captures the activations.
-        ValueError: an argument has the wrong value; in training, a path names no such module, or the learner has another
-            regularizer.
+        ValueError: an argument has the wrong value; in training, a path names no such module, or the learner has
+            another regularizer.
         RuntimeError: in training, the callback was added to another learner, too, or within a batch, after its modules
             ran.
 

@@ -46,7 +46,7 @@ class ActivationRegularization(Callback):
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
             `fused_ar_tar` takes it, or `None` where all steps count. A function that has another parameter without a
             default, `valid(batch, x)` or `valid(batch, *args)`, also gets the arguments of the RNN, run by run; a
-            `**kwargs` does not count.
+            `**kwargs` or a positional-only parameter does not count.
         starts: a function of the same arguments that returns the mask of the time steps at which segments start,
             or `None`.
         log: whether `ar` and `tar` are logged.
@@ -161,8 +161,11 @@ class _RegularizedStep:
         """Return a function of an RNN's arguments for one of the batch, or of the batch and those arguments."""
         if function is None:
             return None
-        parameters = inspect.signature(function).parameters.values()
-        if sum(x.default is x.empty and x.kind is not x.VAR_KEYWORD for x in parameters) > 1:
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError:  # of C code, such as an itemgetter; the parameters of other C code are positional only
+            parameters = ()
+        if sum(x.default is x.empty and x.kind not in (x.POSITIONAL_ONLY, x.VAR_KEYWORD) for x in parameters) > 1:
             return lambda *args, **kwargs: function(self.batch, *args, **kwargs)
         return lambda *_, **__: function(self.batch)
 
