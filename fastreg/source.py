@@ -201,16 +201,14 @@ def layout_of(module: nn.Module, default: bool | None = None) -> bool:
     """Return whether a module returns `(batch, time, hidden)`, as it or the RNNs of PyTorch inside it have it.
 
     Raises:
-        ValueError: neither has it, and there is no default; or an RNN inside has `(time, batch, hidden)`.
+        ValueError: neither has it, and the default is not `True`; or an RNN inside has `(time, batch, hidden)`.
     """
     own = getattr(module, "batch_first", True if isinstance(module, nn.RNNCellBase) else None)
     if isinstance(own, bool):
         return own
     inner = [x for x in module.modules() if isinstance(x, nn.RNNBase)]
-    if inner and all(x.batch_first for x in inner):
+    if all(x.batch_first for x in inner) and (inner or default):
         return True
-    if not inner and default is not None:
-        return default
     why = f", and may return (time, batch, hidden) like the {type(inner[0]).__name__} inside it" if inner else ""
     raise ValueError(
         "batch_first: expected True for (batch, time, hidden) or False for (time, batch, hidden), as the "
