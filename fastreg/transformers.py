@@ -116,9 +116,8 @@ class RegularizedTrainer(Trainer):
         """Fetch the batches of an optimizer step as `Trainer.get_batch_samples` does, and count their valid steps."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         over_processes = self.args.average_tokens_across_devices and self.args.world_size > 1
-        counted = len(batches) > (0 if over_processes else 1)
-        self._total = self._size_of(batches) if counted else None
-        if counted and over_processes:  # the mean, as gradients are averaged over the processes
+        self._total = self._size_of(batches) if over_processes or len(batches) > 1 else None
+        if over_processes:  # the mean, as gradients are averaged over the processes
             self._total = self.accelerator.reduce(self._total, reduction="mean")
         return batches, items
 
@@ -202,11 +201,11 @@ class RegularizedTrainer(Trainer):
                     f"{name}: expected a mask for each batch of an optimizer step, or for none, "
                     f"got {count} for {len(batches)} batches"
                 )
-        sizes = [_size_of(batch, **found) for batch, found in zip(batches, marks, strict=True)]
-        return torch.stack(sizes).sum(0).to(self.args.device, torch.float32)
+        sizes = (_count(batch, **found).to(self.args.device) for batch, found in zip(batches, marks, strict=True))
+        return sum(sizes, torch.zeros(2, device=self.args.device))
 
 
-def _size_of(batch: Any, valid: Tensor | None, starts: Tensor | None) -> Tensor:
+def _count(batch: Any, valid: Tensor | None, starts: Tensor | None) -> Tensor:
     """Count the valid steps of a batch and its pairs of valid neighbours, or its examples for both: `(2,)`."""
     if valid is None and starts is None:
         return torch.tensor([find_batch_size(batch) or 1] * 2)
