@@ -132,11 +132,18 @@ class Source:
 
     # For the adapters, with paths and functions of the batch
 
-    def of_batch(self, batch: Callable[[], Sequence[Any]]) -> Source:
-        """Call `valid` and `starts` with the batch that a function returns, whatever the module's arguments."""
+    def of_batch(self, batch: Callable[[], Sequence[Any]], takes_more: Callable[[Any], bool] | None = None) -> Source:
+        """Call `valid` and `starts` with a batch, whatever the module's arguments.
+
+        Args:
+            batch: returns the inputs of the batch.
+            takes_more: returns whether a function takes the module's arguments, too, behind the batch; `None` for none.
+        """
 
         def of(function: Callable[..., Tensor | None] | None) -> Callable[..., Tensor | None] | None:
-            return None if function is None else lambda *_, **__: function(*batch())
+            if function is not None and takes_more is not None and takes_more(function):
+                return lambda *args, **kwargs: function(*batch(), *args, **kwargs)
+            return function and (lambda *_, **__: function(*batch()))
 
         return replace(self, valid=of(self.valid), starts=of(self.starts))
 
