@@ -141,7 +141,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def before_batch(self) -> None:
         if sum(isinstance(cb, stock.RNNRegularizer) for cb in self.learn.cbs) > 1:
-            raise ValueError("RNNRegularizer: the learner has another; keep one, which takes a list of paths, too")
+            raise ValueError("RNNRegularizer: the learner has another; keep one, with a list of paths if need be")
         if self._handle is None:  # in the first batch, and after the regularizer was away for a while
             self._handle = self.source.of_batch(lambda: self.learn.xb).attach(self, self.learn.model)
         self._forget()
@@ -159,7 +159,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         if self.source.module is None:
             (capture,) = self._captures()
             steps, marks = capture.raw_out.shape[1], self.source.marks(self.learn.xb)
-            last: Any = {name: mask[:, -steps:] for name, mask in marks.items() if mask is not None}
+            last = {name: mask[:, -steps:] for name, mask in marks.items() if mask is not None}
             self.on_loss_begin((self.learn.pred, capture.raw_out, capture.out), batch_first=True, **last)
         elif self._handle is None:
             raise RuntimeError("RNNRegularizer: added within a batch, without hooks; add it before or after a batch")
@@ -276,9 +276,8 @@ def fuse(
             "fuse: the learner has no RNNRegularizer of fastai's own class; add those of fastreg.fastai, "
             "rnn_cbs(alpha, beta), or RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
         )
-    marks: Any = {"valid": valid, "starts": starts}
-    options: Any = {"rnn": rnn, "dropout": dropout, "output": output, "batch_first": batch_first}
-    new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, **options, **marks)
+    options: Any = {"rnn": rnn, "dropout": dropout, "output": output, "batch_first": batch_first, "valid": valid}
+    new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, starts=starts, **options)
     new.source.attach(new, learn.model).close()  # bad arguments raise before anything is swapped
     new.run_train = old.run_train
     return learn.remove_cb(old).add_cb(new)

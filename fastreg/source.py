@@ -85,9 +85,7 @@ class Source:
         elif self.scale is not None:
             raise ValueError("stepwise: expected False with in_backward, which sees one run at a time, got True")
         elif self.time_dim is not None:
-            raise ValueError(
-                f"time_dim: expected None with stepwise, whose runs have their own layout, got {self.time_dim}"
-            )
+            raise ValueError(f"time_dim: expected None with stepwise, got {self.time_dim}")
         layout = self.batch_first
         if layout is None and self.time_dim is None:
             layout = layout_of(self.module)
@@ -147,7 +145,7 @@ class Source:
 
         return replace(self, valid=of(self.valid), starts=of(self.starts))
 
-    def marks(self, batch: Sequence[Any]) -> dict[str, Tensor | None]:
+    def marks(self, batch: Sequence[Any]) -> dict[str, Any]:
         """Return the valid steps of a batch and its starts, by their names.
 
         Raises:
