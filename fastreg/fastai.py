@@ -22,7 +22,7 @@ from torch import Tensor
 from fastreg.problem import Coefficient, is_list, is_on
 from fastreg.regularizer import RNNRegularizer as Regularizer
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import LanguageModel, Source
+from fastreg.source import Source
 
 try:
     from fastai.callback import rnn as stock
@@ -90,9 +90,10 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model returns its output alone, or no
             `RNNCallback` captures the activations.
-        ValueError: an argument has the wrong value; when a fit starts, a path names no such module, or the learner has
-            another regularizer of the same activations, or another with a `bptt`.
-        RuntimeError: when a fit starts, the callback was added to another learner, too.
+        ValueError: an argument has the wrong value; in training, a path names no such module, or the learner has
+            another regularizer.
+        RuntimeError: in training, the callback was added to another learner, too, or within a batch, after its modules
+            ran.
 
     Examples:
         >>> plain.add_cb(RNNRegularizer(alpha=2.0, beta=1.0, rnn="lstm", dropout="dropout"))
@@ -129,24 +130,18 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
-        others = [cb for cb in self.learn.cbs if isinstance(cb, stock.RNNRegularizer) and cb is not self]
-        if any(not isinstance(cb, RNNRegularizer) or cb._paths & self._paths for cb in others):
-            raise ValueError("RNNRegularizer: the learner has another, whose penalty would be added, too; keep one")
-        if self.bptt is not None and any(cb.bptt is not None for cb in others):
-            raise ValueError(f"bptt: expected None, as another RNNRegularizer scales the lr already, got {self.bptt}")
         self._scaled, self._totals = ExitStack(), None
         self.after_fit()  # a fit that was cut off has not called it
-        columns = [column for cb in [*others, self] for column in cb._columns]
-        self.learn.metrics = _Metrics([*self.learn.metrics, *columns])
+        self.learn.metrics = _Metrics([*self.learn.metrics, *self._columns])
 
     def before_train(self) -> None:
         if not self.learn.training:  # fastai would leave out its steps
-            raise RuntimeError(
-                "RNNRegularizer: another learner has this callback, too, and is not in training; give each its own"
-            )
+            raise RuntimeError("RNNRegularizer: another learner has this callback, too; give each its own")
         self._totals = [0.0, 0.0, 0]
 
     def before_batch(self) -> None:
+        if sum(isinstance(cb, stock.RNNRegularizer) for cb in self.learn.cbs) > 1:
+            raise ValueError("RNNRegularizer: the learner has another; keep one, with a list of paths if need be")
         if self._handle is None:  # in the first batch, and after the regularizer was away for a while
             self._handle = self.source.of_batch(lambda: self.learn.xb).attach(self, self.learn.model)
         self._forget()
@@ -164,8 +159,10 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         if self.source.module is None:
             (capture,) = self._captures()
             steps, marks = capture.raw_out.shape[1], self.source.marks(self.learn.xb)
-            last: Any = {name: mask[:, -steps:] for name, mask in marks.items() if mask is not None}
+            last = {name: mask[:, -steps:] for name, mask in marks.items() if mask is not None}
             self.on_loss_begin((self.learn.pred, capture.raw_out, capture.out), batch_first=True, **last)
+        elif self._handle is None:
+            raise RuntimeError("RNNRegularizer: added within a batch, without hooks; add it before or after a batch")
         loss = self.on_backward_begin(self.learn.loss_grad)
         if loss is not self.learn.loss_grad:  # else the modules are in evaluation
             self.learn.loss_grad, size = loss, find_bs(self.learn.yb)
@@ -197,13 +194,6 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def __reduce__(self) -> Any:
         return stock.RNNRegularizer, (self.alpha, self.beta), {"learn": self.learn, "run_train": self.run_train}
-
-    @property
-    def _paths(self) -> set[Any]:
-        """Return the paths of the modules, and `None` where the activations are those that the model returns."""
-        module = self.source.module
-        paths = set(module) if is_list(module) else {module}
-        return {None, *paths} if isinstance(self.source, LanguageModel) else paths
 
     def _leave(self) -> None:
         """Restore the lr, and take the hooks off."""
@@ -286,9 +276,8 @@ def fuse(
             "fuse: the learner has no RNNRegularizer of fastai's own class; add those of fastreg.fastai, "
             "rnn_cbs(alpha, beta), or RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
         )
-    marks: Any = {"valid": valid, "starts": starts}
-    options: Any = {"rnn": rnn, "dropout": dropout, "output": output, "batch_first": batch_first}
-    new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, **options, **marks)
+    options: Any = {"rnn": rnn, "dropout": dropout, "output": output, "batch_first": batch_first, "valid": valid}
+    new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, starts=starts, **options)
     new.source.attach(new, learn.model).close()  # bad arguments raise before anything is swapped
     new.run_train = old.run_train
     return learn.remove_cb(old).add_cb(new)

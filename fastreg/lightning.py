@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial, update_wrapper
 from importlib import import_module
 from importlib.util import find_spec
@@ -46,7 +45,7 @@ class ActivationRegularization(Callback):
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
             `fused_ar_tar` takes it, or `None` where all steps count. A function that has another parameter without a
             default, `valid(batch, x)` or `valid(batch, *args)`, also gets the arguments of the RNN, run by run; a
-            `**kwargs` does not count.
+            `**kwargs` or a positional-only parameter does not count.
         starts: a function of the same arguments that returns the mask of the time steps at which segments start,
             or `None`.
         log: whether `ar` and `tar` are logged.
@@ -97,7 +96,7 @@ class ActivationRegularization(Callback):
             pl_module.training_step = _RegularizedStep(pl_module)
         step = pl_module.training_step
         self._undo.callback(step.remove)
-        source = replace(self.source, valid=step.of_batch(self.source.valid), starts=step.of_batch(self.source.starts))
+        source = self.source.of_batch(lambda: [step.batch], _takes_more)
         self._undo.enter_context(source.attach(self.regularizer, pl_module))
         step.callbacks.append(self)
 
@@ -157,15 +156,6 @@ class _RegularizedStep:
             output = callback.after_step(output)
         return output
 
-    def of_batch(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        """Return a function of an RNN's arguments for one of the batch, or of the batch and those arguments."""
-        if function is None:
-            return None
-        parameters = inspect.signature(function).parameters.values()
-        if sum(x.default is x.empty and x.kind is not x.VAR_KEYWORD for x in parameters) > 1:
-            return lambda *args, **kwargs: function(self.batch, *args, **kwargs)
-        return lambda *_, **__: function(self.batch)
-
     def remove(self) -> None:
         """Give the module its own step back."""
         vars(self.pl_module).pop("training_step", None)
@@ -174,3 +164,12 @@ class _RegularizedStep:
 
     def __reduce__(self) -> Any:
         return partial, (self.step,)
+
+
+def _takes_more(function: Callable[..., Any]) -> bool:
+    """Return whether a function has another parameter than the batch, as Python code has it, without a default."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # of C code, such as an itemgetter; the parameters of other C code are positional only
+        return False
+    return sum(x.default is x.empty and x.kind not in (x.POSITIONAL_ONLY, x.VAR_KEYWORD) for x in parameters) > 1

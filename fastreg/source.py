@@ -37,6 +37,8 @@ class Source:
         stepwise: whether the runs of a step are joined along time.
         scale: the upstream gradient of the penalty in every backward; `None` to take that of the loss.
         place: where time is, of a source that `checked` has returned.
+        fused: makes a fused dropout from a probability, which takes the place of the dropout while it is attached.
+        plain: the class of the dropout that it replaces.
 
     Raises:
         TypeError: `output`, `valid` or `starts` is neither callable nor `None`.
@@ -52,6 +54,8 @@ class Source:
     stepwise: bool = False
     scale: Coefficient | None = None
     place: Place = field(default_factory=Place)
+    fused: Any = None
+    plain: Any = None
 
     def __post_init__(self) -> None:
         for name in ("output", "valid", "starts"):
@@ -81,17 +85,17 @@ class Source:
         elif self.scale is not None:
             raise ValueError("stepwise: expected False with in_backward, which sees one run at a time, got True")
         elif self.time_dim is not None:
-            raise ValueError(
-                f"time_dim: expected None with stepwise, whose runs have their own layout, got {self.time_dim}"
-            )
+            raise ValueError(f"time_dim: expected None with stepwise, got {self.time_dim}")
         layout = self.batch_first
         if layout is None and self.time_dim is None:
             layout = layout_of(self.module)
         elif isinstance(own, bool) and layout is (not own):
             raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {layout}")
         place = place_of(layout, self.time_dim)
-        if isinstance(self.dropout, FusedRNNDropout):
-            _check_time_of(self.dropout, place, name)
+        if isinstance(self.dropout, FusedRNNDropout) and self.dropout.place() != place:
+            of_module = f", as the {name} has it" if self.time_dim is None else ""
+            got = self.dropout.place()
+            raise ValueError(f"dropout: expected a FusedRNNDropout with {place}{of_module}, got {got}")
         return replace(self, place=place)
 
     def raw_of(self, result: Any) -> Tensor | PackedSequence:
@@ -126,15 +130,22 @@ class Source:
 
     # For the adapters, with paths and functions of the batch
 
-    def of_batch(self, batch: Callable[[], Sequence[Any]]) -> Source:
-        """Call `valid` and `starts` with the batch that a function returns, whatever the module's arguments."""
+    def of_batch(self, batch: Callable[[], Sequence[Any]], takes_more: Callable[[Any], bool] | None = None) -> Source:
+        """Call `valid` and `starts` with a batch, whatever the module's arguments.
+
+        Args:
+            batch: returns the inputs of the batch.
+            takes_more: returns whether a function takes the module's arguments, too, behind the batch; `None` for none.
+        """
 
         def of(function: Callable[..., Tensor | None] | None) -> Callable[..., Tensor | None] | None:
-            return None if function is None else lambda *_, **__: function(*batch())
+            if function is not None and takes_more is not None and takes_more(function):
+                return lambda *args, **kwargs: function(*batch(), *args, **kwargs)
+            return function and (lambda *_, **__: function(*batch()))
 
         return replace(self, valid=of(self.valid), starts=of(self.starts))
 
-    def marks(self, batch: Sequence[Any]) -> dict[str, Tensor | None]:
+    def marks(self, batch: Sequence[Any]) -> dict[str, Any]:
         """Return the valid steps of a batch and its starts, by their names.
 
         Raises:
@@ -147,7 +158,7 @@ class Source:
     def of_language_model(self, **options: Any) -> Source:
         """Return the source in a fastai language model if the dropout is `True`, and no module is named."""
         if self.dropout is True and self.module is None:
-            return LanguageModel(valid=self.valid, starts=self.starts, **options)
+            return replace(self, module="0", dropout="1.output_dp", **options)
         return replace(self, dropout=self.dropout or None)
 
     def attach(self, regularizer: Any, model: Any, layout: bool | None = None) -> ExitStack:
@@ -174,52 +185,35 @@ class Source:
             for rnn, path in zip(rnns, dropouts, strict=True):
                 dropout = None if path is None else _module_at(model, "dropout", path)
                 module = _module_at(model, "rnn", rnn)
+                if self.fused is not None:
+                    dropout = self._swap(model, path, dropout, attached)
                 batch_first = layout_of(module, layout) if self.batch_first is None else self.batch_first
                 options = {"output": self.output, "batch_first": batch_first, "valid": self.valid}
                 attached.enter_context(regularizer.attach(module, dropout, starts=self.starts, **options))
             return attached.pop_all()
 
-
-@dataclass(frozen=True, eq=False)
-class LanguageModel(Source):
-    """Name the encoder of a fastai language model, and its last dropout, which is a fused one while attached.
-
-    Attributes:
-        fused: makes the fused dropout from a probability.
-        plain: the class of the dropout that it replaces.
-    """
-
-    module: Any = "0"
-    dropout: Any = "1.output_dp"
-    fused: Any = FusedRNNDropout
-    plain: Any = None
-
-    def attach(self, regularizer: Any, model: Any, layout: bool | None = None) -> ExitStack:
-        """Attach a regularizer, with the fused dropout in the model until the returned stack is closed."""
-        own: Any = _module_at(model, "dropout", self.dropout)
+    def _swap(self, model: nn.Module, path: Any, own: Any, undo: ExitStack) -> Any:
+        """Swap a dropout for a fused one in the same mode, until a stack is closed."""
         if type(own) not in (self.plain, self.fused):  # a fit that was cut off may have left the fused one
             raise ValueError(f"dropout: expected an {self.plain.__name__} to swap, got {type(own).__name__}")
-        with ExitStack() as undo:
-            undo.callback(setattr, model[1], "output_dp", own)
-            model[1].output_dp = self.fused(own.p)
-            undo.enter_context(super().attach(regularizer, model, layout))
-            return undo.pop_all()
+        fused = self.fused(own.p).train(own.training)
+        model.set_submodule(path, fused)
+        undo.callback(lambda: model.set_submodule(path, own.train(fused.training)))
+        return fused
 
 
 def layout_of(module: nn.Module, default: bool | None = None) -> bool:
     """Return whether a module returns `(batch, time, hidden)`, as it or the RNNs of PyTorch inside it have it.
 
     Raises:
-        ValueError: neither has it, and there is no default; or an RNN inside has `(time, batch, hidden)`.
+        ValueError: neither has it, and the default is not `True`; or an RNN inside has `(time, batch, hidden)`.
     """
     own = getattr(module, "batch_first", True if isinstance(module, nn.RNNCellBase) else None)
     if isinstance(own, bool):
         return own
     inner = [x for x in module.modules() if isinstance(x, nn.RNNBase)]
-    if inner and all(x.batch_first for x in inner):
+    if all(x.batch_first for x in inner) and (inner or default):
         return True
-    if not inner and default is not None:
-        return default
     why = f", and may return (time, batch, hidden) like the {type(inner[0]).__name__} inside it" if inner else ""
     raise ValueError(
         "batch_first: expected True for (batch, time, hidden) or False for (time, batch, hidden), as the "
@@ -238,14 +232,6 @@ def _check_module(name: str, module: object) -> None:
         )
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
-
-
-def _check_time_of(dropout: FusedRNNDropout, place: Place, name: str) -> None:
-    """Check that a dropout looks for time where the module has it."""
-    own = dropout.place()
-    if own != place:
-        of_module = f", as the {name} has it" if place.time_dim is None else ""
-        raise ValueError(f"dropout: expected a FusedRNNDropout with {place}{of_module}, got {own}")
 
 
 def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: Any) -> nn.Module:

@@ -66,7 +66,7 @@ class RegularizedTrainer(Trainer):
             document of a packed row, `(batch, time)`, as `fused_ar_tar` takes it, or `None`.
 
     Warns:
-        UserWarning: the examples have an attention mask, which the `Trainer` removes, so that padding counts.
+        UserWarning: the model's `forward` takes no attention mask, so the `Trainer` removes it, and padding counts.
 
     Raises:
         TypeError: an argument, or the result of `valid`, has the wrong type.
@@ -99,13 +99,13 @@ class RegularizedTrainer(Trainer):
         self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
         self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
-        self._sums: list[Any] = []  # since the last log: of AR, of TAR, and of the shares that they were weighed with
+        self._sums: list[Any] = [0] * 4  # since the last log: of AR, of TAR, and of the shares they were weighed with
         super().__init__(*args, **kwargs)
         self._attached().close()  # shows a wrong path before any training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does."""
-        self._sums = []
+        self._sums = [0] * 4
         self._warn_of_lost_masks()
         try:
             return super().train(*args, **kwargs)
@@ -116,9 +116,8 @@ class RegularizedTrainer(Trainer):
         """Fetch the batches of an optimizer step as `Trainer.get_batch_samples` does, and count their valid steps."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         over_processes = self.args.average_tokens_across_devices and self.args.world_size > 1
-        counted = len(batches) > (0 if over_processes else 1)
-        self._total = self._size_of(batches) if counted else None
-        if counted and over_processes:  # the mean, as gradients are averaged over the processes
+        self._total = self._size_of(batches) if over_processes or len(batches) > 1 else None
+        if over_processes:  # the mean, as gradients are averaged over the processes
             self._total = self.accelerator.reduce(self._total, reduction="mean")
         return batches, items
 
@@ -129,12 +128,14 @@ class RegularizedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as `Trainer.log` does, with `ar` and `tar` beside the training loss."""
-        if "loss" in logs and self._sums:
-            sums = [torch.as_tensor(x, dtype=torch.float32, device=self.args.device) for x in self._sums]
-            ar, tar, *shares = self.accelerator.reduce(torch.stack(sums), reduction="sum")
-            terms = torch.stack([ar, tar]) / torch.stack(shares).clamp(min=1e-30)  # 0 where nothing counts
-            logs = logs | dict(zip(["ar", "tar"], terms.tolist(), strict=True))
-            self._sums = []
+        if "loss" in logs:
+            own = [torch.as_tensor(x, dtype=torch.float32, device=self.args.device) for x in self._sums]
+            # Each process takes part, also one that has added no penalty, as the others wait for it.
+            sums = self.accelerator.reduce(torch.stack(own), reduction="sum")
+            if sums.any():
+                ar, tar = (sums[:2] / sums[2:].clamp(min=1e-30)).tolist()  # 0 where there are no pairs of steps
+                logs = logs | {"ar": ar, "tar": tar}
+            self._sums = [0] * 4
         super().log(logs, *args, **kwargs)
 
     def _attached(self, batch: Any = None) -> ExitStack:
@@ -143,12 +144,8 @@ class RegularizedTrainer(Trainer):
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
-        if self.source.valid is not attention_mask or not self.args.remove_unused_columns:
-            return
-        data: Any = self.train_dataset
-        example = next(iter(data), None) if hasattr(data, "__len__") else None
-        columns = getattr(data, "column_names", None) or (example if isinstance(example, Mapping) else ())
-        if "attention_mask" in columns and "attention_mask" not in signature(_inner(self.model).forward).parameters:
+        is_removed = "attention_mask" not in signature(_inner(self.model).forward).parameters
+        if self.source.valid is attention_mask and self.args.remove_unused_columns and is_removed:
             warnings.warn(
                 f"RegularizedTrainer: padding counts in AR and TAR, as the forward of {type(self.model).__name__} "
                 "takes no attention_mask, and the Trainer takes it out of the batches: pass another valid, or None "
@@ -169,7 +166,7 @@ class RegularizedTrainer(Trainer):
                 terms: Any = regularizer.ar, regularizer.tar
                 ar, tar = (x.to(self.args.device) for x in terms)  # they are on the device of the loss
                 weighed = [ar * shares[0], tar * shares[1], *shares]
-                self._sums = [x + y for x, y in zip(self._sums or [0] * 4, weighed, strict=True)]
+                self._sums = [x + y for x, y in zip(self._sums, weighed, strict=True)]
             return backward(total, *args, **kwargs)
 
         weighed = (x * share if is_on(x) else x for x, share in zip(coefficients, shares, strict=True))
@@ -202,11 +199,11 @@ class RegularizedTrainer(Trainer):
                     f"{name}: expected a mask for each batch of an optimizer step, or for none, "
                     f"got {count} for {len(batches)} batches"
                 )
-        sizes = [_size_of(batch, **found) for batch, found in zip(batches, marks, strict=True)]
-        return torch.stack(sizes).sum(0).to(self.args.device, torch.float32)
+        sizes = (_count(batch, **found).to(self.args.device) for batch, found in zip(batches, marks, strict=True))
+        return sum(sizes, torch.zeros(2, device=self.args.device))
 
 
-def _size_of(batch: Any, valid: Tensor | None, starts: Tensor | None) -> Tensor:
+def _count(batch: Any, valid: Tensor | None, starts: Tensor | None) -> Tensor:
     """Count the valid steps of a batch and its pairs of valid neighbours, or its examples for both: `(2,)`."""
     if valid is None and starts is None:
         return torch.tensor([find_batch_size(batch) or 1] * 2)

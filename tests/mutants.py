@@ -544,9 +544,10 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Source", "raw not picked", "self.output(result)", "result"),
         ("Source", "modules detached at once", "return attached.pop_all()", "pass\n            return attached"),
         ("layout_of", "layout of the module ignored", "return own", "return True"),
-        ("layout_of", "layout of what is inside ignored", "inner and all(x.batch_first for x in inner)", "inner"),
-        ("layout_of", "a layout for what is inside", "not inner and default", "default"),
-        ("_check_time_of", "a dropout of another layout", "own != place", "False"),
+        ("layout_of", "layout of what is inside ignored", "all(x.batch_first for x in inner) and", "True and"),
+        ("layout_of", "a layout for what is inside", "if all(x.batch", "if default or all(x.batch"),
+        ("Source", "a dropout of another layout", "self.dropout.place() != place", "False"),
+        ("Source", "a dropout left in training", "own.train(fused.training)", "own"),
     ],
     "fastreg/regularizer.py": [
         ("RNNRegularizer", "first layer for last", "raw[-1], dropped[-1]", "raw[0], dropped[0]"),

@@ -238,18 +238,6 @@ def test_modules_by_their_paths_and_masks_of_the_batch(setting: str, masks: dict
     assert gap(trained(of(Plain), cbs=cbs()), want) > 5 * close
 
 
-def test_regularizers_of_different_modules_have_columns_of_their_own() -> None:
-    both: Any = {"rnn": ["embedding", "rnn"], "dropout": [None, "dropout"], "batch_first": True}
-    one = of(Plain, RNNRegularizer(ALPHA, BETA, **both))
-    first = RNNRegularizer(ALPHA, BETA, rnn="embedding", batch_first=True)
-    two = of(Plain, first, RNNRegularizer(ALPHA, BETA, **PATHS))
-    assert gap(trained(two), trained(one)) < 1e-5
-    assert two.recorder.metric_names == ["epoch", "train_loss", "valid_loss", "ar", "tar", "ar", "tar", "time"]
-    *_, ar, tar, other_ar, other_tar = two.recorder.values[-1]
-    assert [ar + other_ar, tar + other_tar] == pytest.approx(one.recorder.values[-1][-2:], rel=1e-5)
-    assert len(two.metrics) == 0
-
-
 def test_modules_in_evaluation_add_nothing() -> None:
     learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS))
     frozen, other = (
@@ -434,6 +422,7 @@ def test_fuse_and_unfuse_swap_in_place() -> None:
     )
     assert [kind.__base__ for kind in kinds] == [FusedRNNDropout]
     assert learn.model[1].output_dp is dropout
+    assert not any(module.training for module in learn.model.modules())
     learn.rnn_regularizer.alpha = 3.0
     assert unfuse(unfuse(learn)) is learn
     (regularizer,) = (cb for cb in learn.cbs if isinstance(cb, stock.RNNRegularizer))
@@ -475,6 +464,10 @@ def run(*cbs: Callback) -> Callable[[Any], object]:
     return lambda _: trained(of(Plain, *cbs))
 
 
+def within_a_batch(learn: Any) -> None:
+    fuse(learn, **PATHS)
+
+
 def of_two_learners(_: Any) -> None:
     learn, _other = [of(Plain, shared) for shared in [RNNRegularizer(ALPHA, BETA, **PATHS)] * 2]
     trained(learn)
@@ -505,8 +498,8 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (lambda x: fuse(x).add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "the learner has another"),
     (lambda x: fuse(x, True).add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "the learner has another"),
     (vars, run(*[RNNRegularizer(rnn=rnn) for rnn in ("rnn", ["dropout", "rnn"])]), ValueError, "has another"),
+    (vars, run(RNNRegularizer(**PATHS), on("before_batch", within_a_batch)), RuntimeError, "within a batch"),
     (vars, of_two_learners, RuntimeError, "another learner has this callback, too"),
-    (vars, run(*[RNNRegularizer(bptt=8, rnn=rnn) for rnn in ("rnn", "dropout")]), ValueError, "bptt: expected None"),
 ]
 
 

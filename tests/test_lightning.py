@@ -7,6 +7,7 @@ import pickle
 from collections import UserDict
 from datetime import timedelta
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +175,10 @@ class Manual(Module):
         (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in its training_step"),
         (Module, {"rnn": "lstm"}, ValueError, r"rnn: Module has no such module at 'lstm'; .*'net\.rnn'"),
         (Module, {"valid": 3}, TypeError, "valid: expected a callable or None, got int"),
+        (Module, {"valid": dict.get}, TypeError, "descriptor 'get' for 'dict' objects"),
         (Module, {"log": 1}, TypeError, "log: expected True or False, got 1"),
     ],
-    ids=["step", "manual optimization", "path", "valid", "log"],
+    ids=["step", "manual optimization", "path", "valid", "a builtin of two arguments", "log"],
 )
 def test_errors_leave_the_module_as_it_was(kind: Any, options: Any, error: type[Exception], message: str) -> None:
     module = made(kind)
@@ -334,6 +336,7 @@ def with_rnn(batch: Tensor, x: Tensor) -> Tensor:
 
 
 MASKS: list[Any] = [with_rnn, lambda batch, *args: with_rnn(batch, *args), lambda batch, **_: batch != 3]
+MASKS.append(methodcaller("ne", 3))  # which has no signature
 
 
 @pytest.mark.parametrize("valid", [*MASKS, lambda batch, least=3: batch != least])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastreg import FusedRNNDropout
 from fastreg.source import Source
 from tests.language_model import HIDDEN, Model, formula, inputs, penalty_of, regularizer
 
@@ -39,3 +40,14 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
 def test_a_default_layout_is_not_that_of_an_rnn_inside() -> None:
     with pytest.raises(ValueError, match=r"may return \(time, batch, hidden\) like the LSTM inside it"):
         Source("").attach(regularizer(), nn.Sequential(nn.LSTM(HIDDEN, HIDDEN)), layout=True)
+
+
+def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
+    model = nn.Sequential(nn.LSTM(HIDDEN, HIDDEN, batch_first=True), nn.Module())
+    model[1].output_dp = own = nn.Dropout(0.1)
+    source = Source(dropout=True).of_language_model(fused=FusedRNNDropout, plain=nn.Dropout)
+    with source.attach(regularizer(), model):
+        assert type(model[1].output_dp) is FusedRNNDropout
+        model.eval()
+    assert model[1].output_dp is own
+    assert not own.training
