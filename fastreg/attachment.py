@@ -256,7 +256,9 @@ class Attachment:
             axis = 1 if rows.dim() == 2 and source.place.batch_first else 0
         valid = starts = None
         if source.valid is not None or source.starts is not None:
-            valid, starts = [self._marks(name, args, kwargs, axis) for name in ("valid", "starts")]
+            valid, starts = source.marks(*args, **kwargs).values()
+            if axis is not None:
+                valid, starts = [x if x is None or x.dim() > 1 else x.unsqueeze(-1) for x in (valid, starts)]
         captured, marked = Captured(rows, axis), not transformed()
         packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
         of_source = captured, packed, source.place, valid, starts, self._names
@@ -276,14 +278,6 @@ class Attachment:
             self._mark_others(run, rows, (args, kwargs), result)
         if source.dropout is None:
             self._complete(run, captured)
-
-    def _marks(self, name: str, args: Any, kwargs: Any, axis: int | None) -> Tensor | None:
-        """Return the valid steps of a run, or its starts; `axis` is that of time where the run is one step."""
-        function = getattr(self.source, name)
-        marks = None if function is None else function(*args, **kwargs)
-        if not isinstance(marks, (Tensor, type(None))):
-            raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(marks).__name__}")
-        return marks if axis is None or marks is None or marks.dim() > 1 else marks.unsqueeze(-1)
 
     def _guard(self) -> Any:
         """Return the guard of the gradients of a run."""

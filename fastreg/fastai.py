@@ -158,7 +158,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     def after_loss(self) -> None:
         if self.source.module is None:
             (capture,) = self._captures()
-            steps, marks = capture.raw_out.shape[1], self.source.marks(self.learn.xb)
+            steps, marks = capture.raw_out.shape[1], self.source.marks(*self.learn.xb)
             last = {name: mask[:, -steps:] for name, mask in marks.items() if mask is not None}
             self.on_loss_begin((self.learn.pred, capture.raw_out, capture.out), batch_first=True, **last)
         elif self._handle is None:

@@ -130,7 +130,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
         if self.source.module is None and train:
-            super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.source.marks(self.batch))
+            super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.source.marks(*self.batch))
         is_alone = self.source.module is not None and self.source.output is not last_raw
         decoded = last_output if is_alone else last_output[0]
         return {"last_output": decoded} if DICTS else decoded

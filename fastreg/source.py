@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_flags, check_steps
+from fastreg.arguments import check_flags
 from fastreg.prepare import place_of
 from fastreg.problem import Coefficient, Place, is_list
 from fastreg.rnn_dropout import FusedRNNDropout
@@ -128,6 +128,19 @@ class Source:
             )
         return raw
 
+    def marks(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the valid steps and the starts, by their names, for the arguments of the module, or the batch.
+
+        Raises:
+            TypeError: a function returns neither a tensor nor `None`.
+        """
+        functions = {"valid": self.valid, "starts": self.starts}
+        marks = {name: None if of is None else of(*args, **kwargs) for name, of in functions.items()}
+        for name, x in marks.items():
+            if not isinstance(x, (Tensor, type(None))):
+                raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(x).__name__}")
+        return marks
+
     # For the adapters, with paths and functions of the batch
 
     def of_batch(self, batch: Callable[[], Sequence[Any]], takes_more: Callable[[Any], bool] | None = None) -> Source:
@@ -144,16 +157,6 @@ class Source:
             return function and (lambda *_, **__: function(*batch()))
 
         return replace(self, valid=of(self.valid), starts=of(self.starts))
-
-    def marks(self, batch: Sequence[Any]) -> dict[str, Any]:
-        """Return the valid steps of a batch and its starts, by their names.
-
-        Raises:
-            TypeError: a function returns neither a mask nor `None`.
-        """
-        marks = {"valid": self.valid and self.valid(*batch), "starts": self.starts and self.starts(*batch)}
-        check_steps(None, **marks)
-        return marks
 
     def of_language_model(self, **options: Any) -> Source:
         """Return the source in a fastai language model if the dropout is `True`, and no module is named."""

@@ -66,7 +66,7 @@ class RegularizedTrainer(Trainer):
             document of a packed row, `(batch, time)`, as `fused_ar_tar` takes it, or `None`.
 
     Warns:
-        UserWarning: the model's `forward` takes no attention mask, so the `Trainer` removes it, and padding counts.
+        UserWarning: the examples have an attention mask, which the `Trainer` removes, so that padding counts.
 
     Raises:
         TypeError: an argument, or the result of `valid`, has the wrong type.
@@ -144,8 +144,12 @@ class RegularizedTrainer(Trainer):
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
-        is_removed = "attention_mask" not in signature(_inner(self.model).forward).parameters
-        if self.source.valid is attention_mask and self.args.remove_unused_columns and is_removed:
+        if self.source.valid is not attention_mask or not self.args.remove_unused_columns:
+            return
+        data: Any = self.train_dataset
+        example = next(iter(data), None) if hasattr(data, "__len__") else None
+        columns = getattr(data, "column_names", None) or (example if isinstance(example, Mapping) else ())
+        if "attention_mask" in columns and "attention_mask" not in signature(_inner(self.model).forward).parameters:
             warnings.warn(
                 f"RegularizedTrainer: padding counts in AR and TAR, as the forward of {type(self.model).__name__} "
                 "takes no attention_mask, and the Trainer takes it out of the batches: pass another valid, or None "
@@ -191,7 +195,7 @@ class RegularizedTrainer(Trainer):
 
     def _size_of(self, batches: list[Any]) -> Tensor:
         """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
-        marks = [self.source.marks([batch]) for batch in batches]
+        marks = [self.source.marks(batch) for batch in batches]
         for name in ("valid", "starts"):
             count = sum(found[name] is not None for found in marks)
             if 0 < count < len(batches):

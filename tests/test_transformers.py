@@ -396,7 +396,7 @@ SOME_MASKS = cycle([labelled, lambda batch: None])
     ("options", "error", "message"),
     [
         ({"rnn": "layers.1"}, ValueError, r"rnn: MambaForCausalLM has no .* 'layers\.1'; .*'backbone\.layers\.1'"),
-        ({"valid": lambda batch: 3}, TypeError, "valid: expected a bool or integer tensor, got int"),
+        ({"valid": lambda batch: 3}, TypeError, "valid: expected the callable to return a tensor or None, got int"),
         ({"valid": lambda batch: torch.ones(2).bool()}, ValueError, r"valid: expected shape \(4, 7\)"),
         ({"valid": lambda batch: torch.ones(2, 2).bool()}, ValueError, r"valid: expected shape \(4, 7\)"),
         ({"valid": lambda batch: next(SOME_MASKS)(batch)}, ValueError, "2 for 3"),
