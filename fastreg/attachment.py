@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from types import MethodType
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class Hooked:
             message = REPLICA if "_is_replica" in vars(module) else SHARED
             raise RuntimeError(message.format(type(module).__name__))
         hooks, own = vars(module)["_forward_hooks"], self.last.handle.id
-        if next(reversed(hooks)) != own and own in hooks:
+        if own in hooks:
             hooks.move_to_end(own)
 
     def remove(self) -> None:
@@ -124,7 +125,7 @@ class Attachment:
         self.source, self.watch = source, watch
         self.terms: ARTAR | None = None
         self._names = type(source.module).__name__, type(source.dropout).__name__
-        self._runs: list[weakref.ref[Run]] = []  # in the order of the calls
+        self._runs: WeakValueDictionary[int, Run] = WeakValueDictionary()  # by their ids, in the order of the calls
         self._latest: Callable[[], Run | None] = nothing
         self._held: list[Any] = []  # the latest run, and its tensors, where no graph can keep them
         self._without_graph = WeakTensorKeyDictionary()  # runs, by their raw, until their dropout has run
@@ -141,7 +142,7 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a handle without hooks and runs: a copy must not reach this regularizer."""
-        return {"_hooked": [], "_runs": [], "_owner": nothing}
+        return {"_hooked": [], "_runs": {}, "_owner": nothing}
 
     def __enter__(self) -> Attachment:
         return self
@@ -161,7 +162,7 @@ class Attachment:
     @property
     def runs(self) -> list[Run]:
         """Return the runs that are captured and not taken yet, in the order of the calls."""
-        return [run for ref in self._runs if (run := ref()) is not None]
+        return list(self._runs.values())
 
     def clear(self) -> None:
         """Drop all captures."""
@@ -171,7 +172,7 @@ class Attachment:
         """Drop taken runs, and the latest run, which only the next loss may take without depending on it."""
         for run in runs:
             run.drop()
-        self._runs = [ref for ref in self._runs if ref() not in (None, *runs)]
+            self._runs.pop(id(run), None)
         self._held, self._latest, self._unmarked = [], nothing, 0
 
     def chosen(self, runs: list[Run], reached: Collection[Run]) -> list[Run]:
@@ -263,10 +264,7 @@ class Attachment:
         packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
         of_source = captured, packed, source.place, valid, starts, self._names
         run = Run(*of_source, self._guard(), torch.is_grad_enabled(), marked)
-        if not len(self._runs) & (len(self._runs) - 1):  # at powers of two, so that it takes little time a run
-            self._runs = [ref for ref in self._runs if ref() is not None]
-        self._latest, self._held = weakref.ref(run), []
-        self._runs.append(self._latest)
+        self._latest, self._held, self._runs[id(run)] = weakref.ref(run), [], run
         self._unmarked += not marked
         if not marked and isinstance(run.guard, Always):
             raise RuntimeError(
@@ -363,16 +361,17 @@ class Attachment:
             if current() == -1:  # a recomputation is no later run
                 self.terms = terms
                 owner.note()
-            self._runs, self._held = [ref for ref in self._runs if ref() is not run], []
+            self._runs.pop(id(run), None)
+            self._held = []
 
     def _run_of(self, args: Any, kwargs: Any) -> tuple[Run, Tensor] | None:
         """Return the run whose raw is among the arguments of a dropout, and that argument's tensor."""
         given = [rows_of(x) for x in (*args, *kwargs.values()) if isinstance(x, (Tensor, PackedSequence))]
-        for ref in (self._latest, *reversed(self._runs)):
-            if (run := ref()) is not None:
-                for x in given:
-                    if run.raw.itself() is x or _is_same(x, run.raw.data):
-                        return run, x
+        latest = self._latest()
+        for run in reversed(self.runs if latest is None else [*self.runs, latest]):
+            for x in given:
+                if run.raw.itself() is x or _is_same(x, run.raw.data):
+                    return run, x
         return None
 
 
@@ -387,9 +386,9 @@ def _argument(args: Any, kwargs: Any, i: int, name: str, default: Tensor | None)
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
-    """Return whether two tensors are the same object, or share memory and layout."""
+    """Return whether two tensors share memory and layout."""
     x, y = plain(x), plain(y)
-    return x is y or (not observed() and is_memory(x) and is_memory(y) and _place(x) == _place(y))
+    return not observed() and is_memory(x) and is_memory(y) and _place(x) == _place(y)
 
 
 def _place(x: Tensor) -> Any:
