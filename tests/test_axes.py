@@ -20,7 +20,7 @@ FIRST = range(0, 25 if INTERPRETED else 200, KINDS)
 
 
 @pytest.mark.parametrize("first", FIRST)
-def test_random_calls_give_the_results_of_the_formulas(first: int, device: str) -> None:
+def test_random_calls_give_the_results_of_the_formulas(first: int, device: str, poison: None) -> None:
     for seed in range(first, first + KINDS):
         kind = Kind(seed, device)
         try:

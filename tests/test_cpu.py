@@ -1,4 +1,4 @@
-"""The C++ kernels: steps that lie in their blocks in every way, rounding, memory, threads and processes."""
+"""The C++ kernels: rounding, memory, threads and processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import math
 import multiprocessing
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,8 +22,8 @@ from fastreg.backends import CPP
 from fastreg.kernels import cpu
 from fastreg.plans import forget
 from tests.conftest import CPU
-from tests.exact import check_dropout, check_penalty, spoil, truth
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, sliced, transposed
+from tests.exact import spoil, truth
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, transposed
 
 pytestmark = pytest.mark.skipif(
     CPU is not CPP or CPP is None, reason="the C++ kernels do not take the CPU tensors here"
@@ -34,15 +33,7 @@ DTYPES = (FLOAT, DOUBLE, BF16, HALF)
 ALPHA, BETA = 2.0, 3.0
 
 
-def every_other_step(x: Tensor) -> Tensor:
-    """Rows of a sequence with others between them."""
-    wide = x.new_full((len(x), 2 * x.shape[1], x.shape[2]), torch.nan)
-    wide[:, ::2] = x
-    return wide[:, ::2]
-
-
 Layout = Callable[[Tensor], Tensor]
-LAYOUTS: tuple[Layout, ...] = (contiguous, transposed, sliced, every_other_step)
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -52,25 +43,6 @@ def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def leaf(x: Tensor, lengths: Tensor | None, layout: Layout) -> Tensor:
     """A leaf of a layout, with NaN and infinity behind the end of each sequence."""
     return layout(spoil(x, lengths=lengths)).detach().requires_grad_()
-
-
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.usefixtures("poison")
-def test_random_cases(seed: int) -> None:
-    draw = random.Random(seed)
-    for _ in range(6):
-        hidden = draw.choice([1, 2, 12, 31, 32, 33, 64, 200, 401, 4500])
-        times = [1, 2, 3, 9] + [33, 130, 300] * (hidden < 100)
-        shape = draw.choice([1, 2, 3, 7, 17, 33] + [70] * (hidden < 100)), draw.choice(times), hidden
-        dtypes, layouts = draw.choices(DTYPES, k=2), draw.choices(LAYOUTS, k=2)
-        # Blocks of lanes hold whole sequences, parts of one, or begin and end within one.
-        ends = draw.choices([0, 1, shape[1] // 2, shape[1]], k=draw.randint(1, 3))
-        lengths = draw.choice([None, torch.tensor(draw.choices(ends, k=shape[0]))])
-        raw, dropped = (leaf(values(shape, d), lengths, lay) for d, lay in zip(dtypes, layouts, strict=True))
-        check_penalty(raw, raw if draw.random() < 0.3 else dropped, ALPHA, BETA, lengths=lengths)
-        raw = layouts[0](values(shape, dtypes[0])).requires_grad_()
-        mask = values((shape[0], draw.choice([1, shape[1]]), hidden), dtypes[0]).abs()
-        check_dropout(raw, layouts[1](mask), ALPHA, BETA, lengths=lengths)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
