@@ -80,23 +80,15 @@ def test_half_precision_is_rounded_once(device: str) -> None:
     assert torch.equal(*gradients)
 
 
-def test_a_mask_made_in_inference_mode(device: str) -> None:
+@pytest.mark.parametrize("time", [1, 7])
+def test_a_mask_made_in_inference_mode(time: int, device: str) -> None:
+    """Its copy, which a backward can keep, lies in memory without the repetition of one row."""
     raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
     with torch.inference_mode():
-        mask = (torch.rand(3, 1, 12, device=device) < 0.5).float() * 2
-    dropped, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
-    (gradient,) = torch.autograd.grad(dropped.sum() + penalty, raw)
-    again, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask.clone())
-    assert torch.equal(gradient, *torch.autograd.grad(again.sum() + penalty, raw))
-
-
-def test_a_mask_made_in_inference_mode_that_repeats_one_row(device: str) -> None:
-    """Its copy, which a backward can keep, lies in memory without the repetition."""
-    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
-    with torch.inference_mode():
-        mask = torch.randn(3, 1, 12, device=device).expand_as(raw)
-    dropped, _ = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
-    assert torch.equal(dropped, raw * mask.clone())
+        mask = (torch.rand(3, 1, 12, device=device) < 0.5).float().expand(3, time, 12)
+    results = [fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=x) for x in (mask, mask.clone())]
+    assert torch.equal(*(dropped for dropped, _ in results))
+    assert torch.equal(*(torch.autograd.grad(dropped.sum() + penalty, raw)[0] for dropped, penalty in results))
 
 
 def test_a_mask_is_used_with_any_p(device: str) -> None:

@@ -53,20 +53,26 @@ def test_a_term_that_is_off_is_not_read(device: str) -> None:
     assert fused_ar_tar(None, None, 0, 0) == 0
 
 
+@pytest.mark.parametrize("largest", [1.0, 3e38, torch.inf])
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (2.0, 0.0), (0.0, 0.0)])
-def test_terms_are_measured_where_a_coefficient_is_zero(alpha: float, beta: float, same: bool, device: str) -> None:
+def test_terms_are_measured_where_a_coefficient_is_zero(
+    alpha: float, beta: float, same: bool, largest: float, device: str
+) -> None:
     """A schedule that starts at 0 shows the term. The penalty and the gradients are those without it."""
-    raw = torch.randn(2, 5, 8, device=device, requires_grad=True)
-    dropped = raw if same else torch.randn(2, 5, 8, device=device, requires_grad=True)
+    raw, dropped = torch.randn(2, 2, 5, 8, device=device).unbind()
+    raw[0, 1:3, 2] = dropped[0, 1:3, 2] = largest * torch.tensor([1.0, -1.0], device=device)
+    raw.requires_grad_()
+    dropped = raw if same else dropped.requires_grad_()
     got = fused_ar_tar(raw, dropped, alpha, beta, return_terms=True)
     torch.testing.assert_close(got.ar, dropped.detach().square().mean())
     torch.testing.assert_close(got.tar, raw.detach().diff(dim=1).square().mean())
     want = fused_ar_tar(raw, dropped, alpha, beta)
     assert torch.equal(got.penalty, want)
     assert got.penalty.requires_grad == want.requires_grad == bool(alpha or beta)
-    if alpha or beta:
-        gradients = [torch.autograd.grad(x, (raw, dropped), allow_unused=True) for x in (got.penalty, want)]
+    for scale in (1, 3) if alpha or beta else ():  # as the forward expects, and another
+        options: Any = {"retain_graph": True, "allow_unused": True}
+        gradients = [torch.autograd.grad(scale * x, (raw, dropped), **options) for x in (got.penalty, want)]
         assert all(x is y is None or torch.equal(x, y) for x, y in zip(*gradients, strict=True))  # pyright: ignore[reportArgumentType]
     for unread in (torch.full_like(raw, torch.inf), None):
         activations = raw if beta else unread, dropped if alpha else unread
