@@ -168,7 +168,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("formula", "sign of the change from a step flipped", "(arriving - leaving)", "(arriving + leaving)"),
         ("formula", "AR of raw left out of the gradient", "? gradient + value * ar_factor :", "? gradient :"),
         ("formula", "dropped not rounded", "rounded<A, T>(value * keep)", "(value * keep)"),
-        ("formula", "an infinite mask spoils TAR", "through *= keep;", "through *= keep; else gradient += 0 * keep;"),
+        ("formula", "an infinite mask spoils TAR", "through *= keep;", "through *= keep; else gradient += keep * ar_factor;"),
         ("formula", "AR of dropped for that of raw", "if (flags & AR_OF_RAW) kept = value;", ""),
         ("formula", "sign of what arrives flipped", "is_own ? through + gradient :", "is_own ? gradient - through :"),
         ("RowCode", "the first row is among others", "GRAD_TAR) && rows.previous)", "GRAD_TAR))"),
