@@ -140,7 +140,7 @@ class Kind:
         given = {}
         if "lengths" in self.marks:
             lengths = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
-            given["lengths"] = lengths.to(self.draw.choice([torch.int32, torch.int64]))
+            given["lengths"] = lengths.to(self.draw.choice([torch.uint8, torch.int32, torch.int64]))
         if "valid" in self.marks:
             valid = torch.rand(sequences, time, generator=self.bits) < self.draw.choice([0.3, 0.8, 1.0])
             given["valid"] = valid.to(self.draw.choice(MARKS))
