@@ -75,10 +75,3 @@ def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
     assert dropped.stride() == x.stride()
     (gradient,) = torch.autograd.grad(dropped.sum() + penalty, x)
     assert gradient.stride() == x.stride()
-
-
-def test_a_mask_is_drawn_of_one_row_for_all_time_steps(device: str) -> None:
-    x = torch.ones(4, 3, 9, 2, device=device)
-    dropped, _ = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
-    assert torch.equal(dropped, dropped[:, :, :1].expand_as(x))
-    assert set(dropped.unique().tolist()) == {0.0, 2.0}

@@ -109,19 +109,19 @@ def test_a_lazily_negated_mask_or_gradient_keeps_its_sign(device: str) -> None:
     assert torch.equal(gradient, mask.neg().resolve_neg())
 
 
-@pytest.mark.parametrize("shape", [(3, 7, 12), (7, 12)])
-@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    ("options", "one_row"),
+    [({}, (3, 1, 12)), ({"batch_first": False}, (1, 7, 12)), ({}, (1, 12)), ({"time_dim": 2}, (4, 3, 1, 2))],
+)
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)
 def test_the_mask_is_drawn_as_fastai_draws_it(
-    shape: tuple[int, ...], batch_first: bool, dtype: torch.dtype, device: str
+    options: dict[str, Any], one_row: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
-    raw = torch.ones(shape, dtype=dtype, device=device)
-    time = 1 if len(shape) == 3 and batch_first else 0
-    one_row = [1 if i == time else n for i, n in enumerate(shape)]
+    raw = torch.ones([n if n > 1 else 9 for n in one_row], dtype=dtype, device=device)
     torch.manual_seed(3)
-    dropped, _ = fused_dropout_ar_tar(raw, 0.3, 2.0, 1.0, batch_first=batch_first)
+    dropped, _ = fused_dropout_ar_tar(raw, 0.3, 2.0, 1.0, **options)
     torch.manual_seed(3)
-    mask = raw.new_empty(*one_row).bernoulli_(1 - 0.3).div_(1 - 0.3)
+    mask = raw.new_empty(one_row).bernoulli_(1 - 0.3).div_(1 - 0.3)
     assert torch.equal(dropped, raw * mask)
     assert len(dropped.unique()) == 2
 

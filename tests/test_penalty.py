@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from tests.calls import Call, calls, everything, leaves
 from tests.conftest import by_triton, skip_on_formula
-from tests.exact import check_penalty
-from tests.samples import BF16, DOUBLE, HALF, SAMPLES, Sample
+from tests.exact import check_penalty, truth
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -87,15 +87,19 @@ def test_empty_is_zero(shape: tuple[int, ...], same: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("step", [0, 3, 6])
-def test_not_finite_shows(value: float, step: int, device: str) -> None:
-    raw, dropped = torch.randn(2, 2, 7, 12, device=device).unbind()
-    raw[1, step, 5] = value
-    results = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
-    assert results.ar.isfinite()
-    assert not results.tar.isfinite()
-    assert results.tar.isnan() == (value != value)
-    assert not fused_ar_tar(dropped, raw, 2.0, 1.0).isfinite()
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE, BF16, HALF], ids=str)
+@pytest.mark.parametrize("where", ["raw", "dropped"])
+def test_infinity_and_nan_spread_as_in_the_formula(where: str, dtype: torch.dtype, value: float, device: str) -> None:
+    raw, dropped = torch.randn(2, 2, 5, 40, device=device).to(dtype).unbind()
+    for at in ((0, 0, 3), (1, 2, 5), (1, 4, 39)):
+        (raw if where == "raw" else dropped)[at] = value
+    xs = [x.detach().requires_grad_() for x in (raw, dropped)]
+    doubles = [x.detach().double().requires_grad_() for x in xs]
+    got, want = fused_ar_tar(*xs, 2.0, 1.0, return_terms=True), truth(*doubles, 2.0, 1.0)
+    torch.testing.assert_close([x.double() for x in got], [*want], rtol=1e-6, atol=0, equal_nan=True)
+    for x, y in zip(torch.autograd.grad(got.penalty, xs), torch.autograd.grad(want.penalty, doubles), strict=True):
+        assert x.isfinite().equal(y.isfinite())
+        assert x.isnan().equal(y.isnan())
 
 
 def test_one_time_step_of_any_values_has_no_changes(device: str) -> None:
