@@ -13,8 +13,8 @@ from fastreg.kernels.view import Layout, allocate, layout_of
 from fastreg.prepare import Options, calls_of
 from fastreg.problem import Call
 from fastreg.view import NARROW, Fold
+from tests.conftest import deterministic
 from tests.samples import HALF, transposed
-from tests.test_torch import deterministic
 
 X = torch.randn(2, 5, 8)
 
@@ -80,10 +80,8 @@ def test_a_copied_mask_of_one_row_still_is() -> None:
 
 
 def test_memory_that_gets_written_is_not_filled_before() -> None:
-    x = torch.zeros(2**25, 1, dtype=HALF)  # for this size the system allocates fresh memory, zeros
+    x, other = torch.zeros(2**25, 1, dtype=HALF), transposed(torch.zeros(3, 7, 12))
     with deterministic():
         assert torch.empty_like(x).isnan().all()
-        assert not allocate(layout_of(x)).isnan().any()
-    x = transposed(torch.zeros(3, 7, 12))
-    with deterministic():
-        assert allocate(layout_of(x)).stride() == x.stride()
+        assert not allocate(layout_of(x)).isnan().any()  # for this size the system allocates fresh memory, zeros
+        assert allocate(layout_of(other)).stride() == other.stride()
