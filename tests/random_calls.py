@@ -79,7 +79,7 @@ class Kind:
         self.zero = self.choose("coefficient of 0", [None, None, None, "alpha", "beta"])
         self.marks = ("lengths",) if self.operation == "packed" else self.choose("steps", STEPS)
         self.spoils = self.choose("NaN in padding", [False, True])
-        self.full_mask = self.choose("a full mask", [False, True])
+        self.full_mask = self.choose("a full mask, or rows with gaps", [False, True])
         self.decorates = self.choose("a subclass", [False, False, False, True])
         # The formula of dropout rounds each of its parts to half precision.
         rounds_parts = self.operation == "dropout" and self.dtypes[0] in (HALF, BF16)
@@ -194,6 +194,8 @@ class Kind:
             options: Any = {"batch_first": True, "enforce_sorted": False}
             lengths = steps["lengths"].long()
             arguments = [[pack_padded_sequence(x, lengths, **options) for x in side] for side in arguments]
+            for side in arguments if self.full_mask else ():  # every other element
+                side[:] = [x._replace(data=torch.stack([x.data] * 2, 2).flatten(1)[:, ::2]) for x in side]
         arguments = arguments[:1] * 2 if kept is raws else arguments
         arguments = arguments if self.is_list else [side[0] for side in arguments]
         is_read = [

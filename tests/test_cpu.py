@@ -44,7 +44,7 @@ def leaf(x: Tensor, lengths: Tensor | None, layout: Layout) -> Tensor:
     return layout(spoil(x, lengths=lengths)).detach().requires_grad_()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
@@ -115,7 +115,6 @@ def flushed(flush: bool) -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize("flush", [False, True])
 def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype, flush: bool, at_each_level: AtEachLevel) -> None:
@@ -141,7 +140,6 @@ def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype, flush: bool, at_
     at_each_level(results)
 
 
-@pytest.mark.usefixtures("threads")
 def test_float16_keeps_its_subnormal_numbers(at_each_level: AtEachLevel) -> None:
     """Every finite number, copied and divided by 4, where the processor is told to flush those of float32."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(HALF)
@@ -219,7 +217,6 @@ def step(raw: Tensor, dropped: Tensor, lengths: Tensor | None = None) -> list[Te
     return [got, *torch.autograd.grad(got, (raw, dropped)), kept, penalty, gradient]
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("lengths", [None, torch.arange(40) * 5 % 91], ids=["whole", "lengths"])
 @pytest.mark.parametrize("layout", [contiguous, transposed], ids=lambda f: f.__name__)
 def test_the_same_bits_for_any_number_of_threads(layout: Layout, lengths: Tensor | None) -> None:
@@ -231,7 +228,6 @@ def test_the_same_bits_for_any_number_of_threads(layout: Layout, lengths: Tensor
         assert all(x.equal(y) for x, y in zip(got[0], got[-1], strict=True))
 
 
-@pytest.mark.usefixtures("threads")
 def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
     torch.set_num_threads(2)
     raw, dropped = (values((64, 70, 100), FLOAT) for _ in range(2))
