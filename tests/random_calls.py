@@ -26,7 +26,7 @@ from tests.exact import assert_gradient, assert_terms, eps, exact, gradients_of,
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
 DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # which the interpreter cuts off
-MARKS = [torch.bool, torch.uint8, torch.int32, torch.int64]
+INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
 STEPS = [(), (), ("lengths",), ("valid",), ("starts",), ("lengths", "starts"), ("valid", "starts")]
 CALLS = 3  # of one kind
 
@@ -130,7 +130,8 @@ class Kind:
         values = values.to(self.dtypes[i])
         if self.operation != "packed" and self.spoils:
             spoil(values, **steps, **self.layout)
-        return memory(values.to(self.device), self.draw, expands=not steps).requires_grad_(self.needs[i])
+        expands = not steps or not self.spoils
+        return memory(values.to(self.device), self.draw, expands).requires_grad_(self.needs[i])
 
     def steps(self) -> dict[str, Tensor]:
         """Draw lengths, valid steps and starts."""
@@ -140,13 +141,15 @@ class Kind:
         given = {}
         if "lengths" in self.marks:
             lengths = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
-            given["lengths"] = lengths.to(self.draw.choice([torch.uint8, torch.int32, torch.int64]))
+            given["lengths"] = lengths.to(self.draw.choice(INTEGERS[time > 127 :]))
         if "valid" in self.marks:
             valid = torch.rand(sequences, time, generator=self.bits) < self.draw.choice([0.3, 0.8, 1.0])
-            given["valid"] = valid.to(self.draw.choice(MARKS))
+            given["valid"] = valid.to(self.draw.choice([torch.bool, *INTEGERS]))
         if "starts" in self.marks:
             starts = torch.rand(sequences, time, generator=self.bits) < 0.3
-            given["starts"] = starts.to(self.draw.choice(MARKS))
+            given["starts"] = starts.to(self.draw.choice([torch.bool, *INTEGERS]))
+        for name, x in given.items():
+            given[name] = self.draw.choice([x, x, x.t().contiguous().t(), torch.stack([x] * 2, -1)[..., 0]])
         return given
 
     def coefficients(self) -> tuple[list[Any], list[float]]:
@@ -194,8 +197,11 @@ class Kind:
             options: Any = {"batch_first": True, "enforce_sorted": False}
             lengths = steps["lengths"].long()
             arguments = [[pack_padded_sequence(x, lengths, **options) for x in side] for side in arguments]
-            for side in arguments if self.full_mask else ():  # every other element
-                side[:] = [x._replace(data=torch.stack([x.data] * 2, 2).flatten(1)[:, ::2]) for x in side]
+            integer = self.choose("dtype of batch sizes", INTEGERS)
+            for side in arguments:
+                side[:] = [x._replace(batch_sizes=x.batch_sizes.to(integer)) for x in side]
+                if self.full_mask:  # every other element
+                    side[:] = [x._replace(data=torch.stack([x.data] * 2, 2).flatten(1)[:, ::2]) for x in side]
         arguments = arguments[:1] * 2 if kept is raws else arguments
         arguments = arguments if self.is_list else [side[0] for side in arguments]
         is_read = [

@@ -110,31 +110,6 @@ def test_nothing_dropped(steps: str, device: str) -> None:
     assert_terms(got, truth(exact(raw), exact(raw), ALPHA, BETA, **given(steps, device)), FLOAT)
 
 
-def test_one_row_of_memory_for_all(device: str) -> None:
-    row, lengths = torch.randn(1, 1, 12, device=device), torch.tensor([7, 0, 2])
-    got, want = (fused_ar_tar(x, x, ALPHA, BETA, lengths=lengths) for x in (row.expand(3, 7, 12), row.repeat(3, 7, 1)))
-    torch.testing.assert_close(got, want)
-
-
-INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
-
-
-@pytest.mark.parametrize(
-    ("steps", "kind"), [(BOTH[1], torch.bool), *[(steps, kind) for kind in INTEGERS for steps in BOTH]], ids=str
-)
-def test_any_integers_with_any_stride(steps: str, kind: torch.dtype, device: str) -> None:
-    raw, dropped = torch.randn(2, *marks(steps).shape, 12, device=device)
-    ((name, argument),) = given(steps, device).items()
-    one = argument[:1].expand_as(argument)
-    apart = argument.repeat_interleave(2, -1)[..., ::2]
-    for x in (one, apart, apart.t().contiguous().t()):
-        got, want = (
-            fused_ar_tar(raw, dropped, ALPHA, BETA, **{name: y})
-            for y in (x.to(kind), x.clone(memory_format=torch.contiguous_format))
-        )
-        assert torch.equal(got, want)
-
-
 def test_more_sequences_than_are_added_at_once(device: str) -> None:
     raw, dropped = (torch.randn(1100, 3, 1, device=device, requires_grad=True) for _ in range(2))
     check_penalty(raw, dropped, ALPHA, BETA, lengths=torch.arange(1100, device=device) % 4)
@@ -246,16 +221,6 @@ def test_packed(hidden: int, steps: str, same: bool, device: str, poison: None) 
         torch.testing.assert_close([*got], [*want])
         gradients = (torch.autograd.grad(x.penalty * scale, padded, retain_graph=True) for x in (got, want))
         torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int32], ids=str)
-def test_packed_with_few_bits(kind: torch.dtype, device: str) -> None:
-    raw = torch.randn(90, 4, 8, device=device, requires_grad=True)
-    packed = pack(raw, torch.tensor([4] * 70 + [3] * 20), sort=True)
-    few = packed._replace(batch_sizes=packed.batch_sizes.to(kind))
-    results = [fused_ar_tar(x, x, ALPHA, BETA) for x in (few, packed)]
-    assert torch.equal(*results)
-    assert torch.equal(*(torch.autograd.grad(x, raw, retain_graph=True)[0] for x in results))
 
 
 def test_packed_without_terms(device: str) -> None:
