@@ -180,7 +180,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("mark_sequence", "lengths not clamped", "std::clamp<int64_t>(length, 0, time)", "std::min(length, time)"),
         ("mark_sequence", "lengths beyond the last step", "clamp<int64_t>(length, 0, time)", "max<int64_t>(length, 0)"),
         ("mark_sequence", "only bytes of 1 are marks", "valid[step] != 0", "valid[step] == 1"),
-        ("mark_sequence", "only bytes of 1 are starts", "!(starts && starts[step])", "!(starts && starts[step] == 1)"),
         ("mark_sequence", "changes into starts", "!(starts && starts[step])", "1"),
         ("mark_sequence", "steps before that do not count are paired", "steps[step] & steps[step - 1]", "steps[step]"),
         ("mark_sequence", "the last step is not paired", "step = length - 1; step > 0", "step = length - 2; step > 0"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -324,16 +323,6 @@ class TestAutocast:
         assert_close(got, want, rtol=1e-2, atol=1e-6 * scale)
 
 
-@contextmanager
-def setting(setter: Callable[[Any], None], value: Any, default: Any) -> Iterator[None]:
-    """Change a setting of PyTorch for a while."""
-    setter(value)
-    try:
-        yield
-    finally:
-        setter(default)
-
-
 class TestSubclasses:
     @calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # which draw a mask for each of the two
     def test_a_wrapper_computes_on_its_tensor(self, call: Call) -> None:
@@ -412,8 +401,12 @@ class TestModes:
     @pytest.mark.parametrize("default", [HALF, BF16, DOUBLE, torch.device("meta")], ids=str)
     def test_defaults_are_not_asked(self, call: Call, default: Any) -> None:
         want, xs = everything(call, leaves()), leaves()
-        with default if isinstance(default, torch.device) else setting(torch.set_default_dtype, default, FLOAT):
+        (torch.set_default_device if isinstance(default, torch.device) else torch.set_default_dtype)(default)
+        try:
             results = from_seed(call, xs)
             gradients = torch.autograd.grad(flat(results)[0].sin().sum(), xs, allow_unused=True, materialize_grads=True)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(FLOAT)
         assert_close(flat(results), want[:-2], rtol=0, atol=0)
         assert all(x.dtype == FLOAT and x.device.type == "cpu" for x in gradients)
