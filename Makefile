@@ -15,7 +15,7 @@ CPP = $(wildcard kernels/*.cpp kernels/*.h)
 PARALLEL ?= --numprocesses logical --maxprocesses 4
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding axes dropout addition steps))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout addition padding axes kernels sizes))
-CORE = reference view steps layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout attachment capture
+CORE = view steps layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout attachment capture
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 # Tests that another release of PyTorch or a framework may break, and tests that another Triton may break. The newest Triton
 # is in .venv, too. Tests that are marked as main run with the PyTorch of .venv alone.
@@ -145,7 +145,7 @@ sdist: .venv/test
 	.venv/bin/python setup.py --quiet sdist
 	mkdir -p build/sdist && tar -xzf dist/*.tar.gz --strip-components=1 -C build/sdist
 	cd build/sdist && ../../.venv/bin/python setup.py --quiet build_ext && \
-	    ../../.venv/bin/python -m pytest -q $(addprefix tests/test_,reference.py layout.py mutants.py cpu.py)
+	    ../../.venv/bin/python -m pytest -q $(addprefix tests/test_,steps.py layout.py mutants.py cpu.py)
 
 # Each stamp records that fastreg is installed with the packages that one target needs.
 .venv/demo: pyproject.toml setup.py $(CPP)

@@ -73,12 +73,8 @@ CALLS: dict[str, Call] = {
 }
 # Further ones, for derivatives.
 MORE_CALLS: dict[str, Call] = {
-    "same_lengths": lambda r, d: fused_ar_tar(x := r + d, x, 2.0, 1.0, lengths=lengths_for(r)),
     "valid": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, valid=marks_for(r)),
     "starts": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, starts=marks_for(r).logical_not()),
-    "starts_of_channels": lambda r, d: fused_ar_tar(
-        r.transpose(1, 2), d.transpose(1, 2), 2.0, 1.0, time_dim=2, starts=marks_for(r).logical_not()
-    ),
     "packed": packed_call,
     "tensors": lambda r, d: fused_ar_tar(r, d, *torch.tensor([2.0, 0.75], device=r.device).unbind()),
     "full_mask": lambda r, d: fused_dropout_ar_tar(
@@ -87,15 +83,12 @@ MORE_CALLS: dict[str, Call] = {
     "mask_lengths": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(
         r * d, 0.4, a, b, mask=mask_for(r), lengths=lengths_for(r)
     ),
-    "mask_valid": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r), valid=marks_for(r)),
-    "mask_starts": lambda r, d: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, mask=mask_for(r), starts=marks_for(r)),
     "mask_tensors": lambda r, d: fused_dropout_ar_tar(
         r * d, 0.4, *torch.tensor([2.0, 0.75], device=r.device).unbind(), mask=mask_for(r)
     ),
     "module_of_ar": functools.partial(module_call, beta=0.0),
     "module_of_tar": functools.partial(module_call, alpha=0.0),
     "module_of_ar_of_raw": functools.partial(module_call, beta=0.0, ar_of="raw"),
-    "module_of_tar_of_raw": functools.partial(module_call, alpha=0.0, ar_of="raw"),
     "module_of_nothing": functools.partial(module_call, alpha=0.0, beta=0.0),
 }
 

@@ -136,16 +136,25 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Turn on deterministic algorithms, for which PyTorch fills memory from `torch.empty` with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill memory from `torch.empty` and `allocate` with NaN, so that an unwritten element shows."""
     allocate = penalty.allocate
     for module in (penalty, dropout):
         monkeypatch.setattr(module, "allocate", lambda memory: allocate(memory).fill_(torch.nan))
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
-    yield
-    torch.use_deterministic_algorithms(False)
+    with deterministic():
+        yield
 
 
 @pytest.fixture

@@ -130,13 +130,11 @@ def check_penalty(raw: Tensor, dropped: Tensor, alpha: float, beta: float, **opt
                 assert (gradient.masked_select(~counts) == 0).all()
 
 
-def check_dropout(
-    raw: Tensor, mask: Tensor, alpha: float, beta: float, arriving: Tensor | None = None, **options: Any
-) -> None:
+def check_dropout(raw: Tensor, mask: Tensor, alpha: float, beta: float, **options: Any) -> None:
     """Check dropped and the penalty of a leaf and a mask, and the gradients of both, of either alone.
 
     A step that does not count is dropped like the others, and has the gradient of its dropped value alone. A `module`
-    is called instead of the function, and draws the mask from the present seed. `arriving` is the gradient of dropped.
+    is called instead of the function, and draws the mask from the present seed.
     """
     values, keep, module = exact(raw), mask.double(), options.pop("module", None)
     if module is None:
@@ -155,8 +153,7 @@ def check_dropout(
     want = truth(values, values if of_raw else rounded, alpha, beta, **options)
     assert_terms(got, want, raw.dtype)
     counts = steps_of(raw, **options)[0].expand(raw.shape)
-    upstream = torch.full_like(got.penalty, 100)
-    arriving = torch.randn_like(dropped) if arriving is None else arriving
+    upstream, arriving = torch.full_like(got.penalty, 100), torch.randn_like(dropped)
     of_dropped, of_penalty = [arriving.double() * keep], [100 * x for x in gradients_of(want, (alpha, beta), values)]
     for outputs, grads, parts in (
         ([dropped, got.penalty], [arriving, upstream], of_dropped + of_penalty),

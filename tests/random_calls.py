@@ -21,12 +21,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
 from tests.calls import Nothing
-from tests.conftest import INTERPRETED
+from tests.conftest import INTERPRETED, by_triton
 from tests.exact import assert_gradient, assert_terms, eps, exact, gradients_of, rounding, spoil, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
 DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # which the interpreter cuts off
-MARKS = [torch.bool, torch.uint8, torch.int32, torch.int64]
+INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
 STEPS = [(), (), ("lengths",), ("valid",), ("starts",), ("lengths", "starts"), ("valid", "starts")]
 CALLS = 3  # of one kind
 
@@ -79,7 +79,7 @@ class Kind:
         self.zero = self.choose("coefficient of 0", [None, None, None, "alpha", "beta"])
         self.marks = ("lengths",) if self.operation == "packed" else self.choose("steps", STEPS)
         self.spoils = self.choose("NaN in padding", [False, True])
-        self.full_mask = self.choose("a full mask", [False, True])
+        self.full_mask = self.choose("a full mask, or rows with gaps", [False, True])
         self.decorates = self.choose("a subclass", [False, False, False, True])
         # The formula of dropout rounds each of its parts to half precision.
         rounds_parts = self.operation == "dropout" and self.dtypes[0] in (HALF, BF16)
@@ -117,6 +117,10 @@ class Kind:
             self.axis, self.layout = 0, {"batch_first": False}
         if dims < 4 and not INTERPRETED and self.chance(0.15):
             shape[self.axis] = self.draw.choice([20, 41, 64, 100])
+        if (
+            dims == 3 and not by_triton(self.device) and self.chance(0.15)
+        ):  # blocks of lanes hold some sequences, or part of one
+            shape = self.draw.choice([(3, 9, 4500), (17, 3, 401), (70, 33, 31), (33, 130, 12), (70, 9, 200)])
         self.shape = tuple(shape)
         self.chosen |= {"shape": self.shape, **self.layout}
 
@@ -126,7 +130,8 @@ class Kind:
         values = values.to(self.dtypes[i])
         if self.operation != "packed" and self.spoils:
             spoil(values, **steps, **self.layout)
-        return memory(values.to(self.device), self.draw, expands=not steps).requires_grad_(self.needs[i])
+        expands = not steps or not self.spoils
+        return memory(values.to(self.device), self.draw, expands).requires_grad_(self.needs[i])
 
     def steps(self) -> dict[str, Tensor]:
         """Draw lengths, valid steps and starts."""
@@ -136,13 +141,15 @@ class Kind:
         given = {}
         if "lengths" in self.marks:
             lengths = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
-            given["lengths"] = lengths.to(self.draw.choice([torch.int32, torch.int64]))
+            given["lengths"] = lengths.to(self.draw.choice(INTEGERS[time > 127 :]))
         if "valid" in self.marks:
             valid = torch.rand(sequences, time, generator=self.bits) < self.draw.choice([0.3, 0.8, 1.0])
-            given["valid"] = valid.to(self.draw.choice(MARKS))
+            given["valid"] = valid.to(self.draw.choice([torch.bool, *INTEGERS]))
         if "starts" in self.marks:
             starts = torch.rand(sequences, time, generator=self.bits) < 0.3
-            given["starts"] = starts.to(self.draw.choice(MARKS))
+            given["starts"] = starts.to(self.draw.choice([torch.bool, *INTEGERS]))
+        for name, x in given.items():
+            given[name] = self.draw.choice([x, x, x.t().contiguous().t(), torch.stack([x] * 2, -1)[..., 0]])
         return given
 
     def coefficients(self) -> tuple[list[Any], list[float]]:
@@ -190,6 +197,11 @@ class Kind:
             options: Any = {"batch_first": True, "enforce_sorted": False}
             lengths = steps["lengths"].long()
             arguments = [[pack_padded_sequence(x, lengths, **options) for x in side] for side in arguments]
+            integer = self.choose("dtype of batch sizes", INTEGERS)
+            for side in arguments:
+                side[:] = [x._replace(batch_sizes=x.batch_sizes.to(integer)) for x in side]
+                if self.full_mask:  # every other element
+                    side[:] = [x._replace(data=torch.stack([x.data] * 2, 2).flatten(1)[:, ::2]) for x in side]
         arguments = arguments[:1] * 2 if kept is raws else arguments
         arguments = arguments if self.is_list else [side[0] for side in arguments]
         is_read = [

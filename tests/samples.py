@@ -86,13 +86,11 @@ class Sample:
         parts += [] if (self.alpha, self.beta) == (2.0, 1.0) else [f"alpha{self.alpha:g}", f"beta{self.beta:g}"]
         return "-".join(parts + ([] if self.reduction == "mean" else [self.reduction]))
 
-    def call(self, raw: Tensor, dropped: Tensor | None = None, measured: bool = True, **given: Any) -> Call:
-        """The call of a layer; AR is of raw where dropped is raw, or is not there."""
-        of_raw = dropped is None or dropped is raw
-        axis = -2 if self.batch_first else -raw.dim()
-        dtype = DOUBLE if DOUBLE in [x.dtype for x in (raw, dropped) if x is not None] else FLOAT
-        values = {"alpha": self.alpha, "beta": self.beta, "kind": Kind(axis, self.reduction, measured, of_raw, dtype)}
-        return Call(raw, None if of_raw else dropped, **values | given)
+    def call(self, raw: Tensor, measured: bool = True, **given: Any) -> Call:
+        """The call of one tensor."""
+        axis, dtype = -2 if self.batch_first else -raw.dim(), DOUBLE if raw.dtype == DOUBLE else FLOAT
+        values = {"alpha": self.alpha, "beta": self.beta, "kind": Kind(axis, self.reduction, measured, True, dtype)}
+        return Call(raw, None, **values | given)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -31,24 +31,15 @@ def scalar(call: Call) -> Call:
 
 
 @by_call
-def test_gradcheck(call: Call, device: str) -> None:
+def test_gradients_of_any_order(call: Call, device: str) -> None:
     xs = leaves(4, DOUBLE, device)
     assert gradcheck(differentiable(call), xs, fast_mode=True)
     assert gradgradcheck(differentiable(call), xs, fast_mode=True)
-
-
-@by_call
-def test_the_gradient_is_the_same_with_a_graph(call: Call, device: str) -> None:
-    """A wrong one would be so consistently: it is no matter to gradgradcheck."""
-    xs = leaves(7, DOUBLE, device)
+    # A gradient with a graph that is wrong would be so consistently, which is no matter to gradgradcheck.
     results = differentiable(call)(*xs)
     grads = [torch.randn_like(x) if x.dim() else torch.full_like(x, 1000) for x in results]
-    got, want = (
-        torch.autograd.grad(
-            results, xs, grads, create_graph=graph, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        for graph in (True, False)
-    )
+    options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    got, want = (torch.autograd.grad(results, xs, grads, create_graph=graph, **options) for graph in (True, False))
     assert_close(got, want)
 
 

@@ -74,29 +74,22 @@ def test_half_precision_is_rounded_once(device: str) -> None:
     mask = torch.ones_like(raw, requires_grad=False)
     gradients = []
     for create_graph in (False, True):
-        _, penalty = fused_dropout_ar_tar(raw, 0.5, 99900.0, 100.0, mask=mask, reduction="sum")
-        gradients += torch.autograd.grad(penalty, raw, create_graph=create_graph)
+        _, of_dropout = fused_dropout_ar_tar(raw, 0.5, 99900.0, 100.0, mask=mask, reduction="sum")
+        for penalty in (of_dropout, fused_ar_tar(raw, raw, 99900.0, 100.0, reduction="sum")):
+            gradients += torch.autograd.grad(penalty, raw, create_graph=create_graph)
     assert gradients[0][0, 0] == 0
-    assert torch.equal(*gradients)
+    assert all(torch.equal(x, gradients[0]) for x in gradients)
 
 
-def test_a_mask_made_in_inference_mode(device: str) -> None:
+@pytest.mark.parametrize("time", [1, 7])
+def test_a_mask_made_in_inference_mode(time: int, device: str) -> None:
+    """Its copy, which a backward can keep, lies in memory without the repetition of one row."""
     raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
     with torch.inference_mode():
-        mask = (torch.rand(3, 1, 12, device=device) < 0.5).float() * 2
-    dropped, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
-    (gradient,) = torch.autograd.grad(dropped.sum() + penalty, raw)
-    again, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask.clone())
-    assert torch.equal(gradient, *torch.autograd.grad(again.sum() + penalty, raw))
-
-
-def test_a_mask_made_in_inference_mode_that_repeats_one_row(device: str) -> None:
-    """Its copy, which a backward can keep, lies in memory without the repetition."""
-    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
-    with torch.inference_mode():
-        mask = torch.randn(3, 1, 12, device=device).expand_as(raw)
-    dropped, _ = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
-    assert torch.equal(dropped, raw * mask.clone())
+        mask = (torch.rand(3, 1, 12, device=device) < 0.5).float().expand(3, time, 12)
+    results = [fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=x) for x in (mask, mask.clone())]
+    assert torch.equal(*(dropped for dropped, _ in results))
+    assert torch.equal(*(torch.autograd.grad(dropped.sum() + penalty, raw)[0] for dropped, penalty in results))
 
 
 def test_a_mask_is_used_with_any_p(device: str) -> None:
@@ -116,19 +109,19 @@ def test_a_lazily_negated_mask_or_gradient_keeps_its_sign(device: str) -> None:
     assert torch.equal(gradient, mask.neg().resolve_neg())
 
 
-@pytest.mark.parametrize("shape", [(3, 7, 12), (7, 12)])
-@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    ("options", "one_row"),
+    [({}, (3, 1, 12)), ({"batch_first": False}, (1, 7, 12)), ({}, (1, 12)), ({"time_dim": 2}, (4, 3, 1, 2))],
+)
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)
 def test_the_mask_is_drawn_as_fastai_draws_it(
-    shape: tuple[int, ...], batch_first: bool, dtype: torch.dtype, device: str
+    options: dict[str, Any], one_row: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
-    raw = torch.ones(shape, dtype=dtype, device=device)
-    time = 1 if len(shape) == 3 and batch_first else 0
-    one_row = [1 if i == time else n for i, n in enumerate(shape)]
+    raw = torch.ones([n if n > 1 else 9 for n in one_row], dtype=dtype, device=device)
     torch.manual_seed(3)
-    dropped, _ = fused_dropout_ar_tar(raw, 0.3, 2.0, 1.0, batch_first=batch_first)
+    dropped, _ = fused_dropout_ar_tar(raw, 0.3, 2.0, 1.0, **options)
     torch.manual_seed(3)
-    mask = raw.new_empty(*one_row).bernoulli_(1 - 0.3).div_(1 - 0.3)
+    mask = raw.new_empty(one_row).bernoulli_(1 - 0.3).div_(1 - 0.3)
     assert torch.equal(dropped, raw * mask)
     assert len(dropped.unique()) == 2
 

@@ -11,17 +11,13 @@ from torch import Tensor
 
 from fastreg import fused_ar_tar
 from fastreg.kernels.view import Operand, View
-from tests.conftest import INTERPRETED, KERNELS_ON_CPU, gpu, skip_without
+from tests.conftest import INTERPRETED, gpu, interpreted, skip_without
 from tests.exact import check_dropout, check_penalty, truth
 
 skip_without("triton")
 
 from fastreg.kernels import ar_tar as kernels  # noqa: E402
 from fastreg.kernels import launch, reduction, tiling  # noqa: E402
-
-interpreted = pytest.mark.skipif(
-    not KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU"
-)
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])

@@ -41,7 +41,6 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
     ((1, X), TypeError, "raw: expected a tensor, a PackedSequence, or a list or tuple of them, got int"),
     ((X, None), TypeError, "dropped: expected a tensor, .* got NoneType .* only where alpha is 0"),
     ((None, X), TypeError, "raw: expected a tensor, .* got NoneType .* only where beta is 0"),
-    ((X.int(), X), TypeError, "raw: expected float16, bfloat16, float32 or float64, got torch.int32"),
     ((X, X.to(torch.complex64)), TypeError, "dropped: expected float16, .* got torch.complex64"),
     ((X.to_sparse(), X), TypeError, "raw: expected a dense .* got torch.sparse_coo"),
     ((X, JAGGED), TypeError, "dropped: expected a dense .* got nested"),

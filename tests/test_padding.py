@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import INTERPRETED, skip_on_formula, skip_without
-from tests.exact import assert_gradient, assert_terms, check_dropout, check_penalty, exact, spoil, truth
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, Sample, every_other, sliced, transposed
+from tests.exact import assert_terms, check_dropout, check_penalty, exact, spoil, truth
+from tests.samples import DOUBLE, FLOAT
 
 ALPHA, BETA = 2.0, 3.0
 
@@ -42,8 +41,10 @@ STEPS: dict[str, list[str]] = {  # given as lengths, or as marks; a row a sequen
     "valid, many": [f"{n * 2654435761 % 2**5:05b}".replace("0", ".").replace("1", "x") for n in range(20)],
 }
 BOTH = ["lengths, some", "valid, holes"]  # for tests that need not look at every pattern
-CROSSED = [*BOTH, "lengths, several runs", "valid, several runs"]
 by_both = pytest.mark.parametrize("steps", BOTH)
+# Triton's interpreter takes seconds a case of marks.
+SLOW = ["valid, holes", "valid, several runs"]
+by_steps = pytest.mark.parametrize("steps", [x for x in STEPS if not (INTERPRETED and x[:5] == "valid") or x in SLOW])
 
 
 def marks(steps: str, device: str = "cpu") -> Tensor:
@@ -66,63 +67,22 @@ def leaves(valid: Tensor) -> list[Tensor]:
     return [x.requires_grad_() for x in activations(valid, FLOAT, FLOAT)]
 
 
-WAYS = {
-    "batch first": Sample(),
-    "one tensor": Sample(same=True),
-    "time first": Sample(batch_first=False),
-    "transposed": Sample(layouts=(transposed, transposed)),
-    "sliced": Sample(layouts=(sliced, sliced)),
-    "copied": Sample(batch_first=False, layouts=(every_other, every_other)),
-    "halves": Sample(dtypes=(BF16, HALF)),
-    "halves, time first": Sample(batch_first=False, dtypes=(BF16, HALF)),
-    "doubles": Sample(dtypes=(DOUBLE, FLOAT)),
-    "sum of AR": Sample(beta=0.0, reduction="sum"),
-    "sum of TAR": Sample(alpha=0.0, reduction="sum"),
-    "sum of AR of one tensor": Sample(beta=0.0, same=True, reduction="sum"),
-    "sum of TAR of one tensor": Sample(alpha=0.0, same=True, reduction="sum"),
-}
-DROPOUTS = {
-    "locked mask": Sample(),
-    "full mask": Sample(),
-    "time first": Sample(batch_first=False),
-    "halves": Sample(dtypes=(HALF, HALF)),
-    "full mask, bfloat16, time first": Sample(batch_first=False, dtypes=(BF16, BF16)),
-    "full mask, doubles, time first": Sample(batch_first=False, dtypes=(DOUBLE, DOUBLE)),
-}
-
-
-def crossed(ways: Any) -> Any:
-    """Each pattern of steps in the first way; a few in each way. Triton's interpreter takes seconds a case of marks."""
-    all_steps = [s for s in STEPS if not (INTERPRETED and s.startswith("valid")) or s in CROSSED]
-    cases = [(steps, way) for way in ways for steps in all_steps if way in [*ways][:2] or steps in CROSSED]
-    return pytest.mark.parametrize(("steps", "way"), cases, ids=[f"{steps}, {way}" for steps, way in cases])
-
-
-def sampled(sample: Sample, steps: str, device: str, hidden: int = 12) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return raw and dropped of a sample, with NaN and inf where steps do not count, and the options of its call."""
-    batch, time = marks(steps).shape
-    sizes = (batch, time) if sample.batch_first else (time, batch)
-    raw, dropped = replace(sample, shape=(*sizes, hidden)).leaves(device)
-    options = {**sample.options, **given(steps, device)}
-    return spoil(raw, **options), dropped if dropped is raw else spoil(dropped, **options), options
-
-
-@crossed(WAYS)
+@pytest.mark.parametrize("way", ["two tensors", "one tensor", "time first"])
+@by_steps
 def test_penalty(steps: str, way: str, device: str, poison: None) -> None:
-    raw, dropped, options = sampled(WAYS[way], steps, device)
-    check_penalty(raw, dropped, WAYS[way].alpha, WAYS[way].beta, **options)
+    raw, dropped = leaves(marks(steps, device))
+    if way == "time first":
+        raw, dropped = (x.detach().transpose(0, 1).contiguous().requires_grad_() for x in (raw, dropped))
+    options = {"batch_first": way != "time first", **given(steps, device)}
+    check_penalty(raw, raw if way == "one tensor" else dropped, ALPHA, BETA, **options)
 
 
-@crossed(DROPOUTS)
-def test_dropout(steps: str, way: str, device: str, poison: None) -> None:
-    sample = DROPOUTS[way]
-    if sample.dtypes[0] in (HALF, BF16):
-        skip_on_formula(device)
-    raw, _, options = sampled(sample, steps, device)
-    shape = list(raw.shape)
-    shape[sample.time_dim] = shape[sample.time_dim] if "full mask" in way else 1
-    mask = (torch.rand(shape, device=device) > 0.5).to(raw.dtype) * 2  # exact
-    check_dropout(raw, mask, ALPHA, BETA, **options)
+@pytest.mark.parametrize("full", [False, True])
+@by_steps
+def test_dropout(steps: str, full: bool, device: str, poison: None) -> None:
+    raw, _ = leaves(marks(steps, device))
+    mask = (torch.rand(len(raw), raw.shape[1] if full else 1, 12, device=device) > 0.5).float() * 2
+    check_dropout(raw, mask, ALPHA, BETA, **given(steps, device))
 
 
 @pytest.mark.parametrize("starts", [False, True])
@@ -148,31 +108,6 @@ def test_nothing_dropped(steps: str, device: str) -> None:
     dropped, got = fused_dropout_ar_tar(raw, 0.5, ALPHA, BETA, training=False, return_terms=True, **given(steps))
     assert dropped is raw
     assert_terms(got, truth(exact(raw), exact(raw), ALPHA, BETA, **given(steps, device)), FLOAT)
-
-
-def test_one_row_of_memory_for_all(device: str) -> None:
-    row, lengths = torch.randn(1, 1, 12, device=device), torch.tensor([7, 0, 2])
-    got, want = (fused_ar_tar(x, x, ALPHA, BETA, lengths=lengths) for x in (row.expand(3, 7, 12), row.repeat(3, 7, 1)))
-    torch.testing.assert_close(got, want)
-
-
-INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
-
-
-@pytest.mark.parametrize(
-    ("steps", "kind"), [(BOTH[1], torch.bool), *[(steps, kind) for kind in INTEGERS for steps in BOTH]], ids=str
-)
-def test_any_integers_with_any_stride(steps: str, kind: torch.dtype, device: str) -> None:
-    raw, dropped = torch.randn(2, *marks(steps).shape, 12, device=device)
-    ((name, argument),) = given(steps, device).items()
-    one = argument[:1].expand_as(argument)
-    apart = argument.repeat_interleave(2, -1)[..., ::2]
-    for x in (one, apart, apart.t().contiguous().t()):
-        got, want = (
-            fused_ar_tar(raw, dropped, ALPHA, BETA, **{name: y})
-            for y in (x.to(kind), x.clone(memory_format=torch.contiguous_format))
-        )
-        assert torch.equal(got, want)
 
 
 def test_more_sequences_than_are_added_at_once(device: str) -> None:
@@ -240,14 +175,10 @@ def test_steps_changed_before_the_backward(steps: str, device: str) -> None:
     skip_on_formula(device)
     raw, _ = leaves(marks(steps, device))
     ((name, argument),) = given(steps, device).items()
-    penalty = fused_ar_tar(raw, raw, ALPHA, BETA, **{name: argument})
-    (want,) = torch.autograd.grad(penalty * 5, raw, retain_graph=True)
-    argument.zero_()
-    assert torch.equal(*torch.autograd.grad(penalty * 5, raw), want)
-    if name == "valid":
-        integers = marks(steps, device).long()
-        penalty = fused_ar_tar(raw, raw, ALPHA, BETA, valid=integers)
-        integers.zero_()
+    for x in (argument.clone(), argument.long()):
+        penalty = fused_ar_tar(raw, raw, ALPHA, BETA, **{name: x})
+        (want,) = torch.autograd.grad(penalty * 5, raw, retain_graph=True)
+        x.zero_()
         assert torch.equal(*torch.autograd.grad(penalty * 5, raw), want)
 
 
@@ -277,39 +208,19 @@ def pack(x: Tensor, lengths: Tensor, sort: bool) -> PackedSequence:
     return pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=sort)
 
 
-PACKED_WAYS = ["batch first", "one tensor", "sliced", "copied", "halves", "doubles"]
-PACKED = [("batch first", False), *[(way, True) for way in PACKED_WAYS]]
-
-
+@pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("steps", ["lengths, several runs", "lengths, full", "lengths, one row"])
-@pytest.mark.parametrize(("way", "sort"), PACKED, ids=["batch first, unsorted", *PACKED_WAYS])
 @pytest.mark.parametrize("hidden", [12] if INTERPRETED else [1, 12, 3000])
-def test_packed(hidden: int, way: str, sort: bool, steps: str, device: str, poison: None) -> None:
-    sample, lengths = WAYS[way], given(steps, device)["lengths"]
-    raw, dropped, _ = sampled(replace(sample, batch_first=True), steps, device, hidden)
-    packed = [pack(x, lengths, sort) for x in (raw, dropped)]
-    rows = [lay(x.data).detach().requires_grad_() for lay, x in zip(sample.layouts, packed, strict=True)]
-    wanted = exact(raw), exact(dropped)
-    inputs = slice(1 if sample.same else 2)
-    want = truth(wanted[0], wanted[inputs][-1], ALPHA, BETA, lengths=lengths)
-    x, y = (p._replace(data=data) for p, data in zip(packed, rows, strict=True))
-    for scale in (100, 100) if INTERPRETED else (100, 100, 300):
-        got = fused_ar_tar(x, x if sample.same else y, ALPHA, BETA, return_terms=True)
-        assert_terms(got, want, *sample.dtypes)
-        gradients = torch.autograd.grad(got.penalty * scale, rows[inputs])
-        expected = torch.autograd.grad(want.penalty * scale, wanted[inputs], retain_graph=True)
-        for gradient, exactly in zip(gradients, expected, strict=True):
-            assert_gradient(gradient, pack(exactly, lengths, sort).data, computed=got.penalty.dtype)
-
-
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int32], ids=str)
-def test_packed_with_few_bits(kind: torch.dtype, device: str) -> None:
-    raw = torch.randn(90, 4, 8, device=device, requires_grad=True)
-    packed = pack(raw, torch.tensor([4] * 70 + [3] * 20), sort=True)
-    few = packed._replace(batch_sizes=packed.batch_sizes.to(kind))
-    results = [fused_ar_tar(x, x, ALPHA, BETA) for x in (few, packed)]
-    assert torch.equal(*results)
-    assert torch.equal(*(torch.autograd.grad(x, raw, retain_graph=True)[0] for x in results))
+def test_packed(hidden: int, steps: str, same: bool, device: str, poison: None) -> None:
+    lengths, count = given(steps, device)["lengths"], 1 if same else 2
+    padded = [torch.randn(*marks(steps).shape, hidden, device=device, requires_grad=True) for _ in range(count)]
+    packed: list[Any] = [pack(x, lengths, sort=same) for x in padded]
+    for scale in (1, 100, 100):
+        got = fused_ar_tar(packed[0], packed[-1], ALPHA, BETA, return_terms=True)
+        want = fused_ar_tar(padded[0], padded[-1], ALPHA, BETA, return_terms=True, lengths=lengths)
+        torch.testing.assert_close([*got], [*want])
+        gradients = (torch.autograd.grad(x.penalty * scale, padded, retain_graph=True) for x in (got, want))
+        torch.testing.assert_close(*gradients)
 
 
 def test_packed_without_terms(device: str) -> None:

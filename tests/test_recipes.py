@@ -109,13 +109,12 @@ def test_world_models() -> None:
     check(lambda z: ours(z, 1), lambda z: F.mse_loss(z[:, :-1], z[:, 1:]), 3, 8, 5)  # stable-worldmodel
 
 
-def k_planes(plane: Tensor) -> Tensor:
-    h = plane.shape[-2]
-    first = plane[..., 1:, :] - plane[..., : h - 1, :]
-    return torch.square(first[..., 1:, :] - first[..., : h - 2, :]).mean()
-
-
 def test_second_differences() -> None:
+    def k_planes(plane: Tensor) -> Tensor:
+        h = plane.shape[-2]
+        first = plane[..., 1:, :] - plane[..., : h - 1, :]
+        return torch.square(first[..., 1:, :] - first[..., : h - 2, :]).mean()
+
     ours = recipe("curvature")
     assert "`fused_ar_tar(plane.diff(dim=-2), None, 0.0, 1.0, time_dim=-2)`" in PAGE.read_text()
     check(lambda plane: fused_ar_tar(plane.diff(dim=-2), None, 0.0, 1.0, time_dim=-2), k_planes, 4, 9, 7)

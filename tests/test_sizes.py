@@ -33,7 +33,8 @@ def test_more_elements_than_32_bits_count(
     """All is 0 but the end, which has the gradient it would have alone. On the CPU hardly any memory is touched."""
     device, time = past_32_bits, 1 if batch_first else 0
     make = torch.empty if device == "cpu" else torch.zeros  # memory fresh from the system is 0
-    raw, mask = (make(*sizes, dtype=HALF, device=device) for sizes in (shape, one_row(shape, time)))
+    one_row = [1 if axis == time else size for axis, size in enumerate(shape)]
+    raw, mask = (make(*sizes, dtype=HALF, device=device) for sizes in (shape, one_row))
     last, last_mask = raw[end], mask[tuple(ALL if i == time else s for i, s in enumerate(end))]
     last.normal_()
     last_mask.bernoulli_(0.5).mul_(2)
@@ -50,10 +51,6 @@ def test_more_elements_than_32_bits_count(
         assert_close(got.double(), want, rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(got, raw)
     assert_close(gradient[end].double(), *torch.autograd.grad(want, alone), rtol=2e-3, atol=1e-3)
-
-
-def one_row(shape: tuple[int, ...], time: int) -> list[int]:
-    return [1 if axis == time else size for axis, size in enumerate(shape)]
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])

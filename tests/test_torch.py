@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.calls import CALLS, Call, calls, everything, flat, from_seed, leaves,
 from tests.conftest import skip_on_formula, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
+pytestmark = pytest.mark.usefixtures("dynamo")
 by_call, by_few = calls(), calls("pair", "mask")
 OTHERS = [CALLS[name] for name in ("same", "layers", "channels", "one_sequence", "module")]
 COMPILED: dict[str, Call] = {
@@ -49,9 +49,6 @@ STEPS_CALLS: dict[str, Any] = {
     "pair_constant": lambda r, d, _: fused_ar_tar(r, d, 2.0, 1.0),
     "drawn_constant": lambda r, d, _: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, return_terms=True),
     "drawn_valid": lambda r, d, steps: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, valid=steps),
-    "drawn_starts_of_channels": lambda r, d, steps: fused_dropout_ar_tar(
-        r.movedim(1, -1) * d.movedim(1, -1), 0.4, 2.0, 1.0, time_dim=-1, starts=steps
-    ),
 }
 ALL_CALLS = STEPS_CALLS | {name: lambda r, d, _, call=call: call(r, d) for name, call in COMPILED.items()}
 # Before torch 2.11 a NumPy scalar breaks a graph, and AOTAutograd fails for a number that is read from a tensor.
@@ -61,13 +58,6 @@ TRACES_NUMBERS = Version(torch.__version__) >= Version("2.11")
 def steps_for(name: str, time: int, batch: int = 3) -> Tensor:
     lengths = torch.arange(batch) * 5 % (time + 1)
     return lengths if "lengths" in name else torch.arange(time) < lengths[:, None]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def block_of(call: Call, r: Tensor, d: Tensor) -> Tensor:
@@ -104,7 +94,6 @@ class TestCompile:
             ("drawn_valid", "aot_eager", None, [(batch, 7) for batch in (3, 5, 2, 20)], 2),
             ("lengths_starts", "aot_eager", None, SIZES, 2),
             ("valid_starts_time_first", "aot_eager", None, SIZES, 2),
-            ("drawn_starts_of_channels", "aot_eager", None, SIZES, 2),
             ("pair_constant", "aot_eager", True, [(3, 2), (3, 70), (3, 3)], 2),
             pytest.param("drawn_constant", "inductor", True, [(3, 70), (3, 2), (3, 101)], 2, marks=needs_compiler),
         ],
@@ -233,15 +222,12 @@ class TestCompile:
         compiled = torch.compile(lambda x, a: fused_ar_tar(x, x, a.item(), 1.0), fullgraph=True, backend=backend)
         for alpha in (2.0, 0.0, 1.5):
             assert_close(compiled(x, torch.tensor(alpha)), fused_ar_tar(x, x, alpha, 1.0))
+        with_number = torch.compile(fused_ar_tar, backend="eager")
         for wrong in (-1.0, torch.inf, torch.nan):
             with pytest.raises(RuntimeError, match="Runtime assertion failed"):
                 compiled(x, torch.tensor(wrong))
-
-    def test_bad_coefficients_are_refused(self) -> None:
-        x, compiled = leaves()[0], torch.compile(fused_ar_tar, backend="eager")
-        for wrong in (-1.0, torch.inf, torch.nan):
             with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0"):
-                compiled(x, x, wrong, 1.0)
+                with_number(x, x, wrong, 1.0)
 
     def test_an_axis_that_changes(self) -> None:
         def call(x: Tensor, marks: Tensor, time_dim: int) -> Tensor:
@@ -337,30 +323,6 @@ class TestAutocast:
         assert_close(got, want, rtol=1e-2, atol=1e-6 * scale)
 
 
-@contextmanager
-def setting(setter: Callable[[Any], None], value: Any, default: Any) -> Iterator[None]:
-    """Change a setting of PyTorch for a while."""
-    setter(value)
-    try:
-        yield
-    finally:
-        setter(default)
-
-
-deterministic = functools.partial(setting, torch.use_deterministic_algorithms, True, False)
-
-
-class TestDeterministicMode:
-    """It fills memory from torch.empty, one more pass over it; that of dropped and the gradients is written anyway."""
-
-    @by_call
-    def test_the_same_bits(self, call: Call) -> None:
-        want = everything(call, leaves(70))
-        with deterministic():
-            got = everything(call, leaves(70))
-        assert_close(got, want, rtol=0, atol=0)
-
-
 class TestSubclasses:
     @calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # which draw a mask for each of the two
     def test_a_wrapper_computes_on_its_tensor(self, call: Call) -> None:
@@ -401,9 +363,7 @@ class TestSubclasses:
     def test_a_decorated_tensor_gives_plain_results(self) -> None:
         raw = leaves()[0]
         x = raw.as_subclass(Decorated)
-        got = fused_ar_tar(x, x, 2.0, 1.0)
-        assert_close(torch.autograd.grad(got, raw), torch.autograd.grad(fused_ar_tar(raw, raw, 2.0, 1.0), raw))
-        results = [got, fused_ar_tar(nn.Parameter(raw), raw, 2.0, 1.0)]
+        results = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(nn.Parameter(raw), raw, 2.0, 1.0)]
         for mask in (None, mask_for(raw).as_subclass(Decorated)):
             results += fused_dropout_ar_tar(x, 0.4, 2.0, 1.0, mask=mask, return_terms=True)
         assert all(type(x) is Tensor for x in flat(results))
@@ -420,13 +380,6 @@ class TestCheckpointing:
         want = [x.grad for x in xs]
         from_seed(functools.partial(checkpoint, block, use_reentrant=use_reentrant), xs := leaves()).backward()
         assert_close([x.grad for x in xs], want, rtol=0, atol=0)
-
-    def test_a_mask_changed_before_the_backward_is_an_error(self) -> None:
-        mask = torch.ones(3, 1, 8)
-        _, penalty = fused_dropout_ar_tar(leaves()[0], 0.4, 2.0, 1.0, mask=mask)
-        mask.add_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            penalty.backward()
 
 
 class TestModes:
@@ -446,8 +399,12 @@ class TestModes:
     @pytest.mark.parametrize("default", [HALF, BF16, DOUBLE, torch.device("meta")], ids=str)
     def test_defaults_are_not_asked(self, call: Call, default: Any) -> None:
         want, xs = everything(call, leaves()), leaves()
-        with default if isinstance(default, torch.device) else setting(torch.set_default_dtype, default, FLOAT):
+        (torch.set_default_device if isinstance(default, torch.device) else torch.set_default_dtype)(default)
+        try:
             results = from_seed(call, xs)
             gradients = torch.autograd.grad(flat(results)[0].sin().sum(), xs, allow_unused=True, materialize_grads=True)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(FLOAT)
         assert_close(flat(results), want[:-2], rtol=0, atol=0)
         assert all(x.dtype == FLOAT and x.device.type == "cpu" for x in gradients)

@@ -1,16 +1,15 @@
 """Run the kernels as compiled for an H100 on CPU tensors, instruction by instruction: `pytest -p tests.ptx`.
 
-README.md lists the faults that raise a `PTXError`. While the plugin is on, memory of `torch.empty` starts as NaN.
+README.md lists the faults that raise a `PTXError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-import torch
 
 from tests.ptx.driver import Executor, executed
 
@@ -34,21 +33,6 @@ def kernels_take_cpu_tensors() -> Iterator[None]:
     forget()  # compiled code is freed by the driver that loaded it
 
 
-def scrambled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`torch.empty`, or its like, with NaN in the memory of CPU tensors that are not huge."""
-
-    def fresh(*arguments: Any, **options: Any) -> torch.Tensor:
-        x = make(*arguments, **options)
-        if type(x) is torch.Tensor and x.device.type == "cpu" and x.nbytes < 2**26:  # a compiler's have no memory
-            wrong = (
-                True if x.dtype == torch.bool else torch.iinfo(x.dtype).max if not x.is_floating_point() else torch.nan
-            )
-            x.detach().fill_(wrong)
-        return x
-
-    return fresh
-
-
 EXECUTOR, KERNELS = pytest.StashKey[Executor](), pytest.StashKey[list[Any]]()
 
 
@@ -68,11 +52,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def ptx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start each test with the same schedules, and with memory that holds nothing of use."""
+def ptx(request: pytest.FixtureRequest) -> None:
+    """Start each test with the same schedules."""
     request.config.stash[EXECUTOR].random.seed(0)
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, scrambled(getattr(torch, name)))
 
 
 def not_covered(run: Executor, kernels: list[Any]) -> list[str]:
