@@ -58,6 +58,8 @@ class Wrapper(nn.Module):
 class Loop(nn.Module):
     """Runs a cell over all time steps."""
 
+    bidirectional, proj_size = False, 0
+
     def __init__(self, *sizes: int, batch_first: bool) -> None:
         super().__init__()
         self.cell, self.batch_first = nn.GRUCell(*sizes), batch_first

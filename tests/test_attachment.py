@@ -470,6 +470,7 @@ def test_attach_rejects(argument: str) -> None:
         (lambda raw: raw, {"output": str}, TypeError, "output: .* callable to pick a tensor .* got str"),
         (lambda raw: raw[:, 0], {}, ValueError, r"from the Returning, got \(3, 6\)\. If that is one time step, attach"),
         (pack_sequence, {"stepwise": True}, TypeError, "a tensor with stepwise=True, got PackedSequence"),
+        (lambda raw: raw[:, 0], {"stepwise": True, "dropout": FUSED}, TypeError, "another dropout with stepwise"),
         (lambda raw: raw, {"valid": lambda x: 1}, TypeError, "valid: expected the callable .* None, got int"),
         (lambda raw: raw, {"starts": lambda x: [0]}, TypeError, "starts: expected the callable .*, got list"),
         (lambda raw: raw, {"valid": lambda x: VALID.t()}, ValueError, "valid: expected"),
