@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 
@@ -170,26 +169,8 @@ def criterion(decoded: Tensor, x: Tensor) -> Tensor:
     return F.cross_entropy(decoded.flatten(0, -2), x.flatten())
 
 
-def train(model: nn.Module, loss_of: Callable[[Tensor], Tensor], x: Tensor, steps: int = 4) -> list[Tensor]:
-    """Train for a few steps, with the same masks of dropout in every run, and return the weights."""
-    torch.manual_seed(2)
-    optimizer = SGD(model.parameters(), lr=0.5)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(x).backward()
-        optimizer.step()
-    return [p.detach() for p in model.parameters()]
-
-
 def gap(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
-
-
-def assert_same(got: list[Tensor], want: list[Tensor], unlike: list[Tensor] | None = None) -> None:
-    """Assert that the weights are the same to rounding, and that those without the penalty are not."""
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    if unlike is not None:
-        assert max(map(gap, want, unlike)) > 1e-3
 
 
 def assert_same_weights(model: nn.Module, other: nn.Module, rtol: float = 1e-4, atol: float = 1e-6) -> None:
@@ -215,21 +196,6 @@ def attached(model: Model, in_backward: Any = False, **options: Any) -> RNNRegul
     made = regularizer(**options)
     made.attach(model.rnn, model.dropout, in_backward=in_backward)
     return made
-
-
-def with_hooks(model: nn.Module, reg: RNNRegularizer) -> Callable[[Tensor], Tensor]:
-    """Return the loss of a model whose hooks capture the activations."""
-    return lambda x: reg.on_backward_begin(criterion(model(x), x))
-
-
-def written_out(model: Model, time: int = 1) -> Callable[[Tensor], Tensor]:
-    """Return the loss of a model with the formula added."""
-
-    def loss_of(x: Tensor) -> Tensor:
-        decoded, raw, dropped = model.activations(x)
-        return criterion(decoded, x) + formula(raw, dropped, time)
-
-    return loss_of
 
 
 def penalty_of(reg: RNNRegularizer, *outputs: Tensor) -> Tensor:

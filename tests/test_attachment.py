@@ -6,7 +6,6 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,8 @@ from tests.language_model import (
     BETA,
     HIDDEN,
     TIME,
-    Fused,
     Model,
     Returning,
-    assert_same,
     attached,
     check_gradients,
     criterion,
@@ -42,34 +39,26 @@ from tests.language_model import (
     regularizer,
     seeded,
     tokens,
-    train,
-    with_hooks,
-    written_out,
 )
 
 
 @either
 @pytest.mark.parametrize(
-    ("kind", "options", "shape", "time"),
+    ("options", "shape", "time"),
     [
-        (nn.LSTM, {}, (BATCH, TIME), 1),
-        (nn.LSTM, {"batch_first": False}, (TIME, BATCH), 0),
-        (nn.LSTM, {"bidirectional": True}, (BATCH, TIME), 1),
-        (nn.LSTM, {}, (TIME,), 0),
-        (nn.LSTM, {}, (1, TIME), 1),
-        (nn.GRU, {"bidirectional": True, "batch_first": False, "num_layers": 2}, (TIME, BATCH), 0),
-        (nn.RNN, {}, (BATCH, TIME), 1),
+        ({"bidirectional": True, "num_layers": 2}, (BATCH, TIME), 1),
+        ({"bidirectional": True, "batch_first": False}, (TIME, BATCH), 0),
+        ({}, (TIME,), 0),
+        ({}, (1, TIME), 1),
     ],
-    ids=["lstm", "time_first", "bidirectional", "unbatched", "batch_of_one", "gru_of_two_layers_time_first", "rnn"],
+    ids=["bidirectional", "time_first", "unbatched", "batch_of_one"],
 )
-def test_trains_the_weights_of_the_formula(
-    kind: Any, options: dict[str, Any], shape: tuple[int, ...], time: int, device: str
-) -> None:
-    model, plain, without = (seeded(lambda: Model(kind, **options)).to(device) for _ in range(3))
-    x = tokens(*shape, device=device)
-    got = train(model, with_hooks(model, attached(model)), x)
-    unlike = train(without, lambda x: criterion(without(x), x), x)
-    assert_same(got, train(plain, written_out(plain, time), x), unlike)
+def test_layouts_of_an_lstm(options: dict[str, Any], shape: tuple[int, ...], time: int, device: str) -> None:
+    model, x = seeded(lambda: Model(**options)).to(device), tokens(*shape, device=device)
+    reg = attached(model)
+    decoded, raw, dropped = model.activations(x)
+    loss = criterion(decoded, x)
+    check_gradients(model, reg.on_backward_begin(loss), loss + formula(raw, dropped, time))
 
 
 @pytest.mark.parametrize("dropout", [None, nn.Dropout(0.3), FusedRNNDropout(0.3)], ids=["none", "plain", "fused"])
@@ -329,12 +318,6 @@ def test_a_hook_on_a_loaded_model_gets_an_id_of_its_own(tmp_path: Path) -> None:
     handle.remove()
 
 
-def others(hooks: Any) -> list[Any]:
-    """Return hooks but for ours, and for the idle ones of a copy."""
-    ours = [x for x in hooks.values() if isinstance(x, Hook) or isinstance(getattr(x, "__self__", None), nullcontext)]
-    return [x for x in hooks.values() if x not in ours]
-
-
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
 )
@@ -343,7 +326,6 @@ def test_copies_keep_the_hooks_of_others(duplicate: Callable[[Any], Any]) -> Non
     rnn.register_forward_hook(doubled)
     handle = reg.attach(rnn)
     twin = duplicate(rnn)
-    assert others(twin._forward_hooks) == [doubled]
     assert not any(isinstance(x, Hook) for x in twin._forward_hooks.values())
     with torch.no_grad():
         torch.testing.assert_close(twin(x), 2 * twin.forward(x))
@@ -362,8 +344,7 @@ def test_copied_hooks_do_nothing() -> None:
     with torch.no_grad():
         twin.weight_ih_l0.zero_()
     again = pickle.loads(pickle.dumps(twin))
-    assert others(again._forward_hooks) == []
-    assert torch.equal(again.weight_ih_l0, twin.weight_ih_l0)
+    assert torch.equal(again(x), twin.forward(x))
     of_twin = regularizer()
     of_twin.attach(twin)
     raw = twin(x)
@@ -392,15 +373,6 @@ def test_reentrant_checkpointing_is_refused() -> None:
     loss.backward()  # recomputes, while a capture waits
     assert len(handle.runs) == 1
     torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=VALID))
-
-
-def test_attached_before_compilation_of_an_lstm(dynamo: Any) -> None:
-    model, plain = seeded(lambda: Fused(p=0)), seeded(lambda: Fused(p=0))
-    reg = attached(model)
-    with dynamo.patch(allow_rnn=True):  # without it, torch leaves RNNs uncompiled: see test_compiled_attach.py
-        compiled: Any = torch.compile(model, backend="aot_eager")
-        got = train(model, with_hooks(compiled, reg), tokens(), steps=2)
-    assert_same(got, train(plain, written_out(plain), tokens(), steps=2))
 
 
 def test_modules_that_are_compiled_already_are_refused(dynamo: Any) -> None:

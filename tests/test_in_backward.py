@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout
 from tests.calls import Nothing
-from tests.language_model import BATCH, BETA, HIDDEN, TIME, formula, gru, inputs, regularizer, seeded
+from tests.language_model import BATCH, BETA, HIDDEN, TIME, check_gradients, formula, gru, inputs, regularizer, seeded
 
 DROPOUTS = [None, nn.Dropout(0.0), nn.Dropout(0.4), FusedRNNDropout(0.4)]
 each_dropout = pytest.mark.parametrize("dropout", DROPOUTS, ids=["none", "idle", "plain", "fused"])
@@ -199,7 +199,7 @@ def test_a_scale_of_the_penalty(scale: Any) -> None:
 
 
 @each_dropout
-@pytest.mark.parametrize("around", [nullcontext, torch.autograd.graph.save_on_cpu])
+@pytest.mark.parametrize("around", [nullcontext, torch.autograd.graph.save_on_cpu, Nothing])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant: bool, around: Any, dropout: Any) -> None:
     (rnn, reg), plain, x = attached_gru(dropout), gru(), inputs().requires_grad_()
@@ -245,60 +245,39 @@ def gradients_of(loss: Tensor, module: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("where", ["on_backward_begin", "take"])
-def test_second_derivatives_of_joined_runs_of_which_the_loss_reaches_the_last(where: str) -> None:
-    results, x = [], inputs().double()
-    for hooked in (True, False):
-        rnn, reg = seeded(lambda: nn.RNN(HIDDEN, HIDDEN, batch_first=True)).double(), regularizer()
-        if hooked:
-            reg.attach(rnn, stepwise=True)
-        first, state = rnn(x[:, :4])
-        last, _ = rnn(x[:, 4:], state)
-        loss = last.square().sum()
-        if not hooked:
-            loss = loss + formula(raw := torch.cat([first, last], 1), raw, 1)
-        elif where == "take":
-            loss = loss + reg.take(loss).penalty  # pyright: ignore[reportOptionalMemberAccess]
-        else:
-            loss = reg.on_backward_begin(loss)
-        slopes = gradients(loss, rnn, create_graph=True)
-        results.append((loss, slopes, gradients(sum(g.square().sum() for g in slopes), rnn)))
+@pytest.mark.parametrize("reached", ["all", "the last"])
+def test_second_derivatives_of_joined_runs(reached: str, where: str) -> None:
+    rnn, reg, x = seeded(lambda: nn.RNN(HIDDEN, HIDDEN, batch_first=True)).double(), regularizer(), inputs().double()
+    reg.attach(rnn, stepwise=True)
+    first, state = rnn(x[:, :4])
+    last, _ = rnn(x[:, 4:], state)
+    raw = torch.cat([first, last], 1)
+    loss = (raw if reached == "all" else last).square().sum()
+    taken = reg.take(loss) if where == "take" else None
+    results = []
+    for total in (reg.on_backward_begin(loss) if taken is None else loss + taken.penalty, loss + formula(raw, raw, 1)):
+        slopes = gradients(total, rnn, create_graph=True)
+        results.append((total, slopes, gradients(sum(g.square().sum() for g in slopes), rnn, retain_graph=True)))
     torch.testing.assert_close(*results)
 
 
 @each_dropout
-@pytest.mark.parametrize("use", ["in_backward", "two runs", "stepwise"])
-def test_runs_under_a_dispatch_mode(use: str, dropout: Any) -> None:
-    x, results = inputs(), []
-    for hooked in (True, False):
-        rnn, reg = gru(), regularizer()
-        if hooked:
-            reg.attach(rnn, dropout, in_backward=use == "in_backward", stepwise=use == "stepwise")
-        torch.manual_seed(3)
-        raws, kept = [], []
-        with Nothing():
-            for part in [x] if use == "in_backward" else x.split(4, 1):
-                raw, dropped = run(rnn, dropout, part)
-                raws.append(raw)
-                kept.append(dropped)
-        loss = sum((x.square().sum() for x in kept), torch.zeros(()))
-        pairs = [(torch.cat(raws, 1), torch.cat(kept, 1))] if use == "stepwise" else zip(raws, kept, strict=True)
-        if not hooked:
-            loss = sum((formula(*pair, 1) for pair in pairs), loss)
-        elif use != "in_backward":
-            loss = reg.on_backward_begin(loss)
-        results.append(gradients(loss, rnn))
-    torch.testing.assert_close(*results)
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_runs_under_a_dispatch_mode(stepwise: bool, dropout: Any) -> None:
+    rnn, reg = attached_gru(dropout, in_backward=False, stepwise=stepwise)
+    with Nothing():
+        runs = [run(rnn, dropout, part) for part in inputs().split(4, 1)]
+    loss = torch.stack([dropped.square().sum() for _, dropped in runs]).sum()
+    joined = [[torch.cat(x, 1) for x in zip(*runs, strict=True)]] if stepwise else runs
+    want = loss + torch.stack([formula(raw, dropped, 1) for raw, dropped in joined]).sum()
+    check_gradients(rnn, reg.on_backward_begin(loss), want)
 
 
-def gradient(f: Any, parameters: dict[str, Tensor]) -> Any:
-    return torch.func.grad(f)(parameters)
-
-
-def tangent(f: Any, parameters: dict[str, Tensor]) -> Any:
-    return torch.func.jvp(f, (parameters,), ({name: torch.ones_like(p) for name, p in parameters.items()},))
-
-
-@pytest.mark.parametrize("transform", [gradient, tangent])
+@pytest.mark.parametrize(
+    "transform",
+    [lambda f, given: torch.func.grad(f)(given), lambda f, given: torch.func.jvp(f, (given,), (given,))],
+    ids=["gradient", "tangent"],
+)
 def test_function_transforms(transform: Any) -> None:
     module, reg, x = nn.Linear(HIDDEN, HIDDEN), regularizer(), inputs()
     reg.attach(module, batch_first=True)
@@ -479,16 +458,9 @@ def test_a_loss_that_reaches_a_run_that_another_has_missed_by_its_state_alone() 
 
 def test_a_search_leaves_the_runs_of_another_regularizer_alone() -> None:
     """The loss of the one depends on both outputs, and that of the other on none of its own."""
-    first, second = gru(), gru()
-    one, other = regularizer(), regularizer()
-    one.attach(first)
-    other.attach(second)
-    x = inputs()
-    a, b = first(x)[0], second(x)[0]
-    total = one.on_backward_begin((a + b).sum()) + other.on_backward_begin(a.sum())
-    parameters = [*first.parameters(), *second.parameters()]
-    got = torch.autograd.grad(total, parameters)
-    plain = gru(), gru()
-    a, b = plain[0](x)[0], plain[1](x)[0]
+    rnns, one, other = nn.ModuleList([gru(), gru()]), regularizer(), regularizer()
+    one.attach(rnns[0])
+    other.attach(rnns[1])
+    a, b = (rnn(inputs())[0] for rnn in rnns)
     want = (a + b).sum() + a.sum() + formula(a, a, 1) + formula(b, b, 1)
-    torch.testing.assert_close(got, torch.autograd.grad(want, [y for net in plain for y in net.parameters()]))
+    check_gradients(rnns, one.on_backward_begin((a + b).sum()) + other.on_backward_begin(a.sum()), want)

@@ -212,6 +212,10 @@ def test_an_attached_dropout_follows_the_coefficients_of_the_regularizer(formed:
         _, raw, dropped = model.activations(tokens())
         reg.alpha, reg.beta = torch.tensor(ALPHA), BETA  # after the forward: the penalty has these all the same
         check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, 1))
+        _, raw, dropped = model.activations(tokens())
+        reg.alpha = torch.full((2,), 9.0)
+        with pytest.raises(ValueError, match="alpha: expected a number or a 0-dim floating-point tensor"):
+            penalty_of(reg, dropped)
         copies = [copy.deepcopy(model.dropout), pickle.loads(pickle.dumps(model.dropout))]
     assert len(formed) == 1  # for the coefficients that changed after the forward
     for dropout in (model.dropout, *copies):
