@@ -109,28 +109,6 @@ class Fused(Model):
     kind_of_dropout = FusedRNNDropout
 
 
-class Stack(nn.Module):
-    """Layers that are modules of their own, each with its dropout, as AWD-LSTM has them; returns the lists of them."""
-
-    kind_of_dropout: Any = nn.Dropout
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
-        self.rnns = nn.ModuleList(nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(3))
-        self.dropouts = nn.ModuleList(dropout_like(self.kind_of_dropout, 0.3, rnn) for rnn in self.rnns)
-        self.decoder = nn.Linear(HIDDEN, VOCABULARY)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        dropped, all_raw, all_dropped = self.embedding(x), [], []
-        for rnn, dropout in zip(self.rnns, self.dropouts, strict=True):
-            raw, _ = rnn(dropped)
-            dropped = dropout(raw)
-            all_raw.append(raw)
-            all_dropped.append(dropped)
-        return self.decoder(dropped), all_raw, all_dropped
-
-
 def dropout_like(kind: Any, p: float, rnn: Any) -> nn.Module:
     return kind(p, **({"batch_first": rnn.batch_first} if kind is FusedRNNDropout else {}))
 

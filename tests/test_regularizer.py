@@ -24,7 +24,6 @@ from tests.language_model import (
     HIDDEN,
     TIME,
     Model,
-    Stack,
     attached,
     check_gradients,
     criterion,
@@ -49,28 +48,14 @@ def captured(by_hooks: bool) -> tuple[Model, RNNRegularizer, tuple[Tensor, Tenso
     return model, reg, output
 
 
-@either
-@pytest.mark.parametrize("by_hooks", [False, True])
-@pytest.mark.parametrize("layers", ["last", "all"])
-def test_layers(layers: Any, by_hooks: bool) -> None:
-    model, reg = seeded(Stack), regularizer(layers=layers)
-    for rnn, dropout in zip(model.rnns, model.dropouts, strict=True) if by_hooks else ():
-        reg.attach(rnn, dropout)
-    decoded, *activations = output = model(tokens())
-    if not by_hooks:
-        reg.on_loss_begin(output)
-    loss = criterion(decoded, tokens())
-    runs = [*zip(*activations, strict=True)][-1 if layers == "last" else 0 :]
-    want = loss + torch.stack([formula(*run, time=1) for run in runs]).sum()
-    check_gradients(model, reg.on_backward_begin(loss), want)
-
-
-@pytest.mark.parametrize(("layers", "count"), [("last", 1), ("all", 2)])
-def test_layers_of_packed_sequences(layers: Any, count: int) -> None:
-    raw = pack_padded_sequence(torch.randn(BATCH, TIME, HIDDEN), torch.tensor([7, 4, 2]), batch_first=True)
+@pytest.mark.parametrize(("layers", "first"), [("last", 2), ("all", 0)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers(packed: bool, layers: Any, first: int) -> None:
+    pack = (lambda x: pack_padded_sequence(x, torch.tensor([7, 4, 2]), batch_first=True)) if packed else torch.clone
+    raw, dropped = ([pack(torch.randn(BATCH, TIME, HIDDEN)) for _ in range(3)] for _ in range(2))
     reg = regularizer(layers=layers)
-    reg.on_loss_begin((0, [raw, raw], [raw, raw]))
-    assert penalty_of(reg) == fused_ar_tar([raw] * count, [raw] * count, ALPHA, BETA)
+    reg.on_loss_begin((0, raw, dropped))
+    assert penalty_of(reg) == fused_ar_tar(raw[first:], dropped[first:], ALPHA, BETA)
 
 
 @either
