@@ -65,7 +65,7 @@ from torch import Tensor, nn  # noqa: E402
 from fastreg import FusedRNNDropout  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
 from tests.conftest import without  # noqa: E402
-from tests.language_model import VOCABULARY, Model, gap  # noqa: E402
+from tests.language_model import VOCABULARY, Model, gap, hooks_of  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = release in ("1.0.36", "1.0.42")
@@ -277,7 +277,7 @@ def test_modules_by_their_paths_train_the_stock_weights(name: str | None) -> Non
     expected = trained(own(Together, *STOCK))
     learn = own(Alone, *OURS, **options, **PATHS)
     weights = trained(learn)
-    assert sum(len(module._forward_hooks) for module in learn.model.modules()) == 0
+    assert hooks_of(learn.model) == 0
     assert not learn.callbacks[-1].batch
     if name is not None:
         assert gap(weights, trained(own(Together, *OURS, **options))) < 1e-5
