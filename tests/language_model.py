@@ -122,6 +122,19 @@ def gru() -> nn.GRU:
     return seeded(lambda: nn.GRU(HIDDEN, HIDDEN, batch_first=True))
 
 
+def attach_gru(dropout: nn.Module | None = None, **options: Any) -> tuple[nn.GRU, RNNRegularizer]:
+    """Return a GRU, and a regularizer that is attached to it."""
+    rnn, reg = gru(), regularizer()
+    reg.attach(rnn, dropout, **options)
+    return rnn, reg
+
+
+def run(rnn: nn.Module, dropout: nn.Module | None, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return raw and dropped of a run."""
+    raw, _ = rnn(inputs() if x is None else x)
+    return raw, raw if dropout is None else dropout(raw)
+
+
 class Returning(nn.Module):
     """A module of any arguments; the test chooses the part of its GRU's output that it returns."""
 

@@ -28,6 +28,7 @@ from tests.language_model import (
     TIME,
     Model,
     Returning,
+    attach_gru,
     attached,
     check_gradients,
     criterion,
@@ -63,8 +64,7 @@ def test_layouts_of_an_lstm(options: dict[str, Any], shape: tuple[int, ...], tim
 
 @pytest.mark.parametrize("dropout", [None, nn.Dropout(0.3), FusedRNNDropout(0.3)], ids=["none", "plain", "fused"])
 def test_packed_sequences(dropout: Any) -> None:
-    rnn, reg = gru(), regularizer()
-    reg.attach(rnn, dropout)
+    rnn, reg = attach_gru(dropout)
     packed = pack_padded_sequence(inputs(), torch.tensor([7, 4, 2]), batch_first=True)
     raw, _ = rnn(packed)
     if isinstance(dropout, FusedRNNDropout):
@@ -156,10 +156,9 @@ def test_masks_come_from_the_arguments_of_the_module(given: str, kind: Any, how:
 @pytest.mark.parametrize("given", ["attach", "dropout", "both"])
 @pytest.mark.parametrize("name", ["valid", "starts"])
 def test_masks_of_the_dropout_go_before_those_of_the_module(name: str, given: str, p: float, formed: list[Any]) -> None:
-    rnn, dropout, reg = gru(), FusedRNNDropout(0.9), regularizer()
     of_module, of_dropout = torch.rand(2, BATCH, TIME) < 0.6
     functions: Any = {} if given == "dropout" else {name: lambda *_: of_module}
-    reg.attach(rnn, dropout, **functions)
+    rnn, reg = attach_gru(dropout := FusedRNNDropout(0.9), **functions)
     by_position = (of_dropout,) if name == "valid" else (None, of_dropout)
     want = {name: of_module if given == "attach" else of_dropout}
     for args, kwargs in [((), {})] if given == "attach" else [((), {name: of_dropout}), (by_position, {})]:

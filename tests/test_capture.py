@@ -24,6 +24,7 @@ from tests.language_model import (
     TIME,
     Model,
     Returning,
+    attach_gru,
     attached,
     check_gradients,
     criterion,
@@ -33,6 +34,7 @@ from tests.language_model import (
     inputs,
     penalty_of,
     regularizer,
+    run,
     seeded,
     tokens,
 )
@@ -194,9 +196,8 @@ def test_a_coefficient_of_0_leaves_infinity_out() -> None:
 
 def one_run() -> tuple[nn.Module, RNNRegularizer, Tensor, Tensor]:
     """Return an attached module, its regularizer, raw, and a loss."""
-    module, reg = gru(), regularizer()
-    reg.attach(module)
-    raw, _ = module(inputs())
+    module, reg = attach_gru()
+    raw, _ = run(module, None)
     return module, reg, raw, raw.square().sum()
 
 
@@ -211,10 +212,8 @@ def test_the_sum_may_be_changed_in_place(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
 def test_the_penalty_alone_may_be_changed_in_place(kind: Any) -> None:
-    module, dropout, reg = gru(), kind(0.4), regularizer()
-    reg.attach(module, dropout)
-    raw, _ = module(inputs())
-    dropped = dropout(raw)
+    module, reg = attach_gru(dropout := kind(0.4))
+    raw, dropped = run(module, dropout)
     loss = dropped.square().sum()
     terms = reg.take(loss)
     assert terms is not None
@@ -347,12 +346,10 @@ def test_masks_of_a_cell() -> None:
 @pytest.mark.parametrize("counts", [[3, 2], [1, 2, 3]])  # those of the second add up to the steps of three equal runs
 @pytest.mark.parametrize("name", ["valid", "starts"])
 def test_runs_of_several_steps_of_which_some_have_no_marks(counts: list[int], name: str) -> None:
-    rnn, reg, raws = gru(), regularizer(), []
     marks = torch.tensor([[True, False]]).expand(BATCH, 2)
     some: Any = {name: lambda x: marks if x.shape[1] == 2 else None}
-    reg.attach(rnn, stepwise=True, **some)
-    for count in counts:
-        raws.append(rnn(torch.randn(BATCH, count, HIDDEN))[0])
+    rnn, reg = attach_gru(stepwise=True, **some)
+    raws = [rnn(torch.randn(BATCH, count, HIDDEN))[0] for count in counts]
     joined = [marks if n == 2 else torch.full((BATCH, n), name == "valid") for n in counts]
     raw, given = torch.cat(raws, 1), {name: torch.cat(joined, 1)}
     want = raw.mean() + fused_ar_tar(raw, raw, ALPHA, BETA, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -360,8 +357,7 @@ def test_runs_of_several_steps_of_which_some_have_no_marks(counts: list[int], na
 
 
 def test_a_loss_that_is_kept_holds_nothing_of_joined_runs() -> None:
-    rnn, reg = gru(), regularizer()
-    reg.attach(rnn, stepwise=True)
+    rnn, reg = attach_gru(stepwise=True)
     total = reg.on_backward_begin(torch.cat([rnn(inputs())[0] for _ in range(2)], 1).mean())
     total.backward()
     gc.collect()
@@ -372,9 +368,8 @@ def test_a_loss_that_is_kept_holds_nothing_of_joined_runs() -> None:
 @pytest.mark.parametrize("name", ["valid", "starts"])
 def test_marks_of_another_run_are_an_error(name: str) -> None:
     """Although their steps add up to those of all runs."""
-    rnn, reg = gru(), regularizer()
     marks: Any = {name: lambda x: torch.ones(BATCH, 5 - x.shape[1], dtype=torch.bool)}
-    reg.attach(rnn, stepwise=True, **marks)
+    rnn, reg = attach_gru(stepwise=True, **marks)
     raws = [rnn(torch.randn(BATCH, count, HIDDEN))[0] for count in (2, 3)]
     with pytest.raises(ValueError, match=rf"{name}: expected shape .*, 2\), batch and time steps of the run, got"):
         reg.on_backward_begin(torch.cat(raws, 1).mean())
@@ -434,9 +429,8 @@ def test_compiled_autograd() -> None:  # which fails on PyTorch's own RNNs
 @pytest.mark.parametrize("marked", [False, True])
 def test_saved_tensors_that_a_hook_changes(marked: bool, change: str, dropout: nn.Module | None) -> None:
     """Kernels read another layout as that of the forward; another dtype is an error."""
-    module, reg, x = gru(), regularizer(), inputs()
-    valid = torch.arange(x.shape[1]) < torch.arange(1, len(x) + 1).unsqueeze(-1) if marked else None
-    reg.attach(module, dropout, valid=lambda *_: valid)
+    valid = torch.arange(TIME) < torch.arange(1, BATCH + 1).unsqueeze(-1) if marked else None
+    module, reg = attach_gru(dropout, valid=lambda *_: valid)
 
     def changed(x: Tensor) -> Tensor:
         if change == "layout":
@@ -444,7 +438,7 @@ def test_saved_tensors_that_a_hook_changes(marked: bool, change: str, dropout: n
         return x.double()
 
     for hook in (lambda x: x, changed):  # the second step has the plans of the first
-        raw, _ = module(x)
+        raw, _ = module(inputs())
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, hook):
             after = raw if dropout is None else dropout(raw)
             loss = after.square().sum()

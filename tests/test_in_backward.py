@@ -19,21 +19,26 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout
 from tests.calls import Nothing
-from tests.language_model import BATCH, BETA, HIDDEN, TIME, check_gradients, formula, gru, inputs, regularizer, seeded
+from tests.language_model import (
+    BATCH,
+    BETA,
+    HIDDEN,
+    TIME,
+    attach_gru,
+    check_gradients,
+    formula,
+    gru,
+    inputs,
+    regularizer,
+    run,
+    seeded,
+)
 
 DROPOUTS = [None, nn.Dropout(0.0), nn.Dropout(0.4), FusedRNNDropout(0.4)]
 each_dropout = pytest.mark.parametrize("dropout", DROPOUTS, ids=["none", "idle", "plain", "fused"])
 
 
-def attached_gru(dropout: nn.Module | None = None, in_backward: bool = True, **options: Any) -> Any:
-    rnn, reg = gru(), regularizer()
-    reg.attach(rnn, dropout, in_backward=in_backward, **options)
-    return rnn, reg
-
-
-def run(rnn: nn.Module, dropout: nn.Module | None, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    raw, _ = rnn(inputs() if x is None else x)
-    return raw, raw if dropout is None else dropout(raw)
+attached_gru: Any = partial(attach_gru, in_backward=True)
 
 
 def gradients(loss: Tensor, module: nn.Module, **options: Any) -> Any:
@@ -183,7 +188,7 @@ def test_activation_checkpointing(reentrant: bool, around: Any, dropout: Any) ->
 @each_dropout
 @pytest.mark.parametrize("in_backward", [True, False])
 def test_activation_checkpointing_of_the_dropout_and_the_layers_behind_it(in_backward: bool, dropout: Any) -> None:
-    (rnn, reg), plain = attached_gru(dropout, in_backward), gru()
+    (rnn, reg), plain = attached_gru(dropout, in_backward=in_backward), gru()
     torch.manual_seed(3)
     raw, _ = rnn(inputs())
     result = checkpoint(lambda raw: (raw if dropout is None else dropout(raw)).sin(), raw, use_reentrant=False)

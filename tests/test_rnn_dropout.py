@@ -29,6 +29,7 @@ from tests.language_model import (
     inputs,
     penalty_of,
     regularizer,
+    run,
     seeded,
     tokens,
     unwanted,
@@ -53,20 +54,17 @@ def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
 
 @pytest.mark.parametrize("again", ["attached", "removed"])
 def test_a_forward_that_fails_before_the_dropout_has_used_the_coefficients(again: str) -> None:
-    rnn, dropout, reg, lengths = gru(), FusedRNNDropout(0.3, 3.0, 5.0), regularizer(), [TIME, TIME - 1]
-    masks = [torch.arange(steps) < steps - 1 for steps in lengths]
+    rnn, dropout, reg = gru(), FusedRNNDropout(0.3, 3.0, 5.0), regularizer()
+    masks = [torch.arange(steps) < steps - 1 for steps in (TIME, TIME - 1)]
     handle = reg.attach(rnn, dropout, valid=lambda x: masks[TIME - x.shape[1]].expand(BATCH, -1))
     with dropout.register_forward_pre_hook(lambda *_: pytest.fail("a hook")), pytest.raises(pytest.fail.Exception):
         dropout(rnn(inputs())[0])
     if again == "removed":
         handle.remove()
-        raw, _ = rnn(inputs())
-        dropped, taken = dropout(raw), dropout.take()
-        assert taken is not None
-        torch.testing.assert_close(taken.penalty, formula(raw, dropped, 1, 3.0, 5.0))
+        raw, dropped = run(rnn, dropout)
+        torch.testing.assert_close(dropout.take().penalty, formula(raw, dropped, 1, 3.0, 5.0))  # pyright: ignore
         return
-    raw, _ = rnn(inputs()[:, 1:])
-    dropped = dropout(raw)
+    raw, dropped = run(rnn, dropout, inputs()[:, 1:])
     want = fused_ar_tar(raw, dropped, ALPHA, BETA, valid=masks[1].expand(BATCH, -1))
     check_gradients(rnn, penalty_of(reg, dropped), want)
 
