@@ -135,24 +135,22 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
 
 
 class Spy(Callback):
-    """Record of each training step its length, the lrs before and in it, and those of its weight decay."""
+    """Record of each training step its length, the lrs before and in it, and that of its weight decay."""
 
     def __init__(self, learn: Any, fails: bool = False) -> None:
-        self.learn, self.fails, self.lengths, self.before, self.lrs, self.decays = learn, fails, [], [], [], []
+        self.learn, self.fails, self.steps = learn, fails, []
 
     def on_train_begin(self, **_: Any) -> None:
         self.own, self.learn.opt.opt.step = self.learn.opt.opt.step, self.step
 
     def on_backward_begin(self, last_input: Any, **_: Any) -> None:
-        self.lengths.append(last_input.shape[TIME])
-        self.before.append(self.present())
+        self.length, self.before = last_input.shape[TIME], self.present()
 
     def present(self) -> list[float]:
         return [group["lr"] for group in self.learn.opt.opt.param_groups]
 
     def step(self, *args: Any) -> None:
-        self.lrs.append(self.present())
-        self.decays.append(list(self.learn.opt._lr))
+        self.steps.append((self.length, self.before, self.present(), list(self.learn.opt._lr)))
         if self.fails:
             raise ArithmeticError("the step failed")
         self.own(*args)
@@ -165,11 +163,12 @@ def test_adjust_scales_the_lr_for_the_step_alone(adjust: bool, fails: bool) -> N
     with pytest.raises(ArithmeticError, match="the step failed") if fails else nullcontext():
         learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy])
     base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
-    assert all(lrs == pytest.approx(base) for lrs in [*spy.before, spy.present()])
-    for length, lrs, decay in zip(spy.lengths, spy.lrs, spy.decays, strict=True):
+    assert spy.present() == pytest.approx(base)
+    for length, before, lrs, decay in spy.steps:
+        assert before == pytest.approx(base)
         assert lrs == pytest.approx([lr * (length / 20 if adjust else 1) for lr in base])
         assert decay == pytest.approx(lrs[::2])
-    assert any(length != 20 for length in spy.lengths)
+    assert any(length != 20 for length, *_ in spy.steps)
 
 
 @pytest.mark.parametrize("dropout", [False, True])

@@ -71,6 +71,18 @@ class Loop(nn.Module):
         return torch.stack(states, int(self.batch_first)), state
 
 
+class Sink(torch.autograd.Function):
+    """Passes on one of two tensors, as `DistributedDataParallel` links the outputs of a model."""
+
+    @staticmethod
+    def forward(ctx: Any, used: Tensor, _: Tensor) -> Tensor:
+        return used.view_as(used)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, None
+
+
 class Locked(nn.Module):
     """Variational dropout in plain PyTorch, with the mask of a `FusedRNNDropout` of the same seed."""
 

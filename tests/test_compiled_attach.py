@@ -15,29 +15,16 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastreg import RNNRegularizer
-from tests.language_model import (
-    ALPHA,
-    BATCH,
-    BETA,
-    Elementwise,
-    Fused,
-    Loop,
-    Model,
-    attached,
-    criterion,
-    formula,
-    regularizer,
-    seeded,
-    tokens,
-)
+from tests import language_model as lm
+from tests.language_model import ALPHA, BATCH, BETA
 
 pytestmark = pytest.mark.usefixtures("dynamo")
 each_use = pytest.mark.parametrize("in_backward", [False, True])
-each_kind = pytest.mark.parametrize("kind", [nn.GRU, Loop, Elementwise])
+each_kind = pytest.mark.parametrize("kind", [nn.GRU, lm.Loop, lm.Elementwise])
 
 
-def made(kind: Any) -> Model:
-    return seeded(lambda: Model(kind)).double()
+def made(kind: Any) -> lm.Model:
+    return lm.seeded(lambda: lm.Model(kind)).double()
 
 
 def compiled(model: nn.Module) -> Any:
@@ -48,28 +35,28 @@ def batches() -> Iterator[Tensor]:
     """Yield inputs; the first compiles, and a dropout draws the same masks for each on every side."""
     for seed in range(2):
         torch.manual_seed(seed)
-        yield tokens(BATCH, 4)
+        yield lm.tokens(BATCH, 4)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return [*torch.autograd.grad(loss, [*model.parameters()])]
 
 
-def of_formula(model: Model, alpha: float = ALPHA, beta: float = BETA) -> list[Any]:
+def of_formula(model: lm.Model, alpha: float = ALPHA, beta: float = BETA) -> list[Any]:
     """Return the loss and the gradients of plain PyTorch."""
     found = []
     for x in batches():
         decoded, raw, dropped = model.activations(x)
-        loss = criterion(decoded, x)
-        found.append([loss, *gradients(model, loss + formula(raw, dropped, 1, alpha, beta))])
+        loss = lm.criterion(decoded, x)
+        found.append([loss, *gradients(model, loss + lm.formula(raw, dropped, 1, alpha, beta))])
     return found
 
 
-def of_hooks(model: Model, run: Any, reg: RNNRegularizer | None = None) -> list[Any]:
+def of_hooks(model: lm.Model, run: Any, reg: RNNRegularizer | None = None) -> list[Any]:
     """Return the loss and the gradients of a model that `run` runs; without a regularizer hooks add the penalty."""
     found = []
     for x in batches():
-        loss = criterion(run(x), x)
+        loss = lm.criterion(run(x), x)
         found.append([loss, *gradients(model, loss if reg is None else reg.on_backward_begin(loss))])
     return found
 
@@ -81,11 +68,11 @@ def assert_same(got: Any, want: list[Any]) -> None:
 @each_use
 @each_kind
 def test_ten_models_of_a_class_that_was_compiled_before(kind: Any, in_backward: bool) -> None:
-    compiled(made(kind))(tokens(BATCH, 4))
+    compiled(made(kind))(lm.tokens(BATCH, 4))
     want = of_formula(made(kind))
     for _ in range(10):
         model = made(kind)
-        reg = attached(model, in_backward=in_backward)
+        reg = lm.attached(model, in_backward=in_backward)
         assert_same(of_hooks(model, compiled(model), None if in_backward else reg), want)
 
 
@@ -97,10 +84,10 @@ def test_attached_to_a_model_that_was_compiled_and_run(training: bool, kind: Any
     model, plain = made(kind), made(kind)
     run, want, without = compiled(model), of_formula(plain), of_formula(plain, 0.0, 0.0)
     with torch.set_grad_enabled(training):
-        run.train(training)(tokens(BATCH, 4))
+        run.train(training)(lm.tokens(BATCH, 4))
     run.train()
     for _ in range(2):
-        reg = regularizer()
+        reg = lm.regularizer()
         with reg.attach(model.rnn, model.dropout, in_backward=in_backward):
             try:
                 got = of_hooks(model, run, None if in_backward else reg)
@@ -113,10 +100,10 @@ def test_attached_to_a_model_that_was_compiled_and_run(training: bool, kind: Any
         assert_same(of_hooks(model, run), without)
 
 
-@pytest.mark.parametrize("kind", [Model, Fused])
+@pytest.mark.parametrize("kind", [lm.Model, lm.Fused])
 def test_a_coefficient_that_changes_compiles_no_code_anew(kind: Any) -> None:
-    model, counter = seeded(lambda: kind(Elementwise)), CompileCounterWithBackend("aot_eager")
-    reg, run = attached(model), torch.compile(model, backend=counter)
+    model, counter = lm.seeded(lambda: kind(lm.Elementwise)), CompileCounterWithBackend("aot_eager")
+    reg, run = lm.attached(model), torch.compile(model, backend=counter)
     compilations = []
     for step in range(6):
         reg.alpha = ALPHA + step

@@ -486,7 +486,6 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (vars, run(stock.RNNCallback(), *rnn_cbs(1.0)[1:]), TypeError, ALONE + "2"),
     (lambda x: x.add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "RNNRegularizer: the learner has another"),
     (lambda x: fuse(x).add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "the learner has another"),
-    (lambda x: fuse(x, True).add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "the learner has another"),
     (vars, run(*[RNNRegularizer(rnn=rnn) for rnn in ("rnn", ["dropout", "rnn"])]), ValueError, "has another"),
     (vars, of_two_learners, RuntimeError, "another learner has this callback, too"),
     (vars, run(*[RNNRegularizer(bptt=8, rnn=rnn) for rnn in ("rnn", "dropout")]), ValueError, "bptt: expected None"),
