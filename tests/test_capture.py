@@ -183,25 +183,20 @@ def one_run() -> tuple[nn.Module, RNNRegularizer, Tensor, Tensor]:
     return module, reg, raw, raw.square().sum()
 
 
-@pytest.mark.parametrize("kind", [Tensor, Decorated])
-def test_the_sum_may_be_changed_in_place(kind: Any) -> None:
-    module, reg, raw, loss = one_run()
-    total = reg.on_backward_begin(loss.as_subclass(kind))
-    total /= 2
-    assert type(total) is kind
-    lm.check_gradients(module, total, (loss + lm.formula(raw, raw, 1)) / 2)
-
-
 @pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
-def test_the_penalty_alone_may_be_changed_in_place(kind: Any) -> None:
+@pytest.mark.parametrize("result", [Tensor, Decorated, "the penalty alone"])
+def test_a_result_may_be_changed_in_place(result: Any, kind: Any) -> None:
     module, reg = lm.attach_gru(dropout := kind(0.4))
     raw, dropped = lm.run(module, dropout)
-    loss = dropped.square().sum()
-    terms = reg.take(loss)
-    assert terms is not None
-    penalty = terms.penalty
-    penalty /= 2
-    lm.check_gradients(module, loss + penalty, loss + lm.formula(raw, dropped, 1) / 2)
+    loss, penalty = dropped.square().sum(), lm.formula(raw, dropped, 1)
+    got: Any = reg.on_backward_begin(loss.as_subclass(result)) if isinstance(result, type) else reg.take(loss)
+    if isinstance(result, type):
+        got /= 2
+        assert type(got) is result
+        lm.check_gradients(module, got, (loss + penalty) / 2)
+    else:
+        got.penalty.div_(2)
+        lm.check_gradients(module, loss + got.penalty, loss + penalty / 2)
 
 
 @pytest.mark.parametrize("where", ["the loss", "the penalty"])
