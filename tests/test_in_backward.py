@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import FusedRNNDropout
 from tests import language_model as lm
 from tests.calls import Nothing
-from tests.language_model import BATCH, HIDDEN, TIME
+from tests.language_model import BATCH, BETA, HIDDEN, TIME
 
 DROPOUTS = [None, nn.Dropout(0.0), nn.Dropout(0.4), FusedRNNDropout(0.4)]
 each_dropout = pytest.mark.parametrize("dropout", DROPOUTS, ids=["none", "idle", "plain", "fused"])
@@ -89,6 +89,15 @@ def test_a_loss_that_depends_on_raw_alone(dropout: Any) -> None:
         raw.sum().backward(retain_graph=True)
     rnn.zero_grad()
     (raw + dropped).sum().backward()
+
+
+def test_a_loss_that_depends_on_raw_alone_without_ar() -> None:
+    rnn, reg = attached_gru(dropout := nn.Dropout(0.4))
+    reg.alpha, x, plain = 0.0, lm.inputs(), lm.gru()
+    raw, _ = lm.run(rnn, dropout, x)
+    unhooked, _ = plain(x)
+    want = unhooked.sum() + BETA * unhooked.diff(dim=1).square().mean()
+    torch.testing.assert_close(gradients(raw.sum(), rnn), gradients(want, plain))
 
 
 @each_dropout
@@ -179,6 +188,15 @@ def test_activation_checkpointing_of_the_dropout_and_the_layers_behind_it(in_bac
     torch.manual_seed(3)
     raw, dropped = lm.run(plain, dropout)
     torch.testing.assert_close(got, gradients(dropped.sin().square().sum() + lm.formula(raw, dropped, 1), plain))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_terms_are_those_of_the_latest_run_and_of_no_recomputation(reentrant: bool) -> None:
+    (rnn, reg), x = attached_gru(), lm.inputs().requires_grad_()
+    loss = sum(checkpoint(lambda x: rnn(x)[0], k * x, use_reentrant=reentrant).sum() for k in (1, 2))
+    want = [reg.ar, reg.tar]
+    loss.backward()  # pyright: ignore[reportAttributeAccessIssue] # runs the first run again at last
+    torch.testing.assert_close([reg.ar, reg.tar], want)
 
 
 def gradients_of(loss: Tensor, module: nn.Module) -> list[Any]:
