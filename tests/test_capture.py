@@ -142,12 +142,14 @@ def test_a_loss_that_depends_on_the_latest_run_by_another_output(give: Callable[
     assert not any(ref() is not None for ref in alive)
 
 
-def test_a_loss_that_depends_on_one_of_two_modules() -> None:
-    modules, reg = nn.ModuleList([lm.Returning(), lm.Returning()]), lm.regularizer(layers="all")
+@pytest.mark.parametrize(("layers", "reached"), [("all", 1), ("last", 2)])
+def test_the_loss_depends_on_one_of_two_modules_or_one_counts(layers: Any, reached: int) -> None:
+    modules, reg = nn.ModuleList([lm.Returning(), lm.Returning()]), lm.regularizer(layers=layers)
     for module in modules:
         reg.attach(module)
-    raw, _other = (module(lm.inputs()) for module in modules)
-    lm.check_gradients(modules, reg.on_backward_begin(raw.sum()), raw.sum() + lm.formula(raw, raw, 1))
+    raws = [module(lm.inputs()) for module in modules]
+    loss, raw = torch.cat(raws[:reached]).sum(), raws[reached - 1]
+    lm.check_gradients(modules, reg.on_backward_begin(loss), loss + lm.formula(raw, raw, 1))
 
 
 class Passing(nn.GRU):
