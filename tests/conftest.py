@@ -21,7 +21,7 @@ from torch import nn
 from fastreg import FusedRNNDropout, carry, dropout, penalty, regularizer
 from fastreg.backends import TRITON, backend_for, cpu_tensors_by
 from fastreg.plans import forget
-from tests.language_model import Model, Stack
+from tests.language_model import Model
 
 collect_ignore = [] if find_spec("triton") else ["ptx"]  # which runs the code that Triton compiles
 CPU = backend_for(torch.device("cpu"))
@@ -210,8 +210,7 @@ def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(params=[nn.Dropout, FusedRNNDropout])
 def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the language models a plain dropout, and one that forms the penalty; alone it adds nothing."""
-    for model in (Model, Stack):
-        monkeypatch.setattr(model, "kind_of_dropout", request.param)
+    monkeypatch.setattr(Model, "kind_of_dropout", request.param)
 
 
 @pytest.fixture

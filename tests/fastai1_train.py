@@ -65,28 +65,13 @@ from torch import Tensor, nn  # noqa: E402
 from fastreg import FusedRNNDropout  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
 from tests.conftest import without  # noqa: E402
-from tests.language_model import VOCABULARY, Model, gap  # noqa: E402
+from tests.language_model import VOCABULARY, Model, gap, hooks_of  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = release in ("1.0.36", "1.0.42")
 TIME = 0 if release == "1.0.36" else 1
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 pytestmark = pytest.mark.usefixtures("quick_collections")
-
-
-class Written(RNNTrainer):
-    """The formula written out, where the stock callback does not compute it."""
-
-    _order = -5
-
-    def on_loss_begin(self, last_output: Any, **_: Any) -> Any:
-        self.captured = last_output[1][-1], last_output[2][-1]
-        return last_output[0] if OLD else {"last_output": last_output[0]}
-
-    def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
-        raw, dropped = self.captured
-        loss = last_loss + self.alpha * dropped.pow(2).mean() + self.beta * raw.diff(dim=TIME).pow(2).mean()
-        return loss if OLD else {"last_loss": loss}
 
 
 def learner(alpha: float = ALPHA, beta: float = BETA) -> Any:
@@ -106,21 +91,11 @@ def learner(alpha: float = ALPHA, beta: float = BETA) -> Any:
     return language_model_learner(data, AWD_LSTM, config=config, pretrained=False, alpha=alpha, beta=beta)
 
 
-def with_trainer(trainer: type[RNNTrainer], bptt: int = 16, adjust: bool = False) -> Any:
-    learn = learner()
-    learn.callbacks = [trainer(learn, bptt, ALPHA, BETA, adjust)]
-    return learn
-
-
 def trained(learn: Any, *callbacks: Callback) -> Tensor:
     torch.manual_seed(1)
     np.random.seed(1)
     learn.fit(1, 5e-3, callbacks=[*callbacks])
     return torch.cat([p.detach().float().flatten() for p in learn.model.parameters()])
-
-
-def last_valid(x: Tensor) -> Tensor:
-    return torch.ones_like(x).transpose(0, TIME - 1)
 
 
 @functools.cache
@@ -129,59 +104,53 @@ def stock(alpha: float = ALPHA, beta: float = BETA) -> Tensor:
     return trained(learner(alpha, beta))
 
 
-def test_trains_the_weights_of_fastai_and_of_the_formula() -> None:
-    fused = fuse(learner())
-    weights, last = trained(fused), fused.callbacks[-1]
-    assert gap(weights, stock()) < 1e-5
-    assert gap(weights, trained(with_trainer(Written))) < 1e-5
-    for alpha, beta in ((0.0, 0.0), (ALPHA, 0.0), (0.0, BETA)):
-        assert gap(weights, stock(alpha, beta)) > 1e-3
-    assert last.ar > 0 < last.tar
+COEFFICIENTS = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+def test_trains_the_stock_weights(coefficients: tuple[float, float], dropout: bool) -> None:
+    """With coefficients that a schedule sets."""
+
+    class Schedule(Callback):
+        def on_batch_begin(self, **_: Any) -> None:
+            kinds.add(type(learn.model[1].output_dp))
+            now.alpha, now.beta = coefficients
+
+    learn, kinds = fuse(learner(), dropout), set()
+    (now,) = learn.callbacks
+    assert gap(trained(learn, Schedule()), stock(*coefficients)) < 1e-5
+    assert all(gap(stock(*coefficients), stock(*x)) > 1e-3 for x in COEFFICIENTS if x != coefficients)
+    assert now.ar > 0 < now.tar
+    assert (kinds == {FusedRNNDropout}) == dropout
 
 
 @pytest.mark.skipif(release == "1.0.36", reason="its mixed precision halves the token ids, too")
 def test_the_loss_scale_scales_the_penalty_too() -> None:
     weights = []
-    for learn in (with_trainer(Written), fuse(learner())):  # of float32, to compare closely
-        learn.callbacks.insert(0, MixedPrecision(learn, 64.0, **({} if OLD else {"dynamic": False})))
+    for learn, at in ((learner(), 1), (fuse(learner()), 0)):  # of float32, to compare closely
+        learn.callbacks.insert(at, MixedPrecision(learn, 64.0, **({} if OLD else {"dynamic": False})))
         weights.append(trained(learn))
     assert gap(*weights) < 1e-5
 
 
-def test_a_fused_dropout_trains_the_stock_weights() -> None:
-    class Off(Callback):
-        def on_batch_begin(self, **_: Any) -> None:
-            kinds.add(type(fused.model[1].output_dp))
-            last.alpha = last.beta = 0.0
-
-    fused, kinds = fuse(fuse(learner()), dropout=True), set()
-    assert gap(trained(fused), stock()) < 1e-5
-    assert fused.callbacks[-1].ar > 0 < fused.callbacks[-1].tar
-    fused = fuse(learner(), dropout=True)
-    last = fused.callbacks[-1]
-    assert gap(trained(fused, Off()), stock(0.0, 0.0)) < 1e-5  # a schedule reaches the dropout
-    assert kinds == {FusedRNNDropout}
-
-
 class Spy(Callback):
-    """Record of each training step its length, the lrs before and in it, and those of its weight decay."""
+    """Record of each training step its length, the lrs before and in it, and that of its weight decay."""
 
     def __init__(self, learn: Any, fails: bool = False) -> None:
-        self.learn, self.fails, self.lengths, self.before, self.lrs, self.decays = learn, fails, [], [], [], []
+        self.learn, self.fails, self.steps = learn, fails, []
 
     def on_train_begin(self, **_: Any) -> None:
         self.own, self.learn.opt.opt.step = self.learn.opt.opt.step, self.step
 
     def on_backward_begin(self, last_input: Any, **_: Any) -> None:
-        self.lengths.append(last_input.shape[TIME])
-        self.before.append(self.present())
+        self.length, self.before = last_input.shape[TIME], self.present()
 
     def present(self) -> list[float]:
         return [group["lr"] for group in self.learn.opt.opt.param_groups]
 
     def step(self, *args: Any) -> None:
-        self.lrs.append(self.present())
-        self.decays.append(list(self.learn.opt._lr))
+        self.steps.append((self.length, self.before, self.present(), list(self.learn.opt._lr)))
         if self.fails:
             raise ArithmeticError("the step failed")
         self.own(*args)
@@ -189,16 +158,17 @@ class Spy(Callback):
 
 @pytest.mark.parametrize(("adjust", "fails"), [(False, False), (True, False), (True, True)])
 def test_adjust_scales_the_lr_for_the_step_alone(adjust: bool, fails: bool) -> None:
-    learn = with_trainer(RNNTrainer, 20, adjust)
-    spy = Spy(learn, fails)
+    learn = learner()
+    learn.callbacks, spy = [RNNTrainer(learn, 20, ALPHA, BETA, adjust)], Spy(learn, fails)
     with pytest.raises(ArithmeticError, match="the step failed") if fails else nullcontext():
         learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy])
     base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
-    assert all(lrs == pytest.approx(base) for lrs in [*spy.before, spy.present()])
-    for length, lrs, decay in zip(spy.lengths, spy.lrs, spy.decays, strict=True):
+    assert spy.present() == pytest.approx(base)
+    for length, before, lrs, decay in spy.steps:
+        assert before == pytest.approx(base)
         assert lrs == pytest.approx([lr * (length / 20 if adjust else 1) for lr in base])
         assert decay == pytest.approx(lrs[::2])
-    assert any(length != 20 for length in spy.lengths)
+    assert any(length != 20 for length, *_ in spy.steps)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -224,7 +194,7 @@ def test_nothing_is_held(what: str, dropout: bool) -> None:
 def test_fuse_and_unfuse_swap_in_place() -> None:
     learn, names = learner(), ("bptt", "alpha", "beta", "adjust")
     own = learn.callbacks[0]
-    assert fuse(fuse(learn, valid=last_valid), dropout=True) is learn  # with the arguments of the last call
+    assert fuse(fuse(learn, valid=lambda x: x < 0), dropout=True) is learn  # with the arguments of the last call
     (now,) = learn.callbacks
     assert type(now) is RNNTrainer
     assert [vars(now)[name] for name in names] == [16 if OLD else None, ALPHA, BETA, False]
@@ -297,25 +267,24 @@ def own(kind: Any, trainer: Any, *args: Any, **options: Any) -> Any:
 
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 OURS: Any = (RNNTrainer, 16, ALPHA, BETA, False)
+STOCK: Any = (Stock, *([16] if OLD else []), ALPHA, BETA, *([False] if release == "1.0.36" else []))
 
 
 @pytest.mark.parametrize("name", [None, "valid", "starts"])
-def test_modules_by_their_paths_train_the_weights_of_the_formula(name: str | None) -> None:
+def test_modules_by_their_paths_train_the_stock_weights(name: str | None) -> None:
     options: Any = {} if name is None else {name: lambda x: (x % 3 != 0).transpose(0, TIME - 1)}  # (batch, time)
-    written = trained(own(Together, Written, 16, ALPHA, BETA, False))
+    expected = trained(own(Together, *STOCK))
     learn = own(Alone, *OURS, **options, **PATHS)
     weights = trained(learn)
-    assert sum(len(module._forward_hooks) for module in learn.model.modules()) == 0
+    assert hooks_of(learn.model) == 0
     assert not learn.callbacks[-1].batch
     if name is not None:
         assert gap(weights, trained(own(Together, *OURS, **options))) < 1e-5
-        assert gap(weights, written) > 1e-4
+        assert gap(weights, expected) > 1e-4
         return
-    assert gap(weights, written) < 1e-5
-    adjust = {"adjust": False} if release == "1.0.36" else {}
-    stock = own(Alone, Stock, *([16] if OLD else []), alpha=ALPHA, beta=BETA, **adjust)
-    assert gap(trained(fuse(stock, "dropout", rnn="rnn")), written) < 1e-5
-    assert gap(trained(own(Alone, RNNTrainer, 16, adjust=False, **PATHS)), written) > 1e-3
+    assert gap(weights, expected) < 1e-5
+    assert gap(trained(fuse(own(Alone, *STOCK), "dropout", rnn="rnn")), expected) < 1e-5
+    assert gap(trained(own(Alone, RNNTrainer, 16, adjust=False, **PATHS)), expected) > 1e-3
 
 
 def sequential(learn: Any) -> None:

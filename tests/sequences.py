@@ -386,11 +386,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Play random sequences of training steps.")
     parser.add_argument("--seed", type=int, default=0, help="of the first sequence")
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--dtype", choices=["float32", "float64"], help="by default either")
-    parser.add_argument("--compiled", choices=["yes", "no"], help="by default a fifth of the sequences")
     args = parser.parse_args()
-    dtype, compiled = args.dtype and getattr(torch, args.dtype), args.compiled and args.compiled == "yes"
-    play_all(range(args.seed, args.seed + args.count), lambda seed: Play(seed, dtype, compiled))
+    play_all(range(args.seed, args.seed + args.count), Play)
 
 
 if __name__ == "__main__":

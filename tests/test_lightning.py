@@ -73,16 +73,13 @@ def callback(alpha: float = ALPHA, beta: float = BETA, **options: Any) -> Activa
     return ActivationRegularization(alpha, beta, **(named | options))
 
 
-def fit(module: Any, *callbacks: Any, validate: bool = False, before: bool = False, **options: Any) -> Any:
-    """Train for an epoch of six batches, and return the logged metrics; validate in the fit, or before it."""
+def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
+    """Train for an epoch of six batches, and return the logged metrics; also validate in the fit."""
     torch.manual_seed(0)
     defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
     data = torch.utils.data.DataLoader(tokens(6 * BATCH, TIME), batch_size=BATCH)  # pyright: ignore
-    if before:
-        trainer.validate(module, data, verbose=False)
-    torch.manual_seed(0)
     trainer.fit(module, data, data if validate else None)
     return trainer.callback_metrics
 
@@ -187,34 +184,20 @@ def test_errors_leave_the_module_as_it_was(kind: Any, options: Any, error: type[
     assert_left_alone(module)
 
 
-class Compiled(Module):
-    """Calls its model as code that is compiled, unless it has the formula; logs nothing, which would not compile."""
-
-    def __init__(self, *coefficients: tuple[float, float], kind: Any) -> None:
-        super().__init__(*coefficients)
-        self.net = lm.Model(kind)
+class Quiet(Module):
+    """Logs nothing, which would not compile."""
 
     def log(self, *_: Any, **__: Any) -> None: ...
 
-    def run(self, batch: Tensor) -> Any:
-        return super().run(batch) if self.coefficients else (criterion(self.net(batch), batch), [])
-
 
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_compiled_module(whole: bool) -> None:
-    """One that was validated and fitted before; fitted twice, with hooks that are attached when a fit starts."""
-    module, written_out, without = (made(partial(Compiled, *x, kind=lm.Elementwise)) for x in ((), ((0.0, 0.0),), ()))
-    if not whole:
-        module.net.compile(backend="eager")
-    to_fit = torch.compile(module, backend="eager") if whole else module
-    for callbacks in ((), (callback(),), (callback(),)):
-        fit(to_fit, *callbacks, before=True)
+def test_a_compiled_module_that_was_fitted_without_the_penalty() -> None:
+    module, written_out = made(Quiet), made(Quiet, (0.0, 0.0))
+    for coefficients, callbacks in (((0.0, 0.0), ()), (BOTH, (callback(),))):
+        written_out.coefficients = (coefficients,)
+        fit(torch.compile(module, backend="eager"), *callbacks)
         fit(written_out)
-        fit(without)
         assert_same_weights(module, written_out)
-        written_out.coefficients = (BOTH,)
-    lm.assert_other_weights(module, without)
 
 
 def test_rnns_in_evaluation_add_nothing() -> None:

@@ -17,77 +17,46 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.optim import SGD
 
 from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar
-from tests.language_model import (
-    ALPHA,
-    BATCH,
-    BETA,
-    HIDDEN,
-    TIME,
-    Model,
-    Stack,
-    attached,
-    check_gradients,
-    criterion,
-    either,
-    formula,
-    penalty_of,
-    regularizer,
-    seeded,
-    tokens,
-)
-from tests.samples import BF16, DOUBLE, FLOAT
+from tests import language_model as lm
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME
 
 
-def captured(by_hooks: bool) -> tuple[Model, RNNRegularizer, tuple[Tensor, Tensor, Tensor]]:
+def captured(by_hooks: bool) -> tuple[lm.Model, RNNRegularizer, tuple[Tensor, Tensor, Tensor]]:
     """Make a model, a regularizer with a capture of one run, and the activations of that run."""
-    model = seeded(Model)
-    reg = attached(model) if by_hooks else regularizer()
-    for x in (tokens().flip(1), tokens()):  # the first step fails before its backward
+    model = lm.seeded(lm.Model)
+    reg = lm.attached(model) if by_hooks else lm.regularizer()
+    for x in (lm.tokens().flip(1), lm.tokens()):  # the first step fails before its backward
         output = model.activations(x)
         if not by_hooks:
             reg.on_loss_begin(output)
     return model, reg, output
 
 
-@either
-@pytest.mark.parametrize("by_hooks", [False, True])
-@pytest.mark.parametrize("layers", ["last", "all"])
-def test_layers(layers: Any, by_hooks: bool) -> None:
-    model, reg = seeded(Stack), regularizer(layers=layers)
-    for rnn, dropout in zip(model.rnns, model.dropouts, strict=True) if by_hooks else ():
-        reg.attach(rnn, dropout)
-    decoded, *activations = output = model(tokens())
-    if not by_hooks:
-        reg.on_loss_begin(output)
-    loss = criterion(decoded, tokens())
-    runs = [*zip(*activations, strict=True)][-1 if layers == "last" else 0 :]
-    want = loss + torch.stack([formula(*run, time=1) for run in runs]).sum()
-    check_gradients(model, reg.on_backward_begin(loss), want)
+@pytest.mark.parametrize(("layers", "first"), [("last", 2), ("all", 0)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers(packed: bool, layers: Any, first: int) -> None:
+    pack = (lambda x: pack_padded_sequence(x, torch.tensor([7, 4, 2]), batch_first=True)) if packed else torch.clone
+    raw, dropped = ([pack(torch.randn(BATCH, TIME, HIDDEN)) for _ in range(3)] for _ in range(2))
+    reg = lm.regularizer(layers=layers)
+    reg.on_loss_begin((0, raw, dropped))
+    assert lm.penalty_of(reg) == fused_ar_tar(raw[first:], dropped[first:], ALPHA, BETA)
 
 
-@pytest.mark.parametrize(("layers", "count"), [("last", 1), ("all", 2)])
-def test_layers_of_packed_sequences(layers: Any, count: int) -> None:
-    raw = pack_padded_sequence(torch.randn(BATCH, TIME, HIDDEN), torch.tensor([7, 4, 2]), batch_first=True)
-    reg = regularizer(layers=layers)
-    reg.on_loss_begin((0, [raw, raw], [raw, raw]))
-    assert penalty_of(reg) == fused_ar_tar([raw] * count, [raw] * count, ALPHA, BETA)
-
-
-@either
+@lm.either
 @pytest.mark.parametrize("by_hooks", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_loss_and_its_terms(alone: bool, by_hooks: bool) -> None:
-    assert regularizer().ar is regularizer().tar is None
+    assert lm.regularizer().ar is lm.regularizer().tar is None
     model, reg, (decoded, raw, dropped) = captured(by_hooks)
-    loss, penalty = criterion(decoded, tokens()), formula(raw, dropped, 1)
+    loss, penalty = lm.criterion(decoded, lm.tokens()), lm.formula(raw, dropped, 1)
     before = loss.item()
     if alone:
         terms = reg.take(loss)
         assert isinstance(terms, ARTAR)
         assert (reg.ar, reg.tar) == terms[1:]
-        check_gradients(model, terms.penalty, penalty)
+        lm.check_gradients(model, terms.penalty, penalty)
     else:
-        check_gradients(model, reg.on_backward_begin(loss), loss + penalty)
+        lm.check_gradients(model, reg.on_backward_begin(loss), loss + penalty)
     assert loss.item() == before
     assert not any(x is None or x.requires_grad for x in (reg.ar, reg.tar))
     torch.testing.assert_close((reg.ar, reg.tar), (dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()))
@@ -96,22 +65,14 @@ def test_the_loss_and_its_terms(alone: bool, by_hooks: bool) -> None:
         reg.take(loss)
 
 
-@either
+@lm.either
 def test_evaluation_adds_nothing() -> None:
     model, reg, _ = captured(by_hooks=True)
     model.eval()
-    loss = criterion(model(tokens()), tokens())
+    loss = lm.criterion(model(lm.tokens()), lm.tokens())
     assert reg.take(loss) is None
     assert reg.on_backward_begin(loss) is loss
     assert reg.ar is None
-
-
-@pytest.mark.parametrize(("loss", "raw", "total"), [(BF16, BF16, FLOAT), (FLOAT, BF16, FLOAT), (FLOAT, DOUBLE, DOUBLE)])
-def test_dtypes(loss: torch.dtype, raw: torch.dtype, total: torch.dtype) -> None:
-    reg = regularizer()
-    x = torch.ones(2, 3, 4, dtype=raw)
-    reg.on_loss_begin((x, x, x))
-    assert reg.on_backward_begin(torch.ones((), dtype=loss)).dtype == total
 
 
 VALID, STARTS = torch.rand(2, BATCH, TIME, generator=torch.Generator().manual_seed(0)) < 0.6
@@ -129,11 +90,11 @@ VALID, STARTS = torch.rand(2, BATCH, TIME, generator=torch.Generator().manual_se
 )
 def test_layouts_and_the_steps_that_count(axis: int, layout: dict[str, Any], steps: dict[str, Any]) -> None:
     raw, dropped = torch.randn(2, BATCH, TIME, HIDDEN)
-    want, reg = fused_ar_tar(raw, dropped, ALPHA, BETA, **steps), regularizer()
+    want, reg = fused_ar_tar(raw, dropped, ALPHA, BETA, **steps), lm.regularizer()
     raw, dropped = raw.movedim(1, axis), dropped.movedim(1, axis)
     for output in ((0, raw, dropped), [0, [raw], [dropped]]):
         assert reg.on_loss_begin(output, **layout, **steps) == 0
-        got = penalty_of(reg)
+        got = lm.penalty_of(reg)
         assert got == fused_ar_tar(raw, dropped, ALPHA, BETA, **layout, **steps)
         torch.testing.assert_close(got, want)
 
@@ -150,7 +111,7 @@ def test_layouts_and_the_steps_that_count(axis: int, layout: dict[str, Any], ste
 )
 def test_steps_that_show_another_layout(batch_first: bool | None, options: dict[str, Any]) -> None:
     (name,), right = options, batch_first is False
-    raw, reg = torch.randn(*((BATCH, TIME) if right else (TIME, BATCH)), HIDDEN), regularizer()
+    raw, reg = torch.randn(*((BATCH, TIME) if right else (TIME, BATCH)), HIDDEN), lm.regularizer()
     message = rf"batch_first: expected {right}, as raw is .* and {name} \(3,.*got {batch_first}"
     with pytest.raises(ValueError, match=message):
         reg.on_loss_begin((None, [raw], [raw]), batch_first=batch_first, **options)
@@ -168,13 +129,13 @@ def test_steps_that_show_another_layout(batch_first: bool | None, options: dict[
     ids=["rows", "cross_entropy", "ctc"],
 )
 def test_a_stated_layout_goes_before_what_decoded_shows(shape: tuple[int, int], size: Any) -> None:
-    raw, decoded, reg = torch.randn(*shape, HIDDEN), torch.zeros(size(*shape)), regularizer()
+    raw, decoded, reg = torch.randn(*shape, HIDDEN), torch.zeros(size(*shape)), lm.regularizer()
     with pytest.raises(ValueError, match=r"batch_first: expected True or False, as raw is .* and decoded .*, got None"):
         reg.on_loss_begin((decoded, [raw], [raw]))
     for batch_first in (True, False):
         for shown in (decoded, torch.zeros(size(*shape[::-1]))):
             reg.on_loss_begin((shown, raw, raw), batch_first=batch_first)
-            assert penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first)
+            assert lm.penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first)
 
 
 # Decoded of any number of classes, with an axis for them or flattened; of one sequence; of as many as time steps.
@@ -189,12 +150,12 @@ SHOWN += [(TIME, TIME, size) for size in [(TIME, 2), (TIME, 2, TIME), (TIME, TIM
 def test_decoded_that_shows_no_other_layout(batch: int, time: int, size: Any, batch_first: bool | None) -> None:
     if batch_first is False and size[:2] == (batch, time):
         size = (time, batch, *size[2:])
-    raw, reg = torch.randn((time, batch, HIDDEN) if batch_first is False else (batch, time, HIDDEN)), regularizer()
+    raw, reg = torch.randn((time, batch, HIDDEN) if batch_first is False else (batch, time, HIDDEN)), lm.regularizer()
     masks: list[dict[str, Any]] = [{}, {"valid": torch.rand(batch, time) < 0.7}, {"lengths": torch.full((batch,), 3)}]
     for options in masks:
         reg.on_loss_begin((torch.zeros(size), raw, raw), batch_first=batch_first, **options)
         want = fused_ar_tar(raw, raw, ALPHA, BETA, batch_first=batch_first is not False, **options)
-        assert penalty_of(reg) == want
+        assert lm.penalty_of(reg) == want
 
 
 # The end of a capture
@@ -206,16 +167,16 @@ def test_clear_and_on_epoch_begin_drop_captures(drop: Callable[[RNNRegularizer],
     _, reg, _output = captured(by_hooks)
     drop(reg)
     with pytest.raises(RuntimeError, match="nothing was captured"):
-        penalty_of(reg)
+        lm.penalty_of(reg)
 
 
-@either
+@lm.either
 @pytest.mark.parametrize("by_hooks", [False, True])
 @pytest.mark.parametrize("fails", [None, "alpha", "loss"])
 def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: str | None) -> None:
     model, reg, output = captured(by_hooks)
     refs = [weakref.ref(x) for x in output[1:]]
-    loss = criterion(output[0], tokens())
+    loss = lm.criterion(output[0], lm.tokens())
     if isinstance(model.dropout, FusedRNNDropout) and not by_hooks:
         model.dropout.take()  # the penalty waits to be taken
     if fails:
@@ -228,30 +189,30 @@ def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: str | None) -> No
     assert [ref() for ref in refs] == [None, None]
     reg.alpha = ALPHA
     with pytest.raises(RuntimeError, match="nothing was captured"):
-        penalty_of(reg)
+        lm.penalty_of(reg)
 
 
-@either
+@lm.either
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_hold_no_capture(duplicate: Callable[[Any], Any]) -> None:
-    model = seeded(Model)
-    reg = attached(model, layers="all", bptt=70)
-    output = model.activations(tokens())
+    model = lm.seeded(lm.Model)
+    reg = lm.attached(model, layers="all", bptt=70)
+    output = model.activations(lm.tokens())
     other = duplicate(reg)
     assert repr(other) == repr(reg) == "RNNRegularizer(alpha=2.0, beta=1.0, layers='all', bptt=70)"
-    by_hand = regularizer()
+    by_hand = lm.regularizer()
     by_hand.on_loss_begin(output)
     for one in (other, duplicate(by_hand)):
         with pytest.raises(RuntimeError, match="nothing was captured; call on_loss_begin"):
-            penalty_of(one)
-    torch.testing.assert_close(penalty_of(reg, output[0]), formula(*output[1:], time=1))
+            lm.penalty_of(one)
+    torch.testing.assert_close(lm.penalty_of(reg, output[0]), lm.formula(*output[1:], time=1))
 
 
 def test_on_epoch_begin_resets() -> None:
     resets: list[None] = []
     model = SimpleNamespace(reset=lambda: resets.append(None))
     for one in (model, SimpleNamespace(module=model), nn.Linear(1, 1)):  # as DistributedDataParallel hides a model
-        regularizer().on_epoch_begin(one)
+        lm.regularizer().on_epoch_begin(one)
     assert len(resets) == 2
 
 
@@ -279,14 +240,14 @@ def test_scaled_lr(error: type[Exception] | None) -> None:
 @pytest.mark.parametrize("by_hooks", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_time_steps_that_are_the_batch_size_are_warned_of(batch_first: bool, by_hooks: bool) -> None:
-    reg, module = regularizer(bptt=70), nn.Identity()
+    reg, module = lm.regularizer(bptt=70), nn.Identity()
     raw = torch.randn((BATCH, TIME, HIDDEN) if batch_first else (TIME, BATCH, HIDDEN))
     for given in (batch_first, not batch_first):
         with reg.attach(module, batch_first=given) if by_hooks else nullcontext():
             module(raw)
             if not by_hooks:
                 reg.on_loss_begin((None, [raw], [raw]), batch_first=given)
-            penalty_of(reg)
+            lm.penalty_of(reg)
         warning = pytest.warns(UserWarning, match="scaled_lr: 7 time steps, but .* 7 sequences of 3: .*batch_first")
         with nullcontext() if given is batch_first else warning:
             reg.scaled_lr(OPTIMIZER, TIME)
@@ -308,12 +269,12 @@ def test_bad_time_steps_are_refused(steps: Any, error: type[Exception]) -> None:
 
 def test_nothing_captured() -> None:
     with pytest.raises(RuntimeError, match=r"call on_loss_begin\(output\) .* or attach\(rnn, dropout\)"):
-        penalty_of(regularizer())
-    model = seeded(Model)
-    reg = attached(model)
+        lm.penalty_of(lm.regularizer())
+    model = lm.seeded(lm.Model)
+    reg = lm.attached(model)
     model.rnn.forward(torch.randn(BATCH, TIME, HIDDEN))
     with pytest.raises(RuntimeError, match=r"the attached LSTM did not run .*Call the module, not its forward\(\)"):
-        penalty_of(reg)
+        lm.penalty_of(reg)
 
 
 X = torch.ones(2, 3, 4)
@@ -326,22 +287,22 @@ PACKED = pack_padded_sequence(X, torch.tensor([3, 2]), batch_first=True)
     ids=lambda x: type(x).__name__,
 )
 def test_on_loss_begin_rejects_outputs(output: Any) -> None:
-    reg, came = regularizer(), type(output).__name__
+    reg, came = lm.regularizer(), type(output).__name__
     with pytest.raises(TypeError, match=rf"expected \(decoded, raw, dropped\).* got {came}.* attach\(rnn, dropout\)"):
         reg.on_loss_begin(output)
     with pytest.raises(RuntimeError, match="nothing was captured"):
-        penalty_of(reg)
+        lm.penalty_of(reg)
 
 
 def test_one_way_to_capture() -> None:
-    model = seeded(Model)
-    reg = attached(model)
+    model = lm.seeded(lm.Model)
+    reg = lm.attached(model)
     with pytest.raises(RuntimeError, match="on_loss_begin: attached modules capture already"):
-        reg.on_loss_begin(model.activations(tokens()))
+        reg.on_loss_begin(model.activations(lm.tokens()))
     with pytest.raises(RuntimeError, match="module: it is attached already"):
         reg.attach(model.rnn)
-    reg = regularizer()
-    reg.on_loss_begin(model.activations(tokens()))
+    reg = lm.regularizer()
+    reg.on_loss_begin(model.activations(lm.tokens()))
     with pytest.raises(RuntimeError, match="attach: on_loss_begin captures already"):
         reg.attach(model.rnn)
 
@@ -351,7 +312,7 @@ RAW = torch.randn(BATCH, TIME, HIDDEN)
 
 def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
     """Take a step by hand, of a loss and with options of `on_loss_begin`."""
-    reg = regularizer()
+    reg = lm.regularizer()
     reg.on_loss_begin((RAW, RAW, RAW), **options)
     reg.on_backward_begin(loss)
 
@@ -362,9 +323,9 @@ def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
         (lambda: RNNRegularizer(-1), ValueError, "alpha"),
         (lambda: RNNRegularizer(0, float("nan")), ValueError, "beta"),
         (lambda: RNNRegularizer("2"), TypeError, "alpha"),  # pyright: ignore[reportArgumentType]
-        (lambda: regularizer(layers="first"), ValueError, "layers: expected 'last' or 'all', got 'first'"),
+        (lambda: lm.regularizer(layers="first"), ValueError, "layers: expected 'last' or 'all', got 'first'"),
         (lambda: RNNRegularizer().scaled_lr(OPTIMIZER, 70), RuntimeError, r"pass RNNRegularizer\(..., bptt="),
-        (lambda: regularizer(bptt=5).scaled_lr(None, 5), TypeError, "optimizer: expected an optimizer .* NoneType"),  # pyright: ignore[reportArgumentType]
+        (lambda: lm.regularizer(bptt=5).scaled_lr(None, 5), TypeError, "optimizer: expected an optimizer .* NoneType"),  # pyright: ignore[reportArgumentType]
         (lambda: by_hand(1.0), TypeError, "loss: expected a tensor, got float"),
         (lambda: by_hand(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
         (lambda: by_hand(batch_first=0), TypeError, "batch_first: expected True or False, got 0"),

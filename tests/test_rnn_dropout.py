@@ -15,70 +15,53 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
-from tests.language_model import (
-    ALPHA,
-    BATCH,
-    BETA,
-    HIDDEN,
-    TIME,
-    Fused,
-    attached,
-    check_gradients,
-    formula,
-    gru,
-    inputs,
-    penalty_of,
-    regularizer,
-    seeded,
-    tokens,
-    unwanted,
-)
+from tests import language_model as lm
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME
 
-pytestmark = unwanted
+pytestmark = lm.unwanted
 
 
 def test_a_dropout_that_layers_share(formed: list[Any]) -> None:
-    rnns, dropout, reg = nn.ModuleList([gru(), gru()]), FusedRNNDropout(0.3), regularizer(layers="all")
+    rnns, dropout, reg = nn.ModuleList([lm.gru(), lm.gru()]), FusedRNNDropout(0.3), lm.regularizer(layers="all")
     reg.attach(rnns[0], dropout)
-    dropout(rnns[0](inputs())[0])
+    dropout(rnns[0](lm.inputs())[0])
     reg.clear()
     reg.attach(rnns[1], dropout)
-    raw, _ = rnns[0](inputs())
+    raw, _ = rnns[0](lm.inputs())
     dropped = dropout(raw)
     last_raw, _ = rnns[1](dropped)
     last_dropped = dropout(last_raw)
-    check_gradients(rnns, penalty_of(reg, last_dropped), formula(raw, dropped, 1) + formula(last_raw, last_dropped, 1))
+    lm.check_gradients(
+        rnns, lm.penalty_of(reg, last_dropped), lm.formula(raw, dropped, 1) + lm.formula(last_raw, last_dropped, 1)
+    )
     assert formed == []
 
 
 @pytest.mark.parametrize("again", ["attached", "removed"])
 def test_a_forward_that_fails_before_the_dropout_has_used_the_coefficients(again: str) -> None:
-    rnn, dropout, reg, lengths = gru(), FusedRNNDropout(0.3, 3.0, 5.0), regularizer(), [TIME, TIME - 1]
-    masks = [torch.arange(steps) < steps - 1 for steps in lengths]
+    rnn, dropout, reg = lm.gru(), FusedRNNDropout(0.3, 3.0, 5.0), lm.regularizer()
+    masks = [torch.arange(steps) < steps - 1 for steps in (TIME, TIME - 1)]
     handle = reg.attach(rnn, dropout, valid=lambda x: masks[TIME - x.shape[1]].expand(BATCH, -1))
     with dropout.register_forward_pre_hook(lambda *_: pytest.fail("a hook")), pytest.raises(pytest.fail.Exception):
-        dropout(rnn(inputs())[0])
+        dropout(rnn(lm.inputs())[0])
     if again == "removed":
         handle.remove()
-        raw, _ = rnn(inputs())
-        dropped, taken = dropout(raw), dropout.take()
-        assert taken is not None
-        torch.testing.assert_close(taken.penalty, formula(raw, dropped, 1, 3.0, 5.0))
+        raw, dropped = lm.run(rnn, dropout)
+        torch.testing.assert_close(dropout.take().penalty, lm.formula(raw, dropped, 1, 3.0, 5.0))  # pyright: ignore
         return
-    raw, _ = rnn(inputs()[:, 1:])
-    dropped = dropout(raw)
+    raw, dropped = lm.run(rnn, dropout, lm.inputs()[:, 1:])
     want = fused_ar_tar(raw, dropped, ALPHA, BETA, valid=masks[1].expand(BATCH, -1))
-    check_gradients(rnn, penalty_of(reg, dropped), want)
+    lm.check_gradients(rnn, lm.penalty_of(reg, dropped), want)
 
 
 def test_two_regularizers_of_one_dropout() -> None:
     """Each adds its own penalty, though the dropout forms but one."""
-    model = seeded(Fused)
-    one, other = attached(model), RNNRegularizer(3.0, 5.0)
+    model = lm.seeded(lm.Fused)
+    one, other = lm.attached(model), RNNRegularizer(3.0, 5.0)
     other.attach(model.rnn, model.dropout)
-    _, raw, dropped = model.activations(tokens())
-    total = penalty_of(one, dropped) + 2 * penalty_of(other, dropped)
-    check_gradients(model, total, formula(raw, dropped, 1) + 2 * formula(raw, dropped, 1, 3.0, 5.0))
+    _, raw, dropped = model.activations(lm.tokens())
+    total = lm.penalty_of(one, dropped) + 2 * lm.penalty_of(other, dropped)
+    lm.check_gradients(model, total, lm.formula(raw, dropped, 1) + 2 * lm.formula(raw, dropped, 1, 3.0, 5.0))
 
 
 class Changed(FusedRNNDropout):
@@ -97,7 +80,7 @@ class Changed(FusedRNNDropout):
 def test_the_penalty_of_the_dropout_is_taken_as_long_as_it_is_right(
     how: str, batch_first: bool, ar_of: Any, formed: list[Any]
 ) -> None:
-    model, reg = seeded(lambda: Fused(batch_first=batch_first)), regularizer()
+    model, reg = lm.seeded(lambda: lm.Fused(batch_first=batch_first)), lm.regularizer()
     if how == "hook":
         model.dropout.register_forward_hook(lambda _m, _i, output: output * 2)
     elif how != "nothing":
@@ -107,10 +90,10 @@ def test_the_penalty_of_the_dropout_is_taken_as_long_as_it_is_right(
     masks: Any = {how: torch.rand(BATCH, TIME) < 0.6} if how in ("valid", "starts") else {}
     functions: Any = {how: lambda *_: masks[how]} if masks else {}
     reg.attach(model.rnn, model.dropout, **functions)
-    _, raw, dropped = model.activations(tokens(*(BATCH, TIME) if batch_first else (TIME, BATCH)))
+    _, raw, dropped = model.activations(lm.tokens(*(BATCH, TIME) if batch_first else (TIME, BATCH)))
     squared = dropped if ar_of == "dropped" else raw
     want = fused_ar_tar(raw, squared, ALPHA, BETA, batch_first=batch_first, **masks)
-    check_gradients(model, penalty_of(reg, dropped), want)
+    lm.check_gradients(model, lm.penalty_of(reg, dropped), want)
     assert len(formed) == (how not in ("nothing", "valid", "starts"))  # a loan reaches a subclass without masks
     assert model.dropout.take() is None  # once
 
@@ -126,7 +109,7 @@ def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
     torch.testing.assert_close(taken, fused_ar_tar(raw, dropped, ALPHA, BETA, return_terms=True, **layout, **masks))
     assert dropout(raw) is raw  # by its own p
-    torch.testing.assert_close(dropout.take().penalty, formula(raw, raw, axis))
+    torch.testing.assert_close(dropout.take().penalty, lm.formula(raw, raw, axis))
     with pytest.raises(ValueError, match="p: expected a probability from 0 to below 1, got 1"):
         dropout(raw, 1.0)
     with pytest.raises(TypeError, match="valid: expected"):
@@ -141,11 +124,11 @@ def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
 
 def test_an_untaken_penalty_warns_once() -> None:
     warnings.simplefilter("error")
-    dropout, raw, reg = FusedRNNDropout(0.3, ALPHA, BETA), inputs().requires_grad_(), regularizer()
+    dropout, raw, reg = FusedRNNDropout(0.3, ALPHA, BETA), lm.inputs().requires_grad_(), lm.regularizer()
     for _ in range(3):
         dropout(raw)
         dropout.take()
-    with reg.attach(gru(), dropout):  # which may be used elsewhere, too
+    with reg.attach(lm.gru(), dropout):  # which may be used elsewhere, too
         for _ in range(3):
             dropout(raw)
     with torch.no_grad():
@@ -162,7 +145,7 @@ def test_an_untaken_penalty_warns_once() -> None:
 
 def test_a_penalty_without_a_gradient_is_warned_of_once() -> None:
     warnings.simplefilter("error")
-    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), inputs().requires_grad_()
+    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), lm.inputs().requires_grad_()
     with torch.no_grad():
         dropout(raw)
         dropout.take()
@@ -175,7 +158,7 @@ def test_a_penalty_without_a_gradient_is_warned_of_once() -> None:
 
 def test_a_module_loads_from_a_file_of_weights_alone(tmp_path: Path) -> None:
     """Where its class is allowed: it holds nothing else that `torch.load` refuses, before a warning and after."""
-    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), inputs().requires_grad_()
+    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), lm.inputs().requires_grad_()
     for expected in (nullcontext(), pytest.warns(UserWarning, match="nobody took it"), nullcontext()):
         with expected:
             dropout(raw)
@@ -186,7 +169,7 @@ def test_a_module_loads_from_a_file_of_weights_alone(tmp_path: Path) -> None:
 
 
 def test_torch_script_runs_it_in_evaluation() -> None:
-    model, x = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), FusedRNNDropout(0.3, ALPHA, BETA)), inputs()
+    model, x = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), FusedRNNDropout(0.3, ALPHA, BETA)), lm.inputs()
     model(x)
     scripted = torch.jit.script(model.eval())
     assert torch.equal(scripted(x), model(x))
@@ -201,19 +184,23 @@ def test_torch_script_runs_it_in_evaluation() -> None:
 
 def test_an_attached_dropout_follows_the_coefficients_of_the_regularizer(formed: list[Any]) -> None:
     """And keeps its own, for its copies and for later."""
-    model, reg = seeded(Fused), regularizer()
+    model, reg = lm.seeded(lm.Fused), lm.regularizer()
     model.dropout.alpha, model.dropout.beta = 0.25, 0.5
     with reg.attach(model.rnn, model.dropout):
         for alpha, beta in ((0.0, 3.0), (3.0, 0.0), (0.0, 0.0)):
             reg.alpha, reg.beta = alpha, beta
-            _, raw, dropped = model.activations(tokens())
-            torch.testing.assert_close(penalty_of(reg, dropped), formula(raw, dropped, 1, alpha, beta))
+            _, raw, dropped = model.activations(lm.tokens())
+            torch.testing.assert_close(lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1, alpha, beta))
             torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
-        _, raw, dropped = model.activations(tokens())
+        _, raw, dropped = model.activations(lm.tokens())
         reg.alpha, reg.beta = torch.tensor(ALPHA), BETA  # after the forward: the penalty has these all the same
-        check_gradients(model, penalty_of(reg, dropped), formula(raw, dropped, 1))
+        lm.check_gradients(model, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
+        _, raw, dropped = model.activations(lm.tokens())
+        reg.alpha = torch.full((2,), 9.0)
+        with pytest.raises(ValueError, match="alpha: expected a number or a 0-dim floating-point tensor"):
+            lm.penalty_of(reg, dropped)
         copies = [copy.deepcopy(model.dropout), pickle.loads(pickle.dumps(model.dropout))]
     assert len(formed) == 1  # for the coefficients that changed after the forward
     for dropout in (model.dropout, *copies):
         dropped = dropout(raw)
-        torch.testing.assert_close(dropout.take().penalty, formula(raw, dropped, 1, 0.25, 0.5))
+        torch.testing.assert_close(dropout.take().penalty, lm.formula(raw, dropped, 1, 0.25, 0.5))

@@ -8,25 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastreg import FusedRNNDropout
 from tests.conftest import skip_without
+from tests.language_model import check_gradients
 
 DATA = Path(__file__).parent / "data"
 
 
 def load(name: str) -> Any:
     return torch.load(DATA / name, weights_only=False)
-
-
-def check(model: Any, penalty: Tensor, expected: Tensor) -> None:
-    """Check a penalty, and the gradients that it gives to the RNN."""
-    torch.testing.assert_close(penalty, expected)
-    weights = list(model["rnn"].parameters())
-    got, want = (torch.autograd.grad(x, weights, retain_graph=True) for x in (penalty, expected))
-    torch.testing.assert_close(got, want)
-    assert all(x.abs().max() > 0 for x in want)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model_of_raw.pt"])
@@ -39,7 +30,7 @@ def test_a_model_with_a_fused_dropout_trains(name: str) -> None:
         expected = 2 * dropped.square().mean() + raw.diff(dim=1).square().mean()
     else:  # time first, alpha a tensor, and no beta
         expected = 2 * raw.square().mean()
-    check(model, dropout.take().penalty, expected)
+    check_gradients(model["rnn"], dropout.take().penalty, expected)
     assert dropout.take() is None
     assert torch.equal(dropout.eval()(raw), raw)
     again = pickle.loads(pickle.dumps(dropout))
@@ -69,7 +60,7 @@ def test_a_model_that_was_attached_and_its_regularizer_attach_again(own: bool) -
     dropped = model["dropout"](raw)
     loss = dropped.sum()
     expected = loss + 2 * dropped.square().mean() + raw.diff(dim=1).square().mean()
-    check(model, regularizer.on_backward_begin(loss), expected)
+    check_gradients(model["rnn"], regularizer.on_backward_begin(loss), expected)
     handle.remove()
     assert not model["rnn"]._forward_hooks
 
