@@ -173,7 +173,7 @@ def criterion(decoded: Tensor, x: Tensor) -> Tensor:
 
 
 def hooks_of(model: nn.Module) -> int:
-    """Count the hooks of fastreg; the idle ones in a copy are none of them."""
+    """Count the hooks of fastreg, without the idle hooks in a copy of a model."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     return sum(type(hook).__module__.startswith("fastreg") for hook in hooks)
 
