@@ -48,8 +48,8 @@ class Term(NamedTuple):
         for x, version in self.versions:
             if version_of(x) != version:
                 raise RuntimeError(
-                    "attach: a tensor alpha or beta was changed in place between the forward and the backward; change "
-                    "it after the backward"
+                    "attach: a tensor alpha or beta was modified by an inplace operation between the forward and the "
+                    "backward; change it after the backward"
                 )
         self.side.begin(task, functools.partial(self.addition, upstream, self.call.of(raw)), raw)
 
