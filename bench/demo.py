@@ -101,14 +101,12 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     corpus = build_corpus(read_text(args.text), WORDS, device)
     setting = Setting(args.text, WORDS, args.epochs)
-    both = [*dict.fromkeys([(args.alpha, args.beta), (0.0, 0.0)])]  # one, if they are the same
-    jobs = [Job(setting, coefficients, args.seed, str(device)) for coefficients in both]
+    jobs = [Job(setting, pair, args.seed, str(device)) for pair in ((args.alpha, args.beta), (0.0, 0.0))]
     print(f"{corpus}\ntraining on {device}, each model in a process of one thread\n\n{HEADER}", flush=True)
     with ProcessPoolExecutor(len(jobs), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         runs = list(pool.map(partial(train, commit="", told=print_row), jobs))
     study = studied(setting)
-    if len(runs) == 2:
-        report_outcome(runs, study)
+    report_outcome(runs, study)
     plot(runs, study, args.plot)
     print(f"\nplot: {args.plot.resolve()}")
 

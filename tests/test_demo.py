@@ -26,16 +26,6 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def run(file: Path, plot: Path, *options: str) -> None:
-    demo.main(["--text", str(file), "--plot", str(plot), "--device", "cpu", *options])
-
-
-@pytest.fixture
-def in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train one model after the other in a thread of this process, where the demo has processes."""
-    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-
-
 def tables(output: str) -> dict[tuple[float, float], list[list[float]]]:
     """The numbers of every training by its coefficients, without the seconds, which no two runs share."""
     _, rows = output.split(demo.HEADER)
@@ -46,12 +36,13 @@ def tables(output: str) -> dict[tuple[float, float], list[list[float]]]:
     return found
 
 
-@pytest.mark.usefixtures("in_a_thread")
 def test_trains_end_to_end(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(training, "LEARNING_RATE", 0.01)  # there are few steps to learn in
-    run(text, tmp_path / "plot.png", "--epochs", "3", "--alpha", "2", "--beta", "1")
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # where the demo has processes
+    files = ["--text", str(text), "--plot", str(tmp_path / "plot.png")]
+    demo.main([*files, "--device", "cpu", "--epochs", "3", "--alpha", "2", "--beta", "1"])
     output = capsys.readouterr().out
     found = tables(output)
     regularized, plain = found[2, 1], found[0, 0]
@@ -67,13 +58,6 @@ def test_trains_end_to_end(
     ends = f"validation perplexity after epoch 3: {regularized[-1][2]:.2f} regularized, {plain[-1][2]:.2f} not"
     assert ends in output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.usefixtures("in_a_thread")
-def test_without_coefficients_trains_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run(text, tmp_path / "plot.png", "--epochs", "1", "--alpha", "0", "--beta", "0", "--seed", "5")
-    ((row,),) = tables(capsys.readouterr().out).values()
-    assert all(value > 0 for value in row[1:]), "AR and TAR are measured"
 
 
 def test_quotes_the_study_of_the_same_training(
