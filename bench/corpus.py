@@ -33,15 +33,8 @@ def king_james() -> str:
 
 
 def read_text(file: Path | None) -> str:
-    """A plain text file, or the King James text; a `ValueError` names the fault in it."""
-    if file is None:
-        return king_james()
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from None
+    """A plain text file, or the King James text."""
+    return king_james() if file is None else file.read_text(encoding="utf-8-sig")
 
 
 @dataclass

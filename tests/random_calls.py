@@ -1,8 +1,8 @@
 """Random calls of `fused_ar_tar` and `fused_dropout_ar_tar`, compared with the formulas in float64.
 
-`python -m tests.random_calls --count 10000` makes 10,000 calls, and prints the seed and the arguments of each kind of
-which a result or a gradient is wrong. A seed draws a kind: an operation, dtypes, layouts, steps and coefficients. Three
-calls of a kind follow one another with other values, so that the second and the third meet the plan of the first.
+`python -m tests.random_calls --count 3000` draws 3,000 kinds of calls, and prints the seed and the arguments of each of
+which a result or a gradient is wrong. A kind has an operation, dtypes, layouts, steps and coefficients. Three calls of
+a kind follow one another with other values, so that the second and the third meet the plan of the first.
 """
 
 from __future__ import annotations
@@ -264,10 +264,14 @@ class Kind:
         self.counts["gradients"] += 1
 
 
-def play_all(seeds: Sequence[int], make: Callable[[int], Any]) -> None:
-    """Play a case of each seed, print those that are wrong, and exit."""
+def play_all(make: Callable[[int], Any]) -> None:
+    """Play a case of each seed that the command line asks for, print those that are wrong, and exit."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--count", type=int, default=100, help="of the seeds")
+    args = parser.parse_args()
     counts: Counter[str] = Counter()
-    for seed in seeds:
+    for seed in range(args.seed, args.seed + args.count):
         case: Any = None
         try:
             case = make(seed)
@@ -276,18 +280,9 @@ def play_all(seeds: Sequence[int], make: Callable[[int], Any]) -> None:
             counts["wrong"] += 1
             print(f"seed {seed}: {case}\n{traceback.format_exc(limit=-3)}", flush=True)
         counts.update(case.counts if case else {})
-    print(f"{len(seeds)} seeds, {counts['wrong']} wrong: {dict(counts)}")
+    print(f"{args.count} seeds, {counts['wrong']} wrong: {dict(counts)}")
     raise SystemExit(counts["wrong"] > 0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make random calls.")
-    parser.add_argument("--seed", type=int, default=0, help="of the first kind of call")
-    parser.add_argument("--count", type=int, default=1000, help="of calls, three a kind")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    play_all(range(args.seed, args.seed - (-args.count // CALLS)), lambda seed: Kind(seed, args.device))
-
-
 if __name__ == "__main__":
-    main()
+    play_all(Kind)

@@ -100,12 +100,12 @@ class Sample:
     def time_dim(self) -> int:
         return 1 if len(self.shape) == 3 and self.batch_first else 0
 
-    def leaves(self, device: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def leaves(self, device: str) -> tuple[Tensor, Tensor]:
         """Raw and dropped as leaves that require gradients; one tensor twice if `same`."""
         generator = torch.Generator().manual_seed(len(str(self)))
         made: list[Tensor] = []
         for own, layout in zip(self.dtypes, self.layouts, strict=True):
-            values = torch.randn(self.shape, generator=generator, dtype=DOUBLE).to(own).to(device, dtype or own)
+            values = torch.randn(self.shape, generator=generator, dtype=DOUBLE).to(own).to(device)
             made.append(layout(values).detach().requires_grad_())
         return (made[0], made[0]) if self.same else (made[0], made[1])
 

@@ -6,7 +6,6 @@ which a gradient, AR or TAR is wrong, or an error comes that the documentation d
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 from collections import Counter
@@ -382,13 +381,5 @@ def total_of(loss: Loss, side: int, more: Any = torch.clone) -> Tensor:
     return torch.stack([more(w * f(run.part(part, side)).mean()) for run, part, f, w in loss]).sum()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Play random sequences of training steps.")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sequence")
-    parser.add_argument("--count", type=int, default=100)
-    args = parser.parse_args()
-    play_all(range(args.seed, args.seed + args.count), Play)
-
-
 if __name__ == "__main__":
-    main()
+    play_all(Play)

@@ -19,7 +19,6 @@ STARTS = torch.tensor([[1, 0, 0, 1, 0]] * 2) > 0
 PACKED = pack_padded_sequence(X, LENGTHS, batch_first=True)
 OTHER = pack_padded_sequence(X, torch.tensor([4, 4]), batch_first=True)
 SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
-GROWING = PackedSequence(PACKED.data, PACKED.batch_sizes.flip(0))
 HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
 AWAY = tuple.__new__(PackedSequence, (PACKED.data, PACKED.batch_sizes.to("meta"), None, None))
 LOWEST = -(2**63) + 1

@@ -25,12 +25,6 @@ from tests.conftest import import_without, skip_on_formula
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_public_names() -> None:
-    names = {"ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"}
-    assert {*fastreg.__all__} == names <= {*vars(fastreg)}
-    assert fastreg.ARTAR._fields == ("penalty", "ar", "tar")
-
-
 def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> None:
     for file, begin in {"pyproject.toml": 'version = "', "CHANGELOG.md": "## [", "CITATION.cff": "version: "}.items():
         first, *_ = re.findall(rf"^{re.escape(begin)}(\d[\d.]*\d)", (ROOT / file).read_text(), re.MULTILINE)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -58,42 +56,10 @@ def test_a_study_goes_on_where_it_was(
     assert "0 are to be done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ['{"alpha": 2.0, "be', '{"alpha": 2.0}', "[1, 2]"])
-def test_a_line_that_is_no_run_is_named(line: str, results: Path, tmp_path: Path) -> None:
-    file = tmp_path / "cut.jsonl"
-    file.write_text(results.read_text().splitlines()[0] + "\n" + line)
-    with pytest.raises(ValueError, match=r"cut.jsonl, line 2: not a run of a study; delete the line"):
-        study_report.load(file)
-
-
-def fails(main: Callable[[list[str]], object], capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """Return the one line that a command ends in with these options."""
-    with pytest.raises(SystemExit) as stop:
-        main([*options])
-    assert stop.value.code == 2
-    output, errors = capsys.readouterr()
-    assert output == ""
-    assert re.fullmatch(r"bench\.(demo|study): error: .*\n", errors)
-    return errors
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--seeds", "-1"], "argument --seeds: must be a whole number, 0 or more, got '-1'"),
-        (["--words", "100"], "argument --words: must be a whole number, 7000 or more, got '100'"),
-        (["--words", "7200"], "other settings (words is 7000 there, 7200 now): name another file by --results"),
-        (["--results", "study.json"], "--results must be a .jsonl file"),
-        (["--results", "missing/study.jsonl"], "in a folder that can be written to"),
-        (["--text", "missing.txt"], "cannot read missing.txt"),
-    ],
-)
-def test_bad_options(
-    options: list[str], message: str, text: Path, results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    usual = ["--text", str(text), "--results", str(results), *SMALL]
+def test_trainings_of_other_settings_do_not_mix(text: Path, results: Path) -> None:
     before = results.read_bytes()
-    assert message in fails(study.main, capsys, *usual, *options)
+    with pytest.raises(ValueError, match=r"other settings \(words is 7000 there, 7200 now\): name another file"):
+        study.main(["--text", str(text), "--results", str(results), *SMALL, "--words", "7200"])
     assert results.read_bytes() == before
 
 
