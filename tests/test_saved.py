@@ -1,4 +1,4 @@
-"""Files that release 0.2.0 saved; `tests/data/write.py` wrote them."""
+"""Files that release 0.2.0 saved: see `tests/data/README.md`."""
 
 from __future__ import annotations
 

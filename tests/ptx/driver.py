@@ -73,6 +73,7 @@ class Executor(StandInDriver):
         self.random = random.Random(0)
         self.kernels: list[Kernel] = []
         self.launches = self.programs = self.steps = 0
+        self.switches: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -88,6 +89,8 @@ class Executor(StandInDriver):
         profiled = getattr(metadata, "profile_scratch_size", 0)  # not in Triton 3.4
         if metadata.num_ctas != 1 or metadata.global_scratch_size or profiled:
             raise NotImplementedError("clusters, or scratch memory")
+        for name, value in switches(source.signature.items(), source.constants):
+            self.switches[source.fn.__name__][name].add(value)
 
         def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
             _, _, _, *arguments = rest  # metadata and hooks of the launch
@@ -133,6 +136,17 @@ class Executor(StandInDriver):
         if steps < 0:
             raise PTXError(explain(decoded, fault, tensors))
         self.launches, self.programs, self.steps = self.launches + 1, self.programs + grid, self.steps + steps
+
+
+def switches(signature: Any, constants: dict[Any, Any], path: tuple[int, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Return the switches of a kernel, with "True" and "False", or "given" and "None"."""
+    for i, (name, kind) in enumerate(signature):
+        if isinstance(kind, tuple):
+            yield from switches([(f"{name}[{j}]", k) for j, k in enumerate(kind)], constants, (*path, i))
+        elif kind != "constexpr":
+            yield name, "given"
+        elif (value := constants.get((*path, i))) is None or isinstance(value, bool):
+            yield name, str(value)
 
 
 def flat(signature: Any, arguments: Any) -> Iterator[tuple[str, str, Any]]:
