@@ -39,7 +39,7 @@ CORES, FORK = os.cpu_count() or 1, get_context("fork")
 CHOSEN = "not repeats_bitwise"  # which take long, and other tests find the same faults
 # file -> tests/test_*.py
 TESTS = {
-    "kernels/ar_tar.py": ["kernels", "prediction", "padding", "penalty", "dropout", "addition"],
+    "kernels/ar_tar.py": ["kernels", "plans", "prediction", "padding", "penalty", "dropout", "addition"],
     "kernels/steps.py": ["steps", "kernels"],
     "kernels/reduction.py": ["kernels", "coefficients", "padding", "penalty"],
     "kernels/tiling.py": ["kernels", "padding", "penalty", "axes", "sizes"],
