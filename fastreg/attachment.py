@@ -142,7 +142,7 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a handle without hooks and runs: a copy must not reach this regularizer."""
-        return {"_hooked": [], "_runs": {}, "_owner": nothing}
+        return {"_hooked": [], "_runs": {}, "_loan": None, "_owner": nothing}
 
     def __enter__(self) -> Attachment:
         return self
@@ -154,6 +154,8 @@ class Attachment:
         """Remove the hooks and drop their captures; a second call does nothing."""
         for hooked in self._hooked:
             hooked.remove()
+        if self._loan is not None:  # a forward that failed has not used it
+            self.source.dropout.loan = None
         self.clear()
         owner, self._owner, self._hooked = self._owner(), nothing, []
         if owner is not None:
