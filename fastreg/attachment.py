@@ -142,7 +142,7 @@ class Attachment:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a handle without hooks and runs: a copy must not reach this regularizer."""
-        return {"_hooked": [], "_runs": {}, "_owner": nothing}
+        return {"_hooked": [], "_runs": {}, "_loan": None, "_owner": nothing}
 
     def __enter__(self) -> Attachment:
         return self
@@ -154,6 +154,8 @@ class Attachment:
         """Remove the hooks and drop their captures; a second call does nothing."""
         for hooked in self._hooked:
             hooked.remove()
+        if self._loan is not None:  # a forward that failed has not used it
+            self.source.dropout.loan = None
         self.clear()
         owner, self._owner, self._hooked = self._owner(), nothing, []
         if owner is not None:
@@ -234,8 +236,6 @@ class Attachment:
         if owner is None or found is None:
             return
         run, raw = found
-        run.valid = _argument(args, kwargs, 2, "valid", run.valid)
-        run.starts = _argument(args, kwargs, 3, "starts", run.starts)
         # The loss reads saved tensors of the dropout's node, which may be packed away, as under checkpointing.
         lends = self.source.scale is None and not self.source.stepwise and not keeps_memory_low()
         if lends and not isinstance(owner.alpha, Tensor) and not isinstance(owner.beta, Tensor):
@@ -321,6 +321,9 @@ class Attachment:
                 f"dropout: expected the attached {type(dropout).__name__} to return a tensor, got "
                 f"{type(result).__name__}"
             )
+        if fused is not None:  # with the arguments that it ran with, as other hooks may have replaced them
+            run.valid = _argument(args, kwargs, 2, "valid", run.valid)
+            run.starts = _argument(args, kwargs, 3, "starts", run.starts)
         run.grad_enabled &= torch.is_grad_enabled()
         rows = rows_of(result)
         if run.dropped is not None and not (rows is given and run.dropped is run.raw):

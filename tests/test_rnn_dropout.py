@@ -42,11 +42,12 @@ def test_a_forward_that_fails_before_the_dropout_has_used_the_coefficients(again
     rnn, dropout, reg = lm.gru(), FusedRNNDropout(0.3, 3.0, 5.0), lm.regularizer()
     masks = [torch.arange(steps) < steps - 1 for steps in (TIME, TIME - 1)]
     handle = reg.attach(rnn, dropout, valid=lambda x: masks[TIME - x.shape[1]].expand(BATCH, -1))
+    raw, _ = rnn(lm.inputs())
     with dropout.register_forward_pre_hook(lambda *_: pytest.fail("a hook")), pytest.raises(pytest.fail.Exception):
-        dropout(rnn(lm.inputs())[0])
+        dropout(raw)
     if again == "removed":
         handle.remove()
-        raw, dropped = lm.run(rnn, dropout)
+        dropped = dropout(raw)
         torch.testing.assert_close(dropout.take().penalty, lm.formula(raw, dropped, 1, 3.0, 5.0))  # pyright: ignore
         return
     raw, dropped = lm.run(rnn, dropout, lm.inputs()[:, 1:])
