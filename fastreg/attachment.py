@@ -345,8 +345,9 @@ class Attachment:
                 f"are of several sequences; use another dropout with {'packed data' if packed else 'stepwise=True'}"
             )
         formed = loan and loan.formed
-        # Another hook or a subclass may have replaced the dropout's output after the penalty was computed.
-        if loan and formed and formed.dropped is rows and formed.place == run.place and carries(rows):
+        # Another hook or a subclass may have replaced the dropout's masks, or its output after it formed the penalty.
+        has_masks = loan and loan.valid is run.valid and loan.starts is run.starts
+        if loan and has_masks and formed and formed.dropped is rows and formed.place == run.place and carries(rows):
             run.fused = Fused(weakref.ref(rows.grad_fn), (loan.alpha, loan.beta), formed.terms[1:])
         if fused is not None and fused.ar_of == "raw":
             self._complete(run, run.raw)

@@ -98,7 +98,8 @@ def _calls(tensors: Sequence[Any], coefficients: Pair, steps: Sequence[Any], opt
     """Return the calls of raw and dropped that a term reads, and of a mask, with checked coefficients."""
     (raw, dropped, _), (alpha, beta), calls = tensors, coefficients, []
     xs = rows_of_layers(raw)
-    ys = xs if dropped is raw else rows_of_layers(dropped)
+    # torch 2.8 fails to compile a comparison of lists, and there is no subclass in compiled code.
+    ys = xs if not torch.compiler.is_compiling() and dropped is raw else rows_of_layers(dropped)
     same = tuple(map(is_, xs, ys))
     key = key_of((*tensors, alpha, beta, *steps), (*options, same))
     form = None if key is None else kept(key)  # a compiler would compile anew for new plans
@@ -124,7 +125,7 @@ def _form(
     (raw, dropped, mask), (batch_first, time_dim, reduction, measured, ar_of_raw) = tensors, options
     arguments.check_options(reduction, return_terms=measured)
     place = place_of(batch_first, time_dim)
-    if raw is dropped is None:
+    if raw is None is dropped:
         return Form([], None)
     first, layers = arguments.check_layers(raw, dropped, place)
     x, *_ = layers[0].values()

@@ -155,7 +155,8 @@ class FusedRNNDropout(nn.Module):
         alpha, beta = self.alpha, self.beta
         if loan is not None:
             alpha, beta = loan.alpha, loan.beta
-            valid, starts = loan.valid if valid is None else valid, loan.starts if starts is None else starts
+            valid = loan.valid = loan.valid if valid is None else valid
+            starts = loan.starts = loan.starts if starts is None else starts
         steps, of_raw = (None, valid, starts), self.ar_of == "raw"
         options, drop = Options(*place, "mean", True, of_raw), Drop(self.p if p is None else p, lent=loan is not None)
         dropped, penalty, terms = drop_and_penalize(raw, (alpha, beta), steps, options, drop)

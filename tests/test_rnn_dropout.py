@@ -75,6 +75,22 @@ class Changed(FusedRNNDropout):
         return 1.5 * dropped if self.changed == "output" else dropped
 
 
+class Deaf(FusedRNNDropout):
+    """Keeps its masks to itself."""
+
+    def forward(self, raw: Tensor, **_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(raw)
+
+
+@pytest.mark.parametrize("name", ["valid", "starts"])
+def test_the_masks_of_the_call_count_where_a_subclass_does_not_pass_them_on(name: str) -> None:
+    rnn, reg = lm.attach_gru(dropout := Deaf(0.4))
+    raw, _ = rnn(lm.inputs())
+    masks: Any = {name: torch.rand(BATCH, TIME) < 0.6}
+    dropped = dropout(raw, **masks)
+    lm.check_gradients(rnn, lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, **masks))
+
+
 @pytest.mark.parametrize("ar_of", ["dropped", "raw"])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("how", ["nothing", "hook", "input", "output", "valid", "starts"])

@@ -70,6 +70,7 @@ def regularized(regularizer: RNNRegularizer, r: Tensor, d: Tensor) -> list[Any]:
 
 
 STEPS: dict[str, Call] = {
+    "lists": lambda r, d: fused_ar_tar([r, r * d], [d, r], 2.0, 1.0),
     "regularizer": functools.partial(regularized, RNNRegularizer(2.0, 1.0)),
     "checkpointing": lambda r, d: checkpoint(block_of, CALLS["pair"], r, d, use_reentrant=False),
     "checkpointing_dropout": lambda r, d: checkpoint(block_of, CALLS["mask"], r, d, use_reentrant=False),
