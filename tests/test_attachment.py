@@ -143,17 +143,6 @@ def test_masks_of_the_dropout_go_before_those_of_the_module(name: str, given: st
     assert bool(formed) == (p == 0)
 
 
-@pytest.mark.parametrize("alpha", [ALPHA, torch.tensor(ALPHA)], ids=["number", "tensor"])
-@pytest.mark.parametrize("name", ["valid", "starts"])
-def test_masks_that_another_hook_gives_the_dropout(name: str, alpha: Any) -> None:
-    rnn, reg = lm.attach_gru(dropout := FusedRNNDropout(0.4))
-    reg.alpha, mask = alpha, torch.rand(BATCH, TIME) < 0.6
-    dropout.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {name: mask}), with_kwargs=True)
-    raw, dropped = lm.run(rnn, dropout)
-    want: Any = {name: mask}
-    lm.check_gradients(rnn, lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, **want))
-
-
 # Which runs belong to a step
 
 

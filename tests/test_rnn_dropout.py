@@ -82,12 +82,14 @@ class Deaf(FusedRNNDropout):
         return super().forward(raw)
 
 
+@pytest.mark.parametrize("alpha", [ALPHA, torch.tensor(ALPHA)], ids=["number", "tensor"])
 @pytest.mark.parametrize("name", ["valid", "starts"])
-def test_the_masks_of_the_call_count_where_a_subclass_does_not_pass_them_on(name: str) -> None:
-    rnn, reg = lm.attach_gru(dropout := Deaf(0.4))
-    raw, _ = rnn(lm.inputs())
-    masks: Any = {name: torch.rand(BATCH, TIME) < 0.6}
-    dropped = dropout(raw, **masks)
+@pytest.mark.parametrize("kind", [FusedRNNDropout, Deaf])
+def test_masks_that_another_hook_gives_the_dropout(kind: Any, name: str, alpha: Any) -> None:
+    rnn, reg = lm.attach_gru(dropout := kind(0.4))
+    reg.alpha, masks = alpha, {name: torch.rand(BATCH, TIME) < 0.6}
+    dropout.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | masks), with_kwargs=True)
+    raw, dropped = lm.run(rnn, dropout)
     lm.check_gradients(rnn, lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, **masks))
 
 

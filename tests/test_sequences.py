@@ -42,9 +42,8 @@ WRONG: dict[str, tuple[int, Callable[[Any], None]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("what", WRONG)
-def test_a_sequence_that_is_wrong_fails(what: str, dtype: torch.dtype) -> None:
+def test_a_sequence_that_is_wrong_fails(what: str) -> None:
     seed, change = WRONG[what]
 
     class Wrong(Play):
@@ -53,4 +52,4 @@ def test_a_sequence_that_is_wrong_fails(what: str, dtype: torch.dtype) -> None:
             super().step()
 
     with pytest.raises(AssertionError, match="relative error"):
-        Wrong(seed, dtype, False).play()
+        Wrong(seed, torch.float32, False).play()
