@@ -49,7 +49,7 @@ TESTS = {
     "fastreg/source.py": ["source", "attachment"],
     "fastreg/capture.py": ["capture", "in_backward", "attachment", "sequences"],
     "fastreg/addition.py": ["addition", "capture", "attachment"],
-    "fastreg/carry.py": ["capture", "in_backward", "coefficients", "attachment"],
+    "fastreg/carry.py": ["capture", "rnn_dropout", "regularizer", "in_backward", "coefficients", "attachment"],
     "fastreg/attachment.py": ["capture", "in_backward", "attachment", "rnn_dropout", "compiled_attach"],
     "fastreg/regularizer.py": ["regularizer", "rnn_dropout", "attachment", "capture"],
     "fastreg/reference.py": ["steps", "padding", "axes", "coefficients", "derivatives", "dropout", "penalty", "torch"],

@@ -212,7 +212,7 @@ def test_an_attached_dropout_follows_the_coefficients_of_the_regularizer(formed:
             torch.testing.assert_close(lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1, alpha, beta))
             torch.testing.assert_close([reg.ar, reg.tar], [dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()])
         _, raw, dropped = model.activations(lm.tokens())
-        reg.alpha, reg.beta = torch.tensor(ALPHA), BETA  # after the forward: the penalty has these all the same
+        reg.alpha, reg.beta = ALPHA, BETA  # after the forward: the penalty has these all the same
         lm.check_gradients(model, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
         _, raw, dropped = model.activations(lm.tokens())
         reg.alpha = torch.full((2,), 9.0)
