@@ -276,12 +276,11 @@ def test_a_saved_model_loads_without_fastreg(tmp_path: Path) -> None:
 
 
 def test_a_hook_on_a_loaded_model_gets_an_id_of_its_own(tmp_path: Path) -> None:
-    """In a new process, whose ids start at 0."""
-    rnn = nn.LSTM(4, 5, batch_first=True)
-    lm.regularizer().attach(rnn)
-    handle, before = lm.regularizer().attach(rnn), RemovableHandle.next_id
+    """In a new process, whose ids start anew."""
+    rnn, reg = nn.LSTM(4, 5, batch_first=True), lm.regularizer()
+    handle, before = reg.attach(rnn), RemovableHandle.next_id
     torch.save(rnn, tmp_path / "model")
-    RemovableHandle.next_id = 0
+    RemovableHandle.next_id = next(iter(rnn._forward_hooks))
     try:
         loaded, seen = torch.load(tmp_path / "model", weights_only=False), []
         loaded.register_forward_hook(lambda *args: seen.append(len(args)))
