@@ -377,7 +377,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
          '_argument(args, kwargs, 2, "valid", run.valid)', "run.valid"),
         ("Attachment", "starts that a dropout gets itself",
          '_argument(args, kwargs, 3, "starts", run.starts)', "run.starts"),
-        ("Attachment", "a penalty of another output", " and formed.dropped is rows", ""),
         ("Attachment", "an attached dropout warns", "fused.formed = None", "pass"),
         ("Attachment", "penalty of packed rows", "(run.packed is run.raw.axis is None)", "(run.raw.axis is None)"),
         ("Attachment", "penalty of one time step", "(run.packed is run.raw.axis is None)", "(run.packed is None)"),
