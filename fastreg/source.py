@@ -152,9 +152,11 @@ class Source:
         """
 
         def of(function: Callable[..., Tensor | None] | None) -> Callable[..., Tensor | None] | None:
-            if function is not None and takes_more is not None and takes_more(function):
+            if function is None:
+                return None
+            if takes_more is not None and takes_more(function):
                 return lambda *args, **kwargs: function(*batch(), *args, **kwargs)
-            return function and (lambda *_, **__: function(*batch()))
+            return lambda *_, **__: function(*batch())
 
         return replace(self, valid=of(self.valid), starts=of(self.starts))
 
