@@ -154,8 +154,6 @@ class Attachment:
         """Remove the hooks and drop their captures; a second call does nothing."""
         for hooked in self._hooked:
             hooked.remove()
-        if self._loan is not None:  # a forward that failed has not used it
-            self.source.dropout.loan = None
         self.clear()
         owner, self._owner, self._hooked = self._owner(), nothing, []
         if owner is not None:
@@ -176,6 +174,8 @@ class Attachment:
             run.drop()
             self._runs.pop(id(run), None)
         self._held, self._latest, self._unmarked = [], nothing, 0
+        if self._loan is not None:  # a forward that failed has not used it, and it holds raw
+            self._loan = self.source.dropout.loan = None
 
     def chosen(self, runs: list[Run], reached: Collection[Run]) -> list[Run]:
         """Return those of the runs that a loss reaches.
@@ -344,11 +344,11 @@ class Attachment:
                 f"FusedRNNDropout: expected (batch, time, hidden) or (time, hidden) as a tensor, got {got}, whose rows "
                 f"are of several sequences; use another dropout with {'packed data' if packed else 'stepwise=True'}"
             )
-        formed = loan and loan.formed
-        # Another hook or a subclass may have replaced the dropout's masks, or its output after it formed the penalty.
-        has_masks = loan and loan.valid is run.valid and loan.starts is run.starts
-        if loan and has_masks and formed and formed.dropped is rows and formed.place == run.place and carries(rows):
-            run.fused = Fused(weakref.ref(rows.grad_fn), (loan.alpha, loan.beta), formed.terms[1:])
+        if loan is not None and loan.formed is not None:
+            # Another hook or a subclass may have replaced the masks, or the output after the penalty was formed.
+            is_as_lent = loan.valid is run.valid and loan.starts is run.starts and loan.formed.place == run.place
+            if is_as_lent and loan.formed.dropped is rows and carries(rows):
+                run.fused = Fused(weakref.ref(rows.grad_fn), (loan.alpha, loan.beta), loan.formed.terms[1:])
         if fused is not None and fused.ar_of == "raw":
             self._complete(run, run.raw)
             return

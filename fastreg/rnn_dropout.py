@@ -131,12 +131,13 @@ class FusedRNNDropout(nn.Module):
 
     def _drop(self, raw: Tensor, p: float | None, valid: Tensor | None, starts: Tensor | None) -> Tensor:
         """Run the forward outside of TorchScript."""
-        untaken, loan = self.formed, self.loan
-        self.formed = self.loan = None
-        # A compiler would compile the code anew for each coefficient that is lent. A loan of another tensor is left
-        # from a forward that failed, or a hook has replaced the input.
-        if torch.compiler.is_compiling() or (loan is not None and loan.raw is not raw):
-            loan = None
+        untaken, self.formed, loan = self.formed, None, self.loan
+        if loan is not None:
+            self.loan = None
+            # A compiler would compile the code anew for each coefficient that is lent. A loan of another tensor is left
+            # from a forward that failed, or a hook has replaced the input.
+            if torch.compiler.is_compiling() or loan.raw is not raw:
+                loan = None
         if not self.training:
             return raw
         if untaken is not None and untaken.terms.penalty.requires_grad:
