@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -57,8 +60,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item in kept]
 
 
+@cache
+def names_of_functions(package: Any) -> list[str]:
+    """List the functions of Triton's language in a package, or in a class."""
+    return [name for name, _ in inspect.getmembers(package, import_module("triton.language.core").is_builtin)]
+
+
+def functions_of(package: Any) -> list[tuple[str, Any]]:
+    """Return the functions of Triton's language in a package as they are, replaced by the interpreter or not."""
+    return [(name, getattr(package, name)) for name in names_of_functions(package)]
+
+
 def pytest_configure() -> None:
-    """Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over."""
+    """Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over.
+
+    Let Triton's interpreter search its language for functions once, and not in each call of a function in a kernel.
+    """
+    if INTERPRETED:
+        interpreter: Any = import_module("triton.runtime.interpreter")
+        interpreter.inspect = SimpleNamespace(**vars(inspect) | {"getmembers": functions_of})
     try:
         with torch.autocast("cpu", torch.bfloat16):
             nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
