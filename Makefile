@@ -3,9 +3,10 @@ PYTHON ?= python3
 # Modules are compiled once, even where the environment forbids it: else each process compiles PyTorch's for 5 s.
 export PYTHONDONTWRITEBYTECODE =
 # Inductor precompiles headers for 6 s, and GCC takes as long with them as without. It compiles programs for 8 s that test
-# which vectors the processor has, as the processor says itself.
+# which vectors the processor has, as the processor says itself. It compiles in another process, which imports PyTorch first.
 export TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS = 0
 export TORCHINDUCTOR_VEC_ISA_OK = 1
+export TORCHINDUCTOR_COMPILE_THREADS = 1
 # Python compiles modules when they are imported; most installed modules never are.
 INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
 PIP = .venv/bin/python $(INSTALL)
@@ -192,4 +193,4 @@ sdist: .venv/test
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .benchmarks build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .benchmarks build *.egg-info .pytest_cache .ruff_cache

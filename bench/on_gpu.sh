@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a bare GPU machine (torch, triton, pytest, pytest-benchmark, hypothesis and matplotlib; transformers and lightning for
+# On a bare GPU machine (torch, triton, pytest, pytest-benchmark and matplotlib; transformers and lightning for
 # their training steps; nothing installed, this checkout neither), each well inside ten minutes:
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
 #     bash bench/on_gpu.sh bench [COMMIT]    the benchmarks, the most wanted first, and the report

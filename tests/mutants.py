@@ -34,7 +34,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "pyproject.toml"]
-PRELOADED = ["hypothesis", "torch._dynamo"]  # slow to import, and not tested: imported once, before the forks
 CORES, FORK = os.cpu_count() or 1, get_context("fork")
 CHOSEN = "not repeats_bitwise"  # which take long, and other tests find the same faults
 # file -> tests/test_*.py
@@ -632,8 +631,7 @@ def run_all(jobs: Iterable[tuple[list[str], Mutant | None]], order: Order) -> It
 def run_mutants(mutants: list[Mutant], interpret: bool) -> None:
     """Run mutants by the kernels' interpreter or without, and print the table; exit with a message about survivors."""
     os.environ |= {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"}
-    for module in PRELOADED:
-        import_module(module)
+    import_module("torch._dynamo")  # slow to import, and not tested: imported once, before the forks
     order, began = Order(), time.monotonic()
     names = sorted({name for mutant in mutants for name in mutant.tests})
     if failed := [test for _, test in run_all([([name], None) for name in names], order) if test]:
