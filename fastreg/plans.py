@@ -30,7 +30,7 @@ def kept(key: Any) -> Any:
 def keep(key: Any, value: Any) -> None:
     """Keep a value; drop the oldest of too many. Two threads may make one at once: both are right."""
     if len(_kept) >= SIZE:
-        _kept.pop(next(iter([*_kept])), None)
+        _kept.pop(next(iter([*_kept]), None), None)  # another thread may have dropped all
     _kept[key] = value
 
 
