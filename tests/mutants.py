@@ -58,7 +58,7 @@ TESTS = {
     "fastreg/plans.py": ["plans", "penalty", "coefficients", "torch"],
     "fastreg/operation.py": ["plans", "prediction", "coefficients", "addition", "capture"],
     "fastreg/prepare.py": ["layout", "steps", "plans", "padding", "axes", "penalty", "dropout", "prediction"],
-    "fastreg/torch_state.py": ["attachment", "padding", "penalty", "derivatives", "torch", "compiled_attach"],
+    "fastreg/torch_state.py": ["capture", "in_backward", "coefficients", "penalty", "derivatives", "torch"],
     **{
         f"kernels/{name}": ["steps", "cpu", "coefficients", "prediction", "padding", "axes", "dropout", "penalty"]
         for name in ("cpu.cpp", "cpu_rows.h", "cpu_steps.h", "cpu_vectors.h", "cpu_work.h")
