@@ -45,7 +45,7 @@ def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Excepti
         error: its type.
     """
     if not fits:
-        plain = [tuple(x) if isinstance(x, torch.Size) else getattr(x, "__name__", x) for x in values]
+        plain = [tuple(x) if isinstance(x, torch.Size) else x.__name__ if isinstance(x, type) else x for x in values]
         raise error(f"{name}: expected {words.format(*plain)}")
 
 
@@ -71,11 +71,11 @@ def check_coefficient(name: str, value: Any) -> None:
     The value of a tensor on another device than the CPU is not looked at, as that would wait for the device.
     """
     if isinstance(value, Tensor):
+        _check_dense(name, value)
         is_scalar = value.shape == () and value.dtype in DTYPES
         words = "a number or a 0-dim floating-point tensor, got {} {}"
         _expect(is_scalar, name, words, value.dtype, value.shape)
         _check_no_gradient(name, value)
-        _check_dense(name, value)
         value = value.item() if has_values(value) else 0.0
     elif torch.compiler.is_compiling():
         _check_symbolic(name, value)

@@ -449,7 +449,7 @@ def _check_layout(batch_first: bool | None, raw: Any, **others: Any) -> None:
         ValueError: something has.
     """
     first = raw[0] if is_list(raw) else raw
-    if not isinstance(first, Tensor) or first.dim() != 3:
+    if not isinstance(first, Tensor) or first.is_nested or first.dim() != 3:
         return
     batch, time = first.shape[:2] if batch_first is not False else first.shape[1::-1]
     if batch == time:

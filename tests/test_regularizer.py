@@ -310,17 +310,20 @@ def test_one_way_to_capture() -> None:
 RAW = torch.randn(BATCH, TIME, HIDDEN)
 
 
-def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
+def by_hand(loss: Any = RAW[0, 0, 0], raw: Any = RAW, **options: Any) -> None:
     """Take a step by hand, of a loss and with options of `on_loss_begin`."""
     reg = lm.regularizer()
-    reg.on_loss_begin((RAW, RAW, RAW), **options)
+    reg.on_loss_begin((RAW, raw, raw), **options)
     reg.on_backward_begin(loss)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda: RNNRegularizer(-1), ValueError, "alpha"),
+        (lambda: RNNRegularizer(torch.nested.nested_tensor([RAW[0]])), TypeError, "alpha: .* got nested"),
+        (lambda: by_hand(raw=torch.nested.nested_tensor([RAW[0]])), TypeError, "raw: .* got nested"),
         (lambda: RNNRegularizer(0, float("nan")), ValueError, "beta"),
         (lambda: RNNRegularizer("2"), TypeError, "alpha"),  # pyright: ignore[reportArgumentType]
         (lambda: lm.regularizer(layers="first"), ValueError, "layers: expected 'last' or 'all', got 'first'"),
