@@ -29,6 +29,7 @@ try:
     from fastai.basic_train import Learner, LearnerCallback
     from fastai.callback import CallbackHandler
     from fastai.callbacks import rnn as stock
+    from fastai.callbacks.fp16 import MixedPrecision
     from fastai.text.models import RNNDropout
 except ImportError as error:
     raise ImportError(f"fastreg.fastai1: fastai 1 cannot be imported ({error}); pip install 'fastai<2'") from error
@@ -81,7 +82,8 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
     """
 
     bptt: Any
-    _order = -1  # after the recorder (-10), before mixed precision (0, later 999) scales the loss
+    # As fastai's, but before the mixed precision of early releases, which has that order, too, and scales the loss.
+    _order = min(MixedPrecision._order, 1) - 1
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
 
     def get_state(self, minimal: bool = True) -> dict[str, Any]:
         """Return the attributes with which `Learner.purge` makes the callback anew."""
-        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "source")}
+        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "layers", "source")}
 
     def on_train_begin(self, **_: Any) -> None:
         if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:

@@ -164,7 +164,7 @@ class Source:
         """Return the source in a fastai language model if the dropout is `True`, and no module is named."""
         if self.dropout is True and self.module is None:
             return replace(self, module="0", dropout="1.output_dp", **options)
-        return replace(self, dropout=self.dropout or None)
+        return replace(self, dropout=None if self.dropout is False else self.dropout)
 
     def attach(self, regularizer: Any, model: Any, layout: bool | None = None) -> ExitStack:
         """Attach a regularizer to all modules at the paths, or to none, until the returned stack is closed.

@@ -134,6 +134,19 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
     assert gap(*weights) < 1e-5
 
 
+@pytest.mark.skipif(OLD, reason="the penalty goes before mixed precision, which has the order of other callbacks")
+def test_the_penalty_is_added_to_the_loss_of_an_earlier_callback() -> None:
+    def half(last_loss: Tensor, **_: Any) -> Any:
+        return {"last_loss": last_loss / 2}
+
+    weights = []
+    for learn in (learner(), fuse(learner())):
+        learn.callbacks.insert(0, Callback())
+        learn.callbacks[0].on_backward_begin = half
+        weights.append(trained(learn))
+    assert gap(*weights) < 1e-5
+
+
 class Spy(Callback):
     """Record of each training step its length, the lrs before and in it, and that of its weight decay."""
 
@@ -219,7 +232,7 @@ def test_exports_load_without_fastreg(purged: bool) -> None:
     fused = learn.callbacks[0]
     learn.export("learner")
     assert learn.callbacks[0] is learn.rnn_trainer is fused
-    assert (type(fused), fused.source.dropout) == (RNNTrainer, "1.output_dp")
+    assert (type(fused), fused.source.dropout, fused.layers) == (RNNTrainer, "1.output_dp", "all")
     with without("fastreg"):
         if OLD:  # whose load_learner knows no language models
             state = torch.load(learn.path / "learner")

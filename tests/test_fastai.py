@@ -137,8 +137,14 @@ def spy(seen: list[dict[str, Any]]) -> Callback:
     return on("after_loss", look)
 
 
+def lose(learn: Any) -> None:
+    """Compute the loss anew."""
+    learn.loss_grad = learn.loss_func(learn.pred, *learn.yb) / 2
+
+
 SETTINGS: dict[str, Callable[[], list[Callback]]] = {
     "plain": list,
+    "a loss of a callback": lambda: [on("after_loss", lose, Callback.order)],
     "accumulation and clip": lambda: [GradientClip(0.1), GradientAccumulation(16)],
     "bf16": lambda: [fp16.MixedPrecision("bf16")],
     "fp16": lambda: [fp16.MixedPrecision("fp16", init_scale=256.0)],
@@ -464,6 +470,7 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (custom, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: .* no such module at 'lstm'; candidates: .*'rnn'"),
     (custom, lambda x: fuse(x, True, rnn="rnn"), ValueError, "dropout: .* no such module at True"),
     (custom, lambda x: fuse(x, True), ValueError, "dropout: Model has no such module at '1.output_dp'"),
+    (custom, lambda x: fuse(x, [], rnn="rnn"), ValueError, "got 1 RNNs and 0 dropouts"),
     (vars, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),
     (vars, lambda x: fuse(x, mask_padding=True), ValueError, PAD),
     (vars, lambda _: rnn_cbs(mask_padding=True), ValueError, PAD),
