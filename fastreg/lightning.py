@@ -86,11 +86,6 @@ class ActivationRegularization(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the modules and wrap `training_step`; by now `configure_model` has made the modules."""
-        if not pl_module.automatic_optimization:
-            raise RuntimeError(
-                "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
-                "a callback; use fastreg.RNNRegularizer in its training_step"
-            )
         # All callbacks share one wrapper: they end together, and in any order.
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
@@ -149,6 +144,11 @@ class _RegularizedStep:
         self.callbacks: list[ActivationRegularization] = []
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.pl_module.automatic_optimization:
+            raise RuntimeError(
+                "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
+                "a callback; use fastreg.RNNRegularizer in its training_step"
+            )
         self.batch = batch
         output = self.step(batch, *args, **kwargs)
         self.batch = None

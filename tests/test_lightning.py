@@ -162,7 +162,8 @@ class Failing(Module):
 
 
 class Manual(Module):
-    automatic_optimization = False
+    def on_train_start(self) -> None:
+        self.automatic_optimization = False
 
 
 @pytest.mark.parametrize(
