@@ -41,9 +41,9 @@ class RegularizedTrainer(Trainer):
     `class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...`.
 
     AR and TAR of an optimizer step are means over all valid time steps of its batches, however many batches are
-    accumulated, and with `average_tokens_across_devices` on however many processes. The reported loss is free of the
-    penalty; `ar` and `tar` are logged beside it, as means over the optimizer steps since the last log. Evaluation and
-    prediction are those of `Trainer`.
+    accumulated, and with `average_tokens_across_devices` on however many processes. Batches without masks weigh by
+    their examples, whatever their lengths. The reported loss is free of the penalty; `ar` and `tar` are logged beside
+    it, as means over the optimizer steps since the last log. Evaluation and prediction are those of `Trainer`.
 
     Args:
         *args: as for `Trainer`, or the other base class.
