@@ -104,9 +104,10 @@ class Hooked:
             hooks.move_to_end(own)
 
     def remove(self) -> None:
-        """Remove the hooks."""
-        self.first.handle.remove()
-        self.last.handle.remove()
+        """Remove the hooks; PyTorch still calls one that another hook removes, without the keyword arguments."""
+        for hook in (self.first, self.last):
+            hook.handle.remove()
+            hook.function = nothing
         others = any(isinstance(hook, Hook) for hook in vars(self.module)["_forward_hooks"].values())
         if self.forward is not None and not others and vars(self.module).get("forward") == self.forward:
             del self.module.forward
@@ -238,7 +239,8 @@ class Attachment:
         run, raw = found
         # The loss reads saved tensors of the dropout's node, which may be packed away, as under checkpointing.
         lends = self.source.scale is None and not self.source.stepwise and not keeps_memory_low()
-        if lends and not isinstance(owner.alpha, Tensor) and not isinstance(owner.beta, Tensor):
+        is_same = raw.shape == run.raw.data.shape  # not one sequence in the other layout, in the same memory
+        if lends and is_same and not isinstance(owner.alpha, Tensor) and not isinstance(owner.beta, Tensor):
             self._loan = dropout.loan = Loan(raw, owner.alpha, owner.beta, run.valid, run.starts)
 
     def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:

@@ -344,7 +344,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("FusedRNNDropout", "a warning comes again", "self._warned = (*self._warned, message)", "pass"),
     ],
     "fastreg/attachment.py": [
-        ("Hooked", "hooks stay", "self.last.handle.remove()", "pass"),
+        ("Hooked", "hooks stay", "hook.handle.remove()", "pass"),
+        ("Hooked", "hooks that run on in a forward", "hook.function = nothing", "pass"),
         ("Hooked", "hooks that Dynamo does not see", 'vars(module).setdefault("forward", module.forward)', "None"),
         ("Hooked", "the forward of another module", "if module is not self.module or (", "if False and ("),
         ("Hooked", "the forward stays", "del self.module.forward", "pass"),
@@ -369,6 +370,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Attachment", "raw is not kept for a state", "None if x.grad_fn in before else rows", "None"),
         ("Attachment", "raw is not held for a state before it", "self._held += run, rows", "pass"),
         ("Attachment", "a loan of packed memory", " and not keeps_memory_low()", ""),
+        ("Attachment", "a loan of another layout", "lends and is_same and", "lends and"),
         ("Attachment", "steps that do not count, in a dropout",
          "beta, run.valid, run.starts)", "beta, None, run.starts)"),
         ("Attachment", "starts, in a dropout", "beta, run.valid, run.starts)", "beta, run.valid, None)"),

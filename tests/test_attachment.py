@@ -374,6 +374,19 @@ def test_handles() -> None:
     torch.testing.assert_close(lm.penalty_of(reg), lm.formula(*output[1:], time=1))
 
 
+@pytest.mark.parametrize("where", ["rnn", "dropout"])
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+@lm.either
+def test_a_hook_of_another_may_remove_the_handle(register: str, where: str) -> None:
+    """PyTorch still calls the other hooks of that forward."""
+    model, reg = lm.seeded(lm.Model), lm.regularizer()
+    handle = reg.attach(model.rnn, model.dropout)
+    getattr(getattr(model, where), register)(lambda *_: handle.remove(), prepend=True)
+    decoded = model(lm.tokens())
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        reg.on_backward_begin(lm.criterion(decoded, lm.tokens()))
+
+
 LSTM, GRU, LINEAR = nn.LSTM(1, 1), nn.GRU(1, 1, batch_first=True), nn.Linear(1, 1)
 FUSED, OTHER = FusedRNNDropout(), FusedRNNDropout(time_dim=1)
 REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
@@ -468,3 +481,14 @@ def test_steps_that_are_refused(case: str, in_backward: bool) -> None:
     with pytest.raises(RuntimeError, match=message):
         add(loss if loss.requires_grad else model.decoder.weight.sum())
     assert not isinstance(model.dropout, FusedRNNDropout) or model.dropout.take() is None
+
+
+@lm.either
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_one_sequence_that_the_dropout_gets_in_the_other_layout(in_backward: bool) -> None:
+    """It is the same memory."""
+    model = lm.seeded(lm.Model)
+    reg = lm.attached(model, in_backward=in_backward)
+    raw, _ = model.rnn(lm.inputs()[:1])
+    with pytest.raises(ValueError, match="dropped: expected the shape of raw"):
+        reg.on_backward_begin(model.dropout(raw.transpose(0, 1)).sum())
