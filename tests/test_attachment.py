@@ -229,6 +229,17 @@ def test_hooks_of_others(kind: str, where: str) -> None:
 
 
 @lm.either
+def test_a_backward_pre_hook_gets_the_gradient_before_the_penalty_is_added() -> None:
+    model, seen = lm.seeded(lm.Model), []
+    model.dropout.register_full_backward_pre_hook(lambda _, gradients: seen.append(gradients[0]))
+    reg = lm.attached(model)
+    for add in (torch.clone, reg.on_backward_begin):
+        decoded = lm.seeded(lambda: model(lm.tokens()))
+        add(lm.criterion(decoded, lm.tokens())).backward()
+    torch.testing.assert_close(seen[0], seen[2])  # of dropped; the dropout is that of the embeddings, too
+
+
+@lm.either
 def test_hooks_go_with_their_regularizer() -> None:
     model = lm.seeded(lm.Model)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
