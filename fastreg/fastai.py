@@ -145,7 +145,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         if self._handle is None:  # in the first batch, and after the regularizer was away for a while
             self._handle = self.source.of_batch(lambda: self.learn.xb).attach(self, self.learn.model)
         self._forget()
-        vars(self).pop("order", None)
+        self.order = RNNRegularizer.order
 
     def after_pred(self) -> None:
         self.order = stock.RNNRegularizer.order  # to add the penalty when fastai's callback does
