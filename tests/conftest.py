@@ -67,7 +67,7 @@ def names_of_functions(package: Any) -> list[str]:
 
 
 def functions_of(package: Any) -> list[tuple[str, Any]]:
-    """Return the functions of Triton's language in a package, some of which the interpreter may have replaced."""
+    """Return the functions of Triton's language in a package; the interpreter may have replaced some."""
     return [(name, getattr(package, name)) for name in names_of_functions(package)]
 
 
