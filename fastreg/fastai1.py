@@ -83,7 +83,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
 
     bptt: Any
     # As fastai's, but before the mixed precision of early releases, which has that order, too, and scales the loss.
-    _order = min(MixedPrecision._order, 1) - 1
+    _order = 0 if MixedPrecision._order > 0 else -1
 
     def __init__(
         self,
