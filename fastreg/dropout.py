@@ -164,8 +164,8 @@ def drop_and_penalize(
         check_probability(p)
     drops = training and (mask is not None or p != 0)
     if not drops:
-        batch_first, time_dim, reduction, measured, _ = options
-        options = Options(batch_first, time_dim, reduction, measured, ar_of_raw=True)
+        batch_first, time_dim, reduction, measured, _, fills = options
+        options = Options(batch_first, time_dim, reduction, measured, True, fills)
     if isinstance(mask, Tensor):
         mask = keepable(plain(mask))  # before its metadata are looked at: a copy may lie otherwise
     call = call_of_raw(raw, mask, coefficients, steps, options)

@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.kernels.view import allocate, layout_of
 from fastreg.operation import Plan, keep, restored, unpack
-from fastreg.prepare import Options, calls_of, rows_of_layers
+from fastreg.prepare import Options, Pair, calls_of, rows_of_layers
 from fastreg.problem import ARTAR, Call, Coefficient, compute_dtype
 from fastreg.reference import ar_tar, ar_tar_gradients
-from fastreg.torch_state import are_memory, keeps_memory_low, observed
+from fastreg.torch_state import are_memory, observed
 from fastreg.view import Fold
 
 One: TypeAlias = Tensor | PackedSequence
@@ -126,9 +126,24 @@ def fused_ar_tar(
         >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
     """
     options = Options(batch_first, time_dim, reduction, return_terms)
-    calls = calls_of((raw, dropped), (alpha, beta), (lengths, valid, starts), options)
+    return penalize((raw, dropped), (alpha, beta), (lengths, valid, starts), options)
+
+
+def penalize(activations: Pair, coefficients: Pair, steps: Sequence[Any], options: Options) -> Any:
+    """Compute the penalty of activations, with its terms if they are wanted.
+
+    Args:
+        activations: raw and dropped, as `fused_ar_tar` takes them.
+        coefficients: alpha and beta.
+        steps: lengths, valid steps and starts.
+        options: the other arguments.
+
+    Raises:
+        TypeError, ValueError: as `fused_ar_tar`.
+    """
+    calls = calls_of(activations, coefficients, steps, options)
     if not calls:
-        return _zero(raw, dropped, return_terms)
+        return _zero(*activations, options.measured)
     penalty, terms = penalty_of(calls)
     return penalty if terms is None else ARTAR(penalty, *terms)
 
@@ -202,8 +217,7 @@ class PenaltyPlan(Plan):
         self.fold = Fold((self.layouts[0], None, None, self.layouts[1]), call)
         pairs = zip(self.layouts, self.needs, strict=True)
         self.gradients = [self.fold.like(x) if need else None for x, need in pairs]  # pyright: ignore
-        # Where saved tensors are packed away, memory is the point: gradients are formed in the backward alone.
-        self.filled = [None, None] if keeps_memory_low() else self.gradients
+        self.filled = self.gradients if call.kind.fills else [None, None]
         self.forward = self.backend.forward(self.fold.view(self.filled), terms, self.device)
         self.backward: Any = None
 

@@ -23,17 +23,22 @@ from fastreg.kernels.view import Steps
 from fastreg.plans import keep, kept, key_of
 from fastreg.problem import Call, Coefficient, Kind, Place, compute_dtype, is_list, is_on, rows_of, sizes_of
 from fastreg.reference import marked
-from fastreg.torch_state import keepable, observed, plain
+from fastreg.torch_state import keepable, keeps_memory_low, observed, plain
 
 
 class Options(NamedTuple):
-    """The options of a call as they were given: see `fused_ar_tar`. `ar_of_raw` asks for AR of raw."""
+    """The options of a call as they were given: see `fused_ar_tar`.
+
+    `ar_of_raw` asks for AR of raw. With `fills` the forward may fill gradients for the backward; without it no gradient
+    is held in between.
+    """
 
     batch_first: Any = None
     time_dim: Any = None
     reduction: Any = "mean"
     measured: Any = False
     ar_of_raw: bool = False
+    fills: bool = True
 
 
 Pair: TypeAlias = tuple[Any, Any]
@@ -122,7 +127,7 @@ def _form(
     is_kept: bool,
 ) -> Form:
     """Check the metadata of arguments, and return their form; `same` says of each layer whether dropped is raw."""
-    (raw, dropped, mask), (batch_first, time_dim, reduction, measured, ar_of_raw) = tensors, options
+    (raw, dropped, mask), (batch_first, time_dim, reduction, measured, ar_of_raw, fills) = tensors, options
     arguments.check_options(reduction, return_terms=measured)
     place = place_of(batch_first, time_dim)
     if raw is None is dropped:
@@ -141,9 +146,10 @@ def _form(
         marker = partial(marked, sizes) if backend is None else backend.marker(sizes, x.device)
         counting = partial(_steps, marker, sizes, x.device, reduction)
     dtype, kinds = compute_dtype([x for layer in layers for x in layer.values()]), []
+    fills = fills and not keeps_memory_low()  # where saved tensors are packed away, memory is the point
     for layer, is_same in zip_longest(layers, same, fillvalue=False):
         arguments.check_layer(layer, layers[0], axis)  # pyright: ignore[reportArgumentType]
-        kinds.append(Kind(axis, reduction, measured, ar_of_raw or is_same, dtype, {} if is_kept else None))
+        kinds.append(Kind(axis, reduction, measured, ar_of_raw or is_same, dtype, fills, {} if is_kept else None))
     arguments.check_devices(coefficients, layers[0])
     if mask is not None:
         arguments.check_mask(mask, x, axis)

@@ -60,6 +60,7 @@ class Kind:
         measured: terms are wanted, so that one whose coefficient is 0 is formed, too; it has no gradient.
         ar_of_raw: AR is the mean square of raw, as fastai v1 forms it, or because dropped is raw itself.
         dtype: of differences, squares and sums, and of the penalty.
+        fills: the forward fills gradients for the backward, which otherwise forms them.
         plans: of the operations, which the first call makes; `None` where plain PyTorch has to see every call.
     """
 
@@ -68,6 +69,7 @@ class Kind:
     measured: bool = False
     ar_of_raw: bool = False
     dtype: torch.dtype = torch.float32
+    fills: bool = True
     plans: dict[Any, Any] | None = None
 
 

@@ -224,7 +224,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("PenaltyPlan", "a measured term has a gradient", "terms.by_tar or (terms.by_ar and terms.ar_of_raw)", "True"),
         ("PenaltyPlan", "gradients where there are none", "torch.is_grad_enabled()", "True"),
         ("PenaltyPlan", "gradients ahead in a layout of before", "map(restored, ", "map(lambda name, x, layout: x, "),
-        ("PenaltyPlan", "gradients ahead where memory is low", "[None, None] if keeps_memory_low() else", ""),
+        ("PenaltyPlan", "gradients ahead where memory is low", "if call.kind.fills else [None, None]", ""),
         ("_Penalty", "a layer without gradients by the formula", "plan.needs == (False, False)", "False"),
         ("_Penalty", "zeros for the terms' gradients", "set_materialize_grads(False)", "set_materialize_grads(True)"),
         ("_Penalty", "raw always saved", "x if need else None for x, need", "x for x, need"),
