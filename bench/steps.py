@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from bench.awd_lstm import AWDLSTM, Dropouts, LockedDropout
 from bench.formulas import ALPHA, BETA, fastai
-from bench.nets import LSTM, WORDS, Activations, AWDLSTMNet, MambaNet, MinGRU, Net, Stack, Tanh, forget, sgd
+from bench.nets import LSTM, WORDS, Activations, AWDLSTMNet, Hooked, MambaNet, MinGRU, Net, Stack, Tanh, forget, sgd
 from bench.timing import Call
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
 
 Add = Callable[[Tensor, Activations], Tensor]  # returns the loss with the penalty
 P = 0.1  # of the dropout whose output is regularized
 CLIP = 0.25
-WITHOUT = "no penalty"
+WITHOUT, BY_HAND = "no penalty", "hooks by hand"
 STEP, COMPILED = "step", "compiled step"  # passes
 
 
@@ -33,11 +33,13 @@ class Way(NamedTuple):
         start: returns, for a model, the function that adds the penalty to its loss.
         in_hand: whether that function takes the activations, which are kept for it.
         fused: whether the dropout is a `FusedRNNDropout`.
+        hooked: whether forward hooks keep the activations, as where the model returns only its output.
     """
 
     start: Callable[[Net], Add]
     in_hand: bool = False
     fused: bool = False
+    hooked: bool = False
 
 
 def by(penalty: Callable[..., Tensor]) -> Way:
@@ -59,7 +61,7 @@ def by_call(net: Net) -> Add:
 
 def by_hooks(net: Net) -> Add:
     """Attach a regularizer."""
-    regularizer = RNNRegularizer(ALPHA, BETA, layers="all")
+    regularizer = RNNRegularizer(ALPHA, BETA)
     for rnn, dropout in net.pairs:
         regularizer.attach(rnn, dropout, batch_first=True)
     return lambda loss, _: regularizer.on_backward_begin(loss)
@@ -75,7 +77,10 @@ def by_dropout(net: Net) -> Add:
 class Step:
     """A training step of a model; `shape` is that of raw, (batch, time, hidden)."""
 
-    PEERS: ClassVar[tuple[str, ...]] = (WITHOUT, "eager", "compiled", "fused_ar_tar", "attach", "FusedRNNDropout")
+    PEERS: ClassVar[tuple[str, ...]] = (
+        *(WITHOUT, "eager", "compiled", "fused_ar_tar", BY_HAND),
+        *("attach", "FusedRNNDropout"),
+    )
     PASS: ClassVar[str] = STEP
     MODEL: ClassVar[str]
     SECONDS: ClassVar[float] = 6  # of rounds, on a CPU
@@ -101,6 +106,7 @@ class Step:
             "eager": by(fastai),
             "compiled": by(torch.compile(fastai, dynamic=False)),
             "fused_ar_tar": Way(by_call, in_hand=True),
+            BY_HAND: Way(by_call, in_hand=True, hooked=True),
             "attach": Way(by_hooks),
             "FusedRNNDropout": Way(by_dropout, fused=True),
         }
@@ -113,6 +119,7 @@ class Step:
     def call(self, peer: Any, sets: list[tuple[Tensor, ...]]) -> Call:
         torch.manual_seed(0)
         net = self.net(lambda: FusedRNNDropout(P, ALPHA, BETA) if peer.fused else LockedDropout(P))
+        net = Hooked(net) if peer.hooked else net
         net.to(sets[0][0].device)
         add = peer.start(net)
         optimizer = sgd(net)
@@ -205,7 +212,7 @@ class AWDLSTMStep(Step):
 class MambaStep(Step):
     """The block is its own output: no dropout follows that could be fused."""
 
-    PEERS: ClassVar = (WITHOUT, "eager", "compiled", "fused_ar_tar", "attach")
+    PEERS: ClassVar = (WITHOUT, "eager", "compiled", "fused_ar_tar", BY_HAND, "attach")
     MODEL: ClassVar = "Hugging Face Mamba"
 
     def net(self, dropout: Callable[[], nn.Module]) -> Net:
@@ -223,7 +230,8 @@ class LightningStep(LSTMStep):
 
     def peers(self) -> dict[str, Any]:
         fused = partial(fused_ar_tar, alpha=ALPHA, beta=BETA, return_terms=True)
-        terms = {"eager": terms_of, "compiled": torch.compile(terms_of, dynamic=False), "fused_ar_tar": fused}
+        terms = {"eager": terms_of, "compiled": torch.compile(terms_of, dynamic=False)}
+        terms |= dict.fromkeys(("fused_ar_tar", BY_HAND), fused)
         return {name: (terms.get(name), name) for name in self.PEERS}
 
     def call(self, peer: Any, sets: list[tuple[Tensor, ...]]) -> Call:
@@ -232,6 +240,7 @@ class LightningStep(LSTMStep):
         terms, name = peer
         torch.manual_seed(0)
         net = self.net(lambda: FusedRNNDropout(P) if name == "FusedRNNDropout" else LockedDropout(P))
+        net = Hooked(net) if name == BY_HAND else net
         return in_turns(net, terms, sets, regularized=name in ("attach", "FusedRNNDropout"))
 
 

@@ -2,15 +2,20 @@
 
 An episode ends at any time step, and the next one starts in the same row of the rollout. The policy resets its state
 there, and TAR should not penalize the change into a start: `starts` leaves out this change and no other. Each episode
-shows a cue at its first step alone; the policy is rewarded as long as it acts on the cue. The example takes a few
-seconds on a CPU.
+shows a cue at its first step and at no other; the policy is rewarded as long as it acts on the cue.
+
+The trainer, `update`, does not expose its loss, like the `train()` of Stable-Baselines3. So a forward hook adds the
+penalty: `with_penalty` returns a view of the policy's states, whose backward also differentiates the penalty. In a
+training loop that has the loss at hand, `RNNRegularizer.attach` is simpler. The example takes a few seconds on a CPU.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastreg import RNNRegularizer, fused_ar_tar
+from fastreg import ARTAR, fused_ar_tar, with_penalty
 
 CUES, HIDDEN, ROWS, TIME, UPDATES = 3, 32, 32, 24, 160
 
@@ -50,33 +55,51 @@ def rollout() -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([shown + 0.3 * torch.randn(ROWS, TIME, CUES), starts[..., None]], -1), starts, cues
 
 
+def regularize(rnn: nn.Module, alpha: float, beta: float, log: Callable[[ARTAR], None]) -> None:
+    """Add AR and TAR of a module to the gradients of each backward through its output in training."""
+
+    def add_penalty(module: nn.Module, args: tuple[Tensor, Tensor], states: Tensor) -> Tensor:
+        if not module.training:
+            return states
+        _, starts = args
+        terms = fused_ar_tar(states, states, alpha, beta, starts=starts, return_terms=True)
+        log(terms)
+        return with_penalty(states, terms.penalty)
+
+    rnn.register_forward_hook(add_penalty)
+
+
+def update(policy: Policy, optimizer: torch.optim.Optimizer) -> float:
+    """Improve the policy by the advantages of one rollout; return the part of the cues that it missed."""
+    observations, starts, cues = rollout()
+    scores, values = policy(observations, starts)
+    chosen = torch.distributions.Categorical(logits=scores)
+    actions = chosen.sample()
+    rewards = (actions == cues).float()
+    advantages = rewards - values
+    gain = (chosen.log_prob(actions) * advantages.detach()).mean() + 0.01 * chosen.entropy().mean()
+    optimizer.zero_grad()
+    (0.5 * advantages.square().mean() - gain).backward()
+    optimizer.step()
+    return 1 - float(rewards.mean())
+
+
 def main() -> None:
     torch.manual_seed(0)
-    policy = Policy()
+    policy, logged = Policy(), []
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
-    regularizer = RNNRegularizer(alpha=0.01, beta=0.1)
-    # `starts` gets the arguments of the RNN. The backward adds the penalty's gradient: no loss has to be changed.
-    regularizer.attach(policy.rnn, batch_first=True, starts=lambda observations, starts: starts, in_backward=True)
+    regularize(policy.rnn, alpha=0.01, beta=0.1, log=logged.append)
     print(f"guessing misses {1 - 1 / CUES:.2f} of the cues")
-    for update in range(UPDATES):
-        observations, starts, cues = rollout()
-        scores, values = policy(observations, starts)
-        chosen = torch.distributions.Categorical(logits=scores)
-        actions = chosen.sample()
-        rewards = (actions == cues).float()
-        advantages = rewards - values
-        gain = (chosen.log_prob(actions) * advantages.detach()).mean() + 0.01 * chosen.entropy().mean()
-        optimizer.zero_grad()
-        (0.5 * advantages.square().mean() - gain).backward()
-        optimizer.step()
-        if update % 40 == 0 or update == UPDATES - 1:
-            missed = 1 - rewards.mean()
-            print(f"update {update:3}  missed {missed:.2f}  ar {regularizer.ar:.4f}  tar {regularizer.tar:.4f}")
-    with torch.no_grad():
-        states = policy.rnn(observations, starts)
-        across = fused_ar_tar(states, states, 0.0, 1.0)
-        within = fused_ar_tar(states, states, 0.0, 1.0, starts=starts)
-        print(f"tar {within:.4f}, and {across:.4f} with changes into starts")
+    for number in range(UPDATES):
+        missed, (_, ar, tar) = update(policy, optimizer), logged.pop()
+        if number % 40 == 0 or number == UPDATES - 1:
+            print(f"update {number:3}  missed {missed:.2f}  ar {ar:.4f}  tar {tar:.4f}")
+    policy.eval()
+    observations, starts, _ = rollout()
+    states = policy.rnn(observations, starts)
+    across = fused_ar_tar(states, states, 0.0, 1.0)
+    within = fused_ar_tar(states, states, 0.0, 1.0, starts=starts)
+    print(f"tar {within:.4f}, and {across:.4f} with changes into starts")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import warnings
 if sys.argv[:1] == ["-m"]:  # `python -m fastreg` reports on the installation: a remark of PyTorch's would stand first
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
+from fastreg.carrier import with_penalty
 from fastreg.dropout import fused_dropout_ar_tar
 from fastreg.penalty import fused_ar_tar
 from fastreg.problem import ARTAR
 from fastreg.regularizer import RNNRegularizer
 from fastreg.rnn_dropout import FusedRNNDropout
 
-__all__ = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar"]
+__all__ = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar", "with_penalty"]

@@ -1,67 +1,47 @@
-"""`Attachment`: captures the runs of a recurrent module and of the dropout that follows it by forward hooks.
+"""`Attachment`: the hooks on a recurrent module and on the dropout that follows it.
 
-The hook on the module starts a run, and the hook on the dropout completes it. The autograd graph keeps it, as
-`fastreg.capture` describes. A run without a graph, which no loss can be searched for, is held here until the next one.
+The hook on the module notes raw, and the hook on the dropout forms the penalty and returns dropped marked with it.
+Without a dropout the hook on the module does so with raw. `fastreg.carrier` describes marks and runs.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
-from dataclasses import fields, is_dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from types import MethodType
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastreg.capture import Captured, Fused, Mark, Run, Watch, nodes_before
-from fastreg.carry import Always
-from fastreg.dropout import carries
-from fastreg.problem import ARTAR, Coefficient, rows_of
+from fastreg.carrier import Run, is_marked, mark, stamps_of
+from fastreg.penalty import penalize
+from fastreg.prepare import Options
+from fastreg.problem import Coefficient, rows_of
 from fastreg.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.source import Source
-from fastreg.torch_state import current, is_memory, keeps_memory_low, observed, plain, transformed, untraced
+from fastreg.torch_state import current, keeps_memory_low, transformed, untraced, version_of
 
-REPLICA = (
-    "attach: DataParallel runs a replica of the attached {} on each device, where each penalty would count in full. "
-    "Use DistributedDataParallel; or let the model return (decoded, raw, dropped), which DataParallel gathers, for "
-    "on_loss_begin"
-)
 SHARED = (
-    "attach: this {} shares the attributes of the attached one, or its class got another forward, so that the old one "
-    "would run; remove() the attachment before, and attach again"
+    "attach: this {} is not the attached one, but has its hooks, or its class got another forward, so that the old one "
+    "would run. In a replica of DataParallel each penalty would count in full: use DistributedDataParallel, or let the "
+    "model return (decoded, raw, dropped) for on_loss_begin. Else remove() the attachment before, and attach again"
 )
-
-
-class Owner(Protocol):
-    """Decide which runs are regularized, and with which coefficients, as `RNNRegularizer` does."""
-
-    alpha: Coefficient
-    beta: Coefficient
-
-    def carries(self, attachment: Attachment) -> bool:
-        """Return whether the runs of an attachment are regularized."""
-        ...
-
-    def note(self) -> None:
-        """Keep the terms of the latest runs that add their penalty in the backward."""
-        ...
-
-    def forget(self, attachment: Attachment) -> None:
-        """Leave an attachment out from now on."""
-        ...
+NO_GRADIENTS = (
+    "the attached {} or its dropout ran without gradients, so that the penalty's gradient would be lost. For "
+    "activation checkpointing pass use_reentrant=False; else run both outside torch.no_grad()"
+)
 
 
 class Hook:
     """Be a hook on the forward of a module; in a copy or a pickle of the module it does nothing."""
 
-    def __init__(self, function: Callable[..., Any], register: Any) -> None:
-        self.function, self.handle = function, register(self, with_kwargs=True)
+    def __init__(self, attachment: Attachment, function: Callable[..., Any], register: Any) -> None:
+        self.attachment, self.function, self.handle = attachment, function, register(self, with_kwargs=True)
 
     @untraced
     def __call__(self, *args: Any) -> Any:
@@ -74,347 +54,312 @@ class Hook:
 
 
 class Hooked:
-    """Hold the hooks on a module until `remove()`.
+    """Hold the two hooks on a module until `remove()`.
 
     Attributes:
         module: the module.
+        before: the function that the first hook calls after its checks.
         forward: its forward as an attribute of its own, if an attachment has made it one, or `None`.
     """
 
-    def __init__(self, module: nn.Module, before: Callable[..., Any] | None, after: Callable[..., Any]) -> None:
-        self.module = module
-        self.first = Hook(before or self.check, module.register_forward_pre_hook)
-        self.last = Hook(after, module.register_forward_hook)
+    def __init__(
+        self, of: Attachment, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]
+    ) -> None:
+        self.module, self.before = module, before
+        self.first = Hook(of, self._begin, module.register_forward_pre_hook)
+        self.last = Hook(of, after, module.register_forward_hook)
         # Dynamo does not guard on hooks, and would use code that was compiled for a module without them. It guards on
         # whether the instance has a forward of its own.
         own = vars(module).setdefault("forward", module.forward)
         self.forward = own if own == MethodType(type(module).forward, module) else None
 
-    def check(self, module: nn.Module, *_: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Check that a module is the one with the hooks, and move the later hook to the end: others replace outputs.
 
         Raises:
             RuntimeError: it shares the attributes of that module, or runs another forward than its class.
         """
         if module is not self.module or (self.forward and self.forward.__func__ is not type(module).forward):
-            message = REPLICA if "_is_replica" in vars(module) else SHARED
-            raise RuntimeError(message.format(type(module).__name__))
+            raise RuntimeError(SHARED.format(type(module).__name__))
         hooks, own = vars(module)["_forward_hooks"], self.last.handle.id
         if own in hooks:
             hooks.move_to_end(own)
+        return self.before(args, kwargs)
 
     def remove(self) -> None:
         """Remove the hooks; PyTorch still calls one that another hook removes, without the keyword arguments."""
         for hook in (self.first, self.last):
             hook.handle.remove()
             hook.function = nothing
-        others = any(isinstance(hook, Hook) for hook in vars(self.module)["_forward_hooks"].values())
-        if self.forward is not None and not others and vars(self.module).get("forward") == self.forward:
+        if not attachments_of(self.module) and vars(self.module).get("forward", nothing) == self.forward:
             del self.module.forward
 
 
-class Attachment:
-    """Hold the hooks on a module and its dropout until `remove()`. Those in a copy of the model do nothing.
-
-    Attributes:
-        source: the modules.
-        watch: of the backwards without a penalty; shared by the attachments of a regularizer.
-        terms: AR and TAR of the latest run that adds its penalty in the backward, or `None`.
-    """
-
-    def __init__(self, owner: Owner, source: Source, watch: Watch) -> None:
-        self.source, self.watch = source, watch
-        self.terms: ARTAR | None = None
-        self._names = type(source.module).__name__, type(source.dropout).__name__
-        self._runs: WeakValueDictionary[int, Run] = WeakValueDictionary()  # by their ids, in the order of the calls
-        self._latest: Callable[[], Run | None] = nothing
-        self._held: list[Any] = []  # the latest run, and its tensors, where no graph can keep them
-        self._without_graph = WeakTensorKeyDictionary()  # runs, by their raw, until their dropout has run
-        self._unmarked = 0  # how many runs no search can find, since a loss was regularized
-        self._single: list[Any] = []  # what `Always` notes of runs of one time step
-        self._loan: Loan | None = None  # to a fused dropout that runs
-        # With `in_backward` no other code needs the regularizer, which lives as long as the module then.
-        is_kept = source.scale is not None
-        self._owner: Callable[[], Any] = (lambda: owner) if is_kept else weakref.ref(owner, lambda _: self.remove())
-        self._hooked = [Hooked(source.module, None, self._after_module)]
-        if source.dropout is not None:
-            before = self._lend if isinstance(source.dropout, FusedRNNDropout) else None
-            self._hooked.append(Hooked(source.dropout, before, self._after_dropout))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a handle without hooks and runs: a copy must not reach this regularizer."""
-        return {"_hooked": [], "_runs": {}, "_loan": None, "_owner": nothing}
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Remove the hooks and drop their captures; a second call does nothing."""
-        for hooked in self._hooked:
-            hooked.remove()
-        self.clear()
-        owner, self._owner, self._hooked = self._owner(), nothing, []
-        if owner is not None:
-            owner.forget(self)
-
-    @property
-    def runs(self) -> list[Run]:
-        """Return the runs that are captured and not taken yet, in the order of the calls."""
-        return list(self._runs.values())
-
-    def clear(self) -> None:
-        """Drop all captures."""
-        self.settle(self.runs)
-
-    def settle(self, runs: Collection[Run]) -> None:
-        """Drop taken runs, and the latest run, which only the next loss may take without depending on it."""
-        for run in runs:
-            run.drop()
-            self._runs.pop(id(run), None)
-        self._held, self._latest, self._unmarked = [], nothing, 0
-        if self._loan is not None:  # a forward that failed has not used it, and it holds raw
-            self._loan = self.source.dropout.loan = None
-
-    def chosen(self, runs: list[Run], reached: Collection[Run]) -> list[Run]:
-        """Return those of the runs that a loss reaches.
-
-        If there are none, return the latest run, where it has no graph to be reached by, or the loss reaches no run of
-        any module; but no run in evaluation.
-        """
-        found = [run for run in runs if run in reached]
-        latest = self._latest() if self.source.module.training else None
-        if not found and latest is not None and not (reached and latest.carriers and latest.marked):
-            return [latest]
-        return found
-
-    def checked(self, runs: list[Run], loss: Tensor) -> list[list[Run]]:
-        """Check that runs can be regularized with a loss, and return them in groups that are one activation each.
-
-        With `stepwise` all runs of a step are joined along time.
-
-        Raises:
-            RuntimeError: a run has no dropped or no gradients, or was changed in place or freed, or several runs have
-                one time step each; the message names the remedy.
-        """
-        module, dropout = self._names
-        if len(runs) > 1 and not self.source.stepwise and all(run.steps == 1 for run in runs):
-            raise RuntimeError(
-                f"on_backward_begin: the {module} ran {len(runs)} times, over one time step each, which leaves no "
-                "changes for TAR; attach(..., stepwise=True) joins the runs of a step along time"
-            )
-        if self._unmarked > 1 and any(not run.marked for run in runs):
-            raise RuntimeError(
-                f"on_backward_begin: the {module} ran {self._unmarked} times under a transform of torch.func, under "
-                "forward-mode AD or in a trace, of which the latest run alone is kept; use fused_ar_tar there"
-            )
-        for run in runs:
-            if loss.requires_grad and not run.grad_enabled:
-                raise RuntimeError(
-                    f"on_backward_begin: the {module} or its dropout ran without gradients, so that the penalty's "
-                    "would be lost. For activation checkpointing pass use_reentrant=False; else run both outside "
-                    "torch.no_grad()"
-                )
-            if (fault := run.fault) is not None:
-                raise RuntimeError(f"on_backward_begin: {fault}")
-            if (lost := run.lost()) is not None:
-                raise RuntimeError(
-                    "on_backward_begin: the loss does not depend on the output of the attached "
-                    f"{module if lost is run.raw else dropout}, which was freed, so that the gradient of its penalty "
-                    "would be lost. Pass the loss of the step, which is computed from that output; or keep it until "
-                    "on_backward_begin"
-                )
-        return [runs] if self.source.stepwise and runs else [[run] for run in runs]
-
-    # The hooks
-
-    def _lend(self, dropout: Any, args: Any, kwargs: Any) -> None:
-        """Lend a fused dropout the coefficients, and the masks of the run that it gets."""
-        self._hooked[1].check(dropout)
-        owner, found, self._loan = self._owner(), self._run_of(args, kwargs), None
-        if owner is None or found is None:
-            return
-        run, raw = found
-        # The loss reads saved tensors of the dropout's node, which may be packed away, as under checkpointing.
-        lends = self.source.scale is None and not self.source.stepwise and not keeps_memory_low()
-        is_same = raw.shape == run.raw.data.shape  # not one sequence in the other layout, in the same memory
-        if lends and is_same and not isinstance(owner.alpha, Tensor) and not isinstance(owner.beta, Tensor):
-            self._loan = dropout.loan = Loan(raw, owner.alpha, owner.beta, run.valid, run.starts)
-
-    def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        """Start the capture of a run."""
-        source = self.source
-        if not module.training or torch.is_inference_mode_enabled():
-            return
-        # Activation checkpointing runs the forward again. If it is reentrant, the penalty's gradient with `in_backward`
-        # passes the second forward alone; if it is not, none passes the second.
-        if current() != -1 and source.scale is None:
-            return
-        raw = source.raw_of(result)
-        rows = rows_of(raw)
-        axis = None
-        if source.stepwise and rows.dim() < 3 and not isinstance(module, nn.RNNBase):
-            axis = 1 if rows.dim() == 2 and source.place.batch_first else 0
-        valid = starts = None
-        if source.valid is not None or source.starts is not None:
-            valid, starts = source.marks(*args, **kwargs).values()
-            if axis is not None:
-                valid, starts = [x if x is None or x.dim() > 1 else x.unsqueeze(-1) for x in (valid, starts)]
-        captured, marked = Captured(rows, axis), not transformed()
-        packed = raw._replace(data=captured.data) if isinstance(raw, PackedSequence) else None
-        of_source = captured, packed, source.place, valid, starts, self._names
-        run = Run(*of_source, self._guard(), torch.is_grad_enabled(), marked)
-        self._latest, self._held, self._runs[id(run)] = weakref.ref(run), [], run
-        self._unmarked += not marked
-        if not marked and isinstance(run.guard, Always):
-            raise RuntimeError(
-                "attach: in_backward does not go with transforms of torch.func, forward-mode AD and traces, where no "
-                "hook sees a gradient; use on_backward_begin or fused_ar_tar"
-            )
-        self._mark(run, captured, rows)
-        if result is not rows and marked:
-            self._mark_others(run, rows, (args, kwargs), result)
-        if source.dropout is None:
-            self._complete(run, captured)
-
-    def _guard(self) -> Any:
-        """Return the guard of the gradients of a run."""
-        owner = self._owner()
-        if self.source.scale is None or owner is None:
-            return self.watch
-        return Always(self._single) if owner.carries(self) else None
-
-    def _mark(self, run: Run, captured: Captured, x: Tensor) -> None:
-        """Let the graph keep a run, and hook its tensor; hold a run that has no graph, or that PyTorch transforms."""
-        if captured.needs and run.marked:
-            Mark(run, captured, x)
-        elif not self._held or self._held[0] is run:
-            self._held += run, x
-            self._without_graph[x] = run
-
-    def _mark_others(self, run: Run, rows: Tensor, given: Any, result: Any) -> None:
-        """Mark the other tensors that a module returned, as a loss may depend on the run through them alone.
-
-        If raw was computed from one, a mark on it that kept raw would close a reference cycle: raw is held here.
-        """
-        inputs = {id(x) for x in _tensors(given)}
-        others = [x for x in _tensors(result) if x is not rows and x.grad_fn is not None and id(x) not in inputs]
-        if not others:
-            return
-        before = nodes_before(rows.grad_fn, [x.grad_fn for x in others])
-        for x in others:
-            Mark(run, None, x, None if x.grad_fn in before else rows)
-            if x.grad_fn in before and not self._held:
-                self._held += run, rows
-
-    def _after_dropout(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        """Complete the capture of the run whose raw is the input of the dropout."""
-        loan, self._loan, fused = self._loan, None, dropout if isinstance(dropout, FusedRNNDropout) else None
-        if fused is not None:
-            fused.formed = None  # a penalty with coefficients of its own, which its user is not to take
-        found = self._run_of(args, kwargs)
-        if found is None:
-            return
-        run, given = found
-        if not isinstance(result, Tensor) and not (run.packed is not None and isinstance(result, PackedSequence)):
-            raise TypeError(
-                f"dropout: expected the attached {type(dropout).__name__} to return a tensor, got "
-                f"{type(result).__name__}"
-            )
-        if fused is not None:  # with the arguments that it ran with, as other hooks may have replaced them
-            run.valid = _argument(args, kwargs, 2, "valid", run.valid)
-            run.starts = _argument(args, kwargs, 3, "starts", run.starts)
-        run.grad_enabled &= torch.is_grad_enabled()
-        rows = rows_of(result)
-        if run.dropped is not None and not (rows is given and run.dropped is run.raw):
-            # Checkpointing that is not reentrant runs the dropout again, and the first run has the gradients.
-            if not torch.is_grad_enabled() or (current() != -1 and run.grad_enabled):
-                return
-            raise RuntimeError(
-                f"attach: the attached {type(dropout).__name__} got the same output of the {run.names[0]} twice, and "
-                "AR is of one result; use fused_ar_tar, or attach no dropout"
-            )
-        if rows is given:  # the dropout dropped nothing
-            self._complete(run, run.raw)
-            return
-        if fused is not None and not (run.packed is run.raw.axis is None):
-            packed = run.packed is not None
-            got = "the data of a PackedSequence" if packed else "one time step (batch, hidden)"
-            raise TypeError(
-                f"FusedRNNDropout: expected (batch, time, hidden) or (time, hidden) as a tensor, got {got}, whose rows "
-                f"are of several sequences; use another dropout with {'packed data' if packed else 'stepwise=True'}"
-            )
-        if loan is not None and loan.formed is not None:
-            # Another hook or a subclass may have replaced the masks, or the output after the penalty was formed.
-            is_as_lent = loan.valid is run.valid and loan.starts is run.starts and loan.formed.place == run.place
-            if is_as_lent and loan.formed.dropped is rows and carries(rows):
-                run.fused = Fused(weakref.ref(rows.grad_fn), (loan.alpha, loan.beta), loan.formed.terms[1:])
-        if fused is not None and fused.ar_of == "raw":
-            self._complete(run, run.raw)
-            return
-        captured = Captured(rows, run.raw.axis)
-        self._mark(run, captured, rows)
-        self._complete(run, captured)
-
-    def _complete(self, run: Run, dropped: Captured) -> None:
-        """Complete a run; with `in_backward` add the penalty's gradient in every backward."""
-        run.complete(dropped)
-        owner, scale = self._owner(), self.source.scale
-        if isinstance(run.guard, Always) and owner is not None:
-            terms = run.guard.form(run, (owner.alpha, owner.beta), scale)  # pyright: ignore[reportArgumentType]
-            if current() == -1:  # a recomputation is no later run
-                self.terms = terms
-                owner.note()
-            self._runs.pop(id(run), None)
-            self._held = []
-
-    def _run_of(self, args: Any, kwargs: Any) -> tuple[Run, Tensor] | None:
-        """Return the run whose raw is among the arguments of a dropout, and that argument's tensor."""
-        given = [rows_of(x) for x in (*args, *kwargs.values()) if isinstance(x, (Tensor, PackedSequence))]
-        latest = self._latest()
-        for run in reversed(self.runs if latest is None else [*self.runs, latest]):
-            for x in given:
-                if run.raw.itself() is x or _is_same(x, run.raw.data):
-                    return run, x
-        return None
+def attachments_of(module: nn.Module) -> list[Attachment]:
+    """Return the attachments whose hooks are on a module."""
+    return [hook.attachment for hook in vars(module)["_forward_hooks"].values() if isinstance(hook, Hook)]
 
 
 def nothing(*_: object, **__: object) -> None:
     """Return `None`, as a dead weak reference does."""
 
 
-def _argument(args: Any, kwargs: Any, i: int, name: str, default: Tensor | None) -> Tensor | None:
-    """Return a mask that a `FusedRNNDropout` was called with, or a default."""
-    given = args[i] if len(args) > i else kwargs.get(name)
-    return default if given is None else given
+class Attachment(AbstractContextManager["Attachment"]):
+    """Hold the hooks on a module and its dropout until `remove()`. Those in a copy of the model do nothing.
+
+    Args:
+        owner: the `RNNRegularizer`, which has the coefficients.
+        source: the modules.
+
+    Attributes:
+        source: the modules.
+        names: the names of their types, for messages.
+        constant: the latest run that needs no gradient, until a loss takes it.
+        without_gradients: the latest run in training had no gradients.
+    """
+
+    _owner: Callable[[], Any] = staticmethod(nothing)  # in a copy of a handle, which reaches no regularizer
+    _hooked: Any = ()
+    _runs: Sequence[weakref.ref[Run]] = ()
+
+    def __init__(self, owner: Any, source: Source) -> None:
+        self.source, self.names = source, (type(source.module).__name__, type(source.dropout).__name__)
+        self._owner = weakref.ref(owner, lambda _: self.remove())
+        self.clear()
+        self._hooked = [Hooked(self, source.module, nothing, self._after_module)]
+        if source.dropout is not None:
+            before = self._lend if isinstance(source.dropout, FusedRNNDropout) else nothing
+            self._hooked.append(Hooked(self, source.dropout, before, self._after_dropout))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave hooks and runs out of a copy or a pickle of a handle."""
+        return {}
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the hooks and drop the runs; a second call does nothing."""
+        for hooked in self._hooked:
+            hooked.remove()
+        self.clear()
+        owner, self._owner, self._hooked = self._owner(), nothing, ()
+        if owner is not None:
+            owner.forget(self)
+
+    @property
+    def runs(self) -> list[Run]:
+        """Return the runs that the autograd graph has kept."""
+        return [run for x in self._runs if (run := x()) is not None]
+
+    def chosen(self, found: Collection[Run], coefficients: tuple[Coefficient, Coefficient]) -> list[Run]:
+        """Return those runs of this module that a loss depends on, and a constant run.
+
+        Args:
+            found: the runs of all modules that the loss depends on.
+            coefficients: alpha and beta of the regularizer.
+
+        Raises:
+            RuntimeError: the dropout did not get the raw of a run, the coefficients have changed since a run, or
+                several runs have one time step each; the message names the remedy.
+        """
+        (module, dropout), constant = self.names, self.constant if self.source.module.training else None
+        if any([not run.again for run in self._waiting]):
+            raise RuntimeError(
+                f"on_backward_begin: the attached {dropout} did not get the output of the {module}: something lies "
+                "between them (packing, padding, a slice, a full backward hook, another module), or a step ended "
+                "before it ran, after which clear() is due. Attach the module that takes that very tensor, or none, "
+                "or use on_loss_begin"
+            )
+        runs = [run for run in found if run.attachment is self]
+        if constant is not None:
+            self.constant, runs = None, [*dict.fromkeys([*runs, constant])]
+        if any([run.stamps != stamps_of(coefficients) for run in runs]):
+            raise RuntimeError(
+                f"on_backward_begin: alpha or beta has changed since the forward of the attached {module}, whose "
+                "penalty has the coefficients of that forward; change them after the backward"
+            )
+        if len(runs) > 1 and all([run.packed is None and run.shape[self.source.place.axis()] == 1 for run in runs]):
+            raise RuntimeError(
+                f"on_backward_begin: the {module} ran {len(runs)} times, over one time step each, which leaves no "
+                "changes for TAR; stack its outputs along time, and call fused_ar_tar"
+            )
+        return runs
+
+    def clear(self) -> None:
+        """Drop all runs."""
+        for run in self.runs:
+            run.terms = None
+        self._runs = []
+        self._waiting: list[Run] = []  # until their dropout has run; they hold no graph
+        self.constant: Run | None = None
+        self.without_gradients = False
+
+    # The hooks
+
+    def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+        """Note raw, and mark the tensors of the module's output: the states, and raw where there is no dropout."""
+        source, owner, again = self.source, self._owner(), current() != -1
+        if not module.training:
+            return None
+        if not torch.is_grad_enabled():
+            self.without_gradients = True
+            return None
+        self._refuse_reentrant(again)
+        if transformed():
+            raise RuntimeError(
+                f"attach: the attached {self.names[0]} ran under a transform of torch.func, under forward-mode AD or "
+                "in a trace, where no loss can find the penalty; remove() the attachment, and use fused_ar_tar there"
+            )
+        raw = source.raw_of(result)
+        rows, packed = rows_of(raw), raw._replace(data=None) if isinstance(raw, PackedSequence) else None
+        of_raw = weakref.ref(rows), version_of(rows), rows.shape, packed, source.masks(*args, **kwargs)
+        run = Run(*of_raw, self, again, (owner.alpha, owner.beta))
+        if not again:
+            self._runs = [*[x for x in self._runs if x() is not None], weakref.ref(run)]
+            self.without_gradients, self.constant = False, None
+        marked = {id(rows): rows}
+        if source.dropout is None:
+            marked[id(rows)] = self._formed(run, rows, rows, {})
+        else:
+            waiting = [x for x in self._waiting if x.raw() is not None or not x.again]
+            self._waiting = [*waiting[-999:], run]  # a loop without any loss must not fill the memory
+        if again or result is rows is marked[id(rows)]:
+            return None
+        return self._marked(run, result, (args, kwargs), marked)
+
+    def _marked(self, run: Run, result: Any, inputs: Any, marked: dict[int, Tensor]) -> Any:
+        """Return the output of a module with all its tensors marked for a run, but those that are in a dictionary."""
+        unique = {id(x): x for x in tensors_in(result)}
+        if self.source.dropout is None and not marked.keys() & unique.keys():
+            raise TypeError(
+                f"attach: expected raw as a tensor in tuples, lists, dictionaries or model outputs, got a "
+                f"{type(result).__name__} in which raw cannot be replaced, or an output= that computes raw. Let the "
+                "model return raw in a tuple, or pass it through an nn.Identity, and attach that"
+            )
+        others = [x for i, x in unique.items() if x.requires_grad and i not in marked]
+        if others:
+            memory = Counter([x.untyped_storage().data_ptr() for x in (*unique.values(), *tensors_in(inputs))])
+            as_views = [memory[x.untyped_storage().data_ptr()] > 1 for x in others]
+            marked.update(zip(map(id, others), mark(run, others, as_views), strict=True))
+        return mapped(result, lambda x: marked.get(id(x), x))
+
+    def _lend(self, args: Any, kwargs: Any) -> Any:
+        """Lend a fused dropout the coefficients, and the masks of its run, unless it is called with some."""
+        run, raw = self._run_of(args, kwargs)
+        if run is None or raw is None:
+            return None
+        if run.packed is not None and self.source.dropout.training:
+            raise TypeError(
+                "FusedRNNDropout: expected (batch, time, hidden) or (time, hidden) as a tensor, got the data of a "
+                "PackedSequence, whose rows are of several sequences; use another dropout with packed data"
+            )
+        given = dict(zip(("p", "valid", "starts"), args[1:], strict=False)) | kwargs
+        masks = {name: mask for name, mask in run.masks.items() if given.get(name) is None}
+        return args[:1], given | masks | {"loan": Loan(*run.coefficients(raw.device))}
+
+    def _after_dropout(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+        """Form the penalty of the run whose raw is the input of the dropout, and mark the output."""
+        (run, raw), again = self._run_of(args, kwargs), current() != -1
+        if run is None or raw is None:
+            self._refuse_reentrant(again)
+            return None
+        module, name = self.names
+        is_first = run in self._waiting
+        self._waiting = [x for x in self._waiting if x is not run]
+        if not torch.is_grad_enabled():
+            self.without_gradients = self.without_gradients or is_first
+            return None
+        if not (again or is_first):
+            raise RuntimeError(
+                f"attach: the attached {name} got the same output of the {module} twice, and AR is of one result; use "
+                "fused_ar_tar, or attach no dropout"
+            )
+        if not isinstance(result, (Tensor, PackedSequence)):
+            raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
+        if version_of(raw) != run.version:
+            raise RuntimeError(
+                f"attach: the output of the {module} was changed in place before or by its dropout; use "
+                "Dropout(inplace=False), and no operation like relu_() on it"
+            )
+        dropped = self._formed(run, raw, rows_of(result), kwargs)
+        return result._replace(data=dropped) if isinstance(result, PackedSequence) else dropped
+
+    def _refuse_reentrant(self, again: bool) -> None:
+        """Check that a recomputation with gradients is not of a forward without: its penalty reached no loss.
+
+        Checkpointing that is not reentrant packs saved tensors away while it recomputes.
+        """
+        if again and self.without_gradients and torch.is_grad_enabled() and not keeps_memory_low():
+            raise RuntimeError(f"attach: {NO_GRADIENTS.format(self.names[0])}")
+
+    def _run_of(self, args: Any, kwargs: Any) -> tuple[Run | None, Tensor | None]:
+        """Return the run whose raw is among the arguments of a dropout, and raw."""
+        given = [rows_of(x) for x in (*args, *kwargs.values()) if x is not None]
+        return next(((run, x) for run in (*self._waiting, *self.runs) for x in given if run.raw() is x), (None, None))
+
+    def _formed(self, run: Run, raw: Tensor, dropped: Tensor, given: Any) -> Tensor:
+        """Form the penalty of a run, or take it from a loan; return dropped, marked if it needs a gradient.
+
+        A recomputation forms the penalty, too, so that it saves the same tensors as the forward.
+
+        Args:
+            run: the run.
+            raw: the module's output, or the rows of a `PackedSequence`.
+            dropped: the output of the dropout, in the same form.
+            given: the arguments of a fused dropout by their names, with a loan.
+        """
+        loan = given.get("loan")
+        if is_marked(raw) or is_marked(dropped):
+            raise RuntimeError(
+                f"attach: the output of the {self.names[0]} is regularized already, by another attached module that "
+                "contains it or that it contains; attach one of them"
+            )
+        is_unchanged = version_of(dropped) == (run.version if dropped is raw else 0)  # by another hook
+        terms = loan.terms if loan is not None and loan.dropped is dropped and is_unchanged else None
+        if terms is None:
+            masks = [(run.masks if loan is None else given)[name] for name in ("valid", "starts")]
+            squared = raw if getattr(self.source.dropout, "ar_of", None) == "raw" else dropped
+            pair = [x if run.packed is None else run.packed._replace(data=x) for x in (raw, squared)]
+            options = Options(*self.source.place, "mean", True, fills=False)
+            terms = penalize(pair, run.coefficients(raw.device), (None, *masks), options)  # pyright: ignore
+        if current() != -1:
+            return dropped
+        run.terms = terms
+        if dropped.requires_grad:
+            return mark(run, [dropped], [True])[0]
+        self.constant = run
+        return dropped
+
+    def passed(self, run: Run) -> None:
+        """Tell the regularizer of a backward through a run that no loss has taken."""
+        owner = self._owner()
+        if owner is not None and run.terms is not None:
+            owner.passed(self.names[0])
 
 
-def _is_same(x: Tensor, y: Tensor) -> bool:
-    """Return whether two tensors share memory and layout."""
-    x, y = plain(x), plain(y)
-    return not observed() and is_memory(x) and is_memory(y) and _place(x) == _place(y)
+def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return an output with a function of each tensor in its place.
+
+    Tuples, lists, dictionaries, packed sequences and model outputs are made anew; any other object stays as it is, and
+    so does a sparse tensor.
+    """
+    if isinstance(result, Tensor) and result.layout is torch.strided:
+        return function(result)
+    # A named tuple, such as a packed sequence, has a function that makes it of a list.
+    make: Any = type(result) if type(result) in (tuple, list) else getattr(result, "_make", None)
+    if make is not None:
+        return make([mapped(x, function) for x in result])
+    if isinstance(result, dict):
+        made = copy(result)  # a model output has the items as attributes, too
+        for name, x in result.items():
+            made[name] = mapped(x, function)
+        return made
+    return result
 
 
-def _place(x: Tensor) -> Any:
-    """Return the address and layout of a tensor, without axes of one element, whose strides may differ."""
-    return x.data_ptr(), x.dtype, [(n, step) for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    """Return the tensors in nested lists, tuples, dictionaries and dataclasses, which may be cyclic."""
-    found, seen, left = [], set(), [x]
-    while left:
-        x = left.pop()
-        if isinstance(x, Tensor):
-            found.append(x)
-        elif id(x) not in seen:
-            seen.add(id(x))
-            if isinstance(x, dict):
-                left += x.values()
-            elif isinstance(x, (list, tuple)):
-                left += x
-            elif is_dataclass(x):
-                left += [getattr(x, field.name, None) for field in fields(x)]  # a field may not be set
-    return found
+def tensors_in(result: Any) -> list[Tensor]:
+    """Return the tensors that `mapped` would replace."""
+    tensors: list[Tensor] = []
+    mapped(result, lambda x: (tensors.append(x), x)[1])
+    return tensors

@@ -131,13 +131,11 @@ class Drop(NamedTuple):
     """How units are dropped.
 
     p, mask, training  as `fused_dropout_ar_tar` takes them
-    lent               whether the node of dropped keeps the penalty, for `kept_penalty`
     """
 
     p: Any
     mask: Any = None
     training: bool = True
-    lent: bool = False
 
 
 def drop_and_penalize(
@@ -159,7 +157,7 @@ def drop_and_penalize(
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
     """
-    p, mask, training, lent = drop
+    p, mask, training = drop
     if type(p) is not float or not 0 <= p < 1:
         check_probability(p)
     drops = training and (mask is not None or p != 0)
@@ -176,7 +174,7 @@ def drop_and_penalize(
     if plan is None or plan.backend is None:
         return _by_formula(call, mask)
     saves = plan.is_differentiable
-    dropped, penalty, terms = _apply(plan, call, lent, call.raw, mask) if saves else plan.compute(call, mask)
+    dropped, penalty, terms = _apply(plan, call, call.raw, mask) if saves else plan.compute(call, mask)
     return dropped, penalty, None if terms is None else terms.unbind()
 
 
@@ -272,27 +270,14 @@ class Adding:
         return gradient
 
 
-def carries(dropped: Tensor) -> bool:
-    """Return whether a tensor has the node of a fused dropout that keeps its penalty."""
-    return getattr(dropped.grad_fn, "lent", False)
-
-
-def kept_penalty(node: Any) -> Tensor:
-    """Return the penalty that the node of a fused dropout keeps, with its graph."""
-    return node.saved_tensors[2]
-
-
 class _DropoutPenalty(Function):
-    """Keep references to raw, to the mask, and to the values that the call reads.
-
-    With `lent` the node keeps the penalty, too: a regularizer that finds the node finds its penalty.
-    """
+    """Keep references to raw, to the mask, and to the values that the call reads."""
 
     @staticmethod
-    def forward(ctx: Any, plan: DropoutPlan, call: Call, lent: bool, raw: Tensor, mask: Tensor) -> Any:
+    def forward(ctx: Any, plan: DropoutPlan, call: Call, raw: Tensor, mask: Tensor) -> Any:
         dropped, penalty, terms = plan.compute(call, mask)
-        keep(ctx, (raw, mask, penalty if lent else None), call)
-        ctx.plan, ctx.lent = plan, lent
+        keep(ctx, (raw, mask), call)
+        ctx.plan = plan
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
         if terms is not None:
             ctx.mark_non_differentiable(terms)
@@ -302,7 +287,7 @@ class _DropoutPenalty(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
-        (raw, mask, _, *saved), plan = ctx.saved_tensors, ctx.plan
+        (raw, mask, *saved), plan = ctx.saved_tensors, ctx.plan
         call, upstream, gradient = Call(raw, None, *unpack(saved, ctx.rest), plan.kind), (grad_dropped, grad), None
         if grad_dropped is not None or grad is not None:
             tensors = raw, mask, call.alpha, call.beta, *saved, *upstream
@@ -311,7 +296,7 @@ class _DropoutPenalty(Function):
                 gradient = _gradient_formula(upstream, call, mask)  # which PyTorch must see
             else:
                 gradient = plan.gradient(upstream, call, mask)
-        return None, None, None, gradient, None
+        return None, None, gradient, None
 
 
 # `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.

@@ -16,13 +16,14 @@ from contextlib import ExitStack
 from copy import copy
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from fastreg.problem import Coefficient, is_list, is_on
+from fastreg.problem import Coefficient, is_list
 from fastreg.regularizer import RNNRegularizer as Regularizer
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import Source
+from fastreg.source import Source, Swap, attach_at, of_batch, of_language_model
 
 try:
     from fastai.callback import rnn as stock
@@ -42,6 +43,11 @@ class OutputDropout(FusedRNNDropout):
 
     def __reduce__(self) -> Any:
         return RNNDropout, (self.p,), {"training": self.training}
+
+
+# By the id of each model, the callback that has attached to its modules last
+LAST: WeakValueDictionary[int, RNNRegularizer] = WeakValueDictionary()
+SWAP = Swap("1.output_dp", RNNDropout, OutputDropout)
 
 
 class _Column(ValueMetric):
@@ -64,7 +70,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     """Add `alpha * AR + beta * TAR` to `learn.loss_grad`, which is differentiated, but not to `learn.loss`.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
-    epoch's training batches by batch size. The first three arguments are attributes that may change during training.
+    epoch's training batches by batch size. The first three arguments are attributes that may change between batches.
 
     The activations are those that fastai's `RNNCallback` captures. For a model that returns its output alone, name its
     modules by `rnn` and `dropout`, and leave the `RNNCallback` out.
@@ -74,7 +80,6 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         beta: coefficient of TAR.
         bptt: the usual number of time steps: each optimizer step runs at `lr * seq_len / bptt`, as in AWD-LSTM, where
             `seq_len` is the second size of the batch.
-        mask_padding: gone; `valid=lambda x: x != pad` leaves padding out.
         rnn: the attribute path of an RNN in the model, any module that `fastreg.RNNRegularizer.attach` takes, or a list
             of paths, whose penalties add up.
         dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or `None`,
@@ -110,7 +115,6 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         alpha: Coefficient = 0.0,
         beta: Coefficient = 0.0,
         bptt: int | None = None,
-        mask_padding: bool = False,
         *,
         rnn: str | Sequence[str] | None = None,
         dropout: bool | str | Sequence[str | None] | None = None,
@@ -119,11 +123,9 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
-        if mask_padding:
-            raise ValueError("mask_padding: expected valid=lambda x: x != pad in its place, with the id of the padding")
-        super().__init__(alpha, beta, layers="all", bptt=bptt)
+        super().__init__(alpha, beta, bptt=bptt)
         source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
-        self.source = source.of_language_model(batch_first=True, fused=OutputDropout, plain=RNNDropout)
+        self.source = of_language_model(source, SWAP, batch_first=True)
         self._handle: Any = None  # to the modules at the paths, during a fit
         self._scaled = ExitStack()  # restores the lr of the optimizer
         self._totals: Any = [0.0, 0.0, 0]  # of AR and TAR times sizes, and of sizes, over the epoch's training batches
@@ -143,14 +145,14 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         if sum(isinstance(cb, stock.RNNRegularizer) for cb in self.learn.cbs) > 1:
             raise ValueError("RNNRegularizer: the learner has another; keep one, with a list of paths if need be")
         if self._handle is None:  # in the first batch, and after the regularizer was away for a while
-            self._handle = self.source.of_batch(lambda: self.learn.xb).attach(self, self.learn.model)
+            self._attach(self.learn.model)
         self._forget()
         self.order = RNNRegularizer.order
 
     def after_pred(self) -> None:
         self.order = stock.RNNRegularizer.order  # to add the penalty when fastai's callback does
         pred, captures = self.learn.pred, len(self._captures())
-        if captures > is_list(pred) or not (captures or self.source.module):
+        if not (self.source.module is None) <= captures <= is_list(pred):
             raise TypeError(
                 f"expected (decoded, raw, dropped) from the {type(self.learn.model).__name__}, and one RNNCallback to "
                 f"capture them, got a {type(pred).__name__} and {captures} RNNCallbacks; if it returns its output "
@@ -160,8 +162,8 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     def after_loss(self) -> None:
         if self.source.module is None:
             (capture,) = self._captures()
-            steps, marks = capture.raw_out.shape[1], self.source.marks(*self.learn.xb)
-            last = {name: mask[:, -steps:] for name, mask in marks.items() if mask is not None}
+            steps, masks = capture.raw_out.shape[1], self.source.masks(*self.learn.xb)
+            last = {name: mask[:, -steps:] for name, mask in masks.items() if mask is not None}
             self.on_loss_begin((self.learn.pred, capture.raw_out, capture.out), batch_first=True, **last)
         elif self._handle is None:
             raise RuntimeError("RNNRegularizer: added within a batch, without hooks; add it before or after a batch")
@@ -197,6 +199,14 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     def __reduce__(self) -> Any:
         return stock.RNNRegularizer, (self.alpha, self.beta), {"learn": self.learn, "run_train": self.run_train}
 
+    def _attach(self, model: Any) -> None:
+        """Attach to the modules at the paths; take off the hooks that another callback has left on the model."""
+        last = LAST.get(id(model))
+        if last is not None:  # in a fit that was cut off, of this learner or of another of the same model
+            last._leave()
+        LAST[id(model)] = self
+        self._handle = attach_at(self, model, of_batch(self.source, lambda: self.learn.xb))
+
     def _leave(self) -> None:
         """Restore the lr, and take the hooks off."""
         self._scaled.close()
@@ -221,46 +231,31 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         return self._totals[i] / (self._totals[2] or math.nan)
 
 
-def rnn_cbs(
-    alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, mask_padding: bool = False
-) -> list[Callback]:
+def rnn_cbs(alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None) -> list[Callback]:
     """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments.
+
+    The regularizer is among them also where both coefficients are 0, from where a schedule may raise them.
 
     Examples:
         >>> [type(cb).__name__ for cb in rnn_cbs(alpha=2.0, beta=1.0)]
         ['ModelResetter', 'RNNCallback', 'RNNRegularizer']
     """
-    regularizer = RNNRegularizer(alpha, beta, bptt, mask_padding)  # checks the arguments
-    needed = [regularizer] if is_on(alpha) or is_on(beta) or bptt is not None else []
-    return [stock.ModelResetter(), stock.RNNCallback(), *needed]
+    return [stock.ModelResetter(), stock.RNNCallback(), RNNRegularizer(alpha, beta, bptt)]
 
 
-def fuse(
-    learn: Learner,
-    dropout: bool | str | Sequence[str | None] = False,
-    mask_padding: bool = False,
-    *,
-    rnn: str | Sequence[str] | None = None,
-    output: Callable[[Any], Any] | None = None,
-    batch_first: bool | None = None,
-    valid: Callable[..., Tensor | None] | None = None,
-    starts: Callable[..., Tensor | None] | None = None,
-) -> Learner:
+def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **options: Any) -> Learner:
     """Swap fastai's `RNNRegularizer` for this module's, in place, and return the learner.
 
     The new one has the coefficients and `run_train` of the old one. A learner that is fused already is fused anew, with
-    the arguments of this call. Subclasses of fastai's callback stay unchanged. After an error nothing is swapped.
+    the arguments of this call, also after a fit that was interrupted, whose hooks are taken off first. Subclasses of
+    fastai's callback stay unchanged. After an error nothing is swapped.
 
     Args:
         learn: the learner.
         dropout: also swap a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout`, which
             forms the penalty in its own pass. With `rnn` as for `RNNRegularizer`.
-        mask_padding: as for this module's `RNNRegularizer`.
-        rnn: the path of an RNN, or a list of them, for a model that returns its output alone, as for `RNNRegularizer`.
-        output: as for `RNNRegularizer`.
-        batch_first: as for `RNNRegularizer`.
-        valid: as for `RNNRegularizer`, also for a model that returns `(decoded, raw, dropped)`.
-        starts: as for `RNNRegularizer`.
+        **options: `rnn`, `output`, `batch_first`, `valid` and `starts`, as for `RNNRegularizer`: `rnn` for a model that
+            returns its output alone, and `valid` and `starts` for any.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -278,9 +273,9 @@ def fuse(
             "fuse: the learner has no RNNRegularizer of fastai's own class; add those of fastreg.fastai, "
             "rnn_cbs(alpha, beta), or RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
         )
-    options: Any = {"rnn": rnn, "dropout": dropout, "output": output, "batch_first": batch_first, "valid": valid}
-    new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), mask_padding, starts=starts, **options)
-    new.source.attach(new, learn.model).close()  # bad arguments raise before anything is swapped
+    new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), dropout=dropout, **options)
+    new._attach(learn.model)  # bad arguments raise before anything is swapped
+    new._leave()
     new.run_train = old.run_train
     return learn.remove_cb(old).add_cb(new)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastreg.problem import Coefficient, is_list
 from fastreg.regularizer import RNNRegularizer
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import Source
+from fastreg.source import Source, Swap, attach_at, of_batch, of_language_model
 
 try:
     from fastai import __version__
@@ -37,8 +37,13 @@ except ImportError as error:
 __all__ = ["RNNTrainer", "fuse", "unfuse"]
 
 BATCH_FIRST = tuple(map(int, __version__.split(".")[:3])) >= (1, 0, 38)  # batches and activations
-FUSED = partial(FusedRNNDropout, batch_first=BATCH_FIRST, ar_of="raw")
-DICTS = hasattr(CallbackHandler, "_call_and_update")  # hooks return dicts, from 1.0.47 on
+SWAP = Swap("1.output_dp", RNNDropout, partial(FusedRNNDropout, batch_first=BATCH_FIRST, ar_of="raw"))
+DICTS = hasattr(CallbackHandler, "_call_and_update")  # events take dicts, from 1.0.47 on, else the value itself
+
+
+def answer(name: str, value: Any) -> Any:
+    """Return what an event of fastai takes for a new value of one of its arguments."""
+    return {name: value} if DICTS else value
 
 
 def last_raw(result: Any) -> Tensor:
@@ -100,25 +105,25 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
-        _check(learn)
+        _freed(learn)
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
-        options: Any = {"output": last_raw, "batch_first": BATCH_FIRST, "fused": FUSED, "plain": RNNDropout}
         source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
-        self.source = source.of_language_model(**options)
-        super().__init__(alpha, beta, layers="last" if self.source.module is None else "all", bptt=bptt)
-        self.source.attach(self, learn.model).close()  # a wrong path raises before any training
+        self.source = of_language_model(source, SWAP, output=last_raw, batch_first=BATCH_FIRST)
+        super().__init__(alpha, beta, bptt=bptt)
+        self.attached = attach_at(self, learn.model, self.source)  # a wrong path raises before any training
         LearnerCallback.__init__(self, learn)
-        self.adjust, self.batch = adjust, ()
+        self.adjust = adjust
         self.scaled = ExitStack()  # restores the lr of the optimizer
-        self.attached: ExitStack | None = None  # to the modules, from the first batch of a fit to its end
+        self.on_train_end()
         learn.export = self.export
 
     def get_state(self, minimal: bool = True) -> dict[str, Any]:
         """Return the attributes with which `Learner.purge` makes the callback anew."""
-        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "layers", "source")}
+        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "source")}
 
     def on_train_begin(self, **_: Any) -> None:
+        self.on_train_end()  # which a fit that was cut off may have left out
         if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
             raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's: keep one")
 
@@ -127,19 +132,19 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
 
     def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:
         self.batch = last_input if is_list(last_input) else [last_input]
-        if train and self.attached is None:
-            self.attached = self.source.of_batch(lambda: self.batch).attach(self, self.learn.model)
+        if train and not self.is_attached:  # a validation by itself would never detach
+            self.attached = attach_at(self, self.learn.model, of_batch(self.source, lambda: self.batch))
+            self.is_attached = True
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
         if self.source.module is None and train:
-            super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.source.marks(*self.batch))
+            super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.source.masks(*self.batch))
         is_alone = self.source.module is not None and self.source.output is not last_raw
         decoded = last_output if is_alone else last_output[0]
-        return {"last_output": decoded} if DICTS else decoded
+        return answer("last_output", decoded)
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
-        loss = super().on_backward_begin(last_loss)
-        return {"last_loss": loss} if DICTS else loss
+        return answer("last_loss", super().on_backward_begin(last_loss))
 
     def on_backward_end(self, last_input: Tensor, **_: Any) -> None:
         if self.adjust:
@@ -153,9 +158,8 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
     def on_train_end(self, **_: Any) -> None:  # fastai calls it after an error, too
         self.on_step_end()
         self.clear()
-        if self.attached is not None:
-            self.attached.close()
-        self.attached, self.batch = None, ()
+        self.attached.close()
+        self.is_attached, self.batch = False, ()
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
         """Export the learner with fastai's callback, so that it loads where fastreg is not installed."""
@@ -168,32 +172,21 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
             vars(learn).update(before)
 
 
-def fuse(
-    learn: Learner,
-    dropout: bool | str | Sequence[str | None] = False,
-    *,
-    rnn: str | Sequence[str] | None = None,
-    output: Callable[[Any], Any] | None = None,
-    batch_first: bool | None = None,
-    valid: Callable[..., Tensor | None] | None = None,
-    starts: Callable[..., Tensor | None] | None = None,
-) -> Learner:
+def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **options: Any) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
     The new `RNNTrainer` has the coefficients and the position of the old one, and its `adjust` in the releases that
     have it; the lr no longer compounds from step to step. A learner that is fused already is fused anew, with the
-    arguments of this call. Subclasses stay unchanged. After an error nothing is swapped.
+    arguments of this call; hooks that a fit has left are taken off first. Subclasses stay unchanged. After an error
+    nothing is swapped.
 
     Args:
         learn: the learner.
         dropout: also swap a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout` during a
             fit, which forms the penalty in its own pass. As with fastai v1, AR is of its input. With `rnn` the path of
             the dropout that takes its output.
-        rnn: the path of a module, for a model that returns its output alone, as for this module's `RNNTrainer`.
-        output: as for `RNNTrainer`.
-        batch_first: as for `RNNTrainer`.
-        valid: as for `RNNTrainer`, also for a model that returns `(decoded, raw, dropped)`.
-        starts: as for `RNNTrainer`.
+        **options: `rnn`, `output`, `batch_first`, `valid` and `starts`, as for `RNNTrainer`: `rnn` for a model that
+            returns its output alone, and `valid` and `starts` for any.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -205,16 +198,14 @@ def fuse(
         >>> bool(learn1.callbacks[-1].tar > 0)
         True
     """
-    _check(learn)
-    old = next((cb for cb in learn.callbacks if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
+    old = next((cb for cb in _freed(learn) if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
     if old is None:
         raise ValueError(
             "fuse: the learner has no RNNTrainer of fastai's own class; "
             "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
     kept = vars(old).get("bptt"), old.alpha, old.beta, vars(old).get("adjust", False)
-    options: Any = {"output": output, "batch_first": batch_first, "valid": valid, "starts": starts}
-    learn.callbacks[learn.callbacks.index(old)] = RNNTrainer(learn, *kept, rnn=rnn, dropout=dropout, **options)
+    learn.callbacks[learn.callbacks.index(old)] = RNNTrainer(learn, *kept, dropout=dropout, **options)
     return learn
 
 
@@ -231,16 +222,20 @@ def unfuse(learn: Learner) -> Learner:
         >>> type(unfuse(fuse(learn1)).callbacks[-1]).__module__
         'fastai.callbacks.rnn'
     """
-    _check(learn)
-    learn.callbacks[:] = [_stock(cb) for cb in learn.callbacks]
+    learn.callbacks[:] = [_stock(cb) for cb in _freed(learn)]
     vars(learn).pop("export", None)
     return learn
 
 
-def _check(learn: object) -> None:
-    """Check for a learner."""
+def _freed(learn: Any) -> list[Any]:
+    """Return the callbacks of a learner, without the hooks of a fit that was cut off."""
     if not isinstance(learn, Learner):
         raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
+    callbacks = getattr(learn, "callbacks", [])  # a learner that is being purged has none
+    for cb in callbacks:
+        if type(cb) is RNNTrainer:
+            cb.on_train_end()
+    return callbacks
 
 
 def _stock(cb: Any) -> Any:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial, update_wrapper
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastreg.arguments import check_flags
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
-from fastreg.source import Source
+from fastreg.source import Source, attach_at, of_batch
 
 try:
     Callback: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning").Callback
@@ -33,13 +33,12 @@ class ActivationRegularization(Callback):
     of training or validation starts, and when one of validation ends.
 
     Args:
-        alpha: coefficient of AR; a schedule may change `callback.regularizer.alpha`.
-        beta: coefficient of TAR; a schedule may change `callback.regularizer.beta`.
+        alpha: coefficient of AR; a schedule may change `callback.regularizer.alpha` between steps.
+        beta: coefficient of TAR; a schedule may change `callback.regularizer.beta` between steps.
         rnn: the attribute path of an RNN, any module that `RNNRegularizer.attach` takes, or of several, from the first
             layer to the last.
         dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or
             `None`, an RNN.
-        layers: `"all"` of the RNNs, or the `"last"` alone.
         output: as for `RNNRegularizer.attach`.
         batch_first: as for `RNNRegularizer.attach`.
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
@@ -70,7 +69,6 @@ class ActivationRegularization(Callback):
         *,
         rnn: str | Sequence[str],
         dropout: str | Sequence[str | None] | None = None,
-        layers: Literal["last", "all"] = "all",
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[..., Tensor | None] | None = None,
@@ -78,28 +76,28 @@ class ActivationRegularization(Callback):
         log: bool = True,
     ) -> None:
         check_flags(log=log)
-        self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
+        self.regularizer = RNNRegularizer(alpha, beta)
         self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self.logged = log  # Lightning sets `log` itself
         self._terms = torch.zeros(3)  # the sums of AR and TAR over the steps of the epoch, and how many steps
-        self._undo = ExitStack()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the modules and wrap `training_step`; by now `configure_model` has made the modules."""
-        # All callbacks share one wrapper: they end together, and in any order.
+        # All callbacks of a fit share one wrapper.
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
         step = pl_module.training_step
-        self._undo.callback(step.remove)
-        source = self.source.of_batch(lambda: [step.batch], _takes_more)
-        self._undo.enter_context(source.attach(self.regularizer, pl_module))
+        source = of_batch(self.source, lambda: [step.batch], _takes_more)
+        step.undo.enter_context(attach_at(self.regularizer, pl_module, source))
         step.callbacks.append(self)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
-        """Take off the hooks and the wrapper of `training_step`."""
-        self._undo.close()
+        """Take off the wrapper of `training_step`, and the hooks of all callbacks that share it."""
+        if isinstance(pl_module.training_step, _RegularizedStep):
+            pl_module.training_step.undo.close()
 
     on_exception = teardown  # Lightning tears nothing down after an error
+    setup = teardown  # of an earlier fit: an error in another callback's on_exception leaves out ours
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the hidden state, and the sums of the terms."""
@@ -142,6 +140,8 @@ class _RegularizedStep:
         update_wrapper(self, self.step)  # Lightning reads its signature
         self.pl_module, self.batch = pl_module, None
         self.callbacks: list[ActivationRegularization] = []
+        self.undo = ExitStack()  # takes off the hooks, and then this wrapper
+        self.undo.callback(self._remove)
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.pl_module.automatic_optimization:
@@ -156,7 +156,7 @@ class _RegularizedStep:
             output = callback.after_step(output)
         return output
 
-    def remove(self) -> None:
+    def _remove(self) -> None:
         """Give the module its own step back."""
         vars(self.pl_module).pop("training_step", None)
         if self.own is not None:

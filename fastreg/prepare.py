@@ -146,7 +146,8 @@ def _form(
         marker = partial(marked, sizes) if backend is None else backend.marker(sizes, x.device)
         counting = partial(_steps, marker, sizes, x.device, reduction)
     dtype, kinds = compute_dtype([x for layer in layers for x in layer.values()]), []
-    fills = fills and not keeps_memory_low()  # where saved tensors are packed away, memory is the point
+    # Where saved tensors are packed away, memory is the point. Dynamo cannot ask, and has no plans to fill.
+    fills = fills and is_kept and not keeps_memory_low()
     for layer, is_same in zip_longest(layers, same, fillvalue=False):
         arguments.check_layer(layer, layers[0], axis)  # pyright: ignore[reportArgumentType]
         kinds.append(Kind(axis, reduction, measured, ar_of_raw or is_same, dtype, fills, {} if is_kept else None))

@@ -1,7 +1,7 @@
-"""`FusedRNNDropout`: variational dropout that forms the penalty in its own pass, and keeps it until it is taken.
+"""`FusedRNNDropout`: variational dropout that forms the penalty in its own pass, and keeps it until `take()`.
 
-A training loop takes it by `take()`. A regularizer lends its coefficients before a forward, and takes the penalty of
-that forward from the node of the dropout.
+The hooks of a regularizer that it is attached to pass the masks and a `Loan` to its forward: the coefficients, which
+the module does not keep. The penalty returns in the loan.
 """
 
 from __future__ import annotations
@@ -17,35 +17,24 @@ from fastreg.arguments import check_coefficient, check_probability
 from fastreg.dropout import Drop, drop_and_penalize
 from fastreg.prepare import Options, coefficient, place_of
 from fastreg.problem import ARTAR, Coefficient, Place, is_on
-
-
-@dataclass(eq=False)  # no NamedTuple: torch 2.11 fails to compile an attached dropout that makes one
-class Formed:
-    """Hold the penalty that a forward has formed.
-
-    Attributes:
-        terms: the penalty, and its terms.
-        dropped: the output.
-        place: where time is.
-        grad_enabled: whether gradients were enabled.
-    """
-
-    terms: ARTAR
-    dropped: Tensor
-    place: Place
-    grad_enabled: bool
+from fastreg.torch_state import current
 
 
 @dataclass(eq=False)
 class Loan:
-    """Hold the coefficients and masks that a regularizer lends for a forward of raw, and its penalty."""
+    """Lend coefficients for one forward, and hold the penalty that it formed with them.
 
-    raw: Tensor
+    Attributes:
+        alpha: the coefficient of AR.
+        beta: the coefficient of TAR.
+        terms: the penalty and its terms; `None` in evaluation and in compiled code, which forms none.
+        dropped: the output that the penalty is of.
+    """
+
     alpha: Coefficient
     beta: Coefficient
-    valid: Tensor | None
-    starts: Tensor | None
-    formed: Formed | None = None
+    terms: ARTAR | None = None
+    dropped: Tensor | None = None
 
 
 class FusedRNNDropout(nn.Module):
@@ -79,8 +68,6 @@ class FusedRNNDropout(nn.Module):
         >>> loss.backward()
     """
 
-    time_dim = formed = loan = None  # of a module that an earlier version has pickled
-
     def __init__(
         self,
         p: float = 0.5,
@@ -101,12 +88,16 @@ class FusedRNNDropout(nn.Module):
         place = place_of(batch_first, time_dim)
         self.batch_first, self.time_dim = place.batch_first is not False, place.time_dim
         self.ar_of = ar_of
-        self.formed: Formed | None = None  # by the last forward, until `take()` takes it
-        self.loan: Loan | None = None  # of a regularizer, for the next forward
+        self.formed: tuple[ARTAR, bool] | None = None  # by the last forward, and whether gradients were enabled
         self._warned: tuple[str, ...] = ()
 
     def forward(
-        self, raw: Tensor, p: float | None = None, valid: Tensor | None = None, starts: Tensor | None = None
+        self,
+        raw: Tensor,
+        p: float | None = None,
+        valid: Tensor | None = None,
+        starts: Tensor | None = None,
+        loan: Loan | None = None,
     ) -> Tensor:
         """Drop units in training, and form the penalty; in evaluation return `raw` itself.
 
@@ -116,61 +107,38 @@ class FusedRNNDropout(nn.Module):
             p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
             valid: a mask of the time steps that count, as for `fused_ar_tar`.
             starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
+            loan: the coefficients of a regularizer that the module is attached to; its hooks pass it.
 
         Warns:
             UserWarning: the penalty of the last forward was not taken; once.
         """
-        if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
-            if self.training:
-                raise RuntimeError(
-                    "FusedRNNDropout: TorchScript cannot form a penalty; call eval(), or do not script it"
-                )
-            return raw
-        else:  # which TorchScript does not compile
-            return self._drop(raw, p, valid, starts)
-
-    def _drop(self, raw: Tensor, p: float | None, valid: Tensor | None, starts: Tensor | None) -> Tensor:
-        """Run the forward outside of TorchScript."""
-        untaken, self.formed, loan = self.formed, None, self.loan
-        if loan is not None:
-            self.loan = None
-            # A compiler would compile the code anew for each coefficient that is lent. A loan of another tensor is left
-            # from a forward that failed, or a hook has replaced the input.
-            if torch.compiler.is_compiling() or loan.raw is not raw:
-                loan = None
+        untaken, self.formed = self.formed, None
         if not self.training:
             return raw
-        if untaken is not None and untaken.terms.penalty.requires_grad:
+        is_on_itself = is_on(self.alpha) or is_on(self.beta)
+        if is_on_itself and untaken is not None and untaken[0].penalty.requires_grad:
             self._warn_once(
                 "the penalty of the last forward in training is dropped, as nobody took it: add the penalty of take() "
-                "to the loss after each forward, or attach() the module to a regularizer; where nothing is to be "
-                "regularized, use another dropout"
+                "to the loss after each forward, or attach() the module to a regularizer, or use another dropout"
             )
-        if getattr(self, "_is_replica", False) and (is_on(self.alpha) or is_on(self.beta)):
+        if is_on_itself and getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "FusedRNNDropout: DataParallel runs a replica on each device, whose penalty nobody can take. Use "
                 "DistributedDataParallel; or let the model return (decoded, raw, dropped), which DataParallel gathers, "
                 "for RNNRegularizer.on_loss_begin, with alpha and beta of this module 0"
             )
-        place = self.place()
-        alpha, beta = self.alpha, self.beta
-        if loan is not None:
-            alpha, beta = loan.alpha, loan.beta
-            valid = loan.valid = loan.valid if valid is None else valid
-            starts = loan.starts = loan.starts if starts is None else starts
-        steps, of_raw = (None, valid, starts), self.ar_of == "raw"
-        options, drop = Options(*place, "mean", True, of_raw), Drop(self.p if p is None else p, lent=loan is not None)
-        dropped, penalty, terms = drop_and_penalize(raw, (alpha, beta), steps, options, drop)
-        dropped = raw if dropped is None else dropped
+        if loan is not None and torch.compiler.is_compiling():
+            loan = Loan(0.0, 0.0)  # code would be compiled anew for each coefficient: the hooks form the penalty
+        pair = (self.alpha, self.beta) if loan is None else (loan.alpha, loan.beta)
+        steps, options = (None, valid, starts), Options(*self.place(), "mean", True, self.ar_of == "raw")
+        dropped, penalty, terms = drop_and_penalize(raw, pair, steps, options, Drop(self.p if p is None else p))
+        dropped, formed = raw if dropped is None else dropped, ARTAR(penalty, *(terms or ()))
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            all_terms, grad_enabled = ARTAR(penalty, *(terms or ())), torch.is_grad_enabled()
-            formed = Formed(all_terms, dropped, place, grad_enabled)
-            if loan is None:
-                self.formed = formed
-            else:
-                loan.formed = formed
+        if loan is not None:
+            loan.terms, loan.dropped = formed, dropped
+        elif torch.compiler.is_compiling() or current() == -1:
+            self.formed = formed, torch.is_grad_enabled()
         return dropped
 
     def place(self) -> Place:
@@ -183,20 +151,18 @@ class FusedRNNDropout(nn.Module):
         Warns:
             UserWarning: the forward ran without gradients, and now they are enabled; once.
         """
-        formed, self.formed = self.formed, None
-        if formed is None:
-            return None
-        if torch.is_grad_enabled() and not formed.grad_enabled:
+        (terms, grad_enabled), self.formed = self.formed or (None, True), None
+        if torch.is_grad_enabled() and not grad_enabled:
             self._warn_once(
                 "the penalty has no gradient, as the forward ran without: for activation checkpointing pass "
                 "use_reentrant=False, else run the forward outside torch.no_grad()"
             )
-        return formed.terms
+        return terms
 
     def _warn_once(self, message: str) -> None:
         """Warn of something for the first time, in code that is not compiled."""
         if message not in self._warned and not torch.compiler.is_compiling():
-            self._warned = (*self._warned, message)  # of any kind: 0.2.0 pickled a frozenset
+            self._warned = (*self._warned, message)
             warnings.warn(f"FusedRNNDropout: {message}", stacklevel=3)
 
     def extra_repr(self) -> str:
@@ -204,9 +170,8 @@ class FusedRNNDropout(nn.Module):
         extra = [] if self.batch_first or self.time_dim is not None else ["batch_first=False"]
         extra += [] if self.time_dim is None else [f"time_dim={self.time_dim}"]
         extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
-        alpha, beta = ("a tensor" if isinstance(x, Tensor) else f"{x:g}" for x in (self.alpha, self.beta))
-        return ", ".join([f"p={self.p:g}, alpha={alpha}, beta={beta}", *extra])
+        return ", ".join([f"p={self.p:g}, alpha={self.alpha}, beta={self.beta}", *extra])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the penalty of the last forward out of a copy or a pickle."""
-        return {**self.__dict__, "formed": None, "loan": None}
+        return {**self.__dict__, "formed": None}

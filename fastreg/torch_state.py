@@ -91,6 +91,11 @@ def are_memory(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was changed in place; PyTorch does not count this for tensors of inference mode."""
+    return 0 if x.is_inference() else x._version
+
+
 def has_values(x: Tensor) -> bool:
     """Return whether the values of a tensor can be looked at without waiting for a device."""
     return x.device.type == "cpu" and x.numel() > 0 and not observed() and is_memory(x)

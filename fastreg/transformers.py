@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastreg.problem import Coefficient, is_on
+from fastreg.reference import marked
 from fastreg.regularizer import RNNRegularizer
-from fastreg.source import Source
+from fastreg.source import Source, attach_at, of_batch
 
 try:
     Trainer: Any = import_module("transformers").Trainer
@@ -48,14 +49,13 @@ class RegularizedTrainer(Trainer):
     Args:
         *args: as for `Trainer`, or the other base class.
         **kwargs: as for `Trainer`, or the other base class.
-        alpha: coefficient of AR; a schedule may change `trainer.regularizer.alpha`.
-        beta: coefficient of TAR; a schedule may change `trainer.regularizer.beta`.
+        alpha: coefficient of AR; a schedule may change `trainer.regularizer.alpha` between steps.
+        beta: coefficient of TAR; a schedule may change `trainer.regularizer.beta` between steps.
         rnn: the attribute path of a module in the model, or in the model that PEFT wraps: any module that
             `RNNRegularizer.attach` takes. Or a list of paths, from the first layer to the last. Name the last block
             rather than the model, whose last hidden state is the output of a norm.
         dropout: the path of the dropout that takes the module's output: one for every module, or a list with one, or
             `None`, a module.
-        layers: `"all"` of the modules, or the `"last"` alone.
         output: as for `RNNRegularizer.attach`.
         batch_first: as for `RNNRegularizer.attach`, but `True` where the layout cannot be read from the module.
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
@@ -89,14 +89,13 @@ class RegularizedTrainer(Trainer):
         beta: Coefficient = 0.0,
         rnn: str | Sequence[str],
         dropout: str | Sequence[str | None] | None = None,
-        layers: Literal["last", "all"] = "all",
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
         valid: Callable[[Any], Tensor | None] | None = attention_mask,
         starts: Callable[[Any], Tensor | None] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.regularizer = RNNRegularizer(alpha, beta, layers=layers)
+        self.regularizer = RNNRegularizer(alpha, beta)
         self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
         self._sums: list[Any] = [0] * 4  # since the last log: of AR, of TAR, and of the shares they were weighed with
@@ -140,16 +139,16 @@ class RegularizedTrainer(Trainer):
 
     def _attached(self, batch: Any = None) -> ExitStack:
         """Attach to the modules until the returned stack is closed, with the masks of a batch."""
-        return self.source.of_batch(lambda: [batch]).attach(self.regularizer, _inner(self.model), layout=True)
+        return attach_at(self.regularizer, _inner(self.model), of_batch(self.source, lambda: [batch]), layout=True)
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
-        if self.source.valid is not attention_mask or not self.args.remove_unused_columns:
+        taken = signature(_inner(self.model).forward).parameters
+        if self.source.valid is not attention_mask or not self.args.remove_unused_columns or "attention_mask" in taken:
             return
         data: Any = self.train_dataset
-        example = next(iter(data), None) if hasattr(data, "__len__") else None
-        columns = getattr(data, "column_names", None) or (example if isinstance(example, Mapping) else ())
-        if "attention_mask" in columns and "attention_mask" not in signature(_inner(self.model).forward).parameters:
+        columns = dict.fromkeys(getattr(data, "column_names", None) or (), True)  # of a stream, which must not be read
+        if attention_mask(next(iter(data), None) if hasattr(data, "__len__") else columns) is not None:
             warnings.warn(
                 f"RegularizedTrainer: padding counts in AR and TAR, as the forward of {type(self.model).__name__} "
                 "takes no attention_mask, and the Trainer takes it out of the batches: pass another valid, or None "
@@ -160,22 +159,23 @@ class RegularizedTrainer(Trainer):
     @contextmanager
     def _regularized(self, batch: Any) -> Iterator[None]:
         """Add the penalty, by the batch's shares, to the loss that `accelerator.backward` gets; sum up the terms."""
-        regularizer, accelerator, shares = self.regularizer, self.accelerator, self._shares_of(batch)
+        regularizer: Any = self.regularizer
+        accelerator, shares = self.accelerator, self._shares_of(batch)
         coefficients, backward, passed = (regularizer.alpha, regularizer.beta), accelerator.backward, False
 
-        def with_penalty(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def regularized_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal passed
             total, passed = regularizer.on_backward_begin(loss), True
             if total is not loss:  # else the modules are in evaluation
-                terms: Any = regularizer.ar, regularizer.tar
-                ar, tar = (x.to(self.args.device) for x in terms)  # they are on the device of the loss
+                # The terms are on the device of the loss.
+                ar, tar = regularizer.ar.to(self.args.device), regularizer.tar.to(self.args.device)
                 weighed = [ar * shares[0], tar * shares[1], *shares]
                 self._sums = [x + y for x, y in zip(self._sums, weighed, strict=True)]
             return backward(total, *args, **kwargs)
 
         weighed = (x * share if is_on(x) else x for x, share in zip(coefficients, shares, strict=True))
         regularizer.alpha, regularizer.beta = weighed
-        accelerator.backward = with_penalty
+        accelerator.backward = regularized_backward
         try:
             yield
         finally:
@@ -195,27 +195,26 @@ class RegularizedTrainer(Trainer):
 
     def _size_of(self, batches: list[Any]) -> Tensor:
         """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
-        marks = [self.source.marks(batch) for batch in batches]
+        masks = [self.source.masks(batch) for batch in batches]
         for name in ("valid", "starts"):
-            count = sum(found[name] is not None for found in marks)
+            count = sum(found[name] is not None for found in masks)
             if 0 < count < len(batches):
                 raise ValueError(
                     f"{name}: expected a mask for each batch of an optimizer step, or for none, "
                     f"got {count} for {len(batches)} batches"
                 )
-        sizes = (_count(batch, **found).to(self.args.device) for batch, found in zip(batches, marks, strict=True))
-        return sum(sizes, torch.zeros(2, device=self.args.device))
+        device = self.args.device
+        sizes = [_count(batch, found, device) for batch, found in zip(batches, masks, strict=True)]
+        return sum(sizes, torch.zeros(2, device=device))
 
 
-def _count(batch: Any, valid: Tensor | None, starts: Tensor | None) -> Tensor:
+def _count(batch: Any, masks: dict[str, Any], device: torch.device) -> Tensor:
     """Count the valid steps of a batch and its pairs of valid neighbours, or its examples for both: `(2,)`."""
-    if valid is None and starts is None:
-        return torch.tensor([find_batch_size(batch) or 1] * 2)
-    counts: Any = torch.ones_like(starts) if valid is None else valid  # pyright: ignore[reportArgumentType]
-    begins = torch.zeros_like(counts) if starts is None else starts
-    counts, begins = counts.bool(), begins.to(counts.device).bool()
-    pairs = counts[..., 1:] & counts[..., :-1] & ~begins[..., 1:]
-    return torch.stack([counts.sum(), pairs.sum()])
+    given = {name: x.to(device).bool().reshape(-1, x.shape[-1]) for name, x in masks.items() if x is not None}
+    if not given:
+        return torch.tensor([find_batch_size(batch) or 1] * 2, device=device)
+    _, counts = marked(next(iter(given.values())).shape, None, given.get("valid"), given.get("starts"))
+    return counts
 
 
 def _inner(model: Any) -> Any:

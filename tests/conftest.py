@@ -7,6 +7,7 @@ import inspect
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -21,7 +22,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastreg import FusedRNNDropout, carry, dropout, penalty, regularizer
+from fastreg import FusedRNNDropout, attachment, dropout, penalty, regularizer
 from fastreg.backends import TRITON, backend_for, cpu_tensors_by
 from fastreg.plans import forget
 from tests.language_model import Model
@@ -31,13 +32,18 @@ CPU = backend_for(torch.device("cpu"))
 KERNELS_ON_CPU = CPU is not None and CPU is TRITON
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slowly, and bfloat16 is cut off instead of rounded
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the real kernels did not run"),
-]
-interpreted = pytest.mark.skipif(
-    not KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is not set: kernels do not run on the CPU"
-)
+# Marks of cases that not every machine or setting can run: whether this one can, and what such a case needs.
+NEEDS = {
+    "gpu": (torch.cuda.is_available(), "a GPU"),
+    "gpus": (torch.cuda.device_count() > 1, "a second GPU"),
+    "no_gpu": (not torch.cuda.is_available(), "a machine without a GPU"),
+    "interpreted": (KERNELS_ON_CPU, "TRITON_INTERPRET=1"),
+    "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
+}
+gpu, interpreted, compiled = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled
+
+
+LEFT_OUT: dict[str, int] = {}  # what the cases that cannot run here need, and how many there are
 
 
 def pytest_report_header() -> str:
@@ -49,15 +55,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, default=1, metavar="N", help="run each N-th case of each test alone")
 
 
+def need_of(item: pytest.Item) -> str:
+    """Return what a case needs and this machine or setting has not; or nothing."""
+    return next((need for mark, (met, need) in NEEDS.items() if not met and item.get_closest_marker(mark)), "")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases of each test that the sample has not drawn."""
+    """Leave out the cases that cannot run here, which are counted, and those that the sample has not drawn."""
     cases: dict[str, list[pytest.Item]] = {}
+    unmet = Counter(need_of(item) for item in items)
     for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if not need_of(item):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = {item for of_test in cases.values() for item in of_test[:: config.getoption("sample")]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+    LEFT_OUT.update({need: count for need, count in unmet.items() if need})
+    getattr(config, "workeroutput", {})["left_out"] = {**LEFT_OUT}  # which a process of pytest-xdist hands over
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a process of pytest-xdist has left out: the same in each."""
+    LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if LEFT_OUT:
+        terminalreporter.write_line("; ".join(f"{count:,} cases need {need}" for need, count in LEFT_OUT.items()))
 
 
 @cache
@@ -238,8 +264,8 @@ def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """List the penalties that a regularizer forms, rather than takes from a dropout."""
     calls: list[Any] = []
 
-    measure, form = carry.penalty_of, regularizer.fused_ar_tar
-    monkeypatch.setattr(carry, "penalty_of", lambda call: (calls.append(call), measure(call))[1])
+    measure, form = attachment.penalize, regularizer.fused_ar_tar
+    monkeypatch.setattr(attachment, "penalize", lambda *args: (calls.append(args), measure(*args))[1])
     monkeypatch.setattr(
         regularizer, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
     )

@@ -1,22 +1,28 @@
 """Random sequences of training steps with `attach`, compared with plain PyTorch in float64.
 
-`python -m tests.sequences --seed 0 --count 2000` plays 2,000 sequences, and prints the seed and the events of each in
-which a gradient, AR or TAR is wrong, or an error comes that the documentation does not announce.
+`python -m tests.sequences --seed 0 --count 2000` plays 2,000 sequences. It prints the seed and the events of each in
+which a loss, AR, TAR or a gradient is wrong, an error comes that the documentation does not announce, or an announced
+error does not come. At the end it prints how often each kind of event was played.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer
@@ -24,67 +30,250 @@ from tests.language_model import Elementwise, Locked, Loop, Wrapper
 from tests.random_calls import play_all
 
 BATCH, HIDDEN, P = 3, 4, 0.4
-RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}
-KINDS: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
-KINDS |= {"cell": Loop, "wrapper": Wrapper, "elementwise": Elementwise}
+DOUBLE, FLOAT = torch.float64, torch.float32
+RTOL = {DOUBLE: 1e-9, FLOAT: 1e-4}
+
+
+class Named(nn.Module):
+    """Run a GRU, and return a dictionary of raw, and of the state and a statistic of raw."""
+
+    def __init__(self, *sizes: int, batch_first: bool) -> None:
+        super().__init__()
+        self.rnn, self.batch_first = nn.GRU(*sizes, batch_first=batch_first), batch_first
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        raw, h = self.rnn(x, state and state["h"])
+        return {"raw": raw, "state": {"h": h, "mean": raw.mean((0, 1))}}
+
+
+class Widened(nn.Dropout):
+    """Return dropped in float64, whatever the dtype of raw is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).double()
+
+
+PACKABLE: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
+KINDS = PACKABLE | {"cell": Loop, "wrapper": Wrapper, "elementwise": Elementwise, "named": Named}
 DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
     "none": lambda _: nn.Identity(),
+    "plain, not attached": lambda _: nn.Dropout(P),
     "plain": lambda _: nn.Dropout(P),
+    "plain, float64": lambda _: Widened(P),
     "of 0": lambda _: nn.Dropout(0.0),
     "locked": lambda batch_first: Locked(P, batch_first),
     "fused": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first),
     "fused, AR of raw": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first, ar_of="raw"),
 }
+DONE = torch.tensor([0, 2])  # where a state is reset
+NOT_ATTACHED = "none", "plain, not attached"
 random_bits = torch.Generator().manual_seed(5)
 VALID, STARTS = (torch.rand(2, BATCH, 8, generator=random_bits) < torch.tensor([0.8, 0.3]).view(2, 1, 1)).unbind()
-Loss = list[tuple["Run", str, Any, float]]  # the tensors that it sums up: a run, its part, a function and a weight
+# What may happen in a forward, in one of the layers, and how often. The last need an attached dropout.
+EVENTS = {"": 20, "the net checkpointed": 2, "the RNN checkpointed": 2, "the RNN and its dropout checkpointed": 2}
+EVENTS |= {"the RNN without gradients": 1, "the dropout without gradients": 1}
+EVENTS |= {"the dropout left out": 1, "the dropout twice": 1}
 
 
 class Net(nn.Module):
-    """Layers, each with a dropout. It returns its output, the states, and raw and dropped of all layers, or `None`."""
+    """Layers with a dropout each; the last may share the module or the dropout of the first.
 
-    def __init__(self, kinds: Sequence[str], dropouts: Sequence[str], batch_first: bool, keeps: bool) -> None:
+    It returns its output, the states, and raw and dropped of all layers, or `None`.
+    """
+
+    def __init__(self, kinds: Sequence[str], dropouts: Sequence[str], dtypes: Sequence[Any], play: Play) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(KINDS[kind](HIDDEN, HIDDEN, batch_first=batch_first) for kind in kinds)
-        self.dropouts = nn.ModuleList(DROPOUTS[dropout](batch_first) for dropout in dropouts)
-        self.decoder, self.keeps = nn.Linear(HIDDEN, 3), keeps
+        first, last = play.batch_first, len(kinds) - 1
+        layers = [KINDS[k](HIDDEN, HIDDEN, batch_first=first).to(dtype) for k, dtype in zip(kinds, dtypes, strict=True)]
+        after = [DROPOUTS[name](first) for name in dropouts]
+        layers[last] = layers[0 if play.shared == "module" else last]
+        after[last] = after[0 if play.shared else last]
+        self.layers, self.dropouts, self.dtypes = nn.ModuleList(layers), nn.ModuleList(after), dtypes
+        self.decoder, self.keeps = nn.Linear(HIDDEN, 3).to(dtypes[-1]), play.keeps
 
-    def forward(self, x: Tensor, states: Any = None) -> Any:
+    def forward(self, x: Any, states: Any = None, event: str = "", at: int = 0) -> Any:
         after, raws, kept = [], [], []
-        for i, (layer, dropout) in enumerate(zip(self.layers, self.dropouts, strict=True)):
-            raw, state = layer(x) if states is None else layer(x, states[i])
-            x = dropout(raw)
+        for i in range(len(self.layers)):
+            given = (x.to(self.dtypes[i]),) if states is None else (x.to(self.dtypes[i]), states[i])
+            through = partial(self.through, i, event if i == at else "")
+            if i == at and event == "the RNN and its dropout checkpointed":
+                through = partial(checkpoint, through, use_reentrant=False)
+            raw, state, x = through(*given)
             after.append(state)
             raws.append(raw)
             kept.append(x)
-        return self.decoder(x), after, (raws, kept) if self.keeps else None
+        return self.decoder(rows_of(x).to(self.dtypes[-1])), after, (raws, kept) if self.keeps else None
+
+    def through(self, i: int, event: str, *given: Any) -> Any:
+        """Run a layer and its dropout."""
+        layer, dropout, enabled = self.layers[i], self.dropouts[i], torch.is_grad_enabled()
+        if event == "the RNN checkpointed":
+            layer = partial(checkpoint, layer, use_reentrant=False)
+        with torch.set_grad_enabled(enabled and event != "the RNN without gradients"):
+            result = layer(*given)
+        raw, state = result.values() if isinstance(result, dict) else result
+        if event == "the dropout left out":
+            return raw, state, raw
+        if event == "the dropout twice":
+            dropout(rows_of(raw))
+        with torch.set_grad_enabled(enabled and event != "the dropout without gradients"):
+            dropped = dropout(rows_of(raw))
+        return raw, state, raw._replace(data=dropped) if isinstance(raw, PackedSequence) else dropped
 
 
 @dataclass(eq=False)
 class Run:
+    """A run of an attached module, in training and with gradients enabled.
+
+    Attributes:
+        module: the module, on the side of plain PyTorch.
+        raw: its output, and where it is packed, the `PackedSequence`.
+        masks: the marks of the time steps, by their names.
+        coefficients: alpha and beta, numbers.
+        identity: the coefficients, or an object that stands for tensors in their present state.
+        terms: AR and TAR, once dropped is there.
+        marked: whether a loss can depend on a tensor that is marked for the run.
+        taken: whether a loss has taken it.
+    """
+
+    module: nn.Module
+    raw: Any
+    masks: dict[str, Tensor]
+    coefficients: tuple[float, float]
+    identity: Any
+    terms: tuple[Tensor, Tensor] | None = None
+    marked: bool = False
+    taken: bool = False
+
+
+class ByHand:
+    """Do by hooks in plain PyTorch what the documentation says of `attach`, and find the runs that count.
+
+    Attributes:
+        runs: the runs since the last `clear`, in order.
+        marks: the run of each marked tensor, by the tensor's node.
+        marks_states: whether states are marked, too.
+        dropouts: the name of the dropout of each attached module.
+        masks: the marks of the time steps, by their names.
+    """
+
+    def __init__(self, play: Play, net: Net) -> None:
+        self.play, self.runs, self.marks, self.marks_states = play, list[Run](), dict[Any, Run](), True
+        self.dropouts, self.masks = dict(zip(net.layers, play.dropouts, strict=True)), {**play.masks}
+        for module in {*net.layers}:
+            module.register_forward_hook(self.after_module)
+        for dropout in {*net.dropouts}:
+            dropout.register_forward_hook(self.after_dropout)
+
+    def after_module(self, module: nn.Module, args: Any, result: Any) -> Any:
+        if not (module.training and torch.is_grad_enabled() and module in self.dropouts):
+            return None
+        raw, state = result.values() if isinstance(result, dict) else result
+        play, steps = self.play, 0 if isinstance(raw, PackedSequence) else raw.shape[int(self.play.batch_first)]
+        masks = {name: mask[:, :steps] for name, mask in self.masks.items()}
+        run = Run(module, raw, masks, play.coefficients, play.identity)
+        self.runs.append(run)
+        if self.dropouts[module] in NOT_ATTACHED:
+            raw = self.measured(run, raw)
+        state = tree_map(partial(self.mark, run), state) if self.marks_states else state
+        return dict(zip(result, (raw, state), strict=True)) if isinstance(result, dict) else (raw, state)
+
+    def after_dropout(self, _: nn.Module, args: Any, dropped: Tensor) -> Any:
+        run = next((run for run in self.runs[::-1] if rows_of(run.raw) is args[0]), None)
+        if run is None or self.dropouts[run.module] in NOT_ATTACHED:
+            return None
+        if not torch.is_grad_enabled():
+            self.runs.remove(run)  # it is no run
+            self.marks = {node: other for node, other in self.marks.items() if other is not run}
+            return None
+        packed = isinstance(run.raw, PackedSequence)
+        return rows_of(self.measured(run, run.raw._replace(data=dropped) if packed else dropped))
+
+    def measured(self, run: Run, dropped: Any) -> Any:
+        """Form AR and TAR of a run by the formula, and return dropped, marked."""
+        squared, raw = run.raw if "AR of raw" in self.dropouts[run.module] else dropped, run.raw
+        if isinstance(raw, PackedSequence):
+            squared, raw = (pad_packed_sequence(x, batch_first=True)[0] for x in (squared, raw))
+            lengths = pad_packed_sequence(dropped)[1]
+            valid = torch.arange(raw.shape[1]) < lengths.unsqueeze(1)
+        else:
+            squared, raw = (x if self.play.batch_first else x.transpose(0, 1) for x in (squared, raw))
+            valid = run.masks.get("valid", torch.ones(raw.shape[:2], dtype=torch.bool))
+        pairs = valid[:, 1:] & valid[:, :-1] & ~run.masks.get("starts", torch.zeros_like(valid))[:, 1:]
+        run.terms = mean(squared, valid), mean(raw.diff(dim=1), pairs)
+        marked = self.mark(run, rows_of(dropped))
+        return dropped._replace(data=marked) if isinstance(dropped, PackedSequence) else marked
+
+    def mark(self, run: Run, x: Tensor) -> Tensor:
+        """Return a copy of a tensor, by whose node the run is found."""
+        if not x.requires_grad:
+            return x
+        run.marked, copy = True, x.clone()
+        self.marks[copy.grad_fn] = run
+        return copy
+
+    def clear(self) -> None:
+        for run in self.runs:
+            run.taken = True
+        self.runs = []
+
+    def counted(self, loss: Tensor) -> list[Run]:
+        """Return the runs that count for a loss: those that it depends on, and the latest of frozen modules."""
+        left, seen = list[Any]([loss.grad_fn]), set[Any]([None])
+        while left:
+            node = left.pop()
+            if node not in seen:
+                seen.add(node)
+                left += [following for following, _ in node.next_functions]
+        reached = {run for node, run in self.marks.items() if node in seen}
+        found = [run for run in reached if not run.taken]
+        waits = any(not run.taken for run in self.marks.values())
+        if not found and (reached or waits):
+            return []  # it depends on no run, though there are some
+        latest = {run.module: run for run in self.runs}
+        constant = [run for run in latest.values() if not (run.marked or run.taken)]
+        return found + constant
+
+    def refusal(self, counted: Sequence[Run]) -> str:
+        """Return the reason of the error that a loss gets, or nothing."""
+        if any(run.terms is None for run in self.runs):
+            return "a dropout did not get raw"
+        if not counted:
+            return "no run"
+        return "coefficients changed" * any(run.identity != self.play.identity for run in counted)
+
+
+@dataclass(eq=False)
+class Call:
     """A call of the net on both sides, that of the hooks and plain PyTorch.
 
     Attributes:
         kind: "train", "evaluation" or "no gradients".
-        steps: the number of time steps.
         results: the values that the net of each side returned.
-        before: the run that the state came from with its graph, or `None`.
-        taken: whether a loss was regularized with it, or with in_backward a backward went through it.
-        missed: whether a loss did not depend on it.
+        runs: the runs of modules.
     """
 
     kind: str
-    steps: int
     results: list[Any]
-    before: Run | None
-    taken: bool = False
-    missed: bool = False
+    runs: list[Run]
 
-    def part(self, name: str, side: int) -> Tensor:
+    def tensors(self, side: int) -> dict[str, Tensor]:
+        """Return all tensors that the net returned, by their names."""
         out, states, kept = self.results[side]
-        state = states[-1]
-        parts = {"out": out, "state": state[0] if isinstance(state, tuple) else state}
-        return kept[0][-1] if name == "raw" else parts[name]
+        found = {"out": out}
+        for i, state in enumerate(states):
+            leaves = tree_leaves(state)
+            found |= {f"state of {i}": leaves[0], f"other tensor of {i}": leaves[-1]}
+            if kept is not None:
+                found |= {f"raw of {i}": rows_of(kept[0][i]), f"dropped of {i}": rows_of(kept[1][i])}
+        return found
+
+
+Loss = list[tuple[Call, str, Any, float]]  # the tensors that it sums up: a call, its name, a function and a weight
+
+
+class Refused(Exception):
+    """An error that the documentation announces came; what there is of the step is dropped."""
 
 
 class Play:
@@ -94,238 +283,334 @@ class Play:
         draw = self.draw = random.Random(seed)
         torch.manual_seed(seed)
         count = draw.randint(1, 3)
-        self.dtype = draw.choice([torch.float64, torch.float64, torch.float32])
-        self.dtype = dtype or self.dtype
+        self.packed = draw.random() < 0.15
         self.compiled = draw.random() < 0.2 if compiles is None else compiles
-        self.use = draw.choices(["loss", "in_backward", "stepwise"], [5, 2, 2])[0]
-        self.kinds, self.batch_first = [draw.choice([*KINDS]) for _ in range(count)], draw.random() < 0.7
-        self.by_cell = [self.use == "stepwise" and kind == "cell" for kind in self.kinds]
-        self.dropouts = ["none" if by_cell else draw.choice([*DROPOUTS]) for by_cell in self.by_cell]
-        self.keeps, self.layers = draw.random() < 0.6, draw.choice(["last", "all"])
+        self.batch_first, self.keeps = draw.random() < 0.7, draw.random() < 0.6
+        self.shared = draw.choice(["", "", "", "module", "dropout"]) if count > 1 else ""
+        self.frozen = draw.choices(["", "first", "all"], [8, 1, 1])[0]
+        self.kinds = [draw.choice([*(PACKABLE if self.packed else KINDS)]) for _ in range(count)]
+        one = draw.choice([DOUBLE, DOUBLE, FLOAT])
+        self.dtypes = [dtype or (draw.choice([DOUBLE, FLOAT]) if seed % 8 == 0 else one) for _ in range(count)]
+        self.dropouts = [draw.choice([*DROPOUTS][: 5 if self.packed else None]) for _ in range(count)]
+        if self.shared:
+            self.dropouts[-1] = self.dropouts[0]
+        if self.shared == "module":
+            self.kinds[-1], self.dtypes[-1] = self.kinds[0], self.dtypes[0]
+            self.frozen = self.frozen and "all"
         self.masks: dict[str, Tensor] = {}
-        if draw.random() < 0.4:
+        if draw.random() < 0.4 and not self.packed:
             self.masks = {"valid": VALID, "starts": STARTS}
             self.masks.pop(draw.choice(["valid", "starts", ""]), None)
-        self.net = Net(self.kinds, self.dropouts, self.batch_first, self.keeps).to(self.dtype)
+        self.rtol = max(RTOL[x] for x in self.dtypes)
+        self.net = Net(self.kinds, self.dropouts, self.dtypes, self)
         plain = ["locked" if "fused" in name else name for name in self.dropouts]
-        self.plain = Net(self.kinds, plain, self.batch_first, True).double()
-        self.frozen = count > 1 and draw.random() < 0.1
+        self.plain = Net(self.kinds, plain, [DOUBLE] * count, self)
         for net in (self.net, self.plain):
-            net.layers[0].requires_grad_(not self.frozen)
+            for layer in net.layers[: {"": 0, "first": 1, "all": count}[self.frozen]]:
+                layer.requires_grad_(False)
         self.plain.load_state_dict(self.net.state_dict())
-        self.events: list[str] = []
-        self.counts: Counter[str] = Counter(compiled=self.compiled)
-        self.coefficients = self.scale = (1.0, 1.0)
-        self.attach()
+        self.events, self.counts = list[str](), Counter[str]()
         self.sides: list[Any] = [self.net, self.plain]
-        if self.compiled:
-            torch._dynamo.reset()
-            if draw.random() < 0.3:  # as in a script that trains a model without the penalty before
-                self.note("another model was compiled before")
-                other = torch.compile(deepcopy(self.net), backend="eager")
-                other(torch.randn(BATCH, 3, HIDDEN, dtype=self.dtype))
-            self.sides[0] = torch.compile(self.net, backend="eager")
-        self.runs: list[Run] = []
+        self.calls: list[Call] = []  # whose graphs are alive
+        self.last: Call | None = None  # whose states the next call may get
+        self.checkpointed = False  # a call whose graph is alive
+        self.handles: list[Any] = []
+        compiled = self.compile() if self.compiled else "not compiled"
+        if not self.handles:
+            self.attach()
+        traits = [compiled, *self.kinds, *self.dropouts, *{str(x) for x in self.dtypes}, *self.masks]
+        traits += [f"{count} layers", f"shared {self.shared}", f"frozen {self.frozen}", "packed" * self.packed]
+        traits += ["batch first" if self.batch_first else "time first", "several dtypes" * (len({*self.dtypes}) > 1)]
+        self.counts.update(trait for trait in traits if not trait.endswith(" ") and trait)
+        self.by_hand = ByHand(self, self.plain)
+
+    def compile(self) -> str:
+        """Compile the net, before `attach` or after it, or after another net was compiled and run."""
+        torch._dynamo.reset()
+        compiled = self.draw.choice(["compiled before", "compiled after", "compiled after another net"])
+        self.sides[0] = torch.compile(self.net, backend="eager")
+        if compiled == "compiled before":
+            self.sides[0](self.input(3))
+        if compiled == "compiled after another net":
+            torch.compile(deepcopy(self.net), backend="eager")(self.input(3))
+        return compiled
 
     def attach(self) -> None:
-        draw, options = self.draw, {}
-        self.reg = RNNRegularizer(layers=self.layers)
-        self.change_coefficients()
-        self.scale = draw.choice([1.0, 3.0])
-        if self.use == "in_backward":
-            options["in_backward"] = draw.choice([self.scale, torch.tensor(self.scale)])
+        reg, handles = RNNRegularizer(), list[Any]()
         for i, layer in enumerate(self.net.layers):
-            dropout: Any = None if self.dropouts[i] == "none" else self.net.dropouts[i]
-            functions: Any = {name: self.mask_of(mask) for name, mask in self.masks.items() if not self.by_cell[i]}
-            attached: Any = layer.cell if self.by_cell[i] else layer
-            self.reg.attach(attached, dropout, stepwise=self.use == "stepwise", **functions, **options)
+            dropout = None if self.dropouts[i] in NOT_ATTACHED else self.net.dropouts[i]
+            options: Any = {name: self.mask_of(mask) for name, mask in self.masks.items()}
+            options |= {"output": lambda result: result["raw"]} if self.kinds[i] == "named" else {}
+            if layer not in [*self.net.layers][:i]:
+                handles.append(reg.attach(layer, dropout, **options))
+        self.reg, self.handles = reg, handles
+        self.change_coefficients()
 
     def mask_of(self, mask: Tensor) -> Callable[..., Tensor]:
         return lambda x, *_: mask[:, : x.shape[int(self.batch_first)]]
 
-    def change_coefficients(self) -> None:
-        """Change alpha and beta, numbers or tensors, from one step to the next."""
-        self.coefficients = self.draw.choice([(2.0, 1.0), (0.75, 3.0), (1.5, 0.0), (0.0, 2.0)])
-        kind = self.draw.choice([float, torch.tensor])
-        self.reg.alpha, self.reg.beta = map(kind, self.coefficients)
-        self.note(f"alpha, beta = {self.reg.alpha}, {self.reg.beta}")
-
-    def note(self, event: str) -> None:
+    def note(self, event: str, *kinds: str) -> None:
+        """Note an event, and count its kinds."""
         self.events.append(event)
+        self.counts.update(kinds)
 
     def __str__(self) -> str:
-        names = ["dtype", "compiled", "use", "kinds", "dropouts", "layers", "batch_first", "keeps", "frozen", "scale"]
+        names = ["dtypes", "compiled", "kinds", "dropouts", "shared", "frozen", "packed", "batch_first", "keeps"]
         plan = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return "\n  ".join([f"{plan}, masks={[*self.masks]}", *self.events])
 
+    # The coefficients
+
+    def change_coefficients(self, *kinds: str) -> None:
+        """Change alpha and beta: to numbers, to other tensors, or in place."""
+        if self.checkpointed:
+            return  # a recomputation would save other tensors than the forward
+        self.coefficients = self.draw.choice([(2.0, 1.0), (0.75, 3.0), (1.5, 0.0), (0.0, 2.0), (0.0, 0.0)])
+        kind = self.draw.choice(kinds or ["numbers", "tensors", "in place"])
+        for name, value in zip(("alpha", "beta"), self.coefficients, strict=True):
+            # The node of a fused dropout has saved the tensors, and PyTorch refuses a later backward through it.
+            may = not any("fused" in x for x in self.dropouts) or not self.calls
+            if kind == "in place" and may and isinstance(getattr(self.reg, name), Tensor):
+                getattr(self.reg, name).fill_(value)
+            else:
+                setattr(self.reg, name, value if kind == "numbers" else torch.tensor(value))
+        self.identity = self.coefficients if kind == "numbers" else object()
+        self.note(f"alpha, beta = {self.coefficients}, {kind}", f"coefficients: {kind}")
+
     # The events of a step
 
-    def run(self, kind: str = "train", before: Run | None = None, detach: bool = False) -> Run:
+    @contextmanager
+    def announced(self, reason: str) -> Iterator[None]:
+        """Check that the block raises the error that the documentation announces, if there is a reason for one."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not (reason and re.search("(?i)attach|on_backward_begin", str(error))):
+                raise
+            self.note(f"refused: {reason}", f"refused: {reason}")
+            raise Refused from error
+        assert not reason, f"no error: {reason}"
+
+    def input(self, steps: int) -> Any:
+        x = torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN, dtype=self.dtypes[0])
+        if not self.packed:
+            return x
+        lengths = torch.tensor([self.draw.randint(1, steps) for _ in range(BATCH - 1)] + [steps])
+        return pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=False)
+
+    def run(self, kind: str = "", carries: bool = True) -> Call:
         """Run the net of each side with the same input and the same masks of dropout."""
-        draw = self.draw
-        steps = draw.randint(1, 3) if self.use == "stepwise" else 3 if self.compiled else draw.randint(2, 6)
-        x = torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN, dtype=self.dtype)
-        checkpoints = kind == "train" and not self.compiled and draw.random() < 0.15
-        seed, results = draw.randrange(1000), []
-        self.note(f"run {len(self.runs)}: {kind}, {steps} steps{', checkpoint' * checkpoints}")
-        self.note(f"  state of {'none' if before is None else self.runs.index(before)}{', detached' * detach}")
+        draw, carried = self.draw, self.carried() if carries else None
+        kind = kind or draw.choices(["train", "no gradients", "evaluation"], [10, 1, 1])[0]
+        x, event, at = self.input(3 if self.compiled else draw.randint(2, 6)), "", draw.randrange(len(self.kinds))
+        if kind == "train":
+            some = 2 if self.compiled else 5 if self.dropouts[at] in NOT_ATTACHED else None
+            event = draw.choices([*EVENTS][:some], [*EVENTS.values()][:some])[0]
+            if self.frozen and event == "the dropout without gradients":
+                event = ""  # where the module still ran: whether an earlier constant counts is not said
+        self.checkpointed = self.checkpointed or "checkpointed" in event
+        self.note(f"call {len(self.calls)}: {kind} {event} {at * bool(event)}", f"call: {kind}", *[event] * bool(event))
+        seed, results, before = draw.randrange(1000), [], len(self.by_hand.runs)
         for i, (net, module) in enumerate(zip(self.sides, (self.net, self.plain), strict=True)):
             module.train(kind != "evaluation")
             torch.manual_seed(seed)
-            states = None if before is None else before.results[i][1]
-            states = tree_map(detached, states) if detach and before is not None else states
-            given = x.double() if i else x, states
-            with torch.set_grad_enabled(kind != "no gradients"):
-                results.append(checkpoint(net, *given, use_reentrant=False) if checkpoints else net(*given))
+            states = None if carried is None else carried[i]
+            given = x.to(DOUBLE) if i else x, states, "" if i and "checkpointed" in event else event, at
+            through = partial(checkpoint, net, use_reentrant=False) if "the net" in event and not i else net
+            with torch.set_grad_enabled(kind != "no gradients"), self.announced(event * ("twice" in event and not i)):
+                results.append(through(*given))
             module.train()
-        has_graph = before is not None and not detach and kind != "no gradients" and before.kind != "no gradients"
-        self.runs.append(Run(kind, steps, results, before if has_graph else None))
-        return self.runs[-1]
+        self.last = Call(kind, results, self.by_hand.runs[before:])
+        self.calls.append(self.last)
+        return self.last
 
-    def loss(self, runs: Sequence[Run]) -> Loss:
-        """Return a loss on some of the runs, at least one."""
-        draw, parts = self.draw, []
-        for run in draw.sample(runs, draw.randint(1, len(runs))):
-            names = ["out"] * 8 + ["state"] + ["raw"] * self.keeps
-            parts.append((run, draw.choice(names), draw.choice([torch.sin, torch.square, torch.tanh]), draw.random()))
-        self.note(f"loss on {[(self.runs.index(run), part, f.__name__) for run, part, f, _ in parts]}")
+    def carried(self) -> Any:
+        """Return the states of the last call for the next, or `None`; a part of them may be reset in place."""
+        how = self.draw.choice(["none", "none", "detached", "with their graph"])
+        if self.last is None or how == "none":
+            return None
+        how = how if self.last in self.calls else "detached"
+        states = [result[1] for result in self.last.results]
+        if how == "detached":
+            states = [tree_map(detached, state) for state in states]
+        self.note(f"states {how}", f"states {how}")
+        # oneDNN's LSTM keeps the states that it returns for the backward; the elementwise state is a view of raw.
+        kept = any(k in ("LSTM", "wrapper") and x == FLOAT for k, x in zip(self.kinds, self.dtypes, strict=True))
+        views = [x for kind, x in zip(self.kinds, states[1], strict=True) if kind == "elementwise"]
+        may = self.last.kind == "train" and not kept and all(x.requires_grad for x in views)
+        if may and self.draw.random() < 0.4:
+            self.note("reset in place", f"states {how}, reset in place")
+            for side, reason in enumerate(["a state that is a view of raw reset in place" * bool(views), ""]):
+                with self.announced(reason):
+                    for x in tree_leaves(states[side]):
+                        x[..., DONE] = 0
+        return states
+
+    def candidates(self) -> list[Call]:
+        return [call for call in self.calls if call.kind == "train" and any(not run.taken for run in call.runs)]
+
+    def loss(self) -> Loss:
+        """Return a loss on calls, most often on those that no loss has taken."""
+        draw, parts = self.draw, list[Any]()
+        calls = self.candidates() if draw.random() < 0.9 else self.calls
+        calls = calls or self.calls
+        for call in draw.sample(calls, draw.randint(1, len(calls))):
+            names = [name for name, x in call.tensors(1).items() if x.requires_grad]
+            names = names if draw.random() < 0.4 else [name for name in names if name == "out"]
+            if names:
+                f = draw.choice([torch.sin, torch.square, torch.tanh])
+                parts.append((call, draw.choice(names), f, draw.random()))
+        self.note(f"loss on {[(self.calls.index(call), name, f.__name__) for call, name, f, _ in parts]}")
+        self.counts.update("loss by " + re.sub(r" of \d", "", name) for _, name, *_ in parts)
+        self.counts["losses on several calls"] += len(parts) > 1
+        self.counts["losses by states alone"] += all(name[0] in "so" and name != "out" for _, name, *_ in parts)
         return parts
 
-    def reached(self, loss: Loss) -> dict[Run, bool]:
-        """Return the runs that a loss depends on, in order, and whether through dropped of the last layer."""
-        found: dict[Run, bool] = {}
-        whole = ["out", "raw"] if self.dropouts[-1] in ("none", "of 0") else ["out"]
-        left = [(run, part in whole) for run, part, *_ in loss]
-        while left:
-            run, whole = left.pop()
-            if run.before is not None and run not in found:
-                left.append((run.before, False))
-            found[run] = found.get(run, False) or whole
-        return {run: found[run] for run in self.runs if run in found}
-
-    def terms(self, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
-        """Return AR and TAR of runs by the formula, summed over runs and layers."""
-        total = torch.zeros(2, dtype=torch.float64)
-        for i, dropout in enumerate(self.dropouts):
-            if self.layers == "last" and i < len(self.dropouts) - 1:
-                continue
-            for group in [runs] if self.use == "stepwise" else [[run] for run in runs]:
-                both = [torch.cat([run.results[1][2][j][i] for run in group], int(self.batch_first)) for j in (0, 1)]
-                raw, squared = both if self.batch_first else [x.transpose(0, 1) for x in both]
-                squared = raw if "AR of raw" in dropout else squared
-                masks = {} if self.by_cell[i] else self.masks
-                marks = {name: torch.cat([mask[:, : run.steps] for run in group], 1) for name, mask in masks.items()}
-                valid = marks.get("valid", torch.ones(raw.shape[:2], dtype=torch.bool))
-                pairs = valid[:, 1:] & valid[:, :-1] & ~marks.get("starts", torch.zeros_like(valid))[:, 1:]
-                total = total + torch.stack([mean(squared, valid), mean(raw[:, 1:] - raw[:, :-1], pairs)])
-        return total[0], total[1]
-
-    def regularize(self, loss: Loss, how: str, keeps_graph: bool) -> None:
-        """Take the penalty for a loss, and make a backward on each side."""
-        self.note(f"{how}{', graph kept' * keeps_graph}")
-        in_backward, whole = self.use == "in_backward", self.reached(loss)
-        # With in_backward a run counts in every backward through its output, and by its state alone not again.
-        reached = [x for x in whole if x.kind == "train" and (not x.taken or (in_backward and whole[x]))]
-        ar, tar = self.terms(reached)
-        penalty = self.coefficients[0] * ar + self.coefficients[1] * tar
+    def regularize(self) -> None:
+        """Regularize a loss, make a backward on each side, and compare."""
+        draw, by_hand = self.draw, self.by_hand
+        if not self.candidates() or draw.random() < 0.1:
+            self.run("train")
+        loss, keeps_graph = self.loss(), draw.random() < 0.7
+        if not loss:
+            return
         losses = [total_of(loss, side) for side in (0, 1)]
-        others = [total_of(loss, side, torch.cos) for side in (0, 1)]
-        # Documented refusals, instead of the right numbers, which may come as well: activations that nothing keeps;
-        # in_backward where the backward passes by an activation; runs that an earlier loss missed; second derivatives
-        # that need activations; a frozen module, whose latest run counts.
-        may = not all(whole[run] for run in reached) and (in_backward or not self.keeps)
-        may = may or (any(run.missed for run in reached) and not in_backward)
-        may = may or (how == "second" and (in_backward or self.use == "stepwise" or not self.keeps))
-        may = may or (self.frozen and any(run.kind == "no gradients" for run in self.runs))
-        try:
-            total = losses[0]
-            if not in_backward:
-                if how != "alone" and self.draw.random() < 0.5:
-                    total = self.reg.on_backward_begin(losses[0])
-                else:
-                    taken: Any = self.reg.take(losses[0])
-                    total = taken.penalty if how == "alone" else losses[0] + taken.penalty
-            of_plain = losses[1] + penalty * (self.scale if in_backward else 1)
-            of_plain = penalty if how == "alone" else of_plain
-            added = penalty * self.scale if in_backward else 0  # to any other loss, too
-            if how == "mixed":
-                total, of_plain = 3 * total + others[0], 3 * losses[1] + others[1] + (penalty * 3, added)[in_backward]
-            if how == "another":
-                for net, other in ((self.net, others[0]), (self.plain, others[1] + added)):
-                    other.backward(retain_graph=True, inputs=parameters(net))
-                self.same_gradients("the gradients of another loss")
-            for _ in range(1 + (how == "twice")):
-                for net, x in ((self.net, total), (self.plain, of_plain)):
-                    if how == "second":
-                        first = torch.autograd.grad(x, parameters(net), create_graph=True, allow_unused=True)
-                        x = sum(y.square().sum() for y in first if y is not None)
-                    x.backward(retain_graph=keeps_graph or how == "twice", inputs=parameters(net))  # pyright: ignore
-        except RuntimeError as error:
-            if not (may and re.search("attach|on_backward_begin|in_backward", str(error))):
-                raise
-            self.note("refused, as documented")
-            self.counts["refused"] += 1
-            raise Refused from error
-        if not in_backward and not self.frozen:
-            self.compare("the loss, AR and TAR", [total, self.reg.ar, self.reg.tar], [of_plain, ar, tar])
-        for run in self.runs:
-            run.taken, run.missed = run.taken or run in reached, run not in reached
+        counted = by_hand.counted(losses[1])
+        hows = ["plain"] * 3 + ["twice", "mixed", "another", "gradients of raw"]
+        hows += ["alone"] * any(run.marked for run in counted) + ["second"] * (self.rtol == RTOL[DOUBLE])
+        how = draw.choice(hows)
+        self.note(f"{how}{', graph kept' * keeps_graph}", f"{min(len(counted), 4)} runs or more counted")
+        with self.announced(by_hand.refusal(counted)):
+            total = self.regularized(losses[0], how, counted)
+        terms = [run.terms for run in counted if run.terms is not None]
+        ar, tar = (torch.stack(xs).sum() for xs in zip(*terms, strict=True))
+        penalty = sum(
+            a * ar + b * tar for (a, b), (ar, tar) in zip([x.coefficients for x in counted], terms, strict=True)
+        )
+        both = [total, penalty if how == "alone" else losses[1] + penalty]
+        self.compare("the loss, AR and TAR", [total, self.reg.ar, self.reg.tar], [both[1], ar, tar])
+        for run in counted:
+            run.taken = True
+        self.backward(loss, both, how, keeps_graph)
+        if not keeps_graph:
+            self.drop("the graph is freed")
 
-    def step(self) -> None:
-        """Make a training step of one or several backwards, with evaluation in between, and compare."""
-        draw = self.draw
-        self.runs = []
-        if self.use != "stepwise" and draw.random() < 0.4:
-            self.windows()
+    def regularized(self, loss: Tensor, how: str, counted: Sequence[Run]) -> Tensor:
+        """Return the loss with the penalty, or the penalty alone."""
+        if counted and not self.frozen and self.draw.random() < 0.1:
+            self.note("the net is in evaluation at the loss", "in evaluation at the loss")
+            self.net.eval()
+        if how != "alone" and self.draw.random() < 0.5:
+            total = self.reg.on_backward_begin(loss)
         else:
-            for _ in range(1 if self.use == "stepwise" else draw.choice([1, 1, 2])):
-                self.runs_of_one_loss()
-        if self.use == "in_backward" and self.runs[-1].kind == "train" and not self.frozen:
-            self.compare("AR and TAR", [self.reg.ar, self.reg.tar], [*self.terms(self.runs[-1:])])
+            taken: Any = self.reg.take(loss)
+            total = taken.penalty if how == "alone" else loss + taken.penalty
+        self.net.train()
+        return total
+
+    def backward(self, loss: Loss, totals: Sequence[Tensor], how: str, keeps_graph: bool) -> None:
+        """Make a backward on each side, in one of many ways, and compare the gradients."""
+        nets, others = (self.net, self.plain), [total_of(loss, side, torch.cos) for side in (0, 1)]
+        if how == "mixed":
+            totals = [3 * x + other for x, other in zip(totals, others, strict=True)]
+        if how == "another":
+            for net, other in zip(nets, others, strict=True):
+                other.backward(retain_graph=True, inputs=parameters(net))
+            self.same_gradients("the gradients of another loss")
+        if how == "gradients of raw":
+            self.same_gradients_of_activations(loss, totals)
+        if self.draw.random() < 0.1:
+            self.change_coefficients("numbers", "tensors")  # those of the forward count
+        for keeps in [True, keeps_graph] if how == "twice" else [keeps_graph]:
+            for net, x in zip(nets, totals, strict=True):
+                if how == "second":
+                    first = torch.autograd.grad(x, parameters(net), create_graph=True, allow_unused=True)
+                    x = torch.stack([y.square().sum() for y in first if y is not None]).sum()
+                if x.requires_grad:
+                    x.backward(retain_graph=keeps, inputs=parameters(net))
+        self.counts[f"backward: {how}"] += 1
         self.same_gradients("the gradients")
 
-    def some_kinds(self) -> list[str]:
-        kinds = ["train"] * self.draw.randint(1, 3)
+    def same_gradients_of_activations(self, loss: Loss, totals: Sequence[Tensor]) -> None:
+        """Compare the gradients of what the net returned: of raw, too, and of tensors that attach has marked."""
+        names = [(call, name) for call, *_ in loss for name, x in call.tensors(1).items() if x.requires_grad]
+        both = [[call.tensors(side)[name] for call, name in names] for side in (0, 1)]
+        options: Any = {"retain_graph": True, "allow_unused": True}
+        gradients = [torch.autograd.grad(x, xs, **options) for x, xs in zip(totals, both, strict=True)]
+        self.compare("the gradients of activations", *gradients)
+
+    def evaluate(self) -> None:
+        """Check that evaluation adds nothing, nor does a loss without gradients."""
+        if any(run.terms is None for run in self.by_hand.runs):
+            return
+        kind = self.draw.choice(["evaluation", "evaluation" if self.frozen else "no gradients"])
+        call = self.run(kind, carries=False)
+        self.net.train(kind != "evaluation")
+        loss = call.results[0][0].square().mean()
+        self.note(f"loss of {kind}", f"loss of {kind}")
+        assert self.reg.on_backward_begin(loss) is loss, kind
+        assert self.reg.take(loss) is None, kind
+        self.net.train()
+
+    def clear(self) -> None:
+        self.note("clear()", "clear()")
+        self.reg.clear()
+        self.by_hand.clear()
+
+    def exchange(self) -> None:
+        """Use another regularizer from now on; beside the first it is refused."""
+        if self.checkpointed:
+            return  # a recomputation would meet other hooks than the forward
+        self.note("another regularizer", "another regularizer")
+        with pytest.raises(RuntimeError, match="attached already"):
+            self.attach()
+        for handle in self.handles:
+            handle.remove()
+        self.by_hand.clear()
+        self.attach()
+
+    def train_step(self) -> None:
+        """Change the parameters, as an optimizer does, and often the coefficients."""
+        with torch.no_grad():
+            for x in self.net.parameters():
+                x += 0.1 * torch.randn_like(x)
+        self.plain.load_state_dict(self.net.state_dict())
+        self.drop("a step of the optimizer")
         if self.draw.random() < 0.5:
-            kinds.insert(self.draw.randint(0, len(kinds)), self.draw.choice(["evaluation", "no gradients"]))
-        return kinds
+            self.change_coefficients()
 
-    def windows(self) -> None:
-        """Run windows of one sequence, whose graphs may be kept, or parts of a batch; each has a loss."""
-        draw, before, kinds = self.draw, None, self.some_kinds()
-        last = max(i for i, kind in enumerate(kinds) if kind == "train")
-        by_state = self.kinds[-1] != "elementwise" and (self.layers == "last" or len(self.kinds) == 1)
-        carried = draw.choice(["nothing", "detached"] + ["graph"] * (self.use == "loss" or by_state))
-        for i, kind in enumerate(kinds):
-            run = self.run(kind, before if carried != "nothing" else None, carried == "detached")
-            if kind == "train":
-                self.regularize(self.loss([run]), draw.choice(["plain", "plain", "twice"]), i < last)
-                before = run
+    def drop(self, event: str) -> None:
+        """Drop all graphs of calls; their states may be carried on, detached."""
+        self.note(event, event)
+        self.calls, self.checkpointed = [], False
+        self.by_hand.marks.clear()
+        if self.last is not None:
+            states = [tree_map(torch.detach, result[1]) for result in self.last.results]
+            self.last = Call(self.last.kind, [(None, state, None) for state in states], [])
 
-    def runs_of_one_loss(self) -> None:
-        """Make several runs, and a loss on some of them and on earlier runs that had none."""
-        draw, before = self.draw, None
-        carries = self.use == "stepwise" or (self.use == "loss" and draw.random() < 0.5)
-        for kind in self.some_kinds():
-            run = self.run(kind, before if carries and kind == "train" else None)
-            before = run if kind == "train" else before
-        others = [run for run in self.runs if run.kind == "evaluation"][: draw.randint(0, 1)]
-        hows = ["plain", "plain", "twice", "mixed", "another"] + ["alone"] * (self.use != "in_backward")
-        if self.dtype == torch.float64:
-            hows += ["second"] * (4 if self.use == "stepwise" else 1)
-        loss = self.loss([run for run in self.runs if run.kind == "train" and not run.taken])
-        self.regularize(loss + (self.loss(others) if others else []), draw.choice(hows), True)
-        if self.use != "in_backward" and draw.random() < 0.1:
-            self.is_refused(loss)
+    def play(self, events: int = 14) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "attach|FusedRNNDropout|on_backward_begin")
+            for _ in range(events):
+                weights = {self.run: 6, self.regularize: 6, self.train_step: 2, self.evaluate: 1, self.clear: 0.3}
+                weights |= {self.change_coefficients: 1, self.exchange: 0.5}
+                self.event(self.draw.choices([*weights], [*weights.values()])[0])
+            self.event(self.clear)
+            self.event(self.regularize)
 
-    def is_refused(self, loss: Loss) -> None:
-        """Check that no run is regularized with a second loss."""
-        message = "no error"
+    def event(self, event: Callable[[], Any]) -> None:
         try:
-            self.reg.on_backward_begin(total_of(loss, 0))
-        except RuntimeError as error:
-            message = str(error)
-        assert self.frozen or "nothing was captured" in message, f"a second loss: {message}"
+            event()
+        except Refused:
+            self.reg.clear()
+            self.by_hand.clear()
+            self.drop("the step is dropped")
+            self.last = None
+            self.net.train()
+            self.net.zero_grad()
+            self.plain.zero_grad()
+
+    # The comparisons
 
     def same_gradients(self, what: str) -> None:
         """Compare the gradients of both sides, and clear them."""
@@ -340,27 +625,11 @@ class Play:
         floor = max(norms) / 100
         error = max(float(x / max(y, floor)) if x > 0 else 0.0 for x, y in zip(errors, norms, strict=True))
         self.counts["compared"] += 1
-        assert error < RTOL[self.dtype], f"{what}: relative error {error:.2g}"
-
-    def play(self, steps: int = 4) -> None:
-        for _ in range(steps):
-            try:
-                self.step()
-                self.counts["steps"] += 1
-            except Refused:
-                self.reg.clear()
-            for net in (self.net, self.plain):
-                net.zero_grad()
-            with torch.no_grad():
-                for x in self.net.parameters():
-                    x += 0.1 * torch.randn_like(x)
-            self.plain.load_state_dict(self.net.state_dict())
-            if self.draw.random() < 0.5:
-                self.change_coefficients()
+        assert error < self.rtol, f"{what}: relative error {error:.2g}"
 
 
-class Refused(Exception):
-    """The rest of a step is left out, as fastreg has refused a part."""
+def rows_of(x: Any) -> Tensor:
+    return x.data if isinstance(x, PackedSequence) else x
 
 
 def detached(x: Tensor) -> Tensor:
@@ -378,7 +647,7 @@ def mean(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def total_of(loss: Loss, side: int, more: Any = torch.clone) -> Tensor:
-    return torch.stack([more(w * f(run.part(part, side)).mean()) for run, part, f, w in loss]).sum()
+    return torch.stack([more(w * f(call.tensors(side)[name]).mean()) for call, name, f, w in loss]).sum()
 
 
 if __name__ == "__main__":

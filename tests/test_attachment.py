@@ -1,27 +1,52 @@
-"""`RNNRegularizer.attach`: which runs the hooks capture, in which layouts, and which of them belong to a step."""
+"""`RNNRegularizer.attach`: which runs count for a loss, in which layouts and outputs, and what is refused.
+
+`test_compiled_attach.py` compiles attached models, and `test_sequences.py` plays random steps of them.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import warnings
 import weakref
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from operator import attrgetter, itemgetter
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
-from torch.optim import Adam
-from torch.utils.checkpoint import checkpoint
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.hooks import RemovableHandle
 
-from fastreg import FusedRNNDropout, fused_ar_tar
-from fastreg.attachment import Hook
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
 from tests import language_model as lm
-from tests.conftest import without
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME
+from tests.calls import Nothing
+from tests.conftest import INTERPRETED, without
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, Attached, penalized
+
+PLAIN, FUSED = nn.Dropout, FusedRNNDropout
+each = pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [(nn.LSTM, None), (nn.LSTM, PLAIN), (nn.LSTM, FUSED), (nn.GRU, None), (nn.GRU, PLAIN), (nn.GRU, FUSED)],
+    ids=["LSTM", "LSTM-plain", "LSTM-fused", "GRU", "GRU-plain", "GRU-fused"],
+)
+each_dropout = pytest.mark.parametrize("dropout", [None, PLAIN, FUSED], ids=["none", "plain", "fused"])
+cp: Any = partial(checkpoint, use_reentrant=False)
+within = {
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "a dispatch mode": Nothing,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+# Layouts
 
 
 @lm.either
@@ -43,263 +68,757 @@ def test_layouts_of_an_lstm(options: dict[str, Any], shape: tuple[int, ...], tim
     lm.check_gradients(model, reg.on_backward_begin(loss), loss + lm.formula(raw, dropped, time))
 
 
-@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.3), FusedRNNDropout(0.3)], ids=["none", "plain", "fused"])
-def test_packed_sequences(dropout: Any) -> None:
-    rnn, reg = lm.attach_gru(dropout)
-    packed = pack_padded_sequence(lm.inputs(), torch.tensor([7, 4, 2]), batch_first=True)
-    raw, _ = rnn(packed)
-    if isinstance(dropout, FusedRNNDropout):
-        with pytest.raises(TypeError, match=r"FusedRNNDropout: expected .* a tensor, got the data of a PackedSequence"):
-            dropout(raw.data)
-        dropout.eval()  # drops nothing, and forms no penalty
-        raw, _ = rnn(packed)
-    rows = raw.data if dropout is None else dropout(raw.data)
-    lm.check_gradients(rnn, lm.penalty_of(reg, rows), fused_ar_tar(raw, raw._replace(data=rows), ALPHA, BETA))
-
-
-# Any module, and how its output is read
-
-
 class OutputAlone(nn.LSTM):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         return super().forward(input, hx)[0]
 
 
+LINEAR, SHAPE, LEAF = nn.Linear(HIDDEN, HIDDEN), (BATCH, TIME, HIDDEN), torch.ones((), requires_grad=True)
+
+
+@each_dropout
 @pytest.mark.parametrize(
     ("module", "options", "shape", "axis"),
     [
-        (nn.Linear(HIDDEN, HIDDEN), {"batch_first": True}, (BATCH, TIME, HIDDEN), 1),
-        (nn.Linear(HIDDEN, HIDDEN), {"batch_first": False}, (BATCH, TIME, HIDDEN), 0),
-        (nn.Linear(HIDDEN, HIDDEN), {"batch_first": True, "output": lambda result: result}, (TIME, HIDDEN), 0),
+        (LINEAR, {"batch_first": True}, SHAPE, 1),
+        (LINEAR, {"batch_first": False}, SHAPE, 0),
+        (LINEAR, {"batch_first": True, "output": lambda result: result}, (TIME, HIDDEN), 0),
+        (LINEAR, {"time_dim": 2}, (BATCH, 2, TIME, HIDDEN), 2),
+        (LINEAR, {"time_dim": -3}, (TIME, 2, HIDDEN), 0),
         (OutputAlone(HIDDEN, HIDDEN, batch_first=True), {}, (1, TIME, HIDDEN), 1),
     ],
-    ids=["batch_first", "time_first", "one sequence, picked", "an LSTM's batch of one"],
+    ids=["batch_first", "time_first", "one sequence, picked", "an axis", "an axis from the end", "a batch of one"],
 )
-def test_the_layout_of_any_module(module: nn.Module, options: Any, shape: tuple[int, ...], axis: int) -> None:
-    reg = lm.regularizer()
-    with reg.attach(module, **options):
+def test_the_layout_of_any_module(module: Any, options: Any, shape: tuple[int, ...], axis: int, dropout: Any) -> None:
+    layout = {name: x for name, x in options.items() if name != "output" and dropout is FUSED}
+    after, reg = nn.Identity() if dropout is None else dropout(0.4, **layout), lm.regularizer()
+    with reg.attach(module, dropout and after, **options):
         raw = module(torch.randn(shape))
-        torch.testing.assert_close(lm.penalty_of(reg), lm.formula(raw, raw, axis))
+        dropped = after(raw)
+        lm.check_gradients(module, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, axis))
 
 
-@pytest.mark.parametrize("time_dim", [2, -2])
-@pytest.mark.parametrize("kind", [None, nn.Dropout, FusedRNNDropout])
-def test_any_axis_of_time(kind: Any, time_dim: int, formed: list[Any]) -> None:
-    modules = nn.ModuleList(nn.Conv2d(2, 3, (1, 3), padding=(0, 1)) for _ in range(2))
-    reg = lm.regularizer(layers="all")
-    dropout = None if kind is None else kind(0.4, **({"time_dim": time_dim} if kind is FusedRNNDropout else {}))
-    reg.attach(modules[0], dropout, time_dim=time_dim)
-    reg.attach(modules[1], time_dim=time_dim)
-    raw = modules[0](torch.randn(BATCH, 2, TIME, 5))
-    dropped = raw if dropout is None else dropout(raw)
-    more = modules[1](torch.randn(BATCH, 2, TIME + 1, 5))
-    want = fused_ar_tar(raw, dropped, ALPHA, BETA, time_dim=2) + fused_ar_tar(more, more, ALPHA, BETA, time_dim=2)
-    loss = dropped.mean() + more.mean()
-    lm.check_gradients(modules, reg.on_backward_begin(loss), loss + want)
-    assert len(formed) == (1 if kind is FusedRNNDropout else 2)  # runs of other time steps in a call of their own
+def packed() -> PackedSequence:
+    return pack_padded_sequence(lm.inputs(), torch.tensor([7, 4, 2]), batch_first=True)
 
 
-# Valid steps and starts of segments
+@each
+@pytest.mark.parametrize("by", ["its rows", "its state", "a packed dropout"])
+def test_packed_output(by: str, kind: Any, dropout: Any) -> None:
+    model = Attached(kind, dropout)
+    raw, state = model.rnn(packed())
+    if dropout is FUSED:
+        with pytest.raises(TypeError, match=r"FusedRNNDropout: expected .* a tensor, got the data of a PackedSequence"):
+            model.dropout(raw.data)
+        model.reg.clear()
+        model.dropout.eval()  # drops nothing, and forms no penalty
+        raw, state = model.rnn(packed())
+    if by == "a packed dropout" and dropout is PLAIN:
+        model.dropout.forward = lambda x: x._replace(data=2 * x.data)
+        dropped = model.dropout(raw)
+    else:
+        dropped = raw._replace(data=model.dropout(raw.data))
+    run = model.end(raw.data, dropped.data, state)
+    loss = run.hidden.sum() if by == "its state" else run.loss
+    assert type(raw) is type(dropped) is PackedSequence
+    lm.check_gradients(model, model.reg.on_backward_begin(loss), loss + fused_ar_tar(raw, dropped, ALPHA, BETA))
+
 
 VALID = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
 STARTS = torch.tensor([[1, 0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]]).bool()
-MASKS: dict[str, dict[str, Any]] = {
-    "none": {"valid": None, "starts": None},
-    "integers": {"valid": VALID.long()},
-    "both": {"valid": VALID, "starts": STARTS},
-}
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
-@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
-@pytest.mark.parametrize("given", MASKS)
-def test_masks_come_from_the_arguments_of_the_module(
-    given: str, kind: Any, checkpoints: bool, formed: list[Any]
-) -> None:
-    module, dropout, reg, masks = lm.Returning(), kind(0.4), lm.regularizer(), MASKS[given]
+@each_dropout
+@pytest.mark.parametrize(
+    "masks",
+    [{"valid": None, "starts": None}, {"valid": VALID.long()}, {"valid": VALID, "starts": STARTS}],
+    ids=["none", "integers", "both"],
+)
+def test_masks_come_from_the_arguments_of_the_module(masks: Any, dropout: Any, checkpoints: bool) -> None:
+    module, after, reg = lm.Returning(), dropout and dropout(0.4), lm.regularizer()
     functions: Any = {name: lambda x, name=name, **masks: masks[name] for name in masks}
-    handle = reg.attach(module, dropout, **functions)
-    raw = module(lm.inputs(), **masks)
-    dropped: Any = checkpoint(dropout, raw, use_reentrant=False) if checkpoints else dropout(raw)
+    reg.attach(module, after, **functions)
+    raw, after = module(lm.inputs(), **masks), after or nn.Identity()
+    dropped: Any = cp(after, raw) if checkpoints else after(raw)
     want = dropped.mean() + fused_ar_tar(raw, dropped, ALPHA, BETA, **masks)
     lm.check_gradients(module, reg.on_backward_begin(dropped.mean()), want)
-    assert not handle.runs  # not even of the recomputation
-    assert len(formed) == (kind is nn.Dropout or checkpoints)  # else the dropout forms the penalty
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("given", ["attach", "dropout", "both"])
-@pytest.mark.parametrize("name", ["valid", "starts"])
-def test_masks_of_the_dropout_go_before_those_of_the_module(name: str, given: str, p: float, formed: list[Any]) -> None:
-    of_module, of_dropout = torch.rand(2, BATCH, TIME) < 0.6
-    functions: Any = {} if given == "dropout" else {name: lambda *_: of_module}
-    rnn, reg = lm.attach_gru(dropout := FusedRNNDropout(0.9), **functions)
-    by_position = (of_dropout,) if name == "valid" else (None, of_dropout)
-    want = {name: of_module if given == "attach" else of_dropout}
-    for args, kwargs in [((), {})] if given == "attach" else [((), {name: of_dropout}), (by_position, {})]:
-        raw, _ = rnn(lm.inputs())
-        dropped = dropout(raw, p, *args, **kwargs)
-        lm.check_gradients(rnn, lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, **want))  # pyright: ignore
-    assert bool(formed) == (p == 0)
+# Results of a module
 
 
-# Which runs belong to a step
+class ModelOutput(OrderedDict[str, Any]):
+    """A model output as of Transformers: attributes are items, too."""
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+    __setattr__ = __setitem__
 
 
-def test_runs_that_return_leaves_all_count() -> None:
-    module, reg = nn.Identity(), lm.regularizer()
-    reg.attach(module, batch_first=True)
-    first, second = (module(lm.inputs().requires_grad_()) for _ in range(2))
-    loss, penalty = (first + second).sum(), lm.formula(first, first, 1) + lm.formula(second, second, 1)
-    torch.testing.assert_close(reg.on_backward_begin(loss), loss + penalty)
+CACHE = SimpleNamespace(keys=[torch.ones(2)])  # any object of the model's own
+Pair = namedtuple("Pair", "raw state")
+first, last = itemgetter(0), itemgetter(-1)
+# A function of raw and a state that returns a result, two that find them in it again, and the `output` of `attach`.
+RETURNED: dict[str, tuple[Any, Callable[[Any], Tensor], Callable[[Any], Tensor], Any]] = {
+    "a tuple": (lambda raw, state: (raw, (state, CACHE, state.to_sparse())), first, lambda result: result[1][0], None),
+    "lists": (lambda raw, state: [[raw], {"a": [state]}], lambda x: x[0][0], lambda x: x[1]["a"][0], lambda x: x[0][0]),
+    "a named tuple": (Pair, attrgetter("raw"), attrgetter("state"), None),
+    "a dictionary": (lambda raw, state: {"a": raw, "b": state}, itemgetter("a"), itemgetter("b"), itemgetter("a")),
+    "picked": (lambda raw, state: (state, raw), last, first, last),
+    "a model output": (
+        lambda raw, state: ModelOutput(last_hidden_state=raw, hidden_states=(state, raw), cache=CACHE),
+        attrgetter("last_hidden_state"),
+        lambda result: result.hidden_states[0],
+        None,
+    ),
+}
 
 
-@lm.either
-def test_a_run_without_gradients_counts_for_a_loss_without() -> None:
-    model = lm.seeded(lm.Model)
-    reg = lm.attached(model)
+@pytest.mark.parametrize("by", ["raw", "state"])
+@pytest.mark.parametrize("kind", RETURNED)
+@each_dropout
+def test_results_are_rebuilt_and_a_loss_finds_the_run_by_raw_or_a_state(dropout: Any, kind: str, by: str) -> None:
+    give, pick, pick_state, output = RETURNED[kind]
+    own, reg = [], lm.regularizer()
+    module = lm.Returning(lambda hidden: own.append(give(2 * hidden, hidden.sum((0, 1)))) or own[0])
+    reg.attach(module, after := dropout and dropout(0.4), output=output)
+    result = module(lm.inputs())
+    raw, state = pick(result), pick_state(result)
+    dropped = raw if after is None else after(raw)
+    loss = (dropped if by == "raw" else state).sum()
+    lm.check_gradients(module, reg.on_backward_begin(loss), loss + lm.formula(raw, dropped, 1))
+    assert type(result) is type(own[0])
+    assert result is not own[0]  # which the module may keep
+    if kind == "a model output":
+        assert [*result] == ["last_hidden_state", "hidden_states", "cache"]
+        assert all(getattr(result, name) is x for name, x in result.items())
+        assert result.hidden_states[-1] is result.last_hidden_state
+        assert result.cache is CACHE
+
+
+NO_PLACE = r"attach: expected raw as a tensor in tuples.*got a \w+ in which raw cannot be replaced, or an output= that"
+
+
+@each_dropout
+@pytest.mark.parametrize(
+    ("give", "output"),
+    [
+        (lambda raw: SimpleNamespace(hidden=raw), attrgetter("hidden")),
+        (lambda raw: (raw, 0), lambda result: result[0][:, 1:]),
+        (lambda raw: SimpleNamespace(last_hidden_state=raw), attrgetter("last_hidden_state")),
+    ],
+    ids=["an opaque object", "a computation", "an opaque last_hidden_state"],
+)
+def test_raw_that_cannot_be_replaced_is_an_error_without_a_dropout(give: Any, output: Any, dropout: Any) -> None:
+    """A dropout may get it, if it is the same tensor."""
+    module, reg, given = lm.Returning(give), lm.regularizer(), []
+    pick = lambda result: given.append(output(result)) or given[0]  # noqa: E731
+    reg.attach(module, after := dropout and dropout(0.4), output=pick)
+    if after is None:
+        with pytest.raises(TypeError, match=NO_PLACE):
+            module(lm.inputs())
+        return
+    module(lm.inputs())
+    dropped = after(given[0])
+    lm.check_gradients(module, reg.on_backward_begin(dropped.sum()), dropped.sum() + lm.formula(given[0], dropped, 1))
+
+
+@each_dropout
+@pytest.mark.parametrize("what", [0, 1, 2], ids=["raw", "a view of it", "the input"])
+def test_outputs_that_share_memory_are_not_changed_in_place(what: int, dropout: Any) -> None:
+    """A mark that is no view would cut the link between them without a word."""
+    x, reg = lm.inputs() * LEAF, lm.regularizer()
+    module = lm.Returning(lambda hidden: (raw := 2 * hidden, raw[:, -1], x))
+    reg.attach(module, after := dropout and dropout(0.4))
+    result = module(x)
+    with pytest.raises(RuntimeError, match=AT_ONCE if dropout is None or what > 0 else IN_PLACE):
+        (result[what].mul_(2), after and after(result[0]))
+
+
+# Runs that count: functions of a model and inputs that return a loss, and the runs whose penalties belong to it
+
+
+def validated(m: Attached, x: Tensor) -> Any:
+    run = m(x)
     with torch.no_grad():
-        decoded, raw, dropped = model.activations(lm.tokens())
-        loss = lm.criterion(decoded, lm.tokens())
-        torch.testing.assert_close(reg.on_backward_begin(loss) - loss, lm.formula(raw, dropped, 1))
+        m(x)
     with torch.inference_mode():
-        model(lm.tokens())
-    with pytest.raises(RuntimeError, match="nothing was captured"):
-        lm.penalty_of(reg)
+        m.dropout(run.raw)
+    m.eval()(x)
+    m.train()
+    return run.loss, [run]
 
 
-# The lifetime of a capture
+def freeze(m: Attached, frozen: bool = True) -> Attached:
+    m.rnn.requires_grad_(not frozen)
+    return m
 
 
-@lm.either
-@pytest.mark.parametrize("loop", ["forwards without gradients", "forwards", "steps"])
-def test_loops_without_the_penalty_hold_one_run_at_most(loop: str) -> None:
-    """Where the optimizer leaves the versions of the weights, and the loss lives until the next one, too."""
-    model, reg = lm.seeded(lm.Model), lm.regularizer()
-    handle, alive = reg.attach(model.rnn, model.dropout), []
-    lm.penalty_of(reg, model(lm.tokens())).backward()  # the only one: a loop without any is warned of
-    optimizer = Adam(model.parameters(), fused=True)
-    for _ in range(5):
-        with torch.set_grad_enabled(loop != "forwards without gradients"):
-            decoded, raw, _ = model.activations(lm.tokens())
-        alive.append(weakref.ref(raw))
-        del raw, _
-        if loop == "steps":  # after which decoded keeps no raw
-            loss = lm.criterion(decoded, lm.tokens())
-            loss.backward()
-            optimizer.step()
+def last_of_two(m: Attached, x: Tensor) -> Any:
+    m(2 * x)
+    return (run := m(x)).loss, [run]
+
+
+def reset(m: Attached, x: Tensor) -> Any:
+    run = m(x)
+    run.hidden[:, 1] = 0
+    later = m(x, run.state)
+    return run.hidden.square().sum() + later.loss, [run, later]
+
+
+COUNTED: dict[str, Callable[[Attached, Tensor], Any]] = {
+    "two runs": lambda m, x: ((a := m(x)).loss * (b := m(2 * x)).loss, [a, b]),
+    "two runs, the earlier by its state": lambda m, x: ((b := m(x, (a := m(x)).state)).loss, [a, b]),
+    "one of two": last_of_two,
+    "its state alone": lambda m, x: ((a := m(x)).hidden.square().sum(), [a]),
+    "the cell of an LSTM": lambda m, x: ((a := m(x)).state[-1].square().sum(), [a]),
+    "a state reset in place": reset,
+    "a node that gives no gradient": lambda m, x: (lm.Sink.apply(m.head(x), (a := m(x)).dropped).sum(), [a]),
+    "beside a run that is taken": lambda m, x: (m.reg.take((a := m(x)).loss), (a.loss + (b := m(x)).loss, [b]))[1],
+    "missed before": lambda m, x: ((a := m(x)), m.reg.on_backward_begin(m(x).loss).backward(), (a.loss, [a]))[2],
+    "before a validation": validated,
+    "a dropout in evaluation": lambda m, x: (m.dropout.eval(), ((a := m(x)).loss, [a]))[1],
+    "a dropout of nothing": lambda m, x: (setattr(m.dropout, "p", 0.0), ((a := m(x)).loss, [a]))[1],
+    "frozen": lambda m, x: last_of_two(freeze(m), x),
+    "frozen in a later step": lambda m, x: (m.reg.on_backward_begin(m(x).loss), last_of_two(freeze(m), x))[1],
+    "frozen behind a layer": lambda m, x: ((a := freeze(m)(m.head(x))).loss + (b := m(x)).loss, [a, b]),
+    "after a frozen run that no loss took": lambda m, x: (freeze(m)(x), last_of_two(freeze(m, False), x))[1],
+    **dict.fromkeys(within, lambda m, x: ((a := m(x)).loss.float(), [a])),
+}
+
+
+@each
+@pytest.mark.parametrize("step", COUNTED)
+def test_the_runs_that_count(step: str, kind: Any, dropout: Any) -> None:
+    model = Attached(kind, dropout)
+    with within.get(step, nullcontext)():
+        loss, runs = COUNTED[step](model, lm.inputs())
+    tolerance = {"rtol": 0.02, "atol": 0.002} if step == "autocast" else {}  # which rounds each gradient
+    lm.check_gradients(model, model.reg.on_backward_begin(loss), penalized(loss, *runs), **tolerance)
+    with pytest.raises(RuntimeError, match=r"nothing was captured|ran without gradients"):
+        model.reg.on_backward_begin(loss)
+
+
+# Another module beside: whether its run counts
+BESIDE: dict[str, tuple[Callable[[nn.GRU, Tensor], Any], bool]] = {
+    "a run": (lambda rnn, x: rnn(x)[0], True),
+    "another dtype": (lambda rnn, x: rnn.double()(x.double())[0], True),
+    "frozen": (lambda rnn, x: rnn.requires_grad_(False)(x)[0], True),
+    "a run that the loss does not depend on": (lambda rnn, x: rnn(x)[0].detach(), False),
+    "no run": (lambda rnn, x: x, False),
+    "evaluation": (lambda rnn, x: rnn.eval()(x)[0], False),
+    "no gradients": (lambda rnn, x: torch.no_grad()(rnn)(x)[0], False),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@each_dropout
+def test_every_attached_module_counts(dropout: Any, beside: str, device: str) -> None:
+    """Also on another device."""
+    (step, counts), model, x = BESIDE[beside], Attached(nn.LSTM, dropout), lm.inputs()
+    model.reg.attach(other := lm.gru().to(device))
+    run, raw = model(x), step(other, x.to(device)).cpu()
+    loss = run.loss + raw.sin().sum()
+    want = penalized(loss, run, *([lm.Run(raw, raw, None, loss)] if counts else []))
+    model.add_module("other", other)
+    lm.check_gradients(model, model.reg.on_backward_begin(loss), want)
+
+
+def test_runs_of_leaves_and_of_a_dropout_that_trains_count() -> None:
+    """Any module may be attached, and get raw by any name."""
+    module, rnn, dropout, reg = nn.Identity(), lm.gru(), nn.Linear(HIDDEN, HIDDEN), lm.regularizer()
+    reg.attach(module, batch_first=True)
+    reg.attach(rnn.requires_grad_(False), dropout)
+    xs = [lm.inputs().requires_grad_() for _ in range(2)]
+    raws = [rnn(module(x).detach())[0] for x in xs]
+    runs = [lm.Run(raw, dropout(input=raw), None, raw) for raw in raws]
+    loss = xs[0].new_zeros(()) + sum(module(x).sum() for x in xs) + sum(run.dropped.sum() for run in runs)
+    want = penalized(loss, *runs, *(lm.Run(x, x, None, x) for x in xs))
+    of = [*xs, *dropout.parameters()]
+    gradients = [torch.autograd.grad(x, of, retain_graph=True) for x in (reg.on_backward_begin(loss), want)]
+    torch.testing.assert_close(*gradients)
+
+
+@each
+def test_steps_that_accumulate_scaled_gradients(kind: Any, dropout: Any) -> None:
+    model, scaler, sums = Attached(kind, dropout), torch.amp.GradScaler("cpu", init_scale=8.0), []
+    for counts in (True, False):
+        model.zero_grad()
+        torch.manual_seed(1)
+        for _ in range(2):
+            run = model(lm.inputs())
+            total = model.reg.on_backward_begin(run.loss) if counts else penalized(run.loss, run)
+            scaler.scale(total / 2).backward()
+        sums.append([x.grad.clone() for x in model.parameters() if x.grad is not None])
+    torch.testing.assert_close(*sums)
+
+
+@each
+def test_a_loss_in_evaluation_or_without_gradients_is_returned_itself(kind: Any, dropout: Any) -> None:
+    model = Attached(kind, dropout)
+    freeze(freeze(model)(lm.inputs()) and model, False)  # a constant, which belongs to no loss of an evaluation
+    for context, training in ((nullcontext, False), (torch.no_grad, True), (torch.inference_mode, True)):
+        with context():
+            loss = model.train(training)(lm.inputs()).loss
+            assert model.reg.on_backward_begin(loss) is loss
+            assert model.reg.take(loss) is None
+        model.reg.clear()
+
+
+# Checkpointing
+
+REGIONS: dict[str, Callable[[Attached, Tensor], Any]] = {
+    "the model": cp,
+    "the RNN": lambda m, x: (raw := (result := cp(m.rnn, x))[0], m.end(raw, m.dropout(raw), result[1]))[1],
+    "the RNN and the dropout": lambda m, x: m.end(*cp(m.begin, x)),
+    "the dropout": lambda m, x: (raw := (result := m.rnn(x))[0], m.end(raw, cp(m.dropout, raw), result[1]))[1],
+    "the dropout and more": lambda m, x: cp(lambda raw, state: m.end(raw, m.dropout(raw), state), *m.rnn(x)),
+    "a region in a region": lambda m, x: cp(lambda y: cp(m, y), x),
+}
+
+
+@each
+@pytest.mark.parametrize(("by", "early_stop"), [("loss", True), ("loss", False), ("hidden", True)])
+@pytest.mark.parametrize("region", REGIONS)
+def test_checkpointing_of(region: str, by: str, early_stop: bool, kind: Any, dropout: Any) -> None:
+    model, x = Attached(kind, dropout), lm.inputs()
+    with set_checkpoint_early_stop(early_stop):
+        run = REGIONS[region](model, x)
+        loss = getattr(run, by).sum()
+        torch.autograd.grad(loss, [*model.rnn.parameters()], retain_graph=True)  # recomputes, while a run waits
+        total = model.reg.on_backward_begin(loss)
+        with torch.no_grad():  # which is no reentrant checkpoint
+            model(x)
+        lm.check_gradients(model, total, penalized(loss, run))
+        with pytest.raises(RuntimeError, match=r"ran without gradients|nothing was captured"):
+            model.reg.on_backward_begin(loss)  # a recomputation is no run
+
+
+@each
+def test_reentrant_checkpointing_is_an_error(kind: Any, dropout: Any) -> None:
+    """Where all runs are lost, at the loss; where the loss finds another, when the backward recomputes the region."""
+    model, x, other = Attached(kind, dropout), lm.inputs().requires_grad_(), lm.gru()
+    model.reg.attach(other)
+    region: Any = partial(checkpoint, lambda y: model(y).loss, x, use_reentrant=True)
+    message = rf"the attached {kind.__name__} or its dropout ran without gradients.* use_reentrant=False"
+    with pytest.raises(RuntimeError, match=f"on_backward_begin: {message}"):
+        model.reg.on_backward_begin(region())
+    total = model.reg.on_backward_begin(region() + other(x)[0].sum())
+    with pytest.raises(RuntimeError, match=f"attach: {message}"):
+        total.backward()
+
+
+# Steps that are refused: functions of a model and inputs that return a loss, and the dropouts
+
+
+def hooked(name: str, register: str, m: Attached, x: Tensor) -> Tensor:
+    """Run a model with a backward hook on one of its modules."""
+    with getattr(getattr(m, name), register)(lambda *_: None):
+        return m(x).loss
+
+
+no_grad: Any = torch.no_grad()
+AT_ONCE = r"Output \d of FastregAttach\w* is a view and is being modified inplace"
+IN_PLACE = "modified by an inplace operation|changed in place before or by its dropout"
+LOST = r"the attached LSTM or its dropout ran without gradients"
+NOTHING = "nothing was captured: the loss depends on no run of the attached LSTM that an earlier loss has not taken"
+GAP = r"attached \w+ did not get the output of the LSTM: something lies between .* a full backward hook.*clear\(\)"
+TWICE = "got the same output of the LSTM twice, and AR is of one result"
+ALL, WITH = (None, PLAIN, FUSED), (PLAIN, FUSED)
+REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = {
+    "no run": (lambda m, x: m.head(x).sum(), NOTHING, ALL),
+    "a run of forward()": (lambda m, x: m.rnn.forward(x)[0].sum(), NOTHING, ALL),
+    "a loss that depends on no run": (lambda m, x: (m(x), m.head(x).sum())[1], NOTHING, ALL),
+    "a copy of the loss": (lambda m, x: m(x).loss.detach().requires_grad_(), NOTHING, ALL),
+    "a run that is taken": (lambda m, x: (m.reg.take((a := m(x)).loss), a.loss)[1], NOTHING, ALL),
+    "one that is taken of two": (lambda m, x: (m.reg.take((a := m(x)).loss), m(x), a.loss)[2], NOTHING, ALL),
+    "a run that is cleared": (lambda m, x: (m(x), m.reg.clear())[0].loss, NOTHING, ALL),
+    "no gradients": (lambda m, x: m.head(no_grad(m.begin)(x)[1]).sum(), LOST, ALL),
+    "none of a frozen RNN": (lambda m, x: m.head(no_grad(freeze(m).begin)(x)[1]).sum(), LOST, ALL),
+    "none of raw": (lambda m, x: m.head(m.dropout(no_grad(m.rnn)(x)[0])).sum(), LOST, ALL),
+    "none of dropped": (lambda m, x: m.head(no_grad(m.dropout)(m.rnn(x)[0])).sum(), LOST, WITH),
+    "none of a frozen dropped": (lambda m, x: m.head(no_grad(m.dropout)(freeze(m).rnn(x)[0])).sum(), LOST, WITH),
+    "a reentrant dropout": (lambda m, x: cp(m.dropout, m.rnn(x)[0], use_reentrant=True).sum(), LOST, WITH),
+    "a step a run": (lambda m, x: sum(m(y).loss for y in x.split(1, 1)), r"LSTM ran 7 times, over one .*stack", ALL),
+    "raw beside its dropout": (lambda m, x: m(x).raw.sum(), NOTHING, WITH),
+    "a view of raw": (lambda m, x: m(x).raw[:, -1].sum(), NOTHING, WITH),
+    "raw twice": (lambda m, x: m.dropout((a := m(x)).raw).sum() + a.loss, TWICE, WITH),
+    "raw twice at last": (lambda m, x: (m.reg.take((a := m(x)).loss), m.dropout(a.raw))[0], TWICE, WITH),
+    "a slice": (lambda m, x: m.dropout(m.rnn(x)[0][:, 1:]).sum(), GAP, WITH),
+    "a function": (lambda m, x: m.dropout(m.rnn(x)[0].relu()).sum(), GAP, WITH),
+    "the same memory": (lambda m, x: m.dropout(m.rnn(x[:1])[0].transpose(0, 1)).sum(), GAP, WITH),
+    "padding": (lambda m, x: m.dropout(pad_packed_sequence(m.rnn(packed())[0], True)[0]).sum(), GAP, WITH),
+    "no dropout": (lambda m, x: m.rnn(x)[1][0].sum(), GAP, WITH),
+    "a hook on the RNN": (partial(hooked, "rnn", "register_full_backward_hook"), GAP, WITH),
+    "a hook on the dropout": (partial(hooked, "dropout", "register_full_backward_hook"), GAP, WITH),
+    "a pre-hook on the dropout": (partial(hooked, "dropout", "register_full_backward_pre_hook"), GAP, WITH),
+    "dropped in place": (lambda m, x: m.head(m(x).dropped.relu_()).sum(), AT_ONCE, ALL),
+    "raw in place": (lambda m, x: m.dropout(m.rnn(x)[0].relu_()), AT_ONCE, (None,)),
+    "raw in place before": (lambda m, x: m.dropout(m.rnn(x)[0].relu_()), IN_PLACE, WITH),
+    "raw in place behind": (lambda m, x: ((a := m(x)).raw.mul_(2), a.loss)[1], IN_PLACE, WITH),
+    "by its dropout": (lambda m, x: (setattr(m.dropout, "inplace", True), m(x).loss)[1], IN_PLACE, (PLAIN,)),
+}
+
+
+@pytest.mark.parametrize(("case", "dropout"), [(case, x) for case, (*_, dropouts) in REFUSED.items() for x in dropouts])
+def test_steps_that_are_refused(case: str, dropout: Any) -> None:
+    step, message, _ = REFUSED[case]
+    model = Attached(nn.LSTM, dropout)
+    with pytest.raises(RuntimeError, match=message):
+        model.reg.on_backward_begin(step(model, lm.inputs())).backward()
+    freeze(model, False).dropout.inplace = False
+    if message in (TWICE, AT_ONCE, IN_PLACE):  # before the loss
+        model.reg.clear()
+    run = model(lm.inputs())
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@pytest.mark.parametrize("when", ["raw is freed", "raw is kept", "after an earlier run"])
+@pytest.mark.parametrize("dropout", WITH)
+def test_a_gap_beside_another_run_is_an_error_until_clear(dropout: Any, when: str) -> None:
+    model, x = Attached(nn.GRU, dropout), lm.inputs()
+    for clears in (False, True):
+        earlier = model(x).loss if when == "after an earlier run" else 0.0
+        kept = (raw := model.rnn(x)[0], model.dropout(raw[:, 1:]))
+        del raw
+        kept = kept if when == "raw is kept" else None
+        if clears:
+            model.reg.clear()
+        run = model(x)
+        if clears:
+            lm.check_gradients(
+                model, model.reg.on_backward_begin(earlier + run.loss), penalized(earlier + run.loss, run)
+            )
         else:
-            del decoded
-        assert len(handle.runs) == (loop != "forwards")
-    assert [ref() is not None for ref in alive] == [False] * 4 + [loop == "forwards without gradients"]
-    decoded, raw, dropped = model.activations(lm.tokens())
-    loss = lm.criterion(decoded, lm.tokens())
-    lm.check_gradients(model, reg.on_backward_begin(loss), loss + lm.formula(raw, dropped, 1))
+            with pytest.raises(RuntimeError, match=GAP.replace("LSTM", "GRU")):
+                model.reg.on_backward_begin(earlier + run.loss)
+        del kept
 
 
-def test_second_derivatives_of_activations_that_nothing_keeps() -> None:
-    model = lm.seeded(lambda: lm.Model(nn.RNN))
-    loss = lm.attached(model).on_backward_begin(lm.criterion(model(lm.tokens()), lm.tokens()))
-    with pytest.raises(RuntimeError, match="second derivatives need an activation that was freed; keep"):
-        torch.autograd.grad(loss, [*model.parameters()], create_graph=True)
+def test_one_run_of_one_time_step_is_no_error() -> None:
+    model = Attached()
+    run = model(lm.inputs()[:, :1])
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), run.loss + ALPHA * run.raw.square().mean())
 
 
-# Other hooks
+class First(nn.Module):
+    def forward(self, result: Any) -> Tensor:
+        return result[0]
+
+
+@each
+@pytest.mark.parametrize("outer", ["none", "another", "the same"])
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_wrapper_and_the_module_inside_it_are_not_both_attached(
+    drops: bool, outer: str, kind: Any, dropout: Any
+) -> None:
+    """Their raw is the same, or the raw of one is dropped of the other."""
+    model = Attached(kind, dropout)
+    after: Any = {"none": None, "another": nn.Dropout(0.4), "the same": model.dropout}[outer]
+    wrapper = nn.Sequential(model.rnn, First(), *([model.dropout] if drops else []))
+    model.reg.attach(wrapper, after)
+    with pytest.raises(
+        RuntimeError, match=r"is regularized already, by another attached module|did not get the output"
+    ):
+        model.reg.on_backward_begin((after or model.dropout)(wrapper(lm.inputs())).sum())
+
+
+@each_dropout
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+@pytest.mark.parametrize(
+    ("before", "change", "fits"),
+    [
+        (2.0, lambda x: 3.0, False),
+        (2.0, torch.tensor, False),
+        (2.0, lambda x: int(x), True),
+        (torch.tensor(2.0), lambda x: x, True),
+        (torch.tensor(2.0), torch.Tensor.item, False),
+        (torch.tensor(2.0), torch.clone, False),
+        (torch.tensor(2.0), lambda x: x.mul_(1), False),
+    ],
+)
+def test_coefficients_are_those_of_the_forward(before: Any, change: Any, fits: bool, name: str, dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    setattr(model.reg, name, before)
+    run = model(lm.inputs())
+    setattr(model.reg, name, change(before))
+    if not fits:
+        with pytest.raises(RuntimeError, match=r"alpha or beta has changed since the forward of the attached LSTM, .*"):
+            model.reg.on_backward_begin(run.loss)
+        run = model(lm.inputs())  # with the new one, which is 2, too, or 3
+    total, value = model.reg.on_backward_begin(run.loss), float(getattr(model.reg, name))
+    options: Any = {"alpha": ALPHA, "beta": BETA, name: value}
+    want = run.loss + lm.formula(run.raw, run.dropped, 1, **options)
+    setattr(model.reg, name, 5.0)  # too late for this loss
+    lm.check_gradients(model, total, want)
+    if isinstance(before, Tensor) and fits:
+        before.mul_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # by autograd
+            total.backward()
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU])
+@each_dropout
+def test_second_derivatives_with_nothing_kept(dropout: Any, kind: Any) -> None:
+    model, x, results = Attached(kind, dropout).double(), lm.inputs().double(), []
+    parameters = [*model.parameters()]
+    for counts in (True, False):
+        torch.manual_seed(1)
+        run = model(x)
+        loss = model.reg.on_backward_begin(run.loss) if counts else run.loss + lm.formula(run.raw, run.dropped, 1)
+        del run
+        slopes = torch.autograd.grad(loss, parameters, create_graph=True)
+        squares = torch.stack([x.square().sum() for x in slopes]).sum()
+        results.append([loss, slopes, torch.autograd.grad(squares, parameters)])
+    torch.testing.assert_close(*results)
+
+
+@each
+def test_a_marked_tensor_shows_the_gradient_of_the_loss_alone_and_raw_before_a_dropout_all(
+    kind: Any, dropout: Any
+) -> None:
+    model, seen = Attached(kind, dropout), []
+    run = model(lm.inputs())
+    (of_loss,) = torch.autograd.grad(run.loss, run.dropped, retain_graph=True)
+    (whole,) = torch.autograd.grad(penalized(run.loss, run), run.raw, retain_graph=True)
+    total = model.reg.on_backward_begin(run.loss + 0 * run.hidden.sum())
+    got = torch.autograd.grad(total, [run.dropped, run.hidden, run.raw], retain_graph=True)
+    torch.testing.assert_close(got, (of_loss, torch.zeros_like(run.hidden), of_loss if dropout is None else whole))
+    run.dropped.retain_grad()
+    run.dropped.register_hook(seen.append)
+    total.backward()
+    torch.testing.assert_close([*seen, run.dropped.grad], [of_loss, of_loss])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@each_dropout
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda model, x: torch.func.grad(lambda y: model(y).sum())(x),
+        lambda model, x: torch.vmap(model)(x),
+        lambda model, x: torch.func.jvp(model, (x,), (x,)),
+        lambda model, x: torch.jit.trace(model, x, check_trace=False),
+    ],
+    ids=["grad", "vmap", "jvp", "trace"],
+)
+def test_transforms_are_refused_in_training(transform: Any, dropout: Any) -> None:
+    rnn, reg, x = lm.Elementwise(HIDDEN, 0, batch_first=True), lm.regularizer(), lm.inputs().unsqueeze(1)
+    reg.attach(rnn, after := dropout and dropout(0.4))
+    model = nn.Sequential(rnn, First(), *([after] if after else []))
+    with pytest.raises(RuntimeError, match=r"attach: the attached Elementwise ran under a transform .*fused_ar_tar"):
+        transform(model, x)
+    transform(model.eval(), x)
+
+
+# The lifetime of a run
+
+
+@each
+@pytest.mark.parametrize("end", ["dropped", "raw alone", "taken", "error", "frozen"])
+def test_the_graph_of_a_run_goes_with_its_outputs(end: str, kind: Any, dropout: Any) -> None:
+    """Without a garbage collection; also of a run whose raw never gets to its dropout."""
+    model, x, probe = Attached(kind, dropout), lm.inputs().requires_grad_() * 1, torch.empty(0)
+    x.grad_fn.metadata["probe"], alive = probe, weakref.ref(probe)  # pyright: ignore[reportOptionalMemberAccess]
+    gc.disable()
+    try:
+        if end == "raw alone":
+            model.rnn(x)
+        else:
+            run = model(x.detach() if end == "frozen" else x)
+            if end == "taken":
+                model.reg.take(run.loss)
+            elif end == "error":
+                with pytest.raises(ValueError, match="loss: expected one element"):
+                    model.reg.take(run.dropped)
+            del run
+        del x, probe
+        assert alive() is None or INTERPRETED  # Triton's interpreter leaves reference cycles
+    finally:
+        gc.enable()
+
+
+@each
+def test_no_activation_is_kept_after_the_backward_while_the_loss_lives(kind: Any, dropout: Any) -> None:
+    model = Attached(kind, dropout)
+    run = model(lm.inputs())
+    memory = [weakref.ref(x.untyped_storage()) for x in (run.raw, run.dropped)]
+    total = model.reg.on_backward_begin(run.loss)
+    del run
+    total.backward()
+    if INTERPRETED:
+        gc.collect()
+    assert [x() for x in memory] == [None, None]
+    assert total.grad_fn is not None
+
+
+# A penalty that was forgotten
+
+
+def backwards(model: Attached, count: int, of: str = "both") -> list[str]:
+    """Run backwards of the state, and of the loss, too, without the penalty, and return what they warn of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            run = model(lm.inputs())
+            (run.hidden.sum() + (run.loss if of == "both" else 0)).backward()
+    assert all(x.filename == __file__ for x in caught)
+    return [str(x.message) for x in caught]
+
+
+@each
+@pytest.mark.parametrize("of", ["both", "state"])
+def test_a_forgotten_penalty_is_warned_of_at_the_second_backward_and_once(of: str, kind: Any, dropout: Any) -> None:
+    model = Attached(kind, dropout)
+    assert backwards(model, 1, of) == []
+    (message,) = backwards(model, 1, of)
+    assert f"second backward goes through the output of the attached {kind.__name__}" in message
+    assert "loss = regularizer.on_backward_begin(loss)" in message
+    assert backwards(model, 3, of) == []
+
+
+@each
+@pytest.mark.parametrize("why", ["a loss was regularized", "evaluation", "frozen", "removed"])
+def test_a_penalty_that_was_not_forgotten_is_not_warned_of(why: str, kind: Any, dropout: Any) -> None:
+    model = Attached(kind, dropout)
+    if why == "a loss was regularized":
+        model.reg.on_backward_begin(model(lm.inputs()).loss)
+    elif why == "evaluation":
+        model.eval()
+    elif why == "frozen":
+        model.rnn.requires_grad_(False)
+    else:
+        model.handle.remove()
+    assert backwards(model, 3) == []
+
+
+# Hooks
 
 
 def doubled(_module: nn.Module, _args: Any, result: Any) -> Any:
     return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
 
 
-@lm.either
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # the embedding's, for its integers
-@pytest.mark.parametrize("where", ["rnn", "dropout", "both"])
-@pytest.mark.parametrize("kind", ["a later hook that replaces the output", "a full backward hook"])
-def test_hooks_of_others(kind: str, where: str) -> None:
-    model = lm.seeded(lm.Model)
-    reg = lm.attached(model)
-    for module in [model.rnn, model.dropout] if where == "both" else [getattr(model, where)]:
-        if kind == "a full backward hook":
-            module.register_full_backward_hook(lambda *_: None)
-        else:
-            module.register_forward_hook(doubled)
-    decoded, raw, dropped = model.activations(lm.tokens())
-    loss = lm.criterion(decoded, lm.tokens())
-    lm.check_gradients(model, reg.on_backward_begin(loss), loss + lm.formula(raw, dropped, 1))
+@each
+def test_hooks_of_others_run_before(kind: Any, dropout: Any) -> None:
+    """Also those that are registered later, and replace the output; backward hooks are right without a dropout."""
+    model = Attached(kind, dropout)
+    for module in [model.rnn] if dropout is None else [model.rnn, model.dropout]:
+        module.register_forward_hook(doubled)
+    if dropout is None:
+        model.rnn.register_full_backward_hook(lambda *_: None)
+    run = model(lm.inputs().requires_grad_())
+    if dropout is FUSED:  # whose penalty is that of another output
+        model.dropout.ar_of = "raw"
+        run = model(lm.inputs())
+        run = run._replace(dropped=run.raw)
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
 
 
-@lm.either
-def test_a_backward_pre_hook_gets_the_gradient_before_the_penalty_is_added() -> None:
-    model, seen = lm.seeded(lm.Model), []
-    model.dropout.register_full_backward_pre_hook(lambda _, gradients: seen.append(gradients[0]))
-    reg = lm.attached(model)
-    for add in (torch.clone, reg.on_backward_begin):
-        decoded = lm.seeded(lambda: model(lm.tokens()))
-        add(lm.criterion(decoded, lm.tokens())).backward()
-    torch.testing.assert_close(seen[0], seen[2])  # of dropped; the dropout is that of the embeddings, too
+@pytest.mark.parametrize("where", ["rnn", "dropout"])
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
+def test_a_hook_of_another_may_remove_the_handle(register: str, where: str, dropout: Any) -> None:
+    """PyTorch still calls the other hooks of that forward."""
+    model = Attached(nn.LSTM, dropout)
+    getattr(getattr(model, where), register)(lambda *_: model.handle.remove(), prepend=True)
+    run = model(lm.inputs())
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        model.reg.on_backward_begin(run.loss)
 
 
-@lm.either
-def test_hooks_go_with_their_regularizer() -> None:
-    model = lm.seeded(lm.Model)
-    before = {name: set(vars(module)) for name, module in model.named_modules()}
-    regs = [lm.attached(model) for _ in range(3)]
-    assert len(model.rnn._forward_hooks) == 3
-    alive = weakref.ref(model.activations(lm.tokens())[1])
+@each
+def test_handles(kind: Any, dropout: Any) -> None:
+    model, x = Attached(kind, dropout), lm.inputs()
+    for duplicate in (copy.deepcopy, pickled):
+        duplicate(model.handle).remove()
+    assert lm.hooks_of(model) == (1 if dropout is None else 2)
+    with model.handle:
+        model(x)
+    model.handle.remove()  # twice is once
+    assert lm.hooks_of(model) == 0
+    run = model(x)
+    model.reg.on_loss_begin((run.loss, run.raw, run.dropped))  # which attached modules would refuse
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@each
+def test_a_module_has_one_regularizer_with_which_its_hooks_go(kind: Any, dropout: Any) -> None:
+    model, regs = Attached(kind, dropout), [lm.regularizer(), lm.regularizer()]
+    message = rf"module: the {kind.__name__} is attached already, .*remove\(\) .*delete the regularizer"
+    for i in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            (model.reg, regs[0])[i].attach(model.rnn)
+    regs[1].attach(copy.deepcopy(model.rnn))
+    model.handle.remove()
+    handle = regs[0].attach(model.rnn, dropout and model.dropout)
+    with pytest.raises(RuntimeError, match=message):
+        model.reg.attach(model.rnn)
+    alive = weakref.ref(model(lm.inputs()).raw)
     regs.clear()
     assert alive() is None
-    for name, module in model.named_modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-        assert set(vars(module)) == before[name]
-    model(lm.tokens())
+    for module in (model.rnn, model.dropout):
+        assert not {*vars(module)["_forward_hooks"], *vars(module)["_forward_pre_hooks"]}
+        assert "forward" not in vars(module)
+    model.reg.attach(model.rnn)
+    handle.remove()  # is nothing by now
+    lm.check_gradients(model.rnn, lm.penalty_of(model.reg, raw := model.rnn(lm.inputs())[0]), lm.formula(raw, raw, 1))
 
 
-@pytest.mark.parametrize("attaches", [True, False])
-def test_a_replica_of_data_parallel_is_refused(attaches: bool) -> None:
-    """The penalty would count in full on each device, and that of a dropout would be lost."""
-    module, reg = lm.Returning() if attaches else FusedRNNDropout(0.3, ALPHA), lm.regularizer()
-    if attaches:
-        reg.attach(module)
-    replica: Any = module._replicate_for_data_parallel()
-    with pytest.raises(RuntimeError, match=r"DataParallel runs a replica .*on_loss_begin"):
-        replica(lm.inputs())
-    replica.alpha = 0.0  # so that the dropout forms no penalty
-    if not attaches:
-        replica(lm.inputs())
+def sharing(module: nn.Module) -> Any:
+    """Copy a module with the same attributes, as meta-learning does."""
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    return twin
+
+
+@pytest.mark.parametrize("duplicate", [sharing, nn.Module._replicate_for_data_parallel])
+@each
+def test_a_module_that_shares_the_hooks_is_refused(duplicate: Any, kind: Any, dropout: Any) -> None:
+    """A replica counts in full on each device; and Dynamo would see the forward of the attached module."""
+    model = Attached(kind, dropout)
+    with pytest.raises(RuntimeError, match=rf"attach: this {kind.__name__} .*DataParallel .*remove\(\)"):
+        duplicate(model.rnn)(lm.inputs())
+
+
+def test_a_forward_that_is_an_attribute_stays() -> None:
+    """As wrappers of a forward make it."""
+    module, reg = nn.Linear(HIDDEN, HIDDEN), lm.regularizer()
+    module.forward = MethodType(lambda self, x: 2 * nn.Linear.forward(self, x), module)
+    own = module.forward
+    with reg.attach(module, batch_first=True):
+        raw = module(lm.inputs())
+        torch.testing.assert_close(reg.on_backward_begin(raw.sum()), raw.sum() + lm.formula(raw, raw, 1))
+        assert vars(copy.copy(module))["forward"] is own
+    assert vars(module)["forward"] is own
 
 
 # Copies and pickles
 
 
-def test_a_saved_model_loads_without_fastreg(tmp_path: Path) -> None:
-    rnn, dropout = nn.LSTM(4, 5, batch_first=True), nn.Dropout(0.3)
-    regs = [lm.regularizer(), lm.regularizer()]
-    for reg in regs:
-        reg.attach(rnn, dropout)
-    dropout(rnn(torch.zeros(2, 3, 4))[0])
+@each_dropout
+def test_a_saved_model_loads_without_fastreg(dropout: Any, tmp_path: Path) -> None:
+    """And a hook on it, in a new process, whose ids start anew, gets an id of its own."""
+    rnn, reg, seen = nn.LSTM(4, 5, batch_first=True), lm.regularizer(), []
+    reg.attach(rnn, dropout and dropout(0.3))
+    rnn(torch.zeros(2, 3, 4))
+    before = RemovableHandle.next_id
     for model in (nn.Sequential(rnn), rnn):
         torch.save(model, tmp_path / "model")
+        RemovableHandle.next_id = next(iter(rnn._forward_hooks))
         with without("fastreg"):
             loaded = torch.load(tmp_path / "model", weights_only=False)
+            (loaded if model is rnn else loaded[0]).register_forward_hook(lambda *args: seen.append(len(args)))
             assert loaded(torch.zeros(2, 3, 4))[0].shape == (2, 3, 5)
-    assert len(rnn._forward_hooks) == 2
-
-
-def test_a_hook_on_a_loaded_model_gets_an_id_of_its_own(tmp_path: Path) -> None:
-    """In a new process, whose ids start anew."""
-    rnn, reg = nn.LSTM(4, 5, batch_first=True), lm.regularizer()
-    handle, before = reg.attach(rnn), RemovableHandle.next_id
-    torch.save(rnn, tmp_path / "model")
-    RemovableHandle.next_id = next(iter(rnn._forward_hooks))
-    try:
-        loaded, seen = torch.load(tmp_path / "model", weights_only=False), []
-        loaded.register_forward_hook(lambda *args: seen.append(len(args)))
-    finally:
-        RemovableHandle.next_id = before
-    loaded(torch.zeros(2, 3, 4))
-    assert seen == [3]
-    handle.remove()
+    RemovableHandle.next_id = max(before, RemovableHandle.next_id)
+    assert seen == [3, 3]
+    assert lm.hooks_of(rnn) == 1
 
 
 def pickled(module: Any) -> Any:
@@ -313,110 +832,52 @@ def by_attributes(module: Any) -> Any:
     return twin
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, OutputAlone])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, by_attributes])
-def test_copies_keep_the_hooks_of_others(duplicate: Callable[[Any], Any]) -> None:
-    rnn, reg, x = OutputAlone(4, 5, batch_first=True), lm.regularizer(), torch.randn(2, 3, 4)
+def test_copies_keep_the_hooks_of_others_and_attach_again(duplicate: Callable[[Any], Any], kind: Any) -> None:
+    rnn, reg, x = kind(4, 5, batch_first=True), lm.regularizer(), torch.randn(2, 3, 4)
     rnn.register_forward_hook(doubled)
-    handle = reg.attach(rnn)
+    reg.attach(rnn)
     twin = duplicate(rnn)
-    assert not any(isinstance(x, Hook) for x in twin._forward_hooks.values())
     with torch.no_grad():
-        torch.testing.assert_close(twin(x), 2 * twin.forward(x))
-        assert not handle.runs
-        assert torch.equal(twin(x), rnn(x))
         twin.weight_ih_l0.zero_()
-    assert torch.equal(pickled(twin)(x), twin(x))
+    torch.testing.assert_close(twin(x), doubled(twin, (), twin.forward(x)))
+    torch.testing.assert_close(pickled(twin)(x), twin(x), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        lm.penalty_of(reg, twin(x)[0])
+    assert lm.hooks_of(twin) == 0
     assert twin.state_dict().keys() == rnn.state_dict().keys()
     of_twin = lm.regularizer()
     of_twin.attach(twin)
-    raw = twin(x)
+    raw = twin(x) if kind is OutputAlone else twin(x)[0]
     torch.testing.assert_close(lm.penalty_of(of_twin, raw), lm.formula(raw, raw, 1))
 
 
-# Checkpointing and compilation
+# Arguments and results that are refused
 
 
-@lm.either
-def test_reentrant_checkpointing_is_refused() -> None:
-    model, reg = lm.seeded(lm.Model), lm.regularizer()
-    handle = reg.attach(model.rnn, model.dropout, valid=lambda *_: VALID)
-
-    def rest(embedded: Tensor) -> Tensor:
-        return model.decoder(model.dropout(model.rnn(embedded)[0]))
-
-    def decoded() -> Tensor:
-        return checkpoint(rest, model.embedding(lm.tokens()), use_reentrant=True)
-
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        reg.on_backward_begin(lm.criterion(decoded(), lm.tokens()))
-    loss = lm.criterion(decoded(), lm.tokens())
-    reg.clear()
-    _, raw, dropped = model.activations(lm.tokens())
-    loss.backward()  # recomputes, while a capture waits
-    assert len(handle.runs) == 1
-    torch.testing.assert_close(lm.penalty_of(reg), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=VALID))
+class Derived(FusedRNNDropout):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().forward(*args, **kwargs)
 
 
-def test_modules_that_are_compiled_already_are_refused(dynamo: Any) -> None:
-    model = lm.seeded(lm.Model)
-    with pytest.raises(RuntimeError, match=r"module: .*compiled already; attach\(\) it before torch.compile"):
-        lm.regularizer().attach(torch.compile(model.rnn, backend="eager"))  # pyright: ignore[reportArgumentType]
-    model.dropout.compile(backend="eager")
-    with pytest.raises(RuntimeError, match=r"dropout: .*compiled already"):
-        lm.regularizer().attach(model.rnn, model.dropout)
-    assert not model.rnn._forward_hooks
-
-
-# Handles and misuse
-
-
-@lm.either
-def test_handles() -> None:
-    model, reg = lm.seeded(lm.Model), lm.regularizer()
-    with reg.attach(model.rnn, model.dropout) as handle:
-        _decoded = model(lm.tokens())
-        assert handle.runs
-    assert not handle.runs
-    assert not model.rnn._forward_hooks
-    assert not model.dropout._forward_hooks
-    handle.remove()  # twice is once
-    output = model.activations(lm.tokens())
-    reg.on_loss_begin(output)  # which attached modules would refuse
-    torch.testing.assert_close(lm.penalty_of(reg), lm.formula(*output[1:], time=1))
-
-
-@pytest.mark.parametrize("where", ["rnn", "dropout"])
-@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
-@lm.either
-def test_a_hook_of_another_may_remove_the_handle(register: str, where: str) -> None:
-    """PyTorch still calls the other hooks of that forward."""
-    model, reg = lm.seeded(lm.Model), lm.regularizer()
-    handle = reg.attach(model.rnn, model.dropout)
-    getattr(getattr(model, where), register)(lambda *_: handle.remove(), prepend=True)
-    decoded = model(lm.tokens())
-    with pytest.raises(RuntimeError, match="nothing was captured"):
-        reg.on_backward_begin(lm.criterion(decoded, lm.tokens()))
-
-
-LSTM, GRU, LINEAR = nn.LSTM(1, 1), nn.GRU(1, 1, batch_first=True), nn.Linear(1, 1)
-FUSED, OTHER = FusedRNNDropout(), FusedRNNDropout(time_dim=1)
+LSTM, GRU, AXIS = nn.LSTM(1, 1), nn.GRU(1, 1, batch_first=True), FusedRNNDropout(time_dim=1)
 REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "module": ("lstm", {}, TypeError, "module: expected an nn.Module, got str"),
-    "cell": (nn.LSTMCell(1, 1), {}, TypeError, "module: expected one that runs over all time steps, got LSTMCell"),
+    "cell": (nn.LSTMCell(1, 1), {}, TypeError, "module: expected one that runs .*LSTMCell, .*stack its outputs"),
+    "list": (nn.ModuleList([LSTM]), {}, TypeError, "module: expected one that is called itself, got ModuleList"),
     "script": (torch.jit.script(LINEAR), {}, TypeError, "module: expected .* takes hooks, got a ScriptModule"),
     "dropout": (LSTM, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),
+    "dropouts": (LSTM, {"dropout": nn.ModuleList()}, TypeError, "dropout: expected .*, got ModuleList"),
+    "derived": (GRU, {"dropout": Derived()}, TypeError, "dropout: expected the forward of FusedRNNDropout.* Derived"),
     "batch_first": (LINEAR, {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
     "no layout": (LINEAR, {}, ValueError, "batch_first: expected True .* as the Linear does not have it, got None"),
     "layout inside": (nn.Sequential(LSTM), {}, ValueError, "expected True .* like the LSTM inside it, got None"),
     "other layout": (LSTM, {"batch_first": True}, ValueError, "batch_first: .* False, as the LSTM has it, or None"),
     "two axes": (LINEAR, {"time_dim": 2, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
-    "stepwise axis": (LINEAR, {"time_dim": 2, "stepwise": True}, ValueError, "time_dim: expected None with stepwise"),
-    "stepwise": (GRU, {"stepwise": 1}, TypeError, "stepwise: expected True or False, got 1"),
-    "stepwise backward": (GRU, {"stepwise": True, "in_backward": True}, ValueError, "stepwise: .* with in_backward"),
-    "in_backward": (GRU, {"in_backward": -1}, ValueError, "in_backward: .* finite number of at least 0, got -1"),
     "starts": (GRU, {"starts": 3}, TypeError, "starts: expected a callable or None, got int"),
-    "fused": (LSTM, {"dropout": FUSED}, ValueError, "with batch_first=False, as the LSTM has it, got batch_first=True"),
-    "fused axis": (LINEAR, {"time_dim": 2, "dropout": OTHER}, ValueError, "with time_dim=2, got time_dim=1"),
+    "fused": (LSTM, {"dropout": FUSED()}, ValueError, "with batch_first=False, as the LSTM .* got batch_first=True"),
+    "fused axis": (LINEAR, {"time_dim": 2, "dropout": AXIS}, ValueError, "with time_dim=2.*, got time_dim=1"),
 }
 
 
@@ -429,6 +890,15 @@ def test_attach_rejects(argument: str) -> None:
     assert not getattr(options.get("dropout"), "_forward_pre_hooks", None)
 
 
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_layers_are_for_on_loss_begin_alone(layers: Any) -> None:
+    reg = RNNRegularizer(ALPHA, BETA, layers=layers)
+    for one in (reg, copy.deepcopy(reg)):
+        with pytest.raises(ValueError, match=rf"layers: expected None with attach, where every .* got '{layers}'"):
+            one.attach(GRU)
+    assert not GRU._forward_hooks
+
+
 @pytest.mark.parametrize(
     ("give", "options", "error", "message"),
     [
@@ -436,18 +906,19 @@ def test_attach_rejects(argument: str) -> None:
         (lambda raw: ([raw], 0), {}, TypeError, r"expected the Returning to return a tensor .* got list, .*output="),
         (lambda raw: raw, {"output": str}, TypeError, "output: .* callable to pick a tensor .* got str"),
         (lambda raw: raw[:, 0], {}, ValueError, r"from the Returning, got \(3, 6\)\. If that is one time step, attach"),
-        (pack_sequence, {"stepwise": True}, TypeError, "a tensor with stepwise=True, got PackedSequence"),
-        (lambda raw: raw[:, 0], {"stepwise": True, "dropout": FUSED}, TypeError, "another dropout with stepwise"),
         (lambda raw: raw, {"valid": lambda x: 1}, TypeError, "valid: expected the callable .* None, got int"),
         (lambda raw: raw, {"starts": lambda x: [0]}, TypeError, "starts: expected the callable .*, got list"),
-        (lambda raw: raw, {"valid": lambda x: VALID.t()}, ValueError, "valid: expected"),
-        (lambda raw: raw, {"time_dim": 4}, ValueError, r"time_dim: expected an axis of raw, .*, from -3 to 2, got 4"),
         (
             lambda raw: raw,
-            {"dropout": lm.gru()},
-            TypeError,
-            "dropout: expected the attached GRU to return .* got tuple",
+            {"valid": lambda: 1},
+            RuntimeError,
+            r"valid: .*lambda>\(Tensor\[3, 7, 6\]\) raised TypeError",
         ),
+        (lambda raw: raw, {"starts": lambda x: 1 / 0}, RuntimeError, r"starts: .*\(Tensor\[3, 7, 6\]\) raised Zero"),
+        (lambda raw: raw, {"valid": lambda x: VALID.t()}, ValueError, "valid: expected"),
+        (lambda raw: raw, {"time_dim": 4}, ValueError, r"time_dim: expected an axis of raw, .*, from -3 to 2, got 4"),
+        (lambda raw: raw, {"dropout": lm.gru()}, TypeError, "dropout: expected .* the attached GRU, got tuple"),
+        (lambda raw: raw, {"dropout": nn.Flatten()}, ValueError, "dropped: expected the shape of raw"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
 )
@@ -456,50 +927,3 @@ def test_a_step_rejects(give: Any, options: dict[str, Any], error: type[Exceptio
     reg.attach(module, **options)
     with pytest.raises(error, match=message):
         lm.penalty_of(reg, (options.get("dropout") or nn.Identity())(module(lm.inputs())))
-
-
-OTHER_INPUT = r"attached \w*Dropout did not get the output of the LSTM: something lies"
-NO_GRADIENTS = "the LSTM or its dropout ran without gradients"
-IN_PLACE = "changed in place|modified by an inplace operation"  # by PyTorch, where it sees the change first
-FREED = r"the loss does not depend on the output of the attached \w*Dropout, which was freed"
-ONE_STEP = r"LSTM ran 2 times, over one time step each, .* attach\(\.\.\., stepwise=True"
-# Functions of a model and its input, which return a tensor that the loss depends on, and the errors.
-REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
-    "a slice": (lambda model, x: model.dropout(model.rnn(x)[0][:, 1:]), OTHER_INPUT),
-    "a function": (lambda model, x: model.dropout(model.rnn(x)[0].relu()), OTHER_INPUT),
-    "another layout": (lambda model, x: model.dropout(model.rnn(x)[0].transpose(0, 1)), OTHER_INPUT),
-    "no gradients": (lambda model, x: torch.no_grad()(lambda: model.dropout(model.rnn(x)[0]))(), NO_GRADIENTS),
-    "none of raw": (lambda model, x: model.dropout(torch.no_grad()(model.rnn)(x)[0]), NO_GRADIENTS),
-    "none of dropped": (lambda model, x: torch.no_grad()(model.dropout)(model.rnn(x)[0]), NO_GRADIENTS),
-    "raw in place": (lambda model, x: model.dropout(raw := model.rnn(x)[0]) + raw.mul_(2), IN_PLACE),
-    "dropped in place": (lambda model, x: model.dropout(model.rnn(x)[0]).relu_(), IN_PLACE),
-    "freed": (lambda model, x: (raw := model.rnn(x)[0], model.dropout(raw))[0], FREED),
-    "one step a run": (lambda model, x: model.rnn(x[:, :1])[0] + model.dropout(model.rnn(x[:, :1])[0]), ONE_STEP),
-}
-
-
-ALWAYS = [(case, True) for case, (_, message) in REFUSED.items() if message in (OTHER_INPUT, IN_PLACE)]
-
-
-@lm.either
-@pytest.mark.parametrize(("case", "in_backward"), [*((case, False) for case in REFUSED), *ALWAYS])
-def test_steps_that_are_refused(case: str, in_backward: bool) -> None:
-    run, message = REFUSED[case]
-    model = lm.seeded(lm.Model)
-    reg = lm.attached(model, in_backward=in_backward)
-    loss = run(model, lm.inputs()).sum()
-    add: Any = Tensor.backward if in_backward else reg.on_backward_begin
-    with pytest.raises(RuntimeError, match=message):
-        add(loss if loss.requires_grad else model.decoder.weight.sum())
-    assert not isinstance(model.dropout, FusedRNNDropout) or model.dropout.take() is None
-
-
-@lm.either
-@pytest.mark.parametrize("in_backward", [False, True])
-def test_one_sequence_that_the_dropout_gets_in_the_other_layout(in_backward: bool) -> None:
-    """It is the same memory."""
-    model = lm.seeded(lm.Model)
-    reg = lm.attached(model, in_backward=in_backward)
-    raw, _ = model.rnn(lm.inputs()[:1])
-    with pytest.raises(ValueError, match="dropped: expected the shape of raw"):
-        reg.on_backward_begin(model.dropout(raw.transpose(0, 1)).sum())

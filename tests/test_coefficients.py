@@ -104,13 +104,17 @@ def test_attach_takes_a_tensor_of_inference_mode(kind: Any, device: str) -> None
 
 
 @pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
-def test_the_coefficients_of_a_step_are_those_of_its_loss(kind: Any, device: str) -> None:
+def test_a_coefficient_that_is_changed_in_place_after_the_forward_is_an_error(kind: Any, device: str) -> None:
     (alpha,) = numbers(device, 2.0)
     reg, rnn, module = RNNRegularizer(alpha, 1.0), nn.LSTM(4, 6, batch_first=True).to(device), kind(0.5)
     reg.attach(rnn, module)
-    raw, _ = rnn(torch.ones(2, 5, 4, device=device))
-    dropped = module(raw)
-    alpha.add_(1)
+    for changes in (True, False):
+        raw, _ = rnn(torch.ones(2, 5, 4, device=device))
+        dropped = module(raw)
+        if changes:
+            alpha.add_(1)
+            with pytest.raises(RuntimeError, match="alpha or beta has changed since the forward of the attached LSTM"):
+                reg.on_backward_begin(0 * dropped.sum())
     loss = reg.on_backward_begin(0 * dropped.sum())
     want = fused_ar_tar(raw, dropped, 3.0, 1.0)
     torch.testing.assert_close(loss, want)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from tests.conftest import gpu
 from tests.exact import check_dropout, check_penalty
 from tests.language_model import VOCABULARY, Model, criterion, formula
@@ -55,12 +55,17 @@ def in_both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 
 
 class LanguageModel(Model):
-    """Returns raw and dropped, too, and counts its resets."""
+    """Returns raw and dropped, too, and counts its resets; its RNN may add a penalty of raw in each backward."""
 
     resets = 0
 
     def forward(self, x: Tensor) -> Any:
         return self.activations(x)
+
+    def add(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Be a hook on the RNN."""
+        raw, state = output
+        return with_penalty(raw, fused_ar_tar(raw, raw, 2.0, 1.0)), state
 
     def reset(self) -> None:
         self.resets += 1
@@ -81,6 +86,8 @@ def train(how: str, penalty_by: str) -> None:
     regularizer = RNNRegularizer(2.0, 1.0)
     if penalty_by == "attach":
         regularizer.attach(model.rnn, model.dropout)
+    elif penalty_by == "with_penalty":
+        model.rnn.register_forward_hook(model.add)
     outer, plain_outer = WRAPPERS[how](model), WRAPPERS[how](plain)
     regularizer.on_epoch_begin(outer)
     assert_close(model.resets, 1)
@@ -93,12 +100,15 @@ def train(how: str, penalty_by: str) -> None:
         if penalty_by == "on_loss_begin":
             regularizer.on_loss_begin(output)
         loss = criterion(output[0], tokens)
-        by_hand = penalty_by == "hand"
-        loss = loss + fused_ar_tar(*output[1:], 2.0, 1.0) if by_hand else regularizer.on_backward_begin(loss)
+        if penalty_by == "hand":
+            loss = loss + fused_ar_tar(*output[1:], 2.0, 1.0)
+        elif penalty_by != "with_penalty":
+            loss = regularizer.on_backward_begin(loss)
         loss.backward()
         torch.manual_seed(step)
         decoded, raw, dropped = plain_outer(tokens)
-        (criterion(decoded, tokens) + formula(raw, dropped, time=1)).backward()
+        penalized = raw if penalty_by == "with_penalty" else dropped
+        (criterion(decoded, tokens) + formula(raw, penalized, time=1)).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -111,7 +121,7 @@ def weights(outer: nn.Module, how: str) -> list[Tensor]:
         return [x.full_tensor() if isinstance(x, DTensor) else x.detach().clone() for x in outer.parameters()]
 
 
-@pytest.mark.parametrize("penalty_by", ["hand", "on_loss_begin", "attach"])
+@pytest.mark.parametrize("penalty_by", ["hand", "on_loss_begin", "attach", "with_penalty"])
 @pytest.mark.parametrize("how", WRAPPERS)
 def test_data_parallelism_trains_as_with_the_formula(how: str, penalty_by: str, in_both: Callable[..., None]) -> None:
     in_both(train, how, penalty_by)
@@ -178,7 +188,7 @@ def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, 
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda:1", marks=gpu)])
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
+@pytest.mark.gpus
 def test_tensors_on_another_gpu_are_worked_on_there(device: str) -> None:
     raw, dropped, mask = torch.randn(3, 3, 7, 12, device=device).unbind()
     with torch.cuda.device(0):

@@ -28,7 +28,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "N
 
 
 class Net(Model):
-    """A language model that returns its output alone, and whose RNN has the name that the pages give it."""
+    """A language model that returns only its output, and whose RNN has the name that the pages give it."""
 
     def __init__(self) -> None:
         super().__init__()

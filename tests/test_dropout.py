@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import skip_on_formula
-from tests.exact import check_dropout
+from tests.exact import assert_gradient, check_dropout, exact, gradients_of, spoil, steps_of, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
 
 X = torch.randn(2, 5, 8)
@@ -44,6 +44,59 @@ def test_values_and_gradients(sample: Sample, kind: str, device: str, poison: No
     mask = mask_for(sample, raw, kind == "full")
     torch.manual_seed(5)
     check_dropout(raw, mask, sample.alpha, sample.beta, **options)
+
+
+def expanded_number(x: Tensor) -> Tensor:
+    """As `sum()` gives it to all elements."""
+    return x.flatten()[:1].reshape([1] * x.dim()).expand_as(x)
+
+
+# Each sample with each of the terms, and of the layouts of the gradient that arrives; half of them with padding.
+ARRIVING = [
+    (sample, terms, (i + j) % 2 > 0, [torch.clone, sample.layouts[0], expanded_number][(i + j) % 3])
+    for i, sample in enumerate(one_tensor)
+    for j, terms in enumerate(["both", "ar", "tar"])
+]
+
+
+@pytest.mark.parametrize(
+    ("sample", "terms", "padded", "arrange"), ARRIVING, ids=lambda x: getattr(x, "__name__", None) or str(x)
+)
+def test_a_gradient_that_arrives(
+    sample: Sample, terms: str, padded: bool, arrange: Any, device: str, poison: None
+) -> None:
+    """The penalty's is added to it through the mask, in one rounding; in padding it arrives alone."""
+    dtype, (alpha, beta) = sample.dtypes[0], {"both": (2.0, 1.5), "ar": (2.0, 0.0), "tar": (0.0, 1.5)}[terms]
+    if dtype in (HALF, BF16):
+        skip_on_formula(device)
+    raw, options = sample.leaves(device)[0].detach(), dict(sample.options)
+    if padded:
+        batch, time = 1 if raw.dim() == 2 else raw.shape[1 - sample.time_dim], raw.shape[sample.time_dim]
+        options["valid"] = (torch.rand(batch, time) < 0.7).view((batch, time)[raw.dim() == 2 :]).to(device)
+        if sample.layouts[0].__name__ not in ("expanded", "overlapping"):  # whose elements share memory
+            spoil(raw, **options)
+    mask, arrived = mask_for(sample, raw, padded), arrange(torch.randn(raw.shape, device=device).to(dtype))
+    dropped, penalty = fused_dropout_ar_tar(raw.requires_grad_(), 0.4, alpha, beta, mask=mask, **options)
+    (got,) = torch.autograd.grad([dropped, penalty], raw, [arrived, torch.full_like(penalty, 300)])
+    values, keep, counts = exact(raw), mask.double(), steps_of(raw, **options)[0].expand(raw.shape)
+    product = values * keep
+    rounded = product + (exact(dropped) - product).detach()
+    of_penalty = gradients_of(truth(values, rounded, alpha, beta, **options), (alpha, beta), values)
+    parts = [arrived.double() * keep, *(300 * x for x in of_penalty)]
+    assert_gradient(got, sum(parts), torch.where(counts, sum(x.abs().max() for x in parts), 0), penalty.dtype)
+    assert torch.equal(got[~counts], (arrived * mask)[~counts])
+
+
+def test_a_lazily_negated_raw_keeps_its_sign(device: str) -> None:
+    raw = torch._neg_view(torch.randn(3, 7, 12, device=device))  # dense, so that no copy resolves the sign
+    assert raw.is_neg()
+    mask, arrived, results = mask_for(Sample(), raw, False), torch.randn(3, 7, 12, device=device), []
+    for x in (raw, raw.resolve_neg()):
+        dropped, penalty = fused_dropout_ar_tar(x.requires_grad_(), 0.4, 2.0, 1.0, mask=mask)
+        results.append(
+            [dropped, penalty, *torch.autograd.grad([dropped, penalty], x, [arrived, torch.ones_like(penalty)])]
+        )
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("used", ["dropped", "penalty"])

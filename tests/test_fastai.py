@@ -293,6 +293,10 @@ def test_coefficients_may_change_while_training(dropout: bool) -> None:
         assert all(ar > 0 < tar for *_, ar, tar, _ in learn.recorder.values)
 
 
+def test_callbacks_with_coefficients_of_zero_train_the_weights_of_no_penalty() -> None:
+    assert gap(trained(by_hand(make(), *rnn_cbs())), trained(make(0.0, 0.0))) < 1e-6
+
+
 def torch_sgd(params: Any, **options: Any) -> OptimWrapper:
     return OptimWrapper(params, torch.optim.SGD, **options)
 
@@ -397,6 +401,42 @@ def test_a_fit_that_was_cut_off(undo: Callable[[Any], object], paths: bool) -> N
     assert len(unfuse(learn).metrics) == 0
 
 
+@pytest.mark.parametrize("paths", [False, True])
+def test_fuse_after_an_interrupted_fit(paths: bool) -> None:
+    """The new callback frees the hooks of the one that it replaces, which nothing replaces after an error."""
+    learn = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS)) if paths else fuse(make(), dropout=True)
+    other = of(Triple, *stock.rnn_cbs(ALPHA, BETA)) if paths else make()
+    with pytest.raises(KeyboardInterrupt):
+        trained(learn, cbs=stop())
+    assert hooks_of(learn.model) > 0
+    old = learn.rnn_regularizer
+    with pytest.raises(ValueError, match="no such module at 'lstm'"):
+        fuse(learn, rnn="lstm")
+    assert learn.rnn_regularizer is old
+    fuse(learn, **(PATHS if paths else {"dropout": True}))
+    assert learn.rnn_regularizer is not old
+    assert hooks_of(learn.model) == 0
+    learn.model.load_state_dict(other.model.state_dict())
+    learn.model.zero_grad()
+    assert gap(trained(learn, reset_opt=True), trained(other)) < 1e-5
+
+
+def test_a_new_learner_of_the_model_after_an_interrupted_fit() -> None:
+    """Also while the old learner is there, as in a notebook, and may go on afterwards."""
+    learn, other = of(Plain, RNNRegularizer(ALPHA, BETA, **PATHS)), of(Triple, *stock.rnn_cbs(ALPHA, BETA))
+    with pytest.raises(KeyboardInterrupt):
+        trained(learn, cbs=stop())
+    learn.model.load_state_dict(other.model.state_dict())
+    learn.model.zero_grad()
+    cbs = RNNRegularizer(ALPHA, BETA, **PATHS)
+    new = Learner(learn.dls, learn.model, CrossEntropyLossFlat(), cbs=cbs)
+    assert gap(trained(new), trained(other)) < 1e-5
+    assert hooks_of(new.model) == 0
+    for one in (learn, other):
+        one.create_opt()
+    assert gap(trained(learn), trained(other)) < 1e-5
+
+
 def test_fuse_and_unfuse_swap_in_place() -> None:
     learn, kinds = make(), set()
     own, dropout = learn.rnn_regularizer, learn.model[1].output_dp
@@ -462,7 +502,7 @@ def of_two_learners(_: Any) -> None:
     trained(learn)
 
 
-PAD = "mask_padding: expected valid=lambda x: x != pad"
+PAD = "unexpected keyword argument 'mask_padding'"
 LEARNER = "learn: expected a Learner, got NoneType"
 OWN_CLASS = r"no RNNRegularizer of fastai's own class; .* rnn_cbs\(alpha, beta\)"
 ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to capture them, got a Tensor and "
@@ -472,8 +512,8 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (custom, lambda x: fuse(x, True), ValueError, "dropout: Model has no such module at '1.output_dp'"),
     (custom, lambda x: fuse(x, [], rnn="rnn"), ValueError, "got 1 RNNs and 0 dropouts"),
     (vars, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),
-    (vars, lambda x: fuse(x, mask_padding=True), ValueError, PAD),
-    (vars, lambda _: rnn_cbs(mask_padding=True), ValueError, PAD),
+    (vars, lambda x: fuse(x, mask_padding=True), TypeError, PAD),
+    (vars, lambda _: rnn_cbs(mask_padding=True), TypeError, PAD),
     (lambda x: subclassed(x.model[1].output_dp), lambda x: fuse(x, True), ValueError, "to swap, got Mine"),
     (lambda x: setattr(x.model[1].output_dp, "p", 1.0), lambda x: fuse(x, True), ValueError, "p: expected"),
     (lambda x: setattr(x.rnn_regularizer, "alpha", -1.0), fuse, ValueError, "alpha: expected"),

@@ -1,8 +1,9 @@
-"""The recipes of docs/recipes.md: values and gradients against the formulas that their projects write."""
+"""The recipes of docs/recipes.md, and of docs/migration.md for a hidden loss: values and gradients against formulas."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +19,11 @@ PAGE = ROOT / "docs" / "recipes.md"
 Loss = Callable[..., Tensor]
 
 
-def recipe(name: str) -> Any:
-    """Run the snippet of the page that defines a function, and return the function."""
-    (code,) = [snippet for snippet in snippets(PAGE) if f"def {name}(" in snippet]
+def recipe(name: str, page: Path = PAGE) -> Any:
+    """Run the snippet of a page that defines a function, and return the function."""
+    (code,) = [snippet for snippet in snippets(page) if f"def {name}(" in snippet]
     names: dict[str, Any] = {}
-    exec(compile(code, str(PAGE), "exec"), names)
+    exec(compile(code, str(page), "exec"), names)
     return names[name]
 
 
@@ -158,20 +159,37 @@ def test_trajectories_of_torchrl() -> None:
     check(lambda x: ours({"embed": x, "is_init": is_init}, 2.0, 0.5), by_trajectories, 3, 12, 5)
 
 
-def masked_penalty(x: Tensor, mask: Tensor, alpha: float, beta: float) -> Tensor:
-    """AR and TAR of the steps that RecurrentPPO's loss counts, `(sequences, time)`."""
+def test_cells_and_policies_step_by_step() -> None:
+    starts = torch.rand(3, 12, generator=torch.manual_seed(5)) < 0.25
+    ours = recipe("penalty_of_steps")
+
+    def within_episodes(x: Tensor) -> Tensor:
+        changes = (x[:, 1:] - x[:, :-1])[~starts[:, 1:]]
+        return 0.5 * x.square().mean() + 2.0 * changes.square().mean()
+
+    check(lambda x: ours(x.unbind(1), 0.5, 2.0, starts), within_episodes, 3, 12, 5)
+    check(lambda x: ours(x.unbind(1), 0.0, 2.0), lambda x: 2.0 * x.diff(dim=1).square().mean(), 3, 12, 5)
+
+
+def terms_of(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """AR and TAR of the steps that a mask, `(sequences, time)`, counts."""
     changes = (x[:, 1:] - x[:, :-1])[mask[:, 1:] & mask[:, :-1]]
-    return alpha * x[mask].square().mean() + beta * changes.square().mean()
+    return x[mask].square().mean(), changes.square().mean()
 
 
 @pytest.mark.filterwarnings("ignore")  # of gymnasium
-def test_recurrent_ppo_with_the_mask_of_its_loss() -> None:
-    """The gradients of padded minibatches, beside those of the formula in the loss."""
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [(PAGE, "regularize"), (ROOT / "docs" / "migration.md", "regularize_policy")],
+    ids=["mask", "plain"],
+)
+def test_recurrent_ppo(page: Path, name: str) -> None:
+    """The gradients of padded minibatches and the logged terms, beside a loss that contains the formula."""
     skip_without("sb3_contrib")
-    names = recipe("regularize").__globals__
+    names = recipe(name, page).__globals__
     options = {"n_steps": 64, "batch_size": 32, "n_epochs": 1, "seed": 1}
     ours, stock = (names["RecurrentPPO"](names["RegularizedPolicy"], "CartPole-v1", **options) for _ in range(2))
-    regularizer = names["regularize"](ours, 2.0, 1.0)
+    names[name](ours, 2.0, 1.0)
     ours.learn(64)
     stock.policy.load_state_dict(ours.policy.state_dict())
     kept: list[Tensor] = []
@@ -179,6 +197,7 @@ def test_recurrent_ppo_with_the_mask_of_its_loss() -> None:
     padded = 0
     for data in ours.rollout_buffer.get(32):
         gradients = []
+        ours.logger.dump()  # which forgets the terms so far
         for policy in (ours.policy, stock.policy):
             actions = data.actions.long().flatten()
             inputs = data.observations, actions, data.lstm_states, data.episode_starts
@@ -187,11 +206,24 @@ def test_recurrent_ppo_with_the_mask_of_its_loss() -> None:
             if policy is stock.policy:
                 x = kept.pop()
                 mask = (data.mask > 1e-8).view(x.shape[:2])
-                loss = loss + masked_penalty(x, mask, 2.0, 1.0)
                 padded += int((~mask).sum())
+                ar, tar = terms_of(x, mask if name == "regularize" else torch.ones_like(mask))
+                loss = loss + 2.0 * ar + 1.0 * tar
+                logged = [ours.logger.name_to_value[f"train/{term}"] for term in ("ar", "tar")]
+                assert logged == pytest.approx([float(ar), float(tar)], rel=1e-5)
             policy.zero_grad()
             loss.backward()
             gradients.append([weight.grad.clone() for weight in policy.lstm_actor.parameters()])
         torch.testing.assert_close(gradients[0], gradients[1])
     assert padded
-    assert regularizer.tar > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of gymnasium
+def test_recurrent_ppo_adds_no_penalty_where_it_collects_experience() -> None:
+    skip_without("sb3_contrib")
+    names = recipe("regularize").__globals__
+    ppo = names["RecurrentPPO"](names["RegularizedPolicy"], "CartPole-v1", n_steps=8, batch_size=8, n_epochs=1, seed=1)
+    names["regularize"](ppo, 2.0, 1.0)
+    ppo.policy.set_training_mode(False)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    assert ppo.policy.sequence(x) is x

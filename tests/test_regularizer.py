@@ -22,7 +22,7 @@ from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME
 
 
 def captured(by_hooks: bool) -> tuple[lm.Model, RNNRegularizer, tuple[Tensor, Tensor, Tensor]]:
-    """Make a model, a regularizer with a capture of one run, and the activations of that run."""
+    """Return a model, a regularizer with a capture of one run, and the activations of that run."""
     model = lm.seeded(lm.Model)
     reg = lm.attached(model) if by_hooks else lm.regularizer()
     for x in (lm.tokens().flip(1), lm.tokens()):  # the first step fails before its backward
@@ -32,7 +32,7 @@ def captured(by_hooks: bool) -> tuple[lm.Model, RNNRegularizer, tuple[Tensor, Te
     return model, reg, output
 
 
-@pytest.mark.parametrize(("layers", "first"), [("last", 2), ("all", 0)])
+@pytest.mark.parametrize(("layers", "first"), [(None, 2), ("last", 2), ("all", 0)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_layers(packed: bool, layers: Any, first: int) -> None:
     pack = (lambda x: pack_padded_sequence(x, torch.tensor([7, 4, 2]), batch_first=True)) if packed else torch.clone
@@ -60,9 +60,10 @@ def test_the_loss_and_its_terms(alone: bool, by_hooks: bool) -> None:
     assert loss.item() == before
     assert not any(x is None or x.requires_grad for x in (reg.ar, reg.tar))
     torch.testing.assert_close((reg.ar, reg.tar), (dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()))
-    said = r"take\(\), once: the second call finds nothing" if by_hooks else "nothing was captured"
-    with pytest.raises(RuntimeError, match=said):
-        reg.take(loss)
+    said = "on no run of the attached LSTM .* a second call finds none" if by_hooks else "nothing was captured"
+    for again in (reg.take, reg.on_backward_begin):
+        with pytest.raises(RuntimeError, match=said):
+            again(loss)
 
 
 @lm.either
@@ -100,22 +101,12 @@ def test_layouts_and_the_steps_that_count(axis: int, layout: dict[str, Any], ste
 
 
 @pytest.mark.parametrize("batch_first", [False, True, None])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lengths": torch.full((BATCH,), 2)},
-        {"valid": torch.ones(BATCH, TIME, dtype=torch.bool)},
-        {"starts": torch.ones(BATCH, TIME, dtype=torch.bool)},
-    ],
-    ids=["lengths", "valid", "starts"],
-)
-def test_steps_that_show_another_layout(batch_first: bool | None, options: dict[str, Any]) -> None:
-    (name,), right = options, batch_first is False
-    raw, reg = torch.randn(*((BATCH, TIME) if right else (TIME, BATCH)), HIDDEN), lm.regularizer()
-    message = rf"batch_first: expected {right}, as raw is .* and {name} \(3,.*got {batch_first}"
-    with pytest.raises(ValueError, match=message):
-        reg.on_loss_begin((None, [raw], [raw]), batch_first=batch_first, **options)
-    reg.on_loss_begin((None, raw, raw), batch_first=right, **options)
+@pytest.mark.parametrize("name", ["lengths", "valid", "starts"])
+def test_steps_that_show_another_layout(name: str, batch_first: bool | None) -> None:
+    right, ones = batch_first is False, torch.ones(BATCH, TIME, dtype=torch.bool)
+    steps: Any = {name: ones[:, 0].long() if name == "lengths" else ones}
+    with pytest.raises(ValueError, match=f"{name}: expected shape|batch_first: expected True or False"):
+        by_hand(raw=torch.randn(*((BATCH, TIME) if right else (TIME, BATCH)), HIDDEN), batch_first=batch_first, **steps)
 
 
 @pytest.mark.parametrize("shape", [(TIME, BATCH), (BATCH, TIME)])
@@ -180,8 +171,11 @@ def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: str | None) -> No
     if isinstance(model.dropout, FusedRNNDropout) and not by_hooks:
         model.dropout.take()  # the penalty waits to be taken
     if fails:
-        reg.alpha = -1.0 if fails == "alpha" else ALPHA
-        with pytest.raises(ValueError, match=fails):
+        reg.alpha = ALPHA if fails == "loss" else 0.5 if by_hooks else -1.0
+        error, words = (
+            (RuntimeError, "alpha or beta has changed") if fails == "alpha" and by_hooks else (ValueError, fails)
+        )
+        with pytest.raises(error, match=words):
             reg.on_backward_begin(loss if fails == "alpha" else loss.expand(2))
     else:
         reg.on_backward_begin(loss).backward()
@@ -196,16 +190,30 @@ def test_nothing_is_held_after_the_loss(by_hooks: bool, fails: str | None) -> No
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_hold_no_capture(duplicate: Callable[[Any], Any]) -> None:
     model = lm.seeded(lm.Model)
-    reg = lm.attached(model, layers="all", bptt=70)
+    reg, by_hand = lm.attached(model), lm.regularizer()
     output = model.activations(lm.tokens())
-    other = duplicate(reg)
-    assert repr(other) == repr(reg) == "RNNRegularizer(alpha=2.0, beta=1.0, layers='all', bptt=70)"
-    by_hand = lm.regularizer()
     by_hand.on_loss_begin(output)
-    for one in (other, duplicate(by_hand)):
+    for one in (duplicate(reg), duplicate(by_hand)):
         with pytest.raises(RuntimeError, match="nothing was captured; call on_loss_begin"):
             lm.penalty_of(one)
     torch.testing.assert_close(lm.penalty_of(reg, output[0]), lm.formula(*output[1:], time=1))
+
+
+@pytest.mark.parametrize("duplicate", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_layers_and_attach(duplicate: Callable[[Any], Any]) -> None:
+    """`layers` is for `on_loss_begin`: with `attach`, every attached module counts."""
+    for options, text in (
+        ({"layers": "last"}, "layers='last'"),
+        ({"layers": "all", "bptt": 70}, "layers='all', bptt=70"),
+        ({"bptt": 70}, "layers=None, bptt=70"),
+    ):
+        reg, rnn = duplicate(lm.regularizer(**options)), lm.gru()
+        assert repr(reg) == f"RNNRegularizer(alpha=2.0, beta=1.0, {text})"
+        given = "layers" in options
+        message = rf"layers: expected None with attach, .* got '{options.get('layers')}'"
+        with pytest.raises(ValueError, match=message) if given else nullcontext():
+            reg.attach(rnn)
+        assert lm.hooks_of(rnn) == (not given)
 
 
 def test_on_epoch_begin_resets() -> None:
@@ -237,22 +245,6 @@ def test_scaled_lr(error: type[Exception] | None) -> None:
         assert [group["lr"] for group in groups] == [0.3, 0.1, 0.25, 0.25]
 
 
-@pytest.mark.parametrize("by_hooks", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_time_steps_that_are_the_batch_size_are_warned_of(batch_first: bool, by_hooks: bool) -> None:
-    reg, module = lm.regularizer(bptt=70), nn.Identity()
-    raw = torch.randn((BATCH, TIME, HIDDEN) if batch_first else (TIME, BATCH, HIDDEN))
-    for given in (batch_first, not batch_first):
-        with reg.attach(module, batch_first=given) if by_hooks else nullcontext():
-            module(raw)
-            if not by_hooks:
-                reg.on_loss_begin((None, [raw], [raw]), batch_first=given)
-            lm.penalty_of(reg)
-        warning = pytest.warns(UserWarning, match="scaled_lr: 7 time steps, but .* 7 sequences of 3: .*batch_first")
-        with nullcontext() if given is batch_first else warning:
-            reg.scaled_lr(OPTIMIZER, TIME)
-
-
 @pytest.mark.parametrize(("steps", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
 def test_bad_time_steps_are_refused(steps: Any, error: type[Exception]) -> None:
     reg = RNNRegularizer(bptt=70)
@@ -273,7 +265,7 @@ def test_nothing_captured() -> None:
     model = lm.seeded(lm.Model)
     reg = lm.attached(model)
     model.rnn.forward(torch.randn(BATCH, TIME, HIDDEN))
-    with pytest.raises(RuntimeError, match=r"the attached LSTM did not run .*Call the module, not its forward\(\)"):
+    with pytest.raises(RuntimeError, match=r"no run of the attached LSTM .*Call the module, not its forward\(\)"):
         lm.penalty_of(reg)
 
 
@@ -299,7 +291,7 @@ def test_one_way_to_capture() -> None:
     reg = lm.attached(model)
     with pytest.raises(RuntimeError, match="on_loss_begin: attached modules capture already"):
         reg.on_loss_begin(model.activations(lm.tokens()))
-    with pytest.raises(RuntimeError, match="module: it is attached already"):
+    with pytest.raises(RuntimeError, match="module: the LSTM is attached already"):
         reg.attach(model.rnn)
     reg = lm.regularizer()
     reg.on_loss_begin(model.activations(lm.tokens()))
@@ -326,11 +318,13 @@ def by_hand(loss: Any = RAW[0, 0, 0], raw: Any = RAW, **options: Any) -> None:
         (lambda: by_hand(raw=torch.nested.nested_tensor([RAW[0]])), TypeError, "raw: .* got nested"),
         (lambda: RNNRegularizer(0, float("nan")), ValueError, "beta"),
         (lambda: RNNRegularizer("2"), TypeError, "alpha"),  # pyright: ignore[reportArgumentType]
-        (lambda: lm.regularizer(layers="first"), ValueError, "layers: expected 'last' or 'all', got 'first'"),
+        (lambda: lm.regularizer(layers="first"), ValueError, "layers: expected 'last', 'all' or None, got 'first'"),
         (lambda: RNNRegularizer().scaled_lr(OPTIMIZER, 70), RuntimeError, r"pass RNNRegularizer\(..., bptt="),
         (lambda: lm.regularizer(bptt=5).scaled_lr(None, 5), TypeError, "optimizer: expected an optimizer .* NoneType"),  # pyright: ignore[reportArgumentType]
         (lambda: by_hand(1.0), TypeError, "loss: expected a tensor, got float"),
         (lambda: by_hand(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
+        (lambda: lm.attach_gru()[1].take(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
+        (lambda: lm.attach_gru()[1].on_backward_begin(1.0), TypeError, "loss: expected a tensor, got float"),  # pyright: ignore[reportArgumentType]
         (lambda: by_hand(batch_first=0), TypeError, "batch_first: expected True or False, got 0"),
         (lambda: by_hand(valid=0.5), TypeError, "valid: expected"),
         (lambda: by_hand(valid=VALID, lengths=VALID.sum(1)), ValueError, "lengths and valid: .* one of them, got both"),

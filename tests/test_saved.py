@@ -1,4 +1,4 @@
-"""Files that release 0.2.0 saved: see `tests/data/README.md`."""
+"""Files that release 0.3.0 saved: see `tests/data/README.md`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def load(name: str) -> Any:
 def test_a_model_with_a_fused_dropout_trains(name: str) -> None:
     model = load(name)
     dropout = model["dropout"]
+    assert dropout.take() is None  # the file holds no penalty
     raw, _ = model["rnn"](torch.randn(2, 5, 4))
     dropped = dropout(raw)
     if name == "model.pt":
@@ -48,21 +49,37 @@ def test_a_state_dict_loads() -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_model_that_was_attached_and_its_regularizer_attach_again(own: bool) -> None:
-    """The regularizer is an attribute of the model, or in a file of its own beside the terms of a step."""
+    """The regularizer is an attribute of the model, or in a file of its own beside the terms of a step.
+
+    The release attached a regularizer with `layers`, too, so that a value in its files is no argument that was given.
+    """
     model = load("attached.pt")
     regularizer, terms = pickle.loads((DATA / "regularizer.pkl").read_bytes())
     assert (terms.ar, terms.tar) == (regularizer.ar, regularizer.tar)
     torch.testing.assert_close(terms.penalty, 2 * terms.ar + terms.tar)
     regularizer = model.regularizer if own else regularizer
-    assert repr(regularizer) == "RNNRegularizer(alpha=2.0, beta=1.0, layers='all', bptt=5)"
-    handle = regularizer.attach(model["rnn"], model["dropout"])
-    raw, _ = model["rnn"](torch.randn(2, 5, 4))
-    dropped = model["dropout"](raw)
-    loss = dropped.sum()
-    expected = loss + 2 * dropped.square().mean() + raw.diff(dim=1).square().mean()
-    check_gradients(model["rnn"], regularizer.on_backward_begin(loss), expected)
-    handle.remove()
-    assert not model["rnn"]._forward_hooks
+    assert (regularizer.alpha, regularizer.beta, regularizer.layers, regularizer.bptt) == (2.0, 1.0, "all", 5)
+    regularizer = pickle.loads(pickle.dumps(regularizer))  # a file of this release
+    with pytest.raises(RuntimeError, match="nothing was captured"):  # the file holds no run
+        regularizer.take(torch.zeros(()))
+    for _ in range(2):  # the handle in the file has nothing to remove
+        handle = regularizer.attach(model["rnn"], model["dropout"])
+        model.handle.remove()
+        raw, _ = model["rnn"](torch.randn(2, 5, 4))
+        dropped = model["dropout"](raw)
+        loss = dropped.sum()
+        expected = loss + 2 * dropped.square().mean() + raw.diff(dim=1).square().mean()
+        check_gradients(model["rnn"], regularizer.on_backward_begin(loss), expected)
+        handle.remove()
+    assert "forward" not in vars(model["rnn"])
+
+
+def test_a_saved_regularizer_still_regularizes_all_layers_by_hand() -> None:
+    regularizer, _ = pickle.loads((DATA / "regularizer.pkl").read_bytes())
+    raw, dropped = torch.randn(2, 2, 2, 5, 4)
+    regularizer.on_loss_begin((0, [*raw], [*dropped]))
+    expected = 2 * sum(x.square().mean() for x in dropped) + sum(x.diff(dim=1).square().mean() for x in raw)
+    torch.testing.assert_close(regularizer.on_backward_begin(torch.zeros(())), expected)
 
 
 @pytest.mark.filterwarnings("ignore")  # fastai's own

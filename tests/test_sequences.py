@@ -13,12 +13,12 @@ from tests.sequences import Play
 pytestmark = pytest.mark.usefixtures("dynamo")
 
 
-CASES: list[Any] = [(seed, None) for seed in range(40)]  # a fifth of them compiled
-CASES += [pytest.param(seed, True, marks=() if seed % 4 == 0 else pytest.mark.main) for seed in range(104, 118)]
+CASES: list[Any] = [(seed, False) for seed in range(15)]
+CASES += [pytest.param(seed, True, marks=() if seed % 4 == 0 else pytest.mark.main) for seed in range(100, 106)]
 
 
 @pytest.mark.parametrize(("seed", "compiles"), CASES)
-def test_a_random_sequence_gets_the_gradients_of_plain_pytorch(seed: int, compiles: bool | None) -> None:
+def test_a_random_sequence_gets_the_gradients_of_plain_pytorch(seed: int, compiles: bool) -> None:
     play = Play(seed, compiles=compiles)
     try:
         play.play()
@@ -27,18 +27,18 @@ def test_a_random_sequence_gets_the_gradients_of_plain_pytorch(seed: int, compil
     assert play.counts["compared"] > 0
 
 
-def scaled(name: str) -> Callable[[Any], None]:
-    return lambda play: setattr(play.reg, name, getattr(play.reg, name) * 1.001)
+def scale(play: Any, alpha: float, beta: float) -> None:
+    play.coefficients = play.coefficients[0] * alpha, play.coefficients[1] * beta
 
 
-# Changes that make a sequence wrong, each with a seed that shows it.
-WRONG: dict[str, tuple[int, Callable[[Any], None]]] = {
-    "alpha": (0, scaled("alpha")),
-    "beta": (0, scaled("beta")),
-    "the upstream gradient": (12, lambda play: setattr(play, "scale", play.scale * 1.001)),
-    "valid steps": (13, lambda play: play.masks.pop("valid", None)),
-    "starts": (89, lambda play: play.masks.pop("starts", None)),
-    "layers": (35, lambda play: setattr(play, "layers", "last")),
+# Changes of the reference that make a sequence wrong, each with a seed that shows it.
+WRONG: dict[str, tuple[int, Callable[[Any], Any]]] = {
+    "alpha": (1, lambda play: scale(play, 1.001, 1.0)),
+    "beta": (1, lambda play: scale(play, 1.0, 1.001)),
+    "valid steps": (7, lambda play: play.by_hand.masks.pop("valid", None)),
+    "starts": (5, lambda play: play.by_hand.masks.pop("starts", None)),
+    "layers": (0, lambda play: play.by_hand.dropouts.pop(play.plain.layers[0], None)),
+    "states": (0, lambda play: setattr(play.by_hand, "marks_states", False)),
 }
 
 
@@ -47,9 +47,9 @@ def test_a_sequence_that_is_wrong_fails(what: str) -> None:
     seed, change = WRONG[what]
 
     class Wrong(Play):
-        def step(self) -> None:
+        def event(self, event: Callable[[], Any]) -> None:
             change(self)
-            super().step()
+            super().event(event)
 
-    with pytest.raises(AssertionError, match="relative error"):
+    with pytest.raises(AssertionError, match=r"relative error|no error"):
         Wrong(seed, torch.float32, False).play()

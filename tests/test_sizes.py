@@ -9,11 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.conftest import KERNELS_ON_CPU, gpu, interpreted
+from tests.conftest import compiled, gpu, interpreted
 from tests.exact import assert_gradient, truth
 from tests.samples import HALF
 
-blocked = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the kernels take the CPU tensors")
 ALL = slice(None)
 
 
@@ -77,7 +76,7 @@ def test_offsets_past_31_bits(strides: tuple[int, int], dropout: bool, device: s
         assert_close(results[0][1], results[1][1], rtol=1e-6, atol=0)
 
 
-@blocked
+@compiled
 def test_more_elements_than_32_bits_count_in_blocks() -> None:
     """One sequence, seen so often, has the mean that it has alone."""
     x = torch.randn(1, 64, 256)
@@ -85,7 +84,7 @@ def test_more_elements_than_32_bits_count_in_blocks() -> None:
     assert_close(fused_ar_tar(many, many, 2.0, 1.0), fused_ar_tar(x, x, 2.0, 1.0), rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=blocked), pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=compiled), pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_ten_million_time_steps(dropout: bool, device: str) -> None:
     xs = [torch.randn(1, 10_000_000, 1, device=device, requires_grad=True) for _ in range(1 if dropout else 2)]

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastreg import FusedRNNDropout
-from fastreg.source import Source
-from tests.language_model import HIDDEN, Model, formula, inputs, penalty_of, regularizer
+from fastreg.source import Source, Swap, attach_at, of_batch, of_language_model
+from tests.language_model import BATCH, HIDDEN, TIME, Model, formula, gru, inputs, penalty_of, regularizer
 
 
 @pytest.mark.parametrize(
@@ -26,11 +26,11 @@ from tests.language_model import HIDDEN, Model, formula, inputs, penalty_of, reg
 )
 def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, dropout: Any, message: str) -> None:
     model: Any = nn.ModuleDict({"encoder": Model(), "scan": nn.Linear(HIDDEN, HIDDEN)})
-    reg = regularizer(layers="all")
+    reg = regularizer()
     with pytest.raises(ValueError, match=message):
-        Source(rnn, dropout).attach(reg, model)
+        attach_at(reg, model, Source(rnn, dropout))
     assert not any(module._forward_hooks for module in model.modules())
-    with Source(["encoder.rnn", "scan"], ["encoder.dropout", None]).attach(reg, model, layout=True):
+    with attach_at(reg, model, Source(["encoder.rnn", "scan"], ["encoder.dropout", None]), layout=True):
         raw, _ = model["encoder"].rnn(inputs())
         last = model["scan"](dropped := model["encoder"].dropout(raw))
         torch.testing.assert_close(penalty_of(reg, last), formula(raw, dropped, 1) + formula(last, last, 1))
@@ -39,15 +39,75 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
 
 def test_a_default_layout_is_not_that_of_an_rnn_inside() -> None:
     with pytest.raises(ValueError, match=r"may return \(time, batch, hidden\) like the LSTM inside it"):
-        Source("").attach(regularizer(), nn.Sequential(nn.LSTM(HIDDEN, HIDDEN)), layout=True)
+        attach_at(regularizer(), nn.Sequential(nn.LSTM(HIDDEN, HIDDEN)), Source(""), layout=True)
 
 
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
     model = nn.Sequential(nn.LSTM(HIDDEN, HIDDEN, batch_first=True), nn.Module())
     model[1].output_dp = own = nn.Dropout(0.1)
-    source = Source(dropout=True).of_language_model(fused=FusedRNNDropout, plain=nn.Dropout)
-    with source.attach(regularizer(), model):
+    source = of_language_model(Source(dropout=True), Swap("1.output_dp", nn.Dropout, FusedRNNDropout))
+    with attach_at(regularizer(), model, source):
         assert type(model[1].output_dp) is FusedRNNDropout
         model.eval()
     assert model[1].output_dp is own
     assert not own.training
+
+
+class OwnForward(FusedRNNDropout):
+    def forward(self, raw: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(raw)
+
+
+class OtherPickle(FusedRNNDropout):
+    def __reduce__(self) -> Any:
+        return nn.Dropout, (self.p,)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            Source(nn.GRUCell(2, 2)),
+            "module: .* all time steps, got GRUCell, .* stack its outputs and call fused_ar_tar",
+        ),
+        (Source(nn.ModuleList([gru()])), "module: expected one that is called itself, got ModuleList; attach each of"),
+        (Source(nn.ModuleDict({"a": gru()})), "module: .* got ModuleDict; attach each of its modules"),
+        (Source(gru(), nn.ModuleList()), "dropout: .* got ModuleList"),
+        (Source(gru(), OwnForward()), "dropout: .* the regularizer passes its coefficients, got that of OwnForward"),
+    ],
+)
+def test_refuses_modules_whose_hooks_would_miss_raw_or_the_penalty(source: Source, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        source.checked()
+
+
+def test_a_subclass_with_the_forward_of_its_base_is_a_fused_dropout() -> None:
+    assert Source(gru(), OtherPickle()).checked().place == (True, None)
+
+
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise KeyError("mask")
+
+
+BATCH_OF_IDS = [torch.ones(2, 5), {"mask": 1}]
+
+
+@pytest.mark.parametrize("name", ["valid", "starts"])
+@pytest.mark.parametrize(
+    ("prepare", "got"),
+    [
+        (lambda source: source, rf"Tensor\[{BATCH}, {TIME}, {HIDDEN}\], NoneType"),
+        (lambda source: of_batch(source, lambda: BATCH_OF_IDS), r"Tensor\[2, 5\], dict"),
+        (
+            lambda source: of_batch(source, lambda: BATCH_OF_IDS, lambda _: True),
+            rf"Tensor\[2, 5\], dict, Tensor\[{BATCH}, {TIME}, {HIDDEN}\], NoneType",
+        ),
+    ],
+    ids=["module", "batch", "both"],
+)
+def test_an_error_in_a_function_of_marks_names_it_and_what_it_got(name: str, prepare: Any, got: str) -> None:
+    options: Any = {name: fail}
+    source = prepare(Source(gru(), **options))
+    with pytest.raises(RuntimeError, match=rf"^{name}: fail\({got}\) raised KeyError: 'mask'$") as caught:
+        source.masks(inputs(), hx=None)
+    assert isinstance(caught.value.__cause__, KeyError)

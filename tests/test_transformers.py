@@ -254,12 +254,11 @@ CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs":
     ("make", "args", "options", "of_formula"),
     [
         (mamba, {}, LAYERS, LAYERS),
-        (mamba, {}, LAYERS | {"layers": "last"}, {}),
         (mamba, CHECKPOINTED, {}, {}),
         (mamba, CHECKPOINTED, INSIDE, INSIDE),
         (Wrapper, {}, {"rnn": "inside"}, {}),
     ],
-    ids=["layers", "last layer", "checkpointing", "checkpointing around it", "peft"],
+    ids=["layers", "checkpointing", "checkpointing around it", "peft"],
 )
 def test_other_settings(make: Any, args: Any, options: Any, of_formula: Any) -> None:
     assert_same(fit(make, arguments(**args), **options), fit(make, arguments(), Formula, **of_formula))
@@ -341,6 +340,23 @@ def test_a_schedule_of_the_coefficients_and_an_error() -> None:
         assert trainer.accelerator.backward.__func__ is type(trainer.accelerator).backward
         assert trainer.regularizer.alpha == trainer.regularizer.beta == 0
         assert_different(trainer, fit(mamba, arguments()))
+
+
+def test_a_new_trainer_of_the_model_after_an_interrupted_one() -> None:
+    class Stop(transformers.TrainerCallback):
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            trainer.compute_loss_func = interrupt
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    trainer = trainer_of(mamba, arguments(**IN_PARTS), callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert hooks_of(trainer.model) == 0
+    trainer.model.load_state_dict(lm.seeded(mamba).state_dict())
+    trainer.model.zero_grad()
+    assert_same(fit(mamba, arguments(), model=trainer.model), fit(mamba, arguments(), Formula))
 
 
 def test_a_step_by_hand() -> None:

@@ -21,7 +21,7 @@ from tests.ptx.decoder import Decoder
 from tests.ptx.driver import Executor, Kernel, PTXError, executed
 
 pytestmark = [
-    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 is set: nothing is compiled"),
+    pytest.mark.compiled,
     pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="the machine needs gcc on Linux"),
 ]
 
