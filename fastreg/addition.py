@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastreg.backends import backend_for
 from fastreg.dropout import BACKWARDS, Adding
-from fastreg.kernels.view import layout_of
+from fastreg.kernels.view import Values, layout_of
 from fastreg.operation import restored
 from fastreg.problem import Call, Kind, terms_of
 from fastreg.reference import ar_tar_gradients
-from fastreg.torch_state import are_memory, observed, plain
+from fastreg.torch_state import is_memory, observed, plain
 
 
 class Addition:
@@ -57,7 +57,12 @@ class Addition:
         raw = call.raw
         if upstream.dtype != self.kind.dtype or upstream.device != self.layout.device:
             upstream = upstream.to(self.layout.device, self.kind.dtype)
-        if self.backend is None or torch.is_grad_enabled() or observed() or not are_memory((raw, arrived, upstream)):
+        if (
+            self.backend is None
+            or torch.is_grad_enabled()
+            or observed()
+            or not all(map(is_memory, (raw, arrived, upstream)))
+        ):
             return self._by_formula(upstream, call, plain(arrived))
         layout = layout_of(arrived)
         backward = self.backwards.get(layout)
@@ -65,7 +70,7 @@ class Addition:
             backward = Adding(self.backend, (self.layout, None, layout), call, terms_of(call))
             if len(self.backwards) < BACKWARDS:
                 self.backwards[layout] = backward
-        return backward(upstream, (restored("raw", raw, self.layout), None, arrived), call)
+        return backward(upstream, (restored("raw", raw, self.layout), None, arrived), Values(*call[2:5]))
 
     def _by_formula(self, upstream: Tensor, call: Call, arrived: Tensor) -> Tensor:
         """Return the sum in plain PyTorch, which it sees."""

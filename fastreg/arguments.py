@@ -164,7 +164,7 @@ def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[s
 def check_packed_options(time_dim: int | None, steps: Mapping[str, Any]) -> None:
     """Check the options of packed sequences: there are no lengths, valid steps or starts."""
     for name in steps:
-        _expect(False, name, f"None{STEPS[name][2]}")
+        raise ValueError(f"{name}: expected None{STEPS[name][2]}")
     _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence, got {}", time_dim)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from torch.autograd import Function
 from fastreg.addition import Addition
 from fastreg.capture import EMPTY, Captured, Joined, Mark, Run, Search, Watch, version_of
 from fastreg.dropout import kept_penalty
-from fastreg.penalty import penalty_of
-from fastreg.prepare import Options, calls_of
-from fastreg.problem import ARTAR, Call, Coefficient, is_on
+from fastreg.operation import compute
+from fastreg.penalty import PenaltyPlan
+from fastreg.problem import ARTAR, Call, Coefficient, Options, is_on, layers_of
 from fastreg.torch_state import current, keeps_graph, observed, plain, untraced
 
 
@@ -51,7 +52,9 @@ class Term(NamedTuple):
                     "attach: a tensor alpha or beta was modified by an inplace operation between the forward and the "
                     "backward; change it after the backward"
                 )
-        self.side.begin(task, functools.partial(self.addition, upstream, self.call.of(raw)), raw)
+        self.side.begin(
+            task, functools.partial(self.addition, upstream, self.call._replace(raw=raw, dropped=None)), raw
+        )
 
 
 class Step:
@@ -70,11 +73,14 @@ class Step:
         self.terms: list[Term] = []
         self.saved: list[Tensor] = []
 
-    def add(self, run: Run, call: Call) -> None:
+    def add(self, run: Run, call: Call, plan: Any, layer: int) -> None:
         """Add the terms of a run that hooks are to add, for its call."""
         if not any([x.hooked for x in run.sides]):
             return
-        for addition in _additions(call):
+        additions = vars(plan).setdefault("additions", {})
+        if layer not in additions:
+            additions[layer] = _additions(call)
+        for addition in additions[layer]:
             side = run.raw if addition.of_raw else run.squared
             if side.hooked:
                 own = addition.of(call)
@@ -318,25 +324,30 @@ def _measured(runs: Sequence[Run], coefficients: tuple[Coefficient, Coefficient]
         coefficients = tuple([plain(x).to(device) if isinstance(x, Tensor) else x for x in coefficients])  # pyright: ignore
     steps, options = (None, first.valid, first.starts), Options(*first.place, "mean", True)
     raw_and_dropped = activations[0] if len(runs) == 1 else tuple(zip(*activations, strict=True))
-    calls = calls_of(raw_and_dropped, coefficients, steps, options)  # pyright: ignore[reportArgumentType]
-    penalty, terms = penalty_of(calls)
-    for run, call in zip(runs, calls, strict=True):
-        step.add(run, call)
-    return ARTAR(penalty, *(terms or ()))
+    terms, calls, plan = compute(_RunsPlan, raw_and_dropped, coefficients, steps, options)
+    for i, (run, call) in enumerate(zip(runs, calls, strict=True)):
+        step.add(run, call, plan, i)
+    return terms
+
+
+class _RunsPlan(PenaltyPlan):
+    """How to compute the penalty of runs, with the code of each layer that adds its gradients."""
+
+    def __call__(self, given: Sequence[Any], values: Any) -> Any:
+        """Return the penalty with its terms, the calls of the layers, and the plan."""
+        layers = zip_longest(self.kinds, *map(layers_of, given))
+        calls = [Call(plain(x), None if kind.ar_of_raw else plain(y), *values, kind) for kind, x, y in layers]
+        return super().__call__(given, values), calls, self
 
 
 def _additions(call: Call) -> Sequence[Addition]:
-    """Return the code that adds the gradients of a call, which is kept with its plans.
+    """Return the code that adds the gradients of a call.
 
     The gradient of TAR is added to that of raw, and the gradient of AR to that of dropped, or of raw if it is of raw.
     """
-    plans = {} if call.kind.plans is None else call.kind.plans
-    found = plans.get(Addition)
-    if found is None:
-        ar, tar = is_on(call.alpha), is_on(call.beta)
-        terms = [(True, ar, tar)] if call.dropped is None else [(True, False, tar), (False, ar, False)]
-        found = plans[Addition] = [Addition(call, *term) for term in terms if True in term[1:]]
-    return found
+    ar, tar = is_on(call.alpha), is_on(call.beta)
+    terms = [(True, ar, tar)] if call.dropped is None else [(True, False, tar), (False, ar, False)]
+    return [Addition(call, *term) for term in terms if True in term[1:]]
 
 
 def _joined_marks(group: Sequence[Run], name: str, default: int) -> Tensor | None:

@@ -35,6 +35,7 @@ class Fold:
         rows: the axis whose stride is that of outer: its last, or time if outer has no axes.
         sizes: of outer, time and inner.
         copied: of each tensor whether kernels read a copy.
+        copies: whether they read any.
     """
 
     def __init__(self, layouts: Sequence[Layout | None], call: Call) -> None:
@@ -62,6 +63,7 @@ class Fold:
             extents[:2] = int(steps.offsets[1]), len(steps.offsets) - 1
         self.sizes = tuple(extents)
         self.copied = [layout is not None and not self._fits(layout.stride, self.cut) for layout in layouts]
+        self.copies = True in self.copied
 
     def _fits(self, stride: Sequence[int], cut: Cut) -> bool:
         """Return whether strides let outer and inner axes fold to one axis each, the inner one without gaps."""
@@ -72,7 +74,7 @@ class Fold:
 
     def read(self, tensors: Sequence[Any]) -> Sequence[Any]:
         """Return tensors, each in the layout of the one that the fold was made for, as kernels read them."""
-        if True not in self.copied:
+        if not self.copies:
             return tensors
         return [self.copy(x) if copied and x is not None else x for x, copied in zip(tensors, self.copied, strict=True)]
 

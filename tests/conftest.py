@@ -19,10 +19,12 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastreg import FusedRNNDropout, carry, dropout, penalty, regularizer
+from fastreg import FusedRNNDropout, carry, penalty, regularizer
 from fastreg.backends import TRITON, backend_for, cpu_tensors_by
+from fastreg.kernels import view
+from fastreg.kernels.view import Layout
 from fastreg.plans import forget
 from tests.language_model import Model
 
@@ -170,9 +172,13 @@ def deterministic() -> Iterator[None]:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill memory from `torch.empty` and `allocate` with NaN, so that an unwritten element shows."""
-    allocate = penalty.allocate
-    for module in (penalty, dropout):
-        monkeypatch.setattr(module, "allocate", lambda memory: allocate(memory).fill_(torch.nan))
+    allocate = view.allocate  # which allocators call in deterministic mode
+
+    def poisoned(layout: Layout) -> Tensor:
+        x = allocate(layout)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(view, "allocate", poisoned)
     with deterministic():
         yield
 
@@ -181,8 +187,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def allocated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """List the gradients that `fused_ar_tar` makes memory for."""
     made: list[Any] = []
-    allocate = penalty.allocate
-    monkeypatch.setattr(penalty, "allocate", lambda memory: made.append(memory) or allocate(memory))
+    allocator = penalty.allocator
+
+    def recorded(layout: Layout, *like: Any) -> Any:
+        new = allocator(layout, *like)
+        return new if layout is None else lambda *given: made.append(layout) or new(*given)
+
+    monkeypatch.setattr(penalty, "allocator", recorded)
     return made
 
 
@@ -238,8 +249,8 @@ def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """List the penalties that a regularizer forms, rather than takes from a dropout."""
     calls: list[Any] = []
 
-    measure, form = carry.penalty_of, regularizer.fused_ar_tar
-    monkeypatch.setattr(carry, "penalty_of", lambda call: (calls.append(call), measure(call))[1])
+    measure, form = carry.compute, regularizer.fused_ar_tar
+    monkeypatch.setattr(carry, "compute", lambda *given: (measure(*given), calls.append(given))[0])
     monkeypatch.setattr(
         regularizer, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
     )
