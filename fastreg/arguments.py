@@ -304,13 +304,13 @@ def check_no_parts(x: Any) -> None:
     _expect(getattr(x, "to_local", None) is None, "raw and dropped", words, error=TypeError)
 
 
-def check_values(name: str, x: Tensor, time: int) -> None:
-    """Check the values of lengths or marks on the CPU; on another device, looking at them would wait for the device."""
-    if x.dtype != torch.bool and has_values(x):
-        least, greatest = map(int, x.aminmax())
-        most, words = (time, "from 0 to the {0} time steps there are") if name == "lengths" else (1, "0 or 1")
-        wrong = least if least < 0 else greatest
-        _expect(0 <= wrong <= most, name, f"{words}, got {{1}}", time, wrong)
+def check_range(name: str, time: int, x: Tensor) -> Tensor:
+    """Check the values of lengths or marks on the CPU, and return them; elsewhere that would wait for the device."""
+    least, greatest = map(int, x.aminmax())
+    most, words = (time, f"from 0 to the {time} time steps there are") if name == "lengths" else (1, "0 or 1")
+    if least < 0 or greatest > most:
+        raise ValueError(f"{name}: expected {words}, got {least if least < 0 else greatest}")
+    return x
 
 
 def check_not_captured(name: str, device: torch.device) -> None:

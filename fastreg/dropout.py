@@ -258,9 +258,8 @@ class LentDropoutPlan(DropoutPlan):
 
 def _by_formula(call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
     """Apply the mask and compute the penalty in plain PyTorch."""
-    raw, _, *others = call
-    dropped = raw * mask
-    penalty, ar, tar = ar_tar(Call(raw, dropped, *others))
+    dropped = call.raw * mask
+    penalty, ar, tar = ar_tar(Call(call.raw, dropped, call.alpha, call.beta, call.steps, call.kind))
     return dropped, penalty, (ar.detach(), tar.detach()) if call.kind.measured else None
 
 

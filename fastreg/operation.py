@@ -16,6 +16,7 @@ from fastreg.prepare import Given, converted
 from fastreg.problem import Options, are_same, is_on
 from fastreg.torch_state import hooks_on_saved, is_deterministic, observed
 
+NO_STEPS = Steps()
 VALUES = "alpha", "beta", "steps", "counts", "offsets"  # those of `Values`, as messages name them
 
 
@@ -56,9 +57,9 @@ def save(ctx: Any, plan: Any, tensors: Sequence[Tensor | None], values: Values) 
     """Let autograd save the tensors of a call for its backward, and those among its values, which most calls lack."""
     alpha, beta, steps = ctx.values = values
     if steps is not None or type(alpha) is not float or type(beta) is not float:
-        each = alpha, beta, *(steps or Steps())
-        tensors = *tensors, *[x if isinstance(x, Tensor) else None for x in each]
-        ctx.values = Values(*[None if isinstance(x, Tensor) else x for x in (alpha, beta)])
+        in_memory = [x if isinstance(x, Tensor) else None for x in (alpha, beta)]
+        ctx.values = [None if isinstance(x, Tensor) else x for x in (alpha, beta)]
+        tensors = *tensors, *in_memory, *(steps or NO_STEPS)
     ctx.plan = plan
     ctx.save_for_backward(*tensors)
     if plan.saved is None:
@@ -87,9 +88,9 @@ def unpack(ctx: Any, *upstream: Tensor | None) -> tuple[Sequence[Any], Values, b
                 tensors = [*map(restored, (*plan.names, *VALUES), tensors, plan.layouts)]
     count = len(plan.names)
     if len(tensors) > count:
-        each = [y if x is None else x for x, y in zip(tensors[count:], (*values, None, None), strict=True)]
-        alpha, beta, *steps = each
-        values = Values(alpha, beta, None if steps[0] is steps[2] else Steps(*steps))  # marks, or offsets
+        coefficients: Any = [y if x is None else x for x, y in zip(tensors[count:], values, strict=False)]
+        marks, counts, offsets = tensors[count + 2 :]
+        values = Values(*coefficients, None if marks is offsets else Steps(marks, counts, offsets))
     return tensors, values, is_seen
 
 

@@ -294,7 +294,8 @@ class Layer:
 
 def launched(layers: Sequence[Layer], tensors: Sequence[Any], values: Values, aheads: list[Any]) -> Any:
     """Launch the forward of each layer, and note what is ahead; return the penalty, and terms if they are wanted."""
-    penalty = terms = None
+    penalty: Any = None
+    terms: Any = None
     for layer, raw, dropped in zip(layers, tensors[::2], tensors[1::2], strict=True):
         sums, ahead = layer(raw, dropped, values)
         aheads.append(ahead)

@@ -21,7 +21,7 @@ from fastreg.backends import backend_for
 from fastreg.kernels.view import Steps
 from fastreg.problem import Coefficient, Kind, Options, Place, are_same, compute_dtype, sizes_of
 from fastreg.reference import marked
-from fastreg.torch_state import keepable, keeps_memory_low, observed, plain
+from fastreg.torch_state import has_values, keepable, keeps_memory_low, observed, plain
 
 Given = Sequence[Any]  # lengths, valid steps and starts
 
@@ -64,11 +64,11 @@ class Plan:
             return
         first, layers = arguments.check_layers(raw, dropped, place)
         x, *_ = layers[0].values()
-        axis, named = place.axis() % x.dim() - x.dim(), zip(arguments.STEPS, given, strict=True)
+        axis, names = place.axis() % x.dim() - x.dim(), arguments.STEPS
         self.backend = backend_for(x.device) if is_kept else None
         # Where saved tensors are packed away, memory is the point.
         self.fills = is_kept and options.fills and not keeps_memory_low()
-        there = {name: y for name, y in named if y is not None}
+        there = {name: y for name, y in zip(names, given, strict=True) if y is not None}
         if isinstance(first, PackedSequence):
             arguments.check_packed_options(options.time_dim, there)
             self.mark = _offsets
@@ -77,7 +77,10 @@ class Plan:
             arguments.check_steps_of(x, axis, there)
             sizes = sizes_of(x, axis)
             marker = partial(marked, sizes) if self.backend is None else self.backend.marker(sizes, x.device)
-            self.mark = partial(_steps, marker, sizes, x.device, options.reduction)
+            bring = [
+                None if y is None else _bringer(name, y, x.device, sizes) for name, y in zip(names, given, strict=True)
+            ]
+            self.mark = partial(_steps, marker, bring, options.reduction == "mean")
         dtype = compute_dtype([x for layer in layers for x in layer.values()])
         for layer, is_same in zip_longest(layers, are_same(raw, dropped), fillvalue=False):
             arguments.check_layer(layer, layers[0], axis)  # pyright: ignore[reportArgumentType]
@@ -132,27 +135,36 @@ def _offsets(_: Sequence[Any], tensors: Sequence[Any]) -> Steps:
     return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
 
 
-def _steps(
-    marker: Any, sizes: tuple[Any, Any], device: torch.device, reduction: str, steps: Sequence[Any], _: Any
-) -> Steps:
+def _steps(marker: Any, bring: Sequence[Any], is_divided: bool, given: Given, _: Any) -> Steps:
     """Check the values of lengths, valid steps and starts, and mark the time steps of activations that count.
 
     Values on another device than the CPU are not looked at, as that would wait for it.
     """
-    given = zip(arguments.STEPS, steps, strict=True)
-    marks, counts = marker(*[None if y is None else _brought(name, plain(y), device, sizes) for name, y in given])
-    return Steps(marks, counts if reduction == "mean" else None)
+    marks, counts = marker(*[x if ready is None else ready(x) for x, ready in zip(given, bring, strict=True)])
+    return Steps(marks, counts if is_divided else None)
 
 
-def _brought(name: str, given: Tensor, device: torch.device, sizes: tuple[Any, Any]) -> Tensor:
+def _bringer(name: str, x: Tensor, device: torch.device, sizes: tuple[Any, Any]) -> Callable[[Tensor], Tensor] | None:
+    """Return a function that brings lengths or marks to activations; `None` for those that kernels read as they are."""
+    is_ready = name == "lengths" or (x.dtype == torch.bool and x.shape == sizes)
+    if not (is_ready and x.device == device and x.is_contiguous()) or backend_for(device) is None or observed():
+        return partial(_brought, name, device, sizes)
+    if x.dtype == torch.bool or device.type != "cpu":
+        return None
+    return partial(arguments.check_range, name, sizes[1])
+
+
+def _brought(name: str, device: torch.device, sizes: tuple[Any, Any], given: Tensor) -> Tensor:
     """Check the values of lengths or marks, and bring them to activations, marks as bool, without waiting for the copy.
 
     The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too:
     it is not freed before the device has read it, and the host does not wait.
     """
+    given = plain(given)
     if device.type == "cpu" != given.device.type:
         given = given.cpu()
-    arguments.check_values(name, given, sizes[1])
+    if given.dtype != torch.bool and has_values(given):
+        arguments.check_range(name, sizes[1], given)
     if name != "lengths":
         given = given.bool().reshape(sizes)
     if given.device.type == "cpu" != device.type:
