@@ -45,7 +45,7 @@ def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Excepti
         error: its type.
     """
     if not fits:
-        plain = [tuple(x) if isinstance(x, torch.Size) else x.__name__ if isinstance(x, type) else x for x in values]
+        plain = [tuple(x) if isinstance(x, torch.Size) else getattr(x, "__name__", x) for x in values]
         raise error(f"{name}: expected {words.format(*plain)}")
 
 
@@ -62,7 +62,7 @@ def check_options(reduction: object, return_terms: object) -> None:
 def check_flags(**flags: object) -> None:
     """Check that arguments are true or false, given by their names."""
     for name, flag in flags.items():
-        _expect(flag is True or flag is False, name, "True or False, got {!r}", flag, error=TypeError)
+        _expect(isinstance(flag, bool), name, "True or False, got {!r}", flag, error=TypeError)
 
 
 def check_coefficient(name: str, value: Any) -> None:
@@ -214,8 +214,7 @@ def _check_batch_sizes(name: str, sizes: Tensor, rows: int) -> None:
     if sizes.numel() and not has_values(sizes):
         return
     values: Any = sizes.tolist()  # integers of Python, whose sum does not wrap
-    is_valid = sizes.dim() == 1 and min(values, default=0) > 0 and sum(values) == rows
-    fits = is_valid and values == sorted(values, reverse=True)
+    fits = sizes.dim() == 1 and sum(values) == rows and min(values, default=0) > 0 and values == sorted(values)[::-1]
     _expect(fits, name, "sizes above 0 that never grow and add up to the {} rows, got {}", rows, values)
 
 

@@ -324,7 +324,7 @@ def _measured(runs: Sequence[Run], coefficients: tuple[Coefficient, Coefficient]
         coefficients = tuple([plain(x).to(device) if isinstance(x, Tensor) else x for x in coefficients])  # pyright: ignore
     steps, options = (None, first.valid, first.starts), Options(*first.place, "mean", True)
     raw_and_dropped = activations[0] if len(runs) == 1 else tuple(zip(*activations, strict=True))
-    terms, calls, plan = compute(_RunsPlan, raw_and_dropped, coefficients, steps, options)  # pyright: ignore[reportArgumentType]
+    terms, calls, plan = compute(_RunsPlan, raw_and_dropped, coefficients, steps, options)  # pyright: ignore
     for i, (run, call) in enumerate(zip(runs, calls, strict=True)):
         step.add(run, call, plan, i)
     return terms

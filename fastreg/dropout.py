@@ -12,10 +12,10 @@ from torch.autograd import Function
 from fastreg.arguments import check_flags, check_probability, check_tensor
 from fastreg.kernels.view import Layout, Terms, Values, allocator, layout_of
 from fastreg.operation import compute, save, unpack
-from fastreg.penalty import penalize
+from fastreg.penalty import by_formula, penalize
 from fastreg.prepare import Given, Plan
 from fastreg.problem import ARTAR, Call, Coefficient, Options, terms_of
-from fastreg.reference import added, ar_tar, ar_tar_gradients
+from fastreg.reference import added, ar_tar_gradients
 from fastreg.torch_state import keepable, plain
 from fastreg.view import Fold
 
@@ -165,8 +165,7 @@ def drop_and_penalize(
     if not isinstance(raw, Tensor):
         check_tensor("raw", raw)
     if not training or (mask is None and p == 0):
-        result = penalize((raw, raw), coefficients, steps, options)
-        return (None, result[0], result[1:]) if options.measured else (None, result, None)
+        return _split(None, penalize((raw, raw), coefficients, steps, options._replace(ar_of_raw=True)))
     if mask is not None:
         mask = keepable(
             plain(check_tensor("mask", mask))
@@ -205,15 +204,14 @@ class DropoutPlan(Plan):
             values: coefficients and the steps that count.
         """
         raw, mask = given
-        if type(raw) is not Tensor:
-            raw = plain(raw)
+        raw = plain(raw)
         if type(mask) is float:  # as fastai's `RNNDropout` draws it
             mask = raw.new_empty(self.row).bernoulli_(1 - mask).div_(1 - mask)
         if self.forward is None:
-            call = Call(raw, None, *values, self.kind)
             if self.backend is None:
-                return _by_formula(call, mask)
-            self.prepare(call, mask)
+                dropped = raw * mask
+                return _split(dropped, by_formula([Call(raw, dropped, *values, self.kind)]))
+            self.prepare(Call(raw, None, *values, self.kind), mask)
         compute = _apply if self.is_differentiable else DropoutPlan.launch
         dropped, penalty, terms = compute(self, values, raw, mask)
         return dropped, penalty, None if terms is None else terms.unbind()
@@ -230,10 +228,9 @@ class DropoutPlan(Plan):
 
     def launch(self, values: Values, raw: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Launch the forward; return dropped, the penalty, and its terms."""
-        dropped, operands = self.dropped(raw), (raw, mask, None)
-        if self.fold.copies:
-            operands = self.fold.read((raw, mask.expand_as(raw), None))
-        sums = self.forward((*operands, dropped, None, None), values)  # pyright: ignore[reportOptionalCall]
+        dropped = self.dropped(raw)
+        operands = *self.fold.read((raw, mask, None)), dropped, None, None
+        sums = self.forward(operands, values)  # pyright: ignore[reportOptionalCall]
         return dropped, sums.penalty, sums.terms
 
     def gradient(self, upstream: Upstreams, raw: Tensor, mask: Tensor, values: Values) -> Tensor:
@@ -256,11 +253,9 @@ class LentDropoutPlan(DropoutPlan):
     names, lends = ("raw", "mask", "penalty"), True
 
 
-def _by_formula(call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
-    """Apply the mask and compute the penalty in plain PyTorch."""
-    dropped = call.raw * mask
-    penalty, ar, tar = ar_tar(Call(call.raw, dropped, call.alpha, call.beta, call.steps, call.kind))
-    return dropped, penalty, (ar.detach(), tar.detach()) if call.kind.measured else None
+def _split(dropped: Tensor | None, penalty: Any) -> tuple[Tensor | None, Tensor, Sequence[Tensor] | None]:
+    """Return dropped, the penalty, and its terms if they are wanted."""
+    return (dropped, penalty[0], penalty[1:]) if isinstance(penalty, ARTAR) else (dropped, penalty, None)
 
 
 class Adding:
@@ -281,12 +276,8 @@ class Adding:
 
     def __call__(self, upstream: Tensor | None, tensors: Sequence[Any], values: Values) -> Tensor:
         """Allocate the gradient of raw, and launch the backward."""
-        raw, mask, arrived = tensors
-        operands = raw, mask, arrived, None
-        if self.fold.copies:
-            operands = self.fold.read((raw, None if mask is None else mask.expand_as(raw), arrived, None))
-        gradient = self.gradient(raw)
-        self.launch(upstream, (*operands, gradient, None), values)
+        gradient = self.gradient(tensors[0])
+        self.launch(upstream, (*self.fold.read((*tensors, None)), gradient, None), values)
         return gradient
 
 

@@ -31,9 +31,11 @@ def compute(operation: Any, tensors: Sequence[Any], coefficients: Sequence[Any],
         options: the other arguments.
     """
     (alpha, beta), key, plan, is_seen = coefficients, None, None, observed()
-    if is_seen or not (type(alpha) is float is type(beta) and 0 < alpha < inf and 0 < beta < inf):
-        coefficients = alpha, beta = [*map(converted, ("alpha", "beta"), coefficients)]
-        tensors = operation.read(tensors, [*map(is_on, coefficients)], options)
+    are_floats = not is_seen and type(alpha) is float is type(beta)  # a symbol is not compared
+    if not (are_floats and 0 <= alpha < inf and 0 <= beta < inf):
+        alpha, beta = map(converted, ("alpha", "beta"), coefficients)
+    if not (are_floats and alpha and beta):
+        tensors = operation.read(tensors, (is_on(alpha), is_on(beta)), options)
     if not is_seen:  # a compiler would compile anew for new plans
         first, second = tensors
         try:

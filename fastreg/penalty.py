@@ -188,10 +188,9 @@ class PenaltyPlan(Plan):
         That of a term whose coefficient is 0 is read to measure the term, if it is given.
         """
         (raw, dropped), (by_ar, by_tar) = tensors, are_on
-        if options.measured:
+        if options.measured or options.ar_of_raw:
             return tensors
-        of_raw = by_ar and (options.ar_of_raw or (isinstance(raw, Tensor) and dropped is raw))
-        return raw if by_tar or of_raw else None, dropped if by_ar else None
+        return raw if by_tar else None, dropped if by_ar else None
 
     def __call__(self, given: Sequence[Any], values: Values) -> Any:
         """Compute the penalty, 0-dim, with AR and TAR, detached, if they are wanted; `None` if no term reads anything.
@@ -255,18 +254,16 @@ class Layer:
         layouts = layout_of(raw), layout_of(dropped)
         self.fold = Fold((layouts[0], None, None, layouts[1]), call)
         written = [self.fold.like(x) if need else None for x, need in zip(layouts, self.needs, strict=True)]
-        self.view, nothing = self.fold.view(written), (None, None)
-        self.gradients = [*map(allocator, written, (raw, dropped))]
-        self.filled = self.gradients if fills else [*map(allocator, nothing)]
-        self.forward = backend.forward(self.view if fills else self.fold.view(nothing), terms, self.device)
+        self.view, ahead = self.fold.view(written), written if fills else (None, None)
+        self.gradients, self.filled = ([*map(allocator, x, (raw, dropped))] for x in (written, ahead))
+        self.forward = backend.forward(self.fold.view(ahead), terms, self.device)
         self.backward: Any = None
 
     def __call__(self, raw: Any, dropped: Any, values: Values) -> tuple[Sums, Ahead]:
         """Launch the forward."""
         first, second = self.filled
-        grad_raw, grad_dropped, operands = first(raw), second(dropped), (raw, None, None, dropped)
-        if self.fold.copies:
-            operands = self.fold.read(operands)
+        grad_raw, grad_dropped = first(raw), second(dropped)
+        operands = self.fold.read((raw, None, None, dropped))
         sums = self.forward((*operands, grad_raw, grad_dropped), values)
         return sums, Ahead(sums.assumed, grad_raw, grad_dropped)
 
@@ -278,12 +275,9 @@ class Layer:
         if assumed is None:
             first, second = self.gradients
             gradients = [first(raw), second(dropped)]
-        operands = raw, None, None, dropped
-        if self.fold.copies:
-            if assumed is not None and self.backward.holds(grad, assumed):
-                return gradients  # before anything is copied
-            operands = self.fold.read(operands)
-        self.backward(grad, (*operands, *gradients), values, assumed)
+        elif self.fold.copies and self.backward.holds(grad, assumed):
+            return gradients  # before anything is copied
+        self.backward(grad, (*self.fold.read((raw, None, None, dropped)), *gradients), values, assumed)
         return gradients
 
     def derive(self, grad: Tensor, raw: Any, dropped: Any, values: Values, _: Ahead) -> Sequence[Any]:

@@ -61,7 +61,7 @@ def facts_of_other(x: Any) -> Sequence[Any]:
     """
     if isinstance(x, PackedSequence) and type(x.batch_sizes) is Tensor:
         return ((*facts_of(x[:2], facts_of_other), *x.batch_sizes.view(-1)[:1].tolist()),)
-    if type(x) is list or type(x) is tuple:
+    if type(x) in (list, tuple):
         return ((type(x), *facts_of(x, facts_of_other)),)
     undecorated = plain(x)
     return refused(x) if undecorated is x else facts_of((undecorated,), refused)

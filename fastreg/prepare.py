@@ -77,10 +77,7 @@ class Plan:
             arguments.check_steps_of(x, axis, there)
             sizes = sizes_of(x, axis)
             marker = partial(marked, sizes) if self.backend is None else self.backend.marker(sizes, x.device)
-            bring = [
-                None if y is None else _bringer(name, y, x.device, sizes) for name, y in zip(names, given, strict=True)
-            ]
-            self.mark = partial(_steps, marker, bring, options.reduction == "mean")
+            self.mark = partial(_steps, marker, sizes, x.device, options.reduction)
         dtype = compute_dtype([x for layer in layers for x in layer.values()])
         for layer, is_same in zip_longest(layers, are_same(raw, dropped), fillvalue=False):
             arguments.check_layer(layer, layers[0], axis)  # pyright: ignore[reportArgumentType]
@@ -135,23 +132,14 @@ def _offsets(_: Sequence[Any], tensors: Sequence[Any]) -> Steps:
     return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
 
 
-def _steps(marker: Any, bring: Sequence[Any], is_divided: bool, given: Given, _: Any) -> Steps:
+def _steps(marker: Any, sizes: tuple[Any, Any], device: torch.device, reduction: str, given: Given, _: Any) -> Steps:
     """Check the values of lengths, valid steps and starts, and mark the time steps of activations that count.
 
     Values on another device than the CPU are not looked at, as that would wait for it.
     """
-    marks, counts = marker(*[x if ready is None else ready(x) for x, ready in zip(given, bring, strict=True)])
-    return Steps(marks, counts if is_divided else None)
-
-
-def _bringer(name: str, x: Tensor, device: torch.device, sizes: tuple[Any, Any]) -> Callable[[Tensor], Tensor] | None:
-    """Return a function that brings lengths or marks to activations; `None` for those that kernels read as they are."""
-    is_ready = name == "lengths" or (x.dtype == torch.bool and x.shape == sizes)
-    if not (is_ready and x.device == device and x.is_contiguous()) or backend_for(device) is None or observed():
-        return partial(_brought, name, device, sizes)
-    if x.dtype == torch.bool or device.type != "cpu":
-        return None
-    return partial(arguments.check_range, name, sizes[1])
+    named = zip(arguments.STEPS, given, strict=True)
+    marks, counts = marker(*[None if x is None else _brought(name, device, sizes, x) for name, x in named])
+    return Steps(marks, counts if reduction == "mean" else None)
 
 
 def _brought(name: str, device: torch.device, sizes: tuple[Any, Any], given: Tensor) -> Tensor:
@@ -161,6 +149,8 @@ def _brought(name: str, device: torch.device, sizes: tuple[Any, Any], given: Ten
     it is not freed before the device has read it, and the host does not wait.
     """
     given = plain(given)
+    if given.device == device and given.dtype == torch.bool and given.shape == sizes:
+        return given.contiguous()
     if device.type == "cpu" != given.device.type:
         given = given.cpu()
     if given.dtype != torch.bool and has_values(given):

@@ -52,9 +52,7 @@ class Forward:
         assumed = self.expected.gradient if self.writes else None
         memory = *tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms  # which live as long as the call
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        if type(alpha) is not float or type(beta) is not float:
-            alpha, beta = float(alpha), float(beta)
-        self.function(self.plan, _pack(*addresses, alpha, beta), _threads())
+        self.function(self.plan, _pack(*addresses, float(alpha), float(beta)), _threads())
         return Sums(penalty, terms, assumed)
 
 
@@ -75,9 +73,7 @@ class Backward:
         alpha, beta, steps = values
         memory = *tensors, upstream, assumed, *(steps or _NO_STEPS), None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        if type(alpha) is not float or type(beta) is not float:
-            alpha, beta = float(alpha), float(beta)
-        writes = self.function(self.plan, _pack(*addresses, alpha, beta), _threads())
+        writes = self.function(self.plan, _pack(*addresses, float(alpha), float(beta)), _threads())
         if writes and assumed is not None and self.expected is not None:
             self.expected.learn(upstream)
 
