@@ -336,7 +336,7 @@ class _RunsPlan(PenaltyPlan):
     def __call__(self, given: Sequence[Any], values: Any) -> Any:
         """Return the penalty with its terms, the calls of the layers, and the plan."""
         layers = zip_longest(self.kinds, *map(layers_of, given))
-        calls = [Call(plain(x), None if kind.ar_of_raw else plain(y), *values, kind) for kind, x, y in layers]
+        calls = [Call(plain(x), None if kind.ar_of_raw else plain(y), *values, kind) for kind, x, y in layers]  # pyright: ignore
         return super().__call__(given, values), calls, self
 
 

@@ -312,9 +312,9 @@ class _DropoutPenalty(Function):
     ) -> Any:
         upstream, gradient = (grad_dropped, grad), None
         if not grad_dropped is None is grad:
-            (raw, mask, *_), values, is_seen = unpack(ctx, grad_dropped, grad)
+            saved, values, is_seen = unpack(ctx, grad_dropped, grad)
             gradient_of = _gradient_formula if is_seen else DropoutPlan.gradient
-            gradient = gradient_of(ctx.plan, upstream, raw, mask, values)
+            gradient = gradient_of(ctx.plan, upstream, saved[0], saved[1], values)
         return None, None, gradient, None
 
 

@@ -90,9 +90,9 @@ def unpack(ctx: Any, *upstream: Tensor | None) -> tuple[Sequence[Any], Values, b
                 tensors = [*map(restored, (*plan.names, *VALUES), tensors, plan.layouts)]
     count = len(plan.names)
     if len(tensors) > count:
-        coefficients: Any = [y if x is None else x for x, y in zip(tensors[count:], values, strict=False)]
+        alpha, beta = [y if x is None else x for x, y in zip(tensors[count:], values, strict=False)]
         marks, counts, offsets = tensors[count + 2 :]
-        values = Values(*coefficients, None if marks is offsets else Steps(marks, counts, offsets))
+        values = Values(alpha, beta, None if marks is offsets else Steps(marks, counts, offsets))
     return tensors, values, is_seen
 
 

@@ -210,7 +210,7 @@ class PenaltyPlan(Plan):
                 return by_formula(calls) if calls else None
             self.prepare(calls)
         if not self.is_differentiable:
-            results = launched(self.layers, tensors, values, [])
+            results = launched(self.layers, tensors, values, [])  # pyright: ignore[reportArgumentType]
         else:
             results = _apply(self, values, *tensors)
         return ARTAR(results[0], *results[1].unbind()) if self.is_measured else results

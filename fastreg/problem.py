@@ -183,7 +183,7 @@ def rows_of(x: Any) -> Tensor:
 def layers_of(x: Any) -> Sequence[Any]:
     """Return the tensors of activations, one a layer, or their packed rows; none of `None`."""
     layers = x if is_list(x) else () if x is None else (x,)
-    return tuple([rows_of(layer) for layer in layers])
+    return [layer.data if isinstance(layer, PackedSequence) else layer for layer in layers]  # in one frame
 
 
 def are_same(raw: Any, dropped: Any) -> tuple[bool, ...]:

@@ -319,7 +319,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("drop_and_penalize", "dropped in evaluation", "not training or (", "("),
         ("DropoutPlan", "one backward for all", "self.backward.get(key)", "next(iter(self.backward.values()), None)"),
         ("DropoutPlan", "kernels: the penalty's gradient where there is none", "grad is not None else", "True else"),
-        ("_DropoutPenalty", "mask and raw swapped", "(raw, mask, *_), values", "(mask, raw, *_), values"),
+        ("_DropoutPenalty", "mask and raw swapped", "saved[0], saved[1], values", "saved[1], saved[0], values"),
         ("_DropoutPenalty", "zeros where there is no gradient", "grads(False)", "grads(True)"),
         ("_DropoutPenalty", "terms differentiable", "ctx.mark_non_differentiable(results[2])", "pass"),
         ("_gradient_formula", "mask left out", "else through_mask * mask, direct", "else through_mask, direct"),
