@@ -165,7 +165,7 @@ def drop_and_penalize(
     if not isinstance(raw, Tensor):
         check_tensor("raw", raw)
     if not training or (mask is None and p == 0):
-        return _split(None, penalize((raw, raw), coefficients, steps, options._replace(ar_of_raw=True)))
+        return _split(None, penalize((raw, raw), coefficients, steps, Options(*options[:4], True, *options[5:])))
     if mask is not None:
         mask = keepable(
             plain(check_tensor("mask", mask))
@@ -205,7 +205,7 @@ class DropoutPlan(Plan):
         """
         raw, mask = given
         raw = plain(raw)
-        if type(mask) is float:  # as fastai's `RNNDropout` draws it
+        if not isinstance(mask, Tensor):  # as fastai's `RNNDropout` draws it
             mask = raw.new_empty(self.row).bernoulli_(1 - mask).div_(1 - mask)
         if self.forward is None:
             if self.backend is None:
