@@ -20,8 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.carrier import Run, is_marked, mark, stamps_of
 from fastreg.penalty import penalize
-from fastreg.prepare import Options
-from fastreg.problem import Coefficient, rows_of
+from fastreg.problem import Coefficient, Options, rows_of
 from fastreg.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.source import Source
 from fastreg.torch_state import current, keeps_memory_low, transformed, untraced, version_of

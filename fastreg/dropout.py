@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastreg.arguments import check_flags, check_probability
-from fastreg.kernels.view import Layout, Terms, allocate, layout_of
-from fastreg.operation import Plan, keep, restored, unpack
-from fastreg.penalty import penalty_of
-from fastreg.prepare import Options, Pair, call_of_raw
-from fastreg.problem import ARTAR, Call, Coefficient, terms_of
-from fastreg.reference import added, ar_tar, ar_tar_gradients
-from fastreg.torch_state import are_memory, keepable, observed, plain
+from fastreg.arguments import check_flags, check_probability, check_tensor
+from fastreg.kernels.view import Values, allocator, layout_of
+from fastreg.operation import compute, save, unpack
+from fastreg.penalty import by_formula, penalize
+from fastreg.prepare import Given, Plan
+from fastreg.problem import ARTAR, Call, Coefficient, Options, terms_of
+from fastreg.reference import added, ar_tar_gradients
+from fastreg.torch_state import keepable, plain
 from fastreg.view import Fold
 
 Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty; either may be None
@@ -123,8 +123,7 @@ def fused_dropout_ar_tar(
     if training is not True:
         check_flags(training=training)
     steps, options = (lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
-    kept, penalty, terms = drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
-    return raw if kept is None else kept, penalty if terms is None else ARTAR(penalty, *terms)
+    return drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
 
 
 class Drop(NamedTuple):
@@ -139,8 +138,8 @@ class Drop(NamedTuple):
 
 
 def drop_and_penalize(
-    raw: Any, coefficients: Pair, steps: Sequence[Any], options: Options, drop: Drop
-) -> tuple[Tensor | None, Tensor, Sequence[Tensor] | None]:
+    raw: Any, coefficients: Sequence[Any], steps: Sequence[Any], options: Options, drop: Drop
+) -> tuple[Tensor, Any]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
@@ -151,8 +150,7 @@ def drop_and_penalize(
         drop: those of the dropout.
 
     Returns:
-        dropped, or `None` where nothing is dropped; the penalty, (); and if terms are wanted AR and TAR, () and
-        detached.
+        dropped, or raw itself where nothing is dropped; and the penalty, or an `ARTAR` if terms are wanted.
 
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
@@ -160,113 +158,90 @@ def drop_and_penalize(
     p, mask, training = drop
     if type(p) is not float or not 0 <= p < 1:
         check_probability(p)
-    drops = training and (mask is not None or p != 0)
-    if not drops:
-        batch_first, time_dim, reduction, measured, _, fills = options
-        options = Options(batch_first, time_dim, reduction, measured, True, fills)
-    if isinstance(mask, Tensor):
-        mask = keepable(plain(mask))  # before its metadata are looked at: a copy may lie otherwise
-    call = call_of_raw(raw, mask, coefficients, steps, options)
-    if not drops:
-        return None, *penalty_of([call])
-    plan = DropoutPlan.of(call, mask)
-    mask = _mask_for(call.raw, float(p), mask, call.kind.time_dim)
-    if plan is None or plan.backend is None:
-        return _by_formula(call, mask)
-    saves = plan.is_differentiable
-    dropped, penalty, terms = _apply(plan, call, call.raw, mask) if saves else plan.compute(call, mask)
-    return dropped, penalty, None if terms is None else terms.unbind()
-
-
-def _by_formula(call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor] | None]:
-    """Apply the mask and compute the penalty in plain PyTorch."""
-    dropped = call.raw * mask
-    penalty, ar, tar = ar_tar(call.of(call.raw, dropped))
-    return dropped, penalty, (ar.detach(), tar.detach()) if call.kind.measured else None
-
-
-def _mask_for(raw: Any, p: float, mask: Tensor | None, time_dim: int) -> Tensor:
-    """Return a mask expanded to the shape of raw: the given one, or one drawn as fastai's `RNNDropout` draws it.
-
-    A drawn mask has one row for all time steps.
-    """
-    if mask is not None:
-        return mask.expand_as(raw)
-    shape = list(raw.shape)
-    shape[time_dim] = 1
-    return raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p).expand_as(raw)
+    if not isinstance(raw, Tensor):
+        check_tensor("raw", raw)
+    if not training or (mask is None and p == 0):
+        return raw, penalize((raw, raw), coefficients, steps, Options(*options[:4], True, *options[5:]))
+    if mask is not None:  # a copy may have other metadata
+        mask = keepable(plain(check_tensor("mask", mask)))
+    return compute(DropoutPlan, (raw, float(p) if mask is None else mask), coefficients, steps, options)
 
 
 class DropoutPlan(Plan):
     """How to drop units and compute the penalty of one layer, and the gradient of raw.
 
     Attributes:
+        row: the shape of a mask with one row for all time steps.
         is_differentiable: whether raw needs a gradient.
-        layouts: of raw and of the mask.
-        fold: their view.
-        dropped: layout of dropped.
-        forward: of the backend.
+        fold: the view of raw and of the mask.
+        dropped: a function that allocates dropped.
+        forward: of the backend; `None` before the first call.
         backward: of each kind of upstream gradients.
     """
 
-    def prepare(self, call: Call, mask: Tensor | None) -> None:
-        """Plan the forward."""
+    names, forward = ("raw", "mask"), None
+
+    def __init__(
+        self, tensors: Sequence[Any], coefficients: Sequence[Any], given: Given, options: Options, is_kept: bool
+    ) -> None:
+        raw, mask = tensors
+        super().__init__((raw, None, mask if isinstance(mask, Tensor) else None), coefficients, given, options, is_kept)
+        (self.kind,), self.row = self.kinds, list(raw.shape)
+        self.row[self.kind.time_dim] = 1
+
+    def __call__(self, given: Sequence[Any], values: Values) -> Any:
+        """Compute dropped, and the penalty, or an `ARTAR` if terms are wanted.
+
+        Args:
+            given: raw, and a mask or the probability to drop a unit.
+            values: coefficients and the steps that count.
+        """
+        raw, mask = given
+        raw = plain(raw)
+        if not isinstance(mask, Tensor):  # as fastai's `RNNDropout` draws it
+            mask = raw.new_empty(self.row).bernoulli_(1 - mask).div_(1 - mask)
+        if self.forward is None:
+            if self.backend is None:
+                dropped = raw * mask
+                return dropped, by_formula([Call(raw, dropped, *values, self.kind)])
+            self.prepare(Call(raw, None, *values, self.kind), mask)
+        compute = _apply if self.is_differentiable else DropoutPlan.launch
+        dropped, penalty, terms = compute(self, values, raw, mask)
+        return dropped, penalty if terms is None else ARTAR(penalty, *terms.unbind())
+
+    def prepare(self, call: Call, mask: Tensor) -> None:
+        """Plan the forward, for the first call."""
         raw = call.raw
         self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
-        if mask is None:
-            drawn = _mask_for(torch.empty(raw.shape, device="meta"), 0.5, None, call.kind.time_dim)
-            masked = Layout(raw.shape, drawn.stride(), raw.dtype, raw.device, aligned=True)
-        else:
-            masked = layout_of(mask.expand_as(raw))
-        self.layouts = [layout_of(raw), masked]
-        self.fold = Fold((*self.layouts, None), call)
-        self.dropped = self.fold.like(self.layouts[0])
-        self.forward = self.backend.forward(self.fold.view((self.dropped, None, None)), self.terms, self.device)
-        self.backward: dict[Any, Adding] = {}
+        self.terms, self.operands = terms_of(call), (layout_of(raw), layout_of(mask.expand_as(raw)))
+        self.fold = Fold((*self.operands, None), call)
+        layout = self.fold.like(self.operands[0])
+        self.dropped, self.backward = allocator(layout, raw), {}
+        self.forward = self.backend.forward(self.fold.view((layout, None, None)), self.terms, raw.device)
 
-    def compute(self, call: Call, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def launch(self, values: Values, raw: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Launch the forward; return dropped, the penalty, and its terms."""
-        dropped = allocate(self.dropped)
-        tensors = (*self.fold.read((call.raw, mask, None)), dropped, None, None)
-        penalty, terms, _ = self.forward(tensors, call.alpha, call.beta, call.steps)
-        return dropped, penalty, terms
+        dropped = self.dropped(raw)
+        operands = *self.fold.read((raw, mask, None)), dropped, None, None
+        sums = self.forward(operands, values)  # pyright: ignore[reportOptionalCall]
+        return dropped, sums.penalty, sums.terms
 
-    def gradient(self, upstream: Upstreams, call: Call, mask: Tensor) -> Tensor:
+    def gradient(self, upstream: Upstreams, raw: Tensor, mask: Tensor, values: Values) -> Tensor:
         """Launch the backward, for the gradients of dropped and of the penalty that there are."""
-        raw, mask = map(restored, ("raw", "mask"), (call.raw, mask), self.layouts)  # pyright: ignore
         arrived, grad = upstream
-        layout = None if arrived is None else layout_of(arrived)
-        key = layout, grad is None
-        backward = self.backward.get(key)
-        if backward is None:
-            terms = terms_of(call)
-            terms = terms if grad is not None else terms._replace(by_ar=False, by_tar=False)
-            backward = Adding(self.backend, (*self.layouts, layout), call, terms)
+        key = None if arrived is None else (arrived.stride(), arrived.data_ptr() % 16 == 0), grad is None
+        found = self.backward.get(key)
+        if found is None:
+            terms = self.terms if grad is not None else self.terms._replace(by_ar=False, by_tar=False)
+            fold = Fold((*self.operands, layout_of(arrived), None), Call(raw, None, *values, self.kind))
+            layout = fold.like(self.operands[0])  # pyright: ignore[reportArgumentType]
+            launch = self.backend.backward(fold.view((layout, None)), terms, raw.device)
+            found = fold, allocator(layout, raw), launch
             if len(self.backward) < BACKWARDS:
-                self.backward[key] = backward
-        return backward(grad, (raw, mask, arrived), call)
-
-
-class Adding:
-    """Compute a gradient of raw: the penalty's, added to the one that arrives at dropped, or at raw without a mask.
-
-    Args:
-        backend: that of the forward, as another may be in use by now.
-        layouts: of raw, of the mask, and of the gradient that arrives.
-        call: of raw.
-        terms: those that have a gradient.
-    """
-
-    def __init__(self, backend: Any, layouts: Sequence[Layout | None], call: Call, terms: Terms) -> None:
-        self.fold = Fold((*layouts, None), call)
-        self.gradient = self.fold.like(layouts[0])  # pyright: ignore[reportArgumentType]
-        self.launch = backend.backward(self.fold.view((self.gradient, None)), terms, call.raw.device)
-
-    def __call__(self, upstream: Tensor | None, tensors: Sequence[Tensor | None], call: Call) -> Tensor:
-        """Allocate the gradient of raw, and launch the backward."""
-        gradient = allocate(self.gradient)
-        operands = (*self.fold.read((*tensors, None)), gradient, None)
-        self.launch(upstream, operands, call.alpha, call.beta, call.steps)
+                self.backward[key] = found
+        fold, allocate, launch = found
+        gradient = allocate(raw)
+        launch(grad, (*fold.read((raw, mask, arrived, None)), gradient, None), values)
         return gradient
 
 
@@ -274,28 +249,23 @@ class _DropoutPenalty(Function):
     """Keep references to raw, to the mask, and to the values that the call reads."""
 
     @staticmethod
-    def forward(ctx: Any, plan: DropoutPlan, call: Call, raw: Tensor, mask: Tensor) -> Any:
-        dropped, penalty, terms = plan.compute(call, mask)
-        keep(ctx, (raw, mask), call)
-        ctx.plan = plan
+    def forward(ctx: Any, plan: DropoutPlan, values: Values, raw: Tensor, mask: Tensor) -> Any:
+        results = plan.launch(values, raw, mask)
+        save(ctx, plan, (raw, mask), values)
         ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
-        if terms is not None:
-            ctx.mark_non_differentiable(terms)
-        return dropped, penalty, terms
+        if results[2] is not None:
+            ctx.mark_non_differentiable(results[2])
+        return results
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
-        (raw, mask, *saved), plan = ctx.saved_tensors, ctx.plan
-        call, upstream, gradient = Call(raw, None, *unpack(saved, ctx.rest), plan.kind), (grad_dropped, grad), None
-        if grad_dropped is not None or grad is not None:
-            tensors = raw, mask, call.alpha, call.beta, *saved, *upstream
-            given = [x for x in tensors if isinstance(x, Tensor)]
-            if torch.is_grad_enabled() or observed() or not are_memory(given):
-                gradient = _gradient_formula(upstream, call, mask)  # which PyTorch must see
-            else:
-                gradient = plan.gradient(upstream, call, mask)
+        upstream, gradient = (grad_dropped, grad), None
+        if not grad_dropped is None is grad:
+            saved, values, is_seen = unpack(ctx, grad_dropped, grad)
+            gradient_of = _gradient_formula if is_seen else DropoutPlan.gradient
+            gradient = gradient_of(ctx.plan, upstream, saved[0], saved[1], values)
         return None, None, gradient, None
 
 
@@ -303,18 +273,20 @@ class _DropoutPenalty(Function):
 _apply: Any = super(Function, _DropoutPenalty).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _gradient_formula(upstream: Upstreams, call: Call, mask: Tensor) -> Tensor:
+def _gradient_formula(plan: DropoutPlan, upstream: Upstreams, raw: Tensor, mask: Tensor, values: Values) -> Tensor:
     """Compute the gradient of raw in plain PyTorch, itself differentiable in both upstream gradients and in raw.
 
     Args:
+        plan: of the forward.
         upstream: gradients of dropped and of the penalty; one may be `None`.
-        call: of raw.
-        mask: of the shape of raw.
+        raw: of the forward.
+        mask: of the forward.
+        values: those of the forward.
     """
-    grad_dropped, grad = upstream
-    raw, through_mask, direct = call.raw, grad_dropped, None
+    through_mask, grad = upstream
+    direct = None
     if grad is not None:
-        direct, ar = ar_tar_gradients(grad, call.of(raw, raw * mask))
+        direct, ar = ar_tar_gradients(grad, Call(raw, raw * mask, *values, plan.kind))
         through_mask = added(through_mask, ar)
     gradient = added(None if through_mask is None else through_mask * mask, direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)

@@ -1,103 +1,108 @@
-"""The common part of both operations: the plan of calls of one kind, and the values that a backward needs."""
+"""The common part of both operations: the plan of a call, and what a node keeps for its backward."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from math import inf
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastreg.arguments import check_saved
-from fastreg.backends import backend_for
-from fastreg.kernels.view import Layout, Steps, allocate, layout_of
-from fastreg.problem import Call, terms_of
-from fastreg.torch_state import observed
+from fastreg.kernels.view import Layout, Steps, Values, allocate, layout_of
+from fastreg.plans import PLANS, facts_of, facts_of_other, keep, refused
+from fastreg.prepare import Given, converted
+from fastreg.problem import Options, are_same, is_on
+from fastreg.torch_state import hooks_on_saved, is_deterministic, observed
+
+NO_STEPS = Steps()
+VALUES = "alpha", "beta", "steps", "counts", "offsets"  # those of `Values`, as messages name them
 
 
-class Plan:
-    """How to compute calls of one kind: by a backend, or by the formula.
+def compute(operation: Any, tensors: Sequence[Any], coefficients: Sequence[Any], given: Given, options: Options) -> Any:
+    """Compute a call by the plan under its key; the first call of a key checks all arguments and makes the plan.
 
-    Attributes:
-        kind: of the calls.
-        backend: the code; `None` for the formula.
-        terms: the terms of the penalty.
-        device: where the tensors are.
+    Args:
+        operation: the class of its plan.
+        tensors: raw, and dropped or a mask.
+        coefficients: alpha and beta.
+        given: lengths, valid steps and starts.
+        options: the other arguments.
     """
-
-    def __init__(self, call: Call, mask: Tensor | None) -> None:
-        x = call.given()
-        self.kind, self.device = replace(call.kind, plans=None), x.device  # with its plans it would be a cycle
-        self.backend: Any = None if 0 in x.shape else backend_for(x.device)
-        if self.backend is not None:
-            self.terms = terms_of(call)
-            self.prepare(call, mask)
-
-    @classmethod
-    def of(cls, call: Call, mask: Tensor | None = None) -> Any:
-        """Return the plan of a call, which the first of its kind makes; `None` if plain PyTorch has to see the call.
-
-        Args:
-            call: of one layer.
-            mask: of a dropout.
-        """
-        plans = call.kind.plans
-        if plans is None:
-            return None
-        plan = plans.get(cls)
-        if plan is None:
-            plan = plans[cls] = cls(call, mask)
-        return plan
-
-    def prepare(self, call: Call, mask: Tensor | None) -> None:
-        """Plan the launches of the backend."""
-        raise NotImplementedError
+    (alpha, beta), key, plan, is_seen = coefficients, None, None, observed()
+    are_floats = not is_seen and type(alpha) is float is type(beta)  # a symbol is not compared
+    if not (are_floats and 0 <= alpha < inf and 0 <= beta < inf):
+        alpha, beta = map(converted, ("alpha", "beta"), coefficients)
+    if not (are_floats and alpha and beta):
+        tensors = operation.read(tensors, (is_on(alpha), is_on(beta)), options)
+    if not is_seen:  # a compiler would compile anew for new plans
+        first, second = tensors
+        try:
+            key = (
+                *(operation, first is second if isinstance(first, Tensor) else are_same(first, second)),
+                *(*facts_of((first, second, alpha, beta, *given), facts_of_other), *options, *map(type, options)),
+                *(torch.is_grad_enabled(), hooks_on_saved(False) is None, is_deterministic()),
+            )
+            plan = PLANS.get(key)
+        except (RuntimeError, TypeError):  # as a nested tensor has no strides, and a wrong option no hash
+            key = None
+    if plan is None:
+        plan = operation(tensors, (alpha, beta), given, options, key is not None)
+        if key is not None:
+            keep(key, plan)
+    mark = plan.mark
+    return plan(tensors, Values(alpha, beta, None if mark is None else mark(given, tensors)))
 
 
-def keep(ctx: Any, tensors: Sequence[Tensor | None], call: Call) -> None:
-    """Save tensors of a call for its backward, and its coefficients and steps: most are numbers, and none."""
-    more, ctx.rest = pack(call.alpha, call.beta, call.steps)
-    ctx.save_for_backward(*tensors, *more)
+def save(ctx: Any, plan: Any, tensors: Sequence[Tensor | None], values: Values) -> None:
+    """Let autograd save the tensors of a call for its backward, and those among its values, which most calls lack."""
+    alpha, beta, steps = ctx.values = values
+    if steps is not None or type(alpha) is not float or type(beta) is not float:
+        in_memory = [x if isinstance(x, Tensor) else None for x in (alpha, beta)]
+        ctx.values = [None if isinstance(x, Tensor) else x for x in (alpha, beta)]
+        tensors = *tensors, *in_memory, *(steps or NO_STEPS)
+    ctx.plan = plan
+    ctx.save_for_backward(*tensors)
+    if plan.saved is None:
+        plan.layouts = [*map(layout_of, tensors)]
+        plan.saved = facts_of(tensors, refused)
 
 
-def pack(alpha: Any, beta: Any, steps: Steps | None) -> tuple[Sequence[Tensor], Any]:
-    """Split coefficients and steps into tensors, for autograd to save, and the rest."""
-    if steps is None and type(alpha) is float is type(beta):
-        return (), (alpha, beta)
-    values = alpha, beta, *(steps or ())
-    rest = [layout_of(x) if isinstance(x, Tensor) else x for x in values]
-    return [x for x in values if isinstance(x, Tensor)], rest
+def unpack(ctx: Any, *upstream: Tensor | None) -> tuple[Sequence[Any], Values, bool]:
+    """Return the tensors and the values of a node, and whether PyTorch has to see its backward as the formula.
 
-
-def unpack(saved: Sequence[Any], rest: Any) -> tuple[Any, Any, Steps | None]:
-    """Return alpha, beta and steps, as `pack` has split them.
+    Args:
+        ctx: the node.
+        upstream: the gradients that arrive.
 
     Raises:
-        RuntimeError: a hook on saved tensors has changed the shape or the dtype of one.
+        RuntimeError: a tensor has another shape or dtype, as its `data` and hooks on saved tensors may change.
     """
-    if not saved:
-        return *rest, None
-    tensors, values = iter(saved), []
-    for name, x in zip(("alpha", "beta", "steps", "counts", "offsets"), rest, strict=False):
-        values.append(_unpacked(name, next(tensors), x) if isinstance(x, Layout) else x)
-    alpha, beta, *steps = values
-    return alpha, beta, Steps(*steps) if steps else None
+    tensors, values, plan, is_seen = ctx.saved_tensors, ctx.values, ctx.plan, torch.is_grad_enabled() or observed()
+    if not is_seen:
+        try:
+            facts = facts_of((*tensors, *upstream), refused)
+        except RuntimeError:
+            is_seen = True
+        else:
+            if facts[: len(plan.saved)] != plan.saved:
+                tensors = [*map(restored, (*plan.names, *VALUES), tensors, plan.layouts)]
+    count = len(plan.names)
+    if len(tensors) > count:
+        alpha, beta = [y if x is None else x for x, y in zip(tensors[count:], values, strict=False)]
+        marks, counts, offsets = tensors[count + 2 :]
+        values = Values(alpha, beta, None if marks is offsets else Steps(marks, counts, offsets))
+    return tensors, values, is_seen
 
 
-def _unpacked(name: str, x: Tensor, before: Layout) -> Tensor:
-    """Check a saved tensor, and return it without gaps."""
-    if (x.dtype is not before.dtype or x.shape != before.shape) and not observed():
-        check_saved(name, before, x)
-    return x.contiguous()
-
-
-def restored(name: str, x: Tensor | None, before: Layout | None) -> Tensor | None:
+def restored(name: str, x: Any, before: Layout | None) -> Any:
     """Return a tensor that a backward has unpacked as kernels read it: in the layout of the forward.
 
     Raises:
-        RuntimeError: it has another shape or dtype, as its `data` and hooks on saved tensors may change.
+        RuntimeError: it has another shape or dtype.
     """
-    if x is None or before is None or layout_of(x) == before:
+    if before is None or layout_of(x) == before:
         return x
     check_saved(name, before, x)
     copy = to = allocate(before)  # aligned, also where the kernels do not rely on it

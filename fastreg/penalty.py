@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, Literal, TypeAlias, overload
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.kernels.view import allocate, layout_of
-from fastreg.operation import Plan, keep, restored, unpack
-from fastreg.prepare import Options, Pair, calls_of, rows_of_layers
-from fastreg.problem import ARTAR, Call, Coefficient, compute_dtype
+from fastreg.arguments import check_given
+from fastreg.kernels.view import Sums, Values, allocator, layout_of
+from fastreg.operation import compute, save, unpack
+from fastreg.prepare import Given, Plan
+from fastreg.problem import ARTAR, Call, Coefficient, Options, compute_dtype, is_on, layers_of, terms_of
 from fastreg.reference import ar_tar, ar_tar_gradients
-from fastreg.torch_state import are_memory, observed
+from fastreg.torch_state import plain
 from fastreg.view import Fold
 
 One: TypeAlias = Tensor | PackedSequence
@@ -129,7 +131,7 @@ def fused_ar_tar(
     return penalize((raw, dropped), (alpha, beta), (lengths, valid, starts), options)
 
 
-def penalize(activations: Pair, coefficients: Pair, steps: Sequence[Any], options: Options) -> Any:
+def penalize(activations: Sequence[Any], coefficients: Sequence[Any], steps: Sequence[Any], options: Options) -> Any:
     """Compute the penalty of activations, with its terms if they are wanted.
 
     Args:
@@ -141,106 +143,159 @@ def penalize(activations: Pair, coefficients: Pair, steps: Sequence[Any], option
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    calls = calls_of(activations, coefficients, steps, options)
-    if not calls:
-        return _zero(*activations, options.measured)
-    penalty, terms = penalty_of(calls)
-    return penalty if terms is None else ARTAR(penalty, *terms)
+    result = compute(PenaltyPlan, activations, coefficients, steps, options)
+    return _zero(activations, options.measured) if result is None else result
 
 
-def _zero(raw: Any, dropped: Any, measured: bool) -> Tensor | ARTAR:
+def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
     """Return 0 where the activations are, if any were given at all: both terms are off."""
-    tensors = [x for x in (*rows_of_layers(raw), *rows_of_layers(dropped)) if isinstance(x, Tensor)]
+    tensors = [x for given in activations for x in layers_of(given) if isinstance(x, Tensor)]
     zero = torch.zeros((), dtype=compute_dtype(tensors), device=tensors[0].device if tensors else None)
     return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
 
 
-def penalty_of(calls: Sequence[Call]) -> tuple[Tensor, Sequence[Tensor] | None]:
-    """Compute the penalty of the layers of a call, and AR and TAR, detached, if they are wanted; all 0-dim.
-
-    A tensor that requires no gradient is summed and nothing else: `fastreg.addition` adds the gradient of
-    the penalty of detached tensors.
-    """
-    plans: list[PenaltyPlan] = []
-    tensors: list[Tensor | None] = []
-    needs: list[bool] = []
-    for call in calls:
-        plan = PenaltyPlan.of(call)
-        if plan is None or plan.backend is None:
-            return by_formula(calls)
-        plans.append(plan)
-        tensors += call.raw, call.dropped
-        needs += plan.needs
-    if True in needs:
-        results = _apply(plans, calls, needs, *tensors)
-        penalty, terms = results if calls[0].kind.measured else (results, None)  # an output more costs 3 us
-    else:
-        penalty, terms, _ = _launched(plans, calls)
-    return penalty, None if terms is None else terms.unbind()
-
-
-def by_formula(calls: Sequence[Call]) -> tuple[Tensor, Sequence[Tensor] | None]:
-    """Compute the penalty in plain PyTorch, and its terms if they are wanted."""
+def by_formula(calls: Sequence[Call]) -> Tensor | ARTAR:
+    """Compute the penalty of the layers of a call in plain PyTorch, with its terms if they are wanted."""
     penalty, ar, tar = reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), map(ar_tar, calls))
-    return penalty, (ar.detach(), tar.detach()) if calls[0].kind.measured else None
-
-
-def _launched(plans: Sequence[PenaltyPlan], calls: Sequence[Call]) -> tuple[Tensor, Tensor | None, list[Any]]:
-    """Launch the forward of each layer; return the sums, and each assumption with the gradients filled under it."""
-    penalty, terms, *ahead = plans[0].compute(calls[0])
-    aheads = [ahead]
-    for plan, call in zip(plans[1:], calls[1:], strict=True):
-        more, its_terms, *ahead = plan.compute(call)
-        penalty, terms = penalty + more, None if terms is None or its_terms is None else terms + its_terms
-        aheads.append(ahead)
-    return penalty, terms, aheads
+    return ARTAR(penalty, ar.detach(), tar.detach()) if calls[0].kind.measured else penalty
 
 
 class PenaltyPlan(Plan):
+    """How to compute the penalty of all layers of a call, and its gradients.
+
+    The tensors of a call are raw and dropped of each layer, one after the other. Raw is `None` where no term reads it,
+    and dropped where no term reads it or AR is of raw.
+
+    Attributes:
+        layers: how to compute each; `None` before the first call.
+        needs: whether each tensor needs a gradient.
+    """
+
+    layers: Any = None
+
+    def __init__(
+        self, tensors: Sequence[Any], coefficients: Sequence[Any], given: Given, options: Options, is_kept: bool
+    ) -> None:
+        (raw, dropped), (alpha, beta) = tensors, coefficients
+        check_given("raw", raw, is_on(beta), "beta")
+        check_given("dropped", dropped, is_on(alpha), "alpha")
+        super().__init__((raw, dropped, None), coefficients, given, options, is_kept)
+
+    @staticmethod
+    def read(tensors: Sequence[Any], are_on: Sequence[bool], options: Options) -> Sequence[Any]:
+        """Return raw and dropped, `None` for one that no term reads: it is not looked at.
+
+        That of a term whose coefficient is 0 is read to measure the term, if it is given.
+        """
+        (raw, dropped), (by_ar, by_tar) = tensors, are_on
+        if options.measured or options.ar_of_raw:
+            return tensors
+        return raw if by_tar else None, dropped if by_ar else None
+
+    def __call__(self, given: Sequence[Any], values: Values) -> Any:
+        """Compute the penalty, 0-dim, with AR and TAR, detached, if they are wanted; `None` if no term reads anything.
+
+        Args:
+            given: raw and dropped.
+            values: coefficients, and the steps that count.
+        """
+        raw, dropped = tensors = given
+        if type(raw) is not Tensor or type(dropped) is not Tensor or dropped is raw:
+            layers = zip_longest(self.kinds, layers_of(raw), layers_of(dropped))
+            tensors = [plain(x) for kind, *pair in layers for x in (pair[0], None if kind.ar_of_raw else pair[1])]
+        if self.layers is None:
+            layers = zip(tensors[::2], tensors[1::2], self.kinds, strict=True)
+            calls = [Call(raw, dropped, *values, kind) for raw, dropped, kind in layers]
+            if self.backend is None:
+                return by_formula(calls) if calls else None
+            self.prepare(calls)
+        if not self.is_differentiable:
+            results = launched(self.layers, tensors, values, [])  # pyright: ignore[reportArgumentType]
+        else:
+            results = _apply(self, values, *tensors)
+        return ARTAR(results[0], *results[1].unbind()) if self.is_measured else results
+
+    def prepare(self, calls: Sequence[Call]) -> None:
+        """Plan the layers, for the first call."""
+        layers = [Layer(call, self.backend, self.fills) for call in calls]
+        self.needs = [need for layer in layers for need in layer.needs]
+        self.names, self.is_measured = ["raw", "dropped"] * len(layers), layers[0].terms.measured
+        self.is_differentiable = True in self.needs
+        self.layers = layers
+
+
+class Ahead(NamedTuple):
+    """What the forward has filled for the backward: the gradients of raw and of dropped, and for which upstream one."""
+
+    assumed: Any = None
+    raw: Tensor | None = None
+    dropped: Tensor | None = None
+
+
+NOTHING_AHEAD = Ahead()
+
+
+class Layer:
     """How to compute the penalty of one layer, and its gradients.
 
     Attributes:
         needs: whether raw and dropped need gradients: a term that is only measured has none.
         fold: the view of raw and dropped.
-        gradients: layouts of their gradients.
-        filled: layouts of the gradients that the forward fills for the backward.
+        gradients: functions that allocate their gradients.
+        filled: functions that allocate the gradients that the forward fills for the backward.
         forward, backward: of the backend; the first backward makes the latter.
     """
 
-    def prepare(self, call: Call, mask: Tensor | None) -> None:
-        """Plan the forward."""
-        raw, dropped, terms, enabled = call.raw, call.dropped, self.terms, torch.is_grad_enabled()
-        by_raw = terms.by_tar or (terms.by_ar and terms.ar_of_raw)
-        by_dropped = terms.by_ar and not terms.ar_of_raw
+    def __init__(self, call: Call, backend: Any, fills: bool) -> None:
+        raw, dropped, terms, enabled = call.raw, call.dropped, terms_of(call), torch.is_grad_enabled()
+        by_raw, by_dropped = terms.by_tar or (terms.by_ar and terms.ar_of_raw), terms.by_ar and not terms.ar_of_raw
         self.needs = enabled and by_raw and raw.requires_grad, enabled and by_dropped and dropped.requires_grad
-        self.layouts = [None if x is None else layout_of(x) for x in (raw, dropped)]
-        self.fold = Fold((self.layouts[0], None, None, self.layouts[1]), call)
-        pairs = zip(self.layouts, self.needs, strict=True)
-        self.gradients = [self.fold.like(x) if need else None for x, need in pairs]  # pyright: ignore
-        self.filled = self.gradients if call.kind.fills else [None, None]
-        self.forward = self.backend.forward(self.fold.view(self.filled), terms, self.device)
+        self.kind, self.terms, self.backend, self.device = call.kind, terms, backend, call.given().device
+        layouts = layout_of(raw), layout_of(dropped)
+        self.fold = Fold((layouts[0], None, None, layouts[1]), call)
+        written = [self.fold.like(x) if need else None for x, need in zip(layouts, self.needs, strict=True)]
+        self.view, ahead = self.fold.view(written), written if fills else (None, None)
+        self.gradients, self.filled = ([*map(allocator, x, (raw, dropped))] for x in (written, ahead))
+        self.forward = backend.forward(self.fold.view(ahead), terms, self.device)
         self.backward: Any = None
 
-    def compute(self, call: Call) -> tuple[Any, ...]:
-        """Launch the forward; return the penalty, its terms, the assumption, and the gradients that it filled."""
+    def __call__(self, raw: Any, dropped: Any, values: Values) -> tuple[Sums, Ahead]:
+        """Launch the forward."""
         first, second = self.filled
-        filled = None if first is None else allocate(first), None if second is None else allocate(second)
-        tensors = (*self.fold.read((call.raw, None, None, call.dropped)), *filled)
-        return *self.forward(tensors, call.alpha, call.beta, call.steps), filled
+        grad_raw, grad_dropped = first(raw), second(dropped)
+        operands = self.fold.read((raw, None, None, dropped))
+        sums = self.forward((*operands, grad_raw, grad_dropped), values)
+        return sums, Ahead(sums.assumed, grad_raw, grad_dropped)
 
-    def gradients_of(self, grad: Tensor, call: Call, assumed: Any, filled: Any) -> Sequence[Tensor | None]:
-        """Launch the backward for gradients that the forward has filled, or for new memory without an assumption."""
-        raw, dropped = map(restored, ("raw", "dropped"), (call.raw, call.dropped), self.layouts)
+    def differentiate(self, grad: Tensor, raw: Any, dropped: Any, values: Values, ahead: Ahead) -> Sequence[Any]:
+        """Launch the backward for gradients that the forward has filled, or for new memory; return both."""
+        assumed, *gradients = ahead
         if self.backward is None:
-            view, expected = self.fold.view(self.gradients), self.forward.expected
-            self.backward = self.backend.backward(view, self.terms, self.device, expected)
+            self.backward = self.backend.backward(self.view, self.terms, self.device, self.forward.expected)
         if assumed is None:
-            filled = [None if x is None else allocate(x) for x in self.gradients]
-        elif True in self.fold.copied and self.backward.holds(grad, assumed):
-            return filled  # before anything is copied
-        tensors = (*self.fold.read((raw, None, None, dropped)), *filled)
-        self.backward(grad, tensors, call.alpha, call.beta, call.steps, assumed)
-        return filled
+            first, second = self.gradients
+            gradients = [first(raw), second(dropped)]
+        elif self.fold.copies and self.backward.holds(grad, assumed):
+            return gradients  # before anything is copied
+        self.backward(grad, (*self.fold.read((raw, None, None, dropped)), *gradients), values, assumed)
+        return gradients
+
+    def derive(self, grad: Tensor, raw: Any, dropped: Any, values: Values, _: Ahead) -> Sequence[Any]:
+        """Compute both gradients in plain PyTorch, which may differentiate them."""
+        gradients = ar_tar_gradients(grad, Call(raw, dropped, *values, self.kind))
+        return [None if y is None else y.to(x.dtype) for x, y in zip((raw, dropped), gradients, strict=True)]
+
+
+def launched(layers: Sequence[Layer], tensors: Sequence[Any], values: Values, aheads: list[Any]) -> Any:
+    """Launch the forward of each layer, and note what is ahead; return the penalty, and terms if they are wanted."""
+    penalty: Any = None
+    terms: Any = None
+    for layer, raw, dropped in zip(layers, tensors[::2], tensors[1::2], strict=True):
+        sums, ahead = layer(raw, dropped, values)
+        aheads.append(ahead)
+        penalty = sums.penalty if penalty is None else penalty + sums.penalty
+        terms = sums.terms if terms is None else terms + sums.terms
+    return penalty if terms is None else (penalty, terms)
 
 
 class _Penalty(Function):
@@ -250,38 +305,32 @@ class _Penalty(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, plans: Sequence[PenaltyPlan], calls: Sequence[Call], needs: Sequence[bool], *tensors: Tensor | None
-    ) -> Any:
-        penalty, terms, ctx.ahead = _launched(plans, calls)
-        keep(ctx, [x if need else None for x, need in zip(tensors, needs, strict=True)], calls[0])
-        ctx.plans = plans
-        if terms is None:
-            return penalty
-        ctx.set_materialize_grads(False)  # no zeros for a gradient of the terms
-        ctx.mark_non_differentiable(terms)
-        return penalty, terms
+    def forward(ctx: Any, plan: PenaltyPlan, values: Values, *tensors: Tensor | None) -> Any:
+        ctx.ahead = []
+        results = launched(plan.layers, tensors, values, ctx.ahead)
+        if False in plan.needs:
+            tensors = tuple([x if need else None for x, need in zip(tensors, plan.needs, strict=True)])
+        save(ctx, plan, tensors, values)
+        if plan.is_measured:  # an output more costs 3 us
+            ctx.set_materialize_grads(False)  # no zeros for a gradient of the terms
+            ctx.mark_non_differentiable(results[1])
+        return results
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        plans, saved = ctx.plans, ctx.saved_tensors
-        count = 2 * len(plans)
+        plan = ctx.plan
         if grad is None:
-            return (None,) * (3 + count)
-        values = unpack(saved[count:], ctx.rest)
-        ahead = vars(ctx).pop("ahead", None) or [(None, None)] * len(plans)  # in one step, for two threads
-        formula = torch.is_grad_enabled() or observed() or not are_memory((grad, *saved))
+            return (None,) * (2 + len(plan.needs))
+        saved, values, is_seen = unpack(ctx, grad)
+        aheads = vars(ctx).pop("ahead", None) or [NOTHING_AHEAD] * len(plan.layers)  # in one step, for two threads
+        gradients_of = Layer.derive if is_seen else Layer.differentiate
+        if len(plan.layers) == 1:
+            return None, None, *gradients_of(plan.layers[0], grad, saved[0], saved[1], values, aheads[0])
         gradients: list[Tensor | None] = []
-        for i, plan in enumerate(plans):
-            call = Call(saved[2 * i], saved[2 * i + 1], *values, plan.kind)
-            if plan.needs == (False, False):  # nothing of this layer is kept
-                gradients += None, None
-            elif formula:  # PyTorch must see the gradient's
-                pairs = zip(ar_tar_gradients(grad, call), (call.raw, call.dropped), strict=True)
-                gradients += [None if g is None else g.to(x.dtype) for g, x in pairs]
-            else:
-                gradients += plan.gradients_of(grad, call, *ahead[i])
-        return None, None, None, *gradients
+        for layer, raw, dropped, ahead in zip(plan.layers, saved[::2], saved[1::2], aheads, strict=False):
+            is_kept = True in layer.needs  # nothing of another layer is saved
+            gradients += gradients_of(layer, grad, raw, dropped, values, ahead) if is_kept else (None, None)
+        return None, None, *gradients
 
 
 # `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.

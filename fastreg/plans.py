@@ -1,4 +1,4 @@
-"""The memory of the front door, under keys: the metadata of a call's arguments as a flat tuple.
+"""The memory of plans, under keys: the metadata of a call's arguments, and the state of PyTorch, as a flat tuple.
 
 All checks of metadata run when a key is new, so a key holds every fact that a check, a view, or compiled code depends
 on. It holds no tensor, and of coefficients only whether each is 0, a number or a tensor.
@@ -6,68 +6,71 @@ on. It holds no tensor, and of coefficients only whether each is 0, a number or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.torch_state import are_memory, keeps_memory_low, observed, plain
+from fastreg.torch_state import plain
 
 SIZE = 1024  # kinds of calls: a few hundred sequence lengths, with and without gradients
-_kept: dict[Any, Any] = {}
+PLANS: dict[Any, Any] = {}
 
 
-def kept(key: Any) -> Any:
-    """Return the value that is kept under a key, or `None`."""
-    try:
-        return _kept.get(key)
-    except TypeError:  # an option without a hash, which the checks refuse
-        return None
-
-
-def keep(key: Any, value: Any) -> None:
-    """Keep a value; drop the oldest of too many. Two threads may make one at once: both are right."""
-    if len(_kept) >= SIZE:
-        _kept.pop(next(iter([*_kept]), None), None)  # another thread may have dropped all
-    _kept[key] = value
+def keep(key: Any, plan: Any) -> None:
+    """Keep a plan; drop the oldest of too many. Two threads may make one at once: both are right."""
+    if len(PLANS) >= SIZE:
+        PLANS.pop(next(iter([*PLANS]), None), None)  # another thread may have dropped all
+    PLANS[key] = plan
 
 
 def forget() -> None:
-    """Drop all values, as the registry of backends has changed."""
-    _kept.clear()
+    """Drop all plans, as the registry of backends has changed."""
+    PLANS.clear()
 
 
-class _NoKeyError(Exception):
-    """Signal an argument whose metadata does not determine a plan."""
+def facts_of(values: Iterable[Any], of_others: Callable[[Any], Sequence[Any]]) -> list[Any]:
+    """Return the facts of values that a check or a plan may depend on, one after the other.
 
-
-def key_of(values: Iterable[Any], options: Sequence[Any]) -> Any:
-    """Return the metadata of arguments as a key; `None` for a call that plain PyTorch has to see.
+    A tensor has six, and a float one: whether it is 0.
 
     Args:
-        values: tensors, lists of them, coefficients, and `None`.
-        options: values that belong to the key, with their types: `True` is no 1.
+        values: tensors, floats, `None`, and others.
+        of_others: returns the facts of others, among them tensors of subclasses, and tensors whose values do not lie in
+            memory.
+
+    Raises:
+        RuntimeError: the facts do not determine a plan, or a tensor is a wrapper, as of vmap, which has no memory.
     """
-    if observed():
-        return None
-    try:
-        facts = [x if x is None else x != 0 if type(x) is float else _facts(x) for x in values]
-        return *facts, *options, *map(type, options), torch.is_grad_enabled(), keeps_memory_low()
-    except (_NoKeyError, RuntimeError):  # a nested tensor has no shape
-        return None
+    facts: list[Any] = []
+    for x in values:
+        # The values of a negated view have the other sign in memory. Zeros, meta and empty tensors have no address.
+        if type(x) is Tensor and (address := x.data_ptr()) and not x.is_neg():
+            facts += x.shape, x.stride(), x.dtype, x.device, address % 16 == 0, x.requires_grad
+        else:
+            facts += (None,) if x is None else (x != 0,) if type(x) is float else of_others(x)
+    return facts
 
 
-def _facts(x: Any) -> Any:
-    """Return the facts of a value that a check or a plan may depend on."""
-    if type(x) is Tensor and are_memory((x,)):
-        return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0, x.requires_grad
+def facts_of_other(x: Any) -> Sequence[Any]:
+    """Return the facts of a tensor of a subclass that only decorates it, or one of a list or of packed rows.
+
+    Raises:
+        RuntimeError: it is something else.
+    """
     if isinstance(x, PackedSequence) and type(x.batch_sizes) is Tensor:
-        return _facts(x.data), _facts(x.batch_sizes), *x.batch_sizes.view(-1)[:1].tolist()
-    if type(x) is list or type(x) is tuple:
-        return type(x), *map(_facts, x)
+        return ((*facts_of(x[:2], facts_of_other), *x.batch_sizes.view(-1)[:1].tolist()),)
+    if type(x) in (list, tuple):
+        return ((type(x), *facts_of(x, facts_of_other)),)
     undecorated = plain(x)
-    if undecorated is x:
-        raise _NoKeyError
-    return _facts(undecorated)
+    return refused(x) if undecorated is x else facts_of((undecorated,), refused)
+
+
+def refused(x: Any) -> Any:
+    """Refuse a value whose facts would not determine a plan.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(f"no plan for {type(x)}")

@@ -1,9 +1,9 @@
-"""The record of a call of one layer, and the facts that follow from it."""
+"""The records of a call, and the facts that follow from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -50,18 +50,29 @@ class Place(NamedTuple):
         return f"batch_first={self.batch_first}" if self.time_dim is None else f"time_dim={self.time_dim}"
 
 
-@dataclass(eq=False)
-class Kind:
-    """Hold the facts that the calls of one plan have in common.
+class Options(NamedTuple):
+    """The options of a call as they were given: see `fused_ar_tar`.
 
-    Attributes:
-        time_dim: the axis of time, negative from the end: -2 is that of `(batch, time, hidden)` and `(time, hidden)`.
-        reduction: `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide.
-        measured: terms are wanted, so that one whose coefficient is 0 is formed, too; it has no gradient.
-        ar_of_raw: AR is the mean square of raw, as fastai v1 forms it, or because dropped is raw itself.
-        dtype: of differences, squares and sums, and of the penalty.
-        fills: the forward fills gradients for the backward, which otherwise forms them.
-        plans: of the operations, which the first call makes; `None` where plain PyTorch has to see every call.
+    `ar_of_raw` asks for AR of raw. With `fills` the forward may fill gradients for the backward; without it no gradient
+    is held in between.
+    """
+
+    batch_first: Any = None
+    time_dim: Any = None
+    reduction: Any = "mean"
+    measured: Any = False
+    ar_of_raw: bool = False
+    fills: bool = True
+
+
+class Kind(NamedTuple):
+    """The facts about a layer that its formula depends on beside tensors and coefficients.
+
+    time_dim   the axis of time, negative from the end: -2 is that of `(batch, time, hidden)` and `(time, hidden)`
+    reduction  `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide
+    measured   terms are wanted, so that one whose coefficient is 0 is computed, too; it has no gradient
+    ar_of_raw  AR is the mean square of raw, as fastai v1 computes it, or because dropped is raw itself
+    dtype      of differences, squares and sums, and of the penalty
     """
 
     time_dim: int = -2
@@ -69,15 +80,13 @@ class Kind:
     measured: bool = False
     ar_of_raw: bool = False
     dtype: torch.dtype = torch.float32
-    fills: bool = True
-    plans: dict[Any, Any] | None = None
 
 
 class Call(NamedTuple):
-    """A call of one layer, as the front door makes it from the arguments.
+    """A call of one layer, as the formula and the making of a plan read it.
 
     raw, dropped  activations of one shape, or packed rows, `(rows, hidden)`; `None` where no term reads it, and dropped
-                  is `None` where it is raw itself
+                  is `None` where AR is of raw
     alpha, beta   coefficients of AR and TAR, checked: floats, or 0-dim tensors
     steps         the time steps that count, on the device of the activations, or the place of packed rows; `None`
                   where all steps count
@@ -94,10 +103,6 @@ class Call(NamedTuple):
     def given(self) -> Any:
         """Return raw, or dropped where raw is `None`."""
         return self.dropped if self.raw is None else self.raw
-
-    def of(self, raw: Any, dropped: Any = None) -> Call:
-        """Return the same call of other tensors."""
-        return Call(raw, dropped, self.alpha, self.beta, self.steps, self.kind)
 
 
 def is_on(coefficient: Coefficient) -> bool:
@@ -173,3 +178,14 @@ def is_list(value: object) -> bool:
 def rows_of(x: Any) -> Tensor:
     """Return the tensor itself, or the rows of a `PackedSequence`."""
     return x.data if isinstance(x, PackedSequence) else x
+
+
+def layers_of(x: Any) -> Sequence[Any]:
+    """Return the tensors of activations, one a layer, or their packed rows; none of `None`."""
+    layers = x if is_list(x) else () if x is None else (x,)
+    return [layer.data if isinstance(layer, PackedSequence) else layer for layer in layers]  # in one frame
+
+
+def are_same(raw: Any, dropped: Any) -> tuple[bool, ...]:
+    """Return of each layer whether dropped is raw itself."""
+    return tuple(map(is_, layers_of(raw), layers_of(dropped)))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fastreg.arguments import check_coefficient, check_probability
 from fastreg.dropout import Drop, drop_and_penalize
-from fastreg.prepare import Options, coefficient, place_of
-from fastreg.problem import ARTAR, Coefficient, Place, is_on
+from fastreg.prepare import coefficient, place_of
+from fastreg.problem import ARTAR, Coefficient, Options, Place, is_on
 from fastreg.torch_state import current
 
 
@@ -131,8 +131,7 @@ class FusedRNNDropout(nn.Module):
             loan = Loan(0.0, 0.0)  # code would be compiled anew for each coefficient: the hooks form the penalty
         pair = (self.alpha, self.beta) if loan is None else (loan.alpha, loan.beta)
         steps, options = (None, valid, starts), Options(*self.place(), "mean", True, self.ar_of == "raw")
-        dropped, penalty, terms = drop_and_penalize(raw, pair, steps, options, Drop(self.p if p is None else p))
-        dropped, formed = raw if dropped is None else dropped, ARTAR(penalty, *(terms or ()))
+        dropped, formed = drop_and_penalize(raw, pair, steps, options, Drop(self.p if p is None else p))
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if loan is not None:

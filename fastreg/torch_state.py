@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,11 @@ from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _is_zeros: Callable[[Tensor], bool] = torch.Tensor._is_zerotensor  # pyright: ignore
+_count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_is_recorded: Callable[[], bool] = torch._C._is_tracing
+_are_functions_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms  # half the time of the public function
+hooks_on_saved: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
 current: Callable[[], int] = torch._C._current_graph_task_id  # of the backward that runs in this thread, -1 for none
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
 compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
@@ -53,18 +58,16 @@ def observed() -> bool:
     """Return whether PyTorch is tracing or transforming the call, so that it must see the formula."""
     return (
         torch.compiler.is_dynamo_compiling()  # a compiler fuses the formula with its neighbours
-        or torch._C._len_torch_dispatch_stack() > 0  # a mode intercepts operators, as of fake tensors in an export
-        or transformed()
+        or _count_modes() > 0  # a mode intercepts operators, as of fake tensors in an export
+        or _is_recorded()  # torch.jit.trace records operators
+        or _are_functions_transformed()  # vmap and grad transform operators
+        or forward_ad._current_level >= 0  # forward-mode derivatives are those of operators
     )
 
 
 def transformed() -> bool:
     """Return whether a call is recorded or transformed, so that no hook of its tensors sees the derivative."""
-    return (
-        torch._C._is_tracing()  # torch.jit.trace records operators
-        or torch._C._are_functorch_transforms_active()  # vmap and grad transform operators
-        or forward_ad._current_level >= 0  # forward-mode derivatives are those of operators
-    )
+    return _is_recorded() or _are_functions_transformed() or forward_ad._current_level >= 0
 
 
 def is_exporting() -> bool:
@@ -74,21 +77,13 @@ def is_exporting() -> bool:
 
 def is_memory(x: Tensor) -> bool:
     """Return whether a dense tensor is memory that holds its values unchanged."""
-    return are_memory((x,))
-
-
-def are_memory(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether all dense tensors that are given are memory."""
-    for x in tensors:
-        if x is not None and (
-            type(x) is not Tensor  # a subclass has operators of its own
-            or x.is_neg()  # the values of a negated view have the other sign in memory
-            or x.is_meta  # a meta tensor has no values
-            or _is_zeros(x)  # which have no memory
-            or not torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
-        ):
-            return False
-    return True
+    return not (
+        type(x) is not Tensor  # a subclass has operators of its own
+        or x.is_neg()  # the values of a negated view have the other sign in memory
+        or x.is_meta  # a meta tensor has no values
+        or _is_zeros(x)  # which have no memory
+        or not torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
+    )
 
 
 def version_of(x: Tensor) -> int:
@@ -103,7 +98,7 @@ def has_values(x: Tensor) -> bool:
 
 def keeps_memory_low() -> bool:
     """Return whether saved tensors are packed away, as under activation checkpointing and `save_on_cpu`."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks_on_saved(False) is not None
 
 
 def keepable(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ outer batch * channels, inner width. Where not all steps count, or packed, outer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -35,6 +35,9 @@ class Fold:
         rows: the axis whose stride is that of outer: its last, or time if outer has no axes.
         sizes: of outer, time and inner.
         copied: of each tensor whether kernels read a copy.
+        copies: whether they read any.
+        read: returns tensors, each in the layout of the one that the fold was made for, as kernels read them. A mask of
+            one row may be given without the axis of time that repeats it.
     """
 
     def __init__(self, layouts: Sequence[Layout | None], call: Call) -> None:
@@ -62,6 +65,8 @@ class Fold:
             extents[:2] = int(steps.offsets[1]), len(steps.offsets) - 1
         self.sizes = tuple(extents)
         self.copied = [layout is not None and not self._fits(layout.stride, self.cut) for layout in layouts]
+        self.copies = True in self.copied
+        self.read: Callable[[Sequence[Any]], Sequence[Any]] = self._read if self.copies else tuple
 
     def _fits(self, stride: Sequence[int], cut: Cut) -> bool:
         """Return whether strides let outer and inner axes fold to one axis each, the inner one without gaps."""
@@ -70,18 +75,16 @@ class Fold:
         neighbours = [*pairwise(outer), *pairwise([*inner, -1])]
         return all([stride[i] == stride[j] * shape[j] for i, j in neighbours])
 
-    def read(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """Return tensors, each in the layout of the one that the fold was made for, as kernels read them."""
-        if True not in self.copied:
-            return tensors
+    def _read(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return tensors with copies of those that kernels cannot read."""
         return [self.copy(x) if copied and x is not None else x for x, copied in zip(tensors, self.copied, strict=True)]
 
     def copy(self, x: Tensor) -> Tensor:
         """Return a copy that kernels can read; a tensor that repeats one time step still does."""
-        shape, back = x.shape, sorted(range(x.dim()), key=self.order.__getitem__)  # undoes `order`
+        x, back = x.expand(self.shape), sorted(range(x.dim()), key=self.order.__getitem__)  # undoes `order`
         if x.stride(self.time) == 0:
             x = x.narrow(self.time, 0, 1)
-        return x.permute(self.order).contiguous().permute(back).expand(shape)
+        return x.permute(self.order).contiguous().permute(back).expand(self.shape)
 
     def _readable(self, x: Tensor) -> Tensor:
         """Return the tensor, or a copy of one that has to be copied."""

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels import tiling
-from fastreg.kernels.launch import Launch
-from fastreg.kernels.reduction import Weights, factors, finish, ticket_for
+from fastreg.kernels.launch import Grid, Launch
+from fastreg.kernels.reduction import Weights, factors, finish
 from fastreg.kernels.streams import Expected
 from fastreg.kernels.tiling import (
     Marks,
@@ -28,7 +28,7 @@ from fastreg.kernels.tiling import (
     rows_of,
     store_row,
 )
-from fastreg.kernels.view import Layout, Steps, Terms, View, allocate
+from fastreg.kernels.view import Layout, Sums, Terms, Values, View, allocator
 
 THREADS = tl.constexpr(tiling.THREADS)
 
@@ -42,6 +42,7 @@ THREADS = tl.constexpr(tiling.THREADS)
     ]
 )
 def ar_tar_kernel(
+    ticket,
     raw,
     mask,
     arrived,
@@ -51,7 +52,6 @@ def ar_tar_kernel(
     upstream,
     expected,
     records,
-    ticket,
     penalty,
     terms,
     steps,
@@ -115,6 +115,7 @@ def ar_tar_kernel(
     programs of a launch assumed the same, as they may not while a backward on another stream writes its upstream
     gradient: a wrong assumption costs time alone.
 
+    ticket                  (1,) int32, as `is_last` wants it; None in a backward, like penalty
     raw, dropped            (outer, time, inner), or None where nothing that is asked for reads it; a forward that has a
                             mask writes dropped
     mask                    the same shape, already scaled, one row for all time steps if LOCKED; or None
@@ -125,7 +126,6 @@ def ar_tar_kernel(
                             date; None in a forward without gradients, and in a backward for which nothing was assumed
     records                 (3, programs) in ACC: of each program the upstream gradient that it assumed, and its partial
                             sums of AR and TAR; None in a backward for which nothing was assumed
-    ticket                  (1,) int32, as `is_last` wants it; None in a backward, like penalty
     penalty                 () out in ACC
     terms                   (2,) out in ACC: ar and tar; None unless they are measured
     steps, offsets          as in `Marks`
@@ -290,35 +290,26 @@ class Forward:
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
         tiling = Tiling(view, terms.dtype)
         self.writes = view.operands[4:] != (None, None)
-        self.launch = _launch(tiling, view, terms, device, is_forward=True)
-        self.device, self.programs, self.measured = device, tiling.programs, terms.measured
-        self.expected = Expected(terms.dtype, device)
+        self.launch = _launch(tiling, view, terms, Grid(tiling.programs, device))
+        self.device, self.measured, self.expected = device, terms.measured, Expected(terms.dtype, device)
         shapes = torch.Size(), torch.Size([2]), torch.Size([3 * tiling.programs])
         self.penalty, self.terms, self.records = (
-            Layout(shape, (1,) * len(shape), terms.dtype, device, aligned=True) for shape in shapes
+            allocator(Layout(shape, (1,) * len(shape), terms.dtype, device, aligned=True)) for shape in shapes
         )
 
-    def __call__(
-        self, tensors: Sequence[Tensor | None], alpha: float | Tensor, beta: float | Tensor, steps: Steps | None
-    ) -> tuple[Tensor, Tensor | None, Any]:
+    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Sums:
         """Compute the penalty; fill dropped, or the gradients for the upstream gradient of the last backward.
 
         Args:
             tensors: as in the view.
-            alpha: coefficient of AR, a number or (), as for beta.
-            beta: coefficient of TAR.
-            steps: those that count, or the place of packed rows.
-
-        Returns:
-            The penalty, (); AR and TAR, (2,), if they are measured; and the assumed upstream gradient, for
-            the backward, if gradients were written.
+            values: coefficients, and the steps that count or the place of packed rows.
         """
-        penalty, terms = allocate(self.penalty), allocate(self.terms) if self.measured else None
-        records, ticket = allocate(self.records), ticket_for(self.device, self.programs)
-        expected = self.expected.memory() if self.writes else None
-        read = _read(alpha, beta, steps, self.device)
-        self.launch(*tensors, None, expected, records, ticket, penalty, terms, *read)
-        return penalty, terms, records if self.writes else None
+        penalty, terms, records = self.penalty(), self.terms() if self.measured else None, self.records()
+        expected = self.expected.memory if self.writes else None
+        if expected is None and self.writes:
+            expected = self.expected.drawn()
+        self.launch(*tensors, None, expected, records, penalty, terms, *_read(values, self.device))
+        return Sums(penalty, terms, records if self.writes else None)
 
 
 class Backward:
@@ -334,41 +325,35 @@ class Backward:
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
         tiling, self.device, self.expected = Tiling(view, terms.dtype), device, expected
+        grid = Grid(tiling.programs, device, draws=False)
         # Code that compares is other code than that of a backward for which nothing was assumed.
-        self.comparing, self.writing = (_launch(tiling, view, terms, device, is_forward=False) for _ in range(2))
+        self.comparing, self.writing = (_launch(tiling, view, terms, grid) for _ in range(2))
 
     def __call__(
-        self,
-        upstream: Tensor | None,
-        tensors: Sequence[Tensor | None],
-        alpha: float | Tensor,
-        beta: float | Tensor,
-        steps: Steps | None,
-        assumed: Tensor | None = None,
+        self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None = None
     ) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient.
 
         Args:
             upstream: the gradient of the penalty, () in the dtype of the terms, if it has one.
             tensors: as in the view, but `None` without a gradient.
-            alpha: that of the forward, like beta and steps.
-            beta: see alpha.
-            steps: see alpha.
+            values: those of the forward.
             assumed: as the forward returned it, if it has filled these gradients.
         """
-        read = _read(alpha, beta, steps, self.device)
         if assumed is None or self.expected is None:
-            self.writing(*tensors, upstream, None, None, None, None, None, *read)
+            self.writing(*tensors, upstream, None, None, None, None, *_read(values, self.device))
         else:
-            self.comparing(*tensors, upstream, self.expected.learn(), assumed, None, None, None, *read)
+            expected = self.expected.learn()
+            self.comparing(*tensors, upstream, expected, assumed, None, None, *_read(values, self.device))
 
     def holds(self, upstream: Tensor, assumed: Tensor) -> bool:
         """Return `False`: only the device can compare, and the host does not wait for it."""
         return False
 
 
-def _read(alpha: float | Tensor, beta: float | Tensor, steps: Steps | None, device: torch.device) -> Sequence[Any]:
+def _read(values: Values, device: torch.device) -> Sequence[Any]:
     """Return steps and coefficients as the kernel takes them, each coefficient in memory or as a number."""
+    alpha, beta, steps = values
     marks, counts, offsets = (None, None, None) if steps is None else steps
     if offsets is not None:  # which are on the CPU until a launch needs them
         offsets = offsets.to(device, non_blocking=True)
@@ -377,9 +362,9 @@ def _read(alpha: float | Tensor, beta: float | Tensor, steps: Steps | None, devi
     return marks, counts, offsets, alpha_at, beta_at, alpha, beta
 
 
-def _launch(tiling: Tiling, view: View, terms: Terms, device: torch.device, is_forward: bool) -> Launch:
-    """Prepare a launch of the kernel, forward or backward."""
-    mask, writes = view.operands.mask, view.operands[4:] != (None, None)
+def _launch(tiling: Tiling, view: View, terms: Terms, grid: Grid) -> Launch:
+    """Prepare a launch of the kernel: a forward draws tickets, and a backward does not."""
+    mask, writes, is_forward = view.operands.mask, view.operands[4:] != (None, None), grid.draws
     constants = {
         "SUM_AR": is_forward and terms.ar and (terms.ar_of_raw or view.operands.dropped is not None),
         "SUM_TAR": is_forward and terms.tar and view.operands.raw is not None,
@@ -390,4 +375,4 @@ def _launch(tiling: Tiling, view: View, terms: Terms, device: torch.device, is_f
         **tiling.constants,
     }
     scales = [1 / divisor for divisor in terms.divisors]
-    return Launch(ar_tar_kernel, (*tiling.numbers, *scales), constants, tiling.programs, device)
+    return Launch(ar_tar_kernel, (*tiling.numbers, *scales), constants, grid)

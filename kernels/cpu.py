@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Operands, Steps, Terms, View
+from fastreg.kernels.view import Layout, Operands, Steps, Sums, Terms, Values, View, allocator
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 # The libraries, the best first: the level of x86-64 that each needs, and the processors that have it.
@@ -40,19 +40,20 @@ class Forward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.writes = view.operands[4:] != (None, None)
-        self.launch = _Launch(library().forward, _plan(view, terms, is_forward=True))
-        self.dtype, self.measured, self.expected = terms.dtype, terms.measured, Expected(terms.dtype)
+        self.function, self.plan = library().forward, byref(_plan(view, terms, is_forward=True))
+        self.writes, self.expected = view.operands[4:] != (None, None), Expected(terms.dtype)
+        penalty, both = (Layout(shape, (1,) * len(shape), terms.dtype, device, True) for shape in (_ONE, _TWO))
+        self.penalty, self.terms = allocator(penalty), allocator(both) if terms.measured else None
 
-    def __call__(
-        self, tensors: Sequence[Tensor | None], alpha: float | Tensor, beta: float | Tensor, steps: Steps | None
-    ) -> tuple[Tensor, Tensor | None, Any]:
+    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Sums:
         """Compute the penalty; fill dropped, or the gradients for the upstream gradient of the last backward."""
+        alpha, beta, steps = values
+        penalty, terms = self.penalty(), None if self.terms is None else self.terms()
         assumed = self.expected.gradient if self.writes else None
-        penalty = torch.empty_strided((), (), dtype=self.dtype, device="cpu")  # faster than torch.empty
-        terms = torch.empty_strided((2,), (1,), dtype=self.dtype, device="cpu") if self.measured else None
-        self.launch((*tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms), alpha, beta)
-        return penalty, terms, assumed
+        memory = *tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms  # which live as long as the call
+        addresses = [0 if x is None else x.data_ptr() for x in memory]
+        self.function(self.plan, _pack(*addresses, float(alpha), float(beta)), _threads())
+        return Sums(penalty, terms, assumed)
 
 
 class Backward:
@@ -62,20 +63,17 @@ class Backward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
-        self.launch = _Launch(library().backward, _plan(view, terms, is_forward=False))
+        self.function, self.plan = library().backward, byref(_plan(view, terms, is_forward=False))
         self.dtype, self.expected = terms.dtype, expected
 
     def __call__(
-        self,
-        upstream: Tensor | None,
-        tensors: Sequence[Tensor | None],
-        alpha: float | Tensor,
-        beta: float | Tensor,
-        steps: Steps | None,
-        assumed: Tensor | None = None,
+        self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None = None
     ) -> None:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
-        writes = self.launch((*tensors, upstream, assumed, *(steps or _NO_STEPS), None, None), alpha, beta)
+        alpha, beta, steps = values
+        memory = *tensors, upstream, assumed, *(steps or _NO_STEPS), None, None
+        addresses = [0 if x is None else x.data_ptr() for x in memory]
+        writes = self.function(self.plan, _pack(*addresses, float(alpha), float(beta)), _threads())
         if writes and assumed is not None and self.expected is not None:
             self.expected.learn(upstream)
 
@@ -90,11 +88,12 @@ class Marker:
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         self.shape, self.mark = shape, library().mark_steps
+        steps = Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True)
+        self.steps, self.counts = allocator(steps), allocator(Layout(_TWO, (1,), torch.int64, device, aligned=True))
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the marks and counts of `Steps`."""
-        steps = torch.empty_strided(self.shape, (self.shape[1], 1), dtype=torch.uint8, device="cpu")
-        counts = torch.empty_strided((2,), (1,), dtype=torch.int64, device="cpu")
+        steps, counts = self.steps(), self.counts()
         if lengths is not None:
             lengths = lengths.long()
         addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, steps, counts)]
@@ -258,17 +257,5 @@ def _plan(view: View, terms: Terms, is_forward: bool) -> _Plan:
 
 # A third of the time of a ctypes structure
 _pack_marking, _pack = Struct("5P").pack, Struct(f"{_ADDRESSES}P2d").pack
-
-
-class _Launch:
-    """A C function, with the plan that it takes in every call."""
-
-    def __init__(self, function: Any, plan: _Plan) -> None:
-        self.function, self.plan = function, byref(plan)
-
-    def __call__(self, tensors: Sequence[Tensor | None], alpha: float | Tensor, beta: float | Tensor) -> int:
-        """Hand over coefficients and addresses of tensors, which live as long as the call; return the result."""
-        alpha = alpha if type(alpha) is float else alpha.item()  # pyright: ignore[reportAttributeAccessIssue]
-        beta = beta if type(beta) is float else beta.item()  # pyright: ignore[reportAttributeAccessIssue]
-        addresses = [0 if x is None else x.data_ptr() for x in tensors]
-        return self.function(self.plan, _pack(*addresses, alpha, beta), torch.get_num_threads())
+_threads = torch.get_num_threads
+_ONE, _TWO = torch.Size(), torch.Size([2])

@@ -1,14 +1,26 @@
-"""The host's side of a launch: arguments that stay the same, the compiled kernel, the current device."""
+"""The host's side of a launch: arguments that stay the same, the compiled kernel, the current device, the ticket."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+
+from fastreg.kernels.streams import PerStream, capture_of
+
+TICKETS = PerStream(torch.int32, 0)
+
+
+class Grid(NamedTuple):
+    """The programs of a launch: how many there are, on which device, and whether they draw tickets."""
+
+    programs: int
+    device: torch.device
+    draws: bool = True
 
 
 class Launch:
@@ -20,46 +32,58 @@ class Launch:
     `None`.
 
     Args:
-        kernel: a jit function. Its parameters are values that a call brings, tensors and numbers; numbers that stay the
-            same; and compile-time constants, in this order.
+        kernel: a jit function. Its parameters are a ticket; values that a call brings, tensors and numbers; numbers
+            that stay the same; and compile-time constants, in this order.
         arguments: the numbers that stay the same.
         constants: compile-time arguments by name.
-        programs: how many to launch.
-        device: where the tensors are.
+        grid: how many programs to launch, and the device where the tensors are.
+
+    Attributes:
+        draws: whether the kernel draws tickets; another one gets `None`.
     """
 
-    def __init__(
-        self, kernel: Any, arguments: Sequence[float], constants: dict[str, Any], programs: int, device: torch.device
-    ) -> None:
+    def __init__(self, kernel: Any, arguments: Sequence[float], constants: dict[str, Any], grid: Grid) -> None:
         self.kernel, self.numbers, self.constants = kernel, arguments, constants
-        self.grid = programs, 1, 1
-        self.index = None if device.type == "cpu" else device.index
+        self.grid, (self.programs, self.device, self.draws) = (grid.programs, 1, 1), grid
+        self.index = None if grid.device.type == "cpu" else grid.device.index
+        self.is_captured = capture_of(grid.device.type)
         self.run: Any = None  # the launcher of the compiled code
         constexprs = [constants[name] for name in kernel.arg_names if name in constants]
         self.rest = (*arguments, *constexprs)  # the compiled code takes all by position
 
     def __call__(self, *values: Tensor | float | None) -> None:
         """Launch on the current stream of the device."""
-        if self.index is None or self.index == torch.accelerator.current_device_index():
-            self._launch(values)
-        else:
-            with torch.accelerator.device_index(self.index):  # Triton launches on the current device
-                self._launch(values)
-
-    def _launch(self, values: tuple[Tensor | float | None, ...]) -> None:
+        index = self.index
+        if index is not None and index != torch.accelerator.current_device_index():
+            with torch.accelerator.device_index(index):  # Triton launches on the current device
+                self(*values)
+            return
+        stream = None if index is None else driver.active.get_current_stream(index)
+        ticket = self.ticket(stream) if self.draws else None
         if self.run is None:
-            compiled = self.kernel[self.grid](*values, *self.numbers, **self.constants)
+            compiled = self.kernel[self.grid](ticket, *values, *self.numbers, **self.constants)
             if compiled is not None:  # the interpreter has no compiled code, and comes here every time
                 self.compiled, self.code = compiled, (compiled.function, compiled.packed_metadata)
                 self.run = compiled.run
             return
-        stream, metadata = driver.active.get_current_stream(self.index or 0), None
-        before, after = _hook(knobs.runtime.launch_enter_hook), _hook(knobs.runtime.launch_exit_hook)
+        metadata, runtime = None, knobs.runtime
+        before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+        # Triton 3.5 has chains of hooks, and would call one that has none.
+        before, after = (
+            before if getattr(before, "calls", before) else None,
+            after if getattr(after, "calls", after) else None,
+        )
         if before is not None:  # a profiler asks which kernel is launched
-            metadata = self.compiled.launch_metadata(self.grid, stream, *values, *self.rest)
-        self.run(*self.grid, stream, *self.code, metadata, before, after, *values, *self.rest)
+            metadata = self.compiled.launch_metadata(self.grid, stream, ticket, *values, *self.rest)
+        self.run(*self.grid, stream, *self.code, metadata, before, after, ticket, *values, *self.rest)
 
+    def ticket(self, stream: int | None) -> Tensor:
+        """Return a counter, (1,) int32, for a launch on a stream; the launch leaves it at 0.
 
-def _hook(hook: Any) -> Any:
-    """Return a hook, or `None` for a chain without any (Triton 3.5), which the launcher would call in vain."""
-    return hook if getattr(hook, "calls", hook) else None
+        docs/kernels.md says why launches that share it, on streams of one handle, cannot spoil it for later ones.
+        """
+        if stream is None:  # the interpreter may be cut off halfway, so nothing is left to the next launch
+            return torch.zeros(1, dtype=torch.int32, device=self.device)
+        if self.is_captured():
+            return TICKETS.drawn(self.device)
+        return TICKETS.of(self.device, stream, self.programs)

@@ -8,16 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.runtime import driver
-
-from fastreg.kernels.streams import PerStream
 
 CHUNK = tl.constexpr(512)  # partial sums or counts that a program loads at once
-TICKETS = PerStream(torch.int32, 0)
 
 
 class Weights(NamedTuple):
@@ -140,13 +134,3 @@ def is_last(ticket):
 def weighted(coefficient, term):
     """Multiply a term by its coefficient; one that is 0 leaves it out, even if it is infinite or NaN."""
     return tl.where(coefficient == 0, 0.0, coefficient.to(term.dtype) * term)
-
-
-def ticket_for(device: torch.device, programs: int) -> Tensor:
-    """Return a counter, (1,) int32, for a launch of so many programs on the current stream; the launch leaves it at 0.
-
-    docs/kernels.md says why launches that share it, on streams of one handle, can not spoil it for those after them.
-    """
-    if device.type == "cpu":  # the interpreter may be cut off halfway, so nothing is left to the next launch
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    return TICKETS.exclusive(device, driver.active.get_current_stream(device.index), programs)

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreg.kernels.launch import Launch
-from fastreg.kernels.reduction import CHUNK, is_last, ticket_for
+from fastreg.kernels.launch import Grid, Launch
+from fastreg.kernels.reduction import CHUNK, is_last
 from fastreg.kernels.tiling import LARGE, WARPS, ceil_div
-from fastreg.kernels.view import Layout, allocate
+from fastreg.kernels.view import Layout, allocator
 
 SHARE = 4096  # steps that a program marks at least
 STEPS = 1024  # steps that it marks at once
@@ -20,13 +20,13 @@ STEPS = 1024  # steps that it marks at once
 
 @triton.jit(do_not_specialize=["lengths", "valid", "starts", "partials", "ticket", "total", "time", "share"])
 def steps_kernel(
+    ticket,
     lengths,
     valid,
     starts,
     steps,
     counts,
     partials,
-    ticket,
     total,
     time,
     share,
@@ -38,13 +38,13 @@ def steps_kernel(
         counts[t] = t < length and valid[t]
         change into t counts = counts[t] and counts[t - 1] and not starts[t]
 
+    ticket    (1,) int32, as `is_last` wants it
     lengths   (sequences,) integers, how many time steps of a sequence count; None if all do
     valid     (sequences, time) bool, which time steps count; None if all do
     starts    (sequences, time) bool, the steps that no change leads to, or None
     steps     (sequences, time) uint8 out: bit 0 if a step counts, bit 1 if the change into it does
     counts    (2,) int64 out: how many of each
     partials  (2, programs) int64: those of each program
-    ticket    (1,) int32, as `is_last` wants it
     total     steps of all sequences
     time      steps of a sequence
     share     steps of a program
@@ -95,14 +95,14 @@ class Marker:
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         total = shape[0] * shape[1]
-        self.device, self.programs = device, min(ceil_div(total, SHARE), CHUNK.value)
-        share = ceil_div(ceil_div(total, self.programs), STEPS) * STEPS
+        programs = min(ceil_div(total, SHARE), CHUNK.value)
+        share = ceil_div(ceil_div(total, programs), STEPS) * STEPS
         index = tl.int64 if total >= LARGE else tl.int32
         constants = {"INDEX": index, "STEPS": STEPS, "num_warps": WARPS, "enable_fp_fusion": True}
-        self.launch = Launch(steps_kernel, (total, shape[1], share), constants, self.programs, device)
-        self.steps = Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True)
+        self.launch = Launch(steps_kernel, (total, shape[1], share), constants, Grid(programs, device))
+        self.steps = allocator(Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True))
         self.counts, self.partials = (
-            Layout(torch.Size([2 * n]), (1,), torch.int64, device, aligned=True) for n in (1, self.programs)
+            allocator(Layout(torch.Size([2 * n]), (1,), torch.int64, device, aligned=True)) for n in (1, programs)
         )
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,6 +113,6 @@ class Marker:
             valid: `(sequences, time)` contiguous bool on the device: which time steps count.
             starts: like valid: the steps that no change leads to.
         """
-        steps, counts, partials = allocate(self.steps), allocate(self.counts), allocate(self.partials)
-        self.launch(lengths, valid, starts, steps, counts, partials, ticket_for(self.device, self.programs))
+        steps, counts, partials = self.steps(), self.counts(), self.partials()
+        self.launch(lengths, valid, starts, steps, counts, partials)
         return steps, counts

@@ -6,6 +6,7 @@ same time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Lock
 from typing import ClassVar
 
@@ -54,19 +55,17 @@ class PerStream:
         self._reserve = Reserve(dtype, value)
         self.of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
 
-    def exclusive(self, device: torch.device, stream: int, programs: int) -> Tensor:
-        """Return the element of the current stream for launches of so many programs, or one for a captured launch.
-
-        A graph's replays may run at the same time as anything but each other.
-        """
-        if is_captured(device):
-            return self._drawn(device)
+    def of(self, device: torch.device, stream: int, programs: int) -> Tensor:
+        """Return the element of a stream for launches of so many programs that no graph captures."""
         key = device, stream, programs
         found = self.of_stream.get(key)
-        return self.of_stream.setdefault(key, self._drawn(device)) if found is None else found
+        return self.of_stream.setdefault(key, self.drawn(device)) if found is None else found
 
-    def _drawn(self, device: torch.device) -> Tensor:
-        """Return an element of the reserve; one that the captured graph fills itself if none is left."""
+    def drawn(self, device: torch.device) -> Tensor:
+        """Return an element for one captured launch, as a graph's replays may run at the same time as anything else.
+
+        If the reserve has none left, the captured graph fills the element itself.
+        """
         drawn = self._reserve.draw(device)
         return self._reserve.new(1, device) if drawn is None else drawn
 
@@ -86,11 +85,11 @@ class Expected:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self._memory: Tensor | None = None
+        self.memory: Tensor | None = None  # (1,), which launches read and write
 
-    def memory(self) -> Tensor:
-        """Return the memory, (1,), which launches read and write."""
-        if self._memory is None:
+    def drawn(self) -> Tensor:
+        """Return the memory, which the first launch draws."""
+        if self.memory is None:
             reserve = self._reserves[self.dtype]
             drawn = reserve.draw(self.device)
             if drawn is None:
@@ -98,23 +97,26 @@ class Expected:
             latest = self._latest.get((self.device, self.dtype))
             if latest is not None and not is_captured(self.device):
                 drawn.copy_(latest)
-            self._memory = drawn
-        return self._memory
+            self.memory = drawn
+        return self.memory
 
     def learn(self) -> Tensor:
         """Return the memory for a backward, which writes its upstream gradient there."""
-        memory = self.memory()
+        memory = self.drawn()
         self._latest[self.device, self.dtype] = memory
         return memory
 
 
 def is_captured(device: torch.device) -> bool:
     """Return whether launches on a device's current stream are captured in a graph."""
-    # PyTorch has had graphs for XPU since 2.12.
-    is_capturing = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
-    if is_capturing is None:
-        return False
-    if device.index is None or device.index == torch.accelerator.current_device_index():
-        return is_capturing()
+    asks = capture_of(device.type)
+    if asks is bool or device.index is None or device.index == torch.accelerator.current_device_index():
+        return asks()
     with torch.accelerator.device_index(device.index):  # PyTorch asks the current device
-        return is_capturing()
+        return asks()
+
+
+def capture_of(kind: str) -> Callable[[], bool]:
+    """Return the function that says whether a graph captures the current stream of a kind of device."""
+    # PyTorch has had graphs for XPU since 2.12. bool() is False.
+    return getattr(getattr(torch, kind, None), "is_current_stream_capturing", bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +20,9 @@ class Layout(NamedTuple):
     aligned: bool  # to 16 bytes
 
 
-def layout_of(x: Tensor) -> Layout:
-    """Describe a plain, dense tensor."""
-    return Layout(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+def layout_of(x: Any) -> Any:
+    """Describe a plain, dense tensor; return `None` for `None`."""
+    return None if x is None else Layout(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
 def allocate(layout: Layout) -> Tensor:
@@ -31,6 +33,21 @@ def allocate(layout: Layout) -> Tensor:
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     storage = torch.UntypedStorage(x.nbytes, device=device)  # PyTorch never fills a storage
     return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
+
+
+def allocator(layout: Layout | None, like: Tensor | None = None) -> Callable[..., Any]:
+    """Return a function that allocates memory of a layout as `allocate` does, in less time; `None` of no layout.
+
+    With `like` the function takes a tensor that lies in memory as that one does.
+    """
+    if layout is None:
+        return lambda *_: None
+    if torch._C._get_deterministic_algorithms():
+        return lambda *_: allocate(layout)
+    if like is not None and torch.empty_like(like, device="meta").stride() == layout.stride:
+        return torch.empty_like  # which takes three quarters of the time
+    new = partial(torch.empty_strided, layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
+    return new if like is None else lambda _: new()
 
 
 class Operand(NamedTuple):
@@ -103,3 +120,29 @@ class Steps(NamedTuple):
     marks: Tensor | None = None
     counts: Tensor | None = None
     offsets: Tensor | None = None
+
+
+class Values(NamedTuple):
+    """What a launch reads beside activations; a plan depends on none of it.
+
+    alpha, beta  coefficients of AR and TAR: floats, or 0-dim tensors on the device of the activations
+    steps        the time steps that count, or the place of packed rows; None where all steps count
+    """
+
+    alpha: Any
+    beta: Any
+    steps: Steps | None = None
+
+
+class Sums(NamedTuple):
+    """What the forward of a backend returns.
+
+    penalty  ()
+    terms    (2,) AR and TAR; None unless they are measured
+    assumed  the upstream gradient for which gradients were written, in the form that the backward compares; None where
+             none were written
+    """
+
+    penalty: Tensor
+    terms: Tensor | None
+    assumed: Any

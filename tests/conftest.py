@@ -20,10 +20,12 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastreg import FusedRNNDropout, attachment, dropout, penalty, regularizer
+from fastreg import FusedRNNDropout, attachment, penalty, regularizer
 from fastreg.backends import TRITON, backend_for, cpu_tensors_by
+from fastreg.kernels import view
+from fastreg.kernels.view import Layout
 from fastreg.plans import forget
 from tests.language_model import Model
 
@@ -196,9 +198,13 @@ def deterministic() -> Iterator[None]:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fill memory from `torch.empty` and `allocate` with NaN, so that an unwritten element shows."""
-    allocate = penalty.allocate
-    for module in (penalty, dropout):
-        monkeypatch.setattr(module, "allocate", lambda memory: allocate(memory).fill_(torch.nan))
+    allocate = view.allocate  # which allocators call in deterministic mode
+
+    def poisoned(layout: Layout) -> Tensor:
+        x = allocate(layout)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(view, "allocate", poisoned)
     with deterministic():
         yield
 
@@ -207,8 +213,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def allocated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """List the gradients that `fused_ar_tar` makes memory for."""
     made: list[Any] = []
-    allocate = penalty.allocate
-    monkeypatch.setattr(penalty, "allocate", lambda memory: made.append(memory) or allocate(memory))
+    allocator = penalty.allocator
+
+    def recorded(layout: Layout, *like: Any) -> Any:
+        new = allocator(layout, *like)
+        return new if layout is None else lambda *given: made.append(layout) or new(*given)
+
+    monkeypatch.setattr(penalty, "allocator", recorded)
     return made
 
 

@@ -30,7 +30,7 @@ skip_without("triton")
 import triton  # noqa: E402
 
 from fastreg.kernels import ar_tar as kernels  # noqa: E402
-from fastreg.kernels import reduction, tiling  # noqa: E402
+from fastreg.kernels import launch, reduction, tiling  # noqa: E402
 from fastreg.kernels import steps as kernels_of_steps  # noqa: E402
 
 pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
@@ -321,7 +321,7 @@ def counts() -> list[int]:
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tickets = iter(torch.zeros(6, dtype=torch.int32).split(1))
-    monkeypatch.setattr(kernels, "ticket_for", lambda *_: next(tickets))
+    monkeypatch.setattr(launch.Launch, "ticket", lambda *_: next(tickets))
     for _ in range(3):
         train(FLOAT)
     assert next(tickets, None) is None

@@ -81,7 +81,7 @@ def test_threads_get_tickets_that_are_ready(monkeypatch: pytest.MonkeyPatch) -> 
 
     def draw(_: int) -> tuple[Tensor, bool]:
         together.wait()
-        return tickets.exclusive(device, threading.get_ident(), 1), zeroed.is_set()
+        return tickets.of(device, threading.get_ident(), 1), zeroed.is_set()
 
     with ThreadPoolExecutor(THREADS) as pool:
         drawn, ready = zip(*pool.map(draw, range(THREADS)), strict=True)
@@ -120,8 +120,8 @@ def test_launches_of_other_numbers_of_programs_share_no_ticket() -> None:
     """Each counts modulo its own number."""
     tickets = PerStream(torch.int32, 0)
     cpu = torch.device("cpu")
-    assert tickets.exclusive(cpu, 0, 3) is tickets.exclusive(cpu, 0, 3)
-    assert tickets.exclusive(cpu, 0, 3).data_ptr() != tickets.exclusive(cpu, 0, 4).data_ptr()
+    assert tickets.of(cpu, 0, 3) is tickets.of(cpu, 0, 3)
+    assert tickets.of(cpu, 0, 3).data_ptr() != tickets.of(cpu, 0, 4).data_ptr()
 
 
 def numbered_step(i: int) -> list[Tensor]:

@@ -111,11 +111,11 @@ def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkey
     """Others may have drawn all their numbers from it, and not put it back."""
     ticket, begins = torch.zeros(1, dtype=torch.int32, device=device), []
 
-    def ticket_for(_: torch.device, programs: int) -> Tensor:
-        begins.append(launches * programs)
-        return ticket.fill_(launches * programs)
+    def draw(its: launch.Launch, _: int | None) -> Tensor:
+        begins.append(launches * its.programs)
+        return ticket.fill_(launches * its.programs)
 
-    monkeypatch.setattr(kernels, "ticket_for", ticket_for)
+    monkeypatch.setattr(launch.Launch, "ticket", draw)
     for _ in range(2):
         check_penalty(*leaves(device, 2, 33, 4), 2.0, 1.0)
         assert ticket == begins[-1]

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastreg.arguments import STEPS
+from fastreg import fused_ar_tar
 from fastreg.backends import backend_for
-from fastreg.prepare import Options, calls_of
 from fastreg.reference import marked
 from tests.test_padding import ALPHA, BETA, by_both, given, marks
 
@@ -41,7 +40,7 @@ def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone_by_a_stand_in_for_a
     ((name, argument),) = given(steps).items()
     before, x = argument.tolist(), torch.empty(*marks(steps).shape, 8, device="meta")
     with Queue() as queue:
-        calls_of((x, x), (ALPHA, BETA), [argument if name == one else None for one in STEPS], Options())
+        fused_ar_tar(x, x, ALPHA, BETA, **{name: argument})
         argument.zero_()
         assert queue.read() == [before]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Layout, allocate, layout_of
-from fastreg.prepare import Options, calls_of
-from fastreg.problem import Call
+from fastreg.kernels.view import Layout, Steps, allocate, layout_of
+from fastreg.problem import Call, Kind, Place, sizes_of
+from fastreg.reference import marked
 from fastreg.view import NARROW, Fold
 from tests.conftest import deterministic
 from tests.samples import HALF, transposed
@@ -59,9 +59,11 @@ def laid_out(memory_order: str) -> Tensor:
     ],
 )
 def test_axes_fold(x: Tensor, options: dict[str, Any], sizes: tuple[int, ...], copied: bool) -> None:
-    place = {name: value for name, value in options.items() if name != "lengths"}
-    (call,) = calls_of((x, x), (2.0, 1.0), (options.get("lengths"), None, None), Options(**place))
-    fold = Fold([layout_of(x)], call)
+    options, lengths = dict(options), options.get("lengths")
+    options.pop("lengths", None)
+    axis = Place(**options).axis() % x.dim() - x.dim()
+    steps = None if lengths is None else Steps(*marked(sizes_of(x, axis), lengths, None, None))
+    fold = Fold([layout_of(x)], Call(x, None, 2.0, 1.0, steps, Kind(axis)))
     assert fold.view(())[:3] == sizes
     (read,) = fold.read([x])
     assert (read is not x) == copied

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from tests import ptx
