@@ -102,7 +102,7 @@ def ar_tar_kernel(
         tar = tar_scale * sum over t > 0 of (raw[t] - raw[t - 1]) ** 2      SUM_TAR
         penalty = alpha * ar + beta * tar
         grad_dropped[t] = upstream * 2 * alpha * ar_scale * dropped[t]      GRAD_AR
-        grad_raw[t] = (arrived[t] + grad_dropped[t]) * mask[t]              where there is a mask, else arrived[t]
+        grad_raw[t] = (arrived[t] + grad_dropped[t]) * mask[t]              where there is a mask
                       + upstream * 2 * beta * tar_scale * ((raw[t] - raw[t - 1]) - (raw[t + 1] - raw[t]))    GRAD_TAR
 
     With AR_OF_RAW ar is that of raw, and its gradient a part of grad_raw, outside of the parentheses. Steps and changes
@@ -119,7 +119,7 @@ def ar_tar_kernel(
     raw, dropped            (outer, time, inner), or None where nothing that is asked for reads it; a forward that has a
                             mask writes dropped
     mask                    the same shape, already scaled, one row for all time steps if LOCKED; or None
-    arrived                 the same shape, a gradient that arrives at dropped, or at raw without a mask; or None
+    arrived                 the same shape, a gradient that arrives at dropped where there is a mask; or None
     grad_raw, grad_dropped  out, of the same shape, or None where no gradient is asked for
     upstream                () in ACC, the upstream gradient of the penalty; None in a forward, and where it has none
     expected                () in ACC, the upstream gradient that the next forward expects, which a backward keeps up to
@@ -232,7 +232,7 @@ def ar_tar_kernel(
                         through = arriving[i] if arrived is not None else tl.zeros((BLOCK,), ACC)
                         if MASKED_AR:
                             through += tl.where(there[i], ar_factor * kept, 0.0)
-                        gradient = own + (through * keep if mask is not None else through)
+                        gradient = own + through * keep
                     store_row(grad_raw_rows, grad_raw_first, packed, i, gradient, inside[i])
                 if SUM_TAR:
                     tar_run += change_to * change_to if AHEAD else change * change

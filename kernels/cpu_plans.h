@@ -30,7 +30,7 @@ struct Plan {
 /// is not asked for.
 struct Addresses {
     const void *raw, *mask;
-    const void *arrived;  // a gradient that arrives at dropped, or at raw without a mask
+    const void *arrived;  // a gradient that arrives at dropped where there is a mask
     void *dropped;        // written in a forward that has a mask
     void *grad_raw, *grad_dropped;
     const void *upstream;      // () in the dtype of the computation: the gradient of the penalty

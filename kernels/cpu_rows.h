@@ -222,8 +222,7 @@ RowCode usual_code(Flags flags, Factors factors) {
     return code_of<A, T, AR, TAR, AR | TAR, BY_AR, BY_TAR, BY_BOTH,                                // the penalty
                    AR | BY_AR, TAR | BY_TAR, AR | TAR | BY_BOTH,                                   // with gradients
                    DROP, DROP | AR, DROP | TAR, DROP | AR | TAR, DROP | AR_OF_RAW | AR | TAR,      // dropout
-                   BACK, BACK | BY_AR, BACK | BY_TAR, BACK | BY_BOTH, BACK | AR_OF_RAW | BY_BOTH,  // its backward
-                   ARRIVED | BY_AR, ARRIVED | BY_TAR, ARRIVED | BY_BOTH>(flags, factors);          // an addition
+                   BACK, BACK | BY_AR, BACK | BY_TAR, BACK | BY_BOTH, BACK | AR_OF_RAW | BY_BOTH>(flags, factors);
 }
 
 /// Find the loops for the dtypes of memory and of the computation. Tensors of two dtypes, one of them float64, are rare:

@@ -63,7 +63,7 @@ class Operands(NamedTuple):
 
     raw, dropped            activations before and after dropout; dropped is written by a forward that has a mask
     mask                    of dropout, already scaled
-    arrived                 a gradient that arrives at dropped, or at raw without a mask
+    arrived                 a gradient that arrives at dropped where there is a mask
     grad_raw, grad_dropped  gradients, which are written
     """
 

@@ -98,7 +98,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("ar_tar_kernel", "TAR of dropped", "                    last = raws[i]", "                    last = kept"),
         ("ar_tar_kernel", "AR of what is not rounded", "kept = kept.to(ACC)", "kept = current * keep"),
         ("ar_tar_kernel", "sign of what arrives flipped", "through = arriving[i] if", "through = -arriving[i] if"),
-        ("ar_tar_kernel", "mask left out", "through * keep if mask is not None", "through if mask is not None"),
+        ("ar_tar_kernel", "mask left out", "own + through * keep", "own + through"),
         ("ar_tar_kernel", "an infinite mask spoils TAR", "None or MASKED_AR:", "None or mask is not None:"),
         ("_launch", "a measured TAR has a gradient", "writes and terms.by_tar", "writes and terms.tar"),
         ("_launch", "scales exchanged", "in terms.divisors]", "in terms.divisors[::-1]]"),
