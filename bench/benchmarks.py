@@ -78,7 +78,7 @@ def measure_peers(case: cases.Case) -> tuple[Measured, Missing]:
             turns = timing.take_turns(calls, DEVICE, SECONDS, 10 if DEVICE == "cuda" else 1)
     measured: Measured = {}
     for peer, own_turns in turns.items():
-        own = {"own_seconds": [turn.own for turn in own_turns]} if is_step else {}
+        own = {"own_seconds": [turn.own for turn in own_turns]} if is_step and DEVICE == "cpu" else {}
         measured[peer] = [turn.wall for turn in own_turns], figures[peer] | own
     return measured, failed
 

@@ -50,7 +50,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node", None)  # the name of a machine is private
     machine_info |= machine.facts()
     if benchmarks.DEVICE == "cuda":
         machine_info["copy_bandwidth"] = timing.copy_bandwidth()

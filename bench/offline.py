@@ -14,7 +14,7 @@ from itertools import product
 import torch
 
 from bench.cases import BOTH, DTYPES, SHAPES
-from bench.report import Result, table
+from bench.report import OF_COPY, Result, table
 from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, Operands, View
 
@@ -55,10 +55,10 @@ def beside(result: Result) -> str:
     copy = result.machine["copy_bandwidth"]
     rows = [["shape, dtype", "of the copy, measured", "predicted"]]
     for case in result.of(BOTH):
-        info = case.info["fastreg"]
-        if info["layout"] == "batch first" and not info.get("same") and "share_of_copy" in info:
+        info, own = case.info, case.peers["fastreg"]
+        if info["layout"] == "batch first" and not info.get("same") and OF_COPY in own:
             predicted = share(tuple(info["shape"]), getattr(torch, info["dtype"]), copy)
-            rows.append([case.label, f"{info['share_of_copy']:.0%}", f"{predicted:.0%}"])
+            rows.append([case.label, f"{own[OF_COPY]:.0f}%", f"{predicted:.0%}"])
     sources = "".join(f"- {name}: {copy / 1e12:.2f} TB/s, {source}\n" for name, (copy, source) in COPY.items())
     return f"A copy moves {copy / 1e12:.2f} TB/s in this run. Expected:\n\n{sources}\n{table(rows)}"
 

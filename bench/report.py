@@ -1,8 +1,8 @@
 """Tables and plots of the measurements: `python -m bench.report`.
 
-Of each bench/results/DEVICE.json it writes DEVICE.md, every case in a table, and plots; and between the markers of
-README.md it renders the training steps, between those of docs/performance.md all tables. Nothing in them is typed:
-tests/test_bench.py fails when they disagree with the JSON.
+Of each bench/results/DEVICE.json it writes DEVICE.md, with every case, and a plot. Of the latest machine it renders the
+training steps between the markers of README.md, and three tables between those of docs/performance.md. Nothing in them
+is typed: tests/test_bench.py fails when they disagree with the JSON.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from bench.cases import BOTH, CHANGES, CHANGING, DROPOUT, PADDED
+from bench.cases import BOTH
 from bench.machine import ALLOCATORS, DEFAULT, KEPT, ROOT
-from bench.steps import COMPILED, STEP, WITHOUT
+from bench.steps import BY_HAND, COMPILED, STEP, WITHOUT
 
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
@@ -30,99 +30,92 @@ HOW = {  # the setting of each allocator, after a machine's name
     KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
     DEFAULT: "the system's default allocator, which fetches large temporaries anew in each call",
 }
+CHEAP = "8 elementwise layers, (4, 256, 256)"
 HEADLINE = {  # training steps in the README, and their names there: recurrent models, and last an elementwise one
-    "AWD-LSTM, (20, 70, 400)": "AWD-LSTM, 20x70x400",
+    "AWD-LSTM, (64, 70, 400)": "AWD-LSTM, 64x70x400",  # of a GPU
+    "AWD-LSTM, (20, 70, 400)": "AWD-LSTM, 20x70x400",  # of a CPU
     "8 minGRU layers, (4, 256, 256)": "8 minGRUs, 4x256x256",
     "LSTM, (16, 35, 60)": "LSTM, 16x35x60",
-    "8 elementwise layers, (4, 512, 512)": "8 times `tanh(x * weight)`, 4x512x512",
+    CHEAP: "8 times `tanh(x * weight)`, 4x256x256",
 }
+STEPS = *HEADLINE, "LSTM, (8, 10, 16)"  # in docs/performance.md, as are these calls
+CALLS = (
+    *("(20, 70, 96), float32", "(64, 70, 400), float32", "(64, 70, 400), bfloat16"),
+    *("(32, 512, 1024), float32", "(32, 512, 1024), bfloat16"),
+)
 PEERS = "compiled", "eager"  # in the order of all tables
 SHAPE = "(batch, time, hidden), dtype"
+ADDED, PEAK, LEAST, OF_COPY = "added, ms", "peak, MB", "must move, MB", "of copy, %"  # headings
+# The standard error of a median, times the root of the count, over the interquartile range, where times are normal.
+ERROR = math.sqrt(math.pi / 2) / 1.349
 MOST_NAMES = 5  # of tests or cases in a sentence
-HEADING = "### "
-STEP_PEERS = {  # heading of each peer's column
+STEP_PEERS = {  # heading of each peer's column; a peer that a result does not have gets no column
     WITHOUT: "without",
     "compiled": "compiled formula",
     "eager": "formula",
     "fused_ar_tar": "`fused_ar_tar`",
+    BY_HAND: "hooks by hand",
     "attach": "`attach`",
     "FusedRNNDropout": "`FusedRNNDropout`",
 }
-OURS = list(STEP_PEERS)[3:]
+CALLING = list(STEP_PEERS)[3:]  # each of them calls fastreg
+OURS = {STEP: "attach", COMPILED: "fused_ar_tar"}  # the peer that all are compared with, by pass, else "fastreg"
 GPU_HEAD = ["of the copy bandwidth", "launches"]
-FIGURES = {  # of the JSON's extra_info: heading, unit, and meaning of the unit
-    "first_seconds": ("first call, s", 1),
-    "page_faults": ("page faults", 1),
+FIGURES = {  # of bench.benchmarks: the name in a row, which is the heading of a column, and its unit
+    "first_seconds": ("first, s", 1),
+    "page_faults": ("faults", 1),
     "kept_bytes": ("kept, MB", 1e6),
     "launches": ("launches", 1),
-    "peak_bytes": ("peak, MB", 1e6),
+    "peak_bytes": (PEAK, 1e6),
     "host_seconds": ("host, us", 1e-6),
     "graph_warm_seconds": ("graph warm, us", 1e-6),
     "graph_rotated_seconds": ("graph rotated, us", 1e-6),
-    "least_bytes": ("must move, MB", 1e6),
+    "least_bytes": (LEAST, 1e6),
     "moved_bytes": ("moves, MB", 1e6),
     "bandwidth": ("reached, GB/s", 1e9),
-    "share_of_copy": ("of copy, %", 1e-2),
+    "share_of_copy": (OF_COPY, 1e-2),
 }
+
+
+class Measured(NamedTuple):
+    """A median, and its standard error."""
+
+    median: float
+    error: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it can be told from 0."""
+        return abs(self.median) > 2 * self.error
+
+    def over(self, other: Measured) -> str:
+        """Render the ratio of two figures, if both can be told from 0."""
+        return f"{self.median / other.median:.2f}x" if self.is_clear and other.is_clear else "-"
 
 
 @dataclass
 class Case:
-    """One case. Seconds a call of every peer, round by round: the peers took turns, so rounds are pairs."""
+    """One case: its facts, and the row of each peer, as `bench.run.rows` makes it."""
 
-    name: str
-    seconds: dict[str, list[float]]
-    info: dict[str, dict[str, Any]]  # of every peer
-
-    @property
-    def kind(self) -> str:
-        return self.any_info["pass"]
-
-    @property
-    def any_info(self) -> dict[str, Any]:
-        return next(iter(self.info.values()))
+    info: dict[str, Any]
+    peers: dict[str, dict[str, Any]]
 
     @property
     def allocator(self) -> str:
-        return self.any_info.get("allocator") or DEFAULT
+        return self.info.get("allocator", DEFAULT)
 
     @property
     def label(self) -> str:
-        info = self.any_info
-        if self.kind in (STEP, COMPILED):
-            return f"{info['model']}, ({', '.join(map(str, info['shape']))})"
-        extra = [info["layout"]] * (info["layout"] != "batch first") + ["raw is dropped"] * info.get("same", False)
-        return ", ".join([f"({', '.join(map(str, info['shape']))})", info["dtype"], *extra])
+        shape = f"({', '.join(map(str, self.info['shape']))})"
+        if self.info["pass"] in (STEP, COMPILED):
+            return f"{self.info['model']}, {shape}"
+        extra = [self.info["layout"]] * (self.info["layout"] != "batch first")
+        return ", ".join([shape, self.info["dtype"], *extra, *["raw is dropped"] * self.info.get("same", False)])
 
-    def milliseconds(self, peer: str) -> float:
-        return 1e3 * statistics.median(self.seconds[peer])
-
-    def times(self, *peers: str) -> list[str]:
-        """Render the milliseconds of each peer."""
-        return [number(self.milliseconds(peer)) for peer in peers]
-
-    def speeds(self, *peers: str) -> list[str]:
-        """Render how many times as fast as each peer fastreg is."""
-        return [f"{self.times_as_fast('fastreg', peer):.1f}x" for peer in peers]
-
-    def spread(self, peer: str) -> float:
-        """The middle half of the rounds, over their median."""
-        first, middle, third = statistics.quantiles(self.seconds[peer], n=4)
-        return (third - first) / middle
-
-    def step_milliseconds(self, peer: str) -> list[float]:
-        """A step's time, round by round: on a CPU the process's own, which other programs do not lengthen."""
-        on_gpu = self.any_info["allocator"] is None
-        return [1e3 * x for x in (self.seconds[peer] if on_gpu else self.info[peer]["own_seconds"])]
-
-    def added(self, peer: str) -> tuple[float, float]:
-        """Return the time that a peer adds to a step, in ms: the mean over the rounds, and its standard error."""
-        pairs = zip(self.step_milliseconds(peer), self.step_milliseconds(WITHOUT), strict=True)
-        return mean_and_error([with_it - without for with_it, without in pairs])
-
-    def times_as_fast(self, peer: str, other: str) -> float:
-        """The median, over the rounds, of how many times as fast `peer` was."""
-        return statistics.median(b / a for a, b in zip(self.seconds[peer], self.seconds[other], strict=True))
+    def figure(self, peer: str, key: str) -> Measured:
+        """Return a figure that the row of a peer has as a median and a spread."""
+        median, spread = self.peers[peer][key]
+        return Measured(median, ERROR * spread / math.sqrt(self.peers[peer]["count"]))
 
 
 @dataclass
@@ -133,9 +126,10 @@ class Result:
     digest: str
     machine: dict[str, Any]
     commit: dict[str, Any]
-    cases: list[Case]
+    date: str
     missing: dict[str, dict[str, str]]  # case -> peer -> why it is not measured
-    tests: dict[str, Any] | None  # what `bench.run test` wrote
+    cases: list[Case]
+    tests: dict[str, Any] | None = None  # what `bench.run test` wrote
 
     @property
     def on_gpu(self) -> bool:
@@ -146,8 +140,10 @@ class Result:
         """Return the allocator of the first case."""
         return self.cases[0].allocator if self.cases else DEFAULT
 
-    def of(self, kind: str) -> list[Case]:
-        return [case for case in self.cases if case.kind == kind]
+    def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
+        """Return the cases of one pass, with `labels` those that they name, in their order."""
+        cases = {case.label: case for case in self.cases if case.info["pass"] == kind}
+        return [cases[label] for label in labels or cases if label in cases]
 
     def parts(self) -> list[Result]:
         """Split the cases of a CPU by allocator, memory kept first; those of a GPU stay together."""
@@ -157,24 +153,12 @@ class Result:
 
 def load(file: Path) -> Result:
     text = file.read_text()
-    result = json.loads(text)
-    cases: dict[str, Case] = {}
-    for benchmark in result["benchmarks"]:
-        case = cases.setdefault(benchmark["group"], Case(benchmark["group"], {}, {}))
-        info = benchmark["extra_info"]
-        case.seconds[info["peer"]], case.info[info["peer"]] = benchmark["stats"]["data"], info
-    missing = result.get("missing", {})
-    measured = [case for case in cases.values() if case.name not in missing]
+    facts = json.loads(text)
+    cases = [Case(**case) for case in facts.pop("cases")]
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     outcomes = file.parent / "tests" / file.name
     tests = json.loads(outcomes.read_text()) if outcomes.exists() else None
-    machine, commit = result["machine_info"], result["commit_info"]
-    return Result(file.stem, digest, machine, commit, measured, missing, tests)
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Return the mean, and its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    return Result(file.stem, digest, cases=cases, tests=tests, **facts)
 
 
 def number(x: float) -> str:
@@ -230,80 +214,68 @@ def tests_outcome(result: Result) -> str:
     return f"The tests on this device{of}: {', '.join(parts)}."
 
 
-def case_table(result: Result, kind: str, head: list[str], cells: Callable[[Case], list[str]]) -> str:
-    """Render a row for each case of a kind, with the figures of a GPU."""
-    rows = [[SHAPE, *head, *GPU_HEAD * result.on_gpu]]
-    for case in result.of(kind):
-        own = case.info["fastreg"]  # without a graph it has no figures of a GPU
-        gpu = [f"{own['share_of_copy']:.0%}", f"{own['launches']}"] if "share_of_copy" in own else ["", ""]
-        rows.append([case.label, *cells(case), *gpu * result.on_gpu])
+def call_table(result: Result, labels: Iterable[str] = ()) -> str:
+    """Render the time of a call, forward and backward, how many times as fast fastreg is, and the figures of a GPU."""
+    head = [SHAPE, f"{PEERS[0]}, ms", *PEERS[1:], "fastreg", *(f"against {peer}" for peer in PEERS)]
+    rows = [[*head, *GPU_HEAD * result.on_gpu]]
+    for case in result.of(BOTH, labels):
+        cells = [number(case.peers[peer]["ms"][0]) for peer in (*PEERS, "fastreg")]
+        cells += [f"{case.peers[peer]['against']:.1f}x" for peer in PEERS]
+        own = case.peers["fastreg"]  # without a graph it has no figures of a GPU
+        gpu = [f"{own[OF_COPY]:.0f}%", f"{own['launches']}"] if OF_COPY in own else ["", ""]
+        rows.append([case.label, *cells, *gpu * result.on_gpu])
     return table(rows)
 
 
-def speed_table(result: Result, kind: str = BOTH, others: Sequence[str] = PEERS) -> str:
-    """Render the time of forward and backward, and the speedup over other peers."""
-    head = [f"{others[0]}, ms", *others[1:], "fastreg", *(f"against {peer}" for peer in others)]
-    return case_table(result, kind, head, lambda case: case.times(*others, "fastreg") + case.speeds(*others))
+def measured(result: Result, peers: Iterable[str] = STEP_PEERS) -> list[str]:
+    """Return the peers that at least one training step of a result was measured with."""
+    return [peer for peer in peers if any(peer in case.peers for case in result.of(STEP))]
 
 
-def dropout_table(result: Result) -> str:
-    """Render the cost of the penalty beside a dropout that the model has anyway."""
-    head = ["dropout alone, ms", "+ eager", "+ fused_ar_tar", "fused"]
-    head += ["fused / dropout alone", "against the best compiled", "against + eager"]
-
-    def cells(case: Case) -> list[str]:
-        compiled = "compiled", "compiled fused_ar_tar", "compiled fastreg"
-        best = min(compiled, key=lambda peer: case.times_as_fast("fastreg", peer))
-        times = case.times("dropout alone", "eager", "fused_ar_tar", "fastreg")
-        return [*times, f"{case.times_as_fast('dropout alone', 'fastreg'):.2f}x", *case.speeds(best, "eager")]
-
-    return case_table(result, DROPOUT, head, cells)
+def step_cells(case: Case, peers: Sequence[str]) -> list[str]:
+    """Render the time of a step without the penalty, the first of `peers`, and the time that each other one adds."""
+    without, _ = case.figure(WITHOUT, "step, ms")
+    digits = 1 if without > 100 else 2 if without > 10 else 3
+    added = [case.figure(peer, ADDED) if peer in case.peers else None for peer in peers[1:]]
+    return [number(without), *(f"{x.median:+.{digits}f}±{x.error:.{digits}f}" if x else "" for x in added)]
 
 
-def step_table(result: Result, names: Mapping[str, str] | None = None) -> str:
-    """Render the time of each training step, and the time that each way of adding the penalty adds.
+def peak_cells(case: Case, peers: Sequence[str]) -> list[str]:
+    """Render the peak memory of a step without the penalty, and the share that each other peer adds."""
+    first, *peaks = [case.peers.get(peer, {}).get(PEAK, 0) for peer in peers]
+    return [number(first), *(f"{peak / first - 1:+.0%}" if peak else "" for peak in peaks)]
 
-    Args:
-        result: of one allocator.
-        names: the models to show, by their labels, in this order; else all.
-    """
-    rows = [["ms; (batch, time, hidden)" if names is None else "ms; batch x time x hidden", *STEP_PEERS.values()]]
-    cases = {case.label: case for case in result.of(STEP)}
-    for label, name in (names or {label: label for label in cases}).items():
-        if case := cases.get(label):
-            without = statistics.mean(case.step_milliseconds(WITHOUT))
-            digits = 1 if without > 100 else 2 if without > 10 else 3
-            added = [case.added(peer) if peer in case.seconds else None for peer in list(STEP_PEERS)[1:]]
-            cells = ["" if x is None else f"{x[0]:+.{digits}f}±{x[1]:.{digits}f}" for x in added]
-            rows.append([name, number(without), *cells])
-    return table(rows)
+
+def step_table(result: Result, labels: Iterable[str] = ()) -> str:
+    """Render the time of training steps, and the time that each way of adding the penalty adds."""
+    peers = measured(result)
+    rows = [[case.label, *step_cells(case, peers)] for case in result.of(STEP, labels)]
+    return table([["ms; (batch, time, hidden)", *(STEP_PEERS[peer] for peer in peers)], *rows])
+
+
+def peak_table(result: Result, labels: Iterable[str] = ()) -> str:
+    """Render the peak memory of training steps, and the memory that each way of adding the penalty adds."""
+    peers = measured(result)
+    head = ["peak memory of a step", "without, MB", *(STEP_PEERS[peer] for peer in peers[1:])]
+    cases = [case for case in result.of(STEP, labels) if PEAK in case.peers[WITHOUT]]
+    return table([head, *([case.label, *peak_cells(case, peers)] for case in cases)])
+
+
+def memory_verdict(case: Case) -> str:
+    """Return what the penalty adds to the peak memory of a step, in a sentence."""
+    _, call, formula, attached = peak_cells(case, [WITHOUT, "fused_ar_tar", "eager", "attach"])
+    added = f"{call} with `fused_ar_tar`, {formula} with the formula and {attached} with `attach`"
+    return f"A step of {case.label}, needs more memory than without the penalty: {added}.\n"
 
 
 def added_table(result: Result) -> str:
-    """Render the time that fastreg adds, over that of the formula, and the step with `attach`, where it is clear."""
-    rows = [["added, over compiled; formula", *(STEP_PEERS[peer] for peer in OURS), "step, `attach` / formula"]]
+    """Render the time that fastreg adds, over that of the formula, and the step with `attach` over the formula's."""
+    ours = measured(result, CALLING)
+    rows = [["added, over compiled; formula", *(STEP_PEERS[peer] for peer in ours), "step, `attach` / formula"]]
     for case in result.of(STEP):
-        mean, error = case.added("eager")
-        if mean <= 3 * error:  # in the noise
-            continue
-        others = [case.added(peer)[0] for peer in PEERS]
-        cells = [
-            "; ".join(f"{case.added(peer)[0] / other:.2f}x" for other in others) if peer in case.seconds else ""
-            for peer in OURS
-        ]
-        steps = zip(case.step_milliseconds("attach"), case.step_milliseconds("eager"), strict=True)
-        rows.append([case.label, *cells, f"{statistics.median(a / b for a, b in steps):.3f}x"])
-    return table(rows)
-
-
-def peak_table(result: Result) -> str:
-    """Render the peak memory of each step, and the memory that each way of adding the penalty adds."""
-    rows = [["peak memory of a step", "without, MB", *list(STEP_PEERS.values())[1:]]]
-    for case in result.of(STEP):
-        peaks = {peer: info["peak_bytes"] for peer, info in case.info.items() if "peak_bytes" in info}
-        if without := peaks.pop(WITHOUT, 0):
-            cells = [f"{peaks[peer] / without - 1:+.1%}" if peer in peaks else "" for peer in list(STEP_PEERS)[1:]]
-            rows.append([case.label, number(without / 1e6), *cells])
+        others = [case.figure(peer, ADDED) for peer in PEERS]
+        cells = ["; ".join(map(case.figure(peer, ADDED).over, others)) if peer in case.peers else "" for peer in ours]
+        rows.append([case.label, *cells, f"{case.figure('attach', 'over formula').median:.3f}x"])
     return table(rows)
 
 
@@ -311,9 +283,9 @@ def compiled_table(result: Result) -> str:
     """Render the time of each step that is compiled whole, and its ratio with fastreg to that with the formula."""
     rows = [["ms; (batch, time, hidden)", "without", "formula", "`fused_ar_tar`", "`fused_ar_tar` / formula"]]
     for case in result.of(COMPILED):
-        times = [case.step_milliseconds(peer) for peer in (WITHOUT, "eager", "fused_ar_tar")]
-        ratio, error = mean_and_error([ours / other for _, other, ours in zip(*times, strict=True)])
-        rows.append([case.label, *(number(statistics.mean(x)) for x in times), f"{ratio:.3f}±{error:.3f}x"])
+        times = [case.figure(peer, "step, ms").median for peer in (WITHOUT, "eager", "fused_ar_tar")]
+        ratio = case.figure("fused_ar_tar", "over formula")
+        rows.append([case.label, *map(number, times), f"{ratio.median:.3f}±{ratio.error:.3f}x"])
     return table(rows)
 
 
@@ -321,9 +293,9 @@ def step_tables(result: Result) -> list[str]:
     """Render the tables of training steps for one allocator, with titles."""
     if not result.of(STEP):
         return []
-    parts = [f"{HEADING}Training steps, {clock(result)}\n", step_table(result), added_table(result)]
-    parts += [f"{HEADING}Steps that are compiled whole\n", compiled_table(result)] if result.of(COMPILED) else []
-    return [*parts, f"{HEADING}Peak memory\n", peak_table(result)]
+    parts = [f"### Training steps, {clock(result)}\n", step_table(result), added_table(result)]
+    parts += ["### Steps that are compiled whole\n", compiled_table(result)] if result.of(COMPILED) else []
+    return [*parts, "### Peak memory\n", peak_table(result)]
 
 
 def clock(result: Result) -> str:
@@ -331,68 +303,45 @@ def clock(result: Result) -> str:
     return "by the clock" if result.on_gpu else "CPU time of one thread"
 
 
-def against(cases: list[Case], other: str, name: str) -> str:
-    """How many times as fast as a peer fastreg is, and in how many cases it is slower."""
-    ratios = [case.times_as_fast("fastreg", other) for case in cases]
-    slower = sum(ratio < 1 for ratio in ratios)
-    mean = f"geometric mean {mean_speed(cases, other):.1f}x" + f", slower in {slower}" * (slower > 0)
-    return f"{min(ratios):.1f}x to {max(ratios):.1f}x as fast as {name} ({mean})"
-
-
-def by_precision(result: Result) -> dict[str, list[Case]]:
-    """Return the cases of the penalty, forward and backward, in float32 and in half precision, where there are any."""
-    cases: dict[str, list[Case]] = {}
-    for case in result.of(BOTH):
-        cases.setdefault("float32" if case.any_info["dtype"] == "float32" else "half precision", []).append(case)
-    return dict(sorted(cases.items()))
-
-
-def penalty_verdict(result: Result) -> str:
-    """How fast the penalty is, in a sentence for float32 and one for half precision."""
-    sentences = []
-    for precision, cases in by_precision(result).items():
-        speeds = f"{against(cases, 'compiled', 'the formula under `torch.compile`')}, "
-        speeds += against(cases, "eager", "the eager formula")
-        sentences.append(f"The penalty in {precision}, forward + backward, in {len(cases)} cases: {speeds}.\n")
-    return "\n".join(sentences)
-
-
-def brief_verdict(result: Result) -> str:
-    """Return the geometric means of how fast the penalty is, in a sentence."""
-    means = {x: [f"{mean_speed(cases, peer):.1f}x" for peer in PEERS] for x, cases in by_precision(result).items()}
-    speeds = ", ".join(f"{precision} {' and '.join(pair)}" for precision, pair in means.items())
-    return f"The penalty alone, over the compiled and eager formula, geometric means: {speeds}.\n"
-
-
-def mean_speed(cases: list[Case], other: str) -> float:
-    """Return how many times as fast as a peer fastreg is: the geometric mean of cases."""
-    return statistics.geometric_mean(case.times_as_fast("fastreg", other) for case in cases)
+def call_verdict(result: Result) -> str:
+    """Return how fast the penalty is by itself, in a sentence."""
+    speeds = []
+    for precision, is_float32 in {"float32": True, "half precision": False}.items():
+        if cases := [case for case in result.of(BOTH) if (case.info["dtype"] == "float32") == is_float32]:
+            means = [statistics.geometric_mean(case.peers[peer]["against"] for case in cases) for peer in PEERS]
+            than = "{:.1f} times as fast as the compiled formula and {:.1f} times as fast as the eager one".format(
+                *means
+            )
+            speeds.append(f"{than} in {precision}")
+    return f"A call of `fused_ar_tar` is {', and '.join(speeds)} (geometric means).\n"
 
 
 def full_table(result: Result) -> str:
-    """Every case and peer with all its figures."""
-    figures = [key for key in FIGURES if any(key in info for case in result.cases for info in case.info.values())]
+    """Render the tables of training steps, and every case and peer with all its figures."""
+    columns = [heading for heading, _ in FIGURES.values()]
+    columns = [x for x in columns if any(x in case.info | row for case in result.cases for row in case.peers.values())]
     note = f"Rendered from {result.name}.json by `python -m bench.report`. Spread: the middle half of the rounds. "
-    note += "Against it: how many times as fast fastreg is, `attach` in a training step."
+    note += "Against it: how many times as fast fastreg is, `attach` in a training step. "
+    note += "±: the standard error of a median, which is 0.93 times the spread over the root of the number of rounds. "
+    note += "A ratio is - where one of its figures is less than twice its error."
     parts = [f"{where(result)}\n", *filter(None, [caveats(result)]), f"{note}\n"]
     for part in result.parts():
-        head = ["case", "pass", "peer", "median, ms", "spread", "against it"]
-        rows = [head + [FIGURES[key][0] for key in figures]]
+        rows = [["case", "pass", "peer", "median, ms", "spread", "against it", *columns]]
         for case in part.cases:
-            ours = {STEP: "attach", COMPILED: "fused_ar_tar"}.get(case.kind, "fastreg")
-            for peer, info in case.info.items():
-                cells = [number(info[key] / FIGURES[key][1]) if key in info else "" for key in figures]
-                speed = f"{case.times_as_fast(ours, peer):.2f}x"
-                spread = f"{case.spread(peer):.0%}"
-                rows.append([case.label, case.kind, peer, number(case.milliseconds(peer)), spread, speed, *cells])
-        parts += [] if result.on_gpu else [f"With {HOW[part.allocator]}:\n"]
-        parts += [table(rows)]
-    return "\n".join(parts)
+            for peer, row in case.peers.items():
+                median, spread = row["ms"]
+                times = [number(median), f"{spread / median:.0%}", f"{row['against']:.2f}x"]
+                cells = [number(facts[x]) if x in facts else "" for facts in [case.info | row] for x in columns]
+                rows.append([case.label, case.info["pass"], peer, *times, *cells])
+        setting = [f"## {part.allocator.capitalize()}\n", f"Measured with {HOW[part.allocator]}.\n"]
+        parts += [] if result.on_gpu else setting
+        parts += [*step_tables(part), "### All cases\n", table(rows)]
+    return "\n".join([*parts, f"![{TITLE}]({result.name}-speedup.svg)\n"])
 
 
-def in_order(results: list[Result]) -> list[Result]:
-    """Those of GPUs first."""
-    return sorted(results, key=lambda result: (not result.on_gpu, result.name))
+def latest(results: list[Result]) -> list[Result]:
+    """Return the result that README and docs show, if there is any: the last of a GPU, else of a CPU."""
+    return sorted(results, key=lambda result: (result.on_gpu, result.date))[-1:]
 
 
 def not_measured(results: list[Result]) -> list[str]:
@@ -405,64 +354,39 @@ def not_measured(results: list[Result]) -> list[str]:
     return [sentence for sentence, is_absent in absent.items() if is_absent]
 
 
-def shown(results: list[Result]) -> list[Result]:
-    """Return all GPUs, and of the CPUs the last by name, which with one maker is that of the widest vectors."""
-    ordered = in_order(results)
-    return [result for result in ordered if result.on_gpu or result is ordered[-1]]
-
-
 def headline(results: list[Result]) -> str:
-    """Render the README's part: training steps of a few models, and the speed of the penalty by itself."""
+    """Render the README's part: time and peak memory of a few training steps, and the speed of a call."""
     parts = []
-    for result in shown(results):
+    for result in latest(results):
         first, *_ = result.parts()
-        parts += [f"A step, and time added to it, {clock(result)}, {result.machine['device']}:\n"]
-        parts += [step_table(first, HEADLINE)] if first.of(STEP) else []
-        parts += [brief_verdict(first)] * bool(first.of(BOTH))
+        peers = [peer for peer in measured(first) if peer != BY_HAND]
+        rows = [["batch x time x hidden", *(STEP_PEERS[peer] for peer in peers)]]
+        for case in first.of(STEP, HEADLINE):
+            rows += [[f"{HEADLINE[case.label]}: ms", *step_cells(case, peers)]]
+            rows += [["peak memory, MB", *peak_cells(case, peers)]] if PEAK in case.peers[WITHOUT] else []
+        what = (
+            "The first column has training steps without a penalty. The others have what each way adds to their time "
+        )
+        what += f"({clock(result)}) and to their peak memory, on this machine: {result.machine['device']}.\n"
+        parts += [what, table(rows)] if first.of(STEP) else []
+        parts += [call_verdict(first)] * bool(first.of(BOTH))
     return "\n".join([*parts, *not_measured(results)])
 
 
 def figures(results: list[Result]) -> str:
-    """The part of docs/performance.md: every table, the whole step first; one processor is unfolded."""
+    """Render the part of docs/performance.md: a step, its peak memory and a call on one machine."""
     parts = []
-    unfolded = shown(results)
-    for result in sorted(in_order(results), key=lambda result: result not in unfolded):
-        text = "\n".join(device_part(result))
-        device = result.machine["device"]
-        parts += [f"## {device}\n\n{text}"] if result in unfolded else [folded(device, text)]
-    return "\n".join([*parts, *not_measured(results)])
-
-
-def device_part(result: Result) -> list[str]:
-    """Render every table and plot of one device."""
-    parts = [f"{where(result)}.\n", *filter(None, [caveats(result)])]
-    first, *others = result.parts()
-    parts += [f"With {HOW[first.allocator]}.\n"] * (not result.on_gpu) + tables(first)
-    for part in others:
-        text = "\n".join([f"With {HOW[part.allocator]}.\n", *tables(part)])
-        parts += [folded("The same with the system's default allocator", text)]
-    parts += [f"![{TITLE}](../bench/results/{result.name}-speedup.svg)\n"]
-    return [*parts, f"All cases: [{result.name}.md](../bench/results/{result.name}.md).\n"]
-
-
-def folded(title: str, text: str) -> str:
-    """Fold a part of a page, which opens by a click; its headings become bold, and no part of a list of contents."""
-    lines = [f"**{x.removeprefix(HEADING)}**" if x.startswith(HEADING) else x for x in text.split("\n")]
-    body = "\n".join(lines)
-    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{body}\n</details>\n'
-
-
-def tables(result: Result) -> list[str]:
-    """Render every table for the cases of one allocator, with its title."""
-    parts = step_tables(result)
-    parts += [f"{HEADING}The penalty\n", speed_table(result), penalty_verdict(result)] if result.of(BOTH) else []
-    parts += [f"{HEADING}The worst case\n", speed_table(result, CHANGING)] if result.of(CHANGING) else []
-    parts += [f"{HEADING}Dropout and the penalty\n", dropout_table(result)] if result.of(DROPOUT) else []
-    parts += (
-        [f"{HEADING}Padding\n", speed_table(result, PADDED, ("without lengths", *PEERS))] if result.of(PADDED) else []
-    )
-    parts += [f"{HEADING}Another axis of time\n", speed_table(result, CHANGES)] if result.of(CHANGES) else []
-    return parts
+    for result in latest(results):
+        first, *_ = result.parts()
+        parts += [f"{where(result)}.\n", *filter(None, [caveats(result)])]
+        parts += [f"Measured with {HOW[first.allocator]}.\n"] * (not result.on_gpu)
+        if first.of(STEP):
+            parts += [f"### A training step\n\nMilliseconds, {clock(result)}:\n", step_table(first, STEPS)]
+            parts += ["### Peak memory\n", peak_table(first, STEPS), *map(memory_verdict, first.of(STEP, [CHEAP]))]
+        parts += ["### A call\n", call_table(first, CALLS)]
+        parts += [call_verdict(first)] * bool(first.of(BOTH))
+    links = [f"[{result.machine['device']}](../bench/results/{result.name}.md)" for result in results]
+    return "\n".join([*parts, f"All cases of each machine: {', '.join(links)}.\n", *not_measured(results)])
 
 
 PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "performance.md": figures}  # the text between the markers
@@ -485,7 +409,7 @@ def plot(result: Result) -> Figure:
     figure = Figure(figsize=(8, 1.6 + 0.3 * len(cases)), layout="constrained")
     axes = figure.subplots()
     for offset, peer in zip((-0.2, 0.2), PEERS, strict=True):
-        speeds = [case.times_as_fast("fastreg", peer) for case in cases]
+        speeds = [case.peers[peer]["against"] for case in cases]
         drawn = axes.barh([place + offset for place in range(len(cases))], speeds, 0.4, label=f"against {peer}")
         axes.bar_label(drawn, [f"{speed:.2f}" for speed in speeds], padding=2, fontsize=7)
     axes.margins(x=0.1)  # for the labels

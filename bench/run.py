@@ -1,7 +1,8 @@
 """Test and measure on this machine: `python -m bench.run test` and `python -m bench.run bench`.
 
 The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report joins. Failed and
-missing cases are recorded, too. Interrupted, or sent SIGTERM, either command writes its results so far.
+missing cases are recorded, too. Interrupted, or sent SIGTERM, either command writes its results so far. The second
+keeps a summary of what pytest-benchmark recorded: a row for each peer of a case, on a line of its own.
 `python -m bench.run bench --only step` measures the training steps alone, prints their tables and writes to
 .benchmarks: four minutes on an idle core.
 
@@ -15,14 +16,18 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
+from operator import truediv
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -31,17 +36,20 @@ import pytest
 import torch
 
 from bench import machine, report
+from bench.steps import WITHOUT
 
 ROOT = machine.ROOT
 # Those first that say most of the kernels for their time; tests/test_bench.py knows which files there are.
 TESTS = (
     *("kernels", "sizes", "concurrency", "dropout", "attachment", "prediction", "penalty", "bench", "coefficients"),
-    *("addition", "steps", "plans", "distributed", "padding", "axes", "graphs", "derivatives"),
+    *("steps", "plans", "distributed", "padding", "axes", "graphs", "derivatives"),
 )
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
 FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; a file that hangs must leave time for the others
 GRACE = 20  # seconds for pytest to print its failures
+MACHINE = "device", "torch", "triton", "python_version", "threads", "source", "copy_bandwidth"
+OF_CASE = "pass", "model", "shape", "dtype", "layout", "same", "allocator"  # the same for all peers
 
 
 def run_file(name: str, seconds: float) -> dict[str, Any]:
@@ -145,8 +153,9 @@ def measure(folder: Path, commit: str, seconds: float, only: str) -> int:
     if not text:
         print("bench.run: nothing was measured")
         return 1
-    file = folder / machine.file_name(json.loads(text)["machine_info"]["device"])
-    write(file, text)
+    result = summary(json.loads(text))
+    file = folder / machine.file_name(result["machine"]["device"])
+    write(file, in_rows(result))
     print("\n".join(report.step_tables(report.load(file))), flush=True)
     return int(status)
 
@@ -167,7 +176,7 @@ def bench(folder: Path, commit: str, seconds: float, only: str) -> int:
                 parts += [json.loads(file.read_text()) for file in part.glob("*.json")]
     if not parts:
         return 1
-    write(folder / machine.file_name(parts[0]["machine_info"]["device"]), json.dumps(together(parts), indent=1) + "\n")
+    write(folder / machine.file_name(parts[0]["machine"]["device"]), in_rows(together(parts)))
     return max(statuses, default=0) if len(statuses) == len(machine.ALLOCATORS) else 1
 
 
@@ -186,7 +195,69 @@ def in_child(arguments: list[str], environment: dict[str, str]) -> int:
 def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Put results of several processes into one."""
     missing = {name: peers for part in parts for name, peers in part["missing"].items()}
-    return parts[0] | {"benchmarks": [one for part in parts for one in part["benchmarks"]], "missing": missing}
+    return parts[0] | {"missing": missing, "cases": [case for part in parts for case in part["cases"]]}
+
+
+def summary(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Keep the figures of pytest-benchmark's JSON that bench.report reads, of the cases with all of their peers."""
+    cases: dict[str, Any] = {}
+    for one in recorded["benchmarks"]:
+        if one["group"] not in recorded["missing"]:
+            facts = one["extra_info"] | {"seconds": one["stats"]["data"]}
+            case = cases.setdefault(one["group"], {"info": {}, "peers": {}})
+            case["info"] = {key: facts[key] for key in OF_CASE if facts.get(key)}
+            if "least_bytes" in facts:  # the same for all peers
+                case["info"][report.LEAST] = rounded(facts.pop("least_bytes") / 1e6, 3)
+            case["peers"][facts["peer"]] = facts
+    for case in cases.values():
+        case["peers"] = rows(case["peers"], report.OURS.get(case["info"]["pass"], "fastreg"))
+    return {
+        "machine": {key: recorded["machine_info"][key] for key in MACHINE if key in recorded["machine_info"]},
+        "commit": {key: recorded["commit_info"].get(key) for key in ("id", "dirty")},
+        "date": recorded["datetime"],
+        "missing": recorded["missing"],
+        "cases": list(cases.values()),
+    }
+
+
+def rows(peers: dict[str, Any], ours: str) -> dict[str, Any]:
+    """Return the row of each peer of a case.
+
+    It has the count of rounds, and the median and the spread (the interquartile range) of the time of a call. "against"
+    is the median, over the rounds, of its time over fastreg's. A training step has more pairs of median and spread:
+    "step, ms" is on a CPU the process's own time, which other programs do not lengthen; "added, ms" its difference to
+    the step without the penalty in the same round; and "over formula" fastreg's time over the formula's.
+    """
+    made = {}
+    for peer, facts in peers.items():
+        seconds = facts["seconds"]
+        row: dict[str, Any] = {"count": len(seconds), "ms": median_and_spread(1e3 * x for x in seconds)}
+        row["against"] = median_and_spread(map(truediv, seconds, peers[ours]["seconds"]))[0]
+        if WITHOUT in peers:
+            three = facts, peers[WITHOUT], peers["eager"]
+            own, without, formula = (x.get("own_seconds", x["seconds"]) for x in three)
+            row["step, ms"] = median_and_spread(1e3 * x for x in own)
+            row["added, ms"] = median_and_spread(1e3 * (x - y) for x, y in zip(own, without, strict=True))
+            row |= {"over formula": median_and_spread(map(truediv, own, formula))} if peer == ours else {}
+        figures = {heading: facts[key] / unit for key, (heading, unit) in report.FIGURES.items() if key in facts}
+        made[peer] = row | {x: rounded(y, 6 if x == report.PEAK else 3) for x, y in figures.items()}
+    return made
+
+
+def median_and_spread(values: Iterable[float]) -> list[float]:
+    first, middle, third = statistics.quantiles(values, n=4)
+    return [rounded(middle), rounded(third - first, 4)]
+
+
+def rounded(x: float, digits: int = 6) -> float:
+    """Keep so many digits, and no point behind a whole number. Pages show three digits."""
+    return int(x) if x == int(x) else float(f"{x:.{digits}g}")
+
+
+def in_rows(result: dict[str, Any]) -> str:
+    """Write a result as JSON with each innermost record on a line."""
+    text = json.dumps(result, indent=0)
+    return re.sub(r"\{[^{}]*\}", lambda record: record[0].replace(",\n", ", ").replace("\n", ""), text) + "\n"
 
 
 def write(file: Path, text: str) -> None:
