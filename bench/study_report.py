@@ -167,16 +167,20 @@ def runs_table(study: Study) -> str:
 
 
 def summary(study: Study) -> str:
-    """Return the result at the end of training, in two sentences."""
+    """Return the result at the end of training: a sentence and a table."""
     plain = study.of(BASELINE)
     if not plain:
         return "No training without regularization: nothing to compare with.\n"
-    values = {x: differences(study.pairs(x), lambda run: run.final) for x in study.trained[1:] if study.pairs(x)}
-    changes = "; ".join(f"{label(x)} {average(those, '+.2f')}, {lower(those)}" for x, those in values.items())
+    rows = [["penalty", "alpha", "beta", "change of the perplexity", "seeds that improve"]]
+    for alpha, beta in study.trained[1:]:
+        values = differences(study.pairs((alpha, beta)), lambda run: run.final)
+        if values:
+            name = " and ".join(term for term, x in (("AR", alpha), ("TAR", beta)) if x)
+            rows.append([name, f"{alpha:g}", f"{beta:g}", average(values, "+.2f"), lower(values)])
     return (
         f"A small AWD-LSTM, trained on {plain[0].settings['words']:,} words, ends at a validation perplexity of "
-        f"{average([run.final for run in plain], '.2f')}. The change by (alpha, beta), and the seeds that improve: "
-        f"{changes}.\n"
+        f"{average([run.final for run in plain], '.2f')} without a penalty. The table has the change that each penalty "
+        f"makes, as a mean over the seeds with its standard error.\n\n{table(rows)}"
     )
 
 

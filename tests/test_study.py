@@ -104,8 +104,8 @@ def test_means_and_differences_of_pairs_have_standard_errors() -> None:
     assert cells(table, "(2, 1)", "end") == ["-6.00", "+4.00", "", "-1.00 ± 5.00", "1 of 2"]
     assert cells(table, "(2, 1)", "best") == ["-6.00", "+2.00", "", "-2.00 ± 4.00", "1 of 2"]
     summary = study_report.summary(MADE_UP)
-    assert "ends at a validation perplexity of 27.00 ± 2.52. The change by (alpha, beta), " in summary
-    assert "(2, 1) -1.00 ± 5.00, 1 of 2" in summary
+    assert "ends at a validation perplexity of 27.00 ± 2.52 without a penalty" in summary
+    assert cells(summary, "AR and TAR", "2", "1") == ["-1.00 ± 5.00", "1 of 2"]
 
 
 def test_what_is_committed_is_what_was_studied() -> None:
