@@ -197,7 +197,7 @@ def _check_layer(name: str, x: Any, time_dim: int | None) -> None:
 def check_tensor(name: str, x: Any) -> Tensor:
     """Check for a dense tensor."""
     if not isinstance(x, Tensor):
-        is_packed, hint = isinstance(x, PackedSequence), HINT if isinstance(x, tuple) else ""
+        is_packed, hint = isinstance(x, PackedSequence), HINT if type(x) is tuple else ""
         _expect(
             not is_packed,
             name,

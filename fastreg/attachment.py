@@ -6,6 +6,7 @@ Without a dropout the hook on the module does so with raw. `fastreg.carrier` des
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -23,12 +24,11 @@ from fastreg.penalty import penalize
 from fastreg.problem import Coefficient, Options, rows_of
 from fastreg.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.source import Source
-from fastreg.torch_state import current, keeps_memory_low, transformed, untraced, version_of
+from fastreg.torch_state import current, level_of_caller, recomputes, transformed, untraced, version_of
 
 SHARED = (
-    "attach: this {} is not the attached one, but has its hooks, or its class got another forward, so that the old one "
-    "would run. In a replica of DataParallel each penalty would count in full: use DistributedDataParallel, or let the "
-    "model return (decoded, raw, dropped) for on_loss_begin. Else remove() the attachment before, and attach again"
+    "attach: this {} shares the hooks of the attached one, or its class got another forward; remove() the attachment "
+    "before, and attach again. Instead of DataParallel use DistributedDataParallel, or on_loss_begin"
 )
 NO_GRADIENTS = (
     "the attached {} or its dropout ran without gradients, so that the penalty's gradient would be lost. For "
@@ -61,9 +61,7 @@ class Hooked:
         forward: its forward as an attribute of its own, if an attachment has made it one, or `None`.
     """
 
-    def __init__(
-        self, of: Attachment, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]
-    ) -> None:
+    def __init__(self, of: Attachment, module: nn.Module, before: Any, after: Any) -> None:
         self.module, self.before = module, before
         self.first = Hook(of, self._begin, module.register_forward_pre_hook)
         self.last = Hook(of, after, module.register_forward_hook)
@@ -114,7 +112,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         source: the modules.
         names: the names of their types, for messages.
         constant: the latest run that needs no gradient, until a loss takes it.
-        without_gradients: the latest run in training had no gradients.
+        without_gradients: a call in training had no gradients.
+        is_idle: the module has never been called.
     """
 
     _owner: Callable[[], Any] = staticmethod(nothing)  # in a copy of a handle, which reaches no regularizer
@@ -122,7 +121,8 @@ class Attachment(AbstractContextManager["Attachment"]):
     _runs: Sequence[weakref.ref[Run]] = ()
 
     def __init__(self, owner: Any, source: Source) -> None:
-        self.source, self.names = source, (type(source.module).__name__, type(source.dropout).__name__)
+        self.source, self.is_idle = source, True
+        self.names = type(source.module).__name__, type(source.dropout).__name__
         self._owner = weakref.ref(owner, lambda _: self.remove())
         self.clear()
         self._hooked = [Hooked(self, source.module, nothing, self._after_module)]
@@ -161,6 +161,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         Raises:
             RuntimeError: the dropout did not get the raw of a run, the coefficients have changed since a run, or
                 several runs have one time step each; the message names the remedy.
+
+        Warns:
+            UserWarning: the module has never been called; once.
         """
         (module, dropout), constant = self.names, self.constant if self.source.module.training else None
         if any([not run.again for run in self._waiting]):
@@ -170,6 +173,10 @@ class Attachment(AbstractContextManager["Attachment"]):
                 "before it ran, after which clear() is due. Attach the module that takes that very tensor, or none, "
                 "or use on_loss_begin"
             )
+        if found and self.is_idle and self.source.module.training:
+            self.is_idle = False
+            missing = f"attach: the attached {module} was never called, and has no penalty; attach what the model calls"
+            warnings.warn(missing, stacklevel=level_of_caller())
         runs = [run for run in found if run.attachment is self]
         if constant is not None:
             self.constant, runs = None, [*dict.fromkeys([*runs, constant])]
@@ -178,10 +185,11 @@ class Attachment(AbstractContextManager["Attachment"]):
                 f"on_backward_begin: alpha or beta has changed since the forward of the attached {module}, whose "
                 "penalty has the coefficients of that forward; change them after the backward"
             )
-        if len(runs) > 1 and all([run.packed is None and run.shape[self.source.place.axis()] == 1 for run in runs]):
+        single = [run for run in runs if run.packed is None and run.shape[self.source.place.axis()] == 1]
+        if len(single) > 1:
             raise RuntimeError(
-                f"on_backward_begin: the {module} ran {len(runs)} times, over one time step each, which leaves no "
-                "changes for TAR; stack its outputs along time, and call fused_ar_tar"
+                f"on_backward_begin: the {module} ran {len(single)} times over one time step, where AR would add up "
+                "and TAR has no changes; stack its outputs along time, and call fused_ar_tar"
             )
         return runs
 
@@ -198,7 +206,7 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         """Note raw, and mark the tensors of the module's output: the states, and raw where there is no dropout."""
-        source, owner, again = self.source, self._owner(), current() != -1
+        source, owner, again, self.is_idle = self.source, self._owner(), current() != -1, False
         if not module.training:
             return None
         if not torch.is_grad_enabled():
@@ -216,7 +224,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         run = Run(*of_raw, self, again, (owner.alpha, owner.beta))
         if not again:
             self._runs = [*[x for x in self._runs if x() is not None], weakref.ref(run)]
-            self.without_gradients, self.constant = False, None
+            self.constant = None
         marked = {id(rows): rows}
         if source.dropout is None:
             marked[id(rows)] = self._formed(run, rows, rows, {})
@@ -245,8 +253,8 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def _lend(self, args: Any, kwargs: Any) -> Any:
         """Lend a fused dropout the coefficients, and the masks of its run, unless it is called with some."""
-        run, raw = self._run_of(args, kwargs)
-        if run is None or raw is None:
+        run = self._run_of(args, kwargs)
+        if run is None:
             return None
         if run.packed is not None and self.source.dropout.training:
             raise TypeError(
@@ -255,15 +263,15 @@ class Attachment(AbstractContextManager["Attachment"]):
             )
         given = dict(zip(("p", "valid", "starts"), args[1:], strict=False)) | kwargs
         masks = {name: mask for name, mask in run.masks.items() if given.get(name) is None}
-        return args[:1], given | masks | {"loan": Loan(*run.coefficients(raw.device))}
+        return args[:1], given | masks | {"loan": Loan(*run.coefficients())}
 
     def _after_dropout(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         """Form the penalty of the run whose raw is the input of the dropout, and mark the output."""
-        (run, raw), again = self._run_of(args, kwargs), current() != -1
-        if run is None or raw is None:
+        run, again = self._run_of(args, kwargs), current() != -1
+        if run is None:
             self._refuse_reentrant(again)
             return None
-        module, name = self.names
+        (module, name), raw = self.names, run.raw()
         is_first = run in self._waiting
         self._waiting = [x for x in self._waiting if x is not run]
         if not torch.is_grad_enabled():
@@ -285,17 +293,14 @@ class Attachment(AbstractContextManager["Attachment"]):
         return result._replace(data=dropped) if isinstance(result, PackedSequence) else dropped
 
     def _refuse_reentrant(self, again: bool) -> None:
-        """Check that a recomputation with gradients is not of a forward without: its penalty reached no loss.
-
-        Checkpointing that is not reentrant packs saved tensors away while it recomputes.
-        """
-        if again and self.without_gradients and torch.is_grad_enabled() and not keeps_memory_low():
+        """Check that a recomputation with gradients is not of a forward without: its penalty reached no loss."""
+        if again and self.without_gradients and torch.is_grad_enabled() and not recomputes():
             raise RuntimeError(f"attach: {NO_GRADIENTS.format(self.names[0])}")
 
-    def _run_of(self, args: Any, kwargs: Any) -> tuple[Run | None, Tensor | None]:
-        """Return the run whose raw is among the arguments of a dropout, and raw."""
+    def _run_of(self, args: Any, kwargs: Any) -> Run | None:
+        """Return the run whose raw is among the arguments of a dropout."""
         given = [rows_of(x) for x in (*args, *kwargs.values()) if x is not None]
-        return next(((run, x) for run in (*self._waiting, *self.runs) for x in given if run.raw() is x), (None, None))
+        return next((run for run in (*self._waiting, *self.runs) for x in given if run.raw() is x), None)
 
     def _formed(self, run: Run, raw: Tensor, dropped: Tensor, given: Any) -> Tensor:
         """Form the penalty of a run, or take it from a loan; return dropped, marked if it needs a gradient.
@@ -309,19 +314,19 @@ class Attachment(AbstractContextManager["Attachment"]):
             given: the arguments of a fused dropout by their names, with a loan.
         """
         loan = given.get("loan")
-        if is_marked(raw) or is_marked(dropped):
+        # The attribute tells the raw of another attachment, which has a dropout, too.
+        if is_marked(raw) or is_marked(dropped) or vars(raw).setdefault("fastreg", id(self)) != id(self):
             raise RuntimeError(
                 f"attach: the output of the {self.names[0]} is regularized already, by another attached module that "
                 "contains it or that it contains; attach one of them"
             )
-        is_unchanged = version_of(dropped) == (run.version if dropped is raw else 0)  # by another hook
-        terms = loan.terms if loan is not None and loan.dropped is dropped and is_unchanged else None
-        if terms is None:
+        terms: Any = loan and loan.terms
+        if loan is None or loan.dropped is not dropped or loan.version != version_of(dropped):
             masks = [(run.masks if loan is None else given)[name] for name in ("valid", "starts")]
             squared = raw if getattr(self.source.dropout, "ar_of", None) == "raw" else dropped
             pair = [x if run.packed is None else run.packed._replace(data=x) for x in (raw, squared)]
             options = Options(*self.source.place, "mean", True, fills=False)
-            terms = penalize(pair, run.coefficients(raw.device), (None, *masks), options)  # pyright: ignore
+            terms = penalize(pair, run.coefficients(), (None, *masks), options)  # pyright: ignore
         if current() != -1:
             return dropped
         run.terms = terms
@@ -350,9 +355,10 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if make is not None:
         return make([mapped(x, function) for x in result])
     if isinstance(result, dict):
-        made = copy(result)  # a model output has the items as attributes, too
-        for name, x in result.items():
-            made[name] = mapped(x, function)
+        made = copy(result)
+        for items in (getattr(made, "__dict__", {}), made):  # a model output has the items as attributes, too
+            for name, x in [*items.items()]:
+                items[name] = mapped(x, function)
         return made
     return result
 

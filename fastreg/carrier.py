@@ -41,7 +41,7 @@ class Run:
         marked: a loss can find the run.
     """
 
-    raw: Callable[[], Tensor | None]
+    raw: Callable[[], Any]
     version: int
     shape: torch.Size
     packed: PackedSequence | None
@@ -55,9 +55,9 @@ class Run:
     def __post_init__(self) -> None:
         self.stamps = stamps_of(self.given)
 
-    def coefficients(self, device: torch.device) -> Any:
-        """Return alpha and beta on a device."""
-        return [x.to(device) if isinstance(x, Tensor) else x for x in self.given]
+    def coefficients(self) -> Any:
+        """Return alpha and beta on the device of raw, which has to be alive."""
+        return [x.to(self.raw().device) if isinstance(x, Tensor) else x for x in self.given]
 
     def take(self) -> Any:
         """Return the penalty and its terms, once."""

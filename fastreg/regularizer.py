@@ -311,10 +311,7 @@ class RNNRegularizer:
         """
         source = Source(module, dropout, output, batch_first, time_dim, valid, starts).checked()
         if self._has_layers:
-            raise ValueError(
-                f"layers: expected None with attach, where every attached module counts, got {self.layers!r}; attach "
-                "the modules that are to be regularized"
-            )
+            raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
         if any(attachment.source.module is module for attachment in attachments_of(module)):

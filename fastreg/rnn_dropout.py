@@ -17,7 +17,7 @@ from fastreg.arguments import check_coefficient, check_probability
 from fastreg.dropout import Drop, drop_and_penalize
 from fastreg.prepare import coefficient, place_of
 from fastreg.problem import ARTAR, Coefficient, Options, Place, is_on
-from fastreg.torch_state import current
+from fastreg.torch_state import current, version_of
 
 
 @dataclass(eq=False)
@@ -29,12 +29,14 @@ class Loan:
         beta: the coefficient of TAR.
         terms: the penalty and its terms; `None` in evaluation and in compiled code, which forms none.
         dropped: the output that the penalty is of.
+        version: how often this output had been changed in place.
     """
 
     alpha: Coefficient
     beta: Coefficient
     terms: ARTAR | None = None
     dropped: Tensor | None = None
+    version: int = 0
 
 
 class FusedRNNDropout(nn.Module):
@@ -135,7 +137,7 @@ class FusedRNNDropout(nn.Module):
         # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
         # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
         if loan is not None:
-            loan.terms, loan.dropped = formed, dropped
+            loan.terms, loan.dropped, loan.version = formed, dropped, version_of(dropped)
         elif torch.compiler.is_compiling() or current() == -1:
             self.formed = formed, torch.is_grad_enabled()
         return dropped

@@ -19,7 +19,6 @@ _are_functions_transformed: Callable[[], bool] = torch._C._are_functorch_transfo
 is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms  # half the time of the public function
 hooks_on_saved: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
 current: Callable[[], int] = torch._C._current_graph_task_id  # of the backward that runs in this thread, -1 for none
-keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
 compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
 
 
@@ -99,6 +98,11 @@ def has_values(x: Tensor) -> bool:
 def keeps_memory_low() -> bool:
     """Return whether saved tensors are packed away, as under activation checkpointing and `save_on_cpu`."""
     return hooks_on_saved(False) is not None
+
+
+def recomputes() -> bool:
+    """Return whether activation checkpointing that is not reentrant runs a forward, maybe in a backward again."""
+    return "recomputation_hook" in (hooks := str(hooks_on_saved(False))) or "checkpoint_hook" in hooks
 
 
 def keepable(x: Tensor) -> Tensor:
