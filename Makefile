@@ -14,9 +14,13 @@ PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
 # Processes of pytest: one for each core, at most four, as each loads PyTorch and the frameworks.
 PARALLEL ?= --numprocesses logical --maxprocesses 4
-PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding axes dropout addition steps))
-KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout addition padding axes kernels sizes))
-CORE = view steps layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout attachment capture
+# What make test runs: cases that are not marked as more, and each fifth case of a test in the slow interpreter. Where both
+# are empty, as in .ci/run, it runs what make test-more runs, too.
+MOST ?= -m "not more"
+FIFTH ?= --sample=5
+PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding axes dropout steps))
+KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout padding axes kernels sizes))
+CORE = view steps layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout carrier attachment
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 # Tests that another release of PyTorch or a framework may break, and tests that another Triton may break. The newest Triton
 # is in .venv, too. Tests that are marked as main run with the PyTorch of .venv alone.
@@ -26,12 +30,14 @@ TRITON_TESTS = tests/test_compiled.py tests/ptx/test_machine.py
 # Tests of code that depends on the processor.
 PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction axes padding dropout penalty transformers))
 
-.PHONY: help demo study test test-compiled test-interpreted test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
+.PHONY: help demo study test test-compiled test-interpreted test-more test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench lint docs wheel sdist clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without TAR, and plot both (ARGS='--epochs 1' for options)"
 	@echo "make study   train it with several seeds, with AR, TAR, both and neither; runs that bench/results has are not repeated"
-	@echo "make test    run all tests: CPU, interpreted kernels, kernels compiled offline, kernels on a GPU if there is one"
+	@echo "make test    run the tests that most changes need, in five minutes: CPU, interpreted kernels, kernels compiled"
+	@echo "             offline, kernels on a GPU if there is one, one release of each framework"
+	@echo "make test-more   run the others: more releases of fastai, the study, the notebook, installations, longer sequences"
 	@echo "make test-fast   run the essential tests, less than a minute: after each change"
 	@echo "make test-ptx   run the kernels' tests on the CPU, with the code compiled for an H100 by the newest and the oldest"
 	@echo "             Triton (ARGS=--sample=6 for every sixth case of each test)"
@@ -61,15 +67,19 @@ test: .venv/test .venv/frameworks
 	@$(MAKE) --no-print-directory --keep-going test-compiled test-interpreted
 
 test-compiled: .venv/test .venv/frameworks
-	@echo "== every test: C++ kernels on the CPU, Triton kernels compiled for real GPUs"
-	$(PYTEST) $(PARALLEL)
+	@echo "== C++ kernels on the CPU, Triton kernels compiled for real GPUs, and the frameworks"
+	$(PYTEST) $(PARALLEL) $(MOST)
 
 test-interpreted: .venv/test
 	@echo "== the same samples through the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not repeats_bitwise" $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not repeats_bitwise" $(FIFTH) $(KERNEL_TESTS)
+
+test-more: .venv/test .venv/frameworks
+	@echo "== what make test leaves out, and all samples through the interpreter"
+	@$(MAKE) --no-print-directory --keep-going test-compiled test-interpreted MOST="-m more" FIFTH=
 
 test-fast: .venv/test
-	@echo "== the essential tests, less than a minute on two cores; make test runs all"
+	@echo "== the essential tests, less than a minute on two cores; make test and make test-more run all"
 	$(PYTEST) -q -m "not gpu" -k "not compil and not saved_model" $(FAST_TESTS)
 
 test-ptx:

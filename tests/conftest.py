@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
@@ -21,8 +21,9 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from fastreg import FusedRNNDropout, attachment, penalty, regularizer
+from fastreg import FusedRNNDropout
 from fastreg.backends import TRITON, backend_for, cpu_tensors_by
 from fastreg.kernels import view
 from fastreg.kernels.view import Layout
@@ -42,7 +43,7 @@ NEEDS = {
     "interpreted": (KERNELS_ON_CPU, "TRITON_INTERPRET=1"),
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
-gpu, interpreted, compiled = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled
+gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
 
 
 LEFT_OUT: dict[str, int] = {}  # what the cases that cannot run here need, and how many there are
@@ -209,18 +210,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def allocated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """List the gradients that `fused_ar_tar` makes memory for."""
-    made: list[Any] = []
-    allocator = penalty.allocator
-
-    def recorded(layout: Layout, *like: Any) -> Any:
-        new = allocator(layout, *like)
-        return new if layout is None else lambda *given: made.append(layout) or new(*given)
-
-    monkeypatch.setattr(penalty, "allocator", recorded)
-    return made
+def memory_of(call: Callable[[], Any], device: str) -> tuple[int, Any]:
+    """Return how many bytes of a device's memory a call takes from PyTorch, and its result."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=kinds, profile_memory=True, acc_events=True) as record:  # torch 2.11 warns without
+        result = call()
+    name = "self_cpu_memory_usage" if device == "cpu" else "self_device_memory_usage"
+    return sum(max(getattr(event, name), 0) for event in record.events() or ()), result
 
 
 @pytest.fixture
@@ -260,7 +256,7 @@ def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         from fastreg.kernels import ar_tar
 
         monkeypatch.setattr(ar_tar, "ar_tar_kernel", LastPrograms(ar_tar.ar_tar_kernel))
-        monkeypatch.setattr(ar_tar.Forward, "__call__", lambda *_: (torch.zeros(()), None, None))
+        monkeypatch.setattr(ar_tar.Forward, "__call__", lambda *_: ar_tar.Sums(torch.zeros(()), None, None))
     return request.param
 
 
@@ -268,16 +264,3 @@ def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the language models a plain dropout, and one that forms the penalty; alone it adds nothing."""
     monkeypatch.setattr(Model, "kind_of_dropout", request.param)
-
-
-@pytest.fixture
-def formed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """List the penalties that a regularizer forms, rather than takes from a dropout."""
-    calls: list[Any] = []
-
-    measure, form = attachment.penalize, regularizer.fused_ar_tar
-    monkeypatch.setattr(attachment, "penalize", lambda *args: (calls.append(args), measure(*args))[1])
-    monkeypatch.setattr(
-        regularizer, "fused_ar_tar", lambda *args, **options: (calls.append(args), form(*args, **options))[1]
-    )
-    return calls

@@ -6,12 +6,14 @@ set -euo pipefail
 venv=$1
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
 
+processes=()
+for release in 1.0.61 1.0.42 1.0.36; do  # meanwhile
+    folder=$venv/fastai1/$release
+    [ -d "$folder" ] || { "${pip[@]}" --no-deps --target "$folder" "fastai==$release" & processes+=($!); }
+done
 "${pip[@]}" 'transformers>=4.57,<6' 'accelerate<2'
 "${pip[@]}" lightning torchvision scikit-learn pandas matplotlib requests pyyaml scipy packaging rich
+# stable-baselines3 and what follows it are for docs/migration.md.
 "${pip[@]}" --no-deps fastai==2.8.12 fastcore fasttransform fastdownload cloudpickle beartype 'plum-dispatch<2.10' \
-    fastprogress==1.0.3
-"${pip[@]}" --no-deps stable-baselines3 sb3-contrib gymnasium farama-notifications  # for docs/migration.md
-for release in 1.0.61 1.0.42 1.0.36; do
-    folder=$venv/fastai1/$release
-    [ -d "$folder" ] || "${pip[@]}" --no-deps --target "$folder" "fastai==$release"
-done
+    fastprogress==1.0.3 stable-baselines3 sb3-contrib gymnasium farama-notifications
+for process in "${processes[@]}"; do wait "$process"; done

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.problem import Call, Kind
-
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -85,12 +83,6 @@ class Sample:
         parts += ["same"] if self.same else []
         parts += [] if (self.alpha, self.beta) == (2.0, 1.0) else [f"alpha{self.alpha:g}", f"beta{self.beta:g}"]
         return "-".join(parts + ([] if self.reduction == "mean" else [self.reduction]))
-
-    def call(self, raw: Tensor, measured: bool = True, **given: Any) -> Call:
-        """The call of one tensor."""
-        axis, dtype = -2 if self.batch_first else -raw.dim(), DOUBLE if raw.dtype == DOUBLE else FLOAT
-        values = {"alpha": self.alpha, "beta": self.beta, "kind": Kind(axis, self.reduction, measured, True, dtype)}
-        return Call(raw, None, **values | given)
 
     @property
     def options(self) -> dict[str, Any]:

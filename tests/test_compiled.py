@@ -22,7 +22,7 @@ from bench.stand_in import StandInDriver, active
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import TRITON, cpu_tensors_by
 from fastreg.plans import forget
-from tests.conftest import KERNELS_ON_CPU, skip_without
+from tests.conftest import more, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 skip_without("triton")
@@ -33,7 +33,7 @@ from fastreg.kernels import ar_tar as kernels  # noqa: E402
 from fastreg.kernels import launch, reduction, tiling  # noqa: E402
 from fastreg.kernels import steps as kernels_of_steps  # noqa: E402
 
-pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
+pytestmark = pytest.mark.compiled
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -151,10 +151,18 @@ def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int
 @pytest.mark.parametrize(
     ("target", "dtype", "step"),
     [
-        *[(target, BF16, step) for target in TARGETS for step in (train, train_one_tensor)],
-        *[("sm_90", dtype, train) for dtype in (FLOAT, DOUBLE)],
-        *[(*case, ragged) for case in (("sm_90", BF16), ("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
-        *[("sm_80", BF16, train_marked), ("sm_100", BF16, train_packed)],
+        *[("sm_90", BF16, step) for step in (train, train_one_tensor, *RAGGED)],
+        ("gfx942", BF16, train),
+        *(
+            pytest.param(*case, marks=more)
+            for case in [
+                *[(target, BF16, train) for target in ("sm_80", "sm_100")],
+                *[(target, BF16, train_one_tensor) for target in ("sm_80", "sm_100", "gfx942")],
+                *[("sm_90", dtype, train) for dtype in (FLOAT, DOUBLE)],
+                *[(*case, ragged) for case in (("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
+                *[("sm_80", BF16, train_marked), ("sm_100", BF16, train_packed)],
+            ]
+        ),
     ],
     indirect=["target"],
     ids=lambda x: getattr(x, "__name__", str(x)),
@@ -195,6 +203,7 @@ def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
 
 
+@more
 @pytest.mark.parametrize(
     ("target", "dtype", "hidden", "ragged"),
     [

@@ -17,18 +17,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 from tests import language_model as lm
+from tests.conftest import more
 from tests.language_model import ALPHA, BATCH, BETA, HIDDEN
 
 pytestmark = pytest.mark.usefixtures("dynamo")
 each = pytest.mark.parametrize(
     ("kind", "drops"),
     [
-        (nn.LSTM, False),
         (nn.LSTM, True),
-        (nn.GRU, True),
-        (lm.Loop, True),
         (lm.Elementwise, False),
-        (lm.Elementwise, True),
+        pytest.param(nn.LSTM, False, marks=more),
+        pytest.param(nn.GRU, True, marks=more),
+        pytest.param(lm.Loop, True, marks=more),
+        pytest.param(lm.Elementwise, True, marks=more),
     ],
 )
 

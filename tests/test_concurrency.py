@@ -19,10 +19,10 @@ from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.arguments import check_not_captured
 from fastreg.kernels.streams import PerStream, is_captured
 from fastreg.plans import forget
-from tests.conftest import KERNELS_ON_CPU, gpu
+from tests.conftest import compiled, gpu
 
 THREADS, TIMEOUT = 8, 60
-pytestmark = pytest.mark.skipif(KERNELS_ON_CPU, reason="TRITON_INTERPRET=1 is set: the interpreter is for one thread")
+pytestmark = compiled  # Triton's interpreter is for one thread
 
 
 def step(raw: Tensor, dropped: Tensor, scale: float = 1.0) -> list[Tensor]:
@@ -128,12 +128,10 @@ def numbered_step(i: int) -> list[Tensor]:
     return step(*torch.randn(2, 16, 70, 200, generator=torch.Generator().manual_seed(i)).unbind())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=pytest.mark.no_gpu), "spawn"])
 def test_workers_of_a_data_loader(method: str) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} on this platform")
-    if method == "fork" and torch.cuda.is_available():
-        pytest.skip("with a GPU, torch refuses a backward in a forked process")
     want = [numbered_step(i) for i in range(3)]  # and the parent has used each kernel before the fork
     options: Any = {"batch_size": None, "num_workers": 1, "timeout": TIMEOUT, "multiprocessing_context": method}
     for got, expected in zip(DataLoader(range(3), collate_fn=numbered_step, **options), want, strict=True):

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, with_penalty
-from tests.conftest import gpu
+from tests.conftest import gpu, more
 from tests.exact import check_dropout, check_penalty
 from tests.language_model import VOCABULARY, Model, criterion, formula
 
@@ -122,7 +122,7 @@ def weights(outer: nn.Module, how: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("penalty_by", ["hand", "on_loss_begin", "attach", "with_penalty"])
-@pytest.mark.parametrize("how", WRAPPERS)
+@pytest.mark.parametrize("how", ["DDP", pytest.param("FSDP1", marks=more), "FSDP2"])
 def test_data_parallelism_trains_as_with_the_formula(how: str, penalty_by: str, in_both: Callable[..., None]) -> None:
     in_both(train, how, penalty_by)
 
@@ -180,7 +180,11 @@ def check_dtensors(placement: Any, batch_first: bool) -> None:
 
 @pytest.mark.parametrize(
     ("placement", "batch_first"),
-    [(Shard(0), True), (Shard(1), True), (Shard(2), True), (Replicate(), True), (Shard(0), False), (Shard(1), False)],
+    [
+        *[(Shard(0), True), (Shard(1), False)],
+        *(pytest.param(*x, marks=more) for x in [(Shard(1), True), (Shard(2), True), (Replicate(), True)]),
+        pytest.param(Shard(0), False, marks=more),
+    ],
     ids=str,
 )
 def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, in_both: Callable[..., None]) -> None:

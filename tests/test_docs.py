@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from fastreg import fused_ar_tar
-from tests.conftest import skip_without
+from tests.conftest import more, skip_without
 from tests.language_model import BATCH, HIDDEN, TIME, VOCABULARY, Model, criterion
 from tests.test_fastai1 import environment_with
 
@@ -152,6 +152,7 @@ def test_examples_of_docstrings_run(framework: str | None, tmp_path: Path, monke
         check_examples(f"fastreg.{framework}", lambda: setup_of(framework) | {framework: import_module(framework)})
 
 
+@more
 def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> None:
     """In a process of its own, where `learner()` makes a small learner of fastai v1."""
     environment = environment_with("1.0.61", tmp_path)

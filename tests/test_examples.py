@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import threads
-from tests.conftest import skip_without
+from tests.conftest import more, skip_without
 
 ROOT = Path(__file__).resolve().parent.parent
 # script -> the framework that it needs, and the pattern of a loss in its output
@@ -42,7 +42,7 @@ def test_every_example_is_run_and_in_the_readme_and_on_the_site() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [pytest.param(x, marks=[more] * (x == "every_layer.py")) for x in SCRIPTS])
 def test_an_example_learns(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +89,7 @@ def kinds_of_outputs(cell: Any) -> list[list[str]]:
     return [[output.output_type, *sorted(output.get("data", {}))] for output in cell.outputs]
 
 
+@more
 def test_the_notebook_runs_and_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     skip_without("fastai", "bible", "nbclient")
     import nbformat

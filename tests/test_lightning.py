@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import skip_without
+from tests.conftest import more, skip_without
 
 skip_without("lightning")
 
@@ -265,6 +265,7 @@ class Uneven(Module):
         torch.save(self.epochs, self.folder / str(self.global_rank))
 
 
+@more
 def test_processes_log_the_mean_of_all(tmp_path: Path) -> None:
     """Also where one of them adds no penalty, for which the others must not wait."""
     # A fork spares imports of half a minute; with a GPU, torch refuses a backward in a forked process.
@@ -290,13 +291,9 @@ class Two(Module):
         return criterion(self.net.decoder(last), batch), [(raw, dropped), (last, last)]
 
 
-def test_several_rnns() -> None:
-    one = callback(rnn=["net.rnn", "second"], dropout=["net.dropout", None])
-    check_weights(Two, one, coefficients=(BOTH, BOTH))
-
-
 @pytest.mark.parametrize("own", [False, True])
-def test_two_callbacks(own: bool) -> None:
+def test_two_rnns_of_one_callback_or_of_two(own: bool) -> None:
+    check_weights(Two, callback(rnn=["net.rnn", "second"], dropout=["net.dropout", None]), coefficients=(BOTH, BOTH))
     module, written_out = made(Two), made(Two, (0.0, 3.0), (0.0, 5.0))
     if own:  # of the instance, to which it is left
         module.training_step = partial(module.training_step, batch_idx=0)
@@ -354,11 +351,10 @@ def with_rnn(batch: Tensor, x: Tensor) -> Tensor:
     return batch != 3
 
 
-MASKS: list[Any] = [with_rnn, lambda batch, *args: with_rnn(batch, *args), lambda batch, **_: batch != 3]
-MASKS.append(methodcaller("ne", 3))  # which has no signature
+MASKS: list[Any] = [with_rnn, lambda batch, *args: with_rnn(batch, *args), lambda batch, least=3, **_: batch != least]
 
 
-@pytest.mark.parametrize("valid", [*MASKS, lambda batch, least=3: batch != least])
+@pytest.mark.parametrize("valid", [*MASKS, methodcaller("ne", 3)])  # the last has no signature
 def test_any_module_made_late_with_masks_of_the_batch(valid: Any) -> None:
     """With the arguments of the RNN where a function has a second parameter without a default, and no `**kwargs`."""
     options: dict[str, Any] = {"rnn": "own", "output": lambda result: result["raw"], "batch_first": False}

@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import more
 from tests.sequences import Play
 
 pytestmark = pytest.mark.usefixtures("dynamo")
 
 
-CASES: list[Any] = [(seed, False) for seed in range(15)]
-CASES += [pytest.param(seed, True, marks=() if seed % 4 == 0 else pytest.mark.main) for seed in range(100, 106)]
+CASES: list[Any] = [pytest.param(seed, False, marks=() if seed < 4 else more) for seed in range(15)]
+CASES += [
+    pytest.param(seed, True, marks=[pytest.mark.main] * (seed % 4 > 0) + [more] * (seed > 100))
+    for seed in range(100, 106)
+]
 
 
 @pytest.mark.parametrize(("seed", "compiles"), CASES)
@@ -36,9 +40,9 @@ WRONG: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "alpha": (1, lambda play: scale(play, 1.001, 1.0)),
     "beta": (1, lambda play: scale(play, 1.0, 1.001)),
     "valid steps": (7, lambda play: play.by_hand.masks.pop("valid", None)),
-    "starts": (5, lambda play: play.by_hand.masks.pop("starts", None)),
+    "starts": (7, lambda play: play.by_hand.masks.pop("starts", None)),
     "layers": (0, lambda play: play.by_hand.dropouts.pop(play.plain.layers[0], None)),
-    "states": (0, lambda play: setattr(play.by_hand, "marks_states", False)),
+    "states": (1, lambda play: setattr(play.by_hand, "marks_states", False)),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastreg import FusedRNNDropout
 from fastreg.source import Source, Swap, attach_at, of_batch, of_language_model
@@ -51,38 +51,6 @@ def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
         model.eval()
     assert model[1].output_dp is own
     assert not own.training
-
-
-class OwnForward(FusedRNNDropout):
-    def forward(self, raw: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().forward(raw)
-
-
-class OtherPickle(FusedRNNDropout):
-    def __reduce__(self) -> Any:
-        return nn.Dropout, (self.p,)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (
-            Source(nn.GRUCell(2, 2)),
-            "module: .* all time steps, got GRUCell, .* stack its outputs and call fused_ar_tar",
-        ),
-        (Source(nn.ModuleList([gru()])), "module: expected one that is called itself, got ModuleList; attach each of"),
-        (Source(nn.ModuleDict({"a": gru()})), "module: .* got ModuleDict; attach each of its modules"),
-        (Source(gru(), nn.ModuleList()), "dropout: .* got ModuleList"),
-        (Source(gru(), OwnForward()), "dropout: .* the regularizer passes its coefficients, got that of OwnForward"),
-    ],
-)
-def test_refuses_modules_whose_hooks_would_miss_raw_or_the_penalty(source: Source, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        source.checked()
-
-
-def test_a_subclass_with_the_forward_of_its_base_is_a_fused_dropout() -> None:
-    assert Source(gru(), OtherPickle()).checked().place == (True, None)
 
 
 def fail(*args: Any, **kwargs: Any) -> Any:

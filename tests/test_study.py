@@ -13,6 +13,7 @@ import pytest
 
 from bench import report, study, study_report, timing
 from bench.study_report import COEFFICIENTS, Run, Study
+from tests.conftest import more
 
 SMALL = ["--words", "7000", "--epochs", "2"]
 
@@ -25,6 +26,7 @@ def results(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@more
 def test_a_study_trains_every_setting_and_renders_it(results: Path) -> None:
     study_of_one = study_report.load(results)
     assert [run.coefficients for run in study_of_one.runs] == list(COEFFICIENTS)
@@ -37,6 +39,7 @@ def test_a_study_trains_every_setting_and_renders_it(results: Path) -> None:
     assert study_report.page(study_of_one, "small") == results.with_suffix(".md").read_text()
 
 
+@more
 def test_a_study_goes_on_where_it_was(
     results: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +59,7 @@ def test_a_study_goes_on_where_it_was(
     assert "0 are to be done" in capsys.readouterr().out
 
 
+@more
 def test_trainings_of_other_settings_do_not_mix(text: Path, results: Path) -> None:
     before = results.read_bytes()
     with pytest.raises(ValueError, match=r"other settings \(words is 7000 there, 7200 now\): name another file"):

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from tests.calls import CALLS, Call, calls, everything, flat, from_seed, leaves, mask_for, total
-from tests.conftest import skip_on_formula, skip_without
+from tests.conftest import more, skip_on_formula, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
 pytestmark = pytest.mark.usefixtures("dynamo")
@@ -69,7 +69,14 @@ def regularized(regularizer: RNNRegularizer, r: Tensor, d: Tensor) -> list[Any]:
     return [loss, regularizer.ar, regularizer.tar]
 
 
+def in_bfloat16(r: Tensor, d: Tensor) -> Any:
+    with torch.autocast("cpu", BF16):
+        raw = torch.nn.functional.linear(r, torch.eye(8))
+        return fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0), fused_ar_tar(raw, d, 2.0, 1.0)
+
+
 STEPS: dict[str, Call] = {
+    "autocast": in_bfloat16,
     "lists": lambda r, d: fused_ar_tar([r, r * d], [d, r], 2.0, 1.0),
     "regularizer": functools.partial(regularized, RNNRegularizer(2.0, 1.0)),
     "checkpointing": lambda r, d: checkpoint(block_of, CALLS["pair"], r, d, use_reentrant=False),
@@ -89,14 +96,18 @@ class TestCompile:
     @pytest.mark.parametrize(
         ("name", "backend", "dynamic", "shapes", "count"),
         [
-            ("others", "aot_eager", None, TIMES, 3),
             *[(name, "aot_eager", None, [*TIMES, (3, 1)], 4) for name in ("pair", "drawn")],
             ("lengths", "aot_eager", None, TIMES, 2),
-            ("drawn_valid", "aot_eager", None, [(batch, 7) for batch in (3, 5, 2, 20)], 2),
-            ("lengths_starts", "aot_eager", None, SIZES, 2),
-            ("valid_starts_time_first", "aot_eager", None, SIZES, 2),
-            ("pair_constant", "aot_eager", True, [(3, 2), (3, 70), (3, 3)], 2),
-            pytest.param("drawn_constant", "inductor", True, [(3, 70), (3, 2), (3, 101)], 2, marks=needs_compiler),
+            pytest.param("others", "aot_eager", None, TIMES, 3, marks=more),
+            pytest.param("drawn_valid", "aot_eager", None, [(batch, 7) for batch in (3, 5, 2, 20)], 2, marks=more),
+            *[
+                pytest.param(name, "aot_eager", None, SIZES, 2, marks=more)
+                for name in ("lengths_starts", "valid_starts_time_first")
+            ],
+            pytest.param("pair_constant", "aot_eager", True, [(3, 2), (3, 70), (3, 3)], 2, marks=more),
+            pytest.param(
+                *("drawn_constant", "inductor", True, [(3, 70), (3, 2), (3, 101)], 2), marks=[needs_compiler, more]
+            ),
         ],
         ids=str,
     )
@@ -143,7 +154,8 @@ class TestCompile:
     @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
     def test_a_step_in_one_graph(self, step: Call) -> None:
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        assert_close(everything(compiled, leaves()), everything(step, leaves()))
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if step is STEPS["autocast"] else {}
+        assert_close(everything(compiled, leaves()), everything(step, leaves()), **tolerance)
 
     def test_a_module_whose_penalty_is_taken_outside(self) -> None:
         module = FusedRNNDropout(0.4, 2.0, 1.0)
@@ -183,12 +195,6 @@ class TestCompile:
         for time in (9, 1):
             assert_close(everything(traced, leaves(time)), everything(call, leaves(time)))
         assert_close(total(traced(*leaves(0))), total(call(*leaves(0))))
-
-    @by_few
-    def test_a_trace_of_real_tensors(self, call: Call) -> None:
-        """They have memory, unlike those of a symbolic trace."""
-        graph = make_fx(lambda r, d: call(r, d))(*(x.detach() for x in leaves()))
-        assert_close(everything(graph, leaves()), everything(call, leaves()))
 
     @pytest.mark.parametrize("kind", ["builtins.float", "numpy.float64", "numpy.int64"])
     def test_coefficients_may_change(self, kind: str) -> None:
@@ -230,15 +236,6 @@ class TestCompile:
             with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0"):
                 with_number(x, x, wrong, 1.0)
 
-    def test_an_axis_that_changes(self) -> None:
-        def call(x: Tensor, marks: Tensor, time_dim: int) -> Tensor:
-            return fused_ar_tar(x, x, 2.0, 1.0, time_dim=time_dim, starts=marks, valid=marks)
-
-        compiled, x = torch.compile(call, backend="eager"), torch.randn(4, 5, 6)
-        for time_dim in (1, 2, -2, 0):  # the compiler makes a symbol of an integer that changes
-            marks = torch.rand(4 if time_dim else 5, x.shape[time_dim]) < 0.5
-            assert_close(compiled(x, marks, time_dim), call(x, marks, time_dim))
-
     def test_lengths_on_the_cpu_for_a_gpu(self) -> None:
         """Fake tensors need no GPU, and dynamo cannot trace a question to the driver."""
         call = torch.compile(fused_ar_tar, fullgraph=True, backend="eager")
@@ -274,19 +271,6 @@ class TestAutocast:
         assert flat(results)[-1].dtype == FLOAT
         assert [x.dtype for x in got] == [x.dtype for x in want]  # pyright: ignore[reportOptionalMemberAccess]
         assert_close(got, want, rtol=0, atol=0)
-
-    def test_compiled(self) -> None:
-        layer = nn.Linear(8, 8)
-
-        def step(r: Tensor, d: Tensor) -> Any:
-            with torch.autocast("cpu", BF16):
-                raw = layer(r)
-                return fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0), fused_ar_tar(raw, d, 2.0, 1.0)
-
-        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        got, want = (everything(f, leaves()) for f in (compiled, step))
-        assert [x.dtype for x in got[:3]] == [BF16, FLOAT, FLOAT]
-        assert_close(got, want, rtol=2e-2, atol=2e-2)
 
     @by_few
     def test_the_scaler_scales_and_finds_infinities(self, call: Call) -> None:
@@ -334,17 +318,6 @@ class TestSubclasses:
         assert all(type(x) is TwoTensor for x in got)
         for part, xs in zip("ab", halves, strict=True):
             assert_close([getattr(x, part) for x in got], everything(call, xs))
-
-    @by_few
-    def test_an_upstream_gradient_that_is_a_wrapper(self, call: Call) -> None:
-        def gradients(wrap: Callable[..., Tensor]) -> list[Tensor]:
-            xs = leaves()
-            outputs = [x for x in flat(from_seed(call, xs)) if x.requires_grad]
-            return list(torch.autograd.grad(outputs, xs, [wrap(x.sin(), x.cos()) for x in outputs]))
-
-        got: list[Any] = gradients(TwoTensor)
-        assert_close([x.a for x in got], gradients(lambda a, _: a))
-        assert_close([x.b for x in got], gradients(lambda _, b: b))
 
     @by_call
     @pytest.mark.parametrize("kind", ["meta", "fake", "functional"])
