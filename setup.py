@@ -1,6 +1,7 @@
-"""Build the kernels for CPUs, once for each level of processors; the best level that runs is loaded.
+"""Build the kernels for CPUs, once for each level of processors.
 
-All else is in pyproject.toml. Without a compiler that knows these options the installation goes on without kernels.
+Everything else is in pyproject.toml. Without a compiler that knows these options the installation goes on without
+kernels.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 LEVELS = {"_cpu": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {f"_cpu_v{level}": [f"-march=x86-64-v{level}"] for level in (3, 4)}
-# The same hash as in kernels/cpu.py: a library in a source tree is not loaded beside other sources than its own.
+# kernels/cpu.py computes the same hash: in a source tree it loads no library that was built from other sources.
 SOURCES = sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))).hexdigest()[:16]
 OPTIONS = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden"),
     "-ffp-contract=off",  # the same roundings in all builds
     f"-DSOURCES=0x{SOURCES}",
-    *("-fno-math-errno", "-fno-trapping-math"),  # errno and exceptions are unused, and prevent vectorization
+    *("-fno-math-errno", "-fno-trapping-math"),  # errno and exceptions are unused, and would prevent vectorization
 ]
 
 
 class Build(build_ext):
-    """Build with GNU OpenMP where the compiler has it, and leave the libraries in the source tree, too.
+    """Build with GNU OpenMP if the compiler has it, and also leave the libraries in the source tree.
 
-    Python imports the package from the source tree wherever that is the current folder, installed or not.
+    If the source tree is the current folder, Python imports the package from there, installed or not.
     """
 
     def finalize_options(self) -> None:
-        """Build all levels at the same time: an editable installation drops an option given to `setup`."""
+        """Build all levels at the same time; an editable installation would drop an option that `setup` gets."""
         super().finalize_options()
         self.parallel = True
 
@@ -52,7 +53,7 @@ class Build(build_ext):
         if self.editable_mode and is_current(built):
             replace(target, built)
             return
-        own = copy(self)  # objects of its own: another level is compiled from the same source at the same time
+        own = copy(self)  # with its own object files, as other levels compile the same source at the same time
         own.build_temp = str(Path(self.build_temp, ext.name))
         own.force = True  # the compiler may be another one
         try:
@@ -60,7 +61,7 @@ class Build(build_ext):
             shared = b"libgomp" in target.read_bytes()
         except BaseError:
             shared = False
-        if not shared:  # no OpenMP, or Clang's runtime, which must not stand beside PyTorch's
+        if not shared:  # there is no OpenMP, or it is Clang's, which must not run beside PyTorch's
             target.unlink(missing_ok=True)
             for options in (ext.extra_compile_args, ext.extra_link_args):
                 options.remove("-fopenmp")
@@ -69,10 +70,10 @@ class Build(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """One wheel serves every Python, as the libraries do not use it."""
+    """Build one wheel for every version of Python, because the libraries do not use Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Name the platform alone."""
+        """Return a tag that names only the platform."""
         return "py3", "none", super().get_tag()[2]
 
 

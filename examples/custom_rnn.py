@@ -1,7 +1,7 @@
 """Regularize a custom RNN by hooks, with padding on the left: `python examples/custom_rnn.py`, a few seconds.
 
-The model returns its output alone, and does not depend on the regularizer. The sequences are the lines of this file,
-character by character.
+The model returns only its output, and does not know of the regularizer. The sequences are the lines of this file; the
+model learns to predict their characters.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
         self.rnn = MinimalGatedRNN(hidden)
-        self.dropout = FusedRNNDropout(0.2)  # any dropout works; this one forms AR and TAR in its own pass
+        self.dropout = FusedRNNDropout(0.2)  # any dropout works; this one computes AR and TAR, too
         self.decoder = nn.Linear(hidden, vocabulary)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -67,7 +67,8 @@ def main() -> None:
             counts = is_valid[:, :-1] & is_valid[:, 1:]
             loss = F.cross_entropy(decoded[counts], targets[counts])
             optimizer.zero_grad()
-            regularizer.on_backward_begin(loss).backward()
+            total = regularizer.on_backward_begin(loss)  # the loss plus the penalty
+            total.backward()
             optimizer.step()
         print(f"epoch {epoch}  loss {loss:.3f}  ar {regularizer.ar:.4f}  tar {regularizer.tar:.4f}")
 

@@ -1,6 +1,6 @@
 """Train fastai's AWD-LSTM with AR and TAR fused: `python examples/fastai_lm.py`, a few seconds on a CPU.
 
-The text is this file, character by character.
+The model learns to predict the characters of this file.
 """
 
 from pathlib import Path

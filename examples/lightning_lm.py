@@ -1,6 +1,6 @@
 """Train a GRU language model in PyTorch Lightning with AR and TAR: `python examples/lightning_lm.py`, a few seconds.
 
-The text is this file, character by character.
+The model learns to predict the characters of this file.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ BATCH, STEPS, EPOCHS = 8, 40, 10
 
 
 class LanguageModel(LightningModule):
-    """Predict the next character, and log the loss. The module does not depend on the regularizer."""
+    """Predict the next character, and log the loss. The module does not know of the regularizer."""
 
     def __init__(self, vocabulary: int, hidden: int = 64) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Train an LSTM language model with AR and TAR in a plain loop: `python examples/loop.py`, a few seconds on a CPU.
 
-The text is this file, character by character.
+The model learns to predict the characters of this file.
 """
 
 from pathlib import Path
@@ -52,7 +52,8 @@ def main() -> None:
             decoded = regularizer.on_loss_begin(model(inputs))  # captures raw and dropped
             loss = F.cross_entropy(decoded.flatten(0, 1), targets.flatten())
             optimizer.zero_grad()
-            regularizer.on_backward_begin(loss).backward()  # the loss with AR and TAR
+            total = regularizer.on_backward_begin(loss)  # the loss plus the penalty
+            total.backward()
             with regularizer.scaled_lr(optimizer, inputs.shape[1]):  # a shorter batch takes a smaller step
                 optimizer.step()
         print(f"epoch {epoch}  loss {loss:.3f}  ar {regularizer.ar:.4f}  tar {regularizer.tar:.4f}")

@@ -1,12 +1,12 @@
 """A recurrent policy over episodes, with TAR that stops at their starts: `python examples/recurrent_policy.py`.
 
-An episode ends at any time step, and the next one starts in the same row of the rollout. The policy resets its state
-there, and TAR should not penalize the change into a start: `starts` leaves out this change and no other. Each episode
-shows a cue at its first step and at no other; the policy is rewarded as long as it acts on the cue.
+An episode may end at any time step, and the next episode then starts in the same row of the rollout. The policy resets
+its state there, and TAR must not penalize the change into a start: `starts` leaves out this change, and no other. Each
+episode shows a cue only at its first step. The policy is rewarded as long as it acts on the cue.
 
 The trainer, `update`, does not expose its loss, like the `train()` of Stable-Baselines3. So a forward hook adds the
-penalty: `with_penalty` returns a view of the policy's states, whose backward also differentiates the penalty. In a
-training loop that has the loss at hand, `RNNRegularizer.attach` is simpler. The example takes a few seconds on a CPU.
+penalty: `with_penalty` returns a view of the policy's states, and the backward through the view also differentiates the
+penalty. In a training loop of your own, `RNNRegularizer.attach` is simpler. The example takes a few seconds on a CPU.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def regularize(rnn: nn.Module, alpha: float, beta: float, log: Callable[[ARTAR],
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer) -> float:
-    """Improve the policy by the advantages of one rollout; return the part of the cues that it missed."""
+    """Improve the policy by the advantages of one rollout; return the share of the cues that it missed."""
     observations, starts, cues = rollout()
     scores, values = policy(observations, starts)
     chosen = torch.distributions.Categorical(logits=scores)

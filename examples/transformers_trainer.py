@@ -1,6 +1,6 @@
 """Train a small Mamba with AR and TAR in Hugging Face's Trainer: `python examples/transformers_trainer.py`, on a CPU.
 
-The sequences are the lines of this file, character by character, padded on the left.
+The sequences are the lines of this file, padded on the left. The model learns to predict their characters.
 """
 
 import tempfile

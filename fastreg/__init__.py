@@ -6,7 +6,7 @@ __distribution__ = "fastreg-rnn"  # see fastreg/installation.py
 import sys
 import warnings
 
-if sys.argv[:1] == ["-m"]:  # `python -m fastreg` reports on the installation: a remark of PyTorch's would stand first
+if sys.argv[:1] == ["-m"]:  # in `python -m fastreg` a warning of PyTorch would come before the report
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 from fastreg.carrier import with_penalty

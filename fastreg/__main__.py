@@ -1,4 +1,4 @@
-"""Print the code that runs on each device: `python -m fastreg`. The exit code is 1 if a device's self-test fails."""
+"""Print which code runs on each device: `python -m fastreg`. The exit code is 1 if the self-test of a device fails."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fastreg.kernels import cpu
 from fastreg.kernels.view import Steps
 from fastreg.penalty import fused_ar_tar
 from fastreg.problem import Call, Kind
-from fastreg.reference import ar_tar, marked
+from fastreg.reference import ar_tar, encoded
 
 
 def main() -> int:
-    """Print versions, and for each device the code that it runs and the outcome of the self-test."""
+    """Print the versions, and for each device the code that runs on it and the outcome of the self-test."""
     argparse.ArgumentParser(prog="python -m fastreg", description=__doc__).parse_args()
     python = platform.python_version()
     print(f"fastreg {fastreg.__version__}, Python {python}, torch {torch.__version__}, {triton()}")
     print(f"imported from {FOLDER}", *remarks(), sep="; ")
     if CPP is not None:
         print(f"library for CPUs: {cpu.description()}")
-    warnings.simplefilter("ignore")  # the report says more
+    warnings.simplefilter("ignore")  # the report tells the same, in more words
     failed, found = False, list(devices())
     for device in found:
         backend = backend_for(device)
@@ -38,7 +38,7 @@ def main() -> int:
         try:
             self_test(device)
             outcome = "self-test passed"
-        except Exception as error:  # whatever a device's own libraries raise
+        except Exception as error:  # the libraries of a device may raise anything
             failed = True
             outcome = f"SELF-TEST FAILED: {type(error).__name__}: {str(error).strip()}"
         print(f"{device}: {code}; {outcome}")
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def triton() -> str:
-    """Return the name and version of Triton, which PyTorch's builds bring under several names."""
+    """Return the name and version of Triton; builds of PyTorch install it under several names."""
     for name in (f"{prefix}triton{suffix}" for prefix in ("", "pytorch-") for suffix in ("", "-rocm", "-xpu")):
         try:
             return f"{name} {version(name)}"
@@ -58,7 +58,7 @@ def triton() -> str:
 
 
 def devices() -> Iterator[torch.device]:
-    """List the CPU, and each accelerator that there is."""
+    """List the CPU and all accelerators."""
     yield torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
@@ -67,7 +67,7 @@ def devices() -> Iterator[torch.device]:
 
 
 def self_test(device: torch.device) -> None:
-    """Compare values and gradients with the formula in float64.
+    """Compare the values and gradients on a device with the formula in float64.
 
     Raises:
         AssertionError: they differ by more than rounding.
@@ -78,21 +78,21 @@ def self_test(device: torch.device) -> None:
     for steps in (None, lengths):
         leaves = (raw.clone().requires_grad_(), dropped.clone().requires_grad_())
         exact = leaves
-        if device.type != "mps":  # which has no float64
+        if device.type != "mps":  # mps has no float64
             exact = raw.double().requires_grad_(), dropped.double().requires_grad_()
-        marks, kind = None if steps is None else Steps(*marked((5, 40), steps, None, None)), Kind(dtype=exact[0].dtype)
+        bits, kind = None if steps is None else Steps(*encoded((5, 40), steps, None, None)), Kind(dtype=exact[0].dtype)
         got = fused_ar_tar(leaves[0], leaves[1], 2.0, 1.0, lengths=steps)
-        want = ar_tar(Call(*exact, 2.0, 1.0, marks, kind)).penalty
+        want = ar_tar(Call(*exact, 2.0, 1.0, bits, kind)).penalty
         compare([got, *torch.autograd.grad(got, leaves)], [want, *torch.autograd.grad(want, exact)])
         kept, got = fused_dropout_ar_tar(leaves[0], 0.5, 2.0, 1.0, mask=mask, lengths=steps)
         product = exact[0] * mask.to(exact[0].dtype)
-        want = ar_tar(Call(exact[0], product, 2.0, 1.0, marks, kind)).penalty
+        want = ar_tar(Call(exact[0], product, 2.0, 1.0, bits, kind)).penalty
         results = [got, *torch.autograd.grad([got, kept.sum()], leaves[0])]
         compare(results, [want, *torch.autograd.grad([want, product.sum()], exact[0])])
 
 
 def compare(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
-    """Compare in float64, to a few units of float32's last place."""
+    """Compare two lists of tensors in float64, to a few units in the last place of float32."""
     for x, y in zip(got, want, strict=True):
         atol = 1e-6 * y.detach().abs().max().item()
         torch.testing.assert_close(x.detach().cpu().double(), y.detach().cpu().double(), rtol=1e-5, atol=atol)

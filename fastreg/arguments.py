@@ -1,7 +1,7 @@
-"""Every check of an argument, and every message; a check raises, and changes nothing.
+"""All checks of arguments, and their messages. A check raises an error or does nothing.
 
-A `TypeError` or a `ValueError` names the argument, and the expected and the given value. Checks of the metadata of
-activations, options and lists run for a new kind of call, those of values in every call.
+A `TypeError` or a `ValueError` names the argument, the expected value and the given value. Metadata of activations,
+options and lists are checked once for each new kind of call; values are checked in every call.
 """
 
 from __future__ import annotations
@@ -18,31 +18,34 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.kernels.streams import is_captured
 from fastreg.kernels.view import Layout
-from fastreg.problem import Place, axes_of, is_list, rows_of, sizes_of
+from fastreg.problem import Place, axes_of, data_of, is_list, sizes_of
 from fastreg.torch_state import has_values
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# Arguments that leave steps out: their dtypes, in words, and the reason that they do not go with a PackedSequence.
-OWN, PAD = ", as a PackedSequence has lengths of its own", "pad_packed_sequence gives a tensor"
-STEPS: dict[str, tuple[Sequence[torch.dtype], str, str]] = {
-    "lengths": (INTEGERS, "an integer tensor", OWN),
-    "valid": ((torch.bool, *INTEGERS), "a bool or integer tensor", OWN),
-    "starts": ((torch.bool, *INTEGERS), "a bool or integer tensor", f" with a PackedSequence; {PAD}, and lengths"),
+# The arguments that leave time steps out: their dtypes, the dtypes in words, the function that converts another dtype,
+# and the reason why the argument cannot be given with a PackedSequence.
+OWN, PAD = ", as a PackedSequence has its own lengths", "pad_packed_sequence returns a tensor"
+MASK = (torch.bool, *INTEGERS), "a bool or integer tensor", ".bool()"
+STEP_ARGUMENTS: dict[str, tuple[Sequence[torch.dtype], str, str, str]] = {
+    "lengths": (INTEGERS, "an integer tensor", ".long()", OWN),
+    "valid": (*MASK, OWN),
+    "starts": (*MASK, f" with a PackedSequence; {PAD}, and lengths"),
 }
 ACTIVATIONS = "a tensor, a PackedSequence, or a list or tuple of them"
-HINT = " (an RNN gives its output and its state: pass the output)"
+HINT = " (an RNN returns its output and its state: pass the output)"
 
 
 def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Exception] = ValueError) -> None:
     """Raise an error unless an argument fits.
 
     Args:
-        fits: whether it does.
-        name: of the argument.
+        fits: whether the argument fits.
+        name: the name of the argument.
         words: the expectation and the given values, with `{}` for each value.
-        values: formatted in the error alone, as that takes time, and makes constants of sizes in compiled code.
-        error: its type.
+        values: the values. Only an error formats them, because formatting takes time and makes sizes constants in
+            compiled code.
+        error: the type of the error.
     """
     if not fits:
         plain = [tuple(x) if isinstance(x, torch.Size) else getattr(x, "__name__", x) for x in values]
@@ -60,15 +63,15 @@ def check_options(reduction: object, return_terms: object) -> None:
 
 
 def check_flags(**flags: object) -> None:
-    """Check that arguments are true or false, given by their names."""
+    """Check that arguments, given by their names, are `True` or `False`."""
     for name, flag in flags.items():
         _expect(isinstance(flag, bool), name, "True or False, got {!r}", flag, error=TypeError)
 
 
 def check_coefficient(name: str, value: Any) -> None:
-    """Check a coefficient: a finite real number of at least 0, or a 0-dim tensor with one.
+    """Check a coefficient: a finite real number of at least 0, or a 0-dim tensor that holds one.
 
-    The value of a tensor on another device than the CPU is not looked at, as that would wait for the device.
+    The value of a tensor is checked only on the CPU. On other devices a check would have to wait for the device.
     """
     if isinstance(value, Tensor):
         _check_dense(name, value)
@@ -86,17 +89,17 @@ def check_coefficient(name: str, value: Any) -> None:
 
 
 def _check_symbolic(name: str, value: Any) -> None:
-    """Check a coefficient that may be symbolic: during tracing as far as possible, else when the compiled code runs."""
-    from torch.fx.experimental.symbolic_shapes import guard_or_true  # which imports sympy
+    """Check a coefficient that may be symbolic: as far as possible during tracing, otherwise when the code runs."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # this imports sympy
 
     number: Any = value
     if not isinstance(value, (bool, int, float, str)) and hasattr(value, "item"):
-        number = value.item()  # a compiler takes a NumPy scalar for an array
+        number = value.item()  # a compiler treats a NumPy scalar as an array
     elif not isinstance(value, float):
         _check_real(name, value)
     fits = guard_or_true(number >= 0) and guard_or_true(number < math.inf)
     _expect(fits, name, "a finite number of at least 0, got {}", number)
-    torch._check(number * 1.0 >= 0)  # torch 2.11 drops a check of the value itself
+    torch._check(number * 1.0 >= 0)  # torch 2.11 would drop a check of the value itself
     torch._check(number < math.inf)
 
 
@@ -106,7 +109,7 @@ def check_probability(p: Any) -> None:
 
 
 def check_time(batch_first: object, time_dim: object) -> None:
-    """Check that at most one of both says where time is, and its type."""
+    """Check that at most one of `batch_first` and `time_dim` is given, and its type."""
     if time_dim is None:
         check_flags(batch_first=batch_first is None or batch_first)
         return
@@ -121,7 +124,7 @@ def _check_real(name: str, value: object) -> None:
 
 
 def _real(name: str, value: Any) -> float:
-    """Check for a real number, and convert it; one that is too large to be a float is infinite."""
+    """Check for a real number, and convert it to a float; a number that is too large becomes infinite."""
     _check_real(name, value)
     try:
         return float(value)
@@ -135,7 +138,7 @@ def _real(name: str, value: Any) -> float:
 def check_given(name: str, value: object, is_read: bool, coefficient: str) -> None:
     """Check that activations are given if the term of a coefficient reads them."""
     if is_read and value is None:
-        raise TypeError(f"{name}: expected {ACTIVATIONS}, got NoneType (it may be None only where {coefficient} is 0)")
+        raise TypeError(f"{name}: expected {ACTIVATIONS}, got NoneType (it may be None only if {coefficient} is 0)")
 
 
 def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[str, Any]]]:
@@ -144,10 +147,10 @@ def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[s
     Args:
         raw: a tensor, a `PackedSequence`, or a list or tuple of them; `None` if no term reads it.
         dropped: like raw; only one of them may be `None`.
-        place: where time is.
+        place: the axis of time.
 
     Returns:
-        The first activations, and of each layer its tensors or packed rows, by their names in messages.
+        The first activations; and for each layer its tensors or packed rows, by their names in messages.
     """
     given = [(name, x) for name, x in (("raw", raw), ("dropped", dropped)) if x is not None]
     columns = [_named(name, x, place.time_dim) for name, x in given]
@@ -158,13 +161,13 @@ def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[s
     first, *others = chain(*columns)
     for layer in others:
         _check_packed_alike(*layer, *first)
-    return first[1], [{name: rows_of(x) for name, x in layer} for layer in zip(*columns, strict=True)]
+    return first[1], [{name: data_of(x) for name, x in layer} for layer in zip(*columns, strict=True)]
 
 
 def check_packed_options(time_dim: int | None, steps: Mapping[str, Any]) -> None:
-    """Check the options of packed sequences: there are no lengths, valid steps or starts."""
+    """Check that no lengths, valid steps or starts, and no other axis of time, are given with packed sequences."""
     for name in steps:
-        raise ValueError(f"{name}: expected None{STEPS[name][2]}")
+        raise ValueError(f"{name}: expected None{STEP_ARGUMENTS[name][3]}")
     _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence, got {}", time_dim)
 
 
@@ -180,7 +183,7 @@ def _named(name: str, value: Any, time_dim: int | None) -> list[tuple[str, Any]]
 
 
 def _check_layer(name: str, x: Any, time_dim: int | None) -> None:
-    """Check a layer: the axes of a dense tensor, or the metadata of packed rows and their batch sizes."""
+    """Check a layer: the axes of a dense tensor, or the metadata and the batch sizes of packed rows."""
     if not isinstance(x, PackedSequence):
         _check_axes(name, check_tensor(name, x), time_dim)
         return
@@ -201,7 +204,7 @@ def check_tensor(name: str, x: Any) -> Tensor:
         _expect(
             not is_packed,
             name,
-            "a tensor, got a PackedSequence; pad_packed_sequence gives one, and lengths",
+            "a tensor, got a PackedSequence; pad_packed_sequence returns a tensor and lengths",
             error=TypeError,
         )
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
@@ -210,16 +213,16 @@ def check_tensor(name: str, x: Any) -> Tensor:
 
 
 def _check_batch_sizes(name: str, sizes: Tensor, rows: int) -> None:
-    """Check the values of batch sizes, as kernels would read past the end of rows that do not fit them."""
+    """Check the values of batch sizes, because with wrong ones kernels would read past the end of the rows."""
     if sizes.numel() and not has_values(sizes):
         return
-    values: Any = sizes.tolist()  # integers of Python, whose sum does not wrap
+    values: Any = sizes.tolist()  # Python's integers, whose sum does not overflow
     fits = sizes.dim() == 1 and sum(values) == rows and min(values, default=0) > 0 and values == sorted(values)[::-1]
     _expect(fits, name, "sizes above 0 that never grow and add up to the {} rows, got {}", rows, values)
 
 
 def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> None:
-    """Check that two layers are packed alike, or neither is packed."""
+    """Check that two layers are packed in the same way, or that neither is packed."""
     is_packed, kinds = isinstance(x, PackedSequence), ("a tensor", "a PackedSequence")
     fits = is_packed == isinstance(y, PackedSequence)
     _expect(fits, name, "{}, as {} is, got {}", kinds[not is_packed], other, kinds[is_packed], error=TypeError)
@@ -230,7 +233,7 @@ def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> None:
 
 
 def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
-    """Check that activations have an axis of time: `time_dim`, or that of `batch_first`, of two or three axes."""
+    """Check that activations have an axis of time: `time_dim`, or two or three axes without it."""
     dims = x.dim()
     if time_dim is None:
         layouts = "(batch, time, hidden), (time, batch, hidden) with batch_first=False, or (time, hidden)"
@@ -248,8 +251,8 @@ def check_layer(layer: Mapping[str, Any], first: Mapping[str, Any], time_dim: in
     """Check the dtypes, shapes and devices of the tensors of a layer.
 
     Args:
-        layer: the tensors, by their names in messages.
-        first: those of the first layer, whose device, batch and time steps all layers have.
+        layer: the tensors of the layer, by their names in messages.
+        first: the tensors of the first layer; all layers must have its device, batch and time steps.
         time_dim: the axis of time, negative from the end.
     """
     (one, x), (other, y) = next(iter(layer.items())), next(iter(first.items()))
@@ -275,13 +278,14 @@ def check_devices(coefficients: Sequence[Any], layer: Mapping[str, Any]) -> None
 def check_steps(lengths: object, valid: object, starts: object) -> None:
     """Check lengths, valid steps and starts: at most one of the first two, and their dtypes."""
     _expect(lengths is None or valid is None, "lengths and valid", "one of them, got both")
-    for name, given in zip(STEPS, (lengths, valid, starts), strict=True):
+    for name, given in zip(STEP_ARGUMENTS, (lengths, valid, starts), strict=True):
         if given is not None:
-            _check_tensor_of(name, given, *STEPS[name][:2])
+            dtypes, words, function, _ = STEP_ARGUMENTS[name]
+            _check_tensor_of(name, given, dtypes, words, f"; use {function}")
 
 
 def check_steps_of(x: Any, time_dim: int, steps: Mapping[str, Any]) -> None:
-    """Check the shapes and devices of the lengths, valid steps and starts given against those of a layer."""
+    """Check that the shapes and devices of lengths, valid steps and starts fit a layer."""
     check_no_parts(x)
     batch, time = sizes_of(x, time_dim)
     for name, given in steps.items():
@@ -298,38 +302,38 @@ def check_steps_of(x: Any, time_dim: int, steps: Mapping[str, Any]) -> None:
 
 
 def check_no_parts(x: Any) -> None:
-    """Check that activations are no DTensor, as marks and offsets of steps are not."""
-    words = "no DTensor with lengths, valid steps or starts, or packed; pass x.to_local() of each part"
+    """Check that activations are no DTensor, because the bits and offsets of steps are none."""
+    words = "no DTensor with lengths, valid steps or starts, and no packed DTensor; pass x.to_local() of each part"
     _expect(getattr(x, "to_local", None) is None, "raw and dropped", words, error=TypeError)
 
 
 def check_range(name: str, time: int, x: Tensor) -> Tensor:
-    """Check the values of lengths or marks on the CPU, and return them; elsewhere that would wait for the device."""
-    # A few values are compared in Python in a third of the time that an operator takes.
+    """Check the values of lengths or of a mask on the CPU, and return them."""
+    # Python compares a few values in a third of the time that an operator takes.
     values = x.reshape(-1).tolist() if x.numel() <= 100 else [*map(int, x.aminmax())]
     least, greatest = min(values), max(values)
-    most, words = (time, f"from 0 to the {time} time steps there are") if name == "lengths" else (1, "0 or 1")
+    most, words = (time, f"from 0 to the {time} time steps of a sequence") if name == "lengths" else (1, "0 or 1")
     if least < 0 or greatest > most:
         raise ValueError(f"{name}: expected {words}, got {least if least < 0 else greatest}")
     return x
 
 
 def check_not_captured(name: str, device: torch.device) -> None:
-    """Check that no graph is captured that would read memory of the CPU in each replay."""
-    # A compiler cannot ask, and captures its own graphs with inputs that it copies. Fake tensors need no device.
+    """Check that no CUDA graph is being captured, because it would read memory of the CPU in each replay."""
+    # A compiler cannot ask, and captures its own graphs, whose inputs it copies. Fake tensors need no device.
     is_compiling = torch.compiler.is_compiling()
-    words = "them on the GPU, and no PackedSequence, while a graph is captured: the replay would read {}"
+    words = "them on the GPU, and no PackedSequence, during the capture of a graph: the replay would read {}"
     fits = is_compiling or not torch.accelerator.is_available() or not is_captured(device)
     _expect(fits, name, words, "freed memory of the CPU", error=RuntimeError)
 
 
 def check_mask(mask: object, raw: Tensor, time_dim: int) -> None:
-    """Check a dropout mask for `raw`: of one row for all time steps, or of raw's shape."""
+    """Check a dropout mask for `raw`: it has one row for all time steps, or raw's shape."""
     mask = check_tensor("mask", mask)
     one_row = list(raw.shape)
     one_row[time_dim] = 1
     fits = mask.shape == raw.shape or list(mask.shape) == one_row  # `in` would not compare symbolic sizes
-    words = "shape {} or that of raw, {}, got {}"
+    words = "shape {} or raw's shape {}, got {}"
     _expect(fits, "mask", words, torch.Size(one_row), raw.shape, mask.shape)
     _expect(mask.dtype == raw.dtype, "mask", "the dtype of raw, {}, got {}", raw.dtype, mask.dtype, error=TypeError)
     _check_device("mask", mask, "raw", raw)
@@ -337,22 +341,51 @@ def check_mask(mask: object, raw: Tensor, time_dim: int) -> None:
 
 
 def check_saved(name: str, before: Layout, saved: Any) -> None:
-    """Check that a tensor kept its shape, dtype and device from forward to backward."""
+    """Check that a saved tensor has kept its shape, dtype and device from forward to backward."""
     words = (
-        "the {} of the forward, {}, got {} in the backward, as its data was replaced, or a hook on saved tensors "
-        "returned another; let unpack hooks restore what pack hooks change"
+        "the {} of the forward, {}, got {} in the backward: its data was replaced, or a hook on saved tensors returned "
+        "another; an unpack hook has to restore what its pack hook has changed"
     )
     for fact in "shape", "dtype", "device":
         expected, got = getattr(before, fact), getattr(saved, fact)
         _expect(got == expected, name, words, fact, expected, got, error=RuntimeError)
 
 
+# ---- penalties that no loss finds
+
+
+def why_lost(names: str, taken: int, alive: int) -> str:
+    """Explain why a loss finds no penalty of attached modules, and name the remedy.
+
+    Args:
+        names: the names of the modules.
+        taken: the number of runs that the loss depends on, and that earlier losses have taken.
+        alive: the number of runs that no loss has taken, and on which this loss does not depend.
+    """
+    if taken:
+        return (
+            f"an earlier loss has taken the run of the attached {names} that this loss depends on. Add up the losses "
+            "of a step, and call on_backward_begin once, with their sum"
+        )
+    if alive:
+        return (
+            f"the loss depends on no run of the attached {names}, though there is one. Pass the loss that was computed "
+            "from the output of the module, or from the output of its dropout if one is attached"
+        )
+    return (
+        f"the loss depends on no run of the attached {names}: it was computed from other tensors or from a detached "
+        "output, or the module was not called, or clear() or an earlier error dropped the run. Call the module, not "
+        "its forward(): where a wrapper calls the forward() of a module inside it, as WeightDrop does, attach the "
+        "wrapper. A copy of a module, by deepcopy or pickle, has no hooks: attach it, too"
+    )
+
+
 # ---- the checks of every tensor
 
 
-def _check_tensor_of(name: str, x: Any, dtypes: Sequence[torch.dtype], words: str) -> None:
+def _check_tensor_of(name: str, x: Any, dtypes: Sequence[torch.dtype], words: str, remedy: str = "") -> None:
     _expect(isinstance(x, Tensor), name, "{}, got {}", words, type(x), error=TypeError)
-    _expect(x.dtype in dtypes, name, "{}, got one of {}", words, x.dtype, error=TypeError)
+    _expect(x.dtype in dtypes, name, "{}, got one of {}{}", words, x.dtype, remedy, error=TypeError)
     _check_dense(name, x)
 
 

@@ -1,7 +1,7 @@
 """`Attachment`: the hooks on a recurrent module and on the dropout that follows it.
 
-The hook on the module notes raw, and the hook on the dropout forms the penalty and returns dropped marked with it.
-Without a dropout the hook on the module does so with raw. `fastreg.carrier` describes marks and runs.
+The hook on the module notes raw. The hook on the dropout computes the penalty, and returns dropped with a mark that
+holds it. Without a dropout the hook on the module does this with raw. `fastreg.carrier` describes marks and runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.carrier import Run, is_marked, mark, stamps_of
 from fastreg.penalty import penalize
-from fastreg.problem import Coefficient, Options, rows_of
+from fastreg.problem import Coefficient, Options, data_of
 from fastreg.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.source import Source
 from fastreg.torch_state import current, level_of_caller, recomputes, transformed, untraced, version_of
@@ -31,13 +31,13 @@ SHARED = (
     "before, and attach again. Instead of DataParallel use DistributedDataParallel, or on_loss_begin"
 )
 NO_GRADIENTS = (
-    "the attached {} or its dropout ran without gradients, so that the penalty's gradient would be lost. For "
-    "activation checkpointing pass use_reentrant=False; else run both outside torch.no_grad()"
+    "the attached {} or its dropout ran without gradients, so the gradient of the penalty would be lost. For "
+    "activation checkpointing pass use_reentrant=False; otherwise run both outside torch.no_grad()"
 )
 
 
 class Hook:
-    """Be a hook on the forward of a module; in a copy or a pickle of the module it does nothing."""
+    """Run a function as a hook on the forward of a module; in a copy or a pickle of the module, do nothing."""
 
     def __init__(self, attachment: Attachment, function: Callable[..., Any], register: Any) -> None:
         self.attachment, self.function, self.handle = attachment, function, register(self, with_kwargs=True)
@@ -47,8 +47,9 @@ class Hook:
         return self.function(*args)
 
     def __reduce__(self) -> Any:
-        # A function of the standard library, as fastreg may not be installed where a pickle is loaded. With the handle
-        # PyTorch learns the ids of the hooks in the pickle, and gives them to no other hook.
+        # The pickle has only a function of the standard library, because it may be loaded where fastreg is not
+        # installed. From the handle PyTorch learns the ids of the hooks in the pickle, and gives these ids to no other
+        # hook.
         return getattr, (nullcontext(self.handle), "__exit__")
 
 
@@ -58,23 +59,23 @@ class Hooked:
     Attributes:
         module: the module.
         before: the function that the first hook calls after its checks.
-        forward: its forward as an attribute of its own, if an attachment has made it one, or `None`.
+        forward: the forward that an attachment has made an attribute of the module itself, or `None`.
     """
 
     def __init__(self, of: Attachment, module: nn.Module, before: Any, after: Any) -> None:
         self.module, self.before = module, before
         self.first = Hook(of, self._begin, module.register_forward_pre_hook)
         self.last = Hook(of, after, module.register_forward_hook)
-        # Dynamo does not guard on hooks, and would use code that was compiled for a module without them. It guards on
-        # whether the instance has a forward of its own.
+        # Dynamo does not guard on hooks, and would run code that was compiled for a module without hooks. But it does
+        # guard on whether the instance itself has an attribute forward.
         own = vars(module).setdefault("forward", module.forward)
         self.forward = own if own == MethodType(type(module).forward, module) else None
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Check that a module is the one with the hooks, and move the later hook to the end: others replace outputs.
+        """Check that the hooks run on their own module, and move the later hook to the end, behind other hooks.
 
         Raises:
-            RuntimeError: it shares the attributes of that module, or runs another forward than its class.
+            RuntimeError: another module shares the hooks, or the module would run another forward than its class has.
         """
         if module is not self.module or (self.forward and self.forward.__func__ is not type(module).forward):
             raise RuntimeError(SHARED.format(type(module).__name__))
@@ -84,7 +85,7 @@ class Hooked:
         return self.before(args, kwargs)
 
     def remove(self) -> None:
-        """Remove the hooks; PyTorch still calls one that another hook removes, without the keyword arguments."""
+        """Remove the hooks; if another hook calls this, PyTorch still calls them, but without keyword arguments."""
         for hook in (self.first, self.last):
             hook.handle.remove()
             hook.function = nothing
@@ -93,7 +94,7 @@ class Hooked:
 
 
 def attachments_of(module: nn.Module) -> list[Attachment]:
-    """Return the attachments whose hooks are on a module."""
+    """Return the attachments that have hooks on a module."""
     return [hook.attachment for hook in vars(module)["_forward_hooks"].values() if isinstance(hook, Hook)]
 
 
@@ -102,21 +103,21 @@ def nothing(*_: object, **__: object) -> None:
 
 
 class Attachment(AbstractContextManager["Attachment"]):
-    """Hold the hooks on a module and its dropout until `remove()`. Those in a copy of the model do nothing.
+    """Hold the hooks on a module and its dropout until `remove()`. Hooks in a copy of the model do nothing.
 
     Args:
         owner: the `RNNRegularizer`, which has the coefficients.
-        source: the modules.
+        source: the source, which has the modules.
 
     Attributes:
-        source: the modules.
-        names: the names of their types, for messages.
+        source: the source.
+        names: the names of the modules' types, for messages.
         constant: the latest run that needs no gradient, until a loss takes it.
-        without_gradients: a call in training had no gradients.
-        is_idle: the module has never been called.
+        without_gradients: whether a call in training had no gradients.
+        is_idle: whether the module has never been called.
     """
 
-    _owner: Callable[[], Any] = staticmethod(nothing)  # in a copy of a handle, which reaches no regularizer
+    _owner: Callable[[], Any] = staticmethod(nothing)  # a copy of a handle reaches no regularizer
     _hooked: Any = ()
     _runs: Sequence[weakref.ref[Run]] = ()
 
@@ -131,7 +132,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             self._hooked.append(Hooked(self, source.dropout, before, self._after_dropout))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave hooks and runs out of a copy or a pickle of a handle."""
+        """Return the state of a copy or a pickle, which has no hooks and no runs."""
         return {}
 
     def __exit__(self, *_: object) -> None:
@@ -148,14 +149,14 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     @property
     def runs(self) -> list[Run]:
-        """Return the runs that the autograd graph has kept."""
+        """Return the runs that the autograd graph still keeps."""
         return [run for x in self._runs if (run := x()) is not None]
 
     def chosen(self, found: Collection[Run], coefficients: tuple[Coefficient, Coefficient]) -> list[Run]:
-        """Return those runs of this module that a loss depends on, and a constant run.
+        """Return the runs of this module on which a loss depends, and a constant run.
 
         Args:
-            found: the runs of all modules that the loss depends on.
+            found: the runs of all modules on which the loss depends.
             coefficients: alpha and beta of the regularizer.
 
         Raises:
@@ -163,15 +164,15 @@ class Attachment(AbstractContextManager["Attachment"]):
                 several runs have one time step each; the message names the remedy.
 
         Warns:
-            UserWarning: the module has never been called; once.
+            UserWarning: the module has never been called; it warns once.
         """
         (module, dropout), constant = self.names, self.constant if self.source.module.training else None
         if any([not run.again for run in self._waiting]):
             raise RuntimeError(
                 f"on_backward_begin: the attached {dropout} did not get the output of the {module}: something lies "
                 "between them (packing, padding, a slice, a full backward hook, another module), or a step ended "
-                "before it ran, after which clear() is due. Attach the module that takes that very tensor, or none, "
-                "or use on_loss_begin"
+                "before the dropout ran. Attach a dropout that gets this very tensor, or no dropout, or use "
+                "on_loss_begin; after a step that ended early, call clear()"
             )
         if found and self.is_idle and self.source.module.training:
             self.is_idle = False
@@ -182,7 +183,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             self.constant, runs = None, [*dict.fromkeys([*runs, constant])]
         if any([run.stamps != stamps_of(coefficients) for run in runs]):
             raise RuntimeError(
-                f"on_backward_begin: alpha or beta has changed since the forward of the attached {module}, whose "
+                f"on_backward_begin: alpha or beta has changed since the forward of the attached {module}, but the "
                 "penalty has the coefficients of that forward; change them after the backward"
             )
         single = [run for run in runs if run.packed is None and run.shape[self.source.place.axis()] == 1]
@@ -198,14 +199,14 @@ class Attachment(AbstractContextManager["Attachment"]):
         for run in self.runs:
             run.terms = None
         self._runs = []
-        self._waiting: list[Run] = []  # until their dropout has run; they hold no graph
+        self._waiting: list[Run] = []  # runs whose dropout has not run yet; they hold no graph
         self.constant: Run | None = None
         self.without_gradients = False
 
     # The hooks
 
     def _after_module(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
-        """Note raw, and mark the tensors of the module's output: the states, and raw where there is no dropout."""
+        """Note raw, and mark tensors of the module's output: the states, and raw if there is no dropout."""
         source, owner, again, self.is_idle = self.source, self._owner(), current() != -1, False
         if not module.training:
             return None
@@ -216,10 +217,10 @@ class Attachment(AbstractContextManager["Attachment"]):
         if transformed():
             raise RuntimeError(
                 f"attach: the attached {self.names[0]} ran under a transform of torch.func, under forward-mode AD or "
-                "in a trace, where no loss can find the penalty; remove() the attachment, and use fused_ar_tar there"
+                "in a trace, where no loss can find the penalty; remove() the attachment there, and use fused_ar_tar"
             )
         raw = source.raw_of(result)
-        rows, packed = rows_of(raw), raw._replace(data=None) if isinstance(raw, PackedSequence) else None
+        rows, packed = data_of(raw), raw._replace(data=None) if isinstance(raw, PackedSequence) else None
         of_raw = weakref.ref(rows), version_of(rows), rows.shape, packed, source.masks(*args, **kwargs)
         run = Run(*of_raw, self, again, (owner.alpha, owner.beta))
         if not again:
@@ -230,19 +231,26 @@ class Attachment(AbstractContextManager["Attachment"]):
             marked[id(rows)] = self._formed(run, rows, rows, {})
         else:
             waiting = [x for x in self._waiting if x.raw() is not None or not x.again]
-            self._waiting = [*waiting[-999:], run]  # a loop without any loss must not fill the memory
+            self._waiting = [*waiting[-999:], run]  # a loop without a loss must not fill the memory
         if again or result is rows is marked[id(rows)]:
             return None
         return self._marked(run, result, (args, kwargs), marked)
 
     def _marked(self, run: Run, result: Any, inputs: Any, marked: dict[int, Tensor]) -> Any:
-        """Return the output of a module with all its tensors marked for a run, but those that are in a dictionary."""
+        """Return the output of a module with its tensors marked for a run.
+
+        Args:
+            run: the run.
+            result: the output of the module.
+            inputs: the arguments of the module.
+            marked: tensors that are marked already, by the ids of the tensors that they replace.
+        """
         unique = {id(x): x for x in tensors_in(result)}
         if self.source.dropout is None and not marked.keys() & unique.keys():
             raise TypeError(
                 f"attach: expected raw as a tensor in tuples, lists, dictionaries or model outputs, got a "
                 f"{type(result).__name__} in which raw cannot be replaced, or an output= that computes raw. Let the "
-                "model return raw in a tuple, or pass it through an nn.Identity, and attach that"
+                "module return raw in a tuple; or pass raw through an nn.Identity, and attach this nn.Identity"
             )
         others = [x for i, x in unique.items() if x.requires_grad and i not in marked]
         if others:
@@ -252,21 +260,21 @@ class Attachment(AbstractContextManager["Attachment"]):
         return mapped(result, lambda x: marked.get(id(x), x))
 
     def _lend(self, args: Any, kwargs: Any) -> Any:
-        """Lend a fused dropout the coefficients, and the masks of its run, unless it is called with some."""
+        """Lend a fused dropout the coefficients, and the masks of its run unless it is called with masks."""
         run = self._run_of(args, kwargs)
         if run is None:
             return None
         if run.packed is not None and self.source.dropout.training:
             raise TypeError(
                 "FusedRNNDropout: expected (batch, time, hidden) or (time, hidden) as a tensor, got the data of a "
-                "PackedSequence, whose rows are of several sequences; use another dropout with packed data"
+                "PackedSequence, whose rows belong to several sequences; use another dropout for packed data"
             )
         given = dict(zip(("p", "valid", "starts"), args[1:], strict=False)) | kwargs
         masks = {name: mask for name, mask in run.masks.items() if given.get(name) is None}
         return args[:1], given | masks | {"loan": Loan(*run.coefficients())}
 
     def _after_dropout(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
-        """Form the penalty of the run whose raw is the input of the dropout, and mark the output."""
+        """Compute the penalty of the run whose raw is the input of the dropout, and mark the output."""
         run, again = self._run_of(args, kwargs), current() != -1
         if run is None:
             self._refuse_reentrant(again)
@@ -279,46 +287,46 @@ class Attachment(AbstractContextManager["Attachment"]):
             return None
         if not (again or is_first):
             raise RuntimeError(
-                f"attach: the attached {name} got the same output of the {module} twice, and AR is of one result; use "
-                "fused_ar_tar, or attach no dropout"
+                f"attach: the attached {name} got the same output of the {module} twice, and AR is defined for one "
+                "dropped tensor; use fused_ar_tar, or attach no dropout"
             )
         if not isinstance(result, (Tensor, PackedSequence)):
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
         if version_of(raw) != run.version:
             raise RuntimeError(
                 f"attach: the output of the {module} was changed in place before or by its dropout; use "
-                "Dropout(inplace=False), and no operation like relu_() on it"
+                "Dropout(inplace=False), and apply no operation like relu_() to that output"
             )
-        dropped = self._formed(run, raw, rows_of(result), kwargs)
+        dropped = self._formed(run, raw, data_of(result), kwargs)
         return result._replace(data=dropped) if isinstance(result, PackedSequence) else dropped
 
     def _refuse_reentrant(self, again: bool) -> None:
-        """Check that a recomputation with gradients is not of a forward without: its penalty reached no loss."""
+        """Check that no forward without gradients is recomputed with gradients, as its penalty reached no loss."""
         if again and self.without_gradients and torch.is_grad_enabled() and not recomputes():
             raise RuntimeError(f"attach: {NO_GRADIENTS.format(self.names[0])}")
 
     def _run_of(self, args: Any, kwargs: Any) -> Run | None:
-        """Return the run whose raw is among the arguments of a dropout."""
-        given = [rows_of(x) for x in (*args, *kwargs.values()) if x is not None]
+        """Return the run whose raw is among the arguments of a dropout, or `None`."""
+        given = [data_of(x) for x in (*args, *kwargs.values()) if x is not None]
         return next((run for run in (*self._waiting, *self.runs) for x in given if run.raw() is x), None)
 
     def _formed(self, run: Run, raw: Tensor, dropped: Tensor, given: Any) -> Tensor:
-        """Form the penalty of a run, or take it from a loan; return dropped, marked if it needs a gradient.
+        """Compute the penalty of a run, or take it from a loan; return dropped, marked if it needs a gradient.
 
-        A recomputation forms the penalty, too, so that it saves the same tensors as the forward.
+        A recomputation computes the penalty, too, so that it saves the same tensors as the forward.
 
         Args:
             run: the run.
             raw: the module's output, or the rows of a `PackedSequence`.
             dropped: the output of the dropout, in the same form.
-            given: the arguments of a fused dropout by their names, with a loan.
+            given: the arguments of the dropout by their names; the arguments of a fused dropout contain a loan.
         """
         loan = given.get("loan")
-        # The attribute tells the raw of another attachment, which has a dropout, too.
+        # The attribute shows that raw also belongs to another attachment that has a dropout.
         if is_marked(raw) or is_marked(dropped) or vars(raw).setdefault("fastreg", id(self)) != id(self):
             raise RuntimeError(
                 f"attach: the output of the {self.names[0]} is regularized already, by another attached module that "
-                "contains it or that it contains; attach one of them"
+                "contains it or that it contains; attach only one of them"
             )
         terms: Any = loan and loan.terms
         if loan is None or loan.dropped is not dropped or loan.version != version_of(dropped):
@@ -336,21 +344,21 @@ class Attachment(AbstractContextManager["Attachment"]):
         return dropped
 
     def passed(self, run: Run) -> None:
-        """Tell the regularizer of a backward through a run that no loss has taken."""
+        """Tell the regularizer that a backward runs through a run that no loss has taken."""
         owner = self._owner()
         if owner is not None and run.terms is not None:
             owner.passed(self.names[0])
 
 
 def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return an output with a function of each tensor in its place.
+    """Return an output in which a function has replaced each tensor.
 
-    Tuples, lists, dictionaries, packed sequences and model outputs are made anew; any other object stays as it is, and
-    so does a sparse tensor.
+    Tuples, lists, dictionaries, packed sequences and model outputs are copied. Any other object is returned unchanged,
+    and so is a sparse tensor.
     """
     if isinstance(result, Tensor) and result.layout is torch.strided:
         return function(result)
-    # A named tuple, such as a packed sequence, has a function that makes it of a list.
+    # A named tuple, such as a packed sequence, has a function that makes it from a list.
     make: Any = type(result) if type(result) in (tuple, list) else getattr(result, "_make", None)
     if make is not None:
         return make([mapped(x, function) for x in result])

@@ -1,4 +1,4 @@
-"""The registry of backends: which code runs on which device."""
+"""The registry of backends, which says which code runs on which device."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from fastreg.kernels import cpu
 from fastreg.plans import forget
 from fastreg.torch_state import level_of_caller
 
-# Without these options pip would take the wheel of the last build again.
+# Without these options pip would install the wheel of the last build again.
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps ."
 
 
 class Backend(NamedTuple):
-    """Code for some devices: its name, and its classes, with one interface in all backends.
+    """Hold the code for some devices: its name, and its classes, which have the same interface in all backends.
 
-    `forward` and `backward` launch walks; `marker` marks the time steps that count, once for all launches of a call.
+    `forward` and `backward` launch walks. `encoder` encodes the time steps that count, once for all launches of a call.
     """
 
     name: str
     forward: Any
     backward: Any
-    marker: Any
+    encoder: Any
 
 
 CPP: Backend | None = None
 if cpu.reason() is None:
-    CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Marker)
+    CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Encoder)
 TRITON: Backend | None = None
 _interpreted = False
 if find_spec("triton") is not None:  # Triton has no build for some platforms
     from triton import knobs
 
     from fastreg.kernels.ar_tar import Backward, Forward
-    from fastreg.kernels.steps import Marker
+    from fastreg.kernels.steps import Encoder
 
     _interpreted = knobs.runtime.interpret
-    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Marker)
+    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Encoder)
 
 _cpu: Backend | None = TRITON if _interpreted else CPP
 
 
 def backend_for(device: torch.device) -> Backend | None:
-    """Return the code that runs on a device, or `None` where that is the plain formula."""
+    """Return the code that runs on a device, or `None` if the plain formula runs there."""
     if device.type == "cpu":
         if _cpu is CPP is None:
             _warn_of_the_formula()
@@ -59,19 +59,19 @@ def backend_for(device: torch.device) -> Backend | None:
 
 @cache
 def _has_float64(device: torch.device) -> bool:
-    """Return whether an Intel GPU has float64, which all kernels use for coefficients and divisors; Arc has not."""
+    """Return whether an Intel GPU has float64, in which all kernels compute coefficients and divisors; Arc lacks it."""
     return torch.xpu.get_device_properties(device).has_fp64
 
 
 @cache
 def _warn_of_the_formula() -> None:
-    """Warn once a process that calls on CPUs are slower than need be."""
+    """Warn, once in a process, that calls on CPUs are slower than necessary."""
     why = why_formula(torch.device("cpu"))
     warnings.warn(f"fastreg runs the plain formula on CPUs: {why}", stacklevel=level_of_caller())
 
 
 def why_formula(device: torch.device) -> str:
-    """Explain why a device without a backend takes the plain formula, and name the remedy."""
+    """Explain why a device without a backend runs the plain formula, and name the remedy."""
     if device.type == "cpu":
         return f"{cpu.reason()}; in a clone: {REINSTALL}"
     if device.type in ("cuda", "xpu"):
@@ -83,14 +83,14 @@ def why_formula(device: torch.device) -> str:
 
 @contextmanager
 def cpu_tensors_by(backend: Backend | None) -> Iterator[None]:
-    """Run CPU tensors by another backend inside of the block, in all threads: for tests and measurements.
+    """Let another backend compute CPU tensors within a `with` block, in all threads; for tests and measurements.
 
     Args:
         backend: the code to run, or `None` for the plain formula.
     """
     global _cpu
     before, _cpu = _cpu, backend
-    forget()  # plans are for one backend
+    forget()  # a plan belongs to one backend
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""The mark by which a loss finds the penalty of a run, and `with_penalty`, by which a backward finds one.
+"""The mark by which a loss finds the penalty of a run, and `with_penalty`, by which a backward finds a penalty.
 
-Both are identities with an autograd node. The node of a mark holds a `Run`, whose penalty has a graph that begins at
-raw and at dropped, before the mark. So there is no reference cycle: the autograd graph owns the run, and a loss that
-depends on the marked tensor has the node in its graph.
+Both are identities with an autograd node. The node of a mark holds a `Run`. The graph of the run's penalty begins at
+raw and at dropped, before the mark, so there is no reference cycle, and the autograd graph owns the run. A loss that
+depends on a marked tensor has the node in its graph.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Run:
     Attributes:
         raw: a weak reference to the module's output, or to the rows of a `PackedSequence`.
         version: the version of raw when the module returned it.
-        shape: of raw.
-        packed: the `PackedSequence` that raw is the data of, without the data; `None` if raw is not packed.
-        masks: of the valid steps and of the starts, each `None` if there is none, by their names.
-        attachment: of the module; each backward through a marked tensor calls its `passed(run)`.
-        again: activation checkpointing runs the forward again, in a backward.
+        shape: the shape of raw.
+        packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
+        masks: the masks of valid steps and of starts, by their names; each may be `None`.
+        attachment: the attachment of the module; each backward through a marked tensor calls its `passed(run)`.
+        again: whether activation checkpointing runs the forward again, in a backward.
         given: alpha and beta of the regularizer.
-        stamps: of these, when the module ran.
+        stamps: the stamps of alpha and beta at the time when the module ran.
         terms: the penalty and its terms, until a loss takes them; `None` before the dropout has run.
-        marked: a loss can find the run.
+        marked: whether a loss can find the run.
     """
 
     raw: Callable[[], Any]
@@ -66,15 +66,15 @@ class Run:
 
 
 def stamps_of(coefficients: Iterable[Coefficient]) -> list[Any]:
-    """Return values that differ as soon as a coefficient is another, or is a tensor that was changed in place."""
+    """Return values that change when a coefficient is replaced, or is a tensor and changed in place."""
     return [(id(x), version_of(x)) if isinstance(x, Tensor) else x for x in coefficients]
 
 
-class FastregAttach(Function):  # PyTorch shows the name in an error at a change in place
+class FastregAttach(Function):  # PyTorch's error for a change in place shows this name
     """Pass tensors and their gradients on, and hold a run.
 
-    An output is a view, which PyTorch refuses to change in place. An output by `detach()` may be changed, but autograd
-    would not see that another view of its memory changes with it.
+    PyTorch refuses to change an output in place if it is a view. An output by `detach()` may be changed in place, but
+    then autograd does not see that other views of its memory change, too.
     """
 
     @staticmethod
@@ -89,18 +89,18 @@ class FastregAttach(Function):  # PyTorch shows the name in an error at a change
         return None, None, *gradients
 
 
-# `Function.apply` without the part for transforms of torch.func, under which nothing is marked: 3 us less.
+# `Function.apply` without its part for transforms of torch.func, under which nothing is marked. This saves 3 us.
 _apply: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
 _Node: Any = type(_apply(None, [True], torch.zeros((), requires_grad=True))[0].grad_fn)
 
 
 def mark(run: Run, tensors: Sequence[Tensor], as_views: Sequence[bool]) -> Sequence[Tensor]:
-    """Return tensors as the outputs of a node that holds the run.
+    """Return tensors as outputs of a node that holds a run.
 
     Args:
-        run: the run that the tensors belong to.
-        tensors: all need gradients.
-        as_views: of each tensor, whether its result is a view; otherwise it may be changed in place.
+        run: the run to which the tensors belong.
+        tensors: tensors that need gradients.
+        as_views: for each tensor, whether its result is a view; otherwise the result may be changed in place.
     """
     run.marked = True
     return _apply(run, as_views, *tensors)
@@ -112,7 +112,7 @@ def is_marked(x: Tensor) -> bool:
 
 
 def reached(loss: Tensor, runs: Iterable[Run]) -> list[Run]:
-    """Return those of the runs that a loss depends on.
+    """Return the runs on which a loss depends, among the given runs.
 
     The search of the graph is breadth first, and ends when all runs are found.
     """
@@ -130,12 +130,12 @@ def reached(loss: Tensor, runs: Iterable[Run]) -> list[Run]:
 
 
 def total(formed: Iterable[ARTAR], device: torch.device) -> ARTAR:
-    """Add up the penalties and terms of runs, which may live on several devices."""
+    """Add up the penalties and terms of runs, which may be on several devices."""
     return ARTAR(*[reduce(torch.add, [x.to(device) for x in xs]) for xs in zip(*formed, strict=True)])
 
 
 class _WithPenalty(Function):
-    """Pass a tensor and its gradient on, and give a penalty a gradient."""
+    """Pass a tensor and its gradient on, and give the penalty its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, penalty: Tensor, scale: Tensor) -> Tensor:
@@ -150,19 +150,19 @@ class _WithPenalty(Function):
 def with_penalty(x: Tensor, penalty: Tensor, scale: Coefficient = 1.0) -> Tensor:
     """Return a view of x whose backward also differentiates a penalty, for trainers that hide their loss.
 
-    Use the result in place of x. Each backward that reaches it gives the penalty the gradient `scale`: two losses, or
-    two backwards with `retain_graph=True`, give it twice. A loss that does not depend on the result adds nothing. With
-    `create_graph=True` the first gradient contains the penalty's.
+    Use the result instead of x. Each backward that reaches the result gives the penalty the gradient `scale`. Two
+    losses, or two backwards with `retain_graph=True`, give it this gradient twice. If a loss does not depend on the
+    result, the penalty is lost. With `create_graph=True` the first gradient contains the penalty's gradient.
 
     Args:
         x: a tensor of any shape that the loss depends on, such as dropped.
         penalty: a 0-dim tensor, such as `fused_ar_tar` returns.
         scale: the gradient of the penalty, finite and not negative: a number or a 0-dim tensor, such as a loss scale,
-            or 1 over the number of accumulated batches. A tensor is copied.
+            or 1 over the number of accumulated batches. If it is a tensor, the call copies it.
 
     Returns:
-        A new view of x, which may not be changed in place; x itself under `torch.no_grad()`, or if the penalty needs no
-            gradient.
+        A new view of x, which must not be changed in place; or x itself, under `torch.no_grad()` or if the penalty
+            needs no gradient.
 
     Raises:
         TypeError: an argument has the wrong type; the message names it.
@@ -174,7 +174,7 @@ def with_penalty(x: Tensor, penalty: Tensor, scale: Coefficient = 1.0) -> Tensor
         >>> dropped = with_penalty(dropped, fused_ar_tar(raw, dropped, alpha=2.0, beta=1.0))
         >>> dropped.square().mean().backward()
     """
-    if not check_tensor("x", x).is_floating_point():  # it could not have a gradient
+    if not check_tensor("x", x).is_floating_point():  # only floating-point tensors have gradients
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     if check_tensor("penalty", penalty).dim() != 0:
         raise ValueError(f"penalty: expected a 0-dim tensor, got shape {tuple(penalty.shape)}")

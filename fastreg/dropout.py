@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastreg.arguments import check_flags, check_probability, check_tensor
+from fastreg.fold import Fold
 from fastreg.kernels.view import Values, allocator, layout_of
 from fastreg.operation import compute, save, unpack
 from fastreg.penalty import by_formula, penalize
@@ -17,11 +18,10 @@ from fastreg.prepare import Given, Plan
 from fastreg.problem import ARTAR, Call, Coefficient, Options, terms_of
 from fastreg.reference import added, ar_tar_gradients
 from fastreg.torch_state import keepable, plain
-from fastreg.view import Fold
 
-Upstreams: TypeAlias = Sequence[Tensor | None]  # gradients of dropped and of the penalty; either may be None
+Upstreams: TypeAlias = Sequence[Tensor | None]  # the gradients of dropped and of the penalty; each may be None
 
-BACKWARDS = 16  # of a plan that are kept: layouts of the gradient of dropped, with and without one of the penalty
+BACKWARDS = 16  # backwards that a plan keeps: for layouts of dropped's gradient, with and without the penalty's
 
 
 @overload
@@ -77,25 +77,26 @@ def fused_dropout_ar_tar(
     """Apply variational dropout to `raw`, and compute the penalty of `raw` and `dropped` in the same pass.
 
     Variational (locked) dropout drops a unit of a sequence at all its time steps: Gal and Ghahramani, "A
-    Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016). The mask equals that of
-    fastai's `RNNDropout` for the same seed. The penalty is that of `fused_ar_tar`.
+    Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016). fastai's `RNNDropout` draws the
+    same mask from the same seed. `fused_ar_tar` describes the penalty.
 
     Args:
         raw: the RNN's output: `(batch, time, hidden)`, or `(time, hidden)` for one sequence, or any tensor with
-            `time_dim`; float16, bfloat16, float32 or float64, any strides.
+            `time_dim`. The dtype is float16, bfloat16, float32 or float64; strides are arbitrary.
         p: the probability to drop a unit, from 0 to below 1.
         alpha: coefficient of AR, as for `fused_ar_tar`.
         beta: coefficient of TAR, as for `fused_ar_tar`.
-        training: with `False`, or with `p == 0` and no mask, nothing is dropped, and dropped is `raw` itself.
-        mask: a mask to use instead of drawing one, already scaled by `1 / (1 - p)`: `(batch, 1, hidden)` (with
-            `batch_first=False` `(1, batch, hidden)`), or the shape of raw; in the dtype of raw and on its device. It
-            gets no gradient.
+        training: if `False`, nothing is dropped, and dropped is `raw` itself; the same holds for `p == 0` without a
+            mask.
+        mask: a mask to use instead of drawing one, already scaled by `1 / (1 - p)`. Its shape is `(batch, 1, hidden)`
+            (`(1, batch, hidden)` with `batch_first=False`), or the shape of raw; it has raw's dtype and device. It gets
+            no gradient.
         batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
         time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
-        lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`. Padding is dropped out like
-            any other step, but counts in neither term.
-        valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`. The others are dropped
-            out like any other step.
+        lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`. Dropout applies to padding as
+            to any other step, but padding counts in neither term.
+        valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`. Dropout applies
+            to all other steps, too.
         starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
@@ -127,9 +128,9 @@ def fused_dropout_ar_tar(
 
 
 class Drop(NamedTuple):
-    """How units are dropped.
+    """Say how units are dropped.
 
-    p, mask, training  as `fused_dropout_ar_tar` takes them
+    p, mask, training  as for `fused_dropout_ar_tar`
     """
 
     p: Any
@@ -147,10 +148,10 @@ def drop_and_penalize(
         coefficients: alpha and beta.
         steps: lengths, valid steps and starts.
         options: the other arguments of the penalty.
-        drop: those of the dropout.
+        drop: the arguments of the dropout.
 
     Returns:
-        dropped, or raw itself where nothing is dropped; and the penalty, or an `ARTAR` if terms are wanted.
+        dropped, or raw itself if nothing is dropped; and the penalty, or an `ARTAR` if the caller wants the terms.
 
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
@@ -162,21 +163,21 @@ def drop_and_penalize(
         check_tensor("raw", raw)
     if not training or (mask is None and p == 0):
         return raw, penalize((raw, raw), coefficients, steps, Options(*options[:4], True, *options[5:]))
-    if mask is not None:  # a copy may have other metadata
+    if mask is not None:  # before the key: a copy may have other metadata
         mask = keepable(plain(check_tensor("mask", mask)))
     return compute(DropoutPlan, (raw, float(p) if mask is None else mask), coefficients, steps, options)
 
 
 class DropoutPlan(Plan):
-    """How to drop units and compute the penalty of one layer, and the gradient of raw.
+    """Drop units of one layer, and compute its penalty and the gradient of raw.
 
     Attributes:
         row: the shape of a mask with one row for all time steps.
         is_differentiable: whether raw needs a gradient.
-        fold: the view of raw and of the mask.
+        fold: the fold of raw and of the mask.
         dropped: a function that allocates dropped.
-        forward: of the backend; `None` before the first call.
-        backward: of each kind of upstream gradients.
+        forward: the forward of the backend; `None` before the first call.
+        backward: a fold, an allocator and a backward of the backend for each kind of upstream gradients.
     """
 
     names, forward = ("raw", "mask"), None
@@ -190,7 +191,7 @@ class DropoutPlan(Plan):
         self.row[self.kind.time_dim] = 1
 
     def __call__(self, given: Sequence[Any], values: Values) -> Any:
-        """Compute dropped, and the penalty, or an `ARTAR` if terms are wanted.
+        """Compute dropped, and the penalty, or an `ARTAR` if the caller wants the terms.
 
         Args:
             given: raw, and a mask or the probability to drop a unit.
@@ -198,7 +199,7 @@ class DropoutPlan(Plan):
         """
         raw, mask = given
         raw = plain(raw)
-        if not isinstance(mask, Tensor):  # as fastai's `RNNDropout` draws it
+        if not isinstance(mask, Tensor):  # drawn like the mask of fastai's `RNNDropout`
             mask = raw.new_empty(self.row).bernoulli_(1 - mask).div_(1 - mask)
         if self.forward is None:
             if self.backend is None:
@@ -210,7 +211,7 @@ class DropoutPlan(Plan):
         return dropped, penalty if terms is None else ARTAR(penalty, *terms.unbind())
 
     def prepare(self, call: Call, mask: Tensor) -> None:
-        """Plan the forward, for the first call."""
+        """Plan the forward, in the first call."""
         raw = call.raw
         self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
         self.terms, self.operands = terms_of(call), (layout_of(raw), layout_of(mask.expand_as(raw)))
@@ -227,7 +228,7 @@ class DropoutPlan(Plan):
         return dropped, sums.penalty, sums.terms
 
     def gradient(self, upstream: Upstreams, raw: Tensor, mask: Tensor, values: Values) -> Tensor:
-        """Launch the backward, for the gradients of dropped and of the penalty that there are."""
+        """Launch the backward for the given gradients of dropped and of the penalty."""
         arrived, grad = upstream
         key = None if arrived is None else (arrived.stride(), arrived.data_ptr() % 16 == 0), grad is None
         found = self.backward.get(key)
@@ -246,13 +247,13 @@ class DropoutPlan(Plan):
 
 
 class _DropoutPenalty(Function):
-    """Keep references to raw, to the mask, and to the values that the call reads."""
+    """Compute dropped and the penalty, and keep raw, the mask, and the values of the call."""
 
     @staticmethod
     def forward(ctx: Any, plan: DropoutPlan, values: Values, raw: Tensor, mask: Tensor) -> Any:
         results = plan.launch(values, raw, mask)
         save(ctx, plan, (raw, mask), values)
-        ctx.set_materialize_grads(False)  # an output without a gradient costs no zeros
+        ctx.set_materialize_grads(False)  # PyTorch need not make zeros for an output without a gradient
         if results[2] is not None:
             ctx.mark_non_differentiable(results[2])
         return results
@@ -269,7 +270,7 @@ class _DropoutPenalty(Function):
         return None, None, gradient, None
 
 
-# `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.
+# `Function.apply` without its part for transforms of torch.func, under which no plan is used. This saves 3 us.
 _apply: Any = super(Function, _DropoutPenalty).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -277,11 +278,11 @@ def _gradient_formula(plan: DropoutPlan, upstream: Upstreams, raw: Tensor, mask:
     """Compute the gradient of raw in plain PyTorch, itself differentiable in both upstream gradients and in raw.
 
     Args:
-        plan: of the forward.
-        upstream: gradients of dropped and of the penalty; one may be `None`.
-        raw: of the forward.
-        mask: of the forward.
-        values: those of the forward.
+        plan: the plan of the forward.
+        upstream: the gradients of dropped and of the penalty; one may be `None`.
+        raw: raw of the forward.
+        mask: the mask of the forward.
+        values: the values of the forward.
     """
     through_mask, grad = upstream
     direct = None

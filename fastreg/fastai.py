@@ -1,11 +1,11 @@
 """fastai v2: the `RNNRegularizer` of `fastai.callback.rnn`, with AR and TAR fused and in the recorder's table.
 
-`fuse(learn)` swaps it into a learner, and `unfuse(learn)` swaps fastai's back; `rnn_cbs(alpha, beta)` replaces fastai's
-function of that name. fastai's `ModelResetter` and `RNNCallback` stay. A copy or a pickle of a learner, as
-`learn.export()` makes it, holds fastai's own classes.
+`fuse(learn)` swaps it into a learner, and `unfuse(learn)` swaps fastai's own callback back. `rnn_cbs(alpha, beta)`
+replaces fastai's function of that name. fastai's `ModelResetter` and `RNNCallback` stay. A copy or a pickle of a
+learner, such as `learn.export()` makes, has fastai's own classes.
 
-A model that returns its output alone, which fastai's callbacks cannot regularize, is regularized by the paths of its
-modules: `fuse(learn, rnn="encoder.lstm", dropout="dropout")`, or `RNNRegularizer` with these arguments.
+fastai's callbacks cannot regularize a model that returns only its output. Name the paths of its modules instead:
+`fuse(learn, rnn="encoder.lstm", dropout="dropout")`, or pass these arguments to `RNNRegularizer`.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ __all__ = ["RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
 
 
 class OutputDropout(FusedRNNDropout):
-    """Replace the last dropout of a language model; a copy or a pickle is fastai's."""
+    """Replace the last dropout of a language model; a copy or a pickle of it is fastai's dropout."""
 
     def __reduce__(self) -> Any:
         return RNNDropout, (self.p,), {"training": self.training}
 
 
-# By the id of each model, the callback that has attached to its modules last
+# The callback that has attached to the modules of a model last, by the id of the model
 LAST: WeakValueDictionary[int, RNNRegularizer] = WeakValueDictionary()
 SWAP = Swap("1.output_dp", RNNDropout, OutputDropout)
 
@@ -55,7 +55,7 @@ class _Column(ValueMetric):
 
 
 class _Metrics(L):
-    """Hold a learner's metrics and the columns during a fit; a copy or a pickle holds the metrics alone."""
+    """Hold a learner's metrics and the columns during a fit; a copy or a pickle holds only the metrics."""
 
     def __reduce__(self) -> Any:
         return L, (_without_columns(self),)
@@ -70,35 +70,37 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     """Add `alpha * AR + beta * TAR` to `learn.loss_grad`, which is differentiated, but not to `learn.loss`.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
-    epoch's training batches by batch size. The first three arguments are attributes that may change between batches.
+    epoch's training batches, weighted by batch size. The first three arguments are attributes that may change between
+    batches.
 
-    The activations are those that fastai's `RNNCallback` captures. For a model that returns its output alone, name its
-    modules by `rnn` and `dropout`, and leave the `RNNCallback` out.
+    fastai's `RNNCallback` captures the activations. If a model returns only its output, name its modules by `rnn` and
+    `dropout`, and leave the `RNNCallback` out.
 
     Args:
         alpha: coefficient of AR.
         beta: coefficient of TAR.
         bptt: the usual number of time steps: each optimizer step runs at `lr * seq_len / bptt`, as in AWD-LSTM, where
             `seq_len` is the second size of the batch.
-        rnn: the attribute path of an RNN in the model, any module that `fastreg.RNNRegularizer.attach` takes, or a list
-            of paths, whose penalties add up.
-        dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or `None`,
-            an RNN.
+        rnn: the attribute path of an RNN in the model, or of any module that `fastreg.RNNRegularizer.attach` takes; or
+        a
+            list of paths, whose penalties add up.
+        dropout: the path of the dropout that gets the RNN's output: one path for all RNNs, or a list with a path or
+            `None` for each RNN.
         output: as for `attach`.
         batch_first: as for `attach`.
         valid: a function of the inputs of the batch, `valid(*learn.xb)`, that returns the mask of valid time steps, as
-            `fused_ar_tar` takes it, or `None` where all steps count. Without `rnn`, a mask of more steps than the model
-            returns is cut to the last ones, which a text classifier keeps of a long text.
+            `fused_ar_tar` takes it, or `None` if all steps count. Without `rnn`, a mask with more steps than the model
+            returns is cut to the last steps, because a text classifier returns only the last steps of a long text.
         starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
             `None`.
 
     Raises:
-        TypeError: an argument has the wrong type; in training without `rnn`, the model returns its output alone, or no
+        TypeError: an argument has the wrong type; in training without `rnn`, the model returns only its output, or no
             `RNNCallback` captures the activations.
-        ValueError: an argument has the wrong value; in training, a path names no such module, or the learner has
-            another regularizer.
-        RuntimeError: in training, the callback was added to another learner, too, or within a batch, after its modules
-            ran.
+        ValueError: an argument has the wrong value; in training, a path names no module, or the learner has another
+            regularizer.
+        RuntimeError: in training, another learner has this callback, too, or the callback was added within a batch,
+            after its modules had run.
 
     Examples:
         >>> plain.add_cb(RNNRegularizer(alpha=2.0, beta=1.0, rnn="lstm", dropout="dropout"))
@@ -126,25 +128,25 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         super().__init__(alpha, beta, bptt=bptt)
         source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self.source = of_language_model(source, SWAP, batch_first=True)
-        self._handle: Any = None  # to the modules at the paths, during a fit
-        self._scaled = ExitStack()  # restores the lr of the optimizer
-        self._totals: Any = [0.0, 0.0, 0]  # of AR and TAR times sizes, and of sizes, over the epoch's training batches
+        self._handle: Any = None  # the attached modules, during a fit
+        self._scaled = ExitStack()  # restores the learning rate of the optimizer
+        self._totals: Any = [0.0, 0.0, 0]  # sums over the epoch: AR times size, TAR times size, and size of a batch
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
         self._scaled, self._totals = ExitStack(), None
-        self.after_fit()  # a fit that was cut off has not called it
+        self.after_fit()  # a fit that was cut off has not called this
         self.learn.metrics = _Metrics([*self.learn.metrics, *self._columns])
 
     def before_train(self) -> None:
-        if not self.learn.training:  # fastai would leave out its steps
-            raise RuntimeError("RNNRegularizer: another learner has this callback, too; give each its own")
+        if not self.learn.training:  # fastai would not call the callback in training steps
+            raise RuntimeError("RNNRegularizer: another learner has this callback, too; give each learner its own")
         self._totals = [0.0, 0.0, 0]
 
     def before_batch(self) -> None:
         if sum(isinstance(cb, stock.RNNRegularizer) for cb in self.learn.cbs) > 1:
-            raise ValueError("RNNRegularizer: the learner has another; keep one, with a list of paths if need be")
-        if self._handle is None:  # in the first batch, and after the regularizer was away for a while
+            raise ValueError("RNNRegularizer: the learner has another one; keep one, which may have a list of paths")
+        if self._handle is None:  # in the first batch, and after the regularizer was removed for a while
             self._attach(self.learn.model)
         self._forget()
         self.order = RNNRegularizer.order
@@ -155,8 +157,8 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         if not (self.source.module is None) <= captures <= is_list(pred):
             raise TypeError(
                 f"expected (decoded, raw, dropped) from the {type(self.learn.model).__name__}, and one RNNCallback to "
-                f"capture them, got a {type(pred).__name__} and {captures} RNNCallbacks; if it returns its output "
-                "alone, name its modules, fuse(learn, rnn=..., dropout=...), and learn.remove_cb(RNNCallback)"
+                f"capture them, got a {type(pred).__name__} and {captures} RNNCallbacks. If the model returns only its "
+                "output, name its modules, fuse(learn, rnn=..., dropout=...), and call learn.remove_cb(RNNCallback)"
             )
 
     def after_loss(self) -> None:
@@ -183,7 +185,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self._scaled.close()  # fastai calls it after a cancelled step, too
 
     def before_validate(self) -> None:
-        if self._totals is None:  # learn.validate() and the like train nothing, so that there are no terms to show
+        if self._totals is None:  # learn.validate() trains nothing, so there are no terms to show
             self.learn.metrics = _without_columns(self.learn.metrics)
 
     def after_fit(self) -> None:
@@ -193,22 +195,22 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn":
-            self._leave()  # removed, maybe in a fit, and maybe to be added again
+            self._leave()  # the callback is removed, maybe in a fit, and may be added again
         super().__setattr__(name, value)
 
     def __reduce__(self) -> Any:
         return stock.RNNRegularizer, (self.alpha, self.beta), {"learn": self.learn, "run_train": self.run_train}
 
     def _attach(self, model: Any) -> None:
-        """Attach to the modules at the paths; take off the hooks that another callback has left on the model."""
+        """Attach to the modules at the paths; first take off the hooks that another callback has left on the model."""
         last = LAST.get(id(model))
-        if last is not None:  # in a fit that was cut off, of this learner or of another of the same model
+        if last is not None:  # a fit was cut off, of this learner or of another learner of the same model
             last._leave()
         LAST[id(model)] = self
         self._handle = attach_at(self, model, of_batch(self.source, lambda: self.learn.xb))
 
     def _leave(self) -> None:
-        """Restore the lr, and take the hooks off."""
+        """Restore the learning rate, and take the hooks off."""
         self._scaled.close()
         if self._handle is not None:
             self._handle.close()
@@ -219,13 +221,13 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         return [cb for cb in self.learn.cbs if isinstance(cb, stock.RNNCallback)]
 
     def _forget(self) -> None:
-        """Free the activations, which fastai holds until the next prediction."""
+        """Free the activations, which fastai would hold until the next prediction."""
         for capture in self._captures():
             capture.raw_out = capture.out = None
 
     def _average(self, i: int) -> float:
-        """Average a term over the epoch's training batches; NaN, a number for loggers, where there is no value."""
-        # With train_metrics the table has columns of its own for the validation, which has no terms.
+        """Average a term over the epoch's training batches; return NaN, a number for loggers, if there is no value."""
+        # With train_metrics the table has separate columns for the validation, which has no terms.
         if self.learn is None or (self.learn.recorder.train_metrics and not self.learn.training):
             return math.nan
         return self._totals[i] / (self._totals[2] or math.nan)
@@ -234,7 +236,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 def rnn_cbs(alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None) -> list[Callback]:
     """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments.
 
-    The regularizer is among them also where both coefficients are 0, from where a schedule may raise them.
+    The regularizer is among them even if both coefficients are 0, because a schedule may raise them.
 
     Examples:
         >>> [type(cb).__name__ for cb in rnn_cbs(alpha=2.0, beta=1.0)]
@@ -246,21 +248,22 @@ def rnn_cbs(alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None 
 def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **options: Any) -> Learner:
     """Swap fastai's `RNNRegularizer` for this module's, in place, and return the learner.
 
-    The new one has the coefficients and `run_train` of the old one. A learner that is fused already is fused anew, with
-    the arguments of this call, also after a fit that was interrupted, whose hooks are taken off first. Subclasses of
+    The new callback has the coefficients and `run_train` of the old one. A learner that is fused already is fused
+    again, with the arguments of this call. If a fit was interrupted, its hooks are taken off first. Subclasses of
     fastai's callback stay unchanged. After an error nothing is swapped.
 
     Args:
         learn: the learner.
-        dropout: also swap a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout`, which
-            forms the penalty in its own pass. With `rnn` as for `RNNRegularizer`.
-        **options: `rnn`, `output`, `batch_first`, `valid` and `starts`, as for `RNNRegularizer`: `rnn` for a model that
-            returns its output alone, and `valid` and `starts` for any.
+        dropout: `True` to swap also a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout`,
+            which computes the penalty in the pass of the dropout. With `rnn` it is as for `RNNRegularizer`.
+        **options: `rnn`, `output`, `batch_first`, `valid` and `starts`, as for `RNNRegularizer`. `rnn` is for a model
+            that returns only its output; `valid` and `starts` are for any model.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the learner has no `RNNRegularizer`, or its model lacks the dropout or the module, or an attribute
-            of the dropout or regularizer is out of range.
+        ValueError: the learner has no `RNNRegularizer`, its model lacks the dropout or the module, or an attribute of
+        the
+            dropout or the regularizer is out of range.
 
     Examples:
         >>> fuse(learn).fit(1)
@@ -270,11 +273,11 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
     old = next(iter(_regularizers(learn, stock.RNNRegularizer, RNNRegularizer)), None)
     if old is None:
         raise ValueError(
-            "fuse: the learner has no RNNRegularizer of fastai's own class; add those of fastreg.fastai, "
-            "rnn_cbs(alpha, beta), or RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
+            "fuse: the learner has no RNNRegularizer of fastai's own class; add the callbacks of fastreg.fastai, "
+            "rnn_cbs(alpha, beta), or its RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
         )
     new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), dropout=dropout, **options)
-    new._attach(learn.model)  # bad arguments raise before anything is swapped
+    new._attach(learn.model)  # wrong arguments raise an error before anything is swapped
     new._leave()
     new.run_train = old.run_train
     return learn.remove_cb(old).add_cb(new)
@@ -283,7 +286,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
 def unfuse(learn: Learner) -> Learner:
     """Undo `fuse`, in place, and return the learner with fastai's callback and dropout.
 
-    The callback keeps the present coefficients; `bptt`, `valid` and `starts`, which fastai lacks, are lost.
+    The callback keeps the present coefficients. `bptt`, `valid` and `starts` are lost, because fastai lacks them.
 
     Raises:
         TypeError: `learn` is not a learner.
@@ -300,7 +303,7 @@ def unfuse(learn: Learner) -> Learner:
 
 
 def _regularizers(learn: Any, *kinds: type) -> list[Any]:
-    """Return the callbacks of a learner whose class is one of `kinds`, and no subclass."""
+    """Return the callbacks of a learner whose class is one of `kinds`, but not a subclass."""
     if not isinstance(learn, Learner):
         raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
     return [cb for cb in learn.cbs if type(cb) in kinds]

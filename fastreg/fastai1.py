@@ -1,13 +1,14 @@
 """fastai v1, 1.0.36 to 1.0.61: `RNNTrainer`, with AR and TAR fused.
 
-`fuse(learn)` swaps it into a learner, and `unfuse(learn)` fastai's back. `learn.export()` exports fastai's.
+`fuse(learn)` swaps it into a learner, and `unfuse(learn)` swaps fastai's own callback back. `learn.export()` exports
+the learner with fastai's own callback.
 
-A model that returns its output alone is regularized by the paths of its modules: `fuse(learn, rnn="encoder.lstm",
-dropout="dropout")`, or `RNNTrainer` with these arguments.
+If a model returns only its output, name the paths of its modules: `fuse(learn, rnn="encoder.lstm", dropout="dropout")`,
+or pass these arguments to `RNNTrainer`.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
-# fastai v1 and v2 have one name: where one is installed, the other is not.
+# fastai v1 and v2 have the same name, so only one of them is installed.
 
 from __future__ import annotations
 
@@ -38,11 +39,11 @@ __all__ = ["RNNTrainer", "fuse", "unfuse"]
 
 BATCH_FIRST = tuple(map(int, __version__.split(".")[:3])) >= (1, 0, 38)  # batches and activations
 SWAP = Swap("1.output_dp", RNNDropout, partial(FusedRNNDropout, batch_first=BATCH_FIRST, ar_of="raw"))
-DICTS = hasattr(CallbackHandler, "_call_and_update")  # events take dicts, from 1.0.47 on, else the value itself
+DICTS = hasattr(CallbackHandler, "_call_and_update")  # from 1.0.47 on events take dicts, before that the value itself
 
 
 def answer(name: str, value: Any) -> Any:
-    """Return what an event of fastai takes for a new value of one of its arguments."""
+    """Return a new value of an argument in the form in which an event of fastai takes it."""
     return {name: value} if DICTS else value
 
 
@@ -54,23 +55,23 @@ def last_raw(result: Any) -> Tensor:
 class RNNTrainer(RNNRegularizer, LearnerCallback):
     """Add `alpha * AR + beta * TAR` to the loss, pass on the decoded output, and reset the model at each epoch.
 
-    The terms of the last step are `ar` and `tar`. In a release whose models are time first (to 1.0.37) the activations
-    are `(time, batch, hidden)`, else `(batch, time, hidden)`.
+    `ar` and `tar` are the terms of the last step. Activations are `(batch, time, hidden)`, but `(time, batch, hidden)`
+    in releases up to 1.0.37, whose models are time first.
 
     Args:
-        learn: the learner, to whose `callbacks` it belongs.
+        learn: the learner whose `callbacks` will contain this callback.
         bptt: the usual number of time steps.
         alpha: coefficient of AR.
         beta: coefficient of TAR.
-        adjust: step the optimizer at `lr * seq_len / bptt`; the lr is restored afterwards, also after an error.
-        rnn: for a model that returns its output alone, the attribute path in it of an RNN, any module that
-            `fastreg.RNNRegularizer.attach` takes, or a list of paths, whose penalties add up.
-        dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or `None`,
-            an RNN. Without `rnn`, `True` as for `fuse`.
+        adjust: whether the optimizer steps at `lr * seq_len / bptt`; lr is restored afterwards, also after an error.
+        rnn: for a model that returns only its output, the attribute path of an RNN in it, or of any module that
+            `fastreg.RNNRegularizer.attach` takes; or a list of paths, whose penalties add up.
+        dropout: the path of the dropout that gets the RNN's output: one path for all RNNs, or a list with a path or
+            `None` for each RNN. Without `rnn` it may be `True`, as for `fuse`.
         output: as for `attach`.
         batch_first: as for `attach`.
         valid: a function of the inputs of the batch that returns the mask of valid time steps, as `fused_ar_tar` takes
-            it, or `None` where all steps count.
+            it, or `None` if all steps count.
         starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
             `None`.
 
@@ -87,7 +88,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
     """
 
     bptt: Any
-    # As fastai's, but before the mixed precision of early releases, which has that order, too, and scales the loss.
+    # This is fastai's order, but the mixed precision of early releases has it, too, and has to scale the loss later.
     _order = 0 if MixedPrecision._order > 0 else -1
 
     def __init__(
@@ -114,33 +115,33 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         self.attached = attach_at(self, learn.model, self.source)  # a wrong path raises before any training
         LearnerCallback.__init__(self, learn)
         self.adjust = adjust
-        self.scaled = ExitStack()  # restores the lr of the optimizer
+        self.scaled = ExitStack()  # restores the learning rate of the optimizer
         self.on_train_end()
         learn.export = self.export
 
     def get_state(self, minimal: bool = True) -> dict[str, Any]:
-        """Return the attributes with which `Learner.purge` makes the callback anew."""
+        """Return the attributes from which `Learner.purge` makes the callback again."""
         return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "source")}
 
     def on_train_begin(self, **_: Any) -> None:
-        self.on_train_end()  # which a fit that was cut off may have left out
+        self.on_train_end()  # a fit that was cut off may not have called this
         if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
-            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's: keep one")
+            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's; keep one")
 
     def on_epoch_begin(self, **_: Any) -> None:
         super().on_epoch_begin(self.learn.model)
 
     def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:
         self.batch = last_input if is_list(last_input) else [last_input]
-        if train and not self.is_attached:  # a validation by itself would never detach
+        if train and not self.is_attached:  # after only a validation nothing would detach
             self.attached = attach_at(self, self.learn.model, of_batch(self.source, lambda: self.batch))
             self.is_attached = True
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
         if self.source.module is None and train:
             super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.source.masks(*self.batch))
-        is_alone = self.source.module is not None and self.source.output is not last_raw
-        decoded = last_output if is_alone else last_output[0]
+        is_decoded = self.source.module is not None and self.source.output is not last_raw
+        decoded = last_output if is_decoded else last_output[0]
         return answer("last_output", decoded)
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
@@ -150,7 +151,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         if self.adjust:
             opt, factor = self.learn.opt, last_input.shape[int(BATCH_FIRST)] / self.bptt
             self.scaled.callback(setattr, opt, "lr", opt._lr)
-            opt.lr = [lr * factor for lr in opt._lr]  # these lrs also scale the weight decay
+            opt.lr = [lr * factor for lr in opt._lr]  # they also scale the weight decay
 
     def on_step_end(self, **_: Any) -> None:
         self.scaled.close()
@@ -162,7 +163,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         self.is_attached, self.batch = False, ()
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
-        """Export the learner with fastai's callback, so that it loads where fastreg is not installed."""
+        """Export the learner with fastai's callback, so that it can be loaded without fastreg."""
         learn = self.learn
         before = {"callbacks": learn.callbacks, "rnn_trainer": learn.rnn_trainer}
         learn.callbacks = [_stock(cb) for cb in learn.callbacks]
@@ -175,23 +176,23 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
 def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **options: Any) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
-    The new `RNNTrainer` has the coefficients and the position of the old one, and its `adjust` in the releases that
-    have it; the lr no longer compounds from step to step. A learner that is fused already is fused anew, with the
-    arguments of this call; hooks that a fit has left are taken off first. Subclasses stay unchanged. After an error
+    The new `RNNTrainer` has the coefficients and the position of the old one, and its `adjust` if the release has it.
+    The learning rate no longer compounds from step to step. A learner that is fused already is fused again, with the
+    arguments of this call. Hooks that a fit has left are taken off first. Subclasses stay unchanged. After an error
     nothing is swapped.
 
     Args:
         learn: the learner.
-        dropout: also swap a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout` during a
-            fit, which forms the penalty in its own pass. As with fastai v1, AR is of its input. With `rnn` the path of
-            the dropout that takes its output.
-        **options: `rnn`, `output`, `batch_first`, `valid` and `starts`, as for `RNNTrainer`: `rnn` for a model that
-            returns its output alone, and `valid` and `starts` for any.
+        dropout: `True` to swap also a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout`
+            during a fit, which computes the penalty in the pass of the dropout. As in fastai v1, AR is the mean square
+            of the dropout's input. With `rnn` it is the path of the dropout that gets the RNN's output.
+        **options: `rnn`, `output`, `batch_first`, `valid` and `starts`, as for `RNNTrainer`. `rnn` is for a model that
+            returns only its output; `valid` and `starts` are for any model.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the learner has no `RNNTrainer`, or its model lacks the dropout or the module, or an attribute of
-            the dropout or trainer is out of range.
+        ValueError: the learner has no `RNNTrainer`, its model lacks the dropout or the module, or an attribute of the
+            dropout or the trainer is out of range.
 
     Examples:
         >>> fuse(learn1).fit(1)
@@ -201,7 +202,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
     old = next((cb for cb in _freed(learn) if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
     if old is None:
         raise ValueError(
-            "fuse: the learner has no RNNTrainer of fastai's own class; "
+            "fuse: the learner has no RNNTrainer of fastai's own class; add one by "
             "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
     kept = vars(old).get("bptt"), old.alpha, old.beta, vars(old).get("adjust", False)
@@ -212,8 +213,8 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
 def unfuse(learn: Learner) -> Learner:
     """Undo `fuse`, in place, and return the learner with fastai's callback.
 
-    The callback keeps the present coefficients and its position; arguments that fastai's lacks are lost, `bptt`
-    and `adjust` in most releases. A learner that is not fused stays unchanged.
+    The callback keeps its position and the present coefficients. Arguments that fastai's callback lacks are lost; in
+    most releases it lacks `bptt` and `adjust`. A learner that is not fused stays unchanged.
 
     Raises:
         TypeError: `learn` is not a learner.
@@ -239,7 +240,7 @@ def _freed(learn: Any) -> list[Any]:
 
 
 def _stock(cb: Any) -> Any:
-    """Return fastai's `RNNTrainer` for that of this module, and any other callback itself."""
+    """Return fastai's `RNNTrainer` instead of this module's, and any other callback unchanged."""
     if type(cb) is not RNNTrainer:
         return cb
     known = inspect.signature(stock.RNNTrainer).parameters.keys() & {"bptt", "alpha", "beta", "adjust"}

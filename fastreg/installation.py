@@ -1,16 +1,18 @@
-"""Which files the import of fastreg has found. An import of a package that is mixed up with another one is an error.
+"""The check of the files that the import of fastreg has found: files of another distribution are an error.
 
-The distribution is called fastreg-rnn. An unrelated one called fastreg installs a file `fastreg/__init__.py`, too.
+The distribution is called fastreg-rnn. An unrelated distribution called fastreg also installs a file
+`fastreg/__init__.py`.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 from pathlib import Path
 
 import fastreg
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 
 if getattr(fastreg, "__distribution__", None) != "fastreg-rnn":
     raise ImportError(
@@ -19,13 +21,24 @@ if getattr(fastreg, "__distribution__", None) != "fastreg-rnn":
     )
 
 
+def _why_first() -> str:
+    """Explain why Python imports the package from its folder before any other."""
+    parent = FOLDER.parent
+    if parent == Path.cwd():
+        return "Python looks into the current folder first"
+    named = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if parent in named:
+        return f"PYTHONPATH names {parent}"
+    return f"{parent} comes before it in sys.path"
+
+
 def remarks() -> list[str]:
     """Name the installations that the imported package hides, and a distribution that shares its folder."""
     found = []
     for hidden in metadata.distributions(name="fastreg-rnn"):
         folder = Path(str(hidden.locate_file("fastreg")))
         if (folder / "__init__.py").exists() and not folder.samefile(FOLDER):
-            found.append(f"the installation in {folder} is hidden, as Python looks into the current folder first")
+            found.append(f"the installation in {folder} is hidden, because {_why_first()}")
     if any(metadata.distributions(name="fastreg")):
         found.append("the unrelated distribution 'fastreg' shares the name and the folder: run `pip uninstall fastreg`")
     return found

@@ -27,31 +27,31 @@ except ImportError as error:
 class ActivationRegularization(Callback):
     """Add `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
 
-    Lightning scales, accumulates and clips the sum as it would the loss. The loss that the module logs is free of the
-    penalty. `ar` and `tar` are logged beside it when an epoch of training ends, as means over its steps, over all
-    processes, and over the callbacks where there are several. If the module has a `reset()`, it is called when an epoch
-    of training or validation starts, and when one of validation ends.
+    Lightning scales, accumulates and clips the sum as it would the loss. The loss that the module logs does not contain
+    the penalty. When an epoch of training ends, `ar` and `tar` are logged, as means over its steps, over all processes,
+    and over all callbacks of this class. If the module has a `reset()`, it is called when an epoch of training or
+    validation starts, and when an epoch of validation ends.
 
     Args:
         alpha: coefficient of AR; a schedule may change `callback.regularizer.alpha` between steps.
         beta: coefficient of TAR; a schedule may change `callback.regularizer.beta` between steps.
-        rnn: the attribute path of an RNN, any module that `RNNRegularizer.attach` takes, or of several, from the first
-            layer to the last.
-        dropout: the path of the dropout that takes the RNN's output: one for every RNN, or a list with one, or
-            `None`, an RNN.
+        rnn: the attribute path of an RNN, or of any module that `RNNRegularizer.attach` takes; or a list of paths, from
+            the first layer to the last.
+        dropout: the path of the dropout that gets the RNN's output: one path for all RNNs, or a list with a path or
+            `None` for each RNN.
         output: as for `RNNRegularizer.attach`.
         batch_first: as for `RNNRegularizer.attach`.
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
-            `fused_ar_tar` takes it, or `None` where all steps count. A function that has another parameter without a
-            default, `valid(batch, x)` or `valid(batch, *args)`, also gets the arguments of the RNN, run by run; a
-            `**kwargs` or a positional-only parameter does not count.
+            `fused_ar_tar` takes it, or `None` if all steps count. A function that has another parameter without a
+            default, such as `valid(batch, x)` or `valid(batch, *args)`, also gets the arguments of the RNN, in each
+            run. A `**kwargs` or a positional-only parameter does not count as another parameter.
         starts: a function of the same arguments that returns the mask of the time steps at which segments start,
             or `None`.
-        log: whether `ar` and `tar` are logged.
+        log: whether to log `ar` and `tar`.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument has the wrong value; when a fit starts, a path names no such module.
+        ValueError: an argument has the wrong value; when a fit starts, a path names no module.
         RuntimeError: the module optimizes by hand; in a step, as `RNNRegularizer.on_backward_begin`.
 
     Examples:
@@ -113,7 +113,7 @@ class ActivationRegularization(Callback):
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reset the hidden state: within an epoch of training, that of validation is not that of the next batch."""
+        """Reset the hidden state, because the state of the validation does not belong to the next training batch."""
         self.regularizer.on_epoch_begin(pl_module)
 
     on_validation_epoch_end = on_validation_epoch_start
@@ -146,8 +146,8 @@ class _RegularizedStep:
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.pl_module.automatic_optimization:
             raise RuntimeError(
-                "ActivationRegularization: the module has automatic_optimization=False, where the loss never passes "
-                "a callback; use fastreg.RNNRegularizer in its training_step"
+                "ActivationRegularization: the module has automatic_optimization=False, so its loss never passes a "
+                "callback; use fastreg.RNNRegularizer in its training_step"
             )
         self.batch = batch
         output = self.step(batch, *args, **kwargs)
@@ -167,9 +167,9 @@ class _RegularizedStep:
 
 
 def _takes_more(function: Callable[..., Any]) -> bool:
-    """Return whether a function has another parameter than the batch, as Python code has it, without a default."""
+    """Return whether a function has a parameter without a default, beside the batch, that Python code can name."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # of C code, such as an itemgetter; the parameters of other C code are positional only
+    except ValueError:  # a function in C, such as an itemgetter; other functions in C have positional-only parameters
         return False
     return sum(x.default is x.empty and x.kind not in (x.POSITIONAL_ONLY, x.VAR_KEYWORD) for x in parameters) > 1

@@ -1,4 +1,4 @@
-"""The common part of both operations: the plan of a call, and what a node keeps for its backward."""
+"""The common part of both operations: finding the plan of a call, and saving tensors for the backward."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastreg.problem import Options, are_same, is_on
 from fastreg.torch_state import hooks_on_saved, is_deterministic, observed
 
 NO_STEPS = Steps()
-VALUES = "alpha", "beta", "steps", "counts", "offsets"  # those of `Values`, as messages name them
+VALUES = "alpha", "beta", "steps", "counts", "offsets"  # the tensors in `Values`, as messages name them
 
 
 def compute(operation: Any, tensors: Sequence[Any], coefficients: Sequence[Any], given: Given, options: Options) -> Any:
-    """Compute a call by the plan under its key; the first call of a key checks all arguments and makes the plan.
+    """Compute a call by the plan under its key; the first call with a key checks all arguments and makes the plan.
 
     Args:
-        operation: the class of its plan.
+        operation: the class of the plan.
         tensors: raw, and dropped or a mask.
         coefficients: alpha and beta.
         given: lengths, valid steps and starts.
@@ -36,7 +36,7 @@ def compute(operation: Any, tensors: Sequence[Any], coefficients: Sequence[Any],
         alpha, beta = map(converted, ("alpha", "beta"), coefficients)
     if not (are_floats and alpha and beta):
         tensors = operation.read(tensors, (is_on(alpha), is_on(beta)), options)
-    if not is_seen:  # a compiler would compile anew for new plans
+    if not is_seen:  # a compiler would compile again for each new plan
         first, second = tensors
         try:
             key = (
@@ -45,18 +45,18 @@ def compute(operation: Any, tensors: Sequence[Any], coefficients: Sequence[Any],
                 *(torch.is_grad_enabled(), hooks_on_saved(False) is None, is_deterministic()),
             )
             plan = PLANS.get(key)
-        except (RuntimeError, TypeError):  # as a nested tensor has no strides, and a wrong option no hash
+        except (RuntimeError, TypeError):  # a nested tensor has no strides, and a wrong option may have no hash
             key = None
     if plan is None:
         plan = operation(tensors, (alpha, beta), given, options, key is not None)
         if key is not None:
             keep(key, plan)
-    mark = plan.mark
-    return plan(tensors, Values(alpha, beta, None if mark is None else mark(given, tensors)))
+    steps_of = plan.steps_of
+    return plan(tensors, Values(alpha, beta, None if steps_of is None else steps_of(given, tensors)))
 
 
 def save(ctx: Any, plan: Any, tensors: Sequence[Tensor | None], values: Values) -> None:
-    """Let autograd save the tensors of a call for its backward, and those among its values, which most calls lack."""
+    """Let autograd save the tensors of a call for its backward, and the tensors among its values, which are rare."""
     alpha, beta, steps = ctx.values = values
     if steps is not None or type(alpha) is not float or type(beta) is not float:
         in_memory = [x if isinstance(x, Tensor) else None for x in (alpha, beta)]
@@ -74,10 +74,10 @@ def unpack(ctx: Any, *upstream: Tensor | None) -> tuple[Sequence[Any], Values, b
 
     Args:
         ctx: the node.
-        upstream: the gradients that arrive.
+        upstream: the upstream gradients.
 
     Raises:
-        RuntimeError: a tensor has another shape or dtype, as its `data` and hooks on saved tensors may change.
+        RuntimeError: a tensor has another shape or dtype, because its `data` or a hook on saved tensors has changed it.
     """
     tensors, values, plan, is_seen = ctx.saved_tensors, ctx.values, ctx.plan, torch.is_grad_enabled() or observed()
     if not is_seen:
@@ -91,21 +91,21 @@ def unpack(ctx: Any, *upstream: Tensor | None) -> tuple[Sequence[Any], Values, b
     count = len(plan.names)
     if len(tensors) > count:
         alpha, beta = [y if x is None else x for x, y in zip(tensors[count:], values, strict=False)]
-        marks, counts, offsets = tensors[count + 2 :]
-        values = Values(alpha, beta, None if marks is offsets else Steps(marks, counts, offsets))
+        bits, counts, offsets = tensors[count + 2 :]
+        values = Values(alpha, beta, None if bits is offsets else Steps(bits, counts, offsets))
     return tensors, values, is_seen
 
 
 def restored(name: str, x: Any, before: Layout | None) -> Any:
-    """Return a tensor that a backward has unpacked as kernels read it: in the layout of the forward.
+    """Return a tensor that a backward has unpacked, in the layout that it had in the forward.
 
     Raises:
-        RuntimeError: it has another shape or dtype.
+        RuntimeError: the tensor has another shape or dtype.
     """
     if before is None or layout_of(x) == before:
         return x
     check_saved(name, before, x)
-    copy = to = allocate(before)  # aligned, also where the kernels do not rely on it
+    copy = to = allocate(before)  # it is aligned, whether the kernels rely on that or not
     for axis, stride in enumerate(before.stride):
         if stride == 0:
             to, x = to.narrow(axis, 0, 1), x.narrow(axis, 0, 1)

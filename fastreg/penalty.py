@@ -13,13 +13,13 @@ from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_given
+from fastreg.fold import Fold
 from fastreg.kernels.view import Sums, Values, allocator, layout_of
 from fastreg.operation import compute, save, unpack
 from fastreg.prepare import Given, Plan
 from fastreg.problem import ARTAR, Call, Coefficient, Options, compute_dtype, is_on, layers_of, terms_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import plain
-from fastreg.view import Fold
 
 One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
@@ -69,47 +69,50 @@ def fused_ar_tar(
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> Tensor | ARTAR:
-    """Compute activation and temporal activation regularization, to be added to the loss.
+    """Compute the penalty of activation and temporal activation regularization, to be added to the loss.
 
     The penalty is `alpha * AR + beta * TAR`, with `AR = mean(dropped ** 2)` and
     `TAR = mean((raw[t + 1] - raw[t]) ** 2)`, after Merity, McCann and Socher, "Revisiting Activation Regularization for
-    Language RNNs" (2017). Differences, squares and sums are formed in float32, or in float64 where an input is float64.
-    A single time step has a TAR of 0, and an empty tensor a penalty of 0. The penalty can be differentiated any number
-    of times.
+    Language RNNs" (2017). Differences, squares and sums are computed in float32, or in float64 if an input is float64.
+    TAR of a single time step is 0, and so is the penalty of an empty tensor. The penalty can be differentiated any
+    number of times.
 
     Args:
         raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, any tensor
-            with `time_dim`, a `PackedSequence`, or a list or tuple with one for each layer, whose penalties add up; all
-            layers have the same batch and time steps. float16, bfloat16, float32 or float64, any strides. With
-            `beta == 0` it is not read and may be `None`; with `return_terms=True` it is measured if it is given.
-        dropped: the RNN's output after dropout: the shape of raw, or packed as raw is, on the same device. Its dtype
-            may differ, and it may be `raw` itself. With `alpha == 0` it is not read and may be `None`.
+            with `time_dim`, a `PackedSequence`, or a list or tuple with an item for each layer. The penalties of
+            layers add up; all layers must have the same batch and time steps. The dtype is float16, bfloat16, float32
+            or float64; strides are arbitrary. With `beta == 0` raw is not read and may be `None`, but with
+            `return_terms=True` its TAR is computed if raw is given.
+        dropped: the RNN's output after dropout. It has the shape of raw, or is packed like raw, and is on the same
+            device. Its dtype may differ, and it may be `raw` itself. With `alpha == 0` it is not read and may be
+            `None`.
         alpha: coefficient of AR, finite and not negative: a number, or a 0-dim tensor on the device of the
-            activations. A tensor is read on the device, without a sync, and gets no gradient. A schedule may change it
-            in place before each forward, also between replays of a CUDA graph.
+            activations. A tensor is read on the device, without a synchronization, and gets no gradient. A schedule may
+            change it in place before each forward, also between replays of a CUDA graph.
         beta: coefficient of TAR, as for alpha.
         batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
-        time_dim: the axis of time, instead of batch_first, of tensors of one or more axes, negative from the end: 2 for
-            `(batch, channels, time, height, width)`. The batch is the first of the other axes; two axes with
-            `time_dim=0` are `(time, hidden)`.
+        time_dim: the axis of time of tensors with one or more axes, instead of batch_first; a negative axis counts from
+            the end. It is 2 for `(batch, channels, time, height, width)`. The batch is the first of the other axes; a
+            tensor of two axes with `time_dim=0` is `(time, hidden)`.
         lengths: the number of time steps of each padded sequence: integers, `(batch,)`. Padding counts in neither sums
             nor divisors, and its gradient is 0. On the CPU lengths outside of 0 to the number of time steps are an
             error; on other devices they are clamped, because a check would wait for the device.
         valid: a mask of the time steps that count, instead of lengths: `(batch, time)` in every layout, bool or
-            integers 0 and 1, such as an `attention_mask`. A change counts where both of its steps do. Other steps count
+            integers 0 and 1, such as an `attention_mask`. A change counts if both of its steps count. Other steps count
             in neither sums nor divisors, and their gradient is 0. On the CPU other integers are an error; on other
             devices they count as 1.
         starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream:
-            `(batch, time)` in every layout, like valid, and beside lengths or valid. The change into such a step does
-            not count; the step itself does, in AR and in the change that follows. It goes with no `PackedSequence`.
+            `(batch, time)` in every layout, like valid, by itself or beside lengths or valid. The change into such a
+            step does not count. The step itself counts in AR and in the change that follows. It cannot be given with a
+            `PackedSequence`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
 
     Returns:
-        The penalty, a 0-dim tensor, float32, or float64 for float64 inputs. With `return_terms=True` an
-            `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are unscaled and detached. A term whose coefficient is 0 is
-            measured, too; it is 0 where its activations are `None`.
+        The penalty: a 0-dim tensor, float64 if an input is float64, else float32. With `return_terms=True` an
+            `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are detached and do not contain the coefficients. A term
+            whose coefficient is 0 is computed, too; it is 0 if its activations are `None`.
 
     Raises:
         TypeError: an argument has the wrong type; the message names it.
@@ -148,7 +151,7 @@ def penalize(activations: Sequence[Any], coefficients: Sequence[Any], steps: Seq
 
 
 def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
-    """Return 0 where the activations are, if any were given at all: both terms are off."""
+    """Return a penalty of 0 on the device of the activations, if any are given, for a call with both terms off."""
     tensors = [x for given in activations for x in layers_of(given) if isinstance(x, Tensor)]
     zero = torch.zeros((), dtype=compute_dtype(tensors), device=tensors[0].device if tensors else None)
     return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
@@ -161,14 +164,14 @@ def by_formula(calls: Sequence[Call]) -> Tensor | ARTAR:
 
 
 class PenaltyPlan(Plan):
-    """How to compute the penalty of all layers of a call, and its gradients.
+    """Compute the penalty of all layers of a call, and its gradients.
 
-    The tensors of a call are raw and dropped of each layer, one after the other. Raw is `None` where no term reads it,
-    and dropped where no term reads it or AR is of raw.
+    The tensors of a call are raw and dropped of the first layer, raw and dropped of the second layer, and so on. Each
+    is `None` if no term reads it; dropped is also `None` if AR is the mean square of raw.
 
     Attributes:
-        layers: how to compute each; `None` before the first call.
-        needs: whether each tensor needs a gradient.
+        layers: a `Layer` for each layer; `None` before the first call.
+        needs: for each tensor, whether it needs a gradient.
     """
 
     layers: Any = None
@@ -183,9 +186,9 @@ class PenaltyPlan(Plan):
 
     @staticmethod
     def read(tensors: Sequence[Any], are_on: Sequence[bool], options: Options) -> Sequence[Any]:
-        """Return raw and dropped, `None` for one that no term reads: it is not looked at.
+        """Return raw and dropped, each `None` if no term reads it.
 
-        That of a term whose coefficient is 0 is read to measure the term, if it is given.
+        If the caller wants the terms, a given tensor is read even if its coefficient is 0.
         """
         (raw, dropped), (by_ar, by_tar) = tensors, are_on
         if options.measured or options.ar_of_raw:
@@ -193,7 +196,7 @@ class PenaltyPlan(Plan):
         return raw if by_tar else None, dropped if by_ar else None
 
     def __call__(self, given: Sequence[Any], values: Values) -> Any:
-        """Compute the penalty, 0-dim, with AR and TAR, detached, if they are wanted; `None` if no term reads anything.
+        """Compute the penalty, or an `ARTAR` if the caller wants the terms; return `None` if no term reads anything.
 
         Args:
             given: raw and dropped.
@@ -216,7 +219,7 @@ class PenaltyPlan(Plan):
         return ARTAR(results[0], *results[1].unbind()) if self.is_measured else results
 
     def prepare(self, calls: Sequence[Call]) -> None:
-        """Plan the layers, for the first call."""
+        """Plan each layer, in the first call."""
         layers = [Layer(call, self.backend, self.fills) for call in calls]
         self.needs = [need for layer in layers for need in layer.needs]
         self.names, self.is_measured = ["raw", "dropped"] * len(layers), layers[0].terms.measured
@@ -225,7 +228,7 @@ class PenaltyPlan(Plan):
 
 
 class Ahead(NamedTuple):
-    """What the forward has filled for the backward: the gradients of raw and of dropped, and for which upstream one."""
+    """Hold the gradients of raw and dropped that a forward has filled, and the upstream gradient that it assumed."""
 
     assumed: Any = None
     raw: Tensor | None = None
@@ -236,14 +239,14 @@ NOTHING_AHEAD = Ahead()
 
 
 class Layer:
-    """How to compute the penalty of one layer, and its gradients.
+    """Compute the penalty of one layer, and its gradients.
 
     Attributes:
-        needs: whether raw and dropped need gradients: a term that is only measured has none.
-        fold: the view of raw and dropped.
-        gradients: functions that allocate their gradients.
+        needs: whether raw and dropped need gradients; a term that is only measured has none.
+        fold: the fold of raw and dropped.
+        gradients: functions that allocate the gradients of raw and dropped.
         filled: functions that allocate the gradients that the forward fills for the backward.
-        forward, backward: of the backend; the first backward makes the latter.
+        forward, backward: the launches of the backend; the first backward makes `backward`.
     """
 
     def __init__(self, call: Call, backend: Any, fills: bool) -> None:
@@ -268,7 +271,7 @@ class Layer:
         return sums, Ahead(sums.assumed, grad_raw, grad_dropped)
 
     def differentiate(self, grad: Tensor, raw: Any, dropped: Any, values: Values, ahead: Ahead) -> Sequence[Any]:
-        """Launch the backward for gradients that the forward has filled, or for new memory; return both."""
+        """Launch the backward over gradients that the forward has filled, or over new memory; return the gradients."""
         assumed, *gradients = ahead
         if self.backward is None:
             self.backward = self.backend.backward(self.view, self.terms, self.device, self.forward.expected)
@@ -276,18 +279,18 @@ class Layer:
             first, second = self.gradients
             gradients = [first(raw), second(dropped)]
         elif self.fold.copies and self.backward.holds(grad, assumed):
-            return gradients  # before anything is copied
+            return gradients  # without copying anything
         self.backward(grad, (*self.fold.read((raw, None, None, dropped)), *gradients), values, assumed)
         return gradients
 
     def derive(self, grad: Tensor, raw: Any, dropped: Any, values: Values, _: Ahead) -> Sequence[Any]:
-        """Compute both gradients in plain PyTorch, which may differentiate them."""
+        """Compute both gradients in plain PyTorch, so that they can be differentiated."""
         gradients = ar_tar_gradients(grad, Call(raw, dropped, *values, self.kind))
         return [None if y is None else y.to(x.dtype) for x, y in zip((raw, dropped), gradients, strict=True)]
 
 
 def launched(layers: Sequence[Layer], tensors: Sequence[Any], values: Values, aheads: list[Any]) -> Any:
-    """Launch the forward of each layer, and note what is ahead; return the penalty, and terms if they are wanted."""
+    """Launch the forward of each layer, and append its `Ahead` to a list; return the penalty, and terms if wanted."""
     penalty: Any = None
     terms: Any = None
     for layer, raw, dropped in zip(layers, tensors[::2], tensors[1::2], strict=True):
@@ -299,9 +302,9 @@ def launched(layers: Sequence[Layer], tensors: Sequence[Any], values: Values, ah
 
 
 class _Penalty(Function):
-    """Keep references to the inputs that need gradients, and the gradients that the forward has filled.
+    """Compute the penalty, and keep the inputs that need gradients, and the gradients that the forward has filled.
 
-    Filled gradients belong to the first backward; a second one computes gradients anew.
+    The first backward returns the filled gradients; a second backward computes them again.
     """
 
     @staticmethod
@@ -311,8 +314,8 @@ class _Penalty(Function):
         if False in plan.needs:
             tensors = tuple([x if need else None for x, need in zip(tensors, plan.needs, strict=True)])
         save(ctx, plan, tensors, values)
-        if plan.is_measured:  # an output more costs 3 us
-            ctx.set_materialize_grads(False)  # no zeros for a gradient of the terms
+        if plan.is_measured:  # the second output costs 3 us
+            ctx.set_materialize_grads(False)  # PyTorch need not make zeros for the terms
             ctx.mark_non_differentiable(results[1])
         return results
 
@@ -322,16 +325,16 @@ class _Penalty(Function):
         if grad is None:
             return (None,) * (2 + len(plan.needs))
         saved, values, is_seen = unpack(ctx, grad)
-        aheads = vars(ctx).pop("ahead", None) or [NOTHING_AHEAD] * len(plan.layers)  # in one step, for two threads
+        aheads = vars(ctx).pop("ahead", None) or [NOTHING_AHEAD] * len(plan.layers)  # atomic, for two threads
         gradients_of = Layer.derive if is_seen else Layer.differentiate
         if len(plan.layers) == 1:
             return None, None, *gradients_of(plan.layers[0], grad, saved[0], saved[1], values, aheads[0])
         gradients: list[Tensor | None] = []
         for layer, raw, dropped, ahead in zip(plan.layers, saved[::2], saved[1::2], aheads, strict=False):
-            is_kept = True in layer.needs  # nothing of another layer is saved
+            is_kept = True in layer.needs  # of other layers no tensor is saved
             gradients += gradients_of(layer, grad, raw, dropped, values, ahead) if is_kept else (None, None)
         return None, None, *gradients
 
 
-# `Function.apply` without the part for transforms of torch.func, under which no plan is used: 3 us less.
+# `Function.apply` without its part for transforms of torch.func, under which no plan is used. This saves 3 us.
 _apply: Any = super(Function, _Penalty).apply  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
-"""The memory of plans, under keys: the metadata of a call's arguments, and the state of PyTorch, as a flat tuple.
+"""The memory of plans. A key is a flat tuple of the metadata of a call's arguments and of the state of PyTorch.
 
-All checks of metadata run when a key is new, so a key holds every fact that a check, a view, or compiled code depends
-on. It holds no tensor, and of coefficients only whether each is 0, a number or a tensor.
+Metadata are checked only when their key is new. So a key holds every fact that a check, a view or compiled code depends
+on. It holds no tensor, and says of a coefficient only whether it is 0, another number or a tensor.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.torch_state import plain
 
-SIZE = 1024  # kinds of calls: a few hundred sequence lengths, with and without gradients
+SIZE = 1024  # plans: enough for a few hundred sequence lengths, with and without gradients
 PLANS: dict[Any, Any] = {}
 
 
 def keep(key: Any, plan: Any) -> None:
-    """Keep a plan; drop the oldest of too many. Two threads may make one at once: both are right."""
+    """Keep a plan under a key, and drop the oldest plan if there are too many; threads may do this at the same time."""
     if len(PLANS) >= SIZE:
-        PLANS.pop(next(iter([*PLANS]), None), None)  # another thread may have dropped all
+        PLANS.pop(next(iter([*PLANS]), None), None)  # another thread may have dropped all plans
     PLANS[key] = plan
 
 
 def forget() -> None:
-    """Drop all plans, as the registry of backends has changed."""
+    """Drop all plans, after a change of the registry of backends."""
     PLANS.clear()
 
 
 def facts_of(values: Iterable[Any], of_others: Callable[[Any], Sequence[Any]]) -> list[Any]:
-    """Return the facts of values that a check or a plan may depend on, one after the other.
+    """Return, in one list, all facts of some values that a check or a plan may depend on.
 
-    A tensor has six, and a float one: whether it is 0.
+    A tensor has six facts. A float has one: whether it is 0.
 
     Args:
-        values: tensors, floats, `None`, and others.
-        of_others: returns the facts of others, among them tensors of subclasses, and tensors whose values do not lie in
-            memory.
+        values: tensors, floats, `None`, and other values.
+        of_others: returns the facts of another value, such as a tensor of a subclass, or a tensor whose values are not
+            in memory.
 
     Raises:
-        RuntimeError: the facts do not determine a plan, or a tensor is a wrapper, as of vmap, which has no memory.
+        RuntimeError: the facts do not determine a plan, or a tensor has no memory, such as a wrapper of vmap.
     """
     facts: list[Any] = []
     for x in values:
@@ -54,10 +54,10 @@ def facts_of(values: Iterable[Any], of_others: Callable[[Any], Sequence[Any]]) -
 
 
 def facts_of_other(x: Any) -> Sequence[Any]:
-    """Return the facts of a tensor of a subclass that only decorates it, or one of a list or of packed rows.
+    """Return the facts of a list, of packed rows, or of a tensor whose subclass only decorates it.
 
     Raises:
-        RuntimeError: it is something else.
+        RuntimeError: the value is something else.
     """
     if isinstance(x, PackedSequence) and type(x.batch_sizes) is Tensor:
         return ((*facts_of(x[:2], facts_of_other), *x.batch_sizes.view(-1)[:1].tolist()),)
@@ -68,7 +68,7 @@ def facts_of_other(x: Any) -> Sequence[Any]:
 
 
 def refused(x: Any) -> Any:
-    """Refuse a value whose facts would not determine a plan.
+    """Raise an error for a value whose facts would not determine a plan.
 
     Raises:
         RuntimeError: always.

@@ -1,7 +1,7 @@
-"""The front door: what a call does to its arguments, and the plan of calls whose arguments have the same metadata.
+"""The front door: the checks and conversions of a call's arguments, and the plan that results from them.
 
-Arguments whose metadata are new are checked, and make a plan, which is kept under these metadata. Later arguments of
-that kind take the plan: only values are checked in every call.
+If the metadata of the arguments are new, all arguments are checked, and a plan is made and kept under these metadata.
+Later calls with the same metadata use that plan. Only values are checked in every call.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from fastreg import arguments
 from fastreg.backends import backend_for
 from fastreg.kernels.view import Steps
 from fastreg.problem import Coefficient, Kind, Options, Place, are_same, compute_dtype, sizes_of
-from fastreg.reference import marked
+from fastreg.reference import encoded
 from fastreg.torch_state import has_values, keepable, keeps_memory_low, observed, plain
 
 Given = Sequence[Any]  # lengths, valid steps and starts
 
 
 class Plan:
-    """How to compute the calls whose arguments have the metadata of one key: by a backend, or by the formula.
+    """Compute all calls whose arguments have the metadata of one key, by a backend or by the formula.
 
     Args:
-        tensors: raw and dropped, where a term reads them, and a mask.
+        tensors: raw and dropped, each `None` if no term reads it, and a mask.
         coefficients: alpha and beta.
         given: lengths, valid steps and starts.
         options: the other arguments.
-        is_kept: whether other calls take the plan; it is not kept where plain PyTorch has to see each call.
+        is_kept: whether later calls use the plan; it is `False` if plain PyTorch has to see each call.
 
     Attributes:
-        kinds: of each layer; none if no term reads anything.
-        mark: a function of lengths, valid steps and starts, and of raw and dropped, that checks their values and
-            returns the steps that count; `None` where all do.
-        backend: the code; `None` for the formula.
+        kinds: the kind of each layer; empty if no term reads anything.
+        steps_of: a function of (lengths, valid steps, starts) and of (raw, dropped) that checks their values and
+        returns
+            the steps that count; `None` if all steps count.
+        backend: the code that runs; `None` for the formula.
         fills: whether the forward fills gradients for the backward.
-        names: of the tensors that a node saves.
-        saved, layouts: facts and layouts of what a node saves, from the first node on.
+        names: the names of the tensors that a node saves.
+        saved, layouts: the facts and the layouts of the tensors that a node saves, as the first node has found them.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.
@@ -59,25 +60,25 @@ class Plan:
         arguments.check_options(options.reduction, return_terms=options.measured)
         place = place_of(options.batch_first, options.time_dim)
         self.kinds: list[Kind] = []
-        self.mark: Callable[[Given, Sequence[Any]], Steps] | None = None
+        self.steps_of: Callable[[Given, Sequence[Any]], Steps] | None = None
         if raw is None is dropped:
             return
         first, layers = arguments.check_layers(raw, dropped, place)
         x, *_ = layers[0].values()
-        axis, names = place.axis() % x.dim() - x.dim(), arguments.STEPS
+        axis, names = place.axis() % x.dim() - x.dim(), arguments.STEP_ARGUMENTS
         self.backend = backend_for(x.device) if is_kept else None
-        # Where saved tensors are packed away, memory is the point.
+        # If saved tensors are packed away, memory matters more than time.
         self.fills = is_kept and options.fills and not keeps_memory_low()
         there = {name: y for name, y in zip(names, given, strict=True) if y is not None}
         if isinstance(first, PackedSequence):
             arguments.check_packed_options(options.time_dim, there)
-            self.mark = _offsets
+            self.steps_of = _offsets
         elif there:
             arguments.check_steps(*given)
             arguments.check_steps_of(x, axis, there)
             sizes = sizes_of(x, axis)
-            marker = partial(marked, sizes) if self.backend is None else self.backend.marker(sizes, x.device)
-            self.mark = partial(_steps, marker, sizes, x.device, options.reduction)
+            encoder = partial(encoded, sizes) if self.backend is None else self.backend.encoder(sizes, x.device)
+            self.steps_of = partial(_steps, encoder, sizes, x.device, options.reduction)
         dtype = compute_dtype([x for layer in layers for x in layer.values()])
         for layer, is_same in zip_longest(layers, are_same(raw, dropped), fillvalue=False):
             arguments.check_layer(layer, layers[0], axis)  # pyright: ignore[reportArgumentType]
@@ -89,7 +90,7 @@ class Plan:
 
     @staticmethod
     def read(tensors: Sequence[Any], are_on: Sequence[bool], options: Options) -> Sequence[Any]:
-        """Return the tensors of a call that are looked at; `are_on` says whether AR and TAR are in the penalty."""
+        """Return the tensors that a call reads; `are_on` says whether AR and TAR are in the penalty."""
         return tensors
 
 
@@ -103,27 +104,27 @@ def coefficient(value: Any) -> Coefficient:
     """Convert a checked coefficient: a number to a float, a tensor to itself."""
     if isinstance(value, Tensor):
         return value
-    if torch.compiler.is_compiling():  # which takes a NumPy scalar for an array
+    if torch.compiler.is_compiling():  # a compiler treats a NumPy scalar as an array
         return value if isinstance(value, (int, float)) else value.item()
-    return float(value)  # also of np.float64, which is a float
+    return float(value)  # np.float64 is a float, but becomes one of Python's
 
 
 def place_of(batch_first: Any, time_dim: Any) -> Place:
-    """Return where time is: `(batch, time, hidden)` by default.
+    """Return the axis of time; the default is `(batch, time, hidden)`.
 
     Raises:
-        TypeError, ValueError: either is of another type, or both are given.
+        TypeError, ValueError: one of them has another type, or both are given.
     """
     arguments.check_time(batch_first, time_dim)
-    # A constant in compiled code, as int() does not make it
+    # index() returns a constant in compiled code; int() does not.
     return Place(batch_first is not False) if time_dim is None else Place(None, index(time_dim))
 
 
 def _offsets(_: Sequence[Any], tensors: Sequence[Any]) -> Steps:
-    """Return where each time step of packed rows begins, and at the end how many rows there are.
+    """Return where each time step of packed rows begins, and at the end the number of rows.
 
-    Kernels trust them, in the backward, too: they are no view of batch sizes, which NumPy may share. Batch sizes are
-    values, and checked in every call.
+    Kernels trust these offsets, in the backward, too. So they are new memory, and not a view of the batch sizes, whose
+    memory NumPy may share. Batch sizes are values, and are checked in every call.
     """
     raw, dropped = tensors
     packed, _ = arguments.check_layers(raw, dropped, Place())
@@ -132,21 +133,21 @@ def _offsets(_: Sequence[Any], tensors: Sequence[Any]) -> Steps:
     return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
 
 
-def _steps(marker: Any, sizes: tuple[Any, Any], device: torch.device, reduction: str, given: Given, _: Any) -> Steps:
-    """Check the values of lengths, valid steps and starts, and mark the time steps of activations that count.
+def _steps(encoder: Any, sizes: tuple[Any, Any], device: torch.device, reduction: str, given: Given, _: Any) -> Steps:
+    """Check the values of lengths, valid steps and starts, and encode which time steps count.
 
-    Values on another device than the CPU are not looked at, as that would wait for it.
+    Values are checked only on the CPU. On other devices a check would have to wait for the device.
     """
-    named = zip(arguments.STEPS, given, strict=True)
-    marks, counts = marker(*[None if x is None else _brought(name, device, sizes, x) for name, x in named])
-    return Steps(marks, counts if reduction == "mean" else None)
+    named = zip(arguments.STEP_ARGUMENTS, given, strict=True)
+    bits, counts = encoder(*[None if x is None else _brought(name, device, sizes, x) for name, x in named])
+    return Steps(bits, counts if reduction == "mean" else None)
 
 
 def _brought(name: str, device: torch.device, sizes: tuple[Any, Any], given: Tensor) -> Tensor:
-    """Check the values of lengths or marks, and bring them to activations, marks as bool, without waiting for the copy.
+    """Check the values of lengths or of a mask, and return them on a device, a mask as bool; do not wait for the copy.
 
-    The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too:
-    it is not freed before the device has read it, and the host does not wait.
+    The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too.
+    PyTorch does not free it before the device has read it, and the host does not wait.
     """
     given = plain(given)
     if given.device == device and given.dtype == torch.bool and given.shape == sizes:

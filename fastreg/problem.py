@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fastreg.installation  # noqa: F401 - refuses a package that is mixed up with another
 from fastreg.kernels.view import Steps, Terms
 
-Coefficient: TypeAlias = float | Tensor  # of a term: a number, or a 0-dim tensor without a gradient
+Coefficient: TypeAlias = float | Tensor  # a number, or a 0-dim tensor without a gradient
 
 
 class ARTAR(NamedTuple):
@@ -37,13 +37,13 @@ class ARTAR(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where time is: `batch_first`, or the axis of time itself. One of them is `None`."""
+    """Say which axis is time, either by `batch_first` or by `time_dim`; the other one is `None`."""
 
     batch_first: bool | None = True
     time_dim: int | None = None
 
     def axis(self) -> int:
-        """Return the axis of time: negative from the end, or from the front if it was given so."""
+        """Return the axis of time, from the end if it is negative, otherwise from the front."""
         return self.time_dim if self.time_dim is not None else -2 if self.batch_first else 0
 
     def __str__(self) -> str:
@@ -51,10 +51,10 @@ class Place(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The options of a call as they were given: see `fused_ar_tar`.
+    """Hold the options of a call as the caller has given them: see `fused_ar_tar`.
 
-    `ar_of_raw` asks for AR of raw. With `fills` the forward may fill gradients for the backward; without it no gradient
-    is held in between.
+    With `ar_of_raw` AR is the mean square of raw. With `fills` the forward may fill gradients for the backward.
+    Otherwise no gradient takes memory between forward and backward.
     """
 
     batch_first: Any = None
@@ -66,13 +66,13 @@ class Options(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """The facts about a layer that its formula depends on beside tensors and coefficients.
+    """Hold the facts about a layer, beside tensors and coefficients, on which its formula depends.
 
-    time_dim   the axis of time, negative from the end: -2 is that of `(batch, time, hidden)` and `(time, hidden)`
-    reduction  `"mean"` divides the sums by the counts of their elements, `"sum"` does not divide
-    measured   terms are wanted, so that one whose coefficient is 0 is computed, too; it has no gradient
-    ar_of_raw  AR is the mean square of raw, as fastai v1 computes it, or because dropped is raw itself
-    dtype      of differences, squares and sums, and of the penalty
+    time_dim   the axis of time, negative from the end; it is -2 for `(batch, time, hidden)` and `(time, hidden)`
+    reduction  `"mean"` divides the sums by the numbers of their elements; `"sum"` does not divide
+    measured   whether the caller wants the terms; then a term whose coefficient is 0 is computed without a gradient
+    ar_of_raw  whether AR is the mean square of raw, as in fastai v1, or because dropped is raw itself
+    dtype      the dtype of differences, squares and sums, and of the penalty
     """
 
     time_dim: int = -2
@@ -83,13 +83,13 @@ class Kind(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of one layer, as the formula and the making of a plan read it.
+    """Hold the arguments of a call for one layer, after all checks.
 
-    raw, dropped  activations of one shape, or packed rows, `(rows, hidden)`; `None` where no term reads it, and dropped
-                  is `None` where AR is of raw
-    alpha, beta   coefficients of AR and TAR, checked: floats, or 0-dim tensors
-    steps         the time steps that count, on the device of the activations, or the place of packed rows; `None`
-                  where all steps count
+    raw, dropped  activations of one shape, or packed rows, `(rows, hidden)`; `None` if no term reads it; dropped is
+                  also `None` if AR is the mean square of raw
+    alpha, beta   coefficients of AR and TAR: floats, or 0-dim tensors
+    steps         the time steps that count, on the device of the activations, or the offsets of packed rows; `None` if
+                  all steps count
     kind          the other facts
     """
 
@@ -101,43 +101,44 @@ class Call(NamedTuple):
     kind: Kind = Kind()
 
     def given(self) -> Any:
-        """Return raw, or dropped where raw is `None`."""
+        """Return raw, or dropped if raw is `None`."""
         return self.dropped if self.raw is None else self.raw
 
 
 def is_on(coefficient: Coefficient) -> bool:
-    """Return whether a term is in the penalty: a coefficient that is a tensor may be anything."""
+    """Return whether a term is in the penalty; it is if its coefficient is a tensor, whatever its value."""
     if isinstance(coefficient, Tensor):
         return True
     if not torch.compiler.is_compiling():
         return coefficient != 0
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # which imports sympy
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # this imports sympy
 
     return not guard_or_false(coefficient == 0)
 
 
 def compute_dtype(tensors: Iterable[Any]) -> torch.dtype:
-    """Return the dtype that squares and sums are formed in: float64 if any tensor is, else float32."""
+    """Return the dtype in which squares and sums are computed: float64 if any tensor is float64, else float32."""
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
 def axes_of(x: Any, time_dim: int) -> tuple[int, int | None]:
-    """Return the axes of time and of sequences, from the front; that of time of packed rows is the axis of rows.
+    """Return the axes of time and of sequences, counted from the front.
 
-    The axis of sequences is the first beside time; `None` of `(time, hidden)` and `(time,)`.
+    The axis of sequences is the first one beside time, or `None` for `(time, hidden)` and `(time,)`. For packed rows
+    the axis of time is the axis of rows.
     """
     time = time_dim % len(x.shape)
     return time, 0 if time > 0 else 1 if len(x.shape) > 2 else None
 
 
 def sizes_of(x: Any, time_dim: int) -> tuple[Any, Any]:
-    """Return how many sequences and time steps activations have that are not packed."""
+    """Return the numbers of sequences and of time steps in activations that are not packed."""
     time, batch = axes_of(x, time_dim)
     return 1 if batch is None else x.shape[batch], x.shape[time]
 
 
 def terms_of(call: Call) -> Terms:
-    """Describe the terms of a call to a backend; no extent of its tensors is 0."""
+    """Return the terms that a backend computes for a call; no extent of the call's tensors is 0."""
     kind, by_ar, by_tar, counts = call.kind, is_on(call.alpha), is_on(call.beta), call.steps and call.steps.counts
     elements, pairs = divisors(call) if counts is None else (1, 1)
     formed = kind.measured or by_ar, kind.measured or by_tar
@@ -145,9 +146,9 @@ def terms_of(call: Call) -> Terms:
 
 
 def divisors(call: Call) -> tuple[Any, Any]:
-    """Return the divisors of AR and TAR: numbers of elements and of pairs of neighbours in time; 1 and 1 for `"sum"`.
+    """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
 
-    Neither is ever 0, so that an empty mean is 0 and not NaN. Where not all steps count they are tensors.
+    A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
     """
     if call.kind.reduction == "sum":
         return 1, 1
@@ -158,34 +159,34 @@ def divisors(call: Call) -> tuple[Any, Any]:
         return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
     if steps.offsets is not None:
         return _at_least_1(elements), _at_least_1(elements - steps.offsets[1] * x.shape[-1])
-    marks: Any = steps.marks
-    of_steps, of_changes = _at_least_1(steps.counts * (elements // _at_least_1(marks.numel()))).unbind()
+    bits: Any = steps.bits
+    of_steps, of_changes = _at_least_1(steps.counts * (elements // _at_least_1(bits.numel()))).unbind()
     return of_steps, of_changes
 
 
 def _at_least_1(count: Any) -> Any:
-    """Take the maximum with 1, without a branch, which traced code would keep as it went."""
+    """Return the maximum of a count and 1, without a branch, which tracing would fix."""
     if isinstance(count, Tensor):
         return count.clamp(min=1)
-    return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # which takes ten times as long
+    return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # this takes ten times as long
 
 
 def is_list(value: object) -> bool:
-    """Return whether `value` is a list or tuple of layers; a `PackedSequence` is a tuple, too, but one tensor."""
+    """Return whether a value is a list or tuple of layers; a `PackedSequence` is a tuple, too, but is one layer."""
     return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
 
 
-def rows_of(x: Any) -> Tensor:
+def data_of(x: Any) -> Tensor:
     """Return the tensor itself, or the rows of a `PackedSequence`."""
     return x.data if isinstance(x, PackedSequence) else x
 
 
 def layers_of(x: Any) -> Sequence[Any]:
-    """Return the tensors of activations, one a layer, or their packed rows; none of `None`."""
+    """Return the tensor or the packed rows of each layer of activations; for `None` there is no layer."""
     layers = x if is_list(x) else () if x is None else (x,)
-    return [layer.data if isinstance(layer, PackedSequence) else layer for layer in layers]  # in one frame
+    return [layer.data if isinstance(layer, PackedSequence) else layer for layer in layers]  # without calls
 
 
 def are_same(raw: Any, dropped: Any) -> tuple[bool, ...]:
-    """Return of each layer whether dropped is raw itself."""
+    """Return, for each layer, whether dropped is raw itself."""
     return tuple(map(is_, layers_of(raw), layers_of(dropped)))

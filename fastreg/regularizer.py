@@ -1,8 +1,9 @@
-"""`RNNRegularizer`: captures a training step's activations, by hand or by hooks, and adds the penalty to its loss.
+"""`RNNRegularizer`: captures the activations of a training step, by hand or by hooks, and adds the penalty to its loss.
 
-`on_loss_begin` captures the activations in a model's output. After `attach`, hooks form the penalty of each run of a
-module, and the autograd graph keeps it. `take` is the one consumer, also for `on_backward_begin`: it takes the penalty
-of the activations in that output, or of the runs that the loss depends on, once. If it raises, it drops all captures.
+`on_loss_begin` captures the activations in a model's output. After `attach`, hooks compute the penalty of each run of a
+module, and the autograd graph keeps it. `take` consumes these penalties, also for `on_backward_begin`: it takes the
+penalty of the captured activations, or of the runs on which the loss depends, once. If it raises an error, it drops all
+captures.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_coefficient, check_steps, check_time
+from fastreg.arguments import check_coefficient, check_steps, check_time, why_lost
 from fastreg.attachment import NO_GRADIENTS, Attachment, attachments_of
 from fastreg.carrier import reached, total
 from fastreg.penalty import fused_ar_tar
@@ -31,19 +32,22 @@ from fastreg.torch_state import current, level_of_caller, untraced
 class RNNRegularizer:
     """Add `alpha * AR + beta * TAR` to the loss of each training step.
 
-    A model may return its activations with its output, as AWD-LSTM and fastai's models do: `on_loss_begin` captures
-    them. Hooks capture them from any other model, which needs no change: `attach`.
+    If a model returns only its output, `attach` puts hooks on its modules. If it returns its activations, too, as
+    AWD-LSTM and fastai's models do, `on_loss_begin` captures them. In both cases call `loss =
+    regularizer.on_backward_begin(loss)` before each backward.
 
     Args:
         alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`.
         beta: coefficient of TAR.
-        layers: which layers `on_loss_begin` regularizes where the model returns lists with a tensor for each layer:
-            `"last"`, as AWD-LSTM and fastai do, or `"all"`, as Merity et al. (2017) write it, whose penalties add up.
-            `None` means `"last"`. It cannot be given together with `attach`, after which every attached module counts.
+        layers: which layers `on_loss_begin` regularizes if the model returns lists with a tensor for each layer:
+            `"last"`, as AWD-LSTM and fastai do, or `"all"`, as Merity et al. (2017) write it; then the penalties of all
+            layers add up. `None` means `"last"`. It cannot be given together with `attach`, after which every attached
+            module counts.
         bptt: the usual number of time steps, for `scaled_lr`.
 
     Attributes:
-        ar: AR of the last step, 0-dim, unscaled, detached, still on the device; `None` before the first step.
+        ar: AR of the last step without its coefficient, 0-dim, detached, still on the device; `None` before the first
+            step.
         tar: TAR of the last step, as for ar.
 
     Raises:
@@ -51,26 +55,28 @@ class RNNRegularizer:
         ValueError: an argument has the wrong value; the message names it.
 
     Examples:
+        A model that returns only its output:
+
+        >>> lstm, dropout = torch.nn.LSTM(8, 16, batch_first=True), torch.nn.Dropout(0.4)
+        >>> regularizer = RNNRegularizer(alpha=2.0, beta=1.0)
+        >>> attached = regularizer.attach(lstm, dropout)
+        >>> loss = dropout(lstm(torch.randn(4, 10, 8))[0]).square().mean()
+        >>> loss = regularizer.on_backward_begin(loss)
+        >>> loss.backward()
+        >>> bool(regularizer.ar > 0), bool(regularizer.tar > 0)
+        (True, True)
+
         A model that returns `(decoded, raw, dropped)`:
 
         >>> regularizer = RNNRegularizer(alpha=2.0, beta=1.0)
         >>> decoded, raw, dropped = torch.randn(3, 4, 10, 16, requires_grad=True).unbind(0)
         >>> decoded = regularizer.on_loss_begin((decoded, raw, dropped))
-        >>> regularizer.on_backward_begin(decoded.square().mean()).backward()
-
-        A model that returns its output alone:
-
-        >>> lstm, dropout = torch.nn.LSTM(8, 16, batch_first=True), torch.nn.Dropout(0.4)
-        >>> hooked = RNNRegularizer(alpha=2.0, beta=1.0)
-        >>> attached = hooked.attach(lstm, dropout)
-        >>> decoded = dropout(lstm(torch.randn(4, 10, 8))[0])
-        >>> hooked.on_backward_begin(decoded.square().mean()).backward()
-        >>> bool(hooked.ar > 0), bool(hooked.tar > 0)
-        (True, True)
+        >>> loss = regularizer.on_backward_begin(decoded.square().mean())
+        >>> loss.backward()
     """
 
-    _has_layers = False  # whether `layers` was given; a file of 0.3.0 does not say so
-    _missed: int | None = None  # the first backward without a penalty, or -1 after a penalty or a warning
+    _has_layers = False  # whether `layers` was given; files of 0.3.0 lack this attribute
+    _missed: int | None = None  # the first backward without a penalty; -1 after a penalty or a warning
 
     def __init__(
         self,
@@ -89,7 +95,7 @@ class RNNRegularizer:
         self.bptt = None if bptt is None else _check_steps("bptt", bptt)
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
-        self._given: Callable[..., Any] | None = None  # computes the penalty of captured activations
+        self._given: Callable[..., Any] | None = None  # a function that computes the penalty of captured activations
         self._attached: list[Attachment] = []
 
     def __repr__(self) -> str:
@@ -97,11 +103,11 @@ class RNNRegularizer:
         return f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave captures and attachments out of a copy or a pickle."""
+        """Return the state of a copy or a pickle, which has no captures and no attachments."""
         return self.__dict__ | {"_given": None, "_attached": []}
 
     def on_epoch_begin(self, model: object) -> None:
-        """Reset the model's hidden state, if it or the model it wraps has a `reset()`, and drop any capture."""
+        """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture."""
         self.clear()
         inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
         reset = getattr(model, "reset", None) or getattr(inner, "reset", None)
@@ -128,12 +134,12 @@ class RNNRegularizer:
             lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`.
             valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`.
             starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
-            batch_first: `False` for `(time, batch, hidden)`, as an `nn.LSTM` returns by default; `None` for
-                `True`, unless the shape of `decoded` leaves that in doubt. A given layout goes before that shape.
+            batch_first: `False` for `(time, batch, hidden)`, which an `nn.LSTM` returns by default; `None` for `True`,
+                which is an error if the shape of `decoded` leaves the layout in doubt.
             time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
 
         Raises:
-            TypeError: an argument is not as described.
+            TypeError: an argument has the wrong type.
             ValueError: both `lengths` and `valid` are given; or `batch_first` is `None`, and the shape of `decoded`
                 shows that raw may be time first.
             RuntimeError: the activations already come from attached modules.
@@ -141,13 +147,13 @@ class RNNRegularizer:
         check_time(batch_first, time_dim)
         check_steps(lengths, valid, starts)
         if self._attached:
-            raise RuntimeError("on_loss_begin: attached modules capture already; remove() them, or leave out the call")
+            raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
         if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
             items = f" of {', '.join(type(x).__name__ for x in output)}" if is_list(output) else ""
             raise TypeError(
                 "on_loss_begin: expected (decoded, raw, dropped), where raw and dropped are tensors, or lists with a "
                 f"tensor for each layer; got {type(output).__name__}{items}. Let the model return (decoded, raw, "
-                "dropped), or leave it as it is and use attach(rnn, dropout) instead of on_loss_begin"
+                "dropped), or do not change it, and call attach(rnn, dropout) once instead of on_loss_begin"
             )
         decoded, raw, dropped = output
         if self.layers != "all" and is_list(raw):
@@ -159,16 +165,16 @@ class RNNRegularizer:
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
-        """Return the loss plus the penalty of this step's captures, a new tensor; `loss` itself is not changed.
+        """Return the loss plus the penalty of this step; `loss` itself is not changed.
 
-        After `attach` the penalty is the sum over the runs that the loss depends on. Modules in evaluation add nothing:
-        where nothing is to be added, `loss` itself is returned.
+        After `attach` the penalty is the sum over the runs on which the loss depends. Modules in evaluation add
+        nothing. If there is nothing to add, `loss` itself is returned.
 
         Args:
             loss: the training loss, a tensor of one element.
 
         Raises:
-            RuntimeError: nothing was captured, or the penalty would be wrong or lost; the message gives the remedy.
+            RuntimeError: nothing was captured, or the penalty would be wrong or lost; the message names the remedy.
             TypeError: `fused_ar_tar` refuses the type of a captured tensor.
             ValueError: `fused_ar_tar` refuses the shape, device or value of a captured tensor.
         """
@@ -176,14 +182,14 @@ class RNNRegularizer:
         return loss if terms is None else loss + terms.penalty
 
     def take(self, loss: Tensor) -> ARTAR | None:
-        """Return the penalty of this step's captures by itself, once, instead of calling `on_backward_begin`.
+        """Return the penalty of this step by itself, once; call it instead of `on_backward_begin`.
 
         Args:
-            loss: the training loss, a tensor of one element, which tells the runs of this step from others.
+            loss: the training loss, a tensor of one element, which says which runs belong to this step.
 
         Returns:
-            The penalty and its terms, on the device of the loss; `None` where nothing is to be added, as for modules in
-                evaluation.
+            The penalty and its terms, on the device of the loss; `None` if there is nothing to add, such as for modules
+                in evaluation.
 
         Raises:
             RuntimeError: as `on_backward_begin`.
@@ -194,13 +200,13 @@ class RNNRegularizer:
         try:
             if not isinstance(loss, Tensor):
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
-            if loss.numel() != 1:  # the penalty would be added to each
+            if loss.numel() != 1:  # the penalty would be added to each element
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
             if self._attached:
                 formed = self._by_hooks(loss)
             elif given is None:
                 raise RuntimeError(
-                    "on_backward_begin: nothing was captured; call on_loss_begin(output) before it in every step, or "
+                    "on_backward_begin: nothing was captured; call on_loss_begin(output) before it, in every step, or "
                     "attach(rnn, dropout) once"
                 )
             else:
@@ -214,11 +220,12 @@ class RNNRegularizer:
         _, self.ar, self.tar = terms
         return terms
 
-    @untraced  # no compiler may see a search of the graph
+    @untraced  # a compiler must not trace a search of the graph
     def _by_hooks(self, loss: Tensor) -> list[ARTAR]:
-        """Take the penalties of the runs of attached modules that a loss depends on; none in evaluation."""
+        """Take the penalties of the runs of attached modules on which a loss depends; in evaluation there are none."""
         self._missed, attached, formed = -1, self._attached, []
-        alive = [run for x in attached for run in x.runs if run.marked and run.terms is not None]
+        runs = [run for x in attached for run in x.runs if run.marked]
+        alive = [run for run in runs if run.terms is not None]
         found = reached(loss, alive)
         for attachment in attached:
             formed += [run.take() for run in attachment.chosen(found, (self.alpha, self.beta))]
@@ -230,27 +237,23 @@ class RNNRegularizer:
                 return []
             raise RuntimeError(f"on_backward_begin: {NO_GRADIENTS.format(without[0])}")
         names = ", ".join(dict.fromkeys(x.names[0] for x in attached))
-        raise RuntimeError(
-            f"on_backward_begin: nothing was captured: the loss depends on no run of the attached {names} that an "
-            "earlier loss has not taken. Pass the loss of the step, once: a second call finds none. Call the module, "
-            "not its forward(): where a wrapper calls the forward() of a module inside it, as WeightDrop does, attach "
-            "the wrapper. A copy of a module, by deepcopy or pickle, has no hooks: attach it, too"
-        )
+        why = why_lost(names, len(reached(loss, runs)), len(alive))
+        raise RuntimeError(f"on_backward_begin: nothing was captured: {why}")
 
     def passed(self, module: str) -> None:
-        """Warn of a second backward through an attached module, if no loss was ever regularized."""
+        """Warn at a second backward through an attached module if no loss has ever got a penalty."""
         if self._missed is None:
             self._missed = current()
         elif self._missed not in (-1, current()):
             self._missed = -1
             warnings.warn(
-                f"attach: a second backward goes through the output of the attached {module}, and neither had a "
+                f"attach: a second backward runs through the output of the attached {module}, and no loss had a "
                 "penalty: call loss = regularizer.on_backward_begin(loss), and then loss.backward()",
                 stacklevel=level_of_caller(),
             )
 
     def clear(self) -> None:
-        """Drop any capture: `on_epoch_begin` does; after a step that failed, this frees activations early."""
+        """Drop any capture, as `on_epoch_begin` does; after a failed step this frees activations early."""
         self._given = None
         for attachment in self._attached:
             attachment.clear()
@@ -266,70 +269,70 @@ class RNNRegularizer:
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
     ) -> Attachment:
-        """Form the penalty by forward hooks on an RNN and the dropout that follows it, instead of `on_loss_begin`.
+        """Put forward hooks on an RNN and on the dropout after it, which compute the penalty of each run.
 
-        Every attached module counts (of an `nn.LSTM` its last layer), and each of its runs that the loss of
-        `on_backward_begin` depends on, once, with the coefficients of its forward. A loss depends on a run by the
-        output of its dropout, or by raw without a dropout, or by another tensor that the module returned, such as a
-        state. If nothing before a module needs gradients, its latest run counts as a constant. Runs in evaluation, runs
-        without gradients, and the recomputations of activation checkpointing do not count. The model may be compiled
-        before or after.
+        Call it once, instead of `on_loss_begin` in each step. Every attached module counts; of an `nn.LSTM` the last
+        layer counts. `on_backward_begin` adds the penalty of each run on which the loss depends, once, with the
+        coefficients of that run's forward. A loss depends on a run through the output of the dropout, or through raw
+        without a dropout, or through another tensor that the module returned, such as a state. If a module and its
+        inputs need no gradients, its latest run counts as a constant. Runs in evaluation, runs without gradients, and
+        recomputations of activation checkpointing do not count. The model may be compiled before or after.
 
-        The hooks return views of these tensors, in which PyTorch finds the penalty. A view may not be changed in place.
-        Its hooks, its `retain_grad()` and `torch.autograd.grad` of it show the gradient of the loss without the
-        penalty's part.
+        The hooks replace these tensors by views, through which a loss finds the penalty. A view must not be changed in
+        place. Hooks on a view, its `retain_grad()` and its `torch.autograd.grad` see the gradient of the loss without
+        the penalty's part.
 
         Args:
-            module: any module that runs over all time steps. Its `__call__` has to run: where a wrapper calls the
-                `forward` of a module inside it, as the WeightDrop of AWD-LSTM does, attach the wrapper. Raw is its
-                output if that is a tensor or a `PackedSequence`, the first element of a tuple or list, or
-                `last_hidden_state`.
-            dropout: any module that gets the very tensor raw as its input, and returns a tensor. It may be used
-                elsewhere, too. Without it, dropped is raw. A `FusedRNNDropout` forms the penalty itself, with the
-                coefficients of the regularizer, and takes no packed data.
-            output: a function that picks raw, one of the tensors in the module's output, from any other output.
-            batch_first: `False` for `(time, batch, hidden)`. Read from the module where it has a `batch_first`, or
-                where it has an `nn.LSTM` or the like inside with `batch_first=True`; else it has to be given.
+            module: any module that runs over all time steps. Its `__call__` has to run: if a wrapper calls the
+            `forward`
+                of a module inside it, as the WeightDrop of AWD-LSTM does, attach the wrapper. Raw is its output if that
+                is a tensor or a `PackedSequence`, or the first element of a tuple or list, or `last_hidden_state`.
+            dropout: any module that gets raw itself as its input, and returns a tensor. It may be used elsewhere, too.
+                Without it, dropped is raw. A `FusedRNNDropout` computes the penalty itself, with the coefficients of
+                the regularizer, and takes no packed data.
+            output: for any other output, a function that picks raw, which is one of the tensors in the output.
+            batch_first: `False` for `(time, batch, hidden)`. It is read from the module if this has a `batch_first`, or
+                contains an `nn.LSTM`, `nn.GRU` or `nn.RNN` with `batch_first=True`; otherwise it has to be given.
             time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
             valid: a function of the module's arguments, `valid(*args, **kwargs)`, that returns the mask of valid time
-                steps, as `fused_ar_tar` takes it, or `None` where all steps count. A mask that a `FusedRNNDropout` is
-                called with takes precedence.
-            starts: a function of the module's arguments that returns the mask of the time steps at which a segment
-                starts, or `None`; it takes the same arguments.
+                steps, as `fused_ar_tar` takes it, or `None` if all steps count. If a `FusedRNNDropout` is called with a
+                mask, that mask takes precedence.
+            starts: a function of the same arguments that returns the mask of the time steps at which a segment starts,
+                or `None`.
 
         Returns:
-            A handle with `remove()`; as a context manager it removes itself at the end.
+            A handle whose `remove()` takes the hooks off. It is also a context manager that does this at its end.
 
         Raises:
-            TypeError: an argument has the wrong type; in a step, the module's output holds no raw, or none that a view
-                can replace, the dropout returns no tensor, or a `FusedRNNDropout` gets packed data.
-            ValueError: `batch_first` is not that of the module or of its `FusedRNNDropout`, or is missing; `time_dim`
-                is not that of its `FusedRNNDropout`; `layers` was given to the regularizer; in a step, raw has two
-                axes, and may be one time step.
+            TypeError: an argument has the wrong type; in a step, the module's output contains no raw, or a raw that no
+                view can replace, or the dropout returns no tensor, or a `FusedRNNDropout` gets packed data.
+            ValueError: `batch_first` is missing, or differs from the module's; `batch_first` or `time_dim` differs from
+                the `FusedRNNDropout`'s; `layers` was given to the regularizer; in a step, raw has two axes, and may be
+                a single time step.
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the penalty
-                would be wrong or lost; the message gives the remedy.
+                would be wrong or lost. The message names the remedy.
         """
         source = Source(module, dropout, output, batch_first, time_dim, valid, starts).checked()
         if self._has_layers:
             raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")
         if self._given is not None:
-            raise RuntimeError("attach: on_loss_begin captures already; use one or the other")
+            raise RuntimeError("attach: on_loss_begin captures already; use either on_loss_begin or attach")
         if any(attachment.source.module is module for attachment in attachments_of(module)):
             raise RuntimeError(
                 f"module: the {type(module).__name__} is attached already, and its penalty would count twice; remove() "
-                "its handle first. If the handle is lost, delete the regularizer that attached it: its hooks go with it"
+                "its handle first. If the handle is lost, delete the regularizer that attached it, and so its hooks"
             )
         self._attached.append(Attachment(self, source))
         return self._attached[-1]
 
     def forget(self, attachment: Attachment) -> None:
-        """Leave an attachment out from now on; `attachment.remove()` calls this when it has taken its hooks off."""
+        """Leave an attachment out from now on; `attachment.remove()` calls this after it has taken its hooks off."""
         self._attached.remove(attachment)
 
     def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:
-        """Scale every group's lr by `seq_len / bptt` within a `with`; restore it at the end, also after an error.
+        """Scale the learning rate of every group by `seq_len / bptt` in a `with` block, and restore it at the end.
 
-        As in AWD-LSTM, a batch of fewer time steps takes a smaller step. Step schedulers outside the `with`.
+        As in AWD-LSTM, a batch of fewer time steps takes a smaller step. Call schedulers outside of the block.
 
         Args:
             optimizer: any object with `param_groups`.
@@ -350,9 +353,10 @@ class RNNRegularizer:
 
 @contextmanager
 def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """Scale the lr of every group, and restore it."""
+    """Scale the learning rate of every group, and restore it."""
     before = [group["lr"] for group in optimizer.param_groups]
-    # A captured CUDA graph reads the tensor, so it is changed in place; groups may share it, so each is scaled once.
+    # A captured CUDA graph reads a tensor, so it is changed in place. Groups may share a tensor, so each is scaled
+    # once.
     tensors = {id(lr): (lr, lr.clone()) for lr in before if isinstance(lr, Tensor)}
     try:
         for lr, _ in tensors.values():
@@ -378,24 +382,24 @@ def _check_steps(name: str, value: int) -> int:
 
 
 def _are_activations(raw: Any, dropped: Any) -> bool:
-    """Return whether raw and dropped are two tensors, or two lists of as many layers."""
+    """Return whether raw and dropped are two tensors, or two lists with the same number of layers."""
     if is_list(raw) and is_list(dropped) and len(raw) == len(dropped) > 0:
         return all(isinstance(x, (Tensor, PackedSequence)) for x in (*raw, *dropped))
     return all(isinstance(x, (Tensor, PackedSequence)) for x in (raw, dropped))
 
 
 def _check_layout(raw: Any, decoded: Any) -> None:
-    """Check that decoded does not have the shape that it would have if raw were `(time, batch, hidden)`.
+    """Check that the shape of decoded does not suggest that raw is `(time, batch, hidden)`.
 
     Raises:
-        ValueError: it has.
+        ValueError: it does.
     """
     first, shape = raw[0] if is_list(raw) else raw, tuple(getattr(decoded, "shape", ()))
     if not isinstance(first, Tensor) or first.is_nested or first.dim() != 3 or first.shape[0] == first.shape[1]:
         return
     batch, time = first.shape[:2]
-    # A row a sequence, as a classifier gives it, unless all time steps have one; or the scores of each time step:
-    # (time, batch, classes), as a CTC loss takes them, or (batch, classes, time), as cross_entropy does.
+    # It does if there is one row for each sequence, as in a classifier, or if there are scores for each time step:
+    # (time, batch, classes), as a CTC loss takes them, or (batch, classes, time), as cross_entropy takes them.
     rows = len(shape) == 2 and shape[0] == time and batch != 1
     if rows or (len(shape) == 3 and (time, batch) in (shape[:2], shape[::2])):
         raise ValueError(

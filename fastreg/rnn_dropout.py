@@ -1,7 +1,7 @@
-"""`FusedRNNDropout`: variational dropout that forms the penalty in its own pass, and keeps it until `take()`.
+"""`FusedRNNDropout`: variational dropout that computes the penalty in the same pass, and keeps it until `take()`.
 
-The hooks of a regularizer that it is attached to pass the masks and a `Loan` to its forward: the coefficients, which
-the module does not keep. The penalty returns in the loan.
+If the module is attached to a regularizer, the hooks pass masks and a `Loan` to its forward. The loan has the
+regularizer's coefficients, and the forward puts the penalty into the loan instead of keeping it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fastreg.torch_state import current, version_of
 
 @dataclass(eq=False)
 class Loan:
-    """Lend coefficients for one forward, and hold the penalty that it formed with them.
+    """Lend coefficients for one forward, and hold the penalty that the forward computes with them.
 
     Attributes:
         alpha: the coefficient of AR.
         beta: the coefficient of TAR.
-        terms: the penalty and its terms; `None` in evaluation and in compiled code, which forms none.
-        dropped: the output that the penalty is of.
+        terms: the penalty and its terms; `None` in evaluation and in compiled code.
+        dropped: the output from which the penalty was computed.
         version: how often this output had been changed in place.
     """
 
@@ -40,12 +40,12 @@ class Loan:
 
 
 class FusedRNNDropout(nn.Module):
-    """Apply variational dropout, and form AR and TAR in the same pass.
+    """Apply variational dropout, and compute AR and TAR in the same pass.
 
-    It replaces fastai's `RNNDropout` or a `LockedDropout`. The module keeps the penalty of its last forward in
-    training, and the input and output of that forward, until `take()`. State dicts, copies and pickles leave them out.
-    Under activation checkpointing pass `use_reentrant=False`: a reentrant checkpoint runs the forward without
-    gradients, and the penalty then has none.
+    Use it instead of fastai's `RNNDropout` or a `LockedDropout`. Until `take()`, the module keeps the penalty of its
+    last forward in training, and the input and output of that forward. State dicts, copies and pickles do not contain
+    them. Under activation checkpointing pass `use_reentrant=False`. A reentrant checkpoint would run the forward
+    without gradients, and then the penalty would have no gradient.
 
     Args:
         p: the probability to drop a unit, from 0 to below 1.
@@ -53,8 +53,8 @@ class FusedRNNDropout(nn.Module):
         beta: coefficient of TAR.
         batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
         time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
-        ar_of: the tensor that AR is the mean square of: `"dropped"`, as in Merity et al. and fastai v2, or `"raw"`, as
-            in fastai v1.
+        ar_of: the tensor whose mean square is AR: `"dropped"`, as in Merity et al. and fastai v2, or `"raw"`, as in
+            fastai v1.
 
     Raises:
         TypeError: an argument has the wrong type; the message names it. A forward raises as `fused_dropout_ar_tar`.
@@ -90,7 +90,7 @@ class FusedRNNDropout(nn.Module):
         place = place_of(batch_first, time_dim)
         self.batch_first, self.time_dim = place.batch_first is not False, place.time_dim
         self.ar_of = ar_of
-        self.formed: tuple[ARTAR, bool] | None = None  # by the last forward, and whether gradients were enabled
+        self.formed: tuple[ARTAR, bool] | None = None  # the last penalty, and whether gradients were enabled
         self._warned: tuple[str, ...] = ()
 
     def forward(
@@ -101,7 +101,7 @@ class FusedRNNDropout(nn.Module):
         starts: Tensor | None = None,
         loan: Loan | None = None,
     ) -> Tensor:
-        """Drop units in training, and form the penalty; in evaluation return `raw` itself.
+        """Drop units and compute the penalty in training; return `raw` itself in evaluation.
 
         Args:
             raw: the RNN's output: `(batch, time, hidden)`, or `(time, batch, hidden)` with `batch_first=False`, or
@@ -109,10 +109,10 @@ class FusedRNNDropout(nn.Module):
             p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
             valid: a mask of the time steps that count, as for `fused_ar_tar`.
             starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
-            loan: the coefficients of a regularizer that the module is attached to; its hooks pass it.
+            loan: the coefficients of a regularizer to which the module is attached; only hooks pass it.
 
         Warns:
-            UserWarning: the penalty of the last forward was not taken; once.
+            UserWarning: the penalty of the last forward was not taken; the module warns once.
         """
         untaken, self.formed = self.formed, None
         if not self.training:
@@ -120,22 +120,22 @@ class FusedRNNDropout(nn.Module):
         is_on_itself = is_on(self.alpha) or is_on(self.beta)
         if is_on_itself and untaken is not None and untaken[0].penalty.requires_grad:
             self._warn_once(
-                "the penalty of the last forward in training is dropped, as nobody took it: add the penalty of take() "
-                "to the loss after each forward, or attach() the module to a regularizer, or use another dropout"
+                "the penalty of the last forward in training is discarded, as it was not taken: add the penalty of "
+                "take() to the loss after each forward, or attach() the module to a regularizer, or use another dropout"
             )
         if is_on_itself and getattr(self, "_is_replica", False):
             raise RuntimeError(
-                "FusedRNNDropout: DataParallel runs a replica on each device, whose penalty nobody can take. Use "
-                "DistributedDataParallel; or let the model return (decoded, raw, dropped), which DataParallel gathers, "
-                "for RNNRegularizer.on_loss_begin, with alpha and beta of this module 0"
+                "FusedRNNDropout: DataParallel runs a replica on each device, and the penalty of a replica is lost. "
+                "Use DistributedDataParallel. Or set alpha and beta of this module to 0, let the model return "
+                "(decoded, raw, dropped), which DataParallel gathers, and pass them to RNNRegularizer.on_loss_begin"
             )
         if loan is not None and torch.compiler.is_compiling():
-            loan = Loan(0.0, 0.0)  # code would be compiled anew for each coefficient: the hooks form the penalty
+            loan = Loan(0.0, 0.0)  # the hooks compute the penalty, as each coefficient would compile the code again
         pair = (self.alpha, self.beta) if loan is None else (loan.alpha, loan.beta)
         steps, options = (None, valid, starts), Options(*self.place(), "mean", True, self.ar_of == "raw")
         dropped, formed = drop_and_penalize(raw, pair, steps, options, Drop(self.p if p is None else p))
-        # Inside a backward, activation checkpointing runs the forward again, whose penalty the loss has already. Code
-        # compiled by torch.compile cannot ask, and need not: torch refuses to checkpoint this module there.
+        # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
+        # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
         if loan is not None:
             loan.terms, loan.dropped, loan.version = formed, dropped, version_of(dropped)
         elif torch.compiler.is_compiling() or current() == -1:
@@ -143,25 +143,25 @@ class FusedRNNDropout(nn.Module):
         return dropped
 
     def place(self) -> Place:
-        """Return where time is."""
+        """Return the axis of time."""
         return Place(self.batch_first) if self.time_dim is None else Place(None, self.time_dim)
 
     def take(self) -> ARTAR | None:
-        """Return the penalty of the last forward, once; `None` after a forward in evaluation and after a `take()`.
+        """Return the penalty of the last forward, once; return `None` in evaluation and after another `take()`.
 
         Warns:
-            UserWarning: the forward ran without gradients, and now they are enabled; once.
+            UserWarning: the forward ran without gradients, and now gradients are enabled; the module warns once.
         """
         (terms, grad_enabled), self.formed = self.formed or (None, True), None
         if torch.is_grad_enabled() and not grad_enabled:
             self._warn_once(
-                "the penalty has no gradient, as the forward ran without: for activation checkpointing pass "
-                "use_reentrant=False, else run the forward outside torch.no_grad()"
+                "the penalty has no gradient, because the forward ran without gradients: for activation checkpointing "
+                "pass use_reentrant=False, otherwise run the forward outside torch.no_grad()"
             )
         return terms
 
     def _warn_once(self, message: str) -> None:
-        """Warn of something for the first time, in code that is not compiled."""
+        """Give a warning the first time; compiled code gives none."""
         if message not in self._warned and not torch.compiler.is_compiling():
             self._warned = (*self._warned, message)
             warnings.warn(f"FusedRNNDropout: {message}", stacklevel=3)

@@ -1,7 +1,7 @@
-"""`Source`: the facts that say where activations come from; and the modules of a model attached by their paths.
+"""`Source`, which says where activations come from, and `attach_at`, which attaches the modules at attribute paths.
 
-`RNNRegularizer.attach` checks a source once. Its hooks then ask for raw and for the masks of time steps. The adapters
-fill the same record with attribute paths, and `attach_at` attaches to the modules there.
+`RNNRegularizer.attach` checks a source once. Its hooks then ask the source for raw and for the masks of time steps. The
+adapters fill a source with attribute paths, and `attach_at` attaches to the modules at these paths.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from fastreg.prepare import place_of
 from fastreg.problem import Place, is_list
 from fastreg.rnn_dropout import FusedRNNDropout
 
-# Modules that return no raw, or whose hooks do not run
+# Classes of modules that return no raw, or whose hooks do not run, with the expectation that an error names
 REFUSED: dict[Any, str] = {
-    nn.RNNCellBase: "one that runs over all time steps, got {}, which runs one; attach the module that calls it, or "
-    "stack its outputs and call fused_ar_tar",
-    (nn.ModuleList, nn.ModuleDict): "one that is called itself, got {}; attach each of its modules",
-    torch.jit.ScriptModule: "one that takes hooks, got a ScriptModule; let an nn.Module call it and return what it "
-    "returns, and attach that",
+    nn.RNNCellBase: "a module that runs over all time steps, got {}, which runs one; attach the module that calls it, "
+    "or stack its outputs and call fused_ar_tar",
+    (nn.ModuleList, nn.ModuleDict): "a module that is called itself, got {}; attach each of its modules",
+    torch.jit.ScriptModule: "a module that takes hooks, got a ScriptModule; let an nn.Module call it and return its "
+    "output, and attach that nn.Module",
 }
 
 
 class MaskError(RuntimeError):
-    """Say that the function given as `valid` or `starts` has raised an error, and what it was called with."""
+    """Report an error of the function given as `valid` or `starts`, and the arguments of that function."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +39,19 @@ class Source:
     """Hold the facts that say where raw and dropped come from, and which time steps count.
 
     Attributes:
-        module: the module that returns raw; in an adapter its attribute path in the model, or a list of paths, or
-            `None` where the model itself returns `(decoded, raw, dropped)`.
-        dropout: the module that computes dropped from raw; `None` where dropped is raw; in an adapter its path or a
-            `Swap`, one for all modules, or a list with one, or `None`, for each.
-        output: picks raw from the module's output; `None` if raw is that output, its first item, or its
+        module: the module that returns raw. In an adapter it is the attribute path of that module in the model, or a
+            list of paths, or `None` if the model itself returns `(decoded, raw, dropped)`.
+        dropout: the module that computes dropped from raw; `None` if dropped is raw. In an adapter it is the path of
+        that
+            module or a `Swap`, for all modules, or a list with a path or `None` for each module.
+        output: a function that picks raw from the module's output; `None` if raw is that output, its first item, or its
             `last_hidden_state`.
         batch_first: `False` for `(time, batch, hidden)`; `None` to read it from the module.
         time_dim: the axis of time, instead of batch_first.
-        valid: takes the arguments of the module's forward, in an adapter the batch, and returns the valid steps, or
-            `None` if all are valid.
-        starts: takes the same arguments, and returns the steps at which segments start, or `None`.
-        place: where time is, of a source that `checked` has returned.
+        valid: a function of the arguments of the module's forward, or in an adapter of the batch, that returns the mask
+            of valid steps, or `None` if all steps are valid.
+        starts: a function of the same arguments that returns the mask of the steps at which segments start, or `None`.
+        place: the axis of time; `checked` sets it.
 
     Raises:
         TypeError: `output`, `valid` or `starts` is neither callable nor `None`.
@@ -72,7 +73,7 @@ class Source:
                 raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
 
     def checked(self) -> Source:
-        """Check the modules, and return the source with the place of time.
+        """Check the modules, and return the source with its axis of time.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`.
@@ -83,7 +84,7 @@ class Source:
         name, own = type(self.module).__name__, getattr(self.module, "batch_first", None)
         layout = self.batch_first
         if layout is None and self.time_dim is None:
-            layout = layout_of(self.module)
+            layout = batch_first_of(self.module)
         elif isinstance(own, bool) and layout is (not own):
             raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {layout}")
         place = place_of(layout, self.time_dim)
@@ -91,7 +92,7 @@ class Source:
             if type(self.dropout).forward is not FusedRNNDropout.forward:
                 raise TypeError(
                     "dropout: expected the forward of FusedRNNDropout, to which the regularizer passes its "
-                    f"coefficients, got that of {type(self.dropout).__name__}; derive that class from nn.Module instead"
+                    f"coefficients, got the forward of {type(self.dropout).__name__}; derive it from nn.Module instead"
                 )
             if (its := self.dropout.place()) != place:
                 raise ValueError(f"dropout: expected a FusedRNNDropout with {place}, as the {name} has it, got {its}")
@@ -107,28 +108,28 @@ class Source:
         if self.output is not None:
             raw, expected, advice = self.output(result), "output: expected the callable to pick", ""
         else:
-            # A tensor takes long to say that it has no such attribute.
+            # Asking a tensor for an attribute that it lacks takes long.
             raw = result if type(result) is Tensor else getattr(result, "last_hidden_state", result)
             raw = next(iter(raw), raw) if is_list(raw) else raw
             expected = f"attach: expected the {name} to return"
-            advice = ", or one as the first of a tuple or as last_hidden_state; pick it by attach(..., output=...)"
+            advice = "; return it first in a tuple or as last_hidden_state, or pick it by attach(..., output=...)"
         if not isinstance(raw, (Tensor, PackedSequence)):
             raise TypeError(f"{expected} a tensor or a PackedSequence, got {type(raw).__name__}{advice}")
         is_told = self.output is not None or self.time_dim is not None or isinstance(self.module, nn.RNNBase)
         if not is_told and isinstance(raw, Tensor) and raw.dim() == 2:
             raise ValueError(
                 f"attach: expected (batch, time, hidden) or (time, batch, hidden) from the {name}, got "
-                f"{tuple(raw.shape)}. If that is one time step, attach the module that runs over all of them; if it is "
-                "(time, hidden) of one sequence, say so by output=lambda result: result, or what picks it"
+                f"{tuple(raw.shape)}. If this is one time step, attach the module that runs over all time steps. If it "
+                "is one sequence, (time, hidden), say so by a function that picks it: output=lambda result: result"
             )
         return raw
 
     def masks(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the valid steps and the starts, by their names, for the arguments of the module, or the batch.
+        """Return the masks of valid steps and of starts, by their names, for the arguments of the module, or the batch.
 
         Raises:
-            RuntimeError: a function raises an error, from which this one is raised.
-            TypeError: a function returns neither a tensor nor `None`.
+            RuntimeError: a function has raised an error, which is the cause of this one.
+            TypeError: a function has returned neither a tensor nor `None`.
         """
         functions = {"valid": self.valid, "starts": self.starts}
         return {name: None if x is None else _mask(name, x, args, kwargs) for name, x in functions.items()}
@@ -140,8 +141,8 @@ class Swap:
 
     Attributes:
         path: the attribute path of the dropout.
-        plain: its class.
-        fused: makes the fused dropout from a probability.
+        plain: the class of the dropout.
+        fused: a function that makes a fused dropout from a probability.
     """
 
     path: str
@@ -149,7 +150,7 @@ class Swap:
     fused: Callable[[float], FusedRNNDropout]
 
     def into(self, model: nn.Module, undo: ExitStack) -> FusedRNNDropout:
-        """Put a fused dropout, in the same mode, into the model until a stack is closed, and return it."""
+        """Put a fused dropout into the model, in the same mode, until a stack is closed; return the fused dropout."""
         own: Any = _module_at(model, "dropout", self.path)
         if type(own) is not self.plain:
             raise ValueError(f"dropout: expected an {self.plain.__name__} to swap, got {type(own).__name__}")
@@ -160,9 +161,14 @@ class Swap:
 
 
 def of_language_model(source: Source, swap: Swap, **facts: Any) -> Source:
-    """Return the source in fastai's language models, with these facts, if its dropout is `True` and no module is named.
+    """Return the source of fastai's language models, if `source` has the dropout `True` and names no module.
 
-    The dropout of any other source may be `False` for `None`.
+    Any other source is returned with `None` instead of a dropout that is `False`.
+
+    Args:
+        source: the source.
+        swap: swaps the output dropout of a language model.
+        **facts: other attributes of the source of language models.
     """
     if source.dropout is True and source.module is None:
         return replace(source, module="0", dropout=swap, **facts)
@@ -170,12 +176,14 @@ def of_language_model(source: Source, swap: Swap, **facts: Any) -> Source:
 
 
 def of_batch(source: Source, batch: Callable[[], Sequence[Any]], takes_more: Any = None) -> Source:
-    """Return a source that calls `valid` and `starts` with a batch, whatever the module's arguments.
+    """Return a source that calls `valid` and `starts` with a batch instead of the module's arguments.
 
     Args:
         source: the source.
-        batch: returns the inputs of the batch.
-        takes_more: returns whether a function takes the module's arguments, too, behind the batch; `None` for none.
+        batch: a function that returns the inputs of the batch.
+        takes_more: a function that returns whether a given function also takes the module's arguments, behind the
+        batch;
+            `None` if no function takes them.
     """
 
     def of(name: str) -> Callable[..., Tensor | None] | None:
@@ -190,13 +198,15 @@ def of_batch(source: Source, batch: Callable[[], Sequence[Any]], takes_more: Any
 
 
 def attach_at(regularizer: Any, model: Any, source: Source, layout: bool | None = None) -> ExitStack:
-    """Attach a regularizer to all modules at the paths of a source, or to none, until the returned stack is closed.
+    """Attach a regularizer to all modules at the paths of a source, until the returned stack is closed.
+
+    If an error occurs, no module stays attached.
 
     Args:
         regularizer: an `RNNRegularizer`.
-        model: the model; nothing is attached where the source says nothing of modules.
-        source: names the modules by their paths.
-        layout: `batch_first` of a module that does not have it.
+        model: the model.
+        source: the source, which names modules by their paths; nothing is attached if it names none.
+        layout: the `batch_first` of a module that does not show it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`, or a path names no module.
@@ -217,16 +227,18 @@ def attach_at(regularizer: Any, model: Any, source: Source, layout: bool | None 
                 dropout = _module_at(model, "dropout", path)
             module = _module_at(model, "rnn", rnn)
             options = {"output": source.output, "valid": source.valid, "starts": source.starts}
-            options["batch_first"] = layout_of(module, layout) if source.batch_first is None else source.batch_first
+            batch_first = source.batch_first
+            options["batch_first"] = batch_first_of(module, layout) if batch_first is None else batch_first
             attached.enter_context(regularizer.attach(module, dropout, **options))
         return attached.pop_all()
 
 
-def layout_of(module: nn.Module, default: bool | None = None) -> bool:
-    """Return whether a module returns `(batch, time, hidden)`, as it or the RNNs of PyTorch inside it have it.
+def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:
+    """Return `batch_first` of a module, or of the RNNs of PyTorch inside it, or a default.
 
     Raises:
-        ValueError: neither has it, and the default is not `True`; or an RNN inside has `(time, batch, hidden)`.
+        ValueError: neither the module nor an RNN inside it has `batch_first`, and the default is not `True`; or an RNN
+            inside it returns `(time, batch, hidden)`.
     """
     own = getattr(module, "batch_first", None)
     if isinstance(own, bool):
@@ -242,27 +254,27 @@ def layout_of(module: nn.Module, default: bool | None = None) -> bool:
 
 
 def _mask(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Tensor | None:
-    """Call the function given as `valid` or `starts`, and check what it returns.
+    """Call the function given as `valid` or `starts`, and check its result.
 
     Raises:
-        MaskError: the function raises an error.
-        TypeError: the function returns neither a tensor nor `None`.
+        MaskError: the function has raised an error.
+        TypeError: the function has returned neither a tensor nor `None`.
     """
     try:
-        mark = function(*args, **kwargs)
-    except MaskError:  # of the same function, which an adapter has called with the batch
+        mask = function(*args, **kwargs)
+    except MaskError:  # an adapter has already called the same function with the batch
         raise
     except Exception as error:
         got = [f"{type(x).__name__}{[*x.shape] if isinstance(x, Tensor) else ''}" for x in (*args, *kwargs.values())]
         called = f"{getattr(function, '__qualname__', function)}({', '.join(got)})"
         raise MaskError(f"{name}: {called} raised {type(error).__name__}: {error}") from error
-    if not isinstance(mark, (Tensor, type(None))):
-        raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(mark).__name__}")
-    return mark
+    if not isinstance(mask, (Tensor, type(None))):
+        raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(mask).__name__}")
+    return mask
 
 
 def _check_module(name: str, module: object) -> None:
-    """Check for a module whose hooks run."""
+    """Check that a module is of a kind whose hooks run, and that it is not compiled."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
     for kinds, expected in REFUSED.items():
@@ -273,7 +285,7 @@ def _check_module(name: str, module: object) -> None:
 
 
 def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: Any) -> nn.Module:
-    """Return the module at an attribute path; if there is none, list those whose paths are the most alike."""
+    """Return the module at an attribute path; the error for a wrong path lists the paths that are most similar."""
     try:
         return model.get_submodule(path)
     except AttributeError:

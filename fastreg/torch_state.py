@@ -1,4 +1,4 @@
-"""The state of PyTorch: tracing, transforming, capturing, packing saved tensors away."""
+"""The state of PyTorch: whether it is tracing, transforming, capturing, or packing saved tensors away."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _is_zeros: Callable[[Tensor], bool] = torch.Tensor._is_zerotensor  # pyright: ig
 _count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _is_recorded: Callable[[], bool] = torch._C._is_tracing
 _are_functions_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
-is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms  # half the time of the public function
+is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms  # half the time
 hooks_on_saved: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
-current: Callable[[], int] = torch._C._current_graph_task_id  # of the backward that runs in this thread, -1 for none
+current: Callable[[], int] = torch._C._current_graph_task_id  # the backward that runs in this thread; -1 for none
 compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
 
 
 def level_of_caller() -> int:
-    """Return the `stacklevel` of a warning, made here, that points to the first code above fastreg and PyTorch."""
+    """Return the `stacklevel` with which a warning of the caller points to code outside of fastreg and PyTorch."""
     level, frame = 0, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastreg", "torch"):
         level, frame = level + 1, frame.f_back
@@ -31,10 +31,10 @@ def level_of_caller() -> int:
 
 
 def untraced(function: Function) -> Function:
-    """Keep Dynamo from tracing a function, and from compiling the functions that it calls as frames of their own.
+    """Keep Dynamo from tracing a function, and from compiling each function that it calls as a separate frame.
 
-    Otherwise each such function would ask by itself whether it is being compiled, and find that it is. Unlike
-    `torch.compiler.disable`, this takes no time without a compiler, and does not import it, which takes seconds.
+    Such a frame would find that it is being compiled, and take the formula. Unlike `torch.compiler.disable`, this
+    decorator takes no time without a compiler, and does not import the compiler, which would take seconds.
     """
 
     @functools.wraps(function)
@@ -48,55 +48,55 @@ def untraced(function: Function) -> Function:
 
 @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _outside(run: Any, function: Any, args: Any) -> Any:
-    """Call a function outside of Dynamo."""
-    torch._dynamo.eval_frame.skip_code(run.__code__)  # else Dynamo compiles a frame for each kind of call
+    """Call a function without Dynamo."""
+    torch._dynamo.eval_frame.skip_code(run.__code__)  # otherwise Dynamo compiles a frame for each kind of call
     return function(*args)
 
 
 def observed() -> bool:
-    """Return whether PyTorch is tracing or transforming the call, so that it must see the formula."""
+    """Return whether PyTorch is tracing or transforming the call, and therefore has to see the formula."""
     return (
         torch.compiler.is_dynamo_compiling()  # a compiler fuses the formula with its neighbours
-        or _count_modes() > 0  # a mode intercepts operators, as of fake tensors in an export
+        or _count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
         or _is_recorded()  # torch.jit.trace records operators
         or _are_functions_transformed()  # vmap and grad transform operators
-        or forward_ad._current_level >= 0  # forward-mode derivatives are those of operators
+        or forward_ad._current_level >= 0  # forward mode differentiates operators
     )
 
 
 def transformed() -> bool:
-    """Return whether a call is recorded or transformed, so that no hook of its tensors sees the derivative."""
+    """Return whether a call is recorded or transformed, so that hooks on its tensors do not see gradients."""
     return _is_recorded() or _are_functions_transformed() or forward_ad._current_level >= 0
 
 
 def is_exporting() -> bool:
-    """Return whether `torch.export` is tracing: `is_exporting` of torch 2.8 is true in all compiled code."""
+    """Return whether `torch.export` is tracing; the public function of torch 2.8 is true in all compiled code."""
     return torch.compiler._is_exporting_flag
 
 
 def is_memory(x: Tensor) -> bool:
-    """Return whether a dense tensor is memory that holds its values unchanged."""
+    """Return whether the memory of a dense tensor holds its values unchanged."""
     return not (
-        type(x) is not Tensor  # a subclass has operators of its own
+        type(x) is not Tensor  # a subclass has its own operators
         or x.is_neg()  # the values of a negated view have the other sign in memory
         or x.is_meta  # a meta tensor has no values
-        or _is_zeros(x)  # which have no memory
-        or not torch._C._has_storage(x)  # a wrapper of functorch has no memory of its own
+        or _is_zeros(x)  # a tensor of zeros may have no memory
+        or not torch._C._has_storage(x)  # a wrapper of functorch has no memory
     )
 
 
 def version_of(x: Tensor) -> int:
-    """Return how often a tensor was changed in place; PyTorch does not count this for tensors of inference mode."""
+    """Return how often a tensor was changed in place; for tensors of inference mode PyTorch does not count this."""
     return 0 if x.is_inference() else x._version
 
 
 def has_values(x: Tensor) -> bool:
-    """Return whether the values of a tensor can be looked at without waiting for a device."""
+    """Return whether the values of a tensor can be read without waiting for a device."""
     return x.device.type == "cpu" and x.numel() > 0 and not observed() and is_memory(x)
 
 
 def keeps_memory_low() -> bool:
-    """Return whether saved tensors are packed away, as under activation checkpointing and `save_on_cpu`."""
+    """Return whether saved tensors are packed away, such as by activation checkpointing or `save_on_cpu`."""
     return hooks_on_saved(False) is not None
 
 
@@ -106,16 +106,17 @@ def recomputes() -> bool:
 
 
 def keepable(x: Tensor) -> Tensor:
-    """Return a copy of a tensor made in inference mode, which a backward could not keep."""
+    """Return the tensor, or a copy if it was made in inference mode, because a backward could not keep it."""
     if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
         return x
     return x.clone()
 
 
 def plain(x: Any) -> Any:
-    """Return a tensor without a subclass that only decorates it; everything else is returned unchanged.
+    """Return a tensor without a subclass that only decorates it, and anything else unchanged.
 
-    A subclass with a dispatcher of its own is kept, and a compiler sees through the others.
+    A subclass with its own dispatcher is kept. In compiled code all subclasses are kept, as the compiler sees through
+    them.
     """
     if type(x) is Tensor or not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return x

@@ -1,8 +1,8 @@
 """`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses; the model needs no change.
 
 A `Trainer` divides the loss of a batch by the number of batches in the optimizer step, unless the loss is already
-normalized by `num_items_in_batch`. The penalty is added after this division, where the loss enters its backward, and
-weighted by the batch's share of the valid time steps of the optimizer step.
+normalized by `num_items_in_batch`. The penalty is added after this division, just before the backward. Its weight is
+the batch's share of the valid time steps of the optimizer step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.problem import Coefficient, is_on
-from fastreg.reference import marked
+from fastreg.reference import encoded
 from fastreg.regularizer import RNNRegularizer
 from fastreg.source import Source, attach_at, of_batch
 
@@ -41,37 +41,38 @@ class RegularizedTrainer(Trainer):
     Combine it with a subclass of `Trainer` by inheriting from both, this class first:
     `class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...`.
 
-    AR and TAR of an optimizer step are means over all valid time steps of its batches, however many batches are
-    accumulated, and with `average_tokens_across_devices` on however many processes. Batches without masks weigh by
-    their examples, whatever their lengths. The reported loss is free of the penalty; `ar` and `tar` are logged beside
-    it, as means over the optimizer steps since the last log. Evaluation and prediction are those of `Trainer`.
+    AR and TAR of an optimizer step are means over all valid time steps of its batches, for any number of accumulated
+    batches, and with `average_tokens_across_devices` for any number of processes. Batches without masks are weighted by
+    their numbers of examples, whatever their lengths. The reported loss does not contain the penalty; `ar` and `tar`
+    are logged beside it, as means over the optimizer steps since the last log. Evaluation and prediction are unchanged.
 
     Args:
         *args: as for `Trainer`, or the other base class.
         **kwargs: as for `Trainer`, or the other base class.
         alpha: coefficient of AR; a schedule may change `trainer.regularizer.alpha` between steps.
         beta: coefficient of TAR; a schedule may change `trainer.regularizer.beta` between steps.
-        rnn: the attribute path of a module in the model, or in the model that PEFT wraps: any module that
-            `RNNRegularizer.attach` takes. Or a list of paths, from the first layer to the last. Name the last block
-            rather than the model, whose last hidden state is the output of a norm.
-        dropout: the path of the dropout that takes the module's output: one for every module, or a list with one, or
-            `None`, a module.
+        rnn: the attribute path of a module in the model, or in the model that PEFT wraps, which may be any module that
+            `RNNRegularizer.attach` takes; or a list of paths, from the first layer to the last. Name the last block
+            rather than the model, because the model's last hidden state is the output of a norm.
+        dropout: the path of the dropout that gets the module's output: one path for all modules, or a list with a path
+        or
+            `None` for each module.
         output: as for `RNNRegularizer.attach`.
-        batch_first: as for `RNNRegularizer.attach`, but `True` where the layout cannot be read from the module.
+        batch_first: as for `RNNRegularizer.attach`, but `True` if the layout cannot be read from the module.
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
-            time)`, as `fused_ar_tar` takes it, or `None` where all steps count. The default returns the attention mask
-            of the batch, if it has one: a `Trainer` removes the mask where the model's `forward` has no such argument,
-            unless `remove_unused_columns=False`. With `None` all steps count.
+            time)`, as `fused_ar_tar` takes it, or `None` if all steps count. The default returns the attention mask of
+            the batch, if it has one. A `Trainer` removes this mask if the model's `forward` has no such argument,
+            unless `remove_unused_columns=False`. If `valid` itself is `None`, all steps count.
         starts: a function of the batch that returns the mask of the time steps at which a segment starts, such as a
             document of a packed row, `(batch, time)`, as `fused_ar_tar` takes it, or `None`.
 
     Warns:
-        UserWarning: the examples have an attention mask, which the `Trainer` removes, so that padding counts.
+        UserWarning: padding counts, because the `Trainer` removes the attention mask of the examples.
 
     Raises:
         TypeError: an argument, or the result of `valid`, has the wrong type.
-        ValueError: an argument, or the result of `valid`, has the wrong value or shape, or a path names no such module.
-        RuntimeError: in a step, as `RNNRegularizer.on_backward_begin`, or the loss does not go through
+        ValueError: an argument, or the result of `valid`, has the wrong value or shape, or a path names no module.
+        RuntimeError: in a step, as `RNNRegularizer.on_backward_begin`; or the loss does not pass through
             `accelerator.backward`.
 
     Examples:
@@ -98,7 +99,7 @@ class RegularizedTrainer(Trainer):
         self.regularizer = RNNRegularizer(alpha, beta)
         self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
-        self._sums: list[Any] = [0] * 4  # since the last log: of AR, of TAR, and of the shares they were weighed with
+        self._sums: list[Any] = [0] * 4  # sums since the last log: AR and TAR by their shares, and the shares
         super().__init__(*args, **kwargs)
         self._attached().close()  # shows a wrong path before any training
 
@@ -129,10 +130,10 @@ class RegularizedTrainer(Trainer):
         """Log as `Trainer.log` does, with `ar` and `tar` beside the training loss."""
         if "loss" in logs:
             own = [torch.as_tensor(x, dtype=torch.float32, device=self.args.device) for x in self._sums]
-            # Each process takes part, also one that has added no penalty, as the others wait for it.
+            # Each process takes part, even if it has added no penalty, because the others wait for it.
             sums = self.accelerator.reduce(torch.stack(own), reduction="sum")
             if sums.any():
-                ar, tar = (sums[:2] / sums[2:].clamp(min=1e-30)).tolist()  # 0 where there are no pairs of steps
+                ar, tar = (sums[:2] / sums[2:].clamp(min=1e-30)).tolist()  # 0 if there are no pairs of steps
                 logs = logs | {"ar": ar, "tar": tar}
             self._sums = [0] * 4
         super().log(logs, *args, **kwargs)
@@ -142,7 +143,7 @@ class RegularizedTrainer(Trainer):
         return attach_at(self.regularizer, _inner(self.model), of_batch(self.source, lambda: [batch]), layout=True)
 
     def _warn_of_lost_masks(self) -> None:
-        """Warn if the default `valid` will find no mask, as the `Trainer` removes it from the batches."""
+        """Warn if the default `valid` will find no mask, because the `Trainer` removes it from the batches."""
         taken = signature(_inner(self.model).forward).parameters
         if self.source.valid is not attention_mask or not self.args.remove_unused_columns or "attention_mask" in taken:
             return
@@ -151,14 +152,14 @@ class RegularizedTrainer(Trainer):
         if attention_mask(next(iter(data), None) if hasattr(data, "__len__") else columns) is not None:
             warnings.warn(
                 f"RegularizedTrainer: padding counts in AR and TAR, as the forward of {type(self.model).__name__} "
-                "takes no attention_mask, and the Trainer takes it out of the batches: pass another valid, or None "
-                "where all time steps count, or let the forward take the mask",
+                "takes no attention_mask, and the Trainer removes it from the batches: pass another valid, or None if "
+                "all time steps count, or let the forward take the mask",
                 stacklevel=3,
             )
 
     @contextmanager
     def _regularized(self, batch: Any) -> Iterator[None]:
-        """Add the penalty, by the batch's shares, to the loss that `accelerator.backward` gets; sum up the terms."""
+        """Add the penalty, weighted by the batch's shares, to the loss of `accelerator.backward`; sum up the terms."""
         regularizer: Any = self.regularizer
         accelerator, shares = self.accelerator, self._shares_of(batch)
         coefficients, backward, passed = (regularizer.alpha, regularizer.beta), accelerator.backward, False
@@ -183,8 +184,8 @@ class RegularizedTrainer(Trainer):
             regularizer.alpha, regularizer.beta = coefficients
         if not passed:
             raise RuntimeError(
-                "RegularizedTrainer: the loss did not go through accelerator.backward, where the penalty is added to "
-                "it; use fastreg.RNNRegularizer in compute_loss"
+                "RegularizedTrainer: the loss did not go through accelerator.backward, where the penalty is added; "
+                "use fastreg.RNNRegularizer in compute_loss"
             )
 
     def _shares_of(self, batch: Any) -> Any:
@@ -213,7 +214,7 @@ def _count(batch: Any, masks: dict[str, Any], device: torch.device) -> Tensor:
     given = {name: x.to(device).bool().reshape(-1, x.shape[-1]) for name, x in masks.items() if x is not None}
     if not given:
         return torch.tensor([find_batch_size(batch) or 1] * 2, device=device)
-    _, counts = marked(next(iter(given.values())).shape, None, given.get("valid"), given.get("starts"))
+    _, counts = encoded(next(iter(given.values())).shape, None, given.get("valid"), given.get("starts"))
     return counts
 
 

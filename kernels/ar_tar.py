@@ -1,4 +1,4 @@
-"""AR and TAR on GPUs: one kernel for the penalty, for dropout and for the gradients of both, and its launches."""
+"""AR and TAR on GPUs: one kernel that computes penalties, applies dropout and writes gradients, and its launches."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fastreg.kernels.launch import Grid, Launch
 from fastreg.kernels.reduction import Weights, factors, finish
 from fastreg.kernels.streams import Expected
 from fastreg.kernels.tiling import (
-    Marks,
+    Selection,
     Tiling,
     begins,
     load_row,
     load_rows,
-    mark,
-    mark_turn,
-    place,
     rounded,
     row,
     rows_of,
+    select,
+    select_turn,
     store_row,
+    tile_of,
 )
 from fastreg.kernels.view import Layout, Sums, Terms, Values, View, allocator
 
@@ -97,55 +97,55 @@ def ar_tar_kernel(
 
     A switch or an operand selects each part:
 
-        dropped[t] = raw[t] * mask[t]                                       where there is a mask
+        dropped[t] = raw[t] * mask[t]                                       if there is a mask
         ar = ar_scale * sum over t of dropped[t] ** 2                       SUM_AR
         tar = tar_scale * sum over t > 0 of (raw[t] - raw[t - 1]) ** 2      SUM_TAR
         penalty = alpha * ar + beta * tar
         grad_dropped[t] = upstream * 2 * alpha * ar_scale * dropped[t]      GRAD_AR
-        grad_raw[t] = (arrived[t] + grad_dropped[t]) * mask[t]              where there is a mask
+        grad_raw[t] = (arrived[t] + grad_dropped[t]) * mask[t]              if there is a mask
                       + upstream * 2 * beta * tar_scale * ((raw[t] - raw[t - 1]) - (raw[t + 1] - raw[t]))    GRAD_TAR
 
-    With AR_OF_RAW ar is that of raw, and its gradient a part of grad_raw, outside of the parentheses. Steps and changes
-    that do not count are in no sum, and have no gradient but the one that arrives.
+    With AR_OF_RAW, ar is the mean square of raw, and its gradient is a part of grad_raw, outside of the parentheses.
+    Steps and changes that do not count are in no sum. Their only gradient is the one that arrives.
 
-    A forward, which has a penalty, does not know the upstream gradient yet. For gradients it assumes the one that is
-    expected, that of the last backward of its plan. Each program records its assumption and uses its own record. In the
-    backward the program of the same number, which has the same items, returns if the upstream gradient has the bits of
-    that record, and writes its gradients anew if not. So no gradient depends on the assumption, nor on whether all
-    programs of a launch assumed the same, as they may not while a backward on another stream writes its upstream
-    gradient: a wrong assumption costs time alone.
+    A forward has a penalty, and does not know the upstream gradient yet. If it writes gradients, it assumes the
+    expected upstream gradient, which the last backward of its plan has left. Each program records its assumption. In
+    the backward the program with the same number has the same items. It returns if the upstream gradient has the bits
+    of the record, and otherwise writes its gradients again. So no gradient depends on the assumption. The programs of a
+    launch may even assume different values, if a backward on another stream writes its upstream gradient meanwhile. A
+    wrong assumption only costs time.
 
-    ticket                  (1,) int32, as `is_last` wants it; None in a backward, like penalty
-    raw, dropped            (outer, time, inner), or None where nothing that is asked for reads it; a forward that has a
-                            mask writes dropped
-    mask                    the same shape, already scaled, one row for all time steps if LOCKED; or None
-    arrived                 the same shape, a gradient that arrives at dropped where there is a mask; or None
-    grad_raw, grad_dropped  out, of the same shape, or None where no gradient is asked for
-    upstream                () in ACC, the upstream gradient of the penalty; None in a forward, and where it has none
+    ticket                  (1,) int32, a counter for `is_last`; None in a backward, like penalty
+    raw, dropped            (outer, time, inner), or None if no part of this call reads it; a forward that has a mask
+                            writes dropped
+    mask                    the same shape, already scaled, with one row for all time steps if LOCKED; or None
+    arrived                 the same shape, a gradient that arrives at dropped, in a call that has a mask; or None
+    grad_raw, grad_dropped  out, the same shape, or None if the gradient is not needed
+    upstream                () in ACC, the upstream gradient of the penalty; None in a forward, and if there is none
     expected                () in ACC, the upstream gradient that the next forward expects, which a backward keeps up to
                             date; None in a forward without gradients, and in a backward for which nothing was assumed
-    records                 (3, programs) in ACC: of each program the upstream gradient that it assumed, and its partial
-                            sums of AR and TAR; None in a backward for which nothing was assumed
+    records                 (3, programs) in ACC: for each program the upstream gradient that it assumed, and its
+                            partial sums for AR and TAR; None in a backward for which nothing was assumed
     penalty                 () out in ACC
     terms                   (2,) out in ACC: ar and tar; None unless they are measured
-    steps, offsets          as in `Marks`
-    counts                  (2,) int64, how many steps and changes count; None where the scales are known
+    steps, offsets          as in `Selection`
+    counts                  (2,) int64, the numbers of steps and changes that count; None if the scales are known
     alpha_at, beta_at       () coefficients in memory, or None
-    alpha, beta             coefficients, where they are not in memory
+    alpha, beta             coefficients that are not in memory
     *_outer, *_time         strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner            outer * inner and inner, in units of ALIGN elements
-    time, run               time steps in all, and a run
-    blocks, items           blocks of lanes, and items of work: a block over a run each
+    time, run               the number of time steps, and the number of time steps in a run
+    blocks, items           the number of blocks of lanes, and of items of work; an item is a block over a run
     ar_scale, tar_scale     one over the divisors of the sums
-    LOCKED                  the mask does not differ from time step to time step
+    LOCKED                  the mask is the same at all time steps
     ACC                     dtype of differences, products and sums
     ALIGN                   greatest power of two up to 16 that divides inner and every stride
     INDEX                   integer dtype that counts lanes and time steps
-    BLOCK, UNROLL           lanes a block; time steps that one turn of the loop loads
+    BLOCK, UNROLL           lanes in a block; time steps that one turn of the loop loads
     """
     program = tl.program_id(0)
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale, counts, inner * ALIGN)
-    marks = Marks(steps, offsets, time)
+    selection = Selection(steps, offsets, time)
     DROPS: tl.constexpr = penalty is not None and mask is not None
     MASKED_AR: tl.constexpr = GRAD_AR and mask is not None and not AR_OF_RAW
     READS_RAW: tl.constexpr = raw is not None and (DROPS or SUM_AR or SUM_TAR or GRAD_AR or GRAD_TAR)
@@ -166,7 +166,7 @@ def ar_tar_kernel(
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
     for item in range(program, items, tl.num_programs(0)):
-        tile = place(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+        tile = tile_of(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
         stop = time if AHEAD else tile.stop
         raw_rows = rows_of(raw, tile, raw_outer, raw_time, ALIGN)
         mask_rows = rows_of(mask, tile, mask_outer, mask_time, ALIGN)
@@ -174,8 +174,8 @@ def ar_tar_kernel(
         dropped_rows = rows_of(dropped, tile, dropped_outer, dropped_time, ALIGN)
         grad_raw_rows = rows_of(grad_raw, tile, grad_raw_outer, grad_raw_time, ALIGN)
         grad_dropped_rows = rows_of(grad_dropped, tile, grad_dropped_outer, grad_dropped_time, ALIGN)
-        edge = begins(marks, tile.start - 1, 3)
-        counted, joined = mark(marks, tile, tile.start, edge, 1, stop, True)
+        edge = begins(selection, tile.start - 1, 3)
+        counted, joined = select(selection, tile, tile.start, edge, 1, stop, True)
         if CHANGES:  # the last row that was read, and with AHEAD the change into it
             last = load_row(raw_rows, tile.start - 1, edge, 0, joined, ACC)
             if AHEAD:
@@ -183,15 +183,15 @@ def ar_tar_kernel(
                 change_to = tl.where(joined, first - last, 0.0)
                 last = first
         if LOCKED:
-            keep = load_row(mask_rows, 0, (), 0, tile.present, ACC)
+            mask_row = load_row(mask_rows, 0, (), 0, tile.present, ACC)
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in range(tile.start, tile.stop, UNROLL):
-            packed = begins(marks, turn, UNROLL + 2)
-            there, into = mark_turn(marks, tile, counted, joined, turn, packed, stop, AHEAD, UNROLL)
+            packed = begins(selection, turn, UNROLL + 2)
+            there, into = select_turn(selection, tile, counted, joined, turn, packed, stop, AHEAD, UNROLL)
             counted, joined = there[UNROLL], into[UNROLL]
-            whole = Marks(None, offsets, time)
-            inside = mark_turn(whole, tile, counted, joined, turn, packed, stop, AHEAD, UNROLL)[0]
+            whole = Selection(None, offsets, time)
+            inside = select_turn(whole, tile, counted, joined, turn, packed, stop, AHEAD, UNROLL)[0]
             if dropped is not None:
                 dropped_first = row(dropped_rows, turn)
             if grad_raw is not None:
@@ -211,9 +211,9 @@ def ar_tar_kernel(
                 if CHANGES:
                     change = tl.where(into[i + AHEAD], raws[i] - last, 0.0)
                 if mask is not None and not LOCKED:
-                    keep = masks[i]
+                    mask_row = masks[i]
                 if DROPS or MASKED_AR:
-                    kept = rounded(current * keep, raw.dtype.element_ty)
+                    kept = rounded(current * mask_row, raw.dtype.element_ty)
                     if DROPS:
                         store_row(dropped_rows, dropped_first, packed, i, kept, inside[i])
                     kept = kept.to(ACC)
@@ -223,22 +223,22 @@ def ar_tar_kernel(
                     own = tl.zeros((BLOCK,), ACC)
                     if GRAD_TAR:
                         own = tar_factor * (change_to - change)
-                    if GRAD_AR and AR_OF_RAW:  # fused here, as a compiler might choose the other product
+                    if GRAD_AR and AR_OF_RAW:  # an explicit fma, because a compiler might fuse the other product
                         own = tl.fma(ar_factor, current, own) if GRAD_TAR else ar_factor * current
-                    if steps is not None:  # exactly 0 in padding, even where the factor is inf or NaN
+                    if steps is not None:  # exactly 0 in padding, even if the factor is infinite or NaN
                         own = tl.where(there[i], own, 0.0)
                     gradient = own
                     if arrived is not None or MASKED_AR:
                         through = arriving[i] if arrived is not None else tl.zeros((BLOCK,), ACC)
                         if MASKED_AR:
                             through += tl.where(there[i], ar_factor * kept, 0.0)
-                        gradient = own + through * keep
+                        gradient = own + through * mask_row
                     store_row(grad_raw_rows, grad_raw_first, packed, i, gradient, inside[i])
                 if SUM_TAR:
                     tar_run += change_to * change_to if AHEAD else change * change
                 if SUM_AR:
                     squared = current if AR_OF_RAW else kept
-                    if DROPS:  # fused here, which takes 63 registers for 85 in bfloat16 on sm_90
+                    if DROPS:  # an explicit fma takes 63 registers instead of 85 in bfloat16 on sm_90
                         squared = tl.where(there[i], squared, 0.0)
                         ar_run = tl.fma(squared, squared, ar_run)
                     else:
@@ -260,7 +260,7 @@ def ar_tar_kernel(
 
 @triton.jit
 def load_once(x):
-    """Load a scalar by one thread of the program, which the others, that may find another, get from it."""
+    """Load a scalar by one thread of the program and pass it to the others, which might load another value."""
     BITS: tl.constexpr = tl.int64 if x.dtype.element_ty == tl.float64 else tl.int32
     thread = tl.arange(0, THREADS)
     bits = tl.load(x.to(tl.pointer_type(BITS), bitcast=True) + 0 * thread, mask=thread == 0, other=0)
@@ -269,7 +269,7 @@ def load_once(x):
 
 @triton.jit
 def differ(x, y):
-    """Return whether two scalars differ in their bits: 0 and -0 do, a NaN and itself do not."""
+    """Return whether two scalars differ in their bits. 0 and -0 differ; a NaN does not differ from itself."""
     BITS: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
     return x.to(BITS, bitcast=True) != y.to(BITS, bitcast=True)
 
@@ -278,13 +278,13 @@ class Forward:
     """Apply dropout masks, compute penalties, and write the gradients that the backward is expected to ask for.
 
     Args:
-        view: of the operands: raw and dropped, and gradients that are wanted; or raw, mask, and dropped as memory.
+        view: the view of the operands: raw, dropped and the gradients to write; or raw, mask, and dropped to write.
             A mask that is the same at all time steps has a time stride of 0.
         terms: the terms to compute.
-        device: where the tensors are.
+        device: the device of the tensors.
 
     Attributes:
-        expected: the upstream gradient for which gradients are written, which a `Backward` keeps up to date.
+        expected: the upstream gradient for which gradients are written; a `Backward` keeps it up to date.
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
@@ -302,7 +302,7 @@ class Forward:
 
         Args:
             tensors: as in the view.
-            values: coefficients, and the steps that count or the place of packed rows.
+            values: coefficients, and the steps that count or the offsets of packed rows.
         """
         penalty, terms, records = self.penalty(), self.terms() if self.measured else None, self.records()
         expected = self.expected.memory if self.writes else None
@@ -316,17 +316,17 @@ class Backward:
     """Compute the gradients of penalties, and add those that arrive.
 
     Args:
-        view: of the operands: raw, mask, arrived and grad_raw; or raw, dropped and their gradients, in the view of the
-            forward if that has filled gradients, as a program of the same number must have the same items.
-        terms: those of the forward; none has a gradient if the penalty has no upstream gradient.
-        device: where the tensors are.
-        expected: of the forward; None for one that never fills gradients.
+        view: the view of the operands: raw, mask, arrived and grad_raw; or raw, dropped and their gradients. If the
+            forward has filled gradients, this must be the forward's view, because a program must have the same items.
+        terms: the terms of the forward; none of them has a gradient if the penalty has no upstream gradient.
+        device: the device of the tensors.
+        expected: the `expected` of the forward; None if it never fills gradients.
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
         tiling, self.device, self.expected = Tiling(view, terms.dtype), device, expected
         grid = Grid(tiling.programs, device, draws=False)
-        # Code that compares is other code than that of a backward for which nothing was assumed.
+        # A backward that compares upstream gradients runs other compiled code than one for which nothing was assumed.
         self.comparing, self.writing = (_launch(tiling, view, terms, grid) for _ in range(2))
 
     def __call__(
@@ -335,10 +335,10 @@ class Backward:
         """Fill the gradients, unless the forward has filled them for this very upstream gradient.
 
         Args:
-            upstream: the gradient of the penalty, () in the dtype of the terms, if it has one.
-            tensors: as in the view, but `None` without a gradient.
-            values: those of the forward.
-            assumed: as the forward returned it, if it has filled these gradients.
+            upstream: the gradient of the penalty, () in the dtype of the terms; `None` if the penalty has none.
+            tensors: as in the view; a gradient that is not needed is `None`.
+            values: the values of the forward.
+            assumed: `assumed` of the forward's `Sums`, if the forward has filled these gradients.
         """
         if assumed is None or self.expected is None:
             self.writing(*tensors, upstream, None, None, None, None, *_read(values, self.device))
@@ -347,19 +347,19 @@ class Backward:
             self.comparing(*tensors, upstream, expected, assumed, None, None, *_read(values, self.device))
 
     def holds(self, upstream: Tensor, assumed: Tensor) -> bool:
-        """Return `False`: only the device can compare, and the host does not wait for it."""
+        """Return `False`, because only the device can compare, and the host does not wait for it."""
         return False
 
 
 def _read(values: Values, device: torch.device) -> Sequence[Any]:
-    """Return steps and coefficients as the kernel takes them, each coefficient in memory or as a number."""
+    """Return the values as the kernel takes them: a coefficient is either a pointer into memory or a number."""
     alpha, beta, steps = values
-    marks, counts, offsets = (None, None, None) if steps is None else steps
-    if offsets is not None:  # which are on the CPU until a launch needs them
+    bits, counts, offsets = (None, None, None) if steps is None else steps
+    if offsets is not None:  # they stay on the CPU until a launch needs them
         offsets = offsets.to(device, non_blocking=True)
     alpha_at, alpha = (None, alpha) if type(alpha) is float else (alpha, 1.0)
     beta_at, beta = (None, beta) if type(beta) is float else (beta, 1.0)
-    return marks, counts, offsets, alpha_at, beta_at, alpha, beta
+    return bits, counts, offsets, alpha_at, beta_at, alpha, beta
 
 
 def _launch(tiling: Tiling, view: View, terms: Terms, grid: Grid) -> Launch:

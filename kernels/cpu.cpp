@@ -1,18 +1,18 @@
 // AR and TAR on CPUs: the operations of ar_tar.py and steps.py.
 //
-// Activations are seen as (outer, time, inner) with a contiguous inner axis. An item of work is a block of lanes
-// (positions on the inner axis) of one sequence over a run of time steps. It is walked along time, so that a row is
-// still in the cache when its neighbours need it and memory is read once. A program takes some of the items and keeps
-// its own sums; they are added up in the order of the programs, so a result depends neither on the number of threads
-// nor on which of them was faster.
+// Activations are viewed as (outer, time, inner) with a contiguous inner axis. An item of work is a block of lanes
+// (positions on the inner axis) of one sequence over a run of time steps. A thread walks an item along time, so that a
+// row is still in the cache when its neighbours need it, and memory is read once. A program takes some of the items and
+// keeps its own sums. They are added up in the order of the programs, so a result depends neither on the number of
+// threads nor on which of them is faster.
 //
-//     cpu_plans.h    the structures shared with cpu.py
-//     cpu_steps.h    the time steps that count
-//     cpu_vectors.h  vectors, and the dtypes of memory
-//     cpu_rows.h     the formula, row by row
-//     cpu_work.h     items, programs, threads
+//     cpu_structures.h  the structures shared with cpu.py
+//     cpu_steps.h       the time steps that count
+//     cpu_vectors.h     vectors, and the dtypes of memory
+//     cpu_rows.h        the formula, row by row
+//     cpu_work.h        items, programs, threads
 //
-// No header of Python or PyTorch is included: one build serves every version of both.
+// No header of Python or PyTorch is included, so one build serves every version of both.
 
 #ifdef __x86_64__
 #include <cpuid.h>
@@ -21,19 +21,19 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu_plans.h"
+#include "cpu_structures.h"
 #include "cpu_rows.h"
 #include "cpu_steps.h"
 #include "cpu_work.h"
 
 namespace {
 
-/// Multiply a term by its coefficient; one that is 0 leaves it out, even if it is infinite or NaN.
+/// Multiply a term by its coefficient; a coefficient of 0 leaves the term out, even if it is infinite or NaN.
 double weighted(double coefficient, double term) { return coefficient == 0 ? 0 : coefficient * term; }
 
 /// Divide the sums and write the penalty and its terms.
-void finish(const Plan &plan, const Counted &counted, Partials sums, const Addresses &memory) {
-    const int32_t dtype = plan.compute_dtype;
+void finish(const Metadata &metadata, const Counted &counted, Partials sums, const Addresses &memory) {
+    const int32_t dtype = metadata.compute_dtype;
     const double ar = sums.ar / counted.ar_divisor, tar = sums.tar / counted.tar_divisor;
     store(memory.penalty, 0, weighted(memory.alpha, ar) + weighted(memory.beta, tar), dtype);
     if (!memory.terms) return;
@@ -42,42 +42,45 @@ void finish(const Plan &plan, const Counted &counted, Partials sums, const Addre
 }
 
 /// Compute the factors of the gradients in float64: no intermediate factor overflows, and each is rounded once.
-Factors factors(const Plan &plan, const Counted &counted, const Addresses &memory) {
+Factors factors(const Metadata &metadata, const Counted &counted, const Addresses &memory) {
     const void *const upstream_at = memory.penalty ? memory.assumed : memory.upstream;
     if (!upstream_at) return {0, 0};
     const auto plain = [](double x) { return x == x ? x : std::nan(""); };  // a NaN that survives any rounding
-    const double upstream = number(upstream_at, plan.compute_dtype);
+    const double upstream = number(upstream_at, metadata.compute_dtype);
     return {plain(upstream * (2 * memory.alpha / counted.ar_divisor)),
             plain(upstream * (2 * memory.beta / counted.tar_divisor))};
 }
 
-/// Form the sums, write dropped if a forward has a mask, and write the gradients that have memory.
-Partials walk(const Plan &plan, const Addresses &memory, const Counted &counted, int threads) {
-    const Factors by = factors(plan, counted, memory);
+/// Compute the sums, write dropped if a forward has a mask, and write the gradients for which there is memory.
+Partials walk(const Metadata &metadata, const Addresses &memory, const Counted &counted, int threads) {
+    const Factors by = factors(metadata, counted, memory);
     const auto rows = [&](const void *base, Strides strides, int32_t dtype) {
         return Rows(base, strides, dtype, counted.offsets);
     };
-    const Rows raw = rows(memory.raw, plan.raw, plan.raw_dtype), mask = rows(memory.mask, plan.mask, plan.raw_dtype);
-    const Rows arrived = rows(memory.arrived, plan.arrived, plan.raw_dtype);
-    const Rows dropped = rows(memory.dropped, plan.dropped, plan.dropped_dtype);
-    const Rows grad_raw = rows(memory.grad_raw, plan.grad_raw, plan.raw_dtype);
-    const Rows grad_dropped = rows(memory.grad_dropped, plan.grad_dropped, plan.dropped_dtype);
+    const Rows raw = rows(memory.raw, metadata.raw, metadata.raw_dtype);
+    const Rows mask = rows(memory.mask, metadata.mask, metadata.raw_dtype);
+    const Rows arrived = rows(memory.arrived, metadata.arrived, metadata.raw_dtype);
+    const Rows dropped = rows(memory.dropped, metadata.dropped, metadata.dropped_dtype);
+    const Rows grad_raw = rows(memory.grad_raw, metadata.grad_raw, metadata.raw_dtype);
+    const Rows grad_dropped = rows(memory.grad_dropped, metadata.grad_dropped, metadata.dropped_dtype);
     Pass passes[2];
     int count = 0;
     const auto add = [&](const Pass &pass, Flags always, Flags terms) {  // padding has no terms
         if (!pass.x.base || !(always | terms)) return;
         passes[count] = pass;
-        passes[count].code = row_code(pass.x.dtype, plan.compute_dtype, always | terms, by);
-        passes[count++].padding = row_code(pass.x.dtype, plan.compute_dtype, always, by);
+        passes[count].code = row_code(pass.x.dtype, metadata.compute_dtype, always | terms, by);
+        passes[count++].padding = row_code(pass.x.dtype, metadata.compute_dtype, always, by);
     };
     const auto flag = [](bool on, Flags flags) { return on ? flags : 0; };
-    const bool drops = memory.penalty && mask.base, of_raw = mask.base || plan.ar_of_raw;
-    const auto ar = [&](const Rows &grad) { return flag(plan.sum_ar, SUM_AR) | flag(grad.base && plan.grad_ar, GRAD_AR); };
-    const Flags tar = flag(plan.sum_tar, SUM_TAR) | flag(grad_raw.base && plan.grad_tar, GRAD_TAR);
+    const bool drops = memory.penalty && mask.base, of_raw = mask.base || metadata.ar_of_raw;
+    const auto ar = [&](const Rows &grad) {
+        return flag(metadata.sum_ar, SUM_AR) | flag(grad.base && metadata.grad_ar, GRAD_AR);
+    };
+    const Flags tar = flag(metadata.sum_tar, SUM_TAR) | flag(grad_raw.base && metadata.grad_tar, GRAD_TAR);
     add(Pass(counted, raw, mask, arrived, drops ? dropped : grad_raw),
         flag(mask.base, MASKED) | flag(drops, DROPS) | flag(arrived.base, ARRIVED) | flag(grad_raw.base, WRITES),
-        tar | flag(of_raw, ar(grad_raw)) | flag(mask.base && plan.ar_of_raw, AR_OF_RAW));
-    if (!mask.base)  // dropped is null where AR is that of raw
+        tar | flag(of_raw, ar(grad_raw)) | flag(mask.base && metadata.ar_of_raw, AR_OF_RAW));
+    if (!mask.base)  // dropped is null if AR is the mean square of raw
         add(Pass(counted, dropped, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES), ar(grad_dropped));
     return run(passes, count, counted, threads);
 }
@@ -86,8 +89,8 @@ Partials walk(const Plan &plan, const Addresses &memory, const Counted &counted,
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-/// The sizes that cpu.py compares with those of its own structures.
-EXPORT const int64_t structure_sizes[] = {sizeof(Plan), sizeof(Addresses)};
+/// The sizes that cpu.py compares with the sizes of its own structures.
+EXPORT const int64_t structure_sizes[] = {sizeof(Metadata), sizeof(Addresses)};
 
 /// The hash of the source that the library was built from.
 #ifndef SOURCES
@@ -102,8 +105,8 @@ EXPORT const int32_t threaded = 1;
 EXPORT const int32_t threaded = 0;
 #endif
 
-/// Return the highest level of x86-64 that the processor and the system run; 0 elsewhere. cpu.py asks the library that
-/// all processors run before it loads another one.
+/// Return the highest level of x86-64 that the processor and the system can run, or 0 on other processors. cpu.py asks
+/// the library that all processors can run before it loads another one.
 EXPORT int processor_level() {
 #ifdef __x86_64__
     unsigned int eax, ebx, features, extended, edx;
@@ -120,28 +123,29 @@ EXPORT int processor_level() {
 #endif
 }
 
-/// Mark the steps of all sequences, and count them: see `mark_sequence`. Lengths, (outer,), and valid and starts, (outer,
-/// time), may each be null.
-EXPORT void mark_steps(const Marking *memory, int64_t outer, int64_t time) {
+/// Encode which steps of all sequences count, and count them: see `encode_sequence`. Lengths, (outer,), valid, (outer,
+/// time), and starts, (outer, time), may each be null.
+EXPORT void encode_steps(const Encoding *memory, int64_t outer, int64_t time) {
     memory->counts[0] = memory->counts[1] = 0;
     for (int64_t i = 0; i < outer; ++i) {
-        const auto at = [&](auto *marks) { return marks ? marks + i * time : nullptr; };
-        mark_sequence(memory->lengths ? memory->lengths[i] : time, at(memory->valid), at(memory->starts),
+        const auto at = [&](auto *first) { return first ? first + i * time : nullptr; };
+        encode_sequence(memory->lengths ? memory->lengths[i] : time, at(memory->valid), at(memory->starts),
                       at(memory->steps), time, memory->counts);
     }
 }
 
-/// Write the penalty and its terms, dropped where there is a mask, and the gradients for the upstream gradient that is
-/// assumed, if one is.
-EXPORT void forward(const Plan *plan, const Addresses *memory, int threads) {
-    const Counted counted(*plan, *memory);
-    finish(*plan, counted, walk(*plan, *memory, counted, threads), *memory);
+/// Write the penalty and its terms; write dropped if there is a mask; write gradients if an upstream gradient is
+/// assumed.
+EXPORT void forward(const Metadata *metadata, const Addresses *memory, int threads) {
+    const Counted counted(*metadata, *memory);
+    finish(*metadata, counted, walk(*metadata, *memory, counted, threads), *memory);
 }
 
-/// Write the gradients, unless those that a forward wrote are right: `assumed` is null, or has its upstream gradient.
-/// Bits are compared, so that 0 is not -0, and NaN is itself. Return whether they were written.
-EXPORT int backward(const Plan *plan, const Addresses *memory, int threads) {
-    if (memory->assumed && !std::memcmp(memory->assumed, memory->upstream, bytes_of(plan->compute_dtype))) return 0;
-    walk(*plan, *memory, Counted(*plan, *memory), threads);
+/// Write the gradients, unless a forward has written them for this upstream gradient; return whether this call wrote
+/// them. `assumed` has the upstream gradient that the forward assumed, or is null. Bits are compared: 0 differs from
+/// -0, and a NaN does not differ from itself.
+EXPORT int backward(const Metadata *metadata, const Addresses *memory, int threads) {
+    if (memory->assumed && !std::memcmp(memory->assumed, memory->upstream, bytes_of(metadata->compute_dtype))) return 0;
+    walk(*metadata, *memory, Counted(*metadata, *memory), threads);
     return 1;
 }

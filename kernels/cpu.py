@@ -1,9 +1,8 @@
-"""The kernels of cpu.cpp, called with the addresses of CPU tensors.
+"""The binding of cpu.cpp, which calls its kernels with the addresses of CPU tensors.
 
-A plan holds the metadata of an operation as C knows it, and is built once; a call hands over addresses alone, and
-releases the GIL. A library is built for each level of processors when the package is installed (see setup.py); the best
-one that runs here is loaded. It shares PyTorch's OpenMP runtime, which is loaded before it, and takes as many
-threads as PyTorch does.
+A structure with the metadata of an operation is built once. A call passes only addresses and coefficients, and releases
+the GIL. The installation builds a library for each level of processors (see setup.py), and the best library that runs
+here is loaded. It shares PyTorch's OpenMP runtime, which is loaded before it, and uses as many threads as PyTorch does.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from torch import Tensor
 from fastreg.kernels.view import Layout, Operands, Steps, Sums, Terms, Values, View, allocator
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-# The libraries, the best first: the level of x86-64 that each needs, and the processors that have it.
+# The libraries, the best one first: the level of x86-64 that each needs, and the processors that have it.
 _LIBRARIES = {
     "_cpu_v4": (4, "processors with AVX-512"),
     "_cpu_v3": (3, "processors with AVX2"),
     "_cpu": (0, "all processors"),
 }
-_CAPABILITIES = {"AVX512": 4, "AVX2": 3}  # PyTorch's, as such levels
+_CAPABILITIES = {"AVX512": 4, "AVX2": 3}  # PyTorch's capabilities, as levels of x86-64
 _INSTALL = "install fastreg-rnn again"
 
 
 class Forward:
     """Apply dropout masks, compute penalties, and write the gradients that the backward is expected to ask for.
 
-    It is built and called as `fastreg.kernels.ar_tar.Forward`.
+    It has the interface of `fastreg.kernels.ar_tar.Forward`.
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.function, self.plan = library().forward, byref(_plan(view, terms, is_forward=True))
+        self.function, self.metadata = library().forward, byref(_metadata(view, terms, is_forward=True))
         self.writes, self.expected = view.operands[4:] != (None, None), Expected(terms.dtype)
         penalty, both = (Layout(shape, (1,) * len(shape), terms.dtype, device, True) for shape in (_ONE, _TWO))
         self.penalty, self.terms = allocator(penalty), allocator(both) if terms.measured else None
@@ -50,20 +49,20 @@ class Forward:
         alpha, beta, steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
         assumed = self.expected.gradient if self.writes else None
-        memory = *tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms  # which live as long as the call
+        memory = *tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms  # kept alive during the call
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        self.function(self.plan, _pack(*addresses, float(alpha), float(beta)), _threads())
+        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
         return Sums(penalty, terms, assumed)
 
 
 class Backward:
     """Compute the gradients of penalties, and add those that arrive.
 
-    It is built and called as `fastreg.kernels.ar_tar.Backward`.
+    It has the interface of `fastreg.kernels.ar_tar.Backward`.
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
-        self.function, self.plan = library().backward, byref(_plan(view, terms, is_forward=False))
+        self.function, self.metadata = library().backward, byref(_metadata(view, terms, is_forward=False))
         self.dtype, self.expected = terms.dtype, expected
 
     def __call__(
@@ -73,7 +72,7 @@ class Backward:
         alpha, beta, steps = values
         memory = *tensors, upstream, assumed, *(steps or _NO_STEPS), None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        writes = self.function(self.plan, _pack(*addresses, float(alpha), float(beta)), _threads())
+        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
         if writes and assumed is not None and self.expected is not None:
             self.expected.learn(upstream)
 
@@ -83,26 +82,26 @@ class Backward:
         return assumed.view(bits).equal(upstream.view(bits))
 
 
-class Marker:
-    """Mark and count the time steps of sequences, as `fastreg.kernels.steps.Marker` does."""
+class Encoder:
+    """Encode and count the time steps of sequences that count, as `fastreg.kernels.steps.Encoder` does."""
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
-        self.shape, self.mark = shape, library().mark_steps
+        self.shape, self.encode = shape, library().encode_steps
         steps = Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True)
         self.steps, self.counts = allocator(steps), allocator(Layout(_TWO, (1,), torch.int64, device, aligned=True))
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the marks and counts of `Steps`."""
+        """Return the bits and counts of `Steps`; the arguments are as for `fastreg.kernels.steps.Encoder`."""
         steps, counts = self.steps(), self.counts()
         if lengths is not None:
             lengths = lengths.long()
         addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, steps, counts)]
-        self.mark(_pack_marking(*addresses), *self.shape)
+        self.encode(_pack_encoding(*addresses), *self.shape)
         return steps, counts
 
 
 def reason() -> str | None:
-    """Return why the kernels do not run here, or `None`: they do."""
+    """Return why the kernels do not run here, or `None` if they do."""
     try:
         library()
     except OSError as error:
@@ -115,7 +114,7 @@ def library() -> ctypes.CDLL:
     """Load the best library that runs here.
 
     Raises:
-        OSError: there is none.
+        OSError: no library runs here; the message says why.
     """
     reasons = []
     for path in runnable():
@@ -127,13 +126,13 @@ def library() -> ctypes.CDLL:
 
 
 def runnable() -> list[Path]:
-    """List the files of the libraries that the processor runs and PyTorch's capability allows, the best first."""
+    """List the files of the libraries that the processor can run and PyTorch's capability allows, the best first."""
     highest = min(_allowed_level(), processor_level())
     return [path for name, (level, _) in _LIBRARIES.items() if level <= highest for path in _files(name)]
 
 
 def opened(path: Path) -> ctypes.CDLL:
-    """Load and check a library that the processor runs."""
+    """Load and check a library that the processor can run."""
     return _checked(ctypes.CDLL(str(path)), path)
 
 
@@ -158,12 +157,12 @@ def _why_not(level: int, processors: str) -> str:
 
 
 def _allowed_level() -> int:
-    """Return the level that PyTorch itself uses, which `ATEN_CPU_CAPABILITY` limits."""
+    """Return the level that PyTorch itself uses; `ATEN_CPU_CAPABILITY` limits it."""
     return _CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
 def processor_level() -> int:
-    """Ask the processor for its level, through the library that all processors run; 0 without that library."""
+    """Ask the processor for its level, by the library that all processors can run; return 0 without that library."""
     for path in _files("_cpu"):
         try:
             return opened(path).processor_level()
@@ -178,34 +177,35 @@ def _files(name: str) -> Iterable[Path]:
 
 
 def sources(folder: Path) -> int:
-    """Hash the source of the libraries in a folder; an installed package has none, and the hash is that of nothing."""
+    """Hash the sources of the libraries in a folder; for an installed package, which has none, hash nothing."""
     files = sorted((*folder.glob("cpu.cpp"), *folder.glob("cpu_*.h")))
     return int(sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16], 16)
 
 
 def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
-    """Check that the library was built from this source, and declare its functions to ctypes."""
-    expected = [ctypes.sizeof(_Plan), _ADDRESSES * ctypes.sizeof(c_void_p) + 2 * ctypes.sizeof(c_double)]
+    """Check that a library was built from the present sources, and declare its functions to ctypes."""
+    expected = [ctypes.sizeof(_Metadata), _ADDRESSES * ctypes.sizeof(c_void_p) + 2 * ctypes.sizeof(c_double)]
     try:
         built = list((c_int64 * len(expected)).in_dll(library, "structure_sizes"))
         built_from = c_uint64.in_dll(library, "sources").value
-    except ValueError:  # there is no such symbol
+    except ValueError:  # the library lacks one of these symbols
         built, built_from = [], 0
     is_source = (path.parent / "cpu.cpp").exists()
     if built != expected or (is_source and built_from != sources(path.parent)):
         raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
-    library.forward.argtypes = library.backward.argtypes = [POINTER(_Plan), c_char_p, c_int]
-    library.mark_steps.argtypes = [c_char_p, c_int64, c_int64]
-    library.forward.restype = library.mark_steps.restype = None
+    library.forward.argtypes = library.backward.argtypes = [POINTER(_Metadata), c_char_p, c_int]
+    library.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
+    library.forward.restype = library.encode_steps.restype = None
     library.path = path  # pyright: ignore[reportAttributeAccessIssue]
     return library
 
 
 class Expected:
-    """The upstream gradient that the next forward of a plan expects: that of the plan's last backward.
+    """Hold the upstream gradient that the next forward of a plan expects: it is the one of the plan's last backward.
 
-    A new plan expects that of the last backward of any plan, and the first one expects 1. No tensor here is ever
-    written to, as graphs refer to it. Threads may overwrite each other's: a wrong guess costs time alone.
+    A new plan expects the upstream gradient of the last backward of any plan. The first plan expects 1. No tensor here
+    is ever written to, because graphs refer to it. Threads may replace each other's values: a wrong guess only costs
+    time.
     """
 
     with torch.inference_mode(False):
@@ -215,7 +215,7 @@ class Expected:
         self.gradient = self.latest[dtype]
 
     def learn(self, upstream: Any) -> None:
-        """Expect this upstream gradient, a tensor."""
+        """Expect an upstream gradient, a tensor, from now on."""
         with torch.inference_mode(False):
             self.gradient = self.latest[upstream.dtype] = upstream.detach().clone()
 
@@ -228,7 +228,7 @@ class _Strides(Structure):
     _fields_ = [("outer", c_int64), ("time", c_int64)]
 
 
-class _Plan(Structure):
+class _Metadata(Structure):
     _fields_ = [
         ("sizes", _Sizes),
         *((name, _Strides) for name in Operands._fields),
@@ -243,8 +243,8 @@ _ADDRESSES = len(Operands._fields) + 2 + len(Steps._fields) + 2
 _NO_STEPS = Steps()
 
 
-def _plan(view: View, terms: Terms, is_forward: bool) -> _Plan:
-    """Describe a call to C."""
+def _metadata(view: View, terms: Terms, is_forward: bool) -> _Metadata:
+    """Return the metadata of a call as C knows it."""
     raw, _, _, dropped, *gradients = view.operands
     strides = [(0, 0) if x is None else (x.outer, x.time) for x in view.operands]
     dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (raw, dropped)]
@@ -252,10 +252,10 @@ def _plan(view: View, terms: Terms, is_forward: bool) -> _Plan:
     sums = (terms.ar, terms.tar) if is_forward else off
     written = off if gradients == [None, None] else (terms.by_ar, terms.by_tar)
     switches = *sums, *written, terms.ar_of_raw and terms.ar
-    return _Plan(view[:3], *strides, *terms.divisors, *dtypes, _DTYPES[terms.dtype], *switches)
+    return _Metadata(view[:3], *strides, *terms.divisors, *dtypes, _DTYPES[terms.dtype], *switches)
 
 
-# A third of the time of a ctypes structure
-_pack_marking, _pack = Struct("5P").pack, Struct(f"{_ADDRESSES}P2d").pack
+# Packing takes a third of the time of filling a ctypes structure.
+_pack_encoding, _pack = Struct("5P").pack, Struct(f"{_ADDRESSES}P2d").pack
 _threads = torch.get_num_threads
 _ONE, _TWO = torch.Size(), torch.Size([2])

@@ -1,19 +1,19 @@
 // The formula, applied to one row, or to several consecutive rows at once, in loops of vectors.
 //
-// It is written once, with flags that turn its parts on. Sets of flags that are common are known to the compiler, in a
-// copy of the loop for each; for all other sets one copy tests the flags in the loop.
+// The formula is written once, with flags that turn its parts on. For each common set of flags the compiler makes a
+// copy of the loop in which the flags are constants. For all other sets one copy tests the flags as it runs.
 
 #pragma once
 
 #include <algorithm>
 
-#include "cpu_plans.h"
+#include "cpu_structures.h"
 #include "cpu_vectors.h"
 
 namespace {
 
-constexpr int64_t STEP = 32;          // lanes at a time, each with sums of its own, so that additions need not wait
-constexpr int64_t CHUNK = 64 * STEP;  // lanes that are summed in the dtype of the computation: float32 is exact enough
+constexpr int64_t GROUP = 32;           // lanes at a time, each with its own sums, so that additions need not wait
+constexpr int64_t CHUNK = 64 * GROUP;  // lanes that float32 sums accurately enough, in the dtype of the computation
 
 /// Partial sums of the squares of AR and of TAR.
 struct Partials {
@@ -30,21 +30,21 @@ struct Factors {
     double ar, tar;
 };
 
-/// The parts of the formula.
+/// Flags that turn the parts of the formula on.
 using Flags = unsigned;
-constexpr Flags SUM_AR = 1;      // sum the squares of AR
-constexpr Flags SUM_TAR = 2;     // and of TAR
-constexpr Flags GRAD_AR = 4;     // the gradient has the part of AR
-constexpr Flags GRAD_TAR = 8;    // and that of TAR
-constexpr Flags AR_OF_RAW = 16;  // AR is of raw, not of raw times the mask
+constexpr Flags SUM_AR = 1;      // sum the squares for AR
+constexpr Flags SUM_TAR = 2;     // sum the squares for TAR
+constexpr Flags GRAD_AR = 4;     // the gradient has AR's part
+constexpr Flags GRAD_TAR = 8;    // the gradient has TAR's part
+constexpr Flags AR_OF_RAW = 16;  // AR is the mean square of raw, not of raw times the mask
 constexpr Flags MASKED = 32;     // there is a mask
 constexpr Flags DROPS = 64;      // write raw times the mask
-constexpr Flags ARRIVED = 128;   // the gradient has the part of one that arrives
+constexpr Flags ARRIVED = 128;   // add a gradient that arrives
 constexpr Flags WRITES = 256;    // write the gradient
 constexpr Flags BEFORE = 512;    // the change from the row before counts
-constexpr Flags BEHIND = 1024;   // and that to the row behind
+constexpr Flags BEHIND = 1024;   // the change to the row behind counts
 
-/// Where a row begins in each tensor, and the rows before and behind it; null where there is none.
+/// Pointers to a row in each tensor, and to the rows before and behind it; null if there is none.
 struct Pointers {
     const char *previous, *current, *following;
     const char *mask, *arrived;
@@ -57,14 +57,14 @@ struct Pointers {
     }
 };
 
-/// A copy of the end of a row, too short for a step, with zeros behind it.
+/// A copy of the end of a row that is shorter than a group of lanes, with zeros behind it.
 class Tail {
   public:
-    /// Copy the last `size` bytes of all rows; a step has `step` bytes.
-    __attribute__((noinline)) Pointers copy(Pointers rows, int64_t size, int64_t step) {
+    /// Copy the last `size` bytes of all rows; a group of lanes has `group` bytes.
+    __attribute__((noinline)) Pointers copy(Pointers rows, int64_t size, int64_t group) {
         const auto at = [=](char *to, const char *row) -> const char * {
             if (!row) return nullptr;
-            std::memset(to, 0, step);
+            std::memset(to, 0, group);
             std::memcpy(to, row, size);
             return to;
         };
@@ -82,19 +82,19 @@ class Tail {
     }
 
   private:
-    char copies[5][STEP * sizeof(double)];
-    char written[STEP * sizeof(double)];
+    char copies[5][GROUP * sizeof(double)];
+    char written[GROUP * sizeof(double)];
     char *out = nullptr;
     int64_t bytes;
 };
 
-/// Sums of the lanes of a step, in float64.
+/// The sums of a group of lanes, in float64.
 class Totals {
   public:
-    /// Add those of a chunk.
+    /// Add the sums of a chunk.
     template <class A>
-    INLINE void add(const Pair<A> (&parts)[STEP / PAIR]) {
-        for (int64_t j = 0; j < STEP / PAIR; ++j) {
+    INLINE void add(const Pair<A> (&parts)[GROUP / PAIR]) {
+        for (int64_t j = 0; j < GROUP / PAIR; ++j) {
             for (int64_t lane = 0; lane < LANES; ++lane) {
                 sums[j * PAIR + lane] += parts[j].first[lane];
                 sums[j * PAIR + LANES + lane] += parts[j].second[lane];
@@ -102,42 +102,43 @@ class Totals {
         }
     }
 
-    /// Add them up in the order of their positions in memory: the same in all builds.
+    /// Add the sums up in the order of their positions in memory, which is the same in all builds.
     template <class T>
     __attribute__((noinline)) double total() const {
-        double by_position[STEP];
-        for (int64_t j = 0; j < STEP; ++j)
+        double by_position[GROUP];
+        for (int64_t j = 0; j < GROUP; ++j)
             by_position[j / PAIR * PAIR + position<T>(j % PAIR / LANES, j % LANES)] = sums[j];
-        for (int64_t left = STEP / 2; left; left /= 2)
+        for (int64_t left = GROUP / 2; left; left /= 2)
             for (int64_t j = 0; j < left; ++j) by_position[j] += by_position[j + left];
         return by_position[0];
     }
 
   private:
-    double sums[STEP] = {};
+    double sums[GROUP] = {};
 };
 
-/// Call `use(rows, lane, ar, tar)` for all lanes of a row, a pair of vectors at a time; return the sums that it adds
-/// up, those of AR and of TAR that `flags` have.
+/// Call `use(rows, lane, ar, tar)` for all lanes of a row, a pair of vectors at a time, and return the sums that it
+/// adds up.
 ///
-/// A chunk is summed in the dtype of the computation, and the chunks in float64. The order of additions is the same in
-/// all builds, whichever gradients are written.
+/// Only sums that `flags` turn on are returned; the others are 0. A chunk is summed in the dtype of the computation,
+/// and the chunks are added in float64. The order of additions is the same in all builds, whichever gradients are
+/// written.
 template <class A, class T, class F, class Use>
 inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, F flags, Use use) {
-    constexpr int64_t PAIRS = STEP / PAIR;
+    constexpr int64_t PAIRS = GROUP / PAIR;
     Totals ar_sums, tar_sums;
     Tail tail;
     for (int64_t done = 0; done < lanes; done += CHUNK) {
         Pair<A> ar[PAIRS] = {}, tar[PAIRS] = {};
         Pointers now = rows.after(done * sizeof(T));
-        int64_t whole = std::min(lanes - done, CHUNK) / STEP * STEP, rest = std::min(lanes - done, CHUNK) - whole;
-        for (;;) {  // a second time for the tail, so that the compiler needs no second copy of the loop
-            for (int64_t lane = 0; lane < whole; lane += STEP)
-#pragma GCC unroll STEP  // early, so that the sums stay in registers
+        int64_t whole = std::min(lanes - done, CHUNK) / GROUP * GROUP, rest = std::min(lanes - done, CHUNK) - whole;
+        for (;;) {  // the tail takes a second turn, so that the compiler needs no second copy of the loop
+            for (int64_t lane = 0; lane < whole; lane += GROUP)
+#pragma GCC unroll GROUP  // early, so that the sums stay in registers
                 for (int64_t j = 0; j < PAIRS; ++j) use(now, lane + j * PAIR, ar[j], tar[j]);
             if (rest == 0) break;
-            now = tail.copy(now.after(whole * sizeof(T)), rest * sizeof(T), STEP * sizeof(T));
-            whole = STEP;
+            now = tail.copy(now.after(whole * sizeof(T)), rest * sizeof(T), GROUP * sizeof(T));
+            whole = GROUP;
             rest = 0;
         }
         if (flags & SUM_AR) ar_sums.add(ar);
@@ -147,17 +148,18 @@ inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, F flags, 
     return {flags & SUM_AR ? ar_sums.total<T>() : 0, flags & SUM_TAR ? tar_sums.total<T>() : 0};
 }
 
-/// The formula: raw times the mask, the sums of squares of AR and of the changes into the row, and the gradient: the parts
-/// of AR and TAR, and one that arrives, which passes the mask as the part of AR of masked raw does.
+/// Apply the formula: compute raw times the mask, the sums of squares for AR and TAR, and the gradient. The gradient
+/// has AR's part, TAR's part, and a gradient that arrives. The latter passes the mask, and so does AR's part if AR is
+/// of masked raw.
 template <class A, class T, class F>
 inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
     const A ar_factor = factors.ar, tar_factor = factors.tar;
     return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
         const bool masked_ar = (flags & (MASKED | GRAD_AR | AR_OF_RAW)) == (MASKED | GRAD_AR);
         const Pair<A> value = read<A, T>(at.current, lane);
-        Pair<A> keep{}, kept = value, arriving{}, leaving{}, gradient{}, through{};
-        if (flags & MASKED) keep = read<A, T>(at.mask, lane);
-        if (flags & DROPS) kept = write<A, T>(at.out, lane, value * keep, at.streams);
+        Pair<A> mask{}, kept = value, arriving{}, leaving{}, gradient{}, through{};
+        if (flags & MASKED) mask = read<A, T>(at.mask, lane);
+        if (flags & DROPS) kept = write<A, T>(at.out, lane, value * mask, at.streams);
         if (flags & AR_OF_RAW) kept = value;
         if (flags & BEFORE) arriving = value - read<A, T>(at.previous, lane);
         if (flags & SUM_AR) ar += kept * kept;
@@ -167,10 +169,10 @@ inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factor
         if (flags & GRAD_TAR) gradient = (arriving - leaving) * tar_factor;
         if (flags & GRAD_AR && !masked_ar) gradient = flags & GRAD_TAR ? gradient + value * ar_factor : value * ar_factor;
         if (flags & ARRIVED) through = read<A, T>(at.arrived, lane);
-        if (masked_ar) through += rounded<A, T>(value * keep) * ar_factor;
-        // Where nothing has passed the mask, 0 * inf would be NaN.
-        if (flags & MASKED && (flags & ARRIVED || masked_ar)) through *= keep;
-        const bool is_own = flags & GRAD_TAR || (flags & GRAD_AR && !masked_ar);  // -0 that passes in padding stays -0
+        if (masked_ar) through += rounded<A, T>(value * mask) * ar_factor;
+        // If nothing passes the mask, nothing is multiplied by it: 0 * inf would be NaN.
+        if (flags & MASKED && (flags & ARRIVED || masked_ar)) through *= mask;
+        const bool is_own = flags & GRAD_TAR || (flags & GRAD_AR && !masked_ar);  // in padding -0 stays -0
         if (flags & ARRIVED || masked_ar) gradient = is_own ? through + gradient : through;
         write<A, T>(at.out, lane, gradient, at.streams);
     });
@@ -178,13 +180,13 @@ inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factor
 
 // ---- from values to copies of the loops
 
-/// One copy of the formula's loop. A copy with known flags ignores its argument `flags`.
+/// One copy of the formula's loop. A copy whose flags are constants ignores its argument `flags`.
 using RowLoop = Partials (*)(const Pointers &rows, int64_t lanes, const Factors &factors, Flags flags);
 
-/// The formula with all flags but those of the neighbours, and its loops.
+/// The loops of the formula, with all flags except BEFORE and BEHIND, which each row adds.
 struct RowCode {
     Flags flags, usual_flags;
-    RowLoop usual, any;  // with the usual flags, where there is such a loop; with any flags
+    RowLoop usual, any;  // the loop for the usual flags, if there is one; the loop for any flags
     Factors factors;
 
     Partials operator()(const Pointers &rows, int64_t lanes) const {
@@ -205,7 +207,7 @@ Partials usual_loop(const Pointers &rows, int64_t lanes, const Factors &factors,
     return formula<A, T>(rows, lanes, factors, std::integral_constant<Flags, KNOWN>());
 }
 
-/// Find the loops. All rows but the first and the last have both neighbours.
+/// Find the loops for some flags. The usual flags have both neighbours, which only the first and the last row lack.
 template <class A, class T, Flags... KNOWN>
 RowCode code_of(Flags flags, Factors factors) {
     const Flags usual = flags | (flags & (SUM_TAR | GRAD_TAR) ? BEFORE : 0) | (flags & GRAD_TAR ? BEHIND : 0);
@@ -214,7 +216,7 @@ RowCode code_of(Flags flags, Factors factors) {
     return code;
 }
 
-/// Find the loops, which are compiled for the sets of flags that are common.
+/// Find the loops for some flags; common sets of flags have their own copies.
 template <class A, class T>
 RowCode usual_code(Flags flags, Factors factors) {
     constexpr Flags AR = SUM_AR, TAR = SUM_TAR | BEFORE, DROP = MASKED | DROPS, BACK = MASKED | ARRIVED | WRITES;
@@ -225,8 +227,8 @@ RowCode usual_code(Flags flags, Factors factors) {
                    BACK, BACK | BY_AR, BACK | BY_TAR, BACK | BY_BOTH, BACK | AR_OF_RAW | BY_BOTH>(flags, factors);
 }
 
-/// Find the loops for the dtypes of memory and of the computation. Tensors of two dtypes, one of them float64, are rare:
-/// a computation in float64 over another dtype has no loops with known flags.
+/// Find the loops for the dtypes of memory and of the computation. A computation in float64 over another dtype is rare,
+/// since one of the two tensors must be float64; it has no loops whose flags are constants.
 inline RowCode row_code(int32_t dtype, int32_t compute_dtype, Flags flags, Factors factors) {
     if (compute_dtype == FLOAT64) switch (dtype) {
         case FLOAT16: return code_of<double, Half>(flags, factors);

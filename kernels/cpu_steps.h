@@ -1,4 +1,4 @@
-// The time steps that count, and stretches of steps in one state.
+// The time steps that count, and stretches of consecutive steps in one state.
 
 #pragma once
 
@@ -6,14 +6,15 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu_plans.h"
+#include "cpu_structures.h"
 
 namespace {
 
-constexpr int64_t AHEAD = 1024;  // steps that are read in advance, so that the time taken is not quadratic
+constexpr int64_t AHEAD = 1024;  // steps that a stretch looks ahead at most, so that the time is not quadratic
 
-/// Mark the time steps of one sequence: bit 0 if a step counts, bit 1 if the change into it does. Add up both.
-inline void mark_sequence(int64_t length, const uint8_t *valid, const uint8_t *starts, uint8_t *steps, int64_t time,
+/// Encode the time steps of one sequence: bit 0 is set if the step counts, bit 1 if the change into it counts. Count
+/// both.
+inline void encode_sequence(int64_t length, const uint8_t *valid, const uint8_t *starts, uint8_t *steps, int64_t time,
                           int64_t *counts) {
     length = std::clamp<int64_t>(length, 0, time);
     std::memset(steps, 1, length);
@@ -28,12 +29,12 @@ inline void mark_sequence(int64_t length, const uint8_t *valid, const uint8_t *s
     }
 }
 
-/// Where an item of work lies: a block of lanes of one sequence over a run of time steps.
+/// An item of work: a block of lanes of one sequence over a run of time steps.
 struct Tile {
     int64_t sequence, lane, lanes, start, stop;
 };
 
-/// Whether a time step of a sequence counts, and whether the changes from the step before and to the step behind do.
+/// Whether a time step of a sequence counts, and whether the changes into it and out of it count.
 struct State {
     bool counts, arrives, leaves;
 
@@ -42,36 +43,36 @@ struct State {
     }
 };
 
-/// A state, and the step before which it ends: the first step itself where the sequences of a tile differ.
+/// A state, and the step before which it ends; this is the first step itself if the sequences of a tile differ.
 struct Stretch {
     State state;
     int64_t stop;
 };
 
-/// Lanes of a time step in one state, or all lanes of several consecutive steps in it.
+/// Some lanes of a time step in one state, or all lanes of several consecutive steps in one state.
 struct Span : State {
     int64_t step, lane, lanes;
 };
 
-/// The time steps that count: all, those that are marked, or those of packed rows.
+/// The time steps that count: all steps, the steps that `steps` encodes, or the steps of packed rows.
 class Counted {
   public:
-    Counted(const Plan &plan, const Addresses &memory)
-        : ar_divisor(plan.ar_divisor),
-          tar_divisor(plan.tar_divisor),
+    Counted(const Metadata &metadata, const Addresses &memory)
+        : ar_divisor(metadata.ar_divisor),
+          tar_divisor(metadata.tar_divisor),
           offsets(memory.offsets),
-          sizes(plan.sizes),
+          sizes(metadata.sizes),
           steps(memory.steps) {
         if (!memory.counts) return;
         ar_divisor = std::max<int64_t>(memory.counts[0] * sizes.inner, 1);  // the mean of no elements is 0
         tar_divisor = std::max<int64_t>(memory.counts[1] * sizes.inner, 1);
     }
 
-    /// The state of all sequences of a tile from a time step on; no steps if the sequences differ.
+    /// Find the state of all sequences of a tile from a time step on; the stretch is empty if the sequences differ.
     Stretch stretch(const Tile &tile, int64_t step) const {
         const int64_t first = tile.sequence + tile.lane / sizes.inner;
         const int64_t last = tile.sequence + (tile.lane + tile.lanes - 1) / sizes.inner;
-        // Longer sequences come first in packed rows: between two in one state all are in it.
+        // Longer sequences come first in packed rows, so all sequences between two in one state are in that state.
         const int64_t apart = offsets ? std::max<int64_t>(last - first, 1) : 1;
         Stretch found{state(first, step), steps || offsets ? std::min(tile.stop, step + AHEAD) : tile.stop};
         for (int64_t i = first; i <= last && found.stop > step; i += apart)
@@ -79,7 +80,7 @@ class Counted {
         return found;
     }
 
-    /// The lanes of a tile, from `lane` on, whose sequences are in one state at a time step.
+    /// Find the lanes of a tile, from `lane` on, whose sequences are in one state at a time step.
     Span alike(const Tile &tile, int64_t step, int64_t lane) const {
         const int64_t end = tile.lane + tile.lanes, first = lane / sizes.inner;
         const State found = state(tile.sequence + first, step);
@@ -88,8 +89,8 @@ class Counted {
         return {found, step, lane, std::min(past * sizes.inner, end) - lane};
     }
 
-    /// The sizes of a view of tensors with the given strides. Sequences that are adjacent at each time step, as in
-    /// a batch with time first and in packed rows, are seen as one sequence of many lanes.
+    /// Return the sizes of a view of tensors with the given strides. If the sequences are adjacent at each time step,
+    /// as in a batch with time first and in packed rows, they are viewed as one sequence of many lanes.
     template <size_t N>
     Sizes view(const Strides (&all)[N]) const {
         for (Strides strides : all)
@@ -97,44 +98,45 @@ class Counted {
         return {1, sizes.time, sizes.outer * sizes.inner};
     }
 
-    /// How many elements a tensor has.
+    /// Return the number of elements of a tensor.
     int64_t elements() const { return (offsets ? offsets[sizes.time] : sizes.outer * sizes.time) * sizes.inner; }
 
     double ar_divisor, tar_divisor;
     const int64_t *offsets;  // where each time step of packed rows begins, or null
 
   private:
-    uint8_t mark(int64_t sequence, int64_t step) const {
+    uint8_t bits_at(int64_t sequence, int64_t step) const {
         if (steps) return steps[sequence * sizes.time + step];
         if (offsets && sequence >= size(step)) return 0;
         return step > 0 ? 3 : 1;
     }
 
-    /// How many packed sequences have a time step.
+    /// Return how many packed sequences have a time step.
     int64_t size(int64_t step) const { return offsets[step + 1] - offsets[step]; }
 
     State state(int64_t sequence, int64_t step) const {
-        const uint8_t now = mark(sequence, step), next = step + 1 < sizes.time ? mark(sequence, step + 1) : 0;
+        const uint8_t now = bits_at(sequence, step), next = step + 1 < sizes.time ? bits_at(sequence, step + 1) : 0;
         return {(now & 1) != 0, (now & 2) != 0, (next & 2) != 0};
     }
 
-    /// Where the steps that are marked as `step` is end, at most `stop`; of packed rows, behind the first step.
+    /// Find where the steps with the bits of `step` end, at most `stop`; in packed rows, steps after the first.
     int64_t end(int64_t sequence, int64_t step, int64_t stop) const {
         if (offsets) {
             while (step < stop && sequence < size(step)) ++step;
             return step;
         }
         if (!steps) return stop;
-        const uint8_t *marks = steps + sequence * sizes.time;
-        const std::uint64_t same = marks[step] * 0x0101010101010101u;
+        const uint8_t *bits = steps + sequence * sizes.time;
+        const std::uint64_t same = bits[step] * 0x0101010101010101u;
         for (std::uint64_t eight; step + 8 <= stop; step += 8) {
-            std::memcpy(&eight, marks + step, 8);
+            std::memcpy(&eight, bits + step, 8);
             if (eight != same) break;
         }
-        return std::find_if(marks + step, marks + stop, [=](uint8_t x) { return x != (same & 0xff); }) - marks;
+        return std::find_if(bits + step, bits + stop, [=](uint8_t x) { return x != (same & 0xff); }) - bits;
     }
 
-    /// Where a sequence leaves the state of a stretch: the first and the last step of a segment have states of their own.
+    /// Find where a sequence leaves the state of a stretch; the first and the last step of a segment differ from the
+    /// others.
     int64_t until(int64_t sequence, int64_t step, const Stretch &now) const {
         if (!now.state.counts) return offsets ? now.stop : end(sequence, step, now.stop);
         if (!now.state.arrives || !now.state.leaves) return step + 1;
@@ -142,7 +144,7 @@ class Counted {
     }
 
     Sizes sizes;           // inner: lanes of one sequence
-    const uint8_t *steps;  // marks, (outer, time), or null
+    const uint8_t *steps;  // (outer, time), the bits of each step, or null
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Vectors in the compiler's own notation, as it does not vectorize all loops by itself, and the dtypes of memory.
+// Vectors in the compiler's notation, because it does not vectorize all loops by itself, and the dtypes of memory.
 
 #pragma once
 
@@ -28,7 +28,7 @@ using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t;
 enum class Half : uint16_t {};
 enum class BFloat : uint16_t {};
 
-// Vectors have as many floats as the processor takes at once; ON(name) is the instruction for all of them.
+// A vector has as many floats as the processor computes at once; ON(name) is the instruction for all of them.
 #if defined(X86_64_V4)
 constexpr int64_t LANES = 16;
 #define ON(name) _mm512_##name
@@ -47,7 +47,7 @@ using Floats = __m128;
 #endif
 #endif
 constexpr int64_t PAIR = 2 * LANES;
-constexpr int64_t ALIGNED = LANES * sizeof(float);  // bytes of the vectors that are streamed
+constexpr int64_t ALIGNED = LANES * sizeof(float);  // bytes of a vector that is streamed, and its alignment
 
 template <class T>
 struct VectorOf {
@@ -65,7 +65,7 @@ inline INLINE To bits_of(const From &from) {
     return to;
 }
 
-/// Two vectors of the dtype of the computation, float or double: as many elements as are read and written at a time.
+/// Two vectors of the dtype of the computation, float or double, which are read and written together.
 template <class A>
 struct Pair {
     Vector<A> first, second;
@@ -90,7 +90,7 @@ inline INLINE V load(const char *from) {
     return x;
 }
 
-/// Write a vector. One that `streams` goes past the caches: it must be aligned, and `fence` must follow.
+/// Write a vector; with `streams`, write it past the caches. Then it must be aligned, and `fence` must follow.
 template <class V>
 inline INLINE void save(char *to, const V &x, bool streams) {
 #ifdef __SSE2__
@@ -100,19 +100,19 @@ inline INLINE void save(char *to, const V &x, bool streams) {
     std::memcpy(to, &x, sizeof(x));
 }
 
-/// Order streamed stores before all later stores, as other threads see them.
+/// Let other threads see streamed stores before all later stores.
 inline void fence() {
 #ifdef __SSE2__
     _mm_sfence();
 #endif
 }
 
-// ---- the dtypes of memory: how each is read, written and rounded to, to the nearest, ties to even
+// ---- the dtypes of memory: reading, writing, and rounding to the nearest, ties to even
 
 /// float and double
 template <class T>
 struct Memory {
-    using Near = T;                         // the dtype that it is converted from and to
+    using Near = T;                         // values are converted from and to this dtype
     static constexpr bool is_split = false;  // see Split
 
     static INLINE Pair<T> read(const char *from) {
@@ -126,8 +126,9 @@ struct Memory {
     static INLINE Pair<T> rounded(const Pair<T> &x) { return x; }
 };
 
-/// Two elements of 16 bits are taken as the halves of 32 bits: the first vector of a pair has the elements at even
-/// positions, the second those at odd ones. No instruction has to move elements from lane to lane.
+/// Two elements of 16 bits are read as the halves of 32 bits. The first vector of a pair has the elements at even
+/// positions, and the second vector has the elements at odd positions. So no instruction has to move elements from lane
+/// to lane.
 struct Split {
     using Near = float;
     static constexpr bool is_split = true;
@@ -149,18 +150,18 @@ struct Memory<BFloat> : Split {
     }
 
   private:
-    static constexpr uint32_t UPPER = 0xffff0000;  // the bits of a float that are those of a bfloat16
+    static constexpr uint32_t UPPER = 0xffff0000;  // the bits of a float that a bfloat16 keeps
 
-    /// Round in the upper bits; the lower bits are unspecified. NaN keeps its upper bits: it comes from an element of 16 bits,
-    /// from a factor or from an operation, and these leave the lower bits 0, so that nothing is carried.
+    /// Round in the upper bits; the lower bits are unspecified. A NaN keeps its upper bits: it comes from an element of
+    /// 16 bits, from a factor or from an operation. All of these leave the lower bits 0, so nothing is carried.
     static INLINE Vector<uint32_t> nearest(Vector<float> value) {
         const auto bits = bits_of<Vector<uint32_t>>(value);
         return bits + 0x7fff + (bits >> 16 & 1);
     }
 };
 
-// float16 keeps subnormal numbers even where the processor flushes those of float32 to 0 (`torch.set_flush_denormal`):
-// F16C ignores that mode, and the other code computes with no subnormal float.
+// Subnormal numbers of float16 are kept even if the processor flushes subnormal numbers of float32 to 0
+// (`torch.set_flush_denormal`): F16C ignores that mode, and the other code computes with no subnormal float.
 
 #ifdef X86_64_V3
 
@@ -233,7 +234,7 @@ struct Memory<Half> : Split {
 
 #endif
 
-/// Find the position in memory of an element of a pair.
+/// Return the position in memory of an element of a pair.
 template <class T>
 constexpr int64_t position(int64_t vector, int64_t lane) {
     return Memory<T>::is_split ? 2 * lane + vector : vector * LANES + lane;
@@ -251,7 +252,7 @@ inline INLINE Pair<A> rounded(const Pair<A> &results) {
     return converted<A>(Memory<T>::rounded(converted<typename Memory<T>::Near>(results)));
 }
 
-/// Write a pair of vectors, past the caches if it `streams`; return the values as memory has them.
+/// Write a pair of vectors, with `streams` past the caches; return the values after rounding.
 template <class A, class T>
 inline INLINE Pair<A> write(char *row, int64_t lane, const Pair<A> &results, bool streams) {
     using Near = typename Memory<T>::Near;

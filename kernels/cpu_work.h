@@ -11,23 +11,23 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu_plans.h"
+#include "cpu_structures.h"
 #include "cpu_rows.h"
 #include "cpu_steps.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 8192;         // lanes: a row, its neighbours and its gradient stay in a cache of 256 KB
+constexpr int64_t BLOCK = 8192;         // lanes: a row, its neighbours and its gradient fit in a cache of 256 KB
 constexpr int64_t ITEM = 1 << 16;       // elements: enough to hide the cost of fetching an item
-constexpr int64_t COPIES = 2048;        // elements of a mask for several short rows
-constexpr int64_t PROGRAMS = 1024;      // at most, for each tensor
+constexpr int64_t COPIES = 2048;        // elements of a mask that is repeated for several short rows
+constexpr int64_t PROGRAMS = 1024;      // the most programs for each tensor
 constexpr int64_t SERIAL = 3 << 17;     // elements below which waking a second thread costs more than it saves
 constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
 constexpr int64_t LARGE = 1 << 22;      // bytes of an output from which huge pages are asked for
-constexpr double SLOW_PAGE = 1e-3;      // seconds for a huge page; 512 small ones take about as long
+constexpr double SLOW_PAGE = 1e-3;      // seconds for a huge page; 512 small pages take about as long
 constexpr int64_t STREAMED = 1 << 23;   // bytes of all outputs from which they are written past the caches
 
-/// The items of a view, and how many programs share them.
+/// The items of work of a view, and the number of programs that share them.
 struct Tiling {
     Sizes sizes;
     int64_t blocks, run, runs, items, programs;
@@ -41,22 +41,22 @@ struct Tiling {
         programs = std::min(items, PROGRAMS);
     }
 
-    Tile place(int64_t item) const {
+    Tile tile(int64_t item) const {
         const int64_t lane = item % blocks * BLOCK, start = item / blocks % runs * run;
         return {item / blocks / runs, lane, std::min(BLOCK, sizes.inner - lane), start,
                 std::min(start + run, sizes.time)};
     }
 
-    /// Whether rows of this stride lie one after the other, and an item has all lanes of each.
+    /// Return whether rows of this stride are adjacent, and an item has all lanes of each row.
     bool dense(Strides strides) const { return strides.time == sizes.inner && blocks == 1; }
 
   private:
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
-/// The rows of a tensor seen as (outer, time, inner), or of packed rows.
+/// The rows of a tensor viewed as (outer, time, inner), or packed rows.
 struct Rows {
-    char *base = nullptr;  // null where there is no tensor
+    char *base = nullptr;  // null if there is no tensor
     Strides strides{};
     int32_t dtype = FLOAT32;
     int64_t itemsize = 0;
@@ -76,7 +76,7 @@ struct Rows {
     }
 };
 
-/// The rows of a mask. A single row for all time steps is copied for a span of several.
+/// The rows of a mask. If one row serves all time steps, it is repeated for a span of several steps.
 class MaskRows {
   public:
     MaskRows(const Rows &rows, const Tile &tile) : rows(rows), tile(tile) {}
@@ -96,11 +96,11 @@ class MaskRows {
     char copies[COPIES * sizeof(double)];
 };
 
-/// One walk over a tensor, and over those that are read and written beside it.
+/// One walk over a tensor, and over the tensors that are read and written beside it.
 struct Pass {
     Tiling tiling;
-    Rows x, mask, arrived, out;  // x: raw, or dropped alone
-    bool dense, fill;            // in all tensors rows lie one after the other; padding is written to
+    Rows x, mask, arrived, out;  // x is raw, or dropped in a walk without raw
+    bool dense, fill;            // the rows of all tensors are adjacent; padding is written
     bool streams = false;        // out is written past the caches
     RowCode code, padding;       // for rows that count, and for padding
 
@@ -116,18 +116,18 @@ struct Pass {
         fill = out.base && !counted.offsets;
     }
 
-    /// Do a program's share of the items.
+    /// Process a program's share of the items.
     Partials program(int64_t number, const Counted &counted) const {
         Partials sums;
         const int64_t stop = (number + 1) * tiling.items / tiling.programs;
         for (int64_t i = number * tiling.items / tiling.programs; i < stop; ++i)
-            sums += along_time(tiling.place(i), counted);
+            sums += along_time(tiling.tile(i), counted);
         if (streams) fence();
         return sums;
     }
 
   private:
-    /// Walk an item along time. Consecutive rows in one state are taken together.
+    /// Walk an item along time, and process consecutive rows in one state together.
     Partials along_time(const Tile &tile, const Counted &counted) const {
         Partials sums;
         MaskRows masks(mask, tile);
@@ -153,7 +153,7 @@ struct Pass {
         return sums;
     }
 
-    /// How many rows are taken together at most: a mask that is one row has room for so many copies.
+    /// Return how many rows may be processed together: a mask of one row has room for so many copies.
     int64_t at_once(const Tile &tile) const {
         if (!dense) return 1;
         if (!mask.base || mask.strides.time) return tile.stop - tile.start;
@@ -177,16 +177,16 @@ struct Pass {
     }
 };
 
-/// The processor time of the thread, which a thread that waits for the processor does not spend.
+/// Return the processor time of the thread, which does not grow while the thread waits for a processor.
 inline double thread_seconds() {
     timespec now;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
     return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-/// Ask for huge pages for a large output whose memory is fresh, and fetch them. Where that takes longer than as many small
-/// pages, ask for no more: the system first moves others out of the way, or is a virtual machine that has given its free
-/// huge pages back to its host.
+/// Ask for huge pages for a large output whose memory is fresh, and fetch them. If huge pages take longer than small
+/// ones, ask for no more. They do if the system first has to move other pages, or if a virtual machine has returned its
+/// free huge pages to its host.
 inline void fetch([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int threads) {
 #ifdef MADV_HUGEPAGE
     const auto begin = bits_of<std::uintptr_t>(output.base), end = begin + bytes;
@@ -206,7 +206,7 @@ inline void fetch([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t 
 #endif
 }
 
-// The threads of GNU OpenMP do not survive a fork: a parallel region would wait for them forever.
+// The threads of GNU OpenMP do not survive a fork, so a parallel region would wait for them forever.
 bool forked = false;
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -226,7 +226,7 @@ inline Partials run(Pass *passes, int64_t count, const Counted &counted, int thr
         return i < first ? passes[0].program(i, counted) : passes[1].program(i - first, counted);
     };
     Partials sums;
-    if (threads == 1) {  // without a parallel region, whose set-up takes longer than small tensors
+    if (threads == 1) {  // a parallel region takes longer to set up than small tensors take
         for (int64_t i = 0; i < programs; ++i) sums += program(i);
         return sums;
     }

@@ -1,4 +1,4 @@
-"""The host's side of a launch: arguments that stay the same, the compiled kernel, the current device, the ticket."""
+"""The host's side of a launch: the arguments of all calls, the compiled kernel, the current device, the ticket."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TICKETS = PerStream(torch.int32, 0)
 
 
 class Grid(NamedTuple):
-    """The programs of a launch: how many there are, on which device, and whether they draw tickets."""
+    """Say how many programs a launch has, on which device they run, and whether they draw tickets."""
 
     programs: int
     device: torch.device
@@ -24,22 +24,22 @@ class Grid(NamedTuple):
 
 
 class Launch:
-    """A kernel on one device, with the arguments that are the same in every call.
+    """Launch a kernel on one device, with arguments that are the same in every call.
 
     The first call goes through Triton's JIT launcher, which finds or compiles the code for the tensors of that call.
-    Later calls launch that code directly, which takes 3 us of host time instead of 14 (Triton 3.6). So the tensors of
-    all calls must agree in the facts that compiled code depends on: dtypes, alignment to 16 bytes, and the positions of
-    `None`.
+    Later calls launch that code directly, which takes 3 us of host time instead of 14 us (Triton 3.6). Therefore the
+    tensors of all calls must agree in the facts that compiled code depends on: dtypes, alignment to 16 bytes, and which
+    of them are `None`.
 
     Args:
-        kernel: a jit function. Its parameters are a ticket; values that a call brings, tensors and numbers; numbers
-            that stay the same; and compile-time constants, in this order.
+        kernel: a jit function. Its parameters are, in this order: a ticket; the values of a call, tensors and numbers;
+            numbers that stay the same; and compile-time constants.
         arguments: the numbers that stay the same.
         constants: compile-time arguments by name.
-        grid: how many programs to launch, and the device where the tensors are.
+        grid: the number of programs, and the device of the tensors.
 
     Attributes:
-        draws: whether the kernel draws tickets; another one gets `None`.
+        draws: whether the kernel draws tickets; otherwise it gets `None`.
     """
 
     def __init__(self, kernel: Any, arguments: Sequence[float], constants: dict[str, Any], grid: Grid) -> None:
@@ -80,9 +80,9 @@ class Launch:
     def ticket(self, stream: int | None) -> Tensor:
         """Return a counter, (1,) int32, for a launch on a stream; the launch leaves it at 0.
 
-        docs/kernels.md says why launches that share it, on streams of one handle, cannot spoil it for later ones.
+        Two streams with the same handle share a counter. docs/kernels.md says why their launches cannot spoil it.
         """
-        if stream is None:  # the interpreter may be cut off halfway, so nothing is left to the next launch
+        if stream is None:  # an interpreted launch may be cut off, and must not leave its counter to the next one
             return torch.zeros(1, dtype=torch.int32, device=self.device)
         if self.is_captured():
             return TICKETS.drawn(self.device)

@@ -1,7 +1,7 @@
-"""The sum in one launch and a fixed order that all forward kernels share, and the factors of the sums.
+"""The sum of all programs in one launch, in a fixed order, and the factors of the sums.
 
-Every program leaves its partial sums in memory and takes a ticket. The one that draws the last ticket adds all
-partial sums, always in the same order, so the result does not depend on which program that was.
+Every program leaves its partial sums in memory and draws a ticket. The program that draws the last ticket adds all
+partial sums, always in the same order, so the result does not depend on which program this is.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(512)  # partial sums or counts that a program loads at once
+CHUNK = tl.constexpr(512)  # partial sums or counts that the last program loads at once
 
 
 class Weights(NamedTuple):
-    """The factors of the two sums, inside a kernel: float64 numbers, or pointers to them.
+    """Hold the factors of the two sums inside a kernel: float64 numbers, or pointers to them.
 
     alpha, beta          coefficients
-    alpha_at, beta_at    pointers to coefficients in memory, which take the place of the numbers, or None
-    ar_scale, tar_scale  one over the divisors, unless they are counted
-    counts               pointer to (2,) int64, how many steps and changes count, or None
-    hidden               elements a time step of a sequence
+    alpha_at, beta_at    pointers to coefficients in memory, which replace the numbers; or None
+    ar_scale, tar_scale  one over the divisors, unless there are counts
+    counts               pointer to (2,) int64, the numbers of steps and changes that count; or None
+    hidden               number of elements in one time step of a sequence
     """
 
     alpha: Any
@@ -36,7 +36,7 @@ class Weights(NamedTuple):
 
 @triton.jit
 def coefficients(weights, dtype: tl.constexpr):
-    """Return alpha and beta, float64; those in memory as the dtype of the computation has them."""
+    """Return alpha and beta as float64; coefficients in memory are first rounded to the dtype of the computation."""
     alpha = tl.full((), weights.alpha, tl.float64)
     beta = tl.full((), weights.beta, tl.float64)
     if weights.alpha_at is not None:
@@ -48,7 +48,7 @@ def coefficients(weights, dtype: tl.constexpr):
 
 @triton.jit
 def scales(weights):
-    """Return one over the divisors of AR and of TAR, float64: as given, or from the counts."""
+    """Return one over the divisors of AR and of TAR, as float64: the given scales, or scales from the counts."""
     ar_scale = tl.full((), weights.ar_scale, tl.float64)
     tar_scale = tl.full((), weights.tar_scale, tl.float64)
     if weights.counts is not None:
@@ -59,7 +59,7 @@ def scales(weights):
 
 @triton.jit
 def one_over(count):
-    """Compute one over a count, float64, or 1 where it is 0."""
+    """Compute one over a count as float64, or 1 if the count is 0."""
     return 1.0 / tl.maximum(count, 1).to(tl.float64)
 
 
@@ -69,7 +69,7 @@ def factors(weights, upstream):
 
         2 * alpha * ar_scale * upstream, 2 * beta * tar_scale * upstream
 
-    The upstream gradient comes last: with a coefficient alone it may overflow.
+    The upstream gradient is multiplied last, because its product with only a coefficient may overflow.
     """
     alpha, beta = coefficients(weights, upstream.dtype)
     ar_scale, tar_scale = scales(weights)
@@ -80,14 +80,14 @@ def factors(weights, upstream):
 
 @triton.jit
 def finish(ar, tar, records, ticket, weights, penalty, terms):
-    """Add up the partial sums of all programs, in the last of them, and write the penalty and its terms.
+    """Let the last program add up the partial sums of all programs, and write the penalty and its terms.
 
         terms = ar_scale * sum of ar, tar_scale * sum of tar
         penalty = alpha * terms[0] + beta * terms[1], without a term whose coefficient is 0
 
     ar, tar         scalars, this program's partial sums of squares
-    records         (3, programs) in ACC, whose rows 1 and 2 are for the sums of all programs
-    ticket          (1,) int32, as `is_last` wants it
+    records         (3, programs) in ACC; its rows 1 and 2 hold the sums of all programs
+    ticket          (1,) int32, a counter for `is_last`
     weights         coefficients and scales
     penalty, terms  () and (2,) out in ACC; terms may be None
     """
@@ -118,12 +118,12 @@ def finish(ar, tar, records, ticket, weights, penalty, terms):
 
 @triton.jit
 def is_last(ticket):
-    """Draw a ticket, once all stores of this program are made; return whether it is the last of the launch.
+    """Draw a ticket after all stores of this program; return whether it is the last ticket of the launch.
 
     The ticket, (1,) int32, is a multiple of the number of programs before the launch and after it.
     """
     programs = tl.num_programs(0)
-    tl.debug_barrier()  # this program's stores come before its ticket, whichever threads make them
+    tl.debug_barrier()  # the stores of all threads of this program come before its ticket
     last = (tl.atomic_add(ticket, 1, sem="acq_rel") + 1) % programs == 0
     if last:
         tl.atomic_add(ticket, 0 - programs, sem="relaxed")  # a store of 0 would undo the tickets of others
@@ -132,5 +132,5 @@ def is_last(ticket):
 
 @triton.jit
 def weighted(coefficient, term):
-    """Multiply a term by its coefficient; one that is 0 leaves it out, even if it is infinite or NaN."""
+    """Multiply a term by its coefficient; a coefficient of 0 leaves the term out, even if it is infinite or NaN."""
     return tl.where(coefficient == 0, 0.0, coefficient.to(term.dtype) * term)

@@ -1,4 +1,4 @@
-"""The time steps that count on GPUs, marked and counted once a call, in one launch."""
+"""The time steps that count, on GPUs: one launch in each call encodes them as bytes, and counts them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastreg.kernels.reduction import CHUNK, is_last
 from fastreg.kernels.tiling import LARGE, WARPS, ceil_div
 from fastreg.kernels.view import Layout, allocator
 
-SHARE = 4096  # steps that a program marks at least
-STEPS = 1024  # steps that it marks at once
+SHARE = 4096  # steps: the least that a program gets
+AT_ONCE = 1024  # steps that a program encodes at once
 
 
 @triton.jit(do_not_specialize=["lengths", "valid", "starts", "partials", "ticket", "total", "time", "share"])
@@ -31,33 +31,33 @@ def steps_kernel(
     time,
     share,
     INDEX: tl.constexpr,
-    STEPS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Mark the time steps that count, and count them.
+    """Encode which time steps count, and count them.
 
         counts[t] = t < length and valid[t]
         change into t counts = counts[t] and counts[t - 1] and not starts[t]
 
-    ticket    (1,) int32, as `is_last` wants it
-    lengths   (sequences,) integers, how many time steps of a sequence count; None if all do
-    valid     (sequences, time) bool, which time steps count; None if all do
-    starts    (sequences, time) bool, the steps that no change leads to, or None
-    steps     (sequences, time) uint8 out: bit 0 if a step counts, bit 1 if the change into it does
-    counts    (2,) int64 out: how many of each
-    partials  (2, programs) int64: those of each program
-    total     steps of all sequences
-    time      steps of a sequence
-    share     steps of a program
+    ticket    (1,) int32, a counter for `is_last`
+    lengths   (sequences,) integers, the number of time steps of each sequence that count; None if all count
+    valid     (sequences, time) bool, true at time steps that count; None if all count
+    starts    (sequences, time) bool, true at steps into which no change counts; or None
+    steps     (sequences, time) uint8 out: bit 0 is set if the step counts, bit 1 if the change into it counts
+    counts    (2,) int64 out: the numbers of such steps and changes
+    partials  (2, programs) int64: the counts of each program
+    total     number of steps of all sequences
+    time      number of steps of a sequence
+    share     number of steps of a program
     INDEX     integer dtype that counts steps
-    STEPS     steps that a program marks at once
+    AT_ONCE   steps that a program encodes at once
     """
     programs = tl.num_programs(0)
     begin = tl.cast(tl.program_id(0), INDEX) * share
     end = tl.minimum(begin + share, total)
-    rows = tl.zeros((STEPS,), tl.int32)
-    pairs = tl.zeros((STEPS,), tl.int32)
-    for first in range(begin, end, STEPS):
-        at = first + tl.arange(0, STEPS)
+    rows = tl.zeros((AT_ONCE,), tl.int32)
+    pairs = tl.zeros((AT_ONCE,), tl.int32)
+    for first in range(begin, end, AT_ONCE):
+        at = first + tl.arange(0, AT_ONCE)
         step = at % time
         inside = at < end
         now = inside
@@ -85,20 +85,20 @@ def steps_kernel(
             tl.store(counts + i, tl.sum(tl.load(at, mask=columns < programs, other=0, cache_modifier=".cg")))
 
 
-class Marker:
-    """Mark and count the time steps of sequences, once for all launches of a call.
+class Encoder:
+    """Encode and count the time steps of sequences that count, once for all launches of a call.
 
     Args:
         shape: `(sequences, time)`.
-        device: where the activations are.
+        device: the device of the activations.
     """
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         total = shape[0] * shape[1]
         programs = min(ceil_div(total, SHARE), CHUNK.value)
-        share = ceil_div(ceil_div(total, programs), STEPS) * STEPS
+        share = ceil_div(ceil_div(total, programs), AT_ONCE) * AT_ONCE
         index = tl.int64 if total >= LARGE else tl.int32
-        constants = {"INDEX": index, "STEPS": STEPS, "num_warps": WARPS, "enable_fp_fusion": True}
+        constants = {"INDEX": index, "AT_ONCE": AT_ONCE, "num_warps": WARPS, "enable_fp_fusion": True}
         self.launch = Launch(steps_kernel, (total, shape[1], share), constants, Grid(programs, device))
         self.steps = allocator(Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True))
         self.counts, self.partials = (
@@ -106,12 +106,12 @@ class Marker:
         )
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the marks and counts of `Steps`.
+        """Return the bits and counts of `Steps`.
 
         Args:
-            lengths: `(sequences,)` integers on the device: how many time steps count; `None` for all.
-            valid: `(sequences, time)` contiguous bool on the device: which time steps count.
-            starts: like valid: the steps that no change leads to.
+            lengths: `(sequences,)` integers on the device: how many time steps count; `None` if all count.
+            valid: `(sequences, time)` contiguous bool on the device: which time steps count; `None` if all count.
+            starts: like valid: the steps into which no change counts.
         """
         steps, counts, partials = self.steps(), self.counts(), self.partials()
         self.launch(lengths, valid, starts, steps, counts, partials)

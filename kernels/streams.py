@@ -1,4 +1,4 @@
-"""Device memory that outlives a launch: tickets for each stream, an expected upstream gradient for each plan.
+"""Device memory that outlives a launch: tickets of each stream, and the expected upstream gradient of each plan.
 
 Launches on one stream run one after another. Launches on different streams, and replays of CUDA graphs, may run at the
 same time.
@@ -13,17 +13,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-RESERVE = 4096  # elements a device that are filled at once: for streams, for plans, and for tickets of CUDA graphs
+RESERVE = 4096  # elements that are allocated at once on a device: for streams, for plans, and for CUDA graphs
 
 
 class Reserve:
-    """Elements of device memory, (1,), that all begin with the same value.
+    """Hand out elements of device memory, (1,), that all begin with the same value.
 
-    They are never freed, as a CUDA graph may write to one in each replay.
+    They are never freed, because a CUDA graph may write to one in each replay.
 
     Args:
-        dtype: of an element.
-        value: the value that it begins with.
+        dtype: the dtype of an element.
+        value: its first value.
     """
 
     def __init__(self, dtype: torch.dtype, value: float) -> None:
@@ -33,7 +33,7 @@ class Reserve:
         self._filled: list[Tensor] = []
 
     def draw(self, device: torch.device) -> Tensor | None:
-        """Draw an element; `None` if there is none left while a CUDA graph is captured, which may not wait."""
+        """Draw an element; return `None` if none is left during the capture of a CUDA graph, which may not wait."""
         with self._lock:
             free = self._free.setdefault(device, [])
             if not free and not is_captured(device):
@@ -44,25 +44,25 @@ class Reserve:
             return free.pop() if free else None
 
     def new(self, count: int, device: torch.device) -> Tensor:
-        """Allocate elements, which a CUDA graph that is captured fills in each replay."""
+        """Allocate and fill elements; during the capture of a CUDA graph, each replay fills them."""
         return torch.full((count,), self.value, dtype=self.dtype, device=device)
 
 
 class PerStream:
-    """An element of a reserve for each stream and number of programs, and for each launch that a graph captures."""
+    """Hold an element of a reserve for each stream and number of programs, and for each captured launch."""
 
     def __init__(self, dtype: torch.dtype, value: float) -> None:
         self._reserve = Reserve(dtype, value)
         self.of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
 
     def of(self, device: torch.device, stream: int, programs: int) -> Tensor:
-        """Return the element of a stream for launches of so many programs that no graph captures."""
+        """Return the element of a stream for launches with a number of programs; a captured launch takes `drawn`."""
         key = device, stream, programs
         found = self.of_stream.get(key)
         return self.of_stream.setdefault(key, self.drawn(device)) if found is None else found
 
     def drawn(self, device: torch.device) -> Tensor:
-        """Return an element for one captured launch, as a graph's replays may run at the same time as anything else.
+        """Return an element for one captured launch, because replays of a graph may run beside any other launch.
 
         If the reserve has none left, the captured graph fills the element itself.
         """
@@ -71,13 +71,13 @@ class PerStream:
 
 
 class Expected:
-    """The upstream gradient that the next forward of a plan expects: that of the plan's last backward.
+    """Hold the upstream gradient that the next forward of a plan expects: it is the one of the plan's last backward.
 
-    A new plan expects that of the last backward of any plan on the device, and the first one expects 1.
+    A new plan expects the upstream gradient of the last backward of any plan on the device. The first plan expects 1.
 
     Args:
-        dtype: of the upstream gradient.
-        device: where the plan runs.
+        dtype: the dtype of the upstream gradient.
+        device: the device on which the plan runs.
     """
 
     _reserves: ClassVar = {dtype: Reserve(dtype, 1) for dtype in (torch.float32, torch.float64)}
@@ -88,12 +88,12 @@ class Expected:
         self.memory: Tensor | None = None  # (1,), which launches read and write
 
     def drawn(self) -> Tensor:
-        """Return the memory, which the first launch draws."""
+        """Return the memory; the first launch draws it from a reserve."""
         if self.memory is None:
             reserve = self._reserves[self.dtype]
             drawn = reserve.draw(self.device)
             if drawn is None:
-                return reserve.new(1, self.device)  # the captured graph's own
+                return reserve.new(1, self.device)  # memory of the captured graph
             latest = self._latest.get((self.device, self.dtype))
             if latest is not None and not is_captured(self.device):
                 drawn.copy_(latest)
@@ -101,7 +101,7 @@ class Expected:
         return self.memory
 
     def learn(self) -> Tensor:
-        """Return the memory for a backward, which writes its upstream gradient there."""
+        """Return the memory for a backward, which writes its upstream gradient into it."""
         memory = self.drawn()
         self._latest[self.device, self.dtype] = memory
         return memory

@@ -1,4 +1,4 @@
-"""The records that every backend shares: how tensors lie, the terms of a penalty, the time steps that count."""
+"""The records that all backends share: layouts and views of tensors, terms of a penalty, time steps that count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """All that views and compiled code depend on of a dense tensor, except its values."""
+    """Describe a dense tensor without its values: all facts that views and compiled code depend on."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -21,12 +21,12 @@ class Layout(NamedTuple):
 
 
 def layout_of(x: Any) -> Any:
-    """Describe a plain, dense tensor; return `None` for `None`."""
+    """Return the layout of a plain, dense tensor, or `None` for `None`."""
     return None if x is None else Layout(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
 def allocate(layout: Layout) -> Tensor:
-    """Allocate memory that is not initialized, not even in deterministic mode: a kernel writes every element."""
+    """Allocate uninitialized memory, also in deterministic mode, because a kernel writes every element."""
     shape, stride, dtype, device, _ = layout
     if not torch._C._get_deterministic_algorithms():  # the public function takes twice as long
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
@@ -36,9 +36,11 @@ def allocate(layout: Layout) -> Tensor:
 
 
 def allocator(layout: Layout | None, like: Tensor | None = None) -> Callable[..., Any]:
-    """Return a function that allocates memory of a layout as `allocate` does, in less time; `None` of no layout.
+    """Return a function that allocates memory of a layout as `allocate` does, but in less time.
 
-    With `like` the function takes a tensor that lies in memory as that one does.
+    Args:
+        layout: the layout, or `None`; then the function returns `None`.
+        like: a tensor with the strides of those that the function will be called with; `None` if it takes no argument.
     """
     if layout is None:
         return lambda *_: None
@@ -51,7 +53,7 @@ def allocator(layout: Layout | None, like: Tensor | None = None) -> Callable[...
 
 
 class Operand(NamedTuple):
-    """The dtype of a tensor, and its strides in elements from one sequence, and one time step, to the next."""
+    """Describe a tensor: its dtype, and its strides, in elements, between sequences and between time steps."""
 
     dtype: torch.dtype
     outer: int
@@ -59,12 +61,12 @@ class Operand(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The tensors of a walk, or facts about them, in the order in which backends take them; None for one not there.
+    """Hold the tensors of a walk, or facts about them, in the order in which backends take them; None if there is none.
 
-    raw, dropped            activations before and after dropout; dropped is written by a forward that has a mask
-    mask                    of dropout, already scaled
-    arrived                 a gradient that arrives at dropped where there is a mask
-    grad_raw, grad_dropped  gradients, which are written
+    raw, dropped            activations before and after dropout; a forward that has a mask writes dropped
+    mask                    the dropout mask, already scaled
+    arrived                 a gradient that arrives at dropped, in a call that has a mask
+    grad_raw, grad_dropped  gradients to write
     """
 
     raw: Any = None
@@ -76,9 +78,9 @@ class Operands(NamedTuple):
 
 
 class View(NamedTuple):
-    """Operands of one shape seen as `(outer, time, inner)` with a contiguous inner axis; no extent is 0.
+    """View operands of one shape as `(outer, time, inner)` with a contiguous inner axis; no extent is 0.
 
-    Of packed rows, whose place each call gives by offsets, both strides are that of the rows.
+    Each call says by offsets where packed rows begin. Both strides of a packed operand are the stride of its rows.
     """
 
     outer: int
@@ -88,14 +90,14 @@ class View(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The terms of a penalty, whatever its coefficients are.
+    """Say which terms of a penalty to compute, whatever its coefficients are.
 
-    dtype          of differences, squares and sums, and of the penalty
-    ar, tar        whether each term is formed
-    by_ar, by_tar  whether each term is in the penalty, and has a gradient: one that is only measured has none
-    ar_of_raw      AR is the mean square of raw, not of dropped
-    divisors       of the two sums; 1 and 1 in calls with counts
-    measured       the terms are written beside the penalty
+    dtype          dtype of differences, squares and sums, and of the penalty
+    ar, tar        whether each term is computed
+    by_ar, by_tar  whether each term is in the penalty, and has a gradient; a term that is only measured is not
+    ar_of_raw      whether AR is the mean square of raw instead of dropped
+    divisors       the divisors of the two sums; 1 and 1 in calls with counts
+    measured       whether the terms are written beside the penalty
     """
 
     dtype: torch.dtype
@@ -109,24 +111,24 @@ class Terms(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The time steps that count, or the place of packed rows. Calls in which all steps count have none.
+    """Say which time steps count, or where packed rows begin. A call in which all steps count has None instead.
 
-    marks    (outer, time) uint8 on the device of the activations: bit 0 if a time step counts, bit 1 if the change into
-             it does; None of packed rows
-    counts   (2,) int64 beside marks: how many of each; None where sums are not divided
-    offsets  (1 + time,) int64 on the CPU, of packed rows: where each time step begins, and how many rows there are
+    bits     (outer, time) uint8 on the device of the activations: bit 0 is set if the time step counts, bit 1 if the
+             change into it counts; None for packed rows
+    counts   (2,) int64 on the same device: the numbers of such steps and changes; None if the sums are not divided
+    offsets  (1 + time,) int64 on the CPU, for packed rows: where each time step begins, and how many rows there are
     """
 
-    marks: Tensor | None = None
+    bits: Tensor | None = None
     counts: Tensor | None = None
     offsets: Tensor | None = None
 
 
 class Values(NamedTuple):
-    """What a launch reads beside activations; a plan depends on none of it.
+    """Hold the values that a launch reads beside activations; no plan depends on them.
 
     alpha, beta  coefficients of AR and TAR: floats, or 0-dim tensors on the device of the activations
-    steps        the time steps that count, or the place of packed rows; None where all steps count
+    steps        the time steps that count, or the offsets of packed rows; None if all steps count
     """
 
     alpha: Any
@@ -135,12 +137,12 @@ class Values(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the forward of a backend returns.
+    """Hold the results of a forward.
 
-    penalty  ()
+    penalty  () the penalty
     terms    (2,) AR and TAR; None unless they are measured
-    assumed  the upstream gradient for which gradients were written, in the form that the backward compares; None where
-             none were written
+    assumed  the upstream gradient for which the forward has written gradients, in the form that the backward compares;
+             None if it has written none
     """
 
     penalty: Tensor

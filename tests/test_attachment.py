@@ -419,17 +419,19 @@ no_grad: Any = torch.no_grad()
 AT_ONCE = r"Output \d of FastregAttach\w* is a view and is being modified inplace"
 IN_PLACE = "modified by an inplace operation|changed in place before or by its dropout"
 LOST = r"the attached LSTM or its dropout ran without gradients"
-NOTHING = "nothing was captured: the loss depends on no run of the attached LSTM that an earlier loss has not taken"
+NOTHING = "nothing was captured: the loss depends on no run of the attached LSTM"
+TAKEN = "nothing was captured: an earlier loss has taken the run of the attached LSTM that this loss depends on"
 GAP = r"attached \w+ did not get the output of the LSTM: something lies between .* a full backward hook.*clear\(\)"
-TWICE = "got the same output of the LSTM twice, and AR is of one result"
+TWICE = "got the same output of the LSTM twice, and AR is defined for one dropped tensor"
 ALL, WITH = (None, PLAIN, FUSED), (PLAIN, FUSED)
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = {
     "no run": (lambda m, x: m.head(x).sum(), NOTHING, ALL),
     "a run of forward()": (lambda m, x: m.rnn.forward(x)[0].sum(), NOTHING, ALL),
     "a loss that depends on no run": (lambda m, x: (m(x), m.head(x).sum())[1], NOTHING, ALL),
+    "another loss": (lambda m, x: (m.head(x).sum(), setattr(m, "kept", m(x)))[0], f"{NOTHING}, though", ALL),
     "a copy of the loss": (lambda m, x: m(x).loss.detach().requires_grad_(), NOTHING, ALL),
-    "a run that is taken": (lambda m, x: (m.reg.take((a := m(x)).loss), a.loss)[1], NOTHING, ALL),
-    "one that is taken of two": (lambda m, x: (m.reg.take((a := m(x)).loss), m(x), a.loss)[2], NOTHING, ALL),
+    "a run that is taken": (lambda m, x: (m.reg.take((a := m(x)).loss), a.loss)[1], TAKEN, ALL),
+    "one that is taken of two": (lambda m, x: (m.reg.take((a := m(x)).loss), m(x), a.loss)[2], TAKEN, ALL),
     "a run that is cleared": (lambda m, x: (m(x), m.reg.clear())[0].loss, NOTHING, ALL),
     "no gradients": (lambda m, x: m.head(no_grad(m.begin)(x)[1]).sum(), LOST, ALL),
     "none of a frozen RNN": (lambda m, x: m.head(no_grad(freeze(m).begin)(x)[1]).sum(), LOST, ALL),
@@ -715,7 +717,7 @@ def test_a_forgotten_penalty_is_warned_of_at_the_second_backward_and_once(of: st
     model = Attached(kind, dropout)
     assert backwards(model, 1, of) == []
     (message,) = backwards(model, 1, of)
-    assert f"second backward goes through the output of the attached {kind.__name__}" in message
+    assert f"second backward runs through the output of the attached {kind.__name__}" in message
     assert "loss = regularizer.on_backward_begin(loss)" in message
     assert backwards(model, 3, of) == []
 
@@ -901,8 +903,8 @@ class Derived(FusedRNNDropout):
 LSTM, GRU, AXIS = nn.LSTM(1, 1), nn.GRU(1, 1, batch_first=True), FusedRNNDropout(time_dim=1)
 REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "module": ("lstm", {}, TypeError, "module: expected an nn.Module, got str"),
-    "cell": (nn.LSTMCell(1, 1), {}, TypeError, "module: expected one that runs .*LSTMCell, .*stack its outputs"),
-    "list": (nn.ModuleList([LSTM]), {}, TypeError, "module: expected one that is called itself, got ModuleList"),
+    "cell": (nn.LSTMCell(1, 1), {}, TypeError, "module: expected a module that runs .*LSTMCell, .*stack its outputs"),
+    "list": (nn.ModuleList([LSTM]), {}, TypeError, "module: expected a module that is called itself, got ModuleList"),
     "script": (torch.jit.script(LINEAR), {}, TypeError, "module: expected .* takes hooks, got a ScriptModule"),
     "dropout": (LSTM, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),
     "dropouts": (LSTM, {"dropout": nn.ModuleList()}, TypeError, "dropout: expected .*, got ModuleList"),
@@ -930,10 +932,10 @@ def test_attach_rejects(argument: str) -> None:
 @pytest.mark.parametrize(
     ("give", "options", "error", "message"),
     [
-        (lambda raw: None, {}, TypeError, r"expected the Returning to return a tensor .* got NoneType, .*output="),
-        (lambda raw: ([raw], 0), {}, TypeError, r"expected the Returning to return a tensor .* got list, .*output="),
+        (lambda raw: None, {}, TypeError, r"expected the Returning to return a tensor .* got NoneType; .*output="),
+        (lambda raw: ([raw], 0), {}, TypeError, r"expected the Returning to return a tensor .* got list; .*output="),
         (lambda raw: raw, {"output": str}, TypeError, "output: .* callable to pick a tensor .* got str"),
-        (lambda raw: raw[:, 0], {}, ValueError, r"from the Returning, got \(3, 6\)\. If that is one time step, attach"),
+        (lambda raw: raw[:, 0], {}, ValueError, r"from the Returning, got \(3, 6\)\. If this is one time step, attach"),
         (lambda raw: raw, {"valid": lambda x: 1}, TypeError, "valid: expected the callable .* None, got int"),
         (lambda raw: raw, {"starts": lambda x: [0]}, TypeError, "starts: expected the callable .*, got list"),
         (

@@ -110,7 +110,7 @@ def test_a_capture_is_that_of_the_device_of_the_tensors(kind: str, monkeypatch: 
     assert not is_captured(torch.device("cpu"))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     check_not_captured("lengths", torch.device(kind, 0))
-    with pytest.raises(RuntimeError, match=r"lengths: expected them on the GPU.* while a graph is captured"):
+    with pytest.raises(RuntimeError, match=r"lengths: expected them on the GPU.* during the capture of a graph"):
         check_not_captured("lengths", torch.device(kind, 1))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     check_not_captured("lengths", torch.device(kind, 1))  # of a fake tensor

@@ -204,7 +204,13 @@ def test_hidden_installations_and_another_distribution_are_named(
     (tmp_path / "fastreg").mkdir()
     (tmp_path / "fastreg" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert f"the installation in {tmp_path / 'fastreg'} is hidden" in remarks()[0]
+    hidden = f"the installation in {tmp_path / 'fastreg'} is hidden, because "
+    monkeypatch.chdir(ROOT)
+    assert f"{hidden}Python looks into the current folder first" in remarks()[0]
+    monkeypatch.chdir(tmp_path)
+    assert f"{hidden}{ROOT} comes before it in sys.path" in remarks()[0]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert f"{hidden}PYTHONPATH names {ROOT}" in remarks()[0]
     assert "the unrelated distribution 'fastreg' shares the name" in remarks()[-1]
 
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastreg import fused_ar_tar
 from fastreg.backends import backend_for
-from fastreg.reference import marked
+from fastreg.reference import encoded
 from tests.test_padding import ALPHA, BETA, by_both, given, marks
 
 
@@ -56,8 +56,8 @@ def test_backends_mark_and_count_as_the_formula(shape: tuple[int, int], given: s
         lengths[-1] = 2**40
     valid = torch.rand(shape, device=device) < 0.7 if "valid" in given else None
     starts = torch.rand(shape, device=device) < 0.2 if "starts" in given else None
-    got = backend.marker(shape, torch.device(device))(lengths, valid, starts)
-    want = marked(shape, lengths, valid, starts)
+    got = backend.encoder(shape, torch.device(device))(lengths, valid, starts)
+    want = encoded(shape, lengths, valid, starts)
     for x, y in zip(got, want, strict=True):
         assert x.dtype == y.dtype
         assert torch.equal(x, y)

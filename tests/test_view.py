@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastreg.fold import NARROW, Fold
 from fastreg.kernels.view import Layout, Steps, allocate, layout_of
 from fastreg.problem import Call, Kind, Place, sizes_of
-from fastreg.reference import marked
-from fastreg.view import NARROW, Fold
+from fastreg.reference import encoded
 from tests.conftest import deterministic
 from tests.samples import HALF, transposed
 
@@ -62,7 +62,7 @@ def test_axes_fold(x: Tensor, options: dict[str, Any], sizes: tuple[int, ...], c
     options, lengths = dict(options), options.get("lengths")
     options.pop("lengths", None)
     axis = Place(**options).axis() % x.dim() - x.dim()
-    steps = None if lengths is None else Steps(*marked(sizes_of(x, axis), lengths, None, None))
+    steps = None if lengths is None else Steps(*encoded(sizes_of(x, axis), lengths, None, None))
     fold = Fold([layout_of(x)], Call(x, None, 2.0, 1.0, steps, Kind(axis)))
     assert fold.view(())[:3] == sizes
     (read,) = fold.read([x])

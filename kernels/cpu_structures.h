@@ -1,4 +1,4 @@
-// The structures that cpu.py fills, field by field like its own, and the numbers that a launch reads and writes.
+// The structures that cpu.py fills, with the same fields as its own, and the numbers that a launch reads and writes.
 
 #pragma once
 
@@ -16,34 +16,35 @@ struct Strides {  // in elements
     int64_t outer, time;
 };
 
-/// The metadata of a call, the same in every one: of the penalty, of dropout with it, or of the gradients of both.
-struct Plan {
-    Sizes sizes;  // outer: sequences, of packed rows, too
+/// The metadata of an operation, which are the same in every call: a penalty, a dropout with it, or the gradients of
+/// both.
+struct Metadata {
+    Sizes sizes;  // outer is the number of sequences, also for packed rows
     Strides raw, mask, arrived, dropped, grad_raw, grad_dropped;
-    double ar_divisor, tar_divisor;  // of the sums, in calls without counts
-    int32_t raw_dtype, dropped_dtype, compute_dtype;  // raw's is that of mask and arrived, too
+    double ar_divisor, tar_divisor;  // the divisors of the sums, in calls without counts
+    int32_t raw_dtype, dropped_dtype, compute_dtype;  // mask and arrived have raw's dtype
     int32_t sum_ar, sum_tar, grad_ar, grad_tar;       // whether each term is summed, and has a gradient
-    int32_t ar_of_raw;                                // AR is that of raw
+    int32_t ar_of_raw;                                // AR is the mean square of raw, not of dropped
 };
 
-/// Its memory and its coefficients. A null pointer is a term that is off, a gradient that is not needed, or a value that
-/// is not asked for.
+/// The memory and the coefficients of a call. A null pointer stands for a term that is off, for a gradient that is not
+/// needed, or for a result that is not needed.
 struct Addresses {
     const void *raw, *mask;
-    const void *arrived;  // a gradient that arrives at dropped where there is a mask
+    const void *arrived;  // a gradient that arrives at dropped, if there is a mask
     void *dropped;        // written in a forward that has a mask
     void *grad_raw, *grad_dropped;
     const void *upstream;      // () in the dtype of the computation: the gradient of the penalty
-    const void *assumed;       // () like upstream, the one that a forward assumed, writing gradients
-    const uint8_t *steps;      // (outer, time): bit 0 if a step counts, bit 1 if the change into it does; null: all do
-    const int64_t *counts;     // (2,): how many steps and changes count; null where the divisors are known
+    const void *assumed;       // () like upstream: the one for which a forward writes gradients
+    const uint8_t *steps;      // (outer, time), `Steps.bits`; null if all steps count
+    const int64_t *counts;     // (2,): the numbers of steps and changes that count; null if the divisors are known
     const int64_t *offsets;    // (1 + time,): where each time step of packed rows begins; null unless packed
     void *penalty, *terms;     // (), and (2,) ar and tar, like upstream; no penalty in a backward
     double alpha, beta;        // coefficients
 };
 
-/// The memory of `mark_steps`.
-struct Marking {
+/// The memory that `encode_steps` reads and writes.
+struct Encoding {
     const int64_t *lengths;
     const uint8_t *valid, *starts;
     uint8_t *steps;

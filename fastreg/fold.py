@@ -1,8 +1,9 @@
-"""Any layout as one view `(outer, time, inner)` with a contiguous inner axis.
+"""The view of any layout as `(outer, time, inner)` with a contiguous inner axis.
 
-Axes that lie one after the other in memory fold to one: `(batch, time, hidden)` is outer batch, inner hidden; a
-contiguous `(time, batch, hidden)` is outer 1, inner batch * hidden; a contiguous `(batch, channels, time, width)` is
-outer batch * channels, inner width. Where not all steps count, or packed, outer is always batch.
+Axes that are adjacent in memory fold to one axis. In `(batch, time, hidden)` outer is batch, and inner is hidden. In a
+contiguous `(time, batch, hidden)` outer is 1, and inner is batch * hidden. In a contiguous `(batch, channels, time,
+width)` outer is batch * channels, and inner is width. If not all steps count, or rows are packed, outer is always
+batch.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from fastreg.problem import Call, axes_of
 
 Cut: TypeAlias = tuple[Sequence[int], Sequence[int]]  # outer and inner axes
 
-NARROW = 64  # time steps in a row from which kernels for CPUs read them as they lie faster than a transposed copy
+NARROW = 64  # adjacent time steps from which kernels for CPUs read them in place faster than a transposed copy
 
 
 class Fold:
-    """How the axes of tensors of one shape fold to `(outer, time, inner)`, so that the fewest have to be copied.
+    """Fold the axes of tensors of one shape to `(outer, time, inner)`, so that as few tensors as possible are copied.
 
     Args:
-        layouts: of the first operands of a walk, `None` for one that no term reads.
-        call: whose activations have that shape.
+        layouts: the layouts of the first operands of a walk; `None` for an operand that no term reads.
+        call: a call whose activations have that shape.
 
     Attributes:
-        order: the axes, the slowest first, time among them.
-        rows: the axis whose stride is that of outer: its last, or time if outer has no axes.
-        sizes: of outer, time and inner.
-        copied: of each tensor whether kernels read a copy.
-        copies: whether they read any.
-        read: returns tensors, each in the layout of the one that the fold was made for, as kernels read them. A mask of
-            one row may be given without the axis of time that repeats it.
+        order: all axes, the slowest first.
+        rows: the axis that has outer's stride: the last axis of outer, or time if outer has no axes.
+        sizes: the sizes of outer, time and inner.
+        copied: for each tensor, whether kernels read a copy of it.
+        copies: whether kernels read any copy.
+        read: a function of tensors in these layouts that returns them as kernels read them. A mask of one row may be
+            given without the axis of time that repeats it.
     """
 
     def __init__(self, layouts: Sequence[Layout | None], call: Call) -> None:
@@ -47,7 +48,7 @@ class Fold:
         others = [axis for axis, size in enumerate(self.shape) if axis != self.time and size != 1]
         sequences = [axis for axis in others if axis == batch]
         has_rows = self.shape[self.time] >= NARROW and max([stride[self.time] for stride in strides]) <= 1
-        # Time is the innermost axis only where kernels for CPUs read many steps in a row, or where outer is batch.
+        # Time is the innermost axis only if kernels for CPUs read many adjacent steps, or if outer has to be batch.
         is_last = not self.is_whole or (has_rows and x.device.type == "cpu")
         most = len(others) if is_last else max(len(others) - 1, 0)
         orders = [others, *[sorted(others, key=lambda axis: -stride[axis]) for stride in strides]]
@@ -69,38 +70,38 @@ class Fold:
         self.read: Callable[[Sequence[Any]], Sequence[Any]] = self._read if self.copies else tuple
 
     def _fits(self, stride: Sequence[int], cut: Cut) -> bool:
-        """Return whether strides let outer and inner axes fold to one axis each, the inner one without gaps."""
+        """Return whether the outer and the inner axes fold to one axis each, the inner one without gaps."""
         outer, inner = cut
-        shape, stride = (*self.shape, 1), (*stride, 1)  # inner axes end with one of one element
+        shape, stride = (*self.shape, 1), (*stride, 1)  # add an axis of one element behind the inner axes
         neighbours = [*pairwise(outer), *pairwise([*inner, -1])]
         return all([stride[i] == stride[j] * shape[j] for i, j in neighbours])
 
     def _read(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """Return tensors with copies of those that kernels cannot read."""
+        """Return tensors, and instead of each tensor that kernels cannot read a copy."""
         return [self.copy(x) if copied and x is not None else x for x, copied in zip(tensors, self.copied, strict=True)]
 
     def copy(self, x: Tensor) -> Tensor:
-        """Return a copy that kernels can read; a tensor that repeats one time step still does."""
+        """Return a copy that kernels can read; if the tensor repeats one time step, the copy repeats it, too."""
         x, back = x.expand(self.shape), sorted(range(x.dim()), key=self.order.__getitem__)  # undoes `order`
         if x.stride(self.time) == 0:
             x = x.narrow(self.time, 0, 1)
         return x.permute(self.order).contiguous().permute(back).expand(self.shape)
 
     def _readable(self, x: Tensor) -> Tensor:
-        """Return the tensor, or a copy of one that has to be copied."""
+        """Return the tensor, or a copy if kernels cannot read it."""
         return x if self._fits(x.stride(), self.cut) else self.copy(x)
 
     def like(self, x: Layout) -> Layout:
-        """Describe memory for a gradient: dense, in the order of its tensor's axes if kernels can write that."""
+        """Return a dense layout for a gradient, in the order of its tensor's axes if kernels can write that."""
         found = self._readable(torch.empty_like(_meta(x)))
         return Layout(found.shape, found.stride(), x.dtype, x.device, aligned=True)
 
     def view(self, written: Sequence[Layout | None]) -> View:
-        """View the tensors, and operands behind them, which kernels write; one that has to be copied as its copy."""
+        """Return the view of the tensors, or of their copies, and of the operands that kernels write."""
         operands = Operands(*[None if x is None else self._operand(x) for x in (*self.layouts, *written)])
         outer, time, inner = self.sizes
         if self.is_whole and {x.outer for x in operands if x is not None} == {inner}:
-            return View(1, time, outer * inner, operands)  # as one sequence of longer rows
+            return View(1, time, outer * inner, operands)  # one sequence of longer rows
         return View(outer, time, inner, operands)
 
     def _operand(self, x: Layout) -> Operand:
@@ -109,5 +110,5 @@ class Fold:
 
 
 def _meta(x: Layout) -> Tensor:
-    """Return a tensor of a layout without memory."""
+    """Return a tensor that has a layout, but no memory."""
     return torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device="meta")
