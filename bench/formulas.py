@@ -9,14 +9,14 @@ ALPHA, BETA = 2.0, 1.0  # the coefficients of AWD-LSTM
 
 
 def fastai(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
-    """`(batch, time, hidden)`; what `RNNRegularizer.after_loss` of fastai 2.8 adds to the loss."""
+    """Compute what `RNNRegularizer.after_loss` of fastai 2.8 adds to the loss, from `(batch, time, hidden)`."""
     ar = alpha * dropped.float().pow(2).mean() if alpha else 0.0
     tar = beta * (raw[:, 1:] - raw[:, :-1]).float().pow(2).mean() if beta and len(raw) > 1 else 0.0
     return torch.as_tensor(ar + tar)
 
 
 def padded(raw: Tensor, dropped: Tensor, lengths: Tensor, alpha: float, beta: float) -> Tensor:
-    """`(batch, time, hidden)`; fastai's, with a mask that leaves out the padding behind each sequence."""
+    """Compute fastai's penalty with a mask that leaves out the padding of each sequence, `(batch, time, hidden)`."""
     there = (torch.arange(raw.shape[1], device=raw.device) < lengths.unsqueeze(-1)).unsqueeze(-1)
     hidden = raw.shape[-1]
     ar = (dropped.float().pow(2) * there).sum() / (there.sum() * hidden)
@@ -26,19 +26,19 @@ def padded(raw: Tensor, dropped: Tensor, lengths: Tensor, alpha: float, beta: fl
 
 
 def changes(x: Tensor, time_dim: int) -> Tensor:
-    """Any axes; what `TemporalSimilarityLoss` of facebookresearch/eb_jepa multiplies by `sim_coeff_t`."""
+    """Compute what `TemporalSimilarityLoss` of facebookresearch/eb_jepa multiplies by `sim_coeff_t`, for any axes."""
     x = x.movedim(time_dim, 0)
     return (x[1:] - x[:-1]).pow(2).mean()
 
 
 def awd_lstm_lm(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
-    """`(time, batch, hidden)`; what `train()` of salesforce/awd-lstm-lm adds to the loss."""
+    """Compute what `train()` of salesforce/awd-lstm-lm adds to the loss, from `(time, batch, hidden)`."""
     ar = alpha * dropped.pow(2).mean() if alpha else 0.0
     tar = beta * (raw[1:] - raw[:-1]).pow(2).mean() if beta else 0.0
     return torch.as_tensor(ar + tar)
 
 
 def rnn_dropout(raw: Tensor, p: float, batch_first: bool = True) -> Tensor:
-    """Drop units with one mask for all time steps, as fastai's `RNNDropout` and awd-lstm-lm's `LockedDropout`."""
+    """Drop units with one mask for all time steps, like fastai's `RNNDropout` and awd-lstm-lm's `LockedDropout`."""
     shape = (len(raw), 1, raw.shape[2]) if batch_first else (1, *raw.shape[1:])
     return raw * raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p)

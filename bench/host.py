@@ -1,10 +1,10 @@
 """Measure the host's part of a call, forward and backward: `taskset -c 0 python -m bench.host`.
 
 At AWD-LSTM's own shape a GPU waits for the host. The peers take turns, and a turn ends when its calls return, not when
-the device is done. Ratios are of the process's own time, to which other programs do not add. On the stand-in GPU of
-bench/NOTES.md the process has to stay on one core: else the hand-over to autograd's thread for the device costs more
-than all the rest. Without a GPU, CPU tensors go to launches that do nothing; the formulas would do their work there, so
-that only an empty autograd Function is measured beside fastreg.
+the device is done. Ratios are of the CPU time of the process, which does not include other programs. On the stand-in
+GPU of bench/NOTES.md the process has to stay on one core: otherwise most of the time goes into waking autograd's thread
+for the device. Without a GPU, launches do nothing with CPU tensors; as the formulas would still compute there, only an
+empty autograd Function is measured beside fastreg.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ CASES = {
     "fused_ar_tar, lengths": cases.PaddedCase(SHAPE, torch.float32),
 }
 PEERS, EMPTY = ("eager", "compiled", "fastreg"), "empty Function"
-SECONDS, CALLS = 3.0, 50  # of a case; of a turn
+SECONDS, CALLS = 3.0, 50  # the seconds of a case, and the calls of a turn
 INPUTS = 4
 
 
 class Empty(torch.autograd.Function):
-    """Measure autograd alone: two tensors in, a scalar out, two gradients back."""
+    """An autograd Function that computes nothing: two tensors in, a scalar out, two gradients back."""
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, dropped: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Empty(torch.autograd.Function):
 
 
 def calls_of(case: cases.Case, device: str) -> dict[str, Call]:
-    """Build one call of each peer, on a CPU of fastreg alone, and of an empty Function over two tensors."""
+    """Return a call of each peer, on a CPU only of fastreg, and a call of an empty Function over two tensors."""
     peers = PEERS if device == "cuda" else PEERS[-1:]
     calls = cases.calls(case, [case.inputs(device) for _ in range(INPUTS)], peers)
     raw, dropped = (torch.zeros(SHAPE, device=device, requires_grad=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A training in Lightning that goes on by a step a call."""
+"""A training in Lightning that makes one step for each call."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from bench.timing import Call
 from fastreg.lightning import ActivationRegularization
 
 EPOCH = 100  # steps
-Terms = Callable[..., tuple[Tensor, ...]]  # raw and dropped to the penalty, AR and TAR
+Terms = Callable[..., tuple[Tensor, ...]]  # computes the penalty, AR and TAR from raw and dropped
 
 
 class Batches(torch.utils.data.IterableDataset[Any]):
-    """Hand out batches of `todo` to a training in a thread of its own.
+    """Hand out the batches of `todo` to a training that runs in another thread.
 
-    The training asks for a batch when the step before is done. It has a length, or Lightning would ask ahead.
+    The training asks for a batch when the step before is done. This class has a length, because without one Lightning
+    asks for a batch ahead.
 
     Attributes:
         todo: the batches to come.
-        done: an item for each batch that is asked for, or the error that the training ended with.
+        done: an item for each request, or the error that ended the training.
     """
 
     def __init__(self) -> None:
@@ -44,13 +45,13 @@ class Batches(torch.utils.data.IterableDataset[Any]):
             yield self.todo.get()
 
     def wait(self) -> None:
-        """Wait until the training asks for a batch; raise the error that it ended with."""
+        """Wait until the training asks for a batch; raise the error that ended it, if one did."""
         if error := self.done.get():
             raise error
 
 
 class Module(pl.LightningModule):
-    """Train a model, with the penalty of `terms` written into its step; then AR and TAR are logged once an epoch."""
+    """Train a model with the penalty of `terms` in its step, and log AR and TAR once an epoch."""
 
     def __init__(self, net: Net, terms: Terms | None) -> None:
         super().__init__()
@@ -78,11 +79,11 @@ class Module(pl.LightningModule):
 
 
 def in_turns(net: Net, terms: Terms | None, sets: Sequence[tuple[Tensor, ...]], regularized: bool) -> Call:
-    """Start a training in a thread of its own; each call lets it make a step.
+    """Start a training in another thread, and return a function that lets it make one step.
 
     Args:
         net: the model.
-        terms: the penalty to be written into the step, if any.
+        terms: the penalty of the step, if the step computes it.
         sets: the batches.
         regularized: whether fastreg's callback adds the penalty.
     """
@@ -97,7 +98,7 @@ def in_turns(net: Net, terms: Terms | None, sets: Sequence[tuple[Tensor, ...]], 
     def train() -> None:
         try:
             trainer.fit(Module(net, terms), torch.utils.data.DataLoader(batches, batch_size=None))
-        except BaseException as error:  # for the thread that waits
+        except BaseException as error:  # the waiting thread raises it
             batches.done.put(error)
 
     threading.Thread(target=train, daemon=True).start()

@@ -22,12 +22,12 @@ ALLOCATORS = {
 
 
 def device_name() -> str:
-    """The GPU's, or the processor's."""
+    """Name the GPU or the processor."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
 
 
 def processor_name() -> str:
-    """The processor's with the vectors that PyTorch uses, on which the compiled formula depends, and its cores."""
+    """Name the processor, its cores, and the vector instructions that PyTorch uses, which compiled code depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -36,12 +36,12 @@ def processor_name() -> str:
 
 
 def file_name(device: str) -> str:
-    """Return the file of a result: one a device. Git keeps earlier results."""
+    """Return the file name of a device's result. Earlier results are in the history of git."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
 def facts() -> dict[str, str]:
-    """The device, the releases, and a digest of the source, for where there is no git to tell the commit."""
+    """Describe the device, the releases and the source, by a digest, as there may be no git to tell the commit."""
     return {"device": device_name(), "torch": torch.__version__, "triton": triton_version(), "source": source()}
 
 

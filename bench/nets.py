@@ -1,4 +1,4 @@
-"""Models of training steps, without a penalty."""
+"""The models whose training steps are measured; none computes a penalty."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch.nn import functional as F
 from bench.awd_lstm import AWDLSTM
 
 Activations = list[tuple[Tensor, Tensor]]  # raw and dropped of each regularized layer
-WORDS = 50  # of small models
+WORDS = 50  # the vocabulary of small models
 LEARNING_RATE = 0.01
 
 
 class Net(nn.Module):
-    """A model in training: `(batch, keep)` to the loss.
+    """A model that returns the loss of a batch: `net(batch, keep)`.
 
-    The model calls `keep` with raw and dropped of each regularized layer.
+    It calls `keep` with raw and dropped of each regularized layer.
 
     Attributes:
-        pairs: RNN and dropout of each regularized layer, for `attach`.
+        pairs: the RNN and the dropout of each regularized layer, for `attach`.
     """
 
     pairs: Sequence[tuple[nn.Module, nn.Module | None]]
 
 
 class MinGRU(nn.Module):
-    """A minimal GRU, `(batch, time, hidden)`, as a parallel scan of logarithms.
+    """A minimal GRU over `(batch, time, hidden)`, computed by a parallel scan of logarithms.
 
     Feng et al., "Were RNNs All We Needed?" (2024), appendix B.
     """
@@ -46,7 +46,7 @@ class MinGRU(nn.Module):
 
 
 class Tanh(nn.Module):
-    """An elementwise layer instead of a recurrent one, and much faster."""
+    """An elementwise layer, which is much faster than a recurrent one."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -57,7 +57,7 @@ class Tanh(nn.Module):
 
 
 class Stack(Net):
-    """Eight residual layers, all of them regularized; learns to predict a sequence."""
+    """Eight residual layers that learn to predict a sequence; each of them is regularized."""
 
     LAYERS = 8
 
@@ -113,7 +113,7 @@ class AWDLSTMNet(Net):
 
 
 class MambaNet(Net):
-    """A Mamba of Hugging Face, whose first block is regularized; its output is raw, and dropped as well."""
+    """Hugging Face's Mamba. The output of its first block is regularized, as raw and as dropped."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -132,7 +132,7 @@ class MambaNet(Net):
 
 
 class Hooked(Net):
-    """A model that gets its activations from two forward hooks on each layer, as anyone would write them."""
+    """A model whose activations are kept by two forward hooks on each layer, as users write them."""
 
     def __init__(self, net: Net):
         super().__init__()
@@ -159,7 +159,7 @@ def first_of(result: Any) -> Tensor:
 
 
 def forget(raw: Tensor, dropped: Tensor) -> None:
-    """Keep no activations."""
+    """Ignore the activations."""
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:

@@ -1,9 +1,9 @@
 """Predictions of the kernels' speed that need no GPU: `python -m bench.offline`.
 
-From the launch's plan for an H100: programs a multiprocessor and halo rows for each shape. Calculated: the share of a
-copy's bandwidth that forward and backward together should reach, which bench/on_gpu.ipynb shows beside the measured
-share. bench/NOTES.md draws the conclusions; `bench.host` measures the time on the host, and tests/test_compiled.py
-inspects the compiled code.
+For each shape it prints the programs on each multiprocessor and the halo rows, from the plan of a launch on an H100,
+and predicts the share of a copy's bandwidth that forward and backward should reach together. bench/on_gpu.ipynb shows
+this prediction beside the measurement, and bench/NOTES.md draws the conclusions. `bench.host` measures the time of the
+host, and tests/test_compiled.py inspects the compiled code.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from bench.report import OF_COPY, Result, table
 from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, Operands, View
 
-MULTIPROCESSORS = 132  # of an H100
-COPY = {  # bytes a second that a copy moves, both ways together, and the source of the figure
+MULTIPROCESSORS = 132  # an H100 has so many
+COPY = {  # bytes that a copy reads and writes in a second, and the source of the figure
     "T4": (0.29e12, "90% of the datasheet's 320 GB/s, a guess"),
     "L4": (0.27e12, "90% of the datasheet's 300 GB/s, a guess"),
     "A100": (1.4e12, "90% of the datasheet's 1555 GB/s (40 GB), a guess"),
@@ -27,7 +27,7 @@ COPY = {  # bytes a second that a copy moves, both ways together, and the source
     "H200": (4.3e12, "90% of the datasheet's 4800 GB/s, measured"),
     "B200": (7.0e12, "88% of the datasheet's 8000 GB/s, a guess"),
 }
-FORWARD, BACKWARD = 4.6e-6, 2.5e-6  # seconds beyond the traffic: trips to memory in a row, and the ticket
+FORWARD, BACKWARD = 4.6e-6, 2.5e-6  # seconds that a launch takes beside its traffic, for latencies and the ticket
 
 
 def cut(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int]:
@@ -41,8 +41,9 @@ def cut(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int]
 def share(shape: tuple[int, int, int], dtype: torch.dtype, copy: float) -> float:
     """Predict the share of a copy's bandwidth that a forward that writes gradients and its backward reach together.
 
-    Both tensors are read and both gradients written once, and raw's halo rows are read again. Only traffic counts, and
-    the time that each launch takes beside it; not the last, half empty wave of programs, nor hits in the L2 cache.
+    Both tensors are read once, both gradients are written once, and raw's halo rows are read again. The model counts
+    this traffic and a constant time for each launch. It ignores hits in the L2 cache, and that the last programs do not
+    fill the GPU.
     """
     _, runs, _ = cut(shape, dtype)
     traffic = 4 * math.prod(shape) * dtype.itemsize
@@ -51,7 +52,7 @@ def share(shape: tuple[int, int, int], dtype: torch.dtype, copy: float) -> float
 
 
 def beside(result: Result) -> str:
-    """Render the measured share of the copy beside the predicted, at the copy's bandwidth of the same run."""
+    """Render the measured share of a copy's bandwidth beside the prediction for the copy of the same run."""
     copy = result.machine["copy_bandwidth"]
     rows = [["shape, dtype", "of the copy, measured", "predicted"]]
     for case in result.of(BOTH):

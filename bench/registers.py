@@ -1,8 +1,8 @@
-"""Figures of the kernels' code as compiled for an H100, without one: `python -m bench.registers`.
+"""Figures of the code that Triton compiles for an H100, which need no GPU: `python -m bench.registers`.
 
-Of the penalty and of dropout: registers, spills, widths of loads, instructions a byte, and how many programs fit on a
-multiprocessor, with their bytes in flight. bench/NOTES.md draws the conclusions; tests/test_compiled.py bounds the
-first three.
+It prints, for the penalty and for dropout, the registers, spills, widths of loads, instructions per byte, the number of
+programs that fit on a multiprocessor, and their bytes in flight. bench/NOTES.md draws the conclusions, and
+tests/test_compiled.py bounds the first three.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fastreg.kernels.ar_tar import ar_tar_kernel
 from fastreg.plans import forget
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-REGISTERS, MOST_THREADS = 65536, 2048  # of a multiprocessor
-BANDWIDTH, LATENCY = 3.35e12, 0.7e-6  # bytes a second by the datasheet; seconds, about, that a busy memory takes
+REGISTERS, MOST_THREADS = 65536, 2048  # a multiprocessor has so many
+BANDWIDTH, LATENCY = 3.35e12, 0.7e-6  # bytes a second by the datasheet; seconds of a load from busy memory
 HEAD = ["way", "dtype", "registers", "spilled", "wide loads", "instructions a byte", "fit", "in flight"]
 
 
 def compiled(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """Compile the kernel in all its ways, as calls on an H100 would, and name each."""
+    """Compile each variant of the kernel, as calls on an H100 would, and name it."""
     raw, dropped = (torch.zeros(4, 70, 400, dtype=dtype, requires_grad=True) for _ in range(2))
     valid = torch.ones(4, 70, dtype=torch.bool)
 
@@ -61,8 +61,8 @@ def compiled(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
 def figures(binary: Any) -> list[str]:
     """Describe the code of one kernel.
 
-    Registers, bytes spilled, loads of 16 bytes in the inner loop, its instructions for each byte that a thread moves,
-    programs that fit on a multiprocessor, and their bytes in flight over those that Little's law asks for.
+    The figures are registers, spilled bytes, loads of 16 bytes in the inner loop, its instructions for each byte that a
+    thread moves, the programs that fit on a multiprocessor, and their bytes in flight over what Little's law asks for.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -83,7 +83,7 @@ def figures(binary: Any) -> list[str]:
 
 
 def inner_loop(sass: str) -> list[str]:
-    """Find the shortest loop, from the target of a branch back to that branch, that has wide loads."""
+    """Find the shortest loop, from the target of a backward branch to that branch, that has wide loads."""
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/;]+);", sass)]
     loops = []
     for at, text in code:

@@ -1,8 +1,8 @@
 """Tables and plots of the measurements: `python -m bench.report`.
 
-Of each bench/results/DEVICE.json it writes DEVICE.md, with every case, and a plot. Of the latest machine it renders the
-training steps between the markers of README.md, and three tables between those of docs/performance.md. Nothing in them
-is typed: tests/test_bench.py fails when they disagree with the JSON.
+For each bench/results/DEVICE.json it writes DEVICE.md, with every case, and a plot. From the latest machine it renders
+the training steps between the markers in README.md, and three tables between the markers in docs/performance.md. No
+figure is typed: tests/test_bench.py fails when a page disagrees with the JSON.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from bench.steps import BY_HAND, COMPILED, STEP, WITHOUT
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
 SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
-HOW = {  # the setting of each allocator, after a machine's name
+HOW = {  # the words for each allocator, which follow a machine's name
     KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
     DEFAULT: "the system's default allocator, which fetches large temporaries anew in each call",
 }
 CHEAP = "8 elementwise layers, (4, 256, 256)"
-HEADLINE = {  # training steps in the README, and their names there: recurrent models, and last an elementwise one
-    "AWD-LSTM, (64, 70, 400)": "AWD-LSTM, 64x70x400",  # of a GPU
-    "AWD-LSTM, (20, 70, 400)": "AWD-LSTM, 20x70x400",  # of a CPU
+HEADLINE = {  # the training steps in the README, and their names there
+    "AWD-LSTM, (64, 70, 400)": "AWD-LSTM, 64x70x400",  # on a GPU
+    "AWD-LSTM, (20, 70, 400)": "AWD-LSTM, 20x70x400",  # on a CPU
     "8 minGRU layers, (4, 256, 256)": "8 minGRUs, 4x256x256",
     "LSTM, (16, 35, 60)": "LSTM, 16x35x60",
     CHEAP: "8 times `tanh(x * weight)`, 4x256x256",
 }
-STEPS = *HEADLINE, "LSTM, (8, 10, 16)"  # in docs/performance.md, as are these calls
+STEPS = *HEADLINE, "LSTM, (8, 10, 16)"  # these steps, and the calls below, are in docs/performance.md
 CALLS = (
     *("(20, 70, 96), float32", "(64, 70, 400), float32", "(64, 70, 400), bfloat16"),
     *("(32, 512, 1024), float32", "(32, 512, 1024), bfloat16"),
 )
-PEERS = "compiled", "eager"  # in the order of all tables
+PEERS = "compiled", "eager"  # in this order in all tables
 SHAPE = "(batch, time, hidden), dtype"
 ADDED, PEAK, LEAST, OF_COPY = "added, ms", "peak, MB", "must move, MB", "of copy, %"  # headings
-# The standard error of a median, times the root of the count, over the interquartile range, where times are normal.
+# If times are normal, this times the interquartile range over the root of the count is a median's standard error.
 ERROR = math.sqrt(math.pi / 2) / 1.349
-MOST_NAMES = 5  # of tests or cases in a sentence
-STEP_PEERS = {  # heading of each peer's column; a peer that a result does not have gets no column
+MOST_NAMES = 5  # that a sentence names of tests or cases
+STEP_PEERS = {  # peer -> heading of its column, which a table has if the result has the peer
     WITHOUT: "without",
     "compiled": "compiled formula",
     "eager": "formula",
@@ -58,8 +58,8 @@ STEP_PEERS = {  # heading of each peer's column; a peer that a result does not h
     "attach": "`attach`",
     "FusedRNNDropout": "`FusedRNNDropout`",
 }
-CALLING = list(STEP_PEERS)[3:]  # each of them calls fastreg
-OURS = {STEP: "attach", COMPILED: "fused_ar_tar"}  # the peer that all are compared with, by pass, else "fastreg"
+CALLING = list(STEP_PEERS)[3:]  # the peers that call fastreg
+OURS = {STEP: "attach", COMPILED: "fused_ar_tar"}  # pass -> the peer that is compared with all; otherwise "fastreg"
 GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of bench.benchmarks: the name in a row, which is the heading of a column, and its unit
     "first_seconds": ("first, s", 1),
@@ -78,14 +78,14 @@ FIGURES = {  # of bench.benchmarks: the name in a row, which is the heading of a
 
 
 class Measured(NamedTuple):
-    """A median, and its standard error."""
+    """A median and its standard error."""
 
     median: float
     error: float
 
     @property
     def is_clear(self) -> bool:
-        """Whether it can be told from 0."""
+        """Whether the median can be told from 0."""
         return abs(self.median) > 2 * self.error
 
     def over(self, other: Measured) -> str:
@@ -95,7 +95,7 @@ class Measured(NamedTuple):
 
 @dataclass
 class Case:
-    """One case: its facts, and the row of each peer, as `bench.run.rows` makes it."""
+    """One case: its facts, and the row that `bench.run.rows` has made of each peer."""
 
     info: dict[str, Any]
     peers: dict[str, dict[str, Any]]
@@ -113,7 +113,7 @@ class Case:
         return ", ".join([shape, self.info["dtype"], *extra, *["raw is dropped"] * self.info.get("same", False)])
 
     def figure(self, peer: str, key: str) -> Measured:
-        """Return a figure that the row of a peer has as a median and a spread."""
+        """Return a figure of a peer, whose row has it as a median and a spread."""
         median, spread = self.peers[peer][key]
         return Measured(median, ERROR * spread / math.sqrt(self.peers[peer]["count"]))
 
@@ -129,7 +129,7 @@ class Result:
     date: str
     missing: dict[str, dict[str, str]]  # case -> peer -> why it is not measured
     cases: list[Case]
-    tests: dict[str, Any] | None = None  # what `bench.run test` wrote
+    tests: dict[str, Any] | None = None  # the record that `bench.run test` wrote
 
     @property
     def on_gpu(self) -> bool:
@@ -141,12 +141,12 @@ class Result:
         return self.cases[0].allocator if self.cases else DEFAULT
 
     def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
-        """Return the cases of one pass, with `labels` those that they name, in their order."""
+        """Return the cases of one pass; or those named by `labels`, in that order."""
         cases = {case.label: case for case in self.cases if case.info["pass"] == kind}
         return [cases[label] for label in labels or cases if label in cases]
 
     def parts(self) -> list[Result]:
-        """Split the cases of a CPU by allocator, memory kept first; those of a GPU stay together."""
+        """Split the cases of a CPU by allocator, memory kept first; a GPU's cases stay together."""
         parts = [[case for case in self.cases if case.allocator == allocator] for allocator in ALLOCATORS]
         return [replace(self, cases=cases) for cases in parts if cases] or [self]
 
@@ -162,7 +162,7 @@ def load(file: Path) -> Result:
 
 
 def number(x: float) -> str:
-    """Three digits that count."""
+    """Render a number with three significant digits."""
     return f"{float(f'{x:.3g}'):g}"
 
 
@@ -172,7 +172,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def where(result: Result) -> str:
-    """The machine, the versions and the commit, in a line."""
+    """Name the machine, the versions and the commit in one line."""
     machine, commit = result.machine, result.commit
     dirty = " with changes" if commit.get("dirty") else ""
     parts = [f"PyTorch {machine['torch']}", f"Python {machine['python_version']}"]
@@ -185,8 +185,8 @@ def where(result: Result) -> str:
 
 
 def caveats(result: Result) -> str:
-    """Return the outcome of the tests, and the cases that could not be measured, a sentence each."""
-    sentences = [tests_outcome(result)] * (result.on_gpu or result.tests is not None)  # a CPU's are `make test`
+    """Return a sentence about the outcome of the tests, and one about the cases that could not be measured."""
+    sentences = [tests_outcome(result)] * (result.on_gpu or result.tests is not None)  # on a CPU, `make test` runs them
     reasons: dict[str, list[str]] = {}
     for name, peers in result.missing.items():
         for why in dict.fromkeys(peers.values()):
@@ -197,12 +197,12 @@ def caveats(result: Result) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first few, and how many there are beside them."""
+    """List the first few names, and count the others."""
     return ", ".join(names[:MOST_NAMES]) + f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
 
 
 def tests_outcome(result: Result) -> str:
-    """Return how many tests passed and which failed on this device, and the findings of compute-sanitizer."""
+    """Describe how many tests passed, which tests failed, and what compute-sanitizer found."""
     if result.tests is None:
         return "The tests on this device: no outcome is recorded."
     files = result.tests["files"].values()
@@ -215,13 +215,13 @@ def tests_outcome(result: Result) -> str:
 
 
 def call_table(result: Result, labels: Iterable[str] = ()) -> str:
-    """Render the time of a call, forward and backward, how many times as fast fastreg is, and the figures of a GPU."""
+    """Render the time of a forward and backward, fastreg's speed over the peers, and on a GPU its other figures."""
     head = [SHAPE, f"{PEERS[0]}, ms", *PEERS[1:], "fastreg", *(f"against {peer}" for peer in PEERS)]
     rows = [[*head, *GPU_HEAD * result.on_gpu]]
     for case in result.of(BOTH, labels):
         cells = [number(case.peers[peer]["ms"][0]) for peer in (*PEERS, "fastreg")]
         cells += [f"{case.peers[peer]['against']:.1f}x" for peer in PEERS]
-        own = case.peers["fastreg"]  # without a graph it has no figures of a GPU
+        own = case.peers["fastreg"]  # without a graph there are no figures of the GPU
         gpu = [f"{own[OF_COPY]:.0f}%", f"{own['launches']}"] if OF_COPY in own else ["", ""]
         rows.append([case.label, *cells, *gpu * result.on_gpu])
     return table(rows)
@@ -233,7 +233,7 @@ def measured(result: Result, peers: Iterable[str] = STEP_PEERS) -> list[str]:
 
 
 def step_cells(case: Case, peers: Sequence[str]) -> list[str]:
-    """Render the time of a step without the penalty, the first of `peers`, and the time that each other one adds."""
+    """Render the time of a step without the penalty, the first of `peers`, and the time that each other peer adds."""
     without, _ = case.figure(WITHOUT, "step, ms")
     digits = 1 if without > 100 else 2 if without > 10 else 3
     added = [case.figure(peer, ADDED) if peer in case.peers else None for peer in peers[1:]]
@@ -262,14 +262,14 @@ def peak_table(result: Result, labels: Iterable[str] = ()) -> str:
 
 
 def memory_verdict(case: Case) -> str:
-    """Return what the penalty adds to the peak memory of a step, in a sentence."""
+    """Say in a sentence how much the penalty adds to the peak memory of a step."""
     _, call, formula, attached = peak_cells(case, [WITHOUT, "fused_ar_tar", "eager", "attach"])
     added = f"{call} with `fused_ar_tar`, {formula} with the formula and {attached} with `attach`"
     return f"A step of {case.label}, needs more memory than without the penalty: {added}.\n"
 
 
 def added_table(result: Result) -> str:
-    """Render the time that fastreg adds, over that of the formula, and the step with `attach` over the formula's."""
+    """Render the time that fastreg adds over the formula's, and whole steps with `attach` over the formula's."""
     ours = measured(result, CALLING)
     rows = [["added, over compiled; formula", *(STEP_PEERS[peer] for peer in ours), "step, `attach` / formula"]]
     for case in result.of(STEP):
@@ -280,7 +280,7 @@ def added_table(result: Result) -> str:
 
 
 def compiled_table(result: Result) -> str:
-    """Render the time of each step that is compiled whole, and its ratio with fastreg to that with the formula."""
+    """Render the time of each step that is compiled as a whole, and the ratio of fastreg's to the formula's."""
     rows = [["ms; (batch, time, hidden)", "without", "formula", "`fused_ar_tar`", "`fused_ar_tar` / formula"]]
     for case in result.of(COMPILED):
         times = [case.figure(peer, "step, ms").median for peer in (WITHOUT, "eager", "fused_ar_tar")]
@@ -304,7 +304,7 @@ def clock(result: Result) -> str:
 
 
 def call_verdict(result: Result) -> str:
-    """Return how fast the penalty is by itself, in a sentence."""
+    """Say in a sentence how fast the penalty is by itself."""
     speeds = []
     for precision, is_float32 in {"float32": True, "half precision": False}.items():
         if cases := [case for case in result.of(BOTH) if (case.info["dtype"] == "float32") == is_float32]:
@@ -317,7 +317,7 @@ def call_verdict(result: Result) -> str:
 
 
 def full_table(result: Result) -> str:
-    """Render the tables of training steps, and every case and peer with all its figures."""
+    """Render the tables of training steps, and all figures of every case and peer."""
     columns = [heading for heading, _ in FIGURES.values()]
     columns = [x for x in columns if any(x in case.info | row for case in result.cases for row in case.peers.values())]
     note = f"Rendered from {result.name}.json by `python -m bench.report`. Spread: the middle half of the rounds. "
@@ -340,12 +340,12 @@ def full_table(result: Result) -> str:
 
 
 def latest(results: list[Result]) -> list[Result]:
-    """Return the result that README and docs show, if there is any: the last of a GPU, else of a CPU."""
+    """Return the result that the README shows, if there is any: the latest of a GPU, or else of a CPU."""
     return sorted(results, key=lambda result: (result.on_gpu, result.date))[-1:]
 
 
 def not_measured(results: list[Result]) -> list[str]:
-    """A sentence for each kind of device that there is no result of."""
+    """Return a sentence for each kind of device without a result."""
     on_gpu = [result.on_gpu for result in results]
     absent = {
         "On a GPU: **not measured yet**; the notebook `bench/on_gpu.ipynb` measures it.\n": not any(on_gpu),
@@ -355,7 +355,7 @@ def not_measured(results: list[Result]) -> list[str]:
 
 
 def headline(results: list[Result]) -> str:
-    """Render the README's part: time and peak memory of a few training steps, and the speed of a call."""
+    """Render the part in the README: time and peak memory of a few training steps, and the speed of a call."""
     parts = []
     for result in latest(results):
         first, *_ = result.parts()
@@ -374,7 +374,7 @@ def headline(results: list[Result]) -> str:
 
 
 def figures(results: list[Result]) -> str:
-    """Render the part of docs/performance.md: a step, its peak memory and a call on one machine."""
+    """Render the part in docs/performance.md: a step, its peak memory and a call on one machine."""
     parts = []
     for result in latest(results):
         first, *_ = result.parts()
@@ -389,11 +389,11 @@ def figures(results: list[Result]) -> str:
     return "\n".join([*parts, f"All cases of each machine: {', '.join(links)}.\n", *not_measured(results)])
 
 
-PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "performance.md": figures}  # the text between the markers
+PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "performance.md": figures}  # page -> its renderer
 
 
 def with_part(page: str, part: str, begin: str = BEGIN) -> str:
-    """A page with `part` between the marker `begin` and the next end."""
+    """Return a page with `part` between the marker `begin` and the next end."""
     before, rest = page.split(begin)
     _, after = rest.split(END, 1)
     return f"{before}{begin}\n{part}\n{END}{after}"
@@ -403,7 +403,7 @@ TITLE = "AR and TAR: how many times as fast as the formula fastreg is"
 
 
 def plot(result: Result) -> Figure:
-    """Draw two bars for each case of the penalty in the first part of a result, from top to bottom."""
+    """Draw two bars for each case of the penalty in the first part of a result."""
     first, *_ = result.parts()
     cases = first.of(BOTH)
     figure = Figure(figsize=(8, 1.6 + 0.3 * len(cases)), layout="constrained")
@@ -412,7 +412,7 @@ def plot(result: Result) -> Figure:
         speeds = [case.peers[peer]["against"] for case in cases]
         drawn = axes.barh([place + offset for place in range(len(cases))], speeds, 0.4, label=f"against {peer}")
         axes.bar_label(drawn, [f"{speed:.2f}" for speed in speeds], padding=2, fontsize=7)
-    axes.margins(x=0.1)  # for the labels
+    axes.margins(x=0.1)  # room for the labels
     axes.set_yticks(range(len(cases)), [case.label for case in cases])
     axes.set_ylabel(SHAPE)
     axes.invert_yaxis()
@@ -425,7 +425,7 @@ def plot(result: Result) -> Figure:
 
 
 def save(figure: Figure, file: Path, digest: str) -> None:
-    """As SVG, which names the JSON it was rendered from: its bytes depend on matplotlib, too."""
+    """Save a plot as SVG with the digest of its JSON, as the bytes of an SVG depend on matplotlib, too."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastreg"}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Description": f"JSON {digest}"})
 

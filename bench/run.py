@@ -1,13 +1,13 @@
 """Test and measure on this machine: `python -m bench.run test` and `python -m bench.run bench`.
 
-The first writes FOLDER/tests/DEVICE.json, the second FOLDER/DEVICE.json, which bench.report joins. Failed and
-missing cases are recorded, too. Interrupted, or sent SIGTERM, either command writes its results so far. The second
-keeps a summary of what pytest-benchmark recorded: a row for each peer of a case, on a line of its own.
-`python -m bench.run bench --only step` measures the training steps alone, prints their tables and writes to
-.benchmarks: four minutes on an idle core.
+The first writes FOLDER/tests/DEVICE.json, and the second FOLDER/DEVICE.json; bench.report joins them. Failed and
+missing cases are recorded, too. When it is interrupted, or gets SIGTERM, either command writes the results that it has.
+The second writes a summary of pytest-benchmark's record, with one line for each peer of a case.
+`python -m bench.run bench --only step` measures only the training steps, prints their tables and writes to .benchmarks;
+it takes four minutes on an idle core.
 
-On a CPU `bench` measures twice, each time in a process of its own: with memory kept by the allocator, and with the
-system's default. `measure` measures once, in this process.
+On a CPU `bench` measures in two processes: in one the allocator keeps memory, in the other it has the system's default
+settings. `measure` measures once, in this process.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from bench import machine, report
 from bench.steps import WITHOUT
 
 ROOT = machine.ROOT
-# Those first that say most of the kernels for their time; tests/test_bench.py knows which files there are.
+# The files come first that test most of the kernels for their time; tests/test_bench.py checks that none is missing.
 TESTS = (
     *("kernels", "sizes", "concurrency", "dropout", "attachment", "prediction", "penalty", "bench", "coefficients"),
     *("steps", "plans", "distributed", "padding", "axes", "graphs", "derivatives"),
 )
 SANITIZERS = "memcheck", "racecheck"
-SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, of one and of many programs
-FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # at most; a file that hangs must leave time for the others
+SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, one program and many
+FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # limits, so that a file that hangs leaves time for the others
 GRACE = 20  # seconds for pytest to print its failures
 MACHINE = "device", "torch", "triton", "python_version", "threads", "source", "copy_bandwidth"
-OF_CASE = "pass", "model", "shape", "dtype", "layout", "same", "allocator"  # the same for all peers
+OF_CASE = "pass", "model", "shape", "dtype", "layout", "same", "allocator"  # facts that all peers share
 
 
 def run_file(name: str, seconds: float) -> dict[str, Any]:
-    """Run one file of tests in a process of its own, on a GPU those for it, and count the outcomes."""
+    """Run one file of tests in another process, on a GPU only the tests for GPUs, and count the outcomes."""
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary, "report.xml")
         options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
@@ -67,13 +67,13 @@ def run_file(name: str, seconds: float) -> dict[str, Any]:
             with suppress(subprocess.TimeoutExpired):
                 tests.wait(GRACE)
         finally:
-            tests.kill()  # does nothing after the end
+            tests.kill()  # this does nothing if the process has ended
             tests.wait()
-        if not report.exists():  # which pytest writes at its end
+        if not report.exists():  # pytest writes it when it ends
             return unfinished(name, end)
         cases = list(ElementTree.parse(report).iter("testcase"))
     if end == "out of time":
-        del cases[-1:]  # the one that was interrupted, which looks as if it had passed
+        del cases[-1:]  # the test that was interrupted looks as if it had passed
     outcomes = Counter(map(outcome, cases))
     failed = [f"test_{name}.py::{case.get('name')}" for case in cases if outcome(case) == "failed"]
     failed += [f"test_{name}.py: {end}"] * (end == "out of time")
@@ -81,7 +81,7 @@ def run_file(name: str, seconds: float) -> dict[str, Any]:
 
 
 def unfinished(name: str, why: str) -> dict[str, Any]:
-    """Return the record of a file whose tests did not end."""
+    """Record that the tests of a file did not end."""
     return {"passed": 0, "skipped": 0, "failed": [f"test_{name}.py: {why}"]}
 
 
@@ -92,15 +92,15 @@ def outcome(case: ElementTree.Element) -> str:
 
 
 def sanitizer() -> str | None:
-    """Find compute-sanitizer, which CUDA's folder has where the path does not."""
+    """Find compute-sanitizer in the path, or in CUDA's folder."""
     return shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
 
 
 def sanitize(program: str, tool: str, seconds: float) -> str:
-    """Run a few tests under one tool of compute-sanitizer, and give its verdict."""
+    """Run a few tests under one tool of compute-sanitizer, and return its verdict."""
     command = [program, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *SANITIZED]
-    # Else torch's allocator hides a read or a write behind the end of a tensor.
+    # With its caching allocator PyTorch would hide an access behind the end of a tensor.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     try:
@@ -161,7 +161,7 @@ def measure(folder: Path, commit: str, seconds: float, only: str) -> int:
 
 
 def bench(folder: Path, commit: str, seconds: float, only: str) -> int:
-    """Measure: on a CPU once for each allocator, in a process that starts with it, and put the results together."""
+    """Measure, on a CPU once for each allocator in a process that starts with it, and join the results."""
     if torch.cuda.is_available():
         return measure(folder, commit, seconds, only)
     end, statuses, parts = time.monotonic() + seconds, [], []
@@ -181,32 +181,32 @@ def bench(folder: Path, commit: str, seconds: float, only: str) -> int:
 
 
 def in_child(arguments: list[str], environment: dict[str, str]) -> int:
-    """Run this module in a process of its own, and pass an interrupt on to it, once."""
+    """Run this module in another process, and pass the first interrupt on to it."""
     command = [sys.executable, "-m", "bench.run", *arguments]
     child = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True)
     try:
         return child.wait()
     except KeyboardInterrupt:
         child.terminate()
-        child.wait()  # until it has written its result
+        child.wait()  # it still writes its result
         raise
 
 
 def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put results of several processes into one."""
+    """Join the results of several processes."""
     missing = {name: peers for part in parts for name, peers in part["missing"].items()}
     return parts[0] | {"missing": missing, "cases": [case for part in parts for case in part["cases"]]}
 
 
 def summary(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Keep the figures of pytest-benchmark's JSON that bench.report reads, of the cases with all of their peers."""
+    """Return the figures that bench.report reads, of the cases that have all of their peers."""
     cases: dict[str, Any] = {}
     for one in recorded["benchmarks"]:
         if one["group"] not in recorded["missing"]:
             facts = one["extra_info"] | {"seconds": one["stats"]["data"]}
             case = cases.setdefault(one["group"], {"info": {}, "peers": {}})
             case["info"] = {key: facts[key] for key in OF_CASE if facts.get(key)}
-            if "least_bytes" in facts:  # the same for all peers
+            if "least_bytes" in facts:  # which all peers share
                 case["info"][report.LEAST] = rounded(facts.pop("least_bytes") / 1e6, 3)
             case["peers"][facts["peer"]] = facts
     for case in cases.values():
@@ -223,10 +223,11 @@ def summary(recorded: dict[str, Any]) -> dict[str, Any]:
 def rows(peers: dict[str, Any], ours: str) -> dict[str, Any]:
     """Return the row of each peer of a case.
 
-    It has the count of rounds, and the median and the spread (the interquartile range) of the time of a call. "against"
-    is the median, over the rounds, of its time over fastreg's. A training step has more pairs of median and spread:
-    "step, ms" is on a CPU the process's own time, which other programs do not lengthen; "added, ms" its difference to
-    the step without the penalty in the same round; and "over formula" fastreg's time over the formula's.
+    A row has the number of rounds, and the median and the spread (the interquartile range) of the time of a call. The
+    column "against" is the median over the rounds of the peer's time over fastreg's. A training step has more pairs of
+    median and spread: "step, ms" is the time of the step, on a CPU the CPU time of the process, which does not include
+    other programs; "added, ms" is its difference to the step without the penalty in the same round; and "over formula"
+    is fastreg's time over the formula's.
     """
     made = {}
     for peer, facts in peers.items():
@@ -250,12 +251,12 @@ def median_and_spread(values: Iterable[float]) -> list[float]:
 
 
 def rounded(x: float, digits: int = 6) -> float:
-    """Keep so many digits, and no point behind a whole number. Pages show three digits."""
+    """Round to so many significant digits; a whole number becomes an int. Pages show three digits."""
     return int(x) if x == int(x) else float(f"{x:.{digits}g}")
 
 
 def in_rows(result: dict[str, Any]) -> str:
-    """Write a result as JSON with each innermost record on a line."""
+    """Render a result as JSON with each innermost record on a line."""
     text = json.dumps(result, indent=0)
     return re.sub(r"\{[^{}]*\}", lambda record: record[0].replace(",\n", ", ").replace("\n", ""), text) + "\n"
 
@@ -275,7 +276,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", help="benchmark the cases of this name alone, as pytest's -k")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Some of the cases must not take the place of all.
+    # A result of some cases must not replace a result of all.
     folder = options.folder or (ROOT / ".benchmarks" if options.only else report.RESULTS)
     if options.what == "test":
         return test(folder, options.commit, options.seconds)

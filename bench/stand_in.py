@@ -1,4 +1,4 @@
-"""A driver without a GPU: Triton compiles for the target it names, and its launches do nothing."""
+"""A driver that needs no GPU: Triton compiles for the target that it names, and its launches do nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def active(driver: Any) -> Iterator[None]:
-    """Have Triton use a driver inside of the block. Its own `reset_active` wants a GPU's driver to go back to."""
+    """Let Triton use a driver inside of the block. Triton's `reset_active` fails without a GPU's driver."""
     from triton.runtime import driver as chosen
 
     before = vars(chosen).copy()
@@ -22,7 +22,7 @@ def active(driver: Any) -> Iterator[None]:
 
 @contextmanager
 def h100() -> Iterator[None]:
-    """Send CPU tensors to the Triton kernels, compiled for an H100, and their launches to a driver that makes none."""
+    """Let the Triton kernels take CPU tensors, compiled for an H100, with a driver whose launches do nothing."""
     from triton.backends.compiler import GPUTarget
 
     from fastreg.backends import TRITON, cpu_tensors_by
@@ -34,7 +34,7 @@ def h100() -> Iterator[None]:
 
 
 class StandInDriver:
-    """Names a target, and takes launches without making them."""
+    """A driver that names a target and ignores launches."""
 
     def __init__(self, target: Any):
         self.target, self.utils = target, self

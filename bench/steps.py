@@ -1,6 +1,6 @@
-"""Training steps of recurrent models, without AR and TAR and with them in each way there is to add them.
+"""Training steps of recurrent models: without AR and TAR, and with each way of adding them.
 
-A step is forward, loss, backward, clipping and SGD, in float32. Each peer trains a model of its own.
+A step is forward, loss, backward, clipping and SGD, in float32. Each peer trains its own copy of the model.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from bench.timing import Call
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
 
 Add = Callable[[Tensor, Activations], Tensor]  # returns the loss with the penalty
-P = 0.1  # of the dropout whose output is regularized
+P = 0.1  # the probability of the dropout whose output is regularized
 CLIP = 0.25
 WITHOUT, BY_HAND = "no penalty", "hooks by hand"
-STEP, COMPILED = "step", "compiled step"  # passes
+STEP, COMPILED = "step", "compiled step"  # the passes of cases
 
 
 class Way(NamedTuple):
-    """How the penalty is added.
+    """A way of adding the penalty to the loss.
 
     Attributes:
         start: returns, for a model, the function that adds the penalty to its loss.
-        in_hand: whether that function takes the activations, which are kept for it.
+        in_hand: whether that function takes the activations, which the step then keeps.
         fused: whether the dropout is a `FusedRNNDropout`.
-        hooked: whether forward hooks keep the activations, as where the model returns only its output.
+        hooked: whether forward hooks keep the activations, as for a model that returns only its output.
     """
 
     start: Callable[[Net], Add]
@@ -43,14 +43,14 @@ class Way(NamedTuple):
 
 
 def by(penalty: Callable[..., Tensor]) -> Way:
-    """Add a formula for each layer."""
+    """Add the penalty of each layer by a formula."""
     return Way(
         lambda net: lambda loss, layers: loss + sum(penalty(*layer, ALPHA, BETA) for layer in layers), in_hand=True
     )
 
 
 def by_call(net: Net) -> Add:
-    """Add `fused_ar_tar` of all layers."""
+    """Add the penalty of all layers by one call of `fused_ar_tar`."""
 
     def add(loss: Tensor, layers: Activations) -> Tensor:
         raw, dropped = map(list, zip(*layers, strict=True))
@@ -60,7 +60,7 @@ def by_call(net: Net) -> Add:
 
 
 def by_hooks(net: Net) -> Add:
-    """Attach a regularizer."""
+    """Add the penalty by an attached regularizer."""
     regularizer = RNNRegularizer(ALPHA, BETA)
     for rnn, dropout in net.pairs:
         regularizer.attach(rnn, dropout, batch_first=True)
@@ -68,7 +68,7 @@ def by_hooks(net: Net) -> Add:
 
 
 def by_dropout(net: Net) -> Add:
-    """Take the penalty from each fused dropout."""
+    """Add the penalty that each fused dropout has computed."""
     dropouts: list[Any] = [dropout for _, dropout in net.pairs]
     return lambda loss, _: loss + sum(dropout.take().penalty for dropout in dropouts)
 
@@ -83,7 +83,7 @@ class Step:
     )
     PASS: ClassVar[str] = STEP
     MODEL: ClassVar[str]
-    SECONDS: ClassVar[float] = 6  # of rounds, on a CPU
+    SECONDS: ClassVar[float] = 6  # that the rounds take on a CPU
     shape: tuple[int, int, int]
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class Step:
         return {"pass": self.PASS, "model": self.MODEL, "shape": self.shape}
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
-        """The ids of a text."""
+        """Return the ids of a text."""
         return (torch.randint(WORDS, (self.shape[0], self.shape[1] + 1), device=device),)
 
     def net(self, dropout: Callable[[], nn.Module]) -> Net:
@@ -113,7 +113,7 @@ class Step:
         return {name: ways[name] for name in self.PEERS}
 
     def prepared(self, loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the function that is called for the loss."""
+        """Return the function that computes the loss; compiled steps compile it."""
         return loss_of
 
     def call(self, peer: Any, sets: list[tuple[Tensor, ...]]) -> Call:
@@ -164,7 +164,7 @@ class MinGRUStep(StackStep):
 
 @dataclass(frozen=True)
 class TanhStep(StackStep):
-    """A step of cheap layers: the time of the penalty is more than the noise of so short a step."""
+    """A step of elementwise layers, so short that the time of the penalty stands out of the noise."""
 
     MODEL: ClassVar = "8 elementwise layers"
     LAYER: ClassVar = Tanh
@@ -173,7 +173,7 @@ class TanhStep(StackStep):
 
 @dataclass(frozen=True)
 class CompiledStep(TanhStep):
-    """A step whose model, loss and penalty are one compiled graph."""
+    """A step whose model, loss and penalty are compiled as one graph."""
 
     PASS: ClassVar = COMPILED
     PEERS: ClassVar = (WITHOUT, "eager", "fused_ar_tar")
@@ -192,7 +192,7 @@ class LSTMStep(Step):
 
 @dataclass(frozen=True)
 class AWDLSTMStep(Step):
-    """An AWD-LSTM with tied weights: its last layer is as wide as the embedding."""
+    """A step of an AWD-LSTM with tied weights, whose last layer is as wide as the embedding."""
 
     MODEL: ClassVar = "AWD-LSTM"
     SECONDS: ClassVar = 15
@@ -210,7 +210,7 @@ class AWDLSTMStep(Step):
 
 @dataclass(frozen=True)
 class MambaStep(Step):
-    """The block is its own output: no dropout follows that could be fused."""
+    """A step of a Mamba, which has no dropout behind its block that could be fused."""
 
     PEERS: ClassVar = (WITHOUT, "eager", "compiled", "fused_ar_tar", BY_HAND, "attach")
     MODEL: ClassVar = "Hugging Face Mamba"
@@ -221,9 +221,9 @@ class MambaStep(Step):
 
 @dataclass(frozen=True)
 class LightningStep(LSTMStep):
-    """A training of a small LSTM in Lightning, where every way logs AR and TAR once an epoch.
+    """A step of a small LSTM in Lightning, where each way logs AR and TAR once an epoch.
 
-    `attach` is the callback, and `FusedRNNDropout` the callback with that dropout; the others are written by hand.
+    `attach` is fastreg's callback, `FusedRNNDropout` the callback with that dropout; the others are written by hand.
     """
 
     MODEL: ClassVar = "LSTM in Lightning"

@@ -1,8 +1,8 @@
-"""Whether AR and TAR help: train the demo's AWD-LSTM with neither, each and both of them, over several seeds.
+"""Find out whether AR and TAR help: train the demo's AWD-LSTM with neither, each and both, over several seeds.
 
-`python -m bench.study` adds each finished training as a line to bench/results/study.jsonl and leaves out those that are
-there: interrupted, it goes on where it was. Then it renders the page and the plot beside it. The whole study takes less
-than two hours on two cores.
+`python -m bench.study` adds each finished training as a line to bench/results/study.jsonl. Trainings that the file has
+are not repeated, so an interrupted study continues. Then it renders the page and the plot beside that file. The whole
+study takes less than two hours on two cores.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from bench.corpus import BATCH, BPTT, build_corpus, read_text
 from bench.report import with_part
 from bench.study_report import BEGIN, COEFFICIENTS, COMMITTED, PAGES, Run, Study, load, render, summary
 
-WORDS, EPOCHS = 90_000, 24  # few words, read often: where there is something to regularize
+WORDS, EPOCHS = 90_000, 24  # few words and many epochs, so that there is something to regularize
 SEEDS = [1, 2, 3, 4, 5]
 
 
 @functools.cache
 def digest(text: Path | None) -> str:
-    """Identify a text, which is read once however many runs are compared."""
+    """Identify a text by a digest. The text is read once for all runs."""
     return hashlib.sha256(read_text(text).encode()).hexdigest()[:12]
 
 
@@ -48,13 +48,13 @@ class Setting:
     epochs: int
 
     def facts(self) -> dict[str, Any]:
-        """All that decides a training beside coefficients and seed."""
+        """Return the facts that determine a training, beside its coefficients and its seed."""
         facts = {"text": digest(self.text), "words": self.words, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
         model = {"layers": training.LAYERS, "embedding": training.EMBEDDING, "hidden": training.HIDDEN}
         return facts | model | training.DROPOUTS._asdict() | {"Adam lr": training.LEARNING_RATE, "clip": training.CLIP}
 
     def begins(self, run: Run) -> bool:
-        """Whether a run's first epochs are a training of this setting."""
+        """Return whether a run's first epochs are a training of this setting."""
         return self.epochs <= run.settings["epochs"] and self.facts() | {"epochs": 0} == run.settings | {"epochs": 0}
 
 
@@ -69,12 +69,12 @@ class Job:
 
 
 def train(job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], object] = lambda *_: None) -> Run:
-    """Train one model to the end, and evaluate it after every epoch.
+    """Train one model, and evaluate it after every epoch.
 
     Args:
         job: the training.
-        commit: that is recorded.
-        told: is called after an epoch, with its number, and loss, AR, TAR, validation loss and seconds so far.
+        commit: the commit to record.
+        told: called after each epoch with its number, loss, AR, TAR, validation loss, and the seconds so far.
     """
     start = time.perf_counter()
     setting, (alpha, beta) = job.setting, job.coefficients
@@ -98,12 +98,12 @@ def train(job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], o
         final_train_loss=round(training.evaluate(trained.model, corpus.train), 6),
         seconds=round(time.perf_counter() - start, 1),
         settings=setting.facts(),
-        machine=machine.facts() | processor,  # also if there is a GPU
+        machine=machine.facts() | processor,  # even if there is a GPU
     )
 
 
 def missing(study: Study, setting: Setting, seeds: list[int]) -> list[Job]:
-    """The trainings that are still to be done, seed by seed; a `ValueError` where those there have other settings."""
+    """List the trainings that are missing, seed by seed; raise `ValueError` if the others had another setting."""
     facts = setting.facts()
     for run in study.runs:
         other = [name for name in facts | run.settings if facts.get(name) != run.settings.get(name)]
@@ -116,9 +116,9 @@ def missing(study: Study, setting: Setting, seeds: list[int]) -> list[Job]:
 
 
 def train_all(jobs: list[Job], file: Path, workers: int) -> None:
-    """Train in processes of one thread each; append each result to `file`, and tell how much time is left."""
+    """Train in processes of one thread each, append each result to `file`, and print how much time is left."""
     commit, start = machine.commit(), time.monotonic()
-    # A fresh process for each worker: GNU OpenMP hangs in the forks of a process that has used it.
+    # Workers are not forked: GNU OpenMP hangs in the forks of a process that has used it.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
     with pool:
         futures = [pool.submit(train, job, commit) for job in jobs]
@@ -140,7 +140,7 @@ def train_all(jobs: list[Job], file: Path, workers: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train the missing runs, and render."""
+    """Train the missing runs, and render the page."""
     description = "Train with AR, with TAR, with both and without, over seeds."
     parser = argparse.ArgumentParser(prog="bench.study", description=description)
     add = parser.add_argument

@@ -1,6 +1,6 @@
-"""Tables and a plot of the runs of bench.study: a page beside the JSON lines.
+"""The page with tables and a plot of bench.study, beside its JSON lines.
 
-Nothing in them is typed: tests/test_study.py fails when they disagree with the committed ones.
+No figure is typed: tests/test_study.py fails when the page disagrees with the JSON lines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from bench.report import RESULTS, ROOT, save, table
 
 COMMITTED = RESULTS / "study.jsonl"
-COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta of each setting, first the baseline
+COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta, first the baseline
 BASELINE = COEFFICIENTS[0]
 BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study -->\n"
 METHOD = """\
@@ -32,18 +32,18 @@ weights, dropout masks and sequence lengths with all coefficients, which makes p
 
 @dataclass(frozen=True)
 class Run:
-    """One training. Losses are means of a word, in nats and without the penalties; lists have an item an epoch."""
+    """One training. Losses are means over the words, in nats and without penalties; lists have an item an epoch."""
 
     alpha: float
     beta: float
     seed: int
-    train_loss: list[float]  # in training, with dropout and while the weights change
-    valid_loss: list[float]  # after the epoch, in evaluation
+    train_loss: list[float]  # during the epoch, in training mode
+    valid_loss: list[float]  # after the epoch, in evaluation mode
     ar: list[float]
     tar: list[float]
-    final_train_loss: float  # after the last epoch, in evaluation, as the validation loss is
-    seconds: float  # by the clock, whatever else the machine was doing
-    settings: dict[str, Any]  # of all runs of a study
+    final_train_loss: float  # of the training text, after the last epoch, in evaluation mode
+    seconds: float  # by the clock, other programs included
+    settings: dict[str, Any]  # which all runs of a study share
     machine: dict[str, str]
 
     @property
@@ -56,17 +56,17 @@ class Run:
 
     @property
     def final(self) -> float:
-        """The validation perplexity after the last epoch."""
+        """Return the validation perplexity after the last epoch."""
         return self.perplexities[-1]
 
     @property
     def best(self) -> float:
-        """The lowest validation perplexity after any epoch."""
+        """Return the lowest validation perplexity after any epoch."""
         return min(self.perplexities)
 
     @property
     def final_train(self) -> float:
-        """The perplexity of the training text after the last epoch, measured as that of the validation text."""
+        """Return the perplexity of the training text after the last epoch, in evaluation mode."""
         return math.exp(self.final_train_loss)
 
 
@@ -81,11 +81,11 @@ class Study:
 
     @property
     def trained(self) -> list[tuple[float, float]]:
-        """The coefficients that there are runs of."""
+        """Return the coefficients of the runs."""
         return [coefficients for coefficients in COEFFICIENTS if self.of(coefficients)]
 
     def pairs(self, coefficients: tuple[float, float]) -> list[tuple[Run, Run]]:
-        """Runs with the coefficients, and those without regularization of the same seeds."""
+        """Pair the runs with these coefficients with the runs without regularization of the same seeds."""
         plain = {run.seed: run for run in self.of(BASELINE)}
         return [(run, plain[run.seed]) for run in self.of(coefficients) if run.seed in plain]
 
@@ -100,7 +100,7 @@ def label(coefficients: tuple[float, float]) -> str:
 
 
 def average(values: list[float], form: str) -> str:
-    """The mean and, of two and more, its standard error."""
+    """Render the mean and, for two or more values, its standard error."""
     if len(values) < 2:
         return f"{mean(values):{form}}"
     return f"{mean(values):{form}} ± {stdev(values) / math.sqrt(len(values)):{form.removeprefix('+')}}"
@@ -135,7 +135,7 @@ ENDS: dict[str, Callable[[Run], float]] = {"end": lambda run: run.final, "best":
 
 
 def after(study: Study, coefficients: tuple[float, float], epoch: int) -> str:
-    """Return the effect on the validation perplexity by the end of an epoch; empty without a pair of runs."""
+    """Render the change of the validation perplexity after an epoch; empty without a pair of runs."""
     values = differences(study.pairs(coefficients), lambda run: run.perplexities[epoch - 1])
     return f"{average(values, '+.2f')}, lower in {lower(values)} seeds" if values else ""
 
@@ -145,7 +145,7 @@ def lower(values: list[float]) -> str:
 
 
 def paired_table(study: Study) -> str:
-    """Each seed's differences to its training without regularization."""
+    """Render the difference of each seed to its training without regularization."""
     seeds = sorted({run.seed for run in study.of(BASELINE)})
     rows = [["(alpha, beta)", "perplexity", *(f"seed {seed}" for seed in seeds), "mean", "lower in"]]
     for coefficients in study.trained[1:]:
@@ -167,7 +167,7 @@ def runs_table(study: Study) -> str:
 
 
 def summary(study: Study) -> str:
-    """Return the result at the end of training: a sentence and a table."""
+    """Render the result after the last epoch: a sentence and a table."""
     plain = study.of(BASELINE)
     if not plain:
         return "No training without regularization: nothing to compare with.\n"
@@ -185,7 +185,7 @@ def summary(study: Study) -> str:
 
 
 def where(study: Study) -> str:
-    """Return the settings and the machine of the trainings."""
+    """Describe the settings and the machine of the trainings."""
     settings = study.runs[0].settings
     text = ", ".join(f"{name} {value}" for name, value in settings.items())
     machines = {tuple(run.machine.items()): None for run in study.runs}
@@ -194,7 +194,7 @@ def where(study: Study) -> str:
 
 
 def page(study: Study, name: str) -> str:
-    """The whole of the rendered page; `name` is that of its files, without the ending."""
+    """Render the page; `name` is the name of the study's files, without their ending."""
     parts = [
         "# Do AR and TAR help?\n",
         f"Rendered from {name}.jsonl by `python -m bench.study`, which trains what is missing there.\n",
@@ -212,7 +212,7 @@ def page(study: Study, name: str) -> str:
 
 
 def plot(study: Study) -> Figure:
-    """Validation perplexity by epoch, every seed faintly and the mean, and the paired differences' mean."""
+    """Plot the validation perplexity by epoch, its mean over the seeds, and the mean of the paired differences."""
     figure = Figure(figsize=(8, 8), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for i, coefficients in enumerate(study.trained):
@@ -230,7 +230,7 @@ def plot(study: Study) -> Figure:
             low, high = gains.mean(0) - error, gains.mean(0) + error
             below.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
     best = min(run.best for run in study.runs)
-    above.set_ylim(0.95 * best, 1.6 * best)  # the first epochs would hide the rest
+    above.set_ylim(0.95 * best, 1.6 * best)  # otherwise the first epochs flatten the rest
     above.set_ylabel("validation perplexity")
     below.axhline(0, color="black", linewidth=0.8)
     below.set_ylabel("difference to (0, 0) of the same seed,\nmean and standard error")
@@ -241,7 +241,7 @@ def plot(study: Study) -> Figure:
     return figure
 
 
-PAGES = ROOT / "README.md", ROOT / "docs" / "coefficients.md"  # with the summary between BEGIN and the end
+PAGES = ROOT / "README.md", ROOT / "docs" / "coefficients.md"  # these pages have the summary between BEGIN and END
 
 
 def render(file: Path) -> None:

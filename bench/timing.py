@@ -1,4 +1,4 @@
-"""The timers. All wait for the device, and leave out a warm-up."""
+"""Timers, which wait for the device and leave out a warm-up."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-Call = Callable[[int], tuple[Tensor, ...]]  # the number of the call chooses its inputs; returns the results
+Call = Callable[[int], tuple[Tensor, ...]]  # returns the results; the number of the call chooses its inputs
 
-WARM_UP = 4, 1  # turns on a GPU and on a CPU, after calls that compile
-LEAST, MOST = 5, 50  # rounds
+WARM_UP = 4, 1  # turns that are not counted, on a GPU and on a CPU, after the calls that compile
+LEAST, MOST = 5, 50  # of rounds
 REPLAYS = 20
-CLOCK = 2e9  # cycles a second, about those of the slowest GPU; a slower clock sleeps longer than it has to
+CLOCK = 2e9  # cycles a second of a fast GPU; a slower GPU sleeps longer than it has to
 COPY_BYTES = 2**30
 
 
 def synchronize(device: str) -> None:
-    """Wait for a GPU; the CPU is always done."""
+    """Wait for the GPU, if the device is one."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let PyTorch compute on so many threads of the CPU."""
+    """Let PyTorch use so many threads of the CPU inside of the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -45,10 +45,10 @@ def threads(count: int) -> Iterator[None]:
 
 
 class Turn(NamedTuple):
-    """Seconds a call of one turn."""
+    """The seconds of a call, as a mean over one turn."""
 
     wall: float
-    own: float  # of the process, all threads together, in which other programs do not count
+    own: float  # CPU time of all threads of the process, without other programs
 
 
 def take_turns(
@@ -56,9 +56,9 @@ def take_turns(
 ) -> dict[str, list[Turn]]:
     """Measure every peer, round by round.
 
-    In a round each peer has one turn, so that whatever else the machine does hits all alike, and every round another
-    begins. A turn is `repeats` calls and, with `wait`, one wait for the device at the end, as in training. Every call
-    takes the next inputs. The rounds fill `seconds`, within limits.
+    In a round each peer has one turn, so that other load on the machine affects all peers alike, and each round begins
+    with another peer. A turn is `repeats` calls and, with `wait`, one wait for the device at the end, as in training.
+    Each call takes the next inputs. The rounds take `seconds` together, within limits.
     """
     number = itertools.count()
 
@@ -87,7 +87,7 @@ def take_turns(
 
 
 class Replay:
-    """A clock that stands still but for durations measured before.
+    """A clock that advances only by durations that were measured before.
 
     pytest-benchmark runs one benchmark after the other. The peers of a case take turns instead, and then each benchmark
     reads the durations of its peer from this clock.
@@ -103,8 +103,8 @@ class Replay:
 
 
 def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
-    """Return the bytes that a forward keeps for the backward, beyond its inputs and results."""
-    kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no memory is handed out twice
+    """Count the bytes that a forward keeps for the backward, beyond its inputs and results."""
+    kept: dict[int, Tensor] = {}  # keeps the tensors alive, so that no memory is reused
 
     def keep(x: Tensor) -> Tensor:
         kept[x.untyped_storage().data_ptr()] = x
@@ -118,8 +118,8 @@ def kept_bytes(call: Call, inputs: Sequence[Tensor]) -> int:
 
 
 def page_faults(call: Call) -> int:
-    """Count the pages of memory that one call gets from the system."""
-    for _ in range(2):  # the second call may get other blocks than the first, between those that the first has left
+    """Count the page faults of one call."""
+    for _ in range(2):  # the second call may reuse other blocks of memory than the first
         call(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     call(0)
@@ -127,26 +127,26 @@ def page_faults(call: Call) -> int:
 
 
 def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
-    """Record one call for each of `numbers` in a CUDA graph. The current stream stays so, even where that fails."""
+    """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         call(numbers[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    # torch.cuda.graph leaves its stream behind where the end of the capture raises
+    # torch.cuda.graph does not restore the stream if the end of the capture raises
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-        results = [call(i) for i in numbers]  # kept: each call writes its gradients to memory of its own
+        results = [call(i) for i in numbers]  # kept, so that each call writes its gradients to other memory
     del results
     return graph
 
 
 def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
-    """Device seconds a call, without launch gaps: a CUDA graph of one call for each of `numbers`, replayed.
+    """Measure the device seconds of a call without gaps between launches, in a CUDA graph of one call for each number.
 
-    The device sleeps until the host has launched the replay, so that the launch is not counted.
+    The device sleeps until the host has launched the replay, so that this launch is not counted.
     """
     graph = capture(call, numbers)
-    graph.replay()  # which instantiates it
+    graph.replay()  # the first replay uploads the graph
     torch.cuda.synchronize()
     began = time.perf_counter()
     graph.replay()
@@ -165,15 +165,15 @@ def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
 
 
 def host_seconds(call: Call) -> float:
-    """Seconds until a call returns, the device idle before and its queue never full."""
+    """Measure the seconds until a call returns, with an idle device whose queue is never full."""
     turns = take_turns({"": call}, "cuda", 0.1, 5, wait=False)
     return statistics.median(turn.wall for turn in turns[""])
 
 
 def launches(call: Call) -> int:
-    """Count the kernels, copies and fills of one call: the nodes of its CUDA graph."""
+    """Count the kernels, copies and fills of one call, which are the nodes of its CUDA graph."""
     graph, count = capture(call, [0]), ctypes.c_size_t()
-    # of the runtime that torch has loaded
+    # the functions of the CUDA runtime that torch has loaded
     status = ctypes.CDLL(None).cudaGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
     if status:
         raise RuntimeError(f"cudaGraphGetNodes: error {status}")
@@ -181,9 +181,9 @@ def launches(call: Call) -> int:
 
 
 def peak_bytes(call: Call, device: str) -> int | None:
-    """Return the peak memory of one call beyond its inputs and results; `None` if it cannot be told.
+    """Measure the peak memory of one call beyond its inputs and results, in bytes; `None` if it cannot be measured.
 
-    On a CPU PyTorch's profiler tells it, but of the calling thread alone.
+    On a CPU PyTorch's profiler reports allocations, but only those of the calling thread.
     """
     call(0)
     if device == "cpu":
@@ -200,14 +200,14 @@ def peak_bytes(call: Call, device: str) -> int | None:
 
 
 def allocations(profiled: Any) -> list[int]:
-    """Bytes that were allocated, or with a minus freed, in order."""
+    """Yield the bytes of each allocation in order; a negative number was freed."""
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes a second that a large copy on the GPU reads and writes."""
+    """Measure the bytes a second that a large copy on the GPU reads and writes."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
 
