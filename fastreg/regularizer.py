@@ -284,9 +284,9 @@ class RNNRegularizer:
 
         Args:
             module: any module that runs over all time steps. Its `__call__` has to run: if a wrapper calls the
-            `forward`
-                of a module inside it, as the WeightDrop of AWD-LSTM does, attach the wrapper. Raw is its output if that
-                is a tensor or a `PackedSequence`, or the first element of a tuple or list, or `last_hidden_state`.
+                `forward` of a module inside it, as the WeightDrop of AWD-LSTM does, attach the wrapper. Raw is its
+                output if that is a tensor or a `PackedSequence`, or the first element of a tuple or list, or
+                `last_hidden_state`.
             dropout: any module that gets raw itself as its input, and returns a tensor. It may be used elsewhere, too.
                 Without it, dropped is raw. A `FusedRNNDropout` computes the penalty itself, with the coefficients of
                 the regularizer, and takes no packed data.
