@@ -20,7 +20,7 @@ MOST ?= -m "not more"
 FIFTH ?= --sample=5
 PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding axes dropout steps))
 KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout padding axes kernels sizes))
-CORE = view steps layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout carrier attachment
+CORE = steps layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout carrier attachment
 FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
 # Tests that another release of PyTorch or a framework may break, and tests that another Triton may break. The newest Triton
 # is in .venv, too. Tests that are marked as main run with the PyTorch of .venv alone.

@@ -9,7 +9,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,22 +20,21 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import FusedRNNDropout
-from fastreg.backends import TRITON, backend_for, cpu_tensors_by
-from fastreg.kernels import view
-from fastreg.kernels.view import Layout
+from fastreg.backends import TRITON, backend_for
 from fastreg.plans import forget
 from tests.language_model import Model
 
-collect_ignore = [] if find_spec("triton") else ["ptx"]  # which runs the code that Triton compiles
+collect_ignore = [] if find_spec("triton") else ["ptx"]  # runs code that Triton compiles
 CPU = backend_for(torch.device("cpu"))
 KERNELS_ON_CPU = CPU is not None and CPU is TRITON
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slowly, and bfloat16 is cut off instead of rounded
 
-# Marks of cases that not every machine or setting can run: whether this one can, and what such a case needs.
+# Each mark says that a case has a need, which may be met here or not.
 NEEDS = {
     "gpu": (torch.cuda.is_available(), "a GPU"),
     "gpus": (torch.cuda.device_count() > 1, "a second GPU"),
@@ -44,9 +43,7 @@ NEEDS = {
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
-
-
-LEFT_OUT: dict[str, int] = {}  # what the cases that cannot run here need, and how many there are
+LEFT_OUT: dict[str, int] = {}  # counts the cases that cannot run here by their need
 
 
 def pytest_report_header() -> str:
@@ -55,11 +52,11 @@ def pytest_report_header() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sample", type=int, default=1, metavar="N", help="run each N-th case of each test alone")
+    parser.addoption("--sample", type=int, default=1, metavar="N", help="run only each N-th case of each test")
 
 
 def need_of(item: pytest.Item) -> str:
-    """Return what a case needs and this machine or setting has not; or nothing."""
+    """Return a need of a case that is not met here, or an empty string."""
     return next((need for mark, (met, need) in NEEDS.items() if not met and item.get_closest_marker(mark)), "")
 
 
@@ -75,12 +72,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
     LEFT_OUT.update({need: count for need, count in unmet.items() if need})
-    getattr(config, "workeroutput", {})["left_out"] = {**LEFT_OUT}  # which a process of pytest-xdist hands over
+    getattr(config, "workeroutput", {})["left_out"] = {**LEFT_OUT}  # pytest-xdist sends it to the first process
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take over what a process of pytest-xdist has left out: the same in each."""
+    """Take over the counts of a process of pytest-xdist; all processes have the same counts."""
     LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
@@ -123,7 +120,7 @@ def skip_without(*packages: str) -> None:
 
 
 def skip_on_formula(device: str) -> None:
-    """Skip a promise of the kernels alone: the plain formula rounds and keeps memory as PyTorch does."""
+    """Skip a promise that only the kernels keep: the plain formula rounds and keeps memory as PyTorch does."""
     if device == "cpu" and CPU is None:
         pytest.skip("the C++ kernels were not built: CPU tensors take the plain formula")
 
@@ -131,11 +128,6 @@ def skip_on_formula(device: str) -> None:
 def by_triton(device: str) -> bool:
     """Return whether the Triton kernels take tensors of a device."""
     return TRITON is not None and backend_for(torch.device(device)) is TRITON
-
-
-def by_formula() -> AbstractContextManager[None]:
-    """Run CPU tensors by the plain formula inside of the block."""
-    return cpu_tensors_by(None)
 
 
 @contextmanager
@@ -155,7 +147,7 @@ def import_without(adapter: str, *packages: str) -> None:
 
 @pytest.fixture(autouse=True)
 def start() -> None:
-    """Seed every test, so that a failure repeats, also alone."""
+    """Let every test begin with the same seed and without plans, so that a failure repeats."""
     torch.manual_seed(0)
     forget()
 
@@ -185,28 +177,19 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Turn on deterministic algorithms, for which PyTorch fills memory from `torch.empty` with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+class Poison(TorchFunctionMode):
+    """Fill new memory with NaN, so that an element that no kernel writes shows in the result."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x = function(*args, **(kwargs or {}))
+        is_new = function in (torch.empty, torch.empty_like, torch.empty_strided)
+        return x.fill_(torch.nan) if is_new and x.is_floating_point() else x
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill memory from `torch.empty` and `allocate` with NaN, so that an unwritten element shows."""
-    allocate = view.allocate  # which allocators call in deterministic mode
-
-    def poisoned(layout: Layout) -> Tensor:
-        x = allocate(layout)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(view, "allocate", poisoned)
-    with deterministic():
+def poison() -> Iterator[None]:
+    """Run a test in memory that is full of NaN."""
+    with Poison():
         yield
 
 
@@ -220,15 +203,15 @@ def memory_of(call: Callable[[], Any], device: str) -> tuple[int, Any]:
 
 
 @pytest.fixture
-def dynamo() -> Iterator[Any]:
-    """Forget all compiled code, before and after; give the settings."""
+def dynamo() -> Iterator[None]:
+    """Drop all compiled code before and after a test."""
     torch._dynamo.reset()
-    yield torch._dynamo.config
+    yield
     torch._dynamo.reset()
 
 
 class LastPrograms:
-    """Have the interpreter run the last two items of a kernel alone, as if each were a program."""
+    """Have the interpreter run only the last two items of a kernel, as if each were a program."""
 
     def __init__(self, kernel: Any):
         self.kernel, self.arg_names = kernel, kernel.arg_names
@@ -251,7 +234,7 @@ class LastPrograms:
 
 @pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
 def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device; the interpreter takes too long for such sizes, and runs the end of the backward alone."""
+    """Give a device. On a CPU only the end of the backward runs, as the interpreter takes too long for the rest."""
     if request.param == "cpu":
         from fastreg.kernels import ar_tar
 
@@ -262,5 +245,5 @@ def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(params=[nn.Dropout, FusedRNNDropout])
 def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the language models a plain dropout, and one that forms the penalty; alone it adds nothing."""
+    """Give the language models a plain dropout, and a dropout that computes the penalty."""
     monkeypatch.setattr(Model, "kind_of_dropout", request.param)

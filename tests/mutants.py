@@ -52,7 +52,7 @@ TESTS = {
     "fastreg/reference.py": ["steps", "padding", "axes", "coefficients", "derivatives", "dropout", "penalty", "torch"],
     "fastreg/problem.py": ["padding", "axes", "coefficients", "derivatives", "penalty"],
     "fastreg/arguments.py": ["layout", "plans", "prediction", "padding", "penalty", "dropout"],
-    "fastreg/fold.py": ["view", "prediction", "axes", "penalty", "padding", "dropout", "torch"],
+    "fastreg/fold.py": ["axes", "prediction", "penalty", "padding", "dropout", "torch"],
     "fastreg/plans.py": ["plans", "penalty", "coefficients", "torch"],
     "fastreg/operation.py": ["plans", "prediction", "coefficients", "dropout", "penalty"],
     "fastreg/prepare.py": ["layout", "steps", "plans", "padding", "axes", "penalty", "dropout", "prediction"],
