@@ -662,18 +662,17 @@ def doubled(_module: nn.Module, _args: Any, result: Any) -> Any:
     return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
 
 
-@each_dropout
+@pytest.mark.parametrize("dropout", [None, PLAIN, FUSED, partial(FUSED, ar_of="raw")])
 def test_hooks_of_others_run_before_even_if_they_are_registered_later(dropout: Any) -> None:
     model = Attached(nn.LSTM, dropout)
     for module in [model.rnn] if dropout is None else [model.rnn, model.dropout]:
         module.register_forward_hook(doubled)
-    if dropout is None:  # which backward hooks need
+    if dropout is None:  # else a backward hook is an error
         model.rnn.register_full_backward_hook(lambda *_: None)
-    if dropout is FUSED:
-        model.dropout.ar_of = "raw"
     run = model(lm.inputs().requires_grad_())
-    want = run._replace(dropped=run.raw) if dropout is FUSED else run
-    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, want))
+    squared = run.raw if getattr(model.dropout, "ar_of", "") == "raw" else run.dropped
+    want = penalized(run.loss, run._replace(dropped=squared))
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), want)
 
 
 @pytest.mark.parametrize("where", ["rnn", "dropout"])
