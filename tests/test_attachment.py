@@ -789,12 +789,21 @@ class Derived(FusedRNNDropout):
 
 
 GRU, AXIS, TIME_FIRST = nn.GRU(1, 1, batch_first=True), FusedRNNDropout(time_dim=1), nn.LSTM(1, 1)
+COMPILED = nn.Dropout()
+COMPILED.compile()
 REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "module": ("lstm", {}, TypeError, "module: expected an nn.Module, got str"),
     "cell": (nn.LSTMCell(1, 1), {}, TypeError, "module: expected a module that runs .*LSTMCell, .*stack its outputs"),
     "list": (nn.ModuleList([GRU]), {}, TypeError, "module: expected a module that is called itself, got ModuleList"),
     "script": (torch.jit.script(LINEAR), {}, TypeError, "module: expected .* takes hooks, got a ScriptModule"),
+    "compiled": (
+        torch.compile(GRU),
+        {},
+        RuntimeError,
+        r"module: .*compiled already; attach\(\) it before",
+    ),
     "dropout": (GRU, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),
+    "compiled dropout": (GRU, {"dropout": COMPILED}, RuntimeError, "dropout: .*compiled already"),
     "derived": (GRU, {"dropout": Derived()}, TypeError, "dropout: expected the forward of FusedRNNDropout.* Derived"),
     "batch_first": (LINEAR, {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
     "no layout": (LINEAR, {}, ValueError, "batch_first: expected True .* as the Linear does not have it, got None"),

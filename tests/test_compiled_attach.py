@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastreg import FusedRNNDropout, RNNRegularizer
+from fastreg import FusedRNNDropout
 from tests import language_model as lm
 from tests.conftest import more
 from tests.language_model import ALPHA, BATCH, BETA, HIDDEN
@@ -42,34 +42,26 @@ def compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
 
-def batches() -> Iterator[Tensor]:
-    """Yield inputs; the first compiles, and a dropout draws the same masks for each on every side."""
+def played(model: lm.Model, step: Callable[[Tensor], tuple[Tensor, Tensor]]) -> list[Any]:
+    """Return loss and gradients for two batches with seeds; the first compiles. A step returns loss and total loss."""
+    found = []
     for seed in range(2):
         torch.manual_seed(seed)
-        yield lm.tokens(BATCH, 4)
-
-
-def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    return [*torch.autograd.grad(loss, [*model.parameters()])]
+        loss, total = step(lm.tokens(BATCH, 4))
+        found.append([loss, *torch.autograd.grad(total, [*model.parameters()])])
+    return found
 
 
 def of_formula(model: lm.Model, alpha: float = ALPHA, beta: float = BETA) -> list[Any]:
-    """Return the loss and the gradients of plain PyTorch."""
-    found = []
-    for x in batches():
+    def step(x: Tensor) -> tuple[Tensor, Tensor]:
         decoded, raw, dropped = model.activations(x)
-        loss = lm.criterion(decoded, x)
-        found.append([loss, *gradients(model, loss + lm.formula(raw, dropped, 1, alpha, beta))])
-    return found
+        return (loss := lm.criterion(decoded, x)), loss + lm.formula(raw, dropped, 1, alpha, beta)
+
+    return played(model, step)
 
 
-def of_hooks(model: lm.Model, run: Any, reg: RNNRegularizer | None) -> list[Any]:
-    """Return the loss and the gradients of a model that `run` runs; without a regularizer those of the loss alone."""
-    found = []
-    for x in batches():
-        loss = lm.criterion(run(x), x)
-        found.append([loss, *gradients(model, loss if reg is None else reg.on_backward_begin(loss))])
-    return found
+def of_hooks(model: lm.Model, run: Any, add: Callable[[Tensor], Tensor] = Tensor.clone) -> list[Any]:
+    return played(model, lambda x: ((loss := lm.criterion(run(x), x)), add(loss)))
 
 
 def assert_same(got: Any, want: list[Any]) -> None:
@@ -83,13 +75,13 @@ def test_ten_models_of_a_class_that_was_compiled_before(kind: Any, drops: bool) 
     for _ in range(10):
         model, reg = made(kind, drops), lm.regularizer()
         reg.attach(model.rnn, model.dropout if drops else None)
-        assert_same(of_hooks(model, compiled(model), reg), want)
+        assert_same(of_hooks(model, compiled(model), reg.on_backward_begin), want)
 
 
 @each
 @pytest.mark.parametrize("training", [False, True], ids=["validated", "trained"])
 def test_attached_to_a_model_that_was_compiled_and_run(training: bool, kind: Any, drops: bool) -> None:
-    """As adapters do when a fit starts, and again in a second fit: the penalty, or an error that names the remedy."""
+    """Adapters do this when a fit starts: the penalty is right, or an error names the remedy."""
     model, plain = made(kind, drops), made(kind, drops)
     run, want, without = compiled(model), of_formula(plain), of_formula(plain, 0.0, 0.0)
     with torch.set_grad_enabled(training):
@@ -99,36 +91,24 @@ def test_attached_to_a_model_that_was_compiled_and_run(training: bool, kind: Any
         reg = lm.regularizer()
         with reg.attach(model.rnn, model.dropout if drops else None):
             try:
-                got = of_hooks(model, run, reg)
+                got = of_hooks(model, run, reg.on_backward_begin)
             except RuntimeError as error:
                 got = str(error)
         if training and isinstance(got, str):
             assert re.search(r"before torch\.compile|torch\.compiler\.reset", got)
         else:
             assert_same(got, want)
-        assert_same(of_hooks(model, run, None), without)
+        assert_same(of_hooks(model, run), without)
 
 
-@pytest.mark.parametrize("kind", [lm.Model, lm.Fused])
-def test_a_coefficient_that_changes_compiles_no_code_anew(kind: Any) -> None:
-    model, counter = lm.seeded(lambda: kind(lm.Elementwise)), CompileCounterWithBackend("aot_eager")
-    reg, run = lm.attached(model), torch.compile(model, backend=counter)
-    compilations = []
+def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
+    model, counter = made(lm.Elementwise), CompileCounterWithBackend("aot_eager")
+    reg, run, compilations = lm.attached(model), torch.compile(model, backend=counter), list[int]()
     for step in range(6):
         reg.alpha = ALPHA + step
-        of_hooks(model, run, reg)
+        of_hooks(model, run, reg.on_backward_begin)
         compilations.append(counter.frame_count)
     assert compilations[1:] == compilations[1:2] * 5
-
-
-def test_modules_that_are_compiled_already_are_refused() -> None:
-    model = lm.seeded(lm.Model)
-    with pytest.raises(RuntimeError, match=r"module: .*compiled already; attach\(\) it before torch.compile"):
-        lm.regularizer().attach(compiled(model.rnn))
-    model.dropout.compile(backend="eager")
-    with pytest.raises(RuntimeError, match=r"dropout: .*compiled already"):
-        lm.regularizer().attach(model.rnn, model.dropout)
-    assert not model.rnn._forward_hooks
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
