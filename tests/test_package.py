@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +18,10 @@ import torch
 import fastreg
 import fastreg.__main__ as main
 from fastreg import backends
-from fastreg.installation import remarks
-from fastreg.kernels import cpu
-from tests.conftest import import_without, more, skip_on_formula
+from tests.conftest import CPU, import_without, more, skip_on_formula
 
 ROOT = Path(__file__).resolve().parent.parent
+HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> None:
@@ -74,49 +73,31 @@ def install(clone: Path, folder: Path, command: list[str], cc: str, cxx: str) ->
 @more
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 def test_an_installation_runs_anywhere(clone: Path, tmp_path: Path) -> None:
-    """And leaves its libraries in the clone, too, from which Python imports the package there."""
+    """The build leaves its libraries in the clone, too, from which Python imports the package there."""
     clone, site = install(clone, tmp_path, PIP, "gcc", "g++")
     done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0
     assert done.stdout.startswith(f"fastreg {fastreg.__version__}, ")
     assert f"imported from {site / 'fastreg'}\n" in done.stdout, done
     assert "the C++ kernels; self-test passed" in done.stdout
+    assert ("no library for processors with AVX2 was built from these sources" in done.stdout) == HAS_AVX
     assert not done.stderr  # such as PyTorch's remark on NumPy
     folders = clone / "kernels", site / "fastreg" / "kernels"
     of_clone, of_site = ({file.name for file in folder.glob("*.so")} for folder in folders)
     assert of_clone == of_site
 
 
-@pytest.fixture
-def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Copy the libraries with their sources to a folder, from which this process loads the best one anew."""
-    skip_on_formula("cpu")
-    for file in (file for pattern in ("_cpu*", "cpu*") for file in (ROOT / "kernels").glob(pattern)):
-        shutil.copy(file, tmp_path)
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
-    cpu.library.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    cpu.library.cache_clear()
-
-
-@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")
-def test_the_library_is_named_and_why_it_is_not_a_better_one(libraries: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As PyTorch is limited to a lower capability, or as no better one was built."""
-    with monkeypatch.context() as limited:
-        limited.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-        description = cpu.description()
-    assert description.startswith(f"{libraries}/_cpu.")
-    assert description.endswith("by PyTorch's capability DEFAULT this is none of the processors with AVX2")
-    cpu.library.cache_clear()
-    for file in libraries.glob("_cpu_v*"):
-        file.unlink()
-    assert cpu.description().endswith("no library for processors with AVX2 was built from these sources")
-
-
 def test_libraries_that_were_built_run() -> None:
     """Otherwise the tests of the C++ kernels are skipped, though nothing is missing."""
-    assert not cpu.runnable() or cpu.reason() is None, cpu.reason()
+    assert CPU is not None or not any(ROOT.glob("kernels/_cpu*.so"))
+
+
+@pytest.mark.skipif(not HAS_AVX, reason="needs AVX2")
+def test_the_library_is_named_and_why_it_is_not_a_better_one() -> None:
+    skip_on_formula("cpu")
+    said = python("-m", "fastreg", ATEN_CPU_CAPABILITY="default").stdout
+    assert f"library for CPUs: {ROOT}/fastreg/kernels/_cpu." in said
+    assert "by PyTorch's capability DEFAULT this is none of the processors with AVX2\n" in said
 
 
 HIDE_TRITON = """
@@ -127,13 +108,11 @@ util.find_spec = lambda name, package=None: None if name == "triton" else find(n
 CALLS = """
 import sys, torch, warnings
 from fastreg import __main__ as main, fused_ar_tar
-from fastreg.backends import TRITON
 x = torch.ones(2, 3, 4)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     values = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(x[:1], x[:1], 2.0, 1.0)]
 assert values == [2, 2], values
-assert TRITON is None
 caught = [warning for warning in caught if warning.category is UserWarning]
 assert {warning.filename for warning in caught} == {"<string>"}, "the caller's line"
 print([str(warning.message) for warning in caught])
@@ -144,7 +123,7 @@ assert not {"fastai", "lightning", "pytorch_lightning", "transformers", "kernels
 
 @more
 def test_nothing_but_pytorch_is_needed(clone: Path, tmp_path: Path) -> None:
-    """Without a compiler, the first call warns. Nor is the name `kernels` taken, of an unrelated distribution."""
+    """Without a compiler, the first call warns. The name `kernels` stays free for an unrelated distribution."""
     _, site = install(clone, tmp_path, BUILD, "false", "false")
     (site / "sitecustomize.py").write_text(HIDE_TRITON)
     done = python("-c", CALLS, folder=tmp_path, PYTHONPATH=str(site))
@@ -194,8 +173,15 @@ def test_a_package_that_is_mixed_up_with_another_says_so(tmp_path: Path) -> None
     assert said.count("pip uninstall fastreg fastreg-rnn") == 5
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Return a function that runs `python -m fastreg` in this process, and returns what it prints, and its status."""
+    monkeypatch.setattr(sys, "argv", ["fastreg"])
+    return lambda: f"{main.main()}: {capsys.readouterr().out}"
+
+
 def test_hidden_installations_and_another_distribution_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
 ) -> None:
     for name in ("fastreg", "fastreg-rnn"):
         information = tmp_path / f"{name.replace('-', '_')}-1.2.dist-info"
@@ -206,12 +192,12 @@ def test_hidden_installations_and_another_distribution_are_named(
     monkeypatch.syspath_prepend(tmp_path)
     hidden = f"the installation in {tmp_path / 'fastreg'} is hidden, because "
     monkeypatch.chdir(ROOT)
-    assert f"{hidden}Python looks into the current folder first" in remarks()[0]
+    assert f"{hidden}Python looks into the current folder first" in said()
     monkeypatch.chdir(tmp_path)
-    assert f"{hidden}{ROOT} comes before it in sys.path" in remarks()[0]
+    assert f"{hidden}{ROOT} comes before it in sys.path" in said()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert f"{hidden}PYTHONPATH names {ROOT}" in remarks()[0]
-    assert "the unrelated distribution 'fastreg' shares the name" in remarks()[-1]
+    assert f"{hidden}PYTHONPATH names {ROOT}" in said()
+    assert "the unrelated distribution 'fastreg' shares the name" in said()
 
 
 def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
@@ -231,7 +217,7 @@ def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
 
 
 def test_a_release_has_absolute_links(tmp_path: Path) -> None:
-    """On PyPI, which shows the README elsewhere than its files."""
+    """PyPI shows the README without its files."""
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     done = python(".ci/metadata", "https://github.com/owner/name", "v1.2", str(tmp_path), folder=ROOT)
@@ -246,31 +232,17 @@ def test_a_release_has_absolute_links(tmp_path: Path) -> None:
     assert 'Documentation = "https://owner.github.io/name/"\n' in project
 
 
-def test_a_wrong_result_fails_the_self_test(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_result_fails_the_self_test(monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]) -> None:
+    assert said().startswith("0: ")
     monkeypatch.setattr(main, "fused_ar_tar", lambda raw, dropped, *_, lengths: raw.sum() + dropped.sum())
-    monkeypatch.setattr(sys, "argv", ["fastreg"])
-    assert main.main() == 1
-    assert "SELF-TEST FAILED: AssertionError" in capsys.readouterr().out
-
-
-def test_a_gpu_is_told_where_to_send_its_results(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In one line, and a CPU is not."""
-    monkeypatch.setattr(main, "self_test", lambda device: None)
-    monkeypatch.setattr(sys, "argv", ["fastreg"])
-    for kinds, lines in (("cpu",), 0), (("cpu", "cuda"), 1):
-        monkeypatch.setattr(main, "devices", lambda kinds=kinds: map(torch.device, kinds))
-        assert main.main() == 0
-        assert capsys.readouterr().out.count("send the results: bench/on_gpu.ipynb in the repository\n") == lines
+    assert said().startswith("1: ")
+    assert "SELF-TEST FAILED: AssertionError" in said()
 
 
 @pytest.mark.skipif(backends.TRITON is None, reason="Triton is not installed")
 def test_an_intel_gpu_without_float64_runs_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Arc; a stand-in for its properties."""
-    for index, has_fp64 in ((7, False), (8, True)):  # no test asks for them again
+    """Arc is such a GPU; the test replaces the properties of devices that no other test asks for."""
+    for index, has_fp64 in ((7, False), (8, True)):
         monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _, own=has_fp64: SimpleNamespace(has_fp64=own))
         device = torch.device("xpu", index)
         assert (backends.backend_for(device) is not None) == has_fp64
