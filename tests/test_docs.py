@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -40,19 +40,13 @@ class Net(Model):
 
 
 def fastai() -> dict[str, Any]:
-    from fastai.callback import schedule  # noqa: F401  # which gives learners fit_one_cycle()
-    from fastai.data.core import DataLoaders
-    from fastai.learner import Learner
-    from fastai.losses import CrossEntropyLossFlat
-    from fastai.text.data import LMDataLoader
-    from fastai.text.learner import language_model_learner
-    from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
+    from fastai.text import all as fa
 
-    dls = DataLoaders(*(LMDataLoader([torch.randint(VOCABULARY, (200,))], bs=4, seq_len=8) for _ in range(2)))
-    dls.vocab = [str(i) for i in range(VOCABULARY)]
-    options = {"config": awd_lstm_lm_config | {"emb_sz": 8, "n_hid": 12, "n_layers": 2}, "pretrained": False}
-    learn = language_model_learner(dls, AWD_LSTM, alpha=2.0, beta=1.0, **options)
-    return {"learn": learn, "plain": Learner(dls, Net(), loss_func=CrossEntropyLossFlat())}
+    dls = fa.DataLoaders(*(fa.LMDataLoader([torch.randint(VOCABULARY, (200,))], bs=4, seq_len=8) for _ in range(2)))
+    dls.vocab = [str(i) for i in range(VOCABULARY)]  # pyright: ignore[reportAttributeAccessIssue]
+    options = {"config": fa.awd_lstm_lm_config | {"emb_sz": 8, "n_hid": 12, "n_layers": 2}, "pretrained": False}
+    learn = fa.language_model_learner(dls, fa.AWD_LSTM, alpha=2.0, beta=1.0, **options)
+    return {"learn": learn, "plain": fa.Learner(dls, Net(), loss_func=fa.CrossEntropyLossFlat())}
 
 
 def lightning() -> dict[str, Any]:
@@ -80,7 +74,7 @@ def transformers() -> dict[str, Any]:
 
 
 ADAPTERS = {"fastai": fastai, "lightning": lightning, "transformers": transformers}
-V1 = "fastai1"  # which has a process of its own, as its package has the name of fastai
+V1 = "fastai1"  # It runs in another process, because its package has the name of fastai.
 
 
 def snippets(page: Path) -> list[str]:
@@ -137,8 +131,9 @@ def check_examples(module: str, setup: Callable[[], dict[str, Any]]) -> None:
     assert names
     assert set(names) == set(getattr(owner, "__all__", names))
     for name in names:
-        found = {"torch": torch} | setup() | vars(owner)
-        tests = doctest.DocTestFinder(recurse=False).find(getattr(owner, name), f"{module}.{name}", globs=found)
+        value, found = getattr(owner, name), {"torch": torch} | setup() | vars(owner)
+        get_type_hints(value.__init__ if isinstance(value, type) else value)  # annotations resolve when the code runs
+        tests = doctest.DocTestFinder(recurse=False).find(value, f"{module}.{name}", globs=found)
         assert any(test.examples for test in tests), f"{module}.{name} has no example"
         assert not any(doctest.DocTestRunner(Checker()).run(test).failed for test in tests), name
 
@@ -155,7 +150,7 @@ def test_examples_of_docstrings_run(framework: str | None, tmp_path: Path, monke
 
 @more
 def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> None:
-    """In a process of its own, where `learner()` makes a small learner of fastai v1."""
+    """They run in another process, where `learner()` makes a small learner of fastai v1."""
     environment = environment_with("1.0.61", tmp_path)
     code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
     assert code
