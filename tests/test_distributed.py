@@ -1,15 +1,15 @@
-"""More than one process, or device: the gradients are those of the formula written out.
+"""More than one process, or device: training and values are the same as with the formula.
 
-Two processes on the CPU make up the group; each test runs a function of this file in both.
+Two processes on the CPU make up the group, and each test runs a function of this file in both.
 """
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import pytest
@@ -31,7 +31,6 @@ TIMEOUT = 60  # seconds, for whatever waits: a group that hangs fails
 
 
 def start(rank: int, meeting: str) -> None:
-    """Initialize a process."""
     torch.set_num_threads(1)
     options: Any = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=TIMEOUT / 2)}
     dist.init_process_group("gloo", init_method=f"file://{meeting}", **options)
@@ -55,9 +54,7 @@ def in_both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 
 
 class LanguageModel(Model):
-    """Returns raw and dropped, too, and counts its resets; its RNN may add a penalty of raw in each backward."""
-
-    resets = 0
+    """Return raw and dropped, too; the RNN may add a penalty of raw in each backward."""
 
     def forward(self, x: Tensor) -> Any:
         return self.activations(x)
@@ -66,9 +63,6 @@ class LanguageModel(Model):
         """Be a hook on the RNN."""
         raw, state = output
         return with_penalty(raw, fused_ar_tar(raw, raw, 2.0, 1.0)), state
-
-    def reset(self) -> None:
-        self.resets += 1
 
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
@@ -79,7 +73,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 
 def train(how: str, penalty_by: str) -> None:
-    """Three steps on half of each batch, and the same with the formula written out: the weights are the same."""
+    """Train on half of each batch by fastreg and by the formula, and compare the weights."""
     torch.manual_seed(0)
     model, plain = LanguageModel(), LanguageModel()
     plain.load_state_dict(model.state_dict())
@@ -88,40 +82,34 @@ def train(how: str, penalty_by: str) -> None:
         regularizer.attach(model.rnn, model.dropout)
     elif penalty_by == "with_penalty":
         model.rnn.register_forward_hook(model.add)
-    outer, plain_outer = WRAPPERS[how](model), WRAPPERS[how](plain)
-    regularizer.on_epoch_begin(outer)
-    assert_close(model.resets, 1)
-    optimizers = [torch.optim.SGD(x.parameters(), 0.5) for x in (outer, plain_outer)]
+    both = [WRAPPERS[how](model), WRAPPERS[how](plain)]
+    optimizers = [torch.optim.SGD(x.parameters(), 0.5) for x in both]
     half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     for step in range(3):
         tokens = torch.randint(VOCABULARY, (4, 8))[half]
-        torch.manual_seed(step)
-        output = outer(tokens)
-        if penalty_by == "on_loss_begin":
-            regularizer.on_loss_begin(output)
-        loss = criterion(output[0], tokens)
-        if penalty_by == "hand":
-            loss = loss + fused_ar_tar(*output[1:], 2.0, 1.0)
-        elif penalty_by != "with_penalty":
-            loss = regularizer.on_backward_begin(loss)
-        loss.backward()
-        torch.manual_seed(step)
-        decoded, raw, dropped = plain_outer(tokens)
-        penalized = raw if penalty_by == "with_penalty" else dropped
-        (criterion(decoded, tokens) + formula(raw, penalized, time=1)).backward()
-        for optimizer in optimizers:
+        for outer, optimizer in zip(both, optimizers, strict=True):
+            torch.manual_seed(step)
+            decoded, raw, dropped = outer(tokens)
+            loss = criterion(decoded, tokens)
+            if outer is both[1]:
+                loss = loss + formula(raw, raw if penalty_by == "with_penalty" else dropped, time=1)
+            elif penalty_by == "on_loss_begin":
+                regularizer.on_loss_begin((decoded, raw, dropped))
+            if outer is both[0] and penalty_by != "with_penalty":
+                loss = regularizer.on_backward_begin(loss)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert_close(weights(outer, how), weights(plain_outer, how))
+    assert_close(*(weights(outer, how) for outer in both))
 
 
 def weights(outer: nn.Module, how: str) -> list[Tensor]:
-    """All parameters, whole."""
+    """Return all parameters, whole."""
     with FullyShardedDataParallel.summon_full_params(outer) if how == "FSDP1" else nullcontext():
         return [x.full_tensor() if isinstance(x, DTensor) else x.detach().clone() for x in outer.parameters()]
 
 
-@pytest.mark.parametrize("penalty_by", ["hand", "on_loss_begin", "attach", "with_penalty"])
+@pytest.mark.parametrize("penalty_by", ["on_loss_begin", "attach", "with_penalty"])
 @pytest.mark.parametrize("how", ["DDP", pytest.param("FSDP1", marks=more), "FSDP2"])
 def test_data_parallelism_trains_as_with_the_formula(how: str, penalty_by: str, in_both: Callable[..., None]) -> None:
     in_both(train, how, penalty_by)
@@ -132,50 +120,42 @@ def full(x: Any) -> Tensor:
     return x.full_tensor()
 
 
-@functools.cache
+@cache
 def mesh() -> DeviceMesh:
-    """One for all tests: AOTAutograd does not compile the backward of a DTensor on a second one like it."""
+    """Return one mesh for all tests: AOTAutograd does not compile the backward of a DTensor on a second one like it."""
     return init_device_mesh("cpu", (2,))
 
 
 def check_dtensors(placement: Any, batch_first: bool) -> None:
-    """Sizes that do not divide by two, so that the ranks' means are not those of the whole."""
+    """Compare with one process, for sizes that do not divide by two: the ranks' means are not the mean of the whole."""
     torch.manual_seed(0)
     tensors = torch.randn(2, 5, 7, 3).unbind()
-    plain, spread = (
-        [split(x.clone()).requires_grad_() for x in tensors]
-        for split in (lambda x: x, lambda x: distribute_tensor(x, mesh(), [placement]))
-    )
-    options: Any = {"batch_first": batch_first, "return_terms": True}
-    want, got = (fused_ar_tar(*xs, 2.0, 1.0, **options) for xs in (plain, spread))
-    assert_close([full(x) for x in got], list(want))
-    gradients = torch.autograd.grad(got.penalty, spread)
-    assert_close([full(x) for x in gradients], list(torch.autograd.grad(want.penalty, plain)))
-
     mask = torch.empty_like(tensors[0]).bernoulli_(0.5) * 2
-    masks = mask, distribute_tensor(mask, mesh(), [placement])
-    (dropped, want), (spread_dropped, got) = (
-        fused_dropout_ar_tar(xs[0], 0.5, 2.0, 1.0, mask=m, **options)
-        for xs, m in zip((plain, spread), masks, strict=True)
-    )
-    assert_close([full(x) for x in (spread_dropped, *got)], [dropped, *want])
-    (gradient,) = torch.autograd.grad(spread_dropped.sum() + got.penalty, spread[:1])
-    assert_close(full(gradient), *torch.autograd.grad(dropped.sum() + want.penalty, plain[:1]))
+    options: Any = {"batch_first": batch_first, "return_terms": True}
 
-    def call(x: Any) -> Any:
+    def same(x: Any) -> Any:
         return fused_ar_tar(x, x, 2.0, 1.0, batch_first=batch_first)
 
-    want, got = call(plain[0]), torch.compile(call, fullgraph=True, backend="aot_eager")(spread[0])
-    assert_close(full(got), want)
-    assert_close(full(*torch.autograd.grad(got, spread[:1])), *torch.autograd.grad(want, plain[:1]))
+    def spread(x: Tensor) -> Any:
+        return distribute_tensor(x, mesh(), [placement])
+
+    results, compiled = [], torch.compile(same, fullgraph=True, backend="aot_eager")
+    for split, of_one in ((torch.clone, same), (spread, compiled)):
+        raw, dropped = (split(x).requires_grad_() for x in tensors)
+        penalty = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
+        by_mask, terms = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=split(mask), **options)
+        one = of_one(raw)
+        total = penalty.penalty + by_mask.sum() + 2 * terms.penalty + 3 * one
+        results.append([*penalty, by_mask, *terms, one, *torch.autograd.grad(total, (raw, dropped))])
+    assert_close([full(x) for x in results[1]], results[0])
 
     # A mask that is drawn is one mask, in whatever pieces.
     module = FusedRNNDropout(0.5, 2.0, 1.0, batch_first=batch_first)
-    dropped, terms = full(module(spread[0])), module.take()
+    dropped, terms = full(module(spread(tensors[0]))), module.take()
     assert terms is not None
     keep = (dropped != 0).movedim(1 if batch_first else 0, 0)
     assert_close(keep, keep[:1].expand_as(keep))
-    assert_close(full(terms.penalty), fused_ar_tar(plain[0], dropped, 2.0, 1.0, batch_first=batch_first))
+    assert_close(full(terms.penalty), fused_ar_tar(tensors[0], dropped, 2.0, 1.0, batch_first=batch_first))
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,13 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_default_layout_is_not_that_of_an_rnn_inside() -> None:
+def test_a_default_layout_is_not_for_an_rnn_inside() -> None:
     with pytest.raises(ValueError, match=r"may return \(time, batch, hidden\) like the LSTM inside it"):
         attach_at(regularizer(), nn.Sequential(nn.LSTM(HIDDEN, HIDDEN)), Source(""), layout=True)
 
 
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
-    model = nn.Sequential(nn.LSTM(HIDDEN, HIDDEN, batch_first=True), nn.Module())
+    model = nn.Sequential(gru(), nn.Module())
     model[1].output_dp = own = nn.Dropout(0.1)
     source = of_language_model(Source(dropout=True), Swap("1.output_dp", nn.Dropout, FusedRNNDropout))
     with attach_at(regularizer(), model, source):
@@ -57,25 +57,23 @@ def fail(*args: Any, **kwargs: Any) -> Any:
     raise KeyError("mask")
 
 
-BATCH_OF_IDS = [torch.ones(2, 5), {"mask": 1}]
+def batch() -> list[Any]:
+    return [torch.ones(2, 5), {"mask": 1}]
 
 
-@pytest.mark.parametrize("name", ["valid", "starts"])
+ARGUMENTS = rf"Tensor\[{BATCH}, {TIME}, {HIDDEN}\], NoneType"
+OF_MODULE = Source(gru(), valid=fail)
+
+
 @pytest.mark.parametrize(
-    ("prepare", "got"),
+    ("source", "got"),
     [
-        (lambda source: source, rf"Tensor\[{BATCH}, {TIME}, {HIDDEN}\], NoneType"),
-        (lambda source: of_batch(source, lambda: BATCH_OF_IDS), r"Tensor\[2, 5\], dict"),
-        (
-            lambda source: of_batch(source, lambda: BATCH_OF_IDS, lambda _: True),
-            rf"Tensor\[2, 5\], dict, Tensor\[{BATCH}, {TIME}, {HIDDEN}\], NoneType",
-        ),
+        (OF_MODULE, ARGUMENTS),
+        (of_batch(OF_MODULE, batch), r"Tensor\[2, 5\], dict"),
+        (of_batch(OF_MODULE, batch, lambda _: True), rf"Tensor\[2, 5\], dict, {ARGUMENTS}"),
     ],
     ids=["module", "batch", "both"],
 )
-def test_an_error_in_a_function_of_marks_names_it_and_what_it_got(name: str, prepare: Any, got: str) -> None:
-    options: Any = {name: fail}
-    source = prepare(Source(gru(), **options))
-    with pytest.raises(RuntimeError, match=rf"^{name}: fail\({got}\) raised KeyError: 'mask'$") as caught:
+def test_an_error_in_a_function_of_masks_names_it_and_its_arguments(source: Source, got: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"^valid: fail\({got}\) raised KeyError: 'mask'$"):
         source.masks(inputs(), hx=None)
-    assert isinstance(caught.value.__cause__, KeyError)
