@@ -31,17 +31,17 @@ from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
 from tests.language_model import ALPHA, BETA, TIME, VOCABULARY, assert_same_weights, hooks_of  # noqa: E402
 
-# transformers' own, and those of its imports
+# transformers and its imports warn.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{x}Warning") for x in ("Deprecation", "Future", "User")]
 pytestmark.append(pytest.mark.usefixtures("quick_collections"))
 transformers.logging.set_verbosity_error()
 
-EXAMPLES, HIDDEN = 24, 8  # the latter of the models of transformers
+EXAMPLES = 24
 TIMEOUT = 120  # seconds, for processes that import all this anew
 
 
 class LanguageModel(lm.Model):
-    """A model of one's own, which takes no `num_items_in_batch`: its loss is a mean over the batch."""
+    """A model that takes no `num_items_in_batch`: its loss is a mean over the batch."""
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__(p=p)
@@ -55,7 +55,7 @@ def of_library(name: str, rnn: str, **options: Any) -> Any:
     """Return a maker of a small language model of transformers; it has the path of the last block."""
 
     def make() -> Any:
-        sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2}
+        sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2}
         config = getattr(transformers, f"{name}Config")(**(sizes | options))
         return getattr(transformers, f"{name}ForCausalLM")(config)
 
@@ -65,9 +65,6 @@ def of_library(name: str, rnn: str, **options: Any) -> Any:
 
 mamba = of_library("Mamba", "backbone.layers.1", state_size=4)
 mamba2 = of_library("Mamba2", "backbone.layers.1", num_heads=4, head_dim=4, n_groups=1, chunk_size=4, state_size=4)
-blocks: dict[str, Any] = {"attention_window_size": TIME, "block_types": ["attention", "recurrent"]}
-blocks |= {"intermediate_size": HIDDEN, "num_attention_heads": 2}
-recurrent_gemma = of_library("RecurrentGemma", "model.layers.1", **blocks)
 xlstm = of_library("xLSTM", "backbone.blocks.1", hidden_size=16, num_heads=2)
 IN_PARTS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
@@ -150,7 +147,7 @@ def assert_different(trainer: Any, other: Any) -> None:
     lm.assert_other_weights(trainer.model, other.model)
 
 
-@pytest.mark.parametrize("make", [LanguageModel, mamba, mamba2, recurrent_gemma, xlstm])
+@pytest.mark.parametrize("make", [LanguageModel, mamba, mamba2, xlstm])
 def test_the_formula_written_out_gives_the_same_weights(make: Callable[[], Any]) -> None:
     masked = {"valid": labelled} if make is xlstm else {}  # whose forward has no attention_mask, so it is left out
     trainer, written_out = fit(make, arguments(), **masked), fit(make, arguments(), Formula)
@@ -182,10 +179,10 @@ def starts_of(batch: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "loss", "count", "valid", "starts"),
     [
-        (recurrent_gemma, None, 19, labelled, None),
+        (mamba, None, 19, labelled, None),
         (LanguageModel, per_item, 22, None, None),  # whose batches count by their examples
         (LanguageModel, None, 20, labelled, None),  # whose own loss wants batches of one size
-        (mamba2, None, 24, labelled, starts_of),  # pairs of neighbours are those of the segments of each batch
+        (mamba2, None, 24, labelled, starts_of),  # the pairs of neighbours are counted within segments
         (mamba2, None, 24, None, starts_of),
     ],
 )
@@ -273,7 +270,7 @@ def test_checkpoints() -> None:
 
 
 class OwnLoss(transformers.Trainer):
-    """Computes a loss of its own, without its base class."""
+    """Computes another loss, without its base class."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         return model(input_ids=inputs["input_ids"])["logits"].sub(1).pow(2).mean()
@@ -327,7 +324,7 @@ def test_modules_in_evaluation_add_nothing() -> None:
 
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
 def test_a_schedule_of_the_coefficients_and_an_error(error: Any) -> None:
-    """After an error, a new trainer of the model trains as if nothing had been."""
+    """The trainer keeps the coefficients that the schedule has set, and leaves nothing behind."""
 
     class Stop(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -344,9 +341,6 @@ def test_a_schedule_of_the_coefficients_and_an_error(error: Any) -> None:
     assert trainer.accelerator.backward.__func__ is type(trainer.accelerator).backward
     assert trainer.regularizer.alpha == trainer.regularizer.beta == 0
     assert_different(trainer, fit(mamba, arguments()))
-    trainer.model.load_state_dict(lm.seeded(mamba).state_dict())
-    trainer.model.zero_grad()
-    assert_same(fit(mamba, arguments(), model=trainer.model), fit(mamba, arguments(), Formula))
 
 
 def test_a_loss_that_never_passes_accelerate_is_refused() -> None:
@@ -368,11 +362,10 @@ SOME_MASKS = cycle([labelled, lambda batch: None])
     [
         ({"rnn": "layers.1"}, ValueError, r"rnn: MambaForCausalLM has no .* 'layers\.1'; .*'backbone\.layers\.1'"),
         ({"valid": lambda batch: 3}, TypeError, "valid: expected the callable to return a tensor or None, got int"),
-        ({"valid": lambda batch: torch.ones(2).bool()}, ValueError, r"valid: expected shape \(4, 7\)"),
         ({"valid": lambda batch: torch.ones(2, 2).bool()}, ValueError, r"valid: expected shape \(4, 7\)"),
         ({"valid": lambda batch: next(SOME_MASKS)(batch)}, ValueError, "2 for 3"),
     ],
-    ids=["rnn", "int", "one axis", "shape", "a mask for some batches of a step"],
+    ids=["rnn", "int", "shape", "a mask for some batches of a step"],
 )
 def test_rejects_arguments(options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
