@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from fastreg import FusedRNNDropout, fused_ar_tar
+from fastreg import fused_ar_tar
 from tests.calls import CALLS, MORE_CALLS, Call, calls, flat, from_seed, leaves, mask_for
 from tests.exact import truth
 from tests.samples import DOUBLE
@@ -78,25 +78,29 @@ TRANSFORMS: dict[str, Any] = {
 }
 
 
+def dropping(r: Tensor, d: Tensor) -> Tensor:
+    dropped, penalty = CALLS["mask"](r, d)
+    return penalty * dropped.sin().sum()
+
+
+def formula_of_dropping(r: Tensor, d: Tensor) -> Tensor:
+    dropped = r * d * mask_for(r)
+    return truth(r * d, dropped, 2.0, 1.0).penalty * dropped.sin().sum()
+
+
+@pytest.mark.parametrize(
+    ("call", "formula"),
+    [(CALLS["pair"], lambda r, d: truth(r, d, 2.0, 1.0).penalty), (dropping, formula_of_dropping)],
+    ids=["pair", "dropping"],
+)
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_more_function_transforms_as_of_the_formula(name: str) -> None:
+def test_more_function_transforms_as_of_the_formula(name: str, call: Any, formula: Any) -> None:
     xs, transform = [x.detach() for x in leaves(4, DOUBLE)], TRANSFORMS[name]
-
-    def dropping(r: Tensor, d: Tensor) -> Tensor:
-        dropped, penalty = CALLS["mask"](r, d)
-        return penalty * dropped.sin().sum()
-
-    def formula_of_dropping(r: Tensor, d: Tensor) -> Tensor:
-        dropped = r * d * mask_for(r)
-        return truth(r * d, dropped, 2.0, 1.0).penalty * dropped.sin().sum()
-
-    formulas = {CALLS["pair"]: lambda r, d: truth(r, d, 2.0, 1.0).penalty, dropping: formula_of_dropping}
-    for call, formula in formulas.items():
-        run = functools.partial(transform, call)
-        if name in ("vmap", "jacrev"):
-            torch.compiler.reset()
-            run = torch.compile(run, fullgraph=True, backend="aot_eager")
-        assert_close(run(*xs), transform(formula, *xs))
+    run = functools.partial(transform, call)
+    if name in ("vmap", "jacrev"):
+        torch.compiler.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_close(run(*xs), transform(formula, *xs))
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (0, 0)])
@@ -107,20 +111,6 @@ def test_vmap_of_marks(in_dims: tuple[int, int | None], device: str) -> None:
     got = torch.func.vmap(lambda x, valid: fused_ar_tar(x, x, 2.0, 1.0, valid=valid), in_dims)(raw, given)
     want = [fused_ar_tar(x, x, 2.0, 1.0, valid=v) for x, v in zip(raw, given.expand_as(marks), strict=True)]
     assert_close(got, torch.stack(want))
-
-
-def test_functional_call() -> None:
-    module = nn.Sequential(nn.Linear(8, 8), FusedRNNDropout(0.4, 2.0, 1.0)).double()
-    x = leaves(dtype=DOUBLE)[0].detach()
-
-    def loss(parameters: dict[str, Tensor]) -> Tensor:
-        torch.manual_seed(3)
-        out = torch.func.functional_call(module, parameters, x)
-        return out.sin().sum() + module[1].take().penalty  # pyright: ignore
-
-    parameters = dict(module.named_parameters())
-    got = torch.func.grad(loss)({k: v.detach() for k, v in parameters.items()})
-    assert_close(tuple(got.values()), torch.autograd.grad(loss(parameters), tuple(parameters.values())))
 
 
 def test_second_derivatives_beside_a_layer_that_needs_none(device: str) -> None:
