@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 
 def tables(output: str) -> dict[tuple[float, float], list[list[float]]]:
-    """The numbers of every training by its coefficients, without the seconds, which no two runs share."""
+    """Return the numbers of every training by its coefficients, without the seconds, which differ in each run."""
     _, rows = output.split(demo.HEADER)
     found: dict[tuple[float, float], list[list[float]]] = {}
     for line in re.findall(r"^ *[\d.]+ +[\d.]+ +\d+ .*$", rows, re.MULTILINE):
@@ -59,23 +59,16 @@ def test_trains_end_to_end(
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_quotes_the_study_of_the_same_training(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("words", "quotes"), [(demo.WORDS, True), (demo.WORDS - 1, False)])
+def test_quotes_the_study_only_of_the_same_training(
+    words: int, quotes: bool, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """In its last line, and in the plot."""
     settings = Setting(text, demo.WORDS, epochs=3).facts()
     monkeypatch.setattr(demo, "load", lambda _: Study(replace(run, settings=settings) for run in MADE_UP.runs))
-    for words, told in (
-        (demo.WORDS, "the difference is -1.00 ± 5.00, lower in 1 of 2 seeds"),
-        (demo.WORDS - 1, ""),
-    ):
-        runs = [made_up(pair, 1, [9.0] * 3) for pair in ((2.0, 1.0), (0.0, 0.0))]
-        study = demo.studied(Setting(text, words, epochs=3))
-        demo.report_outcome(runs, study)
-        demo.plot(runs, study, tmp_path / "plot.png")
-        output = capsys.readouterr().out
-        assert told in output
-        assert ("difference" in output) == bool(told), "of another training the study saw nothing"
+    runs = [made_up(pair, 1, [9.0] * 3) for pair in ((2.0, 1.0), (0.0, 0.0))]
+    demo.report_outcome(runs, demo.studied(Setting(text, words, epochs=3)))
+    output = capsys.readouterr().out
+    assert ("the difference is -1.00 ± 5.00, lower in 1 of 2 seeds" in output) == ("difference" in output) == quotes
 
 
 def test_batches_cover_the_text_in_order():

@@ -1,9 +1,8 @@
-"""Each script and notebook of examples/ as its reader would start it: it ends well, learns, and shows AR and TAR."""
+"""Each script and notebook of examples/, started as its reader would: it learns, and shows AR and TAR."""
 
 from __future__ import annotations
 
 import ast
-import copy
 import re
 import runpy
 import sys
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from bench.timing import threads
 from tests.conftest import more, skip_without
@@ -60,29 +57,6 @@ def test_an_example_learns(
     assert losses[-1] < losses[0] - 0.2
     assert {"ar", "tar"} <= {*re.findall(r"\w+", output)}
     assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
-
-
-def test_the_hook_of_the_recurrent_policy_adds_the_gradient_of_the_formula() -> None:
-    """To the gradients of a loss that the hook does not see."""
-    names, logged = runpy.run_path(str(ROOT / "examples" / "recurrent_policy.py")), []
-    torch.manual_seed(0)
-    ours = names["Policy"]()
-    stock = copy.deepcopy(ours)
-    names["regularize"](ours.rnn, 2.0, 1.0, logged.append)
-    observations, starts, _ = names["rollout"]()
-    kept: list[Tensor] = []
-    stock.rnn.register_forward_hook(lambda module, args, states: kept.append(states))
-    losses: list[Any] = [sum(x.square().mean() for x in policy(observations, starts)) for policy in (ours, stock)]
-    x = kept.pop()
-    ar, tar = x.square().mean(), (x[:, 1:] - x[:, :-1])[~starts[:, 1:]].square().mean()
-    losses[0].backward()
-    (losses[1] + 2.0 * ar + 1.0 * tar).backward()
-    for got, want in zip(ours.parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, want.grad)
-    torch.testing.assert_close(logged[0][1:], (ar.detach(), tar.detach()))
-    assert len(logged) == 1
-    ours.eval()(observations, starts)
-    assert len(logged) == 1, "in evaluation no penalty is formed"
 
 
 def kinds_of_outputs(cell: Any) -> list[list[str]]:
