@@ -133,21 +133,8 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
     assert gap(*weights) < 1e-5
 
 
-@pytest.mark.skipif(OLD, reason="the penalty goes before mixed precision, which has the order of other callbacks")
-def test_the_penalty_is_added_to_the_loss_of_an_earlier_callback() -> None:
-    def half(last_loss: Tensor, **_: Any) -> Any:
-        return {"last_loss": last_loss / 2}
-
-    weights = []
-    for learn in (learner(), fuse(learner())):
-        learn.callbacks.insert(0, Callback())
-        learn.callbacks[0].on_backward_begin = half
-        weights.append(trained(learn))
-    assert gap(*weights) < 1e-5
-
-
 class Spy(Callback):
-    """Record the length of each training step, the lrs before it and in it, and the lrs of its weight decay."""
+    """Record the length of each training step, and the learning rates before it and in it."""
 
     def __init__(self, learn: Any, fails: bool = False) -> None:
         self.learn, self.fails, self.steps = learn, fails, []
@@ -162,7 +149,7 @@ class Spy(Callback):
         return [group["lr"] for group in self.learn.opt.opt.param_groups]
 
     def step(self, *args: Any) -> None:
-        self.steps.append((self.length, self.before, self.present(), list(self.learn.opt._lr)))
+        self.steps.append((self.length, self.before, self.present()))
         if self.fails:
             raise ArithmeticError("the step failed")
         self.own(*args)
@@ -176,10 +163,9 @@ def test_adjust_scales_the_lr_only_for_the_step(adjust: bool, fails: bool) -> No
         learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy])
     base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
     assert spy.present() == pytest.approx(base)
-    for length, before, lrs, decay in spy.steps:
+    for length, before, lrs in spy.steps:
         assert before == pytest.approx(base)
         assert lrs == pytest.approx([lr * (length / 20 if adjust else 1) for lr in base])
-        assert decay == pytest.approx(lrs[::2])
     assert any(length != 20 for length, *_ in spy.steps)
 
 
@@ -249,16 +235,15 @@ def test_fuse_and_unfuse_swap_in_place() -> None:
 
 
 @pytest.mark.skipif(release == "1.0.36", reason="it has no exports yet")
-@pytest.mark.parametrize("purged", [False] if OLD else [False, True])
-def test_exports_load_without_fastreg(purged: bool) -> None:
+def test_exports_load_without_fastreg() -> None:
     learn = fuse(learner(), dropout=True)
     learn.fit(1)
-    if purged:
-        learn.purge()
+    if not OLD:
+        learn.purge()  # which makes the callbacks again
     fused = learn.callbacks[0]
     learn.export("learner")
+    assert type(learn.callbacks[0]) is RNNTrainer
     assert learn.callbacks[0] is learn.rnn_trainer is fused
-    assert (type(fused), fused.source.dropout.path) == (RNNTrainer, "1.output_dp")
     with without("fastreg"):
         if OLD:  # whose load_learner knows no language models
             state = torch.load(learn.path / "learner")
@@ -274,8 +259,7 @@ def test_exports_load_without_fastreg(purged: bool) -> None:
     for one in (model, learn.model):
         one.eval().reset()
     assert torch.equal(model(tokens)[0], learn.model(tokens)[0])
-    if purged:
-        assert trained(learn).isfinite().all()
+    assert trained(learn).isfinite().all()
 
 
 class Alone(Model):

@@ -93,8 +93,8 @@ def on(event: str, do: Callable[[Any], object], order: int = 100) -> Any:
     return made
 
 
-def stop(event: str, error: type[BaseException] = KeyboardInterrupt) -> Any:
-    """Return a callback that stops a fit in the middle of training: as a user does, or by another error."""
+def stop(event: str, error: type[BaseException]) -> Any:
+    """Return a callback that stops a fit in the middle of training."""
 
     def stop_it(learn: Any) -> None:
         if learn.train_iter == 2:
@@ -104,7 +104,7 @@ def stop(event: str, error: type[BaseException] = KeyboardInterrupt) -> Any:
 
 
 def spy(seen: list[dict[str, Any]]) -> Any:
-    """Return a callback that runs last, checks the losses of every training step, and records its terms."""
+    """Return a callback that checks the losses of every training step, and records its terms."""
 
     def look(learn: Any) -> None:
         raw, out = learn.rnn.raw_out.detach(), learn.rnn.out.detach()
@@ -248,7 +248,7 @@ def test_terms_are_columns_of_every_log() -> None:
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_coefficients_may_change_while_training(dropout: bool) -> None:
-    """As numbers, or as tensors that a schedule changes in place, from 0 on; the second epoch is regularized."""
+    """A schedule sets numbers, or changes tensors in place; only the second epoch is regularized."""
     coefficients = torch.zeros(2)
 
     def change(learn: Any) -> None:
@@ -257,7 +257,6 @@ def test_coefficients_may_change_while_training(dropout: bool) -> None:
             learn.rnn_regularizer.alpha, learn.rnn_regularizer.beta = coefficients.tolist()
 
     by_tensors = fuse(by_hand(make(), *rnn_cbs(*coefficients.unbind())), dropout)
-    subclassed(by_tensors.rnn)  # as the capture may be
     want = trained(make(), 2, cbs=on("before_train", change))
     for learn in (fuse(make(), dropout), by_tensors):
         assert gap(trained(learn, 2, cbs=on("before_train", change)), want) < 1e-5
@@ -313,28 +312,18 @@ def test_no_activations_are_held(dropout: bool, run: str) -> None:
     assert not [ref for ref in alive if ref() is not None]
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_exports_and_copies_hold_only_classes_of_fastai(interrupted: bool) -> None:
+def test_exports_and_copies_hold_only_classes_of_fastai() -> None:
     learn = fuse(make(), dropout=True)
-    if interrupted:
-        learn.rnn_regularizer.bptt = 16
-        with pytest.raises(KeyboardInterrupt):
-            trained(learn, cbs=stop("before_step"))
-        learn.loss_grad = learn.pred = None  # the learner's own
-    else:
-        trained(learn)
+    trained(learn)
     learn.export("learner.pkl")
     assert type(learn.rnn_regularizer) is RNNRegularizer
     with without("fastreg"):
-        found = [fa.load_learner("learner.pkl")]
-    learn.model.zero_grad()
-    if not interrupted:
-        for rnn in learn.model[0].rnns:  # fastai's own, which no copy can be made of
-            rnn.module.weight_hh_l0 = rnn.module.weight_hh_l0.detach()
-        found.append(copy.deepcopy(learn))
-    learn.rnn_regularizer.bptt = None  # as fastai has none
+        loaded = fa.load_learner("learner.pkl")
+    for rnn in learn.model[0].rnns:  # fastai's own, which no copy can be made of
+        rnn.module.weight_hh_l0 = rnn.module.weight_hh_l0.detach()
+    copied = copy.deepcopy(learn)
     expected = trained(learn, reset_opt=True)
-    for again in found:
+    for again in (loaded, copied):
         assert type(again.model[1].output_dp) is fa.RNNDropout
         assert type(again.rnn_regularizer) is fa.RNNRegularizer
         assert again.rnn_regularizer.learn is again
@@ -362,7 +351,7 @@ def test_a_fit_after_one_that_was_cut_off_trains_as_if_nothing_had_been(clean_up
     learn.rnn_regularizer.bptt = 20
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            trained(learn, cbs=stop("before_step"))
+            trained(learn, cbs=stop("before_step", KeyboardInterrupt))
     assert hooks_of(learn.model) > 0
     new = CLEAN_UPS[clean_up](learn)
     if "fit" not in clean_up:
@@ -442,10 +431,8 @@ ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to captu
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
     (custom, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: .* no such module at 'lstm'; candidates: .*'rnn'"),
     (custom, lambda x: fuse(x, True), ValueError, "dropout: Model has no such module at '1.output_dp'"),
-    (vars, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),
     (lambda x: subclassed(x.model[1].output_dp), lambda x: fuse(x, True), ValueError, "to swap, got Mine"),
     (lambda x: setattr(x.model[1].output_dp, "p", 1.0), lambda x: fuse(x, True), ValueError, "p: expected"),
-    (lambda x: setattr(x.rnn_regularizer, "alpha", -1.0), fuse, ValueError, "alpha: expected"),
     (lambda x: subclassed(x.rnn_regularizer), fuse, ValueError, OWN_CLASS),
     (vars, lambda _: fuse(None), TypeError, LEARNER),  # pyright: ignore
     (vars, lambda _: unfuse(None), TypeError, LEARNER),  # pyright: ignore
