@@ -80,7 +80,8 @@ class Formula(transformers.Trainer):
         self.masks: dict[str, Any] = {"valid": valid, "starts": options.pop("starts", None)}
         super().__init__(*args, **options)
         paths = [(path, dropout or path) for path in ([rnn] if isinstance(rnn, str) else rnn)]
-        self.layers = [[self.model.get_submodule(path) for path in pair] for pair in paths]
+        model = self.model.get_base_model() if isinstance(self.model, Wrapper) else self.model
+        self.layers = [[model.get_submodule(path) for path in pair] for pair in paths]
         self.terms, self.losses, self.outputs = [], [], {}
         for module in {module for layer in self.layers for module in layer}:
             module.register_forward_hook(lambda module, _, got: self.outputs.update({module: got}))
@@ -147,25 +148,6 @@ def assert_different(trainer: Any, other: Any) -> None:
     lm.assert_other_weights(trainer.model, other.model)
 
 
-@pytest.mark.parametrize("make", [LanguageModel, mamba, mamba2, xlstm])
-def test_the_formula_written_out_gives_the_same_weights(make: Callable[[], Any]) -> None:
-    masked = {"valid": labelled} if make is xlstm else {}  # whose forward has no attention_mask, so it is left out
-    trainer, written_out = fit(make, arguments(), **masked), fit(make, arguments(), Formula)
-    assert_same(trainer, written_out)
-    assert_different(trainer, fit(make, arguments(), transformers.Trainer))
-    assert_different(trainer, fit(make, arguments(), valid=None))  # counts the padding
-
-
-def test_coefficients_of_zero_change_nothing() -> None:
-    args, data = arguments(**IN_PARTS, max_grad_norm=1.0), examples(5)
-    trainer, stock = fit(mamba, args, alpha=0.0, beta=0.0), fit(mamba, args, transformers.Trainer)
-    assert_same(trainer, stock, rtol=0, atol=0)
-    assert trainer.model.state_dict().keys() == stock.model.state_dict().keys()
-    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(stock.evaluate(data)["eval_loss"])
-    torch.testing.assert_close(*(x.predict(data, ignore_keys=["cache_params"]).predictions for x in (trainer, stock)))
-    assert trainer.state.log_history[0]["ar"] > 0
-
-
 def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """Compute the loss as users of `compute_loss_func` do: divided by the tokens of all batches of the step."""
     total = F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
@@ -176,21 +158,50 @@ def starts_of(batch: Any) -> Tensor:
     return batch["input_ids"] % 3 == 0
 
 
-@pytest.mark.parametrize(
-    ("make", "loss", "count", "valid", "starts"),
-    [
-        (mamba, None, 19, labelled, None),
-        (LanguageModel, per_item, 22, None, None),  # whose batches count by their examples
-        (LanguageModel, None, 20, labelled, None),  # whose own loss wants batches of one size
-        (mamba2, None, 24, labelled, starts_of),  # the pairs of neighbours are counted within segments
-        (mamba2, None, 24, None, starts_of),
-    ],
-)
-def test_accumulation_changes_nothing(make: Any, loss: Any, count: int, valid: Any, starts: Any) -> None:
-    options = {"train_dataset": examples(count), "compute_loss_func": loss, "valid": valid, "starts": starts}
-    whole = fit(make, arguments(), **options)
-    assert_same(fit(make, arguments(**IN_PARTS), **options), whole)
-    assert_same(fit(make, arguments(), Formula, **options), whole)
+class Wrapper(LanguageModel):
+    """Gives another model with its modules, as `PeftModel` does."""
+
+    def get_base_model(self) -> nn.Module:
+        return nn.ModuleDict({"inside": self.rnn})
+
+
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+BY_EXAMPLES = {"train_dataset": examples(22), "compute_loss_func": per_item, "valid": None}
+# model, arguments of the regularized training beside one batch a step, options of the trainer
+SETTINGS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
+    "model": (LanguageModel, {}, {}),
+    "mamba": (mamba, {}, {}),
+    "mamba2": (mamba2, {}, {}),
+    "mask": (xlstm, {}, {"valid": labelled}),  # the forward has no attention_mask, so the Trainer removes it
+    "accumulation": (mamba, IN_PARTS, {"train_dataset": examples(19)}),
+    "accumulation by examples": (LanguageModel, IN_PARTS, BY_EXAMPLES),
+    "accumulation of means": (LanguageModel, IN_PARTS, {"train_dataset": examples(20)}),
+    "accumulation of segments": (mamba2, IN_PARTS, {"starts": starts_of}),
+    "accumulation of segments without padding": (mamba2, IN_PARTS, {"starts": starts_of, "valid": None}),
+    "layers": (mamba, {}, {"rnn": ["backbone.layers.0", mamba.rnn]}),
+    "checkpointing": (mamba, CHECKPOINTED, {}),
+    "checkpointing around it": (mamba, CHECKPOINTED, {"rnn": mamba.rnn + ".mixer.in_proj"}),
+    "peft": (Wrapper, {}, {"rnn": "inside"}),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_trains_the_weights_of_the_formula(setting: str) -> None:
+    make, args, options = SETTINGS[setting]
+    written_out = fit(make, arguments(), Formula, **options)
+    assert_same(fit(make, arguments(**args), **options), written_out)
+    of_trainer = {name: x for name, x in options.items() if name in ("train_dataset", "compute_loss_func")}
+    assert_different(written_out, fit(make, arguments(), transformers.Trainer, **of_trainer))
+
+
+def test_coefficients_of_zero_change_nothing() -> None:
+    args, data = arguments(**IN_PARTS, max_grad_norm=1.0), examples(5)
+    trainer, stock = fit(mamba, args, alpha=0.0, beta=0.0), fit(mamba, args, transformers.Trainer)
+    assert_same(trainer, stock, rtol=0, atol=0)
+    assert trainer.model.state_dict().keys() == stock.model.state_dict().keys()
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(stock.evaluate(data)["eval_loss"])
+    torch.testing.assert_close(*(x.predict(data, ignore_keys=["cache_params"]).predictions for x in (trainer, stock)))
+    assert trainer.state.log_history[0]["ar"] > 0
 
 
 def in_a_process(rank: int, folder: str) -> list[tuple[dict[str, Tensor], dict[str, float]]]:
@@ -234,32 +245,6 @@ def test_logs() -> None:
         torch.testing.assert_close(got, torch.stack([terms[:2].mean(0), terms[2:].mean(0)]))
         losses = torch.stack(written_out.losses).view(2, 2).mean(1)
         assert [x["loss"] for x in logged] == pytest.approx(losses.tolist(), abs=1e-4)
-
-
-class Wrapper(LanguageModel):
-    """Gives another model with its modules, as `PeftModel` does."""
-
-    def get_base_model(self) -> nn.Module:
-        return nn.ModuleDict({"inside": self.rnn})
-
-
-LAYERS: dict[str, Any] = {"rnn": ["backbone.layers.0", mamba.rnn]}
-INSIDE: dict[str, Any] = {"rnn": mamba.rnn + ".mixer"}
-CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-
-
-@pytest.mark.parametrize(
-    ("make", "args", "options", "of_formula"),
-    [
-        (mamba, {}, LAYERS, LAYERS),
-        (mamba, CHECKPOINTED, {}, {}),
-        (mamba, CHECKPOINTED, INSIDE, INSIDE),
-        (Wrapper, {}, {"rnn": "inside"}, {}),
-    ],
-    ids=["layers", "checkpointing", "checkpointing around it", "peft"],
-)
-def test_other_settings(make: Any, args: Any, options: Any, of_formula: Any) -> None:
-    assert_same(fit(make, arguments(**args), **options), fit(make, arguments(), Formula, **of_formula))
 
 
 def test_checkpoints() -> None:
