@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from types import MethodType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ NO_GRADIENTS = (
     "the attached {} or its dropout ran without gradients, so the gradient of the penalty would be lost. For "
     "activation checkpointing pass use_reentrant=False; otherwise run both outside torch.no_grad()"
 )
+
+
+_runs_of: WeakValueDictionary[int, Run] = WeakValueDictionary()  # the latest run of each raw, by the id of raw
 
 
 class Hook:
@@ -186,7 +190,8 @@ class Attachment(AbstractContextManager["Attachment"]):
                 f"on_backward_begin: alpha or beta has changed since the forward of the attached {module}, but the "
                 "penalty has the coefficients of that forward; change them after the backward"
             )
-        single = [run for run in runs if run.packed is None and run.shape[self.source.place.axis()] == 1]
+        axis = self.source.place.axis()
+        single = [x for x in runs if (x.shape[axis] if x.packed is None else len(x.packed.batch_sizes)) == 1]
         if len(single) > 1:
             raise RuntimeError(
                 f"on_backward_begin: the {module} ran {len(single)} times over one time step, where AR would add up "
@@ -322,8 +327,9 @@ class Attachment(AbstractContextManager["Attachment"]):
             given: the arguments of the dropout by their names; the arguments of a fused dropout contain a loan.
         """
         loan = given.get("loan")
-        # The attribute shows that raw also belongs to another attachment that has a dropout.
-        if is_marked(raw) or is_marked(dropped) or vars(raw).setdefault("fastreg", id(self)) != id(self):
+        other = _runs_of.get(id(raw), run)  # of another attachment that has a dropout, or an earlier run of a parameter
+        is_regularized = other.attachment is not self and other.raw() is raw and other.terms is not None
+        if is_regularized or is_marked(raw) or is_marked(dropped):
             raise RuntimeError(
                 f"attach: the output of the {self.names[0]} is regularized already, by another attached module that "
                 "contains it or that it contains; attach only one of them"
@@ -337,17 +343,17 @@ class Attachment(AbstractContextManager["Attachment"]):
             terms = penalize(pair, run.coefficients(), (None, *masks), options)  # pyright: ignore
         if current() != -1:
             return dropped
-        run.terms = terms
+        run.terms, _runs_of[id(raw)] = terms, run
         if dropped.requires_grad:
             return mark(run, [dropped], [True])[0]
         self.constant = run
         return dropped
 
     def passed(self, run: Run) -> None:
-        """Tell the regularizer that a backward runs through a run that no loss has taken."""
+        """Tell the regularizer that a backward runs through a marked tensor of a run."""
         owner = self._owner()
-        if owner is not None and run.terms is not None:
-            owner.passed(self.names[0])
+        if owner is not None:
+            owner.passed(run)
 
 
 def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from numbers import Integral
 from typing import Any, Literal
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -21,12 +22,12 @@ from torch.optim import Optimizer
 
 from fastreg.arguments import check_coefficient, check_steps, check_time, why_lost
 from fastreg.attachment import NO_GRADIENTS, Attachment, attachments_of
-from fastreg.carrier import reached, total
+from fastreg.carrier import Run, reached, total
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient
 from fastreg.problem import ARTAR, Coefficient, is_list
 from fastreg.source import Source
-from fastreg.torch_state import current, level_of_caller, untraced
+from fastreg.torch_state import level_of_caller, untraced
 
 
 class RNNRegularizer:
@@ -76,7 +77,7 @@ class RNNRegularizer:
     """
 
     _has_layers = False  # whether `layers` was given; files of 0.3.0 lack this attribute
-    _missed: int | None = None  # the first backward without a penalty; -1 after a penalty or a warning
+    _first: Any = None  # the runs at the first backward; False after the gradient of a penalty, or a warning
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class RNNRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no captures and no attachments."""
-        return self.__dict__ | {"_given": None, "_attached": []}
+        return self.__dict__ | {"_given": None, "_attached": [], "_first": None}
 
     def on_epoch_begin(self, model: object) -> None:
         """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture."""
@@ -223,12 +224,17 @@ class RNNRegularizer:
     @untraced  # a compiler must not trace a search of the graph
     def _by_hooks(self, loss: Tensor) -> list[ARTAR]:
         """Take the penalties of the runs of attached modules on which a loss depends; in evaluation there are none."""
-        self._missed, attached, formed = -1, self._attached, []
+        attached, formed = self._attached, []
         runs = [run for x in attached for run in x.runs if run.marked]
         alive = [run for run in runs if run.terms is not None]
         found = reached(loss, alive)
         for attachment in attached:
             formed += [run.take() for run in attachment.chosen(found, (self.alpha, self.beta))]
+        for terms in formed if self._first is not False else ():
+            if terms.penalty.requires_grad:
+                terms.penalty.register_hook(self._succeed)
+            else:  # nothing can be lost, as with coefficients of 0
+                self._succeed()
         if found or (formed and not alive) or not any(attachment.source.module.training for attachment in attached):
             return formed
         without = [x.names[0] for x in attached if x.without_gradients]
@@ -240,15 +246,19 @@ class RNNRegularizer:
         why = why_lost(names, len(reached(loss, runs)), len(alive))
         raise RuntimeError(f"on_backward_begin: nothing was captured: {why}")
 
-    def passed(self, module: str) -> None:
-        """Warn at a second backward through an attached module if no loss has ever got a penalty."""
-        if self._missed is None:
-            self._missed = current()
-        elif self._missed not in (-1, current()):
-            self._missed = -1
+    def _succeed(self, _: Tensor | None = None) -> None:
+        """Note that a penalty has got its gradient."""
+        self._first = False
+
+    def passed(self, run: Run) -> None:
+        """Warn if the backwards of two steps run through attached modules, and no penalty has ever got a gradient."""
+        if self._first is None:
+            self._first = WeakSet([run, *[other for attachment in self._attached for other in attachment.runs]])
+        elif self._first is not False and run not in self._first:
+            self._succeed()  # warn once
             warnings.warn(
-                f"attach: a second backward runs through the output of the attached {module}, and no loss had a "
-                "penalty: call loss = regularizer.on_backward_begin(loss), and then loss.backward()",
+                f"attach: a second backward runs through the output of the attached {run.attachment.names[0]}, and no "
+                "penalty had a gradient: call loss = regularizer.on_backward_begin(loss), and then loss.backward()",
                 stacklevel=level_of_caller(),
             )
 

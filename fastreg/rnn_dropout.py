@@ -17,7 +17,7 @@ from fastreg.arguments import check_coefficient, check_probability
 from fastreg.dropout import Drop, drop_and_penalize
 from fastreg.prepare import coefficient, place_of
 from fastreg.problem import ARTAR, Coefficient, Options, Place, is_on
-from fastreg.torch_state import current, version_of
+from fastreg.torch_state import current, level_of_caller, version_of
 
 
 @dataclass(eq=False)
@@ -115,14 +115,14 @@ class FusedRNNDropout(nn.Module):
             UserWarning: the penalty of the last forward was not taken; the module warns once.
         """
         untaken, self.formed = self.formed, None
-        if not self.training:
-            return raw
         is_on_itself = is_on(self.alpha) or is_on(self.beta)
         if is_on_itself and untaken is not None and untaken[0].penalty.requires_grad:
             self._warn_once(
                 "the penalty of the last forward in training is discarded, as it was not taken: add the penalty of "
                 "take() to the loss after each forward, or attach() the module to a regularizer, or use another dropout"
             )
+        if not self.training:
+            return raw
         if is_on_itself and getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "FusedRNNDropout: DataParallel runs a replica on each device, and the penalty of a replica is lost. "
@@ -164,7 +164,7 @@ class FusedRNNDropout(nn.Module):
         """Give a warning the first time; compiled code gives none."""
         if message not in self._warned and not torch.compiler.is_compiling():
             self._warned = (*self._warned, message)
-            warnings.warn(f"FusedRNNDropout: {message}", stacklevel=3)
+            warnings.warn(f"FusedRNNDropout: {message}", stacklevel=level_of_caller())
 
     def extra_repr(self) -> str:
         """Describe the module's arguments for `print(module)`."""

@@ -42,8 +42,7 @@ class Source:
         module: the module that returns raw. In an adapter it is the attribute path of that module in the model, or a
             list of paths, or `None` if the model itself returns `(decoded, raw, dropped)`.
         dropout: the module that computes dropped from raw; `None` if dropped is raw. In an adapter it is the path of
-        that
-            module or a `Swap`, for all modules, or a list with a path or `None` for each module.
+            that module or a `Swap`, for all modules, or a list with a path or `None` for each module.
         output: a function that picks raw from the module's output; `None` if raw is that output, its first item, or its
             `last_hidden_state`.
         batch_first: `False` for `(time, batch, hidden)`; `None` to read it from the module.
@@ -87,6 +86,8 @@ class Source:
             layout = batch_first_of(self.module)
         elif isinstance(own, bool) and layout is (not own):
             raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {layout}")
+        elif isinstance(self.module, nn.RNNBase) and self.time_dim is not None:
+            raise ValueError(f"time_dim: expected None, as the {name} has batch_first={own}, got {self.time_dim}")
         place = place_of(layout, self.time_dim)
         if isinstance(self.dropout, FusedRNNDropout):
             if type(self.dropout).forward is not FusedRNNDropout.forward:
@@ -182,8 +183,7 @@ def of_batch(source: Source, batch: Callable[[], Sequence[Any]], takes_more: Any
         source: the source.
         batch: a function that returns the inputs of the batch.
         takes_more: a function that returns whether a given function also takes the module's arguments, behind the
-        batch;
-            `None` if no function takes them.
+            batch; `None` if no function takes them.
     """
 
     def of(name: str) -> Callable[..., Tensor | None] | None:
