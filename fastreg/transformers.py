@@ -55,8 +55,7 @@ class RegularizedTrainer(Trainer):
             `RNNRegularizer.attach` takes; or a list of paths, from the first layer to the last. Name the last block
             rather than the model, because the model's last hidden state is the output of a norm.
         dropout: the path of the dropout that gets the module's output: one path for all modules, or a list with a path
-        or
-            `None` for each module.
+            or `None` for each module.
         output: as for `RNNRegularizer.attach`.
         batch_first: as for `RNNRegularizer.attach`, but `True` if the layout cannot be read from the module.
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
