@@ -82,8 +82,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         bptt: the usual number of time steps: each optimizer step runs at `lr * seq_len / bptt`, as in AWD-LSTM, where
             `seq_len` is the second size of the batch.
         rnn: the attribute path of an RNN in the model, or of any module that `fastreg.RNNRegularizer.attach` takes; or
-        a
-            list of paths, whose penalties add up.
+            a list of paths, whose penalties add up.
         dropout: the path of the dropout that gets the RNN's output: one path for all RNNs, or a list with a path or
             `None` for each RNN.
         output: as for `attach`.
@@ -262,8 +261,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: the learner has no `RNNRegularizer`, its model lacks the dropout or the module, or an attribute of
-        the
-            dropout or the regularizer is out of range.
+            the dropout or the regularizer is out of range.
 
     Examples:
         >>> fuse(learn).fit(1)

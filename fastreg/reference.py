@@ -50,8 +50,7 @@ def ar_tar_gradients(grad: Tensor, call: Call) -> tuple[Tensor | None, Tensor | 
     Args:
         grad: the upstream gradient, 0-dim.
         call: the call, with `None` for a tensor that needs no gradient. If AR is the mean square of raw, the gradient
-        of
-            raw has the parts of both terms.
+            of raw has the parts of both terms.
 
     Returns:
         The two gradients in the dtype of `grad`; each is `None` if its tensor is `None`.
