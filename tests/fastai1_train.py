@@ -326,12 +326,9 @@ def train(learn: Any) -> None:
 LEARNER, OWN_CLASS = "learn: expected a Learner, got NoneType", "has no RNNTrainer of fastai's own class"
 TWO = "^RNNTrainer: .* more than one"
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
-    (lambda x: x.callbacks.clear(), fuse, ValueError, OWN_CLASS),
     (subclassed, fuse, ValueError, OWN_CLASS),
-    (sequential, lambda x: fuse(x, dropout=True), ValueError, "dropout: .* such module at '1.output_dp'"),
     (own_dropout, lambda x: fuse(x, dropout=True), ValueError, "dropout: .* RNNDropout to swap"),
     (vars, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: SequentialRNN has no such module at 'lstm'"),
-    (vars, lambda x: fuse(x, valid=3), TypeError, "valid: expected a callable or None, got int"),
     (vars, lambda _: fuse(None), TypeError, LEARNER),
     (vars, lambda _: RNNTrainer(None, 16), TypeError, LEARNER),
     (vars, lambda x: RNNTrainer(x, None), ValueError, "bptt: expected the usual number of time steps"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import re
-import runpy
 import subprocess
 import sys
 import warnings
@@ -190,13 +189,6 @@ def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
         reduction = "sum" if 'reduction="sum"' in remark else "mean"
         penalty = fused_ar_tar(x, x, alpha, beta, reduction=reduction)
         torch.testing.assert_close(penalty, eval(term, names), msg=term)
-
-
-def test_links_to_examples_lead_to_their_rendered_pages() -> None:
-    names = runpy.run_path(str(ROOT / "docs" / "links.py"))
-    text = "[a](../examples/fastai_lm.ipynb), [b](examples/loop.py), [c](https://host/examples/loop.py)"
-    want = "[a](../examples/fastai_notebook.md), [b](examples/loop.md), [c](https://host/examples/loop.py)"
-    assert names["on_page_markdown"](text, page=None) == want
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
