@@ -34,9 +34,9 @@ class Elementwise(nn.Module):
         super().__init__()
         self.gate, self.batch_first = nn.Linear(size, size), batch_first
 
-    def forward(self, x: Tensor, state: Any = 0.0) -> Any:
+    def forward(self, x: Tensor, state: Any = None) -> Any:
         time = int(self.batch_first)
-        raw = state + (x * self.gate(x).sigmoid()).cumsum(time)
+        raw = (0.0 if state is None else state) + (x * self.gate(x).sigmoid()).cumsum(time)
         return raw, raw.narrow(time, -1, 1)
 
 
@@ -66,18 +66,6 @@ class Loop(nn.Module):
             state = self.cell(step, state)
             states.append(state)
         return torch.stack(states, int(self.batch_first)), state
-
-
-class Sink(torch.autograd.Function):
-    """Passes on one of two tensors, as `DistributedDataParallel` links the outputs of a model."""
-
-    @staticmethod
-    def forward(ctx: Any, used: Tensor, _: Tensor) -> Tensor:
-        return used.view_as(used)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient, None
 
 
 class Locked(nn.Module):
@@ -112,10 +100,6 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activations(x)[0]
-
-
-class Fused(Model):
-    kind_of_dropout = FusedRNNDropout
 
 
 def dropout_like(kind: Any, p: float, rnn: Any) -> nn.Module:
@@ -192,8 +176,11 @@ class Attached(nn.Module):
 
 
 def penalized(loss: Tensor, *runs: Run) -> Tensor:
-    """Return a loss plus the penalties of runs, by the formula."""
-    return sum((formula(run.raw.float(), run.dropped.float(), 1) for run in runs), loss)
+    """Return a loss plus the penalties of runs, by the formula, in float32 or float64."""
+    for run in runs:
+        raw, dropped = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (run.raw, run.dropped))
+        loss = loss + formula(raw, dropped, 1)
+    return loss
 
 
 def inputs() -> Tensor:
