@@ -179,7 +179,7 @@ def test_the_figures_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert figures["least_bytes"] == 5 * one
 
 
-Recorded = list[dict[str, Any]]  # what pytest-benchmark records of the peers of cases
+Recorded = list[dict[str, Any]]  # the records of pytest-benchmark, one for each peer of a case
 ONES = dict.fromkeys(report.FIGURES, 1.0)  # before their units
 
 

@@ -1,4 +1,4 @@
-"""`fastreg.fastai1` in real fastai v1 learners: `fastai1_train.py`, for each release in a process of its own."""
+"""`fastreg.fastai1` in real fastai v1 learners: one process for each release runs `fastai1_train.py`."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def python(*arguments: str, folder: Path = ROOT, **environment: str) -> subproce
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy the source tree without what has been built in it."""
+    """Copy the source tree without its libraries."""
     folder = tmp_path_factory.mktemp("tree") / "clone"
     folder.mkdir()
     for name in ("fastreg", "kernels"):
@@ -166,7 +166,7 @@ def test_a_package_that_is_mixed_up_with_another_says_so(module: str, tmp_path: 
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    """Return a function that runs `python -m fastreg` in this process, and returns what it prints, and its status."""
+    """Return a function that runs `python -m fastreg` in this process, and returns its status and its output."""
     monkeypatch.setattr(sys, "argv", ["fastreg"])
     return lambda: f"{main.main()}: {capsys.readouterr().out}"
 

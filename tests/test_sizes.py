@@ -1,4 +1,4 @@
-"""Sizes at the far ends: more elements than 32 bits count, long and thin activations."""
+"""Extreme sizes: more elements than 32 bits count, and long and thin activations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALL = slice(None)
 def test_more_elements_than_32_bits_count(
     shape: tuple[int, ...], batch_first: bool, end: tuple[slice, ...], dropout: bool, past_32_bits: str
 ) -> None:
-    """All is 0 but the end, which has the gradient it would have alone. On the CPU hardly any memory is touched."""
+    """Everything but the end is 0, so the end has the gradient of a short tensor. The CPU touches hardly any memory."""
     device, time = past_32_bits, 1 if batch_first else 0
     make = torch.empty if device == "cpu" else torch.zeros  # memory fresh from the system is 0
     one_row = [1 if axis == time else size for axis, size in enumerate(shape)]
@@ -38,7 +38,7 @@ def test_more_elements_than_32_bits_count(
     last.normal_()
     last_mask.bernoulli_(0.5).mul_(2)
     if last.shape[time] < shape[time]:
-        last.select(time, 0).zero_()  # as the row before it: no change leads there
+        last.select(time, 0).zero_()  # like the row before it, so no change leads there
     alone = last.double().requires_grad_()
     options: Any = {"batch_first": batch_first, "reduction": "sum"}
     want = truth(alone, alone * last_mask if dropout else alone, 2.0, 1.0, **options).penalty
@@ -56,14 +56,14 @@ def test_more_elements_than_32_bits_count(
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16), (2**30 + 5, 9), (10, 2**30 + 3)])
 def test_offsets_past_31_bits(strides: tuple[int, int], dropout: bool, device: str) -> None:
-    """Rows with large strides in memory that is reserved but, on the CPU, hardly touched."""
+    """The rows have large strides in memory that is reserved but, on the CPU, hardly touched."""
     shape = (4, 2, 8) if strides[0] > strides[1] else (2, 4, 8)
     memory = torch.empty(3 * (2**31 + 8) + 128, dtype=HALF, device=device)
     given = [memory.as_strided(shape, (*strides, 1), offset).copy_(torch.randn(shape)) for offset in (0, 32, 64)]
     results = []
     for x, y, arriving in (given, [v.double() for v in given]):
         x, y = x.detach().requires_grad_(), y.detach()
-        if dropout:  # of raw, a full mask, and dropped's gradient
+        if dropout:  # the offsets are those of raw, a full mask, and the gradient of dropped
             dropped, got = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, mask=y)
             gradients = torch.autograd.grad([dropped, got], x, [arriving, torch.ones_like(got)])
         else:
@@ -78,7 +78,7 @@ def test_offsets_past_31_bits(strides: tuple[int, int], dropout: bool, device: s
 
 @compiled
 def test_more_elements_than_32_bits_count_in_blocks() -> None:
-    """One sequence, seen so often, has the mean that it has alone."""
+    """Many views of one sequence have the mean of that sequence."""
     x = torch.randn(1, 64, 256)
     many = x.expand(2**17 + 1, 64, 256)
     assert_close(fused_ar_tar(many, many, 2.0, 1.0), fused_ar_tar(x, x, 2.0, 1.0), rtol=2e-6, atol=0)
