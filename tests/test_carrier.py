@@ -133,26 +133,7 @@ def test_the_graph_of_the_penalty_lives_as_long_as_the_view() -> None:
         assert ref() is None
 
 
-# In hooks, under the states of PyTorch
-
-
-def add_hook(module: nn.Module, scale: Any = 1.0) -> None:
-    """Regularize an RNN by a plain forward hook, as the recipe for trainers that hide their loss does."""
-
-    def hook(module: nn.Module, _: Any, output: Any) -> Any:
-        raw, state = output
-        return (same(raw, scale), state) if module.training else None
-
-    module.register_forward_hook(hook)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_forward_hook_that_asks_whether_its_module_is_in_training(training: bool) -> None:
-    rnn, plain, x = lm.gru().train(training), lm.gru(), lm.inputs()
-    add_hook(rnn)
-    raw, _ = plain(x)
-    want = raw.sin().sum() + (lm.formula(raw, raw, 1) if training else 0)
-    torch.testing.assert_close(gradients(rnn(x)[0].sin().sum(), rnn), gradients(want, plain))
+# The states of PyTorch
 
 
 # Parts of a step that a checkpoint may run, as functions of `checkpoint`, the RNN, its input and a scale.
@@ -189,17 +170,14 @@ def test_activation_checkpointing(region: str, reentrant: bool, scale: Any, arou
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     ("call", "scale"),
-    [(same, 0.5), (same, torch.tensor(0.5)), (fused, 1.0), (None, torch.tensor(0.5))],
-    ids=["number", "tensor", "fused", "hook"],
+    [(same, 0.5), (same, torch.tensor(0.5)), (fused, 1.0)],
+    ids=["number", "tensor", "fused"],
 )
 def test_torch_compile_and_compiled_autograd(call: Any, backend: str, scale: Any) -> None:
     rnn, counter = lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True)), CompileCounterWithBackend(backend)
-    if call is None:
-        add_hook(rnn, scale=scale)
 
     def run(x: Tensor) -> Tensor:
-        raw, _ = rnn(x)
-        return raw.sin() if call is None else call(raw, scale).sin()
+        return call(rnn(x)[0], scale).sin()
 
     compiled = torch.compile(run, backend=counter, fullgraph=True)
     of_autograd = partial(compiled_autograd._enable, torch.compile(backend="eager"))
