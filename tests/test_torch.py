@@ -1,4 +1,4 @@
-"""At home in torch: compilers, autocast, transforms, checkpointing and modes, against the plain call."""
+"""Compilers, tracers, autocast, subclasses, checkpointing and modes of PyTorch, against the plain call."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from packaging.version import Version
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
@@ -45,13 +43,13 @@ STEPS_CALLS: dict[str, Any] = {
     "lengths_starts": lambda r, d, steps: fused_ar_tar(
         r, d, 2.0, 1.0, lengths=steps, starts=torch.arange(r.shape[1]) % 3 == (steps % 3).unsqueeze(1)
     ),
-    # A compiler takes defaults of the function that it compiles for inputs, and for numbers it compiles once more.
+    # A compiler takes the defaults of a function for inputs, and compiles once more for numbers.
     "pair_constant": lambda r, d, _: fused_ar_tar(r, d, 2.0, 1.0),
     "drawn_constant": lambda r, d, _: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, return_terms=True),
     "drawn_valid": lambda r, d, steps: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, valid=steps),
 }
 ALL_CALLS = STEPS_CALLS | {name: lambda r, d, _, call=call: call(r, d) for name, call in COMPILED.items()}
-# Before torch 2.11 a NumPy scalar breaks a graph, and AOTAutograd fails for a number that is read from a tensor.
+# Before torch 2.11 a NumPy scalar breaks a graph.
 TRACES_NUMBERS = Version(torch.__version__) >= Version("2.11")
 
 
@@ -77,10 +75,8 @@ def in_bfloat16(r: Tensor, d: Tensor) -> Any:
 
 STEPS: dict[str, Call] = {
     "autocast": in_bfloat16,
-    "lists": lambda r, d: fused_ar_tar([r, r * d], [d, r], 2.0, 1.0),
     "regularizer": functools.partial(regularized, RNNRegularizer(2.0, 1.0)),
-    "checkpointing": lambda r, d: checkpoint(block_of, CALLS["pair"], r, d, use_reentrant=False),
-    "checkpointing_dropout": lambda r, d: checkpoint(block_of, CALLS["mask"], r, d, use_reentrant=False),
+    "checkpointing": lambda r, d: checkpoint(block_of, CALLS["mask"], r, d, use_reentrant=False),
 }
 TRACERS: dict[str, Callable[[Call], Any]] = {
     "jit": lambda call: torch.jit.trace(call, tuple(leaves())),
@@ -114,15 +110,12 @@ class TestCompile:
     def test_all_sizes_take_few_compilations(
         self, name: str, backend: str, dynamic: bool | None, shapes: list[tuple[int, int]], count: int
     ) -> None:
-        """Two for all sizes; one more for a single step, and one for two steps where all steps count.
-
-        More would end at the limit, where code runs uncompiled.
-        """
+        """All sizes take two; a single step takes one more, and so do two steps if all steps count."""
         counter = CompileCounterWithBackend(backend)
         compiled = torch.compile(ALL_CALLS[name], fullgraph=True, dynamic=dynamic, backend=counter)
         for batch, time in shapes:
             steps = steps_for(name, time, batch)
-            with torch._inductor.config.patch(fallback_random=True):  # else it draws by a generator of its own
+            with torch._inductor.config.patch(fallback_random=True):  # otherwise it draws by another generator
                 got, want = (
                     everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(time, batch=batch))
                     for call in (compiled, ALL_CALLS[name])
@@ -130,26 +123,17 @@ class TestCompile:
             assert_close(got, want)
         assert counter.frame_count == count
 
-    def test_its_graphs_have_the_operators_of_the_formula_by_hand(self) -> None:
-        """In forward and backward alike; those of numbers, which take no time, are left out."""
-
+    def test_its_graph_has_the_operators_of_the_formula_by_hand(self) -> None:
         def by_hand(raw: Tensor, dropped: Tensor) -> Tensor:
             return 2.0 * dropped.square().mean() + 1.0 * (raw[:, 1:] - raw[:, :-1]).square().mean()
 
-        def work_of(call: Call) -> list[Counter[Any]]:
-            graphs: list[Counter[Any]] = []
+        def operators(call: Call) -> Counter[Any]:
+            traced = make_fx(lambda r, d: torch.autograd.grad(call(r, d), (r, d)), tracing_mode="fake")(*leaves())
+            traced.graph.eliminate_dead_code()
+            nodes = [node for node in traced.graph.nodes if node.op == "call_function"]
+            return Counter(node.target for node in nodes if node.meta["val"].dim())
 
-            def compiler(graph: Any, _: Any) -> Any:
-                nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-                graphs.append(Counter(node.target for node in nodes if getattr(node.meta.get("val"), "ndim", 0)))
-                return make_boxed_func(graph)
-
-            backend = aot_autograd(fw_compiler=compiler)
-            everything(torch.compile(call, fullgraph=True, backend=backend), leaves())
-            return graphs
-
-        for got, want in zip(work_of(CALLS["pair"]), work_of(by_hand), strict=True):
-            assert got <= want
+        assert operators(CALLS["pair"]) <= operators(by_hand)
 
     @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
     def test_a_step_in_one_graph(self, step: Call) -> None:
@@ -221,30 +205,15 @@ class TestCompile:
             assert_close(got, want)
         assert counter.frame_count == 1
 
-    @torch._dynamo.config.patch(capture_scalar_outputs=True)
-    def test_a_coefficient_that_is_read_from_a_tensor(self) -> None:
-        """The compiler does not know it: both terms are on, and it is checked when the code runs."""
-        x = leaves()[0].detach()
-        backend = "aot_eager" if TRACES_NUMBERS else "eager"
-        compiled = torch.compile(lambda x, a: fused_ar_tar(x, x, a.item(), 1.0), fullgraph=True, backend=backend)
-        for alpha in (2.0, 0.0, 1.5):
-            assert_close(compiled(x, torch.tensor(alpha)), fused_ar_tar(x, x, alpha, 1.0))
-        with_number = torch.compile(fused_ar_tar, backend="eager")
-        for wrong in (-1.0, torch.inf, torch.nan):
-            with pytest.raises(RuntimeError, match="Runtime assertion failed"):
-                compiled(x, torch.tensor(wrong))
-            with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0"):
-                with_number(x, x, wrong, 1.0)
-
     def test_lengths_on_the_cpu_for_a_gpu(self) -> None:
-        """Fake tensors need no GPU, and dynamo cannot trace a question to the driver."""
+        """Fake tensors need no GPU. Dynamo cannot trace a call of the driver."""
         call = torch.compile(fused_ar_tar, fullgraph=True, backend="eager")
         with FakeTensorMode():
             x = torch.empty(3, 4, 8, device="cuda")
             assert call(x, x, 2.0, 1.0, lengths=torch.tensor([4, 2, 3])).device.type == "cuda"
 
     def test_lengths_are_clamped_and_packed_rows_read(self) -> None:
-        """Compiled code cannot look at lengths."""
+        """Compiled code cannot check the values of lengths."""
         call: Any = torch.compile(fused_ar_tar, fullgraph=True, backend="aot_eager")
         r, d = leaves()
         got = call(r, d, 2.0, 1.0, lengths=torch.tensor([2**40, -3, 2]), return_terms=True)
@@ -309,7 +278,7 @@ class TestAutocast:
 
 
 class TestSubclasses:
-    @calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # which draw a mask for each of the two
+    @calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # they draw a mask for each tensor
     def test_a_wrapper_computes_on_its_tensor(self, call: Call) -> None:
         halves = [leaves(), leaves(6)]
         halves[1] = [x.detach()[:, :5].contiguous().requires_grad_() for x in halves[1]]
@@ -344,9 +313,7 @@ class TestSubclasses:
 
 
 class TestCheckpointing:
-    """Around a block that uses the penalty. Gradients are equal to the last bit, the kernels being the same."""
-
-    @calls(but=("module", "module_of_raw"))  # whose penalty is to be taken outside
+    @calls(but=("module", "module_of_raw"))  # the penalty must be taken outside
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_checkpoint(self, call: Call, use_reentrant: bool) -> None:
         block = functools.partial(block_of, call)
@@ -370,16 +337,12 @@ class TestModes:
         assert_close(flat(from_seed(call, xs)), want, rtol=0, atol=0)
 
     @by_call
-    @pytest.mark.parametrize("default", [HALF, BF16, DOUBLE, torch.device("meta")], ids=str)
-    def test_defaults_are_not_asked(self, call: Call, default: Any) -> None:
+    @pytest.mark.parametrize("default", [HALF, DOUBLE], ids=str)
+    def test_the_default_dtype_changes_nothing(self, call: Call, default: torch.dtype) -> None:
         want, xs = everything(call, leaves()), leaves()
-        dtype, device = (FLOAT, default) if isinstance(default, torch.device) else (default, torch.device("cpu"))
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(default)
         try:
-            with device:
-                results = from_seed(call, xs)
-                gradients = torch.autograd.grad(flat(results)[0].sin().sum(), xs, materialize_grads=True)
+            got = everything(call, xs)
         finally:
             torch.set_default_dtype(FLOAT)
-        assert_close(flat(results), want[:-2], rtol=0, atol=0)
-        assert all(x.dtype == FLOAT and x.device.type == "cpu" for x in gradients)
+        assert_close(got, want, rtol=0, atol=0)
