@@ -31,7 +31,7 @@ def mask_for(x: Tensor) -> Tensor:
 
 
 def lengths_for(x: Tensor) -> Tensor:
-    """All steps, all but one, and all but two."""
+    """Return the lengths for all steps, all but one, and all but two."""
     return (x.shape[1] - torch.arange(3, device=x.device)).clamp(min=0)
 
 
@@ -47,7 +47,7 @@ def module_call(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0,
 
 
 def packed_call(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0) -> Tensor:
-    """The first 7 rows, of sequences of 3, 2 and 2 time steps."""
+    """Pack the first 7 rows, as sequences of 3, 2 and 2 time steps."""
     sizes = torch.tensor([3, 3, 1])
     return fused_ar_tar(*(PackedSequence(x.flatten(0, 1)[:7], sizes) for x in (raw, dropped)), alpha, beta)
 
@@ -109,7 +109,7 @@ def flat(results: Any) -> list[Tensor]:
 
 
 def total(results: Any) -> Tensor:
-    """A loss of all results, whose slope does not hang on the last digit of a sum of hundreds."""
+    """Return a loss of all results; its gradient hardly depends on the last digits of large results."""
     return sum((x.div(100).sin().sum() for x in flat(results) if x.requires_grad), torch.zeros(()))
 
 

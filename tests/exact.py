@@ -1,4 +1,4 @@
-"""The formulas in float64, how far from them a result may be, and the checks of a call against them."""
+"""The formulas in float64, the tolerances of results, and checks of a call against the formulas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 
 def exact(x: Tensor) -> Tensor:
-    """The values of a tensor in float64, 0 where they are not finite, as a leaf."""
+    """Return a leaf with the values of a tensor in float64, and 0 instead of values that are not finite."""
     return x.detach().double().nan_to_num(0, 0, 0).requires_grad_()
 
 
@@ -43,7 +43,7 @@ def steps_of(
 
 
 def truth(raw: Tensor, dropped: Tensor, alpha: float, beta: float, reduction: str = "mean", **options: Any) -> ARTAR:
-    """The formulas, of float64 tensors."""
+    """Compute the formulas from float64 tensors."""
     steps, changes = steps_of(raw, **options)
     change = (raw - raw.roll(1, axis_of(raw, **options))).where(changes, 0)
     ar, tar = dropped.where(steps, 0).square().sum(), change.square().sum()
@@ -66,13 +66,13 @@ def eps(*dtypes: torch.dtype) -> float:
 
 
 def rounding(x: Tensor) -> float:
-    """The relative error of one rounding to the dtype of `x`. Triton's interpreter cuts bfloat16 off."""
+    """Return the relative error of one rounding to the dtype of `x`; Triton's interpreter truncates bfloat16."""
     cut_off = INTERPRETED and x.device.type == "cpu" and x.dtype == BF16
     return torch.finfo(x.dtype).eps / (1 if cut_off else 2)
 
 
 def assert_terms(got: ARTAR, want: ARTAR, *dtypes: torch.dtype) -> None:
-    """Check the penalty and its terms. The dtypes are those of the activations."""
+    """Check the penalty and its terms, given the dtypes of the activations."""
     assert got.penalty.dtype == (DOUBLE if DOUBLE in dtypes else FLOAT)
     assert not got.ar.requires_grad
     assert not got.tar.requires_grad
@@ -85,7 +85,7 @@ def assert_terms(got: ARTAR, want: ARTAR, *dtypes: torch.dtype) -> None:
 def assert_gradient(
     got: Tensor | None, want: Tensor | None, largest: float | Tensor | None = None, computed: torch.dtype = FLOAT
 ) -> None:
-    """Allow one rounding of `got`, and a few of the dtype it was computed in, on parts as large as `largest`."""
+    """Allow one rounding to the dtype of `got`, and a few roundings of parts as large as `largest` before that."""
     assert got is not None
     assert want is not None
     info = torch.finfo(got.dtype)
@@ -103,7 +103,7 @@ def gradients_of(terms: ARTAR, coefficients: tuple[float, float], x: Tensor) -> 
 
 
 def check_penalty(raw: Tensor, dropped: Tensor, alpha: float, beta: float, **options: Any) -> None:
-    """Check the penalty of leaves, its terms and its gradients; those of steps that do not count are exactly 0."""
+    """Check the penalty of leaves, its terms and its gradients, which are exactly 0 at steps that do not count."""
     wanted = [exact(raw), exact(dropped)]
     wanted = wanted[:1] * 2 if dropped is raw else wanted
     want = truth(*wanted, alpha, beta, **options)
@@ -131,10 +131,10 @@ def check_penalty(raw: Tensor, dropped: Tensor, alpha: float, beta: float, **opt
 
 
 def check_dropout(raw: Tensor, mask: Tensor, alpha: float, beta: float, **options: Any) -> None:
-    """Check dropped and the penalty of a leaf and a mask, and the gradients of both, of either alone.
+    """Check dropped and the penalty of a leaf and a mask, and the gradients of both outputs and of each output.
 
-    A step that does not count is dropped like the others, and has the gradient of its dropped value alone. A `module`
-    is called instead of the function, and draws the mask from the present seed.
+    A step that does not count is dropped like the others, and only its dropped value has a gradient. If a `module` is
+    given, it is called instead of the function, and draws the mask from the present seed.
     """
     values, keep, module = exact(raw), mask.double(), options.pop("module", None)
     if module is None:

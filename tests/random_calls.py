@@ -25,7 +25,7 @@ from tests.conftest import INTERPRETED, by_triton
 from tests.exact import assert_gradient, assert_terms, eps, exact, gradients_of, rounding, spoil, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
-DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # which the interpreter cuts off
+DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # the interpreter truncates bfloat16
 INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
 STEPS = [(), (), ("lengths",), ("valid",), ("starts",), ("lengths", "starts"), ("valid", "starts")]
 CALLS = 3  # of one kind
@@ -117,9 +117,8 @@ class Kind:
             self.axis, self.layout = 0, {"batch_first": False}
         if dims < 4 and not INTERPRETED and self.chance(0.15):
             shape[self.axis] = self.draw.choice([20, 41, 64, 100])
-        if (
-            dims == 3 and not by_triton(self.device) and self.chance(0.15)
-        ):  # blocks of lanes hold some sequences, or part of one
+        # On the CPU a block of lanes holds several of these sequences, or a part of one.
+        if dims == 3 and not by_triton(self.device) and self.chance(0.15):
             shape = self.draw.choice([(3, 9, 4500), (17, 3, 401), (70, 33, 31), (33, 130, 12), (70, 9, 200)])
         self.shape = tuple(shape)
         self.chosen |= {"shape": self.shape, **self.layout}

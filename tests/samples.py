@@ -13,7 +13,7 @@ HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.
 
 
 class Decorated(Tensor):
-    """A subclass without operators of its own, like fastai's."""
+    """A subclass without its own operators, like those of fastai."""
 
 
 def contiguous(x: Tensor) -> Tensor:
@@ -21,50 +21,50 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Batch and time swapped in memory."""
+    """Swap batch and time in memory."""
     return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() == 3 else x
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Part of a wider hidden axis, at an odd address."""
+    """Return part of a wider hidden axis, at an odd address."""
     wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
     wide[..., 1:-2] = x
     return wide[..., 1:-2]
 
 
 def every_other(x: Tensor) -> Tensor:
-    """Every other element of the hidden axis: no view with a contiguous inner axis exists."""
+    """Return every other element of the hidden axis, so that no view has a contiguous inner axis."""
     wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
     wide[..., ::2] = x
     return wide[..., ::2]
 
 
 def hidden_first(x: Tensor) -> Tensor:
-    """Dense, but the hidden axis is the slowest in memory."""
+    """Make the hidden axis the slowest in memory."""
     return x.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def expanded(x: Tensor) -> Tensor:
-    """One sequence, repeated without memory of its own."""
+    """Repeat one sequence without copying it."""
     return x[:1].expand_as(x)
 
 
 def amid(x: Tensor) -> Tensor:
-    """With NaN before the first and after the last of its outermost axis."""
+    """Put NaN before the first and after the last element of the outermost axis."""
     long = x.new_full((len(x) + 2, *x.shape[1:]), torch.nan)
     long[1:-1] = x
     return long[1:-1]
 
 
 def overlapping(x: Tensor) -> Tensor:
-    """Sequences that share memory, each one element further along; its axes have the same stride."""
+    """Return sequences that share memory; each begins one element after the one before it."""
     steps, hidden = x.shape[-2:]
     return x.flatten()[: 2 * steps + hidden + len(x)].contiguous().as_strided(x.shape, (1, 2, 1))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One way to call `fused_ar_tar`. `shape` is that of the tensors given, whatever `batch_first`."""
+    """Describe a call of `fused_ar_tar`; the tensors have this shape, whatever `batch_first` is."""
 
     shape: tuple[int, ...] = (3, 7, 12)
     batch_first: bool = True
@@ -93,7 +93,7 @@ class Sample:
         return 1 if len(self.shape) == 3 and self.batch_first else 0
 
     def leaves(self, device: str) -> tuple[Tensor, Tensor]:
-        """Raw and dropped as leaves that require gradients; one tensor twice if `same`."""
+        """Return raw and dropped as leaves that require gradients; they are one tensor if `same` is true."""
         generator = torch.Generator().manual_seed(len(str(self)))
         made: list[Tensor] = []
         for own, layout in zip(self.dtypes, self.layouts, strict=True):

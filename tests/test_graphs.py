@@ -1,4 +1,4 @@
-"""CUDA graphs: a captured step reads tensors anew, and the host never waits. They need a GPU."""
+"""CUDA graphs: each replay reads the tensors again, and the host never waits."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Step = Callable[[], list[Tensor]]
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Fail where the host waits for the device."""
+    """Raise an error if the host waits for the device."""
     try:
-        with warnings.catch_warnings():  # it warns once, when the mode is set already
+        with warnings.catch_warnings():  # PyTorch warns once of this mode
             warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
             torch.cuda.set_sync_debug_mode("error")
         yield
@@ -59,7 +59,6 @@ STEPS: dict[str, Callable[[], Tensor] | None] = {
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("name", STEPS)
 def test_a_graph_reads_what_has_changed(name: str, dropout: bool) -> None:
-    """Activations, steps, coefficients, and the upstream gradient, as a loss scale changes it."""
     raw, dropped = tensors(6, 9, 12)
     mask = (dropped.detach()[:, :1] > 0).float() * 2
     alpha, beta, scale = torch.ones(3, device="cuda").unbind()
@@ -86,7 +85,6 @@ def test_a_graph_reads_what_has_changed(name: str, dropout: bool) -> None:
 
 
 def test_graphs_replay_at_once() -> None:
-    """Two captured steps, forward and backward, replayed together on two streams with new inputs."""
     replays = []
     for _ in range(2):
         raw, dropped = tensors(64, 128, 512)
