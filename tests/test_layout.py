@@ -1,4 +1,4 @@
-"""One case for each bad argument."""
+"""Messages of errors: a case for each bad argument."""
 
 from __future__ import annotations
 
@@ -71,7 +71,6 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"raw": X.int()}, TypeError, "raw: expected float16, bfloat16, float32 or float64, got torch.int32"),
     ({"alpha": 10**400}, ValueError, "alpha: expected a finite number of at least 0, got inf"),
-    ({"alpha": -1}, ValueError, "alpha: expected a finite number of at least 0, got -1.0"),
     ({"alpha": "2"}, TypeError, "alpha: expected a real number, got str"),
     ({"alpha": True}, TypeError, "alpha: expected a real number, got bool"),
     ({"alpha": torch.tensor(2)}, ValueError, "alpha: expected a number or a 0-dim floating-point tensor, got"),
@@ -82,18 +81,12 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"beta": float("nan")}, ValueError, "beta: expected a finite number of at least 0, got nan"),
     ({"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
     ({"time_dim": 3}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got 3"),
-    ({"time_dim": -4}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got -4"),
     ({"raw": X.sum(), "time_dim": 0}, ValueError, r"time_dim: expected an axis of raw, of shape \(\), got 0"),
     ({"time_dim": 1.0}, TypeError, "time_dim: expected an int, the axis of time, got float"),
     ({"time_dim": True}, TypeError, "time_dim: expected an int, the axis of time, got bool"),
     ({"time_dim": 1, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
     ({"starts": STARTS[0]}, ValueError, r"starts: expected shape \(2, 5\), batch and time steps, got"),
     ({"starts": STARTS.int() * 2}, ValueError, "starts: expected 0 or 1, got 2"),
-    (
-        {"raw": X[None], "starts": STARTS, "time_dim": 2},
-        ValueError,
-        r"starts: expected shape \(1, 5\), .* got \(2, 5\)",
-    ),
     ({"valid": STARTS.float()}, TypeError, "valid: expected a bool or .*, got one of torch.float32; use .bool()"),
     ({"valid": STARTS.t()}, ValueError, r"valid: expected shape \(2, 5\), batch and time steps, got \(5, 2\)"),
     ({"valid": STARTS, "batch_first": False}, ValueError, r"valid: expected shape \(5, 2\), .* in every layout, got"),
@@ -102,7 +95,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"valid": STARTS.to("meta")}, ValueError, "valid: expected a tensor on cpu, or another device with memory"),
     ({"valid": STARTS, "lengths": LENGTHS}, ValueError, "lengths and valid: expected one of them, got both"),
     ({"return_terms": "no"}, TypeError, "return_terms: expected True or False, got 'no'"),
-    ({"reduction": X.numpy()}, ValueError, "reduction: expected 'mean' or 'sum', got array"),
     ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
     ({"lengths": [5, 3]}, TypeError, "lengths: expected an integer tensor, got list"),
     ({"lengths": X[:, 0, 0] > 0}, TypeError, "lengths: expected an integer tensor, got one of torch.bool; use .long()"),
@@ -121,7 +113,6 @@ BAD_PAIRS: list[tuple[Any, dict[str, Any], str]] = [
     (PACKED, {"starts": STARTS}, "starts: expected None with a PackedSequence"),
     (PACKED, {"time_dim": 1}, "time_dim: expected 0 or None with a PackedSequence"),
     ([X, X[0]], {"time_dim": 0}, OTHER_STEPS),
-    ([X, X[0]], {"alpha": 0.0}, OTHER_STEPS),
     ([X, X.movedim(2, 1)], {"time_dim": -1}, OTHER_STEPS),
 ]
 
@@ -129,20 +120,17 @@ BAD_DROPOUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"raw": None}, TypeError, "raw: expected a tensor, got NoneType"),
     ({"raw": [X]}, TypeError, "raw: expected a tensor, got list"),
     ({"p": 1}, ValueError, "p: expected a probability from 0 to below 1, got 1"),
-    ({"p": -0.1}, ValueError, "p: expected a probability from 0 to below 1, got -0.1"),
     ({"p": Fraction(10**20 - 1, 10**20)}, ValueError, "p: expected a probability from 0 to below 1, got 9"),
     ({"training": "no"}, TypeError, "training: expected True or False, got 'no'"),
     ({"mask": 1}, TypeError, "mask: expected a tensor, got int"),
     ({"mask": X.to_sparse()}, TypeError, "mask: expected a dense .* got torch.sparse_coo"),
     ({"mask": X[:, :3]}, ValueError, r"mask: expected shape \(2, 1, 8\) or raw's shape .* got"),
-    ({"mask": X[:1], "batch_first": True}, ValueError, r"mask: expected shape \(2, 1, 8\)"),
     ({"mask": X.double()}, TypeError, "mask: expected the dtype of raw, torch.float32, got"),
     ({"mask": X.to("meta")}, ValueError, "mask: expected a tensor on cpu, .* got one on meta"),
     ({"mask": X.clone().requires_grad_()}, ValueError, "mask: expected .* requires no gradient"),
 ]
 
 BAD_MODULE: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"p": 1.0}, ValueError, r"p: expected a probability from 0 to below 1, got 1\.0"),
     ({"ar_of": "out"}, ValueError, "ar_of: expected 'dropped' or 'raw', got 'out'"),
     ({"batch_first": True, "time_dim": 1}, ValueError, "batch_first and time_dim: expected one of them, got both"),
 ]

@@ -224,21 +224,12 @@ class TestCompile:
 
 class TestAutocast:
     @pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
-    @pytest.mark.parametrize("around_backward", [True, False])
     @by_few
-    def test_the_penalty_is_float32(self, call: Call, around_backward: bool, dtype: torch.dtype) -> None:
-        xs = leaves(dtype=dtype)
-        want = everything(call, leaves(dtype=dtype))
+    def test_the_penalty_is_float32(self, call: Call, dtype: torch.dtype) -> None:
+        want, xs = everything(call, leaves(dtype=dtype)), leaves(dtype=dtype)
         with torch.autocast("cpu", BF16):
-            results = call(*xs)
-            loss = total(results)
-            if around_backward:
-                loss.backward()
-        if not around_backward:
-            loss.backward()
-        got = [*flat(results), *(x.grad for x in xs)]
-        assert flat(results)[-1].dtype == FLOAT
-        assert [x.dtype for x in got] == [x.dtype for x in want]  # pyright: ignore[reportOptionalMemberAccess]
+            got = everything(call, xs)
+        assert flat(call(*xs))[-1].dtype == FLOAT
         assert_close(got, want, rtol=0, atol=0)
 
     @by_few
@@ -248,16 +239,15 @@ class TestAutocast:
         optimizer, scaler = torch.optim.SGD(xs, 0.1), torch.amp.GradScaler("cpu", init_scale=2.0**16)
         scaler.scale(total(call(*xs))).backward()
         assert_close([x.grad for x in xs], [2.0**16 * g for g in want], rtol=0, atol=0)
-        for count, value in enumerate((torch.inf, -torch.inf, torch.nan), 1):
-            optimizer.zero_grad()
-            with torch.no_grad():
-                xs[0][0, 2, 1] = value
-            before = [x.detach().clone() for x in xs]
-            scaler.scale(flat(call(*xs))[-1]).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            assert scaler.get_scale() == 2.0 ** (16 - count)
-            assert_close(xs, before, rtol=0, atol=0, equal_nan=True)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            xs[0][0, 2, 1] = torch.inf
+        before = [x.detach().clone() for x in xs]
+        scaler.scale(flat(call(*xs))[-1]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**15
+        assert_close(xs, before, rtol=0, atol=0)
 
     @pytest.mark.parametrize("scale", [1e3, 1e6, 1e9])
     @pytest.mark.parametrize("dropout", [False, True])
