@@ -44,7 +44,7 @@ DONE = torch.tensor([0, 2])  # where a state is reset
 NOT_ATTACHED = "none", "plain, not attached"
 random_bits = torch.Generator().manual_seed(5)
 VALID, STARTS = (torch.rand(2, BATCH, 8, generator=random_bits) < torch.tensor([0.8, 0.3]).view(2, 1, 1)).unbind()
-# What may happen in a forward, in one of the layers, and how often. The last need an attached dropout.
+# Events of a forward in one of the layers, and their frequencies. The last events need an attached dropout.
 EVENTS = {"": 20, "the net checkpointed": 2, "the RNN checkpointed": 2, "the RNN and its dropout checkpointed": 2}
 EVENTS |= {"the RNN without gradients": 1, "the dropout without gradients": 1}
 EVENTS |= {"the dropout left out": 1, "the dropout twice": 1}
@@ -103,13 +103,13 @@ class Run:
     masks: dict[str, Tensor]  # of the time steps
     coefficients: tuple[float, float]
     identity: Any  # the coefficients, or an object that stands for tensors in their present state
-    terms: tuple[Tensor, Tensor] | None = None  # AR and TAR, once dropped is there
+    terms: tuple[Tensor, Tensor] | None = None  # AR and TAR, once dropped is computed
     marked: bool = False  # whether a loss can depend on a tensor that is marked for the run
     taken: bool = False  # by a loss
 
 
 class ByHand:
-    """Do by hooks in plain PyTorch what the documentation says of `attach`, and find the runs that count.
+    """Follow the documentation of `attach` by hooks in plain PyTorch, and find the runs that count.
 
     The runs since the last `clear` are in order; a marked tensor's node leads to its run.
     """
@@ -193,7 +193,7 @@ class ByHand:
 
 @dataclass(eq=False)
 class Call:
-    """A call of the net on both sides, that of the hooks and plain PyTorch, and its runs of modules."""
+    """A call of the net on both sides, with the hooks of fastreg and in plain PyTorch, and its runs of modules."""
 
     kind: str  # "train", "evaluation" or "no gradients"
     results: list[Any]
@@ -215,24 +215,24 @@ Loss = list[tuple[Call, str, Any, float]]  # the tensors that it sums up: a call
 
 
 class Refused(Exception):
-    """An error that the documentation announces came; what there is of the step is dropped."""
+    """Report an error that the documentation announces; the step is dropped."""
 
 
 class Play:
     """A random sequence of training steps."""
 
-    DTYPES = DOUBLE, DOUBLE, FLOAT
-
     def __init__(self, seed: int, dtype: torch.dtype | None = None, compiles: bool | None = None) -> None:
         draw = self.draw = random.Random(seed)
         torch.manual_seed(seed)
         count = draw.randint(1, 3)
-        self.compiled = draw.random() < 0.2 if compiles is None else compiles
+        drawn = draw.random() < 0.2
+        self.compiled = drawn if compiles is None else compiles
         self.batch_first, self.keeps = draw.random() < 0.7, draw.random() < 0.6
         self.shared = draw.choice(["", "", "", "module", "dropout"]) if count > 1 else ""
         self.frozen = draw.choices(["", "first", "all"], [8, 1, 1])[0]
         self.kinds, self.dropouts = ([draw.choice([*names]) for _ in range(count)] for names in (KINDS, DROPOUTS))
-        self.dtype = dtype or draw.choice(self.DTYPES)
+        drawn = draw.choice([DOUBLE, DOUBLE, FLOAT])
+        self.dtype = dtype or drawn
         if self.shared:
             self.dropouts[-1] = self.dropouts[0]
         if self.shared == "module":
@@ -244,9 +244,9 @@ class Play:
             self.masks.pop(draw.choice(["valid", "starts", ""]), None)
         self.net = Net(self.dropouts, self).to(self.dtype)
         self.plain = Net(["locked" if "fused" in name else name for name in self.dropouts], self).double()
-        for net in (self.net, self.plain):
-            for layer in net.layers[: {"": 0, "first": 1, "all": count}[self.frozen]]:
-                layer.requires_grad_(False)
+        self.nets = self.net, self.plain
+        for net in self.nets:
+            net.layers[: {"": 0, "first": 1, "all": count}[self.frozen]].requires_grad_(False)
         self.plain.load_state_dict(self.net.state_dict())
         self.events, self.counts = list[str](), Counter[str]()
         self.sides: list[Any] = [self.net, self.plain]
@@ -341,7 +341,7 @@ class Play:
         self.checkpointed = self.checkpointed or "checkpointed" in event
         self.note(f"call {len(self.calls)}: {kind} {event} {at * bool(event)}", f"call: {kind}", *[event] * bool(event))
         seed, results, before = draw.randrange(1000), [], len(self.by_hand.runs)
-        for i, (net, module) in enumerate(zip(self.sides, (self.net, self.plain), strict=True)):
+        for i, (net, module) in enumerate(zip(self.sides, self.nets, strict=True)):
             module.train(kind != "evaluation")
             torch.manual_seed(seed)
             states = None if carried is None else carried[i]
@@ -425,7 +425,7 @@ class Play:
             self.drop("the graph is freed")
 
     def regularized(self, loss: Tensor, how: str, counted: Sequence[Run]) -> Tensor:
-        """Return the loss with the penalty, or the penalty alone."""
+        """Return the loss with the penalty, or only the penalty."""
         if counted and not self.frozen and self.draw.random() < 0.1:
             self.note("the net is in evaluation at the loss", "in evaluation at the loss")
             self.net.eval()
@@ -439,28 +439,25 @@ class Play:
 
     def backward(self, loss: Loss, totals: Sequence[Tensor], how: str, keeps_graph: bool) -> None:
         """Make a backward on each side, in one of many ways, and compare the gradients."""
-        nets = (self.net, self.plain)
-        if how == "gradients of raw":
-            self.same_gradients_of_activations(loss, totals)
+        if how == "gradients of raw":  # and of other tensors that the net returned, which attach may have marked
+            names = [(call, name) for call, *_ in loss for name, x in call.tensors(1).items() if x.requires_grad]
+            both = [[call.tensors(side)[name] for call, name in names] for side in (0, 1)]
+            options: Any = {"retain_graph": True, "allow_unused": True}
+            gradients = [torch.autograd.grad(x, xs, **options) for x, xs in zip(totals, both, strict=True)]
+            self.compare("the gradients of activations", *gradients)
         if self.draw.random() < 0.1:
             self.change_coefficients("numbers", "tensors")  # those of the forward count
         for keeps in [True, keeps_graph] if how == "twice" else [keeps_graph]:
-            for net, x in zip(nets, totals, strict=True):
+            for net, x in zip(self.nets, totals, strict=True):
                 if how == "second":
                     first = torch.autograd.grad(x, parameters(net), create_graph=True, allow_unused=True)
                     x = torch.stack([y.square().sum() for y in first if y is not None]).sum()
                 if x.requires_grad:
                     x.backward(retain_graph=keeps, inputs=parameters(net))
         self.counts[f"backward: {how}"] += 1
-        self.same_gradients("the gradients")
-
-    def same_gradients_of_activations(self, loss: Loss, totals: Sequence[Tensor]) -> None:
-        """Compare the gradients of what the net returned: of raw, too, and of tensors that attach has marked."""
-        names = [(call, name) for call, *_ in loss for name, x in call.tensors(1).items() if x.requires_grad]
-        both = [[call.tensors(side)[name] for call, name in names] for side in (0, 1)]
-        options: Any = {"retain_graph": True, "allow_unused": True}
-        gradients = [torch.autograd.grad(x, xs, **options) for x, xs in zip(totals, both, strict=True)]
-        self.compare("the gradients of activations", *gradients)
+        self.compare("the gradients", *([x.grad for x in parameters(net)] for net in self.nets))
+        for net in self.nets:
+            net.zero_grad()
 
     def evaluate(self) -> None:
         """Check that evaluation adds nothing, nor does a loss without gradients."""
@@ -518,16 +515,10 @@ class Play:
             self.drop("the step is dropped")
             self.last = None
             self.net.train()
-            self.net.zero_grad()
-            self.plain.zero_grad()
+            for net in self.nets:
+                net.zero_grad()
 
     # The comparisons
-
-    def same_gradients(self, what: str) -> None:
-        """Compare the gradients of both sides, and clear them."""
-        self.compare(what, *([x.grad for x in parameters(net)] for net in (self.net, self.plain)))
-        for net in (self.net, self.plain):
-            net.zero_grad()
 
     def compare(self, what: str, got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> None:
         """Compare tensors by their norms; a norm far below the largest counts as a hundredth of that."""
@@ -557,12 +548,6 @@ def total_of(loss: Loss, side: int) -> Tensor:
     return torch.stack([w * f(call.tensors(side)[name]).mean() for call, name, f, w in loss]).sum()
 
 
-class InDouble(Play):
-    """The sequence of a seed in float64."""
-
-    DTYPES = DOUBLE, DOUBLE, DOUBLE
-
-
 class Told(Play):
     """A sequence whose rounding in float32 is told from a fault: the same sequence has to be right in float64."""
 
@@ -576,7 +561,7 @@ class Told(Play):
         except AssertionError as error:
             if self.dtype is DOUBLE or "relative error" not in str(error):
                 raise
-            InDouble(self.seed).play(events)
+            Play(self.seed, DOUBLE).play(events)
             self.counts["off by the rounding of float32"] += 1
 
 

@@ -39,8 +39,8 @@ def scale(play: Any, alpha: float, beta: float) -> None:
 WRONG: dict[str, tuple[int, Callable[[Any], Any]]] = {
     "alpha": (1, lambda play: scale(play, 1.001, 1.0)),
     "beta": (1, lambda play: scale(play, 1.0, 1.001)),
-    "valid steps": (7, lambda play: play.by_hand.masks.pop("valid", None)),
-    "starts": (7, lambda play: play.by_hand.masks.pop("starts", None)),
+    "valid steps": (8, lambda play: play.by_hand.masks.pop("valid", None)),
+    "starts": (8, lambda play: play.by_hand.masks.pop("starts", None)),
     "layers": (0, lambda play: play.by_hand.dropouts.pop(play.plain.layers[0], None)),
     "states": (1, lambda play: setattr(play.by_hand, "marks_states", False)),
 }
