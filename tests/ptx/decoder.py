@@ -98,7 +98,7 @@ class Decoder:
         return bytes(image)
 
     def operand(self, text: str, size: int) -> int:
-        """The place of a register or a constant that has `size` bytes a lane."""
+        """Return the place of a register or a constant that has `size` bytes a lane."""
         if text in self.places:
             offset, its = self.places[text]
             if its != size:
@@ -176,7 +176,7 @@ class Decoder:
         return make("pure", places, handler=NUMBERS[name], width=SIZES[types[0]])
 
     def access(self, kind: str, parts: list[str], registers: list[str], where: str | None = None) -> Any:
-        """A load or a store of a vector of registers, or an atomic addition that has a result and a value."""
+        """Make a load or a store of a vector of registers, or an atomic addition with a result and a value."""
         *modifiers, kind_of_element = parts
         known = {p for p in modifiers if p in HINTS or p.startswith(("L1::", "L2::"))}
         spaces = [p for p in modifiers if p in ("global", "shared", "shared::cta", "param")]
@@ -190,12 +190,11 @@ class Decoder:
         sizes = {self.places[x][1] for x in names if x in self.places} or {SIZES[kind_of_element]}
         (width,) = sizes
         shared = spaces[0].startswith("shared")
-        base = 0
-        offset = 0
+        base = offset = 0
         if where is not None:
             symbol, offset = address(where)
             base = self.operand(symbol, 4 if shared else 8)
-        # Within one program alone an order orders nothing between programs.
+        # An order within one program orders nothing between programs.
         order = 0 if scopes == ["cta"] else sum(ORDERS[o] for o in orders)
         return make(
             kind,
@@ -216,7 +215,7 @@ def make(kind: str, operands: Sequence[int] = (), **fields: int) -> Any:
 
 
 def statements(body: str, files: dict[str, str]) -> Iterator[Line]:
-    """The instructions and labels of a function, each with the line of the source that it was made for."""
+    """Return the instructions and labels of a function, each with its line in the source of the kernel."""
     source, pending = "?", ""
     for line in body.splitlines():
         words = line.split()

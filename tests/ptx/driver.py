@@ -45,7 +45,7 @@ class H100Backend(CUDABackend):
 
 
 class Argument(NamedTuple):
-    """A tensor that a kernel was given: its name, and from where to where its elements lie in memory."""
+    """A tensor that a kernel was given, and the addresses where its elements begin and end."""
 
     name: str
     begin: int
@@ -73,7 +73,6 @@ class Executor(StandInDriver):
         self.random = random.Random(0)
         self.kernels: list[Kernel] = []
         self.launches = self.programs = self.steps = 0
-        self.switches: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -89,8 +88,6 @@ class Executor(StandInDriver):
         profiled = getattr(metadata, "profile_scratch_size", 0)  # not in Triton 3.4
         if metadata.num_ctas != 1 or metadata.global_scratch_size or profiled:
             raise NotImplementedError("clusters, or scratch memory")
-        for name, value in switches(source.signature.items(), source.constants):
-            self.switches[source.fn.__name__][name].add(value)
 
         def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
             _, _, _, *arguments = rest  # metadata and hooks of the launch
@@ -138,17 +135,6 @@ class Executor(StandInDriver):
         self.launches, self.programs, self.steps = self.launches + 1, self.programs + grid, self.steps + steps
 
 
-def switches(signature: Any, constants: dict[Any, Any], path: tuple[int, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Return the switches of a kernel, with "True" and "False", or "given" and "None"."""
-    for i, (name, kind) in enumerate(signature):
-        if isinstance(kind, tuple):
-            yield from switches([(f"{name}[{j}]", k) for j, k in enumerate(kind)], constants, (*path, i))
-        elif kind != "constexpr":
-            yield name, "given"
-        elif (value := constants.get((*path, i))) is None or isinstance(value, bool):
-            yield name, str(value)
-
-
 def flat(signature: Any, arguments: Any) -> Iterator[tuple[str, str, Any]]:
     """Return names, types and values of the arguments that are not constant, tuples flattened."""
     for (name, kind), value in zip(signature, arguments, strict=True):
@@ -164,7 +150,7 @@ def argument(name: str, x: torch.Tensor) -> Argument:
 
 
 def packed(kind: str, value: Any) -> bytes:
-    """An argument as it lies in the memory of parameters."""
+    """Return the bytes of an argument in the memory of parameters."""
     if kind[0] == "*":
         return struct.pack("<Q", 0 if value is None else value.data_ptr())
     formats = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
@@ -173,7 +159,7 @@ def packed(kind: str, value: Any) -> bytes:
 
 
 def regions(tensors: list[Argument]) -> list[Any]:
-    """The memory of the tensors; where they overlap, in one piece."""
+    """Return the memory of the tensors; tensors that overlap have one region."""
     merged: list[Any] = []
     for x in sorted(tensors, key=lambda x: x.begin):
         if merged and x.begin < merged[-1].end:

@@ -1,4 +1,4 @@
-"""The instructions that work on registers alone: a table from which the machine's C is written."""
+"""A table of the instructions that work only on registers, from which the C code of the machine is written."""
 
 from __future__ import annotations
 
