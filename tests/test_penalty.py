@@ -200,15 +200,3 @@ def test_zeros_without_memory(device: str) -> None:
     (gradient,) = torch.autograd.grad(fused_ar_tar(raw, nothing, 2.0, 1.0), raw)
     torch.testing.assert_close(gradient, *torch.autograd.grad(fused_ar_tar(raw, None, 0.0, 1.0), raw))
     assert fused_ar_tar(nothing, nothing, 2.0, 1.0) == 0
-
-
-@pytest.mark.parametrize("negated", [("raw", "dropped"), ("raw",), ("dropped",)], ids=str)
-def test_lazily_negated_tensors_get_the_right_sign(negated: tuple[str, ...], device: str) -> None:
-    xs = {name: torch.randn(2, 3, 8, device=device) for name in ("raw", "dropped")}
-    xs |= {name: torch._neg_view(xs[name]) for name in negated}
-    leaves = [x.detach().requires_grad_() for x in xs.values()]
-    got = torch.autograd.grad(fused_ar_tar(*leaves, 2.0, 1.0), leaves)
-    plain = [x.resolve_neg().detach().requires_grad_() for x in xs.values()]
-    torch.testing.assert_close(got, torch.autograd.grad(fused_ar_tar(*plain, 2.0, 1.0), plain))
-    layers = zip(leaves, plain, strict=True)  # the first by the formula
-    torch.testing.assert_close(fused_ar_tar(*map(list, layers), 2.0, 1.0), 2 * fused_ar_tar(*plain, 2.0, 1.0))

@@ -84,46 +84,32 @@ def test_one_gradient_of_two_dtypes(dtypes: Any, which: str, device: str) -> Non
         assert_same_bits([gradient], want)
 
 
-def test_a_second_backward_computes_anew(device: str) -> None:
-    """The first backward has returned the gradients that the forward wrote, and the caller may change them."""
-    raw, dropped = leaves(7, device=device)
-    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-    first = torch.autograd.grad(got, (raw, dropped), retain_graph=True)
-    want = [x.clone() for x in first]
-    for x in first:
-        x.zero_()
-    second = torch.autograd.grad(got, (raw, dropped), retain_graph=True)
-    assert_same_bits(second, want)
-    third = torch.autograd.grad(got, (raw, dropped))
-    assert_same_bits(third, want)
-    assert len({x.data_ptr() for x in (*first, *second, *third)}) == 6
-
-
-@pytest.mark.parametrize("when", ["before the forward", "before the backward"])
-def test_an_upstream_gradient_that_changes_in_place(when: str, device: str) -> None:
-    """The forward has written gradients for the earlier value."""
-    raw, dropped = leaves(7, device=device)
-    grad = torch.tensor(3.0, device=device)
-    torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)  # expected from now on
-    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-    grad.fill_(5.0)
-    want = alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped))
-    for _ in range(2):
-        if when == "before the forward":
-            got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-        assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad, retain_graph=True), want)
-
-
 def test_graphs_in_flight(device: str) -> None:
+    """Each graph has its own memory, and expects the upstream gradient of the backward before its forward."""
     raw, dropped = leaves(7, device=device)
-    upstream = [torch.tensor(value, device=device) for value in (1.0, 3.0, 1.0, 5.0, 3.0)]
-    wanted = [alone(lambda: fused_ar_tar(raw, dropped, 2.0, 1.0), grad, (raw, dropped)) for grad in upstream]
+    grad, other = torch.tensor([3.0, 5.0], device=device)
+
+    def call() -> Tensor:
+        return fused_ar_tar(raw, dropped, 2.0, 1.0)
+
+    wanted = [alone(call, x, (raw, dropped)) for x in (grad, other)]
     graphs = []
-    for grad in upstream:
-        graphs.append(fused_ar_tar(raw, dropped, 2.0, 1.0))
-        torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)
-    for got, grad, want in zip(graphs[::-1], upstream[::-1], wanted[::-1], strict=True):
-        assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), want)
+    for x in (grad, other, grad, other):
+        torch.autograd.grad(call(), (raw, dropped), x)
+        graphs.append(call())
+    returned: list[Tensor] = []
+    for got, x, want in zip([*graphs, *graphs[::-1]], (grad, other) * 4, wanted * 4, strict=True):
+        found = torch.autograd.grad(got, (raw, dropped), x, retain_graph=True)
+        assert_same_bits(found, want)
+        returned += [x.zero_() for x in found]  # the caller may change what a backward has returned
+    assert len({x.data_ptr() for x in returned}) == len(returned)
+    with torch.inference_mode():
+        torch.autograd.grad(graphs[0], (raw, dropped), torch.tensor(7.0, device=device))
+    torch.autograd.grad(call(), (raw, dropped), grad)
+    late = call()
+    grad.copy_(other)  # the forward has written gradients for the earlier value
+    for got in (late, call()):
+        assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), wanted[1])
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -150,17 +136,6 @@ def test_hooks_and_checkpoints_keep_no_gradients(device: str) -> None:
             allocated, got = memory_of(run, device)
         assert allocated < 0.5 * raw.nbytes
         assert_same_bits(torch.autograd.grad(got, (raw, dropped)), want)
-
-
-def test_a_backward_in_inference_mode_leaves_later_steps_alone(device: str) -> None:
-    raw, dropped = leaves(7, device=device)
-    grad = torch.tensor(5.0, device=device)
-    want = torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped), grad)
-    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-    with torch.inference_mode():
-        torch.autograd.grad(got, (raw, dropped), torch.tensor(7.0, device=device))
-    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-    assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), want)
 
 
 def laid_out_anew(x: Tensor) -> Tensor:

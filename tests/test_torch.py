@@ -279,19 +279,11 @@ class TestSubclasses:
             assert_close([getattr(x, part) for x in got], everything(call, xs))
 
     @by_call
-    @pytest.mark.parametrize("kind", ["meta", "fake", "functional"])
-    def test_tensors_without_data(self, call: Call, kind: str) -> None:
-        want = everything(call, leaves())
-        if kind == "meta":
-            got = everything(call, leaves(device="meta"))
-        elif kind == "fake":
-            with FakeTensorMode() as mode:
-                got = everything(call, [mode.from_tensor(x) for x in leaves()])
-        else:
-            torch.manual_seed(3)
-            got = flat(torch.func.functionalize(call)(*(x.detach() for x in leaves())))
-            assert_close(got, [x.detach() for x in want[: len(got)]])
-        assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in want[: len(got)]]
+    def test_tensors_without_data(self, call: Call) -> None:
+        with FakeTensorMode() as mode:
+            fake = everything(call, [mode.from_tensor(x) for x in leaves()])
+        for got in (fake, everything(call, leaves(device="meta"))):
+            assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in everything(call, leaves())]
 
     def test_a_decorated_tensor_gives_plain_results(self) -> None:
         raw = leaves()[0]
