@@ -6,7 +6,6 @@ import doctest
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,64 +14,17 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from torch import Tensor
-from torch.optim import SGD
 
 from fastreg import fused_ar_tar
 from tests.conftest import more, skip_without
-from tests.language_model import BATCH, HIDDEN, TIME, VOCABULARY, Model, criterion
+from tests.language_model import BATCH, HIDDEN, TIME
 from tests.test_fastai1 import environment_with
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"])
 
 
-class Net(Model):
-    """A language model that returns only its output, and whose RNN has the name that the pages give it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = self.rnn
-
-    def reset(self) -> None:
-        """Do nothing, as there is no state between batches."""
-
-
-def fastai() -> dict[str, Any]:
-    from fastai.text import all as fa
-
-    dls = fa.DataLoaders(*(fa.LMDataLoader([torch.randint(VOCABULARY, (200,))], bs=4, seq_len=8) for _ in range(2)))
-    dls.vocab = [str(i) for i in range(VOCABULARY)]  # pyright: ignore[reportAttributeAccessIssue]
-    options = {"config": fa.awd_lstm_lm_config | {"emb_sz": 8, "n_hid": 12, "n_layers": 2}, "pretrained": False}
-    learn = fa.language_model_learner(dls, fa.AWD_LSTM, alpha=2.0, beta=1.0, **options)
-    return {"learn": learn, "plain": fa.Learner(dls, Net(), loss_func=fa.CrossEntropyLossFlat())}
-
-
-def lightning() -> dict[str, Any]:
-    from lightning import LightningModule, Trainer
-    from torch.utils.data import DataLoader
-
-    class Module(Net, LightningModule):
-        def training_step(self, ids: Tensor) -> Tensor:
-            return criterion(self(ids), ids)
-
-        def configure_optimizers(self) -> Any:
-            return SGD(self.parameters(), 0.1)
-
-    loader = DataLoader(torch.randint(VOCABULARY, (8, TIME)), batch_size=4)  # pyright: ignore[reportArgumentType]
-    return {"Trainer": Trainer, "module": Module(), "loader": loader}
-
-
-def transformers() -> dict[str, Any]:
-    from transformers import MambaConfig, MambaForCausalLM, TrainingArguments
-
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=2, state_size=4))
-    args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
-    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(VOCABULARY, (8, TIME))]
-    return {"mamba": mamba, "args": args, "data": data}
-
-
-ADAPTERS = {"fastai": fastai, "lightning": lightning, "transformers": transformers}
+ADAPTERS = ["fastai", "lightning", "transformers"]
 V1 = "fastai1"  # It runs in another process, because its package has the name of fastai.
 
 
@@ -86,12 +38,20 @@ def framework_of(snippet: str) -> str | None:
     return found and found[found.lastindex or 0]
 
 
+def run(snippet: str, page: Path) -> dict[str, Any]:
+    """Run a snippet as its reader pastes it, and return its names."""
+    names = {"__name__": "__main__"}
+    exec(compile(snippet, str(page), "exec"), names)
+    return names
+
+
 def setup_of(framework: str) -> dict[str, Any]:
-    """Return the names that the docstrings of an adapter use; skip the test where its framework is not installed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        skip_without(framework)
-        return ADAPTERS[framework]()
+    """Return the names that the docstrings of an adapter use, which are those of its page."""
+    page = ROOT / "docs" / f"{framework}.md"
+    names, *others = [run(code, page) for code in snippets(page) if framework_of(code) == framework]
+    for other in others:  # a learner of a plain model
+        names["plain"] = other["learn"].remove_cb(other["RNNRegularizer"])
+    return names
 
 
 SNIPPETS = [
@@ -105,11 +65,10 @@ SNIPPETS = [
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
 def test_a_snippet_runs_alone(page: Path, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As its reader pastes it: with no name but those that it imports and defines."""
     if (framework := framework_of(snippet)) is not None:
         skip_without(framework)
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, str(page), "exec"), {"__name__": "__main__"})
+    run(snippet, page)
 
 
 def public_names(module: str) -> list[str]:
@@ -144,6 +103,7 @@ def test_examples_of_docstrings_run(framework: str | None, tmp_path: Path, monke
     if framework is None:
         check_examples("fastreg", dict)
     else:
+        skip_without(framework)
         check_examples(f"fastreg.{framework}", lambda: setup_of(framework) | {framework: import_module(framework)})
 
 
@@ -166,10 +126,9 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
 
 
 def test_the_readme_replaces_the_formula_by_its_equal() -> None:
-    first, *_ = snippets(ROOT / "README.md")
+    first, *_ = snippets(page := ROOT / "README.md")
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    exec(first, names)
+    names = run(first, page)
     torch.testing.assert_close(names["fused"], names["penalty"])
     assert names["penalty"] > 1
     swapped = (names[name].transpose(0, 1) for name in ("raw", "dropped"))

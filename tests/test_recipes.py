@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastreg import fused_ar_tar
 from tests.conftest import skip_without
-from tests.test_docs import ROOT, snippets
+from tests.test_docs import ROOT, run, snippets
 
 PAGE = ROOT / "docs" / "recipes.md"
 Loss = Callable[..., Tensor]
@@ -22,9 +22,7 @@ Loss = Callable[..., Tensor]
 def recipe(name: str, page: Path = PAGE) -> Any:
     """Run the snippet of a page that defines a function, and return the function."""
     (code,) = [snippet for snippet in snippets(page) if f"def {name}(" in snippet]
-    names: dict[str, Any] = {}
-    exec(compile(code, str(page), "exec"), names)
-    return names[name]
+    return run(code, page)[name]
 
 
 def check(ours: Loss, theirs: Loss, *shape: int) -> None:
