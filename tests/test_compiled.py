@@ -1,6 +1,6 @@
 """The kernels compiled for real GPUs by the offline compiler: width of loads, spills, and how often they compile.
 
-A stand-in driver replaces that of a GPU: `fused_ar_tar` on CPU tensors compiles the kernels that it would launch.
+With a stand-in for the driver of a GPU, `fused_ar_tar` on CPU tensors compiles the kernels that it would launch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from bench.stand_in import StandInDriver, active
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import TRITON, cpu_tensors_by
-from fastreg.plans import forget
-from tests.conftest import more, skip_without
+from tests.conftest import forget, more, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 skip_without("triton")
@@ -39,8 +38,7 @@ TARGETS = {
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
-}
-OTHERS = {  # GPUs for which less is promised: an RTX 2080 or T4, 3090, 4090, 5090, an MI210, MI350, RX 7900
+    # Less is promised for these GPUs: an RTX 2080 or T4, 3090, 4090, 5090, an MI210, MI350 and RX 7900.
     "sm_75": ("cuda", 75, 32),
     "sm_86": ("cuda", 86, 32),
     "sm_89": ("cuda", 89, 32),
@@ -77,7 +75,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
     linker.write_text('#!/bin/sh\n[ "$1" = --version ] || cp "$4" "$6"\n')
     linker.chmod(0o755)
     monkeypatch.setenv("TRITON_HIP_LLD_PATH", str(linker))
-    chosen = GPUTarget(*(TARGETS | OTHERS)[request.param])
+    chosen = GPUTarget(*TARGETS[request.param])
     monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
     for kernel in ALL_KERNELS:
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
@@ -90,7 +88,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def compiled(masked: bool, **constants: bool) -> list[Any]:
-    """The code of dropout, or of the penalty, that was compiled with these constants among others."""
+    """Return the code of dropout, or of the penalty, that was compiled with these constants among others."""
     names, found = kernels.ar_tar_kernel.arg_names, []
     for binary in kernels.ar_tar_kernel.device_caches[0][0].values():
         known = {name: binary.src.constants.get((i,), ...) for i, name in enumerate(names)}
@@ -100,44 +98,37 @@ def compiled(masked: bool, **constants: bool) -> list[Any]:
 
 
 def compiled_penalty() -> Iterator[list[Any]]:
-    """The code of the penalty in training, forward and backward."""
+    """Return the code of the penalty in training, forward and backward."""
     return (compiled(False, SUM_TAR=forward, GRAD_TAR=True) for forward in (True, False))
 
 
 def compiled_dropout() -> Iterator[list[Any]]:
-    """The code of dropout in training, forward and backward."""
+    """Return the code of dropout in training, forward and backward."""
     return (compiled(True, SUM_TAR=forward) for forward in (True, False))
 
 
-def train(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), **options: Any) -> None:
-    """Run both operations forward and backward."""
+def train(
+    dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), kind: str = "two", batch_first: bool | None = None
+) -> None:
+    """Run the penalty forward and backward, and dropout, too, unless rows are packed or one tensor is given twice."""
     raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2))
-    fused_ar_tar(raw, dropped, 2.0, 1.0, **options).backward()
-    results = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, **options)
-    torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+    options: Any = {"batch_first": batch_first}
+    if kind == "packed":
+        sizes = torch.tensor([shape[0]] * (shape[1] // 2) + [1] * (shape[1] - shape[1] // 2))
+        packed = (PackedSequence(x.flatten(0, 1)[: int(sizes.sum())], sizes) for x in (raw, dropped))
+        fused_ar_tar(*packed, 2.0, 1.0).backward()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return
+    if kind == "padded":
+        options["lengths"] = torch.full((shape[0],), shape[1] // 2)
+    elif kind == "marked":
+        options["valid"] = torch.ones(shape[:2], dtype=torch.bool)
+    fused_ar_tar(raw, raw if kind == "one" else dropped, 2.0, 1.0, **options).backward()
+    if kind != "one":
+        results = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, **options)
+        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
 
 
-def train_packed(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
-    """Run the penalty of packed rows forward and backward."""
-    sizes = torch.tensor([shape[0]] * (shape[1] // 2) + [1] * (shape[1] - shape[1] // 2))
-    rows = (torch.zeros(int(sizes.sum()), shape[2], dtype=dtype, requires_grad=True) for _ in range(2))
-    fused_ar_tar(*(PackedSequence(x, sizes) for x in rows), 2.0, 1.0).backward()
-
-
-def train_padded(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
-    train(dtype, shape, lengths=torch.full((shape[0],), shape[1] // 2))
-
-
-def train_one_tensor(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
-    raw = torch.zeros(shape, dtype=dtype, requires_grad=True)
-    fused_ar_tar(raw, raw, 2.0, 1.0).backward()
-
-
-def train_marked(dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400)) -> None:
-    train(dtype, shape, valid=torch.ones(shape[:2], dtype=torch.bool))
-
-
-RAGGED = (train_packed, train_marked)  # lengths take the code of marks: see test_a_varying_batch_compiles_once
+RAGGED = ("packed", "marked")  # lengths take the code of marks: see test_a_varying_batch_compiles_once
 
 
 def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int) -> None:
@@ -147,44 +138,44 @@ def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int
     assert count[2] == wide_stores
 
 
-# Some combinations alone, to save time.
+# These are only some of the combinations, to save time.
 @pytest.mark.parametrize(
-    ("target", "dtype", "step"),
+    ("target", "dtype", "kind"),
     [
-        *[("sm_90", BF16, step) for step in (train, train_one_tensor, *RAGGED)],
-        ("gfx942", BF16, train),
+        *[("sm_90", BF16, kind) for kind in ("two", "one", *RAGGED)],
+        ("gfx942", BF16, "two"),
         *(
             pytest.param(*case, marks=more)
             for case in [
-                *[(target, BF16, train) for target in ("sm_80", "sm_100")],
-                *[(target, BF16, train_one_tensor) for target in ("sm_80", "sm_100", "gfx942")],
-                *[("sm_90", dtype, train) for dtype in (FLOAT, DOUBLE)],
+                *[(target, BF16, "two") for target in ("sm_80", "sm_100")],
+                *[(target, BF16, "one") for target in ("sm_80", "sm_100", "gfx942")],
+                *[("sm_90", dtype, "two") for dtype in (FLOAT, DOUBLE)],
                 *[(*case, ragged) for case in (("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
-                *[("sm_80", BF16, train_marked), ("sm_100", BF16, train_packed)],
+                *[("sm_80", BF16, "marked"), ("sm_100", BF16, "packed")],
             ]
         ),
     ],
     indirect=["target"],
-    ids=lambda x: getattr(x, "__name__", str(x)),
+    ids=str,
 )
-def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, step: Any, tmp_path: Path) -> None:
-    """Beside marks, and where each step's rows begin, no more and no narrower loads than without."""
-    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and step in RAGGED:
+def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    """Marks and offsets of packed rows add their own loads, and change no other load."""
+    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and kind in RAGGED:
         pytest.skip("without buffer operations, loads of activations look like those of marks and offsets")
-    step(dtype)
+    train(dtype, kind=kind)
     unroll = tiling.UNROLL
-    rows = unroll if step is train_one_tensor else 2 * unroll
-    others = {train_marked: MARKS + 12, train_packed: unroll + 5}.get(step, 0)  # counts, too
+    rows = unroll if kind == "one" else 2 * unroll
+    others = {"marked": MARKS + 12, "packed": unroll + 5}.get(kind, 0)  # including counts
     (forward,), (backward,) = compiled_penalty()
     assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 2 + others, rows)
     assert_accesses(backward, tmp_path, rows + 2, 2 + others, rows)
-    if step in (train, train_marked):
+    if kind in ("two", "marked"):
         (forward,), (backward,) = compiled_dropout()  # the mask is one more load for a whole run
         assert_accesses(forward, tmp_path, unroll + 1 + 1, PARTIAL_SUMS + others, unroll)
         assert_accesses(backward, tmp_path, rows + 2 + 1, 1 + others, unroll)
-    if step not in RAGGED:
+    if kind not in RAGGED:
         raw, dropped = torch.zeros(2, 4, 70, 400, dtype=dtype)
-        fused_ar_tar(raw, raw if step is train_one_tensor else dropped, 2.0, 1.0)
+        fused_ar_tar(raw, raw if kind == "one" else dropped, 2.0, 1.0)
         (forward,) = compiled(False, GRAD_TAR=False)
         assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS, 0)  # no row behind the run
 
@@ -192,9 +183,9 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, step: Any, tm
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    """They decide how many programs a multiprocessor of an H100 holds."""
+    """Registers decide how many programs a multiprocessor of an H100 holds."""
     train(dtype)
-    train_marked(dtype)
+    train(dtype, kind="marked")
     found = [
         int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0])
         for forwards in (next(compiled_penalty()), next(compiled_dropout()))
@@ -208,29 +199,27 @@ def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     ("target", "dtype", "hidden", "ragged"),
     [
         *[
-            (*case, 400, (train_marked,))
-            for case in zip(OTHERS, (HALF, BF16, FLOAT, BF16, FLOAT, BF16, HALF), strict=True)
+            (*case, 400, ("marked",))
+            for case in zip([*TARGETS][4:], (HALF, BF16, FLOAT, BF16, FLOAT, BF16, HALF), strict=True)
         ],
         ("sm_80", BF16, 401, RAGGED),
         ("sm_90", BF16, 401, RAGGED),
-        ("sm_100", BF16, 401, (train_marked,)),
+        ("sm_100", BF16, 401, ("marked",)),
         ("gfx942", BF16, 401, RAGGED),
         ("sm_90", FLOAT, 401, ()),
         ("sm_90", FLOAT, 650, RAGGED),  # 1150 takes the code of 650
-        ("sm_90", BF16, 650, (train_marked,)),
+        ("sm_90", BF16, 650, ("marked",)),
     ],
     indirect=["target"],
-    ids=lambda x: "+".join(step.__name__ for step in x) if isinstance(x, tuple) else str(x),
+    ids=str,
 )
 def test_no_spills_on_other_gpus_or_with_narrow_loads(
-    target: Any, dtype: torch.dtype, hidden: int, ragged: tuple[Callable[..., None], ...], tmp_path: Path
+    target: Any, dtype: torch.dtype, hidden: int, ragged: tuple[str, ...], tmp_path: Path
 ) -> None:
-    shape = 4, 70, hidden
-    train(dtype, shape)
-    for step in ragged:
-        step(dtype, shape)
+    for kind in ("two", *ragged):
+        train(dtype, (4, 70, hidden), kind)
     binaries = [*kernels.ar_tar_kernel.device_caches[0][0].values()]
-    assert len(binaries) == 4 + 4 * (train_marked in ragged) + 2 * (train_packed in ragged)
+    assert len(binaries) == 4 + 4 * ("marked" in ragged) + 2 * ("packed" in ragged)
     binaries += kernels_of_steps.steps_kernel.device_caches[0][0].values()
     assert_no_spills(binaries, tmp_path, max(MOST_SPILLED, SPILLED_BY_128) if hidden == 400 else MOST_SPILLED_NARROW)
 
@@ -264,7 +253,7 @@ def loops_of_spilling(binary: Any, folder: Path, most: int) -> list[str]:
 
 
 def inner_loops(dump: str) -> list[str]:
-    """The instructions of each loop that has no other in it."""
+    """Return the instructions of each loop that contains no other loop."""
     code = {int(at, 16): instruction for at, instruction in re.findall(r"^\s+/\*(\w+)\*/\s+(.*?);", dump, re.M)}
     jumps = [(at, int(to[1], 16)) for at, text in code.items() if (to := re.search(r"\bBRA\b.* 0x(\w+)", text))]
     loops = [(to, at) for at, to in jumps if to < at]
@@ -278,7 +267,7 @@ def assert_no_spills_amd(assembly: str) -> None:
 
 
 def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
-    """Loads of 16 bytes, all loads, and stores of 16 bytes; nothing is spilled in each turn of the loop over rows."""
+    """Count loads of 16 bytes, all loads, and stores of 16 bytes; check that the loop over rows spills nothing."""
     most = max(MOST_SPILLED, SPILLED_BY_128 * (binary.metadata.target.arch == 80))
     loops = [x for x in loops_of_spilling(binary, folder, most) if re.search(r"\bLDG\S*\.128\b", x)]
     assert not re.search(SPILL, min(loops, key=len, default=""))
@@ -288,7 +277,7 @@ def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
 
 
 def count_amd(binary: Any) -> tuple[int, int, int]:
-    """The same for AMD."""
+    """Do the same for AMD."""
     assembly = binary.asm["amdgcn"]
     assert_no_spills_amd(assembly)
     # Activations go through buffers, but by default not before Triton 3.5; the offsets of packed rows, global, may be
@@ -307,23 +296,22 @@ def count_amd(binary: Any) -> tuple[int, int, int]:
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("hidden", [400, 1150, 401], ids="hidden{}".format)
 def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
-    """The sequence length differs from batch to batch, and the last batch is small."""
     for time in (1, *LENGTHS):
         train(FLOAT, (4 if time % 3 else 3, time, hidden))
     assert counts() == [1, 1, 1, 1]
-    if hidden != 400:  # others differ in the alignment of rows alone
+    if hidden != 400:  # the other sizes differ only in the alignment of rows
         return
     for time, batch in product((1, 2, 35, 70), (1, 3, 4, 17, 64)):
         train(FLOAT, (time, batch, hidden), batch_first=False)
     assert counts() == [1, 1, 1, 1]
-    for step, want in ((train_padded, [2, 2, 2, 2]), (train_marked, [2, 2, 2, 2]), (train_packed, [3, 3, 2, 2])):
+    for kind, want in (("padded", [2, 2, 2, 2]), ("marked", [2, 2, 2, 2]), ("packed", [3, 3, 2, 2])):
         for time in LENGTHS:
-            step(FLOAT, (4 if time % 3 else 3, time, hidden))
+            train(FLOAT, (4 if time % 3 else 3, time, hidden), kind)
         assert counts() == want
 
 
 def counts() -> list[int]:
-    """How often each kernel was compiled: the penalty forward and backward, and dropout forward and backward."""
+    """Count the compilations of the penalty, forward and backward, and of dropout, forward and backward."""
     return [len(x) for x in (*compiled_penalty(), *compiled_dropout())]
 
 
