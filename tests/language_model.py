@@ -17,7 +17,7 @@ ALPHA, BETA = 2.0, 1.0
 
 
 def either(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test to be run with a plain dropout, and with one that forms the penalty."""
+    """Run a test with a plain dropout, and with a dropout that forms the penalty."""
     return pytest.mark.usefixtures("either_dropout")(test)  # of tests/conftest.py
 
 
@@ -27,8 +27,6 @@ def formula(raw: Tensor, dropped: Tensor, time: int, alpha: float = ALPHA, beta:
 
 class Elementwise(nn.Module):
     """A gated sum along time: a recurrent module that `torch.compile` compiles, unlike PyTorch's own."""
-
-    bidirectional, proj_size = False, 0
 
     def __init__(self, size: int, _: int, batch_first: bool) -> None:
         super().__init__()
@@ -53,8 +51,6 @@ class Wrapper(nn.Module):
 
 class Loop(nn.Module):
     """Runs a cell over all time steps."""
-
-    bidirectional, proj_size = False, 0
 
     def __init__(self, *sizes: int, batch_first: bool) -> None:
         super().__init__()
@@ -89,9 +85,9 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
         self.rnn: Any = kind(HIDDEN, HIDDEN, **({"batch_first": True} | options))
-        self.dropout = dropout_like(self.kind_of_dropout, p, self.rnn)
-        width = HIDDEN * (2 if self.rnn.bidirectional else 1)
-        self.decoder = nn.Linear(self.rnn.proj_size or width, VOCABULARY)
+        layout = {"batch_first": self.rnn.batch_first} if self.kind_of_dropout is FusedRNNDropout else {}
+        self.dropout = self.kind_of_dropout(p, **layout)
+        self.decoder = nn.Linear(HIDDEN, VOCABULARY)
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raw, _ = self.rnn(self.dropout(self.embedding(x)))
@@ -100,10 +96,6 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activations(x)[0]
-
-
-def dropout_like(kind: Any, p: float, rnn: Any) -> nn.Module:
-    return kind(p, **({"batch_first": rnn.batch_first} if kind is FusedRNNDropout else {}))
 
 
 def seeded(make: Callable[[], Any]) -> Any:
@@ -142,7 +134,7 @@ class Returning(nn.Module):
 
 
 class Run(NamedTuple):
-    """A run of `Attached`: what its modules returned, and a loss."""
+    """The outputs of the modules in a run of `Attached`, and a loss."""
 
     raw: Any
     dropped: Any
@@ -157,12 +149,12 @@ class Run(NamedTuple):
 class Attached(nn.Module):
     """An RNN with a dropout, or none, and the regularizer that is attached to them; a linear layer follows."""
 
-    def __init__(self, kind: Any = nn.LSTM, dropout: Any = None, **options: Any) -> None:
+    def __init__(self, kind: Any = nn.LSTM, dropout: Any = None) -> None:
         super().__init__()
         self.rnn: Any = kind(HIDDEN, HIDDEN, batch_first=True)
         self.dropout: Any = nn.Identity() if dropout is None else dropout(0.4)
         self.head, self.reg = nn.Linear(HIDDEN, HIDDEN), regularizer()
-        self.handle = self.reg.attach(self.rnn, None if dropout is None else self.dropout, **options)
+        self.handle = self.reg.attach(self.rnn, dropout and self.dropout)
 
     def begin(self, x: Any, state: Any = None) -> Any:
         raw, state = self.rnn(x, state)
@@ -224,8 +216,8 @@ def regularizer(**options: Any) -> RNNRegularizer:
     return RNNRegularizer(ALPHA, BETA, **options)
 
 
-def attached(model: Model, **options: Any) -> RNNRegularizer:
-    made = regularizer(**options)
+def attached(model: Model) -> RNNRegularizer:
+    made = regularizer()
     made.attach(model.rnn, model.dropout)
     return made
 
@@ -236,7 +228,7 @@ def penalty_of(reg: RNNRegularizer, *outputs: Tensor) -> Tensor:
 
 
 def check_gradients(model: nn.Module, got: Tensor, want: Tensor, **tolerance: float) -> None:
-    """Check a penalty or a loss, and its gradients, those that hooks add, against those of autograd."""
+    """Check a penalty or a loss, and its gradients, against a sum that autograd differentiates."""
     torch.testing.assert_close(got, want)
     parameters = [x for x in model.parameters() if x.requires_grad]
     options: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}

@@ -394,6 +394,13 @@ def wrapped(outer: str, drops: bool, m: Attached, x: Tensor) -> Tensor:
     return (after or m.dropout)(wrapper(x)).sum()
 
 
+def as_a_dropout(m: Attached, x: Tensor) -> Tensor:
+    """Attach a layer with a dropout that contains the attached modules."""
+    layer, after = nn.Linear(HIDDEN, HIDDEN), nn.Sequential(m.rnn, First(), m.dropout)
+    m.handle = m.reg.attach(layer, after, batch_first=True)
+    return after(layer(x)).sum()
+
+
 def around(m: Attached, x: Tensor) -> Tensor:
     with m.reg.attach(m, batch_first=True):
         return m(x).loss
@@ -440,6 +447,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
     "forward-mode AD": (dual, TRANSFORM, ALL),
     "a trace": (lambda m, x: torch.jit.trace(m, x, check_trace=False)(x)[3], TRANSFORM, ALL),
     "the model around": (around, INSIDE, ALL),
+    "the model as a dropout": (as_a_dropout, "of the Linear is regularized already", ALL),
     **{
         f"a wrapper, and dropout {outer}{', inside, too' * drops}": (partial(wrapped, outer, drops), INSIDE, ALL)
         for outer in ("none", "another", "the same")

@@ -203,28 +203,7 @@ def test_a_scaled_lr_is_restored(error: type[Exception] | None) -> None:
         assert [group["lr"] for group in groups] == [0.3, 0.1, 0.25, 0.25]
 
 
-@pytest.mark.parametrize(("steps", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
-def test_bad_time_steps_are_refused(steps: Any, error: type[Exception]) -> None:
-    reg = RNNRegularizer(bptt=70)
-    with pytest.raises(error, match="seq_len: expected a positive integer"):
-        reg.scaled_lr(OPTIMIZER, steps)
-    reg.bptt = steps
-    for call in (lambda: RNNRegularizer(bptt=steps), lambda: reg.scaled_lr(OPTIMIZER, 5)):
-        with pytest.raises(error, match="bptt: expected a positive integer"):
-            call()
-
-
 # Misuse
-
-
-def test_nothing_captured() -> None:
-    with pytest.raises(RuntimeError, match=r"call on_loss_begin\(output\) .* or attach\(rnn, dropout\)"):
-        lm.penalty_of(lm.regularizer())
-    model = lm.seeded(lm.Model)
-    reg = lm.attached(model)
-    model.rnn.forward(torch.randn(BATCH, TIME, HIDDEN))
-    with pytest.raises(RuntimeError, match=r"no run of the attached LSTM.*Call the module, not its forward\(\)"):
-        lm.penalty_of(reg)
 
 
 X = torch.ones(2, 3, 4)
@@ -242,17 +221,6 @@ def test_on_loss_begin_rejects_outputs(output: Any) -> None:
         reg.on_loss_begin(output)
     with pytest.raises(RuntimeError, match="nothing was captured"):
         lm.penalty_of(reg)
-
-
-def test_one_way_to_capture() -> None:
-    model = lm.seeded(lm.Model)
-    reg = lm.attached(model)
-    with pytest.raises(RuntimeError, match="on_loss_begin: modules are attached"):
-        reg.on_loss_begin(model.activations(lm.tokens()))
-    reg = lm.regularizer()
-    reg.on_loss_begin(model.activations(lm.tokens()))
-    with pytest.raises(RuntimeError, match="attach: on_loss_begin captures already"):
-        reg.attach(model.rnn)
 
 
 RAW = torch.randn(BATCH, TIME, HIDDEN)
@@ -274,11 +242,19 @@ def by_hand(loss: Any = RAW[0, 0, 0], raw: Any = RAW, **options: Any) -> None:
         (lambda: by_hand(raw=torch.nested.nested_tensor([RAW[0]])), TypeError, "raw: .* got nested"),
         (lambda: RNNRegularizer(0, float("nan")), ValueError, "beta"),
         (lambda: lm.regularizer(layers="first"), ValueError, "layers: expected 'last', 'all' or None, got 'first'"),
+        (lambda: RNNRegularizer(bptt=0), ValueError, "bptt: expected a positive integer, got 0"),
+        (lambda: RNNRegularizer(bptt=True), TypeError, "bptt: expected a positive integer, got bool"),
+        (lambda: RNNRegularizer(bptt=5).scaled_lr(OPTIMIZER, -1), ValueError, "seq_len: expected a positive integer"),
+        (lambda: RNNRegularizer(bptt=5).scaled_lr(OPTIMIZER, 1.5), TypeError, "seq_len: expected a positive integer"),  # pyright: ignore
         (lambda: RNNRegularizer().scaled_lr(OPTIMIZER, 70), RuntimeError, r"pass RNNRegularizer\(..., bptt="),
         (lambda: lm.regularizer(bptt=5).scaled_lr(None, 5), TypeError, "optimizer: expected an optimizer .* NoneType"),  # pyright: ignore[reportArgumentType]
         (lambda: by_hand(1.0), TypeError, "loss: expected a tensor, got float"),
         (lambda: by_hand(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
         (lambda: lm.attach_gru()[1].take(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
+        (lambda: lm.penalty_of(lm.regularizer()), RuntimeError, r"call on_loss_begin\(output\) .* or attach\(rnn"),
+        (lambda: lm.penalty_of(lm.attach_gru()[1]), RuntimeError, "no run of the .*GRU.*Call the module, not its fo"),
+        (lambda: lm.attach_gru()[1].on_loss_begin([RAW] * 3), RuntimeError, "on_loss_begin: modules are attached"),
+        (lambda: captured(False)[1].attach(lm.gru()), RuntimeError, "attach: on_loss_begin captures already"),
         (lambda: by_hand(batch_first=0), TypeError, "batch_first: expected True or False, got 0"),
         (lambda: by_hand(valid=0.5), TypeError, "valid: expected"),
         (lambda: by_hand(valid=VALID, lengths=VALID.sum(1)), ValueError, "lengths and valid: .* one of them, got both"),
