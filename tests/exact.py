@@ -71,15 +71,14 @@ def rounding(x: Tensor) -> float:
     return torch.finfo(x.dtype).eps / (1 if cut_off else 2)
 
 
-def assert_terms(got: ARTAR, want: ARTAR, *dtypes: torch.dtype) -> None:
-    """Check the penalty and its terms, given the dtypes of the activations."""
-    assert got.penalty.dtype == (DOUBLE if DOUBLE in dtypes else FLOAT)
-    assert not got.ar.requires_grad
-    assert not got.tar.requires_grad
-    for name, x, y in zip(ARTAR._fields, got, want, strict=True):
-        torch.testing.assert_close(
-            x.double().cpu(), y.detach().cpu(), rtol=8 * eps(*dtypes), atol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+def assert_terms(got: Any, want: ARTAR, *dtypes: torch.dtype) -> Tensor:
+    """Check a penalty and its measured terms, given the dtypes of the activations; return the penalty."""
+    results = got if isinstance(got, ARTAR) else (got,)
+    assert results[0].dtype == (DOUBLE if DOUBLE in dtypes else FLOAT)
+    assert not any(x.requires_grad for x in results[1:])
+    doubles = [x.detach().double().cpu() for x in results]
+    torch.testing.assert_close(doubles, [x.detach().cpu() for x in want[: len(results)]], rtol=8 * eps(*dtypes), atol=0)
+    return results[0]
 
 
 def assert_gradient(
@@ -114,10 +113,7 @@ def check_penalty(raw: Tensor, dropped: Tensor, alpha: float, beta: float, **opt
     others = () if INTERPRETED else ((300, True), (300, False))
     for scale, measured in ((100, False), (100, True), *others):
         got: Any = fused_ar_tar(raw, dropped, alpha, beta, return_terms=measured, **options)
-        if measured:
-            assert_terms(got, want, raw.dtype, dropped.dtype)
-        penalty = got.penalty if measured else got
-        torch.testing.assert_close(penalty.double(), want.penalty.detach(), rtol=8 * eps(penalty.dtype), atol=0)
+        penalty = assert_terms(got, want, raw.dtype, dropped.dtype)
         assert penalty.requires_grad == any(depends for *_, depends in leaves)
         if not penalty.requires_grad:
             continue
@@ -128,6 +124,15 @@ def check_penalty(raw: Tensor, dropped: Tensor, alpha: float, beta: float, **opt
                 parts = [scale * x for x in gradients_of(want, (alpha, beta), exactly)]
                 assert_gradient(gradient, sum(parts), sum(x.abs().max() for x in parts), penalty.dtype)
                 assert (gradient.masked_select(~counts) == 0).all()
+
+
+def assert_dropped(dropped: Tensor, raw: Tensor, mask: Tensor, values: Tensor) -> Tensor:
+    """Check dropped; return it with its rounding, from which AR is computed, as a function of the values of raw."""
+    smallest = torch.finfo(raw.dtype).smallest_normal * torch.finfo(raw.dtype).eps
+    product = raw.detach().double() * mask.double()
+    torch.testing.assert_close(dropped.detach().double(), product, rtol=rounding(raw), atol=smallest, equal_nan=True)
+    product = values * mask.double()
+    return product + (exact(dropped) - product).detach()
 
 
 def check_dropout(raw: Tensor, mask: Tensor, alpha: float, beta: float, **options: Any) -> None:
@@ -143,12 +148,7 @@ def check_dropout(raw: Tensor, mask: Tensor, alpha: float, beta: float, **option
         dropped, got = module(raw), module.take()
     assert dropped.dtype == raw.dtype
     assert got is not None
-    info = torch.finfo(raw.dtype)
-    smallest = info.smallest_normal * info.eps
-    torch.testing.assert_close(dropped.double(), raw.double() * keep, rtol=rounding(raw), atol=smallest, equal_nan=True)
-    # AR is formed from the returned dropped, rounding included.
-    product = values * keep
-    rounded = product + (exact(dropped) - product).detach()
+    rounded = assert_dropped(dropped, raw, mask, values)
     of_raw = module is not None and module.ar_of == "raw"
     want = truth(values, values if of_raw else rounded, alpha, beta, **options)
     assert_terms(got, want, raw.dtype)

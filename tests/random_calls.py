@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
 from tests.calls import Nothing
 from tests.conftest import INTERPRETED, by_triton
-from tests.exact import assert_gradient, assert_terms, eps, exact, gradients_of, rounding, spoil, truth
+from tests.exact import assert_dropped, assert_gradient, assert_terms, exact, gradients_of, spoil, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
 DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # the interpreter truncates bfloat16
@@ -117,7 +117,7 @@ class Kind:
             self.axis, self.layout = 0, {"batch_first": False}
         if dims < 4 and not INTERPRETED and self.chance(0.15):
             shape[self.axis] = self.draw.choice([20, 41, 64, 100])
-        # On the CPU a block of lanes holds several of these sequences, or a part of one.
+        # On the CPU a block of lanes holds several sequences of such a shape, or a part of one sequence.
         if dims == 3 and not by_triton(self.device) and self.chance(0.15):
             shape = self.draw.choice([(3, 9, 4500), (17, 3, 401), (70, 33, 31), (33, 130, 12), (70, 9, 200)])
         self.shape = tuple(shape)
@@ -211,7 +211,7 @@ class Kind:
         marks = {} if self.operation == "packed" else steps
         got: Any = fused_ar_tar(arguments[0], arguments[1], *given, **marks, **self.options)
         dtypes = [x.dtype for side, reads in zip((raws, kept), is_read, strict=True) for x in side if reads]
-        penalty = self.compare_terms(got, want, dtypes)
+        penalty = assert_terms(got, want, *dtypes)
         both = [(x, beta) for x in raws] + [(x, alpha) for x in kept]
         leaves = [*{id(x): x for x, coefficient in both if x.requires_grad and coefficient}.values()]
         for retain in (True, False) if leaves else ():  # a second backward forms the gradients anew
@@ -232,10 +232,8 @@ class Kind:
         options: Any = {"mask": self.seen(mask), **steps, **self.options}
         dropped, got = fused_dropout_ar_tar(self.seen(raw), 0.4, given[0], given[1], **options)
         values, keep = exact(raw), mask.double()
-        torch.testing.assert_close(dropped.double(), raw.double() * keep, rtol=rounding(raw), atol=1e-7, equal_nan=True)
-        rounded = values * keep + (exact(dropped) - values * keep).detach()
-        want = self.truth(values, rounded, (alpha, beta), steps)
-        penalty = self.compare_terms(got, want, [raw.dtype])
+        want = self.truth(values, assert_dropped(dropped, raw, mask, values), (alpha, beta), steps)
+        penalty = assert_terms(got, want, raw.dtype)
         if not raw.requires_grad:
             return
         arriving = memory(torch.randn(self.shape, generator=self.bits).to(raw), self.draw, expands=True)
@@ -247,15 +245,6 @@ class Kind:
             (gradient,) = torch.autograd.grad(outputs, raw, upstream, retain_graph=retain, create_graph=self.second)
             parts = [arriving.double() * keep, *gradients_of(want, (scale * alpha, scale * beta), values)]
             self.compare_gradient(gradient, parts, penalty.dtype)
-
-    def compare_terms(self, got: Any, want: ARTAR, dtypes: Sequence[Any]) -> Tensor:
-        """Compare the results of a call, and return its penalty."""
-        if self.options["return_terms"]:
-            assert_terms(got, want, *dtypes)
-            return got.penalty
-        assert got.dtype == (DOUBLE if DOUBLE in dtypes else FLOAT)
-        torch.testing.assert_close(got.detach().double(), want.penalty.detach(), rtol=8 * eps(*dtypes), atol=0)
-        return got
 
     def compare_gradient(self, got: Tensor, parts: list[Tensor], computed: torch.dtype) -> None:
         largest = sum(float(x.detach().abs().max()) for x in parts if x.numel())

@@ -13,7 +13,7 @@ HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.
 
 
 class Decorated(Tensor):
-    """A subclass without its own operators, like those of fastai."""
+    """A subclass without its own operators, as fastai has them."""
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2**30), (2**15, 2**10, 2**5), (1, 2**30, 1), (2, 2**29 - 1, 1)])
 def test_large_sizes_are_counted_in_64_bits(sizes: tuple[int, int, int]) -> None:
-    """A real launch of such sizes would need too much memory."""
+    """A real launch would need too much memory."""
     cut = tiling.Tiling(View(*sizes, (Operand(torch.float32, sizes[2], sizes[2]),)), torch.float32)
     assert str(cut.constants["INDEX"]) == ("int64" if math.prod(sizes) >= 2**30 else "int32")
 

@@ -65,15 +65,12 @@ def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, de
 
 
 @pytest.mark.parametrize("which", ["raw", "dropped"])
-@pytest.mark.parametrize(
-    "dtypes", [(FLOAT, DOUBLE), *([] if INTERPRETED else [(BF16, FLOAT), (DOUBLE, HALF)])], ids=str
-)
-def test_one_gradient_of_two_dtypes(dtypes: Any, which: str, device: str) -> None:
-    """A program has the same items forward and backward, whatever the tensor that needs no gradient is like."""
-    raw = torch.zeros(64, 512, dtype=dtypes[0], device=device)
+def test_one_gradient_of_two_dtypes(which: str, device: str) -> None:
+    """A program has the same items in the forward and the backward, although only one reads the other tensor."""
+    raw = torch.zeros(64, 512, device=device)
     for start, lane in ((8, 0), (8, 1), (24, 0), (40, 256), (56, 257)):
         raw[start:, lane] += 0.5
-    dropped = torch.ones(64, 512, dtype=dtypes[1], device=device)
+    dropped = torch.ones(64, 512, dtype=DOUBLE, device=device)
     leaf = (raw if which == "raw" else dropped).requires_grad_()
     for value in (1.0, 0.5) if INTERPRETED else (1.0, 0.5, 0.5, 0.25):
         got = fused_ar_tar(raw, dropped, 1.0, 1.0, reduction="sum")
@@ -101,7 +98,7 @@ def test_graphs_in_flight(device: str) -> None:
     for got, x, want in zip([*graphs, *graphs[::-1]], (grad, other) * 4, wanted * 4, strict=True):
         found = torch.autograd.grad(got, (raw, dropped), x, retain_graph=True)
         assert_same_bits(found, want)
-        returned += [x.zero_() for x in found]  # the caller may change what a backward has returned
+        returned += [x.zero_() for x in found]  # the caller may change returned gradients
     assert len({x.data_ptr() for x in returned}) == len(returned)
     with torch.inference_mode():
         torch.autograd.grad(graphs[0], (raw, dropped), torch.tensor(7.0, device=device))

@@ -309,7 +309,7 @@ class TestModes:
     @by_call
     def test_without_gradients(self, call: Call) -> None:
         want = [x.detach() for x in flat(from_seed(call, leaves()))]
-        for mode in (torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)):
+        for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 got = flat(from_seed(call, leaves()))
                 assert not any(x.requires_grad for x in got)
@@ -317,14 +317,3 @@ class TestModes:
         with torch.inference_mode():
             xs = [x.detach().clone() for x in leaves()]
         assert_close(flat(from_seed(call, xs)), want, rtol=0, atol=0)
-
-    @by_call
-    @pytest.mark.parametrize("default", [HALF, DOUBLE], ids=str)
-    def test_the_default_dtype_changes_nothing(self, call: Call, default: torch.dtype) -> None:
-        want, xs = everything(call, leaves()), leaves()
-        torch.set_default_dtype(default)
-        try:
-            got = everything(call, xs)
-        finally:
-            torch.set_default_dtype(FLOAT)
-        assert_close(got, want, rtol=0, atol=0)
