@@ -54,7 +54,7 @@ class Loop(nn.Module):
 
     def __init__(self, *sizes: int, batch_first: bool) -> None:
         super().__init__()
-        self.cell, self.batch_first = nn.GRUCell(*sizes), batch_first
+        self.cell, self.batch_first = nn.GRUCell(*sizes), batch_first  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor, state: Any = None) -> Any:
         states = []

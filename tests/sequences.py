@@ -446,7 +446,7 @@ class Play:
             gradients = [torch.autograd.grad(x, xs, **options) for x, xs in zip(totals, both, strict=True)]
             self.compare("the gradients of activations", *gradients)
         if self.draw.random() < 0.1:
-            self.change_coefficients("numbers", "tensors")  # those of the forward count
+            self.change_coefficients("numbers", "tensors")  # the coefficients of the forward count
         for keeps in [True, keeps_graph] if how == "twice" else [keeps_graph]:
             for net, x in zip(self.nets, totals, strict=True):
                 if how == "second":

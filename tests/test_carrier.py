@@ -65,7 +65,7 @@ def test_a_view_and_the_gradient_of_the_penalty(dtypes: Any, needs: bool, scale:
     given = scale.clone() if isinstance(scale, Tensor) else scale
     y = with_penalty(x, leaf + 0, given)
     if isinstance(given, Tensor):
-        given.fill_(7)  # of which the forward has a copy
+        given.fill_(7)  # the forward has a copy
     assert y is not x
     assert y._base is x
     assert torch.equal(y, x)

@@ -39,7 +39,7 @@ def test_layers(packed: bool, layers: Any, first: int) -> None:
     raw, dropped = ([pack(torch.randn(BATCH, TIME, HIDDEN)) for _ in range(3)] for _ in range(2))
     reg = lm.regularizer(layers=layers)
     reg.on_loss_begin((0, raw, dropped))
-    assert lm.penalty_of(reg) == fused_ar_tar(raw[first:], dropped[first:], ALPHA, BETA)
+    assert lm.penalty_of(reg) == fused_ar_tar(raw[first:], dropped[first:], ALPHA, BETA)  # pyright: ignore
 
 
 @lm.either

@@ -41,6 +41,10 @@ def check_own(dropout: Any, raw: Tensor, alpha: float = 3.0, beta: float = 5.0) 
     assert dropout.take() is None
 
 
+def pickled(dropout: FusedRNNDropout) -> Any:
+    return pickle.loads(pickle.dumps(dropout))
+
+
 def loaded(dropout: FusedRNNDropout) -> Any:
     """Save a module, and load it from a file that may contain its class and weights only."""
     torch.save(dropout, file := io.BytesIO())
@@ -66,7 +70,7 @@ def test_an_attached_dropout_uses_the_coefficients_of_the_regularizer_and_keeps_
             torch.testing.assert_close((reg.ar, reg.tar), want[1:])
         assert str(dropout) == str(FusedRNNDropout(0.3, 3.0, 5.0))
         check_own(dropout, lm.inputs())  # of another module's output
-        copies = [copy.deepcopy(dropout), pickle.loads(pickle.dumps(dropout)), loaded(FusedRNNDropout(0.3, 3.0, 5.0))]
+        copies = [copy.deepcopy(dropout), pickled(dropout)]
         assert dropout.state_dict() == {}
     raw, _ = rnn(lm.inputs())
     for one in (dropout, *copies):
@@ -177,6 +181,15 @@ def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
     dropout(raw, 0.25)
     assert dropout.eval()(raw, 0.25, **masks) is raw
     assert dropout.take() is None
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, loaded])
+def test_copies_hold_no_penalty(duplicate: Any) -> None:
+    dropout = FusedRNNDropout(0.3, 3.0, 5.0)
+    dropout(lm.inputs().requires_grad_())
+    twin = duplicate(dropout)
+    assert twin.take() is None
+    check_own(twin, lm.inputs())
 
 
 def test_an_untaken_penalty_warns_once() -> None:
