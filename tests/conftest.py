@@ -43,7 +43,7 @@ NEEDS = {
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
-LEFT_OUT: dict[str, int] = {}  # counts the cases that cannot run here by their need
+LEFT_OUT: Counter[str] = Counter()  # counts the cases that cannot run here by their need
 
 
 def pytest_report_header() -> str:
@@ -64,21 +64,22 @@ def need_of(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the cases that cannot run here, which are counted, and those that the sample has not drawn."""
     cases: dict[str, list[pytest.Item]] = {}
-    unmet = Counter(need_of(item) for item in items)
     for item in items:
-        if not need_of(item):
+        if need := need_of(item):
+            LEFT_OUT[need] += 1
+        else:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = {item for of_test in cases.values() for item in of_test[:: config.getoption("sample")]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
-    LEFT_OUT.update({need: count for need, count in unmet.items() if need})
-    getattr(config, "workeroutput", {})["left_out"] = {**LEFT_OUT}  # pytest-xdist sends it to the first process
+    getattr(config, "workeroutput", {})["left_out"] = dict(LEFT_OUT)  # pytest-xdist sends it to the first process
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take over the counts of a process of pytest-xdist; all processes have the same counts."""
-    LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+    for need, count in getattr(node, "workeroutput", {}).get("left_out", {}).items():
+        LEFT_OUT[need] = count
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -168,15 +168,14 @@ def outcome(function: Callable[..., Any], options: dict[str, Any]) -> list[Any]:
             results = function(**options)
     except (TypeError, ValueError) as error:
         return [type(error), str(error)]
-    results = [results] if isinstance(results, Tensor) else list(results)
-    described: list[Any] = [type(x) for x in results]
+    described: list[Any] = [type(results), *map(type, results if isinstance(results, tuple) else [])]
     xs: list[Any] = flat(results)
     if differentiable := [x for x in xs if x.requires_grad and not x.is_meta]:
         total = torch.stack([x.float().sum() for x in differentiable]).sum() * 3
         xs += torch.autograd.grad(total, [x for x in leaves.values() if x.requires_grad], allow_unused=True)
-    for x in xs:
-        described.append(x if x is None else (x.dtype, x.shape, x.stride(), x.requires_grad, str(x.device)))
-        described.append(None if x is None or x.is_meta else x.detach().double().flatten().tolist())
+    for x in [x for x in xs if x is not None]:
+        described += x.dtype, x.shape, x.stride(), x.requires_grad, x.device.type
+        described += [] if x.is_meta else x.detach().double().flatten().tolist()
     return described
 
 
