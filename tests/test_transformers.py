@@ -173,7 +173,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = 
     "mamba": (mamba, {}, {}),
     "mamba2": (mamba2, {}, {}),
     "mask": (xlstm, {}, {"valid": labelled}),  # the forward has no attention_mask, so the Trainer removes it
-    "accumulation": (mamba, IN_PARTS, {"train_dataset": examples(19)}),
+    "accumulation": (mamba, IN_PARTS, {"train_dataset": examples(19), "compute_loss_func": per_item}),
     "accumulation by examples": (LanguageModel, IN_PARTS, BY_EXAMPLES),
     "accumulation of means": (LanguageModel, IN_PARTS, {"train_dataset": examples(20)}),
     "accumulation of segments": (mamba2, IN_PARTS, {"starts": starts_of}),
