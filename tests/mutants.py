@@ -54,7 +54,7 @@ TESTS = {
     "fastreg/arguments.py": ["layout", "plans", "prediction", "padding", "penalty", "dropout"],
     "fastreg/fold.py": ["axes", "prediction", "penalty", "padding", "dropout", "torch"],
     "fastreg/plans.py": ["plans", "penalty", "coefficients", "torch"],
-    "fastreg/operation.py": ["plans", "prediction", "coefficients", "dropout", "penalty"],
+    "fastreg/operation.py": ["plans", "prediction", "coefficients", "dropout", "penalty", "derivatives"],
     "fastreg/prepare.py": ["layout", "steps", "plans", "padding", "axes", "penalty", "dropout", "prediction"],
     "fastreg/torch_state.py": ["attachment", "compiled_attach", "coefficients", "penalty", "derivatives", "torch"],
     **{
