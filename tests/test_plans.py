@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from tests.calls import flat
-from tests.conftest import forget, memory_of, skip_on_formula
+from tests.conftest import compiled, forget, memory_of, skip_on_formula
 from tests.samples import Decorated, every_other, transposed
 
 BATCH, TIME, HIDDEN = 3, 5, 8
@@ -268,6 +268,7 @@ def test_plans_hold_no_tensors_of_the_caller() -> None:
     assert [x() for x in alive] == [None] * 5
 
 
+@compiled  # Triton's interpreter would take minutes
 @pytest.mark.usefixtures("quick_collections")
 def test_the_memory_of_plans_is_bounded() -> None:
     def objects_after(times: range) -> int:
