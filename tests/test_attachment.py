@@ -598,7 +598,7 @@ def backwards(model: Attached, count: int, of: str = "both") -> list[str]:
         warnings.simplefilter("always")
         for _ in range(count):
             run = model(lm.inputs())
-            (run.hidden.sum() + (run.loss if of == "both" else 0)).backward()
+            (run.hidden.sum() + (0 if of == "state" else run.loss)).backward()
     assert all(x.filename == __file__ for x in caught)
     return [str(x.message) for x in caught]
 
@@ -615,7 +615,7 @@ def test_a_forgotten_penalty_is_warned_of_at_the_second_backward_and_once(of: st
 
 
 NOT_FORGOTTEN: dict[str, Callable[[Attached], Any]] = {
-    "a loss was regularized": lambda m: m.reg.on_backward_begin(m(lm.inputs()).loss),
+    "a loss was regularized": lambda m: m.reg.on_backward_begin(m(lm.inputs()).loss).backward(),
     "evaluation": lambda m: m.eval(),
     "frozen": freeze,
     "removed": lambda m: m.handle.remove(),
