@@ -232,9 +232,9 @@ class RNNRegularizer:
             formed += [run.take() for run in attachment.chosen(found, (self.alpha, self.beta))]
         for terms in formed if self._first is not False else ():
             if terms.penalty.requires_grad:
-                terms.penalty.register_hook(self._succeed)
+                terms.penalty.register_hook(self._note)
             else:  # nothing can be lost, as with coefficients of 0
-                self._succeed()
+                self._first = False
         if found or (formed and not alive) or not any(attachment.source.module.training for attachment in attached):
             return formed
         without = [x.names[0] for x in attached if x.without_gradients]
@@ -246,16 +246,17 @@ class RNNRegularizer:
         why = why_lost(names, len(reached(loss, runs)), len(alive))
         raise RuntimeError(f"on_backward_begin: nothing was captured: {why}")
 
-    def _succeed(self, _: Tensor | None = None) -> None:
-        """Note that a penalty has got its gradient."""
-        self._first = False
+    def _note(self, gradient: Tensor | None) -> None:
+        """Note that a penalty got a gradient. If no loss uses the penalty of a fused dropout, its gradient is `None`."""
+        if gradient is not None:
+            self._first = False
 
     def passed(self, run: Run) -> None:
         """Warn if the backwards of two steps run through attached modules, and no penalty has ever got a gradient."""
         if self._first is None:
             self._first = WeakSet([run, *[other for attachment in self._attached for other in attachment.runs]])
         elif self._first is not False and run not in self._first:
-            self._succeed()  # warn once
+            self._first = False  # warn once
             warnings.warn(
                 f"attach: a second backward runs through the output of the attached {run.attachment.names[0]}, and no "
                 "penalty had a gradient: call loss = regularizer.on_backward_begin(loss), and then loss.backward()",

@@ -81,8 +81,8 @@ def test_the_layout_of_a_module(name: str, dropout: Any, device: str) -> None:
         lm.check_gradients(module, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, axis))
 
 
-def packed() -> PackedSequence:
-    return pack_padded_sequence(lm.inputs(), torch.tensor([7, 4, 2]), batch_first=True)
+def packed(x: Tensor, *lengths: int) -> PackedSequence:
+    return pack_padded_sequence(x, torch.tensor(lengths), batch_first=True)
 
 
 @each_dropout
@@ -91,10 +91,10 @@ def test_packed_output(by: str, dropout: Any) -> None:
     model = Attached(nn.LSTM, dropout)
     if dropout is FUSED:
         with pytest.raises(TypeError, match=r"FusedRNNDropout: expected .* a tensor, got the data of a PackedSequence"):
-            model.dropout(model.rnn(packed())[0].data)
+            model.dropout(model.rnn(packed(lm.inputs(), 7, 4, 2))[0].data)
         model.reg.clear()
         model.dropout.eval()  # drops nothing, and forms no penalty
-    raw, state = model.rnn(packed())
+    raw, state = model.rnn(packed(lm.inputs(), 7, 4, 2))
     if by == "a packed dropout" and dropout is PLAIN:
         model.dropout.forward = lambda x: x._replace(data=2 * x.data)
         dropped = model.dropout(raw)
@@ -454,6 +454,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
         for drops in (False, True)
     },
     "a step a run": (lambda m, x: sum(m(y).loss for y in x.split(1, 1)), r"LSTM ran 7 times over one .*stack", ALL),
+    "a packed step a run": (
+        lambda m, x: sum(m.rnn(packed(y, 1, 1, 1))[0].data.sum() for y in x.split(1, 1)),
+        "7 times",
+        (None,),
+    ),
     "a copy that shares the hooks": (lambda m, x: copy.copy(m.rnn)(x), SHARED, ALL),
     "a replica": (lambda m, x: m.rnn._replicate_for_data_parallel()(x), SHARED, ALL),
     "raw beside its dropout": (lambda m, x: m(x).raw.sum(), NOTHING, WITH),
@@ -462,7 +467,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
     "a slice beside another run": (lambda m, x: (m.dropout(m.rnn(x)[0][:, 1:]), m(x).loss)[1], GAP, WITH),
     "a slice of raw that is kept": (lambda m, x: (raw := m.rnn(x)[0], m.dropout(raw[:, 1:]), m(x).loss)[2], GAP, WITH),
     "the same memory": (lambda m, x: m.dropout(m.rnn(x[:1])[0].transpose(0, 1)).sum(), GAP, WITH),
-    "padding": (lambda m, x: m.dropout(pad_packed_sequence(m.rnn(packed())[0], True)[0]).sum(), GAP, WITH),
+    "padding": (
+        lambda m, x: m.dropout(pad_packed_sequence(m.rnn(packed(lm.inputs(), 7, 4, 2))[0], True)[0]).sum(),
+        GAP,
+        WITH,
+    ),
     "no dropout": (lambda m, x: m.rnn(x)[1][0].sum(), GAP, WITH),
     "a hook on the RNN": (partial(hooked, "rnn", "register_full_backward_hook"), GAP, WITH),
     "a hook on the dropout": (partial(hooked, "dropout", "register_full_backward_hook"), GAP, WITH),
@@ -487,6 +496,19 @@ def test_steps_that_are_refused(case: str, dropout: Any) -> None:
         model.reg.clear()
     run = model(lm.inputs())
     lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@each_dropout
+def test_a_parameter_is_raw_in_each_step(dropout: Any) -> None:
+    """A trainer that attaches anew in each step, as `RegularizedTrainer` does, may keep the graph of the last."""
+    raw, losses = nn.Parameter(torch.randn(SHAPE)), []
+    module, after = nn.Identity(), dropout(0.4) if dropout else nn.Identity()
+    for _ in range(3):
+        reg = lm.regularizer()
+        with reg.attach(module, dropout and after, batch_first=True):
+            dropped = after(module(raw))
+            losses.append(lm.penalty_of(reg, dropped))
+            torch.testing.assert_close(losses[-1], lm.formula(raw, dropped, 1))
 
 
 def test_one_run_of_one_time_step_is_no_error() -> None:
@@ -592,30 +614,55 @@ def test_no_activation_is_kept_after_the_backward_while_the_loss_lives(kind: Any
 # A penalty that was forgotten
 
 
-def backwards(model: Attached, count: int, of: str = "both") -> list[str]:
-    """Run backwards of the state, and of the loss, too, without the penalty, and return their warnings."""
+FORGOTTEN: dict[str, Callable[[Attached, Any], Any]] = {
+    "not called": lambda m, run: (run.hidden.sum() + run.loss).backward(),
+    "not called, a loss of the state": lambda m, run: run.hidden.sum().backward(),
+    "its result not used": lambda m, run: (m.reg.on_backward_begin(run.loss), (run.hidden.sum() + run.loss).backward()),
+    "after the backward": lambda m, run: (run.loss.backward(), m.reg.on_backward_begin(run.loss)),
+    "called in evaluation": lambda m, run: (m.eval().reg.on_backward_begin(m.head(run.raw).sum().detach()), m.train(),
+                                            run.loss.backward()),
+}  # fmt: skip
+
+
+def backwards(model: Attached, count: int, step: Any = FORGOTTEN["not called"]) -> list[str]:
+    """Run steps without the penalty, and return their warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(count):
-            run = model(lm.inputs())
-            (run.hidden.sum() + (0 if of == "state" else run.loss)).backward()
+            step(model, model(lm.inputs()))
     assert all(x.filename == __file__ for x in caught)
     return [str(x.message) for x in caught]
 
 
 @each_dropout
-@pytest.mark.parametrize("of", ["both", "state"])
-def test_a_forgotten_penalty_is_warned_of_at_the_second_backward_and_once(of: str, dropout: Any) -> None:
+@pytest.mark.parametrize("how", FORGOTTEN)
+def test_a_forgotten_penalty_is_warned_of_at_the_second_backward_and_once(how: str, dropout: Any) -> None:
     model = Attached(nn.LSTM, dropout)
-    assert backwards(model, 1, of) == []
-    (message,) = backwards(model, 1, of)
+    assert backwards(model, 1, FORGOTTEN[how]) == []
+    (message,) = backwards(model, 1, FORGOTTEN[how])
     assert "second backward runs through the output of the attached LSTM" in message
     assert "loss = regularizer.on_backward_begin(loss)" in message
-    assert backwards(model, 3, of) == []
+    assert backwards(model, 3, FORGOTTEN[how]) == []
+
+
+def after_gradients(m: Attached) -> None:
+    """Differentiate an output several times before the loss."""
+    run = m(lm.inputs())
+    for _ in range(3):
+        torch.autograd.grad(run.loss, run.raw, retain_graph=True)
+    m.reg.on_backward_begin(run.loss).backward()
+
+
+def by_nothing(m: Attached) -> None:
+    """Add a penalty whose coefficients are 0."""
+    m.reg.alpha = m.reg.beta = 0.0
+    m.reg.on_backward_begin(m(lm.inputs()).loss).backward()
 
 
 NOT_FORGOTTEN: dict[str, Callable[[Attached], Any]] = {
     "a loss was regularized": lambda m: m.reg.on_backward_begin(m(lm.inputs()).loss).backward(),
+    "gradients before the loss": after_gradients,
+    "coefficients of 0": by_nothing,
     "evaluation": lambda m: m.eval(),
     "frozen": freeze,
     "removed": lambda m: m.handle.remove(),
@@ -626,7 +673,9 @@ NOT_FORGOTTEN: dict[str, Callable[[Attached], Any]] = {
 @pytest.mark.parametrize("why", NOT_FORGOTTEN)
 def test_a_penalty_that_was_not_forgotten_is_not_warned_of(why: str, dropout: Any) -> None:
     model = Attached(nn.LSTM, dropout)
-    NOT_FORGOTTEN[why](model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NOT_FORGOTTEN[why](model)
     assert backwards(model, 3) == []
 
 
@@ -766,6 +815,7 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "batch_first": (LINEAR, {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
     "no layout": (LINEAR, {}, ValueError, "batch_first: expected True .* as the Linear does not have it, got None"),
     "layout inside": (nn.Sequential(TIME_FIRST), {}, ValueError, "expected True .* like the LSTM inside it, got None"),
+    "other axis": (TIME_FIRST, {"time_dim": 1}, ValueError, "time_dim: expected None, as the LSTM .*=False, got 1"),
     "other layout": (TIME_FIRST, {"batch_first": True}, ValueError, "batch_first: .* False, as the LSTM has it, or"),
     "two axes": (LINEAR, {"time_dim": 2, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
     "starts": (GRU, {"starts": 3}, TypeError, "starts: expected a callable or None, got int"),

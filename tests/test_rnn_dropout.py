@@ -192,18 +192,18 @@ def test_copies_hold_no_penalty(duplicate: Any) -> None:
     check_own(twin, lm.inputs())
 
 
-def test_an_untaken_penalty_warns_once() -> None:
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_untaken_penalty_warns_once(trains: bool) -> None:
     dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), lm.inputs().requires_grad_()
     for _ in range(2):
         dropout(raw)
         dropout.take()
-        dropout.train()(raw)
-        dropout.eval()(raw)
         with torch.no_grad():
-            dropout.train()(raw)
+            dropout(raw)
     dropout(raw)
     with pytest.warns(UserWarning, match=r"penalty of the last forward .* add the penalty of take\(\)"):
-        dropout(raw)
+        dropout.train(trains)(raw)
+    dropout.train()(raw)
     dropout(raw)
     for coefficients in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (torch.tensor(0.5), 0.0)):
         (one := FusedRNNDropout(0.3, *coefficients))(raw)
