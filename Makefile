@@ -47,7 +47,7 @@ help:
 	@echo "make test-newest   run them with the newest PyTorch, in .venv-newest"
 	@echo "make test-plain   run the kernels as on a processor without AVX-512"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
-	@echo "             tables of the README and docs: ten minutes on two idle cores"
+	@echo "             tables of the README and docs: a quarter of an hour on two idle cores"
 	@echo "make test-fakegpu DIR=...   run bench/on_gpu.sh on a stand-in for a GPU: see bench/NOTES.md"
 	@echo "make lint    check style and types"
 	@echo "make docs    build the documentation site in build/site, and check its links"
@@ -114,7 +114,7 @@ test-plain: .venv/test .venv/frameworks
 
 # The report contains the failures.
 bench: .venv/test .venv/frameworks
-	@echo "== every case twice, with memory kept by the allocator and without: ten minutes on two idle cores"
+	@echo "== every case twice, with memory kept by the allocator and without: a quarter of an hour on two idle cores"
 	-.venv/bin/python -m bench.run bench
 	.venv/bin/python -m bench.report
 

@@ -243,7 +243,8 @@ def step_cells(case: Case, peers: Sequence[str]) -> list[str]:
 def peak_cells(case: Case, peers: Sequence[str]) -> list[str]:
     """Render the peak memory of a step without the penalty, and the share that each other peer adds."""
     first, *peaks = [case.peers.get(peer, {}).get(PEAK, 0) for peer in peers]
-    return [number(first), *(f"{peak / first - 1:+.0%}" if peak else "" for peak in peaks)]
+    # Adding 0 makes a positive zero of a negative one.
+    return [number(first), *(f"{round(peak / first - 1, 2) + 0:+.0%}" if peak else "" for peak in peaks)]
 
 
 def step_table(result: Result, labels: Iterable[str] = ()) -> str:

@@ -241,16 +241,16 @@ def rows(peers: dict[str, Any], ours: str) -> dict[str, Any]:
             row["added, ms"] = median_and_spread(1e3 * (x - y) for x, y in zip(own, without, strict=True))
             row |= {"over formula": median_and_spread(map(truediv, own, formula))} if peer == ours else {}
         figures = {heading: facts[key] / unit for key, (heading, unit) in report.FIGURES.items() if key in facts}
-        made[peer] = row | {x: rounded(y, 6 if x == report.PEAK else 3) for x, y in figures.items()}
+        made[peer] = row | {x: rounded(y, 5 if x == report.PEAK else 3) for x, y in figures.items()}
     return made
 
 
 def median_and_spread(values: Iterable[float]) -> list[float]:
     first, middle, third = statistics.quantiles(values, n=4)
-    return [rounded(middle), rounded(third - first, 4)]
+    return [rounded(middle), rounded(third - first, 3)]
 
 
-def rounded(x: float, digits: int = 6) -> float:
+def rounded(x: float, digits: int = 5) -> float:
     """Round to so many significant digits; a whole number becomes an int. Pages show three digits."""
     return int(x) if x == int(x) else float(f"{x:.{digits}g}")
 
