@@ -44,7 +44,7 @@ from fastai.callback import Callback  # noqa: E402
 from fastai.callbacks.fp16 import MixedPrecision  # noqa: E402
 from fastai.callbacks.rnn import RNNTrainer as Stock  # noqa: E402
 from fastai.text import TextLMDataBunch, Vocab, language_model_learner  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from fastreg import FusedRNNDropout  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
@@ -121,23 +121,21 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
 class Spy(Callback):
     """Record the length of each training step, and the learning rates before it and in it."""
 
+    _order = 1000
+
     def __init__(self, learn: Any, fails: bool = False) -> None:
         self.learn, self.fails, self.steps = learn, fails, []
-
-    def on_train_begin(self, **_: Any) -> None:
-        self.own, self.learn.opt.opt.step = self.learn.opt.opt.step, self.step
-
-    def on_backward_begin(self, last_input: Any, **_: Any) -> None:
-        self.length, self.before = last_input.shape[TIME], self.present()
 
     def present(self) -> list[float]:
         return [group["lr"] for group in self.learn.opt.opt.param_groups]
 
-    def step(self, *args: Any) -> None:
-        self.steps.append((self.length, self.before, self.present()))
+    def on_backward_begin(self, **_: Any) -> None:
+        self.before = self.present()
+
+    def on_backward_end(self, last_input: Any, **_: Any) -> None:
+        self.steps.append((last_input.shape[TIME], self.before, self.present()))
         if self.fails:
             raise ArithmeticError("the step failed")
-        self.own(*args)
 
 
 @pytest.mark.parametrize(("adjust", "fails"), [(False, False), (True, False), (True, True)])
@@ -155,15 +153,13 @@ def test_adjust_scales_the_lr_only_for_the_step(adjust: bool, fails: bool) -> No
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("what", ["fit", "loss", "step", "validate"])
+@pytest.mark.parametrize("what", ["fit", "step", "validate"])
 def test_no_activations_are_held(what: str, dropout: bool) -> None:
-    """Neither after a fit, nor after one that failed in the loss or the step, nor after a validation."""
+    """Neither after a fit, nor after one that failed in a step, nor after a validation."""
     learn, alive = fuse(learner(), dropout), []
     own = learn.model[1].output_dp
     learn.model[0].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[0])))
-    if what == "loss":
-        learn.loss_func = [].pop  # which takes no two arguments
-    with suppress(TypeError, ArithmeticError):
+    with suppress(ArithmeticError):
         learn.validate() if what == "validate" else learn.fit(1, callbacks=[Spy(learn, what == "step")])
     gc.collect()
     assert alive
@@ -203,7 +199,6 @@ def test_a_fit_that_was_cut_off(then: Any) -> None:
 
 def test_fuse_and_unfuse_swap_in_place() -> None:
     learn, names = learner(), ("bptt", "alpha", "beta", "adjust")
-    own = learn.callbacks[0]
     assert fuse(fuse(learn, valid=lambda x: x < 0), dropout=True) is learn  # with the arguments of the last call
     (now,) = learn.callbacks
     assert type(now) is RNNTrainer
@@ -212,38 +207,30 @@ def test_fuse_and_unfuse_swap_in_place() -> None:
     now.alpha = 3.0
     assert unfuse(unfuse(learn)) is learn
     (now,) = learn.callbacks
-    kept = vars(own) | {"alpha": 3.0}
-    assert type(now) is type(own)
-    assert [vars(now).get(name) for name in names] == [kept.get(name) for name in names]
+    assert (type(now), now.alpha, now.beta) == (Stock, 3.0, BETA)
     assert "export" not in vars(learn)
     assert gap(trained(unfuse(fuse(learner()))), stock()) == 0
 
 
-@pytest.mark.skipif(release == "1.0.36", reason="it has no exports yet")
+@pytest.mark.skipif(OLD, reason="its load_learner knows no language models, or it has no exports")
 def test_exports_load_without_fastreg() -> None:
+    from fastai.basic_train import load_learner
+
     learn = fuse(learner(), dropout=True)
     learn.fit(1)
-    if not OLD:
-        learn.purge()  # which makes the callbacks again
+    learn.purge()  # which makes the callbacks again
     fused = learn.callbacks[0]
     learn.export("learner")
-    assert type(learn.callbacks[0]) is RNNTrainer
+    assert type(fused) is RNNTrainer
     assert learn.callbacks[0] is learn.rnn_trainer is fused
     with without("fastreg"):
-        if OLD:  # whose load_learner knows no language models
-            state = torch.load(learn.path / "learner")
-            model, (kind, kept) = state["model"], next(iter(state["cb_state"].items()))
-        else:
-            from fastai.basic_train import load_learner
-
-            again = load_learner(learn.path, "learner")
-            model, kind, kept = again.model, type(again.rnn_trainer), vars(again.rnn_trainer)
-    assert (kind, type(model[1].output_dp).__name__) == (Stock, "RNNDropout")
-    assert (kept["alpha"], kept["beta"]) == (ALPHA, BETA)
+        again = load_learner(learn.path, "learner")
+    assert (type(again.rnn_trainer), type(again.model[1].output_dp).__name__) == (Stock, "RNNDropout")
+    assert (again.rnn_trainer.alpha, again.rnn_trainer.beta) == (ALPHA, BETA)
     tokens = torch.randint(2, VOCABULARY, (4, 6))
-    for one in (model, learn.model):
+    for one in (again.model, learn.model):
         one.eval().reset()
-    assert torch.equal(model(tokens)[0], learn.model(tokens)[0])
+    assert torch.equal(again.model(tokens)[0], learn.model(tokens)[0])
     assert trained(learn).isfinite().all()
 
 
@@ -292,33 +279,16 @@ def test_masks_of_the_batch(name: str) -> None:
     assert gap(weights, trained(own(Together, *STOCK))) > 1e-4
 
 
-def sequential(learn: Any) -> None:
-    learn.model = nn.Sequential(learn.model[0].encoder, learn.model[1].decoder)
-
-
-def own_dropout(learn: Any) -> None:
-    learn.model[1].output_dp = nn.Dropout(0.1)
-
-
 def subclassed(learn: Any) -> None:
     learn.callbacks[-1].__class__ = type("Mine", (Stock,), {})
 
 
-def train(learn: Any) -> None:
-    learn.fit(1)
-
-
-LEARNER, OWN_CLASS = "learn: expected a Learner, got NoneType", "has no RNNTrainer of fastai's own class"
-TWO = "^RNNTrainer: .* more than one"
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
-    (subclassed, fuse, ValueError, OWN_CLASS),
-    (own_dropout, lambda x: fuse(x, dropout=True), ValueError, "dropout: .* RNNDropout to swap"),
+    (subclassed, fuse, ValueError, "has no RNNTrainer of fastai's own class"),
     (vars, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: SequentialRNN has no such module at 'lstm'"),
-    (vars, lambda _: fuse(None), TypeError, LEARNER),
-    (vars, lambda _: RNNTrainer(None, 16), TypeError, LEARNER),
+    (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),
     (vars, lambda x: RNNTrainer(x, None), ValueError, "bptt: expected the usual number of time steps"),
-    (lambda x: sequential(fuse(x)), train, TypeError, r"expected \(decoded, raw, dropped\)"),
-    (lambda x: fuse(x).callbacks.append(Stock(x, 16)), train, ValueError, TWO),
+    (lambda x: fuse(x).callbacks.append(Stock(x, 16)), lambda x: x.fit(1), ValueError, "^RNNTrainer: .* more than one"),
 ]
 
 

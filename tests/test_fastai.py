@@ -93,14 +93,9 @@ def on(event: str, do: Callable[[Any], object], order: int = 100) -> Any:
     return made
 
 
-def stop(event: str, error: type[BaseException]) -> Any:
-    """Return a callback that stops a fit in the middle of training."""
-
-    def stop_it(learn: Any) -> None:
-        if learn.train_iter == 2:
-            raise error
-
-    return on(event, stop_it)
+def stop(learn: Any) -> None:
+    if learn.train_iter == 2:
+        raise KeyboardInterrupt
 
 
 def spy(seen: list[dict[str, Any]]) -> Any:
@@ -118,14 +113,8 @@ def spy(seen: list[dict[str, Any]]) -> Any:
     return on("after_loss", look)
 
 
-def halve(learn: Any) -> None:
-    """Compute the loss anew."""
-    learn.loss_grad = learn.loss_func(learn.pred, *learn.yb) / 2
-
-
 SETTINGS: dict[str, Callable[[], list[Any]]] = {
     "plain": list,
-    "a loss of a callback": lambda: [on("after_loss", halve, fa.Callback.order)],
     "accumulation and clip": lambda: [fa.GradientClip(0.1), fa.GradientAccumulation(16)],
     "bf16": lambda: [fa.MixedPrecision("bf16")],
     "fp16": lambda: [fa.MixedPrecision("fp16", init_scale=256.0)],
@@ -155,12 +144,11 @@ def test_trains_the_stock_weights(setting: str) -> None:
         assert gap(trained(other, cbs=cbs()), expected) > 5 * close
 
 
-def classifier(rows: list[Any], alpha: float = ALPHA, **options: Any) -> Any:
-    fa.set_seed(0)
+def classifier(rows: list[Any], **options: Any) -> Any:
     dls = fa.DataLoaders(fa.DataLoader(rows, bs=8), fa.DataLoader(rows[:8], bs=8))
     config = fa.awd_lstm_clas_config | SMALL
     model = fa.get_text_classifier(fa.AWD_LSTM, VOCABULARY, 2, seq_len=8, config=config, **options)
-    return fa.TextLearner(dls, model, alpha, BETA if alpha else 0, loss_func=fa.CrossEntropyLossFlat())
+    return fa.TextLearner(dls, model, ALPHA, BETA, loss_func=fa.CrossEntropyLossFlat())
 
 
 @pytest.mark.parametrize("max_len", [None, 16])
@@ -181,9 +169,6 @@ def test_text_classifiers_with_padding_and_without(max_len: int | None) -> None:
     checked: list[Tensor] = []
     trained(fuse(classifier(rows, max_len=max_len), valid=lambda x: x != 1), cbs=on("after_loss", check))
     assert checked
-    expected = trained(classifier(rows, max_len=max_len))
-    assert gap(trained(fuse(classifier(rows, max_len=max_len))), expected) < 1e-5  # if padding counts
-    assert gap(trained(classifier(rows, 0, max_len=max_len)), expected) > 1e-3
 
 
 @pytest.mark.parametrize("masks", [{}, MASKS], ids=["plain", "masks"])
@@ -221,10 +206,6 @@ def test_the_penalty_is_finite_where_that_of_fastai_is_not(dropout: bool, size: 
     assert all((step["tar"] > 0) == (step["steps"] > 1) for step in seen)
 
 
-def read_log() -> list[list[str]]:
-    return [line.split(",") for line in Path("history.csv").read_text().split()]
-
-
 def test_terms_are_columns_of_every_log() -> None:
     """They are averages over the epoch's batches, weighted by their sizes."""
     rows = [(torch.full((6,), i % VOCABULARY), torch.full((6,), i % VOCABULARY)) for i in range(10)]
@@ -232,7 +213,7 @@ def test_terms_are_columns_of_every_log() -> None:
     cbs = [*rnn_cbs(ALPHA, BETA), spy(seen), fa.CSVLogger()]
     learn = fa.Learner(dls, Triple(), fa.CrossEntropyLossFlat(), cbs=cbs, metrics=fa.accuracy)
     trained(learn, 2)
-    head, *log = read_log()
+    head, *log = [line.split(",") for line in Path("history.csv").read_text().split()]
     assert learn.recorder.metric_names == head
     assert head == ["epoch", "train_loss", "valid_loss", "accuracy", "ar", "tar", "time"]
     assert [step["size"] for step in seen] == [8, 2, 8, 2]
@@ -240,10 +221,6 @@ def test_terms_are_columns_of_every_log() -> None:
         means = [(8 * a[term] + 2 * b[term]) / 10 for term in ("ar", "tar")]
         assert [float(x) for x in row[4:6]] == [*values[3:]] == pytest.approx(means, rel=1e-5)
     assert learn.metrics.attrgot("name") == ["accuracy"]
-    trained(learn.remove_cb(fa.Recorder).add_cb(fa.Recorder(train_metrics=True)))
-    table = dict(zip(*read_log(), strict=True))
-    assert float(table["train_ar"]) > 0 < float(table["train_tar"])
-    assert table["valid_ar"] == table["valid_tar"] == "nan"
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -263,17 +240,9 @@ def test_coefficients_may_change_while_training(dropout: bool) -> None:
         assert all(ar > 0 < tar for *_, ar, tar, _ in learn.recorder.values)
 
 
-def torch_sgd(params: Any, **options: Any) -> Any:
-    return fa.OptimWrapper(params, torch.optim.SGD, **options)
-
-
-@pytest.mark.parametrize(
-    ("opt_func", "coefficients", "error"),
-    [(torch_sgd, (ALPHA, BETA), None), (fa.Adam, (), None), (fa.Adam, (ALPHA, BETA), fa.CancelStepException)],
-    ids=["torch", "no penalty", "cancelled"],
-)
-def test_bptt_scales_the_lr_only_for_the_step(opt_func: Any, coefficients: Any, error: Any) -> None:
-    learn: Any = by_hand(make(opt_func=opt_func), *rnn_cbs(*coefficients, bptt=20))
+@pytest.mark.parametrize("error", [None, fa.CancelStepException])
+def test_bptt_scales_the_lr_only_for_the_step(error: Any) -> None:
+    learn: Any = by_hand(make(), *rnn_cbs(ALPHA, BETA, bptt=20))
     learn.create_opt()
     own_step, seen = learn.opt.step, []
 
@@ -292,21 +261,13 @@ def test_bptt_scales_the_lr_only_for_the_step(opt_func: Any, coefficients: Any, 
     assert all(lr == pytest.approx(5e-3 * n / 20) for n, lr in seen)
 
 
-RUNS: dict[str, Callable[[Any], object]] = {
-    "fit": lambda learn: learn.fit(1),
-    "before the loss": lambda learn: learn.fit(1, cbs=stop("after_pred", fa.CancelFitException)),
-    "get_preds": lambda learn: learn.get_preds(reorder=False),
-    "lr_find": lambda learn: learn.lr_find(num_it=8, show_plot=False, suggest_funcs=()),
-}
-
-
-@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("run", ["fit", "get_preds"])
 def test_no_activations_are_held(dropout: bool, run: str) -> None:
     learn, alive = fuse(make(), dropout), []
     learn.model[1].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[1:])))
     with learn.no_bar(), learn.no_logging():
-        RUNS[run](learn)
+        learn.fit(1) if run == "fit" else learn.get_preds(reorder=False)
     gc.collect()
     assert alive
     assert not [ref for ref in alive if ref() is not None]
@@ -332,16 +293,11 @@ def test_exports_and_copies_hold_only_classes_of_fastai() -> None:
         assert gap(trained(again, reset_opt=True), expected) < 1e-5
 
 
-def remove(learn: Any) -> Any:
-    return learn.remove_cb(learn.rnn_regularizer)
-
-
 CLEAN_UPS: dict[str, Callable[[Any], Any]] = {
     "fuse": lambda learn: fuse(learn, dropout=True),
     "unfuse": unfuse,
-    "remove_cb": remove,
+    "remove_cb": lambda learn: learn.remove_cb(learn.rnn_regularizer),
     "the next fit": lambda learn: learn,
-    "a fit of another learner": lambda learn: fa.Learner(learn.dls, learn.model, learn.loss_func),
 }
 
 
@@ -351,22 +307,21 @@ def test_a_fit_after_one_that_was_cut_off_trains_as_if_nothing_had_been(clean_up
     learn.rnn_regularizer.bptt = 20
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            trained(learn, cbs=stop("before_step", KeyboardInterrupt))
+            trained(learn, cbs=on("before_step", stop))
     assert hooks_of(learn.model) > 0
-    new = CLEAN_UPS[clean_up](learn)
-    if "fit" not in clean_up:
+    CLEAN_UPS[clean_up](learn)
+    if clean_up != "the next fit":
         assert hooks_of(learn.model) == 0
         assert learn.opt.hypers[-1]["lr"] == 5e-3
     if clean_up in ("unfuse", "remove_cb"):
         assert len(unfuse(learn).metrics) == 0
-    if clean_up not in ("fuse", "the next fit"):
-        by_hand(new, *rnn_cbs(ALPHA, BETA))
-    new.rnn_regularizer.bptt = None
-    new.model.load_state_dict(other.model.state_dict())
-    new.model.zero_grad()
-    assert gap(trained(new, reset_opt=True), trained(other)) < 1e-5
-    assert new.recorder.metric_names[-3:] == ["ar", "tar", "time"]
-    assert hooks_of(new.model) == 0
+        by_hand(learn, *rnn_cbs(ALPHA, BETA))
+    learn.rnn_regularizer.bptt = None
+    learn.model.load_state_dict(other.model.state_dict())
+    learn.model.zero_grad()
+    assert gap(trained(learn, reset_opt=True), trained(other)) < 1e-5
+    assert learn.recorder.metric_names[-3:] == ["ar", "tar", "time"]
+    assert hooks_of(learn.model) == 0
 
 
 def test_fuse_and_unfuse_swap_in_place() -> None:
@@ -404,10 +359,6 @@ def test_a_regularizer_may_be_away_for_a_while() -> None:
     assert all(ar > 0 < tar for *_, ar, tar, _ in learn.recorder.values)
 
 
-def custom(learn: Any) -> None:
-    learn.model = Model()
-
-
 def subclassed(instance: Any) -> None:
     instance.__class__ = type("Mine", (type(instance),), {})
 
@@ -425,21 +376,14 @@ def of_two_learners(_: Any) -> None:
     trained(learn)
 
 
-LEARNER = "learn: expected a Learner, got NoneType"
 OWN_CLASS = r"no RNNRegularizer of fastai's own class; .* rnn_cbs\(alpha, beta\)"
-ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to capture them, got a Tensor and "
+ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to capture them, got a Tensor and 1"
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
-    (custom, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: .* no such module at 'lstm'; candidates: .*'rnn'"),
-    (custom, lambda x: fuse(x, True), ValueError, "dropout: Model has no such module at '1.output_dp'"),
     (lambda x: subclassed(x.model[1].output_dp), lambda x: fuse(x, True), ValueError, "to swap, got Mine"),
-    (lambda x: setattr(x.model[1].output_dp, "p", 1.0), lambda x: fuse(x, True), ValueError, "p: expected"),
     (lambda x: subclassed(x.rnn_regularizer), fuse, ValueError, OWN_CLASS),
-    (vars, lambda _: fuse(None), TypeError, LEARNER),  # pyright: ignore
-    (vars, lambda _: unfuse(None), TypeError, LEARNER),  # pyright: ignore
-    (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE + "1"),
-    (vars, run(fa.RNNCallback(), *rnn_cbs(1.0)[1:]), TypeError, ALONE + "2"),
+    (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),  # pyright: ignore
+    (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE),
     (lambda x: x.add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "RNNRegularizer: the learner has another"),
-    (vars, run(*[RNNRegularizer(rnn=rnn) for rnn in ("rnn", ["dropout", "rnn"])]), ValueError, "has another"),
     (vars, run(RNNRegularizer(**PATHS), on("before_batch", within_a_batch)), RuntimeError, "within a batch"),
     (vars, of_two_learners, RuntimeError, "another learner has this callback, too"),
 ]
