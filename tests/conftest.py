@@ -7,7 +7,6 @@ import inspect
 import os
 import random
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -43,48 +42,29 @@ NEEDS = {
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
-LEFT_OUT: Counter[str] = Counter()  # counts the cases that cannot run here by their need
 
 
 def pytest_report_header() -> str:
     path = "the plain formula" if CPU is None else CPU.name
-    return f"fastreg: CPU tensors take {path}; GPU: {'yes' if torch.cuda.is_available() else 'none'}"
+    missing = ", ".join(need for met, need in NEEDS.values() if not met)
+    return f"fastreg: CPU tensors take {path}; cases are left out that need {missing}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, default=1, metavar="N", help="run only each N-th case of each test")
 
 
-def need_of(item: pytest.Item) -> str:
-    """Return a need of a case that is not met here, or an empty string."""
-    return next((need for mark, (met, need) in NEEDS.items() if not met and item.get_closest_marker(mark)), "")
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases that cannot run here, which are counted, and those that the sample has not drawn."""
+    """Leave out the cases that cannot run here, and those that the sample has not drawn."""
+    missing = [mark for mark, (met, _) in NEEDS.items() if not met]
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if need := need_of(item):
-            LEFT_OUT[need] += 1
-        else:
+        if not any(map(item.get_closest_marker, missing)):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = {item for of_test in cases.values() for item in of_test[:: config.getoption("sample")]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
-    getattr(config, "workeroutput", {})["left_out"] = dict(LEFT_OUT)  # pytest-xdist sends it to the first process
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Take over the counts of a process of pytest-xdist; all processes have the same counts."""
-    for need, count in getattr(node, "workeroutput", {}).get("left_out", {}).items():
-        LEFT_OUT[need] = count
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if LEFT_OUT:
-        terminalreporter.write_line("; ".join(f"{count:,} cases need {need}" for need, count in LEFT_OUT.items()))
 
 
 @cache
@@ -93,17 +73,16 @@ def names_of_functions(package: Any) -> list[str]:
     return [name for name, _ in inspect.getmembers(package, import_module("triton.language.core").is_builtin)]
 
 
-def functions_of(package: Any) -> list[tuple[str, Any]]:
-    """Return the functions of Triton's language in a package; the interpreter may have replaced some."""
-    return [(name, getattr(package, name)) for name in names_of_functions(package)]
-
-
 def pytest_configure() -> None:
     """Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over.
 
     Let Triton's interpreter search its language for functions once, and not in each call of a function in a kernel.
     """
     if INTERPRETED:
+
+        def functions_of(package: Any) -> list[tuple[str, Any]]:
+            return [(name, getattr(package, name)) for name in names_of_functions(package)]  # which it replaces
+
         interpreter: Any = import_module("triton.runtime.interpreter")
         interpreter.inspect = SimpleNamespace(**vars(inspect) | {"getmembers": functions_of})
     try:

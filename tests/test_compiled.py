@@ -29,7 +29,7 @@ skip_without("triton")
 import triton  # noqa: E402
 
 from fastreg.kernels import ar_tar as kernels  # noqa: E402
-from fastreg.kernels import launch, reduction, tiling  # noqa: E402
+from fastreg.kernels import reduction, tiling  # noqa: E402
 from fastreg.kernels import steps as kernels_of_steps  # noqa: E402
 
 pytestmark = pytest.mark.compiled
@@ -54,11 +54,6 @@ MOST_SPILLED = 0 if Version("3.9") <= RELEASE else 16
 # In bfloat16 on sm_80 and sm_86 code within 128 registers spills so many bytes, and four programs fit a multiprocessor;
 # without a spill it takes up to 165 registers, and three fit.
 SPILLED_BY_128 = 8
-# Of sm_90, which decide how many programs a multiprocessor holds: of sum and write of all steps, and with marks; of the
-# forward of dropout, and with marks.
-REGISTERS = {FLOAT: (80, 91, 64, 72), BF16: (96, 111, 64, 72)}
-if Version("3.9") > RELEASE:
-    REGISTERS = {FLOAT: (94, 96, 64, 80), BF16: (128, 144, 96, 96)}
 # Where loads are narrow, values that are read once a launch, on sm_80.
 MOST_SPILLED_NARROW = 24 if Version("3.7") <= RELEASE else 56
 LENGTHS = (2, 3, 7, 15, 16, 17, 32, 33, 64, 70, 100)  # Triton compiles anew for 1 and for multiples of 16, unless told
@@ -180,20 +175,6 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str, tm
         assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS, 0)  # no row behind the run
 
 
-@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Registers decide how many programs a multiprocessor of an H100 holds."""
-    train(dtype)
-    train(dtype, kind="marked")
-    found = [
-        int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0])
-        for forwards in (next(compiled_penalty()), next(compiled_dropout()))
-        for binary in forwards
-    ]
-    assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
-
-
 @more
 @pytest.mark.parametrize(
     ("target", "dtype", "hidden", "ragged"),
@@ -313,16 +294,6 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
 def counts() -> list[int]:
     """Count the compilations of the penalty, forward and backward, and of dropout, forward and backward."""
     return [len(x) for x in (*compiled_penalty(), *compiled_dropout())]
-
-
-@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-def test_tickets_of_any_alignment_compile_once(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tickets = iter(torch.zeros(6, dtype=torch.int32).split(1))
-    monkeypatch.setattr(launch.Launch, "ticket", lambda *_: next(tickets))
-    for _ in range(3):
-        train(FLOAT)
-    assert next(tickets, None) is None
-    assert counts() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)

@@ -82,18 +82,7 @@ def test_a_mask_made_in_inference_mode(time: int, device: str) -> None:
 def test_a_mask_is_used_with_any_p(device: str) -> None:
     raw = torch.randn(3, 7, 12, device=device)
     mask = mask_for(Sample(), raw, True)
-    dropped, got = fused_dropout_ar_tar(raw, 0, 2.0, 1.0, mask=mask)
-    assert torch.equal(dropped, raw * mask)
-    torch.testing.assert_close(got, fused_ar_tar(raw, dropped, 2.0, 1.0))
-
-
-def test_a_lazily_negated_mask_or_gradient_keeps_its_sign(device: str) -> None:
-    raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
-    mask = torch._neg_view(mask_for(Sample(), raw, True))
-    dropped, _ = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask)
-    assert torch.equal(dropped, raw * mask.resolve_neg())
-    (gradient,) = torch.autograd.grad(dropped, raw, torch._neg_view(torch.ones_like(raw)))
-    assert torch.equal(gradient, mask.neg().resolve_neg())
+    assert torch.equal(fused_dropout_ar_tar(raw, 0, 2.0, 1.0, mask=mask)[0], raw * mask)
 
 
 @pytest.mark.parametrize(
