@@ -23,10 +23,8 @@ HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
 AWAY = tuple.__new__(PackedSequence, (PACKED.data, PACKED.batch_sizes.to("meta"), None, None))
 LOWEST = -(2**63) + 1
 WRONG_SIZES = [
-    [2**62 + 8, 2**62, 2**62, 2**62],  # whose sum wraps to the number of rows
-    [1, LOWEST, 1, LOWEST, 4],  # whose differences wrap, too
+    [1, LOWEST, 1, LOWEST, 4],  # whose sum and differences wrap
     [1, 1, 2, 2, 2],
-    [4, 4, 0],
     [8, 1, -1],
 ]
 ROWS_OF_ROWS = tuple.__new__(PackedSequence, (PACKED.data[None], PACKED.batch_sizes, None, None))
@@ -44,17 +42,14 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
     ((X.to_sparse(), X), TypeError, "raw: expected a dense .* got torch.sparse_coo"),
     ((X, JAGGED), TypeError, "dropped: expected a dense .* got nested"),
     ((X[0, 0], X), ValueError, r"raw: expected \(batch, time, hidden\), .* got \(8,\)"),
-    ((X, X[None]), ValueError, r"dropped: expected \(batch, time, hidden\), .* got \(1, 2, 5, 8\)"),
     ((X, X[:, :4]), ValueError, r"dropped: expected the shape of raw, \(2, 5, 8\), got \(2, 4, 8\)"),
     ((X, X.to("meta")), ValueError, "dropped: expected a tensor on cpu, where raw is, got .* meta"),
     (([X, X], [X]), ValueError, "raw and dropped: expected the same layers .* 2 layers and 1 layers"),
-    (([X], X), ValueError, "raw and dropped: expected the same layers .* 1 layers and one tensor"),
     (([], []), ValueError, "raw: expected a tensor a layer, got an empty list"),
     (([X, X], [X, X[..., :3]]), ValueError, r"dropped\[1\]: expected the shape of raw\[1\]"),
     (([X, None], [X, X]), TypeError, r"raw\[1\]: expected a tensor, got NoneType"),
     (([X, (X, X)], [X, X]), TypeError, r"raw\[1\]: expected a tensor, got tuple \(an RNN returns"),
     (((X, X[:, :1]),) * 2, ValueError, rf"{OTHER_STEPS} .* \(2, 5, 8\), got \(2, 1, 8\) \(an RNN returns"),
-    (([X, X[0]],) * 2, ValueError, rf"{OTHER_STEPS} .* got \(5, 8\)"),
     (([PACKED, OTHER],) * 2, ValueError, r"raw\[1\]: expected the batch_sizes of raw\[0\], got others"),
     ((PACKED, PACKED.data), TypeError, "dropped: expected a PackedSequence, as raw is, got a tensor"),
     ((PACKED, OTHER), ValueError, "dropped: expected the batch_sizes of raw, got others"),
@@ -77,7 +72,6 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"alpha": torch.tensor(1.0, device="meta")}, ValueError, "alpha: expected a tensor on cpu, where raw is"),
     ({"beta": torch.ones(1)}, ValueError, "beta: expected a number or a 0-dim floating-point tensor, got"),
     ({"beta": torch.ones((), requires_grad=True)}, ValueError, "beta: expected a tensor that requires no"),
-    ({"beta": float("nan")}, ValueError, "beta: expected a finite number of at least 0, got nan"),
     ({"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
     ({"time_dim": 3}, ValueError, r"time_dim: expected an axis of raw, .* from -3 to 2, got 3"),
     ({"raw": X.sum(), "time_dim": 0}, ValueError, r"time_dim: expected an axis of raw, of shape \(\), got 0"),
@@ -110,14 +104,12 @@ BAD_PAIRS: list[tuple[Any, dict[str, Any], str]] = [
     (PACKED, {"valid": STARTS}, "valid: expected None, as a PackedSequence has its own lengths"),
     (PACKED, {"starts": STARTS}, "starts: expected None with a PackedSequence"),
     (PACKED, {"time_dim": 1}, "time_dim: expected 0 or None with a PackedSequence"),
-    ([X, X[0]], {"time_dim": 0}, OTHER_STEPS),
     ([X, X.movedim(2, 1)], {"time_dim": -1}, OTHER_STEPS),
 ]
 
 BAD_DROPOUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"raw": None}, TypeError, "raw: expected a tensor, got NoneType"),
     ({"raw": [X]}, TypeError, "raw: expected a tensor, got list"),
-    ({"p": 1}, ValueError, "p: expected a probability from 0 to below 1, got 1"),
     ({"p": Fraction(10**20 - 1, 10**20)}, ValueError, "p: expected a probability from 0 to below 1, got 9"),
     ({"training": "no"}, TypeError, "training: expected True or False, got 'no'"),
     ({"mask": 1}, TypeError, "mask: expected a tensor, got int"),
@@ -167,6 +159,4 @@ def test_numbers_of_numpy_are_coefficients_and_axes() -> None:
     import numpy
 
     assert torch.equal(fused_ar_tar(X, X, numpy.float32(2), 1), fused_ar_tar(X, X, 2.0, 1.0))
-    module = FusedRNNDropout(0.0, 2.0, 1.0, time_dim=numpy.int64(-1))
-    module(X)
-    assert torch.equal(module.take().penalty, fused_ar_tar(X, X, 2.0, 1.0, time_dim=-1))  # pyright: ignore
+    assert torch.equal(fused_ar_tar(X, X, 2, 1, time_dim=numpy.int64(-1)), fused_ar_tar(X, X, 2, 1, time_dim=-1))

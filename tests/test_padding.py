@@ -94,15 +94,6 @@ def test_an_upstream_gradient_that_is_not_finite(upstream: float, create_graph: 
         assert not x[0, 0].isfinite().any()
 
 
-@by_both
-def test_steps_made_in_inference_mode(steps: str, device: str) -> None:
-    with torch.inference_mode():
-        made = given(steps, device)
-    raw, _ = leaves(marks(steps, device))
-    got, want = (fused_ar_tar(raw, raw, ALPHA, BETA, **options) for options in (made, given(steps)))
-    assert torch.equal(*(torch.autograd.grad(x, raw)[0] for x in (got, want)))
-
-
 @pytest.mark.parametrize("padded", [True, False])
 def test_an_infinite_mask_is_no_part_of_tar(padded: bool, device: str) -> None:
     raw = torch.randn(2, 4, 3, device=device, requires_grad=True)
