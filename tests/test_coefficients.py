@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
+from tests import language_model as lm
 from tests.calls import CALLS, MORE_CALLS, calls, everything, leaves, total
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
@@ -79,10 +80,7 @@ def test_a_regularizer_and_a_dropout_keep_the_very_tensor(kind: Any, device: str
     assert reg.alpha is module.alpha is alpha
     with torch.inference_mode():
         alpha.fill_(3.0)
-    rnn, dropout = nn.LSTM(4, 6, batch_first=True).to(device), kind(0.5)
+    rnn, dropout = lm.gru().to(device), kind(0.5)
     reg.attach(rnn, dropout)
-    raw, _ = rnn(torch.ones(2, 5, 4, device=device))
-    dropped = dropout(raw)
-    loss, want = reg.on_backward_begin(0 * dropped.sum()), fused_ar_tar(raw, dropped, 3.0, 1.0)
-    torch.testing.assert_close(loss, want)
-    torch.testing.assert_close(*(torch.autograd.grad(x, [*rnn.parameters()], retain_graph=True) for x in (loss, want)))
+    raw, dropped = lm.run(rnn, dropout, lm.inputs().to(device))
+    lm.check_gradients(rnn, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1, alpha=3.0))
