@@ -264,12 +264,6 @@ def count_amd(binary: Any) -> tuple[int, int, int]:
     # Activations go through buffers, but by default not before Triton 3.5; the offsets of packed rows, global, may be
     # read four at a time.
     kind = "buffer" if triton.knobs.amd.use_buffer_ops else "global"
-    # Scalars that are needed once an item may wait in lanes of a vector register, but none that is needed in each turn.
-    labels = {found[1]: found.start() for found in re.finditer(r"^(\.LBB\w+):", assembly, re.M)}
-    jumps = [(found.start(), labels[found[1]]) for found in re.finditer(r"\bs_c?branch\w* (\.LBB\w+)", assembly)]
-    loops = [assembly[to:at] for at, to in jumps if to < at]
-    turn = min((loop for loop in loops if f"{kind}_load_dwordx4" in loop), key=len)
-    assert not re.search(r"\bv_(read|write)lane_b32", turn)
     loads, stores = (re.findall(rf"\b{kind}_{access}_(\w+)", assembly) for access in ("load", "store"))
     return loads.count("dwordx4"), len(loads), stores.count("dwordx4")
 

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import pytest
 
 from tests.ptx.driver import Executor, executed
 
-
-def all_kernels() -> list[Any]:
-    """Return the kernels of fastreg."""
-    from fastreg.kernels import ar_tar, steps
-
-    return [ar_tar.ar_tar_kernel, steps.steps_kernel]
+EXECUTOR = Executor()
 
 
 @contextmanager
@@ -31,12 +25,9 @@ def kernels_take_cpu_tensors() -> Iterator[None]:
         yield
 
 
-EXECUTOR = pytest.StashKey[Executor]()
-
-
 def pytest_configure(config: pytest.Config) -> None:
     stack = ExitStack()
-    config.stash[EXECUTOR] = stack.enter_context(executed(Executor()))
+    stack.enter_context(executed(EXECUTOR))
     stack.enter_context(kernels_take_cpu_tensors())
     config.add_cleanup(stack.close)
 
@@ -46,15 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
 
 
-@pytest.fixture(autouse=True)
-def ptx(request: pytest.FixtureRequest) -> None:
+def pytest_runtest_setup() -> None:
     """Start each test with the same schedules."""
-    request.config.stash[EXECUTOR].random.seed(0)
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    run = config.stash[EXECUTOR]
-    terminalreporter.write_line(
-        f"PTX: {len(run.kernels)} kernels as compiled for sm_90, {run.launches} launches, {run.programs} programs, "
-        f"{run.steps / 1e6:.0f} million instructions of a warp"
-    )
+    EXECUTOR.random.seed(0)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastreg.kernels import ar_tar, steps
 from tests import ptx
 from tests.calls import CALLS, everything
 from tests.exact import check_penalty
@@ -75,15 +76,11 @@ NEXT = "xor.b32 %r3, %r2, 128;"  # the value of a thread of the next warp
 @pytest.mark.parametrize("seed", range(3))
 def test_refused(body: str, message: str, seed: int) -> None:
     """In the body of a kernel of two warps that has 64 numbers at %base0."""
-    executor = Executor()
+    executor, code = Executor(), KERNEL.format(body.replace("; ", ";\n"))
     executor.random.seed(seed)
-
-    def run() -> None:
-        kernel = Kernel(Decoder(KERNEL.format(body.replace("; ", ";\n"))), 256 if "a race" in message else 64)
+    with pytest.raises((PTXError, NotImplementedError), match=message):  # noqa: PT012
+        kernel = Kernel(Decoder(code), 256 if "a race" in message else 64)
         executor.launch(kernel, 1, 2, [("x0", "*", torch.zeros(64))])
-
-    with pytest.raises((PTXError, NotImplementedError), match=message):
-        run()
 
 
 class Edited(Executor):
@@ -102,7 +99,7 @@ class Edited(Executor):
 def running(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
     """Run the kernels by the executor; yield activations that several programs share."""
     raw, dropped = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0)).unbind()
-    with executed(executor, ptx.all_kernels()), ptx.kernels_take_cpu_tensors():
+    with executed(executor, (ar_tar.ar_tar_kernel, steps.steps_kernel)), ptx.kernels_take_cpu_tensors():
         yield raw.requires_grad_(), dropped.requires_grad_()
 
 
@@ -115,17 +112,13 @@ def test_the_penalty_of_several_programs_and_schedules() -> None:
     assert all(torch.equal(x, y) for again in more for x, y in zip(first, again, strict=True))
 
 
-def without_barriers(code: re.Match[str]) -> str:
-    return code[0].replace("bar.sync", "// bar.sync")
-
-
 MUTANTS: dict[str, tuple[str, Any, str]] = {
     "of_one_program": (r"atom\.global\.gpu", "atom.global.cta", "a race: reads what"),
     "acquire_alone": ("acq_rel", "acquire", "a race: reads what another thread"),
     "release_alone": ("acq_rel", "release", "a race: reads what another thread"),
     "no_barrier_before_the_ticket": (
         r"(?s)st\.global(?:(?!st\.global).)*atom\.global",
-        without_barriers,
+        lambda code: code[0].replace("bar.sync", "// bar.sync"),
         r"a race: .*\.py:\d+\).* the other: program \d+, (thread \d+|several threads)",
     ),
     "no_barrier_after_the_ticket": (r"(?s)(atom\.global.*?)bar\.sync\s+0;", r"\1", "a race: .*(ld|st).shared"),
