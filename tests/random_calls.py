@@ -51,17 +51,12 @@ def memory(values: Tensor, draw: random.Random, expands: bool) -> Tensor:
 
 
 class Kind:
-    """Draw a kind of call from a seed, and compare calls of this kind with the formulas.
-
-    Attributes:
-        chosen: the drawn values, by their names.
-        counts: how many calls and gradients were compared.
-    """
+    """Draw a kind of call from a seed, and compare calls of this kind with the formulas."""
 
     def __init__(self, seed: int, device: str = "cpu") -> None:
         self.device = device
         self.draw, self.bits = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.chosen: dict[str, Any] = {}
+        self.chosen: dict[str, Any] = {}  # by their names
         self.counts: Counter[str] = Counter()
         self.operation = self.choose("operation", ["pair", "pair", "same", "packed", "dropout", "dropout"])
         self.choose_shape()

@@ -92,14 +92,10 @@ def compiled(masked: bool, **constants: bool) -> list[Any]:
     return found
 
 
-def compiled_penalty() -> Iterator[list[Any]]:
-    """Return the code of the penalty in training, forward and backward."""
-    return (compiled(False, SUM_TAR=forward, GRAD_TAR=True) for forward in (True, False))
-
-
-def compiled_dropout() -> Iterator[list[Any]]:
-    """Return the code of dropout in training, forward and backward."""
-    return (compiled(True, SUM_TAR=forward) for forward in (True, False))
+def trained(masked: bool) -> Iterator[list[Any]]:
+    """Return the code of dropout, or of the penalty, in training, forward and backward."""
+    constants = {} if masked else {"GRAD_TAR": True}
+    return (compiled(masked, SUM_TAR=forward, **constants) for forward in (True, False))
 
 
 def train(
@@ -161,11 +157,11 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str, tm
     unroll = tiling.UNROLL
     rows = unroll if kind == "one" else 2 * unroll
     others = {"marked": MARKS + 12, "packed": unroll + 5}.get(kind, 0)  # including counts
-    (forward,), (backward,) = compiled_penalty()
+    (forward,), (backward,) = trained(masked=False)
     assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 2 + others, rows)
     assert_accesses(backward, tmp_path, rows + 2, 2 + others, rows)
     if kind in ("two", "marked"):
-        (forward,), (backward,) = compiled_dropout()  # the mask is one more load for a whole run
+        (forward,), (backward,) = trained(masked=True)  # the mask is one more load for a whole run
         assert_accesses(forward, tmp_path, unroll + 1 + 1, PARTIAL_SUMS + others, unroll)
         assert_accesses(backward, tmp_path, rows + 2 + 1, 1 + others, unroll)
     if kind not in RAGGED:
@@ -287,7 +283,7 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
 
 def counts() -> list[int]:
     """Count the compilations of the penalty, forward and backward, and of dropout, forward and backward."""
-    return [len(x) for x in (*compiled_penalty(), *compiled_dropout())]
+    return [len(x) for x in (*trained(False), *trained(True))]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
