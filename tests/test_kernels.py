@@ -12,7 +12,7 @@ from torch import Tensor
 from fastreg import fused_ar_tar
 from fastreg.kernels.view import Operand, View
 from tests.conftest import INTERPRETED, gpu, interpreted, skip_without
-from tests.exact import check_dropout, check_penalty
+from tests.exact import check_dropout, check_penalty, truth
 
 skip_without("triton")
 
@@ -60,6 +60,16 @@ def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pyt
         monkeypatch.setattr(reduction, "CHUNK", type(reduction.CHUNK)(16))
     time = tiling.UNROLL * (reduction.CHUNK.value + 3)
     check_penalty(*leaves(device, 1, time, 1), 2.0, 1.0)
+
+
+def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal numbers are the worst case, because every rounding goes the same way."""
+    monkeypatch.setattr(tiling, "PROGRAMS", 1)
+    raw = torch.full((1, 1024, 1), 0.1, device=device)
+    raw[:, ::2] *= -1
+    got = fused_ar_tar(raw, raw, 1.0, 1.0, return_terms=True)
+    want = truth(raw.double(), raw.double(), 1.0, 1.0)
+    torch.testing.assert_close([x.double() for x in got], list(want), rtol=1e-6, atol=0)
 
 
 def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
