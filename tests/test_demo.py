@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import corpus as texts
 from bench import demo, timing, training
 from bench.awd_lstm import AWDLSTM, Dropouts
 from bench.study import Setting
@@ -69,15 +68,6 @@ def test_quotes_the_study_only_of_the_same_training(
     demo.report_outcome(runs, demo.studied(Setting(text, words, epochs=3)))
     output = capsys.readouterr().out
     assert ("the difference is -1.00 ± 5.00, lower in 1 of 2 seeds" in output) == ("difference" in output) == quotes
-
-
-def test_batches_cover_the_text_in_order():
-    rows = torch.arange(2 * 30).view(2, 30)
-    lengths = iter([7, 5, 9, 20])
-    pairs = list(texts.batches(rows, lambda: next(lengths)))
-    assert [ids.shape[1] for ids, _ in pairs] == [7, 5, 9, 8]
-    assert torch.equal(torch.cat([ids for ids, _ in pairs], 1), rows[:, :-1])
-    assert torch.equal(torch.cat([following for _, following in pairs], 1), rows[:, 1:])
 
 
 def test_the_hidden_state_is_carried_and_reset():
