@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from tests import language_model as lm
 from tests.language_model import ALPHA, BETA, HIDDEN
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 X, LEAF = torch.randn(3, 4), torch.tensor(2.0, requires_grad=True)
 
@@ -29,15 +29,15 @@ def number(dtype: torch.dtype = FLOAT) -> Tensor:
     return torch.tensor(2.0, dtype=dtype, requires_grad=True)
 
 
-def passed(raw: Tensor, dropped: Tensor, scale: Any = 1.0) -> Tensor:
+def passed(raw: Tensor, dropped: Tensor, scale: Any) -> Tensor:
     return with_penalty(dropped, fused_ar_tar(raw, dropped, ALPHA, BETA), scale)
 
 
-def same(raw: Tensor, scale: Any = 1.0) -> Tensor:
+def same(raw: Tensor, scale: Any) -> Tensor:
     return passed(raw, raw, scale)
 
 
-def fused(raw: Tensor, scale: Any = 1.0) -> Tensor:
+def fused(raw: Tensor, scale: Any) -> Tensor:
     return with_penalty(*fused_dropout_ar_tar(raw, 0.4, ALPHA, BETA), scale)
 
 
@@ -111,26 +111,13 @@ def test_a_loss_with_the_norm_of_its_gradient_which_contains_the_gradient_of_the
     torch.testing.assert_close(*results)
 
 
-def test_loss_scales_and_accumulation() -> None:
-    rnn, plain, scaler = lm.gru(), lm.gru(), torch.amp.GradScaler("cpu", init_scale=8.0)  # pyright: ignore
-    optimizer, inputs = torch.optim.SGD(rnn.parameters(), 0.1), [lm.inputs(), lm.inputs()]
-    for x in inputs:
-        raw, _ = rnn(x)
-        scaler.scale(passed(raw, raw, scaler.scale(torch.tensor(0.5))).square().sum() / 2).backward()
-        raw, _ = plain(x)
-        ((raw.square().sum() + lm.formula(raw, raw, 1)) / 2).backward()
-    scaler.unscale_(optimizer)
-    torch.testing.assert_close(*([x.grad for x in module.parameters()] for module in (rnn, plain)))
-
-
 def test_the_graph_of_the_penalty_lives_as_long_as_the_view() -> None:
-    for forwards in (True, False):
-        x, kept = X.clone().requires_grad_(), (X * LEAF)
-        ref, y = weakref.ref(kept), with_penalty(x, kept.sin().sum())
-        if not forwards:
-            y.sum().backward()
-        del kept, y
-        assert ref() is None
+    kept = X * LEAF
+    ref, y = weakref.ref(kept), with_penalty(X, kept.sin().sum())
+    del kept
+    assert ref() is not None
+    del y
+    assert ref() is None
 
 
 # The states of PyTorch
@@ -141,9 +128,6 @@ REGIONS: dict[str, Callable[[Any, nn.Module, Tensor, Any], Tensor]] = {
     "all": lambda cp, rnn, x, scale: cp(lambda x: passed(*lm.run(rnn, lm.Locked(0.4), x), scale).sin(), x),
     "all, fused": lambda cp, rnn, x, scale: cp(lambda x: fused(rnn(x)[0], scale).sin(), x),
     "behind the view": lambda cp, rnn, x, scale: cp(torch.sin, passed(*lm.run(rnn, lm.Locked(0.4), x), scale)),
-    "from the dropout": lambda cp, rnn, x, scale: cp(
-        lambda raw: passed(raw, lm.Locked(0.4)(raw), scale).sin(), rnn(x)[0]
-    ),
 }
 
 
@@ -168,11 +152,8 @@ def test_activation_checkpointing(region: str, reentrant: bool, scale: Any, arou
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(
-    ("call", "scale"),
-    [(same, 0.5), (same, torch.tensor(0.5)), (fused, 1.0)],
-    ids=["number", "tensor", "fused"],
-)
+@pytest.mark.parametrize("call", [same, fused])
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
 def test_torch_compile_and_compiled_autograd(call: Any, backend: str, scale: Any) -> None:
     rnn, counter = lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True)), CompileCounterWithBackend(backend)
 
@@ -194,24 +175,6 @@ def test_torch_compile_and_compiled_autograd(call: Any, backend: str, scale: Any
     assert counter.frame_count == 1
 
 
-def test_autocast() -> None:
-    linear, x = nn.Linear(HIDDEN, HIDDEN), lm.inputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        raw = linear(x)
-        loss, want = passed(raw, raw).float().sum(), raw.float().sum() + fused_ar_tar(raw, raw, ALPHA, BETA)
-    assert raw.dtype == BF16
-    torch.testing.assert_close(*(gradients(x, linear, retain_graph=True) for x in (loss, want)), rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("kind", [nn.Parameter, Decorated])
-def test_subclasses_of_tensors(kind: Any) -> None:
-    x, leaf = X.as_subclass(Decorated) if kind is Decorated else kind(X.clone()), number()
-    y = with_penalty(x, leaf * 1, 3.0)
-    assert type(y) is (Tensor if kind is nn.Parameter else kind)
-    y.sum().backward()
-    assert leaf.grad == 3
-
-
 # Misuse
 
 
@@ -220,13 +183,9 @@ def test_subclasses_of_tensors(kind: Any) -> None:
 def test_a_change_in_place_is_an_error_of_pytorch(of: str, needs: bool) -> None:
     x = X.clone().requires_grad_(needs) * 1
     y = with_penalty(x, LEAF * 1)
-
-    def change() -> None:
-        (y if of == "view" else x).mul_(2)
-        y.sum().backward()
-
+    changed = y if of == "view" else x
     with pytest.raises(RuntimeError, match=r"is a view and .* modified inplace"):
-        change()
+        torch.autograd.backward([changed.mul_(2).sum(), y.sum()])
 
 
 ONES = torch.ones(2)
