@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,6 @@ import torch
 
 from bench import demo, timing, training
 from bench.awd_lstm import AWDLSTM, Dropouts
-from bench.study import Setting
-from bench.study_report import Study
-from tests.test_study import MADE_UP, made_up
 
 
 @pytest.fixture(autouse=True)
@@ -56,18 +52,6 @@ def test_trains_end_to_end(
     ends = f"validation perplexity after epoch 3: {regularized[-1][2]:.2f} regularized, {plain[-1][2]:.2f} not"
     assert ends in output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(("words", "quotes"), [(demo.WORDS, True), (demo.WORDS - 1, False)])
-def test_quotes_the_study_only_of_the_same_training(
-    words: int, quotes: bool, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    settings = Setting(text, demo.WORDS, epochs=3).facts()
-    monkeypatch.setattr(demo, "load", lambda _: Study(replace(run, settings=settings) for run in MADE_UP.runs))
-    runs = [made_up(pair, 1, [9.0] * 3) for pair in ((2.0, 1.0), (0.0, 0.0))]
-    demo.report_outcome(runs, demo.studied(Setting(text, words, epochs=3)))
-    output = capsys.readouterr().out
-    assert ("the difference is -1.00 ± 5.00, lower in 1 of 2 seeds" in output) == ("difference" in output) == quotes
 
 
 def test_the_hidden_state_is_carried_and_reset():

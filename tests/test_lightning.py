@@ -169,12 +169,6 @@ def test_errors_leave_the_module_as_it_was(kind: Any, options: Any, error: type[
     assert_left_alone(module)
 
 
-class Quiet(Module):
-    """Logs nothing, which would not compile."""
-
-    def log(self, *_: Any, **__: Any) -> None: ...
-
-
 class Broken(pl.Callback):
     """Fails when it is told of an error, so that Lightning does not tell the callbacks behind it."""
 
@@ -203,16 +197,6 @@ def test_a_fit_after_one_that_was_cut_off(anew: bool) -> None:
     assert_same_weights(module, written_out)
     assert_left_alone(module)
     torch.testing.assert_close(logged["ar"], torch.stack(written_out.terms).mean(0)[0])
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_a_compiled_module_that_was_fitted_without_the_penalty() -> None:
-    module, written_out = made(Quiet), made(Quiet, (0.0, 0.0))
-    for coefficients, callbacks in (((0.0, 0.0), ()), (BOTH, (callback(),))):
-        written_out.coefficients = (coefficients,)
-        fit(torch.compile(module, backend="eager"), *callbacks)
-        fit(written_out)
-        assert_same_weights(module, written_out)
 
 
 class Uneven(Module):

@@ -5,29 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-import pytest
-
-from bench import report, study, study_report, timing
+from bench import report, study, study_report
 from bench.study_report import COEFFICIENTS, Run, Study
 from tests.conftest import more
 
-SMALL = ["--words", "7000", "--epochs", "2"]
-
-
-@pytest.fixture(scope="module")
-def results(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run a study of one seed in another process."""
-    file = tmp_path_factory.mktemp("results") / "small.jsonl"
-    assert study.main(["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL]) == 0
-    return file
-
 
 @more
-def test_a_study_trains_every_setting_and_renders_it(results: Path) -> None:
+def test_a_study_trains_every_setting_and_renders_it(text: Path, tmp_path: Path) -> None:
+    results = tmp_path / "small.jsonl"
+    options = ["--seeds", "1", "--workers", "1", "--words", "7000", "--epochs", "2"]
+    assert study.main(["--text", str(text), "--results", str(results), *options]) == 0
     study_of_one = study_report.load(results)
     assert [run.coefficients for run in study_of_one.runs] == list(COEFFICIENTS)
     for run in study_of_one.runs:
@@ -37,26 +27,6 @@ def test_a_study_trains_every_setting_and_renders_it(results: Path) -> None:
     assert max(ar.ar[-1], both.ar[-1]) < plain.ar[-1], "AR keeps activations small"
     assert tar.tar[-1] < plain.tar[-1], "TAR keeps them slow"
     assert study_report.page(study_of_one, "small") == results.with_suffix(".md").read_text()
-
-
-@more
-def test_a_study_goes_on_where_it_was(
-    results: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It does so in a thread, where the first study had a process."""
-    file = tmp_path / "resumed.jsonl"
-    first, _, third, _ = results.read_text().splitlines(keepends=True)
-    file.write_text(first + third)
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
-    options = ["--text", str(text), "--results", str(file), "--seeds", "1", "--workers", "1", *SMALL]
-    with timing.threads(1):
-        study.main(options)
-    assert file.read_text().startswith(first + third)
-    resumed, at_once = (study_report.load(x).runs for x in (file, results))
-    assert [run.valid_loss for run in resumed] == [run.valid_loss for run in at_once], "a seed decides everything"
-    assert "2 trainings are in" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"other settings \(words is 7000 there, 7200 now\): name another file"):
-        study.main([*options, "--words", "7200"])
 
 
 def made_up(coefficients: tuple[float, float], seed: int, perplexities: list[float]) -> Run:
