@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
 from tests import language_model as lm
 from tests.calls import CALLS, MORE_CALLS, calls, everything, leaves, total
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 NAMES = "pair", "same", "layers", "lengths", "packed", "mask", "mask_lengths", "evaluation"
 by_call = calls(*NAMES, of=CALLS | MORE_CALLS)
@@ -60,15 +60,6 @@ def test_an_infinite_term_of_no_weight(device: str) -> None:
             got = call(raw, raw, *coefficients, return_terms=True)
             assert got.penalty == 0
             assert got.ar == got.tar == torch.inf
-
-
-@pytest.mark.parametrize("name", ["pair", "mask"])
-def test_tensors_of_inference_mode_and_subclasses(name: str, device: str) -> None:
-    xs = leaves(device=device)
-    with torch.inference_mode():
-        (alpha,) = numbers(device, 2.0)
-    beta = torch.tensor(1.0, device=device).as_subclass(Decorated)
-    assert_same(step(CALLS[name], xs, alpha, beta), step(CALLS[name], xs, 2.0, 1.0))
 
 
 @pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])

@@ -29,11 +29,6 @@ def _strict() -> None:
     warnings.simplefilter("error")
 
 
-def functions_of(masks: dict[str, Tensor]) -> Any:
-    """Return the functions of a module's arguments that return these masks."""
-    return {name: lambda *_, mask=mask: mask for name, mask in masks.items()}
-
-
 def check_own(dropout: Any, raw: Tensor, alpha: float = 3.0, beta: float = 5.0) -> None:
     """Check that a dropout uses its own coefficients, and counts all steps."""
     dropped, taken = dropout(raw), dropout.take()
@@ -84,7 +79,8 @@ def test_the_masks_of_the_regularizer(masks: Any, batch_first: bool, ar_of: Any,
     dropout = FusedRNNDropout(p or 0.0, batch_first=batch_first, ar_of=ar_of).train(p is not None)
     rnn, reg = nn.GRU(HIDDEN, HIDDEN, batch_first=batch_first), lm.regularizer()
     x = lm.inputs() if batch_first else lm.inputs().transpose(0, 1)
-    with reg.attach(rnn, dropout, **functions_of(masks)):
+    functions: Any = {name: lambda *_, mask=mask: mask for name, mask in masks.items()}
+    with reg.attach(rnn, dropout, **functions):
         raw, dropped = lm.run(rnn, dropout, x)
         assert dropout.take() is None
         squared = dropped if ar_of == "dropped" else raw
