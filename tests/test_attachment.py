@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from fastreg import FusedRNNDropout, fused_ar_tar
@@ -58,7 +58,6 @@ LAYOUTS: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[int, ...], int
     "bidirectional": (partial(LSTM, bidirectional=True, num_layers=2), {}, SHAPE, 1),
     "an LSTM, time first": (partial(LSTM, batch_first=False), {}, SHAPE, 0),
     "unbatched": (LSTM, {}, (TIME, HIDDEN), 0),
-    "a batch of one": (LSTM, {}, (1, TIME, HIDDEN), 1),
     "batch first": (lambda: LINEAR, {"batch_first": True}, SHAPE, 1),
     "time first": (lambda: LINEAR, {"batch_first": False}, SHAPE, 0),
     "one sequence, picked": (lambda: LINEAR, {"batch_first": True, "output": lambda raw: raw}, (TIME, HIDDEN), 0),
@@ -110,19 +109,14 @@ VALID = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1,
 STARTS = torch.tensor([[1, 0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]]).bool()
 
 
-@pytest.mark.parametrize("checkpoints", [False, True])
 @each_dropout
-@pytest.mark.parametrize(
-    "masks",
-    [{"valid": None, "starts": None}, {"valid": VALID.long()}, {"valid": VALID, "starts": STARTS}],
-    ids=["none", "integers", "both"],
-)
-def test_masks_come_from_the_arguments_of_the_module(masks: Any, dropout: Any, checkpoints: bool) -> None:
+@pytest.mark.parametrize("masks", [{"valid": None, "starts": None}, {"valid": VALID.long(), "starts": STARTS}])
+def test_masks_come_from_the_arguments_of_the_module(masks: Any, dropout: Any) -> None:
     module, after, reg = lm.Returning(), dropout and dropout(0.4), lm.regularizer()
     functions: Any = {name: lambda x, name=name, **masks: masks[name] for name in masks}
     reg.attach(module, after, **functions)
-    raw, after = module(lm.inputs(), **masks), after or nn.Identity()
-    dropped: Any = cp(after, raw) if checkpoints else after(raw)
+    raw = module(lm.inputs(), **masks)
+    dropped = after(raw) if after else raw
     want = dropped.mean() + fused_ar_tar(raw, dropped, ALPHA, BETA, **masks)
     lm.check_gradients(module, reg.on_backward_begin(dropped.mean()), want)
 
@@ -269,13 +263,11 @@ REGIONS: dict[str, Callable[[Attached, Tensor], Any]] = {
     "the RNN and the dropout": lambda m, x: m.end(*cp(m.begin, x)),
     "the dropout": lambda m, x: (raw := (result := m.rnn(x))[0], m.end(raw, cp(m.dropout, raw), result[1]))[1],
     "the dropout and more": lambda m, x: cp(lambda raw, state: m.end(raw, m.dropout(raw), state), *m.rnn(x)),
-    "a region in a region": lambda m, x: cp(lambda y: cp(m, y), x),
 }
 
 
-def checkpointed(region: str, early_stop: bool, m: Attached, x: Tensor) -> Any:
-    with set_checkpoint_early_stop(early_stop):
-        run = REGIONS[region](m, x)
+def checkpointed(region: str, m: Attached, x: Tensor) -> Any:
+    run = REGIONS[region](m, x)
     loss = run.loss + run.hidden.sum()
     torch.autograd.grad(loss, [*m.rnn.parameters()], retain_graph=True)  # recomputes, while the run waits
     with torch.no_grad():  # which is no reentrant checkpoint
@@ -304,8 +296,7 @@ COUNTED: dict[str, Callable[[Attached, Tensor], Any]] = {
     "frozen behind a layer": lambda m, x: ((a := freeze(m)(m.head(x))).loss + (b := m(x)).loss, [a, b]),
     "after a frozen run that no loss took": lambda m, x: (freeze(m)(x), last_of_two(freeze(m, False), x))[1],
     **dict.fromkeys(within, lambda m, x: ((a := m(x)).loss.float(), [a])),
-    **{f"{x} checkpointed": partial(checkpointed, x, True) for x in REGIONS},
-    **{f"{x} checkpointed, to its end": partial(checkpointed, x, False) for x in REGIONS},
+    **{f"{x} checkpointed": partial(checkpointed, x) for x in REGIONS},
 }
 
 
@@ -324,7 +315,6 @@ def test_the_runs_that_count(step: str, kind: Any, dropout: Any) -> None:
 # Another module beside the model, and whether its run counts
 BESIDE: dict[str, tuple[Callable[[nn.GRU, Tensor], Any], bool]] = {
     "a run": (lambda rnn, x: rnn(x)[0], True),
-    "another dtype": (lambda rnn, x: rnn.double()(x.double())[0], True),
     "frozen": (lambda rnn, x: rnn.requires_grad_(False)(x)[0], True),
     "a run that the loss does not depend on": (lambda rnn, x: rnn(x)[0].detach(), False),
     "no run": (lambda rnn, x: x, False),
@@ -350,13 +340,6 @@ def test_every_attached_module_counts_and_one_that_was_never_called_is_warned_of
     lm.check_gradients(model, total, want)
     again = model(x)
     lm.check_gradients(model.rnn, model.reg.on_backward_begin(again.loss), penalized(again.loss, again))
-
-
-def test_a_layer_behind_a_frozen_module_may_be_the_dropout() -> None:
-    rnn, reg = lm.attach_gru(layer := nn.Linear(HIDDEN, HIDDEN))
-    raw, _ = rnn.requires_grad_(False)(lm.inputs())
-    dropped = layer(input=raw)
-    lm.check_gradients(layer, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
 
 
 @each_dropout
@@ -386,11 +369,9 @@ class First(nn.Module):
         return result[0]
 
 
-def wrapped(outer: str, drops: bool, m: Attached, x: Tensor) -> Tensor:
-    """Attach a wrapper of the RNN, which may contain the dropout, too, and run it and a dropout."""
-    after: Any = {"none": None, "another": nn.Dropout(0.4), "the same": m.dropout}[outer]
-    wrapper = nn.Sequential(m.rnn, First(), *[m.dropout] * drops)
-    m.handle = m.reg.attach(wrapper, after)
+def wrapped(after: Any, m: Attached, x: Tensor) -> Tensor:
+    """Attach a wrapper of the RNN, and run it and a dropout."""
+    m.handle = m.reg.attach(wrapper := nn.Sequential(m.rnn, First()), after)
     return (after or m.dropout)(wrapper(x)).sum()
 
 
@@ -408,12 +389,6 @@ def around(m: Attached, x: Tensor) -> Tensor:
 
 def reentrant(m: Attached, x: Tensor) -> Tensor:
     return checkpoint(lambda y: m(y).loss, x.clone().requires_grad_(), use_reentrant=True)  # pyright: ignore
-
-
-def reentrant_beside(hooks: Any, m: Attached, x: Tensor) -> Tensor:
-    """Run a region whose backward raises the error, as the loss depends on another run, too."""
-    with hooks():
-        return reentrant(m, x) + m(x).loss
 
 
 def dual(m: Attached, x: Tensor) -> Tensor:
@@ -441,18 +416,14 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
     "none of raw": (lambda m, x: m.head(m.dropout(no_grad(m.rnn)(x)[0])).sum(), LOST, ALL),
     "none of dropped": (lambda m, x: m.head(no_grad(m.dropout)(m.rnn(x)[0])).sum(), LOST, WITH),
     "a reentrant checkpoint": (reentrant, LOST, ALL),
-    "a reentrant checkpoint and another run": (partial(reentrant_beside, nullcontext), LATE, ALL),
-    "both under hooks": (partial(reentrant_beside, torch.autograd.graph.save_on_cpu), LATE, ALL),
+    "a reentrant checkpoint and another run": (lambda m, x: reentrant(m, x) + m(x).loss, LATE, ALL),
     "a transform": (lambda m, x: torch.func.grad(lambda y: m(y).loss)(x).sum(), TRANSFORM, ALL),
     "forward-mode AD": (dual, TRANSFORM, ALL),
     "a trace": (lambda m, x: torch.jit.trace(m, x, check_trace=False), TRANSFORM, ALL),
     "the model around": (around, INSIDE, ALL),
     "the model as a dropout": (as_a_dropout, "of the Linear is regularized already", ALL),
-    **{
-        f"a wrapper, and dropout {outer}{', inside, too' * drops}": (partial(wrapped, outer, drops), INSIDE, ALL)
-        for outer in ("none", "another", "the same")
-        for drops in (False, True)
-    },
+    "a wrapper": (partial(wrapped, None), INSIDE, ALL),
+    "a wrapper, and another dropout": (partial(wrapped, nn.Dropout(0.4)), INSIDE, ALL),
     "a step a run": (lambda m, x: sum(m(y).loss for y in x.split(1, 1)), r"LSTM ran 7 times over one .*stack", ALL),
     "a packed step a run": (
         lambda m, x: sum(m.rnn(packed(y, 1, 1, 1))[0].data.sum() for y in x.split(1, 1)),
@@ -540,13 +511,8 @@ def test_coefficients_are_those_of_the_forward(before: Any, change: Any, fits: b
             model.reg.on_backward_begin(run.loss)
         run = model(lm.inputs())
     total, options = model.reg.on_backward_begin(run.loss), {name: float(getattr(model.reg, name))}
-    want = run.loss + lm.formula(run.raw, run.dropped, 1, **options)
     setattr(model.reg, name, 5.0)  # too late for this loss
-    lm.check_gradients(model, total, want)
-    if isinstance(before, Tensor) and fits:
-        before.mul_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # by autograd
-            total.backward()
+    lm.check_gradients(model, total, run.loss + lm.formula(run.raw, run.dropped, 1, **options))
 
 
 # Gradients
@@ -580,7 +546,7 @@ def no_collections() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_collections")
 @each_dropout
-@pytest.mark.parametrize("end", ["dropped", "raw only", "taken", "error", "frozen"])
+@pytest.mark.parametrize("end", ["dropped", "raw only", "taken", "frozen"])
 def test_the_graph_of_a_run_goes_with_its_outputs(end: str, dropout: Any) -> None:
     model, x, probe = Attached(nn.LSTM, dropout), lm.inputs().requires_grad_() * 1, torch.empty(0)
     x.grad_fn.metadata["probe"], alive = probe, weakref.ref(probe)  # pyright: ignore
@@ -590,9 +556,6 @@ def test_the_graph_of_a_run_goes_with_its_outputs(end: str, dropout: Any) -> Non
         run = model(x.detach() if end == "frozen" else x)
         if end == "taken":
             model.reg.take(run.loss)
-        elif end == "error":
-            with pytest.raises(ValueError, match="loss: expected one element"):
-                model.reg.take(run.dropped)
         del run
     del x, probe
     assert alive() is None
@@ -697,9 +660,6 @@ def test_a_hook_of_another_may_remove_the_handle(register: str, where: str, drop
 @each_dropout
 def test_handles(dropout: Any) -> None:
     model, x = Attached(nn.LSTM, dropout), lm.inputs()
-    for duplicate in (copy.deepcopy, pickled):
-        duplicate(model.handle).remove()
-    assert lm.hooks_of(model) == (1 if dropout is None else 2)
     with model.handle:
         model(x)
     model.handle.remove()  # twice is once
@@ -728,7 +688,7 @@ def test_a_module_has_one_regularizer_with_which_its_hooks_go(dropout: Any) -> N
         assert "forward" not in vars(module)
     model.reg.attach(model.rnn)
     handle.remove()  # is nothing by now
-    lm.check_gradients(model.rnn, lm.penalty_of(model.reg, raw := model.rnn(lm.inputs())[0]), lm.formula(raw, raw, 1))
+    assert lm.hooks_of(model) == 1
 
 
 def test_a_forward_that_a_wrapper_has_made_an_attribute_stays() -> None:
@@ -777,7 +737,6 @@ def test_copies_keep_the_hooks_of_others_and_attach_again(duplicate: Callable[[A
     with torch.no_grad():
         twin.weight_ih_l0.zero_()
     torch.testing.assert_close(twin(x), doubled(twin, (), twin.forward(x)))
-    torch.testing.assert_close(pickled(twin)(x), twin(x), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="nothing was captured"):
         lm.penalty_of(reg, twin(x)[0])
     assert lm.hooks_of(twin) == 0
@@ -803,12 +762,7 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "cell": (nn.LSTMCell(1, 1), {}, TypeError, "module: expected a module that runs .*LSTMCell, .*stack its outputs"),
     "list": (nn.ModuleList([GRU]), {}, TypeError, "module: expected a module that is called itself, got ModuleList"),
     "script": (torch.jit.script(LINEAR), {}, TypeError, "module: expected .* takes hooks, got a ScriptModule"),
-    "compiled": (
-        torch.compile(GRU),
-        {},
-        RuntimeError,
-        r"module: .*compiled already; attach\(\) it before",
-    ),
+    "compiled": (torch.compile(GRU), {}, RuntimeError, "module: .*compiled already; attach.* it before"),
     "dropout": (GRU, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),
     "compiled dropout": (GRU, {"dropout": COMPILED}, RuntimeError, "dropout: .*compiled already"),
     "derived": (GRU, {"dropout": Derived()}, TypeError, "dropout: expected the forward of FusedRNNDropout.* Derived"),
@@ -841,9 +795,7 @@ GIVEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "give a step": ({"give": lambda raw: raw[:, 0]}, ValueError, r"from the Returning, got \(3, 6\)\. If this is one"),
     "output": ({"output": str}, TypeError, "output: .* callable to pick a tensor .* got str"),
     "valid": ({"valid": lambda x: 1}, TypeError, "valid: expected the callable .* None, got int"),
-    "starts": ({"starts": lambda x: [0]}, TypeError, "starts: expected the callable .*, got list"),
     "valid that raises": ({"valid": lambda: 1}, RuntimeError, f"valid: {RAISED} TypeError"),
-    "starts that raises": ({"starts": lambda x: 1 / 0}, RuntimeError, f"starts: {RAISED} ZeroDivisionError"),
     "the shape of valid": ({"valid": lambda x: VALID.t()}, ValueError, "valid: expected"),
     "time_dim": ({"time_dim": 4}, ValueError, r"time_dim: expected an axis of raw, .*, from -3 to 2, got 4"),
     "dropout": ({"dropout": lm.gru()}, TypeError, "dropout: expected .* the attached GRU, got tuple"),
