@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,12 +11,6 @@ import torch
 
 from bench import demo, timing, training
 from bench.awd_lstm import AWDLSTM, Dropouts
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with timing.threads(1):
-        yield
 
 
 def tables(output: str) -> dict[tuple[float, float], list[list[float]]]:
@@ -36,7 +29,8 @@ def test_trains_end_to_end(
     monkeypatch.setattr(training, "LEARNING_RATE", 0.01)  # there are few steps to learn in
     monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # where the demo has processes
     files = ["--text", str(text), "--plot", str(tmp_path / "plot.png")]
-    demo.main([*files, "--device", "cpu", "--epochs", "3", "--alpha", "2", "--beta", "1"])
+    with timing.threads(1):
+        demo.main([*files, "--device", "cpu", "--epochs", "3", "--alpha", "2", "--beta", "1"])
     output = capsys.readouterr().out
     found = tables(output)
     regularized, plain = found[2, 1], found[0, 0]

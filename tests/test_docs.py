@@ -22,9 +22,6 @@ from tests.test_fastai1 import environment_with
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"])
-
-
-ADAPTERS = ["fastai", "lightning", "transformers"]
 V1 = "fastai1"  # It runs in another process, because its package has the name of fastai.
 
 
@@ -97,7 +94,7 @@ def check_examples(module: str, setup: Callable[[], dict[str, Any]]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize("framework", [None, *ADAPTERS])
+@pytest.mark.parametrize("framework", [None, "fastai", "lightning", "transformers"])
 def test_examples_of_docstrings_run(framework: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if framework is None:

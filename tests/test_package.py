@@ -30,9 +30,6 @@ def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> 
         assert fastreg.__version__ == first, file
 
 
-BUILT = shutil.ignore_patterns("__pycache__", "*.so", "build")
-
-
 def python(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a folder, which it imports from first, and then from `PYTHONPATH`."""
     return subprocess.run(
@@ -45,13 +42,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy the source tree without its libraries."""
     folder = tmp_path_factory.mktemp("tree") / "clone"
     folder.mkdir()
+    built = shutil.ignore_patterns("__pycache__", "*.so", "build")
     for name in ("fastreg", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=BUILT)
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=built)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     setup = folder / "setup.py"
-    # one library, for all processors
-    for slow, fast in ('"-O3"', '"-O0"'), ("for level in (3, 4)", "for level in ()"):
+    for slow, fast in ('"-O3"', '"-O0"'), ("for level in (3, 4)", "for level in ()"):  # one library, for all processors
         assert setup.read_text().count(slow) == 1
         setup.write_text(setup.read_text().replace(slow, fast))
     return folder
