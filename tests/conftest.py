@@ -190,35 +190,8 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
-def past_32_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give a device. The interpreter takes too long for such sizes, and runs only the last two items of a backward."""
-    if request.param == "cuda":
-        return request.param
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    from fastreg.kernels import ar_tar
-
-    kernel = ar_tar.ar_tar_kernel
-
-    def launch(*arguments: Any, **constants: Any) -> None:
-        items = arguments[kernel.arg_names.index("items")]
-
-        def place(x: int, *_: int) -> None:
-            builder.grid_dim, builder.grid_idx = (items, 1, 1), (items - 2 + x, 0, 0)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(builder, "set_grid_idx", place)
-            kernel[(2,)](*arguments, **constants)
-
-    class LastItems:
-        arg_names = kernel.arg_names
-
-        def __getitem__(self, _: object) -> Any:
-            return launch
-
-    monkeypatch.setattr(ar_tar, "ar_tar_kernel", LastItems())
-    monkeypatch.setattr(ar_tar.Forward, "__call__", lambda *_: ar_tar.Sums(torch.zeros(()), None, None))
+@pytest.fixture(params=[pytest.param("cuda", marks=gpu)])
+def past_32_bits(request: pytest.FixtureRequest) -> str:
     return request.param
 
 

@@ -110,14 +110,6 @@ def test_infinity_and_nan_spread_as_in_the_formula(where: str, dtype: torch.dtyp
         assert x.isnan().equal(y.isnan())
 
 
-def test_one_time_step_of_any_values_has_no_changes(device: str) -> None:
-    raw = torch.full((2, 1, 8), torch.inf, device=device, requires_grad=True)
-    got = fused_ar_tar(raw, None, 0.0, 1.0)
-    assert got == 0
-    got.backward()
-    assert torch.equal(raw.grad, torch.zeros_like(raw))  # pyright: ignore[reportArgumentType]
-
-
 @pytest.mark.parametrize("dtype", [HALF, BF16])
 def test_half_precision_differences_do_not_overflow(dtype: torch.dtype, device: str) -> None:
     raw = torch.tensor([4e4, -4e4], dtype=dtype, device=device).repeat(4).reshape(1, 8, 1)
@@ -178,6 +170,8 @@ def test_the_forward_allocates_only_the_gradients_that_are_needed(mode: Any, nee
             allocated, penalty = memory_of(forward, device)
             assert len(xs) * raw.nbytes <= allocated < (len(xs) + 0.5) * raw.nbytes
             assert memory_of(functools.partial(backward, penalty, grad), device)[0] < 0.5 * raw.nbytes
+        with torch.no_grad():
+            assert memory_of(forward, device)[0] < 0.5 * raw.nbytes
         with profile(activities=[ProfilerActivity.CPU], acc_events=True, record_shapes=True) as record:
             backward(forward(), grad)
     if not by_triton("cpu"):  # an interpreted launch makes its ticket
