@@ -21,7 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import CALLS, Call, calls, everything, flat, from_seed, leaves, mask_for, total
+from tests.calls import CALLS, Call, Nothing, calls, everything, flat, from_seed, leaves, mask_for, total
 from tests.conftest import more, skip_on_formula, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
@@ -298,3 +298,14 @@ class TestModes:
                 got = flat(from_seed(call, leaves()))
                 assert not any(x.requires_grad for x in got)
             assert_close(got, want, rtol=0, atol=0)
+
+    def test_a_dispatch_mode_sees_the_operators_of_the_formula(self) -> None:
+        class Recorded(Nothing):
+            def __torch_dispatch__(self, function: Any, *rest: Any) -> Any:
+                seen.append(function)
+                return super().__torch_dispatch__(function, *rest)
+
+        seen: list[Any] = []
+        with Recorded():
+            fused_ar_tar(*leaves(), 2.0, 1.0)
+        assert torch.ops.aten.sub.Tensor in seen
