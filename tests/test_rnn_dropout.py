@@ -101,10 +101,11 @@ def test_a_mask_that_the_dropout_is_called_with_takes_precedence(by_position: bo
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("dynamo")
-def test_torch_compile_compiles_no_number_of_a_schedule() -> None:
+@pytest.mark.parametrize("ar_of", ["dropped", "raw"])
+def test_torch_compile_compiles_no_number_of_a_schedule(ar_of: Any) -> None:
     warnings.simplefilter("default")  # the compiler's own
     counter = CompileCounterWithBackend("aot_eager")
-    rnn, dropout = lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True)).double(), FusedRNNDropout(0.4)
+    rnn, dropout = lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True)).double(), FusedRNNDropout(0.4, ar_of=ar_of)
     run, reg = torch.compile(lambda x: lm.run(rnn, dropout, x)[1].sin(), backend=counter), lm.regularizer()
     handle, compilations = reg.attach(rnn, dropout), []
     for step in range(6):
@@ -116,7 +117,8 @@ def test_torch_compile_compiles_no_number_of_a_schedule() -> None:
         torch.manual_seed(step)
         raw, _ = type(rnn).forward(rnn, x)
         dropped = lm.Locked(0.4)(raw)
-        lm.check_gradients(rnn, got, dropped.sin().sum() + lm.formula(raw, dropped, 1, reg.alpha))
+        squared = raw if ar_of == "raw" else dropped
+        lm.check_gradients(rnn, got, dropped.sin().sum() + lm.formula(raw, squared, 1, reg.alpha))
         assert dropout.take() is None
     assert compilations[1:] == compilations[1:2] * 5
     handle.remove()
