@@ -141,8 +141,6 @@ def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
     torch.testing.assert_close(taken, fused_ar_tar(raw, dropped, ALPHA, BETA, return_terms=True, **layout, **masks))
     assert dropout(raw) is raw  # by its own p
     torch.testing.assert_close(dropout.take().penalty, lm.formula(raw, raw, axis))  # pyright: ignore
-    with pytest.raises(ValueError, match="p: expected a probability from 0 to below 1, got 1"):
-        dropout(raw, 1.0)
     dropout(raw, 0.25)
     assert dropout.eval()(raw, 0.25, **masks) is raw
     assert dropout.take() is None
