@@ -7,6 +7,7 @@ import inspect
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -42,12 +43,12 @@ NEEDS = {
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
+LEFT_OUT: Counter[str] = Counter()  # counts the cases that cannot run here by their need
 
 
 def pytest_report_header() -> str:
     path = "the plain formula" if CPU is None else CPU.name
-    missing = ", ".join(need for met, need in NEEDS.values() if not met)
-    return f"fastreg: CPU tensors take {path}; cases are left out that need {missing}"
+    return f"fastreg: CPU tensors take {path}; GPU: {'yes' if torch.cuda.is_available() else 'none'}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,15 +57,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases that cannot run here, and those that the sample has not drawn."""
-    missing = [mark for mark, (met, _) in NEEDS.items() if not met]
+    """Leave out the cases that cannot run here, which are counted, and those that the sample has not drawn."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if not any(map(item.get_closest_marker, missing)):
+        needs = [need for mark, (met, need) in NEEDS.items() if not met and item.get_closest_marker(mark)]
+        LEFT_OUT.update(needs[:1])
+        if not needs:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = {item for of_test in cases.values() for item in of_test[:: config.getoption("sample")]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+    getattr(config, "workeroutput", {})["left_out"] = dict(LEFT_OUT)  # pytest-xdist sends it to the first process
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over the counts of a process of pytest-xdist, which are those of all its processes."""
+    LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}) if not LEFT_OUT else {})
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if LEFT_OUT:
+        terminalreporter.write_line("; ".join(f"{count:,} cases need {need}" for need, count in LEFT_OUT.items()))
 
 
 @cache

@@ -54,6 +54,11 @@ MOST_SPILLED = 0 if Version("3.9") <= RELEASE else 16
 # In bfloat16 on sm_80 and sm_86 code within 128 registers spills so many bytes, and four programs fit a multiprocessor;
 # without a spill it takes up to 165 registers, and three fit.
 SPILLED_BY_128 = 8
+# Registers on sm_90 decide how many programs a multiprocessor holds: for sum and write of all steps, and with marks;
+# and for the forward of dropout, and with marks.
+REGISTERS = {FLOAT: (80, 91, 64, 72), BF16: (96, 111, 64, 72)}
+if Version("3.9") > RELEASE:
+    REGISTERS = {FLOAT: (94, 96, 64, 80), BF16: (128, 144, 96, 96)}
 # Where loads are narrow, values that are read once a launch, on sm_80.
 MOST_SPILLED_NARROW = 24 if Version("3.7") <= RELEASE else 56
 LENGTHS = (2, 3, 7, 15, 16, 17, 32, 33, 64, 70, 100)  # Triton compiles anew for 1 and for multiples of 16, unless told
@@ -169,6 +174,16 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str, tm
         fused_ar_tar(raw, raw if kind == "one" else dropped, 2.0, 1.0)
         (forward,) = compiled(False, GRAD_TAR=False)
         assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS, 0)  # no row behind the run
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    train(dtype)
+    train(dtype, kind="marked")
+    binaries = [*next(trained(masked=False)), *next(trained(masked=True))]
+    found = [int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0]) for binary in binaries]
+    assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
 
 
 @more
