@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -175,6 +177,18 @@ def call(speed: float, allocator: str = machine.KEPT, shape: Any = (2, 3, 4), **
     return [{"group": group, "extra_info": infos[x], "stats": {"data": data}} for x, data in rounds.items()]
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_measurement_records_the_peers_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = ValueError("broken\nindeed"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    peers = {name: Mock(side_effect=x) for name, x in zip(("broken", "full"), errors, strict=True)}
+    monkeypatch.setattr(cases.PenaltyCase, "peers", lambda case: peers)
+    measured, failed = benchmarks.measure(cases.PenaltyCase((2, 3, 4), torch.float32), math.inf)
+    assert not measured
+    assert failed == {"broken": "ValueError: broken", "full": "does not fit in the device's memory"}
+    result = report.Result("", "", {}, {}, "", {"first": {"eager": "why"}, "second": dict.fromkeys("ab", "why")}, [])
+    assert "Not measured (why): first (eager), second." in report.caveats(result)
+
+
 def result_of(folder: Path, recorded: Any, device: str = "A CPU, 2 cores", **facts: Any) -> report.Result:
     """Write the result of a machine, and load it."""
     info = {"device": device, "torch": "1", "triton": "2", "python_version": "3", "threads": 2, "source": "s"}
@@ -202,6 +216,14 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "not measured yet" not in text, "there is a CPU, which the page links"
     for told in ("(../bench/results/a-cpu-2-cores.md)", "a copy moves 3.00 TB/s", "| 0.5x | 4.0x | 100% | 1 |"):
         assert told in text
+
+
+def test_a_report_of_a_cpu_leads_with_memory_kept(tmp_path: Path) -> None:
+    result = result_of(tmp_path, call(8.0, machine.DEFAULT) + call(4.0) + call(0.8, shape=(3, 3, 4)))
+    speeds = "0.5 times as fast as the compiled formula and 1.8 times as fast as the eager one in float32"
+    for part in (report.headline([result]), report.figures([result])):
+        assert f"A call of `fused_ar_tar` is {speeds} (geometric means).\n" in part
+        assert "8.0" not in part
 
 
 def test_what_is_added_to_a_step_is_a_median_of_pairs(tmp_path: Path) -> None:

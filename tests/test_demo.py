@@ -11,6 +11,7 @@ import torch
 
 from bench import demo, timing, training
 from bench.awd_lstm import AWDLSTM, Dropouts
+from bench.corpus import batches
 
 
 def tables(output: str) -> dict[tuple[float, float], list[list[float]]]:
@@ -46,6 +47,13 @@ def test_trains_end_to_end(
     ends = f"validation perplexity after epoch 3: {regularized[-1][2]:.2f} regularized, {plain[-1][2]:.2f} not"
     assert ends in output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_cover_the_text_in_order():
+    rows, lengths = torch.arange(2 * 30).view(2, 30), iter([7, 5, 9, 20])
+    pairs = list(batches(rows, lambda: next(lengths)))
+    assert torch.equal(torch.cat([ids for ids, _ in pairs], 1), rows[:, :-1])
+    assert torch.equal(torch.cat([following for _, following in pairs], 1), rows[:, 1:])
 
 
 def test_the_hidden_state_is_carried_and_reset():

@@ -8,6 +8,8 @@ import math
 from itertools import product
 from pathlib import Path
 
+import pytest
+
 from bench import report, study, study_report
 from bench.study_report import COEFFICIENTS, Run, Study
 from tests.conftest import more
@@ -27,6 +29,13 @@ def test_a_study_trains_every_setting_and_renders_it(text: Path, tmp_path: Path)
     assert max(ar.ar[-1], both.ar[-1]) < plain.ar[-1], "AR keeps activations small"
     assert tar.tar[-1] < plain.tar[-1], "TAR keeps them slow"
     assert study_report.page(study_of_one, "small") == results.with_suffix(".md").read_text()
+    first, _, third, _ = results.read_text().splitlines(keepends=True)
+    results.write_text(first + third)
+    study.main(["--text", str(text), "--results", str(results), *options])  # goes on
+    assert results.read_text().startswith(first + third)
+    assert [run.valid_loss for run in study_report.load(results).runs] == [run.valid_loss for run in study_of_one.runs]
+    with pytest.raises(ValueError, match=r"other settings \(epochs is 2 there, 3 now\): name another file"):
+        study.main(["--text", str(text), "--results", str(results), *options[:-1], "3"])
 
 
 def made_up(coefficients: tuple[float, float], seed: int, perplexities: list[float]) -> Run:

@@ -269,6 +269,11 @@ def test_subclasses_of_trainer_on_either_side() -> None:
     assert_different(fit(LanguageModel, arguments(), OwnLoss), written_out)
 
 
+def test_models_that_the_trainer_makes() -> None:
+    making: dict[str, Any] = {"model": None, "model_init": lambda: lm.seeded(mamba)}
+    assert_different(fit(mamba, arguments(), **making), fit(mamba, arguments(), transformers.Trainer, **making))
+
+
 @pytest.mark.parametrize("valid", [labelled, None])
 @lm.either
 def test_dropout(valid: Any) -> None:
