@@ -247,7 +247,7 @@ class RNNRegularizer:
         raise RuntimeError(f"on_backward_begin: nothing was captured: {why}")
 
     def _note(self, gradient: Tensor | None) -> None:
-        """Note that a penalty got a gradient. If no loss uses the penalty of a fused dropout, its gradient is `None`."""
+        """Note that a penalty has got a gradient; an unused penalty of a fused dropout gets `None` instead."""
         if gradient is not None:
             self._first = False
 
