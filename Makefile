@@ -96,6 +96,7 @@ test-ptx-oldest: .venv-oldest/test
 mutants: .venv/test
 	@echo "== mutants: a copy of the code with one wrong line at a time; a test must fail on each (takes minutes)"
 	.venv/bin/python -m tests.mutants $(ARGS)
+	TRITON_INTERPRET=1 .venv/bin/python -m tests.mutants $(ARGS)
 
 test-oldest: .venv-oldest/test
 	@echo "== tests that a release may break, with the oldest supported releases (make test-ptx runs their kernels)"

@@ -204,11 +204,6 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=[pytest.param("cuda", marks=gpu)])
-def past_32_bits(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture(params=[nn.Dropout, FusedRNNDropout])
 def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the language models a plain dropout, and a dropout that computes the penalty."""
