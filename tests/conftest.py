@@ -6,6 +6,7 @@ import gc
 import inspect
 import os
 import random
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from fastreg.backends import TRITON, backend_for
 from fastreg.plans import forget
 from tests.language_model import Model
 
+ROOT = Path(__file__).resolve().parent.parent
 collect_ignore = [] if find_spec("triton") else ["ptx"]  # runs code that Triton compiles
 CPU = backend_for(torch.device("cpu"))
 KERNELS_ON_CPU = CPU is not None and CPU is TRITON
@@ -104,6 +106,16 @@ def pytest_configure() -> None:
             nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
     except RuntimeError:
         torch.backends.mkldnn.set_flags(_enabled=False)
+
+
+def python(
+    *arguments: str, folder: Path = ROOT, fails: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder, which it imports from first, and then from `PYTHONPATH`; check whether it fails."""
+    command, env = [sys.executable, *arguments], os.environ | environment
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert (done.returncode != 0) == fails, (done.stdout + done.stderr)[-5000:]
+    return done
 
 
 def skip_without(*packages: str) -> None:

@@ -19,13 +19,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tests.conftest import gpu, more, skip_without
+from tests.conftest import ROOT, gpu, more, skip_without
 
 skip_without("pytest_benchmark", "matplotlib")
 
 from bench import benchmarks, cases, host, machine, nets, offline, report, run, steps, timing  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:

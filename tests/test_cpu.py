@@ -5,10 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 from ast import literal_eval
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from ctypes import string_at
 from functools import cache
 from itertools import product
@@ -19,26 +18,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.timing import threads
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.backends import CPP
 from fastreg.kernels import cpu
-from tests.conftest import CPU, memory_of
+from tests.conftest import CPU, ROOT, memory_of, python
 from tests.exact import spoil
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, transposed
 
 pytestmark = pytest.mark.skipif(
     CPU is not CPP or CPP is None, reason="the C++ kernels do not take the CPU tensors here"
 )
-ROOT = Path(__file__).parent.parent
 ALPHA, BETA = 2.0, 3.0
-Layout = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -73,19 +64,10 @@ def checksums() -> list[list[int]]:
     return found
 
 
-def run(code: str, folder: Path = ROOT, **environment: str) -> str:
-    """Run Python code in another process; return its output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=os.environ | environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_all_levels_of_processors_give_the_same_bits(capability: str) -> None:
     code = "from tests.test_cpu import checksums; print(checksums())"
-    assert literal_eval(run(code, ATEN_CPU_CAPABILITY=capability)) == checksums()
+    assert literal_eval(python("-c", code, ATEN_CPU_CAPABILITY=capability).stdout) == checksums()
 
 
 @pytest.mark.parametrize(
@@ -112,9 +94,8 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "fastreg", tmp_path / "fastreg")
     with (tmp_path / "fastreg/kernels/cpu.cpp").open("a") as file:
         file.write("// changed\n")
-    assert "was built from another version of the source" in run(
-        "import fastreg.__main__ as main; main.main()", tmp_path, PYTHONPATH=str(tmp_path)
-    )
+    done = python("-c", "import fastreg.__main__ as main; main.main()", folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "was built from another version of the source" in done.stdout
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
@@ -166,7 +147,7 @@ assert len({path for path in paths if "omp" in path.rpartition("/")[2]}) == 1, p
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_runtime() -> None:
-    run(IN_A_PROCESS)
+    python("-c", IN_A_PROCESS)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
@@ -182,25 +163,25 @@ def test_error_of_a_sum_of_16_million_elements(dtype: torch.dtype, kind: str) ->
 
 @pytest.mark.parametrize("lengths", [None, torch.arange(40) * 5 % 91], ids=["whole", "lengths"])
 @pytest.mark.parametrize("layout", [contiguous, transposed], ids=lambda f: f.__name__)
-def test_the_same_bits_for_any_number_of_threads(layout: Layout, lengths: Tensor | None) -> None:
+def test_the_same_bits_for_any_number_of_threads(layout: Callable[[Tensor], Tensor], lengths: Tensor | None) -> None:
     raw, dropped = (layout(values((40, 90, 130), d)).requires_grad_() for d in (FLOAT, BF16))
     got: list[list[Tensor]] = []
     for number in (1, 2, 3, 8, 2):
-        torch.set_num_threads(number)
-        got.append(step(raw, dropped, lengths))
+        with threads(number):
+            got.append(step(raw, dropped, lengths))
         assert all(x.equal(y) for x, y in zip(got[0], got[-1], strict=True))
 
 
 def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
-    torch.set_num_threads(2)
     raw, dropped = (values((64, 70, 100), FLOAT) for _ in range(2))
-    want = fused_ar_tar(raw, dropped, ALPHA, BETA)
 
     def in_a_fork() -> None:
         os._exit(0 if fused_ar_tar(raw, dropped, ALPHA, BETA).equal(want) else 1)
 
     child = multiprocessing.get_context("fork").Process(target=in_a_fork)
-    child.start()
+    with threads(2):
+        want = fused_ar_tar(raw, dropped, ALPHA, BETA)
+        child.start()
     child.join(60)
     status = child.exitcode
     child.kill()

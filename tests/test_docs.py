@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import doctest
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,11 +14,10 @@ import pytest
 import torch
 
 from fastreg import fused_ar_tar
-from tests.conftest import more, skip_without
+from tests.conftest import ROOT, more, python, skip_without
 from tests.language_model import BATCH, HIDDEN, TIME
 from tests.test_fastai1 import environment_with
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"])
 V1 = "fastai1"  # It runs in another process, because its package has the name of fastai.
 
@@ -68,11 +65,6 @@ def test_a_snippet_runs_alone(page: Path, snippet: str, tmp_path: Path, monkeypa
     run(snippet, page)
 
 
-def public_names(module: str) -> list[str]:
-    """Return the names of a module that docs/api.md documents."""
-    return re.findall(rf"^::: {re.escape(module)}\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
-
-
 class Checker(doctest.OutputChecker):
     """Accept any output where an example shows none: the progress of a fit, a learner that is returned."""
 
@@ -81,8 +73,9 @@ class Checker(doctest.OutputChecker):
 
 
 def check_examples(module: str, setup: Callable[[], dict[str, Any]]) -> None:
-    """Run the docstring of each public name of a module, with names that it may use in addition to the module's."""
-    owner, names = import_module(module), public_names(module)
+    """Run the docstring of each name in docs/api.md, with names that it may use in addition to the module's."""
+    api, owner = (ROOT / "docs" / "api.md").read_text(), import_module(module)
+    names = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", api, re.MULTILINE)
     assert names
     assert set(names) == set(getattr(owner, "__all__", names))
     for name in names:
@@ -117,9 +110,7 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
         + "".join(f"exec({snippet!r}, {{'__name__': '__main__'}})\n" for snippet in code)
         + "check_examples('fastreg.fastai1', lambda: {'learn1': learner()})\n"
     )
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    python("-c", program, folder=tmp_path, **environment)
 
 
 def test_the_readme_replaces_the_formula_by_its_equal() -> None:

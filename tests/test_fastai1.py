@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import more
+from tests.conftest import ROOT, more, python
 
-ROOT = Path(__file__).parent.parent
 INSTALLED = Path(sys.prefix, "fastai1")
 
 
 def environment_with(release: str, home: Path) -> dict[str, str]:
-    """Return the environment of a process that imports this release of fastai, or skip the test."""
+    """Return the variables of a process that imports this release of fastai, or skip the test."""
     if not (INSTALLED / release).is_dir():
         pytest.skip(f"fastai {release} is not installed in {INSTALLED}: run tests/frameworks.sh")
     path = os.pathsep.join([str(INSTALLED / release), str(ROOT)])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(home)}
+    return {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(home)}
 
 
 @pytest.mark.parametrize("release", ["1.0.61", *(pytest.param(old, marks=more) for old in ("1.0.42", "1.0.36"))])
 def test_release(release: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider"]
-    command, env = [*command, "tests/fastai1_train.py"], environment_with(release, tmp_path)
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-5000:]
+    quiet = ["-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider"]
+    python("-m", "pytest", *quiet, "tests/fastai1_train.py", **environment_with(release, tmp_path))

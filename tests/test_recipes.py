@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastreg import fused_ar_tar
-from tests.conftest import skip_without
-from tests.test_docs import ROOT, run, snippets
+from tests.conftest import ROOT, skip_without
+from tests.test_docs import run, snippets
 
 PAGE = ROOT / "docs" / "recipes.md"
 Loss = Callable[..., Tensor]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.test_docs import ROOT, framework_of, snippets
+from tests.conftest import ROOT, python
+from tests.test_docs import framework_of, snippets
 
 CALLS = """
 from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
@@ -35,6 +35,4 @@ def test_pyright_takes_the_code_of_the_pages(tmp_path: Path) -> None:
         code = [snippet for snippet in snippets(page) if framework_of(snippet) is None]
         (tmp_path / f"{page.stem}.py").write_text("\n".join([*code, CALLS]))
     (tmp_path / "fastreg").symlink_to(ROOT / "fastreg")
-    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "README.py", "behaviour.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "pyright", "--pythonpath", sys.executable, "README.py", "behaviour.py", folder=tmp_path)
