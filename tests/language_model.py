@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from fastreg import FusedRNNDropout, RNNRegularizer
 
 VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
 ALPHA, BETA = 2.0, 1.0
+VALID, STARTS = torch.rand(2, BATCH, TIME, generator=torch.Generator().manual_seed(0)) < 0.6
 
 
 def either(test: Callable[..., None]) -> Callable[..., None]:
@@ -98,9 +100,21 @@ class Model(nn.Module):
         return self.activations(x)[0]
 
 
+class Triple(Model):
+    """The same model as fastai's callbacks want it."""
+
+    forward = Model.activations  # pyright: ignore[reportAssignmentType]
+
+    def reset(self) -> None: ...
+
+
 def seeded(make: Callable[[], Any]) -> Any:
     torch.manual_seed(0)
     return make()
+
+
+def pickled(x: Any) -> Any:
+    return pickle.loads(pickle.dumps(x))
 
 
 def gru() -> nn.GRU:

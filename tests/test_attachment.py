@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import warnings
 import weakref
 from collections import namedtuple
@@ -31,11 +30,10 @@ from fastreg import FusedRNNDropout, fused_ar_tar
 from tests import language_model as lm
 from tests.calls import Nothing
 from tests.conftest import without
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, Attached, penalized
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, STARTS, TIME, VALID, Attached, penalized
 
 PLAIN, FUSED = nn.Dropout, FusedRNNDropout
 each_dropout = pytest.mark.parametrize("dropout", [None, PLAIN, FUSED], ids=["none", "plain", "fused"])
-with_dropout = pytest.mark.parametrize("dropout", [PLAIN, FUSED], ids=["plain", "fused"])
 cp: Any = partial(checkpoint, use_reentrant=False)
 within = {
     "save_on_cpu": torch.autograd.graph.save_on_cpu,
@@ -103,10 +101,6 @@ def test_packed_output(by: str, dropout: Any) -> None:
     loss = run.hidden.sum() if by == "its state" else run.loss
     assert type(raw) is type(dropped) is PackedSequence
     lm.check_gradients(model, model.reg.on_backward_begin(loss), loss + fused_ar_tar(raw, dropped, ALPHA, BETA))
-
-
-VALID = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
-STARTS = torch.tensor([[1, 0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0]]).bool()
 
 
 @each_dropout
@@ -647,7 +641,7 @@ def test_a_penalty_that_was_not_forgotten_is_not_warned_of(why: str, dropout: An
 
 @pytest.mark.parametrize("where", ["rnn", "dropout"])
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
-@with_dropout
+@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
 def test_a_hook_of_another_may_remove_the_handle(register: str, where: str, dropout: Any) -> None:
     """PyTorch still calls the other hooks of that forward."""
     model = Attached(nn.LSTM, dropout)
@@ -724,11 +718,7 @@ def test_a_saved_model_loads_without_fastreg(dropout: Any, tmp_path: Path) -> No
     assert lm.hooks_of(rnn) == 1
 
 
-def pickled(module: Any) -> Any:
-    return pickle.loads(pickle.dumps(module))
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lm.pickled])
 def test_copies_keep_the_hooks_of_others_and_attach_again(duplicate: Callable[[Any], Any]) -> None:
     rnn, reg, x = nn.LSTM(4, 5, batch_first=True), lm.regularizer(), torch.randn(2, 3, 4)
     rnn.register_forward_hook(doubled)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -24,7 +23,7 @@ from torch.testing import assert_close
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import gpu, more
 from tests.exact import check_dropout, check_penalty
-from tests.language_model import VOCABULARY, Model, criterion, formula
+from tests.language_model import VOCABULARY, Triple, criterion, formula
 
 TIMEOUT = 60  # seconds, for whatever waits: a group that hangs fails
 
@@ -52,12 +51,6 @@ def in_both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         yield lambda function, *arguments: both(function, arguments, arguments)
 
 
-class LanguageModel(Model):
-    """Return raw and dropped, too."""
-
-    forward = Model.activations  # pyright: ignore[reportAssignmentType]
-
-
 def sharded(model: Any) -> Any:
     for module in (*model.children(), model):
         fully_shard(module, mesh=mesh())
@@ -67,7 +60,7 @@ def sharded(model: Any) -> Any:
 def train(wrap: Any, attaches: bool) -> None:
     """Train on half of each batch by fastreg and by the formula, and compare the weights."""
     torch.manual_seed(0)
-    model, plain = LanguageModel(), LanguageModel()
+    model, plain = Triple(), Triple()
     plain.load_state_dict(model.state_dict())
     regularizer = RNNRegularizer(2.0, 1.0)
     if attaches:
@@ -100,11 +93,6 @@ def test_data_parallelism_trains_as_with_the_formula(wrap: Any, attaches: bool, 
     in_both(train, wrap, attaches)
 
 
-def full(x: Any) -> Tensor:
-    assert isinstance(x, DTensor)
-    return x.full_tensor()
-
-
 @cache
 def mesh() -> DeviceMesh:
     """Return one mesh for all tests: AOTAutograd does not compile the backward of a DTensor on a second one like it."""
@@ -130,15 +118,14 @@ def check_dtensors(placement: Any, batch_first: bool) -> None:
         one = of_one(raw)
         total = penalty.penalty + by_mask.sum() + 2 * terms.penalty + 3 * one
         results.append([*penalty, by_mask, *terms, one, *torch.autograd.grad(total, (raw, dropped))])
-    assert_close([full(x) for x in results[1]], results[0])
+    assert_close([x.full_tensor() for x in results[1]], results[0])
 
     # A mask that is drawn is one mask, in whatever pieces.
-    module = FusedRNNDropout(0.5, 2.0, 1.0, batch_first=batch_first)
-    dropped, terms = full(module(spread(tensors[0]))), module.take()
-    assert terms is not None
+    module: Any = FusedRNNDropout(0.5, 2.0, 1.0, batch_first=batch_first)
+    dropped, terms = module(spread(tensors[0])).full_tensor(), module.take()
     keep = (dropped != 0).movedim(1 if batch_first else 0, 0)
     assert_close(keep, keep[:1].expand_as(keep))
-    assert_close(full(terms.penalty), fused_ar_tar(tensors[0], dropped, 2.0, 1.0, batch_first=batch_first))
+    assert_close(terms.penalty.full_tensor(), fused_ar_tar(tensors[0], dropped, 2.0, 1.0, batch_first=batch_first))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench.timing import threads
 from fastreg import FusedRNNDropout, fused_ar_tar
 from tests.conftest import skip_without, without
-from tests.language_model import VOCABULARY, Model, gap, hooks_of
+from tests.language_model import VOCABULARY, Model, Triple, gap, hooks_of
 
 skip_without("fastai")
 
@@ -57,14 +57,6 @@ def make(alpha: float = ALPHA, beta: float = BETA, size: int = 650, bs: int = 8,
     dls.vocab = [str(i) for i in range(VOCABULARY)]
     options = {"config": fa.awd_lstm_lm_config | SMALL, "pretrained": False} | options
     return fa.language_model_learner(dls, fa.AWD_LSTM, alpha=alpha, beta=beta, **options)
-
-
-class Triple(Model):
-    """The same model as fastai's callbacks want it."""
-
-    forward = Model.activations  # pyright: ignore[reportAssignmentType]
-
-    def reset(self) -> None: ...
 
 
 def of(kind: Callable[[], nn.Module], *cbs: Any) -> Any:
@@ -367,10 +359,6 @@ def run(*cbs: Any) -> Callable[[Any], object]:
     return lambda _: trained(of(Model, *cbs))
 
 
-def within_a_batch(learn: Any) -> None:
-    fuse(learn, **PATHS)
-
-
 def of_two_learners(_: Any) -> None:
     learn, _other = [of(Model, shared) for shared in [RNNRegularizer(ALPHA, BETA, **PATHS)] * 2]
     trained(learn)
@@ -384,7 +372,12 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),  # pyright: ignore
     (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE),
     (lambda x: x.add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "RNNRegularizer: the learner has another"),
-    (vars, run(RNNRegularizer(**PATHS), on("before_batch", within_a_batch)), RuntimeError, "within a batch"),
+    (
+        vars,
+        run(RNNRegularizer(**PATHS), on("before_step", lambda x: fuse(x, **PATHS))),
+        RuntimeError,
+        "within a batch",
+    ),
     (vars, of_two_learners, RuntimeError, "another learner has this callback, too"),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from torch.optim import SGD
 
 from fastreg import ARTAR, RNNRegularizer, fused_ar_tar
 from tests import language_model as lm
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, STARTS, TIME, VALID
 
 
 def captured(by_hooks: bool) -> tuple[lm.Model, RNNRegularizer, tuple[Tensor, Tensor, Tensor]]:
@@ -64,9 +63,6 @@ def test_the_loss_and_its_terms(alone: bool, by_hooks: bool) -> None:
     for again in (reg.take, reg.on_backward_begin):
         with pytest.raises(RuntimeError, match=said):
             again(loss)
-
-
-VALID, STARTS = torch.rand(2, BATCH, TIME, generator=torch.Generator().manual_seed(0)) < 0.6
 
 
 @pytest.mark.parametrize(
@@ -137,7 +133,7 @@ def test_nothing_is_held_after_the_loss_or_an_error(alpha: float) -> None:
         lm.penalty_of(reg)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lm.pickled])
 @pytest.mark.parametrize("by_hooks", [False, True])
 def test_copies_hold_no_capture(by_hooks: bool, duplicate: Callable[[Any], Any]) -> None:
     _, reg, (decoded, raw, dropped) = captured(by_hooks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -17,16 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar
 from tests import language_model as lm
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, STARTS, TIME, VALID
 
-VALID, STARTS = torch.rand(2, BATCH, TIME, generator=torch.Generator().manual_seed(0)) < 0.6
+pytestmark = pytest.mark.filterwarnings("error")  # an attached dropout gives none
 OTHER = torch.arange(TIME).expand(BATCH, -1) != 3
-
-
-@pytest.fixture(autouse=True)
-def _strict() -> None:
-    """Make every warning an error: an attached dropout gives none."""
-    warnings.simplefilter("error")
 
 
 def check_own(dropout: Any, raw: Tensor, alpha: float = 3.0, beta: float = 5.0) -> None:
@@ -34,10 +27,6 @@ def check_own(dropout: Any, raw: Tensor, alpha: float = 3.0, beta: float = 5.0) 
     dropped, taken = dropout(raw), dropout.take()
     torch.testing.assert_close(taken.penalty, lm.formula(raw, dropped, 1, alpha, beta))
     assert dropout.take() is None
-
-
-def pickled(dropout: FusedRNNDropout) -> Any:
-    return pickle.loads(pickle.dumps(dropout))
 
 
 def loaded(dropout: FusedRNNDropout) -> Any:
@@ -146,7 +135,7 @@ def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
     assert dropout.take() is None
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, loaded])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lm.pickled, loaded])
 def test_copies_hold_no_penalty(duplicate: Any) -> None:
     dropout = FusedRNNDropout(0.3, 3.0, 5.0)
     dropout(lm.inputs().requires_grad_())

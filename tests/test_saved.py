@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import skip_without
-from tests.language_model import check_gradients, formula
+from tests.language_model import check_gradients, formula, pickled
 
 DATA = Path(__file__).parent / "data"
 penalty_of = partial(formula, time=-2)
@@ -34,7 +34,7 @@ def test_a_model_with_a_fused_dropout_trains(name: str) -> None:
     expected = penalty_of(raw, dropped) if name == "model.pt" else 2 * raw.square().mean()
     check_gradients(model["rnn"], dropout.take().penalty, expected)
     assert torch.equal(dropout.eval()(raw), raw)
-    assert str(pickle.loads(pickle.dumps(dropout))) == str(dropout)
+    assert str(pickled(dropout)) == str(dropout)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -49,7 +49,7 @@ def test_a_model_that_was_attached_and_its_regularizer_attach_again(own: bool) -
     torch.testing.assert_close(terms.penalty, 2 * terms.ar + terms.tar)
     regularizer = model.regularizer if own else regularizer
     assert str(regularizer) == "RNNRegularizer(alpha=2.0, beta=1.0, layers='all', bptt=5)"
-    regularizer = pickle.loads(pickle.dumps(regularizer))  # a file of this release
+    regularizer = pickled(regularizer)  # a file of this release
     with pytest.raises(RuntimeError, match="nothing was captured"):  # the file holds no run
         regularizer.take(torch.zeros(()))
     for _ in range(2):  # the handle in the file has nothing to remove
