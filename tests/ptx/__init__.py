@@ -5,8 +5,7 @@ README.md lists the faults that raise a `PTXError`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 
@@ -15,20 +14,9 @@ from tests.ptx.driver import Executor, executed
 EXECUTOR = Executor()
 
 
-@contextmanager
-def kernels_take_cpu_tensors() -> Iterator[None]:
-    """Send CPU tensors to the Triton kernels, inside of `executed`."""
-    from fastreg.backends import TRITON, cpu_tensors_by
-
-    assert TRITON is not None
-    with cpu_tensors_by(TRITON):  # which drops all plans, as the driver frees the code that it has loaded
-        yield
-
-
 def pytest_configure(config: pytest.Config) -> None:
     stack = ExitStack()
     stack.enter_context(executed(EXECUTOR))
-    stack.enter_context(kernels_take_cpu_tensors())
     config.add_cleanup(stack.close)
 
 

@@ -182,14 +182,16 @@ def explain(decoded: Decoder, fault: Any, tensors: list[Argument]) -> str:
 
 
 @contextmanager
-def executed(executor: Executor, kernels: Sequence[Any] = ()) -> Iterator[Executor]:
+def executed(executor: Executor, kernels: Sequence[Any] = ()) -> Iterator[None]:
     """Have Triton compile for an H100, and run the code on CPU tensors; `kernels` are compiled anew."""
-    with pytest.MonkeyPatch.context() as patch, active(executor):
+    from fastreg.backends import TRITON, cpu_tensors_by
+
+    with pytest.MonkeyPatch.context() as patch, active(executor), cpu_tensors_by(TRITON):
         patch.setitem(backends, "nvidia", Backend(compiler=H100Backend, driver=Executor))  # pyright: ignore
         for kernel in kernels:
             patch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
         try:
-            yield executor
+            yield
         finally:
             for kernel in kernels:
                 kernel.device_caches.clear()  # compiled code is freed by the driver that loaded it

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastreg.kernels import ar_tar, steps
-from tests import ptx
 from tests.calls import CALLS, everything
 from tests.exact import check_penalty
 from tests.ptx.decoder import Decoder
@@ -99,7 +98,7 @@ class Edited(Executor):
 def running(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
     """Run the kernels by the executor; yield activations that several programs share."""
     raw, dropped = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0)).unbind()
-    with executed(executor, (ar_tar.ar_tar_kernel, steps.steps_kernel)), ptx.kernels_take_cpu_tensors():
+    with executed(executor, (ar_tar.ar_tar_kernel, steps.steps_kernel)):
         yield raw.requires_grad_(), dropped.requires_grad_()
 
 
