@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tests.conftest import ROOT, gpu, more, skip_without
+from tests.conftest import ROOT, gpu, more, python, skip_without
 
 skip_without("pytest_benchmark", "matplotlib")
 
@@ -272,17 +270,17 @@ def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
     assert {*run.TESTS} == {file.stem.removeprefix("test_") for file in files}
 
 
-def test_an_allocator_keeps_memory_or_not() -> None:
+def test_an_allocator_keeps_memory_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is kept, a call gets no pages from the system; glibc by itself keeps blocks of up to 32 MB."""
     script = (
         "import torch; from bench import machine, timing; x = torch.zeros(2**24)\n"
         "print(machine.allocator(), timing.page_faults(lambda _: (x + 1,)))"
     )
-    inherited = {name: os.environ[name] for name in os.environ if not name.startswith("MALLOC_")}
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
     faults = {}
     for allocator, own in machine.ALLOCATORS.items():
-        environment = inherited | {"CUDA_VISIBLE_DEVICES": ""} | own
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = python("-c", script, CUDA_VISIBLE_DEVICES="", **own)
         named, count = done.stdout.strip().rsplit(" ", 1)
         assert named == allocator
         faults[allocator] = int(count)

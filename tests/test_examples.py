@@ -11,15 +11,11 @@ from typing import Any
 import pytest
 
 from bench.timing import threads
-from tests.conftest import more, skip_without
+from tests.conftest import ROOT, more, skip_without
 
-ROOT = Path(__file__).resolve().parent.parent
 # script -> the framework that it needs, and the pattern of a loss in its output
 SCRIPTS = {
-    "loop.py": (None, r"loss ([\d.]+)"),
-    "custom_rnn.py": (None, r"loss ([\d.]+)"),
-    "every_layer.py": (None, r"loss ([\d.]+)"),
-    "jepa.py": (None, r"loss ([\d.]+)"),
+    **dict.fromkeys(("loop.py", "custom_rnn.py", "every_layer.py", "jepa.py"), (None, r"loss ([\d.]+)")),
     "recurrent_policy.py": (None, r"missed ([\d.]+)"),
     "fastai_lm.py": ("fastai", r"(?m)^.*?\b\d +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +\d\d:\d\d"),
     "lightning_lm.py": ("lightning", r"loss ([\d.]+)"),

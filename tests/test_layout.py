@@ -22,11 +22,7 @@ SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
 HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
 AWAY = tuple.__new__(PackedSequence, (PACKED.data, PACKED.batch_sizes.to("meta"), None, None))
 LOWEST = -(2**63) + 1
-WRONG_SIZES = [
-    [1, LOWEST, 1, LOWEST, 4],  # whose sum and differences wrap
-    [1, 1, 2, 2, 2],
-    [8, 1, -1],
-]
+WRONG_SIZES = [[1, LOWEST, 1, LOWEST, 4], [1, 1, 2, 2, 2], [8, 1, -1]]  # the sum and differences of the first wrap
 ROWS_OF_ROWS = tuple.__new__(PackedSequence, (PACKED.data[None], PACKED.batch_sizes, None, None))
 SIZES = "raw.batch_sizes: expected sizes above 0 that never grow and add up to the 8 rows, got"
 OTHER_STEPS = r"raw\[1\]: expected the batch and time steps of raw\[0\],"

@@ -27,10 +27,6 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def unaligned(x: Tensor) -> Tensor:
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
-
-
 def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
     return PackedSequence(x.reshape(-1, HIDDEN)[: sum(sizes)], torch.tensor(sizes))
 
@@ -74,7 +70,7 @@ PENALTY: dict[str, dict[str, Any]] = EITHER | {
     "strides of raw": {"raw": transposed(RAW)},
     "dtype of raw": {"raw": RAW.bfloat16()},
     "dtype of dropped": {"dropped": DROPPED.double()},
-    "alignment of raw": {"raw": unaligned(RAW)},
+    "alignment of raw": {"raw": torch.cat([torch.zeros(1), RAW.flatten()])[1:].view_as(RAW)},
     "device": {"raw": RAW.to("meta"), "dropped": DROPPED.to("meta")},
     "neither with a gradient": {"frozen": ("raw", "dropped")},
     "one tensor": {"dropped": RAW},

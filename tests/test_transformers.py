@@ -154,10 +154,6 @@ def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
     return total / num_items_in_batch
 
 
-def starts_of(batch: Any) -> Tensor:
-    return batch["input_ids"] % 3 == 0
-
-
 class Wrapper(LanguageModel):
     """Gives another model with its modules, as `PeftModel` does."""
 
@@ -175,7 +171,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = 
     "accumulation": (mamba, IN_PARTS, {"train_dataset": examples(19), "compute_loss_func": per_item}),
     "accumulation by examples": (LanguageModel, IN_PARTS, BY_EXAMPLES),
     "accumulation of means": (LanguageModel, IN_PARTS, {"train_dataset": examples(20)}),
-    "accumulation of segments": (mamba2, IN_PARTS, {"starts": starts_of}),
+    "accumulation of segments": (mamba2, IN_PARTS, {"starts": lambda batch: batch["input_ids"] % 3 == 0}),
     "layers": (mamba, {}, {"rnn": ["backbone.layers.0", mamba.rnn]}),
     "checkpointing": (mamba, CHECKPOINTED, {"rnn": mamba.rnn + ".mixer.in_proj"}),
     "peft": (Wrapper, {}, {"rnn": "inside"}),
