@@ -372,12 +372,7 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),  # pyright: ignore
     (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE),
     (lambda x: x.add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "RNNRegularizer: the learner has another"),
-    (
-        vars,
-        run(RNNRegularizer(**PATHS), on("before_step", lambda x: fuse(x, **PATHS))),
-        RuntimeError,
-        "within a batch",
-    ),
+    (vars, run(RNNRegularizer(**PATHS), on("after_pred", lambda x: fuse(x, **PATHS))), RuntimeError, "within a batch"),
     (vars, of_two_learners, RuntimeError, "another learner has this callback, too"),
 ]
 
