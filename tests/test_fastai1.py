@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.conftest import ROOT, more, python
 INSTALLED = Path(sys.prefix, "fastai1")
 
 
-def environment_with(release: str, home: Path) -> dict[str, str]:
+def environment_with(release: str, home: Path) -> dict[str, Any]:
     """Return the variables of a process that imports this release of fastai, or skip the test."""
     if not (INSTALLED / release).is_dir():
         pytest.skip(f"fastai {release} is not installed in {INSTALLED}: run tests/frameworks.sh")
