@@ -164,6 +164,20 @@ def test_the_figures_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 ONES = dict.fromkeys(report.FIGURES, 1.0)  # before their units
 
 
+LAUNCHES = {
+    cases.PenaltyCase((64, 70, 400), torch.bfloat16): {"eager": 30, "compiled": 6, "fastreg": 2},
+    cases.DropoutCase((64, 70, 400), torch.bfloat16): {"dropout alone": 4, "eager": 36, "compiled": 8, "fastreg": 4},
+    cases.PaddedCase((64, 70, 400), torch.bfloat16): {"without lengths": 2, "eager": 44, "compiled": 10, "fastreg": 3},
+}
+
+
+@gpu
+@pytest.mark.parametrize("case", LAUNCHES, ids=str)
+def test_launches(case: Any, device: str) -> None:
+    calls = cases.calls(case, cases.input_sets(case, device), LAUNCHES[case])
+    assert {peer: timing.launches(call) for peer, call in calls.items()} == LAUNCHES[case]
+
+
 def call(speed: float, allocator: str = machine.KEPT, shape: Any = (2, 3, 4), **figures: Any) -> list[Any]:
     """Record a call in which fastreg is so many times as fast as the eager formula, except in an odd round."""
     info = {"pass": report.BOTH, "shape": shape, "dtype": "float32", "layout": "batch first", "allocator": allocator}

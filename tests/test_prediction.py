@@ -74,6 +74,16 @@ def test_one_gradient_of_two_dtypes(which: str, device: str) -> None:
         assert_same_bits(torch.autograd.grad(got, leaf, grad), alone(call, grad, (leaf,)))
 
 
+def test_a_backward_that_was_expected_reads_no_activations(device: str) -> None:
+    skip_on_formula(device)
+    leaf, grad = leaves(7, device=device)[0], torch.tensor(3.0, device=device)
+    want = alone(lambda: fused_ar_tar(leaf, leaf, 2.0, 1.0), grad, (leaf,))
+    torch.autograd.grad(fused_ar_tar(leaf, leaf, 2.0, 1.0), leaf, grad)  # expected from now on
+    got = fused_ar_tar(leaf, leaf, 2.0, 1.0)
+    leaf.data.zero_()  # behind the back of autograd
+    assert_same_bits(torch.autograd.grad(got, leaf, grad), want)
+
+
 def test_graphs_in_flight(device: str) -> None:
     """Each graph has its own memory, and expects the upstream gradient of the backward before its forward."""
     raw, dropped = leaves(7, device=device)
