@@ -33,7 +33,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "bench", "pyproject.toml"]
 CORES, FORK = os.cpu_count() or 1, get_context("fork")
-LIMIT = 600  # seconds after which a mutant hangs
+LIMIT = 300  # seconds after which a mutant hangs
 CHOSEN = "not repeats_bitwise"  # which take long, and other tests find the same faults
 # file -> tests/test_*.py
 TESTS = {
