@@ -77,7 +77,8 @@ class RNNRegularizer:
     """
 
     _has_layers = False  # whether `layers` was given; files of 0.3.0 lack this attribute
-    _first: Any = None  # the runs at the first backward; False after the gradient of a penalty, or a warning
+    _is_settled = False  # whether a penalty has got a gradient, or the lack of one was warned of
+    _first: WeakSet[Run] | None = None  # the runs at the first backward through an attached module
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class RNNRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no captures and no attachments."""
-        return self.__dict__ | {"_given": None, "_attached": [], "_first": None}
+        return self.__dict__ | {"_given": None, "_attached": [], "_is_settled": False, "_first": None}
 
     def on_epoch_begin(self, model: object) -> None:
         """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture."""
@@ -230,11 +231,11 @@ class RNNRegularizer:
         found = reached(loss, alive)
         for attachment in attached:
             formed += [run.take() for run in attachment.chosen(found, (self.alpha, self.beta))]
-        for terms in formed if self._first is not False else ():
+        for terms in () if self._is_settled else formed:
             if terms.penalty.requires_grad:
                 terms.penalty.register_hook(self._note)
             else:  # nothing can be lost, as with coefficients of 0
-                self._first = False
+                self._is_settled = True
         if found or (formed and not alive) or not any(attachment.source.module.training for attachment in attached):
             return formed
         without = [x.names[0] for x in attached if x.without_gradients]
@@ -249,14 +250,16 @@ class RNNRegularizer:
     def _note(self, gradient: Tensor | None) -> None:
         """Note that a penalty has got a gradient; an unused penalty of a fused dropout gets `None` instead."""
         if gradient is not None:
-            self._first = False
+            self._is_settled = True
 
     def passed(self, run: Run) -> None:
         """Warn if the backwards of two steps run through attached modules, and no penalty has ever got a gradient."""
+        if self._is_settled:
+            return
         if self._first is None:
             self._first = WeakSet([run, *[other for attachment in self._attached for other in attachment.runs]])
-        elif self._first is not False and run not in self._first:
-            self._first = False  # warn once
+        elif run not in self._first:
+            self._is_settled = True  # warn once
             warnings.warn(
                 f"attach: a second backward runs through the output of the attached {run.attachment.names[0]}, and no "
                 "penalty had a gradient: call loss = regularizer.on_backward_begin(loss), and then loss.backward()",
