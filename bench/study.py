@@ -68,8 +68,15 @@ class Job:
     device: str = "cpu"
 
 
-def train(job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], object] = lambda *_: None) -> Run:
-    """Train one model, and evaluate it after every epoch.
+def train(job: Job, commit: str) -> Run:
+    """Train one model, and evaluate it after every epoch; `commit` is the commit to record."""
+    return train_model(job, commit, lambda *_: None)[0]
+
+
+def train_model(
+    job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], object]
+) -> tuple[Run, training.Training]:
+    """Train one model, and evaluate it after every epoch; return the trained model, too.
 
     Args:
         job: the training.
@@ -87,7 +94,7 @@ def train(job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], o
         told(job, epoch, (*epochs[-1], valid_loss[-1], time.perf_counter() - start))
     processor = {"device": machine.processor_name(), "python": platform.python_version(), "commit": commit}
     train_loss, ar, tar = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
-    return Run(
+    run = Run(
         alpha,
         beta,
         job.seed,
@@ -100,6 +107,7 @@ def train(job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], o
         settings=setting.facts(),
         machine=machine.facts() | processor,  # even if there is a GPU
     )
+    return run, trained
 
 
 def missing(study: Study, setting: Setting, seeds: list[int]) -> list[Job]:

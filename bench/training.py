@@ -27,7 +27,7 @@ class Training:
 
     def __init__(self, corpus: Corpus, alpha: float, beta: float, seed: int):
         torch.manual_seed(seed)
-        self.rows = corpus.train
+        self.corpus = corpus
         self.draw = random.Random(seed)
         self.model = AWDLSTM(corpus.vocabulary, EMBEDDING, HIDDEN, LAYERS, DROPOUTS).to(corpus.train.device)
         # without this the layers first saturate to express the word frequencies, and recover slowly
@@ -43,7 +43,7 @@ class Training:
         """
         self.model.train()
         self.regularizer.on_epoch_begin(self.model)
-        return torch.stack([self.step(*batch) for batch in batches(self.rows, self.length)]).cpu()
+        return torch.stack([self.step(*batch) for batch in batches(self.corpus.train, self.length)]).cpu()
 
     def length(self) -> int:
         """Draw a number of time steps, as AWD-LSTM varies it."""

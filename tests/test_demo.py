@@ -12,6 +12,7 @@ import torch
 from bench import demo, timing, training
 from bench.awd_lstm import AWDLSTM, Dropouts
 from bench.corpus import batches
+from bench.study_report import Run, Study
 
 
 def tables(output: str) -> dict[tuple[float, float], list[list[float]]]:
@@ -47,6 +48,19 @@ def test_trains_end_to_end(
     ends = f"validation perplexity after epoch 3: {regularized[-1][2]:.2f} regularized, {plain[-1][2]:.2f} not"
     assert ends in output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_shows_the_unit_whose_changes_are_the_median_without_regularization():
+    lists = {"train_loss": [3.0], "valid_loss": [3.0], "ar": [0.1], "tar": [0.2]}
+    rest = {"final_train_loss": 3.0, "seconds": 1.0, "settings": {}, "machine": {}}
+    runs = [Run(0.0, beta, 1, **lists, **rest) for beta in (1.0, 0.0)]
+    jumps = torch.tensor([4.0, 0.5, 1.0, 3.0, -2.0])  # of the five units, in each second step
+    plain = torch.arange(6).remainder(2)[:, None] * jumps * torch.ones(2, 1, 1)
+    regularized = torch.rand(2, 6, 5)  # other changes, which do not count
+    panel = demo.plot(runs, [regularized, plain], Study([])).axes[-1]
+    assert "unit 4 " in panel.get_title()
+    shown = [torch.tensor(line.get_ydata()) for line in panel.get_lines()]
+    torch.testing.assert_close(shown, [regularized[0, :, 4], plain[0, :, 4]])
 
 
 def test_batches_cover_the_text_in_order():
