@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.arguments import check_flags
+from fastreg.arguments import check_flags, shown
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
 from fastreg.source import Source, attach_at, of_batch
@@ -62,10 +62,11 @@ class ActivationRegularization(Callback):
         ['ar', 'tar']
     """
 
+    @shown('ActivationRegularization(2.0, 1.0, rnn="lstm")')
     def __init__(
         self,
-        alpha: Coefficient = 0.0,
-        beta: Coefficient = 0.0,
+        alpha: Coefficient,
+        beta: Coefficient,
         *,
         rnn: str | Sequence[str],
         dropout: str | Sequence[str | None] | None = None,

@@ -20,9 +20,9 @@ class ARTAR(NamedTuple):
     """Hold the penalty and its terms: three 0-dim tensors on the activations' device.
 
     Attributes:
-        penalty: `alpha * ar + beta * tar`, differentiable.
-        ar: AR without its coefficient, detached.
-        tar: TAR without its coefficient, detached.
+        penalty: `alpha * ar + beta * tar`, differentiable: add it to the loss.
+        ar: AR without its coefficient. It is detached: no gradient flows through it.
+        tar: TAR without its coefficient, detached, too.
 
     Examples:
         >>> raw = torch.tensor([[[0.0], [1.0], [3.0]]])

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_coefficient, check_steps, check_time, why_lost
+from fastreg.arguments import check_coefficient, check_steps, check_time, shown, why_lost
 from fastreg.attachment import NO_GRADIENTS, Attachment, attachments_of
 from fastreg.carrier import Run, reached, total
 from fastreg.penalty import fused_ar_tar
-from fastreg.prepare import coefficient
-from fastreg.problem import ARTAR, Coefficient, is_list
+from fastreg.prepare import coefficient, place_of
+from fastreg.problem import ARTAR, Coefficient, is_list, layers_of, sizes_of
 from fastreg.source import Source
 from fastreg.torch_state import level_of_caller, untraced
 
@@ -38,7 +38,8 @@ class RNNRegularizer:
     regularizer.on_backward_begin(loss)` before each backward.
 
     Args:
-        alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`.
+        alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`. With 0
+            the term is left out, and only measured.
         beta: coefficient of TAR.
         layers: which layers `on_loss_begin` regularizes if the model returns lists with a tensor for each layer:
             `"last"`, as AWD-LSTM and fastai do, or `"all"`, as Merity et al. (2017) write it; then the penalties of all
@@ -47,9 +48,9 @@ class RNNRegularizer:
         bptt: the usual number of time steps, for `scaled_lr`.
 
     Attributes:
-        ar: AR of the last step without its coefficient, 0-dim, detached, still on the device; `None` before the first
-            step.
-        tar: TAR of the last step, as for ar.
+        ar: AR of the last training step without its coefficient, 0-dim and on the device. It is detached: no gradient
+            flows through it. It is `None` before the first step, and an evaluation leaves it as it is.
+        tar: TAR of the last training step, as for ar.
 
     Raises:
         TypeError: an argument has the wrong type; the message names it.
@@ -77,13 +78,15 @@ class RNNRegularizer:
     """
 
     _has_layers = False  # whether `layers` was given; files of 0.3.0 lack this attribute
+    _warned: tuple[str, ...] = ()  # the kinds of warnings that were given
     _is_settled = False  # whether a penalty has got a gradient, or the lack of one was warned of
     _first: WeakSet[Run] | None = None  # the runs at the first backward through an attached module
 
+    @shown("RNNRegularizer(alpha=2.0, beta=1.0)")
     def __init__(
         self,
-        alpha: Coefficient = 0.0,
-        beta: Coefficient = 0.0,
+        alpha: Coefficient,
+        beta: Coefficient,
         *,
         layers: Literal["last", "all"] | None = None,
         bptt: int | None = None,
@@ -97,7 +100,7 @@ class RNNRegularizer:
         self.bptt = None if bptt is None else _check_steps("bptt", bptt)
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
-        self._given: Callable[..., Any] | None = None  # a function that computes the penalty of captured activations
+        self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
         self._attached: list[Attachment] = []
 
     def __repr__(self) -> str:
@@ -106,7 +109,7 @@ class RNNRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no captures and no attachments."""
-        return self.__dict__ | {"_given": None, "_attached": [], "_is_settled": False, "_first": None}
+        return self.__dict__ | {"_given": None, "_attached": [], "_warned": (), "_is_settled": False, "_first": None}
 
     def on_epoch_begin(self, model: object) -> None:
         """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture."""
@@ -128,7 +131,8 @@ class RNNRegularizer:
     ) -> Any:
         """Capture `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
 
-        A second call before `on_backward_begin` replaces the first capture.
+        A second call before `on_backward_begin` replaces the first capture. If that capture needs gradients, its
+        penalty is lost, which is warned of once. After a training step that failed, call `clear()`.
 
         Args:
             output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, any
@@ -143,8 +147,12 @@ class RNNRegularizer:
         Raises:
             TypeError: an argument has the wrong type.
             ValueError: both `lengths` and `valid` are given; or `batch_first` is `None`, and the shape of `decoded`
-                shows that raw may be time first.
+                shows that raw may be time first, or a state.
             RuntimeError: the activations already come from attached modules.
+
+        Warns:
+            UserWarning: a capture that needs gradients is replaced; or `decoded` has no axis of the size of raw's
+                batch. Each warning comes once.
         """
         check_time(batch_first, time_dim)
         check_steps(lengths, valid, starts)
@@ -160,11 +168,34 @@ class RNNRegularizer:
         decoded, raw, dropped = output
         if self.layers != "all" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
-        if batch_first is None is time_dim:
-            _check_layout(raw, decoded)
+        self._check_shapes(raw, decoded, batch_first, time_dim)
+        if self._given is not None and any(x.requires_grad for given in self._given.args for x in layers_of(given)):
+            self._warn_once(
+                "lost",
+                "the last capture is discarded, and so is its penalty, because no on_backward_begin(loss) followed it: "
+                "call that in each training step, or clear() after a step that ended early",
+            )
         options: Any = {"batch_first": batch_first, "time_dim": time_dim, "return_terms": True}
         self._given = partial(fused_ar_tar, raw, dropped, lengths=lengths, valid=valid, starts=starts, **options)
         return decoded
+
+    def _check_shapes(self, raw: Any, decoded: Any, batch_first: bool | None, time_dim: int | None) -> None:
+        """Check that raw fits decoded: it is neither time first without a word, nor a state of an RNN."""
+        is_said = batch_first is not None or time_dim is not None
+        if not is_said:
+            _check_layout(raw, decoded)
+        first, shape = raw[0] if is_list(raw) else raw, getattr(decoded, "shape", ())
+        if not isinstance(first, Tensor) or first.is_nested or not first.dim() == len(shape) == 3:
+            return
+        batch, _ = sizes_of(first, place_of(batch_first, time_dim).axis())
+        if all([size != batch for size in shape]):
+            words = (
+                f"raw is {tuple(first.shape)}, and no size of decoded, {tuple(shape)}, is its batch, {batch}. Pass the "
+                "RNN's output before and after dropout, and not its states h and c"
+            )
+            if not is_said:
+                raise ValueError(f"batch_first: expected True or False, got None: {words}")
+            self._warn_once("shape", words)
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
         """Return the loss plus the penalty of this step; `loss` itself is not changed.
@@ -190,8 +221,9 @@ class RNNRegularizer:
             loss: the training loss, a tensor of one element, which says which runs belong to this step.
 
         Returns:
-            The penalty and its terms, on the device of the loss; `None` if there is nothing to add, such as for modules
-                in evaluation.
+            The penalty, and its terms, which are detached, on the device of the loss; `None` if all attached modules
+                are in evaluation, because then there is nothing to add. Activations that `on_loss_begin` has captured
+                have a penalty in evaluation, too.
 
         Raises:
             RuntimeError: as `on_backward_begin`.
@@ -265,6 +297,12 @@ class RNNRegularizer:
                 "penalty had a gradient: call loss = regularizer.on_backward_begin(loss), and then loss.backward()",
                 stacklevel=level_of_caller(),
             )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        """Give a warning about `on_loss_begin`, unless one of the same kind was given."""
+        if kind not in self._warned:
+            self._warned = (*self._warned, kind)
+            warnings.warn(f"on_loss_begin: {message}", stacklevel=level_of_caller())
 
     def clear(self) -> None:
         """Drop any capture, as `on_epoch_begin` does; after a failed step this frees activations early."""

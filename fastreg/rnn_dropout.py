@@ -19,6 +19,12 @@ from fastreg.prepare import coefficient, place_of
 from fastreg.problem import ARTAR, Coefficient, Options, Place, is_on
 from fastreg.torch_state import current, level_of_caller, version_of
 
+NO_COEFFICIENTS = (
+    "there is no penalty, because neither alpha nor beta was given, and no regularizer has attached the module. Write "
+    "FusedRNNDropout(p, alpha=2.0, beta=1.0), or call regularizer.attach(rnn, dropout). For dropout without a penalty, "
+    "write FusedRNNDropout(p, 0, 0)"
+)
+
 
 @dataclass(eq=False)
 class Loan:
@@ -49,8 +55,9 @@ class FusedRNNDropout(nn.Module):
 
     Args:
         p: the probability to drop a unit, from 0 to below 1.
-        alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`.
-        beta: coefficient of TAR.
+        alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`. If both
+            are `None`, they come from the regularizer that attaches the module; `None` beside a number is 0.
+        beta: coefficient of TAR, as for alpha.
         batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
         time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
         ar_of: the tensor whose mean square is AR: `"dropped"`, as in Merity et al. and fastai v2, or `"raw"`, as in
@@ -70,11 +77,14 @@ class FusedRNNDropout(nn.Module):
         >>> loss.backward()
     """
 
+    _is_lent = False  # whether a regularizer has lent coefficients; files of 0.4.0 lack this attribute
+    _ran_without = False  # whether a forward in training had neither coefficients nor a loan
+
     def __init__(
         self,
         p: float = 0.5,
-        alpha: Coefficient = 0.0,
-        beta: Coefficient = 0.0,
+        alpha: Coefficient | None = None,
+        beta: Coefficient | None = None,
         *,
         batch_first: bool | None = None,
         time_dim: int | None = None,
@@ -84,13 +94,17 @@ class FusedRNNDropout(nn.Module):
         if ar_of not in ("dropped", "raw"):
             raise ValueError(f"ar_of: expected 'dropped' or 'raw', got {ar_of!r}")
         check_probability(p)
-        check_coefficient("alpha", alpha)
-        check_coefficient("beta", beta)
-        self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if value is not None:
+                check_coefficient(name, value)
+        self.p, self.alpha, self.beta = float(p), alpha, beta
+        if (own := self.own()) is not None:
+            self.alpha, self.beta = map(coefficient, own)
         place = place_of(batch_first, time_dim)
         self.batch_first, self.time_dim = place.batch_first is not False, place.time_dim
         self.ar_of = ar_of
-        self.formed: tuple[ARTAR, bool] | None = None  # the last penalty, and whether gradients were enabled
+        # The last penalty, or `None` if the forward had no coefficients; and whether gradients were enabled
+        self.formed: tuple[ARTAR | None, bool] | None = None
         self._warned: tuple[str, ...] = ()
 
     def forward(
@@ -112,53 +126,86 @@ class FusedRNNDropout(nn.Module):
             loan: the coefficients of a regularizer to which the module is attached; only hooks pass it.
 
         Warns:
-            UserWarning: the penalty of the last forward was not taken; the module warns once.
+            UserWarning: the penalty of the last forward was not taken; or neither the caller nor a regularizer has
+                given coefficients until the second forward in training. The module gives each warning once.
         """
-        untaken, self.formed = self.formed, None
-        is_on_itself = is_on(self.alpha) or is_on(self.beta)
-        if is_on_itself and untaken is not None and untaken[0].penalty.requires_grad:
+        (untaken, _), self.formed = self.formed or (None, True), None
+        own = self.own()
+        is_on_itself = own is not None and (is_on(own[0]) or is_on(own[1]))
+        if is_on_itself and untaken is not None and untaken.penalty.requires_grad:
             self._warn_once(
                 "the penalty of the last forward in training is discarded, as it was not taken: add the penalty of "
                 "take() to the loss after each forward, or attach() the module to a regularizer, or use another dropout"
             )
         if not self.training:
             return raw
-        if is_on_itself and getattr(self, "_is_replica", False):
+        if (is_on_itself or own is None) and getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "FusedRNNDropout: DataParallel runs a replica on each device, and the penalty of a replica is lost. "
                 "Use DistributedDataParallel. Or set alpha and beta of this module to 0, let the model return "
                 "(decoded, raw, dropped), which DataParallel gathers, and pass them to RNNRegularizer.on_loss_begin"
             )
+        if not self._is_lent and not torch.compiler.is_compiling():
+            self._note(own, loan)
         if loan is not None and torch.compiler.is_compiling():
             loan = Loan(0.0, 0.0)  # the hooks compute the penalty, as each coefficient would compile the code again
-        pair = (self.alpha, self.beta) if loan is None else (loan.alpha, loan.beta)
-        steps, options = (None, valid, starts), Options(*self.place(), "mean", True, self.ar_of == "raw")
+        pair = (own or (0.0, 0.0)) if loan is None else (loan.alpha, loan.beta)
+        has_terms = loan is not None or own is not None
+        steps, options = (None, valid, starts), Options(*self.place(), "mean", has_terms, self.ar_of == "raw")
         dropped, formed = drop_and_penalize(raw, pair, steps, options, Drop(self.p if p is None else p))
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
         if loan is not None:
             loan.terms, loan.dropped, loan.version = formed, dropped, version_of(dropped)
         elif torch.compiler.is_compiling() or current() == -1:
-            self.formed = formed, torch.is_grad_enabled()
+            self.formed = formed if has_terms else None, torch.is_grad_enabled()
         return dropped
+
+    def own(self) -> tuple[Coefficient, Coefficient] | None:
+        """Return alpha and beta; `None` if both have to come from a regularizer."""
+        alpha, beta = self.alpha, self.beta
+        if alpha is None and beta is None:
+            return None
+        return 0.0 if alpha is None else alpha, 0.0 if beta is None else beta
 
     def place(self) -> Place:
         """Return the axis of time."""
         return Place(self.batch_first) if self.time_dim is None else Place(None, self.time_dim)
 
     def take(self) -> ARTAR | None:
-        """Return the penalty of the last forward, once; return `None` in evaluation and after another `take()`.
+        """Return the penalty of the last forward, once.
+
+        Returns:
+            The penalty, and its terms, which are detached. `None` if the last forward was in evaluation, or attached to
+                a regularizer, or if an earlier `take()` has returned its penalty.
+
+        Raises:
+            RuntimeError: the last forward had no coefficients.
 
         Warns:
             UserWarning: the forward ran without gradients, and now gradients are enabled; the module warns once.
         """
-        (terms, grad_enabled), self.formed = self.formed or (None, True), None
+        formed, self.formed = self.formed, None
+        if formed is None:
+            return None
+        terms, grad_enabled = formed
+        if terms is None:
+            raise RuntimeError(f"FusedRNNDropout: {NO_COEFFICIENTS}")
         if torch.is_grad_enabled() and not grad_enabled:
             self._warn_once(
                 "the penalty has no gradient, because the forward ran without gradients: for activation checkpointing "
                 "pass use_reentrant=False, otherwise run the forward outside torch.no_grad()"
             )
         return terms
+
+    def _note(self, own: Any, loan: Loan | None) -> None:
+        """Note a loan, and warn of a second forward in training that has neither coefficients nor a loan."""
+        if loan is not None:
+            self._is_lent = True
+        elif own is None and torch.is_grad_enabled() and current() == -1:
+            if self._ran_without:
+                self._warn_once(NO_COEFFICIENTS)
+            self._ran_without = True
 
     def _warn_once(self, message: str) -> None:
         """Give a warning the first time; compiled code gives none."""
@@ -171,8 +218,10 @@ class FusedRNNDropout(nn.Module):
         extra = [] if self.batch_first or self.time_dim is not None else ["batch_first=False"]
         extra += [] if self.time_dim is None else [f"time_dim={self.time_dim}"]
         extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
-        return ", ".join([f"p={self.p:g}, alpha={self.alpha}, beta={self.beta}", *extra])
+        own = self.own()
+        coefficients = [] if own is None else [f"alpha={own[0]}, beta={own[1]}"]
+        return ", ".join([f"p={self.p:g}", *coefficients, *extra])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the penalty of the last forward out of a copy or a pickle."""
-        return {**self.__dict__, "formed": None}
+        return {**self.__dict__, "formed": None, "_warned": (), "_is_lent": False, "_ran_without": False}

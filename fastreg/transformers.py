@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastreg.arguments import shown
 from fastreg.problem import Coefficient, is_on
 from fastreg.reference import encoded
 from fastreg.regularizer import RNNRegularizer
@@ -82,11 +83,12 @@ class RegularizedTrainer(Trainer):
         2
     """
 
+    @shown('RegularizedTrainer(model, args, alpha=2.0, beta=1.0, rnn="backbone.layers.1")')
     def __init__(
         self,
         *args: Any,
-        alpha: Coefficient = 0.0,
-        beta: Coefficient = 0.0,
+        alpha: Coefficient,
+        beta: Coefficient,
         rnn: str | Sequence[str],
         dropout: str | Sequence[str | None] | None = None,
         output: Callable[[Any], Any] | None = None,

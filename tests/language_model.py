@@ -87,8 +87,8 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
         self.rnn: Any = kind(HIDDEN, HIDDEN, **({"batch_first": True} | options))
-        layout = {"batch_first": self.rnn.batch_first} if self.kind_of_dropout is FusedRNNDropout else {}
-        self.dropout = self.kind_of_dropout(p, **layout)
+        own: Any = {"alpha": 0, "beta": 0, "batch_first": self.rnn.batch_first}  # no penalty unless it is attached
+        self.dropout = self.kind_of_dropout(p, **(own if self.kind_of_dropout is FusedRNNDropout else {}))
         self.decoder = nn.Linear(HIDDEN, VOCABULARY)
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -233,7 +233,7 @@ class Play:
             self.compile()
         self.counts.update([*self.kinds, *self.dropouts, *self.masks, f"{count} layers"])
         self.counts.update([f"shared {self.shared}", f"frozen {self.frozen}", f"batch first {self.batch_first}"])
-        self.reg = RNNRegularizer()
+        self.reg = RNNRegularizer(0, 0)
         options: Any = {name: partial(self.part, mask) for name, mask in self.masks.items()}
         for layer, at in {layer: i for i, layer in enumerate(self.net.layers)}.items():
             dropout = None if self.dropouts[at] in NOT_ATTACHED else self.net.dropouts[at]

@@ -27,6 +27,7 @@ def captured(by_hooks: bool) -> tuple[lm.Model, RNNRegularizer, tuple[Tensor, Te
     for x in (lm.tokens().flip(1), lm.tokens()):  # the first step fails before its backward
         output = model.activations(x)
         if not by_hooks:
+            reg.clear()
             reg.on_loss_begin(output)
     return model, reg, output
 
@@ -168,7 +169,7 @@ OPTIMIZER = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
 def test_a_scaled_lr_is_restored() -> None:
     shared = torch.tensor(0.25)
     groups = [{"lr": 0.3}, {"lr": 0.1}, {"lr": shared}, {"lr": shared}]
-    reg, optimizer = RNNRegularizer(bptt=70), SimpleNamespace(param_groups=groups)
+    reg, optimizer = RNNRegularizer(0, 0, bptt=70), SimpleNamespace(param_groups=groups)
     for error in (None, KeyError, None):
         with pytest.raises(error) if error else nullcontext(), reg.scaled_lr(optimizer, 35):  # pyright: ignore[reportArgumentType]
             assert [group["lr"] for group in groups] == [0.15, 0.05, 0.125, 0.125]
@@ -209,13 +210,17 @@ def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: RNNRegularizer(-1), ValueError, "alpha"),
+        (lambda: RNNRegularizer(-1, 0), ValueError, "alpha"),
         (lambda: RNNRegularizer(0, float("nan")), ValueError, "beta"),
         (lambda: lm.regularizer(layers="first"), ValueError, "layers: expected 'last', 'all' or None, got 'first'"),
-        (lambda: RNNRegularizer(bptt=0), ValueError, "bptt: expected a positive integer, got 0"),
-        (lambda: RNNRegularizer(bptt=True), TypeError, "bptt: expected a positive integer, got bool"),
-        (lambda: RNNRegularizer(bptt=5).scaled_lr(OPTIMIZER, -1), ValueError, "seq_len: expected a positive integer"),
-        (lambda: RNNRegularizer().scaled_lr(OPTIMIZER, 70), RuntimeError, r"pass RNNRegularizer\(..., bptt="),
+        (lambda: RNNRegularizer(0, 0, bptt=0), ValueError, "bptt: expected a positive integer, got 0"),
+        (lambda: RNNRegularizer(0, 0, bptt=True), TypeError, "bptt: expected a positive integer, got bool"),
+        (
+            lambda: RNNRegularizer(0, 0, bptt=5).scaled_lr(OPTIMIZER, -1),
+            ValueError,
+            "seq_len: expected a positive integer",
+        ),
+        (lambda: RNNRegularizer(0, 0).scaled_lr(OPTIMIZER, 70), RuntimeError, r"pass RNNRegularizer\(..., bptt="),
         (lambda: lm.regularizer(bptt=5).scaled_lr(None, 5), TypeError, "optimizer: expected an optimizer .* NoneType"),  # pyright: ignore[reportArgumentType]
         (lambda: by_hand(1.0), TypeError, "loss: expected a tensor, got float"),
         (lambda: by_hand(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),

@@ -94,7 +94,10 @@ def test_a_mask_that_the_dropout_is_called_with_takes_precedence(by_position: bo
 def test_torch_compile_compiles_no_number_of_a_schedule(ar_of: Any) -> None:
     warnings.simplefilter("default")  # the compiler's own
     counter = CompileCounterWithBackend("aot_eager")
-    rnn, dropout = lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True)).double(), FusedRNNDropout(0.4, ar_of=ar_of)
+    rnn, dropout = (
+        lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True)).double(),
+        FusedRNNDropout(0.4, 0, 0, ar_of=ar_of),
+    )
     run, reg = torch.compile(lambda x: lm.run(rnn, dropout, x)[1].sin(), backend=counter), lm.regularizer()
     handle, compilations = reg.attach(rnn, dropout), []
     for step in range(6):

@@ -1,0 +1,215 @@
+"""Mistakes of newcomers that passed in silence in release 0.4.0: now an error or a warning names the remedy."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastreg import FusedRNNDropout, RNNRegularizer
+from tests import language_model as lm
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN
+
+Mistake = Callable[[], Any]
+RAW = lm.inputs()
+
+
+def own() -> Tensor:
+    """Return raw as the output of a layer that is trained."""
+    return nn.Linear(HIDDEN, HIDDEN)(RAW)
+
+
+def bare(take: bool = False, forwards: int = 1, **options: Any) -> FusedRNNDropout:
+    """Run a fused dropout without coefficients in training."""
+    dropout = FusedRNNDropout(0.3, **options)
+    for _ in range(forwards):
+        dropout(own())
+    if take:
+        dropout.take()
+    return dropout
+
+
+def loaded(module: nn.Module) -> Any:
+    torch.save(module, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def captures(
+    reg: RNNRegularizer, *activations: Tensor, between: Callable[[RNNRegularizer], Any] = lambda _: None
+) -> None:
+    """Capture activations one after the other, without `on_backward_begin`."""
+    for x in activations:
+        reg.on_loss_begin((x, x, x))
+        between(reg)
+
+
+def states_as_activations(**options: Any) -> None:
+    """Give `(decoded, h, c)` to `on_loss_begin`, as an LSTM returns them."""
+    rnn = nn.LSTM(HIDDEN, HIDDEN, num_layers=2, batch_first=True)
+    raw, (h, c) = rnn(RAW)
+    reg = lm.regularizer()
+    reg.on_loss_begin((nn.Linear(HIDDEN, 5)(raw), h, c), **options)
+    reg.on_backward_begin(raw.mean())
+
+
+# name -> the mistake, what it raises or warns of now, and what the message says
+MISTAKES: dict[str, tuple[Mistake, type[Exception], str]] = {
+    "a regularizer without coefficients": (
+        lambda: RNNRegularizer(),  # pyright: ignore[reportCallIssue]
+        TypeError,
+        r"RNNRegularizer: .* 'alpha'\. Write, for example, RNNRegularizer\(alpha=2\.0, beta=1\.0\)",
+    ),
+    "a regularizer with one coefficient": (
+        lambda: RNNRegularizer(2.0),  # pyright: ignore[reportCallIssue]
+        TypeError,
+        r"RNNRegularizer: .* 'beta'\. Write, for example, RNNRegularizer\(alpha=2\.0, beta=1\.0\)",
+    ),
+    "the penalty of a dropout without coefficients": (
+        lambda: bare(take=True),
+        RuntimeError,
+        r"FusedRNNDropout: there is no penalty, .* FusedRNNDropout\(p, alpha=2\.0, beta=1\.0\), or .*attach\(rnn",
+    ),
+    "a second step of a dropout without coefficients": (
+        lambda: bare(forwards=2),
+        UserWarning,
+        r"FusedRNNDropout: there is no penalty, .* write FusedRNNDropout\(p, 0, 0\)",
+    ),
+    "a replica of a dropout without coefficients": (
+        lambda: FusedRNNDropout(0.3)._replicate_for_data_parallel()(RAW),  # pyright: ignore
+        RuntimeError,
+        "FusedRNNDropout: DataParallel .* Use DistributedDataParallel",
+    ),
+    "a second capture before on_backward_begin": (
+        lambda: captures(lm.regularizer(), own(), own()),
+        UserWarning,
+        r"on_loss_begin: the last capture is discarded, .* on_backward_begin\(loss\) .* clear\(\)",
+    ),
+    "a second capture, the first with a gradient": (
+        lambda: captures(lm.regularizer(), own(), RAW),
+        UserWarning,
+        "on_loss_begin: the last capture is discarded",
+    ),
+    "the states of an RNN as raw and dropped": (
+        states_as_activations,
+        ValueError,
+        rf"batch_first: expected True or False, got None: raw is \(2, {BATCH}, {HIDDEN}\), .* not its states h and c",
+    ),
+    "the states of an RNN as raw and dropped, batch first": (
+        lambda: states_as_activations(batch_first=True),
+        UserWarning,
+        r"on_loss_begin: raw is .* is its batch, 2\. .* not its states h and c",
+    ),
+    "the states of an RNN as raw and dropped, with time_dim": (
+        lambda: states_as_activations(time_dim=1),
+        UserWarning,
+        r"on_loss_begin: raw is .* is its batch, 2\. .* not its states h and c",
+    ),
+}
+
+
+@pytest.mark.parametrize(("mistake", "kind", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told(mistake: Mistake, kind: type[Exception], message: str) -> None:
+    told = pytest.warns(kind, match=f"^{message}") if issubclass(kind, Warning) else pytest.raises(kind, match=message)
+    with told as caught:
+        mistake()
+    if issubclass(kind, Warning):
+        assert len(caught) == 1  # pyright: ignore[reportArgumentType]
+        assert caught[0].filename == __file__  # pyright: ignore[reportIndexIssue]
+
+
+def again(mistake: Callable[[Any], Any], x: Any) -> None:
+    """Make a mistake three times with one object, of which only the first may be told."""
+    for number in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if number == 0 else "error")
+            mistake(x)
+
+
+def attached(dropout: FusedRNNDropout) -> None:
+    """Run a dropout attached, and then twice without the regularizer."""
+    rnn, reg = lm.gru(), lm.regularizer()
+    with reg.attach(rnn, dropout):
+        lm.run(rnn, dropout)
+    for _ in range(2):
+        lm.run(rnn, dropout)
+
+
+def in_evaluation(dropout: FusedRNNDropout) -> None:
+    for _ in range(2):
+        dropout.train()(RAW)
+        dropout.eval()(RAW)
+        assert dropout.take() is None
+        return
+
+
+def without_gradients(dropout: FusedRNNDropout) -> None:
+    """Sample from a dropout, which is no training."""
+    with torch.no_grad():
+        dropout(RAW), dropout(RAW)
+
+
+RIGHT: dict[str, Mistake] = {
+    "coefficients of 0 that were said": lambda: [
+        reg := RNNRegularizer(0, 0),
+        reg.on_loss_begin((RAW, RAW, RAW)),
+        reg.on_backward_begin(own().mean()),
+    ],
+    "a dropout with coefficients of 0": lambda: bare(True, 3, alpha=0, beta=0.0),
+    "a dropout with an alpha of 0": lambda: bare(True, 3, alpha=0),
+    "a dropout with a beta of 0": lambda: bare(True, 3, beta=0),
+    "one forward without coefficients": bare,
+    "a dropout that was attached once": lambda: attached(FusedRNNDropout(0.3)),
+    "a dropout that has run once, and is then attached": lambda: attached(bare()),
+    "a dropout without coefficients in evaluation": lambda: in_evaluation(FusedRNNDropout(0.3)),
+    "samples of a dropout without coefficients": lambda: without_gradients(FusedRNNDropout(0.3)),
+    "captures without gradients": lambda: captures(lm.regularizer(), RAW, RAW, own()),
+    "captures that clear() has dropped": lambda: captures(lm.regularizer(), own(), own(), between=lambda x: x.clear()),
+    "captures that an epoch has dropped": lambda: captures(
+        lm.regularizer(), own(), own(), between=lambda x: x.on_epoch_begin(nn.Linear(1, 1))
+    ),
+    "captures that losses have taken": lambda: captures(
+        lm.regularizer(), own(), own(), between=lambda x: x.on_backward_begin(own().mean())
+    ),
+    "the states of an RNN with the batch second": lambda: states_as_activations(batch_first=False),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("right", RIGHT.values(), ids=RIGHT)
+def test_what_is_right_is_silent(right: Mistake) -> None:
+    right()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "made", "message"),
+    [
+        (lambda dropout: [dropout(own()) for _ in range(2)], bare, "there is no penalty"),
+        (lambda reg: captures(reg, own(), own()), lm.regularizer, "the last capture is discarded"),
+        (lambda reg: reg.on_loss_begin((torch.zeros(7, 8, 9), RAW, RAW), batch_first=True), lm.regularizer, "no size"),
+    ],
+)
+def test_a_warning_comes_once_for_each_object_and_again_for_its_copy(mistake: Any, made: Any, message: str) -> None:
+    again(mistake, one := made())
+    for duplicate in (copy.deepcopy, loaded):
+        twin = duplicate(one)
+        with pytest.warns(UserWarning, match=message):
+            mistake(twin)
+
+
+def test_none_beside_a_number_is_0_and_a_schedule_may_set_it() -> None:
+    dropout, raw = FusedRNNDropout(0.3, beta=BETA), own()
+    assert (dropout.alpha, dropout.beta) == (0.0, BETA)
+    assert re.fullmatch(r"FusedRNNDropout\(p=0.3, alpha=0.0, beta=\d.*\)", str(dropout))
+    assert str(FusedRNNDropout(0.3)) == "FusedRNNDropout(p=0.3)"
+    dropout = bare()
+    dropout.alpha = ALPHA
+    dropped, taken = dropout(raw), dropout.take()
+    torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 1, ALPHA, 0.0))
