@@ -1,54 +1,41 @@
-"""The benchmarks, for pytest-benchmark: `python -m bench.run bench`.
+"""Measure benchmark cases: the worker of `bench.run bench`, which passes the names of cases.
 
-A case is a group, and each of its peers a benchmark. The first benchmark of a group measures all peers in turns.
+All peers of a case are measured in turns. The record of a case has the seconds and the other figures of each peer, and
+why a peer is missing.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from bench import cases, machine, timing
 from bench.steps import WITHOUT, Step
+from bench.worker import append, in_a_line, work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOCATOR = machine.allocator() if DEVICE == "cpu" else None
 SECONDS = 0.5 if DEVICE == "cuda" else 2.0  # that the rounds of a case take
 STEP_SHARE = 0.1 if DEVICE == "cuda" else 1.0  # of the seconds that a step's class asks for
 STEP_TURN = 0.02  # seconds that a turn of steps takes at least on a CPU
-CLOCK = timing.Replay()
-Measured = dict[str, tuple[list[float], dict[str, Any]]]  # peer -> seconds a call, other figures
+Measured = dict[str, dict[str, Any]]  # peer -> the seconds of each turn, and other figures
 Missing = dict[str, str]  # peer -> why it is not measured
 
 
-def group_of(case: cases.Case) -> str:
+def name_of(case: cases.Case, allocator: str | None) -> str:
     """Name a case, with the allocator unless it keeps memory or the device is a GPU."""
-    return f"{case} ({ALLOCATOR})" if ALLOCATOR == machine.DEFAULT else str(case)
+    return f"{case} ({allocator})" if allocator == machine.DEFAULT else str(case)
 
 
-def in_a_line(error: Exception) -> str:
-    """Describe an error in one line; a full memory is described without its sizes and hints."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "does not fit in the device's memory"
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
-
-
-@functools.lru_cache(maxsize=1)  # one case is measured at a time, and its inputs are freed when it is done
-def measure(case: cases.Case, deadline: float) -> tuple[Measured, Missing]:
-    """Measure all peers of a case, and record the errors of peers that fail. No case starts after the deadline."""
-    if time.monotonic() > deadline:
-        pytest.skip("out of time")
-    try:
-        return measure_peers(case)
-    except Exception as error:
-        return {}, dict.fromkeys(case.PEERS, in_a_line(error))
+def reason(error: Exception) -> str:
+    """Say why a peer is missing; a full memory is described without its sizes and hints."""
+    return "does not fit in the device's memory" if isinstance(error, torch.OutOfMemoryError) else in_a_line(error)
 
 
 def measure_peers(case: cases.Case) -> tuple[Measured, Missing]:
@@ -59,7 +46,8 @@ def measure_peers(case: cases.Case) -> tuple[Measured, Missing]:
     with timing.threads(1 if is_step else torch.get_num_threads()):
         calls: dict[str, timing.Call] = {}
         figures, failed = {}, {}
-        for peer, way in case.peers().items():
+        ways = case.peers()
+        for peer, way in ways.items():
             began = time.perf_counter()
             try:
                 call = case.call(way, sets)
@@ -67,11 +55,12 @@ def measure_peers(case: cases.Case) -> tuple[Measured, Missing]:
                 timing.synchronize(DEVICE)
                 calls[peer], figures[peer] = call, {"first_seconds": time.perf_counter() - began}
             except Exception as error:
-                failed[peer] = in_a_line(error)
+                failed[peer] = reason(error)
+                timing.synchronize(DEVICE)  # raises if a kernel has failed, after which no other peer can run
         if not calls:
             return {}, failed
         for peer, call in calls.items():
-            figures[peer] |= figures_of(case, peer, call, sets)
+            figures[peer] |= figures_of(case, (peer, ways[peer]), call, sets)
         if isinstance(case, Step):
             turns = timing.take_turns(calls, DEVICE, case.SECONDS * STEP_SHARE, repeats_of(calls))
         else:
@@ -79,7 +68,7 @@ def measure_peers(case: cases.Case) -> tuple[Measured, Missing]:
     measured: Measured = {}
     for peer, own_turns in turns.items():
         own = {"own_seconds": [turn.own for turn in own_turns]} if is_step and DEVICE == "cpu" else {}
-        measured[peer] = [turn.wall for turn in own_turns], figures[peer] | own
+        measured[peer] = {"seconds": [turn.wall for turn in own_turns]} | figures[peer] | own
     return measured, failed
 
 
@@ -92,13 +81,17 @@ def repeats_of(calls: Mapping[str, timing.Call]) -> int:
     return math.ceil(STEP_TURN / (time.perf_counter() - began))
 
 
-def figures_of(case: cases.Case, peer: str, call: timing.Call, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
-    """Measure everything except the time of a call."""
+def figures_of(
+    case: cases.Case, peer: tuple[str, Any], call: timing.Call, sets: list[tuple[torch.Tensor, ...]]
+) -> dict[str, Any]:
+    """Measure everything except the time of a call, for a peer with its name."""
     if isinstance(case, Step):
         peak = timing.peak_bytes(call, DEVICE)
         return {} if peak is None else {"peak_bytes": peak}
-    moved = case.bytes_moved(peer)
-    figures: dict[str, Any] = {"kept_bytes": timing.kept_bytes(call, sets[0]), "least_bytes": case.bytes_moved("least")}
+    name, way = peer
+    moved = case.bytes_moved(name)
+    held = timing.held_bytes(lambda: case.forward(way, sets[0]), DEVICE)
+    figures: dict[str, Any] = {"held_bytes": held, "least_bytes": case.bytes_moved("least")}
     figures |= {} if moved is None else {"moved_bytes": moved}
     if DEVICE == "cuda":
         return figures | gpu_figures(call, moved, len(sets))
@@ -118,23 +111,27 @@ def gpu_figures(call: timing.Call, moved: int | None, sets: int) -> dict[str, An
         if moved is not None:
             figures |= {"bandwidth": moved / cold, "share_of_copy": moved / cold / timing.copy_bandwidth()}
     except RuntimeError as error:  # the peer cannot be captured, but its time has been measured
-        figures["no_graph"] = in_a_line(error)
+        figures["no_graph"] = reason(error)
     return figures
 
 
-@pytest.mark.benchmark(timer=CLOCK.read)
-@pytest.mark.parametrize(
-    ("case", "peer"),
-    [(case, peer) for case in cases.all_cases(DEVICE, ALLOCATOR) for peer in case.PEERS],
-    ids=str,
-)
-def test_case(benchmark: Any, deadline: float, case: cases.Case, peer: str) -> None:
-    """Report the seconds of a peer's turns to pytest-benchmark, one turn for each round."""
-    measured, failed = measure(case, deadline)
-    if peer in failed:
-        pytest.fail(failed[peer], pytrace=False)
-    seconds, figures = measured[peer]
-    benchmark.group = group_of(case)
-    benchmark.extra_info |= case.info | {"peer": peer, "allocator": ALLOCATOR} | figures
-    turns = iter(seconds)
-    benchmark.pedantic(lambda: CLOCK.advance(next(turns)), rounds=len(seconds))
+def measure(name: str, file: Path) -> dict[str, Any]:
+    """Measure the case of a name, and describe it."""
+    case = next(x for x in cases.all_cases(DEVICE, ALLOCATOR) if name_of(x, ALLOCATOR) == name)
+    try:
+        measured, missing = measure_peers(case)
+    except torch.OutOfMemoryError as error:
+        measured, missing = {}, dict.fromkeys(case.PEERS, reason(error))
+    return {"peers": measured, "missing": missing}
+
+
+def main() -> None:
+    facts: dict[str, Any] = {"threads": torch.get_num_threads()}
+    if DEVICE == "cuda":  # measured first, as nothing can be measured once a kernel has failed
+        facts = {"copy_bandwidth": timing.copy_bandwidth()}
+    append(Path(sys.argv[1]), machine=machine.facts() | facts)
+    work(sys.argv[1:], measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -96,10 +96,14 @@ class PenaltyCase:
         raw = self.tensor(device).requires_grad_()
         return raw, raw if self.same else self.tensor(device).requires_grad_()
 
+    def forward(self, peer: Peer, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Call a peer's forward, and return all of its results."""
+        return (peer(*inputs),)
+
     def call(self, peer: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
         """Return a function that makes one call: the forward with its graph, or forward and backward."""
         if self.kind == FORWARD:
-            return lambda i: (peer(*sets[i % len(sets)]),)
+            return lambda i: self.forward(peer, sets[i % len(sets)])
         leaves = [list(dict.fromkeys(x for x in inputs if x.requires_grad)) for inputs in sets]
         penalty = peer(*sets[0]).detach()
         # The backward would make an upstream gradient of 1 in each call.
@@ -154,6 +158,9 @@ class DropoutCase(PenaltyCase):
         ways: list[Peer] = [lambda raw: (drop(raw),), *map(followed_by, self.ways()), fused]
         compiled = [torch.compile(way) for way in ways]
         return dict(zip(self.PEERS, (*ways[:-1], *compiled, fused), strict=True))
+
+    def forward(self, peer: Peer, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return peer(inputs[0])
 
     def call(self, peer: Peer, sets: list[tuple[Tensor, ...]]) -> Call:
         """Return a function that makes one call. It returns dropped, too, as the decoder holds it during training."""

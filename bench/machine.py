@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,9 +41,10 @@ def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
-def facts() -> dict[str, str]:
+def facts() -> dict[str, Any]:
     """Describe the device, the releases and the source, by a digest, as there may be no git to tell the commit."""
-    return {"device": device_name(), "torch": torch.__version__, "triton": triton_version(), "source": source()}
+    releases = {"torch": torch.__version__, "triton": triton_version(), "python_version": platform.python_version()}
+    return {"device": device_name(), **releases, "source": source()}
 
 
 def allocator() -> str:
@@ -66,12 +68,21 @@ def source() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def commit() -> str:
-    """Name the commit of the checkout, and whether code differs from it; `unknown` where there is no git to tell."""
+def commit_facts() -> dict[str, Any]:
+    """Return the hash of the checkout's commit, and whether code differs from it.
+
+    Where there is no git to tell, the hash is in the environment's COMMIT, or `unknown`.
+    """
     git = "git", "-C", str(ROOT)
     try:
-        named = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], check=True, capture_output=True, text=True)
+        named = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.cpp", "*.h"], capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return named.stdout.strip() + " with changes" * (changed.returncode != 0)
+        return {"id": os.environ.get("COMMIT") or "unknown", "dirty": False}
+    return {"id": named.stdout.strip(), "dirty": changed.returncode != 0}
+
+
+def commit() -> str:
+    """Name the commit of the checkout, and whether code differs from it."""
+    facts = commit_facts()
+    return facts["id"][:10] + " with changes" * facts["dirty"]

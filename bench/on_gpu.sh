@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a bare GPU machine (torch, triton, pytest, pytest-benchmark and matplotlib; transformers and lightning for
+# On a bare GPU machine (torch, triton, pytest and matplotlib; transformers and lightning for
 # their training steps; nothing installed, this checkout neither), each well inside ten minutes:
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
 #     bash bench/on_gpu.sh bench [COMMIT]    the benchmarks, the most wanted first, and the report
@@ -9,7 +9,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 what=${1:?test or bench}
-commit=${2:-$(git rev-parse HEAD 2> /dev/null)}
+export COMMIT=${2:-}
 limit=${LIMIT:-450}
 log=${OUT:-.benchmarks}/$what.log
 mkdir -p "$(dirname "$log")"
@@ -19,7 +19,7 @@ python=${PYTHON:-python3}
   || exit 1
 start=$(mktemp)
 # What begins by then ends in time. If not, SIGTERM ends it, and what there is is written.
-timeout --kill-after=20 $((limit + 90)) "$python" -m bench.run "$what" bench/results --seconds="$limit" --commit="$commit" 2>&1 \
+timeout --kill-after=20 $((limit + 90)) "$python" -m bench.run "$what" bench/results --seconds="$limit" 2>&1 \
   | tee "$log"
 status=${PIPESTATUS[0]}
 [ "$what" = test ] || "$python" -m bench.report 2>&1 | tee -a "$log"

@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ GPU_HEAD = ["of the copy bandwidth", "launches"]
 FIGURES = {  # of bench.benchmarks: the name in a row, which is the heading of a column, and its unit
     "first_seconds": ("first, s", 1),
     "page_faults": ("faults", 1),
-    "kept_bytes": ("kept, MB", 1e6),
+    "held_bytes": ("held, MB", 1e6),  # earlier results have "kept, MB", without gradients written ahead: not shown
     "launches": ("launches", 1),
     "peak_bytes": (PEAK, 1e6),
     "host_seconds": ("host, us", 1e-6),
@@ -95,10 +95,11 @@ class Measured(NamedTuple):
 
 @dataclass
 class Case:
-    """One case: its facts, and the row that `bench.run.rows` has made of each peer."""
+    """One case: its facts, the row that `bench.run.rows` has made of each peer, and why other peers are missing."""
 
     info: dict[str, Any]
     peers: dict[str, dict[str, Any]]
+    missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def allocator(self) -> str:
@@ -111,6 +112,14 @@ class Case:
             return f"{self.info['model']}, {shape}"
         extra = [self.info["layout"]] * (self.info["layout"] != "batch first")
         return ", ".join([shape, self.info["dtype"], *extra, *["raw is dropped"] * self.info.get("same", False)])
+
+    def losses(self) -> list[str]:
+        """Say why peers are missing, once for each reason."""
+        reasons: dict[str, list[str]] = {}
+        for peer, why in self.missing.items():
+            reasons.setdefault(why, []).append(peer)
+        of = {why: ", ".join(peers) if self.peers or len(reasons) > 1 else "all" for why, peers in reasons.items()}
+        return [f"lost ({peers}): {why}" for why, peers in of.items()]
 
     def figure(self, peer: str, key: str) -> Measured:
         """Return a figure of a peer, whose row has it as a median and a spread."""
@@ -127,7 +136,6 @@ class Result:
     machine: dict[str, Any]
     commit: dict[str, Any]
     date: str
-    missing: dict[str, dict[str, str]]  # case -> peer -> why it is not measured
     cases: list[Case]
     tests: dict[str, Any] | None = None  # the record that `bench.run test` wrote
 
@@ -141,7 +149,15 @@ class Result:
         return self.cases[0].allocator if self.cases else DEFAULT
 
     def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
-        """Return the cases of one pass; or those named by `labels`, in that order."""
+        """Return the cases of one pass that have all of their peers; or those named by `labels`, in that order."""
+        return [case for case in self._named(kind, labels) if not case.missing]
+
+    def lost(self, kind: str, labels: Iterable[str], width: int) -> list[list[str]]:
+        """Return a row of a table for each case whose peers are not all measured, chosen as in `of`."""
+        found = [[case.label, *case.losses()] for case in self._named(kind, labels) if case.missing]
+        return [[label, "; ".join(losses), *[""] * (width - 2)] for label, *losses in found]
+
+    def _named(self, kind: str, labels: Iterable[str]) -> list[Case]:
         cases = {case.label: case for case in self.cases if case.info["pass"] == kind}
         return [cases[label] for label in labels or cases if label in cases]
 
@@ -158,6 +174,7 @@ def load(file: Path) -> Result:
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     outcomes = file.parent / "tests" / file.name
     tests = json.loads(outcomes.read_text()) if outcomes.exists() else None
+    facts.pop("missing", None)  # results before version 0.5 have it, always empty
     return Result(file.stem, digest, cases=cases, tests=tests, **facts)
 
 
@@ -188,11 +205,10 @@ def caveats(result: Result) -> str:
     """Return a sentence about the outcome of the tests, and one about the cases that could not be measured."""
     sentences = [tests_outcome(result)] * (result.on_gpu or result.tests is not None)  # on a CPU, `make test` runs them
     reasons: dict[str, list[str]] = {}
-    for name, peers in result.missing.items():
-        for why in dict.fromkeys(peers.values()):
-            those = [peer for peer, reason in peers.items() if reason == why]
-            reasons.setdefault(why, []).append(name if len(those) > 1 else f"{name} ({those[0]})")
-    sentences += [f"Not measured ({why}): {some(names)}." for why, names in reasons.items()]
+    for case in result.cases:
+        for loss in case.losses():
+            reasons.setdefault(loss, []).append(f"{case.label}, {case.info['pass']}")
+    sentences += [f"Not measured, {loss}: {some(labels)}." for loss, labels in reasons.items()]
     return "".join(f"- {sentence}\n" for sentence in sentences)
 
 
@@ -224,7 +240,7 @@ def call_table(result: Result, labels: Iterable[str] = ()) -> str:
         own = case.peers["fastreg"]  # without a graph there are no figures of the GPU
         gpu = [f"{own[OF_COPY]:.0f}%", f"{own['launches']}"] if OF_COPY in own else ["", ""]
         rows.append([case.label, *cells, *gpu * result.on_gpu])
-    return table(rows)
+    return table([*rows, *result.lost(BOTH, labels, len(rows[0]))])
 
 
 def measured(result: Result, peers: Iterable[str] = STEP_PEERS) -> list[str]:
@@ -250,8 +266,9 @@ def peak_cells(case: Case, peers: Sequence[str]) -> list[str]:
 def step_table(result: Result, labels: Iterable[str] = ()) -> str:
     """Render the time of training steps, and the time that each way of adding the penalty adds."""
     peers = measured(result)
-    rows = [[case.label, *step_cells(case, peers)] for case in result.of(STEP, labels)]
-    return table([["ms; (batch, time, hidden)", *(STEP_PEERS[peer] for peer in peers)], *rows])
+    rows = [["ms; (batch, time, hidden)", *(STEP_PEERS[peer] for peer in peers)]]
+    rows += [[case.label, *step_cells(case, peers)] for case in result.of(STEP, labels)]
+    return table([*rows, *result.lost(STEP, labels, len(rows[0]))])
 
 
 def peak_table(result: Result, labels: Iterable[str] = ()) -> str:
@@ -259,7 +276,8 @@ def peak_table(result: Result, labels: Iterable[str] = ()) -> str:
     peers = measured(result)
     head = ["peak memory of a step", "without, MB", *(STEP_PEERS[peer] for peer in peers[1:])]
     cases = [case for case in result.of(STEP, labels) if PEAK in case.peers[WITHOUT]]
-    return table([head, *([case.label, *peak_cells(case, peers)] for case in cases)])
+    lost = result.lost(STEP, labels, len(head))
+    return table([head, *([case.label, *peak_cells(case, peers)] for case in cases), *lost])
 
 
 def memory_verdict(case: Case) -> str:
@@ -277,7 +295,7 @@ def added_table(result: Result) -> str:
         others = [case.figure(peer, ADDED) for peer in PEERS]
         cells = ["; ".join(map(case.figure(peer, ADDED).over, others)) if peer in case.peers else "" for peer in ours]
         rows.append([case.label, *cells, f"{case.figure('attach', 'over formula').median:.3f}x"])
-    return table(rows)
+    return table([*rows, *result.lost(STEP, (), len(rows[0]))])
 
 
 def compiled_table(result: Result) -> str:
@@ -287,7 +305,7 @@ def compiled_table(result: Result) -> str:
         times = [case.figure(peer, "step, ms").median for peer in (WITHOUT, "eager", "fused_ar_tar")]
         ratio = case.figure("fused_ar_tar", "over formula")
         rows.append([case.label, *map(number, times), f"{ratio.median:.3f}±{ratio.error:.3f}x"])
-    return table(rows)
+    return table([*rows, *result.lost(COMPILED, (), len(rows[0]))])
 
 
 def step_tables(result: Result) -> list[str]:
@@ -331,9 +349,11 @@ def full_table(result: Result) -> str:
         for case in part.cases:
             for peer, row in case.peers.items():
                 median, spread = row["ms"]
-                times = [number(median), f"{spread / median:.0%}", f"{row['against']:.2f}x"]
+                against = f"{row['against']:.2f}x" if "against" in row else ""
+                times = [number(median), f"{spread / median:.0%}", against]
                 cells = [number(facts[x]) if x in facts else "" for facts in [case.info | row] for x in columns]
                 rows.append([case.label, case.info["pass"], peer, *times, *cells])
+            rows += [[case.label, case.info["pass"], loss, *[""] * (len(rows[0]) - 3)] for loss in case.losses()]
         setting = [f"## {part.allocator.capitalize()}\n", f"Measured with {HOW[part.allocator]}.\n"]
         parts += [] if result.on_gpu else setting
         parts += [*step_tables(part), "### All cases\n", table(rows)]

@@ -1,13 +1,13 @@
 """Test and measure on this machine: `python -m bench.run test` and `python -m bench.run bench`.
 
-The first writes FOLDER/tests/DEVICE.json, and the second FOLDER/DEVICE.json; bench.report joins them. Failed and
-missing cases are recorded, too. When it is interrupted, or gets SIGTERM, either command writes the results that it has.
-The second writes a summary of pytest-benchmark's record, with one line for each peer of a case.
+The first writes FOLDER/tests/DEVICE.json, and the second FOLDER/DEVICE.json; bench.report joins them. Failed and lost
+cases are recorded, too. When it is interrupted, or gets SIGTERM, either command writes the results that it has.
 `python -m bench.run bench --only step` measures only the training steps, prints their tables and writes to .benchmarks;
 it takes four minutes on an idle core.
 
-On a CPU `bench` measures in two processes: in one the allocator keeps memory, in the other it has the system's default
-settings. `measure` measures once, in this process.
+`bench` measures in a worker (bench.worker), which appends what it finds to a file of lines as it comes, by default in
+.benchmarks; the result is a summary of these lines. On a CPU there are two workers, one after the other: in one the
+allocator keeps memory, in the other it has the system's default settings.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from operator import truediv
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import pytest
 import torch
 
-from bench import machine, report
+from bench import benchmarks, cases, machine, report
 from bench.steps import WITHOUT
+from bench.worker import Limits, records, supervise
 
 ROOT = machine.ROOT
 # The files come first that test most of the kernels for their time; tests/test_bench.py checks that none is missing.
@@ -48,8 +49,9 @@ SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, one program and many
 FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # limits, so that a file that hangs leaves time for the others
 GRACE = 20  # seconds for pytest to print its failures
-MACHINE = "device", "torch", "triton", "python_version", "threads", "source", "copy_bandwidth"
-OF_CASE = "pass", "model", "shape", "dtype", "layout", "same", "allocator"  # facts that all peers share
+WORKER = [sys.executable, "-m", "bench.benchmarks"]
+QUIET = {"KINETO_LOG_LEVEL": "99"}  # PyTorch's profiler prints a line whenever it starts or stops
+CASE_SECONDS = 90 if benchmarks.DEVICE == "cuda" else 600
 
 
 def run_file(name: str, seconds: float) -> dict[str, Any]:
@@ -112,14 +114,14 @@ def sanitize(program: str, tool: str, seconds: float) -> str:
     return f"status {done.returncode}: {', '.join(verdicts) or 'no verdict'}"
 
 
-def test(folder: Path, commit: str, seconds: float) -> int:
+def test(folder: Path, seconds: float) -> int:
     """Run the tests of the measured code, file by file, and write their outcomes."""
     on_gpu = torch.cuda.is_available()
     end = time.monotonic() + seconds
     files: dict[str, Any] = {name: unfinished(name, "not reached") for name in TESTS}
     program = sanitizer()
     sanitizers = dict.fromkeys(SANITIZERS, "not reached" if program else "not there") if on_gpu else {}
-    result = machine.facts() | {"commit": commit, "files": files, "sanitizers": sanitizers}
+    result = machine.facts() | {"commit": machine.commit(), "files": files, "sanitizers": sanitizers}
     reserved = SANITIZER_SECONDS * len(sanitizers) if program else 0
     most = FILE_SECONDS if on_gpu else math.inf
     try:
@@ -142,86 +144,63 @@ def test(folder: Path, commit: str, seconds: float) -> int:
     return 1 if failed else 0
 
 
-def measure(folder: Path, commit: str, seconds: float, only: str) -> int:
-    """Run the benchmarks in this process, write their result, and print the tables of training steps."""
-    with tempfile.TemporaryDirectory() as temporary:
-        new = Path(temporary, "result.json")
-        options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--benchmark-quiet", f"--benchmark-json={new}"]
-        limits = [f"--seconds={seconds}", f"--commit={commit}", "-k", only]
-        status = pytest.main([*options, *limits, f"{ROOT}/bench/benchmarks.py"])
-        text = new.read_text() if new.exists() else ""
-    if not text:
-        print("bench.run: nothing was measured")
-        return 1
-    result = summary(json.loads(text))
-    file = folder / machine.file_name(result["machine"]["device"])
-    write(file, in_rows(result))
-    print("\n".join(report.step_tables(report.load(file))), flush=True)
-    return int(status)
+def bench(lines: Path, limits: Limits, only: Sequence[str]) -> dict[str, Any]:
+    """Measure cases, on a CPU once for each allocator, and return the result; an interrupt ends the measurement.
 
-
-def bench(folder: Path, commit: str, seconds: float, only: str) -> int:
-    """Measure, on a CPU once for each allocator in a process that starts with it, and join the results."""
-    if torch.cuda.is_available():
-        return measure(folder, commit, seconds, only)
-    end, statuses, parts = time.monotonic() + seconds, [], []
-    with tempfile.TemporaryDirectory() as temporary, suppress(KeyboardInterrupt):
-        for left, (allocator, environment) in zip((2, 1), machine.ALLOCATORS.items(), strict=True):
-            print(f"== {allocator}", flush=True)
-            part = Path(temporary, allocator)
-            limits = [f"--seconds={(end - time.monotonic()) / left}", f"--commit={commit}", f"--only={only}"]
-            try:
-                statuses.append(in_child(["measure", str(part), *limits], environment))
-            finally:
-                parts += [json.loads(file.read_text()) for file in part.glob("*.json")]
-    if not parts:
-        return 1
-    write(folder / machine.file_name(parts[0]["machine"]["device"]), in_rows(together(parts)))
-    return max(statuses, default=0) if len(statuses) == len(machine.ALLOCATORS) else 1
-
-
-def in_child(arguments: list[str], environment: dict[str, str]) -> int:
-    """Run this module in another process, and pass the first interrupt on to it."""
-    command = [sys.executable, "-m", "bench.run", *arguments]
-    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, start_new_session=True)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.wait()  # it still writes its result
-        raise
-
-
-def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the results of several processes."""
-    missing = {name: peers for part in parts for name, peers in part["missing"].items()}
-    return parts[0] | {"missing": missing, "cases": [case for part in parts for case in part["cases"]]}
-
-
-def summary(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures that bench.report reads, of the cases that have all of their peers."""
-    cases: dict[str, Any] = {}
-    for one in recorded["benchmarks"]:
-        if one["group"] not in recorded["missing"]:
-            facts = one["extra_info"] | {"seconds": one["stats"]["data"]}
-            case = cases.setdefault(one["group"], {"info": {}, "peers": {}})
-            case["info"] = {key: facts[key] for key in OF_CASE if facts.get(key)}
-            if "least_bytes" in facts:  # which all peers share
-                case["info"][report.LEAST] = rounded(facts.pop("least_bytes") / 1e6, 3)
-            case["peers"][facts["peer"]] = facts
-    for case in cases.values():
-        case["peers"] = rows(case["peers"], report.OURS.get(case["info"]["pass"], "fastreg"))
-    return {
-        "machine": {key: recorded["machine_info"][key] for key in MACHINE if key in recorded["machine_info"]},
-        "commit": {key: recorded["commit_info"].get(key) for key in ("id", "dirty")},
-        "date": recorded["datetime"],
-        "missing": recorded["missing"],
-        "cases": list(cases.values()),
+    Args:
+        lines: the file that gets a line for each case as it comes.
+        limits: the limits of cases.
+        only: parts of names: a case is measured if its name has one of them.
+    """
+    device = benchmarks.DEVICE
+    settings = [(None, {})] if device == "cuda" else [*machine.ALLOCATORS.items()]
+    known = {
+        allocator: {
+            benchmarks.name_of(case, allocator): case
+            for case in cases.all_cases(device, allocator)
+            if any(part in str(case) for part in only)
+        }
+        for allocator, _ in settings
     }
+    lines.unlink(missing_ok=True)
+    with suppress(KeyboardInterrupt):
+        for left, (allocator, environment) in zip(range(len(settings), 0, -1), settings, strict=True):
+            now = time.monotonic()
+            share = limits._replace(end=now + (limits.end - now) / left)
+            supervise(WORKER, lines, [*known[allocator]], share, environment | QUIET)
+    of_names = {name: (case, allocator) for allocator, named in known.items() for name, case in named.items()}
+    return summary(records(lines), of_names)
+
+
+def summary(found: list[dict[str, Any]], names: Mapping[str, tuple[cases.Case, str | None]]) -> dict[str, Any]:
+    """Return the figures that bench.report reads.
+
+    Args:
+        found: the records of the workers.
+        names: the case and the allocator of each name.
+    """
+    ended = {record["end"]: record for record in found if "end" in record}
+    about = next((record["machine"] for record in found if "machine" in record), machine.facts())
+    summaries = [summary_of(case, allocator, ended.get(name, {})) for name, (case, allocator) in names.items()]
+    date = datetime.now(timezone.utc).isoformat()
+    return {"machine": about, "commit": machine.commit_facts(), "date": date, "cases": summaries}
+
+
+def summary_of(case: cases.Case, allocator: str | None, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of one case, and why peers are missing."""
+    info = {key: value for key, value in (case.info | {"allocator": allocator}).items() if value}
+    peers, missing = record.get("peers", {}), record.get("missing", {})
+    if not record or "lost" in record:
+        missing = dict.fromkeys(case.PEERS, record.get("lost", "not reached"))
+    for facts in peers.values():
+        if "least_bytes" in facts:  # which all peers share
+            info[report.LEAST] = rounded(facts.pop("least_bytes") / 1e6, 3)
+    made = {"info": info, "peers": rows(peers, report.OURS.get(info["pass"], "fastreg"))}
+    return made | ({"missing": missing} if missing else {})
 
 
 def rows(peers: dict[str, Any], ours: str) -> dict[str, Any]:
-    """Return the row of each peer of a case.
+    """Return the row of each peer of a case; what compares a peer with one that is missing is left out.
 
     A row has the number of rounds, and the median and the spread (the interquartile range) of the time of a call. The
     column "against" is the median over the rounds of the peer's time over fastreg's. A training step has more pairs of
@@ -233,8 +212,9 @@ def rows(peers: dict[str, Any], ours: str) -> dict[str, Any]:
     for peer, facts in peers.items():
         seconds = facts["seconds"]
         row: dict[str, Any] = {"count": len(seconds), "ms": median_and_spread(1e3 * x for x in seconds)}
-        row["against"] = median_and_spread(map(truediv, seconds, peers[ours]["seconds"]))[0]
-        if WITHOUT in peers:
+        if ours in peers:
+            row["against"] = median_and_spread(map(truediv, seconds, peers[ours]["seconds"]))[0]
+        if WITHOUT in peers and "eager" in peers:
             three = facts, peers[WITHOUT], peers["eager"]
             own, without, formula = (x.get("own_seconds", x["seconds"]) for x in three)
             row["step, ms"] = median_and_spread(1e3 * x for x in own)
@@ -269,19 +249,27 @@ def write(file: Path, text: str) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__)
-    parser.add_argument("what", choices=["test", "bench", "measure"])
+    parser.add_argument("what", choices=["test", "bench"])
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--commit", default="", help="of the checkout, where there is no git to tell")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after them")
-    parser.add_argument("--only", default="", help="benchmark the cases of this name alone, as pytest's -k")
+    parser.add_argument("--only", default="", help="measure only the cases whose names contain this")
+    parser.add_argument("--lines", type=Path, help="the file that gets a line for each case as it comes")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A result of some cases must not replace a result of all.
     folder = options.folder or (ROOT / ".benchmarks" if options.only else report.RESULTS)
     if options.what == "test":
-        return test(folder, options.commit, options.seconds)
-    command = bench if options.what == "bench" else measure
-    return command(folder, options.commit, options.seconds, options.only)
+        return test(folder, options.seconds)
+    name = machine.file_name(machine.device_name())
+    lines = options.lines or ROOT / ".benchmarks" / f"{name}l"
+    result = bench(lines.absolute(), Limits(time.monotonic() + options.seconds, CASE_SECONDS), [options.only])
+    if not any(case["peers"] for case in result["cases"]):
+        print("bench.run: nothing was measured")
+        return 1
+    file = folder / machine.file_name(result["machine"]["device"])
+    write(file, in_rows(result))
+    print("\n".join(report.step_tables(report.load(file))), flush=True)
+    return int(any("missing" in case for case in result["cases"]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import statistics
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -19,9 +20,9 @@ import torch
 
 from tests.conftest import ROOT, gpu, more, python, skip_without
 
-skip_without("pytest_benchmark", "matplotlib")
+skip_without("matplotlib")
 
-from bench import benchmarks, cases, host, machine, nets, offline, report, run, steps, timing  # noqa: E402
+from bench import benchmarks, cases, host, machine, nets, offline, report, run, steps, timing, worker  # noqa: E402
 
 
 def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:
@@ -144,7 +145,10 @@ def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(step: Any, monke
 
 @pytest.mark.usefixtures("quick")
 def test_the_figures_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is measured on one thread, and the memory that dropout keeps is its mask's and the formula's changes."""
+    """A step is measured on one thread.
+
+    Between forward and backward, dropout holds its mask, the formula its changes, and `fused_ar_tar` both gradients.
+    """
     threads, forward = [], nets.LSTM.forward
     monkeypatch.setattr(nets.LSTM, "forward", lambda *xs: threads.append(torch.get_num_threads()) or forward(*xs))
     before, one = torch.get_num_threads(), 3 * 5 * 8 * 4
@@ -153,11 +157,12 @@ def test_the_figures_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tuple(of_step), tuple(of_dropout)) == (step.PEERS, dropout.PEERS)
     assert {*threads} == {1}
     assert torch.get_num_threads() == before
-    for times, figures in of_step.values():
-        assert len(times) == len(figures["own_seconds"]) == timing.LEAST
+    for figures in of_step.values():
+        assert len(figures["seconds"]) == len(figures["own_seconds"]) == timing.LEAST
         assert figures["peak_bytes"] > 3 * 6 * 4 * 4
-    for peer, (_, figures) in of_dropout.items():
-        assert figures["kept_bytes"] == one // 5 + (one * 4 // 5 if peer in ("eager", "compiled") else 0), peer
+    for peer, figures in of_dropout.items():
+        beside = {"eager": one * 4 // 5, "compiled": one * 4 // 5}.get(peer, 2 * one * ("fused_ar_tar" in peer))
+        assert figures["held_bytes"] == pytest.approx(one // 5 + beside, abs=64), peer
         assert figures["least_bytes"] == 5 * one
 
 
@@ -178,39 +183,108 @@ def test_launches(case: Any, device: str) -> None:
     assert {peer: timing.launches(call) for peer, call in calls.items()} == LAUNCHES[case]
 
 
-def call(speed: float, allocator: str = machine.KEPT, shape: Any = (2, 3, 4), **figures: Any) -> list[Any]:
+Recorded = list[tuple[tuple[Any, Any], dict[str, Any]]]  # cases with their allocators, and the records of a worker
+
+
+def call(speed: float, allocator: Any = machine.KEPT, shape: Any = (2, 3, 4), **figures: Any) -> Recorded:
     """Record a call in which fastreg is so many times as fast as the eager formula, except in an odd round."""
-    info = {"pass": report.BOTH, "shape": shape, "dtype": "float32", "layout": "batch first", "allocator": allocator}
     rounds = {"compiled": [0.5, 1.0, 0.5], "eager": [speed, 2 * speed, speed], "fastreg": [1.0, 2.0, 100.0]}
-    infos = {peer: info | figures | {"peer": peer} for peer in rounds}
-    group = f"{shape}, {allocator}"
-    return [{"group": group, "extra_info": infos[x], "stats": {"data": data}} for x, data in rounds.items()]
+    peers = {peer: {"seconds": data} | figures for peer, data in rounds.items()}
+    return [((cases.PenaltyCase(shape, torch.float32), allocator), {"peers": peers})]
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_measurement_records_the_peers_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    errors = ValueError("broken\nindeed"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    peers = {name: Mock(side_effect=x) for name, x in zip(("broken", "full"), errors, strict=True)}
-    monkeypatch.setattr(cases.PenaltyCase, "peers", lambda case: peers)
-    measured, failed = benchmarks.measure(cases.PenaltyCase((2, 3, 4), torch.float32), math.inf)
-    assert not measured
-    assert failed == {"broken": "ValueError: broken", "full": "does not fit in the device's memory"}
-    result = report.Result("", "", {}, {}, "", {"first": {"eager": "why"}, "second": dict.fromkeys("ab", "why")}, [])
-    assert "Not measured (why): first (eager), second." in report.caveats(result)
-
-
-def result_of(folder: Path, recorded: Any, device: str = "A CPU, 2 cores", **facts: Any) -> report.Result:
+def result_of(folder: Path, recorded: Recorded, device: str = "A CPU, 2 cores", **facts: Any) -> report.Result:
     """Write the result of a machine, and load it."""
     info = {"device": device, "torch": "1", "triton": "2", "python_version": "3", "threads": 2, "source": "s"}
-    whole = {"commit_info": {"id": "0123456789abcdef", "dirty": False}, "datetime": "now", "missing": {}}
+    names = {str(number): case for number, (case, _) in enumerate(recorded)}
+    found = [{"machine": info | facts}, *({"end": str(i)} | record for i, (_, record) in enumerate(recorded))]
     folder.mkdir(exist_ok=True)
     file = folder / machine.file_name(device)
-    file.write_text(run.in_rows(run.summary(whole | {"benchmarks": recorded, "machine_info": info | facts})))
+    file.write_text(run.in_rows(run.summary(found, names)))
     return report.load(file)
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_measurement_records_the_peers_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = ValueError("broken\nindeed"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    case = cases.PenaltyCase((2, 3, 4), torch.float32)
+    peers = case.peers() | {name: Mock(side_effect=x) for name, x in zip(("eager", "compiled"), errors, strict=True)}
+    monkeypatch.setattr(cases.PenaltyCase, "peers", lambda case: peers)
+    measured, missing = benchmarks.measure_peers(case)
+    assert [*measured] == ["fastreg"], "what was measured is kept"
+    assert missing == {"eager": "ValueError: broken", "compiled": "does not fit in the device's memory"}
+    record = {"peers": measured, "missing": missing}
+    result = result_of(tmp_path, [((case, machine.KEPT), record), *call(2.0, shape=(9, 9, 9))])
+    told = "lost (eager): ValueError: broken; lost (compiled): does not fit in the device's memory"
+    assert f"| (2, 3, 4), float32 | {told} |" in report.call_table(result)
+    assert "Not measured, lost (eager): ValueError: broken: (2, 3, 4), float32, " in report.caveats(result)
+    page = report.full_table(result)
+    for peer in ("fastreg", *told.split("; ")):
+        assert f"| (2, 3, 4), float32 | forward + backward | {peer} |" in page
+
+
+HANG = "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()); ctypes.PyDLL(None).sleep(999)"
+FAILURES = {
+    "abort": ("os.abort()", "the process ended with status -6"),
+    "hang": (HANG, "out of time after 20 s"),
+    "raise": ("raise ValueError('no\\nsuch')", "ValueError: no"),
+}
+
+
+@pytest.mark.parametrize(("failure", "why"), FAILURES.values(), ids=FAILURES)
+def test_a_lost_case_loses_no_other(failure: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third of five cases aborts, or hangs in C, where no signal helps: a new worker measures the other cases."""
+    five = [cases.PenaltyCase((batch, 5, 8), torch.float32) for batch in range(2, 7)]
+    script = tmp_path / "worker_of_the_test.py"
+    script.write_text(
+        "import ctypes, os, signal, sys, torch\n"
+        "from bench import benchmarks, cases\n"
+        "benchmarks.SECONDS, torch.compile = 0.0, lambda way: way\n"
+        "five = [cases.PenaltyCase((batch, 5, 8), torch.float32) for batch in range(2, 7)]\n"
+        "cases.all_cases = lambda device, allocator: five\n"
+        "inputs = cases.PenaltyCase.inputs\n"
+        "def failing(case, device):\n"
+        f"    if case.shape[0] == 4: {failure}\n"
+        "    return inputs(case, device)\n"
+        "cases.PenaltyCase.inputs = failing\n"
+        "benchmarks.main()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(run, "WORKER", [sys.executable, str(script)])
+    monkeypatch.setattr(cases, "all_cases", lambda device, allocator: five)
+    monkeypatch.setattr(machine, "ALLOCATORS", {machine.KEPT: machine.ALLOCATORS[machine.KEPT]})
+    lines = tmp_path / "lines.jsonl"
+    result = run.bench(lines, worker.Limits(math.inf, 20.0), [""])
+    assert [case["info"]["shape"][0] for case in result["cases"]] == [2, 3, 4, 5, 6]
+    lost = result["cases"][2]
+    assert {why in reason for reason in lost["missing"].values()} == {True}
+    assert ([*lost["missing"]], lost["peers"]) == ([*five[2].PEERS], {})
+    for case in (*result["cases"][:2], *result["cases"][3:]):
+        assert ([*case["peers"]], case.get("missing")) == ([*five[0].PEERS], None)
+    file = tmp_path / "result.json"
+    file.write_text(run.in_rows(result))
+    assert f"| (4, 5, 8), float32 | lost (all): {why}" in report.call_table(report.load(file))
+
+
+def test_a_record_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "lines"
+    worker.append(file, begin="a")
+    with file.open("a") as lines:
+        lines.write('{"end": "a", "sec')
+    worker.append(file, begin="b")
+    assert worker.records(file) == [{"begin": "a"}, {"begin": "b"}]
+
+
+def test_where_no_worker_starts_all_cases_are_lost(tmp_path: Path) -> None:
+    began, file = time.monotonic(), tmp_path / "lines"
+    worker.supervise(["false"], file, [*"abc"], worker.Limits(math.inf, 20.0))
+    assert [record["lost"] for record in worker.records(file)] == ["no worker could begin a task"] * 3
+    worker.supervise(["false"], file, ["d"], worker.Limits(began, 20.0))
+    assert worker.records(file)[-1] == {"end": "d", "lost": "not reached"}
+
+
 def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = result_of(tmp_path, call(4.0, "", shape=(64, 70, 400), **ONES), "A GPU", copy_bandwidth=3e12)
+    result = result_of(tmp_path, call(4.0, None, shape=(64, 70, 400), **ONES), "A GPU", copy_bandwidth=3e12)
     result_of(tmp_path, call(8.0))
     assert "no outcome is recorded" in report.caveats(result)
     files = {"some": {"passed": 3, "skipped": 1, "failed": [*"abcdefg"]}}
@@ -242,19 +316,18 @@ def test_what_is_added_to_a_step_is_a_median_of_pairs(tmp_path: Path) -> None:
     added = {"no penalty": [0.0] * 5, "eager": [0.03, 0.04, 0.05, 0.04, 0.04], "compiled": [0.02] * 5}
     added |= {"hooks by hand": [0.02] * 5, "attach": [0.0, 0.01, 0.02, 0.03, 0.0]}
     peaks = dict.fromkeys(added, 10**8) | {"attach": 181 * 10**6}
-    info = {"pass": report.STEP, "model": "GRU", "shape": [4, 5, 6], "allocator": machine.KEPT}
-    recorded = []
+    peers = {}
     for peer, times in added.items():
         own = [x + y for x, y in zip(without, times, strict=True)]
-        extra = info | {"peer": peer, "own_seconds": own, "peak_bytes": peaks[peer]}
-        recorded.append({"group": "", "extra_info": extra, "stats": {"data": [9 * x for x in own]}})
+        peers[peer] = {"seconds": [9 * x for x in own], "own_seconds": own, "peak_bytes": peaks[peer]}
+    recorded = [((steps.LSTMStep((4, 5, 6)), machine.KEPT), {"peers": peers})]
     result = result_of(tmp_path, recorded)
     errors = [0.93 * quartiles / 5**0.5 for quartiles in (10, 25)]  # of 35 to 45 and of 0 to 25
     row = f"+20.0±0.0 | +40.0±{errors[0]:.1f} | +20.0±0.0 | +10.0±{errors[1]:.1f} |"
-    assert report.step_table(result).endswith(f"| GRU, (4, 5, 6) | 200 | {row}\n")
-    assert report.added_table(result).endswith("| GRU, (4, 5, 6) | 1.00x; 0.50x | -; - | 0.880x |\n")
+    assert report.step_table(result).endswith(f"| LSTM, (4, 5, 6) | 200 | {row}\n")
+    assert report.added_table(result).endswith("| LSTM, (4, 5, 6) | 1.00x; 0.50x | -; - | 0.880x |\n")
     assert "| formula | hooks by hand | `attach` |\n" in report.step_table(result), "no column of a peer that it lacks"
-    assert report.peak_table(result).endswith("| GRU, (4, 5, 6) | 100 | +0% | +0% | +0% | +81% |\n")
+    assert report.peak_table(result).endswith("| LSTM, (4, 5, 6) | 100 | +0% | +0% | +0% | +81% |\n")
     assert {*report.STEP_PEERS} == {*steps.Step.PEERS}
 
 
@@ -330,7 +403,7 @@ def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("fastreg", "kernels"):
         (checkout / name).symlink_to(ROOT / name)
     results, device = checkout / "bench" / "results", machine.device_name()
-    recorded = [x for shape in ((128, 512, 1024), (2, 3, 4)) for x in call(1.0, "", shape, **ONES)]
+    recorded = [x for shape in ((128, 512, 1024), (2, 3, 4)) for x in call(1.0, None, shape, **ONES)]
     result_of(tmp_path / "made", recorded, device, copy_bandwidth=3e12)
     made = tmp_path / "made" / machine.file_name(device)
     shell.write_text(
