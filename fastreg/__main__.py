@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import fastreg
-from fastreg.backends import CPP, backend_for, why_formula
+from fastreg.backends import CPP, Backend, backend_for, why_formula
 from fastreg.dropout import fused_dropout_ar_tar
 from fastreg.installation import FOLDER, remarks
 from fastreg.kernels import cpu
@@ -36,15 +36,25 @@ def main() -> int:
         backend = backend_for(device)
         code = f"the plain formula ({why_formula(device)})" if backend is None else backend.name
         try:
-            self_test(device)
+            for _ in range(2):  # only the second time, compiled code is launched directly
+                self_test(device)
             outcome = "self-test passed"
         except Exception as error:  # the libraries of a device may raise anything
             failed = True
             outcome = f"SELF-TEST FAILED: {type(error).__name__}: {str(error).strip()}"
-        print(f"{device}: {code}; {outcome}")
+        print(f"{device}: {code}{launches(backend)}; {outcome}")
     if len(found) > 1:
         print("to measure this GPU, and send the results: bench/on_gpu.ipynb in the repository")
     return int(failed)
+
+
+def launches(backend: Backend | None) -> str:
+    """Say in which way the Triton kernels are launched; other code, and interpreted kernels, know only one way."""
+    if backend is None or backend is CPP or "interpreted" in backend.name:
+        return ""
+    from fastreg.kernels.launch import description
+
+    return f", {description()}"
 
 
 def triton() -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -13,6 +17,20 @@ from triton.runtime import driver
 from fastreg.kernels.streams import PerStream, capture_of
 
 TICKETS = PerStream(torch.int32, 0)
+TRIED = "3.4", "3.5", "3.6", "3.7", "3.8", "3.9"  # releases of Triton whose launcher of compiled code was tried
+
+
+def why_not_direct(release: str, setting: str | None) -> str | None:
+    """Return why compiled code is not launched directly, or `None` if it is.
+
+    Args:
+        release: the version of Triton.
+        setting: the value of FASTREG_DIRECT_LAUNCH in the environment, if it has one.
+    """
+    if setting == "0":
+        return "FASTREG_DIRECT_LAUNCH is 0"
+    series = re.match(r"\d+\.\d+", release)
+    return None if series and series[0] in TRIED else f"no direct launch was tried with Triton {release}"
 
 
 class Grid(NamedTuple):
@@ -31,6 +49,10 @@ class Launch:
     tensors of all calls must agree in the facts that compiled code depends on: dtypes, alignment to 16 bytes, and which
     of them are `None`.
 
+    Triton does not document the launcher of compiled code. With releases that were not tried, all calls go through the
+    JIT launcher. So do they if the first direct launch fails because an attribute is missing or the arguments do not
+    fit.
+
     Args:
         kernel: a jit function. Its parameters are, in this order: a ticket; the values of a call, tensors and numbers;
             numbers that stay the same; and compile-time constants.
@@ -40,14 +62,19 @@ class Launch:
 
     Attributes:
         draws: whether the kernel draws tickets; otherwise it gets `None`.
+        why_jit: why no code is launched directly; `None` if it is.
     """
+
+    why_jit: ClassVar[str | None] = why_not_direct(triton.__version__, os.environ.get("FASTREG_DIRECT_LAUNCH"))
 
     def __init__(self, kernel: Any, arguments: Sequence[float], constants: dict[str, Any], grid: Grid) -> None:
         self.kernel, self.numbers, self.constants = kernel, arguments, constants
         self.grid, (self.programs, self.device, self.draws) = (grid.programs, 1, 1), grid
         self.index = None if grid.device.type == "cpu" else grid.device.index
         self.is_captured = capture_of(grid.device.type)
-        self.run: Any = None  # the launcher of the compiled code
+        self.compiled: Any = None  # the code to launch directly
+        if self.draws and self.index is not None:
+            TICKETS.fill(grid.device)  # now, because a later launch may run while another thread captures a graph
         constexprs = [constants[name] for name in kernel.arg_names if name in constants]
         self.rest = (*arguments, *constexprs)  # the compiled code takes all by position
 
@@ -60,22 +87,48 @@ class Launch:
             return
         stream = None if index is None else driver.active.get_current_stream(index)
         ticket = self.ticket(stream) if self.draws else None
-        if self.run is None:
-            compiled = self.kernel[self.grid](ticket, *values, *self.numbers, **self.constants)
-            if compiled is not None:  # the interpreter has no compiled code, and comes here every time
-                self.compiled, self.code = compiled, (compiled.function, compiled.packed_metadata)
-                self.run = compiled.run
-            return
-        metadata, runtime = None, knobs.runtime
-        before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
-        # Triton 3.5 has chains of hooks, and would call one that has none.
-        before, after = (
-            before if getattr(before, "calls", before) else None,
-            after if getattr(after, "calls", after) else None,
-        )
-        if before is not None:  # a profiler asks which kernel is launched
-            metadata = self.compiled.launch_metadata(self.grid, stream, ticket, *values, *self.rest)
-        self.run(*self.grid, stream, *self.code, metadata, before, after, ticket, *values, *self.rest)
+        if self.compiled is not None:
+            try:
+                metadata, runtime = None, knobs.runtime
+                before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+                # Triton 3.5 has chains of hooks, and would call one that has none.
+                before, after = (
+                    before if getattr(before, "calls", before) else None,
+                    after if getattr(after, "calls", after) else None,
+                )
+                if before is not None:  # a profiler asks which kernel is launched
+                    metadata = self.compiled.launch_metadata(self.grid, stream, ticket, *values, *self.rest)
+                self.run(*self.grid, stream, *self.code, metadata, before, after, ticket, *values, *self.rest)
+                return
+            except (AttributeError, TypeError) as error:
+                self.launch_by_jit_from_now_on(error)
+        compiled = self.kernel[self.grid](ticket, *values, *self.numbers, **self.constants)
+        if compiled is not None and Launch.why_jit is None:  # the interpreter has no compiled code
+            try:
+                self.code = compiled.function, compiled.packed_metadata
+                self.compiled = compiled
+            except AttributeError as error:
+                self.launch_by_jit_from_now_on(error)
+
+    def run(self, *arguments: Any) -> None:
+        """Launch the compiled code for the first time; afterwards its launcher takes the place of this method."""
+        run: Any = self.compiled.run
+        run(*arguments)
+        self.run = run
+
+    def launch_by_jit_from_now_on(self, error: Exception) -> None:
+        """Launch nothing directly any more, and warn once; raise the error if this code was launched directly before."""
+        if "run" in vars(self):
+            raise error
+        self.compiled = None
+        if Launch.why_jit is None:
+            Launch.why_jit = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"fastreg cannot launch kernels directly with Triton {triton.__version__}, and uses the JIT launcher, "
+                f"which takes about 10 us more for each launch ({Launch.why_jit})",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def ticket(self, stream: int | None) -> Tensor:
         """Return a counter, (1,) int32, for a launch on a stream; the launch leaves it at 0.
@@ -87,3 +140,8 @@ class Launch:
         if self.is_captured():
             return TICKETS.drawn(self.device)
         return TICKETS.of(self.device, stream, self.programs)
+
+
+def description() -> str:
+    """Say in which way kernels are launched."""
+    return "launched directly" if Launch.why_jit is None else f"launched by Triton's JIT launcher ({Launch.why_jit})"

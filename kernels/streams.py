@@ -32,20 +32,30 @@ class Reserve:
         self._free: dict[torch.device, list[Tensor]] = {}
         self._filled: list[Tensor] = []
 
+    def fill(self, device: torch.device) -> None:
+        """Have half of a reserve ready, so that a later draw need not wait, unless a graph is being captured now."""
+        with self._lock:
+            self._filled_to(RESERVE // 2, device)
+
     def draw(self, device: torch.device) -> Tensor | None:
         """Draw an element; return `None` if none is left during the capture of a CUDA graph, which may not wait."""
         with self._lock:
-            free = self._free.setdefault(device, [])
-            if not free and not is_captured(device):
-                self._filled.append(self.new(RESERVE, device))
-                free.extend(self._filled[-1].split(1))
-                if device.type != "cpu":
-                    torch.accelerator.synchronize(device)  # once: other streams must see the values
+            free = self._filled_to(1, device)
             return free.pop() if free else None
+
+    def _filled_to(self, least: int, device: torch.device) -> list[Tensor]:
+        free = self._free.setdefault(device, [])
+        if len(free) < least and not is_captured(device):
+            self._filled.append(self.new(RESERVE, device))
+            free.extend(self._filled[-1].split(1))
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)  # once: other streams must see the values
+        return free
 
     def new(self, count: int, device: torch.device) -> Tensor:
         """Allocate and fill elements; during the capture of a CUDA graph, each replay fills them."""
-        return torch.full((count,), self.value, dtype=self.dtype, device=device)
+        with torch.inference_mode(False):  # the elements outlive the call
+            return torch.full((count,), self.value, dtype=self.dtype, device=device)
 
 
 class PerStream:
@@ -54,6 +64,10 @@ class PerStream:
     def __init__(self, dtype: torch.dtype, value: float) -> None:
         self._reserve = Reserve(dtype, value)
         self.of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
+
+    def fill(self, device: torch.device) -> None:
+        """Fill the reserve of a device, so that later launches can draw from it."""
+        self._reserve.fill(device)
 
     def of(self, device: torch.device, stream: int, programs: int) -> Tensor:
         """Return the element of a stream for launches with a number of programs; a captured launch takes `drawn`."""
@@ -86,6 +100,7 @@ class Expected:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.memory: Tensor | None = None  # (1,), which launches read and write
+        self._reserves[dtype].fill(device)
 
     def drawn(self) -> Tensor:
         """Return the memory; the first launch draws it from a reserve."""

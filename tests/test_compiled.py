@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,8 +23,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bench.stand_in import StandInDriver, active
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.backends import TRITON, cpu_tensors_by
-from tests.conftest import forget, more, skip_without
+from fastreg.__main__ import launches
+from fastreg.backends import CPP, TRITON, cpu_tensors_by
+from tests.conftest import forget, more, python, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 skip_without("triton")
@@ -29,7 +33,7 @@ skip_without("triton")
 import triton  # noqa: E402
 
 from fastreg.kernels import ar_tar as kernels  # noqa: E402
-from fastreg.kernels import reduction, tiling  # noqa: E402
+from fastreg.kernels import launch, reduction, streams, tiling  # noqa: E402
 from fastreg.kernels import steps as kernels_of_steps  # noqa: E402
 
 pytestmark = pytest.mark.compiled
@@ -307,3 +311,113 @@ def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
     for binary in kernels.ar_tar_kernel.device_caches[0][0].values():
         scalars = [ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_scale", name)]
         assert scalars == ["fp64"] * 4
+
+
+class Odd:
+    """The code that a release of Triton compiled, which lacks an attribute, or takes other arguments."""
+
+    def __init__(self, whole: Any, lacks: str) -> None:
+        self.whole, self.lacks = whole, lacks
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self.lacks:
+            raise AttributeError(f"it has no {name}")
+        return self.refuse if (name, self.lacks) == ("run", "arguments") else getattr(self.whole, name)
+
+    def refuse(self, *arguments: Any) -> None:
+        raise TypeError("it takes no such arguments")
+
+
+@pytest.fixture
+def by_jit(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Record the launches that go through the JIT launcher."""
+    monkeypatch.setattr(launch.Launch, "why_jit", None)
+    launched, run = [], triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", lambda its, *xs, **ys: launched.append(its) or run(its, *xs, **ys))
+    return launched
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize(
+    "lacks",
+    ["function", "packed_metadata", "run", "arguments", "launch_metadata", "launch_enter_hook", "launch_exit_hook"],
+)
+def test_an_odd_release_of_triton_launches_by_jit_and_warns_once(
+    lacks: str, target: Any, by_jit: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, hooks = triton.JITFunction.run, {"launch_enter_hook": print, "launch_exit_hook": None}
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *xs, **ys: Odd(run(*xs, **ys), lacks))
+    hooks.pop(lacks, None)
+    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=SimpleNamespace(**hooks)))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            train(FLOAT)
+    (told,) = [x.message for x in warned if "JIT launcher" in str(x.message)]
+    assert isinstance(told, RuntimeWarning)
+    assert re.search(rf"(Attribute|Type)Error: .*{lacks}", str(told))
+    assert len(by_jit) == 3 * 4, "each forward and backward, of the penalty and of dropout"
+    assert lacks in launch.description()
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_a_known_release_of_triton_launches_directly(
+    target: Any, by_jit: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, run = [], launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", lambda its, *xs: prepared.append(its) or run(its, *xs))
+    for _ in range(3):
+        train(FLOAT)
+    assert len(by_jit) == len(prepared) == 4, "only the first launches go through the JIT launcher"
+    assert launch.description() == "launched directly"
+    with pytest.raises(TypeError, match="positional argument"), patch.object(prepared[0], "run", lambda: None):
+        prepared[0]()
+    assert launch.Launch.why_jit is None, "what has worked before works, so that this fault is another one"
+
+
+def test_which_releases_launch_directly() -> None:
+    for release in ("3.4.0", "3.6.0+git1234", "3.9.1", "3.9.2.post1"):
+        assert launch.why_not_direct(release, None) is launch.why_not_direct(release, "1") is None
+        assert launch.why_not_direct(release, "0") == "FASTREG_DIRECT_LAUNCH is 0"
+    for release in ("3.3.1", "3.10.0", "4.3.4", "unknown"):
+        assert launch.why_not_direct(release, None) == f"no direct launch was tried with Triton {release}"
+    script = "from fastreg.kernels import launch; print(launch.description())"
+    said = python("-c", script, FASTREG_DIRECT_LAUNCH="0").stdout
+    assert said.strip() == "launched by Triton's JIT launcher (FASTREG_DIRECT_LAUNCH is 0)"
+
+
+def test_the_report_of_an_installation_says_which_way_launches_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.Launch, "why_jit", "some reason")
+    assert launches(TRITON) == ", launched by Triton's JIT launcher (some reason)"
+    assert launches(CPP) == launches(None) == ""
+
+
+def test_tickets_are_ready_when_a_launch_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later another thread may capture a graph, during which no memory may be allocated."""
+    device, filled = torch.device("cuda", 3), []
+    monkeypatch.setattr(launch.TICKETS, "fill", filled.append)
+    for draws in (True, False):
+        launch.Launch(kernels.ar_tar_kernel, (), {}, launch.Grid(4, device, draws))
+    assert filled == [device]
+
+
+def test_a_reserve_that_was_filled_serves_draws_without_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, new, cpu = [], streams.Reserve.new, torch.device("cpu")
+    monkeypatch.setattr(streams, "RESERVE", 8)
+    monkeypatch.setattr(streams.Reserve, "new", lambda its, count, to: made.append(count) or new(its, count, to))
+    tickets = streams.PerStream(torch.int32, 0)
+    with torch.inference_mode():
+        tickets.fill(cpu)
+    drawn = [tickets.drawn(cpu) for _ in range(5)]
+    assert made == [8]
+    assert len({x.data_ptr() for x in drawn}) == 5
+    assert not drawn[0].is_inference(), "launches change it outside of inference mode, too"
+    tickets.fill(cpu)
+    assert made == [8, 8], "less than half was left"
+    monkeypatch.setattr(streams, "is_captured", lambda device: True)
+    tickets.fill(cpu)
+    for _ in range(11):
+        tickets.drawn(cpu)
+    assert made == [8, 8], "nothing is allocated during a capture, as long as there are any"
+    tickets.drawn(cpu)
+    assert made == [8, 8, 1]
