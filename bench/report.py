@@ -1,8 +1,8 @@
 """Tables and plots of the measurements: `python -m bench.report`.
 
 For each bench/results/DEVICE.json it writes DEVICE.md, with every case, and a plot. From the latest machine it renders
-the training steps between the markers in README.md, and three tables between the markers in docs/performance.md. No
-figure is typed: tests/test_bench.py fails when a page disagrees with the JSON.
+the speed of a call and a few training steps between the markers in README.md, and three tables between the markers in
+docs/performance.md. No figure is typed: tests/test_bench.py fails when a page disagrees with the JSON.
 """
 
 from __future__ import annotations
@@ -25,20 +25,18 @@ from bench.steps import BY_HAND, COMPILED, STEP, WITHOUT
 
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
+BEGIN_CALLS = "<!-- calls, from bench/results by python -m bench.report -->\n"
 SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
 HOW = {  # the words for each allocator, which follow a machine's name
     KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
     DEFAULT: "the system's default allocator, which fetches large temporaries anew in each call",
 }
-CHEAP = "8 elementwise layers, (4, 256, 256)"
-HEADLINE = {  # the training steps in the README, and their names there
-    "AWD-LSTM, (64, 70, 400)": "AWD-LSTM, 64x70x400",  # on a GPU
-    "AWD-LSTM, (20, 70, 400)": "AWD-LSTM, 20x70x400",  # on a CPU
-    "8 minGRU layers, (4, 256, 256)": "8 minGRUs, 4x256x256",
-    "LSTM, (16, 35, 60)": "LSTM, 16x35x60",
-    CHEAP: "8 times `tanh(x * weight)`, 4x256x256",
-}
-STEPS = *HEADLINE, "LSTM, (8, 10, 16)"  # these steps, and the calls below, are in docs/performance.md
+CHEAP, LARGE = "8 elementwise layers, (4, 256, 256)", "AWD-LSTM, (20, 70, 400)"
+STEPS = (  # these steps, and the calls below, are in docs/performance.md
+    *("AWD-LSTM, (64, 70, 400)", LARGE, "8 minGRU layers, (4, 256, 256)"),  # the first on a GPU, the second on a CPU
+    *("LSTM, (16, 35, 60)", CHEAP, "LSTM, (8, 10, 16)"),
+)
+HEADLINE = {"LSTM, (16, 35, 60)": "LSTM, 16x35x60", CHEAP: "8 times `tanh(x * weight)`, 4x256x256"}  # in the README
 CALLS = (
     *("(20, 70, 96), float32", "(64, 70, 400), float32", "(64, 70, 400), bfloat16"),
     *("(32, 512, 1024), float32", "(32, 512, 1024), bfloat16"),
@@ -369,29 +367,46 @@ def not_measured(results: list[Result]) -> list[str]:
     """Return a sentence for each kind of device without a result."""
     on_gpu = [result.on_gpu for result in results]
     absent = {
-        "On a GPU: **not measured yet**; the notebook `bench/on_gpu.ipynb` measures it.\n": not any(on_gpu),
+        "On a GPU: **not measured yet**, as no GPU has run the kernels. They are tested on a CPU, in Triton's "
+        "interpreter and by executing the PTX compiled for an H100; `bench/on_gpu.ipynb` measures them.\n": not any(
+            on_gpu
+        ),
         "On a CPU: **not measured yet**; `make bench` measures it.\n": all(on_gpu),
     }
     return [sentence for sentence, is_absent in absent.items() if is_absent]
 
 
+def speed_of_calls(results: list[Result]) -> str:
+    """Render a reason in the README: the speed of a call on a CPU with the default allocator, and what GPUs showed."""
+    parts = []
+    for result in latest([result for result in results if not result.on_gpu]):
+        *_, last = result.parts()  # the default allocator
+        compiled, eager = ([case.peers[peer]["against"] for case in last.of(BOTH)] for peer in PEERS)
+        than = (
+            f"{statistics.geometric_mean(compiled):.1f} times ({min(compiled):.1f} to {max(compiled):.1f}) as fast as "
+        )
+        than += f"the compiled formula and {statistics.geometric_mean(eager):.1f} times as fast as the eager one"
+        shapes = f"over {len(compiled)} shapes and dtypes, with the {last.allocator} on {result.machine['device']}"
+        parts += [f"**A call costs less.** Forward and backward on a CPU are {than} (geometric means {shapes}).\n"]
+    parts += [f"On a GPU: {call_verdict(result)}" for result in latest(results) if result.on_gpu]
+    return "\n".join([*parts, *not_measured(results)])
+
+
 def headline(results: list[Result]) -> str:
-    """Render the part in the README: time and peak memory of a few training steps, and the speed of a call."""
+    """Render the table in the README: the time of two training steps, and the peak memory of the second."""
     parts = []
     for result in latest(results):
         first, *_ = result.parts()
         peers = [peer for peer in measured(first) if peer != BY_HAND]
         rows = [["batch x time x hidden", *(STEP_PEERS[peer] for peer in peers)]]
-        for case in first.of(STEP, HEADLINE):
-            rows += [[f"{HEADLINE[case.label]}: ms", *step_cells(case, peers)]]
-            rows += [["peak memory, MB", *peak_cells(case, peers)]] if PEAK in case.peers[WITHOUT] else []
+        rows += [[f"{HEADLINE[case.label]}: ms", *step_cells(case, peers)] for case in first.of(STEP, HEADLINE)]
+        peaks = [case for case in first.of(STEP, [CHEAP]) if PEAK in case.peers[WITHOUT]]
+        rows += [["its peak memory: MB", *peak_cells(case, peers)] for case in peaks]
         what = (
-            "The first column has training steps without a penalty. The others have what each way adds to their time "
+            f"What the penalty adds to a training step ({clock(result)}) on this machine: {result.machine['device']}."
         )
-        what += f"({clock(result)}) and to their peak memory, on this machine: {result.machine['device']}.\n"
-        parts += [what, table(rows)] if first.of(STEP) else []
-        parts += [call_verdict(first)] * bool(first.of(BOTH))
-    return "\n".join([*parts, *not_measured(results)])
+        parts += [f"{what}\n", table(rows)] if first.of(STEP, HEADLINE) else []
+    return "\n".join(parts)
 
 
 def figures(results: list[Result]) -> str:
@@ -410,7 +425,11 @@ def figures(results: list[Result]) -> str:
     return "\n".join([*parts, f"All cases of each machine: {', '.join(links)}.\n", *not_measured(results)])
 
 
-PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "performance.md": figures}  # page -> its renderer
+PAGES = [  # a page, the marker before a part of it, and the renderer of the part
+    (ROOT / "README.md", BEGIN_CALLS, speed_of_calls),
+    (ROOT / "README.md", BEGIN, headline),
+    (ROOT / "docs" / "performance.md", BEGIN, figures),
+]
 
 
 def with_part(page: str, part: str, begin: str = BEGIN) -> str:
@@ -456,8 +475,8 @@ def main() -> None:
     for result in results:
         (RESULTS / f"{result.name}.md").write_text(full_table(result))
         save(plot(result), RESULTS / f"{result.name}-speedup.svg", result.digest)
-    for page, part in PAGES.items():
-        page.write_text(with_part(page.read_text(), part(results)))
+    for page, begin, part in PAGES:
+        page.write_text(with_part(page.read_text(), part(results), begin))
     print(figures(results))
 
 

@@ -175,8 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
     render(file)
     study = load(file)
     if file == COMMITTED:
-        for page in PAGES:
-            page.write_text(with_part(page.read_text(), summary(study), BEGIN))
+        for page, part in PAGES.items():
+            page.write_text(with_part(page.read_text(), part(study), BEGIN))
     print(f"\n{summary(study)}\nwrote {file.with_suffix('.md')} and {file.with_suffix('.svg')}")
     return 0
 

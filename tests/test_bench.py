@@ -294,7 +294,7 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     page = tmp_path / "performance.md"
     page.write_text(report.BEGIN + report.END)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "PAGES", {page: report.figures})
+    monkeypatch.setattr(report, "PAGES", [(page, report.BEGIN, report.figures)])
     report.main()
     text = page.read_text()
     assert "not measured yet" not in text, "there is a CPU, which the page links"
@@ -302,12 +302,15 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert told in text
 
 
-def test_a_report_of_a_cpu_leads_with_memory_kept(tmp_path: Path) -> None:
+def test_a_report_of_a_cpu_leads_with_memory_kept_and_the_readme_with_the_default_allocator(tmp_path: Path) -> None:
     result = result_of(tmp_path, call(8.0, machine.DEFAULT) + call(4.0) + call(0.8, shape=(3, 3, 4)))
     speeds = "0.5 times as fast as the compiled formula and 1.8 times as fast as the eager one in float32"
-    for part in (report.headline([result]), report.figures([result])):
-        assert f"A call of `fused_ar_tar` is {speeds} (geometric means).\n" in part
-        assert "8.0" not in part
+    part = report.figures([result])
+    assert f"A call of `fused_ar_tar` is {speeds} (geometric means).\n" in part
+    assert "8.0" not in part
+    speeds = "0.5 times (0.5 to 0.5) as fast as the compiled formula and 8.0 times as fast as the eager one"
+    means = f"{speeds} (geometric means over 1 shapes and dtypes, with the default allocator"
+    assert means in report.speed_of_calls([result])
 
 
 def test_what_is_added_to_a_step_is_a_median_of_pairs(tmp_path: Path) -> None:
@@ -334,20 +337,17 @@ def test_what_is_added_to_a_step_is_a_median_of_pairs(tmp_path: Path) -> None:
 def test_what_is_committed_is_what_was_measured() -> None:
     results = [report.load(file) for file in sorted(report.RESULTS.glob("*.json"))]
     assert not any("Fake" in result.machine["device"] for result in results), "kernels that do nothing take no time"
-    for page, part in report.PAGES.items():
+    for page, begin, part in report.PAGES:
         text = page.read_text()
-        assert report.with_part(text, part(results)) == text, "run `python -m bench.report`"
+        assert report.with_part(text, part(results), begin) == text, "run `python -m bench.report`"
     for result in report.latest(results):
-        assert len(result.of(report.STEP, report.HEADLINE)) == 4, "the README has each of its rows"
+        assert len(result.of(report.STEP, report.HEADLINE)) == 2, "the README has each of its rows"
         assert len(result.of(report.BOTH, report.CALLS)) == len(report.CALLS)
     for result in results:
         table = report.RESULTS / f"{result.name}.md"
         assert table.read_text() == report.full_table(result), "run `python -m bench.report`"
         picture = report.RESULTS / f"{result.name}-speedup.svg"
         assert f"JSON {result.digest}" in picture.read_text(), "run `python -m bench.report`"
-    _, _, second, *_ = (ROOT / "README.md").read_text().split("\n\n")
-    unseen = second.startswith("**The Triton kernels have not run on a real GPU yet.**")
-    assert unseen == (not any(result.on_gpu for result in results))
 
 
 def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:

@@ -119,8 +119,6 @@ def test_the_readme_replaces_the_formula_by_its_equal() -> None:
     names = run(first, page)
     torch.testing.assert_close(names["fused"], names["penalty"])
     assert names["penalty"] > 1
-    swapped = (names[name].transpose(0, 1) for name in ("raw", "dropped"))
-    torch.testing.assert_close(names["other"], fused_ar_tar(*swapped, 2.0, 1.0))
 
 
 def test_each_row_of_the_conventions_converts_its_coefficient() -> None:

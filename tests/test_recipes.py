@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,6 @@ def diffposetalk_smooth(vertices: Tensor) -> Tensor:
     return F.mse_loss(moves[:, 1:], moves[:, :-1], reduction="none")[PREFIX[:, 2:]].mean()
 
 
-def nerfstudio(plane: Tensor) -> Tensor:
-    along_w = torch.square(plane[..., :, 1:] - plane[..., :, :-1]).mean()
-    return torch.square(plane[..., 1:, :] - plane[..., :-1, :]).mean() + along_w
-
-
-def tensorf(planes: Tensor) -> Tensor:
-    changes = planes.diff(dim=2), planes.diff(dim=3)
-    return 2 * sum((x.pow(2).sum() / x[0].numel() for x in changes), torch.zeros(())) / len(planes)
-
-
 def steps_within(x: Tensor) -> Tensor:
     return 0.5 * x.square().mean() + 2.0 * differences(x, starts=STARTS).square().mean()
 
@@ -101,11 +92,6 @@ def steps_within(x: Tensor) -> Tensor:
             lambda x: 0.5 * differences(x, VALID).square().sum(),
             (3, 12, 5, 3),
         ),
-        ("total_variation", lambda f, x: f(x), nerfstudio, (4, 9, 7)),
-        ("total_variation", lambda f, x: 2 * f(x), tensorf, (2, 4, 9, 7)),
-        ("temporal_similarity", lambda f, z: f(z, 0), lambda z: (z[1:] - z[:-1]).pow(2).mean(), (8, 3, 5)),
-        ("temporal_similarity", lambda f, z: f(z, 2), lambda z: z.diff(dim=2).pow(2).mean(), (2, 4, 8, 3, 3)),
-        ("temporal_similarity", lambda f, z: f(z, 1), lambda z: F.mse_loss(z[:, :-1], z[:, 1:]), (3, 8, 5)),
         ("curvature", lambda f, x: f(x.flatten(2), 1.0, valid=PREFIX), diffposetalk_smooth, (3, 9, 4, 3)),
         ("curvature", lambda f, h: f(h, 6), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), (3, 9, 6)),
         (
@@ -120,6 +106,12 @@ def steps_within(x: Tensor) -> Tensor:
             steps_within,
             (3, 12, 5),
         ),
+        (
+            "action_smoothness",
+            lambda f, x: f(x, STARTS.roll(-1, 1), 2.0),
+            lambda x: 2.0 * differences(x, starts=STARTS).square().mean(),
+            (3, 12, 5),
+        ),
         ("penalty_of_steps", lambda f, x: f(x.unbind(1), 0.5, 2.0, STARTS), steps_within, (3, 12, 5)),
     ],
 )
@@ -128,10 +120,40 @@ def test_a_recipe_equals_the_formula(name: str, ours: Any, theirs: Loss, shape: 
     check(lambda x: ours(function, x), theirs, *shape)
 
 
-def test_second_differences_of_k_planes() -> None:
-    assert "`fused_ar_tar(plane.diff(dim=-2), None, 0.0, 1.0, time_dim=-2)`" in PAGE.read_text()
-    ours: Loss = lambda plane: fused_ar_tar(plane.diff(dim=-2), None, 0.0, 1.0, time_dim=-2)  # noqa: E731
-    check(ours, lambda plane: plane.diff(n=2, dim=-2).square().mean(), 4, 9, 7)
+SHAPES = {"`(time, batch": (8, 3, 5), "`(channels, ": (4, 9, 7), "three axes": (2, 12, 3, 4, 5)}  # by words of a row
+
+
+def rows() -> list[list[str]]:
+    """Return the rows of the table: a loss, its formula, and the line of code that computes the same."""
+    lines = re.findall(r"^\| (.*fused_ar_tar\(.*`) \|$", PAGE.read_text(), re.MULTILINE)
+    return [[cell.strip("`") for cell in line.split(" | ")] for line in lines]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0].split(",")[0])
+def test_a_line_of_the_table_equals_the_formula(row: list[str]) -> None:
+    what, formula, line = row
+    shape = next((shape for words, shape in SHAPES.items() if words in what), (3, 9, 6))
+    names = {"F": F, "fused_ar_tar": fused_ar_tar, "valid": PREFIX, "w": torch.arange(1.0, 7)}
+    check(*(lambda x, code=code: eval(code, names | {"x": x}) for code in (line, formula)), *shape)
+
+
+def test_the_table_has_ten_losses() -> None:
+    assert len(rows()) == 10
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (5, 6, 8)], ids=str)
+def test_activity_of_modules_by_name(shape: tuple[int, ...]) -> None:
+    names = recipe("activity_regularizer").__globals__
+    model, gru = torch.nn.Sequential(torch.nn.Linear(8, 7), torch.nn.ReLU()), torch.nn.GRU(7, 4)
+    model.append(gru)
+    x = torch.randn(shape)
+    found = names["activity_regularizer"](model, {"1": 0.5, "2": 2.0})
+    loss = model(x)[0].sum()
+    plain, hidden = loss.detach(), model[1](model[0](x)).detach()
+    for regularizer in found:
+        loss = regularizer.on_backward_begin(loss)
+    want = plain + 0.5 * hidden.square().mean() + 2.0 * gru(hidden)[0].square().mean()
+    torch.testing.assert_close(loss, want)
 
 
 @pytest.mark.filterwarnings("ignore")  # of gymnasium
