@@ -4,6 +4,7 @@ The model returns only its output, and does not know of the regularizer. The seq
 model learns to predict their characters.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 
-BATCH, EPOCHS = 16, 10
+BATCH = 16
 
 
 class MinimalGatedRNN(nn.Module):
@@ -52,7 +53,7 @@ def padded_lines() -> tuple[Tensor, Tensor, int]:
     return ids, ids != 0, len(characters)
 
 
-def main() -> None:
+def main(epochs: int) -> None:
     torch.manual_seed(0)
     ids, mask, vocabulary = padded_lines()
     model = LanguageModel(vocabulary)
@@ -60,7 +61,7 @@ def main() -> None:
     regularizer = RNNRegularizer(alpha=2.0, beta=1.0)
     # `valid` gets the arguments of the RNN.
     regularizer.attach(model.rnn, model.dropout, batch_first=True, valid=lambda x, mask: mask)
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         for batch in torch.randperm(len(ids)).split(BATCH):
             inputs, targets, is_valid = ids[batch, :-1], ids[batch, 1:], mask[batch]
             decoded = model(inputs, is_valid[:, :-1])
@@ -74,4 +75,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=10)
+    main(parser.parse_args().epochs)

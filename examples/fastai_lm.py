@@ -3,6 +3,7 @@
 The model learns to predict the characters of this file.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from fastai.text.all import AWD_LSTM, DataLoaders, LMDataLoader, awd_lstm_lm_con
 from fastreg.fastai import fuse
 
 
-def main() -> None:
+def main(epochs: int) -> None:
     set_seed(0)
     text = Path(__file__).read_text()
     characters = sorted(set(text))
@@ -22,8 +23,10 @@ def main() -> None:
     config = {**awd_lstm_lm_config, "emb_sz": 32, "n_hid": 64, "n_layers": 2}
     learn = language_model_learner(dls, AWD_LSTM, config=config, pretrained=False, alpha=2.0, beta=1.0)
     fuse(learn, dropout=True)  # swaps the callbacks and the last dropout; the table gets the columns ar and tar
-    learn.fit(5, 1e-2)
+    learn.fit(epochs, 1e-2)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=5)
+    main(parser.parse_args().epochs)

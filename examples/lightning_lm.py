@@ -3,6 +3,7 @@
 The model learns to predict the characters of this file.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from fastreg.lightning import ActivationRegularization
 
-BATCH, STEPS, EPOCHS = 8, 40, 10
+BATCH, STEPS = 8, 40
 
 
 class LanguageModel(LightningModule):
@@ -41,7 +42,7 @@ class LanguageModel(LightningModule):
         print(f"epoch {self.current_epoch}  loss {metrics['loss']:.3f}", flush=True)
 
 
-def main() -> None:
+def main(epochs: int) -> None:
     seed_everything(0, verbose=False)
     text = Path(__file__).read_text()
     characters = sorted(set(text))
@@ -49,10 +50,12 @@ def main() -> None:
     data = DataLoader(ids.unfold(0, STEPS + 1, STEPS), batch_size=BATCH, shuffle=True)
     regularization = ActivationRegularization(alpha=2.0, beta=1.0, rnn="gru", dropout="dropout")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[regularization], **quiet)
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[regularization], **quiet)
     trainer.fit(LanguageModel(len(characters)), data)
     print(f"ar {trainer.callback_metrics['ar']:.4f}  tar {trainer.callback_metrics['tar']:.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=10)
+    main(parser.parse_args().epochs)

@@ -3,6 +3,7 @@
 The model learns to predict the characters of this file.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from fastreg import RNNRegularizer
 
-BATCH, BPTT, EPOCHS = 8, 40, 10
+BATCH, BPTT = 8, 40
 
 
 class LanguageModel(nn.Module):
@@ -35,7 +36,7 @@ class LanguageModel(nn.Module):
         return self.decoder(dropped), raw, dropped
 
 
-def main() -> None:
+def main(epochs: int) -> None:
     torch.manual_seed(0)
     text = Path(__file__).read_text()
     characters = sorted(set(text))
@@ -44,7 +45,7 @@ def main() -> None:
     model = LanguageModel(len(characters))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     regularizer = RNNRegularizer(alpha=2.0, beta=1.0, bptt=BPTT)
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         regularizer.on_epoch_begin(model)  # resets the hidden state
         for start in range(0, rows.shape[1] - 1, BPTT):
             inputs = rows[:, :-1][:, start : start + BPTT]
@@ -60,4 +61,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=10)
+    main(parser.parse_args().epochs)

@@ -9,6 +9,7 @@ penalty: `with_penalty` returns a view of the policy's states, and the backward 
 penalty. In a training loop of your own, `RNNRegularizer.attach` is simpler. The example takes a few seconds on a CPU.
 """
 
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from fastreg import ARTAR, fused_ar_tar, with_penalty
 
-CUES, HIDDEN, ROWS, TIME, UPDATES = 3, 32, 32, 24, 160
+CUES, HIDDEN, ROWS, TIME = 3, 32, 32, 24
 
 
 class ResettingGRU(nn.Module):
@@ -84,15 +85,15 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer) -> float:
     return 1 - float(rewards.mean())
 
 
-def main() -> None:
+def main(updates: int) -> None:
     torch.manual_seed(0)
     policy, logged = Policy(), []
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
     regularize(policy.rnn, alpha=0.01, beta=0.1, log=logged.append)
     print(f"guessing misses {1 - 1 / CUES:.2f} of the cues")
-    for number in range(UPDATES):
+    for number in range(updates):
         missed, (_, ar, tar) = update(policy, optimizer), logged.pop()
-        if number % 40 == 0 or number == UPDATES - 1:
+        if number % 40 == 0 or number == updates - 1:
             print(f"update {number:3}  missed {missed:.2f}  ar {ar:.4f}  tar {tar:.4f}")
     policy.eval()
     observations, starts, _ = rollout()
@@ -103,4 +104,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--updates", type=int, default=160)
+    main(parser.parse_args().updates)

@@ -3,6 +3,7 @@
 The sequences are the lines of this file, padded on the left. The model learns to predict their characters.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def examples_of(text: str, characters: list[str]) -> list[dict[str, torch.Tensor
     return examples
 
 
-def main() -> None:
+def main(epochs: int) -> None:
     set_seed(0)
     logging.set_verbosity_error()
     text = Path(__file__).read_text()
@@ -33,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            num_train_epochs=3,
+            num_train_epochs=epochs,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,  # does not change the penalty
             learning_rate=1e-2,
@@ -54,4 +55,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=3)
+    main(parser.parse_args().epochs)

@@ -33,25 +33,41 @@ def test_every_example_is_run_and_in_the_readme_and_on_the_site() -> None:
     assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in SCRIPTS)
 
 
+def run(script: str, options: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a script in a folder, and return the pattern of a loss in its output."""
+    framework, loss = SCRIPTS[script]
+    if framework is not None:
+        skip_without(framework)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    with threads(1):
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    return loss
+
+
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
 @pytest.mark.parametrize("script", [pytest.param(x, marks=[more] * (x == "every_layer.py")) for x in SCRIPTS])
 def test_an_example_learns(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    framework, loss = SCRIPTS[script]
-    if framework is not None:
-        skip_without(framework)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", [script])
-    with threads(1):
-        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    loss = run(script, [], tmp_path, monkeypatch)
     output = capsys.readouterr().out.replace("\r", "\n")
     losses = [float(number) for number in re.findall(loss, output)]
     assert len(losses) >= 3, output
     assert losses[-1] < losses[0] - 0.2
     assert {"ar", "tar"} <= {*re.findall(r"\w+", output)}
     assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "jepa.py"])
+def test_an_example_ends_after_as_many_steps_as_it_is_told(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = run(script, ["--updates" if script == "recurrent_policy.py" else "--epochs", "1"], tmp_path, monkeypatch)
+    runs = 2 if script == "every_layer.py" else 1  # with TAR and without
+    assert len(re.findall(losses, capsys.readouterr().out.replace("\r", "\n"))) == runs
 
 
 def kinds_of_outputs(cell: Any) -> list[list[str]]:

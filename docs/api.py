@@ -1,0 +1,92 @@
+"""Render the signatures and first lines in docs/api.md from the code: `python docs/api.py`."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("api.md")
+PACKAGE = PAGE.parent.parent / "fastreg"
+SECTION = re.compile(r"^### `(fastreg[\w.]*)\.(\w+)`\n(?:\n```py\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+WIDTH = 120
+Definition = ast.ClassDef | ast.FunctionDef
+
+
+def definition(module: str, name: str) -> Definition:
+    """Find the last definition of a name, which overloads precede, in the sources of a module or of the package."""
+    file = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    files = [file] if file.exists() else sorted(PACKAGE.rglob("*.py"))
+    adapters = {"fastai.py", "fastai1.py", "lightning.py", "transformers.py"}
+    for file in [file for file in files if len(files) == 1 or file.name not in adapters]:
+        nodes = ast.parse(file.read_text()).body
+        found = [node for node in nodes if isinstance(node, Definition) and node.name == name]
+        if found:
+            return found[-1]
+    raise ValueError(f"{module} has no {name}")
+
+
+def parameter(node: ast.arg, default: ast.expr | None) -> str:
+    """Render a parameter, its annotation and its default."""
+    annotation = f": {ast.unparse(node.annotation)}" if node.annotation else ""
+    equals = " = " if annotation else "="
+    return f"{node.arg}{annotation}{equals + ast.unparse(default) if default else ''}".replace("'", '"')
+
+
+def signature(function: ast.FunctionDef, indent: str) -> str:
+    """Render a function's `def`, over several lines if need be."""
+    args = function.args
+    plain = [*args.posonlyargs, *args.args]
+    defaults = [*[None] * (len(plain) - len(args.defaults)), *args.defaults]
+    parts = [parameter(node, default) for node, default in zip(plain, defaults, strict=True)]
+    parts += [f"*{parameter(args.vararg, None)}"] if args.vararg else ["*"] * bool(args.kwonlyargs)
+    parts += [parameter(node, default) for node, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    parts += [f"**{parameter(args.kwarg, None)}"] if args.kwarg else []
+    end = f") -> {ast.unparse(function.returns)}:" if function.returns else "):"
+    line = f"{indent}def {function.name}({', '.join(parts)}{end}"
+    if len(line) <= WIDTH:
+        return line
+    lines = [f"{indent}    {part}," for part in parts]  # as ruff, which also formats the code of pages, breaks it
+    return "\n".join([f"{indent}def {function.name}(", *lines, f"{indent}{end}"])
+
+
+def first_line(node: Definition, indent: str) -> list[str]:
+    summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+    quoted = f'"""{summary}"""'
+    return [f"{indent}{quoted}"] if summary else []
+
+
+def stub(node: Definition, members: list[str]) -> str:
+    """Render a function, or a class with its fields, its constructor and the named methods."""
+    if isinstance(node, ast.FunctionDef):
+        return "\n".join([signature(node, ""), *first_line(node, " " * 4)])
+    bases = ", ".join(ast.unparse(base) for base in node.bases)
+    lines = [f"class {node.name}({bases}):" if bases else f"class {node.name}:", *first_line(node, " " * 4)]
+    lines += [""] * ("NamedTuple" in bases)
+    for inner in node.body:
+        if isinstance(inner, ast.AnnAssign) and "NamedTuple" in bases:
+            lines += [f"    {ast.unparse(inner)}"]
+        elif isinstance(inner, ast.FunctionDef) and inner.name in ("__init__", *members):
+            lines += ["", signature(inner, " " * 4), *first_line(inner, " " * 8)]
+            lines[-1] += "" if lines[-1].endswith('"""') else " ..."
+    return "\n".join(lines)
+
+
+def members_of(block: str | None) -> list[str]:
+    """Return the methods that a block names: a method that is added to a block by its `def` gets its signature."""
+    return [name for name in re.findall(r"^ {4}def (\w+)", block or "", re.MULTILINE) if name != "__init__"]
+
+
+def render(page: str) -> str:
+    """Return the page with the block of each section rendered anew."""
+
+    def section(match: re.Match[str]) -> str:
+        module, name, block = match.groups()
+        code = stub(definition(module, name), members_of(block))
+        return f"### `{module}.{name}`\n\n```py\n{code}\n```\n"  # `python` marks the snippets that tests run
+
+    return SECTION.sub(section, page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text()))
