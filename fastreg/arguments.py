@@ -37,6 +37,10 @@ STEP_ARGUMENTS: dict[str, tuple[Sequence[torch.dtype], str, str, str]] = {
     "starts": (*MASK, f" with a PackedSequence; {PAD}, and lengths"),
 }
 ACTIVATIONS = "a tensor, a PackedSequence, or a list or tuple of them"
+TWO_AXES = (
+    ". Pass time_dim=0 if a tensor of two axes is one sequence, (time, hidden). If it is one time step, "
+    "(batch, hidden), pass all steps in one tensor, torch.stack(states, 1)"
+)
 HINT = " (an RNN returns its output and its state: pass the output)"
 
 
@@ -177,7 +181,7 @@ def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[s
         The first activations; and for each layer its tensors or packed rows, by their names in messages.
     """
     given = [(name, x) for name, x in (("raw", raw), ("dropped", dropped)) if x is not None]
-    columns = [_named(name, x, place.time_dim) for name, x in given]
+    columns = [_named(name, x) for name, x in given]
     counts = [f"{len(x)} layers" if is_list(x) else "one tensor" for _, x in given]
     hint = HINT if "one tensor" in counts else ""
     alike = "the same layers in both, got {} and {}{}"
@@ -185,7 +189,11 @@ def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[s
     first, *others = chain(*columns)
     for layer in others:
         _check_packed_alike(*layer, *first)
-    return first[1], [{name: data_of(x) for name, x in layer} for layer in zip(*columns, strict=True)]
+    layers = [*zip(*columns, strict=True)]
+    for (name, x), *_ in layers:
+        if not isinstance(x, PackedSequence):
+            _check_axes(name, x, place.time_dim)
+    return first[1], [{name: data_of(x) for name, x in layer} for layer in layers]
 
 
 def check_packed_options(time_dim: int | None, steps: Mapping[str, Any]) -> None:
@@ -195,21 +203,21 @@ def check_packed_options(time_dim: int | None, steps: Mapping[str, Any]) -> None
     _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence, got {}", time_dim)
 
 
-def _named(name: str, value: Any, time_dim: int | None) -> list[tuple[str, Any]]:
+def _named(name: str, value: Any) -> list[tuple[str, Any]]:
     """Check for a tensor, a `PackedSequence`, or a list or tuple of them; return each layer with its name."""
     fits = isinstance(value, (Tensor, list, tuple))  # a PackedSequence is a tuple, too
     _expect(fits, name, "{}, got {}", ACTIVATIONS, type(value), error=TypeError)
     layers = [(f"{name}[{i}]", x) for i, x in enumerate(value)] if is_list(value) else [(name, value)]
     _expect(len(layers) > 0, name, "a tensor a layer, got an empty {}", type(value))
     for layer in layers:
-        _check_layer(*layer, time_dim)
+        _check_layer(*layer)
     return layers
 
 
-def _check_layer(name: str, x: Any, time_dim: int | None) -> None:
-    """Check a layer: the axes of a dense tensor, or the metadata and the batch sizes of packed rows."""
+def _check_layer(name: str, x: Any) -> None:
+    """Check for a dense tensor, or the metadata and the batch sizes of packed rows."""
     if not isinstance(x, PackedSequence):
-        _check_axes(name, check_tensor(name, x), time_dim)
+        check_tensor(name, x)
         return
     data, sizes = check_tensor(f"{name}.data", x.data), x.batch_sizes
     _check_dtype(f"{name}.data", data)
@@ -257,11 +265,11 @@ def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> None:
 
 
 def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
-    """Check that activations have an axis of time: `time_dim`, or two or three axes without it."""
+    """Check that activations have an axis of time: `time_dim`, or three axes without it."""
     dims = x.dim()
     if time_dim is None:
-        layouts = "(batch, time, hidden), (time, batch, hidden) with batch_first=False, or (time, hidden)"
-        _expect(dims in (2, 3), name, "{}, or time_dim, got {}", layouts, x.shape)
+        layouts = "(batch, time, hidden), (time, batch, hidden) with batch_first=False"
+        _expect(dims == 3, name, "{}, or time_dim, got {}{}", layouts, x.shape, TWO_AXES if dims == 2 else "")
     else:
         axes = f", from {-dims} to {dims - 1}" if dims else ""
         words = "an axis of {}, of shape {}{}, got {}"

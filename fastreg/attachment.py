@@ -265,18 +265,19 @@ class Attachment(AbstractContextManager["Attachment"]):
         return mapped(result, lambda x: marked.get(id(x), x))
 
     def _lend(self, args: Any, kwargs: Any) -> Any:
-        """Lend a fused dropout the coefficients, and the masks of its run unless it is called with masks."""
+        """Lend a fused dropout coefficients and axis, and the masks of its run unless it is called with masks."""
         run = self._run_of(args, kwargs)
         if run is None:
             return None
         if run.packed is not None and self.source.dropout.training:
             raise TypeError(
-                "FusedRNNDropout: expected (batch, time, hidden) or (time, hidden) as a tensor, got the data of a "
-                "PackedSequence, whose rows belong to several sequences; use another dropout for packed data"
+                "FusedRNNDropout: expected (batch, time, hidden) as a tensor, got the data of a PackedSequence, whose "
+                "rows belong to several sequences; use another dropout for packed data"
             )
         given = dict(zip(("p", "valid", "starts"), args[1:], strict=False)) | kwargs
         masks = {name: mask for name, mask in run.masks.items() if given.get(name) is None}
-        return args[:1], given | masks | {"loan": Loan(*run.coefficients())}
+        alpha, beta = run.coefficients()
+        return args[:1], given | masks | {"loan": Loan(alpha, beta, self.source.place_for(run.raw()))}
 
     def _after_dropout(self, dropout: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         """Compute the penalty of the run whose raw is the input of the dropout, and mark the output."""
@@ -339,7 +340,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             masks = [(run.masks if loan is None else given)[name] for name in ("valid", "starts")]
             squared = raw if getattr(self.source.dropout, "ar_of", None) == "raw" else dropped
             pair = [x if run.packed is None else run.packed._replace(data=x) for x in (raw, squared)]
-            options = Options(*self.source.place, "mean", True, fills=False)
+            options = Options(*self.source.place_for(pair[0]), "mean", True, fills=False)
             terms = penalize(pair, run.coefficients(), (None, *masks), options)  # pyright: ignore
         if current() != -1:
             return dropped

@@ -81,8 +81,8 @@ def fused_dropout_ar_tar(
     same mask from the same seed. `fused_ar_tar` describes the penalty.
 
     Args:
-        raw: the RNN's output: `(batch, time, hidden)`, or `(time, hidden)` for one sequence, or any tensor with
-            `time_dim`. The dtype is float16, bfloat16, float32 or float64; strides are arbitrary.
+        raw: the RNN's output: `(batch, time, hidden)`, or any tensor with `time_dim`, which is 0 for one sequence,
+            `(time, hidden)`. The dtype is float16, bfloat16, float32 or float64; strides are arbitrary.
         p: the probability to drop a unit, from 0 to below 1.
         alpha: coefficient of AR, as for `fused_ar_tar`.
         beta: coefficient of TAR, as for `fused_ar_tar`.

@@ -78,11 +78,11 @@ def fused_ar_tar(
     number of times.
 
     Args:
-        raw: the RNN's output before dropout: `(batch, time, hidden)`, `(time, hidden)` for one sequence, any tensor
-            with `time_dim`, a `PackedSequence`, or a list or tuple with an item for each layer. The penalties of
-            layers add up; all layers must have the same batch and time steps. The dtype is float16, bfloat16, float32
-            or float64; strides are arbitrary. With `beta == 0` raw is not read and may be `None`, but with
-            `return_terms=True` its TAR is computed if raw is given.
+        raw: the RNN's output before dropout: `(batch, time, hidden)`, any tensor with `time_dim`, a `PackedSequence`,
+            or a list or tuple with an item for each layer. The penalties of layers add up; all layers must have the
+            same batch and time steps. The dtype is float16, bfloat16, float32 or float64; strides are arbitrary. With
+            `beta == 0` raw is not read and may be `None`, but with `return_terms=True` its TAR is computed if raw is
+            given.
         dropped: the RNN's output after dropout. It has the shape of raw, or is packed like raw, and is on the same
             device. Its dtype may differ, and it may be `raw` itself. With `alpha == 0` it is not read and may be
             `None`.
@@ -92,19 +92,21 @@ def fused_ar_tar(
         beta: coefficient of TAR, as for alpha.
         batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
         time_dim: the axis of time of tensors with one or more axes, instead of batch_first; a negative axis counts from
-            the end. It is 2 for `(batch, channels, time, height, width)`. The batch is the first of the other axes; a
-            tensor of two axes with `time_dim=0` is `(time, hidden)`.
+            the end. It is 2 for `(batch, channels, time, height, width)`. The batch is the first of the other axes. A
+            tensor of two axes needs it: it is 0 for one sequence, `(time, hidden)`.
         lengths: the number of time steps of each padded sequence: integers, `(batch,)`. Padding counts in neither sums
             nor divisors, and its gradient is 0. On the CPU lengths outside of 0 to the number of time steps are an
             error; on other devices they are clamped, because a check would wait for the device.
         valid: a mask of the time steps that count, instead of lengths: `(batch, time)` in every layout, bool or
-            integers 0 and 1, such as an `attention_mask`. A change counts if both of its steps count. Other steps count
+            integers 0 and 1, such as an `attention_mask`. It is the inverse of PyTorch's `key_padding_mask`, which is
+            true at padding. A change counts if both of its steps count. Other steps count
             in neither sums nor divisors, and their gradient is 0. On the CPU other integers are an error; on other
             devices they count as 1.
         starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream:
             `(batch, time)` in every layout, like valid, by itself or beside lengths or valid. The change into such a
-            step does not count. The step itself counts in AR and in the change that follows. It cannot be given with a
-            `PackedSequence`.
+            step does not count. The step itself counts in AR and in the change that follows. The `dones` of
+            reinforcement learning mark the last step of an episode, which is one step earlier. It cannot be given with
+            a `PackedSequence`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.

@@ -135,8 +135,8 @@ class RNNRegularizer:
         penalty is lost, which is warned of once. After a training step that failed, call `clear()`.
 
         Args:
-            output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, `(time, hidden)`, any
-                tensors with `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer.
+            output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, any tensors with
+                `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer.
             lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`.
             valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`.
             starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.

@@ -1,7 +1,7 @@
 """`FusedRNNDropout`: variational dropout that computes the penalty in the same pass, and keeps it until `take()`.
 
 If the module is attached to a regularizer, the hooks pass masks and a `Loan` to its forward. The loan has the
-regularizer's coefficients, and the forward puts the penalty into the loan instead of keeping it.
+regularizer's coefficients and the axis of time, and the forward puts the penalty into the loan instead of keeping it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ NO_COEFFICIENTS = (
 
 @dataclass(eq=False)
 class Loan:
-    """Lend coefficients for one forward, and hold the penalty that the forward computes with them.
+    """Lend coefficients and the axis of time for one forward, and hold the penalty that the forward computes with them.
 
     Attributes:
         alpha: the coefficient of AR.
         beta: the coefficient of TAR.
+        place: the axis of time.
         terms: the penalty and its terms; `None` in evaluation and in compiled code.
         dropped: the output from which the penalty was computed.
         version: how often this output had been changed in place.
@@ -40,6 +41,7 @@ class Loan:
 
     alpha: Coefficient
     beta: Coefficient
+    place: Place
     terms: ARTAR | None = None
     dropped: Tensor | None = None
     version: int = 0
@@ -118,8 +120,8 @@ class FusedRNNDropout(nn.Module):
         """Drop units and compute the penalty in training; return `raw` itself in evaluation.
 
         Args:
-            raw: the RNN's output: `(batch, time, hidden)`, or `(time, batch, hidden)` with `batch_first=False`, or
-                `(time, hidden)` for one sequence, or any tensor with `time_dim`.
+            raw: the RNN's output: `(batch, time, hidden)`, or `(time, batch, hidden)` with `batch_first=False`, or any
+                tensor with `time_dim`. It is 0 for one sequence, `(time, hidden)`.
             p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
             valid: a mask of the time steps that count, as for `fused_ar_tar`.
             starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
@@ -148,10 +150,12 @@ class FusedRNNDropout(nn.Module):
         if not self._is_lent and not torch.compiler.is_compiling():
             self._note(own, loan)
         if loan is not None and torch.compiler.is_compiling():
-            loan = Loan(0.0, 0.0)  # the hooks compute the penalty, as each coefficient would compile the code again
-        pair = (own or (0.0, 0.0)) if loan is None else (loan.alpha, loan.beta)
+            loan = Loan(
+                0.0, 0.0, loan.place
+            )  # the hooks compute the penalty, as each coefficient would compile the code again
+        pair, place = (own or (0.0, 0.0), self.place()) if loan is None else ((loan.alpha, loan.beta), loan.place)
         has_terms = loan is not None or own is not None
-        steps, options = (None, valid, starts), Options(*self.place(), "mean", has_terms, self.ar_of == "raw")
+        steps, options = (None, valid, starts), Options(*place, "mean", has_terms, self.ar_of == "raw")
         dropped, formed = drop_and_penalize(raw, pair, steps, options, Drop(self.p if p is None else p))
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.

@@ -29,6 +29,8 @@ REFUSED: dict[Any, str] = {
     "output, and attach that nn.Module",
 }
 
+ONE_SEQUENCE = Place(None, 0)  # (time, hidden)
+
 
 class MaskError(RuntimeError):
     """Report an error of the function given as `valid` or `starts`, and the arguments of that function."""
@@ -124,6 +126,11 @@ class Source:
                 "is one sequence, (time, hidden), say so by a function that picks it: output=lambda result: result"
             )
         return raw
+
+    def place_for(self, raw: Tensor | PackedSequence) -> Place:
+        """Return the axis of time of raw, which is the first if `raw_of` has accepted a tensor of two axes."""
+        is_one = self.place.time_dim is None and isinstance(raw, Tensor) and raw.dim() == 2
+        return ONE_SEQUENCE if is_one else self.place
 
     def masks(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the masks of valid steps and of starts, by their names, for the arguments of the module, or the batch.

@@ -62,7 +62,7 @@ CALLS: dict[str, Call] = {
         r.transpose(0, 1), d.transpose(0, 1), a, b, batch_first=False
     ),
     "channels": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r.transpose(1, 2), d.transpose(1, 2), a, b, time_dim=-1),
-    "one_sequence": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r[0], d[1], a, b),
+    "one_sequence": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r[0], d[1], a, b, time_dim=0),
     "lengths": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r, d, a, b, lengths=lengths_for(r)),
     "mask": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, mask=mask_for(r)),
     "drawn": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, return_terms=True),

@@ -104,7 +104,7 @@ class Kind:
         shape = [self.draw.choice(sizes) for _ in range(dims)]
         if self.operation != "packed" and self.chance(0.03):
             shape[self.draw.randrange(dims)] = 0
-        self.axis, self.layout = max(dims - 2, 0), {}
+        self.axis, self.layout = max(dims - 2, 0), {"time_dim": 0} if dims == 2 else {}
         if dims in (1, 4, 5) or (self.operation != "packed" and self.chance(0.3)):
             self.axis = self.draw.randrange(dims)
             self.layout = {"time_dim": self.draw.choice([self.axis, self.axis - dims])}

@@ -73,7 +73,8 @@ class Sample:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"batch_first": self.batch_first, "reduction": self.reduction}
+        axis = {"batch_first": self.batch_first} if len(self.shape) == 3 else {"time_dim": 0}
+        return axis | {"reduction": self.reduction}
 
     @property
     def time_dim(self) -> int:

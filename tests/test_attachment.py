@@ -56,6 +56,7 @@ LAYOUTS: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[int, ...], int
     "bidirectional": (partial(LSTM, bidirectional=True, num_layers=2), {}, SHAPE, 1),
     "an LSTM, time first": (partial(LSTM, batch_first=False), {}, SHAPE, 0),
     "unbatched": (LSTM, {}, (TIME, HIDDEN), 0),
+    "unbatched, time first": (partial(LSTM, batch_first=False), {}, (TIME, HIDDEN), 0),
     "batch first": (lambda: LINEAR, {"batch_first": True}, SHAPE, 1),
     "time first": (lambda: LINEAR, {"batch_first": False}, SHAPE, 0),
     "one sequence, picked": (lambda: LINEAR, {"batch_first": True, "output": lambda raw: raw}, (TIME, HIDDEN), 0),

@@ -54,7 +54,7 @@ def test_a_change_in_place_counts_in_the_next_call_and_is_an_error_before_the_ba
 
 
 def test_an_infinite_term_of_no_weight(device: str) -> None:
-    raw = torch.tensor([[1.0], [torch.inf], [2.0]], device=device)
+    raw = torch.tensor([[[1.0], [torch.inf], [2.0]]], device=device)
     for coefficients in (numbers(device, 0.0, 0.0), (0.0, 0.0)):
         for call in (fused_ar_tar, torch.compile(fused_ar_tar, backend="aot_eager")):
             got = call(raw, raw, *coefficients, return_terms=True)

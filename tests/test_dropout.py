@@ -34,7 +34,7 @@ def test_values_and_gradients(sample: Sample, kind: str, device: str, poison: No
     raw, _ = sample.leaves(device)
     options = sample.options
     if kind == "AR of raw":
-        options = {"batch_first": sample.batch_first}
+        del options["reduction"]
         options["module"] = FusedRNNDropout(0.4, sample.alpha, sample.beta, ar_of="raw", **options)
     torch.manual_seed(5)
     mask = mask_for(sample, raw, kind == "full")
@@ -87,7 +87,12 @@ def test_a_mask_is_used_with_any_p(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "one_row"),
-    [({}, (3, 1, 12)), ({"batch_first": False}, (1, 7, 12)), ({}, (1, 12)), ({"time_dim": 2}, (4, 3, 1, 2))],
+    [
+        ({}, (3, 1, 12)),
+        ({"batch_first": False}, (1, 7, 12)),
+        ({"time_dim": 0}, (1, 12)),
+        ({"time_dim": 2}, (4, 3, 1, 2)),
+    ],
 )
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE], ids=str)
 def test_the_mask_is_drawn_as_fastai_draws_it(
@@ -106,7 +111,7 @@ def test_the_mask_is_drawn_as_fastai_draws_it(
 @pytest.mark.parametrize(("alpha", "beta"), [(2.0, 1.0), (2.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_nothing_dropped_is_raw_itself(alpha: float, beta: float, options: dict[str, Any], device: str) -> None:
     """A term whose coefficient is 0 is measured, but not read otherwise."""
-    raw = torch.tensor([[1.0], [torch.inf], [2.0]], device=device, requires_grad=True)
+    raw = torch.tensor([[[1.0], [torch.inf], [2.0]]], device=device, requires_grad=True)
     dropped, got = fused_dropout_ar_tar(raw, alpha=alpha, beta=beta, **options)
     want = fused_ar_tar(raw, raw, alpha, beta)
     assert dropped is raw

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fastreg import FusedRNNDropout, RNNRegularizer
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from tests import language_model as lm
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME
 
 Mistake = Callable[[], Any]
 RAW = lm.inputs()
@@ -51,6 +52,18 @@ def captures(
         between(reg)
 
 
+def by_hand(x: Tensor, **options: Any) -> Tensor:
+    """Return the penalty of captured activations."""
+    reg = lm.regularizer()
+    reg.on_loss_begin((x, x, x), **options)
+    return lm.penalty_of(reg)
+
+
+def packed(x: Tensor) -> PackedSequence:
+    """Pack two sequences of the time steps of one."""
+    return pack_sequence([x[:4], x[4:]])
+
+
 def states_as_activations(**options: Any) -> None:
     """Give `(decoded, h, c)` to `on_loss_begin`, as an LSTM returns them."""
     rnn = nn.LSTM(HIDDEN, HIDDEN, num_layers=2, batch_first=True)
@@ -58,6 +71,11 @@ def states_as_activations(**options: Any) -> None:
     reg = lm.regularizer()
     reg.on_loss_begin((nn.Linear(HIDDEN, 5)(raw), h, c), **options)
     reg.on_backward_begin(raw.mean())
+
+
+def two_axes(function: Callable[..., Any], **options: Any) -> None:
+    """Pass one sequence to a function without its axis of time."""
+    function(own()[0], **options)
 
 
 # name -> the mistake, what it raises or warns of now, and what the message says
@@ -86,6 +104,56 @@ MISTAKES: dict[str, tuple[Mistake, type[Exception], str]] = {
         lambda: FusedRNNDropout(0.3)._replicate_for_data_parallel()(RAW),  # pyright: ignore
         RuntimeError,
         "FusedRNNDropout: DataParallel .* Use DistributedDataParallel",
+    ),
+    "a tensor of two axes": (
+        lambda: two_axes(lambda x: fused_ar_tar(x, x, ALPHA, BETA)),
+        ValueError,
+        rf"raw: expected \(batch, time, hidden\), .* or time_dim, got \({TIME}, {HIDDEN}\)\. Pass time_dim=0 if",
+    ),
+    "a tensor of two axes, batch first": (
+        lambda: two_axes(lambda x: fused_ar_tar(x, x, ALPHA, BETA, batch_first=True)),
+        ValueError,
+        "raw: .* Pass time_dim=0",
+    ),
+    "a tensor of two axes, time first": (
+        lambda: two_axes(lambda x: fused_ar_tar(x, x, ALPHA, BETA, batch_first=False)),
+        ValueError,
+        "raw: .* Pass time_dim=0",
+    ),
+    "a tensor of two axes, only dropped": (
+        lambda: two_axes(lambda x: fused_ar_tar(None, x, ALPHA, 0.0)),
+        ValueError,
+        "dropped: .* Pass time_dim=0",
+    ),
+    "a list of time steps": (
+        lambda: fused_ar_tar([*RAW.unbind(1)], [*RAW.unbind(1)], ALPHA, BETA),
+        ValueError,
+        rf"raw\[0\]: expected .* got \({BATCH}, {HIDDEN}\)\. .* torch\.stack\(states, 1\)",
+    ),
+    "the rows of a PackedSequence": (
+        lambda: two_axes(lambda x: fused_ar_tar(packed(x).data, packed(x).data, ALPHA, BETA)),
+        ValueError,
+        "raw: .* Pass time_dim=0",
+    ),
+    "a tensor of two axes in a dropout": (
+        lambda: two_axes(fused_dropout_ar_tar, p=0.3, alpha=ALPHA, beta=BETA),
+        ValueError,
+        "raw: .* Pass time_dim=0",
+    ),
+    "a tensor of two axes in a FusedRNNDropout": (
+        lambda: two_axes(FusedRNNDropout(0.3, ALPHA, BETA)),
+        ValueError,
+        "raw: .* Pass time_dim=0",
+    ),
+    "a tensor of two axes in on_loss_begin": (
+        lambda: two_axes(by_hand),
+        ValueError,
+        "raw: .* Pass time_dim=0",
+    ),
+    "a sequence under vmap": (
+        lambda: torch.vmap(lambda x: fused_ar_tar(x, x, ALPHA, BETA))(RAW),
+        ValueError,
+        rf"raw: .* got \({TIME}, {HIDDEN}\)\. Pass time_dim=0",
     ),
     "a second capture before on_backward_begin": (
         lambda: captures(lm.regularizer(), own(), own()),
@@ -213,3 +281,22 @@ def test_none_beside_a_number_is_0_and_a_schedule_may_set_it() -> None:
     dropout.alpha = ALPHA
     dropped, taken = dropout(raw), dropout.take()
     torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 1, ALPHA, 0.0))
+
+
+ONE, BATCHED = {"time_dim": 0}, {"batch_first": True}
+# Each computes the penalty of one sequence, whose axis is said, or of a batch of that sequence.
+SAID: dict[str, Callable[..., Any]] = {
+    "a tensor": lambda x, **said: fused_ar_tar(x, x, ALPHA, BETA, **said),
+    "a list": lambda x, **said: fused_ar_tar([x, 2 * x], [x, x], ALPHA, BETA, **said),
+    "by hand": by_hand,
+    "a dropout": lambda x, **said: fused_dropout_ar_tar(x, 0.3, ALPHA, BETA, **said)[1],
+    "a FusedRNNDropout": lambda x, **said: [d := FusedRNNDropout(0.3, ALPHA, BETA, **said), d(x), d.take()][-1].penalty,
+}
+
+
+@pytest.mark.parametrize("call", SAID.values(), ids=SAID)
+def test_one_sequence_whose_axis_is_said_counts_as_a_batch_of_one(call: Callable[..., Any]) -> None:
+    got, want = [lm.seeded(lambda x=x, said=said: call(x, **said)) for x, said in ((RAW[0], ONE), (RAW[:1], BATCHED))]
+    torch.testing.assert_close(got, want)
+    if call is SAID["a tensor"]:
+        torch.testing.assert_close(torch.vmap(lambda x: call(x, **ONE))(RAW[:1])[0], want)

@@ -82,13 +82,15 @@ def test_a_term_whose_coefficient_is_0_is_only_measured(alpha: float, beta: floa
 def test_empty_is_zero(shape: tuple[int, ...], same: bool, device: str) -> None:
     raw = torch.randn(shape, device=device, requires_grad=True)
     dropped = raw if same else torch.randn(shape, device=device, requires_grad=True)
-    results = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True)
+    axis: Any = {"time_dim": len(shape) - 2}
+    results = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True, **axis)
     assert all(x == 0 for x in results)
     assert [x.requires_grad for x in results] == [True, False, False]
     results.penalty.backward()
     assert raw.grad is not None
     assert raw.grad.shape == shape
-    kept, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=torch.zeros(shape[:-2] or 1, dtype=torch.int64))
+    lengths = torch.zeros(shape[:-2] or 1, dtype=torch.int64)
+    kept, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=lengths, **axis)
     assert kept.shape == shape
     assert penalty == 0
     (kept.sum() + penalty).backward()

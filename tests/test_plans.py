@@ -92,7 +92,7 @@ DROPOUT: dict[str, dict[str, Any]] = EITHER | {
 }
 
 
-ONE_SEQUENCE = {"raw": RAW[0], "dropped": DROPPED[0]}
+ONE_SEQUENCE = {"raw": RAW[0], "dropped": DROPPED[0], "time_dim": 0}
 BASE = {
     fused_ar_tar: {"raw": RAW, "dropped": DROPPED, "alpha": 2.0, "beta": 1.0},
     fused_dropout_ar_tar: {"raw": RAW, "p": 0.5, "alpha": 2.0, "beta": 1.0},
@@ -107,6 +107,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "terms as a number after a flag": (fused_ar_tar, {"return_terms": True}, {"return_terms": 1}),
     "time_dim as a flag after a number": (fused_ar_tar, {"time_dim": 1}, {"time_dim": True}),
     "one sequence, time last": (fused_ar_tar, ONE_SEQUENCE, ONE_SEQUENCE | {"time_dim": 1}),
+    "one sequence, no axis": (fused_ar_tar, ONE_SEQUENCE, ONE_SEQUENCE | {"time_dim": None}),
 }
 
 

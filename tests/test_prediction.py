@@ -67,7 +67,7 @@ def test_one_gradient_of_two_dtypes(which: str, device: str) -> None:
     """A program has the same items in the forward and the backward, although only one reads the other tensor."""
     raw, dropped = torch.randn(64, 512, device=device), torch.randn(64, 512, dtype=DOUBLE, device=device)
     leaf = (raw if which == "raw" else dropped).requires_grad_()
-    call = functools.partial(fused_ar_tar, raw, dropped, 1.0, 1.0, reduction="sum")
+    call = functools.partial(fused_ar_tar, raw, dropped, 1.0, 1.0, reduction="sum", time_dim=0)
     for value in (1.0, 0.5):
         got = call()
         grad = torch.tensor(value, dtype=got.dtype, device=device)

@@ -8,9 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from fastreg import FusedRNNDropout
+from fastreg import FusedRNNDropout, fused_ar_tar
 from fastreg.source import Source, Swap, attach_at, of_batch, of_language_model
-from tests.language_model import BATCH, HIDDEN, TIME, Model, formula, gru, inputs, penalty_of, regularizer
+from tests.language_model import (
+    ALPHA,
+    BATCH,
+    BETA,
+    HIDDEN,
+    TIME,
+    Model,
+    formula,
+    gru,
+    inputs,
+    penalty_of,
+    regularizer,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +47,20 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
         last = model["scan"](dropped := model["encoder"].dropout(raw))
         torch.testing.assert_close(penalty_of(reg, last), formula(raw, dropped, 1) + formula(last, last, 1))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dropout", [None, "dropout"])
+def test_one_sequence_is_known_from_the_rnn_and_from_output(dropout: str | None) -> None:
+    model: Any = nn.ModuleDict({"rnn": gru(), "scan": nn.Linear(HIDDEN, HIDDEN), "dropout": FusedRNNDropout(0.3)})
+    options: dict[str, dict[str, Any]] = {"rnn": {}, "scan": {"output": lambda raw: raw, "batch_first": True}}
+    for name, given in options.items():
+        reg = regularizer()
+        with attach_at(reg, model, Source(name, dropout, valid=lambda *_: torch.arange(TIME) != 3, **given)):
+            result = model[name](inputs()[0])
+            raw = result[0] if name == "rnn" else result
+            dropped = model["dropout"](raw) if dropout else raw
+            want = fused_ar_tar(raw, dropped, ALPHA, BETA, time_dim=0, valid=torch.arange(TIME) != 3)
+            torch.testing.assert_close(penalty_of(reg, dropped), want)
 
 
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
