@@ -15,12 +15,13 @@ from tests.conftest import ROOT, more, skip_without
 
 # script -> the framework that it needs, and the pattern of a loss in its output
 SCRIPTS = {
-    **dict.fromkeys(("loop.py", "custom_rnn.py", "every_layer.py", "jepa.py"), (None, r"loss ([\d.]+)")),
+    **dict.fromkeys(("loop.py", "custom_rnn.py", "every_layer.py", "two_rooms.py"), (None, r"loss ([\d.]+)")),
     "recurrent_policy.py": (None, r"missed ([\d.]+)"),
     "fastai_lm.py": ("fastai", r"(?m)^.*?\b\d +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +\d\d:\d\d"),
     "lightning_lm.py": ("lightning", r"loss ([\d.]+)"),
     "transformers_trainer.py": ("transformers", r"'loss': '?([\d.]+)"),
 }
+OPTIONS = {"two_rooms.py": ["--steps", "60"]}  # to learn in seconds
 NOTEBOOK = "fastai_lm.ipynb"
 
 
@@ -51,7 +52,7 @@ def run(script: str, options: list[str], folder: Path, monkeypatch: pytest.Monke
 def test_an_example_learns(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = run(script, [], tmp_path, monkeypatch)
+    loss = run(script, OPTIONS.get(script, []), tmp_path, monkeypatch)
     output = capsys.readouterr().out.replace("\r", "\n")
     losses = [float(number) for number in re.findall(loss, output)]
     assert len(losses) >= 3, output
@@ -61,7 +62,7 @@ def test_an_example_learns(
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "jepa.py"])
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in OPTIONS])
 def test_an_example_ends_after_as_many_steps_as_it_is_told(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
