@@ -12,13 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import fastreg
-from fastreg.backends import CPP, Backend, backend_for, why_formula
+from fastreg.backends import CPP, WHY_NO_TRITON, Backend, backend_for, why_formula
 from fastreg.dropout import fused_dropout_ar_tar
 from fastreg.installation import FOLDER, remarks
 from fastreg.kernels import cpu
-from fastreg.kernels.view import Steps
+from fastreg.kernels.view import Steps, Terms
 from fastreg.penalty import fused_ar_tar
-from fastreg.problem import Call, Kind
+from fastreg.problem import Call
 from fastreg.reference import ar_tar, encoded
 
 
@@ -28,6 +28,8 @@ def main() -> int:
     python = platform.python_version()
     print(f"fastreg {fastreg.__version__}, Python {python}, torch {torch.__version__}, {triton()}")
     print(f"imported from {FOLDER}", *remarks(), sep="; ")
+    if WHY_NO_TRITON:
+        print(WHY_NO_TRITON)
     if CPP is not None:
         print(f"library for CPUs: {cpu.description()}")
     warnings.simplefilter("ignore")  # the report tells the same, in more words
@@ -90,13 +92,16 @@ def self_test(device: torch.device) -> None:
         exact = leaves
         if device.type != "mps":  # mps has no float64
             exact = raw.double().requires_grad_(), dropped.double().requires_grad_()
-        bits, kind = None if steps is None else Steps(*encoded((5, 40), steps, None, None)), Kind(dtype=exact[0].dtype)
+        bits, terms = (
+            None if steps is None else Steps(*encoded((5, 40), steps, None, None)),
+            Terms(dtype=exact[0].dtype),
+        )
         got = fused_ar_tar(leaves[0], leaves[1], 2.0, 1.0, lengths=steps)
-        want = ar_tar(Call(*exact, 2.0, 1.0, bits, kind)).penalty
+        want = ar_tar(Call(*exact, 2.0, 1.0, bits, terms)).penalty
         compare([got, *torch.autograd.grad(got, leaves)], [want, *torch.autograd.grad(want, exact)])
         kept, got = fused_dropout_ar_tar(leaves[0], 0.5, 2.0, 1.0, mask=mask, lengths=steps)
         product = exact[0] * mask.to(exact[0].dtype)
-        want = ar_tar(Call(exact[0], product, 2.0, 1.0, bits, kind)).penalty
+        want = ar_tar(Call(exact[0], product, 2.0, 1.0, bits, terms)).penalty
         results = [got, *torch.autograd.grad([got, kept.sum()], leaves[0])]
         compare(results, [want, *torch.autograd.grad([want, product.sum()], exact[0])])
 

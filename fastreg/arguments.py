@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.kernels.streams import is_captured
-from fastreg.kernels.view import Layout
 from fastreg.problem import Place, axes_of, data_of, is_list, sizes_of
 from fastreg.torch_state import has_values
 
@@ -359,27 +358,24 @@ def check_not_captured(name: str, device: torch.device) -> None:
     _expect(fits, name, words, "freed memory of the CPU", error=RuntimeError)
 
 
-def check_mask(mask: object, raw: Tensor, time_dim: int) -> None:
-    """Check a dropout mask for `raw`: it has one row for all time steps, or raw's shape."""
-    mask = check_tensor("mask", mask)
-    one_row = list(raw.shape)
-    one_row[time_dim] = 1
-    fits = mask.shape == raw.shape or list(mask.shape) == one_row  # `in` would not compare symbolic sizes
+def check_mask(mask: Tensor, raw: Tensor, row: Sequence[int]) -> None:
+    """Check a dropout mask for `raw`: it has the shape of one row for all time steps, or raw's shape."""
+    fits = mask.shape == raw.shape or list(mask.shape) == row  # `in` would not compare symbolic sizes
     words = "shape {} or raw's shape {}, got {}"
-    _expect(fits, "mask", words, torch.Size(one_row), raw.shape, mask.shape)
+    _expect(fits, "mask", words, torch.Size(row), raw.shape, mask.shape)
     _expect(mask.dtype == raw.dtype, "mask", "the dtype of raw, {}, got {}", raw.dtype, mask.dtype, error=TypeError)
     _check_device("mask", mask, "raw", raw)
     _check_no_gradient("mask", mask)
 
 
-def check_saved(name: str, before: Layout, saved: Any) -> None:
-    """Check that a saved tensor has kept its shape, dtype and device from forward to backward."""
+def check_saved(name: str, facts: Mapping[str, Any], saved: Any) -> None:
+    """Check that a saved tensor has kept the shape, dtype and device that it had in the forward."""
     words = (
         "the {} of the forward, {}, got {} in the backward: its data was replaced, or a hook on saved tensors returned "
         "another; an unpack hook has to restore what its pack hook has changed"
     )
-    for fact in "shape", "dtype", "device":
-        expected, got = getattr(before, fact), getattr(saved, fact)
+    for fact, expected in facts.items():
+        got = getattr(saved, fact)
         _expect(got == expected, name, words, fact, expected, got, error=RuntimeError)
 
 

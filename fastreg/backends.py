@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 
 from fastreg.kernels import cpu
 from fastreg.plans import forget
-from fastreg.torch_state import level_of_caller
+from fastreg.torch_state import MISSING, level_of_caller
 
 # Without these options pip would install the wheel of the last build again.
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps ."
@@ -32,29 +31,33 @@ class Backend(NamedTuple):
 
 
 CPP: Backend | None = None
-if cpu.reason() is None:
+if not MISSING and cpu.reason() is None:
     CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Encoder)
 TRITON: Backend | None = None
-_interpreted = False
-if find_spec("triton") is not None:  # Triton has no build for some platforms
+WHY_NO_TRITON, _interpreted = "", False
+try:
     from triton import knobs
 
     from fastreg.kernels.ar_tar import Backward, Forward
     from fastreg.kernels.steps import Encoder
-
-    _interpreted = knobs.runtime.interpret
-    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Encoder)
+except Exception as error:  # Triton has no build for some platforms, and a broken one may raise anything
+    WHY_NO_TRITON = f"Triton cannot be used ({type(error).__name__}: {error}); in a clone: pip install '.[gpu]'"
+else:
+    if not MISSING:
+        _interpreted = knobs.runtime.interpret
+        TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Encoder)
 
 _cpu: Backend | None = TRITON if _interpreted else CPP
 
 
 def backend_for(device: torch.device) -> Backend | None:
     """Return the code that runs on a device, or `None` if the plain formula runs there."""
-    if device.type == "cpu":
-        if _cpu is CPP is None:
-            _warn_of_the_formula()
-        return _cpu
-    return TRITON if device.type == "cuda" or (device.type == "xpu" and _has_float64(device)) else None
+    installed, chosen = (CPP, _cpu) if device.type == "cpu" else (TRITON, TRITON)
+    if device.type not in ("cpu", "cuda", "xpu") or (device.type == "xpu" and not _has_float64(device)):
+        return None
+    if installed is None and chosen is None:
+        _warn_of_the_formula(device.type)
+    return chosen
 
 
 @cache
@@ -64,20 +67,20 @@ def _has_float64(device: torch.device) -> bool:
 
 
 @cache
-def _warn_of_the_formula() -> None:
-    """Warn, once in a process, that calls on CPUs are slower than necessary."""
-    why = why_formula(torch.device("cpu"))
-    warnings.warn(f"fastreg runs the plain formula on CPUs: {why}", stacklevel=level_of_caller())
+def _warn_of_the_formula(kind: str) -> None:
+    """Warn, once in a process for each kind of device, that calls are slower than necessary."""
+    devices, why = "CPUs" if kind == "cpu" else "GPUs", why_formula(torch.device(kind))
+    warnings.warn(f"fastreg runs the plain formula on {devices}: {why}", stacklevel=level_of_caller())
 
 
 def why_formula(device: torch.device) -> str:
     """Explain why a device without a backend runs the plain formula, and name the remedy."""
+    if MISSING:
+        return f"torch {torch.__version__} lacks {', '.join(MISSING)}, so fastreg needs an update"
     if device.type == "cpu":
         return f"{cpu.reason()}; in a clone: {REINSTALL}"
     if device.type in ("cuda", "xpu"):
-        if TRITON is not None:
-            return "the kernels need float64, which this GPU does not have"
-        return "Triton is not installed; in a clone: pip install '.[gpu]'"
+        return WHY_NO_TRITON or "the kernels need float64, which this GPU does not have"
     return f"there are no kernels for {device.type}"
 
 

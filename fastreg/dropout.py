@@ -11,11 +11,11 @@ from torch.autograd import Function
 
 from fastreg.arguments import check_flags, check_probability, check_tensor
 from fastreg.fold import Fold
-from fastreg.kernels.view import Values, allocator, layout_of
-from fastreg.operation import compute, save, unpack
+from fastreg.kernels.view import Terms, Values, allocator, layout_of
+from fastreg.operation import compute, flat, save, unpack
 from fastreg.penalty import by_formula, penalize
-from fastreg.prepare import Given, Plan
-from fastreg.problem import ARTAR, Call, Coefficient, Options, terms_of
+from fastreg.plans import Plan, facts_of
+from fastreg.problem import ARTAR, Call, Coefficient, Options
 from fastreg.reference import added, ar_tar_gradients
 from fastreg.torch_state import keepable, plain
 
@@ -162,87 +162,95 @@ def drop_and_penalize(
     if not isinstance(raw, Tensor):
         check_tensor("raw", raw)
     if not training or (mask is None and p == 0):
-        return raw, penalize((raw, raw), coefficients, steps, Options(*options[:4], True, *options[5:]))
+        return raw, penalize((raw, raw), coefficients, steps, options._replace(ar_of_raw=True))
     if mask is not None:  # before the key: a copy may have other metadata
         mask = keepable(plain(check_tensor("mask", mask)))
-    return compute(DropoutPlan, (raw, float(p) if mask is None else mask), coefficients, steps, options)
+    return compute(DropoutPlan, (raw, float(p) if mask is None else mask, *coefficients, *steps), options)
 
 
 class DropoutPlan(Plan):
     """Drop units of one layer, and compute its penalty and the gradient of raw.
 
+    Args:
+        checked: the plan by the formula.
+        backend: the code that runs.
+        _: whether the forward may fill gradients; this operation never does.
+        tensors: raw and the mask of the first call.
+        values: coefficients and the steps that count, of the first call.
+
     Attributes:
-        row: the shape of a mask with one row for all time steps.
+        drops: whether the operation applies a mask to raw.
         is_differentiable: whether raw needs a gradient.
         fold: the fold of raw and of the mask.
         dropped: a function that allocates dropped.
-        forward: the forward of the backend; `None` before the first call.
-        backward: a fold, an allocator and a backward of the backend for each kind of upstream gradients.
+        forward: the forward of the backend.
+        backwards: a fold, an allocator and a backward of the backend for each kind of upstream gradients.
+        names, facts: the names and the facts of the tensors that a node saves.
     """
 
-    names, forward = ("raw", "mask"), None
+    drops, names = True, ("raw", "mask")
 
-    def __init__(
-        self, tensors: Sequence[Any], coefficients: Sequence[Any], given: Given, options: Options, is_kept: bool
-    ) -> None:
-        raw, mask = tensors
-        super().__init__((raw, None, mask if isinstance(mask, Tensor) else None), coefficients, given, options, is_kept)
-        (self.kind,), self.row = self.kinds, list(raw.shape)
-        self.row[self.kind.time_dim] = 1
+    def __init__(self, checked: Plan, backend: Any, _: bool, tensors: Sequence[Any], values: Values) -> None:
+        super().__init__(checked.terms, checked.steps_of, checked.row)
+        (raw, mask), (terms,), self.backend, self.backwards = tensors, self.terms, backend, {}
+        self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
+        self.operands = layout_of(raw), layout_of(mask.expand_as(raw))
+        self.fold = Fold((*self.operands, None), terms.time_dim, values.steps)
+        layout = self.fold.like(self.operands[0])
+        self.dropped = allocator(layout, self.operands[0])
+        self.forward = backend.forward(self.fold.view((layout, None, None)), terms, raw.device)
+        self.facts = facts_of(flat(tensors, values)[0])
 
-    def __call__(self, given: Sequence[Any], values: Values) -> Any:
-        """Compute dropped, and the penalty, or an `ARTAR` if the caller wants the terms.
+    @staticmethod
+    def tensors_of(raw: Any, mask: Any, plan: Plan) -> Sequence[Any]:
+        """Return raw and the mask; a mask that is drawn is drawn as by fastai's `RNNDropout`.
 
         Args:
-            given: raw, and a mask or the probability to drop a unit.
-            values: coefficients and the steps that count.
+            raw: raw of the call.
+            mask: the mask, or the probability to drop a unit.
+            plan: the plan of the call.
         """
-        raw, mask = given
         raw = plain(raw)
-        if not isinstance(mask, Tensor):  # drawn like the mask of fastai's `RNNDropout`
-            mask = raw.new_empty(self.row).bernoulli_(1 - mask).div_(1 - mask)
-        if self.forward is None:
-            if self.backend is None:
-                dropped = raw * mask
-                return dropped, by_formula([Call(raw, dropped, *values, self.kind)])
-            self.prepare(Call(raw, None, *values, self.kind), mask)
-        compute = _apply if self.is_differentiable else DropoutPlan.launch
-        dropped, penalty, terms = compute(self, values, raw, mask)
-        return dropped, penalty if terms is None else ARTAR(penalty, *terms.unbind())
+        return raw, mask if isinstance(mask, Tensor) else raw.new_empty(plan.row).bernoulli_(1 - mask).div_(1 - mask)
 
-    def prepare(self, call: Call, mask: Tensor) -> None:
-        """Plan the forward, in the first call."""
-        raw = call.raw
-        self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
-        self.terms, self.operands = terms_of(call), (layout_of(raw), layout_of(mask.expand_as(raw)))
-        self.fold = Fold((*self.operands, None), call)
-        layout = self.fold.like(self.operands[0])
-        self.dropped, self.backward = allocator(layout, raw), {}
-        self.forward = self.backend.forward(self.fold.view((layout, None, None)), self.terms, raw.device)
+    @staticmethod
+    def formula(tensors: Sequence[Any], values: Values, terms: Sequence[Terms]) -> Any:
+        """Compute dropped, and the penalty, or an `ARTAR` if the caller wants the terms, in plain PyTorch."""
+        raw, mask = tensors
+        dropped = raw * mask
+        return dropped, by_formula([Call(raw, dropped, *values, terms[0])])
+
+    def __call__(self, tensors: Sequence[Any], values: Values) -> Any:
+        """Compute dropped, and the penalty, or an `ARTAR` if the caller wants the terms."""
+        run = _apply if self.is_differentiable else DropoutPlan.launch
+        dropped, penalty, terms = run(self, values, *tensors)
+        return dropped, penalty if terms is None else ARTAR(penalty, *terms.unbind())
 
     def launch(self, values: Values, raw: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Launch the forward; return dropped, the penalty, and its terms."""
         dropped = self.dropped(raw)
-        operands = *self.fold.read((raw, mask, None)), dropped, None, None
-        sums = self.forward(operands, values)  # pyright: ignore[reportOptionalCall]
+        operands = *self.fold.readable((raw, mask, None)), dropped, None, None
+        sums = self.forward(operands, values)
         return dropped, sums.penalty, sums.terms
 
     def gradient(self, upstream: Upstreams, raw: Tensor, mask: Tensor, values: Values) -> Tensor:
-        """Launch the backward for the given gradients of dropped and of the penalty."""
+        """Launch the backward for the gradients of dropped and of the penalty that arrive."""
         arrived, grad = upstream
         key = None if arrived is None else (arrived.stride(), arrived.data_ptr() % 16 == 0), grad is None
-        found = self.backward.get(key)
+        found = self.backwards.get(key)
         if found is None:
-            terms = self.terms if grad is not None else self.terms._replace(by_ar=False, by_tar=False)
-            fold = Fold((*self.operands, layout_of(arrived), None), Call(raw, None, *values, self.kind))
-            layout = fold.like(self.operands[0])  # pyright: ignore[reportArgumentType]
+            (terms,) = self.terms
+            if grad is None:
+                terms = terms._replace(by_ar=False, by_tar=False)
+            fold = Fold((*self.operands, layout_of(arrived), None), terms.time_dim, values.steps)
+            layout = fold.like(self.operands[0])
             launch = self.backend.backward(fold.view((layout, None)), terms, raw.device)
-            found = fold, allocator(layout, raw), launch
-            if len(self.backward) < BACKWARDS:
-                self.backward[key] = found
+            found = fold, allocator(layout, self.operands[0]), launch
+            if len(self.backwards) < BACKWARDS:
+                self.backwards[key] = found
         fold, allocate, launch = found
         gradient = allocate(raw)
-        launch(grad, (*fold.read((raw, mask, arrived, None)), gradient, None), values)
+        launch(grad, (*fold.readable((raw, mask, arrived, None)), gradient, None), values)
         return gradient
 
 
@@ -263,7 +271,7 @@ class _DropoutPenalty(Function):
         ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
     ) -> Any:
         upstream, gradient = (grad_dropped, grad), None
-        if not grad_dropped is None is grad:
+        if grad_dropped is not None or grad is not None:
             saved, values, is_seen = unpack(ctx, grad_dropped, grad)
             gradient_of = _gradient_formula if is_seen else DropoutPlan.gradient
             gradient = gradient_of(ctx.plan, upstream, saved[0], saved[1], values)
@@ -287,7 +295,9 @@ def _gradient_formula(plan: DropoutPlan, upstream: Upstreams, raw: Tensor, mask:
     through_mask, grad = upstream
     direct = None
     if grad is not None:
-        direct, ar = ar_tar_gradients(grad, Call(raw, raw * mask, *values, plan.kind))
+        direct, ar = ar_tar_gradients(grad, Call(raw, raw * mask, *values, plan.terms[0]))
         through_mask = added(through_mask, ar)
-    gradient = added(None if through_mask is None else through_mask * mask, direct)
+    if through_mask is not None:
+        through_mask = through_mask.to(plan.terms[0].dtype) * mask  # rounded once, as by the kernels
+    gradient = added(through_mask, direct)
     return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)

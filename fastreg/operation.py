@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from math import inf
 from typing import Any
 
@@ -10,67 +11,68 @@ import torch
 from torch import Tensor
 
 from fastreg.arguments import check_saved
-from fastreg.kernels.view import Layout, Steps, Values, allocate, layout_of
-from fastreg.plans import PLANS, facts_of, facts_of_other, keep, refused
-from fastreg.prepare import Given, converted
-from fastreg.problem import Options, are_same, is_on
-from fastreg.torch_state import hooks_on_saved, is_deterministic, observed
+from fastreg.kernels.view import Steps, Values
+from fastreg.plans import PLANS, NoKeyError, facts_of, keep, key_of
+from fastreg.prepare import converted, prepare
+from fastreg.problem import Options, is_on
+from fastreg.torch_state import observed
 
 NO_STEPS = Steps()
 VALUES = "alpha", "beta", "steps", "counts", "offsets"  # the tensors in `Values`, as messages name them
 
 
-def compute(operation: Any, tensors: Sequence[Any], coefficients: Sequence[Any], given: Given, options: Options) -> Any:
+def compute(operation: Any, inputs: Sequence[Any], options: Options) -> Any:
     """Compute a call by the plan under its key; the first call with a key checks all arguments and makes the plan.
 
     Args:
-        operation: the class of the plan.
-        tensors: raw, and dropped or a mask.
-        coefficients: alpha and beta.
-        given: lengths, valid steps and starts.
+        operation: the class of the plan for a backend.
+        inputs: raw; dropped, a mask, or the probability to drop a unit; alpha, beta; lengths, valid steps, starts.
         options: the other arguments.
     """
-    (alpha, beta), key, plan, is_seen = coefficients, None, None, observed()
-    are_floats = not is_seen and type(alpha) is float is type(beta)  # a symbol is not compared
+    first, second, alpha, beta, *step_arguments = inputs
+    found, key, is_seen = None, None, observed()
+    are_floats = not is_seen and type(alpha) is float and type(beta) is float  # a symbol is not compared
     if not (are_floats and 0 <= alpha < inf and 0 <= beta < inf):
-        alpha, beta = map(converted, ("alpha", "beta"), coefficients)
-    if not (are_floats and alpha and beta):
-        tensors = operation.read(tensors, (is_on(alpha), is_on(beta)), options)
+        alpha, beta = converted("alpha", alpha), converted("beta", beta)
+    if not ((are_floats and alpha and beta) or operation.drops or options.measured or options.ar_of_raw):
+        first, second = first if is_on(beta) else None, second if is_on(alpha) else None  # what a term reads
+    inputs = first, second, alpha, beta, *step_arguments
     if not is_seen:  # a compiler would compile again for each new plan
-        first, second = tensors
+        key = key_of(operation, inputs, options)
         try:
-            key = (
-                *(operation, first is second if isinstance(first, Tensor) else are_same(first, second)),
-                *(*facts_of((first, second, alpha, beta, *given), facts_of_other), *options, *map(type, options)),
-                *(torch.is_grad_enabled(), hooks_on_saved(False) is None, is_deterministic()),
-            )
-            plan = PLANS.get(key)
-        except (RuntimeError, TypeError):  # a nested tensor has no strides, and a wrong option may have no hash
+            found = PLANS.get(key)
+        except TypeError:  # an option of a wrong type, which may have no hash, is an error of the checks
             key = None
-    if plan is None:
-        plan = operation(tensors, (alpha, beta), given, options, key is not None)
-        if key is not None:
-            keep(key, plan)
-    steps_of = plan.steps_of
-    return plan(tensors, Values(alpha, beta, None if steps_of is None else steps_of(given, tensors)))
+    plan, backend = (found, None) if found is not None else prepare(operation, inputs, options, key is not None)
+    values = Values(alpha, beta, None if plan.steps_of is None else plan.steps_of(inputs))
+    tensors = operation.tensors_of(first, second, plan)
+    if backend is not None:
+        plan = operation(plan, backend, options.fills, tensors, values)
+    if found is None and key is not None:
+        keep(key, plan)
+    return plan(tensors, values)
+
+
+def flat(tensors: Sequence[Tensor | None], values: Values) -> tuple[Sequence[Tensor | None], Sequence[Any]]:
+    """Return the tensors that a node saves, with those among the values of its call, which are rare; and the others."""
+    alpha, beta, steps = values
+    if steps is None and type(alpha) is float and type(beta) is float:
+        return tensors, values
+    in_memory = [x if isinstance(x, Tensor) else None for x in (alpha, beta)]
+    return (*tensors, *in_memory, *(steps or NO_STEPS)), [None if isinstance(x, Tensor) else x for x in (alpha, beta)]
 
 
 def save(ctx: Any, plan: Any, tensors: Sequence[Tensor | None], values: Values) -> None:
-    """Let autograd save the tensors of a call for its backward, and the tensors among its values, which are rare."""
-    alpha, beta, steps = ctx.values = values
-    if steps is not None or type(alpha) is not float or type(beta) is not float:
-        in_memory = [x if isinstance(x, Tensor) else None for x in (alpha, beta)]
-        ctx.values = [None if isinstance(x, Tensor) else x for x in (alpha, beta)]
-        tensors = *tensors, *in_memory, *(steps or NO_STEPS)
+    """Let autograd save the tensors of a call for its backward."""
+    tensors, ctx.values = flat(tensors, values)
     ctx.plan = plan
     ctx.save_for_backward(*tensors)
-    if plan.saved is None:
-        plan.layouts = [*map(layout_of, tensors)]
-        plan.saved = facts_of(tensors, refused)
 
 
 def unpack(ctx: Any, *upstream: Tensor | None) -> tuple[Sequence[Any], Values, bool]:
-    """Return the tensors and the values of a node, and whether PyTorch has to see its backward as the formula.
+    """Return the tensors and the values of a node, and whether its backward has to run as the formula.
+
+    It has to if PyTorch traces or differentiates it, or if a hook on saved tensors has changed the layout of a tensor.
 
     Args:
         ctx: the node.
@@ -82,32 +84,19 @@ def unpack(ctx: Any, *upstream: Tensor | None) -> tuple[Sequence[Any], Values, b
     tensors, values, plan, is_seen = ctx.saved_tensors, ctx.values, ctx.plan, torch.is_grad_enabled() or observed()
     if not is_seen:
         try:
-            facts = facts_of((*tensors, *upstream), refused)
-        except RuntimeError:
+            is_seen = facts_of((*tensors, *upstream))[: len(plan.facts)] != plan.facts
+        except NoKeyError:
             is_seen = True
-        else:
-            if facts[: len(plan.saved)] != plan.saved:
-                tensors = [*map(restored, (*plan.names, *VALUES), tensors, plan.layouts)]
+        if is_seen:
+            facts = iter(plan.facts)
+            for name, x in zip((*plan.names, *VALUES), tensors, strict=False):
+                shape = next(facts)
+                if shape is not None:  # of a tensor, which has five more facts
+                    _, dtype, device, *_ = islice(facts, 5)
+                    check_saved(name, {"shape": shape, "dtype": dtype, "device": device}, x)
     count = len(plan.names)
     if len(tensors) > count:
         alpha, beta = [y if x is None else x for x, y in zip(tensors[count:], values, strict=False)]
         bits, counts, offsets = tensors[count + 2 :]
-        values = Values(alpha, beta, None if bits is offsets else Steps(bits, counts, offsets))
+        values = Values(alpha, beta, None if bits is None and offsets is None else Steps(bits, counts, offsets))
     return tensors, values, is_seen
-
-
-def restored(name: str, x: Any, before: Layout | None) -> Any:
-    """Return a tensor that a backward has unpacked, in the layout that it had in the forward.
-
-    Raises:
-        RuntimeError: the tensor has another shape or dtype.
-    """
-    if before is None or layout_of(x) == before:
-        return x
-    check_saved(name, before, x)
-    copy = to = allocate(before)  # it is aligned, whether the kernels rely on that or not
-    for axis, stride in enumerate(before.stride):
-        if stride == 0:
-            to, x = to.narrow(axis, 0, 1), x.narrow(axis, 0, 1)
-    to.copy_(x)
-    return copy

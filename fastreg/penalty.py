@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from itertools import zip_longest
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.arguments import check_given
 from fastreg.fold import Fold
-from fastreg.kernels.view import Sums, Values, allocator, layout_of
-from fastreg.operation import compute, save, unpack
-from fastreg.prepare import Given, Plan
-from fastreg.problem import ARTAR, Call, Coefficient, Options, compute_dtype, is_on, layers_of, terms_of
+from fastreg.kernels.view import Sums, Terms, Values, allocator, layout_of, nothing
+from fastreg.operation import compute, flat, save, unpack
+from fastreg.plans import Plan, facts_of
+from fastreg.problem import ARTAR, Call, Coefficient, Options, compute_dtype, layers_of
 from fastreg.reference import ar_tar, ar_tar_gradients
-from fastreg.torch_state import plain
+from fastreg.torch_state import hooks_on_saved, plain
 
 One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
@@ -148,13 +147,13 @@ def penalize(activations: Sequence[Any], coefficients: Sequence[Any], steps: Seq
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    result = compute(PenaltyPlan, activations, coefficients, steps, options)
+    result = compute(PenaltyPlan, (*activations, *coefficients, *steps), options)
     return _zero(activations, options.measured) if result is None else result
 
 
 def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
     """Return a penalty of 0 on the device of the activations, if any are given, for a call with both terms off."""
-    tensors = [x for given in activations for x in layers_of(given) if isinstance(x, Tensor)]
+    tensors = [x for layers in map(layers_of, activations) for x in layers if isinstance(x, Tensor)]
     zero = torch.zeros((), dtype=compute_dtype(tensors), device=tensors[0].device if tensors else None)
     return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
 
@@ -162,7 +161,13 @@ def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
 def by_formula(calls: Sequence[Call]) -> Tensor | ARTAR:
     """Compute the penalty of the layers of a call in plain PyTorch, with its terms if they are wanted."""
     penalty, ar, tar = reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), map(ar_tar, calls))
-    return ARTAR(penalty, ar.detach(), tar.detach()) if calls[0].kind.measured else penalty
+    return ARTAR(penalty, ar.detach(), tar.detach()) if calls[0].terms.measured else penalty
+
+
+def calls_of(tensors: Sequence[Any], values: Values, terms: Sequence[Terms]) -> Sequence[Call]:
+    """Return a call for each layer."""
+    layers = zip(tensors[::2], tensors[1::2], terms, strict=True)
+    return [Call(raw, dropped, *values, of_layer) for raw, dropped, of_layer in layers]
 
 
 class PenaltyPlan(Plan):
@@ -171,73 +176,59 @@ class PenaltyPlan(Plan):
     The tensors of a call are raw and dropped of the first layer, raw and dropped of the second layer, and so on. Each
     is `None` if no term reads it; dropped is also `None` if AR is the mean square of raw.
 
+    Args:
+        checked: the plan by the formula.
+        backend: the code that runs.
+        fills: whether the forward may fill gradients for the backward.
+        tensors: the tensors of the first call.
+        values: coefficients and the steps that count, of the first call.
+
     Attributes:
-        layers: a `Layer` for each layer; `None` before the first call.
+        drops: whether the operation applies a mask to raw; otherwise it takes dropped.
+        layers: a `Layer` for each layer.
         needs: for each tensor, whether it needs a gradient.
+        names, facts: the names and the facts of the tensors that a node saves.
     """
 
-    layers: Any = None
+    drops = False
 
-    def __init__(
-        self, tensors: Sequence[Any], coefficients: Sequence[Any], given: Given, options: Options, is_kept: bool
-    ) -> None:
-        (raw, dropped), (alpha, beta) = tensors, coefficients
-        check_given("raw", raw, is_on(beta), "beta")
-        check_given("dropped", dropped, is_on(alpha), "alpha")
-        super().__init__((raw, dropped, None), coefficients, given, options, is_kept)
+    def __init__(self, checked: Plan, backend: Any, fills: bool, tensors: Sequence[Any], values: Values) -> None:
+        super().__init__(checked.terms, checked.steps_of, checked.row)
+        fills = fills and hooks_on_saved(False) is None  # where tensors are packed away, memory matters more than time
+        self.layers = [Layer(call, backend, fills) for call in calls_of(tensors, values, self.terms)]
+        self.needs = [need for layer in self.layers for need in layer.needs]
+        self.is_measured, self.is_differentiable = self.terms[0].measured, True in self.needs
+        self.names, self.facts = ["raw", "dropped"] * len(self.layers), facts_of(flat(self.kept(tensors), values)[0])
 
     @staticmethod
-    def read(tensors: Sequence[Any], are_on: Sequence[bool], options: Options) -> Sequence[Any]:
-        """Return raw and dropped, each `None` if no term reads it.
+    def tensors_of(raw: Any, dropped: Any, plan: Plan) -> Sequence[Any]:
+        """Return the tensors of a call."""
+        if type(raw) is Tensor and type(dropped) is Tensor and dropped is not raw:
+            return raw, dropped
+        layers = zip_longest(plan.terms, layers_of(raw), layers_of(dropped))
+        return [plain(x) for terms, *pair in layers for x in (pair[0], None if terms.ar_of_raw else pair[1])]
 
-        If the caller wants the terms, a given tensor is read even if its coefficient is 0.
-        """
-        (raw, dropped), (by_ar, by_tar) = tensors, are_on
-        if options.measured or options.ar_of_raw:
-            return tensors
-        return raw if by_tar else None, dropped if by_ar else None
+    @staticmethod
+    def formula(tensors: Sequence[Any], values: Values, terms: Sequence[Terms]) -> Tensor | ARTAR:
+        """Compute the penalty in plain PyTorch, or an `ARTAR` if the caller wants the terms."""
+        return by_formula(calls_of(tensors, values, terms))
 
-    def __call__(self, given: Sequence[Any], values: Values) -> Any:
-        """Compute the penalty, or an `ARTAR` if the caller wants the terms; return `None` if no term reads anything.
-
-        Args:
-            given: raw and dropped.
-            values: coefficients, and the steps that count.
-        """
-        raw, dropped = tensors = given
-        if type(raw) is not Tensor or type(dropped) is not Tensor or dropped is raw:
-            layers = zip_longest(self.kinds, layers_of(raw), layers_of(dropped))
-            tensors = [plain(x) for kind, *pair in layers for x in (pair[0], None if kind.ar_of_raw else pair[1])]
-        if self.layers is None:
-            layers = zip(tensors[::2], tensors[1::2], self.kinds, strict=True)
-            calls = [Call(raw, dropped, *values, kind) for raw, dropped, kind in layers]
-            if self.backend is None:
-                return by_formula(calls) if calls else None
-            self.prepare(calls)
+    def __call__(self, tensors: Sequence[Any], values: Values) -> Any:
+        """Compute the penalty, or an `ARTAR` if the caller wants the terms."""
         if not self.is_differentiable:
-            results = launched(self.layers, tensors, values, [])  # pyright: ignore[reportArgumentType]
+            results = launched(self.layers, tensors, values, [])
         else:
             results = _apply(self, values, *tensors)
         return ARTAR(results[0], *results[1].unbind()) if self.is_measured else results
 
-    def prepare(self, calls: Sequence[Call]) -> None:
-        """Plan each layer, in the first call."""
-        layers = [Layer(call, self.backend, self.fills) for call in calls]
-        self.needs = [need for layer in layers for need in layer.needs]
-        self.names, self.is_measured = ["raw", "dropped"] * len(layers), layers[0].terms.measured
-        self.is_differentiable = True in self.needs
-        self.layers = layers
+    def kept(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Return the tensors that a node saves: those that need gradients, and `None` for each other tensor."""
+        return [x if need else None for x, need in zip(tensors, self.needs, strict=True)]
 
 
-class Ahead(NamedTuple):
-    """Hold the gradients of raw and dropped that a forward has filled, and the upstream gradient that it assumed."""
-
-    assumed: Any = None
-    raw: Tensor | None = None
-    dropped: Tensor | None = None
-
-
-NOTHING_AHEAD = Ahead()
+# An upstream gradient that a forward has assumed, and the gradients of raw and dropped that it has filled for it.
+Ahead: TypeAlias = tuple[Any, Tensor | None, Tensor | None]
+NOTHING_AHEAD: Ahead = None, None, None
 
 
 class Layer:
@@ -248,46 +239,46 @@ class Layer:
         fold: the fold of raw and dropped.
         gradients: functions that allocate the gradients of raw and dropped.
         filled: functions that allocate the gradients that the forward fills for the backward.
-        forward, backward: the launches of the backend; the first backward makes `backward`.
+        forward, backward: the launches of the backend; no backward if neither needs a gradient.
     """
 
     def __init__(self, call: Call, backend: Any, fills: bool) -> None:
-        raw, dropped, terms, enabled = call.raw, call.dropped, terms_of(call), torch.is_grad_enabled()
+        raw, dropped, terms, enabled = call.raw, call.dropped, call.terms, torch.is_grad_enabled()
         by_raw, by_dropped = terms.by_tar or (terms.by_ar and terms.ar_of_raw), terms.by_ar and not terms.ar_of_raw
         self.needs = enabled and by_raw and raw.requires_grad, enabled and by_dropped and dropped.requires_grad
-        self.kind, self.terms, self.backend, self.device = call.kind, terms, backend, call.given().device
         layouts = layout_of(raw), layout_of(dropped)
-        self.fold = Fold((layouts[0], None, None, layouts[1]), call)
+        self.terms, self.fold = terms, Fold((layouts[0], None, None, layouts[1]), terms.time_dim, call.steps)
         written = [self.fold.like(x) if need else None for x, need in zip(layouts, self.needs, strict=True)]
-        self.view, ahead = self.fold.view(written), written if fills else (None, None)
-        self.gradients, self.filled = ([*map(allocator, x, (raw, dropped))] for x in (written, ahead))
-        self.forward = backend.forward(self.fold.view(ahead), terms, self.device)
-        self.backward: Any = None
+        view, others = self.fold.view(written), (terms, call.present().device)
+        self.gradients = self.filled = [*map(allocator, written, layouts)]
+        if not fills:
+            self.filled = nothing, nothing
+        self.forward = backend.forward(view if fills else self.fold.view((None, None)), *others)
+        expected = self.forward.expected
+        self.backward: Any = backend.backward(view, *others, expected) if True in self.needs else None
 
     def __call__(self, raw: Any, dropped: Any, values: Values) -> tuple[Sums, Ahead]:
         """Launch the forward."""
         first, second = self.filled
         grad_raw, grad_dropped = first(raw), second(dropped)
-        operands = self.fold.read((raw, None, None, dropped))
+        operands = self.fold.readable((raw, None, None, dropped))
         sums = self.forward((*operands, grad_raw, grad_dropped), values)
-        return sums, Ahead(sums.assumed, grad_raw, grad_dropped)
+        return sums, (sums.assumed, grad_raw, grad_dropped)
 
     def differentiate(self, grad: Tensor, raw: Any, dropped: Any, values: Values, ahead: Ahead) -> Sequence[Any]:
         """Launch the backward over gradients that the forward has filled, or over new memory; return the gradients."""
         assumed, *gradients = ahead
-        if self.backward is None:
-            self.backward = self.backend.backward(self.view, self.terms, self.device, self.forward.expected)
         if assumed is None:
             first, second = self.gradients
             gradients = [first(raw), second(dropped)]
         elif self.fold.copies and self.backward.holds(grad, assumed):
             return gradients  # without copying anything
-        self.backward(grad, (*self.fold.read((raw, None, None, dropped)), *gradients), values, assumed)
+        self.backward(grad, (*self.fold.readable((raw, None, None, dropped)), *gradients), values, assumed)
         return gradients
 
     def derive(self, grad: Tensor, raw: Any, dropped: Any, values: Values, _: Ahead) -> Sequence[Any]:
         """Compute both gradients in plain PyTorch, so that they can be differentiated."""
-        gradients = ar_tar_gradients(grad, Call(raw, dropped, *values, self.kind))
+        gradients = ar_tar_gradients(grad, Call(raw, dropped, *values, self.terms))
         return [None if y is None else y.to(x.dtype) for x, y in zip((raw, dropped), gradients, strict=True)]
 
 
@@ -313,9 +304,7 @@ class _Penalty(Function):
     def forward(ctx: Any, plan: PenaltyPlan, values: Values, *tensors: Tensor | None) -> Any:
         ctx.ahead = []
         results = launched(plan.layers, tensors, values, ctx.ahead)
-        if False in plan.needs:
-            tensors = tuple([x if need else None for x, need in zip(tensors, plan.needs, strict=True)])
-        save(ctx, plan, tensors, values)
+        save(ctx, plan, plan.kept(tensors) if False in plan.needs else tensors, values)
         if plan.is_measured:  # the second output costs 3 us
             ctx.set_materialize_grads(False)  # PyTorch need not make zeros for the terms
             ctx.mark_non_differentiable(results[1])

@@ -65,23 +65,6 @@ class Options(NamedTuple):
     fills: bool = True
 
 
-class Kind(NamedTuple):
-    """Hold the facts about a layer, beside tensors and coefficients, on which its formula depends.
-
-    time_dim   the axis of time, negative from the end; it is -2 for `(batch, time, hidden)` and `(time, hidden)`
-    reduction  `"mean"` divides the sums by the numbers of their elements; `"sum"` does not divide
-    measured   whether the caller wants the terms; then a term whose coefficient is 0 is computed without a gradient
-    ar_of_raw  whether AR is the mean square of raw, as in fastai v1, or because dropped is raw itself
-    dtype      the dtype of differences, squares and sums, and of the penalty
-    """
-
-    time_dim: int = -2
-    reduction: str = "mean"
-    measured: bool = False
-    ar_of_raw: bool = False
-    dtype: torch.dtype = torch.float32
-
-
 class Call(NamedTuple):
     """Hold the arguments of a call for one layer, after all checks.
 
@@ -90,7 +73,7 @@ class Call(NamedTuple):
     alpha, beta   coefficients of AR and TAR: floats, or 0-dim tensors
     steps         the time steps that count, on the device of the activations, or the offsets of packed rows; `None` if
                   all steps count
-    kind          the other facts
+    terms         what the penalty consists of
     """
 
     raw: Any
@@ -98,9 +81,9 @@ class Call(NamedTuple):
     alpha: Any
     beta: Any
     steps: Steps | None = None
-    kind: Kind = Kind()
+    terms: Terms = Terms()
 
-    def given(self) -> Any:
+    def present(self) -> Any:
         """Return raw, or dropped if raw is `None`."""
         return self.dropped if self.raw is None else self.raw
 
@@ -137,25 +120,17 @@ def sizes_of(x: Any, time_dim: int) -> tuple[Any, Any]:
     return 1 if batch is None else x.shape[batch], x.shape[time]
 
 
-def terms_of(call: Call) -> Terms:
-    """Return the terms that a backend computes for a call; no extent of the call's tensors is 0."""
-    kind, by_ar, by_tar, counts = call.kind, is_on(call.alpha), is_on(call.beta), call.steps and call.steps.counts
-    elements, pairs = divisors(call) if counts is None else (1, 1)
-    formed = kind.measured or by_ar, kind.measured or by_tar
-    return Terms(kind.dtype, *formed, by_ar, by_tar, kind.ar_of_raw, (int(elements), int(pairs)), kind.measured)
-
-
 def divisors(call: Call) -> tuple[Any, Any]:
     """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
 
     A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
     """
-    if call.kind.reduction == "sum":
+    if call.terms.reduction == "sum":
         return 1, 1
-    x, steps = call.given(), call.steps
+    x, steps = call.present(), call.steps
     elements = x.numel()
     if steps is None:
-        time = _at_least_1(x.shape[call.kind.time_dim])
+        time = _at_least_1(x.shape[call.terms.time_dim])
         return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
     if steps.offsets is not None:
         return _at_least_1(elements), _at_least_1(elements - steps.offsets[1] * x.shape[-1])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.problem import ARTAR, Call, axes_of, divisors, is_on
+from fastreg.problem import ARTAR, Call, axes_of, divisors
 from fastreg.torch_state import is_exporting
 
 STEP, CHANGE = 1, 2  # the bits of `Steps`: the step counts, the change into it counts
@@ -25,19 +25,19 @@ def ar_tar(call: Call) -> ARTAR:
     Returns:
         `ARTAR(penalty, ar, tar)`, in the dtype of the call.
     """
-    (raw, squared), (elements, pairs) = _inputs(call, call.kind.dtype), divisors(call)
+    (raw, squared), (elements, pairs) = _activations(call, call.terms.dtype), divisors(call)
     # The sum of a DTensor consists of parts on all ranks. torch 2.8 multiplies these parts by the factor of an earlier
     # sum. Adding the sum to 0 adds its parts up.
-    zero = penalty = torch.zeros((), dtype=call.kind.dtype, device=call.given().device)
+    zero = penalty = torch.zeros((), dtype=call.terms.dtype, device=call.present().device)
     terms: list[Tensor] = []
-    for x, coefficient, count, form in (
-        (squared, call.alpha, elements, counted),
-        (raw, call.beta, pairs, _counted_changes),
+    for x, is_in, coefficient, count, form in (
+        (squared, call.terms.by_ar, call.alpha, elements, counted),
+        (raw, call.terms.by_tar, call.beta, pairs, _counted_changes),
     ):
         term = zero
-        if x is not None and (call.kind.measured or is_on(coefficient)):
+        if x is not None and (is_in or call.terms.measured):
             total = zero + form(x, call).square().sum()
-            if is_on(coefficient):
+            if is_in:
                 penalty = penalty + _weighted(total, coefficient, count)
             term = total / count
         terms.append(term)
@@ -55,20 +55,20 @@ def ar_tar_gradients(grad: Tensor, call: Call) -> tuple[Tensor | None, Tensor | 
     Returns:
         The two gradients in the dtype of `grad`; each is `None` if its tensor is `None`.
     """
-    (raw, squared), (elements, pairs) = _inputs(call, grad.dtype), divisors(call)
+    (raw, squared), (elements, pairs) = _activations(call, grad.dtype), divisors(call)
     of_ar = of_tar = None
-    if raw is not None and is_on(call.beta):
+    if raw is not None and call.terms.by_tar:
         factor = grad * (2 * _factor(call.beta, pairs, grad))
         of_tar = counted(factor * change_difference(raw, call), call)
-    if squared is not None and is_on(call.alpha):
+    if squared is not None and call.terms.by_ar:
         of_ar = counted(grad * (2 * _factor(call.alpha, elements, grad)) * counted(squared, call), call)
-    return (added(of_tar, of_ar), None) if call.kind.ar_of_raw else (of_tar, of_ar)
+    return (added(of_tar, of_ar), None) if call.terms.ar_of_raw else (of_tar, of_ar)
 
 
-def _inputs(call: Call, dtype: torch.dtype) -> tuple[Any, Any]:
+def _activations(call: Call, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return raw, and the tensor whose mean square is AR: dropped, or raw itself, whose gradients then add up."""
     raw, dropped = (None if x is None else x.to(dtype) for x in (call.raw, call.dropped))
-    return raw, raw if call.kind.ar_of_raw else dropped
+    return raw, raw if call.terms.ar_of_raw else dropped
 
 
 def added(x: Tensor | None, y: Tensor | None) -> Tensor | None:
@@ -94,7 +94,7 @@ def _factor(coefficient: Any, count: int | Tensor, like: Tensor) -> float | Tens
 def _counted_changes(x: Tensor, call: Call) -> Tensor:
     """Compute the changes that count; the result may contain zeros for others."""
     if call.steps is None and not is_exporting():
-        return x.diff(dim=call.kind.time_dim)  # the formula written by hand, to a compiler; 2 steps compile again
+        return x.diff(dim=call.terms.time_dim)  # the formula written by hand, to a compiler; 2 steps compile again
     return changes(x, call)
 
 
@@ -118,7 +118,7 @@ def changes(x: Tensor, call: Call) -> Tensor:
     if call.steps is not None and call.steps.offsets is not None:
         before, _, precedes, _ = neighbours(call.steps.offsets, x.shape[0])
         return torch.where(precedes.to(x.device).unsqueeze(-1), x - x[before.to(x.device)], 0)
-    dim, _ = axes_of(x, call.kind.time_dim)
+    dim, _ = axes_of(x, call.terms.time_dim)
     # With diff a compiler would treat 2 steps as another case, as they have 1 difference. torch 2.11 cannot trace
     # hasattr.
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:
@@ -136,14 +136,14 @@ def change_difference(x: Tensor, call: Call) -> Tensor:
     if call.steps is not None and call.steps.offsets is not None:
         _, after, _, follows = neighbours(call.steps.offsets, x.shape[0])
         return change - torch.where(follows.to(x.device).unsqueeze(-1), change[after.to(x.device)], 0)
-    return change - change.roll(-1, call.kind.time_dim)  # behind the last step comes the 0 of the first
+    return change - change.roll(-1, call.terms.time_dim)  # behind the last step comes the 0 of the first
 
 
 def counted(x: Tensor, call: Call, bit: int = STEP) -> Tensor:
     """Replace the steps that do not count by 0; with `CHANGE`, the steps into which the change does not count."""
     if call.steps is None or call.steps.bits is None:
         return x
-    counts, axes = (call.steps.bits & bit) != 0, axes_of(x, call.kind.time_dim)
+    counts, axes = (call.steps.bits & bit) != 0, axes_of(x, call.terms.time_dim)
     counts = counts if axes[0] > 0 else counts.transpose(0, 1)  # in the order of x's axes
     return torch.where(counts.reshape([n if axis in axes else 1 for axis, n in enumerate(x.shape)]), x, 0)
 

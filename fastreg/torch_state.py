@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -12,14 +13,31 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_is_zeros: Callable[[Tensor], bool] = torch.Tensor._is_zerotensor  # pyright: ignore
-_count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_is_recorded: Callable[[], bool] = torch._C._is_tracing
-_are_functions_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
-is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms  # half the time
-hooks_on_saved: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
-current: Callable[[], int] = torch._C._current_graph_task_id  # the backward that runs in this thread; -1 for none
-compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
+MISSING: list[str] = []  # private names that this release of PyTorch lacks; then the formula runs everywhere
+
+
+def _private(name: str, otherwise: Any) -> Any:
+    """Return a private function of PyTorch, or another one if this release lacks it."""
+    try:
+        return attrgetter(name)(torch)
+    except AttributeError:
+        MISSING.append(f"torch.{name}")
+        return otherwise
+
+
+_is_zeros: Callable[[Tensor], bool] = _private("Tensor._is_zerotensor", lambda _: False)
+_has_storage: Callable[[Tensor], bool] = _private("_C._has_storage", lambda _: True)
+_count_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack", int)
+_is_recorded: Callable[[], bool] = _private("_C._is_tracing", bool)
+_are_functions_transformed: Callable[[], bool] = _private("_C._are_functorch_transforms_active", bool)
+is_deterministic: Callable[[], bool] = _private("_C._get_deterministic_algorithms", bool)  # half the time
+hooks_on_saved: Callable[[bool], Any] = _private("_C._autograd._top_saved_tensors_default_hooks", lambda _: None)
+current: Callable[[], int] = _private("_C._current_graph_task_id", lambda: -1)  # this thread's backward; -1 for none
+# Where nothing says whether Dynamo is compiling, hooks always run outside of it.
+compiler_of_frames: Callable[[], Any] = _private("_C._dynamo.eval_frame.get_eval_frame_callback", bool)
+_disable: Callable[[Any], Any] = _private("_disable_dynamo", torch.compiler.disable)
+for _name in ("autograd.forward_ad._current_level", "compiler._is_exporting_flag"):  # values, which change
+    _private(_name, None)
 
 
 def level_of_caller() -> int:
@@ -46,11 +64,16 @@ def untraced(function: Function) -> Function:
     return run  # pyright: ignore[reportReturnType]
 
 
-@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+@_disable
 def _outside(run: Any, function: Any, args: Any) -> Any:
     """Call a function without Dynamo."""
-    torch._dynamo.eval_frame.skip_code(run.__code__)  # otherwise Dynamo compiles a frame for each kind of call
+    skip = getattr(torch._dynamo.eval_frame, "skip_code", bool)
+    skip(run.__code__)  # otherwise Dynamo compiles a frame for each kind of call
     return function(*args)
+
+
+def _is_forward_mode() -> bool:
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def observed() -> bool:
@@ -60,18 +83,18 @@ def observed() -> bool:
         or _count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
         or _is_recorded()  # torch.jit.trace records operators
         or _are_functions_transformed()  # vmap and grad transform operators
-        or forward_ad._current_level >= 0  # forward mode differentiates operators
+        or _is_forward_mode()  # forward mode differentiates operators
     )
 
 
 def transformed() -> bool:
     """Return whether a call is recorded or transformed, so that hooks on its tensors do not see gradients."""
-    return _is_recorded() or _are_functions_transformed() or forward_ad._current_level >= 0
+    return _is_recorded() or _are_functions_transformed() or _is_forward_mode()
 
 
 def is_exporting() -> bool:
     """Return whether `torch.export` is tracing; the public function of torch 2.8 is true in all compiled code."""
-    return torch.compiler._is_exporting_flag
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def is_memory(x: Tensor) -> bool:
@@ -81,7 +104,7 @@ def is_memory(x: Tensor) -> bool:
         or x.is_neg()  # the values of a negated view have the other sign in memory
         or x.is_meta  # a meta tensor has no values
         or _is_zeros(x)  # a tensor of zeros may have no memory
-        or not torch._C._has_storage(x)  # a wrapper of functorch has no memory
+        or not _has_storage(x)  # a wrapper of functorch has no memory
     )
 
 
@@ -93,11 +116,6 @@ def version_of(x: Tensor) -> int:
 def has_values(x: Tensor) -> bool:
     """Return whether the values of a tensor can be read without waiting for a device."""
     return x.device.type == "cpu" and x.numel() > 0 and not observed() and is_memory(x)
-
-
-def keeps_memory_low() -> bool:
-    """Return whether saved tensors are packed away, such as by activation checkpointing or `save_on_cpu`."""
-    return hooks_on_saved(False) is not None
 
 
 def recomputes() -> bool:

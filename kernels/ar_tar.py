@@ -28,7 +28,7 @@ from fastreg.kernels.tiling import (
     store_row,
     tile_of,
 )
-from fastreg.kernels.view import Layout, Sums, Terms, Values, View, allocator
+from fastreg.kernels.view import Layout, Sums, Terms, Values, View, allocator, switches
 
 THREADS = tl.constexpr(tiling.THREADS)
 
@@ -199,7 +199,7 @@ def ar_tar_kernel(
             if grad_dropped is not None:
                 grad_dropped_first = row(grad_dropped_rows, turn)
             if mask is None:
-                given = load_rows(dropped_rows, turn, packed, there, 0, ACC, UNROLL)
+                droppeds = load_rows(dropped_rows, turn, packed, there, 0, ACC, UNROLL)
             if READS_RAW:
                 raws = load_rows(raw_rows, turn, packed, inside if DROPS else there, AHEAD, ACC, UNROLL)
             if not LOCKED:
@@ -218,7 +218,7 @@ def ar_tar_kernel(
                         store_row(dropped_rows, dropped_first, packed, i, kept, inside[i])
                     kept = kept.to(ACC)
                 elif dropped is not None:
-                    kept = given[i]
+                    kept = droppeds[i]
                 if grad_raw is not None:
                     own = tl.zeros((BLOCK,), ACC)
                     if GRAD_TAR:
@@ -289,7 +289,7 @@ class Forward:
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
         tiling = Tiling(view, terms.dtype)
-        self.writes = view.operands[4:] != (None, None)
+        self.writes = view.writes()
         self.launch = _launch(tiling, view, terms, Grid(tiling.programs, device))
         self.device, self.measured, self.expected = device, terms.measured, Expected(terms.dtype, device)
         shapes = torch.Size(), torch.Size([2]), torch.Size([3 * tiling.programs])
@@ -305,10 +305,8 @@ class Forward:
             values: coefficients, and the steps that count or the offsets of packed rows.
         """
         penalty, terms, records = self.penalty(), self.terms() if self.measured else None, self.records()
-        expected = self.expected.memory if self.writes else None
-        if expected is None and self.writes:
-            expected = self.expected.drawn()
-        self.launch(*tensors, None, expected, records, penalty, terms, *_read(values, self.device))
+        expected = self.expected.guess() if self.writes else None
+        self.launch(*tensors, None, expected, records, penalty, terms, *_arguments(values, self.device))
         return Sums(penalty, terms, records if self.writes else None)
 
 
@@ -341,17 +339,17 @@ class Backward:
             assumed: `assumed` of the forward's `Sums`, if the forward has filled these gradients.
         """
         if assumed is None or self.expected is None:
-            self.writing(*tensors, upstream, None, None, None, None, *_read(values, self.device))
+            self.writing(*tensors, upstream, None, None, None, None, *_arguments(values, self.device))
         else:
             expected = self.expected.learn()
-            self.comparing(*tensors, upstream, expected, assumed, None, None, *_read(values, self.device))
+            self.comparing(*tensors, upstream, expected, assumed, None, None, *_arguments(values, self.device))
 
     def holds(self, upstream: Tensor, assumed: Tensor) -> bool:
         """Return `False`, because only the device can compare, and the host does not wait for it."""
         return False
 
 
-def _read(values: Values, device: torch.device) -> Sequence[Any]:
+def _arguments(values: Values, device: torch.device) -> Sequence[Any]:
     """Return the values as the kernel takes them: a coefficient is either a pointer into memory or a number."""
     alpha, beta, steps = values
     bits, counts, offsets = (None, None, None) if steps is None else steps
@@ -364,15 +362,11 @@ def _read(values: Values, device: torch.device) -> Sequence[Any]:
 
 def _launch(tiling: Tiling, view: View, terms: Terms, grid: Grid) -> Launch:
     """Prepare a launch of the kernel: a forward draws tickets, and a backward does not."""
-    mask, writes, is_forward = view.operands.mask, view.operands[4:] != (None, None), grid.draws
+    names, mask = ("SUM_AR", "SUM_TAR", "GRAD_AR", "GRAD_TAR", "AR_OF_RAW"), view.operands.mask
     constants = {
-        "SUM_AR": is_forward and terms.ar and (terms.ar_of_raw or view.operands.dropped is not None),
-        "SUM_TAR": is_forward and terms.tar and view.operands.raw is not None,
-        "GRAD_AR": writes and terms.by_ar,
-        "GRAD_TAR": writes and terms.by_tar,
-        "AR_OF_RAW": terms.ar_of_raw and terms.ar,
+        **dict(zip(names, switches(view, terms, is_forward=grid.draws), strict=True)),
         "LOCKED": mask is not None and (view.time == 1 or mask.time == 0),
         **tiling.constants,
     }
-    scales = [1 / divisor for divisor in terms.divisors]
+    scales = [1 / divisor for divisor in view.divisors(terms.reduction)]
     return Launch(ar_tar_kernel, (*tiling.numbers, *scales), constants, grid)

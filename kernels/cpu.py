@@ -1,15 +1,16 @@
 """The binding of cpu.cpp, which calls its kernels with the addresses of CPU tensors.
 
-A structure with the metadata of an operation is built once. A call passes only addresses and coefficients, and releases
-the GIL. The installation builds a library for each level of processors (see setup.py), and the best library that runs
-here is loaded. It shares PyTorch's OpenMP runtime, which is loaded before it, and uses as many threads as PyTorch does.
+A structure with the metadata of an operation is packed once. A call passes only addresses and coefficients, and
+releases the GIL. The installation builds a library for each level of processors (see setup.py), and the best library
+that runs here is loaded. It shares PyTorch's OpenMP runtime, which is loaded before it, and uses as many threads as
+PyTorch does.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_int, c_int32, c_int64, c_uint64
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Layout, Operands, Steps, Sums, Terms, Values, View, allocator
+from fastreg.kernels.view import Layout, Operands, Steps, Sums, Terms, Values, View, allocator, switches
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 # The libraries, the best one first: the level of x86-64 that each needs, and the processors that have it.
@@ -39,8 +40,8 @@ class Forward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.function, self.metadata = library().forward, byref(_metadata(view, terms, is_forward=True))
-        self.writes, self.expected = view.operands[4:] != (None, None), Expected(terms.dtype)
+        self.function, self.metadata = library().forward, _metadata(view, terms, is_forward=True)
+        self.writes, self.expected = view.writes(), Expected(terms.dtype)
         penalty, both = (Layout(shape, (1,) * len(shape), terms.dtype, device, True) for shape in (_ONE, _TWO))
         self.penalty, self.terms = allocator(penalty), allocator(both) if terms.measured else None
 
@@ -62,7 +63,7 @@ class Backward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
-        self.function, self.metadata = library().backward, byref(_metadata(view, terms, is_forward=False))
+        self.function, self.metadata = library().backward, _metadata(view, terms, is_forward=False)
         self.dtype, self.expected = terms.dtype, expected
 
     def __call__(
@@ -184,7 +185,7 @@ def sources(folder: Path) -> int:
 
 def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
     """Check that a library was built from the present sources, and declare its functions to ctypes."""
-    expected = [ctypes.sizeof(_Metadata), _ADDRESSES * ctypes.sizeof(c_void_p) + 2 * ctypes.sizeof(c_double)]
+    expected = [_METADATA.size, _ADDRESSES.size]
     try:
         built = list((c_int64 * len(expected)).in_dll(library, "structure_sizes"))
         built_from = c_uint64.in_dll(library, "sources").value
@@ -193,7 +194,7 @@ def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
     is_source = (path.parent / "cpu.cpp").exists()
     if built != expected or (is_source and built_from != sources(path.parent)):
         raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
-    library.forward.argtypes = library.backward.argtypes = [POINTER(_Metadata), c_char_p, c_int]
+    library.forward.argtypes = library.backward.argtypes = [c_char_p, c_char_p, c_int]
     library.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
     library.forward.restype = library.encode_steps.restype = None
     library.path = path  # pyright: ignore[reportAttributeAccessIssue]
@@ -220,42 +221,21 @@ class Expected:
             self.gradient = self.latest[upstream.dtype] = upstream.detach().clone()
 
 
-class _Sizes(Structure):
-    _fields_ = [(name, c_int64) for name in ("outer", "time", "inner")]
-
-
-class _Strides(Structure):
-    _fields_ = [("outer", c_int64), ("time", c_int64)]
-
-
-class _Metadata(Structure):
-    _fields_ = [
-        ("sizes", _Sizes),
-        *((name, _Strides) for name in Operands._fields),
-        *((name, c_double) for name in ("ar_divisor", "tar_divisor")),
-        *((name, c_int32) for name in ("raw_dtype", "dropped_dtype", "compute_dtype")),
-        *((name, c_int32) for name in ("sum_ar", "sum_tar", "grad_ar", "grad_tar", "ar_of_raw")),
-    ]
-
-
-# Addresses that C takes, before two coefficients: of the operands, upstream, assumed, steps, penalty and terms.
-_ADDRESSES = len(Operands._fields) + 2 + len(Steps._fields) + 2
+# The structures `Metadata` and `Addresses` of C. Packing takes a third of the time of filling a ctypes structure.
+_METADATA = Struct(f"3q{2 * len(Operands._fields)}q2d8i")  # sizes, strides, divisors, dtypes and switches
+_ADDRESSES = Struct(f"{len(Operands._fields) + 2 + len(Steps._fields) + 2}P2d")  # and two coefficients
 _NO_STEPS = Steps()
 
 
-def _metadata(view: View, terms: Terms, is_forward: bool) -> _Metadata:
+def _metadata(view: View, terms: Terms, is_forward: bool) -> bytes:
     """Return the metadata of a call as C knows it."""
-    raw, _, _, dropped, *gradients = view.operands
-    strides = [(0, 0) if x is None else (x.outer, x.time) for x in view.operands]
+    raw, _, _, dropped, *_ = view.operands
+    strides = [stride for x in view.operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
     dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (raw, dropped)]
-    off = False, False
-    sums = (terms.ar, terms.tar) if is_forward else off
-    written = off if gradients == [None, None] else (terms.by_ar, terms.by_tar)
-    switches = *sums, *written, terms.ar_of_raw and terms.ar
-    return _Metadata(view[:3], *strides, *terms.divisors, *dtypes, _DTYPES[terms.dtype], *switches)
+    numbers = *view[:3], *strides, *view.divisors(terms.reduction), *dtypes, _DTYPES[terms.dtype]
+    return _METADATA.pack(*numbers, *switches(view, terms, is_forward))
 
 
-# Packing takes a third of the time of filling a ctypes structure.
-_pack_encoding, _pack = Struct("5P").pack, Struct(f"{_ADDRESSES}P2d").pack
+_pack_encoding, _pack = Struct("5P").pack, _ADDRESSES.pack
 _threads = torch.get_num_threads
 _ONE, _TWO = torch.Size(), torch.Size([2])

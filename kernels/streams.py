@@ -24,13 +24,14 @@ class Reserve:
     Args:
         dtype: the dtype of an element.
         value: its first value.
+        shared: whether the elements are handed out again when all have been; otherwise more are allocated.
     """
 
-    def __init__(self, dtype: torch.dtype, value: float) -> None:
-        self.dtype, self.value = dtype, value
+    def __init__(self, dtype: torch.dtype, value: float, shared: bool = False) -> None:
+        self.dtype, self.value, self.shared = dtype, value, shared
         self._lock = Lock()  # no thread draws before the reserve is filled
         self._free: dict[torch.device, list[Tensor]] = {}
-        self._filled: list[Tensor] = []
+        self._filled: dict[torch.device, list[Tensor]] = {}
 
     def fill(self, device: torch.device) -> None:
         """Have half of a reserve ready, so that a later draw need not wait, unless a graph is being captured now."""
@@ -44,10 +45,13 @@ class Reserve:
             return free.pop() if free else None
 
     def _filled_to(self, least: int, device: torch.device) -> list[Tensor]:
-        free = self._free.setdefault(device, [])
-        if len(free) < least and not is_captured(device):
-            self._filled.append(self.new(RESERVE, device))
-            free.extend(self._filled[-1].split(1))
+        free, filled = self._free.setdefault(device, []), self._filled.setdefault(device, [])
+        if self.shared and filled:
+            free.extend([] if free else filled)
+        elif len(free) < least and not is_captured(device):
+            new = self.new(RESERVE, device).split(1)
+            free.extend(new)
+            filled.extend(new)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)  # once: other streams must see the values
         return free
@@ -87,39 +91,38 @@ class PerStream:
 class Expected:
     """Hold the upstream gradient that the next forward of a plan expects: it is the one of the plan's last backward.
 
-    A new plan expects the upstream gradient of the last backward of any plan on the device. The first plan expects 1.
+    Before its first backward a plan expects the upstream gradient of the last backward of any plan on the device, and
+    the first plan expects 1. Beyond `RESERVE` plans on a device, two plans share memory: a wrong guess only costs time.
 
     Args:
         dtype: the dtype of the upstream gradient.
         device: the device on which the plan runs.
     """
 
-    _reserves: ClassVar = {dtype: Reserve(dtype, 1) for dtype in (torch.float32, torch.float64)}
+    _reserves: ClassVar = {dtype: Reserve(dtype, 1, shared=True) for dtype in (torch.float32, torch.float64)}
     _latest: ClassVar[dict[tuple[torch.device, torch.dtype], Tensor]] = {}
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self.memory: Tensor | None = None  # (1,), which launches read and write
+        self.key = device, dtype
+        self.memory: Tensor | None = None
         self._reserves[dtype].fill(device)
 
-    def drawn(self) -> Tensor:
-        """Return the memory; the first launch draws it from a reserve."""
-        if self.memory is None:
-            reserve = self._reserves[self.dtype]
-            drawn = reserve.draw(self.device)
-            if drawn is None:
-                return reserve.new(1, self.device)  # memory of the captured graph
-            latest = self._latest.get((self.device, self.dtype))
-            if latest is not None and not is_captured(self.device):
-                drawn.copy_(latest)
-            self.memory = drawn
-        return self.memory
+    def guess(self) -> Tensor:
+        """Return the memory, (1,), that a forward reads."""
+        if self.memory is not None:
+            return self.memory
+        latest = self._latest.get(self.key)
+        return self.learn() if latest is None or is_captured(self.key[0]) else latest
 
     def learn(self) -> Tensor:
-        """Return the memory for a backward, which writes its upstream gradient into it."""
-        memory = self.drawn()
-        self._latest[self.device, self.dtype] = memory
-        return memory
+        """Return the memory for a backward, which writes its upstream gradient into it; the first one draws it."""
+        if self.memory is None:
+            device, dtype = self.key
+            self.memory = self._reserves[dtype].draw(device)
+            if self.memory is None:
+                return self._reserves[dtype].new(1, device)  # memory of the captured graph
+        self._latest[self.key] = self.memory
+        return self.memory
 
 
 def is_captured(device: torch.device) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,18 +35,22 @@ def allocate(layout: Layout) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
 
 
-def allocator(layout: Layout | None, like: Tensor | None = None) -> Callable[..., Any]:
-    """Return a function that allocates memory of a layout as `allocate` does, but in less time.
+def nothing(*_: Any) -> None:
+    """Allocate nothing."""
+
+
+def allocator(layout: Layout | None, like: Layout | None = None) -> Callable[..., Any]:
+    """Return a function that allocates memory of a dense layout as `allocate` does, but in less time.
 
     Args:
         layout: the layout, or `None`; then the function returns `None`.
-        like: a tensor with the strides of those that the function will be called with; `None` if it takes no argument.
+        like: the layout of the tensors that the function will be called with; `None` if it takes no argument.
     """
     if layout is None:
-        return lambda *_: None
+        return nothing
     if torch._C._get_deterministic_algorithms():
         return lambda *_: allocate(layout)
-    if like is not None and torch.empty_like(like, device="meta").stride() == layout.stride:
+    if like is not None and like.stride == layout.stride:
         return torch.empty_like  # which takes three quarters of the time
     new = partial(torch.empty_strided, layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
     return new if like is None else lambda _: new()
@@ -80,34 +84,55 @@ class Operands(NamedTuple):
 class View(NamedTuple):
     """View operands of one shape as `(outer, time, inner)` with a contiguous inner axis; no extent is 0.
 
-    Each call says by offsets where packed rows begin. Both strides of a packed operand are the stride of its rows.
+    Each call says by offsets where packed rows begin. Both strides of a packed operand are the stride of its rows. The
+    last field is their number; for other views it is None.
     """
 
     outer: int
     time: int
     inner: int
     operands: Operands
+    rows: int | None = None
+
+    def writes(self) -> bool:
+        """Return whether a launch writes gradients."""
+        return self.operands[4:] != (None, None)
+
+    def divisors(self, reduction: str) -> tuple[int, int]:
+        """Return the divisors of the sums of AR and TAR in a call in which all steps count; neither is 0."""
+        if reduction == "sum":
+            return 1, 1
+        rows = self.outer * self.time if self.rows is None else self.rows
+        return rows * self.inner, max((rows - self.outer) * self.inner, 1)
 
 
 class Terms(NamedTuple):
-    """Say which terms of a penalty to compute, whatever its coefficients are.
+    """Say what the penalty of a layer consists of, whatever its tensors and its coefficients are.
 
-    dtype          dtype of differences, squares and sums, and of the penalty
-    ar, tar        whether each term is computed
-    by_ar, by_tar  whether each term is in the penalty, and has a gradient; a term that is only measured is not
-    ar_of_raw      whether AR is the mean square of raw instead of dropped
-    divisors       the divisors of the two sums; 1 and 1 in calls with counts
-    measured       whether the terms are written beside the penalty
+    by_ar, by_tar  whether each term is in the penalty, and has a gradient
+    measured       whether the terms are results, too; then a term that is not in the penalty is computed as well
+    ar_of_raw      whether AR is the mean square of raw, as in fastai v1, or because dropped is raw itself
+    dtype          the dtype of differences, squares and sums, and of the penalty
+    time_dim       the axis of time, negative from the end; it is -2 for `(batch, time, hidden)` and `(time, hidden)`
+    reduction      `"mean"` divides the sums by the numbers of their elements; `"sum"` does not divide
     """
 
-    dtype: torch.dtype
-    ar: bool
-    tar: bool
-    by_ar: bool
-    by_tar: bool
-    ar_of_raw: bool
-    divisors: tuple[int, int] = (1, 1)
-    measured: bool = True
+    by_ar: bool = True
+    by_tar: bool = True
+    measured: bool = False
+    ar_of_raw: bool = False
+    dtype: torch.dtype = torch.float32
+    time_dim: int = -2
+    reduction: str = "mean"
+
+
+def switches(view: View, terms: Terms, is_forward: bool) -> Sequence[bool]:
+    """Return what a launch does: sum AR, sum TAR, write the gradient of AR, of TAR; and whether AR is that of raw."""
+    raw, _, _, dropped, *_ = view.operands
+    writes, ar, tar = view.writes(), terms.by_ar or terms.measured, terms.by_tar or terms.measured
+    sum_ar = is_forward and ar and (terms.ar_of_raw or dropped is not None)
+    sum_tar = is_forward and tar and raw is not None
+    return sum_ar, sum_tar, writes and terms.by_ar, writes and terms.by_tar, terms.ar_of_raw and ar
 
 
 class Steps(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.kernels import streams
+from fastreg.kernels.streams import Expected, Reserve
+from fastreg.plans import PLANS
 from tests.calls import flat
 from tests.conftest import compiled, forget, memory_of, skip_on_formula
 from tests.samples import Decorated, transposed
@@ -234,14 +238,129 @@ def test_plans_hold_no_tensors_of_the_caller() -> None:
     assert [x() for x in alive] == [None] * 5
 
 
+def test_an_error_of_our_own_code_is_no_reason_for_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only facts that determine no plan are."""
+    for error in (TypeError, RuntimeError, AttributeError):
+        for name in ("key_of", "are_same"):
+            with monkeypatch.context() as patched:
+                module = "fastreg.operation" if name == "key_of" else "fastreg.plans"
+                patched.setattr(f"{module}.{name}", lambda *_, error=error: (_ for _ in ()).throw(error("ours")))
+                with pytest.raises(error, match="ours"):
+                    fused_ar_tar([RAW], [DROPPED], 2.0, 1.0)
+
+
+def test_an_option_without_a_hash_is_an_error_of_the_checks() -> None:
+    for options in ({"time_dim": [1]}, {"reduction": ["mean"]}, {"return_terms": {}}):
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(options))}: expected"):
+            fused_ar_tar(RAW, DROPPED, 2.0, 1.0, **options)
+
+
+def state_of(x: Any) -> Any:
+    """Describe an object of fastreg by the identities of its attributes, and theirs, without the backend's own."""
+    if not type(x).__module__.startswith("fastreg.") or ".kernels." in type(x).__module__ or isinstance(x, tuple):
+        return [state_of(y) for y in x] if type(x) is list else id(x)
+    return {name: state_of(y) for name, y in vars(x).items()}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "inference" not in name])
+def test_a_plan_is_complete_when_it_is_kept(name: str) -> None:
+    """Threads share plans."""
+    function, first, change = CASES[name]
+    forget()
+    torch.manual_seed(0)
+    outcome(function, BASE[function] | first | change)
+    before = {key: state_of(plan) for key, plan in PLANS.items()}
+    for _ in range(2):
+        outcome(function, BASE[function] | first | change)
+    assert {key: state_of(plan) for key, plan in PLANS.items()} == before
+
+
 @compiled  # Triton's interpreter would take minutes
 @pytest.mark.usefixtures("quick_collections")
-def test_the_memory_of_plans_is_bounded() -> None:
+def test_the_memory_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastreg.plans.SIZE", 512)
+    forget()
+
     def objects_after(times: range) -> int:
         for time in times:
             fused_ar_tar(torch.empty(1, time, 1), None, 0.0, 1.0)
         gc.collect()
         return len(gc.get_objects())
 
-    full = objects_after(range(2, 1100))  # more kinds of calls than are remembered
-    assert objects_after(range(1100, 1400)) < full + 300
+    full = objects_after(range(2, 514))
+    assert len(PLANS) == 512
+    for last in range(700, 1400, 100):  # more kinds of calls than are remembered
+        assert objects_after(range(last - 100, last)) < full + 300
+
+
+def test_a_full_memory_drops_many_old_plans_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop over somewhat more kinds of calls than it holds finds most of their plans."""
+    monkeypatch.setattr("fastreg.plans.SIZE", 64)
+    forget()
+
+    def misses(times: range) -> list[int]:
+        missed = []
+        for time in times:
+            before = {*PLANS}
+            fused_ar_tar(torch.empty(1, time, 1), None, 0.0, 1.0)
+            missed += [time] if {*PLANS} - before else []
+        return missed
+
+    assert misses(range(2, 66)) == [*range(2, 66)]
+    newest = [*PLANS][32:]
+    misses(range(66, 67))
+    assert len(PLANS) == 49
+    assert {*newest} <= {*PLANS}
+    misses(range(2, 72))
+    assert len(misses(range(2, 72))) < 35
+
+
+@compiled
+@pytest.mark.parametrize("name", ["plain", "lengths", "dropout"])
+def test_a_plan_takes_little_memory_of_the_host(name: str) -> None:
+    skip_on_formula("cpu")
+
+    def call(time: int) -> None:
+        raw, dropped = (torch.ones(2, time, 8, requires_grad=True) for _ in range(2))
+        if name == "dropout":
+            torch.autograd.backward(fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0), (torch.ones_like(raw), torch.ones(())))
+        else:
+            lengths = torch.tensor([1, 2]) if name == "lengths" else None
+            fused_ar_tar(raw, dropped, 2.0, 1.0, lengths=lengths).backward()
+
+    call(3)
+    forget()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for time in range(4, 104):
+            call(time)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 7500 * 100
+    finally:
+        tracemalloc.stop()
+
+
+def test_plans_on_a_gpu_draw_memory_in_their_first_backward_and_share_it_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each allocation is synchronized. Until its first backward, a plan reads the memory of the last backward."""
+    allocated: list[int] = []
+
+    def new(self: Reserve, count: int, device: torch.device) -> Tensor:
+        allocated.append(count)
+        return torch.ones(count, dtype=self.dtype)
+
+    device, key = torch.device("cpu"), (torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(streams, "RESERVE", 4)
+    monkeypatch.setattr(Reserve, "new", new)
+    monkeypatch.setattr(Expected, "_reserves", {torch.float32: Reserve(torch.float32, 1, shared=True)})
+    monkeypatch.setattr(Expected, "_latest", {})
+    first, second, *others = [Expected(torch.float32, device) for _ in range(20)]
+    assert first.guess() is first.learn() is second.guess()
+    assert second.learn() is second.guess() is others[0].guess() is Expected._latest[key]
+    assert second.guess() is not first.guess()
+    memory = {id(x.learn()) for x in (first, second, *others)}
+    assert (len(memory), allocated) == (4, [4])
+    monkeypatch.setattr(streams, "is_captured", lambda _: True)
+    assert Expected(torch.float32, device).guess() is not others[-1].guess()
