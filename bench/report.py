@@ -377,7 +377,7 @@ def not_measured(results: list[Result]) -> list[str]:
 
 
 def speed_of_calls(results: list[Result]) -> str:
-    """Render a reason in the README: the speed of a call on a CPU with the default allocator, and what GPUs showed."""
+    """Render a reason in the README: the speed of a call on a CPU with the default allocator, and on a GPU."""
     parts = []
     for result in latest([result for result in results if not result.on_gpu]):
         *_, last = result.parts()  # the default allocator
@@ -402,9 +402,7 @@ def headline(results: list[Result]) -> str:
         rows += [[f"{HEADLINE[case.label]}: ms", *step_cells(case, peers)] for case in first.of(STEP, HEADLINE)]
         peaks = [case for case in first.of(STEP, [CHEAP]) if PEAK in case.peers[WITHOUT]]
         rows += [["its peak memory: MB", *peak_cells(case, peers)] for case in peaks]
-        what = (
-            f"What the penalty adds to a training step ({clock(result)}) on this machine: {result.machine['device']}."
-        )
+        what = f"Time ({clock(result)}) and memory that the penalty adds to a step, on {result.machine['device']}."
         parts += [f"{what}\n", table(rows)] if first.of(STEP, HEADLINE) else []
     return "\n".join(parts)
 

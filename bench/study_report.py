@@ -185,7 +185,7 @@ def summary(study: Study) -> str:
 
 
 def headline(study: Study) -> str:
-    """Render the result for the README in a paragraph, from the training text to what was not settled."""
+    """Render the result for the README in one paragraph, with the model, the text and the open question."""
     plain = study.of(BASELINE)
     settings = plain[0].settings
     changes = {}
@@ -205,7 +205,7 @@ def headline(study: Study) -> str:
 
 
 def gap(study: Study) -> str:
-    """Say in a sentence what TAR does to the losses of training and validation."""
+    """Compare the losses of training and validation with TAR and without it."""
     plain, tar = (
         [mean(values) for values in zip(*((run.final_train_loss, run.valid_loss[-1]) for run in runs), strict=True)]
         for runs in (study.of(BASELINE), study.of((0.0, 1.0)))
