@@ -154,6 +154,8 @@ def test_activity_of_modules_by_name(shape: tuple[int, ...]) -> None:
         loss = regularizer.on_backward_begin(loss)
     want = plain + 0.5 * hidden.square().mean() + 2.0 * gru(hidden)[0].square().mean()
     torch.testing.assert_close(loss, want)
+    with pytest.raises(AttributeError, match="missing"):
+        names["activity_regularizer"](model, {"missing": 0.5})
 
 
 @pytest.mark.filterwarnings("ignore")  # of gymnasium
