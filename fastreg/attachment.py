@@ -29,7 +29,16 @@ from fastreg.torch_state import current, level_of_caller, recomputes, transforme
 
 SHARED = (
     "attach: this {} shares the hooks of the attached one, or its class got another forward; remove() the attachment "
-    "before, and attach again. Instead of DataParallel use DistributedDataParallel, or on_loss_begin"
+    "before, and attach again"
+)
+REPLICA = (
+    "attach: DataParallel runs a replica of the attached {} on each device, and the penalty of a replica is lost. Use "
+    "DistributedDataParallel. Or remove() the attachment, let the model return (decoded, raw, dropped), which "
+    "DataParallel gathers, and pass them to on_loss_begin"
+)
+SCRIPTED = (
+    "attach: torch.jit.script cannot compile the hooks of an attached module; remove() the attachment before, or use "
+    "torch.jit.trace or torch.export in evaluation"
 )
 NO_GRADIENTS = (
     "the attached {} or its dropout ran without gradients, so the gradient of the penalty would be lost. For "
@@ -49,6 +58,11 @@ class Hook:
     @untraced
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
+
+    @property
+    def __name__(self) -> str:
+        # Only torch.jit.script asks for the name of a hook, to compile it.
+        raise AttributeError(SCRIPTED)
 
     def __reduce__(self) -> Any:
         # The pickle has only a function of the standard library, because it may be loaded where fastreg is not
@@ -81,6 +95,8 @@ class Hooked:
         Raises:
             RuntimeError: another module shares the hooks, or the module would run another forward than its class has.
         """
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(REPLICA.format(type(module).__name__))
         if module is not self.module or (self.forward and self.forward.__func__ is not type(module).forward):
             raise RuntimeError(SHARED.format(type(module).__name__))
         hooks, own = vars(module)["_forward_hooks"], self.last.handle.id

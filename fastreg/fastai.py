@@ -23,7 +23,7 @@ from torch import Tensor
 from fastreg.problem import Coefficient, is_list
 from fastreg.regularizer import RNNRegularizer as Regularizer
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import Source, Swap, attach_at, of_batch, of_language_model
+from fastreg.source import Source, Swap, attach_at, check_no_coefficients, of_batch, of_language_model
 
 try:
     from fastai.callback import rnn as stock
@@ -268,6 +268,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
         >>> learn.recorder.metric_names
         ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
+    check_no_coefficients(options)
     old = next(iter(_regularizers(learn, stock.RNNRegularizer, RNNRegularizer)), None)
     if old is None:
         raise ValueError(

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastreg.problem import Coefficient, is_list
 from fastreg.regularizer import RNNRegularizer
 from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import Source, Swap, attach_at, of_batch, of_language_model
+from fastreg.source import Source, Swap, attach_at, check_no_coefficients, of_batch, of_language_model
 
 try:
     from fastai import __version__
@@ -199,6 +199,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
         >>> bool(learn1.callbacks[-1].tar > 0)
         True
     """
+    check_no_coefficients(options)
     old = next((cb for cb in _freed(learn) if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
     if old is None:
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastreg.arguments import check_flags, shown
 from fastreg.problem import Coefficient
 from fastreg.regularizer import RNNRegularizer
-from fastreg.source import Source, attach_at, of_batch
+from fastreg.source import Source, attach_at, check_paths, of_batch
 
 try:
     Callback: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning").Callback
@@ -78,6 +78,7 @@ class ActivationRegularization(Callback):
     ) -> None:
         check_flags(log=log)
         self.regularizer = RNNRegularizer(alpha, beta)
+        check_paths(rnn)
         self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self.logged = log  # Lightning sets `log` itself
         self._terms = torch.zeros(3)  # the sums of AR and TAR over the steps of the epoch, and how many steps

@@ -6,7 +6,7 @@ adapters fill a source with attribute paths, and `attach_at` attaches to the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -202,6 +202,24 @@ def of_batch(source: Source, batch: Callable[[], Sequence[Any]], takes_more: Any
         return lambda *_, **__: _mask(name, function, batch(), {})
 
     return replace(source, valid=of("valid"), starts=of("starts"))
+
+
+def check_paths(rnn: object) -> None:
+    """Check the `rnn` of an adapter that captures nothing itself."""
+    if not isinstance(rnn, str) and not is_list(rnn):
+        raise TypeError(
+            f"rnn: expected the attribute path of a module, such as 'encoder.lstm', or a list, got {type(rnn).__name__}"
+        )
+
+
+def check_no_coefficients(options: Collection[str]) -> None:
+    """Check that `fuse` of an adapter gets no coefficients, because it keeps those of the learner's own callback."""
+    for name in ("alpha", "beta"):
+        if name in options:
+            raise TypeError(
+                f"{name}: expected no coefficient, as fuse keeps those of the learner's callback; change its attribute "
+                f"{name} before or after fuse"
+            )
 
 
 def attach_at(regularizer: Any, model: Any, source: Source, layout: bool | None = None) -> ExitStack:

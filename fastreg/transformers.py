@@ -21,7 +21,7 @@ from fastreg.arguments import shown
 from fastreg.problem import Coefficient, is_on
 from fastreg.reference import encoded
 from fastreg.regularizer import RNNRegularizer
-from fastreg.source import Source, attach_at, of_batch
+from fastreg.source import Source, attach_at, check_paths, of_batch
 
 try:
     Trainer: Any = import_module("transformers").Trainer
@@ -98,6 +98,7 @@ class RegularizedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta)
+        check_paths(rnn)
         self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
         self._sums: list[Any] = [0] * 4  # sums since the last log: AR and TAR by their shares, and the shares
@@ -163,6 +164,7 @@ class RegularizedTrainer(Trainer):
         """Add the penalty, weighted by the batch's shares, to the loss of `accelerator.backward`; sum up the terms."""
         regularizer: Any = self.regularizer
         accelerator, shares = self.accelerator, self._shares_of(batch)
+        own = vars(accelerator).get("backward")  # another wrapper may have made it an attribute
         coefficients, backward, passed = (regularizer.alpha, regularizer.beta), accelerator.backward, False
 
         def regularized_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +183,10 @@ class RegularizedTrainer(Trainer):
         try:
             yield
         finally:
-            accelerator.backward = backward
+            if own is None:
+                del accelerator.backward
+            else:
+                accelerator.backward = own
             regularizer.alpha, regularizer.beta = coefficients
         if not passed:
             raise RuntimeError(

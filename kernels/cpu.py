@@ -150,10 +150,11 @@ def description() -> str:
 
 def _why_not(level: int, processors: str) -> str:
     """Say why a better library is not loaded."""
+    instructions = processors.removeprefix("processors with ")
     if level > processor_level():
-        return f"this is none of the {processors}"
+        return f"this CPU has no {instructions}"
     if level > _allowed_level():
-        return f"by PyTorch's capability {torch.backends.cpu.get_cpu_capability()} this is none of the {processors}"
+        return f"PyTorch's capability, {torch.backends.cpu.get_cpu_capability()}, has no {instructions}"
     return f"no library for {processors} was built from these sources"
 
 

@@ -287,6 +287,12 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (subclassed, fuse, ValueError, "has no RNNTrainer of fastai's own class"),
     (vars, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: SequentialRNN has no such module at 'lstm'"),
     (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),
+    (
+        vars,
+        lambda x: fuse(x, alpha=3.0),
+        TypeError,
+        "alpha: expected no coefficient, as fuse keeps those of the learner",
+    ),
     (vars, lambda x: RNNTrainer(x, None), ValueError, "bptt: expected the usual number of time steps"),
     (lambda x: fuse(x).callbacks.append(Stock(x, 16)), lambda x: x.fit(1), ValueError, "^RNNTrainer: .* more than one"),
 ]

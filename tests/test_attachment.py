@@ -398,7 +398,8 @@ NOTHING = "nothing was captured: the loss depends on no run of the attached LSTM
 TAKEN = "nothing was captured: an earlier loss has taken the run of the attached LSTM that this loss depends on"
 GAP = r"attached \w+ did not get the output of the LSTM: something lies between .* a full backward hook.*clear\(\)"
 TWICE = "got the same output of the LSTM twice, and AR is defined for one dropped tensor"
-SHARED = r"attach: this LSTM .*remove\(\) .*DataParallel"
+SHARED = r"attach: this LSTM shares .*remove\(\) .* attach again"
+REPLICA = r"attach: DataParallel runs a replica of the attached LSTM .*Use DistributedDataParallel\. Or .*on_loss_begin"
 INSIDE = "is regularized already, by another attached module|did not get the output"
 TRANSFORM = r"attach: the attached LSTM ran under a transform .*fused_ar_tar"
 ALL, WITH = (None, PLAIN, FUSED), (PLAIN, FUSED)
@@ -426,7 +427,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
         (None,),
     ),
     "a copy that shares the hooks": (lambda m, x: copy.copy(m.rnn)(x), SHARED, ALL),
-    "a replica": (lambda m, x: m.rnn._replicate_for_data_parallel()(x), SHARED, ALL),
+    "a replica": (lambda m, x: m.rnn._replicate_for_data_parallel()(x), REPLICA, ALL),
     "raw beside its dropout": (lambda m, x: m(x).raw.sum(), NOTHING, WITH),
     "raw twice": (lambda m, x: m.dropout((a := m(x)).raw).sum() + a.loss, TWICE, WITH),
     "a slice": (lambda m, x: m.dropout(m.rnn(x)[0][:, 1:]).sum(), GAP, WITH),
@@ -638,6 +639,16 @@ def test_a_penalty_that_was_not_forgotten_is_not_warned_of(why: str, dropout: An
 
 
 # Hooks
+
+
+@each_dropout
+def test_torch_script_says_that_an_attached_module_has_hooks(dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    for module in {model.rnn, model.dropout if dropout else model.rnn}:
+        with pytest.raises(AttributeError, match=r"attach: torch\.jit\.script .*remove\(\) the attachment before"):
+            torch.jit.script(module)
+    model.handle.remove()
+    torch.jit.script(model.rnn)
 
 
 @pytest.mark.parametrize("where", ["rnn", "dropout"])

@@ -160,6 +160,7 @@ class Manual(Module):
         (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in its training_step"),
         (Module, {"valid": dict.get}, RuntimeError, r"valid: dict\.get\(Tensor\[3, 7\]\) raised TypeError"),
         (Module, {"log": 1}, TypeError, "log: expected True or False, got 1"),
+        (Module, {"rnn": None}, TypeError, r"rnn: expected the attribute path of a module, .* got NoneType"),
     ],
 )
 def test_errors_leave_the_module_as_it_was(kind: Any, options: Any, error: type[Exception], message: str) -> None:
@@ -167,6 +168,13 @@ def test_errors_leave_the_module_as_it_was(kind: Any, options: Any, error: type[
     with pytest.raises(error, match=message):
         fit(module, callback(**options))
     assert_left_alone(module)
+
+
+def test_coefficients_are_required() -> None:
+    written = r'Write, for example, ActivationRegularization\(2\.0, 1\.0, rnn="lstm"\)'
+    for given in ({}, {"alpha": 2.0}):
+        with pytest.raises(TypeError, match=written):
+            ActivationRegularization(rnn="net.rnn", **given)  # pyright: ignore[reportCallIssue]
 
 
 class Broken(pl.Callback):

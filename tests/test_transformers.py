@@ -311,7 +311,7 @@ def test_a_schedule_of_the_coefficients_and_an_error(error: Any) -> None:
     with pytest.raises(error) if error else nullcontext():
         trainer.train()
     assert hooks_of(trainer.model) == 0
-    assert trainer.accelerator.backward.__func__ is type(trainer.accelerator).backward
+    assert "backward" not in vars(trainer.accelerator)
     assert trainer.regularizer.alpha == trainer.regularizer.beta == 0
     assert_different(trainer, fit(mamba, arguments()))
 
@@ -325,6 +325,23 @@ def test_a_loss_that_never_passes_accelerate_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match=r"did not go through accelerator\.backward"):
         fit(LanguageModel, arguments(), both(RegularizedTrainer, Own))
+
+
+def test_a_backward_that_another_wrapper_has_set_stays() -> None:
+    trainer = trainer_of(mamba, arguments())
+    trainer.accelerator.backward = own = mock.Mock(side_effect=trainer.accelerator.backward)
+    trainer.train()
+    assert vars(trainer.accelerator)["backward"] is own
+    assert own.call_count == trainer.state.global_step
+
+
+def test_coefficients_and_a_path_are_required() -> None:
+    written = r"Write, for example, RegularizedTrainer\(model, args, alpha=2\.0, beta=1\.0, rnn="
+    for given in ({"rnn": "rnn"}, {"rnn": "rnn", "alpha": 2.0}, {"alpha": 2.0, "beta": 1.0}):
+        with pytest.raises(TypeError, match=written):
+            RegularizedTrainer(LanguageModel(), arguments(), **given)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="rnn: expected the attribute path of a module, .* got NoneType"):
+        RegularizedTrainer(LanguageModel(), arguments(), alpha=2.0, beta=1.0, rnn=None)  # pyright: ignore
 
 
 def test_rejects_paths_and_masks_for_some_batches_of_a_step() -> None:
