@@ -147,12 +147,11 @@ class FusedRNNDropout(nn.Module):
                 "Use DistributedDataParallel. Or set alpha and beta of this module to 0, let the model return "
                 "(decoded, raw, dropped), which DataParallel gathers, and pass them to RNNRegularizer.on_loss_begin"
             )
-        if not self._is_lent and not torch.compiler.is_compiling():
-            self._note(own, loan)
-        if loan is not None and torch.compiler.is_compiling():
-            loan = Loan(
-                0.0, 0.0, loan.place
-            )  # the hooks compute the penalty, as each coefficient would compile the code again
+        if not torch.compiler.is_compiling():
+            if own is None and not self._is_lent:
+                self._note(loan)
+        elif loan is not None:  # the hooks compute the penalty, as each coefficient would compile the code again
+            loan = Loan(0.0, 0.0, loan.place)
         pair, place = (own or (0.0, 0.0), self.place()) if loan is None else ((loan.alpha, loan.beta), loan.place)
         has_terms = loan is not None or own is not None
         steps, options = (None, valid, starts), Options(*place, "mean", has_terms, self.ar_of == "raw")
@@ -202,11 +201,11 @@ class FusedRNNDropout(nn.Module):
             )
         return terms
 
-    def _note(self, own: Any, loan: Loan | None) -> None:
-        """Note a loan, and warn of a second forward in training that has neither coefficients nor a loan."""
+    def _note(self, loan: Loan | None) -> None:
+        """Note a loan, and warn of a second forward in training without one, in a module without coefficients."""
         if loan is not None:
             self._is_lent = True
-        elif own is None and torch.is_grad_enabled() and current() == -1:
+        elif torch.is_grad_enabled() and current() == -1:
             if self._ran_without:
                 self._warn_once(NO_COEFFICIENTS)
             self._ran_without = True

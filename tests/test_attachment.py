@@ -61,6 +61,7 @@ LAYOUTS: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[int, ...], int
     "time first": (lambda: LINEAR, {"batch_first": False}, SHAPE, 0),
     "one sequence, picked": (lambda: LINEAR, {"batch_first": True, "output": lambda raw: raw}, (TIME, HIDDEN), 0),
     "an axis": (lambda: LINEAR, {"time_dim": 2}, (BATCH, 2, TIME, HIDDEN), 2),
+    "an axis of two": (lambda: LINEAR, {"time_dim": 1}, (BATCH, HIDDEN), 1),
     "an axis from the end": (lambda: LINEAR, {"time_dim": -3}, (TIME, 2, HIDDEN), 0),
 }
 
