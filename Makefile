@@ -48,7 +48,7 @@ help:
 	@echo "make test-plain   run the kernels as on a processor without AVX-512"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
 	@echo "             tables of the README and docs: a quarter of an hour on two idle cores"
-	@echo "make test-fakegpu DIR=...   run bench/on_gpu.sh on a stand-in for a GPU: see bench/NOTES.md"
+	@echo "make test-fakegpu DIR=...   rehearse the first minutes on a GPU, on a stand-in for one: see bench/NOTES.md"
 	@echo "make lint    check style and types"
 	@echo "make docs    build the documentation site in build/site, and check its links"
 	@echo "make wheel   build the wheel in dist/, for all versions of Python (.ci/wheel PYTHON... tests it)"
@@ -123,9 +123,9 @@ bench: .venv/test .venv/frameworks
 test-fakegpu:
 	rm -rf $(DIR)/checkout && mkdir $(DIR)/checkout
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -a --parents -t $(DIR)/checkout
-	for what in test bench; do ( ulimit -v 16000000; . $(DIR)/env.sh; export PYTHON=$(DIR)/venv/bin/python; \
-	    export TRITON_CACHE_DIR=$(DIR)/checkout/.triton TORCHINDUCTOR_CACHE_DIR=$(DIR)/checkout/.inductor; \
-	    bash $(DIR)/checkout/bench/on_gpu.sh $$what ); done
+	cd $(DIR)/checkout && ulimit -v 16000000 && . $(DIR)/env.sh && export PYTHON=$(DIR)/venv/bin/python && \
+	    export TRITON_CACHE_DIR=$(DIR)/checkout/.triton TORCHINDUCTOR_CACHE_DIR=$(DIR)/checkout/.inductor && \
+	    OUT=$(DIR)/checkout/out bash bench/on_gpu.sh first && $$PYTHON -m tests.fakegpu $(DIR)/checkout/out/*.jsonl
 
 lint: .venv/lint
 	.venv/bin/ruff check

@@ -94,7 +94,8 @@ def figures_of(
     figures: dict[str, Any] = {"held_bytes": held, "least_bytes": case.bytes_moved("least")}
     figures |= {} if moved is None else {"moved_bytes": moved}
     if DEVICE == "cuda":
-        return figures | gpu_figures(call, moved, len(sets))
+        figures |= gpu_figures(call, moved, len(sets))
+        return figures | (parts_of(case, way, sets) if name == "fastreg" and case.kind == cases.BOTH else {})
     return figures | {"page_faults": timing.page_faults(call)}
 
 
@@ -113,6 +114,39 @@ def gpu_figures(call: timing.Call, moved: int | None, sets: int) -> dict[str, An
     except RuntimeError as error:  # the peer cannot be captured, but its time has been measured
         figures["no_graph"] = reason(error)
     return figures
+
+
+def parts_of(case: cases.PenaltyCase, way: cases.Peer, sets: list[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+    """Measure the forward and each kind of backward by itself, and a copy of as many bytes as the penalty must move."""
+    numbers, least = range(len(sets)), case.bytes_moved("least") or 0
+
+    def forward(i: int) -> tuple[torch.Tensor, ...]:
+        return case.forward(way, sets[i])
+
+    def backward_seconds(upstream: float) -> float:
+        """Measure backwards of forwards that expect an upstream gradient of 1."""
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.autograd.grad(way(*sets[0]), leaves_of(sets[0]), torch.ones((), device=DEVICE))
+            ready = iter([(way(*inputs), leaves_of(inputs)) for inputs in (sets[0], *sets)])
+            slope = torch.full((), upstream, device=DEVICE)
+        return timing.graph_seconds(lambda _: torch.autograd.grad(*next(ready), slope), numbers, stream)
+
+    try:
+        return {
+            "forward_seconds": timing.graph_seconds(forward, numbers),
+            "predicted_seconds": backward_seconds(1.0),
+            "again_seconds": backward_seconds(2.0),
+            "copy_warm_seconds": timing.copy_seconds(least // 2, [0] * len(sets)),
+            "copy_rotated_seconds": timing.copy_seconds(least // 2, numbers),
+        }
+    except RuntimeError as error:
+        return {"no_parts": reason(error)}
+
+
+def leaves_of(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Return the inputs that need gradients, each once."""
+    return list(dict.fromkeys(x for x in inputs if x.requires_grad))
 
 
 def measure(name: str, file: Path) -> dict[str, Any]:

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from bench.formulas import ALPHA, BETA, awd_lstm_lm, changes, fastai, padded, rnn_dropout
 from bench.machine import DEFAULT, KEPT
-from bench.steps import AWDLSTMStep, CompiledStep, LightningStep, LSTMStep, MambaStep, MinGRUStep, Step, TanhStep
+from bench.steps import (
+    AutocastStep,
+    AWDLSTMStep,
+    CompiledStep,
+    LightningStep,
+    LSTMStep,
+    MambaStep,
+    MinGRUStep,
+    Step,
+    TanhStep,
+)
 from bench.timing import Call
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 
@@ -247,13 +257,21 @@ SMALL_STEPS = LSTMStep((8, 10, 16)), LSTMStep((16, 35, 60)), MambaStep((4, 64, 6
 SMALL_STEPS += CompiledStep((4, 256, 256)), CompiledStep((16, 35, 60))
 
 
+# the model of Merity et al. on the Penn Treebank, with fastai's batch size
+TREEBANK: dict[str, Any] = {"shape": (64, 70, 400), "words": 10000, "hidden": 1152, "layers": 3}
+# The first minutes on a GPU go to these cases.
+HEADLINE = (
+    *(PenaltyCase(shape, torch.bfloat16) for shape in (SHAPES[4], SHAPES[0])),
+    AutocastStep(**TREEBANK),
+    *(PenaltyCase(shape, torch.float32) for shape in (SHAPES[4], SHAPES[0])),
+)
+
+
 def _gpu_cases() -> Iterator[Case]:
     large = SHAPES[4]
-    for shape, dtype in product((SHAPES[0], large), reversed(DTYPES)):
-        yield PenaltyCase(shape, dtype)
-        yield DropoutCase(shape, dtype)
-    # the model of Merity et al. on the Penn Treebank, with fastai's batch size
-    yield AWDLSTMStep((64, 70, 400), words=10000, hidden=1152, layers=3)
+    yield from HEADLINE
+    yield AWDLSTMStep(**TREEBANK)
+    yield from (DropoutCase(shape, dtype) for shape, dtype in product((SHAPES[0], large), reversed(DTYPES)))
     yield from (*STACKS, MinGRUStep((16, 512, 512)), TanhStep((16, 512, 512)), *SMALL_STEPS)
     yield from (case for case in _cpu_cases() if not isinstance(case, Step))
     for dtype in reversed(DTYPES):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from bench.machine import ALLOCATORS, DEFAULT, KEPT, ROOT
 from bench.steps import BY_HAND, COMPILED, STEP, WITHOUT
 
 RESULTS = ROOT / "bench" / "results"
+FIRST = RESULTS / "first"  # what bench.first has found on GPUs
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
 BEGIN_CALLS = "<!-- calls, from bench/results by python -m bench.report -->\n"
 SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
@@ -41,6 +42,7 @@ CALLS = (
     *("(20, 70, 96), float32", "(64, 70, 400), float32", "(64, 70, 400), bfloat16"),
     *("(32, 512, 1024), float32", "(32, 512, 1024), bfloat16"),
 )
+LARGE = "(128, 512, 1024), bfloat16"  # the call whose figures on a GPU are in the README first
 PEERS = "compiled", "eager"  # in this order in all tables
 SHAPE = "(batch, time, hidden), dtype"
 ADDED, PEAK, LEAST, OF_COPY = "added, ms", "peak, MB", "must move, MB", "of copy, %"  # headings
@@ -68,6 +70,11 @@ FIGURES = {  # of bench.benchmarks: the name in a row, which is the heading of a
     "host_seconds": ("host, us", 1e-6),
     "graph_warm_seconds": ("graph warm, us", 1e-6),
     "graph_rotated_seconds": ("graph rotated, us", 1e-6),
+    "forward_seconds": ("forward, us", 1e-6),
+    "predicted_seconds": ("predicted backward, us", 1e-6),
+    "again_seconds": ("other backward, us", 1e-6),
+    "copy_warm_seconds": ("copy warm, us", 1e-6),
+    "copy_rotated_seconds": ("copy rotated, us", 1e-6),
     "least_bytes": (LEAST, 1e6),
     "moved_bytes": ("moves, MB", 1e6),
     "bandwidth": ("reached, GB/s", 1e9),
@@ -364,16 +371,27 @@ def latest(results: list[Result]) -> list[Result]:
 
 
 def not_measured(results: list[Result]) -> list[str]:
-    """Return a sentence for each kind of device without a result."""
+    """Return a sentence for each kind of device without a result, or with the figures of the first minutes on a GPU."""
     on_gpu = [result.on_gpu for result in results]
+    first = [sentence for file in sorted(FIRST.glob("*.json")) for sentence in first_figures(load(file))]
+    unseen = not any(on_gpu) and not first
     absent = {
         "On a GPU: **not measured yet**, as no GPU has run the kernels. They are tested on a CPU, in Triton's "
-        "interpreter and by executing the PTX compiled for an H100; `bench/on_gpu.ipynb` measures them.\n": not any(
-            on_gpu
-        ),
+        "interpreter and by executing the PTX compiled for an H100; `bench/on_gpu.ipynb` measures them.\n": unseen,
         "On a CPU: **not measured yet**; `make bench` measures it.\n": all(on_gpu),
     }
-    return [sentence for sentence, is_absent in absent.items() if is_absent]
+    return [*first, *(sentence for sentence, is_absent in absent.items() if is_absent)]
+
+
+def first_figures(result: Result) -> Iterator[str]:
+    """Yield a sentence with three figures from the first minutes on a GPU, if their case was not lost."""
+    for case in result.of(BOTH, [LARGE]):
+        compiled, eager = (f"{case.peers[peer]['against']:.1f} times" for peer in PEERS)
+        copied = f"{case.peers['fastreg'].get(OF_COPY, math.nan):.0f}% of the bandwidth of a copy"
+        yield (
+            f"On a GPU ({result.machine['device']}), forward + backward at {case.label} is {compiled} as fast as the "
+            f"compiled formula and {eager} as fast as the eager one, and reaches {copied}.\n"
+        )
 
 
 def speed_of_calls(results: list[Result]) -> str:

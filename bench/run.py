@@ -45,6 +45,7 @@ TESTS = (
     *("kernels", "sizes", "concurrency", "dropout", "attachment", "prediction", "penalty", "bench", "coefficients"),
     *("steps", "plans", "distributed", "padding", "axes", "graphs", "derivatives"),
 )
+LARGE = ("sizes",)  # files whose tests need much memory
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/test_kernels.py", "-k", "programs_share"]  # forward and backward, one program and many
 FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # limits, so that a file that hangs leaves time for the others
@@ -180,7 +181,9 @@ def summary(found: list[dict[str, Any]], names: Mapping[str, tuple[cases.Case, s
         names: the case and the allocator of each name.
     """
     ended = {record["end"]: record for record in found if "end" in record}
-    about = next((record["machine"] for record in found if "machine" in record), machine.facts())
+    about = machine.facts()
+    for record in found:  # each worker describes the machine
+        about |= record.get("machine", {})
     summaries = [summary_of(case, allocator, ended.get(name, {})) for name, (case, allocator) in names.items()]
     date = datetime.now(timezone.utc).isoformat()
     return {"machine": about, "commit": machine.commit_facts(), "date": date, "cases": summaries}

@@ -129,17 +129,21 @@ class Step:
             keep = (lambda *layer: layers.append(layer)) if peer.in_hand else forget
             return add(net(batch, keep), layers)
 
-        prepared = self.prepared(loss_of)
+        prepared, update = self.prepared(loss_of), self.updater(net, optimizer)
+        return lambda i: (update(lambda: prepared(sets[i % len(sets)])).detach(),)
 
-        def call(i: int) -> tuple[Tensor, ...]:
+    def updater(self, net: Net, optimizer: torch.optim.Optimizer) -> Callable[[Callable[[], Tensor]], Tensor]:
+        """Return the function that updates the weights by the loss of a forward, and returns that loss."""
+
+        def update(forward: Callable[[], Tensor]) -> Tensor:
             optimizer.zero_grad()
-            loss = prepared(sets[i % len(sets)])
+            loss = forward()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             optimizer.step()
-            return (loss.detach(),)
+            return loss
 
-        return call
+        return update
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,30 @@ class AWDLSTMStep(Step):
     def net(self, dropout: Callable[[], nn.Module]) -> Net:
         ps = Dropouts(word_p=0.1, input_p=0.3, weight_p=0.5, hidden_p=0.25, output_p=P)
         return AWDLSTMNet(AWDLSTM(self.words, self.shape[2], self.hidden, self.layers, ps), dropout)
+
+
+@dataclass(frozen=True)
+class AutocastStep(AWDLSTMStep):
+    """A step in bfloat16 autocast, with a scaled loss."""
+
+    MODEL: ClassVar = "AWD-LSTM in autocast"
+
+    def updater(self, net: Net, optimizer: torch.optim.Optimizer) -> Callable[[Callable[[], Tensor]], Tensor]:
+        device = next(net.parameters()).device.type
+        scaler = torch.amp.GradScaler(device)
+
+        def update(forward: Callable[[], Tensor]) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.bfloat16):
+                loss = forward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+            scaler.step(optimizer)
+            scaler.update()
+            return loss
+
+        return update
 
 
 @dataclass(frozen=True)

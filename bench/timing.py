@@ -114,26 +114,30 @@ def page_faults(call: Call) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
-    """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error."""
+def capture(call: Call, numbers: Sequence[int], stream: torch.cuda.Stream | None = None) -> torch.cuda.CUDAGraph:
+    """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error.
+
+    A backward has to be captured on the stream of its forward.
+    """
+    stream = stream or torch.cuda.Stream()
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(stream):
         call(numbers[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     # torch.cuda.graph does not restore the stream if the end of the capture raises
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
         results = [call(i) for i in numbers]  # kept, so that each call writes its gradients to other memory
     del results
     return graph
 
 
-def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
+def graph_seconds(call: Call, numbers: Sequence[int], stream: torch.cuda.Stream | None = None) -> float:
     """Measure the device seconds of a call without gaps between launches, in a CUDA graph of one call for each number.
 
     The device sleeps until the host has launched the replay, so that this launch is not counted.
     """
-    graph = capture(call, numbers)
+    graph = capture(call, numbers, stream)
     graph.replay()  # the first replay uploads the graph
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -196,10 +200,15 @@ def allocations(profiled: Any) -> list[int]:
 @functools.cache
 def copy_bandwidth() -> float:
     """Measure the bytes a second that a large copy on the GPU reads and writes."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / copy_seconds(COPY_BYTES, [0] * 4)
 
-    def copy(_: int) -> tuple[Tensor, ...]:
+
+def copy_seconds(size: int, numbers: Sequence[int]) -> float:
+    """Measure the device seconds of a copy of so many bytes, with a pair of tensors for each value in `numbers`."""
+    tensors = torch.empty(len({*numbers}), 2, size, dtype=torch.uint8, device="cuda")
+
+    def copy(i: int) -> tuple[Tensor, ...]:
+        source, target = tensors[i]
         return (target.copy_(source),)
 
-    return 2 * source.nbytes / graph_seconds(copy, range(4))
+    return graph_seconds(copy, numbers)

@@ -7,6 +7,7 @@ task takes longer than its limit, the task is recorded as lost, with the reason,
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,10 +30,12 @@ class Limits(NamedTuple):
 
     end   the time by `time.monotonic()` after which no task begins
     task  seconds that a task may take, and a worker until it begins its first task
+    last  the time at which a task that has not ended is lost
     """
 
     end: float
     task: float
+    last: float = math.inf
 
 
 def append(file: Path, **record: Any) -> None:
@@ -148,6 +151,8 @@ def wait(child: subprocess.Popen[Any], progress: Progress, limits: Limits) -> st
         progress.update()
         if time.monotonic() - progress.began > limits.task:
             return f"out of time after {limits.task:.0f} s"
+        if time.monotonic() > limits.last:
+            return "no time was left"
     return f"the process ended with status {child.returncode}"
 
 

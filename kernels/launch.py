@@ -117,7 +117,7 @@ class Launch:
         self.run = run
 
     def launch_by_jit_from_now_on(self, error: Exception) -> None:
-        """Launch nothing directly any more, and warn once; raise the error if this code was launched directly before."""
+        """Launch nothing directly any more, and warn once; raise the error if code was launched directly before."""
         if "run" in vars(self):
             raise error
         self.compiled = None

@@ -22,7 +22,21 @@ from tests.conftest import ROOT, gpu, more, python, skip_without
 
 skip_without("matplotlib")
 
-from bench import benchmarks, cases, host, machine, nets, offline, report, run, steps, timing, worker  # noqa: E402
+from bench import (  # noqa: E402
+    benchmarks,
+    cases,
+    first,
+    gpu_tasks,
+    host,
+    machine,
+    nets,
+    offline,
+    report,
+    run,
+    steps,
+    timing,
+    worker,
+)
 
 
 def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:
@@ -302,6 +316,96 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert told in text
 
 
+def findings(folder: Path, recorded: Recorded, **found: Any) -> Path:
+    """Write what bench.first would find on this device: headline cases, and `found` for each task of that kind."""
+    lines = folder / f"{machine.file_name(machine.device_name())}l"
+    facts = machine.facts() | {"copy_bandwidth": 3e12}
+    worker.append(lines, machine=facts)
+    for name, part in first.PARTS.items():
+        for task in part.tasks if name in found else ():
+            worker.append(lines, end=task, seconds=1.0, **found[name])
+        worker.append(lines, part=name, seconds=10.0)
+    names = {str(number): case for number, (case, _) in enumerate(recorded)}
+    records = [{"end": str(number)} | record for number, (_, record) in enumerate(recorded)]
+    lines.with_suffix(".json").write_text(run.in_rows(run.summary([{"machine": facts}, *records], names)))
+    lines.with_suffix(".md").write_text(first.page(lines))
+    return lines
+
+
+def test_the_page_of_the_first_minutes_has_a_row_for_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {
+        "smoke": {"errors": {"raw, 2.0": 3.0}, "noticed": True, "verdict": "wrong"},
+        "order": {"lost": "the process ended with status -6"},
+        "tests": {"passed": 3, "skipped": 0, "failed": [*"abcdefg"]},
+    }
+    large = call(4.0, None, (128, 512, 1024), **ONES)
+    ((_, allocator), record), *_ = large
+    large = [((cases.PenaltyCase((128, 512, 1024), torch.bfloat16), allocator), record)]
+    lines = findings(tmp_path, large, **found)
+    page = lines.with_suffix(".md").read_text()
+    for name in ("smoke", "order", "sweep", "tests"):
+        for task in first.PARTS[name].tasks:
+            assert f"\n| {task.removeprefix(name + ' ')} | " in page, "what is lost or not reached has a row, too"
+    for told in ("PROGRAMS=1024 | True | wrong | raw, 2.0: 3.00 |", "| the process ended with status -6 |"):
+        assert told in page
+    assert "| 3 | 0 | a, b, c, d, e and 2 more |" in page
+    assert "| not reached |" in page, "the sweep"
+    monkeypatch.setattr(report, "FIRST", tmp_path)
+    (sentence,) = report.not_measured([result_of(tmp_path / "cpu", call(2.0))])
+    assert "is 0.5 times as fast as the compiled formula and 4.0 times as fast as the eager one, " in sentence
+    assert "reaches 100% of the bandwidth of a copy" in sentence
+
+
+def test_the_parts_of_the_first_minutes_fit_and_have_names_that_workers_know() -> None:
+    assert sum(part.seconds for part in first.PARTS.values()) < 540
+    settings = [x for make in SETTINGS for x in make()]
+    assert {gpu_tasks.Setting.of(str(setting)) for setting in settings} == {*settings}
+    assert {(x.stages, x.short_run) for x in gpu_tasks.smoke_settings()} == {(1, 16), (3, 4)}
+    compiled = {(x.dtype, x.stages) for x in gpu_tasks.compile_settings()}
+    assert {(x.dtype, x.stages) for x in settings} == compiled, "nothing else is compiled while something is measured"
+    tests = [task.removeprefix("tests ") for task in first.PARTS["tests"].tasks]
+    assert {*run.LARGE} < {*tests}
+
+
+SETTINGS = gpu_tasks.smoke_settings, gpu_tasks.order_settings, gpu_tasks.sweep_settings
+
+
+def test_what_a_part_leaves_goes_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def do(file: Path, tasks: list[str], limits: worker.Limits) -> None:
+        seen.append(limits.last - time.monotonic())
+
+    parts = {name: first.Part(seconds, 1, [], do) for name, seconds in {"a": 100, "b": 50, "c": 500}.items()}
+    monkeypatch.setattr(first, "PARTS", parts)
+    file = tmp_path / "lines"
+    first.measure(file, 300)
+    assert seen == pytest.approx([100, 150, 300], abs=1)
+    assert [record["part"] for record in worker.records(file) if "part" in record] == ["a", "b", "c"]
+
+
+def test_a_step_in_autocast_scales_the_loss_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda way, **options: way)
+    monkeypatch.setattr(nets, "LEARNING_RATE", 1.0)
+    step = steps.AutocastStep((3, 6, 4), words=9, hidden=5, layers=2)
+    scaled: list[float] = []
+    scale = torch.amp.GradScaler.scale
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda its, x: scaled.append(its.get_scale()) or scale(its, x))
+    losses = {}
+    for name, way in step.peers().items():
+        torch.manual_seed(1)
+        sets = [step.inputs("cpu")]
+        call = step.call(way, sets)
+        torch.manual_seed(2)
+        losses[name] = [call(i)[0].item() for i in range(3)]
+    assert min(scaled) > 1
+    without = losses.pop(steps.WITHOUT)
+    for name, got in losses.items():
+        assert got == pytest.approx(losses["eager"], rel=2e-2), name
+        assert got[0] > without[0], "with the penalty"
+        assert got[2] != got[1] != got[0], "the weights change"
+
+
 def test_a_report_of_a_cpu_leads_with_memory_kept_and_the_readme_with_the_default_allocator(tmp_path: Path) -> None:
     result = result_of(tmp_path, call(8.0, machine.DEFAULT) + call(4.0) + call(0.8, shape=(3, 3, 4)))
     speeds = "0.5 times as fast as the compiled formula and 1.8 times as fast as the eager one in float32"
@@ -348,6 +452,15 @@ def test_what_is_committed_is_what_was_measured() -> None:
         assert table.read_text() == report.full_table(result), "run `python -m bench.report`"
         picture = report.RESULTS / f"{result.name}-speedup.svg"
         assert f"JSON {result.digest}" in picture.read_text(), "run `python -m bench.report`"
+<<<<<<< HEAD
+=======
+    _, _, second, *_ = (ROOT / "README.md").read_text().split("\n\n")
+    unseen = second.startswith("**The Triton kernels have not run on a real GPU yet.**")
+    first_lines = sorted(report.FIRST.glob("*.jsonl"))
+    assert unseen == (not any(result.on_gpu for result in results) and not first_lines)
+    for lines in first_lines:
+        assert lines.with_suffix(".md").read_text() == first.page(lines)
+>>>>>>> 2bf839f (Check and measure the most important things in the first nine minutes on a GPU)
 
 
 def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
@@ -402,25 +515,23 @@ def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shutil.copytree(ROOT / "bench", checkout / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
     for name in ("fastreg", "kernels"):
         (checkout / name).symlink_to(ROOT / name)
-    results, device = checkout / "bench" / "results", machine.device_name()
-    recorded = [x for shape in ((128, 512, 1024), (2, 3, 4)) for x in call(1.0, None, shape, **ONES)]
-    result_of(tmp_path / "made", recorded, device, copy_bandwidth=3e12)
-    made = tmp_path / "made" / machine.file_name(device)
+    made = tmp_path / "made"
+    recorded = [x for shape in ((128, 512, 1024), (64, 70, 400)) for x in call(1.0, None, shape, **ONES)]
+    lines = findings(made, recorded)
     shell.write_text(
-        f'#!/bin/sh\necho "$@" with limit $LIMIT, bench.run: >> {tmp_path}/called\n'
-        f"mkdir -p {results}/tests && cp {made} {results}/\n"
-        f"""echo '{{"files": {{}}, "sanitizers": {{}}, "source": "s"}}' > {results}/tests/{made.name}\n"""
+        f'#!/bin/sh\necho "$@" with limit $LIMIT, bench.first: >> {tmp_path}/called\n'
+        f"mkdir -p {checkout}/bench/results/first && cp {made}/* {checkout}/bench/results/first\n"
     )
     shell.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(checkout / "bench")}}).execute()
     outputs = "".join(str(output) for cell in code for output in cell.outputs)
-    assert (tmp_path / "called").read_text().splitlines() == [
-        f"bench/on_gpu.sh {what} with limit 420, bench.run:" for what in ("test", "bench")
-    ]
-    # The prediction stands beside the measured share: at a small shape launches take most of the time.
-    rows = "| (128, 512, 1024), float32 | 100% | 98% |", "| (2, 3, 4), float32 | 100% | 0% |"
-    for text in ("self-test passed", "on this device: 0 passed", "A copy moves 3.00 TB/s in this run", *rows):
+    assert (tmp_path / "called").read_text() == "bench/on_gpu.sh first with limit 540, bench.first:\n"
+    for text in (
+        "self-test passed",
+        "A copy moves 3.00 TB/s in this run",
+        "| (128, 512, 1024), float32 | 100% | 98% |",
+    ):
         assert text in outputs
     with zipfile.ZipFile(checkout / "bench" / "gpu-results.zip") as archive:
-        assert archive.namelist() == [made.name, f"tests/{made.name}"]
+        assert archive.namelist() == sorted(lines.with_suffix(x).name for x in (".json", ".jsonl", ".md"))

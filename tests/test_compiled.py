@@ -63,6 +63,10 @@ SPILLED_BY_128 = 8
 REGISTERS = {FLOAT: (80, 91, 64, 72), BF16: (96, 111, 64, 72)}
 if Version("3.9") > RELEASE:
     REGISTERS = {FLOAT: (94, 96, 64, 80), BF16: (128, 144, 96, 96)}
+# The same with three stages, on sm_80, sm_90 and sm_100: of the penalty and of dropout, forward and backward.
+PIPELINED = {FLOAT: (80, 58, 70, 56), BF16: (96, 71, 96, 78)}
+if Version("3.9") > RELEASE:
+    PIPELINED = {FLOAT: (94, 64, 72, 64), BF16: (128, 72, 96, 80)}
 # Where loads are narrow, values that are read once a launch, on sm_80.
 MOST_SPILLED_NARROW = 24 if Version("3.7") <= RELEASE else 56
 LENGTHS = (2, 3, 7, 15, 16, 17, 32, 33, 64, 70, 100)  # Triton compiles anew for 1 and for multiples of 16, unless told
@@ -187,6 +191,46 @@ def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     binaries = [*next(trained(masked=False)), *next(trained(masked=True))]
     found = [int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0]) for binary in binaries]
     assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
+
+
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(x, marks=more) for x in ("sm_80", "sm_100"))], indirect=True
+)
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("stages", [1, 3])
+def test_each_number_of_stages_spills_nothing(
+    target: Any, dtype: torch.dtype, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With three stages the rows go through shared memory, with one they go to registers as before."""
+    monkeypatch.setattr(tiling, "STAGES", dict.fromkeys(tiling.STAGES, stages))
+    train(dtype)
+    binaries = [binary for masked in (False, True) for found in trained(masked) for binary in found]
+    assert_no_spills(binaries, tmp_path, MOST_SPILLED if stages == 1 else 0)
+    copies = [len(re.findall(r"\bcp\.async\.cg\.shared\.global .*0x10", binary.asm["ptx"])) for binary in binaries]
+    if stages == 1:
+        assert copies == [0] * 4
+        return
+    rows = 3 * tiling.UNROLL  # of two turns before the loop, and of one in it
+    assert copies == [2 * rows, 2 * rows, rows, 2 * rows]
+    registers = [int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0]) for binary in binaries]
+    assert all(x <= most for x, most in zip(registers, PIPELINED[dtype], strict=True)), registers
+    for kind in RAGGED:
+        train(dtype, kind=kind)
+    others = [x for x in kernels.ar_tar_kernel.device_caches[0][0].values() if x not in binaries]
+    assert others
+    assert not any("cp.async" in binary.asm["ptx"] for binary in others), "marks and packed rows have one stage"
+
+
+@pytest.mark.parametrize("target", ["gfx942", "sm_86", "sm_90"], indirect=True)
+def test_only_wide_loads_on_gpus_with_much_shared_memory_have_stages(
+    target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiling.STAGES == {FLOAT: 1, BF16: 1, HALF: 1}, "until a sweep on a GPU has chosen another number"
+    monkeypatch.setattr(tiling, "STAGES", {FLOAT: 2, BF16: 3})
+    many = target.arch == 90
+    wanted = {(FLOAT, 16): 2, (BF16, 16): 3, (BF16, 8): 1, (HALF, 16): 1, (DOUBLE, 16): 1}
+    for (dtype, load), stages in wanted.items():
+        assert tiling.stages_of(dtype, load) == (stages if many else 1)
 
 
 @more

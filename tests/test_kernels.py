@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreg import fused_ar_tar
-from fastreg.kernels.view import Operand, View
+from fastreg.kernels.view import Operand, Operands, View
 from tests.conftest import INTERPRETED, gpu, interpreted, skip_without
 from tests.exact import check_dropout, check_penalty, truth
 
@@ -60,6 +60,23 @@ def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pyt
         monkeypatch.setattr(reduction, "CHUNK", type(reduction.CHUNK)(16))
     time = tiling.UNROLL * (reduction.CHUNK.value + 3)
     check_penalty(*leaves(device, 1, time, 1), 2.0, 1.0)
+
+
+def items_of(shape: tuple[int, int, int]) -> int:
+    _, time, hidden = shape
+    operand = Operand(torch.bfloat16, time * hidden, hidden)
+    return tiling.Tiling(View(*shape, Operands(*[operand] * 4)), torch.float32).numbers[-1]
+
+
+def test_runs_are_shorter_where_programs_are_few(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = (64, 70, 400), (128, 512, 1024)
+    monkeypatch.setattr(tiling, "SHORT_RUN", 16)
+    before = [items_of(shape) for shape in shapes]
+    monkeypatch.setattr(tiling, "SHORT_RUN", 4)
+    few, many = (items_of(shape) / items for shape, items in zip(shapes, before, strict=True))
+    assert few > 2
+    assert many == 1
+    check_penalty(*leaves(device, 2, 33, 4), 2.0, 1.0)
 
 
 def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
