@@ -452,15 +452,8 @@ def test_what_is_committed_is_what_was_measured() -> None:
         assert table.read_text() == report.full_table(result), "run `python -m bench.report`"
         picture = report.RESULTS / f"{result.name}-speedup.svg"
         assert f"JSON {result.digest}" in picture.read_text(), "run `python -m bench.report`"
-<<<<<<< HEAD
-=======
-    _, _, second, *_ = (ROOT / "README.md").read_text().split("\n\n")
-    unseen = second.startswith("**The Triton kernels have not run on a real GPU yet.**")
-    first_lines = sorted(report.FIRST.glob("*.jsonl"))
-    assert unseen == (not any(result.on_gpu for result in results) and not first_lines)
-    for lines in first_lines:
+    for lines in report.FIRST.glob("*.jsonl"):
         assert lines.with_suffix(".md").read_text() == first.page(lines)
->>>>>>> 2bf839f (Check and measure the most important things in the first nine minutes on a GPU)
 
 
 def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
@@ -497,6 +490,19 @@ def test_the_commands_of_the_notes_run(monkeypatch: pytest.MonkeyPatch, capsys: 
     shares = [int(share) for share in re.findall(r"(\d+)%", output)]
     assert len(shares) == 2 * len(cases.SHAPES) * (1 + len(offline.COPY))
     assert all(0 < share <= 100 for share in shares)
+
+
+def test_predicted_times_count_waves_latency_and_traffic() -> None:
+    """One wave that a copy limits, one that latency limits, and several waves, whose last one may be short."""
+    one = offline.times((64, 70, 400), torch.float32, 3e12, offline.Resident(5, 8))
+    assert one.forward == pytest.approx(4.6e-6 + 4 * 64 * 70 * 400 * 4 / 3e12)
+    late = offline.times((1, 70, 400), torch.float32, 3e12, offline.Resident(5, 8))
+    assert late.again == pytest.approx(2.5e-6 + (20 / 4 + 1) * 0.75e-6), "runs of 20 steps, and one halo row"
+    many = offline.times((128, 512, 1024), torch.bfloat16, 3e12, offline.Resident(4, 7))
+    assert many.share == pytest.approx(offline.share((128, 512, 1024), torch.bfloat16, 3e12), abs=0.02)
+    slow = offline.times((128, 512, 1024), torch.bfloat16, 3e13, offline.Resident(1, 7))
+    assert slow.forward == pytest.approx(4.6e-6 + 8 * (64 / 4 + 1) * 0.75e-6), "eight waves of 132 programs"
+    assert (one.predicted, many.programs) == (2.5e-6, 1024)
 
 
 @more

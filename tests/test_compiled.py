@@ -10,7 +10,7 @@ import subprocess
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from packaging.version import Version
 from torch.nn.utils.rnn import PackedSequence
 
+from bench import registers
 from bench.stand_in import StandInDriver, active
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.__main__ import launches
@@ -219,6 +220,17 @@ def test_each_number_of_stages_spills_nothing(
     others = [x for x in kernels.ar_tar_kernel.device_caches[0][0].values() if x not in binaries]
     assert others
     assert not any("cp.async" in binary.asm["ptx"] for binary in others), "marks and packed rows have one stage"
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("hidden", [registers.WIDE, registers.NARROW])
+def test_the_figures_of_the_compiled_code(target: Any, hidden: int) -> None:
+    """Their table, and the times that follow from it, are in bench/NOTES.md."""
+    (way, binary), *_ = islice(registers.compiled(BF16, hidden), 2)
+    used, spilled, wide, _, fit, _ = registers.figures(binary)
+    assert (way, wide) == ("sum and write", "8 of 8" if hidden == registers.WIDE else "0 of 16")
+    assert int(spilled) <= MOST_SPILLED_NARROW
+    assert int(fit) == 65536 // (128 * -(-int(used) // 8) * 8)
 
 
 @pytest.mark.parametrize("target", ["gfx942", "sm_86", "sm_90"], indirect=True)
