@@ -458,7 +458,7 @@ def test_what_is_committed_is_what_was_measured() -> None:
 
 def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
     """A file marks a test, or a test in it takes the fixture that does."""
-    marks = re.compile(r"(?<![\".])\bgpu\b(?![\".])|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+    marks = re.compile(r"(?<![\".[])\bgpu\b(?![\".])|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
     files = [file for file in ROOT.glob("tests/test_*.py") if marks.search(file.read_text())]
     assert {*run.TESTS} == {file.stem.removeprefix("test_") for file in files}
 
