@@ -12,9 +12,9 @@ from torch.autograd import Function
 from fastreg.arguments import check_flags, check_probability, check_tensor
 from fastreg.fold import Fold
 from fastreg.kernels.view import Terms, Values, allocator, layout_of
-from fastreg.operation import compute, flat, save, unpack
+from fastreg.operation import compute, facts_of_saved, save, unpack
 from fastreg.penalty import by_formula, penalize
-from fastreg.plans import Plan, facts_of
+from fastreg.plans import Plan
 from fastreg.problem import ARTAR, Call, Coefficient, Options
 from fastreg.reference import added, ar_tar_gradients
 from fastreg.torch_state import keepable, plain
@@ -199,7 +199,7 @@ class DropoutPlan(Plan):
         layout = self.fold.like(self.operands[0])
         self.dropped = allocator(layout, self.operands[0])
         self.forward = backend.forward(self.fold.view((layout, None, None)), terms, raw.device)
-        self.facts = facts_of(flat(tensors, values)[0])
+        self.facts = facts_of_saved(tensors, values)
 
     @staticmethod
     def tensors_of(raw: Any, mask: Any, plan: Plan) -> Sequence[Any]:

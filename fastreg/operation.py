@@ -62,10 +62,16 @@ def flat(tensors: Sequence[Tensor | None], values: Values) -> tuple[Sequence[Ten
     return (*tensors, *in_memory, *(steps or NO_STEPS)), [None if isinstance(x, Tensor) else x for x in (alpha, beta)]
 
 
+def facts_of_saved(tensors: Sequence[Tensor | None], values: Values) -> Sequence[Any]:
+    """Return the facts of the tensors that all nodes of a plan save; of packed rows, each node keeps its own facts."""
+    is_packed = values.steps is not None and values.steps.offsets is not None
+    return [] if is_packed else facts_of(flat(tensors, values)[0])
+
+
 def save(ctx: Any, plan: Any, tensors: Sequence[Tensor | None], values: Values) -> None:
     """Let autograd save the tensors of a call for its backward."""
     tensors, ctx.values = flat(tensors, values)
-    ctx.plan = plan
+    ctx.plan, ctx.facts = plan, plan.facts or facts_of(tensors)
     ctx.save_for_backward(*tensors)
 
 
@@ -81,20 +87,20 @@ def unpack(ctx: Any, *upstream: Tensor | None) -> tuple[Sequence[Any], Values, b
     Raises:
         RuntimeError: a tensor has another shape or dtype, because its `data` or a hook on saved tensors has changed it.
     """
-    tensors, values, plan, is_seen = ctx.saved_tensors, ctx.values, ctx.plan, torch.is_grad_enabled() or observed()
+    tensors, values, before, is_seen = ctx.saved_tensors, ctx.values, ctx.facts, torch.is_grad_enabled() or observed()
     if not is_seen:
         try:
-            is_seen = facts_of((*tensors, *upstream))[: len(plan.facts)] != plan.facts
+            is_seen = facts_of((*tensors, *upstream))[: len(before)] != before
         except NoKeyError:
             is_seen = True
         if is_seen:
-            facts = iter(plan.facts)
-            for name, x in zip((*plan.names, *VALUES), tensors, strict=False):
+            facts = iter(before)
+            for name, x in zip((*ctx.plan.names, *VALUES), tensors, strict=False):
                 shape = next(facts)
                 if shape is not None:  # of a tensor, which has five more facts
                     _, dtype, device, *_ = islice(facts, 5)
                     check_saved(name, {"shape": shape, "dtype": dtype, "device": device}, x)
-    count = len(plan.names)
+    count = len(ctx.plan.names)
     if len(tensors) > count:
         alpha, beta = [y if x is None else x for x, y in zip(tensors[count:], values, strict=False)]
         bits, counts, offsets = tensors[count + 2 :]

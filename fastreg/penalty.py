@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.fold import Fold
 from fastreg.kernels.view import Sums, Terms, Values, allocator, layout_of, nothing
-from fastreg.operation import compute, flat, save, unpack
-from fastreg.plans import Plan, facts_of
+from fastreg.operation import compute, facts_of_saved, save, unpack
+from fastreg.plans import Plan
 from fastreg.problem import ARTAR, Call, Coefficient, Options, compute_dtype, layers_of
 from fastreg.reference import ar_tar, ar_tar_gradients
 from fastreg.torch_state import hooks_on_saved, plain
@@ -198,7 +198,7 @@ class PenaltyPlan(Plan):
         self.layers = [Layer(call, backend, fills) for call in calls_of(tensors, values, self.terms)]
         self.needs = [need for layer in self.layers for need in layer.needs]
         self.is_measured, self.is_differentiable = self.terms[0].measured, True in self.needs
-        self.names, self.facts = ["raw", "dropped"] * len(self.layers), facts_of(flat(self.kept(tensors), values)[0])
+        self.names, self.facts = ["raw", "dropped"] * len(self.layers), facts_of_saved(self.kept(tensors), values)
 
     @staticmethod
     def tensors_of(raw: Any, dropped: Any, plan: Plan) -> Sequence[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fastreg.kernels.launch import Grid, Launch
 from fastreg.kernels.reduction import Weights, factors, finish
 from fastreg.kernels.streams import Expected
 from fastreg.kernels.tiling import (
+    PROGRAMS,
     Selection,
     Tiling,
     begins,
@@ -291,11 +292,9 @@ class Forward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        tiling = Tiling(view, terms.dtype)
-        self.writes = view.writes()
-        self.launch = _launch(tiling, view, terms, Grid(tiling.programs, device))
+        self.writes, self.launch_of = view.writes(), Launches(view, terms, device, is_forward=True)
         self.device, self.measured, self.expected = device, terms.measured, Expected(terms.dtype, device)
-        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * tiling.programs])
+        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launch_of.most])
         self.penalty, self.terms, self.records = (
             allocator(Layout(shape, (1,) * len(shape), terms.dtype, device, aligned=True)) for shape in shapes
         )
@@ -309,7 +308,8 @@ class Forward:
         """
         penalty, terms, records = self.penalty(), self.terms() if self.measured else None, self.records()
         expected = self.expected.guess() if self.writes else None
-        self.launch(*tensors, None, expected, records, penalty, terms, *_arguments(values, self.device))
+        arguments = _arguments(values, self.device)
+        self.launch_of(values.steps)(*tensors, None, expected, records, penalty, terms, *arguments)
         return Sums(penalty, terms, records if self.writes else None)
 
 
@@ -325,10 +325,9 @@ class Backward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
-        tiling, self.device, self.expected = Tiling(view, terms.dtype), device, expected
-        grid = Grid(tiling.programs, device, draws=False)
+        self.device, self.expected = device, expected
         # A backward that compares upstream gradients runs other compiled code than one for which nothing was assumed.
-        self.comparing, self.writing = (_launch(tiling, view, terms, grid) for _ in range(2))
+        self.comparing_of, self.writing_of = (Launches(view, terms, device, is_forward=False) for _ in range(2))
 
     def __call__(
         self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None = None
@@ -341,11 +340,12 @@ class Backward:
             values: the values of the forward.
             assumed: `assumed` of the forward's `Sums`, if the forward has filled these gradients.
         """
+        arguments = _arguments(values, self.device)
         if assumed is None or self.expected is None:
-            self.writing(*tensors, upstream, None, None, None, None, *_arguments(values, self.device))
+            self.writing_of(values.steps)(*tensors, upstream, None, None, None, None, *arguments)
         else:
             expected = self.expected.learn()
-            self.comparing(*tensors, upstream, expected, assumed, None, None, *_arguments(values, self.device))
+            self.comparing_of(values.steps)(*tensors, upstream, expected, assumed, None, None, *arguments)
 
     def holds(self, upstream: Tensor, assumed: Tensor) -> bool:
         """Return `False`, because only the device can compare, and the host does not wait for it."""
@@ -363,13 +363,41 @@ def _arguments(values: Values, device: torch.device) -> Sequence[Any]:
     return bits, counts, offsets, alpha_at, beta_at, alpha, beta
 
 
-def _launch(tiling: Tiling, view: View, terms: Terms, grid: Grid) -> Launch:
-    """Prepare a launch of the kernel: a forward draws tickets, and a backward does not."""
-    names, mask = ("SUM_AR", "SUM_TAR", "GRAD_AR", "GRAD_TAR", "AR_OF_RAW"), view.operands.mask
-    constants = {
-        **dict(zip(names, switches(view, terms, is_forward=grid.draws), strict=True)),
-        "LOCKED": mask is not None and (view.time == 1 or mask.time == 0),
-        **tiling.constants,
-    }
-    scales = [1 / divisor for divisor in view.divisors(terms.reduction)]
-    return Launch(ar_tar_kernel, (*tiling.numbers, *scales), constants, grid)
+class Launches:
+    """Return the launch of a call: for packed rows one with the sizes of the call, for others the same in each call.
+
+    A forward draws tickets, and a backward does not.
+
+    Attributes:
+        most: the greatest number of programs.
+    """
+
+    def __init__(self, view: View, terms: Terms, device: torch.device, is_forward: bool) -> None:
+        names, mask = ("SUM_AR", "SUM_TAR", "GRAD_AR", "GRAD_TAR", "AR_OF_RAW"), view.operands.mask
+        self.view, self.terms, self.device, self.draws = view, terms, device, is_forward
+        self.switches = dict(zip(names, switches(view, terms, is_forward), strict=True))
+        self.switches["LOCKED"] = mask is not None and (view.time == 1 or mask.time == 0)
+        self.most, self.fixed = PROGRAMS, None
+        self.by_index: dict[Any, Launch] = {}  # launches over packed rows, by the dtype that counts them
+        if view.rows is None:
+            tiling, numbers = self.divided(view)
+            self.most, self.fixed = tiling.programs, self.launch(tiling, numbers)
+
+    def __call__(self, steps: Any) -> Callable[..., None]:
+        """Return a function that launches the kernel on the tensors and values of a call with these steps."""
+        if self.fixed is not None:
+            return self.fixed
+        tiling, numbers = self.divided(self.view.sized(steps.offsets))
+        index = tiling.constants["INDEX"]
+        launch = self.by_index.get(index) or self.by_index.setdefault(index, self.launch(tiling, ()))
+        return lambda *arguments: launch(*arguments, *numbers, programs=tiling.programs)
+
+    def divided(self, view: View) -> tuple[Tiling, Sequence[float]]:
+        """Return the division of the work, and the numbers that the kernel takes."""
+        tiling = Tiling(view, self.terms.dtype)
+        return tiling, (*tiling.numbers, *[1 / divisor for divisor in view.divisors(self.terms.reduction)])
+
+    def launch(self, tiling: Tiling, numbers: Sequence[float]) -> Launch:
+        """Prepare a launch with the numbers that stay the same."""
+        constants = self.switches | tiling.constants
+        return Launch(ar_tar_kernel, numbers, constants, Grid(tiling.programs, self.device, self.draws))

@@ -9,7 +9,7 @@ PyTorch does.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_uint64
 from functools import cache
 from hashlib import sha256
@@ -40,7 +40,7 @@ class Forward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.function, self.metadata = library().forward, _metadata(view, terms, is_forward=True)
+        self.function, self.metadata = library().forward, _metadata_of(view, terms, is_forward=True)
         self.writes, self.expected = view.writes(), Expected(terms.dtype)
         penalty, both = (Layout(shape, (1,) * len(shape), terms.dtype, device, True) for shape in (_ONE, _TWO))
         self.penalty, self.terms = allocator(penalty), allocator(both) if terms.measured else None
@@ -52,7 +52,7 @@ class Forward:
         assumed = self.expected.gradient if self.writes else None
         memory = *tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms  # kept alive during the call
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
+        self.function(self.metadata(steps), _pack(*addresses, float(alpha), float(beta)), _threads())
         return Sums(penalty, terms, assumed)
 
 
@@ -63,7 +63,7 @@ class Backward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
-        self.function, self.metadata = library().backward, _metadata(view, terms, is_forward=False)
+        self.function, self.metadata = library().backward, _metadata_of(view, terms, is_forward=False)
         self.dtype, self.expected = terms.dtype, expected
 
     def __call__(
@@ -73,7 +73,7 @@ class Backward:
         alpha, beta, steps = values
         memory = *tensors, upstream, assumed, *(steps or _NO_STEPS), None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
+        writes = self.function(self.metadata(steps), _pack(*addresses, float(alpha), float(beta)), _threads())
         if writes and assumed is not None and self.expected is not None:
             self.expected.learn(upstream)
 
@@ -226,6 +226,14 @@ class Expected:
 _METADATA = Struct(f"3q{2 * len(Operands._fields)}q2d8i")  # sizes, strides, divisors, dtypes and switches
 _ADDRESSES = Struct(f"{len(Operands._fields) + 2 + len(Steps._fields) + 2}P2d")  # and two coefficients
 _NO_STEPS = Steps()
+
+
+def _metadata_of(view: View, terms: Terms, is_forward: bool) -> Callable[[Any], bytes]:
+    """Return a function of the steps of a call that returns its metadata; packed rows have sizes of their own."""
+    if view.rows is not None:
+        return lambda steps: _metadata(view.sized(steps.offsets), terms, is_forward)
+    metadata = _metadata(view, terms, is_forward)
+    return lambda _: metadata
 
 
 def _metadata(view: View, terms: Terms, is_forward: bool) -> bytes:

@@ -69,7 +69,7 @@ class Launch:
 
     def __init__(self, kernel: Any, arguments: Sequence[float], constants: dict[str, Any], grid: Grid) -> None:
         self.kernel, self.numbers, self.constants = kernel, arguments, constants
-        self.grid, (self.programs, self.device, self.draws) = (grid.programs, 1, 1), grid
+        self.grid, (_, self.device, self.draws) = (grid.programs, 1, 1), grid
         self.index = None if grid.device.type == "cpu" else grid.device.index
         self.is_captured = capture_of(grid.device.type)
         self.compiled: Any = None  # the code to launch directly
@@ -78,15 +78,15 @@ class Launch:
         constexprs = [constants[name] for name in kernel.arg_names if name in constants]
         self.rest = (*arguments, *constexprs)  # the compiled code takes all by position
 
-    def __call__(self, *values: Tensor | float | None) -> None:
-        """Launch on the current stream of the device."""
-        index = self.index
+    def __call__(self, *values: Tensor | float | None, programs: int | None = None) -> None:
+        """Launch on the current stream of the device, with another number of programs if one is given."""
+        index, grid = self.index, self.grid if programs is None else (programs, 1, 1)
         if index is not None and index != torch.accelerator.current_device_index():
             with torch.accelerator.device_index(index):  # Triton launches on the current device
-                self(*values)
+                self(*values, programs=programs)
             return
         stream = None if index is None else driver.active.get_current_stream(index)
-        ticket = self.ticket(stream) if self.draws else None
+        ticket = self.ticket(stream, grid[0]) if self.draws else None
         if self.compiled is not None:
             try:
                 metadata, runtime = None, knobs.runtime
@@ -97,12 +97,12 @@ class Launch:
                     after if getattr(after, "calls", after) else None,
                 )
                 if before is not None:  # a profiler asks which kernel is launched
-                    metadata = self.compiled.launch_metadata(self.grid, stream, ticket, *values, *self.rest)
-                self.run(*self.grid, stream, *self.code, metadata, before, after, ticket, *values, *self.rest)
+                    metadata = self.compiled.launch_metadata(grid, stream, ticket, *values, *self.rest)
+                self.run(*grid, stream, *self.code, metadata, before, after, ticket, *values, *self.rest)
                 return
             except (AttributeError, TypeError) as error:
                 self.launch_by_jit_from_now_on(error)
-        compiled = self.kernel[self.grid](ticket, *values, *self.numbers, **self.constants)
+        compiled = self.kernel[grid](ticket, *values, *self.numbers, **self.constants)
         if compiled is not None and Launch.why_jit is None:  # the interpreter has no compiled code
             try:
                 self.code = compiled.function, compiled.packed_metadata
@@ -130,8 +130,8 @@ class Launch:
                 stacklevel=3,
             )
 
-    def ticket(self, stream: int | None) -> Tensor:
-        """Return a counter, (1,) int32, for a launch on a stream; the launch leaves it at 0.
+    def ticket(self, stream: int | None, programs: int) -> Tensor:
+        """Return a counter, (1,) int32, for a launch of some programs on a stream; the launch leaves it at 0.
 
         Two streams with the same handle share a counter. docs/kernels.md says why their launches cannot spoil it.
         """
@@ -139,7 +139,7 @@ class Launch:
             return torch.zeros(1, dtype=torch.int32, device=self.device)
         if self.is_captured():
             return TICKETS.drawn(self.device)
-        return TICKETS.of(self.device, stream, self.programs)
+        return TICKETS.of(self.device, stream, programs)
 
 
 def description() -> str:

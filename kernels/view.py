@@ -44,16 +44,21 @@ def allocator(layout: Layout | None, like: Layout | None = None) -> Callable[...
 
     Args:
         layout: the layout, or `None`; then the function returns `None`.
-        like: the layout of the tensors that the function will be called with; `None` if it takes no argument.
+        like: the layout of the tensors that the function will be called with, which may have other numbers of packed
+            rows; `None` if it takes no argument.
     """
     if layout is None:
         return nothing
-    if torch._C._get_deterministic_algorithms():
-        return lambda *_: allocate(layout)
-    if like is not None and like.stride == layout.stride:
+    shape, stride, dtype, device, _ = layout
+    is_filled = torch._C._get_deterministic_algorithms()
+    if like is None:
+        new = partial(torch.empty_strided, shape, stride, dtype=dtype, device=device)
+        return partial(allocate, layout) if is_filled else new
+    if is_filled:
+        return lambda x: allocate(layout._replace(shape=x.shape))
+    if like.stride == stride:
         return torch.empty_like  # which takes three quarters of the time
-    new = partial(torch.empty_strided, layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
-    return new if like is None else lambda _: new()
+    return lambda x: torch.empty_strided(x.shape, stride, dtype=dtype, device=device)
 
 
 class Operand(NamedTuple):
@@ -85,7 +90,8 @@ class View(NamedTuple):
     """View operands of one shape as `(outer, time, inner)` with a contiguous inner axis; no extent is 0.
 
     Each call says by offsets where packed rows begin. Both strides of a packed operand are the stride of its rows. The
-    last field is their number; for other views it is None.
+    last field is their number; for other views it is None. The plan of packed rows has 0 for their sizes, and each
+    launch takes the view that `sized` returns.
     """
 
     outer: int
@@ -93,6 +99,10 @@ class View(NamedTuple):
     inner: int
     operands: Operands
     rows: int | None = None
+
+    def sized(self, offsets: Tensor) -> View:
+        """Return the view of packed rows with the sizes of a call."""
+        return self._replace(outer=int(offsets[1]), time=len(offsets) - 1, rows=int(offsets[-1]))
 
     def writes(self) -> bool:
         """Return whether a launch writes gradients."""

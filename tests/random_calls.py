@@ -206,7 +206,7 @@ class Kind:
         marks = {} if self.operation == "packed" else steps
         got: Any = fused_ar_tar(arguments[0], arguments[1], *given, **marks, **self.options)
         dtypes = [x.dtype for side, reads in zip((raws, kept), is_read, strict=True) for x in side if reads]
-        penalty = assert_terms(got, want, *dtypes)
+        penalty = assert_terms(got, want, *dtypes, count=raws[0].numel())
         both = [(x, beta) for x in raws] + [(x, alpha) for x in kept]
         leaves = [*{id(x): x for x, coefficient in both if x.requires_grad and coefficient}.values()]
         for retain in (True, False) if leaves else ():  # a second backward forms the gradients anew
@@ -228,7 +228,7 @@ class Kind:
         dropped, got = fused_dropout_ar_tar(self.seen(raw), 0.4, given[0], given[1], **options)
         values, keep = exact(raw), mask.double()
         want = self.truth(values, assert_dropped(dropped, raw, mask, values), (alpha, beta), steps)
-        penalty = assert_terms(got, want, raw.dtype)
+        penalty = assert_terms(got, want, raw.dtype, count=raw.numel())
         if not raw.requires_grad:
             return
         arriving = memory(torch.randn(self.shape, generator=self.bits).to(raw), self.draw, expands=True)

@@ -107,9 +107,9 @@ def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkey
     """Earlier launches may have drawn all their numbers from it."""
     ticket, begins = torch.zeros(1, dtype=torch.int32, device=device), []
 
-    def draw(its: launch.Launch, _: int | None) -> Tensor:
-        begins.append(launches * its.programs)
-        return ticket.fill_(launches * its.programs)
+    def draw(_: launch.Launch, __: int | None, programs: int) -> Tensor:
+        begins.append(launches * programs)
+        return ticket.fill_(launches * programs)
 
     monkeypatch.setattr(launch.Launch, "ticket", draw)
     for _ in range(2):

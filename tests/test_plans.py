@@ -6,7 +6,7 @@ import gc
 import sys
 import tracemalloc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels import streams
 from fastreg.kernels.streams import Expected, Reserve
 from fastreg.plans import PLANS
 from tests.calls import flat
 from tests.conftest import compiled, forget, memory_of, skip_on_formula
+from tests.exact import assert_gradient, assert_terms, exact, gradients_of, truth
 from tests.samples import Decorated, transposed
 
 BATCH, TIME, HIDDEN = 3, 5, 8
@@ -38,9 +39,11 @@ def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
 RAW, DROPPED = (numbers(BATCH, TIME, HIDDEN, seed=seed) for seed in (0, 1))
 MASK = numbers(BATCH, 1, HIDDEN, seed=2)
 LENGTHS, VALID, STARTS = torch.tensor([5, 0, 3]), *(numbers(BATCH, TIME, seed=seed) > 0 for seed in (3, 4))
-PACKED, MORE_SEQUENCES, MORE_STEPS = (
-    {"raw": packed(RAW, sizes), "dropped": packed(DROPPED, sizes)} for sizes in ([3, 2, 2], [4, 2, 1], [3, 2, 1, 1])
+PACKED, MORE_SEQUENCES, MORE_STEPS, ONE_ROW, GAPS = (
+    {"raw": packed(RAW, sizes), "dropped": packed(DROPPED, sizes)}
+    for sizes in ([3, 2, 2], [4, 2, 1], [3, 2, 1, 1], [1], [3, 2, 2])
 )
+GAPS["raw"] = GAPS["raw"]._replace(data=torch.stack([GAPS["raw"].data] * 2, -1)[..., 0])
 TWICE = {name: PackedSequence(PACKED["raw"].data, PACKED["raw"].batch_sizes) for name in PACKED}
 MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
@@ -108,6 +111,8 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "packed, one tensor in both": (fused_ar_tar, PACKED, TWICE),
     "packed, sequences": (fused_ar_tar, PACKED, MORE_SEQUENCES),
     "packed, time steps": (fused_ar_tar, PACKED, MORE_STEPS),
+    "packed, rows": (fused_ar_tar, PACKED, ONE_ROW),
+    "packed, a layout with gaps": (fused_ar_tar, PACKED, GAPS),
     "terms as a number after a flag": (fused_ar_tar, {"return_terms": True}, {"return_terms": 1}),
     "time_dim as a flag after a number": (fused_ar_tar, {"time_dim": 1}, {"time_dim": True}),
     "one sequence, time last": (fused_ar_tar, ONE_SEQUENCE, ONE_SEQUENCE | {"time_dim": 1}),
@@ -124,6 +129,13 @@ def fresh(x: Any, frozen: bool, leaves: dict[int, Tensor]) -> Any:
     if not isinstance(x, Tensor):
         return x
     return leaves.setdefault(id(x), x.detach().requires_grad_(not frozen))
+
+
+def formula(rows: Sequence[Tensor], sizes: list[int]) -> ARTAR:
+    """Compute the penalty of packed rows in float64."""
+    lengths = torch.tensor([sum(i < size for size in sizes) for i in range(sizes[0])])
+    raw, dropped = (pad_packed_sequence(PackedSequence(x, torch.tensor(sizes)), batch_first=True)[0] for x in rows)
+    return truth(raw, dropped, 2.0, 1.0, lengths=lengths)
 
 
 def outcome(function: Callable[..., Any], options: dict[str, Any]) -> list[Any]:
@@ -167,7 +179,7 @@ def work_of(call: Callable[[], Any]) -> int:
 
 
 # Values are no part of a key.
-ONE_PLAN = {"alpha", "beta", "p", "a subclass"}
+ONE_PLAN = {"alpha", "beta", "p", "a subclass", "sequences", "time steps", "rows"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -186,6 +198,42 @@ def test_two_calls_that_differ_in_one_fact(name: str) -> None:
         forget()
         for i in (*order, *order):
             assert outcome(function, calls[i]) == alone[i]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("hidden", [1, 8, 64])
+def test_packed_rows_of_any_number_have_one_plan(hidden: int, deterministic: bool, device: str) -> None:
+    """Their backwards come in another order than their forwards."""
+    skip_on_formula(device)
+    forget()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        calls = []
+        for sizes in ([1], [3, 2, 2], [1, 1, 1, 1], [40, 33, 2], [2], [3, 2, 2]):
+            leaves = [numbers(sum(sizes), hidden, seed=seed).to(device).requires_grad_() for seed in range(2)]
+            pair = [PackedSequence(x, torch.tensor(sizes)) for x in leaves]
+            calls.append((leaves, sizes, fused_ar_tar(pair[0], pair[1], 2.0, 1.0)))
+            assert len(PLANS) == 1
+        for leaves, sizes, got in reversed(calls):
+            exactly = [exact(x) for x in leaves]
+            want = formula(exactly, sizes)
+            assert_terms(got, want, torch.float32)
+            for gradient, x in zip(torch.autograd.grad(got, leaves), exactly, strict=True):
+                parts = gradients_of(want, (2.0, 1.0), x)
+                assert_gradient(gradient, sum(parts), sum(part.abs().max() for part in parts))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_node_of_packed_rows_knows_how_many_it_has_saved() -> None:
+    """A plan serves all numbers of rows, and the kernels read as many as the offsets say."""
+    skip_on_formula("cpu")
+    raw = numbers(7, HIDDEN).requires_grad_()
+    penalty = fused_ar_tar(None, PackedSequence(raw * 1, torch.tensor([3, 2, 2])), 2.0, 0.0)
+    saved = penalty.grad_fn.saved_tensors[1]
+    saved.data = saved.data[:3]
+    with pytest.raises(RuntimeError, match=r"dropped: expected the shape of the forward, .*7, 8.*, got .*3, 8"):
+        penalty.backward()
 
 
 def test_values_are_checked_in_every_call() -> None:
