@@ -333,7 +333,7 @@ def check_steps_of(x: Any, time_dim: int, steps: Mapping[str, Any]) -> None:
 
 
 def check_no_parts(x: Any) -> None:
-    """Check that activations are no DTensor, because the bits and offsets of steps are none."""
+    """Refuse a DTensor: the encoded steps are plain tensors and cannot be mixed with it."""
     words = "no DTensor with lengths, valid steps or starts, and no packed DTensor; pass x.to_local() of each part"
     _expect(getattr(x, "to_local", None) is None, "raw and dropped", words, error=TypeError)
 
@@ -353,9 +353,9 @@ def check_not_captured(name: str, device: torch.device) -> None:
     """Check that no CUDA graph is being captured, because it would read memory of the CPU in each replay."""
     # A compiler cannot ask, and captures its own graphs, whose inputs it copies. Fake tensors need no device.
     is_compiling = torch.compiler.is_compiling()
-    words = "them on the GPU, and no PackedSequence, during the capture of a graph: the replay would read {}"
+    words = "a tensor on the GPU during CUDA-graph capture, and no PackedSequence: a replay would read {}"
     fits = is_compiling or not torch.accelerator.is_available() or not is_captured(device)
-    _expect(fits, name, words, "freed memory of the CPU", error=RuntimeError)
+    _expect(fits, name, words, "freed CPU memory", error=RuntimeError)
 
 
 def check_mask(mask: Tensor, raw: Tensor, row: Sequence[int]) -> None:
