@@ -47,6 +47,7 @@ def main(epochs: int) -> None:
     regularizer = RNNRegularizer(alpha=2.0, beta=1.0, bptt=BPTT)
     for epoch in range(epochs):
         regularizer.on_epoch_begin(model)  # resets the hidden state
+        log = []
         for start in range(0, rows.shape[1] - 1, BPTT):
             inputs = rows[:, :-1][:, start : start + BPTT]
             targets = rows[:, 1:][:, start : start + BPTT]
@@ -57,7 +58,9 @@ def main(epochs: int) -> None:
             total.backward()
             with regularizer.scaled_lr(optimizer, inputs.shape[1]):  # a shorter batch takes a smaller step
                 optimizer.step()
-        print(f"epoch {epoch}  loss {loss:.3f}  ar {regularizer.ar:.4f}  tar {regularizer.tar:.4f}")
+            log.append((loss.item(), regularizer.ar.item(), regularizer.tar.item()))
+        mean_loss, ar, tar = torch.tensor(log).mean(0)
+        print(f"epoch {epoch}  loss {mean_loss:.3f}  ar {ar:.4f}  tar {tar:.4f}")
 
 
 if __name__ == "__main__":
