@@ -210,10 +210,10 @@ def gap(study: Study) -> str:
         [mean(values) for values in zip(*((run.final_train_loss, run.valid_loss[-1]) for run in runs), strict=True)]
         for runs in (study.of(BASELINE), study.of((0.0, 1.0)))
     )
-    losses = (f"from {before:.2f} to {after:.2f}" for before, after in zip(plain, tar, strict=True))
+    train, valid = (f"from {before:.2f} to {after:.2f}" for before, after in zip(plain, tar, strict=True))
     return (
-        f"With TAR both losses fall: {' in training, and '.join(losses)} in validation. The gap between them changes "
-        f"from {plain[1] - plain[0]:.2f} to {tar[1] - tar[0]:.2f}.\n"
+        f"TAR changes the loss of the training text {train}, the loss of the validation text {valid}, and the gap "
+        f"between them from {plain[1] - plain[0]:.2f} to {tar[1] - tar[0]:.2f}.\n"
     )
 
 
