@@ -379,35 +379,6 @@ def check_saved(name: str, facts: Mapping[str, Any], saved: Any) -> None:
         _expect(got == expected, name, words, fact, expected, got, error=RuntimeError)
 
 
-# ---- penalties that no loss finds
-
-
-def why_lost(names: str, taken: int, alive: int) -> str:
-    """Explain why a loss finds no penalty of attached modules, and name the remedy.
-
-    Args:
-        names: the names of the modules.
-        taken: the number of runs that the loss depends on, and that earlier losses have taken.
-        alive: the number of runs that no loss has taken, and on which this loss does not depend.
-    """
-    if taken:
-        return (
-            f"an earlier loss has taken the run of the attached {names} that this loss depends on. Add up the losses "
-            "of a step, and call on_backward_begin once, with their sum"
-        )
-    if alive:
-        return (
-            f"the loss depends on no run of the attached {names}, though there is one. Pass the loss that was computed "
-            "from the output of the module, or from the output of its dropout if one is attached"
-        )
-    return (
-        f"the loss depends on no run of the attached {names}: it was computed from other tensors or from a detached "
-        "output, or the module was not called, or clear() or an earlier error dropped the run. Call the module, not "
-        "its forward(): where a wrapper calls the forward() of a module inside it, as WeightDrop does, attach the "
-        "wrapper. A copy of a module, by deepcopy or pickle, has no hooks: attach it, too"
-    )
-
-
 # ---- the checks of every tensor
 
 

@@ -1,73 +1,22 @@
 """The mark by which a loss finds the penalty of a run, and `with_penalty`, by which a backward finds a penalty.
 
-Both are identities with an autograd node. The node of a mark holds a `Run`. The graph of the run's penalty begins at
-raw and at dropped, before the mark, so there is no reference cycle, and the autograd graph owns the run. A loss that
-depends on a marked tensor has the node in its graph.
+Both are identities with an autograd node. The node of a mark holds a run: see `fastreg.ledger`. The graph of the run's
+penalty begins at raw and at dropped, before the mark, so there is no reference cycle, and the autograd graph owns the
+run. A loss that depends on a marked tensor has the node in its graph.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.arguments import check_coefficient, check_tensor
-from fastreg.problem import ARTAR, Coefficient
-from fastreg.torch_state import untraced, version_of
-
-
-@dataclass(eq=False)
-class Run:
-    """Describe one run of an attached module.
-
-    Attributes:
-        raw: a weak reference to the module's output, or to the rows of a `PackedSequence`.
-        version: the version of raw when the module returned it.
-        shape: the shape of raw.
-        packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
-        masks: the masks of valid steps and of starts, by their names; each may be `None`.
-        attachment: the attachment of the module; each backward through a marked tensor calls its `passed(run)`.
-        again: whether activation checkpointing runs the forward again, in a backward.
-        given: alpha and beta of the regularizer.
-        stamps: the stamps of alpha and beta at the time when the module ran.
-        terms: the penalty and its terms, until a loss takes them; `None` before the dropout has run.
-        marked: whether a loss can find the run.
-    """
-
-    raw: Callable[[], Any]
-    version: int
-    shape: torch.Size
-    packed: PackedSequence | None
-    masks: dict[str, Any]
-    attachment: Any
-    again: bool
-    given: tuple[Coefficient, Coefficient]
-    terms: ARTAR | None = None
-    marked: bool = False
-
-    def __post_init__(self) -> None:
-        self.stamps = stamps_of(self.given)
-
-    def coefficients(self) -> Any:
-        """Return alpha and beta on the device of raw, which has to be alive."""
-        return [x.to(self.raw().device) if isinstance(x, Tensor) else x for x in self.given]
-
-    def take(self) -> Any:
-        """Return the penalty and its terms, once."""
-        terms, self.terms = self.terms, None
-        return terms
-
-
-def stamps_of(coefficients: Iterable[Coefficient]) -> list[Any]:
-    """Return values that change when a coefficient is replaced, or is a tensor and changed in place."""
-    return [(id(x), version_of(x)) if isinstance(x, Tensor) else x for x in coefficients]
+from fastreg.problem import Coefficient
 
 
 class FastregAttach(Function):  # PyTorch's error for a change in place shows this name
@@ -78,32 +27,23 @@ class FastregAttach(Function):  # PyTorch's error for a change in place shows th
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, as_views: Sequence[bool], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, run: Any, as_views: Sequence[bool], *tensors: Tensor) -> Any:
         ctx.run = run
         return tuple([x.view_as(x) if as_view else x.detach() for x, as_view in zip(tensors, as_views, strict=True)])
 
     @staticmethod
-    @untraced
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.run.attachment.passed(ctx.run)
+        ledger = ctx.run.attachment.ledger
+        if ledger.backwards is not None:
+            ledger.passed(ctx.run, ctx)
         return None, None, *gradients
 
 
-# `Function.apply` without its part for transforms of torch.func, under which nothing is marked. This saves 3 us.
-_apply: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
-_Node: Any = type(_apply(None, [True], torch.zeros((), requires_grad=True))[0].grad_fn)
-
-
-def mark(run: Run, tensors: Sequence[Tensor], as_views: Sequence[bool]) -> Sequence[Tensor]:
-    """Return tensors as outputs of a node that holds a run.
-
-    Args:
-        run: the run to which the tensors belong.
-        tensors: tensors that need gradients.
-        as_views: for each tensor, whether its result is a view; otherwise the result may be changed in place.
-    """
-    run.marked = True
-    return _apply(run, as_views, *tensors)
+# `mark(run, as_views, *tensors)` returns tensors that need gradients as outputs of a node that holds a run. `as_views`
+# says for each tensor whether the output is a view; otherwise it may be changed in place. This is `Function.apply`
+# without its part for transforms of torch.func, under which nothing is marked, and saves 3 us.
+mark: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
+_Node: Any = type(mark(None, [True], torch.zeros((), requires_grad=True))[0].grad_fn)
 
 
 def is_marked(x: Tensor) -> bool:
@@ -111,27 +51,42 @@ def is_marked(x: Tensor) -> bool:
     return type(x.grad_fn) is _Node
 
 
-def reached(loss: Tensor, runs: Iterable[Run]) -> list[Run]:
-    """Return the runs on which a loss depends, among the given runs.
-
-    The search of the graph is breadth first, and ends when all runs are found.
-    """
-    left, found, seen = {*runs}, [], {None}
-    queue: deque[Any] = deque([loss.grad_fn])
-    while queue and left:
+def before(node: Any) -> Iterator[Any]:
+    """Yield the nodes of the graph from a node on towards the leaves, breadth first."""
+    queue, seen = deque([node]), {None}
+    while queue:
         node = queue.popleft()
         if node not in seen:
             seen.add(node)
-            if type(node) is _Node and node.run in left:
-                left.remove(node.run)
-                found.append(node.run)
-            queue.extend([following for following, _ in node.next_functions])
+            yield node
+            for following, _ in node.next_functions:  # a comprehension takes longer
+                queue.append(following)
+
+
+def reached(loss: Tensor, runs: Iterable[Any]) -> list[Any]:
+    """Return the runs on which a loss depends, among the given runs.
+
+    The search of the graph ends when all runs are found.
+    """
+    left, found = {*runs}, []
+    for node in before(loss.grad_fn) if left else ():
+        if type(node) is _Node and node.run in left:
+            left.remove(node.run)
+            found.append(node.run)
+            if not left:
+                break
     return found
 
 
-def total(formed: Iterable[ARTAR], device: torch.device) -> ARTAR:
-    """Add up the penalties and terms of runs, which may be on several devices."""
-    return ARTAR(*[reduce(torch.add, [x.to(device) for x in xs]) for xs in zip(*formed, strict=True)])
+def leaf_before(node: Any) -> Any:
+    """Return the first node that accumulates the gradient of a parameter, or else of any leaf; `None` without one."""
+    leaf = None
+    for x in before(node):
+        if hasattr(x, "variable"):
+            leaf = x
+            if isinstance(x.variable, nn.Parameter):
+                break
+    return leaf
 
 
 class _WithPenalty(Function):
@@ -181,5 +136,6 @@ def with_penalty(x: Tensor, penalty: Tensor, scale: Coefficient = 1.0) -> Tensor
     check_coefficient("scale", scale)
     if not (torch.is_grad_enabled() and penalty.requires_grad):
         return x
-    gradient = torch.as_tensor(scale, dtype=penalty.dtype, device=penalty.device).detach().clone()
+    # A copy of the scale that is of the penalty's kind, such as a DTensor
+    gradient = torch.ones_like(penalty.detach()).mul_(scale.to(penalty.device) if isinstance(scale, Tensor) else scale)
     return _WithPenalty.apply(x, penalty, gradient)  # pyright: ignore[reportReturnType]

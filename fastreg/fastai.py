@@ -71,7 +71,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
     epoch's training batches, weighted by batch size. The first three arguments are attributes that may change between
-    batches.
+    batches. The first training step prints what was taken for what in the named modules.
 
     fastai's `RNNCallback` captures the activations. If a model returns only its output, name its modules by `rnn` and
     `dropout`, and leave the `RNNCallback` out.
@@ -206,7 +206,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         if last is not None:  # a fit was cut off, of this learner or of another learner of the same model
             last._leave()
         LAST[id(model)] = self
-        self._handle = attach_at(self, model, of_batch(self.source, lambda: self.learn.xb))
+        self._handle = attach_at(self, model, of_batch(self.source, lambda: self.learn.xb), print)
 
     def _leave(self) -> None:
         """Restore the learning rate, and take the hooks off."""

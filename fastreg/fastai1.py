@@ -134,7 +134,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
     def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:
         self.batch = last_input if is_list(last_input) else [last_input]
         if train and not self.is_attached:  # after only a validation nothing would detach
-            self.attached = attach_at(self, self.learn.model, of_batch(self.source, lambda: self.batch))
+            self.attached = attach_at(self, self.learn.model, of_batch(self.source, lambda: self.batch), print)
             self.is_attached = True
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:

@@ -19,7 +19,8 @@ from fastreg.regularizer import RNNRegularizer
 from fastreg.source import Source, attach_at, check_paths, of_batch
 
 try:
-    Callback: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning").Callback
+    pl: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning")
+    Callback: Any = pl.Callback
 except ImportError as error:
     raise ImportError("fastreg.lightning: Lightning is not installed; pip install lightning") from error
 
@@ -90,7 +91,7 @@ class ActivationRegularization(Callback):
             pl_module.training_step = _RegularizedStep(pl_module)
         step = pl_module.training_step
         source = of_batch(self.source, lambda: [step.batch], _takes_more)
-        step.undo.enter_context(attach_at(self.regularizer, pl_module, source))
+        step.undo.enter_context(attach_at(self.regularizer, pl_module, source, pl.utilities.rank_zero_info))
         step.callbacks.append(self)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:

@@ -14,20 +14,19 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from numbers import Integral
 from typing import Any, Literal
-from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_coefficient, check_steps, check_time, shown, why_lost
-from fastreg.attachment import NO_GRADIENTS, Attachment, attachments_of
-from fastreg.carrier import Run, reached, total
+from fastreg.arguments import check_coefficient, check_steps, check_time, shown
+from fastreg.attachment import Attachment, attachments_of
+from fastreg.ledger import Ledger, total
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, place_of
 from fastreg.problem import ARTAR, Coefficient, is_list, layers_of, sizes_of
 from fastreg.source import Source
-from fastreg.torch_state import level_of_caller, untraced
+from fastreg.torch_state import level_of_caller
 
 
 class RNNRegularizer:
@@ -79,8 +78,7 @@ class RNNRegularizer:
 
     _has_layers = False  # whether `layers` was given; files of 0.3.0 lack this attribute
     _warned: tuple[str, ...] = ()  # the kinds of warnings that were given
-    _is_settled = False  # whether a penalty has got a gradient, or the lack of one was warned of
-    _first: WeakSet[Run] | None = None  # the runs at the first backward through an attached module
+    _ledger: Ledger | None = None  # the runs of attached modules; `None` before `attach`
 
     @shown("RNNRegularizer(alpha=2.0, beta=1.0)")
     def __init__(
@@ -101,15 +99,15 @@ class RNNRegularizer:
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
-        self._attached: list[Attachment] = []
 
     def __repr__(self) -> str:
         bptt = "" if self.bptt is None else f", bptt={self.bptt}"
-        return f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
+        own = f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
+        return "\n  ".join([own, *map(repr, self._ledger.sites if self._ledger else ())])
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no captures and no attachments."""
-        return self.__dict__ | {"_given": None, "_attached": [], "_warned": (), "_is_settled": False, "_first": None}
+        return self.__dict__ | {"_given": None, "_warned": (), "_ledger": None}
 
     def on_epoch_begin(self, model: object) -> None:
         """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture."""
@@ -156,7 +154,7 @@ class RNNRegularizer:
         """
         check_time(batch_first, time_dim)
         check_steps(lengths, valid, starts)
-        if self._attached:
+        if self._ledger is not None and self._ledger.sites:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
         if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
             items = f" of {', '.join(type(x).__name__ for x in output)}" if is_list(output) else ""
@@ -236,8 +234,8 @@ class RNNRegularizer:
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:  # the penalty would be added to each element
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
-            if self._attached:
-                formed = self._by_hooks(loss)
+            if self._ledger is not None and self._ledger.sites:
+                formed = self._ledger.take(loss)
             elif given is None:
                 raise RuntimeError(
                     "on_backward_begin: nothing was captured; call on_loss_begin(output) before it, in every step, or "
@@ -254,50 +252,6 @@ class RNNRegularizer:
         _, self.ar, self.tar = terms
         return terms
 
-    @untraced  # a compiler must not trace a search of the graph
-    def _by_hooks(self, loss: Tensor) -> list[ARTAR]:
-        """Take the penalties of the runs of attached modules on which a loss depends; in evaluation there are none."""
-        attached, formed = self._attached, []
-        runs = [run for x in attached for run in x.runs if run.marked]
-        alive = [run for run in runs if run.terms is not None]
-        found = reached(loss, alive)
-        for attachment in attached:
-            formed += [run.take() for run in attachment.chosen(found, (self.alpha, self.beta))]
-        for terms in () if self._is_settled else formed:
-            if terms.penalty.requires_grad:
-                terms.penalty.register_hook(self._note)
-            else:  # nothing can be lost, as with coefficients of 0
-                self._is_settled = True
-        if found or (formed and not alive) or not any(attachment.source.module.training for attachment in attached):
-            return formed
-        without = [x.names[0] for x in attached if x.without_gradients]
-        if without:
-            if not loss.requires_grad:
-                return []
-            raise RuntimeError(f"on_backward_begin: {NO_GRADIENTS.format(without[0])}")
-        names = ", ".join(dict.fromkeys(x.names[0] for x in attached))
-        why = why_lost(names, len(reached(loss, runs)), len(alive))
-        raise RuntimeError(f"on_backward_begin: nothing was captured: {why}")
-
-    def _note(self, gradient: Tensor | None) -> None:
-        """Note that a penalty has got a gradient; an unused penalty of a fused dropout gets `None` instead."""
-        if gradient is not None:
-            self._is_settled = True
-
-    def passed(self, run: Run) -> None:
-        """Warn if the backwards of two steps run through attached modules, and no penalty has ever got a gradient."""
-        if self._is_settled:
-            return
-        if self._first is None:
-            self._first = WeakSet([run, *[other for attachment in self._attached for other in attachment.runs]])
-        elif run not in self._first:
-            self._is_settled = True  # warn once
-            warnings.warn(
-                f"attach: a second backward runs through the output of the attached {run.attachment.names[0]}, and no "
-                "penalty had a gradient: call loss = regularizer.on_backward_begin(loss), and then loss.backward()",
-                stacklevel=level_of_caller(),
-            )
-
     def _warn_once(self, kind: str, message: str) -> None:
         """Give a warning about `on_loss_begin`, unless one of the same kind was given."""
         if kind not in self._warned:
@@ -307,8 +261,8 @@ class RNNRegularizer:
     def clear(self) -> None:
         """Drop any capture, as `on_epoch_begin` does; after a failed step this frees activations early."""
         self._given = None
-        for attachment in self._attached:
-            attachment.clear()
+        if self._ledger is not None:
+            self._ledger.clear()
 
     def attach(
         self,
@@ -374,12 +328,9 @@ class RNNRegularizer:
                 f"module: the {type(module).__name__} is attached already, and its penalty would count twice; remove() "
                 "its handle first. If the handle is lost, delete the regularizer that attached it, and so its hooks"
             )
-        self._attached.append(Attachment(self, source))
-        return self._attached[-1]
-
-    def forget(self, attachment: Attachment) -> None:
-        """Leave an attachment out from now on; `attachment.remove()` calls this after it has taken its hooks off."""
-        self._attached.remove(attachment)
+        if self._ledger is None:
+            self._ledger = Ledger(self)
+        return Attachment(self._ledger, source)
 
     def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:
         """Scale the learning rate of every group by `seq_len / bptt` in a `with` block, and restore it at the end.

@@ -111,8 +111,9 @@ class Source:
         if self.output is not None:
             raw, expected, advice = self.output(result), "output: expected the callable to pick", ""
         else:
-            # Asking a tensor for an attribute that it lacks takes long.
-            raw = result if type(result) is Tensor else getattr(result, "last_hidden_state", result)
+            # Asking a tensor for an attribute that it lacks takes long, and a dictionary may take it for an item.
+            ask: Any = dict.get if isinstance(result, dict) else getattr
+            raw = result if type(result) is Tensor else ask(result, "last_hidden_state", result)
             raw = next(iter(raw), raw) if is_list(raw) else raw
             expected = f"attach: expected the {name} to return"
             advice = "; return it first in a tuple or as last_hidden_state, or pick it by attach(..., output=...)"
@@ -139,8 +140,7 @@ class Source:
             RuntimeError: a function has raised an error, which is the cause of this one.
             TypeError: a function has returned neither a tensor nor `None`.
         """
-        functions = {"valid": self.valid, "starts": self.starts}
-        return {name: None if x is None else _mask(name, x, args, kwargs) for name, x in functions.items()}
+        return {"valid": _mask("valid", self.valid, args, kwargs), "starts": _mask("starts", self.starts, args, kwargs)}
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def check_no_coefficients(options: Collection[str]) -> None:
             )
 
 
-def attach_at(regularizer: Any, model: Any, source: Source, layout: bool | None = None) -> ExitStack:
+def attach_at(regularizer: Any, model: Any, source: Source, say: Any = None, layout: bool | None = None) -> ExitStack:
     """Attach a regularizer to all modules at the paths of a source, until the returned stack is closed.
 
     If an error occurs, no module stays attached.
@@ -231,6 +231,7 @@ def attach_at(regularizer: Any, model: Any, source: Source, layout: bool | None 
         regularizer: an `RNNRegularizer`.
         model: the model.
         source: the source, which names modules by their paths; nothing is attached if it names none.
+        say: a function that is called once, at the first loss, with a line on each module: what is taken for what.
         layout: the `batch_first` of a module that does not show it.
 
     Raises:
@@ -247,14 +248,15 @@ def attach_at(regularizer: Any, model: Any, source: Source, layout: bool | None 
         for rnn, path in zip(rnns, dropouts, strict=True):
             dropout = path
             if isinstance(path, Swap):
-                dropout = path.into(model, attached)
+                dropout, path = path.into(model, attached), path.path
             elif path is not None:
                 dropout = _module_at(model, "dropout", path)
             module = _module_at(model, "rnn", rnn)
             options = {"output": source.output, "valid": source.valid, "starts": source.starts}
             batch_first = source.batch_first
             options["batch_first"] = batch_first_of(module, layout) if batch_first is None else batch_first
-            attached.enter_context(regularizer.attach(module, dropout, **options))
+            handle = attached.enter_context(regularizer.attach(module, dropout, **options))
+            handle.paths, handle.say = (rnn, path), say
         return attached.pop_all()
 
 
@@ -278,13 +280,15 @@ def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:
     )
 
 
-def _mask(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Tensor | None:
-    """Call the function given as `valid` or `starts`, and check its result.
+def _mask(name: str, function: Callable[..., Any] | None, args: Sequence[Any], kwargs: Any) -> Tensor | None:
+    """Call the function given as `valid` or `starts`, and check its result; return `None` without a function.
 
     Raises:
         MaskError: the function has raised an error.
         TypeError: the function has returned neither a tensor nor `None`.
     """
+    if function is None:
+        return None
     try:
         mask = function(*args, **kwargs)
     except MaskError:  # an adapter has already called the same function with the batch

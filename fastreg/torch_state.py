@@ -38,6 +38,8 @@ compiler_of_frames: Callable[[], Any] = _private("_C._dynamo.eval_frame.get_eval
 _disable: Callable[[Any], Any] = _private("_disable_dynamo", torch.compiler.disable)
 for _name in ("autograd.forward_ad._current_level", "compiler._is_exporting_flag"):  # values, which change
     _private(_name, None)
+# It tells whether a backward accumulates gradients into a leaf; where it is missing, backwards are only counted.
+will_execute: Callable[[Any], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 def level_of_caller() -> int:
@@ -106,6 +108,21 @@ def is_memory(x: Tensor) -> bool:
         or _is_zeros(x)  # a tensor of zeros may have no memory
         or not _has_storage(x)  # a wrapper of functorch has no memory
     )
+
+
+def address_of(x: Tensor) -> Any:
+    """Return where the memory of a tensor starts, or `None` for a subclass that may have no memory of its own."""
+    if type(x) is not Tensor and type(x := plain(x)) is not Tensor:
+        return None
+    return x.data_ptr() - x.storage_offset() * x.itemsize  # to ask the storage takes longer
+
+
+def accumulates(leaf: Any) -> bool:
+    """Return whether the present backward accumulates a gradient into a leaf, given by its node; `None` is no leaf."""
+    try:
+        return leaf is not None and (will_execute is None or will_execute(leaf))
+    except RuntimeError:  # `torch.autograd.grad` returns the gradient of this leaf
+        return False
 
 
 def version_of(x: Tensor) -> int:

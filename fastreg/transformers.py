@@ -26,6 +26,7 @@ from fastreg.source import Source, attach_at, check_paths, of_batch
 try:
     Trainer: Any = import_module("transformers").Trainer
     find_batch_size: Any = import_module("transformers.trainer_pt_utils").find_batch_size
+    log: Any = import_module("accelerate.logging").get_logger("transformers.trainer")  # of the first process
 except ImportError as error:
     message = "fastreg.transformers: transformers does not work here; pip install transformers accelerate"
     raise ImportError(message) from error
@@ -142,7 +143,9 @@ class RegularizedTrainer(Trainer):
 
     def _attached(self, batch: Any = None) -> ExitStack:
         """Attach to the modules until the returned stack is closed, with the masks of a batch."""
-        return attach_at(self.regularizer, _inner(self.model), of_batch(self.source, lambda: [batch]), layout=True)
+        return attach_at(
+            self.regularizer, _inner(self.model), of_batch(self.source, lambda: [batch]), log.warning, True
+        )
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, because the `Trainer` removes it from the batches."""

@@ -10,6 +10,7 @@ import collections.abc
 import functools
 import gc
 import os
+import re
 import sys
 import tempfile
 import types
@@ -107,6 +108,15 @@ def test_trains_the_stock_weights(coefficients: tuple[float, float], dropout: bo
     assert all(gap(stock(*coefficients), stock(*x)) > 1e-3 for x in COEFFICIENTS if x != coefficients)
     assert now.ar > 0 < now.tar
     assert (kinds == {FusedRNNDropout}) == dropout
+
+
+def test_a_fit_prints_once_what_is_taken_for_what(capsys: pytest.CaptureFixture[str]) -> None:
+    learn = fuse(learner(), dropout=True)
+    for _ in range(2):
+        trained(learn)
+    (shown,) = [line for line in capsys.readouterr().out.splitlines() if "raw" in line]
+    axes = "time .*, batch" if OLD else "batch .*, time"
+    assert re.fullmatch(rf"0 \(\w+\) -> 1\.output_dp \(FusedRNNDropout\): raw \(.*\) as {axes} .*; no mask.*", shown)
 
 
 @pytest.mark.skipif(release == "1.0.36", reason="its mixed precision halves the token ids, too")

@@ -1,8 +1,9 @@
 """Random sequences of training steps with `attach`, compared with plain PyTorch in float64.
 
 `python -m tests.sequences --seed 0 --count 2000` plays 2,000 sequences. It prints the seed and the events of each in
-which a loss, AR, TAR or a gradient is wrong, an error comes that the documentation does not announce, or an announced
-error does not come. At the end it prints how often each kind of event was played.
+which a loss, AR, TAR or a gradient is wrong, an error or a warning comes that the documentation does not announce, or
+one that it announces does not come. At the end it prints how often each kind of event was played, and how often each
+row of the table of outcomes was hit.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer
+from fastreg.ledger import OUTCOMES
 from tests.language_model import Elementwise, Locked, Loop, Wrapper
 from tests.random_calls import play_all
 
@@ -99,17 +101,30 @@ class Run:
     identity: Any  # the coefficients, or an object that stands for tensors in their present state
     terms: Any = None  # AR and TAR, once dropped is computed
     marked: bool = False  # whether a loss can depend on a tensor that is marked for the run
-    taken: bool = False  # by a loss
+    state: str = ""  # "taken" by a loss, or "dropped"
+
+    def can_be_lost(self) -> bool:
+        """Return whether the penalty needs a gradient, and is not 0 for certain."""
+        return self.raw.requires_grad and (any(self.coefficients) or self.identity is not self.coefficients)
 
 
 class ByHand:
-    """Follow the documentation of `attach` by hooks in plain PyTorch, and find the runs that count.
+    """Follow the documentation of `attach` by hooks in plain PyTorch, and find the outcome of each loss.
 
     The runs since the last `clear` are in order; a marked tensor's node leads to its run.
+
+    Attributes:
+        called: the modules that were called in training since the last loss.
+        without: whether a module was called in training without gradients since the last `clear`.
+        noted: what is warned of once: a module and a case.
+        backwards: the number of backwards in which a penalty could have got a gradient; `None` once one has got it, or
+            the lack of one was warned of.
     """
 
     def __init__(self, play: Play, net: Net) -> None:
         self.play, self.runs, self.marks = play, list[Run](), dict[Any, Run]()
+        self.called, self.without, self.noted = set[nn.Module](), False, set[Any]()
+        self.backwards: int | None = 0
         self.dropouts = dict(zip(net.layers, play.dropouts, strict=True))
         for module in {*net.layers}:
             module.register_forward_hook(self.after_module)
@@ -117,6 +132,9 @@ class ByHand:
             dropout.register_forward_hook(self.after_dropout)
 
     def after_module(self, module: nn.Module, args: Any, result: Any) -> Any:
+        if module.training:
+            self.called.add(module)
+            self.without = self.without or not torch.is_grad_enabled()
         if not (module.training and torch.is_grad_enabled() and module in self.dropouts):
             return None
         raw, state = result
@@ -150,23 +168,73 @@ class ByHand:
 
     def clear(self) -> None:
         for run in self.runs:
-            run.taken = True
-        self.runs = []
+            run.state = "dropped"
+        self.runs, self.without = [], False
+        self.called.clear()
 
-    def counted(self, loss: Tensor) -> list[Run]:
-        """Return the runs that count for a loss: those that it depends on, and the latest of frozen modules."""
+    def reached(self, loss: Tensor) -> list[Run]:
+        """Return the runs that are marked in the graph of a loss."""
         left, seen = list[Any]([loss.grad_fn]), set[Any]([None])
         while left:
             node = left.pop()
             if node not in seen:
                 seen.add(node)
                 left += [following for following, _ in node.next_functions]
-        reached = {run for node, run in self.marks.items() if node in seen}
-        found = [run for run in reached if not run.taken]
-        if not found and (reached or not all(run.taken for run in self.marks.values())):
-            return []  # it depends on no run, though there are some
+        return [*{run: None for node, run in self.marks.items() if node in seen}]
+
+    def outcome(self, loss: Tensor) -> tuple[str, list[Run]]:
+        """Return the case of a loss in the table of outcomes, and the runs that count."""
+        reached = self.reached(loss)
+        found = [run for run in reached if not run.state]
         latest = {run.module: run for run in self.runs}
-        return found + [run for run in latest.values() if not (run.marked or run.taken)]
+        constants = {run.module: run for run in latest.values() if not (run.marked or run.state)}
+        if any(run.terms is None for run in self.runs):
+            return "a dropout did not get raw", []
+        case = "the loss depends on runs"
+        if not found:
+            if any(run.state == "taken" for run in reached):
+                return "an earlier loss took the run", []
+            if not (self.called and self.called <= constants.keys()):
+                if self.without:
+                    return "a module ran without gradients" if loss.requires_grad else "the loss needs no gradient", []
+                left = any(not run.state for run in self.marks.values())
+                return "the loss depends on no run" if left else "there is no run", []
+            case = "only frozen modules ran"
+        counted = [*found, *constants.values()]
+        single = self.single(counted)
+        if any(run.identity != self.play.identity for run in counted):
+            case = "a coefficient changed"
+        elif max(single.values(), default=0) > 3:
+            case = "four runs over one step"
+        return case, counted
+
+    def single(self, counted: Sequence[Run]) -> Counter[nn.Module]:
+        """Count the runs of each module over one time step."""
+        return Counter(run.module for run in counted if run.raw.shape[int(self.play.batch_first)] == 1)
+
+    def warnings_of(self, counted: Sequence[Run]) -> list[str]:
+        """Return the cases that are warned of at a loss, each once."""
+        two = "two runs over one step"
+        cases = {(module, two) for module, count in self.single(counted).items() if count > 1}
+        cases |= {(None, "a module was never called")} if self.play.has_idle else set()
+        new = cases - self.noted
+        self.noted |= new
+        return [case for _, case in new]
+
+    def passed(self, loss: Tensor, has_penalty: bool) -> list[str]:
+        """Follow a backward of a loss that accumulates gradients; return the case that is warned of.
+
+        Args:
+            loss: the loss.
+            has_penalty: whether a penalty gets a gradient that could be lost.
+        """
+        if self.backwards is not None:
+            self.backwards += any(run.can_be_lost() for run in self.reached(loss))
+            is_lost = self.backwards > 1 and not has_penalty
+            if has_penalty or is_lost:
+                self.backwards = None
+                return ["no penalty got a gradient"] * is_lost
+        return []
 
 
 @dataclass(eq=False)
@@ -207,7 +275,8 @@ class Play:
         self.compiled = drawn if compiles is None else compiles
         self.batch_first, self.keeps = draw.random() < 0.7, draw.random() < 0.6
         self.shared = draw.choice(["", "", "", "module", "dropout"]) if count > 1 else ""
-        self.frozen = draw.choices(["", "first", "all"], [8, 1, 1])[0]
+        self.frozen = draw.choices(["", "first", "all"], [7, 2, 1])[0]
+        self.has_idle, self.single = draw.random() < 0.1, draw.random() < 0.15 and not self.compiled
         self.kinds, self.dropouts = ([draw.choice([*names]) for _ in range(count)] for names in (KINDS, DROPOUTS))
         if self.shared:
             self.dropouts[-1] = self.dropouts[0]
@@ -238,7 +307,14 @@ class Play:
         for layer, at in {layer: i for i, layer in enumerate(self.net.layers)}.items():
             dropout = None if self.dropouts[at] in NOT_ATTACHED else self.net.dropouts[at]
             self.reg.attach(layer, dropout, **options)
+        if self.has_idle:
+            self.net.add_module("idle", idle := nn.GRU(1, 1).requires_grad_(False))
+            self.reg.attach(idle)
         self.change_coefficients()
+        if draw.random() < 0.15:
+            self.coefficients, self.reg.alpha, self.reg.beta = (0.0, 0.0), 0.0, 0.0
+            self.identity = self.coefficients
+            self.note("a warm-up from 0")
         self.by_hand = ByHand(self, self.plain)
 
     def compile(self) -> None:
@@ -285,16 +361,25 @@ class Play:
     # The events of a step
 
     @contextmanager
-    def announced(self, reason: str) -> Iterator[None]:
-        """Check that the block raises the error that the documentation announces, if there is a reason for one."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not (reason and re.search("(?i)attach|on_backward_begin", str(error))):
-                raise
-            self.note(f"refused: {reason}")
-            raise Refused from error
-        assert not reason, f"no error: {reason}"
+    def announced(self, message: str, cases: Sequence[str] = ()) -> Iterator[None]:
+        """Check that the block raises the error that the documentation announces, or gives the warnings of these cases.
+
+        Args:
+            message: the message of the error; empty for none.
+            cases: the cases that are warned of.
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", "attach|FusedRNNDropout|on_backward_begin")
+            try:
+                yield
+            except RuntimeError as error:
+                if not (message and re.fullmatch(pattern(message), str(error))):
+                    raise
+                raise Refused from error
+        assert not message, f"no error: {message}"
+        found = [case for x in caught for case in OUTCOMES if re.fullmatch(pattern(OUTCOMES[case]), str(x.message))]
+        assert sorted(found) == sorted(cases), f"warnings: {[str(x.message) for x in caught]} instead of {cases}"
+        self.counts.update(f"outcome: {case}" for case in cases)
 
     def input(self, steps: int) -> Tensor:
         return torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN).double()
@@ -303,7 +388,8 @@ class Play:
         """Run the net of each side with the same input and the same masks of dropout."""
         draw, carried = self.draw, self.carried() if carries else None
         kind = kind or draw.choices(["train", "no gradients", "evaluation"], [10, 1, 1])[0]
-        x, event, at = self.input(3 if self.compiled else draw.randint(2, 6)), "", draw.randrange(len(self.kinds))
+        steps = 3 if self.compiled else 1 if self.single and draw.random() < 0.8 else draw.randint(2, 6)
+        x, event, at = self.input(steps), "", draw.randrange(len(self.kinds))
         if kind == "train":
             some = 2 if self.compiled else 4 if self.dropouts[at] in NOT_ATTACHED else None
             event = draw.choices([*EVENTS][:some], [*EVENTS.values()][:some])[0]
@@ -315,7 +401,7 @@ class Play:
             torch.manual_seed(seed)
             given = x, carried and carried[i], "" if i and "checkpointed" in event else event, at
             through = partial(checkpoint, net, use_reentrant=False) if "the net" in event and not i else net
-            with torch.set_grad_enabled(kind != "no gradients"), self.announced(event * ("twice" in event and not i)):
+            with torch.set_grad_enabled(kind != "no gradients"), self.announced(TWICE * ("twice" in event and not i)):
                 results.append(through(*given))
             module.train()
         self.last = Call(kind, results, self.by_hand.runs[before:])
@@ -340,14 +426,15 @@ class Play:
         return states
 
     def candidates(self) -> list[Call]:
-        return [call for call in self.calls if call.kind == "train" and any(not run.taken for run in call.runs)]
+        return [call for call in self.calls if call.kind == "train" and any(not run.state for run in call.runs)]
 
     def loss(self) -> Loss:
         """Return a loss on calls, most often on those that no loss has taken."""
         draw, parts = self.draw, list[Any]()
         calls = self.candidates() if draw.random() < 0.9 else self.calls
         calls = calls or self.calls
-        for call in draw.sample(calls, draw.randint(1, len(calls))):
+        count = len(calls) if self.single and draw.random() < 0.5 else draw.randint(1, len(calls))
+        for call in draw.sample(calls, count):
             names = [name for name, x in call.tensors(1).items() if x.requires_grad]
             names = names if draw.random() < 0.4 else [name for name in names if name == "out"]
             if names:
@@ -366,14 +453,14 @@ class Play:
         if not loss:
             return
         losses = [total_of(loss, side) for side in (0, 1)]
-        counted = by_hand.counted(losses[1])
-        hows = ["plain"] * 3 + ["twice", "gradients of raw", "second"]
+        if draw.random() < 0.1:  # a loss that depends on no run
+            loss, losses = [], [net.decoder.bias.square().sum() for net in self.nets]
+        case, counted = by_hand.outcome(losses[1])
+        hows = ["plain"] * 3 + ["twice", "second"] + ["gradients of raw"] * bool(loss)
         how = draw.choice(hows + ["alone"] * any(run.marked for run in counted))
         self.note(f"backward: {how}", f"of {len(counted)} runs{', graph kept' * keeps_graph}")
-        reason = "coefficients changed" * any(run.identity != self.identity for run in counted) if counted else "no run"
-        if any(run.terms is None for run in by_hand.runs):
-            reason = "a dropout did not get raw"
-        with self.announced(reason):
+        self.note(f"outcome: {case}")
+        with self.announced(OUTCOMES[case], [] if OUTCOMES[case] else by_hand.warnings_of(counted)):
             if how != "alone" and draw.random() < 0.5:
                 total = self.reg.on_backward_begin(losses[0])
             else:
@@ -384,31 +471,60 @@ class Play:
         want = want if how == "alone" else losses[1] + want
         self.compare("the loss, AR and TAR", [total, self.reg.ar, self.reg.tar], [want, ar, tar])
         for run in counted:
-            run.taken = True
-        self.backward(loss, [total, want], how, keeps_graph)
+            run.state = "taken"
+        by_hand.called.clear()
+        self.backward(loss, [total, want], how, keeps_graph, counted)
         if not keeps_graph:
             self.drop("the graph is freed")
 
-    def backward(self, loss: Loss, totals: Sequence[Tensor], how: str, keeps_graph: bool) -> None:
+    def backward(
+        self, loss: Loss, totals: Sequence[Tensor], how: str, keeps_graph: bool, counted: Sequence[Run] = ()
+    ) -> None:
         """Make a backward on each side, in one of many ways, and compare the gradients."""
+        has_penalty = any(run.can_be_lost() for run in counted)
         if how == "gradients of raw":  # and of other tensors that the net returned, which attach may have marked
             names = [(call, name) for call, *_ in loss for name, x in call.tensors(1).items() if x.requires_grad]
             both = [[call.tensors(side)[name] for call, name in names] for side in (0, 1)]
             options: Any = {"retain_graph": True, "allow_unused": True}
             gradients = [torch.autograd.grad(x, xs, **options) for x, xs in zip(totals, both, strict=True)]
             self.compare("the gradients of activations", *gradients)
+            self.by_hand.backwards = None if has_penalty else self.by_hand.backwards
         if self.draw.random() < 0.1:
             self.change_coefficients("numbers", "tensors")  # the coefficients of the forward count
         for keeps in [True, keeps_graph] if how == "twice" else [keeps_graph]:
+            if how == "second" and has_penalty:  # already in the first derivatives
+                self.by_hand.backwards = None
+            cases = self.by_hand.passed(totals[1], has_penalty)
             for net, x in zip(self.nets, totals, strict=True):
-                if how == "second":
-                    first = torch.autograd.grad(x, parameters(net), create_graph=True, allow_unused=True)
-                    x = torch.stack([y.square().sum() for y in first if y is not None]).sum()
-                if x.requires_grad:
-                    x.backward(retain_graph=keeps, inputs=parameters(net))
+                with self.announced("", cases if net is self.net else []):
+                    if how == "second":
+                        first = torch.autograd.grad(x, parameters(net), create_graph=True, allow_unused=True)
+                        x = torch.stack([y.square().sum() for y in first if y is not None]).sum()
+                    if x.requires_grad:
+                        x.backward(retain_graph=keeps, inputs=parameters(net))
         self.compare("the gradients", *([x.grad for x in parameters(net)] for net in self.nets))
         for net in self.nets:
             net.zero_grad()
+
+    def forget(self) -> None:
+        """Make a backward of a loss without its penalty, as if `on_backward_begin` was forgotten."""
+        loss = self.loss() if self.calls else []
+        if loss:
+            self.note("backward without the penalty")
+            self.backward(loss, [total_of(loss, side) for side in (0, 1)], "plain", True)
+
+    def attack(self) -> None:
+        """Differentiate a loss without its penalty by what the net returned and by parameters, as an attack does."""
+        loss = self.loss() if self.calls else []
+        for _ in range(3 * bool(loss)):
+            self.note("gradients without the penalty")
+            results = []
+            for side, net in enumerate(self.nets):
+                by = [loss[0][0].tensors(side)[loss[0][1]], *parameters(net)]
+                options: Any = {"retain_graph": True, "allow_unused": True}
+                with self.announced(""):
+                    results.append(torch.autograd.grad(total_of(loss, side), by, **options))
+            self.compare("the gradients of an attack", *results)
 
     def evaluate(self) -> None:
         """Check that evaluation adds nothing, nor does a loss without gradients."""
@@ -418,6 +534,8 @@ class Play:
         call = self.run(kind, carries=False)
         self.net.train(kind != "evaluation")
         loss = call.results[0][0].square().mean()
+        outcome = "all modules are in evaluation" if kind == "evaluation" else "the loss needs no gradient"
+        self.note(f"outcome: {outcome}")
         assert self.reg.on_backward_begin(loss) is loss, kind
         assert self.reg.take(loss) is None, kind
         self.net.train()
@@ -432,7 +550,7 @@ class Play:
         with torch.no_grad():
             for x in self.net.parameters():
                 x += 0.1 * torch.randn_like(x)
-        self.plain.load_state_dict(self.net.state_dict())
+        self.plain.load_state_dict(self.net.state_dict(), strict=False)  # without the module that is never called
         self.drop("a step of the optimizer")
         if self.draw.random() < 0.5:
             self.change_coefficients()
@@ -450,8 +568,14 @@ class Play:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "attach|FusedRNNDropout|on_backward_begin")
             for _ in range(events):
-                weights = {self.run: 6, self.regularize: 6, self.train_step: 2, self.evaluate: 1, self.clear: 0.3}
-                weights |= {self.change_coefficients: 1}
+                weights = {
+                    self.run: 12 if self.single else 6,
+                    self.regularize: 6,
+                    self.train_step: 2,
+                    self.evaluate: 1,
+                    self.clear: 0.3,
+                }
+                weights |= {self.change_coefficients: 1, self.forget: 1, self.attack: 0.5}
                 self.event(self.draw.choices([*weights], [*weights.values()])[0])
             self.event(self.clear)
             self.event(self.regularize)
@@ -477,6 +601,14 @@ class Play:
         error = max(float((x - y).norm() / max(y.norm(), floor)) if x.ne(y).any() else 0.0 for x, y in pairs)
         self.counts["compared"] += 1
         assert error < 1e-9, f"{what}: relative error {error:.2g}"
+
+
+TWICE = "attach: the attached {} got the same output of the {} twice, and AR is defined for one dropped tensor; {}"
+
+
+def pattern(message: str) -> str:
+    """Return a regular expression of a message with fields."""
+    return re.sub(r"\\\{\w*\\\}", ".*", re.escape(message))
 
 
 def detached(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import copy
 import gc
 import warnings
 import weakref
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
@@ -128,6 +129,23 @@ class ModelOutput(dict):
         vars(self).update(items)
 
 
+class AttrDict(dict):
+    """A dictionary that takes a missing attribute for a missing item, and raises `KeyError`."""
+
+    __getattr__: Any = dict.__getitem__
+
+
+class Closed(OrderedDict):
+    """A dictionary whose items are given once."""
+
+    def __init__(self, **items: Any) -> None:
+        for name, x in items.items():
+            super().__setitem__(name, x)
+
+    def __setitem__(self, *_: Any) -> None:
+        raise TypeError("closed")
+
+
 CACHE = SimpleNamespace(keys=[torch.ones(2)])  # any object of the model
 Pair = namedtuple("Pair", "raw state")
 first, last = itemgetter(0), itemgetter(-1)
@@ -137,6 +155,18 @@ RETURNED: dict[str, tuple[Any, Callable[[Any], Tensor], Callable[[Any], Tensor],
     "lists": (lambda raw, state: [[raw], {"a": [state]}], lambda x: x[0][0], lambda x: x[1]["a"][0], lambda x: x[0][0]),
     "a named tuple": (Pair, attrgetter("raw"), attrgetter("state"), None),
     "a dictionary": (lambda raw, state: {"a": raw, "b": state}, itemgetter("a"), itemgetter("b"), itemgetter("a")),
+    "a dictionary with attributes": (
+        lambda raw, state: AttrDict(last_hidden_state=raw, b=AttrDict(c=state)),
+        attrgetter("last_hidden_state"),
+        lambda result: result.b.c,
+        None,
+    ),
+    "a closed dictionary": (
+        lambda raw, state: Closed(a=raw, b=state),
+        itemgetter("a"),
+        itemgetter("b"),
+        itemgetter("a"),
+    ),
     "picked": (lambda raw, state: (state, raw), last, first, last),
     "a model output": (
         lambda raw, state: ModelOutput(last_hidden_state=raw, hidden_states=(state, raw), cache=CACHE),
@@ -596,35 +626,50 @@ def backwards(model: Attached, count: int, step: Any = FORGOTTEN["not called"]) 
 
 @each_dropout
 @pytest.mark.parametrize("how", FORGOTTEN)
-def test_a_forgotten_penalty_is_warned_of_at_the_second_backward_and_once(how: str, dropout: Any) -> None:
+def test_a_forgotten_penalty_is_warned_of_at_the_end_of_the_second_backward_and_once(how: str, dropout: Any) -> None:
     model = Attached(nn.LSTM, dropout)
     assert backwards(model, 1, FORGOTTEN[how]) == []
     (message,) = backwards(model, 1, FORGOTTEN[how])
-    assert "second backward runs through the output of the attached LSTM" in message
+    assert "second backward has run through the output of the attached LSTM" in message
     assert "loss = regularizer.on_backward_begin(loss)" in message
     assert backwards(model, 3, FORGOTTEN[how]) == []
 
 
-def after_gradients(m: Attached) -> None:
-    """Differentiate an output several times before the loss."""
-    run = m(lm.inputs())
-    for _ in range(3):
-        torch.autograd.grad(run.loss, run.raw, retain_graph=True)
-    m.reg.on_backward_begin(run.loss).backward()
+def right(m: Attached, run: Any = None) -> None:
+    """Make a step as documented."""
+    m.reg.on_backward_begin((m(lm.inputs()) if run is None else run).loss).backward()
 
 
-def by_nothing(m: Attached) -> None:
-    """Add a penalty whose coefficients are 0."""
-    m.reg.alpha = m.reg.beta = 0.0
-    m.reg.on_backward_begin(m(lm.inputs()).loss).backward()
+def of(m: Attached, alpha: float, beta: float) -> Attached:
+    m.reg.alpha, m.reg.beta = alpha, beta
+    return m
+
+
+def attacked(m: Attached, differentiate: Callable[[Tensor, Tensor], Any], times: int) -> None:
+    """Differentiate losses by their inputs before the first step."""
+    for _ in range(times):
+        x = lm.inputs().requires_grad_()
+        differentiate(m(x).loss, x)
+    right(m)
+
+
+def one_backward(m: Attached) -> None:
+    """Make one backward through the marks of two modules and several runs, without the call."""
+    m.reg.attach(other := lm.gru())
+    (m(lm.inputs()).loss + m(lm.inputs()).loss + other(other(lm.inputs())[0])[0].sum()).backward()
+    right(m)
 
 
 NOT_FORGOTTEN: dict[str, Callable[[Attached], Any]] = {
-    "a loss was regularized": lambda m: m.reg.on_backward_begin(m(lm.inputs()).loss).backward(),
-    "gradients before the loss": after_gradients,
-    "coefficients of 0": by_nothing,
+    "a loss was regularized": right,
+    "attacks by autograd.grad": lambda m: attacked(m, torch.autograd.grad, 20),
+    "gradients of parameters": lambda m: attacked(m, lambda y, _: torch.autograd.grad(y, [*m.rnn.parameters()]), 20),
+    "attacks by backward(inputs)": lambda m: attacked(m, lambda y, x: y.backward(inputs=[x]), 20),
+    "an attack by backward()": lambda m: attacked(m, lambda y, _: y.backward(), 1),
+    "many marks in one backward": one_backward,
     "evaluation": lambda m: m.eval(),
     "frozen": freeze,
+    "coefficients of 0": lambda m: of(m, 0.0, 0.0),
     "removed": lambda m: (m(lm.inputs()), m.handle.remove()),  # a fused dropout that no regularizer has ever used warns
 }
 
@@ -636,7 +681,35 @@ def test_a_penalty_that_was_not_forgotten_is_not_warned_of(why: str, dropout: An
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         NOT_FORGOTTEN[why](model)
-    assert backwards(model, 3) == []
+    assert backwards(model, 100 if why == "coefficients of 0" else 3) == []
+
+
+@each_dropout
+@pytest.mark.parametrize("start", [lambda m: of(m, 0.0, 0.0), freeze], ids=["a warm-up from 0", "gradual unfreezing"])
+def test_a_start_without_gradients_of_the_penalty_decides_nothing(start: Any, dropout: Any) -> None:
+    model = start(Attached(nn.LSTM, dropout))
+    assert backwards(model, 3, right) == []
+    assert backwards(model, 1, FORGOTTEN["not called"]) == []
+    of(freeze(model, False), ALPHA, BETA)
+    assert [len(backwards(model, 1)) for _ in range(4)] == [0, 1, 0, 0]
+
+
+def test_a_trainer_that_attaches_in_each_step_is_warned_once() -> None:
+    model, found = Attached(), []
+    for _ in range(5):
+        model.handle.remove()
+        model.handle = model.reg.attach(model.rnn)
+        found.append(len(backwards(model, 1)))
+    assert found == [0, 1, 0, 0, 0]
+
+
+def test_without_a_function_of_pytorch_that_tells_an_attack_20_backwards_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fastreg.torch_state.will_execute", None)
+    monkeypatch.setattr("fastreg.ledger.ENOUGH", 20)
+    model = Attached()
+    assert [len(backwards(model, 19)), len(backwards(model, 1)), len(backwards(model, 21))] == [0, 1, 0]
 
 
 # Hooks
@@ -707,6 +780,61 @@ def test_a_forward_that_a_wrapper_has_made_an_attribute_stays() -> None:
         torch.testing.assert_close(reg.on_backward_begin(raw.sum()), raw.sum() + lm.formula(raw, raw, 1))
         assert vars(copy.copy(module))["forward"] is own
     assert vars(module)["forward"] is own
+
+
+# Tensors without memory of their own, and hooks that others move
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_states_without_memory_of_their_own_are_marked_as_views() -> None:
+    module = lm.Returning(lambda hidden: (hidden, TwoTensor(2 * hidden[:, -1], 3 * hidden[:, -1]), NESTED(hidden)))
+    reg = lm.regularizer()
+    reg.attach(module)
+    raw, state, nested = module(lm.inputs())
+    loss: Any = state.sum()
+    total: Any = reg.on_backward_begin(loss)
+    torch.testing.assert_close(total.a - loss.a, lm.formula(raw, raw, 1))
+    assert state._is_view()
+    assert nested.is_nested
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@each
+def test_an_attached_model_is_exported_in_training(kind: Any, dropout: Any) -> None:
+    class Model(Attached):
+        def forward(self, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x).loss
+
+    model = Model(kind, dropout)
+    torch.export.export(model, (lm.inputs(),), strict=False)
+    run = model.end(*model.begin(lm.inputs()))
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
+def test_hooks_that_are_registered_anew_without_keywords_are_an_error_in_training(dropout: Any) -> None:
+    """`torch.ao` does this with the modules that it puts in place of others."""
+    model, x = Attached(nn.GRU, dropout), lm.inputs()
+    for module, args in ((model.rnn, (x,)), (model.dropout, (model.rnn(x)[0],))):
+        twin = type(module)(HIDDEN, HIDDEN, batch_first=True) if module is model.rnn else nn.Dropout()
+        for hook in module._forward_pre_hooks.values():
+            twin.register_forward_pre_hook(hook)
+        for hook in module._forward_hooks.values():
+            twin.register_forward_hook(hook)
+        with pytest.raises(RuntimeError, match=rf"attach: this {type(twin).__name__} shares the hooks"):
+            twin(*args)
+        twin.eval()(*args)
+        with model.handle:
+            pass
+        twin.train()(*args)
+        model.handle = model.reg.attach(model.rnn, model.dropout)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_model_that_is_quantized_runs() -> None:
+    quantize = pytest.importorskip("torch.ao.quantization").quantize_dynamic
+    model = Attached(nn.LSTM, PLAIN).eval()
+    assert quantize(model, {nn.LSTM}, inplace=True).begin(lm.inputs())[1].shape == (BATCH, TIME, HIDDEN)
 
 
 # Copies and pickles
@@ -790,11 +918,16 @@ def test_attach_rejects(argument: str) -> None:
     assert not getattr(options.get("dropout"), "_forward_pre_hooks", None)
 
 
+NESTED: Any = lambda raw: torch.nested.as_nested_tensor([*raw], layout=torch.strided)  # noqa: E731
 RAISED = r".*lambda>\(Tensor\[3, 7, 6\]\) raised"
 WRONG = r"expected the Returning to return a tensor .* got {}; .*output="
 GIVEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "give None": ({"give": lambda raw: None}, TypeError, WRONG.format("NoneType")),
     "give a list": ({"give": lambda raw: ([raw], 0)}, TypeError, WRONG.format("list")),
+    "give a dictionary": ({"give": lambda raw: {"raw": raw}}, TypeError, WRONG.format("dict")),
+    "give a dictionary with attributes": ({"give": lambda raw: AttrDict(raw=raw)}, TypeError, WRONG.format("AttrDict")),
+    "give a nested tensor": ({"give": lambda raw: NESTED(raw)}, TypeError, "raw: expected a dense .* got nested"),
+    "give a nested state": ({"give": lambda raw: (raw[:, 0], NESTED(raw))}, ValueError, "from the Returning"),
     "give a step": ({"give": lambda raw: raw[:, 0]}, ValueError, r"from the Returning, got \(3, 6\)\. If this is one"),
     "output": ({"output": str}, TypeError, "output: .* callable to pick a tensor .* got str"),
     "valid": ({"valid": lambda x: 1}, TypeError, "valid: expected the callable .* None, got int"),
@@ -806,6 +939,7 @@ GIVEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("what", GIVEN)
 def test_a_step_rejects(what: str) -> None:
     (options, error, message), reg = GIVEN[what], lm.regularizer()

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from tests.conftest import gpu, more
 from tests.exact import check_dropout, check_penalty
 from tests.language_model import VOCABULARY, Triple, criterion, formula
@@ -135,6 +136,34 @@ def check_dtensors(placement: Any, batch_first: bool) -> None:
 )
 def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, in_both: Callable[..., None]) -> None:
     in_both(check_dtensors, placement, batch_first)
+
+
+class Spread(nn.Module):
+    """Return a tensor of any kind, and a state."""
+
+    def forward(self, x: Any) -> Any:
+        return 2 * x, x.sum(1)
+
+
+def check_attached_dtensors() -> None:
+    """Compare `attach` and `with_penalty` with one process."""
+    torch.manual_seed(0)
+    whole, results = torch.randn(5, 7, 3), []
+    for split in (torch.clone, partial(distribute_tensor, device_mesh=mesh(), placements=[Shard(0)])):
+        regularizer, module, x = RNNRegularizer(2.0, 1.0), Spread(), split(whole).requires_grad_()
+        with regularizer.attach(module, batch_first=True):
+            raw, state = module(x)
+            total: Any = regularizer.on_backward_begin(raw.sum() + state.sum())
+        gradients = [torch.autograd.grad(total, x)[0]]
+        for scale in (0.5, torch.tensor(0.5)):
+            penalty = fused_ar_tar(2 * x, 2 * x, 2.0, 1.0)
+            gradients += torch.autograd.grad(with_penalty(x + 0, penalty, scale).sum(), x)
+        results.append([total, *gradients])
+    assert_close([x.full_tensor() for x in results[1]], results[0])
+
+
+def test_attached_dtensors_and_with_penalty_of_a_dtensor(in_both: Callable[..., None]) -> None:
+    in_both(check_attached_dtensors)
 
 
 @gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -179,6 +180,14 @@ def test_modules_by_their_paths_and_masks_of_the_batch(masks: dict[str, Any]) ->
         assert gap(trained(learn), want) < 1e-5
         assert hooks_of(learn.model) == 0
     assert gap(trained(of(Model)), want) > 1e-4
+
+
+def test_a_fit_prints_once_what_is_taken_for_what(capsys: pytest.CaptureFixture[str]) -> None:
+    learn = of(Model, RNNRegularizer(ALPHA, BETA, **MASKS, **PATHS))
+    for _ in range(2):
+        trained(learn)
+    (shown,) = [line for line in capsys.readouterr().out.splitlines() if "raw" in line]
+    assert re.fullmatch(r"rnn \(LSTM\) -> dropout \(Dropout\): raw \(.*\) as batch .*; valid .*; starts .*", shown)
 
 
 def test_modules_in_evaluation_add_nothing() -> None:

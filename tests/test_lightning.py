@@ -262,6 +262,17 @@ def test_two_rnns_of_one_callback_or_of_two() -> None:
     assert_same_weights(module, written_out)
 
 
+def test_the_log_says_once_what_is_taken_for_what() -> None:
+    module, regularization = made(), callback()
+    with lm.messages_of("lightning.pytorch") as messages:
+        for _ in range(2):
+            fit(module, regularization)
+    (shown,) = [x for x in messages if "raw" in x]
+    assert shown.startswith(
+        "net.rnn (LSTM) -> net.dropout (Dropout): raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask"
+    )
+
+
 def test_a_copy_made_while_training_has_its_own_step() -> None:
     """An average of weights makes such a copy."""
 

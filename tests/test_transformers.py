@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -240,6 +241,15 @@ def test_logs() -> None:
         assert [x["loss"] for x in logged] == pytest.approx(losses.tolist(), abs=1e-4)
 
 
+def test_the_log_says_once_what_is_taken_for_what(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(transformers.logging.set_verbosity_error)
+    transformers.logging.set_verbosity_warning()  # the default
+    with lm.messages_of("transformers") as messages:
+        fit(mamba2, arguments(max_steps=3))
+    (shown,) = [x for x in messages if "raw" in x]
+    assert re.search(r"backbone\.layers\.1 \(Mamba2Block\): raw \(.*\) as batch \d+, time \d+, hidden \d+; .*", shown)
+
+
 def test_checkpoints() -> None:
     args = arguments(save_strategy="steps", save_steps=1, **IN_PARTS)
     whole, resumed = fit(mamba, args), trainer_of(mamba, args)
@@ -340,7 +350,7 @@ def test_coefficients_and_a_path_are_required() -> None:
     for given in ({"rnn": "rnn"}, {"rnn": "rnn", "alpha": 2.0}, {"alpha": 2.0, "beta": 1.0}):
         with pytest.raises(TypeError, match=written):
             RegularizedTrainer(LanguageModel(), arguments(), **given)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(TypeError, match="rnn: expected the attribute path of a module, .* got NoneType"):
+    with pytest.raises(TypeError, match=r"rnn: expected the attribute path of a module, .* got NoneType"):
         RegularizedTrainer(LanguageModel(), arguments(), alpha=2.0, beta=1.0, rnn=None)  # pyright: ignore
 
 
