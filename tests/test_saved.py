@@ -1,4 +1,4 @@
-"""Files that release 0.3.0 saved: see `tests/data/README.md`."""
+"""Files that earlier releases saved: see `tests/data/README.md`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import skip_without
+from tests.conftest import ROOT, skip_without
 from tests.language_model import check_gradients, formula, pickled
 
-DATA = Path(__file__).parent / "data"
+DATA = ROOT / "tests" / "data"
 penalty_of = partial(formula, time=-2)
 
 
-def load(name: str) -> Any:
-    return torch.load(DATA / name, weights_only=False)
+@pytest.fixture(params=["0.3.0", "0.4.0"])
+def saved(request: pytest.FixtureRequest) -> Path:
+    """Return the folder with the files of a release."""
+    return DATA / request.param
+
+
+def load(file: Path) -> Any:
+    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model_of_raw.pt"])
-def test_a_model_with_a_fused_dropout_trains(name: str) -> None:
-    model = load(name)
+def test_a_model_with_a_fused_dropout_trains(name: str, saved: Path) -> None:
+    model = load(saved / name)
     if name == "model.pt":
-        model.load_state_dict(torch.load(DATA / "state.pt"))
+        model.load_state_dict(torch.load(saved / "state.pt"))
     dropout = model["dropout"]
     assert dropout.take() is None  # the file holds no penalty
     raw, _ = model["rnn"](torch.randn(2, 5, 4))
@@ -38,17 +44,18 @@ def test_a_model_with_a_fused_dropout_trains(name: str) -> None:
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_model_that_was_attached_and_its_regularizer_attach_again(own: bool) -> None:
+def test_a_model_that_was_attached_and_its_regularizer_attach_again(own: bool, saved: Path) -> None:
     """The regularizer is an attribute of the model, or in another file, beside the terms of a step.
 
-    The release attached a regularizer with `layers`, too, so in its files `layers` is no argument that attach refuses.
+    Release 0.3.0 attached a regularizer with `layers`, too, which attach does not refuse if it comes from a file.
     """
-    model = load("attached.pt")
-    regularizer, terms = pickle.loads((DATA / "regularizer.pkl").read_bytes())
+    model = load(saved / "attached.pt")
+    regularizer, terms = pickle.loads((saved / "regularizer.pkl").read_bytes())
     assert (terms.ar, terms.tar) == (regularizer.ar, regularizer.tar)
     torch.testing.assert_close(terms.penalty, 2 * terms.ar + terms.tar)
     regularizer = model.regularizer if own else regularizer
-    assert str(regularizer) == "RNNRegularizer(alpha=2.0, beta=1.0, layers='all', bptt=5)"
+    layers = "'all'" if saved.name == "0.3.0" else "None"
+    assert str(regularizer) == f"RNNRegularizer(alpha=2.0, beta=1.0, layers={layers}, bptt=5)"
     regularizer = pickled(regularizer)  # a file of this release
     with pytest.raises(RuntimeError, match="nothing was captured"):  # the file holds no run
         regularizer.take(torch.zeros(()))
@@ -64,14 +71,14 @@ def test_a_model_that_was_attached_and_its_regularizer_attach_again(own: bool) -
 
 
 @pytest.mark.filterwarnings("ignore")  # fastai's own
-def test_an_exported_learner_predicts_and_trains() -> None:
+def test_an_exported_learner_predicts_and_trains(saved: Path) -> None:
     skip_without("fastai")
     from fastai.learner import load_learner
     from fastai.losses import CrossEntropyLossFlat
 
     from fastreg.fastai import fuse
 
-    learn = load_learner(DATA / "learner.pkl")
+    learn = load_learner(saved / "learner.pkl")
     decoded, *_ = learn.model.eval()(torch.arange(10).reshape(2, 5) % 7)
     assert decoded.shape == (2, 5, 7)
     learn.loss_func = CrossEntropyLossFlat()
