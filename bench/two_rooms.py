@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,11 @@ ROUNDS: dict[tuple[int, ...], int] = {(101,): 64, (102,): 12, (103, 104): 4}
 CHOICE_SEEDS = tuple(chain(*ROUNDS))
 FRESH_SEEDS = tuple(range(1, 11))
 STEPS = 1000
+COMPARISONS = {  # name -> whether there is a distractor, and the steps of the training
+    "the dot alone": (False, STEPS),
+    "with a distractor": (True, STEPS),
+    "the dot alone, 150 steps": (False, 150),
+}
 RECIPES = ROOT / "docs" / "recipes.md"
 BEGIN = "<!-- from bench/results/two_rooms.jsonl by python -m bench.two_rooms -->\n"
 METHOD = """\
@@ -41,8 +46,18 @@ chosen. There are 64 settings with TAR to choose from, and 16 without it.
 
 The table has the results of ten other seeds. A seed has the same first weights, training data and trials with all
 settings, which makes pairs: the gain of TAR is the mean difference to the setting with TAR. The distractor is a fainter
-dot of the same shape that no action moves; nothing is chosen anew for it. ±: the standard error of the mean.
+dot of the same shape that no action moves. The training of 150 steps was added later, to see whether a shorter training
+has the same effect as TAR. Nothing is chosen anew for these two. ±: the standard error of the mean.
 """
+
+
+class Job(NamedTuple):
+    """A training to do."""
+
+    weights: Weights
+    seed: int
+    distractor: bool = False
+    steps: int = STEPS
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,10 @@ class Run:
     def success(self) -> float:
         return (self.same_room + self.other_room) / 2
 
+    @property
+    def job(self) -> Job:
+        return Job(self.weights, self.seed, self.distractor, self.settings["steps"])
+
 
 def load(file: Path) -> list[Run]:
     """Read the runs of a file."""
@@ -68,12 +87,12 @@ def load(file: Path) -> list[Run]:
     return [Run(**record | {"weights": Weights(*record["weights"])}) for record in records]
 
 
-def settings() -> dict[str, Any]:
-    """Return the facts that all runs share."""
+def facts_of(steps: int) -> dict[str, Any]:
+    """Return the facts that runs of as many steps share."""
     names = "BATCH", "TIME", "SIZE", "LATENT", "SPEED", "DOOR", "NOISE", "AHEAD", "TRIALS", "LIMIT", "CLOSE"
     planner = "HORIZON", "CANDIDATES", "BEST", "ROUNDS"
     facts = {name.lower(): getattr(two_rooms, name) for name in (*names, *planner)}
-    return json.loads(json.dumps({"steps": STEPS} | facts))
+    return json.loads(json.dumps({"steps": steps} | facts))
 
 
 def ranked(runs: Iterable[Run], seeds: Collection[int]) -> tuple[list[Weights], list[Weights]]:
@@ -93,7 +112,7 @@ def chosen(runs: Iterable[Run]) -> dict[str, Weights]:
     return {"without TAR": tar._replace(beta=0.0), "with TAR": tar, "without TAR, weights chosen anew": plain}
 
 
-def jobs(file: Path) -> Iterator[tuple[Weights, int, bool]]:
+def jobs(file: Path) -> Iterator[Job]:
     """Generate all runs of the experiment; those of a round follow from the results of the rounds before it."""
     left = [Weights(variance, covariance, beta) for variance, covariance, beta in product(VICREG, VICREG, BETAS)]
     so_far: list[int] = []
@@ -101,47 +120,46 @@ def jobs(file: Path) -> Iterator[tuple[Weights, int, bool]]:
         if so_far:
             left = [weights for kind in ranked(load(file), so_far) for weights in kind[:count]]
         for seed, weights in product(seeds, left):
-            yield weights, seed, False
+            yield Job(weights, seed)
         so_far += seeds
-    for distractor, seed, weights in product((False, True), FRESH_SEEDS, chosen(load(file)).values()):
-        yield weights, seed, distractor
+    settings = chosen(load(file)).values()
+    for (distractor, steps), seed, weights in product(COMPARISONS.values(), FRESH_SEEDS, settings):
+        yield Job(weights, seed, distractor, steps)
 
 
 def run_all(file: Path) -> None:
     """Do the runs that the file lacks, and append each to it."""
-    done = {(run.weights, run.seed, run.distractor) for run in load(file)}
+    done = {run.job for run in load(file)}
     facts = machine.facts() | {"device": machine.processor_name()}  # even if there is a GPU
     for job in jobs(file):
         if job not in done:
             done.add(job)
-            weights, seed, distractor = job
-            model = two_rooms.train(weights, seed, STEPS, distractor)
-            same, other = (round(share, 4) for share in two_rooms.success(model, distractor))
-            run = Run(*job, same, other, settings(), facts)
+            model = two_rooms.train(job.weights, job.seed, job.steps, job.distractor)
+            same, other = (round(share, 4) for share in two_rooms.success(model, job.distractor))
+            run = Run(*job[:3], same, other, facts_of(job.steps), facts)
             with file.open("a") as lines:
                 lines.write(json.dumps(asdict(run)) + "\n")
-            print(f"{weights}, seed {seed}{', distractor' * distractor}: success {run.success:.3f}", flush=True)
+            print(f"{job}: success {run.success:.3f}", flush=True)
 
 
-def compared(runs: list[Run], weights: Weights, distractor: bool) -> list[Run]:
+def compared(runs: list[Run], weights: Weights, distractor: bool, steps: int) -> list[Run]:
     """Select the runs of a setting with the fresh seeds, in the order of the seeds."""
-    found = [run for run in runs if (run.weights, run.distractor) == (weights, distractor) and run.seed in FRESH_SEEDS]
-    return sorted(found, key=lambda run: run.seed)
+    found = {run.job: run for run in runs}
+    return [found[Job(weights, seed, distractor, steps)] for seed in FRESH_SEEDS]
 
 
 def summary(runs: list[Run]) -> str:
     """Render the comparison of the three settings."""
     rows = [["images", "setting", "variance, covariance, beta", "success", "same room", "other room", "gain of TAR"]]
     settings = chosen(runs)
-    for distractor in False, True:
-        tar = compared(runs, settings["with TAR"], distractor)
+    for images, (distractor, steps) in COMPARISONS.items():
+        tar = compared(runs, settings["with TAR"], distractor, steps)
         for name, weights in settings.items():
-            found = compared(runs, weights, distractor)
+            found = compared(runs, weights, distractor, steps)
             shares = ([getattr(run, share) for run in found] for share in ("success", "same_room", "other_room"))
             gains = [ours.success - run.success for ours, run in zip(tar, found, strict=True)]
             cells = [average(values, ".3f") for values in shares]
             gain = average(gains, "+.3f") if weights != settings["with TAR"] else ""
-            images = "with a distractor" if distractor else "the dot alone"
             rows.append([images, name, ", ".join(f"{weight:g}" for weight in weights), *cells, gain])
     return table(rows)
 

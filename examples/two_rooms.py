@@ -34,7 +34,7 @@ from fastreg import fused_ar_tar
 BATCH, TIME, SIZE, LATENT = 32, 17, 16, 16  # sequences, images in a sequence, pixels of a side, numbers of a latent
 SPEED, DOOR, NOISE = 0.1, (0.4, 0.6), 0.1  # longest way in a step, ends of the door, deviation of a pixel's noise
 AHEAD = 4  # steps that the predictor learns to look ahead
-HORIZON, CANDIDATES, BEST, ROUNDS = 12, 64, 8, 2  # the planner tries sequences of actions, and keeps the best, twice
+HORIZON, CANDIDATES, BEST, ROUNDS = 12, 64, 8, 2  # planner: steps, sequences that it tries, and keeps, and how often
 TRIALS, LIMIT, CLOSE = 200, 50, 0.08  # a trial succeeds if the dot is closer to the goal than CLOSE within LIMIT steps
 
 
@@ -46,9 +46,10 @@ class Weights(NamedTuple):
     beta: float
 
 
-SETTINGS = {
-    "without TAR": Weights(1.0, 1.0, 0.0),
-    "with TAR": Weights(1.0, 1.0, 10.0),
+SETTINGS = {  # as bench/two_rooms.py has chosen them; the first has the weights that are best with TAR
+    "without TAR": Weights(1.0, 0.3, 0.0),
+    "with TAR": Weights(1.0, 0.3, 10.0),
+    "without TAR, weights chosen anew": Weights(0.03, 1.0, 0.0),
 }
 
 
@@ -77,7 +78,7 @@ def flights(count: int, steps: int) -> Tensor:
     return 1 - ((start + velocity * torch.arange(steps).view(-1, 1)) % 2 - 1).abs()
 
 
-def images(position: Tensor, distractor: Tensor | None) -> Tensor:
+def images(position: Tensor, distractor: Tensor | None = None, noise: float = NOISE) -> Tensor:
     """Return noisy images of the dot, flattened. A distractor has the same shape, and is a little fainter."""
 
     def dot(position: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def images(position: Tensor, distractor: Tensor | None) -> Tensor:
         return (near[..., 0, :, None] * near[..., 1, None, :]).flatten(-2)
 
     clean = dot(position) if distractor is None else dot(position) + 0.7 * dot(distractor)
-    return clean + NOISE * torch.randn_like(clean)
+    return clean + noise * torch.randn_like(clean)
 
 
 class WorldModel(nn.Module):
@@ -141,7 +142,7 @@ def train(
         optimizer.step()
         scheduler.step()
         if step % max(steps // 20, 1) == 0 or step == steps - 1:
-            told((step + 1) / steps, f"loss {loss:.3f}  ar {terms.ar:.3f}  tar {terms.tar:.4f}")
+            told((step + 1) / steps, f"loss {loss:.3f}, ar {terms.ar:.3f}, tar {terms.tar:.4f}")
     return model
 
 
@@ -185,9 +186,28 @@ def success(model: WorldModel, distractor: bool) -> tuple[float, float]:
     return done[~away].mean().item(), done[away].mean().item()
 
 
+@torch.no_grad()
+def plot(models: dict[str, WorldModel], file: str) -> None:
+    """Draw how far the latent of each position is from the latent of a goal: the planner makes this distance small."""
+    from matplotlib.figure import Figure
+
+    places = torch.linspace(0.02, 0.98, 49)
+    positions, goal = torch.cartesian_prod(places, places), torch.tensor([[0.8, 0.2]])
+    figure = Figure(figsize=(8, 2.9), layout="constrained")
+    for axes, (name, model) in zip(figure.subplots(1, len(models), sharey=True), models.items(), strict=True):
+        latents, wanted = (model.encoder(images(position, noise=0.0)) for position in (positions, goal))
+        distance = (latents - wanted).norm(dim=-1).view(len(places), len(places)).T
+        axes.contourf(places, places, distance, levels=12)
+        axes.plot([0.5, 0.5, math.nan, 0.5, 0.5], [0.0, DOOR[0], math.nan, DOOR[1], 1.0], color="white", linewidth=4)
+        axes.plot(*goal[0], "*", color="white", markersize=12)
+        axes.set(title=name, aspect="equal", ylim=(0.02, 0.98), xticks=[], yticks=[])
+        axes.title.set_fontsize("medium")
+    figure.savefig(file, dpi=150)
+
+
 def show(name: str, done: float, text: str) -> None:
     """Draw a progress bar over the one before it."""
-    print(f"\r{name:28} [{'#' * round(20 * done):.<20}]  {text}", end="", flush=True)
+    print(f"\r{name:32} [{'#' * round(10 * done):.<10}] {text}", end="", flush=True)
 
 
 def average(values: list[float]) -> str:
@@ -202,21 +222,25 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seeds", type=int, nargs="+", default=[1], metavar="SEED", help="default: %(default)s")
     add("--steps", type=int, default=1000, help="of each training (default: %(default)s)")
     add("--distractor", action="store_true", help="add a second dot, which no action moves")
+    add("--plot", metavar="FILE", help="draw the distances of the latents of the last seed; needs matplotlib")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
+    models: dict[str, WorldModel] = {}
     for seed in args.seeds:
+        print(f"seed {seed}")
         for name, weights in SETTINGS.items():
-            label = f"seed {seed}, {name}"
-            model = train(weights, seed, args.steps, args.distractor, partial(show, label))
-            same, other = success(model, args.distractor)
+            models[name] = train(weights, seed, args.steps, args.distractor, partial(show, name))
+            same, other = success(models[name], args.distractor)
             print(f"\n    success {same:.2f} in the same room, {other:.2f} through the door")
             found.setdefault(name, []).append((same + other) / 2)
     plain = found[next(iter(found))]
-    print(f"\nsuccess over {len(args.seeds)} seeds, and its change")
+    print("\nmean success, and its change to the first")
     for name, values in found.items():
         changes = [value - without for value, without in zip(values, plain, strict=True)]
-        print(f"{name:42} {average(values):15} {average(changes)}")
+        print(f"{name:32}  {average(values):15} {average(changes)}")
+    if args.plot:
+        plot(models, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two rooms of examples/two_rooms.py and the choice of weights in bench/two_rooms.py."""
+"""The two rooms of examples/two_rooms.py, the choice of weights in bench/two_rooms.py, and its committed results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import two_rooms
-from bench.two_rooms import CHOICE_SEEDS, FRESH_SEEDS, Run
+from bench import report, two_rooms
+from bench.two_rooms import CHOICE_SEEDS, COMPARISONS, FRESH_SEEDS, Job, Run
 from examples import two_rooms as example
 from examples.two_rooms import Weights
 
@@ -53,8 +53,14 @@ def test_vicreg_is_zero_for_numbers_that_vary_and_agree_in_nothing() -> None:
     assert (float(variance), float(covariance)) == pytest.approx((1 - (1 / 3) ** 0.5, 2 / 9 / example.LATENT), rel=1e-3)
 
 
-def made_up(weights: Weights, seed: int, success: float, distractor: bool = False) -> Run:
-    return Run(weights, seed, distractor, success + 0.1, success - 0.1, two_rooms.settings(), {"device": "a processor"})
+def test_a_plot_has_a_panel_for_each_model(tmp_path: Path) -> None:
+    file = tmp_path / "rooms.png"
+    example.plot({name: example.WorldModel() for name in example.SETTINGS}, str(file))
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def made_up(job: Job, success: float) -> Run:
+    return Run(*job[:3], success + 0.1, success - 0.1, two_rooms.facts_of(job.steps), {"device": "a processor"})
 
 
 PLAIN, TAR, CLOSE = Weights(0.1, 0.3, 0.0), Weights(1.0, 1.0, 3.0), Weights(0.3, 0.3, 10.0)
@@ -69,16 +75,16 @@ def cells(table: str, *start: str) -> list[str]:
 
 def test_settings_are_chosen_by_their_mean_and_compared_in_pairs() -> None:
     means = {PLAIN: 0.5, PLAIN._replace(beta=1.0): 0.3, TAR: 0.7, CLOSE: 0.65, TAR._replace(beta=0.0): 0.4}
-    runs = [made_up(weights, seed, success) for weights, success in means.items() for seed in CHOICE_SEEDS]
-    runs.append(made_up(Weights(1.0, 0.1, 0.0), CHOICE_SEEDS[0], 0.89))  # with one seed alone
-    runs.append(made_up(CLOSE, FRESH_SEEDS[0], 0.9))  # no seed of the choice
+    runs = [made_up(Job(weights, seed), success) for weights, success in means.items() for seed in CHOICE_SEEDS]
+    runs.append(made_up(Job(Weights(1.0, 0.1, 0.0), CHOICE_SEEDS[0]), 0.89))  # with one seed alone
+    runs.append(made_up(Job(CLOSE, 11), 0.9))  # no seed of the choice
     settings = two_rooms.chosen(runs)
     assert [*settings.values()] == [TAR._replace(beta=0.0), TAR, PLAIN]
-    for distractor in False, True:
+    for distractor, steps in COMPARISONS.values():
         for i, seed in enumerate(reversed(FRESH_SEEDS)):
             changes = {TAR: 0.1 + 0.01 * (i % 2), PLAIN: 0.0, TAR._replace(beta=0.0): -0.1}
             runs += [
-                made_up(weights, seed, 0.5 + change - 0.2 * distractor + 0.02 * i, distractor)
+                made_up(Job(weights, seed, distractor, steps), 0.5 + change - 0.2 * distractor + 0.02 * i)
                 for weights, change in changes.items()
             ]
     table = two_rooms.summary(runs)
@@ -91,12 +97,12 @@ def test_settings_are_chosen_by_their_mean_and_compared_in_pairs() -> None:
 
 
 def test_an_interrupted_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained: list[tuple[Weights, int, bool]] = []
+    trained: list[Job] = []
 
     def train(weights: Weights, seed: int, steps: int, distractor: bool) -> Weights:
         if len(trained) == 100 and not before:
             raise KeyboardInterrupt
-        trained.append((weights, seed, distractor))
+        trained.append(Job(weights, seed, distractor, steps))
         return weights
 
     def success(model: Weights, distractor: bool) -> tuple[float, float]:
@@ -112,9 +118,22 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.M
     two_rooms.run_all(file)
     assert file.read_text().startswith(before)
     runs = two_rooms.load(file)
-    assert [(run.weights, run.seed, run.distractor) for run in runs] == trained
-    assert len({*trained}) == len(trained) == 80 + 24 + 8 * 2 + 3 * 10 * 2
+    assert [run.job for run in runs] == trained
+    assert len({*trained}) == len(trained) == 80 + 24 + 8 * 2 + 3 * 10 * 3
     settings = two_rooms.chosen(runs)
     assert [*settings.values()] == [Weights(0.03, 0.03, 0.0), Weights(0.03, 0.03, 1.0), Weights(1.0, 0.03, 0.0)]
     assert two_rooms.page(runs).count("\n| 0.03, ") == 4 + 4  # in the grid, and of the best with TAR
     assert "\n| 1, 0.03, 0 | 0.350 ± 0.000 |" in two_rooms.page(runs)
+
+
+def test_what_is_committed_is_what_was_measured() -> None:
+    file = two_rooms.COMMITTED
+    runs = two_rooms.load(file)
+    done = {run.job for run in runs}
+    assert len(done) == len(runs)
+    assert done == {*two_rooms.jobs(file)}, "runs are missing: run `python -m bench.two_rooms`"
+    assert all(run.settings == two_rooms.facts_of(run.job.steps) for run in runs)
+    assert two_rooms.chosen(runs) == example.SETTINGS, "the example has the weights that were chosen"
+    assert file.with_suffix(".md").read_text() == two_rooms.page(runs), "run `python -m bench.two_rooms`"
+    recipes = two_rooms.RECIPES.read_text()
+    assert report.with_part(recipes, two_rooms.summary(runs), two_rooms.BEGIN) == recipes
