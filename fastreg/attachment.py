@@ -235,7 +235,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         return mapped(result, lambda x: marked.get(id(x), x))
 
     def _lend(self, args: Any, kwargs: Any) -> Any:
-        """Lend a fused dropout coefficients and axis, and the masks of its run unless it is called with masks."""
+        """Pass a fused dropout the coefficients and axis, and the masks of its run unless the caller gave some."""
         run = self._run_of(args, kwargs)
         if run is None:
             return None

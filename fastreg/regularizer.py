@@ -138,8 +138,8 @@ class RNNRegularizer:
             lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`.
             valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`.
             starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
-            batch_first: `False` for `(time, batch, hidden)`, which an `nn.LSTM` returns by default; `None` for `True`,
-                which is an error if the shape of `decoded` leaves the layout in doubt.
+            batch_first: `False` for `(time, batch, hidden)`, which an `nn.LSTM` returns by default; `None` means
+                `True`. If the shape of `decoded` suggests time first, you have to pass it.
             time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
 
         Raises:

@@ -51,10 +51,11 @@ def level_of_caller() -> int:
 
 
 def untraced(function: Function) -> Function:
-    """Keep Dynamo from tracing a function, and from compiling each function that it calls as a separate frame.
+    """Run a function, and everything it calls, outside Dynamo.
 
-    Such a frame would find that it is being compiled, and take the formula. Unlike `torch.compiler.disable`, this
-    decorator takes no time without a compiler, and does not import the compiler, which would take seconds.
+    Dynamo would compile each function that it calls as a separate frame. Such a frame would find that it is being
+    compiled, and take the formula. Unlike `torch.compiler.disable`, this decorator takes no time without a compiler,
+    and does not import the compiler, which would take seconds.
     """
 
     @functools.wraps(function)

@@ -47,7 +47,7 @@ def test_the_snippets_print_what_the_readme_shows(capsys: pytest.CaptureFixture[
     assert len(shown) == sum("print(" in code for code in snippets(README)) == 2
     for code, output in shown:
         run(code, README)
-        assert capsys.readouterr().out.strip() == output
+        assert capsys.readouterr().out.splitlines() == [line.strip() for line in output.splitlines()]
 
 
 def test_the_usual_mean_depends_on_the_padding_and_the_fused_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
