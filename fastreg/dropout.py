@@ -165,7 +165,7 @@ def drop_and_penalize(
         return raw, penalize((raw, raw), coefficients, steps, options._replace(ar_of_raw=True))
     if mask is not None:  # before the key: a copy may have other metadata
         mask = keepable(plain(check_tensor("mask", mask)))
-    return compute(DropoutPlan, (raw, float(p) if mask is None else mask, *coefficients, *steps), options)
+    return compute(DropoutPlan, (raw, float(p) if mask is None else mask), coefficients, steps, options)
 
 
 class DropoutPlan(Plan):

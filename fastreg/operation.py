@@ -21,29 +21,35 @@ NO_STEPS = Steps()
 VALUES = "alpha", "beta", "steps", "counts", "offsets"  # the tensors in `Values`, as messages name them
 
 
-def compute(operation: Any, inputs: Sequence[Any], options: Options) -> Any:
+def compute(
+    operation: Any, tensors: Sequence[Any], coefficients: Sequence[Any], steps: Sequence[Any], options: Options
+) -> Any:
     """Compute a call by the plan under its key; the first call with a key checks all arguments and makes the plan.
 
     Args:
         operation: the class of the plan for a backend.
-        inputs: raw; dropped, a mask, or the probability to drop a unit; alpha, beta; lengths, valid steps, starts.
+        tensors: raw; and dropped, a mask, or the probability to drop a unit.
+        coefficients: alpha and beta.
+        steps: lengths, valid steps and starts.
         options: the other arguments.
     """
-    first, second, alpha, beta, *step_arguments = inputs
+    (first, second), (alpha, beta) = tensors, coefficients
     found, key, is_seen = None, None, observed()
     are_floats = not is_seen and type(alpha) is float and type(beta) is float  # a symbol is not compared
     if not (are_floats and 0 <= alpha < inf and 0 <= beta < inf):
         alpha, beta = converted("alpha", alpha), converted("beta", beta)
     if not ((are_floats and alpha and beta) or operation.drops or options.measured or options.ar_of_raw):
         first, second = first if is_on(beta) else None, second if is_on(alpha) else None  # what a term reads
-    inputs = first, second, alpha, beta, *step_arguments
+    inputs = first, second, alpha, beta, *steps
     if not is_seen:  # a compiler would compile again for each new plan
         key = key_of(operation, inputs, options)
         try:
             found = PLANS.get(key)
         except TypeError:  # an option of a wrong type, which may have no hash, is an error of the checks
             key = None
-    plan, backend = (found, None) if found is not None else prepare(operation, inputs, options, key is not None)
+    plan, backend = found, None
+    if plan is None:
+        plan, backend = prepare(operation, inputs, options, is_kept=key is not None)
     values = Values(alpha, beta, None if plan.steps_of is None else plan.steps_of(inputs))
     tensors = operation.tensors_of(first, second, plan)
     if backend is not None:
@@ -71,7 +77,9 @@ def facts_of_saved(tensors: Sequence[Tensor | None], values: Values) -> Sequence
 def save(ctx: Any, plan: Any, tensors: Sequence[Tensor | None], values: Values) -> None:
     """Let autograd save the tensors of a call for its backward."""
     tensors, ctx.values = flat(tensors, values)
-    ctx.plan, ctx.facts = plan, plan.facts or facts_of(tensors)
+    ctx.plan = plan
+    if not plan.facts:  # these are packed rows, of which each node has another number
+        ctx.facts = facts_of(tensors)
     ctx.save_for_backward(*tensors)
 
 
@@ -87,22 +95,23 @@ def unpack(ctx: Any, *upstream: Tensor | None) -> tuple[Sequence[Any], Values, b
     Raises:
         RuntimeError: a tensor has another shape or dtype, because its `data` or a hook on saved tensors has changed it.
     """
-    tensors, values, before, is_seen = ctx.saved_tensors, ctx.values, ctx.facts, torch.is_grad_enabled() or observed()
+    tensors, values, plan, is_seen = ctx.saved_tensors, ctx.values, ctx.plan, torch.is_grad_enabled() or observed()
     if not is_seen:
+        before = plan.facts or ctx.facts
         try:
             is_seen = facts_of((*tensors, *upstream))[: len(before)] != before
         except NoKeyError:
             is_seen = True
         if is_seen:
             facts = iter(before)
-            for name, x in zip((*ctx.plan.names, *VALUES), tensors, strict=False):
+            for name, x in zip((*plan.names, *VALUES), tensors, strict=False):
                 shape = next(facts)
                 if shape is not None:  # of a tensor, which has five more facts
                     _, dtype, device, *_ = islice(facts, 5)
                     check_saved(name, {"shape": shape, "dtype": dtype, "device": device}, x)
-    count = len(ctx.plan.names)
+    count = len(plan.names)
     if len(tensors) > count:
         alpha, beta = [y if x is None else x for x, y in zip(tensors[count:], values, strict=False)]
         bits, counts, offsets = tensors[count + 2 :]
-        values = Values(alpha, beta, None if bits is None and offsets is None else Steps(bits, counts, offsets))
+        values = Values(alpha, beta, Steps(bits, counts, offsets) if plan.steps_of else None)
     return tensors, values, is_seen

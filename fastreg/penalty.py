@@ -147,7 +147,7 @@ def penalize(activations: Sequence[Any], coefficients: Sequence[Any], steps: Seq
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    result = compute(PenaltyPlan, (*activations, *coefficients, *steps), options)
+    result = compute(PenaltyPlan, activations, coefficients, steps, options)
     return _zero(activations, options.measured) if result is None else result
 
 

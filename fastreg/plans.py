@@ -71,7 +71,7 @@ def key_of(operation: Any, arguments: Sequence[Any], options: Options) -> Any:
         arguments: all tensors and coefficients; the first two may be the same tensor.
         options: the other arguments.
     """
-    first, second, *_ = arguments
+    first, second = arguments[0], arguments[1]
     try:
         facts = facts_of(arguments)
     except NoKeyError:

@@ -29,7 +29,7 @@ from fastreg.kernels.tiling import (
     store_row,
     tile_of,
 )
-from fastreg.kernels.view import Layout, Sums, Terms, Values, View, allocator, switches
+from fastreg.kernels.view import Layout, Steps, Sums, Terms, Values, View, allocator, switches
 
 THREADS = tl.constexpr(tiling.THREADS)
 
@@ -292,9 +292,9 @@ class Forward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.writes, self.launch_of = view.writes(), Launches(view, terms, device, is_forward=True)
+        self.writes, self.launches = view.writes(), Launches(view, terms, device, is_forward=True)
         self.device, self.measured, self.expected = device, terms.measured, Expected(terms.dtype, device)
-        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launch_of.most])
+        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launches.most])
         self.penalty, self.terms, self.records = (
             allocator(Layout(shape, (1,) * len(shape), terms.dtype, device, aligned=True)) for shape in shapes
         )
@@ -307,9 +307,11 @@ class Forward:
             values: coefficients, and the steps that count or the offsets of packed rows.
         """
         penalty, terms, records = self.penalty(), self.terms() if self.measured else None, self.records()
-        expected = self.expected.guess() if self.writes else None
-        arguments = _arguments(values, self.device)
-        self.launch_of(values.steps)(*tensors, None, expected, records, penalty, terms, *arguments)
+        expected = self.expected.memory if self.writes else None
+        if expected is None and self.writes:
+            expected = self.expected.guess()
+        launch = self.launches.fixed or self.launches.sized(values.steps)
+        launch(*tensors, None, expected, records, penalty, terms, *_arguments(values, self.device))
         return Sums(penalty, terms, records if self.writes else None)
 
 
@@ -327,7 +329,7 @@ class Backward:
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
         self.device, self.expected = device, expected
         # A backward that compares upstream gradients runs other compiled code than one for which nothing was assumed.
-        self.comparing_of, self.writing_of = (Launches(view, terms, device, is_forward=False) for _ in range(2))
+        self.comparing, self.writing = (Launches(view, terms, device, is_forward=False) for _ in range(2))
 
     def __call__(
         self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None = None
@@ -340,12 +342,13 @@ class Backward:
             values: the values of the forward.
             assumed: `assumed` of the forward's `Sums`, if the forward has filled these gradients.
         """
-        arguments = _arguments(values, self.device)
+        launches, expected = self.comparing, None
         if assumed is None or self.expected is None:
-            self.writing_of(values.steps)(*tensors, upstream, None, None, None, None, *arguments)
+            launches, assumed = self.writing, None
         else:
             expected = self.expected.learn()
-            self.comparing_of(values.steps)(*tensors, upstream, expected, assumed, None, None, *arguments)
+        launch = launches.fixed or launches.sized(values.steps)
+        launch(*tensors, upstream, expected, assumed, None, None, *_arguments(values, self.device))
 
     def holds(self, upstream: Tensor, assumed: Tensor) -> bool:
         """Return `False`, because only the device can compare, and the host does not wait for it."""
@@ -364,12 +367,13 @@ def _arguments(values: Values, device: torch.device) -> Sequence[Any]:
 
 
 class Launches:
-    """Return the launch of a call: for packed rows one with the sizes of the call, for others the same in each call.
+    """Launch the kernel over a view, or over packed rows with the sizes of each call.
 
     A forward draws tickets, and a backward does not.
 
     Attributes:
         most: the greatest number of programs.
+        fixed: the launch of all calls; `None` for packed rows.
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, is_forward: bool) -> None:
@@ -377,17 +381,16 @@ class Launches:
         self.view, self.terms, self.device, self.draws = view, terms, device, is_forward
         self.switches = dict(zip(names, switches(view, terms, is_forward), strict=True))
         self.switches["LOCKED"] = mask is not None and (view.time == 1 or mask.time == 0)
-        self.most, self.fixed = PROGRAMS, None
+        self.most = PROGRAMS
+        self.fixed: Launch | None = None
         self.by_index: dict[Any, Launch] = {}  # launches over packed rows, by the dtype that counts them
         if view.rows is None:
             tiling, numbers = self.divided(view)
             self.most, self.fixed = tiling.programs, self.launch(tiling, numbers)
 
-    def __call__(self, steps: Any) -> Callable[..., None]:
-        """Return a function that launches the kernel on the tensors and values of a call with these steps."""
-        if self.fixed is not None:
-            return self.fixed
-        tiling, numbers = self.divided(self.view.sized(steps.offsets))
+    def sized(self, steps: Steps | None) -> Callable[..., None]:
+        """Return the launch of a call over packed rows, given its steps."""
+        tiling, numbers = self.divided(self.view.sized(steps))
         index = tiling.constants["INDEX"]
         launch = self.by_index.get(index) or self.by_index.setdefault(index, self.launch(tiling, ()))
         return lambda *arguments: launch(*arguments, *numbers, programs=tiling.programs)

@@ -9,7 +9,7 @@ PyTorch does.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_uint64
 from functools import cache
 from hashlib import sha256
@@ -40,7 +40,8 @@ class Forward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.function, self.metadata = library().forward, _metadata_of(view, terms, is_forward=True)
+        self.function, self.walk = library().forward, (view, terms, True)
+        self.metadata = _metadata(*self.walk) if view.rows is None else None
         self.writes, self.expected = view.writes(), Expected(terms.dtype)
         penalty, both = (Layout(shape, (1,) * len(shape), terms.dtype, device, True) for shape in (_ONE, _TWO))
         self.penalty, self.terms = allocator(penalty), allocator(both) if terms.measured else None
@@ -52,7 +53,8 @@ class Forward:
         assumed = self.expected.gradient if self.writes else None
         memory = *tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms  # kept alive during the call
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        self.function(self.metadata(steps), _pack(*addresses, float(alpha), float(beta)), _threads())
+        metadata = self.metadata or _metadata(*self.walk, steps)
+        self.function(metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
         return Sums(penalty, terms, assumed)
 
 
@@ -63,7 +65,8 @@ class Backward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
-        self.function, self.metadata = library().backward, _metadata_of(view, terms, is_forward=False)
+        self.function, self.walk = library().backward, (view, terms, False)
+        self.metadata = _metadata(*self.walk) if view.rows is None else None
         self.dtype, self.expected = terms.dtype, expected
 
     def __call__(
@@ -73,7 +76,8 @@ class Backward:
         alpha, beta, steps = values
         memory = *tensors, upstream, assumed, *(steps or _NO_STEPS), None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        writes = self.function(self.metadata(steps), _pack(*addresses, float(alpha), float(beta)), _threads())
+        metadata = self.metadata or _metadata(*self.walk, steps)
+        writes = self.function(metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
         if writes and assumed is not None and self.expected is not None:
             self.expected.learn(upstream)
 
@@ -228,16 +232,9 @@ _ADDRESSES = Struct(f"{len(Operands._fields) + 2 + len(Steps._fields) + 2}P2d") 
 _NO_STEPS = Steps()
 
 
-def _metadata_of(view: View, terms: Terms, is_forward: bool) -> Callable[[Any], bytes]:
-    """Return a function of the steps of a call that returns its metadata; packed rows have sizes of their own."""
-    if view.rows is not None:
-        return lambda steps: _metadata(view.sized(steps.offsets), terms, is_forward)
-    metadata = _metadata(view, terms, is_forward)
-    return lambda _: metadata
-
-
-def _metadata(view: View, terms: Terms, is_forward: bool) -> bytes:
-    """Return the metadata of a call as C knows it."""
+def _metadata(view: View, terms: Terms, is_forward: bool, steps: Steps | None = None) -> bytes:
+    """Return the metadata of calls as C knows them; packed rows have other sizes in each call, given by its steps."""
+    view = view.sized(steps)
     raw, _, _, dropped, *_ = view.operands
     strides = [stride for x in view.operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
     dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (raw, dropped)]

@@ -100,8 +100,11 @@ class View(NamedTuple):
     operands: Operands
     rows: int | None = None
 
-    def sized(self, offsets: Tensor) -> View:
-        """Return the view of packed rows with the sizes of a call."""
+    def sized(self, steps: Steps | None) -> View:
+        """Return the view of packed rows with the sizes of a call, given by its steps; return any other view itself."""
+        if steps is None or steps.offsets is None:
+            return self
+        offsets = steps.offsets
         return self._replace(outer=int(offsets[1]), time=len(offsets) - 1, rows=int(offsets[-1]))
 
     def writes(self) -> bool:
