@@ -102,7 +102,7 @@ class Progress:
         new = records(self.file)[self.seen :]
         self.seen += len(new)
         for record in new:
-            if "begin" in record:
+            if record.get("begin") in self.tasks:  # other workers may write to the same file
                 self.current, self.begun, self.began = record["begin"], True, time.monotonic()
             elif record.get("end") in self.tasks:
                 self.tasks.remove(record["end"])

@@ -73,6 +73,7 @@ class Launch:
         self.index = None if grid.device.type == "cpu" else grid.device.index
         self.is_captured = capture_of(grid.device.type)
         self.compiled: Any = None  # the code to launch directly
+        self.run: Any = None  # its launcher, which has launched it before
         if self.draws and self.index is not None:
             TICKETS.fill(grid.device)  # now, because a later launch may run while another thread captures a graph
         constexprs = [constants[name] for name in kernel.arg_names if name in constants]
@@ -98,7 +99,8 @@ class Launch:
                 )
                 if before is not None:  # a profiler asks which kernel is launched
                     metadata = self.compiled.launch_metadata(grid, stream, ticket, *values, *self.rest)
-                self.run(*grid, stream, *self.code, metadata, before, after, ticket, *values, *self.rest)
+                run = self.run or self.run_first
+                run(*grid, stream, *self.code, metadata, before, after, ticket, *values, *self.rest)
                 return
             except (AttributeError, TypeError) as error:
                 self.launch_by_jit_from_now_on(error)
@@ -110,15 +112,15 @@ class Launch:
             except AttributeError as error:
                 self.launch_by_jit_from_now_on(error)
 
-    def run(self, *arguments: Any) -> None:
-        """Launch the compiled code for the first time; afterwards its launcher takes the place of this method."""
-        run: Any = self.compiled.run
+    def run_first(self, *arguments: Any) -> None:
+        """Launch the compiled code directly for the first time, and keep its launcher if that works."""
+        run = self.compiled.run
         run(*arguments)
         self.run = run
 
     def launch_by_jit_from_now_on(self, error: Exception) -> None:
         """Launch nothing directly any more, and warn once; raise the error if code was launched directly before."""
-        if "run" in vars(self):
+        if self.run is not None:
             raise error
         self.compiled = None
         if Launch.why_jit is None:

@@ -144,7 +144,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("row_behind", "rows of one step alone", "(behind * rows.ALIGN)", "rows.ALIGN"),
         ("load_row", "computed in the input's dtype", "other=0.0).to(ACC)", "other=0.0)"),
         ("Tiling", "ALIGN of inner alone", "16, inner, *strides)", "16, inner)"),
-        ("Tiling", "runs as long as they come", "max(runs, ceil_div(time, LONGEST_RUN))", "max(runs, 1)"),
+        ("cut", "runs as long as they come", "ceil_div(view.time, LONGEST_RUN))", "1)"),
+        ("Tiling", "runs never shorter", "if items < FEW", "if False"),
         ("Tiling", "INDEX always 32 bits", "tl.int64 if outer", "tl.int32 if outer"),
     ],
     "kernels/cpu_rows.h": [

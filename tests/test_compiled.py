@@ -420,8 +420,8 @@ def test_an_odd_release_of_triton_launches_by_jit_and_warns_once(
 def test_a_known_release_of_triton_launches_directly(
     target: Any, by_jit: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared, run = [], launch.Launch.run
-    monkeypatch.setattr(launch.Launch, "run", lambda its, *xs: prepared.append(its) or run(its, *xs))
+    prepared, run = [], launch.Launch.run_first
+    monkeypatch.setattr(launch.Launch, "run_first", lambda its, *xs: prepared.append(its) or run(its, *xs))
     for _ in range(3):
         train(FLOAT)
     assert len(by_jit) == len(prepared) == 4, "only the first launches go through the JIT launcher"
