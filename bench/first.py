@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +88,7 @@ PARTS = {
 
 
 def measure(file: Path, seconds: float) -> None:
-    """Do one part after the other; an interrupt ends them."""
+    """Do one part after the other."""
     began = time.monotonic()
     append(file, machine=machine.facts() | {"threads": torch.get_num_threads()}, commit=machine.commit())
     end = began
@@ -108,7 +110,7 @@ def page(lines: Path) -> str:
     parts = [f"# The first minutes on {result.machine['device']}\n", f"{report.where(result)}\n", f"Parts: {took}.\n"]
     for kind in ("smoke", "order", "sweep"):
         parts += [f"## {kind.capitalize()}\n", table(kind, ended)]
-    shares = [offline.beside(result)] * result.on_gpu
+    shares = [offline.beside(result)] if result.on_gpu else []
     parts += ["## Headline\n", *shares, report.call_table(result), *report.step_tables(result)]
     for task in ("clocks", "ncu"):
         facts = {key: value for key, value in ended.get(task, {}).items() if key not in ("end", "seconds")}
@@ -141,12 +143,11 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     lines = (options.folder / f"{machine.file_name(machine.device_name())}l").absolute()
     lines.unlink(missing_ok=True)
-    try:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
         measure(lines, options.seconds)
-    finally:
-        result = run.summary(records(lines), HEADLINE)
-        run.write(lines.with_suffix(".json"), run.in_rows(result))
-        run.write(lines.with_suffix(".md"), page(lines))
+    run.write(lines.with_suffix(".json"), run.in_rows(run.summary(records(lines), HEADLINE)))
+    run.write(lines.with_suffix(".md"), page(lines))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -368,6 +369,32 @@ def test_the_parts_of_the_first_minutes_fit_and_have_names_that_workers_know() -
 
 
 SETTINGS = gpu_tasks.smoke_settings, gpu_tasks.order_settings, gpu_tasks.sweep_settings
+
+
+def test_an_interrupt_leaves_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def do(file: Path, tasks: list[str], limits: worker.Limits) -> None:
+        worker.append(file, end=tasks[0], seconds=1.0, verdict="right")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(first.PARTS, "compile", first.Part(5, 5, first.PARTS["smoke"].tasks, do))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        first.main([str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    (page,) = tmp_path.glob("*.md")
+    assert "| right |" in page.read_text()
+
+
+def test_workers_that_share_a_file_follow_only_their_own_tasks(tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    progress = worker.Progress(file, ["a"])
+    worker.append(file, begin="b")
+    progress.update()
+    assert (progress.current, progress.begun) == (None, False)
+    worker.append(file, begin="a")
+    progress.update()
+    assert progress.current == "a"
 
 
 def test_what_a_part_leaves_goes_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
