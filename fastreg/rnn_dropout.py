@@ -141,7 +141,7 @@ class FusedRNNDropout(nn.Module):
             )
         if not self.training:
             return raw
-        if (is_on_itself or own is None) and getattr(self, "_is_replica", False):
+        if (is_on_itself or own is None) and vars(self).get("_is_replica"):
             raise RuntimeError(
                 "FusedRNNDropout: DataParallel runs a replica on each device, and the penalty of a replica is lost. "
                 "Use DistributedDataParallel. Or set alpha and beta of this module to 0, let the model return "
