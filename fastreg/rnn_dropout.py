@@ -79,7 +79,7 @@ class FusedRNNDropout(nn.Module):
         >>> loss.backward()
     """
 
-    _is_lent = False  # whether a regularizer has lent coefficients; files of 0.4.0 lack this attribute
+    _is_said = True  # whether a coefficient was given; files of 0.4.0 lack this attribute
     _ran_without = False  # whether a forward in training had neither coefficients nor a loan
 
     def __init__(
@@ -96,17 +96,15 @@ class FusedRNNDropout(nn.Module):
         if ar_of not in ("dropped", "raw"):
             raise ValueError(f"ar_of: expected 'dropped' or 'raw', got {ar_of!r}")
         check_probability(p)
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if value is not None:
-                check_coefficient(name, value)
-        self.p, self.alpha, self.beta = float(p), alpha, beta
-        if (own := self.own()) is not None:
-            self.alpha, self.beta = map(coefficient, own)
+        self._is_said = not (alpha is None and beta is None)
+        alpha, beta = (0.0 if x is None else x for x in (alpha, beta))
+        check_coefficient("alpha", alpha)
+        check_coefficient("beta", beta)
+        self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
         place = place_of(batch_first, time_dim)
         self.batch_first, self.time_dim = place.batch_first is not False, place.time_dim
         self.ar_of = ar_of
-        # The last penalty, or `None` if the forward had no coefficients; and whether gradients were enabled
-        self.formed: tuple[ARTAR | None, bool] | None = None
+        self.formed: tuple[ARTAR, bool] | None = None  # the last penalty, and whether gradients were enabled
         self._warned: tuple[str, ...] = ()
 
     def forward(
@@ -131,45 +129,37 @@ class FusedRNNDropout(nn.Module):
             UserWarning: the penalty of the last forward was not taken; or neither the caller nor a regularizer has
                 given coefficients until the second forward in training. The module gives each warning once.
         """
-        (untaken, _), self.formed = self.formed or (None, True), None
-        own = self.own()
-        is_on_itself = own is not None and (is_on(own[0]) or is_on(own[1]))
-        if is_on_itself and untaken is not None and untaken.penalty.requires_grad:
+        untaken, self.formed = self.formed, None
+        is_on_itself = is_on(self.alpha) or is_on(self.beta)
+        if is_on_itself and untaken is not None and untaken[0].penalty.requires_grad:
             self._warn_once(
                 "the penalty of the last forward in training is discarded, as it was not taken: add the penalty of "
                 "take() to the loss after each forward, or attach() the module to a regularizer, or use another dropout"
             )
         if not self.training:
             return raw
-        if (is_on_itself or own is None) and vars(self).get("_is_replica"):
+        if (is_on_itself or not self._is_said) and vars(self).get("_is_replica"):
             raise RuntimeError(
                 "FusedRNNDropout: DataParallel runs a replica on each device, and the penalty of a replica is lost. "
                 "Use DistributedDataParallel. Or set alpha and beta of this module to 0, let the model return "
                 "(decoded, raw, dropped), which DataParallel gathers, and pass them to RNNRegularizer.on_loss_begin"
             )
         if not torch.compiler.is_compiling():
-            if own is None and not self._is_lent:
+            if not (is_on_itself or self._is_said or NO_COEFFICIENTS in self._warned):
                 self._note(loan)
         elif loan is not None:  # the hooks compute the penalty, as each coefficient would compile the code again
             loan = Loan(0.0, 0.0, loan.place)
-        pair, place = (own or (0.0, 0.0), self.place()) if loan is None else ((loan.alpha, loan.beta), loan.place)
-        has_terms = loan is not None or own is not None
-        steps, options = (None, valid, starts), Options(*place, "mean", has_terms, self.ar_of == "raw")
+        lender, place = (self, self.place()) if loan is None else (loan, loan.place)
+        pair, steps = (lender.alpha, lender.beta), (None, valid, starts)
+        options = Options(*place, "mean", True, self.ar_of == "raw")
         dropped, formed = drop_and_penalize(raw, pair, steps, options, Drop(self.p if p is None else p))
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
         if loan is not None:
             loan.terms, loan.dropped, loan.version = formed, dropped, version_of(dropped)
         elif torch.compiler.is_compiling() or current() == -1:
-            self.formed = formed if has_terms else None, torch.is_grad_enabled()
+            self.formed = formed, torch.is_grad_enabled()
         return dropped
-
-    def own(self) -> tuple[Coefficient, Coefficient] | None:
-        """Return alpha and beta; `None` if both have to come from a regularizer."""
-        alpha, beta = self.alpha, self.beta
-        if alpha is None and beta is None:
-            return None
-        return 0.0 if alpha is None else alpha, 0.0 if beta is None else beta
 
     def place(self) -> Place:
         """Return the axis of time."""
@@ -188,11 +178,8 @@ class FusedRNNDropout(nn.Module):
         Warns:
             UserWarning: the forward ran without gradients, and now gradients are enabled; the module warns once.
         """
-        formed, self.formed = self.formed, None
-        if formed is None:
-            return None
-        terms, grad_enabled = formed
-        if terms is None:
+        (terms, grad_enabled), self.formed = self.formed or (None, True), None
+        if terms is not None and not self._has_own():
             raise RuntimeError(f"FusedRNNDropout: {NO_COEFFICIENTS}")
         if torch.is_grad_enabled() and not grad_enabled:
             self._warn_once(
@@ -201,10 +188,14 @@ class FusedRNNDropout(nn.Module):
             )
         return terms
 
+    def _has_own(self) -> bool:
+        """Return whether the module has coefficients of its own, from the constructor or from a schedule."""
+        return self._is_said or is_on(self.alpha) or is_on(self.beta)
+
     def _note(self, loan: Loan | None) -> None:
-        """Note a loan, and warn of a second forward in training without one, in a module without coefficients."""
+        """Warn of a second forward in training without coefficients, unless a regularizer has lent some before."""
         if loan is not None:
-            self._is_lent = True
+            self._warned = (*self._warned, NO_COEFFICIENTS)  # it need not be given any more
         elif torch.is_grad_enabled() and current() == -1:
             if self._ran_without:
                 self._warn_once(NO_COEFFICIENTS)
@@ -221,10 +212,9 @@ class FusedRNNDropout(nn.Module):
         extra = [] if self.batch_first or self.time_dim is not None else ["batch_first=False"]
         extra += [] if self.time_dim is None else [f"time_dim={self.time_dim}"]
         extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
-        own = self.own()
-        coefficients = [] if own is None else [f"alpha={own[0]}, beta={own[1]}"]
+        coefficients = [f"alpha={self.alpha}, beta={self.beta}"] if self._has_own() else []
         return ", ".join([f"p={self.p:g}", *coefficients, *extra])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the penalty of the last forward out of a copy or a pickle."""
-        return {**self.__dict__, "formed": None, "_warned": (), "_is_lent": False, "_ran_without": False}
+        return {**self.__dict__, "formed": None, "_warned": (), "_ran_without": False}

@@ -78,7 +78,7 @@ def two_axes(function: Callable[..., Any], **options: Any) -> None:
     function(own()[0], **options)
 
 
-# name -> the mistake, what it raises or warns of now, and what the message says
+# The mistake, the error or warning that it causes now, and its message
 MISTAKES: dict[str, tuple[Mistake, type[Exception], str]] = {
     "a regularizer without coefficients": (
         lambda: RNNRegularizer(),  # pyright: ignore[reportCallIssue]
@@ -194,7 +194,7 @@ def test_a_mistake_is_told(mistake: Mistake, kind: type[Exception], message: str
 
 
 def again(mistake: Callable[[Any], Any], x: Any) -> None:
-    """Make a mistake three times with one object, of which only the first may be told."""
+    """Make a mistake three times with one object; only the first time may warn."""
     for number in range(3):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if number == 0 else "error")
@@ -277,7 +277,7 @@ def test_none_beside_a_number_is_0_and_a_schedule_may_set_it() -> None:
     assert (dropout.alpha, dropout.beta) == (0.0, BETA)
     assert re.fullmatch(r"FusedRNNDropout\(p=0.3, alpha=0.0, beta=\d.*\)", str(dropout))
     assert str(FusedRNNDropout(0.3)) == "FusedRNNDropout(p=0.3)"
-    dropout = bare()
+    dropout = FusedRNNDropout(0.3)
     dropout.alpha = ALPHA
     dropped, taken = dropout(raw), dropout.take()
     torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 1, ALPHA, 0.0))
