@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 
 from bench import report, two_rooms
+from bench.study_report import average
 from bench.two_rooms import CHOICE_SEEDS, COMPARISONS, FRESH_SEEDS, Job, Run
 from examples import two_rooms as example
 from examples.two_rooms import Weights
@@ -137,3 +139,16 @@ def test_what_is_committed_is_what_was_measured() -> None:
     assert file.with_suffix(".md").read_text() == two_rooms.page(runs), "run `python -m bench.two_rooms`"
     recipes = two_rooms.RECIPES.read_text()
     assert report.with_part(recipes, two_rooms.summary(runs), two_rooms.BEGIN) == recipes
+
+
+def test_the_readme_has_the_success_with_tar_and_without_it_at_weights_chosen_anew() -> None:
+    runs = two_rooms.load(two_rooms.COMMITTED)
+    settings = two_rooms.chosen(runs)
+    tar, plain = (
+        [run.success for run in two_rooms.compared(runs, settings[name], False, two_rooms.STEPS)]
+        for name in ("with TAR", "without TAR, weights chosen anew")
+    )
+    gain = average([x - y for x, y in zip(tar, plain, strict=True)], "+.3f")
+    text = " ".join((report.ROOT / "README.md").read_text().split())
+    assert f"{mean(tar):.0%} of its plans succeed with TAR, and {mean(plain):.0%} without it at weights" in text
+    assert f"({gain}, ten seeds); the gain is TAR's" in text
