@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -329,7 +330,8 @@ class Backward:
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
         self.device, self.expected = device, expected
         # A backward that compares upstream gradients runs other compiled code than one for which nothing was assumed.
-        self.comparing, self.writing = (Launches(view, terms, device, is_forward=False) for _ in range(2))
+        self.comparing = Launches(view, terms, device, is_forward=False)
+        self.writing = self.comparing.twin()
 
     def __call__(
         self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None = None
@@ -378,29 +380,37 @@ class Launches:
 
     def __init__(self, view: View, terms: Terms, device: torch.device, is_forward: bool) -> None:
         names, mask = ("SUM_AR", "SUM_TAR", "GRAD_AR", "GRAD_TAR", "AR_OF_RAW"), view.operands.mask
-        self.view, self.terms, self.device, self.draws = view, terms, device, is_forward
-        self.switches = dict(zip(names, switches(view, terms, is_forward), strict=True))
-        self.switches["LOCKED"] = mask is not None and (view.time == 1 or mask.time == 0)
+        locked = mask is not None and (view.time == 1 or mask.time == 0)
+        does = dict(zip(names, switches(view, terms, is_forward), strict=True)) | {"LOCKED": locked}
         self.most = PROGRAMS
+        self.work: Any = view, terms, device, is_forward, does
         self.fixed: Launch | None = None
         self.by_index: dict[Any, Launch] = {}  # launches over packed rows, by the dtype that counts them
         if view.rows is None:
             tiling, numbers = self.divided(view)
             self.most, self.fixed = tiling.programs, self.launch(tiling, numbers)
+            self.work = None  # only packed rows need it again
+
+    def twin(self) -> Launches:
+        """Return the same launches for other compiled code."""
+        twin = copy(self)
+        twin.fixed, twin.by_index = copy(self.fixed), {}
+        return twin
 
     def sized(self, steps: Steps | None) -> Callable[..., None]:
         """Return the launch of a call over packed rows, given its steps."""
-        tiling, numbers = self.divided(self.view.sized(steps))
+        tiling, numbers = self.divided(self.work[0].sized(steps))
         index = tiling.constants["INDEX"]
         launch = self.by_index.get(index) or self.by_index.setdefault(index, self.launch(tiling, ()))
         return lambda *arguments: launch(*arguments, *numbers, programs=tiling.programs)
 
     def divided(self, view: View) -> tuple[Tiling, Sequence[float]]:
         """Return the division of the work, and the numbers that the kernel takes."""
-        tiling = Tiling(view, self.terms.dtype)
-        return tiling, (*tiling.numbers, *[1 / divisor for divisor in view.divisors(self.terms.reduction)])
+        terms = self.work[1]
+        tiling = Tiling(view, terms.dtype)
+        return tiling, (*tiling.numbers, *[1 / divisor for divisor in view.divisors(terms.reduction)])
 
     def launch(self, tiling: Tiling, numbers: Sequence[float]) -> Launch:
         """Prepare a launch with the numbers that stay the same."""
-        constants = self.switches | tiling.constants
-        return Launch(ar_tar_kernel, numbers, constants, Grid(tiling.programs, self.device, self.draws))
+        _, _, device, is_forward, does = self.work
+        return Launch(ar_tar_kernel, numbers, does | tiling.constants, Grid(tiling.programs, device, is_forward))

@@ -17,6 +17,7 @@ from triton.runtime import driver
 from fastreg.kernels.streams import PerStream, capture_of
 
 TICKETS = PerStream(torch.int32, 0)
+CONSTANTS: dict[Any, dict[str, Any]] = {}  # which most plans share
 TRIED = "3.4", "3.5", "3.6", "3.7", "3.8", "3.9"  # releases of Triton whose launcher of compiled code was tried
 
 
@@ -68,7 +69,8 @@ class Launch:
     why_jit: ClassVar[str | None] = why_not_direct(triton.__version__, os.environ.get("FASTREG_DIRECT_LAUNCH"))
 
     def __init__(self, kernel: Any, arguments: Sequence[float], constants: dict[str, Any], grid: Grid) -> None:
-        self.kernel, self.numbers, self.constants = kernel, arguments, constants
+        self.kernel, self.numbers = kernel, arguments
+        self.constants = CONSTANTS.setdefault(tuple(constants.items()), constants)
         self.grid, (_, self.device, self.draws) = (grid.programs, 1, 1), grid
         self.index = None if grid.device.type == "cpu" else grid.device.index
         self.is_captured = capture_of(grid.device.type)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,16 +49,22 @@ def allocator(layout: Layout | None, like: Layout | None = None) -> Callable[...
     """
     if layout is None:
         return nothing
-    shape, stride, dtype, device, _ = layout
+    _, stride, dtype, device, _ = layout
     is_filled = torch._C._get_deterministic_algorithms()
     if like is None:
-        new = partial(torch.empty_strided, shape, stride, dtype=dtype, device=device)
-        return partial(allocate, layout) if is_filled else new
+        return partial(allocate, layout) if is_filled else _new(layout)
     if is_filled:
         return lambda x: allocate(layout._replace(shape=x.shape))
     if like.stride == stride:
         return torch.empty_like  # which takes three quarters of the time
     return lambda x: torch.empty_strided(x.shape, stride, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _new(layout: Layout) -> Callable[[], Tensor]:
+    """Return one function for all plans, which then needs memory and the cache of the processor only once."""
+    shape, stride, dtype, device, _ = layout
+    return partial(torch.empty_strided, shape, stride, dtype=dtype, device=device)
 
 
 class Operand(NamedTuple):

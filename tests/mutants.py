@@ -109,7 +109,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_arguments", "coefficients of numbers ignored", "(None, beta) if", "(None, 1.0) if"),
         ("Launches", "LOCKED always", "view.time == 1 or mask.time == 0", "True"),
         ("differ", "numbers compared, not bits", "x.to(BITS, bitcast=True) != y.to(BITS, bitcast=True)", "x != y"),
-        ("Launches", "float64 summed in float32", "Tiling(view, self.terms.dtype)", "Tiling(view, torch.float32)"),
+        ("Launches", "float64 summed in float32", "Tiling(view, terms.dtype)", "Tiling(view, torch.float32)"),
     ],
     "kernels/steps.py": [
         ("steps_kernel", "padding counts", "now &= step < length", "pass"),
