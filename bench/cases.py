@@ -186,7 +186,7 @@ class DropoutCase(PenaltyCase):
 
 @dataclass(frozen=True)
 class PaddedCase(PenaltyCase):
-    """The penalty of a batch of which half is padding, forward and backward, with lengths and without."""
+    """The penalty of a batch in which half of the steps are padding, forward and backward, with lengths and without."""
 
     PEERS: ClassVar = ("without lengths", *PenaltyCase.PEERS)
     kind: str = PADDED

@@ -60,7 +60,7 @@ def studied(setting: Setting) -> Study:
 
 
 def report_outcome(runs: list[Run], study: Study) -> None:
-    """Print the final validation perplexity, and what the study found with its seeds, if it has this setting."""
+    """Print the final validation perplexity, and the study's result for this setting, if it has one."""
     (regularized, plain), epoch = runs, len(runs[0].perplexities)
     print(
         f"\nvalidation perplexity after epoch {epoch}: {regularized.perplexities[-1]:.2f} regularized, "

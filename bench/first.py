@@ -33,7 +33,7 @@ STOP = 2  # seconds before the end of a part in which no task begins
 class Part(NamedTuple):
     """Describe a part.
 
-    seconds  the most that it takes, beside what earlier parts have left
+    seconds  its limit, to which the time that earlier parts have left is added
     limit    seconds of one of its tasks
     tasks    names of tasks
     do       does the tasks, given the file, the names and the limits
@@ -51,7 +51,7 @@ def by(command: list[str]) -> Callable[[Path, list[str], Limits], None]:
 
 
 def at_once(file: Path, tasks: list[str], limits: Limits) -> None:
-    """Do each task in a worker of its own, some at a time."""
+    """Do each task in its own worker, some at a time."""
     with ThreadPoolExecutor(COMPILERS) as pool:
         list(pool.map(lambda task: supervise(TASKS, file, [task], limits), tasks))
 
@@ -122,7 +122,7 @@ HIDDEN = "end", "seconds", "errors", "failed"
 
 
 def table(kind: str, ended: dict[str, dict[str, Any]]) -> str:
-    """Render a row for each task of a part, with what was found, or why it is lost."""
+    """Render a row for each task of a part, with its result, or why it is lost."""
     rows = {task: ended.get(task, {"lost": "not reached"}) for task in PARTS[kind].tasks}
     columns = list(dict.fromkeys(key for record in rows.values() for key in record if key not in HIDDEN))
     columns += ["errors of tolerance"] * (kind == "smoke") + ["failed"] * (kind == "tests")

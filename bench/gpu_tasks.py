@@ -129,7 +129,7 @@ def error_of(got: Tensor, want: Tensor) -> float:
 
 
 def order(setting: Setting) -> dict[str, Any]:
-    """Count the calls whose bits differ from those of the first, in replays of a graph, beside another kernel."""
+    """Count the replays of a graph whose result differs in any bit from the first, beside another kernel."""
     case = setting.apply()
     raw, dropped = case.inputs("cuda")
 
@@ -205,7 +205,7 @@ def ncu(file: Path) -> dict[str, Any]:
 
 
 def output_of(command: list[str]) -> str:
-    """Run a program, and return the end of what it prints."""
+    """Run a program, and return the end of its output."""
     if shutil.which(command[0]) is None:
         return NOT_THERE
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -66,7 +66,7 @@ def figures(binary: Any) -> list[str]:
     """Describe the code of one kernel, as HEAD says.
 
     The figures are registers, spilled bytes, loads of 16 bytes in the inner loop, its instructions for each byte that a
-    thread moves, the programs that fit on a multiprocessor, and their bytes in flight over what Little's law asks for.
+    thread moves, the programs that fit on a multiprocessor, and their bytes in flight over the number in Little's law.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")

@@ -24,7 +24,7 @@ from bench.machine import ALLOCATORS, DEFAULT, KEPT, ROOT
 from bench.steps import BY_HAND, COMPILED, STEP, WITHOUT
 
 RESULTS = ROOT / "bench" / "results"
-FIRST = RESULTS / "first"  # what bench.first has found on GPUs
+FIRST = RESULTS / "first"  # the results of bench.first on GPUs
 BEGIN, END = "<!-- from bench/results by python -m bench.report -->\n", "<!-- end -->\n"
 BEGIN_CALLS = "<!-- calls, from bench/results by python -m bench.report -->\n"
 SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
@@ -223,7 +223,7 @@ def some(names: list[str]) -> str:
 
 
 def tests_outcome(result: Result) -> str:
-    """Describe how many tests passed, which tests failed, and what compute-sanitizer found."""
+    """Describe how many tests passed, which tests failed, and the findings of compute-sanitizer."""
     if result.tests is None:
         return "The tests on this device: no outcome is recorded."
     files = result.tests["files"].values()

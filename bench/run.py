@@ -5,8 +5,8 @@ cases are recorded, too. When it is interrupted, or gets SIGTERM, either command
 `python -m bench.run bench --only step` measures only the training steps, prints their tables and writes to .benchmarks;
 it takes four minutes on an idle core.
 
-`bench` measures in a worker (bench.worker), which appends what it finds to a file of lines as it comes, by default in
-.benchmarks; the result is a summary of these lines. On a CPU there are two workers, one after the other: in one the
+`bench` measures in a worker (bench.worker), which appends each result to a file of lines, by default in
+.benchmarks; the result summarizes the lines. On a CPU there are two workers, one after the other: in one the
 allocator keeps memory, in the other it has the system's default settings.
 """
 
@@ -203,7 +203,7 @@ def summary_of(case: cases.Case, allocator: str | None, record: dict[str, Any]) 
 
 
 def rows(peers: dict[str, Any], ours: str) -> dict[str, Any]:
-    """Return the row of each peer of a case; what compares a peer with one that is missing is left out.
+    """Return the row of each peer of a case; columns that compare a peer with a missing one are left out.
 
     A row has the number of rounds, and the median and the spread (the interquartile range) of the time of a call. The
     column "against" is the median over the rounds of the peer's time over fastreg's. A training step has more pairs of

@@ -88,7 +88,7 @@ def take_turns(
 def held_bytes(forward: Callable[[], tuple[Tensor, ...]], device: str) -> int:
     """Measure the bytes that a forward leaves allocated for the backward, beyond its inputs and results.
 
-    Hooks on saved tensors would change what is measured: with them fastreg writes no gradients ahead. On a CPU
+    Hooks on saved tensors would change the measurement: with them fastreg writes no gradients ahead. On a CPU
     PyTorch's profiler reports the allocations of the calling thread, which runs forwards.
     """
     forward()
@@ -175,7 +175,7 @@ def launches(call: Call) -> int:
 def peak_bytes(call: Call, device: str) -> int | None:
     """Measure the peak memory of one call beyond its inputs and results, in bytes; `None` if it cannot be measured.
 
-    On a CPU PyTorch's profiler reports allocations, but only those of the calling thread.
+    On a CPU PyTorch's profiler reports only the allocations of the calling thread.
     """
     call(0)
     if device == "cpu":

@@ -1,4 +1,4 @@
-"""Measure what TAR does for the world model of examples/two_rooms.py, with all weights chosen in the same way.
+"""Measure the effect of TAR on the world model of examples/two_rooms.py, with all weights chosen in the same way.
 
 `python -m bench.two_rooms` adds each run as a line to bench/results/two_rooms.jsonl. Runs that the file has are not
 repeated, so an interrupted experiment continues. All runs take less than an hour on one core. Then it renders the page
@@ -113,7 +113,7 @@ def chosen(runs: Iterable[Run]) -> dict[str, Weights]:
 
 
 def jobs(file: Path) -> Iterator[Job]:
-    """Generate all runs of the experiment; those of a round follow from the results of the rounds before it."""
+    """Generate all runs of the experiment; the results of a round decide on the runs of the next."""
     left = [Weights(variance, covariance, beta) for variance, covariance, beta in product(VICREG, VICREG, BETAS)]
     so_far: list[int] = []
     for seeds, count in ROUNDS.items():

@@ -39,7 +39,7 @@ class Limits(NamedTuple):
 
 
 def append(file: Path, **record: Any) -> None:
-    """Write a record on a line of its own, and wait until it is on disk, as the machine may be taken away."""
+    """Write a record as one line, and wait until it is on disk, as the machine may be taken away."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as lines:
         if lines.tell():
@@ -65,7 +65,7 @@ def work(arguments: Sequence[str], do: Callable[[str, Path], dict[str, Any]]) ->
 
     Args:
         arguments: the arguments of the command.
-        do: does the task of this name, and returns what was found. It may append records to the file. After an
+        do: does the task of this name, and returns the result. It may append records to the file. After an
             exception the worker ends, because a device on which a kernel has failed can do nothing more.
     """
     file, end, *names = arguments

@@ -39,7 +39,7 @@ __all__ = ["RNNRegularizer", "fuse", "rnn_cbs", "unfuse"]
 
 
 class OutputDropout(FusedRNNDropout):
-    """Replace the last dropout of a language model; a copy or a pickle of it is fastai's dropout."""
+    """Replace the last dropout of a language model; its copies and pickles are fastai's dropout."""
 
     def __reduce__(self) -> Any:
         return RNNDropout, (self.p,), {"training": self.training}
@@ -71,7 +71,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
     epoch's training batches, weighted by batch size. The first three arguments are attributes that may change between
-    batches. The first training step prints what was taken for what in the named modules.
+    batches. The first training step prints which axes of each module's output are batch, time and hidden.
 
     fastai's `RNNCallback` captures the activations. If a model returns only its output, name its modules by `rnn` and
     `dropout`, and leave the `RNNCallback` out.

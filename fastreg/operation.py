@@ -39,7 +39,10 @@ def compute(
     if not (are_floats and 0 <= alpha < inf and 0 <= beta < inf):
         alpha, beta = converted("alpha", alpha), converted("beta", beta)
     if not ((are_floats and alpha and beta) or operation.drops or options.measured or options.ar_of_raw):
-        first, second = first if is_on(beta) else None, second if is_on(alpha) else None  # what a term reads
+        first, second = (
+            first if is_on(beta) else None,
+            second if is_on(alpha) else None,
+        )  # only tensors that a term reads
     inputs = first, second, alpha, beta, *steps
     if not is_seen:  # a compiler would compile again for each new plan
         key = key_of(operation, inputs, options)
@@ -78,7 +81,7 @@ def save(ctx: Any, plan: Any, tensors: Sequence[Tensor | None], values: Values) 
     """Let autograd save the tensors of a call for its backward."""
     tensors, ctx.values = flat(tensors, values)
     ctx.plan = plan
-    if not plan.facts:  # these are packed rows, of which each node has another number
+    if not plan.facts:  # packed rows, whose number differs from node to node
         ctx.facts = facts_of(tensors)
     ctx.save_for_backward(*tensors)
 

@@ -27,7 +27,7 @@ class Plan:
     Threads share plans, so a plan is complete when it is kept.
 
     Attributes:
-        terms: what the penalty of each layer consists of; empty if no term reads anything.
+        terms: the terms of each layer's penalty; empty if no term reads anything.
         steps_of: a function of a call's arguments that checks the values of lengths, valid steps, starts or batch
             sizes, and returns the steps that count; `None` if all steps count.
         row: the shape of a dropout mask with one row for all time steps.

@@ -73,7 +73,7 @@ class Call(NamedTuple):
     alpha, beta   coefficients of AR and TAR: floats, or 0-dim tensors
     steps         the time steps that count, on the device of the activations, or the offsets of packed rows; `None` if
                   all steps count
-    terms         what the penalty consists of
+    terms         the terms of the penalty
     """
 
     raw: Any

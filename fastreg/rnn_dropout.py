@@ -189,7 +189,7 @@ class FusedRNNDropout(nn.Module):
         return terms
 
     def _has_own(self) -> bool:
-        """Return whether the module has coefficients of its own, from the constructor or from a schedule."""
+        """Return whether the module itself has coefficients, from the constructor or from a schedule."""
         return self._is_said or is_on(self.alpha) or is_on(self.beta)
 
     def _note(self, loan: Loan | None) -> None:

@@ -110,7 +110,7 @@ def is_memory(x: Tensor) -> bool:
 
 
 def address_of(x: Tensor) -> Any:
-    """Return where the memory of a tensor starts, or `None` for a subclass that may have no memory of its own."""
+    """Return where the memory of a tensor starts, or `None` for a subclass that may have no memory."""
     if type(x) is not Tensor and type(x := plain(x)) is not Tensor:
         return None
     return x.data_ptr() - x.storage_offset() * x.itemsize  # to ask the storage takes longer

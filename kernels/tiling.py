@@ -27,7 +27,7 @@ FEW = 512  # items: four for each of an H100's multiprocessors
 LONGEST_RUN = 128  # time steps: long float32 sums drift, so a run has its own sum beside the program's
 PROGRAMS = 1024  # about 8 for each of an H100's 132 multiprocessors, all resident; more would only add halo rows
 # Turns of the loop whose loads overlap. With more than one, rows go through shared memory, 16 KB for each turn but the
-# last. Only GPUs of these capabilities have enough of it for as many programs as registers allow.
+# last. Only GPUs of these capabilities have enough shared memory for as many programs as registers allow.
 STAGES = {torch.float32: 1, torch.bfloat16: 1, torch.float16: 1}
 LARGE_SHARED = 80, 90, 100, 103
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always have 64

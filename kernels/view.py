@@ -126,7 +126,7 @@ class View(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Say what the penalty of a layer consists of, whatever its tensors and its coefficients are.
+    """Describe the terms of a layer's penalty, whatever its tensors and its coefficients are.
 
     by_ar, by_tar  whether each term is in the penalty, and has a gradient
     measured       whether the terms are results, too; then a term that is not in the penalty is computed as well
@@ -146,7 +146,7 @@ class Terms(NamedTuple):
 
 
 def switches(view: View, terms: Terms, is_forward: bool) -> Sequence[bool]:
-    """Return what a launch does: sum AR, sum TAR, write the gradient of AR, of TAR; and whether AR is that of raw."""
+    """Return the switches of a launch: sum AR, sum TAR, write AR's gradient, write TAR's; and whether AR is of raw."""
     raw, _, _, dropped, *_ = view.operands
     writes, ar, tar = view.writes(), terms.by_ar or terms.measured, terms.by_tar or terms.measured
     sum_ar = is_forward and ar and (terms.ar_of_raw or dropped is not None)

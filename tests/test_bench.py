@@ -318,7 +318,7 @@ def test_a_report_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def findings(folder: Path, recorded: Recorded, **found: Any) -> Path:
-    """Write what bench.first would find on this device: headline cases, and `found` for each task of that kind."""
+    """Write a result of bench.first on this device: headline cases, and `found` for each task of that kind."""
     lines = folder / f"{machine.file_name(machine.device_name())}l"
     facts = machine.facts() | {"copy_bandwidth": 3e12}
     worker.append(lines, machine=facts)

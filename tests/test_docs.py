@@ -41,7 +41,7 @@ def run(snippet: str, page: Path) -> dict[str, Any]:
 
 
 def setup_of(framework: str) -> dict[str, Any]:
-    """Return the names that the docstrings of an adapter use, which are those of its page."""
+    """Return the names that the docstrings of an adapter use, as its page defines them."""
     page = ROOT / "docs" / f"{framework}.md"
     names, *others = [run(code, page) for code in snippets(page) if framework_of(code) == framework]
     for other in others:

@@ -170,7 +170,7 @@ for name in re.findall('"((?:Tensor|_C|autograd|compiler)\\.[\\w.]+|_disable_dyn
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_a_future_pytorch_without_a_private_name_runs_the_formula() -> None:
-    """Each name is missing in a process of its own, which warns once; `python -m fastreg` names it."""
+    """Each name is missing in its own process, which warns once; `python -m fastreg` names it."""
     source = ROOT / "fastreg" / "torch_state.py"
     done = python("-c", WITHOUT_PRIVATE_NAMES, str(source), OMP_NUM_THREADS="1", TRITON_INTERPRET="0")
     names = re.findall(r"^right without (.*)$", done.stdout, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The README: what its snippets print, and each figure that bench/results does not have, computed anew."""
+"""The README: the output of its snippets, and each figure that bench/results does not have, computed anew."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tar(raw: Tensor) -> Tensor:
 
 
 def padded(capsys: pytest.CaptureFixture[str]) -> tuple[Tensor, str]:
-    """Run the snippet that pads one batch to more and more steps; return the batch, and what it printed."""
+    """Run the snippet that pads one batch to more and more steps; return the batch, and the output."""
     (code,) = [code for code in snippets(PADDING) if "padded to" in code]
     states = run(code, PADDING)["states"]
     return states, capsys.readouterr().out

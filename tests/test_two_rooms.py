@@ -78,7 +78,7 @@ def cells(table: str, *start: str) -> list[str]:
 def test_settings_are_chosen_by_their_mean_and_compared_in_pairs() -> None:
     means = {PLAIN: 0.5, PLAIN._replace(beta=1.0): 0.3, TAR: 0.7, CLOSE: 0.65, TAR._replace(beta=0.0): 0.4}
     runs = [made_up(Job(weights, seed), success) for weights, success in means.items() for seed in CHOICE_SEEDS]
-    runs.append(made_up(Job(Weights(1.0, 0.1, 0.0), CHOICE_SEEDS[0]), 0.89))  # with one seed alone
+    runs.append(made_up(Job(Weights(1.0, 0.1, 0.0), CHOICE_SEEDS[0]), 0.89))  # with only one seed
     runs.append(made_up(Job(CLOSE, 11), 0.9))  # no seed of the choice
     settings = two_rooms.chosen(runs)
     assert [*settings.values()] == [TAR._replace(beta=0.0), TAR, PLAIN]
