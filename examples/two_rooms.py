@@ -54,7 +54,7 @@ SETTINGS = {  # as bench/two_rooms.py has chosen them; the first has the weights
 
 
 def move(position: Tensor, action: Tensor) -> Tensor:
-    """Return the positions after an action, from 0 to 1. The wall, at x = 0.5, stops a dot that does not pass the door."""
+    """Return the positions after an action, from 0 to 1. The wall, at x = 0.5, stops a dot beside the door."""
     (x, y), (new_x, new_y) = position.unbind(-1), (position + action).clamp(0.02, 0.98).unbind(-1)
     crosses = (x < 0.5) != (new_x < 0.5)
     height = y + (0.5 - x) / torch.where(crosses, new_x - x, 1.0) * (new_y - y)  # where the path meets the wall

@@ -213,7 +213,7 @@ def check_paths(rnn: object) -> None:
 
 
 def check_no_coefficients(options: Collection[str]) -> None:
-    """Check that `fuse` of an adapter gets no coefficients, because it keeps the coefficients of the learner's own callback."""
+    """Check that `fuse` of an adapter gets no coefficients, because the learner's own callback has them."""
     for name in ("alpha", "beta"):
         if name in options:
             raise TypeError(
@@ -231,7 +231,7 @@ def attach_at(regularizer: Any, model: Any, source: Source, say: Any = None, lay
         regularizer: an `RNNRegularizer`.
         model: the model.
         source: the source, which names modules by their paths; nothing is attached if it names none.
-        say: a function that is called once, at the first loss, with a line for each module, which names the axes of its output.
+        say: a function that is called once for each module, at the first loss, with a line that names the axes of raw.
         layout: the `batch_first` of a module that does not show it.
 
     Raises:
