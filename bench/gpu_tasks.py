@@ -129,7 +129,7 @@ def error_of(got: Tensor, want: Tensor) -> float:
 
 
 def order(setting: Setting) -> dict[str, Any]:
-    """Count the replays of a graph whose result differs in any bit from the first, beside another kernel."""
+    """Count the results that differ in any bit from the first call, in replays of a graph, beside another kernel."""
     case = setting.apply()
     raw, dropped = case.inputs("cuda")
 
