@@ -329,8 +329,9 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(result) if result.layout is torch.strided and not result.is_nested else result
     if kind is tuple or kind is list:
         return kind([mapped(x, function) for x in result])
-    if isinstance(result, tuple) and hasattr(kind, "_make"):  # a named tuple, such as a packed sequence
-        return kind._make([mapped(x, function) for x in result])
+    make = getattr(kind, "_make", None) if isinstance(result, tuple) else None
+    if make is not None:  # of a named tuple, such as a packed sequence
+        return make([mapped(x, function) for x in result])
     if isinstance(result, dict):
         own: Any = OrderedDict if isinstance(result, OrderedDict) else dict
         try:

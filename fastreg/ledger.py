@@ -15,7 +15,7 @@ makes it TAKEN, and `clear` makes it DROPPED. The ledger holds the waiting runs,
 of each attachment if it is a constant. The graph holds the other runs by their marks, and the ledger refers to them
 weakly.
 
-`OUTCOMES` is the table of what a loss or a backward leads to. docs/hooks.md shows the same table.
+`OUTCOMES` is the table of the outcomes of a loss or a backward. docs/hooks.md shows the same table.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.carrier import leaf_before, mark, reached
 from fastreg.problem import ARTAR, Coefficient, axes_of, data_of, is_on
-from fastreg.torch_state import accumulates, current, level_of_caller, untraced, version_of, will_execute
+from fastreg.torch_state import accumulates, at_the_end, current, level_of_caller, untraced, version_of, will_execute
 
 State = Enum("State", "WAITING AGAIN FORMED CONSTANT WITHOUT TAKEN DROPPED")
 WAITING, AGAIN, FORMED, CONSTANT, WITHOUT, TAKEN, DROPPED = State
@@ -45,8 +44,8 @@ NO_GRADIENTS = (
     "the attached {module} or its dropout ran without gradients, so the gradient of the penalty would be lost. For "
     "activation checkpointing pass use_reentrant=False; otherwise run both outside torch.no_grad()"
 )
-# The cases of a loss, of which the first one that holds is reported, and at the end the case of a backward. A case
-# without a message is as it should be, the cases in WARNINGS are warned of, and all others are errors.
+# The cases of a loss, and at the end the case of a backward. A case without a message is as it should be, the cases in
+# WARNINGS are warned of, and all others are errors.
 OUTCOMES = {
     "a dropout did not get raw": "on_backward_begin: the attached {dropout} did not get the output of the {module}: "
     "something lies between them (packing, padding, a slice, a full backward hook, another module), or a step ended "
@@ -195,7 +194,7 @@ class Ledger:
     Attributes:
         sites: what is known of each attachment.
         notes: the notes on each module, whether it is attached or not.
-        waiting: the runs that wait for their dropout, by themselves.
+        waiting: the runs that wait for their dropout, in the order of the forward; the keys are the runs, too.
         runs: weak references to all runs.
         backwards: the backwards through marks in which a penalty could have got a gradient; `None` once a penalty has
             got one, or the lack of one was warned of.
@@ -205,7 +204,7 @@ class Ledger:
         self.owner: Callable[[], Any] = weakref.ref(owner, lambda _: [x.remove() for x in [*self.sites]])
         self.sites: dict[Any, Site] = {}
         self.notes: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
-        self.waiting: dict[Any, Run] = {}  # has an order, which a set has not
+        self.waiting: dict[Any, Run] = {}
         self.runs: list[Callable[[], Run | None]] = []
         self.backwards: set[int] | None = set()
 
@@ -391,7 +390,7 @@ class Ledger:
             return
         backwards.add(task)
         if len(backwards) >= ENOUGH:
-            Variable._execution_engine.queue_callback(partial(self._warn, run.attachment))
+            at_the_end(partial(self._warn, run.attachment))
 
     def _warn(self, attachment: Any) -> None:
         """Warn once, unless a penalty has got a gradient."""

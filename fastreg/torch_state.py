@@ -41,6 +41,8 @@ for _name in ("autograd.forward_ad._current_level", "compiler._is_exporting_flag
     _private(_name, None)
 # It tells whether a backward accumulates gradients into a leaf; where it is missing, backwards are only counted.
 will_execute: Callable[[Any], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
+# It calls a function at the end of the present backward.
+at_the_end: Callable[[Callable[[], Any]], Any] = attrgetter("_execution_engine.queue_callback")(torch.autograd.Variable)
 _forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=-1)
 
 

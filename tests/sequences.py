@@ -449,6 +449,8 @@ class Play:
         draw, by_hand = self.draw, self.by_hand
         if not self.candidates() or draw.random() < 0.1:
             self.run("train")
+        for _ in range(4 * (self.single and draw.random() < 0.3)):  # a loop over time
+            self.run("train", carries=False)
         loss, keeps_graph = self.loss(), draw.random() < 0.7
         if not loss:
             return

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("dynamo")
     ("kind", "dropout"),
     [
         (nn.LSTM, nn.Dropout),
+        (nn.LSTM, None),
+        (nn.GRU, FusedRNNDropout),
         (lm.Elementwise, None),
         pytest.param(lm.Loop, nn.Dropout, marks=more),
         pytest.param(lm.Elementwise, FusedRNNDropout, marks=more),
