@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastreg import fused_ar_tar
+from fastreg.ledger import OUTCOMES, WARNINGS
 from tests.conftest import ROOT, more, python, skip_without
 from tests.language_model import BATCH, HIDDEN, TIME
 from tests.test_fastai1 import environment_with
@@ -127,6 +128,14 @@ def test_the_api_page_shows_the_signatures_of_the_code() -> None:
     page = (ROOT / "docs" / "api.md").read_text()
     assert runpy.run_path(str(ROOT / "docs" / "api.py"))["render"](page) == page, "run `python docs/api.py`"
     assert '"""Compute the penalty of activation and temporal activation regularization' in page
+
+
+def test_the_page_on_hooks_shows_the_table_of_outcomes_of_the_code() -> None:
+    text = (ROOT / "docs" / "hooks.md").read_text().split("### Outcomes of a loss\n")[1].split("\n### ")[0]
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][2:]
+    shown = {case: re.split(r"[:,]", outcome)[0] for case, outcome, _ in rows}
+    assert shown == {x: "a warning" if x in WARNINGS else "error" if OUTCOMES[x] else "right" for x in OUTCOMES}
+    assert all(remedy or shown[case] == "right" for case, _, remedy in rows)
 
 
 def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
