@@ -115,7 +115,7 @@ def test_a_fit_prints_once_what_is_taken_for_what(capsys: pytest.CaptureFixture[
     for _ in range(2):
         trained(learn)
     (shown,) = [line for line in capsys.readouterr().out.splitlines() if "raw" in line]
-    axes = "time .*, batch" if OLD else "batch .*, time"
+    axes = "batch .*, time" if TIME else "time .*, batch"
     assert re.fullmatch(rf"0 \(\w+\) -> 1\.output_dp \(FusedRNNDropout\): raw \(.*\) as {axes} .*; no mask.*", shown)
 
 

@@ -497,6 +497,34 @@ def test_steps_that_are_refused(case: str, dropout: Any) -> None:
 
 
 @each_dropout
+def test_a_parameter_that_two_regularizers_take_in_turns(dropout: Any) -> None:
+    raw = nn.Parameter(torch.randn(SHAPE))
+    pairs = [(nn.Identity(), dropout(0.4) if dropout else nn.Identity()) for _ in range(2)]
+    regs = [lm.regularizer(), lm.regularizer()]
+    for reg, (module, after) in zip(regs, pairs, strict=True):
+        reg.attach(module, dropout and after, batch_first=True)
+    for _ in range(2):
+        for reg, (module, after) in zip(regs, pairs, strict=True):
+            dropped = after(module(raw))
+            torch.testing.assert_close(lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
+
+
+@pytest.mark.parametrize("where", ["rnn", "dropout"])
+def test_a_module_whose_class_gets_another_forward_is_refused(where: str) -> None:
+    """The hooks have made its forward an attribute, which would hide the new one."""
+    model = Attached(nn.GRU, PLAIN)
+    module = getattr(model, where)
+
+    class Other(type(module)):
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args)
+
+    module.__class__ = Other
+    with pytest.raises(RuntimeError, match=r"attach: this Other shares the hooks .*, or its class got another forward"):
+        model(lm.inputs())
+
+
+@each_dropout
 def test_a_parameter_is_raw_in_each_step(dropout: Any) -> None:
     """A trainer that attaches anew in each step, as `RegularizedTrainer` does, may keep the graph of the last."""
     raw, losses = nn.Parameter(torch.randn(SHAPE)), []
@@ -682,6 +710,13 @@ def test_a_penalty_that_was_not_forgotten_is_not_warned_of(why: str, dropout: An
         warnings.simplefilter("error")
         NOT_FORGOTTEN[why](model)
     assert backwards(model, 100 if why == "coefficients of 0" else 3) == []
+
+
+def test_an_attack_on_an_input_that_is_nearer_than_any_parameter_is_not_warned_of() -> None:
+    model = Attached(lm.Elementwise)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attacked(model, lambda y, x: y.backward(inputs=[x]), 3)
 
 
 @each_dropout
