@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.testing import assert_close
 
 from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels import streams
@@ -412,3 +413,15 @@ def test_plans_on_a_gpu_draw_memory_in_their_first_backward_and_share_it_in_the_
     assert (len(memory), allocated) == (4, [4])
     monkeypatch.setattr(streams, "is_captured", lambda _: True)
     assert Expected(torch.float32, device).guess() is not others[-1].guess()
+
+
+def test_batched_upstream_gradients_take_the_formula() -> None:
+    """Their wrappers have no memory that kernels could read."""
+    raw, dropped = (numbers(BATCH, TIME, HIDDEN, seed=seed).requires_grad_() for seed in range(2))
+    penalty = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    upstream = torch.tensor([1.0, 3.0])
+    batched = torch.autograd.grad(penalty, (raw, dropped), upstream, retain_graph=True, is_grads_batched=True)
+    for i in range(2):
+        for gradient, want in zip(batched, torch.autograd.grad(penalty * upstream[i], (raw, dropped)), strict=True):
+            assert_close(gradient[i], want)
+        penalty = fused_ar_tar(raw, dropped, 2.0, 1.0)
