@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout
 from tests import language_model as lm
@@ -104,11 +105,12 @@ def test_a_module_that_is_called_by_its_forward_beside_a_frozen_one_is_warned_of
 
 
 @each_dropout
-def test_two_tasks_in_turns_one_of_them_frozen(dropout: Any, frozen: nn.GRU) -> None:
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_two_tasks_in_turns_one_of_them_frozen(checkpoints: bool, dropout: Any, frozen: nn.GRU) -> None:
     model, head = Attached(nn.LSTM, dropout), nn.Linear(HIDDEN, 1)
     model.reg.attach(frozen)
     for _ in range(3):
-        run, beside = model(lm.inputs()), None
+        run: Any = checkpoint(model, lm.inputs(), use_reentrant=False) if checkpoints else model(lm.inputs())
         total, messages = warned(partial(model.reg.on_backward_begin, run.loss))
         lm.check_gradients(model, total, penalized(run.loss, run))
         total.backward()
@@ -268,7 +270,57 @@ def test_a_loop_without_a_loss_does_not_fill_the_memory() -> None:
     for _ in range(3000):
         module(2 * x)
     assert len(reg._ledger.runs) < 1000  # pyright: ignore
-    assert len(ledger._runs_of) < 1000
+    assert len(ledger._runs_of) < 2000
+
+
+def test_runs_whose_dropout_never_runs_do_not_fill_the_memory() -> None:
+    model = Attached(nn.GRU, PLAIN)
+    for _ in range(2500):
+        model.rnn(lm.inputs()[:1, :2])
+    assert len(model.reg._ledger.waiting) < 1000  # pyright: ignore
+    with pytest.raises(RuntimeError, match="the attached Dropout did not get the output of the GRU"):
+        lm.penalty_of(model.reg)
+
+
+def test_recomputations_do_not_fill_the_memory() -> None:
+    model = Attached(nn.GRU, PLAIN)
+    for _ in range(3):
+        raw, _ = checkpoint(model.rnn, lm.inputs(), use_reentrant=False)  # pyright: ignore
+        model.reg.on_backward_begin(model.dropout(raw).sum()).backward()
+    assert len(model.reg._ledger.waiting) <= 1  # pyright: ignore
+
+
+# What is dropped, and said
+
+
+@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
+def test_a_run_that_is_cleared_before_its_dropout_is_none(dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    raw, _ = model.rnn(lm.inputs())
+    model.reg.clear()
+    model.dropout(raw)
+    run = model(lm.inputs())
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@each_dropout
+def test_runs_of_others_stay_when_a_handle_is_removed(dropout: Any) -> None:
+    model, other = Attached(nn.LSTM, dropout), lm.gru()
+    with model.reg.attach(other):
+        run = model(lm.inputs())
+        other(lm.inputs())
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+def test_a_handle_says_once_what_was_taken_for_what() -> None:
+    rnn, reg, said = lm.gru(), lm.regularizer(), []
+    for step in range(3):
+        with reg.attach(rnn) as handle:
+            handle.paths, handle.say = ("encoder.gru", None), said.append
+            raw, _ = rnn(lm.inputs())
+            assert len(said) == (step > 0)
+            lm.penalty_of(reg, raw)
+    assert said == ["encoder.gru (GRU): raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask: every step counts"]
 
 
 @each_dropout
