@@ -81,6 +81,7 @@ class FusedRNNDropout(nn.Module):
 
     _is_said = True  # whether a coefficient was given; files of 0.4.0 lack this attribute
     _ran_without = False  # whether a forward in training had neither coefficients nor a loan
+    _is_replica = False  # DataParallel sets it on its replicas
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class FusedRNNDropout(nn.Module):
             )
         if not self.training:
             return raw
-        if (is_on_itself or not self._is_said) and vars(self).get("_is_replica"):
+        if (is_on_itself or not self._is_said) and self._is_replica:
             raise RuntimeError(
                 "FusedRNNDropout: DataParallel runs a replica on each device, and the penalty of a replica is lost. "
                 "Use DistributedDataParallel. Or set alpha and beta of this module to 0, let the model return "
