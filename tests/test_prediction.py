@@ -158,7 +158,7 @@ CHANGES: dict[Any, str] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([7, 0, 3])}], ids=["whole", "lengths"])
 def test_hooks_that_change_saved_tensors(options: Any, change: Any, device: str) -> None:
-    """The kernels of the backward are those for the layouts of the forward."""
+    """The formula computes the backward of tensors with another layout than in the forward, and rounds its own way."""
     skip_on_formula(device)
     raw, dropped = leaves(7, device=device)
     mask = torch.rand(3, 1, 8).to(device).expand(3, 7, 8)
@@ -178,4 +178,4 @@ def test_hooks_that_change_saved_tensors(options: Any, change: Any, device: str)
             with pytest.raises(RuntimeError, match=CHANGES[change]):
                 gradients(graph)
         else:
-            assert_same_bits(gradients(graph), expected)
+            torch.testing.assert_close(gradients(graph), expected)
