@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -133,6 +134,8 @@ def test_the_calls_of_peers_give_the_same(case: Any) -> None:
 )
 def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """From one seed the losses and the weights of two steps agree, except for the step without the penalty."""
+    # A measured training silences Lightning, whose messages other tests read.
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "setLevel", lambda _: None)
     for kind, package in {steps.MambaStep: "transformers", steps.LightningStep: "lightning"}.items():
         if isinstance(step, kind):
             skip_without(package)
