@@ -135,7 +135,7 @@ lint: .venv/lint
 
 # The site has the layout of the checkout, so that each relative link works in both.
 # Each example gets a page with its code.
-PAGES = $(wildcard *.md docs/*.md docs/*.png docs/*.css bench/*.md bench/results/*.md bench/results/*.svg examples/*)
+PAGES = $(wildcard *.md docs/*.md docs/*.png docs/*.css bench/*.md bench/results/*.md bench/results/*.svg examples/*.py examples/*.ipynb)
 docs: .venv/docs
 	rm -rf build/docs build/site
 	mkdir -p build/docs
