@@ -92,10 +92,8 @@ def self_test(device: torch.device) -> None:
         exact = leaves
         if device.type != "mps":  # mps has no float64
             exact = raw.double().requires_grad_(), dropped.double().requires_grad_()
-        bits, terms = (
-            None if steps is None else Steps(*encoded((5, 40), steps, None, None)),
-            Terms(dtype=exact[0].dtype),
-        )
+        bits = None if steps is None else Steps(*encoded((5, 40), steps, None, None))
+        terms = Terms(dtype=exact[0].dtype)
         got = fused_ar_tar(leaves[0], leaves[1], 2.0, 1.0, lengths=steps)
         want = ar_tar(Call(*exact, 2.0, 1.0, bits, terms)).penalty
         compare([got, *torch.autograd.grad(got, leaves)], [want, *torch.autograd.grad(want, exact)])

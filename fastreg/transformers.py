@@ -143,9 +143,8 @@ class RegularizedTrainer(Trainer):
 
     def _attached(self, batch: Any = None) -> ExitStack:
         """Attach to the modules until the returned stack is closed, with the masks of a batch."""
-        return attach_at(
-            self.regularizer, _inner(self.model), of_batch(self.source, lambda: [batch]), log.warning, True
-        )
+        source = of_batch(self.source, lambda: [batch])
+        return attach_at(self.regularizer, _inner(self.model), source, log.warning, layout=True)
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, because the `Trainer` removes it from the batches."""
