@@ -577,7 +577,7 @@ class Play:
                     self.evaluate: 1,
                     self.clear: 0.3,
                 }
-                weights |= {self.change_coefficients: 1, self.forget: 1, self.attack: 0.5}
+                weights |= {self.change_coefficients: 1, self.forget: 2, self.attack: 0.5}
                 self.event(self.draw.choices([*weights], [*weights.values()])[0])
             self.event(self.clear)
             self.event(self.regularize)
