@@ -198,7 +198,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         rows = data_of(raw)
         if rows.is_nested:  # which has no shape
             check_tensor("raw", rows)
-        other = self.ledger.find([rows])
+        other = self.ledger.find(rows)
         if is_marked(rows) or (other is not None and other.attachment is not self and other.state in HELD):
             self._refuse_regularized()
         run = self.ledger.begin(self, raw, source.masks(*args, **kwargs), again)
@@ -272,13 +272,17 @@ class Attachment(AbstractContextManager["Attachment"]):
                 f"attach: the output of the {self.names['module']} was changed in place before or by its dropout; use "
                 "Dropout(inplace=False), and apply no operation like relu_() to that output"
             )
-        dropped = self._formed(run, raw, data_of(result), kwargs.get("loan"), again)
-        return result._replace(data=dropped) if isinstance(result, PackedSequence) else dropped
+        rows = data_of(result)
+        dropped = self._formed(run, raw, rows, kwargs.get("loan"), again)
+        return dropped if result is rows else result._replace(data=dropped)  # pyright: ignore
 
     def _run_of(self, args: Any, kwargs: Any) -> Run | None:
         """Return the run of the module whose raw is among the arguments of the dropout, or `None`."""
-        run = self.ledger.find((*args, *kwargs.values()))
-        return run if run is not None and run.attachment is self else None
+        for x in (*args, *kwargs.values()):
+            run = self.ledger.find(data_of(x))
+            if run is not None and run.attachment is self:
+                return run
+        return None
 
     def _refuse_reentrant(self) -> None:
         """Check that no forward without gradients is recomputed with gradients, as its penalty reached no loss."""
@@ -309,8 +313,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         terms: Any = loan and loan.terms
         if loan is None or loan.dropped is not dropped or loan.version != version_of(dropped):
             dropout: Any = self.source.dropout  # asking a module for an attribute that it lacks takes 2 us
-            squared = raw if isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw" else dropped
-            pair = [x if run.packed is None else run.packed._replace(data=x) for x in (raw, squared)]
+            pair: Any = raw, raw if isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw" else dropped
+            if run.packed is not None:
+                pair = [run.packed._replace(data=x) for x in pair]
             place, options = self.source.place_for(pair[0]), self.options
             if place is not self.source.place:
                 options = options._replace(batch_first=place.batch_first, time_dim=place.time_dim)
@@ -325,10 +330,10 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
     and so is a sparse or nested tensor.
     """
     kind = type(result)
-    if isinstance(result, Tensor):
-        return function(result) if result.layout is torch.strided and not result.is_nested else result
     if kind is tuple or kind is list:
         return kind([mapped(x, function) for x in result])
+    if isinstance(result, Tensor):
+        return function(result) if result.layout is torch.strided and not result.is_nested else result
     make = getattr(kind, "_make", None) if isinstance(result, tuple) else None
     if make is not None:  # of a named tuple, such as a packed sequence
         return make([mapped(x, function) for x in result])

@@ -7,7 +7,6 @@ run. A loss that depends on a marked tensor has the node in its graph.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -53,9 +52,8 @@ def is_marked(x: Tensor) -> bool:
 
 def before(node: Any) -> Iterator[Any]:
     """Yield the nodes of the graph from a node on towards the leaves, breadth first."""
-    queue, seen = deque([node]), {None}
-    while queue:
-        node = queue.popleft()
+    queue, seen = [node], {None}
+    for node in queue:  # which grows
         if node not in seen:
             seen.add(node)
             yield node

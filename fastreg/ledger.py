@@ -106,7 +106,7 @@ class Run:
         packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
         masks: the masks of valid steps and of starts, by their names, each of which may be `None`; empty without raw.
         given: alpha and beta of the regularizer.
-        stamps: the stamps of alpha and beta at the time when the module ran.
+        stamps: the stamps of alpha and beta at the time when the module ran; `given` itself if both are floats.
         state: the state.
         terms: the penalty and its terms of a run that is formed or constant; otherwise `None`.
         can_be_lost: whether the penalty needs a gradient, and a coefficient is not 0, until `backwards` is `None`.
@@ -118,14 +118,16 @@ class Run:
     shape: torch.Size
     packed: PackedSequence | None
     masks: dict[str, Any]
-    given: tuple[Coefficient, Coefficient]
-    stamps: list[Any]
+    given: Sequence[Coefficient]
+    stamps: Sequence[Any]
     state: State
     terms: ARTAR | None = None
     can_be_lost: bool = False
 
-    def coefficients(self) -> Any:
+    def coefficients(self) -> Sequence[Coefficient]:
         """Return alpha and beta on the device of raw, which has to be alive."""
+        if self.stamps is self.given:
+            return self.given
         return [x.to(self.raw().device) if isinstance(x, Tensor) else x for x in self.given]
 
     def end(self, state: State) -> Any:
@@ -151,9 +153,15 @@ class Run:
         return f"raw {(*self.shape,)} as {axes}; {steps or 'no mask: every step counts'}"
 
 
-def stamps_of(coefficients: Iterable[Coefficient]) -> list[Any]:
-    """Return values that change when a coefficient is replaced, or is a tensor and changed in place."""
-    return [(id(x), version_of(x)) if isinstance(x, Tensor) else x for x in coefficients]
+def stamps_of(coefficients: Sequence[Coefficient]) -> Sequence[Any]:
+    """Return values that change when a coefficient is replaced, or is a tensor and changed in place.
+
+    Of two floats these are the coefficients themselves.
+    """
+    alpha, beta = coefficients
+    if type(alpha) is float and type(beta) is float:
+        return coefficients
+    return tuple([(id(x), version_of(x)) if isinstance(x, Tensor) else x for x in coefficients])
 
 
 @dataclass
@@ -223,8 +231,10 @@ class Ledger:
         """Note that a module was called; return whether the call is a run."""
         site, is_run = self.sites[attachment], is_training and torch.is_grad_enabled()
         site.notes.add("called")
-        site.has_run = site.has_run or (is_training and not again)  # a recomputation belongs to a loss that has passed
-        site.without = site.without or (is_training and not is_run)
+        if is_training and not again:  # a recomputation belongs to a loss that has passed
+            site.has_run = True
+        if is_training and not is_run:
+            site.without = True
         return is_run
 
     def begin(self, attachment: Any, raw: Tensor | PackedSequence, masks: dict[str, Any], again: bool) -> Run:
@@ -236,30 +246,28 @@ class Ledger:
             masks: the masks of valid steps and of starts, by their names.
             again: whether this is a recomputation.
         """
-        rows, packed = (raw.data, raw._replace(data=None)) if isinstance(raw, PackedSequence) else (raw, None)
+        rows: Any = data_of(raw)
+        packed: Any = None if raw is rows else raw._replace(data=None)  # pyright: ignore
         owner = self.owner()
         given = owner.alpha, owner.beta
         if not again:
             self.sites[attachment].constant = None
         # The masks go with raw, although a run whose raw is gone may wait until the loss.
-        of_raw = weakref.ref(rows, lambda _: masks.clear()), version_of(rows), rows.shape, packed, masks
-        run = Run(attachment, *of_raw, given, stamps_of(given), AGAIN if again else WAITING)
-        self.waiting[run], _runs_of[id(rows)] = run, weakref.ref(run)
-        self.runs.append(_runs_of[id(rows)])
+        are_masks = masks["valid"] is not None or masks["starts"] is not None
+        of_raw = weakref.ref(rows, (lambda _: masks.clear()) if are_masks else None), version_of(rows), rows.shape
+        run = Run(attachment, *of_raw, packed, masks, given, stamps_of(given), AGAIN if again else WAITING)
+        self.waiting[run], _runs_of[id(rows)] = run, found = run, weakref.ref(run)
+        self.runs.append(found)
         if len(self.runs) % 1000 == 0:  # a loop without a loss must not fill the memory
             self.alive()
             self.waiting = {x if x.raw() is not None else (x.attachment, x.state): x for x in self.waiting.values()}
         return run
 
-    def find(self, given: Iterable[Any]) -> Run | None:
-        """Return the latest run whose raw is one of some values, or `None`."""
-        for x in given:
-            rows = data_of(x)
-            found = _runs_of.get(id(rows))
-            run = found and found()
-            if run is not None and run.raw() is rows and run.state is not DROPPED:  # an id may have been another's
-                return run
-        return None
+    def find(self, rows: Any) -> Run | None:
+        """Return the latest run whose raw is a tensor, or `None`."""
+        run = (found := _runs_of.get(id(rows))) and found()
+        is_its = run is not None and run.raw() is rows and run.state is not DROPPED  # an id may have been another's
+        return run if is_its else None
 
     def arrive(self, run: Run) -> bool:
         """Note that raw of a run has got to its dropout; return whether it is the first time."""
@@ -347,7 +355,7 @@ class Ledger:
         for run in counted:
             if run.stamps != stamps:
                 report("a coefficient changed", [run.attachment])
-        single = [run.attachment for run in counted if run.is_one_step()]
+        single = [run.attachment for run in counted if run.is_one_step()] if len(counted) > 1 else []
         for x in {*single}:
             if single.count(x) > 3:
                 report("four runs over one step", [x], single.count(x))
@@ -366,12 +374,12 @@ class Ledger:
 
     def alive(self) -> list[Run]:
         """Return the runs that are alive, and forget all others."""
-        alive = [(x, run) for x in self.runs if (run := x()) is not None]
-        self.runs = [x for x, _ in alive]
+        alive = [run for x in self.runs if (run := x()) is not None]
+        self.runs = [*map(weakref.ref, alive)]
         for key, x in _runs_of.copy().items() if len(_runs_of) > 1000 else ():
             if x() is None:
                 _runs_of.pop(key, None)
-        return [run for _, run in alive]
+        return alive
 
     # A backward
 
@@ -406,5 +414,5 @@ class Ledger:
 
 def total(formed: Iterable[ARTAR], device: torch.device) -> ARTAR:
     """Add up the penalties and terms of runs, which may be on several devices."""
-    on = [[x if x.device == device else x.to(device) for x in terms] for terms in formed]  # `to` takes 5 us
-    return ARTAR(*[reduce(torch.add, xs) for xs in zip(*on, strict=True)])
+    on = [x if x.penalty.device == device else ARTAR(*[y.to(device) for y in x]) for x in formed]
+    return reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), on)

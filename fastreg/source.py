@@ -107,20 +107,23 @@ class Source:
         Raises:
             TypeError, ValueError: the output does not show which tensor is raw; the message names the remedy.
         """
-        name = type(self.module).__name__
         if self.output is not None:
-            raw, expected, advice = self.output(result), "output: expected the callable to pick", ""
+            raw = self.output(result)
+        elif type(result) is Tensor:  # asking a tensor for an attribute that it lacks takes long
+            raw = result
         else:
-            # Asking a tensor for an attribute that it lacks takes long, and a dictionary may take it for an item.
-            ask: Any = dict.get if isinstance(result, dict) else getattr
-            raw = result if type(result) is Tensor else ask(result, "last_hidden_state", result)
+            ask: Any = dict.get if isinstance(result, dict) else getattr  # a dictionary may take it for an item
+            raw = ask(result, "last_hidden_state", result)
             raw = next(iter(raw), raw) if is_list(raw) else raw
-            expected = f"attach: expected the {name} to return"
-            advice = "; return it first in a tuple or as last_hidden_state, or pick it by attach(..., output=...)"
         if not isinstance(raw, (Tensor, PackedSequence)):
+            expected, advice = "output: expected the callable to pick", ""
+            if self.output is None:
+                expected = f"attach: expected the {type(self.module).__name__} to return"
+                advice = "; return it first in a tuple or as last_hidden_state, or pick it by attach(..., output=...)"
             raise TypeError(f"{expected} a tensor or a PackedSequence, got {type(raw).__name__}{advice}")
         is_told = self.output is not None or self.time_dim is not None or isinstance(self.module, nn.RNNBase)
         if not is_told and isinstance(raw, Tensor) and raw.dim() == 2:
+            name = type(self.module).__name__
             raise ValueError(
                 f"attach: expected (batch, time, hidden) or (time, batch, hidden) from the {name}, got "
                 f"{tuple(raw.shape)}. If this is one time step, attach the module that runs over all time steps. If it "
@@ -140,7 +143,10 @@ class Source:
             RuntimeError: a function has raised an error, which is the cause of this one.
             TypeError: a function has returned neither a tensor nor `None`.
         """
-        return {"valid": _mask("valid", self.valid, args, kwargs), "starts": _mask("starts", self.starts, args, kwargs)}
+        return {
+            "valid": None if self.valid is None else _mask("valid", self.valid, args, kwargs),
+            "starts": None if self.starts is None else _mask("starts", self.starts, args, kwargs),
+        }
 
 
 @dataclass(frozen=True)
@@ -280,15 +286,13 @@ def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:
     )
 
 
-def _mask(name: str, function: Callable[..., Any] | None, args: Sequence[Any], kwargs: Any) -> Tensor | None:
-    """Call the function given as `valid` or `starts`, and check its result; return `None` without a function.
+def _mask(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Tensor | None:
+    """Call the function given as `valid` or `starts`, and check its result.
 
     Raises:
         MaskError: the function has raised an error.
         TypeError: the function has returned neither a tensor nor `None`.
     """
-    if function is None:
-        return None
     try:
         mask = function(*args, **kwargs)
     except MaskError:  # an adapter has already called the same function with the batch
