@@ -78,7 +78,6 @@ class RNNRegularizer:
 
     _has_layers = False  # whether `layers` was given; files of 0.3.0 lack this attribute
     _warned: tuple[str, ...] = ()  # the kinds of warnings that were given
-    _ledger: Ledger | None = None  # the runs of attached modules; `None` before `attach`
 
     @shown("RNNRegularizer(alpha=2.0, beta=1.0)")
     def __init__(
@@ -99,15 +98,20 @@ class RNNRegularizer:
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
+        self._ledger = Ledger(self)  # the runs of attached modules
 
     def __repr__(self) -> str:
         bptt = "" if self.bptt is None else f", bptt={self.bptt}"
         own = f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
-        return "\n  ".join([own, *map(repr, self._ledger.sites if self._ledger else ())])
+        return "\n  ".join([own, *map(repr, self._ledger.sites)])
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no captures and no attachments."""
         return self.__dict__ | {"_given": None, "_warned": (), "_ledger": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._ledger = Ledger(self)
 
     def on_epoch_begin(self, model: object) -> None:
         """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture."""
@@ -154,7 +158,7 @@ class RNNRegularizer:
         """
         check_time(batch_first, time_dim)
         check_steps(lengths, valid, starts)
-        if self._ledger is not None and self._ledger.sites:
+        if self._ledger.sites:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
         if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
             items = f" of {', '.join(type(x).__name__ for x in output)}" if is_list(output) else ""
@@ -234,7 +238,7 @@ class RNNRegularizer:
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:  # the penalty would be added to each element
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
-            if self._ledger is not None and self._ledger.sites:
+            if self._ledger.sites:
                 formed = self._ledger.take(loss)
             elif given is None:
                 raise RuntimeError(
@@ -261,8 +265,7 @@ class RNNRegularizer:
     def clear(self) -> None:
         """Drop any capture, as `on_epoch_begin` does; after a failed step this frees activations early."""
         self._given = None
-        if self._ledger is not None:
-            self._ledger.clear()
+        self._ledger.clear()
 
     def attach(
         self,
@@ -328,8 +331,6 @@ class RNNRegularizer:
                 f"module: the {type(module).__name__} is attached already, and its penalty would count twice; remove() "
                 "its handle first. If the handle is lost, delete the regularizer that attached it, and so its hooks"
             )
-        if self._ledger is None:
-            self._ledger = Ledger(self)
         return Attachment(self._ledger, source)
 
     def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:

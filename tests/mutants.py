@@ -485,7 +485,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     "fastreg/regularizer.py": [
         ("RNNRegularizer", "first layer for last", "raw[-1], dropped[-1]", "raw[0], dropped[0]"),
         ("RNNRegularizer", "captures stay after an error", "self.clear()\n            raise", "raise"),
-        ("RNNRegularizer", "clear leaves hooks' captures", "            self._ledger.clear()", "            pass"),
+        ("RNNRegularizer", "clear leaves hooks' captures", "        self._ledger.clear()", "        pass"),
         ("RNNRegularizer", "captures in copies", '"_given": None, ', ""),
         ("RNNRegularizer", "two regularizers of a module", "attachment.source.module is module for", "False for"),
         ("RNNRegularizer", "layers that attach ignores", "        if self._has_layers:", "        if False:"),
