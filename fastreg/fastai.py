@@ -28,7 +28,7 @@ from fastreg.source import Source, Swap, attach_at, check_no_coefficients, of_ba
 try:
     from fastai.callback import rnn as stock
     from fastai.callback.core import Callback
-    from fastai.learner import Learner, ValueMetric
+    from fastai.learner import Learner, ValueMetric, noop
     from fastai.text.models.awdlstm import RNNDropout
     from fastai.torch_core import find_bs
     from fastcore.foundation import L
@@ -206,7 +206,11 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         if last is not None:  # a fit was cut off, of this learner or of another learner of the same model
             last._leave()
         LAST[id(model)] = self
-        self._handle = attach_at(self, model, of_batch(self.source, lambda: self.learn.xb), print)
+        is_silent = (
+            getattr(self.learn, "logger", None) is noop
+        )  # in `learn.no_logging()`; `fuse` attaches without a learner
+        say = None if is_silent else print
+        self._handle = attach_at(self, model, of_batch(self.source, lambda: self.learn.xb), say)
 
     def _leave(self) -> None:
         """Restore the learning rate, and take the hooks off."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -356,11 +357,11 @@ class Ledger:
             if run.stamps != stamps:
                 report("a coefficient changed", [run.attachment])
         single = [run.attachment for run in counted if run.is_one_step()] if len(counted) > 1 else []
-        for x in {*single}:
-            if single.count(x) > 3:
-                report("four runs over one step", [x], single.count(x))
-            elif single.count(x) > 1 and self.sites[x].is_first("two runs over one step"):
-                report("two runs over one step", [x], single.count(x))
+        for x, count in Counter(single).most_common() if single else ():  # an error comes before all warnings
+            if count > 3:
+                report("four runs over one step", [x], count)
+            elif count > 1 and self.sites[x].is_first("two runs over one step"):
+                report("two runs over one step", [x], count)
 
     def clear(self, *attachments: Any) -> None:
         """Drop the runs of attachments; without arguments, of all."""

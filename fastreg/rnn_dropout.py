@@ -20,9 +20,9 @@ from fastreg.problem import ARTAR, Coefficient, Options, Place, is_on
 from fastreg.torch_state import current, level_of_caller, version_of
 
 NO_COEFFICIENTS = (
-    "there is no penalty, because neither alpha nor beta was given, and no regularizer has attached the module. Write "
-    "FusedRNNDropout(p, alpha=2.0, beta=1.0), or call regularizer.attach(rnn, dropout). For dropout without a penalty, "
-    "write FusedRNNDropout(p, 0, 0)"
+    "there is no penalty, because the module has neither alpha nor beta, and did not get the output of an RNN that a "
+    "regularizer has attached together with it. Write FusedRNNDropout(p, alpha=2.0, beta=1.0), or call "
+    "regularizer.attach(rnn, dropout). For dropout without a penalty, write FusedRNNDropout(p, 0, 0)"
 )
 
 

@@ -319,9 +319,11 @@ def _check_module(name: str, module: object) -> None:
 
 def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: Any) -> nn.Module:
     """Return the module at an attribute path; the error for a wrong path lists the paths that are most similar."""
+    if not isinstance(path, str):
+        raise TypeError(f"{kind}: expected the attribute path of a module, a str, got {type(path).__name__}")
     try:
         return model.get_submodule(path)
     except AttributeError:
         names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    candidates = ", ".join(map(repr, get_close_matches(str(path), names, n=5, cutoff=0)))
+    candidates = ", ".join(map(repr, get_close_matches(path, names, n=5, cutoff=0)))
     raise ValueError(f"{kind}: {type(model).__name__} has no such module at {path!r}; candidates: {candidates}")

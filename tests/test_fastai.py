@@ -184,8 +184,10 @@ def test_modules_by_their_paths_and_masks_of_the_batch(masks: dict[str, Any]) ->
 
 def test_a_fit_prints_once_what_is_taken_for_what(capsys: pytest.CaptureFixture[str]) -> None:
     learn = of(Model, RNNRegularizer(ALPHA, BETA, **MASKS, **PATHS))
-    for _ in range(2):
-        trained(learn)
+    trained(learn)  # without logging
+    assert not capsys.readouterr().out
+    with learn.no_bar():
+        learn.fit(2)
     (shown,) = [line for line in capsys.readouterr().out.splitlines() if "raw" in line]
     assert re.fullmatch(r"rnn \(LSTM\) -> dropout \(Dropout\): raw \(.*\) as batch .*; valid .*; starts .*", shown)
 

@@ -146,6 +146,18 @@ def test_runs_over_one_step_are_warned_of_once_and_from_four_on_refused(count: i
     assert [message.partition(".")[0] for message in found] == [expected] * (1 < count < 4)
 
 
+@pytest.mark.parametrize("counts", [(2, 4), (4, 2)])
+def test_an_error_comes_before_the_warning_of_another_module(counts: Any) -> None:
+    model, other, x = Attached(), lm.gru(), lm.inputs()[:, :1]
+    model.reg.attach(other)
+    losses = [model(x).loss for _ in range(counts[0])] + [other(x)[0].sum() for _ in range(counts[1])]
+    loss = torch.stack(losses).sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="ran 4 times over one time step"):
+            model.reg.on_backward_begin(loss)
+
+
 def test_a_trainer_that_attaches_in_each_step_is_told_once() -> None:
     model, other, found = Attached(), lm.gru(), []
     for _ in range(3):
