@@ -12,19 +12,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
-from fastreg.arguments import check_coefficient, check_steps, check_time, shown
+from fastreg.arguments import check_captured, check_coefficient, check_count, check_steps, shown
 from fastreg.attachment import Attachment, attachments_of
 from fastreg.ledger import Ledger, total
 from fastreg.penalty import fused_ar_tar
 from fastreg.prepare import coefficient, place_of
-from fastreg.problem import ARTAR, Coefficient, is_list, layers_of, sizes_of
+from fastreg.problem import ARTAR, Coefficient, is_list, layers_of
 from fastreg.source import Source
 from fastreg.torch_state import level_of_caller
 
@@ -94,7 +93,7 @@ class RNNRegularizer:
         check_coefficient("beta", beta)
         self.alpha, self.beta = coefficient(alpha), coefficient(beta)
         self.layers, self._has_layers = layers, layers is not None
-        self.bptt = None if bptt is None else _check_steps("bptt", bptt)
+        self.bptt = None if bptt is None else check_count("bptt", bptt)
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
@@ -156,7 +155,7 @@ class RNNRegularizer:
             UserWarning: a capture that needs gradients is replaced; or `decoded` has no axis of the size of raw's
                 batch. Each warning comes once.
         """
-        check_time(batch_first, time_dim)
+        place = place_of(batch_first, time_dim)
         check_steps(lengths, valid, starts)
         if self._ledger.sites:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
@@ -170,7 +169,9 @@ class RNNRegularizer:
         decoded, raw, dropped = output
         if self.layers != "all" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
-        self._check_shapes(raw, decoded, batch_first, time_dim)
+        is_said = batch_first is not None or time_dim is not None
+        if words := check_captured(raw, decoded, place, is_said):
+            self._warn_once("shape", words)
         if self._given is not None and any(x.requires_grad for given in self._given.args for x in layers_of(given)):
             self._warn_once(
                 "lost",
@@ -180,24 +181,6 @@ class RNNRegularizer:
         options: Any = {"batch_first": batch_first, "time_dim": time_dim, "return_terms": True}
         self._given = partial(fused_ar_tar, raw, dropped, lengths=lengths, valid=valid, starts=starts, **options)
         return decoded
-
-    def _check_shapes(self, raw: Any, decoded: Any, batch_first: bool | None, time_dim: int | None) -> None:
-        """Check that raw fits decoded: it is neither time first without a word, nor a state of an RNN."""
-        is_said = batch_first is not None or time_dim is not None
-        if not is_said:
-            _check_layout(raw, decoded)
-        first, shape = raw[0] if is_list(raw) else raw, getattr(decoded, "shape", ())
-        if not isinstance(first, Tensor) or first.is_nested or not first.dim() == len(shape) == 3:
-            return
-        batch, _ = sizes_of(first, place_of(batch_first, time_dim).axis())
-        if all([size != batch for size in shape]):
-            words = (
-                f"raw is {tuple(first.shape)}, and no size of decoded, {tuple(shape)}, is its batch, {batch}. Pass the "
-                "RNN's output before and after dropout, and not its states h and c"
-            )
-            if not is_said:
-                raise ValueError(f"batch_first: expected True or False, got None: {words}")
-            self._warn_once("shape", words)
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
         """Return the loss plus the penalty of this step; `loss` itself is not changed.
@@ -351,8 +334,8 @@ class RNNRegularizer:
             raise RuntimeError("scaled_lr: the usual sequence length is not known; pass RNNRegularizer(..., bptt=...)")
         if not hasattr(optimizer, "param_groups"):  # wrappers of an optimizer have them, too
             raise TypeError(f"optimizer: expected an optimizer with param_groups, got {type(optimizer).__name__}")
-        steps = _check_steps("seq_len", seq_len)
-        return _scaled_lr(optimizer, steps / _check_steps("bptt", self.bptt))
+        steps = check_count("seq_len", seq_len)
+        return _scaled_lr(optimizer, steps / check_count("bptt", self.bptt))
 
 
 @contextmanager
@@ -376,36 +359,8 @@ def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
             group["lr"] = lr
 
 
-def _check_steps(name: str, value: int) -> int:
-    """Check a number of time steps, and return it as an int."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected a positive integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value}")
-    return int(value)
-
-
 def _are_activations(raw: Any, dropped: Any) -> bool:
     """Return whether raw and dropped are two tensors, or two lists with the same number of layers."""
     if is_list(raw) and is_list(dropped) and len(raw) == len(dropped) > 0:
         return all(isinstance(x, (Tensor, PackedSequence)) for x in (*raw, *dropped))
     return all(isinstance(x, (Tensor, PackedSequence)) for x in (raw, dropped))
-
-
-def _check_layout(raw: Any, decoded: Any) -> None:
-    """Check that the shape of decoded does not suggest that raw is `(time, batch, hidden)`.
-
-    Raises:
-        ValueError: it does.
-    """
-    first, shape = raw[0] if is_list(raw) else raw, tuple(getattr(decoded, "shape", ()))
-    if not isinstance(first, Tensor) or first.is_nested or first.dim() != 3 or first.shape[0] == first.shape[1]:
-        return
-    batch, time = first.shape[:2]
-    # It does if there is one row for each sequence, as in a classifier, or if there are scores for each time step:
-    # (time, batch, classes), as a CTC loss takes them, or (batch, classes, time), as cross_entropy takes them.
-    rows = len(shape) == 2 and shape[0] == time and batch != 1
-    if rows or (len(shape) == 3 and (time, batch) in (shape[:2], shape[::2])):
-        raise ValueError(
-            f"batch_first: expected True or False, as raw is {tuple(first.shape)} and decoded {shape}, got None"
-        )
