@@ -31,7 +31,10 @@ class Plan:
         steps_of: a function of a call's arguments that checks the values of lengths, valid steps, starts or batch
             sizes, and returns the steps that count; `None` if all steps count.
         row: the shape of a dropout mask with one row for all time steps.
+        facts: the facts of the tensors that its nodes save.
     """
+
+    facts: Sequence[Any] = ()
 
     def __init__(
         self, terms: Sequence[Terms], steps_of: Callable[[Sequence[Any]], Steps] | None, row: Sequence[int]
@@ -90,6 +93,9 @@ def keep(key: Any, plan: Any) -> None:
     if len(PLANS) >= SIZE:
         for old in [*PLANS][: SIZE // 2 : 2]:
             PLANS.pop(old, None)  # another thread may have dropped it
+    one_of: dict[Any, Any] = {}  # equal facts share memory
+    key = tuple([one_of.setdefault((type(x), x), x) for x in key])
+    plan.facts = [one_of.setdefault((type(x), x), x) for x in plan.facts]
     PLANS[key] = plan
 
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,7 @@ compiler_of_frames: Callable[[], Any] = _private("_C._dynamo.eval_frame.get_eval
 _disable: Callable[[Any], Any] = _private("_disable_dynamo", torch.compiler.disable)
 for _name in ("autograd.forward_ad._current_level", "compiler._is_exporting_flag"):  # values, which change
     _private(_name, None)
+_forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=-1)
 # It tells whether a backward accumulates gradients into a leaf; where it is missing, backwards are only counted.
 will_execute: Callable[[Any], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
 # It calls a function at the end of the present backward.
@@ -77,11 +79,6 @@ def _outside(run: Any, function: Any, args: Any) -> Any:
     return function(*args)
 
 
-def _forward_level() -> int:
-    """Return how many levels of forward-mode AD surround the call, minus 1."""
-    return getattr(forward_ad, "_current_level", -1)
-
-
 def observed() -> bool:
     """Return whether PyTorch is tracing or transforming the call, and therefore has to see the formula."""
     return (
@@ -89,13 +86,13 @@ def observed() -> bool:
         or _count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
         or _is_recorded()  # torch.jit.trace records operators
         or _are_functions_transformed()  # vmap and grad transform operators
-        or _forward_level() >= 0  # forward mode differentiates operators
+        or _forward_mode._current_level >= 0  # forward mode differentiates operators
     )
 
 
 def transformed() -> bool:
     """Return whether a call is recorded or transformed, so that hooks on its tensors do not see gradients."""
-    return _is_recorded() or _are_functions_transformed() or _forward_level() >= 0
+    return _is_recorded() or _are_functions_transformed() or _forward_mode._current_level >= 0
 
 
 def is_exporting() -> bool:

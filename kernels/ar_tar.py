@@ -378,6 +378,8 @@ class Launches:
         fixed: the launch of all calls; `None` for packed rows.
     """
 
+    __slots__ = "by_index", "fixed", "most", "work"
+
     def __init__(self, view: View, terms: Terms, device: torch.device, is_forward: bool) -> None:
         names, mask = ("SUM_AR", "SUM_TAR", "GRAD_AR", "GRAD_TAR", "AR_OF_RAW"), view.operands.mask
         locked = mask is not None and (view.time == 1 or mask.time == 0)

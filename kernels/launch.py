@@ -17,7 +17,7 @@ from triton.runtime import driver
 from fastreg.kernels.streams import PerStream, capture_of
 
 TICKETS = PerStream(torch.int32, 0)
-CONSTANTS: dict[Any, dict[str, Any]] = {}  # which most plans share
+OPTIONS: dict[Any, dict[str, Any]] = {}  # of the compiler, which plans share
 TRIED = "3.4", "3.5", "3.6", "3.7", "3.8", "3.9"  # releases of Triton whose launcher of compiled code was tried
 
 
@@ -66,11 +66,16 @@ class Launch:
         why_jit: why no code is launched directly; `None` if it is.
     """
 
+    # Plans hold many launches. With slots, a launch takes less memory, and its copies are as fast as itself.
+    __slots__ = (
+        *("kernel", "rest", "options", "grid", "device", "draws", "index", "is_captured"),
+        *("compiled", "code", "run"),
+    )
+
     why_jit: ClassVar[str | None] = why_not_direct(triton.__version__, os.environ.get("FASTREG_DIRECT_LAUNCH"))
 
     def __init__(self, kernel: Any, arguments: Sequence[float], constants: dict[str, Any], grid: Grid) -> None:
-        self.kernel, self.numbers = kernel, arguments
-        self.constants = CONSTANTS.setdefault(tuple(constants.items()), constants)
+        self.kernel = kernel
         self.grid, (_, self.device, self.draws) = (grid.programs, 1, 1), grid
         self.index = None if grid.device.type == "cpu" else grid.device.index
         self.is_captured = capture_of(grid.device.type)
@@ -80,6 +85,8 @@ class Launch:
             TICKETS.fill(grid.device)  # now, because a later launch may run while another thread captures a graph
         constexprs = [constants[name] for name in kernel.arg_names if name in constants]
         self.rest = (*arguments, *constexprs)  # the compiled code takes all by position
+        options = {name: constants[name] for name in constants if name not in kernel.arg_names}
+        self.options = OPTIONS.setdefault(tuple(options.items()), options)
 
     def __call__(self, *values: Tensor | float | None, programs: int | None = None) -> None:
         """Launch on the current stream of the device, with another number of programs if one is given."""
@@ -106,7 +113,7 @@ class Launch:
                 return
             except (AttributeError, TypeError) as error:
                 self.launch_by_jit_from_now_on(error)
-        compiled = self.kernel[grid](ticket, *values, *self.numbers, **self.constants)
+        compiled = self.kernel[grid](ticket, *values, *self.rest, **self.options)
         if compiled is not None and Launch.why_jit is None:  # the interpreter has no compiled code
             try:
                 self.code = compiled.function, compiled.packed_metadata

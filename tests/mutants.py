@@ -257,7 +257,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("untraced", "Dynamo compiles in hooks", "return _outside(run, function, args)", "return function(*args)"),
         ("observed", "never", "return (", "return False and ("),
         ("observed", "under dispatch modes", "_count_modes() > 0", "False"),
-        ("observed", "under forward mode", "or _forward_level() >= 0  # forward", "or False  # forward"),
+        ("observed", "under forward mode", "or _forward_mode._current_level >= 0  # forward", "or False  # forward"),
         ("_private", "a missing name is not told", 'MISSING.append(f"torch.{name}")', "pass"),
         ("keepable", "inference tensors kept", "return x.clone()", "return x"),
     ],
