@@ -18,18 +18,6 @@ PARALLEL ?= --numprocesses logical --maxprocesses 4
 # are empty, as in .ci/run, it runs what make test-more runs, too.
 MOST ?= -m "not more"
 FIFTH ?= --sample=5
-PTX_TESTS = $(addprefix tests/test_,$(addsuffix .py,kernels prediction coefficients penalty padding axes dropout steps))
-KERNEL_TESTS = $(addprefix tests/test_,$(addsuffix .py,penalty prediction coefficients dropout padding axes kernels sizes))
-CORE = steps layout coefficients prediction axes padding dropout penalty regularizer rnn_dropout carrier attachment
-FAST_TESTS = $(addprefix tests/test_,$(addsuffix .py,$(CORE)))
-# Tests that another release of PyTorch or a framework may break, and tests that another Triton may break. The newest Triton
-# is in .venv, too. Tests that are marked as main run with the PyTorch of .venv alone.
-VERSION_TESTS = -m "not main" $(addprefix tests/test_,$(addsuffix .py,$(CORE) derivatives torch concurrency distributed \
-    package compiled_attach sequences fastai lightning transformers))
-TRITON_TESTS = tests/test_compiled.py tests/ptx/test_machine.py
-# Tests of code that depends on the processor.
-PLAIN_TESTS = $(addprefix tests/test_,$(addsuffix .py,cpu prediction axes padding dropout penalty transformers))
-
 .PHONY: help demo study test test-compiled test-interpreted test-more test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench lint docs wheel sdist clean
 help:
@@ -57,11 +45,11 @@ help:
 
 demo: .venv/demo
 	@echo "== demo: a word-level AWD-LSTM learns the King James text, with TAR and without"
-	.venv/bin/python -m bench.demo $(ARGS)
+	.venv/bin/python -m bench.study.demo $(ARGS)
 
 study: .venv/demo
 	@echo "== study: with AR, TAR, both and neither, several seeds; less than two hours on two cores from scratch"
-	.venv/bin/python -m bench.study $(ARGS)
+	.venv/bin/python -m bench.study.run $(ARGS)
 
 test: .venv/test .venv/frameworks
 	@$(MAKE) --no-print-directory --keep-going test-compiled test-interpreted
@@ -72,7 +60,7 @@ test-compiled: .venv/test .venv/frameworks
 
 test-interpreted: .venv/test
 	@echo "== the same samples through the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -k "not repeats_bitwise" $(FIFTH) $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "numbers or interpreted" -k "not repeats_bitwise" $(FIFTH) tests/kernels tests/call
 
 test-more: .venv/test .venv/frameworks
 	@echo "== what make test leaves out, and all samples through the interpreter"
@@ -80,18 +68,18 @@ test-more: .venv/test .venv/frameworks
 
 test-fast: .venv/test
 	@echo "== the essential tests, less than a minute on two cores; make test and make test-more run all"
-	$(PYTEST) -q -m "not gpu" -k "not compil and not saved_model" $(FAST_TESTS)
+	$(PYTEST) -q -m "not gpu and not more and not slow" tests/call tests/attach
 
 test-ptx:
 	@$(MAKE) --no-print-directory --keep-going test-ptx-newest test-ptx-oldest
 
 test-ptx-newest: .venv/test
 	@echo "== the kernels as compiled for an H100, run on the CPU instruction by instruction"
-	$(PYTEST) -p tests.ptx $(PTX_TESTS) $(ARGS)
+	$(PYTEST) -p tests.kernels.ptx -m numbers $(ARGS) tests/kernels tests/call
 
 test-ptx-oldest: .venv-oldest/test
 	@echo "== the kernels as compiled by the oldest supported releases, run on the CPU instruction by instruction"
-	.venv-oldest/bin/python -m pytest -p tests.ptx $(PTX_TESTS) $(ARGS)
+	.venv-oldest/bin/python -m pytest -p tests.kernels.ptx -m numbers $(ARGS) tests/kernels tests/call
 
 mutants: .venv/test
 	@echo "== mutants: a copy of the code with one wrong line at a time; a test must fail on each (takes minutes)"
@@ -100,24 +88,24 @@ mutants: .venv/test
 
 test-oldest: .venv-oldest/test
 	@echo "== tests that a release may break, with the oldest supported releases (make test-ptx runs their kernels)"
-	.venv-oldest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(TRITON_TESTS) $(VERSION_ARGS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not main" $(VERSION_ARGS)
 
 test-newest: .venv-newest/test
 	@echo "== tests that a release may break, with the newest PyTorch; all other tests are collected only"
 	.venv-newest/bin/python -m pytest --collect-only --quiet --quiet
-	.venv-newest/bin/python -m pytest $(PARALLEL) $(VERSION_TESTS) $(VERSION_ARGS)
+	.venv-newest/bin/python -m pytest $(PARALLEL) -m "not main and not triton" $(VERSION_ARGS)  # .venv has its Triton
 
 # These variables select PyTorch's code for the simplest processor, and oneDNN's for AVX2.
 test-plain: .venv/test .venv/frameworks
 	@echo "== the kernels, and models in bfloat16, as on a processor without AVX-512"
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) -m "not gpu" \
-	    -k "bfloat16 or not transformers" $(PLAIN_TESTS)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) \
+	    -m "(numbers or processor) and not gpu" tests/kernels tests/call tests/adapters
 
 # The report contains the failures.
 bench: .venv/test .venv/frameworks
 	@echo "== every case twice, with memory kept by the allocator and without: a quarter of an hour on two idle cores"
-	-.venv/bin/python -m bench.run bench
-	.venv/bin/python -m bench.report
+	-.venv/bin/python -m bench.measure.run bench
+	.venv/bin/python -m bench.measure.report
 
 # In a copy in DIR, as times of kernels that do nothing must not reach bench/results. Device memory is host memory there.
 test-fakegpu:
@@ -131,7 +119,7 @@ lint: .venv/lint
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
-	$(PYTEST) -q tests/test_typing.py
+	$(PYTEST) -q tests/project/test_typing.py
 
 # The site has the layout of the checkout, so that each relative link works in both.
 # Each example gets a page with its code.
@@ -157,7 +145,7 @@ sdist: .venv/test
 	.venv/bin/python setup.py --quiet sdist
 	mkdir -p build/sdist && tar -xzf dist/*.tar.gz --strip-components=1 -C build/sdist
 	cd build/sdist && ../../.venv/bin/python setup.py --quiet build_ext && \
-	    ../../.venv/bin/python -m pytest -q $(addprefix tests/test_,steps.py layout.py mutants.py cpu.py)
+	    ../../.venv/bin/python -m pytest -q -m "not more and not slow and not triton" --sample=10 tests/kernels tests/call
 
 # Each stamp records that fastreg is installed with the packages that one target needs.
 .venv/demo: pyproject.toml setup.py $(CPP)

@@ -21,14 +21,14 @@ python=${PYTHON:-python3}
   || exit 1
 start=$(mktemp)
 case $what in
-  first) limit=${LIMIT:-540} command=(bench.first "${OUT:-bench/results/first}" --seconds="$limit") spare=20 ;;
-  test) limit=${LIMIT:-450} command=(bench.run test bench/results --seconds="$limit") spare=90 ;;
-  bench) limit=${LIMIT:-450} command=(bench.run bench bench/results --seconds="$limit" --lines="$out/bench.jsonl") spare=90 ;;
+  first) limit=${LIMIT:-540} command=(bench.measure.first "${OUT:-bench/results/first}" --seconds="$limit") spare=20 ;;
+  test) limit=${LIMIT:-450} command=(bench.measure.run test bench/results --seconds="$limit") spare=90 ;;
+  bench) limit=${LIMIT:-450} command=(bench.measure.run bench bench/results --seconds="$limit" --lines="$out/bench.jsonl") spare=90 ;;
 esac
 # What begins by then ends in time. If not, SIGTERM ends it, and what there is is written.
 timeout --kill-after=20 $((limit + spare)) "$python" -m "${command[@]}" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
-[ "$what" != bench ] || "$python" -m bench.report 2>&1 | tee -a "$log"
+[ "$what" != bench ] || "$python" -m bench.measure.report 2>&1 | tee -a "$log"
 if [ -n "${OUT:-}" ] && [ "$what" != first ]; then
   for json in $(cd bench/results && find . -name '*.json' -newer "$start"); do
     (cd bench/results && cp --parents "$json" $(find "${json%.json}.md" "${json%.json}"-*.svg 2> /dev/null) "$OUT")

@@ -12,14 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import fastreg
-from fastreg.backends import CPP, WHY_NO_TRITON, Backend, backend_for, why_formula
-from fastreg.dropout import fused_dropout_ar_tar
+from fastreg.call.backends import CPP, WHY_NO_TRITON, Backend, backend_for, why_formula
+from fastreg.call.dropout import fused_dropout_ar_tar
+from fastreg.call.penalty import fused_ar_tar
+from fastreg.call.problem import Call
+from fastreg.call.reference import ar_tar, encoded
 from fastreg.installation import FOLDER, remarks
 from fastreg.kernels import cpu
 from fastreg.kernels.view import Steps, Terms
-from fastreg.penalty import fused_ar_tar
-from fastreg.problem import Call
-from fastreg.reference import ar_tar, encoded
 
 
 def main() -> int:

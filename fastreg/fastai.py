@@ -20,10 +20,10 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from fastreg.problem import Coefficient, is_list
-from fastreg.regularizer import RNNRegularizer as Regularizer
-from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import Source, Swap, attach_at, check_no_coefficients, of_batch, of_language_model
+from fastreg.attach.regularizer import RNNRegularizer as Regularizer
+from fastreg.attach.source import Source, Swap, attach_at, check_no_coefficients, of_batch, of_language_model
+from fastreg.call.problem import Coefficient, is_list
+from fastreg.call.rnn_dropout import FusedRNNDropout
 
 try:
     from fastai.callback import rnn as stock

@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastreg.problem import Coefficient, is_list
-from fastreg.regularizer import RNNRegularizer
-from fastreg.rnn_dropout import FusedRNNDropout
-from fastreg.source import Source, Swap, attach_at, check_no_coefficients, of_batch, of_language_model
+from fastreg.attach.regularizer import RNNRegularizer
+from fastreg.attach.source import Source, Swap, attach_at, check_no_coefficients, of_batch, of_language_model
+from fastreg.call.problem import Coefficient, is_list
+from fastreg.call.rnn_dropout import FusedRNNDropout
 
 try:
     from fastai import __version__

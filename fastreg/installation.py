@@ -1,7 +1,7 @@
-"""The check of the files that the import of fastreg has found: files of another distribution are an error.
+"""Remarks on the installation: where the imported package is, and what it hides or shares.
 
 The distribution is called fastreg-rnn. An unrelated distribution called fastreg also installs a file
-`fastreg/__init__.py`.
+`fastreg/__init__.py`, which `fastreg/call/__init__.py` refuses.
 """
 
 from __future__ import annotations
@@ -10,15 +10,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-import fastreg
-
 FOLDER = Path(__file__).resolve().parent
-
-if getattr(fastreg, "__distribution__", None) != "fastreg-rnn":
-    raise ImportError(
-        f"{FOLDER / '__init__.py'} is not the file of fastreg-rnn: the unrelated distribution 'fastreg' has replaced "
-        "it. Run `pip uninstall fastreg fastreg-rnn`, and install fastreg-rnn again"
-    )
 
 
 def _why_first() -> str:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.arguments import check_flags, shown
-from fastreg.problem import Coefficient
-from fastreg.regularizer import RNNRegularizer
-from fastreg.source import Source, attach_at, check_paths, of_batch
+from fastreg.attach.regularizer import RNNRegularizer
+from fastreg.attach.source import Source, attach_at, check_paths, of_batch
+from fastreg.call.arguments import check_flags, shown
+from fastreg.call.problem import Coefficient
 
 try:
     pl: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning")

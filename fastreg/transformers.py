@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastreg.arguments import shown
-from fastreg.problem import Coefficient, is_on
-from fastreg.reference import encoded
-from fastreg.regularizer import RNNRegularizer
-from fastreg.source import Source, attach_at, check_paths, of_batch
+from fastreg.attach.regularizer import RNNRegularizer
+from fastreg.attach.source import Source, attach_at, check_paths, of_batch
+from fastreg.call.arguments import shown
+from fastreg.call.problem import Coefficient, is_on
+from fastreg.call.reference import encoded
 
 try:
     Trainer: Any = import_module("transformers").Trainer

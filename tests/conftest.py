@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import FusedRNNDropout
-from fastreg.backends import TRITON, backend_for
-from fastreg.plans import forget
+from fastreg.call.backends import TRITON, backend_for
+from fastreg.call.plans import forget
 from tests.language_model import Model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Check a rehearsal of bench.first on a stand-in for a GPU: python -m tests.fakegpu LINES.
+"""Check a rehearsal of bench.measure.first on a stand-in for a GPU: python -m tests.fakegpu LINES.
 
 Its kernels do nothing. So each self-check has to find the values wrong, and everything goes on.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bench import first, gpu_tasks
-from bench.worker import records
+from bench.measure import first, gpu_tasks
+from bench.measure.worker import records
 
 MOST = 600  # seconds
 

@@ -41,31 +41,31 @@ TESTS = {
     "kernels/steps.py": ["steps", "kernels"],
     "kernels/reduction.py": ["kernels", "coefficients", "padding", "penalty"],
     "kernels/tiling.py": ["kernels", "padding", "penalty", "axes", "sizes"],
-    "fastreg/penalty.py": ["plans", "prediction", "coefficients", "padding", "penalty", "derivatives", "torch"],
-    "fastreg/dropout.py": ["plans", "prediction", "padding", "dropout", "axes", "attachment", "derivatives"],
-    "fastreg/rnn_dropout.py": ["rnn_dropout", "mistakes", "source", "dropout", "coefficients", "saved"],
-    "fastreg/source.py": ["source", "attachment"],
-    "fastreg/carrier.py": ["carrier", "ledger", "attachment"],
-    "fastreg/ledger.py": ["ledger", "attachment"],
-    "fastreg/attachment.py": ["attachment", "ledger", "mistakes", "rnn_dropout", "compiled_attach"],
-    "fastreg/regularizer.py": ["regularizer", "mistakes", "ledger", "attachment"],
-    "fastreg/reference.py": ["steps", "padding", "axes", "coefficients", "derivatives", "dropout", "penalty", "torch"],
-    "fastreg/problem.py": ["padding", "axes", "coefficients", "derivatives", "penalty"],
-    "fastreg/arguments.py": [
-        "layout",
-        "mistakes",
-        "regularizer",
-        "plans",
-        "prediction",
+    "fastreg/call/penalty.py": ["plans", "prediction", "coefficients", "padding", "penalty", "derivatives", "torch"],
+    "fastreg/call/dropout.py": ["plans", "prediction", "padding", "dropout", "axes", "attachment", "derivatives"],
+    "fastreg/call/rnn_dropout.py": ["rnn_dropout", "mistakes", "source", "dropout", "coefficients", "saved"],
+    "fastreg/attach/source.py": ["source", "attachment"],
+    "fastreg/attach/mark.py": ["carrier", "ledger", "attachment"],
+    "fastreg/attach/ledger.py": ["ledger", "attachment"],
+    "fastreg/attach/attachment.py": ["attachment", "ledger", "mistakes", "rnn_dropout", "compiled_attach"],
+    "fastreg/attach/regularizer.py": ["regularizer", "mistakes", "ledger", "attachment"],
+    "fastreg/call/reference.py": [
+        "steps",
         "padding",
-        "penalty",
+        "axes",
+        "coefficients",
+        "derivatives",
         "dropout",
+        "penalty",
+        "torch",
     ],
-    "fastreg/fold.py": ["axes", "prediction", "penalty", "padding", "dropout", "torch"],
-    "fastreg/plans.py": ["plans", "penalty", "coefficients", "torch"],
-    "fastreg/operation.py": ["plans", "prediction", "coefficients", "dropout", "penalty", "derivatives"],
-    "fastreg/prepare.py": ["layout", "steps", "plans", "padding", "axes", "penalty", "dropout", "prediction"],
-    "fastreg/torch_state.py": [
+    "fastreg/call/problem.py": ["padding", "axes", "coefficients", "derivatives", "penalty"],
+    "fastreg/call/arguments.py": ["layout", "mistakes", "plans", "prediction", "padding", "penalty", "dropout"],
+    "fastreg/call/fold.py": ["axes", "prediction", "penalty", "padding", "dropout", "torch"],
+    "fastreg/call/plans.py": ["plans", "penalty", "coefficients", "torch"],
+    "fastreg/call/operation.py": ["plans", "prediction", "coefficients", "dropout", "penalty", "derivatives"],
+    "fastreg/call/prepare.py": ["layout", "steps", "plans", "padding", "axes", "penalty", "dropout", "prediction"],
+    "fastreg/call/torch_state.py": [
         "attachment",
         "compiled_attach",
         "coefficients",
@@ -84,8 +84,8 @@ TESTS = {
 }
 # The tests of interpreted mutants outside of kernels/: few, as the interpreter is slow
 INTERPRETED = {
-    "fastreg/dropout.py": ["prediction", "dropout", "plans"],
-    "fastreg/plans.py": ["coefficients", "plans"],
+    "fastreg/call/dropout.py": ["prediction", "dropout", "plans"],
+    "fastreg/call/plans.py": ["coefficients", "plans"],
 }
 
 # file -> mutants: a function or class, the fault, a text that occurs there exactly once, and its replacement
@@ -224,7 +224,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Expected", "a captured forward reads another plan's", " or is_captured(self.key[0])", ""),
         ("Reserve", "more and more is allocated", "if self.shared and filled:", "if False:"),
     ],
-    "fastreg/penalty.py": [
+    "fastreg/call/penalty.py": [
         ("by_formula", "the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
         ("launched", "the first layer alone", "else penalty + sums.penalty", "else penalty"),
         ("Layer", "a measured term has a gradient", "terms.by_tar or (terms.by_ar and terms.ar_of_raw)", "True"),
@@ -239,7 +239,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_Penalty", "the buffers handed out twice", 'vars(ctx).pop("ahead",', 'vars(ctx).get("ahead",'),
         ("_Penalty", "the tensors of the first layer", "grad, raw, dropped, values", "grad, *saved[:2], values"),
     ],
-    "fastreg/fold.py": [
+    "fastreg/call/fold.py": [
         ("Fold", "order of axes kept anyway", "stride=self._stride(dense)", "stride=dense.stride"),
         ("Fold", "axes with gaps", "pairwise([*inner, -1])", "pairwise(inner)"),
         ("Fold", "all read as it lies", "self._copies if self.copies else tuple", "tuple"),
@@ -252,7 +252,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_is_dense", "gaps in a gradient", "strides == (1, *accumulate(sizes[:-1], mul))", "True"),
         ("Fold", "always one sequence", "{x.outer for x in operands if x is not None} == {inner}", "True"),
     ],
-    "fastreg/torch_state.py": [
+    "fastreg/call/torch_state.py": [
         ("level_of_caller", "a warning of our own line", "in (\"fastreg\", \"torch\")", "in ()"),
         ("untraced", "Dynamo compiles in hooks", "return _outside(run, function, args)", "return function(*args)"),
         ("observed", "never", "return (", "return False and ("),
@@ -261,7 +261,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_private", "a missing name is not told", 'MISSING.append(f"torch.{name}")', "pass"),
         ("keepable", "inference tensors kept", "return x.clone()", "return x"),
     ],
-    "fastreg/arguments.py": [
+    "fastreg/call/arguments.py": [
         ("_expect", "errors of values alone", "raise error(", "raise ValueError("),
         ("check_range", "lengths or marks that are too large", " or greatest > most", ""),
         ("check_range", "lengths or marks below 0", "least < 0 or", "False or"),
@@ -283,7 +283,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("check_steps_of", "one row of marks for all sequences", " and axes_of(x, time_dim)[1] is None", ""),
         ("check_time", "a flag for an axis", " and not isinstance(time_dim, bool)", ""),
     ],
-    "fastreg/prepare.py": [
+    "fastreg/call/prepare.py": [
         ("prepare", "AR of dropped, which is raw", "options.ar_of_raw or bool(is_same)", "options.ar_of_raw"),
         ("prepare", "mixed lists in float32", "for layer in layers for x", "for layer in layers[:1] for x"),
         ("prepare", "an axis from the front", "place.axis() % x.dim() - x.dim(), list", "-2, list"),
@@ -296,7 +296,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_brought", "marks with gaps to the kernels", "return x.contiguous()", "return x"),
         ("_offsets", "batch sizes in few bits", "long().cumsum(0)", "cumsum(0, dtype=packed.batch_sizes.dtype)"),
     ],
-    "fastreg/plans.py": [
+    "fastreg/call/plans.py": [
         ("facts_of", "no shape", "facts += x.shape, x.stride()", "facts += x.dim(), x.stride()"),
         ("facts_of", "no strides", "x.shape, x.stride(), x.dtype", "x.shape, 0, x.dtype"),
         ("facts_of", "no dtype", "x.stride(), x.dtype, x.device", "x.stride(), 0, x.device"),
@@ -317,7 +317,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("key_of", "no grad mode", "torch.is_grad_enabled(), ", ""),
         ("key_of", "no hooks on saved tensors", "hooks_on_saved(False) is None, ", ""),
     ],
-    "fastreg/operation.py": [
+    "fastreg/call/operation.py": [
         ("compute", "coefficients of any value", "and 0 <= alpha < inf and 0 <= beta < inf", ""),
         ("compute", "activations that no term reads", "first if is_on(beta) else None", "first"),
         ("compute", "an option without a hash", "except TypeError:", "except ZeroDivisionError:"),
@@ -329,7 +329,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("unpack", "another shape in the backward", "check_saved(name", "(lambda *_: None)(name"),
         ("unpack", "another dtype in the backward", '"dtype": dtype, ', ""),
     ],
-    "fastreg/dropout.py": [
+    "fastreg/call/dropout.py": [
         ("drop_and_penalize", "a mask with p of 0 ignored", "(mask is None and p == 0)", "p == 0"),
         ("drop_and_penalize", "dropped in evaluation", "not training or (", "("),
         ("DropoutPlan", "one backward for all", "self.backwards.get(key)", "next(iter(self.backwards.values()), None)"),
@@ -339,7 +339,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_DropoutPenalty", "terms differentiable", "ctx.mark_non_differentiable(results[2])", "pass"),
         ("_gradient_formula", "mask left out", "to(plan.terms[0].dtype) * mask", "to(plan.terms[0].dtype)"),
     ],
-    "fastreg/rnn_dropout.py": [
+    "fastreg/call/rnn_dropout.py": [
         ("FusedRNNDropout", "recomputation leaves a penalty", "or current() == -1:", "or True:"),
         ("FusedRNNDropout", "evaluation leaves the last penalty", "= self.formed, None", "= self.formed, self.formed"),
         ("FusedRNNDropout", "a penalty that can be taken twice", "(None, True), None", "(None, True), self.formed"),
@@ -363,7 +363,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("FusedRNNDropout", "a take without gradients warns", "torch.is_grad_enabled() and not grad", "not grad"),
         ("FusedRNNDropout", "a warning comes again", "self._warned = (*self._warned, message)", "pass"),
     ],
-    "fastreg/attachment.py": [
+    "fastreg/attach/attachment.py": [
         ("Hook", "copied hooks", 'getattr, (nullcontext(self.handle), "__exit__")', "object.__reduce_ex__(self, 4)"),
         ("Hook", "ids of hooks in a pickle", "nullcontext(self.handle)", "nullcontext()"),
         ("Hook", "hooks that another module shares", "if module is self.module:", "if True:"),
@@ -403,7 +403,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("mapped", "nested states", " and not result.is_nested else", " else"),
         ("mapped", "items of the model's own dictionary", "made = copy(result)", "made = result"),
     ],
-    "fastreg/ledger.py": [
+    "fastreg/attach/ledger.py": [
         ("report", "warnings that are errors", "if case not in WARNINGS:", "if True:"),
         ("Run", "a penalty that can be taken twice", "terms, self.terms, self.state = self.terms, None, state",
          "terms = self.terms"),
@@ -463,7 +463,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Ledger", "a result of a fused dropout not used", "if gradient is not None:", "if True:"),
         ("total", "the first penalty alone", "for x in formed]", "for x in [*formed][:1]]"),
     ],
-    "fastreg/carrier.py": [
+    "fastreg/attach/mark.py": [
         ("FastregAttach", "no view", "x.view_as(x) if as_view else x.detach()", "x.detach()"),
         ("FastregAttach", "views alone", "x.view_as(x) if as_view else x.detach()", "x.view_as(x)"),
         ("FastregAttach", "no word of a penalty forgotten", "ledger.passed(ctx.run, ctx)", "pass"),
@@ -481,7 +481,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("with_penalty", "a penalty with an axis", ".dim() != 0", ".numel() != 1"),
         ("with_penalty", "any scale", "check_coefficient(\"scale\", scale)", "pass"),
     ],
-    "fastreg/source.py": [
+    "fastreg/attach/source.py": [
         ("Source", "one time step taken for a sequence", "if not is_told and", "if False and"),
         ("Source", "one sequence with the axis of a batch", "ONE_SEQUENCE if is_one else self.place", "self.place"),
         ("Source", "an axis that was said ignored", "self.place.time_dim is None and", ""),
@@ -498,7 +498,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_mask", "an error that is named twice", "except MaskError:", "except ZeroDivisionError:"),
         ("_check_module", "modules whose hooks do not run", "in REFUSED.items()", "in []"),
     ],
-    "fastreg/regularizer.py": [
+    "fastreg/attach/regularizer.py": [
         ("RNNRegularizer", "first layer for last", "raw[-1], dropped[-1]", "raw[0], dropped[0]"),
         ("RNNRegularizer", "captures stay after an error", "self.clear()\n            raise", "raise"),
         ("RNNRegularizer", "clear leaves hooks' captures", "        self._ledger.clear()", "        pass"),
@@ -512,13 +512,13 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_scaled_lr", "lr not restored", 'group["lr"] = lr', "pass"),
         ("_scaled_lr", "tensor not restored", "lr.copy_(value)", "pass"),
     ],
-    "fastreg/problem.py": [
+    "fastreg/call/problem.py": [
         ("divisors", "pairs as many as steps", "(time - 1))", "time)"),
         ("divisors", "nothing divided by 0", "= _at_least_1(x.shape[call.terms", "= (x.shape[call.terms"),
         ("divisors", "elements of the last axis alone", "elements // _at_least_1(bits.numel())", "x.shape[-1]"),
         ("axes_of", "sequences without an axis", "1 if len(x.shape) > 2 else None", "None"),
     ],
-    "fastreg/reference.py": [
+    "fastreg/call/reference.py": [
         ("neighbours", "a sequence goes on past its end", "after < ends", "after <= ends"),
         ("neighbours", "before by the size of the same step", "(step - 1).clamp(min=0)", "step"),
         ("_counted_changes", "TAR across all sequences", "dim=call.terms.time_dim", "dim=0"),

@@ -1,0 +1,126 @@
+"""Predictions of the kernels' speed that need no GPU: `python -m bench.offline.prediction`.
+
+For each shape it prints the programs on each multiprocessor and the halo rows, from the plan of a launch on an H100,
+and predicts the share of a copy's bandwidth that forward and backward should reach together. bench/on_gpu.ipynb shows
+this prediction beside the measurement, and bench/NOTES.md draws the conclusions. `bench.measure.host` measures the time
+of the host, and tests/kernels/test_compiled.py inspects the compiled code.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import NamedTuple
+
+import torch
+
+from bench.measure.cases import BOTH, DTYPES, SHAPES
+from bench.measure.report import OF_COPY, Result, table
+from fastreg.kernels import tiling
+from fastreg.kernels.view import Operand, Operands, View
+
+MULTIPROCESSORS = 132  # an H100 has so many
+COPY = {  # bytes that a copy reads and writes in a second, and the source of the figure
+    "T4": (0.29e12, "90% of the datasheet's 320 GB/s, a guess"),
+    "L4": (0.27e12, "90% of the datasheet's 300 GB/s, a guess"),
+    "A100": (1.4e12, "90% of the datasheet's 1555 GB/s (40 GB), a guess"),
+    "H100": (3.0e12, "90% of the datasheet's 3350 GB/s, as https://github.com/Dao-AILab/quack measured"),
+    "H200": (4.3e12, "90% of the datasheet's 4800 GB/s, measured"),
+    "B200": (7.0e12, "88% of the datasheet's 8000 GB/s, a guess"),
+}
+FORWARD, BACKWARD = 4.6e-6, 2.5e-6  # seconds that a launch takes beside its traffic, for latencies and the ticket
+TURN = 0.75e-6  # seconds of one turn of the loop, which waits for the loads that it has requested
+
+
+class Resident(NamedTuple):
+    """Say how many programs fit on a multiprocessor, in a forward that writes gradients and in a backward."""
+
+    forward: int
+    backward: int
+
+
+class Times(NamedTuple):
+    """Hold predictions: seconds of a forward, of a backward whose prediction held, and of one that computes again.
+
+    share     of a copy's bandwidth, that forward and predicted backward reach together
+    programs  the number of programs of a launch
+    """
+
+    forward: float
+    predicted: float
+    again: float
+    share: float
+    programs: int
+
+
+def tiling_of(shape: tuple[int, int, int], dtype: torch.dtype) -> tiling.Tiling:
+    """Return the division of a launch."""
+    batch, time_steps, hidden = shape
+    view = View(batch, time_steps, hidden, Operands(*[Operand(dtype, time_steps * hidden, hidden)] * 4))
+    return tiling.Tiling(view, torch.float32)
+
+
+def cut(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return the items of a launch, the runs of a sequence and the time steps of a run."""
+    *_, run, blocks, items = tiling_of(shape, dtype).numbers
+    return items, items // blocks, run
+
+
+def share(shape: tuple[int, int, int], dtype: torch.dtype, copy: float) -> float:
+    """Predict the share of a copy's bandwidth that a forward that writes gradients and its backward reach together.
+
+    Both tensors are read once, both gradients are written once, and raw's halo rows are read again. The model counts
+    this traffic and a constant time for each launch. It ignores hits in the L2 cache, and that the last programs do not
+    fill the GPU.
+    """
+    _, runs, _ = cut(shape, dtype)
+    traffic = 4 * math.prod(shape) * dtype.itemsize
+    halo = (runs - 1) / shape[1] / 2
+    return (traffic / copy) / (traffic * (1 + halo) / copy + FORWARD + BACKWARD)
+
+
+def times(shape: tuple[int, int, int], dtype: torch.dtype, copy: float, resident: Resident) -> Times:
+    """Predict times by waves of programs, which fill the multiprocessors one after the other.
+
+    A wave takes as long as a copy of its bytes, or at least TURN for each turn of the loop of its programs, and once
+    more for the first rows of each item. The constant time of a launch comes in addition.
+    """
+    plan, (_, _, run) = tiling_of(shape, dtype), cut(shape, dtype)
+    items, programs, unroll = plan.numbers[-1], plan.programs, plan.constants["UNROLL"]
+    waits = math.ceil(items / programs) * (math.ceil(min(run, shape[1]) / unroll) + 1)
+    traffic = 4 * math.prod(shape) * dtype.itemsize
+
+    def walk(fits: int) -> float:
+        most = fits * MULTIPROCESSORS
+        waves = [min(most, programs - begun) for begun in range(0, programs, most)]
+        return sum(max(waits * TURN, traffic * wave / programs / copy) for wave in waves)
+
+    forward, again = FORWARD + walk(resident.forward), BACKWARD + walk(resident.backward)
+    return Times(forward, BACKWARD, again, traffic / copy / (forward + BACKWARD), programs)
+
+
+def beside(result: Result) -> str:
+    """Render the measured share of a copy's bandwidth beside the prediction for the copy of the same run."""
+    copy = result.machine["copy_bandwidth"]
+    rows = [["shape, dtype", "of the copy, measured", "predicted"]]
+    for case in result.of(BOTH):
+        info, own = case.info, case.peers["fastreg"]
+        if info["layout"] == "batch first" and not info.get("same") and OF_COPY in own:
+            predicted = share(tuple(info["shape"]), getattr(torch, info["dtype"]), copy)
+            rows.append([case.label, f"{own[OF_COPY]:.0f}%", f"{predicted:.0%}"])
+    sources = "".join(f"- {name}: {copy / 1e12:.2f} TB/s, {source}\n" for name, (copy, source) in COPY.items())
+    return f"A copy moves {copy / 1e12:.2f} TB/s in this run. Expected:\n\n{sources}\n{table(rows)}"
+
+
+def main() -> None:
+    rows = [["shape", "dtype", "programs a multiprocessor", "runs", "halo reads of gradients", *COPY]]
+    for dtype, shape in product(DTYPES, SHAPES):
+        items, runs, run = cut(shape, dtype)
+        figures = [f"{items / MULTIPROCESSORS:.1f}", f"{runs} of {run}", f"{(runs - 1) / shape[1]:.1%}"]
+        shares = [f"{share(shape, dtype, copy):.0%}" for copy, _ in COPY.values()]
+        rows.append([f"{shape}", f"{dtype}".removeprefix("torch."), *figures, *shares])
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

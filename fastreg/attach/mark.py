@@ -1,0 +1,139 @@
+"""The mark by which a loss finds the penalty of a run, and `with_penalty`, by which a backward finds a penalty.
+
+Both are identities with an autograd node. The node of a mark holds a run: see `fastreg.attach.ledger`. The graph of the
+run's penalty begins at raw and at dropped, before the mark, so there is no reference cycle, and the autograd graph owns
+the run. A loss that depends on a marked tensor has the node in its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from fastreg.call.arguments import check_coefficient, check_tensor
+from fastreg.call.problem import Coefficient
+
+
+class FastregAttach(Function):  # PyTorch's error for a change in place shows this name
+    """Pass tensors and their gradients on, and hold a run.
+
+    PyTorch refuses to change an output in place if it is a view. An output by `detach()` may be changed in place, but
+    then autograd does not see that other views of its memory change, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, as_views: Sequence[bool], *tensors: Tensor) -> Any:
+        ctx.run = run
+        return tuple([x.view_as(x) if as_view else x.detach() for x, as_view in zip(tensors, as_views, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ledger = ctx.run.attachment.ledger
+        if ledger.backwards is not None:
+            ledger.passed(ctx.run, ctx)
+        return None, None, *gradients
+
+
+# `mark(run, as_views, *tensors)` returns tensors that need gradients as outputs of a node that holds a run. `as_views`
+# says for each tensor whether the output is a view; otherwise it may be changed in place. This is `Function.apply`
+# without its part for transforms of torch.func, under which nothing is marked, and saves 3 us.
+mark: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
+_Node: Any = type(mark(None, [True], torch.zeros((), requires_grad=True))[0].grad_fn)
+
+
+def is_marked(x: Tensor) -> bool:
+    """Return whether a tensor is the output of a mark."""
+    return type(x.grad_fn) is _Node
+
+
+def before(node: Any) -> Iterator[Any]:
+    """Yield the nodes of the graph from a node on towards the leaves, breadth first."""
+    queue, seen = [node], {None}
+    for node in queue:  # which grows
+        if node not in seen:
+            seen.add(node)
+            yield node
+            for following, _ in node.next_functions:  # a comprehension takes longer
+                queue.append(following)
+
+
+def reached(loss: Tensor, runs: Iterable[Any]) -> list[Any]:
+    """Return the runs on which a loss depends, among the given runs.
+
+    The search of the graph ends when all runs are found.
+    """
+    left, found = {*runs}, []
+    for node in before(loss.grad_fn) if left else ():
+        if type(node) is _Node and node.run in left:
+            left.remove(node.run)
+            found.append(node.run)
+            if not left:
+                break
+    return found
+
+
+def leaf_before(node: Any) -> Any:
+    """Return the first node that accumulates the gradient of a parameter, or else of any leaf; `None` without one."""
+    leaf = None
+    for x in before(node):
+        if hasattr(x, "variable"):
+            leaf = x
+            if isinstance(x.variable, nn.Parameter):
+                break
+    return leaf
+
+
+class _WithPenalty(Function):
+    """Pass a tensor and its gradient on, and give the penalty its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, penalty: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, *ctx.saved_tensors, None
+
+
+def with_penalty(x: Tensor, penalty: Tensor, scale: Coefficient = 1.0) -> Tensor:
+    """Return a view of x whose backward also differentiates a penalty, for trainers that hide their loss.
+
+    Use the result instead of x. Each backward that reaches the result gives the penalty the gradient `scale`. Two
+    losses, or two backwards with `retain_graph=True`, give it this gradient twice. If a loss does not depend on the
+    result, the penalty is lost. With `create_graph=True` the first gradient contains the penalty's gradient.
+
+    Args:
+        x: a tensor of any shape that the loss depends on, such as dropped.
+        penalty: a 0-dim tensor, such as `fused_ar_tar` returns.
+        scale: the gradient of the penalty, finite and not negative: a number or a 0-dim tensor, such as a loss scale,
+            or 1 over the number of accumulated batches. If it is a tensor, the call copies it.
+
+    Returns:
+        A new view of x, which must not be changed in place; or x itself, under `torch.no_grad()` or if the penalty
+            needs no gradient.
+
+    Raises:
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: an argument has the wrong shape or value; the message names it.
+
+    Examples:
+        >>> raw, _ = torch.nn.GRU(8, 16, batch_first=True)(torch.randn(4, 10, 8))
+        >>> dropped = torch.nn.functional.dropout(raw, 0.4)
+        >>> dropped = with_penalty(dropped, fused_ar_tar(raw, dropped, alpha=2.0, beta=1.0))
+        >>> dropped.square().mean().backward()
+    """
+    if not check_tensor("x", x).is_floating_point():  # only floating-point tensors have gradients
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    if check_tensor("penalty", penalty).dim() != 0:
+        raise ValueError(f"penalty: expected a 0-dim tensor, got shape {tuple(penalty.shape)}")
+    check_coefficient("scale", scale)
+    if not (torch.is_grad_enabled() and penalty.requires_grad):
+        return x
+    # A copy of the scale that is of the penalty's kind, such as a DTensor
+    gradient = torch.ones_like(penalty.detach()).mul_(scale.to(penalty.device) if isinstance(scale, Tensor) else scale)
+    return _WithPenalty.apply(x, penalty, gradient)  # pyright: ignore[reportReturnType]

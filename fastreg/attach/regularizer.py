@@ -1,0 +1,366 @@
+"""`RNNRegularizer`: captures the activations of a training step, by hand or by hooks, and adds the penalty to its loss.
+
+`on_loss_begin` captures the activations in a model's output. After `attach`, hooks compute the penalty of each run of a
+module, and the autograd graph keeps it. `take` consumes these penalties, also for `on_backward_begin`: it takes the
+penalty of the captured activations, or of the runs on which the loss depends, once. If it raises an error, it drops all
+captures.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.optim import Optimizer
+
+from fastreg.attach.attachment import Attachment, attachments_of
+from fastreg.attach.ledger import Ledger, total
+from fastreg.attach.source import Source
+from fastreg.call.arguments import check_captured, check_coefficient, check_count, check_steps, shown
+from fastreg.call.penalty import fused_ar_tar
+from fastreg.call.prepare import coefficient, place_of
+from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
+from fastreg.call.torch_state import level_of_caller
+
+
+class RNNRegularizer:
+    """Add `alpha * AR + beta * TAR` to the loss of each training step.
+
+    If a model returns only its output, `attach` puts hooks on its modules. If it returns its activations, too, as
+    AWD-LSTM and fastai's models do, `on_loss_begin` captures them. In both cases call `loss =
+    regularizer.on_backward_begin(loss)` before each backward.
+
+    Args:
+        alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`. With 0
+            the term is left out, and only measured.
+        beta: coefficient of TAR.
+        layers: which layers `on_loss_begin` regularizes if the model returns lists with a tensor for each layer:
+            `"last"`, as AWD-LSTM and fastai do, or `"all"`, as Merity et al. (2017) write it; then the penalties of all
+            layers add up. `None` means `"last"`. It cannot be given together with `attach`, after which every attached
+            module counts.
+        bptt: the usual number of time steps, for `scaled_lr`.
+
+    Attributes:
+        ar: AR of the last training step without its coefficient, 0-dim and on the device. It is detached: no gradient
+            flows through it. It is `None` before the first step, and an evaluation leaves it as it is.
+        tar: TAR of the last training step, as for ar.
+
+    Raises:
+        TypeError: an argument has the wrong type; the message names it.
+        ValueError: an argument has the wrong value; the message names it.
+
+    Examples:
+        A model that returns only its output:
+
+        >>> lstm, dropout = torch.nn.LSTM(8, 16, batch_first=True), torch.nn.Dropout(0.4)
+        >>> regularizer = RNNRegularizer(alpha=2.0, beta=1.0)
+        >>> attached = regularizer.attach(lstm, dropout)
+        >>> loss = dropout(lstm(torch.randn(4, 10, 8))[0]).square().mean()
+        >>> loss = regularizer.on_backward_begin(loss)
+        >>> loss.backward()
+        >>> bool(regularizer.ar > 0), bool(regularizer.tar > 0)
+        (True, True)
+
+        A model that returns `(decoded, raw, dropped)`:
+
+        >>> regularizer = RNNRegularizer(alpha=2.0, beta=1.0)
+        >>> decoded, raw, dropped = torch.randn(3, 4, 10, 16, requires_grad=True).unbind(0)
+        >>> decoded = regularizer.on_loss_begin((decoded, raw, dropped))
+        >>> loss = regularizer.on_backward_begin(decoded.square().mean())
+        >>> loss.backward()
+    """
+
+    _has_layers = False  # whether `layers` was given; files of 0.3.0 lack this attribute
+    _warned: tuple[str, ...] = ()  # the kinds of warnings that were given
+
+    @shown("RNNRegularizer(alpha=2.0, beta=1.0)")
+    def __init__(
+        self,
+        alpha: Coefficient,
+        beta: Coefficient,
+        *,
+        layers: Literal["last", "all"] | None = None,
+        bptt: int | None = None,
+    ) -> None:
+        if layers not in ("last", "all", None):
+            raise ValueError(f"layers: expected 'last', 'all' or None, got {layers!r}")
+        check_coefficient("alpha", alpha)
+        check_coefficient("beta", beta)
+        self.alpha, self.beta = coefficient(alpha), coefficient(beta)
+        self.layers, self._has_layers = layers, layers is not None
+        self.bptt = None if bptt is None else check_count("bptt", bptt)
+        self.ar: Tensor | None = None
+        self.tar: Tensor | None = None
+        self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
+        self._ledger = Ledger(self)  # the runs of attached modules
+
+    def __repr__(self) -> str:
+        bptt = "" if self.bptt is None else f", bptt={self.bptt}"
+        own = f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
+        return "\n  ".join([own, *map(repr, self._ledger.sites)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy or a pickle, which has no captures and no attachments."""
+        return self.__dict__ | {"_given": None, "_warned": (), "_ledger": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._ledger = Ledger(self)
+
+    def on_epoch_begin(self, model: object) -> None:
+        """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture."""
+        self.clear()
+        inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
+        reset = getattr(model, "reset", None) or getattr(inner, "reset", None)
+        if callable(reset):
+            reset()
+
+    def on_loss_begin(
+        self,
+        output: Any,
+        lengths: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        starts: Tensor | None = None,
+        batch_first: bool | None = None,
+        time_dim: int | None = None,
+    ) -> Any:
+        """Capture `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
+
+        A second call before `on_backward_begin` replaces the first capture. If that capture needs gradients, its
+        penalty is lost, which is warned of once. After a training step that failed, call `clear()`.
+
+        Args:
+            output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, any tensors with
+                `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer.
+            lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`.
+            valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`.
+            starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
+            batch_first: `False` for `(time, batch, hidden)`, which an `nn.LSTM` returns by default; `None` means
+                `True`. If the shape of `decoded` suggests time first, you have to pass it.
+            time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: both `lengths` and `valid` are given; or `batch_first` is `None`, and the shape of `decoded`
+                shows that raw may be time first, or a state.
+            RuntimeError: the activations already come from attached modules.
+
+        Warns:
+            UserWarning: a capture that needs gradients is replaced; or `decoded` has no axis of the size of raw's
+                batch. Each warning comes once.
+        """
+        place = place_of(batch_first, time_dim)
+        check_steps(lengths, valid, starts)
+        if self._ledger.sites:
+            raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
+        if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
+            items = f" of {', '.join(type(x).__name__ for x in output)}" if is_list(output) else ""
+            raise TypeError(
+                "on_loss_begin: expected (decoded, raw, dropped), where raw and dropped are tensors, or lists with a "
+                f"tensor for each layer; got {type(output).__name__}{items}. Let the model return (decoded, raw, "
+                "dropped), or do not change it, and call attach(rnn, dropout) once instead of on_loss_begin"
+            )
+        decoded, raw, dropped = output
+        if self.layers != "all" and is_list(raw):
+            raw, dropped = raw[-1], dropped[-1]
+        is_said = batch_first is not None or time_dim is not None
+        if words := check_captured(raw, decoded, place, is_said):
+            self._warn_once("shape", words)
+        if self._given is not None and any(x.requires_grad for given in self._given.args for x in layers_of(given)):
+            self._warn_once(
+                "lost",
+                "the last capture is discarded, and so is its penalty, because no on_backward_begin(loss) followed it: "
+                "call that in each training step, or clear() after a step that ended early",
+            )
+        options: Any = {"batch_first": batch_first, "time_dim": time_dim, "return_terms": True}
+        self._given = partial(fused_ar_tar, raw, dropped, lengths=lengths, valid=valid, starts=starts, **options)
+        return decoded
+
+    def on_backward_begin(self, loss: Tensor) -> Tensor:
+        """Return the loss plus the penalty of this step; `loss` itself is not changed.
+
+        After `attach` the penalty is the sum over the runs on which the loss depends. Modules in evaluation add
+        nothing. If there is nothing to add, `loss` itself is returned.
+
+        Args:
+            loss: the training loss, a tensor of one element.
+
+        Raises:
+            RuntimeError: nothing was captured, or the penalty would be wrong or lost; the message names the remedy.
+            TypeError: `fused_ar_tar` refuses the type of a captured tensor.
+            ValueError: `fused_ar_tar` refuses the shape, device or value of a captured tensor.
+        """
+        terms = self.take(loss)
+        return loss if terms is None else loss + terms.penalty
+
+    def take(self, loss: Tensor) -> ARTAR | None:
+        """Return the penalty of this step by itself, once; call it instead of `on_backward_begin`.
+
+        Args:
+            loss: the training loss, a tensor of one element, which says which runs belong to this step.
+
+        Returns:
+            The penalty, and its terms, which are detached, on the device of the loss; `None` if all attached modules
+                are in evaluation, because then there is nothing to add. Activations that `on_loss_begin` has captured
+                have a penalty in evaluation, too.
+
+        Raises:
+            RuntimeError: as `on_backward_begin`.
+            TypeError: as `on_backward_begin`.
+            ValueError: as `on_backward_begin`.
+        """
+        given, self._given = self._given, None
+        try:
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
+            if loss.numel() != 1:  # the penalty would be added to each element
+                raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
+            if self._ledger.sites:
+                formed = self._ledger.take(loss)
+            elif given is None:
+                raise RuntimeError(
+                    "on_backward_begin: nothing was captured; call on_loss_begin(output) before it, in every step, or "
+                    "attach(rnn, dropout) once"
+                )
+            else:
+                formed = [given(self.alpha, self.beta)]
+        except BaseException:
+            self.clear()
+            raise
+        if not formed:
+            return None
+        terms = total(formed, loss.device)
+        _, self.ar, self.tar = terms
+        return terms
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        """Give a warning about `on_loss_begin`, unless one of the same kind was given."""
+        if kind not in self._warned:
+            self._warned = (*self._warned, kind)
+            warnings.warn(f"on_loss_begin: {message}", stacklevel=level_of_caller())
+
+    def clear(self) -> None:
+        """Drop any capture, as `on_epoch_begin` does; after a failed step this frees activations early."""
+        self._given = None
+        self._ledger.clear()
+
+    def attach(
+        self,
+        module: nn.Module,
+        dropout: nn.Module | None = None,
+        *,
+        output: Callable[[Any], Any] | None = None,
+        batch_first: bool | None = None,
+        time_dim: int | None = None,
+        valid: Callable[..., Tensor | None] | None = None,
+        starts: Callable[..., Tensor | None] | None = None,
+    ) -> Attachment:
+        """Put forward hooks on an RNN and on the dropout after it, which compute the penalty of each run.
+
+        Call it once, instead of `on_loss_begin` in each step. Every attached module counts; of an `nn.LSTM` the last
+        layer counts. `on_backward_begin` adds the penalty of each run on which the loss depends, once, with the
+        coefficients of that run's forward. A loss depends on a run through the output of the dropout, or through raw
+        without a dropout, or through another tensor that the module returned, such as a state. If a module and its
+        inputs need no gradients, its latest run counts as a constant. Runs in evaluation, runs without gradients, and
+        recomputations of activation checkpointing do not count. The model may be compiled before or after.
+
+        The hooks replace these tensors by views, through which a loss finds the penalty. A view must not be changed in
+        place. Hooks on a view, its `retain_grad()` and its `torch.autograd.grad` see the gradient of the loss without
+        the penalty's part.
+
+        Args:
+            module: any module that runs over all time steps. Its `__call__` has to run: if a wrapper calls the
+                `forward` of a module inside it, as the WeightDrop of AWD-LSTM does, attach the wrapper. Raw is its
+                output if that is a tensor or a `PackedSequence`, or the first element of a tuple or list, or
+                `last_hidden_state`.
+            dropout: any module that gets raw itself as its input, and returns a tensor. It may be used elsewhere, too.
+                Without it, dropped is raw. A `FusedRNNDropout` computes the penalty itself, with the coefficients of
+                the regularizer, and takes no packed data.
+            output: for any other output, a function that picks raw, which is one of the tensors in the output.
+            batch_first: `False` for `(time, batch, hidden)`. It is read from the module if this has a `batch_first`, or
+                contains an `nn.LSTM`, `nn.GRU` or `nn.RNN` with `batch_first=True`; otherwise it has to be given.
+            time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
+            valid: a function of the module's arguments, `valid(*args, **kwargs)`, that returns the mask of valid time
+                steps, as `fused_ar_tar` takes it, or `None` if all steps count. If a `FusedRNNDropout` is called with a
+                mask, that mask takes precedence.
+            starts: a function of the same arguments that returns the mask of the time steps at which a segment starts,
+                or `None`.
+
+        Returns:
+            A handle whose `remove()` takes the hooks off. It is also a context manager that does this at its end.
+
+        Raises:
+            TypeError: an argument has the wrong type; in a step, the module's output contains no raw, or a raw that no
+                view can replace, or the dropout returns no tensor, or a `FusedRNNDropout` gets packed data.
+            ValueError: `batch_first` is missing, or differs from the module's; `batch_first` or `time_dim` differs from
+                the `FusedRNNDropout`'s; `layers` was given to the regularizer; in a step, raw has two axes, and may be
+                a single time step.
+            RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the penalty
+                would be wrong or lost. The message names the remedy.
+        """
+        source = Source(module, dropout, output, batch_first, time_dim, valid, starts).checked()
+        if self._has_layers:
+            raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")
+        if self._given is not None:
+            raise RuntimeError("attach: on_loss_begin captures already; use either on_loss_begin or attach")
+        if any(attachment.source.module is module for attachment in attachments_of(module)):
+            raise RuntimeError(
+                f"module: the {type(module).__name__} is attached already, and its penalty would count twice; remove() "
+                "its handle first. If the handle is lost, delete the regularizer that attached it, and so its hooks"
+            )
+        return Attachment(self._ledger, source)
+
+    def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:
+        """Scale the learning rate of every group by `seq_len / bptt` in a `with` block, and restore it at the end.
+
+        As in AWD-LSTM, a batch of fewer time steps takes a smaller step. Call schedulers outside of the block.
+
+        Args:
+            optimizer: any object with `param_groups`.
+            seq_len: the number of time steps in this batch.
+
+        Raises:
+            TypeError: `optimizer` has no `param_groups`, or `seq_len` or `bptt` is no integer.
+            ValueError: `seq_len` or `bptt` is not positive.
+            RuntimeError: the regularizer has no `bptt`.
+        """
+        if self.bptt is None:
+            raise RuntimeError("scaled_lr: the usual sequence length is not known; pass RNNRegularizer(..., bptt=...)")
+        if not hasattr(optimizer, "param_groups"):  # wrappers of an optimizer have them, too
+            raise TypeError(f"optimizer: expected an optimizer with param_groups, got {type(optimizer).__name__}")
+        steps = check_count("seq_len", seq_len)
+        return _scaled_lr(optimizer, steps / check_count("bptt", self.bptt))
+
+
+@contextmanager
+def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Scale the learning rate of every group, and restore it."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    # A captured CUDA graph reads a tensor, so it is changed in place. Groups may share a tensor, so each is scaled
+    # once.
+    tensors = {id(lr): (lr, lr.clone()) for lr in before if isinstance(lr, Tensor)}
+    try:
+        for lr, _ in tensors.values():
+            lr.mul_(factor)
+        for group in optimizer.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] *= factor
+        yield
+    finally:
+        for lr, value in tensors.values():
+            lr.copy_(value)
+        for group, lr in zip(optimizer.param_groups, before, strict=False):
+            group["lr"] = lr
+
+
+def _are_activations(raw: Any, dropped: Any) -> bool:
+    """Return whether raw and dropped are two tensors, or two lists with the same number of layers."""
+    if is_list(raw) and is_list(dropped) and len(raw) == len(dropped) > 0:
+        return all(isinstance(x, (Tensor, PackedSequence)) for x in (*raw, *dropped))
+    return all(isinstance(x, (Tensor, PackedSequence)) for x in (raw, dropped))

@@ -1,0 +1,449 @@
+"""All checks of arguments, and their messages. A check raises an error or does nothing.
+
+A `TypeError` or a `ValueError` names the argument, the expected value and the given value. Metadata of activations,
+options and lists are checked once for each new kind of call; values are checked in every call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from itertools import chain
+from numbers import Integral, Real
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastreg.call.problem import Place, axes_of, data_of, is_list, sizes_of
+from fastreg.call.torch_state import has_values
+from fastreg.kernels.streams import is_captured
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# The arguments that leave time steps out: their dtypes, the dtypes in words, the function that converts another dtype,
+# and the reason why the argument cannot be given with a PackedSequence.
+OWN, PAD = ", as a PackedSequence has its own lengths", "pad_packed_sequence returns a tensor"
+MASK = (torch.bool, *INTEGERS), "a bool or integer tensor", ".bool()"
+STEP_ARGUMENTS: dict[str, tuple[Sequence[torch.dtype], str, str, str]] = {
+    "lengths": (INTEGERS, "an integer tensor", ".long()", OWN),
+    "valid": (*MASK, OWN),
+    "starts": (*MASK, f" with a PackedSequence; {PAD}, and lengths"),
+}
+ACTIVATIONS = "a tensor, a PackedSequence, or a list or tuple of them"
+TWO_AXES = (
+    ". Pass time_dim=0 if a tensor of two axes is one sequence, (time, hidden). If it is one time step, "
+    "(batch, hidden), pass all steps in one tensor, torch.stack(states, 1)"
+)
+HINT = " (an RNN returns its output and its state: pass the output)"
+
+
+def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Exception] = ValueError) -> None:
+    """Raise an error unless an argument fits.
+
+    Args:
+        fits: whether the argument fits.
+        name: the name of the argument.
+        words: the expectation and the given values, with `{}` for each value.
+        values: the values. Only an error formats them, because formatting takes time and makes sizes constants in
+            compiled code.
+        error: the type of the error.
+    """
+    if not fits:
+        plain = [tuple(x) if isinstance(x, torch.Size) else getattr(x, "__name__", x) for x in values]
+        raise error(f"{name}: expected {words.format(*plain)}")
+
+
+# ---- coefficients and options
+
+
+def shown(line: str) -> Callable[[Function], Function]:
+    """Make a constructor whose errors about missing and unknown arguments show a line of code that is right."""
+
+    def decorate(function: Function) -> Function:
+        signature, name = inspect.signature(function), line.split("(")[0]
+
+        @wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                words = f"{name}: {error}. Write, for example, {line}; a coefficient of 0 leaves its term out"
+                raise TypeError(words) from None
+            return function(*args, **kwargs)
+
+        return cast(Function, checked)
+
+    return decorate
+
+
+def check_options(reduction: object, return_terms: object) -> None:
+    """Check the options of both operations."""
+    is_known = isinstance(reduction, str) and reduction in ("mean", "sum")
+    _expect(is_known, "reduction", "'mean' or 'sum', got {!r}", reduction)
+    check_flags(return_terms=return_terms)
+
+
+def check_flags(**flags: object) -> None:
+    """Check that arguments, given by their names, are `True` or `False`."""
+    for name, flag in flags.items():
+        _expect(isinstance(flag, bool), name, "True or False, got {!r}", flag, error=TypeError)
+
+
+def check_coefficient(name: str, value: Any) -> None:
+    """Check a coefficient: a finite real number of at least 0, or a 0-dim tensor that holds one.
+
+    The value of a tensor is checked only on the CPU. On other devices a check would have to wait for the device.
+    """
+    if isinstance(value, Tensor):
+        _check_dense(name, value)
+        is_scalar = value.shape == () and value.dtype in DTYPES
+        words = "a number or a 0-dim floating-point tensor, got {} {}"
+        _expect(is_scalar, name, words, value.dtype, value.shape)
+        _check_no_gradient(name, value)
+        value = value.item() if has_values(value) else 0.0
+    elif torch.compiler.is_compiling():
+        _check_symbolic(name, value)
+        return
+    else:
+        value = _real(name, value)
+    _expect(0 <= value < math.inf, name, "a finite number of at least 0, got {}", value)
+
+
+def _check_symbolic(name: str, value: Any) -> None:
+    """Check a coefficient that may be symbolic: as far as possible during tracing, otherwise when the code runs."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # this imports sympy
+
+    number: Any = value
+    if not isinstance(value, (bool, int, float, str)) and hasattr(value, "item"):
+        number = value.item()  # a compiler treats a NumPy scalar as an array
+    elif not isinstance(value, float):
+        _check_real(name, value)
+    fits = guard_or_true(number >= 0) and guard_or_true(number < math.inf)
+    _expect(fits, name, "a finite number of at least 0, got {}", number)
+    torch._check(number * 1.0 >= 0)  # torch 2.11 would drop a check of the value itself
+    torch._check(number < math.inf)
+
+
+def check_probability(p: Any) -> None:
+    """Check that `p`, the probability to drop a unit, is from 0 to below 1."""
+    _expect(0 <= _real("p", p) < 1, "p", "a probability from 0 to below 1, got {}", p)
+
+
+def check_time(batch_first: object, time_dim: object) -> None:
+    """Check that at most one of `batch_first` and `time_dim` is given, and its type."""
+    if time_dim is None:
+        check_flags(batch_first=batch_first is None or batch_first)
+        return
+    _expect(batch_first is None, "batch_first and time_dim", "one of them, got both")
+    is_axis = isinstance(time_dim, Integral) and not isinstance(time_dim, bool)
+    _expect(is_axis, "time_dim", "an int, the axis of time, got {}", type(time_dim), error=TypeError)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Check a number of time steps, and return it as an int."""
+    is_int = isinstance(value, Integral) and not isinstance(value, bool)
+    _expect(is_int, name, "a positive integer, got {}", type(value), error=TypeError)
+    _expect(int(value) > 0, name, "a positive integer, got {}", value)
+    return int(value)
+
+
+def check_captured(raw: Any, decoded: Any, place: Place, is_said: bool) -> str:
+    """Check by the shape of a model's output that raw is no state, and that its layout is said if it is in doubt.
+
+    Args:
+        raw: raw, or a list with raw of each layer.
+        decoded: the output of the model.
+        place: the axis of time.
+        is_said: whether the caller has said which axis is time.
+
+    Returns:
+        The words of a warning that raw may be a state; otherwise an empty string.
+    """
+    first, shape = raw[0] if is_list(raw) else raw, tuple[Any, ...](getattr(decoded, "shape", ()))
+    if not isinstance(first, Tensor) or first.is_nested or first.dim() != 3:
+        return ""
+    if not is_said and first.shape[0] != first.shape[1]:
+        batch, time = first.shape[:2]
+        # Time may come first if there is one row for each sequence, as in a classifier, or if there are scores for each
+        # time step: (time, batch, classes), as a CTC loss takes them, or (batch, classes, time), as cross_entropy does.
+        rows = len(shape) == 2 and shape[0] == time and batch != 1
+        scores = len(shape) == 3 and (time, batch) in (shape[:2], shape[::2])
+        words = "True or False, as raw is {} and decoded {}, got None"
+        _expect(not (rows or scores), "batch_first", words, first.shape, shape)
+    batch, _ = sizes_of(first, place.axis())
+    if len(shape) != 3 or not all([size != batch for size in shape]):
+        return ""
+    words = (
+        f"raw is {tuple(first.shape)}, and no size of decoded, {shape}, is its batch, {batch}. Pass the RNN's output "
+        "before and after dropout, and not its states h and c"
+    )
+    _expect(is_said, "batch_first", "True or False, got None: {}", words)
+    return words
+
+
+def _check_real(name: str, value: object) -> None:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    _expect(is_real, name, "a real number, got {}", type(value), error=TypeError)
+
+
+def _real(name: str, value: Any) -> float:
+    """Check for a real number, and convert it to a float; a number that is too large becomes infinite."""
+    _check_real(name, value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+# ---- lists of layers and packed sequences, before there are calls of one layer
+
+
+def check_given(name: str, value: object, is_read: bool, coefficient: str) -> None:
+    """Check that activations are given if the term of a coefficient reads them."""
+    if is_read and value is None:
+        raise TypeError(f"{name}: expected {ACTIVATIONS}, got NoneType (it may be None only if {coefficient} is 0)")
+
+
+def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[str, Any]]]:
+    """Check activations: their types, the axes of each, and that all layers go together.
+
+    Args:
+        raw: a tensor, a `PackedSequence`, or a list or tuple of them; `None` if no term reads it.
+        dropped: like raw; only one of them may be `None`.
+        place: the axis of time.
+
+    Returns:
+        The first activations; and for each layer its tensors or packed rows, by their names in messages.
+    """
+    given = [(name, x) for name, x in (("raw", raw), ("dropped", dropped)) if x is not None]
+    columns = [_named(name, x) for name, x in given]
+    counts = [f"{len(x)} layers" if is_list(x) else "one tensor" for _, x in given]
+    hint = HINT if "one tensor" in counts else ""
+    alike = "the same layers in both, got {} and {}{}"
+    _expect(counts[0] == counts[-1], "raw and dropped", alike, *counts, hint)
+    first, *others = chain(*columns)
+    for layer in others:
+        _check_packed_alike(*layer, *first)
+    layers = [*zip(*columns, strict=True)]
+    for (name, x), *_ in layers:
+        if not isinstance(x, PackedSequence):
+            _check_axes(name, x, place.time_dim)
+    return first[1], [{name: data_of(x) for name, x in layer} for layer in layers]
+
+
+def check_packed_options(time_dim: int | None, steps: Mapping[str, Any]) -> None:
+    """Check that no lengths, valid steps or starts, and no other axis of time, are given with packed sequences."""
+    for name in steps:
+        raise ValueError(f"{name}: expected None{STEP_ARGUMENTS[name][3]}")
+    _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence, got {}", time_dim)
+
+
+def _named(name: str, value: Any) -> list[tuple[str, Any]]:
+    """Check for a tensor, a `PackedSequence`, or a list or tuple of them; return each layer with its name."""
+    fits = isinstance(value, (Tensor, list, tuple))  # a PackedSequence is a tuple, too
+    _expect(fits, name, "{}, got {}", ACTIVATIONS, type(value), error=TypeError)
+    layers = [(f"{name}[{i}]", x) for i, x in enumerate(value)] if is_list(value) else [(name, value)]
+    _expect(len(layers) > 0, name, "a tensor a layer, got an empty {}", type(value))
+    for layer in layers:
+        _check_layer(*layer)
+    return layers
+
+
+def _check_layer(name: str, x: Any) -> None:
+    """Check for a dense tensor, or the metadata and the batch sizes of packed rows."""
+    if not isinstance(x, PackedSequence):
+        check_tensor(name, x)
+        return
+    data, sizes = check_tensor(f"{name}.data", x.data), x.batch_sizes
+    _check_dtype(f"{name}.data", data)
+    _expect(data.dim() == 2, f"{name}.data", "(rows, hidden), got {}", data.shape)
+    name = f"{name}.batch_sizes"
+    _check_tensor_of(name, sizes, INTEGERS, "an integer tensor")
+    is_near = sizes.device.type == "cpu" or (sizes.is_meta and data.is_meta)
+    _expect(is_near, name, "a tensor on the CPU, got one on {}", sizes.device)
+    _check_batch_sizes(name, sizes, data.shape[0])
+
+
+def check_tensor(name: str, x: Any) -> Tensor:
+    """Check for a dense tensor."""
+    if not isinstance(x, Tensor):
+        is_packed, hint = isinstance(x, PackedSequence), HINT if type(x) is tuple else ""
+        _expect(
+            not is_packed,
+            name,
+            "a tensor, got a PackedSequence; pad_packed_sequence returns a tensor and lengths",
+            error=TypeError,
+        )
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
+    _check_dense(name, x)
+    return x
+
+
+def _check_batch_sizes(name: str, sizes: Tensor, rows: int) -> None:
+    """Check the values of batch sizes, because with wrong ones kernels would read past the end of the rows."""
+    if sizes.numel() and not has_values(sizes):
+        return
+    values: Any = sizes.tolist()  # Python's integers, whose sum does not overflow
+    fits = sizes.dim() == 1 and sum(values) == rows and min(values, default=0) > 0 and values == sorted(values)[::-1]
+    _expect(fits, name, "sizes above 0 that never grow and add up to the {} rows, got {}", rows, values)
+
+
+def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> None:
+    """Check that two layers are packed in the same way, or that neither is packed."""
+    is_packed, kinds = isinstance(x, PackedSequence), ("a tensor", "a PackedSequence")
+    fits = is_packed == isinstance(y, PackedSequence)
+    _expect(fits, name, "{}, as {} is, got {}", kinds[not is_packed], other, kinds[is_packed], error=TypeError)
+    if is_packed:
+        sizes, others = x.batch_sizes, y.batch_sizes
+        are_unlike = sizes is not others and has_values(sizes) and has_values(others) and not sizes.equal(others)
+        _expect(not are_unlike, name, "the batch_sizes of {}, got others", other)
+
+
+def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
+    """Check that activations have an axis of time: `time_dim`, or three axes without it."""
+    dims = x.dim()
+    if time_dim is None:
+        layouts = "(batch, time, hidden), (time, batch, hidden) with batch_first=False"
+        _expect(dims == 3, name, "{}, or time_dim, got {}{}", layouts, x.shape, TWO_AXES if dims == 2 else "")
+    else:
+        axes = f", from {-dims} to {dims - 1}" if dims else ""
+        words = "an axis of {}, of shape {}{}, got {}"
+        _expect(-dims <= time_dim < dims, "time_dim", words, name, x.shape, axes, time_dim)
+
+
+# ---- one layer
+
+
+def check_layer(layer: Mapping[str, Any], first: Mapping[str, Any], time_dim: int) -> None:
+    """Check the dtypes, shapes and devices of the tensors of a layer.
+
+    Args:
+        layer: the tensors of the layer, by their names in messages.
+        first: the tensors of the first layer; all layers must have its device, batch and time steps.
+        time_dim: the axis of time, negative from the end.
+    """
+    (one, x), (other, y) = next(iter(layer.items())), next(iter(first.items()))
+    _check_device(one, x, other, y)
+    fits = x.dim() == y.dim() and sizes_of(x, time_dim) == sizes_of(y, time_dim)
+    _expect(fits, one, "the batch and time steps of {}, of shape {}, got {}{}", other, y.shape, x.shape, HINT)
+    for name, tensor in layer.items():
+        _check_dtype(name, tensor)
+        _expect(tensor.shape == x.shape, name, "the shape of {}, {}, got {}", one, x.shape, tensor.shape)
+        _check_device(name, tensor, one, x)
+
+
+def check_devices(coefficients: Sequence[Any], layer: Mapping[str, Any]) -> None:
+    """Check that coefficients that are tensors are on the device of a layer."""
+    for name, x in zip(("alpha", "beta"), coefficients, strict=True):
+        if isinstance(x, Tensor):
+            _check_device(name, x, *next(iter(layer.items())))
+
+
+# ---- which time steps count
+
+
+def check_steps(lengths: object, valid: object, starts: object) -> None:
+    """Check lengths, valid steps and starts: at most one of the first two, and their dtypes."""
+    _expect(lengths is None or valid is None, "lengths and valid", "one of them, got both")
+    for name, given in zip(STEP_ARGUMENTS, (lengths, valid, starts), strict=True):
+        if given is not None:
+            dtypes, words, function, _ = STEP_ARGUMENTS[name]
+            _check_tensor_of(name, given, dtypes, words, f"; use {function}")
+
+
+def check_steps_of(x: Any, time_dim: int, steps: Mapping[str, Any]) -> None:
+    """Check that the shapes and devices of lengths, valid steps and starts fit a layer."""
+    check_no_parts(x)
+    batch, time = sizes_of(x, time_dim)
+    for name, given in steps.items():
+        shape = list(given.shape)
+        if name == "lengths":
+            _expect(shape == [batch], name, "shape ({},), one length a sequence, got {}", batch, given.shape)
+        else:
+            fits = shape == [batch, time] or (shape == [time] and axes_of(x, time_dim)[1] is None)
+            layout = ", in every layout" if time_dim == -len(x.shape) else ""
+            words = "shape ({}, {}), batch and time steps{}, got {}"
+            _expect(fits, name, words, batch, time, layout, given.shape)
+        words = "a tensor on {}, or another device with memory, got one on meta"
+        _expect(x.is_meta or not given.is_meta, name, words, x.device)
+
+
+def check_no_parts(x: Any) -> None:
+    """Refuse a DTensor: the encoded steps are plain tensors and cannot be mixed with it."""
+    words = "no DTensor with lengths, valid steps or starts, and no packed DTensor; pass x.to_local() of each part"
+    _expect(getattr(x, "to_local", None) is None, "raw and dropped", words, error=TypeError)
+
+
+def check_range(name: str, time: int, x: Tensor) -> Tensor:
+    """Check the values of lengths or of a mask on the CPU, and return them."""
+    # Python compares a few values in a third of the time that an operator takes.
+    values = x.reshape(-1).tolist() if x.numel() <= 100 else [*map(int, x.aminmax())]
+    least, greatest = min(values), max(values)
+    most, words = (time, f"from 0 to the {time} time steps of a sequence") if name == "lengths" else (1, "0 or 1")
+    if least < 0 or greatest > most:
+        raise ValueError(f"{name}: expected {words}, got {least if least < 0 else greatest}")
+    return x
+
+
+def check_not_captured(name: str, device: torch.device) -> None:
+    """Check that no CUDA graph is being captured, because it would read memory of the CPU in each replay."""
+    # A compiler cannot ask, and captures its own graphs, whose inputs it copies. Fake tensors need no device.
+    is_compiling = torch.compiler.is_compiling()
+    words = "a tensor on the GPU during CUDA-graph capture, and no PackedSequence: a replay would read {}"
+    fits = is_compiling or not torch.accelerator.is_available() or not is_captured(device)
+    _expect(fits, name, words, "freed CPU memory", error=RuntimeError)
+
+
+def check_mask(mask: Tensor, raw: Tensor, row: Sequence[int]) -> None:
+    """Check a dropout mask for `raw`: it has the shape of one row for all time steps, or raw's shape."""
+    fits = mask.shape == raw.shape or list(mask.shape) == row  # `in` would not compare symbolic sizes
+    words = "shape {} or raw's shape {}, got {}"
+    _expect(fits, "mask", words, torch.Size(row), raw.shape, mask.shape)
+    _expect(mask.dtype == raw.dtype, "mask", "the dtype of raw, {}, got {}", raw.dtype, mask.dtype, error=TypeError)
+    _check_device("mask", mask, "raw", raw)
+    _check_no_gradient("mask", mask)
+
+
+def check_saved(name: str, facts: Mapping[str, Any], saved: Any) -> None:
+    """Check that a saved tensor has kept the shape, dtype and device that it had in the forward."""
+    words = (
+        "the {} of the forward, {}, got {} in the backward: its data was replaced, or a hook on saved tensors returned "
+        "another; an unpack hook has to restore what its pack hook has changed"
+    )
+    for fact, expected in facts.items():
+        got = getattr(saved, fact)
+        _expect(got == expected, name, words, fact, expected, got, error=RuntimeError)
+
+
+# ---- the checks of every tensor
+
+
+def _check_tensor_of(name: str, x: Any, dtypes: Sequence[torch.dtype], words: str, remedy: str = "") -> None:
+    _expect(isinstance(x, Tensor), name, "{}, got {}", words, type(x), error=TypeError)
+    _expect(x.dtype in dtypes, name, "{}, got one of {}{}", words, x.dtype, remedy, error=TypeError)
+    _check_dense(name, x)
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    is_nested = x.is_nested  # in any layout
+    is_dense = x.layout == torch.strided and not is_nested
+    _expect(is_dense, name, "a dense (strided) tensor, got {}", "nested" if is_nested else x.layout, error=TypeError)
+
+
+def _check_no_gradient(name: str, x: Tensor) -> None:
+    _expect(not x.requires_grad, name, "a tensor that requires no gradient, got one that does")
+
+
+def _check_device(name: str, x: Any, other: str, y: Any) -> None:
+    words = "a tensor on {}, where {} is, got one on {}"
+    _expect(x.device == y.device, name, words, y.device, other, x.device)
+
+
+def _check_dtype(name: str, x: Any) -> None:
+    _expect(x.dtype in DTYPES, name, "float16, bfloat16, float32 or float64, got {}", x.dtype, error=TypeError)

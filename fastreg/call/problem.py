@@ -1,0 +1,166 @@
+"""The records of a call, and the facts that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import is_
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastreg.kernels.view import Steps, Terms
+
+Coefficient: TypeAlias = float | Tensor  # a number, or a 0-dim tensor without a gradient
+
+
+class ARTAR(NamedTuple):
+    """Hold the penalty and its terms: three 0-dim tensors on the activations' device.
+
+    Attributes:
+        penalty: `alpha * ar + beta * tar`, differentiable: add it to the loss.
+        ar: AR without its coefficient. It is detached: no gradient flows through it.
+        tar: TAR without its coefficient, detached, too.
+
+    Examples:
+        >>> raw = torch.tensor([[[0.0], [1.0], [3.0]]])
+        >>> penalty, ar, tar = fused_ar_tar(raw, raw, alpha=2.0, beta=1.0, return_terms=True)
+        >>> print(f"{penalty:.3f} = 2 * {ar:.3f} + {tar:.3f}")
+        9.167 = 2 * 3.333 + 2.500
+    """
+
+    penalty: Tensor
+    ar: Tensor
+    tar: Tensor
+
+
+class Place(NamedTuple):
+    """Say which axis is time, either by `batch_first` or by `time_dim`; the other one is `None`."""
+
+    batch_first: bool | None = True
+    time_dim: int | None = None
+
+    def axis(self) -> int:
+        """Return the axis of time, from the end if it is negative, otherwise from the front."""
+        return self.time_dim if self.time_dim is not None else -2 if self.batch_first else 0
+
+    def __str__(self) -> str:
+        return f"batch_first={self.batch_first}" if self.time_dim is None else f"time_dim={self.time_dim}"
+
+
+class Options(NamedTuple):
+    """Hold the options of a call as the caller has given them: see `fused_ar_tar`.
+
+    With `ar_of_raw` AR is the mean square of raw. With `fills` the forward may fill gradients for the backward.
+    Otherwise no gradient takes memory between forward and backward.
+    """
+
+    batch_first: Any = None
+    time_dim: Any = None
+    reduction: Any = "mean"
+    measured: Any = False
+    ar_of_raw: bool = False
+    fills: bool = True
+
+
+class Call(NamedTuple):
+    """Hold the arguments of a call for one layer, after all checks.
+
+    raw, dropped  activations of one shape, or packed rows, `(rows, hidden)`; `None` if no term reads it; dropped is
+                  also `None` if AR is the mean square of raw
+    alpha, beta   coefficients of AR and TAR: floats, or 0-dim tensors
+    steps         the time steps that count, on the device of the activations, or the offsets of packed rows; `None` if
+                  all steps count
+    terms         the terms of the penalty
+    """
+
+    raw: Any
+    dropped: Any
+    alpha: Any
+    beta: Any
+    steps: Steps | None = None
+    terms: Terms = Terms()
+
+    def present(self) -> Any:
+        """Return raw, or dropped if raw is `None`."""
+        return self.dropped if self.raw is None else self.raw
+
+
+def is_on(coefficient: Coefficient) -> bool:
+    """Return whether a term is in the penalty; it is if its coefficient is a tensor, whatever its value."""
+    if isinstance(coefficient, Tensor):
+        return True
+    if not torch.compiler.is_compiling():
+        return coefficient != 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # this imports sympy
+
+    return not guard_or_false(coefficient == 0)
+
+
+def compute_dtype(tensors: Iterable[Any]) -> torch.dtype:
+    """Return the dtype in which squares and sums are computed: float64 if any tensor is float64, else float32."""
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
+
+
+def axes_of(x: Any, time_dim: int) -> tuple[int, int | None]:
+    """Return the axes of time and of sequences, counted from the front.
+
+    The axis of sequences is the first one beside time, or `None` for `(time, hidden)` and `(time,)`. For packed rows
+    the axis of time is the axis of rows.
+    """
+    time = time_dim % len(x.shape)
+    return time, 0 if time > 0 else 1 if len(x.shape) > 2 else None
+
+
+def sizes_of(x: Any, time_dim: int) -> tuple[Any, Any]:
+    """Return the numbers of sequences and of time steps in activations that are not packed."""
+    time, batch = axes_of(x, time_dim)
+    return 1 if batch is None else x.shape[batch], x.shape[time]
+
+
+def divisors(call: Call) -> tuple[Any, Any]:
+    """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
+
+    A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
+    """
+    if call.terms.reduction == "sum":
+        return 1, 1
+    x, steps = call.present(), call.steps
+    elements = x.numel()
+    if steps is None:
+        time = _at_least_1(x.shape[call.terms.time_dim])
+        return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
+    if steps.offsets is not None:
+        return _at_least_1(elements), _at_least_1(elements - steps.offsets[1] * x.shape[-1])
+    bits: Any = steps.bits
+    of_steps, of_changes = _at_least_1(steps.counts * (elements // _at_least_1(bits.numel()))).unbind()
+    return of_steps, of_changes
+
+
+def _at_least_1(count: Any) -> Any:
+    """Return the maximum of a count and 1, without a branch, which tracing would fix."""
+    if isinstance(count, Tensor):
+        return count.clamp(min=1)
+    return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # this takes ten times as long
+
+
+def is_list(value: object) -> bool:
+    """Return whether a value is a list or tuple of layers; a `PackedSequence` is a tuple, too, but is one layer."""
+    return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
+
+
+def data_of(x: Any) -> Tensor:
+    """Return the tensor itself, or the rows of a `PackedSequence`."""
+    return x.data if type(x) is not Tensor and isinstance(x, PackedSequence) else x  # isinstance takes longer
+
+
+def layers_of(x: Any) -> Sequence[Any]:
+    """Return the tensor or the packed rows of each layer of activations; for `None` there is no layer."""
+    layers = x if is_list(x) else () if x is None else (x,)
+    return [layer.data if isinstance(layer, PackedSequence) else layer for layer in layers]  # without calls
+
+
+def are_same(raw: Any, dropped: Any) -> tuple[bool, ...]:
+    """Return, for each layer, whether dropped is raw itself."""
+    return tuple(map(is_, layers_of(raw), layers_of(dropped)))

@@ -1,0 +1,984 @@
+"""`RNNRegularizer.attach`: the runs that count for a loss, layouts, outputs of modules, and errors.
+
+`test_compiled_attach.py` compiles attached models, and `test_sequences.py` plays random steps of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from operator import attrgetter, itemgetter
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
+
+from fastreg import FusedRNNDropout, fused_ar_tar
+from tests import language_model as lm
+from tests.calls import Nothing
+from tests.conftest import without
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, STARTS, TIME, VALID, Attached, penalized
+
+PLAIN, FUSED = nn.Dropout, FusedRNNDropout
+each_dropout = pytest.mark.parametrize("dropout", [None, PLAIN, FUSED], ids=["none", "plain", "fused"])
+cp: Any = partial(checkpoint, use_reentrant=False)
+within = {
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "a dispatch mode": Nothing,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
+def each(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test with each kind of RNN and of dropout."""
+    return each_dropout(pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])(test))
+
+
+# Layouts
+
+LINEAR, SHAPE = nn.Linear(HIDDEN, HIDDEN), (BATCH, TIME, HIDDEN)
+LSTM = partial(nn.LSTM, HIDDEN, HIDDEN, batch_first=True)
+# A module, the options of `attach`, the shape of the input, and the axis of time.
+LAYOUTS: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[int, ...], int]] = {
+    "bidirectional": (partial(LSTM, bidirectional=True, num_layers=2), {}, SHAPE, 1),
+    "an LSTM, time first": (partial(LSTM, batch_first=False), {}, SHAPE, 0),
+    "unbatched": (LSTM, {}, (TIME, HIDDEN), 0),
+    "unbatched, time first": (partial(LSTM, batch_first=False), {}, (TIME, HIDDEN), 0),
+    "batch first": (lambda: LINEAR, {"batch_first": True}, SHAPE, 1),
+    "time first": (lambda: LINEAR, {"batch_first": False}, SHAPE, 0),
+    "one sequence, picked": (lambda: LINEAR, {"batch_first": True, "output": lambda raw: raw}, (TIME, HIDDEN), 0),
+    "an axis": (lambda: LINEAR, {"time_dim": 2}, (BATCH, 2, TIME, HIDDEN), 2),
+    "an axis of two": (lambda: LINEAR, {"time_dim": 1}, (BATCH, HIDDEN), 1),
+    "an axis from the end": (lambda: LINEAR, {"time_dim": -3}, (TIME, 2, HIDDEN), 0),
+}
+
+
+@each_dropout
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_of_a_module(name: str, dropout: Any, device: str) -> None:
+    make, options, shape, axis = LAYOUTS[name]
+    module, reg = make().to(device), lm.regularizer()
+    own: Any = {"batch_first": getattr(module, "batch_first", None)} | options if dropout is FUSED else {}
+    after = nn.Identity() if dropout is None else dropout(0.4, **{k: x for k, x in own.items() if k != "output"})
+    with reg.attach(module, dropout and after, **options):
+        result = module(torch.randn(shape, device=device))
+        raw = result[0] if isinstance(result, tuple) else result
+        dropped = after(raw)
+        lm.check_gradients(module, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, axis))
+
+
+def packed(x: Tensor, *lengths: int) -> PackedSequence:
+    return pack_padded_sequence(x, torch.tensor(lengths), batch_first=True)
+
+
+@each_dropout
+@pytest.mark.parametrize("by", ["its rows", "its state", "a packed dropout"])
+def test_packed_output(by: str, dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    if dropout is FUSED:
+        with pytest.raises(TypeError, match=r"FusedRNNDropout: expected .* a tensor, got the data of a PackedSequence"):
+            model.dropout(model.rnn(packed(lm.inputs(), 7, 4, 2))[0].data)
+        model.reg.clear()
+        model.dropout.eval()  # drops nothing, and forms no penalty
+    raw, state = model.rnn(packed(lm.inputs(), 7, 4, 2))
+    if by == "a packed dropout" and dropout is PLAIN:
+        model.dropout.forward = lambda x: x._replace(data=2 * x.data)
+        dropped = model.dropout(raw)
+    else:
+        dropped = raw._replace(data=model.dropout(raw.data))
+    run = model.end(raw.data, dropped.data, state)
+    loss = run.hidden.sum() if by == "its state" else run.loss
+    assert type(raw) is type(dropped) is PackedSequence
+    lm.check_gradients(model, model.reg.on_backward_begin(loss), loss + fused_ar_tar(raw, dropped, ALPHA, BETA))
+
+
+@each_dropout
+@pytest.mark.parametrize("masks", [{"valid": None, "starts": None}, {"valid": VALID.long(), "starts": STARTS}])
+def test_masks_come_from_the_arguments_of_the_module(masks: Any, dropout: Any) -> None:
+    module, after, reg = lm.Returning(), dropout and dropout(0.4), lm.regularizer()
+    functions: Any = {name: lambda x, name=name, **masks: masks[name] for name in masks}
+    reg.attach(module, after, **functions)
+    raw = module(lm.inputs(), **masks)
+    dropped = after(raw) if after else raw
+    want = dropped.mean() + fused_ar_tar(raw, dropped, ALPHA, BETA, **masks)
+    lm.check_gradients(module, reg.on_backward_begin(dropped.mean()), want)
+
+
+# Results of a module
+
+
+class ModelOutput(dict):
+    """A dictionary whose items are attributes, too, as in Transformers, without a link between them."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        vars(self).update(items)
+
+
+class AttrDict(dict):
+    """A dictionary that takes a missing attribute for a missing item, and raises `KeyError`."""
+
+    __getattr__: Any = dict.__getitem__
+
+
+class Closed(OrderedDict):
+    """A dictionary whose items are given once."""
+
+    def __init__(self, **items: Any) -> None:
+        for name, x in items.items():
+            super().__setitem__(name, x)
+
+    def __setitem__(self, *_: Any) -> None:
+        raise TypeError("closed")
+
+
+CACHE = SimpleNamespace(keys=[torch.ones(2)])  # any object of the model
+Pair = namedtuple("Pair", "raw state")
+first, last = itemgetter(0), itemgetter(-1)
+# A function of raw and a state that returns a result, two that find them in it again, and the `output` of `attach`.
+RETURNED: dict[str, tuple[Any, Callable[[Any], Tensor], Callable[[Any], Tensor], Any]] = {
+    "a tuple": (lambda raw, state: (raw, (state, CACHE, state.to_sparse())), first, lambda result: result[1][0], None),
+    "lists": (lambda raw, state: [[raw], {"a": [state]}], lambda x: x[0][0], lambda x: x[1]["a"][0], lambda x: x[0][0]),
+    "a named tuple": (Pair, attrgetter("raw"), attrgetter("state"), None),
+    "a dictionary": (lambda raw, state: {"a": raw, "b": state}, itemgetter("a"), itemgetter("b"), itemgetter("a")),
+    "a dictionary with attributes": (
+        lambda raw, state: AttrDict(last_hidden_state=raw, b=AttrDict(c=state)),
+        attrgetter("last_hidden_state"),
+        lambda result: result.b.c,
+        None,
+    ),
+    "a closed dictionary": (
+        lambda raw, state: Closed(a=raw, b=state),
+        itemgetter("a"),
+        itemgetter("b"),
+        itemgetter("a"),
+    ),
+    "picked": (lambda raw, state: (state, raw), last, first, last),
+    "a model output": (
+        lambda raw, state: ModelOutput(last_hidden_state=raw, hidden_states=(state, raw), cache=CACHE),
+        attrgetter("last_hidden_state"),
+        lambda result: result["hidden_states"][0],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("by", ["raw", "state"])
+@pytest.mark.parametrize("kind", RETURNED)
+@each_dropout
+def test_results_are_rebuilt_and_a_loss_finds_the_run_by_raw_or_a_state(dropout: Any, kind: str, by: str) -> None:
+    give, pick, pick_state, output = RETURNED[kind]
+    own, reg = [], lm.regularizer()
+    module = lm.Returning(lambda hidden: own.append(give(2 * hidden, hidden.sum((0, 1)))) or own[0])
+    reg.attach(module, after := dropout and dropout(0.4), output=output)
+    result = module(lm.inputs())
+    raw, state = pick(result), pick_state(result)
+    dropped = raw if after is None else after(raw)
+    loss = (dropped if by == "raw" else state).sum()
+    lm.check_gradients(module, reg.on_backward_begin(loss), loss + lm.formula(raw, dropped, 1))
+    assert type(result) is type(own[0])
+    assert result is not own[0]  # which the module may keep
+    if kind == "a model output":
+        assert [*result] == [*own[0]]
+        assert result.last_hidden_state is result["last_hidden_state"] is result["hidden_states"][1]
+        assert result.cache is result["cache"] is CACHE
+
+
+NO_PLACE = r"attach: expected raw as a tensor in tuples.*got a \w+ in which raw cannot be replaced, or an output= that"
+
+
+@each_dropout
+@pytest.mark.parametrize(
+    ("give", "output"),
+    [
+        (lambda raw: SimpleNamespace(last_hidden_state=raw), attrgetter("last_hidden_state")),
+        (lambda raw: (raw, 0), lambda result: result[0][:, 1:]),
+    ],
+    ids=["an opaque object", "a computation"],
+)
+def test_raw_that_cannot_be_replaced_needs_a_dropout(give: Any, output: Any, dropout: Any) -> None:
+    module, reg, given = lm.Returning(give), lm.regularizer(), []
+    pick = lambda result: given.append(output(result)) or given[0]  # noqa: E731
+    reg.attach(module, after := dropout and dropout(0.4), output=pick)
+    with nullcontext() if after else pytest.raises(TypeError, match=NO_PLACE):
+        module(lm.inputs())
+    if after:
+        dropped = after(given[0])
+        want = dropped.sum() + lm.formula(given[0], dropped, 1)
+        lm.check_gradients(module, reg.on_backward_begin(dropped.sum()), want)
+
+
+AT_ONCE = r"Output \d of FastregAttach\w* is a view and is being modified inplace"
+IN_PLACE = "modified by an inplace operation|changed in place before or by its dropout"
+
+
+@each_dropout
+@pytest.mark.parametrize("what", [0, 1, 2], ids=["raw", "a view of it", "the input"])
+def test_outputs_that_share_memory_are_not_changed_in_place(what: int, dropout: Any) -> None:
+    x, reg = lm.inputs().requires_grad_() * 1, lm.regularizer()
+    module = lm.Returning(lambda hidden: (raw := 2 * hidden, raw[:, -1], x))
+    reg.attach(module, after := dropout and dropout(0.4))
+    result = module(x)
+    with pytest.raises(RuntimeError, match=AT_ONCE if dropout is None or what > 0 else IN_PLACE):
+        (result[what].mul_(2), after and after(result[0]))
+
+
+# Runs that count: functions of a model and inputs that return a loss, and the runs whose penalties belong to it
+
+
+def validated(m: Attached, x: Tensor) -> Any:
+    run = m(x)
+    with torch.no_grad():
+        m(x)
+    with torch.inference_mode():
+        m.dropout(run.raw)
+    m.eval()(x)
+    m.train()
+    return run.loss, [run]
+
+
+def freeze(m: Attached, frozen: bool = True) -> Attached:
+    m.rnn.requires_grad_(not frozen)
+    return m
+
+
+def last_of_two(m: Attached, x: Tensor) -> Any:
+    m(2 * x)
+    return (run := m(x)).loss, [run]
+
+
+def reset(m: Attached, x: Tensor) -> Any:
+    run = m(x)
+    run.hidden[:, 1] = 0
+    later = m(x, run.state)
+    return run.hidden.square().sum() + later.loss, [run, later]
+
+
+def doubled(_module: nn.Module, _args: Any, result: Any) -> Any:
+    return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
+
+
+def hooks_of_others(m: Attached, x: Tensor) -> Any:
+    """Run a model with later hooks that replace outputs; a backward hook on a module with a dropout is an error."""
+    m.rnn.register_forward_hook(doubled)
+    if type(m.dropout) is nn.Identity:
+        m.rnn.register_full_backward_hook(lambda *_: None)
+    else:
+        m.dropout.register_forward_hook(doubled)
+    return (run := m(x.requires_grad_())).loss, [run]
+
+
+# Parts of a model that a checkpoint may run; each function returns the run.
+REGIONS: dict[str, Callable[[Attached, Tensor], Any]] = {
+    "the model": cp,
+    "the RNN": lambda m, x: (raw := (result := cp(m.rnn, x))[0], m.end(raw, m.dropout(raw), result[1]))[1],
+    "the RNN and the dropout": lambda m, x: m.end(*cp(m.begin, x)),
+    "the dropout": lambda m, x: (raw := (result := m.rnn(x))[0], m.end(raw, cp(m.dropout, raw), result[1]))[1],
+    "the dropout and more": lambda m, x: cp(lambda raw, state: m.end(raw, m.dropout(raw), state), *m.rnn(x)),
+}
+
+
+def checkpointed(region: str, m: Attached, x: Tensor) -> Any:
+    run = REGIONS[region](m, x)
+    loss = run.loss + run.hidden.sum()
+    torch.autograd.grad(loss, [*m.rnn.parameters()], retain_graph=True)  # recomputes, while the run waits
+    with torch.no_grad():  # which is no reentrant checkpoint
+        m(x)
+    return loss, [run]
+
+
+COUNTED: dict[str, Callable[[Attached, Tensor], Any]] = {
+    "two runs": lambda m, x: ((a := m(x)).loss * (b := m(2 * x)).loss, [a, b]),
+    "two runs, the earlier by its state": lambda m, x: ((b := m(x, (a := m(x)).state)).loss, [a, b]),
+    "one of two": last_of_two,
+    "its state only": lambda m, x: ((a := m(x)).state[-1].square().sum(), [a]),
+    "a state reset in place": reset,
+    "beside a run that is taken": lambda m, x: (m.reg.take((a := m(x)).loss), (a.loss + (b := m(x)).loss, [b]))[1],
+    "missed before": lambda m, x: ((a := m(x)), m.reg.on_backward_begin(m(x).loss).backward(), (a.loss, [a]))[2],
+    "before a validation": validated,
+    "hooks of others": hooks_of_others,
+    "after a slice and clear()": lambda m, x: (
+        setattr(m, "kept", [raw := m.rnn(x)[0], m.dropout(raw[:, 1:])]),
+        m.reg.clear(),
+        ((a := m(x)).loss, [a]),
+    )[2],
+    "a dropout in evaluation": lambda m, x: (m.dropout.eval(), ((a := m(x)).loss, [a]))[1],
+    "frozen": lambda m, x: last_of_two(freeze(m), x),
+    "frozen in a later step": lambda m, x: (m.reg.on_backward_begin(m(x).loss), last_of_two(freeze(m), x))[1],
+    "frozen behind a layer": lambda m, x: ((a := freeze(m)(m.head(x))).loss + (b := m(x)).loss, [a, b]),
+    "after a frozen run that no loss took": lambda m, x: (freeze(m)(x), last_of_two(freeze(m, False), x))[1],
+    **dict.fromkeys(within, lambda m, x: ((a := m(x)).loss.float(), [a])),
+    **{f"{x} checkpointed": partial(checkpointed, x) for x in REGIONS},
+}
+
+
+@each
+@pytest.mark.parametrize("step", COUNTED)
+def test_the_runs_that_count(step: str, kind: Any, dropout: Any) -> None:
+    model = Attached(kind, dropout)
+    with within.get(step, nullcontext)():
+        loss, runs = COUNTED[step](model, lm.inputs())
+    tolerance = {"rtol": 0.02, "atol": 0.002} if step == "autocast" else {}  # which rounds each gradient
+    lm.check_gradients(model, model.reg.on_backward_begin(loss), penalized(loss, *runs), **tolerance)
+    with pytest.raises(RuntimeError, match=r"nothing was captured|ran without gradients"):
+        model.reg.on_backward_begin(loss)
+
+
+# Another module beside the model, and whether its run counts
+BESIDE: dict[str, tuple[Callable[[nn.GRU, Tensor], Any], bool]] = {
+    "a run": (lambda rnn, x: rnn(x)[0], True),
+    "frozen": (lambda rnn, x: rnn.requires_grad_(False)(x)[0], True),
+    "a run that the loss does not depend on": (lambda rnn, x: rnn(x)[0].detach(), False),
+    "no run": (lambda rnn, x: x, False),
+    "evaluation": (lambda rnn, x: rnn.eval()(x)[0], False),
+    "no gradients": (lambda rnn, x: torch.no_grad()(rnn)(x)[0], False),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@each_dropout
+def test_every_attached_module_counts_and_one_that_was_never_called_is_warned_of_once(
+    dropout: Any, beside: str, device: str
+) -> None:
+    (step, counts), model, x = BESIDE[beside], Attached(nn.LSTM, dropout), lm.inputs()
+    model.reg.attach(other := lm.gru().to(device))
+    run, raw = model(x), step(other, x.to(device)).cpu()
+    loss = run.loss + raw.sin().sum()
+    want = penalized(loss, run, *([lm.Run(raw, raw, None, loss)] if counts else []))
+    model.add_module("other", other)
+    idle = pytest.warns(UserWarning, match="the attached GRU was never called") if beside == "no run" else nullcontext()
+    with idle:
+        total = model.reg.on_backward_begin(loss)
+    lm.check_gradients(model, total, want)
+    again = model(x)
+    lm.check_gradients(model.rnn, model.reg.on_backward_begin(again.loss), penalized(again.loss, again))
+
+
+@each_dropout
+def test_a_loss_in_evaluation_or_without_gradients_is_returned_itself(dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    freeze(freeze(model)(lm.inputs()) and model, False)  # a constant, which belongs to no loss of an evaluation
+    for context, training in ((nullcontext, False), (torch.no_grad, True), (torch.inference_mode, True)):
+        with context():
+            loss = model.train(training)(lm.inputs()).loss
+            assert model.reg.on_backward_begin(loss) is loss
+            assert model.reg.take(loss) is None
+        model.reg.clear()
+    torch.func.grad(lambda x: model.eval()(x).loss)(lm.inputs())  # an error in training
+
+
+# Steps that are refused: functions of a model and inputs that return a loss, and the dropouts
+
+
+def hooked(name: str, register: str, m: Attached, x: Tensor) -> Tensor:
+    """Run a model with a backward hook on one of its modules."""
+    with getattr(getattr(m, name), register)(lambda *_: None):
+        return m(x).loss
+
+
+class First(nn.Module):
+    def forward(self, result: Any) -> Tensor:
+        return result[0]
+
+
+def wrapped(after: Any, m: Attached, x: Tensor) -> Tensor:
+    """Attach a wrapper of the RNN, and run it and a dropout."""
+    m.handle = m.reg.attach(wrapper := nn.Sequential(m.rnn, First()), after)
+    return (after or m.dropout)(wrapper(x)).sum()
+
+
+def as_a_dropout(m: Attached, x: Tensor) -> Tensor:
+    """Attach a layer with a dropout that contains the attached modules."""
+    layer, after = nn.Linear(HIDDEN, HIDDEN), nn.Sequential(m.rnn, First(), m.dropout)
+    m.handle = m.reg.attach(layer, after, batch_first=True)
+    return after(layer(x)).sum()
+
+
+def around(m: Attached, x: Tensor) -> Tensor:
+    with m.reg.attach(m, batch_first=True):
+        return m(x).loss
+
+
+def reentrant(m: Attached, x: Tensor) -> Tensor:
+    return checkpoint(lambda y: m(y).loss, x.clone().requires_grad_(), use_reentrant=True)  # pyright: ignore
+
+
+def dual(m: Attached, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return m(x).loss
+
+
+no_grad: Any = torch.no_grad()
+LOST = r"on_backward_begin: the attached LSTM or its dropout ran without gradients.* use_reentrant=False"
+LATE = LOST.replace("on_backward_begin", "attach")
+NOTHING = "nothing was captured: the loss depends on no run of the attached LSTM"
+TAKEN = "nothing was captured: an earlier loss has taken the run of the attached LSTM that this loss depends on"
+GAP = r"attached \w+ did not get the output of the LSTM: something lies between .* a full backward hook.*clear\(\)"
+TWICE = "got the same output of the LSTM twice, and AR is defined for one dropped tensor"
+SHARED = r"attach: this LSTM shares .*remove\(\) .* attach again"
+REPLICA = r"attach: DataParallel runs a replica of the attached LSTM .*Use DistributedDataParallel\. Or .*on_loss_begin"
+INSIDE = "is regularized already, by another attached module|did not get the output"
+TRANSFORM = r"attach: the attached LSTM ran under a transform .*fused_ar_tar"
+ALL, WITH = (None, PLAIN, FUSED), (PLAIN, FUSED)
+REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = {
+    "no run": (lambda m, x: m.head(x).sum(), NOTHING, ALL),
+    "another loss": (lambda m, x: (m.head(x).sum(), setattr(m, "kept", m(x)))[0], f"{NOTHING}, though", ALL),
+    "a run that is taken": (lambda m, x: (m.reg.take((a := m(x)).loss), a.loss)[1], TAKEN, ALL),
+    "a run that is cleared": (lambda m, x: (m(x), m.reg.clear())[0].loss, NOTHING, ALL),
+    "no gradients": (lambda m, x: m.head(no_grad(m.begin)(x)[1]).sum(), LOST, ALL),
+    "none of raw": (lambda m, x: m.head(m.dropout(no_grad(m.rnn)(x)[0])).sum(), LOST, ALL),
+    "none of dropped": (lambda m, x: m.head(no_grad(m.dropout)(m.rnn(x)[0])).sum(), LOST, WITH),
+    "a reentrant checkpoint": (reentrant, LOST, ALL),
+    "a reentrant checkpoint and another run": (lambda m, x: reentrant(m, x) + m(x).loss, LATE, ALL),
+    "a transform": (lambda m, x: torch.func.grad(lambda y: m(y).loss)(x).sum(), TRANSFORM, ALL),
+    "forward-mode AD": (dual, TRANSFORM, ALL),
+    "a trace": (lambda m, x: torch.jit.trace(m, x, check_trace=False), TRANSFORM, ALL),
+    "the model around": (around, INSIDE, ALL),
+    "the model as a dropout": (as_a_dropout, "of the Linear is regularized already", ALL),
+    "a wrapper": (partial(wrapped, None), INSIDE, ALL),
+    "a wrapper, and another dropout": (partial(wrapped, nn.Dropout(0.4)), INSIDE, ALL),
+    "a step a run": (lambda m, x: sum(m(y).loss for y in x.split(1, 1)), r"LSTM ran 7 times over one .*stack", ALL),
+    "a packed step a run": (
+        lambda m, x: sum(m.rnn(packed(y, 1, 1, 1))[0].data.sum() for y in x.split(1, 1)),
+        "7 times",
+        (None,),
+    ),
+    "a copy that shares the hooks": (lambda m, x: copy.copy(m.rnn)(x), SHARED, ALL),
+    "a replica": (lambda m, x: m.rnn._replicate_for_data_parallel()(x), REPLICA, ALL),
+    "raw beside its dropout": (lambda m, x: m(x).raw.sum(), NOTHING, WITH),
+    "raw twice": (lambda m, x: m.dropout((a := m(x)).raw).sum() + a.loss, TWICE, WITH),
+    "a slice": (lambda m, x: m.dropout(m.rnn(x)[0][:, 1:]).sum(), GAP, WITH),
+    "a slice beside another run": (lambda m, x: (m.dropout(m.rnn(x)[0][:, 1:]), m(x).loss)[1], GAP, WITH),
+    "a slice of raw that is kept": (lambda m, x: (raw := m.rnn(x)[0], m.dropout(raw[:, 1:]), m(x).loss)[2], GAP, WITH),
+    "the same memory": (lambda m, x: m.dropout(m.rnn(x[:1])[0].transpose(0, 1)).sum(), GAP, WITH),
+    "padding": (
+        lambda m, x: m.dropout(pad_packed_sequence(m.rnn(packed(lm.inputs(), 7, 4, 2))[0], True)[0]).sum(),
+        GAP,
+        WITH,
+    ),
+    "no dropout": (lambda m, x: m.rnn(x)[1][0].sum(), GAP, WITH),
+    "a hook on the RNN": (partial(hooked, "rnn", "register_full_backward_hook"), GAP, WITH),
+    "a hook on the dropout": (partial(hooked, "dropout", "register_full_backward_hook"), GAP, WITH),
+    "a pre-hook on the dropout": (partial(hooked, "dropout", "register_full_backward_pre_hook"), GAP, WITH),
+    "dropped in place": (lambda m, x: m.head(m(x).dropped.relu_()).sum(), AT_ONCE, ALL),
+    "raw in place": (lambda m, x: m.dropout(m.rnn(x)[0].relu_()), AT_ONCE, (None,)),
+    "raw in place before": (lambda m, x: m.dropout(m.rnn(x)[0].relu_()), IN_PLACE, WITH),
+    "raw in place behind": (lambda m, x: ((a := m(x)).raw.mul_(2), a.loss)[1], IN_PLACE, WITH),
+    "by its dropout": (lambda m, x: (setattr(m.dropout, "inplace", True), m(x).loss)[1], IN_PLACE, (PLAIN,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("case", "dropout"), [(case, x) for case, (*_, dropouts) in REFUSED.items() for x in dropouts])
+def test_steps_that_are_refused(case: str, dropout: Any) -> None:
+    step, message, _ = REFUSED[case]
+    model = Attached(nn.LSTM, dropout)
+    with pytest.raises(RuntimeError, match=message):
+        model.reg.on_backward_begin(step(model, lm.inputs())).backward()
+    model.dropout.inplace = False
+    if message not in (NOTHING, TAKEN, LOST, GAP):  # which come at the loss
+        model.reg.clear()
+    run = model(lm.inputs())
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@each_dropout
+def test_a_parameter_that_two_regularizers_take_in_turns(dropout: Any) -> None:
+    raw = nn.Parameter(torch.randn(SHAPE))
+    pairs = [(nn.Identity(), dropout(0.4) if dropout else nn.Identity()) for _ in range(2)]
+    regs = [lm.regularizer(), lm.regularizer()]
+    for reg, (module, after) in zip(regs, pairs, strict=True):
+        reg.attach(module, dropout and after, batch_first=True)
+    for _ in range(2):
+        for reg, (module, after) in zip(regs, pairs, strict=True):
+            dropped = after(module(raw))
+            torch.testing.assert_close(lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
+
+
+@pytest.mark.parametrize("where", ["rnn", "dropout"])
+def test_a_module_whose_class_gets_another_forward_is_refused(where: str) -> None:
+    """The hooks have made its forward an attribute, which would hide the new one."""
+    model = Attached(nn.GRU, PLAIN)
+    module = getattr(model, where)
+
+    class Other(type(module)):
+        def forward(self, *args: Any) -> Any:
+            return super().forward(*args)
+
+    module.__class__ = Other
+    with pytest.raises(RuntimeError, match=r"attach: this Other shares the hooks .*, or its class got another forward"):
+        model(lm.inputs())
+
+
+@each_dropout
+def test_a_parameter_is_raw_in_each_step(dropout: Any) -> None:
+    """A trainer that attaches anew in each step, as `RegularizedTrainer` does, may keep the graph of the last."""
+    raw, losses = nn.Parameter(torch.randn(SHAPE)), []
+    module, after = nn.Identity(), dropout(0.4) if dropout else nn.Identity()
+    for _ in range(3):
+        reg = lm.regularizer()
+        with reg.attach(module, dropout and after, batch_first=True):
+            dropped = after(module(raw))
+            losses.append(lm.penalty_of(reg, dropped))
+            torch.testing.assert_close(losses[-1], lm.formula(raw, dropped, 1))
+
+
+def test_one_run_of_one_time_step_is_no_error() -> None:
+    model = Attached()
+    run = model(lm.inputs()[:, :1])
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), run.loss + ALPHA * run.raw.square().mean())
+
+
+@each_dropout
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+@pytest.mark.parametrize(
+    ("before", "change", "fits"),
+    [
+        (2.0, lambda x: 3.0, False),
+        (2.0, torch.tensor, False),
+        (2.0, int, True),
+        (torch.tensor(2.0), lambda x: x, True),
+        (torch.tensor(2.0), torch.clone, False),
+        (torch.tensor(2.0), lambda x: x.mul_(1), False),
+    ],
+)
+def test_coefficients_are_those_of_the_forward(before: Any, change: Any, fits: bool, name: str, dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    setattr(model.reg, name, before)
+    run = model(lm.inputs())
+    setattr(model.reg, name, change(before))
+    if not fits:
+        with pytest.raises(RuntimeError, match=r"alpha or beta has changed since the forward of the attached LSTM, .*"):
+            model.reg.on_backward_begin(run.loss)
+        run = model(lm.inputs())
+    total, options = model.reg.on_backward_begin(run.loss), {name: float(getattr(model.reg, name))}
+    setattr(model.reg, name, 5.0)  # too late for this loss
+    lm.check_gradients(model, total, run.loss + lm.formula(run.raw, run.dropped, 1, **options))
+
+
+# Gradients
+
+
+@each_dropout
+def test_a_marked_tensor_shows_the_gradient_of_the_loss_and_raw_before_a_dropout_the_whole(dropout: Any) -> None:
+    model, seen = Attached(nn.LSTM, dropout), []
+    run = model(lm.inputs())
+    (of_loss,) = torch.autograd.grad(run.loss, run.dropped, retain_graph=True)
+    (whole,) = torch.autograd.grad(penalized(run.loss, run), run.raw, retain_graph=True)
+    total = model.reg.on_backward_begin(run.loss + 0 * run.hidden.sum())
+    got = torch.autograd.grad(total, [run.dropped, run.hidden, run.raw], retain_graph=True)
+    torch.testing.assert_close(got, (of_loss, torch.zeros_like(run.hidden), of_loss if dropout is None else whole))
+    run.dropped.retain_grad()
+    run.dropped.register_hook(seen.append)
+    total.backward()
+    torch.testing.assert_close([*seen, run.dropped.grad], [of_loss, of_loss])
+
+
+# The lifetime of a run
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    """Turn the garbage collection off."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collections")
+@each_dropout
+@pytest.mark.parametrize("end", ["dropped", "raw only", "taken", "frozen"])
+def test_the_graph_of_a_run_goes_with_its_outputs(end: str, dropout: Any) -> None:
+    model, x, probe = Attached(nn.LSTM, dropout), lm.inputs().requires_grad_() * 1, torch.empty(0)
+    x.grad_fn.metadata["probe"], alive = probe, weakref.ref(probe)  # pyright: ignore
+    if end == "raw only":
+        model.rnn(x)
+    else:
+        run = model(x.detach() if end == "frozen" else x)
+        if end == "taken":
+            model.reg.take(run.loss)
+        del run
+    del x, probe
+    assert alive() is None
+
+
+@pytest.mark.usefixtures("no_collections")
+@each
+def test_no_activation_is_kept_after_the_backward_while_the_loss_lives(kind: Any, dropout: Any) -> None:
+    model = Attached(kind, dropout)
+    run = model(lm.inputs())
+    memory = [weakref.ref(x.untyped_storage()) for x in (run.raw, run.dropped)]
+    total = model.reg.on_backward_begin(run.loss)
+    del run
+    total.backward()
+    assert [x() for x in memory] == [None, None]
+    assert total.grad_fn is not None
+
+
+# A penalty that was forgotten
+
+
+FORGOTTEN: dict[str, Callable[[Attached, Any], Any]] = {
+    "not called": lambda m, run: (run.hidden.sum() + run.loss).backward(),
+    "not called, a loss of the state": lambda m, run: run.hidden.sum().backward(),
+    "its result not used": lambda m, run: (m.reg.on_backward_begin(run.loss), (run.hidden.sum() + run.loss).backward()),
+    "after the backward": lambda m, run: (run.loss.backward(), m.reg.on_backward_begin(run.loss)),
+    "called in evaluation": lambda m, run: (m.eval().reg.on_backward_begin(m.head(run.raw).sum().detach()), m.train(),
+                                            run.loss.backward()),
+}  # fmt: skip
+
+
+def backwards(model: Attached, count: int, step: Any = FORGOTTEN["not called"]) -> list[str]:
+    """Run steps without the penalty, and return their warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            step(model, model(lm.inputs()))
+    assert all(x.filename == __file__ for x in caught)
+    return [str(x.message) for x in caught]
+
+
+@each_dropout
+@pytest.mark.parametrize("how", FORGOTTEN)
+def test_a_forgotten_penalty_is_warned_of_at_the_end_of_the_second_backward_and_once(how: str, dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    assert backwards(model, 1, FORGOTTEN[how]) == []
+    (message,) = backwards(model, 1, FORGOTTEN[how])
+    assert "second backward has run through the output of the attached LSTM" in message
+    assert "loss = regularizer.on_backward_begin(loss)" in message
+    assert backwards(model, 3, FORGOTTEN[how]) == []
+
+
+def right(m: Attached, run: Any = None) -> None:
+    """Make a step as documented."""
+    m.reg.on_backward_begin((m(lm.inputs()) if run is None else run).loss).backward()
+
+
+def of(m: Attached, alpha: float, beta: float) -> Attached:
+    m.reg.alpha, m.reg.beta = alpha, beta
+    return m
+
+
+def attacked(m: Attached, differentiate: Callable[[Tensor, Tensor], Any], times: int) -> None:
+    """Differentiate losses by their inputs before the first step."""
+    for _ in range(times):
+        x = lm.inputs().requires_grad_()
+        differentiate(m(x).loss, x)
+    right(m)
+
+
+def one_backward(m: Attached) -> None:
+    """Make one backward through the marks of two modules and several runs, without the call."""
+    m.reg.attach(other := lm.gru())
+    (m(lm.inputs()).loss + m(lm.inputs()).loss + other(other(lm.inputs())[0])[0].sum()).backward()
+    right(m)
+
+
+NOT_FORGOTTEN: dict[str, Callable[[Attached], Any]] = {
+    "a loss was regularized": right,
+    "attacks by autograd.grad": lambda m: attacked(m, torch.autograd.grad, 20),
+    "gradients of parameters": lambda m: attacked(m, lambda y, _: torch.autograd.grad(y, [*m.rnn.parameters()]), 20),
+    "attacks by backward(inputs)": lambda m: attacked(m, lambda y, x: y.backward(inputs=[x]), 20),
+    "an attack by backward()": lambda m: attacked(m, lambda y, _: y.backward(), 1),
+    "many marks in one backward": one_backward,
+    "evaluation": lambda m: m.eval(),
+    "frozen": freeze,
+    "coefficients of 0": lambda m: of(m, 0.0, 0.0),
+    "removed": lambda m: (m(lm.inputs()), m.handle.remove()),  # a fused dropout that no regularizer has ever used warns
+}
+
+
+@each_dropout
+@pytest.mark.parametrize("why", NOT_FORGOTTEN)
+def test_a_penalty_that_was_not_forgotten_is_not_warned_of(why: str, dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NOT_FORGOTTEN[why](model)
+    assert backwards(model, 100 if why == "coefficients of 0" else 3) == []
+
+
+def test_an_attack_on_an_input_that_is_nearer_than_any_parameter_is_not_warned_of() -> None:
+    model = Attached(lm.Elementwise)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attacked(model, lambda y, x: y.backward(inputs=[x]), 3)
+
+
+@each_dropout
+@pytest.mark.parametrize("start", [lambda m: of(m, 0.0, 0.0), freeze], ids=["a warm-up from 0", "gradual unfreezing"])
+def test_a_start_without_gradients_of_the_penalty_decides_nothing(start: Any, dropout: Any) -> None:
+    model = start(Attached(nn.LSTM, dropout))
+    assert backwards(model, 3, right) == []
+    assert backwards(model, 1, FORGOTTEN["not called"]) == []
+    of(freeze(model, False), ALPHA, BETA)
+    assert [len(backwards(model, 1)) for _ in range(4)] == [0, 1, 0, 0]
+
+
+def test_a_trainer_that_attaches_in_each_step_is_warned_once() -> None:
+    model, found = Attached(), []
+    for _ in range(5):
+        model.handle.remove()
+        model.handle = model.reg.attach(model.rnn)
+        found.append(len(backwards(model, 1)))
+    assert found == [0, 1, 0, 0, 0]
+
+
+def test_without_a_function_of_pytorch_that_tells_an_attack_20_backwards_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fastreg.call.torch_state.will_execute", None)
+    monkeypatch.setattr("fastreg.attach.ledger.ENOUGH", 20)
+    model = Attached()
+    assert [len(backwards(model, 19)), len(backwards(model, 1)), len(backwards(model, 21))] == [0, 1, 0]
+
+
+# Hooks
+
+
+@each_dropout
+def test_torch_script_says_that_an_attached_module_has_hooks(dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    for module in {model.rnn, model.dropout if dropout else model.rnn}:
+        with pytest.raises(AttributeError, match=r"attach: torch\.jit\.script .*remove\(\) the attachment before"):
+            torch.jit.script(module)
+    model.handle.remove()
+    torch.jit.script(model.rnn)
+
+
+@pytest.mark.parametrize("where", ["rnn", "dropout"])
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
+def test_a_hook_of_another_may_remove_the_handle(register: str, where: str, dropout: Any) -> None:
+    """PyTorch still calls the other hooks of that forward."""
+    model = Attached(nn.LSTM, dropout)
+    getattr(getattr(model, where), register)(lambda *_: model.handle.remove(), prepend=True)
+    run = model(lm.inputs())
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        model.reg.on_backward_begin(run.loss)
+
+
+@each_dropout
+def test_handles(dropout: Any) -> None:
+    model, x = Attached(nn.LSTM, dropout), lm.inputs()
+    with model.handle:
+        model(x)
+    model.handle.remove()  # twice is once
+    assert lm.hooks_of(model) == 0
+    run = model(x)
+    model.reg.on_loss_begin((run.loss, run.raw, run.dropped))  # which attached modules would refuse
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@each_dropout
+def test_a_module_has_one_regularizer_with_which_its_hooks_go(dropout: Any) -> None:
+    model, regs = Attached(nn.LSTM, dropout), [lm.regularizer(), lm.regularizer()]
+    message = r"module: the LSTM is attached already, .*remove\(\) .*delete the regularizer"
+    for reg in (model.reg, regs[0]):
+        with pytest.raises(RuntimeError, match=message):
+            reg.attach(model.rnn)
+    regs[1].attach(copy.deepcopy(model.rnn))
+    model.handle.remove()
+    handle = regs[0].attach(model.rnn, dropout and model.dropout)
+    alive = weakref.ref(model(lm.inputs()).raw)
+    del reg
+    regs.clear()
+    assert alive() is None
+    for module in (model.rnn, model.dropout):
+        assert not {*vars(module)["_forward_hooks"], *vars(module)["_forward_pre_hooks"]}
+        assert "forward" not in vars(module)
+    model.reg.attach(model.rnn)
+    handle.remove()  # is nothing by now
+    assert lm.hooks_of(model) == 1
+
+
+def test_a_forward_that_a_wrapper_has_made_an_attribute_stays() -> None:
+    module, reg = nn.Linear(HIDDEN, HIDDEN), lm.regularizer()
+    module.forward = MethodType(lambda self, x: 2 * nn.Linear.forward(self, x), module)
+    own = module.forward
+    with reg.attach(module, batch_first=True):
+        raw = module(lm.inputs())
+        torch.testing.assert_close(reg.on_backward_begin(raw.sum()), raw.sum() + lm.formula(raw, raw, 1))
+        assert vars(copy.copy(module))["forward"] is own
+    assert vars(module)["forward"] is own
+
+
+# Tensors without memory of their own, and hooks that others move
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_states_without_memory_of_their_own_are_marked_as_views() -> None:
+    module = lm.Returning(lambda hidden: (hidden, TwoTensor(2 * hidden[:, -1], 3 * hidden[:, -1]), NESTED(hidden)))
+    reg = lm.regularizer()
+    reg.attach(module)
+    raw, state, nested = module(lm.inputs())
+    loss: Any = state.sum()
+    total: Any = reg.on_backward_begin(loss)
+    torch.testing.assert_close(total.a - loss.a, lm.formula(raw, raw, 1))
+    assert state._is_view()
+    assert nested.is_nested
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@each
+def test_an_attached_model_is_exported_in_training(kind: Any, dropout: Any) -> None:
+    class Model(Attached):
+        def forward(self, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x).loss
+
+    model = Model(kind, dropout)
+    torch.export.export(model, (lm.inputs(),), strict=False)
+    run = model.end(*model.begin(lm.inputs()))
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
+def test_hooks_that_are_registered_anew_without_keywords_are_an_error_in_training(dropout: Any) -> None:
+    """`torch.ao` does this with the modules that it puts in place of others."""
+    model, x = Attached(nn.GRU, dropout), lm.inputs()
+    for module, args in ((model.rnn, (x,)), (model.dropout, (model.rnn(x)[0],))):
+        twin = type(module)(HIDDEN, HIDDEN, batch_first=True) if module is model.rnn else nn.Dropout()
+        for hook in module._forward_pre_hooks.values():
+            twin.register_forward_pre_hook(hook)
+        for hook in module._forward_hooks.values():
+            twin.register_forward_hook(hook)
+        with pytest.raises(RuntimeError, match=rf"attach: this {type(twin).__name__} shares the hooks"):
+            twin(*args)
+        twin.eval()(*args)
+        with model.handle:
+            pass
+        twin.train()(*args)
+        model.handle = model.reg.attach(model.rnn, model.dropout)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_model_that_is_quantized_runs() -> None:
+    quantize = pytest.importorskip("torch.ao.quantization").quantize_dynamic
+    model = Attached(nn.LSTM, PLAIN).eval()
+    assert quantize(model, {nn.LSTM}, inplace=True).begin(lm.inputs())[1].shape == (BATCH, TIME, HIDDEN)
+
+
+# Copies and pickles
+
+
+@each_dropout
+def test_a_saved_model_loads_without_fastreg(dropout: Any, tmp_path: Path) -> None:
+    """A hook on the loaded model, in a new process, whose ids of hooks start anew, gets an id that is free."""
+    rnn, reg, seen = nn.LSTM(4, 5, batch_first=True), lm.regularizer(), []
+    reg.attach(rnn, dropout and dropout(0.3))
+    rnn(torch.zeros(2, 3, 4))
+    before = RemovableHandle.next_id
+    for model in (nn.Sequential(rnn), rnn):
+        torch.save(model, tmp_path / "model")
+        RemovableHandle.next_id = next(iter(rnn._forward_hooks))
+        with without("fastreg"):
+            loaded = torch.load(tmp_path / "model", weights_only=False)
+            (loaded if model is rnn else loaded[0]).register_forward_hook(lambda *args: seen.append(len(args)))
+            assert loaded(torch.zeros(2, 3, 4))[0].shape == (2, 3, 5)
+    RemovableHandle.next_id = max(before, RemovableHandle.next_id)
+    assert seen == [3, 3]
+    assert lm.hooks_of(rnn) == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lm.pickled])
+def test_copies_keep_the_hooks_of_others_and_attach_again(duplicate: Callable[[Any], Any]) -> None:
+    rnn, reg, x = nn.LSTM(4, 5, batch_first=True), lm.regularizer(), torch.randn(2, 3, 4)
+    rnn.register_forward_hook(doubled)
+    reg.attach(rnn)
+    twin = duplicate(rnn)
+    with torch.no_grad():
+        twin.weight_ih_l0.zero_()
+    torch.testing.assert_close(twin(x), doubled(twin, (), twin.forward(x)))
+    with pytest.raises(RuntimeError, match="nothing was captured"):
+        lm.penalty_of(reg, twin(x)[0])
+    assert lm.hooks_of(twin) == 0
+    of_twin = lm.regularizer()
+    of_twin.attach(twin)
+    raw, _ = twin(x)
+    torch.testing.assert_close(lm.penalty_of(of_twin, raw), lm.formula(raw, raw, 1))
+
+
+# Arguments and results that are refused
+
+
+class Derived(FusedRNNDropout):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().forward(*args, **kwargs)
+
+
+GRU, AXIS, TIME_FIRST = nn.GRU(1, 1, batch_first=True), FusedRNNDropout(time_dim=1), nn.LSTM(1, 1)
+COMPILED = nn.Dropout()
+COMPILED.compile()
+REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "module": ("lstm", {}, TypeError, "module: expected an nn.Module, got str"),
+    "cell": (nn.LSTMCell(1, 1), {}, TypeError, "module: expected a module that runs .*LSTMCell, .*stack its outputs"),
+    "list": (nn.ModuleList([GRU]), {}, TypeError, "module: expected a module that is called itself, got ModuleList"),
+    "script": (torch.jit.script(LINEAR), {}, TypeError, "module: expected .* takes hooks, got a ScriptModule"),
+    "compiled": (torch.compile(GRU), {}, RuntimeError, "module: .*compiled already; attach.* it before"),
+    "dropout": (GRU, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),
+    "compiled dropout": (GRU, {"dropout": COMPILED}, RuntimeError, "dropout: .*compiled already"),
+    "derived": (GRU, {"dropout": Derived()}, TypeError, "dropout: expected the forward of FusedRNNDropout.* Derived"),
+    "batch_first": (LINEAR, {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
+    "no layout": (LINEAR, {}, ValueError, "batch_first: expected True .* as the Linear does not have it, got None"),
+    "layout inside": (nn.Sequential(TIME_FIRST), {}, ValueError, "expected True .* like the LSTM inside it, got None"),
+    "other axis": (TIME_FIRST, {"time_dim": 1}, ValueError, "time_dim: expected None, as the LSTM .*=False, got 1"),
+    "other layout": (TIME_FIRST, {"batch_first": True}, ValueError, "batch_first: .* False, as the LSTM has it, or"),
+    "two axes": (LINEAR, {"time_dim": 2, "batch_first": True}, ValueError, "batch_first and time_dim: expected one of"),
+    "starts": (GRU, {"starts": 3}, TypeError, "starts: expected a callable or None, got int"),
+    "fused": (TIME_FIRST, {"dropout": FUSED()}, ValueError, "with batch_first=False, as the LSTM .* got batch_first=T"),
+    "fused axis": (LINEAR, {"time_dim": 2, "dropout": AXIS}, ValueError, "with time_dim=2.*, got time_dim=1"),
+}
+
+
+@pytest.mark.parametrize("argument", REJECTED)
+def test_attach_rejects(argument: str) -> None:
+    module, options, error, message = REJECTED[argument]
+    with pytest.raises(error, match=message):
+        lm.regularizer().attach(module, **options)
+    assert not getattr(module, "_forward_hooks", None)
+    assert not getattr(options.get("dropout"), "_forward_pre_hooks", None)
+
+
+NESTED: Any = lambda raw: torch.nested.as_nested_tensor([*raw], layout=torch.strided)  # noqa: E731
+RAISED = r".*lambda>\(Tensor\[3, 7, 6\]\) raised"
+WRONG = r"expected the Returning to return a tensor .* got {}; .*output="
+GIVEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "give None": ({"give": lambda raw: None}, TypeError, WRONG.format("NoneType")),
+    "give a list": ({"give": lambda raw: ([raw], 0)}, TypeError, WRONG.format("list")),
+    "give a dictionary": ({"give": lambda raw: {"raw": raw}}, TypeError, WRONG.format("dict")),
+    "give a dictionary with attributes": ({"give": lambda raw: AttrDict(raw=raw)}, TypeError, WRONG.format("AttrDict")),
+    "give a nested tensor": ({"give": lambda raw: NESTED(raw)}, TypeError, "raw: expected a dense .* got nested"),
+    "give a nested state": ({"give": lambda raw: (raw[:, 0], NESTED(raw))}, ValueError, "from the Returning"),
+    "give a step": ({"give": lambda raw: raw[:, 0]}, ValueError, r"from the Returning, got \(3, 6\)\. If this is one"),
+    "output": ({"output": str}, TypeError, "output: .* callable to pick a tensor .* got str"),
+    "valid": ({"valid": lambda x: 1}, TypeError, "valid: expected the callable .* None, got int"),
+    "valid that raises": ({"valid": lambda: 1}, RuntimeError, f"valid: {RAISED} TypeError"),
+    "the shape of valid": ({"valid": lambda x: VALID.t()}, ValueError, "valid: expected"),
+    "time_dim": ({"time_dim": 4}, ValueError, r"time_dim: expected an axis of raw, .*, from -3 to 2, got 4"),
+    "dropout": ({"dropout": lm.gru()}, TypeError, "dropout: expected .* the attached GRU, got tuple"),
+    "the shape of dropped": ({"dropout": nn.Flatten()}, ValueError, "dropped: expected the shape of raw"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("what", GIVEN)
+def test_a_step_rejects(what: str) -> None:
+    (options, error, message), reg = GIVEN[what], lm.regularizer()
+    module = lm.Returning(options.get("give", lambda raw: raw))
+    reg.attach(module, **{name: x for name, x in options.items() if name != "give"})
+    with pytest.raises(error, match=message):
+        (options.get("dropout") or nn.Identity())(module(lm.inputs()))

@@ -1,0 +1,87 @@
+"""`RNNRegularizer.attach` and `torch.compile`: the numbers of the formula.
+
+`test_sequences.py` plays compiled models of every kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo import compiled_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastreg import FusedRNNDropout
+from tests import language_model as lm
+from tests.conftest import more
+from tests.language_model import ALPHA, HIDDEN, Attached, penalized
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [
+        (nn.LSTM, nn.Dropout),
+        (nn.LSTM, None),
+        (nn.GRU, FusedRNNDropout),
+        (lm.Elementwise, None),
+        pytest.param(lm.Loop, nn.Dropout, marks=more),
+        pytest.param(lm.Elementwise, FusedRNNDropout, marks=more),
+    ],
+)
+@pytest.mark.parametrize("before", ["attached", "validated", "trained"])
+def test_ten_models_of_a_class_that_was_compiled_before(before: str, kind: Any, dropout: Any) -> None:
+    """Adapters attach when a fit starts, and a model may have been compiled and run before, and may be again."""
+    torch.compile(Attached(kind, dropout).double(), backend="eager")(lm.inputs().double())
+    for _ in range(10):
+        model = Attached(kind, dropout).double()
+        run: Any = torch.compile(model, backend="eager")
+        for _ in range(2):
+            if before != "attached":
+                model.handle.remove()
+                with torch.set_grad_enabled(before == "trained"):
+                    run.train(before == "trained")(lm.inputs().double())
+                run.train()
+                model.handle = model.reg.attach(model.rnn, dropout and model.dropout)
+            for _ in range(2):
+                made = run(lm.inputs().double())
+                lm.check_gradients(model, model.reg.on_backward_begin(made.loss), penalized(made.loss, made))
+
+
+def test_a_model_that_was_compiled_and_run_before_it_is_attached() -> None:
+    for _ in range(3):
+        model: Any = lm.seeded(lambda: lm.Model(lm.Elementwise))
+        run: Any = torch.compile(model, backend="eager")
+        run(lm.tokens())
+        reg = lm.attached(model)
+        loss = lm.criterion(run(lm.tokens()), lm.tokens())
+        assert reg.on_backward_begin(loss) > loss
+
+
+def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
+    model, counter = lm.seeded(lambda: lm.Model(lm.Elementwise)), CompileCounterWithBackend("aot_eager")
+    reg, run, compilations = lm.attached(model), torch.compile(model, backend=counter), []
+    for step in range(6):
+        reg.alpha = ALPHA + step
+        reg.on_backward_begin(lm.criterion(run(lm.tokens()), lm.tokens())).backward()
+        compilations.append(counter.frame_count)
+    assert compilations[1:] == compilations[1:2] * 5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_compiled_autograd() -> None:  # which fails on PyTorch's own RNNs
+    modules, reg = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(3)), lm.regularizer()
+    loss = want = torch.zeros(())
+    for module, dropout in zip(modules, (None, nn.Dropout(0.3), FusedRNNDropout(0.3)), strict=True):
+        reg.attach(module, dropout, batch_first=True)
+        raw = module(lm.inputs())
+        dropped = raw if dropout is None else dropout(raw)
+        loss, want = loss + dropped.sin().mean(), want + lm.formula(raw, dropped, 1)
+    gradients = torch.autograd.grad(loss + want, [*modules.parameters()], retain_graph=True)
+    total = reg.on_backward_begin(loss)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        total.backward()
+    torch.testing.assert_close([x.grad for x in modules.parameters()], [*gradients])

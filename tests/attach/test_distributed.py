@@ -1,0 +1,179 @@
+"""More than one process, or device: training and values are the same as with the formula.
+
+Two processes on the CPU make up the group, and each test runs a function of this file in both.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, with_penalty
+from tests.conftest import gpu, more
+from tests.exact import check_dropout, check_penalty
+from tests.language_model import VOCABULARY, Triple, criterion, formula
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 60  # seconds, for whatever waits: a group that hangs fails
+
+
+def start(rank: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    options: Any = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=TIMEOUT / 2)}
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", **options)
+
+
+@pytest.fixture(scope="module")
+def in_both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """Call a function in both processes; a failure in one of them fails the test."""
+    spawn, meeting = multiprocessing.get_context("spawn"), str(tmp_path_factory.mktemp("group") / "meeting")
+    with spawn.Pool(1) as first, spawn.Pool(1) as second:
+
+        def both(function: Callable[..., None], *arguments: tuple[Any, ...]) -> None:
+            calls = [p.apply_async(function, a) for p, a in zip((first, second), arguments, strict=True)]
+            for one in calls:
+                one.wait(TIMEOUT)
+            for one in calls:
+                one.get(0)
+
+        both(start, (0, meeting), (1, meeting))
+        yield lambda function, *arguments: both(function, arguments, arguments)
+
+
+def sharded(model: Any) -> Any:
+    for module in (*model.children(), model):
+        fully_shard(module, mesh=mesh())
+    return model
+
+
+def train(wrap: Any, attaches: bool) -> None:
+    """Train on half of each batch by fastreg and by the formula, and compare the weights."""
+    torch.manual_seed(0)
+    model, plain = Triple(), Triple()
+    plain.load_state_dict(model.state_dict())
+    regularizer = RNNRegularizer(2.0, 1.0)
+    if attaches:
+        regularizer.attach(model.rnn, model.dropout)
+    both = [wrap(model), wrap(plain)]
+    optimizers = [torch.optim.SGD(x.parameters(), 0.5) for x in both]
+    half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    for step in range(3):
+        tokens = torch.randint(VOCABULARY, (4, 8))[half]
+        for outer, optimizer in zip(both, optimizers, strict=True):
+            torch.manual_seed(step)
+            decoded, raw, dropped = outer(tokens)
+            loss = criterion(decoded, tokens)
+            if outer is both[0]:
+                if not attaches:
+                    regularizer.on_loss_begin((decoded, raw, dropped))
+                loss = regularizer.on_backward_begin(loss)
+            else:
+                loss = loss + formula(raw, dropped, time=1)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    got, want = ([x.full_tensor() if isinstance(x, DTensor) else x for x in outer.parameters()] for outer in both)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("attaches", [False, True])
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, sharded])
+def test_data_parallelism_trains_as_with_the_formula(wrap: Any, attaches: bool, in_both: Callable[..., None]) -> None:
+    in_both(train, wrap, attaches)
+
+
+@cache
+def mesh() -> DeviceMesh:
+    """Return one mesh for all tests: AOTAutograd does not compile the backward of a DTensor on a second one like it."""
+    return init_device_mesh("cpu", (2,))
+
+
+def check_dtensors(placement: Any, batch_first: bool) -> None:
+    """Compare with one process, for sizes that do not divide by two: the ranks' means are not the mean of the whole."""
+    torch.manual_seed(0)
+    tensors = torch.randn(2, 5, 7, 3).unbind()
+    mask = torch.empty_like(tensors[0]).bernoulli_(0.5) * 2
+    options: Any = {"batch_first": batch_first, "return_terms": True}
+
+    def same(x: Any) -> Any:
+        return fused_ar_tar(x, x, 2.0, 1.0, batch_first=batch_first)
+
+    spread: Any = partial(distribute_tensor, device_mesh=mesh(), placements=[placement])
+    results, compiled = [], torch.compile(same, fullgraph=True, backend="aot_eager")
+    for split, of_one in ((torch.clone, same), (spread, compiled)):
+        raw, dropped = (split(x).requires_grad_() for x in tensors)
+        penalty = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
+        by_mask, terms = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=split(mask), **options)
+        one = of_one(raw)
+        total = penalty.penalty + by_mask.sum() + 2 * terms.penalty + 3 * one
+        results.append([*penalty, by_mask, *terms, one, *torch.autograd.grad(total, (raw, dropped))])
+    assert_close([x.full_tensor() for x in results[1]], results[0])
+
+    # A mask that is drawn is one mask, in whatever pieces.
+    module: Any = FusedRNNDropout(0.5, 2.0, 1.0, batch_first=batch_first)
+    dropped, terms = module(spread(tensors[0])).full_tensor(), module.take()
+    keep = (dropped != 0).movedim(1 if batch_first else 0, 0)
+    assert_close(keep, keep[:1].expand_as(keep))
+    assert_close(terms.penalty.full_tensor(), fused_ar_tar(tensors[0], dropped, 2.0, 1.0, batch_first=batch_first))
+
+
+@pytest.mark.parametrize(
+    ("placement", "batch_first"),
+    [(Shard(0), True), (Shard(1), False), *(pytest.param(x, True, marks=more) for x in (Shard(1), Shard(2)))],
+    ids=str,
+)
+def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, in_both: Callable[..., None]) -> None:
+    in_both(check_dtensors, placement, batch_first)
+
+
+class Spread(nn.Module):
+    """Return a tensor of any kind, and a state."""
+
+    def forward(self, x: Any) -> Any:
+        return 2 * x, x.sum(1)
+
+
+def check_attached_dtensors() -> None:
+    """Compare `attach` and `with_penalty` with one process."""
+    torch.manual_seed(0)
+    whole, results = torch.randn(5, 7, 3), []
+    for split in (torch.clone, partial(distribute_tensor, device_mesh=mesh(), placements=[Shard(0)])):
+        regularizer, module, x = RNNRegularizer(2.0, 1.0), Spread(), split(whole).requires_grad_()
+        with regularizer.attach(module, batch_first=True):
+            raw, state = module(x)
+            total: Any = regularizer.on_backward_begin(raw.sum() + state.sum())
+        gradients = [torch.autograd.grad(total, x)[0]]
+        for scale in (0.5, torch.tensor(0.5)):
+            penalty = fused_ar_tar(2 * x, 2 * x, 2.0, 1.0)
+            gradients += torch.autograd.grad(with_penalty(x + 0, penalty, scale).sum(), x)
+        results.append([total, *gradients])
+    assert_close([x.full_tensor() for x in results[1]], results[0])
+
+
+def test_attached_dtensors_and_with_penalty_of_a_dtensor(in_both: Callable[..., None]) -> None:
+    in_both(check_attached_dtensors)
+
+
+@gpu
+@pytest.mark.gpus
+def test_tensors_on_another_gpu_are_worked_on_there() -> None:
+    raw, dropped, mask = torch.randn(3, 3, 7, 12, device="cuda:1").unbind()
+    with torch.cuda.device(0):
+        check_penalty(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 1.0)
+        check_dropout(raw, mask[:, :1], 2.0, 1.0)
+        results = fused_ar_tar(raw, dropped, 2.0, 1.0), *fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
+    assert all(x.device == raw.device for x in (*results, *torch.autograd.grad(results[0], (raw, dropped))))

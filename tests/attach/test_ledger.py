@@ -1,0 +1,353 @@
+"""The life of a run: the outcomes of a loss, what the regularizer remembers, and what stays in memory."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from copy import copy, deepcopy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from fastreg import FusedRNNDropout
+from tests import language_model as lm
+from tests.language_model import HIDDEN, STARTS, VALID, Attached, Run, penalized
+
+PLAIN, FUSED = nn.Dropout, FusedRNNDropout
+each_dropout = pytest.mark.parametrize("dropout", [None, PLAIN, FUSED], ids=["none", "plain", "fused"])
+
+
+def warned(function: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """Return the result of a function, and its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function()
+    assert all(x.filename == __file__ for x in caught)
+    return result, [str(x.message) for x in caught]
+
+
+# A frozen module beside the model
+
+
+@pytest.fixture
+def frozen() -> nn.GRU:
+    return lm.gru().requires_grad_(False)
+
+
+def constant(frozen: nn.Module, x: Tensor) -> Run:
+    """Run a frozen module."""
+    raw = frozen(x)[0]
+    return Run(raw, raw, None, raw.sum())
+
+
+def taken(m: Attached, x: Tensor) -> Tensor:
+    m.reg.take((run := m(x)).loss)
+    return run.loss
+
+
+no_grad: Any = torch.no_grad()
+# Functions of a model and inputs that return a loss which lacks the penalty of the model, and the error
+LOST: dict[str, tuple[Callable[[Attached, Tensor], Tensor], str]] = {
+    "its output detached": (lambda m, x: m.head(m(x).dropped.detach()).sum(), "the loss depends on no run"),
+    "its output kept": (lambda m, x: (setattr(m, "kept", m(x)), m.head(x).sum())[1], "though there is one"),
+    "without gradients": (lambda m, x: m.head(no_grad(m.begin)(x)[1]).sum(), "ran without gradients"),
+    "a run that is taken": (taken, "an earlier loss has taken the run"),
+}
+
+
+@each_dropout
+@pytest.mark.parametrize("how", LOST)
+def test_a_frozen_module_hides_no_penalty_that_is_lost(how: str, dropout: Any, frozen: nn.GRU) -> None:
+    step, message = LOST[how]
+    model = Attached(nn.LSTM, dropout)
+    for attaches in (False, True):
+        x = lm.inputs()
+        if attaches:
+            model.reg.attach(frozen)
+            frozen(x)
+        loss = step(model, x) + frozen(x)[0].sum()
+        with pytest.raises(RuntimeError, match=message):
+            model.reg.on_backward_begin(loss)
+    run, beside = model(x), constant(frozen, x)
+    loss = run.loss + beside.loss
+    lm.check_gradients(model, model.reg.on_backward_begin(loss), penalized(loss, run, beside))
+
+
+@each_dropout
+def test_frozen_modules_before_a_trainable_head(dropout: Any, frozen: nn.GRU) -> None:
+    model = Attached(nn.LSTM, dropout)
+    model.reg.attach(frozen)
+    model.rnn.requires_grad_(False)
+    for _ in range(2):
+        first = constant(frozen, lm.inputs())
+        run = model(first.raw)
+        lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run, first))
+
+
+def test_a_module_that_is_called_by_its_forward_beside_a_frozen_one_is_warned_of_once(frozen: nn.GRU) -> None:
+    model, found = Attached(), []
+    model.reg.attach(frozen)
+    for _ in range(3):
+        beside = constant(frozen, lm.inputs())
+        loss = model.head(model.rnn.forward(beside.raw)[0]).sum()
+        total, messages = warned(partial(model.reg.on_backward_begin, loss))
+        lm.check_gradients(model, total, penalized(loss, beside))
+        found.append(messages)
+    assert found[0] == ["attach: the attached LSTM was never called, and has no penalty; attach what the model calls"]
+    assert found[1:] == [[], []]
+
+
+@each_dropout
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_two_tasks_in_turns_one_of_them_frozen(checkpoints: bool, dropout: Any, frozen: nn.GRU) -> None:
+    model, head = Attached(nn.LSTM, dropout), nn.Linear(HIDDEN, 1)
+    model.reg.attach(frozen)
+    for _ in range(3):
+        run: Any = checkpoint(model, lm.inputs(), use_reentrant=False) if checkpoints else model(lm.inputs())
+        total, messages = warned(partial(model.reg.on_backward_begin, run.loss))
+        lm.check_gradients(model, total, penalized(run.loss, run))
+        total.backward()
+        beside = constant(frozen, lm.inputs())
+        loss = head(beside.raw).sum()
+        lm.check_gradients(head, model.reg.on_backward_begin(loss), penalized(loss, beside))
+        assert (len(messages) == 1) == (_ == 0)  # the frozen module was not called yet
+
+
+# Runs over one time step
+
+
+@each_dropout
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_runs_over_one_step_are_warned_of_once_and_from_four_on_refused(count: int, dropout: Any) -> None:
+    model, found = Attached(nn.LSTM, dropout), []
+    model(lm.inputs())  # a prefill changes nothing
+    for _ in range(2):
+        runs = [model(lm.inputs()[:, :1]) for _ in range(count)]
+        longer = model(lm.inputs())
+        loss = torch.stack([run.loss for run in (*runs, longer)]).sum()
+        if count > 3:
+            with pytest.raises(
+                RuntimeError, match=f"the LSTM ran {count} times over one time step, .*stack its outputs"
+            ):
+                model.reg.on_backward_begin(loss)
+        else:
+            total, messages = warned(partial(model.reg.on_backward_begin, loss))
+            want = penalized(loss, longer) + sum(lm.ALPHA * run.dropped.square().mean() for run in runs)
+            lm.check_gradients(model, total, want)
+            found += messages
+    expected = f"on_backward_begin: the LSTM ran {count} times over one time step, where TAR has no changes"
+    assert [message.partition(".")[0] for message in found] == [expected] * (1 < count < 4)
+
+
+@pytest.mark.parametrize("counts", [(2, 4), (4, 2)])
+def test_an_error_comes_before_the_warning_of_another_module(counts: Any) -> None:
+    model, other, x = Attached(), lm.gru(), lm.inputs()[:, :1]
+    model.reg.attach(other)
+    losses = [model(x).loss for _ in range(counts[0])] + [other(x)[0].sum() for _ in range(counts[1])]
+    loss = torch.stack(losses).sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="ran 4 times over one time step"):
+            model.reg.on_backward_begin(loss)
+
+
+def test_a_trainer_that_attaches_in_each_step_is_told_once() -> None:
+    model, other, found = Attached(), lm.gru(), []
+    for _ in range(3):
+        with model.reg.attach(other):
+            loss = model(lm.inputs()[:, :1]).loss + model(lm.inputs()[:, :1]).loss
+            found.append(len(warned(partial(model.reg.on_backward_begin, loss))[1]))
+        model.handle.remove()
+        model.handle = model.reg.attach(model.rnn)
+    assert found == [2, 0, 0]
+
+
+# What is taken for what
+
+
+SHOWN: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
+    "no mask": (
+        partial(nn.LSTM, HIDDEN, HIDDEN, batch_first=True),
+        {},
+        lm.inputs(),
+        "LSTM: raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask: every step counts",
+    ),
+    "time first": (
+        partial(nn.LSTM, HIDDEN, HIDDEN),
+        {"dropout": nn.Dropout(0.1)},
+        lm.inputs(),
+        "LSTM -> Dropout: raw (3, 7, 6) as time 3, batch 7, hidden 6; no mask: every step counts",
+    ),
+    "masks": (
+        lm.gru,
+        {"dropout": FusedRNNDropout(0.1), "valid": lambda x: VALID, "starts": lambda x: STARTS},
+        lm.inputs(),
+        "GRU -> FusedRNNDropout: raw (3, 7, 6) as batch 3, time 7, hidden 6; valid (3, 7): only valid steps count; "
+        "starts (3, 7): changes into starts do not count",
+    ),
+    "packed": (
+        lm.gru,
+        {},
+        pack_sequence([torch.randn(4, HIDDEN), torch.randn(2, HIDDEN)]),
+        "GRU: raw (6, 6) as 2 packed sequences of up to 4 time steps, hidden 6; every step counts",
+    ),
+    "one sequence": (
+        lm.gru,
+        {},
+        torch.randn(7, HIDDEN),
+        "GRU: raw (7, 6) as time 7, hidden 6; no mask: every step counts",
+    ),
+    "another axis": (
+        nn.Identity,
+        {"time_dim": 2},
+        torch.randn(3, 2, 7, HIDDEN),
+        "Identity: raw (3, 2, 7, 6) as batch 3, hidden 2, time 7, hidden 6; no mask: every step counts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_reprs_say_what_is_taken_for_what(name: str) -> None:
+    make, options, x, text = SHOWN[name]
+    module, reg = make(), lm.regularizer()
+    handle = reg.attach(module, **options)
+    label = text.partition(":")[0]
+    assert repr(handle) == f"{label}: no run yet"
+    module.eval()(x)
+    assert repr(handle) == f"{label}: no run yet"
+    result = module.train()(x)
+    raw = result[0] if isinstance(result, tuple) and not hasattr(result, "data") else result
+    if "dropout" in options:
+        options["dropout"](raw)
+    reg.clear()
+    assert repr(handle) == text
+    assert repr(reg) == f"RNNRegularizer(alpha=2.0, beta=1.0, layers=None)\n  {text}"
+    assert repr(copy(handle)) == "Attachment: removed"
+    handle.remove()
+    assert repr(handle) == f"{label}: removed"
+    assert repr(reg) == "RNNRegularizer(alpha=2.0, beta=1.0, layers=None)"
+
+
+def test_masks_that_a_fused_dropout_is_called_with_are_shown() -> None:
+    model = Attached(nn.LSTM, FusedRNNDropout)
+    model.dropout(model.rnn(lm.inputs())[0], valid=VALID)
+    assert "valid (3, 7): only valid steps count" in repr(model.handle)
+
+
+# Memory
+
+
+def test_attaching_copies_of_copies_leaves_no_idle_hooks() -> None:
+    reg = lm.regularizer()
+    for dropout in (PLAIN, FUSED):
+        model: Any = nn.ModuleDict({"rnn": lm.gru(), "dropout": dropout(0.1)})
+        for generation in range(100):
+            model = deepcopy(model) if generation % 2 else lm.pickled(model)
+            reg = lm.regularizer()
+            reg.attach(model["rnn"], model["dropout"])
+        hooks = [x for m in model.values() for x in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+        assert len(hooks) <= 4
+        assert {type(x).__module__ for x in hooks} == {"fastreg.attach.attachment"}
+        dropped = model["dropout"](raw := model["rnn"](lm.inputs())[0])
+        torch.testing.assert_close(lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
+
+
+def test_a_run_whose_raw_is_gone_keeps_no_masks() -> None:
+    rnn, reg, masks = lm.gru(), lm.regularizer(), []
+
+    def valid(_: Tensor) -> Tensor:
+        mask = VALID.clone()
+        masks.append(weakref.ref(mask))
+        return mask
+
+    reg.attach(rnn, nn.Dropout(0.1), valid=valid)
+    rnn(lm.inputs())  # its dropout does not run
+    rnn(lm.inputs())
+    assert [x() for x in masks] == [None, None]
+
+
+def test_a_loop_without_a_loss_does_not_fill_the_memory() -> None:
+    import fastreg.attach.ledger as ledger
+
+    module, reg = nn.Identity(), lm.regularizer()
+    reg.attach(module, batch_first=True)
+    x = torch.ones(1, 2, 2, requires_grad=True)
+    for _ in range(3000):
+        module(2 * x)
+    assert len(reg._ledger.runs) < 1000  # pyright: ignore
+    assert len(ledger._runs_of) < 2000
+
+
+def test_runs_whose_dropout_never_runs_do_not_fill_the_memory() -> None:
+    model = Attached(nn.GRU, PLAIN)
+    for _ in range(2500):
+        model.rnn(lm.inputs()[:1, :2])
+    assert len(model.reg._ledger.waiting) < 1000  # pyright: ignore
+    with pytest.raises(RuntimeError, match="the attached Dropout did not get the output of the GRU"):
+        lm.penalty_of(model.reg)
+
+
+def test_recomputations_do_not_fill_the_memory() -> None:
+    model = Attached(nn.GRU, PLAIN)
+    for _ in range(3):
+        with set_checkpoint_early_stop(False):  # the recomputation runs the hook on the RNN, too
+            raw, _ = checkpoint(model.rnn, lm.inputs(), use_reentrant=False)  # pyright: ignore
+        model.reg.on_backward_begin(model.dropout(raw).sum()).backward()
+    assert len(model.reg._ledger.waiting) <= 1  # pyright: ignore
+
+
+# What is dropped, and said
+
+
+@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
+def test_a_run_that_is_cleared_before_its_dropout_is_none(dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    raw, _ = model.rnn(lm.inputs())
+    model.reg.clear()
+    model.dropout(raw)
+    run = model(lm.inputs())
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@each_dropout
+def test_runs_of_others_stay_when_a_handle_is_removed(dropout: Any) -> None:
+    model, other = Attached(nn.LSTM, dropout), lm.gru()
+    with model.reg.attach(other):
+        run = model(lm.inputs())
+        other(lm.inputs())
+    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+def test_a_handle_says_once_what_was_taken_for_what() -> None:
+    rnn, reg, said = lm.gru(), lm.regularizer(), []
+    for step in range(3):
+        with reg.attach(rnn) as handle:
+            handle.paths, handle.say = ("encoder.gru", None), said.append
+            raw, _ = rnn(lm.inputs())
+            assert len(said) == (step > 0)
+            lm.penalty_of(reg, raw)
+    assert said == ["encoder.gru (GRU): raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask: every step counts"]
+
+
+@each_dropout
+def test_a_run_costs_no_more_among_4000_in_a_step_than_among_100(dropout: Any) -> None:
+    """Count the calls of functions, which are the same on each machine."""
+    module, reg = nn.Identity(), lm.regularizer()
+    after = dropout(0.1) if dropout else nn.Identity()
+    reg.attach(module, dropout and after, batch_first=True)
+    x, calls = torch.ones(1, 2, 2, requires_grad=True), []
+    for count in (100, 4000):
+        calls.append(0)
+        sys.setprofile(lambda _frame, event, _: calls.append(calls.pop() + event.endswith("call")))
+        kept = [after(module(2 * x)) for _ in range(count)]
+        sys.setprofile(None)
+        reg.on_backward_begin(torch.stack(kept).sum())
+        calls[-1] /= count
+    assert calls[1] < 1.1 * calls[0]

@@ -1,0 +1,131 @@
+"""Lengths, masks of valid steps and packed sequences, against the formula in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from tests.conftest import INTERPRETED
+from tests.exact import check_dropout, check_penalty, spoil
+
+pytestmark = pytest.mark.numbers
+
+ALPHA, BETA = 2.0, 3.0
+
+
+def front(time: int, *lengths: int) -> list[str]:
+    return ["x" * n + "." * (time - n) for n in lengths]
+
+
+# Each row is a sequence, and each x is a step that counts; the names say how the steps are given.
+STEPS: dict[str, list[str]] = {
+    "lengths, some": front(9, 5, 0, 9, 1, 2, 9),
+    "lengths, full": front(7, 7, 7, 7),
+    "lengths, none": front(4, 0, 0),
+    "lengths, one row": front(5, 3),
+    "lengths, several runs": front(70, 70, 17, 20, 21, 40),  # a run has 20 steps
+    "valid, holes": ["xx.xx.x", "x.x.x.x", ".xx..xx", "x......"],
+    "valid, nothing": ["....", "...."],
+    "valid, several runs": ["x" * 19 + "." + "x" * 20, "." * 20 + "x" * 20, "xx." * 13 + "x"],
+}
+by_both = pytest.mark.parametrize("steps", ["lengths, some", "valid, holes"])
+by_steps = pytest.mark.parametrize("steps", STEPS)
+
+
+def marks(steps: str, device: str = "cpu") -> Tensor:
+    """Return the steps that count as a mask, `(batch, time)`."""
+    return torch.tensor([[c == "x" for c in row] for row in STEPS[steps]], device=device)
+
+
+def given(steps: str, device: str = "cpu") -> dict[str, Any]:
+    """Return the argument that says which steps count."""
+    valid = marks(steps, device)
+    return {"lengths": valid.sum(1)} if steps.startswith("lengths") else {"valid": valid}
+
+
+def leaves(valid: Tensor, hidden: int = 12) -> list[Tensor]:
+    """Return two `(batch, time, hidden)` tensors, with NaN and infinity where steps do not count."""
+    xs = (torch.randn(*valid.shape, hidden, device=valid.device) for _ in range(2))
+    return [spoil(x, valid=valid).requires_grad_() for x in xs]
+
+
+@pytest.mark.parametrize("way", ["two tensors", "one tensor", "time first"])
+@by_steps
+def test_penalty(steps: str, way: str, device: str, poison: None) -> None:
+    raw, dropped = leaves(marks(steps, device))
+    if way == "time first":
+        raw, dropped = (x.detach().transpose(0, 1).contiguous().requires_grad_() for x in (raw, dropped))
+    options = {"batch_first": way != "time first", **given(steps, device)}
+    check_penalty(raw, raw if way == "one tensor" else dropped, ALPHA, BETA, **options)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@by_steps
+def test_dropout(steps: str, full: bool, device: str, poison: None) -> None:
+    raw, _ = leaves(marks(steps, device))
+    mask = (torch.rand(len(raw), raw.shape[1] if full else 1, 12, device=device) > 0.5).float() * 2
+    check_dropout(raw, mask, ALPHA, BETA, **given(steps, device))
+
+
+def test_more_sequences_than_are_added_at_once(device: str) -> None:
+    raw, dropped = (torch.randn(1100, 3, 1, device=device, requires_grad=True) for _ in range(2))
+    check_penalty(raw, dropped, ALPHA, BETA, lengths=torch.arange(1100, device=device) % 4)
+
+
+@by_both
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
+def test_an_upstream_gradient_that_is_not_finite(upstream: float, create_graph: bool, steps: str, device: str) -> None:
+    """The gradient of a step that does not count is 0 all the same."""
+    valid = marks(steps, device)
+    raw, dropped = leaves(valid)
+    alone = raw.detach().nan_to_num(7.0, 7.0).requires_grad_()
+    if create_graph:  # the formula reads all steps
+        raw, dropped = (x.detach().nan_to_num(7.0, 7.0).requires_grad_() for x in (raw, dropped))
+    mask = torch.full((len(valid), 1, 12), 2.0, device=device)
+    penalty = fused_ar_tar(raw, dropped, ALPHA, BETA, **given(steps, device))
+    _, other = fused_dropout_ar_tar(alone, 0.5, ALPHA, BETA, mask=mask, **given(steps, device))
+    for x in torch.autograd.grad((penalty + other) * upstream, (raw, dropped, alone), create_graph=create_graph):
+        assert (x[~valid] == 0).all()
+        assert not x[valid].isfinite().all()
+        assert not x[0, 0].isfinite().any()
+
+
+def test_an_infinite_mask_is_no_part_of_tar(device: str) -> None:
+    raw = torch.randn(2, 4, 3, device=device, requires_grad=True)
+    mask = torch.full((2, 1, 3), torch.inf, device=device)
+    for lengths in (None, torch.tensor([3, 1])):
+        _, got = fused_dropout_ar_tar(raw, 0.5, 0, BETA, mask=mask, lengths=lengths)
+        (want,) = torch.autograd.grad(fused_ar_tar(raw, None, 0, BETA, lengths=lengths), raw)
+        torch.testing.assert_close(*torch.autograd.grad(got, raw), want)
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("steps", ["lengths, several runs", "lengths, full", "lengths, one row"])
+@pytest.mark.parametrize("hidden", [12] if INTERPRETED else [1, 12, 3000])
+def test_packed(hidden: int, steps: str, same: bool, device: str, poison: None) -> None:
+    lengths, count = given(steps, device)["lengths"], 1 if same else 2
+    padded = [torch.randn(*marks(steps).shape, hidden, device=device, requires_grad=True) for _ in range(count)]
+    packed: list[Any] = [pack_padded_sequence(x, lengths.cpu(), True, enforce_sorted=False) for x in padded]
+    for scale in (1, 100, 100):
+        got = fused_ar_tar(packed[0], packed[-1], ALPHA, BETA, return_terms=True)
+        want = fused_ar_tar(padded[0], padded[-1], ALPHA, BETA, return_terms=True, lengths=lengths)
+        torch.testing.assert_close([*got], [*want])
+        gradients = (torch.autograd.grad(x.penalty * scale, padded, retain_graph=True) for x in (got, want))
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("byte", [2, 255])
+def test_any_byte_but_0_is_true(byte: int, device: str) -> None:
+    """A view of integers as bool has such bytes, and so has memory of other libraries."""
+    masks = torch.rand(2, 5, 9, device=device) < torch.tensor([0.7, 0.2], device=device).view(2, 1, 1)
+    x = torch.randn(5, 9, 12, device=device)
+    (valid, starts), others = masks, (masks.to(torch.uint8) * byte).view(torch.bool)
+    want = fused_ar_tar(x, x, ALPHA, BETA, valid=valid, starts=starts, return_terms=True)
+    got = fused_ar_tar(x, x, ALPHA, BETA, valid=others[0], starts=others[1], return_terms=True)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)

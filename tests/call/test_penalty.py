@@ -1,0 +1,183 @@
+"""`fused_ar_tar` against the formula in float64: values, gradients of any order, and the function around them."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from tests.calls import Call, calls, everything, leaves
+from tests.conftest import by_triton, memory_of, skip_on_formula
+from tests.exact import check_penalty, truth
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
+
+pytestmark = pytest.mark.numbers
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_values_and_gradients(sample: Sample, device: str, poison: None) -> None:
+    check_penalty(*sample.leaves(device), sample.alpha, sample.beta, **sample.options)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(9).isnan().all()  # PyTorch fills new memory in this mode
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@calls()
+def test_repeats_bitwise(call: Call, device: str) -> None:
+    first, *more = (everything(call, leaves(300, device=device)) for _ in range(3))
+    with deterministic():
+        more.append(everything(call, leaves(300, device=device)))
+    assert all(torch.equal(x, y) for results in more for x, y in zip(first, results, strict=True))
+
+
+def test_a_term_that_is_off_is_not_read(device: str) -> None:
+    x = torch.randn(2, 5, 8, device=device)
+    bad = torch.full_like(x, torch.nan)
+    for unread in (None, bad, "not a tensor", torch.zeros(1, dtype=torch.int64)):
+        assert fused_ar_tar(x, unread, 0.0, 1.0).isfinite()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        assert fused_ar_tar(unread, x, 1.0, 0.0).isfinite()  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert fused_ar_tar(x.to("meta"), x, 0, 0).is_meta
+    assert fused_ar_tar(bad.double(), bad, 0, 0).dtype == DOUBLE
+    both_off = fused_ar_tar(None, None, 0, 0, return_terms=True)
+    both_off.penalty.add_(1)
+    assert both_off.ar == both_off.tar == 0
+    assert fused_ar_tar(None, None, 0, 0) == 0
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (2.0, 0.0), (0.0, 0.0)])
+def test_a_term_whose_coefficient_is_0_is_only_measured(alpha: float, beta: float, same: bool, device: str) -> None:
+    raw, dropped = torch.randn(2, 2, 5, 8, device=device).unbind()
+    raw[0, 1, 2] = dropped[0, 1, 2] = torch.inf
+    raw.requires_grad_()
+    dropped = raw if same else dropped.requires_grad_()
+    got = fused_ar_tar(raw, dropped, alpha, beta, return_terms=True)
+    torch.testing.assert_close(got.ar, dropped.detach().square().mean())
+    torch.testing.assert_close(got.tar, raw.detach().diff(dim=1).square().mean())
+    want = fused_ar_tar(raw, dropped, alpha, beta)
+    assert torch.equal(got.penalty, want)
+    assert got.penalty.requires_grad == want.requires_grad == bool(alpha or beta)
+    for scale in (1, 3) if alpha or beta else ():  # the forward expects the first
+        options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        gradients = [torch.autograd.grad(scale * x, (raw, dropped), **options) for x in (got.penalty, want)]
+        assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0), (0, 0), (0, 4)])
+@pytest.mark.parametrize("same", [True, False])
+def test_empty_is_zero(shape: tuple[int, ...], same: bool, device: str) -> None:
+    raw = torch.randn(shape, device=device, requires_grad=True)
+    dropped = raw if same else torch.randn(shape, device=device, requires_grad=True)
+    axis: Any = {"time_dim": len(shape) - 2}
+    results = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True, **axis)
+    assert all(x == 0 for x in results)
+    assert [x.requires_grad for x in results] == [True, False, False]
+    results.penalty.backward()
+    assert raw.grad is not None
+    assert raw.grad.shape == shape
+    lengths = torch.zeros(shape[:-2] or 1, dtype=torch.int64)
+    kept, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=lengths, **axis)
+    assert kept.shape == shape
+    assert penalty == 0
+    (kept.sum() + penalty).backward()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE, BF16, HALF], ids=str)
+@pytest.mark.parametrize("where", ["raw", "dropped"])
+def test_infinity_and_nan_spread_as_in_the_formula(where: str, dtype: torch.dtype, value: float, device: str) -> None:
+    raw, dropped = torch.randn(2, 2, 5, 40, device=device).to(dtype).unbind()
+    for at in ((0, 0, 3), (1, 2, 5), (1, 4, 39)):
+        (raw if where == "raw" else dropped)[at] = value
+    xs = [x.detach().requires_grad_() for x in (raw, dropped)]
+    doubles = [x.detach().double().requires_grad_() for x in xs]
+    got, want = fused_ar_tar(*xs, 2.0, 1.0, return_terms=True), truth(*doubles, 2.0, 1.0)
+    torch.testing.assert_close([x.double() for x in got], [*want], rtol=1e-6, atol=0, equal_nan=True)
+    for x, y in zip(torch.autograd.grad(got.penalty, xs), torch.autograd.grad(want.penalty, doubles), strict=True):
+        assert x.isfinite().equal(y.isfinite())
+        assert x.isnan().equal(y.isnan())
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+def test_half_precision_differences_do_not_overflow(dtype: torch.dtype, device: str) -> None:
+    raw = torch.tensor([4e4, -4e4], dtype=dtype, device=device).repeat(4).reshape(1, 8, 1)
+    step = 2 * raw[0, 0, 0].double().item()
+    torch.testing.assert_close(fused_ar_tar(raw, raw, 0.0, 1.0).item(), step**2, rtol=1e-6, atol=0)
+
+
+def live_tensors() -> set[int]:
+    gc.collect()
+    return {id(x) for x in gc.get_objects() if issubclass(type(x), Tensor)}
+
+
+@pytest.mark.usefixtures("quick_collections")
+def test_no_tensor_but_gradients_outlives_a_step(device: str) -> None:
+    """The forward makes the gradients, and on a GPU a record of the upstream gradient that it expects."""
+    skip_on_formula(device)
+    raw, dropped = (torch.randn(3, 7, 12, device=device, requires_grad=True) for _ in range(2))
+    torch.autograd.grad(fused_ar_tar(raw, dropped, 2.0, 1.0), (raw, dropped))  # makes the plans and reserves
+    before = live_tensors()
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    early = live_tensors() - before - {id(got)}
+    gradients = torch.autograd.grad(got, (raw, dropped))
+    assert live_tensors() - before == {id(got), *map(id, gradients)}
+    assert early >= set(map(id, gradients))
+    assert len(early) <= len(gradients) + by_triton(device)
+
+
+def test_an_input_that_needs_no_gradient_is_not_kept(device: str) -> None:
+    dropped = torch.randn(3, 7, 12, device=device, requires_grad=True)
+    raw = torch.randn(3, 7, 12, device=device)
+    got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    raw.zero_()
+    gone = weakref.ref(raw)
+    del raw
+    assert gone() is None
+    (grad,) = torch.autograd.grad(got, dropped)
+    torch.testing.assert_close(grad, 4.0 * dropped / dropped.numel())
+
+
+@pytest.mark.parametrize("needed", ["raw dropped", "raw", "dropped", ""])
+@pytest.mark.parametrize("mode", [nullcontext, deterministic])
+def test_the_forward_allocates_only_the_gradients_that_are_needed(mode: Any, needed: str, device: str) -> None:
+    """The backward allocates nothing. Neither fills memory before the kernels write it."""
+    skip_on_formula(device)
+    raw, dropped = (torch.randn(8, 7, 900, device=device).requires_grad_(name in needed) for name in ("raw", "dropped"))
+    xs = [x for x in (raw, dropped) if x.requires_grad]
+
+    def forward() -> Tensor:
+        return fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True).penalty
+
+    def backward(penalty: Tensor, grad: Tensor) -> None:
+        if xs:
+            torch.autograd.grad(penalty, xs, grad)
+
+    with mode():
+        for value in (1.0, 3.0):  # the backward of the second forward gets another upstream gradient than expected
+            grad = torch.tensor(value, device=device)
+            allocated, penalty = memory_of(forward, device)
+            assert len(xs) * raw.nbytes <= allocated < (len(xs) + 0.5) * raw.nbytes
+            assert memory_of(functools.partial(backward, penalty, grad), device)[0] < 0.5 * raw.nbytes
+        with torch.no_grad():
+            assert memory_of(forward, device)[0] < 0.5 * raw.nbytes
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True, record_shapes=True) as record:
+            backward(forward(), grad)
+    if not by_triton("cpu"):  # an interpreted launch makes its ticket
+        assert not any("zeros" in event.name for event in record.events())
+    assert [[*raw.shape], []] not in [event.input_shapes for event in record.events() if event.name == "aten::fill_"]

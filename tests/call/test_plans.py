@@ -1,0 +1,433 @@
+"""The memory of plans: calls that differ in one fact keep their results in any order, and values are read each time."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tracemalloc
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.testing import assert_close
+
+from bench.offline.stand_in import h100
+from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call.backends import TRITON
+from fastreg.call.plans import PLANS
+from fastreg.kernels import streams
+from fastreg.kernels.streams import Expected, Reserve
+from tests.calls import flat
+from tests.conftest import compiled, forget, memory_of, skip_on_formula
+from tests.exact import assert_gradient, assert_terms, exact, gradients_of, truth
+from tests.samples import Decorated, transposed
+
+BATCH, TIME, HIDDEN = 3, 5, 8
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
+    return PackedSequence(x.reshape(-1, HIDDEN)[: sum(sizes)], torch.tensor(sizes))
+
+
+RAW, DROPPED = (numbers(BATCH, TIME, HIDDEN, seed=seed) for seed in (0, 1))
+MASK = numbers(BATCH, 1, HIDDEN, seed=2)
+LENGTHS, VALID, STARTS = torch.tensor([5, 0, 3]), *(numbers(BATCH, TIME, seed=seed) > 0 for seed in (3, 4))
+PACKED, MORE_SEQUENCES, MORE_STEPS, ONE_ROW, GAPS = (
+    {"raw": packed(RAW, sizes), "dropped": packed(DROPPED, sizes)}
+    for sizes in ([3, 2, 2], [4, 2, 1], [3, 2, 1, 1], [1], [3, 2, 2])
+)
+GAPS["raw"] = GAPS["raw"]._replace(data=torch.stack([GAPS["raw"].data] * 2, -1)[..., 0])
+TWICE = {name: PackedSequence(PACKED["raw"].data, PACKED["raw"].batch_sizes) for name in PACKED}
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "hooks": lambda: saved_tensors_hooks(lambda x: x.clone(), lambda x: x),
+    "plain": nullcontext,
+}
+# Each changes one fact of the calls below. A `mode` is no argument, but the context of the call.
+EITHER: dict[str, dict[str, Any]] = {
+    "raw without a gradient": {"frozen": ("raw",)},
+    "alpha": {"alpha": 3.0},
+    "alpha of 0": {"alpha": 0.0},
+    "alpha as a flag": {"alpha": True},
+    "alpha as a tensor": {"alpha": torch.tensor(2.0)},
+    "beta": {"beta": 3.0},
+    "beta as a tensor": {"beta": torch.tensor(1.0)},
+    "lengths": {"lengths": LENGTHS},
+    "valid": {"valid": VALID},
+    "valid transposed in memory": {"valid": VALID.t().contiguous().t()},
+    "starts": {"starts": STARTS},
+    "time first": {"batch_first": False},
+    "time last": {"time_dim": -1},
+    "a sum": {"reduction": "sum"},
+    "terms": {"return_terms": True},
+    "without gradients": {"mode": "no_grad"},
+    "inference mode": {"mode": "inference"},
+    "hooks on saved tensors": {"mode": "hooks"},
+}
+PENALTY: dict[str, dict[str, Any]] = EITHER | {
+    "another shape of as many elements": {"raw": RAW.reshape(5, 3, 8), "dropped": DROPPED.reshape(5, 3, 8)},
+    "strides of raw": {"raw": transposed(RAW)},
+    "dtype of raw": {"raw": RAW.bfloat16()},
+    "dtype of dropped": {"dropped": DROPPED.double()},
+    "alignment of raw": {"raw": torch.cat([torch.zeros(1), RAW.flatten()])[1:].view_as(RAW)},
+    "device": {"raw": RAW.to("meta"), "dropped": DROPPED.to("meta")},
+    "neither with a gradient": {"frozen": ("raw", "dropped")},
+    "one tensor": {"dropped": RAW},
+    "no raw": {"raw": None, "beta": 0.0},
+    "a subclass": {"raw": RAW.as_subclass(Decorated)},
+    "a negated view": {"raw": torch._neg_view(-RAW)},
+    "a list": {"raw": [RAW], "dropped": [DROPPED]},
+    "two layers": {"raw": [RAW, DROPPED], "dropped": [DROPPED, RAW]},
+    "packed": PACKED,
+}
+DROPOUT: dict[str, dict[str, Any]] = EITHER | {
+    "shape": {"raw": RAW[:, :4]},
+    "p": {"p": 0.25},
+    "p of 0": {"p": 0.0},
+    "evaluation": {"training": False},
+    "a mask": {"mask": MASK},
+    "a mask of the shape of raw": {"mask": MASK.expand_as(RAW).contiguous()},
+    "a mask with a gradient": {"mask": MASK.clone().requires_grad_()},
+}
+
+
+ONE_SEQUENCE = {"raw": RAW[0], "dropped": DROPPED[0], "time_dim": 0}
+BASE = {
+    fused_ar_tar: {"raw": RAW, "dropped": DROPPED, "alpha": 2.0, "beta": 1.0},
+    fused_dropout_ar_tar: {"raw": RAW, "p": 0.5, "alpha": 2.0, "beta": 1.0},
+}
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
+    **{f"penalty, {name}": (fused_ar_tar, {}, change) for name, change in PENALTY.items()},
+    **{f"dropout, {name}": (fused_dropout_ar_tar, {}, change) for name, change in DROPOUT.items()},
+    "valid, a subclass": (fused_ar_tar, {"valid": VALID}, {"valid": VALID.as_subclass(Decorated)}),
+    "packed, one tensor in both": (fused_ar_tar, PACKED, TWICE),
+    "packed, sequences": (fused_ar_tar, PACKED, MORE_SEQUENCES),
+    "packed, time steps": (fused_ar_tar, PACKED, MORE_STEPS),
+    "packed, rows": (fused_ar_tar, PACKED, ONE_ROW),
+    "packed, a layout with gaps": (fused_ar_tar, PACKED, GAPS),
+    "terms as a number after a flag": (fused_ar_tar, {"return_terms": True}, {"return_terms": 1}),
+    "time_dim as a flag after a number": (fused_ar_tar, {"time_dim": 1}, {"time_dim": True}),
+    "one sequence, time last": (fused_ar_tar, ONE_SEQUENCE, ONE_SEQUENCE | {"time_dim": 1}),
+    "one sequence, no axis": (fused_ar_tar, ONE_SEQUENCE, ONE_SEQUENCE | {"time_dim": None}),
+}
+
+
+def fresh(x: Any, frozen: bool, leaves: dict[int, Tensor]) -> Any:
+    """Return detached copies with the same layout, one of each tensor, that require a gradient unless frozen."""
+    if isinstance(x, PackedSequence):
+        return x._replace(data=fresh(x.data, frozen, leaves))
+    if isinstance(x, (list, tuple)):
+        return type(x)(fresh(y, frozen, leaves) for y in x)
+    if not isinstance(x, Tensor):
+        return x
+    return leaves.setdefault(id(x), x.detach().requires_grad_(not frozen))
+
+
+def formula(rows: Sequence[Tensor], sizes: list[int]) -> ARTAR:
+    """Compute the penalty of packed rows in float64."""
+    lengths = torch.tensor([sum(i < size for size in sizes) for i in range(sizes[0])])
+    raw, dropped = (pad_packed_sequence(PackedSequence(x, torch.tensor(sizes)), batch_first=True)[0] for x in rows)
+    return truth(raw, dropped, 2.0, 1.0, lengths=lengths)
+
+
+def outcome(function: Callable[..., Any], options: dict[str, Any]) -> list[Any]:
+    """Call the function; return a full description of its results and gradients, or its error."""
+    options, leaves = dict(options), {}
+    mode, frozen = options.pop("mode", "plain"), options.pop("frozen", ())
+    for name in options.keys() & {"raw", "dropped"}:
+        options[name] = fresh(options[name], name in frozen, leaves)
+    torch.manual_seed(0)
+    try:
+        with MODES[mode]():
+            results = function(**options)
+    except (TypeError, ValueError) as error:
+        return [type(error), str(error)]
+    described: list[Any] = [type(results), *map(type, results if isinstance(results, tuple) else [])]
+    xs: list[Any] = flat(results)
+    if differentiable := [x for x in xs if x.requires_grad and not x.is_meta]:
+        total = torch.stack([x.float().sum() for x in differentiable]).sum() * 3
+        xs += torch.autograd.grad(total, [x for x in leaves.values() if x.requires_grad], allow_unused=True)
+    for x in [x for x in xs if x is not None]:
+        described += x.dtype, x.shape, x.stride(), x.requires_grad, x.device.type
+        described += [] if x.is_meta else x.detach().double().flatten().tolist()
+    return described
+
+
+def work_of(call: Callable[[], Any]) -> int:
+    """Count the functions of fastreg that run on the host in a call; a call that makes a plan runs more of them."""
+    count = 0
+
+    def profiler(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        module = frame.f_globals.get("__name__", "")
+        count += event == "call" and module.startswith("fastreg.") and ".kernels." not in module
+
+    sys.setprofile(profiler)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+# Values are no part of a key.
+ONE_PLAN = {"alpha", "beta", "p", "a subclass", "sequences", "time steps", "rows"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_calls_that_differ_in_one_fact(name: str) -> None:
+    function, first, change = CASES[name]
+    calls = BASE[function] | first, BASE[function] | change
+    alone = []
+    for options in calls:
+        forget()
+        alone.append(outcome(function, options))
+    forget()
+    _, known, other = (work_of(lambda i=i: outcome(function, calls[i])) for i in (0, 0, 1))
+    if alone[1][0] not in (TypeError, ValueError):
+        assert (other < known + 50) == (name.partition(", ")[2] in ONE_PLAN)
+    for order in ((0, 1), (1, 0)):
+        forget()
+        for i in (*order, *order):
+            assert outcome(function, calls[i]) == alone[i]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("hidden", [1, 8, 64])
+def test_packed_rows_of_any_number_have_one_plan(hidden: int, deterministic: bool, device: str) -> None:
+    """Their backwards come in another order than their forwards."""
+    skip_on_formula(device)
+    forget()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        calls = []
+        for sizes in ([1], [3, 2, 2], [1, 1, 1, 1], [40, 33, 2], [2], [3, 2, 2]):
+            leaves = [numbers(sum(sizes), hidden, seed=seed).to(device).requires_grad_() for seed in range(2)]
+            pair = [PackedSequence(x, torch.tensor(sizes)) for x in leaves]
+            calls.append((leaves, sizes, fused_ar_tar(pair[0], pair[1], 2.0, 1.0)))
+            assert len(PLANS) == 1
+        for leaves, sizes, got in reversed(calls):
+            exactly = [exact(x) for x in leaves]
+            want = formula(exactly, sizes)
+            assert_terms(got, want, torch.float32)
+            for gradient, x in zip(torch.autograd.grad(got, leaves), exactly, strict=True):
+                parts = gradients_of(want, (2.0, 1.0), x)
+                assert_gradient(gradient, sum(parts), sum(part.abs().max() for part in parts))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_node_of_packed_rows_knows_how_many_it_has_saved() -> None:
+    """A plan serves all numbers of rows, and the kernels read as many as the offsets say."""
+    skip_on_formula("cpu")
+    raw = numbers(7, HIDDEN).requires_grad_()
+    penalty = fused_ar_tar(None, PackedSequence(raw * 1, torch.tensor([3, 2, 2])), 2.0, 0.0)
+    saved = penalty.grad_fn.saved_tensors[1]
+    saved.data = saved.data[:3]
+    with pytest.raises(RuntimeError, match=r"dropped: expected the shape of the forward, .*7, 8.*, got .*3, 8"):
+        penalty.backward()
+
+
+def test_values_are_checked_in_every_call() -> None:
+    lengths, valid, starts, alpha = LENGTHS.clone(), VALID.long(), STARTS.long(), torch.tensor(2.0)
+    calls: list[dict[str, Any]] = [{"lengths": lengths}, {"valid": valid}, {"starts": starts}, {"alpha": alpha}, {}]
+    calls += [dict(zip(PACKED, (packed(RAW, [3, 2, 2]), packed(DROPPED, [3, 2, 2])), strict=True)) for _ in range(2)]
+    for options in calls:
+        fused_ar_tar(**BASE[fused_ar_tar] | options)
+    lengths[0], valid[0, 0], starts[0, 0], alpha[...] = 9, 2, -1, -1.0
+    calls[4]["beta"] = -1.0
+    calls[5]["raw"].batch_sizes[2] = calls[6]["dropped"].batch_sizes[2] = 3
+    names = "lengths", "valid", "starts", "alpha", "beta", "batch_sizes", "batch_sizes"
+    for options, name in zip(calls, names, strict=True):
+        with pytest.raises(ValueError, match=f"{name}: expected|expected the {name}"):
+            fused_ar_tar(**BASE[fused_ar_tar] | options)
+
+
+def test_one_tensor_of_a_subclass_gets_one_gradient() -> None:
+    skip_on_formula("cpu")
+    x = numbers(8, 7, 900).requires_grad_().as_subclass(Decorated)
+    for raw in (x, [x], (x,)):
+        assert memory_of(lambda raw=raw: fused_ar_tar(raw, raw, 2.0, 1.0), "cpu")[0] < 1.5 * x.nbytes
+
+
+def test_coefficients_that_change_cost_nothing(device: str) -> None:
+    raw, module, regularizer = RAW.to(device).requires_grad_(), nn.Identity(), RNNRegularizer(2.0, 1.0)
+    dropout = FusedRNNDropout(0.0)
+    regularizer.attach(module, dropout, batch_first=True)
+
+    def step(alpha: float) -> None:
+        fused_ar_tar(raw, raw, alpha, 1.0).backward()
+        fused_dropout_ar_tar(raw, 0.5, alpha, 1.0)[1].backward()
+        regularizer.alpha = alpha
+        regularizer.on_backward_begin(dropout(module(raw * 1)).sum()).backward()
+
+    first, second, *others = [work_of(lambda alpha=alpha: step(alpha)) for alpha in (2.0, 2.0, 2.5, 3.0, 3.5)]
+    assert first > 2 * second
+    assert others == [second] * 3
+
+
+def test_plans_hold_no_tensors_of_the_caller() -> None:
+    raw, lengths, valid = numbers(BATCH, TIME, HIDDEN).requires_grad_(), LENGTHS.clone(), VALID.clone()
+    alpha, mask = torch.tensor(2.0), MASK.clone()
+    fused_ar_tar(raw, raw, alpha, 1.0, lengths=lengths).backward()
+    fused_ar_tar([raw, raw], [raw, raw], 2.0, 1.0, valid=valid).backward()
+    sum(x.sum() for x in fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)).backward()
+    alive = [weakref.ref(x) for x in (raw, lengths, valid, alpha, mask)]
+    del raw, lengths, valid, alpha, mask
+    gc.collect()
+    assert [x() for x in alive] == [None] * 5
+
+
+def test_an_error_of_our_own_code_is_no_reason_for_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only facts that determine no plan are."""
+    for error in (TypeError, RuntimeError, AttributeError):
+        for name in ("key_of", "are_same"):
+            with monkeypatch.context() as patched:
+                module = "fastreg.call.operation" if name == "key_of" else "fastreg.call.plans"
+                patched.setattr(f"{module}.{name}", lambda *_, error=error: (_ for _ in ()).throw(error("ours")))
+                with pytest.raises(error, match="ours"):
+                    fused_ar_tar([RAW], [DROPPED], 2.0, 1.0)
+
+
+def test_an_option_without_a_hash_is_an_error_of_the_checks() -> None:
+    for options in ({"time_dim": [1]}, {"reduction": ["mean"]}, {"return_terms": {}}):
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(options))}: expected"):
+            fused_ar_tar(RAW, DROPPED, 2.0, 1.0, **options)
+
+
+def state_of(x: Any) -> Any:
+    """Describe an object of fastreg by the identities of its attributes, and theirs, without the backend's own."""
+    if not type(x).__module__.startswith("fastreg.") or ".kernels." in type(x).__module__ or isinstance(x, tuple):
+        return [state_of(y) for y in x] if type(x) is list else id(x)
+    return {name: state_of(y) for name, y in vars(x).items()}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "inference" not in name])
+def test_a_plan_is_complete_when_it_is_kept(name: str) -> None:
+    """Threads share plans."""
+    function, first, change = CASES[name]
+    forget()
+    torch.manual_seed(0)
+    outcome(function, BASE[function] | first | change)
+    before = {key: state_of(plan) for key, plan in PLANS.items()}
+    for _ in range(2):
+        outcome(function, BASE[function] | first | change)
+    assert {key: state_of(plan) for key, plan in PLANS.items()} == before
+
+
+@compiled  # Triton's interpreter would take minutes
+@pytest.mark.usefixtures("quick_collections")
+def test_the_memory_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastreg.call.plans.SIZE", 512)
+    forget()
+
+    def objects_after(times: range) -> int:
+        for time in times:
+            fused_ar_tar(torch.empty(1, time, 1), None, 0.0, 1.0)
+        gc.collect()
+        return len(gc.get_objects())
+
+    full = objects_after(range(2, 514))
+    assert len(PLANS) == 512
+    for last in range(700, 1400, 100):  # more kinds of calls than are remembered
+        assert objects_after(range(last - 100, last)) < full + 300
+
+
+def test_a_full_memory_drops_many_old_plans_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop over somewhat more kinds of calls than it holds finds most of their plans."""
+    monkeypatch.setattr("fastreg.call.plans.SIZE", 64)
+    forget()
+
+    def misses(times: range) -> list[int]:
+        missed = []
+        for time in times:
+            before = {*PLANS}
+            fused_ar_tar(torch.empty(1, time, 1), None, 0.0, 1.0)
+            missed += [time] if {*PLANS} - before else []
+        return missed
+
+    assert misses(range(2, 66)) == [*range(2, 66)]
+    newest = [*PLANS][32:]
+    misses(range(66, 67))
+    assert len(PLANS) == 49
+    assert {*newest} <= {*PLANS}
+    misses(range(2, 72))
+    assert len(misses(range(2, 72))) < 35
+
+
+@compiled
+@pytest.mark.parametrize("name", ["plain", "lengths", "dropout"])
+@pytest.mark.parametrize("backend", ["cpu", "stand-in for a GPU"])
+def test_a_plan_takes_little_memory_of_the_host(name: str, backend: str) -> None:
+    skip_on_formula("cpu")
+    if backend != "cpu" and TRITON is None:
+        pytest.skip("needs Triton")
+
+    def call(time: int) -> None:
+        raw, dropped = (torch.ones(2, time, 8, requires_grad=True) for _ in range(2))
+        if name == "dropout":
+            torch.autograd.backward(fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0), (torch.ones_like(raw), torch.ones(())))
+        else:
+            lengths = torch.tensor([1, 2]) if name == "lengths" else None
+            fused_ar_tar(raw, dropped, 2.0, 1.0, lengths=lengths).backward()
+
+    with nullcontext() if backend == "cpu" else h100():
+        call(3)
+        forget()
+        gc.collect()
+        tracemalloc.start()
+        try:
+            for time in range(4, 104):
+                call(time)
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 7500 * 100
+        finally:
+            tracemalloc.stop()
+
+
+def test_plans_on_a_gpu_draw_memory_in_their_first_backward_and_share_it_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each allocation is synchronized. Until its first backward, a plan reads the memory of the last backward."""
+    allocated: list[int] = []
+
+    def new(self: Reserve, count: int, device: torch.device) -> Tensor:
+        allocated.append(count)
+        return torch.ones(count, dtype=self.dtype)
+
+    device, key = torch.device("cpu"), (torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(streams, "RESERVE", 4)
+    monkeypatch.setattr(Reserve, "new", new)
+    monkeypatch.setattr(Expected, "_reserves", {torch.float32: Reserve(torch.float32, 1, shared=True)})
+    monkeypatch.setattr(Expected, "_latest", {})
+    first, second, *others = [Expected(torch.float32, device) for _ in range(20)]
+    assert first.guess() is first.learn() is second.guess()
+    assert second.learn() is second.guess() is others[0].guess() is Expected._latest[key]
+    assert second.guess() is not first.guess()
+    memory = {id(x.learn()) for x in (first, second, *others)}
+    assert (len(memory), allocated) == (4, [4])
+    monkeypatch.setattr(streams, "is_captured", lambda _: True)
+    assert Expected(torch.float32, device).guess() is not others[-1].guess()
+
+
+def test_batched_upstream_gradients_take_the_formula() -> None:
+    """Their wrappers have no memory that kernels could read."""
+    raw, dropped = (numbers(BATCH, TIME, HIDDEN, seed=seed).requires_grad_() for seed in range(2))
+    penalty = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    upstream = torch.tensor([1.0, 3.0])
+    batched = torch.autograd.grad(penalty, (raw, dropped), upstream, retain_graph=True, is_grads_batched=True)
+    for i in range(2):
+        for gradient, want in zip(batched, torch.autograd.grad(penalty * upstream[i], (raw, dropped)), strict=True):
+            assert_close(gradient[i], want)
+        penalty = fused_ar_tar(raw, dropped, 2.0, 1.0)

@@ -1,0 +1,183 @@
+"""The forward writes gradients for the upstream gradient that it expects; any other gives exact gradients, too."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from tests.calls import leaves
+from tests.conftest import INTERPRETED, memory_of, skip_on_formula
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
+
+pytestmark = pytest.mark.numbers
+
+UPSTREAM = [1.0, 1.0, 65536.0, -2.0, 0.0, -0.0, math.nan, math.nan]
+UPSTREAM += [] if INTERPRETED else [0.5, 0.5, -0.0, -0.0, math.inf, 1e-30, 1.0]  # which takes long
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def assert_same_bits(got: Any, want: Any) -> None:
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(bits(x), bits(y))
+
+
+def alone(call: Any, upstream: Tensor, inputs: Any) -> list[Tensor]:
+    """Return gradients that the backward has computed: with hooks on saved tensors the forward writes none."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        got = call()
+    return [*torch.autograd.grad(got, inputs, upstream)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *[("two", dtype) for dtype in (FLOAT, DOUBLE, HALF, BF16)],
+        *[(kind, FLOAT) for kind in ("same", "lengths", "raw alone", "raw needs none")],
+    ],
+    ids=str,
+)
+def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, device: str) -> None:
+    raw, dropped = leaves(7, dtype, device)
+    if kind == "raw needs none":
+        raw = raw.detach()
+    second = {"same": raw, "raw alone": None}.get(kind, dropped)
+    options: Any = {"lengths": torch.tensor([7, 0, 3])} if kind == "lengths" else {}
+
+    def call() -> Tensor:
+        return fused_ar_tar(raw, second, 0.0 if second is None else 2.0, 1.0, **options)
+
+    inputs = [x for x in (raw, dropped) if x.requires_grad and (x is not dropped or second is dropped)]
+    upstream = [torch.tensor(x, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device) for x in UPSTREAM]
+    wanted = [alone(call, grad, inputs) for grad in upstream]  # before all others, as each is expected after it
+    for grad, want in zip(upstream, wanted, strict=True):
+        assert_same_bits(torch.autograd.grad(call(), inputs, grad), want)
+
+
+@pytest.mark.parametrize("which", ["raw", "dropped"])
+def test_one_gradient_of_two_dtypes(which: str, device: str) -> None:
+    """A program has the same items in the forward and the backward, although only one reads the other tensor."""
+    raw, dropped = torch.randn(64, 512, device=device), torch.randn(64, 512, dtype=DOUBLE, device=device)
+    leaf = (raw if which == "raw" else dropped).requires_grad_()
+    call = functools.partial(fused_ar_tar, raw, dropped, 1.0, 1.0, reduction="sum", time_dim=0)
+    for value in (1.0, 0.5):
+        got = call()
+        grad = torch.tensor(value, dtype=got.dtype, device=device)
+        assert_same_bits(torch.autograd.grad(got, leaf, grad), alone(call, grad, (leaf,)))
+
+
+def test_a_backward_that_was_expected_reads_no_activations(device: str) -> None:
+    skip_on_formula(device)
+    leaf, grad = leaves(7, device=device)[0], torch.tensor(3.0, device=device)
+    want = alone(lambda: fused_ar_tar(leaf, leaf, 2.0, 1.0), grad, (leaf,))
+    torch.autograd.grad(fused_ar_tar(leaf, leaf, 2.0, 1.0), leaf, grad)  # expected from now on
+    got = fused_ar_tar(leaf, leaf, 2.0, 1.0)
+    leaf.data.zero_()  # behind the back of autograd
+    assert_same_bits(torch.autograd.grad(got, leaf, grad), want)
+
+
+def test_graphs_in_flight(device: str) -> None:
+    """Each graph has its own memory, and expects the upstream gradient of the backward before its forward."""
+    raw, dropped = leaves(7, device=device)
+    grad, other = torch.tensor([3.0, 5.0], device=device)
+
+    def call() -> Tensor:
+        return fused_ar_tar(raw, dropped, 2.0, 1.0)
+
+    wanted = [alone(call, x, (raw, dropped)) for x in (grad, other)]
+    graphs = []
+    for x in (grad, other, grad, other):
+        torch.autograd.grad(call(), (raw, dropped), x)
+        graphs.append(call())
+    returned: list[Tensor] = []
+    for got, x, want in zip([*graphs, *graphs[::-1]], (grad, other) * 4, wanted * 4, strict=True):
+        found = torch.autograd.grad(got, (raw, dropped), x, retain_graph=True)
+        assert_same_bits(found, want)
+        returned += [x.zero_() for x in found]  # the caller may change returned gradients
+    assert len({x.data_ptr() for x in returned}) == len(returned)
+    with torch.inference_mode():
+        torch.autograd.grad(graphs[0], (raw, dropped), torch.tensor(7.0, device=device))
+    torch.autograd.grad(call(), (raw, dropped), grad)
+    late = call()
+    grad.copy_(other)  # the forward has written gradients for the earlier value
+    for got in (late, call()):
+        assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), wanted[1])
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_an_input_or_a_mask_changed_in_place_is_an_error(dropout: bool, device: str) -> None:
+    raw, changed = leaves(7, device=device)[0], torch.ones(3, 1, 8, device=device)
+    if dropout:
+        _, got = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=changed)
+    else:
+        changed = raw * 1
+        got = fused_ar_tar(changed, changed, 2.0, 1.0)
+    changed.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        got.backward()
+
+
+def test_hooks_and_checkpoints_keep_no_gradients(device: str) -> None:
+    skip_on_formula(device)
+    raw, dropped = (torch.randn(8, 7, 900, device=device, requires_grad=True) for _ in range(2))
+    call = functools.partial(fused_ar_tar, raw, dropped, 2.0, 1.0)
+    want = torch.autograd.grad(call(), (raw, dropped))
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    for run, around in ((lambda: checkpoint(call, use_reentrant=False), nullcontext()), (call, hooks)):
+        with around:
+            allocated, got = memory_of(run, device)
+        assert allocated < 0.5 * raw.nbytes
+        assert_same_bits(torch.autograd.grad(got, (raw, dropped)), want)
+
+
+def laid_out_anew(x: Tensor) -> Tensor:
+    """Return a copy whose axes are in the opposite order in memory, with gaps between its elements."""
+    shape = [*x.shape[::-1], 2]
+    return x.new_empty(shape)[..., 0].permute(*reversed(range(x.dim()))).copy_(x)
+
+
+def without_the_last(x: Tensor) -> Tensor:
+    return x[:-1] if x.dim() else x
+
+
+CHANGES: dict[Any, str] = {
+    laid_out_anew: "",
+    without_the_last: r": expected the shape of the forward, .* got \(",
+    Tensor.double: r": expected the dtype of the forward, .* got torch\.float64",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([7, 0, 3])}], ids=["whole", "lengths"])
+def test_hooks_that_change_saved_tensors(options: Any, change: Any, device: str) -> None:
+    """The formula computes the backward of tensors with another layout than in the forward, and rounds its own way."""
+    skip_on_formula(device)
+    raw, dropped = leaves(7, device=device)
+    mask = torch.rand(3, 1, 8).to(device).expand(3, 7, 8)
+
+    def both() -> list[Tensor]:
+        out, penalty = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask, **options)
+        return [fused_ar_tar(raw, dropped, 2.0, 1.0, **options), out.sum() + penalty]
+
+    def gradients(x: Tensor) -> Any:
+        return torch.autograd.grad(x, [raw, dropped], allow_unused=True, materialize_grads=True)
+
+    want = [gradients(x) for x in both()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, change):
+        graphs = both()
+    for graph, expected in zip(graphs, want, strict=True):
+        if CHANGES[change]:
+            with pytest.raises(RuntimeError, match=CHANGES[change]):
+                gradients(graph)
+        else:
+            torch.testing.assert_close(gradients(graph), expected)

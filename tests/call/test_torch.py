@@ -1,0 +1,311 @@
+"""Compilers, tracers, autocast, subclasses, checkpointing and modes of PyTorch, against the plain call."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
+
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from tests.calls import CALLS, Call, Nothing, calls, everything, flat, from_seed, leaves, mask_for, total
+from tests.conftest import more, skip_on_formula, skip_without
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
+by_call, by_few = calls(), calls("pair", "mask")
+OTHERS = [CALLS[name] for name in ("same", "layers", "channels", "one_sequence", "module")]
+COMPILED: dict[str, Call] = {
+    "pair": CALLS["pair"],
+    "drawn": CALLS["drawn"],
+    "others": functools.partial(lambda calls, r, d: [call(r, d) for call in calls], OTHERS),  # in one graph
+}
+STEPS_CALLS: dict[str, Any] = {
+    "lengths": lambda r, d, steps: fused_ar_tar(r, d, 2.0, 1.0, lengths=steps),
+    "valid_starts_time_first": lambda r, d, steps: fused_ar_tar(
+        r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, batch_first=False, starts=steps, valid=~steps | (r[..., 0] > -1)
+    ),
+    # A compiler takes the defaults of a function for inputs, and compiles once more for numbers.
+    "drawn_constant": lambda r, d, _: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, return_terms=True),
+    "drawn_valid": lambda r, d, steps: fused_dropout_ar_tar(r * d, 0.4, 2.0, 1.0, valid=steps),
+}
+ALL_CALLS = STEPS_CALLS | {name: lambda r, d, _, call=call: call(r, d) for name, call in COMPILED.items()}
+
+
+def steps_for(name: str, time: int, batch: int = 3) -> Tensor:
+    lengths = torch.arange(batch) * 5 % (time + 1)
+    return lengths if "lengths" in name else torch.arange(time) < lengths[:, None]
+
+
+def block_of(call: Call, r: Tensor, d: Tensor) -> Tensor:
+    return total(call(r.tanh() @ torch.eye(8), d.tanh()))
+
+
+def regularized(regularizer: RNNRegularizer, r: Tensor, d: Tensor) -> list[Any]:
+    loss = regularizer.on_backward_begin(regularizer.on_loss_begin((r.mean(), [r * d, r], [d, d])))
+    return [loss, regularizer.ar, regularizer.tar]
+
+
+def in_bfloat16(r: Tensor, d: Tensor) -> Any:
+    with torch.autocast("cpu", BF16):
+        raw = torch.nn.functional.linear(r, torch.eye(8))
+        return fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0), fused_ar_tar(raw, d, 2.0, 1.0)
+
+
+STEPS: dict[str, Call] = {
+    "autocast": in_bfloat16,
+    "regularizer": functools.partial(regularized, RNNRegularizer(2.0, 1.0)),
+    "checkpointing": lambda r, d: checkpoint(block_of, CALLS["mask"], r, d, use_reentrant=False),
+}
+TRACERS: dict[str, Callable[[Call], Any]] = {
+    "jit": lambda call: torch.jit.trace(call, tuple(leaves())),
+    "make_fx": lambda call: make_fx(lambda r, d: call(r, d), tracing_mode="symbolic")(*(x.detach() for x in leaves())),
+}
+TIMES = [(3, time) for time in (70, 50, 2, 3, 16, 17, 101)]
+SIZES = [(3, 7), (5, 9), (2, 40), (30, 2), (4, 4)]
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a compiler")
+
+
+class TestCompile:
+    @pytest.mark.parametrize(
+        ("name", "backend", "dynamic", "shapes", "count"),
+        [
+            *[(name, "aot_eager", None, [*TIMES, (3, 1)], 4) for name in ("pair", "drawn")],
+            ("lengths", "aot_eager", None, TIMES, 2),
+            pytest.param("others", "aot_eager", None, TIMES, 3, marks=more),
+            pytest.param("drawn_valid", "aot_eager", None, [(batch, 7) for batch in (3, 5, 2, 20)], 2, marks=more),
+            pytest.param("valid_starts_time_first", "aot_eager", None, SIZES, 2, marks=more),
+            pytest.param(
+                *("drawn_constant", "inductor", True, [(3, 70), (3, 2), (3, 101)], 2), marks=[needs_compiler, more]
+            ),
+        ],
+        ids=str,
+    )
+    def test_all_sizes_take_few_compilations(
+        self, name: str, backend: str, dynamic: bool | None, shapes: list[tuple[int, int]], count: int
+    ) -> None:
+        """All sizes take two; a single step takes one more, and so do two steps if all steps count."""
+        counter = CompileCounterWithBackend(backend)
+        compiled = torch.compile(ALL_CALLS[name], fullgraph=True, dynamic=dynamic, backend=counter)
+        for batch, time in shapes:
+            steps = steps_for(name, time, batch)
+            with torch._inductor.config.patch(fallback_random=True):  # otherwise it draws by another generator
+                got, want = (
+                    everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(time, batch=batch))
+                    for call in (compiled, ALL_CALLS[name])
+                )
+            assert_close(got, want)
+        assert counter.frame_count == count
+
+    def test_its_graph_has_the_operators_of_the_formula_by_hand(self) -> None:
+        def by_hand(raw: Tensor, dropped: Tensor) -> Tensor:
+            return 2.0 * dropped.square().mean() + 1.0 * (raw[:, 1:] - raw[:, :-1]).square().mean()
+
+        def operators(call: Call) -> Counter[Any]:
+            traced = make_fx(lambda r, d: torch.autograd.grad(call(r, d), (r, d)), tracing_mode="fake")(*leaves())
+            traced.graph.eliminate_dead_code()
+            nodes = [node for node in traced.graph.nodes if node.op == "call_function"]
+            return Counter(node.target for node in nodes if node.meta["val"].dim())
+
+        assert operators(CALLS["pair"]) <= operators(by_hand)
+
+    @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+    def test_a_step_in_one_graph(self, step: Call) -> None:
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if step is STEPS["autocast"] else {}
+        assert_close(everything(compiled, leaves()), everything(step, leaves()), **tolerance)
+
+    def test_a_module_whose_penalty_is_taken_outside(self) -> None:
+        module = FusedRNNDropout(0.4, 2.0, 1.0)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert_close(
+            everything(lambda r, _: (compiled(r), module.take()), leaves()),
+            everything(lambda r, _: (module(r), module.take()), leaves()),
+        )
+        module.eval()
+        x = leaves()[0]
+        assert compiled(x) is x
+        assert module.take() is None
+
+    @pytest.mark.parametrize("name", ALL_CALLS)
+    def test_export(self, name: str) -> None:
+        class Module(nn.Module):
+            def forward(self, raw: Tensor, dropped: Tensor, steps: Tensor) -> Any:
+                return ALL_CALLS[name](raw, dropped, steps)
+
+        time = {1: Dim("time", min=2, max=512)}
+        shapes = {"raw": time, "dropped": time, "steps": None if "lengths" in name else time}
+        strict = name in ("lengths", "drawn_valid")
+        program = export(Module(), (*leaves(), steps_for(name, 5)), dynamic_shapes=shapes, strict=strict)
+        for count in (2, 5, 70):
+            steps = steps_for(name, count)
+            got, want = (
+                everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(count))
+                for call in (program.module(), ALL_CALLS[name])
+            )
+            assert_close(got, want)
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
+    @pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
+    @by_few
+    def test_a_trace_runs_for_other_lengths(self, call: Call, trace: Callable[[Call], Call]) -> None:
+        traced = trace(call)
+        for time in (9, 1):
+            assert_close(everything(traced, leaves(time)), everything(call, leaves(time)))
+        assert_close(total(traced(*leaves(0))), total(call(*leaves(0))))
+
+    def test_coefficients_may_change(self) -> None:
+        skip_without("numpy")
+        import numpy
+
+        compiled = torch.compile(lambda x, *c: fused_ar_tar(x, x, *c), backend="aot_eager")
+        x = leaves()[0].detach()
+        for number in (float, numpy.float64, numpy.int64):
+            for alpha, beta in ((number(2), 1.0), (3.0, number(2)), (number(5), number(4)), (0.0, number(1))):
+                assert_close(compiled(x, alpha, beta), fused_ar_tar(x, x, float(alpha), float(beta)))
+
+    def test_one_graph_for_all_values_of_coefficients_in_tensors(self) -> None:
+        def call(alpha: Tensor, beta: Tensor, r: Tensor, d: Tensor) -> Any:
+            dropped, terms = fused_dropout_ar_tar(r * d, 0.4, alpha, beta, mask=mask_for(r), return_terms=True)
+            return dropped, terms, fused_ar_tar(r, d, alpha, beta, return_terms=True)
+
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(call, fullgraph=True, backend=counter)
+        alpha, beta = torch.ones(2).unbind()
+        for value in (2.0, 0.5, 0.0):
+            alpha.fill_(value)
+            got, want = (everything(functools.partial(f, alpha, beta), leaves()) for f in (compiled, call))
+            assert_close(got, want)
+        assert counter.frame_count == 1
+
+    def test_lengths_on_the_cpu_for_a_gpu(self) -> None:
+        """Fake tensors need no GPU. Dynamo cannot trace a call of the driver."""
+        call = torch.compile(fused_ar_tar, fullgraph=True, backend="eager")
+        with FakeTensorMode():
+            x = torch.empty(3, 4, 8, device="cuda")
+            assert call(x, x, 2.0, 1.0, lengths=torch.tensor([4, 2, 3])).device.type == "cuda"
+
+    def test_lengths_are_clamped_and_packed_rows_read(self) -> None:
+        """Compiled code cannot check the values of lengths."""
+        call: Any = torch.compile(fused_ar_tar, fullgraph=True, backend="aot_eager")
+        r, d = leaves()
+        got = call(r, d, 2.0, 1.0, lengths=torch.tensor([2**40, -3, 2]), return_terms=True)
+        assert_close(got, fused_ar_tar(r, d, 2.0, 1.0, lengths=torch.tensor([5, 0, 2]), return_terms=True))
+        packed = pack_padded_sequence(r.detach(), [3, 5, 4], True, enforce_sorted=False)
+        assert_close(call(packed, packed, 2.0, 1.0), fused_ar_tar(packed, packed, 2.0, 1.0))
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
+    @by_few
+    def test_the_penalty_is_float32(self, call: Call, dtype: torch.dtype) -> None:
+        want, xs = everything(call, leaves(dtype=dtype)), leaves(dtype=dtype)
+        with torch.autocast("cpu", BF16):
+            got = everything(call, xs)
+        assert flat(call(*xs))[-1].dtype == FLOAT
+        assert_close(got, want, rtol=0, atol=0)
+
+    @by_few
+    def test_the_scaler_scales_and_finds_infinities(self, call: Call) -> None:
+        want = everything(call, leaves())[-2:]
+        xs = [nn.Parameter(x) for x in leaves()]
+        optimizer, scaler = torch.optim.SGD(xs, 0.1), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        scaler.scale(total(call(*xs))).backward()
+        assert_close([x.grad for x in xs], [2.0**16 * g for g in want], rtol=0, atol=0)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            xs[0][0, 2, 1] = torch.inf
+        scaler.scale(flat(call(*xs))[-1]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**15
+
+    @pytest.mark.parametrize("scale", [1e3, 1e6, 1e9])
+    @pytest.mark.parametrize("dropout", [False, True])
+    def test_a_gradient_beyond_float16_is_infinite(self, dropout: bool, scale: float) -> None:
+        if dropout:
+            skip_on_formula("cpu")
+
+        def slope(dtype: torch.dtype) -> Tensor:
+            x = leaves(dtype=HALF)[0].detach().to(dtype).requires_grad_()
+            mask = torch.full((3, 1, 8), 1.5, dtype=dtype)
+            penalty = fused_dropout_ar_tar(x, 0.4, 2.0, 1.0, mask=mask)[1] if dropout else fused_ar_tar(x, x, 2.0, 1.0)
+            return torch.autograd.grad(scale * penalty, x)[0].half()
+
+        got, want = slope(HALF), slope(DOUBLE)
+        assert want.isinf().any() == (scale > 1e3)
+        assert torch.equal(got.isinf(), want.isinf())
+        assert_close(got, want, rtol=1e-2, atol=1e-6 * scale)
+
+
+class TestSubclasses:
+    @calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # they draw a mask for each tensor
+    def test_a_wrapper_computes_on_its_tensor(self, call: Call) -> None:
+        halves = [leaves(), leaves(6)]
+        halves[1] = [x.detach()[:, :5].contiguous().requires_grad_() for x in halves[1]]
+        wrapped = [TwoTensor(*(x.detach() for x in pair)).requires_grad_() for pair in zip(*halves, strict=True)]
+        got = everything(call, wrapped)
+        assert all(type(x) is TwoTensor for x in got)
+        for part, xs in zip("ab", halves, strict=True):
+            assert_close([getattr(x, part) for x in got], everything(call, xs))
+
+    @by_call
+    def test_tensors_without_data(self, call: Call) -> None:
+        with FakeTensorMode() as mode:
+            fake = everything(call, [mode.from_tensor(x) for x in leaves()])
+        for got in (fake, everything(call, leaves(device="meta"))):
+            assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in everything(call, leaves())]
+
+    def test_a_decorated_tensor_gives_plain_results(self) -> None:
+        raw = leaves()[0]
+        x = raw.as_subclass(Decorated)
+        results = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(nn.Parameter(raw), raw, 2.0, 1.0)]
+        for mask in (None, mask_for(raw).as_subclass(Decorated)):
+            results += fused_dropout_ar_tar(x, 0.4, 2.0, 1.0, mask=mask, return_terms=True)
+        assert all(type(x) is Tensor for x in flat(results))
+
+
+class TestCheckpointing:
+    @calls(but=("module", "module_of_raw"))  # the penalty must be taken outside
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_checkpoint(self, call: Call, use_reentrant: bool) -> None:
+        block = functools.partial(block_of, call)
+        from_seed(block, xs := leaves()).backward()
+        want = [x.grad for x in xs]
+        from_seed(functools.partial(checkpoint, block, use_reentrant=use_reentrant), xs := leaves()).backward()
+        assert_close([x.grad for x in xs], want, rtol=0, atol=0)
+
+
+class TestModes:
+    @by_call
+    def test_without_gradients(self, call: Call) -> None:
+        want = [x.detach() for x in flat(from_seed(call, leaves()))]
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                got = flat(from_seed(call, leaves()))
+                assert not any(x.requires_grad for x in got)
+            assert_close(got, want, rtol=0, atol=0)
+
+    def test_a_dispatch_mode_sees_the_operators_of_the_formula(self) -> None:
+        class Recorded(Nothing):
+            def __torch_dispatch__(self, function: Any, *rest: Any) -> Any:
+                seen.append(function)
+                return super().__torch_dispatch__(function, *rest)
+
+        seen: list[Any] = []
+        with Recorded():
+            fused_ar_tar(*leaves(), 2.0, 1.0)
+        assert torch.ops.aten.sub.Tensor in seen

@@ -1,0 +1,30 @@
+"""Run the kernels as compiled for an H100 on CPU tensors, instruction by instruction: `pytest -p tests.kernels.ptx`.
+
+README.md lists the faults that raise a `PTXError`.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from tests.kernels.ptx.driver import Executor, executed
+
+EXECUTOR = Executor()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    stack = ExitStack()
+    stack.enter_context(executed(EXECUTOR))
+    config.add_cleanup(stack.close)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out tests that need a GPU."""
+    items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
+
+
+def pytest_runtest_setup() -> None:
+    """Start each test with the same schedules."""
+    EXECUTOR.random.seed(0)

@@ -1,0 +1,482 @@
+"""The kernels compiled for real GPUs by the offline compiler: width of loads, spills, and how often they compile.
+
+With a stand-in for the driver of a GPU, `fused_ar_tar` on CPU tensors compiles the kernels that it would launch.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import islice, product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from packaging.version import Version
+from torch.nn.utils.rnn import PackedSequence
+
+from bench.offline import registers
+from bench.offline.stand_in import StandInDriver, active
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.__main__ import launches
+from fastreg.call.backends import CPP, TRITON, cpu_tensors_by
+from tests.conftest import forget, more, python, skip_without
+from tests.samples import BF16, DOUBLE, FLOAT, HALF
+
+skip_without("triton")
+
+import triton  # noqa: E402
+
+from fastreg.kernels import ar_tar as kernels  # noqa: E402
+from fastreg.kernels import launch, reduction, streams, tiling  # noqa: E402
+from fastreg.kernels import steps as kernels_of_steps  # noqa: E402
+
+pytestmark = [pytest.mark.triton, pytest.mark.compiled]
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+    # Less is promised for these GPUs: an RTX 2080 or T4, 3090, 4090, 5090, an MI210, MI350 and RX 7900.
+    "sm_75": ("cuda", 75, 32),
+    "sm_86": ("cuda", 86, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
+    "gfx950": ("hip", "gfx950", 64),
+    "gfx1100": ("hip", "gfx1100", 32),
+}
+ALL_KERNELS = [kernels.ar_tar_kernel, kernels_of_steps.steps_kernel]
+# Triton 3.9 spills nothing, releases before it up to so many bytes a thread, which are read once an item or a launch.
+RELEASE = Version(triton.__version__)
+MOST_SPILLED = 0 if Version("3.9") <= RELEASE else 16
+# In bfloat16 on sm_80 and sm_86 code within 128 registers spills so many bytes, and four programs fit a multiprocessor;
+# without a spill it takes up to 165 registers, and three fit.
+SPILLED_BY_128 = 8
+# Registers on sm_90 decide how many programs a multiprocessor holds: for sum and write of all steps, and with marks;
+# and for the forward of dropout, and with marks.
+REGISTERS = {FLOAT: (80, 91, 64, 72), BF16: (96, 111, 64, 72)}
+if Version("3.9") > RELEASE:
+    REGISTERS = {FLOAT: (94, 96, 64, 80), BF16: (128, 144, 96, 96)}
+# The same with three stages, on sm_80, sm_90 and sm_100: of the penalty and of dropout, forward and backward.
+PIPELINED = {FLOAT: (80, 58, 70, 56), BF16: (96, 71, 96, 78)}
+if Version("3.9") > RELEASE:
+    PIPELINED = {FLOAT: (94, 64, 72, 64), BF16: (128, 72, 96, 80)}
+# Where loads are narrow, values that are read once a launch, on sm_80.
+MOST_SPILLED_NARROW = 24 if Version("3.7") <= RELEASE else 56
+LENGTHS = (2, 3, 7, 15, 16, 17, 32, 33, 64, 70, 100)  # Triton compiles anew for 1 and for multiples of 16, unless told
+PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
+MARKS = 8 * (tiling.UNROLL + 1)  # the same, of the walk: one for each of the lanes that one load reads
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    from triton.backends.compiler import GPUTarget
+
+    # Triton 3.4 does not bring the linker for AMD, whose result no test reads: this one copies its input.
+    linker = tmp_path / "lld"
+    linker.write_text('#!/bin/sh\n[ "$1" = --version ] || cp "$4" "$6"\n')
+    linker.chmod(0o755)
+    monkeypatch.setenv("TRITON_HIP_LLD_PATH", str(linker))
+    chosen = GPUTarget(*TARGETS[request.param])
+    monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
+    for kernel in ALL_KERNELS:
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    with active(StandInDriver(chosen)), cpu_tensors_by(TRITON):
+        yield chosen
+        forget()
+        for kernel in ALL_KERNELS:
+            kernel.device_caches.clear()  # compiled code is freed by the driver that loaded it
+
+
+def compiled(masked: bool, **constants: bool) -> list[Any]:
+    """Return the code of dropout, or of the penalty, that was compiled with these constants among others."""
+    names, found = kernels.ar_tar_kernel.arg_names, []
+    for binary in kernels.ar_tar_kernel.device_caches[0][0].values():
+        known = {name: binary.src.constants.get((i,), ...) for i, name in enumerate(names)}
+        if (known["mask"] is not None) == masked and all(known[name] == value for name, value in constants.items()):
+            found.append(binary)
+    return found
+
+
+def trained(masked: bool) -> Iterator[list[Any]]:
+    """Return the code of dropout, or of the penalty, in training, forward and backward."""
+    constants = {} if masked else {"GRAD_TAR": True}
+    return (compiled(masked, SUM_TAR=forward, **constants) for forward in (True, False))
+
+
+def train(
+    dtype: torch.dtype, shape: tuple[int, ...] = (4, 70, 400), kind: str = "two", batch_first: bool | None = None
+) -> None:
+    """Run the penalty forward and backward, and dropout, too, unless rows are packed or one tensor is given twice."""
+    raw, dropped = (torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2))
+    options: Any = {"batch_first": batch_first}
+    if kind == "packed":
+        sizes = torch.tensor([shape[0]] * (shape[1] // 2) + [1] * (shape[1] - shape[1] // 2))
+        packed = (PackedSequence(x.flatten(0, 1)[: int(sizes.sum())], sizes) for x in (raw, dropped))
+        fused_ar_tar(*packed, 2.0, 1.0).backward()  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return
+    if kind == "padded":
+        options["lengths"] = torch.full((shape[0],), shape[1] // 2)
+    elif kind == "marked":
+        options["valid"] = torch.ones(shape[:2], dtype=torch.bool)
+    fused_ar_tar(raw, raw if kind == "one" else dropped, 2.0, 1.0, **options).backward()
+    if kind != "one":
+        results = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, **options)
+        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+
+
+RAGGED = ("packed", "marked")  # lengths take the code of marks: see test_a_varying_batch_compiles_once
+
+
+def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int) -> None:
+    count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary, folder)
+    assert count[0] == wide_loads
+    assert count[1] - count[0] <= other_loads
+    assert count[2] == wide_stores
+
+
+# These are only some of the combinations, to save time.
+@pytest.mark.parametrize(
+    ("target", "dtype", "kind"),
+    [
+        *[("sm_90", BF16, kind) for kind in ("two", "one", *RAGGED)],
+        ("gfx942", BF16, "two"),
+        *(
+            pytest.param(*case, marks=more)
+            for case in [
+                *[(target, BF16, "two") for target in ("sm_80", "sm_100")],
+                *[(target, BF16, "one") for target in ("sm_80", "sm_100", "gfx942")],
+                *[("sm_90", dtype, "two") for dtype in (FLOAT, DOUBLE)],
+                *[(*case, ragged) for case in (("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
+                *[("sm_80", BF16, "marked"), ("sm_100", BF16, "packed")],
+            ]
+        ),
+    ],
+    indirect=["target"],
+    ids=str,
+)
+def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    """Marks and offsets of packed rows add their own loads, and change no other load."""
+    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and kind in RAGGED:
+        pytest.skip("without buffer operations, loads of activations look like those of marks and offsets")
+    train(dtype, kind=kind)
+    unroll = tiling.UNROLL
+    rows = unroll if kind == "one" else 2 * unroll
+    others = {"marked": MARKS + 12, "packed": unroll + 5}.get(kind, 0)  # including counts
+    (forward,), (backward,) = trained(masked=False)
+    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 2 + others, rows)
+    assert_accesses(backward, tmp_path, rows + 2, 2 + others, rows)
+    if kind in ("two", "marked"):
+        (forward,), (backward,) = trained(masked=True)  # the mask is one more load for a whole run
+        assert_accesses(forward, tmp_path, unroll + 1 + 1, PARTIAL_SUMS + others, unroll)
+        assert_accesses(backward, tmp_path, rows + 2 + 1, 1 + others, unroll)
+    if kind not in RAGGED:
+        raw, dropped = torch.zeros(2, 4, 70, 400, dtype=dtype)
+        fused_ar_tar(raw, raw if kind == "one" else dropped, 2.0, 1.0)
+        (forward,) = compiled(False, GRAD_TAR=False)
+        assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS, 0)  # no row behind the run
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    train(dtype)
+    train(dtype, kind="marked")
+    binaries = [*next(trained(masked=False)), *next(trained(masked=True))]
+    found = [int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0]) for binary in binaries]
+    assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
+
+
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(x, marks=more) for x in ("sm_80", "sm_100"))], indirect=True
+)
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("stages", [1, 3])
+def test_each_number_of_stages_spills_nothing(
+    target: Any, dtype: torch.dtype, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With three stages the rows go through shared memory, with one they go to registers as before."""
+    monkeypatch.setattr(tiling, "STAGES", dict.fromkeys(tiling.STAGES, stages))
+    train(dtype)
+    binaries = [binary for masked in (False, True) for found in trained(masked) for binary in found]
+    assert_no_spills(binaries, tmp_path, MOST_SPILLED if stages == 1 else 0)
+    copies = [len(re.findall(r"\bcp\.async\.cg\.shared\.global .*0x10", binary.asm["ptx"])) for binary in binaries]
+    if stages == 1:
+        assert copies == [0] * 4
+        return
+    rows = 3 * tiling.UNROLL  # of two turns before the loop, and of one in it
+    assert copies == [2 * rows, 2 * rows, rows, 2 * rows]
+    registers = [int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0]) for binary in binaries]
+    assert all(x <= most for x, most in zip(registers, PIPELINED[dtype], strict=True)), registers
+    for kind in RAGGED:
+        train(dtype, kind=kind)
+    others = [x for x in kernels.ar_tar_kernel.device_caches[0][0].values() if x not in binaries]
+    assert others
+    assert not any("cp.async" in binary.asm["ptx"] for binary in others), "marks and packed rows have one stage"
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("hidden", [registers.WIDE, registers.NARROW])
+def test_the_figures_of_the_compiled_code(target: Any, hidden: int) -> None:
+    """Their table, and the times that follow from it, are in bench/NOTES.md."""
+    (way, binary), *_ = islice(registers.compiled(BF16, hidden), 2)
+    used, spilled, wide, _, fit, _ = registers.figures(binary)
+    assert (way, wide) == ("sum and write", "8 of 8" if hidden == registers.WIDE else "0 of 16")
+    assert int(spilled) <= MOST_SPILLED_NARROW
+    assert int(fit) == 65536 // (128 * -(-int(used) // 8) * 8)
+
+
+@pytest.mark.parametrize("target", ["gfx942", "sm_86", "sm_90"], indirect=True)
+def test_only_wide_loads_on_gpus_with_much_shared_memory_have_stages(
+    target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiling.STAGES == {FLOAT: 1, BF16: 1, HALF: 1}, "until a sweep on a GPU has chosen another number"
+    monkeypatch.setattr(tiling, "STAGES", {FLOAT: 2, BF16: 3})
+    many = target.arch == 90
+    wanted = {(FLOAT, 16): 2, (BF16, 16): 3, (BF16, 8): 1, (HALF, 16): 1, (DOUBLE, 16): 1}
+    for (dtype, load), stages in wanted.items():
+        assert tiling.stages_of(dtype, load) == (stages if many else 1)
+
+
+@more
+@pytest.mark.parametrize(
+    ("target", "dtype", "hidden", "ragged"),
+    [
+        *[
+            (*case, 400, ("marked",))
+            for case in zip([*TARGETS][4:], (HALF, BF16, FLOAT, BF16, FLOAT, BF16, HALF), strict=True)
+        ],
+        ("sm_80", BF16, 401, RAGGED),
+        ("sm_90", BF16, 401, RAGGED),
+        ("sm_100", BF16, 401, ("marked",)),
+        ("gfx942", BF16, 401, RAGGED),
+        ("sm_90", FLOAT, 401, ()),
+        ("sm_90", FLOAT, 650, RAGGED),  # 1150 takes the code of 650
+        ("sm_90", BF16, 650, ("marked",)),
+    ],
+    indirect=["target"],
+    ids=str,
+)
+def test_no_spills_on_other_gpus_or_with_narrow_loads(
+    target: Any, dtype: torch.dtype, hidden: int, ragged: tuple[str, ...], tmp_path: Path
+) -> None:
+    for kind in ("two", *ragged):
+        train(dtype, (4, 70, hidden), kind)
+    binaries = [*kernels.ar_tar_kernel.device_caches[0][0].values()]
+    assert len(binaries) == 4 + 4 * ("marked" in ragged) + 2 * ("packed" in ragged)
+    binaries += kernels_of_steps.steps_kernel.device_caches[0][0].values()
+    assert_no_spills(binaries, tmp_path, max(MOST_SPILLED, SPILLED_BY_128) if hidden == 400 else MOST_SPILLED_NARROW)
+
+
+def usage_of(binary: Any, folder: Path, *options: str) -> str:
+    """Return registers and memory of a thread from cuobjdump; with `-sass` the instructions, too, which takes long."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, "-res-usage", *options, cubin], capture_output=True, text=True, check=True).stdout
+
+
+SPILL = r"\b(LDL|STL)\b"
+
+
+def assert_no_spills(binaries: list[Any], folder: Path, most: int) -> None:
+    """Check that nothing is spilled in a loop, and at most so many bytes a thread beside them."""
+    for binary in binaries:
+        if "amdgcn" in binary.asm:
+            assert_no_spills_amd(binary.asm["amdgcn"])
+        else:
+            assert not any(re.search(SPILL, loop) for loop in loops_of_spilling(binary, folder, most))
+
+
+def loops_of_spilling(binary: Any, folder: Path, most: int) -> list[str]:
+    """Check how many bytes a thread spills, and return the inner loops of code that spills any."""
+    stack, local = (int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", usage_of(binary, folder)))
+    assert stack <= most
+    assert local == 0
+    return inner_loops(usage_of(binary, folder, "-sass")) if stack else []
+
+
+def inner_loops(dump: str) -> list[str]:
+    """Return the instructions of each loop that contains no other loop."""
+    code = {int(at, 16): instruction for at, instruction in re.findall(r"^\s+/\*(\w+)\*/\s+(.*?);", dump, re.M)}
+    jumps = [(at, int(to[1], 16)) for at, text in code.items() if (to := re.search(r"\bBRA\b.* 0x(\w+)", text))]
+    loops = [(to, at) for at, to in jumps if to < at]
+    inner = [(to, at) for to, at in loops if not any(to <= a and b <= at and (a, b) != (to, at) for a, b in loops)]
+    return ["\n".join(text for i, text in code.items() if to <= i <= at) for to, at in inner]
+
+
+def assert_no_spills_amd(assembly: str) -> None:
+    assert re.search(r"\.vgpr_spill_count: *0\b", assembly)
+    assert re.search(r"\.private_segment_fixed_size: *0\b", assembly)
+
+
+def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
+    """Count loads of 16 bytes, all loads, and stores of 16 bytes; check that the loop over rows spills nothing."""
+    most = max(MOST_SPILLED, SPILLED_BY_128 * (binary.metadata.target.arch == 80))
+    loops = [x for x in loops_of_spilling(binary, folder, most) if re.search(r"\bLDG\S*\.128\b", x)]
+    assert not re.search(SPILL, min(loops, key=len, default=""))
+    accesses = re.findall(r"\b(ld|st)\.global(\S*)", binary.asm["ptx"])
+    wide = [kind for kind, rest in accesses if rest.endswith((".v4.b32", ".v2.b64"))]
+    return wide.count("ld"), [kind for kind, _ in accesses].count("ld"), wide.count("st")
+
+
+def count_amd(binary: Any) -> tuple[int, int, int]:
+    """Do the same for AMD."""
+    assembly = binary.asm["amdgcn"]
+    assert_no_spills_amd(assembly)
+    # Activations go through buffers, but by default not before Triton 3.5; the offsets of packed rows, global, may be
+    # read four at a time.
+    kind = "buffer" if triton.knobs.amd.use_buffer_ops else "global"
+    loads, stores = (re.findall(rf"\b{kind}_{access}_(\w+)", assembly) for access in ("load", "store"))
+    return loads.count("dwordx4"), len(loads), stores.count("dwordx4")
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("hidden", [400, 1150, 401], ids="hidden{}".format)
+def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
+    for time in (1, *LENGTHS):
+        train(FLOAT, (4 if time % 3 else 3, time, hidden))
+    assert counts() == [1, 1, 1, 1]
+    if hidden != 400:  # the other sizes differ only in the alignment of rows
+        return
+    for time, batch in product((1, 2, 35, 70), (1, 3, 4, 17, 64)):
+        train(FLOAT, (time, batch, hidden), batch_first=False)
+    assert counts() == [1, 1, 1, 1]
+    for kind, want in (("padded", [2, 2, 2, 2]), ("marked", [2, 2, 2, 2]), ("packed", [3, 3, 2, 2])):
+        for time in LENGTHS:
+            train(FLOAT, (4 if time % 3 else 3, time, hidden), kind)
+        assert counts() == want
+
+
+def counts() -> list[int]:
+    """Count the compilations of the penalty, forward and backward, and of dropout, forward and backward."""
+    return [len(x) for x in (*trained(False), *trained(True))]
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
+    """Triton passes Python floats as float32 unless told otherwise."""
+    train(DOUBLE)
+    for binary in kernels.ar_tar_kernel.device_caches[0][0].values():
+        scalars = [ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_scale", name)]
+        assert scalars == ["fp64"] * 4
+
+
+class Odd:
+    """The code that a release of Triton compiled, which lacks an attribute, or takes other arguments."""
+
+    def __init__(self, whole: Any, lacks: str) -> None:
+        self.whole, self.lacks = whole, lacks
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self.lacks:
+            raise AttributeError(f"it has no {name}")
+        return self.refuse if (name, self.lacks) == ("run", "arguments") else getattr(self.whole, name)
+
+    def refuse(self, *arguments: Any) -> None:
+        raise TypeError("it takes no such arguments")
+
+
+@pytest.fixture
+def by_jit(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Record the launches that go through the JIT launcher."""
+    monkeypatch.setattr(launch.Launch, "why_jit", None)
+    launched, run = [], triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", lambda its, *xs, **ys: launched.append(its) or run(its, *xs, **ys))
+    return launched
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize(
+    "lacks",
+    ["function", "packed_metadata", "run", "arguments", "launch_metadata", "launch_enter_hook", "launch_exit_hook"],
+)
+def test_an_odd_release_of_triton_launches_by_jit_and_warns_once(
+    lacks: str, target: Any, by_jit: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, hooks = triton.JITFunction.run, {"launch_enter_hook": print, "launch_exit_hook": None}
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *xs, **ys: Odd(run(*xs, **ys), lacks))
+    hooks.pop(lacks, None)
+    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=SimpleNamespace(**hooks)))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            train(FLOAT)
+    (told,) = [x.message for x in warned if "JIT launcher" in str(x.message)]
+    assert isinstance(told, RuntimeWarning)
+    assert re.search(rf"(Attribute|Type)Error: .*{lacks}", str(told))
+    assert len(by_jit) == 3 * 4, "each forward and backward, of the penalty and of dropout"
+    assert lacks in launch.description()
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_a_known_release_of_triton_launches_directly(
+    target: Any, by_jit: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, run = [], launch.Launch.run_first
+    monkeypatch.setattr(launch.Launch, "run_first", lambda its, *xs: prepared.append(its) or run(its, *xs))
+    for _ in range(3):
+        train(FLOAT)
+    assert len(by_jit) == len(prepared) == 4, "only the first launches go through the JIT launcher"
+    assert launch.description() == "launched directly"
+    with pytest.raises(TypeError, match="positional argument"), patch.object(prepared[0], "run", lambda: None):
+        prepared[0]()
+    assert launch.Launch.why_jit is None, "what has worked before works, so that this fault is another one"
+    prepared.clear()
+    gc.collect()  # the frames of the error refer to compiled code, which the driver of this test has to free
+
+
+def test_which_releases_launch_directly() -> None:
+    for release in ("3.4.0", "3.6.0+git1234", "3.9.1", "3.9.2.post1"):
+        assert launch.why_not_direct(release, None) is launch.why_not_direct(release, "1") is None
+        assert launch.why_not_direct(release, "0") == "FASTREG_DIRECT_LAUNCH is 0"
+    for release in ("3.3.1", "3.10.0", "4.3.4", "unknown"):
+        assert launch.why_not_direct(release, None) == f"no direct launch was tried with Triton {release}"
+    script = "from fastreg.kernels import launch; print(launch.description())"
+    said = python("-c", script, FASTREG_DIRECT_LAUNCH="0").stdout
+    assert said.strip() == "launched by Triton's JIT launcher (FASTREG_DIRECT_LAUNCH is 0)"
+
+
+def test_the_report_of_an_installation_says_which_way_launches_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.Launch, "why_jit", "some reason")
+    assert launches(TRITON) == ", launched by Triton's JIT launcher (some reason)"
+    assert launches(CPP) == launches(None) == ""
+
+
+def test_tickets_are_ready_when_a_launch_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later another thread may capture a graph, during which no memory may be allocated."""
+    device, filled = torch.device("cuda", 3), []
+    monkeypatch.setattr(launch.TICKETS, "fill", filled.append)
+    for draws in (True, False):
+        launch.Launch(kernels.ar_tar_kernel, (), {}, launch.Grid(4, device, draws))
+    assert filled == [device]
+
+
+def test_a_reserve_that_was_filled_serves_draws_without_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, new, cpu = [], streams.Reserve.new, torch.device("cpu")
+    monkeypatch.setattr(streams, "RESERVE", 8)
+    monkeypatch.setattr(streams.Reserve, "new", lambda its, count, to: made.append(count) or new(its, count, to))
+    tickets = streams.PerStream(torch.int32, 0)
+    with torch.inference_mode():
+        tickets.fill(cpu)
+    drawn = [tickets.drawn(cpu) for _ in range(5)]
+    assert made == [8]
+    assert len({x.data_ptr() for x in drawn}) == 5
+    assert not drawn[0].is_inference(), "launches change it outside of inference mode, too"
+    tickets.fill(cpu)
+    assert made == [8, 8], "less than half was left"
+    monkeypatch.setattr(streams, "is_captured", lambda device: True)
+    tickets.fill(cpu)
+    for _ in range(11):
+        tickets.drawn(cpu)
+    assert made == [8, 8], "nothing is allocated during a capture, as long as there are any"
+    tickets.drawn(cpu)
+    assert made == [8, 8, 1]

@@ -1,0 +1,190 @@
+"""The C++ kernels: rounding, memory, threads, processes and the libraries for other processors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+from ast import literal_eval
+from collections.abc import Callable
+from ctypes import string_at
+from functools import cache
+from itertools import product
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.measure.timing import threads
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call.backends import CPP
+from fastreg.kernels import cpu
+from tests.conftest import CPU, ROOT, memory_of, python
+from tests.exact import spoil
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, transposed
+
+pytestmark = [
+    pytest.mark.main,
+    pytest.mark.processor,
+    pytest.mark.skipif(CPU is not CPP or CPP is None, reason="the C++ kernels do not take the CPU tensors here"),
+]
+ALPHA, BETA = 2.0, 3.0
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw numbers that are the same on all processors."""
+    return (torch.randint(-(2**20), 2**20, shape) / 2**19).to(dtype)
+
+
+def step(raw: Tensor, dropped: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+    """Return the results and gradients of both operations."""
+    got = fused_ar_tar(raw, dropped, ALPHA, BETA, lengths=lengths)
+    mask = dropped.detach()[:, :1].to(raw.dtype)
+    kept, penalty = fused_dropout_ar_tar(raw, 0.5, ALPHA, BETA, mask=mask, lengths=lengths)
+    (gradient,) = torch.autograd.grad([kept, penalty], raw, [torch.ones_like(kept), torch.ones_like(penalty)])
+    return [got, *torch.autograd.grad(got, (raw, dropped)), kept, penalty, gradient]
+
+
+@cache
+def checksums() -> list[list[int]]:
+    """Return checksums of results and gradients, in which all NaNs are the same."""
+    torch.manual_seed(0)
+    found = []
+    small, large = [(7, 9, n) for n in (1, 33, 401, 4500)], [(2, 515, 2048), (2, 515, 2047)]
+    cases = [*product(small, (contiguous, transposed), (FLOAT, DOUBLE, BF16, HALF))]
+    # Outputs of 8 MB and more go around the caches, in rows whose addresses are aligned, and others.
+    cases += product(large, (contiguous, transposed), (FLOAT,))
+    for shape, layout, dtype in cases:
+        for lengths in (None, (torch.arange(shape[0]) + 1) * 5 % shape[1]):
+            spoiled = (spoil(values(shape, d), lengths=lengths) for d in (dtype, FLOAT if dtype == BF16 else dtype))
+            results = step(*(layout(x).detach().requires_grad_() for x in spoiled), lengths)
+            plain = [x.detach().nan_to_num(1e4).contiguous() for x in results]
+            found.append([crc32(string_at(x.data_ptr(), x.nbytes)) for x in plain])
+    return found
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_all_levels_of_processors_give_the_same_bits(capability: str) -> None:
+    code = "from tests.kernels.test_cpu import checksums; print(checksums())"
+    assert literal_eval(python("-c", code, ATEN_CPU_CAPABILITY=capability).stdout) == checksums()
+
+
+@pytest.mark.parametrize(
+    ("capability", "level", "names"),
+    [
+        ("AVX512", 4, ["_cpu_v4", "_cpu_v3", "_cpu"]),
+        ("AVX512", 3, ["_cpu_v3", "_cpu"]),
+        ("AVX2", 4, ["_cpu_v3", "_cpu"]),
+        ("SVE256", 0, ["_cpu"]),
+    ],
+)
+def test_libraries_are_loaded_that_the_processor_runs_and_pytorch_allows(
+    capability: str, level: int, names: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("_cpu", "_cpu_v3", "_cpu_v4"):
+        (tmp_path / f"{name}.abi3.so").touch()
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    monkeypatch.setattr(cpu, "processor_level", lambda: level)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert [path.name.partition(".")[0] for path in cpu.runnable()] == names
+
+
+def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "fastreg", tmp_path / "fastreg")
+    with (tmp_path / "fastreg/kernels/cpu.cpp").open("a") as file:
+        file.write("// changed\n")
+    done = python("-c", "import fastreg.__main__ as main; main.main()", folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "was built from another version of the source" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+    """The products are ties, subnormal, infinite, and NaN whatever its bits."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, 1, -1).requires_grad_()
+    penalty = fused_ar_tar(None, every, 0.5, 0.0, reduction="sum")
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(FLOAT).item()
+    for x in (1.0, -1.0, 1 + 2**-8, 1 + 2**-11, 1.5, 1 / 3, 2.0**-9, 3 * 2.0**-15, 7e-5, 255.0, 1e4, 1e38, nan):
+        scale = torch.tensor(x)
+        (got,) = torch.autograd.grad(penalty, every, scale, retain_graph=True)
+        want = (every.detach().float() * scale).to(dtype)
+        there = ~want.isnan()
+        assert got[there].view(torch.int16).equal(want[there].view(torch.int16))
+        assert got.isnan().equal(want.isnan())
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("shape", [(32, 70, 1152), (500, 5000, 1), (2, 3, 2**19)])
+def test_nothing_is_allocated_beyond_the_results(
+    shape: tuple[int, ...], padded: bool, dtype: torch.dtype, dropout: bool
+) -> None:
+    """Padding takes a byte for each time step, and a few numbers for each sequence."""
+    lengths = torch.arange(shape[0]) * 5 % shape[1] + 1 if padded else None
+    raw, other = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+
+    def call() -> list[Tensor]:
+        if dropout:
+            dropped, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=lengths)
+            return [dropped, *torch.autograd.grad(penalty, raw)]
+        return [*torch.autograd.grad(fused_ar_tar(raw, other, 2.0, 1.0, lengths=lengths), (raw, other))]
+
+    allocated, results = memory_of(call, "cpu")
+    needed = sum(x.nbytes for x in results) + (shape[0] * shape[2] * raw.itemsize if dropout else 0)
+    needed += shape[0] * shape[1] if padded else 0
+    assert needed <= allocated <= needed + 8 * shape[0] + 4096
+
+
+IN_A_PROCESS = """
+import torch
+from fastreg import fused_ar_tar
+fused_ar_tar(torch.ones(2, 3, 4), None, 0.0, 1.0)
+paths = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
+assert len({path for path in paths if "omp" in path.rpartition("/")[2]}) == 1, paths
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime() -> None:
+    python("-c", IN_A_PROCESS)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "constant", "heavy"])
+def test_error_of_a_sum_of_16_million_elements(dtype: torch.dtype, kind: str) -> None:
+    x = torch.randn(64, 256, 1024)
+    x = {"normal": x, "constant": torch.full_like(x, 0.1), "heavy": x**3}[kind].to(dtype)
+    got = fused_ar_tar(x, x, 1.0, 1.0, return_terms=True)
+    ar = sum(part.double().square().sum() for part in x) / x.numel()
+    tar = sum(part.double().diff(dim=0).square().sum() for part in x) / (64 * 255 * 1024)
+    torch.testing.assert_close([got.ar.double(), got.tar.double()], [ar, tar], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.arange(40) * 5 % 91], ids=["whole", "lengths"])
+@pytest.mark.parametrize("layout", [contiguous, transposed], ids=lambda f: f.__name__)
+def test_the_same_bits_for_any_number_of_threads(layout: Callable[[Tensor], Tensor], lengths: Tensor | None) -> None:
+    raw, dropped = (layout(values((40, 90, 130), d)).requires_grad_() for d in (FLOAT, BF16))
+    got: list[list[Tensor]] = []
+    for number in (1, 2, 3, 8, 2):
+        with threads(number):
+            got.append(step(raw, dropped, lengths))
+        assert all(x.equal(y) for x, y in zip(got[0], got[-1], strict=True))
+
+
+def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
+    raw, dropped = (values((64, 70, 100), FLOAT) for _ in range(2))
+
+    def in_a_fork() -> None:
+        os._exit(0 if fused_ar_tar(raw, dropped, ALPHA, BETA).equal(want) else 1)
+
+    child = multiprocessing.get_context("fork").Process(target=in_a_fork)
+    with threads(2):
+        want = fused_ar_tar(raw, dropped, ALPHA, BETA)
+        child.start()
+    child.join(60)
+    status = child.exitcode
+    child.kill()
+    assert status == 0  # it is None while the process waits

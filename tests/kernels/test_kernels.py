@@ -1,0 +1,119 @@
+"""The Triton kernels as they run: launches, the shared sum, streams, and sizes that stretch the indices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastreg import fused_ar_tar
+from fastreg.kernels.view import Operand, Operands, View
+from tests.conftest import INTERPRETED, gpu, interpreted, skip_without
+from tests.exact import check_dropout, check_penalty, truth
+
+skip_without("triton")
+
+from fastreg.kernels import launch, reduction, tiling  # noqa: E402
+
+pytestmark = pytest.mark.numbers
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def leaves(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    raw, dropped = torch.randn(2, *shape, dtype=dtype, device=device).unbind()
+    return raw.requires_grad_(), dropped.requires_grad_()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    call = launch.Launch.__call__
+    monkeypatch.setattr(launch.Launch, "__call__", lambda its, *values: launched.append(its) or call(its, *values))
+    raw, dropped = leaves(device, 2, 33, 4)
+    options: Any = {"lengths": torch.tensor([33, 20]), "starts": torch.ones(2, 33, dtype=torch.bool)}
+    for layers, steps, counts in ((1, {}, (1, 1)), (1, options, (2, 1)), (3, {}, (3, 3))):
+        for _ in range(2):  # the second call finds the plan of the first
+            got = fused_ar_tar([raw] * layers, [raw if same else dropped] * layers, 2.0, 1.0, **steps)
+            forward = len(launched)
+            got.backward()
+            assert (forward, len(launched) - forward) == counts
+            launched.clear()
+
+
+@pytest.mark.parametrize("programs", [2, 5])
+def test_programs_share_the_items(programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "PROGRAMS", programs)
+    check_penalty(*leaves(device, 2, 40, 600), 2.0, 1.0)
+    check_penalty(*leaves(device, 4, 3, 400), 2.0, 1.0, batch_first=False)
+    raw, mask = leaves(device, 2, 40, 600)
+    check_dropout(raw, mask.detach(), 2.0, 1.0)
+
+
+def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "SHORTEST_RUN", tiling.UNROLL)
+    if INTERPRETED:
+        monkeypatch.setattr(reduction, "CHUNK", type(reduction.CHUNK)(16))
+    time = tiling.UNROLL * (reduction.CHUNK.value + 3)
+    check_penalty(*leaves(device, 1, time, 1), 2.0, 1.0)
+
+
+def items_of(shape: tuple[int, int, int]) -> int:
+    _, time, hidden = shape
+    operand = Operand(torch.bfloat16, time * hidden, hidden)
+    return tiling.Tiling(View(*shape, Operands(*[operand] * 4)), torch.float32).numbers[-1]
+
+
+def test_runs_are_shorter_where_programs_are_few(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = (64, 70, 400), (128, 512, 1024)
+    monkeypatch.setattr(tiling, "SHORT_RUN", 16)
+    before = [items_of(shape) for shape in shapes]
+    monkeypatch.setattr(tiling, "SHORT_RUN", 4)
+    few, many = (items_of(shape) / items for shape, items in zip(shapes, before, strict=True))
+    assert few > 2
+    assert many == 1
+    check_penalty(*leaves(device, 2, 33, 4), 2.0, 1.0)
+
+
+def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal numbers are the worst case, because every rounding goes the same way."""
+    monkeypatch.setattr(tiling, "PROGRAMS", 1)
+    raw = torch.full((1, 1024, 1), 0.1, device=device)
+    raw[:, ::2] *= -1
+    got = fused_ar_tar(raw, raw, 1.0, 1.0, return_terms=True)
+    want = truth(raw.double(), raw.double(), 1.0, 1.0)
+    torch.testing.assert_close([x.double() for x in got], list(want), rtol=1e-6, atol=0)
+
+
+def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "LARGE", 0)
+    check_penalty(*leaves(device, 3, 20, 41), 2.0, 1.0)
+    check_penalty(*leaves(device, 5, 1, 1), 2.0, 1.0, batch_first=False)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 2**30), (2**15, 2**10, 2**5), (1, 2**30, 1), (2, 2**29 - 1, 1)])
+def test_large_sizes_are_counted_in_64_bits(sizes: tuple[int, int, int]) -> None:
+    """A real launch would need too much memory."""
+    cut = tiling.Tiling(View(*sizes, (Operand(torch.float32, sizes[2], sizes[2]),)), torch.float32)
+    assert str(cut.constants["INDEX"]) == ("int64" if math.prod(sizes) >= 2**30 else "int32")
+
+
+@pytest.mark.parametrize("launches", [0, 1, 2])
+def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier launches may have drawn all their numbers from it."""
+    ticket, begins = torch.zeros(1, dtype=torch.int32, device=device), []
+
+    def draw(_: launch.Launch, __: int | None, programs: int) -> Tensor:
+        begins.append(launches * programs)
+        return ticket.fill_(launches * programs)
+
+    monkeypatch.setattr(launch.Launch, "ticket", draw)
+    for _ in range(2):
+        check_penalty(*leaves(device, 2, 33, 4), 2.0, 1.0)
+        assert ticket == begins[-1]

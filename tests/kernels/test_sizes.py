@@ -1,0 +1,95 @@
+"""Extreme sizes: more elements than 32 bits count, and long and thin activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from tests.conftest import compiled, gpu, interpreted
+from tests.exact import assert_gradient, truth
+from tests.samples import HALF
+
+pytestmark = pytest.mark.main
+
+ALL = slice(None)
+
+
+@gpu
+@pytest.mark.parametrize("dropout", [False, True], ids=["penalty", "dropout"])
+@pytest.mark.parametrize(
+    ("shape", "batch_first", "end"),
+    [
+        pytest.param((2**21 + 1, 8, 128), True, (slice(-4, None), ALL, ALL), id="batch"),
+        pytest.param((8, 2**21 + 1, 128), False, (ALL, slice(-4, None), ALL), id="time_first"),
+        pytest.param((1, 2**31 + 96, 1), True, (ALL, slice(-100, None), ALL), id="time"),
+        pytest.param((2**20 + 1, 1, 2**11), True, (slice(-1, None), ALL, slice(-512, None)), id="one_step"),
+    ],
+)
+def test_more_elements_than_32_bits_count(
+    shape: tuple[int, ...], batch_first: bool, end: tuple[slice, ...], dropout: bool
+) -> None:
+    """Everything but the end is 0, so the end has the gradient of a short tensor."""
+    time = 1 if batch_first else 0
+    one_row = [1 if axis == time else size for axis, size in enumerate(shape)]
+    raw, mask = (torch.zeros(*sizes, dtype=HALF, device="cuda") for sizes in (shape, one_row))
+    last, last_mask = raw[end], mask[tuple(ALL if i == time else s for i, s in enumerate(end))]
+    last.normal_()
+    last_mask.bernoulli_(0.5).mul_(2)
+    if last.shape[time] < shape[time]:
+        last.select(time, 0).zero_()  # like the row before it, so no change leads there
+    alone = last.double().requires_grad_()
+    options: Any = {"batch_first": batch_first, "reduction": "sum"}
+    want = truth(alone, alone * last_mask if dropout else alone, 2.0, 1.0, **options).penalty
+    if dropout:
+        got = fused_dropout_ar_tar(raw.requires_grad_(), 0.5, 2.0, 1.0, mask=mask, **options)[1]
+    else:
+        got = fused_ar_tar(raw.requires_grad_(), raw, 2.0, 1.0, **options)
+    assert_close(got.double(), want, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(got, raw)
+    assert_close(gradient[end].double(), *torch.autograd.grad(want, alone), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16), (2**30 + 5, 9), (10, 2**30 + 3)])
+def test_offsets_past_31_bits(strides: tuple[int, int], dropout: bool, device: str) -> None:
+    """The rows have large strides in memory that is reserved but, on the CPU, hardly touched."""
+    shape = (4, 2, 8) if strides[0] > strides[1] else (2, 4, 8)
+    memory = torch.empty(3 * (2**31 + 8) + 128, dtype=HALF, device=device)
+    given = [memory.as_strided(shape, (*strides, 1), offset).copy_(torch.randn(shape)) for offset in (0, 32, 64)]
+    results = []
+    for x, y, arriving in (given, [v.double() for v in given]):
+        x, y = x.detach().requires_grad_(), y.detach()
+        if dropout:  # the offsets are those of raw, a full mask, and the gradient of dropped
+            dropped, got = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, mask=y)
+            gradients = torch.autograd.grad([dropped, got], x, [arriving, torch.ones_like(got)])
+        else:
+            y.requires_grad_()
+            got = dropped = fused_ar_tar(x, y, 2.0, 1.0)
+            gradients = torch.autograd.grad(got, (x, y))
+        results.append([v.detach().double() for v in (dropped, got, *gradients)])
+    assert_close(*results, rtol=1e-3, atol=1e-3)
+    if not dropout:
+        assert_close(results[0][1], results[1][1], rtol=1e-6, atol=0)
+
+
+@compiled
+def test_more_elements_than_32_bits_count_in_blocks() -> None:
+    """Many views of one sequence have the mean of that sequence."""
+    x = torch.randn(1, 64, 256)
+    many = x.expand(2**17 + 1, 64, 256)
+    assert_close(fused_ar_tar(many, many, 2.0, 1.0), fused_ar_tar(x, x, 2.0, 1.0), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=compiled), pytest.param("cuda", marks=gpu)])
+def test_ten_million_time_steps(device: str) -> None:
+    xs = torch.randn(2, 1, 10_000_000, 1, device=device).unbind()
+    xs, exactly = [x.requires_grad_() for x in xs], [x.double().requires_grad_() for x in xs]
+    got, want = fused_ar_tar(*xs, 2.0, 1.0), truth(*exactly, 2.0, 1.0).penalty
+    assert_close(got.double(), want, rtol=2e-6, atol=0)
+    for x, y in zip(torch.autograd.grad(got, xs), torch.autograd.grad(want, exactly), strict=True):
+        assert_gradient(x, y)

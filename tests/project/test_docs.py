@@ -1,0 +1,174 @@
+"""The README, docs/ and docstrings: each snippet runs by itself, and their links and commands exist."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import runpy
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+from fastreg import fused_ar_tar
+from fastreg.attach.ledger import OUTCOMES, WARNINGS
+from tests.adapters.test_fastai1 import environment_with
+from tests.conftest import ROOT, more, python, skip_without
+from tests.language_model import BATCH, HIDDEN, TIME
+
+pytestmark = pytest.mark.main
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"])
+V1 = "fastai1"  # It runs in another process, because its package has the name of fastai.
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def framework_of(snippet: str) -> str | None:
+    """Return the framework that a snippet imports, or whose adapter it imports, if any."""
+    found = re.search(r"fastreg\.(fastai|lightning|transformers)\b|import (fastai1)|from (sb3_contrib)", snippet)
+    return found and found[found.lastindex or 0]
+
+
+def run(snippet: str, page: Path) -> dict[str, Any]:
+    """Run a snippet as its reader pastes it, and return its names."""
+    names = {"__name__": "__main__"}
+    exec(compile(snippet, str(page), "exec"), names)
+    return names
+
+
+def setup_of(framework: str) -> dict[str, Any]:
+    """Return the names that the docstrings of an adapter use, as its page defines them."""
+    page = ROOT / "docs" / f"{framework}.md"
+    names, *others = [run(code, page) for code in snippets(page) if framework_of(code) == framework]
+    for other in others:
+        if "RNNRegularizer" in other:  # a learner of a plain model
+            names["plain"] = other["learn"].remove_cb(other["RNNRegularizer"])
+    return names
+
+
+SNIPPETS = [
+    pytest.param(page, snippet, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, snippet in enumerate(snippets(page))
+    if framework_of(snippet) != V1
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+@pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
+def test_a_snippet_runs_alone(page: Path, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (framework := framework_of(snippet)) is not None:
+        skip_without(framework)
+    monkeypatch.chdir(tmp_path)
+    run(snippet, page)
+
+
+class Checker(doctest.OutputChecker):
+    """Accept any output where an example shows none: the progress of a fit, a learner that is returned."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+def check_examples(module: str, setup: Callable[[], dict[str, Any]]) -> None:
+    """Run the docstring of each name in docs/api.md, with names that it may use in addition to the module's."""
+    api, owner = (ROOT / "docs" / "api.md").read_text(), import_module(module)
+    names = re.findall(rf"^### `{re.escape(module)}\.(\w+)`$", api, re.MULTILINE)
+    assert names
+    assert set(names) == set(getattr(owner, "__all__", names))
+    for name in names:
+        value, found = getattr(owner, name), {"torch": torch} | setup() | vars(owner)
+        get_type_hints(value.__init__ if isinstance(value, type) else value)  # annotations resolve when the code runs
+        tests = doctest.DocTestFinder(recurse=False).find(value, f"{module}.{name}", globs=found)
+        assert any(test.examples for test in tests), f"{module}.{name} has no example"
+        assert not any(doctest.DocTestRunner(Checker()).run(test).failed for test in tests), name
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+@pytest.mark.parametrize("framework", [None, "fastai", "lightning", "transformers"])
+def test_examples_of_docstrings_run(framework: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if framework is None:
+        check_examples("fastreg", dict)
+    else:
+        skip_without(framework)
+        check_examples(f"fastreg.{framework}", lambda: setup_of(framework) | {framework: import_module(framework)})
+
+
+@more
+def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> None:
+    """They run in another process, where `learner()` makes a small learner of fastai v1."""
+    environment = environment_with("1.0.61", tmp_path)
+    code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
+    assert code
+    program = (
+        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]\n"
+        "from fastai1_train import learner\n"
+        "from tests.project.test_docs import check_examples\n"
+        + "".join(f"exec({snippet!r}, {{'__name__': '__main__'}})\n" for snippet in code)
+        + "check_examples('fastreg.fastai1', lambda: {'learn1': learner()})\n"
+    )
+    python("-c", program, folder=tmp_path, **environment)
+
+
+def test_the_readme_replaces_the_formula_by_its_equal() -> None:
+    first, *_ = snippets(page := ROOT / "README.md")
+    torch.manual_seed(0)
+    names = run(first, page)
+    torch.testing.assert_close(names["fused"], names["penalty"])
+    assert names["penalty"] > 1
+
+
+def test_the_api_page_shows_the_signatures_of_the_code() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert runpy.run_path(str(ROOT / "docs" / "api.py"))["render"](page) == page, "run `python docs/api.py`"
+    assert '"""Compute the penalty of activation and temporal activation regularization' in page
+
+
+def test_the_page_on_hooks_shows_the_table_of_outcomes_of_the_code() -> None:
+    text = (ROOT / "docs" / "hooks.md").read_text().split("### Outcomes of a loss\n")[1].split("\n### ")[0]
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][2:]
+    shown = {case: re.split(r"[:,]", outcome)[0] for case, outcome, _ in rows}
+    assert shown == {x: "a warning" if x in WARNINGS else "error" if OUTCOMES[x] else "right" for x in OUTCOMES}
+    assert all(remedy or shown[case] == "right" for case, _, remedy in rows)
+
+
+def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
+    page = (ROOT / "docs" / "coefficients.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| `(w \*[^|]*)` \| `([^|`]*)`(.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    torch.manual_seed(0)
+    x = torch.randn(BATCH, TIME, HIDDEN, dtype=torch.float64)
+    names = {"x": x, "w": 3.0, "dt": 0.1, "hidden": HIDDEN, "time": TIME}
+    for term, formula, remark in rows:
+        coefficient = eval(formula, names)
+        alpha, beta = (0.0, coefficient) if "diff" in term else (coefficient, 0.0)
+        reduction = "sum" if 'reduction="sum"' in remark else "mean"
+        penalty = fused_ar_tar(x, x, alpha, beta, reduction=reduction)
+        torch.testing.assert_close(penalty, eval(term, names), msg=term)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_commands_and_files_of_a_page_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https://)([^)\s]+)\)", text):
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}, link
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"(?:`|^ {4})make\s([a-z][\w-]*)", text, re.MULTILINE):
+        assert target in targets, f"make {target}"
+    for module in re.findall(r"python -m ((?:bench|tests|fastreg)[\w.]*)", text):
+        assert find_spec(module) is not None, f"python -m {module}"
+    for file in re.findall(r"`((?:tests|bench|examples|fastreg|kernels)/[\w./]+)`", text):
+        assert (ROOT / file).exists(), file

@@ -1,0 +1,95 @@
+"""Each script and notebook of examples/, started as its reader would: it learns, and shows AR and TAR."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.measure.timing import threads
+from tests.conftest import ROOT, more, skip_without
+
+pytestmark = pytest.mark.main
+
+# script -> the framework that it needs, and the pattern of a loss in its output
+SCRIPTS = {
+    **dict.fromkeys(("loop.py", "custom_rnn.py", "every_layer.py", "two_rooms.py"), (None, r"loss ([\d.]+)")),
+    "recurrent_policy.py": (None, r"missed ([\d.]+)"),
+    "fastai_lm.py": ("fastai", r"(?m)^.*?\b\d +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +\d\d:\d\d"),
+    "lightning_lm.py": ("lightning", r"loss ([\d.]+)"),
+    "transformers_trainer.py": ("transformers", r"'loss': '?([\d.]+)"),
+}
+OPTIONS = {"two_rooms.py": ["--steps", "60"]}  # to learn in seconds
+NOTEBOOK = "fastai_lm.ipynb"
+
+
+def test_every_example_is_run_and_in_the_readme_and_on_the_site() -> None:
+    files = {file.name for file in (ROOT / "examples").iterdir() if file.is_file()}
+    assert files == {*SCRIPTS, NOTEBOOK}
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"(examples/{file})" in readme for file in files)
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in SCRIPTS)
+
+
+def run(script: str, options: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a script in a folder, and return the pattern of a loss in its output."""
+    framework, loss = SCRIPTS[script]
+    if framework is not None:
+        skip_without(framework)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    with threads(1):
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+@pytest.mark.parametrize("script", [pytest.param(x, marks=[more] * (x == "every_layer.py")) for x in SCRIPTS])
+def test_an_example_learns(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = run(script, OPTIONS.get(script, []), tmp_path, monkeypatch)
+    output = capsys.readouterr().out.replace("\r", "\n")
+    losses = [float(number) for number in re.findall(loss, output)]
+    assert len(losses) >= 3, output
+    assert losses[-1] < losses[0] - 0.2
+    assert {"ar", "tar"} <= {*re.findall(r"\w+", output)}
+    assert all(float(tar) > 0 for tar in re.findall(r"\btar\W+([\d.]+\d)", output)[-1:]), "the last batch has changes"
+    assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in OPTIONS])
+def test_an_example_ends_after_as_many_steps_as_it_is_told(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = run(script, ["--updates" if script == "recurrent_policy.py" else "--epochs", "1"], tmp_path, monkeypatch)
+    runs = 2 if script == "every_layer.py" else 1  # with TAR and without
+    assert len(re.findall(losses, capsys.readouterr().out.replace("\r", "\n"))) == runs
+
+
+def kinds_of_outputs(cell: Any) -> list[list[str]]:
+    return [[output.output_type, *sorted(output.get("data", {}))] for output in cell.outputs]
+
+
+@more
+def test_the_notebook_runs_and_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    skip_without("fastai", "bible", "nbclient")
+    import nbformat
+    from nbclient import NotebookClient
+
+    for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the notebook's own shows plots
+    notebook = nbformat.read(ROOT / "examples" / NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    committed = [kinds_of_outputs(cell) for cell in code]
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert committed == [kinds_of_outputs(cell) for cell in code], "run the notebook, and commit it with its outputs"
+    assert "image/png" in committed[-1][-1], "the last cell plots"

@@ -1,0 +1,300 @@
+"""Installations of the package, the modules that it imports, and `python -m fastreg`."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastreg
+import fastreg.__main__ as main
+from fastreg.call import backends
+from tests.conftest import CPU, ROOT, import_without, more, python, skip_on_formula
+
+HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> None:
+    for file, begin in {"pyproject.toml": 'version = "', "CHANGELOG.md": "## [", "CITATION.cff": "version: "}.items():
+        first, *_ = re.findall(rf"^{re.escape(begin)}(\d[\d.]*\d)", (ROOT / file).read_text(), re.MULTILINE)
+        assert fastreg.__version__ == first, file
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy the source tree without its libraries."""
+    folder = tmp_path_factory.mktemp("tree") / "clone"
+    folder.mkdir()
+    built = shutil.ignore_patterns("__pycache__", "*.so", "build")
+    for name in ("fastreg", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    setup = folder / "setup.py"
+    for slow, fast in ('"-O3"', '"-O0"'), ("for level in (3, 4)", "for level in ()"):  # one library, for all processors
+        assert setup.read_text().count(slow) == 1
+        setup.write_text(setup.read_text().replace(slow, fast))
+    return folder
+
+
+QUICKLY = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+PIP = ["-m", "pip", "install", *QUICKLY, ".", "--target"]
+BUILD = ["setup.py", "--quiet", "build", "--build-lib"]  # in a third of the time
+
+
+def install(clone: Path, folder: Path, command: list[str], cc: str, cxx: str) -> tuple[Path, Path]:
+    """Copy the clone into a folder, and install it there with these compilers; return the copy and the installation."""
+    shutil.copytree(clone, folder / "clone", symlinks=True)
+    python(*command, str(folder / "site"), folder=folder / "clone", CC=cc, CXX=cxx)
+    return folder / "clone", folder / "site"
+
+
+@more
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_an_installation_runs_anywhere(clone: Path, tmp_path: Path) -> None:
+    """The build leaves its libraries in the clone, too, from which Python imports the package there."""
+    clone, site = install(clone, tmp_path, PIP, "gcc", "g++")
+    done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
+    assert done.stdout.startswith(f"fastreg {fastreg.__version__}, ")
+    assert f"imported from {site / 'fastreg'}\n" in done.stdout, done
+    assert "the C++ kernels; self-test passed" in done.stdout
+    assert ("no library for processors with AVX2 was built from these sources" in done.stdout) == HAS_AVX
+    assert not done.stderr  # such as PyTorch's remark on NumPy
+    folders = clone / "kernels", site / "fastreg" / "kernels"
+    of_clone, of_site = ({file.name for file in folder.glob("*.so")} for folder in folders)
+    assert of_clone == of_site
+
+
+def test_libraries_that_were_built_run() -> None:
+    """Otherwise the tests of the C++ kernels are skipped, though nothing is missing."""
+    assert CPU is not None or not any(ROOT.glob("kernels/_cpu*.so"))
+
+
+@pytest.mark.skipif(not HAS_AVX, reason="needs AVX2")
+def test_the_library_is_named_and_why_it_is_not_a_better_one() -> None:
+    skip_on_formula("cpu")
+    said = python("-m", "fastreg", ATEN_CPU_CAPABILITY="default").stdout
+    assert f"library for CPUs: {ROOT}/fastreg/kernels/_cpu." in said
+    assert re.search(r"; PyTorch's capability, (DEFAULT|NO AVX), has no AVX2\n", said)
+
+
+HIDE_TRITON = """
+import importlib.util as util, sys
+find, sys.modules["triton"] = util.find_spec, None
+util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
+"""
+CALLS = """
+import sys, torch, warnings
+from fastreg import __main__ as main, fused_ar_tar
+x = torch.ones(2, 3, 4)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    values = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(x[:1], x[:1], 2.0, 1.0)]
+assert values == [2, 2], values
+caught = [warning for warning in caught if warning.category is UserWarning]
+assert {warning.filename for warning in caught} == {"<string>"}, "the caller's line"
+print([str(warning.message) for warning in caught])
+assert main.main() == 0
+assert not {"fastai", "lightning", "pytorch_lightning", "transformers", "kernels"} & {*sys.modules}
+"""
+
+
+@more
+def test_nothing_but_pytorch_is_needed(clone: Path, tmp_path: Path) -> None:
+    """Without a compiler, the first call warns. The name `kernels` stays free for an unrelated distribution."""
+    _, site = install(clone, tmp_path, BUILD, "false", "false")
+    (site / "sitecustomize.py").write_text(HIDE_TRITON)
+    done = python("-c", CALLS, folder=tmp_path, PYTHONPATH=str(site))
+    assert not done.stderr
+    assert done.stdout.count("runs the plain formula on CPUs") == 1, done
+    assert "--no-cache-dir --force-reinstall" in done.stdout, "pip keeps the wheel that has no kernels"
+    assert "the plain formula (the kernels were not built: install" in done.stdout
+
+
+WITHOUT_PRIVATE_NAMES = """
+import operator, os, re, sys, torch, torch._dynamo, traceback, warnings
+from pathlib import Path
+
+attrgetter = operator.attrgetter
+
+
+def check(name):
+    def get(other):
+        if other == name:
+            raise AttributeError(name)
+        return attrgetter(other)
+
+    operator.attrgetter = get
+    from fastreg import FusedRNNDropout, RNNRegularizer, __main__ as main, fused_ar_tar, fused_dropout_ar_tar
+
+    x, y = (torch.ones(2, 3, 4).requires_grad_() for _ in range(2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        total = fused_ar_tar(x, x, 2.0, 1.0, lengths=torch.tensor([3, 1]))
+        total = total + fused_ar_tar(x[:1], x[:1], 2.0, 1.0) + fused_dropout_ar_tar(x, 0.5, 0.0, 1.0)[1]
+        module, regularizer = torch.nn.Identity(), RNNRegularizer(2.0, 1.0)
+        regularizer.attach(module, batch_first=True)
+        loss = regularizer.on_backward_begin(module(y * 1).sum() * 0)
+        (total + loss).backward()
+    assert total.detach() == 4 and loss.detach() == 2, (total, loss)
+    assert torch.equal(y.grad, torch.full_like(y, 4 / 24)), y.grad
+    said = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert len(said) == 1 and f"lacks torch.{name}," in said[0], said
+    sys.argv = ["fastreg"]
+    assert main.main() == 0
+
+
+for name in re.findall('"((?:Tensor|_C|autograd|compiler)\\.[\\w.]+|_disable_dynamo)"', Path(sys.argv[1]).read_text()):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            check(name)
+            print("right without", name, flush=True)
+        except Exception:
+            traceback.print_exc()
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_a_future_pytorch_without_a_private_name_runs_the_formula() -> None:
+    """Each name is missing in its own process, which warns once; `python -m fastreg` names it."""
+    source = ROOT / "fastreg" / "call" / "torch_state.py"
+    done = python("-c", WITHOUT_PRIVATE_NAMES, str(source), OMP_NUM_THREADS="1", TRITON_INTERPRET="0")
+    names = re.findall(r"^right without (.*)$", done.stdout, re.MULTILINE)
+    assert len(names) == 13, done.stderr
+    for name in names:
+        assert f"the plain formula (torch {torch.__version__} lacks torch.{name}, so" in done.stdout
+
+
+def test_a_broken_triton_is_named(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libtriton.so: undefined symbol')\n")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=path, TRITON_INTERPRET="0")
+    why = "Triton cannot be used (OSError: libtriton.so: undefined symbol); in a clone: pip install '.[gpu]'\n"
+    assert why in done.stdout
+    assert "self-test passed" in done.stdout
+    ask = "import torch\nfrom fastreg.call.backends import backend_for\n" + "backend_for(torch.device('cuda'))\n" * 2
+    said = python("-c", ask, folder=tmp_path, PYTHONPATH=path, TRITON_INTERPRET="0").stderr
+    assert said.count(f"UserWarning: fastreg runs the plain formula on GPUs: {why.strip()}") == 1
+
+
+def test_a_triton_that_is_installed_is_used() -> None:
+    """Otherwise an error in the kernels would leave their tests out."""
+    assert backends.TRITON is not None or find_spec("triton") is None
+
+
+RELEASES = {"fastai": "'fastai>=2'", "fastai1": "'fastai<2'", "lightning": "lightning", "transformers": "transformers"}
+
+
+@pytest.mark.parametrize("adapter", RELEASES)
+def test_a_missing_framework_is_named(adapter: str) -> None:
+    with pytest.raises(ImportError, match=rf"^fastreg\.{adapter}: .*; pip install {RELEASES[adapter]}( accelerate)?$"):
+        import_without(f"fastreg.{adapter}", "fastai", "lightning", "pytorch_lightning", "transformers")
+
+
+@more
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no Clang")
+def test_clang_brings_no_second_openmp_runtime(clone: Path, tmp_path: Path) -> None:
+    _, site = install(clone, tmp_path, BUILD, "clang", "clang++")
+    (library,) = site.glob("fastreg/kernels/*.so")
+    assert b"libomp" not in library.read_bytes()
+    done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
+    assert "one thread, as its compiler has no GNU OpenMP\n" in done.stdout, done
+    assert "the C++ kernels; self-test passed" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["call.penalty", "attach.regularizer", "lightning"])
+def test_a_package_that_is_mixed_up_with_another_says_so(module: str, tmp_path: Path) -> None:
+    """The distribution called fastreg has been installed after ours."""
+    shutil.copytree(ROOT / "fastreg", tmp_path / "fastreg")
+    (tmp_path / "fastreg" / "__init__.py").write_text("def ols(): pass\n")
+    said = python("-c", f"import fastreg.{module}", folder=tmp_path, fails=True).stderr
+    assert f"{tmp_path}/fastreg/__init__.py is not the file of fastreg-rnn" in said
+    assert "pip uninstall fastreg fastreg-rnn" in said
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Return a function that runs `python -m fastreg` in this process, and returns its status and its output."""
+    monkeypatch.setattr(sys, "argv", ["fastreg"])
+    return lambda: f"{main.main()}: {capsys.readouterr().out}"
+
+
+def test_hidden_installations_and_another_distribution_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+) -> None:
+    for name in ("fastreg", "fastreg-rnn"):
+        information = tmp_path / f"{name.replace('-', '_')}-1.2.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    (tmp_path / "fastreg").mkdir()
+    (tmp_path / "fastreg" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    hidden = f"the installation in {tmp_path / 'fastreg'} is hidden, because "
+    monkeypatch.chdir(ROOT)
+    assert f"{hidden}Python looks into the current folder first" in said()
+    monkeypatch.chdir(tmp_path)
+    assert f"{hidden}{ROOT} comes before it in sys.path" in said()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert f"{hidden}PYTHONPATH names {ROOT}" in said()
+    assert "the unrelated distribution 'fastreg' shares the name" in said()
+
+
+def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
+    """It has all files of the repository, and the link by which a source tree imports its kernels."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if not names:
+        pytest.skip("this is no repository")
+    for name in names:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name, follow_symlinks=False)
+    python("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), folder=tmp_path / "tree")
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive}
+    assert members["fastreg/kernels"].linkname == "../kernels"
+    assert {*names} <= {*members}
+
+
+def test_a_release_has_absolute_links(tmp_path: Path) -> None:
+    """PyPI shows the README without its files."""
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    python(".ci/metadata", "https://github.com/owner/name", "v1.2", str(tmp_path))
+    text = (tmp_path / "README.md").read_text()
+    for link in re.findall(r"\]\(([^)]*)\)", (ROOT / "README.md").read_text()):
+        kind = "raw" if link.endswith(".png") else "blob"
+        assert f"({link})" in text if link.startswith("https://") else f"/name/{kind}/v1.2/{link})" in text
+    assert re.findall(r"\]\((?!https://)", text) == []
+    changelog = 'Changelog = "https://github.com/owner/name/blob/v1.2/CHANGELOG.md"\nPaper = '
+    assert changelog in (tmp_path / "pyproject.toml").read_text()
+
+
+def test_a_wrong_result_fails_the_self_test(monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]) -> None:
+    assert said().startswith("0: ")
+    monkeypatch.setattr(main, "fused_ar_tar", lambda raw, dropped, *_, lengths: raw.sum() + dropped.sum())
+    assert said().startswith("1: ")
+    assert "SELF-TEST FAILED: AssertionError" in said()
+
+
+@pytest.mark.skipif(backends.TRITON is None, reason="Triton is not installed")
+def test_an_intel_gpu_without_float64_runs_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arc is such a GPU; the test replaces the properties of devices that no other test asks for."""
+    for index, has_fp64 in ((7, False), (8, True)):
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _, own=has_fp64: SimpleNamespace(has_fp64=own))
+        device = torch.device("xpu", index)
+        assert (backends.backend_for(device) is not None) == has_fp64
+        assert "float64" in backends.why_formula(device)

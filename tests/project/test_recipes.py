@@ -1,0 +1,205 @@
+"""The recipes of docs/recipes.md, and of docs/migration.md for a hidden loss: values and gradients against formulas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastreg import fused_ar_tar
+from tests.conftest import ROOT, skip_without
+from tests.project.test_docs import run, snippets
+
+pytestmark = pytest.mark.main
+
+PAGE = ROOT / "docs" / "recipes.md"
+Loss = Callable[..., Tensor]
+
+
+def recipe(name: str, page: Path = PAGE) -> Any:
+    """Run the snippet of a page that defines a function, and return the function."""
+    (code,) = [snippet for snippet in snippets(page) if f"def {name}(" in snippet]
+    return run(code, page)[name]
+
+
+def check(ours: Loss, theirs: Loss, *shape: int) -> None:
+    """Compare the value and the gradient with respect to a random tensor."""
+    torch.manual_seed(1)
+    x = torch.randn(shape)
+    results = []
+    for loss in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf)
+        results.append((value.detach(), *torch.autograd.grad(3 * value, leaf)))
+    assert results[1][0] > 0
+    torch.testing.assert_close(results[0], results[1])
+
+
+def differences(x: Tensor, valid: Any = None, starts: Any = None, n: int = 1) -> Tensor:
+    """Return the differences of order n of (batch, time, ...) whose steps all count, where only the first may start."""
+    parts = [(row, slice(t, t + n + 1)) for row in range(len(x)) for t in range(x.shape[1] - n)]
+    if valid is not None:
+        parts = [(row, steps) for row, steps in parts if valid[row, steps].all()]
+    if starts is not None:
+        parts = [(row, steps) for row, steps in parts if not starts[row, steps][1:].any()]
+    return torch.cat([x[part].diff(n=n, dim=0) for part in parts])
+
+
+def masks(batch: int, time: int, share: float) -> Tensor:
+    return torch.rand(batch, time, generator=torch.Generator().manual_seed(4)) < share
+
+
+TARGET = torch.randn(3, 9, 6, generator=torch.Generator().manual_seed(0))
+PREFIX = torch.arange(9) < torch.tensor([6, 9, 2])[:, None]
+SUFFIX = torch.arange(9) >= torch.tensor([4, 1, 0])[:, None]
+ALL, VALID, STARTS = torch.ones(3, 9).bool(), masks(3, 12, 0.7), masks(3, 12, 0.25)
+
+
+def diffposetalk(mask: Tensor) -> Loss:
+    """Return the loss of DiffPoseTalk, where a change counts if its second step counts."""
+
+    def loss(pred: Tensor) -> Tensor:
+        moves = [x[:, 1:] - x[:, :-1] for x in (TARGET, pred)]
+        velocity = F.mse_loss(*moves, reduction="none")[mask[:, 1:]].mean()
+        return 2.0 * F.mse_loss(TARGET, pred, reduction="none")[mask].mean() + 5.0 * velocity
+
+    return loss
+
+
+def diffposetalk_smooth(vertices: Tensor) -> Tensor:
+    moves = vertices[:, 1:] - vertices[:, :-1]
+    return F.mse_loss(moves[:, 1:], moves[:, :-1], reduction="none")[PREFIX[:, 2:]].mean()
+
+
+def steps_within(x: Tensor) -> Tensor:
+    return 0.5 * x.square().mean() + 2.0 * differences(x, starts=STARTS).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs", "shape"),
+    [
+        ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0), diffposetalk(ALL), (3, 9, 6)),
+        ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0, PREFIX), diffposetalk(PREFIX), (3, 9, 6)),
+        ("masked_by_second_step", lambda f, x: f(x, TARGET, 2.0, 5.0, SUFFIX), diffposetalk(SUFFIX), (3, 9, 6)),
+        ("smoothness_of_joints", lambda f, x: f(x), lambda x: 0.5 * differences(x).square().sum(), (2, 9, 5, 3)),
+        (
+            "smoothness_of_joints",
+            lambda f, x: f(x, VALID.float()),
+            lambda x: 0.5 * differences(x, VALID).square().sum(),
+            (3, 12, 5, 3),
+        ),
+        ("curvature", lambda f, x: f(x.flatten(2), 1.0, valid=PREFIX), diffposetalk_smooth, (3, 9, 4, 3)),
+        ("curvature", lambda f, h: f(h, 6), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), (3, 9, 6)),
+        (
+            "curvature",
+            lambda f, x: f(x, 1.0, valid=VALID, starts=STARTS),
+            lambda x: differences(x, VALID, STARTS, n=2).square().mean(),
+            (3, 12, 6),
+        ),
+        (
+            "penalty_of_trajectories",
+            lambda f, x: f({"embed": x, "is_init": STARTS[..., None]}, 0.5, 2.0),
+            steps_within,
+            (3, 12, 5),
+        ),
+        (
+            "action_smoothness",
+            lambda f, x: f(x, STARTS.roll(-1, 1), 2.0),
+            lambda x: 2.0 * differences(x, starts=STARTS).square().mean(),
+            (3, 12, 5),
+        ),
+        ("penalty_of_steps", lambda f, x: f(x.unbind(1), 0.5, 2.0, STARTS), steps_within, (3, 12, 5)),
+    ],
+)
+def test_a_recipe_equals_the_formula(name: str, ours: Any, theirs: Loss, shape: tuple[int, ...]) -> None:
+    function = recipe(name)
+    check(lambda x: ours(function, x), theirs, *shape)
+
+
+SHAPES = {"`(time, batch": (8, 3, 5), "`(channels, ": (4, 9, 7), "three axes": (2, 12, 3, 4, 5)}  # by words of a row
+
+
+def rows() -> list[list[str]]:
+    """Return the rows of the table: a loss, its formula, and the line of code that computes the same."""
+    lines = re.findall(r"^\| (.*fused_ar_tar\(.*`) \|$", PAGE.read_text(), re.MULTILINE)
+    return [[cell.strip("`") for cell in line.split(" | ")] for line in lines]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0].split(",")[0])
+def test_a_line_of_the_table_equals_the_formula(row: list[str]) -> None:
+    what, formula, line = row
+    shape = next((shape for words, shape in SHAPES.items() if words in what), (3, 9, 6))
+    names = {"F": F, "fused_ar_tar": fused_ar_tar, "valid": PREFIX, "w": torch.arange(1.0, 7)}
+    check(*(lambda x, code=code: eval(code, names | {"x": x}) for code in (line, formula)), *shape)
+
+
+def test_the_table_has_ten_losses() -> None:
+    assert len(rows()) == 10
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (5, 6, 8)], ids=str)
+def test_activity_of_modules_by_name(shape: tuple[int, ...]) -> None:
+    names = recipe("activity_regularizer").__globals__
+    model, gru = torch.nn.Sequential(torch.nn.Linear(8, 7), torch.nn.ReLU()), torch.nn.GRU(7, 4)
+    model.append(gru)
+    x = torch.randn(shape)
+    found = names["activity_regularizer"](model, {"1": 0.5, "2": 2.0})
+    loss = model(x)[0].sum()
+    plain, hidden = loss.detach(), model[1](model[0](x)).detach()
+    for regularizer in found:
+        loss = regularizer.on_backward_begin(loss)
+    want = plain + 0.5 * hidden.square().mean() + 2.0 * gru(hidden)[0].square().mean()
+    torch.testing.assert_close(loss, want)
+    with pytest.raises(AttributeError, match="missing"):
+        names["activity_regularizer"](model, {"missing": 0.5})
+
+
+@pytest.mark.filterwarnings("ignore")  # of gymnasium
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [(PAGE, "regularize"), (ROOT / "docs" / "migration.md", "regularize_policy")],
+    ids=["mask", "plain"],
+)
+def test_recurrent_ppo(page: Path, name: str) -> None:
+    """Compare the gradients of padded minibatches, and the logged terms, with a loss that contains the formula."""
+    skip_without("sb3_contrib")
+    names = recipe(name, page).__globals__
+    options = {"n_steps": 64, "batch_size": 32, "n_epochs": 1, "seed": 1}
+    ours, stock = (names["RecurrentPPO"](names["RegularizedPolicy"], "CartPole-v1", **options) for _ in range(2))
+    names[name](ours, 2.0, 1.0)
+    ours.learn(64)
+    stock.policy.load_state_dict(ours.policy.state_dict())
+    kept: list[Tensor] = []
+    stock.policy.sequence.register_forward_hook(lambda module, args, output: kept.append(output))
+    padded = 0
+    for data in ours.rollout_buffer.get(32):
+        gradients = []
+        ours.logger.dump()  # which forgets the terms so far
+        for policy in (ours.policy, stock.policy):
+            actions = data.actions.long().flatten()
+            inputs = data.observations, actions, data.lstm_states, data.episode_starts
+            values, log_prob, _ = policy.evaluate_actions(*inputs)
+            loss = values.mean() + log_prob.mean()
+            if policy is stock.policy:
+                x = kept.pop()
+                mask = (data.mask > 1e-8).view(x.shape[:2])
+                padded += int((~mask).sum())
+                counts = mask if name == "regularize" else torch.ones_like(mask)
+                ar, tar = x[counts].square().mean(), differences(x, counts).square().mean()
+                loss = loss + 2.0 * ar + 1.0 * tar
+                logged = [ours.logger.name_to_value[f"train/{term}"] for term in ("ar", "tar")]
+                assert logged == pytest.approx([float(ar), float(tar)], rel=1e-5)
+            policy.zero_grad()
+            loss.backward()
+            gradients.append([weight.grad.clone() for weight in policy.lstm_actor.parameters()])
+        torch.testing.assert_close(gradients[0], gradients[1])
+    assert padded
+    ours.policy.set_training_mode(False)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    assert ours.policy.sequence(x) is x, "no penalty while it collects experience"

@@ -1,0 +1,635 @@
+"""Random sequences of training steps with `attach`, compared with plain PyTorch in float64.
+
+`python -m tests.random_training --seed 0 --count 2000` plays 2,000 sequences. It prints the seed and the events of each
+in which a loss, AR, TAR or a gradient is wrong, an error or a warning comes that the documentation does not announce,
+or one that it announces does not come. At the end it prints how often each kind of event was played, and how often each
+row of the table of outcomes was hit.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from fastreg import FusedRNNDropout, RNNRegularizer
+from fastreg.attach.ledger import OUTCOMES
+from tests.language_model import Elementwise, Locked, Loop, Wrapper
+from tests.random_calls import play_all
+
+BATCH, HIDDEN, P = 3, 4, 0.4
+KINDS: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "cell": Loop, "wrapper": Wrapper, "elementwise": Elementwise}
+DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
+    "none": lambda _: nn.Identity(),
+    "plain, not attached": lambda _: nn.Dropout(P),
+    "plain": lambda _: nn.Dropout(P),
+    "of 0": lambda _: nn.Dropout(0.0),
+    "locked": lambda batch_first: Locked(P, batch_first),
+    "fused": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first),
+    "fused, AR of raw": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first, ar_of="raw"),
+}
+DONE = torch.tensor([0, 2])  # where a state is reset
+NOT_ATTACHED = "none", "plain, not attached"
+random_bits = torch.Generator().manual_seed(5)
+VALID, STARTS = (torch.rand(2, BATCH, 8, generator=random_bits) < torch.tensor([0.8, 0.3]).view(2, 1, 1)).unbind()
+# Events of a forward in one of the layers, and their frequencies. The last events need an attached dropout.
+EVENTS = {"": 20, "the net checkpointed": 2, "the RNN checkpointed": 2, "the RNN and its dropout checkpointed": 2}
+EVENTS |= {"the dropout left out": 1, "the dropout twice": 1}
+
+
+class Net(nn.Module):
+    """Layers with a dropout each; the last may share the module or the dropout of the first.
+
+    It returns its output, the states, and raw and dropped of all layers, or `None`.
+    """
+
+    def __init__(self, dropouts: Sequence[str], play: Play) -> None:
+        super().__init__()
+        first, last = play.batch_first, len(play.kinds) - 1
+        layers = [KINDS[kind](HIDDEN, HIDDEN, batch_first=first) for kind in play.kinds]
+        after = [DROPOUTS[name](first) for name in dropouts]
+        layers[last] = layers[0 if play.shared == "module" else last]
+        after[last] = after[0 if play.shared else last]
+        self.layers, self.dropouts = nn.ModuleList(layers), nn.ModuleList(after)
+        self.decoder, self.keeps = nn.Linear(HIDDEN, 3), play.keeps
+
+    def forward(self, x: Any, states: Any = None, event: str = "", at: int = 0) -> Any:
+        after, raws, kept = [], [], []
+        for i in range(len(self.layers)):
+            given = (x,) if states is None else (x, states[i])
+            through = partial(self.through, i, event if i == at else "")
+            if i == at and event == "the RNN and its dropout checkpointed":
+                through = partial(checkpoint, through, use_reentrant=False)
+            raw, state, x = through(*given)
+            after.append(state)
+            raws.append(raw)
+            kept.append(x)
+        return self.decoder(x), after, (raws, kept) if self.keeps else None
+
+    def through(self, i: int, event: str, *given: Any) -> Any:
+        """Run a layer and its dropout."""
+        layer, dropout = self.layers[i], self.dropouts[i]
+        if event == "the RNN checkpointed":
+            layer = partial(checkpoint, layer, use_reentrant=False)
+        raw, state = layer(*given)
+        if event == "the dropout left out":
+            return raw, state, raw
+        if event == "the dropout twice":
+            dropout(raw)
+        return raw, state, dropout(raw)
+
+
+@dataclass(eq=False)
+class Run:
+    """A run of an attached module, in training and with gradients enabled."""
+
+    module: nn.Module  # on the side of plain PyTorch
+    raw: Tensor
+    coefficients: tuple[float, float]
+    identity: Any  # the coefficients, or an object that stands for tensors in their present state
+    terms: Any = None  # AR and TAR, once dropped is computed
+    marked: bool = False  # whether a loss can depend on a tensor that is marked for the run
+    state: str = ""  # "taken" by a loss, or "dropped"
+
+    def can_be_lost(self) -> bool:
+        """Return whether the penalty needs a gradient, and is not 0 for certain."""
+        return self.raw.requires_grad and (any(self.coefficients) or self.identity is not self.coefficients)
+
+
+class ByHand:
+    """Follow the documentation of `attach` by hooks in plain PyTorch, and find the outcome of each loss.
+
+    The runs since the last `clear` are in order; a marked tensor's node leads to its run.
+
+    Attributes:
+        called: the modules that were called in training since the last loss.
+        without: whether a module was called in training without gradients since the last `clear`.
+        noted: what is warned of once: a module and a case.
+        backwards: the number of backwards in which a penalty could have got a gradient; `None` once one has got it, or
+            the lack of one was warned of.
+    """
+
+    def __init__(self, play: Play, net: Net) -> None:
+        self.play, self.runs, self.marks = play, list[Run](), dict[Any, Run]()
+        self.called, self.without, self.noted = set[nn.Module](), False, set[Any]()
+        self.backwards: int | None = 0
+        self.dropouts = dict(zip(net.layers, play.dropouts, strict=True))
+        for module in {*net.layers}:
+            module.register_forward_hook(self.after_module)
+        for dropout in {*net.dropouts}:
+            dropout.register_forward_hook(self.after_dropout)
+
+    def after_module(self, module: nn.Module, args: Any, result: Any) -> Any:
+        if module.training:
+            self.called.add(module)
+            self.without = self.without or not torch.is_grad_enabled()
+        if not (module.training and torch.is_grad_enabled() and module in self.dropouts):
+            return None
+        raw, state = result
+        run = Run(module, raw, self.play.coefficients, self.play.identity)
+        self.runs.append(run)
+        if self.dropouts[module] in NOT_ATTACHED:
+            raw = self.measured(run, raw)
+        return raw, tree_map(partial(self.mark, run), state)
+
+    def after_dropout(self, _: nn.Module, args: Any, dropped: Tensor) -> Any:
+        run = next((run for run in self.runs[::-1] if run.raw is args[0]), None)
+        return None if run is None or self.dropouts[run.module] in NOT_ATTACHED else self.measured(run, dropped)
+
+    def measured(self, run: Run, dropped: Tensor) -> Tensor:
+        """Form AR and TAR of a run by the formula, and return dropped, marked."""
+        squared = run.raw if "AR of raw" in self.dropouts[run.module] else dropped
+        squared, raw = (x if self.play.batch_first else x.transpose(0, 1) for x in (squared, run.raw))
+        masks = {name: mask[:, : raw.shape[1]] for name, mask in self.play.masks.items()}
+        valid = masks.get("valid", torch.ones(raw.shape[:2], dtype=torch.bool))
+        pairs = valid[:, 1:] & valid[:, :-1] & ~masks.get("starts", torch.zeros_like(valid))[:, 1:]
+        run.terms = mean(squared, valid), mean(raw.diff(dim=1), pairs)
+        return self.mark(run, dropped)
+
+    def mark(self, run: Run, x: Tensor) -> Tensor:
+        """Return a copy of a tensor, by whose node the run is found."""
+        if not x.requires_grad:
+            return x
+        run.marked, copy = True, x.clone()
+        self.marks[copy.grad_fn] = run
+        return copy
+
+    def clear(self) -> None:
+        for run in self.runs:
+            run.state = "dropped"
+        self.runs, self.without = [], False
+        self.called.clear()
+
+    def reached(self, loss: Tensor) -> list[Run]:
+        """Return the runs that are marked in the graph of a loss."""
+        left, seen = list[Any]([loss.grad_fn]), set[Any]([None])
+        while left:
+            node = left.pop()
+            if node not in seen:
+                seen.add(node)
+                left += [following for following, _ in node.next_functions]
+        return [*{run: None for node, run in self.marks.items() if node in seen}]
+
+    def outcome(self, loss: Tensor) -> tuple[str, list[Run]]:
+        """Return the case of a loss in the table of outcomes, and the runs that count."""
+        reached = self.reached(loss)
+        found = [run for run in reached if not run.state]
+        latest = {run.module: run for run in self.runs}
+        constants = {run.module: run for run in latest.values() if not (run.marked or run.state)}
+        if any(run.terms is None for run in self.runs):
+            return "a dropout did not get raw", []
+        case = "the loss depends on runs"
+        if not found:
+            if any(run.state == "taken" for run in reached):
+                return "an earlier loss took the run", []
+            if not (self.called and self.called <= constants.keys()):
+                if self.without:
+                    return "a module ran without gradients" if loss.requires_grad else "the loss needs no gradient", []
+                left = any(not run.state for run in self.marks.values())
+                return "the loss depends on no run" if left else "there is no run", []
+            case = "only frozen modules ran"
+        counted = [*found, *constants.values()]
+        single = self.single(counted)
+        if any(run.identity != self.play.identity for run in counted):
+            case = "a coefficient changed"
+        elif max(single.values(), default=0) > 3:
+            case = "four runs over one step"
+        return case, counted
+
+    def single(self, counted: Sequence[Run]) -> Counter[nn.Module]:
+        """Count the runs of each module over one time step."""
+        return Counter(run.module for run in counted if run.raw.shape[int(self.play.batch_first)] == 1)
+
+    def warnings_of(self, counted: Sequence[Run]) -> list[str]:
+        """Return the cases that are warned of at a loss, each once."""
+        two = "two runs over one step"
+        cases = {(module, two) for module, count in self.single(counted).items() if count > 1}
+        cases |= {(None, "a module was never called")} if self.play.has_idle else set()
+        new = cases - self.noted
+        self.noted |= new
+        return [case for _, case in new]
+
+    def passed(self, loss: Tensor, has_penalty: bool) -> list[str]:
+        """Follow a backward of a loss that accumulates gradients; return the case that is warned of.
+
+        Args:
+            loss: the loss.
+            has_penalty: whether a penalty gets a gradient that could be lost.
+        """
+        if self.backwards is not None:
+            self.backwards += any(run.can_be_lost() for run in self.reached(loss))
+            is_lost = self.backwards > 1 and not has_penalty
+            if has_penalty or is_lost:
+                self.backwards = None
+                return ["no penalty got a gradient"] * is_lost
+        return []
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of the net on both sides, with the hooks of fastreg and in plain PyTorch, and its runs of modules."""
+
+    kind: str  # "train", "evaluation" or "no gradients"
+    results: list[Any]
+    runs: list[Run]
+
+    def tensors(self, side: int) -> dict[str, Tensor]:
+        """Return all tensors that the net returned, by their names."""
+        out, states, kept = self.results[side]
+        found = {"out": out}
+        for i, state in enumerate(states):
+            leaves = tree_leaves(state)
+            found |= {f"state of {i}": leaves[0], f"other tensor of {i}": leaves[-1]}
+            if kept is not None:
+                found |= {f"raw of {i}": kept[0][i], f"dropped of {i}": kept[1][i]}
+        return found
+
+
+Loss = list[tuple[Call, str, Any, float]]  # the tensors that it sums up: a call, its name, a function and a weight
+
+
+class Refused(Exception):
+    """Report an error that the documentation announces; the step is dropped."""
+
+
+class Play:
+    """A random sequence of training steps."""
+
+    def __init__(self, seed: int, compiles: bool | None = None) -> None:
+        draw = self.draw = random.Random(seed)
+        torch.manual_seed(seed)
+        count = draw.randint(1, 3)
+        drawn = draw.random() < 0.2
+        self.compiled = drawn if compiles is None else compiles
+        self.batch_first, self.keeps = draw.random() < 0.7, draw.random() < 0.6
+        self.shared = draw.choice(["", "", "", "module", "dropout"]) if count > 1 else ""
+        self.frozen = draw.choices(["", "first", "all"], [7, 2, 1])[0]
+        self.has_idle, self.single = draw.random() < 0.1, draw.random() < 0.15 and not self.compiled
+        self.kinds, self.dropouts = ([draw.choice([*names]) for _ in range(count)] for names in (KINDS, DROPOUTS))
+        if self.shared:
+            self.dropouts[-1] = self.dropouts[0]
+        if self.shared == "module":
+            self.kinds[-1] = self.kinds[0]
+            self.frozen = self.frozen and "all"
+        self.masks: dict[str, Tensor] = {}
+        if draw.random() < 0.4:
+            self.masks = {"valid": VALID, "starts": STARTS}
+            self.masks.pop(draw.choice(["valid", "starts", ""]), None)
+        self.net = Net(self.dropouts, self).double()
+        self.plain = Net(["locked" if "fused" in name else name for name in self.dropouts], self).double()
+        self.nets = self.net, self.plain
+        for net in self.nets:
+            net.layers[: {"": 0, "first": 1, "all": count}[self.frozen]].requires_grad_(False)
+        self.plain.load_state_dict(self.net.state_dict())
+        self.events, self.counts = list[str](), Counter[str]()
+        self.sides: list[Any] = [self.net, self.plain]
+        self.calls: list[Call] = []  # whose graphs are alive
+        self.last: Call | None = None  # whose states the next call may get
+        self.checkpointed = False  # a call whose graph is alive
+        if self.compiled:
+            self.compile()
+        self.counts.update([*self.kinds, *self.dropouts, *self.masks, f"{count} layers"])
+        self.counts.update([f"shared {self.shared}", f"frozen {self.frozen}", f"batch first {self.batch_first}"])
+        self.reg = RNNRegularizer(0, 0)
+        options: Any = {name: partial(self.part, mask) for name, mask in self.masks.items()}
+        for layer, at in {layer: i for i, layer in enumerate(self.net.layers)}.items():
+            dropout = None if self.dropouts[at] in NOT_ATTACHED else self.net.dropouts[at]
+            self.reg.attach(layer, dropout, **options)
+        if self.has_idle:
+            self.net.add_module("idle", idle := nn.GRU(1, 1).requires_grad_(False))
+            self.reg.attach(idle)
+        self.change_coefficients()
+        if draw.random() < 0.15:
+            self.coefficients, self.reg.alpha, self.reg.beta = (0.0, 0.0), 0.0, 0.0
+            self.identity = self.coefficients
+            self.note("a warm-up from 0")
+        self.by_hand = ByHand(self, self.plain)
+
+    def compile(self) -> None:
+        """Compile the net; it or another may be run before `attach`."""
+        torch._dynamo.reset()
+        before = self.draw.choice(["no net", "the net", "another net"])
+        self.counts[f"compiled, {before} before"] += 1
+        self.sides[0] = torch.compile(self.net, backend="eager")
+        if before != "no net":
+            run = self.sides[0] if before == "the net" else torch.compile(deepcopy(self.net), backend="eager")
+            run(self.input(3))
+
+    def part(self, mask: Tensor, x: Tensor, *_: Any) -> Tensor:
+        return mask[:, : x.shape[int(self.batch_first)]]
+
+    def note(self, kind: str, more: str = "") -> None:
+        """Note an event, and count its kind."""
+        self.events.append(f"{kind} {more}")
+        self.counts[kind] += 1
+
+    def __str__(self) -> str:
+        names = ["compiled", "kinds", "dropouts", "shared", "frozen", "batch_first", "keeps"]
+        plan = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return "\n  ".join([f"{plan}, masks={[*self.masks]}", *self.events])
+
+    # The coefficients
+
+    def change_coefficients(self, *kinds: str) -> None:
+        """Change alpha and beta: to numbers, to other tensors, or in place."""
+        if self.checkpointed:
+            return  # a recomputation would save other tensors than the forward
+        self.coefficients = self.draw.choice([(2.0, 1.0), (0.75, 3.0), (1.5, 0.0), (0.0, 2.0), (0.0, 0.0)])
+        kind = self.draw.choice(kinds or ["numbers", "tensors", "in place"])
+        for name, value in zip(("alpha", "beta"), self.coefficients, strict=True):
+            # The node of a fused dropout has saved the tensors, and PyTorch refuses a later backward through it.
+            may = not any("fused" in x for x in self.dropouts) or not self.calls
+            if kind == "in place" and may and isinstance(getattr(self.reg, name), Tensor):
+                getattr(self.reg, name).fill_(value)
+            else:
+                setattr(self.reg, name, value if kind == "numbers" else torch.tensor(value))
+        self.identity = self.coefficients if kind == "numbers" else object()
+        self.note(f"coefficients: {kind}", f"{self.coefficients}")
+
+    # The events of a step
+
+    @contextmanager
+    def announced(self, message: str, cases: Sequence[str] = ()) -> Iterator[None]:
+        """Check that the block raises the error that the documentation announces, or gives the warnings of these cases.
+
+        Args:
+            message: the message of the error; empty for none.
+            cases: the cases that are warned of.
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", "attach|FusedRNNDropout|on_backward_begin")
+            try:
+                yield
+            except RuntimeError as error:
+                if not (message and re.fullmatch(pattern(message), str(error))):
+                    raise
+                raise Refused from error
+        assert not message, f"no error: {message}"
+        found = [case for x in caught for case in OUTCOMES if re.fullmatch(pattern(OUTCOMES[case]), str(x.message))]
+        assert sorted(found) == sorted(cases), f"warnings: {[str(x.message) for x in caught]} instead of {cases}"
+        self.counts.update(f"outcome: {case}" for case in cases)
+
+    def input(self, steps: int) -> Tensor:
+        return torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN).double()
+
+    def run(self, kind: str = "", carries: bool = True) -> Call:
+        """Run the net of each side with the same input and the same masks of dropout."""
+        draw, carried = self.draw, self.carried() if carries else None
+        kind = kind or draw.choices(["train", "no gradients", "evaluation"], [10, 1, 1])[0]
+        steps = 3 if self.compiled else 1 if self.single and draw.random() < 0.8 else draw.randint(2, 6)
+        x, event, at = self.input(steps), "", draw.randrange(len(self.kinds))
+        if kind == "train":
+            some = 2 if self.compiled else 4 if self.dropouts[at] in NOT_ATTACHED else None
+            event = draw.choices([*EVENTS][:some], [*EVENTS.values()][:some])[0]
+        self.checkpointed = self.checkpointed or "checkpointed" in event
+        self.note(f"call: {kind} {event}", f"is call {len(self.calls)}; layer {at}")
+        seed, results, before = draw.randrange(1000), [], len(self.by_hand.runs)
+        for i, (net, module) in enumerate(zip(self.sides, self.nets, strict=True)):
+            module.train(kind != "evaluation")
+            torch.manual_seed(seed)
+            given = x, carried and carried[i], "" if i and "checkpointed" in event else event, at
+            through = partial(checkpoint, net, use_reentrant=False) if "the net" in event and not i else net
+            with torch.set_grad_enabled(kind != "no gradients"), self.announced(TWICE * ("twice" in event and not i)):
+                results.append(through(*given))
+            module.train()
+        self.last = Call(kind, results, self.by_hand.runs[before:])
+        self.calls.append(self.last)
+        return self.last
+
+    def carried(self) -> Any:
+        """Return the states of the last call for the next, or `None`; a part of them may be reset in place."""
+        how = self.draw.choice(["none", "none", "detached", "with their graph"])
+        if self.last is None or how == "none" or (self.compiled and self.checkpointed):
+            return None  # code that is compiled for states may be taken for a recomputation, which PyTorch refuses
+        how = how if self.last in self.calls else "detached"
+        states = [result[1] for result in self.last.results]
+        if how == "detached":
+            states = [tree_map(detached, state) for state in states]
+        self.note(f"states {how}")
+        # The elementwise state is a view of raw, which PyTorch protects.
+        if self.last.kind == "train" and "elementwise" not in self.kinds and self.draw.random() < 0.4:
+            self.note(f"states {how}, reset in place")
+            for x in tree_leaves(states):
+                x[..., DONE] = 0
+        return states
+
+    def candidates(self) -> list[Call]:
+        return [call for call in self.calls if call.kind == "train" and any(not run.state for run in call.runs)]
+
+    def loss(self) -> Loss:
+        """Return a loss on calls, most often on those that no loss has taken."""
+        draw, parts = self.draw, list[Any]()
+        calls = self.candidates() if draw.random() < 0.9 else self.calls
+        calls = calls or self.calls
+        count = len(calls) if self.single and draw.random() < 0.5 else draw.randint(1, len(calls))
+        for call in draw.sample(calls, count):
+            names = [name for name, x in call.tensors(1).items() if x.requires_grad]
+            names = names if draw.random() < 0.4 else [name for name in names if name == "out"]
+            if names:
+                f = draw.choice([torch.sin, torch.square, torch.tanh])
+                parts.append((call, draw.choice(names), f, draw.random()))
+        on = [(self.calls.index(call), name, f.__name__) for call, name, f, _ in parts]
+        self.note(f"loss on {len(parts)} calls", f"{on}")
+        return parts
+
+    def regularize(self) -> None:
+        """Regularize a loss, make a backward on each side, and compare."""
+        draw, by_hand = self.draw, self.by_hand
+        if not self.candidates() or draw.random() < 0.1:
+            self.run("train")
+        for _ in range(4 * (self.single and draw.random() < 0.3)):  # a loop over time
+            self.run("train", carries=False)
+        loss, keeps_graph = self.loss(), draw.random() < 0.7
+        if not loss:
+            return
+        losses = [total_of(loss, side) for side in (0, 1)]
+        if draw.random() < 0.1:  # a loss that depends on no run
+            loss, losses = [], [net.decoder.bias.square().sum() for net in self.nets]
+        case, counted = by_hand.outcome(losses[1])
+        hows = ["plain"] * 3 + ["twice", "second"] + ["gradients of raw"] * bool(loss)
+        how = draw.choice(hows + ["alone"] * any(run.marked for run in counted))
+        self.note(f"backward: {how}", f"of {len(counted)} runs{', graph kept' * keeps_graph}")
+        self.note(f"outcome: {case}")
+        with self.announced(OUTCOMES[case], [] if OUTCOMES[case] else by_hand.warnings_of(counted)):
+            if how != "alone" and draw.random() < 0.5:
+                total = self.reg.on_backward_begin(losses[0])
+            else:
+                taken: Any = self.reg.take(losses[0])
+                total = taken.penalty if how == "alone" else losses[0] + taken.penalty
+        ar, tar = (torch.stack(terms).sum() for terms in zip(*[run.terms for run in counted], strict=True))
+        want: Any = sum(a * run.terms[0] + b * run.terms[1] for run in counted for a, b in [run.coefficients])
+        want = want if how == "alone" else losses[1] + want
+        self.compare("the loss, AR and TAR", [total, self.reg.ar, self.reg.tar], [want, ar, tar])
+        for run in counted:
+            run.state = "taken"
+        by_hand.called.clear()
+        self.backward(loss, [total, want], how, keeps_graph, counted)
+        if not keeps_graph:
+            self.drop("the graph is freed")
+
+    def backward(
+        self, loss: Loss, totals: Sequence[Tensor], how: str, keeps_graph: bool, counted: Sequence[Run] = ()
+    ) -> None:
+        """Make a backward on each side, in one of many ways, and compare the gradients."""
+        has_penalty = any(run.can_be_lost() for run in counted)
+        if how == "gradients of raw":  # and of other tensors that the net returned, which attach may have marked
+            names = [(call, name) for call, *_ in loss for name, x in call.tensors(1).items() if x.requires_grad]
+            both = [[call.tensors(side)[name] for call, name in names] for side in (0, 1)]
+            options: Any = {"retain_graph": True, "allow_unused": True}
+            gradients = [torch.autograd.grad(x, xs, **options) for x, xs in zip(totals, both, strict=True)]
+            self.compare("the gradients of activations", *gradients)
+            self.by_hand.backwards = None if has_penalty else self.by_hand.backwards
+        if self.draw.random() < 0.1:
+            self.change_coefficients("numbers", "tensors")  # the coefficients of the forward count
+        for keeps in [True, keeps_graph] if how == "twice" else [keeps_graph]:
+            if how == "second" and has_penalty:  # already in the first derivatives
+                self.by_hand.backwards = None
+            cases = self.by_hand.passed(totals[1], has_penalty)
+            for net, x in zip(self.nets, totals, strict=True):
+                with self.announced("", cases if net is self.net else []):
+                    if how == "second":
+                        first = torch.autograd.grad(x, parameters(net), create_graph=True, allow_unused=True)
+                        x = torch.stack([y.square().sum() for y in first if y is not None]).sum()
+                    if x.requires_grad:
+                        x.backward(retain_graph=keeps, inputs=parameters(net))
+        self.compare("the gradients", *([x.grad for x in parameters(net)] for net in self.nets))
+        for net in self.nets:
+            net.zero_grad()
+
+    def forget(self) -> None:
+        """Make a backward of a loss without its penalty, as if `on_backward_begin` was forgotten."""
+        loss = self.loss() if self.calls else []
+        if loss:
+            self.note("backward without the penalty")
+            self.backward(loss, [total_of(loss, side) for side in (0, 1)], "plain", True)
+
+    def attack(self) -> None:
+        """Differentiate a loss without its penalty by what the net returned and by parameters, as an attack does."""
+        loss = self.loss() if self.calls else []
+        for _ in range(3 * bool(loss)):
+            self.note("gradients without the penalty")
+            results = []
+            for side, net in enumerate(self.nets):
+                by = [loss[0][0].tensors(side)[loss[0][1]], *parameters(net)]
+                options: Any = {"retain_graph": True, "allow_unused": True}
+                with self.announced(""):
+                    results.append(torch.autograd.grad(total_of(loss, side), by, **options))
+            self.compare("the gradients of an attack", *results)
+
+    def evaluate(self) -> None:
+        """Check that evaluation adds nothing, nor does a loss without gradients."""
+        if any(run.terms is None for run in self.by_hand.runs):
+            return
+        kind = self.draw.choice(["evaluation", "evaluation" if self.frozen else "no gradients"])
+        call = self.run(kind, carries=False)
+        self.net.train(kind != "evaluation")
+        loss = call.results[0][0].square().mean()
+        outcome = "all modules are in evaluation" if kind == "evaluation" else "the loss needs no gradient"
+        self.note(f"outcome: {outcome}")
+        assert self.reg.on_backward_begin(loss) is loss, kind
+        assert self.reg.take(loss) is None, kind
+        self.net.train()
+
+    def clear(self) -> None:
+        self.note("clear()")
+        self.reg.clear()
+        self.by_hand.clear()
+
+    def train_step(self) -> None:
+        """Change the parameters, as an optimizer does, and often the coefficients."""
+        with torch.no_grad():
+            for x in self.net.parameters():
+                x += 0.1 * torch.randn_like(x)
+        self.plain.load_state_dict(self.net.state_dict(), strict=False)  # without the module that is never called
+        self.drop("a step of the optimizer")
+        if self.draw.random() < 0.5:
+            self.change_coefficients()
+
+    def drop(self, event: str) -> None:
+        """Drop all graphs of calls; their states may be carried on, detached."""
+        self.note(event)
+        self.calls, self.checkpointed = [], False
+        self.by_hand.marks.clear()
+        if self.last is not None:
+            states = [tree_map(torch.detach, result[1]) for result in self.last.results]
+            self.last = Call(self.last.kind, [(None, state, None) for state in states], [])
+
+    def play(self, events: int = 14) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "attach|FusedRNNDropout|on_backward_begin")
+            for _ in range(events):
+                weights = {
+                    self.run: 12 if self.single else 6,
+                    self.regularize: 6,
+                    self.train_step: 2,
+                    self.evaluate: 1,
+                    self.clear: 0.3,
+                }
+                weights |= {self.change_coefficients: 1, self.forget: 2, self.attack: 0.5}
+                self.event(self.draw.choices([*weights], [*weights.values()])[0])
+            self.event(self.clear)
+            self.event(self.regularize)
+
+    def event(self, event: Callable[[], Any]) -> None:
+        try:
+            event()
+        except Refused:
+            self.reg.clear()
+            self.by_hand.clear()
+            self.drop("the step is dropped")
+            self.last = None
+            self.net.train()
+            for net in self.nets:
+                net.zero_grad()
+
+    # The comparisons
+
+    def compare(self, what: str, got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> None:
+        """Compare tensors by their norms; a norm far below the largest counts as a hundredth of that."""
+        pairs = [[torch.zeros(()) if x is None else x.detach() for x in both] for both in zip(got, want, strict=True)]
+        floor = max(y.norm() for _, y in pairs) / 100
+        error = max(float((x - y).norm() / max(y.norm(), floor)) if x.ne(y).any() else 0.0 for x, y in pairs)
+        self.counts["compared"] += 1
+        assert error < 1e-9, f"{what}: relative error {error:.2g}"
+
+
+TWICE = "attach: the attached {} got the same output of the {} twice, and AR is defined for one dropped tensor; {}"
+
+
+def pattern(message: str) -> str:
+    """Return a regular expression of a message with fields."""
+    return re.sub(r"\\\{\w*\\\}", ".*", re.escape(message))
+
+
+def detached(x: Tensor) -> Tensor:
+    """Detach a state in place, as training loops do, where it is no view."""
+    return x.detach() if x._is_view() else x.detach_()
+
+
+def parameters(net: nn.Module) -> list[nn.Parameter]:
+    return [x for x in net.parameters() if x.requires_grad]
+
+
+def mean(x: Tensor, counts: Tensor) -> Tensor:
+    """Return the mean square of the rows that count; 0 for none."""
+    return (x.square() * counts.unsqueeze(-1)).sum() / (counts.sum() * x.shape[-1]).clamp(min=1)
+
+
+def total_of(loss: Loss, side: int) -> Tensor:
+    return torch.stack([w * f(call.tensors(side)[name]).mean() for call, name, f, w in loss]).sum()
+
+
+if __name__ == "__main__":
+    play_all(Play)
