@@ -33,60 +33,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COPIED = ["fastreg", "kernels", "tests", "bench", "pyproject.toml"]
 CORES, FORK = os.cpu_count() or 1, get_context("fork")
-LIMIT = 600  # seconds after which a mutant hangs: all of its tests take less
 CHOSEN = "not repeats_bitwise"  # which take long, and other tests find the same faults
-# file -> tests/test_*.py
-TESTS = {
-    "kernels/ar_tar.py": ["kernels", "plans", "prediction", "padding", "penalty", "dropout"],
-    "kernels/steps.py": ["steps", "kernels"],
-    "kernels/reduction.py": ["kernels", "coefficients", "padding", "penalty"],
-    "kernels/tiling.py": ["kernels", "padding", "penalty", "axes", "sizes"],
-    "fastreg/call/penalty.py": ["plans", "prediction", "coefficients", "padding", "penalty", "derivatives", "torch"],
-    "fastreg/call/dropout.py": ["plans", "prediction", "padding", "dropout", "axes", "attachment", "derivatives"],
-    "fastreg/call/rnn_dropout.py": ["rnn_dropout", "mistakes", "source", "dropout", "coefficients", "saved"],
-    "fastreg/attach/source.py": ["source", "attachment"],
-    "fastreg/attach/mark.py": ["carrier", "ledger", "attachment"],
-    "fastreg/attach/ledger.py": ["ledger", "attachment"],
-    "fastreg/attach/attachment.py": ["attachment", "ledger", "mistakes", "rnn_dropout", "compiled_attach"],
-    "fastreg/attach/regularizer.py": ["regularizer", "mistakes", "ledger", "attachment"],
-    "fastreg/call/reference.py": [
-        "steps",
-        "padding",
-        "axes",
-        "coefficients",
-        "derivatives",
-        "dropout",
-        "penalty",
-        "torch",
-    ],
-    "fastreg/call/problem.py": ["padding", "axes", "coefficients", "derivatives", "penalty"],
-    "fastreg/call/arguments.py": ["layout", "mistakes", "plans", "prediction", "padding", "penalty", "dropout"],
-    "fastreg/call/fold.py": ["axes", "prediction", "penalty", "padding", "dropout", "torch"],
-    "fastreg/call/plans.py": ["plans", "penalty", "coefficients", "torch"],
-    "fastreg/call/operation.py": ["plans", "prediction", "coefficients", "dropout", "penalty", "derivatives"],
-    "fastreg/call/prepare.py": ["layout", "steps", "plans", "padding", "axes", "penalty", "dropout", "prediction"],
-    "fastreg/call/torch_state.py": [
-        "attachment",
-        "compiled_attach",
-        "coefficients",
-        "penalty",
-        "derivatives",
-        "torch",
-        "package",
-    ],
-    **{
-        f"kernels/{name}": ["steps", "cpu", "coefficients", "prediction", "padding", "axes", "dropout", "penalty"]
-        for name in ("cpu.cpp", "cpu_rows.h", "cpu_steps.h", "cpu_vectors.h", "cpu_work.h")
-    },
-    "kernels/cpu.py": ["prediction", "cpu", "penalty"],
-    "kernels/view.py": ["prediction", "padding", "penalty", "coefficients"],
-    "kernels/streams.py": ["plans"],
+# The folder of the code -> the folders of its tests: its own first, and those whose code calls it
+ROOMS = {
+    "kernels": ["tests/kernels", "tests/call"],
+    "fastreg/call": ["tests/call", "tests/attach", "tests/kernels"],
+    "fastreg/attach": ["tests/attach", "tests/call"],
 }
-# The tests of interpreted mutants outside of kernels/: few, as the interpreter is slow
-INTERPRETED = {
-    "fastreg/call/dropout.py": ["prediction", "dropout", "plans"],
-    "fastreg/call/plans.py": ["coefficients", "plans"],
-}
+OF_KERNELS = ROOMS["kernels"]  # the tests of a mutant that runs in the interpreter
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+LIMIT = 1800 if INTERPRET else 600  # seconds after which a mutant hangs: all of its tests take less
+MARKS = "not gpu and not more and not triton" + INTERPRET * " and not slow"
 
 # file -> mutants: a function or class, the fault, a text that occurs there exactly once, and its replacement
 CODE: dict[str, list[tuple[str, str, str, str]]] = {
@@ -556,9 +513,8 @@ class Mutant(NamedTuple):
 
     @property
     def tests(self) -> list[str]:
-        """The test files, one of whose tests must fail."""
-        names = INTERPRETED.get(self.file, TESTS[self.file]) if self.interpreted else TESTS[self.file]
-        return [f"tests/test_{name}.py" for name in names]
+        """The folders of tests, one of whose tests must fail."""
+        return OF_KERNELS if self.interpreted else ROOMS[os.path.dirname(self.file)]
 
     def source(self) -> str:
         """The whole file with the wrong place in it."""
@@ -584,14 +540,14 @@ def build(kernels: Path) -> None:
 
 
 class Order:
-    """A plugin of pytest: the tests that have killed the most mutants run first."""
+    """A plugin of pytest: the tests that have killed the most mutants run first, and slow ones last."""
 
     def __init__(self) -> None:
         self.kills: Counter[str] = Counter()
         self.failed = ""  # the first test that failed in this process
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: -self.kills[item.nodeid])
+        items.sort(key=lambda item: (-self.kills[item.nodeid], item.get_closest_marker("slow") is not None))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed = self.failed or report.nodeid * report.failed
@@ -613,12 +569,12 @@ class Job:
         os.chdir(copy := self.copy.name)
         sys.path[0] = copy
         del sys.modules["tests"]  # imported from the checkout
-        options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN]
+        options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN, "-m", MARKS]
         options += ["-W", "error:fastreg runs the plain formula on CPUs"]  # else an old library would hide a mutant
         with Path("output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+            if not INTERPRET:  # a search without end fills 4 GB; interpreted tests reserve more
+                resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
             if self.mutant is not None:
-                if not self.mutant.interpreted:  # a search without end fills 4 GB; interpreted tests reserve more
-                    resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
                 Path(self.mutant.file).write_text(self.mutant.source())
                 if self.mutant.file.endswith((".cpp", ".h")):
                     build(Path(copy, "kernels"))
@@ -657,15 +613,15 @@ def main(chosen: str = "") -> str:
     """Run the mutants of this setting, print the table, and return a message if tests or the list must be seen to."""
     if not any(chosen in str(mutant) for mutant in MUTANTS):
         return f"no mutant has {chosen!r} in its line"
-    interpret, began = os.environ.get("TRITON_INTERPRET") == "1", time.monotonic()
-    mutants = [x for x in MUTANTS if chosen in str(x) and x.interpreted == interpret]
-    print(f"{len(mutants)} mutants, {'with' if interpret else 'without'} Triton's interpreter", flush=True)
+    began = time.monotonic()
+    mutants = [x for x in MUTANTS if chosen in str(x) and x.interpreted == INTERPRET]
+    print(f"{len(mutants)} mutants, {'with' if INTERPRET else 'without'} Triton's interpreter", flush=True)
     for mutant in mutants:
         mutant.source()  # which fails where the list is stale
     os.environ["OMP_NUM_THREADS"] = "1"
     import_module("torch._dynamo")  # slow to import, and not tested: imported once, before the forks
-    files = {name for mutant in mutants for name in mutant.tests}
-    if failed := [test for _, test in run_all([(None, [name]) for name in sorted(files)]) if test]:
+    folders = {folder for mutant in mutants for folder in mutant.tests}
+    if failed := [test for _, test in run_all([(None, [folder]) for folder in sorted(folders)]) if test]:
         return f"the code as it is fails: {', '.join(failed)}"
     survivors = 0
     for mutant, killer in run_all([(mutant, mutant.tests) for mutant in mutants]):

@@ -58,7 +58,8 @@ def at_once(file: Path, tasks: list[str], limits: Limits) -> None:
 
 
 def tests(file: Path, tasks: list[str], limits: Limits) -> None:
-    """Run files of tests, some at a time, and the files that need much memory one by one after the others."""
+    """Run files of tests, some at a time, and the one that needs much memory after the others."""
+    large = f"tests {run.LARGE}"
 
     def one(task: str) -> None:
         name, began = task.removeprefix("tests "), time.monotonic()
@@ -67,10 +68,9 @@ def tests(file: Path, tasks: list[str], limits: Limits) -> None:
         append(file, end=task, seconds=round(time.monotonic() - began, 1), **outcome)
 
     with ThreadPoolExecutor(max(1, min(TESTERS, (os.cpu_count() or 1) // 2))) as pool:
-        list(pool.map(one, [task for task in tasks if task.removeprefix("tests ") not in run.LARGE]))
-    for task in tasks:
-        if task.removeprefix("tests ") in run.LARGE:
-            one(task)
+        list(pool.map(one, [task for task in tasks if task != large]))
+    if large in tasks:
+        one(large)
 
 
 def names(kind: str, settings: Iterable[gpu_tasks.Setting]) -> list[str]:

@@ -40,13 +40,12 @@ from bench.measure.steps import WITHOUT
 from bench.measure.worker import Limits, records, supervise
 
 ROOT = machine.ROOT
-# The files come first that test most of the kernels for their time; tests/project/test_bench.py checks that none is
-# missing.
-TESTS = (
-    *("kernels", "sizes", "concurrency", "dropout", "attachment", "prediction", "penalty", "bench", "coefficients"),
-    *("steps", "plans", "distributed", "padding", "axes", "graphs", "derivatives"),
-)
-LARGE = ("sizes",)  # files whose tests need much memory
+# The tests of the kernels come first. A test for a GPU has a mark, or takes a fixture that has it.
+ROOMS = "kernels", "call", "attach", "project"
+FOR_A_GPU = re.compile(r"(?<![\".[])\bgpu\b(?![\".])|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+FILES = [file for room in ROOMS for file in sorted(ROOT.glob(f"tests/{room}/test_*.py"))]
+TESTS = [str(file.relative_to(ROOT / "tests")) for file in FILES if FOR_A_GPU.search(file.read_text())]
+LARGE = "kernels/test_sizes.py"  # needs much memory
 SANITIZERS = "memcheck", "racecheck"
 SANITIZED = ["tests/kernels/test_kernels.py", "-k", "programs_share"]  # forward and backward, one program and many
 FILE_SECONDS, SANITIZER_SECONDS = 120, 75  # limits, so that a file that hangs leaves time for the others
@@ -62,7 +61,7 @@ def run_file(name: str, seconds: float) -> dict[str, Any]:
         report = Path(temporary, "report.xml")
         options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
         options += ["-m", "gpu" if torch.cuda.is_available() else "not gpu"]
-        tests = subprocess.Popen([sys.executable, "-m", "pytest", *options, f"tests/test_{name}.py"], cwd=ROOT)
+        tests = subprocess.Popen([sys.executable, "-m", "pytest", *options, f"tests/{name}"], cwd=ROOT)
         try:
             end = f"ended with status {tests.wait(seconds)}"
         except subprocess.TimeoutExpired:
@@ -79,14 +78,14 @@ def run_file(name: str, seconds: float) -> dict[str, Any]:
     if end == "out of time":
         del cases[-1:]  # the test that was interrupted looks as if it had passed
     outcomes = Counter(map(outcome, cases))
-    failed = [f"test_{name}.py::{case.get('name')}" for case in cases if outcome(case) == "failed"]
-    failed += [f"test_{name}.py: {end}"] * (end == "out of time")
+    failed = [f"{name}::{case.get('name')}" for case in cases if outcome(case) == "failed"]
+    failed += [f"{name}: {end}"] * (end == "out of time")
     return {"passed": outcomes["passed"], "skipped": outcomes["skipped"], "failed": failed}
 
 
 def unfinished(name: str, why: str) -> dict[str, Any]:
     """Record that the tests of a file did not end."""
-    return {"passed": 0, "skipped": 0, "failed": [f"test_{name}.py: {why}"]}
+    return {"passed": 0, "skipped": 0, "failed": [f"{name}: {why}"]}
 
 
 def outcome(case: ElementTree.Element) -> str:
@@ -129,7 +128,7 @@ def test(folder: Path, seconds: float) -> int:
     try:
         for name in TESTS:
             if time.monotonic() < end - reserved:
-                print(f"== tests/test_{name}.py", flush=True)
+                print(f"== tests/{name}", flush=True)
                 files[name] = unfinished(name, "interrupted")
                 files[name] = run_file(name, min(end - reserved - time.monotonic(), most))
         for tool in sanitizers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutants import MUTANTS, TESTS, Mutant
+from tests.mutants import MUTANTS, Mutant
 
 pytestmark = pytest.mark.main
 
@@ -14,7 +14,6 @@ def test_still_applies(mutant: Mutant) -> None:
     source = mutant.source()
     if mutant.file.endswith(".py"):
         compile(source, mutant.file, "exec")
-    assert mutant.file in TESTS
 
 
 def test_no_mutant_is_there_twice() -> None:
