@@ -20,8 +20,9 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
+from fastreg.attach.paths import Paths, Swap, check_no_coefficients, pairs_of_learner
 from fastreg.attach.regularizer import RNNRegularizer as Regularizer
-from fastreg.attach.source import Source, Swap, attach_at, check_no_coefficients, of_batch, of_language_model
+from fastreg.attach.source import Masks
 from fastreg.call.problem import Coefficient, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
@@ -125,8 +126,10 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
         super().__init__(alpha, beta, bptt=bptt)
-        source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
-        self.source = of_language_model(source, SWAP, batch_first=True)
+        if dropout is True and rnn is None:
+            self.paths = Paths([("0", SWAP)], Masks(valid, starts), output, batch_first=True)
+        else:
+            self.paths = Paths(pairs_of_learner(rnn, dropout), Masks(valid, starts), output, batch_first)
         self._handle: Any = None  # the attached modules, during a fit
         self._scaled = ExitStack()  # restores the learning rate of the optimizer
         self._totals: Any = [0.0, 0.0, 0]  # sums over the epoch: AR times size, TAR times size, and size of a batch
@@ -153,7 +156,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     def after_pred(self) -> None:
         self.order = stock.RNNRegularizer.order  # to add the penalty when fastai's callback does
         pred, captures = self.learn.pred, len(self._captures())
-        if not (self.source.module is None) <= captures <= is_list(pred):
+        if not (not self.paths.pairs) <= captures <= is_list(pred):
             raise TypeError(
                 f"expected (decoded, raw, dropped) from the {type(self.learn.model).__name__}, and one RNNCallback to "
                 f"capture them, got a {type(pred).__name__} and {captures} RNNCallbacks. If the model returns only its "
@@ -161,9 +164,9 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
             )
 
     def after_loss(self) -> None:
-        if self.source.module is None:
+        if not self.paths.pairs:
             (capture,) = self._captures()
-            steps, masks = capture.raw_out.shape[1], self.source.masks(*self.learn.xb)
+            steps, masks = capture.raw_out.shape[1], self.paths.masks.of(*self.learn.xb)
             last = {name: mask[:, -steps:] for name, mask in masks.items() if mask is not None}
             self.on_loss_begin((self.learn.pred, capture.raw_out, capture.out), batch_first=True, **last)
         elif self._handle is None:
@@ -206,11 +209,9 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         if last is not None:  # a fit was cut off, of this learner or of another learner of the same model
             last._leave()
         LAST[id(model)] = self
-        is_silent = (
-            getattr(self.learn, "logger", None) is noop
-        )  # in `learn.no_logging()`; `fuse` attaches without a learner
-        say = None if is_silent else print
-        self._handle = attach_at(self, model, of_batch(self.source, lambda: self.learn.xb), say)
+        is_silent = getattr(self.learn, "logger", None) is noop  # in no_logging(); `fuse` attaches without a learner
+        paths = self.paths.with_batch(lambda: self.learn.xb)
+        self._handle = paths.attach(self, model, None if is_silent else print)
 
     def _leave(self) -> None:
         """Restore the learning rate, and take the hooks off."""

@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fastreg.attach.paths import Paths, Swap, check_no_coefficients, pairs_of_learner
 from fastreg.attach.regularizer import RNNRegularizer
-from fastreg.attach.source import Source, Swap, attach_at, check_no_coefficients, of_batch, of_language_model
+from fastreg.attach.source import Masks
 from fastreg.call.problem import Coefficient, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
@@ -109,10 +110,12 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         _freed(learn)
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
-        source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
-        self.source = of_language_model(source, SWAP, output=last_raw, batch_first=BATCH_FIRST)
+        if dropout is True and rnn is None:
+            self.paths = Paths([("0", SWAP)], Masks(valid, starts), last_raw, BATCH_FIRST)
+        else:
+            self.paths = Paths(pairs_of_learner(rnn, dropout), Masks(valid, starts), output, batch_first)
         super().__init__(alpha, beta, bptt=bptt)
-        self.attached = attach_at(self, learn.model, self.source)  # a wrong path raises before any training
+        self.attached = self.paths.attach(self, learn.model)  # a wrong path raises before any training
         LearnerCallback.__init__(self, learn)
         self.adjust = adjust
         self.scaled = ExitStack()  # restores the learning rate of the optimizer
@@ -121,7 +124,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
 
     def get_state(self, minimal: bool = True) -> dict[str, Any]:
         """Return the attributes from which `Learner.purge` makes the callback again."""
-        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "source")}
+        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "paths")}
 
     def on_train_begin(self, **_: Any) -> None:
         self.on_train_end()  # a fit that was cut off may not have called this
@@ -134,13 +137,13 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
     def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:
         self.batch = last_input if is_list(last_input) else [last_input]
         if train and not self.is_attached:  # after only a validation nothing would detach
-            self.attached = attach_at(self, self.learn.model, of_batch(self.source, lambda: self.batch), print)
+            self.attached = self.paths.with_batch(lambda: self.batch).attach(self, self.learn.model, print)
             self.is_attached = True
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
-        if self.source.module is None and train:
-            super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.source.masks(*self.batch))
-        is_decoded = self.source.module is not None and self.source.output is not last_raw
+        if train and not self.paths.pairs:
+            super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.paths.masks.of(*self.batch))
+        is_decoded = self.paths.pairs and self.paths.output is not last_raw
         decoded = last_output if is_decoded else last_output[0]
         return answer("last_output", decoded)
 

@@ -1,4 +1,4 @@
-"""Remarks on the installation: where the imported package is, and what it hides or shares.
+"""Remarks on the installation: the folder of the imported package, and other installations beside it.
 
 The distribution is called fastreg-rnn. An unrelated distribution called fastreg also installs a file
 `fastreg/__init__.py`, which `fastreg/call/__init__.py` refuses.

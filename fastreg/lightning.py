@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.attach.paths import Paths, pairs_of
 from fastreg.attach.regularizer import RNNRegularizer
-from fastreg.attach.source import Source, attach_at, check_paths, of_batch
+from fastreg.attach.source import Masks
 from fastreg.call.arguments import check_flags, shown
 from fastreg.call.problem import Coefficient
 
@@ -79,8 +80,7 @@ class ActivationRegularization(Callback):
     ) -> None:
         check_flags(log=log)
         self.regularizer = RNNRegularizer(alpha, beta)
-        check_paths(rnn)
-        self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
+        self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first)
         self.logged = log  # Lightning sets `log` itself
         self._terms = torch.zeros(3)  # the sums of AR and TAR over the steps of the epoch, and how many steps
 
@@ -90,8 +90,8 @@ class ActivationRegularization(Callback):
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
         step = pl_module.training_step
-        source = of_batch(self.source, lambda: [step.batch], _takes_more)
-        step.undo.enter_context(attach_at(self.regularizer, pl_module, source, pl.utilities.rank_zero_info))
+        paths = self.paths.with_batch(lambda: [step.batch], _takes_more)
+        step.undo.enter_context(paths.attach(self.regularizer, pl_module, pl.utilities.rank_zero_info))
         step.callbacks.append(self)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastreg.attach.paths import Paths, pairs_of
 from fastreg.attach.regularizer import RNNRegularizer
-from fastreg.attach.source import Source, attach_at, check_paths, of_batch
+from fastreg.attach.source import Masks
 from fastreg.call.arguments import shown
 from fastreg.call.problem import Coefficient, is_on
 from fastreg.call.reference import encoded
@@ -99,8 +100,7 @@ class RegularizedTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta)
-        check_paths(rnn)
-        self.source = Source(rnn, dropout, output, batch_first, valid=valid, starts=starts)
+        self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first)
         self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
         self._sums: list[Any] = [0] * 4  # sums since the last log: AR and TAR by their shares, and the shares
         super().__init__(*args, **kwargs)
@@ -143,13 +143,13 @@ class RegularizedTrainer(Trainer):
 
     def _attached(self, batch: Any = None) -> ExitStack:
         """Attach to the modules until the returned stack is closed, with the masks of a batch."""
-        source = of_batch(self.source, lambda: [batch])
-        return attach_at(self.regularizer, _inner(self.model), source, log.warning, layout=True)
+        paths = self.paths.with_batch(lambda: [batch])
+        return paths.attach(self.regularizer, _inner(self.model), log.warning, layout=True)
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, because the `Trainer` removes it from the batches."""
-        taken = signature(_inner(self.model).forward).parameters
-        if self.source.valid is not attention_mask or not self.args.remove_unused_columns or "attention_mask" in taken:
+        taken, valid = signature(_inner(self.model).forward).parameters, self.paths.masks.valid
+        if valid is not attention_mask or not self.args.remove_unused_columns or "attention_mask" in taken:
             return
         data: Any = self.train_dataset
         columns = dict.fromkeys(getattr(data, "column_names", None) or (), True)  # of a stream, which must not be read
@@ -204,7 +204,7 @@ class RegularizedTrainer(Trainer):
 
     def _size_of(self, batches: list[Any]) -> Tensor:
         """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
-        masks = [self.source.masks(batch) for batch in batches]
+        masks = [self.paths.masks.of(batch) for batch in batches]
         for name in ("valid", "starts"):
             count = sum(found[name] is not None for found in masks)
             if 0 < count < len(batches):

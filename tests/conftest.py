@@ -31,7 +31,7 @@ from fastreg.call.plans import forget
 from tests.language_model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
-collect_ignore = [] if find_spec("triton") else ["ptx"]  # runs code that Triton compiles
+collect_ignore = [] if find_spec("triton") else ["kernels/ptx"]  # runs code that Triton compiles
 CPU = backend_for(torch.device("cpu"))
 KERNELS_ON_CPU = CPU is not None and CPU is TRITON
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # slowly, and bfloat16 is cut off instead of rounded

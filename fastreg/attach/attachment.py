@@ -201,7 +201,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         other = self.ledger.find(rows)
         if is_marked(rows) or (other is not None and other.attachment is not self and other.state in HELD):
             self._refuse_regularized()
-        run = self.ledger.begin(self, raw, source.masks(*args, **kwargs), again)
+        run = self.ledger.begin(self, raw, source.masks.of(*args, **kwargs), again)
         marked = {id(rows): rows}
         if source.dropout is None:
             self.ledger.arrive(run)
@@ -239,7 +239,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         run = self._run_of(args, kwargs)
         if run is None:
             return None
-        if run.packed is not None and self.source.dropout.training:
+        if run.packed is not None and self.source.dropout.training:  # pyright: ignore[reportOptionalMemberAccess]
             raise TypeError(
                 "FusedRNNDropout: expected (batch, time, hidden) as a tensor, got the data of a PackedSequence, whose "
                 "rows belong to several sequences; use another dropout for packed data"

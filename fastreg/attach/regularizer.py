@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.ledger import Ledger, total
-from fastreg.attach.source import Source
+from fastreg.attach.source import Masks, Source
 from fastreg.call.arguments import check_captured, check_coefficient, check_count, check_steps, shown
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.prepare import coefficient, place_of
@@ -304,7 +304,7 @@ class RNNRegularizer:
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the penalty
                 would be wrong or lost. The message names the remedy.
         """
-        source = Source(module, dropout, output, batch_first, time_dim, valid, starts).checked()
+        source = Source(module, dropout, output, batch_first, time_dim, Masks(valid, starts)).checked()
         if self._has_layers:
             raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")
         if self._given is not None:

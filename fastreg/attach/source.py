@@ -1,16 +1,13 @@
-"""`Source`, which says where activations come from, and `attach_at`, which attaches the modules at attribute paths.
+"""`Source`, which says where activations come from, and `Masks`, which says which of their time steps count.
 
-`RNNRegularizer.attach` checks a source once. Its hooks then ask the source for raw and for the masks of time steps. The
-adapters fill a source with attribute paths, and `attach_at` attaches to the modules at these paths.
+`RNNRegularizer.attach` checks a source once. Its hooks then ask the source for raw and for the masks of time steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,41 +34,80 @@ class MaskError(RuntimeError):
 
 
 @dataclass(frozen=True, eq=False)
+class Masks:
+    """Hold the functions that return the masks of time steps.
+
+    Attributes:
+        valid: a function of the arguments of a module's forward, or of a batch, that returns the mask of valid steps,
+            or `None` if all steps are valid.
+        starts: a function of the same arguments that returns the mask of the steps at which segments start, or `None`.
+
+    Raises:
+        TypeError: a function is neither callable nor `None`.
+    """
+
+    valid: Callable[..., Tensor | None] | None = None
+    starts: Callable[..., Tensor | None] | None = None
+
+    def __post_init__(self) -> None:
+        check_callable("valid", self.valid)
+        check_callable("starts", self.starts)
+
+    def of(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the masks of valid steps and of starts, by their names, for these arguments.
+
+        Raises:
+            RuntimeError: a function has raised an error, which is the cause of this one.
+            TypeError: a function has returned neither a tensor nor `None`.
+        """
+        return {
+            "valid": None if self.valid is None else _mask("valid", self.valid, args, kwargs),
+            "starts": None if self.starts is None else _mask("starts", self.starts, args, kwargs),
+        }
+
+    def of_batch(
+        self, batch: Callable[[], Sequence[Any]], takes_more: Callable[[Callable[..., Any]], bool] | None = None
+    ) -> Masks:
+        """Return functions of a module's arguments that call these functions with a batch instead.
+
+        Args:
+            batch: a function that returns the inputs of the batch.
+            takes_more: a function that returns whether a given function also takes the module's arguments, behind the
+                batch; `None` if no function takes them.
+        """
+
+        def of(name: str, function: Callable[..., Any] | None) -> Callable[..., Tensor | None] | None:
+            if function is None:
+                return None
+            if takes_more is not None and takes_more(function):
+                return lambda *args, **kwargs: _mask(name, function, (*batch(), *args), kwargs)
+            return lambda *_, **__: _mask(name, function, batch(), {})
+
+        return Masks(of("valid", self.valid), of("starts", self.starts))
+
+
+@dataclass(frozen=True, eq=False)
 class Source:
     """Hold the facts that say where raw and dropped come from, and which time steps count.
 
     Attributes:
-        module: the module that returns raw. In an adapter it is the attribute path of that module in the model, or a
-            list of paths, or `None` if the model itself returns `(decoded, raw, dropped)`.
-        dropout: the module that computes dropped from raw; `None` if dropped is raw. In an adapter it is the path of
-            that module or a `Swap`, for all modules, or a list with a path or `None` for each module.
+        module: the module that returns raw.
+        dropout: the module that computes dropped from raw; `None` if dropped is raw.
         output: a function that picks raw from the module's output; `None` if raw is that output, its first item, or its
             `last_hidden_state`.
         batch_first: `False` for `(time, batch, hidden)`; `None` to read it from the module.
         time_dim: the axis of time, instead of batch_first.
-        valid: a function of the arguments of the module's forward, or in an adapter of the batch, that returns the mask
-            of valid steps, or `None` if all steps are valid.
-        starts: a function of the same arguments that returns the mask of the steps at which segments start, or `None`.
+        masks: the functions of the arguments of the module's forward that say which time steps count.
         place: the axis of time; `checked` sets it.
-
-    Raises:
-        TypeError: `output`, `valid` or `starts` is neither callable nor `None`.
     """
 
-    module: Any = None
-    dropout: Any = None
+    module: nn.Module
+    dropout: nn.Module | None = None
     output: Callable[[Any], Any] | None = None
     batch_first: bool | None = None
     time_dim: int | None = None
-    valid: Callable[..., Tensor | None] | None = None
-    starts: Callable[..., Tensor | None] | None = None
+    masks: Masks = field(default_factory=Masks)
     place: Place = field(default_factory=Place)
-
-    def __post_init__(self) -> None:
-        for name in ("output", "valid", "starts"):
-            function = getattr(self, name)
-            if function is not None and not callable(function):
-                raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
 
     def checked(self) -> Source:
         """Check the modules, and return the source with its axis of time.
@@ -79,6 +115,7 @@ class Source:
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`.
         """
+        check_callable("output", self.output)
         _check_module("module", self.module)
         if self.dropout is not None:
             _check_module("dropout", self.dropout)
@@ -136,135 +173,6 @@ class Source:
         is_one = self.place.time_dim is None and isinstance(raw, Tensor) and raw.dim() == 2
         return ONE_SEQUENCE if is_one else self.place
 
-    def masks(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the masks of valid steps and of starts, by their names, for the arguments of the module, or the batch.
-
-        Raises:
-            RuntimeError: a function has raised an error, which is the cause of this one.
-            TypeError: a function has returned neither a tensor nor `None`.
-        """
-        return {
-            "valid": None if self.valid is None else _mask("valid", self.valid, args, kwargs),
-            "starts": None if self.starts is None else _mask("starts", self.starts, args, kwargs),
-        }
-
-
-@dataclass(frozen=True)
-class Swap:
-    """Swap a dropout of a model for a fused one while a regularizer is attached.
-
-    Attributes:
-        path: the attribute path of the dropout.
-        plain: the class of the dropout.
-        fused: a function that makes a fused dropout from a probability.
-    """
-
-    path: str
-    plain: type[Any]
-    fused: Callable[[float], FusedRNNDropout]
-
-    def into(self, model: nn.Module, undo: ExitStack) -> FusedRNNDropout:
-        """Put a fused dropout into the model, in the same mode, until a stack is closed; return the fused dropout."""
-        own: Any = _module_at(model, "dropout", self.path)
-        if type(own) is not self.plain:
-            raise ValueError(f"dropout: expected an {self.plain.__name__} to swap, got {type(own).__name__}")
-        fused = self.fused(own.p).train(own.training)
-        model.set_submodule(self.path, fused)
-        undo.callback(lambda: model.set_submodule(self.path, own.train(fused.training)))
-        return fused
-
-
-def of_language_model(source: Source, swap: Swap, **facts: Any) -> Source:
-    """Return the source of fastai's language models, if `source` has the dropout `True` and names no module.
-
-    Any other source is returned with `None` instead of a dropout that is `False`.
-
-    Args:
-        source: the source.
-        swap: swaps the output dropout of a language model.
-        **facts: other attributes of the source of language models.
-    """
-    if source.dropout is True and source.module is None:
-        return replace(source, module="0", dropout=swap, **facts)
-    return replace(source, dropout=None if source.dropout is False else source.dropout)
-
-
-def of_batch(source: Source, batch: Callable[[], Sequence[Any]], takes_more: Any = None) -> Source:
-    """Return a source that calls `valid` and `starts` with a batch instead of the module's arguments.
-
-    Args:
-        source: the source.
-        batch: a function that returns the inputs of the batch.
-        takes_more: a function that returns whether a given function also takes the module's arguments, behind the
-            batch; `None` if no function takes them.
-    """
-
-    def of(name: str) -> Callable[..., Tensor | None] | None:
-        function = getattr(source, name)
-        if function is None:
-            return None
-        if takes_more is not None and takes_more(function):
-            return lambda *args, **kwargs: _mask(name, function, (*batch(), *args), kwargs)
-        return lambda *_, **__: _mask(name, function, batch(), {})
-
-    return replace(source, valid=of("valid"), starts=of("starts"))
-
-
-def check_paths(rnn: object) -> None:
-    """Check the `rnn` of an adapter that captures nothing itself."""
-    if not isinstance(rnn, str) and not is_list(rnn):
-        raise TypeError(
-            f"rnn: expected the attribute path of a module, such as 'encoder.lstm', or a list, got {type(rnn).__name__}"
-        )
-
-
-def check_no_coefficients(options: Collection[str]) -> None:
-    """Check that `fuse` of an adapter gets no coefficients, because the learner's own callback has them."""
-    for name in ("alpha", "beta"):
-        if name in options:
-            raise TypeError(
-                f"{name}: expected no coefficient, as fuse keeps those of the learner's callback; change its attribute "
-                f"{name} before or after fuse"
-            )
-
-
-def attach_at(regularizer: Any, model: Any, source: Source, say: Any = None, layout: bool | None = None) -> ExitStack:
-    """Attach a regularizer to all modules at the paths of a source, until the returned stack is closed.
-
-    If an error occurs, no module stays attached.
-
-    Args:
-        regularizer: an `RNNRegularizer`.
-        model: the model.
-        source: the source, which names modules by their paths; nothing is attached if it names none.
-        say: a function that is called once for each module, at the first loss, with a line that names the axes of raw.
-        layout: the `batch_first` of a module that does not show it.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`, or a path names no module.
-    """
-    with ExitStack() as attached:
-        if (source.module, source.dropout, source.output, source.batch_first) == (None,) * 4:
-            return attached
-        rnns = source.module if is_list(source.module) else [source.module]
-        dropouts = source.dropout if is_list(source.dropout) else [source.dropout] * len(rnns)
-        if not rnns or len(dropouts) != len(rnns):
-            counts = f"{len(rnns)} RNNs and {len(dropouts)} dropouts"
-            raise ValueError(f"rnn and dropout: expected a dropout, or None, for each RNN, got {counts}")
-        for rnn, path in zip(rnns, dropouts, strict=True):
-            dropout = path
-            if isinstance(path, Swap):
-                dropout, path = path.into(model, attached), path.path
-            elif path is not None:
-                dropout = _module_at(model, "dropout", path)
-            module = _module_at(model, "rnn", rnn)
-            options = {"output": source.output, "valid": source.valid, "starts": source.starts}
-            batch_first = source.batch_first
-            options["batch_first"] = batch_first_of(module, layout) if batch_first is None else batch_first
-            handle = attached.enter_context(regularizer.attach(module, dropout, **options))
-            handle.paths, handle.say = (rnn, path), say
-        return attached.pop_all()
-
 
 def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:
     """Return `batch_first` of a module, or of the RNNs of PyTorch inside it, or a default.
@@ -306,6 +214,12 @@ def _mask(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: 
     return mask
 
 
+def check_callable(name: str, function: object) -> None:
+    """Check that an argument is a function or `None`."""
+    if function is not None and not callable(function):
+        raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
+
+
 def _check_module(name: str, module: object) -> None:
     """Check that a module is of a kind whose hooks run, and that it is not compiled."""
     if not isinstance(module, nn.Module):
@@ -315,15 +229,3 @@ def _check_module(name: str, module: object) -> None:
             raise TypeError(f"{name}: expected {expected.format(type(module).__name__)}")
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")
-
-
-def _module_at(model: nn.Module, kind: Literal["rnn", "dropout"], path: Any) -> nn.Module:
-    """Return the module at an attribute path; the error for a wrong path lists the paths that are most similar."""
-    if not isinstance(path, str):
-        raise TypeError(f"{kind}: expected the attribute path of a module, a str, got {type(path).__name__}")
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    candidates = ", ".join(map(repr, get_close_matches(path, names, n=5, cutoff=0)))
-    raise ValueError(f"{kind}: {type(model).__name__} has no such module at {path!r}; candidates: {candidates}")

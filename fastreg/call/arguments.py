@@ -165,7 +165,8 @@ def check_captured(raw: Any, decoded: Any, place: Place, is_said: bool) -> str:
     Returns:
         The words of a warning that raw may be a state; otherwise an empty string.
     """
-    first, shape = raw[0] if is_list(raw) else raw, tuple[Any, ...](getattr(decoded, "shape", ()))
+    shape: Any = tuple(getattr(decoded, "shape", ()))
+    first = raw[0] if is_list(raw) else raw
     if not isinstance(first, Tensor) or first.is_nested or first.dim() != 3:
         return ""
     if not is_said and first.shape[0] != first.shape[1]:

@@ -1,6 +1,6 @@
 """`RNNRegularizer.attach`: the runs that count for a loss, layouts, outputs of modules, and errors.
 
-`test_compiled_attach.py` compiles attached models, and `test_sequences.py` plays random steps of them.
+`test_compiled.py` compiles attached models, and `test_random_training.py` plays random steps of them.
 """
 
 from __future__ import annotations

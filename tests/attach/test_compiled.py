@@ -1,6 +1,6 @@
 """`RNNRegularizer.attach` and `torch.compile`: the numbers of the formula.
 
-`test_sequences.py` plays compiled models of every kind.
+`test_random_training.py` plays compiled models of every kind.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def floor(name: str) -> int:
 
 
 def imports_that_go_up(module: str, code: str) -> list[str]:
-    """List what the code of a module imports from a higher floor, at its top, in a function or for annotations."""
+    """List the imports of a module from a higher floor, also those in functions and for annotations."""
     names = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""`Source`: the modules of a model that an adapter attaches to, by their attribute paths."""
+"""`Paths`: the modules of a model that an adapter attaches to, by their attribute paths."""
 
 from __future__ import annotations
 
@@ -9,20 +9,9 @@ import torch
 from torch import nn
 
 from fastreg import FusedRNNDropout, fused_ar_tar
-from fastreg.attach.source import Source, Swap, attach_at, of_batch, of_language_model
-from tests.language_model import (
-    ALPHA,
-    BATCH,
-    BETA,
-    HIDDEN,
-    TIME,
-    Model,
-    formula,
-    gru,
-    inputs,
-    penalty_of,
-    regularizer,
-)
+from fastreg.attach.paths import Paths, Swap, pairs_of
+from fastreg.attach.source import Masks
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, Model, formula, gru, inputs, penalty_of, regularizer
 
 
 @pytest.mark.parametrize(
@@ -31,23 +20,41 @@ from tests.language_model import (
         ("rnn", None, r"rnn: ModuleDict has no such module at 'rnn'; candidates: .*'encoder\.rnn'"),
         ("encoder.rnn", "drop", r"dropout: .* no such module at 'drop'; candidates: 'encoder\.dropout'"),
         (["encoder.rnn", "stack"], None, r"may return \(time, batch, hidden\) like the LSTM inside it"),
-        (None, "encoder.dropout", "rnn: expected the attribute path of a module, a str, got NoneType"),
-        ([nn.LSTM(2, 2)], None, "rnn: expected the attribute path of a module, a str, got LSTM"),
         ("encoder.rnn", ["a", "b"], "rnn and dropout: .* got 1 RNNs and 2 dropouts"),
+        ([], None, "rnn and dropout: .* got 0 RNNs and 0 dropouts"),
     ],
 )
 def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, dropout: Any, message: str) -> None:
     stack, scan = nn.Sequential(nn.LSTM(HIDDEN, HIDDEN)), nn.Linear(HIDDEN, HIDDEN)
     model: Any = nn.ModuleDict({"encoder": Model(), "stack": stack, "scan": scan})
     reg = regularizer()
-    with pytest.raises((TypeError, ValueError), match=message):
-        attach_at(reg, model, Source(rnn, dropout), layout=True)
+    with pytest.raises(ValueError, match=message):
+        Paths(pairs_of(rnn, dropout)).attach(reg, model, layout=True)
     assert not any(module._forward_hooks for module in model.modules())
-    with attach_at(reg, model, Source(["encoder.rnn", "scan"], ["encoder.dropout", None]), layout=True):
+    with Paths(pairs_of(["encoder.rnn", "scan"], ["encoder.dropout", None])).attach(reg, model, layout=True):
         raw, _ = model["encoder"].rnn(inputs())
         last = model["scan"](dropped := model["encoder"].dropout(raw))
         torch.testing.assert_close(penalty_of(reg, last), formula(raw, dropped, 1) + formula(last, last, 1))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pairs_of(None, None), "rnn: expected the attribute path of a module, .* got NoneType"),
+        (lambda: pairs_of(nn.LSTM(2, 2), None), "rnn: expected the attribute path .* got LSTM"),
+        (lambda: pairs_of(["rnn", nn.GRU(2, 2)], None), "rnn: expected the attribute path .* got GRU"),
+        (lambda: pairs_of("rnn", True), "dropout: expected the attribute path .* got bool"),
+        (lambda: pairs_of(["rnn"], [nn.Dropout()]), "dropout: expected the attribute path .* got Dropout"),
+        (lambda: Paths(output=len), "rnn: expected the path of the RNN that output .* got None"),
+        (lambda: Paths(batch_first=True), "rnn: expected .* batch_first describe, got None"),
+        (lambda: Paths([("rnn", None)], output=1), "output: expected a callable or None, got int"),  # pyright: ignore
+        (lambda: Masks(starts=1), "starts: expected a callable or None, got int"),  # pyright: ignore
+    ],
+)
+def test_what_is_no_path_and_no_function_is_an_error(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("dropout", [None, "dropout"])
@@ -56,7 +63,8 @@ def test_one_sequence_is_known_from_the_rnn_and_from_output(dropout: str | None)
     options: dict[str, dict[str, Any]] = {"rnn": {}, "scan": {"output": lambda raw: raw, "batch_first": True}}
     for name, given in options.items():
         reg = regularizer()
-        with attach_at(reg, model, Source(name, dropout, valid=lambda *_: torch.arange(TIME) != 3, **given)):
+        masks = Masks(valid=lambda *_: torch.arange(TIME) != 3)
+        with Paths(pairs_of(name, dropout), masks, **given).attach(reg, model):
             result = model[name](inputs()[0])
             raw = result[0] if name == "rnn" else result
             dropped = model["dropout"](raw) if dropout else raw
@@ -67,8 +75,8 @@ def test_one_sequence_is_known_from_the_rnn_and_from_output(dropout: str | None)
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
     model = nn.Sequential(gru(), nn.Module())
     model[1].output_dp = own = nn.Dropout(0.1)
-    source = of_language_model(Source(dropout=True), Swap("1.output_dp", nn.Dropout, FusedRNNDropout))
-    with attach_at(regularizer(), model, source):
+    paths = Paths([("0", Swap("1.output_dp", nn.Dropout, FusedRNNDropout))])
+    with paths.attach(regularizer(), model):
         assert type(model[1].output_dp) is FusedRNNDropout
         model.eval()
     assert model[1].output_dp is own
@@ -79,7 +87,6 @@ def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
     ("takes_more", "got"), [((), ""), ((lambda _: True,), rf", Tensor\[{BATCH}, {TIME}, {HIDDEN}\], NoneType")]
 )
 def test_an_error_in_a_function_of_masks_names_it_and_its_arguments(takes_more: Any, got: str) -> None:
-    of_module = Source(gru(), valid=lambda *_, **__: {}["mask"])
-    source = of_batch(of_module, lambda: [torch.ones(2, 5), {"mask": 1}], *takes_more)
+    masks = Masks(valid=lambda *_, **__: {}["mask"]).of_batch(lambda: [torch.ones(2, 5), {"mask": 1}], *takes_more)
     with pytest.raises(RuntimeError, match=rf"^valid: \S*>\(Tensor\[2, 5\], dict{got}\) raised KeyError: 'mask'$"):
-        source.masks(inputs(), hx=None)
+        masks.of(inputs(), hx=None)
