@@ -207,7 +207,7 @@ def test_each_number_of_stages_spills_nothing(
     monkeypatch.setattr(tiling, "STAGES", dict.fromkeys(tiling.STAGES, stages))
     train(dtype)
     binaries = [binary for masked in (False, True) for found in trained(masked) for binary in found]
-    assert_no_spills(binaries, tmp_path, MOST_SPILLED if stages == 1 else 0)
+    assert_no_spills(binaries, tmp_path, MOST_SPILLED if stages == 1 or Version("3.6") > RELEASE else 0)
     copies = [len(re.findall(r"\bcp\.async\.cg\.shared\.global .*0x10", binary.asm["ptx"])) for binary in binaries]
     if stages == 1:
         assert copies == [0] * 4

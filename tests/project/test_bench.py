@@ -258,7 +258,7 @@ def test_a_lost_case_loses_no_other(failure: str, why: str, tmp_path: Path, monk
     script = tmp_path / "worker_of_the_test.py"
     script.write_text(
         "import ctypes, os, signal, sys, torch\n"
-        "from bench import benchmarks, cases\n"
+        "from bench.measure import benchmarks, cases\n"
         "benchmarks.SECONDS, torch.compile = 0.0, lambda way: way\n"
         "five = [cases.PenaltyCase((batch, 5, 8), torch.float32) for batch in range(2, 7)]\n"
         "cases.all_cases = lambda device, allocator: five\n"
@@ -507,7 +507,7 @@ def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
 def test_an_allocator_keeps_memory_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is kept, a call gets no pages from the system; glibc by itself keeps blocks of up to 32 MB."""
     script = (
-        "import torch; from bench import machine, timing; x = torch.zeros(2**24)\n"
+        "import torch; from bench.measure import machine, timing; x = torch.zeros(2**24)\n"
         "print(machine.allocator(), timing.page_faults(lambda _: (x + 1,)))"
     )
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:

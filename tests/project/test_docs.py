@@ -109,8 +109,8 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
     code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
     assert code
     program = (
-        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]\n"
-        "from fastai1_train import learner\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.adapters.fastai1_train import learner\n"
         "from tests.project.test_docs import check_examples\n"
         + "".join(f"exec({snippet!r}, {{'__name__': '__main__'}})\n" for snippet in code)
         + "check_examples('fastreg.fastai1', lambda: {'learn1': learner()})\n"

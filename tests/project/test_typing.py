@@ -11,12 +11,12 @@ import pytest
 from tests.conftest import ROOT, python
 from tests.project.test_docs import framework_of, snippets
 
+pytestmark = pytest.mark.main
+
 CALLS = """
 from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
 from torch import Tensor, ones
 from typing_extensions import assert_type
-
-pytestmark = pytest.mark.main
 
 
 def either(wanted: bool) -> None:
