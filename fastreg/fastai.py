@@ -126,10 +126,9 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
         super().__init__(alpha, beta, bptt=bptt)
-        if dropout is True and rnn is None:
-            self.paths = Paths([("0", SWAP)], Masks(valid, starts), output, batch_first=True)
-        else:
-            self.paths = Paths(pairs_of_learner(rnn, dropout), Masks(valid, starts), output, batch_first)
+        self.paths = Paths(pairs_of_learner(rnn, dropout), Masks(valid, starts), output, batch_first)
+        if dropout is True:
+            self.paths = Paths([("0", SWAP)], self.paths.masks, batch_first=True)
         self._handle: Any = None  # the attached modules, during a fit
         self._scaled = ExitStack()  # restores the learning rate of the optimizer
         self._totals: Any = [0.0, 0.0, 0]  # sums over the epoch: AR times size, TAR times size, and size of a batch

@@ -110,10 +110,9 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         _freed(learn)
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
-        if dropout is True and rnn is None:
-            self.paths = Paths([("0", SWAP)], Masks(valid, starts), last_raw, BATCH_FIRST)
-        else:
-            self.paths = Paths(pairs_of_learner(rnn, dropout), Masks(valid, starts), output, batch_first)
+        self.paths = Paths(pairs_of_learner(rnn, dropout), Masks(valid, starts), output, batch_first)
+        if dropout is True:
+            self.paths = Paths([("0", SWAP)], self.paths.masks, last_raw, BATCH_FIRST)
         super().__init__(alpha, beta, bptt=bptt)
         self.attached = self.paths.attach(self, learn.model)  # a wrong path raises before any training
         LearnerCallback.__init__(self, learn)

@@ -219,6 +219,9 @@ class RegularizedTrainer(Trainer):
 
 def _count(batch: Any, masks: dict[str, Any], device: torch.device) -> Tensor:
     """Count the valid steps of a batch and its pairs of valid neighbours, or its examples for both: `(2,)`."""
+    for name, x in masks.items():
+        if x is not None and x.dim() == 0:
+            raise ValueError(f"{name}: expected a mask of (batch, time), got a tensor without axes")
     given = {name: x.to(device).bool().reshape(-1, x.shape[-1]) for name, x in masks.items() if x is not None}
     if not given:
         return torch.tensor([find_batch_size(batch) or 1] * 2, device=device)

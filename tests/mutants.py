@@ -441,9 +441,11 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     "fastreg/attach/paths.py": [
         ("Swap", "a dropout left in training", "own.train(fused.training)", "own"),
         ("Paths", "modules detached at once", "return attached.pop_all()", "return attached"),
-        ("Paths", "layout of the source ignored", "if self.batch_first is None else self.batch_first", ""),
+        ("Paths", "a stated layout ignored", "if batch_first is None and layout", "if layout"),
         ("Paths", "options of no module", "if not self.pairs and", "if False and"),
-        ("pairs_of", "a module taken for a path", "isinstance(path, str)", "path"),
+        ("pairs_of", "a module taken for a path", "not isinstance(path, str) or not path", "not path"),
+        ("pairs_of", "the model itself", "or not path:", "or False:"),
+        ("pairs_of", "a path twice", "not rnns or len({*rnns}) < len(rnns)", "not rnns"),
     ],
     "fastreg/attach/source.py": [
         ("Source", "one time step taken for a sequence", "if not is_told and", "if False and"),
@@ -457,7 +459,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("batch_first_of", "layout of the module ignored", "return own", "return True"),
         ("batch_first_of", "layout inside ignored", "list(inside or [default]) == [True]", "inside or default"),
         ("batch_first_of", "a layout for what is inside", "inside or [default]", "[default] if default else inside"),
-        ("_mask", "an error that is named twice", "except MaskError:", "except ZeroDivisionError:"),
+        ("_call", "an error that is named twice", "except MaskError:", "except ZeroDivisionError:"),
         ("_check_module", "modules whose hooks do not run", "in REFUSED.items()", "in []"),
     ],
     "fastreg/attach/regularizer.py": [

@@ -67,8 +67,8 @@ def report_outcome(runs: list[Run], study: Study) -> None:
         f"{plain.perplexities[-1]:.2f} not regularized"
     )
     if seen := after(study, regularized.coefficients, epoch):
-        print(f"to conclude: one seed proves little; over those of bench.study.run the difference is {seen}")
-        print("(bench/results/study.md)")
+        print(f"to conclude: one seed proves little; in the study the difference after epoch {epoch} is {seen}")
+        print("(bench/results/study.md has the difference at the end)")
 
 
 def median_unit(raw: Tensor) -> int:

@@ -99,7 +99,9 @@ class Paths:
                 else:
                     dropout = None if path is None else _module_at(model, "dropout", path)
                 module = _module_at(model, "rnn", rnn)
-                batch_first = batch_first_of(module, layout) if self.batch_first is None else self.batch_first
+                batch_first = self.batch_first
+                if batch_first is None and layout is not None:
+                    batch_first = batch_first_of(module, layout)
                 options = {"output": self.output, "valid": self.masks.valid, "starts": self.masks.starts}
                 handle = attached.enter_context(regularizer.attach(module, dropout, batch_first=batch_first, **options))
                 handle.paths, handle.say = (rnn, path), say
@@ -115,30 +117,33 @@ def pairs_of(rnn: object, dropout: object) -> list[tuple[str, str | None]]:
 
     Raises:
         TypeError: an item is no path.
-        ValueError: there is no RNN, or the lists have different lengths.
+        ValueError: there is no RNN or the same RNN twice, or the lists have different lengths.
     """
     rnns: Any = rnn if is_list(rnn) else [rnn]
     dropouts: Any = dropout if is_list(dropout) else [dropout] * len(rnns)
-    for name, paths in {"rnn": rnns, "dropout": [path for path in dropouts if path is not None]}.items():
+    for name, paths, no in (("dropout", [x for x in dropouts if x is not None], ", None"), ("rnn", rnns, "")):
         for path in paths:
-            if not isinstance(path, str):
+            if not isinstance(path, str) or not path:  # an empty path would be the model itself
+                got = "an empty one" if isinstance(path, str) else type(path).__name__
                 raise TypeError(
-                    f"{name}: expected the attribute path of a module, such as 'encoder.lstm', or a list of paths, got "
-                    f"{type(path).__name__}"
+                    f"{name}: expected the attribute path of a module, such as 'encoder.lstm'{no}, or a list of these, "
+                    f"got {got}"
                 )
-    if not rnns or len(dropouts) != len(rnns):
+    if not rnns or len({*rnns}) < len(rnns):
+        raise ValueError(f"rnn: expected at least one path, and each path once, got {rnns}")
+    if len(dropouts) != len(rnns):
         counts = f"{len(rnns)} RNNs and {len(dropouts)} dropouts"
         raise ValueError(f"rnn and dropout: expected a dropout, or None, for each RNN, got {counts}")
     return list(zip(rnns, dropouts, strict=True))
 
 
 def pairs_of_learner(rnn: object, dropout: object) -> Sequence[tuple[str, str | None]]:
-    """Pair the paths that a learner of fastai was given; it may have none, and the dropout may be `False`.
+    """Pair the paths that a learner of fastai was given; without paths, the dropout may be `True` or `False`.
 
     Raises:
         TypeError, ValueError: as `pairs_of`.
     """
-    dropout = None if dropout is False else dropout
+    dropout = None if dropout is False or (dropout is True and rnn is None) else dropout
     return () if rnn is None and dropout is None else pairs_of(rnn, dropout)
 
 

@@ -80,8 +80,8 @@ class Masks:
             if function is None:
                 return None
             if takes_more is not None and takes_more(function):
-                return lambda *args, **kwargs: _mask(name, function, (*batch(), *args), kwargs)
-            return lambda *_, **__: _mask(name, function, batch(), {})
+                return lambda *args, **kwargs: _call(name, function, (*batch(), *args), kwargs)
+            return lambda *_, **__: _call(name, function, batch(), {})
 
         return Masks(of("valid", self.valid), of("starts", self.starts))
 
@@ -201,17 +201,22 @@ def _mask(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: 
         MaskError: the function has raised an error.
         TypeError: the function has returned neither a tensor nor `None`.
     """
+    mask = _call(name, function, args, kwargs)
+    if not isinstance(mask, (Tensor, type(None))):
+        raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(mask).__name__}")
+    return mask
+
+
+def _call(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
+    """Call the function given as `valid` or `starts`; an error in it becomes a `MaskError` with its arguments."""
     try:
-        mask = function(*args, **kwargs)
+        return function(*args, **kwargs)
     except MaskError:  # an adapter has already called the same function with the batch
         raise
     except Exception as error:
         got = [f"{type(x).__name__}{[*x.shape] if isinstance(x, Tensor) else ''}" for x in (*args, *kwargs.values())]
         called = f"{getattr(function, '__qualname__', function)}({', '.join(got)})"
         raise MaskError(f"{name}: {called} raised {type(error).__name__}: {error}") from error
-    if not isinstance(mask, (Tensor, type(None))):
-        raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(mask).__name__}")
-    return mask
 
 
 def check_callable(name: str, function: object) -> None:

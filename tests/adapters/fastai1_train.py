@@ -297,6 +297,7 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (subclassed, fuse, ValueError, "has no RNNTrainer of fastai's own class"),
     (vars, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: SequentialRNN has no such module at 'lstm'"),
     (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),
+    (vars, lambda x: fuse(x, True, output=len), TypeError, "rnn: expected the path of the RNN that output"),
     (
         vars,
         lambda x: fuse(x, alpha=3.0),

@@ -382,6 +382,7 @@ REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception]
     (lambda x: subclassed(x.rnn_regularizer), fuse, ValueError, OWN_CLASS),
     (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),  # pyright: ignore
     (vars, lambda x: fuse(x, beta=3.0), TypeError, "beta: expected no coefficient, as fuse keeps those of the learner"),
+    (vars, lambda x: fuse(x, True, batch_first=False), TypeError, "rnn: expected the path .* batch_first describe"),
     (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE),
     (lambda x: x.add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "RNNRegularizer: the learner has another"),
     (vars, run(RNNRegularizer(**PATHS), on("after_pred", lambda x: fuse(x, **PATHS))), RuntimeError, "within a batch"),

@@ -360,3 +360,5 @@ def test_rejects_paths_and_masks_for_some_batches_of_a_step() -> None:
         trainer_of(mamba, arguments(), rnn="layers.1")
     with pytest.raises(ValueError, match=r"valid: expected a mask for each batch .* got 2 for 3 batches"):
         fit(mamba, arguments(**IN_PARTS), valid=lambda batch: next(some)(batch))
+    with pytest.raises(ValueError, match=r"valid: .* got a tensor without axes"):
+        fit(mamba, arguments(**IN_PARTS), valid=lambda batch: torch.tensor(True))

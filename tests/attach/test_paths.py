@@ -21,7 +21,8 @@ from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, Model, formul
         ("encoder.rnn", "drop", r"dropout: .* no such module at 'drop'; candidates: 'encoder\.dropout'"),
         (["encoder.rnn", "stack"], None, r"may return \(time, batch, hidden\) like the LSTM inside it"),
         ("encoder.rnn", ["a", "b"], "rnn and dropout: .* got 1 RNNs and 2 dropouts"),
-        ([], None, "rnn and dropout: .* got 0 RNNs and 0 dropouts"),
+        ([], None, r"rnn: expected at least one path, .* got \[\]"),
+        (["encoder.rnn", "encoder.rnn"], None, "rnn: .* each path once, got "),
     ],
 )
 def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, dropout: Any, message: str) -> None:
@@ -42,9 +43,11 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
     ("make", "message"),
     [
         (lambda: pairs_of(None, None), "rnn: expected the attribute path of a module, .* got NoneType"),
+        (lambda: pairs_of("", None), "rnn: expected the attribute path of a module, .* got an empty one"),
         (lambda: pairs_of(nn.LSTM(2, 2), None), "rnn: expected the attribute path .* got LSTM"),
         (lambda: pairs_of(["rnn", nn.GRU(2, 2)], None), "rnn: expected the attribute path .* got GRU"),
-        (lambda: pairs_of("rnn", True), "dropout: expected the attribute path .* got bool"),
+        (lambda: pairs_of("rnn", True), "dropout: expected the attribute path of .*, None, or a list .* got bool"),
+        (lambda: pairs_of(None, 1), "dropout: expected the attribute path .* got int"),
         (lambda: pairs_of(["rnn"], [nn.Dropout()]), "dropout: expected the attribute path .* got Dropout"),
         (lambda: Paths(output=len), "rnn: expected the path of the RNN that output .* got None"),
         (lambda: Paths(batch_first=True), "rnn: expected .* batch_first describe, got None"),
@@ -90,3 +93,10 @@ def test_an_error_in_a_function_of_masks_names_it_and_its_arguments(takes_more: 
     masks = Masks(valid=lambda *_, **__: {}["mask"]).of_batch(lambda: [torch.ones(2, 5), {"mask": 1}], *takes_more)
     with pytest.raises(RuntimeError, match=rf"^valid: \S*>\(Tensor\[2, 5\], dict{got}\) raised KeyError: 'mask'$"):
         masks.of(inputs(), hx=None)
+
+
+@pytest.mark.parametrize("takes_more", [(), (lambda _: True,)])
+def test_a_function_of_masks_that_returns_no_tensor_is_a_type_error(takes_more: Any) -> None:
+    masks = Masks(starts=lambda *_: [1]).of_batch(lambda: [torch.ones(2, 5)], *takes_more)
+    with pytest.raises(TypeError, match=r"^starts: expected the callable to return a tensor or None, got list$"):
+        masks.of(inputs())
