@@ -75,6 +75,13 @@ def test_one_sequence_is_known_from_the_rnn_and_from_output(dropout: str | None)
             torch.testing.assert_close(penalty_of(reg, dropped), want)
 
 
+def test_a_layout_that_is_said_comes_before_that_of_the_adapter() -> None:
+    model, reg = nn.ModuleDict({"scan": nn.Linear(HIDDEN, HIDDEN)}), regularizer()
+    with Paths([("scan", None)], batch_first=False).attach(reg, model, layout=True):
+        raw = model["scan"](inputs())
+        torch.testing.assert_close(penalty_of(reg, raw), formula(raw, raw, 0))
+
+
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
     model = nn.Sequential(gru(), nn.Module())
     model[1].output_dp = own = nn.Dropout(0.1)
