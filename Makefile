@@ -18,6 +18,7 @@ PARALLEL ?= --numprocesses logical --maxprocesses 4
 # are empty, as in .ci/run, it runs what make test-more runs, too.
 MOST ?= -m "not more"
 FIFTH ?= --sample=5
+
 .PHONY: help demo study test test-compiled test-interpreted test-more test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench lint docs wheel sdist clean
 help:

@@ -40,7 +40,6 @@ ROOMS = {
     "fastreg/call": ["tests/call", "tests/attach", "tests/kernels"],
     "fastreg/attach": ["tests/attach", "tests/call"],
 }
-OF_KERNELS = ROOMS["kernels"]  # the tests of a mutant that runs in the interpreter
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LIMIT = 1800 if INTERPRET else 600  # seconds after which a mutant hangs: all of its tests take less
 MARKS = "not gpu and not more and not triton" + INTERPRET * " and not slow"
@@ -521,7 +520,7 @@ class Mutant(NamedTuple):
     @property
     def tests(self) -> list[str]:
         """The folders of tests, one of whose tests must fail."""
-        return OF_KERNELS if self.interpreted else ROOMS[os.path.dirname(self.file)]
+        return ROOMS["kernels" if self.interpreted else os.path.dirname(self.file)]
 
     def source(self) -> str:
         """The whole file with the wrong place in it."""
