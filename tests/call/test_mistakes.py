@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from tests import language_model as lm
@@ -43,25 +42,12 @@ def loaded(module: nn.Module) -> Any:
     return torch.load(file, weights_only=False)
 
 
-def captures(
-    reg: RNNRegularizer, *activations: Tensor, between: Callable[[RNNRegularizer], Any] = lambda _: None
-) -> None:
+def captures(*activations: Tensor, reg: Any = None, between: Callable[[RNNRegularizer], Any] = lambda _: None) -> None:
     """Capture activations one after the other, without `on_backward_begin`."""
+    reg = reg or lm.regularizer()
     for x in activations:
         reg.on_loss_begin((x, x, x))
         between(reg)
-
-
-def by_hand(x: Tensor, **options: Any) -> Tensor:
-    """Return the penalty of captured activations."""
-    reg = lm.regularizer()
-    reg.on_loss_begin((x, x, x), **options)
-    return lm.penalty_of(reg)
-
-
-def packed(x: Tensor) -> PackedSequence:
-    """Pack two sequences of the time steps of one."""
-    return pack_sequence([x[:4], x[4:]])
 
 
 def states_as_activations(**options: Any) -> None:
@@ -73,124 +59,38 @@ def states_as_activations(**options: Any) -> None:
     reg.on_backward_begin(raw.mean())
 
 
-def two_axes(function: Callable[..., Any], **options: Any) -> None:
-    """Pass one sequence to a function without its axis of time."""
-    function(own()[0], **options)
-
-
+WRITE = r"Write, for example, RNNRegularizer\(alpha=2\.0, beta=1\.0\)"
+NO_PENALTY = r"FusedRNNDropout: there is no penalty, .* FusedRNNDropout\(p, "
+REPLICA = "FusedRNNDropout: DataParallel .* Use DistributedDataParallel"
+STEPS = rf"raw\[0\]: expected .* got \({BATCH}, {HIDDEN}\)\. .* torch\.stack\(states, 1\)"
+DISCARDED = r"on_loss_begin: the last capture is discarded, .* on_backward_begin\(loss\) .* clear\(\)"
+NO_LAYOUT = rf"batch_first: .* got None: raw is \(2, {BATCH}, {HIDDEN}\), .* not its states h and c"
+STATES = r"on_loss_begin: raw is .* is its batch, 2\. .* not its states h and c"
 # The mistake, the error or warning that it causes now, and its message
 MISTAKES: dict[str, tuple[Mistake, type[Exception], str]] = {
-    "a regularizer without coefficients": (
-        lambda: RNNRegularizer(),  # pyright: ignore[reportCallIssue]
-        TypeError,
-        r"RNNRegularizer: .* 'alpha'\. Write, for example, RNNRegularizer\(alpha=2\.0, beta=1\.0\)",
-    ),
-    "a regularizer with one coefficient": (
-        lambda: RNNRegularizer(2.0),  # pyright: ignore[reportCallIssue]
-        TypeError,
-        r"RNNRegularizer: .* 'beta'\. Write, for example, RNNRegularizer\(alpha=2\.0, beta=1\.0\)",
-    ),
-    "the penalty of a dropout without coefficients": (
-        lambda: bare(take=True),
-        RuntimeError,
-        r"FusedRNNDropout: there is no penalty, .* FusedRNNDropout\(p, alpha=2\.0, beta=1\.0\), or .*attach\(rnn",
-    ),
-    "a second step of a dropout without coefficients": (
-        lambda: bare(forwards=2),
-        UserWarning,
-        r"FusedRNNDropout: there is no penalty, .* write FusedRNNDropout\(p, 0, 0\)",
-    ),
-    "a replica of a dropout without coefficients": (
-        lambda: FusedRNNDropout(0.3)._replicate_for_data_parallel()(RAW),  # pyright: ignore
-        RuntimeError,
-        "FusedRNNDropout: DataParallel .* Use DistributedDataParallel",
-    ),
-    "a tensor of two axes": (
-        lambda: two_axes(lambda x: fused_ar_tar(x, x, ALPHA, BETA)),
-        ValueError,
-        rf"raw: expected \(batch, time, hidden\), .* or time_dim, got \({TIME}, {HIDDEN}\)\. Pass time_dim=0 if",
-    ),
-    "a tensor of two axes, batch first": (
-        lambda: two_axes(lambda x: fused_ar_tar(x, x, ALPHA, BETA, batch_first=True)),
-        ValueError,
-        "raw: .* Pass time_dim=0",
-    ),
-    "a tensor of two axes, time first": (
-        lambda: two_axes(lambda x: fused_ar_tar(x, x, ALPHA, BETA, batch_first=False)),
-        ValueError,
-        "raw: .* Pass time_dim=0",
-    ),
-    "a tensor of two axes, only dropped": (
-        lambda: two_axes(lambda x: fused_ar_tar(None, x, ALPHA, 0.0)),
-        ValueError,
-        "dropped: .* Pass time_dim=0",
-    ),
-    "a list of time steps": (
-        lambda: fused_ar_tar([*RAW.unbind(1)], [*RAW.unbind(1)], ALPHA, BETA),
-        ValueError,
-        rf"raw\[0\]: expected .* got \({BATCH}, {HIDDEN}\)\. .* torch\.stack\(states, 1\)",
-    ),
-    "the rows of a PackedSequence": (
-        lambda: two_axes(lambda x: fused_ar_tar(packed(x).data, packed(x).data, ALPHA, BETA)),
-        ValueError,
-        "raw: .* Pass time_dim=0",
-    ),
-    "a tensor of two axes in a dropout": (
-        lambda: two_axes(fused_dropout_ar_tar, p=0.3, alpha=ALPHA, beta=BETA),
-        ValueError,
-        "raw: .* Pass time_dim=0",
-    ),
-    "a tensor of two axes in a FusedRNNDropout": (
-        lambda: two_axes(FusedRNNDropout(0.3, ALPHA, BETA)),
-        ValueError,
-        "raw: .* Pass time_dim=0",
-    ),
-    "a tensor of two axes in on_loss_begin": (
-        lambda: two_axes(by_hand),
-        ValueError,
-        "raw: .* Pass time_dim=0",
-    ),
-    "a sequence under vmap": (
-        lambda: torch.vmap(lambda x: fused_ar_tar(x, x, ALPHA, BETA))(RAW),
-        ValueError,
-        rf"raw: .* got \({TIME}, {HIDDEN}\)\. Pass time_dim=0",
-    ),
-    "a second capture before on_backward_begin": (
-        lambda: captures(lm.regularizer(), own(), own()),
-        UserWarning,
-        r"on_loss_begin: the last capture is discarded, .* on_backward_begin\(loss\) .* clear\(\)",
-    ),
-    "a second capture, the first with a gradient": (
-        lambda: captures(lm.regularizer(), own(), RAW),
-        UserWarning,
-        "on_loss_begin: the last capture is discarded",
-    ),
-    "the states of an RNN as raw and dropped": (
-        states_as_activations,
-        ValueError,
-        rf"batch_first: expected True or False, got None: raw is \(2, {BATCH}, {HIDDEN}\), .* not its states h and c",
-    ),
-    "the states of an RNN as raw and dropped, batch first": (
-        lambda: states_as_activations(batch_first=True),
-        UserWarning,
-        r"on_loss_begin: raw is .* is its batch, 2\. .* not its states h and c",
-    ),
-    "the states of an RNN as raw and dropped, with time_dim": (
-        lambda: states_as_activations(time_dim=1),
-        UserWarning,
-        r"on_loss_begin: raw is .* is its batch, 2\. .* not its states h and c",
-    ),
+    "no coefficients": (lambda: RNNRegularizer(), TypeError, rf"RNNRegularizer: .* 'alpha'\. {WRITE}"),  # pyright: ignore
+    "one coefficient": (lambda: RNNRegularizer(2.0), TypeError, rf"RNNRegularizer: .* 'beta'\. {WRITE}"),  # pyright: ignore
+    "a dropout without coefficients": (lambda: bare(True), RuntimeError, rf"{NO_PENALTY}alpha=2\.0, .*attach\(rnn"),
+    "its second step": (lambda: bare(forwards=2), UserWarning, rf"{NO_PENALTY}.* write FusedRNNDropout\(p, 0, 0\)"),
+    "its replica": (lambda: FusedRNNDropout(0.3)._replicate_for_data_parallel()(RAW), RuntimeError, REPLICA),  # pyright: ignore
+    "a list of time steps": (lambda: fused_ar_tar([*RAW.unbind(1)], [*RAW.unbind(1)], ALPHA, BETA), ValueError, STEPS),
+    "a second capture": (lambda: captures(own(), own()), UserWarning, DISCARDED),
+    "a second capture, the first with a gradient": (lambda: captures(own(), RAW), UserWarning, DISCARDED),
+    "states for activations": (states_as_activations, ValueError, NO_LAYOUT),
+    "states, batch first": (lambda: states_as_activations(batch_first=True), UserWarning, STATES),
+    "states, with time_dim": (lambda: states_as_activations(time_dim=1), UserWarning, STATES),
 }
 
 
 @pytest.mark.parametrize(("mistake", "kind", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_told(mistake: Mistake, kind: type[Exception], message: str) -> None:
-    told = pytest.warns(kind, match=f"^{message}") if issubclass(kind, Warning) else pytest.raises(kind, match=message)
-    with told as caught:
+    if not issubclass(kind, Warning):
+        with pytest.raises(kind, match=message):
+            mistake()
+        return
+    with pytest.warns(kind, match=f"^{message}") as caught:
         mistake()
-    if issubclass(kind, Warning):
-        assert len(caught) == 1  # pyright: ignore[reportArgumentType]
-        assert caught[0].filename == __file__  # pyright: ignore[reportIndexIssue]
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def again(mistake: Callable[[Any], Any], x: Any) -> None:
@@ -211,25 +111,18 @@ def attached(dropout: FusedRNNDropout) -> None:
 
 
 def in_evaluation(dropout: FusedRNNDropout) -> None:
+    dropout(RAW)
     for _ in range(2):
-        dropout.train()(RAW)
-        dropout.eval()(RAW)
+        assert dropout.eval()(RAW) is RAW
         assert dropout.take() is None
-        return
 
 
-def without_gradients(dropout: FusedRNNDropout) -> None:
-    """Sample from a dropout, which is no training."""
-    with torch.no_grad():
-        dropout(RAW), dropout(RAW)
+def loss_of(reg: RNNRegularizer) -> Tensor:
+    return reg.on_backward_begin(own().mean())
 
 
 RIGHT: dict[str, Mistake] = {
-    "coefficients of 0 that were said": lambda: [
-        reg := RNNRegularizer(0, 0),
-        reg.on_loss_begin((RAW, RAW, RAW)),
-        reg.on_backward_begin(own().mean()),
-    ],
+    "coefficients of 0 that were said": lambda: captures(RAW, reg=RNNRegularizer(0, 0), between=loss_of),
     "a dropout with coefficients of 0": lambda: bare(True, 3, alpha=0, beta=0.0),
     "a dropout with an alpha of 0": lambda: bare(True, 3, alpha=0),
     "a dropout with a beta of 0": lambda: bare(True, 3, beta=0),
@@ -237,15 +130,11 @@ RIGHT: dict[str, Mistake] = {
     "a dropout that was attached once": lambda: attached(FusedRNNDropout(0.3)),
     "a dropout that has run once, and is then attached": lambda: attached(bare()),
     "a dropout without coefficients in evaluation": lambda: in_evaluation(FusedRNNDropout(0.3)),
-    "samples of a dropout without coefficients": lambda: without_gradients(FusedRNNDropout(0.3)),
-    "captures without gradients": lambda: captures(lm.regularizer(), RAW, RAW, own()),
-    "captures that clear() has dropped": lambda: captures(lm.regularizer(), own(), own(), between=lambda x: x.clear()),
-    "captures that an epoch has dropped": lambda: captures(
-        lm.regularizer(), own(), own(), between=lambda x: x.on_epoch_begin(nn.Linear(1, 1))
-    ),
-    "captures that losses have taken": lambda: captures(
-        lm.regularizer(), own(), own(), between=lambda x: x.on_backward_begin(own().mean())
-    ),
+    "samples of a dropout without coefficients": torch.no_grad()(lambda: bare(forwards=2)),
+    "captures without gradients": lambda: captures(RAW, RAW, own()),
+    "captures that clear() has dropped": lambda: captures(own(), own(), between=RNNRegularizer.clear),
+    "captures that an epoch drops": lambda: captures(own(), own(), between=lambda x: x.on_epoch_begin(nn.Linear(1, 1))),
+    "captures that losses have taken": lambda: captures(own(), own(), between=loss_of),
     "the states of an RNN with the batch second": lambda: states_as_activations(batch_first=False),
 }
 
@@ -260,7 +149,7 @@ def test_what_is_right_is_silent(right: Mistake) -> None:
     ("mistake", "made", "message"),
     [
         (lambda dropout: [dropout(own()) for _ in range(2)], bare, "there is no penalty"),
-        (lambda reg: captures(reg, own(), own()), lm.regularizer, "the last capture is discarded"),
+        (lambda reg: captures(own(), own(), reg=reg), lm.regularizer, "the last capture is discarded"),
         (lambda reg: reg.on_loss_begin((torch.zeros(7, 8, 9), RAW, RAW), batch_first=True), lm.regularizer, "no size"),
     ],
 )
@@ -283,20 +172,31 @@ def test_none_beside_a_number_is_0_and_a_schedule_may_set_it() -> None:
     torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 1, ALPHA, 0.0))
 
 
+def by_hand(x: Tensor, **options: Any) -> Tensor:
+    """Return the penalty of captured activations."""
+    reg = lm.regularizer()
+    reg.on_loss_begin((x, x, x), **options)
+    return lm.penalty_of(reg)
+
+
 ONE, BATCHED = {"time_dim": 0}, {"batch_first": True}
 # Each computes the penalty of one sequence, whose axis is said, or of a batch of that sequence.
 SAID: dict[str, Callable[..., Any]] = {
     "a tensor": lambda x, **said: fused_ar_tar(x, x, ALPHA, BETA, **said),
+    "dropped alone": lambda x, **said: fused_ar_tar(None, x, ALPHA, 0.0, **said),
     "a list": lambda x, **said: fused_ar_tar([x, 2 * x], [x, x], ALPHA, BETA, **said),
     "by hand": by_hand,
     "a dropout": lambda x, **said: fused_dropout_ar_tar(x, 0.3, ALPHA, BETA, **said)[1],
     "a FusedRNNDropout": lambda x, **said: [d := FusedRNNDropout(0.3, ALPHA, BETA, **said), d(x), d.take()][-1].penalty,
+    "under vmap": lambda x, **said: torch.vmap(lambda x: fused_ar_tar(x, x, ALPHA, BETA, **said))(x[None])[0],
 }
+UNSAID = rf"^(raw(\[0\])?|dropped): expected \(batch, .* got \({TIME}, {HIDDEN}\)\. (Pass time_dim=0 if|.*torch\.stack)"
 
 
 @pytest.mark.parametrize("call", SAID.values(), ids=SAID)
-def test_one_sequence_whose_axis_is_said_counts_as_a_batch_of_one(call: Callable[..., Any]) -> None:
+def test_one_sequence_needs_its_axis_and_counts_as_a_batch_of_one(call: Callable[..., Any]) -> None:
+    for unsaid in ({}, BATCHED, {"batch_first": False}):
+        with pytest.raises(ValueError, match=UNSAID):
+            call(RAW[0], **unsaid)
     got, want = [lm.seeded(lambda x=x, said=said: call(x, **said)) for x, said in ((RAW[0], ONE), (RAW[:1], BATCHED))]
     torch.testing.assert_close(got, want)
-    if call is SAID["a tensor"]:
-        torch.testing.assert_close(torch.vmap(lambda x: call(x, **ONE))(RAW[:1])[0], want)
