@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import re
 import runpy
@@ -32,7 +33,9 @@ def snippets(page: Path) -> list[str]:
 
 def framework_of(snippet: str) -> str | None:
     """Return the framework that a snippet imports, or whose adapter it imports, if any."""
-    found = re.search(r"fastreg\.(fastai|lightning|transformers)\b|import (fastai1)|from (sb3_contrib)", snippet)
+    found = re.search(
+        r"fastreg\.(fastai|lightning|transformers)\b|import (fastai1)|from (sb3_contrib|accelerate)", snippet
+    )
     return found and found[found.lastindex or 0]
 
 
@@ -133,17 +136,39 @@ def test_the_api_page_shows_the_signatures_of_the_code() -> None:
 
 
 def test_the_page_on_hooks_shows_the_table_of_outcomes_of_the_code() -> None:
-    text = (ROOT / "docs" / "hooks.md").read_text().split("### Outcomes of a loss\n")[1].split("\n### ")[0]
+    text = (ROOT / "docs" / "hooks.md").read_text().split("## Outcomes of a loss\n")[1].split("\n## ")[0]
     rows = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][2:]
     shown = {case: re.split(r"[:,]", outcome)[0] for case, outcome, _ in rows}
     assert shown == {x: "a warning" if x in WARNINGS else "error" if OUTCOMES[x] else "right" for x in OUTCOMES}
     assert all(remedy or shown[case] == "right" for case, _, remedy in rows)
 
 
+def literals() -> set[str]:
+    """Return the texts in the code of the package, with dots in the place of values."""
+    texts = set()
+    for file in (ROOT / "fastreg").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            words = [x.value if isinstance(x, ast.Constant) else "…" for x in parts if isinstance(x, ast.expr)]
+            texts |= {re.sub(r"{.*?}", "…", text) for text in ["".join(map(str, words))] if len(text) > 9}
+    return texts
+
+
+def test_the_page_of_messages_quotes_the_code_and_has_each_case_of_the_table_of_outcomes() -> None:
+    page, found = (ROOT / "docs" / "troubleshooting.md").read_text(), literals()
+    quotes = re.findall(r"^(?: {4}|\| `)([^`\n]+)", page, re.MULTILINE)
+    assert len(quotes) > 30
+    for quote in quotes:
+        words = quote.split(": expected ")[-1]  # the name of an argument is a value
+        assert any(words in text for text in found), quote
+    for case, text in OUTCOMES.items():
+        assert not text or any(quote in re.sub(r"{.*?}", "…", text) for quote in quotes), case
+
+
 def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
     page = (ROOT / "docs" / "coefficients.md").read_text()
     rows = re.findall(r"^\|[^|]*\| `(w \*[^|]*)` \| `([^|`]*)`(.*) \|$", page, re.MULTILINE)
-    assert len(rows) == 7
+    assert rows
     torch.manual_seed(0)
     x = torch.randn(BATCH, TIME, HIDDEN, dtype=torch.float64)
     names = {"x": x, "w": 3.0, "dt": 0.1, "hidden": HIDDEN, "time": TIME}

@@ -128,6 +128,7 @@ SHAPES = {"`(time, batch": (8, 3, 5), "`(channels, ": (4, 9, 7), "three axes": (
 def rows() -> list[list[str]]:
     """Return the rows of the table: a loss, its formula, and the line of code that computes the same."""
     lines = re.findall(r"^\| (.*fused_ar_tar\(.*`) \|$", PAGE.read_text(), re.MULTILINE)
+    assert lines
     return [[cell.strip("`") for cell in line.split(" | ")] for line in lines]
 
 
@@ -137,10 +138,6 @@ def test_a_line_of_the_table_equals_the_formula(row: list[str]) -> None:
     shape = next((shape for words, shape in SHAPES.items() if words in what), (3, 9, 6))
     names = {"F": F, "fused_ar_tar": fused_ar_tar, "valid": PREFIX, "w": torch.arange(1.0, 7)}
     check(*(lambda x, code=code: eval(code, names | {"x": x}) for code in (line, formula)), *shape)
-
-
-def test_the_table_has_ten_losses() -> None:
-    assert len(rows()) == 10
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (5, 6, 8)], ids=str)
