@@ -1,15 +1,19 @@
-"""Render the signatures and first lines in docs/api.md from the code: `python docs/api.py`."""
+"""Render the signatures and docstrings in docs/api.md from the code: `python docs/api.py`."""
 
 from __future__ import annotations
 
 import ast
 import re
 from pathlib import Path
+from textwrap import dedent
 
 PAGE = Path(__file__).with_name("api.md")
 PACKAGE = PAGE.parent.parent / "fastreg"
-SECTION = re.compile(r"^### `(fastreg[\w.]*)\.(\w+)`\n(?:\n```py\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+NAME = re.compile(r"^### `(fastreg[\w.]*)\.(\w+)`\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
+PARTS = re.compile(r"^(Args|Attributes|Returns|Raises|Warns|Examples):\n", re.MULTILINE)  # of a docstring
 WIDTH = 120
+TITLES = {"Args": "Arguments", "Raises": "Errors", "Warns": "Warnings"}
+HIDDEN = "loan:"  # a parameter that only the hooks of `attach` pass
 Definition = ast.ClassDef | ast.FunctionDef
 
 
@@ -39,6 +43,7 @@ def signature(function: ast.FunctionDef, indent: str) -> str:
     plain = [*args.posonlyargs, *args.args]
     defaults = [*[None] * (len(plain) - len(args.defaults)), *args.defaults]
     parts = [parameter(node, default) for node, default in zip(plain, defaults, strict=True)]
+    parts = [part for part in parts if not part.startswith(HIDDEN)]
     parts += [f"*{parameter(args.vararg, None)}"] if args.vararg else ["*"] * bool(args.kwonlyargs)
     parts += [parameter(node, default) for node, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
     parts += [f"**{parameter(args.kwarg, None)}"] if args.kwarg else []
@@ -72,20 +77,46 @@ def stub(node: Definition, members: list[str]) -> str:
     return "\n".join(lines)
 
 
-def members_of(block: str | None) -> list[str]:
-    """Return the methods that a block names: a method that is added to a block by its `def` gets its signature."""
-    return [name for name in re.findall(r"^ {4}def (\w+)", block or "", re.MULTILINE) if name != "__init__"]
+def listed(text: str) -> str:
+    """Render the items of a part of a docstring, `name: text`, as a list."""
+    items = [re.sub(r"\n +", "\n  ", item.strip()) for item in re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]]
+    return "\n".join([re.sub(r"^([\w.*]+):", r"- `\1`:", item) for item in items if not item.startswith(HIDDEN)])
+
+
+def description(node: Definition) -> str:
+    """Render the docstring of a function or a class behind its first paragraph."""
+    intro, *parts = PARTS.split(ast.get_docstring(node) or "")
+    paragraphs = intro.strip().split("\n\n")[1:]
+    for title, part in zip(parts[::2], parts[1::2], strict=True):
+        text = dedent(part).strip()
+        if title == "Examples":
+            paragraphs += [f"```pycon\n{x}\n```" if x.startswith(">>>") else x for x in text.split("\n\n")]
+        elif title == "Returns":
+            paragraphs += ["Returns: " + re.sub(r"\n +", "\n", text)]
+        else:
+            paragraphs += [f"{TITLES.get(title, title)}:", listed(text)]
+    return "\n\n".join(paragraphs)
 
 
 def render(page: str) -> str:
-    """Return the page with the block of each section rendered anew."""
+    """Return the page with each section rendered anew.
+
+    A method that is added to the block of its class by its `def` gets its signature and its docstring.
+    """
 
     def section(match: re.Match[str]) -> str:
-        module, name, block = match.groups()
-        code = stub(definition(module, name), members_of(block))
-        return f"### `{module}.{name}`\n\n```py\n{code}\n```\n"  # `python` marks the snippets that tests run
+        module, name, old = match.groups()
+        node = definition(module, name)
+        members = re.findall(r"^ {4}def ((?!__)\w+)", old, re.MULTILINE)
+        described = {"": description(node)} | {
+            f"**`{inner.name}`**\n\n": description(inner)
+            for inner in node.body
+            if isinstance(inner, ast.FunctionDef) and inner.name in members
+        }
+        code = f"```py\n{stub(node, members)}\n```"  # `python` marks the snippets that tests run
+        return "\n\n".join([match[0].split("\n")[0], code, *[x + y for x, y in described.items() if y]]) + "\n\n"
 
-    return SECTION.sub(section, page)
+    return NAME.sub(section, page).rstrip() + "\n"
 
 
 if __name__ == "__main__":

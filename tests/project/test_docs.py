@@ -129,7 +129,7 @@ def test_the_readme_replaces_the_formula_by_its_equal() -> None:
     assert names["penalty"] > 1
 
 
-def test_the_api_page_shows_the_signatures_of_the_code() -> None:
+def test_the_api_page_shows_the_signatures_and_docstrings_of_the_code() -> None:
     page = (ROOT / "docs" / "api.md").read_text()
     assert runpy.run_path(str(ROOT / "docs" / "api.py"))["render"](page) == page, "run `python docs/api.py`"
     assert '"""Compute the penalty of activation and temporal activation regularization' in page
