@@ -94,7 +94,6 @@ def ar_tar_kernel(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Compute the penalty of activations, apply a dropout mask, and write gradients, in one pass.
 
@@ -145,7 +144,6 @@ def ar_tar_kernel(
     ALIGN                   greatest power of two up to 16 that divides inner and every stride
     INDEX                   integer dtype that counts lanes and time steps
     BLOCK, UNROLL           lanes in a block; time steps that one turn of the loop loads
-    STAGES                  turns of the loop whose loads overlap, if all steps count and rows are not packed
     """
     program = tl.program_id(0)
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale, counts, inner * ALIGN)
@@ -155,7 +153,6 @@ def ar_tar_kernel(
     READS_RAW: tl.constexpr = raw is not None and (DROPS or SUM_AR or SUM_TAR or GRAD_AR or GRAD_TAR)
     AHEAD: tl.constexpr = 1 if GRAD_TAR and grad_raw is not None else 0  # the gradient needs the following row
     CHANGES: tl.constexpr = SUM_TAR or AHEAD
-    OVERLAP: tl.constexpr = STAGES if steps is None and offsets is None else 1
     if GRAD_AR or GRAD_TAR:
         if penalty is not None:
             assumed = load_once(expected)
@@ -191,7 +188,7 @@ def ar_tar_kernel(
             mask_row = load_row(mask_rows, 0, (), 0, tile.present, ACC)
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
-        for turn in tl.range(tile.start, tile.stop, UNROLL, num_stages=OVERLAP):
+        for turn in tl.range(tile.start, tile.stop, UNROLL, num_stages=1):  # rows go to registers
             packed = begins(selection, turn, UNROLL + 2)
             there, into = select_turn(selection, tile, counted, joined, turn, packed, stop, AHEAD, UNROLL)
             counted, joined = there[UNROLL], into[UNROLL]

@@ -163,8 +163,6 @@ struct Memory<BFloat> : Split {
 // Subnormal numbers of float16 are kept even if the processor flushes subnormal numbers of float32 to 0
 // (`torch.set_flush_denormal`): F16C ignores that mode, and the other code computes with no subnormal float.
 
-#ifdef X86_64_V3
-
 template <>
 struct Memory<Half> {
     using Near = float;
@@ -184,34 +182,16 @@ struct Memory<Half> {
     }
 
   private:
+#ifdef X86_64_V3
     static INLINE Vector<float> floats(Vector<uint16_t> half) {
         return bits_of<Vector<float>>(ON(cvtph_ps)(bits_of<Halves>(half)));
     }
     static INLINE Vector<uint16_t> halves(Vector<float> value) {
         return bits_of<Vector<uint16_t>>(ON(cvtps_ph)(bits_of<Floats>(value), _MM_FROUND_TO_NEAREST_INT));
     }
-};
-
 #else
-
-template <>
-struct Memory<Half> : Split {
-    static INLINE Pair<float> read(const char *from) {
-        const auto both = load<Vector<uint32_t>>(from);
-        return {floats(both & 0xffff), floats(both >> 16)};
-    }
-    static INLINE Pair<float> write(char *to, const Pair<float> &x, bool streams) {
-        const Vector<uint32_t> first = halves(x.first), second = halves(x.second);
-        save(to, first | second << 16, streams);
-        return {floats(first), floats(second)};
-    }
-    static INLINE Pair<float> rounded(const Pair<float> &x) {
-        return {floats(halves(x.first)), floats(halves(x.second))};
-    }
-
-  private:
-    static INLINE Vector<float> floats(Vector<uint32_t> halves) {
-        const auto half = bits_of<Vector<int32_t>>(halves);
+    static INLINE Vector<float> floats(Vector<uint16_t> halves) {
+        const auto half = __builtin_convertvector(halves, Vector<int32_t>);
         const Vector<int32_t> magnitude = half & 0x7fff;
         const Vector<float> subnormal = __builtin_convertvector(magnitude, Vector<float>) * 0x1p-24f;
         Vector<int32_t> bits = (magnitude << 13) + (112 << 23);  // the biases of the exponents differ by 112
@@ -219,7 +199,7 @@ struct Memory<Half> : Split {
         bits = magnitude < 0x400 ? bits_of<Vector<int32_t>>(subnormal) : bits;
         return bits_of<Vector<float>>(bits | (half & 0x8000) << 16);
     }
-    static INLINE Vector<uint32_t> halves(Vector<float> value) {
+    static INLINE Vector<uint16_t> halves(Vector<float> value) {
         const auto bits = bits_of<Vector<int32_t>>(value);
         const Vector<int32_t> magnitude = bits & 0x7fffffff;
         // Below 2 ** -14 a half is a multiple of 2 ** -24, as a float between 0.5 and 1 is.
@@ -228,11 +208,10 @@ struct Memory<Half> : Split {
         const Vector<int32_t> normal = nearest < 0x7c00 ? nearest : 0x7c00;
         const Vector<int32_t> ordered = magnitude < 113 << 23 ? small : normal;
         const Vector<int32_t> half = value == value ? ordered : 0x7e00;
-        return bits_of<Vector<uint32_t>>(half | (bits >> 16 & 0x8000));
+        return __builtin_convertvector(half | (bits >> 16 & 0x8000), Vector<uint16_t>);
     }
-};
-
 #endif
+};
 
 /// Return the position in memory of an element of a pair.
 template <class T>

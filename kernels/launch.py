@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,9 +13,9 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from fastreg.kernels.streams import PerStream, capture_of
+from fastreg.kernels.streams import Tickets, capture_of
 
-TICKETS = PerStream(torch.int32, 0)
+TICKETS = Tickets()
 OPTIONS: dict[Any, dict[str, Any]] = {}  # of the compiler, which plans share
 TRIED = "3.4", "3.5", "3.6", "3.7", "3.8", "3.9"  # releases of Triton whose launcher of compiled code was tried
 
@@ -50,9 +49,8 @@ class Launch:
     tensors of all calls must agree in the facts that compiled code depends on: dtypes, alignment to 16 bytes, and which
     of them are `None`.
 
-    Triton does not document the launcher of compiled code. With releases that were not tried, all calls go through the
-    JIT launcher. So do they if the first direct launch fails because an attribute is missing or the arguments do not
-    fit.
+    Triton does not document the launcher of compiled code. So only the releases of Triton that were tried launch
+    directly, and all launches go through the JIT launcher with other releases, or while a profiler has hooked launches.
 
     Args:
         kernel: a jit function. Its parameters are, in this order: a ticket; the values of a call, tensors and numbers;
@@ -79,10 +77,11 @@ class Launch:
         self.grid, (_, self.device, self.draws) = (grid.programs, 1, 1), grid
         self.index = None if grid.device.type == "cpu" else grid.device.index
         self.is_captured = capture_of(grid.device.type)
-        self.compiled: Any = None  # the code to launch directly
-        self.run: Any = None  # its launcher, which has launched it before
+        self.compiled: Any = None  # the code to launch directly; its driver unloads it when nothing refers to it
+        self.run: Any = None  # its launcher
+        self.code: Any = None  # the arguments of the launcher that follow from the code
         if self.draws and self.index is not None:
-            TICKETS.fill(grid.device)  # now, because a later launch may run while another thread captures a graph
+            TICKETS.fill(grid.device)
         constexprs = [constants[name] for name in kernel.arg_names if name in constants]
         self.rest = (*arguments, *constexprs)  # the compiled code takes all by position
         options = {name: constants[name] for name in constants if name not in kernel.arg_names}
@@ -97,49 +96,14 @@ class Launch:
             return
         stream = None if index is None else driver.active.get_current_stream(index)
         ticket = self.ticket(stream, grid[0]) if self.draws else None
-        if self.compiled is not None:
-            try:
-                metadata, runtime = None, knobs.runtime
-                before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
-                # Triton 3.5 has chains of hooks, and would call one that has none.
-                before, after = (
-                    before if getattr(before, "calls", before) else None,
-                    after if getattr(after, "calls", after) else None,
-                )
-                if before is not None:  # a profiler asks which kernel is launched
-                    metadata = self.compiled.launch_metadata(grid, stream, ticket, *values, *self.rest)
-                run = self.run or self.run_first
-                run(*grid, stream, *self.code, metadata, before, after, ticket, *values, *self.rest)
-                return
-            except (AttributeError, TypeError) as error:
-                self.launch_by_jit_from_now_on(error)
+        runtime = knobs.runtime
+        if self.compiled is not None and not (hooks(runtime.launch_enter_hook) or hooks(runtime.launch_exit_hook)):
+            self.run(*grid, stream, *self.code, ticket, *values, *self.rest)
+            return
         compiled = self.kernel[grid](ticket, *values, *self.rest, **self.options)
         if compiled is not None and Launch.why_jit is None:  # the interpreter has no compiled code
-            try:
-                self.code = compiled.function, compiled.packed_metadata
-                self.compiled = compiled
-            except AttributeError as error:
-                self.launch_by_jit_from_now_on(error)
-
-    def run_first(self, *arguments: Any) -> None:
-        """Launch the compiled code directly for the first time, and keep its launcher if that works."""
-        run = self.compiled.run
-        run(*arguments)
-        self.run = run
-
-    def launch_by_jit_from_now_on(self, error: Exception) -> None:
-        """Launch nothing directly any more, and warn once; raise the error if code was launched directly before."""
-        if self.run is not None:
-            raise error
-        self.compiled = None
-        if Launch.why_jit is None:
-            Launch.why_jit = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"fastreg cannot launch kernels directly with Triton {triton.__version__}, and uses the JIT launcher, "
-                f"which takes about 10 us more for each launch ({Launch.why_jit})",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            self.code = compiled.function, compiled.packed_metadata, None, None, None  # nothing for a profiler
+            self.run, self.compiled = compiled.run, compiled
 
     def ticket(self, stream: int | None, programs: int) -> Tensor:
         """Return a counter, (1,) int32, for a launch of some programs on a stream; the launch leaves it at 0.
@@ -151,6 +115,11 @@ class Launch:
         if self.is_captured():
             return TICKETS.drawn(self.device)
         return TICKETS.of(self.device, stream, programs)
+
+
+def hooks(hook: Any) -> bool:
+    """Return whether a hook of launches calls anything; from Triton 3.5 on it is a chain, which may be empty."""
+    return bool(getattr(hook, "calls", hook))
 
 
 def description() -> str:

@@ -35,14 +35,14 @@ class Weights(NamedTuple):
 
 
 @triton.jit
-def coefficients(weights, dtype: tl.constexpr):
-    """Return alpha and beta as float64; coefficients in memory are first rounded to the dtype of the computation."""
+def coefficients(weights):
+    """Return alpha and beta as float64, so that a coefficient in memory has the value of its `item()`."""
     alpha = tl.full((), weights.alpha, tl.float64)
     beta = tl.full((), weights.beta, tl.float64)
     if weights.alpha_at is not None:
-        alpha = tl.load(weights.alpha_at).to(dtype).to(tl.float64)
+        alpha = tl.load(weights.alpha_at).to(tl.float64)
     if weights.beta_at is not None:
-        beta = tl.load(weights.beta_at).to(dtype).to(tl.float64)
+        beta = tl.load(weights.beta_at).to(tl.float64)
     return alpha, beta
 
 
@@ -71,7 +71,7 @@ def factors(weights, upstream):
 
     The upstream gradient is multiplied last, because its product with only a coefficient may overflow.
     """
-    alpha, beta = coefficients(weights, upstream.dtype)
+    alpha, beta = coefficients(weights)
     ar_scale, tar_scale = scales(weights)
     ar_factor = (2 * alpha * ar_scale).to(upstream.dtype)
     tar_factor = (2 * beta * tar_scale).to(upstream.dtype)
@@ -106,7 +106,7 @@ def finish(ar, tar, records, ticket, weights, penalty, terms):
             # .cg: past the L1 cache, which other programs' stores do not reach
             ar_sums += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             tar_sums += tl.load(at + programs, mask=there, other=0.0, cache_modifier=".cg")
-        alpha, beta = coefficients(weights, dtype)
+        alpha, beta = coefficients(weights)
         ar_scale, tar_scale = scales(weights)
         ar_mean = tl.sum(ar_sums) * ar_scale.to(dtype)
         tar_mean = tl.sum(tar_sums) * tar_scale.to(dtype)

@@ -1,128 +1,102 @@
 """Device memory that outlives a launch: tickets of each stream, and the expected upstream gradient of each plan.
 
 Launches on one stream run one after another. Launches on different streams, and replays of CUDA graphs, may run at the
-same time.
+same time. A graph writes to the same memory in each replay, so no memory of this module is ever freed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from threading import Lock
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-RESERVE = 4096  # elements that are allocated at once on a device: for streams, for plans, and for CUDA graphs
+RESERVE = 4096  # elements that are allocated at once on a device
 
 
-class Reserve:
-    """Hand out elements of device memory, (1,), that all begin with the same value.
+class Tickets:
+    """Hand out counters, (1,) int32, which are 0 before each launch and after it."""
 
-    They are never freed, because a CUDA graph may write to one in each replay.
-
-    Args:
-        dtype: the dtype of an element.
-        value: its first value.
-        shared: whether the elements are handed out again when all have been; otherwise more are allocated.
-    """
-
-    def __init__(self, dtype: torch.dtype, value: float, shared: bool = False) -> None:
-        self.dtype, self.value, self.shared = dtype, value, shared
-        self._lock = Lock()  # no thread draws before the reserve is filled
+    def __init__(self) -> None:
+        self._lock = Lock()  # no thread draws a counter before all streams see that it is 0
         self._free: dict[torch.device, list[Tensor]] = {}
-        self._filled: dict[torch.device, list[Tensor]] = {}
+        self._memory: list[Tensor] = []
+        self._of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
 
     def fill(self, device: torch.device) -> None:
-        """Have half of a reserve ready, so that a later draw need not wait, unless a graph is being captured now."""
+        """Have counters ready, because a later launch may run while another thread captures a graph."""
         with self._lock:
             self._filled_to(RESERVE // 2, device)
 
-    def draw(self, device: torch.device) -> Tensor | None:
-        """Draw an element; return `None` if none is left during the capture of a CUDA graph, which may not wait."""
-        with self._lock:
-            free = self._filled_to(1, device)
-            return free.pop() if free else None
-
-    def _filled_to(self, least: int, device: torch.device) -> list[Tensor]:
-        free, filled = self._free.setdefault(device, []), self._filled.setdefault(device, [])
-        if self.shared and filled:
-            free.extend([] if free else filled)
-        elif len(free) < least and not is_captured(device):
-            new = self.new(RESERVE, device).split(1)
-            free.extend(new)
-            filled.extend(new)
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)  # once: other streams must see the values
-        return free
-
-    def new(self, count: int, device: torch.device) -> Tensor:
-        """Allocate and fill elements; during the capture of a CUDA graph, each replay fills them."""
-        with torch.inference_mode(False):  # the elements outlive the call
-            return torch.full((count,), self.value, dtype=self.dtype, device=device)
-
-
-class PerStream:
-    """Hold an element of a reserve for each stream and number of programs, and for each captured launch."""
-
-    def __init__(self, dtype: torch.dtype, value: float) -> None:
-        self._reserve = Reserve(dtype, value)
-        self.of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
-
-    def fill(self, device: torch.device) -> None:
-        """Fill the reserve of a device, so that later launches can draw from it."""
-        self._reserve.fill(device)
-
     def of(self, device: torch.device, stream: int, programs: int) -> Tensor:
-        """Return the element of a stream for launches with a number of programs; a captured launch takes `drawn`."""
+        """Return the counter of a stream for launches with a number of programs; a captured launch takes `drawn`."""
         key = device, stream, programs
-        found = self.of_stream.get(key)
-        return self.of_stream.setdefault(key, self.drawn(device)) if found is None else found
+        found = self._of_stream.get(key)
+        return self._of_stream.setdefault(key, self.drawn(device)) if found is None else found
 
     def drawn(self, device: torch.device) -> Tensor:
-        """Return an element for one captured launch, because replays of a graph may run beside any other launch.
+        """Return a counter for one captured launch, because replays of a graph may run beside any other launch.
 
-        If the reserve has none left, the captured graph fills the element itself.
+        If none is left, the captured graph sets a counter of its own to 0 in each replay.
         """
-        drawn = self._reserve.draw(device)
-        return self._reserve.new(1, device) if drawn is None else drawn
+        with self._lock:
+            free = self._filled_to(1, device)
+            return free.pop() if free else filled(1, 0, torch.int32, device)
+
+    def _filled_to(self, least: int, device: torch.device) -> list[Tensor]:
+        """Allocate counters if fewer than `least` are free, unless a graph is being captured; return the free ones."""
+        free = self._free.setdefault(device, [])
+        if len(free) < least and not is_captured(device):
+            self._memory.append(filled(RESERVE, 0, torch.int32, device))
+            free.extend(self._memory[-1].split(1))
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)  # once: other streams must see the zeros
+        return free
 
 
 class Expected:
     """Hold the upstream gradient that the next forward of a plan expects: it is the one of the plan's last backward.
 
     Before its first backward a plan expects the upstream gradient of the last backward of any plan on the device, and
-    the first plan expects 1. Beyond `RESERVE` plans on a device, two plans share memory: a wrong guess only costs time.
+    the first plan expects 1. After `RESERVE` plans on a device, two plans share a cell of memory. Nothing waits until
+    other streams see its first value. In both cases a wrong guess only costs time.
 
     Args:
         dtype: the dtype of the upstream gradient.
         device: the device on which the plan runs.
     """
 
-    _reserves: ClassVar = {dtype: Reserve(dtype, 1, shared=True) for dtype in (torch.float32, torch.float64)}
+    _cells: ClassVar[dict[tuple[torch.device, torch.dtype], Iterator[Tensor]]] = {}
     _latest: ClassVar[dict[tuple[torch.device, torch.dtype], Tensor]] = {}
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.key = device, dtype
         self.memory: Tensor | None = None
-        self._reserves[dtype].fill(device)
+        if self.key not in self._cells:
+            self._cells.setdefault(self.key, cycle(filled(RESERVE, 1, dtype, device).split(1)))
 
     def guess(self) -> Tensor:
         """Return the memory, (1,), that a forward reads."""
-        if self.memory is not None:
-            return self.memory
         latest = self._latest.get(self.key)
-        return self.learn() if latest is None or is_captured(self.key[0]) else latest
+        if self.memory is None and latest is not None and not is_captured(self.key[0]):
+            return latest
+        return self.learn()
 
     def learn(self) -> Tensor:
-        """Return the memory for a backward, which writes its upstream gradient into it; the first one draws it."""
+        """Return the memory, (1,), into which a backward writes its upstream gradient."""
         if self.memory is None:
-            device, dtype = self.key
-            self.memory = self._reserves[dtype].draw(device)
-            if self.memory is None:
-                return self._reserves[dtype].new(1, device)  # memory of the captured graph
+            self.memory = next(self._cells[self.key])
         self._latest[self.key] = self.memory
         return self.memory
+
+
+def filled(count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate and fill elements that outlive the call; in a captured graph each replay fills them."""
+    with torch.inference_mode(False):
+        return torch.full((count,), value, dtype=dtype, device=device)
 
 
 def is_captured(device: torch.device) -> bool:

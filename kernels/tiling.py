@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
 from fastreg.kernels.view import View
 
@@ -26,10 +25,6 @@ SHORT_RUN = 16  # the same where items are fewer than FEW: shorter runs make mor
 FEW = 512  # items: four for each of an H100's multiprocessors
 LONGEST_RUN = 128  # time steps: long float32 sums drift, so a run has its own sum beside the program's
 PROGRAMS = 1024  # about 8 for each of an H100's 132 multiprocessors, all resident; more would only add halo rows
-# Turns of the loop whose loads overlap. With more than one, rows go through shared memory, 16 KB for each turn but the
-# last. Only GPUs of these capabilities have enough shared memory for as many programs as registers allow.
-STAGES = {torch.float32: 1, torch.bfloat16: 1, torch.float16: 1}
-LARGE_SHARED = 80, 90, 100, 103
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always have 64
 
 
@@ -202,26 +197,6 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def cut(view: View, block: int, unroll: int, shortest: int) -> tuple[int, int, int]:
-    """Return the time steps of a run, and the numbers of blocks of lanes and of items of work."""
-    blocks = ceil_div(view.outer * view.inner, block)
-    runs = max(min(PROGRAMS // blocks, view.time // shortest), ceil_div(view.time, LONGEST_RUN))
-    run = ceil_div(ceil_div(view.time, runs), unroll) * unroll
-    return run, blocks, blocks * ceil_div(view.time, run)
-
-
-def stages_of(dtype: torch.dtype, load: int) -> int:
-    """Return how many turns of the loop overlap on the current device, for activations of a dtype and loads in bytes.
-
-    Narrow loads do not go to shared memory, and AMD's compiler would keep the rows of all turns in registers.
-    """
-    stages = STAGES.get(dtype, 1)
-    if stages == 1 or load < 16 or triton.knobs.runtime.interpret:
-        return 1
-    target = driver.active.get_current_target()
-    return stages if target.backend == "cuda" and target.arch in LARGE_SHARED else 1
-
-
 class Tiling:
     """Divide the work of one launch, and hold the arguments of the kernel that follow from this.
 
@@ -234,15 +209,16 @@ class Tiling:
         outer, time, inner, operands, _ = view
         strides = [stride for x in operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
         align = math.gcd(16, inner, *strides)
-        stored = max((x.dtype for x in operands if x is not None), key=lambda x: x.itemsize)
-        widest = stored.itemsize
+        widest = max(x.dtype.itemsize for x in operands if x is not None)
         block = THREADS * 16 // widest
         if align * widest < 8:  # each narrow load needs its own pointer, and a thread needs twice the registers
             block //= 2
         unroll = UNROLL if align * widest > 2 else UNROLL // 2  # loads of 2 bytes need four times the registers
-        run, blocks, items = cut(view, block, unroll, SHORTEST_RUN)
-        if items < FEW:
-            run, blocks, items = cut(view, block, unroll, min(SHORT_RUN, SHORTEST_RUN))
+        blocks = ceil_div(outer * inner, block)
+        shortest = SHORT_RUN if blocks * (time // SHORTEST_RUN) < FEW else SHORTEST_RUN
+        runs = max(min(PROGRAMS // blocks, time // shortest), ceil_div(time, LONGEST_RUN))
+        run = ceil_div(ceil_div(time, runs), unroll) * unroll
+        items = blocks * ceil_div(time, run)
         self.programs = min(items, PROGRAMS)
         lanes = outer * inner // align
         self.numbers = [*(stride // align for stride in strides), lanes, inner // align, time, run, blocks, items]
@@ -252,7 +228,6 @@ class Tiling:
             "INDEX": tl.int64 if outer * inner * time >= LARGE else tl.int32,
             "BLOCK": block,
             "UNROLL": unroll,
-            "STAGES": stages_of(stored, align * widest),
             "num_warps": WARPS,
             "enable_fp_fusion": True,
         }

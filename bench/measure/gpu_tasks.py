@@ -50,13 +50,12 @@ class Setting(NamedTuple):
 
     dtype: str
     shape: tuple[int, int, int]
-    stages: int = 1
     short_run: int = 16
     programs: int = 1024
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        return f"{self.dtype} {shape} STAGES={self.stages} SHORT_RUN={self.short_run} PROGRAMS={self.programs}"
+        return f"{self.dtype} {shape} SHORT_RUN={self.short_run} PROGRAMS={self.programs}"
 
     @staticmethod
     def of(name: str) -> Setting:
@@ -67,33 +66,32 @@ class Setting(NamedTuple):
 
     def apply(self) -> cases.PenaltyCase:
         """Set the constants of this process, and return the case."""
-        tiling.STAGES = dict.fromkeys(tiling.STAGES, self.stages)
         tiling.SHORT_RUN, tiling.PROGRAMS = self.short_run, self.programs
         forget()
         return cases.PenaltyCase(self.shape, getattr(torch, self.dtype))
 
 
 def smoke_settings() -> Iterator[Setting]:
-    """List the headline cases, with both values of each constant that a sweep is to choose."""
-    for shape, dtype, (stages, run) in itertools.product((SMALL[0], LARGE[0]), DTYPES, ((1, 16), (3, 4))):
-        yield Setting(dtype, shape, stages, run)
+    """List the headline cases, with two values of the constant that a sweep is to choose for them."""
+    for shape, dtype, run in itertools.product((SMALL[0], LARGE[0]), DTYPES, (16, 4)):
+        yield Setting(dtype, shape, run)
 
 
 def order_settings() -> Iterator[Setting]:
     """List the settings whose launches are compared."""
-    yield from (Setting(dtype, SMALL[0], *values) for dtype in DTYPES for values in ((), (3, 4)))
+    yield from (Setting(dtype, SMALL[0], *values) for dtype in DTYPES for values in ((), (4,)))
 
 
 def sweep_settings() -> Iterator[Setting]:
     """List the settings to measure: shorter runs where programs are few, and whole waves of programs where many."""
     for shapes, runs, programs in ((SMALL, (16, 8, 4), (1024,)), (LARGE, (16,), (1024, 792, 528))):
-        for shape, dtype, *values in itertools.product(shapes, DTYPES, (1, 3), runs, programs):
+        for shape, dtype, *values in itertools.product(shapes, DTYPES, runs, programs):
             yield Setting(dtype, shape, *values)
 
 
 def compile_settings() -> Iterator[Setting]:
     """List a setting for each code that the others run."""
-    yield from (Setting(dtype, SMALL[0], stages) for dtype, stages in itertools.product(DTYPES, (1, 3)))
+    yield from (Setting(dtype, SMALL[0]) for dtype in DTYPES)
 
 
 def computes() -> bool:

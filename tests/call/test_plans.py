@@ -22,7 +22,7 @@ from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_
 from fastreg.call.backends import TRITON
 from fastreg.call.plans import PLANS
 from fastreg.kernels import streams
-from fastreg.kernels.streams import Expected, Reserve
+from fastreg.kernels.streams import Expected
 from tests.calls import flat
 from tests.conftest import compiled, forget, memory_of, skip_on_formula
 from tests.exact import assert_gradient, assert_terms, exact, gradients_of, truth
@@ -399,18 +399,18 @@ def test_a_plan_takes_little_memory_of_the_host(name: str, backend: str) -> None
 def test_plans_on_a_gpu_draw_memory_in_their_first_backward_and_share_it_in_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each allocation is synchronized. Until its first backward, a plan reads the memory of the last backward."""
+    """Until its first backward, a plan reads the memory of the last backward."""
     allocated: list[int] = []
 
-    def new(self: Reserve, count: int, device: torch.device) -> Tensor:
+    def filled(count: int, *others: Any) -> Tensor:
         allocated.append(count)
-        return torch.ones(count, dtype=self.dtype)
+        return torch.ones(count)
 
     device, key = torch.device("cpu"), (torch.device("cpu"), torch.float32)
     monkeypatch.setattr(streams, "RESERVE", 4)
-    monkeypatch.setattr(Reserve, "new", new)
-    monkeypatch.setattr(Expected, "_reserves", {torch.float32: Reserve(torch.float32, 1, shared=True)})
-    monkeypatch.setattr(Expected, "_latest", {})
+    monkeypatch.setattr(streams, "filled", filled)
+    for memory in ("_cells", "_latest"):
+        monkeypatch.setattr(Expected, memory, {})
     first, second, *others = [Expected(torch.float32, device) for _ in range(20)]
     assert first.guess() is first.learn() is second.guess()
     assert second.learn() is second.guess() is others[0].guess() is Expected._latest[key]

@@ -8,14 +8,13 @@ from __future__ import annotations
 import gc
 import re
 import subprocess
-import warnings
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -65,10 +64,6 @@ SPILLED_BY_128 = 8
 REGISTERS = {FLOAT: (80, 91, 64, 72), BF16: (96, 111, 64, 72)}
 if Version("3.9") > RELEASE:
     REGISTERS = {FLOAT: (94, 96, 64, 80), BF16: (128, 144, 96, 96)}
-# The same with three stages, on sm_80, sm_90 and sm_100: of the penalty and of dropout, forward and backward.
-PIPELINED = {FLOAT: (80, 58, 70, 56), BF16: (96, 71, 96, 78)}
-if Version("3.9") > RELEASE:
-    PIPELINED = {FLOAT: (94, 64, 72, 64), BF16: (128, 72, 96, 80)}
 # Where loads are narrow, values that are read once a launch, on sm_80.
 MOST_SPILLED_NARROW = 24 if Version("3.7") <= RELEASE else 56
 LENGTHS = (2, 3, 7, 15, 16, 17, 32, 33, 64, 70, 100)  # Triton compiles anew for 1 and for multiples of 16, unless told
@@ -152,7 +147,7 @@ def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int
         *(
             pytest.param(*case, marks=more)
             for case in [
-                *[(target, BF16, "two") for target in ("sm_80", "sm_100")],
+                *[(target, dtype, "two") for target in ("sm_80", "sm_100") for dtype in (FLOAT, BF16)],
                 *[(target, BF16, "one") for target in ("sm_80", "sm_100", "gfx942")],
                 *[("sm_90", dtype, "two") for dtype in (FLOAT, DOUBLE)],
                 *[(*case, ragged) for case in (("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
@@ -195,34 +190,6 @@ def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
 
 
-@pytest.mark.parametrize(
-    "target", ["sm_90", *(pytest.param(x, marks=more) for x in ("sm_80", "sm_100"))], indirect=True
-)
-@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-@pytest.mark.parametrize("stages", [1, 3])
-def test_each_number_of_stages_spills_nothing(
-    target: Any, dtype: torch.dtype, stages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With three stages the rows go through shared memory, with one they go to registers as before."""
-    monkeypatch.setattr(tiling, "STAGES", dict.fromkeys(tiling.STAGES, stages))
-    train(dtype)
-    binaries = [binary for masked in (False, True) for found in trained(masked) for binary in found]
-    assert_no_spills(binaries, tmp_path, MOST_SPILLED if stages == 1 or Version("3.6") > RELEASE else 0)
-    copies = [len(re.findall(r"\bcp\.async\.cg\.shared\.global .*0x10", binary.asm["ptx"])) for binary in binaries]
-    if stages == 1:
-        assert copies == [0] * 4
-        return
-    rows = 3 * tiling.UNROLL  # of two turns before the loop, and of one in it
-    assert copies == [2 * rows, 2 * rows, rows, 2 * rows]
-    registers = [int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0]) for binary in binaries]
-    assert all(x <= most for x, most in zip(registers, PIPELINED[dtype], strict=True)), registers
-    for kind in RAGGED:
-        train(dtype, kind=kind)
-    others = [x for x in kernels.ar_tar_kernel.device_caches[0][0].values() if x not in binaries]
-    assert others
-    assert not any("cp.async" in binary.asm["ptx"] for binary in others), "marks and packed rows have one stage"
-
-
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("hidden", [registers.WIDE, registers.NARROW])
 def test_the_figures_of_the_compiled_code(target: Any, hidden: int) -> None:
@@ -232,18 +199,6 @@ def test_the_figures_of_the_compiled_code(target: Any, hidden: int) -> None:
     assert (way, wide) == ("sum and write", "8 of 8" if hidden == registers.WIDE else "0 of 16")
     assert int(spilled) <= MOST_SPILLED_NARROW
     assert int(fit) == 65536 // (128 * -(-int(used) // 8) * 8)
-
-
-@pytest.mark.parametrize("target", ["gfx942", "sm_86", "sm_90"], indirect=True)
-def test_only_wide_loads_on_gpus_with_much_shared_memory_have_stages(
-    target: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert tiling.STAGES == {FLOAT: 1, BF16: 1, HALF: 1}, "until a sweep on a GPU has chosen another number"
-    monkeypatch.setattr(tiling, "STAGES", {FLOAT: 2, BF16: 3})
-    many = target.arch == 90
-    wanted = {(FLOAT, 16): 2, (BF16, 16): 3, (BF16, 8): 1, (HALF, 16): 1, (DOUBLE, 16): 1}
-    for (dtype, load), stages in wanted.items():
-        assert tiling.stages_of(dtype, load) == (stages if many else 1)
 
 
 @more
@@ -370,68 +325,46 @@ def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
         assert scalars == ["fp64"] * 4
 
 
-class Odd:
-    """The code that a release of Triton compiled, which lacks an attribute, or takes other arguments."""
-
-    def __init__(self, whole: Any, lacks: str) -> None:
-        self.whole, self.lacks = whole, lacks
-
-    def __getattr__(self, name: str) -> Any:
-        if name == self.lacks:
-            raise AttributeError(f"it has no {name}")
-        return self.refuse if (name, self.lacks) == ("run", "arguments") else getattr(self.whole, name)
-
-    def refuse(self, *arguments: Any) -> None:
-        raise TypeError("it takes no such arguments")
-
-
-@pytest.fixture
-def by_jit(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Record the launches that go through the JIT launcher."""
-    monkeypatch.setattr(launch.Launch, "why_jit", None)
-    launched, run = [], triton.JITFunction.run
-    monkeypatch.setattr(triton.JITFunction, "run", lambda its, *xs, **ys: launched.append(its) or run(its, *xs, **ys))
-    return launched
-
-
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize(
-    "lacks",
-    ["function", "packed_metadata", "run", "arguments", "launch_metadata", "launch_enter_hook", "launch_exit_hook"],
+    ("before", "after", "directly"),
+    [
+        (None, None, 8),  # of the launches of three steps; the first of each kernel compiles it
+        (SimpleNamespace(calls=[]), SimpleNamespace(calls=[]), 8),
+        (print, None, 0),
+        (None, SimpleNamespace(calls=[print]), 0),
+    ],
+    ids=["no hooks", "empty chains", "a hook before", "a chain after"],
 )
-def test_an_odd_release_of_triton_launches_by_jit_and_warns_once(
-    lacks: str, target: Any, by_jit: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_known_code_is_launched_directly_unless_a_profiler_has_hooked_launches(
+    before: Any, after: Any, directly: int, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, hooks = triton.JITFunction.run, {"launch_enter_hook": print, "launch_exit_hook": None}
-    monkeypatch.setattr(triton.JITFunction, "run", lambda *xs, **ys: Odd(run(*xs, **ys), lacks))
-    hooks.pop(lacks, None)
-    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=SimpleNamespace(**hooks)))
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
+    by_jit: list[Any] = []
+    direct: list[Any] = []
+    run, runtime = triton.JITFunction.run, SimpleNamespace(launch_enter_hook=before, launch_exit_hook=after)
+
+    def run_by_jit(its: Any, *arguments: Any, **options: Any) -> Any:
+        code = run(its, *arguments, **options)
+        by_jit.append(code)
+        return SimpleNamespace(
+            function=code.function,
+            packed_metadata=code.packed_metadata,
+            run=lambda *given: direct.append(given) or code.run(*given),
+        )
+
+    monkeypatch.setattr(triton.JITFunction, "run", run_by_jit)
+    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=runtime))
+    for why, count in (("some reason", 0), (None, directly)):
+        monkeypatch.setattr(launch.Launch, "why_jit", why)
+        forget()
+        by_jit.clear()
         for _ in range(3):
             train(FLOAT)
-    (told,) = [x.message for x in warned if "JIT launcher" in str(x.message)]
-    assert isinstance(told, RuntimeWarning)
-    assert re.search(rf"(Attribute|Type)Error: .*{lacks}", str(told))
-    assert len(by_jit) == 3 * 4, "each forward and backward, of the penalty and of dropout"
-    assert lacks in launch.description()
-
-
-@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-def test_a_known_release_of_triton_launches_directly(
-    target: Any, by_jit: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared, run = [], launch.Launch.run_first
-    monkeypatch.setattr(launch.Launch, "run_first", lambda its, *xs: prepared.append(its) or run(its, *xs))
-    for _ in range(3):
-        train(FLOAT)
-    assert len(by_jit) == len(prepared) == 4, "only the first launches go through the JIT launcher"
-    assert launch.description() == "launched directly"
-    with pytest.raises(TypeError, match="positional argument"), patch.object(prepared[0], "run", lambda: None):
-        prepared[0]()
-    assert launch.Launch.why_jit is None, "what has worked before works, so that this fault is another one"
-    prepared.clear()
-    gc.collect()  # the frames of the error refer to compiled code, which the driver of this test has to free
+        assert (len(by_jit), len(direct)) == (12 - count, count)
+    assert all(sys.getsizeof(given) <= 512 for given in direct), "Python allocates longer tuples more slowly"
+    by_jit.clear()
+    direct.clear()
+    gc.collect()  # the driver of this test has to free the compiled code
 
 
 def test_which_releases_launch_directly() -> None:
@@ -460,23 +393,23 @@ def test_tickets_are_ready_when_a_launch_is_made(monkeypatch: pytest.MonkeyPatch
     assert filled == [device]
 
 
-def test_a_reserve_that_was_filled_serves_draws_without_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, new, cpu = [], streams.Reserve.new, torch.device("cpu")
+def test_tickets_that_are_ready_are_drawn_without_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated, filled, cpu = [], streams.filled, torch.device("cpu")
     monkeypatch.setattr(streams, "RESERVE", 8)
-    monkeypatch.setattr(streams.Reserve, "new", lambda its, count, to: made.append(count) or new(its, count, to))
-    tickets = streams.PerStream(torch.int32, 0)
+    monkeypatch.setattr(streams, "filled", lambda count, *others: allocated.append(count) or filled(count, *others))
+    tickets = streams.Tickets()
     with torch.inference_mode():
         tickets.fill(cpu)
     drawn = [tickets.drawn(cpu) for _ in range(5)]
-    assert made == [8]
+    assert allocated == [8]
     assert len({x.data_ptr() for x in drawn}) == 5
     assert not drawn[0].is_inference(), "launches change it outside of inference mode, too"
     tickets.fill(cpu)
-    assert made == [8, 8], "less than half was left"
+    assert allocated == [8, 8], "less than half was left"
     monkeypatch.setattr(streams, "is_captured", lambda device: True)
     tickets.fill(cpu)
     for _ in range(11):
         tickets.drawn(cpu)
-    assert made == [8, 8], "nothing is allocated during a capture, as long as there are any"
+    assert allocated == [8, 8], "nothing is allocated during a capture, as long as there are any"
     tickets.drawn(cpu)
-    assert made == [8, 8, 1]
+    assert allocated == [8, 8, 1]

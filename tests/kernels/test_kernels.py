@@ -57,7 +57,7 @@ def test_programs_share_the_items(programs: int, device: str, monkeypatch: pytes
 
 
 def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "SHORTEST_RUN", tiling.UNROLL)
+    monkeypatch.setattr(tiling, "SHORT_RUN", tiling.UNROLL)
     if INTERPRETED:
         monkeypatch.setattr(reduction, "CHUNK", type(reduction.CHUNK)(16))
     time = tiling.UNROLL * (reduction.CHUNK.value + 3)
