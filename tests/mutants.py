@@ -1,14 +1,19 @@
-"""Proof of the tests: each mutant is one wrong place in a copy of the code, and some test must fail on it.
+"""Proof of the tests: each mutant is one wrong place in the code, and some test must fail on it.
 
-    python -m tests.mutants [FILTER]    # only the mutants whose line of the table has FILTER in it
-    TRITON_INTERPRET=1 python -m tests.mutants [FILTER]    # the mutants of the Triton kernels
+    python -m tests.mutants [FILTER [TESTS...]]    # only the mutants whose line of the table has FILTER in it
+    TRITON_INTERPRET=1 python -m tests.mutants [FILTER [TESTS...]]    # the mutants of the Triton kernels
 
-One process imports PyTorch and forks for each mutant. Triton's interpreter runs one program after the other, so faults
-that only a GPU shows (barriers, streams, caches) have no mutant here, nor have lines that no result depends on.
+The tests are the folders of the code's room, or TESTS, which are folders or files. They must pass on the code as it is.
+One process collects all of them and forks for each mutant, whose code the functions get there. A mutant elsewhere (in a
+constant, in C++), or one that has survived, is written into a copy of the checkout, whose modules are imported anew.
+
+Triton's interpreter runs one program after the other, so faults that only a GPU shows (barriers, streams, caches) have
+no mutant here, nor have lines that no result depends on.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import resource
@@ -17,15 +22,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from itertools import islice
 from multiprocessing import get_context
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import NamedTuple
 
 import pytest
@@ -36,13 +44,15 @@ CORES, FORK = os.cpu_count() or 1, get_context("fork")
 CHOSEN = "not repeats_bitwise"  # which take long, and other tests find the same faults
 # The folder of the code -> the folders of its tests: its own first, and those whose code calls it
 ROOMS = {
-    "kernels": ["tests/kernels", "tests/call"],
-    "fastreg/call": ["tests/call", "tests/attach", "tests/kernels"],
-    "fastreg/attach": ["tests/attach", "tests/call"],
+    "kernels": ("tests/kernels", "tests/call"),
+    "fastreg/call": ("tests/call", "tests/attach", "tests/kernels"),
+    "fastreg/attach": ("tests/attach", "tests/call"),
 }
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LIMIT = 1800 if INTERPRET else 600  # seconds after which a mutant hangs: all of its tests take less
 MARKS = "not gpu and not more and not triton" + INTERPRET * " and not slow"
+OPTIONS = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN, "-m", MARKS]
+OPTIONS += ["-W", "error:fastreg runs the plain formula on CPUs"]  # else an old library would hide a mutant
 
 # file -> mutants: a function or class, the fault, a text that occurs there exactly once, and its replacement
 CODE: dict[str, list[tuple[str, str, str, str]]] = {
@@ -511,6 +521,11 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
 }  # fmt: skip
 
 
+def codes(code: CodeType) -> list[CodeType]:
+    """List the code of a module, and of the classes and functions in it."""
+    return [code, *(inner for x in code.co_consts if isinstance(x, CodeType) for inner in codes(x))]
+
+
 class Mutant(NamedTuple):
     """One wrong place."""
 
@@ -529,7 +544,7 @@ class Mutant(NamedTuple):
         return "kernels" in str(self) and "cpu" not in self.file
 
     @property
-    def tests(self) -> list[str]:
+    def tests(self) -> tuple[str, ...]:
         """The folders of tests, one of whose tests must fail."""
         return ROOMS["kernels" if self.interpreted else os.path.dirname(self.file)]
 
@@ -542,8 +557,25 @@ class Mutant(NamedTuple):
             raise LookupError(f"{self}: expected {self.old!r} once, found {part.count(self.old)} times")
         return text.replace(part, part.replace(self.old, self.new))
 
+    def swap(self) -> bool:
+        """Give the functions of the imported module the mutant's code; return whether any has other code now."""
+        if not self.file.endswith(".py"):
+            return False
+        texts = (ROOT / self.file).read_text(), self.source()
+        before, after = (codes(compile(text, self.file, "exec", dont_inherit=True)) for text in texts)
+        if [x.co_name for x in before] != [x.co_name for x in after]:
+            return False
+        lines = texts[0].splitlines()  # from which Triton compiles its kernels
+        kernels = {x for x in before if lines[x.co_firstlineno - 1].startswith("@triton.jit")}
+        swaps = {old: new for old, new in zip(before, after, strict=True) if old != new and old not in kernels}
+        functions = [x for x in gc.get_objects() if isinstance(x, FunctionType) and x.__code__ in swaps]
+        for function in functions:
+            function.__code__ = swaps[function.__code__]
+        return functions != []
+
 
 MUTANTS = [Mutant(file, *mutant) for file, mutants in CODE.items() for mutant in mutants]
+Result = tuple[Mutant | None, str]  # a mutant, or none for the code as it is, and the first test that failed, or ""
 
 
 def build(kernels: Path) -> None:
@@ -563,93 +595,146 @@ class Order:
         self.kills: Counter[str] = Counter()
         self.failed = ""  # the first test that failed in this process
 
+    def place(self, item: pytest.Item) -> tuple[int, bool]:
+        return -self.kills[item.nodeid], item.get_closest_marker("slow") is not None
+
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: (-self.kills[item.nodeid], item.get_closest_marker("slow") is not None))
+        items.sort(key=self.place)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed = self.failed or report.nodeid * report.failed
 
 
 class Job:
-    """The tests of a mutant, or of the unchanged code, in a process with a copy of the checkout."""
+    """A process with a folder of its own, which runs the tests of a mutant, or of the code as it is."""
 
-    def __init__(self, mutant: Mutant | None, tests: Sequence[str], order: Order):
+    def __init__(self, mutant: Mutant | None, test: Callable[[Path], str]):
         self.mutant, self.ends = mutant, time.monotonic() + (LIMIT if mutant else 10 * LIMIT)
-        self.copy = tempfile.TemporaryDirectory()
-        subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), self.copy.name], check=True)
-        self.process = FORK.Process(target=self.run, args=(tests, order))
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = FORK.Process(target=self.run, args=(test, Path(self.folder.name)))
         self.process.start()
 
-    def run(self, tests: Sequence[str], order: Order) -> None:
-        """Run the tests in the copy, and write the first failure there."""
+    def run(self, test: Callable[[Path], str], folder: Path) -> None:
+        """Write the first failure to the folder, or what the tests print if they cannot run."""
         os.setsid()  # the processes that tests start end with this one
-        os.chdir(copy := self.copy.name)
-        sys.path[0] = copy
-        del sys.modules["tests"]  # imported from the checkout
-        options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN, "-m", MARKS]
-        options += ["-W", "error:fastreg runs the plain formula on CPUs"]  # else an old library would hide a mutant
-        with Path("output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+        with (folder / "output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
             if not INTERPRET:  # a search without end fills 4 GB; interpreted tests reserve more
                 resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
-            if self.mutant is not None:
-                Path(self.mutant.file).write_text(self.mutant.source())
-                if self.mutant.file.endswith((".cpp", ".h")):
-                    build(Path(copy, "kernels"))
-            for folder in tests:  # one after the other, as collecting all of them would take longer than most tests
-                status = pytest.main([*options, folder], [order])
-                if status != pytest.ExitCode.OK:
-                    break
-        failed = "the import of a test" if status == pytest.ExitCode.INTERRUPTED else order.failed
-        if status == pytest.ExitCode.OK or failed:
-            Path("outcome").write_text(failed)
+            try:
+                (folder / "outcome").write_text(test(folder))
+            except Exception:
+                traceback.print_exc()
         os._exit(0)  # without waiting for threads of tests
 
     def outcome(self) -> str:
         """End the process, and return the first failure, or "" if all tests passed."""
         status = self.process.exitcode
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)  # pyright: ignore[reportArgumentType]
         self.process.join()
-        with self.copy as copy:
-            if Path(copy, "outcome").exists():
-                return Path(copy, "outcome").read_text()
+        with self.folder as folder:
+            if Path(folder, "outcome").exists():
+                return Path(folder, "outcome").read_text()
             if status is None or status < 0:
                 return "hanging" if status is None else f"a crash with signal {-status}"
-            raise RuntimeError(f"{self.mutant}: {Path(copy, 'output').read_text()[-3000:]}")
+            raise RuntimeError(f"{self.mutant}: {Path(folder, 'output').read_text()[-3000:]}")
 
 
-def run_all(jobs: Iterable[tuple[Mutant | None, Sequence[str]]]) -> Iterator[tuple[Mutant | None, str]]:
-    """Run a job on each core at a time, and return each mutant with the first failure, or with ""."""
-    waiting, running, order = iter(jobs), [], Order()
-    while running := [*running, *(Job(*job, order) for job in islice(waiting, CORES - len(running)))]:
+def run_all(jobs: Iterable[tuple[Mutant | None, Callable[[Path], str]]], order: Order) -> Iterator[Result]:
+    """Run a job on each core at a time."""
+    waiting, running = iter(jobs), []
+    while running := [*running, *(Job(*job) for job in islice(waiting, CORES - len(running)))]:
         wait([job.process.sentinel for job in running], timeout=5)
         for job in [x for x in running if x.process.exitcode is not None or time.monotonic() > x.ends]:
             running.remove(job)
             order.kills[failed := job.outcome()] += 1
-            yield job.mutant, failed.removeprefix("tests/")
+            yield job.mutant, failed
 
 
-def main(chosen: str = "") -> str:
+def run_tests(mutant: Mutant | None, sessions: Sequence[Sequence[str]], order: Order, folder: Path) -> str:
+    """Run the tests of some sessions of pytest, in a copy of the checkout with the mutant, until one fails."""
+    subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), folder], check=True)
+    os.chdir(folder)
+    sys.path[0] = str(folder)
+    del sys.modules["tests"]  # imported from the checkout
+    if mutant is not None:
+        Path(mutant.file).write_text(mutant.source())
+        if mutant.file.endswith((".cpp", ".h")):
+            build(folder / "kernels")
+    for tests in sessions:
+        status = pytest.main([*OPTIONS, *tests], [order])
+        if status == pytest.ExitCode.INTERRUPTED:
+            return "the import of a test"
+        if status != pytest.ExitCode.OK and not order.failed:
+            raise LookupError(f"no test runs in {tests}: pytest ends with {status!r}")
+        if order.failed:
+            return order.failed
+    return ""
+
+
+class Swap(Order):
+    """A plugin that runs the tests of a session in processes, for the code as it is and for each mutant."""
+
+    def __init__(self, tasks: Sequence[tuple[Mutant | None, Sequence[str]]], results: Connection) -> None:
+        super().__init__()
+        self.tasks, self.results = tasks, results
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        for result in run_all([(task[0], partial(self.run, session, *task)) for task in self.tasks], self):
+            self.results.send(result)
+            if result[0] is None and result[1]:
+                break
+        return not session.testsfailed  # imports have failed: pytest goes on, and says so
+
+    def run(self, session: pytest.Session, mutant: Mutant | None, folders: Sequence[str], _: Path) -> str:
+        """Run the tests of some folders, one after the other, until one fails; none if the mutant cannot be swapped."""
+        items = [item for folder in folders for item in session.items if item.nodeid.startswith(folder)]
+        if mutant is not None and not mutant.swap():
+            return ""
+        items.sort(key=self.place)
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failed:
+                break
+        return self.failed
+
+
+def main(chosen: str = "", *tests: str) -> str:
     """Run the mutants of this setting, print the table, and return a message if tests or the list must be seen to."""
     if not any(chosen in str(mutant) for mutant in MUTANTS):
         return f"no mutant has {chosen!r} in its line"
-    began = time.monotonic()
     mutants = [x for x in MUTANTS if chosen in str(x) and x.interpreted == INTERPRET]
+    began, survived = time.monotonic(), 0
     print(f"{len(mutants)} mutants, {'with' if INTERPRET else 'without'} Triton's interpreter", flush=True)
     for mutant in mutants:
         mutant.source()  # which fails where the list is stale
     os.environ["OMP_NUM_THREADS"] = "1"
     import_module("torch._dynamo")  # slow to import, and not tested: imported once, before the forks
-    folders = {folder for mutant in mutants for folder in mutant.tests}
-    if failed := [test for _, test in run_all([(None, [folder]) for folder in sorted(folders)]) if test]:
-        return f"the code as it is fails: {', '.join(failed)}"
-    survivors = 0
-    for mutant, killer in run_all([(mutant, mutant.tests) for mutant in mutants]):
-        survivors += not killer
-        print(f"{mutant!s:75} {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
+    left = {mutant: tests or mutant.tests for mutant in mutants}
+    folders = [*dict.fromkeys(folder for each in left.values() for folder in each)]
+    reader, writer = FORK.Pipe(duplex=False)
+    swap = Swap([*((None, [folder]) for folder in folders), *left.items()], writer)
+    job = Job(None, partial(run_tests, None, [folders], swap))
+    writer.close()
+    with suppress(EOFError):
+        while True:
+            mutant, failed = reader.recv()
+            if mutant is not None and failed:
+                del left[mutant]
+                print(f"{mutant!s:75} killed by {failed}", flush=True)
+            elif failed:
+                return f"the code as it is fails: {failed}"
+    job.process.join()
+    if failed := job.outcome():
+        return f"the code as it is fails: {failed}"
+    order = Order()
+    jobs = [(mutant, partial(run_tests, mutant, [[x] for x in each], order)) for mutant, each in left.items()]
+    for mutant, failed in run_all(jobs, order):
+        survived += not failed
+        print(f"{mutant!s:75} {f'killed by {failed}' if failed else 'SURVIVED'}", flush=True)
     print(f"{time.monotonic() - began:.0f} s", flush=True)
-    return f"{survivors} survived" if survivors else ""
+    return f"{survived} survived" if survived else ""
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]) or 0)
+    sys.exit(main(*sys.argv[1:]) or 0)
