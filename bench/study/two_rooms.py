@@ -32,9 +32,9 @@ CHOICE_SEEDS = tuple(chain(*ROUNDS))
 FRESH_SEEDS = tuple(range(1, 11))
 STEPS = 1000
 COMPARISONS = {  # name -> whether there is a distractor, and the steps of the training
-    "the dot alone": (False, STEPS),
+    "only the dot": (False, STEPS),
     "with a distractor": (True, STEPS),
-    "the dot alone, 150 steps": (False, 150),
+    "only the dot, 150 steps": (False, 150),
 }
 RECIPES = ROOT / "docs" / "recipes.md"
 BEGIN = "<!-- from bench/results/two_rooms.jsonl by python -m bench.study.two_rooms -->\n"

@@ -94,7 +94,7 @@ def test_settings_are_chosen_by_their_mean_and_compared_in_pairs() -> None:
             ]
     table = two_rooms.summary(runs)
     # 0.00 to 0.18 in steps of 0.02: a standard deviation of 0.0606, and over the root of ten 0.019
-    assert cells(table, "the dot alone", "without TAR, weights chosen anew", "0.1, 0.3, 0") == [
+    assert cells(table, "only the dot", "without TAR, weights chosen anew", "0.1, 0.3, 0") == [
         *("0.590 ± 0.019", "0.690 ± 0.019", "0.490 ± 0.019", "+0.105 ± 0.002")
     ]
     assert cells(table, "with a distractor", "without TAR")[-1] == "+0.205 ± 0.002"
