@@ -2,8 +2,8 @@
 
 `python -m bench.study.two_rooms` adds each run as a line to bench/results/two_rooms.jsonl. Runs that the file has are
 not repeated, so an interrupted experiment continues. All runs take less than an hour on one core. Then it renders the
-page beside that file, and the table in docs/recipes.md. No figure is typed: tests/project/test_two_rooms.py fails when
-a page disagrees with the JSON lines.
+page beside that file, and the parts in README.md and docs/recipes.md. No figure is typed:
+tests/project/test_two_rooms.py fails when a page disagrees with the JSON lines.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ COMPARISONS = {  # name -> whether there is a distractor, and the steps of the t
     "with a distractor": (True, STEPS),
     "only the dot, 150 steps": (False, 150),
 }
-RECIPES = ROOT / "docs" / "recipes.md"
 BEGIN = "<!-- from bench/results/two_rooms.jsonl by python -m bench.study.two_rooms -->\n"
 METHOD = """\
 The weight of the prediction is 1. A grid has the weights of VICReg's terms from 0.03 to 1, and beta from 0 to 30. The
@@ -148,6 +147,29 @@ def compared(runs: list[Run], weights: Weights, distractor: bool, steps: int) ->
     return [found[Job(weights, seed, distractor, steps)] for seed in FRESH_SEEDS]
 
 
+def gain(ours: list[Run], others: list[Run]) -> str:
+    """Render the mean difference in success of the pairs of two settings."""
+    return average([our.success - other.success for our, other in zip(ours, others, strict=True)], "+.3f")
+
+
+def headline(runs: list[Run]) -> str:
+    """Render the part in the README."""
+    settings = chosen(runs)
+    tar, plain, anew = (
+        {images: compared(runs, settings[name], *place) for images, place in COMPARISONS.items()}
+        for name in ("with TAR", "without TAR", "without TAR, weights chosen anew")
+    )
+    alone, distractor, short = COMPARISONS
+    success, without = (mean([run.success for run in found[alone]]) for found in (tar, anew))
+    return (
+        f"**A world model plans better.** In [two rooms](examples/two_rooms.py) {success:.0%} of the plans succeed "
+        f"with TAR, and {without:.0%} without it after the other weights were tuned again ({gain(tar[alone], anew[alone])}, "
+        f"ten seeds). With the same other weights, TAR gains {gain(tar[distractor], plain[distractor])} if the images "
+        f"have a distractor, and {gain(tar[short], plain[short])} after only 150 training steps: "
+        "[table](docs/recipes.md#a-world-model-that-plans).\n"
+    )
+
+
 def summary(runs: list[Run]) -> str:
     """Render the comparison of the three settings."""
     rows = [["images", "setting", "variance, covariance, beta", "success", "same room", "other room", "gain of TAR"]]
@@ -157,10 +179,9 @@ def summary(runs: list[Run]) -> str:
         for name, weights in settings.items():
             found = compared(runs, weights, distractor, steps)
             shares = ([getattr(run, share) for run in found] for share in ("success", "same_room", "other_room"))
-            gains = [ours.success - run.success for ours, run in zip(tar, found, strict=True)]
             cells = [average(values, ".3f") for values in shares]
-            gain = average(gains, "+.3f") if weights != settings["with TAR"] else ""
-            rows.append([images, name, ", ".join(f"{weight:g}" for weight in weights), *cells, gain])
+            cells.append(gain(tar, found) if weights != settings["with TAR"] else "")
+            rows.append([images, name, ", ".join(f"{weight:g}" for weight in weights), *cells])
     return table(rows)
 
 
@@ -204,11 +225,15 @@ def page(runs: list[Run]) -> str:
     return "\n".join(parts)
 
 
+PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "recipes.md": summary}  # page -> its part after BEGIN
+
+
 def render(file: Path) -> None:
-    """Write the page beside the JSON lines, and the table in the recipes."""
+    """Write the page beside the JSON lines, and the parts of other pages."""
     runs = load(file)
     file.with_suffix(".md").write_text(page(runs))
-    RECIPES.write_text(with_part(RECIPES.read_text(), summary(runs), BEGIN))
+    for page_with_part, part in PAGES.items():
+        page_with_part.write_text(with_part(page_with_part.read_text(), part(runs), BEGIN))
 
 
 if __name__ == "__main__":

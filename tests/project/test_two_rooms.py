@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import torch
 
 from bench.measure import report
 from bench.study import two_rooms
-from bench.study.report import average
 from bench.study.two_rooms import CHOICE_SEEDS, COMPARISONS, FRESH_SEEDS, Job, Run
 from examples import two_rooms as example
 from examples.two_rooms import Weights
+from tests.project.test_study import cells
 
 pytestmark = pytest.mark.main
 
@@ -69,13 +68,6 @@ def made_up(job: Job, success: float) -> Run:
 
 
 PLAIN, TAR, CLOSE = Weights(0.1, 0.3, 0.0), Weights(1.0, 1.0, 3.0), Weights(0.3, 0.3, 10.0)
-
-
-def cells(table: str, *start: str) -> list[str]:
-    """Return the cells of the only row that begins with `start`."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    (row,) = [row for row in rows if row[: len(start)] == list(start)]
-    return row[len(start) :]
 
 
 def test_settings_are_chosen_by_their_mean_and_compared_in_pairs() -> None:
@@ -140,23 +132,6 @@ def test_what_is_committed_is_what_was_measured() -> None:
     assert all(run.settings == two_rooms.facts_of(run.job.steps) for run in runs)
     assert two_rooms.chosen(runs) == example.SETTINGS, "the example has the weights that were chosen"
     assert file.with_suffix(".md").read_text() == two_rooms.page(runs), "run `python -m bench.study.two_rooms`"
-    recipes = two_rooms.RECIPES.read_text()
-    assert report.with_part(recipes, two_rooms.summary(runs), two_rooms.BEGIN) == recipes
-
-
-def test_the_readme_has_the_success_with_tar_and_without_it_at_weights_chosen_anew_and_with_a_distractor() -> None:
-    runs = two_rooms.load(two_rooms.COMMITTED)
-    settings = two_rooms.chosen(runs)
-
-    def success(name: str, distractor: bool = False) -> list[float]:
-        return [run.success for run in two_rooms.compared(runs, settings[name], distractor, two_rooms.STEPS)]
-
-    def gain(name: str, distractor: bool = False) -> str:
-        pairs = zip(success("with TAR", distractor), success(name, distractor), strict=True)
-        return average([x - y for x, y in pairs], "+.3f")
-
-    tar, plain = success("with TAR"), success(anew := "without TAR, weights chosen anew")
-    text = " ".join((report.ROOT / "README.md").read_text().split())
-    assert f"{mean(tar):.0%} of the plans succeed with TAR, and {mean(plain):.0%} without TAR" in text
-    assert f"({gain(anew)}, ten seeds)" in text
-    assert f"({gain('without TAR', True)})" in text
+    for page, part in two_rooms.PAGES.items():
+        text = page.read_text()
+        assert report.with_part(text, part(runs), two_rooms.BEGIN) == text
