@@ -163,9 +163,10 @@ def headline(runs: list[Run]) -> str:
     success, without = (mean([run.success for run in found[alone]]) for found in (tar, anew))
     return (
         f"**A world model plans better.** In [two rooms](examples/two_rooms.py) {success:.0%} of the plans succeed "
-        f"with TAR, and {without:.0%} without it after the other weights were tuned again ({gain(tar[alone], anew[alone])}, "
-        f"ten seeds). With the same other weights, TAR gains {gain(tar[distractor], plain[distractor])} if the images "
-        f"have a distractor, and {gain(tar[short], plain[short])} after only 150 training steps: "
+        f"with TAR, and {without:.0%} without it after the other weights were tuned again "
+        f"({gain(tar[alone], anew[alone])}, ten seeds). With the same other weights, TAR gains "
+        f"{gain(tar[distractor], plain[distractor])} if the images have a distractor, and "
+        f"{gain(tar[short], plain[short])} after only 150 training steps: "
         "[table](docs/recipes.md#a-world-model-that-plans).\n"
     )
 
