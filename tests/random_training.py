@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer
-from fastreg.attach.ledger import OUTCOMES
+from fastreg.attach.step import OUTCOMES
 from tests.language_model import Elementwise, Locked, Loop, Wrapper
 from tests.random_calls import play_all
 
@@ -115,7 +115,7 @@ class ByHand:
 
     Attributes:
         called: the modules that were called in training since the last loss.
-        without: whether a module was called in training without gradients since the last `clear`.
+        without: whether a module was called in training without gradients since the last loss or `clear`.
         noted: what is warned of once: a module and a case.
         backwards: the number of backwards in which a penalty could have got a gradient; `None` once one has got it, or
             the lack of one was warned of.
@@ -123,7 +123,8 @@ class ByHand:
 
     def __init__(self, play: Play, net: Net) -> None:
         self.play, self.runs, self.marks = play, list[Run](), dict[Any, Run]()
-        self.called, self.without, self.noted = set[nn.Module](), False, set[Any]()
+        self.recent, self.without, self.noted = list[Run](), set[nn.Module](), set[Any]()
+        self.frozen: dict[nn.Module, bool] = {}
         self.backwards: int | None = 0
         self.dropouts = dict(zip(net.layers, play.dropouts, strict=True))
         for module in {*net.layers}:
@@ -133,13 +134,13 @@ class ByHand:
 
     def after_module(self, module: nn.Module, args: Any, result: Any) -> Any:
         if module.training:
-            self.called.add(module)
-            self.without = self.without or not torch.is_grad_enabled()
+            self.without |= set() if torch.is_grad_enabled() else {module} & self.dropouts.keys()
         if not (module.training and torch.is_grad_enabled() and module in self.dropouts):
             return None
         raw, state = result
         run = Run(module, raw, self.play.coefficients, self.play.identity)
         self.runs.append(run)
+        self.recent.append(run)
         if self.dropouts[module] in NOT_ATTACHED:
             raw = self.measured(run, raw)
         return raw, tree_map(partial(self.mark, run), state)
@@ -168,9 +169,15 @@ class ByHand:
 
     def clear(self) -> None:
         for run in self.runs:
-            run.state = "dropped"
-        self.runs, self.without = [], False
-        self.called.clear()
+            run.state = run.state or "dropped"
+        self.runs, self.recent, self.without, self.frozen = [], [], set(), {}
+
+    def most(self) -> dict[nn.Module, int]:
+        """Return the most that a call of each module was since a penalty: 1 without gradients, 2 frozen, 3 marked."""
+        most = dict.fromkeys(self.without, 1)
+        for run in self.recent:
+            most[run.module] = max(most.get(run.module, 0), 2 + run.marked)
+        return most
 
     def reached(self, loss: Tensor) -> list[Run]:
         """Return the runs that are marked in the graph of a loss."""
@@ -186,25 +193,24 @@ class ByHand:
         """Return the case of a loss in the table of outcomes, and the runs that count."""
         reached = self.reached(loss)
         found = [run for run in reached if not run.state]
-        latest = {run.module: run for run in self.runs}
-        constants = {run.module: run for run in latest.values() if not (run.marked or run.state)}
+        latest = {run.module: run for run in self.recent}
+        constants = [run for run in latest.values() if not (run.marked or run.state)]
         if any(run.terms is None for run in self.runs):
             return "a dropout did not get raw", []
         case = "the loss depends on runs"
         if not found:
-            if any(run.state == "taken" for run in reached):
-                return "an earlier loss took the run", []
-            if not (self.called and self.called <= constants.keys()):
-                if self.without:
-                    return "a module ran without gradients" if loss.requires_grad else "the loss needs no gradient", []
-                left = any(not run.state for run in self.marks.values())
-                return "the loss depends on no run" if left else "there is no run", []
+            kinds = {*self.most().values()}
+            are_frozen = all(self.frozen.get(x, False) for x in self.dropouts) and not self.play.has_idle
+            if not (kinds == {2} or (not kinds and are_frozen)):
+                needs = loss.requires_grad or 3 in kinds or not kinds
+                return "the loss depends on no run" if needs else "nothing needs a gradient", []
             case = "only frozen modules ran"
-        counted = [*found, *constants.values()]
-        single = self.single(counted)
-        if any(run.identity != self.play.identity for run in counted):
+        counted = [*found, *constants]
+        if any(run.identity != self.play.identity for run in found):
             case = "a coefficient changed"
-        elif max(single.values(), default=0) > 3:
+        elif max(self.single(found).values(), default=0) > 3 and (
+            self.play.coefficients[1] or self.play.identity is not self.play.coefficients
+        ):
             case = "four runs over one step"
         return case, counted
 
@@ -214,8 +220,8 @@ class ByHand:
 
     def warnings_of(self, counted: Sequence[Run]) -> list[str]:
         """Return the cases that are warned of at a loss, each once."""
-        two = "two runs over one step"
-        cases = {(module, two) for module, count in self.single(counted).items() if count > 1}
+        two = "several runs over one step"
+        cases = {(module, two) for module, count in self.single([x for x in counted if x.marked]).items() if count > 1}
         cases |= {(None, "a module was never called")} if self.play.has_idle else set()
         new = cases - self.noted
         self.noted |= new
@@ -463,18 +469,22 @@ class Play:
         self.note(f"backward: {how}", f"of {len(counted)} runs{', graph kept' * keeps_graph}")
         self.note(f"outcome: {case}")
         with self.announced(OUTCOMES[case], [] if OUTCOMES[case] else by_hand.warnings_of(counted)):
-            if how != "alone" and draw.random() < 0.5:
+            if not counted or (how != "alone" and draw.random() < 0.5):
                 total = self.reg.on_backward_begin(losses[0])
             else:
                 taken: Any = self.reg.take(losses[0])
                 total = taken.penalty if how == "alone" else losses[0] + taken.penalty
+        if not counted:
+            assert total is losses[0]
+            return
         ar, tar = (torch.stack(terms).sum() for terms in zip(*[run.terms for run in counted], strict=True))
         want: Any = sum(a * run.terms[0] + b * run.terms[1] for run in counted for a, b in [run.coefficients])
         want = want if how == "alone" else losses[1] + want
         self.compare("the loss, AR and TAR", [total, self.reg.ar, self.reg.tar], [want, ar, tar])
         for run in counted:
             run.state = "taken"
-        by_hand.called.clear()
+        by_hand.frozen |= {module: most == 2 for module, most in by_hand.most().items()}
+        by_hand.recent, by_hand.without = [], set()
         self.backward(loss, [total, want], how, keeps_graph, counted)
         if not keeps_graph:
             self.drop("the graph is freed")
@@ -503,7 +513,7 @@ class Play:
                         first = torch.autograd.grad(x, parameters(net), create_graph=True, allow_unused=True)
                         x = torch.stack([y.square().sum() for y in first if y is not None]).sum()
                     if x.requires_grad:
-                        x.backward(retain_graph=keeps, inputs=parameters(net))
+                        x.backward(retain_graph=keeps)
         self.compare("the gradients", *([x.grad for x in parameters(net)] for net in self.nets))
         for net in self.nets:
             net.zero_grad()
@@ -532,11 +542,12 @@ class Play:
         """Check that evaluation adds nothing, nor does a loss without gradients."""
         if any(run.terms is None for run in self.by_hand.runs):
             return
-        kind = self.draw.choice(["evaluation", "evaluation" if self.frozen else "no gradients"])
+        has_run = any(run.marked for run in self.by_hand.recent)
+        kind = self.draw.choice(["evaluation", "evaluation" if self.frozen or has_run else "no gradients"])
         call = self.run(kind, carries=False)
         self.net.train(kind != "evaluation")
         loss = call.results[0][0].square().mean()
-        outcome = "all modules are in evaluation" if kind == "evaluation" else "the loss needs no gradient"
+        outcome = "all modules are in evaluation" if kind == "evaluation" else "nothing needs a gradient"
         self.note(f"outcome: {outcome}")
         assert self.reg.on_backward_begin(loss) is loss, kind
         assert self.reg.take(loss) is None, kind

@@ -1,16 +1,18 @@
 """`Attachment`: the hooks on a recurrent module and on the dropout that follows it.
 
-The hook on the module tells the ledger of raw. The hook on the dropout computes the penalty, and returns dropped with a
-mark by which a loss finds the penalty. Without a dropout the hook on the module does this with raw.
-`fastreg.attach.ledger` follows the runs.
+The hook on the module begins a run in the step, and writes a `Call` into raw. The hook on the dropout finds the call in
+raw, computes the penalty, and returns dropped with a mark by which a loss finds the run. Without a dropout the hook on
+the module does this with raw. `fastreg.attach.step` follows the runs.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -18,51 +20,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.attach.ledger import HELD, NO_GRADIENTS, Ledger, Run
 from fastreg.attach.mark import is_marked, mark
 from fastreg.attach.source import Source
+from fastreg.attach.step import Run, Site, Step
 from fastreg.call.arguments import check_tensor
 from fastreg.call.penalty import penalize
-from fastreg.call.problem import Options, data_of
+from fastreg.call.problem import Options, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.call.torch_state import address_of, current, recomputes, transformed, untraced, version_of
 
 SHARED = (
-    "attach: this {} shares the hooks of the attached one, or its class got another forward; remove() the attachment "
-    "before, and attach again"
+    "attach: this {} shares the hooks of the attached one, whose penalty would be lost, or its class got another "
+    "forward. Use DistributedDataParallel instead of DataParallel, or on_loss_begin; or remove() the attachment, and "
+    "attach again"
 )
-REPLICA = (
-    "attach: DataParallel runs a replica of the attached {} on each device, and the penalty of a replica is lost. Use "
-    "DistributedDataParallel. Or remove() the attachment, let the model return (decoded, raw, dropped), which "
-    "DataParallel gathers, and pass them to on_loss_begin"
-)
-SCRIPTED = (
-    "attach: torch.jit.script cannot compile the hooks of an attached module; remove() the attachment before, or use "
-    "torch.jit.trace or torch.export in evaluation"
-)
+MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
+KEY = "_fastreg_call"  # the attribute of raw that holds its call
 
 
 class Hook:
     """Run a function as a hook on the forward of a module; in a copy or a pickle of the module, do nothing."""
 
-    def __init__(self, attachment: Attachment, module: nn.Module, function: Callable[..., Any], register: Any) -> None:
-        self.attachment, self.module, self.function = attachment, module, function
-        self.handle = register(self, with_kwargs=True)
+    def __init__(self, module: nn.Module, function: Callable[..., Any], register: Any) -> None:
+        self.module, self.function, self.handle = module, function, register(self, with_kwargs=True)
 
     @untraced
     def __call__(self, module: nn.Module, *args: Any) -> Any:
-        if module is self.module:
+        if module is self.module or self.function is nothing:
             return self.function(*args)
-        # A shallow copy or a replica shares the hooks, and torch.ao registers them on the modules that it makes.
-        if module.training and self.function is not nothing:
-            is_replica = getattr(module, "_is_replica", False)
-            raise RuntimeError((REPLICA if is_replica else SHARED).format(type(module).__name__))
+        if module.training:  # a shallow copy or a replica shares the hooks, and torch.ao puts them on other modules
+            raise RuntimeError(SHARED.format(type(module).__name__))
         return None
-
-    @property
-    def __name__(self) -> str:
-        # Only torch.jit.script asks for the name of a hook, to compile it.
-        raise AttributeError(SCRIPTED)
 
     def __reduce__(self) -> Any:
         # The pickle has only a function of the standard library, because it may be loaded where fastreg is not
@@ -76,92 +64,111 @@ class Hooked:
 
     Attributes:
         module: the module.
-        hooks: the hooks; the last one runs after the forward.
-        forward: the forward that an attachment has made an attribute of the module itself, or `None`.
+        hooks: the hooks; the first one runs after the forward.
+        forward: the forward of the module's class, which is an attribute of the module itself while it is hooked.
     """
 
-    def __init__(self, of: Attachment, module: nn.Module, before: Any, after: Any) -> None:
+    def __init__(self, module: nn.Module, before: Any, after: Any) -> None:
         for hook in (*vars(module)["_forward_hooks"].values(), *vars(module)["_forward_pre_hooks"].values()):
             if isinstance(getattr(hook, "__self__", None), nullcontext):  # an idle hook that a copy has brought
                 hook.__self__.enter_result.remove()
-        self.module, self.hooks = module, [Hook(of, module, after, module.register_forward_hook)]
+        self.module, self.hooks = module, [Hook(module, after, module.register_forward_hook)]
         if before is not None:
-            self.hooks.insert(0, Hook(of, module, before, module.register_forward_pre_hook))
+            self.hooks.append(Hook(module, before, module.register_forward_pre_hook))
         # Dynamo does not guard on hooks, and would run code that was compiled for a module without hooks. But it does
         # guard on whether the instance itself has an attribute forward.
-        own = vars(module).setdefault("forward", module.forward)
-        self.forward = own if own == MethodType(type(module).forward, module) else None
+        self.forward = MethodType(type(module).forward, module)
+        vars(module).setdefault("forward", self.forward)
 
     def prepare(self) -> None:
-        """Move the hook after the forward to the end, behind other hooks.
+        """Move the hook after the forward to the end, behind hooks that were registered later.
 
         Raises:
             RuntimeError: the module would run another forward than its class has.
         """
-        if self.forward and self.forward.__func__ is not type(self.module).forward:
+        if self.forward.__func__ is not type(self.module).forward:
             raise RuntimeError(SHARED.format(type(self.module).__name__))
-        hooks, own = vars(self.module)["_forward_hooks"], self.hooks[-1].handle.id
-        if own in hooks:
-            hooks.move_to_end(own)
+        vars(self.module)["_forward_hooks"].move_to_end(self.hooks[0].handle.id)
 
     def remove(self) -> None:
-        """Remove the hooks; if another hook calls this, PyTorch still calls them, but without keyword arguments."""
+        """Remove the hooks; if another hook calls this, PyTorch still calls them in this forward."""
         for hook in self.hooks:
             hook.handle.remove()
             hook.function = nothing
-        if not attachments_of(self.module) and vars(self.module).get("forward", nothing) == self.forward:
+        if not attachments_of(self.module) and vars(self.module).get("forward") == self.forward:
             del self.module.forward
 
 
 def attachments_of(module: nn.Module) -> list[Attachment]:
     """Return the attachments that have hooks on a module."""
-    return [hook.attachment for hook in vars(module)["_forward_hooks"].values() if isinstance(hook, Hook)]
+    hooks: Any = vars(module)["_forward_hooks"].values()
+    return [x.function.__self__ for x in hooks if isinstance(x, Hook)]  # pyright: ignore
 
 
 def nothing(*_: object) -> None:
     """Return `None`."""
 
 
-class Attachment(AbstractContextManager["Attachment"]):
+@dataclass(eq=False)
+class Call:
+    """Describe a call of an attached module for the dropout: a run, or the recomputation of one.
+
+    Attributes:
+        attachment: the attachment of the module.
+        run: the run, until the dropout has got raw, because raw must not own the penalty; `None` in a recomputation.
+        version: the version of raw when the module returned it.
+        packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
+        masks: the masks of valid steps and of starts, by their names, each of which may be `None`.
+        given: alpha and beta of the regularizer.
+    """
+
+    attachment: Attachment
+    run: Run | None
+    version: int
+    packed: PackedSequence | None
+    masks: dict[str, Any]
+    given: Sequence[Any]
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, ()  # raw may be saved, and loaded with `weights_only=True` where fastreg is not installed
+
+    def coefficients(self, raw: Tensor) -> Sequence[Any]:
+        """Return alpha and beta on the device of raw."""
+        return [x.to(raw.device) if isinstance(x, Tensor) else x for x in self.given]
+
+
+class Attachment(Site, AbstractContextManager["Attachment"]):
     """Hold the hooks on a module and its dropout until `remove()`. Hooks in a copy of the model do nothing.
 
     Args:
-        ledger: the ledger of the regularizer.
+        owner: the regularizer, which has the coefficients; when it is gone, the hooks are removed.
+        step: the step of the regularizer.
         source: the source, which has the modules.
 
     Attributes:
-        ledger: the ledger.
+        owner: a weak reference to the regularizer.
+        step: the step.
         source: the source.
-        names: the names of the modules' types, for messages.
         options: the options of the calls that compute penalties.
-        paths: the paths of the module and of the dropout in the model, where an adapter has found them there.
-        say: a function that is called once with the handle's `repr()`, at the first loss; `None` to say nothing.
     """
 
-    names: dict[str, str] = {}  # noqa: RUF012 - of a copy
-    paths: tuple[Any, Any] = None, None
-    say: Callable[[str], Any] | None = None
     _hooked: Any = ()  # a copy of a handle has no hooks
 
-    def __init__(self, ledger: Ledger, source: Source) -> None:
-        self.ledger, self.source, dropout = ledger, source, source.dropout
-        self.names = {"module": type(source.module).__name__}
+    def __init__(self, owner: Any, step: Step, source: Source) -> None:
+        self.owner: Callable[[], Any] = weakref.ref(owner, lambda _: self.remove())
+        self.step, self.source = step, source
+        self.names, dropout = {"module": type(source.module).__name__}, source.dropout
         self.options = Options(*source.place, "mean", True, fills=False)
-        self._hooked = [Hooked(self, source.module, self._before_module, self._after_module)]
+        self._hooked = [Hooked(source.module, self._before_module, self._after_module)]
         if dropout is not None:
             self.names["dropout"] = type(dropout).__name__
             before = self._lend if isinstance(dropout, FusedRNNDropout) else None
-            self._hooked.append(Hooked(self, dropout, before, self._after_dropout))
-        ledger.add(self)
+            self._hooked.append(Hooked(dropout, before, self._after_dropout))
+        step.add(self, source.module)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no hooks and no runs."""
-        return {}
-
-    def __repr__(self) -> str:
-        label = [f"{path} ({x})" if path else x for x, path in zip(self.names.values(), self.paths, strict=False)]
-        shown = self.ledger.sites[self].shown or "no run yet" if self._hooked else "removed"
-        return f"{' -> '.join(label) or 'Attachment'}: {shown}"
+        return {"shown": "removed"}
 
     def __exit__(self, *_: object) -> None:
         self.remove()
@@ -172,7 +179,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         for x in hooked:
             x.remove()
         if hooked:
-            self.ledger.remove(self)
+            self.step.remove(self)
+            self.shown = "removed"
 
     # The hooks
 
@@ -182,84 +190,88 @@ class Attachment(AbstractContextManager["Attachment"]):
             x.prepare()
 
     def _after_module(self, args: Any, kwargs: Any, result: Any) -> Any:
-        """Note raw, and mark tensors of the module's output: the states, and raw if there is no dropout."""
-        source, again = self.source, current() != -1
-        if not self.ledger.enter(self, source.module.training, again):
+        """Begin a run, and mark tensors of the module's output: the states, and raw if there is no dropout."""
+        source, step, owner = self.source, self.step, self.owner()
+        if not source.module.training or not step.enter(self):
             return None
-        if again:
-            self._refuse_reentrant()
+        again = current() != -1
+        if again and not recomputes():
+            raise RuntimeError(
+                f"attach: the attached {self.names['module']} runs in a backward, where its penalty is lost; pass "
+                "use_reentrant=False to the checkpoint"
+            )
         if transformed():
             raise RuntimeError(
-                f"attach: the attached {self.names['module']} ran under a transform of torch.func, under forward-mode "
-                "AD or in a trace, where no loss can find the penalty; remove() the attachment there, and use "
-                "fused_ar_tar"
+                f"attach: no loss can find the penalty of the attached {self.names['module']} under a transform of "
+                "torch.func, in forward-mode AD or in a trace; remove() the attachment there, and use fused_ar_tar"
             )
         raw = source.raw_of(result)
         rows = data_of(raw)
         if rows.is_nested:  # which has no shape
             check_tensor("raw", rows)
-        other = self.ledger.find(rows)
-        if is_marked(rows) or (other is not None and other.attachment is not self and other.state in HELD):
-            self._refuse_regularized()
-        run = self.ledger.begin(self, raw, source.masks.of(*args, **kwargs), again)
-        marked = {id(rows): rows}
+        self._check_apart(rows, source.module)
+        given, masks = (owner.alpha, owner.beta), source.masks.of(*args, **kwargs)
+        packed: Any = None if raw is rows else raw._replace(data=None)  # pyright: ignore
+        run = None if again else step.begin(self, given, source.dropout is not None)
+        call = Call(self, run, version_of(rows), packed, masks, given)
         if source.dropout is None:
-            self.ledger.arrive(run)
-            marked[id(rows)] = self._formed(run, rows, rows, None, again)
-        if again or result is rows:
-            return None if again else marked[id(rows)]
-        return self._marked(run, result, (*args, *kwargs.values()), marked)
+            self._form(call, run, rows, rows, None)
+        else:
+            setattr(rows, KEY, call)
+        if run is None or (result is rows and source.dropout is not None):
+            return None
+        return self._marked(run, rows, result, (*args, *kwargs.values()))
 
-    def _marked(self, run: Run, result: Any, inputs: Any, marked: dict[int, Tensor]) -> Any:
-        """Return the output of a module with its tensors marked for a run.
+    def _marked(self, run: Run, rows: Tensor, result: Any, inputs: Any) -> Any:
+        """Return the output of a module with its tensors marked for a run, or `None` if there are none to mark.
 
         Args:
             run: the run.
+            rows: raw, or the rows of a `PackedSequence`.
             result: the output of the module.
             inputs: the arguments of the module.
-            marked: tensors that are marked already, by the ids of the tensors that they replace.
         """
-        unique = tensors_in(result)
-        if self.source.dropout is None and not marked.keys() <= unique.keys():
+        tensors, is_dropped = tensors_in(result), self.source.dropout is None
+        if is_dropped and id(rows) not in tensors:
             raise TypeError(
                 f"attach: expected raw as a tensor in tuples, lists, dictionaries or model outputs, got a "
                 f"{type(result).__name__} in which raw cannot be replaced, or an output= that computes raw. Let the "
                 "module return raw in a tuple; or pass raw through an nn.Identity, and attach this nn.Identity"
             )
-        others = {i: x for i, x in unique.items() if x.requires_grad and i not in marked}
-        if others:
-            at = {i: address_of(x) for i, x in unique.items()}
-            memory = [*at.values(), *map(address_of, tensors_in(inputs).values())]
-            as_views = [at[i] is None or memory.count(at[i]) > 1 for i in others]
-            marked.update(zip(others, mark(run, as_views, *others.values()), strict=True))
-        return mapped(result, lambda x: marked.get(id(x), x))
+        at = {i: address_of(x) for i, x in tensors.items()}
+        memory = [*at.values(), *map(address_of, tensors_in(inputs).values())]
+        marked = {
+            i: mark(run, x, x is rows or at[i] is None or memory.count(at[i]) > 1)
+            for i, x in tensors.items()
+            if x.requires_grad and (is_dropped or x is not rows)
+        }
+        return mapped(result, lambda x: marked.get(id(x), x)) if marked else None
 
     def _lend(self, args: Any, kwargs: Any) -> Any:
         """Pass a fused dropout the coefficients and axis, and the masks of its run unless the caller gave some."""
-        run = self._run_of(args, kwargs)
-        if run is None:
+        call, raw = self._call_of(args, kwargs)
+        if call is None:
             return None
-        if run.packed is not None and self.source.dropout.training:  # pyright: ignore[reportOptionalMemberAccess]
+        if call.packed is not None and self.source.dropout.training:  # pyright: ignore[reportOptionalMemberAccess]
             raise TypeError(
                 "FusedRNNDropout: expected (batch, time, hidden) as a tensor, got the data of a PackedSequence, whose "
                 "rows belong to several sequences; use another dropout for packed data"
             )
         given = dict(zip(("p", "valid", "starts"), args[1:], strict=False)) | kwargs
-        run.masks.update({name: given[name] for name in run.masks if given.get(name) is not None})
-        alpha, beta = run.coefficients()
-        return args[:1], given | run.masks | {"loan": Loan(alpha, beta, self.source.place_for(run.raw()))}
+        call.masks.update({name: given[name] for name in call.masks if given.get(name) is not None})
+        alpha, beta = call.coefficients(raw)
+        return args[:1], given | call.masks | {"loan": Loan(alpha, beta, self.source.place_for(raw))}
 
     def _after_dropout(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Compute the penalty of the run whose raw is the input of the dropout, and mark the output."""
-        run, again = self._run_of(args, kwargs), current() != -1
-        if again:
-            self._refuse_reentrant()
-        if run is None:
+        call, raw = self._call_of(args, kwargs)
+        if call is None or not torch.is_grad_enabled():
             return None
-        raw, is_first = run.raw(), self.ledger.arrive(run)
-        if not torch.is_grad_enabled():
+        run = call.run
+        if run is not None and not self.step.arrive(run):
             return None
-        if not (again or is_first):
+        call.run = None
+        if run is None and current() == -1:
             raise RuntimeError(
                 f"attach: the attached {self.names['dropout']} got the same output of the {self.names['module']} "
                 "twice, and AR is defined for one dropped tensor; use fused_ar_tar, or attach no dropout"
@@ -267,60 +279,86 @@ class Attachment(AbstractContextManager["Attachment"]):
         if not isinstance(result, (Tensor, PackedSequence)):
             name = self.names["dropout"]
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
-        if version_of(raw) != run.version:
+        if version_of(raw) != call.version:
             raise RuntimeError(
                 f"attach: the output of the {self.names['module']} was changed in place before or by its dropout; use "
                 "Dropout(inplace=False), and apply no operation like relu_() to that output"
             )
         rows = data_of(result)
-        dropped = self._formed(run, raw, rows, kwargs.get("loan"), again)
+        self._check_apart(rows, self.source.dropout)
+        self._form(call, run, raw, rows, kwargs.get("loan"))
+        if run is None or not rows.requires_grad:
+            return None
+        dropped = mark(run, rows)
         return dropped if result is rows else result._replace(data=dropped)  # pyright: ignore
 
-    def _run_of(self, args: Any, kwargs: Any) -> Run | None:
-        """Return the run of the module whose raw is among the arguments of the dropout, or `None`."""
+    def _call_of(self, args: Any, kwargs: Any) -> Any:
+        """Return the call of the module whose raw is among the arguments of the dropout, and raw; or `None` twice."""
         for x in (*args, *kwargs.values()):
-            run = self.ledger.find(data_of(x))
-            if run is not None and run.attachment is self:
-                return run
-        return None
+            raw = data_of(x)
+            call = raw.__dict__.get(KEY) if isinstance(raw, Tensor) else None
+            if isinstance(call, Call) and call.attachment is self:
+                return call, raw
+        return None, None
 
-    def _refuse_reentrant(self) -> None:
-        """Check that no forward without gradients is recomputed with gradients, as its penalty reached no loss."""
-        if self.ledger.sites[self].without and torch.is_grad_enabled() and not recomputes():
-            raise RuntimeError(f"attach: {NO_GRADIENTS.format(**self.names)}")
-
-    def _refuse_regularized(self) -> None:
-        """Raise the error for a tensor that another attachment regularizes."""
-        raise RuntimeError(
-            f"attach: the output of the {self.names['module']} is regularized already, by another attached module that "
-            "contains it or that it contains; attach only one of them"
-        )
-
-    def _formed(self, run: Run, raw: Tensor, dropped: Tensor, loan: Loan | None, again: bool) -> Tensor:
-        """Compute the penalty of a run, or take it from a loan; return dropped, marked if it needs a gradient.
-
-        A recomputation computes the penalty, too, so that it saves the same tensors as the forward.
+    def _check_apart(self, rows: Tensor, module: Any) -> None:
+        """Check that no attached module inside or around a module regularizes the same output.
 
         Args:
-            run: the run.
-            raw: the module's output, or the rows of a `PackedSequence`.
-            dropped: the output of the dropout, in the same form.
-            loan: the loan of a fused dropout.
-            again: whether this is a recomputation.
+            rows: the output, or the rows of a `PackedSequence`.
+            module: the module, or the dropout.
         """
-        if is_marked(dropped):
-            self._refuse_regularized()
+        call: Any = rows.__dict__.get(KEY)
+        found: Any = call.attachment if call else rows.grad_fn.run.site if is_marked(rows) else None  # pyright: ignore
+        if found is None or (other := found.source.module) is module:
+            return
+        if other in module.modules() or module in other.modules():
+            raise RuntimeError(
+                f"attach: the output of the {self.names['module']} is regularized already, by another attached module "
+                "that contains it or that it contains; attach only one of them"
+            )
+
+    def _form(self, call: Call, run: Run | None, raw: Tensor, dropped: Tensor, loan: Loan | None) -> None:
+        """Compute the penalty of a run, or take it from the loan of a fused dropout.
+
+        A recomputation, which has no run, computes the penalty, too, so that it saves the same tensors as the forward.
+        """
         terms: Any = loan and loan.terms
         if loan is None or loan.dropped is not dropped or loan.version != version_of(dropped):
             dropout: Any = self.source.dropout  # asking a module for an attribute that it lacks takes 2 us
             pair: Any = raw, raw if isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw" else dropped
-            if run.packed is not None:
-                pair = [run.packed._replace(data=x) for x in pair]
+            if call.packed is not None:
+                pair = [call.packed._replace(data=x) for x in pair]
             place, options = self.source.place_for(pair[0]), self.options
             if place is not self.source.place:
                 options = options._replace(batch_first=place.batch_first, time_dim=place.time_dim)
-            terms = penalize(pair, run.coefficients(), (None, run.masks["valid"], run.masks["starts"]), options)
-        return dropped if again else self.ledger.form(run, dropped, terms)
+            terms = penalize(pair, call.coefficients(raw), (None, call.masks["valid"], call.masks["starts"]), options)
+        if run is None:
+            return
+        if terms.penalty.requires_grad and not dropped.requires_grad:
+            raise RuntimeError(
+                f"attach: no loss can find the penalty, as the output of the attached {self.names['dropout']} needs no "
+                "gradient; let the dropout pass a gradient on, or attach no dropout, or use fused_ar_tar"
+            )
+        place = self.source.place
+        steps = raw.shape[place.axis()] if call.packed is None else len(call.packed.batch_sizes)
+        # Without TAR time_dim=0 is often the batch, and a batch of one is no time step, unless raw has three axes.
+        is_batch = place.time_dim == 0 and raw.dim() != 3 and not is_on(call.given[1])
+        run.is_one_step = steps == 1 and not is_batch
+        self.shown = self.shown or self._described(raw, call)
+        self.step.form(run, terms, call.given, not dropped.requires_grad)
+
+    def _described(self, rows: Tensor, call: Call) -> str:
+        """Say which axes of raw were taken for what, and which time steps count."""
+        shape, packed = (*rows.shape,), call.packed
+        if packed is not None:
+            sequences = f"{packed.batch_sizes[0]} packed sequences of up to {len(packed.batch_sizes)} time steps"
+            return f"raw {shape} as {sequences}, hidden {shape[-1]}; every step counts"
+        time, batch = axes_of(rows, self.source.place.axis())
+        names, given = {time: "time", batch: "batch"}, [x for x in call.masks if call.masks[x] is not None]
+        axes = ", ".join([f"{names.get(i, 'hidden')} {size}" for i, size in enumerate(shape)])
+        steps = "; ".join([f"{x} {(*call.masks[x].shape,)}: {MASKED[x]}" for x in given])
+        return f"raw {shape} as {axes}; {steps or 'no mask: every step counts'}"
 
 
 def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -328,6 +366,9 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
     Tuples, lists, dictionaries, packed sequences and model outputs are copied. Any other object is returned unchanged,
     and so is a sparse or nested tensor.
+
+    Raises:
+        TypeError: a dictionary cannot be copied, or refuses new items.
     """
     kind = type(result)
     if kind is tuple or kind is list:
@@ -338,15 +379,17 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if make is not None:  # of a named tuple, such as a packed sequence
         return make([mapped(x, function) for x in result])
     if isinstance(result, dict):
-        own: Any = OrderedDict if isinstance(result, OrderedDict) else dict
         try:
             made = copy(result)
-        except Exception:  # the class refuses items, or takes a missing attribute for a missing item
-            made = own.__new__(kind)
-        if kind.__dictoffset__:  # a model output has the items as attributes, too
-            vars(made).update({name: mapped(x, function) for name, x in vars(result).items()})
-        for name, x in own.items(result):
-            own.__setitem__(made, name, mapped(x, function))
+            if kind.__dictoffset__:  # a model output has the items as attributes, too
+                vars(made).update({name: mapped(x, function) for name, x in vars(result).items()})
+            for name, x in dict.items(result):
+                made[name] = mapped(x, function)
+        except Exception as error:
+            raise TypeError(
+                f"attach: expected a dictionary that can be copied, got a {kind.__name__} that refuses new items; let "
+                "the module return a tuple, a plain dictionary or a model output"
+            ) from error
         return made
     return result
 

@@ -1,17 +1,17 @@
 """The mark by which a loss finds the penalty of a run, and `with_penalty`, by which a backward finds a penalty.
 
-Both are identities with an autograd node. The node of a mark holds a run: see `fastreg.attach.ledger`. The graph of the
-run's penalty begins at raw and at dropped, before the mark, so there is no reference cycle, and the autograd graph owns
-the run. A loss that depends on a marked tensor has the node in its graph.
+Both are identities with an autograd node. The node of a mark holds a run, and the run holds its penalty. The graph of
+the penalty begins at raw and at dropped, before the mark, so there is no reference cycle: the autograd graph owns the
+run, and freeing it frees the run. A loss that depends on a marked tensor has the node in its graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from fastreg.call.arguments import check_coefficient, check_tensor
@@ -19,72 +19,66 @@ from fastreg.call.problem import Coefficient
 
 
 class FastregAttach(Function):  # PyTorch's error for a change in place shows this name
-    """Pass tensors and their gradients on, and hold a run.
+    """Pass a tensor and its gradient on, and hold a run.
 
     PyTorch refuses to change an output in place if it is a view. An output by `detach()` may be changed in place, but
     then autograd does not see that other views of its memory change, too.
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Any, as_views: Sequence[bool], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, run: Any, leaf: Tensor | None, as_view: bool, x: Tensor) -> Tensor:
         ctx.run = run
-        return tuple([x.view_as(x) if as_view else x.detach() for x, as_view in zip(tensors, as_views, strict=True)])
+        return x.view_as(x) if as_view else x.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ledger = ctx.run.attachment.ledger
-        if ledger.backwards is not None:
-            ledger.passed(ctx.run, ctx)
-        return None, None, *gradients
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.run.can_be_lost:
+            ctx.run.step.passed(ctx.run, ctx.next_functions[0][0])
+        return None, None, None, gradient
 
 
-# `mark(run, as_views, *tensors)` returns tensors that need gradients as outputs of a node that holds a run. `as_views`
-# says for each tensor whether the output is a view; otherwise it may be changed in place. This is `Function.apply`
-# without its part for transforms of torch.func, under which nothing is marked, and saves 3 us.
-mark: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
-_Node: Any = type(mark(None, [True], torch.zeros((), requires_grad=True))[0].grad_fn)
+# `Function.apply` without its part for transforms of torch.func, under which nothing is marked; this saves 3 us
+_apply: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def mark(run: Any, x: Tensor, as_view: bool = True) -> Any:
+    """Return a tensor that needs a gradient behind a node that holds a run.
+
+    Args:
+        run: the run.
+        x: the tensor.
+        as_view: whether the result is a view; otherwise it may be changed in place.
+    """
+    # `backward()` accumulates a gradient into this leaf, and `torch.autograd.grad` does not. No mark needs it once a
+    # penalty has got a gradient. Marks must not share it, as compiled autograd cannot add up what they return for it.
+    leaf = None if run.step.backwards is None else torch.zeros((), requires_grad=True)
+    return _apply(run, leaf, as_view, x)
 
 
 def is_marked(x: Tensor) -> bool:
     """Return whether a tensor is the output of a mark."""
-    return type(x.grad_fn) is _Node
-
-
-def before(node: Any) -> Iterator[Any]:
-    """Yield the nodes of the graph from a node on towards the leaves, breadth first."""
-    queue, seen = [node], {None}
-    for node in queue:  # which grows
-        if node not in seen:
-            seen.add(node)
-            yield node
-            for following, _ in node.next_functions:  # a comprehension takes longer
-                queue.append(following)
+    return type(x.grad_fn) is FastregAttach._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def reached(loss: Tensor, runs: Iterable[Any]) -> list[Any]:
     """Return the runs on which a loss depends, among the given runs.
 
-    The search of the graph ends when all runs are found.
+    The search of the graph is breadth first, and ends when all runs are found.
     """
-    left, found = {*runs}, []
-    for node in before(loss.grad_fn) if left else ():
-        if type(node) is _Node and node.run in left:
+    left, found, kind = {*runs}, [], FastregAttach._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
+    queue, seen = list[Any]([loss.grad_fn]), set[Any]([None])
+    for node in queue if left else ():  # which grows
+        if node in seen:
+            continue
+        seen.add(node)
+        if type(node) is kind and node.run in left:
             left.remove(node.run)
             found.append(node.run)
             if not left:
                 break
+        for following, _ in node.next_functions:  # a comprehension takes longer
+            queue.append(following)
     return found
-
-
-def leaf_before(node: Any) -> Any:
-    """Return the first node that accumulates the gradient of a parameter, or else of any leaf; `None` without one."""
-    leaf = None
-    for x in before(node):
-        if hasattr(x, "variable"):
-            leaf = x
-            if isinstance(x.variable, nn.Parameter):
-                break
-    return leaf
 
 
 class _WithPenalty(Function):

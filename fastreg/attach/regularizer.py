@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from fastreg.attach.attachment import Attachment, attachments_of
-from fastreg.attach.ledger import Ledger, total
 from fastreg.attach.source import Masks, Source
+from fastreg.attach.step import Step, total
 from fastreg.call.arguments import check_captured, check_coefficient, check_count, check_steps, shown
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.prepare import coefficient, place_of
@@ -97,20 +97,20 @@ class RNNRegularizer:
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
-        self._ledger = Ledger(self)  # the runs of attached modules
+        self._step = Step()  # the runs of attached modules
 
     def __repr__(self) -> str:
         bptt = "" if self.bptt is None else f", bptt={self.bptt}"
         own = f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
-        return "\n  ".join([own, *map(repr, self._ledger.sites)])
+        return "\n  ".join([own, *map(repr, self._step.sites)])
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no captures and no attachments."""
-        return self.__dict__ | {"_given": None, "_warned": (), "_ledger": None}
+        return self.__dict__ | {"_given": None, "_warned": (), "_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._ledger = Ledger(self)
+        self._step = Step()
 
     def on_epoch_begin(self, model: object) -> None:
         """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture."""
@@ -157,7 +157,7 @@ class RNNRegularizer:
         """
         place = place_of(batch_first, time_dim)
         check_steps(lengths, valid, starts)
-        if self._ledger.sites:
+        if self._step.sites:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
         if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
             items = f" of {', '.join(type(x).__name__ for x in output)}" if is_list(output) else ""
@@ -221,22 +221,21 @@ class RNNRegularizer:
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:  # the penalty would be added to each element
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
-            if self._ledger.sites:
-                formed = self._ledger.take(loss)
+            if self._step.sites:
+                training = [x for x in self._step.sites if x.source.module.training]
+                terms = self._step.take(loss, (self.alpha, self.beta), training)
             elif given is None:
                 raise RuntimeError(
                     "on_backward_begin: nothing was captured; call on_loss_begin(output) before it, in every step, or "
                     "attach(rnn, dropout) once"
                 )
             else:
-                formed = [given(self.alpha, self.beta)]
+                terms = total([given(self.alpha, self.beta)], loss.device)
         except BaseException:
             self.clear()
             raise
-        if not formed:
-            return None
-        terms = total(formed, loss.device)
-        _, self.ar, self.tar = terms
+        if terms is not None:
+            _, self.ar, self.tar = terms
         return terms
 
     def _warn_once(self, kind: str, message: str) -> None:
@@ -248,7 +247,7 @@ class RNNRegularizer:
     def clear(self) -> None:
         """Drop any capture, as `on_epoch_begin` does; after a failed step this frees activations early."""
         self._given = None
-        self._ledger.clear()
+        self._step.clear()
 
     def attach(
         self,
@@ -314,7 +313,7 @@ class RNNRegularizer:
                 f"module: the {type(module).__name__} is attached already, and its penalty would count twice; remove() "
                 "its handle first. If the handle is lost, delete the regularizer that attached it, and so its hooks"
             )
-        return Attachment(self._ledger, source)
+        return Attachment(self, self._step, source)
 
     def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:
         """Scale the learning rate of every group by `seq_len / bptt` in a `with` block, and restore it at the end.

@@ -27,6 +27,7 @@ REFUSED: dict[Any, str] = {
 }
 
 ONE_SEQUENCE = Place(None, 0)  # (time, hidden)
+DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, FusedRNNDropout
 
 
 class MaskError(RuntimeError):
@@ -119,6 +120,9 @@ class Source:
         _check_module("module", self.module)
         if self.dropout is not None:
             _check_module("dropout", self.dropout)
+        if isinstance(self.module, DROPOUTS) and isinstance(self.dropout, nn.RNNBase):
+            name, after = type(self.module).__name__, type(self.dropout).__name__
+            raise TypeError(f"module and dropout: expected the {after} before the {name}, got them in the other order")
         name, own = type(self.module).__name__, getattr(self.module, "batch_first", None)
         layout = self.batch_first
         if layout is None and self.time_dim is None:
@@ -163,8 +167,10 @@ class Source:
             name = type(self.module).__name__
             raise ValueError(
                 f"attach: expected (batch, time, hidden) or (time, batch, hidden) from the {name}, got "
-                f"{tuple(raw.shape)}. If this is one time step, attach the module that runs over all time steps. If it "
-                "is one sequence, (time, hidden), say so by a function that picks it: output=lambda result: result"
+                f"{tuple(raw.shape)}. If this is one time step, attach the module that runs over all time steps. If "
+                "these are the rows of several sequences, (batch * time, features), unflatten them in the model, and "
+                "pass them through an nn.Identity, which you attach. If this is one sequence, (time, hidden), pass "
+                "time_dim=0"
             )
         return raw
 
