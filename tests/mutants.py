@@ -600,7 +600,8 @@ class Mutant(NamedTuple):
             return False
         lines = texts[0].splitlines()  # from which Triton compiles its kernels
         kernels = {x for x in before if lines[x.co_firstlineno - 1].startswith("@triton.jit")}
-        swaps = {old: new for old, new in zip(before, after, strict=True) if old != new and old not in kernels}
+        pairs = [(old, new) for old, new in zip(before, after, strict=True) if old.co_freevars == new.co_freevars]
+        swaps = {old: new for old, new in pairs if old != new and old not in kernels}
         functions = [x for x in gc.get_objects() if isinstance(x, FunctionType) and x.__code__ in swaps]
         for function in functions:
             function.__code__ = swaps[function.__code__]
