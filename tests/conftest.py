@@ -26,8 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import FusedRNNDropout
-from fastreg.call.backends import TRITON, backend_for
-from fastreg.call.plans import forget
+from fastreg.call.backends import PLANS, TRITON, backend_for
 from tests.language_model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +154,7 @@ def import_without(adapter: str, *packages: str) -> None:
 def start() -> None:
     """Let every test begin with the same seed and without plans, so that a failure repeats."""
     torch.manual_seed(0)
-    forget()
+    PLANS.clear()
 
 
 @pytest.fixture(scope="session")

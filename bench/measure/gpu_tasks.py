@@ -32,7 +32,7 @@ from bench.measure.formulas import ALPHA, BETA
 from bench.measure.machine import ROOT
 from bench.measure.timing import Call, graph_seconds
 from bench.measure.worker import work
-from fastreg.call.plans import forget
+from fastreg.call.backends import PLANS
 from fastreg.kernels import tiling
 
 DTYPES = "bfloat16", "float32"
@@ -67,7 +67,7 @@ class Setting(NamedTuple):
     def apply(self) -> cases.PenaltyCase:
         """Set the constants of this process, and return the case."""
         tiling.SHORT_RUN, tiling.PROGRAMS = self.short_run, self.programs
-        forget()
+        PLANS.clear()
         return cases.PenaltyCase(self.shape, getattr(torch, self.dtype))
 
 

@@ -25,12 +25,11 @@ def h100() -> Iterator[None]:
     """Let the Triton kernels take CPU tensors, compiled for an H100, with a driver whose launches do nothing."""
     from triton.backends.compiler import GPUTarget
 
-    from fastreg.call.backends import TRITON, cpu_tensors_by
-    from fastreg.call.plans import forget
+    from fastreg.call.backends import PLANS, TRITON, cpu_tensors_by
 
     with active(StandInDriver(GPUTarget("cuda", 90, 32))), cpu_tensors_by(TRITON):
         yield
-    forget()
+    PLANS.clear()
 
 
 class StandInDriver:

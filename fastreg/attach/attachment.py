@@ -158,7 +158,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         self.owner: Callable[[], Any] = weakref.ref(owner, lambda _: self.remove())
         self.step, self.source = step, source
         self.names, dropout = {"module": type(source.module).__name__}, source.dropout
-        self.options = Options(*source.place, "mean", True, fills=False)
+        self.options = Options(*source.place, "mean", True, predicts=False)
         self._hooked = [Hooked(source.module, self._before_module, self._after_module)]
         if dropout is not None:
             self.names["dropout"] = type(dropout).__name__

@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.source import Masks, Source
 from fastreg.attach.step import Step, total
-from fastreg.call.arguments import check_captured, check_coefficient, check_count, check_steps, shown
+from fastreg.call.arguments import check_captured, check_coefficient, check_count, check_selectors, shown
+from fastreg.call.operation import coefficient, place_of
 from fastreg.call.penalty import fused_ar_tar
-from fastreg.call.prepare import coefficient, place_of
 from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
 from fastreg.call.torch_state import level_of_caller
 
@@ -156,7 +156,7 @@ class RNNRegularizer:
                 batch. Each warning comes once.
         """
         place = place_of(batch_first, time_dim)
-        check_steps(lengths, valid, starts)
+        check_selectors(lengths, valid, starts)
         if self._step.sites:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
         if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):

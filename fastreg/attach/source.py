@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.prepare import place_of
+from fastreg.call.operation import place_of
 from fastreg.call.problem import Place, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
 

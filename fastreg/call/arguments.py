@@ -26,11 +26,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# The arguments that leave time steps out: their dtypes, the dtypes in words, the function that converts another dtype,
-# and the reason why the argument cannot be given with a PackedSequence.
+# The arguments that select the time steps that count: their dtypes, the dtypes in words, the function that converts
+# another dtype, and the reason why the argument cannot be given with a PackedSequence.
 OWN, PAD = ", as a PackedSequence has its own lengths", "pad_packed_sequence returns a tensor"
 MASK = (torch.bool, *INTEGERS), "a bool or integer tensor", ".bool()"
-STEP_ARGUMENTS: dict[str, tuple[Sequence[torch.dtype], str, str, str]] = {
+SELECTORS: dict[str, tuple[Sequence[torch.dtype], str, str, str]] = {
     "lengths": (INTEGERS, "an integer tensor", ".long()", OWN),
     "valid": (*MASK, OWN),
     "starts": (*MASK, f" with a PackedSequence; {PAD}, and lengths"),
@@ -238,10 +238,10 @@ def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[s
     return first[1], [{name: data_of(x) for name, x in layer} for layer in layers]
 
 
-def check_packed_options(time_dim: int | None, steps: Mapping[str, Any]) -> None:
-    """Check that no lengths, valid steps or starts, and no other axis of time, are given with packed sequences."""
-    for name in steps:
-        raise ValueError(f"{name}: expected None{STEP_ARGUMENTS[name][3]}")
+def check_packed_options(time_dim: int | None, selectors: Mapping[str, Any]) -> None:
+    """Check that no lengths, valid or starts, and no other axis of time, are given with packed sequences."""
+    for name in selectors:
+        raise ValueError(f"{name}: expected None{SELECTORS[name][3]}")
     _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence, got {}", time_dim)
 
 
@@ -349,20 +349,20 @@ def check_devices(coefficients: Sequence[Any], layer: Mapping[str, Any]) -> None
 # ---- which time steps count
 
 
-def check_steps(lengths: object, valid: object, starts: object) -> None:
-    """Check lengths, valid steps and starts: at most one of the first two, and their dtypes."""
+def check_selectors(lengths: object, valid: object, starts: object) -> None:
+    """Check lengths, valid and starts: at most one of the first two, and their dtypes."""
     _expect(lengths is None or valid is None, "lengths and valid", "one of them, got both")
-    for name, given in zip(STEP_ARGUMENTS, (lengths, valid, starts), strict=True):
+    for name, given in zip(SELECTORS, (lengths, valid, starts), strict=True):
         if given is not None:
-            dtypes, words, function, _ = STEP_ARGUMENTS[name]
+            dtypes, words, function, _ = SELECTORS[name]
             _check_tensor_of(name, given, dtypes, words, f"; use {function}")
 
 
-def check_steps_of(x: Any, time_dim: int, steps: Mapping[str, Any]) -> None:
-    """Check that the shapes and devices of lengths, valid steps and starts fit a layer."""
+def check_selectors_of(x: Any, time_dim: int, selectors: Mapping[str, Any]) -> None:
+    """Check that the shapes and devices of lengths, valid and starts fit a layer."""
     check_no_parts(x)
     batch, time = sizes_of(x, time_dim)
-    for name, given in steps.items():
+    for name, given in selectors.items():
         shape = list(given.shape)
         if name == "lengths":
             _expect(shape == [batch], name, "shape ({},), one length a sequence, got {}", batch, given.shape)
@@ -409,17 +409,6 @@ def check_mask(mask: Tensor, raw: Tensor, row: Sequence[int]) -> None:
     _expect(mask.dtype == raw.dtype, "mask", "the dtype of raw, {}, got {}", raw.dtype, mask.dtype, error=TypeError)
     _check_device("mask", mask, "raw", raw)
     _check_no_gradient("mask", mask)
-
-
-def check_saved(name: str, facts: Mapping[str, Any], saved: Any) -> None:
-    """Check that a saved tensor has kept the shape, dtype and device that it had in the forward."""
-    words = (
-        "the {} of the forward, {}, got {} in the backward: its data was replaced, or a hook on saved tensors returned "
-        "another; an unpack hook has to restore what its pack hook has changed"
-    )
-    for fact, expected in facts.items():
-        got = getattr(saved, fact)
-        _expect(got == expected, name, words, fact, expected, got, error=RuntimeError)
 
 
 # ---- the checks of every tensor

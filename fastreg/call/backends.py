@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastreg.call.plans import forget
-from fastreg.call.torch_state import MISSING, level_of_caller
+from fastreg.call.torch_state import MISSING, has_float64, level_of_caller
 from fastreg.kernels import cpu
 
 # Without these options pip would install the wheel of the last build again.
@@ -30,6 +29,7 @@ class Backend(NamedTuple):
     encoder: Any
 
 
+PLANS: dict[Any, Any] = {}  # the plans of calls, by their keys; each was made for one backend
 CPP: Backend | None = None
 if not MISSING and cpu.reason() is None:
     CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Encoder)
@@ -53,17 +53,11 @@ _cpu: Backend | None = TRITON if _interpreted else CPP
 def backend_for(device: torch.device) -> Backend | None:
     """Return the code that runs on a device, or `None` if the plain formula runs there."""
     installed, chosen = (CPP, _cpu) if device.type == "cpu" else (TRITON, TRITON)
-    if device.type not in ("cpu", "cuda", "xpu") or (device.type == "xpu" and not _has_float64(device)):
+    if device.type not in ("cpu", "cuda", "xpu") or not has_float64(device):
         return None
     if installed is None and chosen is None:
         _warn_of_the_formula(device.type)
     return chosen
-
-
-@cache
-def _has_float64(device: torch.device) -> bool:
-    """Return whether an Intel GPU has float64, in which all kernels compute coefficients and divisors; Arc lacks it."""
-    return torch.xpu.get_device_properties(device).has_fp64
 
 
 @cache
@@ -93,9 +87,9 @@ def cpu_tensors_by(backend: Backend | None) -> Iterator[None]:
     """
     global _cpu
     before, _cpu = _cpu, backend
-    forget()  # a plan belongs to one backend
+    PLANS.clear()
     try:
         yield
     finally:
         _cpu = before
-        forget()
+        PLANS.clear()

@@ -3,60 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from fastreg.call.arguments import check_flags, check_probability, check_tensor
+from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
 from fastreg.call.fold import Fold
-from fastreg.call.operation import compute, facts_of_saved, save, unpack
+from fastreg.call.operation import Plan, compute
 from fastreg.call.penalty import by_formula, penalize
-from fastreg.call.plans import Plan
-from fastreg.call.problem import ARTAR, Call, Coefficient, Options
-from fastreg.call.reference import added, ar_tar_gradients
+from fastreg.call.problem import ARTAR, Call, Coefficient, Measured, Options, Unmeasured
 from fastreg.call.torch_state import keepable, plain
-from fastreg.kernels.view import Terms, Values, allocator, layout_of
+from fastreg.kernels.view import Values, allocator, layout_of
 
-Upstreams: TypeAlias = Sequence[Tensor | None]  # the gradients of dropped and of the penalty; each may be None
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 BACKWARDS = 16  # backwards that a plan keeps: for layouts of dropped's gradient, with and without the penalty's
 
 
+class DropChoices(TypedDict, total=False):
+    """Name the options that only this operation has for type checkers."""
+
+    training: bool
+    mask: Tensor | None
+
+
+class UnmeasuredDrop(DropChoices, Unmeasured):
+    """Name the options of a call that returns no terms."""
+
+
+class MeasuredDrop(DropChoices, Measured):
+    """Name the options of a call that returns its terms."""
+
+
 @overload
 def fused_dropout_ar_tar(
-    raw: Tensor,
-    p: float,
-    alpha: Coefficient,
-    beta: Coefficient,
-    *,
-    training: bool = ...,
-    mask: Tensor | None = ...,
-    batch_first: bool | None = ...,
-    time_dim: int | None = ...,
-    lengths: Tensor | None = ...,
-    valid: Tensor | None = ...,
-    starts: Tensor | None = ...,
-    reduction: Literal["mean", "sum"] = ...,
-    return_terms: Literal[False] = ...,
+    raw: Tensor, p: float, alpha: Coefficient, beta: Coefficient, **options: Unpack[UnmeasuredDrop]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def fused_dropout_ar_tar(
-    raw: Tensor,
-    p: float,
-    alpha: Coefficient,
-    beta: Coefficient,
-    *,
-    training: bool = ...,
-    mask: Tensor | None = ...,
-    batch_first: bool | None = ...,
-    time_dim: int | None = ...,
-    lengths: Tensor | None = ...,
-    valid: Tensor | None = ...,
-    starts: Tensor | None = ...,
-    reduction: Literal["mean", "sum"] = ...,
-    return_terms: Literal[True],
+    raw: Tensor, p: float, alpha: Coefficient, beta: Coefficient, **options: Unpack[MeasuredDrop]
 ) -> tuple[Tensor, ARTAR]: ...
 def fused_dropout_ar_tar(
     raw: Tensor,
@@ -123,8 +110,8 @@ def fused_dropout_ar_tar(
     """
     if training is not True:
         check_flags(training=training)
-    steps, options = (lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
-    return drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
+    selectors, options = (lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
+    return drop_and_penalize(raw, (alpha, beta), selectors, options, Drop(p, mask, training))
 
 
 class Drop(NamedTuple):
@@ -139,14 +126,14 @@ class Drop(NamedTuple):
 
 
 def drop_and_penalize(
-    raw: Any, coefficients: Sequence[Any], steps: Sequence[Any], options: Options, drop: Drop
+    raw: Any, coefficients: Sequence[Any], selectors: Sequence[Any], options: Options, drop: Drop
 ) -> tuple[Tensor, Any]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
         raw: as `fused_dropout_ar_tar` takes it.
         coefficients: alpha and beta.
-        steps: lengths, valid steps and starts.
+        selectors: lengths, valid and starts.
         options: the other arguments of the penalty.
         drop: the arguments of the dropout.
 
@@ -162,80 +149,71 @@ def drop_and_penalize(
     if not isinstance(raw, Tensor):
         check_tensor("raw", raw)
     if not training or (mask is None and p == 0):
-        return raw, penalize((raw, raw), coefficients, steps, options._replace(ar_of_raw=True))
+        return raw, penalize((raw, raw), coefficients, selectors, options._replace(ar_of_raw=True))
     if mask is not None:  # before the key: a copy may have other metadata
         mask = keepable(plain(check_tensor("mask", mask)))
-    return compute(DropoutPlan, (raw, float(p) if mask is None else mask), coefficients, steps, options)
+    return compute(DropoutPlan, (raw, float(p) if mask is None else mask), coefficients, selectors, options)
 
 
 class DropoutPlan(Plan):
-    """Drop units of one layer, and compute its penalty and the gradient of raw.
+    """Drop units of one layer, and compute its penalty and the gradient of raw. Nothing is predicted.
+
+    The tensors of a call are raw and the mask.
 
     Args:
-        checked: the plan by the formula.
-        backend: the code that runs.
-        _: whether the forward may fill gradients; this operation never does.
-        tensors: raw and the mask of the first call.
-        values: coefficients and the steps that count, of the first call.
+        inputs: raw, the mask or the probability to drop a unit, alpha, beta, lengths, valid and starts.
+        options: the other arguments of the call.
+        is_kept: as for `Plan`.
 
     Attributes:
-        drops: whether the operation applies a mask to raw.
-        is_differentiable: whether raw needs a gradient.
         fold: the fold of raw and of the mask.
         dropped: a function that allocates dropped.
         forward: the forward of the backend.
         backwards: a fold, an allocator and a backward of the backend for each kind of upstream gradients.
-        names, facts: the names and the facts of the tensors that a node saves.
     """
 
-    drops, names = True, ("raw", "mask")
+    def __init__(self, inputs: Sequence[Any], options: Options, is_kept: bool) -> None:
+        raw, mask, *others = inputs
+        super().__init__((raw, None), others, options, is_kept)
+        if isinstance(mask, Tensor):
+            check_mask(mask, raw, self.row)
 
-    def __init__(self, checked: Plan, backend: Any, _: bool, tensors: Sequence[Any], values: Values) -> None:
-        super().__init__(checked.terms, checked.steps_of, checked.row)
-        (raw, mask), (terms,), self.backend, self.backwards = tensors, self.terms, backend, {}
-        self.is_differentiable = torch.is_grad_enabled() and raw.requires_grad
+    def tensors_of(self, first: Any, second: Any) -> Sequence[Any]:
+        """Return raw and the mask; a mask that is drawn is drawn as by fastai's `RNNDropout`."""
+        raw = plain(first)
+        if isinstance(second, Tensor):
+            return raw, second
+        return raw, raw.new_empty(self.row).bernoulli_(1 - second).div_(1 - second)
+
+    def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
+        """Compute dropped, and the penalty and its terms, in plain PyTorch."""
+        raw, mask = tensors
+        dropped = raw * mask
+        if dropped.dtype != mask.dtype:  # in a backward, which rounds dropped as the forward did, and no gradient
+            dropped = dropped + (dropped.to(mask.dtype) - dropped).detach()
+        return dropped, by_formula([Call(raw, dropped, *values, self.terms[0])])
+
+    def prepare(self, tensors: Sequence[Any], values: Values) -> None:
+        """Prepare the launch of the forward. The launches of a backward depend on its upstream gradients."""
+        (raw, mask), (terms,), self.backwards = tensors, self.terms, {}
+        self.needs, self.saves = [torch.is_grad_enabled() and raw.requires_grad, False], [True, True]
         self.operands = layout_of(raw), layout_of(mask.expand_as(raw))
         self.fold = Fold((*self.operands, None), terms.time_dim, values.steps)
         layout = self.fold.like(self.operands[0])
         self.dropped = allocator(layout, self.operands[0])
-        self.forward = backend.forward(self.fold.view((layout, None, None)), terms, raw.device)
-        self.facts = facts_of_saved(tensors, values)
+        self.forward = self.backend.forward(self.fold.view((layout, None, None)), terms, raw.device)
 
-    @staticmethod
-    def tensors_of(raw: Any, mask: Any, plan: Plan) -> Sequence[Any]:
-        """Return raw and the mask; a mask that is drawn is drawn as by fastai's `RNNDropout`.
+    def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
+        """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no prediction."""
+        dropped = self.dropped(tensors[0])
+        sums = self.forward((*self.fold.readable((*tensors, None)), dropped, None, None), values)
+        return (dropped, sums.penalty) if sums.terms is None else (dropped, sums.penalty, sums.terms), None
 
-        Args:
-            raw: raw of the call.
-            mask: the mask, or the probability to drop a unit.
-            plan: the plan of the call.
-        """
-        raw = plain(raw)
-        return raw, mask if isinstance(mask, Tensor) else raw.new_empty(plan.row).bernoulli_(1 - mask).div_(1 - mask)
-
-    @staticmethod
-    def formula(tensors: Sequence[Any], values: Values, terms: Sequence[Terms]) -> Any:
-        """Compute dropped, and the penalty, or an `ARTAR` if the caller wants the terms, in plain PyTorch."""
-        raw, mask = tensors
-        dropped = raw * mask
-        return dropped, by_formula([Call(raw, dropped, *values, terms[0])])
-
-    def __call__(self, tensors: Sequence[Any], values: Values) -> Any:
-        """Compute dropped, and the penalty, or an `ARTAR` if the caller wants the terms."""
-        run = _apply if self.is_differentiable else DropoutPlan.launch
-        dropped, penalty, terms = run(self, values, *tensors)
-        return dropped, penalty if terms is None else ARTAR(penalty, *terms.unbind())
-
-    def launch(self, values: Values, raw: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Launch the forward; return dropped, the penalty, and its terms."""
-        dropped = self.dropped(raw)
-        operands = *self.fold.readable((raw, mask, None)), dropped, None, None
-        sums = self.forward(operands, values)
-        return dropped, sums.penalty, sums.terms
-
-    def gradient(self, upstream: Upstreams, raw: Tensor, mask: Tensor, values: Values) -> Tensor:
-        """Launch the backward for the gradients of dropped and of the penalty that arrive."""
-        arrived, grad = upstream
+    def differentiate(
+        self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any
+    ) -> Sequence[Any]:
+        """Launch the backward for the upstream gradients of dropped and of the penalty; return the gradient of raw."""
+        (arrived, grad), (raw, mask, *_) = upstream, saved
         key = None if arrived is None else (arrived.stride(), arrived.data_ptr() % 16 == 0), grad is None
         found = self.backwards.get(key)
         if found is None:
@@ -251,53 +229,4 @@ class DropoutPlan(Plan):
         fold, allocate, launch = found
         gradient = allocate(raw)
         launch(grad, (*fold.readable((raw, mask, arrived, None)), gradient, None), values)
-        return gradient
-
-
-class _DropoutPenalty(Function):
-    """Compute dropped and the penalty, and keep raw, the mask, and the values of the call."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: DropoutPlan, values: Values, raw: Tensor, mask: Tensor) -> Any:
-        results = plan.launch(values, raw, mask)
-        save(ctx, plan, (raw, mask), values)
-        ctx.set_materialize_grads(False)  # PyTorch need not make zeros for an output without a gradient
-        if results[2] is not None:
-            ctx.mark_non_differentiable(results[2])
-        return results
-
-    @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_dropped: Tensor | None, grad: Tensor | None, *_: None
-    ) -> Any:
-        upstream, gradient = (grad_dropped, grad), None
-        if grad_dropped is not None or grad is not None:
-            saved, values, is_seen = unpack(ctx, grad_dropped, grad)
-            gradient_of = _gradient_formula if is_seen else DropoutPlan.gradient
-            gradient = gradient_of(ctx.plan, upstream, saved[0], saved[1], values)
-        return None, None, gradient, None
-
-
-# `Function.apply` without its part for transforms of torch.func, under which no plan is used. This saves 3 us.
-_apply: Any = super(Function, _DropoutPenalty).apply  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _gradient_formula(plan: DropoutPlan, upstream: Upstreams, raw: Tensor, mask: Tensor, values: Values) -> Tensor:
-    """Compute the gradient of raw in plain PyTorch, itself differentiable in both upstream gradients and in raw.
-
-    Args:
-        plan: the plan of the forward.
-        upstream: the gradients of dropped and of the penalty; one may be `None`.
-        raw: raw of the forward.
-        mask: the mask of the forward.
-        values: the values of the forward.
-    """
-    through_mask, grad = upstream
-    direct = None
-    if grad is not None:
-        direct, ar = ar_tar_gradients(grad, Call(raw, raw * mask, *values, plan.terms[0]))
-        through_mask = added(through_mask, ar)
-    if through_mask is not None:
-        through_mask = through_mask.to(plan.terms[0].dtype) * mask  # rounded once, as by the kernels
-    gradient = added(through_mask, direct)
-    return torch.zeros_like(raw) if gradient is None else gradient.to(raw.dtype)
+        return gradient, None

@@ -5,20 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from itertools import zip_longest
-from typing import Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
+from fastreg.call.arguments import check_given
 from fastreg.call.fold import Fold
-from fastreg.call.operation import compute, facts_of_saved, save, unpack
-from fastreg.call.plans import Plan
-from fastreg.call.problem import ARTAR, Call, Coefficient, Options, compute_dtype, layers_of
-from fastreg.call.reference import ar_tar, ar_tar_gradients
+from fastreg.call.operation import Plan, compute
+from fastreg.call.problem import (
+    ARTAR,
+    Call,
+    Coefficient,
+    Measured,
+    Options,
+    Unmeasured,
+    compute_dtype,
+    is_on,
+    layers_of,
+)
+from fastreg.call.reference import ar_tar
 from fastreg.call.torch_state import hooks_on_saved, plain
 from fastreg.kernels.view import Sums, Terms, Values, allocator, layout_of, nothing
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
@@ -26,33 +38,11 @@ Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, 
 
 @overload
 def fused_ar_tar(
-    raw: Activations,
-    dropped: Activations,
-    alpha: Coefficient,
-    beta: Coefficient,
-    *,
-    batch_first: bool | None = ...,
-    time_dim: int | None = ...,
-    lengths: Tensor | None = ...,
-    valid: Tensor | None = ...,
-    starts: Tensor | None = ...,
-    reduction: Literal["mean", "sum"] = ...,
-    return_terms: Literal[False] = ...,
+    raw: Activations, dropped: Activations, alpha: Coefficient, beta: Coefficient, **options: Unpack[Unmeasured]
 ) -> Tensor: ...
 @overload
 def fused_ar_tar(
-    raw: Activations,
-    dropped: Activations,
-    alpha: Coefficient,
-    beta: Coefficient,
-    *,
-    batch_first: bool | None = ...,
-    time_dim: int | None = ...,
-    lengths: Tensor | None = ...,
-    valid: Tensor | None = ...,
-    starts: Tensor | None = ...,
-    reduction: Literal["mean", "sum"] = ...,
-    return_terms: Literal[True],
+    raw: Activations, dropped: Activations, alpha: Coefficient, beta: Coefficient, **options: Unpack[Measured]
 ) -> ARTAR: ...
 def fused_ar_tar(
     raw: Activations,
@@ -135,19 +125,21 @@ def fused_ar_tar(
     return penalize((raw, dropped), (alpha, beta), (lengths, valid, starts), options)
 
 
-def penalize(activations: Sequence[Any], coefficients: Sequence[Any], steps: Sequence[Any], options: Options) -> Any:
+def penalize(
+    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Sequence[Any], options: Options
+) -> Any:
     """Compute the penalty of activations, with its terms if they are wanted.
 
     Args:
         activations: raw and dropped, as `fused_ar_tar` takes them.
         coefficients: alpha and beta.
-        steps: lengths, valid steps and starts.
+        selectors: lengths, valid and starts.
         options: the other arguments.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    result = compute(PenaltyPlan, activations, coefficients, steps, options)
+    result = compute(PenaltyPlan, activations, coefficients, selectors, options)
     return _zero(activations, options.measured) if result is None else result
 
 
@@ -158,18 +150,6 @@ def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
     return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
 
 
-def by_formula(calls: Sequence[Call]) -> Tensor | ARTAR:
-    """Compute the penalty of the layers of a call in plain PyTorch, with its terms if they are wanted."""
-    penalty, ar, tar = reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), map(ar_tar, calls))
-    return ARTAR(penalty, ar.detach(), tar.detach()) if calls[0].terms.measured else penalty
-
-
-def calls_of(tensors: Sequence[Any], values: Values, terms: Sequence[Terms]) -> Sequence[Call]:
-    """Return a call for each layer."""
-    layers = zip(tensors[::2], tensors[1::2], terms, strict=True)
-    return [Call(raw, dropped, *values, of_layer) for raw, dropped, of_layer in layers]
-
-
 class PenaltyPlan(Plan):
     """Compute the penalty of all layers of a call, and its gradients.
 
@@ -177,155 +157,159 @@ class PenaltyPlan(Plan):
     is `None` if no term reads it; dropped is also `None` if AR is the mean square of raw.
 
     Args:
-        checked: the plan by the formula.
-        backend: the code that runs.
-        fills: whether the forward may fill gradients for the backward.
-        tensors: the tensors of the first call.
-        values: coefficients and the steps that count, of the first call.
+        inputs: raw, dropped, alpha, beta, lengths, valid and starts.
+        options: the other arguments of the call.
+        is_kept: as for `Plan`.
 
     Attributes:
-        drops: whether the operation applies a mask to raw; otherwise it takes dropped.
         layers: a `Layer` for each layer.
-        needs: for each tensor, whether it needs a gradient.
-        names, facts: the names and the facts of the tensors that a node saves.
     """
 
-    drops = False
-
-    def __init__(self, checked: Plan, backend: Any, fills: bool, tensors: Sequence[Any], values: Values) -> None:
-        super().__init__(checked.terms, checked.steps_of, checked.row)
-        fills = fills and hooks_on_saved(False) is None  # where tensors are packed away, memory matters more than time
-        self.layers = [Layer(call, backend, fills) for call in calls_of(tensors, values, self.terms)]
-        self.needs = [need for layer in self.layers for need in layer.needs]
-        self.is_measured, self.is_differentiable = self.terms[0].measured, True in self.needs
-        self.names, self.facts = ["raw", "dropped"] * len(self.layers), facts_of_saved(self.kept(tensors), values)
+    def __init__(self, inputs: Sequence[Any], options: Options, is_kept: bool) -> None:
+        raw, dropped, alpha, beta, *_ = inputs
+        check_given("raw", raw, is_on(beta), "beta")
+        check_given("dropped", dropped, is_on(alpha), "alpha")
+        super().__init__((raw, dropped), inputs[2:], options, is_kept)
+        self.predicts = options.predicts
 
     @staticmethod
-    def tensors_of(raw: Any, dropped: Any, plan: Plan) -> Sequence[Any]:
-        """Return the tensors of a call."""
-        if type(raw) is Tensor and type(dropped) is Tensor and dropped is not raw:
-            return raw, dropped
-        layers = zip_longest(plan.terms, layers_of(raw), layers_of(dropped))
+    def read(first: Any, second: Any, alpha: Coefficient, beta: Coefficient, options: Options) -> Sequence[Any]:
+        """Return raw and dropped, with `None` for a tensor that no term reads."""
+        if options.measured or options.ar_of_raw:
+            return first, second
+        return first if is_on(beta) else None, second if is_on(alpha) else None
+
+    def tensors_of(self, first: Any, second: Any) -> Sequence[Any]:
+        """Return raw and dropped of each layer."""
+        if type(first) is Tensor and type(second) is Tensor and second is not first:
+            return first, second
+        layers = zip_longest(self.terms, layers_of(first), layers_of(second))
         return [plain(x) for terms, *pair in layers for x in (pair[0], None if terms.ar_of_raw else pair[1])]
 
-    @staticmethod
-    def formula(tensors: Sequence[Any], values: Values, terms: Sequence[Terms]) -> Tensor | ARTAR:
-        """Compute the penalty in plain PyTorch, or an `ARTAR` if the caller wants the terms."""
-        return by_formula(calls_of(tensors, values, terms))
+    def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
+        """Compute the penalty and its terms in plain PyTorch; leave layers without tensors out."""
+        calls = [call for call in calls_of(tensors, values, self.terms) if call.present() is not None]
+        return (by_formula(calls),)
 
-    def __call__(self, tensors: Sequence[Any], values: Values) -> Any:
-        """Compute the penalty, or an `ARTAR` if the caller wants the terms."""
-        if not self.is_differentiable:
-            results = launched(self.layers, tensors, values, [])
-        else:
-            results = _apply(self, values, *tensors)
-        return ARTAR(results[0], *results[1].unbind()) if self.is_measured else results
+    def prepare(self, tensors: Sequence[Any], values: Values) -> None:
+        """Prepare the launches of each layer. Layers of the same kind share them."""
+        # Where hooks pack saved tensors away, memory matters more than time.
+        predicts = self.predicts and hooks_on_saved(False) is None
+        kinds: dict[Any, Layer] = {}
+        self.layers: list[Layer] = []
+        for call in calls_of(tensors, values, self.terms):
+            kind = call.terms, *(layout_of(x) and (layout_of(x), x.requires_grad) for x in (call.raw, call.dropped))
+            if kind not in kinds:
+                kinds[kind] = Layer(call, self.backend, predicts)
+            self.layers.append(kinds[kind])
+        self.needs = self.saves = [need for layer in self.layers for need in layer.needs]
 
-    def kept(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """Return the tensors that a node saves: those that need gradients, and `None` for each other tensor."""
-        return [x if need else None for x, need in zip(tensors, self.needs, strict=True)]
+    def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
+        """Launch the forward of each layer; return the penalty, with the terms if they are wanted; and predictions."""
+        penalty: Any = None
+        terms: Any = None
+        predictions: list[Prediction] = []
+        for layer, raw, dropped in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
+            sums, prediction = layer(raw, dropped, values)
+            predictions.append(prediction)
+            penalty = sums.penalty if penalty is None else penalty + sums.penalty
+            terms = sums.terms if terms is None else terms + sums.terms
+        return penalty if terms is None else (penalty, terms), predictions
+
+    def differentiate(
+        self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any
+    ) -> Sequence[Any]:
+        """Launch the backward of each layer that has saved a tensor; return the gradients of raw and dropped."""
+        (grad,), predictions = upstream, predictions or [NOTHING] * len(self.layers)
+        if len(self.layers) == 1:
+            return self.layers[0].differentiate(grad, saved[0], saved[1], values, predictions[0])
+        gradients: list[Tensor | None] = []
+        for layer, raw, dropped, prediction in zip(self.layers, saved[::2], saved[1::2], predictions, strict=False):
+            is_saved = True in layer.needs
+            gradients += layer.differentiate(grad, raw, dropped, values, prediction) if is_saved else (None, None)
+        return gradients
 
 
-# An upstream gradient that a forward has assumed, and the gradients of raw and dropped that it has filled for it.
-Ahead: TypeAlias = tuple[Any, Tensor | None, Tensor | None]
-NOTHING_AHEAD: Ahead = None, None, None
+def calls_of(tensors: Sequence[Any], values: Values, terms: Sequence[Terms]) -> Sequence[Call]:
+    """Return a call for each layer."""
+    layers = zip(tensors[::2], tensors[1::2], terms, strict=False)
+    return [Call(raw, dropped, *values, of_layer) for raw, dropped, of_layer in layers]
+
+
+def by_formula(calls: Sequence[Call]) -> ARTAR:
+    """Compute the penalty of the layers of a call, and its terms, in plain PyTorch."""
+    penalty, ar, tar = reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), map(ar_tar, calls))
+    return ARTAR(penalty, ar.detach(), tar.detach())
+
+
+class Prediction(NamedTuple):
+    """Hold the upstream gradient that a forward has expected, and the gradients that it has written for it.
+
+    The expected upstream gradient is the one of the plan's last backward; the backend keeps it, and compares it with
+    the true one. If they are the same, to the bit, the predicted gradients are right. Otherwise the backward writes the
+    gradients anew, over the predicted ones.
+
+    expected      the expected upstream gradient, as the backend compares it; `None` if nothing was predicted
+    grad_raw      the gradient of raw; `None` if raw needs none
+    grad_dropped  the gradient of dropped; `None` if dropped needs none
+    """
+
+    expected: Any = None
+    grad_raw: Tensor | None = None
+    grad_dropped: Tensor | None = None
+
+
+NOTHING = Prediction()
 
 
 class Layer:
     """Compute the penalty of one layer, and its gradients.
 
+    Args:
+        call: a call of this kind.
+        backend: the code that runs.
+        predicts: whether the forward predicts the gradients.
+
     Attributes:
         needs: whether raw and dropped need gradients; a term that is only measured has none.
         fold: the fold of raw and dropped.
         gradients: functions that allocate the gradients of raw and dropped.
-        filled: functions that allocate the gradients that the forward fills for the backward.
+        predicted: functions that allocate the gradients that the forward writes.
         forward, backward: the launches of the backend; no backward if neither needs a gradient.
     """
 
-    def __init__(self, call: Call, backend: Any, fills: bool) -> None:
+    def __init__(self, call: Call, backend: Any, predicts: bool) -> None:
         raw, dropped, terms, enabled = call.raw, call.dropped, call.terms, torch.is_grad_enabled()
         by_raw, by_dropped = terms.by_tar or (terms.by_ar and terms.ar_of_raw), terms.by_ar and not terms.ar_of_raw
         self.needs = enabled and by_raw and raw.requires_grad, enabled and by_dropped and dropped.requires_grad
         layouts = layout_of(raw), layout_of(dropped)
-        self.terms, self.fold = terms, Fold((layouts[0], None, None, layouts[1]), terms.time_dim, call.steps)
+        self.fold = Fold((layouts[0], None, None, layouts[1]), terms.time_dim, call.steps)
         written = [self.fold.like(x) if need else None for x, need in zip(layouts, self.needs, strict=True)]
         view, others = self.fold.view(written), (terms, call.present().device)
-        self.gradients = self.filled = [*map(allocator, written, layouts)]
-        if not fills:
-            self.filled = nothing, nothing
-        self.forward = backend.forward(view if fills else self.fold.view((None, None)), *others)
+        self.gradients = self.predicted = [*map(allocator, written, layouts)]
+        if not predicts:
+            self.predicted = nothing, nothing
+        self.forward = backend.forward(view if predicts else self.fold.view((None, None)), *others)
         expected = self.forward.expected
         self.backward: Any = backend.backward(view, *others, expected) if True in self.needs else None
 
-    def __call__(self, raw: Any, dropped: Any, values: Values) -> tuple[Sums, Ahead]:
+    def __call__(self, raw: Any, dropped: Any, values: Values) -> tuple[Sums, Prediction]:
         """Launch the forward."""
-        first, second = self.filled
+        first, second = self.predicted
         grad_raw, grad_dropped = first(raw), second(dropped)
         operands = self.fold.readable((raw, None, None, dropped))
         sums = self.forward((*operands, grad_raw, grad_dropped), values)
-        return sums, (sums.assumed, grad_raw, grad_dropped)
+        return sums, Prediction(sums.assumed, grad_raw, grad_dropped)
 
-    def differentiate(self, grad: Tensor, raw: Any, dropped: Any, values: Values, ahead: Ahead) -> Sequence[Any]:
-        """Launch the backward over gradients that the forward has filled, or over new memory; return the gradients."""
-        assumed, *gradients = ahead
-        if assumed is None:
+    def differentiate(
+        self, grad: Tensor, raw: Any, dropped: Any, values: Values, prediction: Prediction
+    ) -> Sequence[Any]:
+        """Launch the backward over the predicted gradients, or over new memory; return the gradients."""
+        expected, *gradients = prediction
+        if expected is None:
             first, second = self.gradients
             gradients = [first(raw), second(dropped)]
-        elif self.fold.copies and self.backward.holds(grad, assumed):
+        elif self.fold.copies and self.backward.holds(grad, expected):
             return gradients  # without copying anything
-        self.backward(grad, (*self.fold.readable((raw, None, None, dropped)), *gradients), values, assumed)
+        self.backward(grad, (*self.fold.readable((raw, None, None, dropped)), *gradients), values, expected)
         return gradients
-
-    def derive(self, grad: Tensor, raw: Any, dropped: Any, values: Values, _: Ahead) -> Sequence[Any]:
-        """Compute both gradients in plain PyTorch, so that they can be differentiated."""
-        gradients = ar_tar_gradients(grad, Call(raw, dropped, *values, self.terms))
-        return [None if y is None else y.to(x.dtype) for x, y in zip((raw, dropped), gradients, strict=True)]
-
-
-def launched(layers: Sequence[Layer], tensors: Sequence[Any], values: Values, aheads: list[Any]) -> Any:
-    """Launch the forward of each layer, and append its `Ahead` to a list; return the penalty, and terms if wanted."""
-    penalty: Any = None
-    terms: Any = None
-    for layer, raw, dropped in zip(layers, tensors[::2], tensors[1::2], strict=True):
-        sums, ahead = layer(raw, dropped, values)
-        aheads.append(ahead)
-        penalty = sums.penalty if penalty is None else penalty + sums.penalty
-        terms = sums.terms if terms is None else terms + sums.terms
-    return penalty if terms is None else (penalty, terms)
-
-
-class _Penalty(Function):
-    """Compute the penalty, and keep the inputs that need gradients, and the gradients that the forward has filled.
-
-    The first backward returns the filled gradients; a second backward computes them again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, plan: PenaltyPlan, values: Values, *tensors: Tensor | None) -> Any:
-        ctx.ahead = []
-        results = launched(plan.layers, tensors, values, ctx.ahead)
-        save(ctx, plan, plan.kept(tensors) if False in plan.needs else tensors, values)
-        if plan.is_measured:  # the second output costs 3 us
-            ctx.set_materialize_grads(False)  # PyTorch need not make zeros for the terms
-            ctx.mark_non_differentiable(results[1])
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        plan = ctx.plan
-        if grad is None:
-            return (None,) * (2 + len(plan.needs))
-        saved, values, is_seen = unpack(ctx, grad)
-        aheads = vars(ctx).pop("ahead", None) or [NOTHING_AHEAD] * len(plan.layers)  # atomic, for two threads
-        gradients_of = Layer.derive if is_seen else Layer.differentiate
-        if len(plan.layers) == 1:
-            return None, None, *gradients_of(plan.layers[0], grad, saved[0], saved[1], values, aheads[0])
-        gradients: list[Tensor | None] = []
-        for layer, raw, dropped, ahead in zip(plan.layers, saved[::2], saved[1::2], aheads, strict=False):
-            is_kept = True in layer.needs  # of other layers no tensor is saved
-            gradients += gradients_of(layer, grad, raw, dropped, values, ahead) if is_kept else (None, None)
-        return None, None, *gradients
-
-
-# `Function.apply` without its part for transforms of torch.func, under which no plan is used. This saves 3 us.
-_apply: Any = super(Function, _Penalty).apply  # pyright: ignore[reportAttributeAccessIssue]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from operator import is_
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -49,11 +49,34 @@ class Place(NamedTuple):
         return f"batch_first={self.batch_first}" if self.time_dim is None else f"time_dim={self.time_dim}"
 
 
+class Choices(TypedDict, total=False):
+    """Name the options of both operations for type checkers."""
+
+    batch_first: bool | None
+    time_dim: int | None
+    lengths: Tensor | None
+    valid: Tensor | None
+    starts: Tensor | None
+    reduction: Literal["mean", "sum"]
+
+
+class Unmeasured(Choices, total=False):
+    """Name the options of a call that returns no terms."""
+
+    return_terms: Literal[False]
+
+
+class Measured(Choices):
+    """Name the options of a call that returns its terms."""
+
+    return_terms: Literal[True]
+
+
 class Options(NamedTuple):
     """Hold the options of a call as the caller has given them: see `fused_ar_tar`.
 
-    With `ar_of_raw` AR is the mean square of raw. With `fills` the forward may fill gradients for the backward.
-    Otherwise no gradient takes memory between forward and backward.
+    With `ar_of_raw` AR is the mean square of raw. With `predicts` the forward may predict the gradients. Otherwise no
+    gradient takes memory between forward and backward.
     """
 
     batch_first: Any = None
@@ -61,7 +84,7 @@ class Options(NamedTuple):
     reduction: Any = "mean"
     measured: Any = False
     ar_of_raw: bool = False
-    fills: bool = True
+    predicts: bool = True
 
 
 class Call(NamedTuple):

@@ -126,6 +126,11 @@ def accumulates(leaf: Any) -> bool:
         return False
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device has float64, which GPUs of Apple and some of Intel lack."""
+    return device.type != "mps" and (device.type != "xpu" or torch.xpu.get_device_properties(device).has_fp64)
+
+
 def version_of(x: Tensor) -> int:
     """Return how often a tensor was changed in place; for tensors of inference mode PyTorch does not count this."""
     return 0 if x.is_inference() else x._version

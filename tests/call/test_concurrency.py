@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.arguments import check_not_captured
-from fastreg.call.plans import forget
+from fastreg.call.backends import PLANS
 from tests.conftest import compiled, gpu
 
 THREADS, TIMEOUT = 8, 60
@@ -43,7 +43,7 @@ def test_threads_at_once_are_exact(device: str, streams: bool) -> None:
     want = [step(*xs, 1 + i % 2) for i, xs in enumerate(inputs)]
     if device == "cuda":
         torch.cuda.synchronize()
-    forget()
+    PLANS.clear()
     together = threading.Barrier(THREADS, timeout=TIMEOUT)
 
     def work(i: int) -> list[list[Tensor]]:
@@ -53,7 +53,7 @@ def test_threads_at_once_are_exact(device: str, streams: bool) -> None:
             for turn in range(20):
                 results.append(step(*inputs[i], 1 + i % 2))
                 if turn % 2:
-                    forget()
+                    PLANS.clear()
             if device == "cuda":
                 torch.cuda.current_stream().synchronize()
         return results

@@ -150,17 +150,14 @@ def without_the_last(x: Tensor) -> Tensor:
     return x[:-1] if x.dim() else x
 
 
-CHANGES: dict[Any, str] = {
-    laid_out_anew: "",
-    without_the_last: r": expected the shape of the forward, .* got \(",
-    Tensor.double: r": expected the dtype of the forward, .* got torch\.float64",
-}
+def wider(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [laid_out_anew, wider, without_the_last])
 @pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([7, 0, 3])}], ids=["whole", "lengths"])
 def test_hooks_that_change_saved_tensors(options: Any, change: Any, device: str) -> None:
-    """The formula computes the backward of tensors with another layout than in the forward, and rounds its own way."""
+    """The formula computes the backward of tensors with another layout or dtype; autograd refuses another shape."""
     skip_on_formula(device)
     raw, dropped = leaves(7, device=device)
     mask = torch.rand(3, 1, 8).to(device).expand(3, 7, 8)
@@ -176,8 +173,8 @@ def test_hooks_that_change_saved_tensors(options: Any, change: Any, device: str)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, change):
         graphs = both()
     for graph, expected in zip(graphs, want, strict=True):
-        if CHANGES[change]:
-            with pytest.raises(RuntimeError, match=CHANGES[change]):
+        if change is without_the_last:
+            with pytest.raises((RuntimeError, ValueError), match=r"shape|not enough values"):
                 gradients(graph)
         else:
             torch.testing.assert_close(gradients(graph), expected)

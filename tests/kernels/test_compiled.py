@@ -25,8 +25,8 @@ from bench.offline import registers
 from bench.offline.stand_in import StandInDriver, active
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.__main__ import launches
-from fastreg.call.backends import CPP, TRITON, cpu_tensors_by
-from tests.conftest import forget, more, python, skip_without
+from fastreg.call.backends import CPP, PLANS, TRITON, cpu_tensors_by
+from tests.conftest import more, python, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 skip_without("triton")
@@ -86,7 +86,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     with active(StandInDriver(chosen)), cpu_tensors_by(TRITON):
         yield chosen
-        forget()
+        PLANS.clear()
         for kernel in ALL_KERNELS:
             kernel.device_caches.clear()  # compiled code is freed by the driver that loaded it
 

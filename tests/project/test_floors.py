@@ -48,4 +48,4 @@ def test_an_import_only_goes_down(file: Path) -> None:
     ],
 )
 def test_an_import_that_goes_up_is_found(code: str) -> None:
-    assert len(imports_that_go_up("fastreg.call.plans", code)) == 1
+    assert len(imports_that_go_up("fastreg.call.operation", code)) == 1
