@@ -214,7 +214,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("PenaltyPlan", "a layer without gradients by the formula", "True in layer.needs", "True"),
         ("PenaltyPlan", "the tensors of the first layer", "grad, raw, dropped, values", "grad, *saved[:2], values"),
         ("PenaltyPlan", "layers without tensors in the formula", "if call.present() is not None", "if True"),
-        ("PenaltyPlan", "all layers of one kind", "if kind not in kinds:", "if not kinds or (kind := [*kinds][0]) is None:"),
+        ("PenaltyPlan", "all layers of one kind", "kind = call.terms, *(", "kind = call.terms, *(0 and "),
         ("PenaltyPlan", "kinds without gradients of their own", "(layout_of(x), x.requires_grad)", "(layout_of(x),)"),
     ],
     "fastreg/call/fold.py": [

@@ -356,7 +356,7 @@ def test_known_code_is_launched_directly_unless_a_profiler_has_hooked_launches(
     monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=runtime))
     for why, count in (("some reason", 0), (None, directly)):
         monkeypatch.setattr(launch.Launch, "why_jit", why)
-        forget()
+        PLANS.clear()
         by_jit.clear()
         for _ in range(3):
             train(FLOAT)
