@@ -17,7 +17,7 @@ DATA = ROOT / "tests" / "data"
 penalty_of = partial(formula, time=-2)
 
 
-@pytest.fixture(params=["0.3.0", "0.4.0"])
+@pytest.fixture(params=["0.3.0", "0.4.0", "0.5.0"])
 def saved(request: pytest.FixtureRequest) -> Path:
     """Return the folder with the files of a release."""
     return DATA / request.param
