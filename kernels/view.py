@@ -95,9 +95,9 @@ class Operands(NamedTuple):
 class View(NamedTuple):
     """View operands of one shape as `(outer, time, inner)` with a contiguous inner axis; no extent is 0.
 
-    Each call says by offsets where packed rows begin. Both strides of a packed operand are the stride of its rows. The
-    last field is their number; for other views it is None. The plan of packed rows has 0 for their sizes, and each
-    launch takes the view that `sized` returns.
+    In a plan the view of packed rows has sizes of 0. `sized(steps)` fills in the sizes of a call, whose offsets say
+    where the rows of each time step begin. Both strides of a packed operand are the stride of its rows. The last field
+    is the number of packed rows; it is None for other views.
     """
 
     outer: int

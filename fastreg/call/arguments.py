@@ -154,7 +154,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_captured(raw: Any, decoded: Any, place: Place, is_said: bool) -> str:
-    """Check by the shape of a model's output that raw is no state, and that its layout is said if it is in doubt.
+    """Guess from the shape of a model's output whether raw is a state, or may be time first.
 
     Args:
         raw: raw, or a list with raw of each layer.
@@ -181,8 +181,8 @@ def check_captured(raw: Any, decoded: Any, place: Place, is_said: bool) -> str:
     if len(shape) != 3 or not all([size != batch for size in shape]):
         return ""
     words = (
-        f"raw is {tuple(first.shape)}, and no size of decoded, {shape}, is its batch, {batch}. Pass the RNN's output "
-        "before and after dropout, and not its states h and c"
+        f"raw is {tuple(first.shape)}, and no axis of decoded, {shape}, has the size of its batch, {batch}. Pass the "
+        "RNN's output before and after dropout, and not its states h and c"
     )
     _expect(is_said, "batch_first", "True or False, got None: {}", words)
     return words

@@ -35,7 +35,7 @@ class Fold:
 
     Attributes:
         order: all axes, the slowest first.
-        rows: the axis that has outer's stride: the last axis of outer, or time if outer has no axes.
+        rows: the axis whose stride separates sequences: the last axis of outer, or time if there is one sequence.
         sizes: the sizes of outer, time and inner.
         copied: for each tensor, whether kernels read a copy of it.
         copies: whether kernels read any copy.

@@ -91,7 +91,7 @@ def observed() -> bool:
 
 
 def transformed() -> bool:
-    """Return whether a call is recorded or transformed, so that hooks on its tensors do not see gradients."""
+    """Return whether torch.jit.trace, a transform of torch.func or forward mode runs, where hooks see no gradients."""
     return _is_recorded() or _are_functions_transformed() or _forward_mode._current_level >= 0
 
 
