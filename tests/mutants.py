@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -657,10 +656,7 @@ class Job:
         with (folder / "output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
             if not INTERPRET:  # a search without end fills 4 GB; interpreted tests reserve more
                 resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
-            try:
-                (folder / "outcome").write_text(test(folder))
-            except Exception:
-                traceback.print_exc()
+            (folder / "outcome").write_text(test(folder))
         os._exit(0)  # without waiting for threads of tests
 
     def outcome(self) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,29 +12,21 @@ from torch import Tensor
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import gpu
 
-pytestmark = gpu
+pytestmark = [gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")]
 Step = Callable[[], list[Tensor]]
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raise an error if the host waits for the device."""
-    try:
-        with warnings.catch_warnings():  # PyTorch warns once of this mode
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """Capture a step, in which the host must not wait for the device."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
-        with no_waiting():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -48,11 +38,11 @@ def tensors(*shape: int) -> tuple[Tensor, Tensor]:
     return raw.requires_grad_(), dropped.requires_grad_()
 
 
-STEPS: dict[str, Callable[[], Tensor] | None] = {
-    "all": None,
-    "lengths": lambda: torch.randint(0, 10, (6,), device="cuda"),
-    "valid": lambda: torch.rand(6, 9, device="cuda") < 0.7,
-    "starts": lambda: torch.randint(0, 2, (6, 9), device="cuda"),
+STEPS: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "all": lambda: {},
+    "lengths": lambda: {"lengths": torch.randint(0, 10, (6,), device="cuda")},
+    "valid": lambda: {"valid": torch.rand(6, 9, device="cuda") < 0.7},
+    "starts": lambda: {"starts": torch.randint(0, 2, (6, 9), device="cuda")},
 }
 
 
@@ -62,8 +52,7 @@ def test_a_graph_reads_what_has_changed(name: str, dropout: bool) -> None:
     raw, dropped = tensors(6, 9, 12)
     mask = (dropped.detach()[:, :1] > 0).float() * 2
     alpha, beta, scale = torch.ones(3, device="cuda").unbind()
-    draw = STEPS[name]
-    options: dict[str, Any] = {} if draw is None else {name: draw()}
+    options: Any = STEPS[name]()
 
     def step() -> list[Tensor]:
         if dropout:
@@ -78,8 +67,8 @@ def test_a_graph_reads_what_has_changed(name: str, dropout: bool) -> None:
             for x, value in zip((alpha, beta, scale), values, strict=True):
                 x.fill_(value)
             raw.normal_()
-            for x in options.values() if draw else ():
-                x.copy_(draw())  # pyright: ignore[reportOptionalCall]
+            for given, x in STEPS[name]().items():
+                options[given].copy_(x)
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip([x.clone() for x in got], step(), strict=True))
 
