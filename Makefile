@@ -36,7 +36,7 @@ help:
 	@echo "make test-newest   run them with the newest PyTorch, in .venv-newest"
 	@echo "make test-plain   run the kernels as on a processor without AVX-512"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
-	@echo "             tables of the README and docs: a quarter of an hour on two idle cores"
+	@echo "             tables of the README and docs: twelve minutes on two idle cores (python -m pytest bench for some)"
 	@echo "make test-fakegpu DIR=...   rehearse the first minutes on a GPU, on a stand-in for one: see bench/NOTES.md"
 	@echo "make lint    check style and types"
 	@echo "make docs    build the documentation site in build/site, and check its links"
@@ -102,11 +102,12 @@ test-plain: .venv/test .venv/frameworks
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(PARALLEL) \
 	    -m "(numbers or processor) and not gpu" tests/kernels tests/call tests/adapters
 
-# The report contains the failures.
+# The report contains the peers that could not be measured.
 bench: .venv/test .venv/frameworks
-	@echo "== every case twice, with memory kept by the allocator and without: a quarter of an hour on two idle cores"
-	-.venv/bin/python -m bench.measure.run bench
-	.venv/bin/python -m bench.measure.report
+	@echo "== every case twice, with memory kept by the allocator and without: twelve minutes on two idle cores"
+	rm -f .benchmarks/bench.json
+	-.venv/bin/python -m pytest bench --benchmark-json=.benchmarks/bench.json
+	.venv/bin/python -m bench.measure.report .benchmarks/bench.json
 
 # In a copy in DIR, as times of kernels that do nothing must not reach bench/results. Device memory is host memory there.
 test-fakegpu:
@@ -114,7 +115,7 @@ test-fakegpu:
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -a --parents -t $(DIR)/checkout
 	cd $(DIR)/checkout && ulimit -v 16000000 && . $(DIR)/env.sh && export PYTHON=$(DIR)/venv/bin/python && \
 	    export TRITON_CACHE_DIR=$(DIR)/checkout/.triton TORCHINDUCTOR_CACHE_DIR=$(DIR)/checkout/.inductor && \
-	    OUT=$(DIR)/checkout/out bash bench/on_gpu.sh first && $$PYTHON -m tests.fakegpu $(DIR)/checkout/out/*.jsonl
+	    { OUT=$(DIR)/checkout/out bash bench/on_gpu.sh first; $$PYTHON -m tests.fakegpu $(DIR)/checkout/out/*.jsonl; }
 
 lint: .venv/lint
 	.venv/bin/ruff check

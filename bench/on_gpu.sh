@@ -1,37 +1,38 @@
 #!/usr/bin/env bash
-# On a bare GPU machine (torch, triton, pytest and matplotlib; transformers and lightning for their training steps; nothing
-# installed, this checkout neither), each inside ten minutes:
+# On a bare GPU machine (torch, triton, pytest, pytest-benchmark and matplotlib; transformers and lightning for their
+# training steps; nothing installed, this checkout neither), each inside ten minutes:
 #     bash bench/on_gpu.sh first [COMMIT]    nine minutes: values, headline benchmarks, constants, races, profile and tests
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
 #     bash bench/on_gpu.sh bench [COMMIT]    all benchmarks, the most wanted first, and the report
 # COMMIT says what the checkout is where git cannot. $LIMIT is the seconds of `first` (540), or after which `test` and `bench`
-# begin nothing more (450). Findings are on disk as they come, in $OUT where it is set: of `first` its lines and tables,
-# otherwise in bench/results/first; of `bench` its lines, otherwise in .benchmarks. The results of `test` and `bench` go to
-# bench/results, and at the end to $OUT as well; bench/results/tests has to be there for the report to tell the outcome of
-# the tests. bench/on_gpu.ipynb runs `first` in a notebook.
+# begin nothing more (450). $OUT, by default bench/results/first for `first` and .benchmarks for the others, gets a line for each
+# finding as it comes: of `first` in DEVICE.jsonl, beside which the tables go to DEVICE.md; of the others in test.jsonl and
+# bench.jsonl. `bench` puts its result into bench/results, too. bench/on_gpu.ipynb runs `first` in a notebook.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 what=${1:?first, test or bench}
 export COMMIT=${2:-} PYTHONUNBUFFERED=1
-out=${OUT:-.benchmarks}
-mkdir -p "$out"
-log=$out/$what.log
 python=${PYTHON:-python3}
-"$python" -c "import torch, triton; print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__)" \
-  || exit 1
-start=$(mktemp)
+about="import torch, triton; from bench.measure import machine; name = machine.device_name(); print(machine.file_name(name)); \
+print(name, 'torch', torch.__version__, 'triton', triton.__version__)"
+{ read -r device; read -r versions; } < <("$python" -c "$about")
+[ -n "${versions:-}" ] || exit 1
+echo "$versions"
 case $what in
-  first) limit=${LIMIT:-540} command=(bench.measure.first "${OUT:-bench/results/first}" --seconds="$limit") spare=20 ;;
-  test) limit=${LIMIT:-450} command=(bench.measure.run test bench/results --seconds="$limit") spare=90 ;;
-  bench) limit=${LIMIT:-450} command=(bench.measure.run bench bench/results --seconds="$limit" --lines="$out/bench.jsonl") spare=90 ;;
+  first) out=${OUT:-bench/results/first} limit=${LIMIT:-540} spare=20 tests=(bench/test_first.py -k "not sanitizers") ;;
+  test) out=${OUT:-.benchmarks} limit=${LIMIT:-450} spare=90 tests=(bench/test_first.py -k "files or sanitizers") ;;
+  bench) out=${OUT:-.benchmarks} limit=${LIMIT:-450} spare=90 tests=(bench/test_cases.py "--benchmark-json=$out/bench.json") ;;
+  *) echo "expected first, test or bench, got $what"; exit 2 ;;
 esac
+mkdir -p "$out"
+lines=$out/$what.jsonl
+[ "$what" != first ] || lines=$out/${device}l
 # What begins by then ends in time. If not, SIGTERM ends it, and what there is is written.
-timeout --kill-after=20 $((limit + spare)) "$python" -m "${command[@]}" 2>&1 | tee "$log"
+timeout --kill-after=20 $((limit + spare)) "$python" -m pytest -v -p no:cacheprovider --tb=line "${tests[@]}" \
+  "--seconds=$limit" "--lines=$lines" 2>&1 | tee "$out/$what.log"
 status=${PIPESTATUS[0]}
-[ "$what" != bench ] || "$python" -m bench.measure.report 2>&1 | tee -a "$log"
-if [ -n "${OUT:-}" ] && [ "$what" != first ]; then
-  for json in $(cd bench/results && find . -name '*.json' -newer "$start"); do
-    (cd bench/results && cp --parents "$json" $(find "${json%.json}.md" "${json%.json}"-*.svg 2> /dev/null) "$OUT")
-  done
-fi
+case $what in
+  first) "$python" -m bench.measure.first "$lines" ;;
+  bench) "$python" -m bench.measure.report "$out/bench.json" ;;
+esac 2>&1 | tee -a "$out/$what.log"
 exit "$status"

@@ -1,36 +1,45 @@
-"""Check a rehearsal of bench.measure.first on a stand-in for a GPU: python -m tests.fakegpu LINES.
+"""Check a rehearsal of bench/test_first.py on a stand-in for a GPU: python -m tests.fakegpu LINES.
 
 Its kernels do nothing. So each self-check has to find the values wrong, and everything goes on.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from bench.measure import first, gpu_tasks
-from bench.measure.worker import records
 
 MOST = 600  # seconds
+CHECKS = "smoke", "order"
+PARTS = {*CHECKS, "headline", "sweep", "device", "files"}
 
 
-def main(lines: Path) -> None:
-    found = records(lines)
-    ended = {record["end"]: record for record in found if "end" in record}
-    seconds = {record["part"]: record["seconds"] for record in found if "part" in record}
-    for part, took in seconds.items():
+def problems(lines: Path) -> list[str]:
+    """List what is not as it should be in the lines of a rehearsal."""
+    found, page = first.findings(lines), lines.with_suffix(".md")
+    seconds = first.seconds(found)
+    wrong = [f"{part} {task}: no record" for (part, task), line in found.items() if not line]
+    for (part, task), line in found.items():
+        if part in CHECKS and line.get("found", {}).get("verdict") != "wrong":
+            wrong.append(f"{part} {task}: {line}, where the values are wrong")
+    wrong += [f"{part}: no task" for part in PARTS - {*seconds}]
+    wrong += [f"{sum(seconds.values()):.0f} s in all"] * (sum(seconds.values()) > MOST)
+    wrong += [f"no page {page}"] * (not page.exists())
+    wrong += ["ncu"] * (found.get(("device", "ncu"), {}).get("found") != {"ncu": gpu_tasks.NOT_THERE})
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests.fakegpu", description=__doc__)
+    parser.add_argument("lines", type=Path)
+    lines: Path = parser.parse_args().lines
+    for part, took in first.seconds(first.findings(lines)).items():
         print(f"{part}: {took:.0f} s")
-    checks = [task for kind in ("smoke", "order") for task in first.PARTS[kind].tasks]
-    problems = [f"{x}: {ended.get(x)}" for x in checks if ended.get(x, {}).get("verdict") != "wrong"]
-    problems += [f"no end of {part}" for part in first.PARTS if part not in seconds]
-    problems += [f"{sum(seconds.values()):.0f} s in all"] * (sum(seconds.values()) > MOST)
-    problems += [f"no record of {task}" for part in first.PARTS.values() for task in part.tasks if task not in ended]
-    problems += [f"no page {page}" for page in [lines.with_suffix(".md")] if not page.exists()]
-    problems += ["ncu"] * (ended.get("ncu", {}).get("ncu") != gpu_tasks.NOT_THERE)
-    if problems:
-        sys.exit("\n".join(problems))
-    print(f"{len(checks)} self-checks found the values wrong, in {sum(seconds.values()):.0f} s")
+    if wrong := problems(lines):
+        parser.exit(1, "\n".join([*wrong, ""]))
+    print("each self-check found the values wrong, and each task has a record")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

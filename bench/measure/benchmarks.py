@@ -1,26 +1,24 @@
-"""Measure benchmark cases: the worker of `bench.measure.run bench`, which passes the names of cases.
+"""Measure the peers of a case in turns: the tasks of the worker of `python -m pytest bench`.
 
-All peers of a case are measured in turns. The record of a case has the seconds and the other figures of each peer, and
-why a peer is missing.
+The result has the seconds and the other figures of each peer, and why a peer is missing.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
+from operator import sub, truediv
 from typing import Any
 
 import torch
+from pytest_benchmark.stats import Stats
 
 from bench.measure import cases, machine, timing
 from bench.measure.steps import WITHOUT, Step
-from bench.measure.worker import append, in_a_line, work
+from bench.measure.worker import Say, in_a_line
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ALLOCATOR = machine.allocator() if DEVICE == "cpu" else None
 SECONDS = 0.5 if DEVICE == "cuda" else 2.0  # that the rounds of a case take
 STEP_SHARE = 0.1 if DEVICE == "cuda" else 1.0  # of the seconds that a step's class asks for
 STEP_TURN = 0.02  # seconds that a turn of steps takes at least on a CPU
@@ -28,9 +26,11 @@ Measured = dict[str, dict[str, Any]]  # peer -> the seconds of each turn, and ot
 Missing = dict[str, str]  # peer -> why it is not measured
 
 
-def name_of(case: cases.Case, allocator: str | None) -> str:
-    """Name a case, with the allocator unless it keeps memory or the device is a GPU."""
-    return f"{case} ({allocator})" if allocator == machine.DEFAULT else str(case)
+def facts(say: Say) -> dict[str, Any]:
+    """Describe the machine."""
+    if DEVICE == "cuda":
+        return machine.facts() | {"copy_bandwidth": timing.copy_bandwidth()}
+    return machine.facts() | {"threads": torch.get_num_threads()}
 
 
 def reason(error: Exception) -> str:
@@ -38,38 +38,86 @@ def reason(error: Exception) -> str:
     return "does not fit in the device's memory" if isinstance(error, torch.OutOfMemoryError) else in_a_line(error)
 
 
-def measure_peers(case: cases.Case) -> tuple[Measured, Missing]:
-    """Measure the peers whose first call works; a training step runs on one thread."""
-    sets = cases.input_sets(case, DEVICE)
+def measure_peers(say: Say, case: cases.Case, peers: Collection[str], once: bool) -> tuple[Measured, Missing]:
+    """Measure those of the peers whose first call works; a training step runs on one thread.
+
+    Args:
+        say: gets the name of each peer before it is called, so that after a crash the others can be measured.
+        case: the case.
+        peers: names of peers.
+        once: whether to call each peer only once.
+    """
+    try:
+        sets = cases.input_sets(case, DEVICE)
+    except torch.OutOfMemoryError as error:
+        return {}, dict.fromkeys(peers, reason(error))
     torch.compiler.reset()  # otherwise Inductor compiles the second shape for all shapes, and slower
     is_step = isinstance(case, Step)
     with timing.threads(1 if is_step else torch.get_num_threads()):
         calls: dict[str, timing.Call] = {}
-        figures, failed = {}, {}
-        ways = case.peers()
+        measured: Measured = {}
+        missing: Missing = {}
+        ways = {peer: way for peer, way in case.peers().items() if peer in peers}
         for peer, way in ways.items():
+            say(peer)
             began = time.perf_counter()
             try:
                 call = case.call(way, sets)
                 call(0)
                 timing.synchronize(DEVICE)
-                calls[peer], figures[peer] = call, {"first_seconds": time.perf_counter() - began}
+                first = time.perf_counter() - began
+                calls[peer], measured[peer] = call, {"seconds": [first], "first_seconds": first}
             except Exception as error:
-                failed[peer] = reason(error)
+                missing[peer] = reason(error)
                 timing.synchronize(DEVICE)  # raises if a kernel has failed, after which no other peer can run
-        if not calls:
-            return {}, failed
+        if once or not calls:
+            return measured, missing
         for peer, call in calls.items():
-            figures[peer] |= figures_of(case, (peer, ways[peer]), call, sets)
+            say(peer)
+            measured[peer] |= figures_of(case, (peer, ways[peer]), call, sets)
+        seconds, repeats = SECONDS, 10 if DEVICE == "cuda" else 1
         if isinstance(case, Step):
-            turns = timing.take_turns(calls, DEVICE, case.SECONDS * STEP_SHARE, repeats_of(calls))
-        else:
-            turns = timing.take_turns(calls, DEVICE, SECONDS, 10 if DEVICE == "cuda" else 1)
-    measured: Measured = {}
-    for peer, own_turns in turns.items():
-        own = {"own_seconds": [turn.own for turn in own_turns]} if is_step and DEVICE == "cpu" else {}
-        measured[peer] = {"seconds": [turn.wall for turn in own_turns]} | figures[peer] | own
-    return measured, failed
+            seconds, repeats = case.SECONDS * STEP_SHARE, repeats_of(calls)
+        turns = timing.take_turns(calls, DEVICE, seconds, repeats, say=say)
+    own_time = is_step and DEVICE == "cpu"
+    for peer, figures in measured.items():
+        # The CPU time of the process does not include other programs.
+        figures["seconds"] = [turn.own if own_time else turn.wall for turn in turns[peer]]
+        figures["clock"] = "CPU time of one thread" if own_time else "wall time"
+        if "moved_bytes" in figures:  # a GPU has it by its graph
+            figures.setdefault("bandwidth", figures["moved_bytes"] / median_and_spread(figures["seconds"])[0])
+    return paired(measured, case.OURS), missing
+
+
+def paired(measured: Mapping[str, dict[str, Any]], ours: str) -> Measured:
+    """Add the figures that compare peers round by round, where the other peer is measured as well.
+
+    `against` is the median of a peer's time over that of `ours`. The others are pairs of median and spread (the
+    interquartile range): `added_seconds` is the difference of a training step to the one without the penalty, and
+    `over_formula` the time of `ours` over the formula's.
+    """
+    made: Measured = {}
+    for peer, figures in measured.items():
+        made[peer] = dict(figures)
+        against, without, formula = (
+            zip(figures["seconds"], measured[other]["seconds"], strict=True) if other in measured else None
+            for other in (ours, WITHOUT, "eager")
+        )
+        if against:
+            made[peer]["against"] = median_and_spread(truediv(*pair) for pair in against)[0]
+        if without:
+            made[peer]["added_seconds"] = median_and_spread(sub(*pair) for pair in without)
+            if formula and peer == ours:
+                made[peer]["over_formula"] = median_and_spread(truediv(*pair) for pair in formula)
+    return made
+
+
+def median_and_spread(values: Iterable[float]) -> list[float]:
+    """Return the median and the interquartile range, as pytest-benchmark defines them."""
+    stats: Any = Stats()
+    for value in values:
+        stats.update(value)
+    return [float(stats.median), float(stats.iqr)]
 
 
 def repeats_of(calls: Mapping[str, timing.Call]) -> int:
@@ -147,25 +195,3 @@ def parts_of(case: cases.PenaltyCase, way: cases.Peer, sets: list[tuple[torch.Te
 def leaves_of(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """Return the inputs that need gradients, each once."""
     return list(dict.fromkeys(x for x in inputs if x.requires_grad))
-
-
-def measure(name: str, file: Path) -> dict[str, Any]:
-    """Measure the case of a name, and describe it."""
-    case = next(x for x in cases.all_cases(DEVICE, ALLOCATOR) if name_of(x, ALLOCATOR) == name)
-    try:
-        measured, missing = measure_peers(case)
-    except torch.OutOfMemoryError as error:
-        measured, missing = {}, dict.fromkeys(case.PEERS, reason(error))
-    return {"peers": measured, "missing": missing}
-
-
-def main() -> None:
-    facts: dict[str, Any] = {"threads": torch.get_num_threads()}
-    if DEVICE == "cuda":  # measured first, as nothing can be measured once a kernel has failed
-        facts = {"copy_bandwidth": timing.copy_bandwidth()}
-    append(Path(sys.argv[1]), machine=machine.facts() | facts)
-    work(sys.argv[1:], measure)
-
-
-if __name__ == "__main__":
-    main()

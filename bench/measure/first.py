@@ -1,155 +1,78 @@
-"""The first nine minutes on a GPU: `bash bench/on_gpu.sh first`, or `python -m bench.measure.first`.
+"""The page of the first minutes on a GPU: `python -m bench.measure.first LINES`.
 
-FOLDER/DEVICE.jsonl gets a line of JSON for each finding as it comes, and then DEVICE.json the headline benchmarks and
-DEVICE.md all findings in tables. Each part has a limit. The time that it leaves goes to the next part. A task that
-crashes, hangs or does not compile is recorded as lost, and stops nothing.
+Beside DEVICE.jsonl, the lines of bench/test_first.py, it writes DEVICE.json, the compact result of the headline
+benchmarks, and DEVICE.md, which has all findings in tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from bench.measure import benchmarks, cases, gpu_tasks, machine, report, run
-from bench.measure.worker import Limits, append, records, supervise
+from bench.measure import report
+from bench.measure.lines import records, session
+from bench.measure.worker import NOT_REACHED
 from bench.offline import prediction
 
-TASKS = [sys.executable, "-m", "bench.measure.gpu_tasks"]
-COMPILERS, TESTERS = 4, 6  # processes at a time
-HEADLINE = {benchmarks.name_of(case, None): (case, None) for case in cases.HEADLINE}
-SECONDS = 540
-STOP = 2  # seconds before the end of a part in which no task begins
+Found = dict[tuple[str, str], dict[str, Any]]  # part and task -> its line; of a task that was not reached, an empty one
+HIDDEN = "errors", "failed"
 
 
-class Part(NamedTuple):
-    """Describe a part.
-
-    seconds  its limit, to which the time that earlier parts have left is added
-    limit    seconds of one of its tasks
-    tasks    names of tasks
-    do       does the tasks, given the file, the names and the limits
-    """
-
-    seconds: float
-    limit: float
-    tasks: list[str]
-    do: Callable[[Path, list[str], Limits], None]
+def findings(lines: Path) -> Found:
+    """Return the line of each task of a session."""
+    first, *ended = records(lines)
+    return {(part, task): {} for part, task in first["tests"]} | {(x["part"], x["task"]): x for x in ended}
 
 
-def by(command: list[str]) -> Callable[[Path, list[str], Limits], None]:
-    """Do all tasks in one worker, which runs a command."""
-    return lambda file, tasks, limits: supervise(command, file, tasks, limits, run.QUIET)
-
-
-def at_once(file: Path, tasks: list[str], limits: Limits) -> None:
-    """Do each task in its own worker, some at a time."""
-    with ThreadPoolExecutor(COMPILERS) as pool:
-        list(pool.map(lambda task: supervise(TASKS, file, [task], limits), tasks))
-
-
-def tests(file: Path, tasks: list[str], limits: Limits) -> None:
-    """Run files of tests, some at a time, and the one that needs much memory after the others."""
-    large = f"tests {run.LARGE}"
-
-    def one(task: str) -> None:
-        name, began = task.removeprefix("tests "), time.monotonic()
-        left = limits.last - run.GRACE - began
-        outcome = run.run_file(name, min(left, limits.task)) if left > 0 else run.unfinished(name, "not reached")
-        append(file, end=task, seconds=round(time.monotonic() - began, 1), **outcome)
-
-    with ThreadPoolExecutor(max(1, min(TESTERS, (os.cpu_count() or 1) // 2))) as pool:
-        list(pool.map(one, [task for task in tasks if task != large]))
-    if large in tasks:
-        one(large)
-
-
-def names(kind: str, settings: Iterable[gpu_tasks.Setting]) -> list[str]:
-    return [f"{kind} {setting}" for setting in settings]
-
-
-PARTS = {
-    "compile": Part(45, 45, names("compile", gpu_tasks.compile_settings()), at_once),
-    "smoke": Part(30, 25, names("smoke", gpu_tasks.smoke_settings()), by(TASKS)),
-    "headline": Part(170, 80, [*HEADLINE], by(run.WORKER)),
-    "sweep": Part(100, 20, names("sweep", gpu_tasks.sweep_settings()), by(TASKS)),
-    "order": Part(40, 30, names("order", gpu_tasks.order_settings()), by(TASKS)),
-    "device": Part(30, 30, ["clocks", "ncu"], by(TASKS)),
-    "tests": Part(110, 100, [f"tests {name}" for name in run.TESTS], tests),
-}
-
-
-def measure(file: Path, seconds: float) -> None:
-    """Do one part after the other."""
-    began = time.monotonic()
-    append(file, machine=machine.facts() | {"threads": torch.get_num_threads()}, commit=machine.commit())
-    end = began
-    for name, part in PARTS.items():
-        end = min(end + part.seconds, began + seconds)
-        now = time.monotonic()
-        part.do(file, part.tasks, Limits(end - STOP, part.limit, end))
-        took = round(time.monotonic() - now, 1)
-        append(file, part=name, seconds=took)
-        print(f"bench.measure.first: {name}: {took} s", flush=True)
+def seconds(found: Found) -> dict[str, float]:
+    """Return the seconds of each part."""
+    took: dict[str, float] = {}
+    for (part, _), line in found.items():
+        took[part] = took.get(part, 0.0) + line.get("seconds", 0.0)
+    return took
 
 
 def page(lines: Path) -> str:
     """Render all findings."""
-    found = records(lines)
-    ended = {record["end"]: record for record in found if "end" in record}
-    result = report.load(lines.with_suffix(".json"))
-    took = ", ".join(f"{record['part']} {record['seconds']:.0f} s" for record in found if "part" in record)
+    found, result = findings(lines), report.result_of(lines.stem, session(records(lines)))
+    took = ", ".join(f"{part} {number:.0f} s" for part, number in seconds(found).items())
     parts = [f"# The first minutes on {result.machine['device']}\n", f"{report.where(result)}\n", f"Parts: {took}.\n"]
-    for kind in ("smoke", "order", "sweep"):
-        parts += [f"## {kind.capitalize()}\n", table(kind, ended)]
+    parts += ["## Smoke\n", table("smoke", found)]
     shares = [prediction.beside(result)] if result.on_gpu else []
-    parts += ["## Headline\n", *shares, report.call_table(result), *report.step_tables(result)]
-    for task in ("clocks", "ncu"):
-        facts = {key: value for key, value in ended.get(task, {}).items() if key not in ("end", "seconds")}
-        parts += [f"## {task.capitalize()}\n", *(f"{key}:\n\n```\n{value}\n```\n" for key, value in facts.items())]
-    return "\n".join([*parts, "## Tests\n", table("tests", ended)])
+    parts += ["## Headline\n", *shares, report.call_table(result), *report.step_tables(result), report.caveats(result)]
+    for part in ("sweep", "order", "files"):
+        parts += [f"## {part.capitalize()}\n", table(part, found)]
+    for (part, task), line in found.items():
+        facts = line.get("found", {}) if part == "device" else {}
+        parts += [f"## {task.capitalize()}\n"] * bool(facts)
+        parts += [f"{key}:\n\n```\n{value}\n```\n" for key, value in facts.items()]
+    return "\n".join(parts)
 
 
-HIDDEN = "end", "seconds", "errors", "failed"
-
-
-def table(kind: str, ended: dict[str, dict[str, Any]]) -> str:
-    """Render a row for each task of a part, with its result, or why it is lost."""
-    rows = {task: ended.get(task, {"lost": "not reached"}) for task in PARTS[kind].tasks}
-    columns = list(dict.fromkeys(key for record in rows.values() for key in record if key not in HIDDEN))
-    columns += ["errors of tolerance"] * (kind == "smoke") + ["failed"] * (kind == "tests")
-    lines = [[kind, *columns]]
-    for task, record in rows.items():
-        facts = {key: f"{value:.1f}" if isinstance(value, float) else f"{value}" for key, value in record.items()}
-        if "errors" in record:
-            facts["errors of tolerance"] = ", ".join(f"{name}: {x:.2f}" for name, x in record["errors"].items())
-        facts["failed"] = report.some(record.get("failed", []))
-        lines.append([task.removeprefix(f"{kind} "), *(facts.get(column, "") for column in columns)])
+def table(part: str, found: Found) -> str:
+    """Render a row for each task of a part, with what it found, or why it is lost."""
+    rows = {task: line for (of, task), line in found.items() if of == part}
+    rows = {task: line.get("found") or {"lost": line.get("lost", NOT_REACHED)} for task, line in rows.items()}
+    columns = list(dict.fromkeys(key for facts in rows.values() for key in facts if key not in HIDDEN))
+    columns += ["errors of tolerance"] * (part == "smoke") + ["failed"] * (part == "files")
+    lines = [[part, *columns]]
+    for task, facts in rows.items():
+        cells = {key: f"{value:.1f}" if isinstance(value, float) else f"{value}" for key, value in facts.items()}
+        cells["errors of tolerance"] = ", ".join(f"{name}: {x:.2f}" for name, x in facts.get("errors", {}).items())
+        cells["failed"] = report.some(facts.get("failed", []))
+        lines.append([task, *(cells.get(column, "") for column in columns)])
     return report.table(lines)
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.measure.first", description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=report.FIRST)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="that all parts take together")
-    options = parser.parse_args(arguments)
-    lines = (options.folder / f"{machine.file_name(machine.device_name())}l").absolute()
-    lines.unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
-        measure(lines, options.seconds)
-    run.write(lines.with_suffix(".json"), run.in_rows(run.summary(records(lines), HEADLINE)))
-    run.write(lines.with_suffix(".md"), page(lines))
+    parser.add_argument("lines", type=Path)
+    lines: Path = parser.parse_args().lines
+    lines.with_suffix(".json").write_text(report.compact(session(records(lines))))
+    lines.with_suffix(".md").write_text(page(lines))
+    print(f"bench.measure.first: wrote {lines.with_suffix('.md')}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

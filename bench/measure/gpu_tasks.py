@@ -1,6 +1,4 @@
-"""The tasks of the first minutes on a GPU, a worker of `bench.measure.first`.
-
-Its command is `python -m bench.measure.gpu_tasks FILE END TASK...`. These are the tasks:
+"""The tasks of the first minutes on a GPU, which workers do for bench/test_first.py:
 
 smoke    compares penalty and gradients with the formula in float64
 order    compares the bits of many launches, beside another kernel that fills the GPU
@@ -21,7 +19,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +26,8 @@ from torch import Tensor
 
 from bench.measure import cases
 from bench.measure.formulas import ALPHA, BETA
-from bench.measure.machine import ROOT
 from bench.measure.timing import Call, graph_seconds
-from bench.measure.worker import work
+from bench.measure.worker import ROOT, Say
 from fastreg.call.backends import PLANS
 from fastreg.kernels import tiling
 
@@ -56,13 +52,6 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         return f"{self.dtype} {shape} SHORT_RUN={self.short_run} PROGRAMS={self.programs}"
-
-    @staticmethod
-    def of(name: str) -> Setting:
-        """Return the setting of a name."""
-        dtype, shape, *values = name.split()
-        batch, time, hidden = map(int, shape.split("x"))
-        return Setting(dtype, (batch, time, hidden), *(int(value.split("=")[1]) for value in values))
 
     def apply(self) -> cases.PenaltyCase:
         """Set the constants of this process, and return the case."""
@@ -99,7 +88,7 @@ def computes() -> bool:
     return torch.arange(5, device="cuda").sum().item() == 10
 
 
-def smoke(setting: Setting) -> dict[str, Any]:
+def smoke(say: Say, setting: Setting) -> dict[str, Any]:
     """Compare the penalty and both gradients, after a right and a wrong prediction, with the formula in float64."""
     case = setting.apply()
     raw, dropped = case.inputs("cuda")
@@ -128,7 +117,7 @@ def error_of(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
-def order(setting: Setting) -> dict[str, Any]:
+def order(say: Say, setting: Setting) -> dict[str, Any]:
     """Count the results that differ in any bit from the first call, in replays of a graph, beside another kernel."""
     case = setting.apply()
     raw, dropped = case.inputs("cuda")
@@ -163,7 +152,7 @@ def order(setting: Setting) -> dict[str, Any]:
     return {"launches": launches, "wrong": found, "noticed": noticed, "verdict": "right" if right else "wrong"}
 
 
-def sweep(setting: Setting) -> dict[str, Any]:
+def sweep(say: Say, setting: Setting) -> dict[str, Any]:
     """Measure the forward that writes gradients, and forward and backward, with inputs in turns."""
     forward, both, sets = calls(setting)
     numbers = range(len(sets))
@@ -177,14 +166,14 @@ def calls(setting: Setting) -> tuple[Call, Call, list[tuple[Tensor, ...]]]:
     return lambda i: case.forward(way, sets[i % len(sets)]), case.call(way, sets), sets
 
 
-def compile_(setting: Setting) -> dict[str, Any]:
+def compile_(say: Say, setting: Setting) -> dict[str, Any]:
     """Compile the code of forward and backward."""
     calls(setting)[1](0)
     torch.cuda.synchronize()
     return {}
 
 
-def clocks() -> dict[str, Any]:
+def clocks(say: Say) -> dict[str, Any]:
     """Describe the device."""
     facts = torch.cuda.get_device_properties(0)
     queried = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
@@ -192,16 +181,16 @@ def clocks() -> dict[str, Any]:
     return {"properties": f"{facts}", "cuda": torch.version.cuda, "nvidia-smi": found}
 
 
-def ncu(file: Path) -> dict[str, Any]:
+def ncu(say: Say) -> dict[str, Any]:
     """Profile two calls of the smallest headline case, which another process makes."""
     path = f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin:/opt/nvidia/nsight-compute"
     program = shutil.which("ncu", path=path)
     if program is None:
         return {"ncu": NOT_THERE}
     sections = [word for section in NCU for word in ("--section", section)]
-    task = f"compile {Setting(DTYPES[0], SMALL[0])}"
-    worker = [sys.executable, "-m", "bench.measure.gpu_tasks", str(file.with_suffix(".ncu")), "inf", task]
-    return {"ncu": output_of([program, *sections, "-k", "regex:ar_tar_kernel", "-c", "4", *worker])}
+    call = "from bench.measure.gpu_tasks import *; compile_(str, Setting(DTYPES[0], SMALL[0]))"
+    profiled = [sys.executable, "-c", call]
+    return {"ncu": output_of([program, *sections, "-k", "regex:ar_tar_kernel", "-c", "4", *profiled])}
 
 
 def output_of(command: list[str]) -> str:
@@ -210,17 +199,3 @@ def output_of(command: list[str]) -> str:
         return NOT_THERE
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.stdout[-12000:]
-
-
-def do(task: str, file: Path) -> dict[str, Any]:
-    """Do the task of a name: the kind, and the setting if it has one."""
-    kind, _, setting = task.partition(" ")
-    if kind == "clocks":
-        return clocks()
-    if kind == "ncu":
-        return ncu(file)
-    return {"smoke": smoke, "order": order, "sweep": sweep, "compile": compile_}[kind](Setting.of(setting))
-
-
-if __name__ == "__main__":
-    work(sys.argv[1:], do)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench.measure.worker import ROOT
+
 # Two settings of glibc's allocator, read when a process starts. By default it returns large blocks to the system, so
 # that every temporary of an eager formula is fetched anew, with a page fault every 4 KB.
 KEPT, DEFAULT = "memory kept", "default allocator"
@@ -42,15 +43,9 @@ def file_name(device: str) -> str:
 
 
 def facts() -> dict[str, Any]:
-    """Describe the device, the releases and the source, by a digest, as there may be no git to tell the commit."""
+    """Describe the device and the releases."""
     releases = {"torch": torch.__version__, "triton": triton_version(), "python_version": platform.python_version()}
-    return {"device": device_name(), **releases, "source": source()}
-
-
-def allocator() -> str:
-    """Name the way in which this process allocates memory on the CPU."""
-    keeps = all(os.environ.get(name) == value for name, value in ALLOCATORS[KEPT].items())
-    return KEPT if keeps else DEFAULT
+    return {"device": device_name()} | releases
 
 
 def triton_version() -> str:
@@ -69,17 +64,19 @@ def source() -> str:
 
 
 def commit_facts() -> dict[str, Any]:
-    """Return the hash of the checkout's commit, and whether code differs from it.
+    """Return the hash of the checkout's commit, whether code differs from it, and the version and digest of the source.
 
     Where there is no git to tell, the hash is in the environment's COMMIT, or `unknown`.
     """
     git = "git", "-C", str(ROOT)
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    facts = {"version": version, "source": source()}
     try:
         named = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "*.cpp", "*.h"], capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        return {"id": os.environ.get("COMMIT") or "unknown", "dirty": False}
-    return {"id": named.stdout.strip(), "dirty": changed.returncode != 0}
+        return facts | {"id": os.environ.get("COMMIT") or "unknown", "dirty": False}
+    return facts | {"id": named.stdout.strip(), "dirty": changed.returncode != 0}
 
 
 def commit() -> str:

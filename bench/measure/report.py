@@ -1,13 +1,14 @@
-"""Tables and plots of the measurements: `python -m bench.measure.report`.
+"""Compact results, and tables of them in README and docs: `python -m bench.measure.report [JSON]`.
 
-For each bench/results/DEVICE.json it writes DEVICE.md, with every case, and a plot. From the latest machine it renders
-the speed of a call and a few training steps between the markers in README.md, and three tables between the markers in
-docs/performance.md. No figure is typed: tests/project/test_bench.py fails when a page disagrees with the JSON.
+It compacts the JSON of pytest-benchmark into bench/results/DEVICE.json, one file for each machine, without the rounds.
+From the latest machine it renders the speed of a call and a few training steps between the markers in README.md, and
+tables between the markers in docs/performance.md. No figure is typed: tests/project/test_bench.py fails when a page
+disagrees with a result. `pytest-benchmark compare` prints all rows of a result.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import json
 import math
 import statistics
@@ -16,15 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
 from bench.measure.cases import BOTH
-from bench.measure.machine import ALLOCATORS, DEFAULT, KEPT, ROOT
+from bench.measure.machine import ALLOCATORS, DEFAULT, KEPT, ROOT, file_name
 from bench.measure.steps import BY_HAND, COMPILED, STEP, WITHOUT
 
 RESULTS = ROOT / "bench" / "results"
-FIRST = RESULTS / "first"  # the results of bench.measure.first on GPUs
+FIRST = RESULTS / "first"  # the results of `bench/on_gpu.sh first`
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_CALLS = "<!-- calls, from bench/results by python -m bench.measure.report -->\n"
 SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
@@ -32,9 +30,9 @@ HOW = {  # the words for each allocator, which follow a machine's name
     KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
     DEFAULT: "the system's default allocator, which fetches large temporaries anew in each call",
 }
-CHEAP, LARGE = "8 elementwise layers, (4, 256, 256)", "AWD-LSTM, (20, 70, 400)"
+CHEAP = "8 elementwise layers, (4, 256, 256)"
 STEPS = (  # these steps, and the calls below, are in docs/performance.md
-    *("AWD-LSTM, (64, 70, 400)", LARGE, "8 minGRU layers, (4, 256, 256)"),  # the first on a GPU, the second on a CPU
+    *("AWD-LSTM, (64, 70, 400)", "AWD-LSTM, (20, 70, 400)", "8 minGRU layers, (4, 256, 256)"),  # on a GPU, on a CPU
     *("LSTM, (16, 35, 60)", CHEAP, "LSTM, (8, 10, 16)"),
 )
 HEADLINE = {"LSTM, (16, 35, 60)": "LSTM, 16x35x60", CHEAP: "8 times `tanh(x * weight)`, 4x256x256"}  # in the README
@@ -45,7 +43,6 @@ CALLS = (
 LARGE = "(128, 512, 1024), bfloat16"  # the call whose figures on a GPU are in the README first
 PEERS = "compiled", "eager"  # in this order in all tables
 SHAPE = "(batch, time, hidden), dtype"
-ADDED, PEAK, LEAST, OF_COPY = "added, ms", "peak, MB", "must move, MB", "of copy, %"  # headings
 # If times are normal, this times the interquartile range over the root of the count is a median's standard error.
 ERROR = math.sqrt(math.pi / 2) / 1.349
 MOST_NAMES = 5  # that a sentence names of tests or cases
@@ -58,28 +55,10 @@ STEP_PEERS = {  # peer -> heading of its column, which a table has if the result
     "attach": "`attach`",
     "FusedRNNDropout": "`FusedRNNDropout`",
 }
+ADDED, PEAK = "added_seconds", "peak_bytes"
 CALLING = list(STEP_PEERS)[3:]  # the peers that call fastreg
-OURS = {STEP: "attach", COMPILED: "fused_ar_tar"}  # pass -> the peer that is compared with all; otherwise "fastreg"
-GPU_HEAD = ["of the copy bandwidth", "launches"]
-FIGURES = {  # of bench.measure.benchmarks: the name in a row, which is the heading of a column, and its unit
-    "first_seconds": ("first, s", 1),
-    "page_faults": ("faults", 1),
-    "held_bytes": ("held, MB", 1e6),  # earlier results have "kept, MB", without gradients written ahead: not shown
-    "launches": ("launches", 1),
-    "peak_bytes": (PEAK, 1e6),
-    "host_seconds": ("host, us", 1e-6),
-    "graph_warm_seconds": ("graph warm, us", 1e-6),
-    "graph_rotated_seconds": ("graph rotated, us", 1e-6),
-    "forward_seconds": ("forward, us", 1e-6),
-    "predicted_seconds": ("predicted backward, us", 1e-6),
-    "again_seconds": ("other backward, us", 1e-6),
-    "copy_warm_seconds": ("copy warm, us", 1e-6),
-    "copy_rotated_seconds": ("copy rotated, us", 1e-6),
-    "least_bytes": (LEAST, 1e6),
-    "moved_bytes": ("moves, MB", 1e6),
-    "bandwidth": ("reached, GB/s", 1e9),
-    "share_of_copy": (OF_COPY, 1e-2),
-}
+# What a compact result keeps of the statistics of pytest-benchmark: the columns of its tables.
+COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
 
 
 class Measured(NamedTuple):
@@ -100,10 +79,14 @@ class Measured(NamedTuple):
 
 @dataclass
 class Case:
-    """One case: its facts, the row of each peer from `bench.measure.run.rows`, and why other peers are missing."""
+    """One case: its facts, the row of each peer, and why other peers are missing.
+
+    A row has the seconds of the median, the interquartile range and the number of rounds, and the other figures of
+    `bench.measure.benchmarks`.
+    """
 
     info: dict[str, Any]
-    peers: dict[str, dict[str, Any]]
+    peers: dict[str, dict[str, Any]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -129,20 +112,18 @@ class Case:
     def figure(self, peer: str, key: str) -> Measured:
         """Return a figure of a peer, whose row has it as a median and a spread."""
         median, spread = self.peers[peer][key]
-        return Measured(median, ERROR * spread / math.sqrt(self.peers[peer]["count"]))
+        return Measured(median, ERROR * spread / math.sqrt(self.peers[peer]["rounds"]))
 
 
 @dataclass
 class Result:
-    """The contents of one JSON file."""
+    """The result of one machine."""
 
     name: str
-    digest: str
     machine: dict[str, Any]
     commit: dict[str, Any]
     date: str
     cases: list[Case]
-    tests: dict[str, Any] | None = None  # the record that `bench.measure.run test` wrote
 
     @property
     def on_gpu(self) -> bool:
@@ -172,15 +153,45 @@ class Result:
         return [replace(self, cases=cases) for cases in parts if cases] or [self]
 
 
+def compact(found: dict[str, Any]) -> str:
+    """Return the JSON of pytest-benchmark with a short line for each row, without its rounds and options."""
+    rows = [
+        {key: row[key] for key in ("group", "name")}
+        | {"stats": {key: row["stats"][key] for key in COLUMNS}, "extra_info": row["extra_info"]}
+        for row in found["benchmarks"]
+    ]
+    facts = {key: found[key] for key in ("machine_info", "commit_info", "datetime", "version")}
+    lists = {"missing": found["missing"], "benchmarks": rows}
+    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
+    parts += [
+        f"{json.dumps(key)}: [\n" + ",\n".join(json.dumps(rounded(row)) for row in rows) + "\n]"
+        for key, rows in lists.items()
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def rounded(x: Any) -> Any:
+    """Round all numbers in a record to five significant digits; pages show three."""
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [rounded(value) for value in x]
+    return float(f"{x:.5g}") if isinstance(x, float) else x
+
+
 def load(file: Path) -> Result:
-    text = file.read_text()
-    facts = json.loads(text)
-    cases = [Case(**case) for case in facts.pop("cases")]
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    outcomes = file.parent / "tests" / file.name
-    tests = json.loads(outcomes.read_text()) if outcomes.exists() else None
-    facts.pop("missing", None)  # results before version 0.5 have it, always empty
-    return Result(file.stem, digest, cases=cases, tests=tests, **facts)
+    """Read a result of pytest-benchmark, compact or not."""
+    return result_of(file.stem, json.loads(file.read_text()))
+
+
+def result_of(name: str, found: dict[str, Any]) -> Result:
+    cases: dict[str, Case] = {}
+    for row in found["benchmarks"]:
+        case = cases.setdefault(row["group"], Case(row["extra_info"]))
+        case.peers[row["name"]] = row["extra_info"] | row["stats"]
+    for lost in found["missing"]:
+        cases.setdefault(lost["group"], Case(lost["extra_info"])).missing[lost["name"]] = lost["why"]
+    return Result(name, found["machine_info"], found["commit_info"], found["datetime"], [*cases.values()])
 
 
 def number(x: float) -> str:
@@ -196,25 +207,22 @@ def table(rows: list[list[str]]) -> str:
 def where(result: Result) -> str:
     """Name the machine, the versions and the commit in one line."""
     machine, commit = result.machine, result.commit
-    dirty = " with changes" if commit.get("dirty") else ""
-    parts = [f"PyTorch {machine['torch']}", f"Python {machine['python_version']}"]
+    parts = [f"fastreg {commit['version']}", f"PyTorch {machine['torch']}", f"Python {machine['python_version']}"]
     if result.on_gpu:
         parts += [f"Triton {machine['triton']}", f"a copy moves {machine['copy_bandwidth'] / 1e12:.2f} TB/s"]
     else:
         parts += [f"{machine['threads']} threads"]
-    parts += [f"commit {commit['id'][:10]}{dirty}", f"source {machine['source']}"]
-    return f"{machine['device']}: {', '.join(parts)}"
+    changes = " with changes" if commit.get("dirty") else ""
+    return f"{machine['device']}: {', '.join(parts)}, commit {commit['id'][:10]}{changes}, source {commit['source']}"
 
 
 def caveats(result: Result) -> str:
-    """Return a sentence about the outcome of the tests, and one about the cases that could not be measured."""
-    sentences = [tests_outcome(result)] * (result.on_gpu or result.tests is not None)  # on a CPU, `make test` runs them
+    """Return a sentence about the cases that could not be measured, for each reason."""
     reasons: dict[str, list[str]] = {}
     for case in result.cases:
         for loss in case.losses():
             reasons.setdefault(loss, []).append(f"{case.label}, {case.info['pass']}")
-    sentences += [f"Not measured, {loss}: {some(labels)}." for loss, labels in reasons.items()]
-    return "".join(f"- {sentence}\n" for sentence in sentences)
+    return "".join(f"- Not measured, {loss}: {some(labels)}.\n" for loss, labels in reasons.items())
 
 
 def some(names: list[str]) -> str:
@@ -222,28 +230,15 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
 
 
-def tests_outcome(result: Result) -> str:
-    """Describe how many tests passed, which tests failed, and the findings of compute-sanitizer."""
-    if result.tests is None:
-        return "The tests on this device: no outcome is recorded."
-    files = result.tests["files"].values()
-    failed = [name for file in files for name in file["failed"]]
-    passed, skipped = (sum(file[kind] for file in files) for kind in ("passed", "skipped"))
-    parts = [f"{passed} passed", f"{skipped} skipped", f"failed: {some(failed)}" if failed else "none failed"]
-    parts += [f"{tool}: {verdict}" for tool, verdict in result.tests["sanitizers"].items()]
-    of = "" if result.tests["source"] == result.machine["source"] else f", of source {result.tests['source']}"
-    return f"The tests on this device{of}: {', '.join(parts)}."
-
-
 def call_table(result: Result, labels: Iterable[str] = ()) -> str:
     """Render the time of a forward and backward, fastreg's speed over the peers, and on a GPU its other figures."""
     head = [SHAPE, f"{PEERS[0]}, ms", *PEERS[1:], "fastreg", *(f"against {peer}" for peer in PEERS)]
-    rows = [[*head, *GPU_HEAD * result.on_gpu]]
+    rows = [[*head, *["of the copy bandwidth", "launches"] * result.on_gpu]]
     for case in result.of(BOTH, labels):
-        cells = [number(case.peers[peer]["ms"][0]) for peer in (*PEERS, "fastreg")]
+        cells = [number(1e3 * case.peers[peer]["median"]) for peer in (*PEERS, "fastreg")]
         cells += [f"{case.peers[peer]['against']:.1f}x" for peer in PEERS]
         own = case.peers["fastreg"]  # without a graph there are no figures of the GPU
-        gpu = [f"{own[OF_COPY]:.0f}%", f"{own['launches']}"] if OF_COPY in own else ["", ""]
+        gpu = [f"{own['share_of_copy']:.0%}", f"{own['launches']}"] if "share_of_copy" in own else ["", ""]
         rows.append([case.label, *cells, *gpu * result.on_gpu])
     return table([*rows, *result.lost(BOTH, labels, len(rows[0]))])
 
@@ -255,17 +250,18 @@ def measured(result: Result, peers: Iterable[str] = STEP_PEERS) -> list[str]:
 
 def step_cells(case: Case, peers: Sequence[str]) -> list[str]:
     """Render the time of a step without the penalty, the first of `peers`, and the time that each other peer adds."""
-    without, _ = case.figure(WITHOUT, "step, ms")
+    without = 1e3 * case.peers[WITHOUT]["median"]
     digits = 1 if without > 100 else 2 if without > 10 else 3
     added = [case.figure(peer, ADDED) if peer in case.peers else None for peer in peers[1:]]
-    return [number(without), *(f"{x.median:+.{digits}f}±{x.error:.{digits}f}" if x else "" for x in added)]
+    ms = [f"{1e3 * x.median:+.{digits}f}±{1e3 * x.error:.{digits}f}" if x else "" for x in added]
+    return [number(without), *ms]
 
 
 def peak_cells(case: Case, peers: Sequence[str]) -> list[str]:
     """Render the peak memory of a step without the penalty, and the share that each other peer adds."""
     first, *peaks = [case.peers.get(peer, {}).get(PEAK, 0) for peer in peers]
     # Adding 0 makes a positive zero of a negative one.
-    return [number(first), *(f"{round(peak / first - 1, 2) + 0:+.0%}" if peak else "" for peak in peaks)]
+    return [number(first / 1e6), *(f"{round(peak / first - 1, 2) + 0:+.0%}" if peak else "" for peak in peaks)]
 
 
 def step_table(result: Result, labels: Iterable[str] = ()) -> str:
@@ -299,7 +295,7 @@ def added_table(result: Result) -> str:
     for case in result.of(STEP):
         others = [case.figure(peer, ADDED) for peer in PEERS]
         cells = ["; ".join(map(case.figure(peer, ADDED).over, others)) if peer in case.peers else "" for peer in ours]
-        rows.append([case.label, *cells, f"{case.figure('attach', 'over formula').median:.3f}x"])
+        rows.append([case.label, *cells, f"{case.figure('attach', 'over_formula').median:.3f}x"])
     return table([*rows, *result.lost(STEP, (), len(rows[0]))])
 
 
@@ -307,8 +303,8 @@ def compiled_table(result: Result) -> str:
     """Render the time of each step that is compiled as a whole, and the ratio of fastreg's to the formula's."""
     rows = [["ms; (batch, time, hidden)", "without", "formula", "`fused_ar_tar`", "`fused_ar_tar` / formula"]]
     for case in result.of(COMPILED):
-        times = [case.figure(peer, "step, ms").median for peer in (WITHOUT, "eager", "fused_ar_tar")]
-        ratio = case.figure("fused_ar_tar", "over formula")
+        times = [1e3 * case.peers[peer]["median"] for peer in (WITHOUT, "eager", "fused_ar_tar")]
+        ratio = case.figure("fused_ar_tar", "over_formula")
         rows.append([case.label, *map(number, times), f"{ratio.median:.3f}±{ratio.error:.3f}x"])
     return table([*rows, *result.lost(COMPILED, (), len(rows[0]))])
 
@@ -324,7 +320,7 @@ def step_tables(result: Result) -> list[str]:
 
 def clock(result: Result) -> str:
     """Name the clock of training steps."""
-    return "by the clock" if result.on_gpu else "CPU time of one thread"
+    return "wall time" if result.on_gpu else "CPU time of one thread"
 
 
 def call_verdict(result: Result) -> str:
@@ -340,33 +336,6 @@ def call_verdict(result: Result) -> str:
     return f"A call of `fused_ar_tar` is {', and '.join(speeds)} (geometric means).\n"
 
 
-def full_table(result: Result) -> str:
-    """Render the tables of training steps, and all figures of every case and peer."""
-    columns = [heading for heading, _ in FIGURES.values()]
-    columns = [x for x in columns if any(x in case.info | row for case in result.cases for row in case.peers.values())]
-    note = (
-        f"Rendered from {result.name}.json by `python -m bench.measure.report`. Spread: the middle half of the rounds. "
-    )
-    note += "Against it: how many times as fast fastreg is, `attach` in a training step. "
-    note += "±: the standard error of a median, which is 0.93 times the spread over the root of the number of rounds. "
-    note += "A ratio is - where one of its figures is less than twice its error."
-    parts = [f"{where(result)}\n", *filter(None, [caveats(result)]), f"{note}\n"]
-    for part in result.parts():
-        rows = [["case", "pass", "peer", "median, ms", "spread", "against it", *columns]]
-        for case in part.cases:
-            for peer, row in case.peers.items():
-                median, spread = row["ms"]
-                against = f"{row['against']:.2f}x" if "against" in row else ""
-                times = [number(median), f"{spread / median:.0%}", against]
-                cells = [number(facts[x]) if x in facts else "" for facts in [case.info | row] for x in columns]
-                rows.append([case.label, case.info["pass"], peer, *times, *cells])
-            rows += [[case.label, case.info["pass"], loss, *[""] * (len(rows[0]) - 3)] for loss in case.losses()]
-        setting = [f"## {part.allocator.capitalize()}\n", f"Measured with {HOW[part.allocator]}.\n"]
-        parts += [] if result.on_gpu else setting
-        parts += [*step_tables(part), "### All cases\n", table(rows)]
-    return "\n".join([*parts, f"![{TITLE}]({result.name}-speedup.svg)\n"])
-
-
 def latest(results: list[Result]) -> list[Result]:
     """Return the result that the README shows, if there is any: the latest of a GPU, or else of a CPU."""
     return sorted(results, key=lambda result: (result.on_gpu, result.date))[-1:]
@@ -378,8 +347,8 @@ def not_measured(results: list[Result]) -> list[str]:
     first = [sentence for file in sorted(FIRST.glob("*.json")) for sentence in first_figures(load(file))]
     unseen = not any(on_gpu) and not first
     absent = {
-        "On a GPU: **not measured yet**, as no GPU has run the kernels. They are tested on a CPU, in Triton's "
-        "interpreter and by executing the PTX compiled for an H100; `bench/on_gpu.ipynb` measures them.\n": unseen,
+        "On a GPU: **not measured yet**; `bench/on_gpu.ipynb` measures it. The kernels are tested in Triton's "
+        "interpreter and by executing their PTX.\n": unseen,
         "On a CPU: **not measured yet**; `make bench` measures it.\n": all(on_gpu),
     }
     return [*first, *(sentence for sentence, is_absent in absent.items() if is_absent)]
@@ -389,27 +358,49 @@ def first_figures(result: Result) -> Iterator[str]:
     """Yield a sentence with three figures from the first minutes on a GPU, if their case was not lost."""
     for case in result.of(BOTH, [LARGE]):
         compiled, eager = (f"{case.peers[peer]['against']:.1f} times" for peer in PEERS)
-        copied = f"{case.peers['fastreg'].get(OF_COPY, math.nan):.0f}% of the bandwidth of a copy"
+        copied = f"{case.peers['fastreg'].get('share_of_copy', math.nan):.0%} of the bandwidth of a copy"
         yield (
             f"On a GPU ({result.machine['device']}), forward + backward at {case.label} is {compiled} as fast as the "
             f"compiled formula and {eager} as fast as the eager one, and reaches {copied}.\n"
         )
 
 
+def speeds(result: Result, peer: str) -> list[float]:
+    """Return how many times as fast as a peer fastreg is in each forward and backward."""
+    return [case.peers[peer]["against"] for case in result.of(BOTH)]
+
+
 def speed_of_calls(results: list[Result]) -> str:
-    """Render a reason in the README: the speed of a call on a CPU with the default allocator, and on a GPU."""
+    """Render a reason in the README: the speed of a call on a CPU with each allocator, and on a GPU."""
+    on_cpu = [result for result in results if not result.on_gpu]
     parts = []
-    for result in latest([result for result in results if not result.on_gpu]):
-        *_, last = result.parts()  # the default allocator
-        compiled, eager = ([case.peers[peer]["against"] for case in last.of(BOTH)] for peer in PEERS)
-        than = (
-            f"{statistics.geometric_mean(compiled):.1f} times ({min(compiled):.1f} to {max(compiled):.1f}) as fast as "
-        )
-        than += f"the compiled formula and {statistics.geometric_mean(eager):.1f} times as fast as the eager one"
-        shapes = f"over {len(compiled)} shapes and dtypes, with the {last.allocator} on {result.machine['device']}"
-        parts += [f"**A call costs less.** Forward and backward on a CPU are {than} (geometric means {shapes}).\n"]
+    for result in latest(on_cpu):
+        of = [[speeds(part, peer) for peer in PEERS] for part in result.parts()]
+        (kept, kept_eager), (compiled, eager) = [[statistics.geometric_mean(x) for x in both] for both in of]
+        least = min(min(speeds(x.parts()[-1], "compiled")) for x in on_cpu)
+        parts += [
+            f"**A call costs less.** On a CPU with the {DEFAULT} it is {compiled:.1f} times as fast as the compiled "
+            f"formula and {eager:.1f} times as fast as the eager one; with {KEPT}, {kept:.1f} and {kept_eager:.1f} "
+            f"times (geometric means of {len(of[0][0])} shapes, {result.machine['device']}). The slowest shape on "
+            f"{len(on_cpu)} [machines](docs/performance.md#a-call-on-each-machine) runs at {least:.2f} times the "
+            f"compiled formula's speed.\n"
+        ]
     parts += [f"On a GPU: {call_verdict(result)}" for result in latest(results) if result.on_gpu]
     return "\n".join([*parts, *not_measured(results)])
+
+
+def machines_table(results: list[Result]) -> str:
+    """Render the speed of a call on each machine, with each allocator, and the version that was measured."""
+    rows = [["machine", "fastreg", "allocator", *(f"against {peer}: mean, least" for peer in PEERS)]]
+    for result in results:
+        for part in result.parts():
+            setting = "" if result.on_gpu else part.allocator
+            cells = [
+                f"{statistics.geometric_mean(speeds(part, peer)):.1f}x, {min(speeds(part, peer)):.2f}x"
+                for peer in PEERS
+            ]
+            rows.append([result.machine["device"], result.commit["version"], setting, *cells])
+    return table(rows)
 
 
 def headline(results: list[Result]) -> str:
@@ -422,7 +413,8 @@ def headline(results: list[Result]) -> str:
         rows += [[f"{HEADLINE[case.label]}: ms", *step_cells(case, peers)] for case in first.of(STEP, HEADLINE)]
         peaks = [case for case in first.of(STEP, [CHEAP]) if PEAK in case.peers[WITHOUT]]
         rows += [["its peak memory: MB", *peak_cells(case, peers)] for case in peaks]
-        what = f"Time ({clock(result)}) and memory that the penalty adds to a step, on {result.machine['device']}."
+        setting = "" if result.on_gpu else f", {first.allocator}"
+        what = f"Added to a step: {clock(result)} and memory ({result.machine['device']}{setting})."
         parts += [f"{what}\n", table(rows)] if first.of(STEP, HEADLINE) else []
     return "\n".join(parts)
 
@@ -436,11 +428,13 @@ def figures(results: list[Result]) -> str:
         parts += [f"Measured with {HOW[first.allocator]}.\n"] * (not result.on_gpu)
         if first.of(STEP):
             parts += [f"### A training step\n\nMilliseconds, {clock(result)}:\n", step_table(first, STEPS)]
+            parts += ["Ratios of these times, and of whole steps:\n", added_table(first)]
+            parts += ["Steps that are compiled as a whole:\n", compiled_table(first)] if first.of(COMPILED) else []
             parts += ["### Peak memory\n", peak_table(first, STEPS), *map(memory_verdict, first.of(STEP, [CHEAP]))]
         parts += ["### A call\n", call_table(first, CALLS)]
         parts += [call_verdict(first)] * bool(first.of(BOTH))
-    links = [f"[{result.machine['device']}](../bench/results/{result.name}.md)" for result in results]
-    return "\n".join([*parts, f"All cases of each machine: {', '.join(links)}.\n", *not_measured(results)])
+    parts += ["### A call on each machine\n", machines_table([x for x in results if x.of(BOTH)])]
+    return "\n".join([*parts, *not_measured(results)])
 
 
 PAGES = [  # a page, the marker before a part of it, and the renderer of the part
@@ -457,42 +451,14 @@ def with_part(page: str, part: str, begin: str = BEGIN) -> str:
     return f"{before}{begin}\n{part}\n{END}{after}"
 
 
-TITLE = "AR and TAR: how many times as fast as the formula fastreg is"
-
-
-def plot(result: Result) -> Figure:
-    """Draw two bars for each case of the penalty in the first part of a result."""
-    first, *_ = result.parts()
-    cases = first.of(BOTH)
-    figure = Figure(figsize=(8, 1.6 + 0.3 * len(cases)), layout="constrained")
-    axes = figure.subplots()
-    for offset, peer in zip((-0.2, 0.2), PEERS, strict=True):
-        speeds = [case.peers[peer]["against"] for case in cases]
-        drawn = axes.barh([place + offset for place in range(len(cases))], speeds, 0.4, label=f"against {peer}")
-        axes.bar_label(drawn, [f"{speed:.2f}" for speed in speeds], padding=2, fontsize=7)
-    axes.margins(x=0.1)  # room for the labels
-    axes.set_yticks(range(len(cases)), [case.label for case in cases])
-    axes.set_ylabel(SHAPE)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    machine = result.machine["device"] if result.on_gpu else f"{result.machine['device']}, {first.allocator}"
-    axes.set_xlabel(f"times, forward + backward\n{machine}")
-    figure.suptitle(TITLE, fontsize="medium")
-    figure.legend(loc="outside lower right", ncols=2, fontsize=8)
-    return figure
-
-
-def save(figure: Figure, file: Path, digest: str) -> None:
-    """Save a plot as SVG with the digest of its JSON, as the bytes of an SVG depend on matplotlib, too."""
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastreg"}):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Description": f"JSON {digest}"})
-
-
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.measure.report", description=__doc__)
+    parser.add_argument("json", nargs="?", type=Path, help="of pytest-benchmark: it replaces the result of its machine")
+    options = parser.parse_args()
+    if options.json:
+        found = json.loads(options.json.read_text())
+        (RESULTS / file_name(found["machine_info"]["device"])).write_text(compact(found))
     results = [load(file) for file in sorted(RESULTS.glob("*.json"))]
-    for result in results:
-        (RESULTS / f"{result.name}.md").write_text(full_table(result))
-        save(plot(result), RESULTS / f"{result.name}-speedup.svg", result.digest)
     for page, begin, part in PAGES:
         page.write_text(with_part(page.read_text(), part(results), begin))
     print(figures(results))

@@ -51,17 +51,25 @@ class Turn(NamedTuple):
 
 
 def take_turns(
-    calls: Mapping[str, Call], device: str, seconds: float, repeats: int, wait: bool = True
+    calls: Mapping[str, Call],
+    device: str,
+    seconds: float,
+    repeats: int,
+    wait: bool = True,
+    say: Callable[[str], object] = str,
 ) -> dict[str, list[Turn]]:
     """Measure every peer, round by round.
 
     In a round each peer has one turn, so that other load on the machine affects all peers alike, and each round begins
     with another peer. A turn is `repeats` calls and, with `wait`, one wait for the device at the end, as in training.
-    Each call takes the next inputs. The rounds take `seconds` together, within limits.
+    Each call takes the next inputs. The rounds take `seconds` together, within limits. `say` gets the name of a peer
+    before its turn.
     """
     number = itertools.count()
 
-    def turn(call: Call) -> Turn:
+    def turn(name: str) -> Turn:
+        call = calls[name]
+        say(name)
         synchronize(device)
         wall, own = time.perf_counter(), time.process_time()
         for _ in range(repeats):
@@ -71,7 +79,7 @@ def take_turns(
         own, wall = time.process_time() - own, time.perf_counter() - wall
         return Turn(wall / repeats, own / repeats)
 
-    warm = [sum(turn(call).wall for call in calls.values()) * repeats for _ in range(WARM_UP[device == "cpu"])][-1]
+    warm = [sum(turn(name).wall for name in calls) * repeats for _ in range(WARM_UP[device == "cpu"])][-1]
     rounds = min(max(int(seconds / warm), LEAST), MOST)
     turns: dict[str, list[Turn]] = {name: [] for name in calls}
     order = list(calls)
@@ -79,7 +87,7 @@ def take_turns(
     gc.disable()
     for _ in range(rounds):
         for name in order:
-            turns[name].append(turn(calls[name]))
+            turns[name].append(turn(name))
         order.append(order.pop(0))
     gc.enable()
     return turns

@@ -2,12 +2,13 @@
 
 For each shape it prints the programs on each multiprocessor and the halo rows, from the plan of a launch on an H100,
 and predicts the share of a copy's bandwidth that forward and backward should reach together. bench/on_gpu.ipynb shows
-this prediction beside the measurement, and bench/NOTES.md draws the conclusions. `bench.measure.host` measures the time
-of the host, and tests/kernels/test_compiled.py inspects the compiled code.
+this prediction beside the measurement, and bench/NOTES.md draws the conclusions. tests/kernels/test_compiled.py
+inspects the compiled code.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from itertools import product
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from bench.measure.cases import BOTH, DTYPES, SHAPES
-from bench.measure.report import OF_COPY, Result, table
+from bench.measure.report import Result, table
 from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, Operands, View
 
@@ -105,14 +106,15 @@ def beside(result: Result) -> str:
     rows = [["shape, dtype", "of the copy, measured", "predicted"]]
     for case in result.of(BOTH):
         info, own = case.info, case.peers["fastreg"]
-        if info["layout"] == "batch first" and not info.get("same") and OF_COPY in own:
+        if info["layout"] == "batch first" and not info.get("same") and "share_of_copy" in own:
             predicted = share(tuple(info["shape"]), getattr(torch, info["dtype"]), copy)
-            rows.append([case.label, f"{own[OF_COPY]:.0f}%", f"{predicted:.0%}"])
+            rows.append([case.label, f"{own['share_of_copy']:.0%}", f"{predicted:.0%}"])
     sources = "".join(f"- {name}: {copy / 1e12:.2f} TB/s, {source}\n" for name, (copy, source) in COPY.items())
     return f"A copy moves {copy / 1e12:.2f} TB/s in this run. Expected:\n\n{sources}\n{table(rows)}"
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="bench.offline.prediction", description=__doc__).parse_args()
     rows = [["shape", "dtype", "programs a multiprocessor", "runs", "halo reads of gradients", *COPY]]
     for dtype, shape in product(DTYPES, SHAPES):
         items, runs, run = cut(shape, dtype)

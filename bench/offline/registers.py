@@ -8,6 +8,7 @@ tests/kernels/test_compiled.py bounds the first three.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import tempfile
@@ -122,6 +123,7 @@ def model(fits: dict[tuple[int, str, str], int]) -> Iterator[list[str]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="bench.offline.registers", description=__doc__).parse_args()
     with h100():
         rows = [
             [f"{hidden}", way, f"{dtype}".removeprefix("torch."), *figures(code)]

@@ -15,9 +15,10 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from bench.measure.report import RESULTS, ROOT, save, table
+from bench.measure.report import RESULTS, ROOT, table
 
 COMMITTED = RESULTS / "study.jsonl"
 COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta, first the baseline
@@ -286,4 +287,7 @@ def render(file: Path) -> None:
     """Write the page and the plot beside the JSON lines."""
     study = load(file)
     file.with_suffix(".md").write_text(page(study, file.stem))
-    save(plot(study), file.with_suffix(".svg"), hashlib.sha256(file.read_bytes()).hexdigest()[:16])
+    # With the digest of the lines, as the bytes of an SVG depend on matplotlib, too.
+    about = {"Date": None, "Description": f"JSON {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"}
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastreg"}):
+        plot(study).savefig(file.with_suffix(".svg"), format="svg", metadata=about)

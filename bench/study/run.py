@@ -106,7 +106,7 @@ def train_model(
         final_train_loss=round(training.evaluate(trained.model, corpus.train), 6),
         seconds=round(time.perf_counter() - start, 1),
         settings=setting.facts(),
-        machine=machine.facts() | processor,  # even if there is a GPU
+        machine=machine.facts() | {"source": machine.source()} | processor,  # even if there is a GPU
     )
     return run, trained
 

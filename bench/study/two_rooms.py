@@ -8,6 +8,7 @@ tests/project/test_two_rooms.py fails when a page disagrees with the JSON lines.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -129,7 +130,8 @@ def jobs(file: Path) -> Iterator[Job]:
 def run_all(file: Path) -> None:
     """Do the runs that the file lacks, and append each to it."""
     done = {run.job for run in load(file)}
-    facts = machine.facts() | {"device": machine.processor_name()}  # even if there is a GPU
+    own = {"device": machine.processor_name(), "source": machine.source()}  # even if there is a GPU
+    facts = machine.facts() | own
     for job in jobs(file):
         if job not in done:
             done.add(job)
@@ -238,6 +240,7 @@ def render(file: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="bench.study.two_rooms", description=__doc__).parse_args()
     torch.set_num_threads(1)
     run_all(COMMITTED)
     render(COMMITTED)
