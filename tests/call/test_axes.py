@@ -24,13 +24,15 @@ NARROW = 64  # time steps from which kernels on a CPU read the innermost axis in
 
 @pytest.mark.parametrize("first", FIRST)
 def test_random_calls_give_the_results_of_the_formulas(first: int, device: str, poison: None) -> None:
+    compared = 0
     for seed in range(first, first + KINDS):
         kind = Kind(seed, device)
         try:
             kind.play()
         finally:
             print(f"seed {seed}: {kind}")  # pytest shows it if the test fails
-        assert kind.counts["calls"] > 0
+        compared += kind.counts["gradients"]
+    assert compared > 0
 
 
 def laid_out(memory_order: str) -> Tensor:
