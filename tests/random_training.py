@@ -39,6 +39,7 @@ DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
     "locked": lambda batch_first: Locked(P, batch_first),
     "fused": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first),
     "fused, AR of raw": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first, ar_of="raw"),
+    "quantizer": lambda _: Quantizer(),
 }
 DONE = torch.tensor([0, 2])  # where a state is reset
 NOT_ATTACHED = "none", "plain, not attached"
@@ -46,13 +47,22 @@ random_bits = torch.Generator().manual_seed(5)
 VALID, STARTS = (torch.rand(2, BATCH, 8, generator=random_bits) < torch.tensor([0.8, 0.3]).view(2, 1, 1)).unbind()
 # Events of a forward in one of the layers, and their frequencies. The last events need an attached dropout.
 EVENTS = {"": 20, "the net checkpointed": 2, "the RNN checkpointed": 2, "the RNN and its dropout checkpointed": 2}
-EVENTS |= {"the dropout left out": 1, "the dropout twice": 1}
+EVENTS |= {"the dropout left out": 1, "the dropout twice": 1, "a quantizer without gradients": 4}
+
+
+class Quantizer(nn.Module):
+    """Round activations as a vector quantizer does, and pass their gradient on, unless `is_straight` is false."""
+
+    is_straight = True
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return raw + (raw.round() - raw).detach() if self.is_straight else raw.detach().round()
 
 
 class Net(nn.Module):
-    """Layers with a dropout each; the last may share the module or the dropout of the first.
+    """Layers with a dropout each, and a GRU beside them; the last may share the module or the dropout of the first.
 
-    It returns its output, the states, and raw and dropped of all layers, or `None`.
+    It returns its output, the states, raw and dropped of all layers, or `None`, and the output of the GRU, or `None`.
     """
 
     def __init__(self, dropouts: Sequence[str], play: Play) -> None:
@@ -64,9 +74,10 @@ class Net(nn.Module):
         after[last] = after[0 if play.shared else last]
         self.layers, self.dropouts = nn.ModuleList(layers), nn.ModuleList(after)
         self.decoder, self.keeps = nn.Linear(HIDDEN, 3), play.keeps
+        self.beside = nn.GRU(HIDDEN, HIDDEN, batch_first=first)
 
-    def forward(self, x: Any, states: Any = None, event: str = "", at: int = 0) -> Any:
-        after, raws, kept = [], [], []
+    def forward(self, x: Any, states: Any = None, event: str = "", at: int = 0, beside: bool = False) -> Any:
+        after, raws, kept, other = [], [], [], self.beside(x)[0] if beside else None
         for i in range(len(self.layers)):
             given = (x,) if states is None else (x, states[i])
             through = partial(self.through, i, event if i == at else "")
@@ -76,7 +87,7 @@ class Net(nn.Module):
             after.append(state)
             raws.append(raw)
             kept.append(x)
-        return self.decoder(x), after, (raws, kept) if self.keeps else None
+        return self.decoder(x), after, (raws, kept) if self.keeps else None, other
 
     def through(self, i: int, event: str, *given: Any) -> Any:
         """Run a layer and its dropout."""
@@ -88,6 +99,7 @@ class Net(nn.Module):
             return raw, state, raw
         if event == "the dropout twice":
             dropout(raw)
+        vars(dropout)["is_straight"] = event != "a quantizer without gradients"
         return raw, state, dropout(raw)
 
 
@@ -100,7 +112,7 @@ class Run:
     coefficients: tuple[float, float]
     identity: Any  # the coefficients, or an object that stands for tensors in their present state
     terms: Any = None  # AR and TAR, once dropped is computed
-    marked: bool = False  # whether a loss can depend on a tensor that is marked for the run
+    frozen: bool = False  # whether dropped needs no gradient
     state: str = ""  # "taken" by a loss, or "dropped"
 
     def can_be_lost(self) -> bool:
@@ -114,8 +126,10 @@ class ByHand:
     The runs since the last `clear` are in order; a marked tensor's node leads to its run.
 
     Attributes:
-        called: the modules that were called in training since the last loss.
-        without: whether a module was called in training without gradients since the last loss or `clear`.
+        recent: the runs since a loss last took a penalty.
+        without: the modules that were called in training without gradients since then.
+        frozen: the modules whose runs before that loss needed no gradient.
+        called: the modules that were called in training.
         noted: what is warned of once: a module and a case.
         backwards: the number of backwards in which a penalty could have got a gradient; `None` once one has got it, or
             the lack of one was warned of.
@@ -124,16 +138,19 @@ class ByHand:
     def __init__(self, play: Play, net: Net) -> None:
         self.play, self.runs, self.marks = play, list[Run](), dict[Any, Run]()
         self.recent, self.without, self.noted = list[Run](), set[nn.Module](), set[Any]()
-        self.frozen: dict[nn.Module, bool] = {}
+        self.frozen, self.called = dict[nn.Module, bool](), set[nn.Module]()
         self.backwards: int | None = 0
         self.dropouts = dict(zip(net.layers, play.dropouts, strict=True))
-        for module in {*net.layers}:
+        if play.has_beside:
+            self.dropouts[net.beside] = "none"
+        for module in self.dropouts:
             module.register_forward_hook(self.after_module)
         for dropout in {*net.dropouts}:
             dropout.register_forward_hook(self.after_dropout)
 
     def after_module(self, module: nn.Module, args: Any, result: Any) -> Any:
         if module.training:
+            self.called.add(module)
             self.without |= set() if torch.is_grad_enabled() else {module} & self.dropouts.keys()
         if not (module.training and torch.is_grad_enabled() and module in self.dropouts):
             return None
@@ -149,6 +166,11 @@ class ByHand:
         run = next((run for run in self.runs[::-1] if run.raw is args[0]), None)
         return None if run is None or self.dropouts[run.module] in NOT_ATTACHED else self.measured(run, dropped)
 
+    def refused(self, runs: Sequence[Run]) -> str:
+        """Return the message about a run whose penalty no loss finds, or an empty string."""
+        is_on = self.play.coefficients[1] or self.play.identity is not self.play.coefficients
+        return QUANTIZED * any([run.terms and run.frozen and run.raw.requires_grad and is_on for run in runs])
+
     def measured(self, run: Run, dropped: Tensor) -> Tensor:
         """Form AR and TAR of a run by the formula, and return dropped, marked."""
         squared = run.raw if "AR of raw" in self.dropouts[run.module] else dropped
@@ -156,14 +178,14 @@ class ByHand:
         masks = {name: mask[:, : raw.shape[1]] for name, mask in self.play.masks.items()}
         valid = masks.get("valid", torch.ones(raw.shape[:2], dtype=torch.bool))
         pairs = valid[:, 1:] & valid[:, :-1] & ~masks.get("starts", torch.zeros_like(valid))[:, 1:]
-        run.terms = mean(squared, valid), mean(raw.diff(dim=1), pairs)
+        run.terms, run.frozen = (mean(squared, valid), mean(raw.diff(dim=1), pairs)), not dropped.requires_grad
         return self.mark(run, dropped)
 
     def mark(self, run: Run, x: Tensor) -> Tensor:
         """Return a copy of a tensor, by whose node the run is found."""
         if not x.requires_grad:
             return x
-        run.marked, copy = True, x.clone()
+        copy = x.clone()
         self.marks[copy.grad_fn] = run
         return copy
 
@@ -173,10 +195,10 @@ class ByHand:
         self.runs, self.recent, self.without, self.frozen = [], [], set(), {}
 
     def most(self) -> dict[nn.Module, int]:
-        """Return the most that a call of each module was since a penalty: 1 without gradients, 2 frozen, 3 marked."""
+        """Return the most that a call of each module was since a penalty: 1 without gradients, 2 frozen, 3 a run."""
         most = dict.fromkeys(self.without, 1)
         for run in self.recent:
-            most[run.module] = max(most.get(run.module, 0), 2 + run.marked)
+            most[run.module] = max(most.get(run.module, 0), 3 - run.frozen)
         return most
 
     def reached(self, loss: Tensor) -> list[Run]:
@@ -192,9 +214,9 @@ class ByHand:
     def outcome(self, loss: Tensor) -> tuple[str, list[Run]]:
         """Return the case of a loss in the table of outcomes, and the runs that count."""
         reached = self.reached(loss)
-        found = [run for run in reached if not run.state]
+        found = [run for run in reached if not (run.state or run.frozen)]
         latest = {run.module: run for run in self.recent}
-        constants = [run for run in latest.values() if not (run.marked or run.state)]
+        constants = [run for run in latest.values() if run.frozen and not run.state]
         if any(run.terms is None for run in self.runs):
             return "a dropout did not get raw", []
         case = "the loss depends on runs"
@@ -221,8 +243,11 @@ class ByHand:
     def warnings_of(self, counted: Sequence[Run]) -> list[str]:
         """Return the cases that are warned of at a loss, each once."""
         two = "several runs over one step"
-        cases = {(module, two) for module, count in self.single([x for x in counted if x.marked]).items() if count > 1}
-        cases |= {(None, "a module was never called")} if self.play.has_idle else set()
+        cases = {
+            (module, two) for module, count in self.single([x for x in counted if not x.frozen]).items() if count > 1
+        }
+        idle = [x for x in self.dropouts if x not in self.called] + [None] * self.play.has_idle
+        cases |= {(module, "a module was never called") for module in idle}
         new = cases - self.noted
         self.noted |= new
         return [case for _, case in new]
@@ -253,8 +278,8 @@ class Call:
 
     def tensors(self, side: int) -> dict[str, Tensor]:
         """Return all tensors that the net returned, by their names."""
-        out, states, kept = self.results[side]
-        found = {"out": out}
+        out, states, kept, beside = self.results[side]
+        found = {"out": out} if beside is None else {"out": out, "beside": beside}
         for i, state in enumerate(states):
             leaves = tree_leaves(state)
             found |= {f"state of {i}": leaves[0], f"other tensor of {i}": leaves[-1]}
@@ -276,7 +301,7 @@ class Play:
     def __init__(self, seed: int, compiles: bool | None = None) -> None:
         draw = self.draw = random.Random(seed)
         torch.manual_seed(seed)
-        count = draw.randint(1, 3)
+        count, self.has_beside = draw.randint(1, 3), draw.random() < 0.7
         drawn = draw.random() < 0.2
         self.compiled = drawn if compiles is None else compiles
         self.batch_first, self.keeps = draw.random() < 0.7, draw.random() < 0.6
@@ -298,6 +323,7 @@ class Play:
         self.nets = self.net, self.plain
         for net in self.nets:
             net.layers[: {"": 0, "first": 1, "all": count}[self.frozen]].requires_grad_(False)
+            net.beside.requires_grad_(not (self.frozen and self.has_beside))
         self.plain.load_state_dict(self.net.state_dict())
         self.events, self.counts = list[str](), Counter[str]()
         self.sides: list[Any] = [self.net, self.plain]
@@ -313,6 +339,14 @@ class Play:
         for layer, at in {layer: i for i, layer in enumerate(self.net.layers)}.items():
             dropout = None if self.dropouts[at] in NOT_ATTACHED else self.net.dropouts[at]
             self.reg.attach(layer, dropout, **options)
+        if self.has_beside:
+            self.reg.attach(self.net.beside, **options)
+        if draw.random() < 0.3:
+            self.note("hooks behind those of attach")
+            for net in self.nets:
+                after = [x for x, name in zip(net.dropouts, self.dropouts, strict=True) if name not in NOT_ATTACHED]
+                for module in {*net.layers, *after}:
+                    module.register_forward_hook(doubled)
         if self.has_idle:
             self.net.add_module("idle", idle := nn.GRU(1, 1).requires_grad_(False))
             self.reg.attach(idle)
@@ -396,19 +430,23 @@ class Play:
         kind = kind or draw.choices(["train", "no gradients", "evaluation"], [10, 1, 1])[0]
         steps = 3 if self.compiled else 1 if self.single and draw.random() < 0.8 else draw.randint(2, 6)
         x, event, at = self.input(steps), "", draw.randrange(len(self.kinds))
+        beside = self.has_beside and (self.compiled or draw.random() < 0.8)
         if kind == "train":
             some = 2 if self.compiled else 4 if self.dropouts[at] in NOT_ATTACHED else None
+            some = some if some or self.dropouts[at] == "quantizer" else -1
             event = draw.choices([*EVENTS][:some], [*EVENTS.values()][:some])[0]
         self.checkpointed = self.checkpointed or "checkpointed" in event
         self.note(f"call: {kind} {event}", f"is call {len(self.calls)}; layer {at}")
         seed, results, before = draw.randrange(1000), [], len(self.by_hand.runs)
-        for i, (net, module) in enumerate(zip(self.sides, self.nets, strict=True)):
+        for i in (1, 0):  # in plain PyTorch first, which says what to expect
+            net, module = self.sides[i], self.nets[i]
             module.train(kind != "evaluation")
             torch.manual_seed(seed)
-            given = x, carried and carried[i], "" if i and "checkpointed" in event else event, at
+            given = x, carried and carried[i], "" if i and "checkpointed" in event else event, at, beside
             through = partial(checkpoint, net, use_reentrant=False) if "the net" in event and not i else net
-            with torch.set_grad_enabled(kind != "no gradients"), self.announced(TWICE * ("twice" in event and not i)):
-                results.append(through(*given))
+            error = "" if i else TWICE * ("twice" in event) or self.by_hand.refused(self.by_hand.runs[before:])
+            with torch.set_grad_enabled(kind != "no gradients"), self.announced(error):
+                results.insert(0, through(*given))
             module.train()
         self.last = Call(kind, results, self.by_hand.runs[before:])
         self.calls.append(self.last)
@@ -446,18 +484,28 @@ class Play:
             if names:
                 f = draw.choice([torch.sin, torch.square, torch.tanh])
                 parts.append((call, draw.choice(names), f, draw.random()))
+                if call.results[1][3] is not None and call.results[1][3].requires_grad and draw.random() < 0.7:
+                    parts.append((call, "beside", f, draw.random()))
         on = [(self.calls.index(call), name, f.__name__) for call, name, f, _ in parts]
         self.note(f"loss on {len(parts)} calls", f"{on}")
         return parts
 
-    def regularize(self) -> None:
+    def two_losses(self) -> None:
+        """Regularize the losses of two calls, one after the other; a frozen net has a constant for the first one."""
+        self.note(f"two losses, frozen {self.frozen}")
+        calls = [self.run("train", carries=False) for _ in range(2)]
+        for call in self.draw.sample(calls, 2):
+            self.regularize([(call, "out", torch.sin, 1.0)])
+
+    def regularize(self, loss: Loss | None = None) -> None:
         """Regularize a loss, make a backward on each side, and compare."""
         draw, by_hand = self.draw, self.by_hand
-        if not self.candidates() or draw.random() < 0.1:
+        if loss is None and (not self.candidates() or draw.random() < 0.1):
             self.run("train")
         for _ in range(4 * (self.single and draw.random() < 0.3)):  # a loop over time
             self.run("train", carries=False)
-        loss, keeps_graph = self.loss(), draw.random() < 0.7
+        given, keeps_graph = loss or self.loss(), bool(loss) or draw.random() < 0.7
+        loss = given or []
         if not loss:
             return
         losses = [total_of(loss, side) for side in (0, 1)]
@@ -465,7 +513,7 @@ class Play:
             loss, losses = [], [net.decoder.bias.square().sum() for net in self.nets]
         case, counted = by_hand.outcome(losses[1])
         hows = ["plain"] * 3 + ["twice", "second"] + ["gradients of raw"] * bool(loss)
-        how = draw.choice(hows + ["alone"] * any(run.marked for run in counted))
+        how = draw.choice(hows + ["alone"] * any(not run.frozen for run in counted))
         self.note(f"backward: {how}", f"of {len(counted)} runs{', graph kept' * keeps_graph}")
         self.note(f"outcome: {case}")
         with self.announced(OUTCOMES[case], [] if OUTCOMES[case] else by_hand.warnings_of(counted)):
@@ -542,7 +590,7 @@ class Play:
         """Check that evaluation adds nothing, nor does a loss without gradients."""
         if any(run.terms is None for run in self.by_hand.runs):
             return
-        has_run = any(run.marked for run in self.by_hand.recent)
+        has_run = any(not run.frozen for run in self.by_hand.recent)
         kind = self.draw.choice(["evaluation", "evaluation" if self.frozen or has_run else "no gradients"])
         call = self.run(kind, carries=False)
         self.net.train(kind != "evaluation")
@@ -575,7 +623,7 @@ class Play:
         self.by_hand.marks.clear()
         if self.last is not None:
             states = [tree_map(torch.detach, result[1]) for result in self.last.results]
-            self.last = Call(self.last.kind, [(None, state, None) for state in states], [])
+            self.last = Call(self.last.kind, [(None, state, None, None) for state in states], [])
 
     def play(self, events: int = 14) -> None:
         with warnings.catch_warnings():
@@ -588,7 +636,8 @@ class Play:
                     self.evaluate: 1,
                     self.clear: 0.3,
                 }
-                weights |= {self.change_coefficients: 1, self.forget: 2, self.attack: 0.5}
+                weights |= {self.change_coefficients: 1, self.forget: 3, self.attack: 0.5}
+                weights |= {self.two_losses: 1 if self.frozen else 0.3}
                 self.event(self.draw.choices([*weights], [*weights.values()])[0])
             self.event(self.clear)
             self.event(self.regularize)
@@ -617,6 +666,14 @@ class Play:
 
 
 TWICE = "attach: the attached {} got the same output of the {} twice, and AR is defined for one dropped tensor; {}"
+
+
+QUANTIZED = "attach: no loss can find the penalty, as the output of the attached {} needs no gradient; {}"
+
+
+def doubled(_module: nn.Module, _args: Any, result: Any) -> Any:
+    """Double raw or dropped, as a hook on a module."""
+    return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
 
 
 def pattern(message: str) -> str:

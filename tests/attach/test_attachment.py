@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from fastreg import FusedRNNDropout, fused_ar_tar
 from tests import language_model as lm
 from tests.calls import Nothing
-from tests.conftest import without
+from tests.conftest import python, without
 from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, STARTS, TIME, VALID, Attached, penalized
 
 PLAIN, FUSED = nn.Dropout, FusedRNNDropout
@@ -412,6 +412,19 @@ def dual(m: Attached, x: Tensor) -> Tensor:
         return m(x).loss
 
 
+class Quantizer(nn.Module):
+    """A vector quantizer that passes no gradient on, as its codebook learns by an average."""
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return raw.detach().round()
+
+
+def quantized(m: Attached, x: Tensor) -> Tensor:
+    """Run a module twice whose dropout is a quantizer."""
+    m.handle = m.reg.attach(rnn := lm.gru(), after := Quantizer())
+    return sum([after(raw).sum() + 0 * state.sum() for raw, state in (rnn(x), rnn(2 * x))]) + m(x).loss
+
+
 no_grad: Any = torch.no_grad()
 NOTHING = "nothing was captured: the loss depends on no run of the attached LSTM, or an earlier loss has taken it"
 LATE = "attach: the attached LSTM runs in a backward, where its penalty is lost; pass use_reentrant=False"
@@ -420,6 +433,7 @@ TWICE = "got the same output of the LSTM twice, and AR is defined for one droppe
 SHARED = r"attach: this LSTM shares .*Use DistributedDataParallel .*remove\(\) .* attach again"
 INSIDE = "is regularized already, by another attached module|did not get the output"
 TRANSFORM = r"attach: no loss can find the penalty of the attached LSTM under a transform .*fused_ar_tar"
+QUANTIZED = "attach: no loss can find the penalty, as the output of the attached Quantizer needs no gradient; let"
 ALL, WITH, NONE = (None, PLAIN, FUSED), (PLAIN, FUSED), (None,)
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = {
     "no run": (lambda m, x: m.head(x).sum(), NOTHING, ALL),
@@ -431,6 +445,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
     "none of dropped": (lambda m, x: m.head(no_grad(m.dropout)(m.rnn(x)[0])).sum(), GAP, WITH),
     "a reentrant checkpoint": (reentrant, NOTHING, ALL),
     "a reentrant checkpoint and another run": (lambda m, x: reentrant(m, x) + m(x).loss, LATE, ALL),
+    "a quantizer": (quantized, QUANTIZED, (None,)),
     "a transform": (lambda m, x: torch.func.grad(lambda y: m(y).loss)(x).sum(), TRANSFORM, ALL),
     "forward-mode AD": (dual, TRANSFORM, ALL),
     "a trace": (lambda m, x: torch.jit.trace(m, x, check_trace=False), TRANSFORM, ALL),
@@ -463,16 +478,49 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("case", "dropout"), [(case, x) for case, (*_, dropouts) in REFUSED.items() for x in dropouts])
-def test_steps_that_are_refused(case: str, dropout: Any) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_steps_that_are_refused(beside: bool, case: str, dropout: Any) -> None:
+    """Beside another module, on whose run the loss depends, some are right: it is as if the model had not run."""
     step, message, _ = REFUSED[case]
-    model = Attached(nn.LSTM, dropout)
-    with pytest.raises(RuntimeError, match=message):
-        model.reg.on_backward_begin(step(model, lm.inputs())).backward()
+    model, x, other = Attached(nn.LSTM, dropout), lm.inputs(), lm.gru()
+    if beside:
+        model.reg.attach(other)
+        no_grad(lambda: (model(x), other(x)))()  # or a warning says that a module was never called
+    with nullcontext() if beside and message is NOTHING else pytest.raises(RuntimeError, match=message):
+        loss, another = step(model, x), other(x)[0]
+        total = model.reg.on_backward_begin(loss := loss + another.sum() if beside else loss)
+        if message is NOTHING:
+            torch.testing.assert_close(total, loss + lm.formula(another, another, 1))
+        with pytest.raises(RuntimeError, match=LATE) if step is reentrant else nullcontext():
+            total.backward()
     model.dropout.inplace = False
     if message not in (NOTHING, GAP):  # which come at the loss
         model.reg.clear()
-    run = model(lm.inputs())
+    run = model(x)
     lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+
+
+@each_dropout
+def test_a_call_without_gradients_in_an_earlier_step_changes_no_outcome(dropout: Any) -> None:
+    model, x = Attached(nn.LSTM, dropout), lm.inputs()
+    for loss in (lambda: model.head(x).sum(), lambda: model(x).loss.detach()):
+        no_grad(model)(x)
+        right(model)
+        with pytest.raises(RuntimeError, match=NOTHING):
+            model.reg.on_backward_begin(loss())
+
+
+@pytest.mark.parametrize("dropouts", [(PLAIN, PLAIN), (None, None), (FUSED, None), (None, PLAIN)])
+def test_a_block_that_returns_its_input_counts_like_any_other(dropouts: Any) -> None:
+    """Stochastic depth skips a block at random; the block before it is attached, too."""
+    model, block = Attached(nn.LSTM, dropouts[0]), nn.Identity()
+    after = dropouts[1] and dropouts[1](0.4)
+    model.reg.attach(block, after, batch_first=True)
+    first = model(lm.inputs())
+    raw = block(first.dropped)
+    dropped = after(raw) if after else raw
+    loss, second = dropped.sin().sum(), lm.Run(raw, dropped, None, raw)
+    lm.check_gradients(model.rnn, model.reg.on_backward_begin(loss), penalized(loss, first, second))
 
 
 @pytest.mark.parametrize("where", ["rnn", "dropout"])
@@ -847,6 +895,24 @@ def test_a_saved_model_loads_without_fastreg(dropout: Any, tmp_path: Path) -> No
     assert lm.hooks_of(rnn) == 1
 
 
+def test_raw_is_saved_and_copied_without_what_its_dropout_needs(tmp_path: Path) -> None:
+    raw, after, reg = nn.Parameter(torch.randn(SHAPE)), nn.Dropout(0.4), lm.regularizer()
+    reg.attach(module := nn.Identity(), after, batch_first=True)
+    module(raw)
+    torch.save(raw, tmp_path / "raw")
+    for twin in (torch.load(tmp_path / "raw", weights_only=True), copy.deepcopy(raw)):
+        assert torch.equal(twin, raw)
+        after(twin)  # is not the dropout of the run
+    torch.testing.assert_close(lm.penalty_of(reg, dropped := after(raw)), lm.formula(raw, dropped, 1))
+
+
+@pytest.mark.slow
+def test_an_import_without_gradients_breaks_no_step() -> None:
+    step = "loss = regularizer.on_backward_begin(rnn(torch.ones(1, 3, 2))[0].sum()); loss.backward()"
+    attach = "rnn = torch.nn.GRU(2, 2); regularizer = fastreg.RNNRegularizer(2, 1); regularizer.attach(rnn)"
+    python("-c", f"import torch\nwith torch.inference_mode():\n    import fastreg\n{attach}\n{step}")
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lm.pickled])
 def test_copies_keep_the_hooks_of_others_and_attach_again(duplicate: Callable[[Any], Any]) -> None:
     rnn, reg, x = nn.LSTM(4, 5, batch_first=True), lm.regularizer(), torch.randn(2, 3, 4)
@@ -883,6 +949,13 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "script": (torch.jit.script(LINEAR), {}, TypeError, "module: expected .* takes hooks, got a ScriptModule"),
     "compiled": (torch.compile(GRU), {}, RuntimeError, "module: .*compiled already; attach.* it before"),
     "dropout": (GRU, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),
+    "swapped": (
+        nn.Dropout(),
+        {"dropout": GRU},
+        TypeError,
+        "expected the GRU before the Dropout, got them in the other",
+    ),
+    "swapped, ours": (FUSED(), {"dropout": GRU}, TypeError, "expected the GRU before the FusedRNNDropout"),
     "compiled dropout": (GRU, {"dropout": COMPILED}, RuntimeError, "dropout: .*compiled already"),
     "derived": (GRU, {"dropout": Derived()}, TypeError, "dropout: expected the forward of FusedRNNDropout.* Derived"),
     "batch_first": (LINEAR, {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
@@ -908,6 +981,7 @@ def test_attach_rejects(argument: str) -> None:
 
 NESTED: Any = lambda raw: torch.nested.as_nested_tensor([*raw], layout=torch.strided)  # noqa: E731
 RAISED = r".*lambda>\(Tensor\[3, 7, 6\]\) raised"
+CLOSED = "attach: expected a dictionary that can be copied, got a Closed that refuses new items; let the module return"
 WRONG = r"expected the Returning to return a tensor .* got {}; .*output="
 GIVEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "give None": ({"give": lambda raw: None}, TypeError, WRONG.format("NoneType")),
@@ -917,6 +991,13 @@ GIVEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "give a nested tensor": ({"give": lambda raw: NESTED(raw)}, TypeError, "raw: expected a dense .* got nested"),
     "give a nested state": ({"give": lambda raw: (raw[:, 0], NESTED(raw))}, ValueError, "from the Returning"),
     "give a step": ({"give": lambda raw: raw[:, 0]}, ValueError, r"from the Returning, got \(3, 6\)\. If this is one"),
+    "give rows": ({"give": lambda raw: raw.flatten(0, 1)}, ValueError, r"\(batch \* time, features\), unflatten them"),
+    "give closed": ({"give": lambda raw: Closed(a=raw), "output": itemgetter("a")}, TypeError, CLOSED),
+    "give closed to a dropout": (
+        {"give": lambda raw: Closed(a=raw), "output": itemgetter("a"), "dropout": PLAIN()},
+        TypeError,
+        CLOSED,
+    ),
     "output": ({"output": str}, TypeError, "output: .* callable to pick a tensor .* got str"),
     "valid": ({"valid": lambda x: 1}, TypeError, "valid: expected the callable .* None, got int"),
     "valid that raises": ({"valid": lambda: 1}, RuntimeError, f"valid: {RAISED} TypeError"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from fastreg import FusedRNNDropout
+from fastreg import FusedRNNDropout, RNNRegularizer
 from tests import language_model as lm
 from tests.language_model import HIDDEN, STARTS, VALID, Attached, Run, penalized
 
@@ -138,6 +138,36 @@ def test_runs_over_one_step_are_warned_of_once_and_from_four_on_refused(count: i
     assert [message.partition(" and TAR")[0] for message in found] == [expected] * (1 < count < 4)
 
 
+@each_dropout
+def test_without_tar_more_runs_over_one_step_are_warned_of_once(dropout: Any) -> None:
+    model, found = Attached(nn.LSTM, dropout), []
+    model.reg.beta = 0.0
+    for _ in range(2):
+        runs = [model(lm.inputs()[:, :1]) for _ in range(5)]
+        loss = torch.stack([run.loss for run in runs]).sum()
+        total, messages = warned(partial(model.reg.on_backward_begin, loss))
+        lm.check_gradients(model, total, loss + sum(lm.ALPHA * run.dropped.square().mean() for run in runs))
+        found += messages
+    assert len(found) == 1
+    assert "the LSTM ran 5 times over one time step" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "beta", "count"),
+    [((1, 4), 0, 0.0, 0), ((1, 2, 3, 4), 0, 0.0, 0), ((1, 3, 4), 0, 0.0, 1), ((1, 4), 0, 1.0, 1), ((2, 1), 1, 0.0, 1)],
+)
+def test_a_batch_of_one_along_a_stated_axis_is_no_time_step_without_tar(
+    shape: Any, axis: int, beta: float, count: int
+) -> None:
+    module, reg = nn.Identity(), RNNRegularizer(lm.ALPHA, beta)
+    reg.attach(module, time_dim=axis)
+    xs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    loss = torch.stack([module(x).sum() for x in xs]).sum()
+    total, messages = warned(partial(reg.on_backward_begin, loss))
+    torch.testing.assert_close(total, loss + sum(lm.ALPHA * x.square().mean() for x in xs))
+    assert len(messages) == count
+
+
 @pytest.mark.parametrize("counts", [(2, 4), (4, 2)])
 def test_an_error_comes_before_the_warning_of_another_module(counts: Any) -> None:
     model, other, x = Attached(), lm.gru(), lm.inputs()[:, :1]
@@ -227,7 +257,7 @@ def test_attaching_copies_of_copies_leaves_no_idle_hooks() -> None:
 def test_a_run_whose_raw_is_gone_keeps_no_masks() -> None:
     rnn, reg, masks = lm.gru(), lm.regularizer(), []
 
-    reg.attach(rnn, nn.Dropout(0.1), valid=lambda _: masks.append(weakref.ref(x := VALID.clone())) or x)
+    reg.attach(rnn, nn.Dropout(0.1), valid=lambda _: (x := VALID.clone(), masks.append(weakref.ref(x)))[0])
     rnn(lm.inputs())  # its dropout does not run
     rnn(lm.inputs())
     assert [x() for x in masks] == [None, None]
@@ -308,3 +338,23 @@ def test_a_run_costs_no_more_among_4000_in_a_step_than_among_100(dropout: Any) -
         reg.on_backward_begin(torch.stack(kept).sum())
         calls[-1] /= count
     assert calls[1] < 1.1 * calls[0]
+
+
+def test_a_loss_costs_no_more_after_500_whose_graphs_are_kept() -> None:
+    """Count the instructions of Python in this package, which are the same on each machine."""
+    module, reg, kept, counts = nn.Identity(), lm.regularizer(), [], []
+    reg.attach(module, batch_first=True)
+
+    def count(frame: Any, event: str, _: Any) -> Any:
+        if "fastreg" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes, counts[-1] = True, counts[-1] + (event == "opcode")
+        return count
+
+    for i in range(500):
+        loss = module(2 * torch.ones(1, 2, 2, requires_grad=True)).sum()
+        counts.append(0)
+        sys.settrace(count if i in (20, 499) else None)
+        kept.append(reg.on_backward_begin(loss))
+        sys.settrace(None)
+    assert 0 < counts[499] < 1.1 * counts[20]
