@@ -37,7 +37,7 @@ THREADS = tl.constexpr(tiling.THREADS)
 
 @triton.jit(
     do_not_specialize=[  # values that differ from batch to batch must not compile new code
-        *("upstream", "expected", "records", "ticket", "steps", "counts", "offsets", "alpha_at", "beta_at"),
+        *("upstream", "expected", "partials", "ticket", "bits", "counts", "offsets", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "mask_outer", "mask_time", "arrived_outer", "arrived_time"),
         *("dropped_outer", "dropped_time", "grad_raw_outer", "grad_raw_time"),
         *("grad_dropped_outer", "grad_dropped_time", "lanes", "inner", "time", "run", "blocks", "items"),
@@ -53,10 +53,10 @@ def ar_tar_kernel(
     grad_dropped,
     upstream,
     expected,
-    records,
+    partials,
     penalty,
     terms,
-    steps,
+    bits,
     counts,
     offsets,
     alpha_at,
@@ -110,12 +110,12 @@ def ar_tar_kernel(
     With AR_OF_RAW, ar is the mean square of raw, and its gradient is a part of grad_raw, outside of the parentheses.
     Steps and changes that do not count are in no sum. Their only gradient is the one that arrives.
 
-    A forward has a penalty, and does not know the upstream gradient yet. If it writes gradients, it assumes the
-    expected upstream gradient, which the last backward of its plan has left. Each program records its assumption. In
+    A forward has a penalty, and does not know the upstream gradient yet. If it writes gradients, it writes them for the
+    expected upstream gradient, which the last backward of its plan has left. Each program stores what it expected. In
     the backward the program with the same number has the same items. It returns if the upstream gradient has the bits
-    of the record, and otherwise writes its gradients again. So no gradient depends on the assumption. The programs of a
-    launch may even assume different values, if a backward on another stream writes its upstream gradient meanwhile. A
-    wrong assumption only costs time.
+    that it expected, and otherwise writes its gradients again. So no gradient depends on the prediction. The programs
+    of a launch may even expect different values, if a backward on another stream writes its upstream gradient
+    meanwhile. A wrong prediction only costs time.
 
     ticket                  (1,) int32, a counter for `is_last`; None in a backward, like penalty
     raw, dropped            (outer, time, inner), or None if no part of this call reads it; a forward that has a mask
@@ -124,13 +124,13 @@ def ar_tar_kernel(
     arrived                 the same shape, a gradient that arrives at dropped, in a call that has a mask; or None
     grad_raw, grad_dropped  out, the same shape, or None if the gradient is not needed
     upstream                () in ACC, the upstream gradient of the penalty; None in a forward, and if there is none
-    expected                () in ACC, the upstream gradient that the next forward expects, which a backward keeps up to
-                            date; None in a forward without gradients, and in a backward for which nothing was assumed
-    records                 (3, programs) in ACC: for each program the upstream gradient that it assumed, and its
-                            partial sums for AR and TAR; None in a backward for which nothing was assumed
+    expected                () in ACC, the expected upstream gradient of forwards, which a backward replaces by its own;
+                            None in a forward without gradients, and in a backward for which nothing was predicted
+    partials                (3, programs) in ACC: for each program the upstream gradient that it expected, and its
+                            partial sums for AR and TAR; None in a backward for which nothing was predicted
     penalty                 () out in ACC
     terms                   (2,) out in ACC: ar and tar; None unless they are measured
-    steps, offsets          as in `Selection`
+    bits, offsets           as in `Selection`
     counts                  (2,) int64, the numbers of steps and changes that count; None if the scales are known
     alpha_at, beta_at       () coefficients in memory, or None
     alpha, beta             coefficients that are not in memory
@@ -147,7 +147,7 @@ def ar_tar_kernel(
     """
     program = tl.program_id(0)
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale, counts, inner * ALIGN)
-    selection = Selection(steps, offsets, time)
+    selection = Selection(bits, offsets, time)
     DROPS: tl.constexpr = penalty is not None and mask is not None
     MASKED_AR: tl.constexpr = GRAD_AR and mask is not None and not AR_OF_RAW
     READS_RAW: tl.constexpr = raw is not None and (DROPS or SUM_AR or SUM_TAR or GRAD_AR or GRAD_TAR)
@@ -155,16 +155,15 @@ def ar_tar_kernel(
     CHANGES: tl.constexpr = SUM_TAR or AHEAD
     if GRAD_AR or GRAD_TAR:
         if penalty is not None:
-            assumed = load_once(expected)
-            tl.store(records + program, assumed)
-            ar_factor, tar_factor = factors(weights, assumed)
+            used = load_once(expected)
+            tl.store(partials + program, used)
         else:
-            came = tl.load(upstream)
+            used = tl.load(upstream)
             if expected is not None:
-                tl.store(expected, came, mask=program == 0)
-                if not differ(tl.load(records + program), came):
+                tl.store(expected, used, mask=program == 0)
+                if not differ(tl.load(partials + program), used):
                     return
-            ar_factor, tar_factor = factors(weights, came)
+        ar_factor, tar_factor = factors(weights, used)
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
     for item in range(program, items, tl.num_programs(0)):
@@ -227,7 +226,7 @@ def ar_tar_kernel(
                         own = tar_factor * (change_to - change)
                     if GRAD_AR and AR_OF_RAW:  # an explicit fma, because a compiler might fuse the other product
                         own = tl.fma(ar_factor, current, own) if GRAD_TAR else ar_factor * current
-                    if steps is not None:  # exactly 0 in padding, even if the factor is infinite or NaN
+                    if bits is not None:  # exactly 0 in padding, even if the factor is infinite or NaN
                         own = tl.where(there[i], own, 0.0)
                     gradient = own
                     if arrived is not None or MASKED_AR:
@@ -247,7 +246,7 @@ def ar_tar_kernel(
                         ar_run += squared * squared
                 if grad_dropped is not None:
                     own = ar_factor * kept
-                    if steps is not None:  # as above
+                    if bits is not None:  # as above
                         own = tl.where(there[i], own, 0.0)
                     store_row(grad_dropped_rows, grad_dropped_first, packed, i, own, inside[i])
                 if CHANGES:
@@ -257,7 +256,7 @@ def ar_tar_kernel(
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)
     if penalty is not None:
-        finish(ar, tar, records, ticket, weights, penalty, terms)
+        finish(ar, tar, partials, ticket, weights, penalty, terms)
 
 
 @triton.jit
@@ -293,24 +292,24 @@ class Forward:
         self.writes, self.launches = view.writes(), Launches(view, terms, device, is_forward=True)
         self.device, self.measured, self.expected = device, terms.measured, Expected(terms.dtype, device)
         shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launches.most])
-        self.penalty, self.terms, self.records = (
+        self.penalty, self.terms, self.partials = (
             allocator(Layout(shape, (1,) * len(shape), terms.dtype, device, aligned=True)) for shape in shapes
         )
 
     def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Sums:
-        """Compute the penalty; fill dropped, or the gradients for the upstream gradient of the last backward.
+        """Compute the penalty; write dropped, or the gradients for the expected upstream gradient.
 
         Args:
             tensors: as in the view.
             values: coefficients, and the steps that count or the offsets of packed rows.
         """
-        penalty, terms, records = self.penalty(), self.terms() if self.measured else None, self.records()
+        penalty, terms, partials = self.penalty(), self.terms() if self.measured else None, self.partials()
         expected = self.expected.memory if self.writes else None
         if expected is None and self.writes:
             expected = self.expected.guess()
         launch = self.launches.fixed or self.launches.sized(values.steps)
-        launch(*tensors, None, expected, records, penalty, terms, *_arguments(values, self.device))
-        return Sums(penalty, terms, records if self.writes else None)
+        launch(*tensors, None, expected, partials, penalty, terms, *_arguments(values, self.device))
+        return Sums(penalty, terms, partials if self.writes else None)
 
 
 class Backward:
@@ -318,38 +317,36 @@ class Backward:
 
     Args:
         view: the view of the operands: raw, mask, arrived and grad_raw; or raw, dropped and their gradients. If the
-            forward has filled gradients, this must be the forward's view, because a program must have the same items.
+            forward predicts gradients, this must be the forward's view, because a program must have the same items.
         terms: the terms of the forward; none of them has a gradient if the penalty has no upstream gradient.
         device: the device of the tensors.
-        expected: the `expected` of the forward; None if it never fills gradients.
+        expected: the `expected` of the forward; None if it never predicts gradients.
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
         self.device, self.expected = device, expected
-        # A backward that compares upstream gradients runs other compiled code than one for which nothing was assumed.
+        # A backward that compares upstream gradients runs other compiled code than one for which nothing was predicted.
         self.comparing = Launches(view, terms, device, is_forward=False)
         self.writing = self.comparing.twin()
 
     def __call__(
-        self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None = None
+        self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, expected: Tensor | None = None
     ) -> None:
-        """Fill the gradients, unless the forward has filled them for this very upstream gradient.
+        """Write the gradients, unless the forward has written them for this very upstream gradient.
 
         Args:
             upstream: the gradient of the penalty, () in the dtype of the terms; `None` if the penalty has none.
             tensors: as in the view; a gradient that is not needed is `None`.
             values: the values of the forward.
-            assumed: `assumed` of the forward's `Sums`, if the forward has filled these gradients.
+            expected: `expected` of the forward's `Sums`, if the forward has written these gradients.
         """
-        launches, expected = self.comparing, None
-        if assumed is None or self.expected is None:
-            launches, assumed = self.writing, None
-        else:
-            expected = self.expected.learn()
+        launches, memory = self.writing, None
+        if expected is not None and self.expected is not None:
+            launches, memory = self.comparing, self.expected.learn()
         launch = launches.fixed or launches.sized(values.steps)
-        launch(*tensors, upstream, expected, assumed, None, None, *_arguments(values, self.device))
+        launch(*tensors, upstream, memory, None if memory is None else expected, None, None, *_arguments(values, self.device))
 
-    def holds(self, upstream: Tensor, assumed: Tensor) -> bool:
+    def holds(self, upstream: Tensor, expected: Tensor) -> bool:
         """Return `False`, because only the device can compare, and the host does not wait for it."""
         return False
 

@@ -32,9 +32,9 @@ namespace {
 double weighted(double coefficient, double term) { return coefficient == 0 ? 0 : coefficient * term; }
 
 /// Divide the sums and write the penalty and its terms.
-void finish(const Metadata &metadata, const Counted &counted, Partials sums, const Addresses &memory) {
+void finish(const Metadata &metadata, const Steps &steps, Partials sums, const Addresses &memory) {
     const int32_t dtype = metadata.compute_dtype;
-    const double ar = sums.ar / counted.ar_divisor, tar = sums.tar / counted.tar_divisor;
+    const double ar = sums.ar / steps.ar_divisor, tar = sums.tar / steps.tar_divisor;
     store(memory.penalty, 0, weighted(memory.alpha, ar) + weighted(memory.beta, tar), dtype);
     if (!memory.terms) return;
     store(memory.terms, 0, ar, dtype);
@@ -42,20 +42,20 @@ void finish(const Metadata &metadata, const Counted &counted, Partials sums, con
 }
 
 /// Compute the factors of the gradients in float64: no intermediate factor overflows, and each is rounded once.
-Factors factors(const Metadata &metadata, const Counted &counted, const Addresses &memory) {
-    const void *const upstream_at = memory.penalty ? memory.assumed : memory.upstream;
+Factors factors(const Metadata &metadata, const Steps &steps, const Addresses &memory) {
+    const void *const upstream_at = memory.penalty ? memory.expected : memory.upstream;
     if (!upstream_at) return {0, 0};
     const auto plain = [](double x) { return x == x ? x : std::nan(""); };  // a NaN that survives any rounding
     const double upstream = number(upstream_at, metadata.compute_dtype);
-    return {plain(upstream * (2 * memory.alpha / counted.ar_divisor)),
-            plain(upstream * (2 * memory.beta / counted.tar_divisor))};
+    return {plain(upstream * (2 * memory.alpha / steps.ar_divisor)),
+            plain(upstream * (2 * memory.beta / steps.tar_divisor))};
 }
 
 /// Compute the sums, write dropped if a forward has a mask, and write the gradients for which there is memory.
-Partials walk(const Metadata &metadata, const Addresses &memory, const Counted &counted, int threads) {
-    const Factors by = factors(metadata, counted, memory);
+Partials walk(const Metadata &metadata, const Addresses &memory, const Steps &steps, int threads) {
+    const Factors by = factors(metadata, steps, memory);
     const auto rows = [&](const void *base, Strides strides, int32_t dtype) {
-        return Rows(base, strides, dtype, counted.offsets);
+        return Rows(base, strides, dtype, steps.offsets);
     };
     const Rows raw = rows(memory.raw, metadata.raw, metadata.raw_dtype);
     const Rows mask = rows(memory.mask, metadata.mask, metadata.raw_dtype);
@@ -77,12 +77,12 @@ Partials walk(const Metadata &metadata, const Addresses &memory, const Counted &
         return flag(metadata.sum_ar, SUM_AR) | flag(grad.base && metadata.grad_ar, GRAD_AR);
     };
     const Flags tar = flag(metadata.sum_tar, SUM_TAR) | flag(grad_raw.base && metadata.grad_tar, GRAD_TAR);
-    add(Pass(counted, raw, mask, arrived, drops ? dropped : grad_raw),
+    add(Pass(steps, raw, mask, arrived, drops ? dropped : grad_raw),
         flag(mask.base, MASKED) | flag(drops, DROPS) | flag(arrived.base, ARRIVED) | flag(grad_raw.base, WRITES),
         tar | flag(of_raw, ar(grad_raw)) | flag(mask.base && metadata.ar_of_raw, AR_OF_RAW));
     if (!mask.base)  // dropped is null if AR is the mean square of raw
-        add(Pass(counted, dropped, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES), ar(grad_dropped));
-    return run(passes, count, counted, threads);
+        add(Pass(steps, dropped, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES), ar(grad_dropped));
+    return run(passes, count, steps, threads);
 }
 
 }  // namespace
@@ -130,22 +130,22 @@ EXPORT void encode_steps(const Encoding *memory, int64_t outer, int64_t time) {
     for (int64_t i = 0; i < outer; ++i) {
         const auto at = [&](auto *first) { return first ? first + i * time : nullptr; };
         encode_sequence(memory->lengths ? memory->lengths[i] : time, at(memory->valid), at(memory->starts),
-                      at(memory->steps), time, memory->counts);
+                      at(memory->bits), time, memory->counts);
     }
 }
 
-/// Write the penalty and its terms; write dropped if there is a mask; write gradients if an upstream gradient is
-/// assumed.
+/// Write the penalty and its terms; write dropped if there is a mask; write gradients if there is an expected upstream
+/// gradient.
 EXPORT void forward(const Metadata *metadata, const Addresses *memory, int threads) {
-    const Counted counted(*metadata, *memory);
-    finish(*metadata, counted, walk(*metadata, *memory, counted, threads), *memory);
+    const Steps steps(*metadata, *memory);
+    finish(*metadata, steps, walk(*metadata, *memory, steps, threads), *memory);
 }
 
 /// Write the gradients, unless a forward has written them for this upstream gradient; return whether this call wrote
-/// them. `assumed` has the upstream gradient that the forward assumed, or is null. Bits are compared: 0 differs from
+/// them. `expected` is the upstream gradient that the forward expected, or null. Bits are compared: 0 differs from
 /// -0, and a NaN does not differ from itself.
 EXPORT int backward(const Metadata *metadata, const Addresses *memory, int threads) {
-    if (memory->assumed && !std::memcmp(memory->assumed, memory->upstream, bytes_of(metadata->compute_dtype))) return 0;
-    walk(*metadata, *memory, Counted(*metadata, *memory), threads);
+    if (memory->expected && !std::memcmp(memory->expected, memory->upstream, bytes_of(metadata->compute_dtype))) return 0;
+    walk(*metadata, *memory, Steps(*metadata, *memory), threads);
     return 1;
 }

@@ -47,15 +47,15 @@ class Forward:
         self.penalty, self.terms = allocator(penalty), allocator(both) if terms.measured else None
 
     def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Sums:
-        """Compute the penalty; fill dropped, or the gradients for the upstream gradient of the last backward."""
+        """Compute the penalty; write dropped, or the gradients for the expected upstream gradient."""
         alpha, beta, steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
-        assumed = self.expected.gradient if self.writes else None
-        memory = *tensors, None, assumed, *(steps or _NO_STEPS), penalty, terms  # kept alive during the call
+        expected = self.expected.gradient if self.writes else None
+        memory = *tensors, None, expected, *(steps or _NO_STEPS), penalty, terms  # kept alive during the call
         addresses = [0 if x is None else x.data_ptr() for x in memory]
         metadata = self.metadata or _metadata(*self.walk, steps)
         self.function(metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
-        return Sums(penalty, terms, assumed)
+        return Sums(penalty, terms, expected)
 
 
 class Backward:
@@ -70,21 +70,21 @@ class Backward:
         self.dtype, self.expected = terms.dtype, expected
 
     def __call__(
-        self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, assumed: Tensor | None = None
+        self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, expected: Tensor | None = None
     ) -> None:
-        """Fill the gradients, unless the forward has filled them for this very upstream gradient."""
+        """Write the gradients, unless the forward has written them for this very upstream gradient."""
         alpha, beta, steps = values
-        memory = *tensors, upstream, assumed, *(steps or _NO_STEPS), None, None
+        memory = *tensors, upstream, expected, *(steps or _NO_STEPS), None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
         metadata = self.metadata or _metadata(*self.walk, steps)
         writes = self.function(metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
-        if writes and assumed is not None and self.expected is not None:
+        if writes and expected is not None and self.expected is not None:
             self.expected.learn(upstream)
 
-    def holds(self, upstream: Tensor, assumed: Tensor) -> bool:
-        """Return whether the forward has filled the gradients for this upstream gradient, to the bit."""
+    def holds(self, upstream: Tensor, expected: Tensor) -> bool:
+        """Return whether the forward has written the gradients for this upstream gradient, to the bit."""
         bits = torch.int64 if self.dtype == torch.float64 else torch.int32
-        return assumed.view(bits).equal(upstream.view(bits))
+        return expected.view(bits).equal(upstream.view(bits))
 
 
 class Encoder:
@@ -92,17 +92,17 @@ class Encoder:
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         self.shape, self.encode = shape, library().encode_steps
-        steps = Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True)
-        self.steps, self.counts = allocator(steps), allocator(Layout(_TWO, (1,), torch.int64, device, aligned=True))
+        bits = Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True)
+        self.bits, self.counts = allocator(bits), allocator(Layout(_TWO, (1,), torch.int64, device, aligned=True))
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the bits and counts of `Steps`; the arguments are as for `fastreg.kernels.steps.Encoder`."""
-        steps, counts = self.steps(), self.counts()
+        bits, counts = self.bits(), self.counts()
         if lengths is not None:
             lengths = lengths.long()
-        addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, steps, counts)]
+        addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, bits, counts)]
         self.encode(_pack_encoding(*addresses), *self.shape)
-        return steps, counts
+        return bits, counts
 
 
 def reason() -> str | None:

@@ -14,18 +14,18 @@ constexpr int64_t AHEAD = 1024;  // steps that a stretch looks ahead at most, so
 
 /// Encode the time steps of one sequence: bit 0 is set if the step counts, bit 1 if the change into it counts. Count
 /// both.
-inline void encode_sequence(int64_t length, const uint8_t *valid, const uint8_t *starts, uint8_t *steps, int64_t time,
+inline void encode_sequence(int64_t length, const uint8_t *valid, const uint8_t *starts, uint8_t *bits, int64_t time,
                           int64_t *counts) {
     length = std::clamp<int64_t>(length, 0, time);
-    std::memset(steps, 1, length);
-    std::memset(steps + length, 0, time - length);
+    std::memset(bits, 1, length);
+    std::memset(bits + length, 0, time - length);
     if (valid)
-        for (int64_t step = 0; step < length; ++step) steps[step] = valid[step] != 0;
+        for (int64_t step = 0; step < length; ++step) bits[step] = valid[step] != 0;
     for (int64_t step = length - 1; step > 0; --step)
-        steps[step] |= (steps[step] & steps[step - 1] & !(starts && starts[step])) << 1;
+        bits[step] |= (bits[step] & bits[step - 1] & !(starts && starts[step])) << 1;
     for (int64_t step = 0; step < length; ++step) {
-        counts[0] += steps[step] & 1;
-        counts[1] += steps[step] >> 1;
+        counts[0] += bits[step] & 1;
+        counts[1] += bits[step] >> 1;
     }
 }
 
@@ -36,10 +36,10 @@ struct Tile {
 
 /// Whether a time step of a sequence counts, and whether the changes into it and out of it count.
 struct State {
-    bool counts, arrives, leaves;
+    bool counted, arrives, leaves;
 
     bool operator==(const State &other) const {
-        return counts == other.counts && arrives == other.arrives && leaves == other.leaves;
+        return counted == other.counted && arrives == other.arrives && leaves == other.leaves;
     }
 };
 
@@ -54,15 +54,15 @@ struct Span : State {
     int64_t step, lane, lanes;
 };
 
-/// The time steps that count: all steps, the steps that `steps` encodes, or the steps of packed rows.
-class Counted {
+/// The time steps that count: all steps, the steps that `bits` encodes, or the steps of packed rows.
+class Steps {
   public:
-    Counted(const Metadata &metadata, const Addresses &memory)
+    Steps(const Metadata &metadata, const Addresses &memory)
         : ar_divisor(metadata.ar_divisor),
           tar_divisor(metadata.tar_divisor),
           offsets(memory.offsets),
           sizes(metadata.sizes),
-          steps(memory.steps) {
+          bits(memory.bits) {
         if (!memory.counts) return;
         ar_divisor = std::max<int64_t>(memory.counts[0] * sizes.inner, 1);  // the mean of no elements is 0
         tar_divisor = std::max<int64_t>(memory.counts[1] * sizes.inner, 1);
@@ -74,7 +74,7 @@ class Counted {
         const int64_t last = tile.sequence + (tile.lane + tile.lanes - 1) / sizes.inner;
         // Longer sequences come first in packed rows, so all sequences between two in one state are in that state.
         const int64_t apart = offsets ? std::max<int64_t>(last - first, 1) : 1;
-        Stretch found{state(first, step), steps || offsets ? std::min(tile.stop, step + AHEAD) : tile.stop};
+        Stretch found{state(first, step), bits || offsets ? std::min(tile.stop, step + AHEAD) : tile.stop};
         for (int64_t i = first; i <= last && found.stop > step; i += apart)
             found.stop = state(i, step) == found.state ? until(i, step, found) : step;
         return found;
@@ -106,7 +106,7 @@ class Counted {
 
   private:
     uint8_t bits_at(int64_t sequence, int64_t step) const {
-        if (steps) return steps[sequence * sizes.time + step];
+        if (bits) return bits[sequence * sizes.time + step];
         if (offsets && sequence >= size(step)) return 0;
         return step > 0 ? 3 : 1;
     }
@@ -125,26 +125,26 @@ class Counted {
             while (step < stop && sequence < size(step)) ++step;
             return step;
         }
-        if (!steps) return stop;
-        const uint8_t *bits = steps + sequence * sizes.time;
-        const std::uint64_t same = bits[step] * 0x0101010101010101u;
+        if (!bits) return stop;
+        const uint8_t *own = bits + sequence * sizes.time;
+        const std::uint64_t same = own[step] * 0x0101010101010101u;
         for (std::uint64_t eight; step + 8 <= stop; step += 8) {
-            std::memcpy(&eight, bits + step, 8);
+            std::memcpy(&eight, own + step, 8);
             if (eight != same) break;
         }
-        return std::find_if(bits + step, bits + stop, [=](uint8_t x) { return x != (same & 0xff); }) - bits;
+        return std::find_if(own + step, own + stop, [=](uint8_t x) { return x != (same & 0xff); }) - own;
     }
 
     /// Find where a sequence leaves the state of a stretch; the first and the last step of a segment differ from the
     /// others.
     int64_t until(int64_t sequence, int64_t step, const Stretch &now) const {
-        if (!now.state.counts) return offsets ? now.stop : end(sequence, step, now.stop);
+        if (!now.state.counted) return offsets ? now.stop : end(sequence, step, now.stop);
         if (!now.state.arrives || !now.state.leaves) return step + 1;
         return std::min(end(sequence, step, std::min(now.stop + 1, sizes.time)) - 1, now.stop);
     }
 
     Sizes sizes;           // inner: lanes of one sequence
-    const uint8_t *steps;  // (outer, time), the bits of each step, or null
+    const uint8_t *bits;   // (outer, time), `Steps.bits`, or null
 };
 
 }  // namespace

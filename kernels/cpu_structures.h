@@ -35,8 +35,8 @@ struct Addresses {
     void *dropped;        // written in a forward that has a mask
     void *grad_raw, *grad_dropped;
     const void *upstream;      // () in the dtype of the computation: the gradient of the penalty
-    const void *assumed;       // () like upstream: the one for which a forward writes gradients
-    const uint8_t *steps;      // (outer, time), `Steps.bits`; null if all steps count
+    const void *expected;      // () like upstream: the one for which a forward writes gradients
+    const uint8_t *bits;       // (outer, time), `Steps.bits`; null if all steps count
     const int64_t *counts;     // (2,): the numbers of steps and changes that count; null if the divisors are known
     const int64_t *offsets;    // (1 + time,): where each time step of packed rows begins; null unless packed
     void *penalty, *terms;     // (), and (2,) ar and tar, like upstream; no penalty in a backward
@@ -47,7 +47,7 @@ struct Addresses {
 struct Encoding {
     const int64_t *lengths;
     const uint8_t *valid, *starts;
-    uint8_t *steps;
+    uint8_t *bits;
     int64_t *counts;
 };
 

@@ -105,43 +105,43 @@ struct Pass {
     RowCode code, padding;       // for rows that count, and for padding
 
     Pass() = default;
-    Pass(const Counted &counted, const Rows &x, const Rows &mask, const Rows &arrived, const Rows &out)
+    Pass(const Steps &steps, const Rows &x, const Rows &mask, const Rows &arrived, const Rows &out)
         : x(x), mask(mask), arrived(arrived), out(out) {
         const auto or_x = [&](const Rows &rows) { return rows.base ? rows.strides : x.strides; };
         const Strides all[] = {x.strides, or_x(mask), or_x(arrived), or_x(out)};
-        tiling = Tiling(counted.view(all));
-        dense = !counted.offsets;
+        tiling = Tiling(steps.view(all));
+        dense = !steps.offsets;
         for (const Rows *rows : {&x, &arrived, &out}) dense = dense && (!rows->base || tiling.dense(rows->strides));
         dense = dense && (!mask.base || !mask.strides.time || tiling.dense(mask.strides));
-        fill = out.base && !counted.offsets;
+        fill = out.base && !steps.offsets;
     }
 
     /// Process a program's share of the items.
-    Partials program(int64_t number, const Counted &counted) const {
+    Partials program(int64_t number, const Steps &steps) const {
         Partials sums;
         const int64_t stop = (number + 1) * tiling.items / tiling.programs;
         for (int64_t i = number * tiling.items / tiling.programs; i < stop; ++i)
-            sums += along_time(tiling.tile(i), counted);
+            sums += along_time(tiling.tile(i), steps);
         if (streams) fence();
         return sums;
     }
 
   private:
     /// Walk an item along time, and process consecutive rows in one state together.
-    Partials along_time(const Tile &tile, const Counted &counted) const {
+    Partials along_time(const Tile &tile, const Steps &steps) const {
         Partials sums;
         MaskRows masks(mask, tile);
         const int64_t merged = at_once(tile);
         for (int64_t step = tile.start; step < tile.stop;) {
-            const auto [state, stop] = counted.stretch(tile, step);
+            const auto [state, stop] = steps.stretch(tile, step);
             if (stop == step) {
                 for (int64_t lane = tile.lane, lanes; lane < tile.lane + tile.lanes; lane += lanes) {
-                    const Span span = counted.alike(tile, step, lane);
+                    const Span span = steps.alike(tile, step, lane);
                     lanes = span.lanes;
-                    if (span.counts || fill) sums += visit(tile, span, masks);
+                    if (span.counted || fill) sums += visit(tile, span, masks);
                 }
                 ++step;
-            } else if (!state.counts && !fill) {
+            } else if (!state.counted && !fill) {
                 step = stop;
             } else {
                 for (int64_t count; step < stop; step += count) {
@@ -162,7 +162,7 @@ struct Pass {
 
     Partials visit(const Tile &tile, const Span &span, MaskRows &masks) const {
         char *to = out.row(tile.sequence, span.step, span.lane);
-        if (!span.counts && !mask.base && !arrived.base) {
+        if (!span.counted && !mask.base && !arrived.base) {
             std::memset(to, 0, span.lanes * out.itemsize);
             return {};
         }
@@ -173,7 +173,7 @@ struct Pass {
                             arrived.row(tile.sequence, span.step, span.lane),
                             to,
                             streams && bits_of<std::uintptr_t>(to) % ALIGNED == 0};
-        return (span.counts ? code : padding)(rows, span.lanes);
+        return (span.counted ? code : padding)(rows, span.lanes);
     }
 };
 
@@ -185,8 +185,15 @@ inline double thread_seconds() {
 }
 
 /// Ask for huge pages for a large output whose memory is fresh, and fetch them. If huge pages take longer than small
-/// ones, ask for no more. They do if the system first has to move other pages, or if a virtual machine has returned its
-/// free huge pages to its host.
+/// ones, take the advice back. They do if the system first has to move other pages, or if a virtual machine has returned
+/// its free huge pages to its host.
+///
+/// The first page tells whether the memory is fresh, because allocators map large memory as a whole. Where an allocator
+/// has mixed fresh memory with used memory, this costs time at most: advice and writes stay inside of the output, which
+/// has no values yet. The advice is for the whole output at once, because it waits for the pages that other threads are
+/// fetching. Linux cannot restore the default, so MADV_NOHUGEPAGE stays on memory that the allocator keeps, until
+/// another output there asks for huge pages again. Meanwhile its pages are small, which is the default unless the
+/// system gives huge pages to all memory.
 inline void fetch([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int threads) {
 #ifdef MADV_HUGEPAGE
     const auto begin = bits_of<std::uintptr_t>(output.base), end = begin + bytes;
@@ -211,19 +218,19 @@ bool forked = false;
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 /// Run all passes in one parallel region; return the sums, added up in the order of the programs.
-inline Partials run(Pass *passes, int64_t count, const Counted &counted, int threads) {
+inline Partials run(Pass *passes, int64_t count, const Steps &steps, int threads) {
     if (count == 0) return {};
-    if (forked || count * counted.elements() <= SERIAL) threads = 1;
+    if (forked || count * steps.elements() <= SERIAL) threads = 1;
     int64_t written = 0;
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t bytes = passes[i].out.base ? counted.elements() * passes[i].out.itemsize : 0;
+        const int64_t bytes = passes[i].out.base ? steps.elements() * passes[i].out.itemsize : 0;
         fetch(passes[i].out, bytes, threads);
         written += bytes;
     }
     for (int64_t i = 0; i < count; ++i) passes[i].streams = passes[i].out.base && written >= STREAMED;
     const int64_t first = passes[0].tiling.programs, programs = first + (count > 1 ? passes[1].tiling.programs : 0);
     const auto program = [&](int64_t i) {
-        return i < first ? passes[0].program(i, counted) : passes[1].program(i - first, counted);
+        return i < first ? passes[0].program(i, steps) : passes[1].program(i - first, steps);
     };
     Partials sums;
     if (threads == 1) {  // a parallel region takes longer to set up than small tensors take

@@ -79,20 +79,20 @@ def factors(weights, upstream):
 
 
 @triton.jit
-def finish(ar, tar, records, ticket, weights, penalty, terms):
+def finish(ar, tar, partials, ticket, weights, penalty, terms):
     """Let the last program add up the partial sums of all programs, and write the penalty and its terms.
 
         terms = ar_scale * sum of ar, tar_scale * sum of tar
         penalty = alpha * terms[0] + beta * terms[1], without a term whose coefficient is 0
 
     ar, tar         scalars, this program's partial sums of squares
-    records         (3, programs) in ACC; its rows 1 and 2 hold the sums of all programs
+    partials        (3, programs) in ACC; its rows 1 and 2 hold the sums of all programs
     ticket          (1,) int32, a counter for `is_last`
     weights         coefficients and scales
     penalty, terms  () and (2,) out in ACC; terms may be None
     """
     programs = tl.num_programs(0)
-    sums = records + programs
+    sums = partials + programs
     tl.store(sums + tl.program_id(0), ar)
     tl.store(sums + programs + tl.program_id(0), tar)
     if is_last(ticket):

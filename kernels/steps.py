@@ -24,7 +24,7 @@ def steps_kernel(
     lengths,
     valid,
     starts,
-    steps,
+    bits,
     counts,
     partials,
     total,
@@ -35,14 +35,14 @@ def steps_kernel(
 ):
     """Encode which time steps count, and count them.
 
-        counts[t] = t < length and valid[t]
-        change into t counts = counts[t] and counts[t - 1] and not starts[t]
+        step t counts             if t < length and valid[t]
+        the change into t counts  if step t counts, step t - 1 counts, and not starts[t]
 
     ticket    (1,) int32, a counter for `is_last`
     lengths   (sequences,) integers, the number of time steps of each sequence that count; None if all count
     valid     (sequences, time) bool, true at time steps that count; None if all count
     starts    (sequences, time) bool, true at steps into which no change counts; or None
-    steps     (sequences, time) uint8 out: bit 0 is set if the step counts, bit 1 if the change into it counts
+    bits      (sequences, time) uint8 out: bit 0 is set if the step counts, bit 1 if the change into it counts
     counts    (2,) int64 out: the numbers of such steps and changes
     partials  (2, programs) int64: the counts of each program
     total     number of steps of all sequences
@@ -54,8 +54,8 @@ def steps_kernel(
     programs = tl.num_programs(0)
     begin = tl.cast(tl.program_id(0), INDEX) * share
     end = tl.minimum(begin + share, total)
-    rows = tl.zeros((AT_ONCE,), tl.int32)
-    pairs = tl.zeros((AT_ONCE,), tl.int32)
+    steps = tl.zeros((AT_ONCE,), tl.int32)
+    changes = tl.zeros((AT_ONCE,), tl.int32)
     for first in range(begin, end, AT_ONCE):
         at = first + tl.arange(0, AT_ONCE)
         step = at % time
@@ -72,12 +72,12 @@ def steps_kernel(
         into = now & before
         if starts is not None:
             into &= tl.load(starts + at, mask=into, other=0) == 0
-        tl.store(steps + at, now.to(tl.uint8) | (into.to(tl.uint8) << 1), mask=inside)
-        rows += now.to(tl.int32)
-        pairs += into.to(tl.int32)
+        tl.store(bits + at, now.to(tl.uint8) | (into.to(tl.uint8) << 1), mask=inside)
+        steps += now.to(tl.int32)
+        changes += into.to(tl.int32)
     partial = partials + tl.program_id(0)
-    tl.store(partial, tl.sum(rows.to(tl.int64)))
-    tl.store(partial + programs, tl.sum(pairs.to(tl.int64)))
+    tl.store(partial, tl.sum(steps.to(tl.int64)))
+    tl.store(partial + programs, tl.sum(changes.to(tl.int64)))
     if is_last(ticket):
         columns = tl.arange(0, CHUNK)
         for i in tl.static_range(2):  # .cg: past the L1 cache, which other programs' stores do not reach
@@ -100,7 +100,7 @@ class Encoder:
         index = tl.int64 if total >= LARGE else tl.int32
         constants = {"INDEX": index, "AT_ONCE": AT_ONCE, "num_warps": WARPS, "enable_fp_fusion": True}
         self.launch = Launch(steps_kernel, (total, shape[1], share), constants, Grid(programs, device))
-        self.steps = allocator(Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True))
+        self.bits = allocator(Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True))
         self.counts, self.partials = (
             allocator(Layout(torch.Size([2 * n]), (1,), torch.int64, device, aligned=True)) for n in (1, programs)
         )
@@ -113,6 +113,6 @@ class Encoder:
             valid: `(sequences, time)` contiguous bool on the device: which time steps count; `None` if all count.
             starts: like valid: the steps into which no change counts.
         """
-        steps, counts, partials = self.steps(), self.counts(), self.partials()
-        self.launch(lengths, valid, starts, steps, counts, partials)
-        return steps, counts
+        bits, counts, partials = self.bits(), self.counts(), self.partials()
+        self.launch(lengths, valid, starts, bits, counts, partials)
+        return bits, counts

@@ -59,12 +59,12 @@ class Rows(NamedTuple):
 class Selection(NamedTuple):
     """Say which time steps count, inside a kernel. If both pointers are None, all of them count.
 
-    steps    (sequences, time) uint8: bit 0 is set if the step counts, bit 1 if the change into it counts; or None
+    bits     (sequences, time) uint8: bit 0 is set if the step counts, bit 1 if the change into it counts; or None
     offsets  (1 + time,) int64, for packed rows: where each time step begins, and how many rows there are; or None
     time     number of steps of a sequence
     """
 
-    steps: Any
+    bits: Any
     offsets: Any
     time: Any
 
@@ -127,33 +127,33 @@ def select(selection, tile, step, packed, i: tl.constexpr, stop, FIRST: tl.const
     No lane counts from `stop` on. `packed` comes from `begins`; its elements i and i + 1 belong to this step and to the
     next one. With FIRST the step may be the first, into which no change leads.
     """
-    counts = within(tile, step, stop)
+    counted = within(tile, step, stop)
     if len(packed) > 0:  # sizes never grow, so a sequence that has this step has the step before, too
-        counts &= tile.sequence < packed[i + 1] - packed[i]
-    changes = counts & within(tile, 0, step) if FIRST else counts
-    if selection.steps is not None:
+        counted &= tile.sequence < packed[i + 1] - packed[i]
+    joined = counted & within(tile, 0, step) if FIRST else counted
+    if selection.bits is not None:
         # On AMD a load without a mask needs no branch. Numbers take half the registers of pointers.
         sequence = tl.where(tile.present, tile.sequence, 0).to(tile.start.dtype)
-        loaded = tl.load(selection.steps + (sequence * selection.time + tl.minimum(step, selection.time - 1)))
-        changes = counts & ((loaded & 2) != 0)
-        counts &= (loaded & 1) != 0
-    return counts, changes
+        loaded = tl.load(selection.bits + (sequence * selection.time + tl.minimum(step, selection.time - 1)))
+        joined = counted & ((loaded & 2) != 0)
+        counted &= (loaded & 1) != 0
+    return counted, joined
 
 
 @triton.jit
-def select_turn(selection, tile, counts, changes, turn, packed, stop, AHEAD: tl.constexpr, UNROLL: tl.constexpr):
+def select_turn(selection, tile, counted, joined, turn, packed, stop, AHEAD: tl.constexpr, UNROLL: tl.constexpr):
     """Return the results of `select` for the time steps from `turn` to `turn + UNROLL`, as two tuples.
 
-    `counts` and `changes` are the results for `turn` itself. With AHEAD the change into `turn` is not needed.
+    `counted` and `joined` are the results for `turn` itself. With AHEAD the change into `turn` is not needed.
     """
-    if selection.steps is None:  # computing it again takes fewer registers than keeping it
-        counts, changes = select(selection, tile, turn, packed, 0, stop, not AHEAD)
-    there = (counts,)
-    into = (changes,)
+    if selection.bits is None:  # computing it again takes fewer registers than keeping it
+        counted, joined = select(selection, tile, turn, packed, 0, stop, not AHEAD)
+    there = (counted,)
+    into = (joined,)
     for i in tl.static_range(1, UNROLL + 1):
-        counts, changes = select(selection, tile, turn + i, packed, i, stop, not AHEAD)
-        there += (counts,)
-        into += (changes,)
+        counted, joined = select(selection, tile, turn + i, packed, i, stop, not AHEAD)
+        there += (counted,)
+        into += (joined,)
     return there, into
 
 
