@@ -324,7 +324,8 @@ class Backward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
-        self.device, self.expected = device, expected
+        self.device = device
+        self.expected: Any = expected
         # A backward that compares upstream gradients runs other compiled code than one for which nothing was predicted.
         self.comparing = Launches(view, terms, device, is_forward=False)
         self.writing = self.comparing.twin()
@@ -341,10 +342,10 @@ class Backward:
             expected: `expected` of the forward's `Sums`, if the forward has written these gradients.
         """
         launches, memory = self.writing, None
-        if expected is not None and self.expected is not None:
+        if expected is not None:
             launches, memory = self.comparing, self.expected.learn()
         launch = launches.fixed or launches.sized(values.steps)
-        launch(*tensors, upstream, memory, None if memory is None else expected, None, None, *_arguments(values, self.device))
+        launch(*tensors, upstream, memory, expected, None, None, *_arguments(values, self.device))
 
     def holds(self, upstream: Tensor, expected: Tensor) -> bool:
         """Return `False`, because only the device can compare, and the host does not wait for it."""

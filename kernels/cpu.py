@@ -67,7 +67,8 @@ class Backward:
     def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
         self.function, self.walk = library().backward, (view, terms, False)
         self.metadata = _metadata(*self.walk) if view.rows is None else None
-        self.dtype, self.expected = terms.dtype, expected
+        self.dtype = terms.dtype
+        self.expected: Any = expected
 
     def __call__(
         self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, expected: Tensor | None = None
@@ -78,7 +79,7 @@ class Backward:
         addresses = [0 if x is None else x.data_ptr() for x in memory]
         metadata = self.metadata or _metadata(*self.walk, steps)
         writes = self.function(metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
-        if writes and expected is not None and self.expected is not None:
+        if writes and expected is not None:
             self.expected.learn(upstream)
 
     def holds(self, upstream: Tensor, expected: Tensor) -> bool:
