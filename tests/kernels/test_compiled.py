@@ -320,7 +320,9 @@ def counts() -> list[int]:
 def test_double_precision_keeps_the_coefficients_whole(target: Any) -> None:
     """Triton passes Python floats as float32 unless told otherwise."""
     train(DOUBLE)
-    for binary in kernels.ar_tar_kernel.device_caches[0][0].values():
+    binaries = [*kernels.ar_tar_kernel.device_caches[0][0].values()]
+    assert len(binaries) == 4
+    for binary in binaries:
         scalars = [ty for name, ty in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_scale", name)]
         assert scalars == ["fp64"] * 4
 
