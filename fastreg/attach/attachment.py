@@ -11,7 +11,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.attach.mark import is_marked, mark
+from fastreg.attach.outputs import address_of, mapped, tensors_in
 from fastreg.attach.source import Source
 from fastreg.attach.step import Run, Site, Step
-from fastreg.call.arguments import check_tensor
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import Options, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
-from fastreg.call.torch_state import address_of, current, recomputes, transformed, untraced, version_of
+from fastreg.call.torch_state import current, recomputes, transformed, untraced, version_of
 
 SHARED = (
     "attach: this {} shares the hooks of the attached one, whose penalty would be lost, or its class got another "
@@ -207,8 +206,6 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
             )
         raw = source.raw_of(result)
         rows = data_of(raw)
-        if rows.is_nested:  # which has no shape
-            check_tensor("raw", rows)
         self._check_apart(rows, source.module)
         given, masks = (owner.alpha, owner.beta), source.masks.of(*args, **kwargs)
         packed: Any = None if raw is rows else raw._replace(data=None)  # pyright: ignore
@@ -359,43 +356,3 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         axes = ", ".join([f"{names.get(i, 'hidden')} {size}" for i, size in enumerate(shape)])
         steps = "; ".join([f"{x} {(*call.masks[x].shape,)}: {MASKED[x]}" for x in given])
         return f"raw {shape} as {axes}; {steps or 'no mask: every step counts'}"
-
-
-def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return an output in which a function has replaced each tensor.
-
-    Tuples, lists, dictionaries, packed sequences and model outputs are copied. Any other object is returned unchanged,
-    and so is a sparse or nested tensor.
-
-    Raises:
-        TypeError: a dictionary cannot be copied, or refuses new items.
-    """
-    kind = type(result)
-    if kind is tuple or kind is list:
-        return kind([mapped(x, function) for x in result])
-    if isinstance(result, Tensor):
-        return function(result) if result.layout is torch.strided and not result.is_nested else result
-    make = getattr(kind, "_make", None) if isinstance(result, tuple) else None
-    if make is not None:  # of a named tuple, such as a packed sequence
-        return make([mapped(x, function) for x in result])
-    if isinstance(result, dict):
-        try:
-            made = copy(result)
-            if kind.__dictoffset__:  # a model output has the items as attributes, too
-                vars(made).update({name: mapped(x, function) for name, x in vars(result).items()})
-            for name, x in dict.items(result):
-                made[name] = mapped(x, function)
-        except Exception as error:
-            raise TypeError(
-                f"attach: expected a dictionary that can be copied, got a {kind.__name__} that refuses new items; let "
-                "the module return a tuple, a plain dictionary or a model output"
-            ) from error
-        return made
-    return result
-
-
-def tensors_in(result: Any) -> dict[int, Tensor]:
-    """Return the tensors that `mapped` would replace, by their ids."""
-    tensors: dict[int, Tensor] = {}
-    mapped(result, lambda x: tensors.setdefault(id(x), x))
-    return tensors

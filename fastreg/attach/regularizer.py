@@ -15,13 +15,13 @@ from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from fastreg.attach.attachment import Attachment, attachments_of
+from fastreg.attach.captures import check_layout, check_output
 from fastreg.attach.source import Masks, Source
 from fastreg.attach.step import Step, total
-from fastreg.call.arguments import check_captured, check_coefficient, check_count, check_selectors, shown
+from fastreg.call.arguments import check_coefficient, check_count, check_selectors, shown
 from fastreg.call.operation import coefficient, place_of
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
@@ -159,18 +159,11 @@ class RNNRegularizer:
         check_selectors(lengths, valid, starts)
         if self._step.sites:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
-        if not (is_list(output) and len(output) == 3 and _are_activations(*output[1:])):
-            items = f" of {', '.join(type(x).__name__ for x in output)}" if is_list(output) else ""
-            raise TypeError(
-                "on_loss_begin: expected (decoded, raw, dropped), where raw and dropped are tensors, or lists with a "
-                f"tensor for each layer; got {type(output).__name__}{items}. Let the model return (decoded, raw, "
-                "dropped), or do not change it, and call attach(rnn, dropout) once instead of on_loss_begin"
-            )
-        decoded, raw, dropped = output
+        decoded, raw, dropped = check_output(output)
         if self.layers != "all" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
         is_said = batch_first is not None or time_dim is not None
-        if words := check_captured(raw, decoded, place, is_said):
+        if words := check_layout(raw, decoded, place, is_said):
             self._warn_once("shape", words)
         if self._given is not None and any(x.requires_grad for given in self._given.args for x in layers_of(given)):
             self._warn_once(
@@ -356,10 +349,3 @@ def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
             lr.copy_(value)
         for group, lr in zip(optimizer.param_groups, before, strict=False):
             group["lr"] = lr
-
-
-def _are_activations(raw: Any, dropped: Any) -> bool:
-    """Return whether raw and dropped are two tensors, or two lists with the same number of layers."""
-    if is_list(raw) and is_list(dropped) and len(raw) == len(dropped) > 0:
-        return all(isinstance(x, (Tensor, PackedSequence)) for x in (*raw, *dropped))
-    return all(isinstance(x, (Tensor, PackedSequence)) for x in (raw, dropped))

@@ -153,41 +153,6 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_captured(raw: Any, decoded: Any, place: Place, is_said: bool) -> str:
-    """Guess from the shape of a model's output whether raw is a state, or may be time first.
-
-    Args:
-        raw: raw, or a list with raw of each layer.
-        decoded: the output of the model.
-        place: the axis of time.
-        is_said: whether the caller has said which axis is time.
-
-    Returns:
-        The words of a warning that raw may be a state; otherwise an empty string.
-    """
-    shape: Any = tuple(getattr(decoded, "shape", ()))
-    first = raw[0] if is_list(raw) else raw
-    if not isinstance(first, Tensor) or first.is_nested or first.dim() != 3:
-        return ""
-    if not is_said and first.shape[0] != first.shape[1]:
-        batch, time = first.shape[:2]
-        # Time may come first if there is one row for each sequence, as in a classifier, or if there are scores for each
-        # time step: (time, batch, classes), as a CTC loss takes them, or (batch, classes, time), as cross_entropy does.
-        rows = len(shape) == 2 and shape[0] == time and batch != 1
-        scores = len(shape) == 3 and (time, batch) in (shape[:2], shape[::2])
-        words = "True or False, as raw is {} and decoded {}, got None"
-        _expect(not (rows or scores), "batch_first", words, first.shape, shape)
-    batch, _ = sizes_of(first, place.axis())
-    if len(shape) != 3 or not all([size != batch for size in shape]):
-        return ""
-    words = (
-        f"raw is {tuple(first.shape)}, and no axis of decoded, {shape}, has the size of its batch, {batch}. Pass the "
-        "RNN's output before and after dropout, and not its states h and c"
-    )
-    _expect(is_said, "batch_first", "True or False, got None: {}", words)
-    return words
-
-
 def _check_real(name: str, value: object) -> None:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
     _expect(is_real, name, "a real number, got {}", type(value), error=TypeError)

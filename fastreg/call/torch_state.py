@@ -40,10 +40,7 @@ _disable: Callable[[Any], Any] = _private("_disable_dynamo", torch.compiler.disa
 for _name in ("autograd.forward_ad._current_level", "compiler._is_exporting_flag"):  # values, which change
     _private(_name, None)
 _forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=-1)
-# It tells whether a backward accumulates gradients into a leaf; where it is missing, backwards are only counted.
-will_execute: Callable[[Any], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
-# It calls a function at the end of the present backward.
-at_the_end: Callable[[Any], Any] = _private("autograd.Variable._execution_engine.queue_callback", lambda _: None)
+_will_execute: Callable[[Any], bool] = _private("_C._will_engine_execute_node", lambda _: True)
 
 
 def level_of_caller() -> int:
@@ -111,17 +108,10 @@ def is_memory(x: Tensor) -> bool:
     )
 
 
-def address_of(x: Tensor) -> Any:
-    """Return where the memory of a tensor starts, or `None` for a subclass that may have no memory."""
-    if type(x) is not Tensor and type(x := plain(x)) is not Tensor:
-        return None
-    return x.data_ptr() - x.storage_offset() * x.itemsize  # to ask the storage takes longer
-
-
 def accumulates(leaf: Any) -> bool:
-    """Return whether the present backward accumulates a gradient into a leaf, given by its node; `None` is no leaf."""
+    """Return whether the present backward accumulates a gradient into a leaf, given by its node."""
     try:
-        return leaf is not None and (will_execute is None or will_execute(leaf))
+        return _will_execute(leaf)
     except RuntimeError:  # `torch.autograd.grad` returns the gradient of this leaf
         return False
 
