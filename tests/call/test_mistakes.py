@@ -65,7 +65,7 @@ REPLICA = "FusedRNNDropout: DataParallel .* Use DistributedDataParallel"
 STEPS = rf"raw\[0\]: expected .* got \({BATCH}, {HIDDEN}\)\. .* torch\.stack\(states, 1\)"
 DISCARDED = r"on_loss_begin: the last capture is discarded, .* on_backward_begin\(loss\) .* clear\(\)"
 NO_LAYOUT = rf"batch_first: .* got None: raw is \(2, {BATCH}, {HIDDEN}\), .* not its states h and c"
-STATES = r"on_loss_begin: raw is .* is its batch, 2\. .* not its states h and c"
+STATES = r"on_loss_begin: raw is .* has the size of its batch, 2\. .* not its states h and c"
 # The mistake, the error or warning that it causes now, and its message
 MISTAKES: dict[str, tuple[Mistake, type[Exception], str]] = {
     "no coefficients": (lambda: RNNRegularizer(), TypeError, rf"RNNRegularizer: .* 'alpha'\. {WRITE}"),  # pyright: ignore
@@ -150,7 +150,7 @@ def test_what_is_right_is_silent(right: Mistake) -> None:
     [
         (lambda dropout: [dropout(own()) for _ in range(2)], bare, "there is no penalty"),
         (lambda reg: captures(own(), own(), reg=reg), lm.regularizer, "the last capture is discarded"),
-        (lambda reg: reg.on_loss_begin((torch.zeros(7, 8, 9), RAW, RAW), batch_first=True), lm.regularizer, "no size"),
+        (lambda reg: reg.on_loss_begin((torch.zeros(7, 8, 9), RAW, RAW), batch_first=True), lm.regularizer, "no axis"),
     ],
 )
 def test_a_warning_comes_once_for_each_object_and_again_for_its_copy(mistake: Any, made: Any, message: str) -> None:
