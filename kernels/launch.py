@@ -96,8 +96,10 @@ class Launch:
             return
         stream = None if index is None else driver.active.get_current_stream(index)
         ticket = self.ticket(stream, grid[0]) if self.draws else None
-        runtime = knobs.runtime
-        if self.compiled is not None and not (hooks(runtime.launch_enter_hook) or hooks(runtime.launch_exit_hook)):
+        before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        # From Triton 3.5 on a hook is a chain, which may be empty.
+        is_hooked = getattr(before, "calls", before) or getattr(after, "calls", after)
+        if self.compiled is not None and not is_hooked:
             self.run(*grid, stream, *self.code, ticket, *values, *self.rest)
             return
         compiled = self.kernel[grid](ticket, *values, *self.rest, **self.options)
@@ -115,11 +117,6 @@ class Launch:
         if self.is_captured():
             return TICKETS.drawn(self.device)
         return TICKETS.of(self.device, stream, programs)
-
-
-def hooks(hook: Any) -> bool:
-    """Return whether a hook of launches calls anything; from Triton 3.5 on it is a chain, which may be empty."""
-    return bool(getattr(hook, "calls", hook))
 
 
 def description() -> str:

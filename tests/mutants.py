@@ -195,10 +195,10 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("filled", "counters of inference mode", "torch.inference_mode(False)", "torch.inference_mode(True)"),
     ],
     "kernels/launch.py": [
-        ("Launch", "launches that no profiler sees", "not (hooks(runtime.launch_enter_hook) or", "not (False or"),
+        ("Launch", "launches that no profiler sees", 'getattr(before, "calls", before) or', "False or"),
         ("Launch", "direct launches with any release", "and Launch.why_jit is None", "and True"),
         ("Launch", "no direct launch", "self.run, self.compiled = compiled.run, compiled", "pass"),
-        ("hooks", "an empty chain taken for a hook", 'getattr(hook, "calls", hook)', "hook"),
+        ("Launch", "an empty chain taken for a hook", 'getattr(after, "calls", after)', "after"),
     ],
     "fastreg/call/penalty.py": [
         ("by_formula", "the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
