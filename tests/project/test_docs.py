@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, get_type_hints
 
 import pytest
@@ -27,8 +28,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "N
 V1 = "fastai1"  # It runs in another process, because its package has the name of fastai.
 
 
+def snippets_and_outputs(page: Path) -> list[tuple[str, str]]:
+    """Return the snippets of a page, each with the output that the page shows behind it, if any."""
+    return re.findall(r"^```python\n(.*?)^```\n(?:\n((?: {4}[^\n]*\n)+))?", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def snippets(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [code for code, _ in snippets_and_outputs(page)]
 
 
 def framework_of(snippet: str) -> str | None:
@@ -57,20 +63,24 @@ def setup_of(framework: str) -> dict[str, Any]:
 
 
 SNIPPETS = [
-    pytest.param(page, snippet, id=f"{page.name}-{number}")
+    pytest.param((page, snippet, dedent(output)), id=f"{page.name}-{number}")
     for page in PAGES
-    for number, snippet in enumerate(snippets(page))
+    for number, (snippet, output) in enumerate(snippets_and_outputs(page))
     if framework_of(snippet) != V1
 ]
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
-def test_a_snippet_runs_alone(page: Path, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("example", SNIPPETS)
+def test_a_snippet_runs_alone_and_prints_what_the_page_shows(
+    example: tuple[Path, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, snippet, output = example
     if (framework := framework_of(snippet)) is not None:
         skip_without(framework)
     monkeypatch.chdir(tmp_path)
     run(snippet, page)
+    assert capsys.readouterr().out == output or not output
 
 
 class Checker(doctest.OutputChecker):
@@ -143,15 +153,16 @@ def test_the_page_on_hooks_shows_the_table_of_outcomes_of_the_code() -> None:
     assert all(remedy or shown[case] == "right" for case, _, remedy in rows)
 
 
-def literals() -> set[str]:
-    """Return the texts in the code of the package, with dots in the place of values."""
-    texts = set()
-    for file in (ROOT / "fastreg").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            words = [x.value if isinstance(x, ast.Constant) else "…" for x in parts if isinstance(x, ast.expr)]
-            texts |= {re.sub(r"{.*?}", "…", text) for text in ["".join(map(str, words))] if len(text) > 9}
-    return texts
+def literals() -> list[str]:
+    """Return the strings in the code of the package, with dots in the place of values."""
+    nodes = [node for file in (ROOT / "fastreg").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    formatted = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+    strings = formatted + [[node] for node in nodes if isinstance(node, ast.Constant)]
+    return [dotted("".join([str(x.value) if isinstance(x, ast.Constant) else "…" for x in parts])) for parts in strings]
+
+
+def dotted(text: str) -> str:
+    return re.sub(r"{.*?}", "…", text)
 
 
 def test_the_page_of_messages_quotes_the_code_and_has_each_case_of_the_table_of_outcomes() -> None:
@@ -162,7 +173,7 @@ def test_the_page_of_messages_quotes_the_code_and_has_each_case_of_the_table_of_
         words = quote.split(": expected ")[-1]  # the name of an argument is a value
         assert any(words in text for text in found), quote
     for case, text in OUTCOMES.items():
-        assert not text or any(quote in re.sub(r"{.*?}", "…", text) for quote in quotes), case
+        assert not text or any(quote in dotted(text) for quote in quotes), case
 
 
 def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
